@@ -1,0 +1,259 @@
+"""Configuration: frozen, checked when made, read by one reader each. No torch here.
+
+Each wrong value raises ConfigError with the flag or field, what it got and what it takes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from vllm_omni.errors import ConfigError, NotAvailableError
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+
+CacheBackend = Literal["none", "tea_cache", "cache_dit"]
+SchedulingPolicy = Literal["fair", "fcfs"]
+ExecutorBackend = Literal["mp", "ray", "uni"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class DiffusionParallelConfig:
+    """How many devices share the work, axis by axis (outermost first: data, cfg, ring, ulysses, tensor)."""
+
+    ulysses_degree: int = 1
+    ring_degree: int = 1
+    cfg_parallel_size: int = 1
+    tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
+    vae_patch_parallel_size: int = 1
+    """Ranks of the world that share one VAE decode; adds no devices."""
+    text_encoder_tp_size: int = 1
+    """Ranks of the world that share the text encoder; adds no devices."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{f.name} must be an integer of at least 1, got {value!r}")
+
+    @property
+    def world_size(self) -> int:
+        return (
+            self.data_parallel_size
+            * self.cfg_parallel_size
+            * self.ring_degree
+            * self.ulysses_degree
+            * self.tensor_parallel_size
+        )
+
+
+@dataclass(frozen=True)
+class TeaCacheConfig:
+    """Skip a step while the accumulated change of the modulated input stays small (TeaCache, arXiv 2411.19108)."""
+
+    rel_l1_thresh: float = 0.2
+    coefficients: tuple[float, ...] | None = None
+    """Polynomial, highest power first; None takes the model's own."""
+
+    def __post_init__(self) -> None:
+        _require(self.rel_l1_thresh >= 0, "cache_config.rel_l1_thresh", self.rel_l1_thresh, "a number >= 0")
+
+
+@dataclass(frozen=True)
+class CacheDiTConfig:
+    """Dual Block Cache: the first blocks decide, the middle is reused, the last refine (cache-dit)."""
+
+    Fn_compute_blocks: int = 1
+    Bn_compute_blocks: int = 0
+    residual_diff_threshold: float = 0.24
+    max_warmup_steps: int = 4
+    warmup_interval: int = 1
+    max_cached_steps: int = -1
+    max_continuous_cached_steps: int = 3
+    max_accumulated_residual_diff_threshold: float | None = None
+    enable_taylorseer: bool = False
+    taylorseer_order: int = 1
+    scm_steps_mask_policy: str | None = None
+    steps_computation_mask: tuple[int, ...] | None = None
+    steps_computation_policy: str = "dynamic"
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("Fn_compute_blocks", 1),
+            ("Bn_compute_blocks", 0),
+            ("residual_diff_threshold", 0),
+            ("max_warmup_steps", 0),
+            ("warmup_interval", 1),
+            ("max_cached_steps", -1),
+            ("max_continuous_cached_steps", -1),
+            ("taylorseer_order", 0),
+        ):
+            value = getattr(self, name)
+            _require(value >= least, f"cache_config.{name}", value, f"at least {least}")
+
+
+CacheConfig = TeaCacheConfig | CacheDiTConfig
+_CACHE_CONFIGS: dict[str, type[TeaCacheConfig] | type[CacheDiTConfig]] = {
+    "tea_cache": TeaCacheConfig,
+    "cache_dit": CacheDiTConfig,
+}
+
+
+def parse_cache_config(backend: str, values: Mapping[str, Any]) -> CacheConfig | None:
+    """The tagged config of a cache backend; None for no cache.
+
+    Raises ConfigError for an unknown backend, unknown keys and values of the wrong type.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"--cache-config takes a JSON object, got {values!r}")
+    if backend == "none":
+        if values:
+            raise ConfigError(f"--cache-config {dict(values)!r} needs --cache-backend tea_cache or cache_dit")
+        return None
+    if backend not in _CACHE_CONFIGS:
+        raise ConfigError(f"--cache-backend takes {', '.join(get_args(CacheBackend))}, got {backend!r}")
+    cls = _CACHE_CONFIGS[backend]
+    types = {f.name: str(f.type) for f in fields(cls)}
+    if unknown := set(values) - set(types):
+        raise ConfigError(
+            f"--cache-config: unknown keys {sorted(map(str, unknown))} for {backend}, accepted are {', '.join(types)}"
+        )
+    return cls(**{k: _checked(f"cache_config.{k}", types[k], v) for k, v in values.items()})
+
+
+def _checked(name: str, type_name: str, value: Any) -> Any:
+    """`value` if it fits the annotation `type_name` of a cache config field; lists become tuples."""
+    if value is None and "None" in type_name:
+        return None
+    if type_name.startswith("bool"):
+        _require(isinstance(value, bool), name, value, "true or false")
+    elif type_name.startswith("int"):
+        _require(isinstance(value, int) and not isinstance(value, bool), name, value, "an integer")
+    elif type_name.startswith("float"):
+        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        _require(good, name, value, "a number")
+    elif type_name.startswith("str"):
+        _require(isinstance(value, str), name, value, "a string")
+    else:
+        good = isinstance(value, list | tuple) and all(isinstance(v, int | float) for v in value)
+        _require(good, name, value, "a list of numbers")
+        return tuple(value)
+    return value
+
+
+def _require(condition: bool, name: str, got: Any, expected: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name} takes {expected}, got {got!r}")
+
+
+@dataclass(frozen=True)
+class OmniDiffusionConfig:
+    """Everything the engine needs to know; the HTTP server has its own settings."""
+
+    model: str
+    """A folder in the diffusers layout, a hub name, or `demo`."""
+    parallel: DiffusionParallelConfig = DiffusionParallelConfig()
+    cache_backend: CacheBackend = "none"
+    cache_config: Mapping[str, Any] = field(default_factory=dict)
+    """Raw keys of the backend; `cache` is their checked form."""
+    enable_cpu_offload: bool = False
+    enable_layerwise_offload: bool = False
+    vae_use_slicing: bool = False
+    """Decode the pictures of a step one at a time (less memory)."""
+    vae_use_tiling: bool = False
+    """Decode a picture in overlapping tiles (less memory for large pictures)."""
+    dtype: DType = "auto"
+    """`auto`: bfloat16 on CUDA, float32 on CPU."""
+    quantization: str | None = None
+    attention_backend: str | None = None
+    enforce_eager: bool = False
+    distributed_executor_backend: ExecutorBackend = "mp"
+    scheduling_policy: SchedulingPolicy = "fair"
+    max_num_seqs: int = 16
+    """Most requests that advance in one step."""
+    max_batch_tokens: int | None = None
+    """Most tokens (all branches) of one step; None: measured at start. A larger request runs alone."""
+    max_num_queued_reqs: int = 256
+    """Most requests (pictures) waiting or running; more are answered 429."""
+    max_queue_seconds: float = 3600.0
+    """Most work waiting or running, in seconds of this server's measured speed; more is answered 429."""
+    max_pixels: int = 4096 * 4096
+    max_inference_steps: int = 200
+    max_num_frames: int = 1
+    default_sampling_params: Mapping[str, Any] = field(default_factory=dict)
+    max_worker_restarts: int = 3
+    """Restarts allowed within ten minutes before the engine gives up."""
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ConfigError("model must be a folder, a hub name or 'demo', got an empty string")
+        for name, choices in (
+            ("dtype", get_args(DType)),
+            ("scheduling_policy", get_args(SchedulingPolicy)),
+            ("distributed_executor_backend", get_args(ExecutorBackend)),
+            ("quantization", (None, "fp8")),
+        ):
+            value = getattr(self, name)
+            _require(value in choices, flag_of(name), value, "one of " + ", ".join(map(str, choices)))
+        for name in (
+            "max_num_seqs",
+            "max_num_queued_reqs",
+            "max_pixels",
+            "max_inference_steps",
+            "max_num_frames",
+        ):
+            _require(getattr(self, name) >= 1, flag_of(name), getattr(self, name), "an integer of at least 1")
+        if self.max_batch_tokens is not None:
+            _require(self.max_batch_tokens >= 1, "--max-batch-tokens", self.max_batch_tokens, "at least 1")
+        _require(self.max_queue_seconds > 0, "--max-queue-seconds", self.max_queue_seconds, "a number above 0")
+        _check_default_sampling_params(self.default_sampling_params)
+        parse_cache_config(self.cache_backend, self.cache_config)
+        _refuse_unavailable(self)
+
+    @property
+    def cache(self) -> CacheConfig | None:
+        return parse_cache_config(self.cache_backend, self.cache_config)
+
+
+def flag_of(name: str) -> str:
+    """The command-line flag of a config field."""
+    return _FLAGS.get(name, "--" + name.replace("_", "-"))
+
+
+_FLAGS = {"ulysses_degree": "--usp", "ring_degree": "--ring"}
+
+
+def _check_default_sampling_params(values: Mapping[str, Any]) -> None:
+    accepted = {f.name for f in fields(OmniDiffusionSamplingParams)} | {"negative_prompt"}
+    if unknown := set(values) - accepted:
+        raise ConfigError(
+            f"--default-sampling-params: unknown keys {sorted(unknown)}, accepted are {', '.join(sorted(accepted))}"
+        )
+
+
+# Settings that parse and are understood but whose feature is not built: field -> the only value that works today.
+_UNAVAILABLE: dict[str, Any] = {
+    "cache_backend": "none",
+    "enable_cpu_offload": False,
+    "enable_layerwise_offload": False,
+    "quantization": None,
+    "max_num_frames": 1,
+}
+_AVAILABLE_EXECUTORS = ("mp", "uni")
+_AVAILABLE_ATTENTION = (None, "sdpa")
+
+
+def _refuse_unavailable(config: OmniDiffusionConfig) -> None:
+    for f in fields(DiffusionParallelConfig):
+        if (value := getattr(config.parallel, f.name)) != 1:
+            raise NotAvailableError(f"{flag_of(f.name)} {value}: not available yet, only 1 is")
+    for name, only in _UNAVAILABLE.items():
+        if (value := getattr(config, name)) != only:
+            raise NotAvailableError(f"{flag_of(name)} {value}: not available yet")
+    if (backend := config.distributed_executor_backend) not in _AVAILABLE_EXECUTORS:
+        raise NotAvailableError(f"--distributed-executor-backend {backend}: not available yet, mp and uni are")
+    if (attention := config.attention_backend) not in _AVAILABLE_ATTENTION:
+        raise NotAvailableError(f"--attention-backend {attention}: not available yet, sdpa is")

@@ -1,0 +1,79 @@
+"""What the engine sends a worker for one step, and what comes back. Plain data, sent as msgpack."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vllm_omni.diffusion.request import DiffusionRequest
+
+
+@dataclass
+class StepPlan:
+    """One step of the device. A request appears in at most one of `encode`, `denoise` and `decode`.
+
+    The ids refer to requests sent in this or an earlier plan. An id whose request failed or was aborted
+    in the meantime is skipped: plans are sent before the outcome of the last one is known.
+    """
+
+    step_id: int
+    new_requests: list[DiffusionRequest] = field(default_factory=list)
+    encode: list[str] = field(default_factory=list)
+    denoise: list[str] = field(default_factory=list)
+    decode: list[str] = field(default_factory=list)
+    preview: list[str] = field(default_factory=list)
+    """Of `denoise`: decode a prediction of the final picture after the step."""
+    release: list[str] = field(default_factory=list)
+    """Requests that ended (done, failed or aborted): the worker drops their state."""
+
+
+@dataclass
+class ItemError:
+    """Why one request failed while others went on."""
+
+    message: str
+    kind: str
+    """`out_of_memory`, `invalid` or `internal`."""
+    traceback: str = ""
+
+
+@dataclass
+class StepResult:
+    """Outcome of the plan `step_id`. Arrays are uint8 [height, width, 3]."""
+
+    step_id: int
+    images: dict[str, np.ndarray] = field(default_factory=dict)
+    """Finished pictures by request id."""
+    previews: dict[str, np.ndarray] = field(default_factory=dict)
+    errors: dict[str, ItemError] = field(default_factory=dict)
+    advanced: list[str] = field(default_factory=list)
+    """Requests that made a denoising step."""
+    encode_seconds: float = 0.0
+    denoise_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    num_sequences: int = 0
+    """Guidance branches in the pack."""
+    num_tokens: int = 0
+    peak_memory_bytes: int = 0
+
+
+@dataclass
+class WorkerReady:
+    """What a worker says once weights are loaded and a warm-up step ran; rates feed the scheduler."""
+
+    load_seconds: float
+    load_bytes: int
+    device: str
+    dtype: str
+    max_batch_tokens: int
+    """Tokens of a step beyond which packing more gains nothing (measured)."""
+    seconds_per_unit: float
+    """Seconds of one unit of `RequestCost`."""
+    step_overhead_seconds: float
+    """Seconds of a denoising step that do not depend on its tokens."""
+    encode_units_per_token: float
+    """Cost of encoding one prompt token, in units of `RequestCost`."""
+    decode_units_per_token: float
+    """Cost of decoding one image token, in units of `RequestCost`."""
+    peak_memory_bytes: int = 0

@@ -1,0 +1,92 @@
+"""From a model name to its folder, its family and what the family's pictures cost. No torch here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from vllm_omni.errors import ConfigError
+
+DEMO_MODEL_PATH = Path(__file__).parent.parent / "demo_model"
+DEFAULTS_FILE = "default_sampling_params.json"
+
+# `_class_name` in model_index.json -> package under vllm_omni.diffusion.models. A family's package has
+# `info.py` (`describe(path) -> ModelInfo`, no torch) and `pipeline.py` (`Pipeline`).
+FAMILIES: dict[str, str] = {"QwenImagePipeline": "qwen_image"}
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the front end and the scheduler must know of a model, without its weights."""
+
+    path: Path
+    family: str
+    size_multiple: int
+    """Height and width must be multiples of this many pixels."""
+    pixels_per_token: int
+    """Side of the square of pixels that one image token stands for."""
+    max_prompt_tokens: int
+    """Longest prompt that the text encoder takes."""
+    count_prompt_tokens: Callable[[str], int]
+    """Tokens of a prompt as the text encoder counts them (without the fixed template)."""
+    attention_tokens: float
+    """Tokens at which attention costs as much as the linear layers: a sequence of n tokens costs n(1 + n/this)."""
+    default_sampling_params: Mapping[str, Any] = field(default_factory=dict)
+    """The model folder's own defaults over the family's; may hold `negative_prompt`."""
+
+    def num_image_tokens(self, height: int, width: int) -> int:
+        return (height // self.pixels_per_token) * (width // self.pixels_per_token)
+
+    def sequence_cost(self, num_tokens: int) -> float:
+        """Work of one forward of one sequence, in units of one token's linear layers."""
+        return num_tokens * (1 + num_tokens / self.attention_tokens)
+
+
+def resolve_model_path(model: str) -> Path:
+    """The local folder of `model`: `demo`, a folder, or a hub name (downloaded: safetensors only).
+
+    Raises ConfigError when there is no such folder and the hub has no answer.
+    """
+    if model == "demo":
+        return DEMO_MODEL_PATH
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise ConfigError(f"model {model!r} is not in the diffusers layout: it has no model_index.json")
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        # Weights are safetensors only: a pickled checkpoint could run code while it loads.
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"model {model!r} is neither a folder, 'demo', nor a hub model: {reason}") from error
+
+
+def load_model_info(model: str) -> ModelInfo:
+    """Find the folder and family of `model`. Raises ConfigError for a pipeline class that no family serves."""
+    path = resolve_model_path(model)
+    try:
+        class_name = json.loads((path / "model_index.json").read_text())["_class_name"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"model {model!r}: model_index.json names no _class_name ({error})") from error
+    if class_name not in FAMILIES:
+        raise ConfigError(
+            f"model {model!r} is a {class_name}, which is not available yet; served: {', '.join(FAMILIES)}"
+        )
+    module = import_module(f"vllm_omni.diffusion.models.{FAMILIES[class_name]}.info")
+    info: ModelInfo = module.describe(path)
+    return info
+
+
+def read_default_sampling_params(path: Path) -> dict[str, Any]:
+    """The model folder's own sampling defaults, {} where it has none."""
+    file = path / DEFAULTS_FILE
+    return dict(json.loads(file.read_text())) if file.is_file() else {}

@@ -1,0 +1,49 @@
+"""One output to make: all that its pixels depend on, and what it costs. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RequestCost:
+    """Work of one request, in units of one token through the transformer's linear layers."""
+
+    encode: float
+    step: float
+    decode: float
+    tokens_per_step: int
+    """Tokens that one denoising step adds to the pack: image and text, over all guidance branches."""
+
+    def total(self, num_steps: int) -> float:
+        return self.encode + num_steps * self.step + self.decode
+
+
+@dataclass(frozen=True)
+class DiffusionRequest:
+    """A single picture: every parameter resolved, so that running it again gives the same pixels."""
+
+    request_id: str
+    prompt: str
+    negative_prompt: str | None
+    """None: no unconditional branch."""
+    height: int
+    width: int
+    num_inference_steps: int
+    true_cfg_scale: float
+    guidance_scale: float | None
+    seed: int
+    max_sequence_length: int
+    sigmas: tuple[float, ...] | None
+    priority: int
+    preview_steps: tuple[int, ...]
+    """After these many steps (1-based, ascending) a prediction of the final picture is delivered."""
+    cost: RequestCost
+    num_prompt_tokens: int
+    num_image_tokens: int
+    arrival: float
+    """`time.monotonic()` of the engine's process."""
+
+    @property
+    def has_guidance(self) -> bool:
+        return self.negative_prompt is not None and self.true_cfg_scale > 1

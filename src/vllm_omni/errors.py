@@ -1,0 +1,94 @@
+"""Every error that leaves the package, in one tree.
+
+OmniError
+├── ConfigError              the program was started wrongly: one line, exit code 2
+│   └── NotAvailableError    a flag that parses but whose feature is not built yet
+├── RequestError             one request cannot be served (carries the HTTP status)
+│   ├── InvalidRequestError  400  a field is wrong; `param` names it
+│   ├── ModelNotFoundError   404
+│   ├── QueueFullError       429  `retry_after` seconds
+│   ├── UnavailableError     503  draining, starting or restarting; `retry_after` seconds
+│   ├── DeadlineError        504
+│   ├── GenerationError      500  the device failed on this request
+│   └── RequestAbortedError  499  the caller or the client gave up
+└── WorkerDiedError          a worker process ended or stopped answering
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class OmniError(Exception):
+    """Root of the tree."""
+
+
+class ConfigError(OmniError, ValueError):
+    """A setting is wrong; the message names it, what it got and what it takes."""
+
+
+class NotAvailableError(ConfigError):
+    """A setting is understood, but what it asks for is not built yet."""
+
+
+class RequestError(OmniError):
+    """A request that cannot be served.
+
+    `status`: HTTP status code; `type` and `code`: the fields of OpenAI's error object; `param`: the
+    offending field or None; `retryable`: whether the same request may succeed later.
+    """
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str | None] = None
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.retry_after = retry_after
+
+
+class InvalidRequestError(RequestError, ValueError):
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_value"
+
+
+class ModelNotFoundError(RequestError):
+    status = 404
+    type = "invalid_request_error"
+    code = "model_not_found"
+
+
+class QueueFullError(RequestError):
+    status = 429
+    type = "rate_limit_error"
+    code = "queue_full"
+    retryable = True
+
+
+class UnavailableError(RequestError):
+    status = 503
+    code = "unavailable"
+    retryable = True
+
+
+class DeadlineError(RequestError):
+    status = 504
+    code = "deadline_exceeded"
+
+
+class GenerationError(RequestError):
+    status = 500
+    code = "generation_failed"
+
+
+class RequestAbortedError(RequestError):
+    status = 499
+    type = "invalid_request_error"
+    code = "aborted"
+
+
+class WorkerDiedError(OmniError):
+    """A worker process ended, closed its channel or missed its deadline."""

@@ -1,0 +1,1 @@
+"""What a caller hands in: prompts and sampling parameters."""

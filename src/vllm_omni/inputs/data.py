@@ -1,0 +1,111 @@
+"""Prompts and sampling parameters, as the caller writes them (no torch here)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from vllm_omni.errors import InvalidRequestError
+
+
+@dataclass(frozen=True, slots=True)
+class LoRARequest:
+    """A LoRA adapter by its served name; `path` is only read for adapters registered at start."""
+
+    name: str
+    path: str | None = None
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class OmniDiffusionSamplingParams:
+    """How to make one picture or video; `None` means the model's own default."""
+
+    height: int | None = None
+    """Pixels."""
+    width: int | None = None
+    """Pixels."""
+    num_frames: int | None = None
+    fps: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    """Distilled guidance, for models that embed it."""
+    true_cfg_scale: float | None = None
+    """Classifier-free guidance; above 1 and with a negative prompt it doubles the work."""
+    seed: int | None = None
+    """Output i uses `seed + i`; None draws one and reports it."""
+    num_outputs_per_prompt: int = 1
+    sigmas: tuple[float, ...] | None = None
+    """Custom noise schedule, one value a step, descending in (0, 1]."""
+    max_sequence_length: int | None = None
+    """Longest prompt accepted, in tokens."""
+    strength: float | None = None
+    lora_request: LoRARequest | None = None
+    lora_scale: float | None = None
+    priority: int = 0
+    """Smaller runs earlier."""
+    output_type: str = "pil"
+    num_previews: int = 0
+    """Decoded predictions of the final picture to deliver on the way (0-3)."""
+
+    def filled_from(self, defaults: Mapping[str, Any]) -> OmniDiffusionSamplingParams:
+        """This, with every `None` replaced by the value of the same name in `defaults`."""
+        known = {f.name for f in fields(self)}
+        missing = {k: v for k, v in defaults.items() if k in known and getattr(self, k) is None}
+        return replace(self, **missing)
+
+
+@dataclass(frozen=True, slots=True)
+class OmniPrompt:
+    """One prompt with what belongs to it; `images` are PIL images for editing models."""
+
+    prompt: str
+    negative_prompt: str | None = None
+    images: tuple[Any, ...] = ()
+
+
+PromptLike = str | Mapping[str, Any] | OmniPrompt
+
+_PROMPT_KEYS = ("prompt", "negative_prompt", "multi_modal_data")
+
+
+def parse_prompt(value: PromptLike) -> OmniPrompt:
+    """A string or `{"prompt", "negative_prompt", "multi_modal_data": {"image": ...}}` as an `OmniPrompt`.
+
+    Raises InvalidRequestError for anything else, naming the key.
+    """
+    if isinstance(value, OmniPrompt):
+        return value
+    if isinstance(value, str):
+        return OmniPrompt(value)
+    if not isinstance(value, Mapping):
+        raise InvalidRequestError(
+            f"a prompt is a string or a mapping with {_PROMPT_KEYS}, got {type(value).__name__}",
+            param="prompt",
+        )
+    if unknown := set(value) - set(_PROMPT_KEYS):
+        raise InvalidRequestError(
+            f"unknown prompt keys {sorted(map(str, unknown))}, accepted are {_PROMPT_KEYS}", param="prompt"
+        )
+    prompt, negative = value.get("prompt"), value.get("negative_prompt")
+    if not isinstance(prompt, str):
+        raise InvalidRequestError(f"prompt must be a string, got {type(prompt).__name__}", param="prompt")
+    if negative is not None and not isinstance(negative, str):
+        raise InvalidRequestError(
+            f"negative_prompt must be a string, got {type(negative).__name__}", param="negative_prompt"
+        )
+    return OmniPrompt(prompt, negative, _parse_images(value.get("multi_modal_data")))
+
+
+def _parse_images(data: Any) -> tuple[Any, ...]:
+    if data is None:
+        return ()
+    if not isinstance(data, Mapping) or set(data) - {"image"}:
+        raise InvalidRequestError(
+            'multi_modal_data must be {"image": PIL image or list of them}', param="multi_modal_data"
+        )
+    images = data.get("image")
+    if images is None:
+        return ()
+    return tuple(images) if isinstance(images, Sequence) else (images,)

@@ -1,0 +1,31 @@
+"""What a caller gets back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class OmniRequestOutput:
+    """Progress (`finished` False) or the result (`finished` True) of one prompt.
+
+    `images`: PIL images, one an output (for video a list of frames an output); in a progress message the
+    preview of output `index`, or nothing. `seeds`: the seed of each output. `timings`: seconds by stage
+    (`queue`, `text_encode`, `denoise`, `vae_decode`, `total`) and `computed_steps`, of the slowest output.
+    """
+
+    request_id: str
+    prompt: str
+    images: list[Any] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    timings: dict[str, float] = field(default_factory=dict)
+    finished: bool = False
+    index: int = 0
+    """Which output of the prompt a progress message speaks of."""
+    step: int = 0
+    """Denoising steps done."""
+    num_inference_steps: int = 0
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    """Image tokens (latent patches) over all outputs."""
