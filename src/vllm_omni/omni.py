@@ -1,0 +1,327 @@
+"""`AsyncOmni` (asyncio) and `Omni` (blocking): prompts in, pictures out."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import uuid
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
+from vllm_omni.diffusion.engine import (
+    DiffusionEngine,
+    EngineEvent,
+    EngineObserver,
+    EngineStatus,
+    Failed,
+    Finished,
+    NullObserver,
+    Preview,
+)
+from vllm_omni.diffusion.executor import make_executor
+from vllm_omni.diffusion.intake import Intake
+from vllm_omni.diffusion.plan import WorkerReady
+from vllm_omni.diffusion.registry import load_model_info
+from vllm_omni.diffusion.request import DiffusionRequest
+from vllm_omni.errors import ConfigError, InvalidRequestError, UnavailableError
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams, PromptLike, parse_prompt
+from vllm_omni.outputs import OmniRequestOutput
+
+SHUTDOWN_SECONDS = 30.0
+
+
+def make_config(
+    model: str,
+    *,
+    parallel_config: DiffusionParallelConfig | None = None,
+    cache_backend: str | None = None,
+    cache_config: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> OmniDiffusionConfig:
+    """The engine's config from `Omni`'s keywords. Raises ConfigError for unknown ones and wrong values."""
+    try:
+        return OmniDiffusionConfig(
+            model=model,
+            parallel=parallel_config or DiffusionParallelConfig(),
+            cache_backend=cache_backend or "none",  # type: ignore[arg-type]  # checked by the config itself
+            cache_config=cache_config or {},
+            **settings,
+        )
+    except TypeError as error:
+        accepted = ", ".join(OmniDiffusionConfig.__dataclass_fields__)
+        raise ConfigError(f"{error}; accepted are {accepted}") from error
+
+
+@dataclass
+class Job:
+    """One `generate` call under way: its requests and what is known of each."""
+
+    request_id: str
+    prompt: str
+    output_type: str
+    requests: list[DiffusionRequest]
+    images: dict[str, np.ndarray] = field(default_factory=dict)
+    timings: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def pending(self) -> list[str]:
+        return [r.request_id for r in self.requests if r.request_id not in self.images]
+
+    def progress(self, event: EngineEvent) -> OmniRequestOutput:
+        index = next(i for i, r in enumerate(self.requests) if r.request_id == event.request_id)
+        request = self.requests[index]
+        return OmniRequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            images=[self._image(event.image)] if isinstance(event, Preview) else [],
+            seeds=[request.seed],
+            index=index,
+            step=request.num_inference_steps if isinstance(event, Finished) else getattr(event, "step", 0),
+            num_inference_steps=request.num_inference_steps,
+        )
+
+    def result(self) -> OmniRequestOutput:
+        slowest = max(self.timings.values(), key=lambda timings: timings["total"])
+        steps = self.requests[0].num_inference_steps
+        return OmniRequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            images=[self._image(self.images[r.request_id]) for r in self.requests],
+            seeds=[r.seed for r in self.requests],
+            timings=slowest,
+            finished=True,
+            step=steps,
+            num_inference_steps=steps,
+            num_prompt_tokens=self.requests[0].num_prompt_tokens,
+            num_output_tokens=sum(r.num_image_tokens for r in self.requests),
+        )
+
+    def _image(self, pixels: np.ndarray) -> Any:
+        return pixels if self.output_type == "np" else Image.fromarray(pixels)
+
+
+class OutputStream:
+    """The outputs of one request, as they come; `aclose()` before the end aborts it."""
+
+    def __init__(self, job: Job, events: asyncio.Queue[EngineEvent], end: Callable[[Job], None]) -> None:
+        self._job = job
+        self._events = events
+        self._end = end
+        self._finished = False
+
+    def __aiter__(self) -> OutputStream:
+        return self
+
+    async def __anext__(self) -> OmniRequestOutput:
+        if self._finished:
+            raise StopAsyncIteration
+        if not self._job.pending:
+            await self.aclose()
+            return self._job.result()
+        try:
+            event = await self._events.get()
+            if isinstance(event, Failed):
+                raise event.error
+        except BaseException:
+            await self.aclose()
+            raise
+        if isinstance(event, Finished):
+            self._job.images[event.request_id] = event.image
+            self._job.timings[event.request_id] = event.timings
+        return self._job.progress(event)
+
+    async def aclose(self) -> None:
+        self._finished = True
+        self._end(self._job)
+
+
+class AsyncOmni:
+    """An engine for one model, on the running event loop.
+
+    Made from an `OmniDiffusionConfig` or from its fields as keywords (`model`, `parallel_config`,
+    `cache_backend`, `cache_config`, ...). Raises ConfigError when a setting or the model is wrong.
+    """
+
+    def __init__(
+        self,
+        config: OmniDiffusionConfig | None = None,
+        *,
+        observer: EngineObserver | None = None,
+        **settings: Any,
+    ) -> None:
+        self.config = config or make_config(**settings)
+        self.info = load_model_info(self.config.model)
+        self.ready: WorkerReady | None = None
+        self._intake: Intake | None = None
+        self._engine = DiffusionEngine(self.config, make_executor(self.config, self.info), observer or NullObserver())
+        self._jobs: dict[str, Job] = {}
+
+    async def start(self) -> None:
+        """Load the weights, warm up, begin to serve. Raises ConfigError or WorkerDiedError with the reason."""
+        self.ready = await self._engine.start()
+        self._intake = Intake(self.config, self.info, self.ready)
+
+    def generate(
+        self,
+        prompt: PromptLike,
+        sampling_params: OmniDiffusionSamplingParams | None = None,
+        request_id: str | None = None,
+    ) -> OutputStream:
+        """Progress messages, then the output with `finished` True.
+
+        A wrong or refused request raises a RequestError here, not in the iterator. A failure later is raised by
+        the iterator. Closing the iterator early aborts the request.
+        """
+        return self.submit(self.resolve(prompt, sampling_params, request_id))
+
+    def resolve(
+        self,
+        prompt: PromptLike,
+        sampling_params: OmniDiffusionSamplingParams | None = None,
+        request_id: str | None = None,
+    ) -> Job:
+        """Check a request without running it. Raises InvalidRequestError."""
+        if self._intake is None:
+            raise UnavailableError("the engine has not started", retry_after=1.0)
+        parsed = parse_prompt(prompt)
+        params = sampling_params or OmniDiffusionSamplingParams()
+        request_id = request_id or f"omni-{uuid.uuid4().hex}"
+        requests = self._intake.resolve(parsed, params, request_id)
+        return Job(request_id, parsed.prompt, params.output_type, requests)
+
+    def submit(self, job: Job) -> OutputStream:
+        """Run a resolved request. Raises QueueFullError or UnavailableError."""
+        if job.request_id in self._jobs:
+            raise InvalidRequestError(f"request id {job.request_id!r} is in use", param="request_id")
+        events = self._engine.add(job.requests)
+        self._jobs[job.request_id] = job
+        return OutputStream(job, events, self._end)
+
+    def _end(self, job: Job) -> None:
+        if self._jobs.pop(job.request_id, None) and job.pending:
+            self._engine.abort(job.pending)
+
+    def abort(self, request_id: str) -> None:
+        """Stop a request at the next step; its iterator raises RequestAbortedError. Unknown ids are ignored."""
+        if job := self._jobs.get(request_id):
+            self._engine.abort(job.pending)
+
+    def status(self) -> EngineStatus:
+        return self._engine.status()
+
+    def begin_drain(self) -> None:
+        """Refuse new requests from now on (UnavailableError)."""
+        self._engine.begin_drain()
+
+    async def drain(self, timeout: float) -> bool:
+        """Refuse new requests and wait for the running ones, at most `timeout` seconds; True when all ended."""
+        return await self._engine.drain(timeout)
+
+    async def close(self) -> None:
+        """Stop the workers; what still runs fails. Safe to call twice."""
+        await self._engine.close()
+
+
+class Omni:
+    """`AsyncOmni` for scripts: blocking calls, a progress bar, nothing to close (but it may be, or used in `with`).
+
+    `progress_bar=False` switches the bar off; the other keywords are `AsyncOmni`'s.
+    """
+
+    def __init__(
+        self, config: OmniDiffusionConfig | None = None, *, progress_bar: bool = True, **settings: Any
+    ) -> None:
+        if config is None:
+            # The queue's bounds protect a server from its clients; a script knows what it asked for.
+            config = make_config(**{"max_num_queued_reqs": 2**31, "max_queue_seconds": math.inf, **settings})
+        elif settings:
+            raise ConfigError(f"give a config or keywords, not both: got a config and {sorted(settings)}")
+        self._progress_bar = progress_bar
+        self._async = AsyncOmni(config)
+        self._loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=self._loop.run_forever, name="omni-loop", daemon=True)
+        thread.start()
+        self._finalizer = weakref.finalize(self, _shut_down, self._async, self._loop, thread)
+        self._call(self._async.start())
+
+    def generate(
+        self,
+        prompts: PromptLike | Sequence[PromptLike],
+        sampling_params: OmniDiffusionSamplingParams | Sequence[OmniDiffusionSamplingParams] | None = None,
+    ) -> list[OmniRequestOutput]:
+        """One output a prompt, in order. `sampling_params`: one for all, or one each.
+
+        Raises InvalidRequestError before anything runs if a request is wrong, and the first failure after the
+        others have ended.
+        """
+        prompt_list = list(prompts) if isinstance(prompts, Sequence) and not isinstance(prompts, str) else [prompts]
+        if isinstance(sampling_params, Sequence):
+            if len(sampling_params) != len(prompt_list):
+                raise InvalidRequestError(
+                    f"got {len(prompt_list)} prompts and {len(sampling_params)} sampling_params: give one, or one each",
+                    param="sampling_params",
+                )
+            params_list = list(sampling_params)
+        else:
+            params_list = [sampling_params or OmniDiffusionSamplingParams()] * len(prompt_list)
+        return self._call(self._generate_all(prompt_list, params_list))
+
+    async def _generate_all(
+        self, prompts: list[Any], params: list[OmniDiffusionSamplingParams]
+    ) -> list[OmniRequestOutput]:
+        jobs = [self._async.resolve(p, s) for p, s in zip(prompts, params)]
+        total = sum(r.num_inference_steps for job in jobs for r in job.requests)
+        with tqdm(total=total, unit="step", desc="denoising", disable=not self._progress_bar) as bar:
+            streams = [self._async.submit(job) for job in jobs]
+            results = await asyncio.gather(*(_last_output(s, bar) for s in streams), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return [result for result in results if isinstance(result, OmniRequestOutput)]
+
+    def _call(self, coroutine: Any) -> Any:
+        future: Future[Any] = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # Ctrl-C: cancelling closes the streams, which aborts their requests
+            raise
+
+    def close(self) -> None:
+        """Stop the workers. Happens by itself when the object goes or the program ends."""
+        self._finalizer()
+
+    def __enter__(self) -> Omni:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+async def _last_output(stream: OutputStream, bar: tqdm) -> OmniRequestOutput:
+    steps: dict[int, int] = {}
+    try:
+        async for output in stream:
+            if output.finished:
+                return output
+            bar.update(output.step - steps.get(output.index, 0))
+            steps[output.index] = output.step
+    finally:
+        await stream.aclose()
+    raise AssertionError("a stream ends with its result or an error")
+
+
+def _shut_down(omni: AsyncOmni, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    asyncio.run_coroutine_threadsafe(omni.close(), loop).result(timeout=SHUTDOWN_SECONDS)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(timeout=SHUTDOWN_SECONDS)
+    loop.close()

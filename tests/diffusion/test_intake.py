@@ -1,0 +1,147 @@
+"""Intake: what is wrong is refused with the field's name; what is right is priced and seeded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.intake import Intake, spread_previews
+from vllm_omni.diffusion.plan import WorkerReady
+from vllm_omni.diffusion.registry import ModelInfo
+from vllm_omni.errors import InvalidRequestError
+from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, OmniPrompt, parse_prompt
+
+INFO = ModelInfo(
+    path=Path("model"),
+    family="qwen_image",
+    size_multiple=16,
+    pixels_per_token=16,
+    max_prompt_tokens=64,
+    count_prompt_tokens=lambda text: len(text.split()),
+    attention_tokens=100.0,
+    default_sampling_params={"height": 64, "width": 96, "num_inference_steps": 20, "true_cfg_scale": 4.0},
+)
+READY = WorkerReady(
+    load_seconds=0,
+    load_bytes=0,
+    device="cpu",
+    dtype="float32",
+    max_batch_tokens=256,
+    seconds_per_unit=1e-3,
+    step_overhead_seconds=0,
+    encode_units_per_token=0.5,
+    decode_units_per_token=2.0,
+)
+
+
+def intake(**settings: object) -> Intake:
+    return Intake(OmniDiffusionConfig("demo", max_pixels=512 * 512, **settings), INFO, READY)  # type: ignore[arg-type]
+
+
+def test_defaults_of_the_model_are_filled_and_overridden_by_the_server() -> None:
+    (request,) = intake().resolve(OmniPrompt("a cat"), OmniDiffusionSamplingParams(seed=7), "r")
+    assert (request.request_id, request.height, request.width, request.num_inference_steps) == ("r-0", 64, 96, 20)
+    assert request.seed == 7
+    assert not request.has_guidance  # as in diffusers: no negative prompt, no guidance
+    served = intake(default_sampling_params={"num_inference_steps": 5, "negative_prompt": "bad"})
+    (request,) = served.resolve(OmniPrompt("a cat"), OmniDiffusionSamplingParams(), "r")
+    assert request.num_inference_steps == 5
+    assert request.negative_prompt == "bad"
+    assert request.has_guidance
+
+
+def test_cost_counts_both_branches() -> None:
+    params = OmniDiffusionSamplingParams(height=64, width=64)
+    (request,) = intake().resolve(OmniPrompt("a b c d", "e f"), params, "r")
+    # 16 image tokens; 4 and 2 text tokens; n (1 + n / 100) a branch
+    assert request.cost.tokens_per_step == 20 + 18
+    assert request.cost.step == pytest.approx(20 * 1.2 + 18 * 1.18)
+    assert request.cost.encode == pytest.approx(3.0)
+    assert request.cost.decode == pytest.approx(32.0)
+
+
+def test_outputs_have_consecutive_seeds_and_a_missing_seed_is_drawn_once() -> None:
+    requests = intake().resolve(OmniPrompt("x"), OmniDiffusionSamplingParams(num_outputs_per_prompt=3), "r")
+    assert [r.request_id for r in requests] == ["r-0", "r-1", "r-2"]
+    first = requests[0].seed
+    assert [r.seed for r in requests] == [first, first + 1, first + 2]
+
+
+@pytest.mark.parametrize(
+    ("params", "param", "words"),
+    [
+        ({"height": 70, "width": 64}, "height", "nearest valid size is 64x64"),
+        ({"height": 64, "width": 90}, "width", "nearest valid size is 96x64"),
+        ({"height": 0}, "height", "at least 16"),
+        ({"height": 1024, "width": 1024}, "width", "at most 262144"),
+        ({"width": 10**12}, "width", "at most 262144"),
+        ({"num_inference_steps": 0}, "num_inference_steps", "1 to 200"),
+        ({"num_inference_steps": -5}, "num_inference_steps", "1 to 200"),
+        ({"num_inference_steps": 201}, "num_inference_steps", "1 to 200"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps", "an integer"),
+        ({"seed": -1}, "seed", "from 0"),
+        ({"seed": 2**63}, "seed", "from 0"),
+        ({"true_cfg_scale": float("nan")}, "true_cfg_scale", "0 to 100"),
+        ({"true_cfg_scale": 1e9}, "true_cfg_scale", "0 to 100"),
+        ({"guidance_scale": 3.0}, "guidance_scale", "true_cfg_scale"),
+        ({"num_outputs_per_prompt": 0}, "num_outputs_per_prompt", "at least 1"),
+        ({"num_previews": 4}, "num_previews", "0 to 3"),
+        ({"sigmas": (1.0, 0.5), "num_inference_steps": 3}, "sigmas", "3 values"),
+        ({"sigmas": (0.5, 1.0)}, "sigmas", "descending"),
+        ({"max_sequence_length": 65}, "max_sequence_length", "1 to 64"),
+        ({"num_frames": 8}, "num_frames", "single pictures"),
+        ({"strength": 0.5}, "strength", "no such parameter"),
+        ({"lora_request": LoRARequest("x")}, "lora_request", "not available yet"),
+        ({"output_type": "latent"}, "output_type", "pil"),
+    ],
+)
+def test_wrong_parameters_are_named(params: dict, param: str, words: str) -> None:
+    with pytest.raises(InvalidRequestError, match=words) as caught:
+        intake().resolve(OmniPrompt("x"), OmniDiffusionSamplingParams(**params), "r")
+    assert caught.value.param == param
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("prompt", "param", "words"),
+    [
+        (OmniPrompt("w " * 65), "prompt", "65 tokens, at most 64"),
+        (OmniPrompt("x", "w " * 65), "negative_prompt", "65 tokens"),
+        (OmniPrompt("x" * 32_001), "prompt", "32001 characters"),
+        (OmniPrompt("x", images=(object(),)), "image", "generations"),
+    ],
+)
+def test_wrong_prompts_are_named(prompt: OmniPrompt, param: str, words: str) -> None:
+    with pytest.raises(InvalidRequestError, match=words) as caught:
+        intake().resolve(prompt, OmniDiffusionSamplingParams(), "r")
+    assert caught.value.param == param
+
+
+def test_custom_sigmas_set_the_number_of_steps() -> None:
+    (request,) = intake().resolve(OmniPrompt("x"), OmniDiffusionSamplingParams(sigmas=(1.0, 0.7, 0.2)), "r")
+    assert request.num_inference_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("previews", "steps", "expected"), [(0, 20, ()), (1, 20, (10,)), (3, 20, (5, 10, 15)), (3, 2, (1,)), (3, 1, ())]
+)
+def test_previews_are_spread(previews: int, steps: int, expected: tuple[int, ...]) -> None:
+    assert spread_previews(previews, steps) == expected
+
+
+@pytest.mark.parametrize(
+    "value",
+    [3, {"text": "x"}, {"prompt": 3}, {"prompt": "x", "negative_prompt": 1}, {"prompt": "x", "multi_modal_data": 1}],
+)
+def test_prompts_of_the_wrong_form_are_refused(value: object) -> None:
+    with pytest.raises(InvalidRequestError):
+        parse_prompt(value)  # type: ignore[arg-type]
+
+
+def test_prompts_may_be_strings_or_mappings() -> None:
+    assert parse_prompt("x") == OmniPrompt("x")
+    image = object()
+    parsed = parse_prompt({"prompt": "x", "negative_prompt": "y", "multi_modal_data": {"image": image}})
+    assert parsed == OmniPrompt("x", "y", (image,))
