@@ -1,0 +1,225 @@
+"""Load on a running server, as clients see it: throughput, latency percentiles, stage times, picture by picture.
+
+    python -m benchmarks.serving --base-url http://127.0.0.1:8000/v1 --concurrency 8 --num-requests 64
+    python -m benchmarks.serving --rate 2 --sizes 64x64,96x128 --steps 4,20
+
+`--concurrency N` is a closed loop (N clients, each sends when its last answer came); `--rate R` is an open loop
+(Poisson arrivals, R a second, whether or not the server keeps up). The workload is drawn from `--seed`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import csv
+import json
+import random
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from openai import APIError, AsyncOpenAI
+from tqdm import tqdm
+
+PROMPTS = (
+    "red apple",
+    "a panda on a pink background",
+    "pizza",
+    "rocket",
+    "sunflower",
+    "a hamburger on a blue background",
+)
+STAGES = ("queue", "text_encode", "denoise", "vae_decode", "total")
+PERCENTILES = (50, 90, 99)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One request of the workload; `arrival` in seconds from the start (open loop only)."""
+
+    index: int
+    prompt: str
+    size: str
+    steps: int
+    seed: int
+    arrival: float
+
+    @property
+    def kind(self) -> str:
+        return f"{self.size} x {self.steps} steps"
+
+
+@dataclass
+class Outcome:
+    """What a client saw of one request; times in seconds, `sent` and `done` from the start of the run."""
+
+    index: int
+    kind: str
+    sent: float
+    done: float
+    error: str | None = None
+    timings: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def latency(self) -> float:
+        return self.done - self.sent
+
+
+def draw_workload(args: argparse.Namespace) -> list[Item]:
+    """The same seed gives the same requests at the same times."""
+    rng = random.Random(args.seed)
+    arrival, items = 0.0, []
+    for index in range(args.num_requests):
+        size, steps = rng.choice(args.sizes), rng.choice(args.steps)
+        items.append(Item(index, rng.choice(PROMPTS), size, steps, rng.randrange(2**31), arrival))
+        if args.rate:
+            arrival += rng.expovariate(args.rate)
+    return items
+
+
+async def send(client: AsyncOpenAI, model: str, item: Item, start: float) -> Outcome:
+    sent = time.perf_counter() - start
+    outcome = Outcome(item.index, item.kind, sent, sent)
+    try:
+        response = await client.images.generate(
+            model=model,
+            prompt=item.prompt,
+            size=item.size,
+            extra_body={"num_inference_steps": item.steps, "seed": item.seed},
+        )
+        outcome.timings = (response.model_extra or {}).get("timings", {})
+    except APIError as error:
+        outcome.error = f"{type(error).__name__}: {error}"
+    outcome.done = time.perf_counter() - start
+    return outcome
+
+
+async def run_load(args: argparse.Namespace, items: Sequence[Item]) -> list[Outcome]:
+    async with AsyncOpenAI(base_url=args.base_url, api_key=args.api_key, max_retries=0, timeout=args.timeout) as client:
+        model = args.model or (await client.models.list()).data[0].id
+        await send(client, model, items[0], time.perf_counter())  # connection and caches, not counted
+        start = time.perf_counter()
+        bar = tqdm(total=len(items), unit="picture", file=sys.stderr)
+        clients = asyncio.Semaphore(args.concurrency or len(items))
+
+        async def one(item: Item) -> Outcome:
+            await asyncio.sleep(max(0.0, item.arrival - (time.perf_counter() - start)))
+            async with clients:
+                outcome = await send(client, model, item, start)
+            bar.update()
+            return outcome
+
+        outcomes = await asyncio.gather(*map(one, items))
+        bar.close()
+        return list(outcomes)
+
+
+def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Throughput, latency percentiles over all and by kind, mean seconds by stage."""
+    good = [o for o in outcomes if o.error is None]
+    kinds: dict[str, list[Outcome]] = defaultdict(list)
+    for outcome in good:
+        kinds[outcome.kind].append(outcome)
+    span = max((o.done for o in outcomes), default=0.0)
+    return {
+        "num_requests": len(outcomes),
+        "num_errors": len(outcomes) - len(good),
+        "seconds": span,
+        "pictures_per_second": len(good) / span if span else 0.0,
+        "all": describe(good),
+        "kinds": {kind: describe(of_kind) for kind, of_kind in sorted(kinds.items())},
+    }
+
+
+def describe(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    if not outcomes:
+        return {"count": 0}
+    latencies = [o.latency for o in outcomes]
+    row: dict[str, float] = {"count": len(outcomes), "mean": float(np.mean(latencies))}
+    row.update({f"p{p}": float(np.percentile(latencies, p)) for p in PERCENTILES})
+    row.update({stage: float(np.mean([o.timings.get(stage, 0.0) for o in outcomes])) for stage in STAGES})
+    return row
+
+
+def print_table(summary: dict[str, Any]) -> None:
+    columns = ["mean", *(f"p{p}" for p in PERCENTILES), *STAGES]
+    print(f"{'seconds':<24}{'count':>6}" + "".join(f"{c:>12}" for c in columns))
+    for name, row in [*summary["kinds"].items(), ("all", summary["all"])]:
+        print(f"{name:<24}{row['count']:>6}" + "".join(f"{row.get(c, float('nan')):>12.3f}" for c in columns))
+    print(
+        f"{summary['num_requests']} requests, {summary['num_errors']} errors, {summary['seconds']:.1f} s, "
+        f"{summary['pictures_per_second']:.2f} pictures/s"
+    )
+
+
+def plot(outcomes: Sequence[Outcome], summary: dict[str, Any], path: Path) -> None:
+    """Left: every picture from sent to done, its wait in the queue pale. Right: latency distribution by kind."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    kinds = list(summary["kinds"])
+    colours = {kind: pyplot.get_cmap("tab10")(i % 10) for i, kind in enumerate(kinds)}
+    figure, (gantt, cdf) = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    for row, outcome in enumerate(sorted(outcomes, key=lambda o: o.sent)):
+        colour = colours.get(outcome.kind, "red")
+        queue = outcome.timings.get("queue", 0.0)
+        gantt.barh(row, queue, left=outcome.sent, color=colour, alpha=0.25)
+        gantt.barh(row, outcome.latency - queue, left=outcome.sent + queue, color=colour)
+    gantt.set(xlabel="seconds", ylabel="picture", title="picture by picture (pale: waiting)")
+    for kind in kinds:
+        latencies = np.sort([o.latency for o in outcomes if o.kind == kind and o.error is None])
+        cdf.step(latencies, np.arange(1, len(latencies) + 1) / len(latencies), label=kind, color=colours[kind])
+    cdf.set(xlabel="latency, seconds", ylabel="share of pictures", title="latency", ylim=(0, 1.02))
+    cdf.legend(loc="lower right")
+    figure.savefig(path, dpi=110)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base-url", default="http://127.0.0.1:8000/v1")
+    parser.add_argument("--api-key", default="none")
+    parser.add_argument("--model", help="default: the first model that the server lists")
+    parser.add_argument("--num-requests", type=int, default=64)
+    load = parser.add_mutually_exclusive_group()
+    load.add_argument("--concurrency", type=int, help="closed loop with so many clients")
+    load.add_argument("--rate", type=float, help="open loop, Poisson arrivals a second")
+    parser.add_argument("--sizes", type=lambda s: s.split(","), default=["64x64", "96x96", "128x64"])
+    parser.add_argument("--steps", type=lambda s: [int(v) for v in s.split(",")], default=[4, 20])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--timeout", type=float, default=600.0)
+    parser.add_argument("--out", type=Path, default=Path("out/serving"), help="stem of the .json, .csv and .png")
+    args = parser.parse_args(argv)
+    if not args.rate and not args.concurrency:
+        args.concurrency = 8
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    outcomes = asyncio.run(run_load(args, draw_workload(args)))
+    summary = summarise(outcomes)
+    print_table(summary)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    rows = [asdict(o) for o in outcomes]
+    args.out.with_suffix(".json").write_text(json.dumps({"summary": summary, "pictures": rows}, indent=1))
+    with args.out.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["index", "kind", "sent", "done", "latency", *STAGES, "error"])
+        for o in outcomes:
+            stages = [o.timings.get(stage, "") for stage in STAGES]
+            writer.writerow([o.index, o.kind, o.sent, o.done, o.latency, *stages, o.error or ""])
+    plot(outcomes, summary, args.out.with_suffix(".png"))
+    print(f"wrote {args.out}.json, .csv, .png")
+    if summary["num_errors"]:
+        sys.exit(f"{summary['num_errors']} requests failed, the first: {next(o.error for o in outcomes if o.error)}")
+
+
+if __name__ == "__main__":
+    main()
