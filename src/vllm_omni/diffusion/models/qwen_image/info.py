@@ -1,0 +1,96 @@
+"""What the front end must know of a Qwen-Image folder, read from its configs alone (no torch at import)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from vllm_omni.diffusion.registry import ModelInfo, read_default_sampling_params
+from vllm_omni.errors import ConfigError
+
+PROMPT_TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
+    "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
+    "<|im_start|>assistant\n"
+)
+"""What diffusers' QwenImagePipeline wraps a prompt in; the model was trained on it."""
+NUM_TEMPLATE_TOKENS = 34
+"""Tokens of the template before the prompt; their hidden states are dropped."""
+MAX_PROMPT_TOKENS = 1024
+"""diffusers cuts a prompt (with the template's end) here, and takes no larger max_sequence_length."""
+PATCH_SIZE = 2
+"""Latent pixels a side that one token stands for."""
+DEFAULT_LATENT_SIDE = 128
+"""Latent pixels a side of the default picture."""
+
+
+@dataclass(frozen=True)
+class PromptTokenCounter:
+    """Counts the text tokens that the transformer sees: the prompt's and the end of the template's."""
+
+    tokenizer_path: Path
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        # Lazy: transformers imports torch, and `--help` and validation must not.
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.tokenizer_path)
+
+    def __call__(self, prompt: str) -> int:
+        return len(self._tokenizer(PROMPT_TEMPLATE.format(prompt)).input_ids) - NUM_TEMPLATE_TOKENS
+
+
+def describe(path: Path) -> ModelInfo:
+    """Sizes, limits and defaults of the model in `path`.
+
+    Raises ConfigError for a component whose config cannot be read and for a variant that we cannot run.
+    """
+    transformer = _read_config(path, "transformer")
+    vae = _read_config(path, "vae")
+    refuse_unsupported(transformer)
+    vae_scale = 2 ** len(vae.get("temperal_downsample", (False, True, True)))
+    width = transformer.get("num_attention_heads", 24) * transformer.get("attention_head_dim", 128)
+    defaults = {
+        "height": DEFAULT_LATENT_SIDE * vae_scale,
+        "width": DEFAULT_LATENT_SIDE * vae_scale,
+        "num_inference_steps": 50,
+        "true_cfg_scale": 4.0,
+        "max_sequence_length": 512,
+    }
+    return ModelInfo(
+        path=path,
+        family="qwen_image",
+        size_multiple=vae_scale * PATCH_SIZE,
+        pixels_per_token=vae_scale * PATCH_SIZE,
+        max_prompt_tokens=MAX_PROMPT_TOKENS,
+        count_prompt_tokens=PromptTokenCounter(path / "tokenizer"),
+        # A token costs 24 width² in a block's linear layers and 4 width n in attention over n tokens.
+        attention_tokens=6.0 * width,
+        default_sampling_params=defaults | read_default_sampling_params(path),
+    )
+
+
+def refuse_unsupported(transformer: Mapping[str, Any]) -> None:
+    """Raise ConfigError for transformer configs of variants that need more than this package computes."""
+    for key, only in (
+        ("zero_cond_t", False),
+        ("use_additional_t_cond", False),
+        ("use_layer3d_rope", False),
+        ("guidance_embeds", False),
+        ("patch_size", PATCH_SIZE),
+    ):
+        if (value := transformer.get(key, only)) != only:
+            raise ConfigError(f"transformer/config.json has {key}={value!r}: not available yet, only {only!r} is")
+
+
+def _read_config(path: Path, component: str) -> dict[str, Any]:
+    file = path / component / "config.json"
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {file}: {error}") from error

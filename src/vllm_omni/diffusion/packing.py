@@ -1,0 +1,145 @@
+"""The layout of a step batch: the tokens of all sequences in one flat run, without padding.
+
+A sequence is one guidance branch of one request: its text tokens and its image tokens. Two runs are kept, all
+text tokens and all image tokens, each in sequence order; attention sees them in joint order, where each
+sequence's text comes right before its image.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Offsets:
+    """Where each sequence begins in a run of tokens; the last value is the run's length."""
+
+    values: tuple[int, ...]
+    """N + 1 integers from 0."""
+    cu_seqlens: Tensor
+    """The same as int32 [N + 1] on the device, for varlen kernels."""
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> Offsets:
+        values = (0, *accumulate(lengths))
+        return cls(values, torch.tensor(values, dtype=torch.int32, device=device))
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(b - a for a, b in zip(self.values, self.values[1:]))
+
+    @property
+    def max_length(self) -> int:
+        return max(self.lengths)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Indices of one membership of sequences; depends on lengths only, so it outlives a step."""
+
+    text: Offsets
+    image: Offsets
+    joint: Offsets
+    text_sequence: Tensor
+    """int64 [text tokens]: the sequence a text token belongs to."""
+    image_sequence: Tensor
+    """int64 [image tokens]."""
+    joint_order: Tensor | None
+    """int64 [tokens]: row j of the joint order is row `joint_order[j]` of [all text, all image]; None when
+    the two are the same (one sequence)."""
+    text_position: Tensor
+    """int64 [text tokens]: the joint row of a text token."""
+    image_position: Tensor
+    """int64 [image tokens]."""
+
+    @classmethod
+    def build(cls, text_lengths: Sequence[int], image_lengths: Sequence[int], device: torch.device) -> Pack:
+        assert len(text_lengths) == len(image_lengths) > 0
+        num_text = sum(text_lengths)
+        text, image = (Offsets.of(lengths, device) for lengths in (text_lengths, image_lengths))
+        order = list(
+            chain.from_iterable(
+                chain(
+                    range(text.values[i], text.values[i + 1]),
+                    range(num_text + image.values[i], num_text + image.values[i + 1]),
+                )
+                for i in range(len(text_lengths))
+            )
+        )
+        joint_order = torch.tensor(order)
+        inverse = joint_order.argsort().to(device)
+        return cls(
+            text=text,
+            image=image,
+            joint=Offsets.of([t + i for t, i in zip(text_lengths, image_lengths)], device),
+            text_sequence=_sequence_of(text_lengths, device),
+            image_sequence=_sequence_of(image_lengths, device),
+            joint_order=joint_order.to(device) if len(text_lengths) > 1 else None,
+            text_position=inverse[:num_text],
+            image_position=inverse[num_text:],
+        )
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.text.values) - 1
+
+    @property
+    def num_text_tokens(self) -> int:
+        return self.text.values[-1]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.joint.values[-1]
+
+    def join(self, text: Tensor, image: Tensor) -> Tensor:
+        """[text tokens, ...] and [image tokens, ...] -> [tokens, ...] in joint order."""
+        both = torch.cat((text, image))
+        return both if self.joint_order is None else both.index_select(0, self.joint_order)
+
+    def split(self, joint: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of `join`."""
+        if self.joint_order is None:
+            return joint[: self.num_text_tokens], joint[self.num_text_tokens :]
+        return joint.index_select(0, self.text_position), joint.index_select(0, self.image_position)
+
+
+def _sequence_of(lengths: Sequence[int], device: torch.device) -> Tensor:
+    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
+
+
+Built = TypeVar("Built")
+
+
+class MembershipCache(Generic[Built]):
+    """What was built for the last few memberships; a step whose members stay the same builds nothing.
+
+    Keys are tuples of sequence ids. More than one is kept because a scheduler may alternate between groups.
+    """
+
+    def __init__(self, capacity: int = 4) -> None:
+        self._capacity = capacity
+        self._entries: OrderedDict[tuple[Hashable, ...], Built] = OrderedDict()
+
+    def get(self, key: tuple[Hashable, ...], build: Callable[[], Built]) -> Built:
+        if key in self._entries:
+            self._entries.move_to_end(key)
+            return self._entries[key]
+        entry = self._entries[key] = build()
+        if len(self._entries) > self._capacity:
+            self._entries.popitem(last=False)
+        return entry
+
+    def forget(self, member: Hashable) -> None:
+        """Drop every entry that `member` is part of."""
+        for key in [key for key in self._entries if member in key]:
+            del self._entries[key]
+
+    def __len__(self) -> int:
+        return len(self._entries)

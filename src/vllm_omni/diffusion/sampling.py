@@ -1,0 +1,61 @@
+"""Sampling as pure functions: noise, the schedule's shift, guidance, and the latent layout of 2x2 patches.
+
+Arithmetic and its order follow diffusers, so that the same seed gives the same picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def draw_noise(shape: Sequence[int], seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Standard normal noise from the CPU generator: the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tuple(shape), generator=generator, dtype=dtype).to(device)
+
+
+def linear_sigmas(num_steps: int) -> list[float]:
+    """The unshifted schedule of flow matching: from 1 down to 1/num_steps."""
+    sigmas: list[float] = np.linspace(1.0, 1 / num_steps, num_steps).tolist()
+    return sigmas
+
+
+def resolution_shift(
+    num_tokens: int, base_tokens: int, max_tokens: int, base_shift: float, max_shift: float
+) -> float:
+    """`mu` of the dynamic time shift: linear in the picture's tokens (SD3, arXiv 2403.03206, as in FLUX)."""
+    slope = (max_shift - base_shift) / (max_tokens - base_tokens)
+    return num_tokens * slope + (base_shift - slope * base_tokens)
+
+
+def combine_guidance(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance, rescaled token by token to the norm of the conditional velocity.
+
+    positive, negative: [tokens, channels].
+    """
+    combined = negative + scale * (positive - negative)
+    norm = torch.norm(positive, dim=-1, keepdim=True) / torch.norm(combined, dim=-1, keepdim=True)
+    return combined * norm
+
+
+def predict_clean(latents: Tensor, velocity: Tensor, sigma: float) -> Tensor:
+    """x_t = (1 - sigma) x_0 + sigma noise and velocity = noise - x_0, so x_0 = x_t - sigma velocity."""
+    return latents - sigma * velocity
+
+
+def pack_latents(latents: Tensor) -> Tensor:
+    """[channels, height, width] -> [height/2 * width/2, channels * 4]: a token is a patch of 2x2."""
+    channels, height, width = latents.shape
+    patches = latents.view(channels, height // 2, 2, width // 2, 2).permute(1, 3, 0, 2, 4)
+    return patches.reshape(height // 2 * (width // 2), channels * 4)
+
+
+def unpack_latents(tokens: Tensor, rows: int, columns: int) -> Tensor:
+    """[rows * columns, channels * 4] -> [channels, rows * 2, columns * 2]."""
+    channels = tokens.shape[-1] // 4
+    patches = tokens.view(rows, columns, channels, 2, 2).permute(2, 0, 3, 1, 4)
+    return patches.reshape(channels, rows * 2, columns * 2)
