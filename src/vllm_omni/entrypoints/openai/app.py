@@ -1,0 +1,59 @@
+"""The HTTP app: routes, errors and middlewares around an engine that somebody else starts and stops."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from vllm_omni import __version__
+from vllm_omni.entrypoints.openai.encoding import ImageEncoder
+from vllm_omni.entrypoints.openai.errors import install_error_handlers
+from vllm_omni.entrypoints.openai.files import FileStore
+from vllm_omni.entrypoints.openai.health import make_metrics_router, make_models_router, make_probes_router
+from vllm_omni.entrypoints.openai.images import ImageService, make_images_router
+from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
+from vllm_omni.entrypoints.openai.middleware import LimitBody, RequestId
+from vllm_omni.entrypoints.openai.settings import ServerSettings
+from vllm_omni.omni import AsyncOmni
+
+
+def build_app(omni: AsyncOmni, settings: ServerSettings, metrics: PrometheusObserver | None = None) -> FastAPI:
+    """The app that serves `omni`. `metrics`: the observer given to `omni`; None leaves the engine's metrics empty.
+
+    Its lifespan owns the encoding threads and the folder of stored pictures.
+    """
+    metrics = metrics or PrometheusObserver(settings.served_model_names[0])
+    metrics.watch(omni.status)
+    files = FileStore(settings.media_ttl_seconds, settings.max_media_bytes)
+    encoder = ImageEncoder(settings.num_encoding_threads, metrics.on_encoded)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        sweeping = asyncio.create_task(files.sweep_forever())
+        try:
+            yield
+        finally:
+            sweeping.cancel()
+            encoder.close()
+            files.close()
+
+    app = FastAPI(
+        title="vllm-omni",
+        version=__version__,
+        root_path=settings.root_path,
+        lifespan=lifespan,
+        redirect_slashes=False,
+        openapi_url=None if settings.disable_docs else "/openapi.json",  # without it there is no /docs either
+    )
+    app.include_router(make_images_router(ImageService(omni, settings, encoder, files)))
+    app.include_router(make_models_router(omni, settings))
+    app.include_router(make_probes_router(omni))
+    app.include_router(make_metrics_router(metrics))
+    install_error_handlers(app)
+    # The last one added is the outermost.
+    app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes)
+    app.add_middleware(RequestId, generate=settings.generate_request_ids)
+    return app

@@ -1,0 +1,126 @@
+"""Every failure as OpenAI's error object, in one place."""
+
+from __future__ import annotations
+
+import logging
+import math
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from vllm_omni.entrypoints.openai.protocol import ErrorBody, ErrorResponse
+from vllm_omni.errors import RequestError
+
+logger = logging.getLogger(__name__)
+
+# What the engine calls a parameter -> what the request calls it.
+_FIELD_NAMES = {
+    "height": "size",
+    "width": "size",
+    "num_outputs_per_prompt": "n",
+    "num_previews": "partial_images",
+    "lora_request": "lora",
+}
+_MAX_ECHO = 60
+
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorResponse, "description": "The request is wrong or refused"},
+    "5XX": {"model": ErrorResponse, "description": "The server cannot answer now, or failed"},
+}
+"""For the OpenAPI schema of each route."""
+
+
+def error_response(error: Exception, request: Request | None = None) -> JSONResponse:
+    """The HTTP answer for any exception; one that we do not know is a 500 that tells nothing of our insides."""
+    status, headers = 500, {"x-should-retry": "false"}
+    body = ErrorBody(message="The server failed on this request.", type="server_error", param=None, code=None)
+    if isinstance(error, RequestError):
+        status, headers, body = error.status, _retry_headers(error), error_body(error)
+    elif isinstance(error, RequestValidationError):
+        status, body = 400, _validation_body(error)
+    elif isinstance(error, HTTPException):
+        status, headers, body = error.status_code, {**headers, **(error.headers or {})}, _http_body(error, request)
+    return JSONResponse(ErrorResponse(error=body).model_dump(), status, headers)
+
+
+def error_body(error: Exception) -> ErrorBody:
+    """The error object for a failure in the engine, also inside an event stream."""
+    if not isinstance(error, RequestError):
+        return ErrorBody(message="The server failed on this request.", type="server_error", param=None, code=None)
+    param = _FIELD_NAMES.get(error.param, error.param) if error.param else None
+    return ErrorBody(message=str(error), type=error.type, param=param, code=error.code)
+
+
+def _retry_headers(error: RequestError) -> dict[str, str]:
+    """SDKs repeat 429 and 5xx by themselves: say when, or that it is useless."""
+    if not error.retryable:
+        return {"x-should-retry": "false"}
+    return {"Retry-After": str(max(1, math.ceil(error.retry_after or 1)))}
+
+
+def _validation_body(error: RequestValidationError) -> ErrorBody:
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"][1:]]
+    message, param, code = first["msg"], ".".join(where) or None, "invalid_value"
+    if first["type"] == "json_invalid":
+        message, param, code = f"The request body is not valid JSON: {first['ctx']['error']}.", None, "invalid_json"
+    elif param is None:
+        message, code = (
+            "The request needs a JSON object as its body, with content-type application/json.",
+            "invalid_json",
+        )
+    elif first["type"] == "missing":
+        message, code = f"{param} is required.", "missing_required_parameter"
+    else:
+        got = repr(first.get("input"))
+        got = got if len(got) <= _MAX_ECHO else got[:_MAX_ECHO] + "..."
+        message = f"{param}: {message[:1].lower()}{message[1:]}, got {got}"
+    return ErrorBody(message=message, type="invalid_request_error", param=param, code=code)
+
+
+def _http_body(error: HTTPException, request: Request | None) -> ErrorBody:
+    status = error.status_code
+    message, code = str(error.detail), HTTPStatus(status).name.lower()
+    if message == HTTPStatus(status).phrase and request is not None:
+        message = f"{message}: {request.method} {request.url.path}"
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return ErrorBody(message=message, type=kind, param=None, code=code)
+
+
+class CatchErrors:
+    """Innermost middleware: answers what no handler knew, inside the other middlewares (their headers are kept)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        started = False
+
+        async def watched_send(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched_send)
+        except Exception as error:  # the one place where a bug of ours becomes a 500
+            if started:
+                raise
+            logger.exception("%s %s failed", scope["method"], scope["path"])
+            await error_response(error)(scope, receive, send)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        return error_response(error, request)
+
+    for kind in (RequestError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, answer)
+    app.add_middleware(CatchErrors)

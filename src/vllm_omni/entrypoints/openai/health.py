@@ -1,0 +1,76 @@
+"""What probes, autoscalers and SDKs ask before they send work. Nothing here waits for anything."""
+
+from __future__ import annotations
+
+import time
+
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from vllm_omni import __version__
+from vllm_omni.entrypoints.openai.errors import ERROR_RESPONSES
+from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
+from vllm_omni.entrypoints.openai.parsing import check_model
+from vllm_omni.entrypoints.openai.protocol import ModelCard, ModelList, StatusResponse, VersionResponse
+from vllm_omni.entrypoints.openai.settings import ServerSettings
+from vllm_omni.errors import UnavailableError
+from vllm_omni.omni import AsyncOmni
+
+
+def make_probes_router(omni: AsyncOmni) -> APIRouter:
+    router = APIRouter(tags=["health"], responses=ERROR_RESPONSES)
+
+    @router.get("/health", response_model=StatusResponse)
+    async def health() -> StatusResponse:
+        """200 while every worker lives and the engine's loop moves."""
+        status = omni.status()
+        if not status.healthy:
+            raise UnavailableError(f"The engine is not healthy: it is {status.state}.", retry_after=1.0)
+        return StatusResponse(status=status.state)
+
+    @router.get("/ready", response_model=StatusResponse)
+    async def ready() -> StatusResponse:
+        """200 while new requests are taken."""
+        if (state := omni.status().state) != "running":
+            raise UnavailableError(f"The engine takes no requests: it is {state}.", retry_after=1.0)
+        return StatusResponse(status=state)
+
+    @router.get("/version", response_model=VersionResponse)
+    async def version() -> VersionResponse:
+        return VersionResponse(version=__version__)
+
+    return router
+
+
+def make_models_router(omni: AsyncOmni, settings: ServerSettings) -> APIRouter:
+    router = APIRouter(prefix="/v1/models", tags=["models"], responses=ERROR_RESPONSES)
+    created = int(time.time())
+
+    def require_warm() -> None:
+        if omni.ready is None:
+            raise UnavailableError("The model is still loading.", retry_after=1.0)
+
+    @router.get("", response_model=ModelList)
+    async def list_models() -> ModelList:
+        """The served names, once the model is warm."""
+        require_warm()
+        return ModelList(data=[ModelCard(id=name, created=created) for name in settings.served_model_names])
+
+    @router.get("/{model:path}", response_model=ModelCard)
+    async def retrieve_model(model: str) -> ModelCard:
+        require_warm()
+        check_model(model, settings.served_model_names)
+        return ModelCard(id=model, created=created)
+
+    return router
+
+
+def make_metrics_router(metrics: PrometheusObserver) -> APIRouter:
+    router = APIRouter(tags=["health"], responses=ERROR_RESPONSES)
+
+    @router.get("/metrics", response_class=Response)
+    async def show_metrics() -> Response:
+        """Prometheus's text format."""
+        return Response(metrics.render(), media_type=metrics.content_type)
+
+    return router

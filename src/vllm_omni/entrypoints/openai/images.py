@@ -1,0 +1,102 @@
+"""The routes under /v1/images."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from fastapi import APIRouter, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from vllm_omni.entrypoints.openai.answers import AnswerStyle, base64_items, images_response, url_items
+from vllm_omni.entrypoints.openai.disconnect import unless_disconnected
+from vllm_omni.entrypoints.openai.encoding import ImageEncoder
+from vllm_omni.entrypoints.openai.errors import ERROR_RESPONSES
+from vllm_omni.entrypoints.openai.files import FileStore
+from vllm_omni.entrypoints.openai.parsing import check_model, ignored_fields_header, parse_generation
+from vllm_omni.entrypoints.openai.protocol import ImageGenerationRequest, ImagesResponse
+from vllm_omni.entrypoints.openai.settings import ServerSettings
+from vllm_omni.entrypoints.openai.streaming import ImageEventStream, image_events
+from vllm_omni.errors import InvalidRequestError
+from vllm_omni.omni import AsyncOmni, OutputStream
+
+logger = logging.getLogger(__name__)
+
+FILE_ROUTE = "image_file"
+
+
+@dataclass(frozen=True)
+class ImageService:
+    """Turns image requests into answers."""
+
+    omni: AsyncOmni
+    settings: ServerSettings
+    encoder: ImageEncoder
+    files: FileStore
+
+    async def generate(self, body: ImageGenerationRequest, request: Request) -> Response:
+        """Raises RequestError before anything runs, or when the engine fails on it."""
+        check_model(body.model, self.settings.served_model_names)
+        prompt, params, image_format = parse_generation(body)
+        outputs = self.omni.generate(prompt, params)
+        style, headers = AnswerStyle.of(body, image_format), ignored_fields_header(body)
+        if self.settings.log_prompts:
+            logger.info("prompt %r, %s", prompt, params)
+        if body.stream:
+            events = image_events(outputs, style, self.encoder)
+            return ImageEventStream(outputs, events, self.settings.keep_alive_seconds, headers)
+        async with aclosing(outputs):
+            work = self._finish(outputs, style, request, as_url=body.response_format == "url")
+            response = await unless_disconnected(request, work)
+        response.headers.update(headers)
+        return response
+
+    async def _finish(self, outputs: OutputStream, style: AnswerStyle, request: Request, as_url: bool) -> Response:
+        if as_url:
+            encode_item = url_items(
+                self.encoder, self.files, style, lambda file_id: str(request.url_for(FILE_ROUTE, file_id=file_id))
+            )
+        else:
+            encode_item = base64_items(self.encoder, style)
+        async for output in outputs:
+            if output.finished:
+                return await images_response(output, style, encode_item)
+        raise AssertionError("a stream of outputs ends with its result or an error")
+
+    async def file(self, file_id: str) -> Response:
+        """A stored picture; 404 once it has expired."""
+        if (found := await self.files.get(file_id)) is None:
+            raise HTTPException(404, "There is no such file, or its time has passed.")
+        data, content_type = found
+        headers = {"cache-control": "private, immutable", "x-content-type-options": "nosniff"}
+        return Response(data, media_type=content_type, headers=headers)
+
+
+def make_images_router(service: ImageService) -> APIRouter:
+    router = APIRouter(prefix="/v1/images", tags=["images"], responses=ERROR_RESPONSES)
+
+    @router.post("/generations", response_model=ImagesResponse)
+    async def generations(body: ImageGenerationRequest, request: Request) -> Response:
+        """Make pictures from a prompt; server-sent events with `stream`."""
+        return await service.generate(body, request)
+
+    @router.get("/files/{file_id}", name=FILE_ROUTE, response_class=Response)
+    async def image_file(file_id: str) -> Response:
+        """Fetch a picture that was asked for with `response_format=url`."""
+        return await service.file(file_id)
+
+    @router.post("/edits")
+    async def edits() -> Response:
+        """Refused: the model makes pictures from text."""
+        raise InvalidRequestError(
+            "The served model makes pictures from text and edits none: use POST /v1/images/generations.", param="model"
+        )
+
+    @router.post("/variations")
+    async def variations() -> Response:
+        """Refused: no model makes variations."""
+        raise HTTPException(404, "Variations are not available: use POST /v1/images/generations with another seed.")
+
+    return router

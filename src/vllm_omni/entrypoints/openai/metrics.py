@@ -1,0 +1,125 @@
+"""Prometheus metrics: the engine tells the observer what happens, `/metrics` shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+
+from vllm_omni.diffusion.plan import StepPlan, StepResult
+from vllm_omni.diffusion.request import DiffusionRequest
+
+if TYPE_CHECKING:
+    from vllm_omni.diffusion.engine import EngineStatus
+
+_LATENCY_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600, 1800)
+_STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_SEQUENCE_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+_TOKEN_BUCKETS = tuple(2**i for i in range(6, 19))
+_ENGINE_STAGES = ("text_encode", "denoise", "vae_decode")
+
+
+class PrometheusObserver:
+    """An `EngineObserver` with a registry of its own; all metrics carry the label `model_name`."""
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self, model_name: str) -> None:
+        self._model_name = model_name
+        self._registry = CollectorRegistry()
+        self._latency = self._histogram("e2e_request_latency_seconds", "From arrival to pixels", _LATENCY_BUCKETS)
+        self._queue_time = self._histogram("request_queue_time_seconds", "Waiting before work", _LATENCY_BUCKETS)
+        self._stage_time = Histogram(
+            "vllm_omni:stage_time_seconds",
+            "Time of one picture in each stage",
+            ("model_name", "stage"),
+            registry=self._registry,
+            buckets=_LATENCY_BUCKETS,
+        )
+        for stage in (*_ENGINE_STAGES, "media_encode"):
+            self._stage_time.labels(model_name, stage)
+        self._step_time = self._histogram("denoise_step_seconds", "One denoising step of the device", _STEP_BUCKETS)
+        self._step_sequences = self._histogram("step_batch_sequences", "Sequences in one step", _SEQUENCE_BUCKETS)
+        self._step_tokens = self._histogram("step_batch_tokens", "Tokens in one step", _TOKEN_BUCKETS)
+        self._success = self._counter("request_success", "Pictures delivered", reason=("completed",))
+        self._failed = self._counter("requests_failed", "Pictures that failed")
+        self._rejected = self._counter("requests_rejected", "Refused", reason=("queue_full", "unavailable"))
+        self._aborted = self._counter("requests_aborted", "Cancelled, or the client left")
+        self._replayed = self._counter("requests_replayed", "Run again after a worker died")
+        self._images = self._counter("images", "Pictures made")
+        self._pixels = self._counter("image_pixels", "Pixels of pictures made")
+        self._steps = self._counter("inference_steps", "Denoising steps of requests", kind=("computed", "cached"))
+        self._restarts = self._counter("worker_restarts", "Worker restarts")
+        self._peak_memory = Gauge(
+            "vllm_omni:peak_memory_bytes", "Most device memory used", ("model_name",), registry=self._registry
+        ).labels(model_name)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        metric = Histogram(f"vllm_omni:{name}", text, ("model_name",), registry=self._registry, buckets=buckets)
+        return metric.labels(self._model_name)
+
+    def _counter(self, name: str, text: str, **label: tuple[str, ...]) -> dict[str, Counter]:
+        """Counters by the values of at most one further label; all exist from the start, at 0."""
+        metric = Counter(f"vllm_omni:{name}", text, ("model_name", *label), registry=self._registry)
+        if not label:
+            return {"": metric.labels(self._model_name)}
+        (values,) = label.values()
+        return {value: metric.labels(self._model_name, value) for value in values}
+
+    def on_step(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
+        if result.advanced:
+            self._step_time.observe(result.denoise_seconds)
+            self._step_sequences.observe(result.num_sequences)
+            self._step_tokens.observe(result.num_tokens)
+            self._steps["computed"].inc(len(result.advanced))
+        if result.peak_memory_bytes:
+            self._peak_memory.set(result.peak_memory_bytes)
+
+    def on_finish(self, request: DiffusionRequest, timings: dict[str, float], outcome: str) -> None:
+        if outcome != "completed":
+            (self._aborted if outcome == "aborted" else self._failed)[""].inc()
+            return
+        self._success["completed"].inc()
+        self._images[""].inc()
+        self._pixels[""].inc(request.height * request.width)
+        self._latency.observe(timings["total"])
+        self._queue_time.observe(timings["queue"])
+        for stage in _ENGINE_STAGES:
+            self._stage_time.labels(self._model_name, stage).observe(timings[stage])
+
+    def on_reject(self, reason: str) -> None:
+        self._rejected[reason].inc()
+
+    def on_worker_restart(self, num_replayed: int) -> None:
+        self._restarts[""].inc()
+        self._replayed[""].inc(num_replayed)
+
+    def on_encoded(self, seconds: float) -> None:
+        """A picture was encoded for its answer."""
+        self._stage_time.labels(self._model_name, "media_encode").observe(seconds)
+
+    def watch(self, status: Callable[[], EngineStatus]) -> None:
+        """Show the engine's queue, read when the metrics are read."""
+        self._registry.register(_QueueCollector(self._model_name, status))
+
+    def render(self) -> bytes:
+        return bytes(generate_latest(self._registry))
+
+
+class _QueueCollector:
+    def __init__(self, model_name: str, status: Callable[[], EngineStatus]) -> None:
+        self._model_name = model_name
+        self._status = status
+
+    def collect(self) -> Iterator[Metric]:
+        status = self._status()
+        for name, text, value in (
+            ("vllm:num_requests_running", "Requests under way", status.num_running),
+            ("vllm:num_requests_waiting", "Requests that wait", status.num_waiting),
+            ("vllm_omni:queue_work_seconds", "Work waiting or running", status.queue_seconds),
+        ):
+            family = GaugeMetricFamily(name, text, labels=("model_name",))
+            family.add_metric((self._model_name,), value)
+            yield family

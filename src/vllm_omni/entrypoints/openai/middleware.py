@@ -1,0 +1,63 @@
+"""Small ASGI middlewares that every request passes."""
+
+from __future__ import annotations
+
+import re
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+REQUEST_ID_HEADER = "x-request-id"
+_UNSAFE = re.compile(r"[^\w.:/+=@-]", re.ASCII)
+_MAX_REQUEST_ID = 128
+
+
+class RequestId:
+    """Echoes `x-request-id`, unsafe characters removed; `generate` makes one where the client sent none."""
+
+    def __init__(self, app: ASGIApp, generate: bool) -> None:
+        self._app = app
+        self._generate = generate
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        request_id = _UNSAFE.sub("", Headers(scope=scope).get(REQUEST_ID_HEADER, ""))[:_MAX_REQUEST_ID]
+        if not request_id and self._generate:
+            request_id = uuid.uuid4().hex
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start" and request_id:
+                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
+
+
+class LimitBody:
+    """Refuses to read bodies above `max_bytes`: 413, by their declared length or while they stream in."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        declared = Headers(scope=scope).get("content-length", "")
+        num_expected = int(declared) if declared.isdecimal() else 0
+        num_read = 0
+
+        async def limited_receive() -> Message:
+            nonlocal num_read
+            if num_expected <= self._max_bytes:
+                message = await receive()
+                num_read += len(message.get("body", b""))
+                if num_read <= self._max_bytes:
+                    return message
+            # FastAPI passes an HTTPException from its body reader on.
+            raise HTTPException(413, f"The request body is larger than {self._max_bytes} bytes.")
+
+        await self._app(scope, limited_receive, send)

@@ -1,0 +1,75 @@
+"""From the body of a request to what the engine takes. Limits of the engine are checked by the engine."""
+
+from __future__ import annotations
+
+from vllm_omni.entrypoints.openai.encoding import ImageFormat
+from vllm_omni.entrypoints.openai.protocol import ImageGenerationRequest
+from vllm_omni.errors import InvalidRequestError, ModelNotFoundError
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
+
+IGNORED_FIELDS_HEADER = "x-omni-ignored-fields"
+_MAX_LISTED_FIELDS = 20
+_MAX_NAME = 64
+
+
+def check_model(model: str | None, served_model_names: tuple[str, ...]) -> None:
+    """Raises ModelNotFoundError unless `model` is absent or a served name."""
+    if model is not None and model not in served_model_names:
+        raise ModelNotFoundError(
+            f"The model {model!r} does not exist; served: {', '.join(served_model_names)}", param="model"
+        )
+
+
+def parse_size(size: str) -> tuple[int | None, int | None]:
+    """(height, width) of `WIDTHxHEIGHT`; (None, None) for `auto`, which is the model's own size."""
+    if size == "auto":
+        return None, None
+    width, height = size.split("x")
+    return int(height), int(width)
+
+
+def parse_generation(body: ImageGenerationRequest) -> tuple[OmniPrompt, OmniDiffusionSamplingParams, ImageFormat]:
+    """The prompt, how to make the picture and how to encode it.
+
+    Raises InvalidRequestError for what is well-formed but not possible here.
+    """
+    height, width = parse_size(body.size)
+    if body.lora is not None:
+        raise InvalidRequestError("lora: adapters are not available yet", param="lora")
+    if body.background == "transparent":
+        raise InvalidRequestError("background: this model makes opaque pictures only", param="background")
+    if body.output_format == "png" and body.output_compression != 100:
+        raise InvalidRequestError(
+            "output_compression: png is lossless and takes only 100; choose jpeg or webp", param="output_compression"
+        )
+    if body.stream and body.response_format == "url":
+        raise InvalidRequestError("response_format: a stream carries its pictures as b64_json", param="response_format")
+    image_format = ImageFormat(body.output_format, body.output_compression)
+    if height is not None and width is not None:
+        image_format.check_size(height, width)
+    params = OmniDiffusionSamplingParams(
+        height=height,
+        width=width,
+        num_inference_steps=body.num_inference_steps,
+        guidance_scale=body.guidance_scale,
+        true_cfg_scale=body.true_cfg_scale,
+        seed=body.seed,
+        num_outputs_per_prompt=body.n,
+        priority=body.priority,
+        output_type="np",
+        num_previews=body.partial_images if body.stream else 0,
+    )
+    return OmniPrompt(body.prompt, body.negative_prompt), params, image_format
+
+
+def ignored_fields_header(body: ImageGenerationRequest) -> dict[str, str]:
+    """`x-omni-ignored-fields` with the names of fields that had no effect because we do not know them; {} for none."""
+    names = [_printable(name) for name in body.model_extra or {}]
+    if body.partial_images and not body.stream:
+        names.append("partial_images")
+    return {IGNORED_FIELDS_HEADER: ",".join(names[:_MAX_LISTED_FIELDS])} if names else {}
+
+
+def _printable(name: str) -> str:
+    """A client's field name as it may stand in a header."""
+    return "".join(c if c.isascii() and (c.isalnum() or c in "_.-") else "?" for c in name[:_MAX_NAME])

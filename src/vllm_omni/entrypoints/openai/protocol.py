@@ -1,0 +1,139 @@
+"""The JSON that goes in and out, as OpenAI's image API has it plus our extensions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+
+MAX_PROMPT_CHARACTERS = 32_000
+
+OutputFormat = Literal["png", "jpeg", "webp"]
+Quality = Literal["low", "medium", "high", "xhigh", "max", "auto", "standard", "hd"]
+ReportedQuality = Literal["low", "medium", "high", "xhigh", "max"]
+
+
+class _NullMeansAbsent:
+    """Marks a field whose `null` was dropped before validation, so that the schema says that it is accepted."""
+
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"anyOf": [handler(core), {"type": "null"}]}
+
+
+_NULLABLE = _NullMeansAbsent()
+
+
+class ImageGenerationRequest(BaseModel):
+    """Body of `POST /v1/images/generations`.
+
+    `null` is the same as absent. Unknown fields are ignored, and named in the header `x-omni-ignored-fields`.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)]
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=10), _NULLABLE] = 1
+    size: Annotated[str, Field(pattern=r"^(auto|[1-9][0-9]{0,5}x[1-9][0-9]{0,5})$"), _NULLABLE] = "auto"
+    """`auto` (the model's own) or `WIDTHxHEIGHT` in pixels."""
+    output_format: Annotated[OutputFormat, _NULLABLE] = "png"
+    output_compression: Annotated[int, Field(ge=0, le=100), _NULLABLE] = 100
+    """Quality of jpeg and webp in percent; png is lossless and takes only 100."""
+    response_format: Annotated[Literal["b64_json", "url"], _NULLABLE] = "b64_json"
+    background: Annotated[Literal["auto", "opaque", "transparent"], _NULLABLE] = "auto"
+    stream: Annotated[bool, _NULLABLE] = False
+    partial_images: Annotated[int, Field(ge=0, le=3), _NULLABLE] = 0
+
+    # Accepted for compatibility, without effect on the picture.
+    quality: Annotated[Quality, _NULLABLE] = "auto"
+    style: Literal["vivid", "natural"] | None = None
+    moderation: Literal["low", "auto"] | None = None
+    complexity: Literal["low", "medium", "high"] | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+
+    # Extensions.
+    negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)] | None = None
+    num_inference_steps: Annotated[int, Field(ge=1)] | None = None
+    guidance_scale: float | None = None
+    true_cfg_scale: float | None = None
+    seed: Annotated[int, Field(ge=0)] | None = None
+    """Picture i of `n` uses `seed + i`."""
+    lora: Any = None
+    """Not available yet."""
+    priority: Annotated[int, _NULLABLE] = 0
+    """Smaller runs earlier."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, body: Any) -> Any:
+        return {k: v for k, v in body.items() if v is not None} if isinstance(body, dict) else body
+
+
+class ErrorBody(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """Every answer that is not a success."""
+
+    error: ErrorBody
+
+
+class TokenDetails(BaseModel):
+    text_tokens: int
+    image_tokens: int
+
+
+class Usage(BaseModel):
+    """Tokens of the prompt, and latent patches of the pictures."""
+
+    input_tokens: int
+    output_tokens: int
+    total_tokens: int
+    input_tokens_details: TokenDetails
+    output_tokens_details: TokenDetails
+
+
+class ImageData(BaseModel):
+    b64_json: str | None = None
+    url: str | None = None
+    seed: int
+
+
+class ImagesResponse(BaseModel):
+    created: int
+    background: Literal["opaque"]
+    output_format: OutputFormat
+    quality: ReportedQuality
+    size: str
+    usage: Usage
+    timings: dict[str, float]
+    """Seconds: `queue`, `text_encode`, `denoise`, `vae_decode`, `media_encode`, `total`; and `computed_steps`."""
+    safety_identifier: str | None = None
+    data: list[ImageData]
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "vllm-omni"
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class StatusResponse(BaseModel):
+    status: str
+
+
+class VersionResponse(BaseModel):
+    version: str

@@ -1,0 +1,84 @@
+"""`stream: true`: partial and finished pictures as server-sent events."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
+from typing import Any
+
+import numpy as np
+from sse_starlette.sse import AppStatus, EventSourceResponse
+from starlette.types import Receive, Scope, Send
+
+from vllm_omni.entrypoints.openai.answers import AnswerStyle, usage
+from vllm_omni.entrypoints.openai.encoding import ImageEncoder
+from vllm_omni.entrypoints.openai.errors import error_body
+from vllm_omni.entrypoints.openai.protocol import ErrorResponse
+from vllm_omni.errors import RequestError
+from vllm_omni.omni import OutputStream
+from vllm_omni.outputs import OmniRequestOutput
+
+logger = logging.getLogger(__name__)
+
+# sse-starlette cuts every stream when uvicorn gets SIGTERM. Here whoever runs the server drains it first.
+AppStatus.disable_automatic_graceful_drain()
+
+
+class ImageEventStream(EventSourceResponse):  # type: ignore[misc]  # mypy is told to skip sse_starlette
+    """Sends events and, however it ends (also before the first event), closes `outputs`: that aborts the request."""
+
+    def __init__(
+        self, outputs: OutputStream, events: AsyncIterator[bytes], keep_alive_seconds: float, headers: Mapping[str, str]
+    ) -> None:
+        super().__init__(events, ping=keep_alive_seconds, headers=headers)
+        self._outputs = outputs
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._outputs):
+            await super().__call__(scope, receive, send)
+
+
+async def image_events(outputs: OutputStream, style: AnswerStyle, encoder: ImageEncoder) -> AsyncIterator[bytes]:
+    """`image_generation.partial_image` events, then one `image_generation.completed` for each picture.
+
+    With several pictures, `index` (ours) says which one an event speaks of. A failure is the last event.
+    """
+    num_partial: Counter[int] = Counter()
+    try:
+        async for output in outputs:
+            if output.finished:
+                async for event in _completed(output, style, encoder):
+                    yield event
+            elif output.images:
+                fields = {"partial_image_index": num_partial[output.index], "index": output.index}
+                num_partial[output.index] += 1
+                yield await _event("image_generation.partial_image", output.images[0], fields, style, encoder)
+    except Exception as error:  # the status line is gone: any failure must become the last event
+        if not isinstance(error, RequestError):
+            logger.exception("a stream failed")
+        yield _frame(ErrorResponse(error=error_body(error)).model_dump_json().encode())
+
+
+async def _completed(output: OmniRequestOutput, style: AnswerStyle, encoder: ImageEncoder) -> AsyncIterator[bytes]:
+    extra: dict[str, Any] = {"usage": usage(output).model_dump(), "timings": output.timings}
+    if style.safety_identifier:
+        extra["safety_identifier"] = style.safety_identifier
+    for index, (pixels, seed) in enumerate(zip(output.images, output.seeds, strict=True)):
+        fields = {**extra, "seed": seed, "index": index}
+        yield await _event("image_generation.completed", pixels, fields, style, encoder)
+
+
+async def _event(
+    kind: str, pixels: np.ndarray, fields: Mapping[str, Any], style: AnswerStyle, encoder: ImageEncoder
+) -> bytes:
+    shared = {"type": kind, "created_at": int(time.time()), **style.fields(pixels)}
+    return _frame(await encoder.json(pixels, style.image_format, {**shared, **fields}), kind)
+
+
+def _frame(data: bytes, kind: str | None = None) -> bytes:
+    """One event as bytes: sse-starlette passes those through, where it would scan a string for line ends."""
+    name = b"" if kind is None else b"event: %s\r\n" % kind.encode()
+    return b"".join((name, b"data: ", data, b"\r\n\r\n"))
