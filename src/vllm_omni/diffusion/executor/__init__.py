@@ -1,0 +1,23 @@
+"""Where the workers live: `uni` in this process, `mp` in processes of their own."""
+
+from __future__ import annotations
+
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.executor.base import Executor
+from vllm_omni.diffusion.registry import ModelInfo
+
+__all__ = ["Executor", "make_executor"]
+
+
+def make_executor(config: OmniDiffusionConfig, info: ModelInfo) -> Executor:
+    """The executor that `config.distributed_executor_backend` names; imported only when chosen."""
+    if config.distributed_executor_backend == "uni":
+        from vllm_omni.diffusion.executor.inline import InlineExecutor
+        from vllm_omni.diffusion.worker.runner import ModelRunner
+
+        return InlineExecutor(lambda: ModelRunner(config, info))
+    if config.distributed_executor_backend == "mp":
+        from vllm_omni.diffusion.executor.multiproc import MultiprocExecutor
+
+        return MultiprocExecutor(config)
+    raise AssertionError(f"the config lets no executor {config.distributed_executor_backend!r} through")

@@ -1,0 +1,67 @@
+"""`uni`: the model runner in a thread of this process."""
+
+from __future__ import annotations
+
+import asyncio
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from vllm_omni.diffusion.plan import StepPlan, StepResult, WorkerReady
+from vllm_omni.diffusion.worker.contract import Runner
+from vllm_omni.errors import WorkerDiedError
+
+
+class InlineExecutor:
+    """Runs plans one after another in one thread; `abort` reaches the runner while a plan runs."""
+
+    def __init__(self, make_runner: Callable[[], Runner]) -> None:
+        self._make_runner = make_runner
+        self._runner: Runner | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._results: asyncio.Queue[StepResult | WorkerDiedError] = asyncio.Queue()
+
+    async def start(self) -> WorkerReady:
+        await self.close()
+        self._results = asyncio.Queue()
+        self._runner = self._make_runner()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model-runner")
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._runner.start)
+
+    def submit(self, plan: StepPlan) -> None:
+        assert self._thread is not None, "the executor was not started"
+        assert self._runner is not None
+        self._thread.submit(self._execute, self._runner, plan, self._results, asyncio.get_running_loop())
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        assert self._runner is not None, "the executor was not started"
+        self._runner.abort(request_ids)
+
+    async def next_result(self) -> StepResult:
+        result = await self._results.get()
+        if isinstance(result, WorkerDiedError):
+            self._results.put_nowait(result)  # dead for whoever asks again, too
+            raise result
+        return result
+
+    async def close(self) -> None:
+        if self._thread is not None:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+            # The step that runs cannot be stopped; its thread must be gone before the next runner loads.
+            await asyncio.to_thread(self._thread.shutdown)
+        self._thread = self._runner = None
+
+    @staticmethod
+    def _execute(
+        runner: Runner,
+        plan: StepPlan,
+        results: asyncio.Queue[StepResult | WorkerDiedError],
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        outcome: StepResult | WorkerDiedError
+        try:
+            outcome = runner.execute(plan)
+        except Exception:  # a worker process would have died of it: the engine replays the same way
+            outcome = WorkerDiedError(f"the model runner failed:\n{traceback.format_exc()}")
+        if not loop.is_closed():  # a script may end without close()
+            loop.call_soon_threadsafe(results.put_nowait, outcome)

@@ -1,0 +1,240 @@
+"""Messages between processes: msgpack over a Unix stream socket, arrays beside it in shared memory.
+
+On the wire a frame is an 8-byte length, one byte that says whether a file descriptor comes along, and the
+msgpack body. The arrays of a message lie one after another in one anonymous memory file (`memfd`) whose
+descriptor travels with the first byte of the frame (SCM_RIGHTS): it has no name, so nothing is left behind
+when a process dies, and the receiver maps it without a copy. Linux only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import mmap
+import os
+import select
+import socket
+import struct
+from collections import deque
+from typing import Any, Generic, TypeVar
+
+import msgspec
+import numpy as np
+
+_HEADER = struct.Struct("<QB")
+_ALIGNMENT = 64
+_RECEIVE_BYTES = 1 << 16
+_MAX_DESCRIPTORS = 8
+
+Incoming = TypeVar("Incoming")
+
+
+def encode_frame(message: object) -> tuple[bytes, int | None]:
+    """The bytes of a message and the descriptor of its arrays (the caller closes it), None without arrays."""
+    arrays: list[np.ndarray] = []
+    end = 0
+
+    def place(value: object) -> object:
+        nonlocal end
+        if not isinstance(value, np.ndarray):
+            raise NotImplementedError(f"a message holds a {type(value).__name__}")
+        start = -(-end // _ALIGNMENT) * _ALIGNMENT
+        end = start + value.nbytes
+        arrays.append(np.ascontiguousarray(value))
+        return [value.dtype.str, list(value.shape), start]
+
+    body = msgspec.msgpack.encode(message, enc_hook=place)
+    frame = _HEADER.pack(len(body), bool(arrays)) + body
+    return frame, _write_arrays(arrays, end) if arrays else None
+
+
+def _write_arrays(arrays: list[np.ndarray], num_bytes: int) -> int:
+    fd = os.memfd_create("vllm-omni-arrays", os.MFD_CLOEXEC)
+    os.ftruncate(fd, max(num_bytes, 1))
+    end = 0
+    for array in arrays:
+        start = -(-end // _ALIGNMENT) * _ALIGNMENT
+        data, end = memoryview(array.reshape(-1).view(np.uint8).data), start + array.nbytes
+        while data:  # one call writes at most 2 GiB
+            written = os.pwrite(fd, data, start)
+            data, start = data[written:], start + written
+    return fd
+
+
+class FrameReader(Generic[Incoming]):
+    """Cuts a stream of bytes and descriptors into messages of the (union) type that it was made for."""
+
+    def __init__(self, message_type: Any) -> None:
+        self._memory: mmap.mmap | None = None
+        self._decoder: msgspec.msgpack.Decoder[Incoming] = msgspec.msgpack.Decoder(message_type, dec_hook=self._map)
+        self._bytes = bytearray()
+        self._descriptors: deque[int] = deque()
+
+    def feed(self, data: bytes, descriptors: list[int]) -> list[Incoming]:
+        """The messages that are complete now."""
+        self._bytes += data
+        self._descriptors += descriptors
+        messages = []
+        while len(self._bytes) >= _HEADER.size:
+            num_bytes, has_arrays = _HEADER.unpack_from(self._bytes)
+            end = _HEADER.size + num_bytes
+            if len(self._bytes) < end:
+                break
+            body = bytes(memoryview(self._bytes)[_HEADER.size : end])
+            del self._bytes[:end]
+            messages.append(self._decode(body, has_arrays))
+        return messages
+
+    def close(self) -> None:
+        """Let go of descriptors whose message never came."""
+        while self._descriptors:
+            os.close(self._descriptors.popleft())
+
+    def _decode(self, body: bytes, has_arrays: bool) -> Incoming:
+        if has_arrays:
+            fd = self._descriptors.popleft()
+            # Copy-on-write: the arrays are the receiver's own to change.
+            self._memory = mmap.mmap(fd, 0, access=mmap.ACCESS_COPY)
+            os.close(fd)
+        try:
+            return self._decoder.decode(body)
+        finally:
+            self._memory = None  # the arrays keep it alive
+
+    def _map(self, wanted: type, value: Any) -> Any:
+        if wanted is not np.ndarray:
+            raise NotImplementedError(f"a message wants a {wanted.__name__}")
+        assert self._memory is not None, "a message without arrays refers to one"
+        dtype, shape, start = value
+        flat = np.frombuffer(self._memory, dtype=np.dtype(dtype), count=math.prod(shape), offset=start)
+        return flat.reshape(shape)
+
+
+def _send_some(sock: socket.socket, data: memoryview, fd: int | None) -> int:
+    """Send a part of `data`, and `fd` with its first byte; how many bytes went."""
+    return sock.send(data) if fd is None else socket.send_fds(sock, [data], [fd])
+
+
+def _receive_some(sock: socket.socket) -> tuple[bytes, list[int]]:
+    data, descriptors, _, _ = socket.recv_fds(sock, _RECEIVE_BYTES, _MAX_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
+    return data, descriptors
+
+
+class BlockingChannel(Generic[Incoming]):
+    """The worker's end. One thread may send while another receives."""
+
+    def __init__(self, sock: socket.socket, message_type: Any) -> None:
+        self._sock = sock
+        self._reader: FrameReader[Incoming] = FrameReader(message_type)
+        self._received: deque[Incoming] = deque()
+
+    def send(self, message: object) -> None:
+        """Raises OSError when the other end is gone."""
+        frame, fd = encode_frame(message)
+        data = memoryview(frame)
+        try:
+            sent = _send_some(self._sock, data, fd)
+        finally:
+            if fd is not None:
+                os.close(fd)
+        self._sock.sendall(data[sent:])
+
+    def receive(self, timeout: float | None = None) -> Incoming:
+        """Raises EOFError when the other end is gone, TimeoutError after `timeout` seconds of silence."""
+        while not self._received:
+            if not select.select([self._sock], [], [], timeout)[0]:
+                raise TimeoutError(f"nothing was said for {timeout} s")
+            try:
+                data, descriptors = _receive_some(self._sock)
+            except ConnectionResetError:
+                data, descriptors = b"", []
+            if not data:
+                self._reader.close()
+                raise EOFError("the other end of the channel is closed")
+            self._received += self._reader.feed(data, descriptors)
+        return self._received.popleft()
+
+    def close(self) -> None:
+        self._reader.close()
+        self._sock.close()
+
+
+class AsyncChannel(Generic[Incoming]):
+    """The engine's end: `send` never waits, `receive` is a coroutine. Made on the event loop that it serves."""
+
+    def __init__(self, sock: socket.socket, message_type: Any) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._loop = asyncio.get_running_loop()
+        self._reader: FrameReader[Incoming] = FrameReader(message_type)
+        self._received: asyncio.Queue[Incoming | None] = asyncio.Queue()
+        """None: the end."""
+        self._backlog: deque[tuple[memoryview, int | None]] = deque()
+        """Frames that are still to be sent, with their descriptors until the first byte went."""
+        self._closed = False
+        self._loop.add_reader(sock, self._on_readable)
+
+    def send(self, message: object) -> None:
+        """Into the void when the other end is gone: `receive` tells."""
+        if self._closed:
+            return
+        frame, fd = encode_frame(message)
+        self._backlog.append((memoryview(frame), fd))
+        self._flush()
+
+    async def receive(self) -> Incoming:
+        """Raises EOFError when the other end is gone."""
+        message = await self._received.get()
+        if message is None:
+            self._received.put_nowait(None)
+            raise EOFError("the other end of the channel is closed")
+        return message
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if not self._loop.is_closed():
+            self._loop.remove_reader(self._sock)
+            self._loop.remove_writer(self._sock)
+        self._drop_backlog()
+        self._reader.close()
+        self._sock.close()
+        self._received.put_nowait(None)
+
+    def _flush(self) -> None:
+        try:
+            while self._backlog:
+                data, fd = self._backlog[0]
+                sent = _send_some(self._sock, data, fd)
+                if fd is not None:
+                    os.close(fd)
+                if sent == len(data):
+                    self._backlog.popleft()
+                else:
+                    self._backlog[0] = (data[sent:], None)
+            self._loop.remove_writer(self._sock)
+        except BlockingIOError:
+            self._loop.add_writer(self._sock, self._flush)
+        except OSError:  # nobody reads any more; what was said before is still to be received, then its end
+            self._loop.remove_writer(self._sock)
+            self._drop_backlog()
+
+    def _drop_backlog(self) -> None:
+        for _, fd in self._backlog:
+            if fd is not None:
+                os.close(fd)
+        self._backlog.clear()
+
+    def _on_readable(self) -> None:
+        try:
+            data, descriptors = _receive_some(self._sock)
+        except BlockingIOError:
+            return
+        except ConnectionResetError:
+            data, descriptors = b"", []
+        if not data:
+            self.close()
+            return
+        for message in self._reader.feed(data, descriptors):
+            self._received.put_nowait(message)
