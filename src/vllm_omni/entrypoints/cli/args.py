@@ -1,0 +1,280 @@
+"""The command line: every flag, its type, its default (read from the dataclass that owns it) and its help.
+
+`parse_args` turns `serve MODEL ...` into checked, frozen settings, or raises ConfigError with one line that names the
+flag, what it got and what it takes. Server flags carry the names and the meaning that vLLM gives them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ssl
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from vllm_omni import __version__
+from vllm_omni.diffusion.data import (
+    CacheBackend,
+    DiffusionParallelConfig,
+    DType,
+    ExecutorBackend,
+    OmniDiffusionConfig,
+    SchedulingPolicy,
+)
+from vllm_omni.entrypoints.cli import values
+from vllm_omni.entrypoints.cli.vllm_surface import make_parser, vllm_version
+from vllm_omni.entrypoints.openai.settings import ServerSettings
+from vllm_omni.errors import ConfigError, NotAvailableError
+
+PROG = "vllm"
+DESCRIPTION = "Serve a diffusion model with an OpenAI-compatible image API."
+LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
+
+
+@dataclass(frozen=True)
+class HttpOptions:
+    """How the server listens, who may talk to it, and what it logs."""
+
+    host: str | None = None
+    port: int = 8000
+    uds: str | None = None
+    api_key: tuple[str, ...] = ()
+    allow_credentials: bool = False
+    allowed_origins: tuple[str, ...] = ()
+    allowed_methods: tuple[str, ...] = ("*",)
+    allowed_headers: tuple[str, ...] = ("*",)
+    ssl_keyfile: str | None = None
+    ssl_certfile: str | None = None
+    ssl_ca_certs: str | None = None
+    ssl_cert_reqs: int = int(ssl.CERT_NONE)
+    ssl_ciphers: str | None = None
+    enable_ssl_refresh: bool = False
+    middleware: tuple[str, ...] = ()
+    uvicorn_log_level: str = "info"
+    disable_uvicorn_access_log: bool = False
+    disable_access_log_for_endpoints: tuple[str, ...] = ()
+    shutdown_timeout: float = 25.0
+    """Seconds that running requests have after SIGTERM; fits the 30 s that Kubernetes grants by default."""
+
+
+@dataclass(frozen=True)
+class ServeArgs:
+    """One parsed command line."""
+
+    config: OmniDiffusionConfig
+    settings: ServerSettings
+    http: HttpOptions = field(default_factory=HttpOptions)
+
+
+# Server flags whose feature is not built: they parse, and any value is refused.
+UNAVAILABLE = {
+    "lora_modules": "LoRA adapters to serve, as NAME=PATH",
+    "allowed_local_media_path": "folder from which requests may read media files",
+    "allowed_media_domains": "hosts from which requests may have media fetched",
+    "otlp_traces_endpoint": "OpenTelemetry collector that gets traces",
+    "job_store": "SQLAlchemy URL of the video jobs",
+    "media_store": "fsspec URL of the finished videos",
+}
+
+
+def parse_args(argv: Sequence[str]) -> ServeArgs:
+    """Settings from `["serve", MODEL, ...]`. Raises ConfigError; `--help` and `--version` raise SystemExit(0)."""
+    # vLLM looks for the model right behind `serve` when it reads a config file; `--omni` has done its work.
+    words = [word for word in argv if word != "--omni"]
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    _check_config_file(words)
+    parser = build_parser()
+    try:
+        namespace = parser.parse_args(words)
+    except (ValueError, IndexError) as error:  # vLLM's own checks; ConfigError is a ValueError too
+        raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
+    return _settings(namespace)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all flags (public for the test that freezes the list)."""
+    top, serve = make_parser(PROG, DESCRIPTION)
+    top.add_argument("-v", "--version", action="version", version=f"vllm-omni {__version__}, vLLM {vllm_version()}")
+    serve.add_argument("model_tag", nargs="?", metavar="MODEL", help="a folder, a hub name, or `demo`")
+    serve.add_argument("--model", type=values.nonempty, help="MODEL, for config files")
+    serve.add_argument("--omni", action="store_true", help="serve a diffusion model (without it: vLLM's own server)")
+    serve.add_argument("--config", metavar="FILE.yaml", help="read flags from a YAML file; the command line wins")
+    _add_server_flags(serve.add_argument_group("server, as in vLLM"))
+    _add_http_flags(serve.add_argument_group("connections, as in vLLM"))
+    _add_parallel_flags(serve.add_argument_group("parallelism"))
+    _add_cache_and_memory_flags(serve.add_argument_group("step caches and memory"))
+    _add_scheduling_flags(serve.add_argument_group("scheduling and limits"))
+    _add_compute_flags(serve.add_argument_group("compute"))
+    return top
+
+
+class _Flags:
+    """Adds flags to a group: `--field-name` unless spelled otherwise, with the default of the dataclass `owner`."""
+
+    def __init__(self, group: Any, owner: type) -> None:
+        self._group = group
+        self._defaults = {
+            f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(owner)
+        }
+
+    def add(self, name: str, help: str, *flags: str, **kwargs: Any) -> None:
+        default = self._defaults[name]
+        kwargs.setdefault("default", None if default in ((), {}) else default)
+        self._group.add_argument(*(flags or [_dashed(name)]), dest=name, help=help, **kwargs)
+
+    def switch(self, name: str, help: str, *flags: str) -> None:
+        assert self._defaults[name] is False, "a config file cannot switch off what is on by default"
+        self.add(name, help, *flags, action=argparse.BooleanOptionalAction)
+
+
+def _dashed(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _add_server_flags(group: Any) -> None:
+    http, settings = _Flags(group, HttpOptions), _Flags(group, ServerSettings)
+    http.add("host", "address to listen on; none: all of this machine's", type=values.nonempty)
+    http.add("port", "TCP port; 0: a free one", type=values.integer(0, 65535))
+    http.add("uds", "Unix socket to listen on instead of host and port", type=values.nonempty)
+    names_help = "names that requests may use; the first is reported; none: MODEL"
+    settings.add("served_model_names", names_help, "--served-model-name", default=None, nargs="+", type=values.nonempty)
+    settings.add("root_path", "path prefix under which a proxy serves us, such as /omni", type=values.root_path)
+    settings.add(
+        "media_ttl_seconds",
+        "seconds that a picture can be fetched by its url",
+        "--media-ttl",
+        type=values.seconds(zero=False),
+    )
+    http.add(
+        "shutdown_timeout",
+        "seconds that running requests have after SIGTERM; 0: they are aborted",
+        type=values.seconds(zero=True),
+    )
+    http.add("middleware", "import path of a middleware; repeatable", action="append", type=values.import_path)
+    http.add("uvicorn_log_level", "log level of the HTTP server", choices=LOG_LEVELS)
+    http.switch("disable_uvicorn_access_log", "no log line for each HTTP request")
+    http.add(
+        "disable_access_log_for_endpoints",
+        "paths whose requests are not logged, such as /health,/metrics",
+        type=values.comma_list,
+    )
+    request_ids_help = "give every response an x-request-id (one that the request brings always comes back)"
+    settings.switch("generate_request_ids", request_ids_help, "--enable-request-id-headers")
+    settings.switch("disable_docs", "no /docs, /redoc and /openapi.json", "--disable-fastapi-docs")
+    settings.switch("log_prompts", "write prompts to the log")
+    for name, help in UNAVAILABLE.items():
+        group.add_argument(_dashed(name), dest=name, nargs="+", help=f"{help} (not available yet)")
+
+
+def _add_http_flags(group: Any) -> None:
+    http = _Flags(group, HttpOptions)
+    http.add("api_key", "keys that open /v1; none: VLLM_API_KEY, or no key needed", nargs="+", type=values.secret)
+    http.add("allowed_origins", "CORS: origins that browsers may call from", nargs="+", type=values.strings)
+    http.add("allowed_methods", "CORS: methods", nargs="+", type=values.strings)
+    http.add("allowed_headers", "CORS: request headers", nargs="+", type=values.strings)
+    http.switch("allow_credentials", "CORS: let browsers send credentials")
+    http.add("ssl_keyfile", "TLS key file", type=values.existing_file)
+    http.add("ssl_certfile", "TLS certificate file", type=values.existing_file)
+    http.add("ssl_ca_certs", "file of the authorities that sign client certificates", type=values.existing_file)
+    http.add("ssl_cert_reqs", "client certificates: 0 none, 1 optional, 2 required", type=int, choices=(0, 1, 2))
+    http.add("ssl_ciphers", "OpenSSL cipher list (TLS 1.2 and below)", type=values.nonempty)
+    http.switch("enable_ssl_refresh", "reload the certificate when its files change")
+
+
+def _add_parallel_flags(group: Any) -> None:
+    parallel = _Flags(group, DiffusionParallelConfig)
+    degree = values.integer(1)
+    parallel.add("ulysses_degree", "devices that share a sequence by heads", "--usp", "--ulysses-degree", type=degree)
+    parallel.add("ring_degree", "devices that share a sequence by a ring", "--ring", "--ring-degree", type=degree)
+    parallel.add("cfg_parallel_size", "devices that share the guidance branches", type=degree)
+    parallel.add("tensor_parallel_size", "devices that share each layer", "--tensor-parallel-size", "-tp", type=degree)
+    parallel.add("data_parallel_size", "copies of the model", "--data-parallel-size", "-dp", type=degree)
+    parallel.add("vae_patch_parallel_size", "devices that share one decode", type=degree)
+    parallel.add("text_encoder_tp_size", "devices that share the text encoder", type=degree)
+
+
+def _add_cache_and_memory_flags(group: Any) -> None:
+    engine = _Flags(group, OmniDiffusionConfig)
+    engine.add("cache_backend", "cache that skips blocks between steps", choices=get_args(CacheBackend))
+    engine.add("cache_config", "the cache's settings as JSON", type=values.json_object)
+    engine.switch("enable_cpu_offload", "keep idle models in the host's memory")
+    engine.switch("enable_layerwise_offload", "bring transformer layers in one by one")
+    engine.switch("vae_use_slicing", "decode one picture at a time")
+    engine.switch("vae_use_tiling", "decode a picture in overlapping tiles")
+
+
+def _add_scheduling_flags(group: Any) -> None:
+    engine = _Flags(group, OmniDiffusionConfig)
+    count = values.integer(1)
+    engine.add("max_num_seqs", "most requests that advance in one step", type=count)
+    engine.add("max_batch_tokens", "most tokens of one step; none: measured at start", type=count)
+    engine.add("scheduling_policy", "fair: least work left first, with ageing", choices=get_args(SchedulingPolicy))
+    engine.add("max_num_queued_reqs", "most pictures waiting or running; more are answered 429", type=count)
+    engine.add(
+        "max_queue_seconds", "most work waiting or running; more is answered 429", type=values.seconds(zero=False)
+    )
+    engine.add("max_pixels", "most pixels of a picture", type=count)
+    engine.add("max_inference_steps", "most denoising steps of a request", type=count)
+    engine.add("max_num_frames", "most frames of a video", type=count)
+    engine.add("max_worker_restarts", "restarts of dead workers within ten minutes", type=values.integer(0))
+    engine.add("default_sampling_params", "defaults for requests, as JSON", type=values.json_object)
+
+
+def _add_compute_flags(group: Any) -> None:
+    engine = _Flags(group, OmniDiffusionConfig)
+    engine.add("dtype", "of the weights; auto: bfloat16 on CUDA, float32 on CPU", choices=get_args(DType))
+    engine.add("quantization", "of the weights", choices=("fp8",))
+    engine.add("attention_backend", "attention kernel; none: the best for the device", type=values.nonempty)
+    engine.switch("enforce_eager", "never compile")
+    engine.add("distributed_executor_backend", "where workers live", choices=get_args(ExecutorBackend))
+
+
+def _settings(namespace: argparse.Namespace) -> ServeArgs:
+    given = vars(namespace)
+    for name in UNAVAILABLE:
+        if given[name] is not None:
+            raise NotAvailableError(f"{_dashed(name)} {' '.join(given[name])}: not available yet")
+    model = namespace.model_tag or namespace.model
+    if not model:
+        raise ConfigError("MODEL is missing: vllm serve MODEL --omni, with a folder, a hub name or 'demo'")
+    if bool(namespace.ssl_keyfile) != bool(namespace.ssl_certfile):
+        raise ConfigError("--ssl-keyfile and --ssl-certfile need each other, got only one of them")
+    if namespace.enable_ssl_refresh and not namespace.ssl_certfile:
+        raise ConfigError("--enable-ssl-refresh needs --ssl-keyfile and --ssl-certfile")
+    given["served_model_names"] = given["served_model_names"] or [model]
+    for name in ("allowed_origins", "allowed_methods", "allowed_headers"):
+        if given[name] is not None:
+            given[name] = [item for part in given[name] for item in ([part] if isinstance(part, str) else part)]
+    given["model"] = model
+    parallel = _make(DiffusionParallelConfig, given)
+    return ServeArgs(
+        config=_make(OmniDiffusionConfig, {**given, "parallel": parallel}),
+        settings=_make(ServerSettings, given),
+        http=_make(HttpOptions, given),
+    )
+
+
+def _make(cls: type[Any], given: dict[str, Any]) -> Any:
+    """`cls` from those of the parsed values that are its fields; None leaves the field's own default."""
+    own = {f.name: given[f.name] for f in fields(cls) if given.get(f.name) is not None}
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in own.items()})
+
+
+def _check_config_file(words: Sequence[str]) -> None:
+    """Refuse a config file that vLLM's parser would stumble over."""
+    places = [i for i, word in enumerate(words) if word == "--config"]
+    if not places:
+        return
+    if len(places) > 1 or places[0] + 1 == len(words):
+        raise ConfigError("--config takes one YAML file")
+    path = Path(words[places[0] + 1])
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--config takes a readable YAML file, got {str(path)!r}: {reason}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config takes a YAML file of `flag: value` lines, got {str(path)!r} without any")

@@ -1,0 +1,29 @@
+"""The command: `vllm serve MODEL --omni` (vLLM hands over to `main` when it sees `--omni`) and `vllm-omni serve`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from vllm_omni.entrypoints.cli.args import PROG, parse_args
+from vllm_omni.errors import ConfigError
+
+USAGE_EXIT_CODE = 2
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command and exit: 0 after a clean stop, 1 when the engine failed, 2 for a wrong setting."""
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        args = parse_args(words)
+        from vllm_omni.entrypoints.cli.serve import serve  # after the flags: it imports the engine and the HTTP app
+
+        code = serve(args)
+    except ConfigError as error:
+        print(f"{PROG}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = USAGE_EXIT_CODE
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""What stands between the sockets and the app: API keys, CORS, and the user's own middleware."""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+from typing import Any, cast
+
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+
+from vllm_omni.entrypoints.cli import vllm_surface
+from vllm_omni.entrypoints.cli.args import HttpOptions
+from vllm_omni.errors import ConfigError
+
+
+def add_middleware(app: FastAPI, http: HttpOptions) -> None:
+    """Outermost first: the user's, CORS (so that browsers can read a 401), the app's own, the API key.
+
+    Raises ConfigError when a `--middleware` cannot be imported or is neither a class nor an async function.
+    """
+    # `--api-key` goes before the variable, as in vLLM.
+    tokens = list(http.api_key) or [key for key in [vllm_surface.configured_api_key()] if key]
+    if tokens:
+        # Inside the app's own middleware, so that a 401 has its x-request-id; outside every route.
+        app.user_middleware.append(Middleware(vllm_surface.ApiKeyMiddleware, tokens=tokens))
+    if http.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=http.allowed_origins,
+            allow_credentials=http.allow_credentials,
+            allow_methods=http.allowed_methods,
+            allow_headers=http.allowed_headers,
+            expose_headers=("x-request-id", "retry-after"),
+        )
+    for path in http.middleware:
+        target: Any = _import(path)
+        if isinstance(target, type):
+            app.user_middleware.insert(0, Middleware(cast(Any, target)))
+        elif inspect.iscoroutinefunction(target):
+            app.middleware("http")(target)
+        else:
+            raise ConfigError(f"--middleware takes a class or an async function, got {path!r}: {type(target).__name__}")
+
+
+def _import(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"--middleware takes an import path, got {path!r}: {error}") from error

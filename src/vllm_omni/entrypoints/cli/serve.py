@@ -1,0 +1,206 @@
+"""`vllm serve MODEL --omni`: the process that listens, runs the engine, and ends in good order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import ssl
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from vllm_omni.entrypoints.cli import vllm_surface
+from vllm_omni.entrypoints.cli.args import HttpOptions, ServeArgs
+from vllm_omni.entrypoints.cli.listen import Listener
+from vllm_omni.entrypoints.cli.middleware import add_middleware
+from vllm_omni.entrypoints.openai.app import build_app
+from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
+from vllm_omni.errors import ConfigError, OmniError
+from vllm_omni.omni import AsyncOmni
+
+logger = logging.getLogger(__name__)
+
+FAILED_EXIT_CODE = 1
+FLUSH_SECONDS = 5
+"""What responses that are finished but not yet sent may take when the server stops."""
+CLOSE_SECONDS = 10.0
+"""What stopping the workers may take before the process ends without waiting for them."""
+HURRY_SECONDS = 2.0
+"""The same after a second signal."""
+WATCH_SECONDS = 0.5
+
+
+def serve(args: ServeArgs) -> int:
+    """Serve until a signal or a failure; the exit code. Raises ConfigError before any weight is read."""
+    vllm_surface.share_logging()
+    vllm_surface.raise_file_limit()
+    with Listener(args.http) as listener:  # bound first: a port in use shows now, not after the weights are read
+        try:
+            import uvloop
+        except ImportError:
+            return asyncio.run(_serve(args, listener))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_serve(args, listener))
+
+
+async def _serve(args: ServeArgs, listener: Listener) -> int:
+    observer = PrometheusObserver(args.settings.served_model_names[0])
+    omni = AsyncOmni(args.config, observer=observer)
+    app = build_app(omni, args.settings, observer)
+    add_middleware(app, args.http)
+    return await Service(omni, _http_server(app, args.http), listener, args).run()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server; signals are ours."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _http_server(app: FastAPI, http: HttpOptions) -> uvicorn.Server:
+    """Raises ConfigError for certificates and ciphers that cannot be used."""
+    quiet_paths = list(http.disable_access_log_for_endpoints)
+    config = uvicorn.Config(
+        app,
+        log_level=http.uvicorn_log_level,
+        log_config=vllm_surface.uvicorn_log_config(quiet_paths, http.uvicorn_log_level),
+        access_log=not http.disable_uvicorn_access_log,
+        ssl_keyfile=http.ssl_keyfile,
+        ssl_certfile=http.ssl_certfile,
+        ssl_ca_certs=http.ssl_ca_certs,
+        ssl_cert_reqs=http.ssl_cert_reqs,
+        ssl_ciphers=http.ssl_ciphers or "TLSv1",  # uvicorn's default
+        timeout_graceful_shutdown=FLUSH_SECONDS,
+        server_header=False,
+    )
+    try:
+        config.load()
+    except (ssl.SSLError, OSError) as error:
+        given = {name: getattr(http, name) for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_ciphers")}
+        named = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items() if value)
+        raise ConfigError(f"{named}: cannot be used for TLS: {error}") from error
+    return _Server(config)
+
+
+class Service:
+    """One engine behind one HTTP server, from start to exit code.
+
+    HTTP answers from the first moment (503 until the engine is warm), so that probes see a process that lives. The
+    first SIGTERM or SIGINT drains; the second ends everything at once.
+    """
+
+    def __init__(self, omni: AsyncOmni, server: uvicorn.Server, listener: Listener, args: ServeArgs) -> None:
+        self._omni = omni
+        self._server = server
+        self._listener = listener
+        self._args = args
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._signal: int = signal.SIGTERM
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        http = asyncio.create_task(self._server.serve(sockets=[self._listener.socket]))
+        engine = asyncio.create_task(self._run_engine())
+        refresher = self._watch_certificate()
+        logger.info("Listening on %s", self._listener.address)
+        try:
+            await _first_of(self._stop.wait(), http, engine)
+            if self._stop.is_set():
+                await _first_of(self._drain(), self._hurry.wait(), http, engine)
+            if engine.done() or http.done():
+                return self._failure(engine)
+        finally:
+            engine.cancel()
+            if refresher:
+                refresher.stop()
+            await self._close(http)
+        return 128 + self._signal if self._hurry.is_set() else 0
+
+    async def _run_engine(self) -> None:
+        """Start the engine and watch it; returns only by raising."""
+        await self._omni.start()
+        ready = self._omni.ready
+        assert ready is not None
+        logger.info(
+            "Ready: %s (%s, %s, %.1f MB of weights in %.1f s) at %s",
+            self._args.settings.served_model_names[0],
+            ready.device,
+            ready.dtype,
+            ready.load_bytes / 1e6,
+            ready.load_seconds,
+            self._listener.address,
+        )
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            if self._omni.status().state == "failed":
+                raise OmniError("the engine failed and does not recover; its log lines above say why")
+
+    def _failure(self, engine: asyncio.Task[None]) -> int:
+        """The exit code when the engine or the HTTP server ended by itself."""
+        error = engine.exception() if engine.done() else OmniError("the HTTP server stopped")
+        assert error is not None
+        if isinstance(error, ConfigError) or not isinstance(error, OmniError):
+            raise error  # the first is told in one line by main; the second is a bug of ours
+        logger.error("Stopping: %s", " ".join(str(error).split()))
+        return FAILED_EXIT_CODE
+
+    def _on_signal(self, number: int) -> None:
+        name = signal.Signals(number).name
+        if not self._stop.is_set():
+            logger.info("%s: refusing new requests, finishing what runs (a second signal ends at once)", name)
+            self._stop.set()
+        else:
+            logger.info("%s again: ending at once", name)
+            self._signal = number
+            self._hurry.set()
+            self._server.force_exit = True
+            # Whatever hangs, the process ends; workers end with their parent.
+            asyncio.get_running_loop().call_later(HURRY_SECONDS, os._exit, 128 + number)
+
+    async def _drain(self) -> None:
+        timeout = self._args.http.shutdown_timeout
+        if self._omni.ready is None:
+            return  # still loading: nothing runs
+        self._omni.begin_drain()
+        if not await self._omni.drain(timeout):
+            logger.warning("--shutdown-timeout: aborting what still runs after %g s", timeout)
+
+    async def _close(self, http: asyncio.Task[None]) -> None:
+        """Stop the workers (what still runs fails), send what is left to send, stop listening."""
+        try:
+            await asyncio.wait_for(self._omni.close(), CLOSE_SECONDS)
+        except TimeoutError:
+            logger.error("Workers did not stop within %g s; they end with this process", CLOSE_SECONDS)
+        self._server.should_exit = True
+        await http
+
+    def _watch_certificate(self) -> Any:
+        http = self._args.http
+        if not http.enable_ssl_refresh:
+            return None
+        context = self._server.config.ssl
+        assert context is not None
+        assert http.ssl_keyfile is not None
+        assert http.ssl_certfile is not None
+        return vllm_surface.start_certificate_refresher(context, http.ssl_keyfile, http.ssl_certfile, http.ssl_ca_certs)
+
+
+async def _first_of(*awaitables: Coroutine[Any, Any, Any] | asyncio.Task[Any]) -> None:
+    """Wait until one of them is done; coroutines that are not are cancelled, tasks go on."""
+    tasks = [a if isinstance(a, asyncio.Task) else asyncio.create_task(a) for a in awaitables]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task, given in zip(tasks, awaitables):
+            if task is not given:
+                task.cancel()

@@ -1,0 +1,109 @@
+"""Types of flag values: each turns the text of a flag into a value, or says what the flag takes and what it got."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def _wrong(takes: str, got: str) -> argparse.ArgumentTypeError:
+    return argparse.ArgumentTypeError(f"takes {takes}, got {got!r}")
+
+
+def integer(least: int, most: int | None = None) -> Callable[[str], int]:
+    """An integer of at least `least` and, if given, at most `most`."""
+    takes = f"an integer of at least {least}" if most is None else f"an integer from {least} to {most}"
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise _wrong(takes, text) from None
+        if value < least or (most is not None and value > most):
+            raise _wrong(takes, text)
+        return value
+
+    return parse
+
+
+def seconds(*, zero: bool) -> Callable[[str], float]:
+    """A finite number of seconds, zero included or not."""
+    takes = "a number of seconds, 0 or more" if zero else "a number of seconds above 0"
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise _wrong(takes, text) from None
+        if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+            raise _wrong(takes, text)
+        return value
+
+    return parse
+
+
+def json_object(text: str) -> dict[str, Any]:
+    takes = 'a JSON object such as {"key": 1}'
+    try:
+        value = json.loads(text)
+    except ValueError:
+        raise _wrong(takes, text) from None
+    if not isinstance(value, dict):
+        raise _wrong(takes, text)
+    return value
+
+
+def strings(text: str) -> list[str]:
+    """A JSON list of strings (vLLM's way), or one plain string."""
+    if not text.startswith("["):
+        return [text]
+    takes = "a JSON list of strings or plain strings"
+    try:
+        value = json.loads(text)
+    except ValueError:
+        raise _wrong(takes, text) from None
+    if not all(isinstance(item, str) for item in value):
+        raise _wrong(takes, text)
+    return list(value)
+
+
+def nonempty(text: str) -> str:
+    if not text.strip():
+        raise _wrong("a string that is not empty", text)
+    return text
+
+
+def secret(text: str) -> str:
+    """A string that is not empty: an unset shell variable must not open the server."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("takes a key, got an empty string")
+    return text
+
+
+def existing_file(text: str) -> str:
+    if not Path(text).is_file():
+        raise _wrong("a file that exists", text)
+    return text
+
+
+def root_path(text: str) -> str:
+    """A URL path prefix without its last slash: `/omni`."""
+    if text in ("", "/"):
+        return ""
+    if not text.startswith("/") or "//" in text or "?" in text or "#" in text:
+        raise _wrong("a path that begins with /, such as /omni", text)
+    return text.rstrip("/")
+
+
+def import_path(text: str) -> str:
+    if not all(part.isidentifier() for part in text.split(".")) or "." not in text:
+        raise _wrong("an import path such as package.module.Middleware", text)
+    return text
+
+
+def comma_list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]

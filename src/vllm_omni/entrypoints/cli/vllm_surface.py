@@ -1,0 +1,135 @@
+"""Everything we use of vLLM, named in one place: a new vLLM release is this file to check.
+
+Written against vLLM 0.32. Imports happen inside the functions: `import vllm` alone costs seconds (it loads torch's
+compiler), which `vllm serve` has paid before we are called and which nobody else should pay. Modules that import the
+language-model engine (`vllm.entrypoints.launchers.{cli_args,launcher}`, another eight seconds) are left out: our flags
+repeat vLLM's names and meaning, and a test compares them with vLLM's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import ssl
+from typing import Any, NoReturn
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from vllm_omni.errors import ConfigError
+
+OUR_LOGGER = "vllm_omni"
+
+
+def make_parser(prog: str, description: str) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """(top-level parser, parser of its `serve` command), both vLLM's FlexibleArgumentParser.
+
+    It brings dashes or underscores, `--config FILE.yaml`, `--json-flag.key value`. Ours differ in that an error raises
+    ConfigError instead of printing the usage, that flags are never abbreviated, and that help is always complete.
+    """
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class OmniArgumentParser(FlexibleArgumentParser):  # type: ignore[misc]  # vLLM is not type-checked here
+        def error(self, message: str) -> NoReturn:
+            if message.startswith("unrecognized arguments"):
+                message += f" (`{prog} serve --omni --help` lists what --omni takes)"
+            # argparse says "argument --flag: takes ..."; the first word is noise in a one-line message
+            raise ConfigError(re.sub(r"^argument (\S+): ", r"\1 ", " ".join(message.split())))
+
+        def format_help(self) -> str:
+            return argparse.ArgumentParser.format_help(self)
+
+    top = OmniArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    commands = top.add_subparsers(required=True, metavar="serve", dest="command", parser_class=OmniArgumentParser)
+    serve = commands.add_parser(
+        "serve",
+        help=description,
+        description=description,
+        usage=f"{prog} serve MODEL --omni [flags]",
+        allow_abbrev=False,
+    )
+    return top, serve
+
+
+def vllm_version() -> str:
+    from vllm.version import __version__
+
+    return str(__version__)
+
+
+def configured_api_key() -> str | None:
+    """The key that vLLM takes from its VLLM_API_KEY variable when `--api-key` is not given."""
+    import vllm.envs as envs
+
+    key: str | None = envs.VLLM_API_KEY
+    return key
+
+
+def share_logging() -> None:
+    """Let our loggers write the way vLLM's do (format, colour, stream, level of vLLM's settings)."""
+    import vllm.logger  # noqa: F401  # configures the logger named vllm
+
+    ours, theirs = logging.getLogger(OUR_LOGGER), logging.getLogger("vllm")
+    ours.handlers = theirs.handlers
+    ours.setLevel(theirs.level)
+    ours.propagate = False
+
+
+def uvicorn_log_config(quiet_paths: list[str], level: str) -> dict[str, Any]:
+    """uvicorn's `log_config` without access lines for `quiet_paths`."""
+    from vllm.logging_utils import create_uvicorn_log_config
+
+    config: dict[str, Any] = create_uvicorn_log_config(excluded_paths=quiet_paths, log_level=level)
+    return config
+
+
+def raise_file_limit() -> None:
+    """Raise the soft limit of open files: uvicorn drops connections when it is reached."""
+    from vllm.utils.system_utils import set_ulimit
+
+    set_ulimit()
+
+
+def start_certificate_refresher(context: ssl.SSLContext, keyfile: str, certfile: str, ca_certs: str | None) -> Any:
+    """Watch the certificate files and reload them into `context`; the result has `stop()`."""
+    from vllm.entrypoints.launchers.utils.ssl import SSLCertRefresher
+
+    return SSLCertRefresher(ssl_context=context, key_path=keyfile, cert_path=certfile, ca_path=ca_certs)
+
+
+class ApiKeyMiddleware:
+    """vLLM's AuthenticationMiddleware (it guards `/v1`), answering with OpenAI's error object.
+
+    vLLM's answer is `{"error": "Unauthorized"}`, of which the OpenAI SDK shows the user nothing. No route answers 401
+    itself, so a 401 is always the middleware's.
+    """
+
+    def __init__(self, app: ASGIApp, tokens: list[str]) -> None:
+        from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+        self._guarded = AuthenticationMiddleware(app, tokens)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refused = False
+
+        async def send_error_object(message: Message) -> None:
+            nonlocal refused
+            if message["type"] == "http.response.start" and message["status"] == 401:
+                refused = True
+                await JSONResponse(_INVALID_KEY, 401, _INVALID_KEY_HEADERS)(scope, receive, send)
+            elif not refused:
+                await send(message)
+
+        await self._guarded(scope, receive, send_error_object)
+
+
+_INVALID_KEY = {
+    "error": {
+        "message": "Incorrect or missing API key; send it as 'Authorization: Bearer KEY'.",
+        "type": "invalid_request_error",
+        "param": None,
+        "code": "invalid_api_key",
+    }
+}
+_INVALID_KEY_HEADERS = {"WWW-Authenticate": "Bearer", "x-should-retry": "false"}
