@@ -1,0 +1,281 @@
+"""Every flag: what it parses to, what it refuses and how. Nothing here reads weights."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
+from vllm_omni.entrypoints.cli import args as cli
+from vllm_omni.entrypoints.cli.main import main
+from vllm_omni.entrypoints.openai.settings import ServerSettings
+from vllm_omni.errors import ConfigError, NotAvailableError
+
+# The outside contract: change it knowingly. `--no-x` forms of switches are left out.
+FROZEN_FLAGS = """
+--allow-credentials --allowed-headers --allowed-local-media-path --allowed-media-domains --allowed-methods
+--allowed-origins --api-key --attention-backend --cache-backend --cache-config --cfg-parallel-size --config
+--data-parallel-size --default-sampling-params --disable-access-log-for-endpoints --disable-fastapi-docs
+--disable-uvicorn-access-log --distributed-executor-backend --dtype --enable-cpu-offload --enable-layerwise-offload
+--enable-request-id-headers --enable-ssl-refresh --enforce-eager --help --host --job-store --log-prompts --lora-modules
+--max-batch-tokens --max-inference-steps --max-num-frames --max-num-queued-reqs --max-num-seqs --max-pixels
+--max-queue-seconds --max-worker-restarts --media-store --media-ttl --middleware --model --omni --otlp-traces-endpoint
+--port --quantization --ring --ring-degree --root-path --scheduling-policy --served-model-name --shutdown-timeout
+--ssl-ca-certs --ssl-cert-reqs --ssl-certfile --ssl-ciphers --ssl-keyfile --tensor-parallel-size --text-encoder-tp-size
+--uds --ulysses-degree --usp --uvicorn-log-level --vae-patch-parallel-size --vae-use-slicing --vae-use-tiling
+-dp -h -tp
+""".split()
+
+# Names of ours that are not vLLM's, or whose default differs on purpose.
+NOT_VLLM_HTTP_FLAGS = {"shutdown_timeout"}
+
+
+def parse(*words: str) -> cli.ServeArgs:
+    return cli.parse_args(["serve", "demo", "--omni", *words])
+
+
+def serve_parser() -> object:
+    top = cli.build_parser()
+    (commands,) = (a for a in top._actions if a.choices and "serve" in a.choices)
+    return commands.choices["serve"]
+
+
+def test_the_list_of_flags_is_frozen() -> None:
+    flags = {flag for action in serve_parser()._actions for flag in action.option_strings}
+    assert sorted(flag for flag in flags if not flag.startswith("--no-")) == sorted(FROZEN_FLAGS)
+
+
+def test_defaults_are_the_dataclasses_own() -> None:
+    assert parse() == cli.ServeArgs(
+        config=OmniDiffusionConfig(model="demo"), settings=ServerSettings(served_model_names=("demo",))
+    )
+
+
+def test_every_engine_setting_has_a_flag() -> None:
+    dests = {action.dest for action in serve_parser()._actions}
+    wanted = {f.name for cls in (OmniDiffusionConfig, DiffusionParallelConfig, cli.HttpOptions) for f in fields(cls)}
+    assert wanted - dests == {"parallel"}
+
+
+def test_http_flags_have_vllms_names_and_defaults() -> None:
+    source = Path(importlib.util.find_spec("vllm.entrypoints.launchers.cli_args").origin).read_text()
+    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    theirs = {
+        statement.target.id: ast.unparse(statement.value)
+        for statement in classes["FrontendArgs"].body
+        if isinstance(statement, ast.AnnAssign)
+    }
+    for f in fields(cli.HttpOptions):
+        if f.name in NOT_VLLM_HTTP_FLAGS:
+            continue
+        default = theirs[f.name]
+        if default in ("None", "True", "False") or default.startswith("'") or default.isdigit():
+            empty_or_equal = f.default == ast.literal_eval(default) or (default == "None" and f.default == ())
+            assert empty_or_equal, (f.name, default, f.default)
+
+
+@pytest.mark.parametrize(
+    ("words", "field", "value"),
+    [
+        (["--max-num-seqs", "4"], "max_num_seqs", 4),
+        (["--max_num_seqs=4"], "max_num_seqs", 4),
+        (["--max-batch-tokens", "2048"], "max_batch_tokens", 2048),
+        (["--max-num-queued-reqs", "7"], "max_num_queued_reqs", 7),
+        (["--max-queue-seconds", "1.5"], "max_queue_seconds", 1.5),
+        (["--max-pixels", "65536"], "max_pixels", 65536),
+        (["--max-inference-steps", "9"], "max_inference_steps", 9),
+        (["--max-worker-restarts", "0"], "max_worker_restarts", 0),
+        (["--scheduling-policy", "fcfs"], "scheduling_policy", "fcfs"),
+        (["--distributed-executor-backend", "uni"], "distributed_executor_backend", "uni"),
+        (["--attention-backend", "sdpa"], "attention_backend", "sdpa"),
+        (["--dtype", "bfloat16"], "dtype", "bfloat16"),
+        (["--enforce-eager"], "enforce_eager", True),
+        (["--vae-use-slicing"], "vae_use_slicing", True),
+        (["--vae_use_tiling"], "vae_use_tiling", True),
+        (["--default-sampling-params", '{"seed": 3}'], "default_sampling_params", {"seed": 3}),
+        (["--default-sampling-params.num_inference_steps", "8"], "default_sampling_params", {"num_inference_steps": 8}),
+    ],
+)
+def test_engine_flags(words: list[str], field: str, value: object) -> None:
+    assert getattr(parse(*words).config, field) == value
+
+
+def test_server_flags(tmp_path: Path) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    key.touch()
+    certificate.touch()
+    parsed = parse(
+        *("--host", "::1", "--port", "0", "--api-key", "one", "two", "--allowed-origins", '["https://a", "https://b"]'),
+        *("--allowed-methods", "GET", "POST", "--allow-credentials", "--root-path", "/omni/", "--media-ttl", "60"),
+        *("--served-model-name", "gpt-image-1", "demo", "--middleware", "a.B", "--middleware", "c.d.E"),
+        *("--uvicorn-log-level", "warning", "--disable-access-log-for-endpoints", "/health, /metrics"),
+        *("--ssl-keyfile", str(key), "--ssl-certfile", str(certificate), "--enable-ssl-refresh"),
+        *("--shutdown-timeout", "3", "--disable-fastapi-docs", "--enable-request-id-headers", "--log-prompts"),
+    )
+    assert parsed.http == cli.HttpOptions(
+        host="::1",
+        port=0,
+        api_key=("one", "two"),
+        allowed_origins=("https://a", "https://b"),
+        allowed_methods=("GET", "POST"),
+        allow_credentials=True,
+        middleware=("a.B", "c.d.E"),
+        uvicorn_log_level="warning",
+        disable_access_log_for_endpoints=("/health", "/metrics"),
+        ssl_keyfile=str(key),
+        ssl_certfile=str(certificate),
+        enable_ssl_refresh=True,
+        shutdown_timeout=3.0,
+    )
+    assert parsed.settings == ServerSettings(
+        served_model_names=("gpt-image-1", "demo"),
+        root_path="/omni",
+        media_ttl_seconds=60.0,
+        disable_docs=True,
+        generate_request_ids=True,
+        log_prompts=True,
+    )
+
+
+def test_omni_and_model_may_stand_anywhere(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("port: 1\n")
+    for words in (
+        ["serve", "--omni", "demo", "--config", str(config)],
+        ["serve", "demo", f"--config={config}", "--omni"],
+        ["serve", "demo", "--config", str(config)],
+    ):
+        parsed = cli.parse_args(words)
+        assert (parsed.config.model, parsed.http.port) == ("demo", 1)
+
+
+def test_a_config_file_gives_what_the_command_line_leaves_open(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "model: demo\nport: 1234\nmax_num_seqs: 3\nenforce-eager: true\nvae-use-tiling: false\n"
+        "default-sampling-params:\n  num_inference_steps: 8\nallowed-origins: [https://a, https://b]\n"
+        "api-key: [k1, k2]\n"
+    )
+    parsed = cli.parse_args(["serve", "--config", str(config), "--port", "99"])
+    assert parsed.config == OmniDiffusionConfig(
+        model="demo", max_num_seqs=3, enforce_eager=True, default_sampling_params={"num_inference_steps": 8}
+    )
+    assert parsed.http == cli.HttpOptions(port=99, allowed_origins=("https://a", "https://b"), api_key=("k1", "k2"))
+
+
+WRONG_VALUES = [
+    # words, and what the line must hold: the flag, what it got, what it takes
+    (["--max-num-seqs", "0"], ["--max-num-seqs", "'0'", "integer of at least 1"]),
+    (["--max-num-seqs", "many"], ["--max-num-seqs", "'many'", "integer of at least 1"]),
+    (["--max-batch-tokens", "-5"], ["--max-batch-tokens", "'-5'", "integer of at least 1"]),
+    (["--max-num-queued-reqs", "1.5"], ["--max-num-queued-reqs", "'1.5'", "integer"]),
+    (["--max-queue-seconds", "nan"], ["--max-queue-seconds", "'nan'", "seconds above 0"]),
+    (["--max-queue-seconds", "0"], ["--max-queue-seconds", "'0'", "seconds above 0"]),
+    (["--max-pixels", "x"], ["--max-pixels", "'x'", "integer"]),
+    (["--max-inference-steps", "0"], ["--max-inference-steps", "'0'", "integer"]),
+    (["--max-num-frames", "0"], ["--max-num-frames", "'0'", "integer"]),
+    (["--max-worker-restarts", "-1"], ["--max-worker-restarts", "'-1'", "integer of at least 0"]),
+    (["--port", "70000"], ["--port", "'70000'", "0 to 65535"]),
+    (["--port"], ["--port", "expected one argument"]),
+    (["--shutdown-timeout", "soon"], ["--shutdown-timeout", "'soon'", "seconds"]),
+    (["--media-ttl", "0"], ["--media-ttl", "'0'", "seconds above 0"]),
+    (["--dtype", "float8"], ["--dtype", "'float8'", "bfloat16"]),
+    (["--quantization", "int3"], ["--quantization", "'int3'", "fp8"]),
+    (["--scheduling-policy", "lifo"], ["--scheduling-policy", "'lifo'", "fcfs"]),
+    (["--distributed-executor-backend", "mpi"], ["--distributed-executor-backend", "'mpi'", "uni"]),
+    (["--cache-backend", "magic"], ["--cache-backend", "'magic'", "tea_cache"]),
+    (["--cache-config", "{bad"], ["--cache-config", "'{bad'", "JSON object"]),
+    (["--cache-config", "[1]"], ["--cache-config", "'[1]'", "JSON object"]),
+    (["--cache-backend", "tea_cache", "--cache-config", '{"x": 1}'], ["--cache-config", "'x'", "rel_l1_thresh"]),
+    (["--cache-config", '{"rel_l1_thresh": 1}'], ["--cache-config", "rel_l1_thresh", "--cache-backend"]),
+    (["--default-sampling-params", "20"], ["--default-sampling-params", "'20'", "JSON object"]),
+    (["--default-sampling-params", '{"stepz": 1}'], ["--default-sampling-params", "stepz", "num_inference_steps"]),
+    (["--usp", "0"], ["--usp", "'0'", "integer of at least 1"]),
+    (["--ring-degree", "two"], ["--ring", "'two'", "integer of at least 1"]),
+    (["-tp", "x"], ["--tensor-parallel-size", "'x'", "integer of at least 1"]),
+    (["--root-path", "omni"], ["--root-path", "'omni'", "begins with /"]),
+    (["--api-key", ""], ["--api-key", "empty", "key"]),
+    (["--ssl-keyfile", "/nowhere.pem"], ["--ssl-keyfile", "'/nowhere.pem'", "a file that exists"]),
+    (["--ssl-keyfile", __file__], ["--ssl-keyfile", "--ssl-certfile"]),
+    (["--enable-ssl-refresh"], ["--enable-ssl-refresh", "--ssl-certfile"]),
+    (["--ssl-cert-reqs", "9"], ["--ssl-cert-reqs", "9", "2"]),
+    (["--allowed-origins", "[1]"], ["--allowed-origins", "'[1]'", "strings"]),
+    (["--middleware", "thing"], ["--middleware", "'thing'", "import path"]),
+    (["--uvicorn-log-level", "loud"], ["--uvicorn-log-level", "'loud'", "warning"]),
+    (["--served-model-name", " "], ["--served-model-name", "' '", "not empty"]),
+    (["--config", "/nowhere.yaml"], ["--config", "/nowhere.yaml", "YAML"]),
+    (["--config"], ["--config", "YAML"]),
+    (["--max-model-len", "4096"], ["--max-model-len", "4096", "--help"]),
+    (["--max-num", "4"], ["--max-num", "unrecognized"]),
+    (["--gpu-memory-utilization=0.9"], ["--gpu-memory-utilization", "unrecognized"]),
+]
+
+
+@pytest.mark.parametrize(("words", "parts"), WRONG_VALUES, ids=lambda value: " ".join(value)[:60])
+def test_a_wrong_value_ends_the_program_with_one_line(
+    words: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "demo", "--omni", *words])
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"vllm: error: [^\n]+\n", err)
+    assert [part for part in parts if part not in err] == []
+
+
+@pytest.mark.parametrize("words", [[], ["--port", "1"]])
+def test_a_missing_model_is_told(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "--omni", *words])
+    assert ended.value.code == 2
+    assert "MODEL" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "- port", "port: [", "surprise: 1", "port: x"])
+def test_a_wrong_config_file_is_one_line(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(content)
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "demo", "--omni", "--config", str(config)])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *([f"--{axis}", "2"] for axis in ("usp", "ulysses-degree", "ring", "cfg-parallel-size", "tensor-parallel-size")),
+        *([f"--{axis}", "2"] for axis in ("data-parallel-size", "vae-patch-parallel-size", "text-encoder-tp-size")),
+        ["--cache-backend", "tea_cache"],
+        ["--cache-backend", "cache_dit", "--cache-config", json.dumps({"Fn_compute_blocks": 1})],
+        ["--enable-cpu-offload"],
+        ["--enable-layerwise-offload"],
+        ["--quantization", "fp8"],
+        ["--attention-backend", "flash"],
+        ["--distributed-executor-backend", "ray"],
+        ["--max-num-frames", "81"],
+        ["--lora-modules", "style=/loras/style"],
+        ["--job-store", "sqlite:///jobs.db"],
+        ["--media-store", "s3://bucket"],
+        ["--otlp-traces-endpoint", "http://collector:4317"],
+        ["--allowed-media-domains", "example.org"],
+        ["--allowed-local-media-path", "/media"],
+    ],
+    ids=" ".join,
+)
+def test_what_is_not_built_is_refused_by_name(words: list[str]) -> None:
+    flag = {"--ulysses-degree": "--usp"}.get(words[0], words[0])
+    with pytest.raises(NotAvailableError, match=f"^{flag} .*not available yet"):
+        parse(*words)
+
+
+def test_an_unknown_command_is_told() -> None:
+    with pytest.raises(ConfigError, match="'bench'.*serve"):
+        cli.parse_args(["bench", "--omni"])
