@@ -24,9 +24,7 @@ def linear_sigmas(num_steps: int) -> list[float]:
     return sigmas
 
 
-def resolution_shift(
-    num_tokens: int, base_tokens: int, max_tokens: int, base_shift: float, max_shift: float
-) -> float:
+def resolution_shift(num_tokens: int, base_tokens: int, max_tokens: int, base_shift: float, max_shift: float) -> float:
     """`mu` of the dynamic time shift: linear in the picture's tokens (SD3, arXiv 2403.03206, as in FLUX)."""
     slope = (max_shift - base_shift) / (max_tokens - base_tokens)
     return num_tokens * slope + (base_shift - slope * base_tokens)

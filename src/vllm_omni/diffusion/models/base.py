@@ -1,0 +1,76 @@
+"""What a model family gives the runner. A family is a package with `info.py` and `pipeline.py` (class `Pipeline`)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Self, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.registry import ModelInfo
+from vllm_omni.diffusion.request import DiffusionRequest
+
+
+@dataclass
+class RequestState:
+    """One request on the device, from its encoding to its release; families add what they need."""
+
+    request: DiffusionRequest
+    latents: Tensor
+    """The picture so far, in the family's layout."""
+    sequence_lengths: tuple[int, ...]
+    """Tokens of each guidance branch."""
+    step: int = 0
+    """Denoising steps done."""
+
+
+State = TypeVar("State", bound=RequestState)
+
+
+class BasePipeline(ABC, Generic[State]):
+    """One loaded model. Methods may raise anything: the runner turns it into that request's error.
+
+    A denoising step is `predict` for many requests at once, which changes no state (so it can be repeated
+    without the request that failed), then `advance` for each.
+    """
+
+    @classmethod
+    @abstractmethod
+    def load(
+        cls,
+        config: OmniDiffusionConfig,
+        info: ModelInfo,
+        device: torch.device,
+        dtype: torch.dtype,
+        on_bytes: Callable[[int], object],
+    ) -> Self:
+        """Read the weights; `on_bytes` is told how many bytes were read since its last call."""
+
+    @abstractmethod
+    def encode(self, request: DiffusionRequest) -> State:
+        """Text and initial noise: the state before the first step."""
+
+    @abstractmethod
+    def predict(self, states: Sequence[State]) -> list[Tensor]:
+        """The velocity of each, guidance combined, shaped as its latents; one forward of one pack."""
+
+    @abstractmethod
+    def advance(self, state: State, velocity: Tensor) -> None:
+        """One step of the state's noise schedule."""
+
+    @abstractmethod
+    def predict_clean(self, state: State, velocity: Tensor) -> Tensor:
+        """The final latents as foreseen from a velocity, before `advance`."""
+
+    @abstractmethod
+    def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[np.ndarray]:
+        """Pictures, uint8 [height, width, 3]."""
+
+    @abstractmethod
+    def forget(self, request_id: str) -> None:
+        """Drop whatever is kept for a request besides its state."""

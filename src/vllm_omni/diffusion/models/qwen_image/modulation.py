@@ -1,0 +1,106 @@
+"""Shift, scale and gate of every block, kept by timestep.
+
+They depend on the timestep alone, and their weights are a third of the model's: a server that draws one picture
+after another with the same schedule computes them once.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IMAGE, TEXT = 0, 1
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """Rows for the sequences of one step; one row alone when all sequences are at the same timestep.
+
+    In `blocks` the six parts of a row are shift, scale, gate of the attention, then of the MLP; in `final` they
+    are scale and shift. Scales have their 1 added.
+    """
+
+    blocks: Tensor
+    """[layers, 2 (image, text), rows, 6 * D]."""
+    final: Tensor
+    """[rows, 2 * D]."""
+
+    @classmethod
+    def of_raw(cls, blocks: Tensor, final: Tensor) -> Modulation:
+        """From the outputs of the modulation layers; works in place."""
+        dim = final.shape[-1] // 2
+        for scale in (blocks[..., dim : 2 * dim], blocks[..., 4 * dim : 5 * dim], final[..., :dim]):
+            scale.add_(1)
+        return cls(blocks, final)
+
+    def of_block(self, layer: int, stream: int, sequence: Tensor) -> tuple[Tensor, ...]:
+        """Six tensors [1, D], or [tokens, D] where `sequence` [tokens] tells each token's row."""
+        return _per_token(self.blocks[layer, stream], sequence).chunk(6, dim=-1)
+
+    def of_output(self, sequence: Tensor) -> tuple[Tensor, ...]:
+        """Scale and shift, [1, D] or [tokens, D]."""
+        return _per_token(self.final, sequence).chunk(2, dim=-1)
+
+
+def _per_token(rows: Tensor, sequence: Tensor) -> Tensor:
+    return rows if rows.shape[0] == 1 else rows.index_select(0, sequence)
+
+
+Compute = Callable[[Sequence[float]], Modulation]
+
+
+class ModulationTable:
+    """The rows last used, up to `max_bytes`; `compute` makes the rows of some timesteps."""
+
+    def __init__(self, compute: Compute, max_bytes: int) -> None:
+        self._compute = compute
+        self._max_bytes = max_bytes
+        self._rows: OrderedDict[float, Modulation] = OrderedDict()
+        self._row_bytes = 0
+
+    def prefetch(self, timesteps: Sequence[float]) -> None:
+        """Make the rows of a whole schedule in few large products, where the table can hold them."""
+        missing = [t for t in dict.fromkeys(timesteps) if t not in self._rows]
+        if not missing:
+            return
+        self._add(missing[:1])
+        if self._row_bytes * len(missing) <= self._max_bytes:
+            for start in range(1, len(missing), 64):
+                self._add(missing[start : start + 64])
+
+    def rows_of(self, timesteps: Sequence[float]) -> Modulation:
+        """The rows of these timesteps, one for each, or a single one when they are all equal."""
+        distinct = list(dict.fromkeys(timesteps))
+        rows = {t: self._rows[t] for t in distinct if t in self._rows}
+        if missing := [t for t in distinct if t not in rows]:
+            rows |= self._add(missing)
+        for t in distinct:
+            if t in self._rows:
+                self._rows.move_to_end(t)
+        if len(distinct) == 1:
+            return rows[distinct[0]]
+        return Modulation(
+            blocks=torch.cat([rows[t].blocks for t in timesteps], dim=2),
+            final=torch.cat([rows[t].final for t in timesteps]),
+        )
+
+    def _add(self, timesteps: Sequence[float]) -> dict[float, Modulation]:
+        made = self._compute(timesteps)
+        # Each row owns its memory, so that dropping one frees it.
+        rows = {
+            t: Modulation(made.blocks[:, :, i : i + 1].clone(), made.final[i : i + 1].clone())
+            for i, t in enumerate(timesteps)
+        }
+        self._row_bytes = (made.blocks.nbytes + made.final.nbytes) // len(timesteps)
+        self._rows |= rows
+        while len(self._rows) * self._row_bytes > self._max_bytes:
+            self._rows.popitem(last=False)
+        return rows
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self._rows) * self._row_bytes

@@ -1,0 +1,200 @@
+"""Text to image with Qwen-Image: encode -> packed denoising steps -> decode, as diffusers' QwenImagePipeline."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from vllm_omni.diffusion.attention import create_attention
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.models.base import BasePipeline, RequestState
+from vllm_omni.diffusion.models.loading import load_weights, safetensors_files
+from vllm_omni.diffusion.models.prompt_cache import PromptCache
+from vllm_omni.diffusion.models.qwen_image.modulation import ModulationTable
+from vllm_omni.diffusion.models.qwen_image.text import TextEncoder
+from vllm_omni.diffusion.models.qwen_image.transformer import (
+    CHECKPOINT_NAMES,
+    QwenImageTransformer,
+    StepContext,
+    TransformerConfig,
+)
+from vllm_omni.diffusion.models.qwen_image.vae import PictureDecoder
+from vllm_omni.diffusion.packing import MembershipCache, Pack
+from vllm_omni.diffusion.registry import ModelInfo
+from vllm_omni.diffusion.request import DiffusionRequest
+from vllm_omni.diffusion.sampling import (
+    combine_guidance,
+    draw_noise,
+    linear_sigmas,
+    pack_latents,
+    predict_clean,
+    resolution_shift,
+)
+
+PROMPT_CACHE_BYTES = 256 * 2**20
+MODULATION_BYTES = 2**30
+
+
+@dataclass
+class QwenImageState(RequestState):
+    """latents: [rows * columns, in_channels]."""
+
+    text: tuple[Tensor, ...] = ()
+    """A branch each (conditional, then unconditional): [tokens, D]."""
+    grid: tuple[int, int] = (0, 0)
+    """Rows and columns of tokens."""
+    scheduler: Any = None
+    """diffusers' scheduler, of this request alone."""
+    timesteps: tuple[float, ...] = ()
+    """What the transformer is told at each step, in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a membership of sequences shares over its steps."""
+
+    pack: Pack
+    rotations: Tensor
+    text: Tensor
+
+
+class Pipeline(BasePipeline[QwenImageState]):
+    def __init__(
+        self,
+        transformer: QwenImageTransformer,
+        text_encoder: Callable[[str], Tensor],
+        decoder: PictureDecoder,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        pixels_per_token: int,
+    ) -> None:
+        self.transformer = transformer
+        self.decoder = decoder
+        self._scheduler = scheduler
+        self._pixels_per_token = pixels_per_token
+        self._prompts = PromptCache(text_encoder, PROMPT_CACHE_BYTES)
+        self._modulations = ModulationTable(transformer.modulate, MODULATION_BYTES)
+        self._layouts: MembershipCache[Layout] = MembershipCache()
+        self._dtype = transformer.proj_out.weight.dtype
+        self._device = transformer.proj_out.weight.device
+
+    @classmethod
+    def load(
+        cls,
+        config: OmniDiffusionConfig,
+        info: ModelInfo,
+        device: torch.device,
+        dtype: torch.dtype,
+        on_bytes: Callable[[int], object],
+    ) -> Pipeline:
+        path = info.path
+        text_encoder = TextEncoder(path, device, dtype)
+        on_bytes(_num_bytes(path / "text_encoder"))
+        vae = AutoencoderKLQwenImage.from_pretrained(path / "vae", torch_dtype=dtype, use_safetensors=True)
+        on_bytes(_num_bytes(path / "vae"))
+        values = json.loads((path / "transformer" / "config.json").read_text())
+        with torch.device("meta"):
+            transformer = QwenImageTransformer(
+                TransformerConfig.from_dict(values), create_attention(config.attention_backend)
+            )
+        load_weights(transformer, path / "transformer", CHECKPOINT_NAMES, device, dtype, on_bytes)
+        return cls(
+            transformer=transformer,
+            text_encoder=text_encoder,
+            decoder=PictureDecoder(
+                vae.to(device).eval().requires_grad_(False), config.vae_use_slicing, config.vae_use_tiling
+            ),
+            scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(path / "scheduler"),
+            pixels_per_token=info.pixels_per_token,
+        )
+
+    def encode(self, request: DiffusionRequest) -> QwenImageState:
+        prompts = [request.prompt]
+        if request.has_guidance:
+            assert request.negative_prompt is not None
+            prompts.append(request.negative_prompt)
+        text = tuple(
+            self.transformer.embed_text(self._prompts(prompt)[: request.max_sequence_length]) for prompt in prompts
+        )
+        rows, columns = (side // self._pixels_per_token for side in (request.height, request.width))
+        channels = self.transformer.config.in_channels // 4
+        noise = draw_noise((channels, 2 * rows, 2 * columns), request.seed, self._dtype, self._device)
+        scheduler = self._schedule(request, rows * columns)
+        timesteps = tuple((scheduler.timesteps.to(self._dtype) / 1000).tolist())
+        self._modulations.prefetch(timesteps)
+        return QwenImageState(
+            request=request,
+            latents=pack_latents(noise),
+            sequence_lengths=tuple(rows * columns + len(states) for states in text),
+            text=text,
+            grid=(rows, columns),
+            scheduler=scheduler,
+            timesteps=timesteps,
+        )
+
+    def _schedule(self, request: DiffusionRequest, num_tokens: int) -> FlowMatchEulerDiscreteScheduler:
+        scheduler = copy.deepcopy(self._scheduler)
+        config = scheduler.config
+        mu = resolution_shift(
+            num_tokens,
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
+        sigmas = request.sigmas or linear_sigmas(request.num_inference_steps)
+        # On the CPU: its values are scalars of the step's arithmetic, which so waits for no transfer.
+        scheduler.set_timesteps(sigmas=list(sigmas), mu=mu)
+        scheduler.set_begin_index(0)
+        return scheduler
+
+    def predict(self, states: Sequence[QwenImageState]) -> list[Tensor]:
+        layout = self._layouts.get(tuple(s.request.request_id for s in states), lambda: self._lay_out(states))
+        timesteps = [s.timesteps[s.step] for s in states for _ in s.text]
+        context = StepContext(layout.pack, layout.rotations, self._modulations.rows_of(timesteps))
+        latents = torch.cat([s.latents for s in states for _ in s.text])
+        branches = iter(self.transformer(latents, layout.text, context).split(layout.pack.image.lengths))
+        return [self._combine(state, [next(branches) for _ in state.text]) for state in states]
+
+    def _lay_out(self, states: Sequence[QwenImageState]) -> Layout:
+        text = [states for state in states for states in state.text]
+        sizes = [(len(branch), state.grid) for state in states for branch in state.text]
+        rotations = [r for size in sizes for r in self.transformer.rotations(*size)]
+        return Layout(
+            pack=Pack.build([n for n, _ in sizes], [rows * columns for _, (rows, columns) in sizes], self._device),
+            # Text and image of one sequence after another: that is the joint order.
+            rotations=torch.cat(rotations).to(self._device),
+            text=torch.cat(text),
+        )
+
+    def _combine(self, state: QwenImageState, branches: Sequence[Tensor]) -> Tensor:
+        if len(branches) == 1:
+            return branches[0]
+        return combine_guidance(branches[0], branches[1], state.request.true_cfg_scale)
+
+    def advance(self, state: QwenImageState, velocity: Tensor) -> None:
+        timestep = state.scheduler.timesteps[state.step]
+        state.latents = state.scheduler.step(velocity, timestep, state.latents, return_dict=False)[0]
+        state.step += 1
+
+    def predict_clean(self, state: QwenImageState, velocity: Tensor) -> Tensor:
+        return predict_clean(state.latents, velocity, float(state.scheduler.sigmas[state.step]))
+
+    def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[np.ndarray]:
+        side = self._pixels_per_token
+        return self.decoder(latents, [(r.height // side, r.width // side) for r in requests])
+
+    def forget(self, request_id: str) -> None:
+        self._layouts.forget(request_id)
+
+
+def _num_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in safetensors_files(folder))

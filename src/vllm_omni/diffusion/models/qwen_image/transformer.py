@@ -1,0 +1,205 @@
+"""Qwen-Image's double-stream transformer (MMDiT, arXiv 2508.02324) on packed tokens.
+
+Shapes: T text tokens and S image tokens over all sequences of the pack; D the width, H heads of d channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vllm_omni.diffusion.attention import AttentionBackend
+from vllm_omni.diffusion.layers.norms import Scale, gated_add, norm_modulate, rms_norm
+from vllm_omni.diffusion.layers.rope import axis_rotations, rotate
+from vllm_omni.diffusion.models.qwen_image.modulation import IMAGE, TEXT, Modulation
+from vllm_omni.diffusion.packing import Pack
+from vllm_omni.errors import ConfigError
+
+EPS = 1e-6
+
+CHECKPOINT_NAMES: dict[str, tuple[str, ...]] = {
+    "time_embedder.0": ("time_text_embed.timestep_embedder.linear_1",),
+    "time_embedder.2": ("time_text_embed.timestep_embedder.linear_2",),
+    "output_modulation": ("norm_out.linear",),
+    "image.modulation": ("img_mod.1",),
+    "image.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "image.qk_norm": ("attn.norm_q", "attn.norm_k"),
+    "image.out": ("attn.to_out.0",),
+    "image.up": ("img_mlp.net.0.proj",),
+    "image.down": ("img_mlp.net.2",),
+    "text.modulation": ("txt_mod.1",),
+    "text.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "text.qk_norm": ("attn.norm_added_q", "attn.norm_added_k"),
+    "text.out": ("attn.to_add_out",),
+    "text.up": ("txt_mlp.net.0.proj",),
+    "text.down": ("txt_mlp.net.2",),
+}
+"""Our module -> the modules of diffusers' checkpoint whose weights it holds, one after another along dim 0; within
+a block without its `transformer_blocks.N.`. Modules that are not listed have the same name in both."""
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The keys of transformer/config.json that the architecture depends on."""
+
+    in_channels: int = 64
+    out_channels: int = 16
+    num_layers: int = 60
+    attention_head_dim: int = 128
+    num_attention_heads: int = 24
+    joint_attention_dim: int = 3584
+    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
+    patch_size: int = 2
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TransformerConfig:
+        config = cls(**{f.name: values[f.name] for f in fields(cls) if values.get(f.name) is not None})
+        if sum(config.axes_dims_rope) != config.attention_head_dim:
+            raise ConfigError(
+                f"transformer/config.json: axes_dims_rope {config.axes_dims_rope} must add up to "
+                f"attention_head_dim, {config.attention_head_dim}"
+            )
+        return replace(config, axes_dims_rope=tuple(config.axes_dims_rope))
+
+    @property
+    def dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """What flows through the blocks: text [T, D] and image [S, D]."""
+
+    text: Tensor
+    image: Tensor
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What the blocks of one step read besides: the layout, the positions and the modulation of its sequences."""
+
+    pack: Pack
+    rotations: Tensor
+    """complex64 [T + S, 1, 1, d / 2] in joint order."""
+    modulation: Modulation
+
+
+class Stream(nn.Module):
+    """The weights of one block for one kind of token (text or image), and what they do before and after attention."""
+
+    def __init__(self, dim: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.modulation = nn.Linear(dim, 6 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qk_norm = Scale(2 * head_dim)
+        self.out = nn.Linear(dim, dim)
+        self.up = nn.Linear(dim, 4 * dim)
+        self.down = nn.Linear(4 * dim, dim)
+
+    def project(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """x: [tokens, D] -> normed q and k [tokens, 2, H, d], and v [tokens, H, d]."""
+        qkv = self.qkv(norm_modulate(x, shift, scale, EPS)).unflatten(-1, (3, -1, self.head_dim))
+        return rms_norm(qkv[:, :2], self.qk_norm.weight.view(2, 1, -1), EPS), qkv[:, 2]
+
+    def finish(
+        self, x: Tensor, attended: Tensor, gate: Tensor, mlp_shift: Tensor, mlp_scale: Tensor, mlp_gate: Tensor
+    ) -> Tensor:
+        """x, attended: [tokens, D]."""
+        x = gated_add(x, self.out(attended), gate)
+        inner = F.gelu(self.up(norm_modulate(x, mlp_shift, mlp_scale, EPS)), approximate="tanh")
+        return gated_add(x, self.down(inner), mlp_gate)
+
+
+class Block(nn.Module):
+    def __init__(self, config: TransformerConfig, attention: AttentionBackend) -> None:
+        super().__init__()
+        self.attention = attention
+        self.image = Stream(config.dim, config.attention_head_dim)
+        self.text = Stream(config.dim, config.attention_head_dim)
+
+    def modulate(self, condition: Tensor) -> Tensor:
+        """[timesteps, D] -> [2, timesteps, 6 * D], image then text."""
+        return torch.stack((self.image.modulation(condition), self.text.modulation(condition)))
+
+    def forward(self, hidden: Hidden, index: int, context: StepContext) -> Hidden:
+        pack = context.pack
+        text_rows = context.modulation.of_block(index, TEXT, pack.text_sequence)
+        image_rows = context.modulation.of_block(index, IMAGE, pack.image_sequence)
+        text_qk, text_v = self.text.project(hidden.text, *text_rows[:2])
+        image_qk, image_v = self.image.project(hidden.image, *image_rows[:2])
+        q, k = rotate(pack.join(text_qk, image_qk), context.rotations).unbind(1)
+        attended = self.attention.attend(q, k, pack.join(text_v, image_v), pack.joint, pack.joint)
+        text_attended, image_attended = pack.split(attended.flatten(1))
+        return Hidden(
+            text=self.text.finish(hidden.text, text_attended, *text_rows[2:]),
+            image=self.image.finish(hidden.image, image_attended, *image_rows[2:]),
+        )
+
+
+class QwenImageTransformer(nn.Module):
+    """`embed -> blocks -> project`: a step cache wraps `blocks` and knows nothing of the rest."""
+
+    def __init__(self, config: TransformerConfig, attention: AttentionBackend) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.time_embedder = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.txt_norm = Scale(config.joint_attention_dim)
+        self.img_in = nn.Linear(config.in_channels, dim)
+        self.txt_in = nn.Linear(config.joint_attention_dim, dim)
+        self.transformer_blocks = nn.ModuleList(Block(config, attention) for _ in range(config.num_layers))
+        self.output_modulation = nn.Linear(dim, 2 * dim)
+        self.proj_out = nn.Linear(dim, config.patch_size**2 * config.out_channels)
+
+    def modulate(self, timesteps: Sequence[float]) -> Modulation:
+        """The rows of modulation of these timesteps, each in [0, 1] and already rounded to the model's dtype."""
+        frequencies = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32) / 128)
+        angles = 1000 * (torch.tensor(timesteps, dtype=torch.float32)[:, None] * frequencies)
+        waves = torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.proj_out.weight)
+        condition = F.silu(self.time_embedder(waves))
+        rows = [cast(Block, block).modulate(condition) for block in self.transformer_blocks]
+        return Modulation.of_raw(torch.stack(rows), self.output_modulation(condition))
+
+    def embed_text(self, states: Tensor) -> Tensor:
+        """The text encoder's [tokens, joint_attention_dim] -> [tokens, D]; the same at every step."""
+        embedded: Tensor = self.txt_in(rms_norm(states, self.txt_norm.weight, EPS))
+        return embedded
+
+    def rotations(self, num_text_tokens: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Of one sequence: complex64 [text tokens, 1, 1, d / 2] and [rows * columns, 1, 1, d / 2], on the CPU.
+
+        Rows and columns count from the picture's middle; text follows on the diagonal, past the picture's edge.
+        """
+        rows, columns = grid
+        start = max(rows // 2, columns // 2)
+        text = torch.arange(start, start + num_text_tokens)[:, None].expand(-1, 3)
+        row = torch.arange(rows) - (rows - rows // 2)
+        column = torch.arange(columns) - (columns - columns // 2)
+        image = torch.cartesian_prod(torch.zeros(1, dtype=torch.int64), row, column)
+        axes = self.config.axes_dims_rope
+        return tuple(axis_rotations(p, axes)[:, None, None] for p in (text, image))  # type: ignore[return-value]  # two
+
+    def embed(self, latents: Tensor, text: Tensor) -> Hidden:
+        """latents: [S, in_channels]; text: [T, D] from `embed_text`."""
+        return Hidden(text=text, image=self.img_in(latents))
+
+    def blocks(self, hidden: Hidden, context: StepContext) -> Hidden:
+        for index, block in enumerate(self.transformer_blocks):
+            hidden = block(hidden, index, context)
+        return hidden
+
+    def project(self, hidden: Hidden, context: StepContext) -> Tensor:
+        """-> velocity [S, patch_size² * out_channels]."""
+        scale, shift = context.modulation.of_output(context.pack.image_sequence)
+        velocity: Tensor = self.proj_out(norm_modulate(hidden.image, shift, scale, EPS))
+        return velocity
+
+    def forward(self, latents: Tensor, text: Tensor, context: StepContext) -> Tensor:
+        return self.project(self.blocks(self.embed(latents, text), context), context)

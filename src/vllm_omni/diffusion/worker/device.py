@@ -1,0 +1,87 @@
+"""The one module that knows which kinds of device there are."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+CPU, CUDA = "cpu", "cuda"
+
+
+class Device:
+    """The device of this worker: a GPU where there is one."""
+
+    def __init__(self, kind: str | None = None, index: int = 0) -> None:
+        self.kind = kind or (CUDA if torch.cuda.is_available() else CPU)
+        self.torch = torch.device(self.kind, index) if self.kind == CUDA else torch.device(self.kind)
+
+    @property
+    def name(self) -> str:
+        return torch.cuda.get_device_name(self.torch) if self.kind == CUDA else CPU
+
+    def dtype(self, name: str) -> torch.dtype:
+        """`auto`: bfloat16 on a GPU, float32 on a CPU."""
+        if name == "auto":
+            return torch.bfloat16 if self.kind == CUDA else torch.float32
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that it was given."""
+        if self.kind == CUDA:
+            torch.cuda.synchronize(self.torch)
+
+    def peak_memory_bytes(self) -> int:
+        """Most bytes held so far: of the GPU's memory, or of the process on a CPU."""
+        if self.kind == CUDA:
+            return torch.cuda.max_memory_allocated(self.torch)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def release_memory(self) -> None:
+        """Give unused blocks back, so that a smaller attempt can follow one that ran out."""
+        if self.kind == CUDA:
+            torch.cuda.empty_cache()
+
+
+class Stopwatch:
+    """Seconds by stage, without waiting for the device until `seconds` is read."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._spans: list[tuple[str, Any, Any]] = []
+
+    @contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        start = self._mark()
+        try:
+            yield
+        finally:
+            self._spans.append((stage, start, self._mark()))
+
+    def seconds(self) -> dict[str, float]:
+        """Waits for the device."""
+        self._device.synchronize()
+        totals: dict[str, float] = {}
+        for stage, start, end in self._spans:
+            span = start.elapsed_time(end) / 1000 if self._device.kind == CUDA else end - start
+            totals[stage] = totals.get(stage, 0.0) + span
+        return totals
+
+    def _mark(self) -> Any:
+        if self._device.kind == CUDA:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self._device.torch))
+            return event
+        return time.perf_counter()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; PyTorch's CPU allocator has no type of its own for it."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -1,0 +1,152 @@
+"""Measure what a model costs on this device: the rates that the scheduler plans with."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vllm_omni.diffusion.models.base import BasePipeline, RequestState
+from vllm_omni.diffusion.registry import ModelInfo
+from vllm_omni.diffusion.request import DiffusionRequest, RequestCost
+from vllm_omni.diffusion.worker.device import Device, is_out_of_memory
+
+BUDGET_SECONDS = 0.8
+"""Larger batches are tried while all tries together are expected to take less."""
+REPEAT_SECONDS = 0.3
+"""What takes longer is timed once only."""
+MAX_TOKENS = 2**15
+MAX_PICTURE_TOKENS = 256
+KNEE = 1.18
+"""A batch is large enough when a unit of work costs at most this times what it costs in the best batch."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """See `WorkerReady`."""
+
+    seconds_per_unit: float
+    step_overhead_seconds: float
+    encode_units_per_token: float
+    decode_units_per_token: float
+    max_batch_tokens: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One size of step: tokens, units of `RequestCost`, seconds."""
+
+    tokens: int
+    units: float
+    seconds: float
+
+
+def warm_up(pipeline: BasePipeline[Any], info: ModelInfo, device: Device) -> Rates:
+    """Encode a prompt, step with ever more sequences, decode a picture."""
+    state = pipeline.encode(_request(info, "warm-up", "warm-up"))
+    samples = measure_steps(pipeline, state, info, device)
+    seconds_per_unit, overhead = fit_line(samples)
+    # Prompts differ, for the embedding of one seen before is not computed again.
+    prompts = [f"warm-up number {i}" for i in range(3)]
+    encode = _seconds(device, [lambda p=p: pipeline.encode(_request(info, p, p)) for p in prompts])  # type: ignore[misc]  # p
+    decode = _seconds(device, [lambda: pipeline.decode([state.request], [state.latents])] * 3)
+    return Rates(
+        seconds_per_unit=seconds_per_unit,
+        step_overhead_seconds=overhead,
+        encode_units_per_token=encode / info.count_prompt_tokens(prompts[0]) / seconds_per_unit,
+        decode_units_per_token=decode / state.request.num_image_tokens / seconds_per_unit,
+        max_batch_tokens=knee(samples),
+    )
+
+
+def measure_steps(pipeline: BasePipeline[Any], state: RequestState, info: ModelInfo, device: Device) -> list[Sample]:
+    """Time the forward of 1, 2, 4, ... copies of `state`, as far as the budget and the memory reach."""
+    samples: list[Sample] = []
+    spent = expected = 0.0
+    copies = 1
+    tokens = sum(state.sequence_lengths)
+    while not samples or (spent + expected < BUDGET_SECONDS and copies * tokens <= MAX_TOKENS):
+        ids = [f"{state.request.request_id}-{i}" for i in range(copies)]
+        states = [replace(state, request=replace(state.request, request_id=i)) for i in ids]
+        start = time.perf_counter()
+        try:
+            seconds = _seconds(device, [lambda: pipeline.predict(states)] * 3)  # noqa: B023 - run at once
+        except Exception as error:
+            if samples and is_out_of_memory(error):
+                device.release_memory()
+                break
+            raise
+        finally:
+            for request_id in ids:
+                pipeline.forget(request_id)
+        units = copies * sum(info.sequence_cost(n) for n in state.sequence_lengths)
+        samples.append(Sample(copies * tokens, units, seconds))
+        took = time.perf_counter() - start
+        spent, expected, copies = spent + took, 2 * took, 2 * copies
+    return samples
+
+
+def fit_line(samples: Sequence[Sample]) -> tuple[float, float]:
+    """Seconds per unit and seconds per step, by least squares of the relative error; both at least 0."""
+    weights = [1 / sample.seconds**2 for sample in samples]
+    total = sum(weights)
+    mean_units = sum(w * s.units for w, s in zip(weights, samples)) / total
+    mean_seconds = sum(w * s.seconds for w, s in zip(weights, samples)) / total
+    spread = sum(w * (s.units - mean_units) ** 2 for w, s in zip(weights, samples))
+    slope = (
+        sum(w * (s.units - mean_units) * (s.seconds - mean_seconds) for w, s in zip(weights, samples)) / spread
+        if spread > 0
+        else 0.0
+    )
+    overhead = mean_seconds - slope * mean_units
+    if slope <= 0 or overhead < 0:
+        return samples[-1].seconds / samples[-1].units, 0.0
+    return slope, overhead
+
+
+def knee(samples: Sequence[Sample]) -> int:
+    """Tokens of the smallest batch whose time per unit is near the best."""
+    best = min(s.seconds / s.units for s in samples)
+    return next(s.tokens for s in samples if s.seconds / s.units <= KNEE * best)
+
+
+def _seconds(device: Device, runs: Sequence[Callable[[], object]]) -> float:
+    """The least that any of the runs takes; the first warms up, and a slow one is not followed by another."""
+    least = math.inf
+    for run in runs:
+        device.synchronize()
+        start = time.perf_counter()
+        run()
+        device.synchronize()
+        least = min(least, time.perf_counter() - start)
+        if least > REPEAT_SECONDS:
+            break
+    return least
+
+
+def _request(info: ModelInfo, request_id: str, prompt: str) -> DiffusionRequest:
+    """A square picture, the default one or smaller."""
+    defaults = info.default_sampling_params
+    largest = math.isqrt(MAX_PICTURE_TOKENS) * info.pixels_per_token
+    side = min(defaults["height"], defaults["width"], largest)
+    return DiffusionRequest(
+        request_id=request_id,
+        prompt=prompt,
+        negative_prompt=None,
+        height=side,
+        width=side,
+        num_inference_steps=2,
+        true_cfg_scale=1.0,
+        guidance_scale=None,
+        seed=0,
+        max_sequence_length=info.max_prompt_tokens,
+        sigmas=None,
+        priority=0,
+        preview_steps=(),
+        cost=RequestCost(0, 0, 0, 0),
+        num_prompt_tokens=info.count_prompt_tokens(prompt),
+        num_image_tokens=info.num_image_tokens(side, side),
+        arrival=0.0,
+    )

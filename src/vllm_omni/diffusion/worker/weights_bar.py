@@ -1,0 +1,34 @@
+"""Progress of loading weights, on standard error."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+
+class WeightsBar:
+    """Counts the bytes and seconds of loading a model folder while showing them."""
+
+    def __init__(self, path: Path) -> None:
+        self.num_bytes = 0
+        self.seconds = 0.0
+        self._start = time.perf_counter()
+        total = sum(file.stat().st_size for file in path.glob("*/*.safetensors"))
+        self._bar = tqdm(total=total, desc="loading weights", unit="B", unit_scale=True)
+
+    def update(self, num_bytes: int) -> None:
+        self.num_bytes += num_bytes
+        self._bar.update(num_bytes)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.seconds = time.perf_counter() - self._start
+        self._bar.close()
