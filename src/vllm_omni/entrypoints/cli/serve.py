@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import signal
 import ssl
 from collections.abc import Coroutine, Iterator
@@ -33,12 +34,12 @@ CLOSE_SECONDS = 10.0
 HURRY_SECONDS = 2.0
 """The same after a second signal."""
 WATCH_SECONDS = 0.5
+OPEN_FILES = 65535
 
 
 def serve(args: ServeArgs) -> int:
     """Serve until a signal or a failure; the exit code. Raises ConfigError before any weight is read."""
-    vllm_surface.share_logging()
-    vllm_surface.raise_file_limit()
+    _raise_file_limit()
     with Listener(args.http) as listener:  # bound first: a port in use shows now, not after the weights are read
         try:
             import uvloop
@@ -56,6 +57,14 @@ async def _serve(args: ServeArgs, listener: Listener) -> int:
     return await Service(omni, _http_server(app, args.http), listener, args).run()
 
 
+def _raise_file_limit() -> None:
+    """Each connection is an open file; the soft limit is often 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 class _Server(uvicorn.Server):
     """uvicorn's server; signals are ours."""
 
@@ -70,7 +79,7 @@ def _http_server(app: FastAPI, http: HttpOptions) -> uvicorn.Server:
     config = uvicorn.Config(
         app,
         log_level=http.uvicorn_log_level,
-        log_config=vllm_surface.uvicorn_log_config(quiet_paths, http.uvicorn_log_level),
+        log_config=vllm_surface.log_config(quiet_paths, http.uvicorn_log_level),
         access_log=not http.disable_uvicorn_access_log,
         ssl_keyfile=http.ssl_keyfile,
         ssl_certfile=http.ssl_certfile,

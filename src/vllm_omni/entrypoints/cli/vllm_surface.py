@@ -9,7 +9,6 @@ repeat vLLM's names and meaning, and a test compares them with vLLM's own.
 from __future__ import annotations
 
 import argparse
-import logging
 import re
 import ssl
 from typing import Any, NoReturn
@@ -19,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_omni.errors import ConfigError
 
-OUR_LOGGER = "vllm_omni"
+LOGGERS = ("vllm_omni", "vllm")
 
 
 def make_parser(prog: str, description: str) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
@@ -66,29 +65,16 @@ def configured_api_key() -> str | None:
     return key
 
 
-def share_logging() -> None:
-    """Let our loggers write the way vLLM's do (format, colour, stream, level of vLLM's settings)."""
-    import vllm.logger  # noqa: F401  # configures the logger named vllm
-
-    ours, theirs = logging.getLogger(OUR_LOGGER), logging.getLogger("vllm")
-    ours.handlers = theirs.handlers
-    ours.setLevel(theirs.level)
-    ours.propagate = False
-
-
-def uvicorn_log_config(quiet_paths: list[str], level: str) -> dict[str, Any]:
-    """uvicorn's `log_config` without access lines for `quiet_paths`."""
+def log_config(quiet_paths: list[str], level: str) -> dict[str, Any]:
+    """uvicorn's `log_config` as vLLM makes it (no access lines for `quiet_paths`), with times, and for our loggers."""
     from vllm.logging_utils import create_uvicorn_log_config
 
     config: dict[str, Any] = create_uvicorn_log_config(excluded_paths=quiet_paths, log_level=level)
+    for formatter in config["formatters"].values():
+        formatter["fmt"] = "%(asctime)s " + formatter["fmt"]
+    for name in LOGGERS:
+        config["loggers"][name] = {"handlers": ["default"], "level": "INFO", "propagate": False}
     return config
-
-
-def raise_file_limit() -> None:
-    """Raise the soft limit of open files: uvicorn drops connections when it is reached."""
-    from vllm.utils.system_utils import set_ulimit
-
-    set_ulimit()
 
 
 def start_certificate_refresher(context: ssl.SSLContext, keyfile: str, certfile: str, ca_certs: str | None) -> Any:

@@ -1,0 +1,31 @@
+PYTHON ?= $(firstword $(shell command -v python3.11 python3))
+VENV := .venv
+BIN := $(VENV)/bin
+SETUP := $(VENV)/.set-up
+
+.PHONY: help demo serve test check
+
+help:
+	@echo "make demo    set up, serve the demo model, write out/demo.png, stop"
+	@echo "make serve   set up, serve the demo model until Ctrl-C (PORT=8000 for a fixed port)"
+	@echo "make test    set up, run the linters and the tests"
+	@echo "make check   the linters alone"
+
+$(SETUP): requirements/cpu.txt pyproject.toml tools/setup.sh
+	tools/setup.sh "$(PYTHON)" $(VENV)
+	@touch $@
+
+demo: $(SETUP)
+	$(BIN)/python tools/demo/run.py
+
+serve: $(SETUP)
+	$(BIN)/python tools/demo/run.py --stay --port $(or $(PORT),0)
+
+check: $(SETUP)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check
+	$(BIN)/python -m pytest
