@@ -261,13 +261,13 @@ class Scheduler:
         """Whether `item` may share a step of `num_tokens` that `first` leads.
 
         Denoising steps gain from company, encodes and decodes do not: a step that one of these leads takes
-        no other kind, so that its outcome is not held up. And nobody may more than double the step for those
+        no other kind, so that its outcome is not held up. And nobody may more than triple the step for those
         ahead, unless it is small: a long request does not ride along with a short one, it waits.
         """
         if item.entry.alone or (first.phase is not Phase.DENOISE and item.phase is not first.phase):
             return False
         room = self._max_batch_tokens - num_tokens
-        return item.tokens <= min(room, max(num_tokens, _SMALL_SHARE * self._max_batch_tokens))
+        return item.tokens <= min(room, max(2 * num_tokens, _SMALL_SHARE * self._max_batch_tokens))
 
     def _put(self, item: Item, plan: StepPlan, steps: dict[str, int]) -> None:
         entry, request_id = item.entry, item.entry.request.request_id
@@ -351,7 +351,7 @@ class Scheduler:
     # Arithmetic -------------------------------------------------------------------------------------------
 
     def _order(self, entry: Entry) -> Order:
-        return (entry.request.priority, *self._policy_order(entry))
+        return (entry.request.priority, *self._policy_order(entry), entry.number)
 
     def _total_seconds(self, request: DiffusionRequest) -> float:
         return self._new_entry(request).remaining * self.seconds_per_unit

@@ -1,0 +1,499 @@
+"""The scheduler alone, on a simulated device."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import pytest
+
+from tests.fakes import FakeRunner, make_config, make_ready, make_request
+from vllm_omni.diffusion.plan import ItemError, StepPlan, StepResult
+from vllm_omni.diffusion.request import DiffusionRequest
+from vllm_omni.diffusion.scheduler import AGEING, Scheduler, Update
+from vllm_omni.errors import InvalidRequestError, QueueFullError
+
+OVERHEAD = 0.010
+PER_TOKEN = 0.00016
+"""Seconds, about those of a small model on two cores."""
+OUT_OF_MEMORY = ItemError("no room", "out_of_memory")
+
+
+def make_scheduler(max_batch_tokens: int = 512, **settings: object) -> Scheduler:
+    ready = make_ready(max_batch_tokens=max_batch_tokens, seconds_per_unit=PER_TOKEN, step_overhead_seconds=OVERHEAD)
+    return Scheduler(make_config(**settings), ready)
+
+
+@dataclass
+class Simulation:
+    """A device with a clock of its own: `depth` plans are under way, a step costs overhead and tokens."""
+
+    scheduler: Scheduler
+    arrivals: list[tuple[float, DiffusionRequest]]
+    depth: int = 1
+    runner: FakeRunner = field(default_factory=FakeRunner)
+    now: float = 0.0
+    finished: dict[str, float] = field(default_factory=dict)
+    arrived: dict[str, float] = field(default_factory=dict)
+    plans: list[StepPlan] = field(default_factory=list)
+    updates: list[Update] = field(default_factory=list)
+
+    def run(self) -> Simulation:
+        for _ in self.steps():
+            pass
+        return self
+
+    def steps(self) -> Iterator[StepPlan]:
+        waiting = sorted(self.arrivals, key=lambda arrival: arrival[0])
+        under_way: list[StepPlan] = []
+        while True:
+            while waiting and waiting[0][0] <= self.now:
+                at, request = waiting.pop(0)
+                self.scheduler.add([request])
+                self.arrived[request.request_id] = at
+            while len(under_way) < self.depth and (plan := self.scheduler.schedule()):
+                under_way.append(plan)
+                self.plans.append(plan)
+            if not under_way:
+                if not waiting:
+                    return
+                self.now = waiting[0][0]
+                continue
+            plan = under_way.pop(0)
+            result = self.runner.execute(plan)
+            seconds = step_seconds(plan, self.requests)
+            self.now += seconds
+            update = self.scheduler.update(result, seconds)
+            self.updates.append(update)
+            self.finished.update(dict.fromkeys(update.finished, self.now))
+            yield plan
+
+    @cached_property
+    def requests(self) -> dict[str, DiffusionRequest]:
+        return {request.request_id: request for _, request in self.arrivals}
+
+    def latency(self, request_id: str) -> float:
+        return self.finished[request_id] - self.arrived[request_id]
+
+
+def step_seconds(plan: StepPlan, requests: dict[str, DiffusionRequest]) -> float:
+    units = sum(requests[id].cost.encode for id in plan.encode)
+    units += sum(requests[id].cost.step for id in plan.denoise)
+    units += sum(requests[id].cost.decode for id in [*plan.decode, *plan.preview])
+    return PER_TOKEN * units + OVERHEAD * bool(plan.denoise)
+
+
+def tokens_of(plan: StepPlan, requests: dict[str, DiffusionRequest]) -> float:
+    tokens = sum(requests[id].cost.encode for id in plan.encode)
+    tokens += sum(requests[id].cost.tokens_per_step for id in plan.denoise)
+    return tokens + sum(requests[id].cost.decode for id in [*plan.decode, *plan.preview])
+
+
+def items_of(plan: StepPlan) -> list[str]:
+    return [*plan.encode, *plan.denoise, *plan.decode]
+
+
+def num_items(request: DiffusionRequest) -> int:
+    return request.num_inference_steps + 2
+
+
+def random_arrivals(rng: random.Random, count: int, load: float = 1.2) -> list[tuple[float, DiffusionRequest]]:
+    """Mixed requests that come faster than the device works when `load` is above 1."""
+    arrivals, now = [], 0.0
+    for n in range(count):
+        steps = rng.choice([1, 2, 4, 10, 30])
+        size = (rng.choice([64, 96, 128, 256]), rng.choice([64, 96, 128, 256]))
+        previews = tuple(sorted(rng.sample(range(1, steps + 1), rng.randint(0, min(2, steps)))))
+        request = make_request(f"r{n}", size, steps, preview_steps=previews, priority=rng.choice([0, 0, 0, 1, -1]))
+        arrivals.append((now, request))
+        now += rng.expovariate(load / (PER_TOKEN * request.cost.total(steps) + OVERHEAD * steps))
+    return arrivals
+
+
+@pytest.mark.parametrize("policy", ["fair", "fcfs"])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_random_workloads_finish_within_budget(policy: str, depth: int) -> None:
+    for seed in range(60):
+        rng = random.Random(seed)
+        budget, max_num_seqs = rng.choice([100, 300, 600, 5000]), rng.choice([1, 3, 16])
+        scheduler = make_scheduler(budget, max_num_seqs=max_num_seqs, scheduling_policy=policy)
+        simulation = Simulation(scheduler, random_arrivals(rng, 25), depth)
+        requests = simulation.requests
+        for plan in simulation.steps():
+            items = items_of(plan)
+            assert len(items) <= max_num_seqs
+            assert tokens_of(plan, requests) <= budget or len(items) == 1
+        assert simulation.finished.keys() == requests.keys()
+        # The fake runner asserts that each made its steps; here: each was encoded and decoded once.
+        assert sorted(id for plan in simulation.plans for id in plan.encode) == sorted(requests)
+        assert sorted(id for plan in simulation.plans for id in plan.release) == sorted(requests)
+        assert simulation.runner.num_states == 0
+        assert scheduler.num_running == scheduler.num_waiting == scheduler.num_under_way == 0
+        assert scheduler.queue_seconds == 0
+
+
+def test_nobody_starves() -> None:
+    """A request of R units is not overtaken by what arrives more than R / AGEING units of work after it.
+
+    Every plan while it waits is led by a request that goes before it, so the plans until its end are at most
+    the items of all that can go before it.
+    """
+    for seed in range(60):
+        rng = random.Random(1000 + seed)
+        arrivals = [
+            (at, make_request(r.request_id, (r.height, r.width), r.num_inference_steps))
+            for at, r in random_arrivals(rng, 40, load=rng.choice([1.0, 2.0, 5.0]))
+        ]
+        scheduler = make_scheduler(rng.choice([100, 400, 2000]))
+        simulation = Simulation(scheduler, arrivals)
+        requests, work = simulation.requests, 0.0
+        work_at_arrival: dict[str, float] = {}
+        plans_at_arrival: dict[str, int] = {}
+        plans_at_end: dict[str, int] = {}
+        for number, plan in enumerate(simulation.steps()):
+            for request_id in simulation.arrived.keys() - work_at_arrival.keys():
+                work_at_arrival[request_id], plans_at_arrival[request_id] = work, number
+            for request_id in plan.decode:
+                plans_at_end[request_id] = number
+            work += step_work(plan, requests)
+        for request_id, request in requests.items():
+            horizon = work_at_arrival[request_id] + total_work(request) / AGEING
+            # Arrivals are noted one step late at most, which only makes the horizon later for them.
+            ahead = [r for id, r in requests.items() if work_at_arrival[id] <= horizon]
+            assert plans_at_end[request_id] - plans_at_arrival[request_id] <= sum(map(num_items, ahead))
+
+
+def step_work(plan: StepPlan, requests: dict[str, DiffusionRequest]) -> float:
+    """As the scheduler counts it: each denoising step with the overhead of a step."""
+    return step_seconds(plan, requests) / PER_TOKEN + OVERHEAD / PER_TOKEN * max(len(plan.denoise) - 1, 0)
+
+
+def total_work(request: DiffusionRequest) -> float:
+    return request.cost.total(request.num_inference_steps) + request.num_inference_steps * OVERHEAD / PER_TOKEN
+
+
+def flood(short_steps: int = 2) -> list[tuple[float, DiffusionRequest]]:
+    """One long request, and short ones that would keep the device busy for ever."""
+    short = make_request("x", 64, short_steps)
+    gap = PER_TOKEN * short.cost.total(short_steps) + OVERHEAD * short_steps
+    return [(0.0, make_request("long", 256, 20))] + [
+        (n * gap, make_request(f"s{n}", 64, short_steps)) for n in range(2000)
+    ]
+
+
+def test_a_flood_of_short_requests_does_not_starve_a_long_one() -> None:
+    simulation = Simulation(make_scheduler(300), flood()).run()
+    alone = PER_TOKEN * total_work(make_request("long", 256, 20))
+    slowdown = simulation.latency("long") / alone
+    assert 2 < slowdown < 1 / AGEING + 2  # it yields, and not for ever
+
+
+def test_fair_beats_fcfs_on_a_mixed_workload() -> None:
+    """Mean latency of short requests among a few long ones; nobody's last finish is later than the total work."""
+    means: dict[str, float] = {}
+    lasts = dict.fromkeys(("fair", "fcfs"), 0.0)
+    for policy in ("fair", "fcfs"):
+        total = 0.0
+        for seed in range(10):
+            rng = random.Random(seed)
+            arrivals = [(rng.uniform(0, 20), make_request(f"long{n}", 256, 50)) for n in range(4)]
+            arrivals += [(rng.uniform(0, 20), make_request(f"short{n}", 64, rng.choice([4, 10]))) for n in range(40)]
+            simulation = Simulation(make_scheduler(300, scheduling_policy=policy), arrivals).run()
+            total += sum(map(simulation.latency, simulation.finished)) / len(simulation.finished)
+            lasts[policy] = max(lasts[policy], simulation.now)
+        means[policy] = total / 10
+    assert means["fair"] < 0.5 * means["fcfs"]
+    assert lasts["fair"] < 1.05 * lasts["fcfs"]
+
+
+@pytest.mark.parametrize("budget", [256, 400, 600])
+def test_a_short_request_beside_a_long_one_stays_within_three_times_its_time_alone(budget: int) -> None:
+    short = make_request("short", 64, 4)
+    alone = Simulation(make_scheduler(budget), [(0.0, short)], depth=2).run().latency("short")
+    for begin in (0.0, 0.33, 2.01, 5.7, 7.0):
+        arrivals = [(0.0, make_request("long", 256, 80)), (begin, short)]
+        simulation = Simulation(make_scheduler(budget), arrivals, depth=1).run()
+        running_step = PER_TOKEN * arrivals[0][1].cost.step + OVERHEAD
+        assert simulation.latency("short") < alone + 1.01 * running_step
+        assert not any({"short", "long"} <= set(plan.denoise) for plan in simulation.plans)
+
+
+def test_eight_small_requests_of_different_sizes_share_packs() -> None:
+    sizes = [(64, 64), (64, 96), (96, 64), (96, 96), (64, 128), (128, 64), (96, 128), (128, 128)]
+    requests = [make_request(f"r{n}", size, 10) for n, size in enumerate(sizes)]
+    simulation = Simulation(make_scheduler(512), [(0.0, request) for request in requests]).run()
+    denoising = [plan for plan in simulation.plans if plan.denoise]
+    assert len(denoising) <= 20  # of 80 steps; 680 tokens do not go into ten
+
+
+def test_priority_goes_before_policy() -> None:
+    for policy in ("fair", "fcfs"):
+        scheduler = make_scheduler(100, scheduling_policy=policy)
+        scheduler.add([make_request("short", 64, 1), make_request("long", 256, 20, priority=-1)])
+        scheduler.add([make_request("late", 128, 5, priority=-2)])
+        assert run_out(scheduler) == ["late", "long", "short"]
+
+
+def test_fcfs_order() -> None:
+    scheduler = make_scheduler(100, scheduling_policy="fcfs", max_num_seqs=1)
+    requests = [make_request("a", 256, 9), make_request("b", 64, 1), make_request("c", 128, 3)]
+    scheduler.add(requests)
+    assert run_out(scheduler) == ["a", "b", "c"]
+
+
+def test_fair_order_is_least_remaining_work() -> None:
+    scheduler = make_scheduler(100, max_num_seqs=1)
+    scheduler.add([make_request("a", 256, 9), make_request("b", 64, 1), make_request("c", 128, 3)])
+    assert run_out(scheduler) == ["b", "c", "a"]
+
+
+def run_out(scheduler: Scheduler, runner: FakeRunner | None = None) -> list[str]:
+    """Run until nothing is left; the order in which requests finished."""
+    runner, order = runner or FakeRunner(), []
+    while plan := scheduler.schedule():
+        order += scheduler.update(runner.execute(plan), 0.01).finished
+    return order
+
+
+def run_one(scheduler: Scheduler, runner: FakeRunner) -> StepPlan:
+    plan = scheduler.schedule()
+    assert plan is not None
+    scheduler.update(runner.execute(plan), 0.01)
+    return plan
+
+
+def test_a_finished_picture_does_not_wait_under_fcfs() -> None:
+    scheduler = make_scheduler(600, scheduling_policy="fcfs")
+    scheduler.add([make_request("long", 256, 50), make_request("small", 64, 2)])
+    assert run_out(scheduler) == ["small", "long"]
+
+
+def test_a_step_led_by_an_encode_or_a_decode_holds_nothing_else() -> None:
+    scheduler, runner = make_scheduler(1000), FakeRunner()
+    scheduler.add([make_request("long", 256, 30)])
+    run_one(scheduler, runner)
+    scheduler.add([make_request("new", 64, 2)])
+    plans = [run_one(scheduler, runner) for _ in range(4)]
+    assert [(plan.encode, plan.denoise, plan.decode) for plan in plans] == [
+        (["new"], [], []),
+        ([], ["new"], []),  # 528 tokens beside its 48 would make its step eleven times longer
+        ([], ["new"], []),
+        ([], [], ["new"]),
+    ]
+
+
+def test_decode_takes_of_the_budget() -> None:
+    """In a step that a long request leads, a decode leaves less room for denoising."""
+    scheduler = make_scheduler(300, scheduling_policy="fcfs")
+    requests = [make_request("lead", 128, 30, priority=-1), make_request("a", 64, 1), make_request("b", 128, 30)]
+    scheduler.add(requests)
+    by_id = {request.request_id: request for request in requests}
+    runner = FakeRunner()
+    plans = [run_one(scheduler, runner) for _ in range(30)]
+    assert all(tokens_of(plan, by_id) <= 300 for plan in plans)
+    (mixed,) = [plan for plan in plans if plan.decode]
+    assert tokens_of(mixed, by_id) + by_id["b"].cost.tokens_per_step > 300
+    assert mixed.denoise == ["lead"]
+    assert ["lead", "b"] in [plan.denoise for plan in plans]
+
+
+def test_abort_frees_the_place_at_the_next_plan() -> None:
+    for seed in range(30):
+        rng = random.Random(seed)
+        scheduler = make_scheduler(300, max_num_seqs=2, scheduling_policy=rng.choice(["fair", "fcfs"]))
+        scheduler.add([make_request(f"r{n}", 64, rng.choice([3, 6, 9])) for n in range(6)])
+        runner, alive, finished = FakeRunner(), {f"r{n}" for n in range(6)}, set()
+        aborted: set[str] = set()
+        plans: list[StepPlan] = []
+        while True:
+            while scheduler.num_under_way < 2 and (plan := scheduler.schedule()):
+                assert not aborted & set(items_of(plan))
+                assert plan.release or len(items_of(plan)) >= min(2, len(alive) > 0)
+                plans.append(plan)
+            if not plans:
+                break
+            if rng.random() < 0.2 and alive:
+                victim = rng.choice(sorted(alive))
+                assert scheduler.abort([victim, "nobody", victim]) == [victim]
+                runner.abort([victim])
+                aborted.add(victim)
+                alive.discard(victim)
+            update = scheduler.update(runner.execute(plans.pop(0)), 0.01)
+            assert not aborted & set(update.finished)
+            assert not update.failed
+            finished.update(update.finished)
+            alive.difference_update(update.finished)
+        assert finished | aborted == {f"r{n}" for n in range(6)}
+        assert runner.num_states == 0
+
+
+def test_an_id_may_come_again_after_an_abort() -> None:
+    scheduler, runner = make_scheduler(), FakeRunner()
+    scheduler.add([make_request("r", 64, 5)])
+    plans = [scheduler.schedule(), scheduler.schedule()]
+    scheduler.abort(["r"])
+    runner.abort(["r"])
+    scheduler.add([make_request("r", 64, 3, seed=7)])
+    for plan in plans:
+        assert plan is not None
+        assert scheduler.update(runner.execute(plan), 0.01) == Update()
+    assert run_out(scheduler, runner) == ["r"]
+
+
+def test_one_failure_leaves_the_others_alone() -> None:
+    bad = ItemError("broken", "internal")
+    runner = FakeRunner(errors=lambda id, phase, step: bad if id == "b" and step == 2 else None)
+    scheduler = make_scheduler()
+    scheduler.add([make_request(id, 64, 4) for id in "abc"])
+    failed: dict[str, ItemError] = {}
+    finished: list[str] = []
+    plans: list[StepPlan] = []
+    while True:
+        while scheduler.num_under_way < 2 and (plan := scheduler.schedule()):
+            plans.append(plan)
+        if not plans:
+            break
+        update = scheduler.update(runner.execute(plans.pop(0)), 0.01)
+        failed |= update.failed
+        finished += update.finished
+    assert failed == {"b": bad}
+    assert sorted(finished) == ["a", "c"]
+    assert runner.num_states == 0
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("always", [False, True])
+def test_out_of_memory_in_company_is_tried_again_alone(depth: int, always: bool) -> None:
+    def errors(request_id: str, phase: str, step: int) -> ItemError | None:
+        is_bad = request_id == "b" and phase == "denoise" and step == 2
+        return OUT_OF_MEMORY if is_bad and (always or len(items_of(runner.plans[-1])) > 1) else None
+
+    arrivals = [(0.0, make_request(id, 64, 4)) for id in "abc"]
+    runner = FakeRunner(errors=errors)
+    simulation = Simulation(make_scheduler(), arrivals, depth, runner).run()
+    assert [id for update in simulation.updates for id in update.replayed] == ["b"]
+    failed = [id for update in simulation.updates for id in update.failed]
+    assert failed == (["b"] if always else [])
+    assert sorted(simulation.finished) == (["a", "c"] if always else ["a", "b", "c"])
+    encoded = [n for n, plan in enumerate(simulation.plans) if "b" in plan.encode]
+    assert len(encoded) == 2
+    for plan in simulation.plans[encoded[1] :]:
+        assert "b" not in items_of(plan) or items_of(plan) == ["b"]
+
+
+def test_a_request_that_the_worker_lost_fails_instead_of_hanging() -> None:
+    scheduler = make_scheduler()
+    scheduler.add([make_request("r", 64, 2)])
+    for _ in range(2):
+        plan = scheduler.schedule()
+        assert plan is not None
+        update = scheduler.update(StepResult(plan.step_id), 0.01)
+    assert update.failed["r"].kind == "internal"
+    assert scheduler.num_running == 0
+
+
+def test_delivered_previews_are_not_made_again() -> None:
+    scheduler = make_scheduler()
+    scheduler.add([make_request("r", 64, 6, preview_steps=(2, 4))])
+    runner = FakeRunner()
+    for _ in range(4):  # encode and three steps
+        run_one(scheduler, runner)
+    assert [plan.preview for plan in runner.plans] == [[], [], ["r"], []]
+    assert scheduler.reset().replayed == ["r"]
+    again = FakeRunner()
+    assert run_out(scheduler, again) == ["r"]
+    assert [plan.preview for plan in again.plans if plan.denoise] == [[], [], [], ["r"], [], []]
+
+
+def test_a_request_that_kills_workers_is_singled_out() -> None:
+    """The first death blames nobody, after the second the suspects run alone, the third ends the culprit."""
+    scheduler = make_scheduler()
+    scheduler.add([make_request(id, 64, 4) for id in "abc"])
+    failed: dict[str, ItemError] = {}
+    finished: list[str] = []
+    runner, deaths = FakeRunner(), 0
+    while plan := scheduler.schedule():
+        if "b" in plan.denoise:
+            deaths += 1
+            failed |= scheduler.reset().failed
+            runner = FakeRunner()
+            continue
+        finished += scheduler.update(runner.execute(plan), 0.01).finished
+    assert deaths == 3
+    assert list(failed) == ["b"]
+    assert sorted(finished) == ["a", "c"]
+
+
+def test_a_full_queue_says_when_to_come_back() -> None:
+    scheduler = make_scheduler(max_num_queued_reqs=3)
+    scheduler.add([make_request("a", 64, 4), make_request("b", 64, 10), make_request("c", 256, 50)])
+    with pytest.raises(QueueFullError) as full:
+        scheduler.add([make_request("d", 64, 4)])
+    shortest = PER_TOKEN * total_work(make_request("a", 64, 4))
+    assert full.value.retry_after == pytest.approx(shortest)
+    with pytest.raises(QueueFullError) as full:
+        scheduler.add([make_request("d", 64, 4), make_request("e", 64, 4)])
+    assert full.value.retry_after == pytest.approx(shortest + PER_TOKEN * total_work(make_request("b", 64, 10)))
+    scheduler.abort(["b"])
+    scheduler.add([make_request("d", 64, 4)])
+
+
+def test_the_queue_is_bounded_by_work() -> None:
+    big, small = make_request("big", 256, 100), make_request("small", 64, 1)
+    seconds = PER_TOKEN * total_work(big)
+    scheduler = make_scheduler(max_queue_seconds=0.8 * seconds)
+    scheduler.add([big])  # nobody else is there: it may run, long as it is
+    with pytest.raises(QueueFullError) as full:
+        scheduler.add([small])
+    assert full.value.retry_after == pytest.approx(0.2 * seconds + PER_TOKEN * total_work(small))
+
+
+def test_ids_in_use_and_too_many_at_once_are_refused() -> None:
+    scheduler = make_scheduler(max_num_queued_reqs=3)
+    scheduler.add([make_request("a")])
+    for ids in ("a", "bb"):
+        with pytest.raises(InvalidRequestError) as wrong:
+            scheduler.add([make_request(id) for id in ids])
+        assert wrong.value.param == "request_id"
+    with pytest.raises(InvalidRequestError) as wrong:
+        scheduler.add([make_request(id) for id in "bcde"])
+    assert wrong.value.param == "n"
+    assert scheduler.num_waiting == 1
+
+
+def test_eta_is_arithmetic_on_the_measured_rate() -> None:
+    scheduler = make_scheduler(300, max_num_seqs=1)
+    short, long = make_request("short", 64, 4), make_request("long", 256, 50)
+    scheduler.add([long])
+    assert scheduler.eta_seconds([short]) == pytest.approx(PER_TOKEN * total_work(short))
+    assert scheduler.eta_seconds([long]) == pytest.approx(PER_TOKEN * total_work(long))
+    scheduler.add([short])
+    both = PER_TOKEN * (total_work(long) + total_work(short))
+    assert scheduler.eta_seconds([long]) == pytest.approx(both)
+    assert scheduler.queue_seconds == pytest.approx(both)
+    # The device turns out to be three times slower than it said: the rate follows within its memory.
+    runner, requests = FakeRunner(), {"short": short, "long": long}
+    for _ in range(40):
+        plan = scheduler.schedule()
+        assert plan is not None
+        scheduler.update(runner.execute(plan), 3 * step_seconds(plan, requests))
+    assert scheduler.seconds_per_unit == pytest.approx(3 * PER_TOKEN, rel=0.05)
+
+
+def test_eta_predicts_a_simulated_run() -> None:
+    """One request a step: the estimate at arrival is the latency, whoever is ahead."""
+    for seed in range(20):
+        rng = random.Random(seed)
+        scheduler = make_scheduler(300, max_num_seqs=1)
+        requests = [make_request(f"r{n}", rng.choice([64, 128]), rng.choice([2, 5, 9])) for n in range(8)]
+        scheduler.add(requests)
+        estimates = {request.request_id: scheduler.eta_seconds([request]) for request in requests}
+        by_id = {request.request_id: request for request in requests}
+        runner, now = FakeRunner(), 0.0
+        while plan := scheduler.schedule():
+            seconds = step_seconds(plan, by_id)
+            now += seconds
+            for request_id in scheduler.update(runner.execute(plan), seconds).finished:
+                assert estimates[request_id] == pytest.approx(now, rel=0.02)

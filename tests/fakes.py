@@ -1,0 +1,230 @@
+"""A worker without a model, for tests of whatever stands above it (no torch).
+
+`FakeRunner` keeps the rules of a worker strictly and makes noise for pictures; `FakeExecutor` runs it inside
+the event loop, at once or step by step, and fails on command. Both serve in worker processes too
+(`tests.fakes:FakeRunner`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.plan import ItemError, StepPlan, StepResult, WorkerReady
+from vllm_omni.diffusion.request import DiffusionRequest, RequestCost
+from vllm_omni.errors import WorkerDiedError
+
+SECONDS_PER_UNIT = 1e-4
+
+
+def make_config(**settings: Any) -> OmniDiffusionConfig:
+    return OmniDiffusionConfig(**{"model": "demo", **settings})
+
+
+def make_ready(**values: Any) -> WorkerReady:
+    defaults: dict[str, Any] = {
+        "load_seconds": 1.0,
+        "load_bytes": 0,
+        "device": "fake",
+        "dtype": "float32",
+        "max_batch_tokens": 512,
+        "seconds_per_unit": SECONDS_PER_UNIT,
+        "step_overhead_seconds": 0.001,
+        "encode_units_per_token": 1.0,
+        "decode_units_per_token": 1.0,
+    }
+    return WorkerReady(**{**defaults, **values})
+
+
+def make_request(
+    request_id: str = "r", size: int | tuple[int, int] = 64, steps: int = 4, **values: Any
+) -> DiffusionRequest:
+    """A request of `size` pixels (side, or height and width), 16 pixels a token side, with two branches."""
+    height, width = size if isinstance(size, tuple) else (size, size)
+    num_image_tokens = (height // 16) * (width // 16)
+    num_tokens = 2 * (num_image_tokens + 8)
+    cost = RequestCost(
+        encode=20.0,
+        step=num_tokens * (1 + num_tokens / 2000),
+        decode=2.0 * num_image_tokens,
+        tokens_per_step=num_tokens,
+    )
+    defaults: dict[str, Any] = {
+        "prompt": "a red apple",
+        "negative_prompt": " ",
+        "height": height,
+        "width": width,
+        "num_inference_steps": steps,
+        "true_cfg_scale": 4.0,
+        "guidance_scale": None,
+        "seed": 0,
+        "max_sequence_length": 64,
+        "sigmas": None,
+        "priority": 0,
+        "preview_steps": (),
+        "cost": cost,
+        "num_prompt_tokens": 8,
+        "num_image_tokens": num_image_tokens,
+        "arrival": 0.0,
+    }
+    return DiffusionRequest(request_id=request_id, **{**defaults, **values})
+
+
+def fake_image(request: DiffusionRequest, step: int | None = None) -> np.ndarray:
+    """uint8 [height, width, 3]: noise that depends on the seed, and for a preview on the step."""
+    seed = [request.seed] if step is None else [request.seed, step]
+    return np.random.default_rng(seed).integers(0, 256, (request.height, request.width, 3), dtype=np.uint8)
+
+
+class FakeRunner:
+    """Runs plans as a worker must, and asserts that the plans keep their side of the contract.
+
+    `errors(request_id, phase, step)` may return an ItemError; phases are encode, denoise and decode.
+    """
+
+    def __init__(
+        self,
+        config: OmniDiffusionConfig | None = None,
+        ready: WorkerReady | None = None,
+        errors: Callable[[str, str, int], ItemError | None] | None = None,
+    ) -> None:
+        self._ready = ready or make_ready()
+        self._errors = errors or (lambda request_id, phase, step: None)
+        self._states: dict[str, tuple[DiffusionRequest, int]] = {}
+        self._dropped: set[str] = set()
+        """Failed or aborted here; plans may name them until they release them."""
+        self.plans: list[StepPlan] = []
+
+    def start(self) -> WorkerReady:
+        return self._ready
+
+    @property
+    def num_states(self) -> int:
+        return len(self._states)
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        self._dropped.update(request_ids)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        items = [*plan.encode, *plan.denoise, *plan.decode]
+        assert len(items) == len(set(items)), "a request has one item in a plan"
+        assert [request.request_id for request in plan.new_requests] == plan.encode
+        assert set(plan.preview) <= set(plan.denoise)
+        self.plans.append(plan)
+        for request_id in plan.release:
+            self._states.pop(request_id, None)
+            self._dropped.discard(request_id)
+        for request in plan.new_requests:
+            assert request.request_id not in self._states
+            self._states[request.request_id] = (request, 0)
+        result = StepResult(plan.step_id, encode_seconds=0.001, denoise_seconds=0.002, decode_seconds=0.003)
+        for phase, request_ids in (("encode", plan.encode), ("denoise", plan.denoise), ("decode", plan.decode)):
+            for request_id in request_ids:
+                if request_id not in self._dropped:
+                    self._run(request_id, phase, plan, result)
+        return result
+
+    def _run(self, request_id: str, phase: str, plan: StepPlan, result: StepResult) -> None:
+        request, step = self._states[request_id]
+        if error := self._errors(request_id, phase, step + (phase == "denoise")):
+            result.errors[request_id] = error
+            self._dropped.add(request_id)
+        elif phase == "denoise":
+            assert step < request.num_inference_steps
+            self._states[request_id] = (request, step + 1)
+            result.advanced.append(request_id)
+            result.num_sequences += 1 + request.has_guidance
+            result.num_tokens += request.cost.tokens_per_step
+            if request_id in plan.preview:
+                result.previews[request_id] = fake_image(request, step + 1)
+        elif phase == "decode":
+            assert step == request.num_inference_steps
+            result.images[request_id] = fake_image(request)
+
+
+class FakeExecutor:
+    """Runs plans when they are submitted; their results come after `step_seconds`, or as `release_results` says.
+
+    `die_at`: numbers of submitted plans, counted over all lives from 0, that kill the worker.
+    `start_errors`: number of a start (from 0) -> what it raises.
+    """
+
+    def __init__(
+        self,
+        runner: Callable[[], FakeRunner] = FakeRunner,
+        *,
+        step_seconds: float = 0.0,
+        hold: bool = False,
+        die_at: Container[int] = (),
+        start_errors: Mapping[int, Exception] | None = None,
+    ) -> None:
+        self._make_runner = runner
+        self._step_seconds = step_seconds
+        self._hold = hold
+        self._die_at = die_at
+        self._start_errors = start_errors or {}
+        self._results: asyncio.Queue[StepResult | WorkerDiedError] = asyncio.Queue()
+        self._pending: deque[StepPlan] = deque()
+        """Submitted and not begun."""
+        self._num_under_way = 0
+        self._dead = True
+        self.runner: FakeRunner
+        self.num_starts = 0
+        self.num_plans = 0
+        self.max_under_way = 0
+        self.aborted: list[str] = []
+        self.closed = False
+
+    async def start(self) -> WorkerReady:
+        self.num_starts += 1
+        if error := self._start_errors.get(self.num_starts - 1):
+            raise error
+        self.runner, self._dead, self._num_under_way = self._make_runner(), False, 0
+        self._results, self._pending = asyncio.Queue(), deque()
+        return self.runner.start()
+
+    def submit(self, plan: StepPlan) -> None:
+        assert self._num_under_way < 2, "at most two plans are under way"
+        number, self.num_plans = self.num_plans, self.num_plans + 1
+        self._num_under_way += 1
+        self.max_under_way = max(self.max_under_way, self._num_under_way)
+        self._pending.append(plan)
+        if number in self._die_at:
+            self.die()
+        elif not self._hold:
+            asyncio.get_running_loop().call_later(self._step_seconds, self._run_next, self._pending)
+
+    def release_results(self, count: int = 1) -> None:
+        """With `hold`: run the next submitted plans and let their results go."""
+        for _ in range(count):
+            self._run_next(self._pending)
+
+    def _run_next(self, pending: deque[StepPlan]) -> None:
+        if pending is self._pending and not self._dead:
+            self._results.put_nowait(self.runner.execute(pending.popleft()))
+
+    def die(self) -> None:
+        """As if the worker process had been killed now."""
+        self._dead = True
+        self._results.put_nowait(WorkerDiedError("the fake worker was told to die"))
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        assert not self._dead, "no worker to send to"
+        self.aborted += request_ids
+        self.runner.abort(request_ids)
+
+    async def next_result(self) -> StepResult:
+        result = await self._results.get()
+        if isinstance(result, WorkerDiedError):
+            self._results.put_nowait(result)
+            raise result
+        self._num_under_way -= 1
+        return result
+
+    async def close(self) -> None:
+        self._dead = self.closed = True
