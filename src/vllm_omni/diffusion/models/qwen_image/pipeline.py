@@ -98,7 +98,7 @@ class Pipeline(BasePipeline[QwenImageState]):
         path = info.path
         text_encoder = TextEncoder(path, device, dtype)
         on_bytes(_num_bytes(path / "text_encoder"))
-        vae = AutoencoderKLQwenImage.from_pretrained(path / "vae", torch_dtype=dtype, use_safetensors=True)
+        vae = AutoencoderKLQwenImage.from_pretrained(path / "vae", dtype=dtype, use_safetensors=True)
         on_bytes(_num_bytes(path / "vae"))
         values = json.loads((path / "transformer" / "config.json").read_text())
         with torch.device("meta"):
@@ -151,6 +151,9 @@ class Pipeline(BasePipeline[QwenImageState]):
             config.get("max_shift", 1.15),
         )
         sigmas = request.sigmas or linear_sigmas(request.num_inference_steps)
+        if sigmas[-1] == 1:
+            # A single step from noise to picture: there is no slope to stretch to the terminal (0 / 0).
+            scheduler.register_to_config(shift_terminal=None)
         # On the CPU: its values are scalars of the step's arithmetic, which so waits for no transfer.
         scheduler.set_timesteps(sigmas=list(sigmas), mu=mu)
         scheduler.set_begin_index(0)
@@ -165,7 +168,7 @@ class Pipeline(BasePipeline[QwenImageState]):
         return [self._combine(state, [next(branches) for _ in state.text]) for state in states]
 
     def _lay_out(self, states: Sequence[QwenImageState]) -> Layout:
-        text = [states for state in states for states in state.text]
+        text = [branch for state in states for branch in state.text]
         sizes = [(len(branch), state.grid) for state in states for branch in state.text]
         rotations = [r for size in sizes for r in self.transformer.rotations(*size)]
         return Layout(

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers.utils import logging
 
 from vllm_omni.diffusion.models.qwen_image.info import MAX_PROMPT_TOKENS, NUM_TEMPLATE_TOKENS, PROMPT_TEMPLATE
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """The worker shows one bar for all weights."""
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 class TextEncoder:
     def __init__(self, path: Path, device: torch.device, dtype: torch.dtype) -> None:
         self._device = device
         self._tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer")
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            path / "text_encoder", dtype=dtype, device_map={"": device}, use_safetensors=True
-        )
+        with _no_progress_bar():
+            model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+                path / "text_encoder", dtype=dtype, device_map={"": device}, use_safetensors=True
+            )
         # Text alone needs neither the vision tower nor the scores over the vocabulary.
         self._model = model.model.language_model.eval().requires_grad_(False)
 

@@ -1,0 +1,18 @@
+"""Fixtures that tests of several packages share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen-Image model with 3 heads; pictures of 64x64 in 4 steps without guidance by default."""
+    # Imported here: most tests need no torch.
+    from tests.tiny_models import build_tiny_qwen_image
+
+    defaults: dict[str, object] = {"height": 64, "width": 64, "num_inference_steps": 4}
+    path = tmp_path_factory.mktemp("models") / "tiny-qwen-image"
+    return build_tiny_qwen_image(path, heads=3, default_sampling_params=defaults)
