@@ -1,0 +1,447 @@
+"""The engine on a fake worker. Waits are for events; the timeouts are guards against a hang only."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.fakes import FakeExecutor, FakeRunner, fake_image, make_config, make_ready, make_request
+from vllm_omni.diffusion.engine import (
+    DiffusionEngine,
+    EngineEvent,
+    Failed,
+    Finished,
+    NullObserver,
+    Preview,
+    StepDone,
+)
+from vllm_omni.diffusion.plan import ItemError, StepPlan, StepResult
+from vllm_omni.diffusion.request import DiffusionRequest
+from vllm_omni.errors import (
+    ConfigError,
+    GenerationError,
+    InvalidRequestError,
+    QueueFullError,
+    RequestAbortedError,
+    UnavailableError,
+    WorkerDiedError,
+)
+
+GUARD_SECONDS = 30.0
+
+
+class Recorder(NullObserver):
+    """Notes what the engine tells its observer."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[StepPlan, StepResult]] = []
+        self.outcomes: list[tuple[str, str]] = []
+        self.rejects: list[str] = []
+        self.restarts: list[int] = []
+
+    def on_step(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
+        assert plan.step_id == result.step_id
+        assert seconds >= 0
+        self.steps.append((plan, result))
+
+    def on_finish(self, request: DiffusionRequest, timings: dict[str, float], outcome: str) -> None:
+        assert set(timings) == {"queue", "text_encode", "denoise", "vae_decode", "total", "computed_steps"}
+        self.outcomes.append((request.request_id, outcome))
+
+    def on_reject(self, reason: str) -> None:
+        self.rejects.append(reason)
+
+    def on_worker_restart(self, num_replayed: int) -> None:
+        self.restarts.append(num_replayed)
+
+
+@asynccontextmanager
+async def running_engine(
+    executor: FakeExecutor | None = None, observer: Recorder | None = None, **settings: Any
+) -> AsyncIterator[DiffusionEngine]:
+    engine = DiffusionEngine(
+        make_config(**settings), executor or FakeExecutor(), observer, restart_backoff_seconds=0.001
+    )
+    async with asyncio.timeout(GUARD_SECONDS):
+        await engine.start()
+        try:
+            yield engine
+        finally:
+            await engine.close()
+
+
+def now_request(request_id: str = "r", size: Any = 64, steps: int = 4, **values: Any) -> DiffusionRequest:
+    return make_request(request_id, size, steps, arrival=time.monotonic(), **values)
+
+
+async def read_until_done(events: asyncio.Queue[EngineEvent], count: int = 1) -> list[EngineEvent]:
+    """All events until `count` requests ended."""
+    seen: list[EngineEvent] = []
+    while sum(isinstance(event, Finished | Failed) for event in seen) < count:
+        seen.append(await asyncio.wait_for(events.get(), GUARD_SECONDS))
+    assert events.empty()
+    return seen
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the engine work until `condition` holds."""
+    async with asyncio.timeout(GUARD_SECONDS):
+        while not condition():  # noqa: ASYNC110  (the conditions are of fakes that have no events)
+            await asyncio.sleep(0)
+
+
+def failures(events: Iterable[EngineEvent]) -> dict[str, type]:
+    return {event.request_id: type(event.error) for event in events if isinstance(event, Failed)}
+
+
+async def test_events_come_in_order_with_the_picture_and_timings() -> None:
+    observer = Recorder()
+    async with running_engine(observer=observer) as engine:
+        request = now_request(steps=4, seed=5, preview_steps=(2, 3))
+        events = await read_until_done(engine.add([request]))
+    kinds = [(type(event), getattr(event, "step", None)) for event in events]
+    assert kinds == [
+        (StepDone, 1),
+        (StepDone, 2),
+        (Preview, 2),
+        (StepDone, 3),
+        (Preview, 3),
+        (StepDone, 4),
+        (Finished, None),
+    ]
+    previews = [event.image for event in events if isinstance(event, Preview)]
+    assert all(np.array_equal(image, fake_image(request, step)) for image, step in zip(previews, (2, 3), strict=True))
+    finished = events[-1]
+    assert isinstance(finished, Finished)
+    assert np.array_equal(finished.image, fake_image(request))
+    timings = finished.timings
+    assert 0 <= timings["queue"] < timings["total"]
+    assert timings["text_encode"] == pytest.approx(0.001)
+    assert timings["denoise"] == pytest.approx(4 * 0.002)
+    assert timings["vae_decode"] == pytest.approx(0.003)
+    assert timings["computed_steps"] == 4
+    assert observer.outcomes == [("r", "completed")]
+
+
+async def test_several_requests_of_one_add() -> None:
+    async with running_engine() as engine:
+        requests = [now_request(f"r-{n}", (64, 64 + 16 * n), 3 + n, seed=n) for n in range(5)]
+        events = await read_until_done(engine.add(requests), 5)
+    pictures = {event.request_id: event.image for event in events if isinstance(event, Finished)}
+    assert pictures.keys() == {request.request_id for request in requests}
+    for request in requests:
+        assert np.array_equal(pictures[request.request_id], fake_image(request))
+        steps = [e.step for e in events if isinstance(e, StepDone) and e.request_id == request.request_id]
+        assert steps == list(range(1, request.num_inference_steps + 1))
+
+
+async def test_the_next_plan_is_sent_before_the_result_of_the_last() -> None:
+    executor = FakeExecutor(hold=True)
+    async with running_engine(executor) as engine:
+        events = engine.add([now_request(steps=3)])
+        for number in range(5):  # encode, three steps, decode
+            await until(lambda n=number: executor.num_plans == min(n + 2, 5))
+            assert len(executor.runner.plans) == number
+            executor.release_results()
+        await read_until_done(events)
+    assert executor.max_under_way == 2
+
+
+async def test_what_arrives_early_in_a_step_is_in_the_next() -> None:
+    """The second plan is held back until the running step is nearly over."""
+    slow = make_ready(seconds_per_unit=1.0)  # hours a step
+    executor = FakeExecutor(lambda: FakeRunner(ready=slow), hold=True)
+    async with running_engine(executor, max_queue_seconds=1e12) as engine:
+        long = engine.add([now_request("long", 256, 50)])
+        await until(lambda: executor.num_plans == 1)
+        executor.release_results()
+        await until(lambda: executor.num_plans == 2)
+        short = engine.add([now_request("short", 64, 1)])
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert executor.num_plans == 2
+        for _ in range(3):
+            executor.release_results()
+            plans = executor.num_plans
+            await until(lambda n=plans: executor.num_plans == n + 1)
+        executor.release_results()
+        await read_until_done(short)
+        assert executor.runner.plans[1].denoise == ["long"]
+        assert [(p.encode, p.denoise, p.decode) for p in executor.runner.plans[2:]][:3] == [
+            (["short"], [], []),
+            ([], ["short"], []),
+            ([], [], ["short"]),
+        ]
+        assert not [event for event in iter_nowait(long) if not isinstance(event, StepDone)]
+
+
+def iter_nowait(events: asyncio.Queue[EngineEvent]) -> list[EngineEvent]:
+    return [events.get_nowait() for _ in range(events.qsize())]
+
+
+@pytest.mark.parametrize("num_results", range(6))
+async def test_abort_in_each_phase(num_results: int) -> None:
+    """After `num_results` of: encode, three steps, decode; the neighbour notices nothing."""
+    executor, observer = FakeExecutor(hold=True), Recorder()
+    async with running_engine(executor, observer) as engine:
+        victim = engine.add([now_request("victim", steps=3)])
+        for number in range(num_results):
+            await until(lambda n=number: executor.num_plans > n)
+            executor.release_results()
+        await until(lambda: len(observer.steps) == num_results)
+        neighbour = engine.add([now_request("neighbour", steps=3, seed=3)])
+        engine.abort(["victim", "unknown"])
+        events = iter_nowait(victim)
+        if num_results == 5:
+            assert isinstance(events[-1], Finished)
+        else:
+            assert failures(events) == {"victim": RequestAbortedError}
+            assert executor.aborted == ["victim"]
+        executor_done = asyncio.ensure_future(read_until_done(neighbour))
+        while not executor_done.done():
+            if executor.num_plans > len(executor.runner.plans):
+                executor.release_results()
+            await asyncio.sleep(0)
+        last = executor_done.result()[-1]
+        assert isinstance(last, Finished)
+        assert np.array_equal(last.image, fake_image(make_request(seed=3)))
+        while executor.num_plans > len(executor.runner.plans):
+            executor.release_results()
+        assert victim.empty()
+        await until(lambda: engine.status().num_running == 0)
+    if num_results < 5:
+        assert observer.outcomes == [("victim", "aborted"), ("neighbour", "completed")]
+
+
+async def test_one_failure_leaves_the_others_alone() -> None:
+    errors = {"bad": ItemError("weights are on fire", "internal", "Traceback"), "wrong": ItemError("no", "invalid")}
+    runner = lambda: FakeRunner(errors=lambda id, phase, step: errors.get(id) if step == 2 else None)  # noqa: E731
+    observer = Recorder()
+    async with running_engine(FakeExecutor(runner), observer) as engine:
+        events = await read_until_done(engine.add([now_request(id) for id in ("a", "bad", "b", "wrong")]), 4)
+    assert failures(events) == {"bad": GenerationError, "wrong": InvalidRequestError}
+    assert sorted(event.request_id for event in events if isinstance(event, Finished)) == ["a", "b"]
+    assert "fire" not in next(str(e.error) for e in events if isinstance(e, Failed) and e.request_id == "bad")
+    assert sorted(observer.outcomes) == [("a", "completed"), ("b", "completed"), ("bad", "failed"), ("wrong", "failed")]
+
+
+@pytest.mark.parametrize("always", [False, True])
+async def test_out_of_memory_is_tried_again_alone(always: bool) -> None:
+    def errors(request_id: str, phase: str, step: int) -> ItemError | None:
+        in_company = len(executor.runner.plans[-1].denoise) > 1
+        hit = request_id == "b" and step == 2 and phase == "denoise" and (in_company or always)
+        return ItemError("no room", "out_of_memory") if hit else None
+
+    executor = FakeExecutor(lambda: FakeRunner(errors=errors))
+    async with running_engine(executor) as engine:
+        events = await read_until_done(engine.add([now_request(id, seed=1) for id in "abc"]), 3)
+    assert failures(events) == ({"b": GenerationError} if always else {})
+    steps = [event.step for event in events if isinstance(event, StepDone) and event.request_id == "b"]
+    assert steps == ([1] if always else [1, 2, 3, 4])  # a step is told once
+    assert [plan for plan in executor.runner.plans if "b" in plan.denoise][-1].denoise == ["b"]
+
+
+async def test_a_full_queue_refuses_all_or_nothing() -> None:
+    executor, observer = FakeExecutor(hold=True), Recorder()
+    async with running_engine(executor, observer, max_num_queued_reqs=3) as engine:
+        events = engine.add([now_request("a"), now_request("b", 256, 40)])
+        with pytest.raises(QueueFullError) as full:
+            engine.add([now_request("c"), now_request("d")])
+        assert full.value.retry_after is not None
+        assert 0 < full.value.retry_after < engine.status().queue_seconds
+        assert observer.rejects == ["queue_full"]
+        assert engine.status().num_waiting == 2
+        with pytest.raises(InvalidRequestError):
+            engine.add([now_request("a")])
+        engine.add([now_request("c")])
+        engine.abort(["a", "b", "c"])
+        await read_until_done(events, 2)
+        engine.add([now_request("d"), now_request("e")])
+        assert engine.eta_seconds([now_request("f")]) > 0
+
+
+async def test_drain_takes_no_new_work_and_finishes_the_old() -> None:
+    executor, observer = FakeExecutor(), Recorder()
+    async with running_engine(executor, observer) as engine:
+        assert engine.status().state == "running"
+        events = engine.add([now_request("a", steps=30), now_request("b", steps=3)])
+        drained = asyncio.create_task(engine.drain(GUARD_SECONDS))
+        await until(lambda: engine.status().state == "draining")
+        with pytest.raises(UnavailableError) as unavailable:
+            engine.add([now_request("c")])
+        assert unavailable.value.retry_after is not None
+        assert observer.rejects == ["unavailable"]
+        assert await drained
+        assert len(iter_nowait(events)) == 30 + 3 + 2
+        assert engine.status().num_running == engine.status().num_waiting == 0
+
+
+async def test_drain_gives_up_in_time_and_close_fails_the_rest() -> None:
+    executor = FakeExecutor(hold=True)
+    async with running_engine(executor) as engine:
+        events = engine.add([now_request()])
+        assert not await engine.drain(0.01)
+        await engine.close()
+        assert failures(await read_until_done(events)) == {"r": UnavailableError}
+        assert executor.closed
+        assert (engine.status().state, engine.status().healthy) == ("stopped", False)
+        with pytest.raises(UnavailableError):
+            engine.add([now_request("late")])
+        await engine.close()
+
+
+async def test_no_work_before_start() -> None:
+    engine = DiffusionEngine(make_config(), FakeExecutor())
+    assert engine.status().state == "starting"
+    with pytest.raises(UnavailableError):
+        engine.add([now_request()])
+    engine.abort(["r"])
+    await engine.close()
+
+
+async def test_a_start_that_fails_is_the_callers_to_hear() -> None:
+    engine = DiffusionEngine(make_config(), FakeExecutor(start_errors={0: ConfigError("no such model")}))
+    with pytest.raises(ConfigError):
+        await engine.start()
+    assert engine.status().state == "failed"
+    await engine.close()
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_dead_workers_are_replaced_and_everything_is_replayed(seed: int) -> None:
+    rng = random.Random(seed)
+    executor, observer = FakeExecutor(die_at=set(rng.sample(range(11), 2))), Recorder()
+    async with running_engine(executor, observer, max_num_seqs=rng.choice([1, 4])) as engine:
+        requests = [
+            now_request(f"r{n}", rng.choice([64, 128]), rng.choice([2, 5, 9]), seed=n, preview_steps=(1, 2))
+            for n in range(6)
+        ]
+        events = await read_until_done(engine.add(requests), 6)
+    assert executor.num_starts == 3
+    assert len(observer.restarts) == 2
+    for request in requests:
+        mine = [event for event in events if event.request_id == request.request_id]
+        assert [event.step for event in mine if isinstance(event, StepDone)] == [
+            *range(1, request.num_inference_steps + 1)
+        ]
+        assert [event.step for event in mine if isinstance(event, Preview)] == [1, 2]
+        (finished,) = [event for event in mine if isinstance(event, Finished)]
+        assert np.array_equal(finished.image, fake_image(request))
+        assert finished.timings["computed_steps"] == request.num_inference_steps
+
+
+async def test_too_many_deaths_fail_everything() -> None:
+    executor, observer = FakeExecutor(die_at=range(1000)), Recorder()
+    async with running_engine(executor, observer, max_worker_restarts=2) as engine:
+        events = await read_until_done(engine.add([now_request("a"), now_request("b")]), 2)
+        assert failures(events) == {"a": GenerationError, "b": GenerationError}
+        assert executor.num_starts == 3
+        assert (engine.status().state, engine.status().healthy) == ("failed", False)
+        with pytest.raises(UnavailableError) as unavailable:
+            engine.add([now_request("late")])
+        assert unavailable.value.retry_after is not None
+        assert engine.status().num_waiting == 0
+
+
+async def test_a_request_that_kills_workers_fails_and_the_others_go_on() -> None:
+    class Fragile(FakeExecutor):
+        def submit(self, plan: StepPlan) -> None:
+            super().submit(plan)
+            if "poison" in plan.denoise:
+                self.die()
+
+    async with running_engine(Fragile()) as engine:
+        events = await read_until_done(engine.add([now_request(id) for id in ("a", "poison", "b")]), 3)
+        assert failures(events) == {"poison": GenerationError}
+        assert engine.status().state == "running"
+
+
+async def test_restarts_that_fail_count_as_deaths() -> None:
+    errors = {1: WorkerDiedError("still no device"), 2: ConfigError("the folder is gone")}
+    executor = FakeExecutor(die_at={0}, start_errors=errors)
+    async with running_engine(executor) as engine:
+        assert isinstance((await read_until_done(engine.add([now_request()])))[-1], Finished)
+    assert executor.num_starts == 4
+
+
+async def test_a_worker_that_dies_idle_is_replaced() -> None:
+    executor, observer = FakeExecutor(), Recorder()
+    async with running_engine(executor, observer) as engine:
+        executor.die()
+        await until(lambda: observer.restarts == [0])
+        assert isinstance((await read_until_done(engine.add([now_request()])))[-1], Finished)
+
+
+async def test_restarting_takes_work_and_aborts() -> None:
+    gate = asyncio.Event()
+
+    class Slow(FakeExecutor):
+        async def start(self) -> Any:
+            if self.num_starts:
+                await gate.wait()
+            return await super().start()
+
+    executor = Slow(die_at={1})
+    async with running_engine(executor) as engine:
+        old = engine.add([now_request("old"), now_request("gone")])
+        await until(lambda: engine.status().state == "restarting")
+        assert not engine.status().healthy
+        new = engine.add([now_request("new")])
+        engine.abort(["gone"])
+        gate.set()
+        assert isinstance((await read_until_done(new))[-1], Finished)
+        events = await read_until_done(old, 2)
+        assert failures(events) == {"gone": RequestAbortedError}
+
+
+async def test_draining_survives_a_death() -> None:
+    async with running_engine(FakeExecutor(die_at={2})) as engine:
+        engine.add([now_request("a"), now_request("b")])
+        assert await engine.drain(GUARD_SECONDS)
+        assert engine.status().state == "draining"
+
+
+async def test_a_bug_in_the_loop_fails_everything_at_once() -> None:
+    class Broken(Recorder):
+        def on_step(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
+            raise ZeroDivisionError("a bug")
+
+    executor = FakeExecutor()
+    async with running_engine(executor, Broken()) as engine:
+        events = await read_until_done(engine.add([now_request("a"), now_request("b")]), 2)
+        assert failures(events) == {"a": GenerationError, "b": GenerationError}
+        assert engine.status().state == "failed"
+        await until(lambda: executor.closed)
+
+
+async def test_close_while_restarting() -> None:
+    class Stuck(FakeExecutor):
+        async def start(self) -> Any:
+            if self.num_starts:
+                await asyncio.Event().wait()
+            return await super().start()
+
+    async with running_engine(Stuck(die_at={0})) as engine:
+        events = engine.add([now_request()])
+        await until(lambda: engine.status().state == "restarting")
+        await engine.close()
+        assert failures(iter_nowait(events)) == {"r": UnavailableError}
+
+
+async def test_a_step_that_is_overdue_is_unhealthy(monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = FakeExecutor(hold=True)
+    async with running_engine(executor) as engine:
+        engine.add([now_request()])
+        await until(lambda: executor.num_plans > 0)
+        assert engine.status().healthy
+        late = time.monotonic() + 31
+        with monkeypatch.context() as patch:
+            patch.setattr("vllm_omni.diffusion.engine.time.monotonic", lambda: late)
+            assert not engine.status().healthy
