@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from fastapi import APIRouter
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from vllm_omni import __version__
 from vllm_omni.entrypoints.openai.errors import ERROR_RESPONSES
@@ -68,7 +68,7 @@ def make_models_router(omni: AsyncOmni, settings: ServerSettings) -> APIRouter:
 def make_metrics_router(metrics: PrometheusObserver) -> APIRouter:
     router = APIRouter(tags=["health"], responses=ERROR_RESPONSES)
 
-    @router.get("/metrics", response_class=Response)
+    @router.get("/metrics", response_class=PlainTextResponse)
     async def show_metrics() -> Response:
         """Prometheus's text format."""
         return Response(metrics.render(), media_type=metrics.content_type)

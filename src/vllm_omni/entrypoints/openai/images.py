@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from vllm_omni.entrypoints.openai.answers import AnswerStyle, base64_items, images_response, url_items
 from vllm_omni.entrypoints.openai.disconnect import unless_disconnected
-from vllm_omni.entrypoints.openai.encoding import ImageEncoder
+from vllm_omni.entrypoints.openai.encoding import CONTENT_TYPES, ImageEncoder
 from vllm_omni.entrypoints.openai.errors import ERROR_RESPONSES
 from vllm_omni.entrypoints.openai.files import FileStore
 from vllm_omni.entrypoints.openai.parsing import check_model, ignored_fields_header, parse_generation
@@ -77,12 +77,18 @@ class ImageService:
 def make_images_router(service: ImageService) -> APIRouter:
     router = APIRouter(prefix="/v1/images", tags=["images"], responses=ERROR_RESPONSES)
 
-    @router.post("/generations", response_model=ImagesResponse)
+    event_stream = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+
+    @router.post("/generations", response_model=ImagesResponse, responses={200: event_stream})
     async def generations(body: ImageGenerationRequest, request: Request) -> Response:
         """Make pictures from a prompt; server-sent events with `stream`."""
         return await service.generate(body, request)
 
-    @router.get("/files/{file_id}", name=FILE_ROUTE, response_class=Response)
+    image_file_content = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in CONTENT_TYPES.values()}
+
+    @router.get(
+        "/files/{file_id}", name=FILE_ROUTE, response_class=Response, responses={200: {"content": image_file_content}}
+    )
     async def image_file(file_id: str) -> Response:
         """Fetch a picture that was asked for with `response_format=url`."""
         return await service.file(file_id)

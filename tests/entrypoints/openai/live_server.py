@@ -1,0 +1,163 @@
+"""A real uvicorn server in a thread, around a real engine whose device is a fake."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import uvicorn
+from fastapi import FastAPI
+
+from tests.fakes import FakeExecutor, FakeRunner, fake_image, make_request
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.plan import ItemError, StepPlan
+from vllm_omni.diffusion.registry import ModelInfo
+from vllm_omni.entrypoints.openai.app import build_app
+from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
+from vllm_omni.entrypoints.openai.settings import ServerSettings
+from vllm_omni.omni import AsyncOmni
+
+MODEL_NAME = "painter"
+ALIAS = "org/painter"
+STEPS = 4
+WAIT_SECONDS = 20.0
+
+
+def expected_picture(seed: int, height: int = 64, width: int = 64, step: int | None = None) -> np.ndarray:
+    """What the fake device makes of a seed; with `step`, its preview after that step."""
+    return fake_image(make_request(size=(height, width), seed=seed), step)
+
+
+class FakeDevice(FakeExecutor):
+    """A fake worker that can be paused; a prompt that holds `fail-at-N` fails at its N-th denoising step."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: FakeRunner(errors=self._error))
+        self.prompts: dict[str, str] = {}
+        """Of every request that reached the device, by its id."""
+
+    def _error(self, request_id: str, phase: str, step: int) -> ItemError | None:
+        if phase == "denoise" and f"fail-at-{step}" in self.prompts[request_id]:
+            return ItemError("out of memory on the fake device", "out_of_memory")
+        return None
+
+    def submit(self, plan: StepPlan) -> None:
+        self.prompts |= {request.request_id: request.prompt for request in plan.new_requests}
+        super().submit(plan)
+
+    def pause(self) -> None:
+        """Run no further plan. This and the next two: on the engine's loop."""
+        self._hold = True
+
+    async def run_plans(self, count: int) -> None:
+        """While paused: run the next `count` plans, as they come."""
+        for _ in range(count):
+            while not self._pending:  # noqa: ASYNC110 (a fake has no event for it)
+                await asyncio.sleep(0)
+            self.release_results()
+
+    def resume(self) -> None:
+        self._hold = False
+        self.release_results(len(self._pending))
+
+
+FAKE_INFO = ModelInfo(
+    path=Path("/nowhere"),
+    family="fake",
+    size_multiple=16,
+    pixels_per_token=16,
+    max_prompt_tokens=512,
+    count_prompt_tokens=lambda prompt: len(prompt.split()),
+    attention_tokens=1000.0,
+    default_sampling_params={"height": 64, "width": 64, "num_inference_steps": STEPS, "true_cfg_scale": 1.0},
+)
+
+
+@dataclass
+class LiveServer:
+    url: str
+    omni: AsyncOmni
+    device: FakeDevice
+    app: FastAPI
+    loop: asyncio.AbstractEventLoop
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """The result of `function(*args)` on the server's loop."""
+
+        async def invoke() -> Any:
+            result = function(*args)
+            return await result if isinstance(result, Awaitable) else result
+
+        return asyncio.run_coroutine_threadsafe(invoke(), self.loop).result(WAIT_SECONDS)
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Until `condition()` holds on the server's loop; fails after a long time."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not self.call(condition):
+            assert time.monotonic() < deadline, "the condition did not come true"
+            time.sleep(0.002)
+
+    def num_unfinished(self) -> int:
+        status = self.omni.status()
+        return status.num_running + status.num_waiting
+
+
+@contextmanager
+def live_server(
+    *,
+    start_engine: bool = True,
+    wrap: Callable[[FastAPI], None] | None = None,
+    settings: dict[str, Any] | None = None,
+    **config: Any,
+) -> Iterator[LiveServer]:
+    """Serve until the block ends. `settings`: of the server; `config`: of the engine; `wrap` changes the app."""
+    started: dict[str, Any] = {}
+    is_up = threading.Event()
+
+    async def serve() -> None:
+        device = FakeDevice()
+        observer = PrometheusObserver(MODEL_NAME)
+        with (
+            patch("vllm_omni.omni.load_model_info", lambda _: FAKE_INFO),
+            patch("vllm_omni.omni.make_executor", lambda *_: device),
+        ):
+            omni = AsyncOmni(OmniDiffusionConfig(model="fake", **config), observer=observer)
+        if start_engine:
+            await omni.start()
+        app = build_app(
+            omni, ServerSettings(**{"served_model_names": (MODEL_NAME, ALIAS), **(settings or {})}), observer
+        )
+        if wrap is not None:
+            wrap(app)
+        server = uvicorn.Server(
+            uvicorn.Config(app, "127.0.0.1", 0, log_level="warning", ws="none", timeout_graceful_shutdown=5)
+        )
+        started.update(server=server, omni=omni, device=device, app=app, loop=asyncio.get_running_loop())
+        serving = asyncio.ensure_future(server.serve())
+        try:
+            while not server.started and not serving.done():  # noqa: ASYNC110 (uvicorn has no event for it)
+                await asyncio.sleep(0.002)
+            is_up.set()
+            await serving
+        finally:
+            await omni.close()
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
+    thread.start()
+    assert is_up.wait(WAIT_SECONDS)
+    server = started.pop("server")
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield LiveServer(url=f"http://127.0.0.1:{port}", **started)
+    finally:
+        server.should_exit = True
+        thread.join(WAIT_SECONDS)
+        assert not thread.is_alive()

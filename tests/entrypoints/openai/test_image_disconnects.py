@@ -1,0 +1,56 @@
+"""A client that leaves frees the device at the next step; the others notice nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from http.client import HTTPConnection
+
+import httpx
+import pytest
+
+from tests.entrypoints.openai.live_server import LiveServer, live_server
+
+
+@pytest.fixture
+def paused() -> Iterator[LiveServer]:
+    with live_server() as running:
+        running.call(running.device.pause)
+        yield running
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_json_client_leaves(paused: LiveServer, n: int) -> None:
+    body = json.dumps({"prompt": "x", "num_inference_steps": 100, "n": n})
+    connection = HTTPConnection(paused.url.removeprefix("http://"))
+    connection.request("POST", "/v1/images/generations", body, {"content-type": "application/json"})
+    paused.wait_until(lambda: paused.num_unfinished() == n)
+    connection.close()
+    paused.wait_until(lambda: paused.num_unfinished() == 0)
+    paused.call(paused.device.resume)
+    assert httpx.post(f"{paused.url}/v1/images/generations", json={"prompt": "x"}, timeout=20).status_code == 200
+    assert paused.device.num_plans < 20
+
+
+def test_stream_client_leaves(paused: LiveServer) -> None:
+    body = {"prompt": "x", "num_inference_steps": 100, "partial_images": 3, "stream": True}
+    with (
+        httpx.Client(timeout=20) as client,
+        client.stream("POST", f"{paused.url}/v1/images/generations", json=body) as response,
+    ):
+        assert response.status_code == 200
+        paused.call(paused.device.run_plans, 30)  # encoding and the steps up to the first preview
+        lines = response.iter_lines()
+        assert next(lines) == "event: image_generation.partial_image"
+    paused.wait_until(lambda: paused.num_unfinished() == 0)
+    assert paused.device.num_plans <= 33
+
+
+def test_stream_client_leaves_before_the_first_event(paused: LiveServer) -> None:
+    body = {"prompt": "x", "stream": True}
+    with (
+        httpx.Client(timeout=20) as client,
+        client.stream("POST", f"{paused.url}/v1/images/generations", json=body) as response,
+    ):
+        assert response.status_code == 200
+    paused.wait_until(lambda: paused.num_unfinished() == 0)

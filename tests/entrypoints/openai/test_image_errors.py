@@ -1,0 +1,266 @@
+"""Whatever is wrong comes back as OpenAI's error object, with the status, `param` and headers that clients act on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from fastapi import FastAPI
+
+from tests.entrypoints.openai.live_server import MODEL_NAME, LiveServer, live_server
+
+GENERATIONS = "/v1/images/generations"
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    """The error object, after checking that the answer is nothing else."""
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    return body["error"]
+
+
+BAD_FIELDS: list[tuple[str, Any]] = [
+    ("prompt", None),
+    ("prompt", ""),
+    ("prompt", 3),
+    ("prompt", ["x"]),
+    ("prompt", "x" * 32_001),
+    ("prompt", "word " * 600),
+    ("prompt", "\ud800"),
+    ("n", 0),
+    ("n", 11),
+    ("n", "4"),
+    ("n", 1.5),
+    ("n", True),
+    ("n", -(10**30)),
+    ("size", "64"),
+    ("size", "64X64"),
+    ("size", "64x64x64"),
+    ("size", "0x64"),
+    ("size", "-64x64"),
+    ("size", "65x64"),
+    ("size", "8x64"),
+    ("size", "999999x999999"),
+    ("size", "9" * 5000 + "x64"),
+    ("size", "٦٤x٦٤"),
+    ("size", 64),
+    ("output_format", "gif"),
+    ("output_compression", 101),
+    ("output_compression", -1),
+    ("output_compression", 50),
+    ("response_format", "bytes"),
+    ("background", "transparent"),
+    ("background", "red"),
+    ("quality", "best"),
+    ("style", "bold"),
+    ("moderation", "off"),
+    ("complexity", "max"),
+    ("user", 1),
+    ("stream", "true"),
+    ("stream", 1),
+    ("partial_images", 4),
+    ("partial_images", -1),
+    ("negative_prompt", 5),
+    ("negative_prompt", "x" * 32_001),
+    ("num_inference_steps", 0),
+    ("num_inference_steps", 201),
+    ("num_inference_steps", 10**400),
+    ("num_inference_steps", "20"),
+    ("guidance_scale", 3.5),
+    ("guidance_scale", "high"),
+    ("true_cfg_scale", -1),
+    ("true_cfg_scale", 1e300),
+    ("true_cfg_scale", 10**400),
+    ("true_cfg_scale", float("nan")),
+    ("true_cfg_scale", float("inf")),
+    ("seed", -1),
+    ("seed", 2**63),
+    ("seed", 1.0),
+    ("lora", {"name": "style", "scale": 1}),
+    ("lora", "style"),
+    ("priority", 2**40),
+    ("priority", "first"),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), BAD_FIELDS, ids=[f"{f}-{str(v)[:12]!a}" for f, v in BAD_FIELDS])
+def test_bad_fields_are_refused_before_the_queue(
+    server: LiveServer, http: httpx.Client, field: str, value: Any
+) -> None:
+    num_before = len(server.device.prompts)
+    body = json.dumps({"prompt": "x", field: value})
+    response = http.post(GENERATIONS, content=body, headers={"content-type": "application/json"})
+    error = error_of(response)
+    assert response.status_code == 400
+    assert (error["type"], error["param"]) == ("invalid_request_error", field)
+    assert len(error["message"]) < 500
+    assert response.headers["x-should-retry"] == "false"
+    assert len(server.device.prompts) == num_before
+
+
+def test_sdk_raises_bad_request_with_the_message(sdk: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        sdk.images.generate(prompt="x", size="100x70")
+    assert caught.value.param == "size"
+    assert caught.value.code == "invalid_value"
+    assert "the nearest valid size is 96x64" in caught.value.message
+
+
+def test_seed_plus_n_must_fit(http: httpx.Client) -> None:
+    response = http.post(GENERATIONS, json={"prompt": "x", "seed": 2**63 - 2, "n": 10})
+    assert response.status_code == 400
+    assert error_of(response)["param"] == "seed"
+
+
+def test_unknown_model(sdk: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        sdk.images.generate(prompt="x", model="gpt-image-1")
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+    assert MODEL_NAME in caught.value.message
+
+
+@pytest.mark.parametrize(("output_format", "size"), [("webp", "16400x16"), ("jpeg", "65520x16")])
+def test_sides_that_a_format_cannot_hold(http: httpx.Client, output_format: str, size: str) -> None:
+    response = http.post(GENERATIONS, json={"prompt": "x", "output_format": output_format, "size": size})
+    assert response.status_code == 400
+    assert error_of(response)["param"] == "size"
+
+
+@pytest.mark.parametrize(
+    ("content", "content_type"),
+    [
+        (b'{"prompt": ', "application/json"),
+        (b"\xff\xfe", "application/json"),
+        (b'["prompt"]', "application/json"),
+        (b"null", "application/json"),
+        (b"", "application/json"),
+        (b"[" * 100_000, "application/json"),
+        (b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}", "application/json"),
+        (b"prompt=x", "application/x-www-form-urlencoded"),
+        (b'{"prompt": "x"}', "text/plain"),
+    ],
+)
+def test_bodies_that_are_no_json_object(http: httpx.Client, content: bytes, content_type: str) -> None:
+    response = http.post(GENERATIONS, content=content, headers={"content-type": content_type})
+    assert response.status_code == 400, response.text
+    error = error_of(response)
+    assert (error["type"], error["param"]) == ("invalid_request_error", None)
+
+
+def test_body_too_large_declared(http: httpx.Client) -> None:
+    response = http.post(GENERATIONS, json={"prompt": "x", "padding": "x" * 2**20})
+    assert response.status_code == 413
+    assert error_of(response)["type"] == "invalid_request_error"
+
+
+def test_body_too_large_streamed(http: httpx.Client) -> None:
+    def chunks() -> Iterator[bytes]:
+        yield b'{"prompt": "'
+        for _ in range(40):
+            yield b"x" * 2**15
+
+    response = http.post(GENERATIONS, content=chunks(), headers={"content-type": "application/json"})
+    assert response.status_code == 413
+    assert error_of(response)["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/nowhere", 404),
+        ("POST", "/v1/videos", 404),
+        ("POST", "/v1/chat/completions", 404),
+        ("GET", GENERATIONS, 405),
+        ("DELETE", "/v1/models", 405),
+        ("POST", "/v1/images/variations", 404),
+        ("GET", "/v1/images/files/unknown.png", 404),
+        ("GET", "/v1/images/files/..%2F..%2Fetc%2Fpasswd", 404),
+        ("GET", "/v1/models/", 404),
+    ],
+)
+def test_routes_that_are_not_there(http: httpx.Client, method: str, path: str, status: int) -> None:
+    response = http.request(method, path)
+    assert response.status_code == status
+    assert error_of(response)["type"] == "invalid_request_error"
+    assert ("allow" in response.headers) == (status == 405)
+
+
+def test_edits_say_where_to_go(sdk: openai.OpenAI) -> None:
+    """Also with an upload beyond the limit of JSON bodies."""
+    with pytest.raises(openai.BadRequestError, match="images/generations"):
+        sdk.images.edit(image=("big.png", b"\0" * 3 * 2**20, "image/png"), prompt="x")
+
+
+def test_out_of_memory_is_a_500_that_is_not_repeated(server: LiveServer) -> None:
+    num_before = len(server.device.prompts)
+    with (
+        openai.OpenAI(api_key="none", base_url=f"{server.url}/v1", max_retries=2) as client,
+        pytest.raises(openai.InternalServerError) as caught,
+    ):
+        client.images.generate(prompt="fail-at-2")
+    assert caught.value.type == "server_error"
+    assert len(server.device.prompts) == num_before + 1
+
+
+def test_bug_of_ours_is_a_500_that_tells_nothing() -> None:
+    def add_broken_route(app: FastAPI) -> None:
+        @app.get("/broken")
+        async def broken() -> None:
+            raise ZeroDivisionError("secret")
+
+    with live_server(wrap=add_broken_route) as running:
+        response = httpx.get(f"{running.url}/broken", headers={"x-request-id": "r-1"})
+    assert response.status_code == 500
+    error = error_of(response)
+    assert error["type"] == "server_error"
+    assert "secret" not in error["message"]
+    assert response.headers["x-request-id"] == "r-1"
+
+
+def test_full_queue_is_429_with_retry_after() -> None:
+    with (
+        live_server(max_num_queued_reqs=2) as running,
+        openai.OpenAI(api_key="none", base_url=f"{running.url}/v1", max_retries=0) as client,
+    ):
+        running.call(running.device.pause)
+        with client.images.generate(prompt="x", stream=True), pytest.raises(openai.RateLimitError) as caught:
+            client.images.generate(prompt="x", n=2)
+        assert caught.value.code == "queue_full"
+        assert int(caught.value.response.headers["retry-after"]) >= 1
+        assert "x-should-retry" not in caught.value.response.headers
+        running.call(running.device.resume)
+        running.wait_until(lambda: running.num_unfinished() == 0)
+        client.images.generate(prompt="x", n=2)
+
+
+def test_draining_is_503_with_retry_after() -> None:
+    with (
+        live_server() as running,
+        openai.OpenAI(api_key="none", base_url=f"{running.url}/v1", max_retries=0) as client,
+    ):
+        running.call(running.omni.begin_drain)
+        with pytest.raises(openai.InternalServerError) as caught:
+            client.images.generate(prompt="x")
+        assert caught.value.status_code == 503
+        assert int(caught.value.response.headers["retry-after"]) >= 1
+
+
+def test_request_id_is_echoed_sanitised(http: httpx.Client) -> None:
+    for path, status in (("/health", 200), ("/nowhere", 404)):
+        response = http.get(path, headers={"x-request-id": "run-7/a<b> c"})
+        assert (response.status_code, response.headers["x-request-id"]) == (status, "run-7/abc")
+        assert "x-request-id" not in http.get(path).headers
+
+
+def test_request_id_can_be_made() -> None:
+    with live_server(settings={"generate_request_ids": True}) as running:
+        ids = {httpx.get(f"{running.url}/health").headers["x-request-id"] for _ in range(2)}
+        sent = httpx.get(f"{running.url}/health", headers={"x-request-id": "mine"}).headers["x-request-id"]
+    assert len(ids) == 2
+    assert sent == "mine"

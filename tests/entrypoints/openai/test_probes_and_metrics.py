@@ -1,0 +1,128 @@
+"""What Kubernetes, Prometheus and SDKs look at: /health, /ready, /version, /v1/models, /metrics."""
+
+from __future__ import annotations
+
+import httpx
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+import vllm_omni
+from tests.entrypoints.openai.live_server import ALIAS, MODEL_NAME, STEPS, LiveServer, live_server
+from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
+
+
+def read_metrics(server: LiveServer) -> dict[str, float]:
+    """`name{label=value}` without the model's name -> value; every sample must carry that name."""
+    response = httpx.get(f"{server.url}/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    values = {}
+    for family in text_string_to_metric_families(response.text):
+        for sample in family.samples:
+            assert sample.labels.pop("model_name") == MODEL_NAME
+            labels = ",".join(f"{k}={v}" for k, v in sample.labels.items())
+            values[sample.name + (f"{{{labels}}}" if labels else "")] = sample.value
+    return values
+
+
+def test_probes_of_a_warm_server(sdk: openai.OpenAI, http: httpx.Client) -> None:
+    assert http.get("/health").json() == {"status": "running"}
+    assert http.get("/ready").json() == {"status": "running"}
+    assert http.get("/version").json() == {"version": vllm_omni.__version__}
+    assert [model.id for model in sdk.models.list()] == [MODEL_NAME, ALIAS]
+    assert sdk.models.retrieve(ALIAS).id == ALIAS
+    with pytest.raises(openai.NotFoundError):
+        sdk.models.retrieve("other")
+
+
+def test_draining_server_is_healthy_but_not_ready() -> None:
+    with live_server() as running:
+        running.call(running.omni.begin_drain)
+        assert httpx.get(f"{running.url}/health").status_code == 200
+        ready = httpx.get(f"{running.url}/ready")
+    assert ready.status_code == 503
+    assert ready.json()["error"]["code"] == "unavailable"
+    assert int(ready.headers["retry-after"]) >= 1
+
+
+def test_nothing_is_promised_before_the_engine_is_warm() -> None:
+    with live_server(start_engine=False) as running:
+        for path in ("/health", "/ready", "/v1/models", f"/v1/models/{MODEL_NAME}"):
+            response = httpx.get(running.url + path)
+            assert response.status_code == 503, path
+            assert response.json()["error"]["type"] == "server_error"
+        assert httpx.get(f"{running.url}/version").status_code == 200
+        assert httpx.post(f"{running.url}/v1/images/generations", json={"prompt": "x"}).status_code == 503
+
+
+def test_docs_can_be_disabled(http: httpx.Client) -> None:
+    paths = ("/docs", "/redoc", "/openapi.json")
+    assert [http.get(path).status_code for path in paths] == [200, 200, 200]
+    with live_server(settings={"disable_docs": True}) as running:
+        assert [httpx.get(running.url + path).status_code for path in paths] == [404, 404, 404]
+
+
+def test_metrics_exist_at_zero_and_count() -> None:
+    with live_server(max_num_queued_reqs=4) as running:
+        url = f"{running.url}/v1/images/generations"
+        before = read_metrics(running)
+        httpx.post(url, json={"prompt": "x", "n": 3, "size": "64x128", "seed": 1})
+        httpx.post(url, json={"prompt": "fail-at-2"})
+        assert httpx.post(url, json={"prompt": "x", "n": 5}).status_code == 400  # never fits: not a full queue
+        running.call(running.omni.begin_drain)
+        httpx.post(url, json={"prompt": "x"})
+        after = read_metrics(running)
+    grown = {name: after[name] - before[name] for name in before}
+    expected = {
+        "vllm_omni:request_success_total{reason=completed}": 3,
+        "vllm_omni:requests_failed_total": 1,
+        "vllm_omni:requests_aborted_total": 0,
+        "vllm_omni:requests_rejected_total{reason=queue_full}": 0,
+        "vllm_omni:requests_rejected_total{reason=unavailable}": 1,
+        "vllm_omni:requests_replayed_total": 0,
+        "vllm_omni:worker_restarts_total": 0,
+        "vllm_omni:images_total": 3,
+        "vllm_omni:image_pixels_total": 3 * 64 * 128,
+        "vllm_omni:inference_steps_total{kind=computed}": 3 * STEPS + 1,
+        "vllm_omni:inference_steps_total{kind=cached}": 0,
+        "vllm_omni:e2e_request_latency_seconds_count": 3,
+        "vllm_omni:request_queue_time_seconds_count": 3,
+        "vllm_omni:stage_time_seconds_count{stage=text_encode}": 3,
+        "vllm_omni:stage_time_seconds_count{stage=denoise}": 3,
+        "vllm_omni:stage_time_seconds_count{stage=vae_decode}": 3,
+        "vllm_omni:stage_time_seconds_count{stage=media_encode}": 3,
+        "vllm_omni:step_batch_sequences_sum": 3 * STEPS + 1,
+        "vllm_omni:step_batch_tokens_sum": 3 * STEPS * (32 + 1) + 17,
+        "vllm:num_requests_running": 0,
+        "vllm:num_requests_waiting": 0,
+        "vllm_omni:queue_work_seconds": 0,
+        "vllm_omni:peak_memory_bytes": 0,
+    }
+    assert {name: grown[name] for name in expected} == expected
+    assert grown["vllm_omni:denoise_step_seconds_count"] >= STEPS
+
+
+def test_queue_gauges_follow_the_engine() -> None:
+    with live_server(max_num_seqs=1, max_num_queued_reqs=3) as running:
+        running.call(running.device.pause)
+        with (
+            httpx.Client() as client,
+            client.stream("POST", f"{running.url}/v1/images/generations", json={"prompt": "x", "n": 3, "stream": True}),
+        ):
+            assert httpx.post(f"{running.url}/v1/images/generations", json={"prompt": "x"}).status_code == 429
+            values = read_metrics(running)
+        running.wait_until(lambda: running.num_unfinished() == 0)
+        after = read_metrics(running)
+    assert values["vllm:num_requests_running"] + values["vllm:num_requests_waiting"] == 3
+    assert values["vllm_omni:requests_rejected_total{reason=queue_full}"] == 1
+    assert values["vllm_omni:queue_work_seconds"] > 0
+    assert after["vllm:num_requests_running"] + after["vllm:num_requests_waiting"] == 0
+    assert after["vllm_omni:requests_aborted_total"] == 3
+
+
+def test_worker_restarts_are_counted() -> None:
+    observer = PrometheusObserver("m")
+    observer.on_worker_restart(5)
+    text = observer.render().decode()
+    assert 'vllm_omni:worker_restarts_total{model_name="m"} 1.0' in text
+    assert 'vllm_omni:requests_replayed_total{model_name="m"} 5.0' in text

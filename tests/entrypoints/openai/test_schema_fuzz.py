@@ -1,0 +1,86 @@
+"""Hypothesis through schemathesis: whatever the schema allows or forbids, no 500, and errors are error objects."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    negative_data_rejection,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from tests.entrypoints.openai.live_server import LiveServer
+
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+    negative_data_rejection,
+]
+OPERATIONS = {
+    ("POST", "/v1/images/generations"): 150,
+    ("POST", "/v1/images/edits"): 1,
+    ("POST", "/v1/images/variations"): 1,
+    ("GET", "/v1/images/files/{file_id}"): 30,
+    ("GET", "/v1/models"): 1,
+    ("GET", "/v1/models/{model}"): 30,
+    ("GET", "/health"): 1,
+    ("GET", "/ready"): 1,
+    ("GET", "/version"): 1,
+    ("GET", "/metrics"): 1,
+}
+"""Each with its number of examples in each mode."""
+
+
+@pytest.fixture(scope="module")
+def schema(server: LiveServer) -> schemathesis.schemas.BaseSchema:
+    return schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+
+
+def test_every_operation_is_fuzzed(http: httpx.Client) -> None:
+    paths = http.get("/openapi.json").json()["paths"]
+    assert {(method.upper(), path) for path, methods in paths.items() for method in methods} == set(OPERATIONS)
+
+
+def test_examples_that_the_schema_forbids(schema: schemathesis.schemas.BaseSchema) -> None:
+    statuses = fuzz(schema, "POST", "/v1/images/generations", GenerationMode.NEGATIVE)
+    assert set(statuses) == {400}
+
+
+@pytest.mark.parametrize(("method", "path"), OPERATIONS, ids=lambda part: part)
+def test_examples_that_the_schema_allows(schema: schemathesis.schemas.BaseSchema, method: str, path: str) -> None:
+    statuses = fuzz(schema, method, path, GenerationMode.POSITIVE)
+    assert set(statuses) <= {200, 400, 404}
+
+
+def fuzz(schema: schemathesis.schemas.BaseSchema, method: str, path: str, mode: GenerationMode) -> Counter[int]:
+    """How often each status came."""
+    statuses: Counter[int] = Counter()
+
+    @given(case=schema[path][method].as_strategy(generation_mode=mode))
+    @settings(
+        max_examples=OPERATIONS[method, path],
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    def send(case: schemathesis.Case) -> None:
+        response = case.call()
+        statuses[response.status_code] += 1
+        case.validate_response(response, checks=CHECKS)
+        if response.status_code >= 400:
+            assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+    send()
+    print(method, path, mode, dict(statuses))
+    return statuses
