@@ -190,8 +190,10 @@ class FakeExecutor:
 
     def submit(self, plan: StepPlan) -> None:
         assert self._num_under_way < 2, "at most two plans are under way"
-        number, self.num_plans = self.num_plans, self.num_plans + 1
         self._num_under_way += 1
+        if self._dead:
+            return
+        number, self.num_plans = self.num_plans, self.num_plans + 1
         self.max_under_way = max(self.max_under_way, self._num_under_way)
         self._pending.append(plan)
         if number in self._die_at:

@@ -195,7 +195,7 @@ async def test_abort_in_each_phase(num_results: int) -> None:
         for number in range(num_results):
             await until(lambda n=number: executor.num_plans > n)
             executor.release_results()
-        await until(lambda: len(observer.steps) == num_results)
+        await until(lambda: len(observer.steps) == num_results and executor.num_plans > 0)
         neighbour = engine.add([now_request("neighbour", steps=3, seed=3)])
         engine.abort(["victim", "unknown"])
         events = iter_nowait(victim)
@@ -263,6 +263,7 @@ async def test_a_full_queue_refuses_all_or_nothing() -> None:
         engine.add([now_request("c")])
         engine.abort(["a", "b", "c"])
         await read_until_done(events, 2)
+        assert executor.aborted == []  # the worker never heard of them
         engine.add([now_request("d"), now_request("e")])
         assert engine.eta_seconds([now_request("f")]) > 0
 

@@ -206,8 +206,8 @@ class DiffusionEngine:
         if self._scheduler is None:
             return
         known = self._scheduler.abort(request_ids)
-        if known and self._state == "running":
-            self._executor.abort(known)
+        if (sent := [request_id for request_id, is_sent in known.items() if is_sent]) and self._state == "running":
+            self._executor.abort(sent)
         for request_id in known:
             self._end(request_id, RequestAbortedError("the request was aborted"))
         self._wakeup.set()

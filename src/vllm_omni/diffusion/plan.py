@@ -13,6 +13,8 @@ from vllm_omni.diffusion.request import DiffusionRequest
 class StepPlan:
     """One step of the device. A request appears in at most one of `encode`, `denoise` and `decode`.
 
+    A worker takes the fields in this order: `release`, `new_requests`, `encode`, `denoise`, `decode`. So a
+    request that starts again is released and sent anew in one plan.
     The ids refer to requests sent in this or an earlier plan. An id whose request failed or was aborted
     in the meantime is skipped: plans are sent before the outcome of the last one is known.
     """

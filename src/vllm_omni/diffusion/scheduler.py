@@ -189,9 +189,9 @@ class Scheduler:
             self._entries[request.request_id] = self._new_entry(request)
             self._next_number += 1
 
-    def abort(self, request_ids: Iterable[str]) -> list[str]:
-        """Forget requests; returns those that were known. Their places are free in the next plan."""
-        known = [id for id in dict.fromkeys(request_ids) if id in self._entries]
+    def abort(self, request_ids: Iterable[str]) -> dict[str, bool]:
+        """Forget requests; their places are free in the next plan. Those that were known -> whether a worker knows."""
+        known = {id: self._entries[id].encoded for id in request_ids if id in self._entries}
         for request_id in known:
             self._end(request_id)
         return known

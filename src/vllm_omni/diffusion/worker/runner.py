@@ -66,9 +66,7 @@ class ModelRunner:
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Skip these in every plan executed from now on, until they are released."""
-        self._aborted.update(request_ids)
-        for request_id in request_ids:
-            self._states.pop(request_id, None)
+        self._aborted.update(request_ids)  # no more than a mark: `execute` may be reading the states
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -76,6 +74,8 @@ class ModelRunner:
         result = StepResult(plan.step_id)
         watch = Stopwatch(self._device)
         self._release(plan.release)
+        for request_id in [i for i in self._states if i in self._aborted]:
+            del self._states[request_id]
         self._requests |= {request.request_id: request for request in plan.new_requests}
         with watch.measure("encode"):
             self._encode(plan, result)
