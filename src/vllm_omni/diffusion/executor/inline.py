@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from vllm_omni.diffusion.plan import StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.worker.contract import Runner
-from vllm_omni.errors import WorkerDiedError
+from vllm_omni.errors import ConfigError, WorkerDiedError
 
 
 class InlineExecutor:
@@ -26,7 +26,12 @@ class InlineExecutor:
         self._results = asyncio.Queue()
         self._runner = self._make_runner()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model-runner")
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._runner.start)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self._runner.start)
+        except ConfigError:
+            raise
+        except Exception as error:  # as in `_execute`
+            raise WorkerDiedError(f"the model runner failed to start: {error}") from error
 
     def submit(self, plan: StepPlan) -> None:
         assert self._thread is not None, "the executor was not started"

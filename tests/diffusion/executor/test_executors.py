@@ -1,0 +1,324 @@
+"""Both executors with a fake runner; processes are real and none outlives its test."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.fakes import FakeRunner, fake_image, make_config, make_request
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.engine import DiffusionEngine, Finished
+from vllm_omni.diffusion.executor import Executor
+from vllm_omni.diffusion.executor.inline import InlineExecutor
+from vllm_omni.diffusion.executor.multiproc import MultiprocExecutor
+from vllm_omni.diffusion.plan import StepPlan, StepResult, WorkerReady
+from vllm_omni.errors import ConfigError, WorkerDiedError
+
+ROOT = Path(__file__).parents[3]
+GUARD_SECONDS = 60.0
+
+
+class BrokenStart(FakeRunner):
+    def start(self) -> WorkerReady:
+        raise RuntimeError("the weights are on fire")
+
+
+class WrongConfig(FakeRunner):
+    def start(self) -> WorkerReady:
+        raise ConfigError("--dtype float16: not on this device")
+
+
+class ExitsInStart(FakeRunner):
+    def start(self) -> WorkerReady:
+        os._exit(3)
+
+
+class BrokenStep(FakeRunner):
+    def execute(self, plan: StepPlan) -> StepResult:
+        raise RuntimeError("the device is gone")
+
+
+class Gated(FakeRunner):
+    """A step with an id in `denoise` runs until that id is aborted."""
+
+    def __init__(self, config: OmniDiffusionConfig) -> None:
+        super().__init__(config)
+        self._aborted_any = threading.Event()
+
+    def abort(self, request_ids: Any) -> None:
+        super().abort(request_ids)
+        self._aborted_any.set()
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        if plan.denoise:
+            assert self._aborted_any.wait(GUARD_SECONDS)
+        return super().execute(plan)
+
+
+class Endless(FakeRunner):
+    """A step that nothing but a kill ends, though the interpreter lives."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        threading.Event().wait()
+        raise AssertionError
+
+
+@pytest.fixture(autouse=True)
+def workers_find_the_fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+def name_of(runner: type[FakeRunner]) -> str:
+    return f"{runner.__module__}:{runner.__name__}"
+
+
+def make(backend: str, runner: type[FakeRunner] = FakeRunner) -> Executor:
+    if backend == "uni":
+        return InlineExecutor(lambda: runner(make_config()))
+    return MultiprocExecutor(make_config(), name_of(runner))
+
+
+@asynccontextmanager
+async def closing(executor: Executor) -> AsyncIterator[Executor]:
+    async with asyncio.timeout(GUARD_SECONDS):
+        try:
+            yield executor
+        finally:
+            await executor.close()
+            if isinstance(executor, MultiprocExecutor):
+                assert executor.worker_pids == []
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = GUARD_SECONDS) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.01)
+
+
+both = pytest.mark.parametrize("backend", ["uni", "mp"])
+
+
+@both
+async def test_plans_in_results_out(backend: str) -> None:
+    async with closing(make(backend)) as executor:
+        ready = await executor.start()
+        assert ready.device == "fake"
+        request = make_request("a", (96, 64), 1, seed=9)
+        executor.submit(StepPlan(0, new_requests=[request], encode=["a"]))
+        executor.submit(StepPlan(1, denoise=["a"], preview=["a"]))
+        assert (await executor.next_result()).step_id == 0
+        executor.submit(StepPlan(2, decode=["a"]))
+        result = await executor.next_result()
+        assert (result.advanced, result.num_sequences) == (["a"], 2)
+        assert np.array_equal(result.previews["a"], fake_image(request, 1))
+        result = await executor.next_result()
+        assert np.array_equal(result.images["a"], fake_image(request))
+        assert result.images["a"].dtype == np.uint8
+
+
+@both
+async def test_an_abort_overtakes_plans(backend: str) -> None:
+    async with closing(make(backend, Gated)) as executor:
+        await executor.start()
+        executor.submit(StepPlan(0, new_requests=[make_request("a"), make_request("b")], encode=["a", "b"]))
+        await executor.next_result()
+        executor.submit(StepPlan(1, denoise=["a"]))
+        executor.submit(StepPlan(2, denoise=["a", "b"]))
+        executor.abort(["b"])
+        assert (await executor.next_result()).advanced == ["a"]
+        assert (await executor.next_result()).advanced == ["a"]
+
+
+@both
+@pytest.mark.parametrize(
+    ("runner", "error", "text"),
+    [(BrokenStart, WorkerDiedError, "on fire"), (WrongConfig, ConfigError, "^--dtype float16: not on this device$")],
+)
+async def test_a_start_that_fails(backend: str, runner: type[FakeRunner], error: type[Exception], text: str) -> None:
+    async with closing(make(backend, runner)) as executor:
+        with pytest.raises(error, match=text):
+            await executor.start()
+
+
+async def test_a_remote_start_that_fails_brings_its_traceback() -> None:
+    async with closing(make("mp", BrokenStart)) as executor:
+        with pytest.raises(WorkerDiedError, match=r"(?s)Traceback.*in start.*on fire"):
+            await executor.start()
+    async with closing(make("mp", ExitsInStart)) as executor:
+        with pytest.raises(WorkerDiedError, match="exit code 3"):
+            await executor.start()
+
+
+@both
+async def test_a_runner_that_raises_is_a_dead_worker(backend: str) -> None:
+    async with closing(make(backend, BrokenStep)) as executor:
+        await executor.start()
+        executor.submit(StepPlan(0))
+        for _ in range(2):
+            with pytest.raises(WorkerDiedError):
+                await executor.next_result()
+
+
+@both
+async def test_start_again(backend: str) -> None:
+    async with closing(make(backend)) as executor:
+        for _ in range(2):
+            await executor.start()
+            executor.submit(StepPlan(7))
+            assert (await executor.next_result()).step_id == 7
+        await executor.close()
+        await executor.close()
+
+
+async def test_a_killed_worker_is_noticed_at_once_and_replaced() -> None:
+    executor = MultiprocExecutor(make_config(), name_of(Endless))
+    async with closing(executor):
+        await executor.start()
+        (pid,) = executor.worker_pids
+        executor.submit(StepPlan(0))
+        waiting = asyncio.create_task(executor.next_result())
+        os.kill(pid, signal.SIGKILL)
+        killed = time.monotonic()
+        with pytest.raises(WorkerDiedError, match="signal 9"):
+            await waiting
+        assert time.monotonic() - killed < 2
+        executor.submit(StepPlan(1))  # into the void, until it is started again
+        await executor.start()
+        assert executor.worker_pids != [pid]
+        assert not is_alive(pid)
+
+
+async def test_signals_are_the_parents_business() -> None:
+    executor = MultiprocExecutor(make_config(), name_of(FakeRunner))
+    async with closing(executor):
+        await executor.start()
+        (pid,) = executor.worker_pids
+        assert os.getsid(pid) == pid  # a terminal's Ctrl-C does not reach it
+        os.kill(pid, signal.SIGINT)
+        os.kill(pid, signal.SIGTERM)
+        executor.submit(StepPlan(3))
+        assert (await executor.next_result()).step_id == 3
+
+
+async def test_close_ends_a_worker_in_the_middle_of_a_step() -> None:
+    executor = MultiprocExecutor(make_config(), name_of(Endless))
+    async with closing(executor):
+        await executor.start()
+        (pid,) = executor.worker_pids
+        executor.submit(StepPlan(0))
+        await executor.close()
+        assert not is_alive(pid)
+
+
+async def test_close_kills_a_worker_that_does_not_listen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_omni.diffusion.executor.multiproc._STOP_SECONDS", 0.05)
+    executor = MultiprocExecutor(make_config(), name_of(FakeRunner))
+    async with closing(executor):
+        await executor.start()
+        (pid,) = executor.worker_pids
+        os.kill(pid, signal.SIGSTOP)
+        await executor.close()
+        assert not is_alive(pid)
+
+
+async def test_the_engine_replays_when_a_real_worker_is_killed() -> None:
+    executor = MultiprocExecutor(make_config(), name_of(FakeRunner))
+    engine = DiffusionEngine(make_config(), executor, restart_backoff_seconds=0.001)
+    async with asyncio.timeout(GUARD_SECONDS):
+        await engine.start()
+        requests = [make_request(f"r{n}", 64, 200, seed=n, arrival=time.monotonic()) for n in range(3)]
+        events = engine.add(requests)
+        await events.get()
+        os.kill(executor.worker_pids[0], signal.SIGKILL)
+        pictures = {}
+        while len(pictures) < 3:
+            event = await events.get()
+            if isinstance(event, Finished):
+                pictures[event.request_id] = event.image
+        await engine.close()
+    assert all(np.array_equal(pictures[request.request_id], fake_image(request)) for request in requests)
+
+
+SCRIPT = """
+import asyncio, sys, threading, time
+from tests.fakes import make_config
+from vllm_omni.diffusion.executor.multiproc import MultiprocExecutor
+from vllm_omni.diffusion.plan import StepPlan
+
+async def main():
+    executor = MultiprocExecutor(make_config(), {runner!r})
+    await executor.start()
+    executor.submit(StepPlan(0))
+    print(*executor.worker_pids, flush=True)
+    return executor
+
+loop = asyncio.new_event_loop()
+executor = loop.run_until_complete(main())
+{ending}
+"""
+ENDINGS = {
+    "returns": "",
+    "raises": "raise SystemExit(0)",
+    "waits": "sys.stdin.read()",
+    "forks": "import os\nif os.fork() == 0:\n    sys.stdin.read(1); os._exit(0)\nsys.stdin.read()",
+}
+
+
+@pytest.fixture
+def script() -> Iterator[Callable[[str, type[FakeRunner]], subprocess.Popen[str]]]:
+    """A plain program that starts a worker and prints its pid, then ends in one of ENDINGS."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def run(ending: str, runner: type[FakeRunner]) -> subprocess.Popen[str]:
+        source = SCRIPT.format(runner=name_of(runner), ending=ENDINGS[ending])
+        process = subprocess.Popen(
+            [sys.executable, "-c", source], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
+        processes.append(process)
+        return process
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("ending", ["returns", "raises"])
+@pytest.mark.parametrize("runner", [FakeRunner, Endless])
+def test_a_program_that_never_closes_ends_and_leaves_nothing(script: Any, ending: str, runner: Any) -> None:
+    process = script(ending, runner)
+    output, _ = process.communicate(timeout=GUARD_SECONDS)
+    assert process.returncode == 0
+    wait_until(lambda: not is_alive(int(output)))
+
+
+@pytest.mark.parametrize("ending", ["waits", "forks"])
+def test_a_worker_ends_with_its_parent(script: Any, ending: str) -> None:
+    """Killed, the parent can ask for nothing; forked, a child of its holds the socket open."""
+    process = script(ending, Endless)
+    pid = int(process.stdout.readline())
+    assert is_alive(pid)
+    process.kill()
+    process.wait()
+    wait_until(lambda: not is_alive(pid))
