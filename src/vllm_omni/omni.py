@@ -167,8 +167,11 @@ class AsyncOmni:
 
     async def start(self) -> None:
         """Load the weights, warm up, begin to serve. Raises ConfigError or WorkerDiedError with the reason."""
-        self.ready = await self._engine.start()
-        self._intake = Intake(self.config, self.info, self.ready)
+        # The tokenizer's first use imports and loads for seconds: now, and not in the first request.
+        warm_tokenizer = asyncio.to_thread(self.info.count_prompt_tokens, "")
+        ready, _ = await asyncio.gather(self._engine.start(), warm_tokenizer)
+        self.ready = ready
+        self._intake = Intake(self.config, self.info, ready)
 
     def generate(
         self,

@@ -113,6 +113,7 @@ class LiveServer:
 @contextmanager
 def live_server(
     *,
+    info: ModelInfo = FAKE_INFO,
     start_engine: bool = True,
     wrap: Callable[[FastAPI], None] | None = None,
     settings: dict[str, Any] | None = None,
@@ -126,7 +127,7 @@ def live_server(
         device = FakeDevice()
         observer = PrometheusObserver(MODEL_NAME)
         with (
-            patch("vllm_omni.omni.load_model_info", lambda _: FAKE_INFO),
+            patch("vllm_omni.omni.load_model_info", lambda _: info),
             patch("vllm_omni.omni.make_executor", lambda *_: device),
         ):
             omni = AsyncOmni(OmniDiffusionConfig(model="fake", **config), observer=observer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import threading
 import time
@@ -15,7 +16,15 @@ import openai
 import pytest
 from PIL import Image
 
-from tests.entrypoints.openai.live_server import ALIAS, MODEL_NAME, STEPS, LiveServer, expected_picture, live_server
+from tests.entrypoints.openai.live_server import (
+    ALIAS,
+    FAKE_INFO,
+    MODEL_NAME,
+    STEPS,
+    LiveServer,
+    expected_picture,
+    live_server,
+)
 from vllm_omni.entrypoints.openai import encoding
 
 
@@ -151,7 +160,7 @@ def test_librechat_body() -> None:
         assert response.json()["error"]["code"] == "model_not_found"
 
 
-def test_encoding_runs_in_its_own_threads(server: LiveServer, http: httpx.Client) -> None:
+def test_encoding_runs_in_its_own_threads(http: httpx.Client) -> None:
     threads = []
 
     def recording(*args: Any) -> bytes:
@@ -160,9 +169,9 @@ def test_encoding_runs_in_its_own_threads(server: LiveServer, http: httpx.Client
 
     original = encoding.encode
     with patch.object(encoding, "encode", recording):
-        response = http.post("/v1/images/generations", json={"prompt": "x", "size": "2048x2048", "n": 2, "seed": 5})
+        response = http.post("/v1/images/generations", json={"prompt": "x", "size": "1024x1024", "n": 2, "seed": 5})
     for i, item in enumerate(response.json()["data"]):
-        np.testing.assert_array_equal(pixels(item["b64_json"]), expected_picture(5 + i, 2048, 2048))
+        np.testing.assert_array_equal(pixels(item["b64_json"]), expected_picture(5 + i, 1024, 1024))
     assert len(threads) == 2
     assert all(name.startswith("omni-encode") for name in threads)
 
@@ -171,3 +180,19 @@ def test_base64_in_json_is_exact_across_chunks() -> None:
     image = np.random.default_rng(0).bytes(2 * encoding._BASE64_CHUNK + 17)
     expected = b'{"b64_json":"' + base64.b64encode(image) + b'","seed":1}'
     assert encoding.json_with_image(image, {"seed": 1}) == expected
+
+
+def test_prompts_are_counted_in_a_thread_of_their_own() -> None:
+    """A long prompt takes the tokenizer tens of milliseconds."""
+    threads = []
+
+    def counting(prompt: str) -> int:
+        threads.append(threading.current_thread().name)
+        return len(prompt.split())
+
+    info = dataclasses.replace(FAKE_INFO, count_prompt_tokens=counting)
+    with live_server(info=info) as running:
+        assert len(threads) == 1  # warmed before the first request
+        httpx.post(f"{running.url}/v1/images/generations", json={"prompt": "x"}, timeout=20)
+    assert len(threads) == 2
+    assert threads[1].startswith("omni-resolve")

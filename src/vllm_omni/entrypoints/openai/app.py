@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
@@ -23,12 +24,13 @@ from vllm_omni.omni import AsyncOmni
 def build_app(omni: AsyncOmni, settings: ServerSettings, metrics: PrometheusObserver | None = None) -> FastAPI:
     """The app that serves `omni`. `metrics`: the observer given to `omni`; None leaves the engine's metrics empty.
 
-    Its lifespan owns the encoding threads and the folder of stored pictures.
+    Its lifespan owns the threads and the folder of stored pictures.
     """
     metrics = metrics or PrometheusObserver(settings.served_model_names[0])
     metrics.watch(omni.status)
     files = FileStore(settings.media_ttl_seconds, settings.max_media_bytes)
     encoder = ImageEncoder(settings.num_encoding_threads, metrics.on_encoded)
+    resolving = ThreadPoolExecutor(1, thread_name_prefix="omni-resolve")
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -37,6 +39,7 @@ def build_app(omni: AsyncOmni, settings: ServerSettings, metrics: PrometheusObse
             yield
         finally:
             sweeping.cancel()
+            resolving.shutdown(wait=False, cancel_futures=True)
             encoder.close()
             files.close()
 
@@ -48,7 +51,7 @@ def build_app(omni: AsyncOmni, settings: ServerSettings, metrics: PrometheusObse
         redirect_slashes=False,
         openapi_url=None if settings.disable_docs else "/openapi.json",  # without it there is no /docs either
     )
-    app.include_router(make_images_router(ImageService(omni, settings, encoder, files)))
+    app.include_router(make_images_router(ImageService(omni, settings, encoder, files, resolving)))
     app.include_router(make_models_router(omni, settings))
     app.include_router(make_probes_router(omni))
     app.include_router(make_metrics_router(metrics))

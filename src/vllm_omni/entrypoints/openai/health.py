@@ -31,7 +31,8 @@ def make_probes_router(omni: AsyncOmni) -> APIRouter:
     @router.get("/ready", response_model=StatusResponse)
     async def ready() -> StatusResponse:
         """200 while new requests are taken."""
-        if (state := omni.status().state) != "running":
+        state = omni.status().state
+        if omni.ready is None or state != "running":
             raise UnavailableError(f"The engine takes no requests: it is {state}.", retry_after=1.0)
         return StatusResponse(status=state)
 

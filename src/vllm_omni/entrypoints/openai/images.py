@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from concurrent.futures import Executor
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -35,12 +37,15 @@ class ImageService:
     settings: ServerSettings
     encoder: ImageEncoder
     files: FileStore
+    resolving: Executor
+    """One thread: counting the tokens of a long prompt takes tens of milliseconds; tokenizers take one at a time."""
 
     async def generate(self, body: ImageGenerationRequest, request: Request) -> Response:
         """Raises RequestError before anything runs, or when the engine fails on it."""
         check_model(body.model, self.settings.served_model_names)
         prompt, params, image_format = parse_generation(body)
-        outputs = self.omni.generate(prompt, params)
+        loop = asyncio.get_running_loop()
+        outputs = self.omni.submit(await loop.run_in_executor(self.resolving, self.omni.resolve, prompt, params))
         style, headers = AnswerStyle.of(body, image_format), ignored_fields_header(body)
         if self.settings.log_prompts:
             logger.info("prompt %r, %s", prompt, params)
