@@ -251,7 +251,10 @@ def test_a_wrong_config_file_is_one_line(content: str, tmp_path: Path, capsys: p
 @pytest.mark.parametrize(
     "words",
     [
-        *([f"--{axis}", "2"] for axis in ("usp", "ulysses-degree", "ring", "cfg-parallel-size", "tensor-parallel-size")),
+        *(
+            [f"--{axis}", "2"]
+            for axis in ("usp", "ulysses-degree", "ring", "cfg-parallel-size", "tensor-parallel-size")
+        ),
         *([f"--{axis}", "2"] for axis in ("data-parallel-size", "vae-patch-parallel-size", "text-encoder-tp-size")),
         ["--cache-backend", "tea_cache"],
         ["--cache-backend", "cache_dit", "--cache-config", json.dumps({"Fn_compute_blocks": 1})],

@@ -1,0 +1,144 @@
+"""`vllm serve demo --omni` as a child process of a test."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import httpx
+import psutil
+
+START_SECONDS = 150.0
+"""Generous: the machine may be shared, and importing vLLM alone takes seconds."""
+VLLM = Path(sys.executable).with_name("vllm")
+
+Value = TypeVar("Value")
+
+
+def wait_for(condition: Callable[[], Value | None], seconds: float = 60.0) -> Value:
+    """What `condition` returns once it is true; asserts that this happens in time."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds:g} s"
+        time.sleep(0.02)
+    return value
+
+
+class ServerProcess:
+    """The running command; everything it started dies with `kill`."""
+
+    def __init__(self, *flags: str) -> None:
+        self._process = subprocess.Popen(
+            [VLLM, "serve", "demo", "--omni", *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            # On a shared machine torch's threads spend their time waiting for each other.
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        self._lines: list[str] = []
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+        self._family: dict[int, psutil.Process] = {}
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout:
+            self._lines.extend(iter(self._process.stdout.readline, ""))
+
+    @property
+    def output(self) -> str:
+        return "".join(self._lines)
+
+    def wait_for_line(self, pattern: str) -> re.Match[str]:
+        def find() -> re.Match[str] | None:
+            assert self._process.poll() is None, f"exit code {self._process.returncode}:\n{self.output}"
+            return re.search(pattern, self.output)
+
+        return wait_for(find, START_SECONDS)
+
+    def address(self) -> str:
+        """As the server prints it, as soon as it listens."""
+        return self.wait_for_line(r"Listening on (\S+)")[1]
+
+    def wait_until_ready(self) -> None:
+        self.wait_for_line(r"Ready: demo|Ready: gpt-image-1")
+
+    def signal(self, number: int) -> None:
+        self._note_family()
+        self._process.send_signal(number)
+
+    def workers(self) -> list[psutil.Process]:
+        self._note_family()
+        return [p for p in self._family.values() if p.is_running() and "worker.main" in " ".join(p.cmdline())]
+
+    def _note_family(self) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self._family |= {p.pid: p for p in psutil.Process(self._process.pid).children(recursive=True)}
+
+    def wait(self, seconds: float) -> int:
+        """The exit code."""
+        code = self._process.wait(seconds)
+        self._reader.join()
+        return code
+
+    def survivors(self, seconds: float = 5.0) -> list[psutil.Process]:
+        """Processes of ours that still run `seconds` after the server ended."""
+        return psutil.wait_procs(list(self._family.values()), seconds)[1]
+
+    def kill(self) -> None:
+        self._note_family()
+        for process in (self._process, *self._family.values()):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.wait(10)
+
+
+@contextlib.contextmanager
+def server_process(*flags: str) -> Iterator[ServerProcess]:
+    server = ServerProcess(*flags)
+    try:
+        yield server
+    except BaseException:
+        print(server.output)
+        raise
+    finally:
+        server.kill()
+
+
+def stop(server: ServerProcess) -> int:
+    server.signal(signal.SIGTERM)
+    return server.wait(60)
+
+
+def start_generation(client: httpx.Client, num_steps: int) -> threading.Thread:
+    """A request under way in a thread; the thread's `response` is its answer in the end."""
+
+    class Generation(threading.Thread):
+        response: httpx.Response
+
+        def run(self) -> None:
+            self.response = client.post(
+                "/v1/images/generations",
+                json={"prompt": "red apple", "num_inference_steps": num_steps, "seed": 1},
+                timeout=240,
+            )
+
+    generation = Generation()
+    generation.start()
+    return generation
+
+
+def num_running(client: httpx.Client) -> float:
+    found = re.search(r"^vllm:num_requests_running\{.*\} (\S+)$", client.get("/metrics").text, re.MULTILINE)
+    assert found
+    return float(found[1])

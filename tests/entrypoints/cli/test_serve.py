@@ -1,0 +1,227 @@
+"""The command itself, as a process, on the embedded demo model, with real clients."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import io
+import ipaddress
+import signal
+import ssl
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from PIL import Image
+from tests.entrypoints.cli.server_process import (
+    VLLM,
+    ServerProcess,
+    num_running,
+    server_process,
+    start_generation,
+    stop,
+    wait_for,
+)
+
+KEY = "correct horse"
+ORIGIN = "https://app.example"
+LONG = 60
+"""Steps of a request that is still running when the test has done its next two things."""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ServerProcess]:
+    """A server with everything that can share one; it must end in good order."""
+    with server_process(
+        *("--host", "127.0.0.1", "--port", "0", "--api-key", KEY, "--root-path", "/omni/"),
+        *("--served-model-name", "gpt-image-1", "demo", "--allowed-origins", f'["{ORIGIN}"]'),
+        *("--middleware", "starlette.middleware.gzip.GZipMiddleware", "--enable-request-id-headers"),
+        *("--default-sampling-params", '{"num_inference_steps": 4}'),
+    ) as running:
+        url = running.address()
+        while_loading = httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {KEY}"})
+        probe = httpx.get(f"{url}/ready")
+        running.wait_until_ready()
+        if "Ready:" not in running.output.split("GET /ready")[0]:  # asked before it was warm
+            assert (while_loading.status_code, probe.status_code) == (503, 503)
+            assert int(probe.headers["retry-after"]) >= 1
+        yield running
+        assert stop(running) == 0
+        assert running.survivors() == []
+
+
+@pytest.fixture
+def client(server: ServerProcess) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.address(), headers={"Authorization": f"Bearer {KEY}"}, timeout=60) as http:
+        yield http
+
+
+@pytest.fixture
+def sdk(server: ServerProcess) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.address()}/v1", api_key=KEY, max_retries=0) as client:
+        yield client
+
+
+def test_the_sdk_gets_the_picture_that_the_prompt_asks_for(sdk: openai.OpenAI) -> None:
+    answer = sdk.images.generate(model="demo", prompt="a red apple on a white background", extra_body={"seed": 7})
+    picture = Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json)))
+    assert (picture.format, f"{picture.width}x{picture.height}") == ("PNG", answer.size)
+    pixels = picture.convert("RGB")
+    red, green, blue = pixels.getpixel((picture.width // 2, picture.height * 3 // 5))
+    assert red > 120 and red > green + 40 and red > blue + 40, "an apple in the middle"
+    assert min(pixels.getpixel((1, 1))) > 200, "on white"
+
+
+def test_the_key_is_asked_for_with_an_error_object(server: ServerProcess) -> None:
+    with openai.OpenAI(base_url=f"{server.address()}/v1", api_key="wrong", max_retries=0) as sdk:
+        with pytest.raises(openai.AuthenticationError) as refused:
+            sdk.images.generate(model="demo", prompt="red apple")
+        assert (refused.value.code, refused.value.type) == ("invalid_api_key", "invalid_request_error")
+        assert "API key" in refused.value.body["message"]
+        assert refused.value.response.headers["x-request-id"]
+    for path in ("/v1/models", "/omni/v1/models"):
+        assert httpx.get(server.address() + path).status_code == 401
+    for path in ("/health", "/ready", "/metrics", "/version"):
+        assert httpx.get(server.address() + path).status_code == 200
+
+
+def test_served_names(client: httpx.Client) -> None:
+    assert [card["id"] for card in client.get("/v1/models").json()["data"]] == ["gpt-image-1", "demo"]
+    assert 'model_name="gpt-image-1"' in client.get("/metrics").text
+
+
+def test_root_path(client: httpx.Client) -> None:
+    """With or without the proxy's prefix; links carry it."""
+    assert client.get("/omni/v1/models").status_code == 200
+    answer = client.post("/v1/images/generations", json={"prompt": "red apple", "response_format": "url"}).json()
+    assert "/omni/v1/images/files/" in answer["data"][0]["url"]
+    assert client.get("/omni/openapi.json").json()["servers"] == [{"url": "/omni"}]
+
+
+def test_cors_also_for_refusals(client: httpx.Client) -> None:
+    preflight = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
+    allowed = client.options("/v1/images/generations", headers=preflight)
+    assert allowed.headers["access-control-allow-origin"] == ORIGIN
+    refused = client.get("/v1/models", headers={"Origin": ORIGIN, "Authorization": "Bearer wrong"})
+    assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, ORIGIN)
+    stranger = client.get("/v1/models", headers={"Origin": "https://else.example"})
+    assert "access-control-allow-origin" not in stranger.headers
+
+
+def test_the_users_middleware_and_request_ids(client: httpx.Client) -> None:
+    assert client.get("/metrics").headers["content-encoding"] == "gzip"
+    assert len(client.get("/health").headers["x-request-id"]) == 32
+    assert client.get("/health", headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
+
+
+def test_a_killed_worker_is_replaced_and_its_request_completes(server: ServerProcess, client: httpx.Client) -> None:
+    before = start_generation(client, 20)
+    before.join()
+    (worker,) = server.workers()
+    generation = start_generation(client, LONG)
+    wait_for(lambda: num_running(client))
+    worker.kill()
+    wait_for(lambda: client.get("/ready").status_code == 503)
+    assert client.get("/metrics").status_code == 200, "the API stays up"
+    generation.join(240)
+    assert generation.response.status_code == 200
+    assert "vllm_omni:worker_restarts_total" in (metrics := client.get("/metrics").text)
+    assert 'requests_replayed_total{model_name="gpt-image-1"} 1.0' in metrics
+    assert client.get("/ready").status_code == 200
+    (replacement,) = server.workers()
+    assert replacement.pid != worker.pid
+    again = start_generation(client, 20)
+    again.join()
+    assert again.response.json()["data"] == before.response.json()["data"], "the same seed, the same picture"
+
+
+def self_signed(folder: Path) -> tuple[Path, Path]:
+    """(key file, certificate file) for 127.0.0.1."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
+        .sign(key, hashes.SHA256())
+    )
+    encoding, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    key_file, certificate_file = folder / "key.pem", folder / "certificate.pem"
+    key_file.write_bytes(key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, plain))
+    certificate_file.write_bytes(certificate.public_bytes(encoding))
+    return key_file, certificate_file
+
+
+def test_sigterm_over_tls_finishes_what_runs_and_refuses_the_rest(tmp_path: Path) -> None:
+    key, certificate = self_signed(tmp_path)
+    flags = ("--ssl-keyfile", str(key), "--ssl-certfile", str(certificate), "--shutdown-timeout", "120")
+    with server_process("--host", "127.0.0.1", "--port", "0", *flags) as server:
+        url = server.address()
+        assert url.startswith("https://")
+        server.wait_until_ready()
+        with httpx.Client(base_url=url, verify=ssl.create_default_context(cafile=certificate), timeout=60) as client:
+            generation = start_generation(client, LONG)
+            wait_for(lambda: num_running(client))
+            server.signal(signal.SIGTERM)
+            wait_for(lambda: client.get("/ready").status_code == 503)
+            refused = client.post("/v1/images/generations", json={"prompt": "red apple"})
+            assert refused.status_code == 503
+            assert refused.json()["error"]["code"] == "unavailable"
+            assert int(refused.headers["retry-after"]) >= 1
+            generation.join(240)
+        assert generation.response.status_code == 200
+        picture = base64.b64decode(generation.response.json()["data"][0]["b64_json"])
+        assert Image.open(io.BytesIO(picture)).size == (64, 64)
+        assert server.wait(60) == 0
+        assert server.survivors() == []
+
+
+def test_a_second_signal_on_a_unix_socket_ends_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "omni.sock"
+    with server_process("--uds", str(path), "--shutdown-timeout", "300") as server:
+        assert server.address() == f"unix:{path}"
+        server.wait_until_ready()
+        transport = httpx.HTTPTransport(uds=str(path))
+        with httpx.Client(base_url="http://server", transport=transport, timeout=60) as client:
+            assert client.get("/v1/models").json()["data"][0]["id"] == "demo"
+            leftover = start_stream(client)
+            next(leftover)
+            server.signal(signal.SIGTERM)
+            wait_for(lambda: client.get("/ready").status_code == 503)
+            server.signal(signal.SIGTERM)
+            assert server.wait(10) == 128 + signal.SIGTERM
+        assert server.survivors() == []
+        assert not path.exists()
+
+
+def start_stream(client: httpx.Client) -> Iterator[str]:
+    """The lines of a long request's event stream."""
+    body = {"prompt": "red apple", "num_inference_steps": LONG, "n": 4, "stream": True, "partial_images": 3}
+    with client.stream("POST", "/v1/images/generations", json=body) as response:
+        assert response.status_code == 200
+        yield from response.iter_lines()
+
+
+def test_a_signal_while_loading_ends_in_good_order() -> None:
+    with server_process("--host", "127.0.0.1", "--port", "0") as server:
+        server.address()
+        wait_for(server.workers)
+        assert stop(server) == 0
+        assert server.survivors() == []
+
+
+def test_a_wrong_value_ends_the_command_with_one_line() -> None:
+    ended = subprocess.run(
+        [VLLM, "serve", "demo", "--omni", "--max-num-seqs", "0"], capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1] == "vllm: error: --max-num-seqs takes an integer of at least 1, got '0'"
+    assert "Traceback" not in ended.stderr + ended.stdout

@@ -1,0 +1,231 @@
+"""The life of the server process: signals, draining, failures. The engine is a fake, HTTP and signals are real."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI
+
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.engine import EngineStatus
+from vllm_omni.diffusion.plan import WorkerReady
+from vllm_omni.entrypoints.cli import serve
+from vllm_omni.entrypoints.cli.args import HttpOptions, ServeArgs
+from vllm_omni.entrypoints.cli.listen import Listener
+from vllm_omni.entrypoints.openai.settings import ServerSettings
+from vllm_omni.errors import ConfigError, OmniError, WorkerDiedError
+
+
+@dataclass
+class FakeOmni:
+    """Does what `AsyncOmni` does for the service, when the test says so."""
+
+    start_error: OmniError | None = None
+    start_gate: asyncio.Event = field(default_factory=asyncio.Event)
+    work_done: asyncio.Event = field(default_factory=asyncio.Event)
+    state: str = "running"
+    ready: WorkerReady | None = None
+    calls: list[str] = field(default_factory=list)
+
+    async def start(self) -> None:
+        await self.start_gate.wait()
+        if self.start_error:
+            raise self.start_error
+        self.ready = WorkerReady(1.0, 10**6, "cpu", "float32", 1024, 1e-6, 0.0, 1.0, 1.0)
+
+    def status(self) -> EngineStatus:
+        return EngineStatus(self.state, 0, 0, 0.0, True)
+
+    def begin_drain(self) -> None:
+        self.calls.append("begin_drain")
+
+    async def drain(self, timeout: float) -> bool:
+        self.calls.append("drain")
+        try:
+            await asyncio.wait_for(self.work_done.wait(), timeout)
+        except TimeoutError:
+            return False
+        return True
+
+    async def close(self) -> None:
+        self.calls.append("close")
+
+
+@dataclass
+class Running:
+    task: asyncio.Task[int]
+    address: str
+
+    async def until(self, condition: object) -> None:
+        async with asyncio.timeout(20):
+            while not condition():
+                await asyncio.sleep(0.01)
+
+    async def code(self) -> int:
+        return await asyncio.wait_for(self.task, 20)
+
+
+@asynccontextmanager
+async def running(omni: FakeOmni, *, shutdown_timeout: float = 20.0) -> AsyncIterator[Running]:
+    app = FastAPI()
+    app.get("/live")(lambda: "yes")
+    http = HttpOptions(host="127.0.0.1", port=0, shutdown_timeout=shutdown_timeout)
+    args = ServeArgs(OmniDiffusionConfig(model="demo"), ServerSettings(served_model_names=("demo",)), http)
+    server = serve._Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
+    with Listener(http) as listener:
+        task = asyncio.create_task(serve.Service(omni, server, listener, args).run())
+        try:
+            running = Running(task, listener.address)
+            await running.until(lambda: server.started)
+            yield running
+        finally:
+            omni.start_gate.set()
+            omni.work_done.set()
+            if not task.done():
+                server.should_exit = True
+                await asyncio.wait({task}, timeout=20)
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+async def test_http_answers_while_the_engine_starts() -> None:
+    async with running(FakeOmni()) as server, httpx.AsyncClient() as client:
+        assert (await client.get(f"{server.address}/live")).status_code == 200
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_the_first_signal_drains_then_closes_and_exits_0(number: int) -> None:
+    omni = FakeOmni()
+    omni.start_gate.set()
+    async with running(omni) as server, httpx.AsyncClient() as client:
+        await server.until(lambda: omni.ready)
+        send(number)
+        await server.until(lambda: "drain" in omni.calls)
+        assert (await client.get(f"{server.address}/live")).status_code == 200, "HTTP goes on while work runs"
+        assert not server.task.done()
+        omni.work_done.set()
+        assert await server.code() == 0
+        assert omni.calls == ["begin_drain", "drain", "close"]
+        with pytest.raises(httpx.ConnectError):
+            await client.get(f"{server.address}/live")
+
+
+async def test_draining_ends_at_the_timeout(caplog: pytest.LogCaptureFixture) -> None:
+    omni = FakeOmni()
+    omni.start_gate.set()
+    async with running(omni, shutdown_timeout=0.05) as server:
+        await server.until(lambda: omni.ready)
+        send(signal.SIGTERM)
+        assert await server.code() == 0
+    assert omni.calls == ["begin_drain", "drain", "close"]
+    assert "--shutdown-timeout" in caplog.text
+
+
+async def test_a_second_signal_does_not_wait_for_work() -> None:
+    omni = FakeOmni()
+    omni.start_gate.set()
+    async with running(omni) as server:
+        await server.until(lambda: omni.ready)
+        send(signal.SIGTERM)
+        await server.until(lambda: "drain" in omni.calls)
+        send(signal.SIGTERM)
+        assert await server.code() == 128 + signal.SIGTERM
+    assert omni.calls == ["begin_drain", "drain", "close"]
+
+
+async def test_a_signal_while_the_weights_load_ends_at_once() -> None:
+    omni = FakeOmni()
+    async with running(omni) as server:
+        send(signal.SIGTERM)
+        assert await server.code() == 0
+    assert omni.calls == ["close"]
+
+
+async def test_an_engine_that_does_not_start_is_an_error(caplog: pytest.LogCaptureFixture) -> None:
+    omni = FakeOmni(start_error=WorkerDiedError("the worker died:\nno memory"))
+    omni.start_gate.set()
+    async with running(omni) as server:
+        assert await server.code() == 1
+    assert [r.getMessage() for r in caplog.records if r.levelname == "ERROR"] == [
+        "Stopping: the worker died: no memory"
+    ]
+    assert omni.calls == ["close"]
+
+
+async def test_a_wrong_setting_found_by_the_worker_is_passed_on() -> None:
+    omni = FakeOmni(start_error=ConfigError("--dtype float16: not on this device"))
+    omni.start_gate.set()
+    async with running(omni) as server:
+        with pytest.raises(ConfigError, match="--dtype"):
+            await server.code()
+    assert omni.calls == ["close"]
+
+
+async def test_an_engine_that_fails_for_good_is_an_error() -> None:
+    omni = FakeOmni()
+    omni.start_gate.set()
+    async with running(omni) as server:
+        await server.until(lambda: omni.ready)
+        omni.state = "failed"
+        assert await server.code() == 1
+    assert omni.calls == ["close"]
+
+
+def test_a_port_in_use_is_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"--host 127.0.0.1 --port {port}: cannot listen there: Address already"):
+            Listener(HttpOptions(host="127.0.0.1", port=port))
+
+
+def test_a_host_of_another_machine_is_one_line() -> None:
+    with pytest.raises(ConfigError, match="--host 192.0.2.1 --port 0: cannot listen there"):
+        Listener(HttpOptions(host="192.0.2.1", port=0))
+    with pytest.raises(ConfigError, match="--host takes an address of this machine, got 'no such host'"):
+        Listener(HttpOptions(host="no such host", port=0))
+
+
+@pytest.mark.parametrize(
+    ("host", "pattern"), [(None, r"http://127\.0\.0\.1:\d+"), ("127.0.0.1", r"http://127\.0\.0\.1:\d+")]
+)
+def test_the_address_can_be_opened(host: str | None, pattern: str) -> None:
+    import re
+
+    with Listener(HttpOptions(host=host, port=0)) as listener:
+        assert re.fullmatch(pattern, listener.address)
+
+
+def test_a_unix_socket_left_by_a_killed_server_is_replaced_and_removed(tmp_path: Path) -> None:
+    path = str(tmp_path / "omni.sock")
+    stale = socket.socket(socket.AF_UNIX)
+    stale.bind(path)
+    stale.close()
+    with Listener(HttpOptions(uds=path)) as listener:
+        assert listener.address == f"unix:{path}"
+        listener.socket.listen()
+        with pytest.raises(ConfigError, match=f"--uds {path}: cannot listen there"):
+            Listener(HttpOptions(uds=path))
+    assert not os.path.exists(path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot listen there"):
+        Listener(HttpOptions(uds=str(tmp_path / "file")))
+    assert (tmp_path / "file").exists()
+
+
+def test_wrong_certificates_are_one_line(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.pem"
+    bad.write_text("not a key")
+    with pytest.raises(ConfigError, match=r"--ssl-keyfile .*bad.pem.*cannot be used for TLS"):
+        serve._http_server(FastAPI(), HttpOptions(ssl_keyfile=str(bad), ssl_certfile=str(bad)))
