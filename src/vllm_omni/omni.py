@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import math
 import threading
 import uuid
@@ -254,7 +255,13 @@ class Omni:
         thread = threading.Thread(target=self._loop.run_forever, name="omni-loop", daemon=True)
         thread.start()
         self._finalizer = weakref.finalize(self, _shut_down, self._async, self._loop, thread)
-        self._call(self._async.start())
+        self._finalizer.atexit = False  # registered below instead, to run before the workers' own exit handlers
+        try:
+            self._call(self._async.start())
+        except BaseException:
+            self.close()
+            raise
+        atexit.register(self._finalizer)
 
     def generate(
         self,
@@ -276,7 +283,8 @@ class Omni:
             params_list = list(sampling_params)
         else:
             params_list = [sampling_params or OmniDiffusionSamplingParams()] * len(prompt_list)
-        return self._call(self._generate_all(prompt_list, params_list))
+        outputs: list[OmniRequestOutput] = self._call(self._generate_all(prompt_list, params_list))
+        return outputs
 
     async def _generate_all(
         self, prompts: list[Any], params: list[OmniDiffusionSamplingParams]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from vllm_omni.diffusion.plan import StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.worker.contract import Runner
@@ -19,6 +19,7 @@ class InlineExecutor:
         self._make_runner = make_runner
         self._runner: Runner | None = None
         self._thread: ThreadPoolExecutor | None = None
+        self._under_way: list[Future[None]] = []
         self._results: asyncio.Queue[StepResult | WorkerDiedError] = asyncio.Queue()
 
     async def start(self) -> WorkerReady:
@@ -36,7 +37,9 @@ class InlineExecutor:
     def submit(self, plan: StepPlan) -> None:
         assert self._thread is not None, "the executor was not started"
         assert self._runner is not None
-        self._thread.submit(self._execute, self._runner, plan, self._results, asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        self._under_way = [step for step in self._under_way if not step.done()]
+        self._under_way.append(self._thread.submit(self._execute, self._runner, plan, self._results, loop))
 
     def abort(self, request_ids: Sequence[str]) -> None:
         assert self._runner is not None, "the executor was not started"
@@ -52,9 +55,12 @@ class InlineExecutor:
     async def close(self) -> None:
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
-            # The step that runs cannot be stopped; its thread must be gone before the next runner loads.
-            await asyncio.to_thread(self._thread.shutdown)
+            # The step that runs cannot be stopped; it must be over before the next runner loads. No waiting in a
+            # thread: a program that never calls close() gets here when threads can no longer be started.
+            if running := [asyncio.wrap_future(step) for step in self._under_way if not step.cancelled()]:
+                await asyncio.wait(running)
         self._thread = self._runner = None
+        self._under_way = []
 
     @staticmethod
     def _execute(

@@ -61,9 +61,7 @@ class WorkerProcess:
         """Ask, then kill, and reap."""
         self.send(Stop())
         try:
-            await asyncio.to_thread(self._process.wait, _STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            pass
+            await self._exit_code()
         finally:
             self.kill()
             self._channel.close()
@@ -79,11 +77,28 @@ class WorkerProcess:
             self.kill()
 
     async def _how_it_ended(self) -> str:
-        try:
-            code = await asyncio.to_thread(self._process.wait, _STOP_SECONDS)
-        except subprocess.TimeoutExpired:
+        code = await self._exit_code()
+        if code is None:
             return "closed its channel"
         return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+
+    async def _exit_code(self) -> int | None:
+        """Of the process once it has ended; None when it still runs after `_STOP_SECONDS`.
+
+        Needs no thread: a program that never calls close() gets here when threads can no longer be started.
+        """
+        if self._process.poll() is None:
+            ended, loop = asyncio.Event(), asyncio.get_running_loop()
+            descriptor = os.pidfd_open(self._process.pid)
+            loop.add_reader(descriptor, ended.set)
+            try:
+                await asyncio.wait_for(ended.wait(), _STOP_SECONDS)
+            except TimeoutError:
+                return None
+            finally:
+                loop.remove_reader(descriptor)
+                os.close(descriptor)
+        return self._process.wait()
 
 
 class MultiprocExecutor:

@@ -1,0 +1,182 @@
+"""`AsyncOmni` and `Omni` over a fake device: outputs, order, refusals, aborts, and a script that never closes."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Iterator
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+
+from tests.fakes import FakeExecutor, FakeRunner, fake_image, make_request
+from vllm_omni import AsyncOmni, Omni
+from vllm_omni.diffusion.plan import ItemError
+from vllm_omni.errors import (
+    ConfigError,
+    GenerationError,
+    InvalidRequestError,
+    RequestAbortedError,
+    UnavailableError,
+)
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+from vllm_omni.outputs import OmniRequestOutput
+
+SMALL = OmniDiffusionSamplingParams(height=32, width=48, num_inference_steps=3, seed=5)
+
+
+def expected(seed: int, height: int = 32, width: int = 48) -> np.ndarray:
+    return fake_image(make_request(size=(height, width), seed=seed))
+
+
+@pytest.fixture
+def device() -> Iterator[FakeExecutor]:
+    executor = FakeExecutor()
+    with patch("vllm_omni.omni.make_executor", lambda config, info: executor):
+        yield executor
+
+
+@pytest.fixture
+def omni(device: FakeExecutor) -> Iterator[Omni]:
+    with Omni(model="demo", progress_bar=False) as omni:
+        yield omni
+
+
+def test_outputs_come_in_the_order_of_the_prompts(omni: Omni) -> None:
+    params = [
+        OmniDiffusionSamplingParams(height=128, width=128, num_inference_steps=9, seed=1),
+        OmniDiffusionSamplingParams(height=32, width=32, num_inference_steps=1, seed=2),
+    ]
+    outputs = omni.generate(["long", {"prompt": "short", "negative_prompt": "bad"}], params)
+    assert [output.prompt for output in outputs] == ["long", "short"]
+    assert [output.seeds for output in outputs] == [[1], [2]]
+    assert [output.images[0].size for output in outputs] == [(128, 128), (32, 32)]
+    assert all(output.finished for output in outputs)
+    assert outputs[0].timings["computed_steps"] == 9
+
+
+def test_one_prompt_may_make_several_pictures(omni: Omni) -> None:
+    (output,) = omni.generate("x", OmniDiffusionSamplingParams(height=32, width=48, seed=7, num_outputs_per_prompt=3))
+    assert output.seeds == [7, 8, 9]
+    for seed, image in zip(output.seeds, output.images):
+        assert np.array_equal(np.asarray(image), expected(seed))
+    assert output.num_output_tokens == 3 * 2 * 3
+
+
+def test_pixels_on_request(omni: Omni) -> None:
+    params = OmniDiffusionSamplingParams(height=32, width=48, seed=5, output_type="np")
+    (output,) = omni.generate("x", params)
+    assert np.array_equal(output.images[0], expected(5))
+
+
+def test_a_wrong_prompt_among_good_ones_runs_nothing(omni: Omni) -> None:
+    wrong = OmniDiffusionSamplingParams(height=33)
+    with pytest.raises(InvalidRequestError) as caught:
+        omni.generate(["good", "bad"], [SMALL, wrong])
+    assert caught.value.param == "height"
+    assert omni.generate("good", SMALL)[0].finished  # and the engine is as before
+    with pytest.raises(InvalidRequestError, match="2 prompts and 1 sampling_params"):
+        omni.generate(["a", "b"], [SMALL])
+
+
+def test_settings_are_checked_before_anything_loads() -> None:
+    with pytest.raises(ConfigError, match="num_steps"):
+        Omni(model="demo", num_steps=3)
+    with pytest.raises(ConfigError, match="neither a folder"):
+        Omni(model="/no/such/folder")
+
+
+async def outputs_of(stream: object) -> list[OmniRequestOutput]:
+    return [output async for output in stream]  # type: ignore[attr-defined]
+
+
+async def test_progress_previews_and_result(device: FakeExecutor) -> None:
+    omni = AsyncOmni(model="demo")
+    await omni.start()
+    try:
+        params = OmniDiffusionSamplingParams(height=32, width=48, num_inference_steps=4, seed=5, num_previews=1)
+        outputs = await asyncio.wait_for(outputs_of(omni.generate("x", params)), 20)
+        steps = [output.step for output in outputs if not output.finished and not output.images]
+        assert steps == [1, 2, 3, 4, 4]  # the last: the picture is decoded
+        (preview,) = [output for output in outputs if not output.finished and output.images]
+        assert preview.step == 2
+        assert np.array_equal(np.asarray(preview.images[0]), fake_image(make_request(size=(32, 48), seed=5), 2))
+        assert [output.finished for output in outputs] == [False] * 6 + [True]
+    finally:
+        await omni.close()
+
+
+async def test_an_abandoned_or_aborted_request_leaves_the_engine(device: FakeExecutor) -> None:
+    device._hold = True
+    omni = AsyncOmni(model="demo")
+    await omni.start()
+    try:
+        stream, other = omni.generate("x", SMALL), omni.generate("y", SMALL, request_id="mine")
+        with pytest.raises(InvalidRequestError, match="in use"):
+            omni.generate("z", SMALL, request_id="mine")
+        await stream.aclose()
+        omni.abort("mine")
+        omni.abort("unknown")
+        with pytest.raises(RequestAbortedError):
+            await asyncio.wait_for(outputs_of(other), 20)
+        status = omni.status()
+        assert (status.num_running, status.num_waiting) == (0, 0)
+    finally:
+        await omni.close()
+
+
+async def test_a_cancelled_reader_aborts_its_request(device: FakeExecutor) -> None:
+    device._hold = True
+    omni = AsyncOmni(model="demo")
+    await omni.start()
+    try:
+        reading = asyncio.create_task(outputs_of(omni.generate("x", SMALL)))
+        await asyncio.sleep(0)
+        assert omni.status().num_running + omni.status().num_waiting == 1
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        assert omni.status().num_running + omni.status().num_waiting == 0
+    finally:
+        await omni.close()
+
+
+async def test_a_failure_of_one_output_fails_its_prompt_alone() -> None:
+    def fail_one(request_id: str, phase: str, step: int) -> ItemError | None:
+        return ItemError("broken", "internal") if request_id == "bad-1" and step == 2 else None
+
+    executor = FakeExecutor(lambda: FakeRunner(errors=fail_one))
+    with patch("vllm_omni.omni.make_executor", lambda config, info: executor):
+        omni = AsyncOmni(model="demo")
+        await omni.start()
+    try:
+        params = OmniDiffusionSamplingParams(height=32, width=48, num_inference_steps=3, num_outputs_per_prompt=2)
+        bad, good = omni.generate("x", params, request_id="bad"), omni.generate("y", params, request_id="good")
+        with pytest.raises(GenerationError):
+            await asyncio.wait_for(outputs_of(bad), 20)
+        assert (await asyncio.wait_for(outputs_of(good), 20))[-1].finished
+        omni.begin_drain()
+        with pytest.raises(UnavailableError):
+            omni.generate("x", SMALL)
+        assert await omni.drain(20)
+    finally:
+        await omni.close()
+
+
+SCRIPT = """
+from vllm_omni import Omni
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+
+omni = Omni(model="demo", distributed_executor_backend="{backend}", progress_bar=False)
+outputs = omni.generate("red apple", OmniDiffusionSamplingParams(num_inference_steps=2, seed=1))
+print(outputs[0].images[0].size)
+"""
+
+
+@pytest.mark.parametrize("backend", ["uni", "mp"])
+def test_a_script_without_guard_and_close_ends_by_itself(backend: str) -> None:
+    command = [sys.executable, "-W", "error::ResourceWarning", "-c", SCRIPT.format(backend=backend)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "(64, 64)\n"), done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
