@@ -18,19 +18,76 @@ from vllm_omni.entrypoints.openai.settings import ServerSettings
 from vllm_omni.errors import ConfigError, NotAvailableError
 
 # The outside contract: change it knowingly. `--no-x` forms of switches are left out.
-FROZEN_FLAGS = """
---allow-credentials --allowed-headers --allowed-local-media-path --allowed-media-domains --allowed-methods
---allowed-origins --api-key --attention-backend --cache-backend --cache-config --cfg-parallel-size --config
---data-parallel-size --default-sampling-params --disable-access-log-for-endpoints --disable-fastapi-docs
---disable-uvicorn-access-log --distributed-executor-backend --dtype --enable-cpu-offload --enable-layerwise-offload
---enable-request-id-headers --enable-ssl-refresh --enforce-eager --help --host --job-store --log-prompts --lora-modules
---max-batch-tokens --max-inference-steps --max-num-frames --max-num-queued-reqs --max-num-seqs --max-pixels
---max-queue-seconds --max-worker-restarts --media-store --media-ttl --middleware --model --omni --otlp-traces-endpoint
---port --quantization --ring --ring-degree --root-path --scheduling-policy --served-model-name --shutdown-timeout
---ssl-ca-certs --ssl-cert-reqs --ssl-certfile --ssl-ciphers --ssl-keyfile --tensor-parallel-size --text-encoder-tp-size
---uds --ulysses-degree --usp --uvicorn-log-level --vae-patch-parallel-size --vae-use-slicing --vae-use-tiling
--dp -h -tp
-""".split()
+FROZEN_FLAGS = [
+    "--allow-credentials",
+    "--allowed-headers",
+    "--allowed-local-media-path",
+    "--allowed-media-domains",
+    "--allowed-methods",
+    "--allowed-origins",
+    "--api-key",
+    "--attention-backend",
+    "--cache-backend",
+    "--cache-config",
+    "--cfg-parallel-size",
+    "--config",
+    "--data-parallel-size",
+    "--default-sampling-params",
+    "--disable-access-log-for-endpoints",
+    "--disable-fastapi-docs",
+    "--disable-uvicorn-access-log",
+    "--distributed-executor-backend",
+    "--dtype",
+    "--enable-cpu-offload",
+    "--enable-layerwise-offload",
+    "--enable-request-id-headers",
+    "--enable-ssl-refresh",
+    "--enforce-eager",
+    "--help",
+    "--host",
+    "--job-store",
+    "--log-prompts",
+    "--lora-modules",
+    "--max-batch-tokens",
+    "--max-inference-steps",
+    "--max-num-frames",
+    "--max-num-queued-reqs",
+    "--max-num-seqs",
+    "--max-pixels",
+    "--max-queue-seconds",
+    "--max-worker-restarts",
+    "--media-store",
+    "--media-ttl",
+    "--middleware",
+    "--model",
+    "--omni",
+    "--otlp-traces-endpoint",
+    "--port",
+    "--quantization",
+    "--ring",
+    "--ring-degree",
+    "--root-path",
+    "--scheduling-policy",
+    "--served-model-name",
+    "--shutdown-timeout",
+    "--ssl-ca-certs",
+    "--ssl-cert-reqs",
+    "--ssl-certfile",
+    "--ssl-ciphers",
+    "--ssl-keyfile",
+    "--tensor-parallel-size",
+    "--text-encoder-tp-size",
+    "--uds",
+    "--ulysses-degree",
+    "--usp",
+    "--uvicorn-log-level",
+    "--vae-patch-parallel-size",
+    "--vae-use-slicing",
+    "--vae-use-tiling",
+    "-dp",
+    "-h",
+    "-tp",
+]
 
 # Names of ours that are not vLLM's, or whose default differs on purpose.
 NOT_VLLM_HTTP_FLAGS = {"shutdown_timeout"}
@@ -280,5 +337,5 @@ def test_what_is_not_built_is_refused_by_name(words: list[str]) -> None:
 
 
 def test_an_unknown_command_is_told() -> None:
-    with pytest.raises(ConfigError, match="'bench'.*serve"):
+    with pytest.raises(ConfigError, match=r"'bench'.*serve"):
         cli.parse_args(["bench", "--omni"])

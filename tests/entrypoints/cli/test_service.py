@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,9 +66,9 @@ class Running:
     task: asyncio.Task[int]
     address: str
 
-    async def until(self, condition: object) -> None:
+    async def until(self, condition: Callable[[], object]) -> None:
         async with asyncio.timeout(20):
-            while not condition():
+            while not condition():  # noqa: ASYNC110  # what it watches has no event
                 await asyncio.sleep(0.01)
 
     async def code(self) -> int:
@@ -154,13 +154,12 @@ async def test_a_signal_while_the_weights_load_ends_at_once() -> None:
 
 
 async def test_an_engine_that_does_not_start_is_an_error(caplog: pytest.LogCaptureFixture) -> None:
-    omni = FakeOmni(start_error=WorkerDiedError("the worker died:\nno memory"))
+    omni = FakeOmni(start_error=WorkerDiedError("the worker died: no memory\nTraceback: ..."))
     omni.start_gate.set()
     async with running(omni) as server:
         assert await server.code() == 1
-    assert [r.getMessage() for r in caplog.records if r.levelname == "ERROR"] == [
-        "Stopping: the worker died: no memory"
-    ]
+    errors = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+    assert errors == ["Traceback: ...", "Stopping: the worker died: no memory"]
     assert omni.calls == ["close"]
 
 
@@ -191,20 +190,18 @@ def test_a_port_in_use_is_one_line() -> None:
 
 
 def test_a_host_of_another_machine_is_one_line() -> None:
-    with pytest.raises(ConfigError, match="--host 192.0.2.1 --port 0: cannot listen there"):
+    with pytest.raises(ConfigError, match=r"--host 192\.0\.2\.1 --port 0: cannot listen there"):
         Listener(HttpOptions(host="192.0.2.1", port=0))
     with pytest.raises(ConfigError, match="--host takes an address of this machine, got 'no such host'"):
         Listener(HttpOptions(host="no such host", port=0))
 
 
-@pytest.mark.parametrize(
-    ("host", "pattern"), [(None, r"http://127\.0\.0\.1:\d+"), ("127.0.0.1", r"http://127\.0\.0\.1:\d+")]
-)
-def test_the_address_can_be_opened(host: str | None, pattern: str) -> None:
-    import re
-
+@pytest.mark.parametrize("host", [None, "127.0.0.1", "localhost"])
+def test_the_address_can_be_opened(host: str | None) -> None:
     with Listener(HttpOptions(host=host, port=0)) as listener:
-        assert re.fullmatch(pattern, listener.address)
+        listener.socket.listen()
+        url = httpx.URL(listener.address)
+        socket.create_connection((url.host, url.port), timeout=5).close()
 
 
 def test_a_unix_socket_left_by_a_killed_server_is_replaced_and_removed(tmp_path: Path) -> None:

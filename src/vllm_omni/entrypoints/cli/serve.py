@@ -160,7 +160,10 @@ class Service:
         assert error is not None
         if isinstance(error, ConfigError) or not isinstance(error, OmniError):
             raise error  # the first is told in one line by main; the second is a bug of ours
-        logger.error("Stopping: %s", " ".join(str(error).split()))
+        reason, _, details = str(error).partition("\n")
+        if details:
+            logger.error("%s", details)
+        logger.error("Stopping: %s", reason)
         return FAILED_EXIT_CODE
 
     def _on_signal(self, number: int) -> None:
