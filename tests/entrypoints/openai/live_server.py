@@ -87,6 +87,7 @@ class LiveServer:
     omni: AsyncOmni
     device: FakeDevice
     app: FastAPI
+    http: uvicorn.Server
     loop: asyncio.AbstractEventLoop
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -141,7 +142,7 @@ def live_server(
         server = uvicorn.Server(
             uvicorn.Config(app, "127.0.0.1", 0, log_level="warning", ws="none", timeout_graceful_shutdown=5)
         )
-        started.update(server=server, omni=omni, device=device, app=app, loop=asyncio.get_running_loop())
+        started.update(http=server, omni=omni, device=device, app=app, loop=asyncio.get_running_loop())
         serving = asyncio.ensure_future(server.serve())
         try:
             while not server.started and not serving.done():  # noqa: ASYNC110 (uvicorn has no event for it)
@@ -154,7 +155,7 @@ def live_server(
     thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
     thread.start()
     assert is_up.wait(WAIT_SECONDS)
-    server = started.pop("server")
+    server: uvicorn.Server = started["http"]
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
         yield LiveServer(url=f"http://127.0.0.1:{port}", **started)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from http.client import HTTPConnection
+from typing import cast
 
 import httpx
 import pytest
+from starlette.types import Message
 
 from tests.entrypoints.openai.live_server import LiveServer, live_server
+from vllm_omni.entrypoints.openai.streaming import ImageEventStream
+from vllm_omni.omni import OutputStream
 
 
 @pytest.fixture
@@ -54,3 +59,28 @@ def test_stream_client_leaves_before_the_first_event(paused: LiveServer) -> None
     ):
         assert response.status_code == 200
     paused.wait_until(lambda: paused.num_unfinished() == 0)
+
+
+async def test_stream_client_leaves_while_the_first_bytes_are_sent() -> None:
+    """The events were never asked for then, and so cannot end the request themselves."""
+
+    class Outputs:
+        closed = False
+
+        async def aclose(self) -> None:
+            self.closed = True
+
+    async def events() -> AsyncIterator[bytes]:
+        raise AssertionError("never asked for")
+        yield b""
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(_: Message) -> None:
+        await asyncio.Event().wait()  # a client that does not read
+
+    outputs = Outputs()
+    stream = ImageEventStream(cast(OutputStream, outputs), events(), keep_alive_seconds=15, headers={})
+    await stream({"type": "http", "method": "POST"}, receive, send)
+    assert outputs.closed

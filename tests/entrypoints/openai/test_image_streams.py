@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import signal
 from typing import Any
 
 import httpx
@@ -12,6 +13,7 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
+from sse_starlette.sse import AppStatus
 
 from tests.entrypoints.openai.live_server import LiveServer, expected_picture, live_server
 
@@ -94,3 +96,17 @@ def test_silence_is_filled_with_comments() -> None:
     assert all(line.startswith(":") for line in comments)
     assert len(comments) == 3
     assert any(line == "event: image_generation.completed" for line in rest)
+
+
+def test_stream_ends_in_peace_when_the_server_is_told_to_stop() -> None:
+    with live_server() as running:
+        running.call(running.device.pause)
+        with httpx.stream(
+            "POST", f"{running.url}/v1/images/generations", json={"prompt": "x", "stream": True}, timeout=20
+        ) as response:
+            assert response.status_code == 200
+            running.call(running.http.handle_exit, signal.SIGTERM, None)
+            running.wait_until(lambda: not running.http.servers[0].is_serving())
+            assert not AppStatus.should_exit  # what sse-starlette's watcher ends streams by, half a second later
+            running.call(running.device.resume)
+            assert next(response.iter_lines()) == "event: image_generation.completed"
