@@ -29,7 +29,7 @@ from vllm_omni.diffusion.engine import (
     Preview,
 )
 from vllm_omni.diffusion.executor import make_executor
-from vllm_omni.diffusion.intake import Intake
+from vllm_omni.diffusion.intake import Intake, check_default_sampling_params
 from vllm_omni.diffusion.plan import WorkerReady
 from vllm_omni.diffusion.registry import load_model_info
 from vllm_omni.diffusion.request import DiffusionRequest
@@ -161,6 +161,7 @@ class AsyncOmni:
     ) -> None:
         self.config = config or make_config(**settings)
         self.info = load_model_info(self.config.model)
+        check_default_sampling_params(self.config, self.info)
         self.ready: WorkerReady | None = None
         self._intake: Intake | None = None
         self._engine = DiffusionEngine(self.config, make_executor(self.config, self.info), observer or NullObserver())

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.intake import Intake, spread_previews
+from vllm_omni.diffusion.intake import Intake, check_default_sampling_params, spread_previews
 from vllm_omni.diffusion.plan import WorkerReady
 from vllm_omni.diffusion.registry import ModelInfo
-from vllm_omni.errors import InvalidRequestError
+from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, OmniPrompt, parse_prompt
 
 INFO = ModelInfo(
@@ -145,3 +145,33 @@ def test_prompts_may_be_strings_or_mappings() -> None:
     image = object()
     parsed = parse_prompt({"prompt": "x", "negative_prompt": "y", "multi_modal_data": {"image": image}})
     assert parsed == OmniPrompt("x", "y", (image,))
+
+
+@pytest.mark.parametrize(
+    ("defaults", "message"),
+    [
+        ({"num_inference_steps": "many"}, "num_inference_steps takes an integer, got 'many'"),
+        ({"num_inference_steps": 10**6}, "num_inference_steps takes 1 to 200, got 1000000"),
+        ({"height": 63}, "size 96x63: sides must be multiples of 16; the nearest valid size is 96x64"),
+        ({"seed": -1}, "seed takes an integer from 0"),
+        ({"true_cfg_scale": "x"}, "true_cfg_scale takes a number"),
+        ({"guidance_scale": 3.0}, "guidance_scale is for guidance-distilled models"),
+        ({"sigmas": "abc"}, "sigmas takes a list of numbers, got 'abc'"),
+        ({"max_sequence_length": "8"}, "max_sequence_length takes an integer, got '8'"),
+        ({"negative_prompt": 5}, "negative_prompt must be a string, got 5"),
+    ],
+)
+def test_defaults_that_fail_every_request_are_refused_at_start(defaults: dict[str, object], message: str) -> None:
+    config = OmniDiffusionConfig("demo", default_sampling_params=defaults)
+    with pytest.raises(ConfigError, match=f"^--default-sampling-params: {message}"):
+        check_default_sampling_params(config, INFO)
+
+
+def test_good_defaults_pass() -> None:
+    defaults = {"sigmas": [1.0, 0.5], "height": 64, "negative_prompt": "bad", "true_cfg_scale": 2}
+    check_default_sampling_params(OmniDiffusionConfig("demo", default_sampling_params=defaults), INFO)
+
+
+def test_a_default_that_no_request_would_take_is_refused() -> None:
+    with pytest.raises(ConfigError, match="unknown keys \\['priority'\\]"):
+        OmniDiffusionConfig("demo", default_sampling_params={"priority": 1})

@@ -227,7 +227,8 @@ _FLAGS = {"ulysses_degree": "--usp", "ring_degree": "--ring"}
 
 
 def _check_default_sampling_params(values: Mapping[str, Any]) -> None:
-    accepted = {f.name for f in fields(OmniDiffusionSamplingParams)} | {"negative_prompt"}
+    # A field that is never None is always the request's own.
+    accepted = {f.name for f in fields(OmniDiffusionSamplingParams) if f.default is None} | {"negative_prompt"}
     if unknown := set(values) - accepted:
         raise ConfigError(
             f"--default-sampling-params: unknown keys {sorted(unknown)}, accepted are {', '.join(sorted(accepted))}"

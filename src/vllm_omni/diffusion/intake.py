@@ -16,7 +16,7 @@ from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.plan import WorkerReady
 from vllm_omni.diffusion.registry import ModelInfo
 from vllm_omni.diffusion.request import DiffusionRequest, RequestCost
-from vllm_omni.errors import InvalidRequestError
+from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 
 MAX_PROMPT_CHARACTERS = 32_000
@@ -43,12 +43,10 @@ class Intake:
         Raises InvalidRequestError whose `param` is the field of `OmniDiffusionSamplingParams` or `OmniPrompt`.
         """
         _check_supported(prompt, params)
-        filled = _check_params(_fill(params, self._defaults))
+        filled = self._filled(params)
         assert filled.height is not None
         assert filled.width is not None
         assert filled.num_inference_steps is not None
-        self._check_size(filled.height, filled.width)
-        self._check_steps(filled)
         negative = prompt.negative_prompt
         if negative is None:
             negative = self._defaults.get("negative_prompt")
@@ -80,6 +78,10 @@ class Intake:
             replace(first, request_id=f"{request_id}-{i}", seed=seed + i) for i in range(filled.num_outputs_per_prompt)
         ]
 
+    def _filled(self, params: OmniDiffusionSamplingParams) -> OmniDiffusionSamplingParams:
+        """`params` with the defaults, checked."""
+        return _check_values(_fill(params, self._defaults), self._config, self._info)
+
     def _price(self, num_image_tokens: int, text_tokens: list[int]) -> RequestCost:
         lengths = [num_image_tokens + n for n in text_tokens]
         return RequestCost(
@@ -88,39 +90,6 @@ class Intake:
             decode=self._ready.decode_units_per_token * num_image_tokens,
             tokens_per_step=sum(lengths),
         )
-
-    def _check_size(self, height: int, width: int) -> None:
-        multiple = self._info.size_multiple
-        for name, value in (("height", height), ("width", width)):
-            _require(value >= multiple, name, value, f"at least {multiple} pixels")
-        # The size first: a huge number is refused as huge, not told its nearest multiple.
-        if height * width > self._config.max_pixels:
-            raise InvalidRequestError(
-                f"size {width}x{height} has {height * width} pixels, at most {self._config.max_pixels} are accepted",
-                param="height" if height > width else "width",
-            )
-        if height % multiple or width % multiple:
-            nearest = [max(multiple, round(v / multiple) * multiple) for v in (width, height)]
-            raise InvalidRequestError(
-                f"size {width}x{height}: sides must be multiples of {multiple}; "
-                f"the nearest valid size is {nearest[0]}x{nearest[1]}",
-                param="height" if height % multiple else "width",
-            )
-
-    def _check_steps(self, params: OmniDiffusionSamplingParams) -> None:
-        steps = params.num_inference_steps
-        assert steps is not None
-        most = self._config.max_inference_steps
-        _require(1 <= steps <= most, "num_inference_steps", steps, f"1 to {most}")
-        if params.sigmas is not None:
-            descending = all(a > b for a, b in zip(params.sigmas, params.sigmas[1:]))
-            in_range = all(0 < s <= 1 for s in params.sigmas)
-            _require(
-                len(params.sigmas) == steps and descending and in_range,
-                "sigmas",
-                params.sigmas,
-                f"{steps} values (one a step), descending, above 0 and at most 1",
-            )
 
     def _count_tokens(self, name: str, text: str, params: OmniDiffusionSamplingParams) -> int:
         if len(text) > MAX_PROMPT_CHARACTERS:
@@ -139,6 +108,70 @@ class Intake:
         return num_tokens
 
 
+def check_default_sampling_params(config: OmniDiffusionConfig, info: ModelInfo) -> None:
+    """Refuse the server's defaults if requests that rely on them would fail. Raises ConfigError.
+
+    Their length in tokens is not checked: the tokenizer takes seconds to load.
+    """
+    if not config.default_sampling_params:
+        return
+    values = dict(config.default_sampling_params)
+    negative_prompt = values.pop("negative_prompt", None)
+    try:
+        if not isinstance(negative_prompt, str | None):
+            raise InvalidRequestError(f"negative_prompt must be a string, got {negative_prompt!r}")
+        params = OmniDiffusionSamplingParams(**values)
+        _check_supported(OmniPrompt(""), params)
+        _check_values(_fill(params, info.default_sampling_params), config, info)
+    except InvalidRequestError as error:
+        raise ConfigError(f"--default-sampling-params: {error}") from error
+
+
+def _check_values(
+    params: OmniDiffusionSamplingParams, config: OmniDiffusionConfig, info: ModelInfo
+) -> OmniDiffusionSamplingParams:
+    _check_params(params)
+    assert params.height is not None
+    assert params.width is not None
+    _check_size(params.height, params.width, config, info)
+    _check_steps(params, config.max_inference_steps)
+    return params
+
+
+def _check_size(height: int, width: int, config: OmniDiffusionConfig, info: ModelInfo) -> None:
+    multiple = info.size_multiple
+    for name, value in (("height", height), ("width", width)):
+        _require(value >= multiple, name, value, f"at least {multiple} pixels")
+    # The size first: a huge number is refused as huge, not told its nearest multiple.
+    if height * width > config.max_pixels:
+        raise InvalidRequestError(
+            f"size {width}x{height} has {height * width} pixels, at most {config.max_pixels} are accepted",
+            param="height" if height > width else "width",
+        )
+    if height % multiple or width % multiple:
+        nearest = [max(multiple, round(v / multiple) * multiple) for v in (width, height)]
+        raise InvalidRequestError(
+            f"size {width}x{height}: sides must be multiples of {multiple}; "
+            f"the nearest valid size is {nearest[0]}x{nearest[1]}",
+            param="height" if height % multiple else "width",
+        )
+
+
+def _check_steps(params: OmniDiffusionSamplingParams, most: int) -> None:
+    steps = params.num_inference_steps
+    assert steps is not None
+    _require(1 <= steps <= most, "num_inference_steps", steps, f"1 to {most}")
+    if params.sigmas is not None:
+        descending = all(a > b for a, b in zip(params.sigmas, params.sigmas[1:]))
+        in_range = all(0 < s <= 1 for s in params.sigmas)
+        _require(
+            len(params.sigmas) == steps and descending and in_range,
+            "sigmas",
+            params.sigmas,
+            f"{steps} values (one a step), descending, above 0 and at most 1",
+        )
+
+
 def spread_previews(num_previews: int, num_steps: int) -> tuple[int, ...]:
     """The 1-based steps after which previews are due: evenly spread, never the last step."""
     wanted = {round(num_steps * (i + 1) / (num_previews + 1)) for i in range(num_previews)}
@@ -146,7 +179,7 @@ def spread_previews(num_previews: int, num_steps: int) -> tuple[int, ...]:
 
 
 def _fill(params: OmniDiffusionSamplingParams, defaults: Mapping[str, Any]) -> OmniDiffusionSamplingParams:
-    if params.sigmas is not None and params.num_inference_steps is None:
+    if isinstance(params.sigmas, list | tuple) and params.num_inference_steps is None:
         params = replace(params, num_inference_steps=len(params.sigmas))
     return params.filled_from(defaults)
 
@@ -189,6 +222,11 @@ def _check_params(params: OmniDiffusionSamplingParams) -> OmniDiffusionSamplingP
         highest = MAX_SEED - params.num_outputs_per_prompt
         good = isinstance(params.seed, int) and not isinstance(params.seed, bool) and 0 <= params.seed <= highest
         _require(good, "seed", params.seed, f"an integer from 0 to {highest}")
+    if (limit := params.max_sequence_length) is not None:
+        _require(isinstance(limit, int) and not isinstance(limit, bool), "max_sequence_length", limit, "an integer")
+    if (sigmas := params.sigmas) is not None:
+        good = isinstance(sigmas, list | tuple) and all(isinstance(s, int | float) for s in sigmas)
+        _require(good, "sigmas", sigmas, "a list of numbers")
     scale = params.true_cfg_scale
     if scale is not None:
         good = isinstance(scale, int | float) and math.isfinite(scale) and 0 <= scale <= MAX_GUIDANCE
