@@ -8,7 +8,7 @@ sequence's text comes right before its image.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Generic, TypeVar
@@ -54,6 +54,8 @@ class Pack:
     joint_order: Tensor | None
     """int64 [tokens]: row j of the joint order is row `joint_order[j]` of [all text, all image]; None when
     the two are the same (one sequence)."""
+    joint_is_image: Tensor
+    """int64 [tokens], in joint order: 1 for image tokens, 0 for text tokens."""
     text_position: Tensor
     """int64 [text tokens]: the joint row of a text token."""
     image_position: Tensor
@@ -82,6 +84,7 @@ class Pack:
             text_sequence=_sequence_of(text_lengths, device),
             image_sequence=_sequence_of(image_lengths, device),
             joint_order=joint_order.to(device) if len(text_lengths) > 1 else None,
+            joint_is_image=(joint_order >= num_text).long().to(device),
             text_position=inverse[:num_text],
             image_position=inverse[num_text:],
         )
@@ -120,14 +123,15 @@ Built = TypeVar("Built")
 class MembershipCache(Generic[Built]):
     """What was built for the last few memberships; a step whose members stay the same builds nothing.
 
-    Keys are tuples of sequence ids. More than one is kept because a scheduler may alternate between groups.
+    More than one is kept because a scheduler may alternate between groups. The members are part of the key, by
+    identity: nobody else can be taken for a member that is gone.
     """
 
     def __init__(self, capacity: int = 4) -> None:
         self._capacity = capacity
-        self._entries: OrderedDict[tuple[Hashable, ...], Built] = OrderedDict()
+        self._entries: OrderedDict[tuple[object, ...], Built] = OrderedDict()
 
-    def get(self, key: tuple[Hashable, ...], build: Callable[[], Built]) -> Built:
+    def get(self, key: tuple[object, ...], build: Callable[[], Built]) -> Built:
         if key in self._entries:
             self._entries.move_to_end(key)
             return self._entries[key]
@@ -136,7 +140,7 @@ class MembershipCache(Generic[Built]):
             self._entries.popitem(last=False)
         return entry
 
-    def forget(self, member: Hashable) -> None:
+    def forget(self, member: object) -> None:
         """Drop every entry that `member` is part of."""
         for key in [key for key in self._entries if member in key]:
             del self._entries[key]

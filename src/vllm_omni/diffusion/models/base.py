@@ -16,9 +16,12 @@ from vllm_omni.diffusion.registry import ModelInfo
 from vllm_omni.diffusion.request import DiffusionRequest
 
 
-@dataclass
+@dataclass(eq=False)
 class RequestState:
-    """One request on the device, from its encoding to its release; families add what they need."""
+    """One request on the device, from its encoding to its release; families add what they need.
+
+    A state equals itself alone, so that it can be part of a key.
+    """
 
     request: DiffusionRequest
     latents: Tensor
@@ -72,5 +75,5 @@ class BasePipeline(ABC, Generic[State]):
         """Pictures, uint8 [height, width, 3]."""
 
     @abstractmethod
-    def forget(self, request_id: str) -> None:
-        """Drop whatever is kept for a request besides its state."""
+    def forget(self, state: State) -> None:
+        """Drop whatever is kept because of this state."""

@@ -98,14 +98,15 @@ class ModelRunner:
         return [i for i in request_ids if i in self._requests and i not in self._aborted]
 
     def _release(self, request_ids: Sequence[str]) -> None:
-        for request_id in request_ids:
+        # The loop looks at a copy: `abort` may add to the set meanwhile.
+        for request_id in [*request_ids, *self._aborted.copy()]:
             self._drop(request_id)
-            self._aborted.discard(request_id)
+        self._aborted.difference_update(request_ids)
 
     def _drop(self, request_id: str) -> None:
         self._requests.pop(request_id, None)
-        self._states.pop(request_id, None)
-        self.pipeline.forget(request_id)
+        if (state := self._states.pop(request_id, None)) is not None:
+            self.pipeline.forget(state)
 
     def _encode(self, plan: StepPlan, result: StepResult) -> None:
         requests = [self._requests[i] for i in self._live(plan.encode)]

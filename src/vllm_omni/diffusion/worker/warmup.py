@@ -68,8 +68,7 @@ def measure_steps(pipeline: BasePipeline[Any], state: RequestState, info: ModelI
     copies = 1
     tokens = sum(state.sequence_lengths)
     while not samples or (spent + expected < BUDGET_SECONDS and copies * tokens <= MAX_TOKENS):
-        ids = [f"{state.request.request_id}-{i}" for i in range(copies)]
-        states = [replace(state, request=replace(state.request, request_id=i)) for i in ids]
+        states = [replace(state) for _ in range(copies)]
         start = time.perf_counter()
         try:
             seconds = _seconds(device, [lambda: pipeline.predict(states)] * 3)  # noqa: B023 - run at once
@@ -79,8 +78,8 @@ def measure_steps(pipeline: BasePipeline[Any], state: RequestState, info: ModelI
                 break
             raise
         finally:
-            for request_id in ids:
-                pipeline.forget(request_id)
+            for copy in states:
+                pipeline.forget(copy)
         units = copies * sum(info.sequence_cost(n) for n in state.sequence_lengths)
         samples.append(Sample(copies * tokens, units, seconds))
         took = time.perf_counter() - start

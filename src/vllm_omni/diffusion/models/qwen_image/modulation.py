@@ -25,25 +25,25 @@ class Modulation:
     """
 
     blocks: Tensor
-    """[layers, 2 (image, text), rows, 6 * D]."""
+    """[layers, 2 (image, text), rows, 6, D]."""
     final: Tensor
-    """[rows, 2 * D]."""
+    """[rows, 2, D]."""
 
     @classmethod
     def of_raw(cls, blocks: Tensor, final: Tensor) -> Modulation:
-        """From the outputs of the modulation layers; works in place."""
-        dim = final.shape[-1] // 2
-        for scale in (blocks[..., dim : 2 * dim], blocks[..., 4 * dim : 5 * dim], final[..., :dim]):
+        """From the outputs of the modulation layers: [layers, 2, rows, 6 * D] and [rows, 2 * D]; works in place."""
+        blocks, final = blocks.view(*blocks.shape[:-1], 6, -1), final.view(len(final), 2, -1)
+        for scale in (blocks[..., 1, :], blocks[..., 4, :], final[..., 0, :]):
             scale.add_(1)
         return cls(blocks, final)
 
     def of_block(self, layer: int, stream: int, sequence: Tensor) -> tuple[Tensor, ...]:
         """Six tensors [1, D], or [tokens, D] where `sequence` [tokens] tells each token's row."""
-        return _per_token(self.blocks[layer, stream], sequence).chunk(6, dim=-1)
+        return _per_token(self.blocks[layer, stream], sequence).unbind(1)
 
     def of_output(self, sequence: Tensor) -> tuple[Tensor, ...]:
         """Scale and shift, [1, D] or [tokens, D]."""
-        return _per_token(self.final, sequence).chunk(2, dim=-1)
+        return _per_token(self.final, sequence).unbind(1)
 
 
 def _per_token(rows: Tensor, sequence: Tensor) -> Tensor:

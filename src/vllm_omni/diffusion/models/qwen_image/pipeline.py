@@ -44,7 +44,7 @@ PROMPT_CACHE_BYTES = 256 * 2**20
 MODULATION_BYTES = 2**30
 
 
-@dataclass
+@dataclass(eq=False)
 class QwenImageState(RequestState):
     """latents: [rows * columns, in_channels]."""
 
@@ -160,7 +160,7 @@ class Pipeline(BasePipeline[QwenImageState]):
         return scheduler
 
     def predict(self, states: Sequence[QwenImageState]) -> list[Tensor]:
-        layout = self._layouts.get(tuple(s.request.request_id for s in states), lambda: self._lay_out(states))
+        layout = self._layouts.get(tuple(states), lambda: self._lay_out(states))
         timesteps = [s.timesteps[s.step] for s in states for _ in s.text]
         context = StepContext(layout.pack, layout.rotations, self._modulations.rows_of(timesteps))
         latents = torch.cat([s.latents for s in states for _ in s.text])
@@ -195,8 +195,8 @@ class Pipeline(BasePipeline[QwenImageState]):
         side = self._pixels_per_token
         return self.decoder(latents, [(r.height // side, r.width // side) for r in requests])
 
-    def forget(self, request_id: str) -> None:
-        self._layouts.forget(request_id)
+    def forget(self, state: QwenImageState) -> None:
+        self._layouts.forget(state)
 
 
 def _num_bytes(folder: Path) -> int:

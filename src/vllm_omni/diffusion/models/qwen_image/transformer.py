@@ -27,15 +27,14 @@ CHECKPOINT_NAMES: dict[str, tuple[str, ...]] = {
     "time_embedder.0": ("time_text_embed.timestep_embedder.linear_1",),
     "time_embedder.2": ("time_text_embed.timestep_embedder.linear_2",),
     "output_modulation": ("norm_out.linear",),
+    "qk_norm": ("attn.norm_added_q", "attn.norm_added_k", "attn.norm_q", "attn.norm_k"),
     "image.modulation": ("img_mod.1",),
     "image.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "image.qk_norm": ("attn.norm_q", "attn.norm_k"),
     "image.out": ("attn.to_out.0",),
     "image.up": ("img_mlp.net.0.proj",),
     "image.down": ("img_mlp.net.2",),
     "text.modulation": ("txt_mod.1",),
     "text.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "text.qk_norm": ("attn.norm_added_q", "attn.norm_added_k"),
     "text.out": ("attn.to_add_out",),
     "text.up": ("txt_mlp.net.0.proj",),
     "text.down": ("txt_mlp.net.2",),
@@ -93,20 +92,18 @@ class StepContext:
 class Stream(nn.Module):
     """The weights of one block for one kind of token (text or image), and what they do before and after attention."""
 
-    def __init__(self, dim: int, head_dim: int) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.head_dim = head_dim
         self.modulation = nn.Linear(dim, 6 * dim)
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.qk_norm = Scale(2 * head_dim)
         self.out = nn.Linear(dim, dim)
         self.up = nn.Linear(dim, 4 * dim)
         self.down = nn.Linear(4 * dim, dim)
 
-    def project(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """x: [tokens, D] -> normed q and k [tokens, 2, H, d], and v [tokens, H, d]."""
-        qkv = self.qkv(norm_modulate(x, shift, scale, EPS)).unflatten(-1, (3, -1, self.head_dim))
-        return rms_norm(qkv[:, :2], self.qk_norm.weight.view(2, 1, -1), EPS), qkv[:, 2]
+    def project(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """x: [tokens, D] -> q, k and v [tokens, 3 * D]."""
+        qkv: Tensor = self.qkv(norm_modulate(x, shift, scale, EPS))
+        return qkv
 
     def finish(
         self, x: Tensor, attended: Tensor, gate: Tensor, mlp_shift: Tensor, mlp_scale: Tensor, mlp_gate: Tensor
@@ -121,8 +118,10 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig, attention: AttentionBackend) -> None:
         super().__init__()
         self.attention = attention
-        self.image = Stream(config.dim, config.attention_head_dim)
-        self.text = Stream(config.dim, config.attention_head_dim)
+        self.head_dim = config.attention_head_dim
+        self.qk_norm = Scale(4 * self.head_dim)
+        self.image = Stream(config.dim)
+        self.text = Stream(config.dim)
 
     def modulate(self, condition: Tensor) -> Tensor:
         """[timesteps, D] -> [2, timesteps, 6 * D], image then text."""
@@ -132,15 +131,23 @@ class Block(nn.Module):
         pack = context.pack
         text_rows = context.modulation.of_block(index, TEXT, pack.text_sequence)
         image_rows = context.modulation.of_block(index, IMAGE, pack.image_sequence)
-        text_qk, text_v = self.text.project(hidden.text, *text_rows[:2])
-        image_qk, image_v = self.image.project(hidden.image, *image_rows[:2])
-        q, k = rotate(pack.join(text_qk, image_qk), context.rotations).unbind(1)
-        attended = self.attention.attend(q, k, pack.join(text_v, image_v), pack.joint, pack.joint)
+        qkv = pack.join(
+            self.text.project(hidden.text, *text_rows[:2]), self.image.project(hidden.image, *image_rows[:2])
+        )
+        attended = self._attend(qkv.view(len(qkv), 3, -1, self.head_dim), context)
         text_attended, image_attended = pack.split(attended.flatten(1))
         return Hidden(
             text=self.text.finish(hidden.text, text_attended, *text_rows[2:]),
             image=self.image.finish(hidden.image, image_attended, *image_rows[2:]),
         )
+
+    def _attend(self, qkv: Tensor, context: StepContext) -> Tensor:
+        """[T + S, 3, H, d] -> [T + S, H, d], both in joint order."""
+        pack = context.pack
+        # Text and image have their own norms: [T + S, q and k, any head, d].
+        scale = self.qk_norm.weight.view(2, 2, 1, -1).index_select(0, pack.joint_is_image)
+        q, k = rotate(rms_norm(qkv[:, :2], scale, EPS), context.rotations).unbind(1)
+        return self.attention.attend(q, k, qkv[:, 2], pack.joint, pack.joint)
 
 
 class QwenImageTransformer(nn.Module):

@@ -1,4 +1,4 @@
-"""From latents to pixels."""
+"""From latents to pixels, with diffusers' VAE cut down to what a single frame needs."""
 
 from __future__ import annotations
 
@@ -7,13 +7,48 @@ from itertools import groupby
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage
-from torch import Tensor
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
+from torch import Tensor, nn
 
 from vllm_omni.diffusion.sampling import unpack_latents
 
 MAX_BATCH_PIXELS = 2**20
 """Pixels decoded as one batch; larger batches gain nothing and cost memory."""
+
+
+class FrameConv(nn.Module):
+    """A causal 3D convolution of one frame: the frames before it are zero, so only the last time slice counts."""
+
+    def __init__(self, conv: QwenImageCausalConv3d) -> None:
+        super().__init__()
+        left, _, top, *_ = conv._padding
+        self.padding = (top, left)
+        self.weight = nn.Parameter(conv.weight[:, :, -1].contiguous(), requires_grad=False)
+        self.bias = conv.bias
+
+    def forward(self, x: Tensor, cache_x: None = None) -> Tensor:
+        """x: [pictures, channels, 1, height, width]."""
+        assert x.shape[2] == 1
+        assert cache_x is None
+        return F.conv2d(x[:, :, 0], self.weight, self.bias, padding=self.padding)[:, :, None]
+
+
+class FrameDecoder(nn.Module):
+    """The VAE's decoder for pictures; it keeps no features for a next frame."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.decoder = decoder
+        for parent in list(decoder.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, QwenImageCausalConv3d):
+                    setattr(parent, name, FrameConv(child))
+
+    def forward(self, x: Tensor, feat_cache: object = None, feat_idx: object = None) -> Tensor:
+        pixels: Tensor = self.decoder(x)
+        return pixels
 
 
 class PictureDecoder:
@@ -23,6 +58,8 @@ class PictureDecoder:
     """
 
     def __init__(self, vae: AutoencoderKLQwenImage, one_at_a_time: bool, tiled: bool) -> None:
+        vae.encoder = nn.Identity()  # frees its weights
+        vae.decoder = FrameDecoder(vae.decoder)
         self._vae = vae
         self._one_at_a_time = one_at_a_time
         if tiled:
