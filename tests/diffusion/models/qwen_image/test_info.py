@@ -1,0 +1,80 @@
+"""What is read off a model folder, and which folders are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from diffusers import QwenImagePipeline
+from transformers import AutoTokenizer
+
+from vllm_omni.diffusion.models.qwen_image.info import describe
+from vllm_omni.diffusion.registry import DEMO_MODEL_PATH, load_model_info
+from vllm_omni.errors import ConfigError
+
+
+def test_the_demo_model() -> None:
+    info = load_model_info("demo")
+    assert (info.family, info.size_multiple, info.pixels_per_token, info.max_prompt_tokens) == (
+        "qwen_image",
+        16,
+        16,
+        1024,
+    )
+    assert info.attention_tokens == 6 * 3 * 64
+    assert info.default_sampling_params["height"] == 64
+    assert info.default_sampling_params["max_sequence_length"] == 512
+
+
+def test_defaults_are_those_of_diffusers(tiny_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("default_sampling*"))
+    assert describe(folder).default_sampling_params == {
+        "height": 1024,
+        "width": 1024,
+        "num_inference_steps": 50,
+        "true_cfg_scale": 4.0,
+        "max_sequence_length": 512,
+    }
+    (folder / "default_sampling_params.json").write_text('{"num_inference_steps": 8, "negative_prompt": "ugly"}')
+    defaults = describe(folder).default_sampling_params
+    assert (defaults["num_inference_steps"], defaults["negative_prompt"], defaults["width"]) == (8, "ugly", 1024)
+
+
+@pytest.mark.parametrize("prompt", ["", "a red apple", "two {braces} and 12 %s", "日本語 🍎", "long " * 300])
+def test_tokens_are_counted_as_diffusers_keeps_them(prompt: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL_PATH / "tokenizer")
+    pipeline = QwenImagePipeline(scheduler=None, vae=None, text_encoder=None, tokenizer=tokenizer, transformer=None)
+    text = pipeline.prompt_template_encode.format(prompt)
+    wanted = len(tokenizer(text).input_ids) - pipeline.prompt_template_encode_start_idx
+    assert load_model_info("demo").count_prompt_tokens(prompt) == wanted
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("zero_cond_t", True), ("use_layer3d_rope", True), ("use_additional_t_cond", True), ("guidance_embeds", True)],
+)
+def test_variants_that_need_more_are_refused(tiny_model: Path, tmp_path: Path, key: str, value: object) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    file = folder / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(ConfigError, match=f"transformer/config.json has {key}={value}: not available yet"):
+        describe(folder)
+
+
+def test_a_folder_without_a_config_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / "vae" / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"cannot read .*vae/config\.json"):
+        describe(folder)
+
+
+def test_describing_imports_no_torch() -> None:
+    code = (
+        "import sys; from vllm_omni.diffusion.registry import load_model_info; load_model_info('demo');"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

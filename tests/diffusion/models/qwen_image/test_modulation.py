@@ -1,0 +1,61 @@
+"""Rows of modulation are computed once a timestep, and forgotten when there are too many."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from vllm_omni.diffusion.models.qwen_image.modulation import IMAGE, TEXT, Modulation, ModulationTable
+
+ROW_BYTES = 4 * (2 * 2 * 6 * 8 + 2 * 8)
+
+
+class Rows:
+    """Rows whose values tell the timestep and the place; remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[float]] = []
+
+    def __call__(self, timesteps: Sequence[float]) -> Modulation:
+        self.asked.append(list(timesteps))
+        t = torch.tensor(list(timesteps))
+        place = torch.arange(4.0).view(2, 2, 1, 1, 1) * 100
+        return Modulation((place + t.view(1, 1, -1, 1, 1)).expand(2, 2, -1, 6, 8), t.view(-1, 1, 1).expand(-1, 2, 8))
+
+
+def test_rows_are_computed_once_and_given_in_order() -> None:
+    rows = Rows()
+    table = ModulationTable(rows, 100 * ROW_BYTES)
+    table.prefetch([1.0, 2.0, 3.0, 2.0])
+    assert sorted(t for asked in rows.asked for t in asked) == [1.0, 2.0, 3.0]
+    got = table.rows_of([3.0, 1.0, 4.0, 3.0])
+    assert rows.asked[-1] == [4.0]
+    sequence = torch.tensor([0, 0, 1, 2, 3])
+    for layer in (0, 1):
+        for stream in (IMAGE, TEXT):
+            parts = got.of_block(layer, stream, sequence)
+            assert len(parts) == 6
+            wanted = (layer * 2 + stream) * 100 + torch.tensor([3.0, 3, 1, 4, 3])
+            assert torch.equal(parts[5], wanted[:, None].expand(-1, 8))
+    assert table.num_bytes == 4 * ROW_BYTES
+
+
+def test_equal_timesteps_share_one_row() -> None:
+    table = ModulationTable(Rows(), 100 * ROW_BYTES)
+    got = table.rows_of([2.0, 2.0, 2.0])
+    assert [part.shape for part in got.of_block(0, TEXT, torch.tensor([0, 1, 2]))] == [(1, 8)] * 6
+    assert [part.shape for part in got.of_output(torch.tensor([0, 1, 2]))] == [(1, 8)] * 2
+
+
+def test_the_table_stays_within_its_bytes() -> None:
+    rows = Rows()
+    table = ModulationTable(rows, 3 * ROW_BYTES)
+    table.prefetch([1.0, 2.0, 3.0, 4.0])
+    assert rows.asked == [[1.0]], "a schedule that does not fit is not computed ahead"
+    for t in (1.0, 2.0, 3.0):
+        table.rows_of([t])
+    table.rows_of([1.0])
+    got = table.rows_of([4.0, 5.0, 6.0, 7.0])
+    assert got.blocks.shape == (2, 2, 4, 6, 8)
+    assert table.num_bytes <= 3 * ROW_BYTES

@@ -1,0 +1,82 @@
+"""Weights reach their parameters, and a folder that does not fit is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from vllm_omni.diffusion.models.loading import load_weights, safetensors_files
+from vllm_omni.errors import ConfigError
+
+CPU = torch.device("cpu")
+NAMES = {"both": ("left", "right")}
+
+
+def build() -> nn.Module:
+    with torch.device("meta"):
+        inner = nn.ModuleDict({"both": nn.Linear(3, 4), "plain": nn.Linear(4, 2, bias=False)})
+        return nn.ModuleDict({"blocks": nn.ModuleList([inner])})
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    shapes = {
+        "left.weight": (2, 3),
+        "left.bias": (2,),
+        "right.weight": (2, 3),
+        "right.bias": (2,),
+        "plain.weight": (2, 4),
+    }
+    return {f"blocks.0.{name}": torch.randn(shape) for name, shape in shapes.items()}
+
+
+def test_parts_are_put_together_from_shards(tmp_path: Path) -> None:
+    weights = tensors()
+    shards = {"a.safetensors": ["blocks.0.right.bias", "blocks.0.left.weight"]}
+    shards["b.safetensors"] = [name for name in weights if name not in shards["a.safetensors"]]
+    for file, names in shards.items():
+        save_file({name: weights[name] for name in names}, tmp_path / file)
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    (tmp_path / "x.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    counted: list[int] = []
+
+    module = build()
+    load_weights(module, tmp_path, NAMES, CPU, torch.float64, counted.append)
+
+    got = dict(module.named_parameters())
+    both = torch.cat([weights["blocks.0.left.weight"], weights["blocks.0.right.weight"]])
+    assert torch.equal(got["blocks.0.both.weight"], both.double())
+    bias = torch.cat([weights["blocks.0.left.bias"], weights["blocks.0.right.bias"]])
+    assert torch.equal(got["blocks.0.both.bias"], bias.double())
+    assert torch.equal(got["blocks.0.plain.weight"], weights["blocks.0.plain.weight"].double())
+    assert sum(counted) == sum(t.nbytes for t in weights.values())
+    assert not any(p.requires_grad for p in module.parameters())
+
+
+def refusal(folder: Path, weights: dict[str, torch.Tensor]) -> str:
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(ConfigError) as caught:
+        load_weights(build(), folder, NAMES, CPU, torch.float32)
+    return str(caught.value)
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    weights = tensors()
+    missing = {name: t for name, t in weights.items() if "left" not in name}
+    assert "lacks 2 weights of the model, among them blocks.0.left.weight" in refusal(tmp_path, missing)
+    assert "does not take: surplus" in refusal(tmp_path, weights | {"surplus": torch.zeros(1)})
+    wrong = weights | {"blocks.0.plain.weight": torch.zeros(4, 2)}
+    assert "blocks.0.plain.weight has shape (4, 2), expected (2, 4)" in refusal(tmp_path, wrong)
+
+
+def test_only_safetensors_are_read(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(b"pickle")
+    with pytest.raises(ConfigError, match=r"no \.safetensors file"):
+        safetensors_files(tmp_path)
+    (tmp_path / "x.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    with pytest.raises(ConfigError, match=r"lacks gone\.safetensors"):
+        safetensors_files(tmp_path)
