@@ -79,15 +79,18 @@ class Job:
 
     def progress(self, event: EngineEvent) -> OmniRequestOutput:
         index = next(i for i, r in enumerate(self.requests) if r.request_id == event.request_id)
-        request = self.requests[index]
+        request, done = self.requests[index], isinstance(event, Finished)
         return OmniRequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
-            images=[self._image(event.image)] if isinstance(event, Preview) else [],
+            images=[self._image(event.image)] if isinstance(event, Finished | Preview) else [],
             seeds=[request.seed],
+            timings=event.timings if isinstance(event, Finished) else {},
             index=index,
-            step=request.num_inference_steps if isinstance(event, Finished) else getattr(event, "step", 0),
+            step=request.num_inference_steps if done else getattr(event, "step", 0),
             num_inference_steps=request.num_inference_steps,
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_output_tokens=request.num_image_tokens if done else 0,
         )
 
     def result(self) -> OmniRequestOutput:

@@ -10,9 +10,10 @@ from typing import Any
 class OmniRequestOutput:
     """Progress (`finished` False) or the result (`finished` True) of one prompt.
 
-    `images`: PIL images, one an output (for video a list of frames an output); in a progress message the
-    preview of output `index`, or nothing. `seeds`: the seed of each output. `timings`: seconds by stage
-    (`queue`, `text_encode`, `denoise`, `vae_decode`, `total`) and `computed_steps`, of the slowest output.
+    `images`: PIL images, one an output (for video a list of frames an output); in a progress message the preview of
+    output `index`, its picture once `step` has reached `num_inference_steps`, or nothing. `seeds`: the seed of each
+    output. `timings`: seconds by stage (`queue`, `text_encode`, `denoise`, `vae_decode`, `total`) and
+    `computed_steps`, of the slowest output.
     """
 
     request_id: str

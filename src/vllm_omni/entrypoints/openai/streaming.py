@@ -42,7 +42,7 @@ class ImageEventStream(EventSourceResponse):  # type: ignore[misc]  # mypy is to
 
 
 async def image_events(outputs: OutputStream, style: AnswerStyle, encoder: ImageEncoder) -> AsyncIterator[bytes]:
-    """`image_generation.partial_image` events, then one `image_generation.completed` for each picture.
+    """`image_generation.partial_image` events, and `image_generation.completed` for each picture once it is done.
 
     With several pictures, `index` (ours) says which one an event speaks of. A failure is the last event.
     """
@@ -50,8 +50,9 @@ async def image_events(outputs: OutputStream, style: AnswerStyle, encoder: Image
     try:
         async for output in outputs:
             if output.finished:
-                async for event in _completed(output, style, encoder):
-                    yield event
+                return  # every picture has had its event
+            if output.images and output.step == output.num_inference_steps:
+                yield await _completed(output, style, encoder)
             elif output.images:
                 fields = {"partial_image_index": num_partial[output.index], "index": output.index}
                 num_partial[output.index] += 1
@@ -62,13 +63,12 @@ async def image_events(outputs: OutputStream, style: AnswerStyle, encoder: Image
         yield _frame(ErrorResponse(error=error_body(error)).model_dump_json().encode())
 
 
-async def _completed(output: OmniRequestOutput, style: AnswerStyle, encoder: ImageEncoder) -> AsyncIterator[bytes]:
-    extra: dict[str, Any] = {"usage": usage(output).model_dump(), "timings": output.timings}
+async def _completed(output: OmniRequestOutput, style: AnswerStyle, encoder: ImageEncoder) -> bytes:
+    fields: dict[str, Any] = {"usage": usage(output).model_dump(), "timings": output.timings}
     if style.safety_identifier:
-        extra["safety_identifier"] = style.safety_identifier
-    for index, (pixels, seed) in enumerate(zip(output.images, output.seeds, strict=True)):
-        fields = {**extra, "seed": seed, "index": index}
-        yield await _event("image_generation.completed", pixels, fields, style, encoder)
+        fields["safety_identifier"] = style.safety_identifier
+    fields |= {"seed": output.seeds[0], "index": output.index}
+    return await _event("image_generation.completed", output.images[0], fields, style, encoder)
 
 
 async def _event(
