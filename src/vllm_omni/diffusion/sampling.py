@@ -36,7 +36,7 @@ def combine_guidance(positive: Tensor, negative: Tensor, scale: float) -> Tensor
     positive, negative: [tokens, channels].
     """
     combined = negative + scale * (positive - negative)
-    norm = torch.norm(positive, dim=-1, keepdim=True) / torch.norm(combined, dim=-1, keepdim=True)
+    norm: Tensor = torch.norm(positive, dim=-1, keepdim=True) / torch.norm(combined, dim=-1, keepdim=True)
     return combined * norm
 
 
