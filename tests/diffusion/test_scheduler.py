@@ -11,7 +11,7 @@ import pytest
 
 from tests.fakes import FakeRunner, make_config, make_ready, make_request
 from vllm_omni.diffusion.plan import ItemError, StepPlan, StepResult
-from vllm_omni.diffusion.request import DiffusionRequest
+from vllm_omni.diffusion.request import DiffusionRequest, RequestCost
 from vllm_omni.diffusion.scheduler import AGEING, Scheduler, Update
 from vllm_omni.errors import InvalidRequestError, QueueFullError
 
@@ -124,7 +124,8 @@ def test_random_workloads_finish_within_budget(policy: str, depth: int) -> None:
         for plan in simulation.steps():
             items = items_of(plan)
             assert len(items) <= max_num_seqs
-            assert tokens_of(plan, requests) <= budget or len(items) == 1
+            long_encode = max((requests[id].cost.encode for id in plan.encode), default=0) if plan.denoise else 0
+            assert tokens_of(plan, requests) - long_encode <= budget or len(items) == 1
         assert simulation.finished.keys() == requests.keys()
         # The fake runner asserts that each made its steps; here: each was encoded and decoded once.
         assert sorted(id for plan in simulation.plans for id in plan.encode) == sorted(requests)
@@ -228,6 +229,19 @@ def test_eight_small_requests_of_different_sizes_share_packs() -> None:
     assert len(denoising) <= 20  # of 80 steps; 680 tokens do not go into ten
 
 
+@pytest.mark.parametrize("policy", ["fair", "fcfs"])
+def test_an_encode_does_not_wait_behind_a_whole_request(policy: str) -> None:
+    """Encodes that fill a budget of their own are done beside the steps of others, one a step."""
+    cost = RequestCost(encode=1000.0, step=60.0, decode=100.0, tokens_per_step=60)
+    requests = [make_request(f"r{n}", 64, 20, cost=cost) for n in range(8)]
+    scheduler = make_scheduler(512, scheduling_policy=policy)
+    simulation = Simulation(scheduler, [(0.0, request) for request in requests]).run()
+    assert all(len(plan.encode) <= 1 for plan in simulation.plans)
+    packs = [len(plan.denoise) for plan in simulation.plans if plan.denoise]
+    assert packs[:9] == [1, 2, 3, 4, 5, 6, 7, 8, 8]
+    assert len(packs) == 27  # not 160
+
+
 def test_priority_goes_before_policy() -> None:
     for policy in ("fair", "fcfs"):
         scheduler = make_scheduler(100, scheduling_policy=policy)
@@ -265,8 +279,10 @@ def run_one(scheduler: Scheduler, runner: FakeRunner) -> StepPlan:
 
 
 def test_a_finished_picture_does_not_wait_under_fcfs() -> None:
+    """Not even when its decode does not fit beside the step of the first."""
     scheduler = make_scheduler(600, scheduling_policy="fcfs")
-    scheduler.add([make_request("long", 256, 50), make_request("small", 64, 2)])
+    cost = RequestCost(encode=10.0, step=50.0, decode=300.0, tokens_per_step=50)
+    scheduler.add([make_request("long", 256, 50), make_request("small", 64, 2, cost=cost)])
     assert run_out(scheduler) == ["small", "long"]
 
 
@@ -371,7 +387,7 @@ def test_out_of_memory_in_company_is_tried_again_alone(depth: int, always: bool)
         is_bad = request_id == "b" and phase == "denoise" and step == 2
         return OUT_OF_MEMORY if is_bad and (always or len(items_of(runner.plans[-1])) > 1) else None
 
-    arrivals = [(0.0, make_request(id, 64, 4)) for id in "abc"]
+    arrivals = [(0.0, make_request(id, 64, steps)) for id, steps in (("a", 9), ("b", 4), ("c", 9))]
     runner = FakeRunner(errors=errors)
     simulation = Simulation(make_scheduler(), arrivals, depth, runner).run()
     assert [id for update in simulation.updates for id in update.replayed] == ["b"]

@@ -263,11 +263,16 @@ class Scheduler:
         Denoising steps gain from company, encodes and decodes do not: a step that one of these leads takes
         no other kind, so that its outcome is not held up. And nobody may more than triple the step for those
         ahead, unless it is small: a long request does not ride along with a short one, it waits.
+
+        An encode beside denoising counts as the steps that it leads to: where these would fit, waiting for
+        the encode would keep the pack half empty. If it is long it exceeds the budget, and is the last to join.
         """
         if item.entry.alone or (first.phase is not Phase.DENOISE and item.phase is not first.phase):
             return False
         room = self._max_batch_tokens - num_tokens
-        return item.tokens <= min(room, max(2 * num_tokens, _SMALL_SHARE * self._max_batch_tokens))
+        joins_later = first.phase is Phase.DENOISE and item.phase is Phase.ENCODE
+        tokens = item.entry.request.cost.tokens_per_step if joins_later else item.tokens
+        return tokens <= min(room, max(2 * num_tokens, _SMALL_SHARE * self._max_batch_tokens))
 
     def _put(self, item: Item, plan: StepPlan, steps: dict[str, int]) -> None:
         entry, request_id = item.entry, item.entry.request.request_id
@@ -333,7 +338,7 @@ class Scheduler:
             item.entry.num_deaths += 1
             if self._entries.get(item.entry.request.request_id) is not item.entry:
                 continue
-            if item.entry.num_deaths >= MAX_DEATHS_OF_A_REQUEST and len(suspects) == 1:
+            if item.entry.num_deaths >= MAX_DEATHS_OF_A_REQUEST:
                 message = f"{item.entry.num_deaths} workers died while they ran this request"
                 update.failed[item.entry.request.request_id] = ItemError(message, "internal")
                 del self._entries[item.entry.request.request_id]
