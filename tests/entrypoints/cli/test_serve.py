@@ -10,6 +10,7 @@ import signal
 import ssl
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -32,45 +33,77 @@ from tests.entrypoints.cli.server_process import (
 
 KEY = "correct horse"
 ORIGIN = "https://app.example"
-LONG = 60
+LONG = 40
 """Steps of a request that is still running when the test has done its next two things."""
 
 
+def self_signed(folder: Path) -> tuple[Path, Path]:
+    """(key file, certificate file) for 127.0.0.1."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
+        .sign(key, hashes.SHA256())
+    )
+    encoding, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    key_file, certificate_file = folder / "key.pem", folder / "certificate.pem"
+    key_file.write_bytes(key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, plain))
+    certificate_file.write_bytes(certificate.public_bytes(encoding))
+    return key_file, certificate_file
+
+
+@dataclass
+class Shared:
+    """A server and how to talk to it."""
+
+    process: ServerProcess
+    url: str
+    tls: ssl.SSLContext
+
+    def client(self, key: str = KEY) -> httpx.Client:
+        headers = {"Authorization": f"Bearer {key}"}
+        return httpx.Client(base_url=self.url, headers=headers, verify=self.tls, timeout=60)
+
+    def sdk(self, key: str = KEY) -> openai.OpenAI:
+        client = openai.DefaultHttpxClient(verify=self.tls)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, http_client=client)
+
+
 @pytest.fixture(scope="module")
-def server() -> Iterator[ServerProcess]:
-    """A server with everything that can share one; it must end in good order."""
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+    """One server with every flag that can share one: starting it costs more than all its tests."""
+    key, certificate = self_signed(tmp_path_factory.mktemp("tls"))
     with server_process(
         *("--host", "127.0.0.1", "--port", "0", "--api-key", KEY, "--root-path", "/omni/"),
+        *("--ssl-keyfile", str(key), "--ssl-certfile", str(certificate), "--shutdown-timeout", "120"),
         *("--served-model-name", "gpt-image-1", "demo", "--allowed-origins", f'["{ORIGIN}"]'),
         *("--middleware", "starlette.middleware.gzip.GZipMiddleware", "--enable-request-id-headers"),
         *("--default-sampling-params", '{"num_inference_steps": 4}'),
-    ) as running:
-        url = running.address()
-        while_loading = httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {KEY}"})
-        probe = httpx.get(f"{url}/ready")
-        running.wait_until_ready()
-        if "Ready:" not in running.output.split("GET /ready")[0]:  # asked before it was warm
-            assert (while_loading.status_code, probe.status_code) == (503, 503)
-            assert int(probe.headers["retry-after"]) >= 1
-        yield running
-        assert stop(running) == 0
-        assert running.survivors() == []
+    ) as process:
+        shared = Shared(process, process.address(), ssl.create_default_context(cafile=certificate))
+        assert shared.url.startswith("https://127.0.0.1:")
+        with shared.client() as client:
+            early = {path: client.get(path) for path in ("/health", "/ready", "/v1/models")}
+        assert "Ready:" not in process.output, "the worker's imports take seconds"
+        assert {path: answer.status_code for path, answer in early.items()} == dict.fromkeys(early, 503)
+        assert int(early["/ready"].headers["retry-after"]) >= 1
+        process.wait_until_ready()
+        yield shared
 
 
 @pytest.fixture
-def client(server: ServerProcess) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.address(), headers={"Authorization": f"Bearer {KEY}"}, timeout=60) as http:
+def client(server: Shared) -> Iterator[httpx.Client]:
+    with server.client() as http:
         yield http
 
 
-@pytest.fixture
-def sdk(server: ServerProcess) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.address()}/v1", api_key=KEY, max_retries=0) as client:
-        yield client
-
-
-def test_the_sdk_gets_the_picture_that_the_prompt_asks_for(sdk: openai.OpenAI) -> None:
-    answer = sdk.images.generate(model="demo", prompt="a red apple on a white background", extra_body={"seed": 7})
+def test_the_sdk_gets_the_picture_that_the_prompt_asks_for(server: Shared) -> None:
+    with server.sdk() as sdk:
+        answer = sdk.images.generate(model="demo", prompt="a red apple on a white background", extra_body={"seed": 7})
     picture = Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json)))
     assert (picture.format, f"{picture.width}x{picture.height}") == ("PNG", answer.size)
     pixels = picture.convert("RGB")
@@ -80,17 +113,18 @@ def test_the_sdk_gets_the_picture_that_the_prompt_asks_for(sdk: openai.OpenAI) -
     assert min(pixels.getpixel((1, 1))) > 200, "on white"
 
 
-def test_the_key_is_asked_for_with_an_error_object(server: ServerProcess) -> None:
-    with openai.OpenAI(base_url=f"{server.address()}/v1", api_key="wrong", max_retries=0) as sdk:
+def test_the_key_is_asked_for_with_an_error_object(server: Shared) -> None:
+    with server.sdk(key="wrong") as sdk:
         with pytest.raises(openai.AuthenticationError) as refused:
             sdk.images.generate(model="demo", prompt="red apple")
         assert (refused.value.code, refused.value.type) == ("invalid_api_key", "invalid_request_error")
         assert "API key" in refused.value.body["message"]
         assert refused.value.response.headers["x-request-id"]
-    for path in ("/v1/models", "/omni/v1/models"):
-        assert httpx.get(server.address() + path).status_code == 401
-    for path in ("/health", "/ready", "/metrics", "/version"):
-        assert httpx.get(server.address() + path).status_code == 200
+    with server.client(key="wrong") as client:
+        guarded = ("/v1/models", "/omni/v1/models", "/v1/images/files/x", "/v1/nothing")
+        assert {path: client.get(path).status_code for path in guarded} == dict.fromkeys(guarded, 401)
+        for path in ("/health", "/ready", "/metrics", "/version"):
+            assert client.get(path).status_code == 200
 
 
 def test_served_names(client: httpx.Client) -> None:
@@ -122,10 +156,10 @@ def test_the_users_middleware_and_request_ids(client: httpx.Client) -> None:
     assert client.get("/health", headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
 
 
-def test_a_killed_worker_is_replaced_and_its_request_completes(server: ServerProcess, client: httpx.Client) -> None:
-    before = start_generation(client, 20)
+def test_a_killed_worker_is_replaced_and_its_request_completes(server: Shared, client: httpx.Client) -> None:
+    before = start_generation(client, 4)
     before.join()
-    (worker,) = server.workers()
+    (worker,) = server.process.workers()
     generation = start_generation(client, LONG)
     wait_for(lambda: num_running(client))
     worker.kill()
@@ -136,54 +170,29 @@ def test_a_killed_worker_is_replaced_and_its_request_completes(server: ServerPro
     assert "vllm_omni:worker_restarts_total" in (metrics := client.get("/metrics").text)
     assert 'requests_replayed_total{model_name="gpt-image-1"} 1.0' in metrics
     assert client.get("/ready").status_code == 200
-    (replacement,) = server.workers()
+    (replacement,) = server.process.workers()
     assert replacement.pid != worker.pid
-    again = start_generation(client, 20)
+    again = start_generation(client, 4)
     again.join()
     assert again.response.json()["data"] == before.response.json()["data"], "the same seed, the same picture"
 
 
-def self_signed(folder: Path) -> tuple[Path, Path]:
-    """(key file, certificate file) for 127.0.0.1."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
-    now = datetime.datetime.now(datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
-        .sign(key, hashes.SHA256())
-    )
-    encoding, plain = serialization.Encoding.PEM, serialization.NoEncryption()
-    key_file, certificate_file = folder / "key.pem", folder / "certificate.pem"
-    key_file.write_bytes(key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, plain))
-    certificate_file.write_bytes(certificate.public_bytes(encoding))
-    return key_file, certificate_file
-
-
-def test_sigterm_over_tls_finishes_what_runs_and_refuses_the_rest(tmp_path: Path) -> None:
-    key, certificate = self_signed(tmp_path)
-    flags = ("--ssl-keyfile", str(key), "--ssl-certfile", str(certificate), "--shutdown-timeout", "120")
-    with server_process("--host", "127.0.0.1", "--port", "0", *flags) as server:
-        url = server.address()
-        assert url.startswith("https://")
-        server.wait_until_ready()
-        with httpx.Client(base_url=url, verify=ssl.create_default_context(cafile=certificate), timeout=60) as client:
-            generation = start_generation(client, LONG)
-            wait_for(lambda: num_running(client))
-            server.signal(signal.SIGTERM)
-            wait_for(lambda: client.get("/ready").status_code == 503)
-            refused = client.post("/v1/images/generations", json={"prompt": "red apple"})
-            assert refused.status_code == 503
-            assert refused.json()["error"]["code"] == "unavailable"
-            assert int(refused.headers["retry-after"]) >= 1
-            generation.join(240)
-        assert generation.response.status_code == 200
-        picture = base64.b64decode(generation.response.json()["data"][0]["b64_json"])
-        assert Image.open(io.BytesIO(picture)).size == (64, 64)
-        assert server.wait(60) == 0
-        assert server.survivors() == []
+def test_sigterm_finishes_what_runs_and_refuses_the_rest(server: Shared, client: httpx.Client) -> None:
+    """The last test of the shared server."""
+    generation = start_generation(client, LONG)
+    wait_for(lambda: num_running(client))
+    server.process.signal(signal.SIGTERM)
+    wait_for(lambda: client.get("/ready").status_code == 503)
+    refused = client.post("/v1/images/generations", json={"prompt": "red apple"})
+    assert refused.status_code == 503
+    assert refused.json()["error"]["code"] == "unavailable"
+    assert int(refused.headers["retry-after"]) >= 1
+    generation.join(240)
+    assert generation.response.status_code == 200
+    picture = base64.b64decode(generation.response.json()["data"][0]["b64_json"])
+    assert Image.open(io.BytesIO(picture)).size == (64, 64)
+    assert server.process.wait(60) == 0
+    assert server.process.survivors() == []
 
 
 def test_a_second_signal_on_a_unix_socket_ends_at_once(tmp_path: Path) -> None:
