@@ -52,6 +52,19 @@ def test_neighbours_do_not_change_a_picture(runner: ModelRunner, alone: dict[str
     assert kept(runner) == 0
 
 
+def test_a_step_is_one_forward_whatever_its_requests(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    forwards: list[int] = []
+    original = runner.pipeline.predict
+
+    def counting(states: Sequence[RequestState]) -> list[torch.Tensor]:
+        forwards.append(len(states))
+        return original(states)
+
+    monkeypatch.setattr(runner.pipeline, "predict", counting)
+    Drive(runner).run({0: REQUESTS[:1], 1: REQUESTS[1:2], 2: REQUESTS[2:]})
+    assert forwards == [1, 2, 3, 3, 2, 1]
+
+
 def test_the_rates_are_measured(tiny_model: Path) -> None:
     config = OmniDiffusionConfig(model=str(tiny_model), max_batch_tokens=77)
     ready = ModelRunner(config, load_model_info(str(tiny_model))).start()
@@ -133,6 +146,7 @@ def test_an_aborted_request_is_skipped_and_forgotten(runner: ModelRunner, alone:
     assert runner.execute(StepPlan(3, decode=["b"])).images == {}
     # The plan that announces a request may come after its abort.
     assert runner.execute(StepPlan(4, new_requests=[make_request("never seen")], encode=["never seen"])).errors == {}
+    assert "never seen" not in runner._states
     assert runner.execute(StepPlan(5, denoise=["never seen"])).advanced == []
     runner.execute(StepPlan(6, release=["a", "b", "never seen"]))
     assert kept(runner) == 0

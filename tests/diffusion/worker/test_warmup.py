@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
-from vllm_omni.diffusion.worker.warmup import Sample, fit_line, knee
+from vllm_omni.diffusion.worker import warmup
+from vllm_omni.diffusion.worker.warmup import Sample, choose_num_threads, fit_line, knee
 
 
 def samples(seconds_of: dict[int, float]) -> list[Sample]:
@@ -34,3 +37,39 @@ def test_the_knee_is_where_more_tokens_gain_little() -> None:
     # Time per unit: 1, 0.6, 0.5, 0.45, 0.44.
     assert knee(samples({16: 32, 32: 38.4, 64: 64, 128: 115.2, 256: 225.28})) == 64
     assert knee(samples({50: 3.0})) == 50
+
+
+class Threads:
+    """A device with some threads; a step takes the seconds of the number in use."""
+
+    def __init__(self, num_threads: int, seconds: dict[int, float]) -> None:
+        self.num_threads = num_threads
+        self.seconds = seconds
+        self.tried: list[int] = []
+
+    def set_num_threads(self, count: int) -> None:
+        self.num_threads = count
+        self.tried.append(count)
+
+
+@pytest.mark.parametrize(
+    ("most", "seconds", "chosen"),
+    [
+        (8, {1: 8.0, 2: 4.0, 4: 2.0, 8: 1.0}, 8),
+        (8, {1: 8.0, 2: 4.0, 4: 3.9, 8: 0.1}, 2),
+        (2, {1: 0.013, 2: 0.6}, 1),
+        (6, {1: 4.0, 2: 2.0, 4: 1.0}, 4),
+        (1, {1: 1.0}, 1),
+    ],
+)
+def test_threads_are_taken_while_they_help(
+    monkeypatch: pytest.MonkeyPatch, most: int, seconds: dict[int, float], chosen: int
+) -> None:
+    device = Threads(most, seconds)
+
+    def mean_seconds(device: Threads, run: Callable[[], object]) -> float:
+        return device.seconds[device.num_threads]
+
+    monkeypatch.setattr(warmup, "_mean_seconds", mean_seconds)
+    choose_num_threads(device, lambda: None)  # type: ignore[arg-type]
+    assert device.num_threads == chosen

@@ -36,6 +36,16 @@ class Device:
         if self.kind == CUDA:
             torch.cuda.synchronize(self.torch)
 
+    @property
+    def num_threads(self) -> int:
+        """Threads that share one operation; 1 where the processor does not compute."""
+        return torch.get_num_threads() if self.kind == CPU else 1
+
+    def set_num_threads(self, count: int) -> None:
+        """For this process as a whole."""
+        if self.kind == CPU:
+            torch.set_num_threads(count)
+
     def peak_memory_bytes(self) -> int:
         """Most bytes held so far: of the GPU's memory, or of the process on a CPU."""
         if self.kind == CUDA:

@@ -50,7 +50,7 @@ class ModelRunner:
         ).Pipeline
         with WeightsBar(self._info.path) as bar:
             self._pipeline = cls.load(self._config, self._info, self._device.torch, dtype, bar.update)
-        rates = warm_up(self._pipeline, self._info, self._device)
+        rates = warm_up(self._pipeline, self._info, self._device, bar.num_bytes)
         return WorkerReady(
             load_seconds=bar.seconds,
             load_bytes=bar.num_bytes,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,13 @@ BUDGET_SECONDS = 0.8
 """Larger batches are tried while all tries together are expected to take less."""
 REPEAT_SECONDS = 0.3
 """What takes longer is timed once only."""
+MIN_SAMPLES = 3
+"""Sizes tried whatever they take, unless one alone takes longer than the budget."""
+SMALL_MODEL_BYTES = 2**30
+"""The operations of a larger model are worth all threads, and trying fewer would take long."""
+THREADS_GAIN = 1.25
+"""Doubling the threads must speed a step up this much. Threads that wait for one another cost a small model more
+than they give, and many times more on a machine that is shared."""
 MAX_TOKENS = 2**15
 MAX_PICTURE_TOKENS = 256
 KNEE = 1.18
@@ -43,9 +51,12 @@ class Sample:
     seconds: float
 
 
-def warm_up(pipeline: BasePipeline[Any], info: ModelInfo, device: Device) -> Rates:
-    """Encode a prompt, step with ever more sequences, decode a picture."""
+def warm_up(pipeline: BasePipeline[Any], info: ModelInfo, device: Device, model_bytes: int) -> Rates:
+    """Choose the threads of a small model; encode a prompt, step with ever more sequences, decode a picture."""
     state = pipeline.encode(_request(info, "warm-up", "warm-up"))
+    if model_bytes <= SMALL_MODEL_BYTES:
+        with _forward(pipeline, state, 4) as step:
+            choose_num_threads(device, step)
     samples = measure_steps(pipeline, state, info, device)
     seconds_per_unit, overhead = fit_line(samples)
     # Prompts differ, for the embedding of one seen before is not computed again.
@@ -61,30 +72,53 @@ def warm_up(pipeline: BasePipeline[Any], info: ModelInfo, device: Device) -> Rat
     )
 
 
+def choose_num_threads(device: Device, step: Callable[[], object]) -> None:
+    """Double the threads from one, up to those that the process has, for as long as `step` gains from it."""
+    most, chosen, best = device.num_threads, 1, math.inf
+    count = 1
+    while count <= most:
+        device.set_num_threads(count)
+        seconds = _mean_seconds(device, step)
+        if seconds * THREADS_GAIN > best:
+            break
+        chosen, best, count = count, seconds, 2 * count
+    device.set_num_threads(chosen)
+
+
 def measure_steps(pipeline: BasePipeline[Any], state: RequestState, info: ModelInfo, device: Device) -> list[Sample]:
     """Time the forward of 1, 2, 4, ... copies of `state`, as far as the budget and the memory reach."""
     samples: list[Sample] = []
-    spent = expected = 0.0
-    copies = 1
+    spent = took = 0.0
     tokens = sum(state.sequence_lengths)
-    while not samples or (spent + expected < BUDGET_SECONDS and copies * tokens <= MAX_TOKENS):
-        states = [replace(state) for _ in range(copies)]
+    for copies in (2**i for i in range(MAX_TOKENS.bit_length())):
+        expected = 0.0 if len(samples) < MIN_SAMPLES and took < BUDGET_SECONDS else spent + 2 * took
+        if samples and (expected > BUDGET_SECONDS or copies * tokens > MAX_TOKENS):
+            break
         start = time.perf_counter()
         try:
-            seconds = _seconds(device, [lambda: pipeline.predict(states)] * 3)  # noqa: B023 - run at once
+            with _forward(pipeline, state, copies) as step:
+                seconds = _seconds(device, [step] * 3)
         except Exception as error:
             if samples and is_out_of_memory(error):
                 device.release_memory()
                 break
             raise
-        finally:
-            for copy in states:
-                pipeline.forget(copy)
         units = copies * sum(info.sequence_cost(n) for n in state.sequence_lengths)
         samples.append(Sample(copies * tokens, units, seconds))
         took = time.perf_counter() - start
-        spent, expected, copies = spent + took, 2 * took, 2 * copies
+        spent += took
     return samples
+
+
+@contextmanager
+def _forward(pipeline: BasePipeline[Any], state: RequestState, copies: int) -> Iterator[Callable[[], object]]:
+    """The forward of some copies of `state`, which the pipeline forgets in the end."""
+    states = [replace(state) for _ in range(copies)]
+    try:
+        yield lambda: pipeline.predict(states)
+    finally:
+        for copy in states:
+            pipeline.forget(copy)
 
 
 def fit_line(samples: Sequence[Sample]) -> tuple[float, float]:
@@ -123,6 +157,14 @@ def _seconds(device: Device, runs: Sequence[Callable[[], object]]) -> float:
         if least > REPEAT_SECONDS:
             break
     return least
+
+
+def _mean_seconds(device: Device, run: Callable[[], object]) -> float:
+    """Over a few runs after a first; the mean, because threads that stall do so now and then."""
+    times = [_seconds(device, [run]) for _ in range(2)]
+    while sum(times) < REPEAT_SECONDS and len(times) < 8:
+        times.append(_seconds(device, [run]))
+    return sum(times[1:]) / len(times[1:])
 
 
 def _request(info: ModelInfo, request_id: str, prompt: str) -> DiffusionRequest:
