@@ -1,0 +1,107 @@
+"""Training the autoencoder on random scenes: L1 at two scales, picture gradients and a little KL."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLQwenImage
+
+from . import scenes
+from .network import LATENT_CHANNELS
+from .progress import Progress, cosine_after
+
+AUTOENCODER_STREAM = 1
+STATISTICS_STREAM = 2
+
+
+def encode(vae: AutoencoderKLQwenImage, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and log-variance of the latents of single frames, [n, 16, height / 8, width / 8]."""
+    pictures = pictures.contiguous(memory_format=torch.channels_last)
+    moments = vae.quant_conv(vae.encoder(pictures.unsqueeze(2)))[:, :, 0].float()
+    return moments[:, :LATENT_CHANNELS], moments[:, LATENT_CHANNELS:].clamp(-12, 4)
+
+
+def decode(vae: AutoencoderKLQwenImage, latents: torch.Tensor) -> torch.Tensor:
+    latents = latents.contiguous(memory_format=torch.channels_last)
+    frames: torch.Tensor = vae.decoder(vae.post_quant_conv(latents.unsqueeze(2)))
+    return frames[:, :, 0].float()
+
+
+def differences(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
+
+
+def loss_of(
+    vae: AutoencoderKLQwenImage, pictures: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The training loss and the plain mean square error of one batch."""
+    mean, log_variance = encode(vae, pictures)
+    noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+    drawn = decode(vae, mean + noise * (0.5 * log_variance).exp())
+    error = drawn - pictures
+    edges = sum((a - b).abs().mean() for a, b in zip(differences(drawn), differences(pictures), strict=True))
+    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    loss = (
+        error.abs().mean() + F.avg_pool2d(error, 4).abs().mean() + 0.5 * edges + 2 * error.square().mean() + 1e-4 * kl
+    )
+    return loss, error.detach().square().mean()
+
+
+def train(
+    vae: AutoencoderKLQwenImage,
+    sprites: scenes.Sprites,
+    progress: Progress,
+    *,
+    seed: int,
+    steps: int,
+    batch: int,
+    rate: float,
+    workers: int,
+) -> None:
+    """Trains in place up to `steps`, continuing from the checkpoint that `progress` holds."""
+    device = sprites.full.device
+    vae.train()
+    parameters = [p for name, p in vae.named_parameters() if "time_conv" not in name]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type == "cuda")
+    state = {"vae": vae, "optimizer": optimizer}
+    first = progress.resume("autoencoder", state)
+    for step, plan, _ in scenes.loader(scenes.Plans(seed + AUTOENCODER_STREAM, batch, range(first, steps)), workers):
+        for group in optimizer.param_groups:
+            group["lr"] = cosine_after(rate, step, steps, warm_up=100, start=0.2)
+        generator = scenes.seeded(device, seed, AUTOENCODER_STREAM, step)
+        pictures = scenes.draw(plan, sprites, generator)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss, square_error = loss_of(vae, pictures, generator)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        progress.step("autoencoder", step + 1, steps, state, loss=loss, square_error=square_error)
+    vae.eval()
+
+
+def statistics_batches(sprites: scenes.Sprites, seed: int, count: int, batch: int) -> Iterator[torch.Tensor]:
+    for step in range(count):
+        plan = scenes.plan_batch(seed + STATISTICS_STREAM, step, batch)
+        yield scenes.draw(plan, sprites, scenes.seeded(sprites.full.device, seed, STATISTICS_STREAM, step))
+
+
+@torch.no_grad()
+def set_latent_statistics(vae: AutoencoderKLQwenImage, sprites: scenes.Sprites, seed: int, batches: int) -> float:
+    """Measures the latents' mean and deviation into the config; returns the reconstruction's PSNR in dB."""
+    total = torch.zeros(2, LATENT_CHANNELS, dtype=torch.float64)
+    places, psnr = 0, []
+    for pictures in statistics_batches(sprites, seed, batches, 64):
+        latents, _ = encode(vae, pictures)
+        flat = latents.transpose(0, 1).flatten(1).double().cpu()
+        total += torch.stack([flat.sum(1), flat.square().sum(1)])
+        places += flat.shape[1]
+        error = (decode(vae, latents).clamp(-1, 1) - pictures) / 2
+        psnr += (-10 * torch.log10(error.square().mean((1, 2, 3)))).tolist()
+    mean = total[0] / places
+    deviation = (total[1] / places - mean.square()).sqrt()
+    vae.register_to_config(latents_mean=mean.tolist(), latents_std=deviation.tolist())
+    return math.fsum(psnr) / len(psnr)

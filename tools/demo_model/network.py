@@ -1,0 +1,252 @@
+"""The networks: Qwen-Image's classes with small numbers, its scheduler, and a tokenizer built from the captions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.fx.experimental._config
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImageEditPipeline,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
+from diffusers.models.autoencoders import autoencoder_kl_qwenimage as vae_module
+from diffusers.models.transformers import transformer_qwenimage as dit_module
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import nn
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+LATENT_CHANNELS = 16
+TEXT_WIDTH = 128
+VOCABULARY_SIZE = 1400
+_SPECIAL_TOKENS = (
+    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
+    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
+)
+SPECIAL_TOKENS = _SPECIAL_TOKENS.split()
+WORDS = (  # how Qwen's tokenizer splits text before the byte pairs are merged
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# the published scheduler settings of Qwen-Image
+SCHEDULER = {
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 8192,
+    "max_shift": 0.9,
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+    "shift_terminal": 0.02,
+    "time_shift_type": "exponential",
+    "use_dynamic_shifting": True,
+}
+
+
+def prompt_templates() -> tuple[tuple[str, int], tuple[str, int]]:
+    """diffusers' text-to-image and edit templates, each with the number of tokens it drops from the front."""
+    found = []
+    for pipeline in (QwenImagePipeline, QwenImageEditPipeline):
+        empty = dict.fromkeys(["scheduler", "vae", "text_encoder", "tokenizer", "transformer"])
+        if pipeline is QwenImageEditPipeline:
+            empty["processor"] = None
+        made = pipeline(**empty)
+        found.append((made.prompt_template_encode, made.prompt_template_encode_start_idx))
+    return found[0], found[1]
+
+
+def build_tokenizer(captions: Iterable[str]) -> Qwen2Tokenizer:
+    """Byte-level BPE in Qwen's format. The templates weigh so much in its corpus that each of their words is one
+    token, because diffusers drops a fixed number of tokens from the front of every prompt."""
+    (image, image_drop), (edit, edit_drop) = prompt_templates()
+    plain = []
+    for template in (image, edit):
+        for token in SPECIAL_TOKENS:
+            template = template.replace(token, "\0")
+        plain += [part for part in template.replace("{}", "").split("\0") if part]
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.NFC()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY_SIZE, show_progress=False, initial_alphabet=alphabet)
+    bpe.train_from_iterator([*(plain * 3000), *captions], trainer)
+    learned = json.loads(bpe.to_str())["model"]
+    vocabulary = dict(learned["vocab"])
+    for token in SPECIAL_TOKENS:
+        vocabulary[token] = len(vocabulary)
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocabulary,
+        merges=[tuple(pair) for pair in learned["merges"]],
+        extra_special_tokens=SPECIAL_TOKENS[1:],
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        padding_side="right",
+        model_max_length=4096,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    for template, drop in ((image, image_drop), (edit, edit_drop)):
+        front = len(tokenizer(template.split("{}")[0].split("<|vision_start|>")[0]).input_ids)
+        if front != drop:
+            raise RuntimeError(f"the template has {front} tokens, but the pipeline drops {drop}")
+    return tokenizer
+
+
+def build_text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": TEXT_WIDTH,
+            "intermediate_size": 2 * TEXT_WIDTH,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 4096,
+            "tie_word_embeddings": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
+            "bos_token_id": ids["<|endoftext|>"],
+            "eos_token_id": ids["<|im_end|>"],
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": TEXT_WIDTH,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": 112,
+            "fullatt_block_indexes": [0],
+        },
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        vision_token_id=ids["<|vision_pad|>"],
+    )
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def build_transformer() -> QwenImageTransformer2DModel:
+    return QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=4 * LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_layers=5,
+        attention_head_dim=48,
+        num_attention_heads=4,
+        joint_attention_dim=TEXT_WIDTH,
+        axes_dims_rope=(8, 20, 20),
+    )
+
+
+def build_autoencoder() -> AutoencoderKLQwenImage:
+    """Initialised for one frame: of a causal 3D convolution only the last time slice ever meets a picture."""
+    vae = AutoencoderKLQwenImage(
+        base_dim=16,
+        z_dim=LATENT_CHANNELS,
+        dim_mult=[1, 2, 3, 4],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * LATENT_CHANNELS,
+        latents_std=[1.0] * LATENT_CHANNELS,
+    )
+    with torch.no_grad():
+        for name, module in vae.named_modules():
+            if isinstance(module, nn.Conv2d | vae_module.QwenImageCausalConv3d):
+                module.weight.zero_()
+                if module.bias is not None:
+                    module.bias.zero_()
+                used = module.weight[:, :, -1] if module.weight.dim() == 5 else module.weight
+                if "time_conv" not in name:
+                    used.normal_(0, used[0].numel() ** -0.5)
+        for module in vae.modules():  # residual branches start at nothing
+            if isinstance(module, vae_module.QwenImageResidualBlock):
+                module.conv2.weight.zero_()
+            if isinstance(module, vae_module.QwenImageAttentionBlock):
+                module.proj.weight.zero_()
+        vae.quant_conv.weight[LATENT_CHANNELS:] = 0
+        vae.quant_conv.bias[LATENT_CHANNELS:] = -5
+    return vae
+
+
+def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(**SCHEDULER)
+
+
+def use_single_frame_convolutions() -> None:
+    """For one frame a causal 3D convolution equals a 2D one with its last time slice, which is far faster."""
+    general = vae_module.QwenImageCausalConv3d.forward
+
+    def forward(self: Any, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
+        if cache_x is not None or x.shape[2] != 1 or self.stride[0] != 1:
+            return general(self, x, cache_x)
+        padding = (self._padding[2], self._padding[0])
+        return F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, self.stride[1:], padding).unsqueeze(2)
+
+    vae_module.QwenImageCausalConv3d.forward = forward
+
+
+def compile_blocks(transformer: QwenImageTransformer2DModel) -> None:
+    """Compiles the transformer's blocks once for all sizes; two sizes that are equal by chance stay two."""
+    torch.fx.experimental._config.use_duck_shape = False
+    for block in transformer.transformer_blocks:
+        block.compile(dynamic=True)
+
+
+class RealPositions(nn.Module):
+    """The transformer's rotary tables as pairs of real numbers, which the compiler can fuse."""
+
+    def __init__(self, tables: nn.Module) -> None:
+        super().__init__()
+        self.tables = tables
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.view_as_real(table) for table in self.tables(*args, **kwargs))
+
+
+def use_real_rotary_embedding(transformer: QwenImageTransformer2DModel) -> None:
+    """Lets this transformer rotate with real arithmetic; transformers with complex tables work as before."""
+    general = dit_module.apply_rotary_emb_qwen
+
+    def rotate(x: torch.Tensor, table: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        if table.is_complex():
+            return general(x, table, **kwargs)
+        cos, sin = table[:, None].unbind(-1)
+        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).type_as(x)
+
+    dit_module.apply_rotary_emb_qwen = rotate
+    transformer.pos_embed = RealPositions(transformer.pos_embed)
+
+
+def load_weights(part: Any, folder: Path) -> None:
+    """Copies the weights of a saved part of the same shape, whatever names its file has for them."""
+    part.load_state_dict(type(part).from_pretrained(folder, dtype=torch.float32).state_dict())
+
+
+def save_pipeline(folder: Path, **parts: Any) -> None:
+    """Saves the parts as a QwenImagePipeline in bf16, without anything that names this machine."""
+    for name in ("text_encoder", "vae", "transformer"):
+        parts[name] = parts[name].to("cpu", torch.bfloat16).eval()
+    QwenImagePipeline(**parts).save_pretrained(folder, safe_serialization=True)
+    for config in [folder / "model_index.json", *folder.glob("*/config.json")]:
+        values = json.loads(config.read_text())
+        values.pop("_name_or_path", None)
+        config.write_text(json.dumps(values, indent=2) + "\n")
