@@ -6,8 +6,10 @@ import ast
 import importlib.util
 import json
 import re
+import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -91,6 +93,12 @@ FROZEN_FLAGS = [
 
 # Names of ours that are not vLLM's, or whose default differs on purpose.
 NOT_VLLM_HTTP_FLAGS = {"shutdown_timeout"}
+
+
+@pytest.fixture(autouse=True)
+def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command line that should have been refused must not start one."""
+    monkeypatch.setitem(sys.modules, "vllm_omni.entrypoints.cli.serve", SimpleNamespace(serve=lambda args: 99))
 
 
 def parse(*words: str) -> cli.ServeArgs:
