@@ -249,8 +249,9 @@ class Omni:
         self, config: OmniDiffusionConfig | None = None, *, progress_bar: bool = True, **settings: Any
     ) -> None:
         if config is None:
-            # The queue's bounds protect a server from its clients; a script knows what it asked for.
-            config = make_config(**{"max_num_queued_reqs": 2**31, "max_queue_seconds": math.inf, **settings})
+            # These bounds protect a server from its clients; a script knows what it asked for.
+            unbounded = {"max_num_queued_reqs": 2**31, "max_queue_seconds": math.inf, "max_pixels": 2**31}
+            config = make_config(**{**unbounded, **settings})
         elif settings:
             raise ConfigError(f"give a config or keywords, not both: got a config and {sorted(settings)}")
         self._progress_bar = progress_bar

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,20 @@ def test_defaults_of_the_model_are_filled_and_overridden_by_the_server() -> None
     assert request.num_inference_steps == 5
     assert request.negative_prompt == "bad"
     assert request.has_guidance
+
+
+@pytest.mark.parametrize(("own_side", "longest"), [(64, 1024), (1024, 2048)])
+def test_without_a_limit_the_model_sets_one(own_side: int, longest: int) -> None:
+    """A step is never interrupted: one client's huge picture would keep all others waiting for minutes."""
+    defaults = {"height": own_side, "width": own_side, "num_inference_steps": 2}
+    info = replace(INFO, default_sampling_params=defaults)
+    largest = OmniDiffusionSamplingParams(height=longest, width=longest)
+    for config in (OmniDiffusionConfig("demo"), OmniDiffusionConfig("demo", default_sampling_params={"height": 32})):
+        unlimited = Intake(config, info, READY)
+        assert unlimited.resolve(OmniPrompt("x"), largest, "r")[0].height == longest
+        with pytest.raises(InvalidRequestError, match=f"at most {longest**2} are accepted") as caught:
+            unlimited.resolve(OmniPrompt("x"), replace(largest, width=longest + 16), "r")
+        assert caught.value.param == "width"
 
 
 def test_cost_counts_both_branches() -> None:

@@ -180,7 +180,9 @@ class OmniDiffusionConfig:
     """Most requests (pictures) waiting or running; more are answered 429."""
     max_queue_seconds: float = 3600.0
     """Most work waiting or running, in seconds of this server's measured speed; more is answered 429."""
-    max_pixels: int = 4096 * 4096
+    max_pixels: int | None = None
+    """Most pixels of a picture; None: 1024 x 1024, or four times the model's own size where that is more. A step is
+    never interrupted, so the largest picture says how long everybody else may have to wait."""
     max_inference_steps: int = 200
     max_num_frames: int = 1
     default_sampling_params: Mapping[str, Any] = field(default_factory=dict)
@@ -201,13 +203,13 @@ class OmniDiffusionConfig:
         for name in (
             "max_num_seqs",
             "max_num_queued_reqs",
-            "max_pixels",
             "max_inference_steps",
             "max_num_frames",
         ):
             _require(getattr(self, name) >= 1, flag_of(name), getattr(self, name), "an integer of at least 1")
-        if self.max_batch_tokens is not None:
-            _require(self.max_batch_tokens >= 1, "--max-batch-tokens", self.max_batch_tokens, "at least 1")
+        for name in ("max_batch_tokens", "max_pixels"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, flag_of(name), value, "an integer of at least 1")
         _require(self.max_queue_seconds > 0, "--max-queue-seconds", self.max_queue_seconds, "a number above 0")
         _check_default_sampling_params(self.default_sampling_params)
         parse_cache_config(self.cache_backend, self.cache_config)

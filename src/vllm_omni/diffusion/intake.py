@@ -23,6 +23,8 @@ MAX_PROMPT_CHARACTERS = 32_000
 MAX_SEED = 2**63 - 1
 MAX_GUIDANCE = 100.0
 MAX_PREVIEWS = 3
+LEAST_MAX_PIXELS = 1024 * 1024
+"""Clients ask for sizes like 512x512 whatever the model: the default limit lets them."""
 OUTPUT_TYPES = ("pil", "np")
 
 
@@ -143,9 +145,9 @@ def _check_size(height: int, width: int, config: OmniDiffusionConfig, info: Mode
     for name, value in (("height", height), ("width", width)):
         _require(value >= multiple, name, value, f"at least {multiple} pixels")
     # The size first: a huge number is refused as huge, not told its nearest multiple.
-    if height * width > config.max_pixels:
+    if height * width > (most := _max_pixels(config, info)):
         raise InvalidRequestError(
-            f"size {width}x{height} has {height * width} pixels, at most {config.max_pixels} are accepted",
+            f"size {width}x{height} has {height * width} pixels, at most {most} are accepted (--max-pixels)",
             param="height" if height > width else "width",
         )
     if height % multiple or width % multiple:
@@ -155,6 +157,14 @@ def _check_size(height: int, width: int, config: OmniDiffusionConfig, info: Mode
             f"the nearest valid size is {nearest[0]}x{nearest[1]}",
             param="height" if height % multiple else "width",
         )
+
+
+def _max_pixels(config: OmniDiffusionConfig, info: ModelInfo) -> int:
+    """The given limit, or the default one: four times the model's own size, and never less than common sizes."""
+    if config.max_pixels is not None:
+        return config.max_pixels
+    own = info.default_sampling_params
+    return max(LEAST_MAX_PIXELS, 4 * int(own["height"]) * int(own["width"]))
 
 
 def _check_steps(params: OmniDiffusionSamplingParams, most: int) -> None:

@@ -216,7 +216,9 @@ def _add_scheduling_flags(group: Any) -> None:
     engine.add(
         "max_queue_seconds", "most work waiting or running; more is answered 429", type=values.seconds(zero=False)
     )
-    engine.add("max_pixels", "most pixels of a picture", type=count)
+    engine.add(
+        "max_pixels", "most pixels of a picture; none: four times the model's own size, or 1024x1024", type=count
+    )
     engine.add("max_inference_steps", "most denoising steps of a request", type=count)
     engine.add("max_num_frames", "most frames of a video", type=count)
     engine.add("max_worker_restarts", "restarts of dead workers within ten minutes", type=values.integer(0))
