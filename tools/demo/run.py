@@ -117,6 +117,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0, help="0: a free one")
     parser.add_argument("--stay", action="store_true", help="leave the server up until Ctrl-C")
     args = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):  # either way the server is stopped, too
+        signal.signal(number, signal.default_int_handler)
     server = Server(args.port)
     try:
         url = server.wait_until_ready()
