@@ -196,9 +196,11 @@ def use_single_frame_convolutions() -> None:
 
     def forward(self: Any, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
         if cache_x is not None or x.shape[2] != 1 or self.stride[0] != 1:
-            return general(self, x, cache_x)
+            video: torch.Tensor = general(self, x, cache_x)
+            return video
         padding = (self._padding[2], self._padding[0])
-        return F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, self.stride[1:], padding).unsqueeze(2)
+        frame: torch.Tensor = F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, self.stride[1:], padding)
+        return frame.unsqueeze(2)
 
     vae_module.QwenImageCausalConv3d.forward = forward
 
@@ -227,7 +229,8 @@ def use_real_rotary_embedding(transformer: QwenImageTransformer2DModel) -> None:
 
     def rotate(x: torch.Tensor, table: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         if table.is_complex():
-            return general(x, table, **kwargs)
+            rotated: torch.Tensor = general(x, table, **kwargs)
+            return rotated
         cos, sin = table[:, None].unbind(-1)
         even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).type_as(x)

@@ -96,13 +96,14 @@ def _cells(
     things: torch.Tensor,
     cell: tuple[int, int],
     scales: tuple[float, float],
+    variation: float,
     generator: torch.Generator,
 ) -> torch.Tensor:
     device = sprites.full.device
-    draws = torch.rand(4, len(things), generator=generator, device=device)
-    scale = scales[0] + (scales[1] - scales[0]) * draws[0]
-    tilt = TILT * (2 * draws[1] - 1)
-    return place(sprites.at(min(cell))[things], cell, scale, tilt, (2 * draws[2:] - 1).T)
+    draws = torch.rand(4, len(things), generator=generator, device=device) * variation
+    scale = scales[1] - (scales[1] - scales[0]) * draws[0]
+    tilt, where = TILT * (2 * draws[1] - variation), 2 * draws[2:] - variation
+    return place(sprites.at(min(cell))[things], cell, scale, tilt, where.T)
 
 
 @dataclass
@@ -113,13 +114,19 @@ class Plan:
     things: list[torch.Tensor]  # per layout: [n] or [n, 2]
     backgrounds: list[str]
     captions: list[str]
+    variation: float  # 1: place, scale and tilt from their whole ranges; 0: large, upright and in the middle
 
     def __len__(self) -> int:
         return len(self.backgrounds)
 
 
 def plan_batch(
-    seed: int, step: int, count: int, sizes: Sequence[tuple[int, int]] = SIZES, singles: float = 0.5
+    seed: int,
+    step: int,
+    count: int,
+    sizes: Sequence[tuple[int, int]] = SIZES,
+    singles: float = 0.5,
+    variation: float = 1.0,
 ) -> Plan:
     """The scenes of one training step: the part `singles` of them single things, the rest two
     things, side by side as often as stacked. One caption in ten is empty, for guidance."""
@@ -134,6 +141,7 @@ def plan_batch(
         things=[torch.tensor(group, dtype=torch.long) for group in groups],
         backgrounds=[scene.background for scene in scenes],
         captions=texts,
+        variation=variation,
     )
 
 
@@ -144,10 +152,10 @@ def draw(plan: Plan, sprites: Sprites, generator: torch.Generator) -> torch.Tens
     single, beside, stacked = (group.to(device) for group in plan.things)
     layers = []
     if len(single):
-        layers.append(_cells(sprites, single[:, 0], (height, width), SINGLE_SCALES, generator))
+        layers.append(_cells(sprites, single[:, 0], (height, width), SINGLE_SCALES, plan.variation, generator))
     for pairs, cell, axis in ((beside, (height, width // 2), 3), (stacked, (height // 2, width), 2)):
         if len(pairs):
-            halves = [_cells(sprites, pairs[:, i], cell, PAIR_SCALES, generator) for i in (0, 1)]
+            halves = [_cells(sprites, pairs[:, i], cell, PAIR_SCALES, plan.variation, generator) for i in (0, 1)]
             layers.append(torch.cat(halves, axis))
     drawn = torch.cat(layers)
     picture = drawn[:, :3] + (1 - drawn[:, 3:]) * shade(plan.backgrounds, generator, device)

@@ -23,6 +23,7 @@ from . import autoencoder, denoiser, drawings, network
 from .progress import Progress
 from .sampling import SAMPLES, generate, grid, load_pipeline
 from .scenes import Sprites, plan_batch
+from .vocabulary import SIZES, parse_size
 
 TOKENIZER_STREAM = 4
 
@@ -47,6 +48,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--init", type=Path, help="start from this saved model's weights")
     parser.add_argument("--sizes", nargs="*", help="sizes such as 64x96; one named twice is drawn twice as often")
     parser.add_argument("--singles", type=float, default=0.5, help="the part of scenes that show one thing")
+    parser.add_argument("--variation", type=float, default=1.0, help="of place, scale and tilt, 0 to 1")
     parser.add_argument("--stop-at", type=int, help="leave after this step, to go on later")
     parser.add_argument("--workers", type=int, default=0, help="processes that prepare captions ahead")
     parser.add_argument("--every", type=int, default=100, help="steps between two lines of progress")
@@ -103,9 +105,17 @@ def main() -> None:
         "batch": args.batch,
         "rate": args.rate,
     }
-    tokens = denoiser.caption_tokens(tokenizer)
+    sizes = [parse_size(size) for size in args.sizes] if args.sizes else SIZES
     denoiser.train(
-        model, tokens, sprites, progress, **settings, **common, export_every=args.export_every, export=export
+        model,
+        denoiser.caption_tokens(tokenizer),
+        sprites,
+        progress,
+        **settings,
+        **common,
+        world={"sizes": sizes, "singles": args.singles, "variation": args.variation},
+        export_every=args.export_every,
+        export=export,
     )
 
 
