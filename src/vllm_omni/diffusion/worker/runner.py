@@ -74,8 +74,6 @@ class ModelRunner:
         result = StepResult(plan.step_id)
         watch = Stopwatch(self._device)
         self._release(plan.release)
-        for request_id in [i for i in self._states if i in self._aborted]:
-            del self._states[request_id]
         self._requests |= {request.request_id: request for request in plan.new_requests}
         with watch.measure("encode"):
             self._encode(plan, result)

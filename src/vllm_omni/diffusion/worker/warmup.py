@@ -27,6 +27,8 @@ THREADS_GAIN = 1.25
 than they give, and many times more on a machine that is shared."""
 MAX_TOKENS = 2**15
 MAX_PICTURE_TOKENS = 256
+MIN_BATCH_TOKENS = 256
+"""However noisy the measurement: this many tokens are cheap enough on any device to share a step."""
 KNEE = 1.18
 """A batch is large enough when a unit of work costs at most this times what it costs in the best batch."""
 
@@ -68,7 +70,7 @@ def warm_up(pipeline: BasePipeline[Any], info: ModelInfo, device: Device, model_
         step_overhead_seconds=overhead,
         encode_units_per_token=encode / info.count_prompt_tokens(prompts[0]) / seconds_per_unit,
         decode_units_per_token=decode / state.request.num_image_tokens / seconds_per_unit,
-        max_batch_tokens=knee(samples),
+        max_batch_tokens=max(MIN_BATCH_TOKENS, knee(samples)),
     )
 
 

@@ -65,6 +65,15 @@ def test_variants_that_need_more_are_refused(tiny_model: Path, tmp_path: Path, k
         describe(folder)
 
 
+@pytest.mark.parametrize("changed", [{"stochastic_sampling": True}, {"_class_name": "UniPCMultistepScheduler"}])
+def test_schedules_that_we_do_not_follow_are_refused(tiny_model: Path, tmp_path: Path, changed: dict) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    with pytest.raises(ConfigError, match=r"scheduler_config\.json has .*: not available yet"):
+        describe(folder)
+
+
 def test_a_folder_without_a_config_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     (folder / "vae" / "config.json").unlink()

@@ -53,6 +53,7 @@ def describe(path: Path) -> ModelInfo:
     transformer = _read_config(path, "transformer")
     vae = _read_config(path, "vae")
     refuse_unsupported(transformer)
+    _refuse_scheduler(_read_config(path, "scheduler", "scheduler_config.json"))
     vae_scale = 2 ** len(vae.get("temperal_downsample", (False, True, True)))
     width = transformer.get("num_attention_heads", 24) * transformer.get("attention_head_dim", 128)
     defaults = {
@@ -88,8 +89,18 @@ def refuse_unsupported(transformer: Mapping[str, Any]) -> None:
             raise ConfigError(f"transformer/config.json has {key}={value!r}: not available yet, only {only!r} is")
 
 
-def _read_config(path: Path, component: str) -> dict[str, Any]:
-    file = path / component / "config.json"
+def _refuse_scheduler(scheduler: Mapping[str, Any]) -> None:
+    """Only what depends on nothing but the seed: a schedule that draws noise at every step is refused."""
+    name, only = scheduler.get("_class_name"), "FlowMatchEulerDiscreteScheduler"
+    if name != only or scheduler.get("stochastic_sampling"):
+        drawn = " with stochastic_sampling" if scheduler.get("stochastic_sampling") else ""
+        raise ConfigError(
+            f"scheduler/scheduler_config.json has {name}{drawn}: not available yet, only {only} without is"
+        )
+
+
+def _read_config(path: Path, component: str, name: str = "config.json") -> dict[str, Any]:
+    file = path / component / name
     try:
         return dict(json.loads(file.read_text()))
     except (OSError, ValueError) as error:
