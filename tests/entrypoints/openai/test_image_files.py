@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
+import threading
+from pathlib import Path
 from unittest.mock import patch
 
 import httpx
@@ -108,6 +111,32 @@ async def test_store_keeps_to_its_bytes_and_time() -> None:
     finally:
         store.close()
     assert not store.folder.exists()
+
+
+async def test_a_file_whose_client_left_while_it_was_written_goes_too() -> None:
+    clock, may_write = Clock(), threading.Event()
+    store = FileStore(ttl_seconds=10, max_bytes=100, clock=clock)
+    write_bytes = Path.write_bytes
+
+    def write_when_told(path: Path, data: bytes) -> int:
+        may_write.wait(20)
+        return write_bytes(path, data)
+
+    try:
+        with patch.object(Path, "write_bytes", write_when_told):
+            putting = asyncio.create_task(store.put(b"x", "image/png"))
+            await asyncio.sleep(0)  # it has begun to write
+            putting.cancel()
+            await asyncio.gather(putting, return_exceptions=True)
+            may_write.set()
+            await asyncio.get_running_loop().shutdown_default_executor()  # it has written
+        assert store.folder is not None
+        assert len(list(store.folder.iterdir())) == 1
+        clock.now = 10
+        store.sweep()
+        assert list(store.folder.iterdir()) == []
+    finally:
+        store.close()
 
 
 async def test_ids_are_long_and_random() -> None:

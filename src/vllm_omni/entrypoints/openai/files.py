@@ -45,10 +45,11 @@ class FileStore:
         if self.folder is None:
             self.folder = Path(tempfile.mkdtemp(prefix="vllm-omni-media-"))
         path = self.folder / file_id
-        await asyncio.to_thread(path.write_bytes, data)
+        # Known before it is written: a client that leaves meanwhile must not leave a file that nobody removes.
         self._files[file_id] = StoredFile(path, content_type, len(data), self._clock() + self._ttl_seconds)
         self._num_bytes += len(data)
         self.sweep()
+        await asyncio.to_thread(path.write_bytes, data)
         return file_id
 
     async def get(self, file_id: str) -> tuple[bytes, str] | None:
