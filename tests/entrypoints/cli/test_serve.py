@@ -146,6 +146,7 @@ def test_cors_also_for_refusals(client: httpx.Client) -> None:
     assert allowed.headers["access-control-allow-origin"] == ORIGIN
     refused = client.get("/v1/models", headers={"Origin": ORIGIN, "Authorization": "Bearer wrong"})
     assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, ORIGIN)
+    assert "x-omni-ignored-fields" in refused.headers["access-control-expose-headers"]
     stranger = client.get("/v1/models", headers={"Origin": "https://else.example"})
     assert "access-control-allow-origin" not in stranger.headers
 

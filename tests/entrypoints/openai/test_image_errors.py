@@ -112,6 +112,11 @@ def test_sdk_raises_bad_request_with_the_message(sdk: openai.OpenAI) -> None:
     assert "the nearest valid size is 96x64" in caught.value.message
 
 
+def test_a_malformed_size_is_told_the_form_not_a_pattern(http: httpx.Client) -> None:
+    message = error_of(http.post(GENERATIONS, json={"prompt": "x", "size": "64X64"}))["message"]
+    assert message == "size: takes auto or WIDTHxHEIGHT in pixels, such as 1024x1024, got '64X64'"
+
+
 def test_seed_plus_n_must_fit(http: httpx.Client) -> None:
     response = http.post(GENERATIONS, json={"prompt": "x", "seed": 2**63 - 2, "n": 10})
     assert response.status_code == 400
@@ -123,6 +128,9 @@ def test_unknown_model(sdk: openai.OpenAI) -> None:
         sdk.images.generate(prompt="x", model="gpt-image-1")
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
     assert MODEL_NAME in caught.value.message
+    with pytest.raises(openai.NotFoundError) as caught:
+        sdk.images.generate(prompt="x", model="m" * 100_000)
+    assert len(caught.value.message) < 500, "nothing long is echoed"
 
 
 @pytest.mark.parametrize(("output_format", "size"), [("webp", "16400x16"), ("jpeg", "65520x16")])

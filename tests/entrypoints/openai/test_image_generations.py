@@ -138,6 +138,22 @@ def test_unknown_fields_are_named_in_a_header(http: httpx.Client) -> None:
     assert response.headers["x-omni-ignored-fields"] == "cfg,bad??name,partial_images"
 
 
+@pytest.mark.parametrize(
+    ("fields", "ignored"),
+    [
+        ({"true_cfg_scale": 4}, "true_cfg_scale"),
+        ({"negative_prompt": "blur"}, "negative_prompt"),
+        ({"negative_prompt": "blur", "true_cfg_scale": 1}, "negative_prompt"),
+        ({"true_cfg_scale": 1}, None),
+        ({"negative_prompt": "", "true_cfg_scale": 4}, None),
+    ],
+)
+def test_half_a_request_for_guidance_is_named(http: httpx.Client, fields: dict[str, Any], ignored: str | None) -> None:
+    response = http.post("/v1/images/generations", json={"prompt": "x", **fields})
+    assert response.status_code == 200
+    assert response.headers.get("x-omni-ignored-fields") == ignored
+
+
 def test_open_webui_body(http: httpx.Client) -> None:
     body = {"model": MODEL_NAME, "prompt": "a cat", "n": 1, "size": "512x512", "response_format": "b64_json"}
     response = http.post("/v1/images/generations", json=body)

@@ -32,7 +32,7 @@ def add_middleware(app: FastAPI, http: HttpOptions) -> None:
             allow_credentials=http.allow_credentials,
             allow_methods=http.allowed_methods,
             allow_headers=http.allowed_headers,
-            expose_headers=("x-request-id", "retry-after"),
+            expose_headers=("x-request-id", "retry-after", "x-should-retry", "x-omni-ignored-fields"),
         )
     for path in http.middleware:
         target: Any = _import(path)

@@ -26,6 +26,8 @@ _FIELD_NAMES = {
     "num_previews": "partial_images",
     "lora_request": "lora",
 }
+# What a field takes, where the validator could only quote a regular expression.
+_PATTERNS = {"size": "takes auto or WIDTHxHEIGHT in pixels, such as 1024x1024"}
 _MAX_ECHO = 60
 
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -77,6 +79,8 @@ def _validation_body(error: RequestValidationError) -> ErrorBody:
     elif first["type"] == "missing":
         message, code = f"{param} is required.", "missing_required_parameter"
     else:
+        if first["type"] == "string_pattern_mismatch":
+            message = _PATTERNS.get(param, message)
         got = repr(first.get("input"))
         got = got if len(got) <= _MAX_ECHO else got[:_MAX_ECHO] + "..."
         message = f"{param}: {message[:1].lower()}{message[1:]}, got {got}"
@@ -113,7 +117,7 @@ class CatchErrors:
         except Exception as error:  # the one place where a bug of ours becomes a 500
             if started:
                 raise
-            logger.exception("%s %s failed", scope["method"], scope["path"])
+            logger.exception("%s %r failed", scope["method"], scope["path"])
             await error_response(error)(scope, receive, send)
 
 

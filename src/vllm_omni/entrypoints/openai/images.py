@@ -45,8 +45,10 @@ class ImageService:
         check_model(body.model, self.settings.served_model_names)
         prompt, params, image_format = parse_generation(body)
         loop = asyncio.get_running_loop()
-        outputs = self.omni.submit(await loop.run_in_executor(self.resolving, self.omni.resolve, prompt, params))
-        style, headers = AnswerStyle.of(body, image_format), ignored_fields_header(body)
+        job = await loop.run_in_executor(self.resolving, self.omni.resolve, prompt, params)
+        style = AnswerStyle.of(body, image_format)
+        headers = ignored_fields_header(body, job.requests[0].has_guidance)
+        outputs = self.omni.submit(job)
         if self.settings.log_prompts:
             logger.info("prompt %r, %s", prompt, params)
         if body.stream:

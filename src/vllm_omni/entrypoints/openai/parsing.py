@@ -16,7 +16,7 @@ def check_model(model: str | None, served_model_names: tuple[str, ...]) -> None:
     """Raises ModelNotFoundError unless `model` is absent or a served name."""
     if model is not None and model not in served_model_names:
         raise ModelNotFoundError(
-            f"The model {model!r} does not exist; served: {', '.join(served_model_names)}", param="model"
+            f"The model {model[:_MAX_NAME]!r} does not exist; served: {', '.join(served_model_names)}", param="model"
         )
 
 
@@ -62,12 +62,23 @@ def parse_generation(body: ImageGenerationRequest) -> tuple[OmniPrompt, OmniDiff
     return OmniPrompt(body.prompt, body.negative_prompt), params, image_format
 
 
-def ignored_fields_header(body: ImageGenerationRequest) -> dict[str, str]:
-    """`x-omni-ignored-fields` with the names of fields that had no effect because we do not know them; {} for none."""
+def ignored_fields_header(body: ImageGenerationRequest, has_guidance: bool) -> dict[str, str]:
+    """`x-omni-ignored-fields` with the names of fields that had no effect; {} for none.
+
+    Those are the ones that we do not know, and halves of a pair: guidance needs both a negative prompt and a scale.
+    """
     names = [_printable(name) for name in body.model_extra or {}]
     if body.partial_images and not body.stream:
         names.append("partial_images")
+    if not has_guidance:
+        names += [name for name in ("negative_prompt", "true_cfg_scale") if _asks_for_guidance(name, body)]
     return {IGNORED_FIELDS_HEADER: ",".join(names[:_MAX_LISTED_FIELDS])} if names else {}
+
+
+def _asks_for_guidance(name: str, body: ImageGenerationRequest) -> bool:
+    """Whether this field was sent, and not as a scale that switches guidance off."""
+    value = getattr(body, name)
+    return value is not None and not (name == "true_cfg_scale" and value <= 1)
 
 
 def _printable(name: str) -> str:
