@@ -81,6 +81,13 @@ def test_a_wrong_prompt_among_good_ones_runs_nothing(omni: Omni) -> None:
         omni.generate(["a", "b"], [SMALL])
 
 
+def test_what_was_closed_says_so(omni: Omni) -> None:
+    omni.close()
+    omni.close()
+    with pytest.raises(UnavailableError, match="closed"):
+        omni.generate("x")
+
+
 def test_settings_are_checked_before_anything_loads() -> None:
     with pytest.raises(ConfigError, match="num_steps"):
         Omni(model="demo", num_steps=3)

@@ -305,6 +305,9 @@ class Omni:
         return [result for result in results if isinstance(result, OmniRequestOutput)]
 
     def _call(self, coroutine: Any) -> Any:
+        if not self._finalizer.alive:
+            coroutine.close()
+            raise UnavailableError("this Omni was closed")
         future: Future[Any] = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
