@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -42,7 +44,10 @@ async def finish(omni: AsyncOmni, prompt: OmniPrompt, params: OmniDiffusionSampl
     return time.perf_counter() - start
 
 
-def run_diffusers(pipe: Any, prompt: OmniPrompt, params: OmniDiffusionSamplingParams) -> float:
+def run_diffusers(pipe: Any, prompt: OmniPrompt, params: OmniDiffusionSamplingParams, num_threads: int) -> float:
+    """Seconds of one picture, with the threads that PyTorch gives a process by itself (the engine chooses its own)."""
+    engine_threads = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
     start = time.perf_counter()
     pipe(
         prompt.prompt,
@@ -53,7 +58,9 @@ def run_diffusers(pipe: Any, prompt: OmniPrompt, params: OmniDiffusionSamplingPa
         true_cfg_scale=params.true_cfg_scale,
         generator=torch.Generator().manual_seed(params.seed or 0),
     )
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    torch.set_num_threads(engine_threads)
+    return seconds
 
 
 async def median_in_turn(repeats: int, **contenders: Callable[[], Awaitable[float] | float]) -> dict[str, float]:
@@ -90,7 +97,8 @@ async def beside_long(omni: AsyncOmni) -> float:
 
 
 async def measure(model: str, repeats: int) -> dict[str, Any]:
-    pipe = QwenImagePipeline.from_pretrained(model, torch_dtype=torch.float32)
+    num_threads = torch.get_num_threads()
+    pipe = QwenImagePipeline.from_pretrained(model, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     inline = AsyncOmni(model=model, distributed_executor_backend="uni", dtype="float32")
     worker = AsyncOmni(model=model, distributed_executor_backend="mp", dtype="float32")
@@ -99,29 +107,34 @@ async def measure(model: str, repeats: int) -> dict[str, Any]:
         many = [replace(SHORT, height=h, width=w, num_inference_steps=10) for h, w in SIZES]
         assert worker.ready is not None
         priced = [r.cost for params in many for r in worker.resolve(GUIDED, params).requests]
-        explained = sum(c.total(10) for c in priced) * worker.ready.seconds_per_unit
+        num_packs = 10 * math.ceil(sum(c.tokens_per_step for c in priced) / worker.ready.max_batch_tokens)
+        work = sum(c.total(10) for c in priced) * worker.ready.seconds_per_unit
+        explained = work + num_packs * worker.ready.step_overhead_seconds
         return {
             "short, guided": await median_in_turn(
                 repeats,
-                diffusers=lambda: run_diffusers(pipe, GUIDED, SHORT),
+                diffusers=lambda: run_diffusers(pipe, GUIDED, SHORT, num_threads),
+                diffusers_1_thread=lambda: run_diffusers(pipe, GUIDED, SHORT, 1),
                 engine=lambda: finish(inline, GUIDED, SHORT),
                 worker=lambda: finish(worker, GUIDED, SHORT),
             ),
             "short, no guidance": await median_in_turn(
                 repeats,
-                diffusers=lambda: run_diffusers(pipe, PLAIN, SHORT),
+                diffusers=lambda: run_diffusers(pipe, PLAIN, replace(SHORT, true_cfg_scale=1.0), num_threads),
+                diffusers_1_thread=lambda: run_diffusers(pipe, PLAIN, replace(SHORT, true_cfg_scale=1.0), 1),
                 engine=lambda: finish(inline, PLAIN, SHORT),
                 worker=lambda: finish(worker, PLAIN, SHORT),
             ),
             "eight sizes, 10 steps": {
                 **await median_in_turn(
                     max(1, repeats // 2),
-                    diffusers=lambda: sum(run_diffusers(pipe, GUIDED, params) for params in many),
+                    diffusers=lambda: sum(run_diffusers(pipe, GUIDED, params, num_threads) for params in many),
                     one_by_one=lambda: one_by_one(worker, many),
                     together=lambda: together(worker, many),
                 ),
                 "explained_by_tokens": explained,
             },
+            "settings": dataclasses.asdict(worker.ready),
             "neighbour": await median_in_turn(
                 repeats, alone=lambda: finish(worker, GUIDED, SHORT), beside_80_steps=lambda: beside_long(worker)
             ),
@@ -131,7 +144,10 @@ async def measure(model: str, repeats: int) -> dict[str, Any]:
 
 
 def print_table(results: dict[str, Any]) -> None:
+    print(f"measured at start: {results['settings']}")
     for scenario, rows in results.items():
+        if scenario == "settings":
+            continue
         reference, base = next(iter(rows.items()))
         print(f"\n{scenario}")
         for name, seconds in rows.items():
