@@ -41,7 +41,7 @@ class AnswerStyle:
         return cls(
             image_format,
             _REPORTED_QUALITY.get(body.quality, body.quality),
-            body.safety_identifier or body.user or None,
+            body.safety_identifier,
         )
 
     def fields(self, pixels: np.ndarray) -> dict[str, Any]:
