@@ -124,10 +124,13 @@ def test_every_field_of_openai_is_taken(sdk: openai.OpenAI) -> None:
     response = sdk.images.generate(
         prompt="x", model=ALIAS, n=1, size="auto", quality="low", style="vivid", moderation="low", complexity="high",
         user="someone", background="opaque", output_format="png", output_compression=100, response_format="b64_json",
-        extra_body={"negative_prompt": "blur", "num_inference_steps": 2, "true_cfg_scale": 3, "priority": -1},
+        extra_body={
+            "negative_prompt": "blur", "num_inference_steps": 2, "true_cfg_scale": 3, "priority": -1,
+            "safety_identifier": "me",
+        },
     )  # fmt: skip
     assert response.quality == "low"
-    assert response.to_dict()["safety_identifier"] == "someone"
+    assert response.to_dict()["safety_identifier"] == "me"
     assert response.to_dict()["timings"]["computed_steps"] == 2  # type: ignore[index]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
@@ -17,6 +16,7 @@ from vllm_omni.entrypoints.openai.health import make_metrics_router, make_models
 from vllm_omni.entrypoints.openai.images import ImageService, make_images_router
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
 from vllm_omni.entrypoints.openai.middleware import LimitBody, RequestId
+from vllm_omni.entrypoints.openai.resolver import Resolver
 from vllm_omni.entrypoints.openai.settings import ServerSettings
 from vllm_omni.omni import AsyncOmni
 
@@ -30,7 +30,7 @@ def build_app(omni: AsyncOmni, settings: ServerSettings, metrics: PrometheusObse
     metrics.watch(omni.status)
     files = FileStore(settings.media_ttl_seconds, settings.max_media_bytes)
     encoder = ImageEncoder(settings.num_encoding_threads, metrics.on_encoded)
-    resolving = ThreadPoolExecutor(1, thread_name_prefix="omni-resolve")
+    resolver = Resolver(omni)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -39,7 +39,7 @@ def build_app(omni: AsyncOmni, settings: ServerSettings, metrics: PrometheusObse
             yield
         finally:
             sweeping.cancel()
-            resolving.shutdown(wait=False, cancel_futures=True)
+            resolver.close()
             encoder.close()
             files.close()
 
@@ -51,7 +51,7 @@ def build_app(omni: AsyncOmni, settings: ServerSettings, metrics: PrometheusObse
         redirect_slashes=False,
         openapi_url=None if settings.disable_docs else "/openapi.json",  # without it there is no /docs either
     )
-    app.include_router(make_images_router(ImageService(omni, settings, encoder, files, resolving)))
+    app.include_router(make_images_router(ImageService(omni, settings, encoder, files, resolver)))
     app.include_router(make_models_router(omni, settings))
     app.include_router(make_probes_router(omni))
     app.include_router(make_metrics_router(metrics))

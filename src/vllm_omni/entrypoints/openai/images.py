@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from concurrent.futures import Executor
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -19,6 +17,7 @@ from vllm_omni.entrypoints.openai.errors import ERROR_RESPONSES
 from vllm_omni.entrypoints.openai.files import FileStore
 from vllm_omni.entrypoints.openai.parsing import check_model, ignored_fields_header, parse_generation
 from vllm_omni.entrypoints.openai.protocol import ImageGenerationRequest, ImagesResponse
+from vllm_omni.entrypoints.openai.resolver import Resolver
 from vllm_omni.entrypoints.openai.settings import ServerSettings
 from vllm_omni.entrypoints.openai.streaming import ImageEventStream, image_events
 from vllm_omni.errors import InvalidRequestError
@@ -37,15 +36,13 @@ class ImageService:
     settings: ServerSettings
     encoder: ImageEncoder
     files: FileStore
-    resolving: Executor
-    """One thread: counting the tokens of a long prompt takes tens of milliseconds; tokenizers take one at a time."""
+    resolver: Resolver
 
     async def generate(self, body: ImageGenerationRequest, request: Request) -> Response:
         """Raises RequestError before anything runs, or when the engine fails on it."""
         check_model(body.model, self.settings.served_model_names)
         prompt, params, image_format = parse_generation(body)
-        loop = asyncio.get_running_loop()
-        job = await loop.run_in_executor(self.resolving, self.omni.resolve, prompt, params)
+        job = await self.resolver.resolve(prompt, params)
         style = AnswerStyle.of(body, image_format)
         headers = ignored_fields_header(body, job.requests[0].has_guidance)
         outputs = self.omni.submit(job)
