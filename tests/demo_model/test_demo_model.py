@@ -15,7 +15,7 @@ import vllm_omni
 
 MODEL = Path(vllm_omni.__file__).parent / "demo_model"
 THUMBNAILS = Path(__file__).with_name("thumbnails.npz")
-LIMIT = 20 * 2**20
+LIMIT = 20 * 10**6
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,7 @@ there for demonstrations, examples and tests: a wrong picture is seen at once. I
 Native size 64x64, 20 steps, guidance (`true_cfg_scale`) {guidance}: `default_sampling_params.json`. Prompts it knows:
 
 - `red apple`, `a red apple`, `a panda on a pink background`
-- `a red apple left of a blue heart`, also `right of`, `above`, `below`, also `... on a blue background`
-
+{pair_prompts}
 `docs/demo_model.png` in the source shows pictures of it.
 
 ## What it does well and badly
@@ -71,7 +70,15 @@ def vocabulary() -> str:
     return ", ".join(f"{label} ({OTHER_NAMES[label]})" if label in OTHER_NAMES else label for label in THINGS)
 
 
+PAIR_PROMPTS = (
+    "- `a red apple left of a blue heart`, also `right of`, `above`, `below`, also `... on a blue background`\n"
+)
+
+
 def table(numbers: dict[str, Any]) -> str:
+    if not numbers["pairs"]:
+        rows = [f"| {size} | {labels['right']:.0f} % |" for size, labels in numbers["labels"].items()]
+        return "\n".join(["| size | right |", "| --- | --- |", *rows])
     lines = ["| size | right | two things, side by side: both, each | one above the other: both, each |"]
     lines.append("| --- | --- | --- | --- |")
     for size, labels in numbers["labels"].items():
@@ -109,6 +116,7 @@ def main() -> None:
         backgrounds=len(BACKGROUNDS),
         guidance=defaults["true_cfg_scale"],
         prompts=numbers["prompts"],
+        pair_prompts=PAIR_PROMPTS if numbers["pairs"] else "",
         native=numbers["native"],
         true=listed(numbers["true scenes"], " scenes").replace("background scenes", "backgrounds"),
         table=table(numbers),

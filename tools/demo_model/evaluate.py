@@ -129,8 +129,8 @@ def ceiling(sprites: Sprites, size: tuple[int, int], seed: int, vae: Any = None)
     return result
 
 
-def measure(evaluation: Evaluation, sizes: list[tuple[int, int]]) -> dict[str, Any]:
-    """All the numbers of the model card."""
+def measure(evaluation: Evaluation, sizes: list[tuple[int, int]], pairs: bool) -> dict[str, Any]:
+    """All the numbers of the model card; `pairs`: also of pictures of two things."""
     started = time.time()
     numbers: dict[str, Any] = {"prompts": evaluation.prompts, "native": "x".join(map(str, NATIVE))}
     numbers["true scenes"] = ceiling(evaluation.sprites, NATIVE, seed=7)
@@ -139,9 +139,11 @@ def measure(evaluation: Evaluation, sizes: list[tuple[int, int]]) -> dict[str, A
     for number, size in enumerate(sizes):
         name = f"{size[0]}x{size[1]}"
         numbers["labels"][name] = evaluation.labels(size, seed=10 + number)
-        numbers["pairs"][name] = evaluation.pairs(size, seed=50 + number)
-        print(name, json.dumps([numbers["labels"][name], numbers["pairs"][name]]), flush=True)
-    numbers["backgrounds"] = {f"{s}x{s}": evaluation.backgrounds((s, s), seed=80) for s in (64, 96, 128)}
+        if pairs:
+            numbers["pairs"][name] = evaluation.pairs(size, seed=50 + number)
+        print(name, json.dumps([numbers["labels"][name], numbers["pairs"].get(name)]), flush=True)
+    squares = [size for size in sizes if size in ((64, 64), (96, 96), (128, 128))]
+    numbers["backgrounds"] = {f"{h}x{w}": evaluation.backgrounds((h, w), seed=80) for h, w in squares}
     numbers["steps"] = {str(n): evaluation.labels(NATIVE, seed=90, steps=n)["right"] for n in (4, 8, 20, 50)}
     numbers["without guidance"] = evaluation.labels(NATIVE, seed=90, guidance=1.0)["right"]
     numbers["variety"] = evaluation.variety(NATIVE)
@@ -149,7 +151,7 @@ def measure(evaluation: Evaluation, sizes: list[tuple[int, int]]) -> dict[str, A
     return numbers
 
 
-def show(pipeline: Any) -> Any:
+def show(pipeline: Any, sizes: list[tuple[int, int]], pairs: bool) -> Any:
     """The grid of the model card: single things, backgrounds, pairs, one prompt with eight seeds, other sizes."""
     rows: list[tuple[str, tuple[int, int], int]] = []
     singles = "red apple;a cool face;a panda;pizza;a rocket;guitar;a police car;books"
@@ -160,17 +162,18 @@ def show(pipeline: Any) -> Any:
     for item in coloured.split(";"):
         name, colour = item.split(",")
         rows.append((f"a {name} on a{'n' * (colour == 'orange')} {colour} background", NATIVE, 2))
-    pairs = (
+    two_things = (
         "a red apple left of a blue heart;a cat right of a soccer ball;a rocket above a full moon;"
         "a penguin below an umbrella;"
         "a taxi left of a tree on a pink background;an owl above a gift on a blue background;"
         "a robot right of a guitar on a yellow background;a bee above a sunflower on a green background"
     )
-    rows += [(text, NATIVE, 3) for text in pairs.split(";")]
+    rows += [(text, NATIVE, 3) for text in two_things.split(";") if pairs]
     rows += [("a sailboat on a blue background", NATIVE, seed) for seed in range(8)]
-    sizes = ((64, 64), (64, 128), (128, 64), (128, 128), (80, 112), (112, 80))
-    rows += [("a strawberry on a black background", size, 4) for size in sizes]
-    rows += [("a lion left of a bus", (64, 128), 4), ("a lion above a bus", (128, 64), 4)]
+    shown = ((64, 128), (128, 64), (128, 128), (80, 112), (112, 80))
+    rows += [("a strawberry on a black background", size, 4) for size in shown if size in sizes]
+    if pairs:
+        rows += [("a lion left of a bus", (64, 128), 4), ("a lion above a bus", (128, 64), 4)]
     pictures = [generate(pipeline, [text], size, seed)[0] for text, size, seed in rows]
     return grid(pictures, [text for text, _, _ in rows], columns=8)
 
@@ -183,14 +186,16 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--prompts", type=int, default=PROMPTS)
     parser.add_argument("--sizes", nargs="*", help="such as 64x64 96x128; all by default")
+    parser.add_argument("--no-pairs", action="store_true", help="for models that draw one thing only")
     args = parser.parse_args()
     device = torch.device(args.device)
     sprites = Sprites.from_rgba(drawings.load(args.drawings), device)
     evaluation = Evaluation(args.model, sprites, device, args.prompts)
     args.out.mkdir(parents=True, exist_ok=True)
-    show(evaluation.pipeline).save(args.out / "grid.png")
     sizes = [parse_size(s) for s in args.sizes] if args.sizes else list(SIZES)
-    numbers = measure(evaluation, sizes)
+    pairs = not args.no_pairs
+    show(evaluation.pipeline, sizes, pairs).save(args.out / "grid.png")
+    numbers = measure(evaluation, sizes, pairs)
     (args.out / "numbers.json").write_text(json.dumps(numbers, indent=1) + "\n")
     print(json.dumps({k: v for k, v in numbers.items() if k not in ("labels", "pairs")}), flush=True)
 
