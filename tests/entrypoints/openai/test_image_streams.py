@@ -23,8 +23,8 @@ def pixels(data: str) -> np.ndarray:
 
 
 def test_partial_images_then_the_picture(sdk: openai.OpenAI) -> None:
-    body: dict[str, Any] = {"seed": 9, "num_inference_steps": 8}
-    stream = sdk.images.generate(prompt="a b", stream=True, partial_images=3, user="me", extra_body=body)
+    body: dict[str, Any] = {"seed": 9, "num_inference_steps": 8, "safety_identifier": "me"}
+    stream = sdk.images.generate(prompt="a b", stream=True, partial_images=3, extra_body=body)
     *partial, completed = list(stream)
     assert [event.type for event in partial] == ["image_generation.partial_image"] * 3
     assert [event.partial_image_index for event in partial] == [0, 1, 2]  # type: ignore[union-attr]
