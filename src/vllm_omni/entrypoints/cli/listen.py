@@ -11,6 +11,8 @@ from typing import Self
 from vllm_omni.entrypoints.cli.args import HttpOptions
 from vllm_omni.errors import ConfigError
 
+BACKLOG = 2048
+
 
 class Listener:
     """A bound TCP or Unix socket; the context closes it and removes a Unix socket's file.
@@ -21,6 +23,8 @@ class Listener:
     def __init__(self, http: HttpOptions) -> None:
         self._uds = http.uds
         self.socket = _bind_unix(http.uds) if http.uds else _bind_tcp(http.host, http.port)
+        # From here on a client waits to be accepted instead of being refused, so the address may be told.
+        self.socket.listen(BACKLOG)
         scheme = "https" if http.ssl_certfile else "http"
         self.address = f"unix:{http.uds}" if http.uds else _url(scheme, *self.socket.getsockname()[:2])
 
