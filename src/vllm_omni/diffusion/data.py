@@ -39,14 +39,31 @@ class DiffusionParallelConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{f.name} must be an integer of at least 1, got {value!r}")
 
+        for name in ("vae_patch_parallel_size", "text_encoder_tp_size"):
+            value = getattr(self, name)
+            if self.replica_size % value:
+                raise ConfigError(
+                    f"{flag_of(name)} must divide the ranks of a replica, {self._replica_written_out()} = "
+                    f"{self.replica_size}, got {value}"
+                )
+
+    @property
+    def replica_size(self) -> int:
+        """Ranks that hold one copy of the model together."""
+        return self.cfg_parallel_size * self.ring_degree * self.ulysses_degree * self.tensor_parallel_size
+
     @property
     def world_size(self) -> int:
+        return self.data_parallel_size * self.replica_size
+
+    def written_out(self) -> str:
+        """The sum behind the world size."""
+        return f"data {self.data_parallel_size} x {self._replica_written_out()} = {self.world_size}"
+
+    def _replica_written_out(self) -> str:
         return (
-            self.data_parallel_size
-            * self.cfg_parallel_size
-            * self.ring_degree
-            * self.ulysses_degree
-            * self.tensor_parallel_size
+            f"cfg {self.cfg_parallel_size} x ring {self.ring_degree} x ulysses {self.ulysses_degree} "
+            f"x tensor {self.tensor_parallel_size}"
         )
 
 

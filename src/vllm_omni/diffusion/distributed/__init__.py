@@ -1,0 +1,1 @@
+"""Communication between the ranks of one replica: groups, the mesh that they come from, the ring."""
