@@ -267,9 +267,9 @@ _AVAILABLE_ATTENTION = (None, "sdpa")
 
 
 def _refuse_unavailable(config: OmniDiffusionConfig) -> None:
-    for f in fields(DiffusionParallelConfig):
-        if (value := getattr(config.parallel, f.name)) != 1:
-            raise NotAvailableError(f"{flag_of(f.name)} {value}: not available yet, only 1 is")
+    for name in ("data_parallel_size", "vae_patch_parallel_size", "text_encoder_tp_size"):
+        if (value := getattr(config.parallel, name)) != 1:
+            raise NotAvailableError(f"{flag_of(name)} {value}: not available yet, only 1 is")
     for name, only in _UNAVAILABLE.items():
         if (value := getattr(config, name)) != only:
             raise NotAvailableError(f"{flag_of(name)} {value}: not available yet")

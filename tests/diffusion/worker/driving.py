@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ def make_request(request_id: str, prompt: str = "a red apple", **changes: Any) -
         "sigmas": None,
         "priority": 0,
         "preview_steps": (),
-        "cost": RequestCost(0, 0, 0, 0),
+        "cost": RequestCost(0, 0, 0, ()),
         "num_prompt_tokens": 0,
         "num_image_tokens": 0,
         "arrival": 0.0,
@@ -37,8 +37,12 @@ def make_request(request_id: str, prompt: str = "a red apple", **changes: Any) -
 class Drive:
     """Runs requests to their ends; `images`, `previews` (a list each) and `errors` by request id."""
 
-    def __init__(self, runner: ModelRunner) -> None:
+    def __init__(
+        self, runner: ModelRunner, place: Callable[[int, Mapping[str, int]], dict[str, list[int]]] | None = None
+    ) -> None:
+        """`place`: from the step's number and the guidance branches of its requests to the placement of the step."""
         self.runner = runner
+        self._place = place or (lambda step_id, branches: {})
         self.images: dict[str, np.ndarray] = {}
         self.previews: dict[str, list[np.ndarray]] = {}
         self.errors: dict[str, ItemError] = {}
@@ -60,6 +64,7 @@ class Drive:
                 encode=[r.request_id for r in new],
                 denoise=denoise,
                 decode=[i for i in steps if steps[i] == requests[i].num_inference_steps],
+                placement=self._place(step_id, {i: 1 + requests[i].has_guidance for i in denoise}),
                 preview=[i for i in denoise if steps[i] + 1 in requests[i].preview_steps],
                 release=release,
             )
@@ -73,7 +78,8 @@ class Drive:
                 steps[request_id] += 1
             fresh = plan.encode
             steps |= {i: 0 for i in fresh if i not in result.errors}
-            release = [*result.images, *result.errors]
+            # Pictures that another rank decoded are done, too.
+            release = [*(i for i in plan.decode if i not in result.errors), *result.errors]
             for request_id in release:
                 steps.pop(request_id, None)
             if not steps and not release and step_id >= max(arrivals):

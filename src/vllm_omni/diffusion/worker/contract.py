@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from msgspec import Struct
@@ -19,6 +20,24 @@ class Runner(Protocol):
     def execute(self, plan: StepPlan) -> StepResult: ...
 
     def abort(self, request_ids: Sequence[str]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of the workers one is."""
+
+    rank: int = 0
+    size: int = 1
+    """Ranks of the replica."""
+    replica: int = 0
+    store_port: int = 0
+    """Where the ranks of the replica meet, on 127.0.0.1."""
+    store_fd: int | None = None
+    """Rank 0 listens there on this socket."""
+
+    @property
+    def device_index(self) -> int:
+        return self.replica * self.size + self.rank
 
 
 class Start(Struct, tag=True):

@@ -1,0 +1,133 @@
+"""Every parallel layout draws what one process draws: whole runners on gloo ranks, mixed batches, odd sizes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.diffusion.distributed.ranks import run_places
+from tests.diffusion.worker.driving import Drive, make_request, psnr
+from tests.tiny_models import build_tiny_qwen_image
+from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
+from vllm_omni.diffusion.registry import load_model_info
+from vllm_omni.diffusion.request import DiffusionRequest
+from vllm_omni.diffusion.worker import warmup
+from vllm_omni.diffusion.worker.contract import Place
+from vllm_omni.diffusion.worker.runner import ModelRunner
+
+ARRIVALS: dict[int, list[DiffusionRequest]] = {
+    0: [
+        make_request("guided", negative_prompt="a blue car", seed=3),
+        make_request("wide", "a photo", height=48, width=80, num_inference_steps=5, preview_steps=(2,)),
+    ],
+    1: [make_request("short", "", negative_prompt="a red car and a blue apple", height=16, width=16, seed=5)],
+    2: [make_request("tall", "apple " * 20, height=80, width=48, num_inference_steps=2, seed=9)],
+}
+
+
+def draw(
+    place: Place, parallel: DiffusionParallelConfig, path: Path, moving: bool = False
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The pictures that this rank decodes, and the errors; `moving`: another placement in every step."""
+    config = OmniDiffusionConfig(model=str(path), parallel=parallel)
+    runner = ModelRunner(config, load_model_info(str(path)), place)
+    runner.start()
+    groups = parallel.cfg_parallel_size
+    drive = Drive(runner, partial(placed_at_random if moving else placed_in_turn, groups)).run(ARRIVALS)
+    previews = {f"{request_id}/preview": images[0] for request_id, images in drive.previews.items()}
+    return drive.images | previews, drive.errors
+
+
+def placed_in_turn(groups: int, step_id: int, branches: Mapping[str, int]) -> dict[str, list[int]]:
+    return {i: [(n + branch) % groups for branch in range(count)] for n, (i, count) in enumerate(branches.items())}
+
+
+def placed_at_random(groups: int, step_id: int, branches: Mapping[str, int]) -> dict[str, list[int]]:
+    dice = random.Random(step_id)  # the same on all ranks
+    return {i: [dice.randrange(groups) for _ in range(count)] for i, count in branches.items()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_warm_up() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warmup, "BUDGET_SECONDS", 0.0)
+        patch.setattr(warmup, "MIN_SAMPLES", 1)
+        yield
+
+
+class Reference:
+    """Models by head count, and what one process draws with them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._pictures: dict[int, dict[str, np.ndarray]] = {}
+
+    def path(self, heads: int) -> Path:
+        path = self._folder / f"{heads}-heads"
+        return path if path.exists() else build_tiny_qwen_image(path, heads=heads, head_dim=16)
+
+    def pictures(self, heads: int) -> dict[str, np.ndarray]:
+        if heads not in self._pictures:
+            threads = torch.get_num_threads()
+            pictures, errors = draw(Place(), DiffusionParallelConfig(), self.path(heads))
+            torch.set_num_threads(threads)
+            assert not errors
+            self._pictures[heads] = pictures
+        return self._pictures[heads]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return Reference(tmp_path_factory.mktemp("layouts"))
+
+
+def check(reference: Reference, heads: int, parallel: DiffusionParallelConfig, moving: bool = False) -> None:
+    results = run_places(draw, parallel, parallel, reference.path(heads), moving)
+    wanted = reference.pictures(heads)
+    drawn: dict[str, np.ndarray] = {}
+    for pictures, errors in results:
+        assert not errors
+        assert not set(pictures) & set(drawn), "each picture is decoded once"
+        drawn |= pictures
+    assert set(drawn) == set(wanted)
+    for request_id, picture in wanted.items():
+        assert picture.std() > 2, "a flat picture proves nothing"
+        assert psnr(drawn[request_id], picture) >= 60
+
+
+LAYOUTS = [
+    # heads, ulysses, ring, cfg, tensor: together they cover every pair of degrees
+    (3, 2, 1, 1, 1),
+    (5, 3, 1, 2, 1),
+    (8, 4, 1, 1, 2),
+    (3, 1, 2, 1, 1),
+    (5, 2, 2, 2, 1),
+    (6, 3, 2, 1, 1),
+    (24, 1, 2, 2, 2),
+    (24, 2, 1, 2, 2),
+    (6, 1, 1, 1, 2),
+    (3, 1, 1, 2, 1),
+    (6, 2, 2, 1, 2),
+    (24, 4, 2, 1, 1),
+]
+
+
+@pytest.mark.parametrize(("heads", "ulysses", "ring", "cfg", "tensor"), LAYOUTS)
+def test_a_layout_draws_what_one_process_draws(
+    reference: Reference, heads: int, ulysses: int, ring: int, cfg: int, tensor: int
+) -> None:
+    parallel = DiffusionParallelConfig(
+        ulysses_degree=ulysses, ring_degree=ring, cfg_parallel_size=cfg, tensor_parallel_size=tensor
+    )
+    check(reference, heads, parallel)
+
+
+def test_the_placement_may_change_at_every_step(reference: Reference) -> None:
+    check(reference, 3, DiffusionParallelConfig(cfg_parallel_size=3, ulysses_degree=2), moving=True)
