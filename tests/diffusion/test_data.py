@@ -43,9 +43,6 @@ def test_a_wrong_value_is_named(settings: dict, words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("settings", "flag"),
     [
-        ({"parallel": DiffusionParallelConfig(ulysses_degree=2)}, "--usp 2"),
-        ({"parallel": DiffusionParallelConfig(ring_degree=4)}, "--ring 4"),
-        ({"parallel": DiffusionParallelConfig(cfg_parallel_size=2)}, "--cfg-parallel-size 2"),
         ({"cache_backend": "cache_dit"}, "--cache-backend cache_dit"),
         ({"enable_cpu_offload": True}, "--enable-cpu-offload"),
         ({"quantization": "fp8"}, "--quantization fp8"),
@@ -89,6 +86,14 @@ def test_world_size_is_the_product_of_the_axes() -> None:
     assert parallel.world_size == 24
     with pytest.raises(ConfigError, match="ring_degree must be an integer of at least 1, got 0"):
         DiffusionParallelConfig(ring_degree=0)
+
+
+def test_one_process_is_one_device() -> None:
+    OmniDiffusionConfig("demo", distributed_executor_backend="uni")
+    for parallel in (DiffusionParallelConfig(ulysses_degree=2, ring_degree=3), DiffusionParallelConfig(1, 1, 1, 1, 6)):
+        OmniDiffusionConfig("demo", parallel=parallel)
+        with pytest.raises(ConfigError, match=r"^--distributed-executor-backend uni .*one device; .* = 6 dev.* mp"):
+            OmniDiffusionConfig("demo", parallel=parallel, distributed_executor_backend="uni")
 
 
 def test_config_is_frozen_and_travels_as_msgpack() -> None:

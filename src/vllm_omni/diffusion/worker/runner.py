@@ -15,6 +15,7 @@ from vllm_omni.diffusion.models.base import BasePipeline, RequestState
 from vllm_omni.diffusion.plan import ItemError, StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.registry import ModelInfo
 from vllm_omni.diffusion.request import DiffusionRequest
+from vllm_omni.diffusion.worker.contract import Place
 from vllm_omni.diffusion.worker.device import Device, Stopwatch, is_out_of_memory
 from vllm_omni.diffusion.worker.warmup import warm_up
 from vllm_omni.diffusion.worker.weights_bar import WeightsBar
@@ -27,9 +28,11 @@ Output = TypeVar("Output")
 class ModelRunner:
     """Executes step plans. `abort` may be called from another thread; the rest belongs to one."""
 
-    def __init__(self, config: OmniDiffusionConfig, info: ModelInfo) -> None:
+    def __init__(self, config: OmniDiffusionConfig, info: ModelInfo, place: Place | None = None) -> None:
+        """`place`: None for the only worker, in the engine's own process."""
         self._config = config
         self._info = info
+        self._place = place or Place()
         self._device = Device()
         self._pipeline: BasePipeline[Any] | None = None
         self._requests: dict[str, DiffusionRequest] = {}
