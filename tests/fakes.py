@@ -17,6 +17,7 @@ import numpy as np
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.plan import ItemError, StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.request import DiffusionRequest, RequestCost
+from vllm_omni.diffusion.worker.contract import Place
 from vllm_omni.errors import WorkerDiedError
 
 SECONDS_PER_UNIT = 1e-4
@@ -85,14 +86,17 @@ class FakeRunner:
     """Runs plans as a worker must, and asserts that the plans keep their side of the contract.
 
     `errors(request_id, phase, step)` may return an ItemError; phases are encode, denoise and decode.
+    Of several ranks, each makes every step and delivers its share of the pictures.
     """
 
     def __init__(
         self,
         config: OmniDiffusionConfig | None = None,
+        place: Place | None = None,
         ready: WorkerReady | None = None,
         errors: Callable[[str, str, int], ItemError | None] | None = None,
     ) -> None:
+        self.place = place or Place()
         self._ready = ready or make_ready()
         self._errors = errors or (lambda request_id, phase, step: None)
         self._states: dict[str, tuple[DiffusionRequest, int]] = {}
@@ -127,6 +131,10 @@ class FakeRunner:
             for request_id in request_ids:
                 if request_id not in self._dropped:
                     self._run(request_id, phase, plan, result)
+        for pictures in (result.images, result.previews):  # of several ranks, one delivers each picture
+            for number, request_id in enumerate(sorted(pictures)):
+                if number % self.place.replica_size != self.place.rank:
+                    del pictures[request_id]
         return result
 
     def _run(self, request_id: str, phase: str, plan: StepPlan, result: StepResult) -> None:

@@ -230,6 +230,11 @@ class OmniDiffusionConfig:
         _require(self.max_queue_seconds > 0, "--max-queue-seconds", self.max_queue_seconds, "a number above 0")
         _check_default_sampling_params(self.default_sampling_params)
         parse_cache_config(self.cache_backend, self.cache_config)
+        if self.distributed_executor_backend == "uni" and self.parallel.world_size > 1:
+            raise ConfigError(
+                "--distributed-executor-backend uni runs the model in this process, on one device; "
+                f"{self.parallel.written_out()} devices take mp"
+            )
         _refuse_unavailable(self)
 
     @property
@@ -267,9 +272,6 @@ _AVAILABLE_ATTENTION = (None, "sdpa")
 
 
 def _refuse_unavailable(config: OmniDiffusionConfig) -> None:
-    for name in ("data_parallel_size", "vae_patch_parallel_size", "text_encoder_tp_size"):
-        if (value := getattr(config.parallel, name)) != 1:
-            raise NotAvailableError(f"{flag_of(name)} {value}: not available yet, only 1 is")
     for name, only in _UNAVAILABLE.items():
         if (value := getattr(config, name)) != only:
             raise NotAvailableError(f"{flag_of(name)} {value}: not available yet")

@@ -44,7 +44,7 @@ def run_places(function: Callable[..., Any], parallel: DiffusionParallelConfig, 
     with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
         port = server.getsockname()[1]
         places = [
-            Place(rank=rank, size=size, store_port=port, store_fd=server.fileno() if rank == 0 else None)
+            Place(rank=rank, replica_size=size, store_port=port, store_fd=server.fileno() if rank == 0 else None)
             for rank in range(size)
         ]
         processes = [

@@ -8,7 +8,7 @@ import random
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 import msgspec
@@ -21,13 +21,14 @@ from vllm_omni.diffusion.plan import ItemError, StepPlan, StepResult
 from vllm_omni.diffusion.worker.channel import AsyncChannel, BlockingChannel, FrameReader, encode_frame
 from vllm_omni.diffusion.worker.contract import (
     Abort,
+    Beat,
     Died,
     Done,
     Execute,
     FromWorker,
+    Place,
     Ready,
     Start,
-    Stop,
     ToWorker,
 )
 
@@ -71,10 +72,9 @@ def assert_same(one: Any, other: Any) -> None:
 
 
 TO_WORKER = [
-    Start(make_config(parallel=DiffusionParallelConfig(), default_sampling_params={"seed": 3})),
+    Start(make_config(parallel=DiffusionParallelConfig(), default_sampling_params={"seed": 3}), Place(1, 4, 2, 8080)),
     Execute(StepPlan(1, [make_request("a", preview_steps=(1, 3), sigmas=(1.0, 0.5))], ["a"], release=["b"])),
     Abort(["a", "b"]),
-    Stop(),
 ]
 
 
@@ -116,7 +116,7 @@ def test_messages_to_a_worker_round_trip() -> None:
 
 def test_messages_from_a_worker_round_trip() -> None:
     with blocking_pair() as (ours, theirs):
-        for message in (Ready(make_ready()), Died("no", "Traceback"), Done(StepResult(4))):
+        for message in (Beat(), Ready(make_ready()), Died("no", "Traceback"), Done(StepResult(4))):
             theirs.send(message)
             assert_same(ours.receive(), message)
 
@@ -187,6 +187,44 @@ def test_threads_may_send_and_receive_at_once() -> None:
         assert [theirs.receive() for _ in results] == [Abort([str(n)]) for n in range(50)]
 
 
+def test_two_threads_may_send_at_once() -> None:
+    with blocking_pair() as (ours, theirs):
+        results = [Done(random_result(random.Random(seed))) for seed in range(50)]
+        senders = [
+            threading.Thread(target=lambda: [theirs.send(result) for result in results]),
+            threading.Thread(target=lambda: [theirs.send_if_free(Beat()) for _ in range(5000)]),
+        ]
+        for sender in senders:
+            sender.start()
+        for result in results:
+            while isinstance(message := ours.receive(), Beat):
+                pass
+            assert_same(message, result)
+        for sender in senders:
+            while sender.is_alive():
+                with suppress(TimeoutError):
+                    ours.receive(timeout=0.01)
+
+
+def test_what_is_sent_if_free_never_waits() -> None:
+    with blocking_pair() as (ours, theirs):
+        for _ in range(100_000):  # nobody reads
+            theirs.send_if_free(Beat())
+        assert ours.receive() == Beat()
+        sending = threading.Thread(target=theirs.send, args=(Done(StepResult(1, advanced=["x" * 3_000_000])),))
+        sending.start()
+        while not theirs._sending.locked():
+            assert sending.is_alive()
+        theirs.send_if_free(Beat())
+        while isinstance(message := ours.receive(), Beat):
+            pass
+        assert message.result.step_id == 1
+        sending.join()
+        ours.close()
+        with pytest.raises(OSError, match="Broken pipe"):
+            theirs.send_if_free(Beat())
+
+
 def test_silence_times_out_and_the_end_is_told() -> None:
     with blocking_pair() as (ours, theirs):
         with pytest.raises(TimeoutError):
@@ -198,7 +236,7 @@ def test_silence_times_out_and_the_end_is_told() -> None:
             with pytest.raises(EOFError):
                 ours.receive()
         with pytest.raises(OSError, match="Broken pipe"):
-            ours.send(Stop())
+            ours.send(Abort([]))
 
 
 async def test_the_end_is_told_after_the_last_message_and_loses_no_descriptor() -> None:
@@ -210,12 +248,12 @@ async def test_the_end_is_told_after_the_last_message_and_loses_no_descriptor() 
         socket.send_fds(theirs._sock, [frame[:-5]], [fd])  # dies in the middle of a message
         os.close(fd)
         theirs.close()
-        ours.send(Stop())  # into the void
+        ours.send(Abort([]))  # into the void
         assert (await ours.receive()).result.step_id == 1
         for _ in range(2):
             with pytest.raises(EOFError):
                 await ours.receive()
-        ours.send(Stop())
+        ours.send(Abort([]))
     assert num_descriptors() == before
 
 

@@ -171,6 +171,17 @@ def test_engine_flags(words: list[str], field: str, value: object) -> None:
     assert getattr(parse(*words).config, field) == value
 
 
+def test_parallel_flags() -> None:
+    parsed = parse(
+        *("--usp", "2", "--ring", "3", "--cfg-parallel-size", "2", "-tp", "1", "-dp", "2"),
+        *("--vae-patch-parallel-size", "6", "--text-encoder-tp-size", "4"),
+    )
+    assert parsed.config.parallel == DiffusionParallelConfig(2, 3, 2, 1, 2, 6, 4)
+    parsed = parse("--ulysses-degree", "2", "--ring-degree", "3", "--tensor-parallel-size", "4")
+    assert parsed.config.parallel == DiffusionParallelConfig(2, 3, tensor_parallel_size=4)
+    assert parse("--data-parallel-size", "5").config.parallel == DiffusionParallelConfig(data_parallel_size=5)
+
+
 def test_server_flags(tmp_path: Path) -> None:
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     key.touch()
@@ -263,6 +274,8 @@ WRONG_VALUES = [
     (["--default-sampling-params", '{"stepz": 1}'], ["--default-sampling-params", "stepz", "num_inference_steps"]),
     (["--usp", "0"], ["--usp", "'0'", "integer of at least 1"]),
     (["--ring-degree", "two"], ["--ring", "'two'", "integer of at least 1"]),
+    (["--usp", "2", "--text-encoder-tp-size", "3"], ["--text-encoder-tp-size", "divide", "ulysses 2", "= 2", "3"]),
+    (["-dp", "2", "--distributed-executor-backend", "uni"], ["uni", "one device", "data 2 x", "= 2", "mp"]),
     (["-tp", "x"], ["--tensor-parallel-size", "'x'", "integer of at least 1"]),
     (["--root-path", "omni"], ["--root-path", "'omni'", "begins with /"]),
     (["--api-key", ""], ["--api-key", "empty", "key"]),
@@ -316,11 +329,6 @@ def test_a_wrong_config_file_is_one_line(content: str, tmp_path: Path, capsys: p
 @pytest.mark.parametrize(
     "words",
     [
-        *(
-            [f"--{axis}", "2"]
-            for axis in ("usp", "ulysses-degree", "ring", "cfg-parallel-size", "tensor-parallel-size")
-        ),
-        *([f"--{axis}", "2"] for axis in ("data-parallel-size", "vae-patch-parallel-size", "text-encoder-tp-size")),
         ["--cache-backend", "tea_cache"],
         ["--cache-backend", "cache_dit", "--cache-config", json.dumps({"Fn_compute_blocks": 1})],
         ["--enable-cpu-offload"],
@@ -339,8 +347,7 @@ def test_a_wrong_config_file_is_one_line(content: str, tmp_path: Path, capsys: p
     ids=" ".join,
 )
 def test_what_is_not_built_is_refused_by_name(words: list[str]) -> None:
-    flag = {"--ulysses-degree": "--usp"}.get(words[0], words[0])
-    with pytest.raises(NotAvailableError, match=f"^{flag} .*not available yet"):
+    with pytest.raises(NotAvailableError, match=f"^{words[0]} .*not available yet"):
         parse(*words)
 
 

@@ -9,8 +9,15 @@ from vllm_omni.diffusion.registry import ModelInfo
 __all__ = ["Executor", "make_executor"]
 
 
-def make_executor(config: OmniDiffusionConfig, info: ModelInfo) -> Executor:
-    """The executor that `config.distributed_executor_backend` names; imported only when chosen."""
+def make_executor(config: OmniDiffusionConfig, info: ModelInfo, replica_index: int = 0) -> Executor:
+    """The executor that `config.distributed_executor_backend` names; imported only when chosen.
+
+    Raises ConfigError when this machine has fewer devices than `config.parallel` asks for.
+    """
+    if config.parallel.world_size > 1:
+        from vllm_omni.diffusion.worker.device import check_world_size  # not for one device: it costs torch's import
+
+        check_world_size(config.parallel)
     if config.distributed_executor_backend == "uni":
         from vllm_omni.diffusion.executor.inline import InlineExecutor
         from vllm_omni.diffusion.worker.runner import ModelRunner
@@ -19,5 +26,5 @@ def make_executor(config: OmniDiffusionConfig, info: ModelInfo) -> Executor:
     if config.distributed_executor_backend == "mp":
         from vllm_omni.diffusion.executor.multiproc import MultiprocExecutor
 
-        return MultiprocExecutor(config)
+        return MultiprocExecutor(config, replica_index=replica_index)
     raise AssertionError(f"the config lets no executor {config.distributed_executor_backend!r} through")

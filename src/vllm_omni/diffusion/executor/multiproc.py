@@ -1,144 +1,199 @@
-"""`mp`: worker processes on this machine, one a device (one device so far)."""
+"""`mp`: worker processes on this machine, one a device, which make up one replica of the model."""
 
 from __future__ import annotations
 
 import asyncio
-import atexit
-import os
+import contextlib
 import socket
-import subprocess
-import sys
+from collections import deque
 from collections.abc import Sequence
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.executor.merging import merge_readies, merge_results
+from vllm_omni.diffusion.executor.process import WorkerProcess
 from vllm_omni.diffusion.plan import StepPlan, StepResult, WorkerReady
-from vllm_omni.diffusion.worker.channel import AsyncChannel
-from vllm_omni.diffusion.worker.contract import Abort, Died, Done, Execute, FromWorker, Ready, Start, Stop, ToWorker
+from vllm_omni.diffusion.worker.contract import Abort, Done, Execute, FromWorker, Place, Ready, Start, ToWorker
 from vllm_omni.diffusion.worker.main import DEFAULT_RUNNER
-from vllm_omni.errors import ConfigError, WorkerDiedError
+from vllm_omni.errors import WorkerDiedError
 
-_STOP_SECONDS = 5.0
-"""How long a worker that was asked to end may take before it is killed."""
+SILENCE_SECONDS = 10.0
+"""A worker that sends nothing for so long is dead: a live one beats every second."""
+START_SILENCE_SECONDS = 120.0
+"""The same before it is ready: importing libraries and reading weights may hold up its interpreter."""
+_LOOKS_PER_SILENCE = 10
 
 
-class WorkerProcess:
-    """One worker process and the channel to it. Made on a running event loop."""
+class WorkerGroup:
+    """The workers of one replica, from their start to the first failure of any. Made on a running event loop."""
 
-    def __init__(self, runner_name: str) -> None:
-        ours, theirs = socket.socketpair()
-        # Not by fork, nor by importing the user's script again: an interpreter of its own. `-P`: what lies in
-        # the current folder is no part of it. Its own session: a terminal's Ctrl-C goes to the parent alone.
-        command = [sys.executable, "-P", "-m", "vllm_omni.diffusion.worker.main"]
-        command += [f"--socket-fd={theirs.fileno()}", f"--parent-pid={os.getpid()}", f"--runner={runner_name}"]
-        with theirs:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
-            )
-        self._channel: AsyncChannel[FromWorker] = AsyncChannel(ours, FromWorker)
-        self._parent_pid = os.getpid()
-        atexit.register(self._kill_at_exit)  # for programs that never call close()
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
+    def __init__(
+        self,
+        config: OmniDiffusionConfig,
+        replica_index: int,
+        runner_name: str,
+        silence_seconds: float,
+        start_silence_seconds: float,
+    ) -> None:
+        self._silence_seconds = silence_seconds
+        self._start_silence_seconds = start_silence_seconds
+        self._outcomes: asyncio.Queue[WorkerReady | StepResult | Exception] = asyncio.Queue()
+        self._has_failed = False
+        self.workers = _start_workers(config, replica_index, runner_name)
+        self._readies: dict[int, WorkerReady] = {}
+        self._results: list[deque[StepResult]] = [deque() for _ in self.workers]
+        """Of each rank, those that some other rank has not answered yet."""
+        self._silences = [0.0] * len(self.workers)
+        """Seconds since each rank was heard, as counted by `_watch`."""
+        self._tasks = [asyncio.create_task(self._listen(rank)) for rank in range(len(self.workers))]
+        self._tasks.append(asyncio.create_task(self._watch()))
 
     def send(self, message: ToWorker) -> None:
-        self._channel.send(message)
+        for worker in self.workers:
+            worker.send(message)
 
-    async def receive(self) -> Ready | Done:
-        """Raises WorkerDiedError, or ConfigError where the worker says that a setting is at fault."""
+    async def next_outcome(self) -> WorkerReady | StepResult:
+        """First of all ranks ready, then of all ranks' answers to the next plan. Raises what ended the group."""
+        outcome = await self._outcomes.get()
+        if isinstance(outcome, Exception):
+            self._outcomes.put_nowait(outcome)  # for whoever asks again, too
+            raise outcome
+        return outcome
+
+    async def kill(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(worker.kill() for worker in self.workers))
+
+    async def _listen(self, rank: int) -> None:
+        worker = self.workers[rank]
         try:
-            message = await self._channel.receive()
+            while True:
+                self._take(rank, await worker.receive())
         except EOFError:
-            raise WorkerDiedError(f"worker {self.pid} {await self._how_it_ended()}") from None
-        if not isinstance(message, Died):
-            return message
-        if message.is_config_error:
-            raise ConfigError(message.message)
-        raise WorkerDiedError(f"worker {self.pid} failed: {message.message}\n{message.traceback}")
+            # Noted before the exit code is known: the others fail in turn, and they are not the cause.
+            if self._note_failure():
+                self._outcomes.put_nowait(WorkerDiedError(f"{worker} {await worker.how_it_ended()}"))
+        except Exception as error:  # the worker's last words, or a bug of ours: whoever waits must hear of it
+            if self._note_failure():
+                self._outcomes.put_nowait(error)
 
-    async def close(self) -> None:
-        """Ask, then kill, and reap."""
-        self.send(Stop())
-        try:
-            await self._exit_code()
-        finally:
-            self.kill()
-            self._channel.close()
+    def _take(self, rank: int, message: FromWorker) -> None:
+        self._silences[rank] = 0.0
+        if isinstance(message, Ready):
+            self._readies[rank] = message.ready
+            if len(self._readies) == len(self.workers):
+                self._outcomes.put_nowait(merge_readies([self._readies[r] for r in range(len(self.workers))]))
+        elif isinstance(message, Done):
+            self._results[rank].append(message.result)
+            if all(self._results):
+                self._outcomes.put_nowait(merge_results([results.popleft() for results in self._results]))
 
-    def kill(self) -> None:
-        """End the process whatever it does, and reap it."""
-        self._process.kill()
-        self._process.wait()
-        atexit.unregister(self._kill_at_exit)
+    async def _watch(self) -> None:
+        """Fail the group when a worker is silent.
 
-    def _kill_at_exit(self) -> None:
-        if os.getpid() == self._parent_pid:  # not in a child that the program forked
-            self.kill()
-
-    async def _how_it_ended(self) -> str:
-        code = await self._exit_code()
-        if code is None:
-            return "closed its channel"
-        return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-
-    async def _exit_code(self) -> int | None:
-        """Of the process once it has ended; None when it still runs after `_STOP_SECONDS`.
-
-        Needs no thread: a program that never calls close() gets here when threads can no longer be started.
+        Looks are counted, not the clock: when this process was held up itself, the beats of that time are still
+        to be read, and it counts as one look.
         """
-        if self._process.poll() is None:
-            ended, loop = asyncio.Event(), asyncio.get_running_loop()
-            descriptor = os.pidfd_open(self._process.pid)
-            loop.add_reader(descriptor, ended.set)
-            try:
-                await asyncio.wait_for(ended.wait(), _STOP_SECONDS)
-            except TimeoutError:
-                return None
-            finally:
-                loop.remove_reader(descriptor)
-                os.close(descriptor)
-        return self._process.wait()
+        seconds = self._silence_seconds / _LOOKS_PER_SILENCE
+        while True:
+            await asyncio.sleep(seconds)
+            for rank, worker in enumerate(self.workers):
+                self._silences[rank] += seconds
+                limit = self._silence_seconds if rank in self._readies else self._start_silence_seconds
+                if self._silences[rank] >= limit and self._note_failure():
+                    self._outcomes.put_nowait(WorkerDiedError(f"{worker} has been silent for {limit:g} s"))
+
+    def _note_failure(self) -> bool:
+        """Whether this failure is the group's first: those that follow are of its making."""
+        first, self._has_failed = not self._has_failed, True
+        return first
+
+
+def _start_workers(config: OmniDiffusionConfig, replica_index: int, runner_name: str) -> list[WorkerProcess]:
+    """The processes of one replica, all loading at once."""
+    size = config.parallel.replica_size
+    prefix = f"replica {replica_index} " if config.parallel.data_parallel_size > 1 else ""
+    workers: list[WorkerProcess] = []
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(socket.create_server(("127.0.0.1", 0))) if size > 1 else None
+        for rank in range(size):
+            inherited = [store.fileno()] if store and rank == 0 else []
+            worker = WorkerProcess(f"{prefix}rank {rank}", runner_name, inherited)
+            worker.send(
+                Start(
+                    config,
+                    Place(
+                        rank=rank,
+                        replica_size=size,
+                        replica_index=replica_index,
+                        store_port=store.getsockname()[1] if store else 0,
+                        store_fd=inherited[0] if inherited else None,
+                    ),
+                )
+            )
+            workers.append(worker)
+    return workers
 
 
 class MultiprocExecutor:
-    def __init__(self, config: OmniDiffusionConfig, runner_name: str = DEFAULT_RUNNER) -> None:
-        """`runner_name`: "module:function", called in the worker with the config, returns its Runner."""
+    def __init__(
+        self,
+        config: OmniDiffusionConfig,
+        runner_name: str = DEFAULT_RUNNER,
+        *,
+        replica_index: int = 0,
+        silence_seconds: float = SILENCE_SECONDS,
+        start_silence_seconds: float = START_SILENCE_SECONDS,
+    ) -> None:
+        """`runner_name`: "module:function", called in each worker with the config and its Place, returns its Runner.
+
+        A worker of which nothing is heard for `silence_seconds` (before it is ready: `start_silence_seconds`) is dead.
+        """
         self._config = config
         self._runner_name = runner_name
-        self._workers: list[WorkerProcess] = []
+        self._replica_index = replica_index
+        self._silence_seconds = silence_seconds
+        self._start_silence_seconds = start_silence_seconds
+        self._group: WorkerGroup | None = None
 
     @property
     def worker_pids(self) -> list[int]:
-        return [worker.pid for worker in self._workers]
+        """By rank."""
+        return [worker.pid for worker in self._group.workers] if self._group else []
 
     async def start(self) -> WorkerReady:
         await self.close()
-        self._workers = [WorkerProcess(self._runner_name)]
+        self._group = WorkerGroup(
+            self._config,
+            self._replica_index,
+            self._runner_name,
+            self._silence_seconds,
+            self._start_silence_seconds,
+        )
         try:
-            for worker in self._workers:
-                worker.send(Start(self._config))
-            replies = [await worker.receive() for worker in self._workers]
+            ready = await self._group.next_outcome()
         except BaseException:
             await self.close()
             raise
-        first = replies[0]
-        assert isinstance(first, Ready)
-        return first.ready
+        assert isinstance(ready, WorkerReady), "workers get no plan before all of them are ready"
+        return ready
 
     def submit(self, plan: StepPlan) -> None:
-        for worker in self._workers:
-            worker.send(Execute(plan))
+        if self._group:
+            self._group.send(Execute(plan))
 
     def abort(self, request_ids: Sequence[str]) -> None:
-        for worker in self._workers:
-            worker.send(Abort(list(request_ids)))
+        if self._group:
+            self._group.send(Abort(list(request_ids)))
 
     async def next_result(self) -> StepResult:
-        message = await self._workers[0].receive()
-        assert isinstance(message, Done)
-        return message.result
+        assert self._group is not None, "the executor was not started"
+        result = await self._group.next_outcome()
+        assert isinstance(result, StepResult)
+        return result
 
     async def close(self) -> None:
-        workers, self._workers = self._workers, []
-        await asyncio.gather(*(worker.close() for worker in workers))
+        if group := self._group:
+            self._group = None
+            await group.kill()

@@ -15,6 +15,7 @@ import os
 import select
 import socket
 import struct
+import threading
 from collections import deque
 from typing import Any, Generic, TypeVar
 
@@ -121,15 +122,31 @@ def _receive_some(sock: socket.socket) -> tuple[bytes, list[int]]:
 
 
 class BlockingChannel(Generic[Incoming]):
-    """The worker's end. One thread may send while another receives."""
+    """The worker's end. One thread may receive while others send."""
 
     def __init__(self, sock: socket.socket, message_type: Any) -> None:
         self._sock = sock
+        self._sending = threading.Lock()
         self._reader: FrameReader[Incoming] = FrameReader(message_type)
         self._received: deque[Incoming] = deque()
 
     def send(self, message: object) -> None:
         """Raises OSError when the other end is gone."""
+        with self._sending:
+            self._send(message)
+
+    def send_if_free(self, message: object) -> None:
+        """Send a short message unless that would mean to wait for the other end. Raises OSError when it is gone."""
+        if not self._sending.acquire(blocking=False):
+            return
+        try:
+            # The kernel calls a socket writable only while most of its buffer is free.
+            if select.select([], [self._sock], [], 0)[1]:
+                self._send(message)
+        finally:
+            self._sending.release()
+
+    def _send(self, message: object) -> None:
         frame, fd = encode_frame(message)
         data = memoryview(frame)
         try:

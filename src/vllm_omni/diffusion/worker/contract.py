@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from msgspec import Struct
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.plan import StepPlan, StepResult, WorkerReady
+
+BEAT_SECONDS = 1.0
+
+
+class Place(Struct, frozen=True):
+    """Where a worker stands among the workers of the model."""
+
+    rank: int = 0
+    """Within its replica."""
+    replica_size: int = 1
+    """Workers that hold one copy of the model together."""
+    replica_index: int = 0
+    store_port: int = 0
+    """Where the ranks of a replica meet, on 127.0.0.1; a fresh one at every start, 0 for a replica of one."""
+    store_fd: int | None = None
+    """The socket that listens there, inherited by rank 0; None elsewhere and for a replica of one."""
+
+    @property
+    def device_index(self) -> int:
+        """The device of this worker, counted over the machine."""
+        return self.replica_index * self.replica_size + self.rank
 
 
 class Runner(Protocol):
@@ -22,28 +42,15 @@ class Runner(Protocol):
     def abort(self, request_ids: Sequence[str]) -> None: ...
 
 
-@dataclass(frozen=True)
-class Place:
-    """Which of the workers one is."""
-
-    rank: int = 0
-    size: int = 1
-    """Ranks of the replica."""
-    replica: int = 0
-    store_port: int = 0
-    """Where the ranks of the replica meet, on 127.0.0.1."""
-    store_fd: int | None = None
-    """Rank 0 listens there on this socket."""
-
-    @property
-    def device_index(self) -> int:
-        return self.replica * self.size + self.rank
+MakeRunner = Callable[[OmniDiffusionConfig, Place], Runner]
+"""What a worker is told to make its runner with."""
 
 
 class Start(Struct, tag=True):
     """The first message to a worker."""
 
     config: OmniDiffusionConfig
+    place: Place
 
 
 class Execute(Struct, tag=True):
@@ -54,14 +61,14 @@ class Abort(Struct, tag=True):
     request_ids: list[str]
 
 
-class Stop(Struct, tag=True):
-    """The worker ends at once: there is nothing to save."""
-
-
 class Ready(Struct, tag=True):
-    """A worker's first message, when all went well."""
+    """All went well at the start."""
 
     ready: WorkerReady
+
+
+class Beat(Struct, tag=True):
+    """The worker lives, said every `BEAT_SECONDS` from its start to its end, whatever it is doing."""
 
 
 class Done(Struct, tag=True):
@@ -76,5 +83,5 @@ class Died(Struct, tag=True):
     is_config_error: bool = False
 
 
-ToWorker = Start | Execute | Abort | Stop
-FromWorker = Ready | Done | Died
+ToWorker = Start | Execute | Abort
+FromWorker = Ready | Beat | Done | Died

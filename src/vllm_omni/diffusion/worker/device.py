@@ -10,7 +10,22 @@ from typing import Any
 
 import torch
 
+from vllm_omni.diffusion.data import DiffusionParallelConfig
+from vllm_omni.errors import ConfigError
+
 CPU, CUDA = "cpu", "cuda"
+MAX_CPU_WORKERS = 16
+"""A CPU is no fixed number of devices, but its workers share its cores."""
+
+
+def check_world_size(parallel: DiffusionParallelConfig) -> None:
+    """Raises ConfigError when this machine has fewer devices than `parallel` asks for."""
+    if torch.cuda.is_available():
+        most, devices = torch.cuda.device_count(), "this machine has {} GPUs"
+    else:
+        most, devices = MAX_CPU_WORKERS, "a CPU takes at most {} workers"
+    if parallel.world_size > most:
+        raise ConfigError(f"{parallel.written_out()} devices are too many: {devices.format(most)}")
 
 
 class Device:

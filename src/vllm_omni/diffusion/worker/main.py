@@ -1,8 +1,8 @@
 """A worker process: `python -m vllm_omni.diffusion.worker.main --socket-fd N --parent-pid P`.
 
 The parent's end of the socket is also the lifeline: when it closes, for whatever reason, the worker ends.
-The reader thread takes messages off the socket while a step runs, so an abort overtakes the plans that were
-sent before it.
+A thread of its own takes messages off the socket while a step runs, so an abort overtakes the plans that were
+sent before it, and says meanwhile that the worker lives.
 """
 
 from __future__ import annotations
@@ -15,49 +15,59 @@ import queue
 import signal
 import socket
 import threading
+import time
 import traceback
-from collections.abc import Callable
 from importlib import import_module
 from typing import NoReturn
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.plan import StepPlan
 from vllm_omni.diffusion.worker.channel import BlockingChannel
-from vllm_omni.diffusion.worker.contract import Abort, Died, Done, Execute, Ready, Runner, Start, Stop, ToWorker
+from vllm_omni.diffusion.worker.contract import (
+    BEAT_SECONDS,
+    Abort,
+    Beat,
+    Died,
+    Done,
+    Execute,
+    MakeRunner,
+    Place,
+    Ready,
+    Runner,
+    Start,
+    ToWorker,
+)
 from vllm_omni.errors import ConfigError
 
 DEFAULT_RUNNER = "vllm_omni.diffusion.worker.main:make_model_runner"
-_PARENT_CHECK_SECONDS = 1.0
 
 
-def make_model_runner(config: OmniDiffusionConfig) -> Runner:
+def make_model_runner(config: OmniDiffusionConfig, place: Place) -> Runner:
     from vllm_omni.diffusion.registry import load_model_info
     from vllm_omni.diffusion.worker.runner import ModelRunner
 
-    return ModelRunner(config, load_model_info(config.model))
+    return ModelRunner(config, load_model_info(config.model), place)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="A worker process of the engine; not for use by hand.")
     parser.add_argument("--socket-fd", type=int, required=True, help="the worker's end of the channel")
     parser.add_argument("--parent-pid", type=int, required=True, help="the worker ends when this process has")
-    parser.add_argument("--runner", default=DEFAULT_RUNNER, help="module:function that makes a Runner of a config")
+    parser.add_argument("--runner", default=DEFAULT_RUNNER, help="module:function that makes a Runner")
+    parser.add_argument("--name", default="worker", help="of this worker in its log lines")
     options = parser.parse_args(arguments)
     # The parent decides when a worker ends; a Ctrl-C or a service manager that signals the whole group must
     # not take it from a parent that is finishing its requests.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    logging.basicConfig(format="%(levelname)s %(asctime)s [worker] %(message)s")
+    logging.basicConfig(format=f"%(levelname)s %(asctime)s [{options.name}] %(message)s")
     logging.getLogger("vllm_omni").setLevel(logging.INFO)
     channel: BlockingChannel[ToWorker] = BlockingChannel(socket.socket(fileno=options.socket_fd), ToWorker)
     try:
         run_worker(channel, options.runner, options.parent_pid)
-    except (EOFError, OSError):
-        os._exit(0)  # the parent is gone
     except Exception as error:  # whatever it was, the parent must hear of it
-        died = Died(str(error), traceback.format_exc(), isinstance(error, ConfigError))
-        with contextlib.suppress(OSError):
-            channel.send(died)
+        with contextlib.suppress(OSError):  # or it is gone
+            channel.send(Died(str(error), traceback.format_exc(), isinstance(error, ConfigError)))
         os._exit(1)
 
 
@@ -65,47 +75,58 @@ def run_worker(channel: BlockingChannel[ToWorker], runner_name: str, parent_pid:
     """Load, say so, then run plans as they come."""
     start = channel.receive()
     assert isinstance(start, Start)
-    runner = _load(runner_name)(start.config)
-    plans: queue.SimpleQueue[StepPlan] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(channel, runner, plans, parent_pid), daemon=True, name="channel").start()
-    ready = runner.start()
-    channel.send(Ready(ready))
+    listener = Listener(channel, parent_pid)
+    listener.start()  # first: a rank that loads, or waits for others, must show that it lives, and end with the parent
+    runner = listener.runner = _load(runner_name)(start.config, start.place)
+    channel.send(Ready(runner.start()))
     while True:
-        result = runner.execute(plans.get())
-        channel.send(Done(result))
+        channel.send(Done(runner.execute(listener.plans.get())))
 
 
-def _load(runner_name: str) -> Callable[[OmniDiffusionConfig], Runner]:
+def _load(runner_name: str) -> MakeRunner:
     module, _, name = runner_name.partition(":")
-    make_runner: Callable[[OmniDiffusionConfig], Runner] = getattr(import_module(module), name)
+    make_runner: MakeRunner = getattr(import_module(module), name)
     return make_runner
 
 
-def _read(
-    channel: BlockingChannel[ToWorker], runner: Runner, plans: queue.SimpleQueue[StepPlan], parent_pid: int
-) -> None:
-    """The reader thread. Ends the process when the parent asks for it or is gone."""
-    try:
+class Listener(threading.Thread):
+    """Takes the parent's messages off the channel and sends Beats; ends the process when the parent is gone."""
+
+    def __init__(self, channel: BlockingChannel[ToWorker], parent_pid: int) -> None:
+        super().__init__(daemon=True, name="channel")
+        self.plans: queue.SimpleQueue[StepPlan] = queue.SimpleQueue()
+        self.runner: Runner | None = None
+        self._channel = channel
+        self._parent_pid = parent_pid
+
+    def run(self) -> None:
+        try:
+            self._listen()
+        except (EOFError, OSError):
+            os._exit(0)
+        except BaseException:  # without this thread the worker would be deaf
+            traceback.print_exc()
+            os._exit(1)
+
+    def _listen(self) -> NoReturn:
+        beat_at = time.monotonic()
         while True:
-            try:
-                message = channel.receive(timeout=_PARENT_CHECK_SECONDS)
-            except TimeoutError:
+            if (now := time.monotonic()) >= beat_at:
                 # A child that the parent forked may hold a copy of its end of the socket open.
-                if os.getppid() != parent_pid:
+                if os.getppid() != self._parent_pid:
                     os._exit(0)
-                continue
-            if isinstance(message, Execute):
-                plans.put(message.plan)
-            elif isinstance(message, Abort):
-                runner.abort(message.request_ids)
-            else:
-                assert isinstance(message, Stop)
-                os._exit(0)
-    except (EOFError, OSError):
-        os._exit(0)
-    except BaseException:  # without this thread the worker would be deaf
-        traceback.print_exc()
-        os._exit(1)
+                self._channel.send_if_free(Beat())
+                beat_at = now + BEAT_SECONDS
+            with contextlib.suppress(TimeoutError):
+                self._take(self._channel.receive(timeout=beat_at - now))
+
+    def _take(self, message: ToWorker) -> None:
+        if isinstance(message, Execute):
+            self.plans.put(message.plan)
+        else:
+            assert isinstance(message, Abort)
+            assert self.runner is not None, "aborts follow plans, and plans follow Ready"
+            self.runner.abort(message.request_ids)
 
 
 if __name__ == "__main__":

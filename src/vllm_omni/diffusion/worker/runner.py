@@ -54,7 +54,7 @@ class ModelRunner:
         dtype = self._device.dtype(self._config.dtype)
         if (num_processes := self._config.parallel.world_size) > 1:
             self._device.share_threads(num_processes)
-        if self._place.size > 1:
+        if self._place.replica_size > 1:
             self._ranks = Ranks(connect(self._config.parallel, self._place, self._device))
         cls: type[BasePipeline[Any]] = import_module(
             f"vllm_omni.diffusion.models.{self._info.family}.pipeline"

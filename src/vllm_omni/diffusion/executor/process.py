@@ -1,0 +1,112 @@
+"""A worker process, seen from its parent."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from vllm_omni.diffusion.worker.channel import AsyncChannel
+from vllm_omni.diffusion.worker.contract import Died, FromWorker, ToWorker
+from vllm_omni.errors import ConfigError, WorkerDiedError
+
+logger = logging.getLogger(__name__)
+
+_LAST_WORDS_SECONDS = 1.0
+"""How long a process whose channel is closed may take to end, so that its exit code can be told."""
+_KILL_SECONDS = 5.0
+"""How long a killed process is waited for: a device driver may hold it."""
+
+
+class WorkerProcess:
+    """One worker process and the channel to it. Made on a running event loop."""
+
+    def __init__(self, name: str, runner_name: str, inherited_fds: Sequence[int] = ()) -> None:
+        """`name`: in messages and log lines. `inherited_fds`: open in the worker under the same numbers."""
+        ours, theirs = socket.socketpair()
+        # Not by fork, nor by importing the user's script again: an interpreter of its own. `-P`: what lies in
+        # the current folder is no part of it. Its own session: a terminal's Ctrl-C goes to the parent alone.
+        command = [sys.executable, "-P", "-m", "vllm_omni.diffusion.worker.main", f"--socket-fd={theirs.fileno()}"]
+        command += [f"--parent-pid={os.getpid()}", f"--runner={runner_name}", f"--name={name}"]
+        with theirs:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno(), *inherited_fds],
+                start_new_session=True,
+            )
+        self._name = name
+        self._channel: AsyncChannel[FromWorker] = AsyncChannel(ours, FromWorker)
+        self._parent_pid = os.getpid()
+        atexit.register(self._kill_at_exit)  # for programs that never call close()
+
+    def __str__(self) -> str:
+        return f"{self._name} (pid {self.pid})"
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, message: ToWorker) -> None:
+        self._channel.send(message)
+
+    async def receive(self) -> FromWorker:
+        """The next message. Raises EOFError when the worker is gone; `how_it_ended` then says how.
+
+        Raises WorkerDiedError when it says that it dies, ConfigError when it says that a setting is at fault.
+        """
+        message = await self._channel.receive()
+        if not isinstance(message, Died):
+            return message
+        if message.is_config_error:
+            raise ConfigError(message.message)
+        raise WorkerDiedError(f"{self} failed: {message.message}\n{message.traceback}")
+
+    async def how_it_ended(self) -> str:
+        """For a worker whose channel is closed: what became of its process."""
+        if not await self._ended_within(_LAST_WORDS_SECONDS):
+            return "closed its channel"
+        code = self._process.wait()
+        return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+
+    async def kill(self) -> None:
+        """End the process whatever it does, and reap it: a worker has nothing to save."""
+        self._process.kill()
+        self._channel.close()
+        atexit.unregister(self._kill_at_exit)
+        if await self._ended_within(_KILL_SECONDS):
+            self._process.wait()
+        else:
+            logger.error("%s was killed and does not end", self)
+
+    def _kill_at_exit(self) -> None:
+        if os.getpid() == self._parent_pid:  # not in a child that the program forked
+            self._process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_KILL_SECONDS)
+
+    async def _ended_within(self, seconds: float) -> bool:
+        """Whether the process ends within `seconds`.
+
+        Needs no thread: a program that never calls close() gets here when threads can no longer be started.
+        """
+        if self._process.poll() is not None:
+            return True
+        ended, loop = asyncio.Event(), asyncio.get_running_loop()
+        descriptor = os.pidfd_open(self._process.pid)
+        loop.add_reader(descriptor, ended.set)
+        try:
+            async with asyncio.timeout(seconds):
+                await ended.wait()
+        except TimeoutError:
+            return False
+        finally:
+            loop.remove_reader(descriptor)
+            os.close(descriptor)
+        return True

@@ -1,0 +1,98 @@
+"""Runners that misbehave, for worker processes of tests, and how such processes are watched."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.fakes import FakeRunner
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.executor import Executor
+from vllm_omni.diffusion.executor.multiproc import MultiprocExecutor
+from vllm_omni.diffusion.plan import StepPlan, StepResult, WorkerReady
+from vllm_omni.diffusion.worker.contract import Place
+from vllm_omni.errors import ConfigError
+
+ROOT = Path(__file__).parents[3]
+GUARD_SECONDS = 60.0
+
+
+class BrokenStart(FakeRunner):
+    def start(self) -> WorkerReady:
+        raise RuntimeError("the weights are on fire")
+
+
+class WrongConfig(FakeRunner):
+    def start(self) -> WorkerReady:
+        raise ConfigError("--dtype float16: not on this device")
+
+
+class ExitsInStart(FakeRunner):
+    def start(self) -> WorkerReady:
+        os._exit(3)
+
+
+class BrokenStep(FakeRunner):
+    def execute(self, plan: StepPlan) -> StepResult:
+        raise RuntimeError("the device is gone")
+
+
+class Gated(FakeRunner):
+    """A step with an id in `denoise` runs until that id is aborted."""
+
+    def __init__(self, config: OmniDiffusionConfig, place: Place | None = None) -> None:
+        super().__init__(config, place)
+        self._aborted_any = threading.Event()
+
+    def abort(self, request_ids: Any) -> None:
+        super().abort(request_ids)
+        self._aborted_any.set()
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        if plan.denoise:
+            assert self._aborted_any.wait(GUARD_SECONDS)
+        return super().execute(plan)
+
+
+class Endless(FakeRunner):
+    """A step that nothing but a kill ends, though the interpreter lives."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        threading.Event().wait()
+        raise AssertionError
+
+
+def name_of(runner: type[FakeRunner]) -> str:
+    return f"{runner.__module__}:{runner.__name__}"
+
+
+@asynccontextmanager
+async def closing(executor: Executor) -> AsyncIterator[Executor]:
+    async with asyncio.timeout(GUARD_SECONDS):
+        try:
+            yield executor
+        finally:
+            await executor.close()
+            if isinstance(executor, MultiprocExecutor):
+                assert executor.worker_pids == []
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = GUARD_SECONDS) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.01)
