@@ -55,7 +55,8 @@ def describe(path: Path) -> ModelInfo:
     refuse_unsupported(transformer)
     _refuse_scheduler(_read_config(path, "scheduler", "scheduler_config.json"))
     vae_scale = 2 ** len(vae.get("temperal_downsample", (False, True, True)))
-    width = transformer.get("num_attention_heads", 24) * transformer.get("attention_head_dim", 128)
+    num_heads = transformer.get("num_attention_heads", 24)
+    width = num_heads * transformer.get("attention_head_dim", 128)
     defaults = {
         "height": DEFAULT_LATENT_SIDE * vae_scale,
         "width": DEFAULT_LATENT_SIDE * vae_scale,
@@ -72,6 +73,7 @@ def describe(path: Path) -> ModelInfo:
         count_prompt_tokens=PromptTokenCounter(path / "tokenizer"),
         # A token costs 24 width² in a block's linear layers and 4 width n in attention over n tokens.
         attention_tokens=6.0 * width,
+        num_heads=num_heads,
         default_sampling_params=defaults | read_default_sampling_params(path),
     )
 
