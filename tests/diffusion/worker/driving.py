@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_omni.diffusion.plan import ItemError, StepPlan
+from vllm_omni.diffusion.plan import ItemError, StepPlan, StepResult
 from vllm_omni.diffusion.request import DiffusionRequest, RequestCost
 from vllm_omni.diffusion.worker.runner import ModelRunner
 
@@ -38,11 +38,17 @@ class Drive:
     """Runs requests to their ends; `images`, `previews` (a list each) and `errors` by request id."""
 
     def __init__(
-        self, runner: ModelRunner, place: Callable[[int, Mapping[str, int]], dict[str, list[int]]] | None = None
+        self,
+        runner: ModelRunner,
+        place: Callable[[int, Mapping[str, int]], dict[str, list[int]]] | None = None,
+        merge: Callable[[StepResult], StepResult] | None = None,
     ) -> None:
-        """`place`: from the step's number and the guidance branches of its requests to the placement of the step."""
+        """`place`: from the step's number and the guidance branches of its requests to the placement of the step.
+        `merge`: from the result of one rank to that of all.
+        """
         self.runner = runner
         self._place = place or (lambda step_id, branches: {})
+        self._merge = merge or (lambda result: result)
         self.images: dict[str, np.ndarray] = {}
         self.previews: dict[str, list[np.ndarray]] = {}
         self.errors: dict[str, ItemError] = {}
@@ -68,7 +74,7 @@ class Drive:
                 preview=[i for i in denoise if steps[i] + 1 in requests[i].preview_steps],
                 release=release,
             )
-            result = self.runner.execute(plan)
+            result = self._merge(self.runner.execute(plan))
             self.images |= result.images
             self.errors |= result.errors
             self.pack_sizes.append(result.num_sequences)
@@ -78,8 +84,7 @@ class Drive:
                 steps[request_id] += 1
             fresh = plan.encode
             steps |= {i: 0 for i in fresh if i not in result.errors}
-            # Pictures that another rank decoded are done, too.
-            release = [*(i for i in plan.decode if i not in result.errors), *result.errors]
+            release = [*result.images, *result.errors]
             for request_id in release:
                 steps.pop(request_id, None)
             if not steps and not release and step_id >= max(arrivals):

@@ -14,13 +14,11 @@ import torch
 
 from tests.diffusion.distributed.ranks import run_places
 from tests.diffusion.worker.driving import Drive, make_request, psnr
+from tests.diffusion.worker.replica import merging, started
 from tests.tiny_models import build_tiny_qwen_image
-from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
-from vllm_omni.diffusion.registry import load_model_info
+from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.request import DiffusionRequest
-from vllm_omni.diffusion.worker import warmup
 from vllm_omni.diffusion.worker.contract import Place
-from vllm_omni.diffusion.worker.runner import ModelRunner
 
 ARRIVALS: dict[int, list[DiffusionRequest]] = {
     0: [
@@ -35,12 +33,10 @@ ARRIVALS: dict[int, list[DiffusionRequest]] = {
 def draw(
     place: Place, parallel: DiffusionParallelConfig, path: Path, moving: bool = False
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The pictures that this rank decodes, and the errors; `moving`: another placement in every step."""
-    config = OmniDiffusionConfig(model=str(path), parallel=parallel)
-    runner = ModelRunner(config, load_model_info(str(path)), place)
-    runner.start()
-    groups = parallel.cfg_parallel_size
-    drive = Drive(runner, partial(placed_at_random if moving else placed_in_turn, groups)).run(ARRIVALS)
+    """Pictures and previews by id, and the errors; `moving`: another placement in every step."""
+    runner = started(place, parallel, path)
+    placed = partial(placed_at_random if moving else placed_in_turn, parallel.cfg_parallel_size)
+    drive = Drive(runner, placed, merging(runner)).run(ARRIVALS)
     previews = {f"{request_id}/preview": images[0] for request_id, images in drive.previews.items()}
     return drive.images | previews, drive.errors
 
@@ -52,14 +48,6 @@ def placed_in_turn(groups: int, step_id: int, branches: Mapping[str, int]) -> di
 def placed_at_random(groups: int, step_id: int, branches: Mapping[str, int]) -> dict[str, list[int]]:
     dice = random.Random(step_id)  # the same on all ranks
     return {i: [dice.randrange(groups) for _ in range(count)] for i, count in branches.items()}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_warm_up() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(warmup, "BUDGET_SECONDS", 0.0)
-        patch.setattr(warmup, "MIN_SAMPLES", 1)
-        yield
 
 
 class Reference:
@@ -89,17 +77,13 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 
 
 def check(reference: Reference, heads: int, parallel: DiffusionParallelConfig, moving: bool = False) -> None:
-    results = run_places(draw, parallel, parallel, reference.path(heads), moving)
     wanted = reference.pictures(heads)
-    drawn: dict[str, np.ndarray] = {}
-    for pictures, errors in results:
+    for drawn, errors in run_places(draw, parallel, parallel, reference.path(heads), moving):
         assert not errors
-        assert not set(pictures) & set(drawn), "each picture is decoded once"
-        drawn |= pictures
-    assert set(drawn) == set(wanted)
-    for request_id, picture in wanted.items():
-        assert picture.std() > 2, "a flat picture proves nothing"
-        assert psnr(drawn[request_id], picture) >= 60
+        assert set(drawn) == set(wanted)
+        for request_id, picture in wanted.items():
+            assert picture.std() > 2, "a flat picture proves nothing"
+            assert psnr(drawn[request_id], picture) >= 60
 
 
 LAYOUTS = [
