@@ -29,7 +29,8 @@ from tests.diffusion.executor.workers import (
     wait_until,
 )
 from tests.fakes import FakeRunner, fake_image, make_config, make_request
-from vllm_omni.diffusion.engine import DiffusionEngine, Finished
+from vllm_omni.diffusion.engine import DiffusionEngine
+from vllm_omni.diffusion.events import Finished
 from vllm_omni.diffusion.executor import Executor
 from vllm_omni.diffusion.executor.inline import InlineExecutor
 from vllm_omni.diffusion.executor.multiproc import MultiprocExecutor
