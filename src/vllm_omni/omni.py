@@ -172,7 +172,11 @@ class AsyncOmni:
         """Load the weights, warm up, begin to serve. Raises ConfigError or WorkerDiedError with the reason."""
         # The tokenizer's first use imports and loads for seconds: now, and not in the first request.
         warm_tokenizer = asyncio.to_thread(self.info.count_prompt_tokens, "")
-        ready, _ = await asyncio.gather(self._engine.start(), warm_tokenizer)
+        if self.config.distributed_executor_backend == "uni":
+            await warm_tokenizer  # two threads that import the same libraries at once find some of them half imported
+            ready = await self._engine.start()
+        else:
+            ready, _ = await asyncio.gather(self._engine.start(), warm_tokenizer)
         self.ready = ready
         self._intake = Intake(self.config, self.info, ready)
 

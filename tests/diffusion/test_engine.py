@@ -337,6 +337,7 @@ async def test_too_many_deaths_fail_everything() -> None:
         events = await read_until_done(engine.add([now_request("a"), now_request("b")]), 2)
         assert failures(events) == {"a": GenerationError, "b": GenerationError}
         assert executor.num_starts == 3
+        await until(lambda: executor.closed)
         assert (engine.status().state, engine.status().healthy) == ("failed", False)
         with pytest.raises(UnavailableError) as unavailable:
             engine.add([now_request("late")])

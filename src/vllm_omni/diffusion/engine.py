@@ -218,13 +218,15 @@ class DiffusionEngine:
                     await self._run_steps()
                 except WorkerDiedError as error:
                     await self._restart(error)
-        except WorkerDiedError as error:
-            logger.error("giving up: %s", error)
-            self._give_up(GenerationError("the device failed too often"))
+        except WorkerDiedError:
+            most = self._config.max_worker_restarts
+            logger.error(
+                "giving up: %d deaths within ten minutes, --max-worker-restarts is %d", len(self._deaths), most
+            )
+            await self._give_up(GenerationError("the device failed too often"))
         except Exception:  # a bug of ours: whoever waits must hear of it, whatever it is
             logger.exception("the engine's loop failed")
-            self._give_up(GenerationError("the engine failed"))
-            await self._executor.close()
+            await self._give_up(GenerationError("the engine failed"))
 
     async def _run_steps(self) -> None:
         """Schedule, execute, update, until a worker dies. The next plan is sent before the last one is done."""
@@ -372,9 +374,10 @@ class DiffusionEngine:
         if not self._tracked:
             self._idle.set()
 
-    def _give_up(self, error: RequestError) -> None:
+    async def _give_up(self, error: RequestError) -> None:
         self._state = "failed"
         self._fail_all(error)
+        await self._executor.close()
 
     def _fail_all(self, error: RequestError) -> None:
         if self._scheduler is not None:
