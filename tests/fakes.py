@@ -96,6 +96,7 @@ class FakeRunner:
         ready: WorkerReady | None = None,
         errors: Callable[[str, str, int], ItemError | None] | None = None,
     ) -> None:
+        self.config = config or make_config()
         self.place = place or Place()
         self._ready = ready or make_ready()
         self._errors = errors or (lambda request_id, phase, step: None)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -24,6 +26,7 @@ from vllm_omni.errors import (
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.outputs import OmniRequestOutput
 
+ROOT = Path(__file__).parents[1]
 SMALL = OmniDiffusionSamplingParams(height=32, width=48, num_inference_steps=3, seed=5)
 
 
@@ -189,3 +192,33 @@ def test_a_script_without_guard_and_close_ends_by_itself(backend: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (0, "(64, 64)\n"), done.stderr
     assert "Traceback" not in done.stderr, done.stderr
+
+
+MANY_WORKERS = """
+import sys
+from unittest.mock import patch
+from vllm_omni import Omni
+from vllm_omni.diffusion.data import DiffusionParallelConfig
+from vllm_omni.diffusion.executor.multiproc import MultiprocExecutor
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+
+def make_executor(config, info, replica_index):
+    return MultiprocExecutor(config, "tests.fakes:FakeRunner", replica_index=replica_index)
+
+with patch("vllm_omni.omni.make_executor", make_executor):
+    omni = Omni(model="demo", parallel_config=DiffusionParallelConfig(ulysses_degree=2, data_parallel_size=2))
+params = OmniDiffusionSamplingParams(num_inference_steps=2, seed=1, num_outputs_per_prompt=4)
+print(len(omni.generate("red apple", params)[0].images))
+print(*[pid for engine in omni._async._engine._engines for pid in engine._executor.worker_pids])
+"""
+
+
+def test_a_script_with_many_workers_ends_by_itself_and_leaves_nothing() -> None:
+    command = [sys.executable, "-W", "error::ResourceWarning", "-c", MANY_WORKERS]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    num_pictures, *pids = done.stdout.split()
+    assert (num_pictures, len(pids)) == ("4", 4)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)

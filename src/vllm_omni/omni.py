@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,20 +19,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
-from vllm_omni.diffusion.engine import (
-    DiffusionEngine,
-    EngineEvent,
-    EngineObserver,
-    EngineStatus,
-    Failed,
-    Finished,
-    NullObserver,
-    Preview,
-)
+from vllm_omni.diffusion.engine import DiffusionEngine
+from vllm_omni.diffusion.events import EngineEvent, EngineObserver, EngineStatus, Failed, Finished, Preview
 from vllm_omni.diffusion.executor import make_executor
 from vllm_omni.diffusion.intake import Intake, check_default_sampling_params
 from vllm_omni.diffusion.plan import WorkerReady
 from vllm_omni.diffusion.registry import load_model_info
+from vllm_omni.diffusion.replicas import Replicas
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.errors import ConfigError, InvalidRequestError, UnavailableError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, PromptLike, parse_prompt
@@ -168,14 +162,22 @@ class AsyncOmni:
         check_default_sampling_params(self.config, self.info)
         self.ready: WorkerReady | None = None
         self._intake: Intake | None = None
-        self._engine = DiffusionEngine(self.config, make_executor(self.config, self.info), observer or NullObserver())
+        self._engine: DiffusionEngine | Replicas
+        if self.config.parallel.data_parallel_size == 1:
+            self._engine = DiffusionEngine(self.config, make_executor(self.config, self.info), observer)
+        else:
+            self._engine = Replicas(self.config, partial(make_executor, self.config, self.info), observer)
         self._jobs: dict[str, Job] = {}
 
     async def start(self) -> None:
         """Load the weights, warm up, begin to serve. Raises ConfigError or WorkerDiedError with the reason."""
         # The tokenizer's first use imports and loads for seconds: now, and not in the first request.
         warm_tokenizer = asyncio.to_thread(self.info.count_prompt_tokens, "")
-        ready, _ = await asyncio.gather(self._engine.start(), warm_tokenizer)
+        if self.config.distributed_executor_backend == "uni":
+            await warm_tokenizer  # two threads that import the same libraries at once find some of them half imported
+            ready = await self._engine.start()
+        else:
+            ready, _ = await asyncio.gather(self._engine.start(), warm_tokenizer)
         self.ready = ready
         self._intake = Intake(self.config, self.info, ready)
 

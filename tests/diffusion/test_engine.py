@@ -13,16 +13,9 @@ import numpy as np
 import pytest
 
 from tests.fakes import FakeExecutor, FakeRunner, fake_image, make_config, make_ready, make_request
-from vllm_omni.diffusion.engine import (
-    DiffusionEngine,
-    EngineEvent,
-    Failed,
-    Finished,
-    NullObserver,
-    Preview,
-    StepDone,
-)
-from vllm_omni.diffusion.plan import ItemError, StepPlan, StepResult
+from vllm_omni.diffusion.engine import DiffusionEngine
+from vllm_omni.diffusion.events import EngineEvent, Failed, Finished, NullObserver, Preview, StepDone
+from vllm_omni.diffusion.plan import ItemError, StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.errors import (
     ConfigError,
@@ -344,6 +337,7 @@ async def test_too_many_deaths_fail_everything() -> None:
         events = await read_until_done(engine.add([now_request("a"), now_request("b")]), 2)
         assert failures(events) == {"a": GenerationError, "b": GenerationError}
         assert executor.num_starts == 3
+        await until(lambda: executor.closed)
         assert (engine.status().state, engine.status().healthy) == ("failed", False)
         with pytest.raises(UnavailableError) as unavailable:
             engine.add([now_request("late")])
@@ -436,13 +430,41 @@ async def test_close_while_restarting() -> None:
         assert failures(iter_nowait(events)) == {"r": UnavailableError}
 
 
-async def test_a_step_that_is_overdue_is_unhealthy(monkeypatch: pytest.MonkeyPatch) -> None:
+class HangsInFirstLife(FakeExecutor):
+    async def start(self) -> WorkerReady:
+        self._hold = self.num_starts == 0
+        return await super().start()
+
+
+async def test_workers_whose_step_is_overdue_are_replaced() -> None:
+    executor, observer = HangsInFirstLife(), Recorder()
+    # Restarts are for ever: a slow machine may make a live step overdue, too.
+    engine = DiffusionEngine(
+        make_config(max_worker_restarts=10**6), executor, observer, restart_backoff_seconds=0.0, stall_seconds=0.3
+    )
+    async with asyncio.timeout(GUARD_SECONDS):
+        await engine.start()
+        requests = [now_request("a", seed=1), now_request("b", seed=2)]
+        events = await read_until_done(engine.add(requests), 2)
+        await engine.close()
+    assert observer.restarts
+    pictures = {event.request_id: event.image for event in events if isinstance(event, Finished)}
+    assert all(np.array_equal(pictures[request.request_id], fake_image(request)) for request in requests)
+
+
+@pytest.mark.parametrize("settings", [{"stall_seconds": 1e6}, {"stall_seconds": 0.0, "stall_factor": 1e6}])
+async def test_a_step_within_either_limit_is_left_alone(settings: dict[str, float]) -> None:
+    """And no step is overdue while there is none."""
     executor = FakeExecutor(hold=True)
-    async with running_engine(executor) as engine:
-        engine.add([now_request()])
-        await until(lambda: executor.num_plans > 0)
-        assert engine.status().healthy
-        late = time.monotonic() + 31
-        with monkeypatch.context() as patch:
-            patch.setattr("vllm_omni.diffusion.engine.time.monotonic", lambda: late)
-            assert not engine.status().healthy
+    engine = DiffusionEngine(make_config(), executor, **settings)
+    async with asyncio.timeout(GUARD_SECONDS):
+        await engine.start()
+        events = engine.add([now_request(steps=2)])
+        for number in range(4):
+            await until(lambda n=number: executor.num_plans > n)
+            await asyncio.sleep(0.01)  # longer than the estimate of the step
+            assert engine.status().healthy
+            assert executor.num_starts == 1
+            executor.release_results()
+        await read_until_done(events)
+        await engine.close()

@@ -13,11 +13,22 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.events import (
+    EngineEvent,
+    EngineObserver,
+    EngineStatus,
+    Failed,
+    Finished,
+    NullObserver,
+    Preview,
+    StepDone,
+    telling_of_rejects,
+)
 from vllm_omni.diffusion.executor.base import Executor
 from vllm_omni.diffusion.plan import ItemError, StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.request import DiffusionRequest
@@ -26,7 +37,6 @@ from vllm_omni.errors import (
     ConfigError,
     GenerationError,
     InvalidRequestError,
-    QueueFullError,
     RequestAbortedError,
     RequestError,
     UnavailableError,
@@ -40,76 +50,10 @@ _SEND_AHEAD_SHARE = 0.2
 """The next plan is sent when this share of the running one is left (and `_SEND_AHEAD_SECONDS` more): early
 enough that the device never waits, late enough that a request that arrives meanwhile is in it."""
 _SEND_AHEAD_SECONDS = 0.01
-_STALL_SECONDS = 30.0
-_STALL_FACTOR = 10.0
-"""A step that takes longer than both of these (the second times its estimate) is a sign of a hung device."""
-
-
-@dataclass(frozen=True)
-class StepDone:
-    request_id: str
-    step: int
-    """Denoising steps done."""
-
-
-@dataclass(frozen=True)
-class Preview:
-    request_id: str
-    step: int
-    image: np.ndarray
-    """uint8 [height, width, 3]."""
-
-
-@dataclass(frozen=True)
-class Finished:
-    request_id: str
-    image: np.ndarray
-    """uint8 [height, width, 3]."""
-    timings: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Failed:
-    request_id: str
-    error: RequestError
-
-
-EngineEvent = StepDone | Preview | Finished | Failed
-
-
-@dataclass(frozen=True)
-class EngineStatus:
-    state: str
-    """starting | running | restarting | draining | stopped | failed"""
-    num_running: int
-    num_waiting: int
-    queue_seconds: float
-    healthy: bool
-    """Workers live, and the running step is not overdue."""
-
-
-class EngineObserver(Protocol):
-    """Told what happens; metrics hang here."""
-
-    def on_step(self, plan: StepPlan, result: StepResult, seconds: float) -> None: ...
-
-    def on_finish(self, request: DiffusionRequest, timings: dict[str, float], outcome: str) -> None:
-        """`outcome`: completed | aborted | failed."""
-
-    def on_reject(self, reason: str) -> None:
-        """`reason`: queue_full | unavailable."""
-
-    def on_worker_restart(self, num_replayed: int) -> None: ...
-
-
-class NullObserver:
-    def on_step(self, plan: StepPlan, result: StepResult, seconds: float) -> None: ...
-
-    def on_finish(self, request: DiffusionRequest, timings: dict[str, float], outcome: str) -> None: ...
-
-    def on_reject(self, reason: str) -> None: ...
-
-    def on_worker_restart(self, num_replayed: int) -> None: ...
+STALL_SECONDS = 300.0
+STALL_FACTOR = 30.0
+"""A step that takes longer than both of these (the second times its estimate) hangs. Far beyond what a live one takes:
+a false alarm costs all requests their work so far, and again when they are replayed."""
 
 
 @dataclass
@@ -143,11 +87,16 @@ class DiffusionEngine:
         observer: EngineObserver | None = None,
         *,
         restart_backoff_seconds: float = 0.5,
+        stall_seconds: float = STALL_SECONDS,
+        stall_factor: float = STALL_FACTOR,
     ) -> None:
+        """A step that takes longer than `stall_seconds` and `stall_factor` times its estimate ends its workers."""
         self._config = config
         self._executor = executor
         self._observer: EngineObserver = observer or NullObserver()
         self._restart_backoff_seconds = restart_backoff_seconds
+        self._stall_seconds = stall_seconds
+        self._stall_factor = stall_factor
         self._state = "starting"
         self._draining = False
         self._load_seconds = 1.0
@@ -157,6 +106,8 @@ class DiffusionEngine:
         """When the oldest submitted plan began to run, as far as can be seen from here."""
         self._send_at = 0.0
         """When the plan after it is due to be sent."""
+        self._overdue_at = 0.0
+        """When the workers that run it are taken for hung."""
         self._deaths: deque[float] = deque()
         self._wakeup = asyncio.Event()
         self._idle = asyncio.Event()
@@ -180,21 +131,28 @@ class DiffusionEngine:
         self._task = asyncio.create_task(self._run(), name="diffusion-engine")
         return ready
 
-    def add(self, requests: Sequence[DiffusionRequest]) -> asyncio.Queue[EngineEvent]:
-        """Queue all of `requests`, or none; their events come by the queue that is returned.
+    def check_open(self) -> None:
+        """Raise UnavailableError unless requests are taken."""
+        if self._draining or self._state not in ("running", "restarting"):
+            raise UnavailableError(f"the engine is {self.status().state}", retry_after=self._retry_after())
+
+    def check(self, requests: Sequence[DiffusionRequest]) -> None:
+        """Raise what `add` would raise for `requests`, and add nothing."""
+        self.check_open()
+        self._live_scheduler.check(requests)
+
+    def add(
+        self, requests: Sequence[DiffusionRequest], events: asyncio.Queue[EngineEvent] | None = None
+    ) -> asyncio.Queue[EngineEvent]:
+        """Queue all of `requests`, or none; their events come by `events`, or by the new queue that is returned.
 
         Each request's last event is Finished or Failed. Raises QueueFullError and UnavailableError, both with
         `retry_after` in seconds, and InvalidRequestError for an id that is in use.
         """
-        if self._draining or self._state not in ("running", "restarting"):
-            self._observer.on_reject("unavailable")
-            raise UnavailableError(f"the engine is {self.status().state}", retry_after=self._retry_after())
-        try:
+        with telling_of_rejects(self._observer):
+            self.check_open()
             self._live_scheduler.add(requests)
-        except QueueFullError:
-            self._observer.on_reject("queue_full")
-            raise
-        events: asyncio.Queue[EngineEvent] = asyncio.Queue()
+        events = asyncio.Queue() if events is None else events
         for request in requests:
             self._tracked[request.request_id] = _Tracked(request, events)
             self._idle.clear()
@@ -214,7 +172,7 @@ class DiffusionEngine:
 
     def status(self) -> EngineStatus:
         scheduler, state = self._scheduler, self._state
-        healthy = state == "running" and not self._is_overdue()
+        healthy = state == "running"
         if self._draining and state in ("running", "restarting"):
             state = "draining"
         if scheduler is None:
@@ -223,7 +181,12 @@ class DiffusionEngine:
 
     def eta_seconds(self, requests: Sequence[DiffusionRequest]) -> float:
         """Estimated time until the last of `requests` is done, be they here or about to be added."""
-        return self._live_scheduler.eta_seconds(requests)
+        restart = self._load_seconds if self._state == "restarting" else 0.0
+        return restart + self._live_scheduler.eta_seconds(requests)
+
+    def holds(self, request_id: str) -> bool:
+        """Whether a request of this id has come and not ended."""
+        return request_id in self._tracked
 
     def begin_drain(self) -> None:
         """Take no new work from now on."""
@@ -255,13 +218,15 @@ class DiffusionEngine:
                     await self._run_steps()
                 except WorkerDiedError as error:
                     await self._restart(error)
-        except WorkerDiedError as error:
-            logger.error("giving up: %s", error)
-            self._give_up(GenerationError("the device failed too often"))
+        except WorkerDiedError:
+            most = self._config.max_worker_restarts
+            logger.error(
+                "giving up: %d deaths within ten minutes, --max-worker-restarts is %d", len(self._deaths), most
+            )
+            await self._give_up(GenerationError("the device failed too often"))
         except Exception:  # a bug of ours: whoever waits must hear of it, whatever it is
             logger.exception("the engine's loop failed")
-            self._give_up(GenerationError("the engine failed"))
-            await self._executor.close()
+            await self._give_up(GenerationError("the engine failed"))
 
     async def _run_steps(self) -> None:
         """Schedule, execute, update, until a worker dies. The next plan is sent before the last one is done."""
@@ -277,6 +242,9 @@ class DiffusionEngine:
                 if result.done():
                     self._update(result.result())
                     result = asyncio.ensure_future(executor.next_result())
+                elif self._submitted and time.monotonic() >= self._overdue_at:
+                    seconds, estimate = time.monotonic() - self._step_began, scheduler.plan_seconds
+                    raise WorkerDiedError(f"a step has taken {seconds:.1f} s so far, {estimate:.1f} s were expected")
         finally:
             result.cancel()
 
@@ -287,9 +255,12 @@ class DiffusionEngine:
         return len(self._submitted) < MAX_PLANS_UNDER_WAY and time.monotonic() >= self._send_at
 
     async def _wait(self, result: asyncio.Future[StepResult]) -> None:
-        """For a result, a call of `add` or `abort`, or the time to send the next plan."""
-        ahead = self._send_at - time.monotonic()
-        timeout = ahead if len(self._submitted) == 1 and ahead > 0 else None
+        """For a result, a call of `add` or `abort`, the time to send the next plan, or a step that is overdue."""
+        timeout = None
+        if self._submitted:
+            now = time.monotonic()
+            sends_next = len(self._submitted) == 1 and self._send_at > now
+            timeout = (self._send_at if sends_next else max(self._overdue_at, now)) - now
         woken = asyncio.ensure_future(self._wakeup.wait())
         either: set[asyncio.Future[Any]] = {result, woken}
         try:
@@ -305,8 +276,9 @@ class DiffusionEngine:
     def _note_begin(self) -> None:
         """The oldest submitted plan begins to run now."""
         now = self._step_began = time.monotonic()
-        ahead = _SEND_AHEAD_SHARE * self._live_scheduler.plan_seconds + _SEND_AHEAD_SECONDS
-        self._send_at = now + self._live_scheduler.plan_seconds - ahead
+        estimate = self._live_scheduler.plan_seconds
+        self._send_at = now + (1 - _SEND_AHEAD_SHARE) * estimate - _SEND_AHEAD_SECONDS
+        self._overdue_at = now + max(self._stall_seconds, self._stall_factor * estimate)
         for request_id in self._submitted[0].encode:
             if (tracked := self._tracked.get(request_id)) and tracked.started is None:
                 tracked.started = now
@@ -402,21 +374,16 @@ class DiffusionEngine:
         if not self._tracked:
             self._idle.set()
 
-    def _give_up(self, error: RequestError) -> None:
+    async def _give_up(self, error: RequestError) -> None:
         self._state = "failed"
         self._fail_all(error)
+        await self._executor.close()
 
     def _fail_all(self, error: RequestError) -> None:
         if self._scheduler is not None:
             self._scheduler.abort(list(self._tracked))
         for request_id in list(self._tracked):
             self._end(request_id, error)
-
-    def _is_overdue(self) -> bool:
-        if not self._submitted:
-            return False
-        limit = max(_STALL_SECONDS, _STALL_FACTOR * self._live_scheduler.plan_seconds)
-        return time.monotonic() - self._step_began > limit
 
     def _retry_after(self) -> float:
         """Seconds until a server is likely to take work: when this one has drained, or its successor has loaded."""

@@ -179,14 +179,18 @@ class Scheduler:
 
     # Requests ---------------------------------------------------------------------------------------------
 
-    def add(self, requests: Sequence[DiffusionRequest]) -> None:
-        """Take all of them or none.
+    def check(self, requests: Sequence[DiffusionRequest]) -> None:
+        """Whether all of them would be taken now.
 
         Raises QueueFullError (with `retry_after`) and InvalidRequestError (an id twice, or more at once than
         the queue ever takes).
         """
         self._check_ids(requests)
         self._check_room(requests)
+
+    def add(self, requests: Sequence[DiffusionRequest]) -> None:
+        """Take all of them or none. Raises what `check` raises."""
+        self.check(requests)
         for request in requests:
             self._entries[request.request_id] = self._new_entry(request)
             self._next_number += 1
@@ -206,10 +210,7 @@ class Scheduler:
         ids = [request.request_id for request in requests]
         if taken := [id for n, id in enumerate(ids) if id in self._entries or id in ids[:n]]:
             raise InvalidRequestError(f"request id {taken[0]!r} is in use", param="request_id")
-        if len(ids) > self._max_num_queued_reqs:
-            raise InvalidRequestError(
-                f"{len(ids)} pictures at once are more than the queue takes ({self._max_num_queued_reqs})", param="n"
-            )
+        check_number(len(ids), self._max_num_queued_reqs)
 
     def _check_room(self, requests: Sequence[DiffusionRequest]) -> None:
         if not self._entries:
@@ -407,6 +408,12 @@ class Scheduler:
         others = [entry for entry in self._entries.values() if entry not in theirs and self._order(entry) < last]
         work = self._work_under_way + sum(entry.remaining for entry in (*theirs, *others))
         return work * self.seconds_per_unit
+
+
+def check_number(number: int, most: int) -> None:
+    """Raises InvalidRequestError for more requests at once than a queue of `most` ever takes."""
+    if number > most:
+        raise InvalidRequestError(f"{number} pictures at once are more than the queue takes ({most})", param="n")
 
 
 def _error_of(item: Item, result: StepResult) -> ItemError | None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tests.fakes import make_config, make_request
-from vllm_omni.diffusion.engine import DiffusionEngine, Finished
+from vllm_omni.diffusion.engine import DiffusionEngine
+from vllm_omni.diffusion.events import Finished
 from vllm_omni.diffusion.executor import make_executor
 from vllm_omni.diffusion.registry import load_model_info
 

@@ -29,7 +29,6 @@ from tests.diffusion.executor.workers import (
     wait_until,
 )
 from tests.fakes import FakeRunner, fake_image, make_config, make_request
-from vllm_omni.diffusion.engine import DiffusionEngine, Finished
 from vllm_omni.diffusion.executor import Executor
 from vllm_omni.diffusion.executor.inline import InlineExecutor
 from vllm_omni.diffusion.executor.multiproc import MultiprocExecutor
@@ -166,24 +165,6 @@ async def test_close_ends_a_worker_that_does_not_listen() -> None:
         os.kill(pid, signal.SIGSTOP)
         await executor.close()
         assert not is_alive(pid)
-
-
-async def test_the_engine_replays_when_a_real_worker_is_killed() -> None:
-    executor = MultiprocExecutor(make_config(), name_of(FakeRunner))
-    engine = DiffusionEngine(make_config(), executor, restart_backoff_seconds=0.001)
-    async with asyncio.timeout(GUARD_SECONDS):
-        await engine.start()
-        requests = [make_request(f"r{n}", 64, 200, seed=n, arrival=time.monotonic()) for n in range(3)]
-        events = engine.add(requests)
-        await events.get()
-        os.kill(executor.worker_pids[0], signal.SIGKILL)
-        pictures = {}
-        while len(pictures) < 3:
-            event = await events.get()
-            if isinstance(event, Finished):
-                pictures[event.request_id] = event.image
-        await engine.close()
-    assert all(np.array_equal(pictures[request.request_id], fake_image(request)) for request in requests)
 
 
 SCRIPT = """

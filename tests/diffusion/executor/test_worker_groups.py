@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,12 @@ import pytest
 from tests.diffusion.executor.workers import GUARD_SECONDS, Endless, closing, is_alive, name_of
 from tests.fakes import FakeRunner, fake_image, make_config, make_ready, make_request
 from vllm_omni.diffusion.data import DiffusionParallelConfig
+from vllm_omni.diffusion.engine import DiffusionEngine
+from vllm_omni.diffusion.events import EngineEvent, Failed, Finished
 from vllm_omni.diffusion.executor.multiproc import MultiprocExecutor
 from vllm_omni.diffusion.plan import StepPlan, StepResult, WorkerReady
+from vllm_omni.diffusion.replicas import Replicas
+from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.errors import ConfigError, WorkerDiedError
 
 AT_ONCE_SECONDS = 5.0
@@ -75,6 +80,17 @@ class LongStep(FakeRunner):
 
     def execute(self, plan: StepPlan) -> StepResult:
         time.sleep(1.5 * SILENCE_SECONDS)
+        return super().execute(plan)
+
+
+class HangsOnce(FakeRunner):
+    """The last rank hangs in a step with work; a file of its first life's says that it did."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        marker = Path(self.config.model)
+        if plan.denoise and self.place.rank == self.place.replica_size - 1 and not marker.exists():
+            marker.touch()
+            Endless.execute(self, plan)
         return super().execute(plan)
 
 
@@ -178,3 +194,72 @@ async def test_a_long_step_is_not_silent() -> None:
     executor = make(2, LongStep, silence_seconds=SILENCE_SECONDS)
     async with closing(executor):
         assert (await (await begin_a_step(executor))).step_id == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("num_ranks", [1, 3])
+async def test_the_engine_replays_when_a_worker_is_killed_or_stopped(num_ranks: int, number: int) -> None:
+    executor = make(num_ranks, FakeRunner, silence_seconds=SILENCE_SECONDS)
+    requests = [make_request(f"r{n}", 64, 200, seed=n, arrival=time.monotonic()) for n in range(3)]
+    engine = DiffusionEngine(make_config(), executor, restart_backoff_seconds=0.001)
+    async with asyncio.timeout(GUARD_SECONDS):
+        await engine.start()
+        try:
+            events = engine.add(requests)
+            await events.get()
+            old = executor.worker_pids
+            os.kill(old[-1], number)
+            await assert_all_done(events, requests)
+            assert engine.status().healthy
+            assert set(executor.worker_pids).isdisjoint(old)
+            assert not any(map(is_alive, old))
+        finally:
+            await engine.close()
+
+
+async def test_the_engine_replaces_workers_that_hang(tmp_path: Path) -> None:
+    """They beat, so it is the step that is overdue."""
+    config = make_config(model=str(tmp_path / "hung"), parallel=DiffusionParallelConfig(ulysses_degree=3))
+    executor = MultiprocExecutor(config, name_of(HangsOnce))
+    requests = [make_request(f"r{n}", 64, 3, seed=n, arrival=time.monotonic()) for n in range(3)]
+    engine = DiffusionEngine(config, executor, restart_backoff_seconds=0.001, stall_seconds=1.0, stall_factor=0.0)
+    async with asyncio.timeout(GUARD_SECONDS):
+        await engine.start()
+        try:
+            old = executor.worker_pids
+            await assert_all_done(engine.add(requests), requests)
+            assert set(executor.worker_pids).isdisjoint(old)
+            assert not any(map(is_alive, old))
+        finally:
+            await engine.close()
+
+
+async def test_two_replicas_of_two_share_the_work_and_one_dies() -> None:
+    parallel = DiffusionParallelConfig(ulysses_degree=2, data_parallel_size=2)
+    executors = [
+        MultiprocExecutor(make_config(parallel=parallel), name_of(Meeting), replica_index=index) for index in range(2)
+    ]
+    requests = [make_request(f"r{n}", 64, 200, seed=n, arrival=time.monotonic()) for n in range(6)]
+    replicas = Replicas(make_config(parallel=parallel), executors.__getitem__, restart_backoff_seconds=0.001)
+    async with asyncio.timeout(GUARD_SECONDS):
+        await replicas.start()
+        try:
+            events = replicas.add(requests)
+            await events.get()
+            untouched, old = executors[0].worker_pids, executors[1].worker_pids
+            os.kill(old[0], signal.SIGKILL)
+            await assert_all_done(events, requests)
+            assert executors[0].worker_pids == untouched
+            assert set(executors[1].worker_pids).isdisjoint(old)
+        finally:
+            await replicas.close()
+
+
+async def assert_all_done(events: asyncio.Queue[EngineEvent], requests: list[DiffusionRequest]) -> None:
+    pictures = {}
+    while len(pictures) < len(requests):
+        event = await events.get()
+        assert not isinstance(event, Failed), event
+        if isinstance(event, Finished):
+            pictures[event.request_id] = event.image
+    assert all(np.array_equal(pictures[request.request_id], fake_image(request)) for request in requests)

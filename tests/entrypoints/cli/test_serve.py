@@ -6,6 +6,7 @@ import base64
 import datetime
 import io
 import ipaddress
+import re
 import signal
 import ssl
 import subprocess
@@ -157,25 +158,33 @@ def test_the_users_middleware_and_request_ids(client: httpx.Client) -> None:
     assert client.get("/health", headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
 
 
-def test_a_killed_worker_is_replaced_and_its_request_completes(server: Shared, client: httpx.Client) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_that_is_killed_or_stopped_is_replaced(server: Shared, client: httpx.Client, number: int) -> None:
+    """Its request takes longer, and nothing else."""
+    num_replayed = replayed(client)
     before = start_generation(client, 4)
     before.join()
     (worker,) = server.process.workers()
     generation = start_generation(client, LONG)
     wait_for(lambda: num_running(client))
-    worker.kill()
-    wait_for(lambda: client.get("/ready").status_code == 503)
+    worker.send_signal(number)
+    wait_for(lambda: client.get("/health").status_code == 503)
     assert client.get("/metrics").status_code == 200, "the API stays up"
     generation.join(240)
     assert generation.response.status_code == 200
-    assert "vllm_omni:worker_restarts_total" in (metrics := client.get("/metrics").text)
-    assert 'requests_replayed_total{model_name="gpt-image-1"} 1.0' in metrics
-    assert client.get("/ready").status_code == 200
+    assert replayed(client) == num_replayed + 1
+    assert client.get("/health").status_code == 200
     (replacement,) = server.process.workers()
     assert replacement.pid != worker.pid
     again = start_generation(client, 4)
     again.join()
     assert again.response.json()["data"] == before.response.json()["data"], "the same seed, the same picture"
+
+
+def replayed(client: httpx.Client) -> float:
+    found = re.search(r"^vllm_omni:requests_replayed_total\{.*\} (\S+)$", client.get("/metrics").text, re.MULTILINE)
+    assert found
+    return float(found[1])
 
 
 def test_sigterm_finishes_what_runs_and_refuses_the_rest(server: Shared, client: httpx.Client) -> None:
@@ -228,6 +237,19 @@ def test_a_signal_while_loading_ends_in_good_order() -> None:
         wait_for(server.workers)
         assert stop(server) == 0
         assert server.survivors() == []
+
+
+def test_too_many_deaths_end_the_server_with_an_error() -> None:
+    with server_process("--host", "127.0.0.1", "--port", "0", "--max-worker-restarts", "0") as server:
+        server.wait_until_ready()
+        (worker,) = server.workers()
+        worker.kill()
+        assert server.wait(60) == 1
+        assert server.survivors() == []
+        died, giving_up, stopping = [line for line in server.output.splitlines() if "ERROR" in line]
+    assert f"rank 0 (pid {worker.pid}) was killed by signal 9" in died
+    assert "giving up: 1 deaths within ten minutes, --max-worker-restarts is 0" in giving_up
+    assert "Stopping: the engine failed and does not recover" in stopping
 
 
 def test_a_wrong_value_ends_the_command_with_one_line() -> None:

@@ -17,7 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.engine import EngineStatus
+from vllm_omni.diffusion.events import EngineStatus
 from vllm_omni.diffusion.plan import WorkerReady
 from vllm_omni.entrypoints.cli import serve
 from vllm_omni.entrypoints.cli.args import HttpOptions, ServeArgs

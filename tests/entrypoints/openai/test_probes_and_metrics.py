@@ -9,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import vllm_omni
 from tests.entrypoints.openai.live_server import ALIAS, MODEL_NAME, STEPS, LiveServer, live_server
+from vllm_omni.diffusion.plan import StepPlan, StepResult
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
 
 
@@ -126,3 +127,11 @@ def test_worker_restarts_are_counted() -> None:
     text = observer.render().decode()
     assert 'vllm_omni:worker_restarts_total{model_name="m"} 1.0' in text
     assert 'vllm_omni:requests_replayed_total{model_name="m"} 5.0' in text
+
+
+def test_memory_is_the_most_of_any_device() -> None:
+    """Replicas report in turn, and a worker that starts again begins anew."""
+    observer = PrometheusObserver("m")
+    for peak in (5, 9, 7, 0):
+        observer.on_step(StepPlan(0), StepResult(0, peak_memory_bytes=peak), 0.1)
+    assert 'vllm_omni:peak_memory_bytes{model_name="m"} 9.0' in observer.render().decode()

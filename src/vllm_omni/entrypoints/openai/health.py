@@ -22,10 +22,10 @@ def make_probes_router(omni: AsyncOmni) -> APIRouter:
 
     @router.get("/health", response_model=StatusResponse)
     async def health() -> StatusResponse:
-        """200 while every worker lives and the engine's loop moves."""
+        """200 while every worker lives and the engine's loop moves; 503 also while one of several replicas restarts."""
         status = omni.status()
         if not status.healthy:
-            raise UnavailableError(f"The engine is not healthy: it is {status.state}.", retry_after=1.0)
+            raise UnavailableError(f"Not all workers are up; the engine is {status.state}.", retry_after=1.0)
         return StatusResponse(status=status.state)
 
     @router.get("/ready", response_model=StatusResponse)

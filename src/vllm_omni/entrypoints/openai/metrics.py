@@ -12,7 +12,7 @@ from vllm_omni.diffusion.plan import StepPlan, StepResult
 from vllm_omni.diffusion.request import DiffusionRequest
 
 if TYPE_CHECKING:
-    from vllm_omni.diffusion.engine import EngineStatus
+    from vllm_omni.diffusion.events import EngineStatus
 
 _LATENCY_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600, 1800)
 _STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -52,8 +52,9 @@ class PrometheusObserver:
         self._pixels = self._counter("image_pixels", "Pixels of pictures made")
         self._steps = self._counter("inference_steps", "Denoising steps of requests", kind=("computed", "cached"))
         self._restarts = self._counter("worker_restarts", "Worker restarts")
+        self._most_memory = 0
         self._peak_memory = Gauge(
-            "vllm_omni:peak_memory_bytes", "Most device memory used", ("model_name",), registry=self._registry
+            "vllm_omni:peak_memory_bytes", "Most memory used on one device", ("model_name",), registry=self._registry
         ).labels(model_name)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
@@ -74,8 +75,9 @@ class PrometheusObserver:
             self._step_sequences.observe(result.num_sequences)
             self._step_tokens.observe(result.num_tokens)
             self._steps["computed"].inc(len(result.advanced))
-        if result.peak_memory_bytes:
-            self._peak_memory.set(result.peak_memory_bytes)
+        if result.peak_memory_bytes > self._most_memory:  # of several replicas, and over restarts
+            self._most_memory = result.peak_memory_bytes
+            self._peak_memory.set(self._most_memory)
 
     def on_finish(self, request: DiffusionRequest, timings: dict[str, float], outcome: str) -> None:
         if outcome != "completed":
@@ -118,7 +120,7 @@ class _QueueCollector:
         for name, text, value in (
             ("vllm:num_requests_running", "Requests under way", status.num_running),
             ("vllm:num_requests_waiting", "Requests that wait", status.num_waiting),
-            ("vllm_omni:queue_work_seconds", "Work waiting or running", status.queue_seconds),
+            ("vllm_omni:queue_work_seconds", "Time until all work is done", status.queue_seconds),
         ):
             family = GaugeMetricFamily(name, text, labels=("model_name",))
             family.add_metric((self._model_name,), value)
