@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vllm_omni.diffusion.attention import create_attention
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.models.base import BasePipeline, RequestState
 from vllm_omni.diffusion.models.loading import load_weights, safetensors_files
 from vllm_omni.diffusion.models.prompt_cache import PromptCache
@@ -96,8 +97,7 @@ class Pipeline(BasePipeline[QwenImageState]):
         on_bytes: Callable[[int], object],
     ) -> Pipeline:
         path = info.path
-        text_encoder = TextEncoder(path, device, dtype)
-        on_bytes(_num_bytes(path / "text_encoder"))
+        text_encoder = TextEncoder(path, device, dtype, Group.alone(), on_bytes)
         vae = AutoencoderKLQwenImage.from_pretrained(path / "vae", dtype=dtype, use_safetensors=True)
         on_bytes(_num_bytes(path / "vae"))
         values = json.loads((path / "transformer" / "config.json").read_text())
