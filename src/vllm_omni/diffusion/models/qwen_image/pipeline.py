@@ -110,7 +110,10 @@ class Pipeline(BasePipeline[QwenImageState]):
             transformer=transformer,
             text_encoder=text_encoder,
             decoder=PictureDecoder(
-                vae.to(device).eval().requires_grad_(False), config.vae_use_slicing, config.vae_use_tiling
+                vae.to(device).eval().requires_grad_(False),
+                config.vae_use_slicing,
+                config.vae_use_tiling,
+                Group.alone(),
             ),
             scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(path / "scheduler"),
             pixels_per_token=info.pixels_per_token,
