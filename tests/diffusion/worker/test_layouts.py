@@ -115,3 +115,16 @@ def test_a_layout_draws_what_one_process_draws(
 
 def test_the_placement_may_change_at_every_step(reference: Reference) -> None:
     check(reference, 3, DiffusionParallelConfig(cfg_parallel_size=3, ulysses_degree=2), moving=True)
+
+
+def test_ranks_may_share_decodes_and_the_text_encoder(reference: Reference, tmp_path: Path) -> None:
+    parallel = DiffusionParallelConfig(
+        ulysses_degree=2, tensor_parallel_size=2, vae_patch_parallel_size=2, text_encoder_tp_size=2
+    )
+    path = build_tiny_qwen_image(tmp_path / "model", heads=4, text_kv_heads=2)
+    ((wanted, errors),) = run_places(draw, DiffusionParallelConfig(), DiffusionParallelConfig(), path)
+    assert not errors
+    for drawn, errors in run_places(draw, parallel, parallel, path):
+        assert not errors
+        assert set(drawn) == set(wanted)
+        assert all(psnr(drawn[i], wanted[i]) >= 60 for i in wanted)
