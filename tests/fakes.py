@@ -71,6 +71,7 @@ def make_request(
         "cost": cost,
         "num_prompt_tokens": 8,
         "num_image_tokens": num_image_tokens,
+        "cache": True,
         "arrival": 0.0,
     }
     return DiffusionRequest(request_id=request_id, **{**defaults, **values})

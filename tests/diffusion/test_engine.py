@@ -45,7 +45,15 @@ class Recorder(NullObserver):
         self.steps.append((plan, result))
 
     def on_finish(self, request: DiffusionRequest, timings: dict[str, float], outcome: str) -> None:
-        assert set(timings) == {"queue", "text_encode", "denoise", "vae_decode", "total", "computed_steps"}
+        assert set(timings) == {
+            "queue",
+            "text_encode",
+            "denoise",
+            "vae_decode",
+            "total",
+            "computed_steps",
+            "cached_steps",
+        }
         self.outcomes.append((request.request_id, outcome))
 
     def on_reject(self, reason: str) -> None:

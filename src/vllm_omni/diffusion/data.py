@@ -261,7 +261,6 @@ def _check_default_sampling_params(values: Mapping[str, Any]) -> None:
 
 # Settings that parse and are understood but whose feature is not built: field -> the only value that works today.
 _UNAVAILABLE: dict[str, Any] = {
-    "cache_backend": "none",
     "enable_cpu_offload": False,
     "enable_layerwise_offload": False,
     "quantization": None,

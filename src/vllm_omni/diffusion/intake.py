@@ -72,6 +72,7 @@ class Intake:
             cost=RequestCost(0, 0, 0, ()),
             num_prompt_tokens=num_tokens,
             num_image_tokens=self._info.num_image_tokens(filled.height, filled.width),
+            cache=self._config.cache_backend != "none" and filled.cache is not False,
             arrival=time.monotonic(),
         )
         branches = [num_tokens, num_negative] if first.has_guidance and num_negative is not None else [num_tokens]
@@ -137,6 +138,9 @@ def _check_values(
     assert params.width is not None
     _check_size(params.height, params.width, config, info)
     _check_steps(params, config.max_inference_steps)
+    _require(params.cache in (None, True, False), "cache", params.cache, "true or false")
+    if params.cache and config.cache_backend == "none":
+        raise InvalidRequestError("cache takes false or null here: the server has no --cache-backend", param="cache")
     return params
 
 

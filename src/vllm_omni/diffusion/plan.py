@@ -59,6 +59,10 @@ class StepResult:
     num_sequences: int = 0
     """Guidance branches in the pack."""
     num_tokens: int = 0
+    cached: dict[str, float] = field(default_factory=dict)
+    """Of `advanced`: what part of the step came from a step cache, 1 if it was all guidance branches; others none."""
+    cache_bytes: int = 0
+    """What step caches keep on a device."""
     sent_bytes: dict[str, int] = field(default_factory=dict)
     """Bytes that the ranks handed to each kind of exchange: all_to_all, p2p, all_gather, all_reduce."""
     peak_memory_bytes: int = 0

@@ -55,6 +55,7 @@ def test_png_holds_the_pixels_of_the_seed(sdk: openai.OpenAI) -> None:
     assert isinstance(timings, dict)
     assert set(timings) == {
         "queue", "text_encode", "denoise", "vae_decode", "media_encode", "total", "computed_steps",
+        "cached_steps",
     }  # fmt: skip
     assert timings["computed_steps"] == STEPS
 

@@ -209,5 +209,6 @@ def _request(info: ModelInfo, request_id: str, prompt: str) -> DiffusionRequest:
         cost=RequestCost(0, 0, 0, ()),
         num_prompt_tokens=info.count_prompt_tokens(prompt),
         num_image_tokens=info.num_image_tokens(side, side),
+        cache=False,
         arrival=0.0,
     )

@@ -55,6 +55,7 @@ def parse_generation(body: ImageGenerationRequest) -> tuple[OmniPrompt, OmniDiff
         true_cfg_scale=body.true_cfg_scale,
         seed=body.seed,
         num_outputs_per_prompt=body.n,
+        cache=body.cache,
         priority=body.priority,
         output_type="np",
         num_previews=body.partial_images if body.stream else 0,

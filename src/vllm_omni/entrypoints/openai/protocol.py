@@ -61,6 +61,8 @@ class ImageGenerationRequest(BaseModel):
     true_cfg_scale: float | None = None
     seed: Annotated[int, Field(ge=0)] | None = None
     """Picture i of `n` uses `seed + i`."""
+    cache: bool | None = None
+    """False: compute every block, although the server has a step cache."""
     lora: Any = None
     """Not available yet."""
     priority: Annotated[int, _NULLABLE] = 0
@@ -114,7 +116,8 @@ class ImagesResponse(BaseModel):
     size: str
     usage: Usage
     timings: dict[str, float]
-    """Seconds: `queue`, `text_encode`, `denoise`, `vae_decode`, `media_encode`, `total`; and `computed_steps`."""
+    """Seconds: `queue`, `text_encode`, `denoise`, `vae_decode`, `media_encode`, `total`; `computed_steps` and
+    `cached_steps`, in which a step of which one guidance branch of two came from the cache counts half each."""
     safety_identifier: str | None = None
     data: list[ImageData]
 

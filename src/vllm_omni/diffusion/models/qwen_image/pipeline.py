@@ -15,9 +15,12 @@ from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from vllm_omni.diffusion.attention import create_attention
-from vllm_omni.diffusion.attention.sharded import Attend, PackedAttention
+from vllm_omni.diffusion.attention.sharded import PackedAttention
+from vllm_omni.diffusion.cache import create_step_cache
+from vllm_omni.diffusion.cache.base import StepCache
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.mesh import Mesh
+from vllm_omni.diffusion.models.arrangement import Arrangement
 from vllm_omni.diffusion.models.base import BasePipeline, RequestState
 from vllm_omni.diffusion.models.loading import load_weights, safetensors_files
 from vllm_omni.diffusion.models.prompt_cache import PromptCache
@@ -26,6 +29,7 @@ from vllm_omni.diffusion.models.qwen_image.text import TextEncoder
 from vllm_omni.diffusion.models.qwen_image.transformer import (
     CHECKPOINT_NAMES,
     QwenImageTransformer,
+    StepBlocks,
     StepContext,
     TransformerConfig,
 )
@@ -74,10 +78,8 @@ class Layout:
 class Forward:
     """What this rank computes of them, in the order of `sharding.mine`."""
 
-    pack: Pack
-    rotations: Tensor
+    arrangement: Arrangement
     text: Tensor
-    attend: Attend
 
 
 class Pipeline(BasePipeline[QwenImageState]):
@@ -89,12 +91,14 @@ class Pipeline(BasePipeline[QwenImageState]):
         scheduler: FlowMatchEulerDiscreteScheduler,
         pixels_per_token: int,
         attention: PackedAttention,
+        step_cache: StepCache,
         mesh: Mesh,
     ) -> None:
         self.transformer = transformer
         self.decoder = decoder
         self._scheduler = scheduler
         self._pixels_per_token = pixels_per_token
+        self.step_cache = step_cache
         self._attention = attention
         self._mesh = mesh
         self._prompts = PromptCache(text_encoder, PROMPT_CACHE_BYTES)
@@ -133,6 +137,7 @@ class Pipeline(BasePipeline[QwenImageState]):
             scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(path / "scheduler"),
             pixels_per_token=info.pixels_per_token,
             attention=PackedAttention(create_attention(config.attention_backend), mesh.ulysses, mesh.ring),
+            step_cache=create_step_cache(config.cache, info, mesh.rank_group),
             mesh=mesh,
         )
 
@@ -197,8 +202,12 @@ class Pipeline(BasePipeline[QwenImageState]):
         mine = [branches[i] for i in sharding.mine]
         modulation = self._modulations.rows_of([s.timesteps[s.step] for s in mine])
         latents = torch.cat([sharding.part(s.latents) for s in mine])
-        context = StepContext(forward.pack, forward.rotations, forward.attend, modulation)
-        return self.transformer(latents, forward.text, context)  # type: ignore[no-any-return]  # nn.Module's call
+        context = StepContext(forward.arrangement, modulation)
+        steps = [step for state in states for step in state.sequence_steps]
+        hidden = self.transformer.embed(latents, forward.text)
+        blocks = StepBlocks(self.transformer, context)
+        hidden = self.step_cache.run(hidden, blocks, [steps[i] for i in sharding.mine])
+        return self.transformer.project(hidden, context)
 
     def _lay_out(self, states: Sequence[QwenImageState], groups: Sequence[int]) -> Layout:
         text = [branch for state in states for branch in state.text]
@@ -215,14 +224,9 @@ class Pipeline(BasePipeline[QwenImageState]):
             sharding.parts,
             sharding.index,
         )
-        forward = Forward(
-            pack=pack,
-            # Text and image of one sequence after another: that is the joint order.
-            rotations=torch.cat(rotations).to(self._device),
-            text=torch.cat([sharding.part(text[i]) for i in sharding.mine]),
-            attend=self._attention.over(pack),
-        )
-        return Layout(sharding, forward)
+        # Text and image of one sequence after another: that is the joint order.
+        arrangement = Arrangement(pack, torch.cat(rotations).to(self._device), self._attention)
+        return Layout(sharding, Forward(arrangement, torch.cat([sharding.part(text[i]) for i in sharding.mine])))
 
     def combine(self, state: QwenImageState, branches: Sequence[Tensor]) -> Tensor:
         if len(branches) == 1:
