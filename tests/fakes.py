@@ -53,7 +53,7 @@ def make_request(
         encode=20.0,
         step=num_tokens * (1 + num_tokens / 2000),
         decode=2.0 * num_image_tokens,
-        tokens_per_step=num_tokens,
+        branch_tokens=(num_tokens // 2, num_tokens // 2),
     )
     defaults: dict[str, Any] = {
         "prompt": "a red apple",

@@ -158,6 +158,7 @@ class AsyncOmni:
     ) -> None:
         self.config = config or make_config(**settings)
         self.info = load_model_info(self.config.model)
+        self.info.check_parallel(self.config.parallel)
         check_default_sampling_params(self.config, self.info)
         self.ready: WorkerReady | None = None
         self._intake: Intake | None = None

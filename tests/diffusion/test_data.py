@@ -88,14 +88,6 @@ def test_world_size_is_the_product_of_the_axes() -> None:
         DiffusionParallelConfig(ring_degree=0)
 
 
-def test_one_process_is_one_device() -> None:
-    OmniDiffusionConfig("demo", distributed_executor_backend="uni")
-    for parallel in (DiffusionParallelConfig(ulysses_degree=2, ring_degree=3), DiffusionParallelConfig(1, 1, 1, 1, 6)):
-        OmniDiffusionConfig("demo", parallel=parallel)
-        with pytest.raises(ConfigError, match=r"^--distributed-executor-backend uni .*one device; .* = 6 dev.* mp"):
-            OmniDiffusionConfig("demo", parallel=parallel, distributed_executor_backend="uni")
-
-
 def test_config_is_frozen_and_travels_as_msgpack() -> None:
     config = OmniDiffusionConfig("demo", vae_use_tiling=True, default_sampling_params={"seed": 3})
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(config), type=OmniDiffusionConfig) == config

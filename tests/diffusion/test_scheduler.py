@@ -139,7 +139,7 @@ def test_eight_small_requests_of_different_sizes_share_packs() -> None:
 @pytest.mark.parametrize("policy", ["fair", "fcfs"])
 def test_an_encode_does_not_wait_behind_a_whole_request(policy: str) -> None:
     """Encodes that fill a budget of their own are done beside the steps of others, one a step."""
-    cost = RequestCost(encode=1000.0, step=60.0, decode=100.0, tokens_per_step=60)
+    cost = RequestCost(encode=1000.0, step=60.0, decode=100.0, branch_tokens=(60,))
     requests = [make_request(f"r{n}", 64, 20, cost=cost) for n in range(8)]
     scheduler = make_scheduler(512, scheduling_policy=policy)
     simulation = Simulation(scheduler, [(0.0, request) for request in requests]).run()
@@ -188,7 +188,7 @@ def run_one(scheduler: Scheduler, runner: FakeRunner) -> StepPlan:
 def test_a_finished_picture_does_not_wait_under_fcfs() -> None:
     """Not even when its decode does not fit beside the step of the first."""
     scheduler = make_scheduler(600, scheduling_policy="fcfs")
-    cost = RequestCost(encode=10.0, step=50.0, decode=300.0, tokens_per_step=50)
+    cost = RequestCost(encode=10.0, step=50.0, decode=300.0, branch_tokens=(50,))
     scheduler.add([make_request("long", 256, 50), make_request("small", 64, 2, cost=cost)])
     assert run_out(scheduler) == ["small", "long"]
 

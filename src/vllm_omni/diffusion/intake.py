@@ -69,7 +69,7 @@ class Intake:
             sigmas=filled.sigmas,
             priority=filled.priority,
             preview_steps=spread_previews(filled.num_previews, filled.num_inference_steps),
-            cost=RequestCost(0, 0, 0, 0),
+            cost=RequestCost(0, 0, 0, ()),
             num_prompt_tokens=num_tokens,
             num_image_tokens=self._info.num_image_tokens(filled.height, filled.width),
             arrival=time.monotonic(),
@@ -90,7 +90,7 @@ class Intake:
             encode=self._ready.encode_units_per_token * sum(text_tokens),
             step=sum(self._info.sequence_cost(n) for n in lengths),
             decode=self._ready.decode_units_per_token * num_image_tokens,
-            tokens_per_step=sum(lengths),
+            branch_tokens=tuple(lengths),
         )
 
     def _count_tokens(self, name: str, text: str, params: OmniDiffusionSamplingParams) -> int:

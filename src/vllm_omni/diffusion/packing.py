@@ -3,6 +3,9 @@
 A sequence is one guidance branch of one request: its text tokens and its image tokens. Two runs are kept, all
 text tokens and all image tokens, each in sequence order; attention sees them in joint order, where each
 sequence's text comes right before its image.
+
+Where several ranks share a sequence, each holds an even cut of its text and of its image, and packs its cuts the
+same way: lengths are arbitrary, a rank may even hold nothing of a short text.
 """
 
 from __future__ import annotations
@@ -15,6 +18,18 @@ from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+
+def cut(length: int, parts: int) -> list[int]:
+    """Lengths of an even cut into `parts`; they differ by at most one."""
+    return [length // parts + (i < length % parts) for i in range(parts)]
+
+
+def part_of(length: int, parts: int, index: int) -> slice:
+    """Part `index` of an even cut of `length` rows."""
+    short, longer = divmod(length, parts)
+    start = index * short + min(index, longer)
+    return slice(start, start + short + (index < longer))
 
 
 @dataclass(frozen=True)
@@ -60,10 +75,24 @@ class Pack:
     """int64 [text tokens]: the joint row of a text token."""
     image_position: Tensor
     """int64 [image tokens]."""
+    joint_lengths: tuple[tuple[int, ...], ...]
+    """By rank of those that share the sequences: how many tokens of each sequence it holds."""
 
     @classmethod
-    def build(cls, text_lengths: Sequence[int], image_lengths: Sequence[int], device: torch.device) -> Pack:
+    def build(
+        cls,
+        text_lengths: Sequence[int],
+        image_lengths: Sequence[int],
+        device: torch.device,
+        parts: int = 1,
+        index: int = 0,
+    ) -> Pack:
+        """Of whole sequences with these lengths, each cut over `parts` ranks; this rank holds part `index`."""
         assert len(text_lengths) == len(image_lengths) > 0
+        whole = zip([cut(n, parts) for n in text_lengths], [cut(n, parts) for n in image_lengths])
+        joint_lengths = tuple(zip(*([t + i for t, i in zip(*cuts)] for cuts in whole)))
+        text_lengths = [cut(n, parts)[index] for n in text_lengths]
+        image_lengths = [cut(n, parts)[index] for n in image_lengths]
         num_text = sum(text_lengths)
         text, image = (Offsets.of(lengths, device) for lengths in (text_lengths, image_lengths))
         order = list(
@@ -87,6 +116,7 @@ class Pack:
             joint_is_image=(joint_order >= num_text).long().to(device),
             text_position=inverse[:num_text],
             image_position=inverse[num_text:],
+            joint_lengths=joint_lengths,
         )
 
     @property

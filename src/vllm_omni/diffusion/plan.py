@@ -24,6 +24,8 @@ class StepPlan:
     encode: list[str] = field(default_factory=list)
     denoise: list[str] = field(default_factory=list)
     decode: list[str] = field(default_factory=list)
+    placement: dict[str, list[int]] = field(default_factory=dict)
+    """Of `denoise`: the rank group that computes each of its guidance branches. Without an entry: the first group."""
     preview: list[str] = field(default_factory=list)
     """Of `denoise`: decode a prediction of the final picture after the step."""
     release: list[str] = field(default_factory=list)
@@ -57,6 +59,8 @@ class StepResult:
     num_sequences: int = 0
     """Guidance branches in the pack."""
     num_tokens: int = 0
+    sent_bytes: dict[str, int] = field(default_factory=dict)
+    """Bytes that the ranks handed to each kind of exchange: all_to_all, p2p, all_gather, all_reduce."""
     peak_memory_bytes: int = 0
 
 

@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.errors import ConfigError
 
 DEMO_MODEL_PATH = Path(__file__).parent.parent / "demo_model"
@@ -35,11 +36,25 @@ class ModelInfo:
     """Tokens of a prompt as the text encoder counts them (without the fixed template)."""
     attention_tokens: float
     """Tokens at which attention costs as much as the linear layers: a sequence of n tokens costs n(1 + n/this)."""
+    num_heads: int
+    """Attention heads of the transformer."""
     default_sampling_params: Mapping[str, Any] = field(default_factory=dict)
     """The model folder's own defaults over the family's; may hold `negative_prompt`."""
 
     def num_image_tokens(self, height: int, width: int) -> int:
         return (height // self.pixels_per_token) * (width // self.pixels_per_token)
+
+    def check_parallel(self, parallel: DiffusionParallelConfig) -> None:
+        """Raises ConfigError for degrees that this model's heads do not allow, with the valid ones."""
+        heads, tensor, ulysses = self.num_heads, parallel.tensor_parallel_size, parallel.ulysses_degree
+        if heads % tensor:
+            valid = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+            raise ConfigError(f"--tensor-parallel-size must divide the model's {heads} heads ({valid}), got {tensor}")
+        if ulysses > heads // tensor:
+            raise ConfigError(
+                f"--usp takes 1 to {heads // tensor}, the model's {heads} heads over --tensor-parallel-size {tensor}, "
+                f"got {ulysses}"
+            )
 
     def sequence_cost(self, num_tokens: int) -> float:
         """Work of one forward of one sequence, in units of one token's linear layers."""

@@ -12,8 +12,13 @@ class RequestCost:
     encode: float
     step: float
     decode: float
-    tokens_per_step: int
-    """Tokens that one denoising step adds to the pack: image and text, over all guidance branches."""
+    branch_tokens: tuple[int, ...]
+    """Image and text tokens of each guidance branch."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one denoising step adds to the pack."""
+        return sum(self.branch_tokens)
 
     def total(self, num_steps: int) -> float:
         return self.encode + num_steps * self.step + self.decode

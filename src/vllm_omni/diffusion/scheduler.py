@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig, SchedulingPolicy
+from vllm_omni.diffusion.placement import balance
 from vllm_omni.diffusion.plan import ItemError, StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.errors import InvalidRequestError, QueueFullError
@@ -161,6 +162,7 @@ class Scheduler:
     def __init__(self, config: OmniDiffusionConfig, ready: WorkerReady) -> None:
         self._max_batch_tokens = config.max_batch_tokens or ready.max_batch_tokens
         self._max_num_seqs = config.max_num_seqs
+        self._num_rank_groups = config.parallel.cfg_parallel_size
         self._max_num_queued_reqs = config.max_num_queued_reqs
         self._max_queue_seconds = config.max_queue_seconds
         self._policy_order = _ORDERS[config.scheduling_policy]
@@ -240,6 +242,9 @@ class Scheduler:
         steps: dict[str, int] = {}
         for item in items:
             self._put(item, plan, steps)
+        if self._num_rank_groups > 1:
+            tokens = {id: self._entries[id].request.cost.branch_tokens for id in plan.denoise}
+            plan.placement = balance(tokens, self._num_rank_groups)
         work = sum(item.work for item in items)
         self._planned_work += work
         self._under_way.append(_UnderWay(plan, items, steps, work))

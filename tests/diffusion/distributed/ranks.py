@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from vllm_omni.diffusion.data import DiffusionParallelConfig
-from vllm_omni.diffusion.distributed.mesh import World
+from vllm_omni.diffusion.worker.contract import Place
+from vllm_omni.diffusion.worker.device import Device
+from vllm_omni.diffusion.worker.ranks import connect
 
 GUARD_SECONDS = 120
 
@@ -21,54 +23,54 @@ GUARD_SECONDS = 120
 def run_ranks(function: Callable[..., Any], parallel: DiffusionParallelConfig, *args: Any) -> list[Any]:
     """`function(world, *args)` on every rank of a replica -> their results by rank. Raises what a rank raised.
 
-    `function` must be importable and its result small enough to be pickled. Processes are forked.
+    Results travel by pickle (tensors as numpy arrays). Processes are forked.
     """
-    context = mp.get_context("fork")
+    return run_places(_in_world, parallel, function, parallel, *args)
+
+
+def _in_world(place: Place, function: Callable[..., Any], parallel: DiffusionParallelConfig, *args: Any) -> Any:
+    world = connect(parallel, place, Device("cpu"))
+    value = function(world, *args)
+    world.mesh.control.all_reduce(torch.zeros(1))  # nobody leaves while others still talk
+    world.leave()
+    return value
+
+
+def run_places(function: Callable[..., Any], parallel: DiffusionParallelConfig, *args: Any) -> list[Any]:
+    """As `run_ranks`, but `function(place, *args)` connects by itself."""
+    context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
+    size = parallel.replica_size
     with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
-        ranks = [
-            context.Process(target=_rank, args=(function, parallel, rank, server, results, args), daemon=True)
-            for rank in range(parallel.replica_size)
+        port = server.getsockname()[1]
+        places = [
+            Place(rank=rank, replica_size=size, store_port=port, store_fd=server.fileno() if rank == 0 else None)
+            for rank in range(size)
         ]
-        for process in ranks:
+        processes = [
+            context.Process(target=_run, args=(function, place, results, args), daemon=True) for place in places
+        ]
+        for process in processes:
             process.start()
     try:
         outcomes: dict[int, Any] = {}
-        for _ in ranks:
+        for _ in processes:
             rank, value, trace = results.get()
             assert trace is None, f"rank {rank}:\n{trace}"
             outcomes[rank] = value
-        for process in ranks:
-            process.join(GUARD_SECONDS)
-        return [outcomes[rank] for rank in range(len(ranks))]
+        return [outcomes[rank] for rank in range(size)]
     finally:
-        for process in ranks:
+        for process in processes:
             process.kill()
             process.join()
 
 
-def _rank(
-    function: Callable[..., Any],
-    parallel: DiffusionParallelConfig,
-    rank: int,
-    server: socket.socket,
-    results: Any,
-    args: tuple[Any, ...],
-) -> None:
+def _run(function: Callable[..., Any], place: Place, results: Any, args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     try:
-        store = dist.TCPStore(
-            "127.0.0.1",
-            server.getsockname()[1],
-            is_master=rank == 0,
-            timeout=timedelta(seconds=GUARD_SECONDS),
-            wait_for_workers=False,
-            master_listen_fd=server.detach() if rank == 0 else None,
-        )
-        world = World(parallel, rank, torch.device("cpu"), store)
-        value = function(world, *args)
-        world.mesh.control.all_reduce(torch.zeros(1))  # nobody leaves while others still talk
-        world.leave()
-        results.put((rank, value, None))
+        outcome = (place.rank, function(place, *args), None)
     except BaseException:
-        results.put((rank, None, traceback.format_exc()))
+        outcome = (place.rank, None, traceback.format_exc())
+    results.put(outcome)
+    sys.stdout.flush()
+    os._exit(0)  # the parent's exit handlers are not this process's

@@ -9,7 +9,7 @@ import torch
 
 from tests.diffusion.distributed.ranks import run_ranks
 from vllm_omni.diffusion.data import DiffusionParallelConfig
-from vllm_omni.diffusion.distributed.groups import Group
+from vllm_omni.diffusion.distributed.groups import Group, GroupBrokenError
 from vllm_omni.diffusion.distributed.mesh import Mesh, World, rank_groups
 from vllm_omni.diffusion.distributed.ring import Ring
 from vllm_omni.errors import ConfigError
@@ -112,7 +112,7 @@ def break_and_rebuild(world: World) -> tuple[str, float]:
     else:
         try:
             world.mesh.world.all_reduce(torch.ones(1))
-        except RuntimeError as broken:
+        except GroupBrokenError as broken:
             error = type(broken).__name__
     world.rebuild()
     return error, world.mesh.tensor.all_reduce(torch.ones(1)).item() + world.mesh.world.all_reduce(torch.ones(1)).item()
@@ -120,5 +120,5 @@ def break_and_rebuild(world: World) -> tuple[str, float]:
 
 def test_a_rank_that_leaves_breaks_the_others_out_of_their_exchange_and_all_meet_again() -> None:
     results = run_ranks(break_and_rebuild, DiffusionParallelConfig(ulysses_degree=2, tensor_parallel_size=2))
-    assert [error for error, _ in results] == ["RuntimeError", "", "RuntimeError", "RuntimeError"]
+    assert [error for error, _ in results] == ["GroupBrokenError", "", "GroupBrokenError", "GroupBrokenError"]
     assert [total for _, total in results] == [6.0] * 4

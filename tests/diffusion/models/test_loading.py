@@ -80,3 +80,14 @@ def test_only_safetensors_are_read(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
     with pytest.raises(ConfigError, match=r"lacks gone\.safetensors"):
         safetensors_files(tmp_path)
+
+
+def test_weights_outside_the_prefix_are_not_read(tmp_path: Path) -> None:
+    weights = tensors()
+    surroundings = {"head.weight": torch.zeros(5), "models.x": torch.zeros(5)}
+    save_file({f"model.{name}": t for name, t in weights.items()} | surroundings, tmp_path / "model.safetensors")
+    counted: list[int] = []
+    module = build()
+    load_weights(module, tmp_path, NAMES, CPU, torch.float32, counted.append, prefix="model.")
+    assert torch.equal(dict(module.named_parameters())["blocks.0.plain.weight"], weights["blocks.0.plain.weight"])
+    assert sum(counted) == sum(t.nbytes for t in weights.values())

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from vllm_omni.diffusion.plan import ItemError, StepPlan
+from vllm_omni.diffusion.plan import ItemError, StepPlan, StepResult
 from vllm_omni.diffusion.request import DiffusionRequest, RequestCost
 from vllm_omni.diffusion.worker.runner import ModelRunner
 
@@ -26,7 +26,7 @@ def make_request(request_id: str, prompt: str = "a red apple", **changes: Any) -
         "sigmas": None,
         "priority": 0,
         "preview_steps": (),
-        "cost": RequestCost(0, 0, 0, 0),
+        "cost": RequestCost(0, 0, 0, ()),
         "num_prompt_tokens": 0,
         "num_image_tokens": 0,
         "arrival": 0.0,
@@ -37,8 +37,18 @@ def make_request(request_id: str, prompt: str = "a red apple", **changes: Any) -
 class Drive:
     """Runs requests to their ends; `images`, `previews` (a list each) and `errors` by request id."""
 
-    def __init__(self, runner: ModelRunner) -> None:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        place: Callable[[int, Mapping[str, int]], dict[str, list[int]]] | None = None,
+        merge: Callable[[StepResult], StepResult] | None = None,
+    ) -> None:
+        """`place`: from the step's number and the guidance branches of its requests to the placement of the step.
+        `merge`: from the result of one rank to that of all.
+        """
         self.runner = runner
+        self._place = place or (lambda step_id, branches: {})
+        self._merge = merge or (lambda result: result)
         self.images: dict[str, np.ndarray] = {}
         self.previews: dict[str, list[np.ndarray]] = {}
         self.errors: dict[str, ItemError] = {}
@@ -60,10 +70,11 @@ class Drive:
                 encode=[r.request_id for r in new],
                 denoise=denoise,
                 decode=[i for i in steps if steps[i] == requests[i].num_inference_steps],
+                placement=self._place(step_id, {i: 1 + requests[i].has_guidance for i in denoise}),
                 preview=[i for i in denoise if steps[i] + 1 in requests[i].preview_steps],
                 release=release,
             )
-            result = self.runner.execute(plan)
+            result = self._merge(self.runner.execute(plan))
             self.images |= result.images
             self.errors |= result.errors
             self.pack_sizes.append(result.num_sequences)

@@ -56,9 +56,9 @@ def test_a_step_is_one_forward_whatever_its_requests(runner: ModelRunner, monkey
     forwards: list[int] = []
     original = runner.pipeline.predict
 
-    def counting(states: Sequence[RequestState]) -> list[torch.Tensor]:
+    def counting(states: Sequence[RequestState], groups: Sequence[int]) -> list[tuple[torch.Tensor, ...]]:
         forwards.append(len(states))
-        return original(states)
+        return original(states, groups)
 
     monkeypatch.setattr(runner.pipeline, "predict", counting)
     Drive(runner).run({0: REQUESTS[:1], 1: REQUESTS[1:2], 2: REQUESTS[2:]})

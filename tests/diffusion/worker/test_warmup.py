@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 
-from vllm_omni.diffusion.worker import warmup
 from vllm_omni.diffusion.worker.warmup import Sample, choose_num_threads, fit_line, knee
 
 
@@ -62,14 +61,12 @@ class Threads:
         (1, {1: 1.0}, 1),
     ],
 )
-def test_threads_are_taken_while_they_help(
-    monkeypatch: pytest.MonkeyPatch, most: int, seconds: dict[int, float], chosen: int
-) -> None:
+def test_threads_are_taken_while_they_help(most: int, seconds: dict[int, float], chosen: int) -> None:
     device = Threads(most, seconds)
 
-    def mean_seconds(device: Threads, run: Callable[[], object]) -> float:
-        return device.seconds[device.num_threads]
+    class FakeTimer:
+        def mean(self, run: Callable[[], object]) -> float:
+            return device.seconds[device.num_threads]
 
-    monkeypatch.setattr(warmup, "_mean_seconds", mean_seconds)
-    choose_num_threads(device, lambda: None)  # type: ignore[arg-type]
+    choose_num_threads(device, FakeTimer(), lambda: None)  # type: ignore[arg-type]
     assert device.num_threads == chosen

@@ -23,13 +23,27 @@ class SdpaAttention:
     def attend_with_lse(
         self, q: Tensor, k: Tensor, v: Tensor, offsets_q: Offsets, offsets_k: Offsets
     ) -> tuple[Tensor, Tensor]:
-        # Public SDPA returns no log-sum-exp, so the scores are formed here: right on every device, not fast.
         outs, lses = [], []
-        for qs, ks, vs in _batches(q, k, v, offsets_q, offsets_k):
-            scores = (qs.float() @ ks.float().transpose(-1, -2)) * qs.shape[-1] ** -0.5
-            outs.append((scores.softmax(-1) @ vs.float()).to(q.dtype).transpose(1, 2).flatten(0, 1))
-            lses.append(scores.logsumexp(-1).transpose(1, 2).flatten(0, 1))
+        for batch in _batches(q, k, v, offsets_q, offsets_k):
+            out, lse = _attend_with_lse(*batch)
+            outs.append(out.transpose(1, 2).flatten(0, 1))
+            lses.append(lse.transpose(1, 2).flatten(0, 1))
         return torch.cat(outs), torch.cat(lses)
+
+
+def _attend_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """[batch, heads, length, head_dim] each -> the same of q, and float32 [batch, heads, length].
+
+    Public SDPA returns no log-sum-exp. On the CPU its flash kernel does; elsewhere the scores are formed here: right on
+    every device, not fast.
+    """
+    if k.shape[2] == 0 or q.shape[2] == 0:  # of a short text a rank may hold nothing
+        return torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
+    if q.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+        return out, lse
+    scores = (q.float() @ k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5
+    return (scores.softmax(-1) @ v.float()).to(q.dtype), scores.logsumexp(-1)
 
 
 def _batches(

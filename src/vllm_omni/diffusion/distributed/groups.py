@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
+class GroupBrokenError(RuntimeError):
+    """An exchange ended because another rank left it: that one failed, not this one."""
+
+
+@contextmanager
+def unbroken() -> Iterator[None]:
+    """Around an exchange: what the backend raises becomes GroupBrokenError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise GroupBrokenError(str(error)) from error
+
+
 class Group:
     """Some ranks of the world, in order, seen by one of them.
 
     The process group behind it may be replaced (see `World.rebuild`), so a Group can be given to constructors and
-    kept. `sent` counts the bytes that this rank handed to each kind of exchange.
+    kept. `sent` counts the bytes that this rank handed to each kind of exchange. Exchanges raise GroupBrokenError.
     """
 
     def __init__(self, ranks: Sequence[int], rank: int, sent: Counter[str]) -> None:
@@ -49,14 +63,16 @@ class Group:
         """The sum over the ranks, in place."""
         if self.size > 1:
             self.count("all_reduce", x)
-            dist.all_reduce(x, group=self.process_group)
+            with unbroken():
+                dist.all_reduce(x, group=self.process_group)
         return x
 
     def all_max(self, x: Tensor) -> Tensor:
         """The largest value over the ranks, in place."""
         if self.size > 1:
             self.count("all_reduce", x)
-            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.process_group)
+            with unbroken():
+                dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.process_group)
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -65,7 +81,8 @@ class Group:
             return x[None]
         self.count("all_gather", x)
         out = x.new_empty((self.size, *x.shape))
-        dist.all_gather(list(out.unbind()), x.contiguous(), group=self.process_group)
+        with unbroken():
+            dist.all_gather(list(out.unbind()), x.contiguous(), group=self.process_group)
         return out
 
     def all_to_all(self, send: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int]) -> Tensor:
@@ -74,7 +91,8 @@ class Group:
             return send
         self.count("all_to_all", send)
         received = send.new_empty(sum(receive_sizes))
-        dist.all_to_all_single(received, send, list(receive_sizes), list(send_sizes), group=self.process_group)
+        with unbroken():
+            dist.all_to_all_single(received, send, list(receive_sizes), list(send_sizes), group=self.process_group)
         return received
 
     def agree(self, value: float) -> float:

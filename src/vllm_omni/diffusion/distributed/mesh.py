@@ -121,6 +121,11 @@ class World:
             group: Group = getattr(self.mesh, kind)
             group.bind(made.get((group.ranks, backend)))
 
+    @property
+    def can_rebuild(self) -> bool:
+        """Whether a rank that leaves frees the others: sockets do, NCCL's kernels wait on."""
+        return self._device.type == "cpu"
+
     def leave(self) -> None:
         """Break every connection: whoever waits for this rank gets an error at once."""
         for kind in self._rank_groups:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch import Tensor
 
-from vllm_omni.diffusion.distributed.groups import Group
+from vllm_omni.diffusion.distributed.groups import Group, unbroken
 
 
 class Ring:
@@ -15,9 +16,7 @@ class Ring:
 
     def __init__(self, group: Group) -> None:
         self._group = group
-        self._jobs: list[dist.Work] = []
-        self._sent: Tensor | None = None
-        self._incoming: Tensor | None = None
+        self._under_way: _UnderWay | None = None
 
     @property
     def size(self) -> int:
@@ -32,32 +31,39 @@ class Ring:
 
         Raises RuntimeError when a block is on its way already, or when there is nobody to send to.
         """
-        if self._incoming is not None:
-            raise RuntimeError("Ring.post was called twice: wait() for the block that is on its way first")
-        if self.size == 1:
-            raise RuntimeError("Ring.post: a ring of one rank has nobody to send to")
         group = self._group
-        following = group.ranks[(group.rank + 1) % group.size]
-        previous = group.ranks[(group.rank - 1) % group.size]
-        self._sent, self._incoming = block.contiguous(), block.new_empty(tuple(incoming_shape))
-        group.count("p2p", self._sent)
-        jobs = []
+        if group.size == 1:
+            raise RuntimeError("Ring.post: a ring of one rank has nobody to send to")
+        # A block that was on its way when the group broke is lost with it.
+        if self._under_way is not None and self._under_way.process_group is group.process_group:
+            raise RuntimeError("Ring.post was called twice: wait() for the block that is on its way first")
+        outgoing, incoming = block.contiguous(), block.new_empty(tuple(incoming_shape))
+        group.count("p2p", outgoing)
         # An empty block is not sent: both ends know the shapes.
-        if self._sent.numel():
-            jobs.append(dist.P2POp(dist.isend, self._sent, following, group.process_group))
-        if self._incoming.numel():
-            jobs.append(dist.P2POp(dist.irecv, self._incoming, previous, group.process_group))
-        self._jobs = dist.batch_isend_irecv(jobs) if jobs else []
+        jobs = [
+            dist.P2POp(act, x, group.ranks[(group.rank + distance) % group.size], group.process_group)
+            for act, x, distance in ((dist.isend, outgoing, 1), (dist.irecv, incoming, -1))
+            if x.numel()
+        ]
+        with unbroken():
+            works = dist.batch_isend_irecv(jobs) if jobs else []
+        self._under_way = _UnderWay(group.process_group, works, outgoing, incoming)
 
     def wait(self) -> Tensor:
-        """The block that has arrived. Raises RuntimeError when none was posted for."""
-        if self._incoming is None:
+        """The block that has arrived. Raises RuntimeError without a `post`, GroupBrokenError when it is lost."""
+        if self._under_way is None:
             raise RuntimeError("Ring.wait was called without a post()")
-        for job in self._jobs:
-            job.wait()
-        block, self._jobs, self._sent, self._incoming = self._incoming, [], None, None
-        return block
+        under_way, self._under_way = self._under_way, None
+        with unbroken():
+            for work in under_way.works:
+                work.wait()
+        return under_way.incoming
 
-    def abandon(self) -> None:
-        """Forget a block on its way, after its group was broken."""
-        self._jobs, self._sent, self._incoming = [], None, None
+
+@dataclass(frozen=True)
+class _UnderWay:
+    process_group: dist.ProcessGroup
+    works: list[dist.Work]
+    outgoing: Tensor
+    """Kept: it is being read."""
+    incoming: Tensor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import TypeVar
 
 from vllm_omni.diffusion.plan import StepResult, WorkerReady
@@ -30,6 +31,7 @@ def merge_results(results: Sequence[StepResult]) -> StepResult:
         decode_seconds=max(result.decode_seconds for result in results),
         num_sequences=max(result.num_sequences for result in results),
         num_tokens=max(result.num_tokens for result in results),
+        sent_bytes=_added([result.sent_bytes for result in results]),
         peak_memory_bytes=max(result.peak_memory_bytes for result in results),
     )
 
@@ -42,6 +44,10 @@ def merge_readies(readies: Sequence[WorkerReady]) -> WorkerReady:
         load_bytes=sum(ready.load_bytes for ready in readies),
         peak_memory_bytes=max(ready.peak_memory_bytes for ready in readies),
     )
+
+
+def _added(parts: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    return {key: sum(part.get(key, 0) for part in parts) for key in dict.fromkeys(chain(*parts))}
 
 
 def _united(parts: Sequence[Mapping[str, Value]]) -> dict[str, Value]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.mesh import Mesh
 from vllm_omni.diffusion.registry import ModelInfo
 from vllm_omni.diffusion.request import DiffusionRequest
 
@@ -39,7 +40,9 @@ class BasePipeline(ABC, Generic[State]):
     """One loaded model. Methods may raise anything: the runner turns it into that request's error.
 
     A denoising step is `predict` for many requests at once, which changes no state (so it can be repeated
-    without the request that failed), then `advance` for each.
+    without the request that failed), then `combine` and `advance` for each.
+
+    Every rank of a replica has the same states and advances them alike; see `Mesh` for who computes what.
     """
 
     @classmethod
@@ -51,16 +54,24 @@ class BasePipeline(ABC, Generic[State]):
         device: torch.device,
         dtype: torch.dtype,
         on_bytes: Callable[[int], object],
+        mesh: Mesh,
     ) -> Self:
-        """Read the weights; `on_bytes` is told how many bytes were read since its last call."""
+        """Read the weights that this rank keeps; `on_bytes` is told how many bytes were read since its last call."""
 
     @abstractmethod
     def encode(self, request: DiffusionRequest) -> State:
         """Text and initial noise: the state before the first step."""
 
     @abstractmethod
-    def predict(self, states: Sequence[State]) -> list[Tensor]:
-        """The velocity of each, guidance combined, shaped as its latents; one forward of one pack."""
+    def predict(self, states: Sequence[State], groups: Sequence[int] | None = None) -> list[tuple[Tensor, ...]]:
+        """The velocity of each guidance branch, shaped as the latents; one forward of one pack. All ranks take part.
+
+        groups: the rank group that computes each branch, one state's branches after another's; None: the first.
+        """
+
+    @abstractmethod
+    def combine(self, state: State, branches: Sequence[Tensor]) -> Tensor:
+        """One velocity from those of the guidance branches."""
 
     @abstractmethod
     def advance(self, state: State, velocity: Tensor) -> None:
@@ -72,7 +83,7 @@ class BasePipeline(ABC, Generic[State]):
 
     @abstractmethod
     def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[np.ndarray]:
-        """Pictures, uint8 [height, width, 3]."""
+        """Pictures, uint8 [height, width, 3]. Of ranks that share a decode the first has them, the others get []."""
 
     @abstractmethod
     def forget(self, state: State) -> None:

@@ -1,15 +1,19 @@
-"""Weights from safetensors files into modules, one tensor at a time: nothing is held twice, nothing is unpickled."""
+"""Weights from safetensors files into modules, one tensor at a time: nothing is held twice or unpickled, and of
+a module that ranks share each reads its part alone."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from vllm_omni.diffusion.layers.linear import Sharded
 from vllm_omni.errors import ConfigError
 
 OnBytes = Callable[[int], object]
@@ -31,6 +35,39 @@ def safetensors_files(folder: Path) -> list[Path]:
     return files
 
 
+def weight_names(folder: Path) -> Iterator[str]:
+    """The names in a component's files, read from their headers."""
+    for file in safetensors_files(folder):
+        with safe_open(file, framework="pt") as weights:
+            yield from weights.keys()
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a tensor of the checkpoint goes, and which part of it."""
+
+    target: Tensor
+    cut_dim: int | None = None
+    """The dim of which only the share `rank` of `num_ranks` equal ones is taken; None: all of the tensor."""
+    rank: int = 0
+    num_ranks: int = 1
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """What the checkpoint must have."""
+        return tuple(n * self.num_ranks if dim == self.cut_dim else n for dim, n in enumerate(self.target.shape))
+
+    def fill(self, stored: Any) -> int:
+        """Read from `stored`, the name's slice of a safetensors file, no more than this slot takes -> its bytes."""
+        part: Tensor = stored[self._taken()]
+        self.target.copy_(part)
+        return part.nbytes
+
+    def _taken(self) -> tuple[slice, ...]:
+        share = [slice(self.rank * n, (self.rank + 1) * n) for n in self.target.shape]
+        return tuple(part if dim == self.cut_dim else slice(None) for dim, part in enumerate(share))
+
+
 def load_weights(
     module: nn.Module,
     folder: Path,
@@ -38,43 +75,51 @@ def load_weights(
     device: torch.device,
     dtype: torch.dtype,
     on_bytes: OnBytes = lambda count: None,
+    prefix: str = "",
 ) -> None:
     """Move `module`, built on the meta device, to `device` and fill it from the checkpoint in `folder`.
 
-    names: see `checkpoint_slots`. Raises ConfigError when the checkpoint lacks a weight, has one too many, or
-    one of another shape.
+    Modules that are `Sharded` read their rank's share alone. names: see `checkpoint_slots`. prefix: what the names of
+    the module's weights begin with in the checkpoint; weights of other names are not read. Raises ConfigError when
+    the checkpoint lacks a weight, has one too many, or one of another shape.
     """
     module.to(dtype).to_empty(device=device)
-    slots = checkpoint_slots(module, names)
+    slots = {prefix + name: slot for name, slot in checkpoint_slots(module, names).items()}
     for file in safetensors_files(folder):
         with safe_open(file, framework="pt", device=str(device)) as weights:
             for name in weights.keys():  # noqa: SIM118 - not a mapping
+                if not name.startswith(prefix):
+                    continue
                 if name not in slots:
                     raise ConfigError(f"{file} has a weight that the model does not take: {name}")
-                tensor, slot = weights.get_tensor(name), slots.pop(name)
-                if tensor.shape != slot.shape:
-                    raise ConfigError(f"{file}: {name} has shape {tuple(tensor.shape)}, expected {tuple(slot.shape)}")
-                slot.copy_(tensor)
-                on_bytes(tensor.nbytes)
+                stored, slot = weights.get_slice(name), slots.pop(name)
+                if (shape := tuple(stored.get_shape())) != slot.whole_shape:
+                    raise ConfigError(f"{file}: {name} has shape {shape}, expected {slot.whole_shape}")
+                on_bytes(slot.fill(stored))
     if slots:
         raise ConfigError(f"{folder} lacks {len(slots)} weights of the model, among them {', '.join(list(slots)[:3])}")
     module.requires_grad_(False).eval()
 
 
-def checkpoint_slots(module: nn.Module, names: Mapping[str, tuple[str, ...]]) -> dict[str, Tensor]:
+def checkpoint_slots(module: nn.Module, names: Mapping[str, tuple[str, ...]]) -> dict[str, Slot]:
     """Checkpoint name -> the part of a parameter that holds it.
 
     `names` maps a module's name, or the end of it, to the checkpoint's modules that it holds one after another
-    along dim 0; other modules have their own names in the checkpoint.
+    along dim 0 (of a `Sharded` one: the share of each); other modules have their own names in the checkpoint.
     """
     return dict(_slots(module, names))
 
 
-def _slots(module: nn.Module, names: Mapping[str, tuple[str, ...]]) -> Iterator[tuple[str, Tensor]]:
+def _slots(module: nn.Module, names: Mapping[str, tuple[str, ...]]) -> Iterator[tuple[str, Slot]]:
     for full_name, parameter in module.named_parameters():
         path, _, kind = full_name.rpartition(".")
         ours = next((name for name in names if path == name or path.endswith("." + name)), path)
         theirs = names.get(ours, (ours,))
         prefix = path.removesuffix(ours)
+        owner = module.get_submodule(path)
         for name, part in zip(theirs, parameter.data.chunk(len(theirs)), strict=True):
-            yield f"{prefix}{name}.{kind}", part
+            if isinstance(owner, Sharded) and kind in owner.cut_dims:
+                slot = Slot(part, owner.cut_dims[kind], owner.group.rank, owner.group.size)
+            else:
+                slot = Slot(part)
+            yield f"{prefix}{name}.{kind}", slot

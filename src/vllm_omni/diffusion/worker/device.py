@@ -56,6 +56,10 @@ class Device:
         """Threads that share one operation; 1 where the processor does not compute."""
         return torch.get_num_threads() if self.kind == CPU else 1
 
+    def share_threads(self, num_processes: int) -> None:
+        """Leave the other processes of this machine their part of the processor."""
+        self.set_num_threads(max(1, self.num_threads // num_processes))
+
     def set_num_threads(self, count: int) -> None:
         """For this process as a whole."""
         if self.kind == CPU:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from vllm_omni.diffusion.registry import ModelInfo
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.diffusion.worker.contract import Place
 from vllm_omni.diffusion.worker.device import Device, Stopwatch, is_out_of_memory
+from vllm_omni.diffusion.worker.ranks import PeerFailedError, Ranks, RanksLostError, connect
 from vllm_omni.diffusion.worker.warmup import warm_up
 from vllm_omni.diffusion.worker.weights_bar import WeightsBar
 from vllm_omni.errors import InvalidRequestError
@@ -29,15 +31,17 @@ class ModelRunner:
     """Executes step plans. `abort` may be called from another thread; the rest belongs to one."""
 
     def __init__(self, config: OmniDiffusionConfig, info: ModelInfo, place: Place | None = None) -> None:
-        """`place`: None for the only worker, in the engine's own process."""
+        """`place`: which rank of its replica this is; None: the only one."""
         self._config = config
         self._info = info
         self._place = place or Place()
-        self._device = Device()
+        self._device = Device(index=self._place.device_index)
+        self._ranks = Ranks()
         self._pipeline: BasePipeline[Any] | None = None
         self._requests: dict[str, DiffusionRequest] = {}
         self._states: dict[str, RequestState] = {}
         self._aborted: set[str] = set()
+        self._failed_elsewhere: list[str] = []
 
     @property
     def pipeline(self) -> BasePipeline[Any]:
@@ -48,12 +52,16 @@ class ModelRunner:
     def start(self) -> WorkerReady:
         """Load the weights, run once, and measure. Raises ConfigError for a folder that cannot be served."""
         dtype = self._device.dtype(self._config.dtype)
+        if (num_processes := self._config.parallel.world_size) > 1:
+            self._device.share_threads(num_processes)
+        if self._place.replica_size > 1:
+            self._ranks = Ranks(connect(self._config.parallel, self._place, self._device))
         cls: type[BasePipeline[Any]] = import_module(
             f"vllm_omni.diffusion.models.{self._info.family}.pipeline"
         ).Pipeline
-        with WeightsBar(self._info.path) as bar:
-            self._pipeline = cls.load(self._config, self._info, self._device.torch, dtype, bar.update)
-        rates = warm_up(self._pipeline, self._info, self._device, bar.num_bytes)
+        with WeightsBar(self._info.path, shown=self._place.device_index == 0) as bar:
+            self._pipeline = cls.load(self._config, self._info, self._device.torch, dtype, bar.update, self._ranks.mesh)
+        rates = warm_up(self._pipeline, self._info, self._device, bar.num_bytes, self._ranks)
         return WorkerReady(
             load_seconds=bar.seconds,
             load_bytes=bar.num_bytes,
@@ -73,34 +81,41 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step. One request's fault becomes its ItemError; the others go on."""
+        """Run one step, together with the other ranks. One request's fault becomes its ItemError; the others go on."""
         result = StepResult(plan.step_id)
         watch = Stopwatch(self._device)
         self._release(plan.release)
         self._requests |= {request.request_id: request for request in plan.new_requests}
+        live = self._agree(plan)
         with watch.measure("encode"):
-            self._encode(plan, result)
+            self._encode([i for i in plan.encode if i in live], result)
         with watch.measure("denoise"):
-            clean = self._denoise(plan, result)
+            clean = self._denoise([i for i in plan.denoise if i in live], plan, result)
         with watch.measure("decode"):
             result.previews = self._decode(clean, result)
-            latents = {i: self._states[i].latents for i in self._live(plan.decode) if i in self._states}
+            latents = {i: self._states[i].latents for i in plan.decode if i in live}
             result.images = self._decode(latents, result)
-        for request_id in result.errors:
+        for request_id in [*result.errors, *self._failed_elsewhere]:
             self._drop(request_id)
+        self._failed_elsewhere.clear()
         seconds = watch.seconds()
         result.encode_seconds = seconds["encode"]
         result.denoise_seconds = seconds["denoise"]
         result.decode_seconds = seconds["decode"]
+        result.sent_bytes = self._ranks.take_sent_bytes()
         result.peak_memory_bytes = self._device.peak_memory_bytes()
         return result
 
-    def _live(self, request_ids: Sequence[str]) -> list[str]:
-        return [i for i in request_ids if i in self._requests and i not in self._aborted]
+    def _agree(self, plan: StepPlan) -> set[str]:
+        """The requests of the plan that no rank skips: an abort reaches the ranks one after another, and a request may
+        have failed on one of them alone."""
+        ids = [*plan.encode, *plan.denoise, *plan.decode]
+        known = [i in self._requests and (i in self._states or i in plan.encode) for i in ids]
+        skipped = self._ranks.unite([not k or i in self._aborted for i, k in zip(ids, known)])
+        return {i for i, skip in zip(ids, skipped) if not skip}
 
     def _release(self, request_ids: Sequence[str]) -> None:
-        # The loop looks at a copy: `abort` may add to the set meanwhile.
-        for request_id in [*request_ids, *self._aborted.copy()]:
+        for request_id in request_ids:
             self._drop(request_id)
         self._aborted.difference_update(request_ids)
 
@@ -109,37 +124,49 @@ class ModelRunner:
         if (state := self._states.pop(request_id, None)) is not None:
             self.pipeline.forget(state)
 
-    def _encode(self, plan: StepPlan, result: StepResult) -> None:
-        requests = [self._requests[i] for i in self._live(plan.encode)]
-        states = self._each(requests, lambda r: r.request_id, self.pipeline.encode, result)
-        self._states |= states
+    def _encode(self, request_ids: Sequence[str], result: StepResult) -> None:
+        requests = [self._requests[i] for i in request_ids]
+        mesh = self._ranks.mesh
+        together = mesh.tensor.size > 1 or mesh.text_encoder.size > 1
+        self._states |= self._each(requests, lambda r: r.request_id, self.pipeline.encode, result, together)
 
-    def _denoise(self, plan: StepPlan, result: StepResult) -> dict[str, Tensor]:
+    def _denoise(self, request_ids: Sequence[str], plan: StepPlan, result: StepResult) -> dict[str, Tensor]:
         """One step of each; returns the predicted clean latents that previews are asked of."""
-        states = [self._states[i] for i in self._live(plan.denoise) if i in self._states]
+        states = [self._states[i] for i in request_ids]
         result.num_sequences = sum(len(s.sequence_lengths) for s in states)
         result.num_tokens = sum(sum(s.sequence_lengths) for s in states)
-        velocities = self._together(states, _id_of_state, self.pipeline.predict, result)
+
+        def predict(batch: Sequence[RequestState]) -> list[tuple[Tensor, ...]]:
+            groups = [g for s in batch for g in plan.placement.get(_id_of_state(s), [0] * len(s.sequence_lengths))]
+            return self.pipeline.predict(batch, groups)
+
+        branches = self._together(states, _id_of_state, predict, result, self._ranks.size > 1)
         clean: dict[str, Tensor] = {}
 
         def finish(state: RequestState) -> None:
             request_id = _id_of_state(state)
+            velocity = self.pipeline.combine(state, branches[request_id])
             if request_id in plan.preview:
-                clean[request_id] = self.pipeline.predict_clean(state, velocities[request_id])
-            self.pipeline.advance(state, velocities[request_id])
+                clean[request_id] = self.pipeline.predict_clean(state, velocity)
+            self.pipeline.advance(state, velocity)
 
-        advancing = [s for s in states if _id_of_state(s) in velocities]
-        result.advanced = list(self._each(advancing, _id_of_state, finish, result))
+        advancing = [s for s in states if _id_of_state(s) in branches]
+        result.advanced = list(self._each(advancing, _id_of_state, finish, result, together=False))
         return {i: latents for i, latents in clean.items() if i in result.advanced}
 
     def _decode(self, latents: dict[str, Tensor], result: StepResult) -> dict[str, Any]:
-        requests = [self._requests[i] for i in latents if i in self._requests]
-        return self._together(
-            requests,
-            lambda request: request.request_id,
-            lambda batch: self.pipeline.decode(batch, [latents[request.request_id] for request in batch]),
-            result,
-        )
+        """Decodes are dealt to the ranks, or to the groups of ranks that share one; each returns what it made."""
+        mesh = self._ranks.mesh
+        num_groups = mesh.world.size // mesh.vae.size
+        mine = list(latents)[mesh.world.rank // mesh.vae.size :: num_groups]
+
+        def decode(batch: Sequence[DiffusionRequest]) -> Sequence[Any]:
+            pictures: list[Any] = self.pipeline.decode(batch, [latents[request.request_id] for request in batch])
+            return pictures or [None] * len(batch)
+
+        requests = [self._requests[i] for i in mine]
+        decoded = self._together(requests, lambda request: request.request_id, decode, result, mesh.vae.size > 1)
+        return {request_id: picture for request_id, picture in decoded.items() if picture is not None}
 
     def _together(
         self,
@@ -147,17 +174,21 @@ class ModelRunner:
         id_of: Callable[[Item], str],
         run: Callable[[Sequence[Item]], Sequence[Output]],
         result: StepResult,
+        together: bool,
     ) -> dict[str, Output]:
         """All items in one go; when that fails, each alone, so that only the guilty one fails."""
         if not items:
             return {}
         if len(items) > 1:
             try:
-                return {id_of(item): output for item, output in zip(items, run(items), strict=True)}
+                outputs = self._run(lambda: run(items), together)
+                return {id_of(item): output for item, output in zip(items, outputs, strict=True)}
+            except RanksLostError:
+                raise
             except Exception:
                 # Whatever it was, it belongs to one of the items (or to their number): the retries tell which.
                 self._device.release_memory()
-        return self._each(items, id_of, lambda item: run([item])[0], result)
+        return self._each(items, id_of, lambda item: run([item])[0], result, together)
 
     def _each(
         self,
@@ -165,16 +196,24 @@ class ModelRunner:
         id_of: Callable[[Item], str],
         run: Callable[[Item], Output],
         result: StepResult,
+        together: bool,
     ) -> dict[str, Output]:
         outputs = {}
         for item in items:
             try:
-                outputs[id_of(item)] = run(item)
+                outputs[id_of(item)] = self._run(partial(run, item), together)
+            except RanksLostError:
+                raise
+            except PeerFailedError:
+                self._failed_elsewhere.append(id_of(item))
             except Exception as error:
                 # One request's fault, of whatever kind, must not reach its neighbours.
                 result.errors[id_of(item)] = _item_error(error)
                 self._device.release_memory()
         return outputs
+
+    def _run(self, run: Callable[[], Output], together: bool) -> Output:
+        return self._ranks.attempt(run) if together else run()
 
 
 def _id_of_state(state: RequestState) -> str:

@@ -7,12 +7,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from vllm_omni.diffusion.models.base import BasePipeline, RequestState
+from vllm_omni.diffusion.placement import balance
 from vllm_omni.diffusion.registry import ModelInfo
 from vllm_omni.diffusion.request import DiffusionRequest, RequestCost
 from vllm_omni.diffusion.worker.device import Device, is_out_of_memory
+from vllm_omni.diffusion.worker.ranks import PeerFailedError, Ranks
 
 BUDGET_SECONDS = 0.8
 """Larger batches are tried while all tries together are expected to take less."""
@@ -53,18 +56,50 @@ class Sample:
     seconds: float
 
 
-def warm_up(pipeline: BasePipeline[Any], info: ModelInfo, device: Device, model_bytes: int) -> Rates:
-    """Choose the threads of a small model; encode a prompt, step with ever more sequences, decode a picture."""
+@dataclass(frozen=True)
+class Timer:
+    """Wall-clock seconds on which all ranks agree: the slowest rank's."""
+
+    device: Device
+    ranks: Ranks
+
+    def least(self, runs: Sequence[Callable[[], object]]) -> float:
+        """That any of the runs takes; the first warms up, and a slow one is not followed by another."""
+        least = math.inf
+        for run in runs:
+            self.device.synchronize()
+            start = time.perf_counter()
+            run()
+            self.device.synchronize()
+            least = min(least, self.ranks.agree(time.perf_counter() - start))
+            if least > REPEAT_SECONDS:
+                break
+        return least
+
+    def mean(self, run: Callable[[], object]) -> float:
+        """Over a few runs after a first; the mean, because threads that stall do so now and then."""
+        times = [self.least([run]) for _ in range(2)]
+        while sum(times) < REPEAT_SECONDS and len(times) < 8:
+            times.append(self.least([run]))
+        return sum(times[1:]) / len(times[1:])
+
+
+def warm_up(pipeline: BasePipeline[Any], info: ModelInfo, device: Device, model_bytes: int, ranks: Ranks) -> Rates:
+    """Choose the threads of a small model; encode a prompt, step with ever more sequences, decode a picture.
+
+    All ranks of a replica do it together and agree on every time, so that they go on alike.
+    """
+    timer = Timer(device, ranks)
     state = pipeline.encode(_request(info, "warm-up", "warm-up"))
-    if model_bytes <= SMALL_MODEL_BYTES:
-        with _forward(pipeline, state, 4) as step:
-            choose_num_threads(device, step)
-    samples = measure_steps(pipeline, state, info, device)
+    if model_bytes <= SMALL_MODEL_BYTES and ranks.size == 1:
+        with _forward(pipeline, state, 4, ranks) as step:
+            choose_num_threads(device, timer, step)
+    samples = measure_steps(pipeline, state, info, timer)
     seconds_per_unit, overhead = fit_line(samples)
     # Prompts differ, for the embedding of one seen before is not computed again.
     prompts = [f"warm-up number {i}" for i in range(3)]
-    encode = _seconds(device, [lambda p=p: pipeline.encode(_request(info, p, p)) for p in prompts])  # type: ignore[misc]  # p
-    decode = _seconds(device, [lambda: pipeline.decode([state.request], [state.latents])] * 3)
+    encode = timer.least([lambda p=p: pipeline.encode(_request(info, p, p)) for p in prompts])  # type: ignore[misc]  # p
+    decode = timer.least([lambda: pipeline.decode([state.request], [state.latents])] * 3)
     return Rates(
         seconds_per_unit=seconds_per_unit,
         step_overhead_seconds=overhead,
@@ -74,20 +109,20 @@ def warm_up(pipeline: BasePipeline[Any], info: ModelInfo, device: Device, model_
     )
 
 
-def choose_num_threads(device: Device, step: Callable[[], object]) -> None:
+def choose_num_threads(device: Device, timer: Timer, step: Callable[[], object]) -> None:
     """Double the threads from one, up to those that the process has, for as long as `step` gains from it."""
     most, chosen, best = device.num_threads, 1, math.inf
     count = 1
     while count <= most:
         device.set_num_threads(count)
-        seconds = _mean_seconds(device, step)
+        seconds = timer.mean(step)
         if seconds * THREADS_GAIN > best:
             break
         chosen, best, count = count, seconds, 2 * count
     device.set_num_threads(chosen)
 
 
-def measure_steps(pipeline: BasePipeline[Any], state: RequestState, info: ModelInfo, device: Device) -> list[Sample]:
+def measure_steps(pipeline: BasePipeline[Any], state: RequestState, info: ModelInfo, timer: Timer) -> list[Sample]:
     """Time the forward of 1, 2, 4, ... copies of `state`, as far as the budget and the memory reach."""
     samples: list[Sample] = []
     spent = took = 0.0
@@ -98,26 +133,31 @@ def measure_steps(pipeline: BasePipeline[Any], state: RequestState, info: ModelI
             break
         start = time.perf_counter()
         try:
-            with _forward(pipeline, state, copies) as step:
-                seconds = _seconds(device, [step] * 3)
+            with _forward(pipeline, state, copies, timer.ranks) as step:
+                seconds = timer.least([step] * 3)
         except Exception as error:
-            if samples and is_out_of_memory(error):
-                device.release_memory()
+            # Where it was another rank's memory that ran out, that rank knows; where it was not, it ends the start.
+            if samples and (is_out_of_memory(error) or isinstance(error, PeerFailedError)):
+                timer.device.release_memory()
                 break
             raise
         units = copies * sum(info.sequence_cost(n) for n in state.sequence_lengths)
         samples.append(Sample(copies * tokens, units, seconds))
-        took = time.perf_counter() - start
+        took = timer.ranks.agree(time.perf_counter() - start)
         spent += took
     return samples
 
 
 @contextmanager
-def _forward(pipeline: BasePipeline[Any], state: RequestState, copies: int) -> Iterator[Callable[[], object]]:
+def _forward(
+    pipeline: BasePipeline[Any], state: RequestState, copies: int, ranks: Ranks
+) -> Iterator[Callable[[], object]]:
     """The forward of some copies of `state`, which the pipeline forgets in the end."""
     states = [replace(state) for _ in range(copies)]
+    placement = balance({str(i): s.sequence_lengths for i, s in enumerate(states)}, ranks.mesh.cfg_size)
+    groups = list(chain.from_iterable(placement.values()))
     try:
-        yield lambda: pipeline.predict(states)
+        yield lambda: ranks.attempt(lambda: pipeline.predict(states, groups))
     finally:
         for copy in states:
             pipeline.forget(copy)
@@ -147,28 +187,6 @@ def knee(samples: Sequence[Sample]) -> int:
     return next(s.tokens for s in samples if s.seconds / s.units <= KNEE * best)
 
 
-def _seconds(device: Device, runs: Sequence[Callable[[], object]]) -> float:
-    """The least that any of the runs takes; the first warms up, and a slow one is not followed by another."""
-    least = math.inf
-    for run in runs:
-        device.synchronize()
-        start = time.perf_counter()
-        run()
-        device.synchronize()
-        least = min(least, time.perf_counter() - start)
-        if least > REPEAT_SECONDS:
-            break
-    return least
-
-
-def _mean_seconds(device: Device, run: Callable[[], object]) -> float:
-    """Over a few runs after a first; the mean, because threads that stall do so now and then."""
-    times = [_seconds(device, [run]) for _ in range(2)]
-    while sum(times) < REPEAT_SECONDS and len(times) < 8:
-        times.append(_seconds(device, [run]))
-    return sum(times[1:]) / len(times[1:])
-
-
 def _request(info: ModelInfo, request_id: str, prompt: str) -> DiffusionRequest:
     """A square picture, the default one or smaller."""
     defaults = info.default_sampling_params
@@ -188,7 +206,7 @@ def _request(info: ModelInfo, request_id: str, prompt: str) -> DiffusionRequest:
         sigmas=None,
         priority=0,
         preview_steps=(),
-        cost=RequestCost(0, 0, 0, 0),
+        cost=RequestCost(0, 0, 0, ()),
         num_prompt_tokens=info.count_prompt_tokens(prompt),
         num_image_tokens=info.num_image_tokens(side, side),
         arrival=0.0,

@@ -13,12 +13,12 @@ from tqdm import tqdm
 class WeightsBar:
     """Counts the bytes and seconds of loading a model folder while showing them."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, shown: bool) -> None:
         self.num_bytes = 0
         self.seconds = 0.0
         self._start = time.perf_counter()
         total = sum(file.stat().st_size for file in path.glob("*/*.safetensors"))
-        self._bar = tqdm(total=total, desc="loading weights", unit="B", unit_scale=True)
+        self._bar = tqdm(total=total, desc="loading weights", unit="B", unit_scale=True, disable=not shown)
 
     def update(self, num_bytes: int) -> None:
         self.num_bytes += num_bytes

@@ -12,6 +12,7 @@ import pytest
 from diffusers import QwenImagePipeline
 from transformers import AutoTokenizer
 
+from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.models.qwen_image.info import describe
 from vllm_omni.diffusion.registry import DEMO_MODEL_PATH, load_model_info
 from vllm_omni.errors import ConfigError
@@ -87,3 +88,26 @@ def test_describing_imports_no_torch() -> None:
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "message"),
+    [
+        ({"tensor_parallel_size": 3}, "--tensor-parallel-size must divide the model's 4 heads (1, 2, 4), got 3"),
+        ({"ulysses_degree": 5}, "--usp takes 1 to 4, the model's 4 heads over --tensor-parallel-size 1, got 5"),
+        (
+            {"ulysses_degree": 4, "tensor_parallel_size": 2},
+            "--usp takes 1 to 2, the model's 4 heads over --tensor-parallel-size 2, got 4",
+        ),
+    ],
+)
+def test_degrees_that_the_heads_do_not_allow_are_refused(degrees: dict[str, int], message: str) -> None:
+    info = load_model_info("demo")
+    assert info.num_heads == 4
+    with pytest.raises(ConfigError) as caught:
+        info.check_parallel(DiffusionParallelConfig(**degrees))
+    assert str(caught.value) == message
+
+
+def test_uneven_heads_are_allowed() -> None:
+    load_model_info("demo").check_parallel(DiffusionParallelConfig(ulysses_degree=3, ring_degree=5))

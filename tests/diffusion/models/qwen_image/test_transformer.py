@@ -9,6 +9,8 @@ import torch
 
 from tests.tiny_models import tiny_transformer
 from vllm_omni.diffusion.attention import create_attention
+from vllm_omni.diffusion.attention.sharded import PackedAttention
+from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.models.loading import load_weights
 from vllm_omni.diffusion.models.qwen_image.modulation import ModulationTable
 from vllm_omni.diffusion.models.qwen_image.transformer import (
@@ -24,7 +26,7 @@ CPU = torch.device("cpu")
 
 def load(path: Path, **config: object) -> QwenImageTransformer:
     with torch.device("meta"):
-        model = QwenImageTransformer(TransformerConfig.from_dict(config), create_attention())
+        model = QwenImageTransformer(TransformerConfig.from_dict(config), Group.alone())
     load_weights(model, path, CHECKPOINT_NAMES, CPU, torch.float32)
     return model
 
@@ -39,7 +41,8 @@ def packed(
 ) -> list[torch.Tensor]:
     pack = Pack.build([len(t) for t in texts], [len(x) for x in latents], CPU)
     rotations = torch.cat([r for t, grid in zip(texts, grids) for r in model.rotations(len(t), grid)])
-    context = StepContext(pack, rotations, ModulationTable(model.modulate, 2**20).rows_of(timesteps))
+    attend = PackedAttention(create_attention(), Group.alone(), Group.alone()).over(pack)
+    context = StepContext(pack, rotations, attend, ModulationTable(model.modulate, 2**20).rows_of(timesteps))
     text = torch.cat([model.embed_text(t) for t in texts])
     return list(model(torch.cat(latents), text, context).split(pack.image.lengths))
 

@@ -15,7 +15,9 @@ from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from vllm_omni.diffusion.attention import create_attention
+from vllm_omni.diffusion.attention.sharded import Attend, PackedAttention
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.mesh import Mesh
 from vllm_omni.diffusion.models.base import BasePipeline, RequestState
 from vllm_omni.diffusion.models.loading import load_weights, safetensors_files
 from vllm_omni.diffusion.models.prompt_cache import PromptCache
@@ -28,6 +30,7 @@ from vllm_omni.diffusion.models.qwen_image.transformer import (
     TransformerConfig,
 )
 from vllm_omni.diffusion.models.qwen_image.vae import PictureDecoder
+from vllm_omni.diffusion.models.sharding import Sharding
 from vllm_omni.diffusion.packing import MembershipCache, Pack
 from vllm_omni.diffusion.registry import ModelInfo
 from vllm_omni.diffusion.request import DiffusionRequest
@@ -62,9 +65,19 @@ class QwenImageState(RequestState):
 class Layout:
     """What a membership of sequences shares over its steps."""
 
+    sharding: Sharding
+    forward: Forward | None
+    """None when this rank's group computes none of them."""
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What this rank computes of them, in the order of `sharding.mine`."""
+
     pack: Pack
     rotations: Tensor
     text: Tensor
+    attend: Attend
 
 
 class Pipeline(BasePipeline[QwenImageState]):
@@ -75,11 +88,15 @@ class Pipeline(BasePipeline[QwenImageState]):
         decoder: PictureDecoder,
         scheduler: FlowMatchEulerDiscreteScheduler,
         pixels_per_token: int,
+        attention: PackedAttention,
+        mesh: Mesh,
     ) -> None:
         self.transformer = transformer
         self.decoder = decoder
         self._scheduler = scheduler
         self._pixels_per_token = pixels_per_token
+        self._attention = attention
+        self._mesh = mesh
         self._prompts = PromptCache(text_encoder, PROMPT_CACHE_BYTES)
         self._modulations = ModulationTable(transformer.modulate, MODULATION_BYTES)
         self._layouts: MembershipCache[Layout] = MembershipCache()
@@ -94,26 +111,29 @@ class Pipeline(BasePipeline[QwenImageState]):
         device: torch.device,
         dtype: torch.dtype,
         on_bytes: Callable[[int], object],
+        mesh: Mesh,
     ) -> Pipeline:
         path = info.path
-        text_encoder = TextEncoder(path, device, dtype)
-        on_bytes(_num_bytes(path / "text_encoder"))
+        text_encoder = TextEncoder(path, device, dtype, mesh.text_encoder, on_bytes)
         vae = AutoencoderKLQwenImage.from_pretrained(path / "vae", dtype=dtype, use_safetensors=True)
         on_bytes(_num_bytes(path / "vae"))
         values = json.loads((path / "transformer" / "config.json").read_text())
         with torch.device("meta"):
-            transformer = QwenImageTransformer(
-                TransformerConfig.from_dict(values), create_attention(config.attention_backend)
-            )
+            transformer = QwenImageTransformer(TransformerConfig.from_dict(values), mesh.tensor)
         load_weights(transformer, path / "transformer", CHECKPOINT_NAMES, device, dtype, on_bytes)
         return cls(
             transformer=transformer,
             text_encoder=text_encoder,
             decoder=PictureDecoder(
-                vae.to(device).eval().requires_grad_(False), config.vae_use_slicing, config.vae_use_tiling
+                vae.to(device).eval().requires_grad_(False),
+                config.vae_use_slicing,
+                config.vae_use_tiling,
+                mesh.vae,
             ),
             scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(path / "scheduler"),
             pixels_per_token=info.pixels_per_token,
+            attention=PackedAttention(create_attention(config.attention_backend), mesh.ulysses, mesh.ring),
+            mesh=mesh,
         )
 
     def encode(self, request: DiffusionRequest) -> QwenImageState:
@@ -159,26 +179,52 @@ class Pipeline(BasePipeline[QwenImageState]):
         scheduler.set_begin_index(0)
         return scheduler
 
-    def predict(self, states: Sequence[QwenImageState]) -> list[Tensor]:
-        layout = self._layouts.get(tuple(states), lambda: self._lay_out(states))
-        timesteps = [s.timesteps[s.step] for s in states for _ in s.text]
-        context = StepContext(layout.pack, layout.rotations, self._modulations.rows_of(timesteps))
-        latents = torch.cat([s.latents for s in states for _ in s.text])
-        branches = iter(self.transformer(latents, layout.text, context).split(layout.pack.image.lengths))
-        return [self._combine(state, [next(branches) for _ in state.text]) for state in states]
+    def predict(
+        self, states: Sequence[QwenImageState], groups: Sequence[int] | None = None
+    ) -> list[tuple[Tensor, ...]]:
+        groups = tuple(groups) if groups is not None else (0,) * sum(len(s.text) for s in states)
+        layout = self._layouts.get((*states, groups), lambda: self._lay_out(states, groups))
+        velocities = iter(layout.sharding.gather(self._forward(states, layout)))
+        return [tuple(next(velocities) for _ in state.text) for state in states]
 
-    def _lay_out(self, states: Sequence[QwenImageState]) -> Layout:
+    def _forward(self, states: Sequence[QwenImageState], layout: Layout) -> Tensor:
+        """Velocities [image tokens, channels] of what this rank computes."""
+        sharding, forward = layout.sharding, layout.forward
+        channels = self.transformer.config.in_channels
+        if forward is None:
+            return torch.empty((0, channels), dtype=self._dtype, device=self._device)
+        branches = [state for state in states for _ in state.text]
+        mine = [branches[i] for i in sharding.mine]
+        modulation = self._modulations.rows_of([s.timesteps[s.step] for s in mine])
+        latents = torch.cat([sharding.part(s.latents) for s in mine])
+        context = StepContext(forward.pack, forward.rotations, forward.attend, modulation)
+        return self.transformer(latents, forward.text, context)  # type: ignore[no-any-return]  # nn.Module's call
+
+    def _lay_out(self, states: Sequence[QwenImageState], groups: Sequence[int]) -> Layout:
         text = [branch for state in states for branch in state.text]
-        sizes = [(len(branch), state.grid) for state in states for branch in state.text]
-        rotations = [r for size in sizes for r in self.transformer.rotations(*size)]
-        return Layout(
-            pack=Pack.build([n for n, _ in sizes], [rows * columns for _, (rows, columns) in sizes], self._device),
+        grids = [state.grid for state in states for _ in state.text]
+        sharding = Sharding([rows * columns for rows, columns in grids], groups, self._mesh, self._device)
+        if not sharding.mine:
+            return Layout(sharding, None)
+        sizes = [(len(text[i]), grids[i]) for i in sharding.mine]
+        rotations = [sharding.part(r) for size in sizes for r in self.transformer.rotations(*size)]
+        pack = Pack.build(
+            [n for n, _ in sizes],
+            [rows * columns for _, (rows, columns) in sizes],
+            self._device,
+            sharding.parts,
+            sharding.index,
+        )
+        forward = Forward(
+            pack=pack,
             # Text and image of one sequence after another: that is the joint order.
             rotations=torch.cat(rotations).to(self._device),
-            text=torch.cat(text),
+            text=torch.cat([sharding.part(text[i]) for i in sharding.mine]),
+            attend=self._attention.over(pack),
         )
+        return Layout(sharding, forward)
 
-    def _combine(self, state: QwenImageState, branches: Sequence[Tensor]) -> Tensor:
+    def combine(self, state: QwenImageState, branches: Sequence[Tensor]) -> Tensor:
         if len(branches) == 1:
             return branches[0]
         return combine_guidance(branches[0], branches[1], state.request.true_cfg_scale)

@@ -1,6 +1,7 @@
 """Qwen-Image's double-stream transformer (MMDiT, arXiv 2508.02324) on packed tokens.
 
-Shapes: T text tokens and S image tokens over all sequences of the pack; D the width, H heads of d channels.
+Shapes: T text tokens and S image tokens over all sequences of the pack; D the width, H heads of d channels. Under
+tensor parallelism a rank has P-th parts: of the heads, of the inner MLP channels and of the modulation's rows.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vllm_omni.diffusion.attention import AttentionBackend
+from vllm_omni.diffusion.attention.sharded import Attend
+from vllm_omni.diffusion.distributed.groups import Group
+from vllm_omni.diffusion.layers.linear import ColumnLinear, RowLinear
 from vllm_omni.diffusion.layers.norms import Scale, gated_add, norm_modulate, rms_norm
 from vllm_omni.diffusion.layers.rope import axis_rotations, rotate
 from vllm_omni.diffusion.models.qwen_image.modulation import IMAGE, TEXT, Modulation
@@ -86,45 +89,46 @@ class StepContext:
     pack: Pack
     rotations: Tensor
     """complex64 [T + S, 1, 1, d / 2] in joint order."""
+    attend: Attend
+    """Attention over the pack's sequences, whichever ranks hold their other tokens."""
     modulation: Modulation
 
 
 class Stream(nn.Module):
     """The weights of one block for one kind of token (text or image), and what they do before and after attention."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, tensor: Group) -> None:
         super().__init__()
-        self.modulation = nn.Linear(dim, 6 * dim)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
-        self.up = nn.Linear(dim, 4 * dim)
-        self.down = nn.Linear(4 * dim, dim)
+        self.modulation = ColumnLinear(dim, 6 * dim, tensor)
+        self.qkv = ColumnLinear(dim, 3 * dim, tensor)
+        self.out = RowLinear(dim, dim, tensor)
+        self.up = ColumnLinear(dim, 4 * dim, tensor)
+        self.down = RowLinear(4 * dim, dim, tensor)
 
     def project(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        """x: [tokens, D] -> q, k and v [tokens, 3 * D]."""
+        """x: [tokens, D] -> q, k and v of this rank's heads [tokens, 3 * D / P]."""
         qkv: Tensor = self.qkv(norm_modulate(x, shift, scale, EPS))
         return qkv
 
     def finish(
         self, x: Tensor, attended: Tensor, gate: Tensor, mlp_shift: Tensor, mlp_scale: Tensor, mlp_gate: Tensor
     ) -> Tensor:
-        """x, attended: [tokens, D]."""
+        """x: [tokens, D]; attended: [tokens, D / P]."""
         x = gated_add(x, self.out(attended), gate)
         inner = F.gelu(self.up(norm_modulate(x, mlp_shift, mlp_scale, EPS)), approximate="tanh")
         return gated_add(x, self.down(inner), mlp_gate)
 
 
 class Block(nn.Module):
-    def __init__(self, config: TransformerConfig, attention: AttentionBackend) -> None:
+    def __init__(self, config: TransformerConfig, tensor: Group) -> None:
         super().__init__()
-        self.attention = attention
         self.head_dim = config.attention_head_dim
         self.qk_norm = Scale(4 * self.head_dim)
-        self.image = Stream(config.dim)
-        self.text = Stream(config.dim)
+        self.image = Stream(config.dim, tensor)
+        self.text = Stream(config.dim, tensor)
 
     def modulate(self, condition: Tensor) -> Tensor:
-        """[timesteps, D] -> [2, timesteps, 6 * D], image then text."""
+        """[timesteps, D] -> [2, timesteps, 6 * D / P], image then text."""
         return torch.stack((self.image.modulation(condition), self.text.modulation(condition)))
 
     def forward(self, hidden: Hidden, index: int, context: StepContext) -> Hidden:
@@ -142,26 +146,28 @@ class Block(nn.Module):
         )
 
     def _attend(self, qkv: Tensor, context: StepContext) -> Tensor:
-        """[T + S, 3, H, d] -> [T + S, H, d], both in joint order."""
+        """[T + S, 3, H / P, d] -> [T + S, H / P, d], both in joint order."""
         pack = context.pack
         # Text and image have their own norms: [T + S, q and k, any head, d].
         scale = self.qk_norm.weight.view(2, 2, 1, -1).index_select(0, pack.joint_is_image)
         q, k = rotate(rms_norm(qkv[:, :2], scale, EPS), context.rotations).unbind(1)
-        return self.attention.attend(q, k, qkv[:, 2], pack.joint, pack.joint)
+        return context.attend(q, k, qkv[:, 2])
 
 
 class QwenImageTransformer(nn.Module):
     """`embed -> blocks -> project`: a step cache wraps `blocks` and knows nothing of the rest."""
 
-    def __init__(self, config: TransformerConfig, attention: AttentionBackend) -> None:
+    def __init__(self, config: TransformerConfig, tensor: Group) -> None:
+        """tensor: the ranks that share every layer; their number divides the heads."""
         super().__init__()
         self.config = config
+        self.tensor = tensor
         dim = config.dim
         self.time_embedder = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.txt_norm = Scale(config.joint_attention_dim)
         self.img_in = nn.Linear(config.in_channels, dim)
         self.txt_in = nn.Linear(config.joint_attention_dim, dim)
-        self.transformer_blocks = nn.ModuleList(Block(config, attention) for _ in range(config.num_layers))
+        self.transformer_blocks = nn.ModuleList(Block(config, tensor) for _ in range(config.num_layers))
         self.output_modulation = nn.Linear(dim, 2 * dim)
         self.proj_out = nn.Linear(dim, config.patch_size**2 * config.out_channels)
 
@@ -171,8 +177,9 @@ class QwenImageTransformer(nn.Module):
         angles = 1000 * (torch.tensor(timesteps, dtype=torch.float32)[:, None] * frequencies)
         waves = torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.proj_out.weight)
         condition = F.silu(self.time_embedder(waves))
-        rows = [cast(Block, block).modulate(condition) for block in self.transformer_blocks]
-        return Modulation.of_raw(torch.stack(rows), self.output_modulation(condition))
+        rows = torch.stack([cast(Block, block).modulate(condition) for block in self.transformer_blocks])
+        whole = torch.cat(self.tensor.all_gather(rows).unbind(), dim=-1)
+        return Modulation.of_raw(whole, self.output_modulation(condition))
 
     def embed_text(self, states: Tensor) -> Tensor:
         """The text encoder's [tokens, joint_attention_dim] -> [tokens, D]; the same at every step."""

@@ -1,0 +1,61 @@
+"""Which part of which sequence this rank computes, and how the velocities come together again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vllm_omni.diffusion.distributed.mesh import Mesh
+from vllm_omni.diffusion.packing import cut, part_of
+
+
+class Sharding:
+    """One membership of sequences, dealt to the rank groups of a replica and cut over the ranks of a group.
+
+    Latents are replicated and activations are sharded: a rank takes its parts of the latents, and after the forward
+    every rank gets every sequence's whole velocity.
+    """
+
+    def __init__(self, lengths: Sequence[int], groups: Sequence[int], mesh: Mesh, device: torch.device) -> None:
+        """lengths: image tokens of each sequence; groups: the rank group that computes it."""
+        assert len(lengths) == len(groups)
+        self.mine = [i for i, group in enumerate(groups) if group == mesh.cfg_index]
+        """The sequences that this rank's group computes."""
+        self.parts = mesh.sequence.size
+        self.index = mesh.sequence.rank
+        self._lengths = list(lengths)
+        self._gather = mesh.gather
+        if mesh.gather.size > 1:
+            rows, self._rows = _gathered_rows(lengths, groups, mesh.cfg_size, self.parts)
+            self._order = rows.to(device)
+
+    def part(self, tokens: Tensor) -> Tensor:
+        """The rows of one sequence (or of its text) that this rank holds."""
+        return tokens[part_of(len(tokens), self.parts, self.index)]
+
+    def gather(self, velocities: Tensor) -> list[Tensor]:
+        """[image tokens of this rank, channels] -> [image tokens, channels] of every sequence, whole."""
+        if self._gather.size > 1:
+            # Rows differ from rank to rank; a velocity is small, so the shorter ones are filled up.
+            padded = velocities.new_zeros((self._rows, velocities.shape[-1]))
+            padded[: len(velocities)] = velocities
+            velocities = self._gather.all_gather(padded).flatten(0, 1).index_select(0, self._order)
+        return list(velocities.split(self._lengths))
+
+
+def _gathered_rows(lengths: Sequence[int], groups: Sequence[int], num_groups: int, parts: int) -> tuple[Tensor, int]:
+    """Where each row of all sequences lies once all ranks' rows are gathered, and the rows that each rank sends.
+
+    Rank `group * parts + part` holds that part of its group's sequences one after another.
+    """
+    filled = [[0] * parts for _ in range(num_groups)]
+    places: list[tuple[int, int, int]] = []  # rank, first row, rows
+    for length, group in zip(lengths, groups):
+        for part, rows in enumerate(cut(length, parts)):
+            places.append((group * parts + part, filled[group][part], rows))
+            filled[group][part] += rows
+    most = max(max(group) for group in filled)
+    order = [torch.arange(rank * most + first, rank * most + first + rows) for rank, first, rows in places]
+    return torch.cat(order), most

@@ -1,0 +1,130 @@
+"""Every parallel layout draws what one process draws: whole runners on gloo ranks, mixed batches, odd sizes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.diffusion.distributed.ranks import run_places
+from tests.diffusion.worker.driving import Drive, make_request, psnr
+from tests.diffusion.worker.replica import merging, started
+from tests.tiny_models import build_tiny_qwen_image
+from vllm_omni.diffusion.data import DiffusionParallelConfig
+from vllm_omni.diffusion.request import DiffusionRequest
+from vllm_omni.diffusion.worker.contract import Place
+
+ARRIVALS: dict[int, list[DiffusionRequest]] = {
+    0: [
+        make_request("guided", negative_prompt="a blue car", seed=3),
+        make_request("wide", "a photo", height=48, width=80, num_inference_steps=5, preview_steps=(2,)),
+    ],
+    1: [make_request("short", "", negative_prompt="a red car and a blue apple", height=16, width=16, seed=5)],
+    2: [make_request("tall", "apple " * 20, height=80, width=48, num_inference_steps=2, seed=9)],
+}
+
+
+def draw(
+    place: Place, parallel: DiffusionParallelConfig, path: Path, moving: bool = False
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Pictures and previews by id, and the errors; `moving`: another placement in every step."""
+    runner = started(place, parallel, path)
+    placed = partial(placed_at_random if moving else placed_in_turn, parallel.cfg_parallel_size)
+    drive = Drive(runner, placed, merging(runner)).run(ARRIVALS)
+    previews = {f"{request_id}/preview": images[0] for request_id, images in drive.previews.items()}
+    return drive.images | previews, drive.errors
+
+
+def placed_in_turn(groups: int, step_id: int, branches: Mapping[str, int]) -> dict[str, list[int]]:
+    return {i: [(n + branch) % groups for branch in range(count)] for n, (i, count) in enumerate(branches.items())}
+
+
+def placed_at_random(groups: int, step_id: int, branches: Mapping[str, int]) -> dict[str, list[int]]:
+    dice = random.Random(step_id)  # the same on all ranks
+    return {i: [dice.randrange(groups) for _ in range(count)] for i, count in branches.items()}
+
+
+class Reference:
+    """Models by head count, and what one process draws with them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._pictures: dict[int, dict[str, np.ndarray]] = {}
+
+    def path(self, heads: int) -> Path:
+        path = self._folder / f"{heads}-heads"
+        return path if path.exists() else build_tiny_qwen_image(path, heads=heads, head_dim=16)
+
+    def pictures(self, heads: int) -> dict[str, np.ndarray]:
+        if heads not in self._pictures:
+            threads = torch.get_num_threads()
+            pictures, errors = draw(Place(), DiffusionParallelConfig(), self.path(heads))
+            torch.set_num_threads(threads)
+            assert not errors
+            self._pictures[heads] = pictures
+        return self._pictures[heads]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return Reference(tmp_path_factory.mktemp("layouts"))
+
+
+def check(reference: Reference, heads: int, parallel: DiffusionParallelConfig, moving: bool = False) -> None:
+    wanted = reference.pictures(heads)
+    for drawn, errors in run_places(draw, parallel, parallel, reference.path(heads), moving):
+        assert not errors
+        assert set(drawn) == set(wanted)
+        for request_id, picture in wanted.items():
+            assert picture.std() > 2, "a flat picture proves nothing"
+            assert psnr(drawn[request_id], picture) >= 60
+
+
+LAYOUTS = [
+    # heads, ulysses, ring, cfg, tensor: together they cover every pair of degrees
+    (3, 2, 1, 1, 1),
+    (5, 3, 1, 2, 1),
+    (8, 4, 1, 1, 2),
+    (3, 1, 2, 1, 1),
+    (5, 2, 2, 2, 1),
+    (6, 3, 2, 1, 1),
+    (24, 1, 2, 2, 2),
+    (24, 2, 1, 2, 2),
+    (6, 1, 1, 1, 2),
+    (3, 1, 1, 2, 1),
+    (6, 2, 2, 1, 2),
+    (24, 4, 2, 1, 1),
+]
+
+
+@pytest.mark.parametrize(("heads", "ulysses", "ring", "cfg", "tensor"), LAYOUTS)
+def test_a_layout_draws_what_one_process_draws(
+    reference: Reference, heads: int, ulysses: int, ring: int, cfg: int, tensor: int
+) -> None:
+    parallel = DiffusionParallelConfig(
+        ulysses_degree=ulysses, ring_degree=ring, cfg_parallel_size=cfg, tensor_parallel_size=tensor
+    )
+    check(reference, heads, parallel)
+
+
+def test_the_placement_may_change_at_every_step(reference: Reference) -> None:
+    check(reference, 3, DiffusionParallelConfig(cfg_parallel_size=3, ulysses_degree=2), moving=True)
+
+
+def test_ranks_may_share_decodes_and_the_text_encoder(reference: Reference, tmp_path: Path) -> None:
+    parallel = DiffusionParallelConfig(
+        ulysses_degree=2, tensor_parallel_size=2, vae_patch_parallel_size=2, text_encoder_tp_size=2
+    )
+    path = build_tiny_qwen_image(tmp_path / "model", heads=4, text_kv_heads=2)
+    ((wanted, errors),) = run_places(draw, DiffusionParallelConfig(), DiffusionParallelConfig(), path)
+    assert not errors
+    for drawn, errors in run_places(draw, parallel, parallel, path):
+        assert not errors
+        assert set(drawn) == set(wanted)
+        assert all(psnr(drawn[i], wanted[i]) >= 60 for i in wanted)
