@@ -75,7 +75,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _die_with_parent() -> None:
-    """Also when no thread of ours can run to see that it is gone: stopped, or hung with the interpreter's lock held."""
+    """Also when no thread of ours can run to see that it is gone: stopped, or hung with the interpreter's lock held.
+
+    The kernel watches the thread that started this process; that is the one of the engine's event loop.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         raise OSError(ctypes.get_errno(), "prctl")
