@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
+import os
 import socket
 from collections import deque
 from collections.abc import Sequence
@@ -139,6 +141,7 @@ class MultiprocExecutor:
         self._silence_seconds = silence_seconds
         self._start_silence_seconds = start_silence_seconds
         self._group: WorkerGroup | None = None
+        self._has_started = False
 
     @property
     def worker_pids(self) -> list[int]:
@@ -146,13 +149,18 @@ class MultiprocExecutor:
         return [worker.pid for worker in self._group.workers] if self._group else []
 
     async def start(self) -> WorkerReady:
-        await self.close()
+        await self._kill_workers()
+        if not self._has_started:
+            # For programs that never call close(). Once, and not at every start: handlers run last registered first,
+            # and whoever closes this executor at exit must come before.
+            atexit.register(self._kill_at_exit, os.getpid())
+            self._has_started = True
         self._group = WorkerGroup(self._silence_seconds, self._start_silence_seconds)
         try:
             self._group.launch(self._config, self._replica_index, self._runner_name)
             ready = await self._group.next_outcome()
         except BaseException:
-            await self.close()
+            await self._kill_workers()
             raise
         assert isinstance(ready, WorkerReady), "workers get no plan before all of them are ready"
         return ready
@@ -172,6 +180,16 @@ class MultiprocExecutor:
         return result
 
     async def close(self) -> None:
+        await self._kill_workers()
+        atexit.unregister(self._kill_at_exit)
+        self._has_started = False
+
+    async def _kill_workers(self) -> None:
         if group := self._group:
             self._group = None
             await group.kill()
+
+    def _kill_at_exit(self, pid: int) -> None:
+        if self._group and os.getpid() == pid:  # not in a child that the program forked
+            for worker in self._group.workers:
+                worker.kill_at_exit()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import contextlib
 import logging
 import os
@@ -50,8 +49,6 @@ class WorkerProcess:
             raise WorkerDiedError(f"{name} cannot be started: {error}") from error
         self._name = name
         self._channel: AsyncChannel[FromWorker] = AsyncChannel(ours, FromWorker)
-        self._parent_pid = os.getpid()
-        atexit.register(self._kill_at_exit)  # for programs that never call close()
 
     def __str__(self) -> str:
         return f"{self._name} (pid {self.pid})"
@@ -86,17 +83,16 @@ class WorkerProcess:
         """End the process whatever it does, and reap it: a worker has nothing to save."""
         self._process.kill()
         self._channel.close()
-        atexit.unregister(self._kill_at_exit)
         if await self._ended_within(_KILL_SECONDS):
             self._process.wait()
         else:
             logger.error("%s was killed and does not end", self)
 
-    def _kill_at_exit(self) -> None:
-        if os.getpid() == self._parent_pid:  # not in a child that the program forked
-            self._process.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_KILL_SECONDS)
+    def kill_at_exit(self) -> None:
+        """The same without an event loop."""
+        self._process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_KILL_SECONDS)
 
     async def _ended_within(self, seconds: float) -> bool:
         """Whether the process ends within `seconds`.
