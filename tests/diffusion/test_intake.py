@@ -24,6 +24,7 @@ INFO = ModelInfo(
     attention_tokens=100.0,
     num_heads=4,
     num_blocks=2,
+    text_encoder_tp_sizes=(1,),
     default_sampling_params={"height": 64, "width": 96, "num_inference_steps": 20, "true_cfg_scale": 4.0},
 )
 READY = WorkerReady(

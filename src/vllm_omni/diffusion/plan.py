@@ -8,6 +8,9 @@ import numpy as np
 
 from vllm_omni.diffusion.request import DiffusionRequest
 
+EXCHANGES = ("all_to_all", "p2p", "all_gather", "all_reduce")
+"""What ranks say to each other: see `distributed.groups` and `distributed.ring`."""
+
 
 @dataclass
 class StepPlan:
@@ -64,7 +67,7 @@ class StepResult:
     cache_bytes: int = 0
     """What step caches keep on a device."""
     sent_bytes: dict[str, int] = field(default_factory=dict)
-    """Bytes that the ranks handed to each kind of exchange: all_to_all, p2p, all_gather, all_reduce."""
+    """Bytes that the ranks, all together, handed to each of `EXCHANGES`."""
     peak_memory_bytes: int = 0
 
 

@@ -36,6 +36,8 @@ class Device:
         self.kind = kind or (CUDA if torch.cuda.is_available() else CPU)
         self.torch = torch.device(self.kind, index) if self.kind == CUDA else torch.device(self.kind)
         self._num_processes = 1
+        if self.kind == CUDA:
+            torch.cuda.set_device(self.torch)  # for libraries that mean the current one
 
     @property
     def name(self) -> str:
