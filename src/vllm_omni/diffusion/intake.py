@@ -138,7 +138,7 @@ def _check_values(
     assert params.width is not None
     _check_size(params.height, params.width, config, info)
     _check_steps(params, config.max_inference_steps)
-    _require(params.cache in (None, True, False), "cache", params.cache, "true or false")
+    _require(isinstance(params.cache, bool | None), "cache", params.cache, "true or false")
     if params.cache and config.cache_backend == "none":
         raise InvalidRequestError("cache takes false or null here: the server has no --cache-backend", param="cache")
     return params

@@ -106,7 +106,7 @@ def check(path: Path, backend: str, layout: str, seeds: Sequence[int], wanted: R
         groups = [by_rank[first][number][1] for first in range(0, parallel.replica_size, group_size)]
         for request_id, branches in skips.items():
             for branch, steps in enumerate(branches):
-                assert sorted(sum((group[request_id][branch] for group in groups), [])) == steps
+                assert sorted(step for group in groups for step in group[request_id][branch]) == steps
                 num_skipped += len(steps)
         for runs in by_rank:
             for request_id, picture in pictures.items():
