@@ -151,12 +151,18 @@ def relative_changes(pairs: Sequence[tuple[Tensor, Tensor | None]], rank_group: 
     """
     if not pairs:
         return []
-    zero = torch.zeros((), device=pairs[0][0].device)
+    present, missing = torch.tensor([0.0, 1.0], device=pairs[0][0].device)
+    # Where nothing is known from before, the sums are of no interest.
+    nows, befores = [now for now, _ in pairs], [now if before is None else before for now, before in pairs]
     sums = [
-        (zero, zero, zero + 1)
-        if before is None
-        else ((now - before).abs().sum(dtype=torch.float32), before.abs().sum(dtype=torch.float32), zero)
-        for now, before in pairs
+        *torch._foreach_norm(differences(nows, befores), 1, dtype=torch.float32),
+        *torch._foreach_norm(befores, 1, dtype=torch.float32),
+        *(missing if before is None else present for _, before in pairs),
     ]
-    change, size, num_missing = rank_group.all_reduce(torch.stack([torch.stack(row) for row in zip(*sums)]))
+    change, size, num_missing = rank_group.all_reduce(torch.stack(sums).view(3, -1))
     return torch.where(num_missing > 0, torch.inf, change / size).tolist()
+
+
+def differences(now: Sequence[Tensor], before: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """now - before of each; every one owns its memory, so that dropping it frees that."""
+    return tuple(torch._foreach_sub(list(now), list(before))) if now else ()

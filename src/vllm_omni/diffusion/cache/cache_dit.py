@@ -7,8 +7,9 @@ asked for; the last Bn blocks run on the outcome.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from vllm_omni.diffusion.cache.base import (
     Kept,
     SequenceStep,
     StepCache,
+    differences,
     relative_changes,
     run_others,
 )
@@ -24,7 +26,7 @@ from vllm_omni.diffusion.cache.step_masks import steps_mask
 from vllm_omni.diffusion.cache.taylor import Forecast
 from vllm_omni.diffusion.data import CacheDiTConfig
 from vllm_omni.diffusion.distributed.groups import Group
-from vllm_omni.diffusion.packing import Hidden
+from vllm_omni.diffusion.packing import Hidden, Pack
 from vllm_omni.diffusion.registry import ModelInfo
 
 
@@ -51,38 +53,63 @@ class DualBlockCache(StepCache):
         super().__init__(rank_group)
         self._config = config
         self._order = config.taylorseer_order if config.enable_taylorseer else 0
+        self._refines = config.Bn_compute_blocks > 0
 
     def run(self, hidden: Hidden, blocks: Blocks, sequences: Sequence[SequenceStep]) -> Hidden:
         first = self._config.Fn_compute_blocks
         last = blocks.num_blocks - self._config.Bn_compute_blocks
+        lengths = blocks.pack.image.lengths
+        taking_part = [i for i, sequence in enumerate(sequences) if sequence.slot is not None]
         entered = blocks.run(hidden, range(first))
-        before, inside = blocks.pack.sequences(hidden), blocks.pack.sequences(entered)
-        added = [None if s.slot is None else now.image - was.image for s, was, now in zip(sequences, before, inside)]
-        changes = self._changes(sequences, added)
-        reused = {
-            i: self._reuse(sequences[i], inside[i], change)
-            for i, change in changes.items()
-            if self._is_small(change, sequences[i])
-        }
+        before, inside = hidden.image.split(lengths), entered.image.split(lengths)
+        added = differences([inside[i] for i in taking_part], [before[i] for i in taking_part])
+        first_added = dict(zip(taking_part, added))
+        changes = self._changes(sequences, first_added)
+        small = {i: change for i, change in changes.items() if self._is_small(change, sequences[i])}
+        parts = blocks.pack.sequences(entered) if small else []
+        reused = {i: self._reuse(sequences[i], parts[i], change) for i, change in small.items()}
         left = run_others(blocks, entered, reused, range(first, last))
-        after = blocks.pack.sequences(left)
-        spare = self.budget.max_bytes - self.budget.num_bytes
-        for i, sequence in enumerate(sequences):
-            if i in reused or (first_added := added[i]) is None:
-                continue
-            kept = self._computed(sequence, changes.get(i, 0.0))
-            if (num_bytes := self._num_bytes(inside[i])) <= spare:
-                spare -= num_bytes
-                kept = self._with_residuals(kept, sequence, first_added, inside[i], after[i])
-            self._keep(sequence, kept, skipped=False)
+        self._keep_computed(
+            [(i, sequences[i], first_added[i], changes.get(i, 0.0)) for i in taking_part if i not in reused],
+            entered,
+            left,
+            blocks.pack,
+        )
         return blocks.run(left, range(last, blocks.num_blocks))
 
-    def _changes(self, sequences: Sequence[SequenceStep], added: Sequence[Tensor | None]) -> dict[int, float]:
+    def _keep_computed(
+        self, computed: Sequence[tuple[int, SequenceStep, Tensor, float]], before: Hidden, after: Hidden, pack: Pack
+    ) -> None:
+        """What the blocks between did. computed: place in the pack, sequence, first blocks' residual, its change."""
+        texts_before = before.text.split(pack.text.lengths)
+        spare = self.budget.max_bytes - self.budget.num_bytes
+        with_room = []
+        for i, sequence, first, change in computed:
+            text_bytes = texts_before[i].nbytes if self._refines else 0
+            if (num_bytes := first.nbytes + (1 + self._order) * (first.nbytes + text_bytes)) > spare:
+                self._keep(sequence, self._counters(sequence, change), skipped=False)
+                continue
+            spare -= num_bytes
+            with_room.append((i, sequence, first, change))
+        places = [i for i, *_ in with_room]
+        images = _differences_at(places, after.image, before.image, pack.image.lengths)
+        texts = _differences_at(places, after.text, before.text, pack.text.lengths) if self._refines else ()
+        for (_, sequence, first, change), image, text in zip_longest(with_room, images, texts):
+            was = sequence.kept if isinstance(sequence.kept, DualBlockKept) else DualBlockKept()
+            kept = replace(
+                self._counters(sequence, change),
+                first=first,
+                image=self._carried_on(was.image, image, sequence.step),
+                text=None if text is None else self._carried_on(was.text, text, sequence.step),
+            )
+            self._keep(sequence, kept, skipped=False)
+
+    def _changes(self, sequences: Sequence[SequenceStep], added: Mapping[int, Tensor]) -> dict[int, float]:
         """Of the sequences that may reuse their blocks at this step: how much the first blocks' residual changed."""
         pairs = {}
-        for i, (sequence, now) in enumerate(zip(sequences, added)):
-            kept = sequence.kept
-            if now is not None and isinstance(kept, DualBlockKept) and self._may_reuse(sequence, kept):
+        for i, now in added.items():
+            kept = sequences[i].kept
+            if isinstance(kept, DualBlockKept) and self._may_reuse(sequences[i], kept):
                 pairs[i] = (now, kept.first)
         return dict(zip(pairs, relative_changes(list(pairs.values()), self._rank_group)))
 
@@ -125,7 +152,7 @@ class DualBlockCache(StepCache):
         self._keep(sequence, again, skipped=True)
         return Hidden(text, image)
 
-    def _computed(self, sequence: SequenceStep, change: float) -> DualBlockKept:
+    def _counters(self, sequence: SequenceStep, change: float) -> DualBlockKept:
         """The counters behind a step that computes."""
         kept = sequence.kept
         if not isinstance(kept, DualBlockKept):
@@ -141,28 +168,8 @@ class DualBlockCache(StepCache):
             return 0.0
         return change if 0 < change < float("inf") else 0.0
 
-    def _with_residuals(
-        self, kept: DualBlockKept, sequence: SequenceStep, first: Tensor, inside: Hidden, after: Hidden
-    ) -> DualBlockKept:
-        before = sequence.kept if isinstance(sequence.kept, DualBlockKept) else DualBlockKept()
-        text = None
-        if self._config.Bn_compute_blocks:
-            text = self._carried_on(before.text, after.text - inside.text, sequence.step)
-        return replace(
-            kept,
-            first=first,
-            image=self._carried_on(before.image, after.image - inside.image, sequence.step),
-            text=text,
-        )
-
     def _carried_on(self, forecast: Forecast | None, value: Tensor, step: int) -> Forecast:
         return Forecast.begin(value, step) if forecast is None else forecast.updated(value, step, self._order)
-
-    def _num_bytes(self, inside: Hidden) -> int:
-        """What a computed step of one sequence may add: residuals and their derivatives."""
-        num_terms = 1 + self._order
-        text = num_terms * inside.text.nbytes if self._config.Bn_compute_blocks else 0
-        return (1 + num_terms) * inside.image.nbytes + text
 
     def _mask(self, num_steps: int) -> tuple[int, ...] | None:
         if self._config.scm_steps_mask_policy is not None:
@@ -178,6 +185,11 @@ class DualBlockCache(StepCache):
 
     def _is_static(self, mask: tuple[int, ...] | None) -> bool:
         return mask is not None and self._config.steps_computation_policy == "static"
+
+
+def _differences_at(places: Sequence[int], now: Tensor, before: Tensor, lengths: Sequence[int]) -> Sequence[Tensor]:
+    nows, befores = now.split(list(lengths)), before.split(list(lengths))
+    return differences([nows[i] for i in places], [befores[i] for i in places])
 
 
 def create(config: CacheDiTConfig, info: ModelInfo, rank_group: Group) -> DualBlockCache:

@@ -17,6 +17,7 @@ from vllm_omni.diffusion.cache.base import (
     Kept,
     SequenceStep,
     StepCache,
+    differences,
     relative_changes,
     run_others,
 )
@@ -47,37 +48,42 @@ class TeaCache(StepCache):
         self._coefficients = coefficients
 
     def run(self, hidden: Hidden, blocks: Blocks, sequences: Sequence[SequenceStep]) -> Hidden:
-        before = blocks.pack.sequences(hidden)
-        by_sequence = blocks.signal(hidden).split(blocks.pack.image.lengths)
+        lengths = blocks.pack.image.lengths
         # Each owns its memory, so that dropping one frees it.
-        signals = [None if s.slot is None else x.clone() for s, x in zip(sequences, by_sequence)]
+        signals = [x.clone() for x in blocks.signal(hidden).split(lengths)]
         accumulated = self._accumulated(sequences, signals)
-        reused = {}
-        for i, total in accumulated.items():
-            kept, now = sequences[i].kept, signals[i]
-            if total < self._threshold and isinstance(kept, TeaKept) and kept.added is not None:
-                reused[i] = Hidden(before[i].text, before[i].image + kept.added)
-                self._keep(sequences[i], TeaKept(now, kept.added, total), skipped=True)
+        small = {i: total for i, total in accumulated.items() if total < self._threshold}
+        parts = blocks.pack.sequences(hidden) if small else []
+        reused = {i: self._reuse(sequences[i], parts[i], signals[i], total) for i, total in small.items()}
         left = run_others(blocks, hidden, reused, range(blocks.num_blocks))
-        after = blocks.pack.sequences(left)
+        computed = [i for i, sequence in enumerate(sequences) if sequence.slot is not None and i not in reused]
+        before, after = hidden.image.split(lengths), left.image.split(lengths)
         spare = self.budget.max_bytes - self.budget.num_bytes
-        for i, (sequence, now) in enumerate(zip(sequences, signals)):
-            if i in reused or now is None:
+        with_room = []
+        for i in computed:
+            if (num_bytes := 2 * signals[i].nbytes) > spare:
+                self._keep(sequences[i], TeaKept(), skipped=False)
                 continue
-            kept, num_bytes = TeaKept(), 2 * before[i].image.nbytes
-            if num_bytes <= spare:
-                spare -= num_bytes
-                kept = TeaKept(now, after[i].image - before[i].image)
-            self._keep(sequence, kept, skipped=False)
+            spare -= num_bytes
+            with_room.append(i)
+        for i, added in zip(with_room, differences([after[i] for i in with_room], [before[i] for i in with_room])):
+            self._keep(sequences[i], TeaKept(signals[i], added), skipped=False)
         return left
 
-    def _accumulated(self, sequences: Sequence[SequenceStep], signals: Sequence[Tensor | None]) -> dict[int, float]:
+    def _reuse(self, sequence: SequenceStep, before: Hidden, signal: Tensor, total: float) -> Hidden:
+        kept = sequence.kept
+        assert isinstance(kept, TeaKept)
+        assert kept.added is not None
+        self._keep(sequence, TeaKept(signal, kept.added, total), skipped=True)
+        return Hidden(before.text, before.image + kept.added)
+
+    def _accumulated(self, sequences: Sequence[SequenceStep], signals: Sequence[Tensor]) -> dict[int, float]:
         """The estimated change of the output since it was computed, of sequences that may skip this step."""
         pairs, totals = {}, []
         for i, (sequence, now) in enumerate(zip(sequences, signals)):
             kept = sequence.kept
             # Published code computes the first and the last step in any case.
-            if now is not None and isinstance(kept, TeaKept) and 0 < sequence.step < sequence.num_steps - 1:
+            if isinstance(kept, TeaKept) and 0 < sequence.step < sequence.num_steps - 1:
                 pairs[i] = (now, kept.signal)
                 totals.append(kept.accumulated_change)
         changes = relative_changes(list(pairs.values()), self._rank_group)
