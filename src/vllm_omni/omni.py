@@ -178,7 +178,7 @@ class AsyncOmni:
             ready = await self._engine.start()
         else:
             ready, _ = await asyncio.gather(self._engine.start(), warm_tokenizer)
-        check_default_prompt(self.config, self.info)
+        await asyncio.to_thread(check_default_prompt, self.config, self.info)
         self.ready = ready
         self._intake = Intake(self.config, self.info, ready)
 
