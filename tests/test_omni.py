@@ -94,8 +94,10 @@ def test_what_was_closed_says_so(omni: Omni) -> None:
 def test_settings_are_checked_before_anything_loads() -> None:
     with pytest.raises(ConfigError, match=r"'num_steps'; accepted are model, parallel_config, cache_backend"):
         Omni(model="demo", num_steps=3)
-    with pytest.raises(ConfigError, match="parallel_config takes a DiffusionParallelConfig, got {}"):
+    with pytest.raises(ConfigError, match=r"parallel_config takes a DiffusionParallelConfig, got \{\}"):
         Omni(model="demo", parallel_config={})
+    with pytest.raises(ConfigError, match=r"config takes an OmniDiffusionConfig, got 'demo'; .* model="):
+        Omni("demo")
     with pytest.raises(ConfigError, match="model must be a folder"):
         Omni()
     with pytest.raises(ConfigError, match="--max-num-seqs takes an integer, got 'a'"):

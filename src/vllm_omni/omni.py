@@ -156,7 +156,9 @@ class AsyncOmni:
         observer: EngineObserver | None = None,
         **settings: Any,
     ) -> None:
-        self.config = config or make_config(**settings)
+        self.config = make_config(**settings) if config is None else config
+        if not isinstance(self.config, OmniDiffusionConfig):
+            raise ConfigError(f"config takes an OmniDiffusionConfig, got {config!r}; a model's name is given as model=")
         self.info = load_model_info(self.config.model)
         self.info.check_parallel(self.config.parallel)
         check_defaults(self.config, self.info)

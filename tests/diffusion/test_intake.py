@@ -171,7 +171,10 @@ def test_prompts_may_be_strings_or_mappings() -> None:
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"num_inference_steps": "many"}, "--default-sampling-params: num_inference_steps takes an integer, got 'many'"),
+        (
+            {"num_inference_steps": "many"},
+            "--default-sampling-params: num_inference_steps takes an integer, got 'many'",
+        ),
         (
             {"num_inference_steps": 10**6},
             "--default-sampling-params: num_inference_steps takes 1 to 200 (--max-inference-steps), got 1000000",
@@ -231,13 +234,13 @@ def test_limits_that_fail_every_default_request_are_blamed(settings: dict[str, o
 
 def test_the_models_own_file_is_blamed_for_itself() -> None:
     info = replace(INFO, default_sampling_params={**INFO.default_sampling_params, "height": 63})
-    with pytest.raises(ConfigError, match="^the model's own default_sampling_params.json: size 96x63"):
+    with pytest.raises(ConfigError, match=r"^the model's own default_sampling_params\.json: size 96x63"):
         check_defaults(OmniDiffusionConfig("demo"), info)
 
 
 def test_a_default_prompt_must_fit_the_default_length() -> None:
     defaults = {"negative_prompt": "w " * 9, "max_sequence_length": 8}
-    with pytest.raises(ConfigError, match="^--default-sampling-params: negative_prompt has 9 tokens, at most 8"):
+    with pytest.raises(ConfigError, match=r"^--default-sampling-params: negative_prompt has 9 tokens, at most 8"):
         check_default_prompt(OmniDiffusionConfig("demo", default_sampling_params=defaults), INFO)
     check_default_prompt(OmniDiffusionConfig("demo"), INFO)
 

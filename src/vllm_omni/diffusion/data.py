@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from vllm_omni.errors import ConfigError, NotAvailableError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
@@ -157,7 +157,8 @@ def parse_cache_config(backend: str, values: Mapping[str, Any]) -> CacheConfig |
 
 def _fit_fields(config: Any, name_of: Callable[[str], str]) -> None:
     """Make the fields of a new frozen dataclass plain values of their kinds. Raises ConfigError."""
-    for name, kind in kinds_of(type(config)).items():
+    cls: Any = type(config)
+    for name, kind in kinds_of(cls).items():
         value = getattr(config, name)
         try:
             object.__setattr__(config, name, fit(value, kind))

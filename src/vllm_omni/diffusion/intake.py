@@ -264,14 +264,20 @@ def _check_supported(prompt: OmniPrompt, params: OmniDiffusionSamplingParams) ->
 
 def _fit_prompt(prompt: OmniPrompt) -> OmniPrompt:
     """The prompt as plain strings that can be written as UTF-8."""
-    texts = {"prompt": prompt.prompt, "negative_prompt": prompt.negative_prompt}
-    for name, kind in (("prompt", str), ("negative_prompt", str | None)):
-        texts[name] = _fit(name, texts[name], kind)
-        try:
-            (texts[name] or "").encode()
-        except UnicodeEncodeError as error:
-            raise InvalidRequestError(f"{name} holds half of a surrogate pair: {error}", param=name) from error
-    return replace(prompt, **texts)
+    return replace(
+        prompt,
+        prompt=_fit_text("prompt", prompt.prompt, str),
+        negative_prompt=_fit_text("negative_prompt", prompt.negative_prompt, str | None),
+    )
+
+
+def _fit_text(name: str, value: Any, kind: Any) -> Any:
+    text = _fit(name, value, kind)
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(f"{name} is not valid Unicode: {error}", param=name) from error
+    return text
 
 
 def _fit_params(params: OmniDiffusionSamplingParams) -> OmniDiffusionSamplingParams:

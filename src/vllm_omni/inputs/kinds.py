@@ -15,7 +15,7 @@ class MisfitError(ValueError):
 
 
 @cache
-def kinds_of(cls: type) -> Mapping[str, Any]:
+def kinds_of(cls: Any) -> Mapping[str, Any]:
     """The annotations of a dataclass by field."""
     return get_type_hints(cls)
 

@@ -42,15 +42,15 @@ OPEN_FILES = 65535
 def serve(args: ServeArgs) -> int:
     """Serve until a signal or a failure; the exit code. Raises ConfigError before any weight is read."""
     _raise_file_limit()
-    with Listener(args.http) as listener:  # bound first: a port in use shows now, not after the weights are read
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            code = runner.run(_serve(args, listener))
-            if code >= HURRIED_EXIT_CODE:
-                # Closing the loop would cut off what still runs on it, which then complains.
-                listener.close()
-                logging.shutdown()
-                os._exit(code)
-            return code
+    # The socket first: a port in use shows now, not after the weights are read.
+    with Listener(args.http) as listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        code = runner.run(_serve(args, listener))
+        if code >= HURRIED_EXIT_CODE:
+            # Closing the loop would cut off what still runs on it, which then complains.
+            listener.close()
+            logging.shutdown()
+            os._exit(code)
+        return code
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
