@@ -169,23 +169,25 @@ def _check_size(height: int, width: int, config: OmniDiffusionConfig, info: Mode
     multiple, most = info.size_multiple, _max_pixels(config, info)
     longer, shorter = ("height", "width") if height > width else ("width", "height")
     if min(height, width) < multiple:
-        param, reason = shorter, f" sides must be at least {multiple} pixels"
+        param, reason = shorter, f": sides must be at least {multiple} pixels"
     elif height * width > most:
         param, reason = longer, f" has {height * width} pixels, at most {most} are accepted (--max-pixels)"
     elif height % multiple or width % multiple:
-        param, reason = "height" if height % multiple else "width", f" sides must be multiples of {multiple}"
+        param, reason = "height" if height % multiple else "width", f": sides must be multiples of {multiple}"
     else:
         return
-    nearest_height, nearest_width = nearest_size(height, width, multiple, most)
-    raise InvalidRequestError(
-        f"size {width}x{height}{':' if 'must' in reason else ''}{reason}; "
-        f"the nearest valid size is {nearest_width}x{nearest_height}",
-        param=param,
-    )
+    advice = ""
+    if most >= multiple**2:
+        nearest_height, nearest_width = nearest_size(height, width, multiple, most)
+        advice = f"; the nearest valid size is {nearest_width}x{nearest_height}"
+    raise InvalidRequestError(f"size {width}x{height}{reason}{advice}", param=param)
 
 
 def nearest_size(height: int, width: int, multiple: int, most_pixels: int) -> tuple[int, int]:
-    """The size whose sides are multiples of `multiple`, with at most `most_pixels`, nearest to the given shape."""
+    """The size whose sides are multiples of `multiple`, with at most `most_pixels`, nearest to the given shape.
+
+    `most_pixels` must have room for one multiple a side.
+    """
     # In multiples, rounded in integers: a client's numbers may be too large for a float.
     most = most_pixels // multiple**2
     rows, columns = (min(max((2 * side + multiple) // (2 * multiple), 1), most) for side in (height, width))
