@@ -3,12 +3,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.set-up
 
-.PHONY: help demo serve test check
+.PHONY: help demo serve test test-layouts check
 
 help:
 	@echo "make demo    set up, serve the demo model, write out/demo.png, stop"
 	@echo "make serve   set up, serve the demo model until Ctrl-C (PORT=8000 for a fixed port)"
 	@echo "make test    set up, run the linters and the tests"
+	@echo "make test-layouts   the tests of every parallel layout, up to 8 processes (some minutes)"
 	@echo "make check   the linters alone"
 
 $(SETUP): requirements/cpu.txt pyproject.toml tools/setup.sh
@@ -29,3 +30,6 @@ check: $(SETUP)
 
 test: check
 	$(BIN)/python -m pytest
+
+test-layouts: $(SETUP)
+	$(BIN)/python -m pytest -m layouts --timeout 1800

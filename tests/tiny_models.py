@@ -48,17 +48,22 @@ def build_tiny_qwen_image(
     head_dim: int = 16,
     layers: int = 2,
     text_dim: int = 32,
+    text_heads: int = 2,
+    text_kv_heads: int = 1,
     vae_dim: int = 8,
     seed: int = 0,
     default_sampling_params: dict[str, object] | None = None,
 ) -> Path:
-    """Write a QwenImagePipeline folder to `path` and return it. Widths: heads * head_dim, and text_dim."""
+    """Write a QwenImagePipeline folder to `path` and return it. Widths: heads * head_dim, and text_dim.
+
+    text_dim: a multiple of 16 * text_heads.
+    """
     generator_state = torch.get_rng_state()
     torch.manual_seed(seed)
     tokenizer = _tokenizer()
     components = {
         "tokenizer": tokenizer,
-        "text_encoder": _text_encoder(tokenizer, text_dim),
+        "text_encoder": _text_encoder(tokenizer, text_dim, text_heads, text_kv_heads),
         "transformer": tiny_transformer(heads=heads, head_dim=head_dim, layers=layers, text_dim=text_dim),
         "vae": AutoencoderKLQwenImage(
             base_dim=vae_dim, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1, temperal_downsample=[False, True, True]
@@ -140,17 +145,19 @@ def _tokenizer() -> Qwen2Tokenizer:
     )
 
 
-def _text_encoder(tokenizer: Qwen2Tokenizer, width: int) -> Qwen2_5_VLForConditionalGeneration:
+def _text_encoder(
+    tokenizer: Qwen2Tokenizer, width: int, heads: int, kv_heads: int
+) -> Qwen2_5_VLForConditionalGeneration:
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
-    head_dim = width // 2
+    head_dim = width // heads
     sections = [head_dim // 8, head_dim // 8 + head_dim // 16, head_dim // 8 + head_dim // 16]
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": width,
         "intermediate_size": 2 * width,
         "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
         "max_position_embeddings": 4096,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections},
         "bos_token_id": ids["<|endoftext|>"],

@@ -8,6 +8,9 @@ import numpy as np
 
 from vllm_omni.diffusion.request import DiffusionRequest
 
+EXCHANGES = ("all_to_all", "p2p", "all_gather", "all_reduce")
+"""What ranks say to each other: see `distributed.groups` and `distributed.ring`."""
+
 
 @dataclass
 class StepPlan:
@@ -60,7 +63,7 @@ class StepResult:
     """Guidance branches in the pack."""
     num_tokens: int = 0
     sent_bytes: dict[str, int] = field(default_factory=dict)
-    """Bytes that the ranks handed to each kind of exchange: all_to_all, p2p, all_gather, all_reduce."""
+    """Bytes that the ranks, all together, handed to each of `EXCHANGES`."""
     peak_memory_bytes: int = 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Mapping
 from functools import partial
@@ -19,6 +20,7 @@ from tests.tiny_models import build_tiny_qwen_image
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.diffusion.worker.contract import Place
+from vllm_omni.diffusion.worker.runner import ModelRunner
 
 ARRIVALS: dict[int, list[DiffusionRequest]] = {
     0: [
@@ -33,12 +35,28 @@ ARRIVALS: dict[int, list[DiffusionRequest]] = {
 def draw(
     place: Place, parallel: DiffusionParallelConfig, path: Path, moving: bool = False
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Pictures and previews by id, and the errors; `moving`: another placement in every step."""
+    """Pictures, previews and first velocities by id, and the errors; `moving`: another placement in every step."""
     runner = started(place, parallel, path)
     placed = partial(placed_at_random if moving else placed_in_turn, parallel.cfg_parallel_size)
+    velocities = first_velocities(runner, placed)
     drive = Drive(runner, placed, merging(runner)).run(ARRIVALS)
     previews = {f"{request_id}/preview": images[0] for request_id, images in drive.previews.items()}
-    return drive.images | previews, drive.errors
+    return drive.images | previews | velocities, drive.errors
+
+
+@torch.inference_mode()
+def first_velocities(runner: ModelRunner, placed: Any) -> dict[str, np.ndarray]:
+    """What the transformer says of all requests in one pack, guidance branch by guidance branch."""
+    states = [runner.pipeline.encode(request) for joining in ARRIVALS.values() for request in joining]
+    placement = placed(0, {s.request.request_id: len(s.sequence_lengths) for s in states})
+    branches = runner.pipeline.predict(states, [g for groups in placement.values() for g in groups])
+    for state in states:
+        runner.pipeline.forget(state)
+    return {
+        f"{state.request.request_id}/velocity {i}": velocity.numpy()
+        for state, velocities in zip(states, branches)
+        for i, velocity in enumerate(velocities)
+    }
 
 
 def placed_in_turn(groups: int, step_id: int, branches: Mapping[str, int]) -> dict[str, list[int]]:
@@ -81,9 +99,13 @@ def check(reference: Reference, heads: int, parallel: DiffusionParallelConfig, m
     for drawn, errors in run_places(draw, parallel, parallel, reference.path(heads), moving):
         assert not errors
         assert set(drawn) == set(wanted)
-        for request_id, picture in wanted.items():
-            assert picture.std() > 2, "a flat picture proves nothing"
-            assert psnr(drawn[request_id], picture) >= 60
+        for name, values in wanted.items():
+            if "velocity" in name:
+                assert np.abs(values).max() > 0.5
+                np.testing.assert_allclose(drawn[name], values, atol=1e-4, rtol=1e-4)
+            else:
+                assert values.std() > 2, "a flat picture proves nothing"
+                assert psnr(drawn[name], values) >= 60
 
 
 LAYOUTS = [
@@ -113,5 +135,35 @@ def test_a_layout_draws_what_one_process_draws(
     check(reference, heads, parallel)
 
 
+def every_layout() -> list[tuple[int, ...]]:
+    degrees = itertools.product((3, 5, 6, 24), (1, 2, 3, 4), (1, 2), (1, 2), (1, 2))
+    return [
+        (heads, ulysses, ring, cfg, tensor)
+        for heads, ulysses, ring, cfg, tensor in degrees
+        if 1 < ulysses * ring * cfg * tensor <= 8 and heads % tensor == 0 and ulysses <= heads // tensor
+    ]
+
+
+@pytest.mark.layouts
+@pytest.mark.parametrize(("heads", "ulysses", "ring", "cfg", "tensor"), every_layout())
+def test_every_layout_draws_what_one_process_draws(
+    reference: Reference, heads: int, ulysses: int, ring: int, cfg: int, tensor: int
+) -> None:
+    test_a_layout_draws_what_one_process_draws(reference, heads, ulysses, ring, cfg, tensor)
+
+
 def test_the_placement_may_change_at_every_step(reference: Reference) -> None:
     check(reference, 3, DiffusionParallelConfig(cfg_parallel_size=3, ulysses_degree=2), moving=True)
+
+
+def test_ranks_may_share_decodes_and_the_text_encoder(reference: Reference, tmp_path: Path) -> None:
+    parallel = DiffusionParallelConfig(
+        ulysses_degree=2, tensor_parallel_size=2, vae_patch_parallel_size=2, text_encoder_tp_size=2
+    )
+    path = build_tiny_qwen_image(tmp_path / "model", heads=4, text_kv_heads=2)
+    ((wanted, errors),) = run_places(draw, DiffusionParallelConfig(), DiffusionParallelConfig(), path)
+    assert not errors
+    for drawn, errors in run_places(draw, parallel, parallel, path):
+        assert not errors
+        assert set(drawn) == set(wanted)
+        assert all(psnr(drawn[i], wanted[i]) >= 60 for i in wanted if "velocity" not in i)

@@ -28,19 +28,26 @@ class WorkerProcess:
     """One worker process and the channel to it. Made on a running event loop."""
 
     def __init__(self, name: str, runner_name: str, inherited_fds: Sequence[int] = ()) -> None:
-        """`name`: in messages and log lines. `inherited_fds`: open in the worker under the same numbers."""
+        """`name`: in messages and log lines. `inherited_fds`: open in the worker under the same numbers.
+
+        Raises WorkerDiedError when the machine has no process to give.
+        """
         ours, theirs = socket.socketpair()
         # Not by fork, nor by importing the user's script again: an interpreter of its own. `-P`: what lies in
         # the current folder is no part of it. Its own session: a terminal's Ctrl-C goes to the parent alone.
         command = [sys.executable, "-P", "-m", "vllm_omni.diffusion.worker.main", f"--socket-fd={theirs.fileno()}"]
         command += [f"--parent-pid={os.getpid()}", f"--runner={runner_name}", f"--name={name}"]
-        with theirs:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno(), *inherited_fds],
-                start_new_session=True,
-            )
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno(), *inherited_fds],
+                    start_new_session=True,
+                )
+        except OSError as error:
+            ours.close()
+            raise WorkerDiedError(f"{name} cannot be started: {error}") from error
         self._name = name
         self._channel: AsyncChannel[FromWorker] = AsyncChannel(ours, FromWorker)
         self._parent_pid = os.getpid()

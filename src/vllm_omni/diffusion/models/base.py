@@ -83,7 +83,7 @@ class BasePipeline(ABC, Generic[State]):
 
     @abstractmethod
     def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[np.ndarray]:
-        """Pictures, uint8 [height, width, 3]."""
+        """Pictures, uint8 [height, width, 3]. Of ranks that share a decode the first has them, the others get []."""
 
     @abstractmethod
     def forget(self, state: State) -> None:

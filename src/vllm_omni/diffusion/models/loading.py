@@ -1,5 +1,5 @@
-"""Weights from safetensors files into modules, one tensor at a time: nothing is held twice, nothing
-is unpickled, and a rank reads its share alone."""
+"""Weights from safetensors files into modules, one tensor at a time: nothing is held twice or unpickled, and of
+a module that ranks share each reads its part alone."""
 
 from __future__ import annotations
 
@@ -33,6 +33,13 @@ def safetensors_files(folder: Path) -> list[Path]:
     if not files:
         raise ConfigError(f"{folder} has no .safetensors file (other weight formats are not read)")
     return files
+
+
+def weight_names(folder: Path) -> Iterator[str]:
+    """The names in a component's files, read from their headers."""
+    for file in safetensors_files(folder):
+        with safe_open(file, framework="pt") as weights:
+            yield from weights.keys()
 
 
 @dataclass(frozen=True)

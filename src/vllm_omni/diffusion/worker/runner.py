@@ -159,13 +159,14 @@ class ModelRunner:
         mesh = self._ranks.mesh
         num_groups = mesh.world.size // mesh.vae.size
         mine = list(latents)[mesh.world.rank // mesh.vae.size :: num_groups]
-        return self._together(
-            [self._requests[i] for i in mine],
-            lambda request: request.request_id,
-            lambda batch: self.pipeline.decode(batch, [latents[request.request_id] for request in batch]),
-            result,
-            mesh.vae.size > 1,
-        )
+
+        def decode(batch: Sequence[DiffusionRequest]) -> Sequence[Any]:
+            pictures: list[Any] = self.pipeline.decode(batch, [latents[request.request_id] for request in batch])
+            return pictures or [None] * len(batch)
+
+        requests = [self._requests[i] for i in mine]
+        decoded = self._together(requests, lambda request: request.request_id, decode, result, mesh.vae.size > 1)
+        return {request_id: picture for request_id, picture in decoded.items() if picture is not None}
 
     def _together(
         self,

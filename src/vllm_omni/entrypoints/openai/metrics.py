@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 
-from vllm_omni.diffusion.plan import StepPlan, StepResult
+from vllm_omni.diffusion.plan import EXCHANGES, StepPlan, StepResult
 from vllm_omni.diffusion.request import DiffusionRequest
 
 if TYPE_CHECKING:
@@ -51,6 +51,9 @@ class PrometheusObserver:
         self._images = self._counter("images", "Pictures made")
         self._pixels = self._counter("image_pixels", "Pixels of pictures made")
         self._steps = self._counter("inference_steps", "Denoising steps of requests", kind=("computed", "cached"))
+        self._sent = self._counter(
+            "communication_bytes", "Bytes that ranks handed to each kind of exchange", collective=EXCHANGES
+        )
         self._restarts = self._counter("worker_restarts", "Worker restarts")
         self._most_memory = 0
         self._peak_memory = Gauge(
@@ -75,6 +78,8 @@ class PrometheusObserver:
             self._step_sequences.observe(result.num_sequences)
             self._step_tokens.observe(result.num_tokens)
             self._steps["computed"].inc(len(result.advanced))
+        for collective, num_bytes in result.sent_bytes.items():
+            self._sent[collective].inc(num_bytes)
         if result.peak_memory_bytes > self._most_memory:  # of several replicas, and over restarts
             self._most_memory = result.peak_memory_bytes
             self._peak_memory.set(self._most_memory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -89,6 +90,35 @@ def refuse_unsupported(transformer: Mapping[str, Any]) -> None:
     ):
         if (value := transformer.get(key, only)) != only:
             raise ConfigError(f"transformer/config.json has {key}={value!r}: not available yet, only {only!r} is")
+
+
+def text_encoder_tp_sizes(text_encoder: Mapping[str, Any]) -> tuple[int, ...]:
+    """How many ranks can share the text encoder of this config.json: each gets whole heads and as many as the others.
+
+    Raises ConfigError when the config does not say how large the model is.
+    """
+    common = math.gcd(*_shared_counts(text_encoder).values())
+    return tuple(size for size in range(1, common + 1) if common % size == 0)
+
+
+def check_text_encoder_tp_size(path: Path, size: int) -> None:
+    """Raise ConfigError when `size` ranks cannot share the text encoder of the model in `path`."""
+    config = _read_config(path, "text_encoder")
+    if size != 1 and size not in (sizes := text_encoder_tp_sizes(config)):
+        counts = ", ".join(f"{name} {count}" for name, count in _shared_counts(config).items())
+        raise ConfigError(
+            f"--text-encoder-tp-size takes {', '.join(map(str, sizes))} (what divides the text encoder's {counts}), "
+            f"got {size}"
+        )
+
+
+def _shared_counts(text_encoder: Mapping[str, Any]) -> dict[str, int]:
+    # The language model's own section where there is one; older configs have its keys at the top.
+    values = text_encoder.get("text_config") or text_encoder
+    try:
+        return {name: int(values[name]) for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size")}
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"text_encoder/config.json does not say its sizes: {error!r}") from error
 
 
 def _refuse_scheduler(scheduler: Mapping[str, Any]) -> None:

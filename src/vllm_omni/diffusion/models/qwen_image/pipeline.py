@@ -114,8 +114,7 @@ class Pipeline(BasePipeline[QwenImageState]):
         mesh: Mesh,
     ) -> Pipeline:
         path = info.path
-        text_encoder = TextEncoder(path, device, dtype)
-        on_bytes(_num_bytes(path / "text_encoder"))
+        text_encoder = TextEncoder(path, device, dtype, mesh.text_encoder, on_bytes)
         vae = AutoencoderKLQwenImage.from_pretrained(path / "vae", dtype=dtype, use_safetensors=True)
         on_bytes(_num_bytes(path / "vae"))
         values = json.loads((path / "transformer" / "config.json").read_text())
@@ -126,7 +125,10 @@ class Pipeline(BasePipeline[QwenImageState]):
             transformer=transformer,
             text_encoder=text_encoder,
             decoder=PictureDecoder(
-                vae.to(device).eval().requires_grad_(False), config.vae_use_slicing, config.vae_use_tiling
+                vae.to(device).eval().requires_grad_(False),
+                config.vae_use_slicing,
+                config.vae_use_tiling,
+                mesh.vae,
             ),
             scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(path / "scheduler"),
             pixels_per_token=info.pixels_per_token,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -12,6 +12,8 @@ from diffusers import AutoencoderKLQwenImage
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 from torch import Tensor, nn
 
+from vllm_omni.diffusion.distributed.groups import Group
+from vllm_omni.diffusion.models.qwen_image.shared_decode import SharedDecoder
 from vllm_omni.diffusion.sampling import unpack_latents
 
 MAX_BATCH_PIXELS = 2**20
@@ -54,16 +56,18 @@ class FrameDecoder(nn.Module):
 class PictureDecoder:
     """Decodes token latents with a Qwen-Image VAE; rounding follows diffusers' VaeImageProcessor.
 
-    one_at_a_time: never batch pictures (less memory).
+    one_at_a_time: never hold more than one picture (less memory). group: its ranks share each call, which makes the
+    pictures of one rank with `tiled`.
     """
 
-    def __init__(self, vae: AutoencoderKLQwenImage, one_at_a_time: bool, tiled: bool) -> None:
+    def __init__(self, vae: AutoencoderKLQwenImage, one_at_a_time: bool, tiled: bool, group: Group) -> None:
         vae.encoder = nn.Identity()  # frees its weights
         vae.decoder = FrameDecoder(vae.decoder)
         self._vae = vae
         self._one_at_a_time = one_at_a_time
         if tiled:
             vae.enable_tiling()
+        self._shared = SharedDecoder(vae, group) if group.size > 1 else None
         self._scale = 2 ** len(vae.temperal_downsample)
         mean, std = (
             torch.tensor(values).view(1, -1, 1, 1, 1).to(vae.device, vae.dtype)
@@ -72,22 +76,28 @@ class PictureDecoder:
         self._mean, self._inverse_std = mean, 1.0 / std
 
     def __call__(self, latents: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-        """latents: [rows * columns, channels * 4] and (rows, columns) of each picture -> uint8 [height, width, 3]."""
-        pictures = []
-        for grid, run in groupby(zip(latents, grids), key=lambda item: item[1]):
-            pending = [unpack_latents(tokens, *grid)[:, None] for tokens, _ in run]
-            size = self._batch_size(grid)
-            for start in range(0, len(pending), size):
-                pictures += self._decode(torch.stack(pending[start : start + size]))
-        return pictures
+        """latents: [rows * columns, channels * 4] and (rows, columns) of each picture -> uint8 [height, width, 3].
 
-    def _batch_size(self, grid: tuple[int, int]) -> int:
-        pixels = grid[0] * grid[1] * (2 * self._scale) ** 2
-        return 1 if self._one_at_a_time else max(1, MAX_BATCH_PIXELS // pixels)
+        All ranks of the group must call with the same latents; the pictures come on its first rank, [] on the others.
+        """
+        unpacked = [unpack_latents(tokens, *grid)[None, :, None] for tokens, grid in zip(latents, grids, strict=True)]
+        scaled = [x.to(self._vae.dtype) / self._inverse_std + self._mean for x in unpacked]
+        if self._shared is None:
+            return [picture for batch in self._batches(scaled) for picture in self._decode(batch)]
+        calls = [[x] for x in scaled] if self._one_at_a_time else [scaled]
+        return [picture for call in calls for pixels in self._shared(call) for picture in _to_uint8(pixels)]
+
+    def _batches(self, latents: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Neighbours of one size together: [pictures, channels, 1, height / 8, width / 8]."""
+        for (height, width), run in groupby(latents, key=lambda x: x.shape[-2:]):
+            most = 1 if self._one_at_a_time else max(1, MAX_BATCH_PIXELS // (height * width * self._scale**2))
+            yield from torch.cat(list(run)).split(most)
 
     def _decode(self, latents: Tensor) -> list[np.ndarray]:
-        """latents: [pictures, channels, 1, height / 8, width / 8]."""
-        latents = latents.to(self._vae.dtype) / self._inverse_std + self._mean
-        pixels = self._vae.decode(latents, return_dict=False)[0][:, :, 0]
-        pixels = (pixels * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float()
-        return list((pixels * 255).round().to(torch.uint8).cpu().numpy())
+        return _to_uint8(self._vae.decode(latents, return_dict=False)[0])
+
+
+def _to_uint8(pixels: Tensor) -> list[np.ndarray]:
+    """[pictures, 3, 1, height, width] in [-1, 1] -> [height, width, 3] each."""
+    pixels = (pixels[:, :, 0] * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float()
+    return list((pixels * 255).round().to(torch.uint8).cpu().numpy())
