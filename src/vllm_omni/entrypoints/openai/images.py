@@ -80,7 +80,8 @@ class ImageService:
 def make_images_router(service: ImageService) -> APIRouter:
     router = APIRouter(prefix="/v1/images", tags=["images"], responses=ERROR_RESPONSES)
 
-    event_stream = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    event = {"type": "object", "properties": {"event": {"type": "string"}, "data": {"type": "string"}}}
+    event_stream = {"content": {"text/event-stream": {"schema": {**event, "required": ["data"]}}}}  # of each event
 
     @router.post("/generations", response_model=ImagesResponse, responses={200: event_stream})
     async def generations(body: ImageGenerationRequest, request: Request) -> Response:
