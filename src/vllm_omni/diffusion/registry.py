@@ -38,6 +38,8 @@ class ModelInfo:
     """Tokens at which attention costs as much as the linear layers: a sequence of n tokens costs n(1 + n/this)."""
     num_heads: int
     """Attention heads of the transformer."""
+    text_encoder_tp_sizes: tuple[int, ...]
+    """How many ranks can share the text encoder."""
     default_sampling_params: Mapping[str, Any] = field(default_factory=dict)
     """The model folder's own defaults over the family's; may hold `negative_prompt`."""
 
@@ -45,11 +47,14 @@ class ModelInfo:
         return (height // self.pixels_per_token) * (width // self.pixels_per_token)
 
     def check_parallel(self, parallel: DiffusionParallelConfig) -> None:
-        """Raises ConfigError for degrees that this model's heads do not allow, with the valid ones."""
+        """Raises ConfigError for degrees that this model does not allow, with the valid ones."""
         heads, tensor, ulysses = self.num_heads, parallel.tensor_parallel_size, parallel.ulysses_degree
         if heads % tensor:
             valid = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
             raise ConfigError(f"--tensor-parallel-size must divide the model's {heads} heads ({valid}), got {tensor}")
+        if (size := parallel.text_encoder_tp_size) not in self.text_encoder_tp_sizes:
+            valid = ", ".join(map(str, self.text_encoder_tp_sizes))
+            raise ConfigError(f"--text-encoder-tp-size takes {valid} (what divides the encoder's heads), got {size}")
         if ulysses > heads // tensor:
             raise ConfigError(
                 f"--usp takes 1 to {heads // tensor}, the model's {heads} heads over --tensor-parallel-size {tensor}, "
