@@ -63,6 +63,8 @@ class ImageGenerationRequest(BaseModel):
     """Picture i of `n` uses `seed + i`."""
     cache: bool | None = None
     """False: compute every block, although the server has a step cache."""
+    max_sequence_length: Annotated[int, Field(ge=1)] | None = None
+    """Longest prompt accepted, in tokens."""
     lora: Any = None
     """Not available yet."""
     priority: Annotated[int, _NULLABLE] = 0
