@@ -190,7 +190,7 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
         means = [row.psnr_mean for row in own]
         below = [row.psnr_mean - row.psnr_min for row in own]
         axes.errorbar(
-            saved, means, [below, [0] * len(own)], fmt="o-", linewidth=0.6, capsize=2, color=colour, label=cache
+            saved, means, [below, [0] * len(own)], fmt="o", elinewidth=0.6, capsize=2, color=colour, label=cache
         )
         for row, x, y in zip(own, saved, means):
             axes.annotate(row.setting, (x, y), fontsize=7, xytext=(4, 4), textcoords="offset points")
