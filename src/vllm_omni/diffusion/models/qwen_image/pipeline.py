@@ -20,8 +20,8 @@ from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.mesh import Mesh
 from vllm_omni.diffusion.models.base import BasePipeline, RequestState
 from vllm_omni.diffusion.models.loading import load_weights, safetensors_files
+from vllm_omni.diffusion.models.modulation import ModulationTable
 from vllm_omni.diffusion.models.prompt_cache import PromptCache
-from vllm_omni.diffusion.models.qwen_image.modulation import ModulationTable
 from vllm_omni.diffusion.models.qwen_image.text import TextEncoder
 from vllm_omni.diffusion.models.qwen_image.transformer import (
     CHECKPOINT_NAMES,
