@@ -26,6 +26,8 @@ MAX_PREVIEWS = 3
 LEAST_MAX_PIXELS = 1024 * 1024
 """Clients ask for sizes like 512x512 whatever the model: the default limit lets them."""
 OUTPUT_TYPES = ("pil", "np")
+GUIDANCE_PARAMETERS = ("true_cfg_scale", "guidance_scale", "cfg_normalization", "cfg_truncation")
+"""A family takes some of them: `ModelInfo.guidance`."""
 
 
 class Intake:
@@ -44,7 +46,7 @@ class Intake:
 
         Raises InvalidRequestError whose `param` is the field of `OmniDiffusionSamplingParams` or `OmniPrompt`.
         """
-        _check_supported(prompt, params)
+        _check_supported(prompt, params, self._info)
         filled = self._filled(params)
         assert filled.height is not None
         assert filled.width is not None
@@ -52,6 +54,11 @@ class Intake:
         negative = prompt.negative_prompt
         if negative is None:
             negative = self._defaults.get("negative_prompt")
+        guidance = self._info.guidance
+        scale = getattr(filled, guidance.parameter)
+        true_cfg_scale = 1.0 if scale is None else scale + guidance.offset
+        if negative is None and true_cfg_scale > 1:
+            negative = guidance.negative_prompt
         num_tokens = self._count_tokens("prompt", prompt.prompt, filled)
         num_negative = None if negative is None else self._count_tokens("negative_prompt", negative, filled)
         seed = secrets.randbelow(2**32) if filled.seed is None else filled.seed
@@ -62,7 +69,7 @@ class Intake:
             height=filled.height,
             width=filled.width,
             num_inference_steps=filled.num_inference_steps,
-            true_cfg_scale=1.0 if filled.true_cfg_scale is None else filled.true_cfg_scale,
+            true_cfg_scale=true_cfg_scale,
             guidance_scale=filled.guidance_scale,
             seed=seed,
             max_sequence_length=filled.max_sequence_length or self._info.max_prompt_tokens,
@@ -73,6 +80,8 @@ class Intake:
             num_prompt_tokens=num_tokens,
             num_image_tokens=self._info.num_image_tokens(filled.height, filled.width),
             arrival=time.monotonic(),
+            cfg_normalization=float(filled.cfg_normalization or 0),
+            cfg_truncation=1.0 if filled.cfg_truncation is None else filled.cfg_truncation,
         )
         branches = [num_tokens, num_negative] if first.has_guidance and num_negative is not None else [num_tokens]
         first = replace(first, cost=self._price(first.num_image_tokens, branches))
@@ -85,7 +94,7 @@ class Intake:
         return _check_values(_fill(params, self._defaults), self._config, self._info)
 
     def _price(self, num_image_tokens: int, text_tokens: list[int]) -> RequestCost:
-        lengths = [num_image_tokens + n for n in text_tokens]
+        lengths = [self._info.num_sequence_tokens(n, num_image_tokens) for n in text_tokens]
         return RequestCost(
             encode=self._ready.encode_units_per_token * sum(text_tokens),
             step=sum(self._info.sequence_cost(n) for n in lengths),
@@ -123,7 +132,7 @@ def check_default_sampling_params(config: OmniDiffusionConfig, info: ModelInfo) 
         if not isinstance(negative_prompt, str | None):
             raise InvalidRequestError(f"negative_prompt must be a string, got {negative_prompt!r}")
         params = OmniDiffusionSamplingParams(**values)
-        _check_supported(OmniPrompt(""), params)
+        _check_supported(OmniPrompt(""), params, info)
         _check_values(_fill(params, info.default_sampling_params), config, info)
     except InvalidRequestError as error:
         raise ConfigError(f"--default-sampling-params: {error}") from error
@@ -194,8 +203,8 @@ def _fill(params: OmniDiffusionSamplingParams, defaults: Mapping[str, Any]) -> O
     return params.filled_from(defaults)
 
 
-def _check_supported(prompt: OmniPrompt, params: OmniDiffusionSamplingParams) -> None:
-    """Refuse what this kind of model has no meaning for, instead of dropping it."""
+def _check_supported(prompt: OmniPrompt, params: OmniDiffusionSamplingParams, info: ModelInfo) -> None:
+    """Refuse what this model has no meaning for, instead of dropping it."""
     if prompt.images:
         raise InvalidRequestError(
             "this model makes pictures from text and takes no input image; send it to /v1/images/generations",
@@ -210,11 +219,13 @@ def _check_supported(prompt: OmniPrompt, params: OmniDiffusionSamplingParams) ->
         )
     if params.lora_request is not None or params.lora_scale is not None:
         raise InvalidRequestError("LoRA adapters are not available yet", param="lora_request")
-    if params.guidance_scale is not None:
-        raise InvalidRequestError(
-            "guidance_scale is for guidance-distilled models, which this is not; use true_cfg_scale",
-            param="guidance_scale",
-        )
+    for name in GUIDANCE_PARAMETERS:
+        if (value := getattr(params, name)) is not None and name not in info.guidance.parameters:
+            raise InvalidRequestError(
+                f"{name} {value!r}: this model has no such parameter; its guidance takes "
+                f"{', '.join(info.guidance.parameters)}",
+                param=name,
+            )
     if params.output_type not in OUTPUT_TYPES:
         raise InvalidRequestError(
             f"output_type takes {', '.join(OUTPUT_TYPES)}, got {params.output_type!r}", param="output_type"
@@ -237,10 +248,11 @@ def _check_params(params: OmniDiffusionSamplingParams) -> OmniDiffusionSamplingP
     if (sigmas := params.sigmas) is not None:
         good = isinstance(sigmas, list | tuple) and all(isinstance(s, int | float) for s in sigmas)
         _require(good, "sigmas", sigmas, "a list of numbers")
-    scale = params.true_cfg_scale
-    if scale is not None:
-        good = isinstance(scale, int | float) and math.isfinite(scale) and 0 <= scale <= MAX_GUIDANCE
-        _require(good, "true_cfg_scale", scale, f"a number from 0 to {MAX_GUIDANCE:g}")
+    for name in GUIDANCE_PARAMETERS:
+        most = 1.0 if name == "cfg_truncation" else MAX_GUIDANCE
+        if (value := getattr(params, name)) is not None:
+            good = isinstance(value, int | float) and math.isfinite(value) and 0 <= value <= most
+            _require(good, name, value, f"a number from 0 to {most:g}")
     return params
 
 
