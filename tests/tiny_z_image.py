@@ -27,7 +27,7 @@ def build_tiny_z_image(
     text_dim: int = 32,
     text_heads: int = 2,
     text_kv_heads: int = 1,
-    vae_sample_size: int = 64,
+    vae_sample_size: int = 96,
     shift: float = TURBO_SHIFT,
     seed: int = 0,
     default_sampling_params: dict[str, object] | None = None,

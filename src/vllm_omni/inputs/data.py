@@ -33,8 +33,8 @@ class OmniDiffusionSamplingParams:
     """Classifier-free guidance as Z-Image counts it; above 0 it doubles the work."""
     true_cfg_scale: float | None = None
     """Classifier-free guidance of Qwen-Image; above 1 and with a negative prompt it doubles the work."""
-    cfg_normalization: float | None = None
-    """Longest that guidance may make a velocity, in lengths of the unguided one; 0: any length (Z-Image)."""
+    cfg_normalization: bool | float | None = None
+    """Longest that guidance may make a velocity, in lengths of the unguided one; True: 1; 0: any length (Z-Image)."""
     cfg_truncation: float | None = None
     """Guidance ends when more than this part of the schedule's time has passed (Z-Image)."""
     seed: int | None = None

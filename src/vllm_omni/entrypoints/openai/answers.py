@@ -111,7 +111,7 @@ def url_items(
 
     async def encode_item(pixels: np.ndarray, seed: int) -> bytes:
         data = await encoder.file(pixels, style.image_format)
-        url = url_of(await files.put(data, style.image_format.content_type))
+        url = url_of(files.put(data, style.image_format.content_type))
         return ImageData(url=url, seed=seed).model_dump_json(exclude_none=True).encode()
 
     return encode_item

@@ -58,6 +58,7 @@ def parse_generation(body: ImageGenerationRequest) -> tuple[OmniPrompt, OmniDiff
         cfg_truncation=body.cfg_truncation,
         seed=body.seed,
         num_outputs_per_prompt=body.n,
+        max_sequence_length=body.max_sequence_length,
         priority=body.priority,
         output_type="np",
         num_previews=body.partial_images if body.stream else 0,
@@ -68,6 +69,7 @@ def parse_generation(body: ImageGenerationRequest) -> tuple[OmniPrompt, OmniDiff
 def ignored_fields_header(body: ImageGenerationRequest, guidance: Guidance, has_guidance: bool) -> dict[str, str]:
     """`x-omni-ignored-fields` with the names of fields that had no effect; {} for none.
 
+    Of a large number, the last entry tells how many it leaves out (`+3 more`).
     Those are the ones that we do not know, and halves of a pair: guidance needs both a negative prompt and a scale.
     """
     names = [_printable(name) for name in body.model_extra or {}]
@@ -75,7 +77,9 @@ def ignored_fields_header(body: ImageGenerationRequest, guidance: Guidance, has_
         names.append("partial_images")
     if not has_guidance:
         names += [name for name in ("negative_prompt", *guidance.parameters) if _asks(name, body, guidance)]
-    return {IGNORED_FIELDS_HEADER: ",".join(names[:_MAX_LISTED_FIELDS])} if names else {}
+    if (num_left_out := len(names) - _MAX_LISTED_FIELDS) > 0:
+        names = [*names[:_MAX_LISTED_FIELDS], f"+{num_left_out} more"]
+    return {IGNORED_FIELDS_HEADER: ",".join(names)} if names else {}
 
 
 def _asks(name: str, body: ImageGenerationRequest, guidance: Guidance) -> bool:

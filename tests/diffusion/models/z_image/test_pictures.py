@@ -12,6 +12,7 @@ from diffusers import ZImagePipeline
 
 from tests.diffusion.models.qwen_image.test_pictures import check, started
 from tests.diffusion.worker.driving import Drive, make_request, psnr
+from tests.fakes import make_ready
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.intake import Intake
 from vllm_omni.diffusion.registry import load_model_info
@@ -105,7 +106,7 @@ def test_defaults_draw_what_diffusers_draws_with_its_own(model: str, request: py
     """Z-Image-Turbo without guidance in 8 steps, Z-Image as the pipeline's signature has it."""
     path: Path = request.getfixturevalue(model)
     runner = started(path)
-    intake = Intake(OmniDiffusionConfig(model=str(path)), load_model_info(str(path)), runner.start())
+    intake = Intake(OmniDiffusionConfig(model=str(path)), load_model_info(str(path)), make_ready())
     (resolved,) = intake.resolve(OmniPrompt("a red apple"), OmniDiffusionSamplingParams(seed=5), "r")
     drive = Drive(runner).run({0: [resolved]})
     pipeline = reference(path)
