@@ -35,7 +35,7 @@ from vllm_omni.diffusion.models.z_image.vae import PictureDecoder
 from vllm_omni.diffusion.packing import Pack
 from vllm_omni.diffusion.registry import ModelInfo
 from vllm_omni.diffusion.request import DiffusionRequest
-from vllm_omni.diffusion.sampling import combine_truncating, draw_noise, pack_latents
+from vllm_omni.diffusion.sampling import combine_bounded, draw_noise, pack_latents
 
 PROMPT_CACHE_BYTES = 256 * 2**20
 MODULATION_BYTES = 2**28
@@ -43,8 +43,10 @@ MODULATION_BYTES = 2**28
 
 @dataclass(eq=False)
 class ZImageState(FlowState):
-    """latents: float32 [rows * columns, channels * 4], whatever the model's dtype; timesteps: the part of the
-    schedule's time that has passed; text: refined and filled up."""
+    """latents: float32 [rows * columns, channels * 4], whatever the model's dtype.
+
+    text: refined and filled up; timesteps: the part of the schedule's time that has passed.
+    """
 
     grid: tuple[int, int] = (0, 0)
     """Rows and columns of tokens."""
@@ -208,7 +210,7 @@ class Pipeline(FlowPipeline[ZImageState, Forward]):
             return branches[0].float()
         request = state.request
         positive, negative = (branch.float() for branch in branches)
-        return combine_truncating(positive, negative, request.true_cfg_scale, request.cfg_normalization)
+        return combine_bounded(positive, negative, request.true_cfg_scale, request.cfg_normalization)
 
 
 def _fill_up(latents: Tensor) -> Tensor:
