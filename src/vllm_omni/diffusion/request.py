@@ -41,6 +41,7 @@ class DiffusionRequest:
     width: int
     num_inference_steps: int
     true_cfg_scale: float
+    """s of `unconditional + s (conditional - unconditional)`, whatever the family's own scale."""
     guidance_scale: float | None
     seed: int
     max_sequence_length: int
@@ -55,6 +56,10 @@ class DiffusionRequest:
     """Whether a step cache, if there is one, may skip blocks."""
     arrival: float
     """`time.monotonic()` of the engine's process."""
+    cfg_normalization: float = 0.0
+    """Longest that guidance may make a velocity, in lengths of the conditional one; 0: any length."""
+    cfg_truncation: float = 1.0
+    """Guidance ends when more than this part of the schedule's time has passed."""
 
     @property
     def has_guidance(self) -> bool:

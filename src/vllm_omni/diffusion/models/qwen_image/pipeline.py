@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
@@ -21,10 +17,10 @@ from vllm_omni.diffusion.cache.base import StepCache
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.mesh import Mesh
 from vllm_omni.diffusion.models.arrangement import Arrangement
-from vllm_omni.diffusion.models.base import BasePipeline, RequestState
-from vllm_omni.diffusion.models.loading import load_weights, safetensors_files
+from vllm_omni.diffusion.models.flow import FlowPipeline, FlowState, Layout
+from vllm_omni.diffusion.models.loading import load_weights, num_bytes
+from vllm_omni.diffusion.models.modulation import ModulationTable
 from vllm_omni.diffusion.models.prompt_cache import PromptCache
-from vllm_omni.diffusion.models.qwen_image.modulation import ModulationTable
 from vllm_omni.diffusion.models.qwen_image.text import TextEncoder
 from vllm_omni.diffusion.models.qwen_image.transformer import (
     CHECKPOINT_NAMES,
@@ -34,17 +30,15 @@ from vllm_omni.diffusion.models.qwen_image.transformer import (
     TransformerConfig,
 )
 from vllm_omni.diffusion.models.qwen_image.vae import PictureDecoder
+from vllm_omni.diffusion.models.schedule import make_schedule
 from vllm_omni.diffusion.models.sharding import Sharding
-from vllm_omni.diffusion.packing import MembershipCache, Pack
+from vllm_omni.diffusion.packing import Pack
 from vllm_omni.diffusion.registry import ModelInfo
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.diffusion.sampling import (
     combine_guidance,
     draw_noise,
-    linear_sigmas,
     pack_latents,
-    predict_clean,
-    resolution_shift,
 )
 
 PROMPT_CACHE_BYTES = 256 * 2**20
@@ -52,26 +46,11 @@ MODULATION_BYTES = 2**30
 
 
 @dataclass(eq=False)
-class QwenImageState(RequestState):
+class QwenImageState(FlowState):
     """latents: [rows * columns, in_channels]."""
 
-    text: tuple[Tensor, ...] = ()
-    """A branch each (conditional, then unconditional): [tokens, D]."""
     grid: tuple[int, int] = (0, 0)
     """Rows and columns of tokens."""
-    scheduler: Any = None
-    """diffusers' scheduler, of this request alone."""
-    timesteps: tuple[float, ...] = ()
-    """What the transformer is told at each step, in [0, 1]."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a membership of sequences shares over its steps."""
-
-    sharding: Sharding
-    forward: Forward | None
-    """None when this rank's group computes none of them."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +61,7 @@ class Forward:
     text: Tensor
 
 
-class Pipeline(BasePipeline[QwenImageState]):
+class Pipeline(FlowPipeline[QwenImageState, Forward]):
     def __init__(
         self,
         transformer: QwenImageTransformer,
@@ -94,16 +73,12 @@ class Pipeline(BasePipeline[QwenImageState]):
         step_cache: StepCache,
         mesh: Mesh,
     ) -> None:
+        super().__init__(decoder, scheduler, pixels_per_token, mesh)
         self.transformer = transformer
-        self.decoder = decoder
-        self._scheduler = scheduler
-        self._pixels_per_token = pixels_per_token
         self.step_cache = step_cache
         self._attention = attention
-        self._mesh = mesh
         self._prompts = PromptCache(text_encoder, PROMPT_CACHE_BYTES)
         self._modulations = ModulationTable(transformer.modulate, MODULATION_BYTES)
-        self._layouts: MembershipCache[Layout] = MembershipCache()
         self._dtype = transformer.proj_out.weight.dtype
         self._device = transformer.proj_out.weight.device
 
@@ -120,7 +95,7 @@ class Pipeline(BasePipeline[QwenImageState]):
         path = info.path
         text_encoder = TextEncoder(path, device, dtype, mesh.text_encoder, on_bytes)
         vae = AutoencoderKLQwenImage.from_pretrained(path / "vae", dtype=dtype, use_safetensors=True)
-        on_bytes(_num_bytes(path / "vae"))
+        on_bytes(num_bytes(path / "vae"))
         values = json.loads((path / "transformer" / "config.json").read_text())
         with torch.device("meta"):
             transformer = QwenImageTransformer(TransformerConfig.from_dict(values), mesh.tensor)
@@ -149,10 +124,10 @@ class Pipeline(BasePipeline[QwenImageState]):
         text = tuple(
             self.transformer.embed_text(self._prompts(prompt)[: request.max_sequence_length]) for prompt in prompts
         )
-        rows, columns = (side // self._pixels_per_token for side in (request.height, request.width))
+        rows, columns = self._grid(request)
         channels = self.transformer.config.in_channels // 4
         noise = draw_noise((channels, 2 * rows, 2 * columns), request.seed, self._dtype, self._device)
-        scheduler = self._schedule(request, rows * columns)
+        scheduler = make_schedule(self._scheduler, request, rows * columns)
         timesteps = tuple((scheduler.timesteps.to(self._dtype) / 1000).tolist())
         self._modulations.prefetch(timesteps)
         return QwenImageState(
@@ -165,25 +140,6 @@ class Pipeline(BasePipeline[QwenImageState]):
             timesteps=timesteps,
         )
 
-    def _schedule(self, request: DiffusionRequest, num_tokens: int) -> FlowMatchEulerDiscreteScheduler:
-        scheduler = copy.deepcopy(self._scheduler)
-        config = scheduler.config
-        mu = resolution_shift(
-            num_tokens,
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
-        sigmas = request.sigmas or linear_sigmas(request.num_inference_steps)
-        if sigmas[-1] == 1:
-            # A single step from noise to picture: there is no slope to stretch to the terminal (0 / 0).
-            scheduler.register_to_config(shift_terminal=None)
-        # On the CPU: its values are scalars of the step's arithmetic, which so waits for no transfer.
-        scheduler.set_timesteps(sigmas=list(sigmas), mu=mu)
-        scheduler.set_begin_index(0)
-        return scheduler
-
     def predict(
         self, states: Sequence[QwenImageState], groups: Sequence[int] | None = None
     ) -> list[tuple[Tensor, ...]]:
@@ -192,7 +148,7 @@ class Pipeline(BasePipeline[QwenImageState]):
         velocities = iter(layout.sharding.gather(self._forward(states, layout)))
         return [tuple(next(velocities) for _ in state.text) for state in states]
 
-    def _forward(self, states: Sequence[QwenImageState], layout: Layout) -> Tensor:
+    def _forward(self, states: Sequence[QwenImageState], layout: Layout[Forward]) -> Tensor:
         """Velocities [image tokens, channels] of what this rank computes."""
         sharding, forward = layout.sharding, layout.forward
         channels = self.transformer.config.in_channels
@@ -209,7 +165,7 @@ class Pipeline(BasePipeline[QwenImageState]):
         hidden = self.step_cache.run(hidden, blocks, [steps[i] for i in sharding.mine])
         return self.transformer.project(hidden, context)
 
-    def _lay_out(self, states: Sequence[QwenImageState], groups: Sequence[int]) -> Layout:
+    def _lay_out(self, states: Sequence[QwenImageState], groups: Sequence[int]) -> Layout[Forward]:
         text = [branch for state in states for branch in state.text]
         grids = [state.grid for state in states for _ in state.text]
         sharding = Sharding([rows * columns for rows, columns in grids], groups, self._mesh, self._device)
@@ -232,22 +188,3 @@ class Pipeline(BasePipeline[QwenImageState]):
         if len(branches) == 1:
             return branches[0]
         return combine_guidance(branches[0], branches[1], state.request.true_cfg_scale)
-
-    def advance(self, state: QwenImageState, velocity: Tensor) -> None:
-        timestep = state.scheduler.timesteps[state.step]
-        state.latents = state.scheduler.step(velocity, timestep, state.latents, return_dict=False)[0]
-        state.step += 1
-
-    def predict_clean(self, state: QwenImageState, velocity: Tensor) -> Tensor:
-        return predict_clean(state.latents, velocity, float(state.scheduler.sigmas[state.step]))
-
-    def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[np.ndarray]:
-        side = self._pixels_per_token
-        return self.decoder(latents, [(r.height // side, r.width // side) for r in requests])
-
-    def forget(self, state: QwenImageState) -> None:
-        self._layouts.forget(state)
-
-
-def _num_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in safetensors_files(folder))
