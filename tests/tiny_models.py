@@ -85,7 +85,7 @@ def build_tiny_qwen_image(
 
 
 def tiny_transformer(
-    *, heads: int, head_dim: int = 16, layers: int = 2, text_dim: int = 32
+    *, heads: int, head_dim: int = 16, layers: int = 2, text_dim: int = 32, zero_cond_t: bool = False
 ) -> QwenImageTransformer2DModel:
     """A random diffusers transformer; head_dim a multiple of 8."""
     transformer = QwenImageTransformer2DModel(
@@ -97,6 +97,7 @@ def tiny_transformer(
         num_attention_heads=heads,
         joint_attention_dim=text_dim,
         axes_dims_rope=(head_dim // 4, head_dim // 2 - head_dim // 8, head_dim // 2 - head_dim // 8),
+        zero_cond_t=zero_cond_t,
     ).eval()
     return randomize(transformer)
 

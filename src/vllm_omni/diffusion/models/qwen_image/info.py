@@ -82,7 +82,6 @@ def describe(path: Path) -> ModelInfo:
 def refuse_unsupported(transformer: Mapping[str, Any]) -> None:
     """Raise ConfigError for transformer configs of variants that need more than this package computes."""
     for key, only in (
-        ("zero_cond_t", False),
         ("use_additional_t_cond", False),
         ("use_layer3d_rope", False),
         ("guidance_embeds", False),

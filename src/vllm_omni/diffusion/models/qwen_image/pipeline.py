@@ -53,8 +53,10 @@ class QwenImageState(RequestState):
 
     text: tuple[Tensor, ...] = ()
     """A branch each (conditional, then unconditional): [tokens, D]."""
-    grid: tuple[int, int] = (0, 0)
-    """Rows and columns of tokens."""
+    grids: tuple[tuple[int, int], ...] = ()
+    """Rows and columns of tokens of the picture, then of each reference picture."""
+    references: Tensor | None = None
+    """Clean latents of the reference pictures, [tokens, in_channels]: further image tokens of each branch's sequence."""
     scheduler: Any = None
     """diffusers' scheduler, of this request alone."""
     timesteps: tuple[float, ...] = ()
@@ -78,6 +80,12 @@ class Forward:
     rotations: Tensor
     text: Tensor
     attend: Attend
+    targets: Tensor | None
+    """int64 [target tokens]: the image tokens that are no reference's; None: all are not."""
+    image_rows: Tensor
+    """int64 [image tokens]: the row of modulation of each, its sequence's or the one after all sequences'."""
+    has_zero_row: bool
+    """Whether there is a row after all sequences': of timestep 0, for references."""
 
 
 class Pipeline(BasePipeline[QwenImageState]):
@@ -155,7 +163,7 @@ class Pipeline(BasePipeline[QwenImageState]):
             latents=pack_latents(noise),
             sequence_lengths=tuple(rows * columns + len(states) for states in text),
             text=text,
-            grid=(rows, columns),
+            grids=((rows, columns),),
             scheduler=scheduler,
             timesteps=timesteps,
         )
@@ -195,32 +203,46 @@ class Pipeline(BasePipeline[QwenImageState]):
             return torch.empty((0, channels), dtype=self._dtype, device=self._device)
         branches = [state for state in states for _ in state.text]
         mine = [branches[i] for i in sharding.mine]
-        modulation = self._modulations.rows_of([s.timesteps[s.step] for s in mine])
-        latents = torch.cat([sharding.part(s.latents) for s in mine])
-        context = StepContext(forward.pack, forward.rotations, forward.attend, modulation)
+        timesteps = [s.timesteps[s.step] for s in mine]
+        modulation = self._modulations.rows_of(timesteps + [0.0] * forward.has_zero_row)
+        latents = torch.cat([sharding.part(_image_tokens(s)) for s in mine])
+        context = StepContext(
+            forward.pack, forward.rotations, forward.attend, modulation, forward.image_rows, forward.targets
+        )
         return self.transformer(latents, forward.text, context)  # type: ignore[no-any-return]  # nn.Module's call
 
     def _lay_out(self, states: Sequence[QwenImageState], groups: Sequence[int]) -> Layout:
         text = [branch for state in states for branch in state.text]
-        grids = [state.grid for state in states for _ in state.text]
-        sharding = Sharding([rows * columns for rows, columns in grids], groups, self._mesh, self._device)
+        grids = [state.grids for state in states for _ in state.text]
+        lengths = [sum(rows * columns for rows, columns in pictures) for pictures in grids]
+        targets = [pictures[0][0] * pictures[0][1] for pictures in grids]
+        sharding = Sharding(lengths, groups, self._mesh, self._device, targets)
         if not sharding.mine:
             return Layout(sharding, None)
         sizes = [(len(text[i]), grids[i]) for i in sharding.mine]
         rotations = [sharding.part(r) for size in sizes for r in self.transformer.rotations(*size)]
         pack = Pack.build(
             [n for n, _ in sizes],
-            [rows * columns for _, (rows, columns) in sizes],
+            [lengths[i] for i in sharding.mine],
             self._device,
             sharding.parts,
             sharding.index,
         )
+        is_reference = torch.cat([sharding.part(torch.arange(lengths[i]) >= targets[i]) for i in sharding.mine])
+        has_references = bool(is_reference.any())
+        has_zero_row = has_references and self.transformer.config.zero_cond_t
+        image_rows = pack.image_sequence
+        if has_zero_row:
+            image_rows = image_rows.masked_fill(is_reference.to(self._device), pack.num_sequences)
         forward = Forward(
             pack=pack,
             # Text and image of one sequence after another: that is the joint order.
             rotations=torch.cat(rotations).to(self._device),
             text=torch.cat([sharding.part(text[i]) for i in sharding.mine]),
             attend=self._attention.over(pack),
+            targets=(~is_reference).nonzero()[:, 0].to(self._device) if has_references else None,
+            image_rows=image_rows,
+            has_zero_row=has_zero_row,
         )
         return Layout(sharding, forward)
 
@@ -243,6 +265,11 @@ class Pipeline(BasePipeline[QwenImageState]):
 
     def forget(self, state: QwenImageState) -> None:
         self._layouts.forget(state)
+
+
+def _image_tokens(state: QwenImageState) -> Tensor:
+    """[tokens of the picture and of its references, in_channels]."""
+    return state.latents if state.references is None else torch.cat((state.latents, state.references))
 
 
 def _num_bytes(folder: Path) -> int:
