@@ -9,11 +9,19 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+from PIL import Image
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessorPil,
+)
 
+from vllm_omni.diffusion.models.qwen_image.edit import EDIT_TEMPLATE
 from vllm_omni.diffusion.models.qwen_image.info import PROMPT_TEMPLATE
 
 WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
@@ -52,10 +60,13 @@ def build_tiny_qwen_image(
     text_kv_heads: int = 1,
     vae_dim: int = 8,
     seed: int = 0,
+    edit: str | None = None,
+    zero_cond_t: bool = False,
     default_sampling_params: dict[str, object] | None = None,
 ) -> Path:
     """Write a QwenImagePipeline folder to `path` and return it. Widths: heads * head_dim, and text_dim.
 
+    edit: the class name of the editing pipeline that the folder is of instead.
     text_dim: a multiple of 16 * text_heads.
     """
     generator_state = torch.get_rng_state()
@@ -64,7 +75,9 @@ def build_tiny_qwen_image(
     components = {
         "tokenizer": tokenizer,
         "text_encoder": _text_encoder(tokenizer, text_dim, text_heads, text_kv_heads),
-        "transformer": tiny_transformer(heads=heads, head_dim=head_dim, layers=layers, text_dim=text_dim),
+        "transformer": tiny_transformer(
+            heads=heads, head_dim=head_dim, layers=layers, text_dim=text_dim, zero_cond_t=zero_cond_t
+        ),
         "vae": AutoencoderKLQwenImage(
             base_dim=vae_dim, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1, temperal_downsample=[False, True, True]
         ),
@@ -72,7 +85,11 @@ def build_tiny_qwen_image(
     }
     for name in ("text_encoder", "vae"):
         randomize(components[name])
-    index: dict[str, object] = {"_class_name": "QwenImagePipeline", "_diffusers_version": "0.42.1"}
+    if edit is not None:
+        # At most 16 tokens a picture: a vision tower takes its time.
+        sizes = {"shortest_edge": 28 * 28, "longest_edge": 16 * 28 * 28}
+        components["processor"] = Qwen2VLImageProcessorPil(size=sizes)
+    index: dict[str, object] = {"_class_name": edit or "QwenImagePipeline", "_diffusers_version": "0.42.1"}
     for name, component in components.items():
         component.save_pretrained(path / name)
         library = type(component).__module__.partition(".")[0]
@@ -125,10 +142,11 @@ def _tokenizer() -> Qwen2Tokenizer:
         ]
     )
     trainer = trainers.BpeTrainer(
-        vocab_size=700, show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())
+        vocab_size=1000, show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())
     )
-    template = [part for part in re.split(r"<\|[a-z_]+\|>", PROMPT_TEMPLATE.replace("{}", "")) if part]
-    tokenizer.train_from_iterator([*template * 200, "a photo of a red apple and a blue car"], trainer)
+    templates = (PROMPT_TEMPLATE + EDIT_TEMPLATE).replace("{}", "")
+    words = [part for part in re.split(r"<\|[a-z_]+\|>", templates) if part]
+    tokenizer.train_from_iterator([*words * 200, "a photo of a red apple and a blue car"], trainer)
     model = json.loads(tokenizer.to_str())["model"]
     vocab = model["vocab"]
     for token in SPECIAL_TOKENS:
@@ -183,3 +201,9 @@ def _text_encoder(
         tie_word_embeddings=False,
     )
     return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def photo(width: int, height: int, seed: int) -> Image.Image:
+    """Coloured noise, smooth as a photograph."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)

@@ -3,21 +3,43 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.errors import ConfigError
+from vllm_omni.inputs.images import InputImage
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 DEMO_MODEL_PATH = Path(__file__).parent.parent / "demo_model"
 DEFAULTS_FILE = "default_sampling_params.json"
 
 # `_class_name` in model_index.json -> package under vllm_omni.diffusion.models. A family's package has
 # `info.py` (`describe(path) -> ModelInfo`, no torch) and `pipeline.py` (`Pipeline`).
-FAMILIES: dict[str, str] = {"QwenImagePipeline": "qwen_image"}
+FAMILIES: dict[str, str] = {
+    "QwenImagePipeline": "qwen_image",
+    "QwenImageEditPipeline": "qwen_image",
+    "QwenImageEditPlusPipeline": "qwen_image",
+}
+
+
+class ImageInput(Protocol):
+    """How an editing model takes the pictures that it edits."""
+
+    @property
+    def max_images(self) -> int:
+        """Most pictures of one request; one is the least."""
+
+    def prepare(self, image: Image.Image) -> InputImage:
+        """An RGB picture at the sizes that the model takes. Raises InvalidRequestError for impossible proportions."""
+
+    def count_prompt_tokens(self, images: Sequence[InputImage]) -> int:
+        """Tokens that these pictures add to the prompt that the transformer sees."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +60,18 @@ class ModelInfo:
     """Tokens at which attention costs as much as the linear layers: a sequence of n tokens costs n(1 + n/this)."""
     num_heads: int
     """Attention heads of the transformer."""
+    image_input: ImageInput | None = None
+    """None: the model makes pictures from text alone. Otherwise it edits, and a request without a size gets that of its
+    last input picture's `reference`."""
     default_sampling_params: Mapping[str, Any] = field(default_factory=dict)
     """The model folder's own defaults over the family's; may hold `negative_prompt`."""
 
     def num_image_tokens(self, height: int, width: int) -> int:
         return (height // self.pixels_per_token) * (width // self.pixels_per_token)
+
+    def count_image_prompt_tokens(self, images: Sequence[InputImage]) -> int:
+        """Tokens that input pictures add to the prompt."""
+        return 0 if self.image_input is None else self.image_input.count_prompt_tokens(images)
 
     def check_parallel(self, parallel: DiffusionParallelConfig) -> None:
         """Raises ConfigError for degrees that this model's heads do not allow, with the valid ones."""

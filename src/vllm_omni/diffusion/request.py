@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vllm_omni.inputs.images import InputImage
+
 
 @dataclass(frozen=True)
 class RequestCost:
@@ -13,7 +15,7 @@ class RequestCost:
     step: float
     decode: float
     branch_tokens: tuple[int, ...]
-    """Image and text tokens of each guidance branch."""
+    """Image (the picture's and its references') and text tokens of each guidance branch."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -48,6 +50,10 @@ class DiffusionRequest:
     num_image_tokens: int
     arrival: float
     """`time.monotonic()` of the engine's process."""
+    images: tuple[InputImage, ...] = ()
+    """Pictures to edit, in the order in which the prompt may speak of them."""
+    num_reference_tokens: int = 0
+    """Image tokens that they add to each guidance branch."""
 
     @property
     def has_guidance(self) -> bool:

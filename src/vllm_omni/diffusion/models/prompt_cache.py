@@ -1,28 +1,31 @@
-"""Text embeddings of the prompts last used: pictures of one prompt, and everybody's negative prompt, encode once."""
+"""Encodings last used: pictures of one prompt, everybody's negative prompt, and input pictures encode once."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
+Key = TypeVar("Key", bound=Hashable)
 
-class PromptCache:
+
+class PromptCache(Generic[Key]):
     """Least recently used first out, bounded by the bytes of the tensors it holds."""
 
-    def __init__(self, encode: Callable[[str], Tensor], max_bytes: int) -> None:
+    def __init__(self, encode: Callable[[Key], Tensor], max_bytes: int) -> None:
         self._encode = encode
         self._max_bytes = max_bytes
-        self._entries: OrderedDict[str, Tensor] = OrderedDict()
+        self._entries: OrderedDict[Key, Tensor] = OrderedDict()
         self.num_bytes = 0
 
-    def __call__(self, prompt: str) -> Tensor:
-        """The embedding of `prompt`; the caller must not change it."""
-        if prompt in self._entries:
-            self._entries.move_to_end(prompt)
-            return self._entries[prompt]
-        embedding = self._entries[prompt] = self._encode(prompt)
+    def __call__(self, key: Key) -> Tensor:
+        """The encoding of `key`, a prompt or what else `encode` takes; the caller must not change it."""
+        if key in self._entries:
+            self._entries.move_to_end(key)
+            return self._entries[key]
+        embedding = self._entries[key] = self._encode(key)
         self.num_bytes += embedding.nbytes
         while self.num_bytes > self._max_bytes:
             self.num_bytes -= self._entries.popitem(last=False)[1].nbytes

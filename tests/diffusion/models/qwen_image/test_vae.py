@@ -17,7 +17,7 @@ from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.distributed.mesh import World
 from vllm_omni.diffusion.models.qwen_image.shared_decode import SharedDecoder
-from vllm_omni.diffusion.models.qwen_image.vae import FrameDecoder, PictureDecoder
+from vllm_omni.diffusion.models.qwen_image.vae import FrameCoder, PictureDecoder
 from vllm_omni.diffusion.sampling import pack_latents
 
 TILES = {
@@ -48,7 +48,7 @@ def load(path: Path) -> AutoencoderKLQwenImage:
 
 def load_for_frames(path: Path) -> AutoencoderKLQwenImage:
     vae = load(path)
-    vae.decoder = FrameDecoder(vae.decoder)
+    vae.decoder = FrameCoder(vae.decoder)
     return vae
 
 

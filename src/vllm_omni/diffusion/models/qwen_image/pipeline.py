@@ -1,4 +1,5 @@
-"""Text to image with Qwen-Image: encode -> packed denoising steps -> decode, as diffusers' QwenImagePipeline."""
+"""Qwen-Image, and Qwen-Image-Edit: encode -> packed denoising steps -> decode, as diffusers' QwenImagePipeline,
+QwenImageEditPipeline and QwenImageEditPlusPipeline."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from vllm_omni.diffusion.distributed.mesh import Mesh
 from vllm_omni.diffusion.models.base import BasePipeline, RequestState
 from vllm_omni.diffusion.models.loading import load_weights, safetensors_files
 from vllm_omni.diffusion.models.prompt_cache import PromptCache
+from vllm_omni.diffusion.models.qwen_image.edit import EditInput
 from vllm_omni.diffusion.models.qwen_image.modulation import ModulationTable
 from vllm_omni.diffusion.models.qwen_image.text import TextEncoder
 from vllm_omni.diffusion.models.qwen_image.transformer import (
@@ -29,7 +31,8 @@ from vllm_omni.diffusion.models.qwen_image.transformer import (
     StepContext,
     TransformerConfig,
 )
-from vllm_omni.diffusion.models.qwen_image.vae import PictureDecoder
+from vllm_omni.diffusion.models.qwen_image.vae import PictureDecoder, PictureEncoder
+from vllm_omni.diffusion.models.qwen_image.vision import EditEncoder
 from vllm_omni.diffusion.models.sharding import Sharding
 from vllm_omni.diffusion.packing import MembershipCache, Pack
 from vllm_omni.diffusion.registry import ModelInfo
@@ -42,9 +45,18 @@ from vllm_omni.diffusion.sampling import (
     predict_clean,
     resolution_shift,
 )
+from vllm_omni.inputs.images import InputImage
 
 PROMPT_CACHE_BYTES = 256 * 2**20
+REFERENCE_CACHE_BYTES = 64 * 2**20
 MODULATION_BYTES = 2**30
+
+
+class Instruction(NamedTuple):
+    """What a text encoding depends on."""
+
+    prompt: str
+    images: tuple[InputImage, ...]
 
 
 @dataclass(eq=False)
@@ -56,7 +68,7 @@ class QwenImageState(RequestState):
     grids: tuple[tuple[int, int], ...] = ()
     """Rows and columns of tokens of the picture, then of each reference picture."""
     references: Tensor | None = None
-    """Clean latents of the reference pictures, [tokens, in_channels]: further image tokens of each branch's sequence."""
+    """Clean latents of the reference pictures, [tokens, in_channels]: further image tokens of every branch."""
     scheduler: Any = None
     """diffusers' scheduler, of this request alone."""
     timesteps: tuple[float, ...] = ()
@@ -92,7 +104,8 @@ class Pipeline(BasePipeline[QwenImageState]):
     def __init__(
         self,
         transformer: QwenImageTransformer,
-        text_encoder: Callable[[str], Tensor],
+        encode_text: Callable[[Instruction], Tensor],
+        encoder: PictureEncoder | None,
         decoder: PictureDecoder,
         scheduler: FlowMatchEulerDiscreteScheduler,
         pixels_per_token: int,
@@ -105,7 +118,11 @@ class Pipeline(BasePipeline[QwenImageState]):
         self._pixels_per_token = pixels_per_token
         self._attention = attention
         self._mesh = mesh
-        self._prompts = PromptCache(text_encoder, PROMPT_CACHE_BYTES)
+        self._prompts = PromptCache(encode_text, PROMPT_CACHE_BYTES)
+        self._references: PromptCache[InputImage] | None = None
+        """Latents of input pictures; None where the model takes none."""
+        if encoder is not None:
+            self._references = PromptCache(lambda image: encoder(image.reference), REFERENCE_CACHE_BYTES)
         self._modulations = ModulationTable(transformer.modulate, MODULATION_BYTES)
         self._layouts: MembershipCache[Layout] = MembershipCache()
         self._dtype = transformer.proj_out.weight.dtype
@@ -122,22 +139,22 @@ class Pipeline(BasePipeline[QwenImageState]):
         mesh: Mesh,
     ) -> Pipeline:
         path = info.path
-        text_encoder = TextEncoder(path, device, dtype, mesh.text_encoder, on_bytes)
+        encode_text = _load_text_encoder(info, device, dtype, on_bytes, mesh)
         vae = AutoencoderKLQwenImage.from_pretrained(path / "vae", dtype=dtype, use_safetensors=True)
         on_bytes(_num_bytes(path / "vae"))
+        vae.requires_grad_(False).eval()
+        if info.image_input is None:
+            vae.encoder = torch.nn.Identity()  # frees its weights
+        vae.to(device)
         values = json.loads((path / "transformer" / "config.json").read_text())
         with torch.device("meta"):
             transformer = QwenImageTransformer(TransformerConfig.from_dict(values), mesh.tensor)
         load_weights(transformer, path / "transformer", CHECKPOINT_NAMES, device, dtype, on_bytes)
         return cls(
             transformer=transformer,
-            text_encoder=text_encoder,
-            decoder=PictureDecoder(
-                vae.to(device).eval().requires_grad_(False),
-                config.vae_use_slicing,
-                config.vae_use_tiling,
-                mesh.vae,
-            ),
+            encode_text=encode_text,
+            encoder=None if info.image_input is None else PictureEncoder(vae),
+            decoder=PictureDecoder(vae, config.vae_use_slicing, config.vae_use_tiling, mesh.vae),
             scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(path / "scheduler"),
             pixels_per_token=info.pixels_per_token,
             attention=PackedAttention(create_attention(config.attention_backend), mesh.ulysses, mesh.ring),
@@ -149,24 +166,41 @@ class Pipeline(BasePipeline[QwenImageState]):
         if request.has_guidance:
             assert request.negative_prompt is not None
             prompts.append(request.negative_prompt)
-        text = tuple(
-            self.transformer.embed_text(self._prompts(prompt)[: request.max_sequence_length]) for prompt in prompts
-        )
-        rows, columns = (side // self._pixels_per_token for side in (request.height, request.width))
+        text = tuple(self.transformer.embed_text(self._encode_text(request, prompt)) for prompt in prompts)
+        sizes = [(request.height, request.width), *(image.reference.shape[:2] for image in request.images)]
+        side = self._pixels_per_token
+        grids = tuple((height // side, width // side) for height, width in sizes)
+        rows, columns = grids[0]
         channels = self.transformer.config.in_channels // 4
         noise = draw_noise((channels, 2 * rows, 2 * columns), request.seed, self._dtype, self._device)
         scheduler = self._schedule(request, rows * columns)
         timesteps = tuple((scheduler.timesteps.to(self._dtype) / 1000).tolist())
-        self._modulations.prefetch(timesteps)
+        references = self._encode_images(request.images)
+        clean = [0.0] * (references is not None and self.transformer.config.zero_cond_t)
+        self._modulations.prefetch([*timesteps, *clean])
         return QwenImageState(
             request=request,
             latents=pack_latents(noise),
-            sequence_lengths=tuple(rows * columns + len(states) for states in text),
+            sequence_lengths=tuple(sum(r * c for r, c in grids) + len(states) for states in text),
             text=text,
-            grids=((rows, columns),),
+            grids=grids,
+            references=references,
             scheduler=scheduler,
             timesteps=timesteps,
         )
+
+    def _encode_text(self, request: DiffusionRequest, prompt: str) -> Tensor:
+        """[tokens, joint_attention_dim]"""
+        states = self._prompts(Instruction(prompt, request.images))
+        # As in diffusers, which cuts no instruction that has pictures.
+        return states if request.images else states[: request.max_sequence_length]
+
+    def _encode_images(self, images: Sequence[InputImage]) -> Tensor | None:
+        """[reference tokens, in_channels]; None for none."""
+        if not images:
+            return None
+        assert self._references is not None, "a model that takes no input pictures was sent some"
+        return torch.cat([self._references(image) for image in images])
 
     def _schedule(self, request: DiffusionRequest, num_tokens: int) -> FlowMatchEulerDiscreteScheduler:
         scheduler = copy.deepcopy(self._scheduler)
@@ -270,6 +304,17 @@ class Pipeline(BasePipeline[QwenImageState]):
 def _image_tokens(state: QwenImageState) -> Tensor:
     """[tokens of the picture and of its references, in_channels]."""
     return state.latents if state.references is None else torch.cat((state.latents, state.references))
+
+
+def _load_text_encoder(
+    info: ModelInfo, device: torch.device, dtype: torch.dtype, on_bytes: Callable[[int], object], mesh: Mesh
+) -> Callable[[Instruction], Tensor]:
+    if info.image_input is None:
+        text_encoder = TextEncoder(info.path, device, dtype, mesh.text_encoder, on_bytes)
+        return lambda instruction: text_encoder(instruction.prompt)
+    assert isinstance(info.image_input, EditInput)
+    edit_encoder = EditEncoder(info.path, info.image_input, device, dtype, mesh.text_encoder, on_bytes)
+    return lambda instruction: edit_encoder(*instruction)
 
 
 def _num_bytes(folder: Path) -> int:

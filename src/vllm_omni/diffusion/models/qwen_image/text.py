@@ -28,6 +28,8 @@ ROW_LAYERS = ("self_attn.o_proj", "mlp.down_proj")
 
 
 class TextEncoder:
+    """Of prompts alone; `vision.EditEncoder` is its like for pictures to edit."""
+
     def __init__(
         self,
         path: Path,
@@ -43,7 +45,7 @@ class TextEncoder:
         check_text_encoder_tp_size(path, group.size)
         self._device = device
         self._tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer")
-        self._model = _load_language_model(path / "text_encoder", device, dtype, group, on_bytes)
+        self._model = load_language_model(path / "text_encoder", device, dtype, group, on_bytes)
 
     def __call__(self, prompt: str) -> Tensor:
         """-> [tokens, hidden size]: the last hidden states without the template's beginning.
@@ -60,9 +62,10 @@ class TextEncoder:
         return states[0, NUM_TEMPLATE_TOKENS:]
 
 
-def _load_language_model(
+def load_language_model(
     folder: Path, device: torch.device, dtype: torch.dtype, group: Group, on_bytes: OnBytes
 ) -> Qwen2_5_VLTextModel:
+    """This rank's share of the language model in `folder`, a text encoder's."""
     config = Qwen2_5_VLConfig.from_pretrained(folder).text_config
     with torch.device("meta"):
         model = Qwen2_5_VLTextModel(config)
