@@ -50,10 +50,15 @@ def test_the_pipelines_drop_whole_templates(pipeline: Any) -> None:
     assert len(pipeline.tokenizer(template).input_ids) == pipeline.prompt_template_encode_start_idx
 
 
-@pytest.mark.parametrize("size", [(64, 64)])
+def drawn(pipeline: Any, prompts: list[str], size: tuple[int, int]) -> torch.Tensor:
+    from tools.demo_model.sampling import generate
+
+    return torch.from_numpy(np.stack(generate(pipeline, prompts, size, seed=0, steps=8))).permute(0, 3, 1, 2) / 255
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 96), (128, 80)])
 def test_pictures_show_what_was_asked_for(pipeline: Any, sprites: Any, size: tuple[int, int]) -> None:
     from tools.demo_model import judge
-    from tools.demo_model.sampling import generate
     from tools.demo_model.vocabulary import THINGS
 
     wanted = {
@@ -62,11 +67,66 @@ def test_pictures_show_what_was_asked_for(pipeline: Any, sprites: Any, size: tup
         "a lemon on a purple background": "purple",
         "a hamburger on a blue background": "blue",
     }
-    made = generate(pipeline, list(wanted), size, seed=0, steps=8)
-    pictures = torch.from_numpy(np.stack(made)).permute(0, 3, 1, 2).float() / 255
+    pictures = drawn(pipeline, list(wanted), size)
     things = [THINGS[i] for i in judge.best_fit(pictures, sprites, pair=False).things.tolist()]
     assert things == ["red apple", "strawberry", "lemon", "hamburger"]
     assert judge.nearest_background(judge.border_shade(pictures)) == list(wanted.values())
+
+
+@pytest.mark.parametrize(("words", "stacked"), [(("left of", "right of"), False), (("above", "below"), True)])
+def test_two_things_stand_where_they_were_put(pipeline: Any, sprites: Any, words: Any, stacked: bool) -> None:
+    from tools.demo_model import judge
+    from tools.demo_model.vocabulary import THINGS
+
+    pictures = drawn(pipeline, [f"a red apple {word} a blue heart" for word in words], (96, 96))
+    found = [judge.best_fit(half, sprites, pair=True).things.tolist() for half in judge.halves(pictures, stacked)]
+    names = [[THINGS[i] for i in pair] for pair in zip(*found, strict=True)]
+    assert names == [["red apple", "blue heart"], ["blue heart", "red apple"]]
+
+
+def test_seeds_differ_in_place_and_shade(pipeline: Any, sprites: Any) -> None:
+    from tools.demo_model import judge
+
+    pictures = drawn(pipeline, ["a sailboat on a blue background"] * 6, (64, 64))
+    found = judge.best_fit(pictures, sprites, pair=False)
+    assert found.x.std() + found.y.std() > 0.02
+    assert judge.border_shade(pictures).mean(1).std() > 0.01
+
+
+def test_the_training_computes_what_the_pipeline_computes(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers.models.transformers import transformer_qwenimage
+    from tools.demo_model import denoiser, network
+
+    rotation = "apply_rotary_emb_qwen"
+    monkeypatch.setattr(transformer_qwenimage, rotation, getattr(transformer_qwenimage, rotation))
+    network.use_real_rotary_embedding()  # taken back with the line above
+    texts = ["a red apple left of a blue heart on an orange background", "books", "", " "]
+    encoder = denoiser.CaptionEncoder(pipeline.text_encoder, pipeline.tokenizer)
+    model = denoiser.FlowMatching(pipeline.vae, encoder, pipeline.transformer, draws=1)
+    latents, time = torch.randn(4, 24, 64), torch.tensor([0.1, 0.3, 0.5, 0.75])
+    with torch.no_grad():
+        states, kept = encoder(denoiser.caption_tokens(pipeline.tokenizer)(texts))
+        wanted_states, wanted_mask = pipeline.encode_prompt(texts, device="cpu")
+        velocity = model.velocity(latents, time, states, kept, (4, 6))
+        wanted = pipeline.transformer(
+            hidden_states=latents,
+            timestep=time,
+            encoder_hidden_states=wanted_states,
+            encoder_hidden_states_mask=wanted_mask,
+            img_shapes=[[(1, 4, 6)]] * 4,
+            return_dict=False,
+        )[0]
+    assert torch.allclose(states[:, : wanted_states.shape[1]], wanted_states, atol=1e-5)
+    assert torch.allclose(velocity, wanted, atol=1e-4)
+
+
+def test_every_scene_follows_from_seed_and_step() -> None:
+    from tools.demo_model.scenes import plan_batch
+
+    first, second, other = (plan_batch(1, step, 8) for step in (5, 5, 6))
+    assert first.captions == second.captions
+    assert all(torch.equal(a, b) for a, b in zip(first.tensors, second.tensors, strict=True))
+    assert not torch.equal(first.numbers, other.numbers)
 
 
 def test_captions_say_where_things_are() -> None:

@@ -23,6 +23,7 @@ INFO = ModelInfo(
     count_prompt_tokens=lambda text: len(text.split()),
     attention_tokens=100.0,
     num_heads=4,
+    text_encoder_tp_sizes=(1,),
     default_sampling_params={"height": 64, "width": 96, "num_inference_steps": 20, "true_cfg_scale": 4.0},
 )
 READY = WorkerReady(

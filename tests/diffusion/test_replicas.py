@@ -59,6 +59,19 @@ def ids_on(executor: FakeExecutor) -> set[str]:
     return {request.request_id for plan in plans for request in plan.new_requests}
 
 
+class RestartsLate(FakeExecutor):
+    """Starts again when `gate` is set."""
+
+    def __init__(self, gate: asyncio.Event, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._gate = gate
+
+    async def start(self) -> WorkerReady:
+        if self.num_starts:
+            await self._gate.wait()
+        return await super().start()
+
+
 async def test_pictures_of_one_call_spread_and_share_a_queue() -> None:
     executors, observer = [FakeExecutor() for _ in range(3)], Recorder()
     async with running(executors, observer) as replicas:
@@ -133,13 +146,7 @@ async def test_a_replica_without_room_is_passed_over() -> None:
 async def test_one_dies_and_its_requests_only_wait() -> None:
     gate, observer = asyncio.Event(), Recorder()
 
-    class Gated(FakeExecutor):
-        async def start(self) -> WorkerReady:
-            if self.num_starts:
-                await gate.wait()
-            return await super().start()
-
-    executors = [FakeExecutor(), Gated(die_at={2})]
+    executors = [FakeExecutor(), RestartsLate(gate, die_at={2})]
     async with running(executors, observer) as replicas:
         requests = [now_request(f"r{n}", 64, 6, seed=n) for n in range(6)]
         events = replicas.add(requests)
@@ -160,6 +167,17 @@ async def test_one_dies_and_its_requests_only_wait() -> None:
         assert observer.restarts == [3]
         assert replicas.status().healthy
         assert [executor.num_starts for executor in executors] == [1, 2]
+
+
+async def test_a_busy_replica_is_better_than_one_that_loads() -> None:
+    executors = [FakeExecutor(hold=True), RestartsLate(asyncio.Event())]
+    async with running(executors) as replicas:
+        busy, loading = replicas._engines
+        executors[1].die()
+        await until(lambda: loading.status().state == "restarting")
+        for name in ("a", "b", "c"):
+            replicas.add([now_request(name)])
+            assert busy.holds(name)
 
 
 async def test_one_that_gives_up_fails_them_all() -> None:

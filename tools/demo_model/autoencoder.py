@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage
 
 from . import scenes
+from .descent import Descent
 from .network import LATENT_CHANNELS
 from .progress import Progress, cosine_after
+from .replay import Replay
 
 AUTOENCODER_STREAM = 1
 STATISTICS_STREAM = 2
@@ -35,12 +37,11 @@ def differences(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def loss_of(
-    vae: AutoencoderKLQwenImage, pictures: torch.Tensor, generator: torch.Generator
+    vae: AutoencoderKLQwenImage, pictures: torch.Tensor, noise: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The training loss and the plain mean square error of one batch."""
     mean, log_variance = encode(vae, pictures)
-    noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-    drawn = decode(vae, mean + noise * (0.5 * log_variance).exp())
+    drawn = decode(vae, mean + noise.view_as(mean) * (0.5 * log_variance).exp())
     error = drawn - pictures
     edges = sum((a - b).abs().mean() for a, b in zip(differences(drawn), differences(pictures), strict=True))
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
@@ -65,28 +66,32 @@ def train(
     device = sprites.full.device
     vae.train()
     parameters = [p for name, p in vae.named_parameters() if "time_conv" not in name]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type == "cuda")
-    state = {"vae": vae, "optimizer": optimizer}
+    descent = Descent(parameters, betas=(0.9, 0.99), weight_decay=0.0)
+
+    def one_step(frame: scenes.Frame, inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        *plan, noise = inputs
+        pictures = scenes.draw(frame, plan, sprites)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss, square_error = loss_of(vae, pictures, noise)
+        descent.step(loss)
+        return {"loss": loss.detach(), "square_error": square_error}
+
+    replay = Replay(one_step, device)
+    state = {"vae": vae, "optimizer": descent}
     first = progress.resume("autoencoder", state)
     for step, plan, _ in scenes.loader(scenes.Plans(seed + AUTOENCODER_STREAM, batch, range(first, steps)), workers):
-        for group in optimizer.param_groups:
-            group["lr"] = cosine_after(rate, step, steps, warm_up=100, start=0.2)
+        descent.rate.fill_(cosine_after(rate, step, steps, warm_up=100, start=0.2))
+        height, width = plan.frame.size
         generator = scenes.seeded(device, seed, AUTOENCODER_STREAM, step)
-        pictures = scenes.draw(plan, sprites, generator)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss, square_error = loss_of(vae, pictures, generator)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        progress.step("autoencoder", step + 1, steps, state, loss=loss, square_error=square_error)
+        noise = torch.randn(batch * LATENT_CHANNELS * height * width // 64, generator=generator, device=device)
+        progress.step("autoencoder", step + 1, steps, state, **replay(plan.frame, [*plan.tensors, noise]))
     vae.eval()
 
 
 def statistics_batches(sprites: scenes.Sprites, seed: int, count: int, batch: int) -> Iterator[torch.Tensor]:
     for step in range(count):
         plan = scenes.plan_batch(seed + STATISTICS_STREAM, step, batch)
-        yield scenes.draw(plan, sprites, scenes.seeded(sprites.full.device, seed, STATISTICS_STREAM, step))
+        yield scenes.draw(plan.frame, [x.to(sprites.full.device) for x in plan.tensors], sprites)
 
 
 @torch.no_grad()

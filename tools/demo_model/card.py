@@ -35,7 +35,7 @@ Native size 64x64, 20 steps, guidance (`true_cfg_scale`) {guidance}: `default_sa
 
 Measured by `tools/demo_model/evaluate.py` with diffusers' own pipeline: {prompts} prompts a size, each a plain label;
 "right" means that of all {things} drawings the prompted one fits the picture best over places, scales and tilts.
-Sizes are height x width. Of true scenes the judge names {true}.
+{pairs_measured}Sizes are height x width. Of true scenes the judge names {true}.
 
 {table}
 
@@ -72,6 +72,9 @@ def vocabulary() -> str:
 
 PAIR_PROMPTS = (
     "- `a red apple left of a blue heart`, also `right of`, `above`, `below`, also `... on a blue background`\n"
+)
+PAIRS_MEASURED = (
+    "Of two things ({} prompts a size and direction) each has to fit best in its own half of the picture.\n"
 )
 
 
@@ -117,6 +120,7 @@ def main() -> None:
         guidance=defaults["true_cfg_scale"],
         prompts=numbers["prompts"],
         pair_prompts=PAIR_PROMPTS if numbers["pairs"] else "",
+        pairs_measured=PAIRS_MEASURED.format(numbers["prompts"] // 2) if numbers["pairs"] else "",
         native=numbers["native"],
         true=listed(numbers["true scenes"], " scenes").replace("background scenes", "backgrounds"),
         table=table(numbers),

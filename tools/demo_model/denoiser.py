@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,11 +11,14 @@ from torch import nn
 
 from . import scenes
 from .autoencoder import encode
+from .descent import Average, Descent
 from .network import LATENT_CHANNELS, prompt_templates
 from .progress import Progress, cosine_after
+from .replay import Replay
 
 DENOISER_STREAM = 3
 AVERAGING = 0.9995
+CAPTION_TOKENS = 24  # room for the longest caption and the end of the template
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
@@ -26,57 +28,39 @@ def pack(latents: torch.Tensor) -> torch.Tensor:
     return patches.permute(0, 2, 4, 1, 3, 5).reshape(count, -1, 4 * channels)
 
 
-class CaptionEncoder(nn.Module):
-    """The language model behind the template, as diffusers' pipeline uses it."""
+def caption_tokens(tokenizer: Any) -> Callable[[list[str]], torch.Tensor]:
+    """A function from captions to the token ids that the pipeline keeps, for the loader's workers."""
+    end = tokenizer(prompt_templates()[0][0].split("{}")[1]).input_ids
+    padding = tokenizer.convert_tokens_to_ids(tokenizer.pad_token)
 
-    def __init__(self, text_encoder: Any) -> None:
-        super().__init__()
-        self.language_model = text_encoder.model.language_model
-        self.drop = prompt_templates()[0][1]
-
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        states = self.language_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        kept = mask[:, self.drop :]
-        return states[:, self.drop :] * kept[..., None], kept
-
-
-def caption_tokens(tokenizer: Any) -> Callable[[list[str]], tuple[torch.Tensor, torch.Tensor]]:
-    """A function from captions to padded token ids and their mask, for the loader's workers."""
-    template = prompt_templates()[0][0]
-
-    def tokens(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        texts = [template.format(text) for text in captions]
-        found = tokenizer(texts, padding=True, pad_to_multiple_of=8, return_tensors="pt")
-        return found.input_ids, found.attention_mask
+    def tokens(captions: list[str]) -> torch.Tensor:
+        rows = [ids + end for ids in tokenizer(captions).input_ids]
+        return torch.tensor([row + [padding] * (CAPTION_TOKENS - len(row)) for row in rows])
 
     return tokens
 
 
-class Average:
-    """An exponential moving average of parameters, with a state like a module's."""
+class CaptionEncoder(nn.Module):
+    """The language model behind the template, as diffusers' pipeline uses it."""
 
-    def __init__(self, parameters: list[torch.Tensor]) -> None:
-        self.parameters = parameters
-        self.values = [p.detach().clone() for p in parameters]
+    front: torch.Tensor
 
-    def update(self, step: int) -> None:
-        keep = min(AVERAGING, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - keep)
+    def __init__(self, text_encoder: Any, tokenizer: Any) -> None:
+        super().__init__()
+        self.language_model = text_encoder.model.language_model
+        template, self.drop = prompt_templates()[0]
+        self.padding = tokenizer.convert_tokens_to_ids(tokenizer.pad_token)
+        front = tokenizer(template.split("{}")[0], return_tensors="pt").input_ids
+        self.register_buffer("front", front.to(text_encoder.device), persistent=False)
 
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Puts the average into the parameters for a while."""
-        kept = [p.detach().clone() for p in self.parameters]
-        with torch.no_grad():
-            torch._foreach_copy_(self.parameters, self.values)
-            yield
-            torch._foreach_copy_(self.parameters, kept)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"values": self.values}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        torch._foreach_copy_(self.values, [v.to(self.values[0].device) for v in state["values"]])
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """States and mask of what follows the template's front. Padding is on the right and attention causal, so
+        that no mask is needed in here."""
+        ids = torch.cat([self.front.expand(len(ids), -1), ids], 1)
+        unmasked = {"full_attention": None}
+        states = self.language_model(input_ids=ids, attention_mask=unmasked, use_cache=False).last_hidden_state
+        kept = (ids != self.padding)[:, self.drop :]
+        return states[:, self.drop :] * kept[..., None], kept
 
 
 class FlowMatching(nn.Module):
@@ -102,30 +86,53 @@ class FlowMatching(nn.Module):
     def latents(self, pictures: torch.Tensor) -> torch.Tensor:
         return pack((encode(self._vae[0], pictures)[0] - self.mean) / self.deviation)
 
-    def forward(
-        self, pictures: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, generator: torch.Generator
+    def time_embedding(self, time: torch.Tensor) -> torch.Tensor:
+        """Of one half in float32, of the other rounded as a pipeline in bfloat16 rounds it: the model learns not to
+        rely on the quickest waves, which the rounding changes."""
+        early, late = time.tensor_split(2)
+        with torch.autocast(time.device.type, enabled=False):
+            embedding: torch.Tensor = self.transformer.time_text_embed(torch.cat([early, late.bfloat16()]), time)
+        return embedding
+
+    def velocity(
+        self, mixed: torch.Tensor, time: torch.Tensor, states: torch.Tensor, kept: torch.Tensor, grid: tuple[int, int]
     ) -> torch.Tensor:
-        target, device = self.latents(pictures).repeat(self.draws, 1, 1), pictures.device
-        noise = torch.randn(target.shape, generator=generator, device=device)
-        time = torch.sigmoid(torch.randn(len(target), generator=generator, device=device) * 1.1 + 0.4)
+        """The transformer's own forward, but for the time embedding and without what a CUDA graph cannot record."""
+        transformer = self.transformer
+        # clones, because the compiler tells a view from what the next block gets
+        picture = transformer.img_in(mixed).clone()
+        text = transformer.txt_in(transformer.txt_norm(states)).clone()
+        embedded = self.time_embedding(time).to(picture.dtype)
+        tables = transformer.pos_embed([(1, *grid)], max_txt_seq_len=text.shape[1], device=picture.device)
+        positions = tuple(torch.view_as_real(table).clone() for table in tables)
+        torch._dynamo.maybe_mark_dynamic(picture, 1)
+        torch._dynamo.maybe_mark_dynamic(positions[0], 0)
+        for block in transformer.transformer_blocks:
+            text, picture = block(
+                hidden_states=picture,
+                encoder_hidden_states=text,
+                encoder_hidden_states_mask=kept,
+                temb=embedded,
+                image_rotary_emb=positions,
+            )
+        velocity: torch.Tensor = transformer.proj_out(transformer.norm_out(picture, embedded))
+        return velocity
+
+    def forward(self, pictures: torch.Tensor, ids: torch.Tensor, normal: torch.Tensor) -> torch.Tensor:
+        """`normal` holds the normal numbers for the times and the noise of every draw."""
+        target = self.latents(pictures).repeat(self.draws, 1, 1)
+        times, noise = normal.split([len(target), target.numel()])
+        time, noise = torch.sigmoid(times * 1.1 + 0.4), noise.view_as(target)
         mixed = target + time[:, None, None] * (noise - target)
-        states, kept = (x.repeat(self.draws, *[1] * (x.dim() - 1)) for x in self.caption_encoder(ids, mask))
-        shape = (1, pictures.shape[2] // 16, pictures.shape[3] // 16)
-        velocity = self.transformer(
-            hidden_states=mixed,
-            timestep=time,
-            encoder_hidden_states=states,
-            encoder_hidden_states_mask=kept,
-            img_shapes=[[shape]] * len(target),
-            return_dict=False,
-        )[0]
+        states, kept = (x.repeat(self.draws, *[1] * (x.dim() - 1)) for x in self.caption_encoder(ids))
+        velocity = self.velocity(mixed, time, states, kept, (pictures.shape[2] // 16, pictures.shape[3] // 16))
         loss: torch.Tensor = (velocity.float() - (noise - target)).square().mean()
         return loss
 
 
 def train(
     model: FlowMatching,
-    tokens: Callable[[list[str]], tuple[torch.Tensor, torch.Tensor]],
+    tokens: Callable[[list[str]], torch.Tensor],
     sprites: scenes.Sprites,
     progress: Progress,
     *,
@@ -145,27 +152,29 @@ def train(
     device = sprites.full.device
     model.train()
     parameters: list[torch.Tensor] = list(model.parameters())
-    optimizer = torch.optim.AdamW(
-        parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=device.type == "cuda"
-    )
-    average = Average(parameters)
-    state = {"model": model, "optimizer": optimizer, "average": average}
+    descent = Descent(parameters, betas=(0.9, 0.98), weight_decay=0.01)
+    average = Average(parameters, AVERAGING)
+
+    def one_step(frame: scenes.Frame, inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        *plan, ids, normal = inputs
+        pictures = scenes.draw(frame, plan, sprites)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = model(pictures, ids, normal)
+        descent.step(loss)
+        average.update()
+        return {"loss": loss.detach()}
+
+    replay = Replay(one_step, device)
+    state = {"model": model, "optimizer": descent, "average": average}
     first = progress.resume("denoiser", state)
     plans = scenes.Plans(seed + DENOISER_STREAM, batch, range(first, min(stop_at, steps)), encode=tokens, **world)
-    for step, plan, (ids, mask) in scenes.loader(plans, workers):
-        for group in optimizer.param_groups:
-            group["lr"] = cosine_after(rate, step, steps, warm_up=200, start=0.4)
-        generator = scenes.seeded(device, seed, DENOISER_STREAM, step)
-        pictures = scenes.draw(plan, sprites, generator)
-        ids, mask = ids.to(device, non_blocking=True), mask.to(device, non_blocking=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = model(pictures, ids, mask, generator)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        average.update(step)
-        progress.step("denoiser", step + 1, steps, state, loss=loss)
+    for step, plan, ids in scenes.loader(plans, workers):
+        descent.rate.fill_(cosine_after(rate, step, steps, warm_up=200, start=0.4))
+        average.set_step(step)
+        height, width = plan.frame.size
+        count = batch * model.draws * (1 + height * width * LATENT_CHANNELS // 64)
+        normal = torch.randn(count, generator=scenes.seeded(device, seed, DENOISER_STREAM, step), device=device)
+        progress.step("denoiser", step + 1, steps, state, **replay(plan.frame, [*plan.tensors, ids, normal]))
         if (step + 1) % export_every == 0 and step + 1 < steps:
             with average.in_place():
                 export()

@@ -1,4 +1,4 @@
-"""Measures a saved demo model and writes the numbers and a grid; with --card also the model card.
+"""Measures a saved demo model and writes the numbers and a grid.
 
 python -m tools.demo_model.evaluate --model src/vllm_omni/demo_model --out .demo-data/evaluation --device cuda
 """
@@ -17,9 +17,18 @@ import torch
 from . import drawings, judge, scenes
 from .sampling import generate, grid, load_pipeline
 from .scenes import Sprites
-from .vocabulary import BACKGROUNDS, SIDE_BY_SIDE, SINGLE, SIZES, STACKED, THINGS, add_article, parse_size
+from .vocabulary import (
+    BACKGROUNDS,
+    NATIVE,
+    SIDE_BY_SIDE,
+    SINGLE,
+    SIZES,
+    STACKED,
+    THINGS,
+    add_article,
+    parse_size,
+)
 
-NATIVE = (64, 64)
 PROMPTS = 100
 
 
@@ -113,19 +122,21 @@ class Evaluation:
 def ceiling(sprites: Sprites, size: tuple[int, int], seed: int, vae: Any = None) -> dict[str, float]:
     """What the judge says of true scenes (of their reconstructions, with an autoencoder): the most to hope for."""
     result = {}
-    generator = scenes.seeded(sprites.full.device, seed)
     plan = scenes.plan_batch(seed, 0, 4 * PROMPTS, sizes=(size,))
-    pictures = scenes.draw(plan, sprites, generator)
+    pictures = scenes.draw(plan.frame, [x.to(sprites.full.device) for x in plan.tensors], sprites)
     if vae is not None:
         with torch.no_grad():
             pictures = vae.decode(vae.encode(pictures.unsqueeze(2)).latent_dist.mode()).sample[:, :, 0].clamp(-1, 1)
-    groups = (pictures / 2 + 0.5).split([len(group) for group in plan.things])
+    groups = (pictures / 2 + 0.5).split(plan.frame.counts)
+    wanted = plan.things.split(plan.frame.counts)
     for layout, name in ((SINGLE, "single"), (SIDE_BY_SIDE, "side by side"), (STACKED, "stacked")):
         cells = [groups[layout]] if layout == SINGLE else judge.halves(groups[layout], layout == STACKED)
         found = torch.stack([judge.best_fit(c, sprites, pair=layout != SINGLE).things for c in cells], 1).cpu()
-        result[name] = share((found == plan.things[layout]).all(1).tolist())
+        result[name] = share((found == wanted[layout][:, : len(cells)]).all(1).tolist())
     backgrounds = judge.nearest_background(judge.border_shade(pictures / 2 + 0.5))
-    result["background"] = share([a == b for a, b in zip(plan.backgrounds, backgrounds, strict=True)])
+    result["background"] = share(
+        [list(BACKGROUNDS)[i] == name for i, name in zip(plan.backgrounds, backgrounds, strict=True)]
+    )
     return result
 
 

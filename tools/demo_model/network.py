@@ -206,25 +206,45 @@ def use_single_frame_convolutions() -> None:
 
 
 def compile_blocks(transformer: QwenImageTransformer2DModel) -> None:
-    """Compiles the transformer's blocks once for all sizes; two sizes that are equal by chance stay two."""
+    """Compiles the transformer's blocks, once for all sizes of pictures, which the caller marks as dynamic; two sizes
+    that are equal by chance stay two."""
     torch.fx.experimental._config.use_duck_shape = False
     for block in transformer.transformer_blocks:
-        block.compile(dynamic=True)
+        block.compile()
 
 
-class RealPositions(nn.Module):
-    """The transformer's rotary tables as pairs of real numbers, which the compiler can fuse."""
-
-    def __init__(self, tables: nn.Module) -> None:
-        super().__init__()
-        self.tables = tables
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-        return tuple(torch.view_as_real(table) for table in self.tables(*args, **kwargs))
+def _normalised(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+    wide = x.float()
+    size = wide.square().mean(1, keepdim=True).clamp_min(1e-24).sqrt()
+    return F.silu(wide / size * gamma).to(x.dtype)
 
 
-def use_real_rotary_embedding(transformer: QwenImageTransformer2DModel) -> None:
-    """Lets this transformer rotate with real arithmetic; transformers with complex tables work as before."""
+def compile_normalisation() -> None:
+    """Lets the autoencoder normalise and activate a single frame in one kernel, without leaving its precision."""
+    torch.fx.experimental._config.use_duck_shape = False
+    torch._dynamo.config.recompile_limit = 64
+    general, fused = vae_module.QwenImageResidualBlock.forward, torch.compile(_normalised)
+
+    def normalised(x: torch.Tensor, norm: Any) -> torch.Tensor:
+        frame = x[:, :, 0]
+        torch._dynamo.mark_static(frame, [0, 1])
+        torch._dynamo.mark_dynamic(frame, [2, 3])
+        y: torch.Tensor = fused(frame, norm.gamma[:, 0])
+        return y.unsqueeze(2)
+
+    def forward(self: Any, x: torch.Tensor, *cache: Any) -> torch.Tensor:
+        if any(part is not None for part in cache[:1]):
+            video: torch.Tensor = general(self, x, *cache)
+            return video
+        y = self.conv1(normalised(x, self.norm1))
+        z: torch.Tensor = self.conv2(normalised(y, self.norm2)) + self.conv_shortcut(x)
+        return z
+
+    vae_module.QwenImageResidualBlock.forward = forward
+
+
+def use_real_rotary_embedding() -> None:
+    """Rotates with real arithmetic, which the compiler can fuse, where the tables are pairs of real numbers."""
     general = dit_module.apply_rotary_emb_qwen
 
     def rotate(x: torch.Tensor, table: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -236,7 +256,6 @@ def use_real_rotary_embedding(transformer: QwenImageTransformer2DModel) -> None:
         return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).type_as(x)
 
     dit_module.apply_rotary_emb_qwen = rotate
-    transformer.pos_embed = RealPositions(transformer.pos_embed)
 
 
 def load_weights(part: Any, folder: Path) -> None:

@@ -36,12 +36,17 @@ def seeded(device: torch.device, *key: int) -> torch.Generator:
 
 @dataclass
 class Sprites:
-    """Premultiplied drawings, [things, 4, side, side], and reduced copies of them for smaller cells."""
+    """Premultiplied drawings, [things, 4, side, side], reduced copies of them for smaller cells, and the colours
+    of the backgrounds."""
 
     full: torch.Tensor
 
     def __post_init__(self) -> None:
         self._reduced: dict[int, torch.Tensor] = {}
+        names, device = list(BACKGROUNDS), self.full.device
+        darkest = [DARKEST_SHADE.get(name, USUAL_DARKEST_SHADE) for name in names]
+        self.colours = torch.tensor([BACKGROUNDS[name] for name in names], device=device) / 255
+        self.darkest = torch.tensor(darkest, device=device)
 
     @classmethod
     def from_rgba(cls, rgba: np.ndarray, device: torch.device) -> Sprites:
@@ -83,12 +88,10 @@ def place(
     return F.grid_sample(sprites, grid, padding_mode="zeros", align_corners=False)
 
 
-def shade(names: list[str], generator: torch.Generator, device: torch.device) -> torch.Tensor:
-    """One shade of each named background, [n, 3, 1, 1]."""
-    full = torch.tensor([BACKGROUNDS[name] for name in names], device=device) / 255
-    darkest = torch.tensor([DARKEST_SHADE.get(name, USUAL_DARKEST_SHADE) for name in names], device=device)
-    part = torch.rand(len(names), generator=generator, device=device)
-    return (full * (darkest + (1 - darkest) * part)[:, None])[..., None, None]
+def shade(sprites: Sprites, backgrounds: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """One shade of each background, [n, 3, 1, 1]; `part` of 1 is the brightest."""
+    darkest = sprites.darkest[backgrounds]
+    return (sprites.colours[backgrounds] * (darkest + (1 - darkest) * part)[:, None])[..., None, None]
 
 
 def _cells(
@@ -97,27 +100,39 @@ def _cells(
     cell: tuple[int, int],
     scales: tuple[float, float],
     variation: float,
-    generator: torch.Generator,
+    numbers: torch.Tensor,
 ) -> torch.Tensor:
-    device = sprites.full.device
-    draws = torch.rand(4, len(things), generator=generator, device=device) * variation
-    scale = scales[1] - (scales[1] - scales[0]) * draws[0]
-    tilt, where = TILT * (2 * draws[1] - variation), 2 * draws[2:] - variation
+    numbers = numbers * variation
+    scale = scales[1] - (scales[1] - scales[0]) * numbers[0]
+    tilt, where = TILT * (2 * numbers[1] - variation), 2 * numbers[2:] - variation
     return place(sprites.at(min(cell))[things], cell, scale, tilt, where.T)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What all scenes of a batch have in common."""
+
+    size: tuple[int, int]
+    counts: tuple[int, int, int]  # scenes by layout: first the single ones, then side by side, then stacked
+    variation: float  # 1: place, scale and tilt from their whole ranges; 0: large, upright and in the middle
 
 
 @dataclass
 class Plan:
-    """What a batch shows, decided on the CPU: scenes grouped by layout, their captions and the size of all of them."""
+    """What a batch shows, decided on the CPU."""
 
-    size: tuple[int, int]
-    things: list[torch.Tensor]  # per layout: [n] or [n, 2]
-    backgrounds: list[str]
+    frame: Frame
+    things: torch.Tensor  # [n, 2]; of a single thing only the first counts
+    backgrounds: torch.Tensor  # [n], places in BACKGROUNDS
+    numbers: torch.Tensor  # [9, n] in [0, 1): scale, tilt and place of both things, and the shade
     captions: list[str]
-    variation: float  # 1: place, scale and tilt from their whole ranges; 0: large, upright and in the middle
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.things, self.backgrounds, self.numbers]
 
     def __len__(self) -> int:
-        return len(self.backgrounds)
+        return len(self.things)
 
 
 def plan_batch(
@@ -132,38 +147,43 @@ def plan_batch(
     things, side by side as often as stacked. One caption in ten is empty, for guidance."""
     rng = np.random.default_rng((seed, step))
     pairs = int(count * (1 - singles)) // 2
-    layouts = [SINGLE] * (count - 2 * pairs) + [SIDE_BY_SIDE] * pairs + [STACKED] * pairs
+    counts = (count - 2 * pairs, pairs, pairs)
+    layouts = [SINGLE] * counts[0] + [SIDE_BY_SIDE] * pairs + [STACKED] * pairs
     scenes = [draw_scene(layout, rng) for layout in layouts]
     texts = [("", " ")[int(rng.integers(2))] if rng.random() < 0.1 else caption(scene, rng) for scene in scenes]
-    groups = [[s.things for s in scenes if s.layout == layout] for layout in (SINGLE, SIDE_BY_SIDE, STACKED)]
+    names = list(BACKGROUNDS)
     return Plan(
-        size=sizes[int(rng.integers(len(sizes)))],
-        things=[torch.tensor(group, dtype=torch.long) for group in groups],
-        backgrounds=[scene.background for scene in scenes],
+        frame=Frame(sizes[int(rng.integers(len(sizes)))], counts, variation),
+        things=torch.tensor([(scene.things[0], scene.things[-1]) for scene in scenes]),
+        backgrounds=torch.tensor([names.index(scene.background) for scene in scenes]),
+        numbers=torch.from_numpy(rng.random((9, count), np.float32)),
         captions=texts,
-        variation=variation,
     )
 
 
-def draw(plan: Plan, sprites: Sprites, generator: torch.Generator) -> torch.Tensor:
-    """The pictures of a plan, [n, 3, height, width] in [-1, 1]."""
-    device = sprites.full.device
-    height, width = plan.size
-    single, beside, stacked = (group.to(device) for group in plan.things)
+def draw(frame: Frame, tensors: Sequence[torch.Tensor], sprites: Sprites) -> torch.Tensor:
+    """The pictures of a plan, [n, 3, height, width] in [-1, 1], from its tensors, moved to the sprites' device."""
+    things, backgrounds, numbers = tensors
+    height, width = frame.size
+    groups = zip(things.split(frame.counts), numbers.split(frame.counts, 1), strict=True)
+    cells = (height, width), (height, width // 2), (height // 2, width)
     layers = []
-    if len(single):
-        layers.append(_cells(sprites, single[:, 0], (height, width), SINGLE_SCALES, plan.variation, generator))
-    for pairs, cell, axis in ((beside, (height, width // 2), 3), (stacked, (height // 2, width), 2)):
-        if len(pairs):
-            halves = [_cells(sprites, pairs[:, i], cell, PAIR_SCALES, plan.variation, generator) for i in (0, 1)]
-            layers.append(torch.cat(halves, axis))
+    for layout, (shown, draws) in enumerate(groups):
+        scales = SINGLE_SCALES if layout == SINGLE else PAIR_SCALES
+        parts = [
+            _cells(sprites, shown[:, i], cells[layout], scales, frame.variation, draws[4 * i : 4 * i + 4])
+            for i in range(1 if layout == SINGLE else 2)
+            if len(shown)
+        ]
+        if parts:
+            layers.append(torch.cat(parts, 2 if layout == STACKED else 3))
     drawn = torch.cat(layers)
-    picture = drawn[:, :3] + (1 - drawn[:, 3:]) * shade(plan.backgrounds, generator, device)
+    picture = drawn[:, :3] + (1 - drawn[:, 3:]) * shade(sprites, backgrounds, numbers[8])
     return picture.clamp(0, 1) * 2 - 1
 
 
 class Plans(torch.utils.data.Dataset[tuple[int, Plan, Any]]):
-    """Plans by step, with their captions as token ids, for a DataLoader whose workers prepare them ahead."""
+    """Plans by step, with token ids instead of captions, for a DataLoader whose workers prepare them ahead."""
 
     def __init__(self, seed: int, count: int, steps: range, encode: Any = None, **world: Any) -> None:
         self.seed, self.count, self.steps, self.encode, self.world = seed, count, steps, encode, world
@@ -174,7 +194,9 @@ class Plans(torch.utils.data.Dataset[tuple[int, Plan, Any]]):
     def __getitem__(self, index: int) -> tuple[int, Plan, Any]:
         step = self.steps[index]
         plan = plan_batch(self.seed, step, self.count, **self.world)
-        return step, plan, self.encode(plan.captions) if self.encode else None
+        ids = self.encode(plan.captions) if self.encode else None
+        plan.captions = []
+        return step, plan, ids
 
 
 def loader(plans: Plans, workers: int) -> torch.utils.data.DataLoader[tuple[int, Plan, Any]]:

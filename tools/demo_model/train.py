@@ -1,7 +1,7 @@
 """Trains the demo model from nothing and saves it as a QwenImagePipeline folder.
 
     python -m tools.demo_model.drawings --cache .demo-data
-    python -m tools.demo_model.train --device cuda --compile --out demo-model
+    python -m tools.demo_model.train --device cuda --compile --workers 12 --out demo-model
 
 It goes on from the last checkpoint in `--work` when started again. Every step's scenes, captions, noise and times
 come from the seed and the step alone, so a resumed run sees what an unbroken one would have seen. The same seed on
@@ -23,7 +23,7 @@ from . import autoencoder, denoiser, drawings, network
 from .progress import Progress
 from .sampling import SAMPLES, generate, grid, load_pipeline
 from .scenes import Sprites, plan_batch
-from .vocabulary import SIZES, parse_size
+from .vocabulary import TRAINING_SIZES, parse_size
 
 TOKENIZER_STREAM = 4
 
@@ -36,18 +36,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path(".demo-data/work"), help="checkpoints, log and sample grid")
     parser.add_argument("--out", type=Path, default=Path(".demo-data/model"), help="the finished pipeline")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--autoencoder-steps", type=int, default=4000)
     parser.add_argument("--autoencoder-batch", type=int, default=128)
     parser.add_argument("--autoencoder-rate", type=float, default=2e-3)
-    parser.add_argument("--steps", type=int, default=16000)
-    parser.add_argument("--batch", type=int, default=384, help="scenes in a step")
-    parser.add_argument("--draws", type=int, default=2, help="times and noises for each scene of a step")
+    parser.add_argument("--steps", type=int, default=24000)
+    parser.add_argument("--batch", type=int, default=192, help="scenes in a step")
+    parser.add_argument("--draws", type=int, default=4, help="times and noises for each scene of a step")
     parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--init", type=Path, help="start from this saved model's weights")
     parser.add_argument("--sizes", nargs="*", help="sizes such as 64x96; one named twice is drawn twice as often")
-    parser.add_argument("--singles", type=float, default=0.5, help="the part of scenes that show one thing")
+    parser.add_argument("--singles", type=float, default=0.6, help="the part of scenes that show one thing")
     parser.add_argument("--variation", type=float, default=1.0, help="of place, scale and tilt, 0 to 1")
     parser.add_argument("--stop-at", type=int, help="leave after this step, to go on later")
     parser.add_argument("--workers", type=int, default=0, help="processes that prepare captions ahead")
@@ -66,6 +66,7 @@ def main() -> None:
     progress = Progress(args.work, args.every, args.save_every)
     sprites = Sprites.from_rgba(drawings.load(args.drawings), device)
     network.use_single_frame_convolutions()
+    network.use_real_rotary_embedding()
 
     tokenizer = network.build_tokenizer(
         text for step in range(20) for text in plan_batch(args.seed + TOKENIZER_STREAM, step, 500).captions
@@ -78,8 +79,8 @@ def main() -> None:
     if args.init:
         for part, folder in ((vae, "vae"), (text_encoder, "text_encoder"), (transformer, "transformer")):
             network.load_weights(part, args.init / folder)
-    network.use_real_rotary_embedding(transformer)
     if args.compile:
+        network.compile_normalisation()
         network.compile_blocks(transformer)
     common = {"seed": args.seed, "workers": args.workers}
 
@@ -89,7 +90,8 @@ def main() -> None:
         "rate": args.autoencoder_rate,
     }
     autoencoder.train(vae, sprites, progress, **settings, **common)
-    psnr = autoencoder.set_latent_statistics(vae, sprites, args.seed, batches=32)
+    with torch.compiler.set_stance("force_eager"):  # in float32, and too short to be worth compiling
+        psnr = autoencoder.set_latent_statistics(vae, sprites, args.seed, batches=32)
     progress.log(stage="autoencoder", psnr_db=round(psnr, 2))
     vae.eval().requires_grad_(False)
 
@@ -98,14 +100,14 @@ def main() -> None:
         pictures = generate(load_pipeline(args.out, device), SAMPLES, (64, 64), seed=0)
         grid(pictures, SAMPLES, columns=8).save(args.work / "samples.png")
 
-    model = denoiser.FlowMatching(vae, denoiser.CaptionEncoder(text_encoder), transformer, args.draws)
+    model = denoiser.FlowMatching(vae, denoiser.CaptionEncoder(text_encoder, tokenizer), transformer, args.draws)
     settings = {
         "steps": args.steps,
         "stop_at": args.stop_at or args.steps,
         "batch": args.batch,
         "rate": args.rate,
     }
-    sizes = [parse_size(size) for size in args.sizes] if args.sizes else SIZES
+    sizes = [parse_size(size) for size in args.sizes] if args.sizes else TRAINING_SIZES
     denoiser.train(
         model,
         denoiser.caption_tokens(tokenizer),

@@ -87,6 +87,8 @@ USUAL_DARKEST_SHADE = 0.78
 
 SIDES: tuple[int, ...] = (64, 80, 96, 112, 128)
 SIZES: tuple[tuple[int, int], ...] = tuple((h, w) for h in SIDES for w in SIDES)  # (height, width)
+NATIVE = (64, 64)
+TRAINING_SIZES = (*SIZES, *[NATIVE] * 5)  # the native size is drawn six times as often as each other
 
 SINGLE, SIDE_BY_SIDE, STACKED = range(3)
 

@@ -60,6 +60,8 @@ class ModelInfo:
     """Tokens at which attention costs as much as the linear layers: a sequence of n tokens costs n(1 + n/this)."""
     num_heads: int
     """Attention heads of the transformer."""
+    text_encoder_tp_sizes: tuple[int, ...]
+    """How many ranks can share the text encoder."""
     image_input: ImageInput | None = None
     """None: the model makes pictures from text alone. Otherwise it edits, and a request without a size gets that of its
     last input picture's `reference`."""
@@ -74,11 +76,14 @@ class ModelInfo:
         return 0 if self.image_input is None else self.image_input.count_prompt_tokens(images)
 
     def check_parallel(self, parallel: DiffusionParallelConfig) -> None:
-        """Raises ConfigError for degrees that this model's heads do not allow, with the valid ones."""
+        """Raises ConfigError for degrees that this model does not allow, with the valid ones."""
         heads, tensor, ulysses = self.num_heads, parallel.tensor_parallel_size, parallel.ulysses_degree
         if heads % tensor:
             valid = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
             raise ConfigError(f"--tensor-parallel-size must divide the model's {heads} heads ({valid}), got {tensor}")
+        if (size := parallel.text_encoder_tp_size) not in self.text_encoder_tp_sizes:
+            valid = ", ".join(map(str, self.text_encoder_tp_sizes))
+            raise ConfigError(f"--text-encoder-tp-size takes {valid} (what divides the encoder's heads), got {size}")
         if ulysses > heads // tensor:
             raise ConfigError(
                 f"--usp takes 1 to {heads // tensor}, the model's {heads} heads over --tensor-parallel-size {tensor}, "

@@ -22,6 +22,7 @@ from tests.diffusion.executor.workers import (
     Endless,
     ExitsInStart,
     Gated,
+    HoldsTheLock,
     WrongConfig,
     closing,
     is_alive,
@@ -222,12 +223,17 @@ def test_a_program_that_never_closes_ends_and_leaves_nothing(script: Any, ending
     wait_until(lambda: not any(is_alive(int(pid)) for pid in output.split()))
 
 
+@pytest.mark.parametrize("runner", [Endless, HoldsTheLock])
 @pytest.mark.parametrize("ending", ["waits", "forks"])
-def test_workers_end_with_their_parent(script: Any, ending: str) -> None:
-    """Killed, the parent can ask for nothing; forked, a child of its holds the sockets open."""
-    process = script(ending, Endless)
+def test_workers_end_with_their_parent(script: Any, ending: str, runner: Any) -> None:
+    """Killed, the parent can ask for nothing; forked, a child of its holds the sockets open.
+
+    One of the workers is stopped, too.
+    """
+    process = script(ending, runner)
     pids = [int(pid) for pid in process.stdout.readline().split()]
     assert [is_alive(pid) for pid in pids] == [True] * 4
+    os.kill(pids[0], signal.SIGSTOP)
     process.kill()
     process.wait()
     wait_until(lambda: not any(map(is_alive, pids)))

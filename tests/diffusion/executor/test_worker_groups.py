@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,15 @@ class DiesInStep(FakeRunner):
                 raise OSError("rank 1 has lost its device")
             Endless.execute(self, plan)
         return super().execute(plan)
+
+
+class ClosesChannel(FakeRunner):
+    """Rank 1 closes all that it has open, and lives on."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        if self.place.rank == 1:
+            os.closerange(3, 1000)
+        return Endless.execute(self, plan)
 
 
 class WrongOnOneRank(FakeRunner):
@@ -175,6 +185,33 @@ async def test_a_start_that_fails_on_one_rank(runner: type[FakeRunner], error: t
         with pytest.raises(error, match=text):
             await executor.start()
         assert executor.worker_pids == []
+
+
+async def test_a_rank_that_cannot_be_started_leaves_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would wait for it for ever."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*args: Any, **kwargs: Any) -> subprocess.Popen[bytes]:
+        if len(started) == 2:
+            raise OSError("no memory for one more")
+        started.append(Popen(*args, **kwargs))
+        return started[-1]
+
+    Popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", start)
+    executor = make(3, Endless)
+    async with closing(executor):
+        with pytest.raises(WorkerDiedError, match=r"^rank 2 cannot be started: no memory for one more$"):
+            await executor.start()
+        assert len(started) == 2
+        assert not any(is_alive(process.pid) for process in started)
+
+
+async def test_a_rank_that_closes_its_channel_is_dead_to_us() -> None:
+    executor = make(3, ClosesChannel)
+    async with closing(executor):
+        waiting = await begin_a_step(executor)
+        await assert_dies_at_once(waiting, r"^rank 1 \(pid \d+\) (closed its channel|ended with exit code 0)$")
 
 
 async def test_a_stopped_rank_is_found_by_its_silence() -> None:

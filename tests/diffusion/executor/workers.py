@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import threading
 import time
@@ -65,6 +66,14 @@ class Endless(FakeRunner):
 
     def execute(self, plan: StepPlan) -> StepResult:
         threading.Event().wait()
+        raise AssertionError
+
+
+class HoldsTheLock(FakeRunner):
+    """A step that nothing but a kill ends, and no other thread runs meanwhile."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        ctypes.PyDLL(None).pause()  # of a PyDLL, so that the interpreter's lock is kept
         raise AssertionError
 
 

@@ -266,6 +266,14 @@ async def test_an_end_that_goes_with_unread_mail_is_an_end() -> None:
             await ours.receive()
 
 
+async def test_who_waits_for_a_message_hears_that_it_is_wrong() -> None:
+    async with mixed_pair() as (ours, theirs):
+        theirs.send(Abort(["not for a worker to say"]))
+        for _ in range(2):
+            with pytest.raises(msgspec.ValidationError, match="Abort"):
+                await ours.receive()
+
+
 def test_only_what_is_declared_can_be_said() -> None:
     with pytest.raises(NotImplementedError):
         encode_frame(StepResult(1, advanced=[object()]))  # type: ignore[list-item]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
+import os
 import socket
 from collections import deque
 from collections.abc import Sequence
@@ -24,27 +26,36 @@ _LOOKS_PER_SILENCE = 10
 
 
 class WorkerGroup:
-    """The workers of one replica, from their start to the first failure of any. Made on a running event loop."""
+    """The workers of one replica, from their launch to the first failure of any."""
 
-    def __init__(
-        self,
-        config: OmniDiffusionConfig,
-        replica_index: int,
-        runner_name: str,
-        silence_seconds: float,
-        start_silence_seconds: float,
-    ) -> None:
+    def __init__(self, silence_seconds: float, start_silence_seconds: float) -> None:
         self._silence_seconds = silence_seconds
         self._start_silence_seconds = start_silence_seconds
+        self.workers: list[WorkerProcess] = []
         self._outcomes: asyncio.Queue[WorkerReady | StepResult | Exception] = asyncio.Queue()
         self._has_failed = False
-        self.workers = _start_workers(config, replica_index, runner_name)
         self._readies: dict[int, WorkerReady] = {}
-        self._results: list[deque[StepResult]] = [deque() for _ in self.workers]
+        self._results: list[deque[StepResult]] = []
         """Of each rank, those that some other rank has not answered yet."""
-        self._silences = [0.0] * len(self.workers)
+        self._silences: list[float] = []
         """Seconds since each rank was heard, as counted by `_watch`."""
-        self._tasks = [asyncio.create_task(self._listen(rank)) for rank in range(len(self.workers))]
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def launch(self, config: OmniDiffusionConfig, replica_index: int, runner_name: str) -> None:
+        """Start all processes; they load at the same time. Raises WorkerDiedError for one that does not start."""
+        size = config.parallel.replica_size
+        prefix = f"replica {replica_index} " if config.parallel.data_parallel_size > 1 else ""
+        with socket.create_server(("127.0.0.1", 0)) if size > 1 else contextlib.nullcontext() as store:
+            port = store.getsockname()[1] if store else 0
+            for rank in range(size):
+                store_fd = store.fileno() if store and rank == 0 else None
+                inherited_fds = [] if store_fd is None else [store_fd]
+                worker = WorkerProcess(f"{prefix}rank {rank}", runner_name, inherited_fds)
+                self.workers.append(worker)
+                worker.send(Start(config, Place(rank, size, replica_index, port, store_fd)))
+        self._results = [deque() for _ in self.workers]
+        self._silences = [0.0] * size
+        self._tasks = [asyncio.create_task(self._listen(rank)) for rank in range(size)]
         self._tasks.append(asyncio.create_task(self._watch()))
 
     def send(self, message: ToWorker) -> None:
@@ -110,32 +121,6 @@ class WorkerGroup:
         return first
 
 
-def _start_workers(config: OmniDiffusionConfig, replica_index: int, runner_name: str) -> list[WorkerProcess]:
-    """The processes of one replica, all loading at once."""
-    size = config.parallel.replica_size
-    prefix = f"replica {replica_index} " if config.parallel.data_parallel_size > 1 else ""
-    workers: list[WorkerProcess] = []
-    with contextlib.ExitStack() as stack:
-        store = stack.enter_context(socket.create_server(("127.0.0.1", 0))) if size > 1 else None
-        for rank in range(size):
-            inherited = [store.fileno()] if store and rank == 0 else []
-            worker = WorkerProcess(f"{prefix}rank {rank}", runner_name, inherited)
-            worker.send(
-                Start(
-                    config,
-                    Place(
-                        rank=rank,
-                        replica_size=size,
-                        replica_index=replica_index,
-                        store_port=store.getsockname()[1] if store else 0,
-                        store_fd=inherited[0] if inherited else None,
-                    ),
-                )
-            )
-            workers.append(worker)
-    return workers
-
-
 class MultiprocExecutor:
     def __init__(
         self,
@@ -156,6 +141,7 @@ class MultiprocExecutor:
         self._silence_seconds = silence_seconds
         self._start_silence_seconds = start_silence_seconds
         self._group: WorkerGroup | None = None
+        self._has_started = False
 
     @property
     def worker_pids(self) -> list[int]:
@@ -163,18 +149,18 @@ class MultiprocExecutor:
         return [worker.pid for worker in self._group.workers] if self._group else []
 
     async def start(self) -> WorkerReady:
-        await self.close()
-        self._group = WorkerGroup(
-            self._config,
-            self._replica_index,
-            self._runner_name,
-            self._silence_seconds,
-            self._start_silence_seconds,
-        )
+        await self._kill_workers()
+        if not self._has_started:
+            # For programs that never call close(). Once, and not at every start: handlers run last registered first,
+            # and whoever closes this executor at exit must come before.
+            atexit.register(self._kill_at_exit, os.getpid())
+            self._has_started = True
+        self._group = WorkerGroup(self._silence_seconds, self._start_silence_seconds)
         try:
+            self._group.launch(self._config, self._replica_index, self._runner_name)
             ready = await self._group.next_outcome()
         except BaseException:
-            await self.close()
+            await self._kill_workers()
             raise
         assert isinstance(ready, WorkerReady), "workers get no plan before all of them are ready"
         return ready
@@ -194,6 +180,16 @@ class MultiprocExecutor:
         return result
 
     async def close(self) -> None:
+        await self._kill_workers()
+        atexit.unregister(self._kill_at_exit)
+        self._has_started = False
+
+    async def _kill_workers(self) -> None:
         if group := self._group:
             self._group = None
             await group.kill()
+
+    def _kill_at_exit(self, pid: int) -> None:
+        if self._group and os.getpid() == pid:  # not in a child that the program forked
+            for worker in self._group.workers:
+                worker.kill_at_exit()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import contextlib
 import logging
 import os
@@ -28,23 +27,28 @@ class WorkerProcess:
     """One worker process and the channel to it. Made on a running event loop."""
 
     def __init__(self, name: str, runner_name: str, inherited_fds: Sequence[int] = ()) -> None:
-        """`name`: in messages and log lines. `inherited_fds`: open in the worker under the same numbers."""
+        """`name`: in messages and log lines. `inherited_fds`: open in the worker under the same numbers.
+
+        Raises WorkerDiedError when the machine has no process to give.
+        """
         ours, theirs = socket.socketpair()
         # Not by fork, nor by importing the user's script again: an interpreter of its own. `-P`: what lies in
         # the current folder is no part of it. Its own session: a terminal's Ctrl-C goes to the parent alone.
         command = [sys.executable, "-P", "-m", "vllm_omni.diffusion.worker.main", f"--socket-fd={theirs.fileno()}"]
         command += [f"--parent-pid={os.getpid()}", f"--runner={runner_name}", f"--name={name}"]
-        with theirs:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno(), *inherited_fds],
-                start_new_session=True,
-            )
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno(), *inherited_fds],
+                    start_new_session=True,
+                )
+        except OSError as error:
+            ours.close()
+            raise WorkerDiedError(f"{name} cannot be started: {error}") from error
         self._name = name
         self._channel: AsyncChannel[FromWorker] = AsyncChannel(ours, FromWorker)
-        self._parent_pid = os.getpid()
-        atexit.register(self._kill_at_exit)  # for programs that never call close()
 
     def __str__(self) -> str:
         return f"{self._name} (pid {self.pid})"
@@ -79,17 +83,16 @@ class WorkerProcess:
         """End the process whatever it does, and reap it: a worker has nothing to save."""
         self._process.kill()
         self._channel.close()
-        atexit.unregister(self._kill_at_exit)
         if await self._ended_within(_KILL_SECONDS):
             self._process.wait()
         else:
             logger.error("%s was killed and does not end", self)
 
-    def _kill_at_exit(self) -> None:
-        if os.getpid() == self._parent_pid:  # not in a child that the program forked
-            self._process.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_KILL_SECONDS)
+    def kill_at_exit(self) -> None:
+        """The same without an event loop."""
+        self._process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_KILL_SECONDS)
 
     async def _ended_within(self, seconds: float) -> bool:
         """Whether the process ends within `seconds`.

@@ -191,6 +191,8 @@ class AsyncChannel(Generic[Incoming]):
         self._backlog: deque[tuple[memoryview, int | None]] = deque()
         """Frames that are still to be sent, with their descriptors until the first byte went."""
         self._closed = False
+        self._unreadable: msgspec.MsgspecError | None = None
+        """What is wrong with a message that came, after which nothing can be read."""
         self._loop.add_reader(sock, self._on_readable)
 
     def send(self, message: object) -> None:
@@ -202,10 +204,12 @@ class AsyncChannel(Generic[Incoming]):
         self._flush()
 
     async def receive(self) -> Incoming:
-        """Raises EOFError when the other end is gone."""
+        """Raises EOFError when the other end is gone, MsgspecError when it said what it must not."""
         message = await self._received.get()
         if message is None:
             self._received.put_nowait(None)
+            if self._unreadable:
+                raise self._unreadable
             raise EOFError("the other end of the channel is closed")
         return message
 
@@ -255,5 +259,11 @@ class AsyncChannel(Generic[Incoming]):
         if not data:
             self.close()
             return
-        for message in self._reader.feed(data, descriptors):
+        try:
+            messages = self._reader.feed(data, descriptors)
+        except msgspec.MsgspecError as error:
+            self._unreadable = error
+            self.close()
+            return
+        for message in messages:
             self._received.put_nowait(message)

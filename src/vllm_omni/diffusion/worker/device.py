@@ -34,6 +34,8 @@ class Device:
     def __init__(self, kind: str | None = None, index: int = 0) -> None:
         self.kind = kind or (CUDA if torch.cuda.is_available() else CPU)
         self.torch = torch.device(self.kind, index) if self.kind == CUDA else torch.device(self.kind)
+        if self.kind == CUDA:
+            torch.cuda.set_device(self.torch)  # for libraries that mean the current one
 
     @property
     def name(self) -> str:

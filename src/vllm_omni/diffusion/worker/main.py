@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import logging
 import os
 import queue
@@ -40,6 +41,7 @@ from vllm_omni.diffusion.worker.contract import (
 from vllm_omni.errors import ConfigError
 
 DEFAULT_RUNNER = "vllm_omni.diffusion.worker.main:make_model_runner"
+_PR_SET_PDEATHSIG = 1
 
 
 def make_model_runner(config: OmniDiffusionConfig, place: Place) -> Runner:
@@ -56,6 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--runner", default=DEFAULT_RUNNER, help="module:function that makes a Runner")
     parser.add_argument("--name", default="worker", help="of this worker in its log lines")
     options = parser.parse_args(arguments)
+    _die_with_parent()
     # The parent decides when a worker ends; a Ctrl-C or a service manager that signals the whole group must
     # not take it from a parent that is finishing its requests.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -69,6 +72,16 @@ def main(arguments: list[str] | None = None) -> None:
         with contextlib.suppress(OSError):  # or it is gone
             channel.send(Died(str(error), traceback.format_exc(), isinstance(error, ConfigError)))
         os._exit(1)
+
+
+def _die_with_parent() -> None:
+    """Also when no thread of ours can run to see that it is gone: stopped, or hung with the interpreter's lock held.
+
+    The kernel watches the thread that started this process; that is the one of the engine's event loop.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl")
 
 
 def run_worker(channel: BlockingChannel[ToWorker], runner_name: str, parent_pid: int) -> NoReturn:

@@ -17,6 +17,7 @@ class WeightsBar:
         self.num_bytes = 0
         self.seconds = 0.0
         self._start = time.perf_counter()
+        # At most: what the model does not use, or what other ranks hold, is not read.
         total = sum(file.stat().st_size for file in path.glob("*/*.safetensors"))
         self._bar = tqdm(total=total, desc="loading weights", unit="B", unit_scale=True, disable=not shown)
 
@@ -31,4 +32,5 @@ class WeightsBar:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.seconds = time.perf_counter() - self._start
+        self._bar.total = self.num_bytes
         self._bar.close()

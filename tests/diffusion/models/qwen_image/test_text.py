@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from vllm_omni.diffusion.distributed.mesh import World
 from vllm_omni.diffusion.models.qwen_image.info import (
     NUM_TEMPLATE_TOKENS,
     PROMPT_TEMPLATE,
-    check_text_encoder_tp_size,
+    describe,
     text_encoder_tp_sizes,
 )
 from vllm_omni.diffusion.models.qwen_image.text import TextEncoder
@@ -114,15 +113,12 @@ def test_sizes_are_those_that_divide_heads_and_features() -> None:
     assert text_encoder_tp_sizes({"text_config": real | {"intermediate_size": 6}, **real}) == (1, 2)
 
 
-def test_what_ranks_cannot_share_is_refused_by_flag(model: Path, tmp_path: Path) -> None:
-    check_text_encoder_tp_size(model, 4)
-    message = (
-        r"--text-encoder-tp-size takes 1, 2, 4 \(what divides the text encoder's num_attention_heads 8, "
-        r"num_key_value_heads 4, intermediate_size 256\), got 8"
-    )
+def test_what_ranks_cannot_share_is_refused_by_flag(model: Path) -> None:
+    info = describe(model)
+    parallel = {"ulysses_degree": 2, "cfg_parallel_size": 4}
+    info.check_parallel(DiffusionParallelConfig(text_encoder_tp_size=4, **parallel))
+    message = r"--text-encoder-tp-size takes 1, 2, 4 \(what divides the encoder's heads\), got 8"
     with pytest.raises(ConfigError, match=message):
-        check_text_encoder_tp_size(model, 8)
-    (tmp_path / "text_encoder").mkdir()
-    (tmp_path / "text_encoder" / "config.json").write_text(json.dumps({"num_attention_heads": 8}))
+        info.check_parallel(DiffusionParallelConfig(text_encoder_tp_size=8, **parallel))
     with pytest.raises(ConfigError, match="does not say its sizes: KeyError\\('num_key_value_heads'\\)"):
-        check_text_encoder_tp_size(tmp_path, 2)
+        text_encoder_tp_sizes({"num_attention_heads": 8})

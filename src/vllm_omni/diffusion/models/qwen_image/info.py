@@ -88,6 +88,7 @@ def describe(path: Path) -> ModelInfo:
         # A token costs 24 width² in a block's linear layers and 4 width n in attention over n tokens.
         attention_tokens=6.0 * width,
         num_heads=num_heads,
+        text_encoder_tp_sizes=text_encoder_tp_sizes(_read_config(path, "text_encoder")),
         image_input=image_input,
         default_sampling_params=defaults,
     )
@@ -112,17 +113,6 @@ def text_encoder_tp_sizes(text_encoder: Mapping[str, Any]) -> tuple[int, ...]:
     """
     common = math.gcd(*_shared_counts(text_encoder).values())
     return tuple(size for size in range(1, common + 1) if common % size == 0)
-
-
-def check_text_encoder_tp_size(path: Path, size: int) -> None:
-    """Raise ConfigError when `size` ranks cannot share the text encoder of the model in `path`."""
-    config = _read_config(path, "text_encoder")
-    if size != 1 and size not in (sizes := text_encoder_tp_sizes(config)):
-        counts = ", ".join(f"{name} {count}" for name, count in _shared_counts(config).items())
-        raise ConfigError(
-            f"--text-encoder-tp-size takes {', '.join(map(str, sizes))} (what divides the text encoder's {counts}), "
-            f"got {size}"
-        )
 
 
 def _shared_counts(text_encoder: Mapping[str, Any]) -> dict[str, int]:

@@ -20,7 +20,6 @@ from vllm_omni.diffusion.models.qwen_image.info import (
     MAX_PROMPT_TOKENS,
     NUM_TEMPLATE_TOKENS,
     PROMPT_TEMPLATE,
-    check_text_encoder_tp_size,
 )
 
 COLUMN_LAYERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
@@ -40,9 +39,8 @@ class TextEncoder:
     ) -> None:
         """Reads this rank's share of the weights in `path`, a model folder; `on_bytes` is told how much that is.
 
-        Raises ConfigError when the ranks of `group` cannot share the model, and for a checkpoint that does not fit.
+        Raises ConfigError for a checkpoint that does not fit.
         """
-        check_text_encoder_tp_size(path, group.size)
         self._device = device
         self._tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer")
         self._model = load_language_model(path / "text_encoder", device, dtype, group, on_bytes)

@@ -22,7 +22,6 @@ from vllm_omni.diffusion.models.qwen_image.edit import (
     NUM_EDIT_TEMPLATE_TOKENS,
     EditInput,
 )
-from vllm_omni.diffusion.models.qwen_image.info import check_text_encoder_tp_size
 from vllm_omni.diffusion.models.qwen_image.text import load_language_model
 from vllm_omni.inputs.images import InputImage
 
@@ -40,7 +39,6 @@ class EditEncoder:
         on_bytes: OnBytes = lambda count: None,
     ) -> None:
         """As `text.TextEncoder`. edit: how the model in `path` takes pictures."""
-        check_text_encoder_tp_size(path, group.size)
         self._edit = edit
         self._device = device
         self._dtype = dtype
