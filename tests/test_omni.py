@@ -92,10 +92,37 @@ def test_what_was_closed_says_so(omni: Omni) -> None:
 
 
 def test_settings_are_checked_before_anything_loads() -> None:
-    with pytest.raises(ConfigError, match="num_steps"):
+    with pytest.raises(ConfigError, match=r"'num_steps'; accepted are model, parallel_config, cache_backend"):
         Omni(model="demo", num_steps=3)
+    with pytest.raises(ConfigError, match=r"parallel_config takes a DiffusionParallelConfig, got \{\}"):
+        Omni(model="demo", parallel_config={})
+    with pytest.raises(ConfigError, match=r"config takes an OmniDiffusionConfig, got 'demo'; .* model="):
+        Omni("demo")
+    with pytest.raises(ConfigError, match="model must be a folder"):
+        Omni()
+    with pytest.raises(ConfigError, match="--max-num-seqs takes an integer, got 'a'"):
+        Omni(model="demo", max_num_seqs="a")
     with pytest.raises(ConfigError, match="neither a folder"):
         Omni(model="/no/such/folder")
+
+
+def test_numbers_of_numpy_are_numbers(omni: Omni) -> None:
+    params = OmniDiffusionSamplingParams(
+        height=np.int64(32), width=48, sigmas=list(np.linspace(1, 0.5, 2)), true_cfg_scale=np.float64(4), seed=5
+    )
+    (output,) = omni.generate("x", params)
+    assert np.array_equal(np.asarray(output.images[0]), expected(5))
+
+
+async def test_what_no_worker_can_be_sent_is_one_requests_failure(device: FakeExecutor) -> None:
+    omni = AsyncOmni(model="demo")
+    await omni.start()
+    try:
+        with pytest.raises(InvalidRequestError, match="cannot be sent to a worker"):
+            omni.generate("x", SMALL, request_id="\ud800")
+        assert (await asyncio.wait_for(outputs_of(omni.generate("x", SMALL)), 20))[-1].finished
+    finally:
+        await omni.close()
 
 
 async def outputs_of(stream: object) -> list[OmniRequestOutput]:

@@ -8,7 +8,6 @@ OmniError
 │   ├── ModelNotFoundError   404
 │   ├── QueueFullError       429  `retry_after` seconds
 │   ├── UnavailableError     503  draining, starting or restarting; `retry_after` seconds
-│   ├── DeadlineError        504
 │   ├── GenerationError      500  the device failed on this request
 │   └── RequestAbortedError  499  the caller or the client gave up
 └── WorkerDiedError          a worker process ended or stopped answering
@@ -72,11 +71,6 @@ class UnavailableError(RequestError):
     status = 503
     code = "unavailable"
     retryable = True
-
-
-class DeadlineError(RequestError):
-    status = 504
-    code = "deadline_exceeded"
 
 
 class GenerationError(RequestError):

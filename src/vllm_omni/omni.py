@@ -22,7 +22,7 @@ from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfi
 from vllm_omni.diffusion.engine import DiffusionEngine
 from vllm_omni.diffusion.events import EngineEvent, EngineObserver, EngineStatus, Failed, Finished, Preview
 from vllm_omni.diffusion.executor import make_executor
-from vllm_omni.diffusion.intake import Intake, check_default_sampling_params
+from vllm_omni.diffusion.intake import Intake, check_default_prompt, check_defaults
 from vllm_omni.diffusion.plan import WorkerReady
 from vllm_omni.diffusion.registry import load_model_info
 from vllm_omni.diffusion.replicas import Replicas
@@ -35,7 +35,7 @@ SHUTDOWN_SECONDS = 30.0
 
 
 def make_config(
-    model: str,
+    model: str = "",
     *,
     parallel_config: DiffusionParallelConfig | None = None,
     cache_backend: str | None = None,
@@ -46,14 +46,14 @@ def make_config(
     try:
         return OmniDiffusionConfig(
             model=model,
-            parallel=parallel_config or DiffusionParallelConfig(),
-            cache_backend=cache_backend or "none",  # type: ignore[arg-type]  # checked by the config itself
-            cache_config=cache_config or {},
+            parallel=DiffusionParallelConfig() if parallel_config is None else parallel_config,
+            cache_backend="none" if cache_backend is None else cache_backend,  # type: ignore[arg-type]  # checked there
+            cache_config={} if cache_config is None else cache_config,
             **settings,
         )
     except TypeError as error:
-        accepted = ", ".join(OmniDiffusionConfig.__dataclass_fields__)
-        raise ConfigError(f"{error}; accepted are {accepted}") from error
+        names = ["parallel_config" if name == "parallel" else name for name in OmniDiffusionConfig.__dataclass_fields__]
+        raise ConfigError(f"{error}; accepted are {', '.join(names)}") from error
 
 
 @dataclass
@@ -84,6 +84,7 @@ class Job:
             step=request.num_inference_steps if done else getattr(event, "step", 0),
             num_inference_steps=request.num_inference_steps,
             num_prompt_tokens=request.num_prompt_tokens,
+            num_input_image_tokens=request.num_reference_tokens,
             num_output_tokens=request.num_image_tokens if done else 0,
         )
 
@@ -100,6 +101,7 @@ class Job:
             step=steps,
             num_inference_steps=steps,
             num_prompt_tokens=self.requests[0].num_prompt_tokens,
+            num_input_image_tokens=self.requests[0].num_reference_tokens,
             num_output_tokens=sum(r.num_image_tokens for r in self.requests),
         )
 
@@ -156,10 +158,12 @@ class AsyncOmni:
         observer: EngineObserver | None = None,
         **settings: Any,
     ) -> None:
-        self.config = config or make_config(**settings)
+        self.config = make_config(**settings) if config is None else config
+        if not isinstance(self.config, OmniDiffusionConfig):
+            raise ConfigError(f"config takes an OmniDiffusionConfig, got {config!r}; a model's name is given as model=")
         self.info = load_model_info(self.config.model)
         self.info.check_parallel(self.config.parallel)
-        check_default_sampling_params(self.config, self.info)
+        check_defaults(self.config, self.info)
         self.ready: WorkerReady | None = None
         self._intake: Intake | None = None
         self._engine: DiffusionEngine | Replicas
@@ -178,6 +182,7 @@ class AsyncOmni:
             ready = await self._engine.start()
         else:
             ready, _ = await asyncio.gather(self._engine.start(), warm_tokenizer)
+        await asyncio.to_thread(check_default_prompt, self.config, self.info)
         self.ready = ready
         self._intake = Intake(self.config, self.info, ready)
 

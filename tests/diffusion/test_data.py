@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 from dataclasses import FrozenInstanceError
+from pathlib import Path
+from typing import get_args
 
 import msgspec
+import numpy as np
 import pytest
 
 from vllm_omni.diffusion.data import (
     CacheDiTConfig,
     DiffusionParallelConfig,
     OmniDiffusionConfig,
+    StepsMaskPolicy,
     TeaCacheConfig,
     parse_cache_config,
 )
@@ -30,6 +36,22 @@ from vllm_omni.errors import ConfigError, NotAvailableError
         ({"cache_backend": "magic"}, ["--cache-backend", "'magic'", "tea_cache", "cache_dit"]),
         ({"cache_config": {"rel_l1_thresh": 1}}, ["--cache-config", "needs --cache-backend"]),
         ({"model": ""}, ["model"]),
+        ({"model": 5}, ["model", "a string", "5"]),
+        ({"max_num_seqs": 1.5}, ["--max-num-seqs", "an integer", "1.5"]),
+        ({"max_num_seqs": True}, ["--max-num-seqs", "an integer", "True"]),
+        ({"max_num_seqs": "a"}, ["--max-num-seqs", "an integer", "'a'"]),
+        ({"vae_use_slicing": "x"}, ["--vae-use-slicing", "true or false", "'x'"]),
+        ({"max_worker_restarts": "x"}, ["--max-worker-restarts", "an integer", "'x'"]),
+        ({"max_worker_restarts": -1}, ["--max-worker-restarts", "at least 0", "-1"]),
+        ({"max_queue_seconds": "x"}, ["--max-queue-seconds", "a number", "'x'"]),
+        ({"max_queue_seconds": float("nan")}, ["--max-queue-seconds", "a number", "nan"]),
+        ({"parallel": {"ring_degree": 2}}, ["parallel_config", "a DiffusionParallelConfig", "{'ring_degree': 2}"]),
+        ({"cache_config": [1]}, ["--cache-config", "a mapping", "[1]"]),
+        ({"default_sampling_params": 3}, ["--default-sampling-params", "a mapping", "3"]),
+        ({"default_sampling_params": {1: 2}}, ["--default-sampling-params", "['1']"]),
+        ({"dtype": ["float32"]}, ["--dtype", "bfloat16", "['float32']"]),
+        ({"quantization": "int3"}, ["--quantization", "fp8", "'int3'"]),
+        ({"attention_backend": 3}, ["--attention-backend", "a string", "3"]),
     ],
 )
 def test_a_wrong_value_is_named(settings: dict, words: list[str]) -> None:
@@ -71,14 +93,36 @@ def test_cache_configs_are_tagged_and_checked() -> None:
         ("Fn_compute_blocks", 0, "at least 1"),
         ("residual_diff_threshold", -0.1, "at least 0"),
         ("residual_diff_threshold", float("nan"), "a number"),
+        ("residual_diff_threshold", float("inf"), "at least 0"),
+        ("max_accumulated_residual_diff_threshold", 0.0, "above 0, or none"),
+        ("max_accumulated_residual_diff_threshold", "x", "a number"),
         ("enable_taylorseer", 1, "true or false"),
-        ("steps_computation_mask", "101", "a list of numbers"),
+        ("steps_computation_mask", "101", "a list of integers"),
+        ("steps_computation_mask", [1, True], "a list of integers"),
+        ("steps_computation_mask", [1, 2], "a list of 0 and 1"),
+        ("steps_computation_mask", [], "a list of 0 and 1"),
+        ("steps_computation_policy", "lazy", "one of dynamic, static"),
+        ("steps_computation_policy", None, "one of dynamic, static"),
+        ("scm_steps_mask_policy", "quick", "one of slow, medium, fast, ultra"),
     ],
 )
-def test_cache_values_of_the_wrong_kind_are_named(key: str, value: object, expected: str) -> None:
+def test_wrong_cache_values_are_named(key: str, value: object, expected: str) -> None:
     with pytest.raises(ConfigError, match=expected) as caught:
         parse_cache_config("cache_dit", {key: value})
-    assert f"cache_config.{key}" in str(caught.value)
+    assert str(caught.value).startswith(f"--cache-config: {key} takes ")
+
+
+def test_cache_policies_are_the_librarys_own() -> None:
+    source = Path(importlib.util.find_spec("cache_dit").origin).with_name("caching") / "cache_interface.py"
+    known = re.search(r"predefined_policies = \{.*?\n  \}", source.read_text(), re.DOTALL)
+    assert known
+    assert re.findall(r'"(\w+)": \[', known[0]) == list(get_args(StepsMaskPolicy))
+    for policy in get_args(StepsMaskPolicy):
+        assert parse_cache_config("cache_dit", {"scm_steps_mask_policy": policy}).scm_steps_mask_policy == policy
+    none = {"scm_steps_mask_policy": None, "max_accumulated_residual_diff_threshold": None}
+    assert parse_cache_config("cache_dit", {**none, "steps_computation_policy": "static"}) == CacheDiTConfig(
+        steps_computation_policy="static"
+    )
 
 
 def test_world_size_is_the_product_of_the_axes() -> None:
@@ -86,6 +130,9 @@ def test_world_size_is_the_product_of_the_axes() -> None:
     assert parallel.world_size == 24
     with pytest.raises(ConfigError, match="ring_degree must be an integer of at least 1, got 0"):
         DiffusionParallelConfig(ring_degree=0)
+    for wrong in (True, "2", 1.5):
+        with pytest.raises(ConfigError, match="ring_degree takes an integer, got"):
+            DiffusionParallelConfig(ring_degree=wrong)
 
 
 def test_config_is_frozen_and_travels_as_msgpack() -> None:
@@ -93,3 +140,14 @@ def test_config_is_frozen_and_travels_as_msgpack() -> None:
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(config), type=OmniDiffusionConfig) == config
     with pytest.raises(FrozenInstanceError):
         config.model = "other"  # type: ignore[misc]
+
+
+def test_numbers_of_other_libraries_are_settings_too() -> None:
+    config = OmniDiffusionConfig(
+        "demo",
+        DiffusionParallelConfig(ring_degree=np.int64(2)),
+        max_num_seqs=np.int64(3),
+        max_queue_seconds=5,
+        default_sampling_params={"true_cfg_scale": np.float64(2.0)},
+    )
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(config), type=OmniDiffusionConfig) == config

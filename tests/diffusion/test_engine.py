@@ -261,6 +261,29 @@ async def test_a_full_queue_refuses_all_or_nothing() -> None:
         assert engine.eta_seconds([now_request("f")]) > 0
 
 
+async def test_what_no_worker_can_be_sent_is_refused_alone() -> None:
+    async with running_engine() as engine:
+        with pytest.raises(InvalidRequestError, match="cannot be sent to a worker"):
+            engine.add([now_request("a"), now_request("b", sigmas=(np.float64(1.0),))])
+        assert engine.status().num_waiting == 0
+        await read_until_done(engine.add([now_request("a")]))
+
+
+async def test_retry_after_while_draining_ends_with_the_drain() -> None:
+    """What is not done by then is given up, and a successor loads as long as this one did."""
+    executor = FakeExecutor(lambda: FakeRunner(ready=make_ready(seconds_per_unit=1.0, load_seconds=7.0)), hold=True)
+    async with running_engine(executor, max_queue_seconds=1e9) as engine:
+        engine.add([now_request("a", 256, 40)])
+        assert engine.status().queue_seconds > 1000
+        drained = asyncio.create_task(engine.drain(3.0))
+        await until(lambda: engine.status().state == "draining")
+        with pytest.raises(UnavailableError) as unavailable:
+            engine.add([now_request("b")])
+        assert 7.0 <= unavailable.value.retry_after <= 3.0 + 7.0
+        engine.abort(["a"])
+        assert await drained
+
+
 async def test_drain_takes_no_new_work_and_finishes_the_old() -> None:
     executor, observer = FakeExecutor(), Recorder()
     async with running_engine(executor, observer) as engine:

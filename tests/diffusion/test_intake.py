@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
+import numpy as np
 import pytest
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.intake import Intake, check_default_sampling_params, spread_previews
+from vllm_omni.diffusion.intake import Intake, check_default_prompt, check_defaults, nearest_size, spread_previews
 from vllm_omni.diffusion.plan import WorkerReady
 from vllm_omni.diffusion.registry import ModelInfo
 from vllm_omni.errors import ConfigError, InvalidRequestError
@@ -91,8 +93,9 @@ def test_outputs_have_consecutive_seeds_and_a_missing_seed_is_drawn_once() -> No
     [
         ({"height": 70, "width": 64}, "height", "nearest valid size is 64x64"),
         ({"height": 64, "width": 90}, "width", "nearest valid size is 96x64"),
-        ({"height": 0}, "height", "at least 16"),
-        ({"height": 1024, "width": 1024}, "width", "at most 262144"),
+        ({"height": 0}, "height", "at least 16 pixels; the nearest valid size is 96x16"),
+        ({"height": 64, "width": -8}, "width", "at least 16 pixels; the nearest valid size is 16x64"),
+        ({"height": 1024, "width": 1024}, "width", "at most 262144 .*; the nearest valid size is 512x512"),
         ({"width": 10**12}, "width", "at most 262144"),
         ({"num_inference_steps": 0}, "num_inference_steps", "1 to 200"),
         ({"num_inference_steps": -5}, "num_inference_steps", "1 to 200"),
@@ -100,7 +103,9 @@ def test_outputs_have_consecutive_seeds_and_a_missing_seed_is_drawn_once() -> No
         ({"num_inference_steps": 2.5}, "num_inference_steps", "an integer"),
         ({"seed": -1}, "seed", "from 0"),
         ({"seed": 2**63}, "seed", "from 0"),
-        ({"true_cfg_scale": float("nan")}, "true_cfg_scale", "0 to 100"),
+        ({"true_cfg_scale": float("nan")}, "true_cfg_scale", "a number"),
+        ({"true_cfg_scale": 10**400}, "true_cfg_scale", "a number"),
+        ({"true_cfg_scale": float("inf")}, "true_cfg_scale", "0 to 100"),
         ({"true_cfg_scale": 1e9}, "true_cfg_scale", "0 to 100"),
         ({"guidance_scale": 3.0}, "guidance_scale", "true_cfg_scale"),
         ({"num_outputs_per_prompt": 0}, "num_outputs_per_prompt", "at least 1"),
@@ -165,28 +170,165 @@ def test_prompts_may_be_strings_or_mappings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("defaults", "message"),
+    ("settings", "line"),
     [
-        ({"num_inference_steps": "many"}, "num_inference_steps takes an integer, got 'many'"),
-        ({"num_inference_steps": 10**6}, "num_inference_steps takes 1 to 200, got 1000000"),
-        ({"height": 63}, "size 96x63: sides must be multiples of 16; the nearest valid size is 96x64"),
-        ({"seed": -1}, "seed takes an integer from 0"),
-        ({"true_cfg_scale": "x"}, "true_cfg_scale takes a number"),
-        ({"guidance_scale": 3.0}, "guidance_scale is for guidance-distilled models"),
-        ({"sigmas": "abc"}, "sigmas takes a list of numbers, got 'abc'"),
-        ({"max_sequence_length": "8"}, "max_sequence_length takes an integer, got '8'"),
-        ({"negative_prompt": 5}, "negative_prompt must be a string, got 5"),
+        (
+            {"num_inference_steps": "many"},
+            "--default-sampling-params: num_inference_steps takes an integer, got 'many'",
+        ),
+        (
+            {"num_inference_steps": 10**6},
+            "--default-sampling-params: num_inference_steps takes 1 to 200 (--max-inference-steps), got 1000000",
+        ),
+        (
+            {"height": 63},
+            "--default-sampling-params: size 96x63: sides must be multiples of 16; the nearest valid size is 96x64",
+        ),
+        ({"seed": -1}, "--default-sampling-params: seed takes an integer from 0"),
+        ({"true_cfg_scale": "x"}, "--default-sampling-params: true_cfg_scale takes a number"),
+        ({"true_cfg_scale": True}, "--default-sampling-params: true_cfg_scale takes a number, got True"),
+        ({"guidance_scale": 3.0}, "--default-sampling-params: guidance_scale is for guidance-distilled models"),
+        ({"sigmas": "abc"}, "--default-sampling-params: sigmas takes a list of numbers, got 'abc'"),
+        ({"max_sequence_length": "8"}, "--default-sampling-params: max_sequence_length takes an integer, got '8'"),
+        ({"max_sequence_length": 65}, "--default-sampling-params: max_sequence_length takes 1 to 64, got 65"),
+        ({"negative_prompt": 5}, "--default-sampling-params: negative_prompt takes a string, got 5"),
     ],
 )
-def test_defaults_that_fail_every_request_are_refused_at_start(defaults: dict[str, object], message: str) -> None:
-    config = OmniDiffusionConfig("demo", default_sampling_params=defaults)
-    with pytest.raises(ConfigError, match=f"^--default-sampling-params: {message}"):
-        check_default_sampling_params(config, INFO)
+def test_defaults_that_fail_every_request_are_refused_at_start(settings: dict[str, object], line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_defaults(OmniDiffusionConfig("demo", default_sampling_params=settings), INFO)
+    assert str(caught.value).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (
+            {"max_inference_steps": 5},
+            "--max-inference-steps 5 refuses the model's own default: num_inference_steps takes 1 to 5",
+        ),
+        (
+            {"max_pixels": 100},
+            "--max-pixels 100 refuses the model's own default: size 96x64 has 6144 pixels, at most 100 are accepted "
+            "(--max-pixels)",
+        ),
+        (
+            {"max_pixels": 1024, "default_sampling_params": {"seed": 3}},
+            "--max-pixels 1024 refuses the model's own default: size 96x64 has 6144 pixels",
+        ),
+        (
+            {"max_pixels": 1024, "default_sampling_params": {"width": 128}},
+            "--default-sampling-params: size 128x64 has 8192 pixels, at most 1024 are accepted (--max-pixels)",
+        ),
+        (
+            {"max_inference_steps": 5, "default_sampling_params": {"num_inference_steps": 8}},
+            "--default-sampling-params: num_inference_steps takes 1 to 5 (--max-inference-steps), got 8",
+        ),
+        (
+            {"max_inference_steps": 2, "default_sampling_params": {"sigmas": [1.0, 0.5, 0.2]}},
+            "--default-sampling-params: num_inference_steps takes 1 to 2 (--max-inference-steps), got 3",
+        ),
+    ],
+)
+def test_limits_that_fail_every_default_request_are_blamed(settings: dict[str, object], line: str) -> None:
+    config = OmniDiffusionConfig("demo", **settings)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError) as caught:
+        check_defaults(config, INFO)
+    assert str(caught.value).startswith(line)
+    assert "0x0" not in str(caught.value)
+
+
+def test_the_models_own_file_is_blamed_for_itself() -> None:
+    info = replace(INFO, default_sampling_params={**INFO.default_sampling_params, "height": 63})
+    with pytest.raises(ConfigError, match=r"^the model's own default_sampling_params\.json: size 96x63"):
+        check_defaults(OmniDiffusionConfig("demo"), info)
+
+
+def test_a_default_prompt_must_fit_the_default_length() -> None:
+    defaults = {"negative_prompt": "w " * 9, "max_sequence_length": 8}
+    with pytest.raises(ConfigError, match=r"^--default-sampling-params: negative_prompt has 9 tokens, at most 8"):
+        check_default_prompt(OmniDiffusionConfig("demo", default_sampling_params=defaults), INFO)
+    check_default_prompt(OmniDiffusionConfig("demo"), INFO)
 
 
 def test_good_defaults_pass() -> None:
     defaults = {"sigmas": [1.0, 0.5], "height": 64, "negative_prompt": "bad", "true_cfg_scale": 2}
-    check_default_sampling_params(OmniDiffusionConfig("demo", default_sampling_params=defaults), INFO)
+    check_defaults(OmniDiffusionConfig("demo", default_sampling_params=defaults), INFO)
+
+
+def test_numbers_of_other_libraries_become_plain_ones() -> None:
+    """Only plain ones can be sent to a worker."""
+    params = OmniDiffusionSamplingParams(
+        height=np.int64(64),
+        width=np.uint8(96),
+        num_inference_steps=np.int32(3),
+        true_cfg_scale=np.float64(4.0),
+        seed=np.int64(7),
+        sigmas=list(np.linspace(1.0, 0.2, 3)),
+        priority=np.int8(-1),
+        num_outputs_per_prompt=np.int64(2),
+        num_previews=np.int64(1),
+    )
+    served = intake(default_sampling_params={"max_sequence_length": np.int64(8)})
+    requests = served.resolve(OmniPrompt(np.str_("x"), np.str_("y")), params, "r")
+    plain = replace(params, height=64, width=96, num_inference_steps=3, true_cfg_scale=4.0, seed=7, priority=-1)
+    plain = replace(plain, num_outputs_per_prompt=2, num_previews=1, sigmas=(1.0, 0.6, 0.2), max_sequence_length=8)
+    same = intake().resolve(OmniPrompt("x", "y"), plain, "r")
+    assert [replace(r, arrival=0) for r in requests] == [replace(r, arrival=0) for r in same]
+    msgspec.msgpack.encode(requests)
+    (request,) = intake().resolve(OmniPrompt("x"), OmniDiffusionSamplingParams(sigmas=np.linspace(1, 0.5, 2)), "r")
+    assert request.sigmas == (1.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "height",
+        "width",
+        "num_inference_steps",
+        "true_cfg_scale",
+        "seed",
+        "sigmas",
+        "priority",
+        "num_outputs_per_prompt",
+        "num_previews",
+        "max_sequence_length",
+        "num_frames",
+    ],
+)
+@pytest.mark.parametrize("value", [True, np.True_, "1", 1j, float("nan"), [True], np.zeros(())])
+def test_what_is_no_number_is_refused(name: str, value: object) -> None:
+    with pytest.raises(InvalidRequestError, match=f"^{name} takes a") as caught:
+        intake().resolve(OmniPrompt("x"), OmniDiffusionSamplingParams(**{name: value}), "r")
+    assert caught.value.param == name
+
+
+@pytest.mark.parametrize("text", ["\ud800", 5, b"x"])
+def test_prompts_are_text(text: object) -> None:
+    for name, prompt in (("prompt", OmniPrompt(text)), ("negative_prompt", OmniPrompt("x", text))):
+        with pytest.raises(InvalidRequestError, match=f"^{name} ") as caught:
+            intake().resolve(prompt, OmniDiffusionSamplingParams(), "r")
+        assert caught.value.param == name
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "nearest"),
+    [
+        (64, 8, (64, 16)),
+        (64, 90, (64, 96)),
+        (72, 64, (80, 64)),
+        (1024, 1024, (512, 512)),
+        (2048, 512, (1024, 256)),
+        (10**400, 64, (65536, 16 * 4)),
+        (16, 10**6, (16, 16384)),
+    ],
+)
+def test_the_nearest_size_is_valid(height: int, width: int, nearest: tuple[int, int]) -> None:
+    rows, columns = nearest_size(height, width, 16, 512 * 512)
+    assert (rows % 16, columns % 16) == (0, 0)
+    assert 0 < rows * columns <= 512 * 512
+    if height != 10**400:
+        assert (rows, columns) == nearest
 
 
 def test_a_default_that_no_request_would_take_is_refused() -> None:

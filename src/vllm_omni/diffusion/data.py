@@ -6,17 +6,21 @@ Each wrong value raises ConfigError with the flag or field, what it got and what
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from vllm_omni.errors import ConfigError, NotAvailableError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+from vllm_omni.inputs.kinds import MisfitError, fit, kinds_of
 
 CacheBackend = Literal["none", "tea_cache", "cache_dit"]
 SchedulingPolicy = Literal["fair", "fcfs"]
 ExecutorBackend = Literal["mp", "ray", "uni"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["fp8"]
+StepsMaskPolicy = Literal["slow", "medium", "fast", "ultra"]
+StepsComputationPolicy = Literal["dynamic", "static"]
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,9 @@ class DiffusionParallelConfig:
     """Ranks of the world that share the text encoder; adds no devices."""
 
     def __post_init__(self) -> None:
+        _fit_fields(self, str)
         for f in fields(self):
-            value = getattr(self, f.name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if (value := getattr(self, f.name)) < 1:
                 raise ConfigError(f"{f.name} must be an integer of at least 1, got {value!r}")
 
         for name in ("vae_patch_parallel_size", "text_encoder_tp_size"):
@@ -76,7 +80,8 @@ class TeaCacheConfig:
     """Polynomial, highest power first; None takes the model's own."""
 
     def __post_init__(self) -> None:
-        _require(self.rel_l1_thresh >= 0, "cache_config.rel_l1_thresh", self.rel_l1_thresh, "a number >= 0")
+        _fit_fields(self, _cache_key)
+        _require(0 <= self.rel_l1_thresh < math.inf, _cache_key("rel_l1_thresh"), self.rel_l1_thresh, "at least 0")
 
 
 @dataclass(frozen=True)
@@ -91,13 +96,16 @@ class CacheDiTConfig:
     max_cached_steps: int = -1
     max_continuous_cached_steps: int = 3
     max_accumulated_residual_diff_threshold: float | None = None
+    """Above 0; None: no limit."""
     enable_taylorseer: bool = False
     taylorseer_order: int = 1
-    scm_steps_mask_policy: str | None = None
+    scm_steps_mask_policy: StepsMaskPolicy | None = None
     steps_computation_mask: tuple[int, ...] | None = None
-    steps_computation_policy: str = "dynamic"
+    """By step: 1 computes, 0 may take from the cache."""
+    steps_computation_policy: StepsComputationPolicy = "dynamic"
 
     def __post_init__(self) -> None:
+        _fit_fields(self, _cache_key)
         for name, least in (
             ("Fn_compute_blocks", 1),
             ("Bn_compute_blocks", 0),
@@ -109,7 +117,16 @@ class CacheDiTConfig:
             ("taylorseer_order", 0),
         ):
             value = getattr(self, name)
-            _require(value >= least, f"cache_config.{name}", value, f"at least {least}")
+            _require(least <= value < math.inf, _cache_key(name), value, f"at least {least}")
+        most, mask = self.max_accumulated_residual_diff_threshold, self.steps_computation_mask
+        good = most is None or 0 < most < math.inf
+        _require(good, _cache_key("max_accumulated_residual_diff_threshold"), most, "a number above 0, or none")
+        good = mask is None or (len(mask) > 0 and set(mask) <= {0, 1})
+        _require(good, _cache_key("steps_computation_mask"), mask, "a list of 0 and 1, one a step")
+
+
+def _cache_key(name: str) -> str:
+    return f"--cache-config: {name}"
 
 
 CacheConfig = TeaCacheConfig | CacheDiTConfig
@@ -122,43 +139,31 @@ _CACHE_CONFIGS: dict[str, type[TeaCacheConfig] | type[CacheDiTConfig]] = {
 def parse_cache_config(backend: str, values: Mapping[str, Any]) -> CacheConfig | None:
     """The tagged config of a cache backend; None for no cache.
 
-    Raises ConfigError for an unknown backend, unknown keys and values of the wrong type.
+    Raises ConfigError for unknown keys and wrong values.
     """
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"--cache-config takes a JSON object, got {values!r}")
     if backend == "none":
         if values:
             raise ConfigError(f"--cache-config {dict(values)!r} needs --cache-backend tea_cache or cache_dit")
         return None
-    if backend not in _CACHE_CONFIGS:
-        raise ConfigError(f"--cache-backend takes {', '.join(get_args(CacheBackend))}, got {backend!r}")
     cls = _CACHE_CONFIGS[backend]
-    types = {f.name: str(f.type) for f in fields(cls)}
-    if unknown := set(values) - set(types):
+    accepted = [f.name for f in fields(cls)]
+    if unknown := set(values) - set(accepted):
         raise ConfigError(
-            f"--cache-config: unknown keys {sorted(map(str, unknown))} for {backend}, accepted are {', '.join(types)}"
+            f"--cache-config: unknown keys {sorted(map(str, unknown))} for {backend}, "
+            f"accepted are {', '.join(accepted)}"
         )
-    return cls(**{k: _checked(f"cache_config.{k}", types[k], v) for k, v in values.items()})
+    return cls(**values)
 
 
-def _checked(name: str, type_name: str, value: Any) -> Any:
-    """`value` if it fits the annotation `type_name` of a cache config field; lists become tuples."""
-    if value is None and "None" in type_name:
-        return None
-    if type_name.startswith("bool"):
-        _require(isinstance(value, bool), name, value, "true or false")
-    elif type_name.startswith("int"):
-        _require(isinstance(value, int) and not isinstance(value, bool), name, value, "an integer")
-    elif type_name.startswith("float"):
-        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        _require(good, name, value, "a number")
-    elif type_name.startswith("str"):
-        _require(isinstance(value, str), name, value, "a string")
-    else:
-        good = isinstance(value, list | tuple) and all(isinstance(v, int | float) for v in value)
-        _require(good, name, value, "a list of numbers")
-        return tuple(value)
-    return value
+def _fit_fields(config: Any, name_of: Callable[[str], str]) -> None:
+    """Make the fields of a new frozen dataclass plain values of their kinds. Raises ConfigError."""
+    cls: Any = type(config)
+    for name, kind in kinds_of(cls).items():
+        value = getattr(config, name)
+        try:
+            object.__setattr__(config, name, fit(value, kind))
+        except MisfitError as error:
+            raise ConfigError(f"{name_of(name)} takes {error}, got {value!r}") from error
 
 
 def _require(condition: bool, name: str, got: Any, expected: str) -> None:
@@ -184,7 +189,7 @@ class OmniDiffusionConfig:
     """Decode a picture in overlapping tiles (less memory for large pictures)."""
     dtype: DType = "auto"
     """`auto`: bfloat16 on CUDA, float32 on CPU."""
-    quantization: str | None = None
+    quantization: Quantization | None = None
     attention_backend: str | None = None
     enforce_eager: bool = False
     distributed_executor_backend: ExecutorBackend = "mp"
@@ -207,29 +212,25 @@ class OmniDiffusionConfig:
     """Restarts allowed within ten minutes before the engine gives up."""
 
     def __post_init__(self) -> None:
+        _fit_fields(self, flag_of)
         if not self.model:
             raise ConfigError("model must be a folder, a hub name or 'demo', got an empty string")
-        for name, choices in (
-            ("dtype", get_args(DType)),
-            ("scheduling_policy", get_args(SchedulingPolicy)),
-            ("distributed_executor_backend", get_args(ExecutorBackend)),
-            ("quantization", (None, "fp8")),
+        for name, least in (
+            ("max_num_seqs", 1),
+            ("max_num_queued_reqs", 1),
+            ("max_inference_steps", 1),
+            ("max_num_frames", 1),
+            ("max_worker_restarts", 0),
         ):
             value = getattr(self, name)
-            _require(value in choices, flag_of(name), value, "one of " + ", ".join(map(str, choices)))
-        for name in (
-            "max_num_seqs",
-            "max_num_queued_reqs",
-            "max_inference_steps",
-            "max_num_frames",
-        ):
-            _require(getattr(self, name) >= 1, flag_of(name), getattr(self, name), "an integer of at least 1")
+            _require(value >= least, flag_of(name), value, f"an integer of at least {least}")
         for name in ("max_batch_tokens", "max_pixels"):
             value = getattr(self, name)
             _require(value is None or value >= 1, flag_of(name), value, "an integer of at least 1")
         _require(self.max_queue_seconds > 0, "--max-queue-seconds", self.max_queue_seconds, "a number above 0")
-        _check_default_sampling_params(self.default_sampling_params)
-        parse_cache_config(self.cache_backend, self.cache_config)
+        object.__setattr__(self, "default_sampling_params", _fit_sampling_params(self.default_sampling_params))
+        cache = parse_cache_config(self.cache_backend, self.cache_config)
+        object.__setattr__(self, "cache_config", {name: getattr(cache, name) for name in self.cache_config})
         if self.distributed_executor_backend == "uni" and self.parallel.world_size > 1:
             raise ConfigError(
                 "--distributed-executor-backend uni runs the model in this process, on one device; "
@@ -243,20 +244,35 @@ class OmniDiffusionConfig:
 
 
 def flag_of(name: str) -> str:
-    """The command-line flag of a config field."""
-    return _FLAGS.get(name, "--" + name.replace("_", "-"))
+    """What users call a config field: its command-line flag, or its keyword where it has none."""
+    return _NAMES.get(name, "--" + name.replace("_", "-"))
 
 
-_FLAGS = {"ulysses_degree": "--usp", "ring_degree": "--ring"}
+_NAMES = {
+    "ulysses_degree": "--usp",
+    "ring_degree": "--ring",
+    "model": "model",
+    "parallel": "parallel_config",
+}
 
 
-def _check_default_sampling_params(values: Mapping[str, Any]) -> None:
+def _fit_sampling_params(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Default sampling parameters as plain values of their kinds. Raises ConfigError."""
     # A field that is never None is always the request's own.
     accepted = {f.name for f in fields(OmniDiffusionSamplingParams) if f.default is None} | {"negative_prompt"}
     if unknown := set(values) - accepted:
         raise ConfigError(
-            f"--default-sampling-params: unknown keys {sorted(unknown)}, accepted are {', '.join(sorted(accepted))}"
+            f"--default-sampling-params: unknown keys {sorted(map(str, unknown))}, "
+            f"accepted are {', '.join(sorted(accepted))}"
         )
+    kinds = {**kinds_of(OmniDiffusionSamplingParams), "negative_prompt": str | None}
+    plain = {}
+    for name, value in values.items():
+        try:
+            plain[name] = fit(value, kinds[name])
+        except MisfitError as error:
+            raise ConfigError(f"--default-sampling-params: {name} takes {error}, got {value!r}") from error
+    return plain
 
 
 # Settings that parse and are understood but whose feature is not built: field -> the only value that works today.

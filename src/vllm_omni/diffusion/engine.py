@@ -31,7 +31,7 @@ from vllm_omni.diffusion.events import (
 )
 from vllm_omni.diffusion.executor.base import Executor
 from vllm_omni.diffusion.plan import ItemError, StepPlan, StepResult, WorkerReady
-from vllm_omni.diffusion.request import DiffusionRequest
+from vllm_omni.diffusion.request import DiffusionRequest, check_sendable
 from vllm_omni.diffusion.scheduler import MAX_PLANS_UNDER_WAY, Scheduler, Update
 from vllm_omni.errors import (
     ConfigError,
@@ -99,6 +99,8 @@ class DiffusionEngine:
         self._stall_factor = stall_factor
         self._state = "starting"
         self._draining = False
+        self._drain_ends = 0.0
+        """When what then still runs will be given up."""
         self._load_seconds = 1.0
         self._tracked: dict[str, _Tracked] = {}
         self._submitted: deque[StepPlan] = deque()
@@ -139,6 +141,7 @@ class DiffusionEngine:
     def check(self, requests: Sequence[DiffusionRequest]) -> None:
         """Raise what `add` would raise for `requests`, and add nothing."""
         self.check_open()
+        check_sendable(requests)
         self._live_scheduler.check(requests)
 
     def add(
@@ -147,10 +150,11 @@ class DiffusionEngine:
         """Queue all of `requests`, or none; their events come by `events`, or by the new queue that is returned.
 
         Each request's last event is Finished or Failed. Raises QueueFullError and UnavailableError, both with
-        `retry_after` in seconds, and InvalidRequestError for an id that is in use.
+        `retry_after` in seconds, and InvalidRequestError for an id that is in use and what no worker can be sent.
         """
         with telling_of_rejects(self._observer):
             self.check_open()
+            check_sendable(requests)
             self._live_scheduler.add(requests)
         events = asyncio.Queue() if events is None else events
         for request in requests:
@@ -195,6 +199,7 @@ class DiffusionEngine:
     async def drain(self, timeout: float) -> bool:
         """Take no new work; True when all that was here ended within `timeout` seconds."""
         self.begin_drain()
+        self._drain_ends = time.monotonic() + timeout
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 await self._idle.wait()
@@ -386,10 +391,13 @@ class DiffusionEngine:
             self._end(request_id, error)
 
     def _retry_after(self) -> float:
-        """Seconds until a server is likely to take work: when this one has drained, or its successor has loaded."""
-        if self._scheduler is not None and self._state in ("running", "restarting"):
+        """Seconds until a server is likely to take work: this one, or its successor once it has loaded."""
+        if self._scheduler is None or self._state not in ("running", "restarting"):
+            return self._load_seconds
+        if not self._draining:
             return max(1.0, self._scheduler.queue_seconds)
-        return self._load_seconds
+        left = max(0.0, self._drain_ends - time.monotonic())
+        return min(self._scheduler.queue_seconds, left) + self._load_seconds
 
 
 def _request_error(error: ItemError) -> RequestError:

@@ -66,7 +66,7 @@ class EngineObserver(Protocol):
         """`outcome`: completed | aborted | failed."""
 
     def on_reject(self, reason: str) -> None:
-        """`reason`: queue_full | unavailable."""
+        """`reason`: queue_full | unavailable, and of servers invalid."""
 
     def on_worker_restart(self, num_replayed: int) -> None: ...
 

@@ -8,16 +8,18 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.data import OmniDiffusionConfig, flag_of
 from vllm_omni.diffusion.plan import WorkerReady
-from vllm_omni.diffusion.registry import ModelInfo
+from vllm_omni.diffusion.registry import DEFAULTS_FILE, ModelInfo
 from vllm_omni.diffusion.request import DiffusionRequest, RequestCost
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
+from vllm_omni.inputs.images import InputImage, check_input_image, to_rgb
+from vllm_omni.inputs.kinds import MisfitError, fit, kinds_of
 
 MAX_PROMPT_CHARACTERS = 32_000
 MAX_SEED = 2**63 - 1
@@ -35,7 +37,6 @@ class Intake:
         self._config = config
         self._info = info
         self._ready = ready
-        self._defaults: dict[str, Any] = {**info.default_sampling_params, **config.default_sampling_params}
 
     def resolve(
         self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams, request_id: str
@@ -44,16 +45,21 @@ class Intake:
 
         Raises InvalidRequestError whose `param` is the field of `OmniDiffusionSamplingParams` or `OmniPrompt`.
         """
-        _check_supported(prompt, params)
-        filled = self._filled(params)
+        prompt, params = _fit_prompt(prompt), _fit_params(params)
+        _check_supported(params)
+        check_num_images(len(prompt.images), self._info)
+        images = tuple(_prepare(image, self._info) for image in prompt.images)
+        defaults = self._defaults_of(images)
+        filled = _check_values(_fill(params, defaults), self._config, self._info)
         assert filled.height is not None
         assert filled.width is not None
         assert filled.num_inference_steps is not None
         negative = prompt.negative_prompt
         if negative is None:
-            negative = self._defaults.get("negative_prompt")
-        num_tokens = self._count_tokens("prompt", prompt.prompt, filled)
-        num_negative = None if negative is None else self._count_tokens("negative_prompt", negative, filled)
+            negative = defaults.get("negative_prompt")
+        limit = filled.max_sequence_length
+        num_tokens = _count_tokens("prompt", prompt.prompt, limit, self._info)
+        num_negative = None if negative is None else _count_tokens("negative_prompt", negative, limit, self._info)
         seed = secrets.randbelow(2**32) if filled.seed is None else filled.seed
         first = DiffusionRequest(
             request_id=f"{request_id}-0",
@@ -73,66 +79,97 @@ class Intake:
             num_prompt_tokens=num_tokens,
             num_image_tokens=self._info.num_image_tokens(filled.height, filled.width),
             arrival=time.monotonic(),
+            images=images,
+            num_reference_tokens=sum(self._info.num_image_tokens(*image.reference.shape[:2]) for image in images),
         )
         branches = [num_tokens, num_negative] if first.has_guidance and num_negative is not None else [num_tokens]
-        first = replace(first, cost=self._price(first.num_image_tokens, branches))
+        num_seen = self._info.count_image_prompt_tokens(images)
+        first = replace(first, cost=self._price(first, [n + num_seen for n in branches]))
         return [
             replace(first, request_id=f"{request_id}-{i}", seed=seed + i) for i in range(filled.num_outputs_per_prompt)
         ]
 
-    def _filled(self, params: OmniDiffusionSamplingParams) -> OmniDiffusionSamplingParams:
-        """`params` with the defaults, checked."""
-        return _check_values(_fill(params, self._defaults), self._config, self._info)
+    def _defaults_of(self, images: Sequence[InputImage]) -> dict[str, Any]:
+        """The server's defaults over the model's; an edited picture has the size of its last input picture."""
+        defaults = dict(self._info.default_sampling_params)
+        if images:
+            defaults["height"], defaults["width"] = images[-1].reference.shape[:2]
+        return {**defaults, **self._config.default_sampling_params}
 
-    def _price(self, num_image_tokens: int, text_tokens: list[int]) -> RequestCost:
-        lengths = [num_image_tokens + n for n in text_tokens]
+    def _price(self, request: DiffusionRequest, text_tokens: Sequence[int]) -> RequestCost:
+        """text_tokens: of each branch, those of input pictures included. Making latents of pixels is taken to cost what
+        the inverse does."""
+        ready, num_references = self._ready, request.num_reference_tokens
+        lengths = [request.num_image_tokens + num_references + n for n in text_tokens]
         return RequestCost(
-            encode=self._ready.encode_units_per_token * sum(text_tokens),
+            encode=ready.encode_units_per_token * sum(text_tokens) + ready.decode_units_per_token * num_references,
             step=sum(self._info.sequence_cost(n) for n in lengths),
-            decode=self._ready.decode_units_per_token * num_image_tokens,
+            decode=ready.decode_units_per_token * request.num_image_tokens,
             branch_tokens=tuple(lengths),
         )
 
-    def _count_tokens(self, name: str, text: str, params: OmniDiffusionSamplingParams) -> int:
-        if len(text) > MAX_PROMPT_CHARACTERS:
-            raise InvalidRequestError(
-                f"{name} has {len(text)} characters, at most {MAX_PROMPT_CHARACTERS} are accepted", param=name
-            )
-        longest = self._info.max_prompt_tokens
-        limit = longest if params.max_sequence_length is None else params.max_sequence_length
-        _require(1 <= limit <= longest, "max_sequence_length", limit, f"1 to {longest}")
-        if (num_tokens := self._info.count_prompt_tokens(text)) > limit:
-            raise InvalidRequestError(
-                f"{name} has {num_tokens} tokens, at most {limit} are accepted "
-                f"(max_sequence_length, which may be up to {longest})",
-                param=name,
-            )
-        return num_tokens
 
+def check_defaults(config: OmniDiffusionConfig, info: ModelInfo) -> None:
+    """Refuse settings under which requests that rely on the defaults would fail. Raises ConfigError.
 
-def check_default_sampling_params(config: OmniDiffusionConfig, info: ModelInfo) -> None:
-    """Refuse the server's defaults if requests that rely on them would fail. Raises ConfigError.
-
-    Their length in tokens is not checked: the tokenizer takes seconds to load.
+    See `check_default_prompt` for what only the tokenizer can tell.
     """
-    if not config.default_sampling_params:
-        return
     values = dict(config.default_sampling_params)
-    negative_prompt = values.pop("negative_prompt", None)
+    values.pop("negative_prompt", None)
     try:
-        if not isinstance(negative_prompt, str | None):
-            raise InvalidRequestError(f"negative_prompt must be a string, got {negative_prompt!r}")
         params = OmniDiffusionSamplingParams(**values)
-        _check_supported(OmniPrompt(""), params)
+        _check_supported(params)
         _check_values(_fill(params, info.default_sampling_params), config, info)
     except InvalidRequestError as error:
+        raise ConfigError(_blame(error, config)) from error
+
+
+def check_default_prompt(config: OmniDiffusionConfig, info: ModelInfo) -> None:
+    """The same for the length of the default negative prompt; loads the tokenizer, which takes seconds."""
+    defaults = {**info.default_sampling_params, **config.default_sampling_params}
+    text, limit = defaults.get("negative_prompt"), defaults.get("max_sequence_length")
+    try:
+        _count_tokens("prompt" if text is None else "negative_prompt", text or "", limit, info)
+    except InvalidRequestError as error:
         raise ConfigError(f"--default-sampling-params: {error}") from error
+
+
+_LIMITS = {"height": "max_pixels", "width": "max_pixels", "num_inference_steps": "max_inference_steps"}
+"""Parameters with a limit that is a setting."""
+
+
+def _blame(error: InvalidRequestError, config: OmniDiffusionConfig) -> str:
+    """One line for a default that is refused: what set it, or else the limit that the model's own does not meet."""
+    given = set(config.default_sampling_params)
+    if "sigmas" in given:
+        given.add("num_inference_steps")  # their number
+    limit = _LIMITS.get(error.param or "")
+    if error.param in given or (limit == "max_pixels" and given & {"height", "width"}):
+        return f"--default-sampling-params: {error}"
+    if limit and flag_of(limit) in str(error):
+        return f"{flag_of(limit)} {getattr(config, limit)} refuses the model's own default: {error}"
+    return f"the model's own {DEFAULTS_FILE}: {error}"
+
+
+def _count_tokens(name: str, text: str, limit: int | None, info: ModelInfo) -> int:
+    """Tokens of a prompt, of which at most `limit` are taken (None: as many as the model does)."""
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        raise InvalidRequestError(
+            f"{name} has {len(text)} characters, at most {MAX_PROMPT_CHARACTERS} are accepted", param=name
+        )
+    longest = info.max_prompt_tokens
+    limit = longest if limit is None else limit
+    if (num_tokens := info.count_prompt_tokens(text)) > limit:
+        advice = f" (max_sequence_length, which may be up to {longest})" if limit < longest else ""
+        raise InvalidRequestError(f"{name} has {num_tokens} tokens, at most {limit} are accepted{advice}", param=name)
+    return num_tokens
 
 
 def _check_values(
     params: OmniDiffusionSamplingParams, config: OmniDiffusionConfig, info: ModelInfo
 ) -> OmniDiffusionSamplingParams:
-    _check_params(params)
+    params = _fit_params(params)
+    _check_params(params, info)
     assert params.height is not None
     assert params.width is not None
     _check_size(params.height, params.width, config, info)
@@ -141,22 +178,40 @@ def _check_values(
 
 
 def _check_size(height: int, width: int, config: OmniDiffusionConfig, info: ModelInfo) -> None:
-    multiple = info.size_multiple
-    for name, value in (("height", height), ("width", width)):
-        _require(value >= multiple, name, value, f"at least {multiple} pixels")
-    # The size first: a huge number is refused as huge, not told its nearest multiple.
-    if height * width > (most := _max_pixels(config, info)):
-        raise InvalidRequestError(
-            f"size {width}x{height} has {height * width} pixels, at most {most} are accepted (--max-pixels)",
-            param="height" if height > width else "width",
-        )
-    if height % multiple or width % multiple:
-        nearest = [max(multiple, round(v / multiple) * multiple) for v in (width, height)]
-        raise InvalidRequestError(
-            f"size {width}x{height}: sides must be multiples of {multiple}; "
-            f"the nearest valid size is {nearest[0]}x{nearest[1]}",
-            param="height" if height % multiple else "width",
-        )
+    multiple, most = info.size_multiple, _max_pixels(config, info)
+    longer, shorter = ("height", "width") if height > width else ("width", "height")
+    if min(height, width) < multiple:
+        param, reason = shorter, f": sides must be at least {multiple} pixels"
+    elif height * width > most:
+        param, reason = longer, f" has {height * width} pixels, at most {most} are accepted (--max-pixels)"
+    elif height % multiple or width % multiple:
+        param, reason = "height" if height % multiple else "width", f": sides must be multiples of {multiple}"
+    else:
+        return
+    advice = ""
+    if most >= multiple**2:
+        nearest_height, nearest_width = nearest_size(height, width, multiple, most)
+        advice = f"; the nearest valid size is {nearest_width}x{nearest_height}"
+    raise InvalidRequestError(f"size {width}x{height}{reason}{advice}", param=param)
+
+
+def nearest_size(height: int, width: int, multiple: int, most_pixels: int) -> tuple[int, int]:
+    """The size whose sides are multiples of `multiple`, with at most `most_pixels`, nearest to the given shape.
+
+    `most_pixels` must have room for one multiple a side.
+    """
+    # In multiples, rounded in integers: a client's numbers may be too large for a float.
+    most = most_pixels // multiple**2
+    rows, columns = (min(max((2 * side + multiple) // (2 * multiple), 1), most) for side in (height, width))
+    if rows * columns > most:
+        shrink = math.sqrt(most / (rows * columns))
+        if rows < columns:
+            rows = max(1, int(rows * shrink))
+            columns = min(columns, most // rows)
+        else:
+            columns = max(1, int(columns * shrink))
+            rows = min(rows, most // columns)
+    return rows * multiple, columns * multiple
 
 
 def _max_pixels(config: OmniDiffusionConfig, info: ModelInfo) -> int:
@@ -170,7 +225,7 @@ def _max_pixels(config: OmniDiffusionConfig, info: ModelInfo) -> int:
 def _check_steps(params: OmniDiffusionSamplingParams, most: int) -> None:
     steps = params.num_inference_steps
     assert steps is not None
-    _require(1 <= steps <= most, "num_inference_steps", steps, f"1 to {most}")
+    _require(1 <= steps <= most, "num_inference_steps", steps, f"1 to {most} (--max-inference-steps)")
     if params.sigmas is not None:
         descending = all(a > b for a, b in zip(params.sigmas, params.sigmas[1:]))
         in_range = all(0 < s <= 1 for s in params.sigmas)
@@ -189,21 +244,42 @@ def spread_previews(num_previews: int, num_steps: int) -> tuple[int, ...]:
 
 
 def _fill(params: OmniDiffusionSamplingParams, defaults: Mapping[str, Any]) -> OmniDiffusionSamplingParams:
-    if isinstance(params.sigmas, list | tuple) and params.num_inference_steps is None:
+    if params.sigmas is not None and params.num_inference_steps is None:
         params = replace(params, num_inference_steps=len(params.sigmas))
     return params.filled_from(defaults)
 
 
-def _check_supported(prompt: OmniPrompt, params: OmniDiffusionSamplingParams) -> None:
-    """Refuse what this kind of model has no meaning for, instead of dropping it."""
-    if prompt.images:
+def check_num_images(num_images: int, info: ModelInfo) -> None:
+    """Raises InvalidRequestError for input pictures that the model does not take, or for none where it needs some."""
+    if info.image_input is None:
+        if num_images:
+            raise InvalidRequestError(
+                "this model makes pictures from text and takes no input image; use POST /v1/images/generations",
+                param="image",
+            )
+    elif not num_images:
         raise InvalidRequestError(
-            "this model makes pictures from text and takes no input image; send it to /v1/images/generations",
+            'this model edits pictures and got none; use POST /v1/images/edits, or multi_modal_data={"image": ...}',
             param="image",
         )
+    elif num_images > (most := info.image_input.max_images):
+        raise InvalidRequestError(f"image takes at most {most} pictures on this model, got {num_images}", param="image")
+
+
+def _prepare(image: Any, info: ModelInfo) -> InputImage:
+    """A picture as the model takes it; one that is so already stays as it is."""
+    if isinstance(image, InputImage):
+        return image
+    assert info.image_input is not None
+    check_input_image(image)
+    return info.image_input.prepare(to_rgb(image))
+
+
+def _check_supported(params: OmniDiffusionSamplingParams) -> None:
+    """Refuse what this kind of model has no meaning for, instead of dropping it."""
     for name in ("strength", "fps"):
         if (value := getattr(params, name)) is not None:
-            raise InvalidRequestError(f"{name} {value!r}: a text-to-image model has no such parameter", param=name)
+            raise InvalidRequestError(f"{name} {value!r}: this model has no such parameter", param=name)
     if params.num_frames not in (None, 1):
         raise InvalidRequestError(
             f"num_frames {params.num_frames}: this model makes single pictures", param="num_frames"
@@ -221,27 +297,47 @@ def _check_supported(prompt: OmniPrompt, params: OmniDiffusionSamplingParams) ->
         )
 
 
-def _check_params(params: OmniDiffusionSamplingParams) -> OmniDiffusionSamplingParams:
-    for name in ("height", "width", "num_inference_steps", "num_outputs_per_prompt", "num_previews", "priority"):
-        value = getattr(params, name)
-        _require(isinstance(value, int) and not isinstance(value, bool), name, value, "an integer")
+def _fit_prompt(prompt: OmniPrompt) -> OmniPrompt:
+    """The prompt as plain strings that can be written as UTF-8."""
+    return replace(
+        prompt,
+        prompt=_fit_text("prompt", prompt.prompt, str),
+        negative_prompt=_fit_text("negative_prompt", prompt.negative_prompt, str | None),
+    )
+
+
+def _fit_text(name: str, value: Any, kind: Any) -> Any:
+    text = _fit(name, value, kind)
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(f"{name} is not valid Unicode: {error}", param=name) from error
+    return text
+
+
+def _fit_params(params: OmniDiffusionSamplingParams) -> OmniDiffusionSamplingParams:
+    kinds = kinds_of(OmniDiffusionSamplingParams)
+    return replace(params, **{name: _fit(name, getattr(params, name), kind) for name, kind in kinds.items()})
+
+
+def _fit(name: str, value: Any, kind: Any) -> Any:
+    try:
+        return fit(value, kind)
+    except MisfitError as error:
+        raise InvalidRequestError(f"{name} takes {error}, got {value!r}", param=name) from error
+
+
+def _check_params(params: OmniDiffusionSamplingParams, info: ModelInfo) -> None:
     _require(params.num_outputs_per_prompt >= 1, "num_outputs_per_prompt", params.num_outputs_per_prompt, "at least 1")
     _require(0 <= params.num_previews <= MAX_PREVIEWS, "num_previews", params.num_previews, f"0 to {MAX_PREVIEWS}")
     _require(-(2**31) <= params.priority < 2**31, "priority", params.priority, "a 32-bit integer")
-    if params.seed is not None:
+    if (seed := params.seed) is not None:
         highest = MAX_SEED - params.num_outputs_per_prompt
-        good = isinstance(params.seed, int) and not isinstance(params.seed, bool) and 0 <= params.seed <= highest
-        _require(good, "seed", params.seed, f"an integer from 0 to {highest}")
+        _require(0 <= seed <= highest, "seed", seed, f"an integer from 0 to {highest}")
     if (limit := params.max_sequence_length) is not None:
-        _require(isinstance(limit, int) and not isinstance(limit, bool), "max_sequence_length", limit, "an integer")
-    if (sigmas := params.sigmas) is not None:
-        good = isinstance(sigmas, list | tuple) and all(isinstance(s, int | float) for s in sigmas)
-        _require(good, "sigmas", sigmas, "a list of numbers")
-    scale = params.true_cfg_scale
-    if scale is not None:
-        good = isinstance(scale, int | float) and math.isfinite(scale) and 0 <= scale <= MAX_GUIDANCE
-        _require(good, "true_cfg_scale", scale, f"a number from 0 to {MAX_GUIDANCE:g}")
-    return params
+        _require(1 <= limit <= info.max_prompt_tokens, "max_sequence_length", limit, f"1 to {info.max_prompt_tokens}")
+    if (scale := params.true_cfg_scale) is not None:
+        _require(0 <= scale <= MAX_GUIDANCE, "true_cfg_scale", scale, f"a number from 0 to {MAX_GUIDANCE:g}")
 
 
 def _require(condition: bool, name: str, got: Any, expected: str) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+import msgspec
+
+from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.images import InputImage
 
 
@@ -58,3 +62,15 @@ class DiffusionRequest:
     @property
     def has_guidance(self) -> bool:
         return self.negative_prompt is not None and self.true_cfg_scale > 1
+
+
+def check_sendable(requests: Sequence[DiffusionRequest]) -> None:
+    """Refuse what cannot be sent to a worker while that is one request's failure and not that of a whole plan.
+
+    Raises InvalidRequestError.
+    """
+    for request in requests:
+        try:
+            msgspec.msgpack.encode(replace(request, images=()))  # those travel beside the message
+        except (TypeError, ValueError, OverflowError) as error:
+            raise InvalidRequestError(f"the request cannot be sent to a worker: {error}") from error

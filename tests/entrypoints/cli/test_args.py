@@ -236,13 +236,19 @@ def test_a_config_file_gives_what_the_command_line_leaves_open(tmp_path: Path) -
     config.write_text(
         "model: demo\nport: 1234\nmax_num_seqs: 3\nenforce-eager: true\nvae-use-tiling: false\n"
         "default-sampling-params:\n  num_inference_steps: 8\nallowed-origins: [https://a, https://b]\n"
-        "api-key: [k1, k2]\n"
+        "api-key: [k1, k2]\nmiddleware: [a.B, a.c]\ndisable-access-log-for-endpoints: [/health, /metrics]\n"
     )
     parsed = cli.parse_args(["serve", "--config", str(config), "--port", "99"])
     assert parsed.config == OmniDiffusionConfig(
         model="demo", max_num_seqs=3, enforce_eager=True, default_sampling_params={"num_inference_steps": 8}
     )
-    assert parsed.http == cli.HttpOptions(port=99, allowed_origins=("https://a", "https://b"), api_key=("k1", "k2"))
+    assert parsed.http == cli.HttpOptions(
+        port=99,
+        allowed_origins=("https://a", "https://b"),
+        api_key=("k1", "k2"),
+        middleware=("a.B", "a.c"),
+        disable_access_log_for_endpoints=("/health", "/metrics"),
+    )
 
 
 WRONG_VALUES = [
@@ -270,6 +276,11 @@ WRONG_VALUES = [
     (["--cache-config", "[1]"], ["--cache-config", "'[1]'", "JSON object"]),
     (["--cache-backend", "tea_cache", "--cache-config", '{"x": 1}'], ["--cache-config", "'x'", "rel_l1_thresh"]),
     (["--cache-config", '{"rel_l1_thresh": 1}'], ["--cache-config", "rel_l1_thresh", "--cache-backend"]),
+    (
+        ["--cache-backend", "cache_dit", "--cache-config", '{"steps_computation_policy": "lazy"}'],
+        ["--cache-config: steps_computation_policy", "'lazy'", "dynamic, static"],
+    ),
+    (["--default-sampling-params", '{"true_cfg_scale": true}'], ["--default-sampling-params", "a number", "True"]),
     (["--default-sampling-params", "20"], ["--default-sampling-params", "'20'", "JSON object"]),
     (["--default-sampling-params", '{"stepz": 1}'], ["--default-sampling-params", "stepz", "num_inference_steps"]),
     (["--usp", "0"], ["--usp", "'0'", "integer of at least 1"]),

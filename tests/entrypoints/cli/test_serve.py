@@ -207,7 +207,7 @@ def test_sigterm_finishes_what_runs_and_refuses_the_rest(server: Shared, client:
 
 def test_a_second_signal_on_a_unix_socket_ends_at_once(tmp_path: Path) -> None:
     path = tmp_path / "omni.sock"
-    with server_process("--uds", str(path), "--shutdown-timeout", "300") as server:
+    with server_process("--uds", str(path), "--shutdown-timeout", "300", "--disable-uvicorn-access-log") as server:
         assert server.address() == f"unix:{path}"
         server.wait_until_ready()
         transport = httpx.HTTPTransport(uds=str(path))
@@ -221,6 +221,23 @@ def test_a_second_signal_on_a_unix_socket_ends_at_once(tmp_path: Path) -> None:
             assert server.wait(10) == 128 + signal.SIGTERM
         assert server.survivors() == []
         assert not path.exists()
+    _, told = server.output.split("SIGTERM: refusing new requests", 1)
+    _, *lines = told.splitlines()
+    assert len(lines) == 1, lines
+    assert "SIGTERM again: ending at once" in lines[0]
+
+
+def test_the_model_in_the_servers_own_process() -> None:
+    flags = ("--host", "127.0.0.1", "--port", "0", "--distributed-executor-backend", "uni")
+    with server_process(*flags) as server:
+        url = server.address()
+        server.wait_until_ready()
+        assert server.workers() == []
+        with httpx.Client(base_url=url, timeout=60) as client:
+            generation = start_generation(client, 2)
+            generation.join()
+            assert generation.response.status_code == 200
+        assert stop(server) == 0
 
 
 def start_stream(client: httpx.Client) -> Iterator[str]:

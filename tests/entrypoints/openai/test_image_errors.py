@@ -82,6 +82,9 @@ BAD_FIELDS: list[tuple[str, Any]] = [
     ("seed", -1),
     ("seed", 2**63),
     ("seed", 1.0),
+    ("max_sequence_length", 0),
+    ("max_sequence_length", 513),
+    ("max_sequence_length", "512"),
     ("lora", {"name": "style", "scale": 1}),
     ("lora", "style"),
     ("priority", 2**40),
@@ -110,6 +113,22 @@ def test_sdk_raises_bad_request_with_the_message(sdk: openai.OpenAI) -> None:
     assert caught.value.param == "size"
     assert caught.value.code == "invalid_value"
     assert "the nearest valid size is 96x64" in caught.value.message
+
+
+def test_advice_that_http_can_follow(http: httpx.Client) -> None:
+    """A prompt that is longer than the limit may get a higher one."""
+    body = {"prompt": "word " * 20, "max_sequence_length": 10}
+    message = error_of(http.post(GENERATIONS, json=body))["message"]
+    assert message.endswith("at most 10 are accepted (max_sequence_length, which may be up to 512)")
+    answer = http.post(GENERATIONS, json={**body, "max_sequence_length": 512})
+    assert (answer.status_code, answer.headers.get("x-omni-ignored-fields")) == (200, None)
+
+
+@pytest.mark.parametrize(("size", "nearest"), [("8x64", "16x64"), ("4096x2048", "1456x720")])
+def test_too_small_and_too_large_sizes_are_told_the_nearest(http: httpx.Client, size: str, nearest: str) -> None:
+    message = error_of(http.post(GENERATIONS, json={"prompt": "x", "size": size}))["message"]
+    assert message.endswith(f"the nearest valid size is {nearest}")
+    assert http.post(GENERATIONS, json={"prompt": "x", "size": nearest, "num_inference_steps": 1}).status_code == 200
 
 
 def test_a_malformed_size_is_told_the_form_not_a_pattern(http: httpx.Client) -> None:

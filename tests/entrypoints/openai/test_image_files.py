@@ -1,11 +1,8 @@
-"""`response_format=url`: the link works, expires, and cannot be guessed; the folder stays small and goes."""
+"""`response_format=url`: the link works, expires, and cannot be guessed; what is kept stays small."""
 
 from __future__ import annotations
 
-import asyncio
 import io
-import os
-import threading
 from pathlib import Path
 from unittest.mock import patch
 
@@ -45,26 +42,32 @@ def test_url_can_be_fetched(sdk: openai.OpenAI, output_format: str, content_type
             np.testing.assert_array_equal(image, expected_picture(seed))
 
 
-def test_url_carries_the_root_path_and_dies_with_the_server() -> None:
-    stores = []
-
-    class RecordedStore(FileStore):
-        def __init__(self, *args: float) -> None:
-            super().__init__(*args)
-            stores.append(self)
-
-    with (
-        patch("vllm_omni.entrypoints.openai.app.FileStore", RecordedStore),
-        live_server(settings={"root_path": "/images-api"}) as running,
-    ):
+def test_url_carries_the_root_path() -> None:
+    with live_server(settings={"root_path": "/images-api"}) as running:
         body = {"prompt": "x", "response_format": "url"}
         url = httpx.post(f"{running.url}/v1/images/generations", json=body).json()["data"][0]["url"]
         assert url.startswith(f"{running.url}/images-api/v1/images/files/")
         assert httpx.get(url.replace("/images-api", "")).status_code == 200
-        folder = stores[0].folder
-        assert folder is not None
-        assert len(list(folder.iterdir())) == 1
-    assert not folder.exists()
+
+
+def test_head_tells_what_get_would_bring(http: httpx.Client) -> None:
+    body = {"prompt": "x", "response_format": "url"}
+    url = http.post("/v1/images/generations", json=body).json()["data"][0]["url"]
+    head, get = http.head(url), http.get(url)
+    assert (head.status_code, head.content) == (200, b"")
+    for name in ("content-type", "content-length", "cache-control"):
+        assert head.headers[name] == get.headers[name]
+    assert http.head("/v1/images/files/unknown.png").status_code == 404
+
+
+def test_pictures_never_touch_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that is killed could not remove them."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with live_server() as running:
+        body = {"prompt": "x", "response_format": "url"}
+        url = httpx.post(f"{running.url}/v1/images/generations", json=body).json()["data"][0]["url"]
+        assert httpx.get(url).status_code == 200
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_link_expires() -> None:
@@ -87,63 +90,32 @@ def test_link_expires() -> None:
         assert "error" in gone.json()
 
 
-async def test_store_keeps_to_its_bytes_and_time() -> None:
+def test_store_keeps_to_its_bytes_and_time() -> None:
     clock = Clock()
     store = FileStore(ttl_seconds=10, max_bytes=100, clock=clock)
-    try:
-        first, second = await store.put(b"a" * 60, "image/png"), await store.put(b"b" * 40, "image/webp")
-        assert first.endswith(".png")
-        assert second.endswith(".webp")
-        assert await store.get(first) == (b"a" * 60, "image/png")
-        clock.now = 5
-        third = await store.put(b"c" * 30, "image/png")
-        assert await store.get(first) is None
-        assert await store.get(second) == (b"b" * 40, "image/webp")
-        clock.now = 10
-        assert await store.get(second) is None
-        assert await store.get(third) == (b"c" * 30, "image/png")
-        huge = await store.put(b"d" * 500, "image/png")
-        assert await store.get(third) is None
-        assert await store.get(huge) == (b"d" * 500, "image/png")
-        assert store.folder is not None
-        assert [path.name for path in store.folder.iterdir()] == [huge]
-        assert os.stat(store.folder).st_mode & 0o077 == 0
-    finally:
-        store.close()
-    assert not store.folder.exists()
+
+    def content(file_id: str) -> tuple[bytes, str] | None:
+        file = store.get(file_id)
+        return file and (file.data, file.content_type)
+
+    first, second = store.put(b"a" * 60, "image/png"), store.put(b"b" * 40, "image/webp")
+    assert first.endswith(".png")
+    assert second.endswith(".webp")
+    assert content(first) == (b"a" * 60, "image/png")
+    clock.now = 5
+    third = store.put(b"c" * 30, "image/png")
+    assert content(first) is None
+    assert content(second) == (b"b" * 40, "image/webp")
+    clock.now = 10
+    assert content(second) is None
+    assert content(third) == (b"c" * 30, "image/png")
+    huge = store.put(b"d" * 500, "image/png")
+    assert content(third) is None
+    assert content(huge) == (b"d" * 500, "image/png")
 
 
-async def test_a_file_whose_client_left_while_it_was_written_goes_too() -> None:
-    clock, may_write = Clock(), threading.Event()
-    store = FileStore(ttl_seconds=10, max_bytes=100, clock=clock)
-    write_bytes = Path.write_bytes
-
-    def write_when_told(path: Path, data: bytes) -> int:
-        may_write.wait(20)
-        return write_bytes(path, data)
-
-    try:
-        with patch.object(Path, "write_bytes", write_when_told):
-            putting = asyncio.create_task(store.put(b"x", "image/png"))
-            await asyncio.sleep(0)  # it has begun to write
-            putting.cancel()
-            await asyncio.gather(putting, return_exceptions=True)
-            may_write.set()
-            await asyncio.get_running_loop().shutdown_default_executor()  # it has written
-        assert store.folder is not None
-        assert len(list(store.folder.iterdir())) == 1
-        clock.now = 10
-        store.sweep()
-        assert list(store.folder.iterdir()) == []
-    finally:
-        store.close()
-
-
-async def test_ids_are_long_and_random() -> None:
+def test_ids_are_long_and_random() -> None:
     store = FileStore(ttl_seconds=10, max_bytes=100)
-    try:
-        ids = {await store.put(b"x", "image/png") for _ in range(20)}
-    finally:
-        store.close()
+    ids = {store.put(b"x", "image/png") for _ in range(20)}
     assert len(ids) == 20
     assert all(len(file_id) >= 32 for file_id in ids)

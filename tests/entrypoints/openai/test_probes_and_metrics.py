@@ -29,6 +29,9 @@ def read_metrics(server: LiveServer) -> dict[str, float]:
 def test_probes_of_a_warm_server(sdk: openai.OpenAI, http: httpx.Client) -> None:
     assert http.get("/health").json() == {"status": "running"}
     assert http.get("/ready").json() == {"status": "running"}
+    for path in ("/health", "/ready"):
+        head = http.head(path)
+        assert (head.status_code, head.content) == (200, b"")
     assert http.get("/version").json() == {"version": vllm_omni.__version__}
     assert [model.id for model in sdk.models.list()] == [MODEL_NAME, ALIAS]
     assert sdk.models.retrieve(ALIAS).id == ALIAS
@@ -53,7 +56,9 @@ def test_nothing_is_promised_before_the_engine_is_warm() -> None:
             assert response.status_code == 503, path
             assert response.json()["error"]["type"] == "server_error"
         assert httpx.get(f"{running.url}/version").status_code == 200
+        assert httpx.head(f"{running.url}/health").status_code == 503
         assert httpx.post(f"{running.url}/v1/images/generations", json={"prompt": "x"}).status_code == 503
+        assert read_metrics(running)["vllm_omni:requests_rejected_total{reason=unavailable}"] == 1
 
 
 def test_docs_can_be_disabled(http: httpx.Client) -> None:
@@ -70,6 +75,9 @@ def test_metrics_exist_at_zero_and_count() -> None:
         httpx.post(url, json={"prompt": "x", "n": 3, "size": "64x128", "seed": 1})
         httpx.post(url, json={"prompt": "fail-at-2"})
         assert httpx.post(url, json={"prompt": "x", "n": 5}).status_code == 400  # never fits: not a full queue
+        for wrong in (b'{"prompt": ', b"\xff\xfe", b'{"prompt": "x", "n": 0}', b'{"prompt": "x", "size": "65x64"}'):
+            refused = httpx.post(url, content=wrong, headers={"content-type": "application/json"})
+            assert refused.status_code == 400
         running.call(running.omni.begin_drain)
         httpx.post(url, json={"prompt": "x"})
         after = read_metrics(running)
@@ -80,6 +88,7 @@ def test_metrics_exist_at_zero_and_count() -> None:
         "vllm_omni:requests_aborted_total": 0,
         "vllm_omni:requests_rejected_total{reason=queue_full}": 0,
         "vllm_omni:requests_rejected_total{reason=unavailable}": 1,
+        "vllm_omni:requests_rejected_total{reason=invalid}": 5,
         "vllm_omni:requests_replayed_total": 0,
         "vllm_omni:worker_restarts_total": 0,
         "vllm_omni:images_total": 3,

@@ -153,12 +153,14 @@ def _add_server_flags(group: Any) -> None:
         "seconds that running requests have after SIGTERM; 0: they are aborted",
         type=values.seconds(zero=True),
     )
-    http.add("middleware", "import path of a middleware; repeatable", action="append", type=values.import_path)
+    middleware_help = "import paths of middlewares; repeatable"
+    http.add("middleware", middleware_help, nargs="+", action="extend", type=values.import_path)
     http.add("uvicorn_log_level", "log level of the HTTP server", choices=LOG_LEVELS)
     http.switch("disable_uvicorn_access_log", "no log line for each HTTP request")
     http.add(
         "disable_access_log_for_endpoints",
         "paths whose requests are not logged, such as /health,/metrics",
+        nargs="+",
         type=values.comma_list,
     )
     request_ids_help = "give every response an x-request-id (one that the request brings always comes back)"
@@ -247,7 +249,7 @@ def _settings(namespace: argparse.Namespace) -> ServeArgs:
     if namespace.enable_ssl_refresh and not namespace.ssl_certfile:
         raise ConfigError("--enable-ssl-refresh needs --ssl-keyfile and --ssl-certfile")
     given["served_model_names"] = given["served_model_names"] or [model]
-    for name in ("allowed_origins", "allowed_methods", "allowed_headers"):
+    for name in ("allowed_origins", "allowed_methods", "allowed_headers", "disable_access_log_for_endpoints"):
         if given[name] is not None:
             given[name] = [item for part in given[name] for item in ([part] if isinstance(part, str) else part)]
     given["model"] = model

@@ -32,6 +32,10 @@ class Listener:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """May be called twice."""
         self.socket.close()
         if self._uds and os.path.exists(self._uds):
             os.unlink(self._uds)

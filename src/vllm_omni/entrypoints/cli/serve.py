@@ -8,7 +8,7 @@ import os
 import resource
 import signal
 import ssl
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,11 +27,13 @@ from vllm_omni.omni import AsyncOmni
 logger = logging.getLogger(__name__)
 
 FAILED_EXIT_CODE = 1
+HURRIED_EXIT_CODE = 128
+"""After a second signal: this and the signal's number."""
 FLUSH_SECONDS = 5
 """What responses that are finished but not yet sent may take when the server stops."""
 CLOSE_SECONDS = 10.0
 """What stopping the workers may take before the process ends without waiting for them."""
-HURRY_SECONDS = 2.0
+HURRY_SECONDS = 1.0
 """The same after a second signal."""
 WATCH_SECONDS = 0.5
 OPEN_FILES = 65535
@@ -40,13 +42,24 @@ OPEN_FILES = 65535
 def serve(args: ServeArgs) -> int:
     """Serve until a signal or a failure; the exit code. Raises ConfigError before any weight is read."""
     _raise_file_limit()
-    with Listener(args.http) as listener:  # bound first: a port in use shows now, not after the weights are read
-        try:
-            import uvloop
-        except ImportError:
-            return asyncio.run(_serve(args, listener))
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_serve(args, listener))
+    # The socket first: a port in use shows now, not after the weights are read.
+    with Listener(args.http) as listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        code = runner.run(_serve(args, listener))
+        if code >= HURRIED_EXIT_CODE:
+            # Closing the loop would cut off what still runs on it, which then complains.
+            listener.close()
+            logging.shutdown()
+            os._exit(code)
+        return code
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
 
 
 async def _serve(args: ServeArgs, listener: Listener) -> int:
@@ -133,7 +146,7 @@ class Service:
             if refresher:
                 refresher.stop()
             await self._close(http)
-        return 128 + self._signal if self._hurry.is_set() else 0
+        return HURRIED_EXIT_CODE + self._signal if self._hurry.is_set() else 0
 
     async def _run_engine(self) -> None:
         """Start the engine and watch it; returns only by raising."""
@@ -175,9 +188,6 @@ class Service:
             logger.info("%s again: ending at once", name)
             self._signal = number
             self._hurry.set()
-            self._server.force_exit = True
-            # Whatever hangs, the process ends; workers end with their parent.
-            asyncio.get_running_loop().call_later(HURRY_SECONDS, os._exit, 128 + number)
 
     async def _drain(self) -> None:
         timeout = self._args.http.shutdown_timeout
@@ -188,13 +198,24 @@ class Service:
             logger.warning("--shutdown-timeout: aborting what still runs after %g s", timeout)
 
     async def _close(self, http: asyncio.Task[None]) -> None:
-        """Stop the workers (what still runs fails), send what is left to send, stop listening."""
-        try:
-            await asyncio.wait_for(self._omni.close(), CLOSE_SECONDS)
-        except TimeoutError:
+        """Stop the workers (what still runs fails), send what is left to send, stop listening.
+
+        After a second signal, the workers alone: nothing else of ours outlives the process.
+        """
+        closing = asyncio.create_task(self._omni.close())
+        await _first_of(closing, asyncio.sleep(CLOSE_SECONDS), self._hurry.wait())
+        if self._hurry.is_set():
+            await _first_of(closing, asyncio.sleep(HURRY_SECONDS))
+            return
+        if closing.done():
+            closing.result()
+        else:
+            closing.cancel()
             logger.error("Workers did not stop within %g s; they end with this process", CLOSE_SECONDS)
         self._server.should_exit = True
-        await http
+        await _first_of(http, self._hurry.wait())
+        if http.done():
+            http.result()
 
     def _watch_certificate(self) -> Any:
         http = self._args.http

@@ -55,12 +55,13 @@ class AnswerStyle:
 
 
 def usage(output: OmniRequestOutput) -> Usage:
-    """Tokens of the prompt, once, and of all its pictures."""
+    """Tokens of the prompt and of its input pictures, once, and of all that was made of them."""
+    num_text, num_images = output.num_prompt_tokens, output.num_input_image_tokens
     return Usage(
-        input_tokens=output.num_prompt_tokens,
+        input_tokens=num_text + num_images,
         output_tokens=output.num_output_tokens,
-        total_tokens=output.num_prompt_tokens + output.num_output_tokens,
-        input_tokens_details=TokenDetails(text_tokens=output.num_prompt_tokens, image_tokens=0),
+        total_tokens=num_text + num_images + output.num_output_tokens,
+        input_tokens_details=TokenDetails(text_tokens=num_text, image_tokens=num_images),
         output_tokens_details=TokenDetails(text_tokens=0, image_tokens=output.num_output_tokens),
     )
 
@@ -111,7 +112,7 @@ def url_items(
 
     async def encode_item(pixels: np.ndarray, seed: int) -> bytes:
         data = await encoder.file(pixels, style.image_format)
-        url = url_of(await files.put(data, style.image_format.content_type))
+        url = url_of(files.put(data, style.image_format.content_type))
         return ImageData(url=url, seed=seed).model_dump_json(exclude_none=True).encode()
 
     return encode_item

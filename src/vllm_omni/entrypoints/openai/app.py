@@ -24,13 +24,13 @@ from vllm_omni.omni import AsyncOmni
 def build_app(omni: AsyncOmni, settings: ServerSettings, metrics: PrometheusObserver | None = None) -> FastAPI:
     """The app that serves `omni`. `metrics`: the observer given to `omni`; None leaves the engine's metrics empty.
 
-    Its lifespan owns the threads and the folder of stored pictures.
+    Its lifespan owns the threads.
     """
     metrics = metrics or PrometheusObserver(settings.served_model_names[0])
     metrics.watch(omni.status)
     files = FileStore(settings.media_ttl_seconds, settings.max_media_bytes)
     encoder = ImageEncoder(settings.num_encoding_threads, metrics.on_encoded)
-    resolver = Resolver(omni)
+    resolver = Resolver(omni, metrics)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -41,7 +41,6 @@ def build_app(omni: AsyncOmni, settings: ServerSettings, metrics: PrometheusObse
             sweeping.cancel()
             resolver.close()
             encoder.close()
-            files.close()
 
     app = FastAPI(
         title="vllm-omni",
@@ -55,7 +54,7 @@ def build_app(omni: AsyncOmni, settings: ServerSettings, metrics: PrometheusObse
     app.include_router(make_models_router(omni, settings))
     app.include_router(make_probes_router(omni))
     app.include_router(make_metrics_router(metrics))
-    install_error_handlers(app)
+    install_error_handlers(app, metrics)
     # The last one added is the outermost.
     app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes)
     app.add_middleware(RequestId, generate=settings.generate_request_ids)

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from vllm_omni.diffusion.events import EngineObserver
 from vllm_omni.entrypoints.openai.protocol import ErrorBody, ErrorResponse
 from vllm_omni.errors import RequestError
 
@@ -121,9 +122,14 @@ class CatchErrors:
             await error_response(error)(scope, receive, send)
 
 
-def install_error_handlers(app: FastAPI) -> None:
+def install_error_handlers(app: FastAPI, observer: EngineObserver) -> None:
+    """Answer every exception; `observer` is told of requests that were refused because they are wrong."""
+
     async def answer(request: Request, error: Exception) -> JSONResponse:
-        return error_response(error, request)
+        response = error_response(error, request)
+        if response.status_code == 400:
+            observer.on_reject("invalid")
+        return response
 
     for kind in (RequestError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, answer)

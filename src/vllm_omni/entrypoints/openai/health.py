@@ -20,6 +20,7 @@ from vllm_omni.omni import AsyncOmni
 def make_probes_router(omni: AsyncOmni) -> APIRouter:
     router = APIRouter(tags=["health"], responses=ERROR_RESPONSES)
 
+    @router.head("/health", include_in_schema=False)
     @router.get("/health", response_model=StatusResponse)
     async def health() -> StatusResponse:
         """200 while every worker lives and the engine's loop moves; 503 also while one of several replicas restarts."""
@@ -28,6 +29,7 @@ def make_probes_router(omni: AsyncOmni) -> APIRouter:
             raise UnavailableError(f"Not all workers are up; the engine is {status.state}.", retry_after=1.0)
         return StatusResponse(status=status.state)
 
+    @router.head("/ready", include_in_schema=False)
     @router.get("/ready", response_model=StatusResponse)
     async def ready() -> StatusResponse:
         """200 while new requests are taken."""

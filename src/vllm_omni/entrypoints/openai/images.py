@@ -69,19 +69,19 @@ class ImageService:
                 return await images_response(output, style, encode_item)
         raise AssertionError("a stream of outputs ends with its result or an error")
 
-    async def file(self, file_id: str) -> Response:
+    def file(self, file_id: str) -> Response:
         """A stored picture; 404 once it has expired."""
-        if (found := await self.files.get(file_id)) is None:
+        if (found := self.files.get(file_id)) is None:
             raise HTTPException(404, "There is no such file, or its time has passed.")
-        data, content_type = found
         headers = {"cache-control": "private, immutable", "x-content-type-options": "nosniff"}
-        return Response(data, media_type=content_type, headers=headers)
+        return Response(found.data, media_type=found.content_type, headers=headers)
 
 
 def make_images_router(service: ImageService) -> APIRouter:
     router = APIRouter(prefix="/v1/images", tags=["images"], responses=ERROR_RESPONSES)
 
-    event_stream = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    event = {"type": "object", "properties": {"event": {"type": "string"}, "data": {"type": "string"}}}
+    event_stream = {"content": {"text/event-stream": {"schema": {**event, "required": ["data"]}}}}  # of each event
 
     @router.post("/generations", response_model=ImagesResponse, responses={200: event_stream})
     async def generations(body: ImageGenerationRequest, request: Request) -> Response:
@@ -90,12 +90,13 @@ def make_images_router(service: ImageService) -> APIRouter:
 
     image_file_content = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in CONTENT_TYPES.values()}
 
+    @router.head("/files/{file_id}", include_in_schema=False)
     @router.get(
         "/files/{file_id}", name=FILE_ROUTE, response_class=Response, responses={200: {"content": image_file_content}}
     )
     async def image_file(file_id: str) -> Response:
         """Fetch a picture that was asked for with `response_format=url`."""
-        return await service.file(file_id)
+        return service.file(file_id)
 
     @router.post("/edits")
     async def edits() -> Response:

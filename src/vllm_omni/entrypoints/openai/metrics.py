@@ -45,7 +45,7 @@ class PrometheusObserver:
         self._step_tokens = self._histogram("step_batch_tokens", "Tokens in one step", _TOKEN_BUCKETS)
         self._success = self._counter("request_success", "Pictures delivered", reason=("completed",))
         self._failed = self._counter("requests_failed", "Pictures that failed")
-        self._rejected = self._counter("requests_rejected", "Refused", reason=("queue_full", "unavailable"))
+        self._rejected = self._counter("requests_rejected", "Refused", reason=("queue_full", "unavailable", "invalid"))
         self._aborted = self._counter("requests_aborted", "Cancelled, or the client left")
         self._replayed = self._counter("requests_replayed", "Run again after a worker died")
         self._images = self._counter("images", "Pictures made")

@@ -55,6 +55,7 @@ def parse_generation(body: ImageGenerationRequest) -> tuple[OmniPrompt, OmniDiff
         true_cfg_scale=body.true_cfg_scale,
         seed=body.seed,
         num_outputs_per_prompt=body.n,
+        max_sequence_length=body.max_sequence_length,
         priority=body.priority,
         output_type="np",
         num_previews=body.partial_images if body.stream else 0,
@@ -65,6 +66,7 @@ def parse_generation(body: ImageGenerationRequest) -> tuple[OmniPrompt, OmniDiff
 def ignored_fields_header(body: ImageGenerationRequest, has_guidance: bool) -> dict[str, str]:
     """`x-omni-ignored-fields` with the names of fields that had no effect; {} for none.
 
+    Of a large number, the last entry tells how many it leaves out (`+3 more`).
     Those are the ones that we do not know, and halves of a pair: guidance needs both a negative prompt and a scale.
     """
     names = [_printable(name) for name in body.model_extra or {}]
@@ -72,7 +74,9 @@ def ignored_fields_header(body: ImageGenerationRequest, has_guidance: bool) -> d
         names.append("partial_images")
     if not has_guidance:
         names += [name for name in ("negative_prompt", "true_cfg_scale") if _asks_for_guidance(name, body)]
-    return {IGNORED_FIELDS_HEADER: ",".join(names[:_MAX_LISTED_FIELDS])} if names else {}
+    if (num_left_out := len(names) - _MAX_LISTED_FIELDS) > 0:
+        names = [*names[:_MAX_LISTED_FIELDS], f"+{num_left_out} more"]
+    return {IGNORED_FIELDS_HEADER: ",".join(names)} if names else {}
 
 
 def _asks_for_guidance(name: str, body: ImageGenerationRequest) -> bool:

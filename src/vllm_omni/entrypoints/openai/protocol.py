@@ -61,6 +61,8 @@ class ImageGenerationRequest(BaseModel):
     true_cfg_scale: float | None = None
     seed: Annotated[int, Field(ge=0)] | None = None
     """Picture i of `n` uses `seed + i`."""
+    max_sequence_length: Annotated[int, Field(ge=1)] | None = None
+    """Longest prompt accepted, in tokens."""
     lora: Any = None
     """Not available yet."""
     priority: Annotated[int, _NULLABLE] = 0

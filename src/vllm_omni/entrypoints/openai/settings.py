@@ -16,7 +16,7 @@ class ServerSettings:
     media_ttl_seconds: float = 3600.0
     """How long a picture asked for with `response_format=url` can be fetched."""
     max_media_bytes: int = 2**30
-    """Most bytes of pictures kept for fetching; beyond it the oldest go early."""
+    """Most bytes of pictures kept in memory for fetching; beyond it the oldest go early."""
     max_body_bytes: int = 2**20
     """Most bytes of a JSON request body."""
     keep_alive_seconds: float = 15.0
