@@ -16,6 +16,7 @@ from vllm_omni.entrypoints.openai.encoding import ImageEncoder, ImageFormat
 from vllm_omni.entrypoints.openai.files import FileStore
 from vllm_omni.entrypoints.openai.protocol import (
     ImageData,
+    ImageEditRequest,
     ImageGenerationRequest,
     ImagesResponse,
     ReportedQuality,
@@ -35,6 +36,8 @@ class AnswerStyle:
     image_format: ImageFormat
     quality: str
     safety_identifier: str | None
+    event: str
+    """What the names of a stream's events begin with."""
 
     @classmethod
     def of(cls, body: ImageGenerationRequest, image_format: ImageFormat) -> AnswerStyle:
@@ -42,6 +45,7 @@ class AnswerStyle:
             image_format,
             _REPORTED_QUALITY.get(body.quality, body.quality),
             body.safety_identifier,
+            "image_edit" if isinstance(body, ImageEditRequest) else "image_generation",
         )
 
     def fields(self, pixels: np.ndarray) -> dict[str, Any]:

@@ -41,6 +41,10 @@ def tell_pictures(encoder: Qwen2_5_VLForConditionalGeneration, args: Any, inputs
 
 @pytest.fixture(autouse=True)
 def small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink_pictures(monkeypatch)
+
+
+def shrink_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both pipelines bring pictures to an area of 1024 x 1024, whatever they are asked for."""
     for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
         fit = module.calculate_dimensions
