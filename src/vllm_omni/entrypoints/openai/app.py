@@ -54,7 +54,9 @@ def build_app(omni: AsyncOmni, settings: ServerSettings, metrics: PrometheusObse
         redirect_slashes=False,
         openapi_url=None if settings.disable_docs else "/openapi.json",  # without it there is no /docs either
     )
-    uploads = UploadReader(omni.info, decoder, UploadBudget())
+    budget = UploadBudget()
+    uploads = UploadReader(omni.info, decoder, budget)
+    app.state.upload_budget = budget
     service = ImageService(omni, settings, encoder, files, resolver, uploads)
     app.include_router(make_images_router(service))
     app.include_router(make_models_router(omni, settings))
