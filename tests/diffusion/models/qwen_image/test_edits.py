@@ -8,16 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, QwenImageEditPlusPipeline
+from diffusers import AutoencoderKLQwenImage, DiffusionPipeline, QwenImageEditPlusPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil, Qwen2VLProcessor
 
 from tests.diffusion.models.qwen_image.test_pictures import check, one_thread, started  # noqa: F401 (a fixture)
-from tests.diffusion.worker.driving import Drive, make_request
+from tests.diffusion.worker.driving import Drive, make_request, psnr
 from tests.tiny_models import build_tiny_qwen_image, photo
+from vllm_omni.diffusion.models.qwen_image.vae import PictureEncoder
 from vllm_omni.diffusion.registry import load_model_info
 from vllm_omni.diffusion.request import DiffusionRequest
+from vllm_omni.diffusion.sampling import pack_latents
 
 SIDE = 64
 """Of the models' default pictures: what diffusers fixes at 1024."""
@@ -134,3 +136,33 @@ def test_a_mixed_batch_of_several_pictures(tmp_path: Path, zero_cond_t: bool) ->
     for name, request in requests.items():
         size = {"height": 48, "width": 80} if name == "three" else {}
         check(drive.images[name], draw(pipeline, pictures[name], request, **size))
+
+
+@torch.inference_mode()
+def test_input_pictures_are_encoded_in_the_tiles_of_diffusers(tmp_path: Path) -> None:
+    defaults: dict[str, object] = {"height": 288, "width": 288}
+    path = build_tiny_qwen_image(tmp_path / "edit", edit=EDIT, default_sampling_params=defaults)
+    edit = load_model_info(str(path)).image_input
+    assert edit is not None
+    image = edit.prepare(photo(300, 270, 1))
+    pipeline = reference(path)
+    pixels = pipeline.image_processor.preprocess(Image.fromarray(image.reference)).unsqueeze(2)
+    encoder = PictureEncoder(AutoencoderKLQwenImage.from_pretrained(path / "vae"))
+    encoded = []
+    for tiled in (False, True):
+        if tiled:
+            pipeline.vae.enable_tiling()
+            encoder._vae.enable_tiling()
+        wanted = pipeline._encode_vae_image(pixels, None)[0, :, 0]
+        encoded.append(encoder(image.reference))
+        torch.testing.assert_close(encoded[-1], pack_latents(wanted), atol=1e-3, rtol=1e-3)
+    assert (encoded[0] - encoded[1]).abs().max() > 0.01, "tiling must show in this picture"
+
+
+def test_in_half_precision(tmp_path: Path) -> None:
+    """That no tensor is of another dtype; what a picture loses is a matter of the weights."""
+    path = build(tmp_path / "plus", PLUS, zero_cond_t=True)
+    request = request_of(path, "half", [photo(90, 60, 1), photo(31, 70, 3)], negative_prompt="")
+    half, whole = (Drive(started(path, dtype=dtype)).run({0: [request]}) for dtype in ("bfloat16", "float32"))
+    assert half.errors == {}
+    assert psnr(half.images["half"], whole.images["half"]) > 25
