@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
 from vllm_omni.diffusion.intake import check_num_images
-from vllm_omni.diffusion.registry import ModelInfo
+from vllm_omni.diffusion.registry import ImageInput, ModelInfo
 from vllm_omni.entrypoints.openai.decoding import ImageDecoder
 from vllm_omni.entrypoints.openai.multipart import MultipartReader, Part
 from vllm_omni.entrypoints.openai.protocol import MAX_PROMPT_CHARACTERS, ImageEditRequest
@@ -100,7 +100,7 @@ class UploadReader:
             holding.add(len(chunk))
             for part in reader.feed(chunk):
                 if _IMAGE_FIELD.fullmatch(part.name):
-                    images.append(await self.decoder.file(part.data, self._take().prepare))
+                    images.append(await self.decoder.file(part.data, self._image_input.prepare))
                     holding.drop(len(part.data))
                 else:
                     _set_field(fields, part)
@@ -123,9 +123,10 @@ class UploadReader:
                 raise _unsupported(name)
         urls = [image["image_url"] for image in parsed.images or ()]
         check_num_images(len(urls), self.info)
-        return parsed, tuple([await self.decoder.data_url(url, self._take().prepare) for url in urls])
+        return parsed, tuple([await self.decoder.data_url(url, self._image_input.prepare) for url in urls])
 
-    def _take(self) -> Any:
+    @property
+    def _image_input(self) -> ImageInput:
         assert self.info.image_input is not None, "a model that edits no pictures reads no uploads"
         return self.info.image_input
 
@@ -181,12 +182,11 @@ def _parse_json(data: bytearray) -> Any:
         raise _invalid({"type": "json_invalid", "loc": (), "msg": "", "input": {}, "ctx": {"error": reason}}) from error
 
 
-def _validated(validate: Any) -> ImageEditRequest:
+def _validated(validate: Callable[[], ImageEditRequest]) -> ImageEditRequest:
     try:
-        body: ImageEditRequest = validate()
+        return validate()
     except ValidationError as error:
         raise _invalid(*error.errors(include_url=False, include_context=False)) from error
-    return body
 
 
 def _invalid(*errors: Mapping[str, Any]) -> RequestValidationError:
