@@ -8,24 +8,35 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
-Key = TypeVar("Key", bound=Hashable)
+Input = TypeVar("Input", bound=Hashable)
 
 
-class PromptCache(Generic[Key]):
-    """Least recently used first out, bounded by the bytes of the tensors it holds."""
+def _itself(value: Hashable) -> Hashable:
+    return value
 
-    def __init__(self, encode: Callable[[Key], Tensor], max_bytes: int) -> None:
+
+class PromptCache(Generic[Input]):
+    """Least recently used first out, bounded by the bytes of the tensors it holds.
+
+    key_of: what is kept to know an input again, where the input itself is large.
+    """
+
+    def __init__(
+        self, encode: Callable[[Input], Tensor], max_bytes: int, key_of: Callable[[Input], Hashable] = _itself
+    ) -> None:
         self._encode = encode
         self._max_bytes = max_bytes
-        self._entries: OrderedDict[Key, Tensor] = OrderedDict()
+        self._key_of = key_of
+        self._entries: OrderedDict[Hashable, Tensor] = OrderedDict()
         self.num_bytes = 0
 
-    def __call__(self, key: Key) -> Tensor:
-        """The encoding of `key`, a prompt or what else `encode` takes; the caller must not change it."""
+    def __call__(self, value: Input) -> Tensor:
+        """The encoding of `value`, a prompt or what else `encode` takes; the caller must not change it."""
+        key = self._key_of(value)
         if key in self._entries:
             self._entries.move_to_end(key)
             return self._entries[key]
-        embedding = self._entries[key] = self._encode(key)
+        embedding = self._entries[key] = self._encode(value)
         self.num_bytes += embedding.nbytes
         while self.num_bytes > self._max_bytes:
             self.num_bytes -= self._entries.popitem(last=False)[1].nbytes

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from PIL import Image, ImageOps
 
 from vllm_omni.errors import InvalidRequestError
-from vllm_omni.inputs.images import InputImage, check_input_image, to_rgb
+from vllm_omni.inputs.images import MAX_INPUT_PIXELS, InputImage, check_input_image, to_rgb
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 # What Pillow's readers of these formats raise for files that are broken, one way or another.
@@ -25,9 +25,8 @@ _BROKEN = (
     OverflowError,
     struct.error,
     zlib.error,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
 )
+_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 _MAX_URL_ECHO = 40
 # Decoding one chunk holds the interpreter lock for about a millisecond; a multiple of 4.
 _BASE64_CHUNK = 2**20
@@ -40,12 +39,14 @@ def decode_image(data: bytes | bytearray) -> Image.Image:
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except _BOMBS as error:  # what Pillow itself does not open: far beyond our limit
+        raise InvalidRequestError(f"image takes at most {MAX_INPUT_PIXELS} pixels", param="image") from error
     except _BROKEN as error:
         raise InvalidRequestError("image takes PNG, JPEG and WebP files; this is none", param="image") from error
     check_input_image(image)
     try:
         return to_rgb(ImageOps.exif_transpose(image))
-    except _BROKEN as error:
+    except (*_BOMBS, *_BROKEN) as error:
         raise InvalidRequestError(f"image is a broken {image.format} file", param="image") from error
 
 

@@ -58,6 +58,10 @@ class Instruction(NamedTuple):
     prompt: str
     images: tuple[InputImage, ...]
 
+    def key(self) -> tuple[str, ...]:
+        """The same without the pixels."""
+        return self.prompt, *(image.digest for image in self.images)
+
 
 @dataclass(eq=False)
 class QwenImageState(RequestState):
@@ -118,11 +122,13 @@ class Pipeline(BasePipeline[QwenImageState]):
         self._pixels_per_token = pixels_per_token
         self._attention = attention
         self._mesh = mesh
-        self._prompts = PromptCache(encode_text, PROMPT_CACHE_BYTES)
+        self._prompts = PromptCache(encode_text, PROMPT_CACHE_BYTES, Instruction.key)
         self._references: PromptCache[InputImage] | None = None
         """Latents of input pictures; None where the model takes none."""
         if encoder is not None:
-            self._references = PromptCache(lambda image: encoder(image.reference), REFERENCE_CACHE_BYTES)
+            self._references = PromptCache(
+                lambda image: encoder(image.reference), REFERENCE_CACHE_BYTES, lambda image: image.digest
+            )
         self._modulations = ModulationTable(transformer.modulate, MODULATION_BYTES)
         self._layouts: MembershipCache[Layout] = MembershipCache()
         self._dtype = transformer.proj_out.weight.dtype

@@ -46,7 +46,7 @@ class EditEncoder:
         self._image_token = self._tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self._model = load_language_model(path / "text_encoder", device, dtype, group, on_bytes)
         self._tower = _load_vision_tower(path / "text_encoder", device, dtype, on_bytes)
-        self._features: PromptCache[InputImage] = PromptCache(self._see, VISION_CACHE_BYTES)
+        self._features: PromptCache[InputImage] = PromptCache(self._see, VISION_CACHE_BYTES, lambda image: image.digest)
 
     def __call__(self, prompt: str, images: Sequence[InputImage]) -> Tensor:
         """-> [tokens, hidden size]: the last hidden states of pictures and prompt, without the template's beginning.
