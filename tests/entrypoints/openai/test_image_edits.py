@@ -13,7 +13,7 @@ import numpy as np
 import openai
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tests.entrypoints.openai.live_server import FAKE_EDIT_INFO, MODEL_NAME, LiveServer, expected_picture, live_server
 from tests.tiny_models import photo
@@ -128,12 +128,15 @@ def test_json_with_data_urls(server: LiveServer, http: httpx.Client) -> None:
     np.testing.assert_array_equal(newest(server)[1].condition, np.asarray(photo(8, 9, 2)))
 
 
-def test_pictures_are_turned_as_their_exif_says(server: LiveServer, sdk: openai.OpenAI) -> None:
+@pytest.mark.parametrize("orientation", range(10))
+def test_pictures_are_turned_as_their_exif_says(server: LiveServer, sdk: openai.OpenAI, orientation: int) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
-    sdk.images.edit(image=file_of(PHOTO, "PNG", exif=exif), prompt="x")
+    exif[0x0112] = orientation
+    file = file_of(PHOTO, "PNG", exif=exif)
+    sdk.images.edit(image=file, prompt="x")
+    wanted = ImageOps.exif_transpose(Image.open(io.BytesIO(file)))
     (image,) = newest(server)
-    np.testing.assert_array_equal(image.condition, np.asarray(PHOTO.transpose(Image.Transpose.ROTATE_270)))
+    np.testing.assert_array_equal(image.condition, np.asarray(wanted))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "1"])

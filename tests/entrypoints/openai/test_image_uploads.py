@@ -27,6 +27,8 @@ from vllm_omni.entrypoints.openai.uploads import MAX_IMAGE_BYTES, MAX_JSON_BYTES
 from vllm_omni.errors import InvalidRequestError
 
 PHOTO = photo(64, 48, 1)
+EXIF = Image.Exif()
+EXIF.update({0x0112: 6, 0x010E: "a photo", 0x011A: 72.0})
 PNG, JPEG, WEBP = (file_of(PHOTO, kind) for kind in ("PNG", "JPEG", "WEBP"))
 
 
@@ -76,7 +78,12 @@ def test_a_bad_file_is_a_400_that_names_the_image(server: LiveServer, http: http
     assert len(server.device.prompts) == num_before
 
 
-@pytest.mark.parametrize("whole", [PNG, JPEG, WEBP], ids=["png", "jpeg", "webp"])
+@pytest.mark.parametrize(
+    "whole",
+    [file_of(PHOTO, kind, exif=EXIF) for kind in ("PNG", "JPEG", "WEBP")] + [file_of(PHOTO.convert("CMYK"), "JPEG")],
+    ids=["png", "jpeg", "webp", "cmyk"],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of Pillow: the EXIF is broken
 def test_whatever_breaks_in_a_file_is_the_clients_fault(whole: bytes) -> None:
     """Bytes flipped, dropped and cut off, thousands of times: a picture or InvalidRequestError."""
     dice = random.Random(len(whole))

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.images import MAX_INPUT_PIXELS, InputImage, check_input_image, to_rgb
@@ -27,6 +27,16 @@ _BROKEN = (
     zlib.error,
 )
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+# EXIF's orientation -> what brings the picture upright; 1 is upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _MAX_URL_ECHO = 40
 # Decoding one chunk holds the interpreter lock for about a millisecond; a multiple of 4.
 _BASE64_CHUNK = 2**20
@@ -45,9 +55,15 @@ def decode_image(data: bytes | bytearray) -> Image.Image:
         raise InvalidRequestError("image takes PNG, JPEG and WebP files; this is none", param="image") from error
     check_input_image(image)
     try:
-        return to_rgb(ImageOps.exif_transpose(image))
+        return to_rgb(_upright(image))
     except (*_BOMBS, *_BROKEN) as error:
         raise InvalidRequestError(f"image is a broken {image.format} file", param="image") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    # Pillow's own exif_transpose writes the whole EXIF anew as well, and stumbles where other tags of it are broken.
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return image if turn is None else image.transpose(turn)
 
 
 def data_url_bytes(url: str) -> bytes:
