@@ -36,7 +36,8 @@ class Processor(Qwen2VLProcessor):
 def tell_pictures(encoder: Qwen2_5_VLForConditionalGeneration, args: Any, inputs: dict[str, Any]) -> Any:
     """Say which tokens are pictures, so that they get their places in the plane.
 
-    Up to transformers 4 the model found out by itself; diffusers' pipelines do not say so yet (huggingface/diffusers#14194).
+    Up to transformers 4 the model found out by itself; diffusers' pipelines do not say so yet
+    (huggingface/diffusers#14194).
     """
     return args, inputs | {"mm_token_type_ids": (inputs["input_ids"] == encoder.config.image_token_id).int()}
 
