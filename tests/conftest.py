@@ -16,3 +16,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     defaults: dict[str, object] = {"height": 64, "width": 64, "num_inference_steps": 4}
     path = tmp_path_factory.mktemp("models") / "tiny-qwen-image"
     return build_tiny_qwen_image(path, heads=3, default_sampling_params=defaults)
+
+
+@pytest.fixture(scope="session")
+def tiny_edit_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen-Image-Edit-2511 model with 3 heads, which takes several pictures of about 64x64; 4 steps."""
+    from tests.tiny_models import build_tiny_qwen_image
+
+    return build_tiny_qwen_image(
+        tmp_path_factory.mktemp("models") / "tiny-qwen-image-edit",
+        edit="QwenImageEditPlusPipeline",
+        zero_cond_t=True,
+        default_sampling_params={"height": 64, "width": 64, "num_inference_steps": 4},
+    )

@@ -9,11 +9,19 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+from PIL import Image
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessorPil,
+)
 
+from vllm_omni.diffusion.models.qwen_image.edit import EDIT_TEMPLATE
 from vllm_omni.diffusion.models.qwen_image.info import PROMPT_TEMPLATE
 
 WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
@@ -53,10 +61,13 @@ def build_tiny_qwen_image(
     vae_dim: int = 8,
     seed: int = 0,
     time_scale: float = 1.0,
+    edit: str | None = None,
+    zero_cond_t: bool = False,
     default_sampling_params: dict[str, object] | None = None,
 ) -> Path:
     """Write a QwenImagePipeline folder to `path` and return it. Widths: heads * head_dim, and text_dim.
 
+    edit: the class name of the editing pipeline that the folder is of instead.
     text_dim: a multiple of 16 * text_heads. time_scale: how much the timestep matters; with 1 a random model is
     another one at each step, a trained one changes slowly.
     """
@@ -66,7 +77,9 @@ def build_tiny_qwen_image(
     components = {
         "tokenizer": tokenizer,
         "text_encoder": _text_encoder(tokenizer, text_dim, text_heads, text_kv_heads),
-        "transformer": tiny_transformer(heads=heads, head_dim=head_dim, layers=layers, text_dim=text_dim),
+        "transformer": tiny_transformer(
+            heads=heads, head_dim=head_dim, layers=layers, text_dim=text_dim, zero_cond_t=zero_cond_t
+        ),
         "vae": AutoencoderKLQwenImage(
             base_dim=vae_dim, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1, temperal_downsample=[False, True, True]
         ),
@@ -76,7 +89,11 @@ def build_tiny_qwen_image(
         randomize(components[name])
     with torch.no_grad():
         components["transformer"].time_text_embed.timestep_embedder.linear_1.weight.mul_(time_scale)
-    index: dict[str, object] = {"_class_name": "QwenImagePipeline", "_diffusers_version": "0.42.1"}
+    if edit is not None:
+        # At most 16 tokens a picture: a vision tower takes its time.
+        sizes = {"shortest_edge": 28 * 28, "longest_edge": 16 * 28 * 28}
+        components["processor"] = Qwen2VLImageProcessorPil(size=sizes)
+    index: dict[str, object] = {"_class_name": edit or "QwenImagePipeline", "_diffusers_version": "0.42.1"}
     for name, component in components.items():
         component.save_pretrained(path / name)
         library = type(component).__module__.partition(".")[0]
@@ -89,7 +106,7 @@ def build_tiny_qwen_image(
 
 
 def tiny_transformer(
-    *, heads: int, head_dim: int = 16, layers: int = 2, text_dim: int = 32
+    *, heads: int, head_dim: int = 16, layers: int = 2, text_dim: int = 32, zero_cond_t: bool = False
 ) -> QwenImageTransformer2DModel:
     """A random diffusers transformer; head_dim a multiple of 8."""
     transformer = QwenImageTransformer2DModel(
@@ -101,6 +118,7 @@ def tiny_transformer(
         num_attention_heads=heads,
         joint_attention_dim=text_dim,
         axes_dims_rope=(head_dim // 4, head_dim // 2 - head_dim // 8, head_dim // 2 - head_dim // 8),
+        zero_cond_t=zero_cond_t,
     ).eval()
     return randomize(transformer)
 
@@ -128,10 +146,11 @@ def tiny_tokenizer() -> Qwen2Tokenizer:
         ]
     )
     trainer = trainers.BpeTrainer(
-        vocab_size=700, show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())
+        vocab_size=1000, show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())
     )
-    template = [part for part in re.split(r"<\|[a-z_]+\|>", PROMPT_TEMPLATE.replace("{}", "")) if part]
-    tokenizer.train_from_iterator([*template * 200, "a photo of a red apple and a blue car"], trainer)
+    templates = (PROMPT_TEMPLATE + EDIT_TEMPLATE).replace("{}", "")
+    words = [part for part in re.split(r"<\|[a-z_]+\|>", templates) if part]
+    tokenizer.train_from_iterator([*words * 200, "a photo of a red apple and a blue car"], trainer)
     model = json.loads(tokenizer.to_str())["model"]
     vocab = model["vocab"]
     for token in SPECIAL_TOKENS:
@@ -186,3 +205,9 @@ def _text_encoder(
         tie_word_embeddings=False,
     )
     return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def photo(width: int, height: int, seed: int) -> Image.Image:
+    """Coloured noise, smooth as a photograph."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)

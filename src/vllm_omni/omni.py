@@ -84,6 +84,7 @@ class Job:
             step=request.num_inference_steps if done else getattr(event, "step", 0),
             num_inference_steps=request.num_inference_steps,
             num_prompt_tokens=request.num_prompt_tokens,
+            num_input_image_tokens=request.num_reference_tokens,
             num_output_tokens=request.num_image_tokens if done else 0,
         )
 
@@ -100,6 +101,7 @@ class Job:
             step=steps,
             num_inference_steps=steps,
             num_prompt_tokens=self.requests[0].num_prompt_tokens,
+            num_input_image_tokens=self.requests[0].num_reference_tokens,
             num_output_tokens=sum(r.num_image_tokens for r in self.requests),
         )
 

@@ -28,5 +28,7 @@ class OmniRequestOutput:
     """Denoising steps done."""
     num_inference_steps: int = 0
     num_prompt_tokens: int = 0
+    num_input_image_tokens: int = 0
+    """Image tokens (latent patches) of the pictures to edit."""
     num_output_tokens: int = 0
     """Image tokens (latent patches) over all outputs."""

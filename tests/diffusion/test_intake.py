@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
+from PIL import Image
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.intake import Intake, check_default_prompt, check_defaults, nearest_size, spread_previews
@@ -15,6 +17,7 @@ from vllm_omni.diffusion.plan import WorkerReady
 from vllm_omni.diffusion.registry import Guidance, ModelInfo
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, OmniPrompt, parse_prompt
+from vllm_omni.inputs.images import InputImage
 
 INFO = ModelInfo(
     path=Path("model"),
@@ -399,3 +402,72 @@ def test_a_server_may_leave_its_cache_to_those_that_ask_for_it() -> None:
     for asked, cached in ((None, False), (True, True)):
         (request,) = intake(**defaults).resolve(OmniPrompt("x"), OmniDiffusionSamplingParams(cache=asked), "r")
         assert request.cache is cached
+
+
+class Halving:
+    """An `ImageInput` whose model sees pictures as they are, and half as large a second time."""
+
+    max_images = 2
+
+    def prepare(self, image: Image.Image) -> InputImage:
+        small = np.array(image.resize((image.width // 2, image.height // 2)))
+        return InputImage.of(small, np.array(image))
+
+    def count_prompt_tokens(self, images: Sequence[InputImage]) -> int:
+        return 10 * len(images)
+
+
+def editing(**settings: object) -> Intake:
+    config = OmniDiffusionConfig("demo", max_pixels=512 * 512, **settings)  # type: ignore[arg-type]
+    return Intake(config, replace(INFO, image_input=Halving()), READY)
+
+
+def black(width: int, height: int) -> Image.Image:
+    return Image.new("RGB", (width, height))
+
+
+def test_an_edit_is_as_large_as_its_last_picture_and_priced_with_all_of_them() -> None:
+    params = OmniDiffusionSamplingParams(true_cfg_scale=2.0, num_outputs_per_prompt=2)
+    prompt = OmniPrompt("two words", "bad", images=(black(64, 32), black(48, 80)))
+    first, second = editing().resolve(prompt, params, "r")
+    assert (first.height, first.width) == (80, 48)
+    assert [image.condition.shape for image in first.images] == [(16, 32, 3), (40, 24, 3)]
+    assert first.images is second.images
+    assert first.num_prompt_tokens == 2
+    assert first.num_image_tokens == 15
+    assert first.num_reference_tokens == 8 + 15
+    assert first.cost.branch_tokens == (15 + 23 + 2 + 20, 15 + 23 + 1 + 20)
+    assert first.cost.encode == 0.5 * (22 + 21) + 2.0 * 23
+    assert first.cost.decode == 2.0 * 15
+
+
+def test_the_size_of_an_edit_may_be_given() -> None:
+    prompt = OmniPrompt("x", images=(black(64, 32),))
+    (request,) = editing().resolve(prompt, OmniDiffusionSamplingParams(height=96), "r")
+    assert (request.height, request.width) == (96, 64)
+    by_server = editing(default_sampling_params={"width": 128})
+    (request,) = by_server.resolve(prompt, OmniDiffusionSamplingParams(), "r")
+    assert (request.height, request.width) == (32, 128)
+    with pytest.raises(InvalidRequestError, match="--max-pixels"):
+        editing().resolve(OmniPrompt("x", images=(black(1024, 512),)), OmniDiffusionSamplingParams(), "r")
+
+
+def test_pictures_that_are_prepared_stay_as_they_are() -> None:
+    image = Halving().prepare(black(32, 32))
+    (request,) = editing().resolve(OmniPrompt("x", images=(image,)), OmniDiffusionSamplingParams(), "r")
+    assert request.images[0] is image
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        ((), "edits pictures and got none; use POST /v1/images/edits"),
+        ((black(16, 16),) * 3, "at most 2 pictures on this model, got 3"),
+        ((b"png",), "PIL images, got bytes"),
+        ((Image.new("F", (16, 16)),), "modes .* got F"),
+    ],
+)
+def test_pictures_that_are_not_taken(images: tuple, words: str) -> None:
+    with pytest.raises(InvalidRequestError, match=words) as caught:
+        editing().resolve(OmniPrompt("x", images=images), OmniDiffusionSamplingParams(), "r")
+    assert caught.value.param == "image"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from vllm_omni.diffusion.registry import DEFAULTS_FILE, ModelInfo
 from vllm_omni.diffusion.request import DiffusionRequest, RequestCost
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
+from vllm_omni.inputs.images import InputImage, check_input_image, to_rgb
 from vllm_omni.inputs.kinds import MisfitError, fit, kinds_of
 
 MAX_PROMPT_CHARACTERS = 32_000
@@ -38,7 +39,6 @@ class Intake:
         self._config = config
         self._info = info
         self._ready = ready
-        self._defaults: dict[str, Any] = {**info.default_sampling_params, **config.default_sampling_params}
 
     def resolve(
         self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams, request_id: str
@@ -48,14 +48,17 @@ class Intake:
         Raises InvalidRequestError whose `param` is the field of `OmniDiffusionSamplingParams` or `OmniPrompt`.
         """
         prompt, params = _fit_prompt(prompt), _fit_params(params)
-        _check_supported(prompt, params, self._info)
-        filled = self._filled(params)
+        _check_supported(params, self._info)
+        check_num_images(len(prompt.images), self._info)
+        images = tuple(_prepare(image, self._info) for image in prompt.images)
+        defaults = self._defaults_of(images)
+        filled = _check_values(_fill(params, defaults), self._config, self._info)
         assert filled.height is not None
         assert filled.width is not None
         assert filled.num_inference_steps is not None
         negative = prompt.negative_prompt
         if negative is None:
-            negative = self._defaults.get("negative_prompt")
+            negative = defaults.get("negative_prompt")
         guidance = self._info.guidance
         scale = getattr(filled, guidance.parameter)
         true_cfg_scale = 1.0 if scale is None else scale + guidance.offset
@@ -86,23 +89,33 @@ class Intake:
             arrival=time.monotonic(),
             cfg_normalization=float(filled.cfg_normalization or 0),
             cfg_truncation=1.0 if filled.cfg_truncation is None else filled.cfg_truncation,
+            images=images,
+            num_reference_tokens=sum(self._info.num_image_tokens(*image.reference.shape[:2]) for image in images),
         )
         branches = [num_tokens, num_negative] if first.has_guidance and num_negative is not None else [num_tokens]
-        first = replace(first, cost=self._price(first.num_image_tokens, branches))
+        num_seen = self._info.count_image_prompt_tokens(images)
+        first = replace(first, cost=self._price(first, [n + num_seen for n in branches]))
         return [
             replace(first, request_id=f"{request_id}-{i}", seed=seed + i) for i in range(filled.num_outputs_per_prompt)
         ]
 
-    def _filled(self, params: OmniDiffusionSamplingParams) -> OmniDiffusionSamplingParams:
-        """`params` with the defaults, checked."""
-        return _check_values(_fill(params, self._defaults), self._config, self._info)
+    def _defaults_of(self, images: Sequence[InputImage]) -> dict[str, Any]:
+        """The server's defaults over the model's; an edited picture has the size of its last input picture."""
+        defaults = dict(self._info.default_sampling_params)
+        if images:
+            defaults["height"], defaults["width"] = images[-1].reference.shape[:2]
+        return {**defaults, **self._config.default_sampling_params}
 
-    def _price(self, num_image_tokens: int, text_tokens: list[int]) -> RequestCost:
+    def _price(self, request: DiffusionRequest, text_tokens: Sequence[int]) -> RequestCost:
+        """text_tokens: of each branch, those of input pictures included. Making latents of pixels is taken to cost what
+        the inverse does."""
+        ready, num_references = self._ready, request.num_reference_tokens
+        num_image_tokens = request.num_image_tokens + num_references
         lengths = [self._info.num_sequence_tokens(n, num_image_tokens) for n in text_tokens]
         return RequestCost(
-            encode=self._ready.encode_units_per_token * sum(text_tokens),
+            encode=ready.encode_units_per_token * sum(text_tokens) + ready.decode_units_per_token * num_references,
             step=sum(self._info.sequence_cost(n) for n in lengths),
-            decode=self._ready.decode_units_per_token * num_image_tokens,
+            decode=ready.decode_units_per_token * request.num_image_tokens,
             branch_tokens=tuple(lengths),
         )
 
@@ -116,7 +129,7 @@ def check_defaults(config: OmniDiffusionConfig, info: ModelInfo) -> None:
     values.pop("negative_prompt", None)
     try:
         params = OmniDiffusionSamplingParams(**values)
-        _check_supported(OmniPrompt(""), params, info)
+        _check_supported(params, info)
         _check_values(_fill(params, info.default_sampling_params), config, info)
     except InvalidRequestError as error:
         raise ConfigError(_blame(error, config)) from error
@@ -249,16 +262,37 @@ def _fill(params: OmniDiffusionSamplingParams, defaults: Mapping[str, Any]) -> O
     return params.filled_from(defaults)
 
 
-def _check_supported(prompt: OmniPrompt, params: OmniDiffusionSamplingParams, info: ModelInfo) -> None:
-    """Refuse what this model has no meaning for, instead of dropping it."""
-    if prompt.images:
+def check_num_images(num_images: int, info: ModelInfo) -> None:
+    """Raises InvalidRequestError for input pictures that the model does not take, or for none where it needs some."""
+    if info.image_input is None:
+        if num_images:
+            raise InvalidRequestError(
+                "this model makes pictures from text and takes no input image; use POST /v1/images/generations",
+                param="image",
+            )
+    elif not num_images:
         raise InvalidRequestError(
-            "this model makes pictures from text and takes no input image; send it to /v1/images/generations",
+            'this model edits pictures and got none; use POST /v1/images/edits, or multi_modal_data={"image": ...}',
             param="image",
         )
+    elif num_images > (most := info.image_input.max_images):
+        raise InvalidRequestError(f"image takes at most {most} pictures on this model, got {num_images}", param="image")
+
+
+def _prepare(image: Any, info: ModelInfo) -> InputImage:
+    """A picture as the model takes it; one that is so already stays as it is."""
+    if isinstance(image, InputImage):
+        return image
+    assert info.image_input is not None
+    check_input_image(image)
+    return info.image_input.prepare(to_rgb(image))
+
+
+def _check_supported(params: OmniDiffusionSamplingParams, info: ModelInfo) -> None:
+    """Refuse what this model has no meaning for, instead of dropping it."""
     for name in ("strength", "fps"):
         if (value := getattr(params, name)) is not None:
-            raise InvalidRequestError(f"{name} {value!r}: a text-to-image model has no such parameter", param=name)
+            raise InvalidRequestError(f"{name} {value!r}: this model has no such parameter", param=name)
     if params.num_frames not in (None, 1):
         raise InvalidRequestError(
             f"num_frames {params.num_frames}: this model makes single pictures", param="num_frames"

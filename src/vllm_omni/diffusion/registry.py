@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm_omni.diffusion.data import CacheConfig, CacheDiTConfig, DiffusionParallelConfig, TeaCacheConfig
 from vllm_omni.errors import ConfigError
+from vllm_omni.inputs.images import InputImage
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 DEMO_MODEL_PATH = Path(__file__).parent.parent / "demo_model"
 DEFAULTS_FILE = "default_sampling_params.json"
 
 # `_class_name` in model_index.json -> package under vllm_omni.diffusion.models. A family's package has
 # `info.py` (`describe(path) -> ModelInfo`, no torch) and `pipeline.py` (`Pipeline`).
-FAMILIES: dict[str, str] = {"QwenImagePipeline": "qwen_image", "ZImagePipeline": "z_image"}
+FAMILIES: dict[str, str] = {
+    "QwenImagePipeline": "qwen_image",
+    "QwenImageEditPipeline": "qwen_image",
+    "QwenImageEditPlusPipeline": "qwen_image",
+    "ZImagePipeline": "z_image",
+}
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,20 @@ class Guidance:
     @property
     def parameters(self) -> tuple[str, ...]:
         return (self.parameter, *self.options)
+
+
+class ImageInput(Protocol):
+    """How an editing model takes the pictures that it edits."""
+
+    @property
+    def max_images(self) -> int:
+        """Most pictures of one request; one is the least."""
+
+    def prepare(self, image: Image.Image) -> InputImage:
+        """An RGB picture at the sizes that the model takes. Raises InvalidRequestError for impossible proportions."""
+
+    def count_prompt_tokens(self, images: Sequence[InputImage]) -> int:
+        """Tokens that these pictures add to the prompt that the transformer sees."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +90,9 @@ class ModelInfo:
     guidance: Guidance = Guidance()
     token_multiple: int = 1
     """The model fills a text and a picture up to a multiple of this many tokens each."""
+    image_input: ImageInput | None = None
+    """None: the model makes pictures from text alone. Otherwise it edits, and a request without a size gets that of its
+    last input picture's `reference`."""
     default_sampling_params: Mapping[str, Any] = field(default_factory=dict)
     """The model folder's own defaults over the family's; may hold `negative_prompt`."""
 
@@ -76,6 +102,10 @@ class ModelInfo:
     def num_sequence_tokens(self, num_text_tokens: int, num_image_tokens: int) -> int:
         """What the transformer computes on for one guidance branch."""
         return sum(-(-n // self.token_multiple) * self.token_multiple for n in (num_text_tokens, num_image_tokens))
+
+    def count_image_prompt_tokens(self, images: Sequence[InputImage]) -> int:
+        """Tokens that input pictures add to the prompt."""
+        return 0 if self.image_input is None else self.image_input.count_prompt_tokens(images)
 
     def check_parallel(self, parallel: DiffusionParallelConfig) -> None:
         """Raises ConfigError for degrees that this model does not allow, with the valid ones."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
 from vllm_omni.errors import InvalidRequestError
+from vllm_omni.inputs.images import InputImage
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class RequestCost:
     step: float
     decode: float
     branch_tokens: tuple[int, ...]
-    """Image and text tokens of each guidance branch."""
+    """Image (the picture's and its references') and text tokens of each guidance branch."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -60,6 +61,10 @@ class DiffusionRequest:
     """Longest that guidance may make a velocity, in lengths of the conditional one; 0: any length."""
     cfg_truncation: float = 1.0
     """Guidance ends when more than this part of the schedule's time has passed."""
+    images: tuple[InputImage, ...] = ()
+    """Pictures to edit, in the order in which the prompt may speak of them."""
+    num_reference_tokens: int = 0
+    """Image tokens that they add to each guidance branch."""
 
     @property
     def has_guidance(self) -> bool:
@@ -73,6 +78,6 @@ def check_sendable(requests: Sequence[DiffusionRequest]) -> None:
     """
     for request in requests:
         try:
-            msgspec.msgpack.encode(request)
+            msgspec.msgpack.encode(replace(request, images=()))  # those travel beside the message
         except (TypeError, ValueError, OverflowError) as error:
             raise InvalidRequestError(f"the request cannot be sent to a worker: {error}") from error

@@ -64,7 +64,7 @@ class OmniDiffusionSamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class OmniPrompt:
-    """One prompt with what belongs to it; `images` are PIL images for editing models."""
+    """One prompt with what belongs to it; `images` are PIL images, or `InputImage`s, for editing models."""
 
     prompt: str
     negative_prompt: str | None = None

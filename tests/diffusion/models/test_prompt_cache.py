@@ -19,3 +19,17 @@ def test_the_prompt_used_longest_ago_makes_room() -> None:
     assert (len(cache), cache.num_bytes) == (2, 64)
     assert cache("d" * 11).shape == (11, 2), "what never fits is still encoded"
     assert cache.num_bytes <= 80
+
+
+def test_a_large_input_is_known_again_by_its_key() -> None:
+    seen: list[str] = []
+
+    def encode(value: tuple[str, ...]) -> torch.Tensor:
+        seen.append(value[0])
+        return torch.zeros(1)
+
+    cache = PromptCache(encode, 100, key_of=lambda value: value[0])
+    for value in (("a", "large"), ("a", "the same"), ("b", "another")):
+        cache(value)
+    assert seen == ["a", "b"]
+    assert len(cache) == 2

@@ -31,6 +31,7 @@ from vllm_omni.diffusion.worker.contract import (
     Start,
     ToWorker,
 )
+from vllm_omni.inputs.images import InputImage
 
 DTYPES = ["u1", "<f4", "<f8", "<i8", "?"]
 
@@ -112,6 +113,19 @@ def test_messages_to_a_worker_round_trip() -> None:
             ours.send(message)
         for message in TO_WORKER:
             assert_same(theirs.receive(), message)
+
+
+def test_pictures_that_requests_share_are_sent_once() -> None:
+    images = (InputImage.of(np.ones((64, 64, 3), np.uint8), np.zeros((512, 512, 3), np.uint8)),)
+    requests = [make_request(f"r{n}", images=images) for n in range(4)]
+    body, fd = encode_frame(Execute(StepPlan(3, new_requests=requests)))
+    assert fd is not None
+    assert os.fstat(fd).st_size < 512 * 512 * 3 + 64 * 64 * 3 + 100
+    (message,) = FrameReader[ToWorker](ToWorker).feed(body, [fd])
+    for request in message.plan.new_requests:
+        assert request.images == images
+        np.testing.assert_array_equal(request.images[0].condition, images[0].condition)
+        np.testing.assert_array_equal(request.images[0].reference, images[0].reference)
 
 
 def test_messages_from_a_worker_round_trip() -> None:

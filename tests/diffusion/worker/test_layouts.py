@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,22 +33,29 @@ ARRIVALS: dict[int, list[DiffusionRequest]] = {
 }
 
 
+Arrivals = Mapping[int, Sequence[DiffusionRequest]]
+
+
 def draw(
-    place: Place, parallel: DiffusionParallelConfig, path: Path, moving: bool = False
+    place: Place,
+    parallel: DiffusionParallelConfig,
+    path: Path,
+    moving: bool = False,
+    arrivals: Arrivals = ARRIVALS,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Pictures, previews and first velocities by id, and the errors; `moving`: another placement in every step."""
     runner = started(place, parallel, path)
     placed = partial(placed_at_random if moving else placed_in_turn, parallel.cfg_parallel_size)
-    velocities = first_velocities(runner, placed)
-    drive = Drive(runner, placed, merging(runner)).run(ARRIVALS)
+    velocities = first_velocities(runner, placed, arrivals)
+    drive = Drive(runner, placed, merging(runner)).run(arrivals)
     previews = {f"{request_id}/preview": images[0] for request_id, images in drive.previews.items()}
     return drive.images | previews | velocities, drive.errors
 
 
 @torch.inference_mode()
-def first_velocities(runner: ModelRunner, placed: Any) -> dict[str, np.ndarray]:
+def first_velocities(runner: ModelRunner, placed: Any, arrivals: Arrivals) -> dict[str, np.ndarray]:
     """What the transformer says of all requests in one pack, guidance branch by guidance branch."""
-    states = [runner.pipeline.encode(request) for joining in ARRIVALS.values() for request in joining]
+    states = [runner.pipeline.encode(request) for joining in arrivals.values() for request in joining]
     placement = placed(0, {s.request.request_id: len(s.sequence_lengths) for s in states})
     branches = runner.pipeline.predict(states, [g for groups in placement.values() for g in groups])
     for state in states:
@@ -104,14 +111,18 @@ def check(
     wanted = reference.pictures(family, heads)
     for drawn, errors in run_places(draw, parallel, parallel, reference.path(family, heads), moving):
         assert not errors
-        assert set(drawn) == set(wanted)
-        for name, values in wanted.items():
-            if "velocity" in name:
-                assert np.abs(values).max() > 0.5
-                np.testing.assert_allclose(drawn[name], values, atol=1e-4, rtol=1e-4)
-            else:
-                assert values.std() > 2, "a flat picture proves nothing"
-                assert psnr(drawn[name], values) >= 60
+        check_equal(drawn, wanted)
+
+
+def check_equal(drawn: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) -> None:
+    assert set(drawn) == set(wanted)
+    for name, values in wanted.items():
+        if "velocity" in name:
+            assert np.abs(values).max() > 0.5
+            np.testing.assert_allclose(drawn[name], values, atol=1e-4, rtol=1e-4)
+        else:
+            assert values.std() > 2, "a flat picture proves nothing"
+            assert psnr(drawn[name], values) >= 60
 
 
 LAYOUTS = [

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,6 +15,7 @@ from unittest.mock import patch
 import numpy as np
 import uvicorn
 from fastapi import FastAPI
+from PIL import Image
 
 from tests.fakes import FakeExecutor, FakeRunner, fake_image, make_request
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -23,6 +24,7 @@ from vllm_omni.diffusion.registry import ModelInfo
 from vllm_omni.entrypoints.openai.app import build_app
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
 from vllm_omni.entrypoints.openai.settings import ServerSettings
+from vllm_omni.inputs.images import InputImage
 from vllm_omni.omni import AsyncOmni
 
 MODEL_NAME = "painter"
@@ -43,6 +45,7 @@ class FakeDevice(FakeExecutor):
         super().__init__(lambda: FakeRunner(errors=self._error))
         self.prompts: dict[str, str] = {}
         """Of every request that reached the device, by its id."""
+        self.images: dict[str, tuple[InputImage, ...]] = {}
 
     def _error(self, request_id: str, phase: str, step: int) -> ItemError | None:
         if phase == "denoise" and f"fail-at-{step}" in self.prompts[request_id]:
@@ -51,6 +54,7 @@ class FakeDevice(FakeExecutor):
 
     def submit(self, plan: StepPlan) -> None:
         self.prompts |= {request.request_id: request.prompt for request in plan.new_requests}
+        self.images |= {request.request_id: request.images for request in plan.new_requests}
         super().submit(plan)
 
     def pause(self) -> None:
@@ -83,6 +87,22 @@ FAKE_INFO = ModelInfo(
     text_encoder_tp_sizes=(1,),
     default_sampling_params={"height": 64, "width": 64, "num_inference_steps": STEPS, "true_cfg_scale": 1.0},
 )
+
+
+class FakeImageInput:
+    """Takes three pictures as they are; a token of the prompt for each."""
+
+    max_images = 3
+
+    def prepare(self, image: Image.Image) -> InputImage:
+        pixels = np.array(image)
+        return InputImage.of(pixels, np.zeros((32, 48, 3), np.uint8))
+
+    def count_prompt_tokens(self, images: Sequence[InputImage]) -> int:
+        return len(images)
+
+
+FAKE_EDIT_INFO = replace(FAKE_INFO, image_input=FakeImageInput())
 
 
 @dataclass
@@ -119,23 +139,28 @@ class LiveServer:
 def live_server(
     *,
     info: ModelInfo = FAKE_INFO,
+    model: Path | None = None,
     start_engine: bool = True,
     wrap: Callable[[FastAPI], None] | None = None,
     settings: dict[str, Any] | None = None,
     **config: Any,
 ) -> Iterator[LiveServer]:
-    """Serve until the block ends. `settings`: of the server; `config`: of the engine; `wrap` changes the app."""
+    """Serve until the block ends. `settings`: of the server; `config`: of the engine; `wrap` changes the app;
+    `model`: a real one, without the fakes."""
     started: dict[str, Any] = {}
     is_up = threading.Event()
 
     async def serve() -> None:
         device = FakeDevice()
         observer = PrometheusObserver(MODEL_NAME)
-        with (
-            patch("vllm_omni.omni.load_model_info", lambda _: info),
-            patch("vllm_omni.omni.make_executor", lambda *_: device),
-        ):
-            omni = AsyncOmni(OmniDiffusionConfig(model="fake", **config), observer=observer)
+        if model is not None:
+            omni = AsyncOmni(OmniDiffusionConfig(model=str(model), **config), observer=observer)
+        else:
+            with (
+                patch("vllm_omni.omni.load_model_info", lambda _: info),
+                patch("vllm_omni.omni.make_executor", lambda *_: device),
+            ):
+                omni = AsyncOmni(OmniDiffusionConfig(model="fake", **config), observer=observer)
         if start_engine:
             await omni.start()
         app = build_app(

@@ -12,7 +12,9 @@ import httpx
 import pytest
 from starlette.types import Message
 
-from tests.entrypoints.openai.live_server import LiveServer, live_server
+from tests.entrypoints.openai.live_server import FAKE_EDIT_INFO, LiveServer, live_server
+from tests.entrypoints.openai.test_image_edits import EDITS, file_of
+from tests.tiny_models import photo
 from vllm_omni.entrypoints.openai.streaming import ImageEventStream
 from vllm_omni.omni import OutputStream
 
@@ -35,6 +37,22 @@ def test_json_client_leaves(paused: LiveServer, n: int) -> None:
     paused.call(paused.device.resume)
     assert httpx.post(f"{paused.url}/v1/images/generations", json={"prompt": "x"}, timeout=20).status_code == 200
     assert paused.device.num_plans < 20
+
+
+def test_client_of_an_edit_leaves() -> None:
+    parts = {"image": ("a.png", file_of(photo(40, 30, 1)), "image/png")}
+    fields = {"prompt": "x", "num_inference_steps": "100"}
+    request = httpx.Request("POST", "http://server", files=parts, data=fields)
+    body, headers = request.read(), {"content-type": request.headers["content-type"]}
+    with live_server(info=FAKE_EDIT_INFO) as running:
+        running.call(running.device.pause)
+        connection = HTTPConnection(running.url.removeprefix("http://"))
+        connection.request("POST", EDITS, body, headers)
+        running.wait_until(lambda: running.num_unfinished() == 1)
+        connection.close()
+        running.wait_until(lambda: running.num_unfinished() == 0)
+        running.call(running.device.resume)
+        assert running.device.num_plans < 20
 
 
 def test_stream_client_leaves(paused: LiveServer) -> None:

@@ -17,7 +17,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from tests.entrypoints.openai.live_server import LiveServer
+from tests.entrypoints.openai.live_server import FAKE_EDIT_INFO, LiveServer, live_server
 
 CHECKS = [
     not_a_server_error,
@@ -28,7 +28,7 @@ CHECKS = [
 ]
 OPERATIONS = {
     ("POST", "/v1/images/generations"): 150,
-    ("POST", "/v1/images/edits"): 1,
+    ("POST", "/v1/images/edits"): 60,
     ("POST", "/v1/images/variations"): 1,
     ("GET", "/v1/images/files/{file_id}"): 30,
     ("GET", "/v1/models"): 1,
@@ -70,6 +70,14 @@ def test_event_streams_are_as_the_schema_says(schema: schemathesis.schemas.BaseS
     response = case.call()
     assert response.status_code == 200
     case.validate_response(response, checks=CHECKS)
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=lambda mode: mode.value)
+def test_edits_on_a_model_that_edits(mode: GenerationMode) -> None:
+    with live_server(info=FAKE_EDIT_INFO) as running:
+        schema = schemathesis.openapi.from_url(f"{running.url}/openapi.json")
+        statuses = fuzz(schema, "POST", "/v1/images/edits", mode)
+    assert set(statuses) <= ({400} if mode is GenerationMode.NEGATIVE else {200, 400, 404})
 
 
 def fuzz(schema: schemathesis.schemas.BaseSchema, method: str, path: str, mode: GenerationMode) -> Counter[int]:

@@ -1,28 +1,42 @@
-"""Text embeddings of the prompts last used: pictures of one prompt, and everybody's negative prompt, encode once."""
+"""Encodings last used: pictures of one prompt, everybody's negative prompt, and input pictures encode once."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
+Input = TypeVar("Input", bound=Hashable)
 
-class PromptCache:
-    """Least recently used first out, bounded by the bytes of the tensors it holds."""
 
-    def __init__(self, encode: Callable[[str], Tensor], max_bytes: int) -> None:
+def _itself(value: Hashable) -> Hashable:
+    return value
+
+
+class PromptCache(Generic[Input]):
+    """Least recently used first out, bounded by the bytes of the tensors it holds.
+
+    key_of: what is kept to know an input again, where the input itself is large.
+    """
+
+    def __init__(
+        self, encode: Callable[[Input], Tensor], max_bytes: int, key_of: Callable[[Input], Hashable] = _itself
+    ) -> None:
         self._encode = encode
         self._max_bytes = max_bytes
-        self._entries: OrderedDict[str, Tensor] = OrderedDict()
+        self._key_of = key_of
+        self._entries: OrderedDict[Hashable, Tensor] = OrderedDict()
         self.num_bytes = 0
 
-    def __call__(self, prompt: str) -> Tensor:
-        """The embedding of `prompt`; the caller must not change it."""
-        if prompt in self._entries:
-            self._entries.move_to_end(prompt)
-            return self._entries[prompt]
-        embedding = self._entries[prompt] = self._encode(prompt)
+    def __call__(self, value: Input) -> Tensor:
+        """The encoding of `value`, a prompt or what else `encode` takes; the caller must not change it."""
+        key = self._key_of(value)
+        if key in self._entries:
+            self._entries.move_to_end(key)
+            return self._entries[key]
+        embedding = self._entries[key] = self._encode(value)
         self.num_bytes += embedding.nbytes
         while self.num_bytes > self._max_bytes:
             self.num_bytes -= self._entries.popitem(last=False)[1].nbytes

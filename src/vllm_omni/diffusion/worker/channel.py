@@ -33,16 +33,18 @@ Incoming = TypeVar("Incoming")
 def encode_frame(message: object) -> tuple[bytes, int | None]:
     """The bytes of a message and the descriptor of its arrays (the caller closes it), None without arrays."""
     arrays: list[np.ndarray] = []
+    starts: dict[int, int] = {}  # of each array, by identity: one that several objects share is sent once
     end = 0
 
     def place(value: object) -> object:
         nonlocal end
         if not isinstance(value, np.ndarray):
             raise NotImplementedError(f"a message holds a {type(value).__name__}")
-        start = -(-end // _ALIGNMENT) * _ALIGNMENT
-        end = start + value.nbytes
-        arrays.append(np.ascontiguousarray(value))
-        return [value.dtype.str, list(value.shape), start]
+        if id(value) not in starts:
+            start = starts[id(value)] = -(-end // _ALIGNMENT) * _ALIGNMENT
+            end = start + value.nbytes
+            arrays.append(np.ascontiguousarray(value))
+        return [value.dtype.str, list(value.shape), starts[id(value)]]
 
     body = msgspec.msgpack.encode(message, enc_hook=place)
     frame = _HEADER.pack(len(body), bool(arrays)) + body

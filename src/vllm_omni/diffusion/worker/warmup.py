@@ -10,12 +10,15 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
+import numpy as np
+
 from vllm_omni.diffusion.models.base import BasePipeline, RequestState
 from vllm_omni.diffusion.placement import balance
 from vllm_omni.diffusion.registry import ModelInfo
 from vllm_omni.diffusion.request import DiffusionRequest, RequestCost
 from vllm_omni.diffusion.worker.device import Device, is_out_of_memory
 from vllm_omni.diffusion.worker.ranks import PeerFailedError, Ranks
+from vllm_omni.inputs.images import InputImage
 
 BUDGET_SECONDS = 0.8
 """Larger batches are tried while all tries together are expected to take less."""
@@ -96,14 +99,16 @@ def warm_up(pipeline: BasePipeline[Any], info: ModelInfo, device: Device, model_
             choose_num_threads(device, timer, step)
     samples = measure_steps(pipeline, state, info, timer)
     seconds_per_unit, overhead = fit_line(samples)
-    # Prompts differ, for the embedding of one seen before is not computed again.
-    prompts = [f"warm-up number {i}" for i in range(3)]
-    encode = timer.least([lambda p=p: pipeline.encode(_request(info, p, p)) for p in prompts])  # type: ignore[misc]  # p
+    # Prompts differ, for the embedding of one seen before is not computed again. Their input picture is the same, and
+    # is not encoded again: that is priced as a decode.
+    requests = [_request(info, f"warm-up number {i}", f"warm-up number {i}") for i in range(3)]
+    encode = timer.least([lambda r=r: pipeline.encode(r) for r in requests])  # type: ignore[misc]  # r
+    num_prompt_tokens = requests[0].num_prompt_tokens + info.count_image_prompt_tokens(requests[0].images)
     decode = timer.least([lambda: pipeline.decode([state.request], [state.latents])] * 3)
     return Rates(
         seconds_per_unit=seconds_per_unit,
         step_overhead_seconds=overhead,
-        encode_units_per_token=encode / info.count_prompt_tokens(prompts[0]) / seconds_per_unit,
+        encode_units_per_token=encode / num_prompt_tokens / seconds_per_unit,
         decode_units_per_token=decode / state.request.num_image_tokens / seconds_per_unit,
         max_batch_tokens=max(MIN_BATCH_TOKENS, knee(samples)),
     )
@@ -188,10 +193,11 @@ def knee(samples: Sequence[Sample]) -> int:
 
 
 def _request(info: ModelInfo, request_id: str, prompt: str) -> DiffusionRequest:
-    """A square picture, the default one or smaller."""
+    """A square picture, the default one or smaller; for an editing model of a black one of the same size."""
     defaults = info.default_sampling_params
     largest = math.isqrt(MAX_PICTURE_TOKENS) * info.pixels_per_token
     side = min(defaults["height"], defaults["width"], largest)
+    black = np.zeros((side, side, 3), np.uint8)
     return DiffusionRequest(
         request_id=request_id,
         prompt=prompt,
@@ -211,4 +217,5 @@ def _request(info: ModelInfo, request_id: str, prompt: str) -> DiffusionRequest:
         num_image_tokens=info.num_image_tokens(side, side),
         cache=False,
         arrival=0.0,
+        images=() if info.image_input is None else (InputImage.of(black, black),),
     )

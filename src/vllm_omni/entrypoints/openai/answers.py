@@ -16,6 +16,7 @@ from vllm_omni.entrypoints.openai.encoding import ImageEncoder, ImageFormat
 from vllm_omni.entrypoints.openai.files import FileStore
 from vllm_omni.entrypoints.openai.protocol import (
     ImageData,
+    ImageEditRequest,
     ImageGenerationRequest,
     ImagesResponse,
     ReportedQuality,
@@ -35,6 +36,8 @@ class AnswerStyle:
     image_format: ImageFormat
     quality: str
     safety_identifier: str | None
+    event: str
+    """What the names of a stream's events begin with."""
 
     @classmethod
     def of(cls, body: ImageGenerationRequest, image_format: ImageFormat) -> AnswerStyle:
@@ -42,6 +45,7 @@ class AnswerStyle:
             image_format,
             _REPORTED_QUALITY.get(body.quality, body.quality),
             body.safety_identifier,
+            "image_edit" if isinstance(body, ImageEditRequest) else "image_generation",
         )
 
     def fields(self, pixels: np.ndarray) -> dict[str, Any]:
@@ -55,12 +59,13 @@ class AnswerStyle:
 
 
 def usage(output: OmniRequestOutput) -> Usage:
-    """Tokens of the prompt, once, and of all its pictures."""
+    """Tokens of the prompt and of its input pictures, once, and of all that was made of them."""
+    num_text, num_images = output.num_prompt_tokens, output.num_input_image_tokens
     return Usage(
-        input_tokens=output.num_prompt_tokens,
+        input_tokens=num_text + num_images,
         output_tokens=output.num_output_tokens,
-        total_tokens=output.num_prompt_tokens + output.num_output_tokens,
-        input_tokens_details=TokenDetails(text_tokens=output.num_prompt_tokens, image_tokens=0),
+        total_tokens=num_text + num_images + output.num_output_tokens,
+        input_tokens_details=TokenDetails(text_tokens=num_text, image_tokens=num_images),
         output_tokens_details=TokenDetails(text_tokens=0, image_tokens=output.num_output_tokens),
     )
 

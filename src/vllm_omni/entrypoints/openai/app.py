@@ -9,15 +9,17 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from vllm_omni import __version__
+from vllm_omni.entrypoints.openai.decoding import ImageDecoder
 from vllm_omni.entrypoints.openai.encoding import ImageEncoder
 from vllm_omni.entrypoints.openai.errors import install_error_handlers
 from vllm_omni.entrypoints.openai.files import FileStore
 from vllm_omni.entrypoints.openai.health import make_metrics_router, make_models_router, make_probes_router
-from vllm_omni.entrypoints.openai.images import ImageService, make_images_router
+from vllm_omni.entrypoints.openai.images import EDITS_PATH, ImageService, make_images_router
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
 from vllm_omni.entrypoints.openai.middleware import LimitBody, RequestId
 from vllm_omni.entrypoints.openai.resolver import Resolver
 from vllm_omni.entrypoints.openai.settings import ServerSettings
+from vllm_omni.entrypoints.openai.uploads import UploadBudget, UploadReader
 from vllm_omni.omni import AsyncOmni
 
 
@@ -31,6 +33,7 @@ def build_app(omni: AsyncOmni, settings: ServerSettings, metrics: PrometheusObse
     files = FileStore(settings.media_ttl_seconds, settings.max_media_bytes)
     encoder = ImageEncoder(settings.num_encoding_threads, metrics.on_encoded)
     resolver = Resolver(omni, metrics)
+    decoder = ImageDecoder(settings.num_encoding_threads)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -41,6 +44,7 @@ def build_app(omni: AsyncOmni, settings: ServerSettings, metrics: PrometheusObse
             sweeping.cancel()
             resolver.close()
             encoder.close()
+            decoder.close()
 
     app = FastAPI(
         title="vllm-omni",
@@ -50,12 +54,16 @@ def build_app(omni: AsyncOmni, settings: ServerSettings, metrics: PrometheusObse
         redirect_slashes=False,
         openapi_url=None if settings.disable_docs else "/openapi.json",  # without it there is no /docs either
     )
-    app.include_router(make_images_router(ImageService(omni, settings, encoder, files, resolver)))
+    budget = UploadBudget()
+    uploads = UploadReader(omni.info, decoder, budget)
+    app.state.upload_budget = budget
+    service = ImageService(omni, settings, encoder, files, resolver, uploads)
+    app.include_router(make_images_router(service))
     app.include_router(make_models_router(omni, settings))
     app.include_router(make_probes_router(omni))
     app.include_router(make_metrics_router(metrics))
     install_error_handlers(app, metrics)
     # The last one added is the outermost.
-    app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes)
+    app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes, except_path=EDITS_PATH)
     app.add_middleware(RequestId, generate=settings.generate_request_ids)
     return app

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.exceptions import HTTPException
@@ -16,16 +17,24 @@ from vllm_omni.entrypoints.openai.encoding import CONTENT_TYPES, ImageEncoder
 from vllm_omni.entrypoints.openai.errors import ERROR_RESPONSES
 from vllm_omni.entrypoints.openai.files import FileStore
 from vllm_omni.entrypoints.openai.parsing import check_model, ignored_fields_header, parse_generation
-from vllm_omni.entrypoints.openai.protocol import ImageGenerationRequest, ImagesResponse
+from vllm_omni.entrypoints.openai.protocol import (
+    MAX_INPUT_IMAGES,
+    ImageEditRequest,
+    ImageGenerationRequest,
+    ImagesResponse,
+)
 from vllm_omni.entrypoints.openai.resolver import Resolver
 from vllm_omni.entrypoints.openai.settings import ServerSettings
 from vllm_omni.entrypoints.openai.streaming import ImageEventStream, image_events
+from vllm_omni.entrypoints.openai.uploads import UploadReader
 from vllm_omni.errors import InvalidRequestError
+from vllm_omni.inputs.images import InputImage
 from vllm_omni.omni import AsyncOmni, OutputStream
 
 logger = logging.getLogger(__name__)
 
 FILE_ROUTE = "image_file"
+EDITS_PATH = "/v1/images/edits"
 
 
 @dataclass(frozen=True)
@@ -37,11 +46,24 @@ class ImageService:
     encoder: ImageEncoder
     files: FileStore
     resolver: Resolver
+    uploads: UploadReader
 
-    async def generate(self, body: ImageGenerationRequest, request: Request) -> Response:
+    async def edit(self, request: Request) -> Response:
+        """`generate` from pictures. Raises RequestError, also for bodies that are wrong or too large."""
+        if self.omni.info.image_input is None:  # before megabytes are read
+            raise InvalidRequestError(
+                "The served model makes pictures from text and edits none: use POST /v1/images/generations.",
+                param="model",
+            )
+        body, images = await self.uploads.read(request)
+        return await self.generate(body, request, images)
+
+    async def generate(
+        self, body: ImageGenerationRequest, request: Request, images: tuple[InputImage, ...] = ()
+    ) -> Response:
         """Raises RequestError before anything runs, or when the engine fails on it."""
         check_model(body.model, self.settings.served_model_names)
-        prompt, params, image_format = parse_generation(body)
+        prompt, params, image_format = parse_generation(body, images)
         job = await self.resolver.resolve(prompt, params)
         style = AnswerStyle.of(body, image_format)
         headers = ignored_fields_header(body, self.omni.info.guidance, job.requests[0].has_guidance)
@@ -77,6 +99,18 @@ class ImageService:
         return Response(found.data, media_type=found.content_type, headers=headers)
 
 
+def _edit_bodies() -> dict[str, Any]:
+    """The schema of what `/edits` takes: the route reads its bodies itself."""
+    in_json = ImageEditRequest.model_json_schema()
+    in_form = {name: schema for name, schema in in_json["properties"].items() if name != "images"}
+    file = {"type": "string", "format": "binary"}
+    in_form["image"] = {"type": "array", "items": file, "minItems": 1, "maxItems": MAX_INPUT_IMAGES}
+    return {
+        "multipart/form-data": {"schema": {**in_json, "properties": in_form, "required": ["image", "prompt"]}},
+        "application/json": {"schema": {**in_json, "required": ["images", "prompt"]}},
+    }
+
+
 def make_images_router(service: ImageService) -> APIRouter:
     router = APIRouter(prefix="/v1/images", tags=["images"], responses=ERROR_RESPONSES)
 
@@ -98,12 +132,15 @@ def make_images_router(service: ImageService) -> APIRouter:
         """Fetch a picture that was asked for with `response_format=url`."""
         return service.file(file_id)
 
-    @router.post("/edits")
-    async def edits() -> Response:
-        """Refused: the model makes pictures from text."""
-        raise InvalidRequestError(
-            "The served model makes pictures from text and edits none: use POST /v1/images/generations.", param="model"
-        )
+    @router.post(
+        "/edits",
+        response_model=ImagesResponse,
+        responses={200: event_stream},
+        openapi_extra={"requestBody": {"required": True, "content": _edit_bodies()}},
+    )
+    async def edits(request: Request) -> Response:
+        """Make pictures from pictures and a prompt; server-sent events with `stream`."""
+        return await service.edit(request)
 
     @router.post("/variations")
     async def variations() -> Response:

@@ -37,14 +37,18 @@ class RequestId:
 
 
 class LimitBody:
-    """Refuses to read bodies above `max_bytes`: 413, by their declared length or while they stream in."""
+    """Refuses to read bodies above `max_bytes`: 413, by their declared length or while they stream in.
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    except_path: what the path ends with of the route that counts for itself.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, except_path: str) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._except_path = except_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http" or scope["path"].endswith(self._except_path):
             return await self._app(scope, receive, send)
         declared = Headers(scope=scope).get("content-length", "")
         num_expected = int(declared) if declared.isdecimal() else 0

@@ -7,6 +7,7 @@ from vllm_omni.entrypoints.openai.encoding import ImageFormat
 from vllm_omni.entrypoints.openai.protocol import ImageGenerationRequest
 from vllm_omni.errors import InvalidRequestError, ModelNotFoundError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
+from vllm_omni.inputs.images import InputImage
 
 IGNORED_FIELDS_HEADER = "x-omni-ignored-fields"
 _MAX_LISTED_FIELDS = 20
@@ -29,8 +30,10 @@ def parse_size(size: str) -> tuple[int | None, int | None]:
     return int(height), int(width)
 
 
-def parse_generation(body: ImageGenerationRequest) -> tuple[OmniPrompt, OmniDiffusionSamplingParams, ImageFormat]:
-    """The prompt, how to make the picture and how to encode it.
+def parse_generation(
+    body: ImageGenerationRequest, images: tuple[InputImage, ...]
+) -> tuple[OmniPrompt, OmniDiffusionSamplingParams, ImageFormat]:
+    """The prompt with the pictures to edit, how to make the picture and how to encode it.
 
     Raises InvalidRequestError for what is well-formed but not possible here.
     """
@@ -64,7 +67,7 @@ def parse_generation(body: ImageGenerationRequest) -> tuple[OmniPrompt, OmniDiff
         output_type="np",
         num_previews=body.partial_images if body.stream else 0,
     )
-    return OmniPrompt(body.prompt, body.negative_prompt), params, image_format
+    return OmniPrompt(body.prompt, body.negative_prompt, images), params, image_format
 
 
 def ignored_fields_header(body: ImageGenerationRequest, guidance: Guidance, has_guidance: bool) -> dict[str, str]:

@@ -9,6 +9,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 MAX_PROMPT_CHARACTERS = 32_000
+MAX_INPUT_IMAGES = 16
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 Quality = Literal["low", "medium", "high", "xhigh", "max", "auto", "standard", "hd"]
@@ -76,6 +77,26 @@ class ImageGenerationRequest(BaseModel):
     @classmethod
     def _drop_nulls(cls, body: Any) -> Any:
         return {k: v for k, v in body.items() if v is not None} if isinstance(body, dict) else body
+
+
+class ImageEditRequest(ImageGenerationRequest):
+    """Body of `POST /v1/images/edits`; in a form the pictures are the files `image` or `image[]`."""
+
+    images: (
+        Annotated[
+            list[Annotated[dict[Literal["image_url"], str], Field(min_length=1)]],
+            Field(min_length=1, max_length=MAX_INPUT_IMAGES),
+        ]
+        | None
+    ) = None
+    """Of JSON bodies: `{"image_url": "data:image/png;base64,..."}` each."""
+    mask: Any = None
+    """Not available."""
+    markup: Any = None
+    """Not available."""
+
+    # Accepted for compatibility, without effect on the picture.
+    input_fidelity: Literal["high", "low"] | None = None
 
 
 class ErrorBody(BaseModel):

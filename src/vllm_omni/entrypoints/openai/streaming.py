@@ -42,7 +42,8 @@ class ImageEventStream(EventSourceResponse):  # type: ignore[misc]  # mypy is to
 
 
 async def image_events(outputs: OutputStream, style: AnswerStyle, encoder: ImageEncoder) -> AsyncIterator[bytes]:
-    """`image_generation.partial_image` events, and `image_generation.completed` for each picture once it is done.
+    """`image_generation.partial_image` events, and `image_generation.completed` for each picture once it is done; of
+    edits `image_edit.*`.
 
     With several pictures, `index` (ours) says which one an event speaks of. A failure is the last event.
     """
@@ -56,7 +57,7 @@ async def image_events(outputs: OutputStream, style: AnswerStyle, encoder: Image
             elif output.images:
                 fields = {"partial_image_index": num_partial[output.index], "index": output.index}
                 num_partial[output.index] += 1
-                yield await _event("image_generation.partial_image", output.images[0], fields, style, encoder)
+                yield await _event(f"{style.event}.partial_image", output.images[0], fields, style, encoder)
     except Exception as error:  # the status line is gone: any failure must become the last event
         if not isinstance(error, RequestError):
             logger.exception("a stream failed")
@@ -68,7 +69,7 @@ async def _completed(output: OmniRequestOutput, style: AnswerStyle, encoder: Ima
     if style.safety_identifier:
         fields["safety_identifier"] = style.safety_identifier
     fields |= {"seed": output.seeds[0], "index": output.index}
-    return await _event("image_generation.completed", output.images[0], fields, style, encoder)
+    return await _event(f"{style.event}.completed", output.images[0], fields, style, encoder)
 
 
 async def _event(

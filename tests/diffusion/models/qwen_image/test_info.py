@@ -57,7 +57,7 @@ def test_tokens_are_counted_as_diffusers_keeps_them(prompt: str) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("zero_cond_t", True), ("use_layer3d_rope", True), ("use_additional_t_cond", True), ("guidance_embeds", True)],
+    [("use_layer3d_rope", True), ("use_additional_t_cond", True), ("guidance_embeds", True)],
 )
 def test_variants_that_need_more_are_refused(tiny_model: Path, tmp_path: Path, key: str, value: object) -> None:
     folder = shutil.copytree(tiny_model, tmp_path / "model")

@@ -17,7 +17,7 @@ from tests.diffusion.distributed.ranks import run_ranks
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.distributed.mesh import World
-from vllm_omni.diffusion.models.qwen_image.vae import FrameDecoder, PictureDecoder, decode_frame, tiling_of
+from vllm_omni.diffusion.models.qwen_image.vae import FrameCoder, PictureDecoder, decode_frame, tiling_of
 from vllm_omni.diffusion.models.shared_decode import SharedDecoder
 from vllm_omni.diffusion.sampling import pack_latents
 
@@ -49,7 +49,7 @@ def load(path: Path) -> AutoencoderKLQwenImage:
 
 def load_for_frames(path: Path) -> AutoencoderKLQwenImage:
     vae = load(path)
-    vae.decoder = FrameDecoder(vae.decoder)
+    vae.decoder = FrameCoder(vae.decoder)
     return vae
 
 

@@ -14,6 +14,7 @@ from vllm_omni.diffusion.models.configs import (
     refuse_variants,
     text_encoder_tp_sizes,
 )
+from vllm_omni.diffusion.models.qwen_image.edit import EDIT_TEMPLATE, NUM_EDIT_TEMPLATE_TOKENS, EditInput
 from vllm_omni.diffusion.registry import ModelInfo, read_default_sampling_params
 
 PROMPT_TEMPLATE = (
@@ -30,10 +31,10 @@ TEA_CACHE_COEFFICIENTS = (-450.0, 280.0, -45.0, 3.2, -0.02)
 """As the published TeaCache for Qwen-Image has them; not measured on other weights of this architecture."""
 PATCH_SIZE = 2
 """Latent pixels a side that one token stands for."""
+TEXT_TO_IMAGE, EDIT_PLUS = "QwenImagePipeline", "QwenImageEditPlusPipeline"
 DEFAULT_LATENT_SIDE = 128
 """Latent pixels a side of the default picture."""
 AVAILABLE = {
-    "zero_cond_t": False,
     "use_additional_t_cond": False,
     "use_layer3d_rope": False,
     "guidance_embeds": False,
@@ -47,6 +48,8 @@ class PromptTokenCounter:
     """Counts the text tokens that the transformer sees: the prompt's and the end of the template's."""
 
     tokenizer_path: Path
+    template: str = PROMPT_TEMPLATE
+    num_template_tokens: int = NUM_TEMPLATE_TOKENS
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -56,7 +59,7 @@ class PromptTokenCounter:
         return AutoTokenizer.from_pretrained(self.tokenizer_path)
 
     def __call__(self, prompt: str) -> int:
-        return len(self._tokenizer(PROMPT_TEMPLATE.format(prompt)).input_ids) - NUM_TEMPLATE_TOKENS
+        return len(self._tokenizer(self.template.format(prompt)).input_ids) - self.num_template_tokens
 
 
 def describe(path: Path) -> ModelInfo:
@@ -77,14 +80,23 @@ def describe(path: Path) -> ModelInfo:
         "num_inference_steps": 50,
         "true_cfg_scale": 4.0,
         "max_sequence_length": 512,
-    }
+    } | read_default_sampling_params(path)
+    count_prompt_tokens, image_input = PromptTokenCounter(path / "tokenizer"), None
+    if (class_name := read_config(path, "", "model_index.json").get("_class_name")) != TEXT_TO_IMAGE:
+        count_prompt_tokens = PromptTokenCounter(path / "tokenizer", EDIT_TEMPLATE, NUM_EDIT_TEMPLATE_TOKENS)
+        image_input = EditInput(
+            processor_path=path / "processor",
+            count_text_tokens=count_prompt_tokens,
+            area=int(defaults["height"]) * int(defaults["width"]),
+            is_plus=class_name == EDIT_PLUS,
+        )
     return ModelInfo(
         path=path,
         family="qwen_image",
         size_multiple=vae_scale * PATCH_SIZE,
         pixels_per_token=vae_scale * PATCH_SIZE,
         max_prompt_tokens=MAX_PROMPT_TOKENS,
-        count_prompt_tokens=PromptTokenCounter(path / "tokenizer"),
+        count_prompt_tokens=count_prompt_tokens,
         # A token costs 24 width² in a block's linear layers and 4 width n in attention over n tokens.
         attention_tokens=6.0 * width,
         num_heads=num_heads,
@@ -92,5 +104,6 @@ def describe(path: Path) -> ModelInfo:
         tea_cache_coefficients=TEA_CACHE_COEFFICIENTS,
         tensor_sizes=divisors(num_heads),
         text_encoder_tp_sizes=text_encoder_tp_sizes(read_config(path, "text_encoder")),
-        default_sampling_params=defaults | read_default_sampling_params(path),
+        image_input=image_input,
+        default_sampling_params=defaults,
     )

@@ -1,10 +1,12 @@
-"""Text to image with Qwen-Image: encode -> packed denoising steps -> decode, as diffusers' QwenImagePipeline."""
+"""Qwen-Image, and Qwen-Image-Edit: encode -> packed denoising steps -> decode, as diffusers' QwenImagePipeline,
+QwenImageEditPipeline and QwenImageEditPlusPipeline."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler
@@ -21,6 +23,7 @@ from vllm_omni.diffusion.models.flow import FlowPipeline, FlowState, Layout
 from vllm_omni.diffusion.models.loading import load_weights, num_bytes
 from vllm_omni.diffusion.models.modulation import ModulationTable
 from vllm_omni.diffusion.models.prompt_cache import PromptCache
+from vllm_omni.diffusion.models.qwen_image.edit import EditInput
 from vllm_omni.diffusion.models.qwen_image.text import TextEncoder
 from vllm_omni.diffusion.models.qwen_image.transformer import (
     CHECKPOINT_NAMES,
@@ -29,7 +32,8 @@ from vllm_omni.diffusion.models.qwen_image.transformer import (
     StepContext,
     TransformerConfig,
 )
-from vllm_omni.diffusion.models.qwen_image.vae import PictureDecoder
+from vllm_omni.diffusion.models.qwen_image.vae import PictureDecoder, PictureEncoder
+from vllm_omni.diffusion.models.qwen_image.vision import EditEncoder
 from vllm_omni.diffusion.models.schedule import make_schedule
 from vllm_omni.diffusion.models.sharding import Sharding
 from vllm_omni.diffusion.packing import Pack
@@ -40,17 +44,32 @@ from vllm_omni.diffusion.sampling import (
     draw_noise,
     pack_latents,
 )
+from vllm_omni.inputs.images import InputImage
 
 PROMPT_CACHE_BYTES = 256 * 2**20
+REFERENCE_CACHE_BYTES = 64 * 2**20
 MODULATION_BYTES = 2**30
+
+
+class Instruction(NamedTuple):
+    """What a text encoding depends on."""
+
+    prompt: str
+    images: tuple[InputImage, ...]
+
+    def key(self) -> tuple[str, ...]:
+        """The same without the pixels."""
+        return self.prompt, *(image.digest for image in self.images)
 
 
 @dataclass(eq=False)
 class QwenImageState(FlowState):
     """latents: [rows * columns, in_channels]."""
 
-    grid: tuple[int, int] = (0, 0)
-    """Rows and columns of tokens."""
+    grids: tuple[tuple[int, int], ...] = ()
+    """Rows and columns of tokens of the picture, then of each reference picture."""
+    references: Tensor | None = None
+    """Clean latents of the reference pictures, [tokens, in_channels]: further image tokens of every branch."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +78,19 @@ class Forward:
 
     arrangement: Arrangement
     text: Tensor
+    targets: Tensor | None
+    """int64 [target tokens]: the image tokens that are no reference's; None: all are not."""
+    own_rows: Tensor | None
+    """int64 [image tokens]: the row of modulation of each, its sequence's or the one after all sequences', which is of
+    timestep 0, for references; None: all have their sequence's."""
 
 
 class Pipeline(FlowPipeline[QwenImageState, Forward]):
     def __init__(
         self,
         transformer: QwenImageTransformer,
-        text_encoder: Callable[[str], Tensor],
+        encode_text: Callable[[Instruction], Tensor],
+        encoder: PictureEncoder | None,
         decoder: PictureDecoder,
         scheduler: FlowMatchEulerDiscreteScheduler,
         pixels_per_token: int,
@@ -77,7 +102,13 @@ class Pipeline(FlowPipeline[QwenImageState, Forward]):
         self.transformer = transformer
         self.step_cache = step_cache
         self._attention = attention
-        self._prompts = PromptCache(text_encoder, PROMPT_CACHE_BYTES)
+        self._prompts = PromptCache(encode_text, PROMPT_CACHE_BYTES, Instruction.key)
+        self._references: PromptCache[InputImage] | None = None
+        """Latents of input pictures; None where the model takes none."""
+        if encoder is not None:
+            self._references = PromptCache(
+                lambda image: encoder(image.reference), REFERENCE_CACHE_BYTES, lambda image: image.digest
+            )
         self._modulations = ModulationTable(transformer.modulate, MODULATION_BYTES)
         self._dtype = transformer.proj_out.weight.dtype
         self._device = transformer.proj_out.weight.device
@@ -93,22 +124,22 @@ class Pipeline(FlowPipeline[QwenImageState, Forward]):
         mesh: Mesh,
     ) -> Pipeline:
         path = info.path
-        text_encoder = TextEncoder(path, device, dtype, mesh.text_encoder, on_bytes)
+        encode_text = _load_text_encoder(info, device, dtype, on_bytes, mesh)
         vae = AutoencoderKLQwenImage.from_pretrained(path / "vae", dtype=dtype, use_safetensors=True)
         on_bytes(num_bytes(path / "vae"))
+        vae.requires_grad_(False).eval()
+        if info.image_input is None:
+            vae.encoder = torch.nn.Identity()  # frees its weights
+        vae.to(device)
         values = json.loads((path / "transformer" / "config.json").read_text())
         with torch.device("meta"):
             transformer = QwenImageTransformer(TransformerConfig.from_dict(values), mesh.tensor)
         load_weights(transformer, path / "transformer", CHECKPOINT_NAMES, device, dtype, on_bytes)
         return cls(
             transformer=transformer,
-            text_encoder=text_encoder,
-            decoder=PictureDecoder(
-                vae.to(device).eval().requires_grad_(False),
-                config.vae_use_slicing,
-                config.vae_use_tiling,
-                mesh.vae,
-            ),
+            encode_text=encode_text,
+            encoder=None if info.image_input is None else PictureEncoder(vae),
+            decoder=PictureDecoder(vae, config.vae_use_slicing, config.vae_use_tiling, mesh.vae),
             scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(path / "scheduler"),
             pixels_per_token=info.pixels_per_token,
             attention=PackedAttention(create_attention(config.attention_backend), mesh.ulysses, mesh.ring),
@@ -121,24 +152,41 @@ class Pipeline(FlowPipeline[QwenImageState, Forward]):
         if request.has_guidance:
             assert request.negative_prompt is not None
             prompts.append(request.negative_prompt)
-        text = tuple(
-            self.transformer.embed_text(self._prompts(prompt)[: request.max_sequence_length]) for prompt in prompts
-        )
-        rows, columns = self._grid(request)
+        text = tuple(self.transformer.embed_text(self._encode_text(request, prompt)) for prompt in prompts)
+        side = self._pixels_per_token
+        reference_sizes = [image.reference.shape[:2] for image in request.images]
+        grids = (self._grid(request), *((height // side, width // side) for height, width in reference_sizes))
+        rows, columns = grids[0]
         channels = self.transformer.config.in_channels // 4
         noise = draw_noise((channels, 2 * rows, 2 * columns), request.seed, self._dtype, self._device)
         scheduler = make_schedule(self._scheduler, request, rows * columns)
         timesteps = tuple((scheduler.timesteps.to(self._dtype) / 1000).tolist())
-        self._modulations.prefetch(timesteps)
+        references = self._encode_images(request.images)
+        clean = [0.0] * (references is not None and self.transformer.config.zero_cond_t)
+        self._modulations.prefetch([*timesteps, *clean])
         return QwenImageState(
             request=request,
             latents=pack_latents(noise),
-            sequence_lengths=tuple(rows * columns + len(states) for states in text),
+            sequence_lengths=tuple(sum(r * c for r, c in grids) + len(states) for states in text),
             text=text,
-            grid=(rows, columns),
+            grids=grids,
+            references=references,
             scheduler=scheduler,
             timesteps=timesteps,
         )
+
+    def _encode_text(self, request: DiffusionRequest, prompt: str) -> Tensor:
+        """[tokens, joint_attention_dim]"""
+        states = self._prompts(Instruction(prompt, request.images))
+        # As in diffusers, which cuts no instruction that has pictures.
+        return states if request.images else states[: request.max_sequence_length]
+
+    def _encode_images(self, images: Sequence[InputImage]) -> Tensor | None:
+        """[reference tokens, in_channels]; None for none."""
+        if not images:
+            return None
+        assert self._references is not None, "a model that takes no input pictures was sent some"
+        return torch.cat([self._references(image) for image in images])
 
     def predict(
         self, states: Sequence[QwenImageState], groups: Sequence[int] | None = None
@@ -156,9 +204,10 @@ class Pipeline(FlowPipeline[QwenImageState, Forward]):
             return torch.empty((0, channels), dtype=self._dtype, device=self._device)
         branches = [state for state in states for _ in state.text]
         mine = [branches[i] for i in sharding.mine]
-        modulation = self._modulations.rows_of([s.timesteps[s.step] for s in mine])
-        latents = torch.cat([sharding.part(s.latents) for s in mine])
-        context = StepContext(forward.arrangement, modulation)
+        timesteps = [s.timesteps[s.step] for s in mine]
+        modulation = self._modulations.rows_of(timesteps + [0.0] * (forward.own_rows is not None))
+        latents = torch.cat([sharding.part(_image_tokens(s)) for s in mine])
+        context = StepContext(forward.arrangement, modulation, forward.own_rows, forward.targets)
         steps = [step for state in states for step in state.sequence_steps]
         hidden = self.transformer.embed(latents, forward.text)
         blocks = StepBlocks(self.transformer, context)
@@ -167,24 +216,52 @@ class Pipeline(FlowPipeline[QwenImageState, Forward]):
 
     def _lay_out(self, states: Sequence[QwenImageState], groups: Sequence[int]) -> Layout[Forward]:
         text = [branch for state in states for branch in state.text]
-        grids = [state.grid for state in states for _ in state.text]
-        sharding = Sharding([rows * columns for rows, columns in grids], groups, self._mesh, self._device)
+        grids = [state.grids for state in states for _ in state.text]
+        lengths = [sum(rows * columns for rows, columns in pictures) for pictures in grids]
+        targets = [pictures[0][0] * pictures[0][1] for pictures in grids]
+        sharding = Sharding(lengths, groups, self._mesh, self._device, targets)
         if not sharding.mine:
             return Layout(sharding, None)
         sizes = [(len(text[i]), grids[i]) for i in sharding.mine]
         rotations = [sharding.part(r) for size in sizes for r in self.transformer.rotations(*size)]
         pack = Pack.build(
             [n for n, _ in sizes],
-            [rows * columns for _, (rows, columns) in sizes],
+            [lengths[i] for i in sharding.mine],
             self._device,
             sharding.parts,
             sharding.index,
         )
-        # Text and image of one sequence after another: that is the joint order.
-        arrangement = Arrangement(pack, torch.cat(rotations).to(self._device), self._attention)
-        return Layout(sharding, Forward(arrangement, torch.cat([sharding.part(text[i]) for i in sharding.mine])))
+        is_reference = torch.cat([sharding.part(torch.arange(lengths[i]) >= targets[i]) for i in sharding.mine])
+        has_references = bool(is_reference.any())
+        own_rows = None
+        if has_references and self.transformer.config.zero_cond_t:
+            own_rows = pack.image_sequence.masked_fill(is_reference.to(self._device), pack.num_sequences)
+        forward = Forward(
+            # Text and image of one sequence after another: that is the joint order.
+            arrangement=Arrangement(pack, torch.cat(rotations).to(self._device), self._attention),
+            text=torch.cat([sharding.part(text[i]) for i in sharding.mine]),
+            targets=(~is_reference).nonzero()[:, 0].to(self._device) if has_references else None,
+            own_rows=own_rows,
+        )
+        return Layout(sharding, forward)
 
     def combine(self, state: QwenImageState, branches: Sequence[Tensor]) -> Tensor:
         if len(branches) == 1:
             return branches[0]
         return combine_guidance(branches[0], branches[1], state.request.true_cfg_scale)
+
+
+def _image_tokens(state: QwenImageState) -> Tensor:
+    """[tokens of the picture and of its references, in_channels]."""
+    return state.latents if state.references is None else torch.cat((state.latents, state.references))
+
+
+def _load_text_encoder(
+    info: ModelInfo, device: torch.device, dtype: torch.dtype, on_bytes: Callable[[int], object], mesh: Mesh
+) -> Callable[[Instruction], Tensor]:
+    if info.image_input is None:
+        text_encoder = TextEncoder(info.path, device, dtype, mesh.text_encoder, on_bytes)
+        return lambda instruction: text_encoder(instruction.prompt)
+    assert isinstance(info.image_input, EditInput)
+    edit_encoder = EditEncoder(info.path, info.image_input, device, dtype, mesh.text_encoder, on_bytes)
+    return lambda instruction: edit_encoder(*instruction)

@@ -22,6 +22,8 @@ from vllm_omni.diffusion.models.qwen_image.info import (
 
 
 class TextEncoder:
+    """Of prompts alone; `vision.EditEncoder` is its like for pictures to edit."""
+
     def __init__(
         self,
         path: Path,
@@ -36,7 +38,7 @@ class TextEncoder:
         """
         self._device = device
         self._tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer")
-        self._model = _load_language_model(path / "text_encoder", device, dtype, group, on_bytes)
+        self._model = load_text_model(path / "text_encoder", device, dtype, group, on_bytes)
 
     def __call__(self, prompt: str) -> Tensor:
         """-> [tokens, hidden size]: the last hidden states without the template's beginning.
@@ -53,8 +55,9 @@ class TextEncoder:
         return states[0, NUM_TEMPLATE_TOKENS:]
 
 
-def _load_language_model(
+def load_text_model(
     folder: Path, device: torch.device, dtype: torch.dtype, group: Group, on_bytes: OnBytes
 ) -> Qwen2_5_VLTextModel:
+    """This rank's share of the language model in `folder`, a text encoder's."""
     config = Qwen2_5_VLConfig.from_pretrained(folder).text_config
     return load_language_model(lambda: Qwen2_5_VLTextModel(config), folder, device, dtype, group, on_bytes)

@@ -60,6 +60,8 @@ class TransformerConfig:
     joint_attention_dim: int = 3584
     axes_dims_rope: tuple[int, ...] = (16, 56, 56)
     patch_size: int = 2
+    zero_cond_t: bool = False
+    """Tokens of reference pictures are modulated as at timestep 0: they carry no noise."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TransformerConfig:
@@ -83,10 +85,26 @@ class StepContext:
     arrangement: Arrangement
     """rotations: complex64 [T + S, 1, 1, d / 2]."""
     modulation: Modulation
+    own_rows: Tensor | None = None
+    """int64 [S]: the row of `modulation` of each image token; None: its sequence's, which text tokens always have."""
+    targets: Tensor | None = None
+    """int64 [target tokens]: the image tokens whose velocity is wanted; None: all."""
 
     @property
     def pack(self) -> Pack:
         return self.arrangement.pack
+
+    @property
+    def image_rows(self) -> Tensor:
+        return self.pack.image_sequence if self.own_rows is None else self.own_rows
+
+    def select(self, members: Sequence[int]) -> StepContext:
+        """The same of some of the sequences, for blocks alone."""
+        rows = self.own_rows
+        if rows is not None:
+            by_sequence = rows.split(self.pack.image.lengths)
+            rows = torch.cat([by_sequence[i] for i in members])
+        return StepContext(self.arrangement.select(tuple(members)), self.modulation, rows)
 
 
 class Stream(nn.Module):
@@ -129,7 +147,7 @@ class Block(nn.Module):
     def forward(self, hidden: Hidden, index: int, context: StepContext) -> Hidden:
         pack = context.pack
         text_rows = context.modulation.of_block(index, TEXT, pack.text_sequence)
-        image_rows = context.modulation.of_block(index, IMAGE, pack.image_sequence)
+        image_rows = context.modulation.of_block(index, IMAGE, context.image_rows)
         qkv = pack.join(
             self.text.project(hidden.text, *text_rows[:2]), self.image.project(hidden.image, *image_rows[:2])
         )
@@ -186,17 +204,20 @@ class QwenImageTransformer(nn.Module):
         embedded: Tensor = self.txt_in(rms_norm(states, self.txt_norm.weight, EPS))
         return embedded
 
-    def rotations(self, num_text_tokens: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Of one sequence: complex64 [text tokens, 1, 1, d / 2] and [rows * columns, 1, 1, d / 2], on the CPU.
+    def rotations(self, num_text_tokens: int, grids: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Of one sequence: complex64 [text tokens, 1, 1, d / 2] and [image tokens, 1, 1, d / 2], on the CPU.
 
-        Rows and columns count from the picture's middle; text follows on the diagonal, past the picture's edge.
+        grids: rows and columns of the target and of each reference picture, frames 0, 1, ... of the sequence. Rows and
+        columns count from a picture's middle; text follows on the diagonal, past the edge of the largest.
         """
-        rows, columns = grid
-        start = max(rows // 2, columns // 2)
+        start = max(side // 2 for grid in grids for side in grid)
         text = torch.arange(start, start + num_text_tokens)[:, None].expand(-1, 3)
-        row = torch.arange(rows) - (rows - rows // 2)
-        column = torch.arange(columns) - (columns - columns // 2)
-        image = torch.cartesian_prod(torch.zeros(1, dtype=torch.int64), row, column)
+        image = torch.cat(
+            [
+                torch.cartesian_prod(torch.tensor([frame]), *(torch.arange(side) - (side - side // 2) for side in grid))
+                for frame, grid in enumerate(grids)
+            ]
+        )
         axes = self.config.axes_dims_rope
         return tuple(axis_rotations(p, axes)[:, None, None] for p in (text, image))  # type: ignore[return-value]  # two
 
@@ -205,9 +226,12 @@ class QwenImageTransformer(nn.Module):
         return Hidden(text=text, image=self.img_in(latents))
 
     def project(self, hidden: Hidden, context: StepContext) -> Tensor:
-        """-> velocity [S, patch_size² * out_channels]."""
-        scale, shift = context.modulation.of_output(context.pack.image_sequence)
-        velocity: Tensor = self.proj_out(norm_modulate(hidden.image, shift, scale, EPS))
+        """-> velocity [target tokens, patch_size² * out_channels]."""
+        image, sequence = hidden.image, context.pack.image_sequence
+        if context.targets is not None:
+            image, sequence = (x.index_select(0, context.targets) for x in (image, sequence))
+        scale, shift = context.modulation.of_output(sequence)
+        velocity: Tensor = self.proj_out(norm_modulate(image, shift, scale, EPS))
         return velocity
 
 
@@ -233,9 +257,8 @@ class StepBlocks:
 
     def signal(self, hidden: Hidden) -> Tensor:
         """[S, D]: what the first block's attention projects."""
-        shift, scale = self.context.modulation.of_block(0, IMAGE, self.pack.image_sequence)[:2]
+        shift, scale = self.context.modulation.of_block(0, IMAGE, self.context.image_rows)[:2]
         return norm_modulate(hidden.image, shift, scale, EPS)
 
     def select(self, members: Sequence[int]) -> StepBlocks:
-        arrangement = self.context.arrangement.select(tuple(members))
-        return StepBlocks(self.transformer, replace(self.context, arrangement=arrangement))
+        return StepBlocks(self.transformer, self.context.select(members))

@@ -1,4 +1,4 @@
-"""From latents to pixels, with diffusers' VAE cut down to what a single frame needs."""
+"""Between latents and pixels, with diffusers' VAE cut down to what a single frame needs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.models.pictures import LatentDecoder
 from vllm_omni.diffusion.models.tiles import Tiling
-from vllm_omni.diffusion.sampling import unpack_latents
+from vllm_omni.diffusion.sampling import pack_latents, unpack_latents
 
 
 class FrameConv(nn.Module):
@@ -35,38 +35,50 @@ class FrameConv(nn.Module):
         return F.conv2d(x[:, :, 0], self.weight, self.bias, padding=self.padding)[:, :, None]
 
 
-class FrameDecoder(nn.Module):
-    """The VAE's decoder for pictures; it keeps no features for a next frame."""
+class FrameCoder(nn.Module):
+    """The VAE's encoder or decoder for pictures; it keeps no features for a next frame."""
 
-    def __init__(self, decoder: nn.Module) -> None:
+    def __init__(self, coder: nn.Module) -> None:
         super().__init__()
-        self.decoder = decoder
-        for parent in list(decoder.modules()):
+        self.coder = coder
+        for parent in list(coder.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, QwenImageCausalConv3d):
                     setattr(parent, name, FrameConv(child))
 
     def forward(self, x: Tensor, feat_cache: object = None, feat_idx: object = None) -> Tensor:
-        pixels: Tensor = self.decoder(x)
-        return pixels
+        out: Tensor = self.coder(x)
+        return out
+
+
+class PictureEncoder:
+    """Makes the token latents of pictures: the mode of what the VAE says, scaled as the transformer knows latents."""
+
+    def __init__(self, vae: AutoencoderKLQwenImage) -> None:
+        vae.encoder = FrameCoder(vae.encoder)
+        self._vae = vae
+        self._mean, self._std = _scaling(vae)
+
+    def __call__(self, pixels: np.ndarray) -> Tensor:
+        """uint8 [height, width, 3], sides multiples of a token's -> [rows * columns, channels * 4]."""
+        values = torch.from_numpy(pixels).permute(2, 0, 1)[None, :, None].float() / 255 * 2 - 1
+        distribution = self._vae.encode(values.to(self._vae.device, self._vae.dtype)).latent_dist
+        scaled = (distribution.mode() - self._mean) / self._std
+        return pack_latents(scaled[0, :, 0])
 
 
 class PictureDecoder:
     """Decodes token latents with a Qwen-Image VAE; see `LatentDecoder` for the rest."""
 
     def __init__(self, vae: AutoencoderKLQwenImage, one_at_a_time: bool, tiled: bool, group: Group) -> None:
-        vae.encoder = nn.Identity()  # frees its weights
-        vae.decoder = FrameDecoder(vae.decoder)
+        vae.decoder = FrameCoder(vae.decoder)
         if tiled:
             vae.enable_tiling()
         self._dtype: torch.dtype = vae.dtype
         scale, tiling = tiling_of(vae)
         self._decode = LatentDecoder(vae, partial(decode_frame, vae), tiling, scale, one_at_a_time, group)
-        mean, std = (
-            torch.tensor(values).view(1, -1, 1, 1, 1).to(vae.device, vae.dtype)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        self._mean, self._inverse_std = mean, 1.0 / std
+        self._mean, std = _scaling(vae)
+        self._inverse_std = 1.0 / std
 
     def __call__(self, latents: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> list[np.ndarray]:
         """latents: [rows * columns, channels * 4] and (rows, columns) of each picture -> uint8 [height, width, 3].
@@ -93,3 +105,12 @@ def tiling_of(vae: AutoencoderKLQwenImage) -> tuple[int, Tiling]:
         column_stride=vae.tile_sample_stride_width // scale,
     )
     return scale, tiling
+
+
+def _scaling(vae: AutoencoderKLQwenImage) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of latents, [1, channels, 1, 1, 1]."""
+    mean, std = (
+        torch.tensor(values).view(1, -1, 1, 1, 1).to(vae.device, vae.dtype)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return mean, std

@@ -1,0 +1,99 @@
+"""How Qwen-Image-Edit takes the pictures that it edits (no torch at import). As diffusers' QwenImageEditPipeline (one
+picture) and QwenImageEditPlusPipeline (several)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vllm_omni.errors import InvalidRequestError
+from vllm_omni.inputs.images import InputImage
+
+EDIT_TEMPLATE = (
+    "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, "
+    "background), then explain how the user's text instruction should alter or modify the image. Generate a new image "
+    "that meets the user's requirements while maintaining consistency with the original input where "
+    "appropriate.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+"""What the pipelines wrap pictures and prompt in; the model was trained on it."""
+NUM_EDIT_TEMPLATE_TOKENS = 64
+"""Tokens of the template before the pictures; their hidden states are dropped."""
+IMAGE_TOKEN = "<|image_pad|>"
+MAX_IMAGES = 16
+"""Of Edit-Plus: as many as OpenAI's API takes; the model itself knows no bound."""
+CONDITION_AREA = 384 * 384
+"""Pixels of what the text encoder of Edit-Plus sees of a picture."""
+SIDE_MULTIPLE = 32
+MAX_RATIO = 200
+"""Of the sides of a picture; the text encoder's image processor takes no longer ones."""
+
+
+@dataclass(frozen=True)
+class EditInput:
+    """The `ImageInput` of a Qwen-Image-Edit model."""
+
+    processor_path: Path
+    count_text_tokens: Callable[[str], int]
+    """Of a prompt, with what of the template is kept."""
+    area: int
+    """Pixels that the VAE sees of a picture, about: those of the model's default size."""
+    is_plus: bool
+    """Several pictures, which the prompt knows as Picture 1, 2, ...; the text encoder sees them smaller."""
+
+    @property
+    def max_images(self) -> int:
+        return MAX_IMAGES if self.is_plus else 1
+
+    def prepare(self, image: Image.Image) -> InputImage:
+        """See `ImageInput.prepare`."""
+        if max(image.size) > MAX_RATIO * min(image.size):
+            raise InvalidRequestError(
+                f"image takes sides of a ratio up to {MAX_RATIO}, got {image.width}x{image.height}", param="image"
+            )
+        reference = _resized(image, self.area)
+        return InputImage.of(_resized(image, CONDITION_AREA) if self.is_plus else reference, reference)
+
+    def count_prompt_tokens(self, images: Sequence[InputImage]) -> int:
+        """See `ImageInput.count_prompt_tokens`."""
+        counts = [math.prod(self.vision_grid(image)) for image in images]
+        return self.count_text_tokens(self.written(counts, "")) - self.count_text_tokens("")
+
+    def written(self, image_tokens: Sequence[int], prompt: str) -> str:
+        """What comes in the place of the prompt: pictures of so many tokens each, then the prompt."""
+        pictures = [f"<|vision_start|>{IMAGE_TOKEN * count}<|vision_end|>" for count in image_tokens]
+        if self.is_plus:
+            pictures = [f"Picture {number}: {picture}" for number, picture in enumerate(pictures, 1)]
+        return "".join([*pictures, prompt])
+
+    @cached_property
+    def processor(self) -> Any:
+        """transformers' image processor of the text encoder; the one that needs no torchvision."""
+        # Lazy: transformers imports torch, and `--help` and validation must not.
+        from transformers import Qwen2VLImageProcessorPil
+
+        return Qwen2VLImageProcessorPil.from_pretrained(self.processor_path)
+
+    def vision_grid(self, image: InputImage) -> tuple[int, int]:
+        """Rows and columns of the text encoder's tokens of a picture."""
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        processor = self.processor
+        side = processor.patch_size * processor.merge_size
+        least, most = processor.size["shortest_edge"], processor.size["longest_edge"]
+        height, width = smart_resize(*image.condition.shape[:2], side, least, most)
+        return height // side, width // side
+
+
+def _resized(image: Image.Image, area: int) -> np.ndarray:
+    """uint8 [height, width, 3] of about `area` pixels in the picture's proportions."""
+    ratio = image.width / image.height
+    width = math.sqrt(area * ratio)
+    sides = [max(SIDE_MULTIPLE, round(side / SIDE_MULTIPLE) * SIDE_MULTIPLE) for side in (width, width / ratio)]
+    return np.array(image.resize((sides[0], sides[1]), Image.Resampling.LANCZOS))

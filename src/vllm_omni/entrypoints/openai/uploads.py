@@ -1,0 +1,198 @@
+"""Bodies of `POST /v1/images/edits`: fields, and pictures that are decoded as they arrive."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+
+from vllm_omni.diffusion.intake import check_num_images
+from vllm_omni.diffusion.registry import ImageInput, ModelInfo
+from vllm_omni.entrypoints.openai.decoding import ImageDecoder
+from vllm_omni.entrypoints.openai.multipart import MultipartReader, Part
+from vllm_omni.entrypoints.openai.protocol import MAX_PROMPT_CHARACTERS, ImageEditRequest
+from vllm_omni.errors import InvalidRequestError, QueueFullError, RequestAbortedError
+from vllm_omni.inputs.images import InputImage
+
+MAX_IMAGE_BYTES = 50 * 2**20
+MAX_FIELD_BYTES = 4 * MAX_PROMPT_CHARACTERS
+"""A character is at most so many bytes long."""
+MAX_JSON_BYTES = 32 * 2**20
+"""A JSON body is parsed in one go: larger pictures come as multipart/form-data."""
+MAX_HELD_BYTES = 512 * 2**20
+_IMAGE_FIELD = re.compile(r"image(\[\d{0,3}\])?")
+_NESTED_FIELD = re.compile(r"([^\[\]]+)\[([^\[\]]+)\]")
+_UNSUPPORTED = ("mask", "markup")
+
+
+class Holding:
+    """Bytes of one upload that are in memory now."""
+
+    def __init__(self, budget: UploadBudget) -> None:
+        self._budget = budget
+        self.num_bytes = 0
+
+    def add(self, num_bytes: int) -> None:
+        """Raises QueueFullError where all uploads together would hold too much."""
+        if self._budget.num_bytes + num_bytes > self._budget.max_bytes:
+            raise QueueFullError("too many pictures are being uploaded", retry_after=1.0)
+        self.num_bytes += num_bytes
+        self._budget.num_bytes += num_bytes
+
+    def drop(self, num_bytes: int) -> None:
+        self.num_bytes -= num_bytes
+        self._budget.num_bytes -= num_bytes
+
+
+class UploadBudget:
+    """What all uploads that are being read may hold together, so that memory is bounded whatever comes."""
+
+    def __init__(self, max_bytes: int = MAX_HELD_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+
+    @contextmanager
+    def holding(self) -> Iterator[Holding]:
+        holding = Holding(self)
+        try:
+            yield holding
+        finally:
+            holding.drop(holding.num_bytes)
+
+
+@dataclass(frozen=True)
+class UploadReader:
+    """Reads edits for one model, which takes input pictures."""
+
+    info: ModelInfo
+    decoder: ImageDecoder
+    budget: UploadBudget
+
+    async def read(self, request: Request) -> tuple[ImageEditRequest, tuple[InputImage, ...]]:
+        """Raises InvalidRequestError or RequestValidationError (400), HTTPException (413), QueueFullError (429)."""
+        content_type = request.headers.get("content-type", "")
+        kind = content_type.partition(";")[0].strip().lower()
+        with self.budget.holding() as holding:
+            if kind == "multipart/form-data":
+                return await self._read_form(request, content_type, holding)
+            if kind == "application/json":
+                return await self._read_json(request, holding)
+        raise InvalidRequestError(
+            f"the request's content-type takes multipart/form-data and application/json, got {kind[:64]!r}"
+        )
+
+    async def _read_form(
+        self, request: Request, content_type: str, holding: Holding
+    ) -> tuple[ImageEditRequest, tuple[InputImage, ...]]:
+        fields: dict[str, Any] = {}
+        images: list[InputImage] = []
+        reader = MultipartReader(content_type, _FormLimits(self.info).limit_of)
+        async for chunk in _chunks(request):
+            holding.add(len(chunk))
+            for part in reader.feed(chunk):
+                if _IMAGE_FIELD.fullmatch(part.name):
+                    images.append(await self.decoder.file(part.data, self._image_input.prepare))
+                    holding.drop(len(part.data))
+                else:
+                    _set_field(fields, part)
+        reader.close()
+        return _validated(lambda: ImageEditRequest.model_validate_strings(fields, strict=False)), tuple(images)
+
+    async def _read_json(self, request: Request, holding: Holding) -> tuple[ImageEditRequest, tuple[InputImage, ...]]:
+        data = bytearray()
+        async for chunk in _chunks(request):
+            holding.add(len(chunk))
+            data += chunk
+            if len(data) > MAX_JSON_BYTES:
+                raise HTTPException(
+                    413, f"A JSON body has at most {MAX_JSON_BYTES} bytes; send larger pictures as multipart/form-data."
+                )
+        body = await asyncio.to_thread(_parse_json, data)
+        parsed = _validated(lambda: ImageEditRequest.model_validate(body))
+        for name in _UNSUPPORTED:
+            if getattr(parsed, name) is not None:
+                raise _unsupported(name)
+        urls = [image["image_url"] for image in parsed.images or ()]
+        check_num_images(len(urls), self.info)
+        return parsed, tuple([await self.decoder.data_url(url, self._image_input.prepare) for url in urls])
+
+    @property
+    def _image_input(self) -> ImageInput:
+        assert self.info.image_input is not None, "a model that edits no pictures reads no uploads"
+        return self.info.image_input
+
+
+class _FormLimits:
+    """How large the parts of a form may be, as they come."""
+
+    def __init__(self, info: ModelInfo) -> None:
+        self._info = info
+        self._num_images = 0
+
+    def limit_of(self, part: Part) -> int:
+        """Raises InvalidRequestError for one picture too many and for parts that no model takes."""
+        if part.name in _UNSUPPORTED:
+            raise _unsupported(part.name)
+        if not _IMAGE_FIELD.fullmatch(part.name):
+            return MAX_FIELD_BYTES
+        self._num_images += 1
+        check_num_images(self._num_images, self._info)
+        return MAX_IMAGE_BYTES
+
+
+async def _chunks(request: Request) -> AsyncIterator[bytes]:
+    try:
+        async for chunk in request.stream():
+            yield chunk
+    except ClientDisconnect as error:
+        raise RequestAbortedError("the client closed the connection") from error
+
+
+def _set_field(fields: dict[str, Any], part: Part) -> None:
+    """`name`, or `name[key]` as clients write nested objects; what is empty is absent, as null is in JSON."""
+    try:
+        value = part.data.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(f"{part.name[:64]} is not UTF-8: {error}", param=part.name[:64]) from error
+    if not value and part.name != "prompt":
+        if part.name == "negative_prompt":
+            fields[part.name] = value  # says something: guidance needs one, and an empty one will do
+        return
+    nested = _NESTED_FIELD.fullmatch(part.name)
+    if nested and isinstance(inner := fields.setdefault(nested[1], {}), dict):
+        inner[nested[2]] = value
+    else:
+        fields[part.name] = value
+
+
+def _parse_json(data: bytearray) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", type(error).__name__)
+        raise _invalid({"type": "json_invalid", "loc": (), "msg": "", "input": {}, "ctx": {"error": reason}}) from error
+
+
+def _validated(validate: Callable[[], ImageEditRequest]) -> ImageEditRequest:
+    try:
+        return validate()
+    except ValidationError as error:
+        raise _invalid(*error.errors(include_url=False, include_context=False)) from error
+
+
+def _invalid(*errors: Mapping[str, Any]) -> RequestValidationError:
+    """As FastAPI raises it for bodies that it reads itself."""
+    return RequestValidationError([{**error, "loc": ("body", *error["loc"])} for error in errors])
+
+
+def _unsupported(name: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{name}: no model here takes one; say in the prompt what to change", param=name)

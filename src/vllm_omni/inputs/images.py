@@ -1,0 +1,57 @@
+"""Input pictures: what is taken, and how a model sees them (no torch here)."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image
+
+from vllm_omni.errors import InvalidRequestError
+
+MAX_INPUT_PIXELS = 2**25
+"""Of one input picture (33 million): a picture of 8K or of a large camera."""
+MODES = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")
+"""Pillow's, of 8 bits: others would have to be scaled, and nobody but the caller knows how."""
+
+
+@dataclass(frozen=True)
+class InputImage:
+    """A picture to edit, at the sizes that its two readers take. Equal to another one of the same pixels."""
+
+    digest: str
+    condition: np.ndarray = field(compare=False, repr=False)
+    """uint8 [height, width, 3]: what the text encoder looks at."""
+    reference: np.ndarray = field(compare=False, repr=False)
+    """uint8 [height, width, 3]: what the VAE makes latents of."""
+
+    @classmethod
+    def of(cls, condition: np.ndarray, reference: np.ndarray) -> InputImage:
+        digest = hashlib.blake2b(digest_size=16)
+        for pixels in (condition, reference):
+            digest.update(repr(pixels.shape).encode())
+            digest.update(np.ascontiguousarray(pixels).data)
+        return cls(digest.hexdigest(), condition, reference)
+
+
+def check_input_image(image: Image.Image) -> None:
+    """Raises InvalidRequestError for what is no picture, for too many pixels, and for modes that are not taken."""
+    if not isinstance(image, Image.Image):
+        raise InvalidRequestError(f"image takes PIL images, got {type(image).__name__}", param="image")
+    if (num_pixels := image.width * image.height) > MAX_INPUT_PIXELS:
+        raise InvalidRequestError(
+            f"image takes at most {MAX_INPUT_PIXELS} pixels, got {image.width}x{image.height} = {num_pixels}",
+            param="image",
+        )
+    if image.mode not in MODES:
+        raise InvalidRequestError(f"image takes the modes {', '.join(MODES)}, got {image.mode}", param="image")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """On white where the picture is transparent."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    opaque = Image.new("RGBA", image.size, "white")
+    opaque.alpha_composite(image.convert("RGBA"))
+    return opaque.convert("RGB")

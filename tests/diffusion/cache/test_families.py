@@ -1,0 +1,71 @@
+"""Every packed family's blocks under a step cache: decisions and pictures in company are those of a request alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.diffusion.cache.driving import started, watch_skips
+from tests.diffusion.worker.driving import Drive, make_request, psnr
+from tests.tiny_models import build_tiny_qwen_image
+from tests.tiny_z_image import build_tiny_z_image
+from vllm_omni.diffusion.registry import load_model_info
+from vllm_omni.diffusion.request import DiffusionRequest
+
+# Thresholds that random weights, whose steps do not resemble each other, pass now and then.
+BACKENDS: dict[str, dict[str, Any]] = {
+    "cache_dit": {"residual_diff_threshold": 3.0, "max_warmup_steps": 1, "max_continuous_cached_steps": 2},
+    "tea_cache": {"rel_l1_thresh": 1.0, "coefficients": [1.0, 0.0]},
+}
+FIELDS: list[dict[str, Any]] = [
+    {"height": 64, "width": 64, "num_inference_steps": 12, "negative_prompt": "a blue car", "seed": 1},
+    {"height": 48, "width": 80, "num_inference_steps": 9, "seed": 2},
+    {"height": 32, "width": 32, "num_inference_steps": 7, "negative_prompt": "", "seed": 3},
+]
+
+
+def edits(folder: Path) -> tuple[Path, list[DiffusionRequest]]:
+    """With reference pictures of their own modulation, 2, 1 and 1 of them."""
+    defaults: dict[str, object] = {"height": 64, "width": 64}
+    path = build_tiny_qwen_image(
+        folder,
+        layers=3,
+        time_scale=0.3,
+        edit="QwenImageEditPlusPipeline",
+        zero_cond_t=True,
+        default_sampling_params=defaults,
+    )
+    edit = load_model_info(str(path)).image_input
+    assert edit is not None
+    noise = np.random.default_rng(0).integers(0, 255, (3, 64, 64, 3), dtype=np.uint8)
+    images = [edit.prepare(Image.fromarray(pixels)) for pixels in noise]
+    pictures = [(images[0], images[1]), (images[1],), (images[2],)]
+    requests = [make_request(str(i), images=p, **fields) for i, (p, fields) in enumerate(zip(pictures, FIELDS))]
+    return path, requests
+
+
+def z_images(folder: Path) -> tuple[Path, list[DiffusionRequest]]:
+    return build_tiny_z_image(folder), [make_request(str(i), **fields) for i, fields in enumerate(FIELDS)]
+
+
+@pytest.mark.parametrize("family", [edits, z_images])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_decisions_and_pictures_are_those_of_the_request_alone(tmp_path: Path, backend: str, family: Any) -> None:
+    path, requests = family(tmp_path)
+    runner = started(path, backend, BACKENDS[backend])
+    skips = watch_skips(runner)
+    together = Drive(runner).run({0: requests[:1], 2: requests[1:]})
+    assert together.errors == {}
+    seen = {request_id: [list(steps) for steps in branches] for request_id, branches in skips.items()}
+    skips.clear()
+    for request in requests:
+        alone = Drive(runner).run({0: [request]})
+        assert psnr(together.images[request.request_id], alone.images[request.request_id]) >= 60
+    assert seen == skips
+    assert sum(len(steps) for branches in seen.values() for steps in branches) >= 5, "nothing was skipped"
+    plain = Drive(started(path, "none")).run({0: requests[:1]})
+    assert (plain.images["0"] != together.images["0"]).any(), "skipping must show"

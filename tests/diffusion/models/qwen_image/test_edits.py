@@ -1,0 +1,169 @@
+"""Edited pictures against diffusers' QwenImageEditPipeline and QwenImageEditPlusPipeline, made in mixed batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLQwenImage, DiffusionPipeline, QwenImageEditPlusPipeline
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from PIL import Image
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil, Qwen2VLProcessor
+
+from tests.diffusion.models.qwen_image.test_pictures import check, one_thread, started  # noqa: F401 (a fixture)
+from tests.diffusion.worker.driving import Drive, make_request, psnr
+from tests.tiny_models import build_tiny_qwen_image, photo
+from vllm_omni.diffusion.models.qwen_image.vae import PictureEncoder
+from vllm_omni.diffusion.registry import load_model_info
+from vllm_omni.diffusion.request import DiffusionRequest
+from vllm_omni.diffusion.sampling import pack_latents
+
+SIDE = 64
+"""Of the models' default pictures: what diffusers fixes at 1024."""
+EDIT, PLUS = "QwenImageEditPipeline", "QwenImageEditPlusPipeline"
+
+
+class Processor(Qwen2VLProcessor):
+    """Without the video part, which insists on torchvision."""
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> type:
+        return type(argument)
+
+
+def tell_pictures(encoder: Qwen2_5_VLForConditionalGeneration, args: Any, inputs: dict[str, Any]) -> Any:
+    """Say which tokens are pictures, so that they get their places in the plane.
+
+    Up to transformers 4 the model found out by itself; diffusers' pipelines do not say so yet
+    (huggingface/diffusers#14194).
+    """
+    return args, inputs | {"mm_token_type_ids": (inputs["input_ids"] == encoder.config.image_token_id).int()}
+
+
+@pytest.fixture(autouse=True)
+def small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink_pictures(monkeypatch)
+
+
+def shrink_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both pipelines bring pictures to an area of 1024 x 1024, whatever they are asked for."""
+    for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
+        fit = module.calculate_dimensions
+        small = lambda area, ratio, fit=fit: fit(SIDE * SIDE if area == 1024 * 1024 else area, ratio)  # noqa: E731
+        monkeypatch.setattr(module, "calculate_dimensions", small)
+
+
+def build(path: Path, pipeline: str, **settings: Any) -> Path:
+    defaults: dict[str, object] = {"height": SIDE, "width": SIDE, "num_inference_steps": 4}
+    return build_tiny_qwen_image(path, edit=pipeline, default_sampling_params=defaults, **settings)
+
+
+def reference(path: Path) -> DiffusionPipeline:
+    pipeline = DiffusionPipeline.from_pretrained(path, dtype=torch.float32, processor=None)
+    processor = Qwen2VLImageProcessorPil.from_pretrained(path / "processor")
+    pipeline.processor = Processor(image_processor=processor, tokenizer=pipeline.tokenizer)
+    pipeline.text_encoder.register_forward_pre_hook(tell_pictures, with_kwargs=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def request_of(path: Path, request_id: str, pictures: list[Image.Image], **fields: Any) -> DiffusionRequest:
+    """As intake resolves it: of the size of the last picture where none is given."""
+    edit = load_model_info(str(path)).image_input
+    assert edit is not None
+    images = tuple(edit.prepare(picture) for picture in pictures)
+    height, width = images[-1].reference.shape[:2]
+    return make_request(request_id, **{"height": height, "width": width, "images": images, **fields})
+
+
+def draw(
+    pipeline: DiffusionPipeline, pictures: list[Image.Image], request: DiffusionRequest, **size: int
+) -> np.ndarray:
+    """float32 [height, width, 3] in [0, 1]; without `size` diffusers chooses it."""
+    images = pipeline(
+        image=pictures if isinstance(pipeline, QwenImageEditPlusPipeline) else pictures[0],
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        num_inference_steps=request.num_inference_steps,
+        true_cfg_scale=request.true_cfg_scale,
+        generator=torch.Generator().manual_seed(request.seed),
+        output_type="np",
+        **size,
+    ).images
+    picture: np.ndarray = images[0]
+    return picture
+
+
+def test_a_mixed_batch_of_single_pictures(tmp_path: Path) -> None:
+    path = build(tmp_path / "edit", EDIT, heads=3)
+    pictures = {"guided": photo(90, 60, 1), "sized": photo(64, 64, 2), "tall": photo(20, 50, 3)}
+    asked = {
+        "guided": {"negative_prompt": "a blue car", "seed": 3},
+        "sized": {"height": 32, "width": 96, "num_inference_steps": 7, "seed": 2**40},
+        "tall": {"negative_prompt": "", "true_cfg_scale": 2.5, "num_inference_steps": 2},
+    }
+    requests = {i: request_of(path, i, [picture], **asked[i]) for i, picture in pictures.items()}
+
+    drive = Drive(started(path)).run({0: [requests["guided"], requests["sized"]], 1: [requests["tall"]]})
+
+    assert drive.errors == {}
+    assert max(drive.pack_sizes) == 5
+    pipeline = reference(path)
+    for name, request in requests.items():
+        size = {"height": 32, "width": 96} if name == "sized" else {}
+        check(drive.images[name], draw(pipeline, [pictures[name]], request, **size))
+
+
+@pytest.mark.parametrize("zero_cond_t", [False, True])
+def test_a_mixed_batch_of_several_pictures(tmp_path: Path, zero_cond_t: bool) -> None:
+    path = build(tmp_path / "plus", PLUS, heads=5, zero_cond_t=zero_cond_t)
+    one, two, three = photo(90, 60, 1), photo(64, 64, 2), photo(31, 70, 3)
+    pictures = {"one": [one], "two": [two, three], "three": [three, one, two], "same size": [one, one]}
+    asked = {
+        "one": {"negative_prompt": "a blue car", "seed": 3},
+        "two": {"prompt": "the apple of Picture 2", "num_inference_steps": 6, "seed": 4},
+        "three": {"height": 48, "width": 80, "negative_prompt": " ", "true_cfg_scale": 1.5, "num_inference_steps": 3},
+        "same size": {"prompt": "", "num_inference_steps": 2},
+    }
+    requests = {i: request_of(path, i, images, **asked[i]) for i, images in pictures.items()}
+
+    drive = Drive(started(path)).run({0: list(requests.values())[:2], 2: list(requests.values())[2:]})
+
+    assert drive.errors == {}
+    assert max(drive.pack_sizes) >= 5
+    pipeline = reference(path)
+    for name, request in requests.items():
+        size = {"height": 48, "width": 80} if name == "three" else {}
+        check(drive.images[name], draw(pipeline, pictures[name], request, **size))
+
+
+@torch.inference_mode()
+def test_input_pictures_are_encoded_in_the_tiles_of_diffusers(tmp_path: Path) -> None:
+    defaults: dict[str, object] = {"height": 288, "width": 288}
+    path = build_tiny_qwen_image(tmp_path / "edit", edit=EDIT, default_sampling_params=defaults)
+    edit = load_model_info(str(path)).image_input
+    assert edit is not None
+    image = edit.prepare(photo(300, 270, 1))
+    pipeline = reference(path)
+    pixels = pipeline.image_processor.preprocess(Image.fromarray(image.reference)).unsqueeze(2)
+    encoder = PictureEncoder(AutoencoderKLQwenImage.from_pretrained(path / "vae"))
+    encoded = []
+    for tiled in (False, True):
+        if tiled:
+            pipeline.vae.enable_tiling()
+            encoder._vae.enable_tiling()
+        wanted = pipeline._encode_vae_image(pixels, None)[0, :, 0]
+        encoded.append(encoder(image.reference))
+        torch.testing.assert_close(encoded[-1], pack_latents(wanted), atol=1e-3, rtol=1e-3)
+    assert (encoded[0] - encoded[1]).abs().max() > 0.01, "tiling must show in this picture"
+
+
+def test_in_half_precision(tmp_path: Path) -> None:
+    """That no tensor is of another dtype; what a picture loses is a matter of the weights."""
+    path = build(tmp_path / "plus", PLUS, zero_cond_t=True)
+    request = request_of(path, "half", [photo(90, 60, 1), photo(31, 70, 3)], negative_prompt="")
+    half, whole = (Drive(started(path, dtype=dtype)).run({0: [request]}) for dtype in ("bfloat16", "float32"))
+    assert half.errors == {}
+    assert psnr(half.images["half"], whole.images["half"]) > 25
