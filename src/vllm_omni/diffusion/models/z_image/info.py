@@ -27,6 +27,9 @@ AVAILABLE = {
 }
 """Keys of transformer/config.json whose other values need more than this package computes."""
 DEFAULT_SIDE = 1024
+TEA_CACHE_COEFFICIENTS = (-450.0, 280.0, -45.0, 3.2, -0.02)
+"""Those published for Qwen-Image, as other servers take them for Z-Image; nobody has published any measured on it.
+`vllm-omni calibrate-teacache` measures the served model's."""
 TENSOR_SIZES = (1, 2)
 DISTILLED_SHIFT = 3.0
 """Of Z-Image-Turbo's schedule; Z-Image's is 6. Nothing else in the configs tells the two apart."""
@@ -91,6 +94,7 @@ def describe(path: Path) -> ModelInfo:
         attention_tokens=6.0 * width,
         num_heads=num_heads,
         num_blocks=int(transformer.get("n_layers", 30)),
+        tea_cache_coefficients=TEA_CACHE_COEFFICIENTS,
         tensor_sizes=tuple(n for n in TENSOR_SIZES if num_heads % n == 0 and inner_width(width) % n == 0),
         text_encoder_tp_sizes=text_encoder_tp_sizes(read_config(path, "text_encoder")),
         guidance=Guidance("guidance_scale", 1.0, "", ("cfg_normalization", "cfg_truncation")),
