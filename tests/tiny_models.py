@@ -60,7 +60,7 @@ def build_tiny_qwen_image(
     """
     generator_state = torch.get_rng_state()
     torch.manual_seed(seed)
-    tokenizer = _tokenizer()
+    tokenizer = tiny_tokenizer()
     components = {
         "tokenizer": tokenizer,
         "text_encoder": _text_encoder(tokenizer, text_dim, text_heads, text_kv_heads),
@@ -114,7 +114,7 @@ def randomize(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-def _tokenizer() -> Qwen2Tokenizer:
+def tiny_tokenizer() -> Qwen2Tokenizer:
     """Byte-level BPE in which every word of the prompt template is one token: diffusers drops a fixed number."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -12,7 +12,7 @@ import pytest
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.intake import Intake, check_default_prompt, check_defaults, nearest_size, spread_previews
 from vllm_omni.diffusion.plan import WorkerReady
-from vllm_omni.diffusion.registry import ModelInfo
+from vllm_omni.diffusion.registry import Guidance, ModelInfo
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, OmniPrompt, parse_prompt
 
@@ -25,6 +25,7 @@ INFO = ModelInfo(
     count_prompt_tokens=lambda text: len(text.split()),
     attention_tokens=100.0,
     num_heads=4,
+    tensor_sizes=(1, 2, 4),
     text_encoder_tp_sizes=(1,),
     default_sampling_params={"height": 64, "width": 96, "num_inference_steps": 20, "true_cfg_scale": 4.0},
 )
@@ -81,6 +82,43 @@ def test_cost_counts_both_branches() -> None:
     assert request.cost.decode == pytest.approx(32.0)
 
 
+GUIDED_BY_GUIDANCE_SCALE = replace(
+    INFO,
+    guidance=Guidance("guidance_scale", 1.0, "", ("cfg_normalization", "cfg_truncation")),
+    token_multiple=32,
+    default_sampling_params={"height": 64, "width": 64, "num_inference_steps": 8, "guidance_scale": 0.0},
+)
+
+
+def test_a_family_may_count_guidance_from_zero_and_know_a_negative_prompt() -> None:
+    other = Intake(OmniDiffusionConfig("demo"), GUIDED_BY_GUIDANCE_SCALE, READY)
+    (request,) = other.resolve(OmniPrompt("a b", "ignored"), OmniDiffusionSamplingParams(), "r")
+    assert not request.has_guidance
+    params = OmniDiffusionSamplingParams(guidance_scale=0.5, cfg_normalization=True, cfg_truncation=0.75)
+    (request,) = other.resolve(OmniPrompt("a b"), params, "r")
+    assert request.has_guidance
+    assert (request.true_cfg_scale, request.negative_prompt) == (1.5, "")
+    assert (request.cfg_normalization, request.cfg_truncation) == (1.0, 0.75)
+    # 16 image tokens, and 2 or no text tokens, each filled up to a multiple of 32
+    assert request.cost.branch_tokens == (64, 32)
+
+
+@pytest.mark.parametrize(
+    ("params", "param", "words"),
+    [
+        ({"true_cfg_scale": 4.0}, "true_cfg_scale", "takes guidance_scale, cfg_normalization, cfg_truncation"),
+        ({"guidance_scale": -1.0}, "guidance_scale", "0 to 100"),
+        ({"cfg_normalization": float("inf")}, "cfg_normalization", "0 to 100"),
+        ({"cfg_truncation": 1.5}, "cfg_truncation", "0 to 1"),
+    ],
+)
+def test_wrong_parameters_of_such_a_family_are_named(params: dict, param: str, words: str) -> None:
+    other = Intake(OmniDiffusionConfig("demo"), GUIDED_BY_GUIDANCE_SCALE, READY)
+    with pytest.raises(InvalidRequestError, match=words) as caught:
+        other.resolve(OmniPrompt("x"), OmniDiffusionSamplingParams(**params), "r")
+    assert caught.value.param == param
+
+
 def test_outputs_have_consecutive_seeds_and_a_missing_seed_is_drawn_once() -> None:
     requests = intake().resolve(OmniPrompt("x"), OmniDiffusionSamplingParams(num_outputs_per_prompt=3), "r")
     assert [r.request_id for r in requests] == ["r-0", "r-1", "r-2"]
@@ -108,6 +146,8 @@ def test_outputs_have_consecutive_seeds_and_a_missing_seed_is_drawn_once() -> No
         ({"true_cfg_scale": float("inf")}, "true_cfg_scale", "0 to 100"),
         ({"true_cfg_scale": 1e9}, "true_cfg_scale", "0 to 100"),
         ({"guidance_scale": 3.0}, "guidance_scale", "true_cfg_scale"),
+        ({"cfg_normalization": True}, "cfg_normalization", "no such parameter"),
+        ({"cfg_truncation": 0.5}, "cfg_truncation", "no such parameter"),
         ({"num_outputs_per_prompt": 0}, "num_outputs_per_prompt", "at least 1"),
         ({"num_previews": 4}, "num_previews", "0 to 3"),
         ({"sigmas": (1.0, 0.5), "num_inference_steps": 3}, "sigmas", "3 values"),
@@ -187,7 +227,7 @@ def test_prompts_may_be_strings_or_mappings() -> None:
         ({"seed": -1}, "--default-sampling-params: seed takes an integer from 0"),
         ({"true_cfg_scale": "x"}, "--default-sampling-params: true_cfg_scale takes a number"),
         ({"true_cfg_scale": True}, "--default-sampling-params: true_cfg_scale takes a number, got True"),
-        ({"guidance_scale": 3.0}, "--default-sampling-params: guidance_scale is for guidance-distilled models"),
+        ({"guidance_scale": 3.0}, "--default-sampling-params: guidance_scale 3.0: this model has no such parameter"),
         ({"sigmas": "abc"}, "--default-sampling-params: sigmas takes a list of numbers, got 'abc'"),
         ({"max_sequence_length": "8"}, "--default-sampling-params: max_sequence_length takes an integer, got '8'"),
         ({"max_sequence_length": 65}, "--default-sampling-params: max_sequence_length takes 1 to 64, got 65"),

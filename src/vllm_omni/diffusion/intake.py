@@ -27,6 +27,8 @@ MAX_PREVIEWS = 3
 LEAST_MAX_PIXELS = 1024 * 1024
 """Clients ask for sizes like 512x512 whatever the model: the default limit lets them."""
 OUTPUT_TYPES = ("pil", "np")
+GUIDANCE_PARAMETERS = ("true_cfg_scale", "guidance_scale", "cfg_normalization", "cfg_truncation")
+"""A family takes some of them: `ModelInfo.guidance`."""
 
 
 class Intake:
@@ -46,7 +48,7 @@ class Intake:
         Raises InvalidRequestError whose `param` is the field of `OmniDiffusionSamplingParams` or `OmniPrompt`.
         """
         prompt, params = _fit_prompt(prompt), _fit_params(params)
-        _check_supported(prompt, params)
+        _check_supported(prompt, params, self._info)
         filled = self._filled(params)
         assert filled.height is not None
         assert filled.width is not None
@@ -54,6 +56,11 @@ class Intake:
         negative = prompt.negative_prompt
         if negative is None:
             negative = self._defaults.get("negative_prompt")
+        guidance = self._info.guidance
+        scale = getattr(filled, guidance.parameter)
+        true_cfg_scale = 1.0 if scale is None else scale + guidance.offset
+        if negative is None and true_cfg_scale > 1:
+            negative = guidance.negative_prompt
         limit = filled.max_sequence_length
         num_tokens = _count_tokens("prompt", prompt.prompt, limit, self._info)
         num_negative = None if negative is None else _count_tokens("negative_prompt", negative, limit, self._info)
@@ -65,7 +72,7 @@ class Intake:
             height=filled.height,
             width=filled.width,
             num_inference_steps=filled.num_inference_steps,
-            true_cfg_scale=1.0 if filled.true_cfg_scale is None else filled.true_cfg_scale,
+            true_cfg_scale=true_cfg_scale,
             guidance_scale=filled.guidance_scale,
             seed=seed,
             max_sequence_length=filled.max_sequence_length or self._info.max_prompt_tokens,
@@ -76,6 +83,8 @@ class Intake:
             num_prompt_tokens=num_tokens,
             num_image_tokens=self._info.num_image_tokens(filled.height, filled.width),
             arrival=time.monotonic(),
+            cfg_normalization=float(filled.cfg_normalization or 0),
+            cfg_truncation=1.0 if filled.cfg_truncation is None else filled.cfg_truncation,
         )
         branches = [num_tokens, num_negative] if first.has_guidance and num_negative is not None else [num_tokens]
         first = replace(first, cost=self._price(first.num_image_tokens, branches))
@@ -88,7 +97,7 @@ class Intake:
         return _check_values(_fill(params, self._defaults), self._config, self._info)
 
     def _price(self, num_image_tokens: int, text_tokens: list[int]) -> RequestCost:
-        lengths = [num_image_tokens + n for n in text_tokens]
+        lengths = [self._info.num_sequence_tokens(n, num_image_tokens) for n in text_tokens]
         return RequestCost(
             encode=self._ready.encode_units_per_token * sum(text_tokens),
             step=sum(self._info.sequence_cost(n) for n in lengths),
@@ -106,7 +115,7 @@ def check_defaults(config: OmniDiffusionConfig, info: ModelInfo) -> None:
     values.pop("negative_prompt", None)
     try:
         params = OmniDiffusionSamplingParams(**values)
-        _check_supported(OmniPrompt(""), params)
+        _check_supported(OmniPrompt(""), params, info)
         _check_values(_fill(params, info.default_sampling_params), config, info)
     except InvalidRequestError as error:
         raise ConfigError(_blame(error, config)) from error
@@ -237,8 +246,8 @@ def _fill(params: OmniDiffusionSamplingParams, defaults: Mapping[str, Any]) -> O
     return params.filled_from(defaults)
 
 
-def _check_supported(prompt: OmniPrompt, params: OmniDiffusionSamplingParams) -> None:
-    """Refuse what this kind of model has no meaning for, instead of dropping it."""
+def _check_supported(prompt: OmniPrompt, params: OmniDiffusionSamplingParams, info: ModelInfo) -> None:
+    """Refuse what this model has no meaning for, instead of dropping it."""
     if prompt.images:
         raise InvalidRequestError(
             "this model makes pictures from text and takes no input image; send it to /v1/images/generations",
@@ -253,11 +262,13 @@ def _check_supported(prompt: OmniPrompt, params: OmniDiffusionSamplingParams) ->
         )
     if params.lora_request is not None or params.lora_scale is not None:
         raise InvalidRequestError("LoRA adapters are not available yet", param="lora_request")
-    if params.guidance_scale is not None:
-        raise InvalidRequestError(
-            "guidance_scale is for guidance-distilled models, which this is not; use true_cfg_scale",
-            param="guidance_scale",
-        )
+    for name in GUIDANCE_PARAMETERS:
+        if (value := getattr(params, name)) is not None and name not in info.guidance.parameters:
+            raise InvalidRequestError(
+                f"{name} {value!r}: this model has no such parameter; its guidance takes "
+                f"{', '.join(info.guidance.parameters)}",
+                param=name,
+            )
     if params.output_type not in OUTPUT_TYPES:
         raise InvalidRequestError(
             f"output_type takes {', '.join(OUTPUT_TYPES)}, got {params.output_type!r}", param="output_type"
@@ -303,8 +314,10 @@ def _check_params(params: OmniDiffusionSamplingParams, info: ModelInfo) -> None:
         _require(0 <= seed <= highest, "seed", seed, f"an integer from 0 to {highest}")
     if (limit := params.max_sequence_length) is not None:
         _require(1 <= limit <= info.max_prompt_tokens, "max_sequence_length", limit, f"1 to {info.max_prompt_tokens}")
-    if (scale := params.true_cfg_scale) is not None:
-        _require(0 <= scale <= MAX_GUIDANCE, "true_cfg_scale", scale, f"a number from 0 to {MAX_GUIDANCE:g}")
+    for name in GUIDANCE_PARAMETERS:
+        most = 1.0 if name == "cfg_truncation" else MAX_GUIDANCE
+        if (value := getattr(params, name)) is not None:
+            _require(0 <= value <= most, name, value, f"a number from 0 to {most:g}")
 
 
 def _require(condition: bool, name: str, got: Any, expected: str) -> None:

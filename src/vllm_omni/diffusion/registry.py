@@ -17,7 +17,25 @@ DEFAULTS_FILE = "default_sampling_params.json"
 
 # `_class_name` in model_index.json -> package under vllm_omni.diffusion.models. A family's package has
 # `info.py` (`describe(path) -> ModelInfo`, no torch) and `pipeline.py` (`Pipeline`).
-FAMILIES: dict[str, str] = {"QwenImagePipeline": "qwen_image"}
+FAMILIES: dict[str, str] = {"QwenImagePipeline": "qwen_image", "ZImagePipeline": "z_image"}
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How a family's callers ask for classifier-free guidance."""
+
+    parameter: str = "true_cfg_scale"
+    """The sampling parameter that holds the scale."""
+    offset: float = 0.0
+    """Added to it gives s of `unconditional + s (conditional - unconditional)`; above 1 it guides."""
+    negative_prompt: str | None = None
+    """Stands in for a missing negative prompt; None: without one there is no guidance."""
+    options: tuple[str, ...] = ()
+    """Further sampling parameters of guidance that the family takes."""
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return (self.parameter, *self.options)
 
 
 @dataclass(frozen=True)
@@ -38,20 +56,29 @@ class ModelInfo:
     """Tokens at which attention costs as much as the linear layers: a sequence of n tokens costs n(1 + n/this)."""
     num_heads: int
     """Attention heads of the transformer."""
+    tensor_sizes: tuple[int, ...]
+    """How many ranks can share the transformer's weights."""
     text_encoder_tp_sizes: tuple[int, ...]
     """How many ranks can share the text encoder."""
+    guidance: Guidance = Guidance()
+    token_multiple: int = 1
+    """The model fills a text and a picture up to a multiple of this many tokens each."""
     default_sampling_params: Mapping[str, Any] = field(default_factory=dict)
     """The model folder's own defaults over the family's; may hold `negative_prompt`."""
 
     def num_image_tokens(self, height: int, width: int) -> int:
         return (height // self.pixels_per_token) * (width // self.pixels_per_token)
 
+    def num_sequence_tokens(self, num_text_tokens: int, num_image_tokens: int) -> int:
+        """What the transformer computes on for one guidance branch."""
+        return sum(-(-n // self.token_multiple) * self.token_multiple for n in (num_text_tokens, num_image_tokens))
+
     def check_parallel(self, parallel: DiffusionParallelConfig) -> None:
         """Raises ConfigError for degrees that this model does not allow, with the valid ones."""
         heads, tensor, ulysses = self.num_heads, parallel.tensor_parallel_size, parallel.ulysses_degree
-        if heads % tensor:
-            valid = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-            raise ConfigError(f"--tensor-parallel-size must divide the model's {heads} heads ({valid}), got {tensor}")
+        if tensor not in self.tensor_sizes:
+            valid = ", ".join(map(str, self.tensor_sizes))
+            raise ConfigError(f"--tensor-parallel-size takes {valid} with this model of {heads} heads, got {tensor}")
         if (size := parallel.text_encoder_tp_size) not in self.text_encoder_tp_sizes:
             valid = ", ".join(map(str, self.text_encoder_tp_sizes))
             raise ConfigError(f"--text-encoder-tp-size takes {valid} (what divides the encoder's heads), got {size}")

@@ -41,6 +41,7 @@ class DiffusionRequest:
     width: int
     num_inference_steps: int
     true_cfg_scale: float
+    """s of `unconditional + s (conditional - unconditional)`, whatever the family's own scale."""
     guidance_scale: float | None
     seed: int
     max_sequence_length: int
@@ -53,6 +54,10 @@ class DiffusionRequest:
     num_image_tokens: int
     arrival: float
     """`time.monotonic()` of the engine's process."""
+    cfg_normalization: float = 0.0
+    """Longest that guidance may make a velocity, in lengths of the conditional one; 0: any length."""
+    cfg_truncation: float = 1.0
+    """Guidance ends when more than this part of the schedule's time has passed."""
 
     @property
     def has_guidance(self) -> bool:

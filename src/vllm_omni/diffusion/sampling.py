@@ -40,20 +40,38 @@ def combine_guidance(positive: Tensor, negative: Tensor, scale: float) -> Tensor
     return combined * norm
 
 
+def combine_truncating(positive: Tensor, negative: Tensor, scale: float, max_growth: float) -> Tensor:
+    """Classifier-free guidance of a whole picture; where max_growth is not 0, its norm is at most so many times that
+    of the conditional velocity.
+    """
+    combined = negative + scale * (positive - negative)
+    if max_growth == 0:
+        return combined
+    growth: Tensor = torch.linalg.vector_norm(combined) / torch.linalg.vector_norm(positive)
+    return combined * (max_growth / growth).clamp(max=1)
+
+
 def predict_clean(latents: Tensor, velocity: Tensor, sigma: float) -> Tensor:
     """x_t = (1 - sigma) x_0 + sigma noise and velocity = noise - x_0, so x_0 = x_t - sigma velocity."""
     return latents - sigma * velocity
 
 
-def pack_latents(latents: Tensor) -> Tensor:
-    """[channels, height, width] -> [height/2 * width/2, channels * 4]: a token is a patch of 2x2."""
+def pack_latents(latents: Tensor, channels_last: bool = False) -> Tensor:
+    """[channels, height, width] -> [height/2 * width/2, channels * 4]: a token is a patch of 2x2.
+
+    channels_last: within a token the channels of a pixel are neighbours, otherwise the pixels of a channel.
+    """
     channels, height, width = latents.shape
-    patches = latents.view(channels, height // 2, 2, width // 2, 2).permute(1, 3, 0, 2, 4)
+    patches = latents.view(channels, height // 2, 2, width // 2, 2)
+    patches = patches.permute(1, 3, 2, 4, 0) if channels_last else patches.permute(1, 3, 0, 2, 4)
     return patches.reshape(height // 2 * (width // 2), channels * 4)
 
 
-def unpack_latents(tokens: Tensor, rows: int, columns: int) -> Tensor:
-    """[rows * columns, channels * 4] -> [channels, rows * 2, columns * 2]."""
+def unpack_latents(tokens: Tensor, rows: int, columns: int, channels_last: bool = False) -> Tensor:
+    """[rows * columns, channels * 4] -> [channels, rows * 2, columns * 2]; the inverse of `pack_latents`."""
     channels = tokens.shape[-1] // 4
-    patches = tokens.view(rows, columns, channels, 2, 2).permute(2, 0, 3, 1, 4)
+    if channels_last:
+        patches = tokens.view(rows, columns, 2, 2, channels).permute(4, 0, 2, 1, 3)
+    else:
+        patches = tokens.view(rows, columns, channels, 2, 2).permute(2, 0, 3, 1, 4)
     return patches.reshape(channels, rows * 2, columns * 2)

@@ -30,9 +30,13 @@ class OmniDiffusionSamplingParams:
     fps: int | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
-    """Distilled guidance, for models that embed it."""
+    """Classifier-free guidance as Z-Image counts it; above 0 it doubles the work."""
     true_cfg_scale: float | None = None
-    """Classifier-free guidance; above 1 and with a negative prompt it doubles the work."""
+    """Classifier-free guidance of Qwen-Image; above 1 and with a negative prompt it doubles the work."""
+    cfg_normalization: bool | float | None = None
+    """Longest that guidance may make a velocity, in lengths of the unguided one; True: 1; 0: any length (Z-Image)."""
+    cfg_truncation: float | None = None
+    """Guidance ends when more than this part of the schedule's time has passed (Z-Image)."""
     seed: int | None = None
     """Output i uses `seed + i`; None draws one and reports it."""
     num_outputs_per_prompt: int = 1

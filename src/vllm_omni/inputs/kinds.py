@@ -28,8 +28,10 @@ def fit(value: Any, kind: Any) -> Any:
     """
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (UnionType, Union):
-        (wanted,) = (argument for argument in arguments if argument is not NoneType)
-        return None if value is None else fit(value, wanted)
+        kinds = [argument for argument in arguments if argument is not NoneType]
+        if value is None or (isinstance(value, bool) and bool in kinds):
+            return value
+        return fit(value, next((argument for argument in kinds if argument is not bool), bool))
     if origin is Literal:
         if not isinstance(value, str) or value not in arguments:
             raise MisfitError("one of " + ", ".join(map(str, arguments)))

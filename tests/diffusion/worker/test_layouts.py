@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from tests.diffusion.distributed.ranks import run_places
 from tests.diffusion.worker.driving import Drive, make_request, psnr
 from tests.diffusion.worker.replica import merging, started
 from tests.tiny_models import build_tiny_qwen_image
+from tests.tiny_z_image import build_tiny_z_image
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.diffusion.worker.contract import Place
@@ -68,25 +69,28 @@ def placed_at_random(groups: int, step_id: int, branches: Mapping[str, int]) -> 
     return {i: [dice.randrange(groups) for _ in range(count)] for i, count in branches.items()}
 
 
+BUILDERS: dict[str, Callable[..., Path]] = {"qwen_image": build_tiny_qwen_image, "z_image": build_tiny_z_image}
+
+
 class Reference:
-    """Models by head count, and what one process draws with them."""
+    """Models by family and head count, and what one process draws with them."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._pictures: dict[int, dict[str, np.ndarray]] = {}
+        self._pictures: dict[tuple[str, int], dict[str, np.ndarray]] = {}
 
-    def path(self, heads: int) -> Path:
-        path = self._folder / f"{heads}-heads"
-        return path if path.exists() else build_tiny_qwen_image(path, heads=heads, head_dim=16)
+    def path(self, family: str, heads: int) -> Path:
+        path = self._folder / f"{family}-{heads}-heads"
+        return path if path.exists() else BUILDERS[family](path, heads=heads)
 
-    def pictures(self, heads: int) -> dict[str, np.ndarray]:
-        if heads not in self._pictures:
+    def pictures(self, family: str, heads: int) -> dict[str, np.ndarray]:
+        if (family, heads) not in self._pictures:
             threads = torch.get_num_threads()
-            pictures, errors = draw(Place(), DiffusionParallelConfig(), self.path(heads))
+            pictures, errors = draw(Place(), DiffusionParallelConfig(), self.path(family, heads))
             torch.set_num_threads(threads)
             assert not errors
-            self._pictures[heads] = pictures
-        return self._pictures[heads]
+            self._pictures[family, heads] = pictures
+        return self._pictures[family, heads]
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +98,11 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     return Reference(tmp_path_factory.mktemp("layouts"))
 
 
-def check(reference: Reference, heads: int, parallel: DiffusionParallelConfig, moving: bool = False) -> None:
-    wanted = reference.pictures(heads)
-    for drawn, errors in run_places(draw, parallel, parallel, reference.path(heads), moving):
+def check(
+    reference: Reference, family: str, heads: int, parallel: DiffusionParallelConfig, moving: bool = False
+) -> None:
+    wanted = reference.pictures(family, heads)
+    for drawn, errors in run_places(draw, parallel, parallel, reference.path(family, heads), moving):
         assert not errors
         assert set(drawn) == set(wanted)
         for name, values in wanted.items():
@@ -123,44 +129,61 @@ LAYOUTS = [
     (6, 2, 2, 1, 2),
     (24, 4, 2, 1, 1),
 ]
+Z_IMAGE_LAYOUTS = [
+    (3, 2, 1, 1, 1),
+    (5, 3, 1, 1, 1),
+    (3, 1, 2, 1, 1),
+    (3, 1, 1, 2, 1),
+    (6, 1, 1, 1, 2),
+    (5, 2, 2, 2, 1),
+    (6, 2, 1, 2, 2),
+    (6, 1, 2, 1, 2),
+]
+CASES = [
+    (family, *layout)
+    for family, layouts in (("qwen_image", LAYOUTS), ("z_image", Z_IMAGE_LAYOUTS))
+    for layout in layouts
+]
 
 
-@pytest.mark.parametrize(("heads", "ulysses", "ring", "cfg", "tensor"), LAYOUTS)
+@pytest.mark.parametrize(("family", "heads", "ulysses", "ring", "cfg", "tensor"), CASES)
 def test_a_layout_draws_what_one_process_draws(
-    reference: Reference, heads: int, ulysses: int, ring: int, cfg: int, tensor: int
+    reference: Reference, family: str, heads: int, ulysses: int, ring: int, cfg: int, tensor: int
 ) -> None:
     parallel = DiffusionParallelConfig(
         ulysses_degree=ulysses, ring_degree=ring, cfg_parallel_size=cfg, tensor_parallel_size=tensor
     )
-    check(reference, heads, parallel)
+    check(reference, family, heads, parallel)
 
 
-def every_layout() -> list[tuple[int, ...]]:
-    degrees = itertools.product((3, 5, 6, 24), (1, 2, 3, 4), (1, 2), (1, 2), (1, 2))
+def every_layout() -> list[tuple[Any, ...]]:
+    degrees = itertools.product(BUILDERS, (3, 5, 6, 24), (1, 2, 3, 4), (1, 2), (1, 2), (1, 2))
     return [
-        (heads, ulysses, ring, cfg, tensor)
-        for heads, ulysses, ring, cfg, tensor in degrees
+        (family, heads, ulysses, ring, cfg, tensor)
+        for family, heads, ulysses, ring, cfg, tensor in degrees
         if 1 < ulysses * ring * cfg * tensor <= 8 and heads % tensor == 0 and ulysses <= heads // tensor
     ]
 
 
 @pytest.mark.layouts
-@pytest.mark.parametrize(("heads", "ulysses", "ring", "cfg", "tensor"), every_layout())
+@pytest.mark.parametrize(("family", "heads", "ulysses", "ring", "cfg", "tensor"), every_layout())
 def test_every_layout_draws_what_one_process_draws(
-    reference: Reference, heads: int, ulysses: int, ring: int, cfg: int, tensor: int
+    reference: Reference, family: str, heads: int, ulysses: int, ring: int, cfg: int, tensor: int
 ) -> None:
-    test_a_layout_draws_what_one_process_draws(reference, heads, ulysses, ring, cfg, tensor)
+    test_a_layout_draws_what_one_process_draws(reference, family, heads, ulysses, ring, cfg, tensor)
 
 
-def test_the_placement_may_change_at_every_step(reference: Reference) -> None:
-    check(reference, 3, DiffusionParallelConfig(cfg_parallel_size=3, ulysses_degree=2), moving=True)
+@pytest.mark.parametrize("family", BUILDERS)
+def test_the_placement_may_change_at_every_step(reference: Reference, family: str) -> None:
+    check(reference, family, 3, DiffusionParallelConfig(cfg_parallel_size=3, ulysses_degree=2), moving=True)
 
 
-def test_ranks_may_share_decodes_and_the_text_encoder(reference: Reference, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", BUILDERS)
+def test_ranks_may_share_decodes_and_the_text_encoder(family: str, tmp_path: Path) -> None:
     parallel = DiffusionParallelConfig(
         ulysses_degree=2, tensor_parallel_size=2, vae_patch_parallel_size=2, text_encoder_tp_size=2
     )
-    path = build_tiny_qwen_image(tmp_path / "model", heads=4, text_kv_heads=2)
+    path = BUILDERS[family](tmp_path / "model", heads=4, text_kv_heads=2)
     ((wanted, errors),) = run_places(draw, DiffusionParallelConfig(), DiffusionParallelConfig(), path)
     assert not errors
     for drawn, errors in run_places(draw, parallel, parallel, path):

@@ -25,6 +25,7 @@ from tests.entrypoints.openai.live_server import (
     expected_picture,
     live_server,
 )
+from vllm_omni.diffusion.registry import Guidance
 from vllm_omni.entrypoints.openai import encoding
 
 
@@ -113,7 +114,7 @@ async def test_async_client(server: LiveServer) -> None:
 def test_null_is_absent(http: httpx.Client) -> None:
     fields = "model n size output_format output_compression response_format background stream partial_images quality "
     fields += "style moderation complexity user safety_identifier negative_prompt num_inference_steps guidance_scale "
-    fields += "true_cfg_scale seed lora priority"
+    fields += "true_cfg_scale cfg_normalization cfg_truncation seed lora priority"
     response = http.post("/v1/images/generations", json={"prompt": "x", **dict.fromkeys(fields.split())})
     assert response.status_code == 200, response.text
     assert response.json()["size"] == "64x64"
@@ -158,6 +159,19 @@ def test_half_a_request_for_guidance_is_named(http: httpx.Client, fields: dict[s
     response = http.post("/v1/images/generations", json={"prompt": "x", **fields})
     assert response.status_code == 200
     assert response.headers.get("x-omni-ignored-fields") == ignored
+
+
+def test_half_a_request_for_guidance_is_named_by_the_parameters_of_the_model() -> None:
+    guidance = Guidance("guidance_scale", 1.0, None, ("cfg_truncation",))
+    info = dataclasses.replace(
+        FAKE_INFO, guidance=guidance, default_sampling_params={"height": 64, "width": 64, "num_inference_steps": 2}
+    )
+    with live_server(info=info) as running, httpx.Client(base_url=running.url, timeout=20) as client:
+        body = {"prompt": "x", "negative_prompt": "y", "guidance_scale": 0, "cfg_truncation": 0.5}
+        response = client.post("/v1/images/generations", json=body)
+        assert response.headers["x-omni-ignored-fields"] == "negative_prompt,cfg_truncation"
+        response = client.post("/v1/images/generations", json=body | {"guidance_scale": 0.5})
+        assert "x-omni-ignored-fields" not in response.headers
 
 
 def test_open_webui_body(http: httpx.Client) -> None:

@@ -8,16 +8,18 @@ import torch
 from torch import Tensor
 
 
-def axis_rotations(positions: Tensor, axes_dim: Sequence[int], theta: float = 10000.0) -> Tensor:
+def axis_rotations(
+    positions: Tensor, axes_dim: Sequence[int], theta: float = 10000.0, precision: torch.dtype = torch.float32
+) -> Tensor:
     """Unit complex numbers, one for each pair of channels.
 
-    positions: [tokens, axes], integers; axes_dim: channels that each axis turns, all even.
-    Returns complex64 [tokens, sum(axes_dim) / 2].
+    positions: [tokens, axes], integers; axes_dim: channels that each axis turns, all even; precision: in which angles
+    are computed. Returns complex64 [tokens, sum(axes_dim) / 2].
     """
     angles = []
     for axis, dim in enumerate(axes_dim):
-        frequencies = 1.0 / torch.pow(theta, torch.arange(0, dim, 2, dtype=torch.float32).div(dim))
-        angles.append(torch.outer(positions[:, axis].float(), frequencies))
+        frequencies = 1.0 / torch.pow(theta, torch.arange(0, dim, 2, dtype=precision).div(dim))
+        angles.append(torch.outer(positions[:, axis].to(precision), frequencies).float())
     angle = torch.cat(angles, dim=1)
     return torch.polar(torch.ones_like(angle), angle)
 

@@ -35,6 +35,11 @@ def safetensors_files(folder: Path) -> list[Path]:
     return files
 
 
+def num_bytes(folder: Path) -> int:
+    """Of a component's weights."""
+    return sum(file.stat().st_size for file in safetensors_files(folder))
+
+
 def weight_names(folder: Path) -> Iterator[str]:
     """The names in a component's files, read from their headers."""
     for file in safetensors_files(folder):
@@ -76,19 +81,21 @@ def load_weights(
     dtype: torch.dtype,
     on_bytes: OnBytes = lambda count: None,
     prefix: str = "",
+    unread: tuple[str, ...] = (),
 ) -> None:
     """Move `module`, built on the meta device, to `device` and fill it from the checkpoint in `folder`.
 
     Modules that are `Sharded` read their rank's share alone. names: see `checkpoint_slots`. prefix: what the names of
-    the module's weights begin with in the checkpoint; weights of other names are not read. Raises ConfigError when
-    the checkpoint lacks a weight, has one too many, or one of another shape.
+    the module's weights begin with in the checkpoint; weights of other names are not read. unread: nor are those whose
+    name goes on with one of these. Raises ConfigError when the checkpoint lacks a weight, has one too many, or one of
+    another shape.
     """
     module.to(dtype).to_empty(device=device)
     slots = {prefix + name: slot for name, slot in checkpoint_slots(module, names).items()}
     for file in safetensors_files(folder):
         with safe_open(file, framework="pt", device=str(device)) as weights:
             for name in weights.keys():  # noqa: SIM118 - not a mapping
-                if not name.startswith(prefix):
+                if not name.startswith(prefix) or name.removeprefix(prefix).startswith(unread):
                     continue
                 if name not in slots:
                     raise ConfigError(f"{file} has a weight that the model does not take: {name}")
@@ -122,4 +129,5 @@ def _slots(module: nn.Module, names: Mapping[str, tuple[str, ...]]) -> Iterator[
                 slot = Slot(part, owner.cut_dims[kind], owner.group.rank, owner.group.size)
             else:
                 slot = Slot(part)
-            yield f"{prefix}{name}.{kind}", slot
+            # A parameter of the module itself has no path.
+            yield f"{prefix}{name}.{kind}".removeprefix("."), slot

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vllm_omni.diffusion.registry import Guidance
 from vllm_omni.entrypoints.openai.encoding import ImageFormat
 from vllm_omni.entrypoints.openai.protocol import ImageGenerationRequest
 from vllm_omni.errors import InvalidRequestError, ModelNotFoundError
@@ -53,6 +54,8 @@ def parse_generation(body: ImageGenerationRequest) -> tuple[OmniPrompt, OmniDiff
         num_inference_steps=body.num_inference_steps,
         guidance_scale=body.guidance_scale,
         true_cfg_scale=body.true_cfg_scale,
+        cfg_normalization=body.cfg_normalization,
+        cfg_truncation=body.cfg_truncation,
         seed=body.seed,
         num_outputs_per_prompt=body.n,
         max_sequence_length=body.max_sequence_length,
@@ -63,7 +66,7 @@ def parse_generation(body: ImageGenerationRequest) -> tuple[OmniPrompt, OmniDiff
     return OmniPrompt(body.prompt, body.negative_prompt), params, image_format
 
 
-def ignored_fields_header(body: ImageGenerationRequest, has_guidance: bool) -> dict[str, str]:
+def ignored_fields_header(body: ImageGenerationRequest, guidance: Guidance, has_guidance: bool) -> dict[str, str]:
     """`x-omni-ignored-fields` with the names of fields that had no effect; {} for none.
 
     Of a large number, the last entry tells how many it leaves out (`+3 more`).
@@ -73,16 +76,16 @@ def ignored_fields_header(body: ImageGenerationRequest, has_guidance: bool) -> d
     if body.partial_images and not body.stream:
         names.append("partial_images")
     if not has_guidance:
-        names += [name for name in ("negative_prompt", "true_cfg_scale") if _asks_for_guidance(name, body)]
+        names += [name for name in ("negative_prompt", *guidance.parameters) if _asks(name, body, guidance)]
     if (num_left_out := len(names) - _MAX_LISTED_FIELDS) > 0:
         names = [*names[:_MAX_LISTED_FIELDS], f"+{num_left_out} more"]
     return {IGNORED_FIELDS_HEADER: ",".join(names)} if names else {}
 
 
-def _asks_for_guidance(name: str, body: ImageGenerationRequest) -> bool:
+def _asks(name: str, body: ImageGenerationRequest, guidance: Guidance) -> bool:
     """Whether this field was sent, and not as a scale that switches guidance off."""
     value = getattr(body, name)
-    return value is not None and not (name == "true_cfg_scale" and value <= 1)
+    return value is not None and not (name == guidance.parameter and value + guidance.offset <= 1)
 
 
 def _printable(name: str) -> str:

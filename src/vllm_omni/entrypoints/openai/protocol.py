@@ -59,6 +59,8 @@ class ImageGenerationRequest(BaseModel):
     num_inference_steps: Annotated[int, Field(ge=1)] | None = None
     guidance_scale: float | None = None
     true_cfg_scale: float | None = None
+    cfg_normalization: bool | float | None = None
+    cfg_truncation: float | None = None
     seed: Annotated[int, Field(ge=0)] | None = None
     """Picture i of `n` uses `seed + i`."""
     max_sequence_length: Annotated[int, Field(ge=1)] | None = None

@@ -93,7 +93,7 @@ def test_describing_imports_no_torch() -> None:
 @pytest.mark.parametrize(
     ("degrees", "message"),
     [
-        ({"tensor_parallel_size": 3}, "--tensor-parallel-size must divide the model's 4 heads (1, 2, 4), got 3"),
+        ({"tensor_parallel_size": 3}, "--tensor-parallel-size takes 1, 2, 4 with this model of 4 heads, got 3"),
         ({"ulysses_degree": 5}, "--usp takes 1 to 4, the model's 4 heads over --tensor-parallel-size 1, got 5"),
         (
             {"ulysses_degree": 4, "tensor_parallel_size": 2},

@@ -18,11 +18,11 @@ from tests.tiny_models import build_tiny_qwen_image
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.distributed.mesh import World
+from vllm_omni.diffusion.models.configs import text_encoder_tp_sizes
 from vllm_omni.diffusion.models.qwen_image.info import (
     NUM_TEMPLATE_TOKENS,
     PROMPT_TEMPLATE,
     describe,
-    text_encoder_tp_sizes,
 )
 from vllm_omni.diffusion.models.qwen_image.text import TextEncoder
 from vllm_omni.errors import ConfigError

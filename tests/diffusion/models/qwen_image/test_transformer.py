@@ -12,7 +12,7 @@ from vllm_omni.diffusion.attention import create_attention
 from vllm_omni.diffusion.attention.sharded import PackedAttention
 from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.models.loading import load_weights
-from vllm_omni.diffusion.models.qwen_image.modulation import ModulationTable
+from vllm_omni.diffusion.models.modulation import ModulationTable
 from vllm_omni.diffusion.models.qwen_image.transformer import (
     CHECKPOINT_NAMES,
     QwenImageTransformer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ from tests.diffusion.distributed.ranks import run_ranks
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.distributed.mesh import World
-from vllm_omni.diffusion.models.qwen_image.shared_decode import SharedDecoder
-from vllm_omni.diffusion.models.qwen_image.vae import FrameDecoder, PictureDecoder
+from vllm_omni.diffusion.models.qwen_image.vae import FrameDecoder, PictureDecoder, decode_frame, tiling_of
+from vllm_omni.diffusion.models.shared_decode import SharedDecoder
 from vllm_omni.diffusion.sampling import pack_latents
 
 TILES = {
@@ -59,7 +60,9 @@ def latents(grids: Sequence[tuple[int, int]]) -> list[Tensor]:
 
 
 def decode_tiles(world: World, path: Path, grids: Sequence[tuple[int, int]]) -> tuple[list[np.ndarray], dict[str, int]]:
-    pictures = SharedDecoder(load_for_frames(path), world.mesh.vae)(latents(grids))
+    vae = load_for_frames(path)
+    scale, tiling = tiling_of(vae)
+    pictures = SharedDecoder(vae, partial(decode_frame, vae), tiling, scale, world.mesh.vae)(latents(grids))
     return [pixels.numpy() for pixels in pictures], dict(world.sent)
 
 

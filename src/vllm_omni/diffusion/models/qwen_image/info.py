@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from vllm_omni.diffusion.models.configs import (
+    divisors,
+    read_config,
+    refuse_scheduler,
+    refuse_variants,
+    text_encoder_tp_sizes,
+)
 from vllm_omni.diffusion.registry import ModelInfo, read_default_sampling_params
-from vllm_omni.errors import ConfigError
 
 PROMPT_TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
@@ -27,6 +30,14 @@ PATCH_SIZE = 2
 """Latent pixels a side that one token stands for."""
 DEFAULT_LATENT_SIDE = 128
 """Latent pixels a side of the default picture."""
+AVAILABLE = {
+    "zero_cond_t": False,
+    "use_additional_t_cond": False,
+    "use_layer3d_rope": False,
+    "guidance_embeds": False,
+    "patch_size": PATCH_SIZE,
+}
+"""Keys of transformer/config.json whose other values need more than this package computes."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +62,10 @@ def describe(path: Path) -> ModelInfo:
 
     Raises ConfigError for a component whose config cannot be read and for a variant that we cannot run.
     """
-    transformer = _read_config(path, "transformer")
-    vae = _read_config(path, "vae")
-    refuse_unsupported(transformer)
-    _refuse_scheduler(_read_config(path, "scheduler", "scheduler_config.json"))
+    transformer = read_config(path, "transformer")
+    vae = read_config(path, "vae")
+    refuse_variants(transformer, AVAILABLE)
+    refuse_scheduler(read_config(path, "scheduler", "scheduler_config.json"))
     vae_scale = 2 ** len(vae.get("temperal_downsample", (False, True, True)))
     num_heads = transformer.get("num_attention_heads", 24)
     width = num_heads * transformer.get("attention_head_dim", 128)
@@ -75,55 +86,7 @@ def describe(path: Path) -> ModelInfo:
         # A token costs 24 width² in a block's linear layers and 4 width n in attention over n tokens.
         attention_tokens=6.0 * width,
         num_heads=num_heads,
-        text_encoder_tp_sizes=text_encoder_tp_sizes(_read_config(path, "text_encoder")),
+        tensor_sizes=divisors(num_heads),
+        text_encoder_tp_sizes=text_encoder_tp_sizes(read_config(path, "text_encoder")),
         default_sampling_params=defaults | read_default_sampling_params(path),
     )
-
-
-def refuse_unsupported(transformer: Mapping[str, Any]) -> None:
-    """Raise ConfigError for transformer configs of variants that need more than this package computes."""
-    for key, only in (
-        ("zero_cond_t", False),
-        ("use_additional_t_cond", False),
-        ("use_layer3d_rope", False),
-        ("guidance_embeds", False),
-        ("patch_size", PATCH_SIZE),
-    ):
-        if (value := transformer.get(key, only)) != only:
-            raise ConfigError(f"transformer/config.json has {key}={value!r}: not available yet, only {only!r} is")
-
-
-def text_encoder_tp_sizes(text_encoder: Mapping[str, Any]) -> tuple[int, ...]:
-    """How many ranks can share the text encoder of this config.json: each gets whole heads and as many as the others.
-
-    Raises ConfigError when the config does not say how large the model is.
-    """
-    common = math.gcd(*_shared_counts(text_encoder).values())
-    return tuple(size for size in range(1, common + 1) if common % size == 0)
-
-
-def _shared_counts(text_encoder: Mapping[str, Any]) -> dict[str, int]:
-    # The language model's own section where there is one; older configs have its keys at the top.
-    values = text_encoder.get("text_config") or text_encoder
-    try:
-        return {name: int(values[name]) for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size")}
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"text_encoder/config.json does not say its sizes: {error!r}") from error
-
-
-def _refuse_scheduler(scheduler: Mapping[str, Any]) -> None:
-    """Only what depends on nothing but the seed: a schedule that draws noise at every step is refused."""
-    name, only = scheduler.get("_class_name"), "FlowMatchEulerDiscreteScheduler"
-    if name != only or scheduler.get("stochastic_sampling"):
-        drawn = " with stochastic_sampling" if scheduler.get("stochastic_sampling") else ""
-        raise ConfigError(
-            f"scheduler/scheduler_config.json has {name}{drawn}: not available yet, only {only} without is"
-        )
-
-
-def _read_config(path: Path, component: str, name: str = "config.json") -> dict[str, Any]:
-    file = path / component / name
-    try:
-        return dict(json.loads(file.read_text()))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {file}: {error}") from error

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +17,9 @@ from vllm_omni.diffusion.attention.sharded import Attend, PackedAttention
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.mesh import Mesh
 from vllm_omni.diffusion.models.base import BasePipeline, RequestState
-from vllm_omni.diffusion.models.loading import load_weights, safetensors_files
+from vllm_omni.diffusion.models.loading import load_weights, num_bytes
+from vllm_omni.diffusion.models.modulation import ModulationTable
 from vllm_omni.diffusion.models.prompt_cache import PromptCache
-from vllm_omni.diffusion.models.qwen_image.modulation import ModulationTable
 from vllm_omni.diffusion.models.qwen_image.text import TextEncoder
 from vllm_omni.diffusion.models.qwen_image.transformer import (
     CHECKPOINT_NAMES,
@@ -30,6 +28,7 @@ from vllm_omni.diffusion.models.qwen_image.transformer import (
     TransformerConfig,
 )
 from vllm_omni.diffusion.models.qwen_image.vae import PictureDecoder
+from vllm_omni.diffusion.models.schedule import make_schedule
 from vllm_omni.diffusion.models.sharding import Sharding
 from vllm_omni.diffusion.packing import MembershipCache, Pack
 from vllm_omni.diffusion.registry import ModelInfo
@@ -37,10 +36,8 @@ from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.diffusion.sampling import (
     combine_guidance,
     draw_noise,
-    linear_sigmas,
     pack_latents,
     predict_clean,
-    resolution_shift,
 )
 
 PROMPT_CACHE_BYTES = 256 * 2**20
@@ -116,7 +113,7 @@ class Pipeline(BasePipeline[QwenImageState]):
         path = info.path
         text_encoder = TextEncoder(path, device, dtype, mesh.text_encoder, on_bytes)
         vae = AutoencoderKLQwenImage.from_pretrained(path / "vae", dtype=dtype, use_safetensors=True)
-        on_bytes(_num_bytes(path / "vae"))
+        on_bytes(num_bytes(path / "vae"))
         values = json.loads((path / "transformer" / "config.json").read_text())
         with torch.device("meta"):
             transformer = QwenImageTransformer(TransformerConfig.from_dict(values), mesh.tensor)
@@ -147,7 +144,7 @@ class Pipeline(BasePipeline[QwenImageState]):
         rows, columns = (side // self._pixels_per_token for side in (request.height, request.width))
         channels = self.transformer.config.in_channels // 4
         noise = draw_noise((channels, 2 * rows, 2 * columns), request.seed, self._dtype, self._device)
-        scheduler = self._schedule(request, rows * columns)
+        scheduler = make_schedule(self._scheduler, request, rows * columns)
         timesteps = tuple((scheduler.timesteps.to(self._dtype) / 1000).tolist())
         self._modulations.prefetch(timesteps)
         return QwenImageState(
@@ -159,25 +156,6 @@ class Pipeline(BasePipeline[QwenImageState]):
             scheduler=scheduler,
             timesteps=timesteps,
         )
-
-    def _schedule(self, request: DiffusionRequest, num_tokens: int) -> FlowMatchEulerDiscreteScheduler:
-        scheduler = copy.deepcopy(self._scheduler)
-        config = scheduler.config
-        mu = resolution_shift(
-            num_tokens,
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
-        sigmas = request.sigmas or linear_sigmas(request.num_inference_steps)
-        if sigmas[-1] == 1:
-            # A single step from noise to picture: there is no slope to stretch to the terminal (0 / 0).
-            scheduler.register_to_config(shift_terminal=None)
-        # On the CPU: its values are scalars of the step's arithmetic, which so waits for no transfer.
-        scheduler.set_timesteps(sigmas=list(sigmas), mu=mu)
-        scheduler.set_begin_index(0)
-        return scheduler
 
     def predict(
         self, states: Sequence[QwenImageState], groups: Sequence[int] | None = None
@@ -243,7 +221,3 @@ class Pipeline(BasePipeline[QwenImageState]):
 
     def forget(self, state: QwenImageState) -> None:
         self._layouts.forget(state)
-
-
-def _num_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in safetensors_files(folder))

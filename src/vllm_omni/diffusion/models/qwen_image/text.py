@@ -1,8 +1,6 @@
 """Qwen-Image's text encoder: Qwen2.5-VL's language model, as diffusers' QwenImagePipeline uses it.
 
-Text alone needs neither the vision tower nor the scores over the vocabulary, so they are not read. The ranks of a group
-share the rest: each holds some heads of every attention, some features of every MLP and of the embedding. Exchanges
-go through the group, not through process groups kept in the model, so the weights outlive a broken connection.
+Text alone needs neither the vision tower nor the scores over the vocabulary, so they are not read.
 """
 
 from __future__ import annotations
@@ -14,16 +12,13 @@ from torch import Tensor
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLTextModel
 
 from vllm_omni.diffusion.distributed.groups import Group
-from vllm_omni.diffusion.layers.linear import ColumnEmbedding, ColumnLinear, RowLinear
-from vllm_omni.diffusion.models.loading import OnBytes, load_weights, weight_names
+from vllm_omni.diffusion.models.language_model import load_language_model
+from vllm_omni.diffusion.models.loading import OnBytes
 from vllm_omni.diffusion.models.qwen_image.info import (
     MAX_PROMPT_TOKENS,
     NUM_TEMPLATE_TOKENS,
     PROMPT_TEMPLATE,
 )
-
-COLUMN_LAYERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
-ROW_LAYERS = ("self_attn.o_proj", "mlp.down_proj")
 
 
 class TextEncoder:
@@ -62,25 +57,4 @@ def _load_language_model(
     folder: Path, device: torch.device, dtype: torch.dtype, group: Group, on_bytes: OnBytes
 ) -> Qwen2_5_VLTextModel:
     config = Qwen2_5_VLConfig.from_pretrained(folder).text_config
-    with torch.device("meta"):
-        model = Qwen2_5_VLTextModel(config)
-        _share(model, group)
-    # Checkpoints have been written with two names for the same module.
-    is_named = any(name.startswith("model.language_model.") for name in weight_names(folder))
-    prefix = "model.language_model." if is_named else "model."
-    load_weights(model, folder, {}, device, dtype, on_bytes, prefix)
-    # Its frequencies are no weights, and stay in float32 whatever the model's dtype.
-    model.rotary_emb = type(model.rotary_emb)(config).to(device)
-    return model
-
-
-def _share(model: Qwen2_5_VLTextModel, group: Group) -> None:
-    """Put layers that the ranks of `group` share in place of the whole ones."""
-    embedding = model.embed_tokens
-    model.embed_tokens = ColumnEmbedding(embedding.num_embeddings, embedding.embedding_dim, group)
-    for layer in model.layers:
-        for names, shared in ((COLUMN_LAYERS, ColumnLinear), (ROW_LAYERS, RowLinear)):
-            for name in names:
-                linear = layer.get_submodule(name)
-                has_bias = linear.bias is not None
-                layer.set_submodule(name, shared(linear.in_features, linear.out_features, group, has_bias))
+    return load_language_model(lambda: Qwen2_5_VLTextModel(config), folder, device, dtype, group, on_bytes)

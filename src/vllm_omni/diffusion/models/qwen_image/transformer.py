@@ -6,7 +6,6 @@ tensor parallelism a rank has P-th parts: of the heads, of the inner MLP channel
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
@@ -20,11 +19,14 @@ from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.layers.linear import ColumnLinear, RowLinear
 from vllm_omni.diffusion.layers.norms import Scale, gated_add, norm_modulate, rms_norm
 from vllm_omni.diffusion.layers.rope import axis_rotations, rotate
-from vllm_omni.diffusion.models.qwen_image.modulation import IMAGE, TEXT, Modulation
+from vllm_omni.diffusion.layers.timesteps import NUM_WAVES, timestep_waves
+from vllm_omni.diffusion.models.modulation import Modulation
 from vllm_omni.diffusion.packing import Pack
 from vllm_omni.errors import ConfigError
 
 EPS = 1e-6
+IMAGE, TEXT = 0, 1
+"""Streams of modulation."""
 
 CHECKPOINT_NAMES: dict[str, tuple[str, ...]] = {
     "time_embedder.0": ("time_text_embed.timestep_embedder.linear_1",),
@@ -163,7 +165,7 @@ class QwenImageTransformer(nn.Module):
         self.config = config
         self.tensor = tensor
         dim = config.dim
-        self.time_embedder = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_embedder = nn.Sequential(nn.Linear(NUM_WAVES, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.txt_norm = Scale(config.joint_attention_dim)
         self.img_in = nn.Linear(config.in_channels, dim)
         self.txt_in = nn.Linear(config.joint_attention_dim, dim)
@@ -172,14 +174,19 @@ class QwenImageTransformer(nn.Module):
         self.proj_out = nn.Linear(dim, config.patch_size**2 * config.out_channels)
 
     def modulate(self, timesteps: Sequence[float]) -> Modulation:
-        """The rows of modulation of these timesteps, each in [0, 1] and already rounded to the model's dtype."""
-        frequencies = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32) / 128)
-        angles = 1000 * (torch.tensor(timesteps, dtype=torch.float32)[:, None] * frequencies)
-        waves = torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.proj_out.weight)
+        """The rows of modulation of these timesteps, each in [0, 1] and already rounded to the model's dtype.
+
+        Parts of a block: shift, scale, gate of the attention, then of the MLP; of the output: scale and shift. Scales
+        have their 1 added.
+        """
+        waves = timestep_waves(torch.tensor(timesteps), scale=1000).to(self.proj_out.weight)
         condition = F.silu(self.time_embedder(waves))
         rows = torch.stack([cast(Block, block).modulate(condition) for block in self.transformer_blocks])
-        whole = torch.cat(self.tensor.all_gather(rows).unbind(), dim=-1)
-        return Modulation.of_raw(whole, self.output_modulation(condition))
+        blocks = torch.cat(self.tensor.all_gather(rows).unbind(), dim=-1).unflatten(-1, (6, -1))
+        final = self.output_modulation(condition).unflatten(-1, (2, -1))
+        for scale in (blocks[..., 1, :], blocks[..., 4, :], final[..., 0, :]):
+            scale.add_(1)
+        return Modulation(blocks, final)
 
     def embed_text(self, states: Tensor) -> Tensor:
         """The text encoder's [tokens, joint_attention_dim] -> [tokens, D]; the same at every step."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,11 +13,9 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCaus
 from torch import Tensor, nn
 
 from vllm_omni.diffusion.distributed.groups import Group
-from vllm_omni.diffusion.models.qwen_image.shared_decode import SharedDecoder
+from vllm_omni.diffusion.models.pictures import LatentDecoder
+from vllm_omni.diffusion.models.tiles import Tiling
 from vllm_omni.diffusion.sampling import unpack_latents
-
-MAX_BATCH_PIXELS = 2**20
-"""Pixels decoded as one batch; larger batches gain nothing and cost memory."""
 
 
 class FrameConv(nn.Module):
@@ -54,21 +52,16 @@ class FrameDecoder(nn.Module):
 
 
 class PictureDecoder:
-    """Decodes token latents with a Qwen-Image VAE; rounding follows diffusers' VaeImageProcessor.
-
-    one_at_a_time: never hold more than one picture (less memory). group: its ranks share each call, which makes the
-    pictures of one rank with `tiled`.
-    """
+    """Decodes token latents with a Qwen-Image VAE; see `LatentDecoder` for the rest."""
 
     def __init__(self, vae: AutoencoderKLQwenImage, one_at_a_time: bool, tiled: bool, group: Group) -> None:
         vae.encoder = nn.Identity()  # frees its weights
         vae.decoder = FrameDecoder(vae.decoder)
-        self._vae = vae
-        self._one_at_a_time = one_at_a_time
         if tiled:
             vae.enable_tiling()
-        self._shared = SharedDecoder(vae, group) if group.size > 1 else None
-        self._scale = 2 ** len(vae.temperal_downsample)
+        self._dtype: torch.dtype = vae.dtype
+        scale, tiling = tiling_of(vae)
+        self._decode = LatentDecoder(vae, partial(decode_frame, vae), tiling, scale, one_at_a_time, group)
         mean, std = (
             torch.tensor(values).view(1, -1, 1, 1, 1).to(vae.device, vae.dtype)
             for values in (vae.config.latents_mean, vae.config.latents_std)
@@ -81,23 +74,22 @@ class PictureDecoder:
         All ranks of the group must call with the same latents; the pictures come on its first rank, [] on the others.
         """
         unpacked = [unpack_latents(tokens, *grid)[None, :, None] for tokens, grid in zip(latents, grids, strict=True)]
-        scaled = [x.to(self._vae.dtype) / self._inverse_std + self._mean for x in unpacked]
-        if self._shared is None:
-            return [picture for batch in self._batches(scaled) for picture in self._decode(batch)]
-        calls = [[x] for x in scaled] if self._one_at_a_time else [scaled]
-        return [picture for call in calls for pixels in self._shared(call) for picture in _to_uint8(pixels)]
-
-    def _batches(self, latents: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Neighbours of one size together: [pictures, channels, 1, height / 8, width / 8]."""
-        for (height, width), run in groupby(latents, key=lambda x: x.shape[-2:]):
-            most = 1 if self._one_at_a_time else max(1, MAX_BATCH_PIXELS // (height * width * self._scale**2))
-            yield from torch.cat(list(run)).split(most)
-
-    def _decode(self, latents: Tensor) -> list[np.ndarray]:
-        return _to_uint8(self._vae.decode(latents, return_dict=False)[0])
+        return self._decode([x.to(self._dtype) / self._inverse_std + self._mean for x in unpacked])
 
 
-def _to_uint8(pixels: Tensor) -> list[np.ndarray]:
-    """[pictures, 3, 1, height, width] in [-1, 1] -> [height, width, 3] each."""
-    pixels = (pixels[:, :, 0] * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float()
-    return list((pixels * 255).round().to(torch.uint8).cpu().numpy())
+def decode_frame(vae: AutoencoderKLQwenImage, latents: Tensor) -> Tensor:
+    """A tile or a whole picture, [1, channels, 1, height, width] -> [1, 3, 1, height * 8, width * 8]."""
+    pixels: Tensor = vae.decoder(vae.post_quant_conv(latents))
+    return pixels
+
+
+def tiling_of(vae: AutoencoderKLQwenImage) -> tuple[int, Tiling]:
+    """Pixels a side of a latent pixel, and the VAE's own tiles."""
+    scale = 2 ** len(vae.temperal_downsample)
+    tiling = Tiling(
+        height=vae.tile_sample_min_height // scale,
+        width=vae.tile_sample_min_width // scale,
+        row_stride=vae.tile_sample_stride_height // scale,
+        column_stride=vae.tile_sample_stride_width // scale,
+    )
+    return scale, tiling

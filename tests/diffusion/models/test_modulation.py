@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_omni.diffusion.models.qwen_image.modulation import IMAGE, TEXT, Modulation, ModulationTable
+from vllm_omni.diffusion.models.modulation import Modulation, ModulationTable
 
 ROW_BYTES = 4 * (2 * 2 * 6 * 8 + 2 * 8)
 
@@ -33,7 +33,7 @@ def test_rows_are_computed_once_and_given_in_order() -> None:
     assert rows.asked[-1] == [4.0]
     sequence = torch.tensor([0, 0, 1, 2, 3])
     for layer in (0, 1):
-        for stream in (IMAGE, TEXT):
+        for stream in (0, 1):
             parts = got.of_block(layer, stream, sequence)
             assert len(parts) == 6
             wanted = (layer * 2 + stream) * 100 + torch.tensor([3.0, 3, 1, 4, 3])
@@ -44,7 +44,7 @@ def test_rows_are_computed_once_and_given_in_order() -> None:
 def test_equal_timesteps_share_one_row() -> None:
     table = ModulationTable(Rows(), 100 * ROW_BYTES)
     got = table.rows_of([2.0, 2.0, 2.0])
-    assert [part.shape for part in got.of_block(0, TEXT, torch.tensor([0, 1, 2]))] == [(1, 8)] * 6
+    assert [part.shape for part in got.of_block(0, 1, torch.tensor([0, 1, 2]))] == [(1, 8)] * 6
     assert [part.shape for part in got.of_output(torch.tensor([0, 1, 2]))] == [(1, 8)] * 2
 
 

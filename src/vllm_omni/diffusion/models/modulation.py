@@ -1,6 +1,6 @@
 """Shift, scale and gate of every block, kept by timestep.
 
-They depend on the timestep alone, and their weights are a third of the model's: a server that draws one picture
+They depend on the timestep alone, and their weights may be a third of the model's: a server that draws one picture
 after another with the same schedule computes them once.
 """
 
@@ -13,36 +13,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-IMAGE, TEXT = 0, 1
-
 
 @dataclass(frozen=True)
 class Modulation:
     """Rows for the sequences of one step; one row alone when all sequences are at the same timestep.
 
-    In `blocks` the six parts of a row are shift, scale, gate of the attention, then of the MLP; in `final` they
-    are scale and shift. Scales have their 1 added.
+    What the parts of a row mean, and which kind of token a stream is, the model knows.
     """
 
     blocks: Tensor
-    """[layers, 2 (image, text), rows, 6, D]."""
+    """[layers, streams, rows, parts, D]."""
     final: Tensor
-    """[rows, 2, D]."""
-
-    @classmethod
-    def of_raw(cls, blocks: Tensor, final: Tensor) -> Modulation:
-        """From the outputs of the modulation layers: [layers, 2, rows, 6 * D] and [rows, 2 * D]; works in place."""
-        blocks, final = blocks.view(*blocks.shape[:-1], 6, -1), final.view(len(final), 2, -1)
-        for scale in (blocks[..., 1, :], blocks[..., 4, :], final[..., 0, :]):
-            scale.add_(1)
-        return cls(blocks, final)
+    """Of the output layer: [rows, parts, D]."""
 
     def of_block(self, layer: int, stream: int, sequence: Tensor) -> tuple[Tensor, ...]:
-        """Six tensors [1, D], or [tokens, D] where `sequence` [tokens] tells each token's row."""
+        """A tensor a part: [1, D], or [tokens, D] where `sequence` [tokens] tells each token's row."""
         return _per_token(self.blocks[layer, stream], sequence).unbind(1)
 
     def of_output(self, sequence: Tensor) -> tuple[Tensor, ...]:
-        """Scale and shift, [1, D] or [tokens, D]."""
+        """A tensor a part, [1, D] or [tokens, D]."""
         return _per_token(self.final, sequence).unbind(1)
 
 

@@ -1,0 +1,21 @@
+"""Timesteps as the sines and cosines that transformers are told them by (as in DDPM and DiT)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+NUM_WAVES = 256
+
+
+def timestep_waves(timesteps: Tensor, scale: float = 1.0) -> Tensor:
+    """[n] -> float32 [n, 256]: cosines, then sines, at 128 frequencies from 1 down to nearly 1/10000.
+
+    scale: what the angles are multiplied by, after the frequencies.
+    """
+    half = NUM_WAVES // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
+    angles = scale * (timesteps.float()[:, None] * frequencies)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)

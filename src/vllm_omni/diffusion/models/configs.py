@@ -1,0 +1,60 @@
+"""What is read off the configs of any family's model folder (no torch here)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vllm_omni.errors import ConfigError
+
+
+def read_config(path: Path, component: str, name: str = "config.json") -> dict[str, Any]:
+    """The config of a component of the model in `path`. Raises ConfigError where it cannot be read."""
+    file = path / component / name
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {file}: {error}") from error
+
+
+def refuse_variants(transformer: Mapping[str, Any], only: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a transformer config that needs more than the family computes.
+
+    only: key -> the value that is computed, which is also what an absent key means.
+    """
+    for key, available in only.items():
+        if (value := transformer.get(key, available)) != available:
+            raise ConfigError(f"transformer/config.json has {key}={value!r}: not available yet, only {available!r} is")
+
+
+def refuse_scheduler(scheduler: Mapping[str, Any]) -> None:
+    """Only what depends on nothing but the seed: a schedule that draws noise at every step is refused (ConfigError)."""
+    name, only = scheduler.get("_class_name"), "FlowMatchEulerDiscreteScheduler"
+    if name != only or scheduler.get("stochastic_sampling"):
+        drawn = " with stochastic_sampling" if scheduler.get("stochastic_sampling") else ""
+        raise ConfigError(
+            f"scheduler/scheduler_config.json has {name}{drawn}: not available yet, only {only} without is"
+        )
+
+
+def divisors(count: int) -> tuple[int, ...]:
+    """In ascending order."""
+    return tuple(size for size in range(1, count + 1) if count % size == 0)
+
+
+def text_encoder_tp_sizes(text_encoder: Mapping[str, Any]) -> tuple[int, ...]:
+    """How many ranks can share the text encoder of this config.json: each gets whole heads and as many as the others.
+
+    Raises ConfigError when the config does not say how large the model is.
+    """
+    # The language model's own section where there is one; older configs have its keys at the top.
+    values = text_encoder.get("text_config") or text_encoder
+    names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    try:
+        counts = [int(values[name]) for name in names]
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"text_encoder/config.json does not say its sizes: {error!r}") from error
+    return divisors(math.gcd(*counts))

@@ -1,0 +1,103 @@
+"""What the front end must know of a Z-Image folder, read from its configs alone (no torch at import)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from vllm_omni.diffusion.models.configs import (
+    read_config,
+    refuse_scheduler,
+    refuse_variants,
+    text_encoder_tp_sizes,
+)
+from vllm_omni.diffusion.registry import Guidance, ModelInfo, read_default_sampling_params
+
+PATCH_SIZE = 2
+"""Latent pixels a side that one token stands for."""
+TOKEN_MULTIPLE = 32
+"""Captions and pictures are filled up to a multiple of this many tokens, with learned tokens that attend."""
+AVAILABLE = {
+    "all_patch_size": [PATCH_SIZE],
+    "all_f_patch_size": [1],
+    "qk_norm": True,
+    "siglip_feat_dim": None,
+}
+"""Keys of transformer/config.json whose other values need more than this package computes."""
+DEFAULT_SIDE = 1024
+TENSOR_SIZES = (1, 2)
+DISTILLED_SHIFT = 3.0
+"""Of Z-Image-Turbo's schedule; Z-Image's is 6. Nothing else in the configs tells the two apart."""
+
+
+@dataclass(frozen=True)
+class ChatTokenizer:
+    """A prompt as the only message of a chat, which is how the text encoder reads it."""
+
+    path: Path
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        # Lazy: transformers imports torch, and `--help` and validation must not.
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.path)
+
+    def ids(self, prompt: str) -> list[int]:
+        """As diffusers' ZImagePipeline asks for them."""
+        messages = [{"role": "user", "content": prompt}]
+        text = self._tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+        return list(self._tokenizer(text).input_ids)
+
+    def __call__(self, prompt: str) -> int:
+        """How many there are."""
+        return len(self.ids(prompt))
+
+
+def describe(path: Path) -> ModelInfo:
+    """Sizes, limits and defaults of the model in `path`.
+
+    Raises ConfigError for a component whose config cannot be read and for a variant that we cannot run.
+    """
+    transformer = read_config(path, "transformer")
+    vae = read_config(path, "vae")
+    scheduler = read_config(path, "scheduler", "scheduler_config.json")
+    refuse_variants(transformer, AVAILABLE)
+    refuse_scheduler(scheduler)
+    side = PATCH_SIZE * 2 ** (len(vae.get("block_out_channels", (128, 256, 512, 512))) - 1)
+    width, num_heads = transformer.get("dim", 3840), transformer.get("n_heads", 30)
+    # A picture's frame comes after the last position of its caption, and must be one that the model knows.
+    longest = transformer.get("axes_lens", (1024, 512, 512))[0] - 2
+    is_distilled = scheduler.get("shift") == DISTILLED_SHIFT
+    defaults = {
+        "height": DEFAULT_SIDE,
+        "width": DEFAULT_SIDE,
+        "num_inference_steps": 8 if is_distilled else 50,
+        "guidance_scale": 0.0 if is_distilled else 5.0,
+        "max_sequence_length": 512,
+    }
+    return ModelInfo(
+        path=path,
+        family="z_image",
+        size_multiple=side,
+        pixels_per_token=side,
+        max_prompt_tokens=longest // TOKEN_MULTIPLE * TOKEN_MULTIPLE,
+        count_prompt_tokens=ChatTokenizer(path / "tokenizer"),
+        # A token costs 24 width² in a block's linear layers and 4 width n in attention over n tokens.
+        attention_tokens=6.0 * width,
+        num_heads=num_heads,
+        tensor_sizes=tuple(n for n in TENSOR_SIZES if num_heads % n == 0 and inner_width(width) % n == 0),
+        text_encoder_tp_sizes=text_encoder_tp_sizes(read_config(path, "text_encoder")),
+        guidance=Guidance("guidance_scale", 1.0, "", ("cfg_normalization", "cfg_truncation")),
+        token_multiple=TOKEN_MULTIPLE,
+        default_sampling_params=defaults | read_default_sampling_params(path),
+    )
+
+
+def inner_width(width: int) -> int:
+    """Channels inside a feed-forward layer."""
+    return int(width / 3 * 8)

@@ -1,0 +1,255 @@
+"""Z-Image's scalable single-stream transformer (S3-DiT, arXiv 2511.22699) on packed tokens.
+
+Captions and pictures pass refiner layers of their own, then one stream in which both are tokens alike. Each is filled
+up to a multiple of 32 tokens with learned tokens, which attend as the others do.
+
+Shapes: T text tokens and S image tokens over all sequences of the pack, with what fills them up; D the width, H heads
+of d channels, C the width of the timestep's embedding. Under tensor parallelism a rank has P-th parts: of the heads, of
+the feed-forward channels and of the modulation's rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import chain
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vllm_omni.diffusion.attention.sharded import Attend
+from vllm_omni.diffusion.distributed.groups import Group
+from vllm_omni.diffusion.layers.linear import ColumnLinear, RowLinear
+from vllm_omni.diffusion.layers.norms import Scale, gated_add, rms_norm
+from vllm_omni.diffusion.layers.rope import axis_rotations, rotate
+from vllm_omni.diffusion.layers.timesteps import NUM_WAVES, timestep_waves
+from vllm_omni.diffusion.models.modulation import Modulation
+from vllm_omni.diffusion.models.z_image.info import PATCH_SIZE, TOKEN_MULTIPLE, inner_width
+from vllm_omni.diffusion.packing import Pack
+from vllm_omni.errors import ConfigError
+
+QK_EPS = 1e-5
+OUTPUT_EPS = 1e-6
+CONDITION_WIDTH = 256
+TIME_WIDTH = 1024
+
+CHECKPOINT_NAMES: dict[str, tuple[str, ...]] = {
+    "time_embedder.0": ("t_embedder.mlp.0",),
+    "time_embedder.2": ("t_embedder.mlp.2",),
+    "image_embedder": ("all_x_embedder.2-1",),
+    "caption_norm": ("cap_embedder.0",),
+    "caption_embedder": ("cap_embedder.1",),
+    "output_modulation": ("all_final_layer.2-1.adaLN_modulation.1",),
+    "output": ("all_final_layer.2-1.linear",),
+    "modulation": ("adaLN_modulation.0",),
+    "qk_norm": ("attention.norm_q", "attention.norm_k"),
+    "qkv": ("attention.to_q", "attention.to_k", "attention.to_v"),
+    "out": ("attention.to_out.0",),
+    "gate_up": ("feed_forward.w1", "feed_forward.w3"),
+    "down": ("feed_forward.w2",),
+}
+"""Our module -> the modules of diffusers' checkpoint whose weights it holds, one after another along dim 0; within
+a block without the names before it. Modules that are not listed have the same name in both."""
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The keys of transformer/config.json that the architecture depends on."""
+
+    in_channels: int = 16
+    dim: int = 3840
+    n_layers: int = 30
+    n_refiner_layers: int = 2
+    n_heads: int = 30
+    norm_eps: float = 1e-5
+    cap_feat_dim: int = 2560
+    rope_theta: float = 256.0
+    t_scale: float = 1000.0
+    axes_dims: tuple[int, ...] = (32, 48, 48)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TransformerConfig:
+        config = cls(**{f.name: values[f.name] for f in fields(cls) if values.get(f.name) is not None})
+        if sum(config.axes_dims) * config.n_heads != config.dim:
+            raise ConfigError(
+                f"transformer/config.json: axes_dims {config.axes_dims} of {config.n_heads} heads must add up to dim, "
+                f"{config.dim}"
+            )
+        return replace(config, axes_dims=tuple(config.axes_dims))
+
+    @property
+    def head_dim(self) -> int:
+        return sum(self.axes_dims)
+
+    @property
+    def channels_per_token(self) -> int:
+        return PATCH_SIZE**2 * self.in_channels
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """What flows through the stream: text [T, D] and image [S, D]."""
+
+    text: Tensor
+    image: Tensor
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What the layers of one step read besides: the layout, the positions and the modulation of its sequences."""
+
+    pack: Pack
+    rotations: Tensor
+    """complex64 [T + S, 1, 1, d / 2] in joint order."""
+    sequence: Tensor
+    """int64 [T + S] in joint order: the sequence of each token."""
+    attend: Attend
+    """Attention over the pack's sequences, whichever ranks hold their other tokens."""
+    attend_images: Attend
+    """The same over the image tokens of each sequence alone."""
+    is_filling: Tensor
+    """bool [S, 1]: the image tokens that fill up."""
+    modulation: Modulation
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each between two norms."""
+
+    def __init__(self, config: TransformerConfig, tensor: Group, is_modulated: bool = True) -> None:
+        super().__init__()
+        dim, inner = config.dim, inner_width(config.dim)
+        self.head_dim = config.head_dim
+        self.eps = config.norm_eps
+        if is_modulated:
+            self.modulation = ColumnLinear(min(dim, CONDITION_WIDTH), 4 * dim, tensor)
+        self.attention_norm1 = Scale(dim)
+        self.attention_norm2 = Scale(dim)
+        self.ffn_norm1 = Scale(dim)
+        self.ffn_norm2 = Scale(dim)
+        self.qkv = ColumnLinear(dim, 3 * dim, tensor, bias=False)
+        self.qk_norm = Scale(2 * self.head_dim)
+        self.out = RowLinear(dim, dim, tensor, bias=False)
+        self.gate_up = ColumnLinear(dim, 2 * inner, tensor, bias=False)
+        self.down = RowLinear(inner, dim, tensor, bias=False)
+
+    def forward(self, x: Tensor, rows: Sequence[Tensor], rotations: Tensor, attend: Attend) -> Tensor:
+        """x: [tokens, D], of the tokens that `attend` and `rotations` are for; rows: scale and gate of the attention,
+        then of the feed-forward, each [1, D] or [tokens, D]."""
+        scale, gate, inner_scale, inner_gate = rows
+        qkv = self.qkv(rms_norm(x, self.attention_norm1.weight * scale, self.eps)).view(len(x), 3, -1, self.head_dim)
+        qk_norm = self.qk_norm.weight.view(2, 1, -1)
+        q, k = rotate(rms_norm(qkv[:, :2], qk_norm, QK_EPS), rotations).unbind(1)
+        attended = self.out(attend(q, k, qkv[:, 2]).flatten(1))
+        x = gated_add(x, rms_norm(attended, self.attention_norm2.weight, self.eps), gate)
+        inner_gates, inner = self.gate_up(rms_norm(x, self.ffn_norm1.weight * inner_scale, self.eps)).chunk(2, dim=-1)
+        down = self.down(F.silu(inner_gates) * inner)
+        return gated_add(x, rms_norm(down, self.ffn_norm2.weight, self.eps), inner_gate)
+
+
+class ZImageTransformer(nn.Module):
+    """`embed -> blocks -> project` at every step; `refine_caption` once before."""
+
+    def __init__(self, config: TransformerConfig, tensor: Group) -> None:
+        """tensor: the ranks that share every layer; their number divides the heads and the feed-forward channels."""
+        super().__init__()
+        self.config = config
+        self.tensor = tensor
+        dim, condition = config.dim, min(config.dim, CONDITION_WIDTH)
+        self.time_embedder = nn.Sequential(
+            nn.Linear(NUM_WAVES, TIME_WIDTH), nn.SiLU(), nn.Linear(TIME_WIDTH, condition)
+        )
+        self.image_embedder = nn.Linear(config.channels_per_token, dim)
+        self.caption_norm = Scale(config.cap_feat_dim)
+        self.caption_embedder = nn.Linear(config.cap_feat_dim, dim)
+        self.x_pad_token = nn.Parameter(torch.zeros(1, dim))
+        self.cap_pad_token = nn.Parameter(torch.zeros(1, dim))
+        self.noise_refiner = nn.ModuleList(Block(config, tensor) for _ in range(config.n_refiner_layers))
+        self.context_refiner = nn.ModuleList(
+            Block(config, tensor, is_modulated=False) for _ in range(config.n_refiner_layers)
+        )
+        self.layers = nn.ModuleList(Block(config, tensor) for _ in range(config.n_layers))
+        self.output_modulation = nn.Linear(condition, dim)
+        self.output = nn.Linear(dim, config.channels_per_token)
+
+    def modulate(self, timesteps: Sequence[float]) -> Modulation:
+        """The rows of modulation of these timesteps, which count from 0 (noise) to 1.
+
+        Layers are the noise refiner's, then the stream's. Parts of a layer: scale and gate of the attention, then of
+        the feed-forward; of the output: a scale. Scales have their 1 added.
+        """
+        waves = timestep_waves(torch.tensor(timesteps, dtype=torch.float32) * self.config.t_scale)
+        condition = self.time_embedder(waves.to(self.output.weight))
+        layers = chain(self.noise_refiner, self.layers)
+        rows = torch.stack([cast(Block, layer).modulation(condition) for layer in layers])
+        parts = torch.cat(self.tensor.all_gather(rows).unbind(), dim=-1).unflatten(-1, (4, -1))
+        scales, gates = 1 + parts[..., 0::2, :], parts[..., 1::2, :].tanh()
+        return Modulation(
+            blocks=torch.stack((scales, gates), dim=-2).flatten(-3, -2)[:, None],
+            final=(1 + self.output_modulation(F.silu(condition)))[:, None],
+        )
+
+    def refine_caption(self, states: Tensor, attend: Attend) -> Tensor:
+        """The text encoder's [tokens, cap_feat_dim] of one caption -> [tokens filled up, D]; the same at every step.
+
+        attend: attention over as many tokens.
+        """
+        x: Tensor = self.caption_embedder(rms_norm(states, self.caption_norm.weight, self.config.norm_eps))
+        x = torch.cat((x, self.cap_pad_token.expand(filled_up(len(x)) - len(x), -1)))
+        rotations = self._caption_rotations(len(x)).to(x.device)
+        unmodulated = [x.new_ones(1, 1)] * 4
+        for layer in self.context_refiner:
+            x = layer(x, unmodulated, rotations, attend)
+        return x
+
+    def rotations(self, num_text_tokens: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Of one sequence: complex64 [text tokens, 1, 1, d / 2] and [image tokens filled up, 1, 1, d / 2], on the CPU.
+
+        num_text_tokens: filled up. Text counts along the first axis from 1, and the picture is the frame after it; what
+        fills it up lies at the origin.
+        """
+        rows, columns = grid
+        frame = torch.tensor([num_text_tokens + 1])
+        image = torch.cartesian_prod(frame, torch.arange(rows), torch.arange(columns))
+        image = F.pad(image, (0, 0, 0, filled_up(len(image)) - len(image)))
+        return self._caption_rotations(num_text_tokens), self._rotations(image)
+
+    def _caption_rotations(self, num_tokens: int) -> Tensor:
+        return self._rotations(F.pad(torch.arange(1, num_tokens + 1)[:, None], (0, 2)))
+
+    def _rotations(self, positions: Tensor) -> Tensor:
+        config = self.config
+        return axis_rotations(positions, config.axes_dims, config.rope_theta, torch.float64)[:, None, None]
+
+    def embed(self, latents: Tensor, text: Tensor, context: StepContext) -> Hidden:
+        """latents: [S, channels_per_token], anything where they fill up; text: [T, D] from `refine_caption`."""
+        pack, modulation = context.pack, context.modulation
+        image = torch.where(context.is_filling, self.x_pad_token, self.image_embedder(latents))
+        _, rotations = pack.split(context.rotations)
+        for index, layer in enumerate(self.noise_refiner):
+            rows = modulation.of_block(index, 0, pack.image_sequence)
+            image = layer(image, rows, rotations, context.attend_images)
+        return Hidden(text, image)
+
+    def blocks(self, hidden: Hidden, context: StepContext) -> Hidden:
+        x = context.pack.join(hidden.text, hidden.image)
+        for index, layer in enumerate(self.layers, start=len(self.noise_refiner)):
+            rows = context.modulation.of_block(index, 0, context.sequence)
+            x = layer(x, rows, context.rotations, context.attend)
+        return Hidden(*context.pack.split(x))
+
+    def project(self, hidden: Hidden, context: StepContext) -> Tensor:
+        """-> what leads from noise to picture, [S, channels_per_token]."""
+        (scale,) = context.modulation.of_output(context.pack.image_sequence)
+        image = F.layer_norm(hidden.image, hidden.image.shape[-1:], eps=OUTPUT_EPS) * scale
+        direction: Tensor = self.output(image)
+        return direction
+
+    def forward(self, latents: Tensor, text: Tensor, context: StepContext) -> Tensor:
+        return self.project(self.blocks(self.embed(latents, text, context), context), context)
+
+
+def filled_up(num_tokens: int) -> int:
+    """The next multiple of what the model computes on."""
+    return -(-num_tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE

@@ -1,0 +1,34 @@
+"""Fixtures of the Z-Image tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny_z_image import BASE_SHIFT, build_tiny_z_image
+
+SMALL: dict[str, object] = {"height": 64, "width": 64}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def turbo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Z-Image-Turbo with 3 heads; pictures of 64x64 by default."""
+    return build_tiny_z_image(tmp_path_factory.mktemp("models") / "turbo", default_sampling_params=SMALL)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Z-Image with 5 heads."""
+    path = tmp_path_factory.mktemp("models") / "base"
+    return build_tiny_z_image(path, heads=5, shift=BASE_SHIFT, seed=1, default_sampling_params=SMALL)
