@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from vllm_omni.diffusion.data import DiffusionParallelConfig
+from vllm_omni.diffusion.data import DiffusionParallelConfig, flag_of
 from vllm_omni.errors import ConfigError
 
 DEMO_MODEL_PATH = Path(__file__).parent.parent / "demo_model"
+PACKED_PARAMETERS = ("height", "width", "num_inference_steps", "negative_prompt", "sigmas", "max_sequence_length")
+"""Sampling parameters of every packed family."""
 DEFAULTS_FILE = "default_sampling_params.json"
 
 # `_class_name` in model_index.json -> package under vllm_omni.diffusion.models. A family's package has
 # `info.py` (`describe(path) -> ModelInfo`, no torch) and `pipeline.py` (`Pipeline`).
 FAMILIES: dict[str, str] = {"QwenImagePipeline": "qwen_image", "ZImagePipeline": "z_image"}
+FALLBACK_FAMILY = "diffusers_fallback"
+"""Of every other class."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,34 @@ class Guidance:
     options: tuple[str, ...] = ()
     """Further sampling parameters of guidance that the family takes."""
 
+    needs_negative_prompt: bool = True
+    """False: without a negative prompt it guides all the same."""
+
     @property
     def parameters(self) -> tuple[str, ...]:
         return (self.parameter, *self.options)
+
+
+@dataclass(frozen=True)
+class WholePipeline:
+    """How diffusers' own pipeline serves a model: a request is one call of it, which stops after each step."""
+
+    class_name: str
+    parameters: tuple[str, ...]
+    """The sampling parameters that its `__call__` has."""
+    step_callback: str
+    """Its parameter that takes a function to be called after a step."""
+    max_running: int
+    """Most requests that may be begun and not done."""
+
+    def check_parallel(self, parallel: DiffusionParallelConfig) -> None:
+        """Raises ConfigError for every axis but data."""
+        for axis in fields(parallel):
+            if (value := getattr(parallel, axis.name)) > 1 and axis.name != "data_parallel_size":
+                raise ConfigError(
+                    f"{flag_of(axis.name)} takes 1 with a {self.class_name}, which runs whole, on one device (more of "
+                    f"them with --data-parallel-size), got {value}"
+                )
 
 
 @dataclass(frozen=True)
@@ -65,6 +94,18 @@ class ModelInfo:
     """The model fills a text and a picture up to a multiple of this many tokens each."""
     default_sampling_params: Mapping[str, Any] = field(default_factory=dict)
     """The model folder's own defaults over the family's; may hold `negative_prompt`."""
+    whole: WholePipeline | None = None
+    """None: a packed family serves the model."""
+
+    @property
+    def served_by(self) -> Literal["packed", "diffusers"]:
+        """Which path serves the model."""
+        return "packed" if self.whole is None else "diffusers"
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Of the sampling parameters, those that have a meaning for the model."""
+        return (*PACKED_PARAMETERS, *self.guidance.parameters) if self.whole is None else self.whole.parameters
 
     def num_image_tokens(self, height: int, width: int) -> int:
         return (height // self.pixels_per_token) * (width // self.pixels_per_token)
@@ -75,6 +116,9 @@ class ModelInfo:
 
     def check_parallel(self, parallel: DiffusionParallelConfig) -> None:
         """Raises ConfigError for degrees that this model does not allow, with the valid ones."""
+        if self.whole is not None:
+            self.whole.check_parallel(parallel)
+            return
         heads, tensor, ulysses = self.num_heads, parallel.tensor_parallel_size, parallel.ulysses_degree
         if tensor not in self.tensor_sizes:
             valid = ", ".join(map(str, self.tensor_sizes))
@@ -118,17 +162,14 @@ def resolve_model_path(model: str) -> Path:
 
 
 def load_model_info(model: str) -> ModelInfo:
-    """Find the folder and family of `model`. Raises ConfigError for a pipeline class that no family serves."""
+    """Find the folder and family of `model`. Raises ConfigError for a pipeline class that nothing here serves."""
     path = resolve_model_path(model)
     try:
         class_name = json.loads((path / "model_index.json").read_text())["_class_name"]
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"model {model!r}: model_index.json names no _class_name ({error})") from error
-    if class_name not in FAMILIES:
-        raise ConfigError(
-            f"model {model!r} is a {class_name}, which is not available yet; served: {', '.join(FAMILIES)}"
-        )
-    module = import_module(f"vllm_omni.diffusion.models.{FAMILIES[class_name]}.info")
+    family = FAMILIES.get(class_name, FALLBACK_FAMILY) if isinstance(class_name, str) else FALLBACK_FAMILY
+    module = import_module(f"vllm_omni.diffusion.models.{family}.info")
     info: ModelInfo = module.describe(path)
     return info
 

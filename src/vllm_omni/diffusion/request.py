@@ -58,6 +58,8 @@ class DiffusionRequest:
     """Longest that guidance may make a velocity, in lengths of the conditional one; 0: any length."""
     cfg_truncation: float = 1.0
     """Guidance ends when more than this part of the schedule's time has passed."""
+    strength: float | None = None
+    """How far a picture made from another may go from it, in [0, 1]."""
 
     @property
     def has_guidance(self) -> bool:
