@@ -39,7 +39,7 @@ T5_TOKENS = 128
 
 
 def build_tiny_diffusers(class_name: str, path: Path, **defaults: object) -> Path:
-    """Write a folder of the pipeline `class_name` to `path` and return it; `defaults` over pictures of 64x64 in 4 steps."""
+    """Write a folder of the pipeline `class_name` to `path` and return it; `defaults` over 64x64 pixels in 4 steps."""
     state = torch.get_rng_state()
     torch.manual_seed(0)
     pipeline = _BUILDERS[class_name]()

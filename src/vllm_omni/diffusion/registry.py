@@ -105,7 +105,7 @@ class ModelInfo:
     @property
     def parameters(self) -> tuple[str, ...]:
         """Of the sampling parameters, those that have a meaning for the model."""
-        return (*PACKED_PARAMETERS, *self.guidance.parameters) if self.whole is None else self.whole.parameters
+        return (*self.guidance.parameters, *PACKED_PARAMETERS) if self.whole is None else self.whole.parameters
 
     def num_image_tokens(self, height: int, width: int) -> int:
         return (height // self.pixels_per_token) * (width // self.pixels_per_token)

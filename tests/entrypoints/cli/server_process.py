@@ -1,4 +1,4 @@
-"""`vllm serve demo --omni` as a child process of a test."""
+"""`vllm serve MODEL --omni` as a child process of a test."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def wait_for(condition: Callable[[], Value | None], seconds: float = 60.0) -> Va
 class ServerProcess:
     """The running command; everything it started dies with `kill`."""
 
-    def __init__(self, *flags: str) -> None:
+    def __init__(self, *flags: str, model: str = "demo") -> None:
         self._process = subprocess.Popen(
-            [VLLM, "serve", "demo", "--omni", *flags],
+            [VLLM, "serve", model, "--omni", *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -71,7 +71,7 @@ class ServerProcess:
         return self.wait_for_line(r"Listening on (\S+)")[1]
 
     def wait_until_ready(self) -> None:
-        self.wait_for_line(r"Ready: demo|Ready: gpt-image-1")
+        self.wait_for_line(r"Ready: \S+ \(")
 
     def signal(self, number: int) -> None:
         self._note_family()
@@ -104,8 +104,8 @@ class ServerProcess:
 
 
 @contextlib.contextmanager
-def server_process(*flags: str) -> Iterator[ServerProcess]:
-    server = ServerProcess(*flags)
+def server_process(*flags: str, model: str = "demo") -> Iterator[ServerProcess]:
+    server = ServerProcess(*flags, model=model)
     try:
         yield server
     except BaseException:

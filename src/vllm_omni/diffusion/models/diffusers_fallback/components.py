@@ -1,9 +1,8 @@
-"""What model_index.json names, and that it is nothing but diffusers' and transformers' own classes (no torch at import)."""
+"""What model_index.json names: nothing but classes of diffusers and transformers is loaded (no torch at import)."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -40,16 +39,35 @@ def component_classes(path: Path) -> dict[str, type[Any]]:
 def _class_of(component: str, named: list[Any]) -> type[Any]:
     """`named`: a library, or a module of diffusers' pipelines, and a class in it."""
     if len(named) == 2 and all(isinstance(part, str) and part.isidentifier() for part in named):
-        library, class_name = named
-        module = import_module(library) if library in LIBRARIES else _pipeline_modules().get(library)
-        if inspect.isclass(cls := getattr(module, class_name, None)):
+        cls = getattr(_module_of(named[0]), named[1], None)
+        if inspect.isclass(cls) and issubclass(cls, _loadable()):
             return cls
     raise ConfigError(
-        f"model_index.json: {component} is {named!r}; only classes of diffusers and transformers are loaded"
+        f"model_index.json: {component} is {named!r}; only models, schedulers, tokenizers and processors of diffusers "
+        "and transformers are loaded"
     )
 
 
-def _pipeline_modules() -> Mapping[str, Any]:
+def _module_of(library: str) -> Any:
+    """None for what is no module of diffusers or transformers."""
     from diffusers import pipelines
 
-    return {name: getattr(pipelines, name) for name in dir(pipelines) if inspect.ismodule(getattr(pipelines, name))}
+    if library in LIBRARIES:
+        return import_module(library)
+    module = getattr(pipelines, library, None)
+    return module if inspect.ismodule(module) and module.__name__.startswith(f"{pipelines.__name__}.") else None
+
+
+def _loadable() -> tuple[type[Any], ...]:
+    """What loads safetensors and JSON, and no code that lies beside them (transformers' Auto classes might)."""
+    import diffusers
+    import transformers
+
+    return (
+        diffusers.ConfigMixin,
+        transformers.PreTrainedModel,
+        transformers.PreTrainedTokenizerBase,
+        transformers.FeatureExtractionMixin,
+        transformers.ImageProcessingMixin,
+        transformers.ProcessorMixin,
+    )

@@ -57,7 +57,9 @@ def describe(path: Path) -> ModelInfo:
     pipeline = pipeline_class(path)
     signature = CallSignature.of(pipeline)
     components = component_classes(path)
-    configs = {name: read_config(path, name) for name in ("vae", "transformer", "unet") if name in components}
+    configs: dict[str, Mapping[str, Any]] = {
+        name: read_config(path, name) for name in ("vae", "transformer", "unet") if name in components
+    }
     scheduler = components.get("scheduler")
     takes = set(signature.defaults)
     if scheduler is None or not scheduler.__name__.startswith("FlowMatch"):

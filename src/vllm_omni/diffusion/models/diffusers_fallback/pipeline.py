@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 from diffusers import DiffusionPipeline, SchedulerMixin
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -19,12 +21,9 @@ from vllm_omni.diffusion.distributed.mesh import Mesh
 from vllm_omni.diffusion.models.base import BasePipeline, RequestState
 from vllm_omni.diffusion.models.diffusers_fallback.components import component_classes
 from vllm_omni.diffusion.models.diffusers_fallback.run import SteppedRun
-from vllm_omni.diffusion.models.loading import safetensors_files
 from vllm_omni.diffusion.registry import ModelInfo, WholePipeline
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.errors import ConfigError, InvalidRequestError
-
-logger = logging.getLogger(__name__)
 
 
 class PipelineCall:
@@ -133,13 +132,14 @@ class Pipeline(BasePipeline[WholeState]):
         assert info.whole is not None
         component_classes(info.path)  # refuses code that is not the libraries' own
         try:
-            pipeline = DiffusionPipeline.from_pretrained(
-                info.path, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
-            )
+            with _without_progress_bars():
+                pipeline = DiffusionPipeline.from_pretrained(
+                    info.path, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
+                )
         except (OSError, ValueError) as error:
             raise ConfigError(f"{info.path}: diffusers cannot load the {info.whole.class_name}: {error}") from error
-        folders = [path for path in sorted(info.path.iterdir()) if any(path.glob("*.safetensors"))]
-        on_bytes(sum(file.stat().st_size for folder in folders for file in safetensors_files(folder)))
+        modules = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
+        on_bytes(sum(parameter.nbytes for module in modules for parameter in module.parameters()))
         _configure_vae(pipeline, config)
         return cls(pipeline.to(device), info.whole)
 
@@ -178,6 +178,19 @@ class Pipeline(BasePipeline[WholeState]):
     def forget(self, state: WholeState) -> None:
         if (call := self._calls.pop(state.request.request_id, None)) is not None:
             call.cancel()
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Of the libraries that load: there is one bar for all weights already."""
+    libraries = [lib for lib in (diffusers.utils.logging, transformers.utils.logging) if lib.is_progress_bar_enabled()]
+    for library in libraries:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in libraries:
+            library.enable_progress_bar()
 
 
 def _configure_vae(pipeline: Any, config: OmniDiffusionConfig) -> None:
