@@ -9,8 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-from vllm_omni.diffusion.data import DiffusionParallelConfig, flag_of
-from vllm_omni.errors import ConfigError
+from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig, flag_of
+from vllm_omni.errors import ConfigError, NotAvailableError
 
 DEMO_MODEL_PATH = Path(__file__).parent.parent / "demo_model"
 PACKED_PARAMETERS = ("height", "width", "num_inference_steps", "negative_prompt", "sigmas", "max_sequence_length")
@@ -56,6 +56,16 @@ class WholePipeline:
     """Its parameter that takes a function to be called after a step."""
     max_running: int
     """Most requests that may be begun and not done."""
+
+    def check_settings(self, config: OmniDiffusionConfig) -> None:
+        """Raises ConfigError for settings of what only a packed family has."""
+        for name, only in (("cache_backend", "none"), ("max_batch_tokens", None)):
+            if (value := getattr(config, name)) != only:
+                raise ConfigError(
+                    f"{flag_of(name)} {value} needs packed steps, which a {self.class_name} does not have"
+                )
+        if config.enable_cpu_offload and config.enable_layerwise_offload:
+            raise ConfigError("--enable-cpu-offload or --enable-layerwise-offload, got both")
 
     def check_parallel(self, parallel: DiffusionParallelConfig) -> None:
         """Raises ConfigError for every axis but data."""
@@ -113,6 +123,17 @@ class ModelInfo:
     def num_sequence_tokens(self, num_text_tokens: int, num_image_tokens: int) -> int:
         """What the transformer computes on for one guidance branch."""
         return sum(-(-n // self.token_multiple) * self.token_multiple for n in (num_text_tokens, num_image_tokens))
+
+    def check_settings(self, config: OmniDiffusionConfig) -> None:
+        """Raises ConfigError for settings that the path that serves the model does not know."""
+        if self.whole is not None:
+            self.whole.check_settings(config)
+            return
+        for name in ("enable_cpu_offload", "enable_layerwise_offload"):
+            if getattr(config, name):
+                raise NotAvailableError(
+                    f"{flag_of(name)}: not available yet with a packed family, such as this model's"
+                )
 
     def check_parallel(self, parallel: DiffusionParallelConfig) -> None:
         """Raises ConfigError for degrees that this model does not allow, with the valid ones."""

@@ -342,8 +342,6 @@ def test_a_wrong_config_file_is_one_line(content: str, tmp_path: Path, capsys: p
     [
         ["--cache-backend", "tea_cache"],
         ["--cache-backend", "cache_dit", "--cache-config", json.dumps({"Fn_compute_blocks": 1})],
-        ["--enable-cpu-offload"],
-        ["--enable-layerwise-offload"],
         ["--quantization", "fp8"],
         ["--attention-backend", "flash"],
         ["--distributed-executor-backend", "ray"],

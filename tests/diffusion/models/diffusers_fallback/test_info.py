@@ -13,6 +13,7 @@ import torch
 
 from tests.diffusion.models.diffusers_fallback.conftest import ModelOf
 from tests.tiny_diffusers import CLIP_TOKENS, T5_TOKENS
+from vllm_omni import AsyncOmni
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.diffusion.registry import load_model_info
 from vllm_omni.diffusion.worker.runner import ModelRunner
@@ -146,3 +147,40 @@ def test_only_data_parallelism_is_taken(model_of: ModelOf, degrees: dict[str, in
     info.check_parallel(DiffusionParallelConfig(data_parallel_size=2))
     with pytest.raises(ConfigError, match=f"{flag} takes 1 with a FluxPipeline"):
         info.check_parallel(DiffusionParallelConfig(**degrees))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"max_batch_tokens": 100}, "--max-batch-tokens 100 needs packed steps"),
+        ({"enable_cpu_offload": True, "enable_layerwise_offload": True}, "got both"),
+    ],
+)
+def test_settings_of_packed_steps_are_refused(model_of: ModelOf, settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        AsyncOmni(model=str(model_of("FluxPipeline")), **settings)
+
+
+def test_a_step_cache_is_refused(model_of: ModelOf) -> None:
+    config = OmniDiffusionConfig(model=str(model_of("FluxPipeline")))
+    object.__setattr__(config, "cache_backend", "tea_cache")  # which the config itself refuses as long as there is none
+    with pytest.raises(ConfigError, match="--cache-backend tea_cache needs packed steps"):
+        load_model_info(config.model).check_settings(config)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("name", ["enable_cpu_offload", "enable_layerwise_offload"])
+def test_offload_needs_a_gpu(model_of: ModelOf, name: str) -> None:
+    config = OmniDiffusionConfig(model=str(model_of("FluxPipeline")), **{name: True})  # type: ignore[arg-type]
+    info = load_model_info(config.model)
+    info.check_settings(config)
+    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} needs a GPU"):
+        ModelRunner(config, info).start()
+
+
+def test_tiling_is_switched_on(model_of: ModelOf) -> None:
+    config = OmniDiffusionConfig(model=str(model_of("FluxPipeline")), vae_use_tiling=True, vae_use_slicing=True)
+    runner = ModelRunner(config, load_model_info(config.model))
+    runner.start()
+    vae = runner.pipeline.pipeline.vae  # type: ignore[attr-defined]
+    assert (vae.use_tiling, vae.use_slicing) == (True, True)

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.data import OmniDiffusionConfig, flag_of
 from vllm_omni.diffusion.distributed.mesh import Mesh
 from vllm_omni.diffusion.models.base import BasePipeline, RequestState
 from vllm_omni.diffusion.models.diffusers_fallback.components import component_classes
@@ -130,6 +130,7 @@ class Pipeline(BasePipeline[WholeState]):
         mesh: Mesh,
     ) -> Pipeline:
         assert info.whole is not None
+        _refuse_offload_without_gpu(config, device)
         component_classes(info.path)  # refuses code that is not the libraries' own
         try:
             with _without_progress_bars():
@@ -141,7 +142,13 @@ class Pipeline(BasePipeline[WholeState]):
         modules = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
         on_bytes(sum(parameter.nbytes for module in modules for parameter in module.parameters()))
         _configure_vae(pipeline, config)
-        return cls(pipeline.to(device), info.whole)
+        if config.enable_cpu_offload:
+            pipeline.enable_model_cpu_offload(device=device)
+        elif config.enable_layerwise_offload:
+            pipeline.enable_group_offload(device, offload_type="leaf_level", use_stream=True)
+        else:
+            pipeline.to(device)
+        return cls(pipeline, info.whole)
 
     def encode(self, request: DiffusionRequest) -> WholeState:
         call = self._calls[request.request_id] = PipelineCall(self.pipeline, self._whole, request)
@@ -191,6 +198,12 @@ def _without_progress_bars() -> Iterator[None]:
     finally:
         for library in libraries:
             library.enable_progress_bar()
+
+
+def _refuse_offload_without_gpu(config: OmniDiffusionConfig, device: torch.device) -> None:
+    for name in ("enable_cpu_offload", "enable_layerwise_offload"):
+        if getattr(config, name) and device.type != "cuda":
+            raise ConfigError(f"{flag_of(name)} needs a GPU to bring the weights to, this machine has none")
 
 
 def _configure_vae(pipeline: Any, config: OmniDiffusionConfig) -> None:
