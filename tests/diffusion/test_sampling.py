@@ -8,6 +8,7 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline, 
 from diffusers.utils.torch_utils import randn_tensor
 
 from vllm_omni.diffusion.sampling import (
+    combine_bounded,
     combine_guidance,
     draw_noise,
     linear_sigmas,
@@ -58,3 +59,20 @@ def test_guidance_keeps_the_norm_of_each_token() -> None:
 def test_the_clean_picture_is_found_from_the_true_velocity() -> None:
     clean, noise = torch.randn(2, 5, 8).unbind()
     torch.testing.assert_close(predict_clean(0.3 * clean + 0.7 * noise, noise - clean, 0.7), clean)
+
+
+def test_guidance_is_held_to_a_length() -> None:
+    positive, negative = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 0.0]])
+    assert torch.equal(combine_bounded(positive, negative, 4.0, 0.0), 4 * positive)
+    torch.testing.assert_close(combine_bounded(positive, negative, 4.0, 2.0), 2 * positive)
+    torch.testing.assert_close(combine_bounded(positive, negative, 1.5, 2.0), 1.5 * positive)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_latents_are_unpacked_as_they_were_packed(channels_last: bool) -> None:
+    latents = torch.randn(16, 6, 10)
+    packed = pack_latents(latents, channels_last)
+    assert torch.equal(unpack_latents(packed, 3, 5, channels_last), latents)
+    # The second token begins where the second patch does; its second channel is the next pixel's or the next channel's.
+    assert packed[1, 0] == latents[0, 0, 2]
+    assert packed[1, 1] == (latents[1, 0, 2] if channels_last else latents[0, 0, 3])

@@ -40,7 +40,7 @@ def combine_guidance(positive: Tensor, negative: Tensor, scale: float) -> Tensor
     return combined * norm
 
 
-def combine_truncating(positive: Tensor, negative: Tensor, scale: float, max_growth: float) -> Tensor:
+def combine_bounded(positive: Tensor, negative: Tensor, scale: float, max_growth: float) -> Tensor:
     """Classifier-free guidance of a whole picture; where max_growth is not 0, its norm is at most so many times that
     of the conditional velocity.
     """

@@ -16,6 +16,7 @@ from vllm_omni.diffusion.models.loading import load_weights
 from vllm_omni.diffusion.models.modulation import ModulationTable
 from vllm_omni.diffusion.models.z_image.transformer import (
     CHECKPOINT_NAMES,
+    Arrangement,
     StepContext,
     TransformerConfig,
     ZImageTransformer,
@@ -49,15 +50,14 @@ def packed(
         texts.append(model.refine_caption(caption, attention.over(Pack.build([filled_up(len(caption))], [0], CPU))))
     lengths = [filled_up(len(x)) for x in latents]
     pack = Pack.build([len(t) for t in texts], lengths, CPU)
-    context = StepContext(
+    arrangement = Arrangement(
         pack=pack,
         rotations=torch.cat([r for t, grid in zip(texts, grids) for r in model.rotations(len(t), grid)]),
-        sequence=pack.join(pack.text_sequence, pack.image_sequence),
         attend=attention.over(pack),
         attend_images=attention.over(Pack.build([0] * len(latents), lengths, CPU)),
         is_filling=torch.cat([torch.arange(n) >= len(x) for n, x in zip(lengths, latents)])[:, None],
-        modulation=ModulationTable(model.modulate, 2**20).rows_of(timesteps),
     )
+    context = StepContext(arrangement, ModulationTable(model.modulate, 2**20).rows_of(timesteps))
     filled = torch.cat([F.pad(x, (0, 0, 0, n - len(x)), value=7.0) for n, x in zip(lengths, latents)])
     velocities = model(filled, torch.cat(texts), context).split(lengths)
     return [velocity[: len(x)] for velocity, x in zip(velocities, latents)]

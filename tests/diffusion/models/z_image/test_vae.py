@@ -16,7 +16,7 @@ from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.distributed.mesh import World
 from vllm_omni.diffusion.models.z_image.vae import PictureDecoder
-from vllm_omni.diffusion.sampling import pack_latents, unpack_latents
+from vllm_omni.diffusion.sampling import unpack_latents
 
 GRIDS = [(4, 3), (7, 8), (7, 8), (1, 9), (11, 2)]
 """Rows and columns of tokens; a tile has 6 a side."""
@@ -51,13 +51,3 @@ def test_pictures_of_ranks_are_those_of_one_and_of_diffusers(turbo: Path, one_at
         assert picture.shape == by_diffusers.shape == (grid[0] * 16, grid[1] * 16, 3)
         assert np.abs(picture / 255 - by_diffusers).max() <= 0.5 / 255 + 1e-4
         assert np.abs(picture.astype(int) - by_one).max() <= 1
-
-
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_latents_are_unpacked_as_they_were_packed(channels_last: bool) -> None:
-    latents = torch.randn(16, 6, 10)
-    packed = pack_latents(latents, channels_last)
-    assert torch.equal(unpack_latents(packed, 3, 5, channels_last), latents)
-    # The second token begins where the second patch does; its second channel is the next pixel's or the next channel's.
-    assert packed[1, 0] == latents[0, 0, 2]
-    assert packed[1, 1] == (latents[1, 0, 2] if channels_last else latents[0, 0, 3])

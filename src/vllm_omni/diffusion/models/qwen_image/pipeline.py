@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
@@ -16,7 +14,7 @@ from vllm_omni.diffusion.attention import create_attention
 from vllm_omni.diffusion.attention.sharded import Attend, PackedAttention
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.mesh import Mesh
-from vllm_omni.diffusion.models.base import BasePipeline, RequestState
+from vllm_omni.diffusion.models.flow import FlowPipeline, FlowState, Layout
 from vllm_omni.diffusion.models.loading import load_weights, num_bytes
 from vllm_omni.diffusion.models.modulation import ModulationTable
 from vllm_omni.diffusion.models.prompt_cache import PromptCache
@@ -30,14 +28,13 @@ from vllm_omni.diffusion.models.qwen_image.transformer import (
 from vllm_omni.diffusion.models.qwen_image.vae import PictureDecoder
 from vllm_omni.diffusion.models.schedule import make_schedule
 from vllm_omni.diffusion.models.sharding import Sharding
-from vllm_omni.diffusion.packing import MembershipCache, Pack
+from vllm_omni.diffusion.packing import Pack
 from vllm_omni.diffusion.registry import ModelInfo
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.diffusion.sampling import (
     combine_guidance,
     draw_noise,
     pack_latents,
-    predict_clean,
 )
 
 PROMPT_CACHE_BYTES = 256 * 2**20
@@ -45,26 +42,11 @@ MODULATION_BYTES = 2**30
 
 
 @dataclass(eq=False)
-class QwenImageState(RequestState):
+class QwenImageState(FlowState):
     """latents: [rows * columns, in_channels]."""
 
-    text: tuple[Tensor, ...] = ()
-    """A branch each (conditional, then unconditional): [tokens, D]."""
     grid: tuple[int, int] = (0, 0)
     """Rows and columns of tokens."""
-    scheduler: Any = None
-    """diffusers' scheduler, of this request alone."""
-    timesteps: tuple[float, ...] = ()
-    """What the transformer is told at each step, in [0, 1]."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a membership of sequences shares over its steps."""
-
-    sharding: Sharding
-    forward: Forward | None
-    """None when this rank's group computes none of them."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +59,7 @@ class Forward:
     attend: Attend
 
 
-class Pipeline(BasePipeline[QwenImageState]):
+class Pipeline(FlowPipeline[QwenImageState, Forward]):
     def __init__(
         self,
         transformer: QwenImageTransformer,
@@ -88,15 +70,11 @@ class Pipeline(BasePipeline[QwenImageState]):
         attention: PackedAttention,
         mesh: Mesh,
     ) -> None:
+        super().__init__(decoder, scheduler, pixels_per_token, mesh)
         self.transformer = transformer
-        self.decoder = decoder
-        self._scheduler = scheduler
-        self._pixels_per_token = pixels_per_token
         self._attention = attention
-        self._mesh = mesh
         self._prompts = PromptCache(text_encoder, PROMPT_CACHE_BYTES)
         self._modulations = ModulationTable(transformer.modulate, MODULATION_BYTES)
-        self._layouts: MembershipCache[Layout] = MembershipCache()
         self._dtype = transformer.proj_out.weight.dtype
         self._device = transformer.proj_out.weight.device
 
@@ -141,7 +119,7 @@ class Pipeline(BasePipeline[QwenImageState]):
         text = tuple(
             self.transformer.embed_text(self._prompts(prompt)[: request.max_sequence_length]) for prompt in prompts
         )
-        rows, columns = (side // self._pixels_per_token for side in (request.height, request.width))
+        rows, columns = self._grid(request)
         channels = self.transformer.config.in_channels // 4
         noise = draw_noise((channels, 2 * rows, 2 * columns), request.seed, self._dtype, self._device)
         scheduler = make_schedule(self._scheduler, request, rows * columns)
@@ -165,7 +143,7 @@ class Pipeline(BasePipeline[QwenImageState]):
         velocities = iter(layout.sharding.gather(self._forward(states, layout)))
         return [tuple(next(velocities) for _ in state.text) for state in states]
 
-    def _forward(self, states: Sequence[QwenImageState], layout: Layout) -> Tensor:
+    def _forward(self, states: Sequence[QwenImageState], layout: Layout[Forward]) -> Tensor:
         """Velocities [image tokens, channels] of what this rank computes."""
         sharding, forward = layout.sharding, layout.forward
         channels = self.transformer.config.in_channels
@@ -178,7 +156,7 @@ class Pipeline(BasePipeline[QwenImageState]):
         context = StepContext(forward.pack, forward.rotations, forward.attend, modulation)
         return self.transformer(latents, forward.text, context)  # type: ignore[no-any-return]  # nn.Module's call
 
-    def _lay_out(self, states: Sequence[QwenImageState], groups: Sequence[int]) -> Layout:
+    def _lay_out(self, states: Sequence[QwenImageState], groups: Sequence[int]) -> Layout[Forward]:
         text = [branch for state in states for branch in state.text]
         grids = [state.grid for state in states for _ in state.text]
         sharding = Sharding([rows * columns for rows, columns in grids], groups, self._mesh, self._device)
@@ -206,18 +184,3 @@ class Pipeline(BasePipeline[QwenImageState]):
         if len(branches) == 1:
             return branches[0]
         return combine_guidance(branches[0], branches[1], state.request.true_cfg_scale)
-
-    def advance(self, state: QwenImageState, velocity: Tensor) -> None:
-        timestep = state.scheduler.timesteps[state.step]
-        state.latents = state.scheduler.step(velocity, timestep, state.latents, return_dict=False)[0]
-        state.step += 1
-
-    def predict_clean(self, state: QwenImageState, velocity: Tensor) -> Tensor:
-        return predict_clean(state.latents, velocity, float(state.scheduler.sigmas[state.step]))
-
-    def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[np.ndarray]:
-        side = self._pixels_per_token
-        return self.decoder(latents, [(r.height // side, r.width // side) for r in requests])
-
-    def forget(self, state: QwenImageState) -> None:
-        self._layouts.forget(state)

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from vllm_omni.diffusion.attention import create_attention
-from vllm_omni.diffusion.attention.sharded import Attend, PackedAttention
+from vllm_omni.diffusion.attention.sharded import PackedAttention
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.distributed.mesh import Mesh
-from vllm_omni.diffusion.models.base import BasePipeline, RequestState
 from vllm_omni.diffusion.models.configs import read_config
+from vllm_omni.diffusion.models.flow import FlowPipeline, FlowState, Layout
 from vllm_omni.diffusion.models.loading import load_weights, num_bytes
 from vllm_omni.diffusion.models.modulation import ModulationTable
 from vllm_omni.diffusion.models.prompt_cache import PromptCache
@@ -27,33 +25,31 @@ from vllm_omni.diffusion.models.sharding import Sharding
 from vllm_omni.diffusion.models.z_image.text import TextEncoder
 from vllm_omni.diffusion.models.z_image.transformer import (
     CHECKPOINT_NAMES,
+    Arrangement,
     StepContext,
     TransformerConfig,
     ZImageTransformer,
     filled_up,
 )
 from vllm_omni.diffusion.models.z_image.vae import PictureDecoder
-from vllm_omni.diffusion.packing import MembershipCache, Pack
+from vllm_omni.diffusion.packing import Pack
 from vllm_omni.diffusion.registry import ModelInfo
 from vllm_omni.diffusion.request import DiffusionRequest
-from vllm_omni.diffusion.sampling import combine_truncating, draw_noise, pack_latents, predict_clean
+from vllm_omni.diffusion.sampling import combine_bounded, draw_noise, pack_latents
 
 PROMPT_CACHE_BYTES = 256 * 2**20
 MODULATION_BYTES = 2**28
 
 
 @dataclass(eq=False)
-class ZImageState(RequestState):
-    """latents: float32 [rows * columns, channels * 4], whatever the model's dtype."""
+class ZImageState(FlowState):
+    """latents: float32 [rows * columns, channels * 4], whatever the model's dtype.
 
-    text: tuple[Tensor, ...] = ()
-    """A branch each (conditional, then unconditional), refined and filled up: [tokens, D]."""
+    text: refined and filled up; timesteps: the part of the schedule's time that has passed.
+    """
+
     grid: tuple[int, int] = (0, 0)
     """Rows and columns of tokens."""
-    scheduler: Any = None
-    """diffusers' scheduler, of this request alone."""
-    timesteps: tuple[float, ...] = ()
-    """What the transformer is told at each step: the schedule's time that has passed, in [0, 1]."""
 
     @property
     def num_tokens(self) -> int:
@@ -79,28 +75,12 @@ class Branch:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What a membership of sequences shares over its steps."""
-
-    sharding: Sharding
-    forward: Forward | None
-    """None when this rank's group computes none of them."""
-
-
-@dataclass(frozen=True)
 class Forward:
-    """What this rank computes of them, in the order of `sharding.mine`; see `StepContext`."""
-
-    pack: Pack
-    rotations: Tensor
-    sequence: Tensor
-    attend: Attend
-    attend_images: Attend
-    is_filling: Tensor
+    arrangement: Arrangement
     text: Tensor
 
 
-class Pipeline(BasePipeline[ZImageState]):
+class Pipeline(FlowPipeline[ZImageState, Forward]):
     def __init__(
         self,
         transformer: ZImageTransformer,
@@ -111,17 +91,13 @@ class Pipeline(BasePipeline[ZImageState]):
         attention_backend: str | None,
         mesh: Mesh,
     ) -> None:
+        super().__init__(decoder, scheduler, pixels_per_token, mesh)
         self.transformer = transformer
-        self.decoder = decoder
-        self._scheduler = scheduler
-        self._pixels_per_token = pixels_per_token
         backend = create_attention(attention_backend)
         self._attention = PackedAttention(backend, mesh.ulysses, mesh.ring)
         self._caption_attention = PackedAttention(backend, Group.alone(), Group.alone())
-        self._mesh = mesh
         self._prompts = PromptCache(text_encoder, PROMPT_CACHE_BYTES)
         self._modulations = ModulationTable(transformer.modulate, MODULATION_BYTES)
-        self._layouts: MembershipCache[Layout] = MembershipCache()
         self._dtype = transformer.output.weight.dtype
         self._device = transformer.output.weight.device
 
@@ -161,7 +137,7 @@ class Pipeline(BasePipeline[ZImageState]):
             assert request.negative_prompt is not None
             prompts.append(request.negative_prompt)
         text = tuple(self._refined(self._prompts(prompt)[: request.max_sequence_length]) for prompt in prompts)
-        rows, columns = (side // self._pixels_per_token for side in (request.height, request.width))
+        rows, columns = self._grid(request)
         channels = self.transformer.config.in_channels
         noise = draw_noise((channels, 2 * rows, 2 * columns), request.seed, torch.float32, self._device)
         scheduler = make_schedule(self._scheduler, request, rows * columns)
@@ -194,7 +170,7 @@ class Pipeline(BasePipeline[ZImageState]):
         velocities = iter(layout.sharding.gather(-self._forward(branches, layout)))
         return [tuple(next(velocities)[: state.num_tokens] for _ in state.branches) for state in states]
 
-    def _forward(self, branches: Sequence[Branch], layout: Layout) -> Tensor:
+    def _forward(self, branches: Sequence[Branch], layout: Layout[Forward]) -> Tensor:
         """[image tokens, channels * 4] of what this rank computes."""
         sharding, forward = layout.sharding, layout.forward
         if forward is None:
@@ -202,18 +178,11 @@ class Pipeline(BasePipeline[ZImageState]):
             return torch.empty((0, channels), dtype=self._dtype, device=self._device)
         mine = [branches[i].state for i in sharding.mine]
         latents = torch.cat([sharding.part(_fill_up(state.latents)) for state in mine]).to(self._dtype)
-        context = StepContext(
-            pack=forward.pack,
-            rotations=forward.rotations,
-            sequence=forward.sequence,
-            attend=forward.attend,
-            attend_images=forward.attend_images,
-            is_filling=forward.is_filling,
-            modulation=self._modulations.rows_of([state.timesteps[state.step] for state in mine]),
-        )
+        modulation = self._modulations.rows_of([state.timesteps[state.step] for state in mine])
+        context = StepContext(forward.arrangement, modulation)
         return self.transformer(latents, forward.text, context)  # type: ignore[no-any-return]  # nn.Module's call
 
-    def _lay_out(self, branches: Sequence[Branch]) -> Layout:
+    def _lay_out(self, branches: Sequence[Branch]) -> Layout[Forward]:
         lengths = [filled_up(branch.state.num_tokens) for branch in branches]
         sharding = Sharding(lengths, [branch.group for branch in branches], self._mesh, self._device)
         if not sharding.mine:
@@ -226,39 +195,22 @@ class Pipeline(BasePipeline[ZImageState]):
             Pack.build(text_lengths, image_lengths, self._device, sharding.parts, sharding.index)
             for text_lengths in ([len(branch.text) for branch in mine], [0] * len(mine))
         )
-        forward = Forward(
+        arrangement = Arrangement(
             pack=pack,
             # Text and image of one sequence after another: that is the joint order.
             rotations=torch.cat([sharding.part(r) for r in rotations]).to(self._device),
-            sequence=pack.join(pack.text_sequence, pack.image_sequence),
             attend=self._attention.over(pack),
             attend_images=self._attention.over(images),
             is_filling=torch.cat([sharding.part(f) for f in filling])[:, None].to(self._device),
-            text=torch.cat([sharding.part(branch.text) for branch in mine]),
         )
-        return Layout(sharding, forward)
+        return Layout(sharding, Forward(arrangement, torch.cat([sharding.part(branch.text) for branch in mine])))
 
     def combine(self, state: ZImageState, branches: Sequence[Tensor]) -> Tensor:
         if len(branches) == 1:
             return branches[0].float()
         request = state.request
         positive, negative = (branch.float() for branch in branches)
-        return combine_truncating(positive, negative, request.true_cfg_scale, request.cfg_normalization)
-
-    def advance(self, state: ZImageState, velocity: Tensor) -> None:
-        timestep = state.scheduler.timesteps[state.step]
-        state.latents = state.scheduler.step(velocity, timestep, state.latents, return_dict=False)[0]
-        state.step += 1
-
-    def predict_clean(self, state: ZImageState, velocity: Tensor) -> Tensor:
-        return predict_clean(state.latents, velocity, float(state.scheduler.sigmas[state.step]))
-
-    def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[np.ndarray]:
-        side = self._pixels_per_token
-        return self.decoder(latents, [(r.height // side, r.width // side) for r in requests])
-
-    def forget(self, state: ZImageState) -> None:
-        self._layouts.forget(state)
+        return combine_bounded(positive, negative, request.true_cfg_scale, request.cfg_normalization)
 
 
 def _fill_up(latents: Tensor) -> Tensor:

@@ -97,20 +97,25 @@ class Hidden:
 
 
 @dataclass(frozen=True)
-class StepContext:
-    """What the layers of one step read besides: the layout, the positions and the modulation of its sequences."""
+class Arrangement:
+    """What the layers read of a membership of sequences, the same at every step."""
 
     pack: Pack
     rotations: Tensor
     """complex64 [T + S, 1, 1, d / 2] in joint order."""
-    sequence: Tensor
-    """int64 [T + S] in joint order: the sequence of each token."""
     attend: Attend
     """Attention over the pack's sequences, whichever ranks hold their other tokens."""
     attend_images: Attend
     """The same over the image tokens of each sequence alone."""
     is_filling: Tensor
     """bool [S, 1]: the image tokens that fill up."""
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What the layers of one step read besides."""
+
+    arrangement: Arrangement
     modulation: Modulation
 
 
@@ -224,24 +229,25 @@ class ZImageTransformer(nn.Module):
 
     def embed(self, latents: Tensor, text: Tensor, context: StepContext) -> Hidden:
         """latents: [S, channels_per_token], anything where they fill up; text: [T, D] from `refine_caption`."""
-        pack, modulation = context.pack, context.modulation
-        image = torch.where(context.is_filling, self.x_pad_token, self.image_embedder(latents))
-        _, rotations = pack.split(context.rotations)
+        arrangement, pack = context.arrangement, context.arrangement.pack
+        image = torch.where(arrangement.is_filling, self.x_pad_token, self.image_embedder(latents))
+        _, rotations = pack.split(arrangement.rotations)
         for index, layer in enumerate(self.noise_refiner):
-            rows = modulation.of_block(index, 0, pack.image_sequence)
-            image = layer(image, rows, rotations, context.attend_images)
+            rows = context.modulation.of_block(index, 0, pack.image_sequence)
+            image = layer(image, rows, rotations, arrangement.attend_images)
         return Hidden(text, image)
 
     def blocks(self, hidden: Hidden, context: StepContext) -> Hidden:
-        x = context.pack.join(hidden.text, hidden.image)
+        arrangement, pack = context.arrangement, context.arrangement.pack
+        x, sequence = pack.join(hidden.text, hidden.image), pack.join(pack.text_sequence, pack.image_sequence)
         for index, layer in enumerate(self.layers, start=len(self.noise_refiner)):
-            rows = context.modulation.of_block(index, 0, context.sequence)
-            x = layer(x, rows, context.rotations, context.attend)
-        return Hidden(*context.pack.split(x))
+            rows = context.modulation.of_block(index, 0, sequence)
+            x = layer(x, rows, arrangement.rotations, arrangement.attend)
+        return Hidden(*pack.split(x))
 
     def project(self, hidden: Hidden, context: StepContext) -> Tensor:
         """-> what leads from noise to picture, [S, channels_per_token]."""
-        (scale,) = context.modulation.of_output(context.pack.image_sequence)
+        (scale,) = context.modulation.of_output(context.arrangement.pack.image_sequence)
         image = F.layer_norm(hidden.image, hidden.image.shape[-1:], eps=OUTPUT_EPS) * scale
         direction: Tensor = self.output(image)
         return direction
