@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, HeunDiscreteScheduler
+from PIL import Image
 
 from tests.diffusion.models.diffusers_fallback.conftest import ModelOf, RunnerOf
 from tests.diffusion.worker.driving import Drive, make_request, psnr
+from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.models.diffusers_fallback.pipeline import Pipeline, PipelineCall
 from vllm_omni.diffusion.plan import StepPlan
-from vllm_omni.diffusion.registry import WholePipeline
+from vllm_omni.diffusion.registry import WholePipeline, load_model_info
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.diffusion.worker.runner import ModelRunner
 
@@ -141,6 +145,19 @@ def test_an_abort_ends_a_request_at_its_next_step(runner_of: RunnerOf, oracle: O
     runner.execute(StepPlan(6, release=["b"]))
 
 
+def test_what_is_under_way_ends_with_its_runner(model_of: ModelOf) -> None:
+    model = str(model_of("FluxPipeline"))
+    runner = ModelRunner(OmniDiffusionConfig(model=model), load_model_info(model))
+    runner.start()
+    request = request_of("a", guidance_scale=3.5, max_sequence_length=64)
+    runner.execute(StepPlan(0, new_requests=[request], encode=["a"]))
+    call = calls(runner)["a"]
+    assert call.is_alive
+    del runner
+    gc.collect()
+    assert not call.is_alive
+
+
 def test_a_request_that_fails_in_a_step_fails_alone(runner_of: RunnerOf, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = runner_of("StableDiffusion3Pipeline")
     fields: dict[str, Any] = {"guidance_scale": 1.0, "max_sequence_length": 64}
@@ -178,3 +195,50 @@ def test_a_schedule_that_calls_the_model_more_often_is_spread_over_the_steps(mod
     generator = torch.Generator("cpu").manual_seed(3)
     expected = pipeline(PROMPT, height=64, width=64, num_inference_steps=4, guidance_scale=1.0, generator=generator)
     assert psnr(call.picture(), np.array(expected.images[0])) >= 60
+
+
+class OlderPipeline:
+    """Tells its steps by `callback`; makes `num_own_steps`, whatever it is asked for, with or without a bar."""
+
+    def __init__(self, num_own_steps: int, has_bar: bool) -> None:
+        self.components: dict[str, Any] = {}
+        self._num_own_steps = num_own_steps
+        self._has_bar = has_bar
+        self.seen: list[str] = []
+
+    def __call__(self, *, callback: Callable[..., None], callback_steps: int, **_: Any) -> SimpleNamespace:
+        assert callback_steps == 1
+        self.seen.append("text")
+        steps = range(self._num_own_steps)
+        for step in self.progress_bar(steps) if self._has_bar else steps:  # type: ignore[attr-defined]
+            self.seen.append("step")
+            callback(step, 0, None)
+        self.seen.append("picture")
+        return SimpleNamespace(images=[Image.new("RGB", (64, 48), "red")])
+
+
+@pytest.mark.parametrize(
+    ("num_own_steps", "has_bar", "steps_after"),
+    [(4, True, [0, 1, 2, 3, 4]), (2, True, [0, 1, 1, 2, 2]), (4, False, [1, 1, 2, 3, 4]), (0, True, [0, 0, 0, 0, 0])],
+)
+def test_older_callbacks_and_other_numbers_of_steps(num_own_steps: int, has_bar: bool, steps_after: list[int]) -> None:
+    """`steps_after`: the pipeline's own steps made after the encoding and after each of four planned steps."""
+    pipeline = OlderPipeline(num_own_steps, has_bar)
+    call = PipelineCall(pipeline, WholePipeline("OlderPipeline", (), "callback", 1), request_of("a"))
+    call.encode()
+    counts = [pipeline.seen.count("step")]
+    for step in range(1, 5):
+        call.advance(step)
+        counts.append(pipeline.seen.count("step"))
+    assert counts == steps_after
+    assert call.picture().shape == (48, 64, 3)
+    assert pipeline.seen == ["text", *["step"] * num_own_steps, "picture"]
+
+
+def test_a_picture_of_another_size_is_not_delivered(runner_of: RunnerOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = runner_of("FluxPipeline")
+    monkeypatch.setattr(PipelineCall, "picture", lambda self: np.zeros((64, 48, 3), np.uint8))
+    request = request_of("a", guidance_scale=3.5, max_sequence_length=64)
+    drive = Drive(runner).run({0: [request]})
+    assert "a" not in drive.images
+    assert drive.errors["a"].message == "the pipeline makes 48x64 of size 64x64"

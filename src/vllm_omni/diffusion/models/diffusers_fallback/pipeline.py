@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -117,6 +118,8 @@ class Pipeline(BasePipeline[WholeState]):
         self.pipeline = pipeline
         self._whole = whole
         self._calls: dict[str, PipelineCall] = {}
+        # A call that stands still would keep the weights for as long as the process lives.
+        weakref.finalize(self, _cancel_all, self._calls).atexit = False
         self._nothing = torch.empty(0)
 
     @classmethod
@@ -185,6 +188,11 @@ class Pipeline(BasePipeline[WholeState]):
     def forget(self, state: WholeState) -> None:
         if (call := self._calls.pop(state.request.request_id, None)) is not None:
             call.cancel()
+
+
+def _cancel_all(calls: dict[str, PipelineCall]) -> None:
+    while calls:
+        calls.popitem()[1].cancel()
 
 
 @contextmanager
