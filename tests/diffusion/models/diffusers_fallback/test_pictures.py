@@ -17,6 +17,7 @@ from PIL import Image
 from tests.diffusion.models.diffusers_fallback.conftest import ModelOf, RunnerOf
 from tests.diffusion.worker.driving import Drive, make_request, psnr
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.models.diffusers_fallback.info import MAX_INTERLEAVED
 from vllm_omni.diffusion.models.diffusers_fallback.pipeline import Pipeline, PipelineCall
 from vllm_omni.diffusion.plan import StepPlan
 from vllm_omni.diffusion.registry import WholePipeline, load_model_info
@@ -143,6 +144,20 @@ def test_an_abort_ends_a_request_at_its_next_step(runner_of: RunnerOf, oracle: O
     picture = runner.execute(StepPlan(5, decode=["b"])).images["b"]
     assert psnr(picture, oracle("FluxPipeline", 4, **fields)) >= 60
     runner.execute(StepPlan(6, release=["b"]))
+
+
+def test_what_a_request_costs_is_measured(model_of: ModelOf) -> None:
+    model = model_of("StableDiffusionXLPipeline")
+    runner = ModelRunner(OmniDiffusionConfig(model=str(model)), load_model_info(str(model)))
+    ready = runner.start()
+    assert (ready.max_num_seqs, ready.max_running) == (1, MAX_INTERLEAVED)
+    weights = sum(file.stat().st_size for file in model.glob("*/*.safetensors"))
+    assert 0.9 * weights < ready.load_bytes <= weights
+    assert ready.seconds_per_unit > 0
+    assert ready.step_overhead_seconds >= 0
+    assert ready.encode_units_per_token > 0
+    assert ready.decode_units_per_token > 0
+    assert not calls(runner)
 
 
 def test_what_is_under_way_ends_with_its_runner(model_of: ModelOf) -> None:
