@@ -71,6 +71,7 @@ def make_request(
         "cost": cost,
         "num_prompt_tokens": 8,
         "num_image_tokens": num_image_tokens,
+        "cache": True,
         "arrival": 0.0,
     }
     return DiffusionRequest(request_id=request_id, **{**defaults, **values})
@@ -86,6 +87,7 @@ class FakeRunner:
     """Runs plans as a worker must, and asserts that the plans keep their side of the contract.
 
     `errors(request_id, phase, step)` may return an ItemError; phases are encode, denoise and decode.
+    `cached(request_id, step)` is the part of a step that a step cache made.
     Of several ranks, each makes every step and delivers its share of the pictures.
     """
 
@@ -95,10 +97,12 @@ class FakeRunner:
         place: Place | None = None,
         ready: WorkerReady | None = None,
         errors: Callable[[str, str, int], ItemError | None] | None = None,
+        cached: Callable[[str, int], float] | None = None,
     ) -> None:
         self.config = config or make_config()
         self.place = place or Place()
         self._ready = ready or make_ready()
+        self._cached = cached or (lambda request_id, step: 0.0)
         self._errors = errors or (lambda request_id, phase, step: None)
         self._states: dict[str, tuple[DiffusionRequest, int]] = {}
         self._dropped: set[str] = set()
@@ -147,6 +151,8 @@ class FakeRunner:
             assert step < request.num_inference_steps
             self._states[request_id] = (request, step + 1)
             result.advanced.append(request_id)
+            if share := self._cached(request_id, step + 1):
+                result.cached[request_id] = share
             result.num_sequences += 1 + request.has_guidance
             result.num_tokens += request.cost.tokens_per_step
             if request_id in plan.preview:

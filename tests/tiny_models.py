@@ -52,11 +52,13 @@ def build_tiny_qwen_image(
     text_kv_heads: int = 1,
     vae_dim: int = 8,
     seed: int = 0,
+    time_scale: float = 1.0,
     default_sampling_params: dict[str, object] | None = None,
 ) -> Path:
     """Write a QwenImagePipeline folder to `path` and return it. Widths: heads * head_dim, and text_dim.
 
-    text_dim: a multiple of 16 * text_heads.
+    text_dim: a multiple of 16 * text_heads. time_scale: how much the timestep matters; with 1 a random model is
+    another one at each step, a trained one changes slowly.
     """
     generator_state = torch.get_rng_state()
     torch.manual_seed(seed)
@@ -72,6 +74,8 @@ def build_tiny_qwen_image(
     }
     for name in ("text_encoder", "vae"):
         randomize(components[name])
+    with torch.no_grad():
+        components["transformer"].time_text_embed.timestep_embedder.linear_1.weight.mul_(time_scale)
     index: dict[str, object] = {"_class_name": "QwenImagePipeline", "_diffusers_version": "0.42.1"}
     for name, component in components.items():
         component.save_pretrained(path / name)

@@ -162,6 +162,7 @@ class AsyncOmni:
         self.info = load_model_info(self.config.model)
         self.info.check_settings(self.config)
         self.info.check_parallel(self.config.parallel)
+        self.info.check_cache(self.config.cache)
         check_defaults(self.config, self.info)
         self.ready: WorkerReady | None = None
         self._intake: Intake | None = None

@@ -13,7 +13,7 @@ class OmniRequestOutput:
     `images`: PIL images, one an output (for video a list of frames an output); in a progress message the preview of
     output `index`, its picture once `step` has reached `num_inference_steps`, or nothing. `seeds`: the seed of each
     output. `timings`: seconds by stage (`queue`, `text_encode`, `denoise`, `vae_decode`, `total`) and
-    `computed_steps`, of the slowest output.
+    `computed_steps` and `cached_steps` (the part that a step cache made), of the slowest output.
     """
 
     request_id: str

@@ -45,7 +45,15 @@ class Recorder(NullObserver):
         self.steps.append((plan, result))
 
     def on_finish(self, request: DiffusionRequest, timings: dict[str, float], outcome: str) -> None:
-        assert set(timings) == {"queue", "text_encode", "denoise", "vae_decode", "total", "computed_steps"}
+        assert set(timings) == {
+            "queue",
+            "text_encode",
+            "denoise",
+            "vae_decode",
+            "total",
+            "computed_steps",
+            "cached_steps",
+        }
         self.outcomes.append((request.request_id, outcome))
 
     def on_reject(self, reason: str) -> None:
@@ -119,8 +127,22 @@ async def test_events_come_in_order_with_the_picture_and_timings() -> None:
     assert timings["text_encode"] == pytest.approx(0.001)
     assert timings["denoise"] == pytest.approx(4 * 0.002)
     assert timings["vae_decode"] == pytest.approx(0.003)
-    assert timings["computed_steps"] == 4
+    assert (timings["computed_steps"], timings["cached_steps"]) == (4, 0)
     assert observer.outcomes == [("r", "completed")]
+
+
+async def test_cached_steps_are_told_apart_and_counted_anew_by_a_replay() -> None:
+    shares = {2: 0.5, 3: 1.0}
+
+    def runner() -> FakeRunner:
+        return FakeRunner(cached=lambda request_id, step: shares.get(step, 0.0))
+
+    for die_at in ((), (3,)):
+        async with running_engine(FakeExecutor(runner, die_at=die_at)) as engine:
+            events = await read_until_done(engine.add([now_request(steps=4)]))
+        finished = events[-1]
+        assert isinstance(finished, Finished)
+        assert (finished.timings["computed_steps"], finished.timings["cached_steps"]) == (2.5, 1.5)
 
 
 async def test_several_requests_of_one_add() -> None:

@@ -25,6 +25,7 @@ INFO = ModelInfo(
     count_prompt_tokens=lambda text: len(text.split()),
     attention_tokens=100.0,
     num_heads=4,
+    num_blocks=2,
     tensor_sizes=(1, 2, 4),
     text_encoder_tp_sizes=(1,),
     default_sampling_params={"height": 64, "width": 96, "num_inference_steps": 20, "true_cfg_scale": 4.0},
@@ -166,6 +167,8 @@ def test_outputs_have_consecutive_seeds_and_a_missing_seed_is_drawn_once() -> No
         ({"strength": 0.5}, "strength", "no such parameter"),
         ({"lora_request": LoRARequest("x")}, "lora_request", "not available yet"),
         ({"output_type": "latent"}, "output_type", "pil"),
+        ({"cache": True}, "cache", "no --cache-backend"),
+        ({"cache": 1}, "cache", "true or false"),
     ],
 )
 def test_wrong_parameters_are_named(params: dict, param: str, words: str) -> None:
@@ -415,3 +418,25 @@ def test_a_default_negative_prompt_that_the_model_does_not_take_ends_the_start()
     config = OmniDiffusionConfig("demo", default_sampling_params={"negative_prompt": "bad"})
     with pytest.raises(ConfigError, match="--default-sampling-params: negative_prompt 'bad': this model has no such"):
         check_defaults(config, WHOLE)
+
+
+@pytest.mark.parametrize(
+    ("backend", "cache", "cached"),
+    [
+        ("none", None, False),
+        ("none", False, False),
+        ("tea_cache", None, True),
+        ("cache_dit", True, True),
+        ("cache_dit", False, False),
+    ],
+)
+def test_a_request_may_opt_out_of_the_cache(backend: str, cache: bool | None, cached: bool) -> None:
+    requests = intake(cache_backend=backend).resolve(OmniPrompt("x"), OmniDiffusionSamplingParams(cache=cache), "r")
+    assert [request.cache for request in requests] == [cached]
+
+
+def test_a_server_may_leave_its_cache_to_those_that_ask_for_it() -> None:
+    defaults = {"cache_backend": "tea_cache", "default_sampling_params": {"cache": False}}
+    for asked, cached in ((None, False), (True, True)):
+        (request,) = intake(**defaults).resolve(OmniPrompt("x"), OmniDiffusionSamplingParams(cache=asked), "r")
+        assert request.cache is cached

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_omni.diffusion.packing import MembershipCache, Pack
+from vllm_omni.diffusion.packing import Hidden, MembershipCache, Pack
 
 CPU = torch.device("cpu")
 
@@ -42,6 +42,32 @@ def test_one_sequence_is_joined_without_a_gather() -> None:
     pack = Pack.build([2], [3], CPU)
     assert pack.joint_order is None
     assert pack.join(torch.arange(2), torch.arange(2, 5)).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_part_of_a_pack_is_the_pack_of_those_sequences() -> None:
+    texts, images, parts = [2, 1, 3, 7], [1, 4, 2, 5], 3
+    for index in range(parts):
+        whole = Pack.build(texts, images, CPU, parts, index)
+        part = whole.select([1, 3])
+        alone = Pack.build([1, 7], [4, 5], CPU, parts, index)
+        assert part.joint_lengths == alone.joint_lengths
+        for name in ("text", "image", "joint"):
+            assert getattr(part, name).values == getattr(alone, name).values
+        for name in ("joint_order", "joint_is_image", "text_position", "image_position"):
+            assert torch.equal(getattr(part, name), getattr(alone, name))
+        # Sequences keep the numbers of the whole, also in a part of a part.
+        assert torch.equal(part.image_sequence, torch.tensor([1, 3])[alone.image_sequence])
+        assert torch.equal(part.select([1]).text_sequence, torch.full((part.text.lengths[1],), 3))
+
+
+def test_sequences_leave_and_come_back() -> None:
+    pack = Pack.build([2, 1], [1, 4], CPU)
+    hidden = Hidden(torch.arange(3.0)[:, None], torch.arange(5.0)[:, None])
+    first, second = pack.sequences(hidden)
+    assert (first.text.flatten().tolist(), second.image.flatten().tolist()) == ([0, 1], [1, 2, 3, 4])
+    again = Hidden.packed([first, second])
+    assert torch.equal(again.text, hidden.text)
+    assert torch.equal(again.image, hidden.image)
 
 
 class Member:

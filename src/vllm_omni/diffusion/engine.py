@@ -66,7 +66,9 @@ class _Tracked:
     """When its first plan began to run."""
     stages: dict[str, float] = field(default_factory=dict)
     """Device seconds by stage of the steps it took part in."""
-    computed_steps: int = 0
+    num_steps: int = 0
+    cached_steps: float = 0.0
+    """What part of them came from a step cache."""
     last_step: int = 0
     """Last step told: a replay does not tell a step or a preview twice."""
 
@@ -74,7 +76,10 @@ class _Tracked:
         arrival = self.request.arrival
         stages = {name: self.stages.get(name, 0.0) for name in ("text_encode", "denoise", "vae_decode")}
         queue = (now if self.started is None else self.started) - arrival
-        return {"queue": queue, **stages, "total": now - arrival, "computed_steps": float(self.computed_steps)}
+        return {"queue": queue, **stages, "total": now - arrival, **self._steps()}
+
+    def _steps(self) -> dict[str, float]:
+        return {"computed_steps": self.num_steps - self.cached_steps, "cached_steps": self.cached_steps}
 
 
 class DiffusionEngine:
@@ -308,8 +313,9 @@ class DiffusionEngine:
             logger.error("request %s failed (%s): %s\n%s", request_id, error.kind, error.message, error.traceback)
             self._end(request_id, _request_error(error))
         for request_id in update.replayed:
-            self._tracked[request_id].stages.clear()
-            self._tracked[request_id].computed_steps = 0
+            tracked = self._tracked[request_id]
+            tracked.stages.clear()
+            tracked.num_steps, tracked.cached_steps = 0, 0.0
 
     async def _restart(self, error: WorkerDiedError) -> None:
         """Fresh workers, and every request from its seed. Raises WorkerDiedError after too many deaths."""
@@ -355,7 +361,8 @@ class DiffusionEngine:
             for request_id in request_ids:
                 if tracked := self._tracked.get(request_id):
                     tracked.stages[stage] = tracked.stages.get(stage, 0.0) + seconds
-                    tracked.computed_steps += stage == "denoise"
+                    tracked.num_steps += stage == "denoise"
+                    tracked.cached_steps += result.cached.get(request_id, 0.0) if stage == "denoise" else 0.0
 
     def _tell_step(self, request_id: str, step: int, preview: np.ndarray | None) -> None:
         tracked = self._tracked[request_id]

@@ -83,6 +83,7 @@ class Intake:
             cost=RequestCost(0, 0, 0, ()),
             num_prompt_tokens=num_tokens,
             num_image_tokens=self._info.num_image_tokens(filled.height, filled.width),
+            cache=self._config.cache_backend != "none" and filled.cache is not False,
             arrival=time.monotonic(),
             cfg_normalization=float(filled.cfg_normalization or 0),
             cfg_truncation=1.0 if filled.cfg_truncation is None else filled.cfg_truncation,
@@ -174,6 +175,8 @@ def _check_values(
     assert params.width is not None
     _check_size(params.height, params.width, config, info)
     _check_steps(params, config.max_inference_steps)
+    if params.cache and config.cache_backend == "none":
+        raise InvalidRequestError("cache takes false or null here: the server has no --cache-backend", param="cache")
     return params
 
 

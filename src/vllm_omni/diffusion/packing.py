@@ -56,6 +56,19 @@ class Offsets:
 
 
 @dataclass(frozen=True)
+class Hidden:
+    """What flows through the blocks of a transformer: text [text tokens, D] and image [image tokens, D]."""
+
+    text: Tensor
+    image: Tensor
+
+    @classmethod
+    def packed(cls, parts: Sequence[Hidden]) -> Hidden:
+        """Of sequences one after another; the inverse of `Pack.sequences`."""
+        return cls(torch.cat([part.text for part in parts]), torch.cat([part.image for part in parts]))
+
+
+@dataclass(frozen=True)
 class Pack:
     """Indices of one membership of sequences; depends on lengths only, so it outlives a step."""
 
@@ -63,7 +76,7 @@ class Pack:
     image: Offsets
     joint: Offsets
     text_sequence: Tensor
-    """int64 [text tokens]: the sequence a text token belongs to."""
+    """int64 [text tokens]: the sequence a text token belongs to, as the whole pack counts (see `select`)."""
     image_sequence: Tensor
     """int64 [image tokens]."""
     joint_order: Tensor | None
@@ -77,6 +90,8 @@ class Pack:
     """int64 [image tokens]."""
     joint_lengths: tuple[tuple[int, ...], ...]
     """By rank of those that share the sequences: how many tokens of each sequence it holds."""
+    numbers: tuple[int, ...]
+    """What the whole pack calls each sequence."""
 
     @classmethod
     def build(
@@ -91,8 +106,24 @@ class Pack:
         assert len(text_lengths) == len(image_lengths) > 0
         whole = zip([cut(n, parts) for n in text_lengths], [cut(n, parts) for n in image_lengths])
         joint_lengths = tuple(zip(*([t + i for t, i in zip(*cuts)] for cuts in whole)))
-        text_lengths = [cut(n, parts)[index] for n in text_lengths]
-        image_lengths = [cut(n, parts)[index] for n in image_lengths]
+        return cls._of(
+            [cut(n, parts)[index] for n in text_lengths],
+            [cut(n, parts)[index] for n in image_lengths],
+            joint_lengths,
+            range(len(text_lengths)),
+            device,
+        )
+
+    @classmethod
+    def _of(
+        cls,
+        text_lengths: Sequence[int],
+        image_lengths: Sequence[int],
+        joint_lengths: tuple[tuple[int, ...], ...],
+        numbers: Sequence[int],
+        device: torch.device,
+    ) -> Pack:
+        """From what this rank holds of each sequence, and what the whole pack calls it."""
         num_text = sum(text_lengths)
         text, image = (Offsets.of(lengths, device) for lengths in (text_lengths, image_lengths))
         order = list(
@@ -104,19 +135,34 @@ class Pack:
                 for i in range(len(text_lengths))
             )
         )
-        joint_order = torch.tensor(order)
+        joint_order = torch.tensor(order, dtype=torch.int64)
         inverse = joint_order.argsort().to(device)
         return cls(
             text=text,
             image=image,
             joint=Offsets.of([t + i for t, i in zip(text_lengths, image_lengths)], device),
-            text_sequence=_sequence_of(text_lengths, device),
-            image_sequence=_sequence_of(image_lengths, device),
+            text_sequence=_sequence_of(text_lengths, numbers, device),
+            image_sequence=_sequence_of(image_lengths, numbers, device),
             joint_order=joint_order.to(device) if len(text_lengths) > 1 else None,
             joint_is_image=(joint_order >= num_text).long().to(device),
             text_position=inverse[:num_text],
             image_position=inverse[num_text:],
             joint_lengths=joint_lengths,
+            numbers=tuple(numbers),
+        )
+
+    def select(self, members: Sequence[int]) -> Pack:
+        """Of some of these sequences, in order.
+
+        `text_sequence` and `image_sequence` keep the numbers of the whole pack, so that what is kept by sequence
+        (the rows of modulation) serves the part as it is.
+        """
+        return Pack._of(
+            [self.text.lengths[i] for i in members],
+            [self.image.lengths[i] for i in members],
+            tuple(tuple(lengths[i] for i in members) for lengths in self.joint_lengths),
+            [self.numbers[i] for i in members],
+            self.text_sequence.device,
         )
 
     @property
@@ -142,9 +188,14 @@ class Pack:
             return joint[: self.num_text_tokens], joint[self.num_text_tokens :]
         return joint.index_select(0, self.text_position), joint.index_select(0, self.image_position)
 
+    def sequences(self, hidden: Hidden) -> list[Hidden]:
+        """Sequence by sequence, as views."""
+        texts, images = hidden.text.split(self.text.lengths), hidden.image.split(self.image.lengths)
+        return [Hidden(text, image) for text, image in zip(texts, images)]
 
-def _sequence_of(lengths: Sequence[int], device: torch.device) -> Tensor:
-    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
+
+def _sequence_of(lengths: Sequence[int], numbers: Sequence[int], device: torch.device) -> Tensor:
+    return torch.repeat_interleave(torch.tensor(list(numbers)), torch.tensor(lengths)).to(device)
 
 
 Built = TypeVar("Built")

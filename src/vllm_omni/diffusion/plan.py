@@ -62,6 +62,10 @@ class StepResult:
     num_sequences: int = 0
     """Guidance branches in the pack."""
     num_tokens: int = 0
+    cached: dict[str, float] = field(default_factory=dict)
+    """Of `advanced`: what part of the step came from a step cache, 1 if it was all guidance branches; others none."""
+    cache_bytes: int = 0
+    """What step caches keep on a device."""
     sent_bytes: dict[str, int] = field(default_factory=dict)
     """Bytes that the ranks, all together, handed to each of `EXCHANGES`."""
     peak_memory_bytes: int = 0

@@ -9,7 +9,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig, flag_of
+from vllm_omni.diffusion.data import (
+    CacheConfig,
+    CacheDiTConfig,
+    DiffusionParallelConfig,
+    OmniDiffusionConfig,
+    TeaCacheConfig,
+    flag_of,
+)
 from vllm_omni.errors import ConfigError, NotAvailableError
 
 DEMO_MODEL_PATH = Path(__file__).parent.parent / "demo_model"
@@ -95,10 +102,14 @@ class ModelInfo:
     """Tokens at which attention costs as much as the linear layers: a sequence of n tokens costs n(1 + n/this)."""
     num_heads: int
     """Attention heads of the transformer."""
+    num_blocks: int
+    """Blocks of the transformer."""
     tensor_sizes: tuple[int, ...]
     """How many ranks can share the transformer's weights."""
     text_encoder_tp_sizes: tuple[int, ...]
     """How many ranks can share the text encoder."""
+    tea_cache_coefficients: tuple[float, ...] | None = None
+    """TeaCache's polynomial, highest power first; None: nobody has measured it for this model."""
     guidance: Guidance = Guidance()
     token_multiple: int = 1
     """The model fills a text and a picture up to a multiple of this many tokens each."""
@@ -152,6 +163,26 @@ class ModelInfo:
                 f"--usp takes 1 to {heads // tensor}, the model's {heads} heads over --tensor-parallel-size {tensor}, "
                 f"got {ulysses}"
             )
+
+    def check_cache(self, cache: CacheConfig | None) -> None:
+        """Raises ConfigError for settings of a step cache that make no sense with this model."""
+        if isinstance(cache, TeaCacheConfig) and cache.coefficients is None and self.tea_cache_coefficients is None:
+            raise ConfigError(
+                "--cache-backend tea_cache needs --cache-config coefficients for this model: nobody has measured them; "
+                "vllm-omni calibrate-teacache MODEL does"
+            )
+        if isinstance(cache, CacheDiTConfig):
+            first, last = cache.Fn_compute_blocks, cache.Bn_compute_blocks
+            if first + last >= self.num_blocks:
+                raise ConfigError(
+                    f"--cache-config: Fn_compute_blocks and Bn_compute_blocks take less than the model's "
+                    f"{self.num_blocks} blocks together, got {first} and {last}"
+                )
+            if cache.scm_steps_mask_policy is not None and cache.steps_computation_mask is not None:
+                raise ConfigError(
+                    "--cache-config takes scm_steps_mask_policy or steps_computation_mask, got both: "
+                    f"{cache.scm_steps_mask_policy!r} and {list(cache.steps_computation_mask)}"
+                )
 
     def sequence_cost(self, num_tokens: int) -> float:
         """Work of one forward of one sequence, in units of one token's linear layers."""

@@ -52,6 +52,8 @@ class DiffusionRequest:
     cost: RequestCost
     num_prompt_tokens: int
     num_image_tokens: int
+    cache: bool
+    """Whether a step cache, if there is one, may skip blocks."""
     arrival: float
     """`time.monotonic()` of the engine's process."""
     cfg_normalization: float = 0.0

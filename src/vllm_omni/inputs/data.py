@@ -47,6 +47,8 @@ class OmniDiffusionSamplingParams:
     strength: float | None = None
     lora_request: LoRARequest | None = None
     lora_scale: float | None = None
+    cache: bool | None = None
+    """False: compute every block, although the server has a step cache. True needs a server that has one."""
     priority: int = 0
     """Smaller runs earlier."""
     output_type: str = "pil"

@@ -29,6 +29,7 @@ def make_request(request_id: str, prompt: str = "a red apple", **changes: Any) -
         "cost": RequestCost(0, 0, 0, ()),
         "num_prompt_tokens": 0,
         "num_image_tokens": 0,
+        "cache": True,
         "arrival": 0.0,
     }
     return DiffusionRequest(request_id=request_id, prompt=prompt, **(fields | changes))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -16,10 +17,10 @@ from vllm_omni.diffusion.worker.contract import Place
 from vllm_omni.diffusion.worker.runner import ModelRunner
 
 
-def started(place: Place, parallel: DiffusionParallelConfig, path: Path) -> ModelRunner:
+def started(place: Place, parallel: DiffusionParallelConfig, path: Path, **settings: Any) -> ModelRunner:
     """A runner after the shortest warm-up, in a process of its own."""
     warmup.BUDGET_SECONDS, warmup.MIN_SAMPLES = 0.0, 1
-    config = OmniDiffusionConfig(model=str(path), parallel=parallel)
+    config = OmniDiffusionConfig(model=str(path), parallel=parallel, **settings)
     runner = ModelRunner(config, load_model_info(str(path)), place)
     runner.start()
     return runner

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import json
 import re
 import sys
 from dataclasses import fields
@@ -340,8 +339,6 @@ def test_a_wrong_config_file_is_one_line(content: str, tmp_path: Path, capsys: p
 @pytest.mark.parametrize(
     "words",
     [
-        ["--cache-backend", "tea_cache"],
-        ["--cache-backend", "cache_dit", "--cache-config", json.dumps({"Fn_compute_blocks": 1})],
         ["--quantization", "fp8"],
         ["--attention-backend", "flash"],
         ["--distributed-executor-backend", "ray"],

@@ -78,6 +78,7 @@ FAKE_INFO = ModelInfo(
     count_prompt_tokens=lambda prompt: len(prompt.split()),
     attention_tokens=1000.0,
     num_heads=4,
+    num_blocks=2,
     tensor_sizes=(1, 2, 4),
     text_encoder_tp_sizes=(1,),
     default_sampling_params={"height": 64, "width": 64, "num_inference_steps": STEPS, "true_cfg_scale": 1.0},

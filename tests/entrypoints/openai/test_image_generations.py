@@ -56,6 +56,7 @@ def test_png_holds_the_pixels_of_the_seed(sdk: openai.OpenAI) -> None:
     assert isinstance(timings, dict)
     assert set(timings) == {
         "queue", "text_encode", "denoise", "vae_decode", "media_encode", "total", "computed_steps",
+        "cached_steps",
     }  # fmt: skip
     assert timings["computed_steps"] == STEPS
 
@@ -233,3 +234,13 @@ def test_prompts_are_counted_in_a_thread_of_their_own() -> None:
         httpx.post(f"{running.url}/v1/images/generations", json={"prompt": "x"}, timeout=20)
     assert len(threads) == num_before + 1
     assert threads[-1].startswith("omni-resolve")
+
+
+def test_cache_is_a_field_of_ours(http: httpx.Client) -> None:
+    response = http.post("/v1/images/generations", json={"prompt": "x", "cache": False})
+    assert response.status_code == 200
+    assert "x-omni-ignored-fields" not in response.headers
+    assert response.json()["timings"]["cached_steps"] == 0
+    refused = http.post("/v1/images/generations", json={"prompt": "x", "cache": True})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "cache"

@@ -112,6 +112,22 @@ def test_metrics_exist_at_zero_and_count() -> None:
     assert grown["vllm_omni:denoise_step_seconds_count"] >= STEPS
 
 
+def test_cached_steps_and_what_caches_keep_are_shown() -> None:
+    observer = PrometheusObserver(MODEL_NAME)
+    result = StepResult(0, advanced=["a", "b", "c"], cached={"a": 1.0, "b": 0.5}, cache_bytes=700)
+    observer.on_step(StepPlan(0), result, 0.1)
+    observer.on_step(StepPlan(1), StepResult(1, advanced=["a"], cache_bytes=300), 0.1)
+    text = observer.render().decode()
+    samples = {
+        (sample.name, sample.labels.get("kind")): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    assert samples["vllm_omni:inference_steps_total", "computed"] == 2.5
+    assert samples["vllm_omni:inference_steps_total", "cached"] == 1.5
+    assert samples["vllm_omni:cache_state_bytes", None] == 300
+
+
 def test_queue_gauges_follow_the_engine() -> None:
     with live_server(max_num_seqs=1, max_num_queued_reqs=3) as running:
         running.call(running.device.pause)

@@ -34,6 +34,8 @@ class Mesh:
     """The ranks of the same tensor coordinate: together they hold the tokens of all sequences."""
     sequence: Group
     """The ranks that share a sequence's tokens, ring outside, ulysses inside."""
+    rank_group: Group
+    """The ranks that compute the same sequences: those of `sequence`, and of each the ones that share its layers."""
     ulysses: Group
     ring: Group
     tensor: Group
@@ -49,7 +51,7 @@ class Mesh:
     def single(cls) -> Mesh:
         """Of a replica of one rank."""
         one = Group.alone()
-        return cls(one, one, one, one, one, one, one, one, one)
+        return cls(one, one, one, one, one, one, one, one, one, one)
 
 
 def rank_groups(parallel: DiffusionParallelConfig) -> dict[str, list[list[int]]]:
@@ -67,6 +69,7 @@ def rank_groups(parallel: DiffusionParallelConfig) -> dict[str, list[list[int]]]
         "control": [ranks.flatten().tolist()],
         "gather": ranks.flatten(0, 2).T.tolist(),
         "sequence": ranks.flatten(1, 2).transpose(1, 2).flatten(0, 1).tolist(),
+        "rank_group": ranks.view(c, -1).tolist(),
         "ulysses": ranks.transpose(2, 3).reshape(-1, u).tolist(),
         "ring": ranks.movedim(1, 3).reshape(-1, r).tolist(),
         "tensor": ranks.reshape(-1, t).tolist(),

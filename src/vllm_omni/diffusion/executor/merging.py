@@ -10,6 +10,7 @@ from typing import TypeVar
 from vllm_omni.diffusion.plan import StepResult, WorkerReady
 
 Value = TypeVar("Value")
+Number = TypeVar("Number", int, float)
 
 
 def merge_results(results: Sequence[StepResult]) -> StepResult:
@@ -31,6 +32,8 @@ def merge_results(results: Sequence[StepResult]) -> StepResult:
         decode_seconds=max(result.decode_seconds for result in results),
         num_sequences=max(result.num_sequences for result in results),
         num_tokens=max(result.num_tokens for result in results),
+        cached=_added([result.cached for result in results]),
+        cache_bytes=max(result.cache_bytes for result in results),
         sent_bytes=_added([result.sent_bytes for result in results]),
         peak_memory_bytes=max(result.peak_memory_bytes for result in results),
     )
@@ -46,7 +49,7 @@ def merge_readies(readies: Sequence[WorkerReady]) -> WorkerReady:
     )
 
 
-def _added(parts: Sequence[Mapping[str, int]]) -> dict[str, int]:
+def _added(parts: Sequence[Mapping[str, Number]]) -> dict[str, Number]:
     return {key: sum(part.get(key, 0) for part in parts) for key in dict.fromkeys(chain(*parts))}
 
 

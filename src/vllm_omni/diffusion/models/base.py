@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, Self, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_omni.diffusion.cache.base import CacheSlot, SequenceStep, StepCache
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.mesh import Mesh
 from vllm_omni.diffusion.registry import ModelInfo
@@ -31,6 +32,21 @@ class RequestState:
     """Tokens of each guidance branch."""
     step: int = 0
     """Denoising steps done."""
+    cache_slots: tuple[CacheSlot | None, ...] = field(init=False, repr=False)
+    """A branch each; None where the request takes no part in caching."""
+
+    def __post_init__(self) -> None:
+        self.cache_slots = tuple(CacheSlot() if self.request.cache else None for _ in self.sequence_lengths)
+
+    @property
+    def sequence_steps(self) -> list[SequenceStep]:
+        """What a step cache must know of each branch."""
+        return [SequenceStep(slot, self.step, self.request.num_inference_steps) for slot in self.cache_slots]
+
+    def settle(self) -> float:
+        """After a step: what part of it came from a cache, counted in branches that this rank computed."""
+        skipped = [slot.settle() for slot in self.cache_slots if slot is not None]
+        return sum(skipped) / len(self.sequence_lengths)
 
 
 State = TypeVar("State", bound=RequestState)
@@ -44,6 +60,9 @@ class BasePipeline(ABC, Generic[State]):
 
     Every rank of a replica has the same states and advances them alike; see `Mesh` for who computes what.
     """
+
+    step_cache: StepCache
+    """Runs the transformer's blocks."""
 
     @classmethod
     @abstractmethod

@@ -6,6 +6,7 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class Device:
     def __init__(self, kind: str | None = None, index: int = 0) -> None:
         self.kind = kind or (CUDA if torch.cuda.is_available() else CPU)
         self.torch = torch.device(self.kind, index) if self.kind == CUDA else torch.device(self.kind)
+        self._num_processes = 1
         if self.kind == CUDA:
             torch.cuda.set_device(self.torch)  # for libraries that mean the current one
 
@@ -58,8 +60,9 @@ class Device:
         """Threads that share one operation; 1 where the processor does not compute."""
         return torch.get_num_threads() if self.kind == CPU else 1
 
-    def share_threads(self, num_processes: int) -> None:
-        """Leave the other processes of this machine their part of the processor."""
+    def share_machine(self, num_processes: int) -> None:
+        """Leave the other processes of this machine their part of the processor and its memory."""
+        self._num_processes = num_processes
         self.set_num_threads(max(1, self.num_threads // num_processes))
 
     def set_num_threads(self, count: int) -> None:
@@ -72,6 +75,15 @@ class Device:
         if self.kind == CUDA:
             return torch.cuda.max_memory_allocated(self.torch)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def free_memory_bytes(self) -> int:
+        """What could still be allocated; on a CPU, this process's part of it."""
+        if self.kind == CUDA:
+            idle = torch.cuda.memory_reserved(self.torch) - torch.cuda.memory_allocated(self.torch)
+            return torch.cuda.mem_get_info(self.torch)[0] + idle
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+        return 1024 * available // self._num_processes
 
     def release_memory(self) -> None:
         """Give unused blocks back, so that a smaller attempt can follow one that ran out."""

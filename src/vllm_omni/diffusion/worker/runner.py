@@ -23,6 +23,9 @@ from vllm_omni.diffusion.worker.warmup import warm_up, warm_up_whole
 from vllm_omni.diffusion.worker.weights_bar import WeightsBar
 from vllm_omni.errors import InvalidRequestError
 
+CACHE_SHARE = 0.25
+"""Of the memory that is free after the warm-up, what step caches may keep; what does not fit is a miss."""
+
 Item = TypeVar("Item")
 Output = TypeVar("Output")
 
@@ -53,7 +56,7 @@ class ModelRunner:
         """Load the weights, run once, and measure. Raises ConfigError for a folder that cannot be served."""
         dtype = self._device.dtype(self._config.dtype)
         if (num_processes := self._config.parallel.world_size) > 1:
-            self._device.share_threads(num_processes)
+            self._device.share_machine(num_processes)
         if self._place.replica_size > 1:
             self._ranks = Ranks(connect(self._config.parallel, self._place, self._device))
         cls: type[BasePipeline[Any]] = import_module(
@@ -65,6 +68,7 @@ class ModelRunner:
             rates = warm_up(self._pipeline, self._info, self._device, bar.num_bytes, self._ranks)
         else:
             rates = warm_up_whole(self._pipeline, self._info, self._device, bar.num_bytes)
+        self._pipeline.step_cache.budget.max_bytes = int(CACHE_SHARE * self._device.free_memory_bytes())
         return WorkerReady(
             load_seconds=bar.seconds,
             load_bytes=bar.num_bytes,
@@ -108,6 +112,7 @@ class ModelRunner:
         result.encode_seconds = seconds["encode"]
         result.denoise_seconds = seconds["denoise"]
         result.decode_seconds = seconds["decode"]
+        result.cache_bytes = self.pipeline.step_cache.budget.num_bytes
         result.sent_bytes = self._ranks.take_sent_bytes()
         result.peak_memory_bytes = self._device.peak_memory_bytes()
         return result
@@ -155,6 +160,8 @@ class ModelRunner:
             if request_id in plan.preview:
                 clean[request_id] = self.pipeline.predict_clean(state, velocity)
             self.pipeline.advance(state, velocity)
+            if (share := state.settle()) and self._ranks.mesh.rank_group.rank == 0:
+                result.cached[request_id] = share
 
         advancing = [s for s in states if _id_of_state(s) in branches]
         result.advanced = list(self._each(advancing, _id_of_state, finish, result, together=False))

@@ -246,5 +246,6 @@ def _request(info: ModelInfo, request_id: str, prompt: str, most_tokens: int = M
         cost=RequestCost(0, 0, 0, ()),
         num_prompt_tokens=info.count_prompt_tokens(prompt),
         num_image_tokens=info.num_image_tokens(side, side),
+        cache=False,
         arrival=0.0,
     )

@@ -24,7 +24,7 @@ from vllm_omni.diffusion.data import (
     OmniDiffusionConfig,
     SchedulingPolicy,
 )
-from vllm_omni.entrypoints.cli import values
+from vllm_omni.entrypoints.cli import calibrate, values
 from vllm_omni.entrypoints.cli.vllm_surface import make_parser, vllm_version
 from vllm_omni.entrypoints.openai.settings import ServerSettings
 from vllm_omni.errors import ConfigError, NotAvailableError
@@ -97,6 +97,7 @@ def parse_args(argv: Sequence[str]) -> ServeArgs:
 def build_parser() -> argparse.ArgumentParser:
     """The parser with all flags (public for the test that freezes the list)."""
     top, serve = make_parser(PROG, DESCRIPTION)
+    top.epilog = f"vllm-omni {calibrate.COMMAND} MODEL measures the polynomial of --cache-backend tea_cache."
     top.add_argument("-v", "--version", action="version", version=f"vllm-omni {__version__}, vLLM {vllm_version()}")
     serve.add_argument("model_tag", nargs="?", metavar="MODEL", help="a folder, a hub name, or `demo`")
     serve.add_argument("--model", type=values.nonempty, help="MODEL, for config files")

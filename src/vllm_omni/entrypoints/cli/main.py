@@ -1,10 +1,11 @@
-"""The command: `vllm serve MODEL --omni` (vLLM hands over to `main` when it sees `--omni`) and `vllm-omni serve`."""
+"""The command: `vllm serve MODEL --omni` (vLLM hands over to `main` when it sees `--omni`) and `vllm-omni`'s own."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
+from vllm_omni.entrypoints.cli import calibrate
 from vllm_omni.entrypoints.cli.args import PROG, parse_args
 from vllm_omni.errors import ConfigError
 
@@ -13,8 +14,11 @@ USAGE_EXIT_CODE = 2
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command and exit: 0 after a clean stop, 1 when the engine failed, 2 for a wrong setting."""
-    words = sys.argv[1:] if argv is None else argv
+    words = sys.argv[1:] if argv is None else list(argv)
     try:
+        if words[:1] == [calibrate.COMMAND]:
+            calibrate.calibrate(calibrate.parse_args([word for word in words[1:] if word != "--omni"]))
+            sys.exit(0)
         args = parse_args(words)
         from vllm_omni.entrypoints.cli.serve import serve  # after the flags: it imports the engine and the HTTP app
 

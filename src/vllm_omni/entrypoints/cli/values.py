@@ -46,6 +46,14 @@ def seconds(*, zero: bool) -> Callable[[str], float]:
     return parse
 
 
+def picture_size(text: str) -> tuple[int, int]:
+    """(width, height) of `WxH` in pixels."""
+    width, _, height = text.partition("x")
+    if not (width.isascii() and width.isdigit() and height.isascii() and height.isdigit()):
+        raise _wrong("WIDTHxHEIGHT in pixels", text)
+    return int(width), int(height)
+
+
 def json_object(text: str) -> dict[str, Any]:
     takes = 'a JSON object such as {"key": 1}'
     try:

@@ -55,6 +55,9 @@ class PrometheusObserver:
             "communication_bytes", "Bytes that ranks handed to each kind of exchange", collective=EXCHANGES
         )
         self._restarts = self._counter("worker_restarts", "Worker restarts")
+        self._cache_bytes = Gauge(
+            "vllm_omni:cache_state_bytes", "Kept by step caches on one device", ("model_name",), registry=self._registry
+        ).labels(model_name)
         self._most_memory = 0
         self._peak_memory = Gauge(
             "vllm_omni:peak_memory_bytes", "Most memory used on one device", ("model_name",), registry=self._registry
@@ -77,7 +80,10 @@ class PrometheusObserver:
             self._step_time.observe(result.denoise_seconds)
             self._step_sequences.observe(result.num_sequences)
             self._step_tokens.observe(result.num_tokens)
-            self._steps["computed"].inc(len(result.advanced))
+            cached = sum(result.cached.values())
+            self._steps["computed"].inc(len(result.advanced) - cached)
+            self._steps["cached"].inc(cached)
+        self._cache_bytes.set(result.cache_bytes)
         for collective, num_bytes in result.sent_bytes.items():
             self._sent[collective].inc(num_bytes)
         if result.peak_memory_bytes > self._most_memory:  # of several replicas, and over restarts

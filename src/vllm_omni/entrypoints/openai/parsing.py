@@ -58,6 +58,7 @@ def parse_generation(body: ImageGenerationRequest) -> tuple[OmniPrompt, OmniDiff
         cfg_truncation=body.cfg_truncation,
         seed=body.seed,
         num_outputs_per_prompt=body.n,
+        cache=body.cache,
         max_sequence_length=body.max_sequence_length,
         priority=body.priority,
         output_type="np",

@@ -63,6 +63,8 @@ class ImageGenerationRequest(BaseModel):
     cfg_truncation: float | None = None
     seed: Annotated[int, Field(ge=0)] | None = None
     """Picture i of `n` uses `seed + i`."""
+    cache: bool | None = None
+    """False: compute every block, although the server has a step cache."""
     max_sequence_length: Annotated[int, Field(ge=1)] | None = None
     """Longest prompt accepted, in tokens."""
     lora: Any = None
@@ -118,7 +120,8 @@ class ImagesResponse(BaseModel):
     size: str
     usage: Usage
     timings: dict[str, float]
-    """Seconds: `queue`, `text_encode`, `denoise`, `vae_decode`, `media_encode`, `total`; and `computed_steps`."""
+    """Seconds: `queue`, `text_encode`, `denoise`, `vae_decode`, `media_encode`, `total`; `computed_steps` and
+    `cached_steps`, in which a step of which one guidance branch of two came from the cache counts half each."""
     safety_identifier: str | None = None
     data: list[ImageData]
 

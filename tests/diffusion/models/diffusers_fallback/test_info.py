@@ -152,6 +152,7 @@ def test_only_data_parallelism_is_taken(model_of: ModelOf, degrees: dict[str, in
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
+        ({"cache_backend": "tea_cache"}, "--cache-backend tea_cache needs packed steps"),
         ({"max_batch_tokens": 100}, "--max-batch-tokens 100 needs packed steps"),
         ({"enable_cpu_offload": True, "enable_layerwise_offload": True}, "got both"),
     ],
@@ -159,13 +160,6 @@ def test_only_data_parallelism_is_taken(model_of: ModelOf, degrees: dict[str, in
 def test_settings_of_packed_steps_are_refused(model_of: ModelOf, settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         AsyncOmni(model=str(model_of("FluxPipeline")), **settings)
-
-
-def test_a_step_cache_is_refused(model_of: ModelOf) -> None:
-    config = OmniDiffusionConfig(model=str(model_of("FluxPipeline")))
-    object.__setattr__(config, "cache_backend", "tea_cache")  # which the config itself refuses as long as there is none
-    with pytest.raises(ConfigError, match="--cache-backend tea_cache needs packed steps"):
-        load_model_info(config.model).check_settings(config)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

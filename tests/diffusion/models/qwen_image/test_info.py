@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 from diffusers import QwenImagePipeline
 from transformers import AutoTokenizer
 
-from vllm_omni.diffusion.data import DiffusionParallelConfig
+from vllm_omni.diffusion.data import DiffusionParallelConfig, parse_cache_config
 from vllm_omni.diffusion.models.qwen_image.info import describe
 from vllm_omni.diffusion.registry import DEMO_MODEL_PATH, load_model_info
 from vllm_omni.errors import ConfigError
@@ -111,3 +112,27 @@ def test_degrees_that_the_heads_do_not_allow_are_refused(degrees: dict[str, int]
 
 def test_uneven_heads_are_allowed() -> None:
     load_model_info("demo").check_parallel(DiffusionParallelConfig(ulysses_degree=3, ring_degree=5))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"Fn_compute_blocks": 2}, "less than the model's 2 blocks together, got 2 and 0"),
+        ({"Bn_compute_blocks": 1}, "less than the model's 2 blocks together, got 1 and 1"),
+        (
+            {"scm_steps_mask_policy": "fast", "steps_computation_mask": [1, 0]},
+            r"scm_steps_mask_policy or steps_computation_mask, got both: 'fast' and \[1, 0\]",
+        ),
+    ],
+)
+def test_a_cache_must_leave_something_to_skip(tiny_model: Path, values: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        describe(tiny_model).check_cache(parse_cache_config("cache_dit", values))
+
+
+def test_a_polynomial_that_nobody_has_measured_must_be_given(tiny_model: Path) -> None:
+    info = dataclasses.replace(describe(tiny_model), tea_cache_coefficients=None)
+    info.check_cache(parse_cache_config("tea_cache", {"coefficients": [1.0, 0.0]}))
+    info.check_cache(None)
+    with pytest.raises(ConfigError, match="vllm-omni calibrate-teacache"):
+        info.check_cache(parse_cache_config("tea_cache", {}))

@@ -11,11 +11,13 @@ from tests.tiny_models import tiny_transformer
 from vllm_omni.diffusion.attention import create_attention
 from vllm_omni.diffusion.attention.sharded import PackedAttention
 from vllm_omni.diffusion.distributed.groups import Group
+from vllm_omni.diffusion.models.arrangement import Arrangement
 from vllm_omni.diffusion.models.loading import load_weights
 from vllm_omni.diffusion.models.modulation import ModulationTable
 from vllm_omni.diffusion.models.qwen_image.transformer import (
     CHECKPOINT_NAMES,
     QwenImageTransformer,
+    StepBlocks,
     StepContext,
     TransformerConfig,
 )
@@ -41,10 +43,12 @@ def packed(
 ) -> list[torch.Tensor]:
     pack = Pack.build([len(t) for t in texts], [len(x) for x in latents], CPU)
     rotations = torch.cat([r for t, grid in zip(texts, grids) for r in model.rotations(len(t), grid)])
-    attend = PackedAttention(create_attention(), Group.alone(), Group.alone()).over(pack)
-    context = StepContext(pack, rotations, attend, ModulationTable(model.modulate, 2**20).rows_of(timesteps))
-    text = torch.cat([model.embed_text(t) for t in texts])
-    return list(model(torch.cat(latents), text, context).split(pack.image.lengths))
+    attention = PackedAttention(create_attention(), Group.alone(), Group.alone())
+    modulation = ModulationTable(model.modulate, 2**20).rows_of(timesteps)
+    context = StepContext(Arrangement(pack, rotations, attention), modulation)
+    hidden = model.embed(torch.cat(latents), torch.cat([model.embed_text(t) for t in texts]))
+    blocks = StepBlocks(model, context)
+    return list(model.project(blocks.run(hidden, range(blocks.num_blocks)), context).split(pack.image.lengths))
 
 
 @pytest.mark.parametrize("heads", [3, 5])

@@ -12,11 +12,12 @@ from tests.tiny_z_image import tiny_z_image_transformer
 from vllm_omni.diffusion.attention import create_attention
 from vllm_omni.diffusion.attention.sharded import PackedAttention
 from vllm_omni.diffusion.distributed.groups import Group
+from vllm_omni.diffusion.models.arrangement import Arrangement
 from vllm_omni.diffusion.models.loading import load_weights
 from vllm_omni.diffusion.models.modulation import ModulationTable
 from vllm_omni.diffusion.models.z_image.transformer import (
     CHECKPOINT_NAMES,
-    Arrangement,
+    StepBlocks,
     StepContext,
     TransformerConfig,
     ZImageTransformer,
@@ -50,16 +51,17 @@ def packed(
         texts.append(model.refine_caption(caption, attention.over(Pack.build([filled_up(len(caption))], [0], CPU))))
     lengths = [filled_up(len(x)) for x in latents]
     pack = Pack.build([len(t) for t in texts], lengths, CPU)
-    arrangement = Arrangement(
-        pack=pack,
-        rotations=torch.cat([r for t, grid in zip(texts, grids) for r in model.rotations(len(t), grid)]),
-        attend=attention.over(pack),
+    rotations = torch.cat([r for t, grid in zip(texts, grids) for r in model.rotations(len(t), grid)])
+    context = StepContext(
+        arrangement=Arrangement(pack, rotations, attention),
         attend_images=attention.over(Pack.build([0] * len(latents), lengths, CPU)),
         is_filling=torch.cat([torch.arange(n) >= len(x) for n, x in zip(lengths, latents)])[:, None],
+        modulation=ModulationTable(model.modulate, 2**20).rows_of(timesteps),
     )
-    context = StepContext(arrangement, ModulationTable(model.modulate, 2**20).rows_of(timesteps))
     filled = torch.cat([F.pad(x, (0, 0, 0, n - len(x)), value=7.0) for n, x in zip(lengths, latents)])
-    velocities = model(filled, torch.cat(texts), context).split(lengths)
+    blocks = StepBlocks(model, context)
+    hidden = blocks.run(model.embed(filled, torch.cat(texts), context), range(blocks.num_blocks))
+    velocities = model.project(hidden, context).split(lengths)
     return [velocity[: len(x)] for velocity, x in zip(velocities, latents)]
 
 

@@ -17,7 +17,9 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from vllm_omni.diffusion.cache.base import NoCache
 from vllm_omni.diffusion.data import OmniDiffusionConfig, flag_of
+from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.distributed.mesh import Mesh
 from vllm_omni.diffusion.models.base import BasePipeline, RequestState
 from vllm_omni.diffusion.models.diffusers_fallback.components import component_classes
@@ -117,6 +119,7 @@ class Pipeline(BasePipeline[WholeState]):
     def __init__(self, pipeline: Any, whole: WholePipeline) -> None:
         self.pipeline = pipeline
         self._whole = whole
+        self.step_cache = NoCache(Group.alone())  # never run
         self._calls: dict[str, PipelineCall] = {}
         # A call that stands still would keep the weights for as long as the process lives.
         weakref.finalize(self, _cancel_all, self._calls).atexit = False
@@ -160,7 +163,8 @@ class Pipeline(BasePipeline[WholeState]):
         except Exception:
             del self._calls[request.request_id]
             raise
-        return WholeState(request, self._nothing, request.cost.branch_tokens, call=call)
+        lengths = request.cost.branch_tokens or (request.num_image_tokens,)
+        return WholeState(request, self._nothing, lengths, call=call)
 
     def predict(self, states: Sequence[WholeState], groups: Sequence[int] | None = None) -> list[tuple[Tensor, ...]]:
         """Nothing yet: the pipeline's step is one piece, made in `advance`."""

@@ -26,6 +26,8 @@ NUM_TEMPLATE_TOKENS = 34
 """Tokens of the template before the prompt; their hidden states are dropped."""
 MAX_PROMPT_TOKENS = 1024
 """diffusers cuts a prompt (with the template's end) here, and takes no larger max_sequence_length."""
+TEA_CACHE_COEFFICIENTS = (-450.0, 280.0, -45.0, 3.2, -0.02)
+"""As the published TeaCache for Qwen-Image has them; not measured on other weights of this architecture."""
 PATCH_SIZE = 2
 """Latent pixels a side that one token stands for."""
 DEFAULT_LATENT_SIDE = 128
@@ -86,6 +88,8 @@ def describe(path: Path) -> ModelInfo:
         # A token costs 24 width² in a block's linear layers and 4 width n in attention over n tokens.
         attention_tokens=6.0 * width,
         num_heads=num_heads,
+        num_blocks=transformer.get("num_layers", 60),
+        tea_cache_coefficients=TEA_CACHE_COEFFICIENTS,
         tensor_sizes=divisors(num_heads),
         text_encoder_tp_sizes=text_encoder_tp_sizes(read_config(path, "text_encoder")),
         default_sampling_params=defaults | read_default_sampling_params(path),

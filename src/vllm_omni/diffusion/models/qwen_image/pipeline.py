@@ -11,9 +11,12 @@ from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from vllm_omni.diffusion.attention import create_attention
-from vllm_omni.diffusion.attention.sharded import Attend, PackedAttention
+from vllm_omni.diffusion.attention.sharded import PackedAttention
+from vllm_omni.diffusion.cache import create_step_cache
+from vllm_omni.diffusion.cache.base import StepCache
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.mesh import Mesh
+from vllm_omni.diffusion.models.arrangement import Arrangement
 from vllm_omni.diffusion.models.flow import FlowPipeline, FlowState, Layout
 from vllm_omni.diffusion.models.loading import load_weights, num_bytes
 from vllm_omni.diffusion.models.modulation import ModulationTable
@@ -22,6 +25,7 @@ from vllm_omni.diffusion.models.qwen_image.text import TextEncoder
 from vllm_omni.diffusion.models.qwen_image.transformer import (
     CHECKPOINT_NAMES,
     QwenImageTransformer,
+    StepBlocks,
     StepContext,
     TransformerConfig,
 )
@@ -53,10 +57,8 @@ class QwenImageState(FlowState):
 class Forward:
     """What this rank computes of them, in the order of `sharding.mine`."""
 
-    pack: Pack
-    rotations: Tensor
+    arrangement: Arrangement
     text: Tensor
-    attend: Attend
 
 
 class Pipeline(FlowPipeline[QwenImageState, Forward]):
@@ -68,10 +70,12 @@ class Pipeline(FlowPipeline[QwenImageState, Forward]):
         scheduler: FlowMatchEulerDiscreteScheduler,
         pixels_per_token: int,
         attention: PackedAttention,
+        step_cache: StepCache,
         mesh: Mesh,
     ) -> None:
         super().__init__(decoder, scheduler, pixels_per_token, mesh)
         self.transformer = transformer
+        self.step_cache = step_cache
         self._attention = attention
         self._prompts = PromptCache(text_encoder, PROMPT_CACHE_BYTES)
         self._modulations = ModulationTable(transformer.modulate, MODULATION_BYTES)
@@ -108,6 +112,7 @@ class Pipeline(FlowPipeline[QwenImageState, Forward]):
             scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(path / "scheduler"),
             pixels_per_token=info.pixels_per_token,
             attention=PackedAttention(create_attention(config.attention_backend), mesh.ulysses, mesh.ring),
+            step_cache=create_step_cache(config.cache, info, mesh.rank_group),
             mesh=mesh,
         )
 
@@ -153,8 +158,12 @@ class Pipeline(FlowPipeline[QwenImageState, Forward]):
         mine = [branches[i] for i in sharding.mine]
         modulation = self._modulations.rows_of([s.timesteps[s.step] for s in mine])
         latents = torch.cat([sharding.part(s.latents) for s in mine])
-        context = StepContext(forward.pack, forward.rotations, forward.attend, modulation)
-        return self.transformer(latents, forward.text, context)  # type: ignore[no-any-return]  # nn.Module's call
+        context = StepContext(forward.arrangement, modulation)
+        steps = [step for state in states for step in state.sequence_steps]
+        hidden = self.transformer.embed(latents, forward.text)
+        blocks = StepBlocks(self.transformer, context)
+        hidden = self.step_cache.run(hidden, blocks, [steps[i] for i in sharding.mine])
+        return self.transformer.project(hidden, context)
 
     def _lay_out(self, states: Sequence[QwenImageState], groups: Sequence[int]) -> Layout[Forward]:
         text = [branch for state in states for branch in state.text]
@@ -171,14 +180,9 @@ class Pipeline(FlowPipeline[QwenImageState, Forward]):
             sharding.parts,
             sharding.index,
         )
-        forward = Forward(
-            pack=pack,
-            # Text and image of one sequence after another: that is the joint order.
-            rotations=torch.cat(rotations).to(self._device),
-            text=torch.cat([sharding.part(text[i]) for i in sharding.mine]),
-            attend=self._attention.over(pack),
-        )
-        return Layout(sharding, forward)
+        # Text and image of one sequence after another: that is the joint order.
+        arrangement = Arrangement(pack, torch.cat(rotations).to(self._device), self._attention)
+        return Layout(sharding, Forward(arrangement, torch.cat([sharding.part(text[i]) for i in sharding.mine])))
 
     def combine(self, state: QwenImageState, branches: Sequence[Tensor]) -> Tensor:
         if len(branches) == 1:

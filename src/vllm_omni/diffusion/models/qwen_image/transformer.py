@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vllm_omni.diffusion.attention.sharded import Attend
 from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.layers.linear import ColumnLinear, RowLinear
 from vllm_omni.diffusion.layers.norms import Scale, gated_add, norm_modulate, rms_norm
 from vllm_omni.diffusion.layers.rope import axis_rotations, rotate
 from vllm_omni.diffusion.layers.timesteps import NUM_WAVES, timestep_waves
+from vllm_omni.diffusion.models.arrangement import Arrangement
 from vllm_omni.diffusion.models.modulation import Modulation
-from vllm_omni.diffusion.packing import Pack
+from vllm_omni.diffusion.packing import Hidden, Pack
 from vllm_omni.errors import ConfigError
 
 EPS = 1e-6
@@ -77,23 +77,16 @@ class TransformerConfig:
 
 
 @dataclass(frozen=True)
-class Hidden:
-    """What flows through the blocks: text [T, D] and image [S, D]."""
-
-    text: Tensor
-    image: Tensor
-
-
-@dataclass(frozen=True)
 class StepContext:
-    """What the blocks of one step read besides: the layout, the positions and the modulation of its sequences."""
+    """What the blocks of one step read besides: the arrangement and the modulation of its sequences."""
 
-    pack: Pack
-    rotations: Tensor
-    """complex64 [T + S, 1, 1, d / 2] in joint order."""
-    attend: Attend
-    """Attention over the pack's sequences, whichever ranks hold their other tokens."""
+    arrangement: Arrangement
+    """rotations: complex64 [T + S, 1, 1, d / 2]."""
     modulation: Modulation
+
+    @property
+    def pack(self) -> Pack:
+        return self.arrangement.pack
 
 
 class Stream(nn.Module):
@@ -152,12 +145,12 @@ class Block(nn.Module):
         pack = context.pack
         # Text and image have their own norms: [T + S, q and k, any head, d].
         scale = self.qk_norm.weight.view(2, 2, 1, -1).index_select(0, pack.joint_is_image)
-        q, k = rotate(rms_norm(qkv[:, :2], scale, EPS), context.rotations).unbind(1)
-        return context.attend(q, k, qkv[:, 2])
+        q, k = rotate(rms_norm(qkv[:, :2], scale, EPS), context.arrangement.rotations).unbind(1)
+        return context.arrangement.attend(q, k, qkv[:, 2])
 
 
 class QwenImageTransformer(nn.Module):
-    """`embed -> blocks -> project`: a step cache wraps `blocks` and knows nothing of the rest."""
+    """`embed -> blocks -> project`: see `StepBlocks` for what runs the blocks."""
 
     def __init__(self, config: TransformerConfig, tensor: Group) -> None:
         """tensor: the ranks that share every layer; their number divides the heads."""
@@ -211,16 +204,38 @@ class QwenImageTransformer(nn.Module):
         """latents: [S, in_channels]; text: [T, D] from `embed_text`."""
         return Hidden(text=text, image=self.img_in(latents))
 
-    def blocks(self, hidden: Hidden, context: StepContext) -> Hidden:
-        for index, block in enumerate(self.transformer_blocks):
-            hidden = block(hidden, index, context)
-        return hidden
-
     def project(self, hidden: Hidden, context: StepContext) -> Tensor:
         """-> velocity [S, patch_size² * out_channels]."""
         scale, shift = context.modulation.of_output(context.pack.image_sequence)
         velocity: Tensor = self.proj_out(norm_modulate(hidden.image, shift, scale, EPS))
         return velocity
 
-    def forward(self, latents: Tensor, text: Tensor, context: StepContext) -> Tensor:
-        return self.project(self.blocks(self.embed(latents, text), context), context)
+
+@dataclass(frozen=True)
+class StepBlocks:
+    """The transformer's blocks over the sequences of one step; all of them or some, from one to another."""
+
+    transformer: QwenImageTransformer
+    context: StepContext
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.transformer.transformer_blocks)
+
+    @property
+    def pack(self) -> Pack:
+        return self.context.pack
+
+    def run(self, hidden: Hidden, which: range) -> Hidden:
+        for index in which:
+            hidden = self.transformer.transformer_blocks[index](hidden, index, self.context)
+        return hidden
+
+    def signal(self, hidden: Hidden) -> Tensor:
+        """[S, D]: what the first block's attention projects."""
+        shift, scale = self.context.modulation.of_block(0, IMAGE, self.pack.image_sequence)[:2]
+        return norm_modulate(hidden.image, shift, scale, EPS)
+
+    def select(self, members: Sequence[int]) -> StepBlocks:
+        arrangement = self.context.arrangement.select(tuple(members))
+        return StepBlocks(self.transformer, replace(self.context, arrangement=arrangement))

@@ -90,6 +90,7 @@ def describe(path: Path) -> ModelInfo:
         # A token costs 24 width² in a block's linear layers and 4 width n in attention over n tokens.
         attention_tokens=6.0 * width,
         num_heads=num_heads,
+        num_blocks=int(transformer.get("n_layers", 30)),
         tensor_sizes=tuple(n for n in TENSOR_SIZES if num_heads % n == 0 and inner_width(width) % n == 0),
         text_encoder_tp_sizes=text_encoder_tp_sizes(read_config(path, "text_encoder")),
         guidance=Guidance("guidance_scale", 1.0, "", ("cfg_normalization", "cfg_truncation")),

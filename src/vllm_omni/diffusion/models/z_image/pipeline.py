@@ -11,10 +11,13 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from vllm_omni.diffusion.attention import create_attention
-from vllm_omni.diffusion.attention.sharded import PackedAttention
+from vllm_omni.diffusion.attention.sharded import Attend, PackedAttention
+from vllm_omni.diffusion.cache import create_step_cache
+from vllm_omni.diffusion.cache.base import SequenceStep, StepCache
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.distributed.mesh import Mesh
+from vllm_omni.diffusion.models.arrangement import Arrangement
 from vllm_omni.diffusion.models.configs import read_config
 from vllm_omni.diffusion.models.flow import FlowPipeline, FlowState, Layout
 from vllm_omni.diffusion.models.loading import load_weights, num_bytes
@@ -25,7 +28,7 @@ from vllm_omni.diffusion.models.sharding import Sharding
 from vllm_omni.diffusion.models.z_image.text import TextEncoder
 from vllm_omni.diffusion.models.z_image.transformer import (
     CHECKPOINT_NAMES,
-    Arrangement,
+    StepBlocks,
     StepContext,
     TransformerConfig,
     ZImageTransformer,
@@ -77,6 +80,8 @@ class Branch:
 @dataclass(frozen=True)
 class Forward:
     arrangement: Arrangement
+    attend_images: Attend
+    is_filling: Tensor
     text: Tensor
 
 
@@ -89,10 +94,12 @@ class Pipeline(FlowPipeline[ZImageState, Forward]):
         scheduler: FlowMatchEulerDiscreteScheduler,
         pixels_per_token: int,
         attention_backend: str | None,
+        step_cache: StepCache,
         mesh: Mesh,
     ) -> None:
         super().__init__(decoder, scheduler, pixels_per_token, mesh)
         self.transformer = transformer
+        self.step_cache = step_cache
         backend = create_attention(attention_backend)
         self._attention = PackedAttention(backend, mesh.ulysses, mesh.ring)
         self._caption_attention = PackedAttention(backend, Group.alone(), Group.alone())
@@ -128,6 +135,7 @@ class Pipeline(FlowPipeline[ZImageState, Forward]):
             scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(path / "scheduler"),
             pixels_per_token=info.pixels_per_token,
             attention_backend=config.attention_backend,
+            step_cache=create_step_cache(config.cache, info, mesh.rank_group),
             mesh=mesh,
         )
 
@@ -167,10 +175,11 @@ class Pipeline(FlowPipeline[ZImageState, Forward]):
         key = (*(branch.state for branch in branches), tuple(branch.group for branch in branches))
         layout = self._layouts.get(key, lambda: self._lay_out(branches))
         # The model says what leads from noise to picture; the schedule's velocity goes the other way.
-        velocities = iter(layout.sharding.gather(-self._forward(branches, layout)))
+        steps = [step for state in states for step, _ in zip(state.sequence_steps, state.branches)]
+        velocities = iter(layout.sharding.gather(-self._forward(branches, steps, layout)))
         return [tuple(next(velocities)[: state.num_tokens] for _ in state.branches) for state in states]
 
-    def _forward(self, branches: Sequence[Branch], layout: Layout[Forward]) -> Tensor:
+    def _forward(self, branches: Sequence[Branch], steps: Sequence[SequenceStep], layout: Layout[Forward]) -> Tensor:
         """[image tokens, channels * 4] of what this rank computes."""
         sharding, forward = layout.sharding, layout.forward
         if forward is None:
@@ -179,8 +188,11 @@ class Pipeline(FlowPipeline[ZImageState, Forward]):
         mine = [branches[i].state for i in sharding.mine]
         latents = torch.cat([sharding.part(_fill_up(state.latents)) for state in mine]).to(self._dtype)
         modulation = self._modulations.rows_of([state.timesteps[state.step] for state in mine])
-        context = StepContext(forward.arrangement, modulation)
-        return self.transformer(latents, forward.text, context)  # type: ignore[no-any-return]  # nn.Module's call
+        context = StepContext(forward.arrangement, forward.attend_images, forward.is_filling, modulation)
+        hidden = self.transformer.embed(latents, forward.text, context)
+        blocks = StepBlocks(self.transformer, context)
+        hidden = self.step_cache.run(hidden, blocks, [steps[i] for i in sharding.mine])
+        return self.transformer.project(hidden, context)
 
     def _lay_out(self, branches: Sequence[Branch]) -> Layout[Forward]:
         lengths = [filled_up(branch.state.num_tokens) for branch in branches]
@@ -195,15 +207,15 @@ class Pipeline(FlowPipeline[ZImageState, Forward]):
             Pack.build(text_lengths, image_lengths, self._device, sharding.parts, sharding.index)
             for text_lengths in ([len(branch.text) for branch in mine], [0] * len(mine))
         )
-        arrangement = Arrangement(
-            pack=pack,
-            # Text and image of one sequence after another: that is the joint order.
-            rotations=torch.cat([sharding.part(r) for r in rotations]).to(self._device),
-            attend=self._attention.over(pack),
+        # Text and image of one sequence after another: that is the joint order.
+        joint_rotations = torch.cat([sharding.part(r) for r in rotations]).to(self._device)
+        forward = Forward(
+            arrangement=Arrangement(pack, joint_rotations, self._attention),
             attend_images=self._attention.over(images),
             is_filling=torch.cat([sharding.part(f) for f in filling])[:, None].to(self._device),
+            text=torch.cat([sharding.part(branch.text) for branch in mine]),
         )
-        return Layout(sharding, Forward(arrangement, torch.cat([sharding.part(branch.text) for branch in mine])))
+        return Layout(sharding, forward)
 
     def combine(self, state: ZImageState, branches: Sequence[Tensor]) -> Tensor:
         if len(branches) == 1:

@@ -25,9 +25,10 @@ from vllm_omni.diffusion.layers.linear import ColumnLinear, RowLinear
 from vllm_omni.diffusion.layers.norms import Scale, gated_add, rms_norm
 from vllm_omni.diffusion.layers.rope import axis_rotations, rotate
 from vllm_omni.diffusion.layers.timesteps import NUM_WAVES, timestep_waves
+from vllm_omni.diffusion.models.arrangement import Arrangement
 from vllm_omni.diffusion.models.modulation import Modulation
 from vllm_omni.diffusion.models.z_image.info import PATCH_SIZE, TOKEN_MULTIPLE, inner_width
-from vllm_omni.diffusion.packing import Pack
+from vllm_omni.diffusion.packing import Hidden, Pack
 from vllm_omni.errors import ConfigError
 
 QK_EPS = 1e-5
@@ -89,34 +90,20 @@ class TransformerConfig:
 
 
 @dataclass(frozen=True)
-class Hidden:
-    """What flows through the stream: text [T, D] and image [S, D]."""
-
-    text: Tensor
-    image: Tensor
-
-
-@dataclass(frozen=True)
-class Arrangement:
-    """What the layers read of a membership of sequences, the same at every step."""
-
-    pack: Pack
-    rotations: Tensor
-    """complex64 [T + S, 1, 1, d / 2] in joint order."""
-    attend: Attend
-    """Attention over the pack's sequences, whichever ranks hold their other tokens."""
-    attend_images: Attend
-    """The same over the image tokens of each sequence alone."""
-    is_filling: Tensor
-    """bool [S, 1]: the image tokens that fill up."""
-
-
-@dataclass(frozen=True)
 class StepContext:
     """What the layers of one step read besides."""
 
     arrangement: Arrangement
+    """Of the stream: text before image, sequence by sequence; rotations are complex64 [T + S, 1, 1, d / 2]."""
+    attend_images: Attend
+    """Attention over the image tokens of each sequence alone."""
+    is_filling: Tensor
+    """bool [S, 1]: the image tokens that fill up."""
     modulation: Modulation
+
+    @property
+    def pack(self) -> Pack:
+        return self.arrangement.pack
 
 
 class Block(nn.Module):
@@ -154,7 +141,7 @@ class Block(nn.Module):
 
 
 class ZImageTransformer(nn.Module):
-    """`embed -> blocks -> project` at every step; `refine_caption` once before."""
+    """`embed`, `StepBlocks`, `project` at every step; `refine_caption` once before."""
 
     def __init__(self, config: TransformerConfig, tensor: Group) -> None:
         """tensor: the ranks that share every layer; their number divides the heads and the feed-forward channels."""
@@ -229,31 +216,58 @@ class ZImageTransformer(nn.Module):
 
     def embed(self, latents: Tensor, text: Tensor, context: StepContext) -> Hidden:
         """latents: [S, channels_per_token], anything where they fill up; text: [T, D] from `refine_caption`."""
-        arrangement, pack = context.arrangement, context.arrangement.pack
-        image = torch.where(arrangement.is_filling, self.x_pad_token, self.image_embedder(latents))
-        _, rotations = pack.split(arrangement.rotations)
+        pack = context.pack
+        image = torch.where(context.is_filling, self.x_pad_token, self.image_embedder(latents))
+        _, rotations = pack.split(context.arrangement.rotations)
         for index, layer in enumerate(self.noise_refiner):
             rows = context.modulation.of_block(index, 0, pack.image_sequence)
-            image = layer(image, rows, rotations, arrangement.attend_images)
+            image = layer(image, rows, rotations, context.attend_images)
         return Hidden(text, image)
-
-    def blocks(self, hidden: Hidden, context: StepContext) -> Hidden:
-        arrangement, pack = context.arrangement, context.arrangement.pack
-        x, sequence = pack.join(hidden.text, hidden.image), pack.join(pack.text_sequence, pack.image_sequence)
-        for index, layer in enumerate(self.layers, start=len(self.noise_refiner)):
-            rows = context.modulation.of_block(index, 0, sequence)
-            x = layer(x, rows, arrangement.rotations, arrangement.attend)
-        return Hidden(*pack.split(x))
 
     def project(self, hidden: Hidden, context: StepContext) -> Tensor:
         """-> what leads from noise to picture, [S, channels_per_token]."""
-        (scale,) = context.modulation.of_output(context.arrangement.pack.image_sequence)
+        (scale,) = context.modulation.of_output(context.pack.image_sequence)
         image = F.layer_norm(hidden.image, hidden.image.shape[-1:], eps=OUTPUT_EPS) * scale
         direction: Tensor = self.output(image)
         return direction
 
-    def forward(self, latents: Tensor, text: Tensor, context: StepContext) -> Tensor:
-        return self.project(self.blocks(self.embed(latents, text, context), context), context)
+
+@dataclass(frozen=True)
+class StepBlocks:
+    """The stream's layers over the sequences of one step; all of them or some, from one to another."""
+
+    transformer: ZImageTransformer
+    context: StepContext
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.transformer.layers)
+
+    @property
+    def pack(self) -> Pack:
+        return self.context.pack
+
+    def run(self, hidden: Hidden, which: range) -> Hidden:
+        pack, arrangement = self.pack, self.context.arrangement
+        x, sequence = pack.join(hidden.text, hidden.image), pack.join(pack.text_sequence, pack.image_sequence)
+        for index in which:
+            rows = self.context.modulation.of_block(self._row(index), 0, sequence)
+            x = self.transformer.layers[index](x, rows, arrangement.rotations, arrangement.attend)
+        return Hidden(*pack.split(x))
+
+    def signal(self, hidden: Hidden) -> Tensor:
+        """[S, D]: what the first layer's attention projects."""
+        layer = cast(Block, self.transformer.layers[0])
+        scale, *_ = self.context.modulation.of_block(self._row(0), 0, self.pack.image_sequence)
+        return rms_norm(hidden.image, layer.attention_norm1.weight * scale, layer.eps)
+
+    def select(self, members: Sequence[int]) -> StepBlocks:
+        arrangement = self.context.arrangement.select(tuple(members))
+        return StepBlocks(self.transformer, replace(self.context, arrangement=arrangement))
+
+    def _row(self, index: int) -> int:
+        """Of a layer in the modulation, where the refiner's come first."""
+        return len(self.transformer.noise_refiner) + index
 
 
 def filled_up(num_tokens: int) -> int:

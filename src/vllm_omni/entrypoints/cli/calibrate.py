@@ -1,0 +1,152 @@
+"""`vllm-omni calibrate-teacache MODEL`: measure the polynomial that TeaCache needs, for any model that we serve."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from vllm_omni.entrypoints.cli import values
+from vllm_omni.errors import ConfigError, InvalidRequestError
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
+
+if TYPE_CHECKING:
+    from vllm_omni.diffusion.cache.calibration import Change
+
+COMMAND = "calibrate-teacache"
+DEFAULT_PROMPTS = (
+    "a red apple",
+    "a panda on a pink background",
+    "a mountain lake at sunrise, photograph",
+    "portrait of an old fisherman, oil painting",
+    "a crowded night market with neon signs",
+    "an isometric drawing of a small house",
+    "a bowl of ramen, seen from above",
+    "a poster that says HELLO",
+)
+
+
+@dataclass(frozen=True)
+class CalibrateArgs:
+    model: str
+    prompts: tuple[str, ...]
+    params: OmniDiffusionSamplingParams
+    dtype: str
+    out: Path
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(re.sub(r"^argument (\S+): ", r"\1 ", message))
+
+
+def parse_args(argv: Sequence[str]) -> CalibrateArgs:
+    """From what follows the command's name. Raises ConfigError."""
+    parser = _Parser(prog=f"vllm-omni {COMMAND}", description=__doc__, allow_abbrev=False)
+    parser.add_argument("model", metavar="MODEL", help="a folder, a hub name, or `demo`")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line; none: a few of ours")
+    parser.add_argument("--size", type=values.picture_size, metavar="WxH", help="pixels; none: the model's own")
+    parser.add_argument("--num-inference-steps", type=values.integer(3), help="none: the model's own")
+    parser.add_argument("--true-cfg-scale", type=float, help="guidance; none: the model's own")
+    parser.add_argument("--seed", type=values.integer(0), default=0, help="of the first prompt; others follow it")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument("--out", type=Path, default=Path("teacache"), help="stem of the .json and the .png")
+    args = parser.parse_args(list(argv))
+    width, height = args.size or (None, None)
+    params = OmniDiffusionSamplingParams(
+        height=height,
+        width=width,
+        num_inference_steps=args.num_inference_steps,
+        true_cfg_scale=args.true_cfg_scale,
+        seed=args.seed,
+    )
+    prompts = DEFAULT_PROMPTS if args.prompts is None else _read_prompts(args.prompts)
+    return CalibrateArgs(args.model, prompts, params, args.dtype, args.out)
+
+
+def _read_prompts(path: Path) -> tuple[str, ...]:
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompts: cannot read {path}: {error}") from error
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise ConfigError(f"--prompts takes a file with a prompt a line, got an empty one: {path}")
+    return prompts
+
+
+def calibrate(args: CalibrateArgs) -> None:
+    """Measure, write `{out}.json` and `{out}.png`, say how to use it. Raises ConfigError."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(f"{COMMAND} draws a plot and needs matplotlib: pip install matplotlib")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    changes, num_steps = _measure(args)
+    from vllm_omni.diffusion.cache.calibration import fit_polynomial, root_mean_square_error
+
+    coefficients = fit_polynomial(changes)
+    report: dict[str, Any] = {
+        "model": args.model,
+        "coefficients": coefficients,
+        "root_mean_square_error": root_mean_square_error(coefficients, changes),
+        "num_prompts": len(args.prompts),
+        "num_inference_steps": num_steps,
+        "changes": [[c.step, c.signal, c.output] for c in changes],
+    }
+    args.out.with_suffix(".json").write_text(json.dumps(report, indent=1))
+    _plot(changes, coefficients, args.model, args.out.with_suffix(".png"))
+    print(f"{len(changes)} changes, root mean square error {report['root_mean_square_error']:.4f}")
+    print(f"wrote {args.out}.json and {args.out}.png; use them with")
+    print(f"--cache-backend tea_cache --cache-config '{json.dumps({'coefficients': coefficients})}'")
+
+
+def _measure(args: CalibrateArgs) -> tuple[list[Change], int]:
+    """The changes from step to step, and the number of steps of a picture."""
+    # Only now: these import torch.
+    from vllm_omni.diffusion.data import OmniDiffusionConfig
+    from vllm_omni.diffusion.intake import Intake
+    from vllm_omni.diffusion.registry import load_model_info
+    from vllm_omni.diffusion.worker.calibrate import measure_changes
+    from vllm_omni.diffusion.worker.runner import ModelRunner
+
+    # The backend is what lets requests take part in caching; the coefficients are not used.
+    settings: dict[str, Any] = {"dtype": args.dtype, "cache_config": {"coefficients": (1.0, 0.0)}}
+    config = OmniDiffusionConfig(model=args.model, cache_backend="tea_cache", **settings)
+    info = load_model_info(args.model)
+    runner = ModelRunner(config, info)
+    intake = Intake(config, info, runner.start())
+    try:
+        requests = [
+            request
+            for i, prompt in enumerate(args.prompts)
+            for request in intake.resolve(
+                OmniPrompt(prompt, negative_prompt=" "), replace(args.params, seed=(args.params.seed or 0) + i), f"{i}"
+            )
+        ]
+    except InvalidRequestError as error:
+        raise ConfigError(f"{COMMAND}: {error}") from error
+    return measure_changes(runner, requests), requests[0].num_inference_steps
+
+
+def _plot(changes: Sequence[Change], coefficients: Sequence[float], model: str, path: Path) -> None:
+    """Every step of every sequence, coloured by how late it is, and the fitted curve."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import numpy as np
+    from matplotlib import pyplot
+
+    signal = [c.signal for c in changes]
+    figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
+    dots = axes.scatter(signal, [c.output for c in changes], c=[c.step for c in changes], s=8, cmap="viridis")
+    grid = np.linspace(min(signal), max(signal), 200)
+    axes.plot(grid, np.polyval(list(coefficients), grid), color="red", label="least squares, degree 4")
+    axes.set(xlabel="relative change of the modulated input", ylabel="relative change of the output", title=model)
+    axes.legend()
+    figure.colorbar(dots, label="step")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

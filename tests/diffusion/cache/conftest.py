@@ -1,0 +1,26 @@
+"""A model whose steps resemble each other, and one thread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny_models import build_tiny_qwen_image
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="package")
+def calm_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """6 blocks, 4 heads; from step to step the first block's residual changes by 0.1 to 0.3."""
+    path = tmp_path_factory.mktemp("cache") / "model"
+    return build_tiny_qwen_image(path, layers=6, heads=4, time_scale=0.1)
