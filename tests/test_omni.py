@@ -102,6 +102,8 @@ def test_settings_are_checked_before_anything_loads() -> None:
         Omni()
     with pytest.raises(ConfigError, match="--max-num-seqs takes an integer, got 'a'"):
         Omni(model="demo", max_num_seqs="a")
+    with pytest.raises(ConfigError, match="--enable-cpu-offload: not available yet with a packed family"):
+        Omni(model="demo", enable_cpu_offload=True)
     with pytest.raises(ConfigError, match="neither a folder"):
         Omni(model="/no/such/folder")
 

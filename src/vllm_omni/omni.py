@@ -162,6 +162,7 @@ class AsyncOmni:
         if not isinstance(self.config, OmniDiffusionConfig):
             raise ConfigError(f"config takes an OmniDiffusionConfig, got {config!r}; a model's name is given as model=")
         self.info = load_model_info(self.config.model)
+        self.info.check_settings(self.config)
         self.info.check_parallel(self.config.parallel)
         self.info.check_cache(self.config.cache)
         check_defaults(self.config, self.info)

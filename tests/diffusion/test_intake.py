@@ -14,7 +14,7 @@ from PIL import Image
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.intake import Intake, check_default_prompt, check_defaults, nearest_size, spread_previews
 from vllm_omni.diffusion.plan import WorkerReady
-from vllm_omni.diffusion.registry import Guidance, ModelInfo
+from vllm_omni.diffusion.registry import Guidance, ModelInfo, WholePipeline
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, OmniPrompt, parse_prompt
 from vllm_omni.inputs.images import InputImage
@@ -44,6 +44,15 @@ READY = WorkerReady(
     encode_units_per_token=0.5,
     decode_units_per_token=2.0,
 )
+
+
+WHOLE = replace(
+    INFO,
+    guidance=Guidance("guidance_scale", needs_negative_prompt=False),
+    whole=WholePipeline("SomePipeline", ("height", "width", "num_inference_steps", "guidance_scale"), "callback", 1),
+    default_sampling_params={"height": 64, "width": 64, "num_inference_steps": 4, "guidance_scale": 5.0},
+)
+"""A pipeline of diffusers that has few parameters."""
 
 
 def intake(**settings: object) -> Intake:
@@ -380,6 +389,38 @@ def test_the_nearest_size_is_valid(height: int, width: int, nearest: tuple[int, 
 def test_a_default_that_no_request_would_take_is_refused() -> None:
     with pytest.raises(ConfigError, match="unknown keys \\['priority'\\]"):
         OmniDiffusionConfig("demo", default_sampling_params={"priority": 1})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "param"),
+    [
+        (OmniPrompt("x", "y"), {}, "negative_prompt"),
+        (OmniPrompt("x"), {"true_cfg_scale": 2.0}, "true_cfg_scale"),
+        (OmniPrompt("x"), {"strength": 0.5}, "strength"),
+        (OmniPrompt("x"), {"sigmas": (1.0, 0.5)}, "sigmas"),
+        (OmniPrompt("x"), {"max_sequence_length": 8}, "max_sequence_length"),
+        (OmniPrompt("x"), {"num_previews": 1}, "num_previews"),
+    ],
+)
+def test_what_a_whole_pipeline_does_not_take_is_named(prompt: OmniPrompt, params: dict, param: str) -> None:
+    with pytest.raises(InvalidRequestError, match=param) as caught:
+        Intake(OmniDiffusionConfig("demo"), WHOLE, READY).resolve(prompt, OmniDiffusionSamplingParams(**params), "r")
+    assert caught.value.param == param
+    assert "it takes height, width, num_inference_steps, guidance_scale" in str(caught.value) or param == "num_previews"
+
+
+def test_guidance_without_a_negative_prompt_is_priced() -> None:
+    whole = Intake(OmniDiffusionConfig("demo"), WHOLE, READY)
+    (guided,) = whole.resolve(OmniPrompt("a cat"), OmniDiffusionSamplingParams(), "r")
+    (plain,) = whole.resolve(OmniPrompt("a cat"), OmniDiffusionSamplingParams(guidance_scale=1.0), "r")
+    assert (len(guided.cost.branch_tokens), len(plain.cost.branch_tokens)) == (2, 1)
+    assert (guided.guidance_scale, guided.negative_prompt) == (5.0, None)
+
+
+def test_a_default_negative_prompt_that_the_model_does_not_take_ends_the_start() -> None:
+    config = OmniDiffusionConfig("demo", default_sampling_params={"negative_prompt": "bad"})
+    with pytest.raises(ConfigError, match="--default-sampling-params: negative_prompt 'bad': this model has no such"):
+        check_defaults(config, WHOLE)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from tests.diffusion.simulation import (
     tokens_of,
     total_work,
 )
-from tests.fakes import FakeRunner, make_request
+from tests.fakes import FakeRunner, make_config, make_ready, make_request
 from vllm_omni.diffusion.plan import ItemError, StepPlan, StepResult
 from vllm_omni.diffusion.request import DiffusionRequest, RequestCost
 from vllm_omni.diffusion.scheduler import AGEING, Scheduler, Update
@@ -168,6 +168,29 @@ def test_fair_order_is_least_remaining_work() -> None:
     scheduler = make_scheduler(100, max_num_seqs=1)
     scheduler.add([make_request("a", 256, 9), make_request("b", 64, 1), make_request("c", 128, 3)])
     assert run_out(scheduler) == ["b", "c", "a"]
+
+
+def test_no_more_requests_are_begun_than_the_model_holds() -> None:
+    """A shorter one that comes later waits, whatever the policy says."""
+    config = make_config(max_num_seqs=8)
+    held = Scheduler(config, make_ready(max_num_seqs=1, max_running=1))
+    runner = FakeRunner()
+    held.add([make_request("long", 64, 9)])
+    run_one(held, runner)
+    held.add([make_request("short", 64, 1), make_request("other", 64, 1)])
+    while held.num_running or held.num_waiting:
+        plan = run_one(held, runner)
+        assert len(items_of(plan)) <= 1
+        assert held.num_running <= 1
+    assert [plan.encode for plan in runner.plans if plan.encode] == [["long"], ["short"], ["other"]]
+
+
+def test_an_aborted_request_makes_room_for_the_next() -> None:
+    scheduler, runner = Scheduler(make_config(), make_ready(max_num_seqs=1, max_running=1)), FakeRunner()
+    scheduler.add([make_request("a", 64, 9), make_request("b", 64, 9)])
+    run_one(scheduler, runner)
+    scheduler.abort(["a"])
+    assert run_one(scheduler, runner).encode == ["b"]
 
 
 def run_out(scheduler: Scheduler, runner: FakeRunner | None = None) -> list[str]:

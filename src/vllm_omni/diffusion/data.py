@@ -277,8 +277,6 @@ def _fit_sampling_params(values: Mapping[str, Any]) -> dict[str, Any]:
 
 # Settings that parse and are understood but whose feature is not built: field -> the only value that works today.
 _UNAVAILABLE: dict[str, Any] = {
-    "enable_cpu_offload": False,
-    "enable_layerwise_offload": False,
     "quantization": None,
     "max_num_frames": 1,
 }

@@ -29,7 +29,8 @@ LEAST_MAX_PIXELS = 1024 * 1024
 """Clients ask for sizes like 512x512 whatever the model: the default limit lets them."""
 OUTPUT_TYPES = ("pil", "np")
 GUIDANCE_PARAMETERS = ("true_cfg_scale", "guidance_scale", "cfg_normalization", "cfg_truncation")
-"""A family takes some of them: `ModelInfo.guidance`."""
+OPTIONAL_PARAMETERS = (*GUIDANCE_PARAMETERS, "strength", "sigmas", "max_sequence_length", "fps")
+"""A model takes some of them: `ModelInfo.parameters`."""
 
 
 class Intake:
@@ -48,7 +49,7 @@ class Intake:
         Raises InvalidRequestError whose `param` is the field of `OmniDiffusionSamplingParams` or `OmniPrompt`.
         """
         prompt, params = _fit_prompt(prompt), _fit_params(params)
-        _check_supported(params, self._info)
+        _check_supported(prompt, params, self._info)
         check_num_images(len(prompt.images), self._info)
         images = tuple(_prepare(image, self._info) for image in prompt.images)
         defaults = self._defaults_of(images)
@@ -91,8 +92,10 @@ class Intake:
             cfg_truncation=1.0 if filled.cfg_truncation is None else filled.cfg_truncation,
             images=images,
             num_reference_tokens=sum(self._info.num_image_tokens(*image.reference.shape[:2]) for image in images),
+            strength=filled.strength,
         )
-        branches = [num_tokens, num_negative] if first.has_guidance and num_negative is not None else [num_tokens]
+        guides = true_cfg_scale > 1 and not (guidance.needs_negative_prompt and negative is None)
+        branches = [num_tokens, num_negative or 0] if guides else [num_tokens]
         num_seen = self._info.count_image_prompt_tokens(images)
         first = replace(first, cost=self._price(first, [n + num_seen for n in branches]))
         return [
@@ -126,10 +129,10 @@ def check_defaults(config: OmniDiffusionConfig, info: ModelInfo) -> None:
     See `check_default_prompt` for what only the tokenizer can tell.
     """
     values = dict(config.default_sampling_params)
-    values.pop("negative_prompt", None)
+    prompt = OmniPrompt("", values.pop("negative_prompt", None))
     try:
         params = OmniDiffusionSamplingParams(**values)
-        _check_supported(params, info)
+        _check_supported(prompt, params, info)
         _check_values(_fill(params, info.default_sampling_params), config, info)
     except InvalidRequestError as error:
         raise ConfigError(_blame(error, config)) from error
@@ -288,24 +291,25 @@ def _prepare(image: Any, info: ModelInfo) -> InputImage:
     return info.image_input.prepare(to_rgb(image))
 
 
-def _check_supported(params: OmniDiffusionSamplingParams, info: ModelInfo) -> None:
+def _check_supported(prompt: OmniPrompt, params: OmniDiffusionSamplingParams, info: ModelInfo) -> None:
     """Refuse what this model has no meaning for, instead of dropping it."""
-    for name in ("strength", "fps"):
-        if (value := getattr(params, name)) is not None:
-            raise InvalidRequestError(f"{name} {value!r}: this model has no such parameter", param=name)
+    given = {name: getattr(params, name) for name in OPTIONAL_PARAMETERS} | {"negative_prompt": prompt.negative_prompt}
+    for name, value in given.items():
+        if value is not None and name not in info.parameters:
+            taken = ", ".join(info.parameters)
+            raise InvalidRequestError(
+                f"{name} {value!r}: this model has no such parameter; it takes {taken}", param=name
+            )
+    if params.num_previews and info.whole is not None:
+        raise InvalidRequestError(
+            f"num_previews {params.num_previews}: this model gives no previews (partial images)", param="num_previews"
+        )
     if params.num_frames not in (None, 1):
         raise InvalidRequestError(
             f"num_frames {params.num_frames}: this model makes single pictures", param="num_frames"
         )
     if params.lora_request is not None or params.lora_scale is not None:
         raise InvalidRequestError("LoRA adapters are not available yet", param="lora_request")
-    for name in GUIDANCE_PARAMETERS:
-        if (value := getattr(params, name)) is not None and name not in info.guidance.parameters:
-            raise InvalidRequestError(
-                f"{name} {value!r}: this model has no such parameter; its guidance takes "
-                f"{', '.join(info.guidance.parameters)}",
-                param=name,
-            )
     if params.output_type not in OUTPUT_TYPES:
         raise InvalidRequestError(
             f"output_type takes {', '.join(OUTPUT_TYPES)}, got {params.output_type!r}", param="output_type"

@@ -90,3 +90,7 @@ class WorkerReady:
     decode_units_per_token: float
     """Cost of decoding one image token, in units of `RequestCost`."""
     peak_memory_bytes: int = 0
+    max_num_seqs: int | None = None
+    """Most requests in a step that the model takes; None: any number."""
+    max_running: int | None = None
+    """Most requests that the model holds begun and not done; None: any number."""

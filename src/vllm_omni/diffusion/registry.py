@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from vllm_omni.diffusion.data import CacheConfig, CacheDiTConfig, DiffusionParallelConfig, TeaCacheConfig
-from vllm_omni.errors import ConfigError
+from vllm_omni.diffusion.data import (
+    CacheConfig,
+    CacheDiTConfig,
+    DiffusionParallelConfig,
+    OmniDiffusionConfig,
+    TeaCacheConfig,
+    flag_of,
+)
+from vllm_omni.errors import ConfigError, NotAvailableError
 from vllm_omni.inputs.images import InputImage
 
 if TYPE_CHECKING:
     from PIL import Image
 
 DEMO_MODEL_PATH = Path(__file__).parent.parent / "demo_model"
+PACKED_PARAMETERS = ("height", "width", "num_inference_steps", "negative_prompt", "sigmas", "max_sequence_length")
+"""Sampling parameters of every packed family."""
 DEFAULTS_FILE = "default_sampling_params.json"
 
 # `_class_name` in model_index.json -> package under vllm_omni.diffusion.models. A family's package has
@@ -27,6 +36,8 @@ FAMILIES: dict[str, str] = {
     "QwenImageEditPlusPipeline": "qwen_image",
     "ZImagePipeline": "z_image",
 }
+FALLBACK_FAMILY = "diffusers_fallback"
+"""Of every other class."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,9 @@ class Guidance:
     """Stands in for a missing negative prompt; None: without one there is no guidance."""
     options: tuple[str, ...] = ()
     """Further sampling parameters of guidance that the family takes."""
+
+    needs_negative_prompt: bool = True
+    """False: without a negative prompt it guides all the same."""
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -59,6 +73,38 @@ class ImageInput(Protocol):
 
     def count_prompt_tokens(self, images: Sequence[InputImage]) -> int:
         """Tokens that these pictures add to the prompt that the transformer sees."""
+
+
+@dataclass(frozen=True)
+class WholePipeline:
+    """How diffusers' own pipeline serves a model: a request is one call of it, which stops after each step."""
+
+    class_name: str
+    parameters: tuple[str, ...]
+    """The sampling parameters that its `__call__` has."""
+    step_callback: str
+    """Its parameter that takes a function to be called after a step."""
+    max_running: int
+    """Most requests that may be begun and not done."""
+
+    def check_settings(self, config: OmniDiffusionConfig) -> None:
+        """Raises ConfigError for settings of what only a packed family has."""
+        for name, only in (("cache_backend", "none"), ("max_batch_tokens", None)):
+            if (value := getattr(config, name)) != only:
+                raise ConfigError(
+                    f"{flag_of(name)} {value} needs packed steps, which a {self.class_name} does not have"
+                )
+        if config.enable_cpu_offload and config.enable_layerwise_offload:
+            raise ConfigError("--enable-cpu-offload or --enable-layerwise-offload, got both")
+
+    def check_parallel(self, parallel: DiffusionParallelConfig) -> None:
+        """Raises ConfigError for every axis but data."""
+        for axis in fields(parallel):
+            if (value := getattr(parallel, axis.name)) > 1 and axis.name != "data_parallel_size":
+                raise ConfigError(
+                    f"{flag_of(axis.name)} takes 1 with a {self.class_name}, which runs whole, on one device (more of "
+                    f"them with --data-parallel-size), got {value}"
+                )
 
 
 @dataclass(frozen=True)
@@ -95,6 +141,18 @@ class ModelInfo:
     last input picture's `reference`."""
     default_sampling_params: Mapping[str, Any] = field(default_factory=dict)
     """The model folder's own defaults over the family's; may hold `negative_prompt`."""
+    whole: WholePipeline | None = None
+    """None: a packed family serves the model."""
+
+    @property
+    def served_by(self) -> Literal["packed", "diffusers"]:
+        """Which path serves the model."""
+        return "packed" if self.whole is None else "diffusers"
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Of the sampling parameters, those that have a meaning for the model."""
+        return (*self.guidance.parameters, *PACKED_PARAMETERS) if self.whole is None else self.whole.parameters
 
     def num_image_tokens(self, height: int, width: int) -> int:
         return (height // self.pixels_per_token) * (width // self.pixels_per_token)
@@ -107,8 +165,22 @@ class ModelInfo:
         """Tokens that input pictures add to the prompt."""
         return 0 if self.image_input is None else self.image_input.count_prompt_tokens(images)
 
+    def check_settings(self, config: OmniDiffusionConfig) -> None:
+        """Raises ConfigError for settings that the path that serves the model does not know."""
+        if self.whole is not None:
+            self.whole.check_settings(config)
+            return
+        for name in ("enable_cpu_offload", "enable_layerwise_offload"):
+            if getattr(config, name):
+                raise NotAvailableError(
+                    f"{flag_of(name)}: not available yet with a packed family, such as this model's"
+                )
+
     def check_parallel(self, parallel: DiffusionParallelConfig) -> None:
         """Raises ConfigError for degrees that this model does not allow, with the valid ones."""
+        if self.whole is not None:
+            self.whole.check_parallel(parallel)
+            return
         heads, tensor, ulysses = self.num_heads, parallel.tensor_parallel_size, parallel.ulysses_degree
         if tensor not in self.tensor_sizes:
             valid = ", ".join(map(str, self.tensor_sizes))
@@ -172,17 +244,14 @@ def resolve_model_path(model: str) -> Path:
 
 
 def load_model_info(model: str) -> ModelInfo:
-    """Find the folder and family of `model`. Raises ConfigError for a pipeline class that no family serves."""
+    """Find the folder and family of `model`. Raises ConfigError for a pipeline class that nothing here serves."""
     path = resolve_model_path(model)
     try:
         class_name = json.loads((path / "model_index.json").read_text())["_class_name"]
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"model {model!r}: model_index.json names no _class_name ({error})") from error
-    if class_name not in FAMILIES:
-        raise ConfigError(
-            f"model {model!r} is a {class_name}, which is not available yet; served: {', '.join(FAMILIES)}"
-        )
-    module = import_module(f"vllm_omni.diffusion.models.{FAMILIES[class_name]}.info")
+    family = FAMILIES.get(class_name, FALLBACK_FAMILY) if isinstance(class_name, str) else FALLBACK_FAMILY
+    module = import_module(f"vllm_omni.diffusion.models.{family}.info")
     info: ModelInfo = module.describe(path)
     return info
 

@@ -65,6 +65,8 @@ class DiffusionRequest:
     """Pictures to edit, in the order in which the prompt may speak of them."""
     num_reference_tokens: int = 0
     """Image tokens that they add to each guidance branch."""
+    strength: float | None = None
+    """How far a picture made from another may go from it, in [0, 1]."""
 
     @property
     def has_guidance(self) -> bool:

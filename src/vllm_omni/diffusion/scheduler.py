@@ -161,7 +161,8 @@ class Update:
 class Scheduler:
     def __init__(self, config: OmniDiffusionConfig, ready: WorkerReady) -> None:
         self._max_batch_tokens = config.max_batch_tokens or ready.max_batch_tokens
-        self._max_num_seqs = config.max_num_seqs
+        self._max_num_seqs = min(config.max_num_seqs, ready.max_num_seqs or config.max_num_seqs)
+        self._max_running = ready.max_running
         self._num_rank_groups = config.parallel.cfg_parallel_size
         self._max_num_queued_reqs = config.max_num_queued_reqs
         self._max_queue_seconds = config.max_queue_seconds
@@ -254,7 +255,7 @@ class Scheduler:
         """The next items of the first requests in order: the first one always, others as far as they fit."""
         chosen: list[Item] = []
         num_tokens = 0.0
-        for entry in sorted((e for e in self._entries.values() if not e.decoded), key=self._order):
+        for entry in sorted(self._candidates(), key=self._order):
             item = entry.next_item()
             if not chosen or self._may_join(item, chosen[0], num_tokens):
                 chosen.append(item)
@@ -262,6 +263,12 @@ class Scheduler:
             if len(chosen) == self._max_num_seqs or chosen[0].entry.alone:
                 break
         return chosen
+
+    def _candidates(self) -> list[Entry]:
+        """The requests with work to plan; of those that have not begun none while as many as the model holds have."""
+        undone = [entry for entry in self._entries.values() if not entry.decoded]
+        begun = [entry for entry in undone if entry.encoded]
+        return begun if self._max_running is not None and len(begun) >= self._max_running else undone
 
     def _may_join(self, item: Item, first: Item, num_tokens: float) -> bool:
         """Whether `item` may share a step of `num_tokens` that `first` leads.

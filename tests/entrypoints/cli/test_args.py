@@ -339,8 +339,6 @@ def test_a_wrong_config_file_is_one_line(content: str, tmp_path: Path, capsys: p
 @pytest.mark.parametrize(
     "words",
     [
-        ["--enable-cpu-offload"],
-        ["--enable-layerwise-offload"],
         ["--quantization", "fp8"],
         ["--attention-backend", "flash"],
         ["--distributed-executor-backend", "ray"],

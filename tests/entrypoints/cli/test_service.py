@@ -16,9 +16,11 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
+from tests.entrypoints.openai.live_server import FAKE_INFO
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.events import EngineStatus
 from vllm_omni.diffusion.plan import WorkerReady
+from vllm_omni.diffusion.registry import ModelInfo
 from vllm_omni.entrypoints.cli import serve
 from vllm_omni.entrypoints.cli.args import HttpOptions, ServeArgs
 from vllm_omni.entrypoints.cli.listen import Listener
@@ -35,6 +37,7 @@ class FakeOmni:
     work_done: asyncio.Event = field(default_factory=asyncio.Event)
     state: str = "running"
     ready: WorkerReady | None = None
+    info: ModelInfo = FAKE_INFO
     calls: list[str] = field(default_factory=list)
 
     async def start(self) -> None:

@@ -19,7 +19,7 @@ from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.diffusion.worker.contract import Place
 from vllm_omni.diffusion.worker.device import Device, Stopwatch, is_out_of_memory
 from vllm_omni.diffusion.worker.ranks import PeerFailedError, Ranks, RanksLostError, connect
-from vllm_omni.diffusion.worker.warmup import warm_up
+from vllm_omni.diffusion.worker.warmup import warm_up, warm_up_whole
 from vllm_omni.diffusion.worker.weights_bar import WeightsBar
 from vllm_omni.errors import InvalidRequestError
 
@@ -64,7 +64,10 @@ class ModelRunner:
         ).Pipeline
         with WeightsBar(self._info.path, shown=self._place.device_index == 0) as bar:
             self._pipeline = cls.load(self._config, self._info, self._device.torch, dtype, bar.update, self._ranks.mesh)
-        rates = warm_up(self._pipeline, self._info, self._device, bar.num_bytes, self._ranks)
+        if (whole := self._info.whole) is None:
+            rates = warm_up(self._pipeline, self._info, self._device, bar.num_bytes, self._ranks)
+        else:
+            rates = warm_up_whole(self._pipeline, self._info, self._device, bar.num_bytes)
         self._pipeline.step_cache.budget.max_bytes = int(CACHE_SHARE * self._device.free_memory_bytes())
         return WorkerReady(
             load_seconds=bar.seconds,
@@ -77,6 +80,9 @@ class ModelRunner:
             encode_units_per_token=rates.encode_units_per_token,
             decode_units_per_token=rates.decode_units_per_token,
             peak_memory_bytes=self._device.peak_memory_bytes(),
+            # A step of a whole pipeline gains nothing from company, and an abort would wait for all of it.
+            max_num_seqs=None if whole is None else 1,
+            max_running=None if whole is None else whole.max_running,
         )
 
     def abort(self, request_ids: Sequence[str]) -> None:

@@ -33,6 +33,10 @@ THREADS_GAIN = 1.25
 than they give, and many times more on a machine that is shared."""
 MAX_TOKENS = 2**15
 MAX_PICTURE_TOKENS = 256
+WHOLE_PICTURE_TOKENS = (64, 64, 256)
+"""Of the pictures that a whole pipeline makes, at most; the first time is not counted."""
+WHOLE_PROMPT = "a photo of a red apple on a wooden table, in the style of an old master"
+"""Of a common length: most pipelines take as long for any prompt."""
 MIN_BATCH_TOKENS = 256
 """However noisy the measurement: this many tokens are cheap enough on any device to share a step."""
 KNEE = 1.18
@@ -114,6 +118,39 @@ def warm_up(pipeline: BasePipeline[Any], info: ModelInfo, device: Device, model_
     )
 
 
+def warm_up_whole(pipeline: BasePipeline[Any], info: ModelInfo, device: Device, model_bytes: int) -> Rates:
+    """The same where a step takes one request: make small pictures from beginning to end, and time their parts."""
+    timer = Timer(device, Ranks())
+    if model_bytes <= SMALL_MODEL_BYTES:
+        choose_num_threads(device, timer, lambda: _run_whole(pipeline, _request(info, "warm-up", WHOLE_PROMPT), timer))
+    requests = [_request(info, "warm-up", WHOLE_PROMPT, tokens) for tokens in WHOLE_PICTURE_TOKENS]
+    runs = [_run_whole(pipeline, request, timer) for request in requests]
+    units = [info.sequence_cost(r.num_image_tokens + r.num_prompt_tokens) for r in requests]
+    samples = [Sample(r.num_image_tokens, u, run[1]) for r, u, run in zip(requests, units, runs)]
+    seconds_per_unit, overhead = fit_line(samples[1:])
+    encode, _, decode = runs[-1]
+    return Rates(
+        seconds_per_unit=seconds_per_unit,
+        step_overhead_seconds=overhead,
+        encode_units_per_token=encode / requests[-1].num_prompt_tokens / seconds_per_unit,
+        decode_units_per_token=decode / requests[-1].num_image_tokens / seconds_per_unit,
+        max_batch_tokens=MIN_BATCH_TOKENS,
+    )
+
+
+def _run_whole(pipeline: BasePipeline[Any], request: DiffusionRequest, timer: Timer) -> tuple[float, float, float]:
+    """Seconds of the encoding, of the fastest step and of the decode of `request`."""
+    states: list[RequestState] = []
+    encode = timer.least([lambda: states.append(pipeline.encode(request))])
+    (state,) = states
+    step = min(
+        timer.least([lambda: pipeline.advance(state, state.latents)]) for _ in range(request.num_inference_steps)
+    )
+    decode = timer.least([lambda: pipeline.decode([request], [state.latents])])
+    pipeline.forget(state)
+    return encode, step, decode
+
+
 def choose_num_threads(device: Device, timer: Timer, step: Callable[[], object]) -> None:
     """Double the threads from one, up to those that the process has, for as long as `step` gains from it."""
     most, chosen, best = device.num_threads, 1, math.inf
@@ -192,10 +229,10 @@ def knee(samples: Sequence[Sample]) -> int:
     return next(s.tokens for s in samples if s.seconds / s.units <= KNEE * best)
 
 
-def _request(info: ModelInfo, request_id: str, prompt: str) -> DiffusionRequest:
+def _request(info: ModelInfo, request_id: str, prompt: str, most_tokens: int = MAX_PICTURE_TOKENS) -> DiffusionRequest:
     """A square picture, the default one or smaller; for an editing model of a black one of the same size."""
     defaults = info.default_sampling_params
-    largest = math.isqrt(MAX_PICTURE_TOKENS) * info.pixels_per_token
+    largest = math.isqrt(most_tokens) * info.pixels_per_token
     side = min(defaults["height"], defaults["width"], largest)
     black = np.zeros((side, side, 3), np.uint8)
     return DiffusionRequest(
@@ -206,7 +243,7 @@ def _request(info: ModelInfo, request_id: str, prompt: str) -> DiffusionRequest:
         width=side,
         num_inference_steps=2,
         true_cfg_scale=1.0,
-        guidance_scale=None,
+        guidance_scale=1.0,
         seed=0,
         max_sequence_length=info.max_prompt_tokens,
         sigmas=None,

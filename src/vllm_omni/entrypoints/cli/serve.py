@@ -154,8 +154,9 @@ class Service:
         ready = self._omni.ready
         assert ready is not None
         logger.info(
-            "Ready: %s (%s, %s, %.1f MB of weights in %.1f s) at %s",
+            "Ready: %s (%s, %s, %s, %.1f MB of weights in %.1f s) at %s",
             self._args.settings.served_model_names[0],
+            self._omni.info.served_by,
             ready.device,
             ready.dtype,
             ready.load_bytes / 1e6,

@@ -49,6 +49,9 @@ def make_models_router(omni: AsyncOmni, settings: ServerSettings) -> APIRouter:
     router = APIRouter(prefix="/v1/models", tags=["models"], responses=ERROR_RESPONSES)
     created = int(time.time())
 
+    def card(name: str) -> ModelCard:
+        return ModelCard(id=name, created=created, served_by=omni.info.served_by)
+
     def require_warm() -> None:
         if omni.ready is None:
             raise UnavailableError("The model is still loading.", retry_after=1.0)
@@ -57,13 +60,13 @@ def make_models_router(omni: AsyncOmni, settings: ServerSettings) -> APIRouter:
     async def list_models() -> ModelList:
         """The served names, once the model is warm."""
         require_warm()
-        return ModelList(data=[ModelCard(id=name, created=created) for name in settings.served_model_names])
+        return ModelList(data=[card(name) for name in settings.served_model_names])
 
     @router.get("/{model:path}", response_model=ModelCard)
     async def retrieve_model(model: str) -> ModelCard:
         require_warm()
         check_model(model, settings.served_model_names)
-        return ModelCard(id=model, created=created)
+        return card(model)
 
     return router
 

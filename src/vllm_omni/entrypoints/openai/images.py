@@ -66,7 +66,7 @@ class ImageService:
         prompt, params, image_format = parse_generation(body, images)
         job = await self.resolver.resolve(prompt, params)
         style = AnswerStyle.of(body, image_format)
-        headers = ignored_fields_header(body, self.omni.info.guidance, job.requests[0].has_guidance)
+        headers = ignored_fields_header(body, self.omni.info.guidance, len(job.requests[0].cost.branch_tokens) > 1)
         outputs = self.omni.submit(job)
         if self.settings.log_prompts:
             logger.info("prompt %r, %s", prompt, params)

@@ -152,6 +152,8 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "vllm-omni"
+    served_by: Literal["packed", "diffusers"]
+    """Our packed transformer of the model's family, or diffusers' own pipeline."""
 
 
 class ModelList(BaseModel):

@@ -1,0 +1,143 @@
+"""What the front end must know of a model that diffusers' own pipeline serves.
+
+Read from its configs and from the signature of its pipeline's `__call__`: `describe` imports diffusers, and so torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from vllm_omni.diffusion.models.configs import read_config
+from vllm_omni.diffusion.models.diffusers_fallback.components import component_classes, pipeline_class
+from vllm_omni.diffusion.models.diffusers_fallback.signature import CallSignature
+from vllm_omni.diffusion.registry import Guidance, ModelInfo, WholePipeline, read_default_sampling_params
+
+INTERLEAVED = ("FluxPipeline", "StableDiffusion3Pipeline", "StableDiffusionXLPipeline")
+"""Pipelines whose models keep nothing from one step to the next (the tests show it): several requests may be under way.
+Others might, as those do that change the model's attention for the time of a call: they run one after another."""
+MAX_INTERLEAVED = 4
+"""Requests under way: each holds its latents and its prompt's embeddings on the device, and a thread."""
+DEFAULT_SIDE = 1024
+ATTENTION_TOKENS = 2.0**14
+"""Of a transformer of common width; the scheduler corrects its estimates by what it measures."""
+LONGEST_PROMPT = 32_000
+"""Tokens, where nothing sets a limit: no more than the characters that any prompt may have."""
+
+
+@dataclass(frozen=True)
+class PromptTokenCounter:
+    """Counts as the tokenizer does that reads most of a prompt; the others get the beginning of a long one."""
+
+    folder: Path
+    tokenizer_class: type[Any]
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return self.tokenizer_class.from_pretrained(self.folder)
+
+    def __call__(self, prompt: str) -> int:
+        """With the tokens that it puts around the prompt."""
+        return len(self._tokenizer(prompt, verbose=False).input_ids)
+
+
+def count_words(prompt: str) -> int:
+    """Stands in for a tokenizer where a pipeline has none that can be read apart from it."""
+    return len(prompt.split())
+
+
+def describe(path: Path) -> ModelInfo:
+    """Sizes, limits and defaults of the model in `path`.
+
+    Raises ConfigError for a pipeline that cannot be served and for components that are not loaded.
+    """
+    pipeline = pipeline_class(path)
+    signature = CallSignature.of(pipeline)
+    components = component_classes(path)
+    configs: dict[str, Mapping[str, Any]] = {
+        name: read_config(path, name) for name in ("vae", "transformer", "unet") if name in components
+    }
+    scheduler = components.get("scheduler")
+    takes = set(signature.defaults)
+    if scheduler is None or not scheduler.__name__.startswith("FlowMatch"):
+        takes.discard("sigmas")  # in (0, 1] in flow matching alone
+    longest, count_prompt_tokens = _prompt_reader(path, components)
+    vae_scale = latent_side(configs.get("vae", {}))
+    own_side = _sample_side(configs) * vae_scale or DEFAULT_SIDE
+    defaults = {name: value for name, value in signature.defaults.items() if name in takes and value is not None}
+    if "max_sequence_length" in defaults:
+        longest = longest or defaults["max_sequence_length"]
+        defaults["max_sequence_length"] = min(longest, defaults["max_sequence_length"])
+    side = vae_scale * _patch_side(configs)
+    return ModelInfo(
+        path=path,
+        family="diffusers_fallback",
+        size_multiple=side,
+        pixels_per_token=side,
+        max_prompt_tokens=longest or LONGEST_PROMPT,
+        count_prompt_tokens=count_prompt_tokens,
+        attention_tokens=ATTENTION_TOKENS,
+        num_heads=1,
+        num_blocks=1,
+        tensor_sizes=(1,),
+        text_encoder_tp_sizes=(1,),
+        guidance=_guidance(takes),
+        whole=WholePipeline(
+            class_name=pipeline.__name__,
+            parameters=tuple(name for name in signature.defaults if name in takes),
+            step_callback=signature.step_callback,
+            max_running=MAX_INTERLEAVED if pipeline.__name__ in INTERLEAVED else 1,
+        ),
+        default_sampling_params={"height": own_side, "width": own_side, **defaults}
+        | read_default_sampling_params(path),
+    )
+
+
+def _prompt_reader(path: Path, components: Mapping[str, type[Any]]) -> tuple[int | None, Callable[[str], int]]:
+    """The limit (None: there is none) and the counter of the tokenizer that takes the longest prompts."""
+    limits = {
+        name: read_config(path, name, "tokenizer_config.json").get("model_max_length") or LONGEST_PROMPT
+        for name in components
+        if name.startswith("tokenizer")
+    }
+    if not limits:
+        return None, count_words
+    name = max(limits, key=lambda name: limits[name])
+    limit = int(limits[name]) if limits[name] < LONGEST_PROMPT else None
+    return limit, PromptTokenCounter(path / name, components[name])
+
+
+def latent_side(vae: Mapping[str, Any]) -> int:
+    """Pixels a side that one latent pixel stands for."""
+    for key, beyond in (("block_out_channels", 1), ("encoder_block_out_channels", 1), ("temperal_downsample", 0)):
+        if key in vae:
+            return int(2 ** (len(vae[key]) - beyond))
+    return 8
+
+
+def _patch_side(configs: Mapping[str, Mapping[str, Any]]) -> int:
+    """Latent pixels a side that one token of a transformer stands for; 1 in a U-Net."""
+    transformer = configs.get("transformer", {})
+    patch = transformer.get("patch_size") or 1
+    channels = configs.get("vae", {}).get("latent_channels")
+    # Four latent pixels are the channels of one token.
+    packed = channels is not None and transformer.get("in_channels") == 4 * channels
+    return (2 if packed else 1) * int(patch if isinstance(patch, int) else max(patch))
+
+
+def _sample_side(configs: Mapping[str, Mapping[str, Any]]) -> int:
+    """Latent pixels a side of the picture that the model was trained on; 0: it does not say."""
+    sizes = [configs[name].get("sample_size") for name in ("transformer", "unet") if name in configs]
+    size = next((size for size in sizes if size), 0)
+    return int(size if isinstance(size, int) else max(size))
+
+
+def _guidance(takes: set[str]) -> Guidance:
+    """diffusers' habit: where `true_cfg_scale` is, `guidance_scale` is a number that the model was trained to read; and
+    where a negative prompt may be left out, an empty one is meant."""
+    if "true_cfg_scale" in takes or "negative_prompt" not in takes:
+        return Guidance()
+    return Guidance("guidance_scale", needs_negative_prompt=False)

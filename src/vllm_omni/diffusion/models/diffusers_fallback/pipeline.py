@@ -1,0 +1,231 @@
+"""Any text-to-image pipeline of diffusers, called as it is: one call a request, which stops after each of its steps."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from diffusers import DiffusionPipeline, SchedulerMixin
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from vllm_omni.diffusion.cache.base import NoCache
+from vllm_omni.diffusion.data import OmniDiffusionConfig, flag_of
+from vllm_omni.diffusion.distributed.groups import Group
+from vllm_omni.diffusion.distributed.mesh import Mesh
+from vllm_omni.diffusion.models.base import BasePipeline, RequestState
+from vllm_omni.diffusion.models.diffusers_fallback.components import component_classes
+from vllm_omni.diffusion.models.diffusers_fallback.run import SteppedRun
+from vllm_omni.diffusion.registry import ModelInfo, WholePipeline
+from vllm_omni.diffusion.request import DiffusionRequest
+from vllm_omni.errors import ConfigError, InvalidRequestError
+
+
+class PipelineCall:
+    """One call of a pipeline for one request, on a copy that shares the weights and nothing that a call changes."""
+
+    def __init__(self, pipeline: Any, whole: WholePipeline, request: DiffusionRequest) -> None:
+        self._pipeline = copy.copy(pipeline)
+        for name, component in pipeline.components.items():
+            if isinstance(component, SchedulerMixin):
+                setattr(self._pipeline, name, copy.deepcopy(component))
+        self._pipeline.progress_bar = self._begin_steps
+        self._arguments = arguments_of(request, whole.parameters)
+        self._arguments[whole.step_callback] = self._end_step
+        if whole.step_callback == "callback":
+            self._arguments["callback_steps"] = 1
+        self._num_planned = request.num_inference_steps
+        self._num_steps: int | None = None
+        """As the pipeline counts them: fewer than asked for where it begins late, more where a step takes two."""
+        self._num_done = 0
+        self._pause: Callable[[], None] = lambda: None
+        self._run = SteppedRun(self._call)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._run.is_alive
+
+    def encode(self) -> None:
+        """Up to the first step. Raises InvalidRequestError for what the pipeline itself refuses."""
+        try:
+            self._run.resume()
+        except ValueError as error:
+            raise InvalidRequestError(str(error)) from error
+
+    def advance(self, step: int) -> None:
+        """Up to the end of the planned step `step`, counted from 1: the pipeline's own steps are spread evenly."""
+        num_steps = self._num_steps or self._num_planned
+        due = -(-step * num_steps // self._num_planned)
+        while self._num_done < due and self._run.resume():
+            pass
+
+    def picture(self) -> np.ndarray:
+        """uint8 [height, width, 3]; runs the call to its end."""
+        return self._run.result()
+
+    def cancel(self) -> None:
+        self._run.cancel()
+
+    @torch.inference_mode()
+    def _call(self, pause: Callable[[], None]) -> np.ndarray:
+        self._pause = pause
+        (picture,) = self._pipeline(**self._arguments).images
+        return np.array(picture.convert("RGB"))
+
+    def _begin_steps(self, iterable: Any = None, total: int | None = None) -> Any:
+        """The pipeline's `progress_bar`, which it asks for when all is ready for the first step."""
+        if self._num_steps is None:
+            # Not every pipeline counts its steps, but each knows how long its bar is.
+            counted = getattr(self._pipeline, "_num_timesteps", None)
+            self._num_steps = counted or total or len(iterable)
+            self._pause()
+        return tqdm(iterable, total=total, disable=True)
+
+    def _end_step(self, *_: Any) -> dict[str, Any]:
+        """The pipeline's callback: nothing of what it computes is changed."""
+        self._num_done += 1
+        self._pause()
+        return {}
+
+
+def arguments_of(request: DiffusionRequest, parameters: Sequence[str]) -> dict[str, Any]:
+    """Those `parameters` of a pipeline's call that the request sets; to others the pipeline gives its own meaning."""
+    values = {name: getattr(request, name) for name in parameters}
+    arguments = {name: value for name, value in values.items() if value is not None}
+    if "sigmas" in arguments:
+        arguments["sigmas"] = list(arguments["sigmas"])
+    generator = torch.Generator("cpu").manual_seed(request.seed)
+    return arguments | {"prompt": request.prompt, "generator": generator, "output_type": "pil"}
+
+
+@dataclass(eq=False)
+class WholeState(RequestState):
+    """`latents` are the pipeline's own affair: empty here."""
+
+    call: PipelineCall | None = None
+
+
+class Pipeline(BasePipeline[WholeState]):
+    """A step of a request is a step of its call; requests of one plan make theirs one after another."""
+
+    def __init__(self, pipeline: Any, whole: WholePipeline) -> None:
+        self.pipeline = pipeline
+        self._whole = whole
+        self.step_cache = NoCache(Group.alone())  # never run
+        self._calls: dict[str, PipelineCall] = {}
+        # A call that stands still would keep the weights for as long as the process lives.
+        weakref.finalize(self, _cancel_all, self._calls).atexit = False
+        self._nothing = torch.empty(0)
+
+    @classmethod
+    def load(
+        cls,
+        config: OmniDiffusionConfig,
+        info: ModelInfo,
+        device: torch.device,
+        dtype: torch.dtype,
+        on_bytes: Callable[[int], object],
+        mesh: Mesh,
+    ) -> Pipeline:
+        assert info.whole is not None
+        _refuse_offload_without_gpu(config, device)
+        component_classes(info.path)  # refuses code that is not the libraries' own
+        try:
+            with _without_progress_bars():
+                pipeline = DiffusionPipeline.from_pretrained(
+                    info.path, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
+                )
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{info.path}: diffusers cannot load the {info.whole.class_name}: {error}") from error
+        modules = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
+        on_bytes(sum(parameter.nbytes for module in modules for parameter in module.parameters()))
+        _configure_vae(pipeline, config)
+        if config.enable_cpu_offload:
+            pipeline.enable_model_cpu_offload(device=device)
+        elif config.enable_layerwise_offload:
+            pipeline.enable_group_offload(device, offload_type="leaf_level", use_stream=True)
+        else:
+            pipeline.to(device)
+        return cls(pipeline, info.whole)
+
+    def encode(self, request: DiffusionRequest) -> WholeState:
+        call = self._calls[request.request_id] = PipelineCall(self.pipeline, self._whole, request)
+        try:
+            call.encode()
+        except Exception:
+            del self._calls[request.request_id]
+            raise
+        lengths = request.cost.branch_tokens or (request.num_image_tokens,)
+        return WholeState(request, self._nothing, lengths, call=call)
+
+    def predict(self, states: Sequence[WholeState], groups: Sequence[int] | None = None) -> list[tuple[Tensor, ...]]:
+        """Nothing yet: the pipeline's step is one piece, made in `advance`."""
+        return [(state.latents,) for state in states]
+
+    def combine(self, state: WholeState, branches: Sequence[Tensor]) -> Tensor:
+        return branches[0]
+
+    def advance(self, state: WholeState, velocity: Tensor) -> None:
+        assert state.call is not None
+        state.call.advance(state.step + 1)
+        state.step += 1
+
+    def predict_clean(self, state: WholeState, velocity: Tensor) -> Tensor:
+        raise AssertionError("requests for previews are refused")
+
+    def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[np.ndarray]:
+        pictures = [self._calls[request.request_id].picture() for request in requests]
+        for request, picture in zip(requests, pictures):
+            if picture.shape[:2] != (request.height, request.width):
+                made, asked = f"{picture.shape[1]}x{picture.shape[0]}", f"{request.width}x{request.height}"
+                raise InvalidRequestError(f"the pipeline makes {made} of size {asked}", param="size")
+        return pictures
+
+    def forget(self, state: WholeState) -> None:
+        if (call := self._calls.pop(state.request.request_id, None)) is not None:
+            call.cancel()
+
+
+def _cancel_all(calls: dict[str, PipelineCall]) -> None:
+    while calls:
+        calls.popitem()[1].cancel()
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Of the libraries that load: there is one bar for all weights already."""
+    libraries = [lib for lib in (diffusers.utils.logging, transformers.utils.logging) if lib.is_progress_bar_enabled()]
+    for library in libraries:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in libraries:
+            library.enable_progress_bar()
+
+
+def _refuse_offload_without_gpu(config: OmniDiffusionConfig, device: torch.device) -> None:
+    for name in ("enable_cpu_offload", "enable_layerwise_offload"):
+        if getattr(config, name) and device.type != "cuda":
+            raise ConfigError(f"{flag_of(name)} needs a GPU to bring the weights to, this machine has none")
+
+
+def _configure_vae(pipeline: Any, config: OmniDiffusionConfig) -> None:
+    """Raises ConfigError for what the model's VAE cannot do."""
+    vae = getattr(pipeline, "vae", None)
+    for flag, wanted, name in (
+        ("--vae-use-slicing", config.vae_use_slicing, "enable_slicing"),
+        ("--vae-use-tiling", config.vae_use_tiling, "enable_tiling"),
+    ):
+        if wanted and not hasattr(vae, name):
+            raise ConfigError(f"{flag}: this model's VAE, {type(vae).__name__}, cannot do it")
+        if wanted:
+            getattr(vae, name)()

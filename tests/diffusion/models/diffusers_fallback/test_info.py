@@ -1,0 +1,180 @@
+"""What is read off a folder of diffusers', and what of it is not loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.diffusion.models.diffusers_fallback.conftest import ModelOf
+from tests.tiny_diffusers import CLIP_TOKENS, T5_TOKENS
+from vllm_omni import AsyncOmni
+from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
+from vllm_omni.diffusion.registry import load_model_info
+from vllm_omni.diffusion.worker.runner import ModelRunner
+from vllm_omni.errors import ConfigError
+
+SIZES = ("height", "width", "num_inference_steps")
+
+
+@pytest.fixture
+def copy_of(model_of: ModelOf, tmp_path: Path) -> Callable[..., Path]:
+    """copy_of(class name, **changes): its folder with other entries in model_index.json (None: without it)."""
+
+    def copy(name: str, **changes: Any) -> Path:
+        folder = shutil.copytree(model_of(name), tmp_path / name)
+        (folder / "default_sampling_params.json").unlink()
+        index = {**json.loads((folder / "model_index.json").read_text()), **changes}
+        kept = {key: value for key, value in index.items() if value is not None}
+        (folder / "model_index.json").write_text(json.dumps(kept))
+        return folder
+
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("name", "size_multiple", "side", "longest", "parameters"),
+    [
+        (
+            "FluxPipeline",
+            16,
+            1024,
+            T5_TOKENS,
+            {"negative_prompt", "guidance_scale", "true_cfg_scale", "sigmas", "max_sequence_length"},
+        ),
+        (
+            "StableDiffusion3Pipeline",
+            16,
+            256,
+            T5_TOKENS,
+            {"negative_prompt", "guidance_scale", "sigmas", "max_sequence_length"},
+        ),
+        ("StableDiffusionXLPipeline", 8, 128, CLIP_TOKENS, {"negative_prompt", "guidance_scale"}),
+    ],
+)
+def test_a_folder_is_described(
+    copy_of: Callable[..., Path], name: str, size_multiple: int, side: int, longest: int, parameters: set[str]
+) -> None:
+    info = load_model_info(str(copy_of(name)))
+    assert (info.size_multiple, info.max_prompt_tokens) == (size_multiple, longest)
+    assert set(info.parameters) == {*SIZES, *parameters}
+    assert info.served_by == "diffusers"
+    defaults = info.default_sampling_params
+    assert (defaults["height"], defaults["width"]) == (side, side)
+    assert defaults.get("max_sequence_length", longest) == longest  # no longer than the tokenizer's limit
+    assert info.guidance.parameter == ("true_cfg_scale" if name == "FluxPipeline" else "guidance_scale")
+
+
+def test_defaults_are_those_of_the_call(copy_of: Callable[..., Path]) -> None:
+    defaults = load_model_info(str(copy_of("StableDiffusionXLPipeline"))).default_sampling_params
+    assert (defaults["num_inference_steps"], defaults["guidance_scale"]) == (50, 5.0)
+
+
+def test_without_t5_the_limit_is_clips(copy_of: Callable[..., Path]) -> None:
+    absent = [None, None]
+    info = load_model_info(str(copy_of("StableDiffusion3Pipeline", tokenizer_3=absent, text_encoder_3=absent)))
+    assert info.max_prompt_tokens == info.default_sampling_params["max_sequence_length"] == CLIP_TOKENS
+    assert info.count_prompt_tokens("a") == 3  # with both ends
+
+
+@pytest.mark.parametrize(
+    ("class_name", "words"),
+    [
+        ("NoSuchPipeline", "neither we nor diffusers"),
+        ("__import__", "neither we nor diffusers"),
+        ("UNet2DConditionModel", "neither we nor diffusers"),
+        (["my_pipeline", "MyPipeline"], "neither we nor diffusers"),
+        ("DDPMPipeline", "has no prompt"),
+        ("LongCatImagePipeline", "callback_on_step_end or callback"),
+        ("FluxFillPipeline", "image, mask_image"),
+        ("WanPipeline", "num_frames"),
+    ],
+)
+def test_a_pipeline_that_cannot_be_served_is_named(
+    copy_of: Callable[..., Path], class_name: object, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_model_info(str(copy_of("FluxPipeline", _class_name=class_name)))
+
+
+@pytest.mark.parametrize(
+    "component",
+    [
+        ["os", "system"],
+        ["my_scheduler", "MyScheduler"],
+        ["diffusers", "nothing"],
+        ["diffusers"],
+        ["transformers", "AutoModel"],
+        ["transformers", "Pipeline"],
+    ],
+)
+def test_components_of_other_libraries_are_refused(copy_of: Callable[..., Path], component: list[str]) -> None:
+    with pytest.raises(ConfigError, match="of diffusers and transformers are loaded"):
+        load_model_info(str(copy_of("FluxPipeline", scheduler=component)))
+
+
+def test_a_class_of_a_pipelines_own_module_is_taken(copy_of: Callable[..., Path]) -> None:
+    folder = copy_of("FluxPipeline", safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
+    assert load_model_info(str(folder)).served_by == "diffusers"
+
+
+def test_pickled_weights_are_not_read(copy_of: Callable[..., Path]) -> None:
+    folder = copy_of("StableDiffusionXLPipeline")
+    (weights,) = (folder / "unet").glob("*.safetensors")
+    weights.unlink()
+    torch.save({}, folder / "unet" / "diffusion_pytorch_model.bin")
+    config = OmniDiffusionConfig(model=str(folder))
+    with pytest.raises(ConfigError, match="cannot load the StableDiffusionXLPipeline"):
+        ModelRunner(config, load_model_info(str(folder))).start()
+
+
+@pytest.mark.parametrize(
+    ("degrees", "flag"),
+    [
+        ({"ulysses_degree": 2}, "--usp"),
+        ({"ring_degree": 2}, "--ring"),
+        ({"cfg_parallel_size": 2}, "--cfg-parallel-size"),
+        ({"tensor_parallel_size": 2}, "--tensor-parallel-size"),
+    ],
+)
+def test_only_data_parallelism_is_taken(model_of: ModelOf, degrees: dict[str, int], flag: str) -> None:
+    info = load_model_info(str(model_of("FluxPipeline")))
+    info.check_parallel(DiffusionParallelConfig(data_parallel_size=2))
+    with pytest.raises(ConfigError, match=f"{flag} takes 1 with a FluxPipeline"):
+        info.check_parallel(DiffusionParallelConfig(**degrees))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"cache_backend": "tea_cache"}, "--cache-backend tea_cache needs packed steps"),
+        ({"max_batch_tokens": 100}, "--max-batch-tokens 100 needs packed steps"),
+        ({"enable_cpu_offload": True, "enable_layerwise_offload": True}, "got both"),
+    ],
+)
+def test_settings_of_packed_steps_are_refused(model_of: ModelOf, settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        AsyncOmni(model=str(model_of("FluxPipeline")), **settings)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("name", ["enable_cpu_offload", "enable_layerwise_offload"])
+def test_offload_needs_a_gpu(model_of: ModelOf, name: str) -> None:
+    config = OmniDiffusionConfig(model=str(model_of("FluxPipeline")), **{name: True})  # type: ignore[arg-type]
+    info = load_model_info(config.model)
+    info.check_settings(config)
+    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} needs a GPU"):
+        ModelRunner(config, info).start()
+
+
+def test_tiling_is_switched_on(model_of: ModelOf) -> None:
+    config = OmniDiffusionConfig(model=str(model_of("FluxPipeline")), vae_use_tiling=True, vae_use_slicing=True)
+    runner = ModelRunner(config, load_model_info(config.model))
+    runner.start()
+    vae = runner.pipeline.pipeline.vae  # type: ignore[attr-defined]
+    assert (vae.use_tiling, vae.use_slicing) == (True, True)

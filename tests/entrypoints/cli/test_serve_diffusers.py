@@ -1,0 +1,82 @@
+"""The command on a model that diffusers' own pipeline serves, as a process, with the SDK."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import openai
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from tests.diffusion.worker.driving import psnr
+from tests.entrypoints.cli.server_process import ServerProcess, server_process, stop
+from tests.tiny_diffusers import build_tiny_diffusers
+
+PROMPT = "a red apple"
+
+
+@dataclass
+class Served:
+    process: ServerProcess
+    model: Path
+
+    def sdk(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.process.address()}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    model = build_tiny_diffusers("StableDiffusion3Pipeline", tmp_path_factory.mktemp("models") / "tiny")
+    flags = ("--host", "127.0.0.1", "--port", "0", "--served-model-name", "tiny")
+    with server_process(*flags, model=str(model)) as process:
+        process.wait_until_ready()
+        yield Served(process, model)
+        assert stop(process) == 0
+
+
+def test_the_log_and_the_model_say_which_path_serves(served: Served) -> None:
+    served.process.wait_for_line(r"Ready: tiny \(diffusers, ")
+    with served.sdk() as sdk:
+        assert sdk.models.retrieve("tiny").model_dump()["served_by"] == "diffusers"
+
+
+def test_the_sdk_gets_diffusers_own_pictures(served: Served) -> None:
+    with served.sdk() as sdk:
+        raw = sdk.images.with_raw_response.generate(
+            model="tiny", prompt=PROMPT, n=2, size="96x64", extra_body={"seed": 5, "guidance_scale": 4.0}
+        )
+    assert "x-omni-ignored-fields" not in raw.headers
+    pictures = [Image.open(io.BytesIO(base64.b64decode(item.b64_json))) for item in raw.parse().data]
+    pipeline = DiffusionPipeline.from_pretrained(served.model, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    for seed, picture in zip((5, 6), pictures, strict=True):
+        generator = torch.Generator("cpu").manual_seed(seed)
+        sizes = {"height": 64, "width": 96, "num_inference_steps": 4, "max_sequence_length": 128}
+        expected = pipeline(PROMPT, guidance_scale=4.0, generator=generator, **sizes).images[0]
+        assert psnr(np.array(picture), np.array(expected)) >= 60
+
+
+@pytest.mark.parametrize(
+    ("extra", "param", "words"),
+    [
+        (
+            {"true_cfg_scale": 4.0},
+            "true_cfg_scale",
+            "it takes height, width, num_inference_steps, negative_prompt, guid",
+        ),
+        ({"max_sequence_length": 129}, "max_sequence_length", "1 to 128"),
+        ({"stream": True, "partial_images": 1}, "partial_images", "no previews"),
+        ({"prompt": "apple " * 200}, "prompt", "at most 128 are accepted"),
+    ],
+)
+def test_a_wrong_parameter_is_a_400_that_names_it(served: Served, extra: dict, param: str, words: str) -> None:
+    with served.sdk() as sdk, pytest.raises(openai.BadRequestError, match=words) as refused:
+        sdk.images.generate(model="tiny", prompt=PROMPT, extra_body=extra)
+    assert refused.value.body["param"] == param

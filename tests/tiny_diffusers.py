@@ -1,0 +1,226 @@
+"""Tiny random Flux, Stable Diffusion 3 and Stable Diffusion XL, which no packed family serves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from tests.tiny_models import randomize
+
+WORDS = "a photo of a red apple and a blue car on a wooden table in the style of an old master with warm light"
+CLIP_TOKENS = 77
+T5_TOKENS = 128
+
+
+def build_tiny_diffusers(class_name: str, path: Path, **defaults: object) -> Path:
+    """Write a folder of the pipeline `class_name` to `path` and return it; `defaults` over 64x64 pixels in 4 steps."""
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    pipeline = _BUILDERS[class_name]()
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            randomize(component.eval())
+    pipeline.save_pretrained(path)
+    torch.set_rng_state(state)
+    values = {"height": 64, "width": 64, "num_inference_steps": 4, **defaults}
+    (path / "default_sampling_params.json").write_text(json.dumps(values))
+    return path
+
+
+def _flux() -> DiffusionPipeline:
+    clip, t5 = _clip_tokenizer(), _t5_tokenizer()
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=3,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    )
+    return FluxPipeline(
+        tokenizer=clip,
+        text_encoder=_clip(clip, CLIPTextModel),
+        tokenizer_2=t5,
+        text_encoder_2=_t5(t5, 32),
+        vae=_vae(16, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    )
+
+
+def _stable_diffusion_3() -> DiffusionPipeline:
+    clip, t5 = _clip_tokenizer(), _t5_tokenizer()
+    transformer = SD3Transformer2DModel(
+        sample_size=32,
+        patch_size=2,
+        in_channels=16,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=3,
+        joint_attention_dim=64,
+        caption_projection_dim=48,
+        pooled_projection_dim=64,
+        out_channels=16,
+        pos_embed_max_size=32,
+        qk_norm="rms_norm",
+    )
+    return StableDiffusion3Pipeline(
+        tokenizer=clip,
+        text_encoder=_clip(clip, CLIPTextModelWithProjection),
+        tokenizer_2=clip,
+        text_encoder_2=_clip(clip, CLIPTextModelWithProjection),
+        tokenizer_3=t5,
+        text_encoder_3=_t5(t5, 64),
+        vae=_vae(16, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+def _stable_diffusion_xl() -> DiffusionPipeline:
+    clip = _clip_tokenizer()
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        transformer_layers_per_block=(1, 1),
+        projection_class_embeddings_input_dim=6 * 8 + 32,
+        cross_attention_dim=64,
+        norm_num_groups=4,
+    )
+    return StableDiffusionXLPipeline(
+        tokenizer=clip,
+        text_encoder=_clip(clip, CLIPTextModel),
+        tokenizer_2=clip,
+        text_encoder_2=_clip(clip, CLIPTextModelWithProjection),
+        vae=_vae(4),
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+        ),
+        add_watermarker=False,
+    )
+
+
+_BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
+    "FluxPipeline": _flux,
+    "StableDiffusion3Pipeline": _stable_diffusion_3,
+    "StableDiffusionXLPipeline": _stable_diffusion_xl,
+}
+
+
+def _vae(latent_channels: int, **settings: Any) -> AutoencoderKL:
+    return AutoencoderKL(
+        latent_channels=latent_channels,
+        block_out_channels=(8, 8, 16, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        scaling_factor=0.5,
+        force_upcast=False,
+        **settings,
+    )
+
+
+def _clip(tokenizer: CLIPTokenizer, cls: type[Any]) -> Any:
+    return cls(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            projection_dim=32,
+            max_position_embeddings=CLIP_TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def _t5(tokenizer: T5Tokenizer, width: int) -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=width,
+            d_kv=16,
+            d_ff=64,
+            num_layers=2,
+            num_heads=2,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+    )
+
+
+def _clip_tokenizer() -> CLIPTokenizer:
+    """Byte-level BPE in which nothing is unknown."""
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, show_progress=False, initial_alphabet=alphabet, end_of_word_suffix="</w>"
+    )
+    tokenizer.train_from_iterator([WORDS] * 20, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    vocab = model["vocab"]
+    for token in [letter + "</w>" for letter in alphabet] + ["<|startoftext|>", "<|endoftext|>"]:
+        vocab.setdefault(token, len(vocab))
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=CLIP_TOKENS)
+
+
+def _t5_tokenizer() -> T5Tokenizer:
+    letters = "abcdefghijklmnopqrstuvwxyz,.▁"
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=120,
+        show_progress=False,
+        unk_token="<unk>",
+        special_tokens=["<pad>", "</s>", "<unk>"],
+        initial_alphabet=list(letters),
+    )
+    tokenizer.train_from_iterator([WORDS] * 20, trainer)
+    vocab = [(piece, float(score)) for piece, score in json.loads(tokenizer.to_str())["model"]["vocab"]]
+    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=T5_TOKENS)
