@@ -202,7 +202,8 @@ def test_body_too_large_streamed(http: httpx.Client) -> None:
     [
         ("GET", "/nowhere", 404),
         ("POST", "/v1/videos", 404),
-        ("POST", "/v1/chat/completions", 404),
+        ("POST", "/v1/completions", 404),
+        ("GET", "/v1/chat/completions", 405),
         ("GET", GENERATIONS, 405),
         ("DELETE", "/v1/models", 405),
         ("POST", "/v1/images/variations", 404),

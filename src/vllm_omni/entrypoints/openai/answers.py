@@ -5,24 +5,25 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-from starlette.responses import StreamingResponse
+from starlette.responses import Response, StreamingResponse
 
 from vllm_omni.entrypoints.openai.encoding import ImageEncoder, ImageFormat
 from vllm_omni.entrypoints.openai.files import FileStore
 from vllm_omni.entrypoints.openai.protocol import (
     ImageData,
     ImageEditRequest,
-    ImageGenerationRequest,
+    ImageOptions,
     ImagesResponse,
     ReportedQuality,
     TokenDetails,
     Usage,
 )
+from vllm_omni.omni import OutputStream
 from vllm_omni.outputs import OmniRequestOutput
 
 # Models here have one quality. OpenAI's response type knows no `auto`, `standard` or `hd`: report their meaning.
@@ -40,7 +41,7 @@ class AnswerStyle:
     """What the names of a stream's events begin with."""
 
     @classmethod
-    def of(cls, body: ImageGenerationRequest, image_format: ImageFormat) -> AnswerStyle:
+    def of(cls, body: ImageOptions, image_format: ImageFormat) -> AnswerStyle:
         return cls(
             image_format,
             _REPORTED_QUALITY.get(body.quality, body.quality),
@@ -58,6 +59,16 @@ class AnswerStyle:
         }
 
 
+class Answer(Protocol):
+    """How one route answers."""
+
+    def events(self, outputs: OutputStream) -> AsyncGenerator[bytes, None]:
+        """The server-sent events of a stream."""
+
+    async def response(self, output: OmniRequestOutput) -> Response:
+        """The answer in one piece, from the last output."""
+
+
 def usage(output: OmniRequestOutput) -> Usage:
     """Tokens of the prompt and of its input pictures, once, and of all that was made of them."""
     num_text, num_images = output.num_prompt_tokens, output.num_input_image_tokens
@@ -73,24 +84,38 @@ def usage(output: OmniRequestOutput) -> Usage:
 async def images_response(
     output: OmniRequestOutput, style: AnswerStyle, encode_item: Callable[[np.ndarray, int], Awaitable[bytes]]
 ) -> StreamingResponse:
-    """The JSON answer; `encode_item(pixels, seed)` makes one entry of its `data`.
+    """The JSON answer; `encode_item(pixels, seed)` makes one entry of its `data`."""
+
+    def envelope(timings: dict[str, float]) -> dict[str, Any]:
+        return ImagesResponse(
+            created=int(time.time()),
+            usage=usage(output),
+            timings=timings,
+            safety_identifier=style.safety_identifier,
+            data=[],
+            **style.fields(output.images[0]),
+        ).model_dump(exclude={"data"}, exclude_none=True)
+
+    items = [encode_item(pixels, seed) for pixels, seed in zip(output.images, output.seeds, strict=True)]
+    return await json_around(items, "data", output, envelope)
+
+
+async def json_around(
+    items: Iterable[Awaitable[bytes]],
+    name: str,
+    output: OmniRequestOutput,
+    envelope: Callable[[dict[str, float]], Mapping[str, Any]],
+) -> StreamingResponse:
+    """`envelope(timings)` as JSON, and `items` in its list `name`.
 
     Sent in pieces: pictures can be many megabytes, and nothing copies or scans them on the event loop.
     """
     start = time.monotonic()
-    items = await asyncio.gather(*(encode_item(p, s) for p, s in zip(output.images, output.seeds, strict=True)))
+    first, *others = await asyncio.gather(*items)
     seconds = time.monotonic() - start
     timings = {**output.timings, "media_encode": seconds, "total": output.timings.get("total", 0.0) + seconds}
-    envelope = ImagesResponse(
-        created=int(time.time()),
-        usage=usage(output),
-        timings=timings,
-        safety_identifier=style.safety_identifier,
-        data=[],
-        **style.fields(output.images[0]),
-    )
-    head = json.dumps(envelope.model_dump(exclude={"data"}, exclude_none=True), separators=(",", ":")).encode()
-    pieces = [head[:-1], b',"data":[', items[0], *(b"," + item for item in items[1:]), b"]}"]
+    head = json.dumps(envelope(timings), separators=(",", ":")).encode()
+    pieces = [head[:-1], b',"%s":[' % name.encode(), first, *(b"," + item for item in others), b"]}"]
     headers = {"content-length": str(sum(map(len, pieces)))}
     return StreamingResponse(_each(pieces), media_type="application/json", headers=headers)
 

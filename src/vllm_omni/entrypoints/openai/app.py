@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from vllm_omni import __version__
+from vllm_omni.entrypoints.openai.chat import CHAT_PATH, make_chat_router
 from vllm_omni.entrypoints.openai.decoding import ImageDecoder
 from vllm_omni.entrypoints.openai.encoding import ImageEncoder
 from vllm_omni.entrypoints.openai.errors import install_error_handlers
@@ -59,11 +60,12 @@ def build_app(omni: AsyncOmni, settings: ServerSettings, metrics: PrometheusObse
     app.state.upload_budget = budget
     service = ImageService(omni, settings, encoder, files, resolver, uploads)
     app.include_router(make_images_router(service))
+    app.include_router(make_chat_router(service))
     app.include_router(make_models_router(omni, settings))
     app.include_router(make_probes_router(omni))
     app.include_router(make_metrics_router(metrics))
     install_error_handlers(app, metrics)
     # The last one added is the outermost.
-    app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes, except_path=EDITS_PATH)
+    app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes, except_paths=(EDITS_PATH, CHAT_PATH))
     app.add_middleware(RequestId, generate=settings.generate_request_ids)
     return app

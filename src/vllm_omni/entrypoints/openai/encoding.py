@@ -64,9 +64,13 @@ def encode(pixels: np.ndarray, image_format: ImageFormat) -> bytes:
 def json_with_image(image: bytes, fields: Mapping[str, Any]) -> bytes:
     """`{"b64_json": <image>, **fields}` as JSON, without running a JSON encoder over megabytes of base64."""
     assert fields
-    chunks = (b64encode(image[i : i + _BASE64_CHUNK]) for i in range(0, len(image), _BASE64_CHUNK))
     rest = json.dumps(fields, separators=(",", ":")).encode()
-    return b"".join((b'{"b64_json":"', *chunks, b'",', rest[1:]))
+    return base64_between(b'{"b64_json":"', image, b'",' + rest[1:])
+
+
+def base64_between(before: bytes, data: bytes, after: bytes) -> bytes:
+    chunks = (b64encode(data[i : i + _BASE64_CHUNK]) for i in range(0, len(data), _BASE64_CHUNK))
+    return b"".join((before, *chunks, after))
 
 
 class ImageEncoder:
@@ -82,6 +86,11 @@ class ImageEncoder:
     async def json(self, pixels: np.ndarray, image_format: ImageFormat, fields: Mapping[str, Any]) -> bytes:
         """The picture inside a JSON object, beside `fields`."""
         return await self._timed(lambda: json_with_image(encode(pixels, image_format), fields))
+
+    async def data_url(self, pixels: np.ndarray, image_format: ImageFormat, before: bytes, after: bytes) -> bytes:
+        """The picture as a `data:` URL between two pieces of JSON."""
+        before += f"data:{image_format.content_type};base64,".encode()
+        return await self._timed(lambda: base64_between(before, encode(pixels, image_format), after))
 
     async def _timed(self, function: Callable[..., bytes], *args: Any) -> bytes:
         start = time.monotonic()

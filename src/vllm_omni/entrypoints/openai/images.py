@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from fastapi import APIRouter, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from vllm_omni.entrypoints.openai.answers import AnswerStyle, base64_items, images_response, url_items
+from vllm_omni.entrypoints.openai.answers import Answer, AnswerStyle, base64_items, images_response, url_items
 from vllm_omni.entrypoints.openai.disconnect import unless_disconnected
 from vllm_omni.entrypoints.openai.encoding import CONTENT_TYPES, ImageEncoder
 from vllm_omni.entrypoints.openai.errors import ERROR_RESPONSES
@@ -21,6 +23,7 @@ from vllm_omni.entrypoints.openai.protocol import (
     MAX_INPUT_IMAGES,
     ImageEditRequest,
     ImageGenerationRequest,
+    ImageOptions,
     ImagesResponse,
 )
 from vllm_omni.entrypoints.openai.resolver import Resolver
@@ -30,11 +33,27 @@ from vllm_omni.entrypoints.openai.uploads import UploadReader
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.images import InputImage
 from vllm_omni.omni import AsyncOmni, OutputStream
+from vllm_omni.outputs import OmniRequestOutput
 
 logger = logging.getLogger(__name__)
 
 FILE_ROUTE = "image_file"
 EDITS_PATH = "/v1/images/edits"
+
+
+@dataclass(frozen=True)
+class ImagesAnswer:
+    """OpenAI's image events, or its list of pictures."""
+
+    encoder: ImageEncoder
+    style: AnswerStyle
+    encode_item: Callable[[np.ndarray, int], Awaitable[bytes]]
+
+    def events(self, outputs: OutputStream) -> AsyncGenerator[bytes, None]:
+        return image_events(outputs, self.style, self.encoder)
+
+    async def response(self, output: OmniRequestOutput) -> Response:
+        return await images_response(output, self.style, self.encode_item)
 
 
 @dataclass(frozen=True)
@@ -62,34 +81,42 @@ class ImageService:
         self, body: ImageGenerationRequest, request: Request, images: tuple[InputImage, ...] = ()
     ) -> Response:
         """Raises RequestError before anything runs, or when the engine fails on it."""
+
+        def answer_in(style: AnswerStyle) -> Answer:
+            if body.response_format == "url":
+                encode_item = url_items(self.encoder, self.files, style, url_of)
+            else:
+                encode_item = base64_items(self.encoder, style)
+            return ImagesAnswer(self.encoder, style, encode_item)
+
+        def url_of(file_id: str) -> str:
+            return str(request.url_for(FILE_ROUTE, file_id=file_id))
+
+        return await self.run(body, body.prompt, request, images, answer_in)
+
+    async def run(
+        self,
+        body: ImageOptions,
+        prompt: str,
+        request: Request,
+        images: tuple[InputImage, ...],
+        answer_in: Callable[[AnswerStyle], Answer],
+    ) -> Response:
+        """The way of every request to its answer. Raises RequestError."""
         check_model(body.model, self.settings.served_model_names)
-        prompt, params, image_format = parse_generation(body, images)
-        job = await self.resolver.resolve(prompt, params)
-        style = AnswerStyle.of(body, image_format)
+        omni_prompt, params, image_format = parse_generation(body, prompt, images)
+        job = await self.resolver.resolve(omni_prompt, params)
+        answer = answer_in(AnswerStyle.of(body, image_format))
         headers = ignored_fields_header(body, self.omni.info.guidance, len(job.requests[0].cost.branch_tokens) > 1)
         outputs = self.omni.submit(job)
         if self.settings.log_prompts:
-            logger.info("prompt %r, %s", prompt, params)
+            logger.info("prompt %r, %s", omni_prompt, params)
         if body.stream:
-            events = image_events(outputs, style, self.encoder)
-            return ImageEventStream(outputs, events, self.settings.keep_alive_seconds, headers)
+            return ImageEventStream(outputs, answer.events(outputs), self.settings.keep_alive_seconds, headers)
         async with aclosing(outputs):
-            work = self._finish(outputs, style, request, as_url=body.response_format == "url")
-            response = await unless_disconnected(request, work)
+            response = await unless_disconnected(request, _finish(outputs, answer))
         response.headers.update(headers)
         return response
-
-    async def _finish(self, outputs: OutputStream, style: AnswerStyle, request: Request, as_url: bool) -> Response:
-        if as_url:
-            encode_item = url_items(
-                self.encoder, self.files, style, lambda file_id: str(request.url_for(FILE_ROUTE, file_id=file_id))
-            )
-        else:
-            encode_item = base64_items(self.encoder, style)
-        async for output in outputs:
-            if output.finished:
-                return await images_response(output, style, encode_item)
-        raise AssertionError("a stream of outputs ends with its result or an error")
 
     def file(self, file_id: str) -> Response:
         """A stored picture; 404 once it has expired."""
@@ -97,6 +124,13 @@ class ImageService:
             raise HTTPException(404, "There is no such file, or its time has passed.")
         headers = {"cache-control": "private, immutable", "x-content-type-options": "nosniff"}
         return Response(found.data, media_type=found.content_type, headers=headers)
+
+
+async def _finish(outputs: OutputStream, answer: Answer) -> Response:
+    async for output in outputs:
+        if output.finished:
+            return await answer.response(output)
+    raise AssertionError("a stream of outputs ends with its result or an error")
 
 
 def _edit_bodies() -> dict[str, Any]:

@@ -39,16 +39,16 @@ class RequestId:
 class LimitBody:
     """Refuses to read bodies above `max_bytes`: 413, by their declared length or while they stream in.
 
-    except_path: what the path ends with of the route that counts for itself.
+    except_paths: what the paths end with of routes that count for themselves.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, except_path: str) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, except_paths: tuple[str, ...]) -> None:
         self._app = app
         self._max_bytes = max_bytes
-        self._except_path = except_path
+        self._except_paths = except_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"].endswith(self._except_path):
+        if scope["type"] != "http" or scope["path"].endswith(self._except_paths):
             return await self._app(scope, receive, send)
         declared = Headers(scope=scope).get("content-length", "")
         num_expected = int(declared) if declared.isdecimal() else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllm_omni.diffusion.registry import Guidance
 from vllm_omni.entrypoints.openai.encoding import ImageFormat
-from vllm_omni.entrypoints.openai.protocol import ImageGenerationRequest
+from vllm_omni.entrypoints.openai.protocol import ImageGenerationRequest, ImageOptions
 from vllm_omni.errors import InvalidRequestError, ModelNotFoundError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 from vllm_omni.inputs.images import InputImage
@@ -31,7 +31,7 @@ def parse_size(size: str) -> tuple[int | None, int | None]:
 
 
 def parse_generation(
-    body: ImageGenerationRequest, images: tuple[InputImage, ...]
+    body: ImageOptions, prompt: str, images: tuple[InputImage, ...]
 ) -> tuple[OmniPrompt, OmniDiffusionSamplingParams, ImageFormat]:
     """The prompt with the pictures to edit, how to make the picture and how to encode it.
 
@@ -46,8 +46,13 @@ def parse_generation(
         raise InvalidRequestError(
             "output_compression: png is lossless and takes only 100; choose jpeg or webp", param="output_compression"
         )
-    if body.stream and body.response_format == "url":
-        raise InvalidRequestError("response_format: a stream carries its pictures as b64_json", param="response_format")
+    num_previews = 0
+    if isinstance(body, ImageGenerationRequest) and body.stream:
+        if body.response_format == "url":
+            raise InvalidRequestError(
+                "response_format: a stream carries its pictures as b64_json", param="response_format"
+            )
+        num_previews = body.partial_images
     image_format = ImageFormat(body.output_format, body.output_compression)
     if height is not None and width is not None:
         image_format.check_size(height, width)
@@ -65,19 +70,19 @@ def parse_generation(
         max_sequence_length=body.max_sequence_length,
         priority=body.priority,
         output_type="np",
-        num_previews=body.partial_images if body.stream else 0,
+        num_previews=num_previews,
     )
-    return OmniPrompt(body.prompt, body.negative_prompt, images), params, image_format
+    return OmniPrompt(prompt, body.negative_prompt, images), params, image_format
 
 
-def ignored_fields_header(body: ImageGenerationRequest, guidance: Guidance, has_guidance: bool) -> dict[str, str]:
+def ignored_fields_header(body: ImageOptions, guidance: Guidance, has_guidance: bool) -> dict[str, str]:
     """`x-omni-ignored-fields` with the names of fields that had no effect; {} for none.
 
     Of a large number, the last entry tells how many it leaves out (`+3 more`).
     Those are the ones that we do not know, and halves of a pair: guidance needs both a negative prompt and a scale.
     """
     names = [_printable(name) for name in body.model_extra or {}]
-    if body.partial_images and not body.stream:
+    if isinstance(body, ImageGenerationRequest) and body.partial_images and not body.stream:
         names.append("partial_images")
     if not has_guidance:
         names += [name for name in ("negative_prompt", *guidance.parameters) if _asks(name, body, guidance)]
@@ -86,7 +91,7 @@ def ignored_fields_header(body: ImageGenerationRequest, guidance: Guidance, has_
     return {IGNORED_FIELDS_HEADER: ",".join(names)} if names else {}
 
 
-def _asks(name: str, body: ImageGenerationRequest, guidance: Guidance) -> bool:
+def _asks(name: str, body: ImageOptions, guidance: Guidance) -> bool:
     """Whether this field was sent, and not as a scale that switches guidance off."""
     value = getattr(body, name)
     return value is not None and not (name == guidance.parameter and value + guidance.offset <= 1)

@@ -26,15 +26,14 @@ class _NullMeansAbsent:
 _NULLABLE = _NullMeansAbsent()
 
 
-class ImageGenerationRequest(BaseModel):
-    """Body of `POST /v1/images/generations`.
+class ImageOptions(BaseModel):
+    """What every request for pictures may say of them.
 
     `null` is the same as absent. Unknown fields are ignored, and named in the header `x-omni-ignored-fields`.
     """
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
-    prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)]
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=10), _NULLABLE] = 1
     size: Annotated[str, Field(pattern=r"^(auto|[1-9][0-9]{0,5}x[1-9][0-9]{0,5})$"), _NULLABLE] = "auto"
@@ -42,10 +41,8 @@ class ImageGenerationRequest(BaseModel):
     output_format: Annotated[OutputFormat, _NULLABLE] = "png"
     output_compression: Annotated[int, Field(ge=0, le=100), _NULLABLE] = 100
     """Quality of jpeg and webp in percent; png is lossless and takes only 100."""
-    response_format: Annotated[Literal["b64_json", "url"], _NULLABLE] = "b64_json"
     background: Annotated[Literal["auto", "opaque", "transparent"], _NULLABLE] = "auto"
     stream: Annotated[bool, _NULLABLE] = False
-    partial_images: Annotated[int, Field(ge=0, le=3), _NULLABLE] = 0
 
     # Accepted for compatibility, without effect on the picture.
     quality: Annotated[Quality, _NULLABLE] = "auto"
@@ -77,6 +74,14 @@ class ImageGenerationRequest(BaseModel):
     @classmethod
     def _drop_nulls(cls, body: Any) -> Any:
         return {k: v for k, v in body.items() if v is not None} if isinstance(body, dict) else body
+
+
+class ImageGenerationRequest(ImageOptions):
+    """Body of `POST /v1/images/generations`."""
+
+    prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)]
+    response_format: Annotated[Literal["b64_json", "url"], _NULLABLE] = "b64_json"
+    partial_images: Annotated[int, Field(ge=0, le=3), _NULLABLE] = 0
 
 
 class ImageEditRequest(ImageGenerationRequest):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -28,12 +28,19 @@ AppStatus.disable_automatic_graceful_drain()
 
 
 class ImageEventStream(EventSourceResponse):  # type: ignore[misc]  # mypy is told to skip sse_starlette
-    """Sends events and, however it ends (also before the first event), closes `outputs`: that aborts the request."""
+    """Sends events and, however it ends (also before the first event), closes `outputs`: that aborts the request.
+
+    A failure is the last event.
+    """
 
     def __init__(
-        self, outputs: OutputStream, events: AsyncIterator[bytes], keep_alive_seconds: float, headers: Mapping[str, str]
+        self,
+        outputs: OutputStream,
+        events: AsyncGenerator[bytes, None],
+        keep_alive_seconds: float,
+        headers: Mapping[str, str],
     ) -> None:
-        super().__init__(events, ping=keep_alive_seconds, headers=headers)
+        super().__init__(_failing_in_words(events), ping=keep_alive_seconds, headers=headers)
         self._outputs = outputs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -41,27 +48,39 @@ class ImageEventStream(EventSourceResponse):  # type: ignore[misc]  # mypy is to
             await super().__call__(scope, receive, send)
 
 
-async def image_events(outputs: OutputStream, style: AnswerStyle, encoder: ImageEncoder) -> AsyncIterator[bytes]:
+async def image_events(outputs: OutputStream, style: AnswerStyle, encoder: ImageEncoder) -> AsyncGenerator[bytes, None]:
     """`image_generation.partial_image` events, and `image_generation.completed` for each picture once it is done; of
     edits `image_edit.*`.
 
-    With several pictures, `index` (ours) says which one an event speaks of. A failure is the last event.
+    With several pictures, `index` (ours) says which one an event speaks of.
     """
     num_partial: Counter[int] = Counter()
+    async for output in outputs:
+        if output.finished:
+            return  # every picture has had its event
+        if is_done(output):
+            yield await _completed(output, style, encoder)
+        elif output.images:
+            fields = {"partial_image_index": num_partial[output.index], "index": output.index}
+            num_partial[output.index] += 1
+            yield await _event(f"{style.event}.partial_image", output.images[0], fields, style, encoder)
+
+
+def is_done(output: OmniRequestOutput) -> bool:
+    """Whether it brings a picture of a stream, and not a preview."""
+    return bool(output.images) and output.step == output.num_inference_steps
+
+
+async def _failing_in_words(events: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
+    """`events`; a failure is the last one."""
     try:
-        async for output in outputs:
-            if output.finished:
-                return  # every picture has had its event
-            if output.images and output.step == output.num_inference_steps:
-                yield await _completed(output, style, encoder)
-            elif output.images:
-                fields = {"partial_image_index": num_partial[output.index], "index": output.index}
-                num_partial[output.index] += 1
-                yield await _event(f"{style.event}.partial_image", output.images[0], fields, style, encoder)
+        async with aclosing(events):
+            async for event in events:
+                yield event
     except Exception as error:  # the status line is gone: any failure must become the last event
         if not isinstance(error, RequestError):
             logger.exception("a stream failed")
-        yield _frame(ErrorResponse(error=error_body(error)).model_dump_json().encode())
+        yield frame(ErrorResponse(error=error_body(error)).model_dump_json().encode())
 
 
 async def _completed(output: OmniRequestOutput, style: AnswerStyle, encoder: ImageEncoder) -> bytes:
@@ -76,10 +95,10 @@ async def _event(
     kind: str, pixels: np.ndarray, fields: Mapping[str, Any], style: AnswerStyle, encoder: ImageEncoder
 ) -> bytes:
     shared = {"type": kind, "created_at": int(time.time()), **style.fields(pixels)}
-    return _frame(await encoder.json(pixels, style.image_format, {**shared, **fields}), kind)
+    return frame(await encoder.json(pixels, style.image_format, {**shared, **fields}), kind)
 
 
-def _frame(data: bytes, kind: str | None = None) -> bytes:
+def frame(data: bytes, kind: str | None = None) -> bytes:
     """One event as bytes: sse-starlette passes those through, where it would scan a string for line ends."""
     name = b"" if kind is None else b"event: %s\r\n" % kind.encode()
     return b"".join((name, b"data: ", data, b"\r\n\r\n"))

@@ -1,22 +1,24 @@
-"""Bodies of `POST /v1/images/edits`: fields, and pictures that are decoded as they arrive."""
+"""Bodies that carry pictures: fields, and pictures that are decoded as they arrive."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
 from vllm_omni.diffusion.intake import check_num_images
 from vllm_omni.diffusion.registry import ImageInput, ModelInfo
+from vllm_omni.entrypoints.openai.chat_protocol import ChatCompletionRequest
+from vllm_omni.entrypoints.openai.chat_turns import last_user_turn
 from vllm_omni.entrypoints.openai.decoding import ImageDecoder
 from vllm_omni.entrypoints.openai.multipart import MultipartReader, Part
 from vllm_omni.entrypoints.openai.protocol import MAX_PROMPT_CHARACTERS, ImageEditRequest
@@ -32,6 +34,8 @@ MAX_HELD_BYTES = 512 * 2**20
 _IMAGE_FIELD = re.compile(r"image(\[\d{0,3}\])?")
 _NESTED_FIELD = re.compile(r"([^\[\]]+)\[([^\[\]]+)\]")
 _UNSUPPORTED = ("mask", "markup")
+
+Body = TypeVar("Body", bound=BaseModel)
 
 
 class Holding:
@@ -71,7 +75,7 @@ class UploadBudget:
 
 @dataclass(frozen=True)
 class UploadReader:
-    """Reads edits for one model, which takes input pictures."""
+    """Reads edits and chats for one model. Edits are for a model that takes input pictures."""
 
     info: ModelInfo
     decoder: ImageDecoder
@@ -79,23 +83,20 @@ class UploadReader:
 
     async def read(self, request: Request) -> tuple[ImageEditRequest, tuple[InputImage, ...]]:
         """Raises InvalidRequestError or RequestValidationError (400), HTTPException (413), QueueFullError (429)."""
-        content_type = request.headers.get("content-type", "")
-        kind = content_type.partition(";")[0].strip().lower()
+        kind = _content_type(request)
         with self.budget.holding() as holding:
             if kind == "multipart/form-data":
-                return await self._read_form(request, content_type, holding)
+                return await self._read_form(request, holding)
             if kind == "application/json":
                 return await self._read_json(request, holding)
         raise InvalidRequestError(
             f"the request's content-type takes multipart/form-data and application/json, got {kind[:64]!r}"
         )
 
-    async def _read_form(
-        self, request: Request, content_type: str, holding: Holding
-    ) -> tuple[ImageEditRequest, tuple[InputImage, ...]]:
+    async def _read_form(self, request: Request, holding: Holding) -> tuple[ImageEditRequest, tuple[InputImage, ...]]:
         fields: dict[str, Any] = {}
         images: list[InputImage] = []
-        reader = MultipartReader(content_type, _FormLimits(self.info).limit_of)
+        reader = MultipartReader(request.headers["content-type"], _FormLimits(self.info).limit_of)
         async for chunk in _chunks(request):
             holding.add(len(chunk))
             for part in reader.feed(chunk):
@@ -108,22 +109,26 @@ class UploadReader:
         return _validated(lambda: ImageEditRequest.model_validate_strings(fields, strict=False)), tuple(images)
 
     async def _read_json(self, request: Request, holding: Holding) -> tuple[ImageEditRequest, tuple[InputImage, ...]]:
-        data = bytearray()
-        async for chunk in _chunks(request):
-            holding.add(len(chunk))
-            data += chunk
-            if len(data) > MAX_JSON_BYTES:
-                raise HTTPException(
-                    413, f"A JSON body has at most {MAX_JSON_BYTES} bytes; send larger pictures as multipart/form-data."
-                )
-        body = await asyncio.to_thread(_parse_json, data)
-        parsed = _validated(lambda: ImageEditRequest.model_validate(body))
+        parsed = await _json_body(request, holding, ImageEditRequest)
         for name in _UNSUPPORTED:
             if getattr(parsed, name) is not None:
                 raise _unsupported(name)
-        urls = [image["image_url"] for image in parsed.images or ()]
+        return parsed, await self._decode([image["image_url"] for image in parsed.images or ()])
+
+    async def read_chat(self, request: Request) -> tuple[ChatCompletionRequest, str, tuple[InputImage, ...]]:
+        """The body, and the text and pictures of its last user message. Raises as `read` does."""
+        kind = _content_type(request)
+        if kind != "application/json":
+            raise InvalidRequestError(f"the request's content-type takes application/json, got {kind[:64]!r}")
+        with self.budget.holding() as holding:
+            body = await _json_body(request, holding, ChatCompletionRequest)
+            turn = last_user_turn(body.messages)
+            turn.check_images(self.info)
+            return body, turn.text, await self._decode(turn.urls)
+
+    async def _decode(self, urls: Sequence[str]) -> tuple[InputImage, ...]:
         check_num_images(len(urls), self.info)
-        return parsed, tuple([await self.decoder.data_url(url, self._image_input.prepare) for url in urls])
+        return tuple([await self.decoder.data_url(url, self._image_input.prepare) for url in urls])
 
     @property
     def _image_input(self) -> ImageInput:
@@ -147,6 +152,25 @@ class _FormLimits:
         self._num_images += 1
         check_num_images(self._num_images, self._info)
         return MAX_IMAGE_BYTES
+
+
+def _content_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+async def _json_body(request: Request, holding: Holding, model: type[Body]) -> Body:
+    data = bytearray()
+    async for chunk in _chunks(request):
+        holding.add(len(chunk))
+        data += chunk
+        if len(data) > MAX_JSON_BYTES:
+            raise HTTPException(
+                413,
+                f"A JSON body has at most {MAX_JSON_BYTES} bytes; larger pictures go as multipart/form-data "
+                "to /v1/images/edits.",
+            )
+    body = await asyncio.to_thread(_parse_json, data)
+    return _validated(lambda: model.model_validate(body))
 
 
 async def _chunks(request: Request) -> AsyncIterator[bytes]:
@@ -182,7 +206,7 @@ def _parse_json(data: bytearray) -> Any:
         raise _invalid({"type": "json_invalid", "loc": (), "msg": "", "input": {}, "ctx": {"error": reason}}) from error
 
 
-def _validated(validate: Callable[[], ImageEditRequest]) -> ImageEditRequest:
+def _validated(validate: Callable[[], Body]) -> Body:
     try:
         return validate()
     except ValidationError as error:

@@ -1,0 +1,96 @@
+"""The JSON of chat completions that answer with pictures."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, WithJsonSchema, model_validator
+
+from vllm_omni.entrypoints.openai.protocol import ImageOptions
+
+_TEXT_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+}
+_IMAGE_URL = {"type": "object", "properties": {"url": {"type": "string"}}, "required": ["url"]}
+_IMAGE_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "image_url"}, "image_url": _IMAGE_URL},
+    "required": ["type", "image_url"],
+}
+_CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"anyOf": [_TEXT_PART, _IMAGE_PART]}}]}
+_ROLES = ["user", "assistant", "system", "developer", "tool", "function"]
+_MESSAGES = {
+    "type": "array",
+    "minItems": 1,
+    "items": {
+        "type": "object",
+        "properties": {"role": {"enum": _ROLES}, "content": _CONTENT},
+        "required": ["role", "content"],
+    },
+}
+
+
+class ChatCompletionRequest(ImageOptions):
+    """Body of `POST /v1/chat/completions`.
+
+    `extra_body` means the same as its fields beside `messages`, where the SDK puts them; they win, as they do there.
+    """
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1), WithJsonSchema(_MESSAGES)]
+    """Only the last one of the role `user` is read: see `last_user_turn`."""
+    stream_options: dict[str, Any] | None = None
+    """`{"include_usage": true}`: a stream ends with its usage."""
+    extra_body: dict[str, Any] | None = None
+
+    # Accepted for compatibility: the answer is pictures and nothing else.
+    modalities: list[str] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flatten_extra_body(cls, body: Any) -> Any:
+        if isinstance(body, dict) and isinstance(extra := body.get("extra_body"), dict):
+            return {name: value for name, value in body.items() if name != "extra_body"} | extra
+        return body
+
+
+class ChatUsage(BaseModel):
+    """Tokens of the prompt and of its pictures, and latent patches of the answer's."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class ImageUrl(BaseModel):
+    url: str
+
+
+class ImagePart(BaseModel):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+class ChatMessage(BaseModel):
+    role: Literal["assistant"]
+    content: list[ImagePart]
+
+
+class ChatChoice(BaseModel):
+    index: int
+    finish_reason: Literal["stop"]
+    seed: int
+    message: ChatMessage
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    usage: ChatUsage
+    timings: dict[str, float]
+    """As those of `ImagesResponse`."""
+    safety_identifier: str | None = None
+    choices: list[ChatChoice]
