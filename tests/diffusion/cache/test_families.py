@@ -30,7 +30,7 @@ BACKENDS: dict[str, dict[str, Any]] = {
 THRESHOLDS: dict[tuple[str, str], dict[str, Any]] = {
     ("edits", "cache_dit"): {"residual_diff_threshold": 0.2},
     ("edits", "tea_cache"): {"rel_l1_thresh": 0.1},
-    ("z_images", "cache_dit"): {"residual_diff_threshold": 0.45},
+    ("z_images", "cache_dit"): {"residual_diff_threshold": 0.6},
     ("z_images", "tea_cache"): {"rel_l1_thresh": 0.3},
 }
 FIELDS: list[dict[str, Any]] = [
