@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +10,6 @@ from PIL import Image
 
 from tests.tiny_models import photo
 from vllm_omni import AsyncOmni, Omni
-from vllm_omni.diffusion.engine import DiffusionEngine
-from vllm_omni.diffusion.executor.multiproc import MultiprocExecutor
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
@@ -50,26 +46,6 @@ def test_pictures_in_pictures_out(tiny_edit_model: Path) -> None:
     assert np.array_equal(pixels(one.images[0]), pixels(clear.images[0])), "an alpha of full cover changes nothing"
     assert (one.num_input_image_tokens, two.num_input_image_tokens) == (16, 16 + 12)
     assert pixels(one.images[0]).std() > 5
-
-
-async def test_a_replay_keeps_its_pictures(tiny_edit_model: Path) -> None:
-    omni = AsyncOmni(model=str(tiny_edit_model))
-    prompt = {"prompt": "make it blue", "multi_modal_data": {"image": [photo(31, 70, 3), PHOTO]}}
-    params = OmniDiffusionSamplingParams(num_inference_steps=40, seed=3)
-    await omni.start()
-    try:
-        undisturbed = [output async for output in omni.generate(prompt, params)][-1]
-        assert isinstance(omni._engine, DiffusionEngine)
-        assert isinstance(omni._engine._executor, MultiprocExecutor)
-        (pid,) = omni._engine._executor.worker_pids
-        async for output in omni.generate(prompt, params):
-            if output.step == 1 and omni._engine._executor.worker_pids == [pid]:
-                os.kill(pid, signal.SIGKILL)
-        assert omni._engine._executor.worker_pids != [pid]
-    finally:
-        await omni.close()
-    assert output.finished
-    assert np.array_equal(pixels(undisturbed.images[0]), pixels(output.images[0]))
 
 
 async def test_what_the_model_cannot_take_is_refused_by_name(tiny_edit_model: Path) -> None:

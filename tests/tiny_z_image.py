@@ -30,11 +30,13 @@ def build_tiny_z_image(
     vae_sample_size: int = 96,
     shift: float = TURBO_SHIFT,
     seed: int = 0,
+    time_scale: float = 1.0,
     default_sampling_params: dict[str, object] | None = None,
 ) -> Path:
     """Write a ZImagePipeline folder to `path` and return it.
 
-    shift: of the schedule, in which Z-Image-Turbo and Z-Image differ; vae_sample_size: side of its tiles in pixels.
+    shift: of the schedule, in which Z-Image-Turbo and Z-Image differ; vae_sample_size: side of its tiles in pixels;
+    time_scale: how much the timestep matters, a random model of 1 is another one at each step.
     """
     generator_state = torch.get_rng_state()
     torch.manual_seed(seed)
@@ -56,7 +58,7 @@ def build_tiny_z_image(
     ZImagePipeline(
         tokenizer=tokenizer,
         text_encoder=randomize(_text_encoder(tokenizer, text_dim, text_heads, text_kv_heads)),
-        transformer=tiny_z_image_transformer(heads=heads, text_dim=text_dim),
+        transformer=tiny_z_image_transformer(heads=heads, text_dim=text_dim, t_scale=1000 * time_scale),
         vae=randomize(vae),
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift),
     ).save_pretrained(path)

@@ -94,9 +94,12 @@ def alone(path: Path, backend: str, seeds: Sequence[int]) -> Runs:
 
 
 def check(path: Path, backend: str, layout: str, seeds: Sequence[int], wanted: Runs) -> int:
-    """The steps that were skipped; every rank's pictures and the decisions of all are those of `wanted`."""
     parallel = LAYOUTS[layout]
-    by_rank = run_places(draw, parallel, parallel, path, backend, seeds, False)
+    return compare(run_places(draw, parallel, parallel, path, backend, seeds, False), parallel, wanted)
+
+
+def compare(by_rank: Sequence[Runs], parallel: DiffusionParallelConfig, wanted: Runs) -> int:
+    """The steps that were skipped; every rank's pictures and the decisions of all are those of `wanted`."""
     num_skipped = 0
     for number, (pictures, skips) in enumerate(wanted):
         group_size = parallel.replica_size // parallel.cfg_parallel_size

@@ -88,6 +88,7 @@ def draw(
         negative_prompt=request.negative_prompt,
         num_inference_steps=request.num_inference_steps,
         true_cfg_scale=request.true_cfg_scale,
+        sigmas=None if request.sigmas is None else list(request.sigmas),
         generator=torch.Generator().manual_seed(request.seed),
         output_type="np",
         **size,
@@ -120,12 +121,19 @@ def test_a_mixed_batch_of_single_pictures(tmp_path: Path) -> None:
 def test_a_mixed_batch_of_several_pictures(tmp_path: Path, zero_cond_t: bool) -> None:
     path = build(tmp_path / "plus", PLUS, heads=5, zero_cond_t=zero_cond_t)
     one, two, three = photo(90, 60, 1), photo(64, 64, 2), photo(31, 70, 3)
-    pictures = {"one": [one], "two": [two, three], "three": [three, one, two], "same size": [one, one]}
+    pictures = {
+        "one": [one],
+        "two": [two, three],
+        "three": [three, one, two],
+        "same size": [one, one],
+        "own sigmas": [three],
+    }
     asked = {
         "one": {"negative_prompt": "a blue car", "seed": 3},
         "two": {"prompt": "the apple of Picture 2", "num_inference_steps": 6, "seed": 4},
         "three": {"height": 48, "width": 80, "negative_prompt": " ", "true_cfg_scale": 1.5, "num_inference_steps": 3},
         "same size": {"prompt": "", "num_inference_steps": 2},
+        "own sigmas": {"sigmas": (1.0, 0.6, 0.3), "num_inference_steps": 3},
     }
     requests = {i: request_of(path, i, images, **asked[i]) for i, images in pictures.items()}
 
@@ -137,6 +145,11 @@ def test_a_mixed_batch_of_several_pictures(tmp_path: Path, zero_cond_t: bool) ->
     for name, request in requests.items():
         size = {"height": 48, "width": 80} if name == "three" else {}
         check(drive.images[name], draw(pipeline, pictures[name], request, **size))
+
+
+def test_the_first_model_takes_one_picture_the_others_several(tmp_path: Path) -> None:
+    inputs = [load_model_info(str(build(tmp_path / name, name))).image_input for name in (EDIT, PLUS)]
+    assert [taken.max_images for taken in inputs if taken is not None] == [1, 16]
 
 
 @torch.inference_mode()
@@ -158,6 +171,28 @@ def test_input_pictures_are_encoded_in_the_tiles_of_diffusers(tmp_path: Path) ->
         encoded.append(encoder(image.reference))
         torch.testing.assert_close(encoded[-1], pack_latents(wanted), atol=1e-3, rtol=1e-3)
     assert (encoded[0] - encoded[1]).abs().max() > 0.01, "tiling must show in this picture"
+
+
+def test_slicing_keeps_the_picture(tmp_path: Path) -> None:
+    path = build(tmp_path / "edit", EDIT)
+    requests = [request_of(path, f"{i}", [photo(64, 64, i)], num_inference_steps=2) for i in range(3)]
+    batched = Drive(started(path)).run({0: requests})
+    sliced = Drive(started(path, vae_use_slicing=True)).run({0: requests})
+    for request in requests:
+        assert psnr(batched.images[request.request_id], sliced.images[request.request_id]) >= 60
+
+
+def test_tiles_are_those_of_diffusers(tmp_path: Path) -> None:
+    path = build(tmp_path / "edit", EDIT)
+    picture, size = photo(64, 64, 1), {"height": 272, "width": 288}
+    request = request_of(path, "large", [picture], num_inference_steps=1, sigmas=(0.9,), **size)
+    drive = Drive(started(path, vae_use_tiling=True)).run({0: [request]})
+    pipeline = reference(path)
+    whole = draw(pipeline, [picture], request, **size)
+    pipeline.vae.enable_tiling()
+    tiled = draw(pipeline, [picture], request, **size)
+    assert np.abs(whole - tiled).max() > 0.01, "tiling must show in this picture"
+    check(drive.images["large"], tiled)
 
 
 def test_in_half_precision(tmp_path: Path) -> None:

@@ -1,0 +1,225 @@
+"""What works with which family, and the tests that prove it: README's matrix is written from here by `tools/matrix.py`.
+
+A test is named as pytest names it, without the cases that it is run with; `[word]` behind the name asks for the cases
+whose name has that word.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+COLUMNS = ("Qwen-Image", "Qwen-Image-Edit, -2509, -2511", "Z-Image, Z-Image-Turbo")
+
+
+@dataclass(frozen=True)
+class Cell:
+    text: str
+    """Markdown: footnotes and links may stand in it."""
+    tests: tuple[str, ...] = ()
+    """What proves the text; only "no", "not yet", what begins with them, and nothing at all may do without."""
+
+
+@dataclass(frozen=True)
+class Feature:
+    name: str
+    cells: tuple[Cell, ...]
+    """A column each."""
+
+
+def yes(*tests: str, text: str = "yes") -> Cell:
+    return Cell(text, tests)
+
+
+NOT_YET, EMPTY = Cell("not yet"), Cell("")
+
+DIFFUSION = "tests/diffusion"
+CACHE = f"{DIFFUSION}/cache"
+OPENAI = "tests/entrypoints/openai"
+FAMILIES = "tests/test_families.py"
+LAYOUTS = f"{DIFFUSION}/worker/test_layouts.py"
+EDIT_LAYOUTS = f"{DIFFUSION}/worker/test_edit_layouts.py"
+QWEN_IMAGE = f"{DIFFUSION}/models/qwen_image/test_pictures.py"
+QWEN_IMAGE_EDIT = f"{DIFFUSION}/models/qwen_image/test_edits.py"
+Z_IMAGE = f"{DIFFUSION}/models/z_image/test_pictures.py"
+
+SINGLE_EDITS = f"{QWEN_IMAGE_EDIT}::test_a_mixed_batch_of_single_pictures"
+SEVERAL_EDITS = f"{QWEN_IMAGE_EDIT}::test_a_mixed_batch_of_several_pictures"
+MIXED_BATCHES = (
+    yes(f"{QWEN_IMAGE}::test_a_mixed_batch_draws_what_diffusers_draws"),
+    yes(SINGLE_EDITS, SEVERAL_EDITS),
+    yes(f"{Z_IMAGE}::test_a_mixed_batch_draws_what_diffusers_draws"),
+)
+"""Of all sizes, steps and guidance, with sigmas of the request's own, against diffusers."""
+DATA_PARALLEL = (
+    f"{DIFFUSION}/test_replicas.py::test_pictures_of_one_call_spread_and_share_a_queue",
+    f"{DIFFUSION}/executor/test_worker_groups.py::test_two_replicas_of_two_share_the_work_and_one_dies",
+)
+"""Blind to families: whole engines side by side."""
+
+FEATURES = (
+    Feature(
+        "text to image",
+        (
+            yes(*MIXED_BATCHES[0].tests, f"{QWEN_IMAGE}::test_the_demo_model_draws_what_diffusers_draws"),
+            Cell(
+                "no: edits",
+                (
+                    "tests/test_edits_offline.py::test_what_the_model_cannot_take_is_refused_by_name",
+                    f"{OPENAI}/test_image_edits.py::test_generations_say_where_to_go",
+                ),
+            ),
+            yes(
+                *MIXED_BATCHES[2].tests,
+                f"{Z_IMAGE}::test_defaults_draw_what_diffusers_draws_with_its_own",
+                "tests/entrypoints/cli/test_z_image.py::test_the_server_draws_what_diffusers_draws",
+            ),
+        ),
+    ),
+    Feature(
+        "one input picture; several",
+        (
+            Cell("no", (f"{OPENAI}/test_image_errors.py::test_edits_say_where_to_go",)),
+            yes(
+                SINGLE_EDITS,
+                SEVERAL_EDITS,
+                f"{QWEN_IMAGE_EDIT}::test_the_first_model_takes_one_picture_the_others_several",
+                f"{OPENAI}/test_image_edits.py::test_a_real_model_end_to_end",
+                text="yes; yes (not the first one)",
+            ),
+            Cell("no"),
+        ),
+    ),
+    Feature(
+        "parameters of guidance",
+        (
+            Cell("`true_cfg_scale`", MIXED_BATCHES[0].tests),
+            Cell("`true_cfg_scale`", MIXED_BATCHES[1].tests),
+            Cell(
+                "`guidance_scale`, `cfg_normalization`, `cfg_truncation`",
+                (f"{Z_IMAGE}::test_guidance_is_truncated_and_normalised_as_in_diffusers",),
+            ),
+        ),
+    ),
+    Feature("custom sigmas", (MIXED_BATCHES[0], yes(SEVERAL_EDITS), MIXED_BATCHES[2])),
+    Feature(
+        "mixed sizes, steps and guidance in one batch",
+        (
+            MIXED_BATCHES[0],
+            yes(*MIXED_BATCHES[1].tests, text="yes, and any number of pictures"),
+            MIXED_BATCHES[2],
+        ),
+    ),
+    Feature(
+        "same pixels as diffusers (float32, 60 dB and better)",
+        (
+            yes(
+                *MIXED_BATCHES[0].tests,
+                f"{QWEN_IMAGE}::test_the_demo_model_draws_what_diffusers_draws",
+                f"{DIFFUSION}/models/qwen_image/test_transformer.py::test_a_pack_equals_one_forward_a_sequence",
+            ),
+            yes(*MIXED_BATCHES[1].tests, text="yes ([one difference](docs/design.md#ideas))"),
+            yes(
+                *MIXED_BATCHES[2].tests,
+                f"{Z_IMAGE}::test_defaults_draw_what_diffusers_draws_with_its_own",
+                f"{DIFFUSION}/models/z_image/test_transformer.py::test_a_pack_equals_one_forward_a_sequence",
+            ),
+        ),
+    ),
+    Feature(
+        "streaming with previews, cancel at the next step",
+        (
+            yes(
+                f"{FAMILIES}::test_previews_come_in_time_and_who_leaves_disturbs_nobody[qwen_image]",
+                f"{DIFFUSION}/worker/test_runner.py::test_previews_foresee_the_picture",
+                f"{DIFFUSION}/worker/test_runner.py::test_an_aborted_request_is_skipped_and_forgotten",
+                f"{OPENAI}/test_image_streams.py::test_partial_images_then_the_picture",
+                f"{OPENAI}/test_image_disconnects.py::test_stream_client_leaves",
+            ),
+            yes(
+                f"{FAMILIES}::test_previews_come_in_time_and_who_leaves_disturbs_nobody[edits]",
+                f"{OPENAI}/test_image_edits.py::test_a_stream_says_image_edit",
+                f"{OPENAI}/test_image_disconnects.py::test_client_of_an_edit_leaves",
+            ),
+            yes(
+                f"{FAMILIES}::test_previews_come_in_time_and_who_leaves_disturbs_nobody[z_image]",
+                f"{Z_IMAGE}::test_previews_are_predictions_of_the_picture",
+            ),
+        ),
+    ),
+    Feature(
+        "VAE slicing and tiling",
+        tuple(
+            yes(f"{file}::test_slicing_keeps_the_picture", f"{file}::test_tiles_are_those_of_diffusers")
+            for file in (QWEN_IMAGE, QWEN_IMAGE_EDIT, Z_IMAGE)
+        ),
+    ),
+    Feature(
+        "a worker's death: restart and replay, clients only wait longer",
+        (
+            yes(
+                "tests/entrypoints/cli/test_serve.py::test_a_worker_that_is_killed_or_stopped_is_replaced",
+            ),
+            yes(f"{FAMILIES}::test_a_replay_draws_the_same_picture[edits]"),
+            yes(f"{FAMILIES}::test_a_replay_draws_the_same_picture[z_image]"),
+        ),
+    ),
+    Feature(
+        "Ulysses, ring, CFG-, tensor-, data-parallel and their products; same pixels",
+        (
+            yes(
+                f"{LAYOUTS}::test_a_layout_draws_what_one_process_draws[qwen_image]",
+                f"{LAYOUTS}::test_the_placement_may_change_at_every_step[qwen_image]",
+                *DATA_PARALLEL,
+            ),
+            yes(
+                f"{EDIT_LAYOUTS}::test_a_layout_draws_what_one_process_draws",
+                f"{EDIT_LAYOUTS}::test_the_placement_may_change_and_the_text_encoder_be_shared",
+                *DATA_PARALLEL,
+            ),
+            yes(
+                f"{LAYOUTS}::test_a_layout_draws_what_one_process_draws[z_image]",
+                f"{LAYOUTS}::test_the_placement_may_change_at_every_step[z_image]",
+                f"{DIFFUSION}/models/z_image/test_info.py::test_degrees_that_the_model_does_not_allow_are_refused",
+                *DATA_PARALLEL,
+                text="yes (tensor: 1 or 2)",
+            ),
+        ),
+    ),
+    Feature(
+        "VAE patch-parallel decode, text encoder over several ranks",
+        (
+            yes(
+                f"{LAYOUTS}::test_ranks_may_share_decodes_and_the_text_encoder[qwen_image]",
+                f"{DIFFUSION}/models/qwen_image/test_vae.py::test_pictures_of_ranks_are_those_of_one_and_of_diffusers",
+            ),
+            yes(
+                f"{EDIT_LAYOUTS}::test_the_placement_may_change_and_the_text_encoder_be_shared",
+                f"{DIFFUSION}/models/qwen_image/test_vision.py::test_ranks_that_share_it_give_the_same_states",
+            ),
+            yes(
+                f"{LAYOUTS}::test_ranks_may_share_decodes_and_the_text_encoder[z_image]",
+                f"{DIFFUSION}/models/z_image/test_vae.py::test_pictures_of_ranks_are_those_of_one_and_of_diffusers",
+            ),
+        ),
+    ),
+    Feature(
+        "TeaCache, Cache-DiT, per sequence in mixed batches, with every kind of parallelism",
+        (
+            yes(
+                f"{CACHE}/test_company.py::test_decisions_and_pictures_are_those_of_the_request_alone",
+                f"{CACHE}/test_layouts.py::test_a_layout_decides_as_one_process",
+            ),
+            yes(
+                f"{CACHE}/test_families.py::test_decisions_and_pictures_are_those_of_the_request_alone[edits]",
+                f"{CACHE}/test_families.py::test_layouts_decide_as_one_process[edits]",
+            ),
+            yes(
+                f"{CACHE}/test_families.py::test_decisions_and_pictures_are_those_of_the_request_alone[z_images]",
+                f"{CACHE}/test_families.py::test_layouts_decide_as_one_process[z_images]",
+                text="yes (TeaCache: with measured `coefficients`)",
+            ),
+        ),
+    ),
+    Feature("video, other pipelines", (NOT_YET, EMPTY, EMPTY)),
+    Feature("LoRA, CPU offload, fp8, compiled blocks", (NOT_YET, NOT_YET, NOT_YET)),
+)

@@ -1,0 +1,121 @@
+"""What clients of every family see, on real (tiny) models: previews, cancels, replays."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+
+from tests.tiny_models import build_tiny_qwen_image, photo
+from tests.tiny_z_image import build_tiny_z_image
+from vllm_omni import AsyncOmni
+from vllm_omni.diffusion.engine import DiffusionEngine
+from vllm_omni.diffusion.executor.multiproc import MultiprocExecutor
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+from vllm_omni.outputs import OmniRequestOutput
+
+GUARD_SECONDS = 120
+PARAMS = OmniDiffusionSamplingParams(height=64, width=64, num_inference_steps=40, seed=3)
+DEFAULTS: dict[str, object] = {"height": 64, "width": 64}
+
+
+@dataclass(frozen=True)
+class Family:
+    build: Callable[[Path], Path]
+    prompt: dict[str, Any]
+
+
+FAMILIES = {
+    "qwen_image": Family(
+        lambda path: build_tiny_qwen_image(path, default_sampling_params=DEFAULTS), {"prompt": "a red apple"}
+    ),
+    "edits": Family(
+        lambda path: build_tiny_qwen_image(
+            path, edit="QwenImageEditPlusPipeline", zero_cond_t=True, default_sampling_params=DEFAULTS
+        ),
+        {"prompt": "make it blue", "multi_modal_data": {"image": [photo(31, 70, 3), photo(90, 60, 1)]}},
+    ),
+    "z_image": Family(
+        lambda path: build_tiny_z_image(path, default_sampling_params=DEFAULTS), {"prompt": "a red apple"}
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    chosen = FAMILIES[request.param]
+    return chosen.build(tmp_path_factory.mktemp("models") / request.param), chosen.prompt
+
+
+@asynccontextmanager
+async def started(path: Path, backend: Literal["mp", "uni"]) -> AsyncIterator[AsyncOmni]:
+    omni = AsyncOmni(model=str(path), distributed_executor_backend=backend)
+    try:
+        async with asyncio.timeout(GUARD_SECONDS):
+            await omni.start()
+            yield omni
+    finally:
+        await omni.close()
+
+
+def worker_of(omni: AsyncOmni) -> int:
+    assert isinstance(omni._engine, DiffusionEngine)
+    assert isinstance(omni._engine._executor, MultiprocExecutor)
+    (pid,) = omni._engine._executor.worker_pids
+    return pid
+
+
+def picture(output: OmniRequestOutput) -> np.ndarray:
+    return np.asarray(output.images[0])
+
+
+async def test_previews_come_in_time_and_who_leaves_disturbs_nobody(family: tuple[Path, dict[str, Any]]) -> None:
+    path, prompt = family
+    async with started(path, "uni") as omni:
+        watched = replace(PARAMS, num_previews=2)
+        outputs = [output async for output in omni.generate(prompt, watched)]
+        assert outputs[-1].finished
+        steps = [output.step for output in outputs if not output.images]
+        assert steps == list(range(1, 41))
+        previews = [output for output in outputs if output.images and output.step < 40]
+        assert len(previews) == 2
+        errors = [float(np.abs(picture(p).astype(float) - picture(outputs[-1])).mean()) for p in previews]
+        assert errors[0] > errors[1], "a later preview is nearer to the picture"
+
+        leaving = omni.generate(prompt, PARAMS)
+        stream = omni.generate(prompt, watched)
+        async for output in leaving:
+            if output.step >= 2:
+                break
+        await leaving.aclose()
+        status = omni.status()
+        assert status.num_running + status.num_waiting == 1
+        company = [output async for output in stream][-1]
+        assert np.abs(picture(company).astype(int) - picture(outputs[-1])).max() <= 1
+
+
+@pytest.mark.parametrize("family", ["edits", "z_image"], indirect=True)
+async def test_a_replay_draws_the_same_picture(family: tuple[Path, dict[str, Any]]) -> None:
+    path, prompt = family
+    async with started(path, "mp") as omni:
+        undisturbed = [output async for output in omni.generate(prompt, PARAMS)][-1]
+        pid = worker_of(omni)
+        async for output in omni.generate(prompt, PARAMS):
+            if output.step == 1 and worker_of(omni) == pid:
+                os.kill(pid, signal.SIGKILL)
+        assert worker_of(omni) != pid
+        assert output.finished
+        assert np.array_equal(picture(undisturbed), picture(output))
