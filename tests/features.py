@@ -8,7 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-COLUMNS = ("Qwen-Image", "Qwen-Image-Edit, -2509, -2511", "Z-Image, Z-Image-Turbo")
+COLUMNS = (
+    "Qwen-Image",
+    "Qwen-Image-Edit, -2509, -2511",
+    "Z-Image, Z-Image-Turbo",
+    "other text-to-image pipelines, by diffusers",
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,10 @@ QWEN_IMAGE = f"{DIFFUSION}/models/qwen_image/test_pictures.py"
 QWEN_IMAGE_EDIT = f"{DIFFUSION}/models/qwen_image/test_edits.py"
 Z_IMAGE = f"{DIFFUSION}/models/z_image/test_pictures.py"
 
+WHOLE = f"{DIFFUSION}/models/diffusers_fallback"
+WHOLE_PICTURES = f"{WHOLE}/test_pictures.py::test_a_picture_is_diffusers_own"
+TAKING_TURNS = f"{WHOLE}/test_pictures.py::test_requests_under_way_do_not_touch_one_another"
+
 SINGLE_EDITS = f"{QWEN_IMAGE_EDIT}::test_a_mixed_batch_of_single_pictures"
 SEVERAL_EDITS = f"{QWEN_IMAGE_EDIT}::test_a_mixed_batch_of_several_pictures"
 MIXED_BATCHES = (
@@ -73,6 +82,10 @@ FEATURES = (
                 f"{Z_IMAGE}::test_defaults_draw_what_diffusers_draws_with_its_own",
                 "tests/entrypoints/cli/test_z_image.py::test_the_server_draws_what_diffusers_draws",
             ),
+            yes(
+                WHOLE_PICTURES,
+                "tests/entrypoints/cli/test_serve_diffusers.py::test_the_sdk_gets_diffusers_own_pictures",
+            ),
         ),
     ),
     Feature(
@@ -87,6 +100,7 @@ FEATURES = (
                 text="yes; yes (not the first one)",
             ),
             Cell("no"),
+            Cell("not yet"),
         ),
     ),
     Feature(
@@ -98,15 +112,23 @@ FEATURES = (
                 "`guidance_scale`, `cfg_normalization`, `cfg_truncation`",
                 (f"{Z_IMAGE}::test_guidance_is_truncated_and_normalised_as_in_diffusers",),
             ),
+            Cell(
+                "those of the pipeline's call",
+                ("tests/entrypoints/cli/test_serve_diffusers.py::test_a_wrong_parameter_is_a_400_that_names_it",),
+            ),
         ),
     ),
-    Feature("custom sigmas", (MIXED_BATCHES[0], yes(SEVERAL_EDITS), MIXED_BATCHES[2])),
+    Feature(
+        "custom sigmas",
+        (MIXED_BATCHES[0], yes(SEVERAL_EDITS), MIXED_BATCHES[2], yes(WHOLE_PICTURES, text="where the call has them")),
+    ),
     Feature(
         "mixed sizes, steps and guidance in one batch",
         (
             MIXED_BATCHES[0],
             yes(*MIXED_BATCHES[1].tests, text="yes, and any number of pictures"),
             MIXED_BATCHES[2],
+            Cell("no: they take turns", (TAKING_TURNS,)),
         ),
     ),
     Feature(
@@ -123,6 +145,7 @@ FEATURES = (
                 f"{Z_IMAGE}::test_defaults_draw_what_diffusers_draws_with_its_own",
                 f"{DIFFUSION}/models/z_image/test_transformer.py::test_a_pack_equals_one_forward_a_sequence",
             ),
+            yes(WHOLE_PICTURES, TAKING_TURNS),
         ),
     ),
     Feature(
@@ -144,13 +167,17 @@ FEATURES = (
                 f"{FAMILIES}::test_previews_come_in_time_and_who_leaves_disturbs_nobody[z_image]",
                 f"{Z_IMAGE}::test_previews_are_predictions_of_the_picture",
             ),
+            yes(f"{WHOLE}/test_pictures.py::test_an_abort_ends_a_request_at_its_next_step", text="cancel; no previews"),
         ),
     ),
     Feature(
         "VAE slicing and tiling",
-        tuple(
-            yes(f"{file}::test_slicing_keeps_the_picture", f"{file}::test_tiles_are_those_of_diffusers")
-            for file in (QWEN_IMAGE, QWEN_IMAGE_EDIT, Z_IMAGE)
+        (
+            *(
+                yes(f"{file}::test_slicing_keeps_the_picture", f"{file}::test_tiles_are_those_of_diffusers")
+                for file in (QWEN_IMAGE, QWEN_IMAGE_EDIT, Z_IMAGE)
+            ),
+            yes(f"{WHOLE}/test_info.py::test_tiling_is_switched_on"),
         ),
     ),
     Feature(
@@ -161,6 +188,7 @@ FEATURES = (
             ),
             yes(f"{FAMILIES}::test_a_replay_draws_the_same_picture[edits]"),
             yes(f"{FAMILIES}::test_a_replay_draws_the_same_picture[z_image]"),
+            Cell("not yet tested"),
         ),
     ),
     Feature(
@@ -183,6 +211,9 @@ FEATURES = (
                 *DATA_PARALLEL,
                 text="yes (tensor: 1 or 2)",
             ),
+            yes(
+                f"{WHOLE}/test_info.py::test_only_data_parallelism_is_taken", *DATA_PARALLEL, text="data-parallel alone"
+            ),
         ),
     ),
     Feature(
@@ -200,6 +231,7 @@ FEATURES = (
                 f"{LAYOUTS}::test_ranks_may_share_decodes_and_the_text_encoder[z_image]",
                 f"{DIFFUSION}/models/z_image/test_vae.py::test_pictures_of_ranks_are_those_of_one_and_of_diffusers",
             ),
+            Cell("no", (f"{WHOLE}/test_info.py::test_only_data_parallelism_is_taken",)),
         ),
     ),
     Feature(
@@ -216,10 +248,19 @@ FEATURES = (
             yes(
                 f"{CACHE}/test_families.py::test_decisions_and_pictures_are_those_of_the_request_alone[z_images]",
                 f"{CACHE}/test_families.py::test_layouts_decide_as_one_process[z_images]",
-                text="yes (TeaCache: with measured `coefficients`)",
+                text="yes (TeaCache: Qwen-Image's polynomial unless `coefficients` say better)",
             ),
+            Cell("no: refused by name", (f"{WHOLE}/test_info.py::test_settings_of_packed_steps_are_refused",)),
         ),
     ),
-    Feature("video, other pipelines", (NOT_YET, EMPTY, EMPTY)),
-    Feature("LoRA, CPU offload, fp8, compiled blocks", (NOT_YET, NOT_YET, NOT_YET)),
+    Feature("video", (NOT_YET, EMPTY, EMPTY, NOT_YET)),
+    Feature(
+        "LoRA, CPU offload, fp8, compiled blocks",
+        (
+            NOT_YET,
+            NOT_YET,
+            NOT_YET,
+            Cell("not yet, but for diffusers' own offload", (f"{WHOLE}/test_info.py::test_offload_needs_a_gpu",)),
+        ),
+    ),
 )
