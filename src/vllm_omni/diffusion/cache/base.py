@@ -44,12 +44,13 @@ class Blocks(Protocol):
 
 
 @dataclass(frozen=True)
-class Kept:
+class Kept(ABC):
     """What a cache keeps of a sequence; never changed, so that a step that fails can be repeated."""
 
     @property
+    @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
-        raise NotImplementedError
+        """All that counts in the budget."""
 
 
 @dataclass(eq=False)

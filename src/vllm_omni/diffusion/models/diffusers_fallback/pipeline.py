@@ -160,7 +160,7 @@ class Pipeline(BasePipeline[WholeState]):
         call = self._calls[request.request_id] = PipelineCall(self.pipeline, self._whole, request)
         try:
             call.encode()
-        except Exception:
+        except Exception:  # whatever it was, the runner tells it; a call that did not begin is not kept
             del self._calls[request.request_id]
             raise
         lengths = request.cost.branch_tokens or (request.num_image_tokens,)
