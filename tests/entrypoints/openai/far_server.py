@@ -32,6 +32,7 @@ class FarServer:
 
 
 class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
     far: FarServer
 
     def log_message(self, *_: object) -> None:
@@ -40,8 +41,10 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.far.requests.append((self.path, {name.lower(): value for name, value in self.headers.items()}))
         kind, _, rest = self.path.removeprefix("/").partition("/")
-        with suppress(ConnectionError):  # who asked may have heard enough
+        try:
             getattr(self, f"_{kind}")(unquote(rest))
+        except ConnectionError:  # who asked has heard enough
+            self.close_connection = True
 
     def _answer(self, status: int, body: bytes = b"", **headers: str) -> None:
         self.send_response(status)
@@ -69,13 +72,21 @@ class _Handler(BaseHTTPRequestHandler):
     def _claims(self, num_bytes: str) -> None:
         self._answer(200, content_length=num_bytes)
 
+    def _headers(self, _: str) -> None:
+        self.send_response(200)
+        while True:
+            self.send_header("x", "y" * 2**16)
+            self.flush_headers()
+
     def _endless(self, _: str) -> None:
+        self.close_connection = True
         self.send_response(200)
         self.end_headers()
         while True:
             self.far.num_sent += self.connection.send(bytes(2**16))
 
     def _cut(self, _: str) -> None:
+        self.close_connection = True
         self._answer(200, b"only this", content_length="1000")
 
     def _silent(self, _: str) -> None:
@@ -84,6 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.far.left.set()
 
     def _drip(self, _: str) -> None:
+        self.close_connection = True
         self.send_response(200)
         self.end_headers()
         self.connection.settimeout(0.01)

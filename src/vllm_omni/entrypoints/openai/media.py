@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import httpx
 
-from vllm_omni.errors import InvalidRequestError
+from vllm_omni.errors import InvalidRequestError, QueueFullError
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -74,6 +74,8 @@ class FetchPolicy:
     total_seconds: float = 30.0
     """For a picture, with its redirects."""
     max_redirects: int = 3
+    max_fetches: int = 64
+    """At the same time, so that nobody has this server flood the far ones."""
 
 
 class MediaFetcher:
@@ -89,6 +91,7 @@ class MediaFetcher:
         self._accepted = ", ".join(allowed_domains)
         self._max_bytes = max_bytes
         self._policy = policy
+        self._num_fetches = 0
         self._transport = httpx.AsyncHTTPTransport(
             verify=policy.tls, trust_env=False, limits=httpx.Limits(max_connections=None, max_keepalive_connections=0)
         )
@@ -99,9 +102,12 @@ class MediaFetcher:
         """The file at `url`; `hold` is told of its bytes as they come, and may raise.
 
         Raises InvalidRequestError for URLs that are not allowed, and where the far server does not give a file of at
-        most `max_bytes` in time.
+        most `max_bytes` in time; QueueFullError where too many are being fetched.
         """
         start = self._checked(url)
+        if self._num_fetches >= self._policy.max_fetches:
+            raise QueueFullError(f"{self._num_fetches} pictures are being fetched", retry_after=1.0)
+        self._num_fetches += 1
         try:
             async with asyncio.timeout(self._policy.total_seconds):
                 return await self._follow(start, hold)
@@ -109,6 +115,8 @@ class MediaFetcher:
             raise _failed(f"{start.host} did not send the picture in time") from error
         except (httpx.TransportError, OSError) as error:
             raise _failed(f"{start.host} could not be reached, or broke off") from error
+        finally:
+            self._num_fetches -= 1
 
     async def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
