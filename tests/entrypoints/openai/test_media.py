@@ -43,7 +43,7 @@ def here_or_public(address: IPAddress) -> bool:
     return address == ipaddress.ip_address("127.0.0.1") or is_public(address)
 
 
-POLICY = FetchPolicy(resolve=NAMES.__getitem__, allows_address=here_or_public)
+POLICY = FetchPolicy(NAMES.__getitem__, here_or_public, read_seconds=3 * WAIT_SECONDS, total_seconds=3 * WAIT_SECONDS)
 
 
 @pytest.fixture(scope="module")
@@ -198,16 +198,16 @@ def test_a_client_that_leaves_ends_the_fetch(server: LiveServer, far: FarServer,
 
 
 @pytest.mark.parametrize(
-    ("path", "limits"),
+    ("path", "policy"),
     [
-        ("/silent/", {"read_seconds": 0.2}),
-        ("/silent/", {"total_seconds": 0.2}),
-        ("/drip/", {"total_seconds": 0.2}),  # never silent for long
+        ("/silent/", replace(POLICY, read_seconds=0.2)),
+        ("/silent/", replace(POLICY, total_seconds=0.2)),
+        ("/drip/", replace(POLICY, total_seconds=0.2)),  # never silent for long
     ],
+    ids=["silence", "total", "total, bit by bit"],
 )
-async def test_deadlines(far: FarServer, path: str, limits: dict[str, float]) -> None:
+async def test_deadlines(far: FarServer, path: str, policy: FetchPolicy) -> None:
     far.left.clear()
-    policy = replace(POLICY, **limits)
     with pytest.raises(InvalidRequestError, match=r"photos\.example did not send the picture in time"):
         await fetch(far.url(path), policy)
     assert far.left.wait(WAIT_SECONDS / 2)
