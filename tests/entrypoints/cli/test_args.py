@@ -192,6 +192,7 @@ def test_server_flags(tmp_path: Path) -> None:
         *("--uvicorn-log-level", "warning", "--disable-access-log-for-endpoints", "/health, /metrics"),
         *("--ssl-keyfile", str(key), "--ssl-certfile", str(certificate), "--enable-ssl-refresh"),
         *("--shutdown-timeout", "3", "--disable-fastapi-docs", "--enable-request-id-headers", "--log-prompts"),
+        *("--allowed-media-domains", "images.example", "10.1.2.3", "CDN.example"),
     )
     assert parsed.http == cli.HttpOptions(
         host="::1",
@@ -212,6 +213,7 @@ def test_server_flags(tmp_path: Path) -> None:
         served_model_names=("gpt-image-1", "demo"),
         root_path="/omni",
         media_ttl_seconds=60.0,
+        allowed_media_domains=("images.example", "10.1.2.3", "cdn.example"),
         disable_docs=True,
         generate_request_ids=True,
         log_prompts=True,
@@ -266,6 +268,10 @@ WRONG_VALUES = [
     (["--port"], ["--port", "expected one argument"]),
     (["--shutdown-timeout", "soon"], ["--shutdown-timeout", "'soon'", "seconds"]),
     (["--media-ttl", "0"], ["--media-ttl", "'0'", "seconds above 0"]),
+    *(
+        (["--allowed-media-domains", "a.example", wrong], ["--allowed-media-domains", repr(wrong), "exact host name"])
+        for wrong in ("https://a.example", "a.example:80", "*.example", "a.example/", ".example", "bücher.example", "")
+    ),
     (["--dtype", "float8"], ["--dtype", "'float8'", "bfloat16"]),
     (["--quantization", "int3"], ["--quantization", "'int3'", "fp8"]),
     (["--scheduling-policy", "lifo"], ["--scheduling-policy", "'lifo'", "fcfs"]),
@@ -347,7 +353,6 @@ def test_a_wrong_config_file_is_one_line(content: str, tmp_path: Path, capsys: p
         ["--job-store", "sqlite:///jobs.db"],
         ["--media-store", "s3://bucket"],
         ["--otlp-traces-endpoint", "http://collector:4317"],
-        ["--allowed-media-domains", "example.org"],
         ["--allowed-local-media-path", "/media"],
     ],
     ids=" ".join,

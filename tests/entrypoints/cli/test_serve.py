@@ -34,20 +34,21 @@ from tests.entrypoints.cli.server_process import (
 
 KEY = "correct horse"
 ORIGIN = "https://app.example"
+LOCALHOST = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
 LONG = 40
 """Steps of a request that is still running when the test has done its next two things."""
 
 
-def self_signed(folder: Path) -> tuple[Path, Path]:
-    """(key file, certificate file) for 127.0.0.1."""
+def self_signed(folder: Path, subject: x509.GeneralName = LOCALHOST) -> tuple[Path, Path]:
+    """(key file, certificate file)."""
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "a server of the tests")])
     now = datetime.datetime.now(datetime.UTC)
     certificate = (
         x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(days=1))
         .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
+        .add_extension(x509.SubjectAlternativeName([subject]), False)
         .sign(key, hashes.SHA256())
     )
     encoding, plain = serialization.Encoding.PEM, serialization.NoEncryption()

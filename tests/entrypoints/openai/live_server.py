@@ -22,6 +22,7 @@ from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.plan import ItemError, StepPlan
 from vllm_omni.diffusion.registry import ModelInfo
 from vllm_omni.entrypoints.openai.app import build_app
+from vllm_omni.entrypoints.openai.media import FetchPolicy
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
 from vllm_omni.entrypoints.openai.settings import ServerSettings
 from vllm_omni.inputs.images import InputImage
@@ -143,6 +144,7 @@ def live_server(
     start_engine: bool = True,
     wrap: Callable[[FastAPI], None] | None = None,
     settings: dict[str, Any] | None = None,
+    fetch_policy: FetchPolicy | None = None,
     **config: Any,
 ) -> Iterator[LiveServer]:
     """Serve until the block ends. `settings`: of the server; `config`: of the engine; `wrap` changes the app;
@@ -164,7 +166,10 @@ def live_server(
         if start_engine:
             await omni.start()
         app = build_app(
-            omni, ServerSettings(**{"served_model_names": (MODEL_NAME, ALIAS), **(settings or {})}), observer
+            omni,
+            ServerSettings(**{"served_model_names": (MODEL_NAME, ALIAS), **(settings or {})}),
+            observer,
+            fetch_policy or FetchPolicy(),
         )
         if wrap is not None:
             wrap(app)

@@ -115,7 +115,7 @@ def test_an_edit_model_needs_a_picture_in_the_last_user_message(editor: httpx.Cl
     for messages in ([says("x")], [*earlier, says("x")]):
         param, message = refused(editor, {"messages": messages})
         assert param == "messages"
-        assert "needs an image_url part with a data: URL" in message
+        assert "needs an image_url part" in message
 
 
 @pytest.mark.parametrize(

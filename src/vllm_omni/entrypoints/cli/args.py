@@ -73,7 +73,6 @@ class ServeArgs:
 UNAVAILABLE = {
     "lora_modules": "LoRA adapters to serve, as NAME=PATH",
     "allowed_local_media_path": "folder from which requests may read media files",
-    "allowed_media_domains": "hosts from which requests may have media fetched",
     "otlp_traces_endpoint": "OpenTelemetry collector that gets traces",
     "job_store": "SQLAlchemy URL of the video jobs",
     "media_store": "fsspec URL of the finished videos",
@@ -148,6 +147,12 @@ def _add_server_flags(group: Any) -> None:
         "seconds that a picture can be fetched by its url",
         "--media-ttl",
         type=values.seconds(zero=False),
+    )
+    settings.add(
+        "allowed_media_domains",
+        "hosts, by their exact names, from which pictures are fetched that requests name by URL; none: only data: URLs",
+        nargs="+",
+        type=values.host_name,
     )
     http.add(
         "shutdown_timeout",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,14 @@ def secret(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("takes a key, got an empty string")
     return text
+
+
+def host_name(text: str) -> str:
+    """A host name in lower case, without scheme, port and wildcard."""
+    label = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
+    if not re.fullmatch(rf"{label}(\.{label})*", text.lower()):
+        raise _wrong("an exact host name such as images.example.com (xn--... where it is not ASCII)", text)
+    return text.lower()
 
 
 def existing_file(text: str) -> str:

@@ -16,15 +16,21 @@ from vllm_omni.entrypoints.openai.errors import install_error_handlers
 from vllm_omni.entrypoints.openai.files import FileStore
 from vllm_omni.entrypoints.openai.health import make_metrics_router, make_models_router, make_probes_router
 from vllm_omni.entrypoints.openai.images import EDITS_PATH, ImageService, make_images_router
+from vllm_omni.entrypoints.openai.media import FetchPolicy, MediaFetcher
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
 from vllm_omni.entrypoints.openai.middleware import LimitBody, RequestId
 from vllm_omni.entrypoints.openai.resolver import Resolver
 from vllm_omni.entrypoints.openai.settings import ServerSettings
-from vllm_omni.entrypoints.openai.uploads import UploadBudget, UploadReader
+from vllm_omni.entrypoints.openai.uploads import MAX_IMAGE_BYTES, UploadBudget, UploadReader
 from vllm_omni.omni import AsyncOmni
 
 
-def build_app(omni: AsyncOmni, settings: ServerSettings, metrics: PrometheusObserver | None = None) -> FastAPI:
+def build_app(
+    omni: AsyncOmni,
+    settings: ServerSettings,
+    metrics: PrometheusObserver | None = None,
+    fetch_policy: FetchPolicy = FetchPolicy(),  # noqa: B008 (frozen)
+) -> FastAPI:
     """The app that serves `omni`. `metrics`: the observer given to `omni`; None leaves the engine's metrics empty.
 
     Its lifespan owns the threads.
@@ -35,6 +41,7 @@ def build_app(omni: AsyncOmni, settings: ServerSettings, metrics: PrometheusObse
     encoder = ImageEncoder(settings.num_encoding_threads, metrics.on_encoded)
     resolver = Resolver(omni, metrics)
     decoder = ImageDecoder(settings.num_encoding_threads)
+    media = MediaFetcher(settings.allowed_media_domains, MAX_IMAGE_BYTES, fetch_policy)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -46,6 +53,7 @@ def build_app(omni: AsyncOmni, settings: ServerSettings, metrics: PrometheusObse
             resolver.close()
             encoder.close()
             decoder.close()
+            await media.close()
 
     app = FastAPI(
         title="vllm-omni",
@@ -56,7 +64,7 @@ def build_app(omni: AsyncOmni, settings: ServerSettings, metrics: PrometheusObse
         openapi_url=None if settings.disable_docs else "/openapi.json",  # without it there is no /docs either
     )
     budget = UploadBudget()
-    uploads = UploadReader(omni.info, decoder, budget)
+    uploads = UploadReader(omni.info, decoder, budget, media)
     app.state.upload_budget = budget
     service = ImageService(omni, settings, encoder, files, resolver, uploads)
     app.include_router(make_images_router(service))

@@ -27,9 +27,7 @@ class Turn:
                 "this model makes pictures from text and takes none: leave image_url parts out of the last user message"
             )
         if not self.urls and info.image_input is not None:
-            raise _invalid(
-                "this model edits pictures and got none: the last user message needs an image_url part with a data: URL"
-            )
+            raise _invalid("this model edits pictures and got none: the last user message needs an image_url part")
 
 
 def last_user_turn(messages: Sequence[Mapping[str, Any]]) -> Turn:

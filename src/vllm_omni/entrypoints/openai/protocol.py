@@ -94,7 +94,7 @@ class ImageEditRequest(ImageGenerationRequest):
         ]
         | None
     ) = None
-    """Of JSON bodies: `{"image_url": "data:image/png;base64,..."}` each."""
+    """Of JSON bodies: `{"image_url": "data:image/png;base64,..."}` each, or a URL of an allowed host."""
     mask: Any = None
     """Not available."""
     markup: Any = None

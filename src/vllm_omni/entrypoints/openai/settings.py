@@ -17,6 +17,8 @@ class ServerSettings:
     """How long a picture asked for with `response_format=url` can be fetched."""
     max_media_bytes: int = 2**30
     """Most bytes of pictures kept in memory for fetching; beyond it the oldest go early."""
+    allowed_media_domains: tuple[str, ...] = ()
+    """Hosts from which pictures that requests name by URL are fetched; none: none is fetched."""
     max_body_bytes: int = 2**20
     """Most bytes of a JSON request body."""
     keep_alive_seconds: float = 15.0

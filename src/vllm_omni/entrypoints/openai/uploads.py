@@ -20,6 +20,8 @@ from vllm_omni.diffusion.registry import ImageInput, ModelInfo
 from vllm_omni.entrypoints.openai.chat_protocol import ChatCompletionRequest
 from vllm_omni.entrypoints.openai.chat_turns import last_user_turn
 from vllm_omni.entrypoints.openai.decoding import ImageDecoder
+from vllm_omni.entrypoints.openai.disconnect import unless_disconnected
+from vllm_omni.entrypoints.openai.media import MediaFetcher
 from vllm_omni.entrypoints.openai.multipart import MultipartReader, Part
 from vllm_omni.entrypoints.openai.protocol import MAX_PROMPT_CHARACTERS, ImageEditRequest
 from vllm_omni.errors import InvalidRequestError, QueueFullError, RequestAbortedError
@@ -80,6 +82,7 @@ class UploadReader:
     info: ModelInfo
     decoder: ImageDecoder
     budget: UploadBudget
+    media: MediaFetcher
 
     async def read(self, request: Request) -> tuple[ImageEditRequest, tuple[InputImage, ...]]:
         """Raises InvalidRequestError or RequestValidationError (400), HTTPException (413), QueueFullError (429)."""
@@ -113,7 +116,8 @@ class UploadReader:
         for name in _UNSUPPORTED:
             if getattr(parsed, name) is not None:
                 raise _unsupported(name)
-        return parsed, await self._decode([image["image_url"] for image in parsed.images or ()])
+        urls = [image["image_url"] for image in parsed.images or ()]
+        return parsed, await unless_disconnected(request, self._images(urls, holding))
 
     async def read_chat(self, request: Request) -> tuple[ChatCompletionRequest, str, tuple[InputImage, ...]]:
         """The body, and the text and pictures of its last user message. Raises as `read` does."""
@@ -124,11 +128,20 @@ class UploadReader:
             body = await _json_body(request, holding, ChatCompletionRequest)
             turn = last_user_turn(body.messages)
             turn.check_images(self.info)
-            return body, turn.text, await self._decode(turn.urls)
+            return body, turn.text, await unless_disconnected(request, self._images(turn.urls, holding))
 
-    async def _decode(self, urls: Sequence[str]) -> tuple[InputImage, ...]:
+    async def _images(self, urls: Sequence[str], holding: Holding) -> tuple[InputImage, ...]:
+        """One after the other: what is fetched is held one picture at a time."""
         check_num_images(len(urls), self.info)
-        return tuple([await self.decoder.data_url(url, self._image_input.prepare) for url in urls])
+        return tuple([await self._image(url, holding) for url in urls])
+
+    async def _image(self, url: str, holding: Holding) -> InputImage:
+        if url.startswith("data:"):
+            return await self.decoder.data_url(url, self._image_input.prepare)
+        data = await self.media.fetch(url, holding.add)
+        image = await self.decoder.file(data, self._image_input.prepare)
+        holding.drop(len(data))
+        return image
 
     @property
     def _image_input(self) -> ImageInput:
