@@ -23,6 +23,7 @@ from vllm_omni.diffusion.models.qwen_image.edit import (
     EditInput,
 )
 from vllm_omni.diffusion.models.qwen_image.text import load_text_model
+from vllm_omni.diffusion.transfers import to_device
 from vllm_omni.inputs.images import InputImage
 
 VISION_CACHE_BYTES = 256 * 2**20
@@ -59,10 +60,10 @@ class EditEncoder:
         ids = self._tokenizer(text, return_tensors="pt").input_ids
         # A prompt may spell the token too; ours come first.
         is_image = (places := ids[0] == self._image_token) & (places.cumsum(0) <= sum(map(len, features)))
-        embedded = self._model.embed_tokens(ids.to(self._device))
+        embedded = self._model.embed_tokens(to_device(ids, self._device))
         if features:
-            embedded[0, is_image.to(self._device)] = torch.cat(features)
-        positions = vision_positions(is_image, grids)[:, None].to(self._device)
+            embedded[0].index_copy_(0, to_device(is_image.nonzero()[:, 0], self._device), torch.cat(features))
+        positions = to_device(vision_positions(is_image, grids)[:, None], self._device)
         output = self._model(inputs_embeds=embedded, position_ids=positions, use_cache=False)
         states: Tensor = output.last_hidden_state
         return states[0, NUM_EDIT_TEMPLATE_TOKENS:]
@@ -70,7 +71,7 @@ class EditEncoder:
     def _see(self, image: InputImage) -> Tensor:
         """[tokens, hidden size]: a picture in the place of the embeddings of its tokens."""
         inputs = self._edit.processor(images=[image.condition], return_tensors="pt")
-        pixels = inputs["pixel_values"].to(self._device, self._dtype)
+        pixels = to_device(inputs["pixel_values"].to(self._dtype), self._device)
         features: Tensor = self._tower(pixels, grid_thw=inputs["image_grid_thw"].to(self._device)).pooler_output
         return features
 
