@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.models.loading import OnBytes, load_weights, weight_names
@@ -72,7 +73,18 @@ class EditEncoder:
         """[tokens, hidden size]: a picture in the place of the embeddings of its tokens."""
         inputs = self._edit.processor(images=[image.condition], return_tensors="pt")
         pixels = to_device(inputs["pixel_values"].to(self._dtype), self._device)
-        features: Tensor = self._tower(pixels, grid_thw=inputs["image_grid_thw"].to(self._device)).pooler_output
+        # Where the tower cuts its tokens is read at every layer: that stays on the host, what it indexes by does not.
+        grid, tower = inputs["image_grid_thw"], self._tower
+        window_index, cu_window_seqlens = get_vision_window_index(
+            grid, tower.spatial_merge_size, tower.window_size, tower.patch_size
+        )
+        features: Tensor = tower(
+            pixels,
+            grid_thw=grid,
+            position_ids=to_device(get_vision_position_ids(grid, tower.spatial_merge_size), self._device),
+            window_index=to_device(window_index, self._device),
+            cu_window_seqlens=cu_window_seqlens,
+        ).pooler_output
         return features
 
 

@@ -49,5 +49,7 @@ class TextEncoder:
         All ranks of the group must call with the same prompt; each gets the states.
         """
         ids = to_device(torch.tensor([self._tokenizer.ids(prompt)]), self._device)
-        states: Tensor = self._model(input_ids=ids, use_cache=False).last_hidden_state
+        # One prompt needs no mask but the causal one; making it, transformers would look for others on the device.
+        masks = {"full_attention": None}
+        states: Tensor = self._model(input_ids=ids, attention_mask=masks, use_cache=False).last_hidden_state
         return states[0]
