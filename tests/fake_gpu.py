@@ -79,6 +79,7 @@ class FakeGpu(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.num_operations = 0
+        self.num_uploads = 0
         self._may_wait = False
 
     def __enter__(self) -> FakeGpu:
@@ -122,6 +123,7 @@ class FakeGpu(TorchDispatchMode):
         if not fakes and not goes_to_gpu:
             return _pinned(out) if is_pinned else out
         self.num_operations += 1
+        self.num_uploads += not fakes and name in COPIES
         if func._schema.name.endswith("_") and not func._schema.name.endswith("__"):
             return args[0]
         if "out" in kwargs:

@@ -17,6 +17,7 @@ from tests.tiny_z_image import BASE_SHIFT, build_tiny_z_image
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.models import loading
 from vllm_omni.diffusion.models.base import RequestState
+from vllm_omni.diffusion.plan import StepPlan
 from vllm_omni.diffusion.registry import load_model_info
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.diffusion.transfers import HOST, to_device
@@ -96,6 +97,23 @@ def test_a_step_neither_reads_nor_copies(
     for request_id, picture in wanted.images.items():
         assert psnr(picture, drive.images[request_id]) >= 60
     assert drive.previews.keys() == wanted.previews.keys()
+
+
+@pytest.mark.parametrize(("model", "arrivals"), CASES, ids=[name for name, _ in CASES])
+def test_a_step_whose_members_stay_sends_nothing(
+    model: str, arrivals: Arrivals, gpu: FakeGpu, request: pytest.FixtureRequest
+) -> None:
+    path = request.getfixturevalue(model)
+    runner = started(path, gpu)
+    requests = [one for several in arrivals(path).values() for one in several]
+    ids = [one.request_id for one in requests]
+    with gpu:
+        runner.execute(StepPlan(0, new_requests=requests, encode=ids))
+        encoded = gpu.num_uploads
+        runner.execute(StepPlan(1, denoise=ids))
+        laid_out = gpu.num_uploads
+        assert runner.execute(StepPlan(2, denoise=ids)).advanced == ids
+    assert encoded < laid_out == gpu.num_uploads
 
 
 def test_a_read_in_a_step_is_seen(tiny_model: Path, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
