@@ -52,6 +52,15 @@ from vllm_omni.errors import ConfigError, NotAvailableError
         ({"dtype": ["float32"]}, ["--dtype", "bfloat16", "['float32']"]),
         ({"quantization": "int3"}, ["--quantization", "fp8", "'int3'"]),
         ({"attention_backend": 3}, ["--attention-backend", "a string", "3"]),
+        ({"device": "tpu"}, ["--device", "'tpu'", "cuda"]),
+        ({"overlap_decode": 1}, ["--overlap-decode", "true or false"]),
+        (
+            {
+                "overlap_decode": True,
+                "parallel": DiffusionParallelConfig(ulysses_degree=2, vae_patch_parallel_size=2),
+            },
+            ["--overlap-decode", "--vae-patch-parallel-size 2"],
+        ),
     ],
 )
 def test_a_wrong_value_is_named(settings: dict, words: list[str]) -> None:

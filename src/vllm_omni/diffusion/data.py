@@ -18,6 +18,7 @@ CacheBackend = Literal["none", "tea_cache", "cache_dit"]
 SchedulingPolicy = Literal["fair", "fcfs"]
 ExecutorBackend = Literal["mp", "ray", "uni"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+DeviceChoice = Literal["auto", "cpu", "cuda"]
 Quantization = Literal["fp8"]
 StepsMaskPolicy = Literal["slow", "medium", "fast", "ultra"]
 StepsComputationPolicy = Literal["dynamic", "static"]
@@ -187,6 +188,10 @@ class OmniDiffusionConfig:
     """Decode the pictures of a step one at a time (less memory)."""
     vae_use_tiling: bool = False
     """Decode a picture in overlapping tiles (less memory for large pictures)."""
+    overlap_decode: bool = False
+    """On a GPU: let a decode run beside the next step of others instead of before it."""
+    device: DeviceChoice = "auto"
+    """`auto`: CUDA where this machine has it."""
     dtype: DType = "auto"
     """`auto`: bfloat16 on CUDA, float32 on CPU."""
     quantization: Quantization | None = None
@@ -235,6 +240,11 @@ class OmniDiffusionConfig:
             raise ConfigError(
                 "--distributed-executor-backend uni runs the model in this process, on one device; "
                 f"{self.parallel.written_out()} devices take mp"
+            )
+        if self.overlap_decode and (ranks := self.parallel.vae_patch_parallel_size) > 1:
+            raise ConfigError(
+                f"--overlap-decode decodes on one device; --vae-patch-parallel-size {ranks} has ranks exchange tiles "
+                "while others exchange a step's tokens"
             )
         _refuse_unavailable(self)
 

@@ -19,6 +19,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from vllm_omni.diffusion.transfers import to_device
+
 
 def cut(length: int, parts: int) -> list[int]:
     """Lengths of an even cut into `parts`; they differ by at most one."""
@@ -44,7 +46,7 @@ class Offsets:
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> Offsets:
         values = (0, *accumulate(lengths))
-        return cls(values, torch.tensor(values, dtype=torch.int32, device=device))
+        return cls(values, to_device(torch.tensor(values, dtype=torch.int32), device))
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -136,15 +138,15 @@ class Pack:
             )
         )
         joint_order = torch.tensor(order, dtype=torch.int64)
-        inverse = joint_order.argsort().to(device)
+        inverse = to_device(joint_order.argsort(), device)
         return cls(
             text=text,
             image=image,
             joint=Offsets.of([t + i for t, i in zip(text_lengths, image_lengths)], device),
             text_sequence=_sequence_of(text_lengths, numbers, device),
             image_sequence=_sequence_of(image_lengths, numbers, device),
-            joint_order=joint_order.to(device) if len(text_lengths) > 1 else None,
-            joint_is_image=(joint_order >= num_text).long().to(device),
+            joint_order=to_device(joint_order, device) if len(text_lengths) > 1 else None,
+            joint_is_image=to_device((joint_order >= num_text).long(), device),
             text_position=inverse[:num_text],
             image_position=inverse[num_text:],
             joint_lengths=joint_lengths,
@@ -195,7 +197,7 @@ class Pack:
 
 
 def _sequence_of(lengths: Sequence[int], numbers: Sequence[int], device: torch.device) -> Tensor:
-    return torch.repeat_interleave(torch.tensor(list(numbers)), torch.tensor(lengths)).to(device)
+    return to_device(torch.repeat_interleave(torch.tensor(list(numbers)), torch.tensor(lengths)), device)
 
 
 Built = TypeVar("Built")

@@ -90,6 +90,25 @@ def test_previews_foresee_the_picture(runner: ModelRunner) -> None:
     assert psnr(early, drive.images["p"]) < psnr(last, drive.images["p"])
 
 
+def test_on_a_cpu_decodes_beside_steps_are_decodes(tiny_model: Path, alone: dict[str, np.ndarray]) -> None:
+    config = OmniDiffusionConfig(model=str(tiny_model), device="cpu", overlap_decode=True)
+    beside = ModelRunner(config, load_model_info(str(tiny_model)))
+    beside.start()
+    together = Drive(beside).run({0: REQUESTS[:2], 1: REQUESTS[2:]})
+    assert all(psnr(picture, together.images[request_id]) >= 60 for request_id, picture in alone.items())
+
+
+def test_a_result_may_be_asked_for_when_its_requests_are_gone(
+    runner: ModelRunner, alone: dict[str, np.ndarray]
+) -> None:
+    steps = [StepPlan(i + 1, denoise=["b"]) for i in range(REQUESTS[1].num_inference_steps)]
+    last = len(steps) + 1
+    plans = [StepPlan(0, new_requests=[REQUESTS[1]], encode=["b"]), *steps, StepPlan(last, decode=["b"])]
+    waits = [runner.launch(plan) for plan in [*plans, StepPlan(last + 1, release=["b"])]]
+    results = [wait() for wait in waits]
+    assert psnr(results[last].images["b"], alone["b"]) >= 60
+
+
 Poison = Callable[[str, str, Exception], None]
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Self, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -101,8 +100,11 @@ class BasePipeline(ABC, Generic[State]):
         """The final latents as foreseen from a velocity, before `advance`."""
 
     @abstractmethod
-    def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[np.ndarray]:
-        """Pictures, uint8 [height, width, 3]. Of ranks that share a decode the first has them, the others get []."""
+    def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[Tensor]:
+        """Pictures, uint8 [height, width, 3], on the device.
+
+        Of ranks that share a decode the first has them, the others get [].
+        """
 
     @abstractmethod
     def forget(self, state: State) -> None:

@@ -31,14 +31,16 @@ Output = TypeVar("Output")
 
 
 class ModelRunner:
-    """Executes step plans. `abort` may be called from another thread; the rest belongs to one."""
+    """Executes step plans. `abort` may be called from another thread; so may what `launch` returns; the rest belongs to
+    one."""
 
     def __init__(self, config: OmniDiffusionConfig, info: ModelInfo, place: Place | None = None) -> None:
         """`place`: which rank of its replica this is; None: the only one."""
         self._config = config
         self._info = info
         self._place = place or Place()
-        self._device = Device(index=self._place.device_index)
+        self._device = Device(config.device, self._place.device_index)
+        self._decodes = self._device.stream(beside=config.overlap_decode)
         self._ranks = Ranks()
         self._pipeline: BasePipeline[Any] | None = None
         self._requests: dict[str, DiffusionRequest] = {}
@@ -89,9 +91,16 @@ class ModelRunner:
         """Skip these in every plan executed from now on, until they are released."""
         self._aborted.update(request_ids)  # no more than a mark: `execute` may be reading the states
 
-    @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step, together with the other ranks. One request's fault becomes its ItemError; the others go on."""
+        """Run one step to its end."""
+        return self.launch(plan)()
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Run one step, together with the other ranks. One request's fault becomes its ItemError; the others go on.
+
+        Returns when the device has been given all of it. What is returned waits until it is done.
+        """
         result = StepResult(plan.step_id)
         watch = Stopwatch(self._device)
         self._release(plan.release)
@@ -101,21 +110,25 @@ class ModelRunner:
             self._encode([i for i in plan.encode if i in live], result)
         with watch.measure("denoise"):
             clean = self._denoise([i for i in plan.denoise if i in live], plan, result)
-        with watch.measure("decode"):
-            result.previews = self._decode(clean, result)
-            latents = {i: self._states[i].latents for i in plan.decode if i in live}
-            result.images = self._decode(latents, result)
+        latents = {i: self._states[i].latents for i in plan.decode if i in live}
+        with self._decodes.after([*clean.values(), *latents.values()]), watch.measure("decode"):
+            previews, images = (self._device.download(self._decode(x, result)) for x in (clean, latents))
         for request_id in [*result.errors, *self._failed_elsewhere]:
             self._drop(request_id)
         self._failed_elsewhere.clear()
-        seconds = watch.seconds()
-        result.encode_seconds = seconds["encode"]
-        result.denoise_seconds = seconds["denoise"]
-        result.decode_seconds = seconds["decode"]
         result.cache_bytes = self.pipeline.step_cache.budget.num_bytes
         result.sent_bytes = self._ranks.take_sent_bytes()
         result.peak_memory_bytes = self._device.peak_memory_bytes()
-        return result
+
+        def wait() -> StepResult:
+            result.previews, result.images = previews(), images()
+            seconds = watch.seconds()
+            result.encode_seconds = seconds["encode"]
+            result.denoise_seconds = seconds["denoise"]
+            result.decode_seconds = seconds["decode"]
+            return result
+
+        return wait
 
     def _agree(self, plan: StepPlan) -> set[str]:
         """The requests of the plan that no rank skips: an abort reaches the ranks one after another, and a request may
@@ -167,14 +180,14 @@ class ModelRunner:
         result.advanced = list(self._each(advancing, _id_of_state, finish, result, together=False))
         return {i: latents for i, latents in clean.items() if i in result.advanced}
 
-    def _decode(self, latents: dict[str, Tensor], result: StepResult) -> dict[str, Any]:
+    def _decode(self, latents: dict[str, Tensor], result: StepResult) -> dict[str, Tensor]:
         """Decodes are dealt to the ranks, or to the groups of ranks that share one; each returns what it made."""
         mesh = self._ranks.mesh
         num_groups = mesh.world.size // mesh.vae.size
         mine = list(latents)[mesh.world.rank // mesh.vae.size :: num_groups]
 
-        def decode(batch: Sequence[DiffusionRequest]) -> Sequence[Any]:
-            pictures: list[Any] = self.pipeline.decode(batch, [latents[request.request_id] for request in batch])
+        def decode(batch: Sequence[DiffusionRequest]) -> Sequence[Tensor | None]:
+            pictures: Sequence[Tensor] = self.pipeline.decode(batch, [latents[request.request_id] for request in batch])
             return pictures or [None] * len(batch)
 
         requests = [self._requests[i] for i in mine]

@@ -18,6 +18,7 @@ import yaml
 from vllm_omni import __version__
 from vllm_omni.diffusion.data import (
     CacheBackend,
+    DeviceChoice,
     DiffusionParallelConfig,
     DType,
     ExecutorBackend,
@@ -212,6 +213,7 @@ def _add_cache_and_memory_flags(group: Any) -> None:
     engine.switch("enable_layerwise_offload", "bring transformer layers in one by one")
     engine.switch("vae_use_slicing", "decode one picture at a time")
     engine.switch("vae_use_tiling", "decode a picture in overlapping tiles")
+    engine.switch("overlap_decode", "on a GPU, decode beside the next step of others")
 
 
 def _add_scheduling_flags(group: Any) -> None:
@@ -235,6 +237,7 @@ def _add_scheduling_flags(group: Any) -> None:
 
 def _add_compute_flags(group: Any) -> None:
     engine = _Flags(group, OmniDiffusionConfig)
+    engine.add("device", "where the model runs; auto: CUDA where there is any", choices=get_args(DeviceChoice))
     engine.add("dtype", "of the weights; auto: bfloat16 on CUDA, float32 on CPU", choices=get_args(DType))
     engine.add("quantization", "of the weights", choices=("fp8",))
     engine.add("attention_backend", "attention kernel; none: the best for the device", type=values.nonempty)

@@ -26,6 +26,7 @@ from vllm_omni.diffusion.models.diffusers_fallback.components import component_c
 from vllm_omni.diffusion.models.diffusers_fallback.run import SteppedRun
 from vllm_omni.diffusion.registry import ModelInfo, WholePipeline
 from vllm_omni.diffusion.request import DiffusionRequest
+from vllm_omni.diffusion.transfers import HOST, is_host
 from vllm_omni.errors import ConfigError, InvalidRequestError
 
 
@@ -102,7 +103,7 @@ def arguments_of(request: DiffusionRequest, parameters: Sequence[str]) -> dict[s
     arguments = {name: value for name, value in values.items() if value is not None}
     if "sigmas" in arguments:
         arguments["sigmas"] = list(arguments["sigmas"])
-    generator = torch.Generator("cpu").manual_seed(request.seed)
+    generator = torch.Generator(HOST).manual_seed(request.seed)
     return arguments | {"prompt": request.prompt, "generator": generator, "output_type": "pil"}
 
 
@@ -181,13 +182,13 @@ class Pipeline(BasePipeline[WholeState]):
     def predict_clean(self, state: WholeState, velocity: Tensor) -> Tensor:
         raise AssertionError("requests for previews are refused")
 
-    def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[np.ndarray]:
+    def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[Tensor]:
         pictures = [self._calls[request.request_id].picture() for request in requests]
         for request, picture in zip(requests, pictures):
             if picture.shape[:2] != (request.height, request.width):
                 made, asked = f"{picture.shape[1]}x{picture.shape[0]}", f"{request.width}x{request.height}"
                 raise InvalidRequestError(f"the pipeline makes {made} of size {asked}", param="size")
-        return pictures
+        return [torch.from_numpy(picture) for picture in pictures]
 
     def forget(self, state: WholeState) -> None:
         if (call := self._calls.pop(state.request.request_id, None)) is not None:
@@ -214,7 +215,7 @@ def _without_progress_bars() -> Iterator[None]:
 
 def _refuse_offload_without_gpu(config: OmniDiffusionConfig, device: torch.device) -> None:
     for name in ("enable_cpu_offload", "enable_layerwise_offload"):
-        if getattr(config, name) and device.type != "cuda":
+        if getattr(config, name) and is_host(device):
             raise ConfigError(f"{flag_of(name)} needs a GPU to bring the weights to, this machine has none")
 
 

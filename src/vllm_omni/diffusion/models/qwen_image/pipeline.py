@@ -44,6 +44,7 @@ from vllm_omni.diffusion.sampling import (
     draw_noise,
     pack_latents,
 )
+from vllm_omni.diffusion.transfers import to_device
 from vllm_omni.inputs.images import InputImage
 
 PROMPT_CACHE_BYTES = 256 * 2**20
@@ -235,12 +236,12 @@ class Pipeline(FlowPipeline[QwenImageState, Forward]):
         has_references = bool(is_reference.any())
         own_rows = None
         if has_references and self.transformer.config.zero_cond_t:
-            own_rows = pack.image_sequence.masked_fill(is_reference.to(self._device), pack.num_sequences)
+            own_rows = pack.image_sequence.masked_fill(to_device(is_reference, self._device), pack.num_sequences)
         forward = Forward(
             # Text and image of one sequence after another: that is the joint order.
-            arrangement=Arrangement(pack, torch.cat(rotations).to(self._device), self._attention),
+            arrangement=Arrangement(pack, to_device(torch.cat(rotations), self._device), self._attention),
             text=torch.cat([sharding.part(text[i]) for i in sharding.mine]),
-            targets=(~is_reference).nonzero()[:, 0].to(self._device) if has_references else None,
+            targets=to_device((~is_reference).nonzero()[:, 0], self._device) if has_references else None,
             own_rows=own_rows,
         )
         return Layout(sharding, forward)

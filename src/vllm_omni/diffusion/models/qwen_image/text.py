@@ -19,6 +19,7 @@ from vllm_omni.diffusion.models.qwen_image.info import (
     NUM_TEMPLATE_TOKENS,
     PROMPT_TEMPLATE,
 )
+from vllm_omni.diffusion.transfers import to_device
 
 
 class TextEncoder:
@@ -51,7 +52,7 @@ class TextEncoder:
             truncation=True,
             return_tensors="pt",
         ).input_ids
-        states: Tensor = self._model(input_ids=ids.to(self._device), use_cache=False).last_hidden_state
+        states: Tensor = self._model(input_ids=to_device(ids, self._device), use_cache=False).last_hidden_state
         return states[0, NUM_TEMPLATE_TOKENS:]
 
 

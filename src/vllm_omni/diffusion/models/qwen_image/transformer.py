@@ -22,6 +22,7 @@ from vllm_omni.diffusion.layers.timesteps import NUM_WAVES, timestep_waves
 from vllm_omni.diffusion.models.arrangement import Arrangement
 from vllm_omni.diffusion.models.modulation import Modulation
 from vllm_omni.diffusion.packing import Hidden, Pack
+from vllm_omni.diffusion.transfers import to_device
 from vllm_omni.errors import ConfigError
 
 EPS = 1e-6
@@ -190,8 +191,8 @@ class QwenImageTransformer(nn.Module):
         Parts of a block: shift, scale, gate of the attention, then of the MLP; of the output: scale and shift. Scales
         have their 1 added.
         """
-        waves = timestep_waves(torch.tensor(timesteps), scale=1000).to(self.proj_out.weight)
-        condition = F.silu(self.time_embedder(waves))
+        waves = timestep_waves(torch.tensor(timesteps), scale=1000).to(self.proj_out.weight.dtype)
+        condition = F.silu(self.time_embedder(to_device(waves, self.proj_out.weight.device)))
         rows = torch.stack([cast(Block, block).modulate(condition) for block in self.transformer_blocks])
         blocks = torch.cat(self.tensor.all_gather(rows).unbind(), dim=-1).unflatten(-1, (6, -1))
         final = self.output_modulation(condition).unflatten(-1, (2, -1))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.models.loading import OnBytes, load_weights, weight_names
@@ -23,6 +24,7 @@ from vllm_omni.diffusion.models.qwen_image.edit import (
     EditInput,
 )
 from vllm_omni.diffusion.models.qwen_image.text import load_text_model
+from vllm_omni.diffusion.transfers import to_device
 from vllm_omni.inputs.images import InputImage
 
 VISION_CACHE_BYTES = 256 * 2**20
@@ -59,10 +61,10 @@ class EditEncoder:
         ids = self._tokenizer(text, return_tensors="pt").input_ids
         # A prompt may spell the token too; ours come first.
         is_image = (places := ids[0] == self._image_token) & (places.cumsum(0) <= sum(map(len, features)))
-        embedded = self._model.embed_tokens(ids.to(self._device))
+        embedded = self._model.embed_tokens(to_device(ids, self._device))
         if features:
-            embedded[0, is_image.to(self._device)] = torch.cat(features)
-        positions = vision_positions(is_image, grids)[:, None].to(self._device)
+            embedded[0].index_copy_(0, to_device(is_image.nonzero()[:, 0], self._device), torch.cat(features))
+        positions = to_device(vision_positions(is_image, grids)[:, None], self._device)
         output = self._model(inputs_embeds=embedded, position_ids=positions, use_cache=False)
         states: Tensor = output.last_hidden_state
         return states[0, NUM_EDIT_TEMPLATE_TOKENS:]
@@ -70,8 +72,19 @@ class EditEncoder:
     def _see(self, image: InputImage) -> Tensor:
         """[tokens, hidden size]: a picture in the place of the embeddings of its tokens."""
         inputs = self._edit.processor(images=[image.condition], return_tensors="pt")
-        pixels = inputs["pixel_values"].to(self._device, self._dtype)
-        features: Tensor = self._tower(pixels, grid_thw=inputs["image_grid_thw"].to(self._device)).pooler_output
+        pixels = to_device(inputs["pixel_values"].to(self._dtype), self._device)
+        # Where the tower cuts its tokens is read at every layer: that stays on the host, what it indexes by does not.
+        grid, tower = inputs["image_grid_thw"], self._tower
+        window_index, cu_window_seqlens = get_vision_window_index(
+            grid, tower.spatial_merge_size, tower.window_size, tower.patch_size
+        )
+        features: Tensor = tower(
+            pixels,
+            grid_thw=grid,
+            position_ids=to_device(get_vision_position_ids(grid, tower.spatial_merge_size), self._device),
+            window_index=to_device(window_index, self._device),
+            cu_window_seqlens=cu_window_seqlens,
+        ).pooler_output
         return features
 
 

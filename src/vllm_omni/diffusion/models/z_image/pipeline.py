@@ -39,6 +39,7 @@ from vllm_omni.diffusion.packing import Pack
 from vllm_omni.diffusion.registry import ModelInfo
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.diffusion.sampling import combine_bounded, draw_noise, pack_latents
+from vllm_omni.diffusion.transfers import to_device
 
 PROMPT_CACHE_BYTES = 256 * 2**20
 MODULATION_BYTES = 2**28
@@ -208,11 +209,11 @@ class Pipeline(FlowPipeline[ZImageState, Forward]):
             for text_lengths in ([len(branch.text) for branch in mine], [0] * len(mine))
         )
         # Text and image of one sequence after another: that is the joint order.
-        joint_rotations = torch.cat([sharding.part(r) for r in rotations]).to(self._device)
+        joint_rotations = to_device(torch.cat([sharding.part(r) for r in rotations]), self._device)
         forward = Forward(
             arrangement=Arrangement(pack, joint_rotations, self._attention),
             attend_images=self._attention.over(images),
-            is_filling=torch.cat([sharding.part(f) for f in filling])[:, None].to(self._device),
+            is_filling=to_device(torch.cat([sharding.part(f) for f in filling])[:, None], self._device),
             text=torch.cat([sharding.part(branch.text) for branch in mine]),
         )
         return Layout(sharding, forward)

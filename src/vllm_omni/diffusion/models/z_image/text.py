@@ -15,6 +15,7 @@ from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.models.language_model import load_language_model
 from vllm_omni.diffusion.models.loading import OnBytes
 from vllm_omni.diffusion.models.z_image.info import ChatTokenizer
+from vllm_omni.diffusion.transfers import to_device
 
 
 class TextEncoder:
@@ -47,6 +48,8 @@ class TextEncoder:
 
         All ranks of the group must call with the same prompt; each gets the states.
         """
-        ids = torch.tensor([self._tokenizer.ids(prompt)], device=self._device)
-        states: Tensor = self._model(input_ids=ids, use_cache=False).last_hidden_state
+        ids = to_device(torch.tensor([self._tokenizer.ids(prompt)]), self._device)
+        # One prompt needs no mask but the causal one; making it, transformers would look for others on the device.
+        masks = {"full_attention": None}
+        states: Tensor = self._model(input_ids=ids, attention_mask=masks, use_cache=False).last_hidden_state
         return states[0]

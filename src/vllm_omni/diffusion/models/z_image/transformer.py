@@ -29,6 +29,7 @@ from vllm_omni.diffusion.models.arrangement import Arrangement
 from vllm_omni.diffusion.models.modulation import Modulation
 from vllm_omni.diffusion.models.z_image.info import PATCH_SIZE, TOKEN_MULTIPLE, inner_width
 from vllm_omni.diffusion.packing import Hidden, Pack
+from vllm_omni.diffusion.transfers import to_device
 from vllm_omni.errors import ConfigError
 
 QK_EPS = 1e-5
@@ -172,7 +173,7 @@ class ZImageTransformer(nn.Module):
         the feed-forward; of the output: a scale. Scales have their 1 added.
         """
         waves = timestep_waves(torch.tensor(timesteps, dtype=torch.float32) * self.config.t_scale)
-        condition = self.time_embedder(waves.to(self.output.weight))
+        condition = self.time_embedder(to_device(waves.to(self.output.weight.dtype), self.output.weight.device))
         layers = chain(self.noise_refiner, self.layers)
         rows = torch.stack([cast(Block, layer).modulation(condition) for layer in layers])
         parts = torch.cat(self.tensor.all_gather(rows).unbind(), dim=-1).unflatten(-1, (4, -1))
@@ -189,7 +190,7 @@ class ZImageTransformer(nn.Module):
         """
         x: Tensor = self.caption_embedder(rms_norm(states, self.caption_norm.weight, self.config.norm_eps))
         x = torch.cat((x, self.cap_pad_token.expand(filled_up(len(x)) - len(x), -1)))
-        rotations = self._caption_rotations(len(x)).to(x.device)
+        rotations = to_device(self._caption_rotations(len(x)), x.device)
         unmodulated = [x.new_ones(1, 1)] * 4
         for layer in self.context_refiner:
             x = layer(x, unmodulated, rotations, attend)
