@@ -157,7 +157,7 @@ def test_http_flags_have_vllms_names_and_defaults() -> None:
         (["--max-worker-restarts", "0"], "max_worker_restarts", 0),
         (["--scheduling-policy", "fcfs"], "scheduling_policy", "fcfs"),
         (["--distributed-executor-backend", "uni"], "distributed_executor_backend", "uni"),
-        (["--attention-backend", "sdpa"], "attention_backend", "sdpa"),
+        (["--attention-backend", "torch_varlen"], "attention_backend", "torch_varlen"),
         (["--dtype", "bfloat16"], "dtype", "bfloat16"),
         (["--enforce-eager"], "enforce_eager", True),
         (["--vae-use-slicing"], "vae_use_slicing", True),
@@ -340,7 +340,6 @@ def test_a_wrong_config_file_is_one_line(content: str, tmp_path: Path, capsys: p
     "words",
     [
         ["--quantization", "fp8"],
-        ["--attention-backend", "flash"],
         ["--distributed-executor-backend", "ray"],
         ["--max-num-frames", "81"],
         ["--lora-modules", "style=/loras/style"],
