@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -21,8 +22,9 @@ from vllm_omni.diffusion.worker.attention import (
     Task,
     check,
     choose_attention,
+    elapsed,
     find_fastest,
-    median_seconds,
+    measure,
 )
 from vllm_omni.diffusion.worker.device import Device
 from vllm_omni.diffusion.worker.ranks import Ranks
@@ -30,7 +32,7 @@ from vllm_omni.errors import ConfigError
 
 CPU = torch.device("cpu")
 SETTING = Setting(CPU, None, torch.float32, 8)
-TASK = Task(SETTING, heads=3, lengths_q=(5, 4), lengths_k=(5, 4), with_lse=False)
+TASK = Task(SETTING, heads=3, lengths=(5, 4), with_lse=False, num_calls=100)
 
 
 def backend(seconds: float, lacks: str | None = None, error: str | None = None) -> type[Any]:
@@ -141,11 +143,11 @@ def test_what_does_not_run_is_refused_with_the_reason(asked: Any, refusal: str) 
     }
     ranks = TwoRanks([False, False, False, True], [])
     with pytest.raises(ConfigError) as refused:
-        check(asked, classes, TASK, ranks)
+        check(asked, classes, TASK, ranks, Clock.timing)
     message = str(refused.value)
     assert message.startswith("--attention-backend takes sdpa")
     assert message.endswith(f" here, got {asked}, which does not run: {refusal}")
-    assert check("sdpa", classes, TASK, ranks).name == "sdpa"
+    assert check("sdpa", classes, TASK, ranks, Clock.timing).name == "sdpa"
 
 
 def info(**values: Any) -> ModelInfo:
@@ -162,19 +164,20 @@ def info(**values: Any) -> ModelInfo:
         "num_blocks": 2,
         "tensor_sizes": (1,),
         "text_encoder_tp_sizes": (1,),
-        "default_sampling_params": {"height": 512, "width": 256},
+        "default_sampling_params": {"height": 512, "width": 256, "num_inference_steps": 50},
     }
     return ModelInfo(**fields | values)
 
 
 def test_the_task_is_what_a_rank_computes() -> None:
     task = Task.of(SETTING, info(), DiffusionParallelConfig())
-    assert (task.heads, task.lengths_q, task.with_lse) == (24, (512 + 64, 512 + 32), False)
+    assert (task.heads, task.lengths, task.with_lse) == (24, (512 + 64, 512 + 32), False)
+    assert task.num_calls == 2 * 50
     cut = DiffusionParallelConfig(tensor_parallel_size=2, ulysses_degree=5, ring_degree=2)
     task = Task.of(SETTING, info(), cut)
-    assert (task.heads, task.lengths_q, task.with_lse) == (3, (288, 272), True)
-    huge = info(default_sampling_params={"height": 8192, "width": 8192})
-    assert Task.of(SETTING, huge, DiffusionParallelConfig()).lengths_k == (4096 + 64, 4096 + 32)
+    assert (task.heads, task.lengths, task.with_lse) == (3, (288, 272), True)
+    huge = info(default_sampling_params={"height": 8192, "width": 8192, "num_inference_steps": 8})
+    assert Task.of(SETTING, huge, DiffusionParallelConfig()).lengths == (4096 + 64, 4096 + 32)
 
 
 def test_the_task_runs_what_the_layout_needs() -> None:
@@ -192,24 +195,53 @@ def test_the_task_runs_what_the_layout_needs() -> None:
             return q, q
 
     TASK.prepare(Fake())()
-    Task(SETTING, 3, (5,), (7,), with_lse=True).prepare(Fake())()
+    replace(TASK, with_lse=True).prepare(Fake())()
     assert called == [
         ("attend", (9, 3, 8), (9, 3, 8), (9, 3, 8)),
-        ("attend_with_lse", (5, 3, 8), (7, 3, 8), (7, 3, 8)),
+        ("attend_with_lse", (9, 3, 8), (9, 3, 8), (9, 3, 8)),
     ]
 
 
-def test_the_median_forgives_a_slow_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    took = iter([90.0] * WARM_UP_RUNS + [1.0, 7.0, 2.0, 3.0, 50.0])
+def test_the_median_forgives_a_slow_start() -> None:
+    took = iter([90.0] * WARM_UP_RUNS + [1.0, 7.0, 2.0, 3.0, 50.0] + [3.0])
+    assert TIMED_RUNS == 5
+    assert measure(SdpaAttention(), TASK, lambda run: next(took)) == 3.0
+
+
+def test_what_new_lengths_cost_is_shared_by_the_calls_of_a_request() -> None:
+    class Plans(SdpaAttention):
+        """Plans for 50 seconds whenever lengths are new, and then takes 1."""
+
+        planned: ClassVar[set[tuple[int, ...]]] = set()
+
+        def attend(self, q: Tensor, k: Tensor, v: Tensor, offsets_q: Offsets, offsets_k: Offsets) -> Tensor:
+            Clock.now += 1.0 if offsets_q.values in self.planned else 51.0
+            self.planned.add(offsets_q.values)
+            return q
+
+    classes: Any = {"sdpa": backend(2.0), "cudnn": Plans}
+    for num_calls, chosen in ((40, "sdpa"), (60, "cudnn")):
+        Plans.planned.clear()
+        task = replace(TASK, num_calls=num_calls)
+        choice = find_fastest(classes, task, Ranks(), Clock.timing)
+        assert choice.name == chosen
+        assert choice.seconds["cudnn"] == 1 + 50 / num_calls
+
+
+def test_a_run_is_timed_until_the_device_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
+
+    class Slow(Device):
+        def synchronize(self) -> None:
+            nonlocal now
+            now += 10.0
 
     def run() -> None:
         nonlocal now
-        now += next(took)
+        now += 1.0
 
     monkeypatch.setattr("vllm_omni.diffusion.worker.attention.time.perf_counter", lambda: now)
-    assert TIMED_RUNS == 5
-    assert median_seconds(run, Device("cpu")) == 3.0
+    assert elapsed(run, Slow("cpu")) == 11.0
 
 
 def test_a_cpu_takes_sdpa_alone(tiny_model: Path) -> None:

@@ -29,7 +29,7 @@ class VarlenAttention(ABC):
             return torch.zeros_like(q)
         out = self.attend_packed(q, k, v, offsets_q, offsets_k)
         for rows in _without_keys(offsets_q, offsets_k):
-            out[rows] = 0
+            out[rows].zero_()
         return out
 
     def attend_with_lse(
@@ -41,8 +41,8 @@ class VarlenAttention(ABC):
         assert lse.shape == (q.shape[1], len(q)), f"log-sum-exp of {q.shape[1]} heads, {len(q)} tokens: {lse.shape}"
         lse = lse.T
         for rows in _without_keys(offsets_q, offsets_k):
-            out[rows] = 0
-            lse[rows] = -torch.inf
+            out[rows].zero_()
+            lse[rows].fill_(-torch.inf)
         return out, lse
 
 

@@ -6,11 +6,11 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
-from torch import Tensor
 
 from vllm_omni.diffusion.attention import BACKENDS, AttentionBackend, Setting, backend_class
 from vllm_omni.diffusion.data import AttentionBackendName, DiffusionParallelConfig, OmniDiffusionConfig
@@ -36,14 +36,15 @@ Timing = Callable[[Callable[[], object]], float]
 
 @dataclass(frozen=True)
 class Task:
-    """What the backends are timed with: queries and keys of one rank."""
+    """What the backends are timed with: the queries, and as many keys, of one rank."""
 
     setting: Setting
     heads: int
-    lengths_q: tuple[int, ...]
-    lengths_k: tuple[int, ...]
+    lengths: tuple[int, ...]
     with_lse: bool
     """Whether keys travel round a ring, whose blocks are merged by their log-sum-exp."""
+    num_calls: int
+    """By a request, all of the same lengths."""
 
     @classmethod
     def of(cls, setting: Setting, info: ModelInfo, parallel: DiffusionParallelConfig) -> Task:
@@ -53,21 +54,16 @@ class Task:
         ring = parallel.ring_degree
         lengths = tuple(cut(info.num_sequence_tokens(text, picture), ring)[0] for text in TEXT_TOKENS)
         heads = cut(info.num_heads // parallel.tensor_parallel_size, parallel.ulysses_degree)[0]
-        return cls(setting, heads, lengths, lengths, with_lse=ring > 1)
-
-    def of_lengths(self, lengths: tuple[int, ...]) -> Task:
-        return Task(self.setting, self.heads, lengths, lengths, self.with_lse)
+        num_calls = info.num_blocks * defaults["num_inference_steps"]
+        return cls(setting, heads, lengths, ring > 1, num_calls)
 
     def prepare(self, backend: AttentionBackend) -> Callable[[], object]:
         """A call of `backend` on random numbers."""
-        q, (k, v) = self._random(1, self.lengths_q)[0], self._random(2, self.lengths_k)
-        offsets_q, offsets_k = (Offsets.of(n, self.setting.device) for n in (self.lengths_q, self.lengths_k))
+        shape = (3, sum(self.lengths), self.heads, self.setting.head_dim)
+        q, k, v = torch.randn(shape, dtype=self.setting.dtype, device=self.setting.device).unbind()
+        offsets = Offsets.of(self.lengths, self.setting.device)
         attend = backend.attend_with_lse if self.with_lse else backend.attend
-        return lambda: attend(q, k, v, offsets_q, offsets_k)
-
-    def _random(self, num: int, lengths: Sequence[int]) -> Tensor:
-        shape = (num, sum(lengths), self.heads, self.setting.head_dim)
-        return torch.randn(shape, dtype=self.setting.dtype, device=self.setting.device)
+        return lambda: attend(q, k, v, offsets, offsets)
 
 
 @dataclass(frozen=True)
@@ -94,19 +90,20 @@ def choose_attention(
     setting = Setting(device.torch, device.capability, dtype, info.head_dim)
     task = Task.of(setting, info, config.parallel)
     classes = {name: backend_class(name) for name in BACKENDS}
+    timing = partial(elapsed, device=device)
     if config.attention_backend is not None:
-        choice = check(config.attention_backend, classes, task, ranks)
+        choice = check(config.attention_backend, classes, task, ranks, timing)
     else:
-        choice = find_fastest(classes, task, ranks, lambda run: median_seconds(run, device))
+        choice = find_fastest(classes, task, ranks, timing)
     if ranks.mesh.world.rank == 0:
         logger.info("%s", choice)
     return choice.name
 
 
-def check(name: AttentionBackendName, classes: Classes, task: Task, ranks: Ranks) -> Choice:
+def check(name: AttentionBackendName, classes: Classes, task: Task, ranks: Ranks, timing: Timing) -> Choice:
     """That backend, which has run once. Raises ConfigError when it cannot."""
     refusals = _refusals(classes, task.setting, ranks)
-    if name not in refusals and (reason := _try(classes[name], task)) is not None:
+    if name not in refusals and (reason := _try(classes[name], task, timing)) is not None:
         refusals[name] = reason
     if name in refusals:
         accepted = ", ".join(other for other in classes if other not in refusals)
@@ -125,7 +122,7 @@ def find_fastest(classes: Classes, task: Task, ranks: Ranks, timing: Timing) -> 
     seconds = {}
     for name in candidates:
         try:
-            measured = timing(task.prepare(classes[name]()))
+            measured = measure(classes[name](), task, timing)
         except Exception as error:
             # Whatever a kernel raises, it is this kernel that does not run; all ranks must hear of it.
             refusals[name], measured = _reason(error), math.inf
@@ -138,16 +135,22 @@ def find_fastest(classes: Classes, task: Task, ranks: Ranks, timing: Timing) -> 
     return Choice(min(running, key=lambda name: running[name]), running, refusals)
 
 
-def median_seconds(run: Callable[[], object], device: Device) -> float:
-    """Of a few runs, until the device is done with each."""
-    seconds = []
-    for _ in range(WARM_UP_RUNS + TIMED_RUNS):
-        device.synchronize()
-        start = time.perf_counter()
-        run()
-        device.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[WARM_UP_RUNS:])
+def measure(backend: AttentionBackend, task: Task, timing: Timing) -> float:
+    """Seconds of one of the calls that a request makes: the median of a few, and its share of what the first call with
+    new lengths takes longer. A library that plans for each shape may be fast only after that."""
+    run = task.prepare(backend)
+    steady = statistics.median([timing(run) for _ in range(WARM_UP_RUNS + TIMED_RUNS)][WARM_UP_RUNS:])
+    first = timing(replace(task, lengths=tuple(n + 1 for n in task.lengths)).prepare(backend))
+    return steady + max(0.0, first - steady) / task.num_calls
+
+
+def elapsed(run: Callable[[], object], device: Device) -> float:
+    """Until the device is done with it."""
+    device.synchronize()
+    start = time.perf_counter()
+    run()
+    device.synchronize()
+    return time.perf_counter() - start
 
 
 def _refusals(classes: Classes, setting: Setting, ranks: Ranks) -> dict[AttentionBackendName, str]:
@@ -157,10 +160,10 @@ def _refusals(classes: Classes, setting: Setting, ranks: Ranks) -> dict[Attentio
     return {name: reason or "does not run on another rank" for name, reason, no in zip(classes, reasons, refused) if no}
 
 
-def _try(backend: type[AttentionBackend], task: Task) -> str | None:
+def _try(backend: type[AttentionBackend], task: Task, timing: Timing) -> str | None:
     """Why it fails on a small task; None: it does not."""
     try:
-        task.of_lengths(TRIAL_LENGTHS).prepare(backend())()
+        timing(replace(task, lengths=TRIAL_LENGTHS).prepare(backend()))
     except Exception as error:  # whatever a kernel raises
         return _reason(error)
     return None
