@@ -94,6 +94,11 @@ class WholePipeline:
                 raise ConfigError(
                     f"{flag_of(name)} {value} needs packed steps, which a {self.class_name} does not have"
                 )
+        if config.attention_backend is not None:
+            raise ConfigError(
+                f"--attention-backend {config.attention_backend}: a {self.class_name} runs diffusers' own attention, "
+                "which takes none"
+            )
         if config.enable_cpu_offload and config.enable_layerwise_offload:
             raise ConfigError("--enable-cpu-offload or --enable-layerwise-offload, got both")
 
@@ -125,6 +130,8 @@ class ModelInfo:
     """Tokens at which attention costs as much as the linear layers: a sequence of n tokens costs n(1 + n/this)."""
     num_heads: int
     """Attention heads of the transformer."""
+    head_dim: int
+    """Channels of one of them."""
     num_blocks: int
     """Blocks of the transformer."""
     tensor_sizes: tuple[int, ...]

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from tests.diffusion.worker.driving import Drive, make_request, psnr
+from vllm_omni.diffusion.attention import BACKENDS
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.models.base import RequestState
 from vllm_omni.diffusion.plan import StepPlan
 from vllm_omni.diffusion.registry import load_model_info
 from vllm_omni.diffusion.worker.runner import ModelRunner
+from vllm_omni.errors import ConfigError
 
 REQUESTS = [
     make_request("a", "a red apple", negative_prompt="", seed=1),
@@ -29,7 +31,7 @@ def runner(tiny_model: Path) -> Iterator[ModelRunner]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     runner = ModelRunner(OmniDiffusionConfig(model=str(tiny_model)), load_model_info(str(tiny_model)))
-    runner.start()
+    assert runner.start().attention_backend in BACKENDS
     yield runner
     torch.set_num_threads(threads)
 
@@ -43,6 +45,12 @@ def alone(runner: ModelRunner) -> dict[str, np.ndarray]:
 def kept(runner: ModelRunner) -> int:
     """Requests, states and layouts that the runner holds."""
     return len(runner._requests) + len(runner._states) + len(runner.pipeline._layouts)  # type: ignore[attr-defined]
+
+
+def test_an_attention_that_does_not_run_here_ends_the_start(tiny_model: Path) -> None:
+    config = OmniDiffusionConfig(model=str(tiny_model), attention_backend="cudnn", dtype="float32")
+    with pytest.raises(ConfigError, match=r"--attention-backend takes sdpa.* here, got cudnn"):
+        ModelRunner(config, load_model_info(str(tiny_model))).start()
 
 
 def test_neighbours_do_not_change_a_picture(runner: ModelRunner, alone: dict[str, np.ndarray]) -> None:

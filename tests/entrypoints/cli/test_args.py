@@ -159,8 +159,8 @@ def test_http_flags_have_vllms_names_and_defaults() -> None:
         (["--max-worker-restarts", "0"], "max_worker_restarts", 0),
         (["--scheduling-policy", "fcfs"], "scheduling_policy", "fcfs"),
         (["--distributed-executor-backend", "uni"], "distributed_executor_backend", "uni"),
-        (["--attention-backend", "sdpa"], "attention_backend", "sdpa"),
         (["--device", "cpu"], "device", "cpu"),
+        (["--attention-backend", "torch_varlen"], "attention_backend", "torch_varlen"),
         (["--dtype", "bfloat16"], "dtype", "bfloat16"),
         (["--overlap-decode"], "overlap_decode", True),
         (["--enforce-eager"], "enforce_eager", True),
@@ -350,7 +350,6 @@ def test_a_wrong_config_file_is_one_line(content: str, tmp_path: Path, capsys: p
     "words",
     [
         ["--quantization", "fp8"],
-        ["--attention-backend", "flash"],
         ["--distributed-executor-backend", "ray"],
         ["--max-num-frames", "81"],
         ["--lora-modules", "style=/loras/style"],

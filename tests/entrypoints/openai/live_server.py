@@ -83,6 +83,7 @@ FAKE_INFO = ModelInfo(
     count_prompt_tokens=lambda prompt: len(prompt.split()),
     attention_tokens=1000.0,
     num_heads=4,
+    head_dim=16,
     num_blocks=2,
     tensor_sizes=(1, 2, 4),
     text_encoder_tp_sizes=(1,),

@@ -55,6 +55,11 @@ class Device:
     def name(self) -> str:
         return torch.cuda.get_device_name(self.torch) if self.kind == CUDA else CPU
 
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """CUDA compute capability; None where there is no GPU."""
+        return torch.cuda.get_device_capability(self.torch) if self.kind == CUDA else None
+
     def dtype(self, name: str) -> torch.dtype:
         """`auto`: bfloat16 on a GPU, float32 on a CPU."""
         if name == "auto":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from vllm_omni.diffusion.models.base import BasePipeline, RequestState
 from vllm_omni.diffusion.plan import ItemError, StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.registry import ModelInfo
 from vllm_omni.diffusion.request import DiffusionRequest
+from vllm_omni.diffusion.worker.attention import choose_attention
 from vllm_omni.diffusion.worker.contract import Place
 from vllm_omni.diffusion.worker.device import Device, Stopwatch, is_out_of_memory
 from vllm_omni.diffusion.worker.ranks import PeerFailedError, Ranks, RanksLostError, connect
@@ -61,12 +63,15 @@ class ModelRunner:
             self._device.share_machine(num_processes)
         if self._place.replica_size > 1:
             self._ranks = Ranks(connect(self._config.parallel, self._place, self._device))
+        if (whole := self._info.whole) is None:
+            attention = choose_attention(self._config, self._info, self._device, dtype, self._ranks)
+            self._config = replace(self._config, attention_backend=attention)
         cls: type[BasePipeline[Any]] = import_module(
             f"vllm_omni.diffusion.models.{self._info.family}.pipeline"
         ).Pipeline
         with WeightsBar(self._info.path, shown=self._place.device_index == 0) as bar:
             self._pipeline = cls.load(self._config, self._info, self._device.torch, dtype, bar.update, self._ranks.mesh)
-        if (whole := self._info.whole) is None:
+        if whole is None:
             rates = warm_up(self._pipeline, self._info, self._device, bar.num_bytes, self._ranks)
         else:
             rates = warm_up_whole(self._pipeline, self._info, self._device, bar.num_bytes)
@@ -82,6 +87,7 @@ class ModelRunner:
             encode_units_per_token=rates.encode_units_per_token,
             decode_units_per_token=rates.decode_units_per_token,
             peak_memory_bytes=self._device.peak_memory_bytes(),
+            attention_backend=self._config.attention_backend,
             # A step of a whole pipeline gains nothing from company, and an abort would wait for all of it.
             max_num_seqs=None if whole is None else 1,
             max_running=None if whole is None else whole.max_running,

@@ -17,6 +17,7 @@ import yaml
 
 from vllm_omni import __version__
 from vllm_omni.diffusion.data import (
+    AttentionBackendName,
     CacheBackend,
     DeviceChoice,
     DiffusionParallelConfig,
@@ -240,7 +241,9 @@ def _add_compute_flags(group: Any) -> None:
     engine.add("device", "where the model runs; auto: CUDA where there is any", choices=get_args(DeviceChoice))
     engine.add("dtype", "of the weights; auto: bfloat16 on CUDA, float32 on CPU", choices=get_args(DType))
     engine.add("quantization", "of the weights", choices=("fp8",))
-    engine.add("attention_backend", "attention kernel; none: the best for the device", type=values.nonempty)
+    engine.add(
+        "attention_backend", "attention kernel; none: the fastest that runs", choices=get_args(AttentionBackendName)
+    )
     engine.switch("enforce_eager", "never compile")
     engine.add("distributed_executor_backend", "where workers live", choices=get_args(ExecutorBackend))
 

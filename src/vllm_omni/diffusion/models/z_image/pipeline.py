@@ -14,7 +14,7 @@ from vllm_omni.diffusion.attention import create_attention
 from vllm_omni.diffusion.attention.sharded import Attend, PackedAttention
 from vllm_omni.diffusion.cache import create_step_cache
 from vllm_omni.diffusion.cache.base import SequenceStep, StepCache
-from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.data import AttentionBackendName, OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.distributed.mesh import Mesh
 from vllm_omni.diffusion.models.arrangement import Arrangement
@@ -94,7 +94,7 @@ class Pipeline(FlowPipeline[ZImageState, Forward]):
         decoder: PictureDecoder,
         scheduler: FlowMatchEulerDiscreteScheduler,
         pixels_per_token: int,
-        attention_backend: str | None,
+        attention_backend: AttentionBackendName | None,
         step_cache: StepCache,
         mesh: Mesh,
     ) -> None:
