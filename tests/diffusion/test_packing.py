@@ -41,7 +41,9 @@ def test_offsets_and_sequence_indices() -> None:
 def test_one_sequence_is_joined_without_a_gather() -> None:
     pack = Pack.build([2], [3], CPU)
     assert pack.joint_order is None
-    assert pack.join(torch.arange(2), torch.arange(2, 5)).tolist() == [0, 1, 2, 3, 4]
+    joint = pack.join(torch.arange(2), torch.arange(2, 5))
+    assert joint.tolist() == [0, 1, 2, 3, 4]
+    assert [part.tolist() for part in pack.split(joint)] == [[0, 1], [2, 3, 4]]
 
 
 def test_a_part_of_a_pack_is_the_pack_of_those_sequences() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from vllm_omni.diffusion.cache.base import CacheSlot, SequenceStep, StepCache
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.mesh import Mesh
+from vllm_omni.diffusion.models.compiled import CompiledBlocks
 from vllm_omni.diffusion.registry import ModelInfo
 from vllm_omni.diffusion.request import DiffusionRequest
 
@@ -75,6 +76,10 @@ class BasePipeline(ABC, Generic[State]):
         mesh: Mesh,
     ) -> Self:
         """Read the weights that this rank keeps; `on_bytes` is told how many bytes were read since its last call."""
+
+    @abstractmethod
+    def compile_blocks(self) -> CompiledBlocks:
+        """From here on the transformer's blocks run compiled. Not for whole pipelines."""
 
     @abstractmethod
     def encode(self, request: DiffusionRequest) -> State:

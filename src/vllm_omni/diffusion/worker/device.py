@@ -67,6 +67,11 @@ class Device:
         dtype: torch.dtype = getattr(torch, name)
         return dtype
 
+    @property
+    def is_worth_compiling_for(self) -> bool:
+        """Whether compiled code gains more than compiling costs at every start; on a CPU it does not."""
+        return self.kind == CUDA
+
     def synchronize(self) -> None:
         """Wait until the device has done all that it was given."""
         if self.kind == CUDA:

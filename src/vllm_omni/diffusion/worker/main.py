@@ -25,6 +25,7 @@ from typing import NoReturn
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.plan import StepPlan, StepResult
 from vllm_omni.diffusion.worker.channel import BlockingChannel
+from vllm_omni.diffusion.worker.compile_cache import keep_compiled_code
 from vllm_omni.diffusion.worker.contract import (
     BEAT_SECONDS,
     Abort,
@@ -66,6 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(format=f"%(levelname)s %(asctime)s [{options.name}] %(message)s")
     logging.getLogger("vllm_omni").setLevel(logging.INFO)
+    keep_compiled_code()
     channel: BlockingChannel[ToWorker] = BlockingChannel(socket.socket(fileno=options.socket_fd), ToWorker)
     try:
         run_worker(channel, options.runner, options.parent_pid)

@@ -36,13 +36,22 @@ class ModelRunner:
     """Executes step plans. `abort` may be called from another thread; so may what `launch` returns; the rest belongs to
     one."""
 
-    def __init__(self, config: OmniDiffusionConfig, info: ModelInfo, place: Place | None = None) -> None:
-        """`place`: which rank of its replica this is; None: the only one."""
+    def __init__(
+        self,
+        config: OmniDiffusionConfig,
+        info: ModelInfo,
+        place: Place | None = None,
+        compile_blocks: bool | None = None,
+    ) -> None:
+        """`place`: which rank of its replica this is; None: the only one. `compile_blocks`: whether the transformer's
+        blocks run compiled; None: where the device is worth it, unless the config enforces eager."""
         self._config = config
         self._info = info
         self._place = place or Place()
         self._device = Device(config.device, self._place.device_index)
         self._decodes = self._device.stream(beside=config.overlap_decode)
+        default = self._device.is_worth_compiling_for and not config.enforce_eager
+        self._compile_blocks = default if compile_blocks is None else compile_blocks
         self._ranks = Ranks()
         self._pipeline: BasePipeline[Any] | None = None
         self._requests: dict[str, DiffusionRequest] = {}
@@ -72,7 +81,7 @@ class ModelRunner:
         with WeightsBar(self._info.path, shown=self._place.device_index == 0) as bar:
             self._pipeline = cls.load(self._config, self._info, self._device.torch, dtype, bar.update, self._ranks.mesh)
         if whole is None:
-            rates = warm_up(self._pipeline, self._info, self._device, bar.num_bytes, self._ranks)
+            rates = warm_up(self._pipeline, self._info, self._device, bar.num_bytes, self._ranks, self._compile_blocks)
         else:
             rates = warm_up_whole(self._pipeline, self._info, self._device, bar.num_bytes)
         self._pipeline.step_cache.budget.max_bytes = int(CACHE_SHARE * self._device.free_memory_bytes())

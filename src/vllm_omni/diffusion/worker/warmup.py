@@ -16,6 +16,7 @@ from vllm_omni.diffusion.models.base import BasePipeline, RequestState
 from vllm_omni.diffusion.placement import balance
 from vllm_omni.diffusion.registry import ModelInfo
 from vllm_omni.diffusion.request import DiffusionRequest, RequestCost
+from vllm_omni.diffusion.worker.compiling import compile_variants
 from vllm_omni.diffusion.worker.device import Device, is_out_of_memory
 from vllm_omni.diffusion.worker.ranks import PeerFailedError, Ranks
 from vllm_omni.inputs.images import InputImage
@@ -91,8 +92,15 @@ class Timer:
         return sum(times[1:]) / len(times[1:])
 
 
-def warm_up(pipeline: BasePipeline[Any], info: ModelInfo, device: Device, model_bytes: int, ranks: Ranks) -> Rates:
-    """Choose the threads of a small model; encode a prompt, step with ever more sequences, decode a picture.
+def warm_up(
+    pipeline: BasePipeline[Any],
+    info: ModelInfo,
+    device: Device,
+    model_bytes: int,
+    ranks: Ranks,
+    compile_blocks: bool = False,
+) -> Rates:
+    """Choose the threads of a small model; compile; encode prompts, step with ever more sequences, decode a picture.
 
     All ranks of a replica do it together and agree on every time, so that they go on alike.
     """
@@ -101,6 +109,10 @@ def warm_up(pipeline: BasePipeline[Any], info: ModelInfo, device: Device, model_
     if model_bytes <= SMALL_MODEL_BYTES and ranks.size == 1:
         with _forward(pipeline, state, 4, ranks) as step:
             choose_num_threads(device, timer, step)
+    if compile_blocks:  # for the threads that were chosen
+        # So much text that every rank has some of it.
+        prompt = " ".join([WHOLE_PROMPT] * ranks.mesh.sequence.size)
+        compile_variants(pipeline, pipeline.encode(_request(info, "warm-up", prompt)), ranks)
     samples = measure_steps(pipeline, state, info, timer)
     seconds_per_unit, overhead = fit_line(samples)
     # Prompts differ, for the embedding of one seen before is not computed again. Their input picture is the same, and

@@ -22,6 +22,7 @@ from vllm_omni.diffusion.data import OmniDiffusionConfig, flag_of
 from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.distributed.mesh import Mesh
 from vllm_omni.diffusion.models.base import BasePipeline, RequestState
+from vllm_omni.diffusion.models.compiled import CompiledBlocks
 from vllm_omni.diffusion.models.diffusers_fallback.components import component_classes
 from vllm_omni.diffusion.models.diffusers_fallback.run import SteppedRun
 from vllm_omni.diffusion.registry import ModelInfo, WholePipeline
@@ -156,6 +157,9 @@ class Pipeline(BasePipeline[WholeState]):
         else:
             pipeline.to(device)
         return cls(pipeline, info.whole)
+
+    def compile_blocks(self) -> CompiledBlocks:
+        raise AssertionError("whole pipelines run as diffusers has them")
 
     def encode(self, request: DiffusionRequest) -> WholeState:
         call = self._calls[request.request_id] = PipelineCall(self.pipeline, self._whole, request)

@@ -19,6 +19,7 @@ from vllm_omni.diffusion.cache.base import StepCache
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.mesh import Mesh
 from vllm_omni.diffusion.models.arrangement import Arrangement
+from vllm_omni.diffusion.models.compiled import CompiledBlocks
 from vllm_omni.diffusion.models.flow import FlowPipeline, FlowState, Layout
 from vllm_omni.diffusion.models.loading import load_weights, num_bytes
 from vllm_omni.diffusion.models.modulation import ModulationTable
@@ -83,7 +84,7 @@ class Forward:
     """int64 [target tokens]: the image tokens that are no reference's; None: all are not."""
     own_rows: Tensor | None
     """int64 [image tokens]: the row of modulation of each, its sequence's or the one after all sequences', which is of
-    timestep 0, for references; None: all have their sequence's."""
+    timestep 0, for references, though other ranks may hold these; None: all have their sequence's."""
 
 
 class Pipeline(FlowPipeline[QwenImageState, Forward]):
@@ -147,6 +148,9 @@ class Pipeline(FlowPipeline[QwenImageState, Forward]):
             step_cache=create_step_cache(config.cache, info, mesh.rank_group),
             mesh=mesh,
         )
+
+    def compile_blocks(self) -> CompiledBlocks:
+        return self.transformer.compile_blocks()
 
     def encode(self, request: DiffusionRequest) -> QwenImageState:
         prompts = [request.prompt]
@@ -235,7 +239,7 @@ class Pipeline(FlowPipeline[QwenImageState, Forward]):
         is_reference = torch.cat([sharding.part(torch.arange(lengths[i]) >= targets[i]) for i in sharding.mine])
         has_references = bool(is_reference.any())
         own_rows = None
-        if has_references and self.transformer.config.zero_cond_t:
+        if self.transformer.config.zero_cond_t and any(lengths[i] > targets[i] for i in sharding.mine):
             own_rows = pack.image_sequence.masked_fill(to_device(is_reference, self._device), pack.num_sequences)
         forward = Forward(
             # Text and image of one sequence after another: that is the joint order.

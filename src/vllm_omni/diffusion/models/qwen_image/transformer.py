@@ -20,8 +20,9 @@ from vllm_omni.diffusion.layers.norms import Scale, gated_add, norm_modulate, rm
 from vllm_omni.diffusion.layers.rope import axis_rotations, rotate
 from vllm_omni.diffusion.layers.timesteps import NUM_WAVES, timestep_waves
 from vllm_omni.diffusion.models.arrangement import Arrangement
-from vllm_omni.diffusion.models.modulation import Modulation
-from vllm_omni.diffusion.packing import Hidden, Pack
+from vllm_omni.diffusion.models.compiled import Backend, CompiledBlocks
+from vllm_omni.diffusion.models.modulation import Modulation, per_token
+from vllm_omni.diffusion.packing import Hidden, Pack, join, split
 from vllm_omni.diffusion.transfers import to_device
 from vllm_omni.errors import ConfigError
 
@@ -84,7 +85,7 @@ class StepContext:
     """What the blocks of one step read besides: the arrangement and the modulation of its sequences."""
 
     arrangement: Arrangement
-    """rotations: complex64 [T + S, 1, 1, d / 2]."""
+    """rotations: float32 [T + S, 1, 1, d / 2, 2]."""
     modulation: Modulation
     own_rows: Tensor | None = None
     """int64 [S]: the row of `modulation` of each image token; None: its sequence's, which text tokens always have."""
@@ -96,16 +97,21 @@ class StepContext:
         return self.arrangement.pack
 
     @property
-    def image_rows(self) -> Tensor:
-        return self.pack.image_sequence if self.own_rows is None else self.own_rows
+    def text_index(self) -> Tensor | None:
+        """See `Modulation.index`."""
+        return self.modulation.index(self.pack.text_sequence)
+
+    @property
+    def image_index(self) -> Tensor | None:
+        return self.modulation.index(self.pack.image_sequence if self.own_rows is None else self.own_rows)
 
     def select(self, members: Sequence[int]) -> StepContext:
         """The same of some of the sequences, for blocks alone."""
-        rows = self.own_rows
-        if rows is not None:
-            by_sequence = rows.split(self.pack.image.lengths)
-            rows = torch.cat([by_sequence[i] for i in members])
-        return StepContext(self.arrangement.select(tuple(members)), self.modulation, rows)
+        arrangement = self.arrangement.select(tuple(members))
+        if self.own_rows is None:
+            return StepContext(arrangement, self.modulation.of_members(arrangement.pack.numbers))
+        by_sequence = self.own_rows.split(self.pack.image.lengths)
+        return StepContext(arrangement, self.modulation, torch.cat([by_sequence[i] for i in members]))
 
 
 class Stream(nn.Module):
@@ -119,21 +125,26 @@ class Stream(nn.Module):
         self.up = ColumnLinear(dim, 4 * dim, tensor)
         self.down = RowLinear(4 * dim, dim, tensor)
 
-    def project(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        """x: [tokens, D] -> q, k and v of this rank's heads [tokens, 3 * D / P]."""
+    def project(self, x: Tensor, rows: Tensor, index: Tensor | None) -> Tensor:
+        """x: [tokens, D]; rows: [rows, 6, D] -> q, k and v of this rank's heads [tokens, 3 * D / P]."""
+        shift, scale = per_token(rows[:, :2], index)
         qkv: Tensor = self.qkv(norm_modulate(x, shift, scale, EPS))
         return qkv
 
-    def finish(
-        self, x: Tensor, attended: Tensor, gate: Tensor, mlp_shift: Tensor, mlp_scale: Tensor, mlp_gate: Tensor
-    ) -> Tensor:
-        """x: [tokens, D]; attended: [tokens, D / P]."""
+    def finish(self, x: Tensor, attended: Tensor, rows: Tensor, index: Tensor | None) -> Tensor:
+        """x: [tokens, D]; attended: [tokens, D / P]; rows: [rows, 6, D] -> [tokens, D]."""
+        gate, mlp_shift, mlp_scale, mlp_gate = per_token(rows[:, 2:], index)
         x = gated_add(x, self.out(attended), gate)
         inner = F.gelu(self.up(norm_modulate(x, mlp_shift, mlp_scale, EPS)), approximate="tanh")
         return gated_add(x, self.down(inner), mlp_gate)
 
 
 class Block(nn.Module):
+    """Attention of text and image together, between what each does for itself.
+
+    `before` and `after` take plain tensors, so that they can be compiled: see `CompiledPart`.
+    """
+
     def __init__(self, config: TransformerConfig, tensor: Group) -> None:
         super().__init__()
         self.head_dim = config.attention_head_dim
@@ -145,27 +156,54 @@ class Block(nn.Module):
         """[timesteps, D] -> [2, timesteps, 6 * D / P], image then text."""
         return torch.stack((self.image.modulation(condition), self.text.modulation(condition)))
 
-    def forward(self, hidden: Hidden, index: int, context: StepContext) -> Hidden:
-        pack = context.pack
-        text_rows = context.modulation.of_block(index, TEXT, pack.text_sequence)
-        image_rows = context.modulation.of_block(index, IMAGE, context.image_rows)
-        qkv = pack.join(
-            self.text.project(hidden.text, *text_rows[:2]), self.image.project(hidden.image, *image_rows[:2])
-        )
-        attended = self._attend(qkv.view(len(qkv), 3, -1, self.head_dim), context)
-        text_attended, image_attended = pack.split(attended.flatten(1))
-        return Hidden(
-            text=self.text.finish(hidden.text, text_attended, *text_rows[2:]),
-            image=self.image.finish(hidden.image, image_attended, *image_rows[2:]),
-        )
+    def forward(self, hidden: Hidden, rows: Tensor, context: StepContext) -> Hidden:
+        """rows: this block's of the modulation, [2, rows, 6, D]."""
+        pack, arrangement = context.pack, context.arrangement
+        tokens = hidden.text, hidden.image, context.text_index, context.image_index
+        q, k, v = self.before(rows, *tokens, pack.joint_order, pack.joint_is_image, arrangement.rotations)
+        attended = arrangement.attend(q, k, v).flatten(1)
+        text, image = self.after(rows, *tokens, attended, pack.text_position, pack.image_position)
+        return Hidden(text=text, image=image)
 
-    def _attend(self, qkv: Tensor, context: StepContext) -> Tensor:
-        """[T + S, 3, H / P, d] -> [T + S, H / P, d], both in joint order."""
-        pack = context.pack
+    def before(
+        self,
+        rows: Tensor,
+        text: Tensor,
+        image: Tensor,
+        text_index: Tensor | None,
+        image_index: Tensor | None,
+        joint_order: Tensor | None,
+        joint_is_image: Tensor,
+        rotations: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """-> q, k and v, [T + S, H / P, d] each, in joint order."""
+        qkv = join(
+            self.text.project(text, rows[TEXT], text_index),
+            self.image.project(image, rows[IMAGE], image_index),
+            joint_order,
+        ).unflatten(1, (3, -1, self.head_dim))
         # Text and image have their own norms: [T + S, q and k, any head, d].
-        scale = self.qk_norm.weight.view(2, 2, 1, -1).index_select(0, pack.joint_is_image)
-        q, k = rotate(rms_norm(qkv[:, :2], scale, EPS), context.arrangement.rotations).unbind(1)
-        return context.arrangement.attend(q, k, qkv[:, 2])
+        scale = self.qk_norm.weight.view(2, 2, 1, -1).index_select(0, joint_is_image)
+        q, k = rotate(rms_norm(qkv[:, :2], scale, EPS), rotations).unbind(1)
+        return q, k, qkv[:, 2]
+
+    def after(
+        self,
+        rows: Tensor,
+        text: Tensor,
+        image: Tensor,
+        text_index: Tensor | None,
+        image_index: Tensor | None,
+        attended: Tensor,
+        text_position: Tensor | None,
+        image_position: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """attended: [T + S, D / P], in joint order -> text and image, [T, D] and [S, D]."""
+        text_attended, image_attended = split(attended, len(text), text_position, image_position)
+        return (
+            self.text.finish(text, text_attended, rows[TEXT], text_index),
+            self.image.finish(image, image_attended, rows[IMAGE], image_index),
+        )
 
 
 class QwenImageTransformer(nn.Module):
@@ -184,6 +222,13 @@ class QwenImageTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(Block(config, tensor) for _ in range(config.num_layers))
         self.output_modulation = nn.Linear(dim, 2 * dim)
         self.proj_out = nn.Linear(dim, config.patch_size**2 * config.out_channels)
+
+    def compile_blocks(self, backend: Backend = "inductor") -> CompiledBlocks:
+        """From here on the blocks run compiled but for attention, and for `after` where it holds the exchanges of
+        tensor parallelism. Compiles at the first run of each variant: one row of modulation or several, one sequence or
+        several."""
+        parts = ["before", "after"] if self.tensor.size == 1 else ["before"]
+        return CompiledBlocks(list(self.transformer_blocks), parts, backend)
 
     def modulate(self, timesteps: Sequence[float]) -> Modulation:
         """The rows of modulation of these timesteps, each in [0, 1] and already rounded to the model's dtype.
@@ -206,7 +251,7 @@ class QwenImageTransformer(nn.Module):
         return embedded
 
     def rotations(self, num_text_tokens: int, grids: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """Of one sequence: complex64 [text tokens, 1, 1, d / 2] and [image tokens, 1, 1, d / 2], on the CPU.
+        """Of one sequence: float32 [text tokens, 1, 1, d / 2, 2] and [image tokens, 1, 1, d / 2, 2], on the CPU.
 
         grids: rows and columns of the target and of each reference picture, frames 0, 1, ... of the sequence. Rows and
         columns count from a picture's middle; text follows on the diagonal, past the edge of the largest.
@@ -252,13 +297,15 @@ class StepBlocks:
         return self.context.pack
 
     def run(self, hidden: Hidden, which: range) -> Hidden:
+        rows = self.context.modulation.blocks
         for index in which:
-            hidden = self.transformer.transformer_blocks[index](hidden, index, self.context)
+            hidden = self.transformer.transformer_blocks[index](hidden, rows[index], self.context)
         return hidden
 
     def signal(self, hidden: Hidden) -> Tensor:
         """[S, D]: what the first block's attention projects."""
-        shift, scale = self.context.modulation.of_block(0, IMAGE, self.context.image_rows)[:2]
+        rows = self.context.modulation.blocks[0, IMAGE]
+        shift, scale = per_token(rows[:, :2], self.context.image_index)
         return norm_modulate(hidden.image, shift, scale, EPS)
 
     def select(self, members: Sequence[int]) -> StepBlocks:

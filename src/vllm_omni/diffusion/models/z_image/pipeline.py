@@ -18,6 +18,7 @@ from vllm_omni.diffusion.data import AttentionBackendName, OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.distributed.mesh import Mesh
 from vllm_omni.diffusion.models.arrangement import Arrangement
+from vllm_omni.diffusion.models.compiled import CompiledBlocks
 from vllm_omni.diffusion.models.configs import read_config
 from vllm_omni.diffusion.models.flow import FlowPipeline, FlowState, Layout
 from vllm_omni.diffusion.models.loading import load_weights, num_bytes
@@ -139,6 +140,9 @@ class Pipeline(FlowPipeline[ZImageState, Forward]):
             step_cache=create_step_cache(config.cache, info, mesh.rank_group),
             mesh=mesh,
         )
+
+    def compile_blocks(self) -> CompiledBlocks:
+        return self.transformer.compile_blocks()
 
     def encode(self, request: DiffusionRequest) -> ZImageState:
         prompts = [request.prompt]

@@ -26,7 +26,8 @@ from vllm_omni.diffusion.layers.norms import Scale, gated_add, rms_norm
 from vllm_omni.diffusion.layers.rope import axis_rotations, rotate
 from vllm_omni.diffusion.layers.timesteps import NUM_WAVES, timestep_waves
 from vllm_omni.diffusion.models.arrangement import Arrangement
-from vllm_omni.diffusion.models.modulation import Modulation
+from vllm_omni.diffusion.models.compiled import Backend, CompiledBlocks
+from vllm_omni.diffusion.models.modulation import Modulation, per_token
 from vllm_omni.diffusion.models.z_image.info import PATCH_SIZE, TOKEN_MULTIPLE, inner_width
 from vllm_omni.diffusion.packing import Hidden, Pack
 from vllm_omni.diffusion.transfers import to_device
@@ -95,7 +96,7 @@ class StepContext:
     """What the layers of one step read besides."""
 
     arrangement: Arrangement
-    """Of the stream: text before image, sequence by sequence; rotations are complex64 [T + S, 1, 1, d / 2]."""
+    """Of the stream: text before image, sequence by sequence; rotations are float32 [T + S, 1, 1, d / 2, 2]."""
     attend_images: Attend
     """Attention over the image tokens of each sequence alone."""
     is_filling: Tensor
@@ -108,7 +109,10 @@ class StepContext:
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each between two norms."""
+    """Attention and feed-forward, each between two norms.
+
+    `before` and `after` attention take plain tensors, so that they can be compiled: see `CompiledPart`.
+    """
 
     def __init__(self, config: TransformerConfig, tensor: Group, is_modulated: bool = True) -> None:
         super().__init__()
@@ -127,15 +131,24 @@ class Block(nn.Module):
         self.gate_up = ColumnLinear(dim, 2 * inner, tensor, bias=False)
         self.down = RowLinear(inner, dim, tensor, bias=False)
 
-    def forward(self, x: Tensor, rows: Sequence[Tensor], rotations: Tensor, attend: Attend) -> Tensor:
-        """x: [tokens, D], of the tokens that `attend` and `rotations` are for; rows: scale and gate of the attention,
-        then of the feed-forward, each [1, D] or [tokens, D]."""
-        scale, gate, inner_scale, inner_gate = rows
-        qkv = self.qkv(rms_norm(x, self.attention_norm1.weight * scale, self.eps)).view(len(x), 3, -1, self.head_dim)
-        qk_norm = self.qk_norm.weight.view(2, 1, -1)
-        q, k = rotate(rms_norm(qkv[:, :2], qk_norm, QK_EPS), rotations).unbind(1)
-        attended = self.out(attend(q, k, qkv[:, 2]).flatten(1))
-        x = gated_add(x, rms_norm(attended, self.attention_norm2.weight, self.eps), gate)
+    def forward(self, x: Tensor, rows: Tensor, index: Tensor | None, rotations: Tensor, attend: Attend) -> Tensor:
+        """x: [tokens, D], of the tokens that `attend` and `rotations` are for; rows: [1, rows, 4, D], scale and gate of
+        the attention, then of the feed-forward; index: see `Modulation.index`."""
+        attended = attend(*self.before(rows, x, index, rotations))
+        out: Tensor = self.after(rows, x, index, attended.flatten(1))
+        return out
+
+    def before(self, rows: Tensor, x: Tensor, index: Tensor | None, rotations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """-> q, k and v, [tokens, H / P, d] each."""
+        (scale,) = per_token(rows[0, :, :1], index)
+        qkv = self.qkv(rms_norm(x, self.attention_norm1.weight * scale, self.eps)).unflatten(1, (3, -1, self.head_dim))
+        q, k = rotate(rms_norm(qkv[:, :2], self.qk_norm.weight.view(2, 1, -1), QK_EPS), rotations).unbind(1)
+        return q, k, qkv[:, 2]
+
+    def after(self, rows: Tensor, x: Tensor, index: Tensor | None, attended: Tensor) -> Tensor:
+        """attended: [tokens, D / P] -> [tokens, D]."""
+        gate, inner_scale, inner_gate = per_token(rows[0, :, 1:], index)
+        x = gated_add(x, rms_norm(self.out(attended), self.attention_norm2.weight, self.eps), gate)
         inner_gates, inner = self.gate_up(rms_norm(x, self.ffn_norm1.weight * inner_scale, self.eps)).chunk(2, dim=-1)
         down = self.down(F.silu(inner_gates) * inner)
         return gated_add(x, rms_norm(down, self.ffn_norm2.weight, self.eps), inner_gate)
@@ -166,6 +179,13 @@ class ZImageTransformer(nn.Module):
         self.output_modulation = nn.Linear(condition, dim)
         self.output = nn.Linear(dim, config.channels_per_token)
 
+    def compile_blocks(self, backend: Backend = "inductor") -> CompiledBlocks:
+        """From here on the layers of a step run compiled but for attention, and for `after` where it holds the
+        exchanges of tensor parallelism. Compiles at the first run of each variant: one row of modulation or several.
+        """
+        parts = ["before", "after"] if self.tensor.size == 1 else ["before"]
+        return CompiledBlocks([*self.noise_refiner, *self.layers], parts, backend)
+
     def modulate(self, timesteps: Sequence[float]) -> Modulation:
         """The rows of modulation of these timesteps, which count from 0 (noise) to 1.
 
@@ -191,13 +211,14 @@ class ZImageTransformer(nn.Module):
         x: Tensor = self.caption_embedder(rms_norm(states, self.caption_norm.weight, self.config.norm_eps))
         x = torch.cat((x, self.cap_pad_token.expand(filled_up(len(x)) - len(x), -1)))
         rotations = to_device(self._caption_rotations(len(x)), x.device)
-        unmodulated = [x.new_ones(1, 1)] * 4
+        unmodulated = x.new_ones(1, 1, 4, 1)
         for layer in self.context_refiner:
-            x = layer(x, unmodulated, rotations, attend)
+            x = layer(x, unmodulated, None, rotations, attend)
         return x
 
     def rotations(self, num_text_tokens: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Of one sequence: complex64 [text tokens, 1, 1, d / 2] and [image tokens filled up, 1, 1, d / 2], on the CPU.
+        """Of one sequence: float32 [text tokens, 1, 1, d / 2, 2] and [image tokens filled up, 1, 1, d / 2, 2], on the
+        CPU.
 
         num_text_tokens: filled up. Text counts along the first axis from 1, and the picture is the frame after it; what
         fills it up lies at the origin.
@@ -220,9 +241,9 @@ class ZImageTransformer(nn.Module):
         pack = context.pack
         image = torch.where(context.is_filling, self.x_pad_token, self.image_embedder(latents))
         _, rotations = pack.split(context.arrangement.rotations)
-        for index, layer in enumerate(self.noise_refiner):
-            rows = context.modulation.of_block(index, 0, pack.image_sequence)
-            image = layer(image, rows, rotations, context.attend_images)
+        index = context.modulation.index(pack.image_sequence)
+        for layer, rows in zip(self.noise_refiner, context.modulation.blocks):
+            image = layer(image, rows, index, rotations, context.attend_images)
         return Hidden(text, image)
 
     def project(self, hidden: Hidden, context: StepContext) -> Tensor:
@@ -251,20 +272,24 @@ class StepBlocks:
     def run(self, hidden: Hidden, which: range) -> Hidden:
         pack, arrangement = self.pack, self.context.arrangement
         x, sequence = pack.join(hidden.text, hidden.image), pack.join(pack.text_sequence, pack.image_sequence)
-        for index in which:
-            rows = self.context.modulation.of_block(self._row(index), 0, sequence)
-            x = self.transformer.layers[index](x, rows, arrangement.rotations, arrangement.attend)
+        modulation = self.context.modulation
+        index = modulation.index(sequence)
+        for number in which:
+            rows = modulation.blocks[self._row(number)]
+            x = self.transformer.layers[number](x, rows, index, arrangement.rotations, arrangement.attend)
         return Hidden(*pack.split(x))
 
     def signal(self, hidden: Hidden) -> Tensor:
         """[S, D]: what the first layer's attention projects."""
         layer = cast(Block, self.transformer.layers[0])
-        scale, *_ = self.context.modulation.of_block(self._row(0), 0, self.pack.image_sequence)
+        modulation = self.context.modulation
+        (scale,) = per_token(modulation.blocks[self._row(0), 0, :, :1], modulation.index(self.pack.image_sequence))
         return rms_norm(hidden.image, layer.attention_norm1.weight * scale, layer.eps)
 
     def select(self, members: Sequence[int]) -> StepBlocks:
         arrangement = self.context.arrangement.select(tuple(members))
-        return StepBlocks(self.transformer, replace(self.context, arrangement=arrangement))
+        modulation = self.context.modulation.of_members(arrangement.pack.numbers)
+        return StepBlocks(self.transformer, replace(self.context, arrangement=arrangement, modulation=modulation))
 
     def _row(self, index: int) -> int:
         """Of a layer in the modulation, where the refiner's come first."""
