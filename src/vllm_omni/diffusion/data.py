@@ -190,6 +190,7 @@ class OmniDiffusionConfig:
     dtype: DType = "auto"
     """`auto`: bfloat16 on CUDA, float32 on CPU."""
     quantization: Quantization | None = None
+    """Of the weights of the transformer's blocks, and what is multiplied with them; None: as `dtype` says."""
     attention_backend: str | None = None
     enforce_eager: bool = False
     distributed_executor_backend: ExecutorBackend = "mp"
@@ -277,7 +278,6 @@ def _fit_sampling_params(values: Mapping[str, Any]) -> dict[str, Any]:
 
 # Settings that parse and are understood but whose feature is not built: field -> the only value that works today.
 _UNAVAILABLE: dict[str, Any] = {
-    "quantization": None,
     "max_num_frames": 1,
 }
 _AVAILABLE_EXECUTORS = ("mp", "uni")

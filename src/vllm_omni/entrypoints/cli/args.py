@@ -22,6 +22,7 @@ from vllm_omni.diffusion.data import (
     DType,
     ExecutorBackend,
     OmniDiffusionConfig,
+    Quantization,
     SchedulingPolicy,
 )
 from vllm_omni.entrypoints.cli import calibrate, values
@@ -231,7 +232,7 @@ def _add_scheduling_flags(group: Any) -> None:
 def _add_compute_flags(group: Any) -> None:
     engine = _Flags(group, OmniDiffusionConfig)
     engine.add("dtype", "of the weights; auto: bfloat16 on CUDA, float32 on CPU", choices=get_args(DType))
-    engine.add("quantization", "of the weights", choices=("fp8",))
+    engine.add("quantization", "of the transformer's blocks; none: as --dtype", choices=get_args(Quantization))
     engine.add("attention_backend", "attention kernel; none: the best for the device", type=values.nonempty)
     engine.switch("enforce_eager", "never compile")
     engine.add("distributed_executor_backend", "where workers live", choices=get_args(ExecutorBackend))
