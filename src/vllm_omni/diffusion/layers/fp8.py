@@ -1,6 +1,6 @@
 """Linear layers in float8 (e4m3fn, arXiv 2209.05433): weights with a scale an output channel, inputs with one a token.
 
-A GPU multiplies the float8 values as they are (`torch._scaled_mm`); a CPU rounds alike and multiplies in float32.
+A GPU multiplies the float8 values as they are (`torch._scaled_mm`); a CPU rounds alike and multiplies in float32 or more.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) ->
         return torch._scaled_mm(
             values, weight.t(), scales, scale.t(), bias=bias, out_dtype=x.dtype, use_fast_accum=True
         )
-    y = F.linear(values.float(), weight.float()) * scales * scale.t()
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = F.linear(values.to(wide), weight.to(wide)) * scales * scale.t()
     return (y if bias is None else y + bias).to(x.dtype)
 
 
