@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -24,9 +22,8 @@ BFLOAT16_STEP = 2.0**-8
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
+def seeded() -> None:
     torch.manual_seed(0)
-    yield
 
 
 def operands(tokens: int, inner: int, out: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,8 +21,9 @@ from tests.diffusion.worker.driving import Drive, make_request, psnr
 from tests.diffusion.worker.replica import started
 from tests.diffusion.worker.test_layouts import ARRIVALS, BUILDERS, first_velocities, placed_in_turn
 from tests.float8 import round_linears
-from tests.tiny_models import tiny_transformer
+from tests.tiny_models import photo, tiny_transformer
 from tests.tiny_z_image import tiny_z_image_transformer
+from vllm_omni import Omni
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.models.loading import load_weights
@@ -30,6 +31,7 @@ from vllm_omni.diffusion.models.qwen_image import transformer as qwen_image_mode
 from vllm_omni.diffusion.models.z_image import transformer as z_image_model
 from vllm_omni.diffusion.sampling import pack_latents
 from vllm_omni.diffusion.worker.contract import Place
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
 CPU = torch.device("cpu")
 GRIDS = [(4, 4), (8, 6), (3, 5)]
@@ -139,8 +141,20 @@ def test_pictures_are_near_and_come_with_a_cache_as_well(tiny_model: Path) -> No
         drive = Drive(runner).run({0: [request]})
         assert not drive.errors
         pictures.append(drive.images["a"])
-    assert 20 < psnr(pictures[0], pictures[1]) < 60
+    assert 15 < psnr(pictures[0], pictures[1]) < 60
     assert not np.array_equal(pictures[1], pictures[2])
+
+
+def test_edits_are_near(tiny_edit_model: Path) -> None:
+    prompt = {"prompt": "a blue car", "multi_modal_data": {"image": photo(64, 48, seed=0)}}
+    params = OmniDiffusionSamplingParams(seed=0)
+    pictures = []
+    for settings in ({}, {"quantization": "fp8"}):
+        with Omni(
+            model=str(tiny_edit_model), distributed_executor_backend="uni", progress_bar=False, **settings
+        ) as omni:
+            pictures.append(np.asarray(omni.generate(prompt, params)[0].images[0]))
+    assert 15 < psnr(*pictures) < 60
 
 
 class LiveBytes(TorchDispatchMode):

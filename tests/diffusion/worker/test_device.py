@@ -23,7 +23,9 @@ def test_a_gpu_that_does_not_multiply_float8_is_refused(
     gpu: Device, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    with pytest.raises(ConfigError, match="--quantization fp8 takes a GPU .* 9.0 or newer, got Old Card of") as caught:
+    with pytest.raises(
+        ConfigError, match=r"--quantization fp8 takes a GPU .* 9\.0 or newer, got Old Card of"
+    ) as caught:
         gpu.check_float8(torch.bfloat16)
     assert str(caught.value).endswith("of {}.{}".format(*capability))
 

@@ -1,6 +1,7 @@
 """Linear layers in float8 (e4m3fn, arXiv 2209.05433): weights with a scale an output channel, inputs with one a token.
 
-A GPU multiplies the float8 values as they are (`torch._scaled_mm`); a CPU rounds alike and multiplies in float32 or more.
+A GPU multiplies the float8 values as they are (`torch._scaled_mm`); a CPU rounds alike and multiplies in float32, or
+in the inputs' dtype where that is wider.
 """
 
 from __future__ import annotations
