@@ -256,7 +256,7 @@ FEATURES = (
     ),
     Feature("video", (NOT_YET, EMPTY, EMPTY, NOT_YET)),
     Feature(
-        "fp8 (`--quantization fp8`), with every kind of parallelism and step caches",
+        "blocks in float8 (`--quantization fp8`)",
         (
             yes(
                 f"{FP8}::test_qwen_image_rounds_its_blocks_and_nothing_else",
