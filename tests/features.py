@@ -39,6 +39,7 @@ NOT_YET, EMPTY = Cell("not yet"), Cell("")
 
 DIFFUSION = "tests/diffusion"
 CACHE = f"{DIFFUSION}/cache"
+FP8 = f"{DIFFUSION}/models/test_float8.py"
 OPENAI = "tests/entrypoints/openai"
 FAMILIES = "tests/test_families.py"
 LAYOUTS = f"{DIFFUSION}/worker/test_layouts.py"
@@ -255,7 +256,25 @@ FEATURES = (
     ),
     Feature("video", (NOT_YET, EMPTY, EMPTY, NOT_YET)),
     Feature(
-        "LoRA, CPU offload, fp8, compiled blocks",
+        "blocks in float8 (`--quantization fp8`)",
+        (
+            yes(
+                f"{FP8}::test_qwen_image_rounds_its_blocks_and_nothing_else",
+                f"{FP8}::test_ranks_say_what_one_says_as_nearly_as_float8_does[qwen_image]",
+                f"{FP8}::test_pictures_are_near_and_come_with_a_cache_as_well",
+                f"{FP8}::test_weights_are_rounded_one_by_one_as_they_are_read[qwen_image]",
+            ),
+            yes(f"{FP8}::test_edits_are_near"),
+            yes(
+                f"{FP8}::test_z_image_rounds_its_layers_and_refiners_and_nothing_else",
+                f"{FP8}::test_ranks_say_what_one_says_as_nearly_as_float8_does[z_image]",
+                f"{FP8}::test_weights_are_rounded_one_by_one_as_they_are_read[z_image]",
+            ),
+            Cell("no: refused by name", (f"{WHOLE}/test_info.py::test_settings_of_packed_steps_are_refused",)),
+        ),
+    ),
+    Feature(
+        "LoRA, CPU offload, compiled blocks",
         (
             NOT_YET,
             NOT_YET,

@@ -74,7 +74,6 @@ def test_a_wrong_value_is_named(settings: dict, words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("settings", "flag"),
     [
-        ({"quantization": "fp8"}, "--quantization fp8"),
         ({"distributed_executor_backend": "ray"}, "--distributed-executor-backend ray"),
     ],
 )

@@ -196,6 +196,7 @@ class OmniDiffusionConfig:
     dtype: DType = "auto"
     """`auto`: bfloat16 on CUDA, float32 on CPU."""
     quantization: Quantization | None = None
+    """Of the weights of the transformer's blocks, and what is multiplied with them; None: as `dtype` says."""
     attention_backend: AttentionBackendName | None = None
     """None: the fastest of those that run here, measured at start."""
     enforce_eager: bool = False
@@ -289,7 +290,6 @@ def _fit_sampling_params(values: Mapping[str, Any]) -> dict[str, Any]:
 
 # Settings that parse and are understood but whose feature is not built: field -> the only value that works today.
 _UNAVAILABLE: dict[str, Any] = {
-    "quantization": None,
     "max_num_frames": 1,
 }
 _AVAILABLE_EXECUTORS = ("mp", "uni")

@@ -89,7 +89,7 @@ class WholePipeline:
 
     def check_settings(self, config: OmniDiffusionConfig) -> None:
         """Raises ConfigError for settings of what only a packed family has."""
-        for name, only in (("cache_backend", "none"), ("max_batch_tokens", None)):
+        for name, only in (("cache_backend", "none"), ("max_batch_tokens", None), ("quantization", None)):
             if (value := getattr(config, name)) != only:
                 raise ConfigError(
                     f"{flag_of(name)} {value} needs packed steps, which a {self.class_name} does not have"

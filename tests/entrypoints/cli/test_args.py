@@ -158,6 +158,7 @@ def test_http_flags_have_vllms_names_and_defaults() -> None:
         (["--max-inference-steps", "9"], "max_inference_steps", 9),
         (["--max-worker-restarts", "0"], "max_worker_restarts", 0),
         (["--scheduling-policy", "fcfs"], "scheduling_policy", "fcfs"),
+        (["--quantization", "fp8"], "quantization", "fp8"),
         (["--distributed-executor-backend", "uni"], "distributed_executor_backend", "uni"),
         (["--device", "cpu"], "device", "cpu"),
         (["--attention-backend", "torch_varlen"], "attention_backend", "torch_varlen"),
@@ -349,7 +350,6 @@ def test_a_wrong_config_file_is_one_line(content: str, tmp_path: Path, capsys: p
 @pytest.mark.parametrize(
     "words",
     [
-        ["--quantization", "fp8"],
         ["--distributed-executor-backend", "ray"],
         ["--max-num-frames", "81"],
         ["--lora-modules", "style=/loras/style"],

@@ -4,7 +4,7 @@ a module that ranks share each reads its part alone."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from vllm_omni.diffusion.layers.fp8 import Fp8ColumnLinear, keep_in_float8, quantize
 from vllm_omni.diffusion.layers.linear import Sharded
 from vllm_omni.errors import ConfigError
 
@@ -56,6 +57,8 @@ class Slot:
     """The dim of which only the share `rank` of `num_ranks` equal ones is taken; None: all of the tensor."""
     rank: int = 0
     num_ranks: int = 1
+    scale: Tensor | None = None
+    """float32 [rows of the target, 1]: of a target in float8, that of each row; None: the target is as stored."""
 
     @property
     def whole_shape(self) -> tuple[int, ...]:
@@ -65,7 +68,11 @@ class Slot:
     def fill(self, stored: Any) -> int:
         """Read from `stored`, the name's slice of a safetensors file, no more than this slot takes -> its bytes."""
         part: Tensor = stored[self._taken()]
-        self.target.copy_(part)
+        if self.scale is None:
+            self.target.copy_(part)
+        else:
+            for target, source in zip((self.target, self.scale), quantize(part), strict=True):
+                target.copy_(source)
         return part.nbytes
 
     def _taken(self) -> tuple[slice, ...]:
@@ -82,15 +89,19 @@ def load_weights(
     on_bytes: OnBytes = lambda count: None,
     prefix: str = "",
     unread: tuple[str, ...] = (),
+    float8: tuple[str, ...] = (),
 ) -> None:
     """Move `module`, built on the meta device, to `device` and fill it from the checkpoint in `folder`.
 
     Modules that are `Sharded` read their rank's share alone. names: see `checkpoint_slots`. prefix: what the names of
     the module's weights begin with in the checkpoint; weights of other names are not read. unread: nor are those whose
-    name goes on with one of these. Raises ConfigError when the checkpoint lacks a weight, has one too many, or one of
-    another shape.
+    name goes on with one of these. float8: the last names of the layers whose weights are kept in float8, rounded as
+    they are read. Raises ConfigError when the checkpoint lacks a weight, has one too many, or one of another shape, and
+    when `device` does not compute the float8 layers.
     """
-    module.to(dtype).to_empty(device=device)
+    module.to(dtype)
+    keep_in_float8(module, float8, device)
+    module.to_empty(device=device)
     slots = {prefix + name: slot for name, slot in checkpoint_slots(module, names).items()}
     for file in safetensors_files(folder):
         with safe_open(file, framework="pt", device=str(device)) as weights:
@@ -124,10 +135,13 @@ def _slots(module: nn.Module, names: Mapping[str, tuple[str, ...]]) -> Iterator[
         theirs = names.get(ours, (ours,))
         prefix = path.removesuffix(ours)
         owner = module.get_submodule(path)
-        for name, part in zip(theirs, parameter.data.chunk(len(theirs)), strict=True):
+        scales: Sequence[Tensor | None] = [None] * len(theirs)
+        if isinstance(owner, Fp8ColumnLinear) and kind == "weight":
+            scales = owner.scale.chunk(len(theirs))
+        for name, part, scale in zip(theirs, parameter.data.chunk(len(theirs)), scales, strict=True):
             if isinstance(owner, Sharded) and kind in owner.cut_dims:
-                slot = Slot(part, owner.cut_dims[kind], owner.group.rank, owner.group.size)
+                slot = Slot(part, owner.cut_dims[kind], owner.group.rank, owner.group.size, scale)
             else:
-                slot = Slot(part)
+                slot = Slot(part, scale=scale)
             # A parameter of the module itself has no path.
             yield f"{prefix}{name}.{kind}".removeprefix("."), slot

@@ -18,6 +18,8 @@ from vllm_omni.errors import ConfigError
 CPU, CUDA = "cpu", "cuda"
 MAX_CPU_WORKERS = 16
 """A CPU is no fixed number of devices, but its workers share its cores."""
+FLOAT8_CAPABILITY = (9, 0)
+"""Of GPUs that multiply float8 with a scale a row."""
 
 
 def kind_of(choice: DeviceChoice) -> str:
@@ -71,6 +73,21 @@ class Device:
     def is_worth_compiling_for(self) -> bool:
         """Whether compiled code gains more than compiling costs at every start; on a CPU it does not."""
         return self.kind == CUDA
+
+    def check_float8(self, dtype: torch.dtype) -> None:
+        """Raises ConfigError where layers in float8 beside others in `dtype` are not computed."""
+        if self.kind != CUDA:
+            return
+        if (capability := torch.cuda.get_device_capability(self.torch)) < FLOAT8_CAPABILITY:
+            raise ConfigError(
+                "--quantization fp8 takes a GPU of compute capability {}.{} or newer, got {} of {}.{}".format(
+                    *FLOAT8_CAPABILITY, self.name, *capability
+                )
+            )
+        if dtype != torch.bfloat16:
+            raise ConfigError(
+                f"--quantization fp8 takes --dtype bfloat16 on a GPU, got {str(dtype).removeprefix('torch.')}"
+            )
 
     def synchronize(self) -> None:
         """Wait until the device has done all that it was given."""

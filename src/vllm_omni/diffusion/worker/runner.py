@@ -68,6 +68,8 @@ class ModelRunner:
     def start(self) -> WorkerReady:
         """Load the weights, run once, and measure. Raises ConfigError for a folder that cannot be served."""
         dtype = self._device.dtype(self._config.dtype)
+        if self._config.quantization == "fp8":
+            self._device.check_float8(dtype)
         if (num_processes := self._config.parallel.world_size) > 1:
             self._device.share_machine(num_processes)
         if self._place.replica_size > 1:

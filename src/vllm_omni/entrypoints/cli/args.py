@@ -24,6 +24,7 @@ from vllm_omni.diffusion.data import (
     DType,
     ExecutorBackend,
     OmniDiffusionConfig,
+    Quantization,
     SchedulingPolicy,
 )
 from vllm_omni.entrypoints.cli import calibrate, values
@@ -240,7 +241,7 @@ def _add_compute_flags(group: Any) -> None:
     engine = _Flags(group, OmniDiffusionConfig)
     engine.add("device", "where the model runs; auto: CUDA where there is any", choices=get_args(DeviceChoice))
     engine.add("dtype", "of the weights; auto: bfloat16 on CUDA, float32 on CPU", choices=get_args(DType))
-    engine.add("quantization", "of the weights", choices=("fp8",))
+    engine.add("quantization", "of the transformer's blocks; none: as --dtype", choices=get_args(Quantization))
     engine.add(
         "attention_backend", "attention kernel; none: the fastest that runs", choices=get_args(AttentionBackendName)
     )

@@ -28,6 +28,7 @@ from vllm_omni.diffusion.models.qwen_image.edit import EditInput
 from vllm_omni.diffusion.models.qwen_image.text import TextEncoder
 from vllm_omni.diffusion.models.qwen_image.transformer import (
     CHECKPOINT_NAMES,
+    FLOAT8_LAYERS,
     QwenImageTransformer,
     StepBlocks,
     StepContext,
@@ -136,7 +137,8 @@ class Pipeline(FlowPipeline[QwenImageState, Forward]):
         values = json.loads((path / "transformer" / "config.json").read_text())
         with torch.device("meta"):
             transformer = QwenImageTransformer(TransformerConfig.from_dict(values), mesh.tensor)
-        load_weights(transformer, path / "transformer", CHECKPOINT_NAMES, device, dtype, on_bytes)
+        float8 = FLOAT8_LAYERS if config.quantization == "fp8" else ()
+        load_weights(transformer, path / "transformer", CHECKPOINT_NAMES, device, dtype, on_bytes, float8=float8)
         return cls(
             transformer=transformer,
             encode_text=encode_text,

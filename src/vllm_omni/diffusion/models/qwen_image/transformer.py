@@ -49,6 +49,10 @@ CHECKPOINT_NAMES: dict[str, tuple[str, ...]] = {
 """Our module -> the modules of diffusers' checkpoint whose weights it holds, one after another along dim 0; within
 a block without its `transformer_blocks.N.`. Modules that are not listed have the same name in both."""
 
+FLOAT8_LAYERS = ("qkv", "out", "up", "down")
+"""Of every block, what `--quantization fp8` keeps in float8: two thirds of the weights. Modulation, computed once a
+timestep, and what lies before and behind the blocks stay as they are."""
+
 
 @dataclass(frozen=True)
 class TransformerConfig:

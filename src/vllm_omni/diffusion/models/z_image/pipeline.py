@@ -29,6 +29,7 @@ from vllm_omni.diffusion.models.sharding import Sharding
 from vllm_omni.diffusion.models.z_image.text import TextEncoder
 from vllm_omni.diffusion.models.z_image.transformer import (
     CHECKPOINT_NAMES,
+    FLOAT8_LAYERS,
     StepBlocks,
     StepContext,
     TransformerConfig,
@@ -127,7 +128,8 @@ class Pipeline(FlowPipeline[ZImageState, Forward]):
         with torch.device("meta"):
             values = TransformerConfig.from_dict(read_config(path, "transformer"))
             transformer = ZImageTransformer(values, mesh.tensor)
-        load_weights(transformer, path / "transformer", CHECKPOINT_NAMES, device, dtype, on_bytes)
+        float8 = FLOAT8_LAYERS if config.quantization == "fp8" else ()
+        load_weights(transformer, path / "transformer", CHECKPOINT_NAMES, device, dtype, on_bytes, float8=float8)
         return cls(
             transformer=transformer,
             text_encoder=text_encoder,

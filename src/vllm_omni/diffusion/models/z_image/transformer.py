@@ -56,6 +56,10 @@ CHECKPOINT_NAMES: dict[str, tuple[str, ...]] = {
 """Our module -> the modules of diffusers' checkpoint whose weights it holds, one after another along dim 0; within
 a block without the names before it. Modules that are not listed have the same name in both."""
 
+FLOAT8_LAYERS = ("qkv", "out", "gate_up", "down")
+"""Of every block, the refiners' too, what `--quantization fp8` keeps in float8: nearly all of the weights. Modulation
+and what lies before and behind the blocks stay as they are."""
+
 
 @dataclass(frozen=True)
 class TransformerConfig:
