@@ -19,6 +19,7 @@ SchedulingPolicy = Literal["fair", "fcfs"]
 ExecutorBackend = Literal["mp", "ray", "uni"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["fp8"]
+LoadFormat = Literal["auto", "dummy"]
 StepsMaskPolicy = Literal["slow", "medium", "fast", "ultra"]
 StepsComputationPolicy = Literal["dynamic", "static"]
 
@@ -189,6 +190,8 @@ class OmniDiffusionConfig:
     """Decode a picture in overlapping tiles (less memory for large pictures)."""
     dtype: DType = "auto"
     """`auto`: bfloat16 on CUDA, float32 on CPU."""
+    load_format: LoadFormat = "auto"
+    """`auto`: safetensors; `dummy`: random weights, made on the device, of a folder that needs none (to measure it)."""
     quantization: Quantization | None = None
     attention_backend: str | None = None
     enforce_eager: bool = False

@@ -21,6 +21,7 @@ from vllm_omni.diffusion.data import (
     DiffusionParallelConfig,
     DType,
     ExecutorBackend,
+    LoadFormat,
     OmniDiffusionConfig,
     SchedulingPolicy,
 )
@@ -231,6 +232,7 @@ def _add_scheduling_flags(group: Any) -> None:
 def _add_compute_flags(group: Any) -> None:
     engine = _Flags(group, OmniDiffusionConfig)
     engine.add("dtype", "of the weights; auto: bfloat16 on CUDA, float32 on CPU", choices=get_args(DType))
+    engine.add("load_format", "dummy: random weights, no weight file is read", choices=get_args(LoadFormat))
     engine.add("quantization", "of the weights", choices=("fp8",))
     engine.add("attention_backend", "attention kernel; none: the best for the device", type=values.nonempty)
     engine.switch("enforce_eager", "never compile")
