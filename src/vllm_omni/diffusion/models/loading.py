@@ -97,7 +97,7 @@ def load_weights(
     slots = checkpoint_slots(module, names)
     if load_format == "dummy":
         for name, slot in slots.items():
-            on_bytes(slot.fill(dummy_weight(name, slot.whole_shape, slot.target.dtype, device)))
+            on_bytes(slot.fill(dummy_weight(name, slot.whole_shape, dtype, device)))
     else:
         _read_weights({prefix + name: slot for name, slot in slots.items()}, folder, on_bytes, prefix, unread, device)
     module.requires_grad_(False).eval()
