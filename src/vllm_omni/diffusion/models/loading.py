@@ -93,7 +93,7 @@ def load_weights(
     name goes on with one of these. With the format `dummy` no file is read. Raises ConfigError when the checkpoint
     lacks a weight, has one too many, or one of another shape.
     """
-    module.to(dtype).to_empty(device=device)
+    nn.Module.to(module, dtype).to_empty(device=device)  # diffusers' own `to` warns of every dtype
     slots = checkpoint_slots(module, names)
     if load_format == "dummy":
         for name, slot in slots.items():
