@@ -21,6 +21,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 Quantization = Literal["fp8"]
 AttentionBackendName = Literal["sdpa", "torch_varlen", "cudnn", "vllm_flash"]
+LoadFormat = Literal["auto", "dummy"]
 StepsMaskPolicy = Literal["slow", "medium", "fast", "ultra"]
 StepsComputationPolicy = Literal["dynamic", "static"]
 
@@ -195,6 +196,8 @@ class OmniDiffusionConfig:
     """`auto`: CUDA where this machine has it."""
     dtype: DType = "auto"
     """`auto`: bfloat16 on CUDA, float32 on CPU."""
+    load_format: LoadFormat = "auto"
+    """`auto`: safetensors; `dummy`: random weights, made on the device, of a folder that needs none (to measure it)."""
     quantization: Quantization | None = None
     """Of the weights of the transformer's blocks, and what is multiplied with them; None: as `dtype` says."""
     attention_backend: AttentionBackendName | None = None

@@ -1,5 +1,5 @@
 """Weights from safetensors files into modules, one tensor at a time: nothing is held twice or unpickled, and of
-a module that ranks share each reads its part alone."""
+a module that ranks share each reads its part alone. Or random weights in their place."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from vllm_omni.diffusion.data import LoadFormat
 from vllm_omni.diffusion.layers.fp8 import Fp8ColumnLinear, keep_in_float8, quantize
 from vllm_omni.diffusion.layers.linear import Sharded
+from vllm_omni.diffusion.models.dummy import dummy_weight
 from vllm_omni.errors import ConfigError
 
 OnBytes = Callable[[int], object]
@@ -66,7 +68,7 @@ class Slot:
         return tuple(n * self.num_ranks if dim == self.cut_dim else n for dim, n in enumerate(self.target.shape))
 
     def fill(self, stored: Any) -> int:
-        """Read from `stored`, the name's slice of a safetensors file, no more than this slot takes -> its bytes."""
+        """Read from `stored`, a tensor or its slice of a safetensors file, what this slot takes -> its bytes."""
         part: Tensor = stored[self._taken()]
         if self.scale is None:
             self.target.copy_(part)
@@ -90,19 +92,32 @@ def load_weights(
     prefix: str = "",
     unread: tuple[str, ...] = (),
     float8: tuple[str, ...] = (),
+    load_format: LoadFormat = "auto",
 ) -> None:
     """Move `module`, built on the meta device, to `device` and fill it from the checkpoint in `folder`.
 
     Modules that are `Sharded` read their rank's share alone. names: see `checkpoint_slots`. prefix: what the names of
     the module's weights begin with in the checkpoint; weights of other names are not read. unread: nor are those whose
     name goes on with one of these. float8: the last names of the layers whose weights are kept in float8, rounded as
-    they are read. Raises ConfigError when the checkpoint lacks a weight, has one too many, or one of another shape, and
-    when `device` does not compute the float8 layers.
+    they are read. With the format `dummy` no file is read. Raises ConfigError when the checkpoint lacks a weight, has
+    one too many, or one of another shape, and when `device` does not compute the float8 layers.
     """
-    module.to(dtype)
+    nn.Module.to(module, dtype)  # diffusers' own `to` warns of every dtype
     keep_in_float8(module, float8, device)
     module.to_empty(device=device)
-    slots = {prefix + name: slot for name, slot in checkpoint_slots(module, names).items()}
+    slots = checkpoint_slots(module, names)
+    if load_format == "dummy":
+        for name, slot in slots.items():
+            on_bytes(slot.fill(dummy_weight(name, slot.whole_shape, dtype, device)))
+    else:
+        _read_weights({prefix + name: slot for name, slot in slots.items()}, folder, on_bytes, prefix, unread, device)
+    module.requires_grad_(False).eval()
+
+
+def _read_weights(
+    slots: dict[str, Slot], folder: Path, on_bytes: OnBytes, prefix: str, unread: tuple[str, ...], device: torch.device
+) -> None:
+    """Fill and empty `slots`."""
     for file in safetensors_files(folder):
         with safe_open(file, framework="pt", device=str(device)) as weights:
             for name in weights.keys():  # noqa: SIM118 - not a mapping
@@ -116,7 +131,20 @@ def load_weights(
                 on_bytes(slot.fill(stored))
     if slots:
         raise ConfigError(f"{folder} lacks {len(slots)} weights of the model, among them {', '.join(list(slots)[:3])}")
-    module.requires_grad_(False).eval()
+
+
+def load_autoencoder(
+    cls: Any, folder: Path, device: torch.device, dtype: torch.dtype, on_bytes: OnBytes, load_format: LoadFormat
+) -> Any:
+    """diffusers' autoencoder of the class `cls`; what of it is not needed can go before it is moved to `device`."""
+    if load_format == "dummy":
+        with torch.device("meta"):
+            vae = cls.from_config(cls.load_config(folder))
+        load_weights(vae, folder, {}, device, dtype, on_bytes, load_format=load_format)
+        return vae
+    vae = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    on_bytes(num_bytes(folder))
+    return vae.requires_grad_(False).eval()
 
 
 def checkpoint_slots(module: nn.Module, names: Mapping[str, tuple[str, ...]]) -> dict[str, Slot]:

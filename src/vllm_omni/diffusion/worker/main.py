@@ -50,7 +50,7 @@ def make_model_runner(config: OmniDiffusionConfig, place: Place) -> Runner:
     from vllm_omni.diffusion.registry import load_model_info
     from vllm_omni.diffusion.worker.runner import ModelRunner
 
-    return ModelRunner(config, load_model_info(config.model), place)
+    return ModelRunner(config, load_model_info(config.model, config.load_format), place)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -23,6 +23,7 @@ from vllm_omni.diffusion.data import (
     DiffusionParallelConfig,
     DType,
     ExecutorBackend,
+    LoadFormat,
     OmniDiffusionConfig,
     Quantization,
     SchedulingPolicy,
@@ -241,6 +242,7 @@ def _add_compute_flags(group: Any) -> None:
     engine = _Flags(group, OmniDiffusionConfig)
     engine.add("device", "where the model runs; auto: CUDA where there is any", choices=get_args(DeviceChoice))
     engine.add("dtype", "of the weights; auto: bfloat16 on CUDA, float32 on CPU", choices=get_args(DType))
+    engine.add("load_format", "dummy: random weights, no weight file is read", choices=get_args(LoadFormat))
     engine.add("quantization", "of the transformer's blocks; none: as --dtype", choices=get_args(Quantization))
     engine.add(
         "attention_backend", "attention kernel; none: the fastest that runs", choices=get_args(AttentionBackendName)

@@ -16,12 +16,12 @@ from vllm_omni.diffusion.attention import create_attention
 from vllm_omni.diffusion.attention.sharded import PackedAttention
 from vllm_omni.diffusion.cache import create_step_cache
 from vllm_omni.diffusion.cache.base import StepCache
-from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.data import LoadFormat, OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.mesh import Mesh
 from vllm_omni.diffusion.models.arrangement import Arrangement
 from vllm_omni.diffusion.models.compiled import CompiledBlocks
 from vllm_omni.diffusion.models.flow import FlowPipeline, FlowState, Layout
-from vllm_omni.diffusion.models.loading import load_weights, num_bytes
+from vllm_omni.diffusion.models.loading import load_autoencoder, load_weights
 from vllm_omni.diffusion.models.modulation import ModulationTable
 from vllm_omni.diffusion.models.prompt_cache import PromptCache
 from vllm_omni.diffusion.models.qwen_image.edit import EditInput
@@ -127,18 +127,24 @@ class Pipeline(FlowPipeline[QwenImageState, Forward]):
         mesh: Mesh,
     ) -> Pipeline:
         path = info.path
-        encode_text = _load_text_encoder(info, device, dtype, on_bytes, mesh)
-        vae = AutoencoderKLQwenImage.from_pretrained(path / "vae", dtype=dtype, use_safetensors=True)
-        on_bytes(num_bytes(path / "vae"))
-        vae.requires_grad_(False).eval()
+        encode_text = _load_text_encoder(info, device, dtype, on_bytes, mesh, config.load_format)
+        vae = load_autoencoder(AutoencoderKLQwenImage, path / "vae", device, dtype, on_bytes, config.load_format)
         if info.image_input is None:
             vae.encoder = torch.nn.Identity()  # frees its weights
         vae.to(device)
         values = json.loads((path / "transformer" / "config.json").read_text())
         with torch.device("meta"):
             transformer = QwenImageTransformer(TransformerConfig.from_dict(values), mesh.tensor)
-        float8 = FLOAT8_LAYERS if config.quantization == "fp8" else ()
-        load_weights(transformer, path / "transformer", CHECKPOINT_NAMES, device, dtype, on_bytes, float8=float8)
+        load_weights(
+            transformer,
+            path / "transformer",
+            CHECKPOINT_NAMES,
+            device,
+            dtype,
+            on_bytes,
+            float8=FLOAT8_LAYERS if config.quantization == "fp8" else (),
+            load_format=config.load_format,
+        )
         return cls(
             transformer=transformer,
             encode_text=encode_text,
@@ -264,11 +270,16 @@ def _image_tokens(state: QwenImageState) -> Tensor:
 
 
 def _load_text_encoder(
-    info: ModelInfo, device: torch.device, dtype: torch.dtype, on_bytes: Callable[[int], object], mesh: Mesh
+    info: ModelInfo,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_bytes: Callable[[int], object],
+    mesh: Mesh,
+    load_format: LoadFormat,
 ) -> Callable[[Instruction], Tensor]:
     if info.image_input is None:
-        text_encoder = TextEncoder(info.path, device, dtype, mesh.text_encoder, on_bytes)
+        text_encoder = TextEncoder(info.path, device, dtype, mesh.text_encoder, on_bytes, load_format)
         return lambda instruction: text_encoder(instruction.prompt)
     assert isinstance(info.image_input, EditInput)
-    edit_encoder = EditEncoder(info.path, info.image_input, device, dtype, mesh.text_encoder, on_bytes)
+    edit_encoder = EditEncoder(info.path, info.image_input, device, dtype, mesh.text_encoder, on_bytes, load_format)
     return lambda instruction: edit_encoder(*instruction)

@@ -5,12 +5,14 @@ Text alone needs neither the vision tower nor the scores over the vocabulary, so
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLTextModel
 
+from vllm_omni.diffusion.data import LoadFormat
 from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.models.language_model import load_language_model
 from vllm_omni.diffusion.models.loading import OnBytes
@@ -32,6 +34,7 @@ class TextEncoder:
         dtype: torch.dtype,
         group: Group,
         on_bytes: OnBytes = lambda count: None,
+        load_format: LoadFormat = "auto",
     ) -> None:
         """Reads this rank's share of the weights in `path`, a model folder; `on_bytes` is told how much that is.
 
@@ -39,7 +42,7 @@ class TextEncoder:
         """
         self._device = device
         self._tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer")
-        self._model = load_text_model(path / "text_encoder", device, dtype, group, on_bytes)
+        self._model = load_text_model(path / "text_encoder", device, dtype, group, on_bytes, load_format)
 
     def __call__(self, prompt: str) -> Tensor:
         """-> [tokens, hidden size]: the last hidden states without the template's beginning.
@@ -57,8 +60,9 @@ class TextEncoder:
 
 
 def load_text_model(
-    folder: Path, device: torch.device, dtype: torch.dtype, group: Group, on_bytes: OnBytes
+    folder: Path, device: torch.device, dtype: torch.dtype, group: Group, on_bytes: OnBytes, load_format: LoadFormat
 ) -> Qwen2_5_VLTextModel:
     """This rank's share of the language model in `folder`, a text encoder's."""
     config = Qwen2_5_VLConfig.from_pretrained(folder).text_config
-    return load_language_model(lambda: Qwen2_5_VLTextModel(config), folder, device, dtype, group, on_bytes)
+    build = partial(Qwen2_5_VLTextModel, config)
+    return load_language_model(build, folder, device, dtype, group, on_bytes, load_format=load_format)

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
+from vllm_omni.diffusion.data import LoadFormat
 from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.models.loading import OnBytes, load_weights, weight_names
 from vllm_omni.diffusion.models.prompt_cache import PromptCache
@@ -39,6 +40,7 @@ class EditEncoder:
         dtype: torch.dtype,
         group: Group,
         on_bytes: OnBytes = lambda count: None,
+        load_format: LoadFormat = "auto",
     ) -> None:
         """As `text.TextEncoder`. edit: how the model in `path` takes pictures."""
         self._edit = edit
@@ -46,8 +48,8 @@ class EditEncoder:
         self._dtype = dtype
         self._tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer")
         self._image_token = self._tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        self._model = load_text_model(path / "text_encoder", device, dtype, group, on_bytes)
-        self._tower = _load_vision_tower(path / "text_encoder", device, dtype, on_bytes)
+        self._model = load_text_model(path / "text_encoder", device, dtype, group, on_bytes, load_format)
+        self._tower = _load_vision_tower(path / "text_encoder", device, dtype, on_bytes, load_format)
         self._features: PromptCache[InputImage] = PromptCache(self._see, VISION_CACHE_BYTES, lambda image: image.digest)
 
     def __call__(self, prompt: str, images: Sequence[InputImage]) -> Tensor:
@@ -111,14 +113,15 @@ def vision_positions(is_image: Tensor, grids: Sequence[tuple[int, int]]) -> Tens
 
 
 def _load_vision_tower(
-    folder: Path, device: torch.device, dtype: torch.dtype, on_bytes: OnBytes
+    folder: Path, device: torch.device, dtype: torch.dtype, on_bytes: OnBytes, load_format: LoadFormat
 ) -> Qwen2_5_VisionTransformerPretrainedModel:
     config = Qwen2_5_VLConfig.from_pretrained(folder).vision_config
     with torch.device("meta"):
         tower = Qwen2_5_VisionTransformerPretrainedModel(config)
     # Checkpoints have been written with two names for the same module.
-    is_named = any(name.startswith("model.visual.") for name in weight_names(folder))
-    load_weights(tower, folder, {}, device, dtype, on_bytes, "model.visual." if is_named else "visual.")
+    names = weight_names(folder) if load_format == "auto" else ()
+    prefix = "model.visual." if any(name.startswith("model.visual.") for name in names) else "visual."
+    load_weights(tower, folder, {}, device, dtype, on_bytes, prefix, load_format=load_format)
     # Its frequencies are no weights, and stay in float32 whatever the model's dtype.
     tower.rotary_pos_emb = type(tower.rotary_pos_emb)(config).to(device)
     return tower

@@ -21,7 +21,7 @@ from vllm_omni.diffusion.models.arrangement import Arrangement
 from vllm_omni.diffusion.models.compiled import CompiledBlocks
 from vllm_omni.diffusion.models.configs import read_config
 from vllm_omni.diffusion.models.flow import FlowPipeline, FlowState, Layout
-from vllm_omni.diffusion.models.loading import load_weights, num_bytes
+from vllm_omni.diffusion.models.loading import load_autoencoder, load_weights
 from vllm_omni.diffusion.models.modulation import ModulationTable
 from vllm_omni.diffusion.models.prompt_cache import PromptCache
 from vllm_omni.diffusion.models.schedule import make_schedule
@@ -122,20 +122,25 @@ class Pipeline(FlowPipeline[ZImageState, Forward]):
         mesh: Mesh,
     ) -> Pipeline:
         path = info.path
-        text_encoder = TextEncoder(path, device, dtype, mesh.text_encoder, on_bytes)
-        vae = AutoencoderKL.from_pretrained(path / "vae", dtype=dtype, use_safetensors=True)
-        on_bytes(num_bytes(path / "vae"))
+        text_encoder = TextEncoder(path, device, dtype, mesh.text_encoder, on_bytes, config.load_format)
+        vae = load_autoencoder(AutoencoderKL, path / "vae", device, dtype, on_bytes, config.load_format)
         with torch.device("meta"):
             values = TransformerConfig.from_dict(read_config(path, "transformer"))
             transformer = ZImageTransformer(values, mesh.tensor)
-        float8 = FLOAT8_LAYERS if config.quantization == "fp8" else ()
-        load_weights(transformer, path / "transformer", CHECKPOINT_NAMES, device, dtype, on_bytes, float8=float8)
+        load_weights(
+            transformer,
+            path / "transformer",
+            CHECKPOINT_NAMES,
+            device,
+            dtype,
+            on_bytes,
+            float8=FLOAT8_LAYERS if config.quantization == "fp8" else (),
+            load_format=config.load_format,
+        )
         return cls(
             transformer=transformer,
             text_encoder=text_encoder,
-            decoder=PictureDecoder(
-                vae.to(device).eval().requires_grad_(False), config.vae_use_slicing, config.vae_use_tiling, mesh.vae
-            ),
+            decoder=PictureDecoder(vae.to(device), config.vae_use_slicing, config.vae_use_tiling, mesh.vae),
             scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(path / "scheduler"),
             pixels_per_token=info.pixels_per_token,
             attention_backend=config.attention_backend,

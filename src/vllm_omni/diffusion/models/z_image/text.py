@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3Model
 
+from vllm_omni.diffusion.data import LoadFormat
 from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.models.language_model import load_language_model
 from vllm_omni.diffusion.models.loading import OnBytes
@@ -26,6 +27,7 @@ class TextEncoder:
         dtype: torch.dtype,
         group: Group,
         on_bytes: OnBytes = lambda count: None,
+        load_format: LoadFormat = "auto",
     ) -> None:
         """Reads this rank's share of the weights in `path`, a model folder; `on_bytes` is told how much that is.
 
@@ -41,7 +43,9 @@ class TextEncoder:
             return model
 
         unread = (f"layers.{config.num_hidden_layers - 1}.", "norm.", "lm_head.")
-        self._model = load_language_model(build, path / "text_encoder", device, dtype, group, on_bytes, unread)
+        self._model = load_language_model(
+            build, path / "text_encoder", device, dtype, group, on_bytes, unread, load_format
+        )
 
     def __call__(self, prompt: str) -> Tensor:
         """-> [tokens, hidden size]: what the last layer but one makes of the prompt as a chat.

@@ -1,0 +1,172 @@
+"""Section `step`: one guided denoising step of Qwen-Image, with every option, against diffusers' transformer."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import QwenImageTransformer2DModel
+
+from benchmarks.gpu.bench import Bench, Size, has_setting
+from benchmarks.gpu.report import Case, Row
+from benchmarks.timing import Spread, measure
+from vllm_omni.diffusion.attention import BACKENDS
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.models.loading import load_weights
+from vllm_omni.diffusion.registry import load_model_info
+from vllm_omni.diffusion.request import DiffusionRequest, RequestCost
+from vllm_omni.diffusion.sampling import combine_guidance
+from vllm_omni.diffusion.worker.runner import ModelRunner
+
+MODEL = "qwen-image"
+NUM_STEPS = 100
+"""Of the request whose steps are timed; more than are repeated."""
+WARM_UPS = 3
+BUDGET_SECONDS = 4.0
+
+
+def variants() -> dict[str, dict[str, Any]]:
+    """Name -> settings, of those that this version has."""
+    found: dict[str, dict[str, Any]] = {
+        "eager": {"enforce_eager": True},
+        "compiled": {},
+        "compiled, fp8": {"quantization": "fp8"},
+        "eager, fp8": {"quantization": "fp8", "enforce_eager": True},
+    }
+    for backend in BACKENDS:
+        found[f"compiled, attention {backend}"] = {"attention_backend": backend}
+    if has_setting("fused_kernels"):
+        for value in (True, False):
+            found[f"eager, fused kernels {'on' if value else 'off'}"] = {"fused_kernels": value, "enforce_eager": True}
+    return found
+
+
+def section_step(bench: Bench) -> Iterator[Case]:
+    size = bench.size(1024)
+    flops = bench.cost(MODEL, [size]).flops
+    contenders: list[tuple[str, bool, Any]] = [
+        (f"ours, {name}", "fp8" in name, lambda s=settings: time_ours(bench, size, s))
+        for name, settings in variants().items()
+    ]
+    for compiled in (False, True):
+        name = f"diffusers, {'compiled' if compiled else 'eager'}"
+        contenders.append((name, False, lambda c=compiled: time_diffusers(bench, size, c)))
+    for name, is_fp8, run in contenders:
+        predicted = bench.predict(MODEL, [size], fp8=is_fp8)
+
+        def rows(name: str = name, run: Any = run, predicted: float | None = predicted) -> list[Row]:
+            try:
+                seconds, peak = run()
+            finally:
+                release(bench.device)
+            detail: dict[str, Any] = {"TFLOP/s": flops / seconds.median / 1e12, "peak GiB": peak / 2**30}
+            if (card := bench.card) is not None:
+                detail["of the measured bf16 rate"] = flops / seconds.median / card.bf16_flops
+            return [Row.milliseconds(name, seconds, predicted, **detail)]
+
+        yield Case(name, rows, predicted)
+
+
+def release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def request_of(bench: Bench, size: Size, steps: int = NUM_STEPS) -> DiffusionRequest:
+    prompt, info = bench.prompt(MODEL), bench.info(MODEL)
+    return DiffusionRequest(
+        request_id="step",
+        prompt=prompt.prompt,
+        negative_prompt=prompt.negative_prompt,
+        height=size[0],
+        width=size[1],
+        num_inference_steps=steps,
+        true_cfg_scale=4.0,
+        guidance_scale=None,
+        seed=1,
+        max_sequence_length=512,
+        sigmas=None,
+        priority=0,
+        preview_steps=(),
+        cost=RequestCost(0, 0, 0, ()),
+        num_prompt_tokens=info.count_prompt_tokens(prompt.prompt),
+        num_image_tokens=info.num_image_tokens(*size),
+        cache=False,
+        arrival=0.0,
+    )
+
+
+def started_runner(bench: Bench, settings: dict[str, Any]) -> ModelRunner:
+    config = OmniDiffusionConfig(model=bench.model(MODEL), load_format="dummy", **settings)
+    info = load_model_info(config.model, config.load_format)
+    info.check_settings(config)
+    runner = ModelRunner(config, info)
+    runner.start()
+    return runner
+
+
+def stepper(bench: Bench, runner: ModelRunner, size: Size) -> Any:
+    """A function that makes the next step of a request: predict, combine the branches, advance."""
+    pipeline = runner.pipeline
+    state = pipeline.encode(request_of(bench, size))
+
+    def step() -> None:
+        (branches,) = pipeline.predict([state])
+        pipeline.advance(state, pipeline.combine(state, branches))
+        state.settle()
+
+    return step
+
+
+@torch.inference_mode()
+def time_ours(bench: Bench, size: Size, settings: dict[str, Any]) -> tuple[Spread, int]:
+    step = stepper(bench, started_runner(bench, settings), size)
+    seconds = measure(step, bench.device, warm_ups=WARM_UPS, budget=0.2 if bench.tiny else BUDGET_SECONDS)
+    return seconds, peak_memory(bench.device)
+
+
+@torch.inference_mode()
+def time_diffusers(bench: Bench, size: Size, compiled: bool) -> tuple[Spread, int]:
+    """As its pipeline steps: a forward for each branch, which are then combined."""
+    dtype = torch.bfloat16 if bench.device.type == "cuda" else torch.float32
+    folder = Path(bench.model(MODEL)) / "transformer"
+    with init_empty_weights():
+        transformer = QwenImageTransformer2DModel.from_config(QwenImageTransformer2DModel.load_config(folder))
+    # Named as in the checkpoint, so the weights are the same as ours.
+    load_weights(transformer, folder, {}, bench.device, dtype, load_format="dummy")
+    if compiled and bench.device.type == "cuda":
+        transformer.compile_repeated_blocks()
+    (branches,) = bench.branches(MODEL, [size])
+    width = transformer.config.joint_attention_dim
+    grid = [[(1, size[0] // 16, size[1] // 16)]]
+    latents = torch.randn(1, branches[0].image, transformer.config.in_channels, device=bench.device, dtype=dtype)
+    texts = [torch.randn(1, branch.text, width, device=bench.device, dtype=dtype) for branch in branches]
+    timestep = torch.full((1,), 0.5, device=bench.device, dtype=dtype)
+
+    def step() -> None:
+        positive, negative = (
+            transformer(
+                hidden_states=latents,
+                timestep=timestep,
+                encoder_hidden_states=text,
+                encoder_hidden_states_mask=None,
+                img_shapes=grid,
+                return_dict=False,
+            )[0]
+            for text in texts
+        )
+        combine_guidance(positive, negative, 4.0)
+
+    seconds = measure(step, bench.device, warm_ups=WARM_UPS, budget=0.2 if bench.tiny else BUDGET_SECONDS)
+    return seconds, peak_memory(bench.device)
