@@ -203,6 +203,8 @@ class OmniDiffusionConfig:
     attention_backend: AttentionBackendName | None = None
     """None: the fastest of those that run here, measured at start."""
     enforce_eager: bool = False
+    fused_kernels: bool = False
+    """On a GPU: norms, rotations and residuals of the transformer's blocks in Triton."""
     distributed_executor_backend: ExecutorBackend = "mp"
     scheduling_policy: SchedulingPolicy = "fair"
     max_num_seqs: int = 16

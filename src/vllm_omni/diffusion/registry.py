@@ -94,7 +94,12 @@ class WholePipeline:
             raise ConfigError(
                 f"--load-format takes auto with a {self.class_name}, which diffusers loads, got {config.load_format}"
             )
-        for name, only in (("cache_backend", "none"), ("max_batch_tokens", None), ("quantization", None)):
+        for name, only in (
+            ("cache_backend", "none"),
+            ("max_batch_tokens", None),
+            ("quantization", None),
+            ("fused_kernels", False),
+        ):
             if (value := getattr(config, name)) != only:
                 raise ConfigError(
                     f"{flag_of(name)} {value} needs packed steps, which a {self.class_name} does not have"

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_omni.diffusion.layers.linear import ColumnLinear, RowLinear
+from vllm_omni.diffusion.transfers import is_host
 from vllm_omni.errors import ConfigError
 
 FLOAT8 = torch.float8_e4m3fn
@@ -40,7 +41,7 @@ def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) ->
     no other token, up to the rounding of sums.
     """
     values, scales = quantize(x)
-    if x.is_cuda:
+    if not is_host(x.device):
         return torch._scaled_mm(
             values, weight.t(), scales, scale.t(), bias=bias, out_dtype=x.dtype, use_fast_accum=True
         )
@@ -94,7 +95,7 @@ def keep_in_float8(module: nn.Module, names: Sequence[str], device: torch.device
             continue
         assert isinstance(linear, (ColumnLinear, RowLinear)), f"{path} is a {type(linear).__name__}"
         out, inner = linear.weight.shape
-        if device.type == "cuda" and (out % GPU_MULTIPLE or inner % GPU_MULTIPLE):
+        if not is_host(device) and (out % GPU_MULTIPLE or inner % GPU_MULTIPLE):
             raise ConfigError(
                 f"--quantization fp8 takes layers whose sizes are multiples of {GPU_MULTIPLE} on a GPU, "
                 f"got {out} x {inner} ({path})"

@@ -74,6 +74,11 @@ class Device:
         """Whether compiled code gains more than compiling costs at every start; on a CPU it does not."""
         return self.kind == CUDA
 
+    def check_fused_kernels(self) -> None:
+        """Raises ConfigError where Triton compiles nothing."""
+        if self.kind != CUDA:
+            raise ConfigError(f"--fused-kernels takes a GPU, got {self.name}")
+
     def check_float8(self, dtype: torch.dtype) -> None:
         """Raises ConfigError where layers in float8 beside others in `dtype` are not computed."""
         if self.kind != CUDA:

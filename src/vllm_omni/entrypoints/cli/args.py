@@ -248,6 +248,7 @@ def _add_compute_flags(group: Any) -> None:
         "attention_backend", "attention kernel; none: the fastest that runs", choices=get_args(AttentionBackendName)
     )
     engine.switch("enforce_eager", "never compile")
+    engine.switch("fused_kernels", "norms, rotations and residuals of the transformer's blocks in Triton (GPUs)")
     engine.add("distributed_executor_backend", "where workers live", choices=get_args(ExecutorBackend))
 
 

@@ -84,13 +84,16 @@ def test_heads_in_the_order_of_attention(
         for i, n in enumerate(lengths)
     ]
     generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(num_tokens, generator=generator).to(DEVICE) if len(lengths) > 1 else None
+    order = stream = None
+    if len(lengths) > 1:
+        order = torch.randperm(num_tokens, generator=generator).to(DEVICE)
+        stream = (order >= lengths[0]).long()
     positions = torch.randint(0, 40, (num_tokens, 3), generator=generator)
-    rotations = axis_rotations(positions, axes).to(DEVICE)
+    rotations = axis_rotations(positions, axes)[:, None, None].to(DEVICE)
     exact = [Projected(s.qkv.double(), s.weight.double()) for s in streams]
     # `rotate` computes in float32, whatever it is given.
-    expected = TorchKernels().heads(exact, order, rotations, EPS)
-    got = fused.heads(streams, order, rotations, EPS)
+    expected = TorchKernels().heads(exact, order, stream, rotations, EPS)
+    got = fused.heads(streams, order, stream, rotations, EPS)
     for part, whole in zip(got, expected, strict=True):
         assert_near(part, whole.double(), dtype)
 
@@ -100,6 +103,6 @@ def test_no_tokens_are_no_work(fused: Any) -> None:
     table = random(1, 8)
     assert fused.norm_modulate(none, table, table, None, EPS).shape == (0, 8)
     assert fused.gated_add(none, none, table, None).shape == (0, 8)
-    rotations = torch.ones(0, 2, dtype=torch.complex64, device=DEVICE)
-    q, k, v = fused.heads([Projected(random(0, 24), random(8))], None, rotations, EPS)
+    rotations = torch.ones(0, 1, 1, 2, 2, device=DEVICE)
+    q, k, v = fused.heads([Projected(random(0, 24), random(8))], None, None, rotations, EPS)
     assert q.shape == k.shape == v.shape == (0, 2, 4)

@@ -20,7 +20,7 @@ class Kernels(Protocol):
     def gated_add(self, x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None) -> Tensor: ...
 
     def heads(
-        self, streams: Sequence[Projected], order: Tensor | None, rotations: Tensor, eps: float
+        self, streams: Sequence[Projected], order: Tensor | None, stream: Tensor | None, rotations: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 

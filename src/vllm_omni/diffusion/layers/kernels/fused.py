@@ -42,16 +42,16 @@ class TritonKernels:
         return out
 
     def heads(
-        self, streams: Sequence[Projected], order: Tensor | None, rotations: Tensor, eps: float
+        self, streams: Sequence[Projected], order: Tensor | None, stream: Tensor | None, rotations: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         first, last = streams[0], streams[-1]
-        num_tokens, half = len(rotations), rotations.shape[-1]
+        num_tokens, half = len(rotations), rotations.shape[-2]
         num_heads = first.qkv.shape[1] // (6 * half)
         out = first.qkv.new_empty((3, num_tokens, num_heads, 2 * half))
         if num_tokens:
             _heads[(num_tokens, 3)](
                 first.qkv.contiguous(), first.weight, last.qkv.contiguous(), last.weight, order,
-                torch.view_as_real(rotations), out, len(first.qkv), num_heads, half, eps,
+                rotations.contiguous(), out, len(first.qkv), num_heads, half, eps,
                 HAS_ORDER=order is not None, HEADS=triton.next_power_of_2(num_heads),
                 HALF=triton.next_power_of_2(half),
             )  # fmt: skip

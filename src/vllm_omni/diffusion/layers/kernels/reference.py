@@ -35,24 +35,22 @@ class TorchKernels:
         return gated_add(x, y, _of_tokens(gate, rows))
 
     def heads(
-        self, streams: Sequence[Projected], order: Tensor | None, rotations: Tensor, eps: float
+        self, streams: Sequence[Projected], order: Tensor | None, stream: Tensor | None, rotations: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """RMSNorm and rotation of queries and keys, in the order of attention -> q, k, v [tokens, H, d].
 
-        streams: one or two; order: int64 [tokens], the row of their concatenation that each row of attention is; None:
-        the same. rotations: complex64 [tokens, d / 2], in the order of attention.
+        streams: one or two; order: int64 [tokens], the row of their concatenation that each row of attention is, None:
+        the same; stream: int64 [tokens], which of two each row of attention comes from; rotations: float32
+        [tokens, 1, 1, d / 2, 2], in the order of attention.
         """
-        width = rotations.shape[-1] * 2
-        normed = []
-        for stream in streams:
-            qkv = stream.qkv.unflatten(-1, (3, -1, width))
-            qk = rms_norm(qkv[:, :2], stream.weight.view(2, 1, width), eps)
-            normed.append(torch.cat((qk, qkv[:, 2:]), dim=1))
-        joint = torch.cat(normed) if len(normed) > 1 else normed[0]
+        weight = torch.stack([s.weight.view(2, 1, -1) for s in streams])
+        joint = torch.cat([s.qkv for s in streams]) if len(streams) > 1 else streams[0].qkv
         if order is not None:
             joint = joint.index_select(0, order)
-        q, k = rotate(joint[:, :2], rotations[:, None, None]).unbind(1)
-        return q, k, joint[:, 2]
+        qkv = joint.unflatten(1, (3, -1, weight.shape[-1]))
+        scale = weight[0] if stream is None else weight.index_select(0, stream)
+        q, k = rotate(rms_norm(qkv[:, :2], scale, eps), rotations).unbind(1)
+        return q, k, qkv[:, 2]
 
 
 def _of_tokens(values: Tensor, rows: Tensor | None) -> Tensor:

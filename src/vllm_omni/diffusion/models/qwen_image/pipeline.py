@@ -18,6 +18,7 @@ from vllm_omni.diffusion.cache import create_step_cache
 from vllm_omni.diffusion.cache.base import StepCache
 from vllm_omni.diffusion.data import LoadFormat, OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.mesh import Mesh
+from vllm_omni.diffusion.layers.kernels import create_kernels
 from vllm_omni.diffusion.models.arrangement import Arrangement
 from vllm_omni.diffusion.models.compiled import CompiledBlocks
 from vllm_omni.diffusion.models.flow import FlowPipeline, FlowState, Layout
@@ -134,7 +135,9 @@ class Pipeline(FlowPipeline[QwenImageState, Forward]):
         vae.to(device)
         values = json.loads((path / "transformer" / "config.json").read_text())
         with torch.device("meta"):
-            transformer = QwenImageTransformer(TransformerConfig.from_dict(values), mesh.tensor)
+            transformer = QwenImageTransformer(
+                TransformerConfig.from_dict(values), mesh.tensor, create_kernels(config.fused_kernels)
+            )
         load_weights(
             transformer,
             path / "transformer",

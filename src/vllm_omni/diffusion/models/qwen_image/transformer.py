@@ -15,14 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_omni.diffusion.distributed.groups import Group
+from vllm_omni.diffusion.layers.kernels import Kernels, Projected, TorchKernels
 from vllm_omni.diffusion.layers.linear import ColumnLinear, RowLinear
-from vllm_omni.diffusion.layers.norms import Scale, gated_add, norm_modulate, rms_norm
-from vllm_omni.diffusion.layers.rope import axis_rotations, rotate
+from vllm_omni.diffusion.layers.norms import Scale, norm_modulate, rms_norm
+from vllm_omni.diffusion.layers.rope import axis_rotations
 from vllm_omni.diffusion.layers.timesteps import NUM_WAVES, timestep_waves
 from vllm_omni.diffusion.models.arrangement import Arrangement
 from vllm_omni.diffusion.models.compiled import Backend, CompiledBlocks
 from vllm_omni.diffusion.models.modulation import Modulation, per_token
-from vllm_omni.diffusion.packing import Hidden, Pack, join, split
+from vllm_omni.diffusion.packing import Hidden, Pack, split
 from vllm_omni.diffusion.transfers import to_device
 from vllm_omni.errors import ConfigError
 
@@ -121,8 +122,9 @@ class StepContext:
 class Stream(nn.Module):
     """The weights of one block for one kind of token (text or image), and what they do before and after attention."""
 
-    def __init__(self, dim: int, tensor: Group) -> None:
+    def __init__(self, dim: int, tensor: Group, kernels: Kernels) -> None:
         super().__init__()
+        self.kernels = kernels
         self.modulation = ColumnLinear(dim, 6 * dim, tensor)
         self.qkv = ColumnLinear(dim, 3 * dim, tensor)
         self.out = RowLinear(dim, dim, tensor)
@@ -131,16 +133,17 @@ class Stream(nn.Module):
 
     def project(self, x: Tensor, rows: Tensor, index: Tensor | None) -> Tensor:
         """x: [tokens, D]; rows: [rows, 6, D] -> q, k and v of this rank's heads [tokens, 3 * D / P]."""
-        shift, scale = per_token(rows[:, :2], index)
-        qkv: Tensor = self.qkv(norm_modulate(x, shift, scale, EPS))
+        shift, scale, *_ = rows.unbind(1)
+        qkv: Tensor = self.qkv(self.kernels.norm_modulate(x, shift, scale, index, EPS))
         return qkv
 
     def finish(self, x: Tensor, attended: Tensor, rows: Tensor, index: Tensor | None) -> Tensor:
         """x: [tokens, D]; attended: [tokens, D / P]; rows: [rows, 6, D] -> [tokens, D]."""
-        gate, mlp_shift, mlp_scale, mlp_gate = per_token(rows[:, 2:], index)
-        x = gated_add(x, self.out(attended), gate)
-        inner = F.gelu(self.up(norm_modulate(x, mlp_shift, mlp_scale, EPS)), approximate="tanh")
-        return gated_add(x, self.down(inner), mlp_gate)
+        *_, gate, mlp_shift, mlp_scale, mlp_gate = rows.unbind(1)
+        x = self.kernels.gated_add(x, self.out(attended), gate, index)
+        modulated = self.kernels.norm_modulate(x, mlp_shift, mlp_scale, index, EPS)
+        inner = F.gelu(self.up(modulated), approximate="tanh")
+        return self.kernels.gated_add(x, self.down(inner), mlp_gate, index)
 
 
 class Block(nn.Module):
@@ -149,12 +152,13 @@ class Block(nn.Module):
     `before` and `after` take plain tensors, so that they can be compiled: see `CompiledPart`.
     """
 
-    def __init__(self, config: TransformerConfig, tensor: Group) -> None:
+    def __init__(self, config: TransformerConfig, tensor: Group, kernels: Kernels) -> None:
         super().__init__()
+        self.kernels = kernels
         self.head_dim = config.attention_head_dim
         self.qk_norm = Scale(4 * self.head_dim)
-        self.image = Stream(config.dim, tensor)
-        self.text = Stream(config.dim, tensor)
+        self.image = Stream(config.dim, tensor, kernels)
+        self.text = Stream(config.dim, tensor, kernels)
 
     def modulate(self, condition: Tensor) -> Tensor:
         """[timesteps, D] -> [2, timesteps, 6 * D / P], image then text."""
@@ -181,15 +185,12 @@ class Block(nn.Module):
         rotations: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """-> q, k and v, [T + S, H / P, d] each, in joint order."""
-        qkv = join(
-            self.text.project(text, rows[TEXT], text_index),
-            self.image.project(image, rows[IMAGE], image_index),
-            joint_order,
-        ).unflatten(1, (3, -1, self.head_dim))
-        # Text and image have their own norms: [T + S, q and k, any head, d].
-        scale = self.qk_norm.weight.view(2, 2, 1, -1).index_select(0, joint_is_image)
-        q, k = rotate(rms_norm(qkv[:, :2], scale, EPS), rotations).unbind(1)
-        return q, k, qkv[:, 2]
+        text_norms, image_norms = self.qk_norm.weight.chunk(2)
+        streams = (
+            Projected(self.text.project(text, rows[TEXT], text_index), text_norms),
+            Projected(self.image.project(image, rows[IMAGE], image_index), image_norms),
+        )
+        return self.kernels.heads(streams, joint_order, joint_is_image, rotations, EPS)
 
     def after(
         self,
@@ -213,17 +214,19 @@ class Block(nn.Module):
 class QwenImageTransformer(nn.Module):
     """`embed -> blocks -> project`: see `StepBlocks` for what runs the blocks."""
 
-    def __init__(self, config: TransformerConfig, tensor: Group) -> None:
-        """tensor: the ranks that share every layer; their number divides the heads."""
+    def __init__(self, config: TransformerConfig, tensor: Group, kernels: Kernels | None = None) -> None:
+        """tensor: the ranks that share every layer; their number divides the heads. kernels: of the blocks; None: plain
+        PyTorch."""
         super().__init__()
         self.config = config
         self.tensor = tensor
         dim = config.dim
+        kernels = kernels or TorchKernels()
         self.time_embedder = nn.Sequential(nn.Linear(NUM_WAVES, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.txt_norm = Scale(config.joint_attention_dim)
         self.img_in = nn.Linear(config.in_channels, dim)
         self.txt_in = nn.Linear(config.joint_attention_dim, dim)
-        self.transformer_blocks = nn.ModuleList(Block(config, tensor) for _ in range(config.num_layers))
+        self.transformer_blocks = nn.ModuleList(Block(config, tensor, kernels) for _ in range(config.num_layers))
         self.output_modulation = nn.Linear(dim, 2 * dim)
         self.proj_out = nn.Linear(dim, config.patch_size**2 * config.out_channels)
 

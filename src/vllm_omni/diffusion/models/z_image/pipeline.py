@@ -17,6 +17,7 @@ from vllm_omni.diffusion.cache.base import SequenceStep, StepCache
 from vllm_omni.diffusion.data import AttentionBackendName, OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.distributed.mesh import Mesh
+from vllm_omni.diffusion.layers.kernels import create_kernels
 from vllm_omni.diffusion.models.arrangement import Arrangement
 from vllm_omni.diffusion.models.compiled import CompiledBlocks
 from vllm_omni.diffusion.models.configs import read_config
@@ -126,7 +127,7 @@ class Pipeline(FlowPipeline[ZImageState, Forward]):
         vae = load_autoencoder(AutoencoderKL, path / "vae", device, dtype, on_bytes, config.load_format)
         with torch.device("meta"):
             values = TransformerConfig.from_dict(read_config(path, "transformer"))
-            transformer = ZImageTransformer(values, mesh.tensor)
+            transformer = ZImageTransformer(values, mesh.tensor, create_kernels(config.fused_kernels))
         load_weights(
             transformer,
             path / "transformer",

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from vllm_omni.diffusion.attention.sharded import Attend
 from vllm_omni.diffusion.distributed.groups import Group
+from vllm_omni.diffusion.layers.kernels import Kernels, Projected, TorchKernels
 from vllm_omni.diffusion.layers.linear import ColumnLinear, RowLinear
-from vllm_omni.diffusion.layers.norms import Scale, gated_add, rms_norm
-from vllm_omni.diffusion.layers.rope import axis_rotations, rotate
+from vllm_omni.diffusion.layers.norms import Scale, rms_norm
+from vllm_omni.diffusion.layers.rope import axis_rotations
 from vllm_omni.diffusion.layers.timesteps import NUM_WAVES, timestep_waves
 from vllm_omni.diffusion.models.arrangement import Arrangement
 from vllm_omni.diffusion.models.compiled import Backend, CompiledBlocks
@@ -118,8 +119,9 @@ class Block(nn.Module):
     `before` and `after` attention take plain tensors, so that they can be compiled: see `CompiledPart`.
     """
 
-    def __init__(self, config: TransformerConfig, tensor: Group, is_modulated: bool = True) -> None:
+    def __init__(self, config: TransformerConfig, tensor: Group, kernels: Kernels, is_modulated: bool = True) -> None:
         super().__init__()
+        self.kernels = kernels
         dim, inner = config.dim, inner_width(config.dim)
         self.head_dim = config.head_dim
         self.eps = config.norm_eps
@@ -145,25 +147,28 @@ class Block(nn.Module):
     def before(self, rows: Tensor, x: Tensor, index: Tensor | None, rotations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """-> q, k and v, [tokens, H / P, d] each."""
         (scale,) = per_token(rows[0, :, :1], index)
-        qkv = self.qkv(rms_norm(x, self.attention_norm1.weight * scale, self.eps)).unflatten(1, (3, -1, self.head_dim))
-        q, k = rotate(rms_norm(qkv[:, :2], self.qk_norm.weight.view(2, 1, -1), QK_EPS), rotations).unbind(1)
-        return q, k, qkv[:, 2]
+        qkv = self.qkv(rms_norm(x, self.attention_norm1.weight * scale, self.eps))
+        return self.kernels.heads([Projected(qkv, self.qk_norm.weight)], None, None, rotations, QK_EPS)
 
     def after(self, rows: Tensor, x: Tensor, index: Tensor | None, attended: Tensor) -> Tensor:
         """attended: [tokens, D / P] -> [tokens, D]."""
-        gate, inner_scale, inner_gate = per_token(rows[0, :, 1:], index)
-        x = gated_add(x, rms_norm(self.out(attended), self.attention_norm2.weight, self.eps), gate)
+        _, gate, _, inner_gate = rows[0].unbind(1)
+        (inner_scale,) = per_token(rows[0, :, 2:3], index)
+        attended = rms_norm(self.out(attended), self.attention_norm2.weight, self.eps)
+        x = self.kernels.gated_add(x, attended, gate, index)
         inner_gates, inner = self.gate_up(rms_norm(x, self.ffn_norm1.weight * inner_scale, self.eps)).chunk(2, dim=-1)
         down = self.down(F.silu(inner_gates) * inner)
-        return gated_add(x, rms_norm(down, self.ffn_norm2.weight, self.eps), inner_gate)
+        return self.kernels.gated_add(x, rms_norm(down, self.ffn_norm2.weight, self.eps), inner_gate, index)
 
 
 class ZImageTransformer(nn.Module):
     """`embed`, `StepBlocks`, `project` at every step; `refine_caption` once before."""
 
-    def __init__(self, config: TransformerConfig, tensor: Group) -> None:
-        """tensor: the ranks that share every layer; their number divides the heads and the feed-forward channels."""
+    def __init__(self, config: TransformerConfig, tensor: Group, kernels: Kernels | None = None) -> None:
+        """tensor: the ranks that share every layer; their number divides the heads and the feed-forward channels.
+        kernels: of the blocks; None: plain PyTorch."""
         super().__init__()
+        kernels = kernels or TorchKernels()
         self.config = config
         self.tensor = tensor
         dim, condition = config.dim, min(config.dim, CONDITION_WIDTH)
@@ -175,11 +180,11 @@ class ZImageTransformer(nn.Module):
         self.caption_embedder = nn.Linear(config.cap_feat_dim, dim)
         self.x_pad_token = nn.Parameter(torch.zeros(1, dim))
         self.cap_pad_token = nn.Parameter(torch.zeros(1, dim))
-        self.noise_refiner = nn.ModuleList(Block(config, tensor) for _ in range(config.n_refiner_layers))
+        self.noise_refiner = nn.ModuleList(Block(config, tensor, kernels) for _ in range(config.n_refiner_layers))
         self.context_refiner = nn.ModuleList(
-            Block(config, tensor, is_modulated=False) for _ in range(config.n_refiner_layers)
+            Block(config, tensor, kernels, is_modulated=False) for _ in range(config.n_refiner_layers)
         )
-        self.layers = nn.ModuleList(Block(config, tensor) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(Block(config, tensor, kernels) for _ in range(config.n_layers))
         self.output_modulation = nn.Linear(condition, dim)
         self.output = nn.Linear(dim, config.channels_per_token)
 
@@ -215,7 +220,7 @@ class ZImageTransformer(nn.Module):
         x: Tensor = self.caption_embedder(rms_norm(states, self.caption_norm.weight, self.config.norm_eps))
         x = torch.cat((x, self.cap_pad_token.expand(filled_up(len(x)) - len(x), -1)))
         rotations = to_device(self._caption_rotations(len(x)), x.device)
-        unmodulated = x.new_ones(1, 1, 4, 1)
+        unmodulated = x.new_ones(1, 1, 4, x.shape[1])
         for layer in self.context_refiner:
             x = layer(x, unmodulated, None, rotations, attend)
         return x
