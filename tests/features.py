@@ -41,6 +41,7 @@ DIFFUSION = "tests/diffusion"
 CACHE = f"{DIFFUSION}/cache"
 OPENAI = "tests/entrypoints/openai"
 FAMILIES = "tests/test_families.py"
+COMPILING = f"{DIFFUSION}/worker/test_compiling.py"
 LAYOUTS = f"{DIFFUSION}/worker/test_layouts.py"
 EDIT_LAYOUTS = f"{DIFFUSION}/worker/test_edit_layouts.py"
 QWEN_IMAGE = f"{DIFFUSION}/models/qwen_image/test_pictures.py"
@@ -255,7 +256,16 @@ FEATURES = (
     ),
     Feature("video", (NOT_YET, EMPTY, EMPTY, NOT_YET)),
     Feature(
-        "LoRA, CPU offload, fp8, compiled blocks",
+        "compiled blocks on GPUs",
+        (
+            yes(f"{COMPILING}::test_serving_compiles_nothing", f"{COMPILING}::test_ranks_compile_the_same"),
+            yes(f"{COMPILING}::test_serving_compiles_nothing_of_edits"),
+            yes(f"{COMPILING}::test_serving_compiles_nothing_of_z_image"),
+            Cell("no"),
+        ),
+    ),
+    Feature(
+        "LoRA, CPU offload, fp8",
         (
             NOT_YET,
             NOT_YET,

@@ -233,7 +233,7 @@ def _add_compute_flags(group: Any) -> None:
     engine.add("dtype", "of the weights; auto: bfloat16 on CUDA, float32 on CPU", choices=get_args(DType))
     engine.add("quantization", "of the weights", choices=("fp8",))
     engine.add("attention_backend", "attention kernel; none: the best for the device", type=values.nonempty)
-    engine.switch("enforce_eager", "never compile")
+    engine.switch("enforce_eager", "do not compile the transformer's blocks (on a CPU they never are)")
     engine.add("distributed_executor_backend", "where workers live", choices=get_args(ExecutorBackend))
 
 
