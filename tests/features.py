@@ -42,6 +42,7 @@ CACHE = f"{DIFFUSION}/cache"
 FP8 = f"{DIFFUSION}/models/test_float8.py"
 OPENAI = "tests/entrypoints/openai"
 FAMILIES = "tests/test_families.py"
+COMPILING = f"{DIFFUSION}/worker/test_compiling.py"
 LAYOUTS = f"{DIFFUSION}/worker/test_layouts.py"
 EDIT_LAYOUTS = f"{DIFFUSION}/worker/test_edit_layouts.py"
 QWEN_IMAGE = f"{DIFFUSION}/models/qwen_image/test_pictures.py"
@@ -274,7 +275,16 @@ FEATURES = (
         ),
     ),
     Feature(
-        "LoRA, CPU offload, compiled blocks",
+        "compiled blocks on GPUs",
+        (
+            yes(f"{COMPILING}::test_serving_compiles_nothing", f"{COMPILING}::test_ranks_compile_the_same"),
+            yes(f"{COMPILING}::test_serving_compiles_nothing_of_edits"),
+            yes(f"{COMPILING}::test_serving_compiles_nothing_of_z_image"),
+            Cell("no"),
+        ),
+    ),
+    Feature(
+        "LoRA, CPU offload",
         (
             NOT_YET,
             NOT_YET,

@@ -68,4 +68,5 @@ def test_a_sequence_alone_has_one_row() -> None:
     alone = got.of_members([2])
     (part, *_) = per_token(alone.blocks[1, 0], alone.index(torch.tensor([2, 2])))
     assert torch.equal(part, torch.full((1, 8), 204.0))
+    assert alone.blocks.stride() == ModulationTable(Rows(), 100 * ROW_BYTES).rows_of([3.0]).blocks.stride()
     assert torch.equal(alone.of_members([2]).final, got.final[2:])

@@ -39,7 +39,9 @@ class Modulation:
         if len(numbers) > 1 or self.final.shape[0] == 1:
             return self
         (row,) = numbers
-        return Modulation(self.blocks[:, :, row : row + 1], self.final[row : row + 1])
+        # Laid out as any other single row, which compiled code asks for.
+        blocks = self.blocks[:, :, row : row + 1].clone(memory_format=torch.contiguous_format)
+        return Modulation(blocks, self.final[row : row + 1])
 
 
 def per_token(rows: Tensor, index: Tensor | None) -> tuple[Tensor, ...]:

@@ -247,7 +247,7 @@ def _add_compute_flags(group: Any) -> None:
     engine.add(
         "attention_backend", "attention kernel; none: the fastest that runs", choices=get_args(AttentionBackendName)
     )
-    engine.switch("enforce_eager", "never compile")
+    engine.switch("enforce_eager", "do not compile the transformer's blocks (on a CPU they never are)")
     engine.switch("fused_kernels", "norms, rotations and residuals of the transformer's blocks in Triton (GPUs)")
     engine.add("distributed_executor_backend", "where workers live", choices=get_args(ExecutorBackend))
 
