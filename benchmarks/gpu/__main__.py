@@ -109,6 +109,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         chosen = tuple(layouts.parse_layout(text) for text in args.layouts)
     except ValueError as error:
         sys.exit(str(error))
+    if args.tiny:  # on a busy machine threads that wait for one another take longer than the work
+        torch.set_num_threads(1)
     bench = Bench(report, args.models, here(), args.tiny, args.quick, chosen)
     is_done = run_sections(bench, sections, 60 * args.minutes)
     print(f"\n{report.table()}")

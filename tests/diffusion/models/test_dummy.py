@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +20,8 @@ from tests.diffusion.worker.replica import merging, started
 from tests.tiny_models import build_tiny_qwen_image, photo
 from tests.tiny_z_image import build_tiny_z_image
 from vllm_omni.diffusion.data import DiffusionParallelConfig
+from vllm_omni.diffusion.distributed.groups import Group
+from vllm_omni.diffusion.layers.linear import ColumnLinear, RowLinear
 from vllm_omni.diffusion.models.dummy import dummy_weight
 from vllm_omni.diffusion.models.loading import checkpoint_slots, load_weights
 from vllm_omni.diffusion.registry import load_model_info
@@ -80,7 +83,22 @@ def test_values_stay_finite_and_runs_repeat(bare: Path) -> None:
     assert np.array_equal(picture, again)
 
 
-def test_ranks_cut_their_shares_from_the_same_weights(bare: Path) -> None:
+def shares_of(rank: int, num_ranks: int) -> dict[str, torch.Tensor]:
+    group = Group(range(num_ranks), rank, Counter())
+    with torch.device("meta"):
+        module = nn.ModuleDict({"column": ColumnLinear(6, 8, group), "row": RowLinear(8, 6, group)})
+    load_weights(module, Path(), {}, CPU, torch.float32, load_format="dummy")
+    return dict(module.named_parameters())
+
+
+def test_ranks_cut_their_shares_from_the_same_weights() -> None:
+    whole, parts = shares_of(0, 1), [shares_of(rank, 2) for rank in range(2)]
+    for name, dim in (("column.weight", 0), ("column.bias", 0), ("row.weight", 1)):
+        assert torch.equal(torch.cat([part[name] for part in parts], dim), whole[name])
+    assert all(torch.equal(part["row.bias"], whole["row.bias"]) for part in parts)
+
+
+def test_ranks_draw_what_one_draws(bare: Path) -> None:
     parallel = DiffusionParallelConfig(tensor_parallel_size=2)
     one = draw(Place(), DiffusionParallelConfig(), bare)
     assert one is not None
