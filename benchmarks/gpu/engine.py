@@ -113,7 +113,7 @@ def forced_cache(steps: int) -> dict[str, Any]:
 
 def section_caches(bench: Bench) -> Iterator[Case]:
     """cache_dit with TaylorSeer of order 2 and a forced pattern of skips, against the same engine without it."""
-    name, steps, size = "qwen-image", bench.steps(50), bench.size(1024)
+    name, steps, size = "qwen-image", max(16, bench.steps(50)), bench.size(1024)
     mask = forced_mask(steps)
     skipped = mask.count(0) / steps
     shape = bench.shape(name)

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.gpu.bench import Bench, Lazy
 from benchmarks.gpu.engine import generate_seconds, stages
 from benchmarks.gpu.report import Case, Row
-from benchmarks.gpu.step import MODEL, release, started_runner, stepper
+from benchmarks.gpu.step import MODEL, started_runner, stepper
 from benchmarks.timing import measure
 from vllm_omni import Omni
 
@@ -46,19 +46,16 @@ def _gaps(bench: Bench) -> list[Row]:
     case = "device idle within steps"
     if bench.device.type != "cuda":
         return [Row(case, refused="needs a GPU")]
-    try:
-        step = stepper(bench, started_runner(bench, {}), bench.size(1024))
-        for _ in range(3):
+    step = stepper(bench, started_runner(bench, {}), bench.size(1024))
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(NUM_STEPS):
             step()
         torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            for _ in range(NUM_STEPS):
-                step()
-            torch.cuda.synchronize()
-        events = profiler.events() or []
-        spans = [(e.time_range.start, e.time_range.end) for e in events if e.device_type.name == "CUDA"]
-    finally:
-        release(bench.device)
+    events = profiler.events() or []
+    spans = [(e.time_range.start, e.time_range.end) for e in events if e.device_type.name == "CUDA"]
     span, busy, longest = covered(spans)
     detail = {"steps": NUM_STEPS, "kernels": len(spans), "busy ms": busy / 1e3, "longest gap ms": longest / 1e3}
     return [Row(case, 100 * (1 - busy / span), "%", detail=detail)]

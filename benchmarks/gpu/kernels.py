@@ -15,7 +15,7 @@ from tests.tiny_z_image import build_tiny_z_image
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.report import Case, Row
-from benchmarks.roofline.measured import COPY_BYTES, Ceiling, ceilings, rate_of
+from benchmarks.roofline.measured import Ceiling, ceilings, rate_of
 from vllm_omni import Omni
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
@@ -30,7 +30,7 @@ def section_ceilings(bench: Bench) -> Iterator[Case]:
 
         def run(name: str = name) -> list[Row]:
             cost = bench.cost(name, [bench.size(1024)])
-            found = list(ceilings(cost, 2**20 if bench.tiny else COPY_BYTES))
+            found = list(ceilings(cost, 2**20, 0.01) if bench.tiny else ceilings(cost))
             rows = [_row(f"{name} {c.kind} {c.name}", c) for c in found]
             for kind in KINDS:
                 rate = rate_of(found, kind)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,24 +58,13 @@ def section_step(bench: Bench) -> Iterator[Case]:
         predicted = bench.predict(MODEL, [size], fp8=is_fp8)
 
         def rows(name: str = name, run: Any = run, predicted: float | None = predicted) -> list[Row]:
-            try:
-                seconds, peak = run()
-            finally:
-                release(bench.device)
+            seconds, peak = run()
             detail: dict[str, Any] = {"TFLOP/s": flops / seconds.median / 1e12, "peak GiB": peak / 2**30}
             if (card := bench.card) is not None:
                 detail["of the measured bf16 rate"] = flops / seconds.median / card.bf16_flops
             return [Row.milliseconds(name, seconds, predicted, **detail)]
 
         yield Case(name, rows, predicted)
-
-
-def release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch._dynamo.reset()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device: torch.device) -> int:

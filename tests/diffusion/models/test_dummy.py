@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import QwenImageTransformer2DModel, ZImageTransformer2DModel
+from torch import nn
 
 from tests.diffusion.distributed.ranks import run_places
 from tests.diffusion.worker.driving import Drive, make_request, psnr
@@ -16,7 +20,10 @@ from tests.diffusion.worker.replica import merging, started
 from tests.tiny_models import build_tiny_qwen_image, photo
 from tests.tiny_z_image import build_tiny_z_image
 from vllm_omni.diffusion.data import DiffusionParallelConfig
+from vllm_omni.diffusion.distributed.groups import Group
+from vllm_omni.diffusion.layers.linear import ColumnLinear, RowLinear
 from vllm_omni.diffusion.models.dummy import dummy_weight
+from vllm_omni.diffusion.models.loading import checkpoint_slots, load_weights
 from vllm_omni.diffusion.registry import load_model_info
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.diffusion.worker.contract import Place
@@ -76,12 +83,44 @@ def test_values_stay_finite_and_runs_repeat(bare: Path) -> None:
     assert np.array_equal(picture, again)
 
 
-def test_ranks_cut_their_shares_from_the_same_weights(bare: Path) -> None:
+def shares_of(rank: int, num_ranks: int) -> dict[str, torch.Tensor]:
+    group = Group(range(num_ranks), rank, Counter())
+    with torch.device("meta"):
+        module = nn.ModuleDict({"column": ColumnLinear(6, 8, group), "row": RowLinear(8, 6, group)})
+    load_weights(module, Path(), {}, CPU, torch.float32, load_format="dummy")
+    return dict(module.named_parameters())
+
+
+def test_ranks_cut_their_shares_from_the_same_weights() -> None:
+    whole, parts = shares_of(0, 1), [shares_of(rank, 2) for rank in range(2)]
+    for name, dim in (("column.weight", 0), ("column.bias", 0), ("row.weight", 1)):
+        assert torch.equal(torch.cat([part[name] for part in parts], dim), whole[name])
+    assert all(torch.equal(part["row.bias"], whole["row.bias"]) for part in parts)
+
+
+def test_ranks_draw_what_one_draws(bare: Path) -> None:
     parallel = DiffusionParallelConfig(tensor_parallel_size=2)
     one = draw(Place(), DiffusionParallelConfig(), bare)
     assert one is not None
     for picture in run_places(draw, parallel, parallel, bare):
         assert psnr(picture, one) >= 50
+
+
+def test_modules_of_diffusers_get_the_same_weights(bare: Path) -> None:
+    """Speed is compared on equal weights, and so may pictures be."""
+    runner = started(Place(), DiffusionParallelConfig(), bare, load_format="dummy")
+    ours: nn.Module = runner.pipeline.transformer  # type: ignore[attr-defined]
+    family = load_model_info(str(bare)).family
+    names = import_module(f"vllm_omni.diffusion.models.{family}.transformer").CHECKPOINT_NAMES
+    cls = ZImageTransformer2DModel if family == "z_image" else QwenImageTransformer2DModel
+    folder = bare / "transformer"
+    with torch.device("meta"):
+        module = cls.from_config(cls.load_config(folder))
+    load_weights(module, folder, {}, CPU, torch.float32, load_format="dummy")
+    theirs = dict(module.named_parameters())
+    slots = checkpoint_slots(ours, names)
+    assert set(slots) == set(theirs)
+    assert all(torch.equal(slot.target, theirs[name]) for name, slot in slots.items())
 
 
 def test_without_the_format_weights_are_asked_for(bare: Path) -> None:
