@@ -85,7 +85,7 @@ def assert_near(found: Tensor, wanted: Tensor, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("heads", "head_dim"), [(1, 64), (3, 32), (5, 128)])
+@pytest.mark.parametrize(("heads", "head_dim"), [(1, 64), (3, 32), (4, 48), (5, 128)])
 @pytest.mark.parametrize("pack", PACKS)
 def test_each_sequence_attends_to_itself_alone(
     make: Make, dtype: torch.dtype, heads: int, head_dim: int, pack: str

@@ -141,13 +141,22 @@ def test_what_does_not_run_is_refused_with_the_reason(asked: Any, refusal: str) 
         "cudnn": backend(1.0, lacks="needs a CUDA GPU"),
         "vllm_flash": backend(1.0),
     }
-    ranks = TwoRanks([False, False, False, True], [])
+    ranks = TwoRanks([asked == "vllm_flash"], [])
     with pytest.raises(ConfigError) as refused:
         check(asked, classes, TASK, ranks, Clock.timing)
     message = str(refused.value)
     assert message.startswith("--attention-backend takes sdpa")
     assert message.endswith(f" here, got {asked}, which does not run: {refusal}")
-    assert check("sdpa", classes, TASK, ranks, Clock.timing).name == "sdpa"
+
+
+def test_what_is_asked_for_and_runs_is_taken_and_no_other_is_asked() -> None:
+    class NotToBeAsked(SdpaAttention):
+        @classmethod
+        def why_not(cls, setting: Setting) -> str | None:
+            raise AssertionError
+
+    classes: Any = {"sdpa": NotToBeAsked, "cudnn": backend(1.0)}
+    assert check("cudnn", classes, TASK, Ranks(), Clock.timing).name == "cudnn"
 
 
 def info(**values: Any) -> ModelInfo:

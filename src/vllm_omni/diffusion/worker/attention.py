@@ -102,13 +102,13 @@ def choose_attention(
 
 def check(name: AttentionBackendName, classes: Classes, task: Task, ranks: Ranks, timing: Timing) -> Choice:
     """That backend, which has run once. Raises ConfigError when it cannot."""
-    refusals = _refusals(classes, task.setting, ranks)
-    if name not in refusals and (reason := _try(classes[name], task, timing)) is not None:
-        refusals[name] = reason
-    if name in refusals:
-        accepted = ", ".join(other for other in classes if other not in refusals)
+    backend = classes[name]
+    reason = _refusals({name: backend}, task.setting, ranks).get(name) or _try(backend, task, timing)
+    if reason is not None:
+        # The others are asked only now: an answer may take an import of seconds.
+        others = [other for other in classes if other != name and classes[other].why_not(task.setting) is None]
         raise ConfigError(
-            f"--attention-backend takes {accepted} here, got {name}, which does not run: {name} {refusals[name]}"
+            f"--attention-backend takes {', '.join(others)} here, got {name}, which does not run: {name} {reason}"
         )
     return Choice(name)
 
