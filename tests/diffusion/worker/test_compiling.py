@@ -43,7 +43,6 @@ ARRIVALS: Arrivals = {
 CACHES: dict[str, dict[str, Any]] = {
     "none": {},
     "cache_dit": {"residual_diff_threshold": 0.3, "max_warmup_steps": 2, "Bn_compute_blocks": 1},
-    "tea_cache": {"rel_l1_thresh": 0.25, "coefficients": [1.0, 0.0]},
 }
 
 

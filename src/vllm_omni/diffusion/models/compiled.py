@@ -21,9 +21,10 @@ class CompiledPart:
     """A method of a block; called as `method(block, rows, *tokens)`, with tensors alone.
 
     rows: [streams, rows, parts, D], one row for all tokens or several; tokens: tensors whose first dim counts tokens,
-    or None. The weights of the block are inputs of the code, and so are all sizes, so there is one compilation a
-    *variant*: one row or several, and which of the tokens are None. PyTorch would take a size of 0 or 1 for a constant,
-    and compile once more: with so few tokens (a rank may hold as few of a short text) the method runs as it is.
+    or None; dense. The weights of the block are inputs of the code, and so are numbers of tokens, so there is one
+    compilation a *variant*: one row or several, and which of the tokens are None. PyTorch would take a size of 0 or 1
+    for a constant, and compile once more: with so few tokens (a rank may hold as few of a short text) the method runs
+    as it is.
     """
 
     def __init__(self, method: Callable[..., Any], backend: Backend) -> None:
