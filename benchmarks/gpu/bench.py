@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from benchmarks.roofline.cards import Card, floor_of
 from benchmarks.roofline.costs import ONE_DEVICE, Branch, StepCost, Transformer, rank_cost, transformer_of
 from benchmarks.roofline.measured import card_at_hand
 from vllm_omni import Omni
-from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
+from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.registry import ModelInfo, load_model_info
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 
@@ -157,8 +156,3 @@ class Lazy(Generic[Subject]):
     ) -> None:
         while self._made:
             self._close(self._made.pop())
-
-
-def has_setting(name: str) -> bool:
-    """Whether this version's engine has it."""
-    return name in {f.name for f in dataclasses.fields(OmniDiffusionConfig)}

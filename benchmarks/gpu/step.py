@@ -10,7 +10,7 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import QwenImageTransformer2DModel
 
-from benchmarks.gpu.bench import Bench, Size, has_setting
+from benchmarks.gpu.bench import Bench, Size
 from benchmarks.gpu.report import Case, Row
 from benchmarks.timing import Spread, measure
 from vllm_omni.diffusion.attention import BACKENDS
@@ -34,13 +34,12 @@ def variants() -> dict[str, dict[str, Any]]:
         "eager": {"enforce_eager": True},
         "compiled": {},
         "compiled, fp8": {"quantization": "fp8"},
+        "eager, fused kernels": {"fused_kernels": True, "enforce_eager": True},
+        "compiled, fused kernels": {"fused_kernels": True},
         "eager, fp8": {"quantization": "fp8", "enforce_eager": True},
     }
     for backend in BACKENDS:
         found[f"compiled, attention {backend}"] = {"attention_backend": backend}
-    if has_setting("fused_kernels"):
-        for value in (True, False):
-            found[f"eager, fused kernels {'on' if value else 'off'}"] = {"fused_kernels": value, "enforce_eager": True}
     return found
 
 
@@ -48,12 +47,11 @@ def section_step(bench: Bench) -> Iterator[Case]:
     size = bench.size(1024)
     flops = bench.cost(MODEL, [size]).flops
     contenders: list[tuple[str, bool, Any]] = [
-        (f"ours, {name}", "fp8" in name, lambda s=settings: time_ours(bench, size, s))
-        for name, settings in variants().items()
+        (f"diffusers, {'compiled' if compiled else 'eager'}", False, lambda c=compiled: time_diffusers(bench, size, c))
+        for compiled in (False, True)
     ]
-    for compiled in (False, True):
-        name = f"diffusers, {'compiled' if compiled else 'eager'}"
-        contenders.append((name, False, lambda c=compiled: time_diffusers(bench, size, c)))
+    for name, settings in variants().items():
+        contenders.append((f"ours, {name}", "fp8" in name, lambda s=settings: time_ours(bench, size, s)))
     for name, is_fp8, run in contenders:
         predicted = bench.predict(MODEL, [size], fp8=is_fp8)
 
