@@ -177,7 +177,7 @@ FEATURES = (
                 yes(f"{file}::test_slicing_keeps_the_picture", f"{file}::test_tiles_are_those_of_diffusers")
                 for file in (QWEN_IMAGE, QWEN_IMAGE_EDIT, Z_IMAGE)
             ),
-            yes(f"{WHOLE}/test_info.py::test_tiling_is_switched_on", text="tiling is; slicing is not yet tested"),
+            yes(f"{WHOLE}/test_pictures.py::test_slicing_keeps_the_picture_and_tiles_are_those_of_diffusers"),
         ),
     ),
     Feature(
@@ -188,7 +188,7 @@ FEATURES = (
             ),
             yes(f"{FAMILIES}::test_a_replay_draws_the_same_picture[edits]"),
             yes(f"{FAMILIES}::test_a_replay_draws_the_same_picture[z_image]"),
-            Cell("not yet tested"),
+            yes(f"{FAMILIES}::test_a_replay_draws_the_same_picture[by_diffusers]"),
         ),
     ),
     Feature(
