@@ -11,7 +11,14 @@ from vllm_omni import __version__
 from vllm_omni.entrypoints.openai.errors import ERROR_RESPONSES
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
 from vllm_omni.entrypoints.openai.parsing import check_model
-from vllm_omni.entrypoints.openai.protocol import ModelCard, ModelList, StatusResponse, VersionResponse
+from vllm_omni.entrypoints.openai.protocol import (
+    LoRACard,
+    LoRAList,
+    ModelCard,
+    ModelList,
+    StatusResponse,
+    VersionResponse,
+)
 from vllm_omni.entrypoints.openai.settings import ServerSettings
 from vllm_omni.errors import UnavailableError
 from vllm_omni.omni import AsyncOmni
@@ -67,6 +74,17 @@ def make_models_router(omni: AsyncOmni, settings: ServerSettings) -> APIRouter:
         require_warm()
         check_model(model, settings.served_model_names)
         return card(model)
+
+    return router
+
+
+def make_loras_router(omni: AsyncOmni) -> APIRouter:
+    router = APIRouter(prefix="/v1/loras", tags=["models"], responses=ERROR_RESPONSES)
+
+    @router.get("", response_model=LoRAList)
+    async def list_loras() -> LoRAList:
+        """The adapters that a request's `lora` may name."""
+        return LoRAList(data=[LoRACard(id=name) for name in omni.config.lora_modules])
 
     return router
 

@@ -6,7 +6,7 @@ from vllm_omni.diffusion.registry import Guidance
 from vllm_omni.entrypoints.openai.encoding import ImageFormat
 from vllm_omni.entrypoints.openai.protocol import ImageGenerationRequest, ImageOptions
 from vllm_omni.errors import InvalidRequestError, ModelNotFoundError
-from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
+from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, OmniPrompt
 from vllm_omni.inputs.images import InputImage
 
 IGNORED_FIELDS_HEADER = "x-omni-ignored-fields"
@@ -38,8 +38,6 @@ def parse_generation(
     Raises InvalidRequestError for what is well-formed but not possible here.
     """
     height, width = parse_size(body.size)
-    if body.lora is not None:
-        raise InvalidRequestError("lora: adapters are not available yet", param="lora")
     if body.background == "transparent":
         raise InvalidRequestError("background: this model makes opaque pictures only", param="background")
     if body.output_format == "png" and body.output_compression != 100:
@@ -68,6 +66,8 @@ def parse_generation(
         num_outputs_per_prompt=body.n,
         cache=body.cache,
         max_sequence_length=body.max_sequence_length,
+        lora_request=None if body.lora is None else LoRARequest(body.lora.name),
+        lora_scale=None if body.lora is None else body.lora.scale,
         priority=body.priority,
         output_type="np",
         num_previews=num_previews,

@@ -26,6 +26,16 @@ class _NullMeansAbsent:
 _NULLABLE = _NullMeansAbsent()
 
 
+class LoRA(BaseModel):
+    """An adapter by its name; no request brings a path."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Annotated[str, Field(min_length=1)]
+    scale: float | None = None
+    """None: 1."""
+
+
 class ImageOptions(BaseModel):
     """What every request for pictures may say of them.
 
@@ -65,8 +75,8 @@ class ImageOptions(BaseModel):
     """False: compute every block, although the server has a step cache."""
     max_sequence_length: Annotated[int, Field(ge=1)] | None = None
     """Longest prompt accepted, in tokens."""
-    lora: Any = None
-    """Not available yet."""
+    lora: LoRA | None = None
+    """An adapter that the server was started with."""
     priority: Annotated[int, _NULLABLE] = 0
     """Smaller runs earlier."""
 
@@ -164,6 +174,16 @@ class ModelCard(BaseModel):
 class ModelList(BaseModel):
     object: Literal["list"] = "list"
     data: list[ModelCard]
+
+
+class LoRACard(BaseModel):
+    id: str
+    object: Literal["lora"] = "lora"
+
+
+class LoRAList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[LoRACard]
 
 
 class StatusResponse(BaseModel):
