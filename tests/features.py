@@ -255,7 +255,20 @@ FEATURES = (
     ),
     Feature("video", (NOT_YET, EMPTY, EMPTY, NOT_YET)),
     Feature(
-        "LoRA, CPU offload, fp8, compiled blocks",
+        "LoRA adapters, several at once, one a request",
+        (
+            NOT_YET,
+            NOT_YET,
+            NOT_YET,
+            yes(
+                f"{WHOLE}/test_lora.py::test_pictures_with_adapters_are_diffusers_own_alone_and_together",
+                f"{WHOLE}/test_lora.py::test_a_script_brings_names_or_paths",
+                "tests/entrypoints/cli/test_serve_diffusers.py::test_a_request_names_an_adapter",
+            ),
+        ),
+    ),
+    Feature(
+        "CPU offload, fp8, compiled blocks",
         (
             NOT_YET,
             NOT_YET,
