@@ -368,8 +368,9 @@ def test_a_wrong_adapter_is_told(value: str) -> None:
 
 
 def test_adapters_have_names_of_their_own() -> None:
-    with pytest.raises(ConfigError, match=r"^--lora-modules takes each name once, got 'a' twice"):
-        parse("--lora-modules", "a=/a", "a=/b")
+    for words in (["--lora-modules", "a=/a", "a=/b"], ["--served-model-name", "a", "--lora-modules", "a=/a"]):
+        with pytest.raises(ConfigError, match=r"^--lora-modules takes a name once, and none of the model's, got 'a'"):
+            parse(*words)
 
 
 def test_an_unknown_command_is_told() -> None:

@@ -82,6 +82,7 @@ def test_the_sdk_gets_diffusers_own_pictures(served: Served) -> None:
         ({"lora": {"name": "ink", "scale": 1000}}, "lora.scale", "from -100 to 100"),
         ({"lora": {"name": "ink", "path": "/ink"}}, "lora.path", "not permitted"),
         ({"lora": "ink"}, "lora", "lora: "),
+        ({"model": "ink", "lora": {"name": "oil"}}, "lora", "names 'oil', and model names 'ink'"),
     ],
 )
 def test_a_wrong_parameter_is_a_400_that_names_it(served: Served, extra: dict, param: str, words: str) -> None:
@@ -96,9 +97,14 @@ def test_a_request_names_an_adapter(served: Served) -> None:
     pipeline.load_lora_weights(str(served.adapter), weight_name=WEIGHTS, adapter_name="ink")
     sizes = {"height": 64, "width": 64, "num_inference_steps": 4, "max_sequence_length": 128}
     with served.sdk() as sdk:
-        for lora, scale in (({"name": "ink"}, 1.0), (None, 0.0), ({"name": "ink", "scale": 0.5}, 0.5)):
+        for model, lora, scale in (
+            ("tiny", {"name": "ink"}, 1.0),
+            ("tiny", None, 0.0),
+            ("ink", None, 1.0),
+            ("ink", {"name": "ink", "scale": 0.5}, 0.5),
+        ):
             extra = {"seed": 5, "guidance_scale": 1.0, "lora": lora}
-            raw = sdk.images.with_raw_response.generate(model="tiny", prompt=PROMPT, extra_body=extra)
+            raw = sdk.images.with_raw_response.generate(model=model, prompt=PROMPT, extra_body=extra)
             assert "x-omni-ignored-fields" not in raw.headers
             picture = np.array(Image.open(io.BytesIO(base64.b64decode(raw.parse().data[0].b64_json))))
             pipeline.set_adapters("ink", scale)
@@ -110,4 +116,6 @@ def test_a_request_names_an_adapter(served: Served) -> None:
 def test_the_adapters_are_listed(served: Served) -> None:
     address = served.process.address()
     assert httpx.get(f"{address}/v1/loras").json() == {"object": "list", "data": [{"id": "ink", "object": "lora"}]}
+    models = httpx.get(f"{address}/v1/models").json()["data"]
+    assert [(card["id"], card.get("parent")) for card in models] == [("tiny", None), ("ink", "tiny")]
     assert 'vllm_omni:lora_adapters{model_name="tiny"} 1.0' in httpx.get(f"{address}/metrics").text

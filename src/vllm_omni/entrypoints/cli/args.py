@@ -254,7 +254,7 @@ def _settings(namespace: argparse.Namespace) -> ServeArgs:
         if given[name] is not None:
             given[name] = [item for part in given[name] for item in ([part] if isinstance(part, str) else part)]
     given["model"] = model
-    given["lora_modules"] = _adapters(given["lora_modules"] or [])
+    given["lora_modules"] = _adapters(given["lora_modules"] or [], given["served_model_names"])
     parallel = _make(DiffusionParallelConfig, given)
     return ServeArgs(
         config=_make(OmniDiffusionConfig, {**given, "parallel": parallel}),
@@ -263,10 +263,10 @@ def _settings(namespace: argparse.Namespace) -> ServeArgs:
     )
 
 
-def _adapters(pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
-    names = [name for name, _ in pairs]
-    if twice := [name for n, name in enumerate(names) if name in names[:n]]:
-        raise ConfigError(f"--lora-modules takes each name once, got {twice[0]!r} twice")
+def _adapters(pairs: Sequence[tuple[str, str]], model_names: Sequence[str]) -> dict[str, str]:
+    names = [*model_names, *(name for name, _ in pairs)]
+    if twice := [name for name, _ in pairs if names.count(name) > 1]:
+        raise ConfigError(f"--lora-modules takes a name once, and none of the model's, got {twice[0]!r}")
     return dict(pairs)
 
 

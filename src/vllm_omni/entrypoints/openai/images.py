@@ -103,8 +103,9 @@ class ImageService:
         answer_in: Callable[[AnswerStyle], Answer],
     ) -> Response:
         """The way of every request to its answer. Raises RequestError."""
-        check_model(body.model, self.settings.served_model_names)
-        omni_prompt, params, image_format = parse_generation(body, prompt, images)
+        adapters = self.omni.config.lora_modules
+        check_model(body.model, (*self.settings.served_model_names, *adapters))
+        omni_prompt, params, image_format = parse_generation(body, prompt, images, adapters)
         job = await self.resolver.resolve(omni_prompt, params)
         answer = answer_in(AnswerStyle.of(body, image_format))
         headers = ignored_fields_header(body, self.omni.info.guidance, len(job.requests[0].cost.branch_tokens) > 1)

@@ -169,6 +169,8 @@ class ModelCard(BaseModel):
     owned_by: str = "vllm-omni"
     served_by: Literal["packed", "diffusers"]
     """Our packed transformer of the model's family, or diffusers' own pipeline."""
+    parent: str | None = None
+    """Of an adapter: the model that it is for."""
 
 
 class ModelList(BaseModel):
