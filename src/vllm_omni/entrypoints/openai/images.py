@@ -25,6 +25,7 @@ from vllm_omni.entrypoints.openai.protocol import (
     ImageGenerationRequest,
     ImageOptions,
     ImagesResponse,
+    body_schema,
 )
 from vllm_omni.entrypoints.openai.resolver import Resolver
 from vllm_omni.entrypoints.openai.settings import ServerSettings
@@ -136,7 +137,7 @@ async def _finish(outputs: OutputStream, answer: Answer) -> Response:
 
 def _edit_bodies() -> dict[str, Any]:
     """The schema of what `/edits` takes: the route reads its bodies itself."""
-    in_json = ImageEditRequest.model_json_schema()
+    in_json = body_schema(ImageEditRequest)
     in_form = {name: schema for name, schema in in_json["properties"].items() if name != "images"}
     file = {"type": "string", "format": "binary"}
     in_form["image"] = {"type": "array", "items": file, "minItems": 1, "maxItems": MAX_INPUT_IMAGES}

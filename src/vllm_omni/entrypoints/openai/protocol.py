@@ -114,6 +114,15 @@ class ImageEditRequest(ImageGenerationRequest):
     input_fidelity: Literal["high", "low"] | None = None
 
 
+def body_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """The JSON schema of `model` for a route that reads its bodies itself.
+
+    The models in it are those of `ImageGenerationRequest`, which a route takes in FastAPI's way: the document has them.
+    """
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    return {name: value for name, value in schema.items() if name != "$defs"}
+
+
 class ErrorBody(BaseModel):
     message: str
     type: str
