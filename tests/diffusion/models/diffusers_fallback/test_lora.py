@@ -116,16 +116,19 @@ def test_adapters_of_requests_are_loaded_once_and_the_idle_ones_go(
 def bad_adapters(good: Path, folder: Path) -> dict[str, Path]:
     """By what is said of each."""
     weights = load_file(good)
-    files = {name: folder / f"{name}.safetensors" for name in ("foreign", "base", "wide", "broken")}
+    files = {name: folder / f"{name}.safetensors" for name in ("foreign", "base", "wide", "long", "broken")}
     save_file({f"other_model.{key}": weight for key, weight in weights.items()}, files["foreign"])
     save_file({**weights, "unet.conv_in.weight": torch.zeros(3)}, files["base"])
     key = next(key for key in weights if key.endswith("lora_A.weight"))
     save_file({**weights, key: torch.zeros(4, 1000)}, files["wide"])
+    key = next(key for key in weights if key.startswith("unet") and key.endswith("lora_B.weight"))
+    save_file({**weights, key: torch.zeros(1000, 4)}, files["long"])
     files["broken"].write_bytes(b"no safetensors")
     return {
         "none of its weights has a layer here": files["foreign"],
         "unet.conv_in.weight is no part of an adapter": files["base"],
         r"has the shape \[4, 1000\]": files["wide"],
+        "size mismatch": files["long"],
         "does not fit this model: .*header": files["broken"],
     }
 
@@ -135,7 +138,7 @@ def test_what_does_not_fit_ends_the_start_or_its_request_alone(
 ) -> None:
     good = LoRA("good", str(adapter_of(SDXL, 1)), 1.0)
     runner = start(model_of(SDXL))
-    before = Drive(runner).run({0: [request_of("a", lora=lora, **FIELDS[SDXL]) for lora in (None,)]}).images["a"]
+    before = Drive(runner).run({0: [request_of("a", **FIELDS[SDXL])]}).images["a"]
     styled = Drive(runner).run({0: [request_of("a", lora=good, **FIELDS[SDXL])]}).images["a"]
     for words, file in bad_adapters(adapter_of(SDXL, 1), tmp_path).items():
         with pytest.raises(ConfigError, match=f"^--lora-modules: .*{words}"):
