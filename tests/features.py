@@ -177,7 +177,7 @@ FEATURES = (
                 yes(f"{file}::test_slicing_keeps_the_picture", f"{file}::test_tiles_are_those_of_diffusers")
                 for file in (QWEN_IMAGE, QWEN_IMAGE_EDIT, Z_IMAGE)
             ),
-            yes(f"{WHOLE}/test_info.py::test_tiling_is_switched_on", text="tiling is; slicing is not yet tested"),
+            yes(f"{WHOLE}/test_pictures.py::test_slicing_keeps_the_picture_and_tiles_are_those_of_diffusers"),
         ),
     ),
     Feature(
@@ -188,7 +188,7 @@ FEATURES = (
             ),
             yes(f"{FAMILIES}::test_a_replay_draws_the_same_picture[edits]"),
             yes(f"{FAMILIES}::test_a_replay_draws_the_same_picture[z_image]"),
-            Cell("not yet tested"),
+            yes(f"{FAMILIES}::test_a_replay_draws_the_same_picture[by_diffusers]"),
         ),
     ),
     Feature(
@@ -255,7 +255,20 @@ FEATURES = (
     ),
     Feature("video", (NOT_YET, EMPTY, EMPTY, NOT_YET)),
     Feature(
-        "LoRA, CPU offload, fp8, compiled blocks",
+        "LoRA adapters, several at once, one a request",
+        (
+            NOT_YET,
+            NOT_YET,
+            NOT_YET,
+            yes(
+                f"{WHOLE}/test_lora.py::test_pictures_with_adapters_are_diffusers_own_alone_and_together",
+                f"{WHOLE}/test_lora.py::test_a_script_brings_names_or_paths",
+                "tests/entrypoints/cli/test_serve_diffusers.py::test_a_request_names_an_adapter",
+            ),
+        ),
+    ),
+    Feature(
+        "CPU offload, fp8, compiled blocks",
         (
             NOT_YET,
             NOT_YET,

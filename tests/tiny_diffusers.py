@@ -20,6 +20,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from peft import LoraConfig, get_peft_model_state_dict
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     CLIPTextConfig,
@@ -136,6 +137,24 @@ def _stable_diffusion_xl() -> DiffusionPipeline:
         ),
         add_watermarker=False,
     )
+
+
+def save_tiny_adapter(model: Path, folder: Path, seed: int, *, with_text_encoder: bool = False) -> Path:
+    """Write a random LoRA adapter of the Flux or Stable Diffusion XL in `model` to `folder` and return that."""
+    pipeline: Any = DiffusionPipeline.from_pretrained(model, dtype=torch.float32)
+    part = "unet" if hasattr(pipeline, "unet") else "transformer"
+    layers = {f"{part}_lora_layers": _adapter_weights(getattr(pipeline, part), seed, ["to_q", "to_v"])}
+    if with_text_encoder:
+        layers["text_encoder_lora_layers"] = _adapter_weights(pipeline.text_encoder, seed, ["q_proj", "fc1"])
+    pipeline.save_lora_weights(folder, **layers)
+    return folder
+
+
+def _adapter_weights(model: Any, seed: int, layers: list[str]) -> dict[str, torch.Tensor]:
+    model.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=layers))
+    weights: dict[str, torch.Tensor] = get_peft_model_state_dict(model)
+    generator = torch.Generator().manual_seed(seed)
+    return {name: 0.5 * torch.randn(weight.shape, generator=generator) for name, weight in weights.items()}
 
 
 _BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {

@@ -183,6 +183,8 @@ class OmniDiffusionConfig:
     """Raw keys of the backend; `cache` is their checked form."""
     enable_cpu_offload: bool = False
     enable_layerwise_offload: bool = False
+    lora_modules: Mapping[str, str] = field(default_factory=dict)
+    """LoRA adapters that requests may name: name -> a safetensors file, or a folder with one."""
     vae_use_slicing: bool = False
     """Decode the pictures of a step one at a time (less memory)."""
     vae_use_tiling: bool = False
@@ -213,6 +215,9 @@ class OmniDiffusionConfig:
 
     def __post_init__(self) -> None:
         _fit_fields(self, flag_of)
+        for name, path in self.lora_modules.items():
+            good = isinstance(name, str) and isinstance(path, str) and bool(name and path)
+            _require(good, "--lora-modules", {name: path}, "names and paths of adapters")
         if not self.model:
             raise ConfigError("model must be a folder, a hub name or 'demo', got an empty string")
         for name, least in (

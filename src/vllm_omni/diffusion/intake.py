@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig, flag_of
+from vllm_omni.diffusion.lora import resolve_lora
 from vllm_omni.diffusion.plan import WorkerReady
 from vllm_omni.diffusion.registry import DEFAULTS_FILE, ModelInfo
 from vllm_omni.diffusion.request import DiffusionRequest, RequestCost
@@ -93,6 +94,7 @@ class Intake:
             images=images,
             num_reference_tokens=sum(self._info.num_image_tokens(*image.reference.shape[:2]) for image in images),
             strength=filled.strength,
+            lora=resolve_lora(filled, self._config, self._info),
         )
         guides = true_cfg_scale > 1 and not (guidance.needs_negative_prompt and negative is None)
         branches = [num_tokens, num_negative or 0] if guides else [num_tokens]
@@ -134,6 +136,7 @@ def check_defaults(config: OmniDiffusionConfig, info: ModelInfo) -> None:
         params = OmniDiffusionSamplingParams(**values)
         _check_supported(prompt, params, info)
         _check_values(_fill(params, info.default_sampling_params), config, info)
+        resolve_lora(params, config, info)
     except InvalidRequestError as error:
         raise ConfigError(_blame(error, config)) from error
 
@@ -308,8 +311,6 @@ def _check_supported(prompt: OmniPrompt, params: OmniDiffusionSamplingParams, in
         raise InvalidRequestError(
             f"num_frames {params.num_frames}: this model makes single pictures", param="num_frames"
         )
-    if params.lora_request is not None or params.lora_scale is not None:
-        raise InvalidRequestError("LoRA adapters are not available yet", param="lora_request")
     if params.output_type not in OUTPUT_TYPES:
         raise InvalidRequestError(
             f"output_type takes {', '.join(OUTPUT_TYPES)}, got {params.output_type!r}", param="output_type"

@@ -19,6 +19,8 @@ from vllm_omni.diffusion.data import (
 )
 from vllm_omni.errors import ConfigError, NotAvailableError
 from vllm_omni.inputs.images import InputImage
+from vllm_omni.inputs.kinds import MisfitError
+from vllm_omni.inputs.loras import adapter_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -86,6 +88,7 @@ class WholePipeline:
     """Its parameter that takes a function to be called after a step."""
     max_running: int
     """Most requests that may be begun and not done."""
+    takes_lora: bool = False
 
     def check_settings(self, config: OmniDiffusionConfig) -> None:
         """Raises ConfigError for settings of what only a packed family has."""
@@ -96,6 +99,13 @@ class WholePipeline:
                 )
         if config.enable_cpu_offload and config.enable_layerwise_offload:
             raise ConfigError("--enable-cpu-offload or --enable-layerwise-offload, got both")
+        if config.lora_modules and not self.takes_lora:
+            raise ConfigError(f"--lora-modules {', '.join(config.lora_modules)}: a {self.class_name} takes no adapters")
+        for name, path in config.lora_modules.items():
+            try:
+                adapter_file(path)
+            except MisfitError as error:
+                raise ConfigError(f"--lora-modules {name} takes {error}, got {path!r}") from error
 
     def check_parallel(self, parallel: DiffusionParallelConfig) -> None:
         """Raises ConfigError for every axis but data."""
@@ -170,7 +180,7 @@ class ModelInfo:
         if self.whole is not None:
             self.whole.check_settings(config)
             return
-        for name in ("enable_cpu_offload", "enable_layerwise_offload"):
+        for name in ("enable_cpu_offload", "enable_layerwise_offload", "lora_modules"):
             if getattr(config, name):
                 raise NotAvailableError(
                     f"{flag_of(name)}: not available yet with a packed family, such as this model's"

@@ -31,6 +31,16 @@ class RequestCost:
 
 
 @dataclass(frozen=True)
+class LoRA:
+    """An adapter over the model's weights."""
+
+    name: str
+    path: str
+    """Its safetensors file."""
+    scale: float
+
+
+@dataclass(frozen=True)
 class DiffusionRequest:
     """A single picture: every parameter resolved, so that running it again gives the same pixels."""
 
@@ -67,6 +77,8 @@ class DiffusionRequest:
     """Image tokens that they add to each guidance branch."""
     strength: float | None = None
     """How far a picture made from another may go from it, in [0, 1]."""
+    lora: LoRA | None = None
+    """None: the model as it is."""
 
     @property
     def has_guidance(self) -> bool:

@@ -11,7 +11,10 @@ from vllm_omni.errors import InvalidRequestError
 
 @dataclass(frozen=True, slots=True)
 class LoRARequest:
-    """A LoRA adapter by its served name; `path` is only read for adapters registered at start."""
+    """A LoRA adapter: one that was given at start, by its name, or another one by its path.
+
+    `path`: a safetensors file, or a folder with one. `OmniDiffusionSamplingParams.lora_scale` goes before `scale`.
+    """
 
     name: str
     path: str | None = None

@@ -90,6 +90,7 @@ def describe(path: Path) -> ModelInfo:
             parameters=tuple(name for name in signature.defaults if name in takes),
             step_callback=signature.step_callback,
             max_running=MAX_INTERLEAVED if pipeline.__name__ in INTERLEAVED else 1,
+            takes_lora=hasattr(pipeline, "load_lora_weights"),
         ),
         default_sampling_params={"height": own_side, "width": own_side, **defaults}
         | read_default_sampling_params(path),

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
-import transformers
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -23,16 +20,20 @@ from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.distributed.mesh import Mesh
 from vllm_omni.diffusion.models.base import BasePipeline, RequestState
 from vllm_omni.diffusion.models.diffusers_fallback.components import component_classes
+from vllm_omni.diffusion.models.diffusers_fallback.lora import Adapters
+from vllm_omni.diffusion.models.diffusers_fallback.progress_bars import without_progress_bars
 from vllm_omni.diffusion.models.diffusers_fallback.run import SteppedRun
 from vllm_omni.diffusion.registry import ModelInfo, WholePipeline
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.errors import ConfigError, InvalidRequestError
+from vllm_omni.inputs.loras import adapter_file
 
 
 class PipelineCall:
     """One call of a pipeline for one request, on a copy that shares the weights and nothing that a call changes."""
 
     def __init__(self, pipeline: Any, whole: WholePipeline, request: DiffusionRequest) -> None:
+        self.lora = request.lora
         self._pipeline = copy.copy(pipeline)
         for name, component in pipeline.components.items():
             if isinstance(component, SchedulerMixin):
@@ -116,8 +117,9 @@ class WholeState(RequestState):
 class Pipeline(BasePipeline[WholeState]):
     """A step of a request is a step of its call; requests of one plan make theirs one after another."""
 
-    def __init__(self, pipeline: Any, whole: WholePipeline) -> None:
+    def __init__(self, pipeline: Any, whole: WholePipeline, adapters: Adapters) -> None:
         self.pipeline = pipeline
+        self._adapters = adapters
         self._whole = whole
         self.step_cache = NoCache(Group.alone())  # never run
         self._calls: dict[str, PipelineCall] = {}
@@ -139,7 +141,7 @@ class Pipeline(BasePipeline[WholeState]):
         _refuse_offload_without_gpu(config, device)
         component_classes(info.path)  # refuses code that is not the libraries' own
         try:
-            with _without_progress_bars():
+            with without_progress_bars():
                 pipeline = DiffusionPipeline.from_pretrained(
                     info.path, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
                 )
@@ -148,15 +150,17 @@ class Pipeline(BasePipeline[WholeState]):
         modules = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
         on_bytes(sum(parameter.nbytes for module in modules for parameter in module.parameters()))
         _configure_vae(pipeline, config)
+        adapters = _load_adapters(pipeline, config)
         if config.enable_cpu_offload:
             pipeline.enable_model_cpu_offload(device=device)
         elif config.enable_layerwise_offload:
             pipeline.enable_group_offload(device, offload_type="leaf_level", use_stream=True)
         else:
             pipeline.to(device)
-        return cls(pipeline, info.whole)
+        return cls(pipeline, info.whole, adapters)
 
     def encode(self, request: DiffusionRequest) -> WholeState:
+        self._give_turn(request)
         call = self._calls[request.request_id] = PipelineCall(self.pipeline, self._whole, request)
         try:
             call.encode()
@@ -175,6 +179,7 @@ class Pipeline(BasePipeline[WholeState]):
 
     def advance(self, state: WholeState, velocity: Tensor) -> None:
         assert state.call is not None
+        self._give_turn(state.request)
         state.call.advance(state.step + 1)
         state.step += 1
 
@@ -182,8 +187,11 @@ class Pipeline(BasePipeline[WholeState]):
         raise AssertionError("requests for previews are refused")
 
     def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[np.ndarray]:
-        pictures = [self._calls[request.request_id].picture() for request in requests]
-        for request, picture in zip(requests, pictures):
+        pictures = []
+        for request in requests:
+            self._give_turn(request)
+            picture = self._calls[request.request_id].picture()
+            pictures.append(picture)
             if picture.shape[:2] != (request.height, request.width):
                 made, asked = f"{picture.shape[1]}x{picture.shape[0]}", f"{request.width}x{request.height}"
                 raise InvalidRequestError(f"the pipeline makes {made} of size {asked}", param="size")
@@ -193,29 +201,28 @@ class Pipeline(BasePipeline[WholeState]):
         if (call := self._calls.pop(state.request.request_id, None)) is not None:
             call.cancel()
 
+    def _give_turn(self, request: DiffusionRequest) -> None:
+        """Calls share the models, and an adapter changes these: before a call goes on, its own must be in them."""
+        under_way = {call.lora.path for call in self._calls.values() if call.lora is not None}
+        self._adapters.use(request.lora, under_way)
+
 
 def _cancel_all(calls: dict[str, PipelineCall]) -> None:
     while calls:
         calls.popitem()[1].cancel()
 
 
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Of the libraries that load: there is one bar for all weights already."""
-    libraries = [lib for lib in (diffusers.utils.logging, transformers.utils.logging) if lib.is_progress_bar_enabled()]
-    for library in libraries:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in libraries:
-            library.enable_progress_bar()
-
-
 def _refuse_offload_without_gpu(config: OmniDiffusionConfig, device: torch.device) -> None:
     for name in ("enable_cpu_offload", "enable_layerwise_offload"):
         if getattr(config, name) and device.type != "cuda":
             raise ConfigError(f"{flag_of(name)} needs a GPU to bring the weights to, this machine has none")
+
+
+def _load_adapters(pipeline: Any, config: OmniDiffusionConfig) -> Adapters:
+    try:
+        return Adapters(pipeline, [str(adapter_file(path)) for path in config.lora_modules.values()])
+    except InvalidRequestError as error:
+        raise ConfigError(f"--lora-modules: {error}") from error
 
 
 def _configure_vae(pipeline: Any, config: OmniDiffusionConfig) -> None:
