@@ -1,4 +1,5 @@
-"""Tiny random Flux, Stable Diffusion 3 and Stable Diffusion XL, which no packed family serves."""
+"""Tiny random models that no packed family serves: Flux, Stable Diffusion 3 and XL, what edits with them, Wan
+and LTX."""
 
 from __future__ import annotations
 
@@ -10,15 +11,25 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLWan,
     DiffusionPipeline,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    LTXImageToVideoPipeline,
+    LTXVideoTransformer3DModel,
     SD3Transformer2DModel,
+    StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
@@ -29,6 +40,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from tests.tiny_models import randomize
@@ -138,7 +151,75 @@ def _stable_diffusion_xl() -> DiffusionPipeline:
     )
 
 
+def _wan() -> DiffusionPipeline:
+    tokenizer = _t5_tokenizer()
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=3,
+        attention_head_dim=24,
+        in_channels=16,
+        out_channels=16,
+        text_dim=32,
+        freq_dim=64,
+        ffn_dim=96,
+        num_layers=2,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=64,
+    )
+    vae = AutoencoderKLWan(
+        base_dim=8,
+        z_dim=16,
+        dim_mult=[1, 2, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+    )
+    return WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=UMT5EncoderModel(UMT5Config(**_t5_fields(tokenizer, 32))),
+        transformer=transformer,
+        vae=vae,
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
+        ),
+    )
+
+
+def _ltx_image_to_video() -> DiffusionPipeline:
+    tokenizer = _t5_tokenizer()
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=3,
+        attention_head_dim=8,
+        cross_attention_dim=24,
+        num_layers=2,
+        caption_channels=32,
+    )
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+    )
+    return LTXImageToVideoPipeline(
+        tokenizer=tokenizer,
+        text_encoder=_t5(tokenizer, 32),
+        transformer=transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    )
+
+
 _BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
+    "FluxKontextPipeline": lambda: FluxKontextPipeline(**_flux().components),
+    "LTXImageToVideoPipeline": _ltx_image_to_video,
+    "StableDiffusion3Img2ImgPipeline": lambda: StableDiffusion3Img2ImgPipeline(**_stable_diffusion_3().components),
+    "StableDiffusionXLImg2ImgPipeline": lambda: StableDiffusionXLImg2ImgPipeline(
+        **_stable_diffusion_xl().components, add_watermarker=False
+    ),
+    "WanPipeline": _wan,
     "FluxPipeline": _flux,
     "StableDiffusion3Pipeline": _stable_diffusion_3,
     "StableDiffusionXLPipeline": _stable_diffusion_xl,
@@ -177,20 +258,22 @@ def _clip(tokenizer: CLIPTokenizer, cls: type[Any]) -> Any:
 
 
 def _t5(tokenizer: T5Tokenizer, width: int) -> T5EncoderModel:
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=len(tokenizer),
-            d_model=width,
-            d_kv=16,
-            d_ff=64,
-            num_layers=2,
-            num_heads=2,
-            dropout_rate=0.0,
-            feed_forward_proj="gated-gelu",
-            pad_token_id=0,
-            eos_token_id=1,
-        )
-    )
+    return T5EncoderModel(T5Config(**_t5_fields(tokenizer, width)))
+
+
+def _t5_fields(tokenizer: T5Tokenizer, width: int) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer),
+        "d_model": width,
+        "d_kv": 16,
+        "d_ff": 64,
+        "num_layers": 2,
+        "num_heads": 2,
+        "dropout_rate": 0.0,
+        "feed_forward_proj": "gated-gelu",
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    }
 
 
 def _clip_tokenizer() -> CLIPTokenizer:

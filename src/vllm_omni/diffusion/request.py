@@ -32,7 +32,7 @@ class RequestCost:
 
 @dataclass(frozen=True)
 class DiffusionRequest:
-    """A single picture: every parameter resolved, so that running it again gives the same pixels."""
+    """A single picture or video: every parameter resolved, so that running it again gives the same pixels."""
 
     request_id: str
     prompt: str
@@ -67,6 +67,10 @@ class DiffusionRequest:
     """Image tokens that they add to each guidance branch."""
     strength: float | None = None
     """How far a picture made from another may go from it, in [0, 1]."""
+    num_frames: int = 1
+    """Of a video."""
+    fps: int | None = None
+    """What a model of videos is told that its frames a second are."""
 
     @property
     def has_guidance(self) -> bool:

@@ -92,7 +92,7 @@ FAKE_INFO = ModelInfo(
 class FakeImageInput:
     """Takes three pictures as they are; a token of the prompt for each."""
 
-    max_images = 3
+    min_images, max_images = 1, 3
 
     def prepare(self, image: Image.Image) -> InputImage:
         pixels = np.array(image)
@@ -100,6 +100,10 @@ class FakeImageInput:
 
     def count_prompt_tokens(self, images: Sequence[InputImage]) -> int:
         return len(images)
+
+    def output_size(self, images: Sequence[InputImage]) -> tuple[int, int]:
+        height, width = images[-1].reference.shape[:2]
+        return height, width
 
 
 FAKE_EDIT_INFO = replace(FAKE_INFO, image_input=FakeImageInput())

@@ -91,8 +91,10 @@ def test_without_t5_the_limit_is_clips(copy_of: Callable[..., Path]) -> None:
         (["my_pipeline", "MyPipeline"], "neither we nor diffusers"),
         ("DDPMPipeline", "has no prompt"),
         ("LongCatImagePipeline", "callback_on_step_end or callback"),
-        ("FluxFillPipeline", "image, mask_image"),
-        ("WanPipeline", "num_frames"),
+        ("FluxFillPipeline", "it takes mask_image"),
+        ("FluxControlPipeline", "it takes control_image"),
+        ("KandinskyV22Img2ImgPipeline", "has no prompt"),
+        ("LTX2Pipeline", "has no default num_frames"),
     ],
 )
 def test_a_pipeline_that_cannot_be_served_is_named(
