@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLLTXVideo,
     AutoencoderKLWan,
     DiffusionPipeline,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -37,6 +40,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -44,7 +49,8 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from tests.tiny_models import randomize
+from tests.tiny_models import randomize, tiny_tokenizer
+from tests.tiny_z_image import CHAT_TEMPLATE
 
 WORDS = "a photo of a red apple and a blue car on a wooden table in the style of an old master with warm light"
 CLIP_TOKENS = 77
@@ -87,6 +93,41 @@ def _flux() -> DiffusionPipeline:
         text_encoder_2=_t5(t5, 32),
         vae=_vae(16, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
         transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    )
+
+
+def _flux_2_klein() -> DiffusionPipeline:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    text_config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=28,  # the pipeline takes the 9th, the 18th and the 27th
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        bos_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    transformer = Flux2Transformer2DModel(
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=3,
+        joint_attention_dim=3 * 16,
+        axes_dims_rope=(4, 4, 4, 4),
+    )
+    vae = AutoencoderKLFlux2(
+        latent_channels=16, block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4
+    )
+    return Flux2KleinPipeline(
+        tokenizer=tokenizer,
+        text_encoder=Qwen3ForCausalLM(text_config),
+        transformer=transformer,
+        vae=vae,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
     )
 
@@ -213,6 +254,7 @@ def _ltx_image_to_video() -> DiffusionPipeline:
 
 
 _BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
+    "Flux2KleinPipeline": _flux_2_klein,
     "FluxKontextPipeline": lambda: FluxKontextPipeline(**_flux().components),
     "LTXImageToVideoPipeline": _ltx_image_to_video,
     "StableDiffusion3Img2ImgPipeline": lambda: StableDiffusion3Img2ImgPipeline(**_stable_diffusion_3().components),

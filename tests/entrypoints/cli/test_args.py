@@ -342,7 +342,6 @@ def test_a_wrong_config_file_is_one_line(content: str, tmp_path: Path, capsys: p
         ["--quantization", "fp8"],
         ["--attention-backend", "flash"],
         ["--distributed-executor-backend", "ray"],
-        ["--max-num-frames", "81"],
         ["--lora-modules", "style=/loras/style"],
         ["--job-store", "sqlite:///jobs.db"],
         ["--media-store", "s3://bucket"],

@@ -89,10 +89,12 @@ FAKE_INFO = ModelInfo(
 )
 
 
+@dataclass(frozen=True)
 class FakeImageInput:
     """Takes three pictures as they are; a token of the prompt for each."""
 
-    min_images, max_images = 1, 3
+    min_images: int = 1
+    max_images: int = 3
 
     def prepare(self, image: Image.Image) -> InputImage:
         pixels = np.array(image)

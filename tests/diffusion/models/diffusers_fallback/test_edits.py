@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 # diffusers' own schedules of Stable Diffusion XL.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 SDXL, SD3, KONTEXT = "StableDiffusionXLImg2ImgPipeline", "StableDiffusion3Img2ImgPipeline", "FluxKontextPipeline"
+KLEIN = "Flux2KleinPipeline"
 PROMPT = "a red apple"
 READY = WorkerReady(1.0, 1, "cpu", "float32", 4096, 1e-6, 0.0, 0.5, 2.0)
 
@@ -84,6 +86,22 @@ def test_an_edit_is_diffusers_own(
     assert psnr(other, expected) < 60  # the picture matters
 
 
+def test_several_pictures_are_seen_in_their_order(
+    model_of: ModelOf, runner_of: RunnerOf, pipeline_of: PipelineOf
+) -> None:
+    """Two requests under way: of two pictures of other sizes, and of none."""
+    images = (noise(96, 64, 1), noise(64, 80, 2))
+    (both,) = resolve(model_of, KLEIN, images, seed=3, **SQUARE, **T5)
+    (none,) = resolve(model_of, KLEIN, (), seed=4, **T5)
+    drive = Drive(runner_of(KLEIN)).run({0: [both], 1: [replace(none, request_id="none")]})
+    assert not drive.errors
+    pipeline = pipeline_of(KLEIN)
+    expected = drawn(pipeline, 3, image=list(images), **SQUARE, **T5)
+    assert psnr(drive.images["r-0"], expected) >= 60
+    assert psnr(drawn(pipeline, 3, image=list(reversed(images)), **SQUARE, **T5), expected) < 60
+    assert psnr(drive.images["none"], drawn(pipeline, 4, **SQUARE, **T5)) >= 60
+
+
 def test_a_size_that_the_pipeline_cannot_be_told_is_that_of_its_picture(
     model_of: ModelOf, runner_of: RunnerOf, pipeline_of: PipelineOf
 ) -> None:
@@ -117,7 +135,7 @@ def test_edits_under_way_do_not_touch_one_another(
         requests.append(request)
     runner = runner_of(name)
     ids = ["a", "b", "c"]
-    requests = [DiffusionRequest(**{**vars(r), "request_id": i}) for r, i in zip(requests, ids, strict=True)]
+    requests = [replace(request, request_id=name) for request, name in zip(requests, ids, strict=True)]
     runner.execute(StepPlan(0, new_requests=[requests[2]], encode=["c"]))
     runner.execute(StepPlan(1, denoise=["c"]))
     runner.abort(["c"])
@@ -144,6 +162,7 @@ def test_a_strength_of_no_step_is_the_callers_mistake(model_of: ModelOf, runner_
         (SDXL, 1, {"strength": -0.1}, "strength", "a number from 0 to 1"),
         (SDXL, 0, {}, "image", "POST /v1/images/edits"),
         (SDXL, 2, {}, "image", "at most 1 pictures"),
+        (KLEIN, 5, {}, "image", "at most 4 pictures"),
         (KONTEXT, 1, {"strength": 0.5}, "strength", "no such parameter"),
         (KONTEXT, 2, {}, "image", "at most 1 pictures"),
         (SDXL, 1, {"height": 60}, "height", "multiples of 8"),

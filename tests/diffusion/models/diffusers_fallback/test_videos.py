@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.diffusion.models.diffusers_fallback.conftest import ModelOf, PipelineOf
-from tests.diffusion.worker.driving import psnr
+from tests.diffusion.models.diffusers_fallback.conftest import ModelOf, PipelineOf, RunnerOf
+from tests.diffusion.worker.driving import Drive, make_request, psnr
 from vllm_omni import AsyncOmni, Omni
 from vllm_omni.diffusion.registry import load_model_info
 from vllm_omni.errors import ConfigError, InvalidRequestError, RequestAbortedError
@@ -50,6 +50,28 @@ def test_frames_are_diffusers_own(model_of: ModelOf, pipeline_of: PipelineOf) ->
         got = np.stack([np.array(frame) for frame in frames])
         assert got.shape == wanted.shape
         assert psnr(got, wanted) >= 60
+
+
+def test_videos_under_way_do_not_touch_one_another(
+    model_of: ModelOf, runner_of: RunnerOf, pipeline_of: PipelineOf
+) -> None:
+    fields: dict[str, Any] = {"guidance_scale": 5.0, "true_cfg_scale": 5.0, **LIMITS}
+    requests = [
+        make_request("a", PROMPT, seed=1, num_frames=9, **fields),
+        make_request("b", PROMPT, seed=2, num_frames=5, width=96, **fields),
+    ]
+    drive = Drive(runner_of(WAN)).run({0: [requests[0]], 1: [requests[1]]})
+    assert not drive.errors
+    assert psnr(drive.images["a"], filmed(pipeline_of(WAN), 1, num_frames=9)) >= 60
+    assert psnr(drive.images["b"], filmed(pipeline_of(WAN), 2, width=96)) >= 60
+
+
+def test_a_video_that_the_pipeline_rounds_is_not_delivered(model_of: ModelOf, runner_of: RunnerOf) -> None:
+    """Where nothing of its configs foretells it."""
+    request = make_request("a", PROMPT, num_frames=6, guidance_scale=1.0, **LIMITS)
+    drive = Drive(runner_of(WAN)).run({0: [request]})
+    assert "a" not in drive.images
+    assert drive.errors["a"].message == "the pipeline makes 5 frames of num_frames 6"
 
 
 def test_a_picture_becomes_a_video(model_of: ModelOf, pipeline_of: PipelineOf) -> None:

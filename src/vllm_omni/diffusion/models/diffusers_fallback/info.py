@@ -18,7 +18,16 @@ from vllm_omni.diffusion.models.diffusers_fallback.signature import CallSignatur
 from vllm_omni.diffusion.registry import DEFAULTS_FILE, Guidance, ModelInfo, WholePipeline, read_default_sampling_params
 from vllm_omni.errors import ConfigError
 
-INTERLEAVED = ("FluxPipeline", "StableDiffusion3Pipeline", "StableDiffusionXLPipeline")
+INTERLEAVED = (
+    "Flux2KleinPipeline",
+    "FluxKontextPipeline",
+    "FluxPipeline",
+    "StableDiffusion3Img2ImgPipeline",
+    "StableDiffusion3Pipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionXLPipeline",
+    "WanPipeline",
+)
 """Pipelines whose models keep nothing from one step to the next (the tests show it): several requests may be under way.
 Others might, as those do that change the model's attention for the time of a call: they run one after another."""
 MAX_INTERLEAVED = 4
