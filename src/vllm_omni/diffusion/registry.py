@@ -96,10 +96,16 @@ class WholePipeline:
     """Most requests that may be begun and not done."""
     follows_input: bool = False
     """What it makes is its input picture changed: of the same size. It is given one of the size that is asked for."""
+    takes_image_list: bool = False
+    """Its `image` is a list of all pictures of a request."""
     takes_max_area: bool = False
     """Its call has `max_area`, a number of pixels that it fits any size to."""
     fps_name: str = "fps"
     """What its call calls that sampling parameter."""
+
+    @property
+    def makes_videos(self) -> bool:
+        return "num_frames" in self.parameters
 
     def check_settings(self, config: OmniDiffusionConfig) -> None:
         """Raises ConfigError for settings of what only a packed family has."""
@@ -173,7 +179,7 @@ class ModelInfo:
 
     @property
     def makes_videos(self) -> bool:
-        return "num_frames" in self.parameters
+        return self.whole is not None and self.whole.makes_videos
 
     def num_image_tokens(self, height: int, width: int, num_frames: int = 1) -> int:
         num_latent_frames = 1 + (num_frames - 1) // self.latent_frames

@@ -184,6 +184,18 @@ def test_a_picture_that_would_make_too_large_a_one_is_refused(model_of: ModelOf)
     assert request.images[0].reference.shape == (64, 128, 3)  # nothing larger waits in the queue
 
 
+def test_a_picture_that_is_changed_costs_its_share_of_the_steps_and_no_tokens(model_of: ModelOf) -> None:
+    """One to look at is part of the sequence."""
+    image = noise(64, 64)
+    (half,), (all_steps,) = (resolve(model_of, SDXL, (image,), strength=s, guidance_scale=1.0) for s in (0.5, 1.0))
+    num_tokens = half.num_image_tokens + half.num_prompt_tokens
+    assert half.cost.branch_tokens == (num_tokens,)
+    assert half.cost.step == all_steps.cost.step / 2
+    assert half.num_reference_tokens == half.num_image_tokens
+    (seen,) = resolve(model_of, KONTEXT, (image,))
+    assert seen.cost.branch_tokens == (2 * 16 + seen.num_prompt_tokens,)
+
+
 def test_a_large_picture_to_look_at_is_kept_smaller_and_priced_as_one_of_the_models_size(model_of: ModelOf) -> None:
     (request,) = resolve(model_of, KONTEXT, (Image.new("RGB", (4096, 2048)),))
     assert request.images[0].reference.shape == (1448, 2896, 3)

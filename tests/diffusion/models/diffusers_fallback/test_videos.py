@@ -13,12 +13,16 @@ from PIL import Image
 from tests.diffusion.models.diffusers_fallback.conftest import ModelOf, PipelineOf, RunnerOf
 from tests.diffusion.worker.driving import Drive, make_request, psnr
 from vllm_omni import AsyncOmni, Omni
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.intake import Intake
+from vllm_omni.diffusion.plan import WorkerReady
 from vllm_omni.diffusion.registry import load_model_info
 from vllm_omni.errors import ConfigError, InvalidRequestError, RequestAbortedError
-from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 
 WAN, LTX = "WanPipeline", "LTXImageToVideoPipeline"
 PROMPT = "a red apple"
+READY = WorkerReady(1.0, 1, "cpu", "float32", 4096, 1e-6, 0.0, 0.5, 2.0)
 LIMITS = {"max_sequence_length": 64, "num_inference_steps": 3}
 
 
@@ -130,6 +134,16 @@ def test_frames_that_the_model_does_not_make_are_refused(omni: Omni, num_frames:
     with pytest.raises(InvalidRequestError, match=words) as caught:
         omni.generate(PROMPT, OmniDiffusionSamplingParams(num_frames=num_frames))
     assert caught.value.param == "num_frames"
+
+
+def test_a_server_makes_as_many_frames_as_the_model_by_default(model_of: ModelOf) -> None:
+    model = str(model_of(WAN))
+    intake = Intake(OmniDiffusionConfig(model), load_model_info(model), READY)
+    (request,) = intake.resolve(OmniPrompt(PROMPT), OmniDiffusionSamplingParams(guidance_scale=1.0), "r")
+    assert request.num_frames == 5
+    assert request.cost.branch_tokens == (2 * 16 + request.num_prompt_tokens,)
+    with pytest.raises(InvalidRequestError, match=r"1 to 5 \(--max-num-frames\)"):
+        intake.resolve(OmniPrompt(PROMPT), OmniDiffusionSamplingParams(num_frames=9), "r")
 
 
 def test_fps_is_refused_where_the_pipeline_asks_for_none(omni: Omni) -> None:

@@ -93,6 +93,7 @@ def describe(path: Path) -> ModelInfo:
     if "num_frames" in takes and "num_frames" not in defaults:
         raise ConfigError(f"{pipeline.__name__} has no default num_frames: write one to the model's {DEFAULTS_FILE}")
     follows_input = signature.takes_image and ("strength" in takes or not signature.takes_size)
+    image_input = _image_input(pipeline.__name__, follows_input, side, defaults) if signature.takes_image else None
     return ModelInfo(
         path=path,
         family="diffusers_fallback",
@@ -112,11 +113,12 @@ def describe(path: Path) -> ModelInfo:
             step_callback=signature.step_callback,
             max_running=MAX_INTERLEAVED if pipeline.__name__ in INTERLEAVED else 1,
             follows_input=follows_input,
+            takes_image_list=image_input is not None and image_input.max_images > 1,
             takes_max_area=signature.takes_max_area,
             fps_name=signature.fps_name,
         ),
-        image_input=_image_input(pipeline.__name__, follows_input, side, defaults) if signature.takes_image else None,
-        latent_frames=_latent_frames(configs.get("vae", {}), defaults.get("num_frames", 1)),
+        image_input=image_input,
+        latent_frames=latent_frames(configs.get("vae", {}), defaults.get("num_frames", 1)),
         default_sampling_params=defaults,
     )
 
@@ -126,7 +128,7 @@ def _image_input(class_name: str, follows_input: bool, side: int, defaults: Mapp
     return WholeImageInput(least, most, follows_input, side, int(defaults["height"]) * int(defaults["width"]))
 
 
-def _latent_frames(vae: Mapping[str, Any], num_frames: int) -> int:
+def latent_frames(vae: Mapping[str, Any], num_frames: int) -> int:
     """See `ModelInfo.latent_frames`; 1 where the model's own number of frames shows that no first one stands alone."""
     multiple = int(vae.get("temporal_compression_ratio") or vae.get("scale_factor_temporal") or 1)
     for key in ("spatio_temporal_scaling", "temperal_downsample"):

@@ -12,12 +12,17 @@ from PIL import Image
 from vllm_omni.inputs.images import InputImage
 
 NUM_REFERENCES = {
+    "Flux2KleinKVPipeline": (0, 4),
     "Flux2KleinPipeline": (0, 4),
     "Flux2Pipeline": (0, 10),
     "FluxKontextPipeline": (0, 1),
+    "GlmImagePipeline": (0, 16),
+    "QwenImage21Pipeline": (0, 16),
+    "ZImageOmniPipeline": (0, 16),
 }
-"""Least and most pictures, of classes that need none, or for which a list is one request's pictures and not a batch.
-Signatures say neither: `image` is None by default also where a call without it fails. The rest take one."""
+"""Least and most pictures (16: as many as OpenAI's API takes, where the model names no bound) of classes that need
+none, or for which a list is one request's pictures and not a batch. Signatures say neither: `image` is None by default
+also where a call without it fails. All other classes take one."""
 MAX_REFERENCE_PIXELS = 2048 * 2048
 """More of a picture that is looked at, and not changed, no pipeline makes use of: they bring it to 1 million or so."""
 

@@ -44,6 +44,7 @@ class PipelineCall:
         self._arguments[whole.step_callback] = self._end_step
         if whole.step_callback == "callback":
             self._arguments["callback_steps"] = 1
+        self._makes_videos = whole.makes_videos
         self._strength = request.strength
         self._num_planned = request.num_inference_steps
         self._num_steps: int | None = None
@@ -81,7 +82,7 @@ class PipelineCall:
     def _call(self, pause: Callable[[], None]) -> np.ndarray:
         self._pause = pause
         output = self._pipeline(**self._arguments)
-        if hasattr(output, "frames"):
+        if self._makes_videos:
             (frames,) = output.frames
             return np.stack([np.array(frame.convert("RGB")) for frame in frames])
         (picture,) = output.images
@@ -114,7 +115,7 @@ def arguments_of(request: DiffusionRequest, whole: WholePipeline) -> dict[str, A
     if whole.takes_max_area:
         arguments["max_area"] = request.height * request.width
     if pictures := [Image.fromarray(image.reference) for image in request.images]:
-        arguments["image"] = pictures if len(pictures) > 1 else pictures[0]
+        arguments["image"] = pictures if whole.takes_image_list else pictures[0]
     generator = torch.Generator("cpu").manual_seed(request.seed)
     return arguments | {"prompt": request.prompt, "generator": generator, "output_type": "pil"}
 

@@ -34,6 +34,8 @@ UNSERVED_INPUTS = (
     "control_image",
     "control_video",
     "video",
+    "frames",
+    "video_length",
     "audio",
     "audio_length_in_s",
 )
@@ -60,7 +62,7 @@ class CallSignature:
     def of(cls, pipeline: type[Any]) -> CallSignature:
         """Raises ConfigError for a pipeline that does not make pictures or videos in steps that can be seen."""
         parameters = dict(inspect.signature(pipeline.__call__).parameters)
-        del parameters["self"]
+        parameters.pop("self", None)  # a class without a call of its own has none
         takes_image, takes_size = "image" in parameters, all(name in parameters for name in SIZES)
         needed = REQUIRED if takes_image else (*REQUIRED, *SIZES)
         missing = [name for name in needed if name not in parameters]
