@@ -232,7 +232,8 @@ def knee(samples: Sequence[Sample]) -> int:
 def _request(info: ModelInfo, request_id: str, prompt: str, most_tokens: int = MAX_PICTURE_TOKENS) -> DiffusionRequest:
     """A square picture, the default one or smaller; for an editing model of a black one of the same size.
 
-    Of a video two latent frames."""
+    Of a video two latent frames.
+    """
     defaults = info.default_sampling_params
     largest = math.isqrt(most_tokens) * info.pixels_per_token
     side = min(defaults["height"], defaults["width"], largest)

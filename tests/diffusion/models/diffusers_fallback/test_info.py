@@ -181,6 +181,14 @@ def test_offload_needs_a_gpu(model_of: ModelOf, name: str) -> None:
         ModelRunner(config, info).start()
 
 
+def test_frames_a_second_are_a_whole_number(copy_of: Callable[..., Path]) -> None:
+    info = load_model_info(str(copy_of("FluxPipeline", _class_name="LTXI2VLongMultiPromptPipeline")))
+    fps = info.default_sampling_params["fps"]
+    assert (fps, type(fps)) == (25, int)
+    assert info.whole is not None
+    assert info.whole.fps_name == "frame_rate"
+
+
 @pytest.mark.parametrize(
     ("vae", "num_frames", "side", "frames"),
     [

@@ -85,6 +85,8 @@ def describe(path: Path) -> ModelInfo:
     vae_scale = latent_side(configs.get("vae", {}))
     own_side = _sample_side(configs) * vae_scale or DEFAULT_SIDE
     defaults = {name: value for name, value in signature.defaults.items() if name in takes and value is not None}
+    if "fps" in defaults:
+        defaults["fps"] = round(defaults["fps"])  # a float in some signatures
     if "max_sequence_length" in defaults:
         longest = longest or defaults["max_sequence_length"]
         defaults["max_sequence_length"] = min(longest, defaults["max_sequence_length"])
