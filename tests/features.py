@@ -12,7 +12,7 @@ COLUMNS = (
     "Qwen-Image",
     "Qwen-Image-Edit, -2509, -2511",
     "Z-Image, Z-Image-Turbo",
-    "other text-to-image pipelines, by diffusers",
+    "other pipelines, by diffusers",
 )
 
 
@@ -48,6 +48,9 @@ QWEN_IMAGE_EDIT = f"{DIFFUSION}/models/qwen_image/test_edits.py"
 Z_IMAGE = f"{DIFFUSION}/models/z_image/test_pictures.py"
 
 WHOLE = f"{DIFFUSION}/models/diffusers_fallback"
+WHOLE_EDITS = f"{WHOLE}/test_edits.py"
+WHOLE_VIDEOS = f"{WHOLE}/test_videos.py"
+WHOLE_HTTP = f"{OPENAI}/test_whole_pipelines.py"
 WHOLE_PICTURES = f"{WHOLE}/test_pictures.py::test_a_picture_is_diffusers_own"
 TAKING_TURNS = f"{WHOLE}/test_pictures.py::test_requests_under_way_do_not_touch_one_another"
 
@@ -100,7 +103,12 @@ FEATURES = (
                 text="yes; yes (not the first one)",
             ),
             Cell("no"),
-            Cell("not yet"),
+            yes(
+                f"{WHOLE_EDITS}::test_an_edit_is_diffusers_own",
+                f"{WHOLE_EDITS}::test_several_pictures_are_seen_in_their_order",
+                f"{WHOLE_HTTP}::test_the_sdk_gets_diffusers_own_edit",
+                text="yes; yes (Flux 2)",
+            ),
         ),
     ),
     Feature(
@@ -145,7 +153,12 @@ FEATURES = (
                 f"{Z_IMAGE}::test_defaults_draw_what_diffusers_draws_with_its_own",
                 f"{DIFFUSION}/models/z_image/test_transformer.py::test_a_pack_equals_one_forward_a_sequence",
             ),
-            yes(WHOLE_PICTURES, TAKING_TURNS),
+            yes(
+                WHOLE_PICTURES,
+                TAKING_TURNS,
+                f"{WHOLE_EDITS}::test_an_edit_is_diffusers_own",
+                f"{WHOLE_VIDEOS}::test_frames_are_diffusers_own",
+            ),
         ),
     ),
     Feature(
@@ -253,7 +266,20 @@ FEATURES = (
             Cell("no: refused by name", (f"{WHOLE}/test_info.py::test_settings_of_packed_steps_are_refused",)),
         ),
     ),
-    Feature("video", (NOT_YET, EMPTY, EMPTY, NOT_YET)),
+    Feature(
+        "video",
+        (
+            NOT_YET,
+            EMPTY,
+            EMPTY,
+            yes(
+                f"{WHOLE_VIDEOS}::test_frames_are_diffusers_own",
+                f"{WHOLE_VIDEOS}::test_a_picture_becomes_a_video",
+                f"{WHOLE_HTTP}::test_a_model_of_videos_is_listed_and_says_where_it_is_used",
+                text="offline",
+            ),
+        ),
+    ),
     Feature(
         "LoRA adapters, several at once, one a request",
         (

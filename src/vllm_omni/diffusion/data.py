@@ -208,7 +208,8 @@ class OmniDiffusionConfig:
     """Most pixels of a picture; None: 1024 x 1024, or four times the model's own size where that is more. A step is
     never interrupted, so the largest picture says how long everybody else may have to wait."""
     max_inference_steps: int = 200
-    max_num_frames: int = 1
+    max_num_frames: int | None = None
+    """Most frames of a video; None: the model's own number."""
     default_sampling_params: Mapping[str, Any] = field(default_factory=dict)
     max_worker_restarts: int = 3
     """Restarts allowed within ten minutes before the engine gives up."""
@@ -224,12 +225,11 @@ class OmniDiffusionConfig:
             ("max_num_seqs", 1),
             ("max_num_queued_reqs", 1),
             ("max_inference_steps", 1),
-            ("max_num_frames", 1),
             ("max_worker_restarts", 0),
         ):
             value = getattr(self, name)
             _require(value >= least, flag_of(name), value, f"an integer of at least {least}")
-        for name in ("max_batch_tokens", "max_pixels"):
+        for name in ("max_batch_tokens", "max_pixels", "max_num_frames"):
             value = getattr(self, name)
             _require(value is None or value >= 1, flag_of(name), value, "an integer of at least 1")
         _require(self.max_queue_seconds > 0, "--max-queue-seconds", self.max_queue_seconds, "a number above 0")
@@ -283,7 +283,6 @@ def _fit_sampling_params(values: Mapping[str, Any]) -> dict[str, Any]:
 # Settings that parse and are understood but whose feature is not built: field -> the only value that works today.
 _UNAVAILABLE: dict[str, Any] = {
     "quantization": None,
-    "max_num_frames": 1,
 }
 _AVAILABLE_EXECUTORS = ("mp", "uni")
 _AVAILABLE_ATTENTION = (None, "sdpa")

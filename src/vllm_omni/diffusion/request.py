@@ -42,7 +42,7 @@ class LoRA:
 
 @dataclass(frozen=True)
 class DiffusionRequest:
-    """A single picture: every parameter resolved, so that running it again gives the same pixels."""
+    """A single picture or video: every parameter resolved, so that running it again gives the same pixels."""
 
     request_id: str
     prompt: str
@@ -79,6 +79,10 @@ class DiffusionRequest:
     """How far a picture made from another may go from it, in [0, 1]."""
     lora: LoRA | None = None
     """None: the model as it is."""
+    num_frames: int = 1
+    """Of a video."""
+    fps: int | None = None
+    """What a model of videos is told that its frames a second are."""
 
     @property
     def has_guidance(self) -> bool:

@@ -30,7 +30,9 @@ class OmniDiffusionSamplingParams:
     width: int | None = None
     """Pixels."""
     num_frames: int | None = None
+    """Of a video."""
     fps: int | None = None
+    """Frames a second that a model of videos is told, where it asks for them."""
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     """Classifier-free guidance as Z-Image counts it; above 0 it doubles the work."""
@@ -48,6 +50,7 @@ class OmniDiffusionSamplingParams:
     max_sequence_length: int | None = None
     """Longest prompt accepted, in tokens."""
     strength: float | None = None
+    """How far an edited picture may go from its input, in [0, 1]; that part of the steps is made."""
     lora_request: LoRARequest | None = None
     lora_scale: float | None = None
     cache: bool | None = None

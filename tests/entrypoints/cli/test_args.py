@@ -348,7 +348,6 @@ def test_a_wrong_config_file_is_one_line(content: str, tmp_path: Path, capsys: p
         ["--quantization", "fp8"],
         ["--attention-backend", "flash"],
         ["--distributed-executor-backend", "ray"],
-        ["--max-num-frames", "81"],
         ["--job-store", "sqlite:///jobs.db"],
         ["--media-store", "s3://bucket"],
         ["--otlp-traces-endpoint", "http://collector:4317"],

@@ -102,7 +102,8 @@ class BasePipeline(ABC, Generic[State]):
 
     @abstractmethod
     def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[np.ndarray]:
-        """Pictures, uint8 [height, width, 3]. Of ranks that share a decode the first has them, the others get []."""
+        """Pictures, uint8 [height, width, 3], or videos, [frames, height, width, 3]. Of ranks that share a decode the
+        first has them, the others get []."""
 
     @abstractmethod
     def forget(self, state: State) -> None:

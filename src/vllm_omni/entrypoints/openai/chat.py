@@ -109,6 +109,7 @@ def _event(value: dict[str, Any]) -> bytes:
 
 async def complete(service: ImageService, request: Request) -> Response:
     """Raises RequestError, also for bodies that are wrong or too large."""
+    service.check_makes_pictures()
     body, prompt, images = await service.uploads.read_chat(request)
 
     def answer_in(style: AnswerStyle) -> Answer:

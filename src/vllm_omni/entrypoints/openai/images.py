@@ -70,13 +70,25 @@ class ImageService:
 
     async def edit(self, request: Request) -> Response:
         """`generate` from pictures. Raises RequestError, also for bodies that are wrong or too large."""
+        self.check_makes_pictures()
         if self.omni.info.image_input is None:  # before megabytes are read
             raise InvalidRequestError(
                 "The served model makes pictures from text and edits none: use POST /v1/images/generations.",
                 param="model",
             )
         body, images = await self.uploads.read(request)
+        if not images:
+            raise InvalidRequestError("image is required; without one use POST /v1/images/generations.", param="image")
         return await self.generate(body, request, images)
+
+    def check_makes_pictures(self) -> None:
+        """Raises InvalidRequestError where the model makes videos."""
+        if self.omni.info.makes_videos:
+            raise InvalidRequestError(
+                "The served model makes videos, which are made offline only yet, by vllm_omni.Omni: this server has no "
+                "route for them.",
+                param="model",
+            )
 
     async def generate(
         self, body: ImageGenerationRequest, request: Request, images: tuple[InputImage, ...] = ()
@@ -104,6 +116,7 @@ class ImageService:
         answer_in: Callable[[AnswerStyle], Answer],
     ) -> Response:
         """The way of every request to its answer. Raises RequestError."""
+        self.check_makes_pictures()
         adapters = self.omni.config.lora_modules
         check_model(body.model, (*self.settings.served_model_names, *adapters))
         omni_prompt, params, image_format = parse_generation(body, prompt, images, adapters)

@@ -64,6 +64,7 @@ def parse_generation(
         num_inference_steps=body.num_inference_steps,
         guidance_scale=body.guidance_scale,
         true_cfg_scale=body.true_cfg_scale,
+        strength=body.strength,
         cfg_normalization=body.cfg_normalization,
         cfg_truncation=body.cfg_truncation,
         seed=body.seed,

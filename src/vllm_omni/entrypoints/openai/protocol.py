@@ -67,6 +67,8 @@ class ImageOptions(BaseModel):
     num_inference_steps: Annotated[int, Field(ge=1)] | None = None
     guidance_scale: float | None = None
     true_cfg_scale: float | None = None
+    strength: Annotated[float, Field(ge=0, le=1)] | None = None
+    """How far an edited picture may go from its input; of models that take it."""
     cfg_normalization: bool | float | None = None
     cfg_truncation: float | None = None
     seed: Annotated[int, Field(ge=0)] | None = None

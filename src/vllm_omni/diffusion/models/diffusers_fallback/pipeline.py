@@ -1,4 +1,5 @@
-"""Any text-to-image pipeline of diffusers, called as it is: one call a request, which stops after each of its steps."""
+"""Any pipeline of diffusers that makes pictures or videos, called as it is: one call a request, which stops after
+each of its steps."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -39,10 +41,12 @@ class PipelineCall:
             if isinstance(component, SchedulerMixin):
                 setattr(self._pipeline, name, copy.deepcopy(component))
         self._pipeline.progress_bar = self._begin_steps
-        self._arguments = arguments_of(request, whole.parameters)
+        self._arguments = arguments_of(request, whole)
         self._arguments[whole.step_callback] = self._end_step
         if whole.step_callback == "callback":
             self._arguments["callback_steps"] = 1
+        self._makes_videos = whole.makes_videos
+        self._strength = request.strength
         self._num_planned = request.num_inference_steps
         self._num_steps: int | None = None
         """As the pipeline counts them: fewer than asked for where it begins late, more where a step takes two."""
@@ -69,7 +73,7 @@ class PipelineCall:
             pass
 
     def picture(self) -> np.ndarray:
-        """uint8 [height, width, 3]; runs the call to its end."""
+        """uint8 [height, width, 3], of a video [frames, height, width, 3]; runs the call to its end."""
         return self._run.result()
 
     def cancel(self) -> None:
@@ -78,7 +82,11 @@ class PipelineCall:
     @torch.inference_mode()
     def _call(self, pause: Callable[[], None]) -> np.ndarray:
         self._pause = pause
-        (picture,) = self._pipeline(**self._arguments).images
+        output = self._pipeline(**self._arguments)
+        if self._makes_videos:
+            (frames,) = output.frames
+            return np.stack([np.array(frame.convert("RGB")) for frame in frames])
+        (picture,) = output.images
         return np.array(picture.convert("RGB"))
 
     def _begin_steps(self, iterable: Any = None, total: int | None = None) -> Any:
@@ -86,7 +94,9 @@ class PipelineCall:
         if self._num_steps is None:
             # Not every pipeline counts its steps, but each knows how long its bar is.
             counted = getattr(self._pipeline, "_num_timesteps", None)
-            self._num_steps = counted or total or len(iterable)
+            self._num_steps = counted or (len(iterable) if total is None else total)
+            if not self._num_steps and self._strength is not None:
+                raise InvalidRequestError(f"strength {self._strength} of {self._num_planned} steps leaves no step")
             self._pause()
         return tqdm(iterable, total=total, disable=True)
 
@@ -97,12 +107,16 @@ class PipelineCall:
         return {}
 
 
-def arguments_of(request: DiffusionRequest, parameters: Sequence[str]) -> dict[str, Any]:
-    """Those `parameters` of a pipeline's call that the request sets; to others the pipeline gives its own meaning."""
-    values = {name: getattr(request, name) for name in parameters}
+def arguments_of(request: DiffusionRequest, whole: WholePipeline) -> dict[str, Any]:
+    """Those parameters of a pipeline's call that the request sets; to others the pipeline gives its own meaning."""
+    values = {whole.fps_name if name == "fps" else name: getattr(request, name) for name in whole.parameters}
     arguments = {name: value for name, value in values.items() if value is not None}
     if "sigmas" in arguments:
         arguments["sigmas"] = list(arguments["sigmas"])
+    if whole.takes_max_area:
+        arguments["max_area"] = request.height * request.width
+    if pictures := [Image.fromarray(image.reference) for image in request.images]:
+        arguments["image"] = pictures if whole.takes_image_list else pictures[0]
     generator = torch.Generator("cpu").manual_seed(request.seed)
     return arguments | {"prompt": request.prompt, "generator": generator, "output_type": "pil"}
 
@@ -191,10 +205,8 @@ class Pipeline(BasePipeline[WholeState]):
         for request in requests:
             self._give_turn(request)
             picture = self._calls[request.request_id].picture()
+            _check_made(request, picture)
             pictures.append(picture)
-            if picture.shape[:2] != (request.height, request.width):
-                made, asked = f"{picture.shape[1]}x{picture.shape[0]}", f"{request.width}x{request.height}"
-                raise InvalidRequestError(f"the pipeline makes {made} of size {asked}", param="size")
         return pictures
 
     def forget(self, state: WholeState) -> None:
@@ -205,6 +217,18 @@ class Pipeline(BasePipeline[WholeState]):
         """Calls share the models, and an adapter changes these: before a call goes on, its own must be in them."""
         under_way = {call.lora.path for call in self._calls.values() if call.lora is not None}
         self._adapters.use(request.lora, under_way)
+
+
+def _check_made(request: DiffusionRequest, pixels: np.ndarray) -> None:
+    """Raises InvalidRequestError for what the pipeline has rounded."""
+    *frames, height, width, _ = pixels.shape
+    if (height, width) != (request.height, request.width):
+        made, asked = f"{width}x{height}", f"{request.width}x{request.height}"
+        raise InvalidRequestError(f"the pipeline makes {made} of size {asked}", param="size")
+    if frames and frames != [request.num_frames]:
+        raise InvalidRequestError(
+            f"the pipeline makes {frames[0]} frames of num_frames {request.num_frames}", param="num_frames"
+        )
 
 
 def _cancel_all(calls: dict[str, PipelineCall]) -> None:
