@@ -12,7 +12,7 @@ COLUMNS = (
     "Qwen-Image",
     "Qwen-Image-Edit, -2509, -2511",
     "Z-Image, Z-Image-Turbo",
-    "other text-to-image pipelines, by diffusers",
+    "other pipelines, by diffusers",
 )
 
 
@@ -50,6 +50,9 @@ QWEN_IMAGE_EDIT = f"{DIFFUSION}/models/qwen_image/test_edits.py"
 Z_IMAGE = f"{DIFFUSION}/models/z_image/test_pictures.py"
 
 WHOLE = f"{DIFFUSION}/models/diffusers_fallback"
+WHOLE_EDITS = f"{WHOLE}/test_edits.py"
+WHOLE_VIDEOS = f"{WHOLE}/test_videos.py"
+WHOLE_HTTP = f"{OPENAI}/test_whole_pipelines.py"
 WHOLE_PICTURES = f"{WHOLE}/test_pictures.py::test_a_picture_is_diffusers_own"
 TAKING_TURNS = f"{WHOLE}/test_pictures.py::test_requests_under_way_do_not_touch_one_another"
 
@@ -102,7 +105,12 @@ FEATURES = (
                 text="yes; yes (not the first one)",
             ),
             Cell("no"),
-            Cell("not yet"),
+            yes(
+                f"{WHOLE_EDITS}::test_an_edit_is_diffusers_own",
+                f"{WHOLE_EDITS}::test_several_pictures_are_seen_in_their_order",
+                f"{WHOLE_HTTP}::test_the_sdk_gets_diffusers_own_edit",
+                text="yes; yes (Flux 2)",
+            ),
         ),
     ),
     Feature(
@@ -147,7 +155,12 @@ FEATURES = (
                 f"{Z_IMAGE}::test_defaults_draw_what_diffusers_draws_with_its_own",
                 f"{DIFFUSION}/models/z_image/test_transformer.py::test_a_pack_equals_one_forward_a_sequence",
             ),
-            yes(WHOLE_PICTURES, TAKING_TURNS),
+            yes(
+                WHOLE_PICTURES,
+                TAKING_TURNS,
+                f"{WHOLE_EDITS}::test_an_edit_is_diffusers_own",
+                f"{WHOLE_VIDEOS}::test_frames_are_diffusers_own",
+            ),
         ),
     ),
     Feature(
@@ -179,7 +192,7 @@ FEATURES = (
                 yes(f"{file}::test_slicing_keeps_the_picture", f"{file}::test_tiles_are_those_of_diffusers")
                 for file in (QWEN_IMAGE, QWEN_IMAGE_EDIT, Z_IMAGE)
             ),
-            yes(f"{WHOLE}/test_info.py::test_tiling_is_switched_on", text="tiling is; slicing is not yet tested"),
+            yes(f"{WHOLE}/test_pictures.py::test_slicing_keeps_the_picture_and_tiles_are_those_of_diffusers"),
         ),
     ),
     Feature(
@@ -190,7 +203,7 @@ FEATURES = (
             ),
             yes(f"{FAMILIES}::test_a_replay_draws_the_same_picture[edits]"),
             yes(f"{FAMILIES}::test_a_replay_draws_the_same_picture[z_image]"),
-            Cell("not yet tested"),
+            yes(f"{FAMILIES}::test_a_replay_draws_the_same_picture[by_diffusers]"),
         ),
     ),
     Feature(
@@ -255,7 +268,33 @@ FEATURES = (
             Cell("no: refused by name", (f"{WHOLE}/test_info.py::test_settings_of_packed_steps_are_refused",)),
         ),
     ),
-    Feature("video", (NOT_YET, EMPTY, EMPTY, NOT_YET)),
+    Feature(
+        "video",
+        (
+            NOT_YET,
+            EMPTY,
+            EMPTY,
+            yes(
+                f"{WHOLE_VIDEOS}::test_frames_are_diffusers_own",
+                f"{WHOLE_VIDEOS}::test_a_picture_becomes_a_video",
+                f"{WHOLE_HTTP}::test_a_model_of_videos_is_listed_and_says_where_it_is_used",
+                text="offline",
+            ),
+        ),
+    ),
+    Feature(
+        "LoRA adapters, several at once, one a request",
+        (
+            NOT_YET,
+            NOT_YET,
+            NOT_YET,
+            yes(
+                f"{WHOLE}/test_lora.py::test_pictures_with_adapters_are_diffusers_own_alone_and_together",
+                f"{WHOLE}/test_lora.py::test_a_script_brings_names_or_paths",
+                "tests/entrypoints/cli/test_serve_diffusers.py::test_a_request_names_an_adapter",
+            ),
+        ),
+    ),
     Feature(
         "blocks in float8 (`--quantization fp8`)",
         (
@@ -284,7 +323,7 @@ FEATURES = (
         ),
     ),
     Feature(
-        "LoRA, CPU offload",
+        "CPU offload",
         (
             NOT_YET,
             NOT_YET,

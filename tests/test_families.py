@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
+from tests.tiny_diffusers import build_tiny_diffusers
 from tests.tiny_models import build_tiny_qwen_image, photo
 from tests.tiny_z_image import build_tiny_z_image
 from vllm_omni import AsyncOmni
@@ -46,7 +47,11 @@ FAMILIES = {
     "z_image": Family(
         lambda path: build_tiny_z_image(path, default_sampling_params=DEFAULTS), {"prompt": "a red apple"}
     ),
+    "by_diffusers": Family(
+        lambda path: build_tiny_diffusers("StableDiffusion3Pipeline", path), {"prompt": "a red apple"}
+    ),
 }
+WITH_PREVIEWS = ("qwen_image", "edits", "z_image")
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +59,7 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=WITH_PREVIEWS)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     chosen = FAMILIES[request.param]
     return chosen.build(tmp_path_factory.mktemp("models") / request.param), chosen.prompt
@@ -107,7 +112,7 @@ async def test_previews_come_in_time_and_who_leaves_disturbs_nobody(family: tupl
         assert np.abs(picture(company).astype(int) - picture(outputs[-1])).max() <= 1
 
 
-@pytest.mark.parametrize("family", ["edits", "z_image"], indirect=True)
+@pytest.mark.parametrize("family", ["edits", "z_image", "by_diffusers"], indirect=True)
 async def test_a_replay_draws_the_same_picture(family: tuple[Path, dict[str, Any]]) -> None:
     path, prompt = family
     async with started(path, "mp") as omni:

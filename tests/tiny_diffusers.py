@@ -1,4 +1,5 @@
-"""Tiny random Flux, Stable Diffusion 3 and Stable Diffusion XL, which no packed family serves."""
+"""Tiny random models that no packed family serves: Flux, Stable Diffusion 3 and XL, what edits with them, Wan
+and LTX."""
 
 from __future__ import annotations
 
@@ -10,28 +11,47 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLWan,
     DiffusionPipeline,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    LTXImageToVideoPipeline,
+    LTXVideoTransformer3DModel,
     SD3Transformer2DModel,
+    StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
+from peft import LoraConfig, get_peft_model_state_dict
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
-from tests.tiny_models import randomize
+from tests.tiny_models import randomize, tiny_tokenizer
+from tests.tiny_z_image import CHAT_TEMPLATE
 
 WORDS = "a photo of a red apple and a blue car on a wooden table in the style of an old master with warm light"
 CLIP_TOKENS = 77
@@ -74,6 +94,41 @@ def _flux() -> DiffusionPipeline:
         text_encoder_2=_t5(t5, 32),
         vae=_vae(16, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
         transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    )
+
+
+def _flux_2_klein() -> DiffusionPipeline:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    text_config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=28,  # the pipeline takes the 9th, the 18th and the 27th
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        bos_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    transformer = Flux2Transformer2DModel(
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=3,
+        joint_attention_dim=3 * 16,
+        axes_dims_rope=(4, 4, 4, 4),
+    )
+    vae = AutoencoderKLFlux2(
+        latent_channels=16, block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4
+    )
+    return Flux2KleinPipeline(
+        tokenizer=tokenizer,
+        text_encoder=Qwen3ForCausalLM(text_config),
+        transformer=transformer,
+        vae=vae,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
     )
 
@@ -138,7 +193,94 @@ def _stable_diffusion_xl() -> DiffusionPipeline:
     )
 
 
+def save_tiny_adapter(model: Path, folder: Path, seed: int, *, with_text_encoder: bool = False) -> Path:
+    """Write a random LoRA adapter of the Flux or Stable Diffusion XL in `model` to `folder` and return that."""
+    pipeline: Any = DiffusionPipeline.from_pretrained(model, dtype=torch.float32)
+    part = "unet" if hasattr(pipeline, "unet") else "transformer"
+    layers = {f"{part}_lora_layers": _adapter_weights(getattr(pipeline, part), seed, ["to_q", "to_v"])}
+    if with_text_encoder:
+        layers["text_encoder_lora_layers"] = _adapter_weights(pipeline.text_encoder, seed, ["q_proj", "fc1"])
+    pipeline.save_lora_weights(folder, **layers)
+    return folder
+
+
+def _adapter_weights(model: Any, seed: int, layers: list[str]) -> dict[str, torch.Tensor]:
+    model.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=layers))
+    weights: dict[str, torch.Tensor] = get_peft_model_state_dict(model)
+    generator = torch.Generator().manual_seed(seed)
+    return {name: 0.5 * torch.randn(weight.shape, generator=generator) for name, weight in weights.items()}
+
+
+def _wan() -> DiffusionPipeline:
+    tokenizer = _t5_tokenizer()
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=3,
+        attention_head_dim=24,
+        in_channels=16,
+        out_channels=16,
+        text_dim=32,
+        freq_dim=64,
+        ffn_dim=96,
+        num_layers=2,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=64,
+    )
+    vae = AutoencoderKLWan(
+        base_dim=8,
+        z_dim=16,
+        dim_mult=[1, 2, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+    )
+    return WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=UMT5EncoderModel(UMT5Config(**_t5_fields(tokenizer, 32))),
+        transformer=transformer,
+        vae=vae,
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
+        ),
+    )
+
+
+def _ltx_image_to_video() -> DiffusionPipeline:
+    tokenizer = _t5_tokenizer()
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=3,
+        attention_head_dim=8,
+        cross_attention_dim=24,
+        num_layers=2,
+        caption_channels=32,
+    )
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+    )
+    return LTXImageToVideoPipeline(
+        tokenizer=tokenizer,
+        text_encoder=_t5(tokenizer, 32),
+        transformer=transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    )
+
+
 _BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
+    "Flux2KleinPipeline": _flux_2_klein,
+    "FluxKontextPipeline": lambda: FluxKontextPipeline(**_flux().components),
+    "LTXImageToVideoPipeline": _ltx_image_to_video,
+    "StableDiffusion3Img2ImgPipeline": lambda: StableDiffusion3Img2ImgPipeline(**_stable_diffusion_3().components),
+    "StableDiffusionXLImg2ImgPipeline": lambda: StableDiffusionXLImg2ImgPipeline(
+        **_stable_diffusion_xl().components, add_watermarker=False
+    ),
+    "WanPipeline": _wan,
     "FluxPipeline": _flux,
     "StableDiffusion3Pipeline": _stable_diffusion_3,
     "StableDiffusionXLPipeline": _stable_diffusion_xl,
@@ -177,20 +319,22 @@ def _clip(tokenizer: CLIPTokenizer, cls: type[Any]) -> Any:
 
 
 def _t5(tokenizer: T5Tokenizer, width: int) -> T5EncoderModel:
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=len(tokenizer),
-            d_model=width,
-            d_kv=16,
-            d_ff=64,
-            num_layers=2,
-            num_heads=2,
-            dropout_rate=0.0,
-            feed_forward_proj="gated-gelu",
-            pad_token_id=0,
-            eos_token_id=1,
-        )
-    )
+    return T5EncoderModel(T5Config(**_t5_fields(tokenizer, width)))
+
+
+def _t5_fields(tokenizer: T5Tokenizer, width: int) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer),
+        "d_model": width,
+        "d_kv": 16,
+        "d_ff": 64,
+        "num_layers": 2,
+        "num_heads": 2,
+        "dropout_rate": 0.0,
+        "feed_forward_proj": "gated-gelu",
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    }
 
 
 def _clip_tokenizer() -> CLIPTokenizer:

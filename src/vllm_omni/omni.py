@@ -106,7 +106,10 @@ class Job:
         )
 
     def _image(self, pixels: np.ndarray) -> Any:
-        return pixels if self.output_type == "np" else Image.fromarray(pixels)
+        """A video [frames, height, width, 3] is a list of pictures."""
+        if self.output_type == "np":
+            return pixels
+        return [Image.fromarray(frame) for frame in pixels] if pixels.ndim == 4 else Image.fromarray(pixels)
 
 
 class OutputStream:
@@ -260,7 +263,12 @@ class Omni:
     ) -> None:
         if config is None:
             # These bounds protect a server from its clients; a script knows what it asked for.
-            unbounded = {"max_num_queued_reqs": 2**31, "max_queue_seconds": math.inf, "max_pixels": 2**31}
+            unbounded = {
+                "max_num_queued_reqs": 2**31,
+                "max_queue_seconds": math.inf,
+                "max_pixels": 2**31,
+                "max_num_frames": 2**31,
+            }
             config = make_config(**{**unbounded, **settings})
         elif settings:
             raise ConfigError(f"give a config or keywords, not both: got a config and {sorted(settings)}")

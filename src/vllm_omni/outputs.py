@@ -10,7 +10,8 @@ from typing import Any
 class OmniRequestOutput:
     """Progress (`finished` False) or the result (`finished` True) of one prompt.
 
-    `images`: PIL images, one an output (for video a list of frames an output); in a progress message the preview of
+    `images`: PIL images, one an output (for video a list of frames an output; with `output_type="np"` uint8 arrays
+    [height, width, 3], of videos [frames, height, width, 3]); in a progress message the preview of
     output `index`, its picture once `step` has reached `num_inference_steps`, or nothing. `seeds`: the seed of each
     output. `timings`: seconds by stage (`queue`, `text_encode`, `denoise`, `vae_decode`, `total`) and
     `computed_steps` and `cached_steps` (the part that a step cache made), of the slowest output.

@@ -449,7 +449,7 @@ def test_a_server_may_leave_its_cache_to_those_that_ask_for_it() -> None:
 class Halving:
     """An `ImageInput` whose model sees pictures as they are, and half as large a second time."""
 
-    max_images = 2
+    min_images, max_images = 1, 2
 
     def prepare(self, image: Image.Image) -> InputImage:
         small = np.array(image.resize((image.width // 2, image.height // 2)))
@@ -457,6 +457,10 @@ class Halving:
 
     def count_prompt_tokens(self, images: Sequence[InputImage]) -> int:
         return 10 * len(images)
+
+    def output_size(self, images: Sequence[InputImage]) -> tuple[int, int]:
+        height, width = images[-1].reference.shape[:2]
+        return height, width
 
 
 def editing(**settings: object) -> Intake:

@@ -186,6 +186,8 @@ class OmniDiffusionConfig:
     """Raw keys of the backend; `cache` is their checked form."""
     enable_cpu_offload: bool = False
     enable_layerwise_offload: bool = False
+    lora_modules: Mapping[str, str] = field(default_factory=dict)
+    """LoRA adapters that requests may name: name -> a safetensors file, or a folder with one."""
     vae_use_slicing: bool = False
     """Decode the pictures of a step one at a time (less memory)."""
     vae_use_tiling: bool = False
@@ -219,25 +221,28 @@ class OmniDiffusionConfig:
     """Most pixels of a picture; None: 1024 x 1024, or four times the model's own size where that is more. A step is
     never interrupted, so the largest picture says how long everybody else may have to wait."""
     max_inference_steps: int = 200
-    max_num_frames: int = 1
+    max_num_frames: int | None = None
+    """Most frames of a video; None: the model's own number."""
     default_sampling_params: Mapping[str, Any] = field(default_factory=dict)
     max_worker_restarts: int = 3
     """Restarts allowed within ten minutes before the engine gives up."""
 
     def __post_init__(self) -> None:
         _fit_fields(self, flag_of)
+        for name, path in self.lora_modules.items():
+            good = isinstance(name, str) and isinstance(path, str) and bool(name and path)
+            _require(good, "--lora-modules", {name: path}, "names and paths of adapters")
         if not self.model:
             raise ConfigError("model must be a folder, a hub name or 'demo', got an empty string")
         for name, least in (
             ("max_num_seqs", 1),
             ("max_num_queued_reqs", 1),
             ("max_inference_steps", 1),
-            ("max_num_frames", 1),
             ("max_worker_restarts", 0),
         ):
             value = getattr(self, name)
             _require(value >= least, flag_of(name), value, f"an integer of at least {least}")
-        for name in ("max_batch_tokens", "max_pixels"):
+        for name in ("max_batch_tokens", "max_pixels", "max_num_frames"):
             value = getattr(self, name)
             _require(value is None or value >= 1, flag_of(name), value, "an integer of at least 1")
         _require(self.max_queue_seconds > 0, "--max-queue-seconds", self.max_queue_seconds, "a number above 0")
@@ -293,16 +298,9 @@ def _fit_sampling_params(values: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-# Settings that parse and are understood but whose feature is not built: field -> the only value that works today.
-_UNAVAILABLE: dict[str, Any] = {
-    "max_num_frames": 1,
-}
 _AVAILABLE_EXECUTORS = ("mp", "uni")
 
 
 def _refuse_unavailable(config: OmniDiffusionConfig) -> None:
-    for name, only in _UNAVAILABLE.items():
-        if (value := getattr(config, name)) != only:
-            raise NotAvailableError(f"{flag_of(name)} {value}: not available yet")
     if (backend := config.distributed_executor_backend) not in _AVAILABLE_EXECUTORS:
         raise NotAvailableError(f"--distributed-executor-backend {backend}: not available yet, mp and uni are")

@@ -33,7 +33,7 @@ class Preview:
 class Finished:
     request_id: str
     image: np.ndarray
-    """uint8 [height, width, 3]."""
+    """uint8 [height, width, 3], of a video [frames, height, width, 3]."""
     timings: dict[str, float]
 
 

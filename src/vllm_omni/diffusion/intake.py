@@ -13,18 +13,20 @@ from dataclasses import replace
 from typing import Any
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig, flag_of
+from vllm_omni.diffusion.lora import resolve_lora
 from vllm_omni.diffusion.plan import WorkerReady
 from vllm_omni.diffusion.registry import DEFAULTS_FILE, ModelInfo
 from vllm_omni.diffusion.request import DiffusionRequest, RequestCost
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
-from vllm_omni.inputs.images import InputImage, check_input_image, to_rgb
+from vllm_omni.inputs.images import InputImage, check_input_image, resized, to_rgb
 from vllm_omni.inputs.kinds import MisfitError, fit, kinds_of
 
 MAX_PROMPT_CHARACTERS = 32_000
 MAX_SEED = 2**63 - 1
 MAX_GUIDANCE = 100.0
 MAX_PREVIEWS = 3
+MAX_FPS = 1000
 LEAST_MAX_PIXELS = 1024 * 1024
 """Clients ask for sizes like 512x512 whatever the model: the default limit lets them."""
 OUTPUT_TYPES = ("pil", "np")
@@ -57,6 +59,9 @@ class Intake:
         assert filled.height is not None
         assert filled.width is not None
         assert filled.num_inference_steps is not None
+        if self._info.whole is not None and self._info.whole.follows_input:
+            images = tuple(resized(image, filled.height, filled.width) for image in images)
+        num_frames = filled.num_frames or 1
         negative = prompt.negative_prompt
         if negative is None:
             negative = defaults.get("negative_prompt")
@@ -85,14 +90,17 @@ class Intake:
             preview_steps=spread_previews(filled.num_previews, filled.num_inference_steps),
             cost=RequestCost(0, 0, 0, ()),
             num_prompt_tokens=num_tokens,
-            num_image_tokens=self._info.num_image_tokens(filled.height, filled.width),
+            num_image_tokens=self._info.num_image_tokens(filled.height, filled.width, num_frames),
             cache=self._config.cache_backend != "none" and filled.cache is not False,
             arrival=time.monotonic(),
             cfg_normalization=float(filled.cfg_normalization or 0),
             cfg_truncation=1.0 if filled.cfg_truncation is None else filled.cfg_truncation,
             images=images,
-            num_reference_tokens=sum(self._info.num_image_tokens(*image.reference.shape[:2]) for image in images),
+            num_reference_tokens=sum(self._info.num_reference_tokens(image) for image in images),
             strength=filled.strength,
+            lora=resolve_lora(filled, self._config, self._info),
+            num_frames=num_frames,
+            fps=filled.fps,
         )
         guides = true_cfg_scale > 1 and not (guidance.needs_negative_prompt and negative is None)
         branches = [num_tokens, num_negative or 0] if guides else [num_tokens]
@@ -103,21 +111,24 @@ class Intake:
         ]
 
     def _defaults_of(self, images: Sequence[InputImage]) -> dict[str, Any]:
-        """The server's defaults over the model's; an edited picture has the size of its last input picture."""
+        """The server's defaults over the model's; the size of an edited picture depends on its input pictures."""
         defaults = dict(self._info.default_sampling_params)
         if images:
-            defaults["height"], defaults["width"] = images[-1].reference.shape[:2]
+            assert self._info.image_input is not None
+            defaults["height"], defaults["width"] = self._info.image_input.output_size(images)
         return {**defaults, **self._config.default_sampling_params}
 
     def _price(self, request: DiffusionRequest, text_tokens: Sequence[int]) -> RequestCost:
         """text_tokens: of each branch, those of input pictures included. Making latents of pixels is taken to cost what
         the inverse does."""
         ready, num_references = self._ready, request.num_reference_tokens
-        num_image_tokens = request.num_image_tokens + num_references
+        follows_input = self._info.whole is not None and self._info.whole.follows_input
+        num_image_tokens = request.num_image_tokens + (0 if follows_input else num_references)
+        share_of_steps = 1.0 if request.strength is None else request.strength
         lengths = [self._info.num_sequence_tokens(n, num_image_tokens) for n in text_tokens]
         return RequestCost(
             encode=ready.encode_units_per_token * sum(text_tokens) + ready.decode_units_per_token * num_references,
-            step=sum(self._info.sequence_cost(n) for n in lengths),
+            step=share_of_steps * sum(self._info.sequence_cost(n) for n in lengths),
             decode=ready.decode_units_per_token * request.num_image_tokens,
             branch_tokens=tuple(lengths),
         )
@@ -134,6 +145,7 @@ def check_defaults(config: OmniDiffusionConfig, info: ModelInfo) -> None:
         params = OmniDiffusionSamplingParams(**values)
         _check_supported(prompt, params, info)
         _check_values(_fill(params, info.default_sampling_params), config, info)
+        resolve_lora(params, config, info)
     except InvalidRequestError as error:
         raise ConfigError(_blame(error, config)) from error
 
@@ -148,7 +160,12 @@ def check_default_prompt(config: OmniDiffusionConfig, info: ModelInfo) -> None:
         raise ConfigError(f"--default-sampling-params: {error}") from error
 
 
-_LIMITS = {"height": "max_pixels", "width": "max_pixels", "num_inference_steps": "max_inference_steps"}
+_LIMITS = {
+    "height": "max_pixels",
+    "width": "max_pixels",
+    "num_inference_steps": "max_inference_steps",
+    "num_frames": "max_num_frames",
+}
 """Parameters with a limit that is a setting."""
 
 
@@ -188,6 +205,8 @@ def _check_values(
     assert params.width is not None
     _check_size(params.height, params.width, config, info)
     _check_steps(params, config.max_inference_steps)
+    if info.makes_videos:
+        _check_frames(params.num_frames, config, info)
     if params.cache and config.cache_backend == "none":
         raise InvalidRequestError("cache takes false or null here: the server has no --cache-backend", param="cache")
     return params
@@ -253,6 +272,16 @@ def _check_steps(params: OmniDiffusionSamplingParams, most: int) -> None:
         )
 
 
+def _check_frames(num_frames: int | None, config: OmniDiffusionConfig, info: ModelInfo) -> None:
+    assert num_frames is not None
+    most = config.max_num_frames
+    if most is None:
+        most = int(info.default_sampling_params["num_frames"])
+    _require(1 <= num_frames <= most, "num_frames", num_frames, f"1 to {most} (--max-num-frames)")
+    multiple = info.latent_frames
+    _require((num_frames - 1) % multiple == 0, "num_frames", num_frames, f"1 more than a multiple of {multiple}")
+
+
 def spread_previews(num_previews: int, num_steps: int) -> tuple[int, ...]:
     """The 1-based steps after which previews are due: evenly spread, never the last step."""
     wanted = {round(num_steps * (i + 1) / (num_previews + 1)) for i in range(num_previews)}
@@ -273,7 +302,7 @@ def check_num_images(num_images: int, info: ModelInfo) -> None:
                 "this model makes pictures from text and takes no input image; use POST /v1/images/generations",
                 param="image",
             )
-    elif not num_images:
+    elif num_images < info.image_input.min_images:
         raise InvalidRequestError(
             'this model edits pictures and got none; use POST /v1/images/edits, or multi_modal_data={"image": ...}',
             param="image",
@@ -304,12 +333,10 @@ def _check_supported(prompt: OmniPrompt, params: OmniDiffusionSamplingParams, in
         raise InvalidRequestError(
             f"num_previews {params.num_previews}: this model gives no previews (partial images)", param="num_previews"
         )
-    if params.num_frames not in (None, 1):
+    if params.num_frames not in (None, 1) and not info.makes_videos:
         raise InvalidRequestError(
             f"num_frames {params.num_frames}: this model makes single pictures", param="num_frames"
         )
-    if params.lora_request is not None or params.lora_scale is not None:
-        raise InvalidRequestError("LoRA adapters are not available yet", param="lora_request")
     if params.output_type not in OUTPUT_TYPES:
         raise InvalidRequestError(
             f"output_type takes {', '.join(OUTPUT_TYPES)}, got {params.output_type!r}", param="output_type"
@@ -355,6 +382,10 @@ def _check_params(params: OmniDiffusionSamplingParams, info: ModelInfo) -> None:
         _require(0 <= seed <= highest, "seed", seed, f"an integer from 0 to {highest}")
     if (limit := params.max_sequence_length) is not None:
         _require(1 <= limit <= info.max_prompt_tokens, "max_sequence_length", limit, f"1 to {info.max_prompt_tokens}")
+    if (strength := params.strength) is not None:
+        _require(0 <= strength <= 1, "strength", strength, "a number from 0 to 1")
+    if (fps := params.fps) is not None:
+        _require(1 <= fps <= MAX_FPS, "fps", fps, f"1 to {MAX_FPS}")
     for name in GUIDANCE_PARAMETERS:
         most = 1.0 if name == "cfg_truncation" else MAX_GUIDANCE
         if (value := getattr(params, name)) is not None:

@@ -47,7 +47,7 @@ class ItemError:
 
 @dataclass
 class StepResult:
-    """Outcome of the plan `step_id`. Arrays are uint8 [height, width, 3]."""
+    """Outcome of the plan `step_id`. Arrays are uint8 [height, width, 3], of videos [frames, height, width, 3]."""
 
     step_id: int
     images: dict[str, np.ndarray] = field(default_factory=dict)

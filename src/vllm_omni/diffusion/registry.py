@@ -20,6 +20,8 @@ from vllm_omni.diffusion.data import (
 )
 from vllm_omni.errors import ConfigError, NotAvailableError
 from vllm_omni.inputs.images import InputImage
+from vllm_omni.inputs.kinds import MisfitError
+from vllm_omni.inputs.loras import adapter_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 DEMO_MODEL_PATH = Path(__file__).parent.parent / "demo_model"
 PACKED_PARAMETERS = ("height", "width", "num_inference_steps", "negative_prompt", "sigmas", "max_sequence_length")
 """Sampling parameters of every packed family."""
+SIZES = ("height", "width")
 DEFAULTS_FILE = "default_sampling_params.json"
 
 # `_class_name` in model_index.json -> package under vllm_omni.diffusion.models. A family's package has
@@ -66,14 +69,21 @@ class ImageInput(Protocol):
     """How an editing model takes the pictures that it edits."""
 
     @property
+    def min_images(self) -> int:
+        """Least pictures of one request: 1, or 0 where the model makes pictures from text alone as well."""
+
+    @property
     def max_images(self) -> int:
-        """Most pictures of one request; one is the least."""
+        """Most pictures of one request."""
 
     def prepare(self, image: Image.Image) -> InputImage:
         """An RGB picture at the sizes that the model takes. Raises InvalidRequestError for impossible proportions."""
 
     def count_prompt_tokens(self, images: Sequence[InputImage]) -> int:
         """Tokens that these pictures add to the prompt that the transformer sees."""
+
+    def output_size(self, images: Sequence[InputImage]) -> tuple[int, int]:
+        """(height, width) of what is made of these pictures, at least one, where no size is asked for."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,19 @@ class WholePipeline:
     """Its parameter that takes a function to be called after a step."""
     max_running: int
     """Most requests that may be begun and not done."""
+    takes_lora: bool = False
+    follows_input: bool = False
+    """What it makes is its input picture changed: of the same size. It is given one of the size that is asked for."""
+    takes_image_list: bool = False
+    """Its `image` is a list of all pictures of a request."""
+    takes_max_area: bool = False
+    """Its call has `max_area`, a number of pixels that it fits any size to."""
+    fps_name: str = "fps"
+    """What its call calls that sampling parameter."""
+
+    @property
+    def makes_videos(self) -> bool:
+        return "num_frames" in self.parameters
 
     def check_settings(self, config: OmniDiffusionConfig) -> None:
         """Raises ConfigError for settings of what only a packed family has."""
@@ -111,6 +134,13 @@ class WholePipeline:
             )
         if config.enable_cpu_offload and config.enable_layerwise_offload:
             raise ConfigError("--enable-cpu-offload or --enable-layerwise-offload, got both")
+        if config.lora_modules and not self.takes_lora:
+            raise ConfigError(f"--lora-modules {', '.join(config.lora_modules)}: a {self.class_name} takes no adapters")
+        for name, path in config.lora_modules.items():
+            try:
+                adapter_file(path)
+            except MisfitError as error:
+                raise ConfigError(f"--lora-modules {name} takes {error}, got {path!r}") from error
 
     def check_parallel(self, parallel: DiffusionParallelConfig) -> None:
         """Raises ConfigError for every axis but data."""
@@ -154,8 +184,9 @@ class ModelInfo:
     token_multiple: int = 1
     """The model fills a text and a picture up to a multiple of this many tokens each."""
     image_input: ImageInput | None = None
-    """None: the model makes pictures from text alone. Otherwise it edits, and a request without a size gets that of its
-    last input picture's `reference`."""
+    """None: the model makes pictures from text alone."""
+    latent_frames: int = 1
+    """Of a video, frames beyond the first that one latent frame stands for: their number is a multiple of it."""
     default_sampling_params: Mapping[str, Any] = field(default_factory=dict)
     """The model folder's own defaults over the family's; may hold `negative_prompt`."""
     whole: WholePipeline | None = None
@@ -169,10 +200,25 @@ class ModelInfo:
     @property
     def parameters(self) -> tuple[str, ...]:
         """Of the sampling parameters, those that have a meaning for the model."""
-        return (*self.guidance.parameters, *PACKED_PARAMETERS) if self.whole is None else self.whole.parameters
+        if self.whole is None:
+            return (*self.guidance.parameters, *PACKED_PARAMETERS)
+        return tuple(dict.fromkeys((*SIZES, *self.whole.parameters)))
 
-    def num_image_tokens(self, height: int, width: int) -> int:
-        return (height // self.pixels_per_token) * (width // self.pixels_per_token)
+    @property
+    def makes_videos(self) -> bool:
+        return self.whole is not None and self.whole.makes_videos
+
+    def num_image_tokens(self, height: int, width: int, num_frames: int = 1) -> int:
+        num_latent_frames = 1 + (num_frames - 1) // self.latent_frames
+        return num_latent_frames * (height // self.pixels_per_token) * (width // self.pixels_per_token)
+
+    def num_reference_tokens(self, image: InputImage) -> int:
+        """Image tokens of an input picture. A whole pipeline brings a large one to the model's own size."""
+        num_tokens = self.num_image_tokens(*image.reference.shape[:2])
+        if self.whole is None or self.whole.follows_input:
+            return num_tokens
+        own = self.default_sampling_params
+        return min(num_tokens, self.num_image_tokens(own["height"], own["width"]))
 
     def num_sequence_tokens(self, num_text_tokens: int, num_image_tokens: int) -> int:
         """What the transformer computes on for one guidance branch."""
@@ -187,7 +233,7 @@ class ModelInfo:
         if self.whole is not None:
             self.whole.check_settings(config)
             return
-        for name in ("enable_cpu_offload", "enable_layerwise_offload"):
+        for name in ("enable_cpu_offload", "enable_layerwise_offload", "lora_modules"):
             if getattr(config, name):
                 raise NotAvailableError(
                     f"{flag_of(name)}: not available yet with a packed family, such as this model's"

@@ -31,8 +31,18 @@ class RequestCost:
 
 
 @dataclass(frozen=True)
+class LoRA:
+    """An adapter over the model's weights."""
+
+    name: str
+    path: str
+    """Its safetensors file."""
+    scale: float
+
+
+@dataclass(frozen=True)
 class DiffusionRequest:
-    """A single picture: every parameter resolved, so that running it again gives the same pixels."""
+    """A single picture or video: every parameter resolved, so that running it again gives the same pixels."""
 
     request_id: str
     prompt: str
@@ -67,6 +77,12 @@ class DiffusionRequest:
     """Image tokens that they add to each guidance branch."""
     strength: float | None = None
     """How far a picture made from another may go from it, in [0, 1]."""
+    lora: LoRA | None = None
+    """None: the model as it is."""
+    num_frames: int = 1
+    """Of a video."""
+    fps: int | None = None
+    """What a model of videos is told that its frames a second are."""
 
     @property
     def has_guidance(self) -> bool:

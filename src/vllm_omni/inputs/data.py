@@ -11,7 +11,10 @@ from vllm_omni.errors import InvalidRequestError
 
 @dataclass(frozen=True, slots=True)
 class LoRARequest:
-    """A LoRA adapter by its served name; `path` is only read for adapters registered at start."""
+    """A LoRA adapter: one that was given at start, by its name, or another one by its path.
+
+    `path`: a safetensors file, or a folder with one. `OmniDiffusionSamplingParams.lora_scale` goes before `scale`.
+    """
 
     name: str
     path: str | None = None
@@ -27,7 +30,9 @@ class OmniDiffusionSamplingParams:
     width: int | None = None
     """Pixels."""
     num_frames: int | None = None
+    """Of a video."""
     fps: int | None = None
+    """Frames a second that a model of videos is told, where it asks for them."""
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     """Classifier-free guidance as Z-Image counts it; above 0 it doubles the work."""
@@ -45,6 +50,7 @@ class OmniDiffusionSamplingParams:
     max_sequence_length: int | None = None
     """Longest prompt accepted, in tokens."""
     strength: float | None = None
+    """How far an edited picture may go from its input, in [0, 1]; that part of the steps is made."""
     lora_request: LoRARequest | None = None
     lora_scale: float | None = None
     cache: bool | None = None

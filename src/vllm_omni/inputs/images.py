@@ -35,6 +35,14 @@ class InputImage:
         return cls(digest.hexdigest(), condition, reference)
 
 
+def resized(image: InputImage, height: int, width: int) -> InputImage:
+    """For both readers at this size."""
+    if image.reference.shape[:2] == (height, width):
+        return image
+    pixels = np.array(Image.fromarray(image.reference).resize((width, height), Image.Resampling.LANCZOS))
+    return InputImage.of(pixels, pixels)
+
+
 def check_input_image(image: Image.Image) -> None:
     """Raises InvalidRequestError for what is no picture, for too many pixels, and for modes that are not taken."""
     if not isinstance(image, Image.Image):

@@ -353,8 +353,6 @@ def test_a_wrong_config_file_is_one_line(content: str, tmp_path: Path, capsys: p
     "words",
     [
         ["--distributed-executor-backend", "ray"],
-        ["--max-num-frames", "81"],
-        ["--lora-modules", "style=/loras/style"],
         ["--job-store", "sqlite:///jobs.db"],
         ["--media-store", "s3://bucket"],
         ["--otlp-traces-endpoint", "http://collector:4317"],
@@ -365,6 +363,23 @@ def test_a_wrong_config_file_is_one_line(content: str, tmp_path: Path, capsys: p
 def test_what_is_not_built_is_refused_by_name(words: list[str]) -> None:
     with pytest.raises(NotAvailableError, match=f"^{words[0]} .*not available yet"):
         parse(*words)
+
+
+def test_adapters_are_given_in_either_of_vllms_ways() -> None:
+    words = ["--lora-modules", "style=/a=b", '{"name": "ink", "path": "/ink"}', "--lora-modules", "oil=/oil"]
+    assert parse(*words).config.lora_modules == {"style": "/a=b", "ink": "/ink", "oil": "/oil"}
+
+
+@pytest.mark.parametrize("value", ["style", "=/a", "style=", "{}", '{"name": "a", "path": 3}', '{"name": "a"'])
+def test_a_wrong_adapter_is_told(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"^--lora-modules takes .*, got '"):
+        parse("--lora-modules", value)
+
+
+def test_adapters_have_names_of_their_own() -> None:
+    for words in (["--lora-modules", "a=/a", "a=/b"], ["--served-model-name", "a", "--lora-modules", "a=/a"]):
+        with pytest.raises(ConfigError, match=r"^--lora-modules takes a name once, and none of the model's, got 'a'"):
+            parse(*words)
 
 
 def test_an_unknown_command_is_told() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import numpy as np
 import openai
 import pytest
@@ -17,7 +18,8 @@ from PIL import Image
 
 from tests.diffusion.worker.driving import psnr
 from tests.entrypoints.cli.server_process import ServerProcess, server_process, stop
-from tests.tiny_diffusers import build_tiny_diffusers
+from tests.tiny_diffusers import build_tiny_diffusers, save_tiny_adapter
+from vllm_omni.inputs.loras import WEIGHTS
 
 PROMPT = "a red apple"
 
@@ -26,6 +28,7 @@ PROMPT = "a red apple"
 class Served:
     process: ServerProcess
     model: Path
+    adapter: Path
 
     def sdk(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.process.address()}/v1", api_key="none", max_retries=0)
@@ -34,10 +37,11 @@ class Served:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     model = build_tiny_diffusers("StableDiffusion3Pipeline", tmp_path_factory.mktemp("models") / "tiny")
-    flags = ("--host", "127.0.0.1", "--port", "0", "--served-model-name", "tiny")
+    adapter = save_tiny_adapter(model, tmp_path_factory.mktemp("adapters") / "ink", 0)
+    flags = ("--host", "127.0.0.1", "--port", "0", "--served-model-name", "tiny", "--lora-modules", f"ink={adapter}")
     with server_process(*flags, model=str(model)) as process:
         process.wait_until_ready()
-        yield Served(process, model)
+        yield Served(process, model, adapter)
         assert stop(process) == 0
 
 
@@ -74,9 +78,44 @@ def test_the_sdk_gets_diffusers_own_pictures(served: Served) -> None:
         ({"max_sequence_length": 129}, "max_sequence_length", "1 to 128"),
         ({"stream": True, "partial_images": 1}, "partial_images", "no previews"),
         ({"prompt": "apple " * 200}, "prompt", "at most 128 are accepted"),
+        ({"lora": {"name": "oil"}}, "lora", "no LoRA adapter 'oil'; served: ink"),
+        ({"lora": {"name": "ink", "scale": 1000}}, "lora.scale", "from -100 to 100"),
+        ({"lora": {"name": "ink", "path": "/ink"}}, "lora.path", "not permitted"),
+        ({"lora": "ink"}, "lora", "lora: "),
+        ({"model": "ink", "lora": {"name": "oil"}}, "lora", "names 'oil', and model names 'ink'"),
     ],
 )
 def test_a_wrong_parameter_is_a_400_that_names_it(served: Served, extra: dict, param: str, words: str) -> None:
     with served.sdk() as sdk, pytest.raises(openai.BadRequestError, match=words) as refused:
         sdk.images.generate(model="tiny", prompt=PROMPT, extra_body=extra)
     assert refused.value.body["param"] == param
+
+
+def test_a_request_names_an_adapter(served: Served) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(served.model, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(str(served.adapter), weight_name=WEIGHTS, adapter_name="ink")
+    sizes = {"height": 64, "width": 64, "num_inference_steps": 4, "max_sequence_length": 128}
+    with served.sdk() as sdk:
+        for model, lora, scale in (
+            ("tiny", {"name": "ink"}, 1.0),
+            ("tiny", None, 0.0),
+            ("ink", None, 1.0),
+            ("ink", {"name": "ink", "scale": 0.5}, 0.5),
+        ):
+            extra = {"seed": 5, "guidance_scale": 1.0, "lora": lora}
+            raw = sdk.images.with_raw_response.generate(model=model, prompt=PROMPT, extra_body=extra)
+            assert "x-omni-ignored-fields" not in raw.headers
+            picture = np.array(Image.open(io.BytesIO(base64.b64decode(raw.parse().data[0].b64_json))))
+            pipeline.set_adapters("ink", scale)
+            generator = torch.Generator("cpu").manual_seed(5)
+            expected = pipeline(PROMPT, guidance_scale=1.0, generator=generator, **sizes).images[0]
+            assert psnr(picture, np.array(expected)) >= 60
+
+
+def test_the_adapters_are_listed(served: Served) -> None:
+    address = served.process.address()
+    assert httpx.get(f"{address}/v1/loras").json() == {"object": "list", "data": [{"id": "ink", "object": "lora"}]}
+    models = httpx.get(f"{address}/v1/models").json()["data"]
+    assert [(card["id"], card.get("parent")) for card in models] == [("tiny", None), ("ink", "tiny")]
+    assert 'vllm_omni:lora_adapters{model_name="tiny"} 1.0' in httpx.get(f"{address}/metrics").text

@@ -91,10 +91,12 @@ FAKE_INFO = ModelInfo(
 )
 
 
+@dataclass(frozen=True)
 class FakeImageInput:
     """Takes three pictures as they are; a token of the prompt for each."""
 
-    max_images = 3
+    min_images: int = 1
+    max_images: int = 3
 
     def prepare(self, image: Image.Image) -> InputImage:
         pixels = np.array(image)
@@ -102,6 +104,10 @@ class FakeImageInput:
 
     def count_prompt_tokens(self, images: Sequence[InputImage]) -> int:
         return len(images)
+
+    def output_size(self, images: Sequence[InputImage]) -> tuple[int, int]:
+        height, width = images[-1].reference.shape[:2]
+        return height, width
 
 
 FAKE_EDIT_INFO = replace(FAKE_INFO, image_input=FakeImageInput())

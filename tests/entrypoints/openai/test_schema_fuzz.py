@@ -35,6 +35,7 @@ OPERATIONS = {
     ("GET", "/v1/images/files/{file_id}"): 30,
     ("GET", "/v1/models"): 1,
     ("GET", "/v1/models/{model}"): 30,
+    ("GET", "/v1/loras"): 1,
     ("GET", "/health"): 1,
     ("GET", "/ready"): 1,
     ("GET", "/version"): 1,

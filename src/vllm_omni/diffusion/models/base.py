@@ -106,7 +106,7 @@ class BasePipeline(ABC, Generic[State]):
 
     @abstractmethod
     def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[Tensor]:
-        """Pictures, uint8 [height, width, 3], on the device.
+        """Pictures, uint8 [height, width, 3], or videos, [frames, height, width, 3], on the device.
 
         Of ranks that share a decode the first has them, the others get [].
         """

@@ -15,15 +15,15 @@ from torch import Tensor
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.models.base import BasePipeline, RequestState
 from vllm_omni.diffusion.plan import ItemError, StepPlan, StepResult, WorkerReady
-from vllm_omni.diffusion.registry import ModelInfo
+from vllm_omni.diffusion.registry import ModelInfo, WholePipeline
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.diffusion.worker.attention import choose_attention
 from vllm_omni.diffusion.worker.contract import Place
 from vllm_omni.diffusion.worker.device import Device, Stopwatch, is_out_of_memory
 from vllm_omni.diffusion.worker.ranks import PeerFailedError, Ranks, RanksLostError, connect
-from vllm_omni.diffusion.worker.warmup import warm_up, warm_up_whole
+from vllm_omni.diffusion.worker.warmup import Rates, warm_up, warm_up_whole
 from vllm_omni.diffusion.worker.weights_bar import WeightsBar
-from vllm_omni.errors import InvalidRequestError
+from vllm_omni.errors import ConfigError, InvalidRequestError
 
 CACHE_SHARE = 0.25
 """Of the memory that is free after the warm-up, what step caches may keep; what does not fit is a miss."""
@@ -87,7 +87,7 @@ class ModelRunner:
         if whole is None:
             rates = warm_up(self._pipeline, self._info, self._device, bar.num_bytes, self._ranks, self._compile_blocks)
         else:
-            rates = warm_up_whole(self._pipeline, self._info, self._device, bar.num_bytes)
+            rates = self._try_whole(whole, bar.num_bytes)
         self._pipeline.step_cache.budget.max_bytes = int(CACHE_SHARE * self._device.free_memory_bytes())
         return WorkerReady(
             load_seconds=bar.seconds,
@@ -105,6 +105,16 @@ class ModelRunner:
             max_num_seqs=None if whole is None else 1,
             max_running=None if whole is None else whole.max_running,
         )
+
+    def _try_whole(self, whole: WholePipeline, model_bytes: int) -> Rates:
+        """Raises ConfigError for a pipeline that does not make what a signature like its promises."""
+        try:
+            return warm_up_whole(self.pipeline, self._info, self._device, model_bytes)
+        except Exception as error:  # diffusers' code on somebody's model: anything
+            if is_out_of_memory(error):
+                raise
+            reason = f"{type(error).__name__}: {error}"
+            raise ConfigError(f"the {whole.class_name} fails on a first small request: {reason}") from error
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Skip these in every plan executed from now on, until they are released."""

@@ -242,10 +242,14 @@ def knee(samples: Sequence[Sample]) -> int:
 
 
 def _request(info: ModelInfo, request_id: str, prompt: str, most_tokens: int = MAX_PICTURE_TOKENS) -> DiffusionRequest:
-    """A square picture, the default one or smaller; for an editing model of a black one of the same size."""
+    """A square picture, the default one or smaller; for an editing model of a black one of the same size.
+
+    Of a video two latent frames.
+    """
     defaults = info.default_sampling_params
     largest = math.isqrt(most_tokens) * info.pixels_per_token
     side = min(defaults["height"], defaults["width"], largest)
+    num_frames = min(defaults.get("num_frames", 1), 1 + info.latent_frames)
     black = np.zeros((side, side, 3), np.uint8)
     return DiffusionRequest(
         request_id=request_id,
@@ -263,8 +267,10 @@ def _request(info: ModelInfo, request_id: str, prompt: str, most_tokens: int = M
         preview_steps=(),
         cost=RequestCost(0, 0, 0, ()),
         num_prompt_tokens=info.count_prompt_tokens(prompt),
-        num_image_tokens=info.num_image_tokens(side, side),
+        num_image_tokens=info.num_image_tokens(side, side, num_frames),
         cache=False,
         arrival=0.0,
-        images=() if info.image_input is None else (InputImage.of(black, black),),
+        images=() if info.image_input is None or not info.image_input.min_images else (InputImage.of(black, black),),
+        strength=1.0 if "strength" in info.parameters else None,  # all steps, so that they can be timed
+        num_frames=num_frames,
     )

@@ -75,7 +75,6 @@ class ServeArgs:
 
 # Server flags whose feature is not built: they parse, and any value is refused.
 UNAVAILABLE = {
-    "lora_modules": "LoRA adapters to serve, as NAME=PATH",
     "allowed_local_media_path": "folder from which requests may read media files",
     "otlp_traces_endpoint": "OpenTelemetry collector that gets traces",
     "job_store": "SQLAlchemy URL of the video jobs",
@@ -214,6 +213,7 @@ def _add_cache_and_memory_flags(group: Any) -> None:
     engine.add("cache_config", "the cache's settings as JSON", type=values.json_object)
     engine.switch("enable_cpu_offload", "keep idle models in the host's memory")
     engine.switch("enable_layerwise_offload", "bring transformer layers in one by one")
+    engine.add("lora_modules", "LoRA adapters to serve, as NAME=PATH", nargs="+", action="extend", type=values.adapter)
     engine.switch("vae_use_slicing", "decode one picture at a time")
     engine.switch("vae_use_tiling", "decode a picture in overlapping tiles")
     engine.switch("overlap_decode", "on a GPU, decode beside the next step of others")
@@ -269,12 +269,20 @@ def _settings(namespace: argparse.Namespace) -> ServeArgs:
         if given[name] is not None:
             given[name] = [item for part in given[name] for item in ([part] if isinstance(part, str) else part)]
     given["model"] = model
+    given["lora_modules"] = _adapters(given["lora_modules"] or [], given["served_model_names"])
     parallel = _make(DiffusionParallelConfig, given)
     return ServeArgs(
         config=_make(OmniDiffusionConfig, {**given, "parallel": parallel}),
         settings=_make(ServerSettings, given),
         http=_make(HttpOptions, given),
     )
+
+
+def _adapters(pairs: Sequence[tuple[str, str]], model_names: Sequence[str]) -> dict[str, str]:
+    names = [*model_names, *(name for name, _ in pairs)]
+    if twice := [name for name, _ in pairs if names.count(name) > 1]:
+        raise ConfigError(f"--lora-modules takes a name once, and none of the model's, got {twice[0]!r}")
+    return dict(pairs)
 
 
 def _make(cls: type[Any], given: dict[str, Any]) -> Any:

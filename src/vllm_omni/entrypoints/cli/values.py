@@ -66,6 +66,19 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
+def adapter(text: str) -> tuple[str, str]:
+    """(name, path) of a LoRA adapter, in either of vLLM's ways."""
+    takes = 'NAME=PATH or {"name": NAME, "path": PATH}'
+    if text.startswith("{"):
+        fields = json_object(text)
+    else:
+        name, _, path = text.partition("=")
+        fields = {"name": name, "path": path}
+    if set(fields) != {"name", "path"} or not all(isinstance(part, str) and part for part in fields.values()):
+        raise _wrong(takes, text)
+    return fields["name"], fields["path"]
+
+
 def strings(text: str) -> list[str]:
     """A JSON list of strings (vLLM's way), or one plain string."""
     if not text.startswith("["):

@@ -14,7 +14,12 @@ from vllm_omni.entrypoints.openai.decoding import ImageDecoder
 from vllm_omni.entrypoints.openai.encoding import ImageEncoder
 from vllm_omni.entrypoints.openai.errors import install_error_handlers
 from vllm_omni.entrypoints.openai.files import FileStore
-from vllm_omni.entrypoints.openai.health import make_metrics_router, make_models_router, make_probes_router
+from vllm_omni.entrypoints.openai.health import (
+    make_loras_router,
+    make_metrics_router,
+    make_models_router,
+    make_probes_router,
+)
 from vllm_omni.entrypoints.openai.images import EDITS_PATH, ImageService, make_images_router
 from vllm_omni.entrypoints.openai.media import FetchPolicy, MediaFetcher
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
@@ -37,6 +42,7 @@ def build_app(
     """
     metrics = metrics or PrometheusObserver(settings.served_model_names[0])
     metrics.watch(omni.status)
+    metrics.on_adapters(len(omni.config.lora_modules))
     files = FileStore(settings.media_ttl_seconds, settings.max_media_bytes)
     encoder = ImageEncoder(settings.num_encoding_threads, metrics.on_encoded)
     resolver = Resolver(omni, metrics)
@@ -70,6 +76,7 @@ def build_app(
     app.include_router(make_images_router(service))
     app.include_router(make_chat_router(service))
     app.include_router(make_models_router(omni, settings))
+    app.include_router(make_loras_router(omni))
     app.include_router(make_probes_router(omni))
     app.include_router(make_metrics_router(metrics))
     install_error_handlers(app, metrics)

@@ -17,6 +17,7 @@ from vllm_omni.entrypoints.openai.chat_protocol import ChatCompletion, ChatCompl
 from vllm_omni.entrypoints.openai.encoding import ImageEncoder
 from vllm_omni.entrypoints.openai.errors import ERROR_RESPONSES
 from vllm_omni.entrypoints.openai.images import ImageService
+from vllm_omni.entrypoints.openai.protocol import body_schema
 from vllm_omni.entrypoints.openai.streaming import frame, is_done
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.omni import OutputStream
@@ -108,6 +109,7 @@ def _event(value: dict[str, Any]) -> bytes:
 
 async def complete(service: ImageService, request: Request) -> Response:
     """Raises RequestError, also for bodies that are wrong or too large."""
+    service.check_makes_pictures()
     body, prompt, images = await service.uploads.read_chat(request)
 
     def answer_in(style: AnswerStyle) -> Answer:
@@ -124,7 +126,7 @@ async def complete(service: ImageService, request: Request) -> Response:
 def make_chat_router(service: ImageService) -> APIRouter:
     router = APIRouter(prefix="/v1/chat", tags=["chat"], responses=ERROR_RESPONSES)
     event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
-    schema = ChatCompletionRequest.model_json_schema()
+    schema = body_schema(ChatCompletionRequest)
 
     @router.post(
         "/completions",

@@ -26,7 +26,7 @@ class Turn:
             raise _invalid(
                 "this model makes pictures from text and takes none: leave image_url parts out of the last user message"
             )
-        if not self.urls and info.image_input is not None:
+        if not self.urls and info.image_input is not None and info.image_input.min_images:
             raise _invalid("this model edits pictures and got none: the last user message needs an image_url part")
 
 

@@ -26,6 +26,7 @@ _FIELD_NAMES = {
     "num_outputs_per_prompt": "n",
     "num_previews": "partial_images",
     "lora_request": "lora",
+    "lora_scale": "lora.scale",
 }
 # What a field takes, where the validator could only quote a regular expression.
 _PATTERNS = {"size": "takes auto or WIDTHxHEIGHT in pixels, such as 1024x1024"}

@@ -11,7 +11,14 @@ from vllm_omni import __version__
 from vllm_omni.entrypoints.openai.errors import ERROR_RESPONSES
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
 from vllm_omni.entrypoints.openai.parsing import check_model
-from vllm_omni.entrypoints.openai.protocol import ModelCard, ModelList, StatusResponse, VersionResponse
+from vllm_omni.entrypoints.openai.protocol import (
+    LoRACard,
+    LoRAList,
+    ModelCard,
+    ModelList,
+    StatusResponse,
+    VersionResponse,
+)
 from vllm_omni.entrypoints.openai.settings import ServerSettings
 from vllm_omni.errors import UnavailableError
 from vllm_omni.omni import AsyncOmni
@@ -48,25 +55,38 @@ def make_probes_router(omni: AsyncOmni) -> APIRouter:
 def make_models_router(omni: AsyncOmni, settings: ServerSettings) -> APIRouter:
     router = APIRouter(prefix="/v1/models", tags=["models"], responses=ERROR_RESPONSES)
     created = int(time.time())
+    names, adapters = settings.served_model_names, omni.config.lora_modules
 
     def card(name: str) -> ModelCard:
-        return ModelCard(id=name, created=created, served_by=omni.info.served_by)
+        parent = names[0] if name in adapters else None
+        return ModelCard(id=name, created=created, served_by=omni.info.served_by, parent=parent)
 
     def require_warm() -> None:
         if omni.ready is None:
             raise UnavailableError("The model is still loading.", retry_after=1.0)
 
-    @router.get("", response_model=ModelList)
+    @router.get("", response_model=ModelList, response_model_exclude_none=True)
     async def list_models() -> ModelList:
-        """The served names, once the model is warm."""
+        """The served names and those of the adapters, once the model is warm."""
         require_warm()
-        return ModelList(data=[card(name) for name in settings.served_model_names])
+        return ModelList(data=[card(name) for name in (*names, *adapters)])
 
-    @router.get("/{model:path}", response_model=ModelCard)
+    @router.get("/{model:path}", response_model=ModelCard, response_model_exclude_none=True)
     async def retrieve_model(model: str) -> ModelCard:
         require_warm()
-        check_model(model, settings.served_model_names)
+        check_model(model, (*names, *adapters))
         return card(model)
+
+    return router
+
+
+def make_loras_router(omni: AsyncOmni) -> APIRouter:
+    router = APIRouter(prefix="/v1/loras", tags=["models"], responses=ERROR_RESPONSES)
+
+    @router.get("", response_model=LoRAList)
+    async def list_loras() -> LoRAList:
+        """The adapters that a request's `lora` may name."""
+        return LoRAList(data=[LoRACard(id=name) for name in omni.config.lora_modules])
 
     return router
 

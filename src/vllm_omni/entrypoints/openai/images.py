@@ -25,6 +25,7 @@ from vllm_omni.entrypoints.openai.protocol import (
     ImageGenerationRequest,
     ImageOptions,
     ImagesResponse,
+    body_schema,
 )
 from vllm_omni.entrypoints.openai.resolver import Resolver
 from vllm_omni.entrypoints.openai.settings import ServerSettings
@@ -69,13 +70,25 @@ class ImageService:
 
     async def edit(self, request: Request) -> Response:
         """`generate` from pictures. Raises RequestError, also for bodies that are wrong or too large."""
+        self.check_makes_pictures()
         if self.omni.info.image_input is None:  # before megabytes are read
             raise InvalidRequestError(
                 "The served model makes pictures from text and edits none: use POST /v1/images/generations.",
                 param="model",
             )
         body, images = await self.uploads.read(request)
+        if not images:
+            raise InvalidRequestError("image is required; without one use POST /v1/images/generations.", param="image")
         return await self.generate(body, request, images)
+
+    def check_makes_pictures(self) -> None:
+        """Raises InvalidRequestError where the model makes videos."""
+        if self.omni.info.makes_videos:
+            raise InvalidRequestError(
+                "The served model makes videos, which are made offline only yet, by vllm_omni.Omni: this server has no "
+                "route for them.",
+                param="model",
+            )
 
     async def generate(
         self, body: ImageGenerationRequest, request: Request, images: tuple[InputImage, ...] = ()
@@ -103,8 +116,10 @@ class ImageService:
         answer_in: Callable[[AnswerStyle], Answer],
     ) -> Response:
         """The way of every request to its answer. Raises RequestError."""
-        check_model(body.model, self.settings.served_model_names)
-        omni_prompt, params, image_format = parse_generation(body, prompt, images)
+        self.check_makes_pictures()
+        adapters = self.omni.config.lora_modules
+        check_model(body.model, (*self.settings.served_model_names, *adapters))
+        omni_prompt, params, image_format = parse_generation(body, prompt, images, adapters)
         job = await self.resolver.resolve(omni_prompt, params)
         answer = answer_in(AnswerStyle.of(body, image_format))
         headers = ignored_fields_header(body, self.omni.info.guidance, len(job.requests[0].cost.branch_tokens) > 1)
@@ -135,7 +150,7 @@ async def _finish(outputs: OutputStream, answer: Answer) -> Response:
 
 def _edit_bodies() -> dict[str, Any]:
     """The schema of what `/edits` takes: the route reads its bodies itself."""
-    in_json = ImageEditRequest.model_json_schema()
+    in_json = body_schema(ImageEditRequest)
     in_form = {name: schema for name, schema in in_json["properties"].items() if name != "images"}
     file = {"type": "string", "format": "binary"}
     in_form["image"] = {"type": "array", "items": file, "minItems": 1, "maxItems": MAX_INPUT_IMAGES}

@@ -58,6 +58,9 @@ class PrometheusObserver:
         self._cache_bytes = Gauge(
             "vllm_omni:cache_state_bytes", "Kept by step caches on one device", ("model_name",), registry=self._registry
         ).labels(model_name)
+        self._adapters = Gauge(
+            "vllm_omni:lora_adapters", "Adapters that are served", ("model_name",), registry=self._registry
+        ).labels(model_name)
         self._most_memory = 0
         self._peak_memory = Gauge(
             "vllm_omni:peak_memory_bytes", "Most memory used on one device", ("model_name",), registry=self._registry
@@ -112,6 +115,10 @@ class PrometheusObserver:
     def on_encoded(self, seconds: float) -> None:
         """A picture was encoded for its answer."""
         self._stage_time.labels(self._model_name, "media_encode").observe(seconds)
+
+    def on_adapters(self, number: int) -> None:
+        """So many can be named by requests."""
+        self._adapters.set(number)
 
     def watch(self, status: Callable[[], EngineStatus]) -> None:
         """Show the engine's queue, read when the metrics are read."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 from vllm_omni.diffusion.registry import Guidance
 from vllm_omni.entrypoints.openai.encoding import ImageFormat
 from vllm_omni.entrypoints.openai.protocol import ImageGenerationRequest, ImageOptions
 from vllm_omni.errors import InvalidRequestError, ModelNotFoundError
-from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
+from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, OmniPrompt
 from vllm_omni.inputs.images import InputImage
 
 IGNORED_FIELDS_HEADER = "x-omni-ignored-fields"
@@ -14,11 +16,11 @@ _MAX_LISTED_FIELDS = 20
 _MAX_NAME = 64
 
 
-def check_model(model: str | None, served_model_names: tuple[str, ...]) -> None:
-    """Raises ModelNotFoundError unless `model` is absent or a served name."""
-    if model is not None and model not in served_model_names:
+def check_model(model: str | None, served_names: Sequence[str]) -> None:
+    """Raises ModelNotFoundError unless `model` is absent or one of the names of the model and of its adapters."""
+    if model is not None and model not in served_names:
         raise ModelNotFoundError(
-            f"The model {model[:_MAX_NAME]!r} does not exist; served: {', '.join(served_model_names)}", param="model"
+            f"The model {model[:_MAX_NAME]!r} does not exist; served: {', '.join(served_names)}", param="model"
         )
 
 
@@ -31,15 +33,15 @@ def parse_size(size: str) -> tuple[int | None, int | None]:
 
 
 def parse_generation(
-    body: ImageOptions, prompt: str, images: tuple[InputImage, ...]
+    body: ImageOptions, prompt: str, images: tuple[InputImage, ...], adapters: Collection[str]
 ) -> tuple[OmniPrompt, OmniDiffusionSamplingParams, ImageFormat]:
     """The prompt with the pictures to edit, how to make the picture and how to encode it.
+
+    adapters: the names of those that are served.
 
     Raises InvalidRequestError for what is well-formed but not possible here.
     """
     height, width = parse_size(body.size)
-    if body.lora is not None:
-        raise InvalidRequestError("lora: adapters are not available yet", param="lora")
     if body.background == "transparent":
         raise InvalidRequestError("background: this model makes opaque pictures only", param="background")
     if body.output_format == "png" and body.output_compression != 100:
@@ -62,17 +64,29 @@ def parse_generation(
         num_inference_steps=body.num_inference_steps,
         guidance_scale=body.guidance_scale,
         true_cfg_scale=body.true_cfg_scale,
+        strength=body.strength,
         cfg_normalization=body.cfg_normalization,
         cfg_truncation=body.cfg_truncation,
         seed=body.seed,
         num_outputs_per_prompt=body.n,
         cache=body.cache,
         max_sequence_length=body.max_sequence_length,
+        lora_request=_adapter(body, adapters),
+        lora_scale=None if body.lora is None else body.lora.scale,
         priority=body.priority,
         output_type="np",
         num_previews=num_previews,
     )
     return OmniPrompt(prompt, body.negative_prompt, images), params, image_format
+
+
+def _adapter(body: ImageOptions, adapters: Collection[str]) -> LoRARequest | None:
+    """The one that `lora` names or, for clients that can choose no more than a model, `model`."""
+    chosen = body.model if body.model in adapters else None
+    name = chosen if body.lora is None else body.lora.name
+    if chosen not in (None, name):
+        raise InvalidRequestError(f"lora: names {name!r:.{_MAX_NAME}}, and model names {chosen!r}", param="lora")
+    return None if name is None else LoRARequest(name)
 
 
 def ignored_fields_header(body: ImageOptions, guidance: Guidance, has_guidance: bool) -> dict[str, str]:

@@ -26,6 +26,16 @@ class _NullMeansAbsent:
 _NULLABLE = _NullMeansAbsent()
 
 
+class LoRA(BaseModel):
+    """An adapter by its name; no request brings a path."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Annotated[str, Field(min_length=1)]
+    scale: float | None = None
+    """None: 1."""
+
+
 class ImageOptions(BaseModel):
     """What every request for pictures may say of them.
 
@@ -57,6 +67,8 @@ class ImageOptions(BaseModel):
     num_inference_steps: Annotated[int, Field(ge=1)] | None = None
     guidance_scale: float | None = None
     true_cfg_scale: float | None = None
+    strength: Annotated[float, Field(ge=0, le=1)] | None = None
+    """How far an edited picture may go from its input; of models that take it."""
     cfg_normalization: bool | float | None = None
     cfg_truncation: float | None = None
     seed: Annotated[int, Field(ge=0)] | None = None
@@ -65,8 +77,8 @@ class ImageOptions(BaseModel):
     """False: compute every block, although the server has a step cache."""
     max_sequence_length: Annotated[int, Field(ge=1)] | None = None
     """Longest prompt accepted, in tokens."""
-    lora: Any = None
-    """Not available yet."""
+    lora: LoRA | None = None
+    """An adapter that the server was started with."""
     priority: Annotated[int, _NULLABLE] = 0
     """Smaller runs earlier."""
 
@@ -102,6 +114,15 @@ class ImageEditRequest(ImageGenerationRequest):
 
     # Accepted for compatibility, without effect on the picture.
     input_fidelity: Literal["high", "low"] | None = None
+
+
+def body_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """The JSON schema of `model` for a route that reads its bodies itself.
+
+    The models in it are those of `ImageGenerationRequest`, which a route takes in FastAPI's way: the document has them.
+    """
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    return {name: value for name, value in schema.items() if name != "$defs"}
 
 
 class ErrorBody(BaseModel):
@@ -159,11 +180,23 @@ class ModelCard(BaseModel):
     owned_by: str = "vllm-omni"
     served_by: Literal["packed", "diffusers"]
     """Our packed transformer of the model's family, or diffusers' own pipeline."""
+    parent: str | None = None
+    """Of an adapter: the model that it is for."""
 
 
 class ModelList(BaseModel):
     object: Literal["list"] = "list"
     data: list[ModelCard]
+
+
+class LoRACard(BaseModel):
+    id: str
+    object: Literal["lora"] = "lora"
+
+
+class LoRAList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[LoRACard]
 
 
 class StatusResponse(BaseModel):

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 from tests.tiny_diffusers import build_tiny_diffusers
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -16,12 +18,33 @@ from vllm_omni.diffusion.worker.runner import ModelRunner
 
 ModelOf = Callable[[str], Path]
 RunnerOf = Callable[[str], ModelRunner]
+NUM_FRAMES = {"LTXImageToVideoPipeline": 9, "WanPipeline": 5}
+PipelineOf = Callable[[str], Any]
 
 
 @pytest.fixture(scope="session")
 def model_of(tmp_path_factory: pytest.TempPathFactory) -> ModelOf:
     """The folder of a pipeline class."""
-    return cache(lambda name: build_tiny_diffusers(name, tmp_path_factory.mktemp("models") / name))
+
+    @cache
+    def build(name: str) -> Path:
+        defaults = {"num_frames": NUM_FRAMES[name]} if name in NUM_FRAMES else {}
+        return build_tiny_diffusers(name, tmp_path_factory.mktemp("models") / name, **defaults)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def pipeline_of(model_of: ModelOf) -> PipelineOf:
+    """diffusers' own pipeline of a class: the oracle."""
+
+    @cache
+    def load(name: str) -> Any:
+        pipeline = DiffusionPipeline.from_pretrained(model_of(name), dtype=torch.float32)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    return load
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +17,8 @@ from tests.diffusion.models.diffusers_fallback.conftest import ModelOf
 from tests.tiny_diffusers import CLIP_TOKENS, T5_TOKENS
 from vllm_omni import AsyncOmni
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
+from vllm_omni.diffusion.models.diffusers_fallback.info import latent_frames, latent_side
+from vllm_omni.diffusion.models.diffusers_fallback.pipeline import PipelineCall
 from vllm_omni.diffusion.registry import load_model_info
 from vllm_omni.diffusion.worker.runner import ModelRunner
 from vllm_omni.errors import ConfigError
@@ -90,9 +94,14 @@ def test_without_t5_the_limit_is_clips(copy_of: Callable[..., Path]) -> None:
         ("UNet2DConditionModel", "neither we nor diffusers"),
         (["my_pipeline", "MyPipeline"], "neither we nor diffusers"),
         ("DDPMPipeline", "has no prompt"),
+        ("DiffusionPipeline", "has no prompt"),
+        ("WanAnimatePipeline", "it takes pose_video"),
+        ("SanaVideoPipeline", "it takes frames"),
         ("LongCatImagePipeline", "callback_on_step_end or callback"),
-        ("FluxFillPipeline", "image, mask_image"),
-        ("WanPipeline", "num_frames"),
+        ("FluxFillPipeline", "it takes mask_image"),
+        ("FluxControlPipeline", "it takes control_image"),
+        ("KandinskyV22Img2ImgPipeline", "has no prompt"),
+        ("LTX2Pipeline", "has no default num_frames"),
     ],
 )
 def test_a_pipeline_that_cannot_be_served_is_named(
@@ -173,6 +182,68 @@ def test_offload_needs_a_gpu(model_of: ModelOf, name: str) -> None:
     info.check_settings(config)
     with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} needs a GPU"):
         ModelRunner(config, info).start()
+
+
+def test_frames_a_second_are_a_whole_number(copy_of: Callable[..., Path]) -> None:
+    info = load_model_info(str(copy_of("FluxPipeline", _class_name="LTXI2VLongMultiPromptPipeline")))
+    fps = info.default_sampling_params["fps"]
+    assert (fps, type(fps)) == (25, int)
+    assert info.whole is not None
+    assert info.whole.fps_name == "frame_rate"
+
+
+@pytest.mark.parametrize(
+    ("vae", "num_frames", "side", "frames"),
+    [
+        ({"block_out_channels": [128, 256, 512, 512]}, 1, 8, 1),
+        ({"temperal_downsample": [False, True, True]}, 81, 8, 4),  # Wan 2.1
+        (
+            {"temperal_downsample": [False, True, True], "scale_factor_spatial": 16, "scale_factor_temporal": 4},
+            121,
+            16,
+            4,
+        ),
+        (
+            {
+                "block_out_channels": [128, 256, 512, 512],
+                "spatio_temporal_scaling": [True, True, True, False],
+                "patch_size": 4,
+                "patch_size_t": 1,
+                "spatial_compression_ratio": None,
+            },
+            161,
+            32,
+            8,
+        ),  # LTX
+        ({"block_out_channels": [128, 256, 256, 512], "temporal_compression_ratio": 4}, 49, 8, 4),  # CogVideoX
+        ({"block_out_channels": [128, 256, 512, 512], "temporal_compression_ratio": 4}, 88, 8, 1),  # Allegro
+    ],
+)
+def test_what_a_latent_pixel_stands_for(vae: dict[str, Any], num_frames: int, side: int, frames: int) -> None:
+    assert (latent_side(vae), latent_frames(vae, num_frames)) == (side, frames)
+
+
+@pytest.mark.parametrize("component", ["controlnet", "adapter", "vocoder"])
+def test_a_model_with_such_a_component_is_not_served(copy_of: Callable[..., Path], component: str) -> None:
+    folder = copy_of("FluxPipeline", **{component: ["diffusers", "FluxTransformer2DModel"]})
+    with pytest.raises(ConfigError, match=f"FluxPipeline is not available yet: it has {component}"):
+        load_model_info(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (np.zeros((64, 48, 3), np.uint8), "InvalidRequestError: the pipeline makes 48x64 of size 64x64"),
+        (NameError("name 'ftfy' is not defined"), "NameError: name 'ftfy' is not defined"),
+    ],
+)
+def test_a_pipeline_that_fails_on_a_trial_ends_the_start(
+    model_of: ModelOf, monkeypatch: pytest.MonkeyPatch, made: Any, words: str
+) -> None:
+    config = OmniDiffusionConfig(model=str(model_of("FluxKontextPipeline")))
+    monkeypatch.setattr(PipelineCall, "picture", Mock(side_effect=[made]))
+    with pytest.raises(ConfigError, match=f"FluxKontextPipeline fails on a first small request: {words}"):
+        ModelRunner(config, load_model_info(config.model)).start()
 
 
 def test_tiling_is_switched_on(model_of: ModelOf) -> None:

@@ -68,6 +68,28 @@ def oracle(model_of: ModelOf) -> Oracle:
     return run
 
 
+def test_slicing_keeps_the_picture_and_tiles_are_those_of_diffusers(model_of: ModelOf) -> None:
+    model = str(model_of("StableDiffusion3Pipeline"))
+    fields: dict[str, Any] = {"guidance_scale": 1.0, "max_sequence_length": 64}
+    pictures = {}
+    for name in ("plain", "vae_use_slicing", "vae_use_tiling"):
+        settings: dict[str, Any] = {} if name == "plain" else {name: True}
+        runner = ModelRunner(OmniDiffusionConfig(model=model, **settings), load_model_info(model))
+        runner.start()
+        drive = Drive(runner).run({0: [request_of("a", seed=3, **fields), request_of("b", seed=4, **fields)]})
+        assert not drive.errors
+        pictures[name] = [drive.images["a"], drive.images["b"]]
+    assert np.array_equal(pictures["vae_use_slicing"], pictures["plain"])
+
+    pipeline: Any = DiffusionPipeline.from_pretrained(model, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.vae.enable_tiling()
+    generator = torch.Generator("cpu").manual_seed(3)
+    tiled = pipeline(PROMPT, height=64, width=64, num_inference_steps=4, generator=generator, **fields).images[0]
+    assert psnr(pictures["vae_use_tiling"][0], np.array(tiled)) >= 60
+    assert psnr(pictures["vae_use_tiling"][0], pictures["plain"][0]) < 60  # there are tiles at this size
+
+
 def calls(runner: ModelRunner) -> dict[str, PipelineCall]:
     pipeline: Any = runner.pipeline
     assert isinstance(pipeline, Pipeline)

@@ -13,10 +13,21 @@ from typing import Any
 
 from vllm_omni.diffusion.models.configs import read_config
 from vllm_omni.diffusion.models.diffusers_fallback.components import component_classes, pipeline_class
+from vllm_omni.diffusion.models.diffusers_fallback.pictures import NUM_REFERENCES, WholeImageInput
 from vllm_omni.diffusion.models.diffusers_fallback.signature import CallSignature
-from vllm_omni.diffusion.registry import Guidance, ModelInfo, WholePipeline, read_default_sampling_params
+from vllm_omni.diffusion.registry import DEFAULTS_FILE, Guidance, ModelInfo, WholePipeline, read_default_sampling_params
+from vllm_omni.errors import ConfigError
 
-INTERLEAVED = ("FluxPipeline", "StableDiffusion3Pipeline", "StableDiffusionXLPipeline")
+INTERLEAVED = (
+    "Flux2KleinPipeline",
+    "FluxKontextPipeline",
+    "FluxPipeline",
+    "StableDiffusion3Img2ImgPipeline",
+    "StableDiffusion3Pipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionXLPipeline",
+    "WanPipeline",
+)
 """Pipelines whose models keep nothing from one step to the next (the tests show it): several requests may be under way.
 Others might, as those do that change the model's attention for the time of a call: they run one after another."""
 MAX_INTERLEAVED = 4
@@ -49,6 +60,10 @@ def count_words(prompt: str) -> int:
     return len(prompt.split())
 
 
+UNSERVED_COMPONENTS = ("controlnet", "adapter", "audio_vae", "vocoder")
+"""Beside them `image` is no picture to edit, or what is made is not pictures alone."""
+
+
 def describe(path: Path) -> ModelInfo:
     """Sizes, limits and defaults of the model in `path`.
 
@@ -57,6 +72,8 @@ def describe(path: Path) -> ModelInfo:
     pipeline = pipeline_class(path)
     signature = CallSignature.of(pipeline)
     components = component_classes(path)
+    if unserved := [name for name in UNSERVED_COMPONENTS if name in components]:
+        raise ConfigError(f"{pipeline.__name__} is not available yet: it has {', '.join(unserved)}")
     configs: dict[str, Mapping[str, Any]] = {
         name: read_config(path, name) for name in ("vae", "transformer", "unet") if name in components
     }
@@ -68,10 +85,17 @@ def describe(path: Path) -> ModelInfo:
     vae_scale = latent_side(configs.get("vae", {}))
     own_side = _sample_side(configs) * vae_scale or DEFAULT_SIDE
     defaults = {name: value for name, value in signature.defaults.items() if name in takes and value is not None}
+    if "fps" in defaults:
+        defaults["fps"] = round(defaults["fps"])  # a float in some signatures
     if "max_sequence_length" in defaults:
         longest = longest or defaults["max_sequence_length"]
         defaults["max_sequence_length"] = min(longest, defaults["max_sequence_length"])
     side = vae_scale * _patch_side(configs)
+    defaults = {"height": own_side, "width": own_side, **defaults} | read_default_sampling_params(path)
+    if "num_frames" in takes and "num_frames" not in defaults:
+        raise ConfigError(f"{pipeline.__name__} has no default num_frames: write one to the model's {DEFAULTS_FILE}")
+    follows_input = signature.takes_image and ("strength" in takes or not signature.takes_size)
+    image_input = _image_input(pipeline.__name__, follows_input, side, defaults) if signature.takes_image else None
     return ModelInfo(
         path=path,
         family="diffusers_fallback",
@@ -91,10 +115,30 @@ def describe(path: Path) -> ModelInfo:
             parameters=tuple(name for name in signature.defaults if name in takes),
             step_callback=signature.step_callback,
             max_running=MAX_INTERLEAVED if pipeline.__name__ in INTERLEAVED else 1,
+            takes_lora=hasattr(pipeline, "load_lora_weights"),
+            follows_input=follows_input,
+            takes_image_list=image_input is not None and image_input.max_images > 1,
+            takes_max_area=signature.takes_max_area,
+            fps_name=signature.fps_name,
         ),
-        default_sampling_params={"height": own_side, "width": own_side, **defaults}
-        | read_default_sampling_params(path),
+        image_input=image_input,
+        latent_frames=latent_frames(configs.get("vae", {}), defaults.get("num_frames", 1)),
+        default_sampling_params=defaults,
     )
+
+
+def _image_input(class_name: str, follows_input: bool, side: int, defaults: Mapping[str, Any]) -> WholeImageInput:
+    least, most = NUM_REFERENCES.get(class_name, (1, 1))
+    return WholeImageInput(least, most, follows_input, side, int(defaults["height"]) * int(defaults["width"]))
+
+
+def latent_frames(vae: Mapping[str, Any], num_frames: int) -> int:
+    """See `ModelInfo.latent_frames`; 1 where the model's own number of frames shows that no first one stands alone."""
+    multiple = int(vae.get("temporal_compression_ratio") or vae.get("scale_factor_temporal") or 1)
+    for key in ("spatio_temporal_scaling", "temperal_downsample"):
+        if key in vae and multiple == 1:
+            multiple = (vae.get("patch_size_t") or 1) * 2 ** sum(map(bool, vae[key]))
+    return multiple if (num_frames - 1) % multiple == 0 else 1
 
 
 def _prompt_reader(path: Path, components: Mapping[str, type[Any]]) -> tuple[int | None, Callable[[str], int]]:
@@ -113,6 +157,10 @@ def _prompt_reader(path: Path, components: Mapping[str, type[Any]]) -> tuple[int
 
 def latent_side(vae: Mapping[str, Any]) -> int:
     """Pixels a side that one latent pixel stands for."""
+    if ratio := vae.get("spatial_compression_ratio") or vae.get("scale_factor_spatial"):
+        return int(ratio)
+    if "spatio_temporal_scaling" in vae:
+        return int(vae.get("patch_size", 1) * 2 ** sum(map(bool, vae["spatio_temporal_scaling"])))
     for key, beyond in (("block_out_channels", 1), ("encoder_block_out_channels", 1), ("temperal_downsample", 0)):
         if key in vae:
             return int(2 ** (len(vae[key]) - beyond))

@@ -1,19 +1,18 @@
-"""Any text-to-image pipeline of diffusers, called as it is: one call a request, which stops after each of its steps."""
+"""Any pipeline of diffusers that makes pictures or videos, called as it is: one call a request, which stops after
+each of its steps."""
 
 from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
-import transformers
 from diffusers import DiffusionPipeline, SchedulerMixin
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -24,26 +23,32 @@ from vllm_omni.diffusion.distributed.mesh import Mesh
 from vllm_omni.diffusion.models.base import BasePipeline, RequestState
 from vllm_omni.diffusion.models.compiled import CompiledBlocks
 from vllm_omni.diffusion.models.diffusers_fallback.components import component_classes
+from vllm_omni.diffusion.models.diffusers_fallback.lora import Adapters
+from vllm_omni.diffusion.models.diffusers_fallback.progress_bars import without_progress_bars
 from vllm_omni.diffusion.models.diffusers_fallback.run import SteppedRun
 from vllm_omni.diffusion.registry import ModelInfo, WholePipeline
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.diffusion.transfers import HOST, is_host
 from vllm_omni.errors import ConfigError, InvalidRequestError
+from vllm_omni.inputs.loras import adapter_file
 
 
 class PipelineCall:
     """One call of a pipeline for one request, on a copy that shares the weights and nothing that a call changes."""
 
     def __init__(self, pipeline: Any, whole: WholePipeline, request: DiffusionRequest) -> None:
+        self.lora = request.lora
         self._pipeline = copy.copy(pipeline)
         for name, component in pipeline.components.items():
             if isinstance(component, SchedulerMixin):
                 setattr(self._pipeline, name, copy.deepcopy(component))
         self._pipeline.progress_bar = self._begin_steps
-        self._arguments = arguments_of(request, whole.parameters)
+        self._arguments = arguments_of(request, whole)
         self._arguments[whole.step_callback] = self._end_step
         if whole.step_callback == "callback":
             self._arguments["callback_steps"] = 1
+        self._makes_videos = whole.makes_videos
+        self._strength = request.strength
         self._num_planned = request.num_inference_steps
         self._num_steps: int | None = None
         """As the pipeline counts them: fewer than asked for where it begins late, more where a step takes two."""
@@ -70,7 +75,7 @@ class PipelineCall:
             pass
 
     def picture(self) -> np.ndarray:
-        """uint8 [height, width, 3]; runs the call to its end."""
+        """uint8 [height, width, 3], of a video [frames, height, width, 3]; runs the call to its end."""
         return self._run.result()
 
     def cancel(self) -> None:
@@ -79,7 +84,11 @@ class PipelineCall:
     @torch.inference_mode()
     def _call(self, pause: Callable[[], None]) -> np.ndarray:
         self._pause = pause
-        (picture,) = self._pipeline(**self._arguments).images
+        output = self._pipeline(**self._arguments)
+        if self._makes_videos:
+            (frames,) = output.frames
+            return np.stack([np.array(frame.convert("RGB")) for frame in frames])
+        (picture,) = output.images
         return np.array(picture.convert("RGB"))
 
     def _begin_steps(self, iterable: Any = None, total: int | None = None) -> Any:
@@ -87,7 +96,9 @@ class PipelineCall:
         if self._num_steps is None:
             # Not every pipeline counts its steps, but each knows how long its bar is.
             counted = getattr(self._pipeline, "_num_timesteps", None)
-            self._num_steps = counted or total or len(iterable)
+            self._num_steps = counted or (len(iterable) if total is None else total)
+            if not self._num_steps and self._strength is not None:
+                raise InvalidRequestError(f"strength {self._strength} of {self._num_planned} steps leaves no step")
             self._pause()
         return tqdm(iterable, total=total, disable=True)
 
@@ -98,12 +109,16 @@ class PipelineCall:
         return {}
 
 
-def arguments_of(request: DiffusionRequest, parameters: Sequence[str]) -> dict[str, Any]:
-    """Those `parameters` of a pipeline's call that the request sets; to others the pipeline gives its own meaning."""
-    values = {name: getattr(request, name) for name in parameters}
+def arguments_of(request: DiffusionRequest, whole: WholePipeline) -> dict[str, Any]:
+    """Those parameters of a pipeline's call that the request sets; to others the pipeline gives its own meaning."""
+    values = {whole.fps_name if name == "fps" else name: getattr(request, name) for name in whole.parameters}
     arguments = {name: value for name, value in values.items() if value is not None}
     if "sigmas" in arguments:
         arguments["sigmas"] = list(arguments["sigmas"])
+    if whole.takes_max_area:
+        arguments["max_area"] = request.height * request.width
+    if pictures := [Image.fromarray(image.reference) for image in request.images]:
+        arguments["image"] = pictures if whole.takes_image_list else pictures[0]
     generator = torch.Generator(HOST).manual_seed(request.seed)
     return arguments | {"prompt": request.prompt, "generator": generator, "output_type": "pil"}
 
@@ -118,8 +133,9 @@ class WholeState(RequestState):
 class Pipeline(BasePipeline[WholeState]):
     """A step of a request is a step of its call; requests of one plan make theirs one after another."""
 
-    def __init__(self, pipeline: Any, whole: WholePipeline) -> None:
+    def __init__(self, pipeline: Any, whole: WholePipeline, adapters: Adapters) -> None:
         self.pipeline = pipeline
+        self._adapters = adapters
         self._whole = whole
         self.step_cache = NoCache(Group.alone())  # never run
         self._calls: dict[str, PipelineCall] = {}
@@ -141,7 +157,7 @@ class Pipeline(BasePipeline[WholeState]):
         _refuse_offload_without_gpu(config, device)
         component_classes(info.path)  # refuses code that is not the libraries' own
         try:
-            with _without_progress_bars():
+            with without_progress_bars():
                 pipeline = DiffusionPipeline.from_pretrained(
                     info.path, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
                 )
@@ -150,18 +166,20 @@ class Pipeline(BasePipeline[WholeState]):
         modules = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
         on_bytes(sum(parameter.nbytes for module in modules for parameter in module.parameters()))
         _configure_vae(pipeline, config)
+        adapters = _load_adapters(pipeline, config)
         if config.enable_cpu_offload:
             pipeline.enable_model_cpu_offload(device=device)
         elif config.enable_layerwise_offload:
             pipeline.enable_group_offload(device, offload_type="leaf_level", use_stream=True)
         else:
             pipeline.to(device)
-        return cls(pipeline, info.whole)
+        return cls(pipeline, info.whole, adapters)
 
     def compile_blocks(self) -> CompiledBlocks:
         raise AssertionError("whole pipelines run as diffusers has them")
 
     def encode(self, request: DiffusionRequest) -> WholeState:
+        self._give_turn(request)
         call = self._calls[request.request_id] = PipelineCall(self.pipeline, self._whole, request)
         try:
             call.encode()
@@ -180,6 +198,7 @@ class Pipeline(BasePipeline[WholeState]):
 
     def advance(self, state: WholeState, velocity: Tensor) -> None:
         assert state.call is not None
+        self._give_turn(state.request)
         state.call.advance(state.step + 1)
         state.step += 1
 
@@ -187,16 +206,34 @@ class Pipeline(BasePipeline[WholeState]):
         raise AssertionError("requests for previews are refused")
 
     def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[Tensor]:
-        pictures = [self._calls[request.request_id].picture() for request in requests]
-        for request, picture in zip(requests, pictures):
-            if picture.shape[:2] != (request.height, request.width):
-                made, asked = f"{picture.shape[1]}x{picture.shape[0]}", f"{request.width}x{request.height}"
-                raise InvalidRequestError(f"the pipeline makes {made} of size {asked}", param="size")
-        return [torch.from_numpy(picture) for picture in pictures]
+        pictures = []
+        for request in requests:
+            self._give_turn(request)
+            picture = self._calls[request.request_id].picture()
+            _check_made(request, picture)
+            pictures.append(torch.from_numpy(picture))
+        return pictures
 
     def forget(self, state: WholeState) -> None:
         if (call := self._calls.pop(state.request.request_id, None)) is not None:
             call.cancel()
+
+    def _give_turn(self, request: DiffusionRequest) -> None:
+        """Calls share the models, and an adapter changes these: before a call goes on, its own must be in them."""
+        under_way = {call.lora.path for call in self._calls.values() if call.lora is not None}
+        self._adapters.use(request.lora, under_way)
+
+
+def _check_made(request: DiffusionRequest, pixels: np.ndarray) -> None:
+    """Raises InvalidRequestError for what the pipeline has rounded."""
+    *frames, height, width, _ = pixels.shape
+    if (height, width) != (request.height, request.width):
+        made, asked = f"{width}x{height}", f"{request.width}x{request.height}"
+        raise InvalidRequestError(f"the pipeline makes {made} of size {asked}", param="size")
+    if frames and frames != [request.num_frames]:
+        raise InvalidRequestError(
+            f"the pipeline makes {frames[0]} frames of num_frames {request.num_frames}", param="num_frames"
+        )
 
 
 def _cancel_all(calls: dict[str, PipelineCall]) -> None:
@@ -204,23 +241,17 @@ def _cancel_all(calls: dict[str, PipelineCall]) -> None:
         calls.popitem()[1].cancel()
 
 
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Of the libraries that load: there is one bar for all weights already."""
-    libraries = [lib for lib in (diffusers.utils.logging, transformers.utils.logging) if lib.is_progress_bar_enabled()]
-    for library in libraries:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in libraries:
-            library.enable_progress_bar()
-
-
 def _refuse_offload_without_gpu(config: OmniDiffusionConfig, device: torch.device) -> None:
     for name in ("enable_cpu_offload", "enable_layerwise_offload"):
         if getattr(config, name) and is_host(device):
             raise ConfigError(f"{flag_of(name)} needs a GPU to bring the weights to, this machine has none")
+
+
+def _load_adapters(pipeline: Any, config: OmniDiffusionConfig) -> Adapters:
+    try:
+        return Adapters(pipeline, [str(adapter_file(path)) for path in config.lora_modules.values()])
+    except InvalidRequestError as error:
+        raise ConfigError(f"--lora-modules: {error}") from error
 
 
 def _configure_vae(pipeline: Any, config: OmniDiffusionConfig) -> None:

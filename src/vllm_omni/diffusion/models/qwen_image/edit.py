@@ -48,6 +48,10 @@ class EditInput:
     """Several pictures, which the prompt knows as Picture 1, 2, ...; the text encoder sees them smaller."""
 
     @property
+    def min_images(self) -> int:
+        return 1
+
+    @property
     def max_images(self) -> int:
         return MAX_IMAGES if self.is_plus else 1
 
@@ -64,6 +68,11 @@ class EditInput:
         """See `ImageInput.count_prompt_tokens`."""
         counts = [math.prod(self.vision_grid(image)) for image in images]
         return self.count_text_tokens(self.written(counts, "")) - self.count_text_tokens("")
+
+    def output_size(self, images: Sequence[InputImage]) -> tuple[int, int]:
+        """See `ImageInput.output_size`: that of the last picture, as diffusers has it."""
+        height, width = images[-1].reference.shape[:2]
+        return height, width
 
     def written(self, image_tokens: Sequence[int], prompt: str) -> str:
         """What comes in the place of the prompt: pictures of so many tokens each, then the prompt."""

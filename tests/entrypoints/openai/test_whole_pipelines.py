@@ -1,0 +1,156 @@
+"""Edits and videos of diffusers' own pipelines over HTTP: a small real model, and what others refuse."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from tests.diffusion.worker.driving import psnr
+from tests.entrypoints.openai.live_server import FAKE_EDIT_INFO, FAKE_INFO, MODEL_NAME, LiveServer, live_server
+from tests.entrypoints.openai.test_image_edits import EDITS, data_url, file_of, pixels
+from tests.tiny_diffusers import build_tiny_diffusers
+from tests.tiny_models import photo
+from vllm_omni.diffusion.registry import WholePipeline
+
+# diffusers' own schedules of Stable Diffusion XL.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+GENERATIONS, CHAT = "/v1/images/generations", "/v1/chat/completions"
+PROMPT = "a red apple"
+PHOTO = photo(96, 64, 1)
+VIDEO_INFO = replace(
+    FAKE_INFO,
+    whole=WholePipeline("WanPipeline", ("num_inference_steps", "num_frames"), "callback_on_step_end", 1),
+    default_sampling_params={"height": 64, "width": 64, "num_inference_steps": 4, "num_frames": 5},
+)
+EITHER_INFO = replace(FAKE_EDIT_INFO, image_input=replace(FAKE_EDIT_INFO.image_input, min_images=0))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    name = "StableDiffusionXLImg2ImgPipeline"
+    return build_tiny_diffusers(name, tmp_path_factory.mktemp("models") / name)
+
+
+@pytest.fixture(scope="module")
+def server(model: Path) -> Iterator[LiveServer]:
+    with live_server(model=model, distributed_executor_backend="uni") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> np.ndarray:
+    """What diffusers makes of PHOTO with the seed 5 and the strength 0.75."""
+    pipeline = DiffusionPipeline.from_pretrained(model, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator("cpu").manual_seed(5)
+    arguments = {"image": PHOTO, "strength": 0.75, "num_inference_steps": 4}
+    return np.array(pipeline(PROMPT, generator=generator, **arguments).images[0])
+
+
+def refusal(response: httpx.Response) -> tuple[str, str]:
+    """The `param` and the message of a 400."""
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    return error["param"], error["message"]
+
+
+def test_the_sdk_gets_diffusers_own_edit(sdk: openai.OpenAI, expected: np.ndarray) -> None:
+    answer = sdk.images.edit(image=file_of(PHOTO), prompt=PROMPT, extra_body={"seed": 5, "strength": 0.75})
+    assert answer.data is not None
+    assert answer.size == "96x64"
+    assert psnr(pixels(answer.data[0].b64_json), expected) >= 60
+
+
+def test_a_chat_gets_the_same(http: httpx.Client, expected: np.ndarray) -> None:
+    parts = [
+        {"type": "text", "text": PROMPT},
+        {"type": "image_url", "image_url": {"url": data_url(PHOTO)}},
+    ]
+    body = {"messages": [{"role": "user", "content": parts}], "seed": 5, "strength": 0.75}
+    answer = http.post(CHAT, json=body).json()
+    url = answer["choices"][0]["message"]["content"][0]["image_url"]["url"]
+    picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))))
+    assert psnr(picture, expected) >= 60
+
+
+@pytest.mark.parametrize(
+    ("data", "fields", "param", "words"),
+    [
+        (file_of(PHOTO)[:-200], {}, "image", "broken PNG"),
+        (b"GIF89a", {}, "image", "PNG, JPEG and WebP"),
+        (file_of(PHOTO), {"strength": "1.5"}, "strength", "less than or equal to 1"),
+        (file_of(PHOTO), {"strength": "much"}, "strength", "valid number"),
+        (file_of(PHOTO), {"size": "60x64"}, "size", "multiples of 8"),
+        (file_of(PHOTO), {"mask": "x"}, "mask", "no model here takes one"),
+    ],
+)
+def test_bad_edits_are_refused_by_name(
+    http: httpx.Client, data: bytes, fields: dict[str, str], param: str, words: str
+) -> None:
+    got, message = refusal(http.post(EDITS, files={"image": data}, data={"prompt": PROMPT, **fields}))
+    assert got == param
+    assert words in message
+
+
+def test_a_strength_of_no_step_is_a_400(http: httpx.Client) -> None:
+    fields = {"prompt": PROMPT, "strength": "0.1"}
+    _, message = refusal(http.post(EDITS, files={"image": file_of(PHOTO)}, data=fields))
+    assert message == "strength 0.1 of 4 steps leaves no step"
+
+
+def test_a_generation_says_where_to_go(http: httpx.Client) -> None:
+    param, message = refusal(http.post(GENERATIONS, json={"prompt": PROMPT}))
+    assert param == "image"
+    assert "POST /v1/images/edits" in message
+
+
+def test_strength_is_refused_where_the_model_has_none() -> None:
+    with live_server(info=FAKE_EDIT_INFO) as running, httpx.Client(base_url=running.url) as http:
+        fields = {"prompt": "x", "strength": "0.5"}
+        edit = http.post(EDITS, files={"image": file_of(PHOTO)}, data=fields)
+        assert refusal(edit)[0] == "strength"
+    with live_server() as running, httpx.Client(base_url=running.url) as http:
+        assert refusal(http.post(GENERATIONS, json={"prompt": "x", "strength": 0.5}))[0] == "strength"
+
+
+def test_a_model_of_both_takes_both_and_edits_need_a_picture() -> None:
+    def chat(*parts: dict[str, Any]) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, *parts]}]}
+
+    with live_server(info=EITHER_INFO) as running, httpx.Client(base_url=running.url) as http:
+        assert http.post(GENERATIONS, json={"prompt": "x"}).status_code == 200
+        assert http.post(CHAT, json=chat()).status_code == 200
+        assert list(running.device.images.values()) == [(), ()]
+        part = {"type": "image_url", "image_url": {"url": data_url(PHOTO)}}
+        assert http.post(CHAT, json=chat(part)).status_code == 200
+        assert http.post(EDITS, files={"image": file_of(PHOTO)}, data={"prompt": "x"}).status_code == 200
+        for none in ({"data": {"prompt": "x"}, "files": {"user": (None, "me")}}, {"json": {"prompt": "x"}}):
+            param, message = refusal(http.post(EDITS, **none))
+            assert param == "image"
+            assert "/v1/images/generations" in message
+
+
+def test_a_model_of_videos_is_listed_and_says_where_it_is_used() -> None:
+    with live_server(info=VIDEO_INFO) as running, httpx.Client(base_url=running.url) as http:
+        assert http.get(f"/v1/models/{MODEL_NAME}").status_code == 200
+        for response in (
+            http.post(GENERATIONS, json={"prompt": "x"}),
+            http.post(EDITS, files={"image": file_of(PHOTO)}, data={"prompt": "x"}),
+            http.post(CHAT, json={"messages": [{"role": "user", "content": "x"}]}),
+        ):
+            param, message = refusal(response)
+            assert param == "model"
+            assert "makes videos" in message
+            assert "\n" not in message
