@@ -22,7 +22,7 @@ from pathlib import Path
 import diffusers
 import torch
 
-from benchmarks.gpu import engine, idle, kernels, layouts, step
+from benchmarks.gpu import engine, fused, idle, kernels, layouts, step
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.report import Case, Report, Row
 from benchmarks.timing import here, release_memory
@@ -31,7 +31,9 @@ from vllm_omni.errors import ConfigError
 SECTIONS: dict[str, Callable[[Bench], Iterator[Case]]] = {
     "ceilings": kernels.section_ceilings,
     "parity": kernels.section_parity,
+    "kernels": fused.section_kernels,
     "step": step.section_step,
+    "profile": fused.section_profile,
     "end_to_end": engine.section_end_to_end,
     "batching": engine.section_batching,
     "caches": engine.section_caches,

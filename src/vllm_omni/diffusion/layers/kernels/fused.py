@@ -99,7 +99,7 @@ def _heads(
     first_ptr, first_weight_ptr, last_ptr, last_weight_ptr, order_ptr, rotations_ptr, out_ptr,
     num_first, num_heads, half, eps, HAS_ORDER: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Program (token, part): all heads of its queries (part 0), keys (1) or values (2), as pairs of channels."""
+    """Program (token, part): all heads of its queries (part 0), keys (1) or values (2)."""
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     width = num_heads * half * 2
@@ -111,23 +111,20 @@ def _heads(
         from_ptr = last_ptr + (source - num_first) * 3 * width + part * width
         weight_ptr = last_weight_ptr + part * half * 2
     heads = tl.arange(0, HEADS)[:, None]
-    pairs = tl.arange(0, HALF)[None, :]
-    inside = (heads < num_heads) & (pairs < half)
-    places = heads * half * 2 + pairs * 2
-    even = tl.load(from_ptr + places, mask=inside, other=0.0)
-    odd = tl.load(from_ptr + places + 1, mask=inside, other=0.0)
+    channels = tl.arange(0, 2 * HALF)[None, :]
+    inside = (heads < num_heads) & (channels < half * 2)
+    places = heads * half * 2 + channels
+    x = tl.load(from_ptr + places, mask=inside, other=0.0)
     to_ptr = out_ptr + (part * tl.num_programs(0) + token) * width
     if part < 2:
-        real, imaginary = even.to(tl.float32), odd.to(tl.float32)
-        squares = tl.sum(real * real + imaginary * imaginary, axis=1)[:, None]
-        norm = tl.rsqrt(squares / (2 * half) + eps)
-        channels = pairs < half
-        real *= norm * tl.load(weight_ptr + pairs * 2, mask=channels, other=0.0).to(tl.float32)
-        imaginary *= norm * tl.load(weight_ptr + pairs * 2 + 1, mask=channels, other=0.0).to(tl.float32)
+        wide = x.to(tl.float32)
+        norm = tl.rsqrt(tl.sum(wide * wide, axis=1)[:, None] / (2 * half) + eps)
+        weight = tl.load(weight_ptr + channels, mask=channels < half * 2, other=0.0).to(tl.float32)
+        real, imaginary = tl.split(tl.reshape(wide * norm * weight, (HEADS, HALF, 2)))
+        pairs = tl.arange(0, HALF)[None, :]
         turn = rotations_ptr + token * half * 2 + pairs * 2
-        cosine = tl.load(turn, mask=channels, other=0.0)
-        sine = tl.load(turn + 1, mask=channels, other=0.0)
-        even = (real * cosine - imaginary * sine).to(even.dtype)
-        odd = (real * sine + imaginary * cosine).to(odd.dtype)
-    tl.store(to_ptr + places, even, mask=inside)
-    tl.store(to_ptr + places + 1, odd, mask=inside)
+        cosine = tl.load(turn, mask=pairs < half, other=0.0)
+        sine = tl.load(turn + 1, mask=pairs < half, other=0.0)
+        turned = tl.join(real * cosine - imaginary * sine, real * sine + imaginary * cosine)
+        x = tl.reshape(turned, (HEADS, 2 * HALF)).to(x.dtype)
+    tl.store(to_ptr + places, x, mask=inside)
