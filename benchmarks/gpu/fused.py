@@ -34,7 +34,7 @@ def section_kernels(bench: Bench) -> Iterator[Case]:
             def run(name: str = name, way: str = way, operation: Any = operation, at: Any = predicted) -> list[Row]:
                 if way == "fused" and bench.device.type != "cuda":
                     raise ConfigError("needs a GPU")
-                kernels = create_kernels(way == "fused")
+                kernels = create_kernels("triton" if way == "fused" else "torch")
                 call: Callable[..., Any] = lambda: operation(kernels)  # noqa: E731 - it may be compiled
                 if way == "compiled" and bench.device.type == "cuda":
                     call = torch.compile(call, fullgraph=True)

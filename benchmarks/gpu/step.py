@@ -1,8 +1,10 @@
-"""Section `step`: one guided denoising step of Qwen-Image, with every option, against diffusers' transformer."""
+"""Section `step`: one denoising step of Qwen-Image (guided, against diffusers' transformer) and of Z-Image-Turbo."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from diffusers import QwenImageTransformer2DModel
 
 from benchmarks.gpu.bench import Bench, Size
 from benchmarks.gpu.report import Case, Row
+from benchmarks.published import UNGUIDED
 from benchmarks.timing import Spread, measure
 from vllm_omni.diffusion.attention import BACKENDS
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -21,7 +24,7 @@ from vllm_omni.diffusion.request import DiffusionRequest, RequestCost
 from vllm_omni.diffusion.sampling import combine_guidance
 from vllm_omni.diffusion.worker.runner import ModelRunner
 
-MODEL = "qwen-image"
+MODEL, Z_IMAGE = "qwen-image", "z-image"
 NUM_STEPS = 100
 """Of the request whose steps are timed; more than are repeated."""
 WARM_UPS = 3
@@ -34,8 +37,8 @@ def variants() -> dict[str, dict[str, Any]]:
         "eager": {"enforce_eager": True},
         "compiled": {},
         "compiled, fp8": {"quantization": "fp8"},
-        "eager, fused kernels": {"fused_kernels": True, "enforce_eager": True},
-        "compiled, fused kernels": {"fused_kernels": True},
+        "eager, kernels of PyTorch": {"kernels": "torch", "enforce_eager": True},
+        "compiled, kernels of PyTorch": {"kernels": "torch"},
         "eager, fp8": {"quantization": "fp8", "enforce_eager": True},
     }
     for backend in BACKENDS:
@@ -43,34 +46,49 @@ def variants() -> dict[str, dict[str, Any]]:
     return found
 
 
+Z_IMAGE_VARIANTS = ("eager", "compiled", "compiled, kernels of PyTorch", "compiled, fp8")
+
+
+@dataclass(frozen=True)
+class Contender:
+    name: str
+    model: str
+    run: Callable[[], tuple[Spread, int]]
+    """-> seconds of a step, and the most bytes held."""
+
+
+def contenders(bench: Bench, size: Size) -> Iterator[Contender]:
+    for compiled in (False, True):
+        name = f"diffusers, {'compiled' if compiled else 'eager'}"
+        yield Contender(name, MODEL, partial(time_diffusers, bench, size, compiled))
+    for name, settings in variants().items():
+        yield Contender(f"ours, {name}", MODEL, partial(time_ours, bench, size, settings))
+    for name in Z_IMAGE_VARIANTS:
+        yield Contender(f"Z-Image, {name}", Z_IMAGE, partial(time_ours, bench, size, variants()[name], Z_IMAGE))
+
+
 def section_step(bench: Bench) -> Iterator[Case]:
     size = bench.size(1024)
-    flops = bench.cost(MODEL, [size]).flops
-    contenders: list[tuple[str, bool, Any]] = [
-        (f"diffusers, {'compiled' if compiled else 'eager'}", False, lambda c=compiled: time_diffusers(bench, size, c))
-        for compiled in (False, True)
-    ]
-    for name, settings in variants().items():
-        contenders.append((f"ours, {name}", "fp8" in name, lambda s=settings: time_ours(bench, size, s)))
-    for name, is_fp8, run in contenders:
-        predicted = bench.predict(MODEL, [size], fp8=is_fp8)
+    for contender in contenders(bench, size):
+        predicted = bench.predict(contender.model, [size], fp8="fp8" in contender.name)
 
-        def rows(name: str = name, run: Any = run, predicted: float | None = predicted) -> list[Row]:
-            seconds, peak = run()
-            detail: dict[str, Any] = {"TFLOP/s": flops / seconds.median / 1e12, "peak GiB": peak / 2**30}
+        def rows(contender: Contender = contender, predicted: float | None = predicted) -> list[Row]:
+            seconds, peak = contender.run()
+            rate = bench.cost(contender.model, [size]).flops / seconds.median
+            detail: dict[str, Any] = {"TFLOP/s": rate / 1e12, "peak GiB": peak / 2**30}
             if (card := bench.card) is not None:
-                detail["of the measured bf16 rate"] = flops / seconds.median / card.bf16_flops
-            return [Row.milliseconds(name, seconds, predicted, **detail)]
+                detail["of the measured bf16 rate"] = rate / card.bf16_flops
+            return [Row.milliseconds(contender.name, seconds, predicted, **detail)]
 
-        yield Case(name, rows, predicted)
+        yield Case(contender.name, rows, predicted)
 
 
 def peak_memory(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
-def request_of(bench: Bench, size: Size, steps: int = NUM_STEPS) -> DiffusionRequest:
-    prompt, info = bench.prompt(MODEL), bench.info(MODEL)
+def request_of(bench: Bench, size: Size, model: str = MODEL, steps: int = NUM_STEPS) -> DiffusionRequest:
+    prompt, info = bench.prompt(model), bench.info(model)
     return DiffusionRequest(
         request_id="step",
         prompt=prompt.prompt,
@@ -78,7 +96,7 @@ def request_of(bench: Bench, size: Size, steps: int = NUM_STEPS) -> DiffusionReq
         height=size[0],
         width=size[1],
         num_inference_steps=steps,
-        true_cfg_scale=4.0,
+        true_cfg_scale=1.0 if model in UNGUIDED else 4.0,
         guidance_scale=None,
         seed=1,
         max_sequence_length=512,
@@ -93,8 +111,8 @@ def request_of(bench: Bench, size: Size, steps: int = NUM_STEPS) -> DiffusionReq
     )
 
 
-def started_runner(bench: Bench, settings: dict[str, Any]) -> ModelRunner:
-    config = OmniDiffusionConfig(model=bench.model(MODEL), load_format="dummy", **settings)
+def started_runner(bench: Bench, settings: dict[str, Any], model: str = MODEL) -> ModelRunner:
+    config = OmniDiffusionConfig(model=bench.model(model), load_format="dummy", **settings)
     info = load_model_info(config.model, config.load_format)
     info.check_settings(config)
     runner = ModelRunner(config, info)
@@ -102,10 +120,10 @@ def started_runner(bench: Bench, settings: dict[str, Any]) -> ModelRunner:
     return runner
 
 
-def stepper(bench: Bench, runner: ModelRunner, size: Size) -> Any:
+def stepper(bench: Bench, runner: ModelRunner, size: Size, model: str = MODEL) -> Any:
     """A function that makes the next step of a request: predict, combine the branches, advance."""
     pipeline = runner.pipeline
-    state = pipeline.encode(request_of(bench, size))
+    state = pipeline.encode(request_of(bench, size, model))
 
     def step() -> None:
         (branches,) = pipeline.predict([state])
@@ -116,8 +134,8 @@ def stepper(bench: Bench, runner: ModelRunner, size: Size) -> Any:
 
 
 @torch.inference_mode()
-def time_ours(bench: Bench, size: Size, settings: dict[str, Any]) -> tuple[Spread, int]:
-    step = stepper(bench, started_runner(bench, settings), size)
+def time_ours(bench: Bench, size: Size, settings: dict[str, Any], model: str = MODEL) -> tuple[Spread, int]:
+    step = stepper(bench, started_runner(bench, settings, model), size, model)
     seconds = measure(step, bench.device, warm_ups=WARM_UPS, budget=0.2 if bench.tiny else BUDGET_SECONDS)
     return seconds, peak_memory(bench.device)
 

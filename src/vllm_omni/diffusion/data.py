@@ -22,6 +22,7 @@ DeviceChoice = Literal["auto", "cpu", "cuda"]
 Quantization = Literal["fp8"]
 AttentionBackendName = Literal["sdpa", "torch_varlen", "cudnn", "vllm_flash"]
 LoadFormat = Literal["auto", "dummy"]
+KernelsName = Literal["auto", "torch", "triton"]
 StepsMaskPolicy = Literal["slow", "medium", "fast", "ultra"]
 StepsComputationPolicy = Literal["dynamic", "static"]
 
@@ -205,8 +206,8 @@ class OmniDiffusionConfig:
     attention_backend: AttentionBackendName | None = None
     """None: the fastest of those that run here, measured at start."""
     enforce_eager: bool = False
-    fused_kernels: bool = False
-    """On a GPU: norms, rotations and residuals of the transformer's blocks in Triton."""
+    kernels: KernelsName = "auto"
+    """Of norms, rotations and residuals in the transformer's blocks. `auto`: Triton on CUDA, PyTorch on a CPU."""
     distributed_executor_backend: ExecutorBackend = "mp"
     scheduling_policy: SchedulingPolicy = "fair"
     max_num_seqs: int = 16

@@ -86,10 +86,6 @@ class Pack:
     the two are the same (one sequence)."""
     joint_is_image: Tensor
     """int64 [tokens], in joint order: 1 for image tokens, 0 for text tokens."""
-    text_position: Tensor | None
-    """int64 [text tokens]: the joint row of a text token; None where `joint_order` is."""
-    image_position: Tensor | None
-    """int64 [image tokens]."""
     joint_lengths: tuple[tuple[int, ...], ...]
     """By rank of those that share the sequences: how many tokens of each sequence it holds."""
     numbers: tuple[int, ...]
@@ -138,7 +134,6 @@ class Pack:
             )
         )
         joint_order = torch.tensor(order, dtype=torch.int64)
-        inverse = to_device(joint_order.argsort(), device)
         is_ordered = len(text_lengths) == 1
         return cls(
             text=text,
@@ -148,8 +143,6 @@ class Pack:
             image_sequence=_sequence_of(image_lengths, numbers, device),
             joint_order=None if is_ordered else to_device(joint_order, device),
             joint_is_image=to_device((joint_order >= num_text).long(), device),
-            text_position=None if is_ordered else inverse[:num_text],
-            image_position=None if is_ordered else inverse[num_text:],
             joint_lengths=joint_lengths,
             numbers=tuple(numbers),
         )
@@ -182,31 +175,19 @@ class Pack:
 
     def join(self, text: Tensor, image: Tensor) -> Tensor:
         """[text tokens, ...] and [image tokens, ...] -> [tokens, ...] in joint order."""
-        return join(text, image, self.joint_order)
+        return torch.cat(list(chain.from_iterable(zip(text.split(self.text.lengths), image.split(self.image.lengths)))))
 
     def split(self, joint: Tensor) -> tuple[Tensor, Tensor]:
-        """The inverse of `join`."""
-        return split(joint, self.num_text_tokens, self.text_position, self.image_position)
+        """The inverse of `join`; views where there is one sequence."""
+        parts = joint.split(list(chain.from_iterable(zip(self.text.lengths, self.image.lengths))))
+        if self.num_sequences == 1:
+            return parts[0], parts[1]
+        return torch.cat(parts[::2]), torch.cat(parts[1::2])
 
     def sequences(self, hidden: Hidden) -> list[Hidden]:
         """Sequence by sequence, as views."""
         texts, images = hidden.text.split(self.text.lengths), hidden.image.split(self.image.lengths)
         return [Hidden(text, image) for text, image in zip(texts, images)]
-
-
-def join(text: Tensor, image: Tensor, order: Tensor | None) -> Tensor:
-    """See `Pack.join`; order: `Pack.joint_order`."""
-    both = torch.cat((text, image))
-    return both if order is None else both.index_select(0, order)
-
-
-def split(
-    joint: Tensor, num_text: int, text_position: Tensor | None, image_position: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """See `Pack.split`; num_text: text tokens."""
-    if text_position is None or image_position is None:
-        return joint[:num_text], joint[num_text:]
-    return joint.index_select(0, text_position), joint.index_select(0, image_position)
 
 
 def _sequence_of(lengths: Sequence[int], numbers: Sequence[int], device: torch.device) -> Tensor:

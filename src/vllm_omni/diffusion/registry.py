@@ -121,7 +121,7 @@ class WholePipeline:
             ("cache_backend", "none"),
             ("max_batch_tokens", None),
             ("quantization", None),
-            ("fused_kernels", False),
+            ("kernels", "auto"),
         ):
             if (value := getattr(config, name)) != only:
                 raise ConfigError(

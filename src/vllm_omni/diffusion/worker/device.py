@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_omni.diffusion.data import DeviceChoice, DiffusionParallelConfig
+from vllm_omni.diffusion.data import DeviceChoice, DiffusionParallelConfig, KernelsName
 from vllm_omni.errors import ConfigError
 
 CPU, CUDA = "cpu", "cuda"
@@ -74,10 +74,13 @@ class Device:
         """Whether compiled code gains more than compiling costs at every start; on a CPU it does not."""
         return self.kind == CUDA
 
-    def check_fused_kernels(self) -> None:
-        """Raises ConfigError where Triton compiles nothing."""
-        if self.kind != CUDA:
-            raise ConfigError(f"--fused-kernels takes a GPU, got {self.name}")
+    def kernels(self, choice: KernelsName) -> KernelsName:
+        """Those that are meant. Raises ConfigError for Triton's where Triton compiles nothing."""
+        if choice == "triton" and self.kind != CUDA:
+            raise ConfigError(f"--kernels triton takes a GPU, got {self.name}; auto and torch run here")
+        if choice == "auto":
+            return "triton" if self.kind == CUDA else "torch"
+        return choice
 
     def check_float8(self, dtype: torch.dtype) -> None:
         """Raises ConfigError where layers in float8 beside others in `dtype` are not computed."""

@@ -70,8 +70,7 @@ class ModelRunner:
         dtype = self._device.dtype(self._config.dtype)
         if self._config.quantization == "fp8":
             self._device.check_float8(dtype)
-        if self._config.fused_kernels:
-            self._device.check_fused_kernels()
+        self._config = replace(self._config, kernels=self._device.kernels(self._config.kernels))
         if (num_processes := self._config.parallel.world_size) > 1:
             self._device.share_machine(num_processes)
         if self._place.replica_size > 1:

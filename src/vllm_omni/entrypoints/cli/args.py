@@ -23,6 +23,7 @@ from vllm_omni.diffusion.data import (
     DiffusionParallelConfig,
     DType,
     ExecutorBackend,
+    KernelsName,
     LoadFormat,
     OmniDiffusionConfig,
     Quantization,
@@ -248,7 +249,11 @@ def _add_compute_flags(group: Any) -> None:
         "attention_backend", "attention kernel; none: the fastest that runs", choices=get_args(AttentionBackendName)
     )
     engine.switch("enforce_eager", "do not compile the transformer's blocks (on a CPU they never are)")
-    engine.switch("fused_kernels", "norms, rotations and residuals of the transformer's blocks in Triton (GPUs)")
+    engine.add(
+        "kernels",
+        "of norms, rotations and residuals in the transformer's blocks; auto: triton on CUDA, torch on a CPU",
+        choices=get_args(KernelsName),
+    )
     engine.add("distributed_executor_backend", "where workers live", choices=get_args(ExecutorBackend))
 
 

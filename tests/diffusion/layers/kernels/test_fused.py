@@ -19,7 +19,7 @@ LIMITS = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 @pytest.fixture(scope="module")
 def fused() -> Any:
-    return create_kernels(fused=True)
+    return create_kernels("triton")
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

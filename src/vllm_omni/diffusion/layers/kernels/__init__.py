@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from vllm_omni.diffusion.data import KernelsName
 from vllm_omni.diffusion.layers.kernels.reference import Projected, TorchKernels
 
 __all__ = ["Kernels", "Projected", "TorchKernels", "create_kernels"]
@@ -24,9 +25,9 @@ class Kernels(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
-def create_kernels(fused: bool) -> Kernels:
-    """fused: in Triton, which is imported only then and runs on GPUs."""
-    if not fused:
+def create_kernels(name: KernelsName) -> Kernels:
+    """`triton`: fused; Triton is imported only then, and runs on GPUs. Otherwise plain PyTorch."""
+    if name != "triton":
         return TorchKernels()
     from vllm_omni.diffusion.layers.kernels.fused import TritonKernels
 

@@ -136,7 +136,7 @@ class Pipeline(FlowPipeline[QwenImageState, Forward]):
         values = json.loads((path / "transformer" / "config.json").read_text())
         with torch.device("meta"):
             transformer = QwenImageTransformer(
-                TransformerConfig.from_dict(values), mesh.tensor, create_kernels(config.fused_kernels)
+                TransformerConfig.from_dict(values), mesh.tensor, create_kernels(config.kernels)
             )
         load_weights(
             transformer,

@@ -23,7 +23,7 @@ from vllm_omni.diffusion.layers.timesteps import NUM_WAVES, timestep_waves
 from vllm_omni.diffusion.models.arrangement import Arrangement
 from vllm_omni.diffusion.models.compiled import Backend, CompiledBlocks
 from vllm_omni.diffusion.models.modulation import Modulation, per_token
-from vllm_omni.diffusion.packing import Hidden, Pack, split
+from vllm_omni.diffusion.packing import Hidden, Pack
 from vllm_omni.diffusion.transfers import to_device
 from vllm_omni.errors import ConfigError
 
@@ -170,7 +170,8 @@ class Block(nn.Module):
         tokens = hidden.text, hidden.image, context.text_index, context.image_index
         q, k, v = self.before(rows, *tokens, pack.joint_order, pack.joint_is_image, arrangement.rotations)
         attended = arrangement.attend(q, k, v).flatten(1)
-        text, image = self.after(rows, *tokens, attended, pack.text_position, pack.image_position)
+        parts = (attended, None) if pack.num_sequences == 1 else pack.split(attended)
+        text, image = self.after(rows, *tokens, *parts)
         return Hidden(text=text, image=image)
 
     def before(
@@ -200,13 +201,16 @@ class Block(nn.Module):
         text_index: Tensor | None,
         image_index: Tensor | None,
         attended: Tensor,
-        text_position: Tensor | None,
-        image_position: Tensor | None,
+        image_attended: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """attended: [T + S, D / P], in joint order -> text and image, [T, D] and [S, D]."""
-        text_attended, image_attended = split(attended, len(text), text_position, image_position)
+        """attended: [T, D / P], and of the image [S, D / P]; None: `attended` has both, one after the other.
+
+        -> text and image, [T, D] and [S, D].
+        """
+        if image_attended is None:
+            attended, image_attended = attended[: len(text)], attended[len(text) :]
         return (
-            self.text.finish(text, text_attended, rows[TEXT], text_index),
+            self.text.finish(text, attended, rows[TEXT], text_index),
             self.image.finish(image, image_attended, rows[IMAGE], image_index),
         )
 

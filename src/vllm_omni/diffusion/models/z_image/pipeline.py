@@ -127,7 +127,7 @@ class Pipeline(FlowPipeline[ZImageState, Forward]):
         vae = load_autoencoder(AutoencoderKL, path / "vae", device, dtype, on_bytes, config.load_format)
         with torch.device("meta"):
             values = TransformerConfig.from_dict(read_config(path, "transformer"))
-            transformer = ZImageTransformer(values, mesh.tensor, create_kernels(config.fused_kernels))
+            transformer = ZImageTransformer(values, mesh.tensor, create_kernels(config.kernels))
         load_weights(
             transformer,
             path / "transformer",
