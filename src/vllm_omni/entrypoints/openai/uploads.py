@@ -32,6 +32,8 @@ MAX_FIELD_BYTES = 4 * MAX_PROMPT_CHARACTERS
 """A character is at most so many bytes long."""
 MAX_JSON_BYTES = 32 * 2**20
 """A JSON body is parsed in one go: larger pictures come as multipart/form-data."""
+MAX_JSON_ITEMS = 2**17
+"""Whatever reads JSON holds the interpreter lock until it is done, and objects take many times their text."""
 MAX_HELD_BYTES = 512 * 2**20
 _IMAGE_FIELD = re.compile(r"image(\[\d{0,3}\])?")
 _NESTED_FIELD = re.compile(r"([^\[\]]+)\[([^\[\]]+)\]")
@@ -172,16 +174,19 @@ def _content_type(request: Request) -> str:
 
 
 async def _json_body(request: Request, holding: Holding, model: type[Body]) -> Body:
-    data = bytearray()
+    data, num_items = bytearray(), 0
     async for chunk in _chunks(request):
         holding.add(len(chunk))
         data += chunk
+        num_items += sum(map(chunk.count, (b",", b"[", b"{")))  # at least; base64 has none of them
         if len(data) > MAX_JSON_BYTES:
             raise HTTPException(
                 413,
                 f"A JSON body has at most {MAX_JSON_BYTES} bytes; larger pictures go as multipart/form-data "
                 "to /v1/images/edits.",
             )
+        if num_items > MAX_JSON_ITEMS:
+            raise HTTPException(413, f"A JSON body has at most {MAX_JSON_ITEMS} commas and brackets.")
     body = await asyncio.to_thread(_parse_json, data)
     return _validated(lambda: model.model_validate(body))
 
