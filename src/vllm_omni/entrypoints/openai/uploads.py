@@ -106,8 +106,7 @@ class UploadReader:
             holding.add(len(chunk))
             for part in reader.feed(chunk):
                 if _IMAGE_FIELD.fullmatch(part.name):
-                    images.append(await self.decoder.file(part.data, self._image_input.prepare))
-                    holding.drop(len(part.data))
+                    images.append(await self._decoded(part.data, holding))
                 else:
                     _set_field(fields, part)
         reader.close()
@@ -139,10 +138,16 @@ class UploadReader:
 
     async def _image(self, url: str, holding: Holding) -> InputImage:
         if url.startswith("data:"):
-            return await self.decoder.data_url(url, self._image_input.prepare)
-        data = await self.media.fetch(url, holding.add)
+            image = await self.decoder.data_url(url, self._image_input.prepare)
+            holding.add(image.num_bytes)
+            return image
+        return await self._decoded(await self.media.fetch(url, holding.add), holding)
+
+    async def _decoded(self, data: bytearray, holding: Holding) -> InputImage:
+        """Instead of its file, pixels are held from now on: these may be a thousand times as much."""
         image = await self.decoder.file(data, self._image_input.prepare)
         holding.drop(len(data))
+        holding.add(image.num_bytes)
         return image
 
     @property
