@@ -419,7 +419,7 @@ class DiffusionEngine:
 def _request_error(error: ItemError) -> RequestError:
     """The tracebacks and paths of a fault stay in the log; only a wrong input is explained to the client."""
     if error.kind == "invalid":
-        return InvalidRequestError(error.message)
+        return InvalidRequestError(error.message, param=error.param)
     if error.kind == "out_of_memory":
         return GenerationError("the device has not enough memory for this request")
     return GenerationError("the device failed on this request")

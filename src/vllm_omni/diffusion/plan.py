@@ -43,6 +43,8 @@ class ItemError:
     kind: str
     """`out_of_memory`, `invalid` or `internal`."""
     traceback: str = ""
+    param: str | None = None
+    """Of an `invalid` request, the parameter that is wrong."""
 
 
 @dataclass

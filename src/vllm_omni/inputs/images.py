@@ -26,6 +26,11 @@ class InputImage:
     reference: np.ndarray = field(compare=False, repr=False)
     """uint8 [height, width, 3]: what the VAE makes latents of."""
 
+    @property
+    def num_bytes(self) -> int:
+        """In memory; most models have both readers look at one array."""
+        return self.condition.nbytes + (0 if self.reference is self.condition else self.reference.nbytes)
+
     @classmethod
     def of(cls, condition: np.ndarray, reference: np.ndarray) -> InputImage:
         digest = hashlib.blake2b(digest_size=16)

@@ -12,7 +12,7 @@ import pytest
 from tests.entrypoints.openai.live_server import FAKE_EDIT_INFO, MODEL_NAME, LiveServer, live_server
 from tests.entrypoints.openai.test_chat_completions import CHAT, PHOTO, says, shows, text
 from tests.entrypoints.openai.test_image_errors import error_of
-from vllm_omni.entrypoints.openai.uploads import MAX_JSON_BYTES
+from vllm_omni.entrypoints.openai.uploads import MAX_JSON_BYTES, MAX_JSON_ITEMS
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +157,27 @@ def test_bodies_that_are_no_json_object(http: httpx.Client, content: bytes, cont
     assert response.status_code == 400, response.text
     error = error_of(response)
     assert (error["type"], error["param"]) == ("invalid_request_error", None)
+
+
+@pytest.mark.parametrize("item", [b"{}", b"[]", b"1", b'"":0'])
+@pytest.mark.parametrize("path", [CHAT, "/v1/images/edits"])
+def test_a_body_of_too_many_items_is_not_parsed(editor: httpx.Client, path: str, item: bytes) -> None:
+    """Parsing and checking it would hold up everybody for seconds."""
+    items = b",".join([item] * MAX_JSON_ITEMS)
+    content = b'{"messages": %s}' % (b"{%s}" % items if b":" in item else b"[%s]" % items)
+    response = editor.post(path, content=content, headers={"content-type": "application/json"})
+    assert response.status_code == 413, response.text
+    assert "commas and brackets" in error_of(response)["message"]
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/images/edits", "/v1/images/generations"])
+def test_what_is_nested_deeply_is_quoted_without_its_depth(editor: httpx.Client, path: str) -> None:
+    """Of each depth that the parser takes, and beyond."""
+    for depth in range(900, 1000, 7):
+        nested = b"[" * depth + b"]" * depth
+        content = b'{"prompt": "x", "size": %s, "messages": [{"role": "user", "content": [%s]}]}' % (nested, nested)
+        response = editor.post(path, content=content, headers={"content-type": "application/json"})
+        assert response.status_code == 400, response.text
 
 
 def test_a_body_too_large_is_counted_while_it_streams(server: LiveServer, http: httpx.Client) -> None:

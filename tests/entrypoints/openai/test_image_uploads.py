@@ -242,6 +242,40 @@ def test_memory_is_given_back_and_a_full_server_says_so(server: LiveServer, http
     assert budget.num_bytes == 0
 
 
+def test_pixels_count_while_the_rest_of_an_upload_is_awaited(server: LiveServer) -> None:
+    """A small file may be a large picture, and who sends it need not go on."""
+    budget = server.app.state.upload_budget
+    flat = file_of(Image.new("RGB", (1000, 800)), "PNG")
+    assert len(flat) < 10_000
+    held = 0
+
+    def parts() -> Iterator[bytes]:
+        nonlocal held
+        for _ in range(2):
+            yield b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n' + flat + b"\r\n"
+        yield b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nx'
+        server.wait_until(lambda: budget.num_bytes >= 2 * 1000 * 800 * 3)
+        held = budget.num_bytes
+        yield b"\r\n--x--\r\n"
+
+    with httpx.Client(base_url=server.url, timeout=20) as http:
+        headers = {"content-type": "multipart/form-data; boundary=x"}
+        assert http.post(EDITS, content=parts(), headers=headers).status_code == 200
+        assert held < 2 * 1000 * 800 * 3 + 2**16
+        assert budget.num_bytes == 0
+        most, budget.max_bytes = budget.max_bytes, 2**20
+        try:
+            urls = [{"image_url": data_url(Image.new("RGB", (1000, 800)))}]
+            for body in (
+                {"files": {"image": flat}, "data": {"prompt": "x"}},
+                {"json": {"prompt": "x", "images": urls}},
+            ):
+                assert http.post(EDITS, **body).status_code == 429
+        finally:
+            budget.max_bytes = most
+    assert budget.num_bytes == 0
+
+
 def test_bad_uploads_leave_neighbours_and_memory_alone(server: LiveServer) -> None:
     def peak() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

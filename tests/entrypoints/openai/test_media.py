@@ -99,6 +99,7 @@ REFUSED = [
     ("/to/http:%2F%2Fevil.example%2Fa.png", "photos.example redirects to what is no URL of photos.example, mirror"),
     ("/to/http:%2F%2F127.0.0.1%2Fa.png", "photos.example redirects to what is no URL"),
     ("/to/file:%2F%2F%2Fetc%2Fpasswd", "photos.example redirects to what is no URL"),
+    ("/to/http:%2F%2Fxn--zzzzzz99999%2Fa.png", "photos.example redirects to what is no URL"),
     ("/to/http:%2F%2Fa:b@mirror.example%2Fa.png", "photos.example redirects to what is no URL"),
     ("/to/http:%2F%2Finside.example%2Fa.png", "inside.example is not at a public address"),
     ("/loop/0", "redirects more than 3 times"),
@@ -139,6 +140,7 @@ def test_what_cannot_be_fetched_is_the_senders_400(
         ("http://photos.example:0/a.png", "'http://photos.example:0/a.png'"),
         ("http://photos.example:65536/a.png", "'http://photos.example:65536"),
         ("http:///a.png", "the host ''"),
+        ("http://xn--zzzzzz99999/a.png", "the host 'xn--zzzzzz99999'"),
         ("http://photos.example/\n", "'http://photos.example/"),
         ("http://[::1/", "'http://[::1/'"),
         ("ftp://photos.example/a.png", "'ftp://photos.example/a.png'"),
@@ -220,6 +222,17 @@ async def test_a_name_is_resolved_once_and_its_addresses_are_tried_in_turn(far: 
     assert await fetch(far.url("/files/photo.png"), policy) == FILES["photo.png"]
     ((_, headers),) = far.requests[num_before:]
     assert headers["host"] == f"photos.example:{far.port}"
+
+
+async def test_a_name_is_resolved_as_it_was_allowed(far: FarServer) -> None:
+    """xn--strae-oqa is the name with the letter ß, which a resolver would write as ss: another host."""
+    name = "xn--strae-oqa.example"
+    fetcher = MediaFetcher([name], 2**20, replace(POLICY, resolve={name: ["127.0.0.1"]}.__getitem__))
+    try:
+        data = await fetcher.fetch(far.url("/files/photo.png", name), lambda _: None)
+    finally:
+        await fetcher.close()
+    assert data == FILES["photo.png"]
 
 
 async def test_nothing_is_taken_from_the_environment_or_from_earlier_answers(

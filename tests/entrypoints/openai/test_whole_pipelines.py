@@ -106,7 +106,8 @@ def test_bad_edits_are_refused_by_name(
 
 def test_a_strength_of_no_step_is_a_400(http: httpx.Client) -> None:
     fields = {"prompt": PROMPT, "strength": "0.1"}
-    _, message = refusal(http.post(EDITS, files={"image": file_of(PHOTO)}, data=fields))
+    param, message = refusal(http.post(EDITS, files={"image": file_of(PHOTO)}, data=fields))
+    assert param == "strength"
     assert message == "strength 0.1 of 4 steps leaves no step"
 
 

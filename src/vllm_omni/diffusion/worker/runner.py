@@ -277,5 +277,6 @@ def _id_of_state(state: RequestState) -> str:
 def _item_error(error: Exception) -> ItemError:
     if is_out_of_memory(error):
         return ItemError("the device ran out of memory on this request", "out_of_memory", traceback.format_exc())
-    kind = "invalid" if isinstance(error, InvalidRequestError) else "internal"
-    return ItemError(str(error) or type(error).__name__, kind, traceback.format_exc())
+    if isinstance(error, InvalidRequestError):
+        return ItemError(str(error), "invalid", traceback.format_exc(), error.param)
+    return ItemError(str(error) or type(error).__name__, "internal", traceback.format_exc())

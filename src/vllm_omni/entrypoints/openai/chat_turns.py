@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_omni.diffusion.registry import ModelInfo
+from vllm_omni.entrypoints.openai.echo import echo
 from vllm_omni.entrypoints.openai.protocol import MAX_PROMPT_CHARACTERS
 from vllm_omni.errors import InvalidRequestError
-
-_MAX_ECHO = 40
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def last_user_turn(messages: Sequence[Mapping[str, Any]]) -> Turn:
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list):
-        raise _invalid(f"the content of a user message is text or a list of parts, got {_echo(content)}")
+        raise _invalid(f"the content of a user message is text or a list of parts, got {echo(content)}")
     texts: list[str] = []
     urls: list[str] = []
     for part in content:
@@ -55,7 +54,7 @@ def last_user_turn(messages: Sequence[Mapping[str, Any]]) -> Turn:
             case _:
                 raise _invalid(
                     'parts of a user message are {"type": "text", "text": ...} and '
-                    f'{{"type": "image_url", "image_url": {{"url": ...}}}}, got {_echo(part)}'
+                    f'{{"type": "image_url", "image_url": {{"url": ...}}}}, got {echo(part)}'
                 )
     prompt = "\n".join(texts)
     if not prompt.strip():
@@ -67,8 +66,3 @@ def last_user_turn(messages: Sequence[Mapping[str, Any]]) -> Turn:
 
 def _invalid(message: str) -> InvalidRequestError:
     return InvalidRequestError(f"messages: {message}", param="messages")
-
-
-def _echo(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _MAX_ECHO else text[:_MAX_ECHO] + "..."

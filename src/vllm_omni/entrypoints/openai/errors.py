@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_omni.diffusion.events import EngineObserver
+from vllm_omni.entrypoints.openai.echo import echo
 from vllm_omni.entrypoints.openai.protocol import ErrorBody, ErrorResponse
 from vllm_omni.errors import RequestError
 
@@ -30,7 +31,6 @@ _FIELD_NAMES = {
 }
 # What a field takes, where the validator could only quote a regular expression.
 _PATTERNS = {"size": "takes auto or WIDTHxHEIGHT in pixels, such as 1024x1024"}
-_MAX_ECHO = 60
 
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorResponse, "description": "The request is wrong or refused"},
@@ -83,9 +83,7 @@ def _validation_body(error: RequestValidationError) -> ErrorBody:
     else:
         if first["type"] == "string_pattern_mismatch":
             message = _PATTERNS.get(param, message)
-        got = repr(first.get("input"))
-        got = got if len(got) <= _MAX_ECHO else got[:_MAX_ECHO] + "..."
-        message = f"{param}: {message[:1].lower()}{message[1:]}, got {got}"
+        message = f"{param}: {message[:1].lower()}{message[1:]}, got {echo(first.get('input'))}"
     return ErrorBody(message=message, type="invalid_request_error", param=param, code=code)
 
 

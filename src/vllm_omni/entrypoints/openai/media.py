@@ -112,9 +112,9 @@ class MediaFetcher:
             async with asyncio.timeout(self._policy.total_seconds):
                 return await self._follow(start, hold)
         except (TimeoutError, httpx.TimeoutException) as error:
-            raise _failed(f"{start.host} did not send the picture in time") from error
+            raise _failed(f"{_host(start)} did not send the picture in time") from error
         except (httpx.TransportError, OSError) as error:
-            raise _failed(f"{start.host} could not be reached, or broke off") from error
+            raise _failed(f"{_host(start)} could not be reached, or broke off") from error
         finally:
             self._num_fetches -= 1
 
@@ -135,41 +135,41 @@ class MediaFetcher:
             raise _refused(f"{takes}; got {echo}")
         if url.userinfo:
             raise _refused(f"{takes}, without a user name and a password")
-        if url.raw_host.decode() not in self._domains:
-            raise _refused(f"{takes}; got the host {url.host[:_MAX_ECHO]!r}")
+        if _host(url) not in self._domains:
+            raise _refused(f"{takes}; got the host {_host(url)[:_MAX_ECHO]!r}")
         return url
 
     async def _follow(self, url: httpx.URL, hold: Callable[[int], None]) -> bytearray:
         for _ in range(self._policy.max_redirects + 1):
             async with aclosing(await self._get(url)) as response:
                 if not response.has_redirect_location:
-                    return await self._read(url.host, response, hold)
+                    return await self._read(_host(url), response, hold)
                 url = self._redirected(url, response.headers["location"])
-        raise _failed(f"{url.host} redirects more than {self._policy.max_redirects} times")
+        raise _failed(f"{_host(url)} redirects more than {self._policy.max_redirects} times")
 
     def _redirected(self, url: httpx.URL, location: str) -> httpx.URL:
         try:
             return self._checked(str(url.join(location)))
         except (InvalidRequestError, httpx.InvalidURL) as error:  # where to is no business of the sender
-            raise _failed(f"{url.host} redirects to what is no URL of {self._accepted}") from error
+            raise _failed(f"{_host(url)} redirects to what is no URL of {self._accepted}") from error
 
     async def _get(self, url: httpx.URL) -> httpx.Response:
         """The answer of the first of the host's addresses that takes a connection; its body is not read yet."""
         policy = self._policy
         timeout = httpx.Timeout(policy.read_seconds, connect=policy.connect_seconds, pool=None)
         failure: httpx.TransportError | None = None
-        for address in await self._addresses(url.host):
+        for address in await self._addresses(_host(url)):
             request = httpx.Request(
                 "GET",
                 url.copy_with(host=address),
                 headers={"host": url.netloc.decode(), "accept-encoding": "identity", "user-agent": "vllm-omni"},
-                extensions={"timeout": timeout.as_dict(), "sni_hostname": url.raw_host.decode()},
+                extensions={"timeout": timeout.as_dict(), "sni_hostname": _host(url)},
             )
             try:
                 return await self._transport.handle_async_request(request)
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 failure = error
-        raise failure or _failed(f"{url.host} has no address")
+        raise failure or _failed(f"{_host(url)} has no address")
 
     async def _addresses(self, host: str) -> list[str]:
         loop = asyncio.get_running_loop()
@@ -194,6 +194,12 @@ class MediaFetcher:
             hold(len(chunk))
             data += chunk
         return data
+
+
+def _host(url: httpx.URL) -> str:
+    """In ASCII, as it was allowed: httpx's own reading of `xn--` fails for some, and resolving what it reads would
+    write other names."""
+    return url.raw_host.decode()
 
 
 def _refused(reason: str) -> InvalidRequestError:

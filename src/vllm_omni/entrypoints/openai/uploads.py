@@ -32,6 +32,8 @@ MAX_FIELD_BYTES = 4 * MAX_PROMPT_CHARACTERS
 """A character is at most so many bytes long."""
 MAX_JSON_BYTES = 32 * 2**20
 """A JSON body is parsed in one go: larger pictures come as multipart/form-data."""
+MAX_JSON_ITEMS = 2**17
+"""Whatever reads JSON holds the interpreter lock until it is done, and objects take many times their text."""
 MAX_HELD_BYTES = 512 * 2**20
 _IMAGE_FIELD = re.compile(r"image(\[\d{0,3}\])?")
 _NESTED_FIELD = re.compile(r"([^\[\]]+)\[([^\[\]]+)\]")
@@ -104,8 +106,7 @@ class UploadReader:
             holding.add(len(chunk))
             for part in reader.feed(chunk):
                 if _IMAGE_FIELD.fullmatch(part.name):
-                    images.append(await self.decoder.file(part.data, self._image_input.prepare))
-                    holding.drop(len(part.data))
+                    images.append(await self._decoded(part.data, holding))
                 else:
                     _set_field(fields, part)
         reader.close()
@@ -137,10 +138,16 @@ class UploadReader:
 
     async def _image(self, url: str, holding: Holding) -> InputImage:
         if url.startswith("data:"):
-            return await self.decoder.data_url(url, self._image_input.prepare)
-        data = await self.media.fetch(url, holding.add)
+            image = await self.decoder.data_url(url, self._image_input.prepare)
+            holding.add(image.num_bytes)
+            return image
+        return await self._decoded(await self.media.fetch(url, holding.add), holding)
+
+    async def _decoded(self, data: bytearray, holding: Holding) -> InputImage:
+        """Instead of its file, pixels are held from now on: these may be a thousand times as much."""
         image = await self.decoder.file(data, self._image_input.prepare)
         holding.drop(len(data))
+        holding.add(image.num_bytes)
         return image
 
     @property
@@ -172,16 +179,19 @@ def _content_type(request: Request) -> str:
 
 
 async def _json_body(request: Request, holding: Holding, model: type[Body]) -> Body:
-    data = bytearray()
+    data, num_items = bytearray(), 0
     async for chunk in _chunks(request):
         holding.add(len(chunk))
         data += chunk
+        num_items += sum(map(chunk.count, (b",", b"[", b"{")))  # at least; base64 has none of them
         if len(data) > MAX_JSON_BYTES:
             raise HTTPException(
                 413,
                 f"A JSON body has at most {MAX_JSON_BYTES} bytes; larger pictures go as multipart/form-data "
                 "to /v1/images/edits.",
             )
+        if num_items > MAX_JSON_ITEMS:
+            raise HTTPException(413, f"A JSON body has at most {MAX_JSON_ITEMS} commas and brackets.")
     body = await asyncio.to_thread(_parse_json, data)
     return _validated(lambda: model.model_validate(body))
 

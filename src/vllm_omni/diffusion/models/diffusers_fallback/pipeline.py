@@ -64,8 +64,10 @@ class PipelineCall:
         """Up to the first step. Raises InvalidRequestError for what the pipeline itself refuses."""
         try:
             self._run.resume()
+        except InvalidRequestError:  # ours, with its `param`
+            raise
         except ValueError as error:
-            raise InvalidRequestError(str(error)) from error
+            raise InvalidRequestError(" ".join(str(error).split())) from error
 
     def advance(self, step: int) -> None:
         """Up to the end of the planned step `step`, counted from 1: the pipeline's own steps are spread evenly."""
@@ -98,7 +100,9 @@ class PipelineCall:
             counted = getattr(self._pipeline, "_num_timesteps", None)
             self._num_steps = counted or (len(iterable) if total is None else total)
             if not self._num_steps and self._strength is not None:
-                raise InvalidRequestError(f"strength {self._strength} of {self._num_planned} steps leaves no step")
+                raise InvalidRequestError(
+                    f"strength {self._strength} of {self._num_planned} steps leaves no step", param="strength"
+                )
             self._pause()
         return tqdm(iterable, total=total, disable=True)
 
