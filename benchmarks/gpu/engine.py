@@ -14,7 +14,7 @@ from benchmarks.timing import Spread
 from vllm_omni import Omni
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 
-REPEATS = 3
+REPEATS = 2
 MIXED_SIZES: tuple[Size, ...] = ((512, 512), (448, 576), (640, 384), (512, 448), (384, 640), (576, 512), (480, 480))
 README_CACHE = {"enable_taylorseer": True, "taylorseer_order": 2}
 """The setting that README recommends."""

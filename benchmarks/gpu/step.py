@@ -41,9 +41,7 @@ def variants() -> dict[str, dict[str, Any]]:
         "compiled, kernels of PyTorch": {"kernels": "torch"},
         "eager, fp8": {"quantization": "fp8", "enforce_eager": True},
     }
-    for backend in BACKENDS:
-        found[f"compiled, attention {backend}"] = {"attention_backend": backend}
-    return found
+    return found | {f"attention {backend}": {"attention_backend": backend} for backend in BACKENDS}
 
 
 Z_IMAGE_VARIANTS = ("eager", "compiled", "compiled, kernels of PyTorch", "compiled, fp8")
@@ -61,10 +59,10 @@ def contenders(bench: Bench, size: Size) -> Iterator[Contender]:
     for compiled in (False, True):
         name = f"diffusers, {'compiled' if compiled else 'eager'}"
         yield Contender(name, MODEL, partial(time_diffusers, bench, size, compiled))
-    for name, settings in variants().items():
-        yield Contender(f"ours, {name}", MODEL, partial(time_ours, bench, size, settings))
     for name in Z_IMAGE_VARIANTS:
         yield Contender(f"Z-Image, {name}", Z_IMAGE, partial(time_ours, bench, size, variants()[name], Z_IMAGE))
+    for name, settings in variants().items():
+        yield Contender(f"ours, {name}", MODEL, partial(time_ours, bench, size, settings))
 
 
 def section_step(bench: Bench) -> Iterator[Case]:
