@@ -40,7 +40,7 @@ def test_rows_are_rounded_as_on_the_cpu() -> None:
     # GPUs divide by a constant by multiplying with its inverse: the last bit of a scale differs, and with it a tie.
     torch.testing.assert_close(scale.cpu(), wanted_scale, rtol=3e-7, atol=0)
     differ = values.cpu().float() != wanted.float()
-    assert differ.float().mean() < 1e-3
+    assert differ.float().mean() < 3e-3
     difference = values.cpu().float() * scale.cpu() - wanted.float() * wanted_scale
     assert (difference.abs() <= 2.0**-3 * x.float().abs() + wanted_scale * 2.0**-8).all()
 
