@@ -166,7 +166,7 @@ def live_server(
             omni = AsyncOmni(OmniDiffusionConfig(model=str(model), **config), observer=observer)
         else:
             with (
-                patch("vllm_omni.omni.load_model_info", lambda _: info),
+                patch("vllm_omni.omni.load_model_info", lambda *_: info),
                 patch("vllm_omni.omni.make_executor", lambda *_: device),
             ):
                 omni = AsyncOmni(OmniDiffusionConfig(model="fake", **config), observer=observer)
