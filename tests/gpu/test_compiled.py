@@ -1,4 +1,4 @@
-"""On a GPU blocks run compiled without being asked to, and draw what they draw uncompiled."""
+"""On a GPU blocks run compiled or with fused kernels, and draw what they draw in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ARRIVALS = {
 
 
 @pytest.mark.parametrize("build", [build_tiny_qwen_image, build_tiny_z_image])
-def test_compiled_by_default_before_the_first_request(
+def test_compiled_before_the_first_request_or_fused(
     build: Callable[[Path], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -43,12 +43,13 @@ def test_compiled_by_default_before_the_first_request(
         runner.start()
         return Drive(runner).run(ARRIVALS)
 
-    compiled = draw()
+    compiled = draw(kernels="torch")
     assert "compiled Block.before (" in caplog.text
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     caplog.clear()
-    eager = draw(enforce_eager=True)
+    eager, fused = draw(kernels="torch", enforce_eager=True), draw(enforce_eager=True)
     assert "compiled" not in caplog.text
-    assert compiled.errors == eager.errors == {}
+    assert compiled.errors == eager.errors == fused.errors == {}
     for request_id, picture in eager.images.items():
         assert psnr(compiled.images[request_id], picture) >= 50
+        assert psnr(fused.images[request_id], picture) >= 50

@@ -48,6 +48,7 @@ FROZEN_FLAGS = [
     "--help",
     "--host",
     "--job-store",
+    "--kernels",
     "--load-format",
     "--log-prompts",
     "--lora-modules",

@@ -77,6 +77,11 @@ class BasePipeline(ABC, Generic[State]):
     ) -> Self:
         """Read the weights that this rank keeps; `on_bytes` is told how many bytes were read since its last call."""
 
+    @classmethod
+    def gains_from_compiling(cls, config: OmniDiffusionConfig) -> bool:
+        """Whether compiled blocks are faster with these settings, on a device that is worth compiling for."""
+        return True
+
     @abstractmethod
     def compile_blocks(self) -> CompiledBlocks:
         """From here on the transformer's blocks run compiled. Not for whole pipelines."""

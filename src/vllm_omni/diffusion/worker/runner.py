@@ -50,8 +50,7 @@ class ModelRunner:
         self._place = place or Place()
         self._device = Device(config.device, self._place.device_index)
         self._decodes = self._device.stream(beside=config.overlap_decode)
-        default = self._device.is_worth_compiling_for and not config.enforce_eager
-        self._compile_blocks = default if compile_blocks is None else compile_blocks
+        self._compile_blocks = compile_blocks
         self._ranks = Ranks()
         self._pipeline: BasePipeline[Any] | None = None
         self._requests: dict[str, DiffusionRequest] = {}
@@ -84,7 +83,8 @@ class ModelRunner:
         with WeightsBar(self._info.path, shown=self._place.device_index == 0) as bar:
             self._pipeline = cls.load(self._config, self._info, self._device.torch, dtype, bar.update, self._ranks.mesh)
         if whole is None:
-            rates = warm_up(self._pipeline, self._info, self._device, bar.num_bytes, self._ranks, self._compile_blocks)
+            compiles = self._compiles(cls)
+            rates = warm_up(self._pipeline, self._info, self._device, bar.num_bytes, self._ranks, compiles)
         else:
             rates = self._try_whole(whole, bar.num_bytes)
         self._pipeline.step_cache.budget.max_bytes = int(CACHE_SHARE * self._device.free_memory_bytes())
@@ -114,6 +114,13 @@ class ModelRunner:
                 raise
             reason = f"{type(error).__name__}: {error}"
             raise ConfigError(f"the {whole.class_name} fails on a first small request: {reason}") from error
+
+    def _compiles(self, cls: type[BasePipeline[Any]]) -> bool:
+        """Whether blocks run compiled."""
+        if self._compile_blocks is not None:
+            return self._compile_blocks
+        is_worth_it = self._device.is_worth_compiling_for and cls.gains_from_compiling(self._config)
+        return is_worth_it and not self._config.enforce_eager
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Skip these in every plan executed from now on, until they are released."""

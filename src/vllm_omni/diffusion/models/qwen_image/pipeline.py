@@ -160,6 +160,11 @@ class Pipeline(FlowPipeline[QwenImageState, Forward]):
             mesh=mesh,
         )
 
+    @classmethod
+    def gains_from_compiling(cls, config: OmniDiffusionConfig) -> bool:
+        # The fused kernels leave GELU alone to compile, which PyTorch's own kernel computes faster (docs/performance.md).
+        return config.kernels == "torch" or config.quantization is not None
+
     def compile_blocks(self) -> CompiledBlocks:
         return self.transformer.compile_blocks()
 
