@@ -162,7 +162,7 @@ class Pipeline(FlowPipeline[QwenImageState, Forward]):
 
     @classmethod
     def gains_from_compiling(cls, config: OmniDiffusionConfig) -> bool:
-        # The fused kernels leave GELU alone to compile, which PyTorch's own kernel computes faster (docs/performance.md).
+        # The fused kernels leave GELU to compile, which PyTorch's own kernel computes faster (docs/performance.md).
         return config.kernels == "torch" or config.quantization is not None
 
     def compile_blocks(self) -> CompiledBlocks:
