@@ -276,6 +276,33 @@ def test_pixels_count_while_the_rest_of_an_upload_is_awaited(server: LiveServer)
     assert budget.num_bytes == 0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_pixels_count_until_the_request_has_ended(server: LiveServer, stream: bool) -> None:
+    """Also in the queue, of a stream as well, which is answered before it runs."""
+    budget, num_pixel_bytes = server.app.state.upload_budget, 1000 * 800 * 3
+    request = {
+        "files": {"image": file_of(Image.new("RGB", (1000, 800)), "PNG")},
+        "data": {"prompt": "x", "size": "64x64", "stream": str(stream).lower()},
+    }
+    most, budget.max_bytes = budget.max_bytes, num_pixel_bytes * 3 // 2
+    server.call(server.device.pause)
+    try:
+        with httpx.Client(base_url=server.url, timeout=20) as http, ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(http.post, EDITS, **request)  # type: ignore[arg-type]
+            server.wait_until(lambda: server.num_unfinished() == 1)
+            try:
+                held, refused = budget.num_bytes, http.post(EDITS, **request)  # type: ignore[arg-type]
+            finally:
+                server.call(server.device.resume)
+            assert answer.result().status_code == 200
+            server.wait_until(lambda: budget.num_bytes == 0)
+    finally:
+        budget.max_bytes = most
+    assert held >= num_pixel_bytes
+    assert refused.status_code == 429
+    assert "leave no room" in error_of(refused)["message"]
+
+
 def test_bad_uploads_leave_neighbours_and_memory_alone(server: LiveServer) -> None:
     def peak() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -30,7 +30,7 @@ from vllm_omni.entrypoints.openai.protocol import (
 from vllm_omni.entrypoints.openai.resolver import Resolver
 from vllm_omni.entrypoints.openai.settings import ServerSettings
 from vllm_omni.entrypoints.openai.streaming import ImageEventStream, image_events
-from vllm_omni.entrypoints.openai.uploads import UploadReader
+from vllm_omni.entrypoints.openai.uploads import Holding, UploadReader
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.images import InputImage
 from vllm_omni.omni import AsyncOmni, OutputStream
@@ -76,10 +76,13 @@ class ImageService:
                 "The served model makes pictures from text and edits none: use POST /v1/images/generations.",
                 param="model",
             )
-        body, images = await self.uploads.read(request)
-        if not images:
-            raise InvalidRequestError("image is required; without one use POST /v1/images/generations.", param="image")
-        return await self.generate(body, request, images)
+        with self.uploads.budget.holding() as holding:
+            body, images = await self.uploads.read(request, holding)
+            if not images:
+                raise InvalidRequestError(
+                    "image is required; without one use POST /v1/images/generations.", param="image"
+                )
+            return await self.generate(body, request, images, holding)
 
     def check_makes_pictures(self) -> None:
         """Raises InvalidRequestError where the model makes videos."""
@@ -91,9 +94,9 @@ class ImageService:
             )
 
     async def generate(
-        self, body: ImageGenerationRequest, request: Request, images: tuple[InputImage, ...] = ()
+        self, body: ImageGenerationRequest, request: Request, images: tuple[InputImage, ...], holding: Holding
     ) -> Response:
-        """Raises RequestError before anything runs, or when the engine fails on it."""
+        """`holding`: see `run`. Raises RequestError before anything runs, or when the engine fails on it."""
 
         def answer_in(style: AnswerStyle) -> Answer:
             if body.response_format == "url":
@@ -105,7 +108,7 @@ class ImageService:
         def url_of(file_id: str) -> str:
             return str(request.url_for(FILE_ROUTE, file_id=file_id))
 
-        return await self.run(body, body.prompt, request, images, answer_in)
+        return await self.run(body, body.prompt, request, images, holding, answer_in)
 
     async def run(
         self,
@@ -113,9 +116,13 @@ class ImageService:
         prompt: str,
         request: Request,
         images: tuple[InputImage, ...],
+        holding: Holding,
         answer_in: Callable[[AnswerStyle], Answer],
     ) -> Response:
-        """The way of every request to its answer. Raises RequestError."""
+        """The way of every request to its answer. Raises RequestError.
+
+        `holding`: what its upload holds. It moves into a stream, which ends long after this returns.
+        """
         self.check_makes_pictures()
         adapters = self.omni.config.lora_modules
         check_model(body.model, (*self.settings.served_model_names, *adapters))
@@ -127,7 +134,8 @@ class ImageService:
         if self.settings.log_prompts:
             logger.info("prompt %r, %s", omni_prompt, params)
         if body.stream:
-            return ImageEventStream(outputs, answer.events(outputs), self.settings.keep_alive_seconds, headers)
+            events = answer.events(outputs)
+            return ImageEventStream(outputs, events, self.settings.keep_alive_seconds, headers, holding.moved())
         async with aclosing(outputs):
             response = await unless_disconnected(request, _finish(outputs, answer))
         response.headers.update(headers)
@@ -169,7 +177,8 @@ def make_images_router(service: ImageService) -> APIRouter:
     @router.post("/generations", response_model=ImagesResponse, responses={200: event_stream})
     async def generations(body: ImageGenerationRequest, request: Request) -> Response:
         """Make pictures from a prompt; server-sent events with `stream`."""
-        return await service.generate(body, request)
+        with service.uploads.budget.holding() as nothing:
+            return await service.generate(body, request, (), nothing)
 
     image_file_content = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in CONTENT_TYPES.values()}
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -34,7 +34,8 @@ MAX_JSON_BYTES = 32 * 2**20
 """A JSON body is parsed in one go: larger pictures come as multipart/form-data."""
 MAX_JSON_ITEMS = 2**17
 """Whatever reads JSON holds the interpreter lock until it is done, and objects take many times their text."""
-MAX_HELD_BYTES = 512 * 2**20
+MAX_HELD_BYTES = 2 * 2**30
+"""A queue of 256 edits of a few pictures of a million pixels, or twenty pictures of 33 million."""
 _IMAGE_FIELD = re.compile(r"image(\[\d{0,3}\])?")
 _NESTED_FIELD = re.compile(r"([^\[\]]+)\[([^\[\]]+)\]")
 _UNSUPPORTED = ("mask", "markup")
@@ -42,17 +43,17 @@ _UNSUPPORTED = ("mask", "markup")
 Body = TypeVar("Body", bound=BaseModel)
 
 
-class Holding:
-    """Bytes of one upload that are in memory now."""
+class Holding(AbstractContextManager["Holding"]):
+    """Bytes of one request's upload that are in memory now; leaving its block gives them back."""
 
     def __init__(self, budget: UploadBudget) -> None:
         self._budget = budget
         self.num_bytes = 0
 
     def add(self, num_bytes: int) -> None:
-        """Raises QueueFullError where all uploads together would hold too much."""
+        """Raises QueueFullError where all requests together would hold too much."""
         if self._budget.num_bytes + num_bytes > self._budget.max_bytes:
-            raise QueueFullError("too many pictures are being uploaded", retry_after=1.0)
+            raise QueueFullError("the pictures of other requests leave no room for this one's", retry_after=1.0)
         self.num_bytes += num_bytes
         self._budget.num_bytes += num_bytes
 
@@ -60,21 +61,26 @@ class Holding:
         self.num_bytes -= num_bytes
         self._budget.num_bytes -= num_bytes
 
+    def moved(self) -> Holding:
+        """The same bytes, which are from now on not this one's to give back."""
+        other = Holding(self._budget)
+        other.num_bytes, self.num_bytes = self.num_bytes, 0
+        return other
+
+    def __exit__(self, *_: object) -> None:
+        self.drop(self.num_bytes)
+
 
 class UploadBudget:
-    """What all uploads that are being read may hold together, so that memory is bounded whatever comes."""
+    """What the uploads of all requests may hold together, from their first byte until the request has ended, so that
+    memory is bounded whatever comes."""
 
     def __init__(self, max_bytes: int = MAX_HELD_BYTES) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
 
-    @contextmanager
-    def holding(self) -> Iterator[Holding]:
-        holding = Holding(self)
-        try:
-            yield holding
-        finally:
-            holding.drop(holding.num_bytes)
+    def holding(self) -> Holding:
+        return Holding(self)
 
 
 @dataclass(frozen=True)
@@ -86,14 +92,16 @@ class UploadReader:
     budget: UploadBudget
     media: MediaFetcher
 
-    async def read(self, request: Request) -> tuple[ImageEditRequest, tuple[InputImage, ...]]:
-        """Raises InvalidRequestError or RequestValidationError (400), HTTPException (413), QueueFullError (429)."""
+    async def read(self, request: Request, holding: Holding) -> tuple[ImageEditRequest, tuple[InputImage, ...]]:
+        """What is in memory is added to `holding`.
+
+        Raises InvalidRequestError or RequestValidationError (400), HTTPException (413), QueueFullError (429).
+        """
         kind = _content_type(request)
-        with self.budget.holding() as holding:
-            if kind == "multipart/form-data":
-                return await self._read_form(request, holding)
-            if kind == "application/json":
-                return await self._read_json(request, holding)
+        if kind == "multipart/form-data":
+            return await self._read_form(request, holding)
+        if kind == "application/json":
+            return await self._read_json(request, holding)
         raise InvalidRequestError(
             f"the request's content-type takes multipart/form-data and application/json, got {kind[:64]!r}"
         )
@@ -120,16 +128,17 @@ class UploadReader:
         urls = [image["image_url"] for image in parsed.images or ()]
         return parsed, await unless_disconnected(request, self._images(urls, holding))
 
-    async def read_chat(self, request: Request) -> tuple[ChatCompletionRequest, str, tuple[InputImage, ...]]:
+    async def read_chat(
+        self, request: Request, holding: Holding
+    ) -> tuple[ChatCompletionRequest, str, tuple[InputImage, ...]]:
         """The body, and the text and pictures of its last user message. Raises as `read` does."""
         kind = _content_type(request)
         if kind != "application/json":
             raise InvalidRequestError(f"the request's content-type takes application/json, got {kind[:64]!r}")
-        with self.budget.holding() as holding:
-            body = await _json_body(request, holding, ChatCompletionRequest)
-            turn = last_user_turn(body.messages)
-            turn.check_images(self.info)
-            return body, turn.text, await unless_disconnected(request, self._images(turn.urls, holding))
+        body = await _json_body(request, holding, ChatCompletionRequest)
+        turn = last_user_turn(body.messages)
+        turn.check_images(self.info)
+        return body, turn.text, await unless_disconnected(request, self._images(turn.urls, holding))
 
     async def _images(self, urls: Sequence[str], holding: Holding) -> tuple[InputImage, ...]:
         """One after the other: what is fetched is held one picture at a time."""
