@@ -10,6 +10,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 from typing import Any
 
 import httpx
@@ -337,6 +338,25 @@ def test_a_client_that_leaves_in_the_middle_of_its_upload(server: LiveServer) ->
         http.post(EDITS, content=form(broken()), headers={"content-type": "multipart/form-data; boundary=x"})
     server.wait_until(lambda: server.app.state.upload_budget.num_bytes == 0)
     assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+@pytest.mark.parametrize("content_type", ["multipart/form-data; boundary=x", "application/json"])
+def test_an_upload_that_stands_still_is_ended(content_type: str) -> None:
+    """The client is there and says nothing; what it has sent must not be held for it."""
+    with live_server(info=FAKE_EDIT_INFO, settings={"upload_silence_seconds": 0.2}) as server:
+        connection = HTTPConnection(server.url.removeprefix("http://"), timeout=20)
+        connection.putrequest("POST", EDITS)
+        for name, value in (("content-type", content_type), ("content-length", "1000000")):
+            connection.putheader(name, value)
+        connection.endheaders(next(form(iter(()))) + PNG[:100])
+        budget = server.app.state.upload_budget
+        response = connection.getresponse()
+        error = json.loads(response.read())["error"]
+        assert (response.status, error["type"], error["code"]) == (408, "invalid_request_error", "request_timeout")
+        assert "0.2 seconds" in error["message"]
+        assert response.getheader("connection") == "close"
+        assert budget.num_bytes == 0
+        connection.close()
 
 
 def test_base64_is_read_in_pieces(server: LiveServer, http: httpx.Client) -> None:

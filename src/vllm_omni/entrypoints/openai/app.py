@@ -70,7 +70,7 @@ def build_app(
         openapi_url=None if settings.disable_docs else "/openapi.json",  # without it there is no /docs either
     )
     budget = UploadBudget()
-    uploads = UploadReader(omni.info, decoder, budget, media)
+    uploads = UploadReader(omni.info, decoder, budget, media, settings.upload_silence_seconds)
     app.state.upload_budget = budget
     service = ImageService(omni, settings, encoder, files, resolver, uploads)
     app.include_router(make_images_router(service))

@@ -91,11 +91,13 @@ class UploadReader:
     decoder: ImageDecoder
     budget: UploadBudget
     media: MediaFetcher
+    silence_seconds: float
+    """See `ServerSettings.upload_silence_seconds`."""
 
     async def read(self, request: Request, holding: Holding) -> tuple[ImageEditRequest, tuple[InputImage, ...]]:
         """What is in memory is added to `holding`.
 
-        Raises InvalidRequestError or RequestValidationError (400), HTTPException (413), QueueFullError (429).
+        Raises InvalidRequestError or RequestValidationError (400), HTTPException (408, 413), QueueFullError (429).
         """
         kind = _content_type(request)
         if kind == "multipart/form-data":
@@ -110,7 +112,7 @@ class UploadReader:
         fields: dict[str, Any] = {}
         images: list[InputImage] = []
         reader = MultipartReader(request.headers["content-type"], _FormLimits(self.info).limit_of)
-        async for chunk in _chunks(request):
+        async for chunk in self._chunks(request):
             holding.add(len(chunk))
             for part in reader.feed(chunk):
                 if _IMAGE_FIELD.fullmatch(part.name):
@@ -121,7 +123,7 @@ class UploadReader:
         return _validated(lambda: ImageEditRequest.model_validate_strings(fields, strict=False)), tuple(images)
 
     async def _read_json(self, request: Request, holding: Holding) -> tuple[ImageEditRequest, tuple[InputImage, ...]]:
-        parsed = await _json_body(request, holding, ImageEditRequest)
+        parsed = await self._json_body(request, holding, ImageEditRequest)
         for name in _UNSUPPORTED:
             if getattr(parsed, name) is not None:
                 raise _unsupported(name)
@@ -135,10 +137,46 @@ class UploadReader:
         kind = _content_type(request)
         if kind != "application/json":
             raise InvalidRequestError(f"the request's content-type takes application/json, got {kind[:64]!r}")
-        body = await _json_body(request, holding, ChatCompletionRequest)
+        body = await self._json_body(request, holding, ChatCompletionRequest)
         turn = last_user_turn(body.messages)
         turn.check_images(self.info)
         return body, turn.text, await unless_disconnected(request, self._images(turn.urls, holding))
+
+    async def _json_body(self, request: Request, holding: Holding, model: type[Body]) -> Body:
+        data, num_items = bytearray(), 0
+        async for chunk in self._chunks(request):
+            holding.add(len(chunk))
+            data += chunk
+            num_items += sum(map(chunk.count, (b",", b"[", b"{")))  # at least; base64 has none of them
+            if len(data) > MAX_JSON_BYTES:
+                raise HTTPException(
+                    413,
+                    f"A JSON body has at most {MAX_JSON_BYTES} bytes; larger pictures go as multipart/form-data "
+                    "to /v1/images/edits.",
+                )
+            if num_items > MAX_JSON_ITEMS:
+                raise HTTPException(413, f"A JSON body has at most {MAX_JSON_ITEMS} commas and brackets.")
+        body = await asyncio.to_thread(_parse_json, data)
+        return _validated(lambda: model.model_validate(body))
+
+    async def _chunks(self, request: Request) -> AsyncIterator[bytes]:
+        """Raises HTTPException (408) where the next one does not come, and RequestAbortedError."""
+        stream = aiter(request.stream())
+        try:
+            while True:
+                async with asyncio.timeout(self.silence_seconds):
+                    chunk = await anext(stream)
+                yield chunk
+        except StopAsyncIteration:
+            return
+        except TimeoutError as error:
+            # Whatever still comes would be read as the beginning of another request.
+            headers = {"connection": "close"}
+            raise HTTPException(
+                408, f"Nothing of the request's body came for {self.silence_seconds:g} seconds.", headers
+            ) from error
+        except ClientDisconnect as error:
+            raise RequestAbortedError("the client closed the connection") from error
 
     async def _images(self, urls: Sequence[str], holding: Holding) -> tuple[InputImage, ...]:
         """One after the other: what is fetched is held one picture at a time."""
@@ -185,32 +223,6 @@ class _FormLimits:
 
 def _content_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
-
-
-async def _json_body(request: Request, holding: Holding, model: type[Body]) -> Body:
-    data, num_items = bytearray(), 0
-    async for chunk in _chunks(request):
-        holding.add(len(chunk))
-        data += chunk
-        num_items += sum(map(chunk.count, (b",", b"[", b"{")))  # at least; base64 has none of them
-        if len(data) > MAX_JSON_BYTES:
-            raise HTTPException(
-                413,
-                f"A JSON body has at most {MAX_JSON_BYTES} bytes; larger pictures go as multipart/form-data "
-                "to /v1/images/edits.",
-            )
-        if num_items > MAX_JSON_ITEMS:
-            raise HTTPException(413, f"A JSON body has at most {MAX_JSON_ITEMS} commas and brackets.")
-    body = await asyncio.to_thread(_parse_json, data)
-    return _validated(lambda: model.model_validate(body))
-
-
-async def _chunks(request: Request) -> AsyncIterator[bytes]:
-    try:
-        async for chunk in request.stream():
-            yield chunk
-    except ClientDisconnect as error:
-        raise RequestAbortedError("the client closed the connection") from error
 
 
 def _set_field(fields: dict[str, Any], part: Part) -> None:
