@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -127,6 +128,9 @@ class ImageService:
         adapters = self.omni.config.lora_modules
         check_model(body.model, (*self.settings.served_model_names, *adapters))
         omni_prompt, params, image_format = parse_generation(body, prompt, images, adapters)
+        if images:
+            fit = partial(self.omni.fit_images, omni_prompt, params)
+            omni_prompt = await self.uploads.fitted(images, fit, holding)
         job = await self.resolver.resolve(omni_prompt, params)
         answer = answer_in(AnswerStyle.of(body, image_format))
         headers = ignored_fields_header(body, self.omni.info.guidance, len(job.requests[0].cost.branch_tokens) > 1)

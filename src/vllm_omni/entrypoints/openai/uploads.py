@@ -25,6 +25,7 @@ from vllm_omni.entrypoints.openai.media import MediaFetcher
 from vllm_omni.entrypoints.openai.multipart import MultipartReader, Part
 from vllm_omni.entrypoints.openai.protocol import MAX_PROMPT_CHARACTERS, ImageEditRequest
 from vllm_omni.errors import InvalidRequestError, QueueFullError, RequestAbortedError
+from vllm_omni.inputs.data import OmniPrompt
 from vllm_omni.inputs.images import InputImage
 
 MAX_IMAGE_BYTES = 50 * 2**20
@@ -129,6 +130,14 @@ class UploadReader:
                 raise _unsupported(name)
         urls = [image["image_url"] for image in parsed.images or ()]
         return parsed, await unless_disconnected(request, self._images(urls, holding))
+
+    async def fitted(self, images: Sequence[InputImage], fit: Callable[[], OmniPrompt], holding: Holding) -> OmniPrompt:
+        """`fit()` in a thread for pictures; those of its prompt are held instead of `images`. Raises what it raises,
+        and QueueFullError."""
+        prompt = await self.decoder.run(fit)
+        holding.drop(sum(image.num_bytes for image in images))
+        holding.add(sum(image.num_bytes for image in prompt.images))
+        return prompt
 
     async def read_chat(
         self, request: Request, holding: Holding
