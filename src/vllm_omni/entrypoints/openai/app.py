@@ -20,13 +20,14 @@ from vllm_omni.entrypoints.openai.health import (
     make_models_router,
     make_probes_router,
 )
+from vllm_omni.entrypoints.openai.holding import UploadBudget
 from vllm_omni.entrypoints.openai.images import EDITS_PATH, ImageService, make_images_router
 from vllm_omni.entrypoints.openai.media import FetchPolicy, MediaFetcher
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
 from vllm_omni.entrypoints.openai.middleware import LimitBody, RequestId
 from vllm_omni.entrypoints.openai.resolver import Resolver
 from vllm_omni.entrypoints.openai.settings import ServerSettings
-from vllm_omni.entrypoints.openai.uploads import MAX_IMAGE_BYTES, UploadBudget, UploadReader
+from vllm_omni.entrypoints.openai.uploads import MAX_IMAGE_BYTES, UploadReader
 from vllm_omni.omni import AsyncOmni
 
 

@@ -19,6 +19,7 @@ from vllm_omni.entrypoints.openai.disconnect import unless_disconnected
 from vllm_omni.entrypoints.openai.encoding import CONTENT_TYPES, ImageEncoder
 from vllm_omni.entrypoints.openai.errors import ERROR_RESPONSES
 from vllm_omni.entrypoints.openai.files import FileStore
+from vllm_omni.entrypoints.openai.holding import Holding
 from vllm_omni.entrypoints.openai.parsing import check_model, ignored_fields_header, parse_generation
 from vllm_omni.entrypoints.openai.protocol import (
     MAX_INPUT_IMAGES,
@@ -31,7 +32,7 @@ from vllm_omni.entrypoints.openai.protocol import (
 from vllm_omni.entrypoints.openai.resolver import Resolver
 from vllm_omni.entrypoints.openai.settings import ServerSettings
 from vllm_omni.entrypoints.openai.streaming import ImageEventStream, image_events
-from vllm_omni.entrypoints.openai.uploads import Holding, UploadReader
+from vllm_omni.entrypoints.openai.uploads import UploadReader
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.images import InputImage
 from vllm_omni.omni import AsyncOmni, OutputStream

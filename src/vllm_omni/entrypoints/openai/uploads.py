@@ -6,7 +6,6 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,10 +20,11 @@ from vllm_omni.entrypoints.openai.chat_protocol import ChatCompletionRequest
 from vllm_omni.entrypoints.openai.chat_turns import last_user_turn
 from vllm_omni.entrypoints.openai.decoding import ImageDecoder
 from vllm_omni.entrypoints.openai.disconnect import unless_disconnected
+from vllm_omni.entrypoints.openai.holding import Holding, UploadBudget
 from vllm_omni.entrypoints.openai.media import MediaFetcher
 from vllm_omni.entrypoints.openai.multipart import MultipartReader, Part
 from vllm_omni.entrypoints.openai.protocol import MAX_PROMPT_CHARACTERS, ImageEditRequest
-from vllm_omni.errors import InvalidRequestError, QueueFullError, RequestAbortedError
+from vllm_omni.errors import InvalidRequestError, RequestAbortedError
 from vllm_omni.inputs.data import OmniPrompt
 from vllm_omni.inputs.images import InputImage
 
@@ -35,53 +35,11 @@ MAX_JSON_BYTES = 32 * 2**20
 """A JSON body is parsed in one go: larger pictures come as multipart/form-data."""
 MAX_JSON_ITEMS = 2**17
 """Whatever reads JSON holds the interpreter lock until it is done, and objects take many times their text."""
-MAX_HELD_BYTES = 2 * 2**30
-"""A queue of 256 edits of a few pictures of a million pixels, or twenty pictures of 33 million."""
 _IMAGE_FIELD = re.compile(r"image(\[\d{0,3}\])?")
 _NESTED_FIELD = re.compile(r"([^\[\]]+)\[([^\[\]]+)\]")
 _UNSUPPORTED = ("mask", "markup")
 
 Body = TypeVar("Body", bound=BaseModel)
-
-
-class Holding(AbstractContextManager["Holding"]):
-    """Bytes of one request's upload that are in memory now; leaving its block gives them back."""
-
-    def __init__(self, budget: UploadBudget) -> None:
-        self._budget = budget
-        self.num_bytes = 0
-
-    def add(self, num_bytes: int) -> None:
-        """Raises QueueFullError where all requests together would hold too much."""
-        if self._budget.num_bytes + num_bytes > self._budget.max_bytes:
-            raise QueueFullError("the pictures of other requests leave no room for this one's", retry_after=1.0)
-        self.num_bytes += num_bytes
-        self._budget.num_bytes += num_bytes
-
-    def drop(self, num_bytes: int) -> None:
-        self.num_bytes -= num_bytes
-        self._budget.num_bytes -= num_bytes
-
-    def moved(self) -> Holding:
-        """The same bytes, which are from now on not this one's to give back."""
-        other = Holding(self._budget)
-        other.num_bytes, self.num_bytes = self.num_bytes, 0
-        return other
-
-    def __exit__(self, *_: object) -> None:
-        self.drop(self.num_bytes)
-
-
-class UploadBudget:
-    """What the uploads of all requests may hold together, from their first byte until the request has ended, so that
-    memory is bounded whatever comes."""
-
-    def __init__(self, max_bytes: int = MAX_HELD_BYTES) -> None:
-        self.max_bytes = max_bytes
-        self.num_bytes = 0
-
-    def holding(self) -> Holding:
-        return Holding(self)
 
 
 @dataclass(frozen=True)
