@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -111,8 +112,10 @@ def test_bad_edits_are_refused_by_name(
 def test_large_pictures_are_resized_in_a_thread_for_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """The thread that reads everybody's prompts only finds them of their size; from then on only that is held."""
     threads: list[tuple[str, bool]] = []
+    sent: list[weakref.ref[InputImage]] = []
 
     def watched(image: InputImage, height: int, width: int) -> InputImage:
+        sent.append(weakref.ref(image))
         same = resized(image, height, width)
         threads.append((threading.current_thread().name.partition("_")[0], same is image))
         return same
@@ -126,12 +129,13 @@ def test_large_pictures_are_resized_in_a_thread_for_pictures(monkeypatch: pytest
         answer = pool.submit(httpx.post, server.url + EDITS, files={"image": large}, data=fields, timeout=20)
         try:
             server.wait_until(lambda: server.num_unfinished() == 1 or answer.done())
-            held = server.app.state.upload_budget.num_bytes
+            held, is_gone = server.app.state.upload_budget.num_bytes, sent[0]() is None
         finally:
             server.call(server.device.resume)
         assert answer.result().status_code == 200
         ((image,),) = server.device.images.values()
     assert threads == [("omni-decode", False), ("omni-resolve", True)]
+    assert is_gone, "counted no longer, and still in memory"
     assert image.reference.shape == (48, 64, 3)
     assert image.num_bytes <= held < image.num_bytes + len(large) + 2**12
 

@@ -111,13 +111,13 @@ async def complete(service: ImageService, request: Request) -> Response:
     """Raises RequestError, also for bodies that are wrong or too large."""
     service.check_makes_pictures()
     with service.uploads.budget.holding() as holding:
-        body, prompt, images = await service.uploads.read_chat(request, holding)
+        body, prompt = await service.uploads.read_chat(request, holding)
 
         def answer_in(style: AnswerStyle) -> Answer:
             return ChatAnswer.to(body, service, style)
 
         try:
-            return await service.run(body, prompt, request, images, holding, answer_in)
+            return await service.run(body, prompt, request, holding, answer_in)
         except InvalidRequestError as error:
             if error.param != "prompt":
                 raise

@@ -34,7 +34,6 @@ from vllm_omni.entrypoints.openai.settings import ServerSettings
 from vllm_omni.entrypoints.openai.streaming import ImageEventStream, image_events
 from vllm_omni.entrypoints.openai.uploads import UploadReader
 from vllm_omni.errors import InvalidRequestError
-from vllm_omni.inputs.images import InputImage
 from vllm_omni.omni import AsyncOmni, OutputStream
 from vllm_omni.outputs import OmniRequestOutput
 
@@ -79,12 +78,12 @@ class ImageService:
                 param="model",
             )
         with self.uploads.budget.holding() as holding:
-            body, images = await self.uploads.read(request, holding)
-            if not images:
+            body = await self.uploads.read(request, holding)
+            if not holding.images:
                 raise InvalidRequestError(
                     "image is required; without one use POST /v1/images/generations.", param="image"
                 )
-            return await self.generate(body, request, images, holding)
+            return await self.generate(body, request, holding)
 
     def check_makes_pictures(self) -> None:
         """Raises InvalidRequestError where the model makes videos."""
@@ -95,9 +94,7 @@ class ImageService:
                 param="model",
             )
 
-    async def generate(
-        self, body: ImageGenerationRequest, request: Request, images: tuple[InputImage, ...], holding: Holding
-    ) -> Response:
+    async def generate(self, body: ImageGenerationRequest, request: Request, holding: Holding) -> Response:
         """`holding`: see `run`. Raises RequestError before anything runs, or when the engine fails on it."""
 
         def answer_in(style: AnswerStyle) -> Answer:
@@ -110,28 +107,26 @@ class ImageService:
         def url_of(file_id: str) -> str:
             return str(request.url_for(FILE_ROUTE, file_id=file_id))
 
-        return await self.run(body, body.prompt, request, images, holding, answer_in)
+        return await self.run(body, body.prompt, request, holding, answer_in)
 
     async def run(
         self,
         body: ImageOptions,
         prompt: str,
         request: Request,
-        images: tuple[InputImage, ...],
         holding: Holding,
         answer_in: Callable[[AnswerStyle], Answer],
     ) -> Response:
         """The way of every request to its answer. Raises RequestError.
 
-        `holding`: what its upload holds. It moves into a stream, which ends long after this returns.
+        `holding`: its upload and the pictures to edit. It moves into a stream, which ends long after this returns.
         """
         self.check_makes_pictures()
         adapters = self.omni.config.lora_modules
         check_model(body.model, (*self.settings.served_model_names, *adapters))
-        omni_prompt, params, image_format = parse_generation(body, prompt, images, adapters)
-        if images:
-            fit = partial(self.omni.fit_images, omni_prompt, params)
-            omni_prompt = await self.uploads.fitted(images, fit, holding)
+        omni_prompt, params, image_format = parse_generation(body, prompt, holding.images, adapters)
+        if holding.images:
+            omni_prompt = await self.uploads.fitted(partial(self.omni.fit_images, omni_prompt, params), holding)
         job = await self.resolver.resolve(omni_prompt, params)
         answer = answer_in(AnswerStyle.of(body, image_format))
         headers = ignored_fields_header(body, self.omni.info.guidance, len(job.requests[0].cost.branch_tokens) > 1)
@@ -183,7 +178,7 @@ def make_images_router(service: ImageService) -> APIRouter:
     async def generations(body: ImageGenerationRequest, request: Request) -> Response:
         """Make pictures from a prompt; server-sent events with `stream`."""
         with service.uploads.budget.holding() as nothing:
-            return await service.generate(body, request, (), nothing)
+            return await service.generate(body, request, nothing)
 
     image_file_content = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in CONTENT_TYPES.values()}
 

@@ -26,7 +26,6 @@ from vllm_omni.entrypoints.openai.multipart import MultipartReader, Part
 from vllm_omni.entrypoints.openai.protocol import MAX_PROMPT_CHARACTERS, ImageEditRequest
 from vllm_omni.errors import InvalidRequestError, RequestAbortedError
 from vllm_omni.inputs.data import OmniPrompt
-from vllm_omni.inputs.images import InputImage
 
 MAX_IMAGE_BYTES = 50 * 2**20
 MAX_FIELD_BYTES = 4 * MAX_PROMPT_CHARACTERS
@@ -53,8 +52,8 @@ class UploadReader:
     silence_seconds: float
     """See `ServerSettings.upload_silence_seconds`."""
 
-    async def read(self, request: Request, holding: Holding) -> tuple[ImageEditRequest, tuple[InputImage, ...]]:
-        """What is in memory is added to `holding`.
+    async def read(self, request: Request, holding: Holding) -> ImageEditRequest:
+        """The pictures go to `holding`.
 
         Raises InvalidRequestError or RequestValidationError (400), HTTPException (408, 413), QueueFullError (429).
         """
@@ -67,47 +66,45 @@ class UploadReader:
             f"the request's content-type takes multipart/form-data and application/json, got {kind[:64]!r}"
         )
 
-    async def _read_form(self, request: Request, holding: Holding) -> tuple[ImageEditRequest, tuple[InputImage, ...]]:
+    async def _read_form(self, request: Request, holding: Holding) -> ImageEditRequest:
         fields: dict[str, Any] = {}
-        images: list[InputImage] = []
         reader = MultipartReader(request.headers["content-type"], _FormLimits(self.info).limit_of)
         async for chunk in self._chunks(request):
             holding.add(len(chunk))
             for part in reader.feed(chunk):
                 if _IMAGE_FIELD.fullmatch(part.name):
-                    images.append(await self._decoded(part.data, holding))
+                    await self._decode(part.data, holding)
                 else:
                     _set_field(fields, part)
         reader.close()
-        return _validated(lambda: ImageEditRequest.model_validate_strings(fields, strict=False)), tuple(images)
+        return _validated(lambda: ImageEditRequest.model_validate_strings(fields, strict=False))
 
-    async def _read_json(self, request: Request, holding: Holding) -> tuple[ImageEditRequest, tuple[InputImage, ...]]:
+    async def _read_json(self, request: Request, holding: Holding) -> ImageEditRequest:
         parsed = await self._json_body(request, holding, ImageEditRequest)
         for name in _UNSUPPORTED:
             if getattr(parsed, name) is not None:
                 raise _unsupported(name)
         urls = [image["image_url"] for image in parsed.images or ()]
-        return parsed, await unless_disconnected(request, self._images(urls, holding))
+        await unless_disconnected(request, self._read_urls(urls, holding))
+        return parsed
 
-    async def fitted(self, images: Sequence[InputImage], fit: Callable[[], OmniPrompt], holding: Holding) -> OmniPrompt:
-        """`fit()` in a thread for pictures; those of its prompt are held instead of `images`. Raises what it raises,
-        and QueueFullError."""
+    async def fitted(self, fit: Callable[[], OmniPrompt], holding: Holding) -> OmniPrompt:
+        """`fit()` in a thread for pictures; those of its prompt are held instead. Raises what it raises, and
+        QueueFullError."""
         prompt = await self.decoder.run(fit)
-        holding.drop(sum(image.num_bytes for image in images))
-        holding.add(sum(image.num_bytes for image in prompt.images))
+        holding.replace(prompt.images)
         return prompt
 
-    async def read_chat(
-        self, request: Request, holding: Holding
-    ) -> tuple[ChatCompletionRequest, str, tuple[InputImage, ...]]:
-        """The body, and the text and pictures of its last user message. Raises as `read` does."""
+    async def read_chat(self, request: Request, holding: Holding) -> tuple[ChatCompletionRequest, str]:
+        """The body and the text of its last user message, whose pictures go to `holding`. Raises as `read` does."""
         kind = _content_type(request)
         if kind != "application/json":
             raise InvalidRequestError(f"the request's content-type takes application/json, got {kind[:64]!r}")
         body = await self._json_body(request, holding, ChatCompletionRequest)
         turn = last_user_turn(body.messages)
         turn.check_images(self.info)
-        return body, turn.text, await unless_disconnected(request, self._images(turn.urls, holding))
+        await unless_disconnected(request, self._read_urls(turn.urls, holding))
+        return body, turn.text
 
     async def _json_body(self, request: Request, holding: Holding, model: type[Body]) -> Body:
         data, num_items = bytearray(), 0
@@ -145,24 +142,20 @@ class UploadReader:
         except ClientDisconnect as error:
             raise RequestAbortedError("the client closed the connection") from error
 
-    async def _images(self, urls: Sequence[str], holding: Holding) -> tuple[InputImage, ...]:
+    async def _read_urls(self, urls: Sequence[str], holding: Holding) -> None:
         """One after the other: what is fetched is held one picture at a time."""
         check_num_images(len(urls), self.info)
-        return tuple([await self._image(url, holding) for url in urls])
+        for url in urls:
+            if url.startswith("data:"):
+                holding.keep(await self.decoder.data_url(url, self._image_input.prepare))
+            else:
+                await self._decode(await self.media.fetch(url, holding.add), holding)
 
-    async def _image(self, url: str, holding: Holding) -> InputImage:
-        if url.startswith("data:"):
-            image = await self.decoder.data_url(url, self._image_input.prepare)
-            holding.add(image.num_bytes)
-            return image
-        return await self._decoded(await self.media.fetch(url, holding.add), holding)
-
-    async def _decoded(self, data: bytearray, holding: Holding) -> InputImage:
+    async def _decode(self, data: bytearray, holding: Holding) -> None:
         """Instead of its file, pixels are held from now on: these may be a thousand times as much."""
         image = await self.decoder.file(data, self._image_input.prepare)
         holding.drop(len(data))
-        holding.add(image.num_bytes)
-        return image
+        holding.keep(image)
 
     @property
     def _image_input(self) -> ImageInput:
