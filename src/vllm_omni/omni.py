@@ -28,7 +28,7 @@ from vllm_omni.diffusion.registry import load_model_info
 from vllm_omni.diffusion.replicas import Replicas
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.errors import ConfigError, InvalidRequestError, UnavailableError
-from vllm_omni.inputs.data import OmniDiffusionSamplingParams, PromptLike, parse_prompt
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt, PromptLike, parse_prompt
 from vllm_omni.outputs import OmniRequestOutput
 
 SHUTDOWN_SECONDS = 30.0
@@ -211,13 +211,21 @@ class AsyncOmni:
         request_id: str | None = None,
     ) -> Job:
         """Check a request without running it. Raises InvalidRequestError."""
-        if self._intake is None:
-            raise UnavailableError("the engine has not started", retry_after=1.0)
+        intake = self._started_intake()
         parsed = parse_prompt(prompt)
         params = sampling_params or OmniDiffusionSamplingParams()
         request_id = request_id or f"omni-{uuid.uuid4().hex}"
-        requests = self._intake.resolve(parsed, params, request_id)
+        requests = intake.resolve(parsed, params, request_id)
         return Job(request_id, parsed.prompt, params.output_type, requests)
+
+    def fit_images(self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams) -> OmniPrompt:
+        """See `Intake.fit_images`."""
+        return self._started_intake().fit_images(prompt, params)
+
+    def _started_intake(self) -> Intake:
+        if self._intake is None:
+            raise UnavailableError("the engine has not started", retry_after=1.0)
+        return self._intake
 
     def submit(self, job: Job) -> OutputStream:
         """Run a resolved request. Raises QueueFullError or UnavailableError."""

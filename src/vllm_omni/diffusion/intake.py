@@ -50,17 +50,11 @@ class Intake:
 
         Raises InvalidRequestError whose `param` is the field of `OmniDiffusionSamplingParams` or `OmniPrompt`.
         """
-        prompt, params = _fit_prompt(prompt), _fit_params(params)
-        _check_supported(prompt, params, self._info)
-        check_num_images(len(prompt.images), self._info)
-        images = tuple(_prepare(image, self._info) for image in prompt.images)
-        defaults = self._defaults_of(images)
-        filled = _check_values(_fill(params, defaults), self._config, self._info)
+        prompt, filled, defaults = self._checked(prompt, params)
+        images = tuple(prompt.images)
         assert filled.height is not None
         assert filled.width is not None
         assert filled.num_inference_steps is not None
-        if self._info.whole is not None and self._info.whole.follows_input:
-            images = tuple(resized(image, filled.height, filled.width) for image in images)
         num_frames = filled.num_frames or 1
         negative = prompt.negative_prompt
         if negative is None:
@@ -109,6 +103,30 @@ class Intake:
         return [
             replace(first, request_id=f"{request_id}-{i}", seed=seed + i) for i in range(filled.num_outputs_per_prompt)
         ]
+
+    def fit_images(self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams) -> OmniPrompt:
+        """The prompt with its pictures as a request has them, which `resolve` then leaves as they are.
+
+        For callers that do not want to wait in `resolve`: it takes a second where pictures are large, and may run in
+        any thread. Raises InvalidRequestError as `resolve` does.
+        """
+        return self._checked(prompt, params)[0]
+
+    def _checked(
+        self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams
+    ) -> tuple[OmniPrompt, OmniDiffusionSamplingParams, dict[str, Any]]:
+        """The prompt with its pictures as a request has them, the filled parameters, and what they are filled from."""
+        prompt, params = _fit_prompt(prompt), _fit_params(params)
+        _check_supported(prompt, params, self._info)
+        check_num_images(len(prompt.images), self._info)
+        images = tuple(_prepare(image, self._info) for image in prompt.images)
+        defaults = self._defaults_of(images)
+        filled = _check_values(_fill(params, defaults), self._config, self._info)
+        if self._info.whole is not None and self._info.whole.follows_input:
+            assert filled.height is not None
+            assert filled.width is not None
+            images = tuple(resized(image, filled.height, filled.width) for image in images)
+        return replace(prompt, images=images), filled, defaults
 
     def _defaults_of(self, images: Sequence[InputImage]) -> dict[str, Any]:
         """The server's defaults over the model's; the size of an edited picture depends on its input pictures."""

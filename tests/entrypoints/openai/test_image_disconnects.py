@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
+from contextlib import nullcontext
 from http.client import HTTPConnection
 from typing import cast
 
@@ -99,6 +100,8 @@ async def test_stream_client_leaves_while_the_first_bytes_are_sent() -> None:
         await asyncio.Event().wait()  # a client that does not read
 
     outputs = Outputs()
-    stream = ImageEventStream(cast(OutputStream, outputs), events(), keep_alive_seconds=15, headers={})
+    stream = ImageEventStream(
+        cast(OutputStream, outputs), events(), keep_alive_seconds=15, headers={}, held=nullcontext()
+    )
     await stream({"type": "http", "method": "POST"}, receive, send)
     assert outputs.closed

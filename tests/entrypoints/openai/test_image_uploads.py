@@ -10,6 +10,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 from typing import Any
 
 import httpx
@@ -276,6 +277,33 @@ def test_pixels_count_while_the_rest_of_an_upload_is_awaited(server: LiveServer)
     assert budget.num_bytes == 0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_pixels_count_until_the_request_has_ended(server: LiveServer, stream: bool) -> None:
+    """Also in the queue, of a stream as well, which is answered before it runs."""
+    budget, num_pixel_bytes = server.app.state.upload_budget, 1000 * 800 * 3
+    request = {
+        "files": {"image": file_of(Image.new("RGB", (1000, 800)), "PNG")},
+        "data": {"prompt": "x", "size": "64x64", "stream": str(stream).lower()},
+    }
+    most, budget.max_bytes = budget.max_bytes, num_pixel_bytes * 3 // 2
+    server.call(server.device.pause)
+    try:
+        with httpx.Client(base_url=server.url, timeout=20) as http, ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(http.post, EDITS, **request)  # type: ignore[arg-type]
+            server.wait_until(lambda: server.num_unfinished() == 1)
+            try:
+                held, refused = budget.num_bytes, http.post(EDITS, **request)  # type: ignore[arg-type]
+            finally:
+                server.call(server.device.resume)
+            assert answer.result().status_code == 200
+            server.wait_until(lambda: budget.num_bytes == 0)
+    finally:
+        budget.max_bytes = most
+    assert held >= num_pixel_bytes
+    assert refused.status_code == 429
+    assert "leave no room" in error_of(refused)["message"]
+
+
 def test_bad_uploads_leave_neighbours_and_memory_alone(server: LiveServer) -> None:
     def peak() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -310,6 +338,25 @@ def test_a_client_that_leaves_in_the_middle_of_its_upload(server: LiveServer) ->
         http.post(EDITS, content=form(broken()), headers={"content-type": "multipart/form-data; boundary=x"})
     server.wait_until(lambda: server.app.state.upload_budget.num_bytes == 0)
     assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+@pytest.mark.parametrize("content_type", ["multipart/form-data; boundary=x", "application/json"])
+def test_an_upload_that_stands_still_is_ended(content_type: str) -> None:
+    """The client is there and says nothing; what it has sent must not be held for it."""
+    with live_server(info=FAKE_EDIT_INFO, settings={"upload_silence_seconds": 0.2}) as server:
+        connection = HTTPConnection(server.url.removeprefix("http://"), timeout=20)
+        connection.putrequest("POST", EDITS)
+        for name, value in (("content-type", content_type), ("content-length", "1000000")):
+            connection.putheader(name, value)
+        connection.endheaders(next(form(iter(()))) + PNG[:100])
+        budget = server.app.state.upload_budget
+        response = connection.getresponse()
+        error = json.loads(response.read())["error"]
+        assert (response.status, error["type"], error["code"]) == (408, "invalid_request_error", "request_timeout")
+        assert "0.2 seconds" in error["message"]
+        assert response.getheader("connection") == "close"
+        assert budget.num_bytes == 0
+        connection.close()
 
 
 def test_base64_is_read_in_pieces(server: LiveServer, http: httpx.Client) -> None:

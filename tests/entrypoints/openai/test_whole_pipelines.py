@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import threading
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,9 @@ from tests.entrypoints.openai.live_server import FAKE_EDIT_INFO, FAKE_INFO, MODE
 from tests.entrypoints.openai.test_image_edits import EDITS, data_url, file_of, pixels
 from tests.tiny_diffusers import build_tiny_diffusers
 from tests.tiny_models import photo
+from vllm_omni.diffusion import intake
 from vllm_omni.diffusion.registry import WholePipeline
+from vllm_omni.inputs.images import InputImage, resized
 
 # diffusers' own schedules of Stable Diffusion XL.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -102,6 +107,37 @@ def test_bad_edits_are_refused_by_name(
     got, message = refusal(http.post(EDITS, files={"image": data}, data={"prompt": PROMPT, **fields}))
     assert got == param
     assert words in message
+
+
+def test_large_pictures_are_resized_in_a_thread_for_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that reads everybody's prompts only finds them of their size; from then on only that is held."""
+    threads: list[tuple[str, bool]] = []
+    sent: list[weakref.ref[InputImage]] = []
+
+    def watched(image: InputImage, height: int, width: int) -> InputImage:
+        sent.append(weakref.ref(image))
+        same = resized(image, height, width)
+        threads.append((threading.current_thread().name.partition("_")[0], same is image))
+        return same
+
+    monkeypatch.setattr(intake, "resized", watched)
+    info = replace(FAKE_EDIT_INFO, whole=WholePipeline("Any", ("height", "width"), "callback", 1, follows_input=True))
+    large = file_of(Image.new("RGB", (1000, 800)))
+    with live_server(info=info) as server, ThreadPoolExecutor(1) as pool:
+        server.call(server.device.pause)
+        fields = {"prompt": PROMPT, "size": "64x48"}
+        answer = pool.submit(httpx.post, server.url + EDITS, files={"image": large}, data=fields, timeout=20)
+        try:
+            server.wait_until(lambda: server.num_unfinished() == 1 or answer.done())
+            held, is_gone = server.app.state.upload_budget.num_bytes, sent[0]() is None
+        finally:
+            server.call(server.device.resume)
+        assert answer.result().status_code == 200
+        ((image,),) = server.device.images.values()
+    assert threads == [("omni-decode", False), ("omni-resolve", True)]
+    assert is_gone, "counted no longer, and still in memory"
+    assert image.reference.shape == (48, 64, 3)
+    assert image.num_bytes <= held < image.num_bytes + len(large) + 2**12
 
 
 def test_a_strength_of_no_step_is_a_400(http: httpx.Client) -> None:

@@ -20,13 +20,14 @@ from vllm_omni.entrypoints.openai.health import (
     make_models_router,
     make_probes_router,
 )
+from vllm_omni.entrypoints.openai.holding import UploadBudget
 from vllm_omni.entrypoints.openai.images import EDITS_PATH, ImageService, make_images_router
 from vllm_omni.entrypoints.openai.media import FetchPolicy, MediaFetcher
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
 from vllm_omni.entrypoints.openai.middleware import LimitBody, RequestId
 from vllm_omni.entrypoints.openai.resolver import Resolver
 from vllm_omni.entrypoints.openai.settings import ServerSettings
-from vllm_omni.entrypoints.openai.uploads import MAX_IMAGE_BYTES, UploadBudget, UploadReader
+from vllm_omni.entrypoints.openai.uploads import MAX_IMAGE_BYTES, UploadReader
 from vllm_omni.omni import AsyncOmni
 
 
@@ -70,7 +71,7 @@ def build_app(
         openapi_url=None if settings.disable_docs else "/openapi.json",  # without it there is no /docs either
     )
     budget = UploadBudget()
-    uploads = UploadReader(omni.info, decoder, budget, media)
+    uploads = UploadReader(omni.info, decoder, budget, media, settings.upload_silence_seconds)
     app.state.upload_budget = budget
     service = ImageService(omni, settings, encoder, files, resolver, uploads)
     app.include_router(make_images_router(service))

@@ -110,17 +110,18 @@ def _event(value: dict[str, Any]) -> bytes:
 async def complete(service: ImageService, request: Request) -> Response:
     """Raises RequestError, also for bodies that are wrong or too large."""
     service.check_makes_pictures()
-    body, prompt, images = await service.uploads.read_chat(request)
+    with service.uploads.budget.holding() as holding:
+        body, prompt = await service.uploads.read_chat(request, holding)
 
-    def answer_in(style: AnswerStyle) -> Answer:
-        return ChatAnswer.to(body, service, style)
+        def answer_in(style: AnswerStyle) -> Answer:
+            return ChatAnswer.to(body, service, style)
 
-    try:
-        return await service.run(body, prompt, request, images, answer_in)
-    except InvalidRequestError as error:
-        if error.param != "prompt":
-            raise
-        raise InvalidRequestError(f"messages: {error}", param="messages") from error
+        try:
+            return await service.run(body, prompt, request, holding, answer_in)
+        except InvalidRequestError as error:
+            if error.param != "prompt":
+                raise
+            raise InvalidRequestError(f"messages: {error}", param="messages") from error
 
 
 def make_chat_router(service: ImageService) -> APIRouter:

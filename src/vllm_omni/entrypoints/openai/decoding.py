@@ -9,11 +9,14 @@ import struct
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from PIL import ExifTags, Image
 
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.images import MAX_INPUT_PIXELS, InputImage, check_input_image, to_rgb
+
+Result = TypeVar("Result")
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 # What Pillow's readers of these formats raise for files that are broken, one way or another.
@@ -88,14 +91,15 @@ class ImageDecoder:
 
     async def file(self, data: bytes | bytearray, prepare: Callable[[Image.Image], InputImage]) -> InputImage:
         """Raises InvalidRequestError."""
-        return await self._run(lambda: prepare(decode_image(data)))
+        return await self.run(lambda: prepare(decode_image(data)))
 
     async def data_url(self, url: str, prepare: Callable[[Image.Image], InputImage]) -> InputImage:
         """Raises InvalidRequestError."""
-        return await self._run(lambda: prepare(decode_image(data_url_bytes(url))))
+        return await self.run(lambda: prepare(decode_image(data_url_bytes(url))))
 
-    async def _run(self, decode: Callable[[], InputImage]) -> InputImage:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, decode)
+    async def run(self, function: Callable[[], Result]) -> Result:
+        """The result of whatever else takes the time of a picture."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from vllm_omni.entrypoints.openai.disconnect import unless_disconnected
 from vllm_omni.entrypoints.openai.encoding import CONTENT_TYPES, ImageEncoder
 from vllm_omni.entrypoints.openai.errors import ERROR_RESPONSES
 from vllm_omni.entrypoints.openai.files import FileStore
+from vllm_omni.entrypoints.openai.holding import Holding
 from vllm_omni.entrypoints.openai.parsing import check_model, ignored_fields_header, parse_generation
 from vllm_omni.entrypoints.openai.protocol import (
     MAX_INPUT_IMAGES,
@@ -32,7 +34,6 @@ from vllm_omni.entrypoints.openai.settings import ServerSettings
 from vllm_omni.entrypoints.openai.streaming import ImageEventStream, image_events
 from vllm_omni.entrypoints.openai.uploads import UploadReader
 from vllm_omni.errors import InvalidRequestError
-from vllm_omni.inputs.images import InputImage
 from vllm_omni.omni import AsyncOmni, OutputStream
 from vllm_omni.outputs import OmniRequestOutput
 
@@ -76,10 +77,13 @@ class ImageService:
                 "The served model makes pictures from text and edits none: use POST /v1/images/generations.",
                 param="model",
             )
-        body, images = await self.uploads.read(request)
-        if not images:
-            raise InvalidRequestError("image is required; without one use POST /v1/images/generations.", param="image")
-        return await self.generate(body, request, images)
+        with self.uploads.budget.holding() as holding:
+            body = await self.uploads.read(request, holding)
+            if not holding.images:
+                raise InvalidRequestError(
+                    "image is required; without one use POST /v1/images/generations.", param="image"
+                )
+            return await self.generate(body, request, holding)
 
     def check_makes_pictures(self) -> None:
         """Raises InvalidRequestError where the model makes videos."""
@@ -90,10 +94,8 @@ class ImageService:
                 param="model",
             )
 
-    async def generate(
-        self, body: ImageGenerationRequest, request: Request, images: tuple[InputImage, ...] = ()
-    ) -> Response:
-        """Raises RequestError before anything runs, or when the engine fails on it."""
+    async def generate(self, body: ImageGenerationRequest, request: Request, holding: Holding) -> Response:
+        """`holding`: see `run`. Raises RequestError before anything runs, or when the engine fails on it."""
 
         def answer_in(style: AnswerStyle) -> Answer:
             if body.response_format == "url":
@@ -105,21 +107,26 @@ class ImageService:
         def url_of(file_id: str) -> str:
             return str(request.url_for(FILE_ROUTE, file_id=file_id))
 
-        return await self.run(body, body.prompt, request, images, answer_in)
+        return await self.run(body, body.prompt, request, holding, answer_in)
 
     async def run(
         self,
         body: ImageOptions,
         prompt: str,
         request: Request,
-        images: tuple[InputImage, ...],
+        holding: Holding,
         answer_in: Callable[[AnswerStyle], Answer],
     ) -> Response:
-        """The way of every request to its answer. Raises RequestError."""
+        """The way of every request to its answer. Raises RequestError.
+
+        `holding`: its upload and the pictures to edit. It moves into a stream, which ends long after this returns.
+        """
         self.check_makes_pictures()
         adapters = self.omni.config.lora_modules
         check_model(body.model, (*self.settings.served_model_names, *adapters))
-        omni_prompt, params, image_format = parse_generation(body, prompt, images, adapters)
+        omni_prompt, params, image_format = parse_generation(body, prompt, holding.images, adapters)
+        if holding.images:
+            omni_prompt = await self.uploads.fitted(partial(self.omni.fit_images, omni_prompt, params), holding)
         job = await self.resolver.resolve(omni_prompt, params)
         answer = answer_in(AnswerStyle.of(body, image_format))
         headers = ignored_fields_header(body, self.omni.info.guidance, len(job.requests[0].cost.branch_tokens) > 1)
@@ -127,7 +134,8 @@ class ImageService:
         if self.settings.log_prompts:
             logger.info("prompt %r, %s", omni_prompt, params)
         if body.stream:
-            return ImageEventStream(outputs, answer.events(outputs), self.settings.keep_alive_seconds, headers)
+            events = answer.events(outputs)
+            return ImageEventStream(outputs, events, self.settings.keep_alive_seconds, headers, holding.moved())
         async with aclosing(outputs):
             response = await unless_disconnected(request, _finish(outputs, answer))
         response.headers.update(headers)
@@ -169,7 +177,8 @@ def make_images_router(service: ImageService) -> APIRouter:
     @router.post("/generations", response_model=ImagesResponse, responses={200: event_stream})
     async def generations(body: ImageGenerationRequest, request: Request) -> Response:
         """Make pictures from a prompt; server-sent events with `stream`."""
-        return await service.generate(body, request)
+        with service.uploads.budget.holding() as nothing:
+            return await service.generate(body, request, nothing)
 
     image_file_content = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in CONTENT_TYPES.values()}
 

@@ -6,7 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ AppStatus.disable_automatic_graceful_drain()
 
 class ImageEventStream(EventSourceResponse):  # type: ignore[misc]  # mypy is told to skip sse_starlette
     """Sends events and, however it ends (also before the first event), closes `outputs`: that aborts the request.
+    `held` is left then.
 
     A failure is the last event.
     """
@@ -39,13 +40,16 @@ class ImageEventStream(EventSourceResponse):  # type: ignore[misc]  # mypy is to
         events: AsyncGenerator[bytes, None],
         keep_alive_seconds: float,
         headers: Mapping[str, str],
+        held: AbstractContextManager[object],
     ) -> None:
         super().__init__(_failing_in_words(events), ping=keep_alive_seconds, headers=headers)
         self._outputs = outputs
+        self._held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._outputs):
-            await super().__call__(scope, receive, send)
+        with self._held:
+            async with aclosing(self._outputs):
+                await super().__call__(scope, receive, send)
 
 
 async def image_events(outputs: OutputStream, style: AnswerStyle, encoder: ImageEncoder) -> AsyncGenerator[bytes, None]:

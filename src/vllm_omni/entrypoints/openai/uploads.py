@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,11 +20,12 @@ from vllm_omni.entrypoints.openai.chat_protocol import ChatCompletionRequest
 from vllm_omni.entrypoints.openai.chat_turns import last_user_turn
 from vllm_omni.entrypoints.openai.decoding import ImageDecoder
 from vllm_omni.entrypoints.openai.disconnect import unless_disconnected
+from vllm_omni.entrypoints.openai.holding import Holding, UploadBudget
 from vllm_omni.entrypoints.openai.media import MediaFetcher
 from vllm_omni.entrypoints.openai.multipart import MultipartReader, Part
 from vllm_omni.entrypoints.openai.protocol import MAX_PROMPT_CHARACTERS, ImageEditRequest
-from vllm_omni.errors import InvalidRequestError, QueueFullError, RequestAbortedError
-from vllm_omni.inputs.images import InputImage
+from vllm_omni.errors import InvalidRequestError, RequestAbortedError
+from vllm_omni.inputs.data import OmniPrompt
 
 MAX_IMAGE_BYTES = 50 * 2**20
 MAX_FIELD_BYTES = 4 * MAX_PROMPT_CHARACTERS
@@ -34,47 +34,11 @@ MAX_JSON_BYTES = 32 * 2**20
 """A JSON body is parsed in one go: larger pictures come as multipart/form-data."""
 MAX_JSON_ITEMS = 2**17
 """Whatever reads JSON holds the interpreter lock until it is done, and objects take many times their text."""
-MAX_HELD_BYTES = 512 * 2**20
 _IMAGE_FIELD = re.compile(r"image(\[\d{0,3}\])?")
 _NESTED_FIELD = re.compile(r"([^\[\]]+)\[([^\[\]]+)\]")
 _UNSUPPORTED = ("mask", "markup")
 
 Body = TypeVar("Body", bound=BaseModel)
-
-
-class Holding:
-    """Bytes of one upload that are in memory now."""
-
-    def __init__(self, budget: UploadBudget) -> None:
-        self._budget = budget
-        self.num_bytes = 0
-
-    def add(self, num_bytes: int) -> None:
-        """Raises QueueFullError where all uploads together would hold too much."""
-        if self._budget.num_bytes + num_bytes > self._budget.max_bytes:
-            raise QueueFullError("too many pictures are being uploaded", retry_after=1.0)
-        self.num_bytes += num_bytes
-        self._budget.num_bytes += num_bytes
-
-    def drop(self, num_bytes: int) -> None:
-        self.num_bytes -= num_bytes
-        self._budget.num_bytes -= num_bytes
-
-
-class UploadBudget:
-    """What all uploads that are being read may hold together, so that memory is bounded whatever comes."""
-
-    def __init__(self, max_bytes: int = MAX_HELD_BYTES) -> None:
-        self.max_bytes = max_bytes
-        self.num_bytes = 0
-
-    @contextmanager
-    def holding(self) -> Iterator[Holding]:
-        holding = Holding(self)
-        try:
-            yield holding
-        finally:
-            holding.drop(holding.num_bytes)
 
 
 @dataclass(frozen=True)
@@ -85,70 +49,113 @@ class UploadReader:
     decoder: ImageDecoder
     budget: UploadBudget
     media: MediaFetcher
+    silence_seconds: float
+    """See `ServerSettings.upload_silence_seconds`."""
 
-    async def read(self, request: Request) -> tuple[ImageEditRequest, tuple[InputImage, ...]]:
-        """Raises InvalidRequestError or RequestValidationError (400), HTTPException (413), QueueFullError (429)."""
+    async def read(self, request: Request, holding: Holding) -> ImageEditRequest:
+        """The pictures go to `holding`.
+
+        Raises InvalidRequestError or RequestValidationError (400), HTTPException (408, 413), QueueFullError (429).
+        """
         kind = _content_type(request)
-        with self.budget.holding() as holding:
-            if kind == "multipart/form-data":
-                return await self._read_form(request, holding)
-            if kind == "application/json":
-                return await self._read_json(request, holding)
+        if kind == "multipart/form-data":
+            return await self._read_form(request, holding)
+        if kind == "application/json":
+            return await self._read_json(request, holding)
         raise InvalidRequestError(
             f"the request's content-type takes multipart/form-data and application/json, got {kind[:64]!r}"
         )
 
-    async def _read_form(self, request: Request, holding: Holding) -> tuple[ImageEditRequest, tuple[InputImage, ...]]:
+    async def _read_form(self, request: Request, holding: Holding) -> ImageEditRequest:
         fields: dict[str, Any] = {}
-        images: list[InputImage] = []
         reader = MultipartReader(request.headers["content-type"], _FormLimits(self.info).limit_of)
-        async for chunk in _chunks(request):
+        async for chunk in self._chunks(request):
             holding.add(len(chunk))
             for part in reader.feed(chunk):
                 if _IMAGE_FIELD.fullmatch(part.name):
-                    images.append(await self._decoded(part.data, holding))
+                    await self._decode(part.data, holding)
                 else:
                     _set_field(fields, part)
         reader.close()
-        return _validated(lambda: ImageEditRequest.model_validate_strings(fields, strict=False)), tuple(images)
+        return _validated(lambda: ImageEditRequest.model_validate_strings(fields, strict=False))
 
-    async def _read_json(self, request: Request, holding: Holding) -> tuple[ImageEditRequest, tuple[InputImage, ...]]:
-        parsed = await _json_body(request, holding, ImageEditRequest)
+    async def _read_json(self, request: Request, holding: Holding) -> ImageEditRequest:
+        parsed = await self._json_body(request, holding, ImageEditRequest)
         for name in _UNSUPPORTED:
             if getattr(parsed, name) is not None:
                 raise _unsupported(name)
         urls = [image["image_url"] for image in parsed.images or ()]
-        return parsed, await unless_disconnected(request, self._images(urls, holding))
+        await unless_disconnected(request, self._read_urls(urls, holding))
+        return parsed
 
-    async def read_chat(self, request: Request) -> tuple[ChatCompletionRequest, str, tuple[InputImage, ...]]:
-        """The body, and the text and pictures of its last user message. Raises as `read` does."""
+    async def fitted(self, fit: Callable[[], OmniPrompt], holding: Holding) -> OmniPrompt:
+        """`fit()` in a thread for pictures; those of its prompt are held instead. Raises what it raises, and
+        QueueFullError."""
+        prompt = await self.decoder.run(fit)
+        holding.replace(prompt.images)
+        return prompt
+
+    async def read_chat(self, request: Request, holding: Holding) -> tuple[ChatCompletionRequest, str]:
+        """The body and the text of its last user message, whose pictures go to `holding`. Raises as `read` does."""
         kind = _content_type(request)
         if kind != "application/json":
             raise InvalidRequestError(f"the request's content-type takes application/json, got {kind[:64]!r}")
-        with self.budget.holding() as holding:
-            body = await _json_body(request, holding, ChatCompletionRequest)
-            turn = last_user_turn(body.messages)
-            turn.check_images(self.info)
-            return body, turn.text, await unless_disconnected(request, self._images(turn.urls, holding))
+        body = await self._json_body(request, holding, ChatCompletionRequest)
+        turn = last_user_turn(body.messages)
+        turn.check_images(self.info)
+        await unless_disconnected(request, self._read_urls(turn.urls, holding))
+        return body, turn.text
 
-    async def _images(self, urls: Sequence[str], holding: Holding) -> tuple[InputImage, ...]:
+    async def _json_body(self, request: Request, holding: Holding, model: type[Body]) -> Body:
+        data, num_items = bytearray(), 0
+        async for chunk in self._chunks(request):
+            holding.add(len(chunk))
+            data += chunk
+            num_items += sum(map(chunk.count, (b",", b"[", b"{")))  # at least; base64 has none of them
+            if len(data) > MAX_JSON_BYTES:
+                raise HTTPException(
+                    413,
+                    f"A JSON body has at most {MAX_JSON_BYTES} bytes; larger pictures go as multipart/form-data "
+                    "to /v1/images/edits.",
+                )
+            if num_items > MAX_JSON_ITEMS:
+                raise HTTPException(413, f"A JSON body has at most {MAX_JSON_ITEMS} commas and brackets.")
+        body = await asyncio.to_thread(_parse_json, data)
+        return _validated(lambda: model.model_validate(body))
+
+    async def _chunks(self, request: Request) -> AsyncIterator[bytes]:
+        """Raises HTTPException (408) where the next one does not come, and RequestAbortedError."""
+        stream = aiter(request.stream())
+        try:
+            while True:
+                async with asyncio.timeout(self.silence_seconds):
+                    chunk = await anext(stream)
+                yield chunk
+        except StopAsyncIteration:
+            return
+        except TimeoutError as error:
+            # Whatever still comes would be read as the beginning of another request.
+            headers = {"connection": "close"}
+            raise HTTPException(
+                408, f"Nothing of the request's body came for {self.silence_seconds:g} seconds.", headers
+            ) from error
+        except ClientDisconnect as error:
+            raise RequestAbortedError("the client closed the connection") from error
+
+    async def _read_urls(self, urls: Sequence[str], holding: Holding) -> None:
         """One after the other: what is fetched is held one picture at a time."""
         check_num_images(len(urls), self.info)
-        return tuple([await self._image(url, holding) for url in urls])
+        for url in urls:
+            if url.startswith("data:"):
+                holding.keep(await self.decoder.data_url(url, self._image_input.prepare))
+            else:
+                await self._decode(await self.media.fetch(url, holding.add), holding)
 
-    async def _image(self, url: str, holding: Holding) -> InputImage:
-        if url.startswith("data:"):
-            image = await self.decoder.data_url(url, self._image_input.prepare)
-            holding.add(image.num_bytes)
-            return image
-        return await self._decoded(await self.media.fetch(url, holding.add), holding)
-
-    async def _decoded(self, data: bytearray, holding: Holding) -> InputImage:
+    async def _decode(self, data: bytearray, holding: Holding) -> None:
         """Instead of its file, pixels are held from now on: these may be a thousand times as much."""
         image = await self.decoder.file(data, self._image_input.prepare)
         holding.drop(len(data))
-        holding.add(image.num_bytes)
-        return image
+        holding.keep(image)
 
     @property
     def _image_input(self) -> ImageInput:
@@ -176,32 +183,6 @@ class _FormLimits:
 
 def _content_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
-
-
-async def _json_body(request: Request, holding: Holding, model: type[Body]) -> Body:
-    data, num_items = bytearray(), 0
-    async for chunk in _chunks(request):
-        holding.add(len(chunk))
-        data += chunk
-        num_items += sum(map(chunk.count, (b",", b"[", b"{")))  # at least; base64 has none of them
-        if len(data) > MAX_JSON_BYTES:
-            raise HTTPException(
-                413,
-                f"A JSON body has at most {MAX_JSON_BYTES} bytes; larger pictures go as multipart/form-data "
-                "to /v1/images/edits.",
-            )
-        if num_items > MAX_JSON_ITEMS:
-            raise HTTPException(413, f"A JSON body has at most {MAX_JSON_ITEMS} commas and brackets.")
-    body = await asyncio.to_thread(_parse_json, data)
-    return _validated(lambda: model.model_validate(body))
-
-
-async def _chunks(request: Request) -> AsyncIterator[bytes]:
-    try:
-        async for chunk in request.stream():
-            yield chunk
-    except ClientDisconnect as error:
-        raise RequestAbortedError("the client closed the connection") from error
 
 
 def _set_field(fields: dict[str, Any], part: Part) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +30,8 @@ from vllm_omni.diffusion.worker.runner import ModelRunner
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 PIPELINES = ("FluxPipeline", "StableDiffusion3Pipeline", "StableDiffusionXLPipeline")
 PROMPT = "a red apple"
+CPU = torch.device("cpu")
+OLDER = WholePipeline("OlderPipeline", (), "callback", 1)
 # Of a request, the fields that a pipeline's call has too.
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("FluxPipeline", {"guidance_scale": 3.5, "max_sequence_length": 64}),
@@ -222,7 +226,7 @@ def test_a_schedule_that_calls_the_model_more_often_is_spread_over_the_steps(mod
     pipeline.set_progress_bar_config(disable=True)
     parameters = ("height", "width", "num_inference_steps", "guidance_scale")
     whole = WholePipeline("StableDiffusionXLPipeline", parameters, "callback_on_step_end", 1)
-    call = PipelineCall(pipeline, whole, request_of("a", seed=3, guidance_scale=1.0, num_inference_steps=4))
+    call = PipelineCall(pipeline, whole, request_of("a", seed=3, guidance_scale=1.0, num_inference_steps=4), CPU)
     call.encode()
     done = []
     for step in range(1, 5):
@@ -261,7 +265,7 @@ class OlderPipeline:
 def test_older_callbacks_and_other_numbers_of_steps(num_own_steps: int, has_bar: bool, steps_after: list[int]) -> None:
     """`steps_after`: the pipeline's own steps made after the encoding and after each of four planned steps."""
     pipeline = OlderPipeline(num_own_steps, has_bar)
-    call = PipelineCall(pipeline, WholePipeline("OlderPipeline", (), "callback", 1), request_of("a"))
+    call = PipelineCall(pipeline, OLDER, request_of("a"), CPU)
     call.encode()
     counts = [pipeline.seen.count("step")]
     for step in range(1, 5):
@@ -270,6 +274,24 @@ def test_older_callbacks_and_other_numbers_of_steps(num_own_steps: int, has_bar:
     assert counts == steps_after
     assert call.picture().shape == (48, 64, 3)
     assert pipeline.seen == ["text", *["step"] * num_own_steps, "picture"]
+
+
+def test_a_call_runs_with_its_own_device_made_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replicas have a GPU each in one machine, and the current one is a matter of each thread."""
+    current: dict[str, int | None] = {}
+
+    @contextmanager
+    def device_index(index: int | None) -> Iterator[None]:
+        current[threading.current_thread().name] = index
+        yield
+        del current[threading.current_thread().name]
+
+    monkeypatch.setattr(torch.accelerator, "device_index", device_index)
+    call = PipelineCall(OlderPipeline(2, True), OLDER, request_of("a"), torch.device("cuda", 1))
+    call.encode()
+    assert current == {"pipeline-run": 1}
+    call.picture()
+    assert current == {}
 
 
 def test_a_picture_of_another_size_is_not_delivered(runner_of: RunnerOf, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -61,6 +62,27 @@ def test_a_cancelled_run_unwinds_at_its_pause() -> None:
     run.resume()
     run.cancel()
     assert seen == ["cleaned"]
+    assert not run.is_alive
+
+
+def test_a_run_that_pauses_while_it_unwinds_ends() -> None:
+    seen: list[str] = []
+
+    def function(pause: Callable[[], None]) -> None:
+        try:
+            pause()
+        finally:
+            seen.append("unwinding")
+            pause()
+            seen.append("went on")
+
+    run = SteppedRun(function)
+    run.resume()
+    cancelling = threading.Thread(target=run.cancel, daemon=True)
+    cancelling.start()
+    cancelling.join(10)
+    assert not cancelling.is_alive(), "waits for ever"
+    assert seen == ["unwinding"]
     assert not run.is_alive
 
 

@@ -36,8 +36,9 @@ from vllm_omni.inputs.loras import adapter_file
 class PipelineCall:
     """One call of a pipeline for one request, on a copy that shares the weights and nothing that a call changes."""
 
-    def __init__(self, pipeline: Any, whole: WholePipeline, request: DiffusionRequest) -> None:
+    def __init__(self, pipeline: Any, whole: WholePipeline, request: DiffusionRequest, device: torch.device) -> None:
         self.lora = request.lora
+        self._device = device
         self._pipeline = copy.copy(pipeline)
         for name, component in pipeline.components.items():
             if isinstance(component, SchedulerMixin):
@@ -86,7 +87,9 @@ class PipelineCall:
     @torch.inference_mode()
     def _call(self, pause: Callable[[], None]) -> np.ndarray:
         self._pause = pause
-        output = self._pipeline(**self._arguments)
+        # A thread begins with the first device as its current one, on which libraries put what names none.
+        with torch.accelerator.device_index(self._device.index):
+            output = self._pipeline(**self._arguments)
         if self._makes_videos:
             (frames,) = output.frames
             return np.stack([np.array(frame.convert("RGB")) for frame in frames])
@@ -137,8 +140,9 @@ class WholeState(RequestState):
 class Pipeline(BasePipeline[WholeState]):
     """A step of a request is a step of its call; requests of one plan make theirs one after another."""
 
-    def __init__(self, pipeline: Any, whole: WholePipeline, adapters: Adapters) -> None:
+    def __init__(self, pipeline: Any, whole: WholePipeline, adapters: Adapters, device: torch.device) -> None:
         self.pipeline = pipeline
+        self._device = device
         self._adapters = adapters
         self._whole = whole
         self.step_cache = NoCache(Group.alone())  # never run
@@ -177,14 +181,14 @@ class Pipeline(BasePipeline[WholeState]):
             pipeline.enable_group_offload(device, offload_type="leaf_level", use_stream=True)
         else:
             pipeline.to(device)
-        return cls(pipeline, info.whole, adapters)
+        return cls(pipeline, info.whole, adapters, device)
 
     def compile_blocks(self) -> CompiledBlocks:
         raise AssertionError("whole pipelines run as diffusers has them")
 
     def encode(self, request: DiffusionRequest) -> WholeState:
         self._give_turn(request)
-        call = self._calls[request.request_id] = PipelineCall(self.pipeline, self._whole, request)
+        call = self._calls[request.request_id] = PipelineCall(self.pipeline, self._whole, request, self._device)
         try:
             call.encode()
         except Exception:  # whatever it was, the runner tells it; a call that did not begin is not kept

@@ -70,7 +70,8 @@ class SteppedRun(Generic[Result]):
         self._caller_may_go.release()
 
     def _pause(self) -> None:
-        self._caller_may_go.release()
-        self._run_may_go.acquire()
+        if not self._is_cancelled:  # a run that unwinds may come here again, and nobody would let it go on
+            self._caller_may_go.release()
+            self._run_may_go.acquire()
         if self._is_cancelled:
             raise _CancelledError
