@@ -90,7 +90,7 @@ def _gated_add(
     gate = tl.load(gate_ptr + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
     total = x + gate * y
     if IS_FLOAT16:
-        total = tl.clamp(total, -MAX_FLOAT16, MAX_FLOAT16)
+        total = tl.clamp(total, -MAX_FLOAT16, MAX_FLOAT16, propagate_nan=tl.PropagateNan.ALL)
     tl.store(out_ptr + token * width + columns, total, mask=inside)
 
 
