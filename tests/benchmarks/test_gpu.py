@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import step
 from benchmarks.gpu.engine import forced_mask
 from benchmarks.gpu.idle import covered
 from benchmarks.gpu.layouts import parse_layout
@@ -79,6 +81,24 @@ def test_wrong_arguments_and_files_of_elsewhere_are_refused(measure: Any, tmp_pa
     assert "ulysses" in measure("parity", "--layouts", "width=2")[0]
     (tmp_path / "gpu.json").write_text(json.dumps({"environment": {"device": "abacus"}, "cases": {}}))
     assert "abacus" in measure("parity")[0]
+
+
+def test_what_is_called_compiled_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a family that by itself compiles only where it gains."""
+    asked: dict[str, bool | None] = {}
+
+    def starts(*arguments: Any) -> Any:
+        *_, compile_blocks = arguments
+        asked[name] = compile_blocks
+        raise RuntimeError("no GPU")
+
+    monkeypatch.setattr(step, "started_runner", starts)
+    bench = SimpleNamespace(device=torch.device("cuda"))
+    for name in step.variants():
+        with pytest.raises(RuntimeError, match="no GPU"):
+            step.time_ours(bench, (64, 64), name)  # type: ignore[arg-type]
+    compiled = {name for name, compile_blocks in asked.items() if compile_blocks}
+    assert compiled == {"compiled", "compiled, fp8", "compiled, kernels of PyTorch"}
 
 
 def test_arithmetic() -> None:

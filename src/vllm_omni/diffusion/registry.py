@@ -122,11 +122,11 @@ class WholePipeline:
             ("max_batch_tokens", None),
             ("quantization", None),
             ("kernels", "auto"),
+            ("overlap_decode", False),
         ):
             if (value := getattr(config, name)) != only:
-                raise ConfigError(
-                    f"{flag_of(name)} {value} needs packed steps, which a {self.class_name} does not have"
-                )
+                given = flag_of(name) if value is True else f"{flag_of(name)} {value}"
+                raise ConfigError(f"{given} needs packed steps, which a {self.class_name} does not have")
         if config.attention_backend is not None:
             raise ConfigError(
                 f"--attention-backend {config.attention_backend}: a {self.class_name} runs diffusers' own attention, "

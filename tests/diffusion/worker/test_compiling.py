@@ -24,7 +24,7 @@ from vllm_omni.diffusion.models.z_image.transformer import ZImageTransformer
 from vllm_omni.diffusion.registry import load_model_info
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.diffusion.worker import warmup
-from vllm_omni.diffusion.worker.compile_cache import VARIABLE, keep_compiled_code
+from vllm_omni.diffusion.worker.compile_cache import FOLDERS, keep_compiled_code
 from vllm_omni.diffusion.worker.contract import Place
 from vllm_omni.diffusion.worker.device import Device
 from vllm_omni.diffusion.worker.runner import ModelRunner
@@ -205,20 +205,24 @@ def test_the_device_and_enforce_eager_decide(tiny_model: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("environment", "folder"),
+    ("environment", "folders"),
     [
-        ({}, "/home/omni/.cache/vllm/omni_torch_compile"),
-        ({"XDG_CACHE_HOME": "/cache"}, "/cache/vllm/omni_torch_compile"),
-        ({"XDG_CACHE_HOME": "/cache", "VLLM_CACHE_ROOT": "~/vllm"}, "/home/omni/vllm/omni_torch_compile"),
-        ({"VLLM_CACHE_ROOT": "/vllm", VARIABLE: "/mine"}, "/mine"),
+        ({}, ["/home/omni/.cache/vllm/omni_torch_compile", "/home/omni/.cache/vllm/omni_triton"]),
+        ({"XDG_CACHE_HOME": "/cache"}, ["/cache/vllm/omni_torch_compile", "/cache/vllm/omni_triton"]),
+        (
+            {"XDG_CACHE_HOME": "/cache", "VLLM_CACHE_ROOT": "~/vllm"},
+            ["/home/omni/vllm/omni_torch_compile", "/home/omni/vllm/omni_triton"],
+        ),
+        ({"VLLM_CACHE_ROOT": "/vllm", "TORCHINDUCTOR_CACHE_DIR": "/mine"}, ["/mine", "/vllm/omni_triton"]),
+        ({"VLLM_CACHE_ROOT": "/vllm", "TRITON_CACHE_DIR": "/mine"}, ["/vllm/omni_torch_compile", "/mine"]),
     ],
 )
 def test_compiled_code_is_kept_beside_vllms(
-    environment: dict[str, str], folder: str, monkeypatch: pytest.MonkeyPatch
+    environment: dict[str, str], folders: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("XDG_CACHE_HOME", "VLLM_CACHE_ROOT", VARIABLE):
+    for name in ("XDG_CACHE_HOME", "VLLM_CACHE_ROOT", *FOLDERS):
         monkeypatch.delenv(name, raising=False)
     for name, value in (environment | {"HOME": "/home/omni"}).items():
         monkeypatch.setenv(name, value)
     keep_compiled_code()
-    assert os.environ.pop(VARIABLE) == folder
+    assert [os.environ.pop(name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")] == folders

@@ -1,4 +1,4 @@
-"""Compile a transformer's blocks before the first request, in every variant that a step may need."""
+"""Have code compiled before the first request, in every variant that a step may need."""
 
 from __future__ import annotations
 
@@ -16,27 +16,31 @@ from vllm_omni.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 
-def compile_variants(pipeline: BasePipeline[Any], state: RequestState, ranks: Ranks) -> None:
-    """Run a compiled step of each kind: of one sequence, of several, of several at different timesteps.
+def run_variants(pipeline: BasePipeline[Any], state: RequestState, ranks: Ranks) -> None:
+    """Run a step of each kind: of one sequence, of several, of several at different timesteps.
 
-    From here on steps run compiled. Every rank group computes all of them. state: of two steps. Raises ConfigError
-    when the blocks do not compile.
+    Every rank group computes all of them. state: of two steps.
     """
-    start = time.perf_counter()
-    compiled = pipeline.compile_blocks()
     later = replace(state, step=state.step + 1)
     for kind in ([state], [state, state], [state, later]):
-        try:
-            _run(pipeline, kind, ranks)
-        except Exception as error:
-            if is_out_of_memory(error) or isinstance(error, (PeerFailedError, RanksLostError)):
-                raise
-            logger.warning("the first compiled step failed", exc_info=True)
-            # The first line may only say that a backend raised.
-            reason = " ".join([type(error).__name__, *str(error).splitlines()[:2]])
-            raise ConfigError(
-                f"the transformer's blocks cannot be compiled here: {reason}; --enforce-eager serves without compiling"
-            ) from error
+        _run(pipeline, kind, ranks)
+
+
+def compile_variants(pipeline: BasePipeline[Any], state: RequestState, ranks: Ranks) -> None:
+    """`run_variants`, with blocks that are compiled from here on. Raises ConfigError when they do not compile."""
+    start = time.perf_counter()
+    compiled = pipeline.compile_blocks()
+    try:
+        run_variants(pipeline, state, ranks)
+    except Exception as error:
+        if is_out_of_memory(error) or isinstance(error, (PeerFailedError, RanksLostError)):
+            raise
+        logger.warning("the first compiled step failed", exc_info=True)
+        # The first line may only say that a backend raised.
+        reason = " ".join([type(error).__name__, *str(error).splitlines()[:2]])
+        raise ConfigError(
+            f"the transformer's blocks cannot be compiled here: {reason}; --enforce-eager serves without compiling"
+        ) from error
     compiled.end_warm_up()
     logger.info("compiled %s in %.1f s; all else runs eagerly", compiled, time.perf_counter() - start)
 

@@ -18,8 +18,10 @@ from vllm_omni.diffusion.plan import ItemError, StepPlan, StepResult, WorkerRead
 from vllm_omni.diffusion.registry import ModelInfo, WholePipeline
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.diffusion.worker.attention import choose_attention
+from vllm_omni.diffusion.worker.compiling import compile_variants, run_variants
 from vllm_omni.diffusion.worker.contract import Place
 from vllm_omni.diffusion.worker.device import Device, Stopwatch, is_out_of_memory
+from vllm_omni.diffusion.worker.kernels import check_kernels
 from vllm_omni.diffusion.worker.ranks import PeerFailedError, Ranks, RanksLostError, connect
 from vllm_omni.diffusion.worker.warmup import Rates, warm_up, warm_up_whole
 from vllm_omni.diffusion.worker.weights_bar import WeightsBar
@@ -75,6 +77,7 @@ class ModelRunner:
         if self._place.replica_size > 1:
             self._ranks = Ranks(connect(self._config.parallel, self._place, self._device))
         if (whole := self._info.whole) is None:
+            check_kernels(self._config.kernels, self._device, dtype)
             attention = choose_attention(self._config, self._info, self._device, dtype, self._ranks)
             self._config = replace(self._config, attention_backend=attention)
         cls: type[BasePipeline[Any]] = import_module(
@@ -83,8 +86,12 @@ class ModelRunner:
         with WeightsBar(self._info.path, shown=self._place.device_index == 0) as bar:
             self._pipeline = cls.load(self._config, self._info, self._device.torch, dtype, bar.update, self._ranks.mesh)
         if whole is None:
-            compiles = self._compiles(cls)
-            rates = warm_up(self._pipeline, self._info, self._device, bar.num_bytes, self._ranks, compiles)
+            variants = None
+            if self._compiles(cls):
+                variants = compile_variants
+            elif self._config.kernels == "triton":  # whose kernels are compiled at their first run
+                variants = run_variants
+            rates = warm_up(self._pipeline, self._info, self._device, bar.num_bytes, self._ranks, variants)
         else:
             rates = self._try_whole(whole, bar.num_bytes)
         self._pipeline.step_cache.budget.max_bytes = int(CACHE_SHARE * self._device.free_memory_bytes())

@@ -16,7 +16,6 @@ from vllm_omni.diffusion.models.base import BasePipeline, RequestState
 from vllm_omni.diffusion.placement import balance
 from vllm_omni.diffusion.registry import ModelInfo
 from vllm_omni.diffusion.request import DiffusionRequest, RequestCost
-from vllm_omni.diffusion.worker.compiling import compile_variants
 from vllm_omni.diffusion.worker.device import Device, is_out_of_memory
 from vllm_omni.diffusion.worker.ranks import PeerFailedError, Ranks
 from vllm_omni.inputs.images import InputImage
@@ -42,6 +41,10 @@ MIN_BATCH_TOKENS = 256
 """However noisy the measurement: this many tokens are cheap enough on any device to share a step."""
 KNEE = 1.18
 """A batch is large enough when a unit of work costs at most this times what it costs in the best batch."""
+
+
+RunVariants = Callable[[BasePipeline[Any], RequestState, Ranks], object]
+"""Runs, from a state of two steps, every kind of step for which code is compiled."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +101,10 @@ def warm_up(
     device: Device,
     model_bytes: int,
     ranks: Ranks,
-    compile_blocks: bool = False,
+    run_variants: RunVariants | None = None,
 ) -> Rates:
-    """Choose the threads of a small model; compile; encode prompts, step with ever more sequences, decode a picture.
+    """Choose the threads of a small model; have code compiled; encode prompts, step with ever more sequences, decode a
+    picture.
 
     All ranks of a replica do it together and agree on every time, so that they go on alike.
     """
@@ -109,10 +113,10 @@ def warm_up(
     if model_bytes <= SMALL_MODEL_BYTES and ranks.size == 1:
         with _forward(pipeline, state, 4, ranks) as step:
             choose_num_threads(device, timer, step)
-    if compile_blocks:  # for the threads that were chosen
+    if run_variants is not None:  # for the threads that were chosen
         # So much text that every rank has some of it.
         prompt = " ".join([WHOLE_PROMPT] * ranks.mesh.sequence.size)
-        compile_variants(pipeline, pipeline.encode(_request(info, "warm-up", prompt)), ranks)
+        run_variants(pipeline, pipeline.encode(_request(info, "warm-up", prompt)), ranks)
     samples = measure_steps(pipeline, state, info, timer)
     seconds_per_unit, overhead = fit_line(samples)
     # Prompts differ, for the embedding of one seen before is not computed again. Their input picture is the same, and

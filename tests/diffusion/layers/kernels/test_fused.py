@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -68,6 +69,14 @@ def test_a_residual_of_float16_stays_finite(fused: Any) -> None:
     gate = torch.ones((1, 8), dtype=torch.float16, device=DEVICE)
     for kernels in (fused, TorchKernels()):
         assert kernels.gated_add(x, x, gate, None).tolist() == [[65504.0] * 8] * 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_no_number_stays_none(fused: Any, dtype: torch.dtype) -> None:
+    x = torch.tensor([[math.nan, 1.0]], dtype=dtype, device=DEVICE)
+    for kernels in (fused, TorchKernels()):
+        out = kernels.gated_add(x, torch.ones_like(x), torch.ones_like(x), None)
+        assert out.isnan().tolist() == [[True, False]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

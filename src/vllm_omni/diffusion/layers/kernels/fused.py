@@ -90,11 +90,11 @@ def _gated_add(
     gate = tl.load(gate_ptr + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
     total = x + gate * y
     if IS_FLOAT16:
-        total = tl.clamp(total, -MAX_FLOAT16, MAX_FLOAT16)
+        total = tl.clamp(total, -MAX_FLOAT16, MAX_FLOAT16, propagate_nan=tl.PropagateNan.ALL)
     tl.store(out_ptr + token * width + columns, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_first"])  # which differs from prompt to prompt: somebody waits for a compilation
 def _heads(
     first_ptr, first_weight_ptr, last_ptr, last_weight_ptr, order_ptr, rotations_ptr, out_ptr,
     num_first, num_heads, half, eps, HAS_ORDER: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
