@@ -35,7 +35,7 @@ def test_offsets_and_sequence_indices() -> None:
     assert pack.joint.max_length == 5
     assert pack.text_sequence.tolist() == [0, 0, 1, 2, 2, 2]
     assert pack.image_sequence.tolist() == [0, 1, 1, 1, 1, 2, 2]
-    assert (pack.num_sequences, pack.num_text_tokens, pack.num_tokens) == (3, 6, 13)
+    assert (pack.num_sequences, pack.num_tokens) == (3, 13)
 
 
 def test_one_sequence_is_joined_without_a_gather() -> None:

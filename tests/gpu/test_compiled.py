@@ -49,7 +49,6 @@ def test_compiled_before_the_first_request_or_fused(
     caplog.clear()
     eager, fused = draw(kernels="torch", enforce_eager=True), draw(enforce_eager=True)
     assert "compiled" not in caplog.text
-    assert compiled.errors == eager.errors == fused.errors == {}
-    for request_id, picture in eager.images.items():
-        assert psnr(compiled.images[request_id], picture) >= 50
-        assert psnr(fused.images[request_id], picture) >= 50
+    for drive in (compiled, fused, draw()):
+        assert drive.errors == eager.errors == {}
+        assert min(psnr(drive.images[request_id], picture) for request_id, picture in eager.images.items()) >= 50

@@ -166,10 +166,6 @@ class Pack:
         return len(self.text.values) - 1
 
     @property
-    def num_text_tokens(self) -> int:
-        return self.text.values[-1]
-
-    @property
     def num_tokens(self) -> int:
         return self.joint.values[-1]
 

@@ -153,9 +153,10 @@ def draw_as_rank(place: Place, path: Path, parallel: DiffusionParallelConfig) ->
 @pytest.mark.parametrize(
     ("parallel", "parts"),
     [
-        (
+        pytest.param(
             DiffusionParallelConfig(ulysses_degree=2, cfg_parallel_size=2),
             "before (3 variants), Block.after (3 variants)",
+            marks=pytest.mark.layouts,
         ),
         # Under tensor parallelism what comes after attention holds exchanges between ranks.
         (DiffusionParallelConfig(tensor_parallel_size=2), "before (3 variants)"),
