@@ -119,6 +119,10 @@ class FakeRunner:
     def abort(self, request_ids: Sequence[str]) -> None:
         self._dropped.update(request_ids)
 
+    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+        result = self.execute(plan)
+        return lambda: result
+
     def execute(self, plan: StepPlan) -> StepResult:
         items = [*plan.encode, *plan.denoise, *plan.decode]
         assert len(items) == len(set(items)), "a request has one item in a plan"

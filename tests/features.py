@@ -39,8 +39,10 @@ NOT_YET, EMPTY = Cell("not yet"), Cell("")
 
 DIFFUSION = "tests/diffusion"
 CACHE = f"{DIFFUSION}/cache"
+FP8 = f"{DIFFUSION}/models/test_float8.py"
 OPENAI = "tests/entrypoints/openai"
 FAMILIES = "tests/test_families.py"
+COMPILING = f"{DIFFUSION}/worker/test_compiling.py"
 LAYOUTS = f"{DIFFUSION}/worker/test_layouts.py"
 EDIT_LAYOUTS = f"{DIFFUSION}/worker/test_edit_layouts.py"
 QWEN_IMAGE = f"{DIFFUSION}/models/qwen_image/test_pictures.py"
@@ -294,7 +296,34 @@ FEATURES = (
         ),
     ),
     Feature(
-        "CPU offload, fp8, compiled blocks",
+        "blocks in float8 (`--quantization fp8`)",
+        (
+            yes(
+                f"{FP8}::test_qwen_image_rounds_its_blocks_and_nothing_else",
+                f"{FP8}::test_ranks_say_what_one_says_as_nearly_as_float8_does[qwen_image]",
+                f"{FP8}::test_pictures_are_near_and_come_with_a_cache_as_well",
+                f"{FP8}::test_weights_are_rounded_one_by_one_as_they_are_read[qwen_image]",
+            ),
+            yes(f"{FP8}::test_edits_are_near"),
+            yes(
+                f"{FP8}::test_z_image_rounds_its_layers_and_refiners_and_nothing_else",
+                f"{FP8}::test_ranks_say_what_one_says_as_nearly_as_float8_does[z_image]",
+                f"{FP8}::test_weights_are_rounded_one_by_one_as_they_are_read[z_image]",
+            ),
+            Cell("no: refused by name", (f"{WHOLE}/test_info.py::test_settings_of_packed_steps_are_refused",)),
+        ),
+    ),
+    Feature(
+        "compiled blocks on GPUs",
+        (
+            yes(f"{COMPILING}::test_serving_compiles_nothing", f"{COMPILING}::test_ranks_compile_the_same"),
+            yes(f"{COMPILING}::test_serving_compiles_nothing_of_edits"),
+            yes(f"{COMPILING}::test_serving_compiles_nothing_of_z_image"),
+            Cell("no"),
+        ),
+    ),
+    Feature(
+        "CPU offload",
         (
             NOT_YET,
             NOT_YET,

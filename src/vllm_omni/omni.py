@@ -164,7 +164,7 @@ class AsyncOmni:
         self.config = make_config(**settings) if config is None else config
         if not isinstance(self.config, OmniDiffusionConfig):
             raise ConfigError(f"config takes an OmniDiffusionConfig, got {config!r}; a model's name is given as model=")
-        self.info = load_model_info(self.config.model)
+        self.info = load_model_info(self.config.model, self.config.load_format)
         self.info.check_settings(self.config)
         self.info.check_parallel(self.config.parallel)
         self.info.check_cache(self.config.cache)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from vllm_omni.diffusion.worker.compile_cache import FOLDERS, keep_compiled_code
 from vllm_omni.entrypoints.cli import serve
 from vllm_omni.entrypoints.cli.args import parse_args
 
@@ -54,3 +56,14 @@ def test_the_images_command_line_parses_and_its_files_exist() -> None:
     assert f"EXPOSE {args.http.port}" in dockerfile
     copied = [word for line in re.findall(r"^COPY (.*) \S+$", dockerfile, re.M) for word in line.split()]
     assert [name for name in copied if not (ROOT / name).exists()] == []
+
+
+def test_the_pod_keeps_what_it_compiled(deployment: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    (container,) = deployment["spec"]["containers"]
+    for name in ("XDG_CACHE_HOME", "VLLM_CACHE_ROOT", *FOLDERS):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/home/omni")
+    keep_compiled_code()
+    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    volumes = [volume["name"] for volume in deployment["spec"]["volumes"]]
+    assert all(mounts[str(Path(os.environ.pop(variable)).parent)] in volumes for variable in FOLDERS)

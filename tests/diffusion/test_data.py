@@ -51,7 +51,16 @@ from vllm_omni.errors import ConfigError, NotAvailableError
         ({"default_sampling_params": {1: 2}}, ["--default-sampling-params", "['1']"]),
         ({"dtype": ["float32"]}, ["--dtype", "bfloat16", "['float32']"]),
         ({"quantization": "int3"}, ["--quantization", "fp8", "'int3'"]),
-        ({"attention_backend": 3}, ["--attention-backend", "a string", "3"]),
+        ({"device": "tpu"}, ["--device", "'tpu'", "cuda"]),
+        ({"overlap_decode": 1}, ["--overlap-decode", "true or false"]),
+        (
+            {
+                "overlap_decode": True,
+                "parallel": DiffusionParallelConfig(ulysses_degree=2, vae_patch_parallel_size=2),
+            },
+            ["--overlap-decode", "--vae-patch-parallel-size 2"],
+        ),
+        ({"attention_backend": "flash"}, ["--attention-backend", "sdpa, torch_varlen, cudnn", "'flash'"]),
     ],
 )
 def test_a_wrong_value_is_named(settings: dict, words: list[str]) -> None:
@@ -65,8 +74,6 @@ def test_a_wrong_value_is_named(settings: dict, words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("settings", "flag"),
     [
-        ({"quantization": "fp8"}, "--quantization fp8"),
-        ({"attention_backend": "cudnn"}, "--attention-backend cudnn"),
         ({"distributed_executor_backend": "ray"}, "--distributed-executor-backend ray"),
     ],
 )

@@ -411,6 +411,16 @@ async def test_restarts_that_fail_count_as_deaths() -> None:
     assert executor.num_starts == 4
 
 
+async def test_the_attention_is_the_last_start_s() -> None:
+    chosen = iter(["cudnn", "sdpa"])
+    executor, observer = FakeExecutor(lambda: FakeRunner(ready=make_ready(attention_backend=next(chosen)))), Recorder()
+    async with running_engine(executor, observer) as engine:
+        assert engine.status().attention_backends == ("cudnn",)
+        executor.die()
+        await until(lambda: observer.restarts == [0])
+        assert engine.status().attention_backends == ("sdpa",)
+
+
 async def test_a_worker_that_dies_idle_is_replaced() -> None:
     executor, observer = FakeExecutor(), Recorder()
     async with running_engine(executor, observer) as engine:

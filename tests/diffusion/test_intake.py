@@ -28,6 +28,7 @@ INFO = ModelInfo(
     count_prompt_tokens=lambda text: len(text.split()),
     attention_tokens=100.0,
     num_heads=4,
+    head_dim=16,
     num_blocks=2,
     tensor_sizes=(1, 2, 4),
     text_encoder_tp_sizes=(1,),

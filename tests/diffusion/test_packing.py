@@ -35,13 +35,15 @@ def test_offsets_and_sequence_indices() -> None:
     assert pack.joint.max_length == 5
     assert pack.text_sequence.tolist() == [0, 0, 1, 2, 2, 2]
     assert pack.image_sequence.tolist() == [0, 1, 1, 1, 1, 2, 2]
-    assert (pack.num_sequences, pack.num_text_tokens, pack.num_tokens) == (3, 6, 13)
+    assert (pack.num_sequences, pack.num_tokens) == (3, 13)
 
 
 def test_one_sequence_is_joined_without_a_gather() -> None:
     pack = Pack.build([2], [3], CPU)
     assert pack.joint_order is None
-    assert pack.join(torch.arange(2), torch.arange(2, 5)).tolist() == [0, 1, 2, 3, 4]
+    joint = pack.join(torch.arange(2), torch.arange(2, 5))
+    assert joint.tolist() == [0, 1, 2, 3, 4]
+    assert [part.tolist() for part in pack.split(joint)] == [[0, 1], [2, 3, 4]]
 
 
 def test_a_part_of_a_pack_is_the_pack_of_those_sequences() -> None:
@@ -53,7 +55,7 @@ def test_a_part_of_a_pack_is_the_pack_of_those_sequences() -> None:
         assert part.joint_lengths == alone.joint_lengths
         for name in ("text", "image", "joint"):
             assert getattr(part, name).values == getattr(alone, name).values
-        for name in ("joint_order", "joint_is_image", "text_position", "image_position"):
+        for name in ("joint_order", "joint_is_image"):
             assert torch.equal(getattr(part, name), getattr(alone, name))
         # Sequences keep the numbers of the whole, also in a part of a part.
         assert torch.equal(part.image_sequence, torch.tensor([1, 3])[alone.image_sequence])

@@ -216,7 +216,10 @@ async def test_a_start_that_fails_stops_the_others(error: Exception) -> None:
 
 
 async def test_ready_is_said_for_all() -> None:
-    executors = [FakeExecutor(lambda n=n: FakeRunner(ready=make_ready(load_bytes=n, load_seconds=n))) for n in (1, 2)]
+    readies = [
+        make_ready(load_bytes=n, load_seconds=n, attention_backend=name) for n, name in ((1, "sdpa"), (2, "cudnn"))
+    ]
+    executors = [FakeExecutor(lambda ready=ready: FakeRunner(ready=ready)) for ready in readies]
     replicas = make_replicas(executors)
     assert replicas.status().state == "starting"
     with pytest.raises(UnavailableError):
@@ -224,6 +227,7 @@ async def test_ready_is_said_for_all() -> None:
     ready = await replicas.start()
     assert (ready.load_bytes, ready.load_seconds) == (3, 2)
     assert (replicas.status().state, replicas.status().healthy) == ("running", True)
+    assert replicas.status().attention_backends == ("cudnn", "sdpa")
     await replicas.close()
 
 

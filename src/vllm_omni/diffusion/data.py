@@ -18,7 +18,11 @@ CacheBackend = Literal["none", "tea_cache", "cache_dit"]
 SchedulingPolicy = Literal["fair", "fcfs"]
 ExecutorBackend = Literal["mp", "ray", "uni"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+DeviceChoice = Literal["auto", "cpu", "cuda"]
 Quantization = Literal["fp8"]
+AttentionBackendName = Literal["sdpa", "torch_varlen", "cudnn", "vllm_flash"]
+LoadFormat = Literal["auto", "dummy"]
+KernelsName = Literal["auto", "torch", "triton"]
 StepsMaskPolicy = Literal["slow", "medium", "fast", "ultra"]
 StepsComputationPolicy = Literal["dynamic", "static"]
 
@@ -189,11 +193,21 @@ class OmniDiffusionConfig:
     """Decode the pictures of a step one at a time (less memory)."""
     vae_use_tiling: bool = False
     """Decode a picture in overlapping tiles (less memory for large pictures)."""
+    overlap_decode: bool = False
+    """On a GPU: let a decode run beside the next step of others instead of before it."""
+    device: DeviceChoice = "auto"
+    """`auto`: CUDA where this machine has it."""
     dtype: DType = "auto"
     """`auto`: bfloat16 on CUDA, float32 on CPU."""
+    load_format: LoadFormat = "auto"
+    """`auto`: safetensors; `dummy`: random weights, made on the device, of a folder that needs none (to measure it)."""
     quantization: Quantization | None = None
-    attention_backend: str | None = None
+    """Of the weights of the transformer's blocks, and what is multiplied with them; None: as `dtype` says."""
+    attention_backend: AttentionBackendName | None = None
+    """None: the fastest of those that run here, measured at start."""
     enforce_eager: bool = False
+    kernels: KernelsName = "auto"
+    """Of norms, rotations and residuals in the transformer's blocks. `auto`: Triton on CUDA, PyTorch on a CPU."""
     distributed_executor_backend: ExecutorBackend = "mp"
     scheduling_policy: SchedulingPolicy = "fair"
     max_num_seqs: int = 16
@@ -241,6 +255,11 @@ class OmniDiffusionConfig:
                 "--distributed-executor-backend uni runs the model in this process, on one device; "
                 f"{self.parallel.written_out()} devices take mp"
             )
+        if self.overlap_decode and (ranks := self.parallel.vae_patch_parallel_size) > 1:
+            raise ConfigError(
+                f"--overlap-decode decodes on one device; --vae-patch-parallel-size {ranks} has ranks exchange tiles "
+                "while others exchange a step's tokens"
+            )
         _refuse_unavailable(self)
 
     @property
@@ -280,19 +299,9 @@ def _fit_sampling_params(values: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-# Settings that parse and are understood but whose feature is not built: field -> the only value that works today.
-_UNAVAILABLE: dict[str, Any] = {
-    "quantization": None,
-}
 _AVAILABLE_EXECUTORS = ("mp", "uni")
-_AVAILABLE_ATTENTION = (None, "sdpa")
 
 
 def _refuse_unavailable(config: OmniDiffusionConfig) -> None:
-    for name, only in _UNAVAILABLE.items():
-        if (value := getattr(config, name)) != only:
-            raise NotAvailableError(f"{flag_of(name)} {value}: not available yet")
     if (backend := config.distributed_executor_backend) not in _AVAILABLE_EXECUTORS:
         raise NotAvailableError(f"--distributed-executor-backend {backend}: not available yet, mp and uni are")
-    if (attention := config.attention_backend) not in _AVAILABLE_ATTENTION:
-        raise NotAvailableError(f"--attention-backend {attention}: not available yet, sdpa is")

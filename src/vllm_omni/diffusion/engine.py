@@ -107,6 +107,7 @@ class DiffusionEngine:
         self._drain_ends = 0.0
         """When what then still runs will be given up."""
         self._load_seconds = 1.0
+        self._attention_backend: str | None = None
         self._tracked: dict[str, _Tracked] = {}
         self._submitted: deque[StepPlan] = deque()
         self._step_began = 0.0
@@ -133,6 +134,7 @@ class DiffusionEngine:
             self._state = "failed"
             raise
         self._load_seconds = max(ready.load_seconds, 1.0)
+        self._attention_backend = ready.attention_backend
         self._scheduler = Scheduler(self._config, ready)
         self._state = "running"
         self._task = asyncio.create_task(self._run(), name="diffusion-engine")
@@ -186,7 +188,14 @@ class DiffusionEngine:
             state = "draining"
         if scheduler is None:
             return EngineStatus(state, 0, 0, 0.0, healthy)
-        return EngineStatus(state, scheduler.num_running, scheduler.num_waiting, scheduler.queue_seconds, healthy)
+        return EngineStatus(
+            state,
+            scheduler.num_running,
+            scheduler.num_waiting,
+            scheduler.queue_seconds,
+            healthy,
+            () if self._attention_backend is None else (self._attention_backend,),
+        )
 
     def eta_seconds(self, requests: Sequence[DiffusionRequest]) -> float:
         """Estimated time until the last of `requests` is done, be they here or about to be added."""
@@ -330,7 +339,7 @@ class DiffusionEngine:
             # At once the first time, then 1, 3, 7... times the back-off.
             await asyncio.sleep(self._restart_backoff_seconds * (2 ** (num_deaths - 1) - 1))
             try:
-                await self._executor.start()
+                self._attention_backend = (await self._executor.start()).attention_backend
                 break
             except (WorkerDiedError, ConfigError) as failure:
                 error = WorkerDiedError(f"the worker does not start again: {failure}")

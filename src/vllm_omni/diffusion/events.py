@@ -55,6 +55,8 @@ class EngineStatus:
     queue_seconds: float
     healthy: bool
     """All workers live and run what they are sent."""
+    attention_backends: tuple[str, ...] = ()
+    """Those that replicas run with."""
 
 
 class EngineObserver(Protocol):

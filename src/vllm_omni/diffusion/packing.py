@@ -19,6 +19,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from vllm_omni.diffusion.transfers import to_device
+
 
 def cut(length: int, parts: int) -> list[int]:
     """Lengths of an even cut into `parts`; they differ by at most one."""
@@ -44,7 +46,7 @@ class Offsets:
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> Offsets:
         values = (0, *accumulate(lengths))
-        return cls(values, torch.tensor(values, dtype=torch.int32, device=device))
+        return cls(values, to_device(torch.tensor(values, dtype=torch.int32), device))
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -84,10 +86,6 @@ class Pack:
     the two are the same (one sequence)."""
     joint_is_image: Tensor
     """int64 [tokens], in joint order: 1 for image tokens, 0 for text tokens."""
-    text_position: Tensor
-    """int64 [text tokens]: the joint row of a text token."""
-    image_position: Tensor
-    """int64 [image tokens]."""
     joint_lengths: tuple[tuple[int, ...], ...]
     """By rank of those that share the sequences: how many tokens of each sequence it holds."""
     numbers: tuple[int, ...]
@@ -136,17 +134,15 @@ class Pack:
             )
         )
         joint_order = torch.tensor(order, dtype=torch.int64)
-        inverse = joint_order.argsort().to(device)
+        is_ordered = len(text_lengths) == 1
         return cls(
             text=text,
             image=image,
             joint=Offsets.of([t + i for t, i in zip(text_lengths, image_lengths)], device),
             text_sequence=_sequence_of(text_lengths, numbers, device),
             image_sequence=_sequence_of(image_lengths, numbers, device),
-            joint_order=joint_order.to(device) if len(text_lengths) > 1 else None,
-            joint_is_image=(joint_order >= num_text).long().to(device),
-            text_position=inverse[:num_text],
-            image_position=inverse[num_text:],
+            joint_order=None if is_ordered else to_device(joint_order, device),
+            joint_is_image=to_device((joint_order >= num_text).long(), device),
             joint_lengths=joint_lengths,
             numbers=tuple(numbers),
         )
@@ -170,23 +166,19 @@ class Pack:
         return len(self.text.values) - 1
 
     @property
-    def num_text_tokens(self) -> int:
-        return self.text.values[-1]
-
-    @property
     def num_tokens(self) -> int:
         return self.joint.values[-1]
 
     def join(self, text: Tensor, image: Tensor) -> Tensor:
         """[text tokens, ...] and [image tokens, ...] -> [tokens, ...] in joint order."""
-        both = torch.cat((text, image))
-        return both if self.joint_order is None else both.index_select(0, self.joint_order)
+        return torch.cat(list(chain.from_iterable(zip(text.split(self.text.lengths), image.split(self.image.lengths)))))
 
     def split(self, joint: Tensor) -> tuple[Tensor, Tensor]:
-        """The inverse of `join`."""
-        if self.joint_order is None:
-            return joint[: self.num_text_tokens], joint[self.num_text_tokens :]
-        return joint.index_select(0, self.text_position), joint.index_select(0, self.image_position)
+        """The inverse of `join`; views where there is one sequence."""
+        parts = joint.split(list(chain.from_iterable(zip(self.text.lengths, self.image.lengths))))
+        if self.num_sequences == 1:
+            return parts[0], parts[1]
+        return torch.cat(parts[::2]), torch.cat(parts[1::2])
 
     def sequences(self, hidden: Hidden) -> list[Hidden]:
         """Sequence by sequence, as views."""
@@ -195,7 +187,7 @@ class Pack:
 
 
 def _sequence_of(lengths: Sequence[int], numbers: Sequence[int], device: torch.device) -> Tensor:
-    return torch.repeat_interleave(torch.tensor(list(numbers)), torch.tensor(lengths)).to(device)
+    return to_device(torch.repeat_interleave(torch.tensor(list(numbers)), torch.tensor(lengths)), device)
 
 
 Built = TypeVar("Built")

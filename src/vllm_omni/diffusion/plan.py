@@ -92,6 +92,8 @@ class WorkerReady:
     decode_units_per_token: float
     """Cost of decoding one image token, in units of `RequestCost`."""
     peak_memory_bytes: int = 0
+    attention_backend: str | None = None
+    """Its name; None where the model brings its own attention."""
     max_num_seqs: int | None = None
     """Most requests in a step that the model takes; None: any number."""
     max_running: int | None = None

@@ -13,6 +13,7 @@ from vllm_omni.diffusion.data import (
     CacheConfig,
     CacheDiTConfig,
     DiffusionParallelConfig,
+    LoadFormat,
     OmniDiffusionConfig,
     TeaCacheConfig,
     flag_of,
@@ -112,11 +113,25 @@ class WholePipeline:
 
     def check_settings(self, config: OmniDiffusionConfig) -> None:
         """Raises ConfigError for settings of what only a packed family has."""
-        for name, only in (("cache_backend", "none"), ("max_batch_tokens", None)):
+        if config.load_format != "auto":
+            raise ConfigError(
+                f"--load-format takes auto with a {self.class_name}, which diffusers loads, got {config.load_format}"
+            )
+        for name, only in (
+            ("cache_backend", "none"),
+            ("max_batch_tokens", None),
+            ("quantization", None),
+            ("kernels", "auto"),
+            ("overlap_decode", False),
+        ):
             if (value := getattr(config, name)) != only:
-                raise ConfigError(
-                    f"{flag_of(name)} {value} needs packed steps, which a {self.class_name} does not have"
-                )
+                given = flag_of(name) if value is True else f"{flag_of(name)} {value}"
+                raise ConfigError(f"{given} needs packed steps, which a {self.class_name} does not have")
+        if config.attention_backend is not None:
+            raise ConfigError(
+                f"--attention-backend {config.attention_backend}: a {self.class_name} runs diffusers' own attention, "
+                "which takes none"
+            )
         if config.enable_cpu_offload and config.enable_layerwise_offload:
             raise ConfigError("--enable-cpu-offload or --enable-layerwise-offload, got both")
         if config.lora_modules and not self.takes_lora:
@@ -155,6 +170,8 @@ class ModelInfo:
     """Tokens at which attention costs as much as the linear layers: a sequence of n tokens costs n(1 + n/this)."""
     num_heads: int
     """Attention heads of the transformer."""
+    head_dim: int
+    """Channels of one of them."""
     num_blocks: int
     """Blocks of the transformer."""
     tensor_sizes: tuple[int, ...]
@@ -265,10 +282,10 @@ class ModelInfo:
         return num_tokens * (1 + num_tokens / self.attention_tokens)
 
 
-def resolve_model_path(model: str) -> Path:
+def resolve_model_path(model: str, load_format: LoadFormat = "auto") -> Path:
     """The local folder of `model`: `demo`, a folder, or a hub name (downloaded: safetensors only).
 
-    Raises ConfigError when there is no such folder and the hub has no answer.
+    With `dummy` no weights are downloaded. Raises ConfigError when there is no such folder and the hub has no answer.
     """
     if model == "demo":
         return DEMO_MODEL_PATH
@@ -282,16 +299,16 @@ def resolve_model_path(model: str) -> Path:
 
     try:
         # Weights are safetensors only: a pickled checkpoint could run code while it loads.
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+        patterns = ["*.json", "*.txt", "*.jinja", "*.model"] + ["*.safetensors"] * (load_format == "auto")
         return Path(snapshot_download(model, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"model {model!r} is neither a folder, 'demo', nor a hub model: {reason}") from error
 
 
-def load_model_info(model: str) -> ModelInfo:
+def load_model_info(model: str, load_format: LoadFormat = "auto") -> ModelInfo:
     """Find the folder and family of `model`. Raises ConfigError for a pipeline class that nothing here serves."""
-    path = resolve_model_path(model)
+    path = resolve_model_path(model, load_format)
     try:
         class_name = json.loads((path / "model_index.json").read_text())["_class_name"]
     except (OSError, ValueError, KeyError) as error:

@@ -79,6 +79,7 @@ class Replicas:
             num_waiting=sum(status.num_waiting for status in statuses),
             queue_seconds=max(status.queue_seconds for status in statuses),
             healthy=all(status.healthy for status in statuses),
+            attention_backends=tuple(sorted({name for status in statuses for name in status.attention_backends})),
         )
 
     def eta_seconds(self, requests: Sequence[DiffusionRequest]) -> float:

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_omni.diffusion.transfers import HOST, to_device
+
 
 def draw_noise(shape: Sequence[int], seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Standard normal noise from the CPU generator: the same on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(tuple(shape), generator=generator, dtype=dtype).to(device)
+    generator = torch.Generator(HOST).manual_seed(seed)
+    return to_device(torch.randn(tuple(shape), generator=generator, dtype=dtype), device)
 
 
 def linear_sigmas(num_steps: int) -> list[float]:

@@ -17,6 +17,8 @@ import pytest
 from tests.diffusion.executor.workers import (
     GUARD_SECONDS,
     ROOT,
+    AskedLate,
+    BrokenResult,
     BrokenStart,
     BrokenStep,
     Endless,
@@ -98,8 +100,18 @@ async def test_a_remote_start_that_fails_brings_its_traceback() -> None:
 
 
 @both
-async def test_a_runner_that_raises_is_a_dead_worker(backend: str) -> None:
-    async with closing(make(backend, BrokenStep)) as executor:
+async def test_a_step_is_launched_while_the_last_one_is_waited_for(backend: str) -> None:
+    async with closing(make(backend, AskedLate)) as executor:
+        await executor.start()
+        executor.submit(StepPlan(0, new_requests=[make_request("a")], encode=["a"]))
+        executor.submit(StepPlan(1, denoise=["a"]))
+        assert [(await executor.next_result()).step_id for _ in range(2)] == [0, 1]
+
+
+@both
+@pytest.mark.parametrize("runner", [BrokenStep, BrokenResult])
+async def test_a_runner_that_raises_is_a_dead_worker(backend: str, runner: type[FakeRunner]) -> None:
+    async with closing(make(backend, runner)) as executor:
         await executor.start()
         executor.submit(StepPlan(0))
         for _ in range(2):

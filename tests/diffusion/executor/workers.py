@@ -44,6 +44,36 @@ class BrokenStep(FakeRunner):
         raise RuntimeError("the device is gone")
 
 
+class BrokenResult(FakeRunner):
+    """The device fails at what it was given, as the host hears when it asks."""
+
+    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+        super().launch(plan)
+
+        def wait() -> StepResult:
+            raise RuntimeError("the device is gone")
+
+        return wait
+
+
+class AskedLate(FakeRunner):
+    """The first step is not done before the second is launched."""
+
+    def __init__(self, config: OmniDiffusionConfig, place: Place | None = None) -> None:
+        super().__init__(config, place)
+        self._launched = [threading.Event(), threading.Event()]
+
+    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+        done = super().launch(plan)
+        self._launched[plan.step_id].set()
+
+        def wait() -> StepResult:
+            assert self._launched[1].wait(GUARD_SECONDS)
+            return done()
+
+        return wait
+
+
 class Gated(FakeRunner):
     """A step with an id in `denoise` runs until that id is aborted."""
 

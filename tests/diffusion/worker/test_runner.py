@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from tests.diffusion.worker.driving import Drive, make_request, psnr
+from vllm_omni.diffusion.attention import BACKENDS
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.models.base import RequestState
 from vllm_omni.diffusion.plan import StepPlan
 from vllm_omni.diffusion.registry import load_model_info
 from vllm_omni.diffusion.worker.runner import ModelRunner
+from vllm_omni.errors import ConfigError
 
 REQUESTS = [
     make_request("a", "a red apple", negative_prompt="", seed=1),
@@ -29,7 +31,7 @@ def runner(tiny_model: Path) -> Iterator[ModelRunner]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     runner = ModelRunner(OmniDiffusionConfig(model=str(tiny_model)), load_model_info(str(tiny_model)))
-    runner.start()
+    assert runner.start().attention_backend in BACKENDS
     yield runner
     torch.set_num_threads(threads)
 
@@ -43,6 +45,12 @@ def alone(runner: ModelRunner) -> dict[str, np.ndarray]:
 def kept(runner: ModelRunner) -> int:
     """Requests, states and layouts that the runner holds."""
     return len(runner._requests) + len(runner._states) + len(runner.pipeline._layouts)  # type: ignore[attr-defined]
+
+
+def test_an_attention_that_does_not_run_here_ends_the_start(tiny_model: Path) -> None:
+    config = OmniDiffusionConfig(model=str(tiny_model), attention_backend="cudnn", dtype="float32")
+    with pytest.raises(ConfigError, match=r"--attention-backend takes sdpa.* here, got cudnn"):
+        ModelRunner(config, load_model_info(str(tiny_model))).start()
 
 
 def test_neighbours_do_not_change_a_picture(runner: ModelRunner, alone: dict[str, np.ndarray]) -> None:
@@ -88,6 +96,25 @@ def test_previews_foresee_the_picture(runner: ModelRunner) -> None:
     # The schedule ends at sigma 0, so the prediction of the last step is the picture itself.
     assert psnr(last, drive.images["p"]) >= 60
     assert psnr(early, drive.images["p"]) < psnr(last, drive.images["p"])
+
+
+def test_on_a_cpu_decodes_beside_steps_are_decodes(tiny_model: Path, alone: dict[str, np.ndarray]) -> None:
+    config = OmniDiffusionConfig(model=str(tiny_model), device="cpu", overlap_decode=True)
+    beside = ModelRunner(config, load_model_info(str(tiny_model)))
+    beside.start()
+    together = Drive(beside).run({0: REQUESTS[:2], 1: REQUESTS[2:]})
+    assert all(psnr(picture, together.images[request_id]) >= 60 for request_id, picture in alone.items())
+
+
+def test_a_result_may_be_asked_for_when_its_requests_are_gone(
+    runner: ModelRunner, alone: dict[str, np.ndarray]
+) -> None:
+    steps = [StepPlan(i + 1, denoise=["b"]) for i in range(REQUESTS[1].num_inference_steps)]
+    last = len(steps) + 1
+    plans = [StepPlan(0, new_requests=[REQUESTS[1]], encode=["b"]), *steps, StepPlan(last, decode=["b"])]
+    waits = [runner.launch(plan) for plan in [*plans, StepPlan(last + 1, release=["b"])]]
+    results = [wait() for wait in waits]
+    assert psnr(results[last].images["b"], alone["b"]) >= 60
 
 
 Poison = Callable[[str, str, Exception], None]

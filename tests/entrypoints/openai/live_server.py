@@ -83,6 +83,7 @@ FAKE_INFO = ModelInfo(
     count_prompt_tokens=lambda prompt: len(prompt.split()),
     attention_tokens=1000.0,
     num_heads=4,
+    head_dim=16,
     num_blocks=2,
     tensor_sizes=(1, 2, 4),
     text_encoder_tp_sizes=(1,),
@@ -165,7 +166,7 @@ def live_server(
             omni = AsyncOmni(OmniDiffusionConfig(model=str(model), **config), observer=observer)
         else:
             with (
-                patch("vllm_omni.omni.load_model_info", lambda _: info),
+                patch("vllm_omni.omni.load_model_info", lambda *_: info),
                 patch("vllm_omni.omni.make_executor", lambda *_: device),
             ):
                 omni = AsyncOmni(OmniDiffusionConfig(model="fake", **config), observer=observer)

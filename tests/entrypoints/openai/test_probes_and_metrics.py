@@ -9,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import vllm_omni
 from tests.entrypoints.openai.live_server import ALIAS, MODEL_NAME, STEPS, LiveServer, live_server
+from vllm_omni.diffusion.events import EngineStatus
 from vllm_omni.diffusion.plan import StepPlan, StepResult
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
 
@@ -152,6 +153,16 @@ def test_worker_restarts_are_counted() -> None:
     text = observer.render().decode()
     assert 'vllm_omni:worker_restarts_total{model_name="m"} 1.0' in text
     assert 'vllm_omni:requests_replayed_total{model_name="m"} 5.0' in text
+
+
+def test_the_attention_of_each_replica_is_shown() -> None:
+    observer = PrometheusObserver("m")
+    observer.watch(lambda: EngineStatus("running", 0, 0, 0.0, True, ("cudnn", "sdpa")))
+    lines = observer.render().decode().splitlines()
+    assert [line for line in lines if line.startswith("vllm_omni:engine_info{")] == [
+        'vllm_omni:engine_info{attention_backend="cudnn",model_name="m"} 1.0',
+        'vllm_omni:engine_info{attention_backend="sdpa",model_name="m"} 1.0',
+    ]
 
 
 def test_memory_is_the_most_of_any_device() -> None:

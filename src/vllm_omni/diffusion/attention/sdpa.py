@@ -1,63 +1,53 @@
-"""PyTorch's scaled_dot_product_attention: one call for each run of neighbouring sequences of equal length."""
+"""PyTorch's scaled_dot_product_attention: runs everywhere."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
 
-from vllm_omni.diffusion.packing import Offsets
+from vllm_omni.diffusion.attention.base import Setting
+from vllm_omni.diffusion.attention.dense import Batch, DenseAttention
 
-
-class SdpaAttention:
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, offsets_q: Offsets, offsets_k: Offsets) -> Tensor:
-        outs = [
-            F.scaled_dot_product_attention(*batch).transpose(1, 2).flatten(0, 1)
-            for batch in _batches(q, k, v, offsets_q, offsets_k)
-        ]
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
-
-    def attend_with_lse(
-        self, q: Tensor, k: Tensor, v: Tensor, offsets_q: Offsets, offsets_k: Offsets
-    ) -> tuple[Tensor, Tensor]:
-        outs, lses = [], []
-        for batch in _batches(q, k, v, offsets_q, offsets_k):
-            out, lse = _attend_with_lse(*batch)
-            outs.append(out.transpose(1, 2).flatten(0, 1))
-            lses.append(lse.transpose(1, 2).flatten(0, 1))
-        return torch.cat(outs), torch.cat(lses)
+HEAD_DIM_MULTIPLE = 8
+"""Of what the flash and the efficient kernel take; `scaled_dot_product_attention` fills up, its kernels do not."""
 
 
-def _attend_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """[batch, heads, length, head_dim] each -> the same of q, and float32 [batch, heads, length].
+class SdpaAttention(DenseAttention):
+    """PyTorch's own choice among its kernels. With the log-sum-exp, which its public function does not return, the
+    flash kernel where it takes the tensors, or else the memory-efficient one (float32 too)."""
 
-    Public SDPA returns no log-sum-exp. On the CPU its flash kernel does; elsewhere the scores are formed here: right on
-    every device, not fast.
-    """
-    if k.shape[2] == 0 or q.shape[2] == 0:  # of a short text a rank may hold nothing
-        return torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
-    if q.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-        return out, lse
+    @classmethod
+    def why_not(cls, setting: Setting) -> str | None:
+        return None
+
+    def attend_batch(self, batch: Batch) -> Tensor:
+        return F.scaled_dot_product_attention(*batch)
+
+    def attend_batch_with_lse(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        q, k, v = batch
+        if q.device.type == "cpu":
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+            return out, lse
+        if q.is_cuda and q.shape[-1] % HEAD_DIM_MULTIPLE == 0:
+            params = sdpa_params(batch)
+            if can_use_flash_attention(params):
+                out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
+                return out, lse
+            if can_use_efficient_attention(params):
+                out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)
+                return out, lse[..., : q.shape[2]]  # filled up to a multiple of 32
+        return attend_by_definition(batch)
+
+
+def attend_by_definition(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Forms the scores in float32: right for every head_dim on every device, but slow and large."""
+    q, k, v = batch
     scores = (q.float() @ k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5
     return (scores.softmax(-1) @ v.float()).to(q.dtype), scores.logsumexp(-1)
 
 
-def _batches(
-    q: Tensor, k: Tensor, v: Tensor, offsets_q: Offsets, offsets_k: Offsets
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Views [batch, heads, length, head_dim] of q, k and v, a batch being a run of equal lengths."""
-    assert len(offsets_q.values) == len(offsets_k.values)
-    start_q = start_k = 0
-    for (len_q, len_k), run in groupby(zip(offsets_q.lengths, offsets_k.lengths)):
-        batch = len(list(run))
-        end_q, end_k = start_q + batch * len_q, start_k + batch * len_k
-        yield (
-            q[start_q:end_q].unflatten(0, (batch, len_q)).transpose(1, 2),
-            k[start_k:end_k].unflatten(0, (batch, len_k)).transpose(1, 2),
-            v[start_k:end_k].unflatten(0, (batch, len_k)).transpose(1, 2),
-        )
-        start_q, start_k = end_q, end_k
+def sdpa_params(batch: Batch) -> SDPAParams:
+    """What PyTorch's questions about its kernels take: no mask, no dropout, not causal, no grouped heads."""
+    return SDPAParams(*batch, None, 0.0, False, False)

@@ -17,6 +17,7 @@ from vllm_omni.diffusion.attention.base import AttentionBackend
 from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.distributed.ring import Ring
 from vllm_omni.diffusion.packing import Offsets, Pack, cut
+from vllm_omni.diffusion.transfers import to_device
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q, k, v: [tokens of this rank in joint order, heads, head_dim] each -> the same shape."""
@@ -52,7 +53,7 @@ class ShardedAttention:
         self._offsets = [Offsets.of([sum(column) for column in zip(*shard)], device) for shard in shards]
         """By rank of the ring: where each sequence begins in its S tokens."""
         order = _sequence_order(shards[ring.rank])
-        self._order, self._inverse = order.to(device), order.argsort().to(device)
+        self._order, self._inverse = to_device(order, device), to_device(order.argsort(), device)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads = cut(q.shape[1], self._ulysses.size)

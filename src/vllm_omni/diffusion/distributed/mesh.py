@@ -17,6 +17,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.distributed.groups import Group
+from vllm_omni.diffusion.transfers import is_host
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=120)
 """Nobody waits longer for another rank. A dead rank is noticed long before: its connections close."""
@@ -103,7 +104,7 @@ class World:
         self._connect()
 
     def _connect(self) -> None:
-        on_gpu = self._device.type != "cpu"
+        on_gpu = not is_host(self._device)
         settings: dict[str, Any] = {"device_id": self._device} if on_gpu else {}
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
@@ -127,7 +128,7 @@ class World:
     @property
     def can_rebuild(self) -> bool:
         """Whether a rank that leaves frees the others: sockets do, NCCL's kernels wait on."""
-        return self._device.type == "cpu"
+        return is_host(self._device)
 
     def leave(self) -> None:
         """Break every connection: whoever waits for this rank gets an error at once."""

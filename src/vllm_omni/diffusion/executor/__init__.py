@@ -12,12 +12,13 @@ __all__ = ["Executor", "make_executor"]
 def make_executor(config: OmniDiffusionConfig, info: ModelInfo, replica_index: int = 0) -> Executor:
     """The executor that `config.distributed_executor_backend` names; imported only when chosen.
 
-    Raises ConfigError when this machine has fewer devices than `config.parallel` asks for.
+    Raises ConfigError when this machine has not the devices that `config` asks for.
     """
-    if config.parallel.world_size > 1:
-        from vllm_omni.diffusion.worker.device import check_world_size  # not for one device: it costs torch's import
+    if config.parallel.world_size > 1 or config.device != "auto":
+        # Not for one device of any kind, which there is: it costs torch's import.
+        from vllm_omni.diffusion.worker.device import check_world_size
 
-        check_world_size(config.parallel)
+        check_world_size(config.parallel, config.device)
     if config.distributed_executor_backend == "uni":
         from vllm_omni.diffusion.executor.inline import InlineExecutor
         from vllm_omni.diffusion.worker.runner import ModelRunner

@@ -6,6 +6,7 @@ import asyncio
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 from vllm_omni.diffusion.plan import StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.worker.contract import Runner
@@ -13,13 +14,15 @@ from vllm_omni.errors import ConfigError, WorkerDiedError
 
 
 class InlineExecutor:
-    """Runs plans one after another in one thread; `abort` reaches the runner while a plan runs."""
+    """Launches plans one after another in one thread and waits for their results in another; `abort` reaches the runner
+    while a plan runs."""
 
     def __init__(self, make_runner: Callable[[], Runner]) -> None:
         self._make_runner = make_runner
         self._runner: Runner | None = None
         self._thread: ThreadPoolExecutor | None = None
-        self._under_way: list[Future[None]] = []
+        self._answers: ThreadPoolExecutor | None = None
+        self._under_way: list[Future[Any]] = []
         self._results: asyncio.Queue[StepResult | WorkerDiedError] = asyncio.Queue()
 
     async def start(self) -> WorkerReady:
@@ -27,6 +30,7 @@ class InlineExecutor:
         self._results = asyncio.Queue()
         self._runner = self._make_runner()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model-runner")
+        self._answers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="answers")
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, self._runner.start)
         except ConfigError:
@@ -36,10 +40,11 @@ class InlineExecutor:
 
     def submit(self, plan: StepPlan) -> None:
         assert self._thread is not None, "the executor was not started"
+        assert self._answers is not None
         assert self._runner is not None
-        loop = asyncio.get_running_loop()
-        self._under_way = [step for step in self._under_way if not step.done()]
-        self._under_way.append(self._thread.submit(self._execute, self._runner, plan, self._results, loop))
+        launched = self._thread.submit(self._runner.launch, plan)
+        answered = self._answers.submit(self._answer, launched, self._results, asyncio.get_running_loop())
+        self._under_way = [*(part for part in self._under_way if not part.done()), launched, answered]
 
     def abort(self, request_ids: Sequence[str]) -> None:
         assert self._runner is not None, "the executor was not started"
@@ -53,25 +58,25 @@ class InlineExecutor:
         return result
 
     async def close(self) -> None:
-        if self._thread is not None:
+        if self._thread is not None and self._answers is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
+            self._answers.shutdown(wait=False, cancel_futures=True)
             # The step that runs cannot be stopped; it must be over before the next runner loads. No waiting in a
             # thread: a program that never calls close() gets here when threads can no longer be started.
-            if running := [asyncio.wrap_future(step) for step in self._under_way if not step.cancelled()]:
-                await asyncio.wait(running)
-        self._thread = self._runner = None
+            running = [asyncio.wrap_future(part) for part in self._under_way if not part.cancelled()]
+            await asyncio.gather(*running, return_exceptions=True)
+        self._thread = self._answers = self._runner = None
         self._under_way = []
 
     @staticmethod
-    def _execute(
-        runner: Runner,
-        plan: StepPlan,
+    def _answer(
+        launched: Future[Callable[[], StepResult]],
         results: asyncio.Queue[StepResult | WorkerDiedError],
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         outcome: StepResult | WorkerDiedError
         try:
-            outcome = runner.execute(plan)
+            outcome = launched.result()()
         except Exception:  # a worker process would have died of it: the engine replays the same way
             outcome = WorkerDiedError(f"the model runner failed:\n{traceback.format_exc()}")
         if not loop.is_closed():  # a script may end without close()

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Self, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from vllm_omni.diffusion.cache.base import CacheSlot, SequenceStep, StepCache
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.mesh import Mesh
+from vllm_omni.diffusion.models.compiled import CompiledBlocks
 from vllm_omni.diffusion.registry import ModelInfo
 from vllm_omni.diffusion.request import DiffusionRequest
 
@@ -77,6 +77,15 @@ class BasePipeline(ABC, Generic[State]):
     ) -> Self:
         """Read the weights that this rank keeps; `on_bytes` is told how many bytes were read since its last call."""
 
+    @classmethod
+    def gains_from_compiling(cls, config: OmniDiffusionConfig) -> bool:
+        """Whether compiled blocks are faster with these settings, on a device that is worth compiling for."""
+        return True
+
+    @abstractmethod
+    def compile_blocks(self) -> CompiledBlocks:
+        """From here on the transformer's blocks run compiled. Not for whole pipelines."""
+
     @abstractmethod
     def encode(self, request: DiffusionRequest) -> State:
         """Text and initial noise: the state before the first step."""
@@ -101,9 +110,11 @@ class BasePipeline(ABC, Generic[State]):
         """The final latents as foreseen from a velocity, before `advance`."""
 
     @abstractmethod
-    def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[np.ndarray]:
-        """Pictures, uint8 [height, width, 3], or videos, [frames, height, width, 3]. Of ranks that share a decode the
-        first has them, the others get []."""
+    def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[Tensor]:
+        """Pictures, uint8 [height, width, 3], or videos, [frames, height, width, 3], on the device.
+
+        Of ranks that share a decode the first has them, the others get [].
+        """
 
     @abstractmethod
     def forget(self, state: State) -> None:

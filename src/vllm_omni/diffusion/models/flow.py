@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-import numpy as np
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
@@ -42,7 +41,7 @@ class Layout(Generic[Forward]):
 
 
 class Decoder(Protocol):
-    def __call__(self, latents: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+    def __call__(self, latents: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> list[Tensor]:
         """Token latents, and rows and columns of tokens, of each picture -> uint8 [height, width, 3]."""
         ...
 
@@ -70,7 +69,7 @@ class FlowPipeline(BasePipeline[State], Generic[State, Forward]):
     def predict_clean(self, state: State, velocity: Tensor) -> Tensor:
         return predict_clean(state.latents, velocity, float(state.scheduler.sigmas[state.step]))
 
-    def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[np.ndarray]:
+    def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[Tensor]:
         return self.decoder(latents, [self._grid(request) for request in requests])
 
     def forget(self, state: State) -> None:

@@ -1,10 +1,10 @@
 """Weights from safetensors files into modules, one tensor at a time: nothing is held twice or unpickled, and of
-a module that ranks share each reads its part alone."""
+a module that ranks share each reads its part alone. Or random weights in their place."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from vllm_omni.diffusion.data import LoadFormat
+from vllm_omni.diffusion.layers.fp8 import Fp8ColumnLinear, keep_in_float8, quantize
 from vllm_omni.diffusion.layers.linear import Sharded
+from vllm_omni.diffusion.models.dummy import dummy_weight
 from vllm_omni.errors import ConfigError
 
 OnBytes = Callable[[int], object]
@@ -56,6 +59,8 @@ class Slot:
     """The dim of which only the share `rank` of `num_ranks` equal ones is taken; None: all of the tensor."""
     rank: int = 0
     num_ranks: int = 1
+    scale: Tensor | None = None
+    """float32 [rows of the target, 1]: of a target in float8, that of each row; None: the target is as stored."""
 
     @property
     def whole_shape(self) -> tuple[int, ...]:
@@ -63,9 +68,13 @@ class Slot:
         return tuple(n * self.num_ranks if dim == self.cut_dim else n for dim, n in enumerate(self.target.shape))
 
     def fill(self, stored: Any) -> int:
-        """Read from `stored`, the name's slice of a safetensors file, no more than this slot takes -> its bytes."""
+        """Read from `stored`, a tensor or its slice of a safetensors file, what this slot takes -> its bytes."""
         part: Tensor = stored[self._taken()]
-        self.target.copy_(part)
+        if self.scale is None:
+            self.target.copy_(part)
+        else:
+            for target, source in zip((self.target, self.scale), quantize(part), strict=True):
+                target.copy_(source)
         return part.nbytes
 
     def _taken(self) -> tuple[slice, ...]:
@@ -82,16 +91,33 @@ def load_weights(
     on_bytes: OnBytes = lambda count: None,
     prefix: str = "",
     unread: tuple[str, ...] = (),
+    float8: tuple[str, ...] = (),
+    load_format: LoadFormat = "auto",
 ) -> None:
     """Move `module`, built on the meta device, to `device` and fill it from the checkpoint in `folder`.
 
     Modules that are `Sharded` read their rank's share alone. names: see `checkpoint_slots`. prefix: what the names of
     the module's weights begin with in the checkpoint; weights of other names are not read. unread: nor are those whose
-    name goes on with one of these. Raises ConfigError when the checkpoint lacks a weight, has one too many, or one of
-    another shape.
+    name goes on with one of these. float8: the last names of the layers whose weights are kept in float8, rounded as
+    they are read. With the format `dummy` no file is read. Raises ConfigError when the checkpoint lacks a weight, has
+    one too many, or one of another shape, and when `device` does not compute the float8 layers.
     """
-    module.to(dtype).to_empty(device=device)
-    slots = {prefix + name: slot for name, slot in checkpoint_slots(module, names).items()}
+    nn.Module.to(module, dtype)  # diffusers' own `to` warns of every dtype
+    keep_in_float8(module, float8, device)
+    module.to_empty(device=device)
+    slots = checkpoint_slots(module, names)
+    if load_format == "dummy":
+        for name, slot in slots.items():
+            on_bytes(slot.fill(dummy_weight(name, slot.whole_shape, dtype, device)))
+    else:
+        _read_weights({prefix + name: slot for name, slot in slots.items()}, folder, on_bytes, prefix, unread, device)
+    module.requires_grad_(False).eval()
+
+
+def _read_weights(
+    slots: dict[str, Slot], folder: Path, on_bytes: OnBytes, prefix: str, unread: tuple[str, ...], device: torch.device
+) -> None:
+    """Fill and empty `slots`."""
     for file in safetensors_files(folder):
         with safe_open(file, framework="pt", device=str(device)) as weights:
             for name in weights.keys():  # noqa: SIM118 - not a mapping
@@ -105,7 +131,20 @@ def load_weights(
                 on_bytes(slot.fill(stored))
     if slots:
         raise ConfigError(f"{folder} lacks {len(slots)} weights of the model, among them {', '.join(list(slots)[:3])}")
-    module.requires_grad_(False).eval()
+
+
+def load_autoencoder(
+    cls: Any, folder: Path, device: torch.device, dtype: torch.dtype, on_bytes: OnBytes, load_format: LoadFormat
+) -> Any:
+    """diffusers' autoencoder of the class `cls`; what of it is not needed can go before it is moved to `device`."""
+    if load_format == "dummy":
+        with torch.device("meta"):
+            vae = cls.from_config(cls.load_config(folder))
+        load_weights(vae, folder, {}, device, dtype, on_bytes, load_format=load_format)
+        return vae
+    vae = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    on_bytes(num_bytes(folder))
+    return vae.requires_grad_(False).eval()
 
 
 def checkpoint_slots(module: nn.Module, names: Mapping[str, tuple[str, ...]]) -> dict[str, Slot]:
@@ -124,10 +163,13 @@ def _slots(module: nn.Module, names: Mapping[str, tuple[str, ...]]) -> Iterator[
         theirs = names.get(ours, (ours,))
         prefix = path.removesuffix(ours)
         owner = module.get_submodule(path)
-        for name, part in zip(theirs, parameter.data.chunk(len(theirs)), strict=True):
+        scales: Sequence[Tensor | None] = [None] * len(theirs)
+        if isinstance(owner, Fp8ColumnLinear) and kind == "weight":
+            scales = owner.scale.chunk(len(theirs))
+        for name, part, scale in zip(theirs, parameter.data.chunk(len(theirs)), scales, strict=True):
             if isinstance(owner, Sharded) and kind in owner.cut_dims:
-                slot = Slot(part, owner.cut_dims[kind], owner.group.rank, owner.group.size)
+                slot = Slot(part, owner.cut_dims[kind], owner.group.rank, owner.group.size, scale)
             else:
-                slot = Slot(part)
+                slot = Slot(part, scale=scale)
             # A parameter of the module itself has no path.
             yield f"{prefix}{name}.{kind}".removeprefix("."), slot

@@ -26,17 +26,27 @@ class Modulation:
     final: Tensor
     """Of the output layer: [rows, parts, D]."""
 
-    def of_block(self, layer: int, stream: int, sequence: Tensor) -> tuple[Tensor, ...]:
-        """A tensor a part: [1, D], or [tokens, D] where `sequence` [tokens] tells each token's row."""
-        return _per_token(self.blocks[layer, stream], sequence).unbind(1)
+    def index(self, sequence: Tensor) -> Tensor | None:
+        """int64 [tokens], each token's row, from its sequence; None where all have the only row."""
+        return None if self.final.shape[0] == 1 else sequence
 
     def of_output(self, sequence: Tensor) -> tuple[Tensor, ...]:
         """A tensor a part, [1, D] or [tokens, D]."""
-        return _per_token(self.final, sequence).unbind(1)
+        return per_token(self.final, self.index(sequence))
+
+    def of_members(self, numbers: Sequence[int]) -> Modulation:
+        """For some sequences, which keep these numbers; one alone has one row for all its tokens."""
+        if len(numbers) > 1 or self.final.shape[0] == 1:
+            return self
+        (row,) = numbers
+        # Laid out as any other single row, which compiled code asks for.
+        blocks = self.blocks[:, :, row : row + 1].clone(memory_format=torch.contiguous_format)
+        return Modulation(blocks, self.final[row : row + 1])
 
 
-def _per_token(rows: Tensor, sequence: Tensor) -> Tensor:
-    return rows if rows.shape[0] == 1 else rows.index_select(0, sequence)
+def per_token(rows: Tensor, index: Tensor | None) -> tuple[Tensor, ...]:
+    """rows: [rows, parts, D]; index: see `Modulation.index` -> a tensor a part, [1, D] or [tokens, D]."""
+    return (rows if index is None else rows.index_select(0, index)).unbind(1)
 
 
 Compute = Callable[[Sequence[float]], Modulation]

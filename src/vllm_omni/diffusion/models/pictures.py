@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,7 +39,7 @@ class LatentDecoder:
         self._one_at_a_time = one_at_a_time
         self._shared = SharedDecoder(vae, decode_tile, tiling, scale, group) if group.size > 1 else None
 
-    def __call__(self, latents: Sequence[Tensor]) -> list[np.ndarray]:
+    def __call__(self, latents: Sequence[Tensor]) -> list[Tensor]:
         """latents: [1, channels, ..., height / scale, width / scale] of each picture -> uint8 [height, width, 3].
 
         All ranks of the group must call with the same latents; the pictures come on its first rank, [] on the others.
@@ -56,12 +55,12 @@ class LatentDecoder:
             most = 1 if self._one_at_a_time else max(1, MAX_BATCH_PIXELS // (height * width * self._scale**2))
             yield from torch.cat(list(run)).split(most)
 
-    def _decode(self, latents: Tensor) -> list[np.ndarray]:
+    def _decode(self, latents: Tensor) -> list[Tensor]:
         return to_uint8(self._vae.decode(latents, return_dict=False)[0])
 
 
-def to_uint8(pixels: Tensor) -> list[np.ndarray]:
+def to_uint8(pixels: Tensor) -> list[Tensor]:
     """[pictures, 3, ..., height, width] in [-1, 1], with nothing or 1 in between -> [height, width, 3] each."""
     pixels = pixels.reshape(len(pixels), 3, *pixels.shape[-2:])
     pixels = (pixels * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float()
-    return list((pixels * 255).round().to(torch.uint8).cpu().numpy())
+    return list((pixels * 255).round().to(torch.uint8).contiguous())

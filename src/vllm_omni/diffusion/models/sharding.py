@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vllm_omni.diffusion.distributed.mesh import Mesh
 from vllm_omni.diffusion.packing import part_of
+from vllm_omni.diffusion.transfers import to_device
 
 
 class Sharding:
@@ -39,7 +40,7 @@ class Sharding:
         self._gather = mesh.gather
         if mesh.gather.size > 1:
             rows, self._rows = _gathered_rows(lengths, targets, groups, mesh.cfg_size, self.parts)
-            self._order = rows.to(device)
+            self._order = to_device(rows, device)
 
     def part(self, tokens: Tensor) -> Tensor:
         """The rows of one sequence (or of its text) that this rank holds."""

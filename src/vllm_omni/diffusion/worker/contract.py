@@ -33,11 +33,14 @@ class Place(Struct, frozen=True):
 
 
 class Runner(Protocol):
-    """One device. `abort` may be called from another thread while `execute` runs."""
+    """One device. `abort` may be called from another thread while `launch` runs."""
 
     def start(self) -> WorkerReady: ...
 
-    def execute(self, plan: StepPlan) -> StepResult: ...
+    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Give the device a step. The call that is returned waits for its result; it may be made in another thread,
+        while the next step is launched, and is made in the order of the steps."""
+        ...
 
     def abort(self, request_ids: Sequence[str]) -> None: ...
 

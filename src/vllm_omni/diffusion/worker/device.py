@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from vllm_omni.diffusion.data import DiffusionParallelConfig
+from vllm_omni.diffusion.data import DeviceChoice, DiffusionParallelConfig, KernelsName
 from vllm_omni.errors import ConfigError
 
 CPU, CUDA = "cpu", "cuda"
 MAX_CPU_WORKERS = 16
 """A CPU is no fixed number of devices, but its workers share its cores."""
+FLOAT8_CAPABILITY = (9, 0)
+"""Of GPUs that multiply float8 with a scale a row."""
 
 
-def check_world_size(parallel: DiffusionParallelConfig) -> None:
+def kind_of(choice: DeviceChoice) -> str:
+    """`auto`: CUDA where this machine has it. Raises ConfigError when CUDA is asked for and there is none."""
+    if choice == CUDA and not torch.cuda.is_available():
+        raise ConfigError(f"--device {CUDA}: PyTorch finds no GPU on this machine; --device takes auto or {CPU} here")
+    if choice == "auto":
+        return CUDA if torch.cuda.is_available() else CPU
+    return choice
+
+
+def check_world_size(parallel: DiffusionParallelConfig, device: DeviceChoice) -> None:
     """Raises ConfigError when this machine has fewer devices than `parallel` asks for."""
-    if torch.cuda.is_available():
+    if kind_of(device) == CUDA:
         most, devices = torch.cuda.device_count(), "this machine has {} GPUs"
     else:
         most, devices = MAX_CPU_WORKERS, "a CPU takes at most {} workers"
@@ -30,18 +42,25 @@ def check_world_size(parallel: DiffusionParallelConfig) -> None:
 
 
 class Device:
-    """The device of this worker: a GPU where there is one."""
+    """The device of this worker."""
 
-    def __init__(self, kind: str | None = None, index: int = 0) -> None:
-        self.kind = kind or (CUDA if torch.cuda.is_available() else CPU)
+    def __init__(self, choice: DeviceChoice = "auto", index: int = 0) -> None:
+        """index: of the GPU. Raises ConfigError for a device that this machine does not have."""
+        self.kind = kind_of(choice)
         self.torch = torch.device(self.kind, index) if self.kind == CUDA else torch.device(self.kind)
         self._num_processes = 1
         if self.kind == CUDA:
             torch.cuda.set_device(self.torch)  # for libraries that mean the current one
+        self._copies = self.stream(beside=True)
 
     @property
     def name(self) -> str:
         return torch.cuda.get_device_name(self.torch) if self.kind == CUDA else CPU
+
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """CUDA compute capability; None where there is no GPU."""
+        return torch.cuda.get_device_capability(self.torch) if self.kind == CUDA else None
 
     def dtype(self, name: str) -> torch.dtype:
         """`auto`: bfloat16 on a GPU, float32 on a CPU."""
@@ -50,10 +69,62 @@ class Device:
         dtype: torch.dtype = getattr(torch, name)
         return dtype
 
+    @property
+    def is_worth_compiling_for(self) -> bool:
+        """Whether compiled code gains more than compiling costs at every start; on a CPU it does not."""
+        return self.kind == CUDA
+
+    def kernels(self, choice: KernelsName) -> KernelsName:
+        """Those that are meant. Raises ConfigError for Triton's where Triton compiles nothing."""
+        if choice == "triton" and self.kind != CUDA:
+            raise ConfigError(f"--kernels triton takes a GPU, got {self.name}; auto and torch run here")
+        if choice == "auto":
+            return "triton" if self.kind == CUDA else "torch"
+        return choice
+
+    def check_float8(self, dtype: torch.dtype) -> None:
+        """Raises ConfigError where layers in float8 beside others in `dtype` are not computed."""
+        if self.kind != CUDA:
+            return
+        if (capability := torch.cuda.get_device_capability(self.torch)) < FLOAT8_CAPABILITY:
+            raise ConfigError(
+                "--quantization fp8 takes a GPU of compute capability {}.{} or newer, got {} of {}.{}".format(
+                    *FLOAT8_CAPABILITY, self.name, *capability
+                )
+            )
+        if dtype != torch.bfloat16:
+            raise ConfigError(
+                f"--quantization fp8 takes --dtype bfloat16 on a GPU, got {str(dtype).removeprefix('torch.')}"
+            )
+
     def synchronize(self) -> None:
         """Wait until the device has done all that it was given."""
         if self.kind == CUDA:
             torch.cuda.synchronize(self.torch)
+
+    def stream(self, beside: bool) -> Stream:
+        """A further stream of work beside the main one; the main one itself where not `beside`, and on a CPU."""
+        return Stream(self, torch.cuda.Stream(self.torch) if beside and self.kind == CUDA else None)
+
+    def download(self, tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, np.ndarray]]:
+        """Begin to copy what the current stream makes of `tensors`; the call that is returned waits for the copies.
+
+        They have a stream of their own: neither the device's next work nor the host waits for them.
+        """
+        if self.kind == CPU or not tensors:
+            return lambda: {name: x.numpy() for name, x in tensors.items()}
+        with self._copies.after(tensors.values()):
+            buffers = {
+                name: torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+                for name, x in tensors.items()
+            }
+            copied = Mark(self)
+
+        def arrays() -> dict[str, np.ndarray]:
+            copied.wait()
+            return {name: buffer.numpy().copy() for name, buffer in buffers.items()}  # pinned memory is for transfers
+
+        return arrays
 
     @property
     def num_threads(self) -> int:
@@ -91,36 +162,78 @@ class Device:
             torch.cuda.empty_cache()
 
 
+class Stream:
+    """What a device does in order. See `Device.stream`."""
+
+    def __init__(self, device: Device, stream: torch.cuda.Stream | None) -> None:
+        self._device = device
+        self._stream = stream
+
+    @contextmanager
+    def after(self, inputs: Iterable[Tensor]) -> Iterator[None]:
+        """Work given to the device within runs on this stream, once what the current one was given before is done.
+
+        inputs: what it reads; their memory is not used again before it is done.
+        """
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._device.torch))
+        for tensor in inputs:
+            if tensor.is_cuda:
+                tensor.record_stream(self._stream)
+        with torch.cuda.stream(self._stream):
+            yield
+
+
+class Mark:
+    """A point in the work that the current stream of a device was given."""
+
+    def __init__(self, device: Device) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._time = 0.0
+        if device.kind == CUDA:
+            # Blocking: who waits leaves the processor to the thread that feeds the device.
+            self._event = torch.cuda.Event(enable_timing=True, blocking=True)
+            self._event.record(torch.cuda.current_stream(device.torch))
+        else:
+            self._time = time.perf_counter()
+
+    def wait(self) -> None:
+        """Until the device has come here; what it was given since does not matter."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def seconds_since(self, start: Mark) -> float:
+        """Of a mark of the same stream; both were waited for."""
+        if self._event is None or start._event is None:
+            return self._time - start._time
+        milliseconds: float = start._event.elapsed_time(self._event)
+        return milliseconds / 1000
+
+
 class Stopwatch:
     """Seconds by stage, without waiting for the device until `seconds` is read."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._spans: list[tuple[str, Any, Any]] = []
+        self._spans: list[tuple[str, Mark, Mark]] = []
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:
-        start = self._mark()
+        start = Mark(self._device)
         try:
             yield
         finally:
-            self._spans.append((stage, start, self._mark()))
+            self._spans.append((stage, start, Mark(self._device)))
 
     def seconds(self) -> dict[str, float]:
-        """Waits for the device."""
-        self._device.synchronize()
+        """Waits for what was measured, not for what the device was given since."""
         totals: dict[str, float] = {}
         for stage, start, end in self._spans:
-            span = start.elapsed_time(end) / 1000 if self._device.kind == CUDA else end - start
-            totals[stage] = totals.get(stage, 0.0) + span
+            end.wait()
+            totals[stage] = totals.get(stage, 0.0) + end.seconds_since(start)
         return totals
-
-    def _mark(self) -> Any:
-        if self._device.kind == CUDA:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record(torch.cuda.current_stream(self._device.torch))
-            return event
-        return time.perf_counter()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -18,12 +18,14 @@ import socket
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from importlib import import_module
 from typing import NoReturn
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.plan import StepPlan
+from vllm_omni.diffusion.plan import StepPlan, StepResult
 from vllm_omni.diffusion.worker.channel import BlockingChannel
+from vllm_omni.diffusion.worker.compile_cache import keep_compiled_code
 from vllm_omni.diffusion.worker.contract import (
     BEAT_SECONDS,
     Abort,
@@ -48,7 +50,7 @@ def make_model_runner(config: OmniDiffusionConfig, place: Place) -> Runner:
     from vllm_omni.diffusion.registry import load_model_info
     from vllm_omni.diffusion.worker.runner import ModelRunner
 
-    return ModelRunner(config, load_model_info(config.model), place)
+    return ModelRunner(config, load_model_info(config.model, config.load_format), place)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -65,13 +67,19 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(format=f"%(levelname)s %(asctime)s [{options.name}] %(message)s")
     logging.getLogger("vllm_omni").setLevel(logging.INFO)
+    keep_compiled_code()
     channel: BlockingChannel[ToWorker] = BlockingChannel(socket.socket(fileno=options.socket_fd), ToWorker)
     try:
         run_worker(channel, options.runner, options.parent_pid)
     except Exception as error:  # whatever it was, the parent must hear of it
-        with contextlib.suppress(OSError):  # or it is gone
-            channel.send(Died(str(error), traceback.format_exc(), isinstance(error, ConfigError)))
-        os._exit(1)
+        _die(channel, error)
+
+
+def _die(channel: BlockingChannel[ToWorker], error: Exception) -> NoReturn:
+    """Of `error`, which is being handled."""
+    with contextlib.suppress(OSError):  # the parent may be gone
+        channel.send(Died(str(error), traceback.format_exc(), isinstance(error, ConfigError)))
+    os._exit(1)
 
 
 def _die_with_parent() -> None:
@@ -92,14 +100,32 @@ def run_worker(channel: BlockingChannel[ToWorker], runner_name: str, parent_pid:
     listener.start()  # first: a rank that loads, or waits for others, must show that it lives, and end with the parent
     runner = listener.runner = _load(runner_name)(start.config, start.place)
     channel.send(Ready(runner.start()))
+    answerer = Answerer(channel)
+    answerer.start()
     while True:
-        channel.send(Done(runner.execute(listener.plans.get())))
+        answerer.steps.put(runner.launch(listener.plans.get()))
 
 
 def _load(runner_name: str) -> MakeRunner:
     module, _, name = runner_name.partition(":")
     make_runner: MakeRunner = getattr(import_module(module), name)
     return make_runner
+
+
+class Answerer(threading.Thread):
+    """Waits for the steps that were launched and sends their results, while the next one is launched."""
+
+    def __init__(self, channel: BlockingChannel[ToWorker]) -> None:
+        super().__init__(daemon=True, name="answers")
+        self.steps: queue.SimpleQueue[Callable[[], StepResult]] = queue.SimpleQueue()
+        self._channel = channel
+
+    def run(self) -> None:
+        try:
+            while True:
+                self._channel.send(Done(self.steps.get()()))
+        except Exception as error:  # as in `main`
+            _die(self._channel, error)
 
 
 class Listener(threading.Thread):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from typing import Any, TypeVar
@@ -16,8 +17,11 @@ from vllm_omni.diffusion.models.base import BasePipeline, RequestState
 from vllm_omni.diffusion.plan import ItemError, StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.registry import ModelInfo, WholePipeline
 from vllm_omni.diffusion.request import DiffusionRequest
+from vllm_omni.diffusion.worker.attention import choose_attention
+from vllm_omni.diffusion.worker.compiling import compile_variants, run_variants
 from vllm_omni.diffusion.worker.contract import Place
 from vllm_omni.diffusion.worker.device import Device, Stopwatch, is_out_of_memory
+from vllm_omni.diffusion.worker.kernels import check_kernels
 from vllm_omni.diffusion.worker.ranks import PeerFailedError, Ranks, RanksLostError, connect
 from vllm_omni.diffusion.worker.warmup import Rates, warm_up, warm_up_whole
 from vllm_omni.diffusion.worker.weights_bar import WeightsBar
@@ -31,14 +35,24 @@ Output = TypeVar("Output")
 
 
 class ModelRunner:
-    """Executes step plans. `abort` may be called from another thread; the rest belongs to one."""
+    """Executes step plans. `abort` may be called from another thread; so may what `launch` returns; the rest belongs to
+    one."""
 
-    def __init__(self, config: OmniDiffusionConfig, info: ModelInfo, place: Place | None = None) -> None:
-        """`place`: which rank of its replica this is; None: the only one."""
+    def __init__(
+        self,
+        config: OmniDiffusionConfig,
+        info: ModelInfo,
+        place: Place | None = None,
+        compile_blocks: bool | None = None,
+    ) -> None:
+        """`place`: which rank of its replica this is; None: the only one. `compile_blocks`: whether the transformer's
+        blocks run compiled; None: where the device is worth it, unless the config enforces eager."""
         self._config = config
         self._info = info
         self._place = place or Place()
-        self._device = Device(index=self._place.device_index)
+        self._device = Device(config.device, self._place.device_index)
+        self._decodes = self._device.stream(beside=config.overlap_decode)
+        self._compile_blocks = compile_blocks
         self._ranks = Ranks()
         self._pipeline: BasePipeline[Any] | None = None
         self._requests: dict[str, DiffusionRequest] = {}
@@ -55,17 +69,29 @@ class ModelRunner:
     def start(self) -> WorkerReady:
         """Load the weights, run once, and measure. Raises ConfigError for a folder that cannot be served."""
         dtype = self._device.dtype(self._config.dtype)
+        if self._config.quantization == "fp8":
+            self._device.check_float8(dtype)
+        self._config = replace(self._config, kernels=self._device.kernels(self._config.kernels))
         if (num_processes := self._config.parallel.world_size) > 1:
             self._device.share_machine(num_processes)
         if self._place.replica_size > 1:
             self._ranks = Ranks(connect(self._config.parallel, self._place, self._device))
+        if (whole := self._info.whole) is None:
+            check_kernels(self._config.kernels, self._device, dtype)
+            attention = choose_attention(self._config, self._info, self._device, dtype, self._ranks)
+            self._config = replace(self._config, attention_backend=attention)
         cls: type[BasePipeline[Any]] = import_module(
             f"vllm_omni.diffusion.models.{self._info.family}.pipeline"
         ).Pipeline
         with WeightsBar(self._info.path, shown=self._place.device_index == 0) as bar:
             self._pipeline = cls.load(self._config, self._info, self._device.torch, dtype, bar.update, self._ranks.mesh)
-        if (whole := self._info.whole) is None:
-            rates = warm_up(self._pipeline, self._info, self._device, bar.num_bytes, self._ranks)
+        if whole is None:
+            variants = None
+            if self._compiles(cls):
+                variants = compile_variants
+            elif self._config.kernels == "triton":  # whose kernels are compiled at their first run
+                variants = run_variants
+            rates = warm_up(self._pipeline, self._info, self._device, bar.num_bytes, self._ranks, variants)
         else:
             rates = self._try_whole(whole, bar.num_bytes)
         self._pipeline.step_cache.budget.max_bytes = int(CACHE_SHARE * self._device.free_memory_bytes())
@@ -80,6 +106,7 @@ class ModelRunner:
             encode_units_per_token=rates.encode_units_per_token,
             decode_units_per_token=rates.decode_units_per_token,
             peak_memory_bytes=self._device.peak_memory_bytes(),
+            attention_backend=self._config.attention_backend,
             # A step of a whole pipeline gains nothing from company, and an abort would wait for all of it.
             max_num_seqs=None if whole is None else 1,
             max_running=None if whole is None else whole.max_running,
@@ -95,13 +122,27 @@ class ModelRunner:
             reason = f"{type(error).__name__}: {error}"
             raise ConfigError(f"the {whole.class_name} fails on a first small request: {reason}") from error
 
+    def _compiles(self, cls: type[BasePipeline[Any]]) -> bool:
+        """Whether blocks run compiled."""
+        if self._compile_blocks is not None:
+            return self._compile_blocks
+        is_worth_it = self._device.is_worth_compiling_for and cls.gains_from_compiling(self._config)
+        return is_worth_it and not self._config.enforce_eager
+
     def abort(self, request_ids: Sequence[str]) -> None:
         """Skip these in every plan executed from now on, until they are released."""
         self._aborted.update(request_ids)  # no more than a mark: `execute` may be reading the states
 
-    @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step, together with the other ranks. One request's fault becomes its ItemError; the others go on."""
+        """Run one step to its end."""
+        return self.launch(plan)()
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Run one step, together with the other ranks. One request's fault becomes its ItemError; the others go on.
+
+        Returns when the device has been given all of it. What is returned waits until it is done.
+        """
         result = StepResult(plan.step_id)
         watch = Stopwatch(self._device)
         self._release(plan.release)
@@ -111,21 +152,25 @@ class ModelRunner:
             self._encode([i for i in plan.encode if i in live], result)
         with watch.measure("denoise"):
             clean = self._denoise([i for i in plan.denoise if i in live], plan, result)
-        with watch.measure("decode"):
-            result.previews = self._decode(clean, result)
-            latents = {i: self._states[i].latents for i in plan.decode if i in live}
-            result.images = self._decode(latents, result)
+        latents = {i: self._states[i].latents for i in plan.decode if i in live}
+        with self._decodes.after([*clean.values(), *latents.values()]), watch.measure("decode"):
+            previews, images = (self._device.download(self._decode(x, result)) for x in (clean, latents))
         for request_id in [*result.errors, *self._failed_elsewhere]:
             self._drop(request_id)
         self._failed_elsewhere.clear()
-        seconds = watch.seconds()
-        result.encode_seconds = seconds["encode"]
-        result.denoise_seconds = seconds["denoise"]
-        result.decode_seconds = seconds["decode"]
         result.cache_bytes = self.pipeline.step_cache.budget.num_bytes
         result.sent_bytes = self._ranks.take_sent_bytes()
         result.peak_memory_bytes = self._device.peak_memory_bytes()
-        return result
+
+        def wait() -> StepResult:
+            result.previews, result.images = previews(), images()
+            seconds = watch.seconds()
+            result.encode_seconds = seconds["encode"]
+            result.denoise_seconds = seconds["denoise"]
+            result.decode_seconds = seconds["decode"]
+            return result
+
+        return wait
 
     def _agree(self, plan: StepPlan) -> set[str]:
         """The requests of the plan that no rank skips: an abort reaches the ranks one after another, and a request may
@@ -177,14 +222,14 @@ class ModelRunner:
         result.advanced = list(self._each(advancing, _id_of_state, finish, result, together=False))
         return {i: latents for i, latents in clean.items() if i in result.advanced}
 
-    def _decode(self, latents: dict[str, Tensor], result: StepResult) -> dict[str, Any]:
+    def _decode(self, latents: dict[str, Tensor], result: StepResult) -> dict[str, Tensor]:
         """Decodes are dealt to the ranks, or to the groups of ranks that share one; each returns what it made."""
         mesh = self._ranks.mesh
         num_groups = mesh.world.size // mesh.vae.size
         mine = list(latents)[mesh.world.rank // mesh.vae.size :: num_groups]
 
-        def decode(batch: Sequence[DiffusionRequest]) -> Sequence[Any]:
-            pictures: list[Any] = self.pipeline.decode(batch, [latents[request.request_id] for request in batch])
+        def decode(batch: Sequence[DiffusionRequest]) -> Sequence[Tensor | None]:
+            pictures: Sequence[Tensor] = self.pipeline.decode(batch, [latents[request.request_id] for request in batch])
             return pictures or [None] * len(batch)
 
         requests = [self._requests[i] for i in mine]

@@ -43,6 +43,10 @@ KNEE = 1.18
 """A batch is large enough when a unit of work costs at most this times what it costs in the best batch."""
 
 
+RunVariants = Callable[[BasePipeline[Any], RequestState, Ranks], object]
+"""Runs, from a state of two steps, every kind of step for which code is compiled."""
+
+
 @dataclass(frozen=True)
 class Rates:
     """See `WorkerReady`."""
@@ -91,8 +95,16 @@ class Timer:
         return sum(times[1:]) / len(times[1:])
 
 
-def warm_up(pipeline: BasePipeline[Any], info: ModelInfo, device: Device, model_bytes: int, ranks: Ranks) -> Rates:
-    """Choose the threads of a small model; encode a prompt, step with ever more sequences, decode a picture.
+def warm_up(
+    pipeline: BasePipeline[Any],
+    info: ModelInfo,
+    device: Device,
+    model_bytes: int,
+    ranks: Ranks,
+    run_variants: RunVariants | None = None,
+) -> Rates:
+    """Choose the threads of a small model; have code compiled; encode prompts, step with ever more sequences, decode a
+    picture.
 
     All ranks of a replica do it together and agree on every time, so that they go on alike.
     """
@@ -101,6 +113,10 @@ def warm_up(pipeline: BasePipeline[Any], info: ModelInfo, device: Device, model_
     if model_bytes <= SMALL_MODEL_BYTES and ranks.size == 1:
         with _forward(pipeline, state, 4, ranks) as step:
             choose_num_threads(device, timer, step)
+    if run_variants is not None:  # for the threads that were chosen
+        # So much text that every rank has some of it.
+        prompt = " ".join([WHOLE_PROMPT] * ranks.mesh.sequence.size)
+        run_variants(pipeline, pipeline.encode(_request(info, "warm-up", prompt)), ranks)
     samples = measure_steps(pipeline, state, info, timer)
     seconds_per_unit, overhead = fit_line(samples)
     # Prompts differ, for the embedding of one seen before is not computed again. Their input picture is the same, and

@@ -17,11 +17,16 @@ import yaml
 
 from vllm_omni import __version__
 from vllm_omni.diffusion.data import (
+    AttentionBackendName,
     CacheBackend,
+    DeviceChoice,
     DiffusionParallelConfig,
     DType,
     ExecutorBackend,
+    KernelsName,
+    LoadFormat,
     OmniDiffusionConfig,
+    Quantization,
     SchedulingPolicy,
 )
 from vllm_omni.entrypoints.cli import calibrate, values
@@ -212,6 +217,7 @@ def _add_cache_and_memory_flags(group: Any) -> None:
     engine.add("lora_modules", "LoRA adapters to serve, as NAME=PATH", nargs="+", action="extend", type=values.adapter)
     engine.switch("vae_use_slicing", "decode one picture at a time")
     engine.switch("vae_use_tiling", "decode a picture in overlapping tiles")
+    engine.switch("overlap_decode", "on a GPU, decode beside the next step of others")
 
 
 def _add_scheduling_flags(group: Any) -> None:
@@ -235,10 +241,19 @@ def _add_scheduling_flags(group: Any) -> None:
 
 def _add_compute_flags(group: Any) -> None:
     engine = _Flags(group, OmniDiffusionConfig)
+    engine.add("device", "where the model runs; auto: CUDA where there is any", choices=get_args(DeviceChoice))
     engine.add("dtype", "of the weights; auto: bfloat16 on CUDA, float32 on CPU", choices=get_args(DType))
-    engine.add("quantization", "of the weights", choices=("fp8",))
-    engine.add("attention_backend", "attention kernel; none: the best for the device", type=values.nonempty)
-    engine.switch("enforce_eager", "never compile")
+    engine.add("load_format", "dummy: random weights, no weight file is read", choices=get_args(LoadFormat))
+    engine.add("quantization", "of the transformer's blocks; none: as --dtype", choices=get_args(Quantization))
+    engine.add(
+        "attention_backend", "attention kernel; none: the fastest that runs", choices=get_args(AttentionBackendName)
+    )
+    engine.switch("enforce_eager", "do not compile the transformer's blocks (on a CPU they never are)")
+    engine.add(
+        "kernels",
+        "of norms, rotations and residuals in the transformer's blocks; auto: triton on CUDA, torch on a CPU",
+        choices=get_args(KernelsName),
+    )
     engine.add("distributed_executor_backend", "where workers live", choices=get_args(ExecutorBackend))
 
 

@@ -143,3 +143,9 @@ class _QueueCollector:
             family = GaugeMetricFamily(name, text, labels=("model_name",))
             family.add_metric((self._model_name,), value)
             yield family
+        info = GaugeMetricFamily(
+            "vllm_omni:engine_info", "1 for what replicas run with", labels=("model_name", "attention_backend")
+        )
+        for name in status.attention_backends:
+            info.add_metric((self._model_name, name), 1)
+        yield info

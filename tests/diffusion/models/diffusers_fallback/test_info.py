@@ -162,7 +162,11 @@ def test_only_data_parallelism_is_taken(model_of: ModelOf, degrees: dict[str, in
     ("settings", "words"),
     [
         ({"cache_backend": "tea_cache"}, "--cache-backend tea_cache needs packed steps"),
+        ({"load_format": "dummy"}, "--load-format takes auto with a FluxPipeline"),
         ({"max_batch_tokens": 100}, "--max-batch-tokens 100 needs packed steps"),
+        ({"attention_backend": "sdpa"}, "--attention-backend sdpa: a .* runs diffusers' own attention"),
+        ({"quantization": "fp8"}, "--quantization fp8 needs packed steps"),
+        ({"overlap_decode": True}, "--overlap-decode needs packed steps"),
         ({"enable_cpu_offload": True, "enable_layerwise_offload": True}, "got both"),
     ],
 )

@@ -104,7 +104,7 @@ def test_describing_imports_no_torch() -> None:
 )
 def test_degrees_that_the_heads_do_not_allow_are_refused(degrees: dict[str, int], message: str) -> None:
     info = load_model_info("demo")
-    assert info.num_heads == 4
+    assert (info.num_heads, info.head_dim) == (4, 48)
     with pytest.raises(ConfigError) as caught:
         info.check_parallel(DiffusionParallelConfig(**degrees))
     assert str(caught.value) == message

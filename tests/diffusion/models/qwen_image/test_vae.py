@@ -100,7 +100,11 @@ def test_a_picture_of_one_tile_needs_no_exchange(tiny_model: Path) -> None:
 
 
 def decode_pictures(world: World, path: Path, one_at_a_time: bool) -> list[np.ndarray]:
-    return PictureDecoder(load(path), one_at_a_time, False, world.mesh.vae)(tokens(), GRIDS)
+    return arrays(PictureDecoder(load(path), one_at_a_time, False, world.mesh.vae))
+
+
+def arrays(decode: PictureDecoder) -> list[np.ndarray]:
+    return [picture.numpy() for picture in decode(tokens(), GRIDS)]
 
 
 def tokens() -> list[Tensor]:
@@ -111,7 +115,7 @@ def tokens() -> list[Tensor]:
 def test_pictures_of_ranks_are_those_of_one_and_of_diffusers(tiny_model: Path, one_at_a_time: bool) -> None:
     first, *others = run_ranks(decode_pictures, shared_by(3), tiny_model, one_at_a_time)
     assert others == [[], []]
-    alone = PictureDecoder(load(tiny_model), one_at_a_time, True, Group.alone())(tokens(), GRIDS)
+    alone = arrays(PictureDecoder(load(tiny_model), one_at_a_time, True, Group.alone()))
     vae = load(tiny_model)
     mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
     for picture, by_one, z in zip(first, alone, latents(GRIDS), strict=True):

@@ -30,6 +30,7 @@ def real(turbo: Path, tmp_path: Path) -> ModelInfo:
 def test_sizes_and_defaults_of_the_distilled_model(turbo: Path, tmp_path: Path) -> None:
     info = real(turbo, tmp_path)
     assert (info.family, info.size_multiple, info.pixels_per_token, info.num_heads) == ("z_image", 16, 16, 30)
+    assert info.head_dim == 128
     assert (info.max_prompt_tokens, info.attention_tokens) == (1504, 6 * 3840)
     assert info.num_sequence_tokens(33, 4096) == 64 + 4096
     assert info.default_sampling_params == {

@@ -26,13 +26,17 @@ def load(path: Path) -> AutoencoderKL:
     return AutoencoderKL.from_pretrained(path / "vae").eval().requires_grad_(False)
 
 
+def arrays(decode: PictureDecoder) -> list[np.ndarray]:
+    return [picture.numpy() for picture in decode(tokens(), GRIDS)]
+
+
 def tokens() -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randn((rows * columns, 64), generator=generator) for rows, columns in GRIDS]
 
 
 def decode(world: World, path: Path, one_at_a_time: bool) -> tuple[list[np.ndarray], dict[str, int]]:
-    return PictureDecoder(load(path), one_at_a_time, False, world.mesh.vae)(tokens(), GRIDS), dict(world.sent)
+    return arrays(PictureDecoder(load(path), one_at_a_time, False, world.mesh.vae)), dict(world.sent)
 
 
 @pytest.mark.parametrize("one_at_a_time", [False, True])
@@ -41,7 +45,7 @@ def test_pictures_of_ranks_are_those_of_one_and_of_diffusers(turbo: Path, one_at
     (first, sent), *others = run_ranks(decode, parallel, turbo, one_at_a_time)
     assert [pictures for pictures, _ in others] == [[], []]
     assert sent["all_to_all"] == 0, "only what other ranks decoded travels"
-    alone = PictureDecoder(load(turbo), one_at_a_time, True, Group.alone())(tokens(), GRIDS)
+    alone = arrays(PictureDecoder(load(turbo), one_at_a_time, True, Group.alone()))
     vae = load(turbo)
     vae.enable_tiling()
     for picture, by_one, latents, grid in zip(first, alone, tokens(), GRIDS, strict=True):

@@ -105,6 +105,7 @@ def describe(path: Path) -> ModelInfo:
         count_prompt_tokens=count_prompt_tokens,
         attention_tokens=ATTENTION_TOKENS,
         num_heads=1,
+        head_dim=1,
         num_blocks=1,
         tensor_sizes=(1,),
         text_encoder_tp_sizes=(1,),

@@ -21,12 +21,14 @@ from vllm_omni.diffusion.data import OmniDiffusionConfig, flag_of
 from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.distributed.mesh import Mesh
 from vllm_omni.diffusion.models.base import BasePipeline, RequestState
+from vllm_omni.diffusion.models.compiled import CompiledBlocks
 from vllm_omni.diffusion.models.diffusers_fallback.components import component_classes
 from vllm_omni.diffusion.models.diffusers_fallback.lora import Adapters
 from vllm_omni.diffusion.models.diffusers_fallback.progress_bars import without_progress_bars
 from vllm_omni.diffusion.models.diffusers_fallback.run import SteppedRun
 from vllm_omni.diffusion.registry import ModelInfo, WholePipeline
 from vllm_omni.diffusion.request import DiffusionRequest
+from vllm_omni.diffusion.transfers import HOST, is_host
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.inputs.loras import adapter_file
 
@@ -124,7 +126,7 @@ def arguments_of(request: DiffusionRequest, whole: WholePipeline) -> dict[str, A
         arguments["max_area"] = request.height * request.width
     if pictures := [Image.fromarray(image.reference) for image in request.images]:
         arguments["image"] = pictures if whole.takes_image_list else pictures[0]
-    generator = torch.Generator("cpu").manual_seed(request.seed)
+    generator = torch.Generator(HOST).manual_seed(request.seed)
     return arguments | {"prompt": request.prompt, "generator": generator, "output_type": "pil"}
 
 
@@ -181,6 +183,9 @@ class Pipeline(BasePipeline[WholeState]):
             pipeline.to(device)
         return cls(pipeline, info.whole, adapters, device)
 
+    def compile_blocks(self) -> CompiledBlocks:
+        raise AssertionError("whole pipelines run as diffusers has them")
+
     def encode(self, request: DiffusionRequest) -> WholeState:
         self._give_turn(request)
         call = self._calls[request.request_id] = PipelineCall(self.pipeline, self._whole, request, self._device)
@@ -208,13 +213,13 @@ class Pipeline(BasePipeline[WholeState]):
     def predict_clean(self, state: WholeState, velocity: Tensor) -> Tensor:
         raise AssertionError("requests for previews are refused")
 
-    def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[np.ndarray]:
+    def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[Tensor]:
         pictures = []
         for request in requests:
             self._give_turn(request)
             picture = self._calls[request.request_id].picture()
             _check_made(request, picture)
-            pictures.append(picture)
+            pictures.append(torch.from_numpy(picture))
         return pictures
 
     def forget(self, state: WholeState) -> None:
@@ -246,7 +251,7 @@ def _cancel_all(calls: dict[str, PipelineCall]) -> None:
 
 def _refuse_offload_without_gpu(config: OmniDiffusionConfig, device: torch.device) -> None:
     for name in ("enable_cpu_offload", "enable_layerwise_offload"):
-        if getattr(config, name) and device.type != "cuda":
+        if getattr(config, name) and is_host(device):
             raise ConfigError(f"{flag_of(name)} needs a GPU to bring the weights to, this machine has none")
 
 

@@ -73,7 +73,7 @@ def describe(path: Path) -> ModelInfo:
     refuse_scheduler(read_config(path, "scheduler", "scheduler_config.json"))
     vae_scale = 2 ** len(vae.get("temperal_downsample", (False, True, True)))
     num_heads = transformer.get("num_attention_heads", 24)
-    width = num_heads * transformer.get("attention_head_dim", 128)
+    head_dim = transformer.get("attention_head_dim", 128)
     defaults = {
         "height": DEFAULT_LATENT_SIDE * vae_scale,
         "width": DEFAULT_LATENT_SIDE * vae_scale,
@@ -98,8 +98,9 @@ def describe(path: Path) -> ModelInfo:
         max_prompt_tokens=MAX_PROMPT_TOKENS,
         count_prompt_tokens=count_prompt_tokens,
         # A token costs 24 width² in a block's linear layers and 4 width n in attention over n tokens.
-        attention_tokens=6.0 * width,
+        attention_tokens=6.0 * num_heads * head_dim,
         num_heads=num_heads,
+        head_dim=head_dim,
         num_blocks=transformer.get("num_layers", 60),
         tea_cache_coefficients=TEA_CACHE_COEFFICIENTS,
         tensor_sizes=divisors(num_heads),

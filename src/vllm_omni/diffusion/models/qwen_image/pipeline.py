@@ -16,17 +16,20 @@ from vllm_omni.diffusion.attention import create_attention
 from vllm_omni.diffusion.attention.sharded import PackedAttention
 from vllm_omni.diffusion.cache import create_step_cache
 from vllm_omni.diffusion.cache.base import StepCache
-from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.data import LoadFormat, OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.mesh import Mesh
+from vllm_omni.diffusion.layers.kernels import create_kernels
 from vllm_omni.diffusion.models.arrangement import Arrangement
+from vllm_omni.diffusion.models.compiled import CompiledBlocks
 from vllm_omni.diffusion.models.flow import FlowPipeline, FlowState, Layout
-from vllm_omni.diffusion.models.loading import load_weights, num_bytes
+from vllm_omni.diffusion.models.loading import load_autoencoder, load_weights
 from vllm_omni.diffusion.models.modulation import ModulationTable
 from vllm_omni.diffusion.models.prompt_cache import PromptCache
 from vllm_omni.diffusion.models.qwen_image.edit import EditInput
 from vllm_omni.diffusion.models.qwen_image.text import TextEncoder
 from vllm_omni.diffusion.models.qwen_image.transformer import (
     CHECKPOINT_NAMES,
+    FLOAT8_LAYERS,
     QwenImageTransformer,
     StepBlocks,
     StepContext,
@@ -44,6 +47,7 @@ from vllm_omni.diffusion.sampling import (
     draw_noise,
     pack_latents,
 )
+from vllm_omni.diffusion.transfers import to_device
 from vllm_omni.inputs.images import InputImage
 
 PROMPT_CACHE_BYTES = 256 * 2**20
@@ -82,7 +86,7 @@ class Forward:
     """int64 [target tokens]: the image tokens that are no reference's; None: all are not."""
     own_rows: Tensor | None
     """int64 [image tokens]: the row of modulation of each, its sequence's or the one after all sequences', which is of
-    timestep 0, for references; None: all have their sequence's."""
+    timestep 0, for references, though other ranks may hold these; None: all have their sequence's."""
 
 
 class Pipeline(FlowPipeline[QwenImageState, Forward]):
@@ -124,17 +128,26 @@ class Pipeline(FlowPipeline[QwenImageState, Forward]):
         mesh: Mesh,
     ) -> Pipeline:
         path = info.path
-        encode_text = _load_text_encoder(info, device, dtype, on_bytes, mesh)
-        vae = AutoencoderKLQwenImage.from_pretrained(path / "vae", dtype=dtype, use_safetensors=True)
-        on_bytes(num_bytes(path / "vae"))
-        vae.requires_grad_(False).eval()
+        encode_text = _load_text_encoder(info, device, dtype, on_bytes, mesh, config.load_format)
+        vae = load_autoencoder(AutoencoderKLQwenImage, path / "vae", device, dtype, on_bytes, config.load_format)
         if info.image_input is None:
             vae.encoder = torch.nn.Identity()  # frees its weights
         vae.to(device)
         values = json.loads((path / "transformer" / "config.json").read_text())
         with torch.device("meta"):
-            transformer = QwenImageTransformer(TransformerConfig.from_dict(values), mesh.tensor)
-        load_weights(transformer, path / "transformer", CHECKPOINT_NAMES, device, dtype, on_bytes)
+            transformer = QwenImageTransformer(
+                TransformerConfig.from_dict(values), mesh.tensor, create_kernels(config.kernels)
+            )
+        load_weights(
+            transformer,
+            path / "transformer",
+            CHECKPOINT_NAMES,
+            device,
+            dtype,
+            on_bytes,
+            float8=FLOAT8_LAYERS if config.quantization == "fp8" else (),
+            load_format=config.load_format,
+        )
         return cls(
             transformer=transformer,
             encode_text=encode_text,
@@ -146,6 +159,14 @@ class Pipeline(FlowPipeline[QwenImageState, Forward]):
             step_cache=create_step_cache(config.cache, info, mesh.rank_group),
             mesh=mesh,
         )
+
+    @classmethod
+    def gains_from_compiling(cls, config: OmniDiffusionConfig) -> bool:
+        # The fused kernels leave GELU to compile, which PyTorch's own kernel computes faster (docs/performance.md).
+        return config.kernels == "torch" or config.quantization is not None
+
+    def compile_blocks(self) -> CompiledBlocks:
+        return self.transformer.compile_blocks()
 
     def encode(self, request: DiffusionRequest) -> QwenImageState:
         prompts = [request.prompt]
@@ -234,13 +255,13 @@ class Pipeline(FlowPipeline[QwenImageState, Forward]):
         is_reference = torch.cat([sharding.part(torch.arange(lengths[i]) >= targets[i]) for i in sharding.mine])
         has_references = bool(is_reference.any())
         own_rows = None
-        if has_references and self.transformer.config.zero_cond_t:
-            own_rows = pack.image_sequence.masked_fill(is_reference.to(self._device), pack.num_sequences)
+        if self.transformer.config.zero_cond_t and any(lengths[i] > targets[i] for i in sharding.mine):
+            own_rows = pack.image_sequence.masked_fill(to_device(is_reference, self._device), pack.num_sequences)
         forward = Forward(
             # Text and image of one sequence after another: that is the joint order.
-            arrangement=Arrangement(pack, torch.cat(rotations).to(self._device), self._attention),
+            arrangement=Arrangement(pack, to_device(torch.cat(rotations), self._device), self._attention),
             text=torch.cat([sharding.part(text[i]) for i in sharding.mine]),
-            targets=(~is_reference).nonzero()[:, 0].to(self._device) if has_references else None,
+            targets=to_device((~is_reference).nonzero()[:, 0], self._device) if has_references else None,
             own_rows=own_rows,
         )
         return Layout(sharding, forward)
@@ -257,11 +278,16 @@ def _image_tokens(state: QwenImageState) -> Tensor:
 
 
 def _load_text_encoder(
-    info: ModelInfo, device: torch.device, dtype: torch.dtype, on_bytes: Callable[[int], object], mesh: Mesh
+    info: ModelInfo,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_bytes: Callable[[int], object],
+    mesh: Mesh,
+    load_format: LoadFormat,
 ) -> Callable[[Instruction], Tensor]:
     if info.image_input is None:
-        text_encoder = TextEncoder(info.path, device, dtype, mesh.text_encoder, on_bytes)
+        text_encoder = TextEncoder(info.path, device, dtype, mesh.text_encoder, on_bytes, load_format)
         return lambda instruction: text_encoder(instruction.prompt)
     assert isinstance(info.image_input, EditInput)
-    edit_encoder = EditEncoder(info.path, info.image_input, device, dtype, mesh.text_encoder, on_bytes)
+    edit_encoder = EditEncoder(info.path, info.image_input, device, dtype, mesh.text_encoder, on_bytes, load_format)
     return lambda instruction: edit_encoder(*instruction)

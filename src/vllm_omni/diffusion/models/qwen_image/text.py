@@ -5,12 +5,14 @@ Text alone needs neither the vision tower nor the scores over the vocabulary, so
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLTextModel
 
+from vllm_omni.diffusion.data import LoadFormat
 from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.models.language_model import load_language_model
 from vllm_omni.diffusion.models.loading import OnBytes
@@ -19,6 +21,7 @@ from vllm_omni.diffusion.models.qwen_image.info import (
     NUM_TEMPLATE_TOKENS,
     PROMPT_TEMPLATE,
 )
+from vllm_omni.diffusion.transfers import to_device
 
 
 class TextEncoder:
@@ -31,6 +34,7 @@ class TextEncoder:
         dtype: torch.dtype,
         group: Group,
         on_bytes: OnBytes = lambda count: None,
+        load_format: LoadFormat = "auto",
     ) -> None:
         """Reads this rank's share of the weights in `path`, a model folder; `on_bytes` is told how much that is.
 
@@ -38,7 +42,7 @@ class TextEncoder:
         """
         self._device = device
         self._tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer")
-        self._model = load_text_model(path / "text_encoder", device, dtype, group, on_bytes)
+        self._model = load_text_model(path / "text_encoder", device, dtype, group, on_bytes, load_format)
 
     def __call__(self, prompt: str) -> Tensor:
         """-> [tokens, hidden size]: the last hidden states without the template's beginning.
@@ -51,13 +55,14 @@ class TextEncoder:
             truncation=True,
             return_tensors="pt",
         ).input_ids
-        states: Tensor = self._model(input_ids=ids.to(self._device), use_cache=False).last_hidden_state
+        states: Tensor = self._model(input_ids=to_device(ids, self._device), use_cache=False).last_hidden_state
         return states[0, NUM_TEMPLATE_TOKENS:]
 
 
 def load_text_model(
-    folder: Path, device: torch.device, dtype: torch.dtype, group: Group, on_bytes: OnBytes
+    folder: Path, device: torch.device, dtype: torch.dtype, group: Group, on_bytes: OnBytes, load_format: LoadFormat
 ) -> Qwen2_5_VLTextModel:
     """This rank's share of the language model in `folder`, a text encoder's."""
     config = Qwen2_5_VLConfig.from_pretrained(folder).text_config
-    return load_language_model(lambda: Qwen2_5_VLTextModel(config), folder, device, dtype, group, on_bytes)
+    build = partial(Qwen2_5_VLTextModel, config)
+    return load_language_model(build, folder, device, dtype, group, on_bytes, load_format=load_format)

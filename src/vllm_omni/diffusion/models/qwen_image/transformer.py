@@ -15,13 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_omni.diffusion.distributed.groups import Group
+from vllm_omni.diffusion.layers.kernels import Kernels, Projected, TorchKernels
 from vllm_omni.diffusion.layers.linear import ColumnLinear, RowLinear
-from vllm_omni.diffusion.layers.norms import Scale, gated_add, norm_modulate, rms_norm
-from vllm_omni.diffusion.layers.rope import axis_rotations, rotate
+from vllm_omni.diffusion.layers.norms import Scale, norm_modulate, rms_norm
+from vllm_omni.diffusion.layers.rope import axis_rotations
 from vllm_omni.diffusion.layers.timesteps import NUM_WAVES, timestep_waves
 from vllm_omni.diffusion.models.arrangement import Arrangement
-from vllm_omni.diffusion.models.modulation import Modulation
+from vllm_omni.diffusion.models.compiled import Backend, CompiledBlocks
+from vllm_omni.diffusion.models.modulation import Modulation, per_token
 from vllm_omni.diffusion.packing import Hidden, Pack
+from vllm_omni.diffusion.transfers import to_device
 from vllm_omni.errors import ConfigError
 
 EPS = 1e-6
@@ -46,6 +49,10 @@ CHECKPOINT_NAMES: dict[str, tuple[str, ...]] = {
 }
 """Our module -> the modules of diffusers' checkpoint whose weights it holds, one after another along dim 0; within
 a block without its `transformer_blocks.N.`. Modules that are not listed have the same name in both."""
+
+FLOAT8_LAYERS = ("qkv", "out", "up", "down")
+"""Of every block, what `--quantization fp8` keeps in float8: two thirds of the weights. Modulation, computed once a
+timestep, and what lies before and behind the blocks stay as they are."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ class StepContext:
     """What the blocks of one step read besides: the arrangement and the modulation of its sequences."""
 
     arrangement: Arrangement
-    """rotations: complex64 [T + S, 1, 1, d / 2]."""
+    """rotations: float32 [T + S, 1, 1, d / 2, 2]."""
     modulation: Modulation
     own_rows: Tensor | None = None
     """int64 [S]: the row of `modulation` of each image token; None: its sequence's, which text tokens always have."""
@@ -95,94 +102,144 @@ class StepContext:
         return self.arrangement.pack
 
     @property
-    def image_rows(self) -> Tensor:
-        return self.pack.image_sequence if self.own_rows is None else self.own_rows
+    def text_index(self) -> Tensor | None:
+        """See `Modulation.index`."""
+        return self.modulation.index(self.pack.text_sequence)
+
+    @property
+    def image_index(self) -> Tensor | None:
+        return self.modulation.index(self.pack.image_sequence if self.own_rows is None else self.own_rows)
 
     def select(self, members: Sequence[int]) -> StepContext:
         """The same of some of the sequences, for blocks alone."""
-        rows = self.own_rows
-        if rows is not None:
-            by_sequence = rows.split(self.pack.image.lengths)
-            rows = torch.cat([by_sequence[i] for i in members])
-        return StepContext(self.arrangement.select(tuple(members)), self.modulation, rows)
+        arrangement = self.arrangement.select(tuple(members))
+        if self.own_rows is None:
+            return StepContext(arrangement, self.modulation.of_members(arrangement.pack.numbers))
+        by_sequence = self.own_rows.split(self.pack.image.lengths)
+        return StepContext(arrangement, self.modulation, torch.cat([by_sequence[i] for i in members]))
 
 
 class Stream(nn.Module):
     """The weights of one block for one kind of token (text or image), and what they do before and after attention."""
 
-    def __init__(self, dim: int, tensor: Group) -> None:
+    def __init__(self, dim: int, tensor: Group, kernels: Kernels) -> None:
         super().__init__()
+        self.kernels = kernels
         self.modulation = ColumnLinear(dim, 6 * dim, tensor)
         self.qkv = ColumnLinear(dim, 3 * dim, tensor)
         self.out = RowLinear(dim, dim, tensor)
         self.up = ColumnLinear(dim, 4 * dim, tensor)
         self.down = RowLinear(4 * dim, dim, tensor)
 
-    def project(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        """x: [tokens, D] -> q, k and v of this rank's heads [tokens, 3 * D / P]."""
-        qkv: Tensor = self.qkv(norm_modulate(x, shift, scale, EPS))
+    def project(self, x: Tensor, rows: Tensor, index: Tensor | None) -> Tensor:
+        """x: [tokens, D]; rows: [rows, 6, D] -> q, k and v of this rank's heads [tokens, 3 * D / P]."""
+        shift, scale, *_ = rows.unbind(1)
+        qkv: Tensor = self.qkv(self.kernels.norm_modulate(x, shift, scale, index, EPS))
         return qkv
 
-    def finish(
-        self, x: Tensor, attended: Tensor, gate: Tensor, mlp_shift: Tensor, mlp_scale: Tensor, mlp_gate: Tensor
-    ) -> Tensor:
-        """x: [tokens, D]; attended: [tokens, D / P]."""
-        x = gated_add(x, self.out(attended), gate)
-        inner = F.gelu(self.up(norm_modulate(x, mlp_shift, mlp_scale, EPS)), approximate="tanh")
-        return gated_add(x, self.down(inner), mlp_gate)
+    def finish(self, x: Tensor, attended: Tensor, rows: Tensor, index: Tensor | None) -> Tensor:
+        """x: [tokens, D]; attended: [tokens, D / P]; rows: [rows, 6, D] -> [tokens, D]."""
+        *_, gate, mlp_shift, mlp_scale, mlp_gate = rows.unbind(1)
+        x = self.kernels.gated_add(x, self.out(attended), gate, index)
+        modulated = self.kernels.norm_modulate(x, mlp_shift, mlp_scale, index, EPS)
+        inner = F.gelu(self.up(modulated), approximate="tanh")
+        return self.kernels.gated_add(x, self.down(inner), mlp_gate, index)
 
 
 class Block(nn.Module):
-    def __init__(self, config: TransformerConfig, tensor: Group) -> None:
+    """Attention of text and image together, between what each does for itself.
+
+    `before` and `after` take plain tensors, so that they can be compiled: see `CompiledPart`.
+    """
+
+    def __init__(self, config: TransformerConfig, tensor: Group, kernels: Kernels) -> None:
         super().__init__()
+        self.kernels = kernels
         self.head_dim = config.attention_head_dim
         self.qk_norm = Scale(4 * self.head_dim)
-        self.image = Stream(config.dim, tensor)
-        self.text = Stream(config.dim, tensor)
+        self.image = Stream(config.dim, tensor, kernels)
+        self.text = Stream(config.dim, tensor, kernels)
 
     def modulate(self, condition: Tensor) -> Tensor:
         """[timesteps, D] -> [2, timesteps, 6 * D / P], image then text."""
         return torch.stack((self.image.modulation(condition), self.text.modulation(condition)))
 
-    def forward(self, hidden: Hidden, index: int, context: StepContext) -> Hidden:
-        pack = context.pack
-        text_rows = context.modulation.of_block(index, TEXT, pack.text_sequence)
-        image_rows = context.modulation.of_block(index, IMAGE, context.image_rows)
-        qkv = pack.join(
-            self.text.project(hidden.text, *text_rows[:2]), self.image.project(hidden.image, *image_rows[:2])
-        )
-        attended = self._attend(qkv.view(len(qkv), 3, -1, self.head_dim), context)
-        text_attended, image_attended = pack.split(attended.flatten(1))
-        return Hidden(
-            text=self.text.finish(hidden.text, text_attended, *text_rows[2:]),
-            image=self.image.finish(hidden.image, image_attended, *image_rows[2:]),
-        )
+    def forward(self, hidden: Hidden, rows: Tensor, context: StepContext) -> Hidden:
+        """rows: this block's of the modulation, [2, rows, 6, D]."""
+        pack, arrangement = context.pack, context.arrangement
+        tokens = hidden.text, hidden.image, context.text_index, context.image_index
+        q, k, v = self.before(rows, *tokens, pack.joint_order, pack.joint_is_image, arrangement.rotations)
+        attended = arrangement.attend(q, k, v).flatten(1)
+        parts = (attended, None) if pack.num_sequences == 1 else pack.split(attended)
+        text, image = self.after(rows, *tokens, *parts)
+        return Hidden(text=text, image=image)
 
-    def _attend(self, qkv: Tensor, context: StepContext) -> Tensor:
-        """[T + S, 3, H / P, d] -> [T + S, H / P, d], both in joint order."""
-        pack = context.pack
-        # Text and image have their own norms: [T + S, q and k, any head, d].
-        scale = self.qk_norm.weight.view(2, 2, 1, -1).index_select(0, pack.joint_is_image)
-        q, k = rotate(rms_norm(qkv[:, :2], scale, EPS), context.arrangement.rotations).unbind(1)
-        return context.arrangement.attend(q, k, qkv[:, 2])
+    def before(
+        self,
+        rows: Tensor,
+        text: Tensor,
+        image: Tensor,
+        text_index: Tensor | None,
+        image_index: Tensor | None,
+        joint_order: Tensor | None,
+        joint_is_image: Tensor,
+        rotations: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """-> q, k and v, [T + S, H / P, d] each, in joint order."""
+        text_norms, image_norms = self.qk_norm.weight.chunk(2)
+        streams = (
+            Projected(self.text.project(text, rows[TEXT], text_index), text_norms),
+            Projected(self.image.project(image, rows[IMAGE], image_index), image_norms),
+        )
+        return self.kernels.heads(streams, joint_order, joint_is_image, rotations, EPS)
+
+    def after(
+        self,
+        rows: Tensor,
+        text: Tensor,
+        image: Tensor,
+        text_index: Tensor | None,
+        image_index: Tensor | None,
+        attended: Tensor,
+        image_attended: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """attended: [T, D / P], and of the image [S, D / P]; None: `attended` has both, one after the other.
+
+        -> text and image, [T, D] and [S, D].
+        """
+        if image_attended is None:
+            attended, image_attended = attended[: len(text)], attended[len(text) :]
+        return (
+            self.text.finish(text, attended, rows[TEXT], text_index),
+            self.image.finish(image, image_attended, rows[IMAGE], image_index),
+        )
 
 
 class QwenImageTransformer(nn.Module):
     """`embed -> blocks -> project`: see `StepBlocks` for what runs the blocks."""
 
-    def __init__(self, config: TransformerConfig, tensor: Group) -> None:
-        """tensor: the ranks that share every layer; their number divides the heads."""
+    def __init__(self, config: TransformerConfig, tensor: Group, kernels: Kernels | None = None) -> None:
+        """tensor: the ranks that share every layer; their number divides the heads. kernels: of the blocks; None: plain
+        PyTorch."""
         super().__init__()
         self.config = config
         self.tensor = tensor
         dim = config.dim
+        kernels = kernels or TorchKernels()
         self.time_embedder = nn.Sequential(nn.Linear(NUM_WAVES, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.txt_norm = Scale(config.joint_attention_dim)
         self.img_in = nn.Linear(config.in_channels, dim)
         self.txt_in = nn.Linear(config.joint_attention_dim, dim)
-        self.transformer_blocks = nn.ModuleList(Block(config, tensor) for _ in range(config.num_layers))
+        self.transformer_blocks = nn.ModuleList(Block(config, tensor, kernels) for _ in range(config.num_layers))
         self.output_modulation = nn.Linear(dim, 2 * dim)
         self.proj_out = nn.Linear(dim, config.patch_size**2 * config.out_channels)
+
+    def compile_blocks(self, backend: Backend = "inductor") -> CompiledBlocks:
+        """From here on the blocks run compiled but for attention, and for `after` where it holds the exchanges of
+        tensor parallelism. Compiles at the first run of each variant: one row of modulation or several, one sequence or
+        several."""
+        parts = ["before", "after"] if self.tensor.size == 1 else ["before"]
+        return CompiledBlocks(list(self.transformer_blocks), parts, backend)
 
     def modulate(self, timesteps: Sequence[float]) -> Modulation:
         """The rows of modulation of these timesteps, each in [0, 1] and already rounded to the model's dtype.
@@ -190,8 +247,8 @@ class QwenImageTransformer(nn.Module):
         Parts of a block: shift, scale, gate of the attention, then of the MLP; of the output: scale and shift. Scales
         have their 1 added.
         """
-        waves = timestep_waves(torch.tensor(timesteps), scale=1000).to(self.proj_out.weight)
-        condition = F.silu(self.time_embedder(waves))
+        waves = timestep_waves(torch.tensor(timesteps), scale=1000).to(self.proj_out.weight.dtype)
+        condition = F.silu(self.time_embedder(to_device(waves, self.proj_out.weight.device)))
         rows = torch.stack([cast(Block, block).modulate(condition) for block in self.transformer_blocks])
         blocks = torch.cat(self.tensor.all_gather(rows).unbind(), dim=-1).unflatten(-1, (6, -1))
         final = self.output_modulation(condition).unflatten(-1, (2, -1))
@@ -205,7 +262,7 @@ class QwenImageTransformer(nn.Module):
         return embedded
 
     def rotations(self, num_text_tokens: int, grids: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """Of one sequence: complex64 [text tokens, 1, 1, d / 2] and [image tokens, 1, 1, d / 2], on the CPU.
+        """Of one sequence: float32 [text tokens, 1, 1, d / 2, 2] and [image tokens, 1, 1, d / 2, 2], on the CPU.
 
         grids: rows and columns of the target and of each reference picture, frames 0, 1, ... of the sequence. Rows and
         columns count from a picture's middle; text follows on the diagonal, past the edge of the largest.
@@ -251,13 +308,15 @@ class StepBlocks:
         return self.context.pack
 
     def run(self, hidden: Hidden, which: range) -> Hidden:
+        rows = self.context.modulation.blocks
         for index in which:
-            hidden = self.transformer.transformer_blocks[index](hidden, index, self.context)
+            hidden = self.transformer.transformer_blocks[index](hidden, rows[index], self.context)
         return hidden
 
     def signal(self, hidden: Hidden) -> Tensor:
         """[S, D]: what the first block's attention projects."""
-        shift, scale = self.context.modulation.of_block(0, IMAGE, self.context.image_rows)[:2]
+        rows = self.context.modulation.blocks[0, IMAGE]
+        shift, scale = per_token(rows[:, :2], self.context.image_index)
         return norm_modulate(hidden.image, shift, scale, EPS)
 
     def select(self, members: Sequence[int]) -> StepBlocks:

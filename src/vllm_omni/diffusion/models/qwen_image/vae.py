@@ -16,6 +16,7 @@ from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.models.pictures import LatentDecoder
 from vllm_omni.diffusion.models.tiles import Tiling
 from vllm_omni.diffusion.sampling import pack_latents, unpack_latents
+from vllm_omni.diffusion.transfers import to_device
 
 
 class FrameConv(nn.Module):
@@ -62,7 +63,7 @@ class PictureEncoder:
     def __call__(self, pixels: np.ndarray) -> Tensor:
         """uint8 [height, width, 3], sides multiples of a token's -> [rows * columns, channels * 4]."""
         values = torch.from_numpy(pixels).permute(2, 0, 1)[None, :, None].float() / 255 * 2 - 1
-        distribution = self._vae.encode(values.to(self._vae.device, self._vae.dtype)).latent_dist
+        distribution = self._vae.encode(to_device(values.to(self._vae.dtype), self._vae.device)).latent_dist
         scaled = (distribution.mode() - self._mean) / self._std
         return pack_latents(scaled[0, :, 0])
 
@@ -80,7 +81,7 @@ class PictureDecoder:
         self._mean, std = _scaling(vae)
         self._inverse_std = 1.0 / std
 
-    def __call__(self, latents: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+    def __call__(self, latents: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> list[Tensor]:
         """latents: [rows * columns, channels * 4] and (rows, columns) of each picture -> uint8 [height, width, 3].
 
         All ranks of the group must call with the same latents; the pictures come on its first rank, [] on the others.

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
+from vllm_omni.diffusion.data import LoadFormat
 from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.models.loading import OnBytes, load_weights, weight_names
 from vllm_omni.diffusion.models.prompt_cache import PromptCache
@@ -23,6 +25,7 @@ from vllm_omni.diffusion.models.qwen_image.edit import (
     EditInput,
 )
 from vllm_omni.diffusion.models.qwen_image.text import load_text_model
+from vllm_omni.diffusion.transfers import to_device
 from vllm_omni.inputs.images import InputImage
 
 VISION_CACHE_BYTES = 256 * 2**20
@@ -37,6 +40,7 @@ class EditEncoder:
         dtype: torch.dtype,
         group: Group,
         on_bytes: OnBytes = lambda count: None,
+        load_format: LoadFormat = "auto",
     ) -> None:
         """As `text.TextEncoder`. edit: how the model in `path` takes pictures."""
         self._edit = edit
@@ -44,8 +48,8 @@ class EditEncoder:
         self._dtype = dtype
         self._tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer")
         self._image_token = self._tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        self._model = load_text_model(path / "text_encoder", device, dtype, group, on_bytes)
-        self._tower = _load_vision_tower(path / "text_encoder", device, dtype, on_bytes)
+        self._model = load_text_model(path / "text_encoder", device, dtype, group, on_bytes, load_format)
+        self._tower = _load_vision_tower(path / "text_encoder", device, dtype, on_bytes, load_format)
         self._features: PromptCache[InputImage] = PromptCache(self._see, VISION_CACHE_BYTES, lambda image: image.digest)
 
     def __call__(self, prompt: str, images: Sequence[InputImage]) -> Tensor:
@@ -59,10 +63,10 @@ class EditEncoder:
         ids = self._tokenizer(text, return_tensors="pt").input_ids
         # A prompt may spell the token too; ours come first.
         is_image = (places := ids[0] == self._image_token) & (places.cumsum(0) <= sum(map(len, features)))
-        embedded = self._model.embed_tokens(ids.to(self._device))
+        embedded = self._model.embed_tokens(to_device(ids, self._device))
         if features:
-            embedded[0, is_image.to(self._device)] = torch.cat(features)
-        positions = vision_positions(is_image, grids)[:, None].to(self._device)
+            embedded[0].index_copy_(0, to_device(is_image.nonzero()[:, 0], self._device), torch.cat(features))
+        positions = to_device(vision_positions(is_image, grids)[:, None], self._device)
         output = self._model(inputs_embeds=embedded, position_ids=positions, use_cache=False)
         states: Tensor = output.last_hidden_state
         return states[0, NUM_EDIT_TEMPLATE_TOKENS:]
@@ -70,8 +74,19 @@ class EditEncoder:
     def _see(self, image: InputImage) -> Tensor:
         """[tokens, hidden size]: a picture in the place of the embeddings of its tokens."""
         inputs = self._edit.processor(images=[image.condition], return_tensors="pt")
-        pixels = inputs["pixel_values"].to(self._device, self._dtype)
-        features: Tensor = self._tower(pixels, grid_thw=inputs["image_grid_thw"].to(self._device)).pooler_output
+        pixels = to_device(inputs["pixel_values"].to(self._dtype), self._device)
+        # Where the tower cuts its tokens is read at every layer: that stays on the host, what it indexes by does not.
+        grid, tower = inputs["image_grid_thw"], self._tower
+        window_index, cu_window_seqlens = get_vision_window_index(
+            grid, tower.spatial_merge_size, tower.window_size, tower.patch_size
+        )
+        features: Tensor = tower(
+            pixels,
+            grid_thw=grid,
+            position_ids=to_device(get_vision_position_ids(grid, tower.spatial_merge_size), self._device),
+            window_index=to_device(window_index, self._device),
+            cu_window_seqlens=cu_window_seqlens,
+        ).pooler_output
         return features
 
 
@@ -98,14 +113,15 @@ def vision_positions(is_image: Tensor, grids: Sequence[tuple[int, int]]) -> Tens
 
 
 def _load_vision_tower(
-    folder: Path, device: torch.device, dtype: torch.dtype, on_bytes: OnBytes
+    folder: Path, device: torch.device, dtype: torch.dtype, on_bytes: OnBytes, load_format: LoadFormat
 ) -> Qwen2_5_VisionTransformerPretrainedModel:
     config = Qwen2_5_VLConfig.from_pretrained(folder).vision_config
     with torch.device("meta"):
         tower = Qwen2_5_VisionTransformerPretrainedModel(config)
     # Checkpoints have been written with two names for the same module.
-    is_named = any(name.startswith("model.visual.") for name in weight_names(folder))
-    load_weights(tower, folder, {}, device, dtype, on_bytes, "model.visual." if is_named else "visual.")
+    names = weight_names(folder) if load_format == "auto" else ()
+    prefix = "model.visual." if any(name.startswith("model.visual.") for name in names) else "visual."
+    load_weights(tower, folder, {}, device, dtype, on_bytes, prefix, load_format=load_format)
     # Its frequencies are no weights, and stay in float32 whatever the model's dtype.
     tower.rotary_pos_emb = type(tower.rotary_pos_emb)(config).to(device)
     return tower

@@ -93,6 +93,7 @@ def describe(path: Path) -> ModelInfo:
         # A token costs 24 width² in a block's linear layers and 4 width n in attention over n tokens.
         attention_tokens=6.0 * width,
         num_heads=num_heads,
+        head_dim=width // num_heads,
         num_blocks=int(transformer.get("n_layers", 30)),
         tea_cache_coefficients=TEA_CACHE_COEFFICIENTS,
         tensor_sizes=tuple(n for n in TENSOR_SIZES if num_heads % n == 0 and inner_width(width) % n == 0),

@@ -14,13 +14,15 @@ from vllm_omni.diffusion.attention import create_attention
 from vllm_omni.diffusion.attention.sharded import Attend, PackedAttention
 from vllm_omni.diffusion.cache import create_step_cache
 from vllm_omni.diffusion.cache.base import SequenceStep, StepCache
-from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.data import AttentionBackendName, OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.distributed.mesh import Mesh
+from vllm_omni.diffusion.layers.kernels import create_kernels
 from vllm_omni.diffusion.models.arrangement import Arrangement
+from vllm_omni.diffusion.models.compiled import CompiledBlocks
 from vllm_omni.diffusion.models.configs import read_config
 from vllm_omni.diffusion.models.flow import FlowPipeline, FlowState, Layout
-from vllm_omni.diffusion.models.loading import load_weights, num_bytes
+from vllm_omni.diffusion.models.loading import load_autoencoder, load_weights
 from vllm_omni.diffusion.models.modulation import ModulationTable
 from vllm_omni.diffusion.models.prompt_cache import PromptCache
 from vllm_omni.diffusion.models.schedule import make_schedule
@@ -28,6 +30,7 @@ from vllm_omni.diffusion.models.sharding import Sharding
 from vllm_omni.diffusion.models.z_image.text import TextEncoder
 from vllm_omni.diffusion.models.z_image.transformer import (
     CHECKPOINT_NAMES,
+    FLOAT8_LAYERS,
     StepBlocks,
     StepContext,
     TransformerConfig,
@@ -39,6 +42,7 @@ from vllm_omni.diffusion.packing import Pack
 from vllm_omni.diffusion.registry import ModelInfo
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.diffusion.sampling import combine_bounded, draw_noise, pack_latents
+from vllm_omni.diffusion.transfers import to_device
 
 PROMPT_CACHE_BYTES = 256 * 2**20
 MODULATION_BYTES = 2**28
@@ -93,7 +97,7 @@ class Pipeline(FlowPipeline[ZImageState, Forward]):
         decoder: PictureDecoder,
         scheduler: FlowMatchEulerDiscreteScheduler,
         pixels_per_token: int,
-        attention_backend: str | None,
+        attention_backend: AttentionBackendName | None,
         step_cache: StepCache,
         mesh: Mesh,
     ) -> None:
@@ -119,25 +123,34 @@ class Pipeline(FlowPipeline[ZImageState, Forward]):
         mesh: Mesh,
     ) -> Pipeline:
         path = info.path
-        text_encoder = TextEncoder(path, device, dtype, mesh.text_encoder, on_bytes)
-        vae = AutoencoderKL.from_pretrained(path / "vae", dtype=dtype, use_safetensors=True)
-        on_bytes(num_bytes(path / "vae"))
+        text_encoder = TextEncoder(path, device, dtype, mesh.text_encoder, on_bytes, config.load_format)
+        vae = load_autoencoder(AutoencoderKL, path / "vae", device, dtype, on_bytes, config.load_format)
         with torch.device("meta"):
             values = TransformerConfig.from_dict(read_config(path, "transformer"))
-            transformer = ZImageTransformer(values, mesh.tensor)
-        load_weights(transformer, path / "transformer", CHECKPOINT_NAMES, device, dtype, on_bytes)
+            transformer = ZImageTransformer(values, mesh.tensor, create_kernels(config.kernels))
+        load_weights(
+            transformer,
+            path / "transformer",
+            CHECKPOINT_NAMES,
+            device,
+            dtype,
+            on_bytes,
+            float8=FLOAT8_LAYERS if config.quantization == "fp8" else (),
+            load_format=config.load_format,
+        )
         return cls(
             transformer=transformer,
             text_encoder=text_encoder,
-            decoder=PictureDecoder(
-                vae.to(device).eval().requires_grad_(False), config.vae_use_slicing, config.vae_use_tiling, mesh.vae
-            ),
+            decoder=PictureDecoder(vae.to(device), config.vae_use_slicing, config.vae_use_tiling, mesh.vae),
             scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(path / "scheduler"),
             pixels_per_token=info.pixels_per_token,
             attention_backend=config.attention_backend,
             step_cache=create_step_cache(config.cache, info, mesh.rank_group),
             mesh=mesh,
         )
+
+    def compile_blocks(self) -> CompiledBlocks:
+        return self.transformer.compile_blocks()
 
     def encode(self, request: DiffusionRequest) -> ZImageState:
         prompts = [request.prompt]
@@ -208,11 +221,11 @@ class Pipeline(FlowPipeline[ZImageState, Forward]):
             for text_lengths in ([len(branch.text) for branch in mine], [0] * len(mine))
         )
         # Text and image of one sequence after another: that is the joint order.
-        joint_rotations = torch.cat([sharding.part(r) for r in rotations]).to(self._device)
+        joint_rotations = to_device(torch.cat([sharding.part(r) for r in rotations]), self._device)
         forward = Forward(
             arrangement=Arrangement(pack, joint_rotations, self._attention),
             attend_images=self._attention.over(images),
-            is_filling=torch.cat([sharding.part(f) for f in filling])[:, None].to(self._device),
+            is_filling=to_device(torch.cat([sharding.part(f) for f in filling])[:, None], self._device),
             text=torch.cat([sharding.part(branch.text) for branch in mine]),
         )
         return Layout(sharding, forward)

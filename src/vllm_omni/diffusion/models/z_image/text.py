@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3Model
 
+from vllm_omni.diffusion.data import LoadFormat
 from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.models.language_model import load_language_model
 from vllm_omni.diffusion.models.loading import OnBytes
 from vllm_omni.diffusion.models.z_image.info import ChatTokenizer
+from vllm_omni.diffusion.transfers import to_device
 
 
 class TextEncoder:
@@ -25,6 +27,7 @@ class TextEncoder:
         dtype: torch.dtype,
         group: Group,
         on_bytes: OnBytes = lambda count: None,
+        load_format: LoadFormat = "auto",
     ) -> None:
         """Reads this rank's share of the weights in `path`, a model folder; `on_bytes` is told how much that is.
 
@@ -40,13 +43,17 @@ class TextEncoder:
             return model
 
         unread = (f"layers.{config.num_hidden_layers - 1}.", "norm.", "lm_head.")
-        self._model = load_language_model(build, path / "text_encoder", device, dtype, group, on_bytes, unread)
+        self._model = load_language_model(
+            build, path / "text_encoder", device, dtype, group, on_bytes, unread, load_format
+        )
 
     def __call__(self, prompt: str) -> Tensor:
         """-> [tokens, hidden size]: what the last layer but one makes of the prompt as a chat.
 
         All ranks of the group must call with the same prompt; each gets the states.
         """
-        ids = torch.tensor([self._tokenizer.ids(prompt)], device=self._device)
-        states: Tensor = self._model(input_ids=ids, use_cache=False).last_hidden_state
+        ids = to_device(torch.tensor([self._tokenizer.ids(prompt)]), self._device)
+        # One prompt needs no mask but the causal one; making it, transformers would look for others on the device.
+        masks = {"full_attention": None}
+        states: Tensor = self._model(input_ids=ids, attention_mask=masks, use_cache=False).last_hidden_state
         return states[0]

@@ -21,14 +21,17 @@ from torch import Tensor, nn
 
 from vllm_omni.diffusion.attention.sharded import Attend
 from vllm_omni.diffusion.distributed.groups import Group
+from vllm_omni.diffusion.layers.kernels import Kernels, Projected, TorchKernels
 from vllm_omni.diffusion.layers.linear import ColumnLinear, RowLinear
-from vllm_omni.diffusion.layers.norms import Scale, gated_add, rms_norm
-from vllm_omni.diffusion.layers.rope import axis_rotations, rotate
+from vllm_omni.diffusion.layers.norms import Scale, rms_norm
+from vllm_omni.diffusion.layers.rope import axis_rotations
 from vllm_omni.diffusion.layers.timesteps import NUM_WAVES, timestep_waves
 from vllm_omni.diffusion.models.arrangement import Arrangement
-from vllm_omni.diffusion.models.modulation import Modulation
+from vllm_omni.diffusion.models.compiled import Backend, CompiledBlocks
+from vllm_omni.diffusion.models.modulation import Modulation, per_token
 from vllm_omni.diffusion.models.z_image.info import PATCH_SIZE, TOKEN_MULTIPLE, inner_width
 from vllm_omni.diffusion.packing import Hidden, Pack
+from vllm_omni.diffusion.transfers import to_device
 from vllm_omni.errors import ConfigError
 
 QK_EPS = 1e-5
@@ -53,6 +56,10 @@ CHECKPOINT_NAMES: dict[str, tuple[str, ...]] = {
 }
 """Our module -> the modules of diffusers' checkpoint whose weights it holds, one after another along dim 0; within
 a block without the names before it. Modules that are not listed have the same name in both."""
+
+FLOAT8_LAYERS = ("qkv", "out", "gate_up", "down")
+"""Of every block, the refiners' too, what `--quantization fp8` keeps in float8: nearly all of the weights. Modulation
+and what lies before and behind the blocks stay as they are."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,7 @@ class StepContext:
     """What the layers of one step read besides."""
 
     arrangement: Arrangement
-    """Of the stream: text before image, sequence by sequence; rotations are complex64 [T + S, 1, 1, d / 2]."""
+    """Of the stream: text before image, sequence by sequence; rotations are float32 [T + S, 1, 1, d / 2, 2]."""
     attend_images: Attend
     """Attention over the image tokens of each sequence alone."""
     is_filling: Tensor
@@ -107,10 +114,14 @@ class StepContext:
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each between two norms."""
+    """Attention and feed-forward, each between two norms.
 
-    def __init__(self, config: TransformerConfig, tensor: Group, is_modulated: bool = True) -> None:
+    `before` and `after` attention take plain tensors, so that they can be compiled: see `CompiledPart`.
+    """
+
+    def __init__(self, config: TransformerConfig, tensor: Group, kernels: Kernels, is_modulated: bool = True) -> None:
         super().__init__()
+        self.kernels = kernels
         dim, inner = config.dim, inner_width(config.dim)
         self.head_dim = config.head_dim
         self.eps = config.norm_eps
@@ -126,26 +137,38 @@ class Block(nn.Module):
         self.gate_up = ColumnLinear(dim, 2 * inner, tensor, bias=False)
         self.down = RowLinear(inner, dim, tensor, bias=False)
 
-    def forward(self, x: Tensor, rows: Sequence[Tensor], rotations: Tensor, attend: Attend) -> Tensor:
-        """x: [tokens, D], of the tokens that `attend` and `rotations` are for; rows: scale and gate of the attention,
-        then of the feed-forward, each [1, D] or [tokens, D]."""
-        scale, gate, inner_scale, inner_gate = rows
-        qkv = self.qkv(rms_norm(x, self.attention_norm1.weight * scale, self.eps)).view(len(x), 3, -1, self.head_dim)
-        qk_norm = self.qk_norm.weight.view(2, 1, -1)
-        q, k = rotate(rms_norm(qkv[:, :2], qk_norm, QK_EPS), rotations).unbind(1)
-        attended = self.out(attend(q, k, qkv[:, 2]).flatten(1))
-        x = gated_add(x, rms_norm(attended, self.attention_norm2.weight, self.eps), gate)
+    def forward(self, x: Tensor, rows: Tensor, index: Tensor | None, rotations: Tensor, attend: Attend) -> Tensor:
+        """x: [tokens, D], of the tokens that `attend` and `rotations` are for; rows: [1, rows, 4, D], scale and gate of
+        the attention, then of the feed-forward; index: see `Modulation.index`."""
+        attended = attend(*self.before(rows, x, index, rotations))
+        out: Tensor = self.after(rows, x, index, attended.flatten(1))
+        return out
+
+    def before(self, rows: Tensor, x: Tensor, index: Tensor | None, rotations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """-> q, k and v, [tokens, H / P, d] each."""
+        (scale,) = per_token(rows[0, :, :1], index)
+        qkv = self.qkv(rms_norm(x, self.attention_norm1.weight * scale, self.eps))
+        return self.kernels.heads([Projected(qkv, self.qk_norm.weight)], None, None, rotations, QK_EPS)
+
+    def after(self, rows: Tensor, x: Tensor, index: Tensor | None, attended: Tensor) -> Tensor:
+        """attended: [tokens, D / P] -> [tokens, D]."""
+        _, gate, _, inner_gate = rows[0].unbind(1)
+        (inner_scale,) = per_token(rows[0, :, 2:3], index)
+        attended = rms_norm(self.out(attended), self.attention_norm2.weight, self.eps)
+        x = self.kernels.gated_add(x, attended, gate, index)
         inner_gates, inner = self.gate_up(rms_norm(x, self.ffn_norm1.weight * inner_scale, self.eps)).chunk(2, dim=-1)
         down = self.down(F.silu(inner_gates) * inner)
-        return gated_add(x, rms_norm(down, self.ffn_norm2.weight, self.eps), inner_gate)
+        return self.kernels.gated_add(x, rms_norm(down, self.ffn_norm2.weight, self.eps), inner_gate, index)
 
 
 class ZImageTransformer(nn.Module):
     """`embed`, `StepBlocks`, `project` at every step; `refine_caption` once before."""
 
-    def __init__(self, config: TransformerConfig, tensor: Group) -> None:
-        """tensor: the ranks that share every layer; their number divides the heads and the feed-forward channels."""
+    def __init__(self, config: TransformerConfig, tensor: Group, kernels: Kernels | None = None) -> None:
+        """tensor: the ranks that share every layer; their number divides the heads and the feed-forward channels.
+        kernels: of the blocks; None: plain PyTorch."""
         super().__init__()
+        kernels = kernels or TorchKernels()
         self.config = config
         self.tensor = tensor
         dim, condition = config.dim, min(config.dim, CONDITION_WIDTH)
@@ -157,13 +180,20 @@ class ZImageTransformer(nn.Module):
         self.caption_embedder = nn.Linear(config.cap_feat_dim, dim)
         self.x_pad_token = nn.Parameter(torch.zeros(1, dim))
         self.cap_pad_token = nn.Parameter(torch.zeros(1, dim))
-        self.noise_refiner = nn.ModuleList(Block(config, tensor) for _ in range(config.n_refiner_layers))
+        self.noise_refiner = nn.ModuleList(Block(config, tensor, kernels) for _ in range(config.n_refiner_layers))
         self.context_refiner = nn.ModuleList(
-            Block(config, tensor, is_modulated=False) for _ in range(config.n_refiner_layers)
+            Block(config, tensor, kernels, is_modulated=False) for _ in range(config.n_refiner_layers)
         )
-        self.layers = nn.ModuleList(Block(config, tensor) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(Block(config, tensor, kernels) for _ in range(config.n_layers))
         self.output_modulation = nn.Linear(condition, dim)
         self.output = nn.Linear(dim, config.channels_per_token)
+
+    def compile_blocks(self, backend: Backend = "inductor") -> CompiledBlocks:
+        """From here on the layers of a step run compiled but for attention, and for `after` where it holds the
+        exchanges of tensor parallelism. Compiles at the first run of each variant: one row of modulation or several.
+        """
+        parts = ["before", "after"] if self.tensor.size == 1 else ["before"]
+        return CompiledBlocks([*self.noise_refiner, *self.layers], parts, backend)
 
     def modulate(self, timesteps: Sequence[float]) -> Modulation:
         """The rows of modulation of these timesteps, which count from 0 (noise) to 1.
@@ -172,7 +202,7 @@ class ZImageTransformer(nn.Module):
         the feed-forward; of the output: a scale. Scales have their 1 added.
         """
         waves = timestep_waves(torch.tensor(timesteps, dtype=torch.float32) * self.config.t_scale)
-        condition = self.time_embedder(waves.to(self.output.weight))
+        condition = self.time_embedder(to_device(waves.to(self.output.weight.dtype), self.output.weight.device))
         layers = chain(self.noise_refiner, self.layers)
         rows = torch.stack([cast(Block, layer).modulation(condition) for layer in layers])
         parts = torch.cat(self.tensor.all_gather(rows).unbind(), dim=-1).unflatten(-1, (4, -1))
@@ -189,14 +219,15 @@ class ZImageTransformer(nn.Module):
         """
         x: Tensor = self.caption_embedder(rms_norm(states, self.caption_norm.weight, self.config.norm_eps))
         x = torch.cat((x, self.cap_pad_token.expand(filled_up(len(x)) - len(x), -1)))
-        rotations = self._caption_rotations(len(x)).to(x.device)
-        unmodulated = [x.new_ones(1, 1)] * 4
+        rotations = to_device(self._caption_rotations(len(x)), x.device)
+        unmodulated = x.new_ones(1, 1, 4, x.shape[1])
         for layer in self.context_refiner:
-            x = layer(x, unmodulated, rotations, attend)
+            x = layer(x, unmodulated, None, rotations, attend)
         return x
 
     def rotations(self, num_text_tokens: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Of one sequence: complex64 [text tokens, 1, 1, d / 2] and [image tokens filled up, 1, 1, d / 2], on the CPU.
+        """Of one sequence: float32 [text tokens, 1, 1, d / 2, 2] and [image tokens filled up, 1, 1, d / 2, 2], on the
+        CPU.
 
         num_text_tokens: filled up. Text counts along the first axis from 1, and the picture is the frame after it; what
         fills it up lies at the origin.
@@ -219,9 +250,9 @@ class ZImageTransformer(nn.Module):
         pack = context.pack
         image = torch.where(context.is_filling, self.x_pad_token, self.image_embedder(latents))
         _, rotations = pack.split(context.arrangement.rotations)
-        for index, layer in enumerate(self.noise_refiner):
-            rows = context.modulation.of_block(index, 0, pack.image_sequence)
-            image = layer(image, rows, rotations, context.attend_images)
+        index = context.modulation.index(pack.image_sequence)
+        for layer, rows in zip(self.noise_refiner, context.modulation.blocks):
+            image = layer(image, rows, index, rotations, context.attend_images)
         return Hidden(text, image)
 
     def project(self, hidden: Hidden, context: StepContext) -> Tensor:
@@ -250,20 +281,24 @@ class StepBlocks:
     def run(self, hidden: Hidden, which: range) -> Hidden:
         pack, arrangement = self.pack, self.context.arrangement
         x, sequence = pack.join(hidden.text, hidden.image), pack.join(pack.text_sequence, pack.image_sequence)
-        for index in which:
-            rows = self.context.modulation.of_block(self._row(index), 0, sequence)
-            x = self.transformer.layers[index](x, rows, arrangement.rotations, arrangement.attend)
+        modulation = self.context.modulation
+        index = modulation.index(sequence)
+        for number in which:
+            rows = modulation.blocks[self._row(number)]
+            x = self.transformer.layers[number](x, rows, index, arrangement.rotations, arrangement.attend)
         return Hidden(*pack.split(x))
 
     def signal(self, hidden: Hidden) -> Tensor:
         """[S, D]: what the first layer's attention projects."""
         layer = cast(Block, self.transformer.layers[0])
-        scale, *_ = self.context.modulation.of_block(self._row(0), 0, self.pack.image_sequence)
+        modulation = self.context.modulation
+        (scale,) = per_token(modulation.blocks[self._row(0), 0, :, :1], modulation.index(self.pack.image_sequence))
         return rms_norm(hidden.image, layer.attention_norm1.weight * scale, layer.eps)
 
     def select(self, members: Sequence[int]) -> StepBlocks:
         arrangement = self.context.arrangement.select(tuple(members))
-        return StepBlocks(self.transformer, replace(self.context, arrangement=arrangement))
+        modulation = self.context.modulation.of_members(arrangement.pack.numbers)
+        return StepBlocks(self.transformer, replace(self.context, arrangement=arrangement, modulation=modulation))
 
     def _row(self, index: int) -> int:
         """Of a layer in the modulation, where the refiner's come first."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.models.pictures import LatentDecoder
 from vllm_omni.diffusion.models.tiles import Tiling
 from vllm_omni.diffusion.sampling import unpack_latents
+from vllm_omni.diffusion.transfers import is_host
 
 
 class PictureDecoder:
@@ -23,13 +23,15 @@ class PictureDecoder:
         vae.encoder = nn.Identity()  # frees its weights
         if tiled:
             vae.enable_tiling()
+        if not is_host(vae.device):
+            vae.to(memory_format=torch.channels_last)  # in which cuDNN's convolutions compute
         self._dtype: torch.dtype = vae.dtype
         self._scaling: float = vae.config.scaling_factor
         self._shift: float = vae.config.shift_factor
         scale, tiling = tiling_of(vae)
         self._decode = LatentDecoder(vae, partial(decode_tile, vae), tiling, scale, one_at_a_time, group)
 
-    def __call__(self, latents: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+    def __call__(self, latents: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> list[Tensor]:
         """latents: [rows * columns, channels * 4] and (rows, columns) of each picture -> uint8 [height, width, 3].
 
         All ranks of the group must call with the same latents; the pictures come on its first rank, [] on the others.

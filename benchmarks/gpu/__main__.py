@@ -1,0 +1,123 @@
+"""Everything that is measured on a GPU, with random weights of the published sizes: no download.
+
+    python -m benchmarks.gpu --out out/gpu.json                             # everything, under 8 minutes a call
+    python -m benchmarks.gpu --sections ceilings,step --out out/gpu.json    # goes on where the file ends
+    python -m benchmarks.gpu --tiny                                         # the same code, small, on any machine
+
+Each case prints what the roofline predicts and then what was measured: the median of repeats after a warm-up. Rows are
+written as they come; a call that runs out of its minutes says so, and the next one skips what is there. Options that
+this version or this machine has not give a row that says why. Needs torch, diffusers and transformers; no vllm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import diffusers
+import torch
+
+from benchmarks.gpu import engine, fused, idle, kernels, layouts, step
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.report import Case, Report, Row
+from benchmarks.timing import here, release_memory
+from vllm_omni.errors import ConfigError
+
+SECTIONS: dict[str, Callable[[Bench], Iterator[Case]]] = {
+    "ceilings": kernels.section_ceilings,
+    "parity": kernels.section_parity,
+    "kernels": fused.section_kernels,
+    "step": step.section_step,
+    "profile": fused.section_profile,
+    "end_to_end": engine.section_end_to_end,
+    "batching": engine.section_batching,
+    "caches": engine.section_caches,
+    "idle": idle.section_idle,
+    "layouts": layouts.section_layouts,
+}
+"""In the order in which they run: predictions use the measured ceilings."""
+LAYOUTS = ("ulysses=2", "ring=2", "cfg=2", "tensor=2")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sections", default=",".join(SECTIONS), help=f"of {', '.join(SECTIONS)}")
+    parser.add_argument("--out", type=Path, default=Path("out/gpu.json"), help="rows; an existing file is gone on with")
+    parser.add_argument("--models", type=Path, default=Path("out/models"), help="where model folders are written")
+    parser.add_argument("--minutes", type=float, default=6.5, help="no case begins later")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the steps of whole pictures")
+    parser.add_argument("--tiny", action="store_true", help="small shapes")
+    parser.add_argument("--layouts", nargs="*", default=LAYOUTS, help="such as ulysses=2,cfg=2; default: those of two")
+    return parser.parse_args(argv)
+
+
+def run_sections(bench: Bench, sections: Sequence[str], seconds: float) -> bool:
+    """Every case that has no rows yet; False when the time ran out before the last one."""
+    deadline = time.monotonic() + seconds
+    for section in sections:
+        for case in SECTIONS[section](bench):
+            if bench.report.has(section, case.name):
+                continue
+            if time.monotonic() > deadline:
+                print(f"out of time before {section}/{case.name}: call again to go on")
+                return False
+            predicted = "nothing" if case.predicted is None else f"{case.predicted:.4g} ms"
+            print(f"{section}/{case.name}: predicted {predicted}", flush=True)
+            rows = run_case(case)
+            torch.compiler.reset()
+            release_memory(bench.device)  # in the case itself its own variables would still hold it
+            bench.report.add(section, case.name, rows)
+            for row in rows:
+                print(row.line(), flush=True)
+    return True
+
+
+def run_case(case: Case) -> list[Row]:
+    """What cannot run becomes a row with the reason, whatever it is: the other cases are worth their time."""
+    try:
+        return case.run()
+    except ConfigError as error:
+        return [Row(case.name, predicted=case.predicted, refused=str(error))]
+    except Exception as error:
+        traceback.print_exc()
+        reason = (str(error).splitlines() or [""])[0]
+        return [Row(case.name, predicted=case.predicted, refused=f"failed: {type(error).__name__}: {reason}")]
+
+
+def environment(tiny: bool) -> dict[str, str | int | bool]:
+    device = here()
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "devices": torch.cuda.device_count(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "python": platform.python_version(),
+        "tiny": tiny,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    sections = args.sections.split(",")
+    if unknown := set(sections) - set(SECTIONS):
+        sys.exit(f"--sections takes {', '.join(SECTIONS)}, got {', '.join(sorted(unknown))}")
+    try:
+        report = Report(args.out, environment(args.tiny))
+        chosen = tuple(layouts.parse_layout(text) for text in args.layouts)
+    except ValueError as error:
+        sys.exit(str(error))
+    if args.tiny:  # on a busy machine threads that wait for one another take longer than the work
+        torch.set_num_threads(1)
+    bench = Bench(report, args.models, here(), args.tiny, args.quick, chosen)
+    is_done = run_sections(bench, sections, 60 * args.minutes)
+    print(f"\n{report.table()}")
+    sys.exit(0 if is_done else 3)
+
+
+if __name__ == "__main__":
+    main()

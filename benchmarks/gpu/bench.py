@@ -1,0 +1,158 @@
+"""What all sections share: models, sizes, engines, and the card that predictions are made with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+import torch
+
+from benchmarks.gpu.models import transformer_config, write_model
+from benchmarks.gpu.report import Report
+from benchmarks.published import UNGUIDED
+from benchmarks.roofline.cards import Card, floor_of
+from benchmarks.roofline.costs import ONE_DEVICE, Branch, StepCost, Transformer, rank_cost, transformer_of
+from benchmarks.roofline.measured import card_at_hand
+from vllm_omni import Omni
+from vllm_omni.diffusion.data import DiffusionParallelConfig
+from vllm_omni.diffusion.registry import ModelInfo, load_model_info
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
+
+PROMPT = "a photo of a red apple and a blue car on a wooden table"
+NEGATIVE = " "
+TINY_DIVISOR = 16
+Size = tuple[int, int]
+"""Height and width in pixels."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    report: Report
+    models: Path
+    """Where model folders are written."""
+    device: torch.device
+    tiny: bool
+    """The same code on small shapes, to try it."""
+    quick: bool
+    """Fewer steps; whole pictures are not as long as asked for, and rows say how long."""
+    layouts: tuple[dict[str, int], ...]
+
+    def model(self, name: str) -> str:
+        return str(write_model(name, self.models / f"{name}{'-tiny' * self.tiny}", self.tiny))
+
+    def info(self, name: str) -> ModelInfo:
+        return load_model_info(self.model(name))
+
+    def shape(self, name: str) -> Transformer:
+        return transformer_of(transformer_config(name, self.tiny))
+
+    def size(self, height: int, width: int | None = None) -> Size:
+        """Scaled down where all is tiny."""
+        sides = (height, width or height)
+        if not self.tiny:
+            return sides
+        return tuple(max(32, side // TINY_DIVISOR // 16 * 16) for side in sides)  # type: ignore[return-value]  # two
+
+    def steps(self, count: int) -> int:
+        return max(4, count // 10) if self.tiny or self.quick else count
+
+    def prompt(self, name: str) -> OmniPrompt:
+        return OmniPrompt(PROMPT) if name in UNGUIDED else OmniPrompt(PROMPT, NEGATIVE)
+
+    def params(self, name: str, size: Size, steps: int, **changes: Any) -> OmniDiffusionSamplingParams:
+        return OmniDiffusionSamplingParams(
+            **{
+                "height": size[0],
+                "width": size[1],
+                "num_inference_steps": steps,
+                "seed": 1,
+                "output_type": "np",
+                **({"guidance_scale": 0.0} if name in UNGUIDED else {"true_cfg_scale": 4.0}),
+                **changes,
+            }
+        )
+
+    def omni(self, name: str, **settings: Any) -> Omni:
+        """An engine with random weights, in worker processes."""
+        return Omni(model=self.model(name), load_format="dummy", progress_bar=False, **settings)
+
+    def branches(self, name: str, sizes: Sequence[Size]) -> list[list[Branch]]:
+        """The sequences of one request of each size."""
+        info = self.info(name)
+        prompt = self.prompt(name)
+        texts = [prompt.prompt] if prompt.negative_prompt is None else [prompt.prompt, prompt.negative_prompt]
+        counts = [info.count_prompt_tokens(text) for text in texts]
+        return [[Branch(text, info.num_image_tokens(*size)) for text in counts] for size in sizes]
+
+    def cost(
+        self,
+        name: str,
+        sizes: Sequence[Size],
+        parallel: DiffusionParallelConfig = ONE_DEVICE,
+        blocks: float | None = None,
+    ) -> StepCost:
+        return rank_cost(self.shape(name), self.branches(name, sizes), parallel, blocks=blocks)
+
+    @property
+    def card(self) -> Card | None:
+        """With the rates that the section `ceilings` measured, or those that are promised; None: nothing is known."""
+        rates = {row.case: row.measured for row in self.report.rows("ceilings")}
+        gemm, fp8, attention, copy = (
+            rates.get(f"qwen-image {kind}, all shapes") for kind in ("gemm", "fp8", "attention", "copy")
+        )
+        promised = card_at_hand()
+        if not (gemm and attention and copy):
+            return promised
+        links = promised.link_bytes if promised else math.inf
+        return Card("measured", gemm * 1e12, (fp8 or gemm) * 1e12, copy * 1e12, links, attention * 1e12)
+
+    def predict(
+        self,
+        name: str,
+        sizes: Sequence[Size],
+        parallel: DiffusionParallelConfig = ONE_DEVICE,
+        blocks: float | None = None,
+        fp8: bool = False,
+    ) -> float | None:
+        """Milliseconds of a step."""
+        card = self.card
+        if card is None:
+            return None
+        return 1e3 * floor_of(self.cost(name, sizes, parallel, blocks), card, parallel, fp8).total
+
+
+Subject = TypeVar("Subject")
+
+
+class Lazy(Generic[Subject]):
+    """What several cases share and none may need: made when first asked for, closed at the end; a refusal is kept."""
+
+    def __init__(self, make: Callable[[], Subject], close: Callable[[Subject], object]) -> None:
+        self._make = make
+        self._close = close
+        self._made: list[Subject] = []
+        self._refusal: Exception | None = None
+
+    def get(self) -> Subject:
+        if self._refusal is not None:
+            raise self._refusal
+        if not self._made:
+            try:
+                self._made.append(self._make())
+            except Exception as error:
+                self._refusal = error
+                raise
+        return self._made[0]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        while self._made:
+            self._close(self._made.pop())

@@ -1,0 +1,146 @@
+"""Model folders of the published sizes, without weights: `--load-format dummy` makes those on the device."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler
+from tests.tiny_models import SCHEDULER, tiny_tokenizer
+from tests.tiny_z_image import CHAT_TEMPLATE, TURBO_SHIFT
+from transformers import Qwen2_5_VLConfig, Qwen2Tokenizer, Qwen3Config
+
+from benchmarks.published import TRANSFORMERS, Config
+
+TINY_TRANSFORMERS: dict[str, Config] = {
+    "qwen-image": {
+        **TRANSFORMERS["qwen-image"],
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 4,
+        "joint_attention_dim": 32,
+        "axes_dims_rope": [4, 6, 6],
+    },
+    "z-image": {
+        **TRANSFORMERS["z-image"],
+        "dim": 64,
+        "n_layers": 2,
+        "n_heads": 4,
+        "n_kv_heads": 4,
+        "cap_feat_dim": 32,
+        "axes_dims": [4, 6, 6],
+    },
+}
+"""For trying the benchmarks themselves."""
+
+
+def transformer_config(name: str, tiny: bool) -> Config:
+    return (TINY_TRANSFORMERS if tiny else TRANSFORMERS)[name]
+
+
+def write_model(name: str, path: Path, tiny: bool) -> Path:
+    """Write the folder of `qwen-image` or `z-image` to `path` and return it; nothing if it is there."""
+    if (path / "model_index.json").is_file():
+        return path
+    write = {"qwen-image": _qwen_image, "z-image": _z_image}[name]
+    components = write(path, tiny)
+    _write_json(path / "transformer" / "config.json", transformer_config(name, tiny))
+    if tiny:
+        _write_json(path / "default_sampling_params.json", {"height": 64, "width": 64})
+    _write_json(path / "model_index.json", components)  # last: the folder is complete
+    return path
+
+
+def _qwen_image(path: Path, tiny: bool) -> dict[str, Any]:
+    """Qwen/Qwen-Image: Qwen2.5-VL-7B reads the prompt."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(path / "tokenizer")
+    width, layers, heads, kv_heads, inner = (32, 2, 2, 1, 64) if tiny else (3584, 28, 28, 4, 18944)
+    text = {
+        **_text_sizes(tokenizer, tiny, 152064, width, layers, heads, kv_heads, inner),
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "mrope_section": [2, 3, 3] if tiny else [16, 24, 24],
+        },
+    }
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": width}
+    Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False).save_pretrained(
+        path / "text_encoder"
+    )
+    sizes = {"base_dim": 8, "num_res_blocks": 1} if tiny else {}
+    with torch.device("meta"):
+        AutoencoderKLQwenImage(**sizes).save_config(path / "vae")
+    FlowMatchEulerDiscreteScheduler(**SCHEDULER).save_pretrained(path / "scheduler")
+    return {
+        "_class_name": "QwenImagePipeline",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
+        "tokenizer": ["transformers", "Qwen2Tokenizer"],
+        "transformer": ["diffusers", "QwenImageTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKLQwenImage"],
+    }
+
+
+def _z_image(path: Path, tiny: bool) -> dict[str, Any]:
+    """Tongyi-MAI/Z-Image-Turbo: Qwen3-4B reads the prompt, FLUX's VAE draws."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(path / "tokenizer")
+    width, layers, heads, kv_heads, inner = (32, 3, 2, 1, 64) if tiny else (2560, 36, 32, 8, 9728)
+    sizes = _text_sizes(tokenizer, tiny, 151936, width, layers, heads, kv_heads, inner)
+    Qwen3Config(**sizes, head_dim=16 if tiny else 128).save_pretrained(path / "text_encoder")
+    channels = [8, 16, 16, 16] if tiny else [128, 256, 512, 512]
+    with torch.device("meta"):
+        AutoencoderKL(
+            latent_channels=16,
+            block_out_channels=channels,
+            layers_per_block=1 if tiny else 2,
+            norm_num_groups=4 if tiny else 32,
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            sample_size=1024,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ).save_config(path / "vae")
+    FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=TURBO_SHIFT).save_pretrained(path / "scheduler")
+    return {
+        "_class_name": "ZImagePipeline",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "Qwen3Model"],
+        "tokenizer": ["transformers", "Qwen2Tokenizer"],
+        "transformer": ["diffusers", "ZImageTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+
+
+def _text_sizes(
+    tokenizer: Qwen2Tokenizer,
+    tiny: bool,
+    vocab: int,
+    width: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    inner: int,
+) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer) if tiny else vocab,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": inner,
+        "max_position_embeddings": 4096,
+        "bos_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+
+
+def _write_json(file: Path, content: object) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=1))

@@ -1,0 +1,42 @@
+"""The published sizes of the models that are measured, as their folders have them: configs, no weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Config = dict[str, Any]
+
+TRANSFORMERS: dict[str, Config] = {
+    "qwen-image": {
+        "_class_name": "QwenImageTransformer2DModel",
+        "patch_size": 2,
+        "in_channels": 64,
+        "out_channels": 16,
+        "num_layers": 60,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 3584,
+        "axes_dims_rope": [16, 56, 56],
+    },
+    "z-image": {
+        "_class_name": "ZImageTransformer2DModel",
+        "all_patch_size": [2],
+        "all_f_patch_size": [1],
+        "in_channels": 16,
+        "dim": 3840,
+        "n_layers": 30,
+        "n_refiner_layers": 2,
+        "n_heads": 30,
+        "n_kv_heads": 30,
+        "norm_eps": 1e-5,
+        "qk_norm": True,
+        "cap_feat_dim": 2560,
+        "rope_theta": 256.0,
+        "t_scale": 1000.0,
+        "axes_dims": [32, 48, 48],
+        "axes_lens": [1536, 512, 512],
+    },
+}
+"""Qwen/Qwen-Image and Tongyi-MAI/Z-Image-Turbo."""
+UNGUIDED = ("z-image",)
+"""Those that are run without guidance: distilled."""

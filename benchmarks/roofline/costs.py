@@ -1,0 +1,315 @@
+"""FLOPs, bytes and exchanges of one rank in one denoising step, from a transformer's config alone.
+
+Counted are the products and the attention that the packed transformers run at every step, exactly (the tests compare
+with PyTorch's counter). Not counted is what is computed once a request: modulation, the text's embedding and, in
+Z-Image, the caption's layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, NamedTuple, Protocol
+
+from vllm_omni.diffusion.data import DiffusionParallelConfig
+from vllm_omni.diffusion.models.z_image.info import PATCH_SIZE, TOKEN_MULTIPLE, inner_width
+from vllm_omni.diffusion.packing import cut
+from vllm_omni.diffusion.placement import balance
+
+ELEMENT_BYTES = 2
+"""Of activations, and of weights that are not in float8."""
+ONE_DEVICE = DiffusionParallelConfig()
+
+
+class Branch(NamedTuple):
+    """Tokens of one guidance branch."""
+
+    text: int
+    image: int
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """[rows, inner] x [inner, columns], `count` times."""
+
+    name: str
+    rows: int
+    columns: int
+    inner: int
+    count: float = 1
+
+    @property
+    def flops(self) -> float:
+        return 2 * self.rows * self.columns * self.inner * self.count
+
+    def num_bytes(self, element: float = ELEMENT_BYTES) -> float:
+        """Weight and input read once, in `element` bytes each, and output written once."""
+        read = self.columns * self.inner + self.rows * self.inner
+        return self.count * (element * read + ELEMENT_BYTES * self.rows * self.columns)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Queries of one sequence over its keys, `count` times."""
+
+    queries: int
+    keys: int
+    heads: int
+    head_dim: int
+    count: float = 1
+
+    @property
+    def flops(self) -> float:
+        return 4 * self.queries * self.keys * self.heads * self.head_dim * self.count
+
+    @property
+    def num_bytes(self) -> float:
+        """Queries, keys and values read once, output written once."""
+        return ELEMENT_BYTES * 2 * (self.queries + self.keys) * self.heads * self.head_dim * self.count
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Of one rank."""
+
+    gemms: tuple[Gemm, ...]
+    attentions: tuple[Attention, ...]
+    pointwise_bytes: float
+    """Norms with modulation, RoPE, activations, gated sums and the joining of text and image: each reads its inputs and
+    writes its output once, as one kernel would. An estimate, not a count."""
+    exchanges: Mapping[str, float] = field(default_factory=dict)
+    """Bytes handed to each kind of exchange, as `StepResult.sent_bytes` counts them, without those of step caches."""
+
+    @property
+    def gemm_flops(self) -> float:
+        return sum(gemm.flops for gemm in self.gemms)
+
+    @property
+    def attention_flops(self) -> float:
+        return sum(attention.flops for attention in self.attentions)
+
+    @property
+    def flops(self) -> float:
+        return self.gemm_flops + self.attention_flops
+
+
+class Transformer(Protocol):
+    """An architecture, its sizes filled in."""
+
+    @property
+    def dim(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def channels(self) -> int:
+        """Of a velocity's token."""
+
+    @property
+    def num_image_layers(self) -> int:
+        """Layers before the blocks in which image tokens attend to each other alone."""
+
+    @property
+    def token_multiple(self) -> int: ...
+    @property
+    def pixels_per_token(self) -> int: ...
+
+    def gemms(self, text: int, image: int, tensor: int, blocks: float) -> list[Gemm]:
+        """Of so many tokens through so many blocks, of one of `tensor` ranks that share every layer."""
+
+    def pointwise_elements(self, text: int, image: int, tensor: int, blocks: float) -> float:
+        """Numbers read and written besides."""
+
+
+@dataclass(frozen=True)
+class QwenImage:
+    num_blocks: int = 60
+    heads: int = 24
+    head_dim: int = 128
+    channels: int = 64
+    token_multiple: int = 1
+    num_image_layers: int = 0
+    pixels_per_token: int = 16
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> QwenImage:
+        return cls(
+            num_blocks=config.get("num_layers", 60),
+            heads=config.get("num_attention_heads", 24),
+            head_dim=config.get("attention_head_dim", 128),
+            channels=config.get("in_channels", 64),
+        )
+
+    @property
+    def dim(self) -> int:
+        return self.heads * self.head_dim
+
+    def gemms(self, text: int, image: int, tensor: int, blocks: float) -> list[Gemm]:
+        dim = self.dim
+        streams = (("image", image), ("text", text))
+        return [
+            Gemm("img_in", image, dim, self.channels),
+            *(Gemm(f"{name}.qkv", rows, 3 * dim // tensor, dim, blocks) for name, rows in streams),
+            *(Gemm(f"{name}.out", rows, dim, dim // tensor, blocks) for name, rows in streams),
+            *(Gemm(f"{name}.up", rows, 4 * dim // tensor, dim, blocks) for name, rows in streams),
+            *(Gemm(f"{name}.down", rows, dim, 4 * dim // tensor, blocks) for name, rows in streams),
+            Gemm("proj_out", image, self.channels, dim),
+        ]
+
+    def pointwise_elements(self, text: int, image: int, tensor: int, blocks: float) -> float:
+        # Norms 2 x 2, gated sums 2 x 3; of a rank's own channels: join 6, norm and RoPE of q and k 4, split 2, GELU 8.
+        return (text + image) * self.dim * blocks * (10 + 20 / tensor)
+
+
+@dataclass(frozen=True)
+class ZImage:
+    num_blocks: int = 30
+    heads: int = 30
+    dim: int = 3840
+    channels: int = 64
+    num_image_layers: int = 2
+    token_multiple: int = TOKEN_MULTIPLE
+    pixels_per_token: int = 16
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ZImage:
+        return cls(
+            num_blocks=config.get("n_layers", 30),
+            heads=config.get("n_heads", 30),
+            dim=config.get("dim", 3840),
+            channels=PATCH_SIZE**2 * config.get("in_channels", 16),
+            num_image_layers=config.get("n_refiner_layers", 2),
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    def gemms(self, text: int, image: int, tensor: int, blocks: float) -> list[Gemm]:
+        dim, inner = self.dim, inner_width(self.dim)
+        layers = (("refiner", image, self.num_image_layers), ("layers", text + image, blocks))
+        return [
+            Gemm("image_embedder", image, dim, self.channels),
+            *(Gemm(f"{name}.qkv", rows, 3 * dim // tensor, dim, count) for name, rows, count in layers),
+            *(Gemm(f"{name}.out", rows, dim, dim // tensor, count) for name, rows, count in layers),
+            *(Gemm(f"{name}.gate_up", rows, 2 * inner // tensor, dim, count) for name, rows, count in layers),
+            *(Gemm(f"{name}.down", rows, dim, inner // tensor, count) for name, rows, count in layers),
+            Gemm("output", image, self.channels, dim),
+        ]
+
+    def pointwise_elements(self, text: int, image: int, tensor: int, blocks: float) -> float:
+        # Norms 4 x 2, gated sums 2 x 3; of a rank's own channels: norm and RoPE of q and k 4, the gated unit 3 x inner.
+        a_token = self.dim * 14 + (4 * self.dim + 3 * inner_width(self.dim)) / tensor
+        return a_token * (image * self.num_image_layers + (text + image) * blocks)
+
+
+def transformer_of(config: Mapping[str, Any]) -> Transformer:
+    """From transformer/config.json. Raises ValueError for a class that no packed family has."""
+    families = {"QwenImageTransformer2DModel": QwenImage, "ZImageTransformer2DModel": ZImage}
+    name = config.get("_class_name")
+    if name not in families:
+        raise ValueError(f"expected one of {', '.join(families)}, got {name!r}")
+    return families[name].from_config(config)  # type: ignore[attr-defined, no-any-return]  # both have it
+
+
+def sequences_of(
+    model: Transformer, height: int, width: int, text: Sequence[int], batch: int = 1
+) -> list[list[Branch]]:
+    """By request, a sequence for each guidance branch. height, width: pixels; text: tokens of each branch."""
+    side = model.pixels_per_token
+    image = (height // side) * (width // side)
+    return [[Branch(tokens, image) for tokens in text]] * batch
+
+
+def computed_blocks(model: Transformer, cached: float, kept: int = 1) -> float:
+    """Blocks of an average step, where a step cache skips all but `kept` of them in the part `cached` of the steps."""
+    return model.num_blocks - cached * (model.num_blocks - kept)
+
+
+def rank_cost(
+    model: Transformer,
+    requests: Sequence[Sequence[Branch]],
+    parallel: DiffusionParallelConfig = ONE_DEVICE,
+    rank: int = 0,
+    blocks: float | None = None,
+) -> StepCost:
+    """A step of `requests` (of each its branches) on one rank of a replica; rank 0 has the most to do.
+
+    blocks: how many are computed, see `computed_blocks`; None: all. Sequences are dealt to the groups of cfg-parallel
+    ranks as the scheduler deals them.
+    """
+    blocks = model.num_blocks if blocks is None else blocks
+    ulysses, ring, tensor = parallel.ulysses_degree, parallel.ring_degree, parallel.tensor_parallel_size
+    parts = ulysses * ring
+    group, part = divmod(rank // tensor, parts)
+    by_group = _deal(model, requests, parallel.cfg_parallel_size)
+    mine = by_group[group]
+    text, image = (
+        sum(cut(n, parts)[part] for n in column) for column in ([s.text for s in mine], [s.image for s in mine])
+    )
+    heads = cut(model.heads // tensor, ulysses)[part % ulysses]
+
+    attentions = []
+    exchanged: dict[str, float] = {}
+    for count, sequences in (
+        (model.num_image_layers, [Branch(0, s.image) for s in mine]),
+        (blocks, mine),
+    ):
+        shards = [_shard(sequences, parts, r * ulysses, ulysses) for r in range(ring)]
+        held = shards[part // ulysses]
+        attentions += [
+            Attention(queries, s.text + s.image, heads, model.head_dim, count) for queries, s in zip(held, sequences)
+        ]
+        own = sum(cut(s.text, parts)[part] + cut(s.image, parts)[part] for s in sequences)
+        for kind, elements in _sequence_exchanges(
+            model, parallel, own, [sum(s) for s in shards], heads, part // ulysses
+        ):
+            exchanged[kind] = exchanged.get(kind, 0.0) + ELEMENT_BYTES * count * elements
+    if tensor > 1:
+        summed = 2 * model.dim * ((text + image) * blocks + image * model.num_image_layers)
+        exchanged["all_reduce"] = ELEMENT_BYTES * summed
+    if parts * parallel.cfg_parallel_size > 1:
+        rows = max(sum(cut(s.image, parts)[0] for s in sequences) for sequences in by_group)
+        exchanged["all_gather"] = ELEMENT_BYTES * rows * model.channels
+    return StepCost(
+        gemms=tuple(model.gemms(text, image, tensor, blocks)),
+        attentions=tuple(a for a in attentions if a.count),
+        pointwise_bytes=ELEMENT_BYTES * model.pointwise_elements(text, image, tensor, blocks),
+        exchanges={kind: count for kind, count in exchanged.items() if count},
+    )
+
+
+def _deal(model: Transformer, requests: Sequence[Sequence[Branch]], num_groups: int) -> list[list[Branch]]:
+    """The sequences of each group, filled up as the model fills them."""
+    multiple = model.token_multiple
+    filled = [[Branch(*(-(-n // multiple) * multiple for n in s)) for s in branches] for branches in requests]
+    tokens = {str(i): [sum(s) for s in branches] for i, branches in enumerate(filled)}
+    groups = chain.from_iterable(balance(tokens, num_groups).values())
+    dealt: list[list[Branch]] = [[] for _ in range(num_groups)]
+    for group, sequence in zip(groups, chain.from_iterable(filled)):
+        dealt[group].append(sequence)
+    return dealt
+
+
+def _shard(sequences: Sequence[Branch], parts: int, first: int, count: int) -> list[int]:
+    """Tokens of each sequence in `count` of its parts from `first` on."""
+    return [sum(sum(cut(n, parts)[first : first + count]) for n in sequence) for sequence in sequences]
+
+
+def _sequence_exchanges(
+    model: Transformer, parallel: DiffusionParallelConfig, own: int, shards: Sequence[int], heads: int, ring_rank: int
+) -> list[tuple[str, int]]:
+    """Numbers that a rank hands over in the attention of a layer. own: its tokens; shards: by place in the ring."""
+    found = []
+    if parallel.ulysses_degree > 1:
+        there = own * 3 * (model.heads // parallel.tensor_parallel_size) * model.head_dim
+        found.append(("all_to_all", there + shards[ring_rank] * heads * model.head_dim))
+    size = len(shards)
+    if size > 1:
+        passed_on = sum(shards[(ring_rank - step) % size] for step in range(size - 1))
+        found.append(("p2p", 2 * passed_on * heads * model.head_dim))
+    return found

@@ -1,0 +1,98 @@
+"""A step's products and attention, one by one, on the device at hand; and a card with these rates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from benchmarks.roofline.cards import CARDS, Card
+from benchmarks.roofline.ceilings import attention_seconds, copy_seconds, fp8_gemm_seconds, gemm_seconds
+from benchmarks.roofline.costs import StepCost
+from benchmarks.timing import BUDGET_SECONDS, here
+from vllm_omni.diffusion.attention import BACKENDS
+
+COPY_BYTES = 2**30
+UNKNOWN = Card("unknown", math.nan, math.nan, math.nan, math.nan)
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """A rate: FLOPs, or bytes, a second."""
+
+    kind: str
+    """gemm, fp8, attention or copy."""
+    name: str
+    rate: float | None
+    promised: float
+    """By the data sheet; not a number for a card that is not in the table."""
+    refused: str = ""
+    weight: float = 0.0
+    """Of the step's FLOPs, those of this shape."""
+
+
+def card_at_hand() -> Card | None:
+    """What is promised of the device; None where the table has it not."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((card for key, card in CARDS.items() if key.upper() in name), None)
+
+
+def ceilings(cost: StepCost, copy_bytes: int = COPY_BYTES, budget: float = BUDGET_SECONDS) -> Iterator[Ceiling]:
+    """Measured one after another, `budget` seconds each; what the device has not comes with the reason."""
+    device, promised = here(), card_at_hand() or UNKNOWN
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for gemm in cost.gemms:
+        if not gemm.rows:
+            continue
+        shape = f"{gemm.name} {gemm.rows}x{gemm.columns}x{gemm.inner}"
+        one = gemm.flops / gemm.count
+        seconds = gemm_seconds(gemm, device, dtype, budget).median
+        yield Ceiling("gemm", shape, one / seconds, promised.bf16_flops, weight=gemm.flops)
+        if "." in gemm.name:
+            try:
+                fast = one / fp8_gemm_seconds(gemm, device, budget).median
+                yield Ceiling("fp8", shape, fast, promised.fp8_flops, weight=gemm.flops)
+            except (RuntimeError, ValueError) as error:
+                yield Ceiling("fp8", shape, None, promised.fp8_flops, str(error).partition("\n")[0])
+    layer = [a for a in cost.attentions if a.count == cost.attentions[-1].count]
+    flops = sum(a.flops / a.count for a in layer)
+    for backend in BACKENDS:
+        try:
+            rate = flops / attention_seconds(layer, backend, device, dtype, budget).median
+            yield Ceiling("attention", backend, rate, promised.bf16_flops, weight=flops)
+        except Exception as error:  # whatever a backend says where it does not run, the others are measured
+            yield Ceiling("attention", backend, None, promised.bf16_flops, str(error).partition("\n")[0])
+    rate = 2 * copy_bytes / copy_seconds(copy_bytes, device, budget).median
+    yield Ceiling("copy", f"{copy_bytes / 2**30:.2g} GiB", rate, promised.memory_bytes)
+
+
+def rate_of(found: list[Ceiling], kind: str) -> float | None:
+    """Of all shapes together, as the step weighs them; of attention, the fastest backend's."""
+    known = [c for c in found if c.kind == kind and c.rate]
+    if not known:
+        return None
+    if kind in ("attention", "copy"):
+        return max(c.rate or 0.0 for c in known)
+    return sum(c.weight for c in known) / sum(c.weight / (c.rate or 1.0) for c in known)
+
+
+def measured_card(found: list[Ceiling]) -> Card:
+    """The device with the rates that it gave; what it has not is infinite, and takes no part in a floor."""
+    rates = {kind: rate_of(found, kind) for kind in ("gemm", "fp8", "attention", "copy")}
+    links = (card_at_hand() or CARDS["h100"]).link_bytes
+    infinite = float("inf")
+    card = Card("measured", rates["gemm"] or infinite, rates["fp8"] or infinite, rates["copy"] or infinite, links)
+    return replace(card, attention_flops=rates["attention"])
+
+
+def print_ceilings(cost: StepCost) -> None:
+    print("\n| ceiling | shape | T/s | promised T/s | part |\n|---|---|---|---|---|")
+    for c in ceilings(cost):
+        if c.rate is None:
+            print(f"| {c.kind} | {c.name} | refused: {c.refused} | | |")
+            continue
+        part = c.rate / c.promised
+        print(f"| {c.kind} | {c.name} | {c.rate / 1e12:.2f} | {c.promised / 1e12:.2f} | {part:.0%} |")
+    print()

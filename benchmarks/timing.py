@@ -1,0 +1,77 @@
+"""Seconds of work on a device: repeated after a warm-up, the median and how far the repeats lie apart."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+MIN_REPEATS, MAX_REPEATS = 3, 50
+BUDGET_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Spread:
+    median: float
+    least: float
+    most: float
+    repeats: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Spread:
+        return cls(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(
+    run: Callable[[], object], device: torch.device, *, warm_ups: int = 2, budget: float = BUDGET_SECONDS
+) -> Spread:
+    """Seconds between the device's start and end of `run`, without the host's part where that is hidden.
+
+    Repeats as often as the budget of seconds allows, within bounds.
+    """
+    for _ in range(warm_ups):
+        run()
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    repeats = max(MIN_REPEATS, min(MAX_REPEATS, int(budget / max(time.perf_counter() - start, 1e-9))))
+    if device.type != "cuda":
+        return Spread.of([_host_seconds(run) for _ in range(repeats)])
+    marks: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        run()
+        mark.record()
+    synchronize(device)
+    return Spread.of([a.elapsed_time(b) / 1000 for a, b in pairwise(marks)])
+
+
+def _host_seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what the last measurement held, so that another process finds room; peaks count from here on."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def here() -> torch.device:
+    """The first GPU, or the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

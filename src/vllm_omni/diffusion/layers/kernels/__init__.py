@@ -1,0 +1,34 @@
+"""Operations between the products of a block: plain PyTorch, or fused in Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from vllm_omni.diffusion.data import KernelsName
+from vllm_omni.diffusion.layers.kernels.reference import Projected, TorchKernels
+
+__all__ = ["Kernels", "Projected", "TorchKernels", "create_kernels"]
+
+
+class Kernels(Protocol):
+    """See `TorchKernels` for what each computes."""
+
+    def norm_modulate(self, x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None, eps: float) -> Tensor: ...
+
+    def gated_add(self, x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None) -> Tensor: ...
+
+    def heads(
+        self, streams: Sequence[Projected], order: Tensor | None, stream: Tensor | None, rotations: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+def create_kernels(name: KernelsName) -> Kernels:
+    """`triton`: fused; Triton is imported only then, and runs on GPUs. Otherwise plain PyTorch."""
+    if name != "triton":
+        return TorchKernels()
+    from vllm_omni.diffusion.layers.kernels.fused import TritonKernels
+
+    return TritonKernels()

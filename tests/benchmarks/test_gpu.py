@@ -1,0 +1,110 @@
+"""`python -m benchmarks.gpu --tiny`: what measures GPUs runs, writes its rows and goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import step
+from benchmarks.gpu.engine import forced_mask
+from benchmarks.gpu.idle import covered
+from benchmarks.gpu.layouts import parse_layout
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Threads that wait for one another on a busy machine would take minutes."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def measure(tmp_path: Path) -> Any:
+    """Run sections -> exit code and the file's content."""
+
+    def run(sections: str, *more: str) -> tuple[Any, dict[str, Any]]:
+        file = tmp_path / "gpu.json"
+        arguments = ["--tiny", "--sections", sections, "--out", str(file), "--models", str(tmp_path / "models")]
+        with pytest.raises(SystemExit) as ended:
+            gpu.main([*arguments, *more])
+        return ended.value.code, json.loads(file.read_text()) if file.is_file() else {}
+
+    return run
+
+
+def row(content: dict[str, Any], case: str) -> dict[str, Any]:
+    return next(r for rows in content["cases"].values() for r in rows if r["case"] == case)
+
+
+def test_rows_are_written_and_not_measured_twice(measure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {name: step.variants()[name] for name in ("eager", "eager, fp8", "attention cudnn")}
+    monkeypatch.setattr(step, "variants", lambda: few)
+    monkeypatch.setattr(step, "Z_IMAGE_VARIANTS", ("eager",))
+    code, content = measure("ceilings,step")
+    assert code == 0
+    assert row(content, "qwen-image gemm, all shapes")["measured"] > 0
+    ours, theirs = (row(content, f"{who}, eager") for who in ("ours", "diffusers"))
+    assert min(ours["measured"], theirs["measured"]) > 0
+    assert ours["predicted"] == theirs["predicted"] > 0
+    assert not [r for rows in content["cases"].values() for r in rows if r["refused"].startswith("failed")]
+
+    monkeypatch.setattr(gpu, "run_case", lambda case: pytest.fail(f"{case.name} was measured again"))
+    assert measure("ceilings,step") == (0, content)
+
+
+def test_whole_pictures_skip_what_they_are_told_to(measure: Any) -> None:
+    code, content = measure("caches")
+    assert code == 0
+    assert row(content, "16 steps, uncached")["detail"]["cached steps"] == 0
+    assert row(content, "16 steps, cached")["detail"]["cached steps"] == forced_mask(16).count(0) == 9
+    assert row(content, "a skipping step")["measured"] is not None
+
+
+def test_a_call_ends_in_time_and_the_next_one_goes_on(measure: Any) -> None:
+    assert measure("parity", "--minutes", "0") == (3, {})
+
+
+def test_what_fails_is_a_row(measure: Any) -> None:
+    code, content = measure("idle", "--minutes", "0.001")  # time for one case
+    assert code == 3
+    assert row(content, "device idle within steps")["refused"] == "needs a GPU"
+
+
+def test_wrong_arguments_and_files_of_elsewhere_are_refused(measure: Any, tmp_path: Path) -> None:
+    assert measure("steps")[0].endswith("got steps")
+    assert "ulysses" in measure("parity", "--layouts", "width=2")[0]
+    (tmp_path / "gpu.json").write_text(json.dumps({"environment": {"device": "abacus"}, "cases": {}}))
+    assert "abacus" in measure("parity")[0]
+
+
+def test_what_is_called_compiled_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a family that by itself compiles only where it gains."""
+    asked: dict[str, bool | None] = {}
+
+    def starts(*arguments: Any) -> Any:
+        *_, compile_blocks = arguments
+        asked[name] = compile_blocks
+        raise RuntimeError("no GPU")
+
+    monkeypatch.setattr(step, "started_runner", starts)
+    bench = SimpleNamespace(device=torch.device("cuda"))
+    for name in step.variants():
+        with pytest.raises(RuntimeError, match="no GPU"):
+            step.time_ours(bench, (64, 64), name)  # type: ignore[arg-type]
+    compiled = {name for name, compile_blocks in asked.items() if compile_blocks}
+    assert compiled == {"compiled", "compiled, fp8", "compiled, kernels of PyTorch"}
+
+
+def test_arithmetic() -> None:
+    assert parse_layout("ulysses=2,cfg=2") == {"ulysses_degree": 2, "cfg_parallel_size": 2}
+    assert covered([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0)]) == (6.0, 4.0, 2.0)
+    assert forced_mask(10) == [1, 1, 1, 1, 0, 0, 0, 1, 0, 1]

@@ -1,0 +1,117 @@
+"""The fused kernels against plain PyTorch: on a GPU where there is one, otherwise in Triton's interpreter."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vllm_omni.diffusion.layers.kernels import Projected, TorchKernels, create_kernels
+from vllm_omni.diffusion.layers.rope import axis_rotations
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+EPS = 1e-6
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LIMITS = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+@pytest.fixture(scope="module")
+def fused() -> Any:
+    return create_kernels("triton")
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return (torch.randn(shape, generator=generator) * 2 + 0.5).to(DEVICE, dtype)
+
+
+def assert_near(got: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    """Relative to the exact result in float64, in the sense of norms, and bounded for each element."""
+    assert got.dtype == dtype
+    assert got.shape == exact.shape
+    error = got.double() - exact
+    assert error.norm() <= LIMITS[dtype] * exact.norm()
+    assert error.abs().max() <= 4 * LIMITS[dtype] * exact.abs().max()
+
+
+def rows_of(num_tokens: int, num_rows: int) -> Tensor | None:
+    if num_rows == 1:
+        return None
+    return (torch.arange(num_tokens, device=DEVICE) * 7) % num_rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_tokens", "width", "num_rows"), [(1, 8, 1), (5, 96, 1), (9, 33, 3), (4, 200, 2)])
+def test_layer_norm_and_modulation(fused: Any, dtype: torch.dtype, num_tokens: int, width: int, num_rows: int) -> None:
+    x = random(num_tokens, width, dtype=dtype)
+    table = random(num_rows, 6, width, dtype=dtype, seed=1)
+    shift, scale = table[:, 1], table[:, 4]  # as views with a stride, which is how a model keeps them
+    rows = rows_of(num_tokens, num_rows)
+    exact = TorchKernels().norm_modulate(x.double(), shift.double(), scale.double(), rows, EPS)
+    assert_near(fused.norm_modulate(x, shift, scale, rows, EPS), exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_tokens", "width", "num_rows"), [(1, 8, 1), (5, 96, 1), (9, 33, 3)])
+def test_gated_residual(fused: Any, dtype: torch.dtype, num_tokens: int, width: int, num_rows: int) -> None:
+    x, y = random(num_tokens, width, dtype=dtype), random(num_tokens, width, dtype=dtype, seed=1)
+    gate = random(num_rows, 6, width, dtype=dtype, seed=2)[:, 2]
+    rows = rows_of(num_tokens, num_rows)
+    exact = TorchKernels().gated_add(x.double(), y.double(), gate.double(), rows)
+    assert_near(fused.gated_add(x, y, gate, rows), exact, dtype)
+
+
+def test_a_residual_of_float16_stays_finite(fused: Any) -> None:
+    x = torch.full((2, 8), 60000.0, dtype=torch.float16, device=DEVICE)
+    gate = torch.ones((1, 8), dtype=torch.float16, device=DEVICE)
+    for kernels in (fused, TorchKernels()):
+        assert kernels.gated_add(x, x, gate, None).tolist() == [[65504.0] * 8] * 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_no_number_stays_none(fused: Any, dtype: torch.dtype) -> None:
+    x = torch.tensor([[math.nan, 1.0]], dtype=dtype, device=DEVICE)
+    for kernels in (fused, TorchKernels()):
+        out = kernels.gated_add(x, torch.ones_like(x), torch.ones_like(x), None)
+        assert out.isnan().tolist() == [[True, False]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("lengths", "num_heads", "axes"),
+    [((7,), 3, (2, 4, 2)), ((3, 5), 1, (8, 12, 12)), ((4, 9), 5, (4, 10, 10)), ((0, 6), 2, (8, 12, 12))],
+)
+def test_heads_in_the_order_of_attention(
+    fused: Any, dtype: torch.dtype, lengths: tuple[int, ...], num_heads: int, axes: tuple[int, ...]
+) -> None:
+    width, num_tokens = sum(axes), sum(lengths)
+    streams = [
+        Projected(random(n, 3 * num_heads * width, dtype=dtype, seed=i), random(2 * width, dtype=dtype, seed=10 + i))
+        for i, n in enumerate(lengths)
+    ]
+    generator = torch.Generator().manual_seed(0)
+    order = stream = None
+    if len(lengths) > 1:
+        order = torch.randperm(num_tokens, generator=generator).to(DEVICE)
+        stream = (order >= lengths[0]).long()
+    positions = torch.randint(0, 40, (num_tokens, 3), generator=generator)
+    rotations = axis_rotations(positions, axes)[:, None, None].to(DEVICE)
+    exact = [Projected(s.qkv.double(), s.weight.double()) for s in streams]
+    # `rotate` computes in float32, whatever it is given.
+    expected = TorchKernels().heads(exact, order, stream, rotations, EPS)
+    got = fused.heads(streams, order, stream, rotations, EPS)
+    for part, whole in zip(got, expected, strict=True):
+        assert_near(part, whole.double(), dtype)
+
+
+def test_no_tokens_are_no_work(fused: Any) -> None:
+    none = random(0, 8)
+    table = random(1, 8)
+    assert fused.norm_modulate(none, table, table, None, EPS).shape == (0, 8)
+    assert fused.gated_add(none, none, table, None).shape == (0, 8)
+    rotations = torch.ones(0, 1, 1, 2, 2, device=DEVICE)
+    q, k, v = fused.heads([Projected(random(0, 24), random(8))], None, None, rotations, EPS)
+    assert q.shape == k.shape == v.shape == (0, 2, 4)
