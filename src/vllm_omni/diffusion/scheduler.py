@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig, SchedulingPolicy
-from vllm_omni.diffusion.placement import balance
+from vllm_omni.diffusion.placement import Placement, balance
 from vllm_omni.diffusion.plan import ItemError, StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.errors import InvalidRequestError, QueueFullError
@@ -64,6 +64,8 @@ class Entry:
     """Shares no step with others: it ran out of memory in company, or may have killed workers."""
     num_deaths: int = 0
     """Workers that died while they ran it."""
+    groups: Sequence[int] = ()
+    """Of ranks, that computed its guidance branches last."""
 
     @property
     def phase(self) -> Phase:
@@ -244,12 +246,19 @@ class Scheduler:
         for item in items:
             self._put(item, plan, steps)
         if self._num_rank_groups > 1:
-            tokens = {id: self._entries[id].request.cost.branch_tokens for id in plan.denoise}
-            plan.placement = balance(tokens, self._num_rank_groups)
+            plan.placement = self._place([self._entries[id] for id in plan.denoise])
         work = sum(item.work for item in items)
         self._planned_work += work
         self._under_way.append(_UnderWay(plan, items, steps, work))
         return plan
+
+    def _place(self, entries: Sequence[Entry]) -> Placement:
+        tokens = {entry.request.request_id: entry.request.cost.branch_tokens for entry in entries}
+        last = {entry.request.request_id: entry.groups for entry in entries if entry.groups}
+        placement = balance(tokens, self._num_rank_groups, last)
+        for entry in entries:
+            entry.groups = placement[entry.request.request_id]
+        return placement
 
     def _select(self) -> list[Item]:
         """The next items of the first requests in order: the first one always, others as far as they fit."""
