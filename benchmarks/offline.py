@@ -93,6 +93,8 @@ async def beside_long(omni: AsyncOmni) -> float:
             break
     seconds = await finish(omni, GUIDED, SHORT)
     await stream.aclose()
+    while omni.status().queue_seconds:  # its last step may have begun
+        await asyncio.sleep(0.001)
     return seconds
 
 

@@ -113,6 +113,10 @@ class FakeRunner:
         return self._ready
 
     @property
+    def launches_ahead(self) -> bool:
+        return False
+
+    @property
     def num_states(self) -> int:
         return len(self._states)
 

@@ -47,6 +47,8 @@ class BrokenStep(FakeRunner):
 class BrokenResult(FakeRunner):
     """The device fails at what it was given, as the host hears when it asks."""
 
+    launches_ahead = True
+
     def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
         super().launch(plan)
 
@@ -58,6 +60,8 @@ class BrokenResult(FakeRunner):
 
 class AskedLate(FakeRunner):
     """The first step is not done before the second is launched."""
+
+    launches_ahead = True
 
     def __init__(self, config: OmniDiffusionConfig, place: Place | None = None) -> None:
         super().__init__(config, place)

@@ -43,7 +43,8 @@ class InlineExecutor:
         assert self._answers is not None
         assert self._runner is not None
         launched = self._thread.submit(self._runner.launch, plan)
-        answered = self._answers.submit(self._answer, launched, self._results, asyncio.get_running_loop())
+        waits = self._answers if self._runner.launches_ahead else self._thread
+        answered = waits.submit(self._answer, launched, self._results, asyncio.get_running_loop())
         self._under_way = [*(part for part in self._under_way if not part.done()), launched, answered]
 
     def abort(self, request_ids: Sequence[str]) -> None:

@@ -35,6 +35,12 @@ class Place(Struct, frozen=True):
 class Runner(Protocol):
     """One device. `abort` may be called from another thread while `launch` runs."""
 
+    @property
+    def launches_ahead(self) -> bool:
+        """Whether the device works on when `launch` has returned, so that its results are worth a thread that waits. It
+        would only be in the way of a host that computes."""
+        ...
+
     def start(self) -> WorkerReady: ...
 
     def launch(self, plan: StepPlan) -> Callable[[], StepResult]:

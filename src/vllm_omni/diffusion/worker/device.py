@@ -70,6 +70,11 @@ class Device:
         return dtype
 
     @property
+    def works_ahead(self) -> bool:
+        """Whether it works on what it was given while the host goes on."""
+        return self.kind == CUDA
+
+    @property
     def is_worth_compiling_for(self) -> bool:
         """Whether compiled code gains more than compiling costs at every start; on a CPU it does not."""
         return self.kind == CUDA

@@ -103,7 +103,11 @@ def run_worker(channel: BlockingChannel[ToWorker], runner_name: str, parent_pid:
     answerer = Answerer(channel)
     answerer.start()
     while True:
-        answerer.steps.put(runner.launch(listener.plans.get()))
+        step = runner.launch(listener.plans.get())
+        if runner.launches_ahead:
+            answerer.steps.put(step)
+        else:
+            channel.send(Done(step()))
 
 
 def _load(runner_name: str) -> MakeRunner:

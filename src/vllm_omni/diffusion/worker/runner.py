@@ -65,6 +65,10 @@ class ModelRunner:
         assert self._pipeline is not None, "start() comes first"
         return self._pipeline
 
+    @property
+    def launches_ahead(self) -> bool:
+        return self._device.works_ahead
+
     @torch.inference_mode()
     def start(self) -> WorkerReady:
         """Load the weights, run once, and measure. Raises ConfigError for a folder that cannot be served."""
