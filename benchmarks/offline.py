@@ -93,7 +93,7 @@ async def beside_long(omni: AsyncOmni) -> float:
             break
     seconds = await finish(omni, GUIDED, SHORT)
     await stream.aclose()
-    while omni.status().queue_seconds:  # its last step may have begun
+    while omni.status().queue_seconds:  # noqa: ASYNC110 - its last step may have begun; nobody tells of the end
         await asyncio.sleep(0.001)
     return seconds
 
