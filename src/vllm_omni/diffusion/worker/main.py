@@ -101,7 +101,8 @@ def run_worker(channel: BlockingChannel[ToWorker], runner_name: str, parent_pid:
     runner = listener.runner = _load(runner_name)(start.config, start.place)
     channel.send(Ready(runner.start()))
     answerer = Answerer(channel)
-    answerer.start()
+    if runner.launches_ahead:
+        answerer.start()
     while True:
         step = runner.launch(listener.plans.get())
         if runner.launches_ahead:
