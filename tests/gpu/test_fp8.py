@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tests.diffusion.worker.driving import psnr
 from vllm_omni import Omni
-from vllm_omni.diffusion.layers.fp8 import fp8_linear, quantize
+from vllm_omni.diffusion.layers.fp8 import fp8_linear
+from vllm_omni.diffusion.layers.rounding import quantize
 from vllm_omni.diffusion.registry import DEMO_MODEL_PATH
 from vllm_omni.errors import ConfigError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams

@@ -86,6 +86,8 @@ class Pack:
     the two are the same (one sequence)."""
     joint_is_image: Tensor
     """int64 [tokens], in joint order: 1 for image tokens, 0 for text tokens."""
+    places: Tensor | None
+    """int64 [tokens]: the inverse of `joint_order`: where each of [all text, all image] is in joint order."""
     joint_lengths: tuple[tuple[int, ...], ...]
     """By rank of those that share the sequences: how many tokens of each sequence it holds."""
     numbers: tuple[int, ...]
@@ -143,6 +145,7 @@ class Pack:
             image_sequence=_sequence_of(image_lengths, numbers, device),
             joint_order=None if is_ordered else to_device(joint_order, device),
             joint_is_image=to_device((joint_order >= num_text).long(), device),
+            places=None if is_ordered else to_device(joint_order.argsort(), device),
             joint_lengths=joint_lengths,
             numbers=tuple(numbers),
         )

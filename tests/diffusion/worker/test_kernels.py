@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.layers.kernels import TorchKernels, fused
+from vllm_omni.diffusion.layers.rounding import Rows
 from vllm_omni.diffusion.models.qwen_image import pipeline
 from vllm_omni.diffusion.registry import load_model_info
 from vllm_omni.diffusion.worker import kernels, warmup
@@ -23,16 +24,28 @@ from vllm_omni.errors import ConfigError
 class Recording(TorchKernels):
     """Which kinds of arguments the kernels saw: Triton compiles for each."""
 
+    picks_rows = True
+
     def __init__(self) -> None:
         self.kinds: set[tuple[str, bool]] = set()
 
-    def norm_modulate(self, x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None, eps: float) -> Tensor:
+    def norm_modulate(
+        self, x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None, eps: float, float8: bool = False
+    ) -> Rows:
         self.kinds.add(("norm_modulate", rows is None))
-        return super().norm_modulate(x, shift, scale, rows, eps)
+        return super().norm_modulate(x, shift, scale, rows, eps, float8)
 
-    def gated_add(self, x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None) -> Tensor:
-        self.kinds.add(("gated_add", rows is None))
-        return super().gated_add(x, y, gate, rows)
+    def gated_add(
+        self,
+        x: Tensor,
+        y: Tensor,
+        gate: Tensor,
+        rows: Tensor | None,
+        bias: Tensor | None = None,
+        places: Tensor | None = None,
+    ) -> Tensor:
+        self.kinds |= {("gated_add", rows is None), ("picking", places is None)}
+        return super().gated_add(x, y, gate, rows, bias, places)
 
     def heads(self, streams: Any, order: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         self.kinds.add(("heads", order is None))
@@ -58,7 +71,7 @@ def test_the_warm_up_runs_the_kernels_with_arguments_of_every_kind(
     monkeypatch.setattr(pipeline, "create_kernels", lambda name: recording)
     runner_of(tiny_model).start()
     assert recording.kinds == {
-        (name, is_none) for name in ("norm_modulate", "gated_add", "heads") for is_none in (0, 1)
+        (name, is_none) for name in ("norm_modulate", "gated_add", "picking", "heads") for is_none in (0, 1)
     }
 
 

@@ -1,4 +1,4 @@
-"""Linear layers in float8 (e4m3fn, arXiv 2209.05433): weights with a scale an output channel, inputs with one a token.
+"""Linear layers in float8: weights with a scale an output channel, inputs with one a token.
 
 A GPU multiplies the float8 values as they are (`torch._scaled_mm`); a CPU rounds alike and multiplies in float32, or
 in the inputs' dtype where that is wider.
@@ -14,46 +14,38 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_omni.diffusion.layers.linear import ColumnLinear, RowLinear
+from vllm_omni.diffusion.layers.rounding import FLOAT8, Float8Rows, Rows
 from vllm_omni.diffusion.transfers import is_host
 from vllm_omni.errors import ConfigError
 
-FLOAT8 = torch.float8_e4m3fn
-LARGEST = torch.finfo(FLOAT8).max
 GPU_MULTIPLE = 16
 """What both sizes of a weight must be a multiple of for a GPU's product."""
 
 
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[rows, n] -> float8 [rows, n] and the scale that each row is multiplied with, float32 [rows, 1].
+def fp8_product(x: Rows, weight: Tensor, scale: Tensor) -> Tensor:
+    """x W^T. [tokens, in] -> [tokens, out], in x's dtype, which is bfloat16 on a GPU.
 
-    The largest magnitude of a row becomes float8's largest. A row with an infinity or a NaN is NaN, others are not.
+    weight: float8 [out, in]; scale: float32 [out, 1]. What a token becomes depends on no other token, up to the
+    rounding of sums.
     """
-    x = x.float()
-    # A row of zeros has a scale, too, and it is no subnormal number, which devices may take for zero.
-    scale = (x.abs().amax(dim=-1, keepdim=True) / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
-    return (x / scale).to(FLOAT8), scale
+    values, scales, dtype = Float8Rows.of(x) if isinstance(x, Tensor) else x
+    if not is_host(values.device):
+        return torch._scaled_mm(values, weight.t(), scales, scale.t(), out_dtype=dtype, use_fast_accum=True)
+    wide = torch.promote_types(dtype, torch.float32)
+    return (F.linear(values.to(wide), weight.to(wide)) * scales * scale.t()).to(dtype)
 
 
-def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """y = x W^T + b. [tokens, in] -> [tokens, out], in x's dtype, which is bfloat16 on a GPU.
-
-    weight: float8 [out, in]; scale: float32 [out, 1]; bias: [out] in x's dtype. What a token becomes depends on
-    no other token, up to the rounding of sums.
-    """
-    values, scales = quantize(x)
-    if not is_host(x.device):
-        y = torch._scaled_mm(values, weight.t(), scales, scale.t(), out_dtype=x.dtype, use_fast_accum=True)
-        # cuBLAS has no kernel with a bias for a few tokens and long rows. Compiled, it is part of what follows.
-        return y if bias is None else y + bias
-    wide = torch.promote_types(x.dtype, torch.float32)
-    y = F.linear(values.to(wide), weight.to(wide)) * scales * scale.t()
-    return (y if bias is None else y + bias).to(x.dtype)
+def fp8_linear(x: Rows, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """`fp8_product` with a bias, [out] in x's dtype."""
+    y = fp8_product(x, weight, scale)
+    return y if bias is None else y + bias
 
 
 class Fp8ColumnLinear(nn.Module):
     """A `ColumnLinear` in float8. weight: float8 [out / size, in]; scale: float32 [out / size, 1]."""
 
     cut_dims: ClassVar[Mapping[str, int]] = ColumnLinear.cut_dims
+    is_float8: ClassVar[bool] = True
 
     def __init__(self, linear: ColumnLinear | RowLinear) -> None:
         """The sizes, the bias and the ranks of `linear`; the weight is not taken over, but loaded."""
@@ -65,8 +57,17 @@ class Fp8ColumnLinear(nn.Module):
         self.register_buffer("scale", linear.weight.new_empty((linear.out_features, 1), dtype=torch.float32))
         self.bias = linear.bias
 
+    @property
+    def late_bias(self) -> Tensor | None:
+        """cuBLAS has no product with a bias for a few tokens and long rows."""
+        return self.bias
+
+    def product(self, x: Rows) -> Tensor:
+        return fp8_product(x, self.weight, self.scale)
+
     def forward(self, input: Tensor) -> Tensor:
-        return fp8_linear(input, self.weight, self.scale, self.bias)
+        y = self.product(input)
+        return y if self.bias is None else y + self.bias
 
 
 class Fp8RowLinear(Fp8ColumnLinear):
@@ -78,11 +79,8 @@ class Fp8RowLinear(Fp8ColumnLinear):
 
     cut_dims: ClassVar[Mapping[str, int]] = RowLinear.cut_dims
 
-    def forward(self, input: Tensor) -> Tensor:
-        if self.group.size == 1:
-            return super().forward(input)
-        total = self.group.all_reduce(fp8_linear(input, self.weight, self.scale, None))
-        return total if self.bias is None else total.add_(self.bias)
+    def product(self, x: Rows) -> Tensor:
+        return self.group.all_reduce(super().product(x))
 
 
 def keep_in_float8(module: nn.Module, names: Sequence[str], device: torch.device) -> None:

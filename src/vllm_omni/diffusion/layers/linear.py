@@ -1,6 +1,8 @@
 """Tensor parallel layers: each rank of a group holds a slice of the weights and never sees the rest.
 
 A column layer followed by a row layer costs one exchange: x -> column -> (this rank's features) -> row -> sum.
+
+What follows a layer may add the bias itself, where it passes over the features anyway: `y = product(x) + late_bias`.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_omni.diffusion.distributed.groups import Group
+from vllm_omni.diffusion.layers.rounding import Rows
 
 
 @runtime_checkable
@@ -31,11 +34,19 @@ class ColumnLinear(nn.Linear):
     """
 
     cut_dims: ClassVar[Mapping[str, int]] = {"weight": 0, "bias": 0}
+    is_float8: ClassVar[bool] = False
+    """Whether `product` rounds its input to float8, unless it comes so."""
+    late_bias: None = None
 
     def __init__(self, in_features: int, out_features: int, group: Group, bias: bool = True) -> None:
         """Sizes of the whole layer. Raises ValueError when the ranks cannot share out_features equally."""
         super().__init__(in_features, _share("out_features", out_features, group), bias=bias)
         self.group = group
+
+    def product(self, x: Rows) -> Tensor:
+        assert isinstance(x, Tensor)
+        y: Tensor = self(x)
+        return y
 
 
 class RowLinear(nn.Linear):
@@ -46,17 +57,26 @@ class RowLinear(nn.Linear):
     """
 
     cut_dims: ClassVar[Mapping[str, int]] = {"weight": 1}
+    is_float8: ClassVar[bool] = False
 
     def __init__(self, in_features: int, out_features: int, group: Group, bias: bool = True) -> None:
         """Sizes of the whole layer. Raises ValueError when the ranks cannot share in_features equally."""
         super().__init__(_share("in_features", in_features, group), out_features, bias=bias)
         self.group = group
 
-    def forward(self, input: Tensor) -> Tensor:
+    @property
+    def late_bias(self) -> Tensor | None:
+        return None if self.group.size == 1 else self.bias
+
+    def product(self, x: Rows) -> Tensor:
+        assert isinstance(x, Tensor)
         if self.group.size == 1:
-            return super().forward(input)
-        total = self.group.all_reduce(F.linear(input, self.weight))
-        return total if self.bias is None else total.add_(self.bias)
+            return super().forward(x)
+        return self.group.all_reduce(F.linear(x, self.weight))
+
+    def forward(self, input: Tensor) -> Tensor:
+        y, bias = self.product(input), self.late_bias
+        return y if bias is None else y.add_(bias)
 
 
 class ColumnEmbedding(nn.Embedding):

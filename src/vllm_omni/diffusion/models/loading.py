@@ -14,8 +14,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from vllm_omni.diffusion.data import LoadFormat
-from vllm_omni.diffusion.layers.fp8 import Fp8ColumnLinear, keep_in_float8, quantize
+from vllm_omni.diffusion.layers.fp8 import Fp8ColumnLinear, keep_in_float8
 from vllm_omni.diffusion.layers.linear import Sharded
+from vllm_omni.diffusion.layers.rounding import quantize
 from vllm_omni.diffusion.models.dummy import dummy_weight
 from vllm_omni.errors import ConfigError
 

@@ -11,11 +11,13 @@ from tests.tiny_models import tiny_transformer
 from vllm_omni.diffusion.attention import create_attention
 from vllm_omni.diffusion.attention.sharded import PackedAttention
 from vllm_omni.diffusion.distributed.groups import Group
+from vllm_omni.diffusion.layers.kernels import Kernels, TorchKernels
 from vllm_omni.diffusion.models.arrangement import Arrangement
 from vllm_omni.diffusion.models.loading import load_weights
 from vllm_omni.diffusion.models.modulation import ModulationTable
 from vllm_omni.diffusion.models.qwen_image.transformer import (
     CHECKPOINT_NAMES,
+    FLOAT8_LAYERS,
     QwenImageTransformer,
     StepBlocks,
     StepContext,
@@ -26,10 +28,12 @@ from vllm_omni.diffusion.packing import Pack
 CPU = torch.device("cpu")
 
 
-def load(path: Path, **config: object) -> QwenImageTransformer:
+def load(
+    path: Path, kernels: Kernels | None = None, float8: tuple[str, ...] = (), **config: object
+) -> QwenImageTransformer:
     with torch.device("meta"):
-        model = QwenImageTransformer(TransformerConfig.from_dict(config), Group.alone())
-    load_weights(model, path, CHECKPOINT_NAMES, CPU, torch.float32)
+        model = QwenImageTransformer(TransformerConfig.from_dict(config), Group.alone(), kernels)
+    load_weights(model, path, CHECKPOINT_NAMES, CPU, torch.float32, float8=float8)
     return model
 
 
@@ -55,6 +59,28 @@ def packed(
     hidden = model.embed(torch.cat(latents), torch.cat([model.embed_text(t) for t in texts]))
     blocks = StepBlocks(model, context)
     return list(model.project(blocks.run(hidden, range(blocks.num_blocks)), context).split(num_targets))
+
+
+class Picking(TorchKernels):
+    picks_rows = True
+
+
+@pytest.mark.parametrize("float8", [(), FLOAT8_LAYERS], ids=["", "float8"])
+def test_rows_picked_behind_the_output_projection_are_those_picked_before(
+    tmp_path: Path, float8: tuple[str, ...]
+) -> None:
+    theirs = tiny_transformer(heads=3, head_dim=16, layers=3)
+    theirs.save_pretrained(tmp_path)
+    grids = [(4, 4), (8, 6), (3, 5)]
+    arguments = (
+        [torch.randn(h * w, 64) for h, w in grids],
+        [torch.randn(n, 32) for n in (9, 40, 1)],
+        [0.9, 0.02, 0.5],
+        [[grid] for grid in grids],
+    )
+    models = [load(tmp_path, kernels, float8, **theirs.config) for kernels in (TorchKernels(), Picking())]
+    for split, picked in zip(*(packed(model, *arguments) for model in models)):
+        torch.testing.assert_close(picked, split, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("heads", [3, 5])

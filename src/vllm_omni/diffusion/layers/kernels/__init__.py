@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vllm_omni.diffusion.data import KernelsName
 from vllm_omni.diffusion.layers.kernels.reference import Projected, TorchKernels
+from vllm_omni.diffusion.layers.rounding import Float8Rows, Rows
 
 __all__ = ["Kernels", "Projected", "TorchKernels", "create_kernels"]
 
@@ -16,9 +17,25 @@ __all__ = ["Kernels", "Projected", "TorchKernels", "create_kernels"]
 class Kernels(Protocol):
     """See `TorchKernels` for what each computes."""
 
-    def norm_modulate(self, x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None, eps: float) -> Tensor: ...
+    picks_rows: bool
 
-    def gated_add(self, x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None) -> Tensor: ...
+    def norm_modulate(
+        self, x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None, eps: float, float8: bool = False
+    ) -> Rows: ...
+
+    def gated_add(
+        self,
+        x: Tensor,
+        y: Tensor,
+        gate: Tensor,
+        rows: Tensor | None,
+        bias: Tensor | None = None,
+        places: Tensor | None = None,
+    ) -> Tensor: ...
+
+    def gelu(self, x: Tensor, bias: Tensor | None, float8: bool = False) -> Rows: ...
+
+    def round_rows(self, x: Tensor, places: Tensor | None = None) -> Float8Rows: ...
 
     def heads(
         self, streams: Sequence[Projected], order: Tensor | None, stream: Tensor | None, rotations: Tensor, eps: float

@@ -162,8 +162,8 @@ class Pipeline(FlowPipeline[QwenImageState, Forward]):
 
     @classmethod
     def gains_from_compiling(cls, config: OmniDiffusionConfig) -> bool:
-        # The fused kernels leave GELU to compile, which PyTorch's own kernel computes faster (docs/performance.md).
-        return config.kernels == "torch" or config.quantization is not None
+        # The fused kernels leave nothing to compile.
+        return config.kernels == "torch"
 
     def compile_blocks(self) -> CompiledBlocks:
         return self.transformer.compile_blocks()

@@ -131,19 +131,28 @@ class Stream(nn.Module):
         self.up = ColumnLinear(dim, 4 * dim, tensor)
         self.down = RowLinear(4 * dim, dim, tensor)
 
-    def project(self, x: Tensor, rows: Tensor, index: Tensor | None) -> Tensor:
-        """x: [tokens, D]; rows: [rows, 6, D] -> q, k and v of this rank's heads [tokens, 3 * D / P]."""
+    def project(self, x: Tensor, rows: Tensor, index: Tensor | None, norms: Tensor) -> Projected:
+        """x: [tokens, D]; rows: [rows, 6, D]; norms: of queries and keys [2 * d] -> those and values of this rank's
+        heads."""
         shift, scale, *_ = rows.unbind(1)
-        qkv: Tensor = self.qkv(self.kernels.norm_modulate(x, shift, scale, index, EPS))
-        return qkv
+        modulated = self.kernels.norm_modulate(x, shift, scale, index, EPS, self.qkv.is_float8)
+        return Projected(self.qkv.product(modulated), norms, self.qkv.late_bias)
 
-    def finish(self, x: Tensor, attended: Tensor, rows: Tensor, index: Tensor | None) -> Tensor:
-        """x: [tokens, D]; attended: [tokens, D / P]; rows: [rows, 6, D] -> [tokens, D]."""
+    def finish(
+        self, x: Tensor, attended: Tensor, rows: Tensor, index: Tensor | None, places: Tensor | None = None
+    ) -> Tensor:
+        """x: [tokens, D]; attended: [tokens, D / P], or more rows, of which `places` tells each token's; rows:
+        [rows, 6, D] -> [tokens, D]."""
         *_, gate, mlp_shift, mlp_scale, mlp_gate = rows.unbind(1)
-        x = self.kernels.gated_add(x, self.out(attended), gate, index)
-        modulated = self.kernels.norm_modulate(x, mlp_shift, mlp_scale, index, EPS)
-        inner = F.gelu(self.up(modulated), approximate="tanh")
-        return self.kernels.gated_add(x, self.down(inner), mlp_gate, index)
+        kernels = self.kernels
+        if self.out.is_float8:
+            out, places = self.out.product(kernels.round_rows(attended, places)), None
+        else:
+            out = self.out.product(attended)
+        x = kernels.gated_add(x, out, gate, index, self.out.late_bias, places)
+        modulated = kernels.norm_modulate(x, mlp_shift, mlp_scale, index, EPS, self.up.is_float8)
+        inner = kernels.gelu(self.up.product(modulated), self.up.late_bias, self.down.is_float8)
+        return kernels.gated_add(x, self.down.product(inner), mlp_gate, index, self.down.late_bias)
 
 
 class Block(nn.Module):
@@ -170,9 +179,19 @@ class Block(nn.Module):
         tokens = hidden.text, hidden.image, context.text_index, context.image_index
         q, k, v = self.before(rows, *tokens, pack.joint_order, pack.joint_is_image, arrangement.rotations)
         attended = arrangement.attend(q, k, v).flatten(1)
-        parts = (attended, None) if pack.num_sequences == 1 else pack.split(attended)
-        text, image = self.after(rows, *tokens, *parts)
+        text, image = self.after(rows, *tokens, *self._of_streams(attended, pack))
         return Hidden(text=text, image=image)
+
+    def _of_streams(self, attended: Tensor, pack: Pack) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """[T + S, D / P] in joint order -> what `after` takes."""
+        if pack.places is None:
+            return attended, None, None
+        if not self.kernels.picks_rows:
+            return *pack.split(attended), None
+        # The image's output projection then computes the text's rows as well, which are few; picking the image's before
+        # would copy them all.
+        text_places, image_places = pack.places.split([pack.text.values[-1], pack.image.values[-1]])
+        return attended.index_select(0, text_places), attended, image_places
 
     def before(
         self,
@@ -188,8 +207,8 @@ class Block(nn.Module):
         """-> q, k and v, [T + S, H / P, d] each, in joint order."""
         text_norms, image_norms = self.qk_norm.weight.chunk(2)
         streams = (
-            Projected(self.text.project(text, rows[TEXT], text_index), text_norms),
-            Projected(self.image.project(image, rows[IMAGE], image_index), image_norms),
+            self.text.project(text, rows[TEXT], text_index, text_norms),
+            self.image.project(image, rows[IMAGE], image_index, image_norms),
         )
         return self.kernels.heads(streams, joint_order, joint_is_image, rotations, EPS)
 
@@ -202,8 +221,10 @@ class Block(nn.Module):
         image_index: Tensor | None,
         attended: Tensor,
         image_attended: Tensor | None,
+        image_places: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """attended: [T, D / P], and of the image [S, D / P]; None: `attended` has both, one after the other.
+        """attended: [T, D / P], and of the image [S, D / P]; None: `attended` has both, one after the other; or more
+        rows, of which `image_places`, int64 [S], tells each image token's.
 
         -> text and image, [T, D] and [S, D].
         """
@@ -211,7 +232,7 @@ class Block(nn.Module):
             attended, image_attended = attended[: len(text)], attended[len(text) :]
         return (
             self.text.finish(text, attended, rows[TEXT], text_index),
-            self.image.finish(image, image_attended, rows[IMAGE], image_index),
+            self.image.finish(image, image_attended, rows[IMAGE], image_index, image_places),
         )
 
 
