@@ -117,7 +117,7 @@ def test_blocks_of_keys_merge_to_the_whole(make: Make, dtype: torch.dtype) -> No
     lengths, firsts = [90, 7, 40], [30, 0, 40]  # of the keys of each sequence, those in the first block
     q, k, v = random(dtype, 3, sum(lengths), 3, 64).unbind()
     (whole,) = offsets_of(lengths)
-    merged = Merged(q)
+    merged = Merged()
     cuts = [(0, first, n) for first, n in zip(firsts, lengths)]
     for block in range(2):
         spans = [cut[block : block + 2] for cut in cuts]

@@ -75,7 +75,7 @@ def test_blocks_merge_to_the_whole_whatever_they_hold() -> None:
     q, k, v = torch.randn(3, 9, 2, 8).unbind()
     whole = Offsets.of([4, 5], CPU)
     blocks = [([0, 2], [0, 0]), ([0, 3], [0, 2]), ([4, 0], [0, 4])]
-    merged = Merged(q)
+    merged = Merged()
     starts = [0, 4]
     for lengths, firsts in blocks:
         rows = torch.cat([torch.arange(s + f, s + f + n) for s, f, n in zip(starts, firsts, lengths)])

@@ -9,6 +9,7 @@ to divide: every rank knows every rank's share, so no shape is exchanged and not
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -17,7 +18,6 @@ from vllm_omni.diffusion.attention.base import AttentionBackend
 from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.distributed.ring import Ring
 from vllm_omni.diffusion.packing import Offsets, Pack, cut
-from vllm_omni.diffusion.transfers import to_device
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q, k, v: [tokens of this rank in joint order, heads, head_dim] each -> the same shape."""
@@ -48,54 +48,53 @@ class ShardedAttention:
         device = pack.text_sequence.device
         # The rank that is `u` in its Ulysses group and `r` in its ring holds part r * ulysses + u of every sequence.
         shards = [pack.joint_lengths[r * ulysses.size : (r + 1) * ulysses.size] for r in range(ring.size)]
-        self._tokens = [sum(lengths) for lengths in shards[ring.rank]]
-        """Tokens of each rank of the Ulysses group."""
+        self._lengths = shards[ring.rank]
+        """By rank of the Ulysses group, its tokens of each sequence."""
+        self._tokens = [sum(lengths) for lengths in self._lengths]
         self._offsets = [Offsets.of([sum(column) for column in zip(*shard)], device) for shard in shards]
         """By rank of the ring: where each sequence begins in its S tokens."""
-        order = _sequence_order(shards[ring.rank])
-        self._order, self._inverse = to_device(order, device), to_device(order.argsort(), device)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads = cut(q.shape[1], self._ulysses.size)
-        qkv = torch.stack((q, k, v), dim=1)
         if self._ulysses.size == 1:
-            return self._attend(qkv)
-        return self._gather_heads(self._attend(self._scatter_heads(qkv, heads)), heads)
+            return self._attend(q, k, v)
+        heads = cut(q.shape[1], self._ulysses.size)
+        return self._gather_heads(self._attend(*self._scatter_heads((q, k, v), heads)), heads)
 
-    def _scatter_heads(self, qkv: Tensor, heads: Sequence[int]) -> Tensor:
-        """[T, 3, H, d] -> [S, 3, h, d] in sequence order."""
-        mine, width = heads[self._ulysses.rank], 3 * qkv.shape[-1]
-        send = torch.cat([part.flatten() for part in qkv.split(list(heads), dim=2)])
-        received = self._ulysses.all_to_all(
-            send, [len(qkv) * width * h for h in heads], [tokens * width * mine for tokens in self._tokens]
-        )
-        return received.view(-1, 3, mine, qkv.shape[-1]).index_select(0, self._order)
+    def _scatter_heads(self, qkv: Sequence[Tensor], heads: Sequence[int]) -> tuple[Tensor, ...]:
+        """[T, H, d] each -> [S, h, d] each, in sequence order."""
+        num_tokens, _, head_dim = qkv[0].shape
+        mine, width = heads[self._ulysses.rank], 3 * head_dim
+        sizes = [num_tokens * width * h for h in heads]
+        send = qkv[0].new_empty(sum(sizes))
+        for part, h, *shares in zip(send.split(sizes), heads, *(x.split(list(heads), dim=1) for x in qkv)):
+            torch.stack(shares, dim=1, out=part.view(num_tokens, 3, h, head_dim))
+        received = self._ulysses.all_to_all(send, sizes, [tokens * width * mine for tokens in self._tokens])
+        return _by_sequence(received.view(-1, 3, mine, head_dim), self._lengths).unbind(1)
 
     def _gather_heads(self, out: Tensor, heads: Sequence[int]) -> Tensor:
         """The way back: [S, h, d] in sequence order -> [T, H, d]."""
         _, mine, width = out.shape
         num_tokens = self._tokens[self._ulysses.rank]
         sizes = [num_tokens * h * width for h in heads]
-        received = self._ulysses.all_to_all(
-            out.index_select(0, self._inverse).flatten(), [tokens * mine * width for tokens in self._tokens], sizes
-        )
+        send = _by_rank(out, self._lengths).flatten()
+        received = self._ulysses.all_to_all(send, [tokens * mine * width for tokens in self._tokens], sizes)
         parts = received.split(sizes)
         return torch.cat([part.view(num_tokens, h, width) for part, h in zip(parts, heads)], dim=1)
 
-    def _attend(self, qkv: Tensor) -> Tensor:
-        """[S, 3, h, d] -> [S, h, d]: my queries over the keys and values of the whole ring."""
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[S, h, d] each -> the same: my queries over the keys and values of the whole ring."""
         ring, offsets = self._ring, self._offsets
-        q, kv = qkv[:, 0], qkv[:, 1:]
         mine = offsets[ring.rank]
         if ring.size == 1:
-            return self._backend.attend(q, kv[:, 0], kv[:, 1], mine, mine)
-        merged = Merged(q)
+            return self._backend.attend(q, k, v, mine, mine)
+        merged = Merged()
+        kv = torch.stack((k, v))
         for step in range(ring.size):
             held = offsets[(ring.rank - step) % ring.size]
             if step + 1 < ring.size:  # on its way while this rank computes on the block that it holds
                 coming = offsets[(ring.rank - step - 1) % ring.size]
-                ring.post(kv, (coming.values[-1], *kv.shape[1:]))
-            merged.add(*self._backend.attend_with_lse(q, kv[:, 0], kv[:, 1], mine, held))
+                ring.post(kv, (2, coming.values[-1], *k.shape[1:]))
+            merged.add(*self._backend.attend_with_lse(q, kv[0], kv[1], mine, held))
             if step + 1 < ring.size:
                 kv = ring.wait()
         return merged.out.to(q.dtype)
@@ -104,24 +103,36 @@ class ShardedAttention:
 class Merged:
     """Attention over several blocks of keys, from the attention over each and its log-sum-exp, in float32."""
 
-    def __init__(self, q: Tensor) -> None:
-        """q: [tokens, heads, head_dim]."""
-        self.out = torch.zeros_like(q, dtype=torch.float32)
-        self._lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
+    out: Tensor
+    """float32 [tokens, heads, head_dim], once there is a block."""
+    _lse: Tensor | None = None
 
     def add(self, out: Tensor, lse: Tensor) -> None:
-        """out: as q; lse: float32 [tokens, heads], -inf where the block has no key of the token's sequence."""
-        total = torch.logaddexp(self._lse, lse)
-        # exp(-inf - -inf): no key seen so far, nothing to weigh.
-        before, now = ((x - total).exp().nan_to_num_(nan=0.0)[..., None] for x in (self._lse, lse))
-        self.out = before * self.out + now * out
-        self._lse = total
+        """out: [tokens, heads, head_dim]; lse: float32 [tokens, heads], -inf where the block has no key of the token's
+        sequence, and `out` is finite."""
+        if self._lse is None:
+            self.out, self._lse = out.float(), lse
+            return
+        # -inf - -inf: no key seen so far, nothing to weigh.
+        share = (lse - self._lse).sigmoid().nan_to_num_(nan=0.0)
+        self.out = torch.lerp(self.out, out.float(), share[..., None])
+        self._lse = torch.logaddexp(self._lse, lse)
 
 
-def _sequence_order(lengths: Sequence[Sequence[int]]) -> Tensor:
-    """int64 [tokens]: rows that lie rank after rank, each rank's by sequence, in the order sequence after sequence.
+def _by_sequence(x: Tensor, lengths: Sequence[Sequence[int]]) -> Tensor:
+    """Rows that lie rank after rank, each rank's by sequence -> sequence after sequence, each by rank.
 
-    lengths: by rank, the tokens of each sequence.
+    lengths: by rank, the rows of each sequence.
     """
-    owner = torch.cat([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths])
-    return owner.argsort(stable=True)
+    if len(lengths[0]) == 1:
+        return x
+    pieces = x.split(list(chain.from_iterable(lengths)))
+    return torch.cat([piece for i in range(len(lengths[0])) for piece in pieces[i :: len(lengths[0])]])
+
+
+def _by_rank(x: Tensor, lengths: Sequence[Sequence[int]]) -> Tensor:
+    """The inverse of `_by_sequence`."""
+    if len(lengths[0]) == 1:
+        return x
+    pieces = x.split(list(chain.from_iterable(zip(*lengths))))
+    return torch.cat([piece for rank in range(len(lengths)) for piece in pieces[rank :: len(lengths)]])
