@@ -136,7 +136,7 @@ def _norm_modulate(
     _store(out_ptr, scales_ptr, token, normed * scale + shift, columns, width, inside, IS_FLOAT8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["places_ptr"])  # a view that may begin at any number
 def _gated_add(
     x_ptr, y_ptr, gate_ptr, rows_ptr, bias_ptr, places_ptr, out_ptr, width, gate_stride,
     HAS_ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PLACES: tl.constexpr, IS_FLOAT16: tl.constexpr,
@@ -173,7 +173,7 @@ def _gelu(
     _store(out_ptr, scales_ptr, token, x, columns, width, inside, IS_FLOAT8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["places_ptr"])
 def _round_rows(x_ptr, places_ptr, out_ptr, scales_ptr, width, HAS_PLACES: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
