@@ -63,7 +63,7 @@ def section_layouts(bench: Bench) -> Iterator[Case]:
     sizes = [bench.size(side) for side in (SIZES[:1] if bench.tiny else SIZES)]
     for degrees in ({}, *bench.layouts):
         layout = Layout(bench, name_of(degrees), DiffusionParallelConfig(**degrees))
-        with Lazy(layout.start, Omni.close) as omni:
+        with Lazy(layout.start, lambda started: started.close()) as omni:
             for size in sizes:
                 yield Case(layout.case(size), partial(layout.steps, omni, size), layout.predicted(size))
             yield Case(layout.long_case(sizes[0]), partial(layout.long_text, omni, sizes[0]), layout.predicted_long())

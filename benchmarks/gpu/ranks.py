@@ -28,7 +28,8 @@ class RankProcesses:
 
     def __init__(self, parallel: DiffusionParallelConfig, kind: str) -> None:
         """kind: of the devices, as `Device.kind`; rank i has the one of index i."""
-        context = mp.get_context("spawn")
+        # What a process knows of a GPU is of no use to a fork of it; without one, a fork need not import all again.
+        context: Any = mp.get_context("fork" if kind == CPU else "spawn")
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "store")
         size = parallel.replica_size
