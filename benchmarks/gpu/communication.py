@@ -11,7 +11,7 @@ from benchmarks.gpu import exchanges
 from benchmarks.gpu.bench import Bench, Lazy, Size
 from benchmarks.gpu.exchanges import AttentionParts, Decodes, Exchange
 from benchmarks.gpu.layouts import MODEL, check_devices
-from benchmarks.gpu.ranks import RankProcesses
+from benchmarks.gpu.ranks import RankProcesses, in_world, listening_store
 from benchmarks.gpu.report import Case, Row
 from benchmarks.roofline.cards import floor_of, wire_bytes
 from benchmarks.roofline.measured import card_at_hand
@@ -25,7 +25,8 @@ LINK = "link, both ways at once"
 def section_communication(bench: Bench) -> Iterator[Case]:
     """Among as many ranks as the largest layout has. Predicted: bytes at the data sheet's rate of the link."""
     count = max((DiffusionParallelConfig(**degrees).replica_size for degrees in bench.layouts), default=1)
-    with Lazy(lambda: _start(bench, count), RankProcesses.close) as ranks:
+    store = listening_store()
+    with Lazy(lambda: _start(bench, count, store.port), RankProcesses.close) as ranks:
         subject = Communication(bench, count, ranks)
         yield Case("link", subject.link, subject.link_predicted)
         for side in SIZES:
@@ -40,9 +41,10 @@ def section_communication(bench: Bench) -> Iterator[Case]:
             yield Case(f"decode, {name}", partial(subject.decode, size))
 
 
-def _start(bench: Bench, count: int) -> RankProcesses:
+def _start(bench: Bench, count: int, port: int) -> RankProcesses:
     check_devices(bench, max(2, count))
-    return RankProcesses(parallel_of("ulysses", count), bench.device.type)
+    kind = bench.device.type
+    return RankProcesses(count, kind, partial(in_world, parallel_of("ulysses", count), kind, port))
 
 
 def parallel_of(kind: str, count: int) -> DiffusionParallelConfig:

@@ -1,18 +1,16 @@
-"""Processes that are the ranks of a replica and run functions together, on the GPUs or, with gloo, on a CPU."""
+"""Processes, one a device, that run functions at the same time: ranks on GPUs or, with gloo, on a CPU."""
 
 from __future__ import annotations
 
 import queue
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
-from torch._C._distributed_c10d import FileStore
+from torch._C._distributed_c10d import TCPStore
 
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.distributed.mesh import World
@@ -26,17 +24,14 @@ _LOOK_SECONDS = 1.0
 class RankProcesses:
     """They start at once and wait for functions. When one fails all are ended, for the others may wait for it."""
 
-    def __init__(self, parallel: DiffusionParallelConfig, kind: str) -> None:
-        """kind: of the devices, as `Device.kind`; rank i has the one of index i."""
+    def __init__(self, size: int, kind: str, prepare: Callable[[int], tuple[Any, ...]]) -> None:
+        """kind: of the devices, as `Device.kind`; prepare: what a rank makes once, for all functions to begin with."""
         # What a process knows of a GPU is of no use to a fork of it; without one, a fork need not import all again.
         context: Any = mp.get_context("fork" if kind == CPU else "spawn")
-        self._folder = tempfile.TemporaryDirectory()
-        store = str(Path(self._folder.name) / "store")
-        size = parallel.replica_size
         self._outbox = context.Queue()
         self._inboxes = [context.SimpleQueue() for _ in range(size)]
         self._processes = [
-            context.Process(target=_serve, args=(rank, parallel, kind, store, inbox, self._outbox), daemon=True)
+            context.Process(target=_serve, args=(rank, kind, prepare, inbox, self._outbox), daemon=True)
             for rank, inbox in enumerate(self._inboxes)
         ]
         for process in self._processes:
@@ -44,7 +39,7 @@ class RankProcesses:
         self._failure = ""
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """`function(world, device, *args)` on every rank -> what each returned. All of it is pickled.
+        """`function(*prepared, *args)` on every rank -> what each returned. All of it is pickled.
 
         Raises RuntimeError with what a rank raised, or said of an earlier function.
         """
@@ -77,19 +72,28 @@ class RankProcesses:
         for process in self._processes:
             process.kill()
             process.join()
-        self._folder.cleanup()
 
 
-def _serve(rank: int, parallel: DiffusionParallelConfig, kind: str, store: str, inbox: Any, outbox: Any) -> None:
+def in_world(parallel: DiffusionParallelConfig, kind: str, port: int, rank: int) -> tuple[World, torch.device]:
+    """To prepare ranks that talk: the process groups of a replica, which meet at a `listening_store`."""
+    device = Device(kind, rank)  # type: ignore[arg-type]  # a kind is a choice
+    return World(parallel, rank, device.torch, TCPStore("127.0.0.1", port, is_master=False)), device.torch
+
+
+def listening_store() -> TCPStore:
+    """Where ranks meet, at its port, for as long as it is kept."""
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def _serve(rank: int, kind: str, prepare: Callable[[int], tuple[Any, ...]], inbox: Any, outbox: Any) -> None:
     if kind == CPU:
         torch.set_num_threads(1)
     try:
-        device = Device(kind, rank)  # type: ignore[arg-type]  # a kind is a choice
-        world = World(parallel, rank, device.torch, FileStore(store, parallel.replica_size))
+        prepared = prepare(rank)
         while True:
             function, args = inbox.get()
             with torch.inference_mode():
-                outbox.put((rank, function(world, device.torch, *args), ""))
+                outbox.put((rank, function(*prepared, *args), ""))
     except Exception as error:
         traceback.print_exc()
         outbox.put((rank, None, f"{type(error).__name__}: {error}"))

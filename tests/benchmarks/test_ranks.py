@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from benchmarks.gpu import exchanges
-from benchmarks.gpu.ranks import RankProcesses
+from benchmarks.gpu.ranks import RankProcesses, in_world, listening_store
 from benchmarks.roofline.costs import Branch
 
 from vllm_omni.diffusion.data import DiffusionParallelConfig
@@ -22,11 +24,20 @@ FIRST, SECOND = 16, 14
 TOKEN_BYTES = HEAD_DIM * 4
 
 
+@contextmanager
+def started() -> Iterator[RankProcesses]:
+    store = listening_store()
+    processes = RankProcesses(2, "cpu", partial(in_world, DiffusionParallelConfig(ulysses_degree=2), "cpu", store.port))
+    try:
+        yield processes
+    finally:
+        processes.close()
+
+
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[RankProcesses]:
-    processes = RankProcesses(DiffusionParallelConfig(ulysses_degree=2), "cpu")
-    yield processes
-    processes.close()
+    with started() as processes:
+        yield processes
 
 
 def test_bytes_are_those_of_a_layer(ranks: RankProcesses) -> None:
@@ -59,10 +70,7 @@ def fail_on_one(world: World, device: torch.device, end: bool) -> Any:
 
 @pytest.mark.parametrize(("end", "said"), [(False, "rank [01]: .*"), (True, "exit code 7|rank 0: GroupBrokenError")])
 def test_a_rank_that_fails_ends_them_all(end: bool, said: str) -> None:
-    processes = RankProcesses(DiffusionParallelConfig(ulysses_degree=2), "cpu")
-    try:
+    with started() as processes:
         for _ in range(2):
             with pytest.raises(RuntimeError, match=said):
                 processes.run(fail_on_one, end)
-    finally:
-        processes.close()
