@@ -24,7 +24,13 @@ _LOOK_SECONDS = 1.0
 class RankProcesses:
     """They start at once and wait for functions. When one fails all are ended, for the others may wait for it."""
 
-    def __init__(self, size: int, kind: str, prepare: Callable[[int], tuple[Any, ...]]) -> None:
+    def __init__(
+        self,
+        size: int,
+        kind: str,
+        prepare: Callable[[int], tuple[Any, ...]],
+        patience_seconds: float = PATIENCE_SECONDS,
+    ) -> None:
         """kind: of the devices, as `Device.kind`; prepare: what a rank makes once, for all functions to begin with."""
         # What a process knows of a GPU is of no use to a fork of it; without one, a fork need not import all again.
         context: Any = mp.get_context("fork" if kind == CPU else "spawn")
@@ -36,6 +42,7 @@ class RankProcesses:
         ]
         for process in self._processes:
             process.start()
+        self._patience_seconds = patience_seconds
         self._failure = ""
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -47,7 +54,7 @@ class RankProcesses:
             for inbox in self._inboxes:
                 inbox.put((function, args))
             outcomes: dict[int, Any] = {}
-            deadline = time.monotonic() + PATIENCE_SECONDS
+            deadline = time.monotonic() + self._patience_seconds
             while not self._failure and len(outcomes) < len(self._processes):
                 self._take(outcomes, deadline)
             if not self._failure:
@@ -62,7 +69,7 @@ class RankProcesses:
             if dead := [rank for rank, process in enumerate(self._processes) if not process.is_alive()]:
                 self._failure = f"rank {dead[0]} ended with exit code {self._processes[dead[0]].exitcode}"
             elif time.monotonic() > deadline:
-                self._failure = f"the ranks took longer than {PATIENCE_SECONDS:g} s"
+                self._failure = f"the ranks took longer than {self._patience_seconds:g} s"
             return
         outcomes[rank] = value
         if failure:
