@@ -13,12 +13,11 @@ import argparse
 import asyncio
 import csv
 import json
-import random
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,60 +25,7 @@ import numpy as np
 from openai import APIError, AsyncOpenAI
 from tqdm import tqdm
 
-PROMPTS = (
-    "red apple",
-    "a panda on a pink background",
-    "pizza",
-    "rocket",
-    "sunflower",
-    "a hamburger on a blue background",
-)
-STAGES = ("queue", "text_encode", "denoise", "vae_decode", "total")
-PERCENTILES = (50, 90, 99)
-
-
-@dataclass(frozen=True)
-class Item:
-    """One request of the workload; `arrival` in seconds from the start (open loop only)."""
-
-    index: int
-    prompt: str
-    size: str
-    steps: int
-    seed: int
-    arrival: float
-
-    @property
-    def kind(self) -> str:
-        return f"{self.size} x {self.steps} steps"
-
-
-@dataclass
-class Outcome:
-    """What a client saw of one request; times in seconds, `sent` and `done` from the start of the run."""
-
-    index: int
-    kind: str
-    sent: float
-    done: float
-    error: str | None = None
-    timings: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def latency(self) -> float:
-        return self.done - self.sent
-
-
-def draw_workload(args: argparse.Namespace) -> list[Item]:
-    """The same seed gives the same requests at the same times."""
-    rng = random.Random(args.seed)
-    arrival, items = 0.0, []
-    for index in range(args.num_requests):
-        size, steps = rng.choice(args.sizes), rng.choice(args.steps)
-        items.append(Item(index, rng.choice(PROMPTS), size, steps, rng.randrange(2**31), arrival))
-        if args.rate:
-            arrival += rng.expovariate(args.rate)
-    return items
+from benchmarks.workload import PERCENTILES, STAGES, Item, Outcome, draw_workload, play, summarise
 
 
 async def send(client: AsyncOpenAI, model: str, item: Item, start: float) -> Outcome:
@@ -103,47 +49,10 @@ async def run_load(args: argparse.Namespace, items: Sequence[Item]) -> list[Outc
     async with AsyncOpenAI(base_url=args.base_url, api_key=args.api_key, max_retries=0, timeout=args.timeout) as client:
         model = args.model or (await client.models.list()).data[0].id
         await send(client, model, items[0], time.perf_counter())  # connection and caches, not counted
-        start = time.perf_counter()
         bar = tqdm(total=len(items), unit="picture", file=sys.stderr)
-        clients = asyncio.Semaphore(args.concurrency or len(items))
-
-        async def one(item: Item) -> Outcome:
-            await asyncio.sleep(max(0.0, item.arrival - (time.perf_counter() - start)))
-            async with clients:
-                outcome = await send(client, model, item, start)
-            bar.update()
-            return outcome
-
-        outcomes = await asyncio.gather(*map(one, items))
+        outcomes = await play(items, partial(send, client, model), args.concurrency, bar.update)
         bar.close()
-        return list(outcomes)
-
-
-def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Throughput, latency percentiles over all and by kind, mean seconds by stage."""
-    good = [o for o in outcomes if o.error is None]
-    kinds: dict[str, list[Outcome]] = defaultdict(list)
-    for outcome in good:
-        kinds[outcome.kind].append(outcome)
-    span = max((o.done for o in outcomes), default=0.0)
-    return {
-        "num_requests": len(outcomes),
-        "num_errors": len(outcomes) - len(good),
-        "seconds": span,
-        "pictures_per_second": len(good) / span if span else 0.0,
-        "all": describe(good),
-        "kinds": {kind: describe(of_kind) for kind, of_kind in sorted(kinds.items())},
-    }
-
-
-def describe(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    if not outcomes:
-        return {"count": 0}
-    latencies = [o.latency for o in outcomes]
-    row: dict[str, float] = {"count": len(outcomes), "mean": float(np.mean(latencies))}
-    row.update({f"p{p}": float(np.percentile(latencies, p)) for p in PERCENTILES})
-    row.update({stage: float(np.mean([o.timings.get(stage, 0.0) for o in outcomes])) for stage in STAGES})
-    return row
+        return outcomes
 
 
 def print_table(summary: dict[str, Any]) -> None:
@@ -203,7 +112,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    outcomes = asyncio.run(run_load(args, draw_workload(args)))
+    items = draw_workload(args.num_requests, args.sizes, args.steps, args.rate, args.seed)
+    outcomes = asyncio.run(run_load(args, items))
     summary = summarise(outcomes)
     print_table(summary)
     args.out.parent.mkdir(parents=True, exist_ok=True)

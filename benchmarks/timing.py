@@ -46,7 +46,16 @@ def measure(
     start = time.perf_counter()
     run()
     synchronize(device)
-    repeats = max(MIN_REPEATS, min(MAX_REPEATS, int(budget / max(time.perf_counter() - start, 1e-9))))
+    return timed(run, device, repeats_within(budget, time.perf_counter() - start))
+
+
+def repeats_within(budget: float, seconds: float) -> int:
+    """How often to repeat what takes so many seconds."""
+    return max(MIN_REPEATS, min(MAX_REPEATS, int(budget / max(seconds, 1e-9))))
+
+
+def timed(run: Callable[[], object], device: torch.device, repeats: int) -> Spread:
+    """`measure` for a given number of repeats, without a warm-up."""
     if device.type != "cuda":
         return Spread.of([_host_seconds(run) for _ in range(repeats)])
     marks: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]

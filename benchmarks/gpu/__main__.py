@@ -22,7 +22,7 @@ from pathlib import Path
 import diffusers
 import torch
 
-from benchmarks.gpu import engine, fused, idle, kernels, layouts, step
+from benchmarks.gpu import communication, engine, fused, idle, kernels, layouts, load, step
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.report import Case, Report, Row
 from benchmarks.timing import here, release_memory
@@ -38,7 +38,9 @@ SECTIONS: dict[str, Callable[[Bench], Iterator[Case]]] = {
     "batching": engine.section_batching,
     "caches": engine.section_caches,
     "idle": idle.section_idle,
+    "communication": communication.section_communication,
     "layouts": layouts.section_layouts,
+    "load": load.section_load,
 }
 """In the order in which they run: predictions use the measured ceilings."""
 LAYOUTS = ("ulysses=2", "ring=2", "cfg=2", "tensor=2")

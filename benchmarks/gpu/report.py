@@ -60,6 +60,11 @@ class Report:
             if (there := self._content["environment"]) != dict(environment):
                 raise ValueError(f"{file} was measured on {there}, this is {dict(environment)}: take another --out")
 
+    @property
+    def folder(self) -> Path:
+        """Where the file lies, and what belongs to its rows."""
+        return self._file.parent
+
     def has(self, section: str, case: str) -> bool:
         return f"{section}/{case}" in self._content["cases"]
 

@@ -69,6 +69,17 @@ def test_whole_pictures_skip_what_they_are_told_to(measure: Any) -> None:
     assert row(content, "a skipping step")["measured"] is not None
 
 
+def test_exchanges_are_rates_of_the_link(measure: Any) -> None:
+    code, content = measure("communication", "--layouts", "ring=2")
+    assert code == 0
+    assert not [r for rows in content["cases"].values() for r in rows if r["refused"]]
+    link = row(content, "link, both ways at once")["measured"]
+    turn = row(content, "ring 2, 128x128, keys and values")
+    assert turn["detail"]["of the measured link"] == pytest.approx(turn["measured"] / link)
+    shared, tiled = (row(content, f"decode, 128x128, {who}") for who in ("2 ranks", "one rank, tiled"))
+    assert shared["predicted"] == pytest.approx(tiled["measured"])  # a single tile
+
+
 def test_a_call_ends_in_time_and_the_next_one_goes_on(measure: Any) -> None:
     assert measure("parity", "--minutes", "0") == (3, {})
 

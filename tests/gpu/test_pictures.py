@@ -94,22 +94,10 @@ def test_bfloat16_rounds_no_worse_than_diffusers() -> None:
     assert np.mean(ours) >= np.mean(theirs) - 3
 
 
-LAYOUTS = [
-    {"ulysses_degree": 2},
-    {"ring_degree": 2},
-    {"cfg_parallel_size": 2},
-    {"tensor_parallel_size": 2, "vae_patch_parallel_size": 2, "text_encoder_tp_size": 2},
-    {"data_parallel_size": 2},
-]
-
-
 @two_gpus
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: next(iter(layout)))
-def test_two_gpus_draw_what_one_draws(tiny: Path, one_gpu: Sequence[np.ndarray], layout: dict[str, int]) -> None:
-    many = draw(tiny, "float32", parallel_config=DiffusionParallelConfig(**layout))
-    found = [psnr(a, b) for a, b in zip(many, one_gpu)]
-    print(f"{layout}: {min(found):.1f} dB")
-    assert min(found) >= 60
+def test_a_copy_on_each_gpu_draws_what_one_draws(tiny: Path, one_gpu: Sequence[np.ndarray]) -> None:
+    many = draw(tiny, "float32", parallel_config=DiffusionParallelConfig(data_parallel_size=2))
+    assert min(psnr(a, b) for a, b in zip(many, one_gpu)) >= 60
 
 
 @two_gpus
