@@ -8,7 +8,7 @@ SETUP := $(VENV)/.set-up
 help:
 	@echo "make demo    set up, serve the demo model, write out/demo.png, stop"
 	@echo "make serve   set up, serve the demo model until Ctrl-C (PORT=8000 for a fixed port)"
-	@echo "make test    set up, run the linters and the tests"
+	@echo "make test    set up, run the linters and the tests (PROCESSES=2, more on a large machine)"
 	@echo "make test-layouts   the tests of every parallel layout, up to 8 processes (some minutes)"
 	@echo "make check   the linters alone"
 
@@ -28,8 +28,9 @@ check: $(SETUP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Two processes, each with whole files, whose tests share servers and models: one computes while the other waits.
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(or $(PROCESSES),2) --dist loadfile
 
 test-layouts: $(SETUP)
 	$(BIN)/python -m pytest -m layouts --timeout 1800

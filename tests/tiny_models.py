@@ -35,6 +35,8 @@ SPECIAL_TOKENS = [
     "<|image_pad|>",
     "<|video_pad|>",
 ]
+SMALL: dict[str, object] = {"height": 64, "width": 64}
+"""Sampling parameters of a model whose warm-up takes a moment: it draws what is drawn by default."""
 # The scheduler settings of Qwen/Qwen-Image.
 SCHEDULER = {
     "base_image_seq_len": 256,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny_models import build_tiny_qwen_image
+from tests.tiny_models import SMALL, build_tiny_qwen_image
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -23,4 +23,4 @@ def one_thread() -> Iterator[None]:
 def calm_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """6 blocks, 4 heads; from step to step the first block's residual changes by 0.1 to 0.3."""
     path = tmp_path_factory.mktemp("cache") / "model"
-    return build_tiny_qwen_image(path, layers=6, heads=4, time_scale=0.1)
+    return build_tiny_qwen_image(path, layers=6, heads=4, time_scale=0.1, default_sampling_params=SMALL)

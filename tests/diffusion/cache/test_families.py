@@ -15,7 +15,7 @@ from tests.diffusion.cache.test_layouts import LAYOUTS, Runs, compare, in_turn
 from tests.diffusion.distributed.ranks import run_places
 from tests.diffusion.worker import replica
 from tests.diffusion.worker.driving import Drive, make_request, psnr
-from tests.tiny_models import build_tiny_qwen_image
+from tests.tiny_models import SMALL, build_tiny_qwen_image
 from tests.tiny_z_image import build_tiny_z_image
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.registry import load_model_info
@@ -42,7 +42,6 @@ FIELDS: list[dict[str, Any]] = [
 
 def edits(folder: Path) -> tuple[Path, list[DiffusionRequest]]:
     """With reference pictures of their own modulation, 2, 1 and 1 of them."""
-    defaults: dict[str, object] = {"height": 64, "width": 64}
     path = build_tiny_qwen_image(
         folder,
         heads=4,
@@ -50,7 +49,7 @@ def edits(folder: Path) -> tuple[Path, list[DiffusionRequest]]:
         time_scale=0.3,
         edit="QwenImageEditPlusPipeline",
         zero_cond_t=True,
-        default_sampling_params=defaults,
+        default_sampling_params=SMALL,
     )
     edit = load_model_info(str(path)).image_input
     assert edit is not None
@@ -62,7 +61,7 @@ def edits(folder: Path) -> tuple[Path, list[DiffusionRequest]]:
 
 
 def z_images(folder: Path) -> tuple[Path, list[DiffusionRequest]]:
-    return build_tiny_z_image(folder, heads=4, time_scale=0.02), [
+    return build_tiny_z_image(folder, heads=4, time_scale=0.02, default_sampling_params=SMALL), [
         make_request(f"r-{i}", **fields) for i, fields in enumerate(FIELDS)
     ]
 

@@ -10,7 +10,7 @@ import pytest
 from tests.diffusion.distributed.ranks import run_places
 from tests.diffusion.worker.driving import make_request
 from tests.diffusion.worker.test_layouts import Arrivals, check_equal, draw
-from tests.tiny_models import build_tiny_qwen_image, photo
+from tests.tiny_models import SMALL, build_tiny_qwen_image, photo
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.registry import load_model_info
 
@@ -19,14 +19,13 @@ ALONE = DiffusionParallelConfig()
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    defaults: dict[str, object] = {"height": 64, "width": 64}
     return build_tiny_qwen_image(
         tmp_path_factory.mktemp("models") / "edit",
         heads=6,
         text_kv_heads=2,
         edit="QwenImageEditPlusPipeline",
         zero_cond_t=True,
-        default_sampling_params=defaults,
+        default_sampling_params=SMALL,
     )
 
 

@@ -16,7 +16,7 @@ import torch
 from tests.diffusion.distributed.ranks import run_places
 from tests.diffusion.worker.driving import Drive, make_request, psnr
 from tests.diffusion.worker.replica import merging, started
-from tests.tiny_models import build_tiny_qwen_image
+from tests.tiny_models import SMALL, build_tiny_qwen_image
 from tests.tiny_z_image import build_tiny_z_image
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.request import DiffusionRequest
@@ -76,7 +76,10 @@ def placed_at_random(groups: int, step_id: int, branches: Mapping[str, int]) -> 
     return {i: [dice.randrange(groups) for _ in range(count)] for i, count in branches.items()}
 
 
-BUILDERS: dict[str, Callable[..., Path]] = {"qwen_image": build_tiny_qwen_image, "z_image": build_tiny_z_image}
+BUILDERS: dict[str, Callable[..., Path]] = {
+    "qwen_image": partial(build_tiny_qwen_image, default_sampling_params=SMALL),
+    "z_image": partial(build_tiny_z_image, default_sampling_params=SMALL),
+}
 
 
 class Reference:

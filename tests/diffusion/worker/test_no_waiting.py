@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.diffusion.worker.driving import Drive, make_request, psnr
 from tests.fake_gpu import FAKE_GPU, FakeGpu, FakeGpuDevice, HostWaitsError
-from tests.tiny_models import photo
+from tests.tiny_models import SMALL, photo
 from tests.tiny_z_image import BASE_SHIFT, build_tiny_z_image
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.models import loading
@@ -44,7 +44,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
 
 @pytest.fixture(scope="session")
 def tiny_z_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_z_image(tmp_path_factory.mktemp("models") / "z", heads=5, shift=BASE_SHIFT)
+    path = tmp_path_factory.mktemp("models") / "z"
+    return build_tiny_z_image(path, heads=5, shift=BASE_SHIFT, default_sampling_params=SMALL)
 
 
 def started(path: Path, gpu: FakeGpu | None = None) -> ModelRunner:

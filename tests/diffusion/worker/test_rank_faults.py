@@ -95,9 +95,10 @@ def alone(tiny_model: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def four_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.tiny_models import build_tiny_qwen_image
+    from tests.tiny_models import SMALL, build_tiny_qwen_image
 
-    return build_tiny_qwen_image(tmp_path_factory.mktemp("faults") / "model", heads=4)
+    path = tmp_path_factory.mktemp("faults") / "model"
+    return build_tiny_qwen_image(path, heads=4, default_sampling_params=SMALL)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.tiny_models import SMALL
 from tests.tiny_z_image import BASE_SHIFT, build_tiny_z_image
-
-SMALL: dict[str, object] = {"height": 64, "width": 64}
 
 
 @pytest.fixture(autouse=True, scope="module")
