@@ -46,19 +46,21 @@ def row(content: dict[str, Any], case: str) -> dict[str, Any]:
 
 
 def test_rows_are_written_and_not_measured_twice(measure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = {name: step.variants()[name] for name in ("eager", "eager, fp8", "attention cudnn")}
-    monkeypatch.setattr(step, "variants", lambda: few)
-    monkeypatch.setattr(step, "Z_IMAGE_VARIANTS", ("eager",))
-    code, content = measure("ceilings,step")
+    few = ("step/qwen-image 1024, d", "step/z-image 1024, d", "attention cudnn", "ceilings/", ", fp8, fused, eager")
+    code, content = measure("ceilings,step", "--only", *few)
     assert code == 0
     assert row(content, "qwen-image gemm, all shapes")["measured"] > 0
-    ours, theirs = (row(content, f"{who}, eager") for who in ("ours", "diffusers"))
-    assert min(ours["measured"], theirs["measured"]) > 0
-    assert ours["predicted"] == theirs["predicted"] > 0
+    for model in ("qwen-image", "z-image"):
+        names = ("default", "diffusers, eager", "diffusers, compiled")
+        rows = [row(content, f"{model} 1024, {name}") for name in names]
+        assert min(r["measured"] for r in rows) > 0
+        assert len({r["predicted"] for r in rows}) == 1
+    steps = [case.partition(", ")[2] for case in content["cases"] if case.startswith("step/")]
+    assert sorted(set(steps)) == sorted({*names, "fp8, fused, eager", "attention cudnn"})
     assert not [r for rows in content["cases"].values() for r in rows if r["refused"].startswith("failed")]
 
     monkeypatch.setattr(gpu, "run_case", lambda case: pytest.fail(f"{case.name} was measured again"))
-    assert measure("ceilings,step") == (0, content)
+    assert measure("ceilings,step", "--only", *few) == (0, content)
 
 
 def test_whole_pictures_skip_what_they_are_told_to(measure: Any) -> None:
@@ -88,20 +90,21 @@ def test_wrong_arguments_and_files_of_elsewhere_are_refused(measure: Any, tmp_pa
 
 def test_what_is_called_compiled_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in a family that by itself compiles only where it gains."""
-    asked: dict[str, bool | None] = {}
+    asked: list[bool | None] = []
 
     def starts(*arguments: Any) -> Any:
         *_, compile_blocks = arguments
-        asked[name] = compile_blocks
+        asked.append(compile_blocks)
         raise RuntimeError("no GPU")
 
     monkeypatch.setattr(step, "started_runner", starts)
+    monkeypatch.setattr(step, "release_memory", lambda device: None)
     bench = SimpleNamespace(device=torch.device("cuda"))
-    for name in step.variants():
+    for variant in step.VARIANTS.values():
         with pytest.raises(RuntimeError, match="no GPU"):
-            step.time_ours(bench, (64, 64), name)  # type: ignore[arg-type]
-    compiled = {name for name, compile_blocks in asked.items() if compile_blocks}
-    assert compiled == {"compiled", "compiled, fp8", "compiled, kernels of PyTorch"}
+            step.start_ours(bench, variant)  # type: ignore[arg-type]
+    assert [bool(compile_blocks) for compile_blocks in asked] == ["compiled" in name for name in step.VARIANTS]
+    assert all(variant.settings.get("enforce_eager") for name, variant in step.VARIANTS.items() if "eager" in name)
 
 
 def test_arithmetic() -> None:
