@@ -23,7 +23,7 @@ from pathlib import Path
 import diffusers
 import torch
 
-from benchmarks.gpu import engine, fused, idle, kernels, layouts, step
+from benchmarks.gpu import batching, caches, engine, fused, idle, kernels, layouts, step
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.report import Case, Report, Row
 from benchmarks.timing import here, release_memory
@@ -36,8 +36,8 @@ SECTIONS: dict[str, Callable[[Bench], Iterator[Case]]] = {
     "step": step.section_step,
     "profile": fused.section_profile,
     "end_to_end": engine.section_end_to_end,
-    "batching": engine.section_batching,
-    "caches": engine.section_caches,
+    "batching": batching.section_batching,
+    "caches": caches.section_caches,
     "idle": idle.section_idle,
     "layouts": layouts.section_layouts,
 }
