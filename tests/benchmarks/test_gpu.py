@@ -88,6 +88,17 @@ def test_pictures_through_the_engine_over_http_and_in_batches(measure: Any) -> N
     assert together["gain"] == pytest.approx(together["pictures a second"] * together["one by one ms"] / 8e3)
 
 
+def test_pictures_of_small_models_are_diffusers_own(measure: Any) -> None:
+    names = ("qwen-image float32", "qwen-image-edit-plus bfloat16", "sd3 float32")
+    code, content = measure("parity", "--only", *(f"parity/{name}" for name in names))
+    assert code == 0
+    for name in (names[0], names[2]):
+        assert row(content, name)["measured"] > 60
+        assert row(content, f"{name}, beside others and alone")["measured"] > 60
+    ours, theirs = (row(content, names[1])["detail"][f"{who} to float32 dB"] for who in ("ours", "diffusers"))
+    assert ours > theirs - 3
+
+
 def test_a_call_ends_in_time_and_the_next_one_goes_on(measure: Any) -> None:
     assert measure("parity", "--minutes", "0") == (3, {})
 
