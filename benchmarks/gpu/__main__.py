@@ -63,6 +63,7 @@ def run_sections(bench: Bench, sections: Sequence[str], only: Sequence[str], sec
     out before the last one."""
     deadline = time.monotonic() + seconds
     for section in sections:
+        bench.start_afresh()
         for case in SECTIONS[section](bench):
             name = f"{section}/{case.name}"
             if bench.report.has(section, case.name) or not any(part in name for part in only):
@@ -73,7 +74,6 @@ def run_sections(bench: Bench, sections: Sequence[str], only: Sequence[str], sec
             predicted = "nothing" if case.predicted is None else f"{case.predicted:.4g} ms"
             print(f"{name}: predicted {predicted}", flush=True)
             rows = run_case(case)
-            torch.compiler.reset()
             release_memory(bench.device)  # in the case itself its own variables would still hold it
             bench.report.add(section, case.name, rows)
             for row in rows:

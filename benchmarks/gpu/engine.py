@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from benchmarks.gpu.bench import Bench, Lazy
 from benchmarks.gpu.report import Case, Row
-from benchmarks.timing import Spread, release_memory
+from benchmarks.timing import Spread
 from vllm_omni import Omni
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 
@@ -61,7 +61,7 @@ class Started:
 
     @classmethod
     def of(cls, bench: Bench, name: str, **settings: Any) -> Self:
-        release_memory(bench.device)  # for a worker process of its own
+        bench.start_afresh()
         start = time.perf_counter()
         omni = bench.omni(name, **settings)
         return cls(omni, time.perf_counter() - start)

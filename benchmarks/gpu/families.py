@@ -1,4 +1,4 @@
-"""Small random models of each family, and what diffusers makes of the same requests: for section `parity`."""
+"""Small models of each family and what diffusers makes of the same requests: for section `parity`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tests.diffusion.worker.driving import make_request
 from tests.tiny_models import build_tiny_qwen_image, photo
 from tests.tiny_z_image import build_tiny_z_image
 
+from vllm_omni.diffusion.registry import DEMO_MODEL_PATH
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.diffusion.sampling import draw_noise, pack_latents
 
@@ -31,7 +32,8 @@ Fields = dict[str, Any]
 
 @dataclass(frozen=True)
 class Family:
-    build: Callable[[Path], object]
+    build: Callable[[Path], object] | None
+    """None: the model that the package brings."""
     fields: Fields
     """Of requests."""
     arguments: Fields
@@ -40,6 +42,14 @@ class Family:
     """Pictures that a request brings."""
     packs_latents: bool = False
     """diffusers takes noise as Qwen-Image's transformer does."""
+
+    def model(self, path: Path) -> Path:
+        """Its folder, written to `path` unless it is there."""
+        if self.build is None:
+            return DEMO_MODEL_PATH
+        if not (path / "model_index.json").is_file():
+            self.build(path)
+        return path
 
     def requests(self, path: Path) -> list[DiffusionRequest]:
         """Of several sizes, to be drawn at once."""
@@ -95,6 +105,7 @@ _QWEN_IMAGE = {**TEXTS, "true_cfg_scale": SCALE}
 # A whole pipeline runs as diffusers has it; its scale is told as `guidance_scale`.
 _WHOLE = {"prompt": TEXTS["prompt"], "guidance_scale": SCALE, "max_sequence_length": 64}
 FAMILIES: dict[str, Family] = {
+    "demo": Family(None, _QWEN_IMAGE, _QWEN_IMAGE, packs_latents=True),
     "qwen-image": Family(partial(build_tiny_qwen_image, heads=4), _QWEN_IMAGE, _QWEN_IMAGE, packs_latents=True),
     "qwen-image-edit": Family(
         partial(editing.build, pipeline=editing.EDIT, heads=4), _QWEN_IMAGE, {}, edits=1, packs_latents=True
@@ -110,4 +121,4 @@ FAMILIES: dict[str, Family] = {
     "sd3": Family(partial(_build_whole, class_name="StableDiffusion3Pipeline"), _WHOLE, _WHOLE),
     "flux": Family(partial(_build_whole, class_name="FluxPipeline"), _WHOLE, _WHOLE),
 }
-"""Packed ones first; diffusers serves the last two."""
+"""The one that is trained first; diffusers serves the last two."""

@@ -53,17 +53,23 @@ def section_parity(bench: Bench) -> Iterator[Case]:
     alone; of small random models of every packed family and of two that diffusers serves."""
     for name, family in FAMILIES.items():
         for dtype in (torch.float32, torch.bfloat16):
-            case = f"{name} {str(dtype).removeprefix('torch.')}"
+            case = f"{name} {_name(dtype)}"
             yield Case(case, partial(_parity, bench, case, name, family, dtype))
+    # What float8 costs shows in a trained model alone.
+    yield Case("demo fp8", partial(_parity, bench, "demo fp8", "demo", FAMILIES["demo"], torch.bfloat16, "fp8"))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @torch.inference_mode()
-def _parity(bench: Bench, case: str, name: str, family: Family, dtype: torch.dtype) -> list[Row]:
-    path = bench.models / f"parity-{name}"
-    if not (path / "model_index.json").is_file():
-        family.build(path)
+def _parity(
+    bench: Bench, case: str, name: str, family: Family, dtype: torch.dtype, quantization: str | None = None
+) -> list[Row]:
+    path = family.model(bench.models / f"parity-{name}")
     requests = family.requests(path)
-    runner = started_at(str(path), dtype=str(dtype).removeprefix("torch."), enforce_eager=True)
+    runner = started_at(str(path), dtype=_name(dtype), quantization=quantization, enforce_eager=True)
     together = pictures(runner, requests)
     alone = {r.request_id: pictures(runner, [r])[r.request_id] for r in requests}
     pipeline = family.load(path, dtype, bench.device)

@@ -13,7 +13,7 @@ from benchmarks.gpu.bench import Bench, Lazy, Size
 from benchmarks.gpu.report import Case, Row
 from benchmarks.gpu.theirs import StepOf, start_diffusers
 from benchmarks.published import UNGUIDED
-from benchmarks.timing import measure, release_memory
+from benchmarks.timing import measure
 from vllm_omni.diffusion.attention import BACKENDS
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.registry import load_model_info
@@ -95,7 +95,6 @@ def _measure(
 
 
 def start_ours(bench: Bench, variant: Variant, model: str = MODEL) -> StepOf:
-    release_memory(bench.device)
     # Also where it is no gain, which is what is to be seen; on a CPU it would only take long.
     compile_blocks = True if variant.compiled and bench.device.type == "cuda" else None
     runner = started_runner(bench, variant.settings, model, compile_blocks)
@@ -133,6 +132,7 @@ def request_of(bench: Bench, size: Size, model: str = MODEL, steps: int = NUM_ST
 def started_runner(
     bench: Bench, settings: dict[str, Any], model: str = MODEL, compile_blocks: bool | None = None
 ) -> ModelRunner:
+    bench.start_afresh()
     config = OmniDiffusionConfig(model=bench.model(model), load_format="dummy", **settings)
     info = load_model_info(config.model, config.load_format)
     info.check_settings(config)

@@ -12,7 +12,6 @@ from accelerate import init_empty_weights
 from diffusers import QwenImageTransformer2DModel, ZImageTransformer2DModel
 
 from benchmarks.gpu.bench import Bench, Size
-from benchmarks.timing import release_memory
 from vllm_omni.diffusion.models.loading import load_weights
 from vllm_omni.diffusion.sampling import combine_guidance
 
@@ -26,7 +25,7 @@ def start_diffusers(bench: Bench, model: str, compiled: bool) -> StepOf:
         "qwen-image": (QwenImageTransformer2DModel, _qwen_image_step),
         "z-image": (ZImageTransformer2DModel, _z_image_step),
     }[model]
-    release_memory(bench.device)
+    bench.start_afresh()
     folder = Path(bench.model(model)) / "transformer"
     with init_empty_weights():
         transformer = cls.from_config(cls.load_config(folder))
