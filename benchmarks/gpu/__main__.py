@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu --out out/gpu.json                             # everything, under 8 minutes a call
     python -m benchmarks.gpu --sections ceilings,step --out out/gpu.json    # goes on where the file ends
+    python -m benchmarks.gpu --sections step --only default "diffusers, eager"   # cases whose names have one of these
     python -m benchmarks.gpu --tiny                                         # the same code, small, on any machine
 
 Each case prints what the roofline predicts and then what was measured: the median of repeats after a warm-up. Rows are
@@ -22,7 +23,7 @@ from pathlib import Path
 import diffusers
 import torch
 
-from benchmarks.gpu import communication, engine, fused, idle, kernels, layouts, load, step
+from benchmarks.gpu import batching, caches, communication, engine, fused, idle, kernels, layouts, load, step
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.report import Case, Report, Row
 from benchmarks.timing import here, release_memory
@@ -35,8 +36,8 @@ SECTIONS: dict[str, Callable[[Bench], Iterator[Case]]] = {
     "step": step.section_step,
     "profile": fused.section_profile,
     "end_to_end": engine.section_end_to_end,
-    "batching": engine.section_batching,
-    "caches": engine.section_caches,
+    "batching": batching.section_batching,
+    "caches": caches.section_caches,
     "idle": idle.section_idle,
     "communication": communication.section_communication,
     "layouts": layouts.section_layouts,
@@ -49,6 +50,7 @@ LAYOUTS = ("ulysses=2", "ring=2", "cfg=2", "tensor=2")
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", default=",".join(SECTIONS), help=f"of {', '.join(SECTIONS)}")
+    parser.add_argument("--only", nargs="+", default=[""], help='cases: parts of their names, such as "step/z-image"')
     parser.add_argument("--out", type=Path, default=Path("out/gpu.json"), help="rows; an existing file is gone on with")
     parser.add_argument("--models", type=Path, default=Path("out/models"), help="where model folders are written")
     parser.add_argument("--minutes", type=float, default=6.5, help="no case begins later")
@@ -58,20 +60,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run_sections(bench: Bench, sections: Sequence[str], seconds: float) -> bool:
-    """Every case that has no rows yet; False when the time ran out before the last one."""
+def run_sections(bench: Bench, sections: Sequence[str], only: Sequence[str], seconds: float) -> bool:
+    """Every case that has no rows yet and one of `only` in its name, the section before it; False when the time ran
+    out before the last one."""
     deadline = time.monotonic() + seconds
     for section in sections:
+        bench.start_afresh()
         for case in SECTIONS[section](bench):
-            if bench.report.has(section, case.name):
+            name = f"{section}/{case.name}"
+            if bench.report.has(section, case.name) or not any(part in name for part in only):
                 continue
             if time.monotonic() > deadline:
-                print(f"out of time before {section}/{case.name}: call again to go on")
+                print(f"out of time before {name}: call again to go on")
                 return False
             predicted = "nothing" if case.predicted is None else f"{case.predicted:.4g} ms"
-            print(f"{section}/{case.name}: predicted {predicted}", flush=True)
+            print(f"{name}: predicted {predicted}", flush=True)
             rows = run_case(case)
-            torch.compiler.reset()
             release_memory(bench.device)  # in the case itself its own variables would still hold it
             bench.report.add(section, case.name, rows)
             for row in rows:
@@ -116,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.tiny:  # on a busy machine threads that wait for one another take longer than the work
         torch.set_num_threads(1)
     bench = Bench(report, args.models, here(), args.tiny, args.quick, chosen)
-    is_done = run_sections(bench, sections, 60 * args.minutes)
+    is_done = run_sections(bench, sections, args.only, 60 * args.minutes)
     print(f"\n{report.table()}")
     sys.exit(0 if is_done else 3)
 

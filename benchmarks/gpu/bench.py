@@ -17,6 +17,7 @@ from benchmarks.published import UNGUIDED
 from benchmarks.roofline.cards import Card, floor_of
 from benchmarks.roofline.costs import ONE_DEVICE, Branch, StepCost, Transformer, rank_cost, transformer_of
 from benchmarks.roofline.measured import card_at_hand
+from benchmarks.timing import release_memory
 from vllm_omni import Omni
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.registry import ModelInfo, load_model_info
@@ -75,6 +76,11 @@ class Bench:
                 **changes,
             }
         )
+
+    def start_afresh(self) -> None:
+        """Before a model is loaded: as if there had been none."""
+        torch.compiler.reset()  # which compiles a function for a limited number of shapes
+        release_memory(self.device)
 
     def omni(self, name: str, **settings: Any) -> Omni:
         """An engine with random weights, in worker processes."""

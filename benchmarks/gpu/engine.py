@@ -1,100 +1,133 @@
-"""Sections `end_to_end`, `batching` and `caches`: whole pictures through the engine and its worker process."""
+"""Section `end_to_end`: whole pictures through the engine; and what sections with engines share."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Self
 
-from benchmarks.gpu.bench import Bench, Lazy, Size
+from benchmarks.gpu.bench import Bench, Lazy
 from benchmarks.gpu.report import Case, Row
-from benchmarks.roofline.costs import computed_blocks
 from benchmarks.timing import Spread
 from vllm_omni import Omni
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 
-REPEATS = 2
-MIXED_SIZES: tuple[Size, ...] = ((512, 512), (448, 576), (640, 384), (512, 448), (384, 640), (576, 512), (480, 480))
+PICTURES = (("qwen-image", 50, 1), ("z-image", 9, 3))
+"""Model, steps, repeats."""
+WARM_UP_STEPS = 4
+"""Of the picture that is drawn first and not counted."""
 README_CACHE = {"enable_taylorseer": True, "taylorseer_order": 2}
 """The setting that README recommends."""
-WARM_UP_STEPS, RUN_OF_SKIPS = 4, 3
-"""The forced pattern: as many steps computed first, then so many skipped after each that is computed. It is what the
-recommended setting does at most (`max_warmup_steps`, `max_continuous_cached_steps`)."""
+COMPUTED_FIRST, RUN_OF_SKIPS = 4, 3
+"""The forced pattern: as many steps computed, then so many skipped before each that is computed. With README's setting
+the demo model skips 35 of 50 steps in each guidance branch, which is this pattern."""
 
 
 def generate_seconds(
     omni: Omni,
     prompt: OmniPrompt,
     params: Sequence[OmniDiffusionSamplingParams],
-    repeats: int = REPEATS,
+    repeats: int = 1,
+    warm_up_steps: int = WARM_UP_STEPS,
 ) -> tuple[Spread, dict[str, float]]:
     """Wall-clock of a picture for each of `params`, all at once, and the slowest picture's timings of the last run.
 
-    The first run warms up.
+    Pictures of the same sizes in fewer steps warm up.
     """
+    omni.generate([prompt] * len(params), [replace(p, num_inference_steps=warm_up_steps) for p in params])
     seconds = []
-    for repeat in range(repeats + 1):
+    for repeat in range(repeats):
         start = time.perf_counter()
         outputs = omni.generate([prompt] * len(params), [replace(p, seed=repeat) for p in params])
-        if repeat:
-            seconds.append(time.perf_counter() - start)
+        seconds.append(time.perf_counter() - start)
     return Spread.of(seconds), max((o.timings for o in outputs), key=lambda timings: timings["total"])
 
 
 def stages(timings: dict[str, float]) -> dict[str, float]:
-    """Milliseconds of each, for a row."""
-    return {f"{name} ms": 1e3 * timings[name] for name in ("text_encode", "denoise", "vae_decode")}
+    """Milliseconds of each, for a row; `rest` is the engine around them: queue, plans, the picture's way home."""
+    parts = {name: timings[name] for name in ("text_encode", "denoise", "vae_decode")}
+    parts["rest"] = timings["total"] - sum(parts.values())
+    return {f"{name} ms": 1e3 * seconds for name, seconds in parts.items()}
+
+
+@dataclass(frozen=True)
+class Started:
+    """An engine, and how long its start took."""
+
+    omni: Omni
+    seconds: float
+
+    @classmethod
+    def of(cls, bench: Bench, name: str, **settings: Any) -> Self:
+        bench.start_afresh()
+        start = time.perf_counter()
+        omni = bench.omni(name, **settings)
+        return cls(omni, time.perf_counter() - start)
+
+    def close(self) -> None:
+        self.omni.close()
+
+    def rows(self, label: str) -> list[Row]:
+        ready = self.omni._async.ready
+        assert ready is not None
+        detail: dict[str, Any] = {
+            "weights s": ready.load_seconds,
+            "weights GB": ready.load_bytes / 1e9,
+            "max_batch_tokens": ready.max_batch_tokens,
+        }
+        return [
+            Row(f"{label}, cold start with random weights", self.seconds, "s", detail=detail),
+            Row(f"{label}, peak memory after the warm-up", ready.peak_memory_bytes / 2**30, "GiB"),
+        ]
 
 
 def section_end_to_end(bench: Bench) -> Iterator[Case]:
-    """1024x1024: Qwen-Image with guidance, 50 steps; Z-Image-Turbo, 9. Predicted is the denoising alone."""
-    size = bench.size(1024)
-    for name, count in (("qwen-image", 50), ("z-image", 9)):
+    """1024x1024: Qwen-Image with guidance, Z-Image-Turbo, both also in fp8. Predicted is the denoising alone."""
+    for name, count, repeats in PICTURES:
         steps = bench.steps(count)
-        predicted = bench.predict(name, [size])
-        with Lazy(lambda name=name: bench.omni(name), Omni.close) as omni:  # type: ignore[misc]  # name
+        for fp8 in (False, True):
+            label = f"{name}{', fp8' * fp8}"
+            step = bench.predict(name, [bench.size(1024)], fp8=fp8)
+            predicted = step and step * steps
+            # A server's worker is a process of its own; in this one an engine starts sooner.
+            settings = {"quantization": "fp8", "distributed_executor_backend": "uni"} if fp8 else {}
+            with Lazy(partial(Started.of, bench, name, **settings), Started.close) as engine:
+                case = f"{label}, {steps} steps"
+                draw = partial(_draw, bench, engine, name, label, steps, repeats, predicted)
+                yield Case(case, draw, predicted)
+                if name == "z-image" and not fp8:
+                    yield Case(f"{name}, over HTTP", partial(_over_http, bench, engine, name))
 
-            def run(omni: Any = omni, name: str = name, steps: int = steps, predicted: Any = predicted) -> list[Row]:
-                params = bench.params(name, size, steps)
-                seconds, timings = generate_seconds(omni.get(), bench.prompt(name), [params])
-                row = Row.milliseconds(f"{name}, {steps} steps", seconds, predicted and predicted * steps)
-                per_step = 1e3 * timings["denoise"] / steps
-                return [replace(row, detail={**row.detail, **stages(timings), "ms a step": per_step})]
 
-            yield Case(f"{name}, {steps} steps", run, predicted and predicted * steps)
+def _draw(
+    bench: Bench,
+    engine: Lazy[Started],
+    name: str,
+    label: str,
+    steps: int,
+    repeats: int,
+    predicted: float | None,
+) -> list[Row]:
+    started = engine.get()
+    params = bench.params(name, bench.size(1024), steps)
+    seconds, timings = generate_seconds(started.omni, bench.prompt(name), [params], repeats)
+    row = Row.milliseconds(f"{label}, {steps} steps", seconds, predicted)
+    per_step = 1e3 * timings["denoise"] / steps
+    return [replace(row, detail={**row.detail, **stages(timings), "ms a step": per_step}), *started.rows(label)]
 
 
-def section_batching(bench: Bench) -> Iterator[Case]:
-    """Pictures of mixed sizes about 512x512, all at once, against one after another."""
-    name, steps = "qwen-image", bench.steps(20)
-    with Lazy(lambda: bench.omni(name), Omni.close) as omni:
-        for batch in (1, 4, 8, 16):
-            sizes = [bench.size(*MIXED_SIZES[i % len(MIXED_SIZES)]) for i in range(batch)]
-            predicted = bench.predict(name, sizes)
+def _over_http(bench: Bench, engine: Lazy[Started], name: str) -> list[Row]:
+    from benchmarks.gpu.http import over_http  # the server's packages, which no other section needs
 
-            def run(batch: int = batch, sizes: list[Size] = sizes, predicted: Any = predicted) -> list[Row]:
-                params = [bench.params(name, size, steps) for size in sizes]
-                together, _ = generate_seconds(omni.get(), bench.prompt(name), params, repeats=2)
-                start = time.perf_counter()
-                for p in params:
-                    omni.get().generate(bench.prompt(name), p)
-                alone = time.perf_counter() - start
-                detail = {
-                    "pictures a second": batch / together.median,
-                    "one by one ms": 1e3 * alone,
-                    "gain": alone / together.median,
-                }
-                return [Row.milliseconds(f"batch {batch}", together, predicted and predicted * steps, **detail)]
-
-            yield Case(f"batch {batch}", run, predicted and predicted * steps)
+    return over_http(bench, engine.get().omni, name)
 
 
 def forced_mask(steps: int) -> list[int]:
-    """By step: 1 computes, 0 skips; the last step computes."""
+    """By step: 1 computes, 0 skips."""
     cycle = [0] * RUN_OF_SKIPS + [1]
-    mask = [1] * WARM_UP_STEPS + [cycle[i % len(cycle)] for i in range(max(0, steps - WARM_UP_STEPS))]
-    return [*mask[: steps - 1], 1]
+    return [1] * min(steps, COMPUTED_FIRST) + [cycle[i % len(cycle)] for i in range(steps - COMPUTED_FIRST)]
 
 
 def forced_cache(steps: int) -> dict[str, Any]:
@@ -111,42 +144,8 @@ def forced_cache(steps: int) -> dict[str, Any]:
     }
 
 
-def section_caches(bench: Bench) -> Iterator[Case]:
-    """cache_dit with TaylorSeer of order 2 and a forced pattern of skips, against the same engine without it."""
-    name, steps, size = "qwen-image", max(16, bench.steps(50)), bench.size(1024)
-    mask = forced_mask(steps)
-    skipped = mask.count(0) / steps
-    shape = bench.shape(name)
-    predictions = {
-        cached: bench.predict(name, [size], blocks=computed_blocks(shape, skipped) if cached else None)
-        for cached in (False, True)
-    }
-    with Lazy(lambda: bench.omni(name, **forced_cache(steps)), Omni.close) as omni:
-        for cached, predicted in predictions.items():
-            case = f"{steps} steps, {'cached' if cached else 'uncached'}"
-
-            def run(case: str = case, cached: bool = cached, predicted: Any = predicted) -> list[Row]:
-                params = bench.params(name, size, steps, cache=cached)
-                seconds, timings = generate_seconds(omni.get(), bench.prompt(name), [params])
-                detail = {
-                    "denoise ms": 1e3 * timings["denoise"],
-                    "cached steps": timings["cached_steps"],
-                    "ms a step": 1e3 * timings["denoise"] / steps,
-                }
-                rows = [Row.milliseconds(case, seconds, predicted and predicted * steps, **detail)]
-                return rows + ([_skipping(bench, timings, steps)] if cached else [])
-
-            yield Case(case, run, predicted and predicted * steps)
-
-
-def _skipping(bench: Bench, timings: dict[str, float], steps: int) -> Row:
-    """A skipping step alone: what is left of the denoising when the computed steps are taken off."""
-    case = "a skipping step"
-    plain = next((r for r in bench.report.rows("caches") if r.case.endswith("uncached") and r.measured), None)
-    cached_steps = timings["cached_steps"]
-    if plain is None or not cached_steps:
-        return Row(case, refused="the uncached row is missing, or nothing was skipped")
-    computed = float(plain.detail["ms a step"])
-    left = 1e3 * timings["denoise"] - computed * (steps - cached_steps)
-    predicted = bench.predict("qwen-image", [bench.size(1024)], blocks=1)
-    return Row(case, left / cached_steps, "ms", predicted, detail={"a computing step ms": computed})
+def forced_tea_cache() -> dict[str, Any]:
+    """The same for TeaCache, which computes the first and the last step in any case: a polynomial that takes every
+    change for 1, and a threshold that as many reach."""
+    config = {"rel_l1_thresh": RUN_OF_SKIPS + 0.5, "coefficients": [1.0]}
+    return {"cache_backend": "tea_cache", "cache_config": config}

@@ -36,6 +36,7 @@ def section_kernels(bench: Bench) -> Iterator[Case]:
             def run(name: str = name, way: str = way, operation: Any = operation, at: Any = predicted) -> list[Row]:
                 if way == "fused" and bench.device.type != "cuda":
                     raise ConfigError("needs a GPU")
+                bench.start_afresh()
                 kernels = create_kernels("triton" if way == "fused" else "torch")
                 call: Callable[..., Any] = lambda: operation(kernels)  # noqa: E731 - it may be compiled
                 if way == "compiled" and bench.device.type == "cuda":
@@ -81,6 +82,7 @@ def _products(bench: Bench) -> list[Row]:
         raise ConfigError("needs a GPU")
     width = bench.shape(MODEL).dim
     (branches,) = bench.branches(MODEL, [bench.size(1024)])
+    bench.start_afresh()
     x = torch.randn(sum(b.image for b in branches), width, device=bench.device, dtype=torch.bfloat16)
     weight = torch.randn(4 * width, width, device=bench.device, dtype=torch.bfloat16)
     bias = torch.randn(4 * width, device=bench.device, dtype=torch.bfloat16)

@@ -1,23 +1,20 @@
-"""Section `idle`: what is not arithmetic: gaps on the device, the engine around the stages, files, starts."""
+"""Section `idle`: what is not arithmetic: gaps on the device, files."""
 
 from __future__ import annotations
 
 import io
-import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.gpu.bench import Bench, Lazy
-from benchmarks.gpu.engine import generate_seconds, stages
+from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.report import Case, Row
-from benchmarks.gpu.step import MODEL, started_runner, stepper
+from benchmarks.gpu.step import started_runner, stepper
 from benchmarks.timing import measure
-from vllm_omni import Omni
+from vllm_omni.entrypoints.openai.png import png
 
 NUM_STEPS = 5
 GRAIN = 20
@@ -27,17 +24,6 @@ GRAIN = 20
 def section_idle(bench: Bench) -> Iterator[Case]:
     yield Case("device gaps", lambda: _gaps(bench))
     yield Case("png", lambda: _png(bench))
-    started: list[float] = []
-
-    def start() -> Omni:
-        before = time.perf_counter()
-        omni = bench.omni(MODEL)
-        started.append(time.perf_counter() - before)
-        return omni
-
-    with Lazy(start, Omni.close) as omni:
-        yield Case("cold start", lambda: _cold_start(omni.get(), started))
-        yield Case("engine overhead", lambda: _overhead(bench, omni.get()))
 
 
 @torch.inference_mode()
@@ -74,38 +60,20 @@ def covered(spans: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
 
 
 def _png(bench: Bench) -> list[Row]:
-    """As the server encodes: zlib level 1."""
+    """As the server encodes, and as Pillow does with zlib's level 1."""
     height, width = bench.size(1024)
     y, x = np.mgrid[:height, :width]
     smooth = np.stack((x * 255 / width, y * 255 / height, (x + y) * 127 / width), axis=-1)
     noise = np.random.default_rng(0).normal(0, GRAIN, smooth.shape)
-    image = Image.fromarray(np.clip(smooth + noise, 0, 255).astype(np.uint8))
-    seconds = measure(lambda: image.save(io.BytesIO(), "PNG", compress_level=1), torch.device("cpu"))
-    return [Row.milliseconds(f"PNG of {width}x{height}", seconds)]
+    pixels = np.clip(smooth + noise, 0, 255).astype(np.uint8)
 
+    def pillow() -> bytes:
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG", compress_level=1)
+        return file.getvalue()
 
-def _cold_start(omni: Omni, started: Sequence[float]) -> list[Row]:
-    ready = omni._async.ready
-    assert ready is not None
-    detail: dict[str, Any] = {
-        "weights s": ready.load_seconds,
-        "weights GB": ready.load_bytes / 1e9,
-        "max_batch_tokens": ready.max_batch_tokens,
-    }
+    ways: dict[str, Callable[[], bytes]] = {"ours": lambda: png(pixels), "Pillow": pillow}
     return [
-        Row("cold start, random weights", started[0], "s", detail=detail),
-        Row("peak memory after the warm-up", ready.peak_memory_bytes / 2**30, "GiB"),
-    ]
-
-
-def _overhead(bench: Bench, omni: Omni) -> list[Row]:
-    """Wall-clock of a picture that is on no device: queue, plans, the picture's way between processes."""
-    steps = bench.steps(20)
-    seconds, timings = generate_seconds(omni, bench.prompt(MODEL), [bench.params(MODEL, bench.size(1024), steps)])
-    on_device = sum(timings[name] for name in ("text_encode", "denoise", "vae_decode"))
-    around = 1e3 * (timings["total"] - on_device)
-    detail = {"steps": steps, "total ms": 1e3 * seconds.median, **stages(timings)}
-    return [
-        Row("engine around the stages, a picture", around, "ms", detail=detail),
-        Row("engine around the stages, part of a picture", 100 * around / (1e3 * timings["total"]), "%"),
+        Row.milliseconds(f"PNG of {width}x{height}, {name}", measure(write, torch.device("cpu")), MB=len(write()) / 1e6)
+        for name, write in ways.items()
     ]

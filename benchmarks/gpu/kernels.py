@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
-from tests.diffusion.worker.driving import psnr
-from tests.tiny_models import build_tiny_qwen_image
-from tests.tiny_z_image import build_tiny_z_image
+from tests.diffusion.worker.driving import Drive, psnr
 
 from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.families import FAMILIES, Family
 from benchmarks.gpu.report import Case, Row
 from benchmarks.roofline.measured import Ceiling, ceilings, rate_of
-from vllm_omni import Omni
-from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.registry import load_model_info
+from vllm_omni.diffusion.request import DiffusionRequest
+from vllm_omni.diffusion.worker.runner import ModelRunner
 
 KINDS = ("gemm", "fp8", "attention", "copy")
 HIGHEST_PSNR = 120.0
@@ -49,42 +49,56 @@ def _row(case: str, ceiling: Ceiling) -> Row:
 
 
 def section_parity(bench: Bench) -> Iterator[Case]:
-    """PSNR of our pictures to diffusers', on the same device, of small random models of every packed family."""
-    builders = {"qwen_image": build_tiny_qwen_image, "z_image": build_tiny_z_image}
-    for family, build in builders.items():
-        for dtype in ("float32", "bfloat16"):
-
-            def run(family: str = family, build: Any = build, dtype: str = dtype) -> list[Row]:
-                path = bench.models / f"parity-{family}"
-                if not (path / "model_index.json").is_file():
-                    build(path, heads=4)
-                found = _parity(path, family, dtype, bench.device)
-                return [Row(f"{family} {dtype}", min(found), "dB", detail={"pictures": len(found)})]
-
-            yield Case(f"{family} {dtype}", run)
+    """PSNR of our pictures, made in one batch of several sizes, to diffusers' on the same device and to our own made
+    alone; of small random models of every packed family and of two that diffusers serves."""
+    for name, family in FAMILIES.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            case = f"{name} {_name(dtype)}"
+            yield Case(case, partial(_parity, bench, case, name, family, dtype))
+    # What float8 costs shows in a trained model alone.
+    yield Case("demo fp8", partial(_parity, bench, "demo fp8", "demo", FAMILIES["demo"], torch.bfloat16, "fp8"))
 
 
-def _parity(path: Path, family: str, dtype: str, device: torch.device) -> list[float]:
-    """Of guided pictures of several sizes, ours made in one batch."""
-    scale: dict[str, Any] = {"guidance_scale": 4.0} if family == "z_image" else {"true_cfg_scale": 4.0}
-    prompt = {"prompt": "a red apple", "negative_prompt": "a blue car"}
-    params = [
-        OmniDiffusionSamplingParams(height=h, width=w, num_inference_steps=6, seed=i, output_type="np", **scale)
-        for i, (h, w) in enumerate(((64, 64), (96, 64), (80, 112)))
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@torch.inference_mode()
+def _parity(
+    bench: Bench, case: str, name: str, family: Family, dtype: torch.dtype, quantization: str | None = None
+) -> list[Row]:
+    path = family.model(bench.models / f"parity-{name}")
+    requests = family.requests(path)
+    runner = started_at(str(path), dtype=_name(dtype), quantization=quantization, enforce_eager=True)
+    together = pictures(runner, requests)
+    alone = {r.request_id: pictures(runner, [r])[r.request_id] for r in requests}
+    pipeline = family.load(path, dtype, bench.device)
+    theirs = {r.request_id: family.draw(pipeline, r) for r in requests}
+    detail: dict[str, Any] = {"pictures": len(requests)}
+    if dtype != torch.float32:
+        exact_pipeline = family.load(path, torch.float32, bench.device)
+        exact = {r.request_id: family.draw(exact_pipeline, r, noise=dtype) for r in requests}
+        detail |= {"ours to float32 dB": worst(together, exact), "diffusers to float32 dB": worst(theirs, exact)}
+    return [
+        Row(case, worst(together, theirs), "dB", detail=detail),
+        Row(f"{case}, beside others and alone", worst(together, alone), "dB"),
     ]
-    with Omni(model=str(path), dtype=dtype, progress_bar=False) as omni:
-        ours = [output.images[0] for output in omni.generate([prompt] * len(params), params)]
-    pipeline = DiffusionPipeline.from_pretrained(path, dtype=getattr(torch, dtype)).to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    found = []
-    for picture, p in zip(ours, params, strict=True):
-        theirs = pipeline(
-            **prompt,
-            **scale,
-            height=p.height,
-            width=p.width,
-            num_inference_steps=p.num_inference_steps,
-            generator=torch.Generator("cpu").manual_seed(p.seed or 0),
-        ).images[0]
-        found.append(min(HIGHEST_PSNR, psnr(picture, np.asarray(theirs))))
-    return found
+
+
+def started_at(model: str, **settings: Any) -> ModelRunner:
+    runner = ModelRunner(OmniDiffusionConfig(model=model, **settings), load_model_info(model))
+    runner.start()
+    return runner
+
+
+def pictures(runner: ModelRunner, requests: Sequence[DiffusionRequest]) -> dict[str, np.ndarray]:
+    """By request id, all of them made at once. Raises RuntimeError for one that fails."""
+    drive = Drive(runner).run({0: requests})
+    for error in drive.errors.values():
+        raise RuntimeError(error.message)
+    return drive.images
+
+
+def worst(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> float:
+    """The least PSNR of any picture."""
+    return min(min(HIGHEST_PSNR, psnr(ours[i], theirs[i])) for i in ours)

@@ -46,27 +46,58 @@ def row(content: dict[str, Any], case: str) -> dict[str, Any]:
 
 
 def test_rows_are_written_and_not_measured_twice(measure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = {name: step.variants()[name] for name in ("eager", "eager, fp8", "attention cudnn")}
-    monkeypatch.setattr(step, "variants", lambda: few)
-    monkeypatch.setattr(step, "Z_IMAGE_VARIANTS", ("eager",))
-    code, content = measure("ceilings,step")
+    few = ("step/qwen-image 1024, d", "step/z-image 1024, d", "attention cudnn", "ceilings/", ", fp8, fused, eager")
+    code, content = measure("ceilings,step", "--only", *few)
     assert code == 0
     assert row(content, "qwen-image gemm, all shapes")["measured"] > 0
-    ours, theirs = (row(content, f"{who}, eager") for who in ("ours", "diffusers"))
-    assert min(ours["measured"], theirs["measured"]) > 0
-    assert ours["predicted"] == theirs["predicted"] > 0
+    for model in ("qwen-image", "z-image"):
+        names = ("default", "diffusers, eager", "diffusers, compiled")
+        rows = [row(content, f"{model} 1024, {name}") for name in names]
+        assert min(r["measured"] for r in rows) > 0
+        assert len({r["predicted"] for r in rows}) == 1
+    steps = [case.partition(", ")[2] for case in content["cases"] if case.startswith("step/")]
+    assert sorted(set(steps)) == sorted({*names, "fp8, fused, eager", "attention cudnn"})
     assert not [r for rows in content["cases"].values() for r in rows if r["refused"].startswith("failed")]
 
     monkeypatch.setattr(gpu, "run_case", lambda case: pytest.fail(f"{case.name} was measured again"))
-    assert measure("ceilings,step") == (0, content)
+    assert measure("ceilings,step", "--only", *few) == (0, content)
 
 
 def test_whole_pictures_skip_what_they_are_told_to(measure: Any) -> None:
     code, content = measure("caches")
     assert code == 0
-    assert row(content, "16 steps, uncached")["detail"]["cached steps"] == 0
-    assert row(content, "16 steps, cached")["detail"]["cached steps"] == forced_mask(16).count(0) == 9
-    assert row(content, "a skipping step")["measured"] is not None
+    assert row(content, "uncached, 8 steps")["detail"]["cached steps"] == 0
+    # README's setting skips as many with the demo model (docs/cache_quality.md).
+    assert row(content, "cache_dit, 50 steps")["detail"]["cached steps"] == forced_mask(50).count(0) == 35
+    assert row(content, "tea_cache, 50 steps")["detail"]["cached steps"] == 36
+    for backend in ("cache_dit", "tea_cache"):
+        assert row(content, f"{backend}, a skipping step")["measured"] is not None
+
+
+def test_pictures_through_the_engine_over_http_and_in_batches(measure: Any) -> None:
+    code, content = measure("end_to_end,batching", "--only", "/z-image, ", "256, batch 8")
+    assert code == 0
+    whole = row(content, "z-image, 4 steps")
+    parts = [whole["detail"][f"{name} ms"] for name in ("text_encode", "denoise", "vae_decode", "rest")]
+    assert min(parts) > 0
+    assert row(content, "z-image, cold start with random weights")["measured"] > 0
+    over = row(content, "z-image, HTTP over the engine, a picture")
+    assert over["detail"]["PNG and base64 ms"] > 0
+    assert over["detail"]["over HTTP ms"] == pytest.approx(over["detail"]["engine ms"] + over["measured"])
+    together = row(content, "about 256x256, batch 8")["detail"]
+    assert together["gain"] == pytest.approx(together["pictures a second"] * together["one by one ms"] / 8e3)
+
+
+def test_pictures_of_small_models_are_diffusers_own(measure: Any) -> None:
+    names = ("qwen-image float32", "qwen-image-edit-plus bfloat16", "sd3 float32", "demo fp8")
+    code, content = measure("parity", "--only", *(f"parity/{name}" for name in names))
+    assert code == 0
+    for name in (names[0], names[2]):
+        assert row(content, name)["measured"] > 60
+        assert row(content, f"{name}, beside others and alone")["measured"] > 60
+    assert row(content, names[3])["measured"] > 20
+    ours, theirs = (row(content, names[1])["detail"][f"{who} to float32 dB"] for who in ("ours", "diffusers"))
+    assert ours > theirs - 3
 
 
 def test_exchanges_are_rates_of_the_link(measure: Any) -> None:
@@ -85,8 +116,8 @@ def test_a_call_ends_in_time_and_the_next_one_goes_on(measure: Any) -> None:
 
 
 def test_what_fails_is_a_row(measure: Any) -> None:
-    code, content = measure("idle", "--minutes", "0.001")  # time for one case
-    assert code == 3
+    code, content = measure("idle", "--only", "gaps")
+    assert code == 0
     assert row(content, "device idle within steps")["refused"] == "needs a GPU"
 
 
@@ -99,23 +130,24 @@ def test_wrong_arguments_and_files_of_elsewhere_are_refused(measure: Any, tmp_pa
 
 def test_what_is_called_compiled_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in a family that by itself compiles only where it gains."""
-    asked: dict[str, bool | None] = {}
+    asked: list[bool | None] = []
 
     def starts(*arguments: Any) -> Any:
         *_, compile_blocks = arguments
-        asked[name] = compile_blocks
+        asked.append(compile_blocks)
         raise RuntimeError("no GPU")
 
     monkeypatch.setattr(step, "started_runner", starts)
     bench = SimpleNamespace(device=torch.device("cuda"))
-    for name in step.variants():
+    for variant in step.VARIANTS.values():
         with pytest.raises(RuntimeError, match="no GPU"):
-            step.time_ours(bench, (64, 64), name)  # type: ignore[arg-type]
-    compiled = {name for name, compile_blocks in asked.items() if compile_blocks}
-    assert compiled == {"compiled", "compiled, fp8", "compiled, kernels of PyTorch"}
+            step.start_ours(bench, variant)  # type: ignore[arg-type]
+    assert [bool(compile_blocks) for compile_blocks in asked] == ["compiled" in name for name in step.VARIANTS]
+    assert all(variant.settings.get("enforce_eager") for name, variant in step.VARIANTS.items() if "eager" in name)
 
 
 def test_arithmetic() -> None:
     assert parse_layout("ulysses=2,cfg=2") == {"ulysses_degree": 2, "cfg_parallel_size": 2}
     assert covered([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0)]) == (6.0, 4.0, 2.0)
-    assert forced_mask(10) == [1, 1, 1, 1, 0, 0, 0, 1, 0, 1]
+    assert forced_mask(10) == [1, 1, 1, 1, 0, 0, 0, 1, 0, 0]
+    assert forced_mask(2) == [1, 1]

@@ -173,11 +173,11 @@ def test_generations_say_where_to_go(sdk: openai.OpenAI) -> None:
 
 def test_a_real_model_end_to_end(tiny_edit_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the SDK through a worker process and back: what diffusers' pipeline draws."""
-    from tests.diffusion.models.qwen_image import test_edits as oracle
+    from tests.diffusion.models.qwen_image import editing as oracle
+    from tests.diffusion.models.qwen_image.test_pictures import check
     from tests.diffusion.worker.driving import make_request
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    oracle.shrink_pictures(monkeypatch)
     pictures = [photo(90, 60, 1), photo(31, 70, 3)]
     with (
         live_server(model=tiny_edit_model) as running,
@@ -190,6 +190,6 @@ def test_a_real_model_end_to_end(tiny_edit_model: Path, monkeypatch: pytest.Monk
         )
     assert answer.data is not None
     request = make_request("x", negative_prompt="blue", true_cfg_scale=3.0, seed=7, num_inference_steps=5)
-    with torch.inference_mode():
+    with torch.inference_mode(), oracle.small_pictures():
         wanted = oracle.draw(oracle.reference(tiny_edit_model), pictures, request)
-    oracle.check(pixels(answer.data[0].b64_json), wanted)
+    check(pixels(answer.data[0].b64_json), wanted)

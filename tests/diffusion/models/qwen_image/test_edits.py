@@ -2,99 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLQwenImage, DiffusionPipeline, QwenImageEditPlusPipeline
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from diffusers import AutoencoderKLQwenImage
 from PIL import Image
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil, Qwen2VLProcessor
 
+from tests.diffusion.models.qwen_image.editing import EDIT, PLUS, build, draw, reference, request_of, small_pictures
 from tests.diffusion.models.qwen_image.test_pictures import check, one_thread, started  # noqa: F401 (a fixture)
-from tests.diffusion.worker.driving import Drive, make_request, psnr
+from tests.diffusion.worker.driving import Drive, psnr
 from tests.tiny_models import build_tiny_qwen_image, photo
 from vllm_omni.diffusion.models.qwen_image.vae import PictureEncoder
 from vllm_omni.diffusion.registry import load_model_info
-from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.diffusion.sampling import pack_latents
-
-SIDE = 64
-"""Of the models' default pictures: what diffusers fixes at 1024."""
-EDIT, PLUS = "QwenImageEditPipeline", "QwenImageEditPlusPipeline"
-
-
-class Processor(Qwen2VLProcessor):
-    """Without the video part, which insists on torchvision."""
-
-    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> type:
-        return type(argument)
-
-
-def tell_pictures(encoder: Qwen2_5_VLForConditionalGeneration, args: Any, inputs: dict[str, Any]) -> Any:
-    """Say which tokens are pictures, so that they get their places in the plane.
-
-    Up to transformers 4 the model found out by itself; diffusers' pipelines do not say so yet
-    (huggingface/diffusers#14194).
-    """
-    return args, inputs | {"mm_token_type_ids": (inputs["input_ids"] == encoder.config.image_token_id).int()}
 
 
 @pytest.fixture(autouse=True)
-def small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    shrink_pictures(monkeypatch)
-
-
-def shrink_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both pipelines bring pictures to an area of 1024 x 1024, whatever they are asked for."""
-    for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
-        fit = module.calculate_dimensions
-        small = lambda area, ratio, fit=fit: fit(SIDE * SIDE if area == 1024 * 1024 else area, ratio)  # noqa: E731
-        monkeypatch.setattr(module, "calculate_dimensions", small)
-
-
-def build(path: Path, pipeline: str, **settings: Any) -> Path:
-    defaults: dict[str, object] = {"height": SIDE, "width": SIDE, "num_inference_steps": 4}
-    return build_tiny_qwen_image(path, edit=pipeline, default_sampling_params=defaults, **settings)
-
-
-def reference(path: Path) -> DiffusionPipeline:
-    pipeline = DiffusionPipeline.from_pretrained(path, dtype=torch.float32, processor=None)
-    processor = Qwen2VLImageProcessorPil.from_pretrained(path / "processor")
-    pipeline.processor = Processor(image_processor=processor, tokenizer=pipeline.tokenizer)
-    pipeline.text_encoder.register_forward_pre_hook(tell_pictures, with_kwargs=True)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def request_of(path: Path, request_id: str, pictures: list[Image.Image], **fields: Any) -> DiffusionRequest:
-    """As intake resolves it: of the size of the last picture where none is given."""
-    edit = load_model_info(str(path)).image_input
-    assert edit is not None
-    images = tuple(edit.prepare(picture) for picture in pictures)
-    height, width = images[-1].reference.shape[:2]
-    return make_request(request_id, **{"height": height, "width": width, "images": images, **fields})
-
-
-def draw(
-    pipeline: DiffusionPipeline, pictures: list[Image.Image], request: DiffusionRequest, **size: int
-) -> np.ndarray:
-    """float32 [height, width, 3] in [0, 1]; without `size` diffusers chooses it."""
-    images = pipeline(
-        image=pictures if isinstance(pipeline, QwenImageEditPlusPipeline) else pictures[0],
-        prompt=request.prompt,
-        negative_prompt=request.negative_prompt,
-        num_inference_steps=request.num_inference_steps,
-        true_cfg_scale=request.true_cfg_scale,
-        sigmas=None if request.sigmas is None else list(request.sigmas),
-        generator=torch.Generator().manual_seed(request.seed),
-        output_type="np",
-        **size,
-    ).images
-    picture: np.ndarray = images[0]
-    return picture
+def small() -> Iterator[None]:
+    with small_pictures():
+        yield
 
 
 def test_a_mixed_batch_of_single_pictures(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
 from tests.diffusion.distributed.ranks import run_ranks
-from tests.diffusion.models.qwen_image.test_edits import EDIT, PLUS, Processor, build
+from tests.diffusion.models.qwen_image.editing import EDIT, PLUS, Processor, build
 from tests.tiny_models import photo
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.distributed.groups import Group

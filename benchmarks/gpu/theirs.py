@@ -1,0 +1,79 @@
+"""diffusers' transformers with the weights that ours have, stepping as their pipelines do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import QwenImageTransformer2DModel, ZImageTransformer2DModel
+
+from benchmarks.gpu.bench import Bench, Size
+from vllm_omni.diffusion.models.loading import load_weights
+from vllm_omni.diffusion.sampling import combine_guidance
+
+StepOf = Callable[[Size], Callable[[], object]]
+"""Of a loaded model: a size -> what makes a step of one picture of it."""
+
+
+def start_diffusers(bench: Bench, model: str, compiled: bool) -> StepOf:
+    """Eager, or with its repeated blocks compiled as diffusers recommends."""
+    cls, step_of = {
+        "qwen-image": (QwenImageTransformer2DModel, _qwen_image_step),
+        "z-image": (ZImageTransformer2DModel, _z_image_step),
+    }[model]
+    bench.start_afresh()
+    folder = Path(bench.model(model)) / "transformer"
+    with init_empty_weights():
+        transformer = cls.from_config(cls.load_config(folder))
+    # Named as in the checkpoint, so the weights are the same as ours.
+    load_weights(transformer, folder, {}, bench.device, _dtype(bench), load_format="dummy")
+    if compiled and bench.device.type == "cuda":  # on a CPU it would only take long
+        transformer.compile_repeated_blocks()
+    return partial(step_of, bench, transformer)
+
+
+def _qwen_image_step(bench: Bench, transformer: Any, size: Size) -> Callable[[], object]:
+    """A forward for each branch, which are then combined."""
+    (branches,) = bench.branches("qwen-image", [size])
+    width, channels = transformer.config.joint_attention_dim, transformer.config.in_channels
+    latents = _random(bench, 1, branches[0].image, channels)
+    texts = [_random(bench, 1, branch.text, width) for branch in branches]
+    timestep = torch.full((1,), 0.5, device=bench.device, dtype=_dtype(bench))
+    grid = [[(1, size[0] // 16, size[1] // 16)]]
+
+    def step() -> None:
+        positive, negative = (
+            transformer(
+                hidden_states=latents,
+                timestep=timestep,
+                encoder_hidden_states=text,
+                encoder_hidden_states_mask=None,
+                img_shapes=grid,
+                return_dict=False,
+            )[0]
+            for text in texts
+        )
+        combine_guidance(positive, negative, 4.0)
+
+    return step
+
+
+def _z_image_step(bench: Bench, transformer: Any, size: Size) -> Callable[[], object]:
+    """One forward, for there is no guidance; pictures and texts come in lists."""
+    ((branch,),) = bench.branches("z-image", [size])
+    latents = [_random(bench, transformer.config.in_channels, 1, size[0] // 8, size[1] // 8)]
+    texts = [_random(bench, branch.text, transformer.config.cap_feat_dim)]
+    timestep = torch.full((1,), 0.5, device=bench.device, dtype=torch.float32)
+    return lambda: transformer(latents, timestep, texts, return_dict=False)
+
+
+def _dtype(bench: Bench) -> torch.dtype:
+    return torch.bfloat16 if bench.device.type == "cuda" else torch.float32
+
+
+def _random(bench: Bench, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, device=bench.device, dtype=_dtype(bench))
