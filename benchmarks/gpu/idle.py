@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,16 +16,17 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.report import Case, Row
 from benchmarks.gpu.step import started_runner, stepper
-from benchmarks.timing import measure
-from vllm_omni.entrypoints.openai.png import png
+from benchmarks.timing import Spread, measure
 
-NUM_STEPS = 5
+NUM_STEPS, WARM_UPS = 5, 3
+HOST_SIDES = (1024, 512, 256)
 GRAIN = 20
 """Of the picture that is encoded: as noisy as a photograph."""
 
 
 def section_idle(bench: Bench) -> Iterator[Case]:
     yield Case("device gaps", lambda: _gaps(bench))
+    yield Case("host", lambda: _host(bench))
     yield Case("png", lambda: _png(bench))
 
 
@@ -59,21 +63,43 @@ def covered(spans: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
     return reach - first, busy, longest
 
 
+@torch.inference_mode()
+def _host(bench: Bench) -> list[Row]:
+    """Until the host has sent a step, with nothing before it; and until the device has done it."""
+    step_of = partial(stepper, bench, started_runner(bench, {}))
+    rows = []
+    for side in HOST_SIDES:
+        size = bench.size(side)
+        step = step_of(size)
+        sent, done = [], []
+        for _ in range(WARM_UPS + NUM_STEPS):
+            _wait(bench.device)
+            start = time.perf_counter()
+            step()
+            sent.append(time.perf_counter() - start)
+            _wait(bench.device)
+            done.append(time.perf_counter() - start)
+        detail = {"until it is done, ms": 1e3 * Spread.of(done[WARM_UPS:]).median}
+        rows.append(Row.milliseconds(f"sending a step of {size[1]}x{size[0]}", Spread.of(sent[WARM_UPS:]), **detail))
+    return rows
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def _png(bench: Bench) -> list[Row]:
-    """As the server encodes, and as Pillow does with zlib's level 1."""
+    """As the server encodes."""
     height, width = bench.size(1024)
     y, x = np.mgrid[:height, :width]
     smooth = np.stack((x * 255 / width, y * 255 / height, (x + y) * 127 / width), axis=-1)
     noise = np.random.default_rng(0).normal(0, GRAIN, smooth.shape)
-    pixels = np.clip(smooth + noise, 0, 255).astype(np.uint8)
+    image = Image.fromarray(np.clip(smooth + noise, 0, 255).astype(np.uint8))
 
-    def pillow() -> bytes:
+    def write() -> int:
         file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "PNG", compress_level=1)
-        return file.getvalue()
+        image.save(file, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
+        return file.tell()
 
-    ways: dict[str, Callable[[], bytes]] = {"ours": lambda: png(pixels), "Pillow": pillow}
-    return [
-        Row.milliseconds(f"PNG of {width}x{height}, {name}", measure(write, torch.device("cpu")), MB=len(write()) / 1e6)
-        for name, write in ways.items()
-    ]
+    return [Row.milliseconds(f"PNG of {width}x{height}", measure(write, torch.device("cpu")), MB=write() / 1e6)]
