@@ -60,6 +60,7 @@ def operations(bench: Bench) -> dict[str, tuple[int, Callable[[Any], Any]]]:
 
     width, head_dim = shape.dim, shape.head_dim
     x, y, table = random(image, width), random(image, width), random(1, 6, width)
+    inner, bias = random(image, 4 * width), random(4 * width)
     streams = [Projected(random(n, 3 * width), random(2 * head_dim)) for n in (text, image)]
     order = torch.randperm(text + image, device=bench.device)
     stream = (order >= text).long()
@@ -72,6 +73,12 @@ def operations(bench: Bench) -> dict[str, tuple[int, Callable[[Any], Any]]]:
         "heads": (
             2 * sum(s.qkv.nbytes for s in streams) + rotations.nbytes,
             lambda k: k.heads(streams, order, stream, rotations, EPS),
+        ),
+        "GELU": (2 * inner.nbytes, lambda k: k.gelu(inner, None)),
+        "GELU with a bias, to float8": (3 * inner.nbytes // 2, lambda k: k.gelu(inner, bias, float8=True)),
+        "norm and modulation, to float8": (
+            3 * x.nbytes // 2,
+            lambda k: k.norm_modulate(x, table[:, 0], table[:, 1], None, EPS, float8=True),
         ),
     }
 
