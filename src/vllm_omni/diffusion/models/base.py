@@ -14,6 +14,7 @@ from vllm_omni.diffusion.cache.base import CacheSlot, SequenceStep, StepCache
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.mesh import Mesh
 from vllm_omni.diffusion.models.compiled import CompiledBlocks
+from vllm_omni.diffusion.models.recorded import Recorder
 from vllm_omni.diffusion.registry import ModelInfo
 from vllm_omni.diffusion.request import DiffusionRequest
 
@@ -63,6 +64,8 @@ class BasePipeline(ABC, Generic[State]):
 
     step_cache: StepCache
     """Runs the transformer's blocks."""
+    recorder: Recorder | None = None
+    """Of the device, where it records the blocks of small steps."""
 
     @classmethod
     @abstractmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vllm_omni.diffusion.distributed.mesh import Mesh
 from vllm_omni.diffusion.models.base import BasePipeline, RequestState
+from vllm_omni.diffusion.models.recorded import Recordings
 from vllm_omni.diffusion.models.sharding import Sharding
 from vllm_omni.diffusion.packing import MembershipCache
 from vllm_omni.diffusion.request import DiffusionRequest
@@ -38,6 +39,7 @@ class Layout(Generic[Forward]):
     sharding: Sharding
     forward: Forward | None
     """What this rank computes of them, in the order of `sharding.mine`; None when its group computes none."""
+    recordings: Recordings = field(default_factory=Recordings)
 
 
 class Decoder(Protocol):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from vllm_omni.diffusion.data import DeviceChoice, DiffusionParallelConfig, Kern
 from vllm_omni.errors import ConfigError
 
 CPU, CUDA = "cpu", "cuda"
+Output = TypeVar("Output")
 MAX_CPU_WORKERS = 16
 """A CPU is no fixed number of devices, but its workers share its cores."""
 FLOAT8_CAPABILITY = (9, 0)
@@ -131,6 +133,10 @@ class Device:
 
         return arrays
 
+    def recorder(self) -> Recorder | None:
+        """None where what the device is given is done at once."""
+        return Recorder(self) if self.kind == CUDA else None
+
     @property
     def num_threads(self) -> int:
         """Threads that share one operation; 1 where the processor does not compute."""
@@ -189,6 +195,30 @@ class Stream:
                 tensor.record_stream(self._stream)
         with torch.cuda.stream(self._stream):
             yield
+
+
+class Recorder:
+    """CUDA graphs, one after another in one pool of memory: they must not run at the same time."""
+
+    def __init__(self, device: Device) -> None:
+        self._stream = torch.cuda.Stream(device.torch)  # the main one cannot be recorded
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]:
+        """What `run` gives the device is not done, but recorded: its result, which each replay makes anew in place."""
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            # Other threads may wait for the device meanwhile.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                output = run()
+            except BaseException:
+                with suppress(RuntimeError):  # the recording is void, which it says
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        return output, graph.replay
 
 
 class Mark:

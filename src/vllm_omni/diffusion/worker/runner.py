@@ -20,7 +20,7 @@ from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.diffusion.worker.attention import choose_attention
 from vllm_omni.diffusion.worker.compiling import compile_variants, run_variants
 from vllm_omni.diffusion.worker.contract import Place
-from vllm_omni.diffusion.worker.device import Device, Stopwatch, is_out_of_memory
+from vllm_omni.diffusion.worker.device import Device, Recorder, Stopwatch, is_out_of_memory
 from vllm_omni.diffusion.worker.kernels import check_kernels
 from vllm_omni.diffusion.worker.ranks import PeerFailedError, Ranks, RanksLostError, connect
 from vllm_omni.diffusion.worker.warmup import Rates, warm_up, warm_up_whole
@@ -90,6 +90,7 @@ class ModelRunner:
         with WeightsBar(self._info.path, shown=self._place.device_index == 0) as bar:
             self._pipeline = cls.load(self._config, self._info, self._device.torch, dtype, bar.update, self._ranks.mesh)
         if whole is None:
+            self._pipeline.recorder = self._recorder()
             variants = None
             if self._compiles(cls):
                 variants = compile_variants
@@ -132,6 +133,13 @@ class ModelRunner:
             return self._compile_blocks
         is_worth_it = self._device.is_worth_compiling_for and cls.gains_from_compiling(self._config)
         return is_worth_it and not self._config.enforce_eager
+
+    def _recorder(self) -> Recorder | None:
+        """Exchanges between ranks are not recorded."""
+        mesh = self._ranks.mesh
+        if self._config.enforce_eager or mesh.sequence.size * mesh.tensor.size > 1:
+            return None
+        return self._device.recorder()
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Skip these in every plan executed from now on, until they are released."""

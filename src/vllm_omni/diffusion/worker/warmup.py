@@ -20,8 +20,11 @@ from vllm_omni.diffusion.worker.device import Device, is_out_of_memory
 from vllm_omni.diffusion.worker.ranks import PeerFailedError, Ranks
 from vllm_omni.inputs.images import InputImage
 
-BUDGET_SECONDS = 0.8
-"""Larger batches are tried while all tries together are expected to take less."""
+BUDGET_SECONDS, DEVICE_BUDGET_SECONDS = 0.8, 4.0
+"""Larger batches are tried while all tries together are expected to take less; of a device beside the host, whose best
+batches are larger and whose start takes long anyway."""
+REPEATS, RECORDED_REPEATS = 3, 5
+"""Of a step; one that is recorded is so at the third time."""
 REPEAT_SECONDS = 0.3
 """What takes longer is timed once only."""
 MIN_SAMPLES = 3
@@ -182,17 +185,18 @@ def choose_num_threads(device: Device, timer: Timer, step: Callable[[], object])
 
 def measure_steps(pipeline: BasePipeline[Any], state: RequestState, info: ModelInfo, timer: Timer) -> list[Sample]:
     """Time the forward of 1, 2, 4, ... copies of `state`, as far as the budget and the memory reach."""
+    budget = DEVICE_BUDGET_SECONDS if timer.device.works_ahead else BUDGET_SECONDS
     samples: list[Sample] = []
     spent = took = 0.0
     tokens = sum(state.sequence_lengths)
     for copies in (2**i for i in range(MAX_TOKENS.bit_length())):
-        expected = 0.0 if len(samples) < MIN_SAMPLES and took < BUDGET_SECONDS else spent + 2 * took
-        if samples and (expected > BUDGET_SECONDS or copies * tokens > MAX_TOKENS):
+        expected = 0.0 if len(samples) < MIN_SAMPLES and took < budget else spent + 2 * took
+        if samples and (expected > budget or copies * tokens > MAX_TOKENS):
             break
         start = time.perf_counter()
         try:
             with _forward(pipeline, state, copies, timer.ranks) as step:
-                seconds = timer.least([step] * 3)
+                seconds = timer.least([step] * (REPEATS if pipeline.recorder is None else RECORDED_REPEATS))
         except Exception as error:
             # Where it was another rank's memory that ran out, that rank knows; where it was not, it ends the start.
             if samples and (is_out_of_memory(error) or isinstance(error, PeerFailedError)):

@@ -37,6 +37,7 @@ from vllm_omni.diffusion.models.qwen_image.transformer import (
 )
 from vllm_omni.diffusion.models.qwen_image.vae import PictureDecoder, PictureEncoder
 from vllm_omni.diffusion.models.qwen_image.vision import EditEncoder
+from vllm_omni.diffusion.models.recorded import recorded
 from vllm_omni.diffusion.models.schedule import make_schedule
 from vllm_omni.diffusion.models.sharding import Sharding
 from vllm_omni.diffusion.packing import Pack
@@ -231,7 +232,7 @@ class Pipeline(FlowPipeline[QwenImageState, Forward]):
         context = StepContext(forward.arrangement, modulation, forward.own_rows, forward.targets)
         steps = [step for state in states for step in state.sequence_steps]
         hidden = self.transformer.embed(latents, forward.text)
-        blocks = StepBlocks(self.transformer, context)
+        blocks = recorded(StepBlocks(self.transformer, context), layout.recordings, self.recorder)
         hidden = self.step_cache.run(hidden, blocks, [steps[i] for i in sharding.mine])
         return self.transformer.project(hidden, context)
 

@@ -340,5 +340,13 @@ class StepBlocks:
         shift, scale = per_token(rows[:, :2], self.context.image_index)
         return norm_modulate(hidden.image, shift, scale, EPS)
 
+    @property
+    def rows(self) -> Tensor:
+        return self.context.modulation.blocks
+
+    def with_rows(self, rows: Tensor) -> StepBlocks:
+        modulation = replace(self.context.modulation, blocks=rows)
+        return StepBlocks(self.transformer, replace(self.context, modulation=modulation))
+
     def select(self, members: Sequence[int]) -> StepBlocks:
         return StepBlocks(self.transformer, self.context.select(members))

@@ -25,6 +25,7 @@ from vllm_omni.diffusion.models.flow import FlowPipeline, FlowState, Layout
 from vllm_omni.diffusion.models.loading import load_autoencoder, load_weights
 from vllm_omni.diffusion.models.modulation import ModulationTable
 from vllm_omni.diffusion.models.prompt_cache import PromptCache
+from vllm_omni.diffusion.models.recorded import recorded
 from vllm_omni.diffusion.models.schedule import make_schedule
 from vllm_omni.diffusion.models.sharding import Sharding
 from vllm_omni.diffusion.models.z_image.text import TextEncoder
@@ -203,7 +204,7 @@ class Pipeline(FlowPipeline[ZImageState, Forward]):
         modulation = self._modulations.rows_of([state.timesteps[state.step] for state in mine])
         context = StepContext(forward.arrangement, forward.attend_images, forward.is_filling, modulation)
         hidden = self.transformer.embed(latents, forward.text, context)
-        blocks = StepBlocks(self.transformer, context)
+        blocks = recorded(StepBlocks(self.transformer, context), layout.recordings, self.recorder)
         hidden = self.step_cache.run(hidden, blocks, [steps[i] for i in sharding.mine])
         return self.transformer.project(hidden, context)
 

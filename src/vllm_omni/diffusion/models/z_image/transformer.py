@@ -295,6 +295,14 @@ class StepBlocks:
         (scale,) = per_token(modulation.blocks[self._row(0), 0, :, :1], modulation.index(self.pack.image_sequence))
         return rms_norm(hidden.image, layer.attention_norm1.weight * scale, layer.eps)
 
+    @property
+    def rows(self) -> Tensor:
+        return self.context.modulation.blocks
+
+    def with_rows(self, rows: Tensor) -> StepBlocks:
+        modulation = replace(self.context.modulation, blocks=rows)
+        return StepBlocks(self.transformer, replace(self.context, modulation=modulation))
+
     def select(self, members: Sequence[int]) -> StepBlocks:
         arrangement = self.context.arrangement.select(tuple(members))
         modulation = self.context.modulation.of_members(arrangement.pack.numbers)

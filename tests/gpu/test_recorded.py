@@ -1,0 +1,65 @@
+"""CUDA graphs of steps draw what the same steps draw sent kernel by kernel."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.diffusion.models.test_recorded import ARRIVALS, BUILDERS
+from tests.diffusion.worker.driving import Drive, psnr
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.registry import DEMO_MODEL_PATH, load_model_info
+from vllm_omni.diffusion.worker import device
+from vllm_omni.diffusion.worker.runner import ModelRunner
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    # PyTorch's compiler imports modules of PyTorch that are deprecated, and recommends TF32.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"),
+]
+
+
+@pytest.mark.parametrize("quantization", [None, "fp8"])
+@pytest.mark.parametrize("family", [*BUILDERS, "demo"])
+def test_recorded_steps_draw_the_same(
+    tmp_path: Path,
+    family: str,
+    quantization: str | None,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = DEMO_MODEL_PATH if family == "demo" else BUILDERS[family](tmp_path / "model")
+    if quantization and family != "demo":
+        pytest.skip("too narrow for float8")
+    num_replays = [0]
+
+    class Counting(torch.cuda.CUDAGraph):
+        def replay(self) -> None:
+            num_replays[0] += 1
+            super().replay()
+
+    monkeypatch.setattr(device.torch.cuda, "CUDAGraph", Counting)
+    dtype = "bfloat16" if quantization else "float32"
+
+    def draw(**settings: bool) -> Drive:
+        runner = ModelRunner(
+            OmniDiffusionConfig(model=str(path), dtype=dtype, quantization=quantization, **settings),  # type: ignore[arg-type]
+            load_model_info(str(path)),
+        )
+        runner.start()
+        num_replays[0] = 0
+        drive = Drive(runner).run(ARRIVALS)
+        assert drive.errors == {}
+        return drive
+
+    eager = draw(enforce_eager=True)
+    assert num_replays == [0]
+    recorded = draw()
+    assert num_replays == [3]
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+    found = [psnr(recorded.images[i], picture) for i, picture in eager.images.items()]
+    print(f"{family} {quantization}: {found}")
+    assert min(found) >= (35 if quantization else 50)
