@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from tests.diffusion.distributed.ranks import run_places
 from tests.diffusion.worker.driving import Drive, make_request
-from tests.tiny_models import build_tiny_qwen_image
+from tests.diffusion.worker.replica import merging, started
+from tests.tiny_models import SMALL, build_tiny_qwen_image
 from tests.tiny_z_image import build_tiny_z_image
-from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.diffusion.models import recorded
 from vllm_omni.diffusion.packing import Hidden
 from vllm_omni.diffusion.registry import load_model_info
+from vllm_omni.diffusion.worker.contract import Place
 from vllm_omni.diffusion.worker.device import Device
+from vllm_omni.diffusion.worker.ranks import Ranks
 from vllm_omni.diffusion.worker.runner import ModelRunner
 
 BUILDERS = {"qwen_image": build_tiny_qwen_image, "z_image": build_tiny_z_image}
@@ -108,6 +114,42 @@ def test_what_cannot_be_recorded_is_said_and_sent(
     drawn = draw(tiny_model, Recorder(RuntimeError("operation not permitted")), monkeypatch)
     assert "is not recorded: operation not permitted" in caplog.text
     assert_equal(drawn, draw(tiny_model, None, monkeypatch))
+
+
+def draw_shared(place: Place, parallel: DiffusionParallelConfig, path: Path, records: bool) -> Any:
+    runner, recorder = started(place, parallel, path), Recorder()
+    runner.pipeline.recorder = recorder if records else None
+    drive = Drive(runner, merge=merging(runner)).run(ARRIVALS)
+    assert not drive.errors
+    return drive.images, recorder.num_replays
+
+
+@pytest.mark.parametrize("layout", [{"ulysses_degree": 2}, {"tensor_parallel_size": 2}], ids=str)
+def test_ranks_that_share_sequences_record_the_same_steps(tmp_path: Path, layout: dict[str, int]) -> None:
+    path = build_tiny_qwen_image(tmp_path / "model", heads=4, default_sampling_params=SMALL)
+    parallel = DiffusionParallelConfig(**layout)
+    plain, shared = (run_places(draw_shared, parallel, parallel, path, records) for records in (False, True))
+    assert [replays for _, replays in shared] == [3, 3]
+    for (got, _), (wanted, _) in zip(shared, plain, strict=True):
+        assert got.keys() == wanted.keys()
+        for request_id, picture in wanted.items():
+            assert np.array_equal(got[request_id], picture)
+
+
+def test_replays_count_what_they_hand_to_exchanges() -> None:
+    sent = Counter({"all_reduce": 5})
+
+    class Silent:
+        def record(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+            return run(), lambda: None
+
+    world: Any = SimpleNamespace(mesh=None, sent=sent)
+    _, replay = Ranks(world).counting(Silent()).record(lambda: sent.update(all_reduce=3, p2p=2))
+    assert +sent == Counter({"all_reduce": 5})
+    sent.clear()
+    for count in (1, 2):
+        replay()
+        assert sent == Counter({"all_reduce": 3 * count, "p2p": 2 * count})
 
 
 class Summing:

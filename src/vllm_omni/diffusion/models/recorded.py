@@ -18,8 +18,9 @@ from vllm_omni.diffusion.packing import Hidden, Pack
 
 logger = logging.getLogger(__name__)
 
-MAX_TOKENS = 4096
-"""Of a step. A larger one keeps a device busy for longer than a host takes to send it, and would take much memory."""
+MAX_TOKENS = 10_000
+"""Of a step on one rank. A larger one keeps a device busy for longer than a host takes to send it, and would take much
+memory."""
 RUNS_BEFORE = 2
 """The first loads libraries and compiles; a membership that ends with the second is not worth the recording."""
 
@@ -114,6 +115,7 @@ class RecordedBlocks:
 
 def recorded(blocks: RecordableBlocks, recordings: Recordings, recorder: Recorder | None) -> Blocks:
     """`blocks` themselves where there is no recorder, or where recording does not pay."""
-    if recorder is None or blocks.pack.num_tokens > MAX_TOKENS:
+    # Ranks that share sequences record alike.
+    if recorder is None or max(map(sum, blocks.pack.joint_lengths)) > MAX_TOKENS:
         return blocks
     return RecordedBlocks(blocks, recordings, recorder)

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.models.base import BasePipeline, RequestState
+from vllm_omni.diffusion.models.recorded import Recorder
 from vllm_omni.diffusion.plan import ItemError, StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.registry import ModelInfo, WholePipeline
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.diffusion.worker.attention import choose_attention
 from vllm_omni.diffusion.worker.compiling import compile_variants, run_variants
 from vllm_omni.diffusion.worker.contract import Place
-from vllm_omni.diffusion.worker.device import Device, Recorder, Stopwatch, is_out_of_memory
+from vllm_omni.diffusion.worker.device import Device, Stopwatch, is_out_of_memory
 from vllm_omni.diffusion.worker.kernels import check_kernels
 from vllm_omni.diffusion.worker.ranks import PeerFailedError, Ranks, RanksLostError, connect
 from vllm_omni.diffusion.worker.warmup import Rates, warm_up, warm_up_whole
@@ -135,11 +136,8 @@ class ModelRunner:
         return is_worth_it and not self._config.enforce_eager
 
     def _recorder(self) -> Recorder | None:
-        """Exchanges between ranks are not recorded."""
-        mesh = self._ranks.mesh
-        if self._config.enforce_eager or mesh.sequence.size * mesh.tensor.size > 1:
-            return None
-        return self._device.recorder()
+        recorder = None if self._config.enforce_eager else self._device.recorder()
+        return None if recorder is None else self._ranks.counting(recorder)
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Skip these in every plan executed from now on, until they are released."""
