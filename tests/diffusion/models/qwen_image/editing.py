@@ -13,7 +13,12 @@ import torch
 from diffusers import DiffusionPipeline, QwenImageEditPlusPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from PIL import Image
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil, Qwen2VLProcessor
+from transformers import (
+    PreTrainedTokenizerBase,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
+    Qwen2VLProcessor,
+)
 
 from tests.diffusion.worker.driving import make_request
 from tests.tiny_models import build_tiny_qwen_image
@@ -25,11 +30,10 @@ SIDE = 64
 EDIT, PLUS = "QwenImageEditPipeline", "QwenImageEditPlusPipeline"
 
 
-class Processor(Qwen2VLProcessor):
+def build_processor(images: Qwen2VLImageProcessorPil, tokenizer: PreTrainedTokenizerBase) -> Qwen2VLProcessor:
     """Without the video part, which insists on torchvision."""
-
-    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> type:
-        return type(argument)
+    with patch.object(Qwen2VLProcessor, "check_argument_for_proper_class"):
+        return Qwen2VLProcessor(image_processor=images, tokenizer=tokenizer)
 
 
 def tell_pictures(encoder: Qwen2_5_VLForConditionalGeneration, args: Any, inputs: dict[str, Any]) -> Any:
@@ -59,8 +63,8 @@ def build(path: Path, pipeline: str, **settings: Any) -> Path:
 
 def reference(path: Path, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
     pipeline = DiffusionPipeline.from_pretrained(path, dtype=dtype, processor=None)
-    processor = Qwen2VLImageProcessorPil.from_pretrained(path / "processor")
-    pipeline.processor = Processor(image_processor=processor, tokenizer=pipeline.tokenizer)
+    images = Qwen2VLImageProcessorPil.from_pretrained(path / "processor")
+    pipeline.processor = build_processor(images, pipeline.tokenizer)
     pipeline.text_encoder.register_forward_pre_hook(tell_pictures, with_kwargs=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
 from tests.diffusion.distributed.ranks import run_ranks
-from tests.diffusion.models.qwen_image.editing import EDIT, PLUS, Processor, build
+from tests.diffusion.models.qwen_image.editing import EDIT, PLUS, build, build_processor
 from tests.tiny_models import photo
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.distributed.groups import Group
@@ -53,7 +53,7 @@ def inputs_of(path: Path) -> list[tuple[str, str, tuple[InputImage, ...]]]:
 def wanted(path: Path) -> list[Tensor]:
     whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(path / "text_encoder", dtype=torch.float32).eval()
     images = Qwen2VLImageProcessorPil.from_pretrained(path / "processor")
-    processor = Processor(image_processor=images, tokenizer=AutoTokenizer.from_pretrained(path / "tokenizer"))
+    processor = build_processor(images, AutoTokenizer.from_pretrained(path / "tokenizer"))
     states = []
     for _, text, pictures in inputs_of(path):
         conditions = [image.condition for image in pictures]
