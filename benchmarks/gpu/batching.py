@@ -10,7 +10,7 @@ from benchmarks.gpu.engine import Started, generate_seconds
 from benchmarks.gpu.report import Case, Row
 
 NAME = "qwen-image"
-STEPS, WARM_UP_STEPS = 6, 2
+STEPS, WARM_UP_STEPS = 20, 4
 MIXED_SIZES: dict[int, tuple[Size, ...]] = {
     512: ((512, 512), (448, 576), (640, 384), (512, 448), (384, 640), (576, 512), (480, 480)),
     256: ((256, 256), (224, 288), (320, 192), (256, 224), (192, 320), (288, 256), (240, 240)),

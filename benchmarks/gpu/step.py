@@ -58,7 +58,7 @@ class Contender:
 
 def contenders(bench: Bench) -> Iterator[Contender]:
     """The most wanted first."""
-    sides = {MODEL: (1024, 512, 2048), Z_IMAGE: (1024,)}
+    sides = {MODEL: (1024, 512, 256, 2048), Z_IMAGE: (1024,)}
     for model in (MODEL, Z_IMAGE):
         ours = {name: partial(start_ours, bench, variant, model) for name, variant in VARIANTS.items()}
         yield Contender(model, "default", ours.pop("default"), sides[model])
