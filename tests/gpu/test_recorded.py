@@ -55,9 +55,9 @@ def test_recorded_steps_draw_the_same(
         assert drive.errors == {}
         return drive
 
-    eager = draw(enforce_eager=True)
+    eager = draw()
     assert num_replays == [0]
-    recorded = draw()
+    recorded = draw(cuda_graphs=True)
     assert num_replays == [3]
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
     found = [psnr(recorded.images[i], picture) for i, picture in eager.images.items()]

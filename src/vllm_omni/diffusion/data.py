@@ -206,6 +206,8 @@ class OmniDiffusionConfig:
     attention_backend: AttentionBackendName | None = None
     """None: the fastest of those that run here, measured at start."""
     enforce_eager: bool = False
+    cuda_graphs: bool = False
+    """Record small steps as CUDA graphs from their third on, so that the host need not send them kernel by kernel."""
     kernels: KernelsName = "auto"
     """Of norms, rotations and residuals in the transformer's blocks. `auto`: Triton on CUDA, PyTorch on a CPU."""
     distributed_executor_backend: ExecutorBackend = "mp"

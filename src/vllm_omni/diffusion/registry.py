@@ -122,6 +122,7 @@ class WholePipeline:
             ("max_batch_tokens", None),
             ("quantization", None),
             ("kernels", "auto"),
+            ("cuda_graphs", False),
             ("overlap_decode", False),
         ):
             if (value := getattr(config, name)) != only:

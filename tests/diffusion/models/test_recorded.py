@@ -26,6 +26,7 @@ from vllm_omni.diffusion.worker.contract import Place
 from vllm_omni.diffusion.worker.device import Device
 from vllm_omni.diffusion.worker.ranks import Ranks
 from vllm_omni.diffusion.worker.runner import ModelRunner
+from vllm_omni.errors import ConfigError
 
 BUILDERS = {"qwen_image": build_tiny_qwen_image, "z_image": build_tiny_z_image}
 ARRIVALS = {
@@ -61,7 +62,8 @@ class Recorder:
 
 def draw(path: Path, recorder: Recorder | None, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Drive:
     monkeypatch.setattr(Device, "recorder", lambda self: recorder)
-    runner = ModelRunner(OmniDiffusionConfig(model=str(path), **settings), load_model_info(str(path)))
+    records = recorder is not None
+    runner = ModelRunner(OmniDiffusionConfig(str(path), cuda_graphs=records, **settings), load_model_info(str(path)))
     runner.start()
     if recorder is not None:
         recorder.num_records = recorder.num_replays = 0
@@ -97,23 +99,33 @@ def test_a_step_cache_is_served_block_by_block(tiny_model: Path, monkeypatch: py
     assert_equal(draw(tiny_model, recorder, monkeypatch, **settings), cached)
 
 
-def test_steps_that_are_large_or_to_be_eager_are_not_recorded(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_steps_are_not_recorded(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder()
-    draw(tiny_model, recorder, monkeypatch, enforce_eager=True)
     monkeypatch.setattr(recorded, "MAX_TOKENS", 10)
     draw(tiny_model, recorder, monkeypatch)
     assert recorder.num_records == 0
 
 
-def test_what_cannot_be_recorded_is_said_and_sent(
+def test_steps_for_whose_recording_memory_is_missing_are_sent(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
-    drawn = draw(tiny_model, Recorder(RuntimeError("operation not permitted")), monkeypatch)
-    assert "is not recorded: operation not permitted" in caplog.text
+    drawn = draw(tiny_model, Recorder(torch.OutOfMemoryError("no room")), monkeypatch)
+    assert "no memory to record a step of" in caplog.text
     assert_equal(drawn, draw(tiny_model, None, monkeypatch))
+
+
+def test_what_cannot_be_recorded_ends_the_start(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="recorded as a CUDA graph: not permitted; without --cuda-graphs"):
+        draw(tiny_model, Recorder(RuntimeError("not permitted")), monkeypatch)
+
+
+def test_a_cpu_takes_no_cuda_graphs(tiny_model: Path) -> None:
+    runner = ModelRunner(
+        OmniDiffusionConfig(str(tiny_model), cuda_graphs=True, device="cpu"), load_model_info(str(tiny_model))
+    )
+    with pytest.raises(ConfigError, match="--cuda-graphs takes a GPU, got cpu"):
+        runner.start()
 
 
 def draw_shared(place: Place, parallel: DiffusionParallelConfig, path: Path, records: bool) -> Any:

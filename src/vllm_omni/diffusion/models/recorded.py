@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self, TypeVar
 
+import torch
 from torch import Tensor
 
 from vllm_omni.diffusion.cache.base import Blocks
@@ -25,6 +26,10 @@ RUNS_BEFORE = 2
 """The first loads libraries and compiles; a membership that ends with the second is not worth the recording."""
 
 Output = TypeVar("Output")
+
+
+class RecordingError(RuntimeError):
+    """A step that was to be recorded cannot be."""
 
 
 class Recorder(Protocol):
@@ -54,13 +59,17 @@ class Recordings:
         self._made: dict[int, _Recording] = {}
 
     def run(self, hidden: Hidden, blocks: RecordableBlocks, recorder: Recorder) -> Hidden:
-        """All blocks."""
+        """All blocks. Raises RecordingError."""
         num_rows = blocks.rows.shape[2]
         if num_rows not in self._made and self._runs[num_rows] == RUNS_BEFORE:
             try:
                 self._made[num_rows] = _Recording(hidden, blocks, recorder)
-            except Exception as error:  # of a driver or a library that cannot be recorded; it is only slower without
-                logger.warning("a step of %d tokens is not recorded: %s", blocks.pack.num_tokens, error)
+            except torch.OutOfMemoryError as error:  # for the recording's own; without it the step may have enough
+                logger.warning("no memory to record a step of %d tokens: %s", blocks.pack.num_tokens, error)
+            except Exception as error:
+                raise RecordingError(
+                    f"a step cannot be recorded as a CUDA graph: {error}; without --cuda-graphs it is sent as it is"
+                ) from error
         self._runs[num_rows] += 1
         if (recording := self._made.get(num_rows)) is not None:
             return recording.replay(hidden, blocks.rows)

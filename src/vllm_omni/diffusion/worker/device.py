@@ -133,9 +133,11 @@ class Device:
 
         return arrays
 
-    def recorder(self) -> Recorder | None:
-        """None where what the device is given is done at once."""
-        return Recorder(self) if self.kind == CUDA else None
+    def recorder(self) -> Recorder:
+        """Raises ConfigError for a device that does at once what it is given."""
+        if self.kind != CUDA:
+            raise ConfigError(f"--cuda-graphs takes a GPU, got {self.name}")
+        return Recorder(self)
 
     @property
     def num_threads(self) -> int:
@@ -203,6 +205,8 @@ class Recorder:
     def __init__(self, device: Device) -> None:
         self._stream = torch.cuda.Stream(device.torch)  # the main one cannot be recorded
         self._pool = torch.cuda.graph_pool_handle()
+        # A pool whose last graph is gone cannot be used again: this one stays.
+        self._first = self.record(lambda: torch.zeros(1, device=device.torch))
 
     def record(self, run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]:
         """What `run` gives the device is not done, but recorded: its result, which each replay makes anew in place."""

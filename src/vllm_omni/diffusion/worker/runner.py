@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.models.base import BasePipeline, RequestState
-from vllm_omni.diffusion.models.recorded import Recorder
+from vllm_omni.diffusion.models.recorded import Recorder, RecordingError
 from vllm_omni.diffusion.plan import ItemError, StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.registry import ModelInfo, WholePipeline
 from vllm_omni.diffusion.request import DiffusionRequest
@@ -97,7 +97,10 @@ class ModelRunner:
                 variants = compile_variants
             elif self._config.kernels == "triton":  # whose kernels are compiled at their first run
                 variants = run_variants
-            rates = warm_up(self._pipeline, self._info, self._device, bar.num_bytes, self._ranks, variants)
+            try:
+                rates = warm_up(self._pipeline, self._info, self._device, bar.num_bytes, self._ranks, variants)
+            except RecordingError as error:
+                raise ConfigError(str(error)) from error
         else:
             rates = self._try_whole(whole, bar.num_bytes)
         self._pipeline.step_cache.budget.max_bytes = int(CACHE_SHARE * self._device.free_memory_bytes())
@@ -136,8 +139,7 @@ class ModelRunner:
         return is_worth_it and not self._config.enforce_eager
 
     def _recorder(self) -> Recorder | None:
-        recorder = None if self._config.enforce_eager else self._device.recorder()
-        return None if recorder is None else self._ranks.counting(recorder)
+        return self._ranks.counting(self._device.recorder()) if self._config.cuda_graphs else None
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Skip these in every plan executed from now on, until they are released."""

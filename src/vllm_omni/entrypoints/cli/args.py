@@ -249,6 +249,7 @@ def _add_compute_flags(group: Any) -> None:
         "attention_backend", "attention kernel; none: the fastest that runs", choices=get_args(AttentionBackendName)
     )
     engine.switch("enforce_eager", "do not compile the transformer's blocks (on a CPU they never are)")
+    engine.switch("cuda_graphs", "on a GPU: send small steps as CUDA graphs, from their third on")
     engine.add(
         "kernels",
         "of norms, rotations and residuals in the transformer's blocks; auto: triton on CUDA, torch on a CPU",

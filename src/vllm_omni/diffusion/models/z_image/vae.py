@@ -13,7 +13,6 @@ from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.models.pictures import LatentDecoder
 from vllm_omni.diffusion.models.tiles import Tiling
 from vllm_omni.diffusion.sampling import unpack_latents
-from vllm_omni.diffusion.transfers import is_host
 
 
 class PictureDecoder:
@@ -23,8 +22,6 @@ class PictureDecoder:
         vae.encoder = nn.Identity()  # frees its weights
         if tiled:
             vae.enable_tiling()
-        if not is_host(vae.device):
-            vae.to(memory_format=torch.channels_last)  # in which cuDNN's convolutions compute
         self._dtype: torch.dtype = vae.dtype
         self._scaling: float = vae.config.scaling_factor
         self._shift: float = vae.config.shift_factor
