@@ -6,6 +6,8 @@ import base64
 import json
 import random
 import resource
+import select
+import socket
 import struct
 import zlib
 from collections.abc import Iterator
@@ -353,10 +355,33 @@ def test_an_upload_that_stands_still_is_ended(content_type: str) -> None:
         response = connection.getresponse()
         error = json.loads(response.read())["error"]
         assert (response.status, error["type"], error["code"]) == (408, "invalid_request_error", "request_timeout")
-        assert "0.2 seconds" in error["message"]
+        assert "For 0.2 seconds" in error["message"]
         assert response.getheader("connection") == "close"
         assert budget.num_bytes == 0
         connection.close()
+
+
+def test_an_upload_that_trickles_is_ended() -> None:
+    """Never silent for long, and never done."""
+    with live_server(info=FAKE_EDIT_INFO, settings={"upload_silence_seconds": 0.5}) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as client:
+            head = (
+                f"POST {EDITS} HTTP/1.1",
+                "host: x",
+                "content-type: application/json",
+                "content-length: 1000000",
+                "",
+            )
+            client.sendall("\r\n".join((*head, "")).encode())
+            for _ in range(400):
+                client.sendall(b" ")
+                if select.select([client], [], [], 0.05)[0]:
+                    break
+            else:
+                pytest.fail("nobody minds")
+            assert client.recv(100).startswith(b"HTTP/1.1 408 ")
+        server.wait_until(lambda: server.app.state.upload_budget.num_bytes == 0)
 
 
 def test_base64_is_read_in_pieces(server: LiveServer, http: httpx.Client) -> None:

@@ -40,6 +40,9 @@ _UNSUPPORTED = ("mask", "markup")
 
 Body = TypeVar("Body", bound=BaseModel)
 
+LEAST_BYTES_A_SECOND = 1024
+"""What comes slower for `silence_seconds` is as good as nothing: a byte now and then would hold its memory for ever."""
+
 
 @dataclass(frozen=True)
 class UploadReader:
@@ -124,12 +127,16 @@ class UploadReader:
         return _validated(lambda: model.model_validate(body))
 
     async def _chunks(self, request: Request) -> AsyncIterator[bytes]:
-        """Raises HTTPException (408) where the next one does not come, and RequestAbortedError."""
-        stream = aiter(request.stream())
+        """Raises HTTPException (408) where the next one does not come or bytes trickle, and RequestAbortedError."""
+        stream, clock = aiter(request.stream()), asyncio.get_running_loop().time
+        patience = self.silence_seconds
         try:
             while True:
-                async with asyncio.timeout(self.silence_seconds):
+                asked = clock()
+                async with asyncio.timeout(patience):
                     chunk = await anext(stream)
+                gained = len(chunk) / LEAST_BYTES_A_SECOND - (clock() - asked)
+                patience = min(self.silence_seconds, patience + gained)
                 yield chunk
         except StopAsyncIteration:
             return
@@ -137,7 +144,10 @@ class UploadReader:
             # Whatever still comes would be read as the beginning of another request.
             headers = {"connection": "close"}
             raise HTTPException(
-                408, f"Nothing of the request's body came for {self.silence_seconds:g} seconds.", headers
+                408,
+                f"For {self.silence_seconds:g} seconds the request's body came with less than {LEAST_BYTES_A_SECOND} "
+                "bytes a second.",
+                headers,
             ) from error
         except ClientDisconnect as error:
             raise RequestAbortedError("the client closed the connection") from error
