@@ -41,6 +41,8 @@ class Bench:
     quick: bool
     """Fewer steps; whole pictures are not as long as asked for, and rows say how long."""
     layouts: tuple[dict[str, int], ...]
+    cuda_graphs: bool = False
+    """Of engines."""
 
     def model(self, name: str) -> str:
         return str(write_model(name, self.models / f"{name}{'-tiny' * self.tiny}", self.tiny))
@@ -84,7 +86,12 @@ class Bench:
 
     def omni(self, name: str, **settings: Any) -> Omni:
         """An engine with random weights, in worker processes."""
-        return Omni(model=self.model(name), load_format="dummy", progress_bar=False, **settings)
+        return Omni(
+            model=self.model(name),
+            load_format="dummy",
+            progress_bar=False,
+            **{"cuda_graphs": self.cuda_graphs, **settings},
+        )
 
     def branches(self, name: str, sizes: Sequence[Size]) -> list[list[Branch]]:
         """The sequences of one request of each size."""

@@ -61,7 +61,9 @@ async def _rows(
 ) -> list[Row]:
     """One for each rate: the median latency, and the rest as detail."""
     parallel = DiffusionParallelConfig(**degrees)
-    omni = AsyncOmni(model=bench.model(MODEL), load_format="dummy", parallel_config=parallel)
+    omni = AsyncOmni(
+        model=bench.model(MODEL), load_format="dummy", parallel_config=parallel, cuda_graphs=bench.cuda_graphs
+    )
     size, steps = bench.size(SIDE), bench.steps(NUM_STEPS)
     draw = partial(draw_workload, sizes=[f"{size[1]}x{size[0]}"], steps=[steps])
     rows = []
