@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import time
-import zlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -99,7 +98,7 @@ def _png(bench: Bench) -> list[Row]:
 
     def write() -> int:
         file = io.BytesIO()
-        image.save(file, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
+        image.save(file, "PNG", compress_level=1)
         return file.tell()
 
     return [Row.milliseconds(f"PNG of {width}x{height}", measure(write, torch.device("cpu")), MB=write() / 1e6)]

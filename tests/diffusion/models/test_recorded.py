@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tests.diffusion.distributed.ranks import run_places
 from tests.diffusion.worker.driving import Drive, make_request
-from tests.diffusion.worker.replica import merging, started
-from tests.tiny_models import SMALL, build_tiny_qwen_image
+from tests.tiny_models import build_tiny_qwen_image
 from tests.tiny_z_image import build_tiny_z_image
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.diffusion.models import recorded
 from vllm_omni.diffusion.packing import Hidden
 from vllm_omni.diffusion.registry import load_model_info
-from vllm_omni.diffusion.worker.contract import Place
 from vllm_omni.diffusion.worker.device import Device
-from vllm_omni.diffusion.worker.ranks import Ranks
 from vllm_omni.diffusion.worker.runner import ModelRunner
-from vllm_omni.errors import ConfigError
+from vllm_omni.errors import ConfigError, NotAvailableError
 
 BUILDERS = {"qwen_image": build_tiny_qwen_image, "z_image": build_tiny_z_image}
 ARRIVALS = {
@@ -41,11 +36,12 @@ class Recorder:
 
     def __init__(self, error: Exception | None = None) -> None:
         self.num_records = self.num_replays = 0
-        self._error = error
+        self.error = error
+        self.failure: Exception | None = None
 
     def record(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
         self.num_records += 1
         output: Hidden = run()
         for tensor in (output.text, output.image):
@@ -116,8 +112,32 @@ def test_steps_for_whose_recording_memory_is_missing_are_sent(
 
 
 def test_what_cannot_be_recorded_ends_the_start(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="recorded as a CUDA graph: not permitted; without --cuda-graphs"):
+    with pytest.raises(ConfigError, match="--cuda-graphs: a step cannot be recorded: not permitted"):
         draw(tiny_model, Recorder(RuntimeError("not permitted")), monkeypatch)
+
+
+def test_what_cannot_be_recorded_later_is_sent_and_nothing_is_recorded_any_more(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder = Recorder()
+    monkeypatch.setattr(Device, "recorder", lambda self: recorder)
+    runner = ModelRunner(OmniDiffusionConfig(str(tiny_model), cuda_graphs=True), load_model_info(str(tiny_model)))
+    runner.start()
+    recorder.error = RuntimeError("not permitted")
+    for _ in range(2):
+        drive = Drive(runner).run(ARRIVALS)
+        assert not drive.errors
+    assert sum("cannot be recorded: not permitted" in r.getMessage() for r in caplog.records) == 1
+    assert_equal(drive, draw(tiny_model, None, monkeypatch))
+
+
+@pytest.mark.parametrize("layout", [{"ulysses_degree": 2}, {"ring_degree": 2}, {"tensor_parallel_size": 2}], ids=str)
+def test_exchanges_are_not_recorded(tiny_model: Path, layout: dict[str, int]) -> None:
+    info = load_model_info(str(tiny_model))
+    for degrees, refused in ((layout, True), ({"cfg_parallel_size": 2}, False)):
+        config = OmniDiffusionConfig(str(tiny_model), cuda_graphs=True, parallel=DiffusionParallelConfig(**degrees))
+        with pytest.raises(NotAvailableError, match="--cuda-graphs: not available yet") if refused else nullcontext():
+            info.check_settings(config)
 
 
 def test_a_cpu_takes_no_cuda_graphs(tiny_model: Path) -> None:
@@ -126,42 +146,6 @@ def test_a_cpu_takes_no_cuda_graphs(tiny_model: Path) -> None:
     )
     with pytest.raises(ConfigError, match="--cuda-graphs takes a GPU, got cpu"):
         runner.start()
-
-
-def draw_shared(place: Place, parallel: DiffusionParallelConfig, path: Path, records: bool) -> Any:
-    runner, recorder = started(place, parallel, path), Recorder()
-    runner.pipeline.recorder = recorder if records else None
-    drive = Drive(runner, merge=merging(runner)).run(ARRIVALS)
-    assert not drive.errors
-    return drive.images, recorder.num_replays
-
-
-@pytest.mark.parametrize("layout", [{"ulysses_degree": 2}, {"tensor_parallel_size": 2}], ids=str)
-def test_ranks_that_share_sequences_record_the_same_steps(tmp_path: Path, layout: dict[str, int]) -> None:
-    path = build_tiny_qwen_image(tmp_path / "model", heads=4, default_sampling_params=SMALL)
-    parallel = DiffusionParallelConfig(**layout)
-    plain, shared = (run_places(draw_shared, parallel, parallel, path, records) for records in (False, True))
-    assert [replays for _, replays in shared] == [3, 3]
-    for (got, _), (wanted, _) in zip(shared, plain, strict=True):
-        assert got.keys() == wanted.keys()
-        for request_id, picture in wanted.items():
-            assert np.array_equal(got[request_id], picture)
-
-
-def test_replays_count_what_they_hand_to_exchanges() -> None:
-    sent = Counter({"all_reduce": 5})
-
-    class Silent:
-        def record(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-            return run(), lambda: None
-
-    world: Any = SimpleNamespace(mesh=None, sent=sent)
-    _, replay = Ranks(world).counting(Silent()).record(lambda: sent.update(all_reduce=3, p2p=2))
-    assert +sent == Counter({"all_reduce": 5})
-    sent.clear()
-    for count in (1, 2):
-        replay()
-        assert sent == Counter({"all_reduce": 3 * count, "p2p": 2 * count})
 
 
 class Summing:

@@ -20,7 +20,7 @@ from vllm_omni.diffusion.packing import Hidden, Pack
 logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 10_000
-"""Of a step on one rank. A larger one keeps a device busy for longer than a host takes to send it, and would take much
+"""Of a step. A larger one keeps a device busy for longer than a host takes to send it, and would take much
 memory."""
 RUNS_BEFORE = 2
 """The first loads libraries and compiles; a membership that ends with the second is not worth the recording."""
@@ -28,12 +28,11 @@ RUNS_BEFORE = 2
 Output = TypeVar("Output")
 
 
-class RecordingError(RuntimeError):
-    """A step that was to be recorded cannot be."""
-
-
 class Recorder(Protocol):
     """Of a device. See `worker.device`."""
+
+    failure: Exception | None
+    """Why something could not be recorded, for another reason than memory; from then on nothing is."""
 
     def record(self, run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]:
         """What `run` gives the device is not done, but recorded: its result, which each replay makes anew in place."""
@@ -59,18 +58,17 @@ class Recordings:
         self._made: dict[int, _Recording] = {}
 
     def run(self, hidden: Hidden, blocks: RecordableBlocks, recorder: Recorder) -> Hidden:
-        """All blocks. Raises RecordingError."""
+        """All blocks. What cannot be recorded is sent as it is, with a warning."""
         num_rows = blocks.rows.shape[2]
-        if num_rows not in self._made and self._runs[num_rows] == RUNS_BEFORE:
+        self._runs[num_rows] += 1
+        if self._runs[num_rows] == RUNS_BEFORE + 1:
             try:
                 self._made[num_rows] = _Recording(hidden, blocks, recorder)
             except torch.OutOfMemoryError as error:  # for the recording's own; without it the step may have enough
                 logger.warning("no memory to record a step of %d tokens: %s", blocks.pack.num_tokens, error)
             except Exception as error:
-                raise RecordingError(
-                    f"a step cannot be recorded as a CUDA graph: {error}; without --cuda-graphs it is sent as it is"
-                ) from error
-        self._runs[num_rows] += 1
+                logger.warning("a step of %d tokens cannot be recorded: %s", blocks.pack.num_tokens, error)
+                recorder.failure = error
         if (recording := self._made.get(num_rows)) is not None:
             return recording.replay(hidden, blocks.rows)
         return blocks.run(hidden, range(blocks.num_blocks))
@@ -124,7 +122,6 @@ class RecordedBlocks:
 
 def recorded(blocks: RecordableBlocks, recordings: Recordings, recorder: Recorder | None) -> Blocks:
     """`blocks` themselves where there is no recorder, or where recording does not pay."""
-    # Ranks that share sequences record alike.
-    if recorder is None or max(map(sum, blocks.pack.joint_lengths)) > MAX_TOKENS:
+    if recorder is None or recorder.failure is not None or blocks.pack.num_tokens > MAX_TOKENS:
         return blocks
     return RecordedBlocks(blocks, recordings, recorder)

@@ -202,6 +202,9 @@ class Stream:
 class Recorder:
     """CUDA graphs, one after another in one pool of memory: they must not run at the same time."""
 
+    failure: Exception | None = None
+    """Why something could not be recorded, for another reason than memory; from then on nothing is."""
+
     def __init__(self, device: Device) -> None:
         self._stream = torch.cuda.Stream(device.torch)  # the main one cannot be recorded
         self._pool = torch.cuda.graph_pool_handle()
@@ -210,6 +213,13 @@ class Recorder:
 
     def record(self, run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]:
         """What `run` gives the device is not done, but recorded: its result, which each replay makes anew in place."""
+        try:
+            return self._capture(run)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()  # which a recording, once begun, does not do by itself
+            return self._capture(run)
+
+    def _capture(self, run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
@@ -217,12 +227,19 @@ class Recorder:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 output = run()
+                graph.capture_end()
             except BaseException:
-                with suppress(RuntimeError):  # the recording is void, which it says
-                    graph.capture_end()
+                self._abandon(graph)
                 raise
-            graph.capture_end()
         return output, graph.replay
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a recording; one that is void does not close its pool, and no memory would come back to other streams."""
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(self._stream.device_index, self._pool)
 
 
 class Mark:

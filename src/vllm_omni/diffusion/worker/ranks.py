@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -13,7 +12,6 @@ from torch._C._distributed_c10d import TCPStore
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.distributed.groups import GroupBrokenError
 from vllm_omni.diffusion.distributed.mesh import COLLECTIVE_TIMEOUT, Mesh, World
-from vllm_omni.diffusion.models.recorded import Recorder
 from vllm_omni.diffusion.worker.contract import Place
 from vllm_omni.diffusion.worker.device import Device
 
@@ -46,26 +44,6 @@ def connect(parallel: DiffusionParallelConfig, place: Place, device: Device) -> 
     return World(parallel, place.rank, device.torch, store)
 
 
-class _Counting:
-    """A recorder whose replays count what was handed to exchanges while they were recorded."""
-
-    def __init__(self, recorder: Recorder, sent: Counter[str]) -> None:
-        self._recorder = recorder
-        self._sent = sent
-
-    def record(self, run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]:
-        before = Counter(self._sent)
-        output, replay = self._recorder.record(run)
-        handed = self._sent - before
-        self._sent.subtract(handed)  # nothing was
-
-        def counted() -> None:
-            self._sent.update(handed)
-            replay()
-
-        return output, counted
-
-
 class Ranks:
     """The ranks of a replica, seen by one of them. A replica of one rank (`world` None) has nobody to ask."""
 
@@ -95,10 +73,6 @@ class Ranks:
         sent = dict(self._world.sent)
         self._world.sent.clear()
         return sent
-
-    def counting(self, recorder: Recorder) -> Recorder:
-        """It, where what replays hand to exchanges counts as well."""
-        return recorder if self._world is None else _Counting(recorder, self._world.sent)
 
     def attempt(self, run: Callable[[], Output]) -> Output:
         """`run`, which all ranks do together. If it fails on any rank it fails on all, and they meet again.

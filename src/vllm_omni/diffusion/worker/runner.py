@@ -14,7 +14,6 @@ from torch import Tensor
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.models.base import BasePipeline, RequestState
-from vllm_omni.diffusion.models.recorded import Recorder, RecordingError
 from vllm_omni.diffusion.plan import ItemError, StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.registry import ModelInfo, WholePipeline
 from vllm_omni.diffusion.request import DiffusionRequest
@@ -91,16 +90,16 @@ class ModelRunner:
         with WeightsBar(self._info.path, shown=self._place.device_index == 0) as bar:
             self._pipeline = cls.load(self._config, self._info, self._device.torch, dtype, bar.update, self._ranks.mesh)
         if whole is None:
-            self._pipeline.recorder = self._recorder()
+            if self._config.cuda_graphs:
+                self._pipeline.recorder = self._device.recorder()
             variants = None
             if self._compiles(cls):
                 variants = compile_variants
             elif self._config.kernels == "triton":  # whose kernels are compiled at their first run
                 variants = run_variants
-            try:
-                rates = warm_up(self._pipeline, self._info, self._device, bar.num_bytes, self._ranks, variants)
-            except RecordingError as error:
-                raise ConfigError(str(error)) from error
+            rates = warm_up(self._pipeline, self._info, self._device, bar.num_bytes, self._ranks, variants)
+            if (recorder := self._pipeline.recorder) is not None and recorder.failure is not None:
+                raise ConfigError(f"--cuda-graphs: a step cannot be recorded: {recorder.failure}") from recorder.failure
         else:
             rates = self._try_whole(whole, bar.num_bytes)
         self._pipeline.step_cache.budget.max_bytes = int(CACHE_SHARE * self._device.free_memory_bytes())
@@ -137,9 +136,6 @@ class ModelRunner:
             return self._compile_blocks
         is_worth_it = self._device.is_worth_compiling_for and cls.gains_from_compiling(self._config)
         return is_worth_it and not self._config.enforce_eager
-
-    def _recorder(self) -> Recorder | None:
-        return self._ranks.counting(self._device.recorder()) if self._config.cuda_graphs else None
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Skip these in every plan executed from now on, until they are released."""
