@@ -34,11 +34,16 @@ def synchronize(device: torch.device) -> None:
 
 
 def measure(
-    run: Callable[[], object], device: torch.device, *, warm_ups: int = 2, budget: float = BUDGET_SECONDS
+    run: Callable[[], object],
+    device: torch.device,
+    *,
+    warm_ups: int = 2,
+    budget: float = BUDGET_SECONDS,
+    agree: Callable[[float], float] = float,
 ) -> Spread:
     """Seconds between the device's start and end of `run`, without the host's part where that is hidden.
 
-    Repeats as often as the budget of seconds allows, within bounds.
+    Repeats as often as the budget of seconds allows, within bounds; `agree` makes that of one rank everybody's.
     """
     for _ in range(warm_ups):
         run()
@@ -46,16 +51,8 @@ def measure(
     start = time.perf_counter()
     run()
     synchronize(device)
-    return timed(run, device, repeats_within(budget, time.perf_counter() - start))
-
-
-def repeats_within(budget: float, seconds: float) -> int:
-    """How often to repeat what takes so many seconds."""
-    return max(MIN_REPEATS, min(MAX_REPEATS, int(budget / max(seconds, 1e-9))))
-
-
-def timed(run: Callable[[], object], device: torch.device, repeats: int) -> Spread:
-    """`measure` for a given number of repeats, without a warm-up."""
+    seconds = agree(time.perf_counter() - start)
+    repeats = max(MIN_REPEATS, min(MAX_REPEATS, int(budget / max(seconds, 1e-9))))
     if device.type != "cuda":
         return Spread.of([_host_seconds(run) for _ in range(repeats)])
     marks: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]

@@ -316,8 +316,11 @@ FEATURES = (
     Feature(
         "compiled blocks on GPUs",
         (
-            yes(f"{COMPILING}::test_serving_compiles_nothing", f"{COMPILING}::test_ranks_compile_the_same"),
-            yes(f"{COMPILING}::test_serving_compiles_nothing_of_edits"),
+            Cell(
+                "with `--kernels torch`; Triton's leave nothing to compile",
+                (f"{COMPILING}::test_serving_compiles_nothing", f"{COMPILING}::test_ranks_compile_the_same"),
+            ),
+            Cell("likewise", (f"{COMPILING}::test_serving_compiles_nothing_of_edits",)),
             yes(f"{COMPILING}::test_serving_compiles_nothing_of_z_image"),
             Cell("no"),
         ),

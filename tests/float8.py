@@ -8,6 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vllm_omni.diffusion.distributed.groups import Group
+from vllm_omni.diffusion.layers.fp8 import Fp8ColumnLinear
+from vllm_omni.diffusion.layers.linear import ColumnLinear
+
 LARGEST = 448.0
 # 4 bits of exponent with bias 7, 3 of mantissa; exponent 0 is subnormal, and the largest code is the NaN.
 MAGNITUDES = torch.tensor(
@@ -29,6 +33,17 @@ def rounded(x: Tensor) -> Tensor:
     """[..., n] with each row rounded at the scale that makes its largest magnitude 448 -> float64."""
     scale = (x.float().abs().amax(-1, keepdim=True) / LARGEST).clamp(min=2.0**-126)
     return round_to_float8(x.float() / scale) * scale
+
+
+def layer_of(weight: Tensor, scale: Tensor, bias: Tensor | None) -> Fp8ColumnLinear:
+    """One rank's layer of a weight in float8 [out, in], its scales [out, 1] and a bias [out]."""
+    out, inner = weight.shape
+    with torch.device("meta"):
+        layer = Fp8ColumnLinear(ColumnLinear(inner, out, Group.alone(), bias=bias is not None))
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.scale = scale
+    layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    return layer
 
 
 class RoundedLinear(nn.Module):

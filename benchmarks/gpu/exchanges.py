@@ -3,7 +3,6 @@ slowest rank; every rank must call the same functions in the same order."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.gpu.bench import Size
 from benchmarks.roofline.costs import Branch
-from benchmarks.timing import repeats_within, synchronize, timed
+from benchmarks.timing import measure
 from vllm_omni.diffusion.attention import BACKENDS, Setting, backend_class, create_attention
 from vllm_omni.diffusion.attention.sharded import ShardedAttention
 from vllm_omni.diffusion.data import AttentionBackendName
@@ -66,15 +65,8 @@ class Decodes:
 
 def together(world: World, device: torch.device, run: Callable[[], object], warm_ups: int = WARM_UPS) -> float:
     """The median of repeats, as many on every rank, after a warm-up."""
-    for _ in range(warm_ups):
-        run()
-    synchronize(device)
-    start = time.perf_counter()
-    run()
-    synchronize(device)
-    control = world.mesh.control
-    once = control.agree(time.perf_counter() - start)
-    return control.agree(timed(run, device, repeats_within(BUDGET_SECONDS, once)).median)
+    agree = world.mesh.control.agree
+    return agree(measure(run, device, warm_ups=warm_ups, budget=BUDGET_SECONDS, agree=agree).median)
 
 
 def dtype_on(device: torch.device) -> torch.dtype:

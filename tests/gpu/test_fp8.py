@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tests.diffusion.worker.driving import psnr
+from tests.float8 import layer_of
 from vllm_omni import Omni
-from vllm_omni.diffusion.layers.fp8 import fp8_linear
 from vllm_omni.diffusion.layers.rounding import quantize
 from vllm_omni.diffusion.registry import DEMO_MODEL_PATH
 from vllm_omni.errors import ConfigError
@@ -54,7 +54,7 @@ def test_the_scaled_product_is_the_rounded_one(tokens: int, inner: int, out: int
     x, matrix, bias = operands(tokens, inner, out)
     weight, scale = quantize(matrix)
     given = bias if has_bias else None
-    got = fp8_linear(x.cuda(), weight.cuda(), scale.cuda(), None if given is None else given.cuda())
+    got = layer_of(weight.cuda(), scale.cuda(), None if given is None else given.cuda())(x.cuda())
     assert (got.dtype, got.shape) == (torch.bfloat16, (tokens, out))
     values, scales = (t.cpu() for t in quantize(x.cuda()))
     # On the GPU in float32, for a CPU takes long; its own float32 product is not a tensor core's.
@@ -73,9 +73,9 @@ def test_the_scaled_product_is_the_rounded_one(tokens: int, inner: int, out: int
 def test_a_value_that_is_no_number_stays_in_its_row() -> None:
     x, matrix, _ = operands(40, 192, 64)
     weight, scale = (t.cuda() for t in quantize(matrix))
-    clean = fp8_linear(x.cuda(), weight, scale, None)
+    clean = layer_of(weight, scale, None)(x.cuda())
     x[3, 7], x[9, 0] = torch.nan, torch.inf
-    got = fp8_linear(x.cuda(), weight, scale, None)
+    got = layer_of(weight, scale, None)(x.cuda())
     poisoned = torch.zeros(40, dtype=torch.bool, device="cuda")
     poisoned[[3, 9]] = True
     assert got[poisoned].isnan().all()
@@ -84,11 +84,11 @@ def test_a_value_that_is_no_number_stays_in_its_row() -> None:
 
 def test_a_compiled_layer_computes_the_same() -> None:
     x, matrix, bias = operands(300, 192, 768)
-    arguments = [t.cuda() for t in (x, *quantize(matrix), bias)]
-    compiled = torch.compile(fp8_linear, fullgraph=True, dynamic=True)
+    weight, scale = quantize(matrix)
+    layer = layer_of(weight.cuda(), scale.cuda(), bias.cuda())
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
     for count in (300, 17):
-        arguments[0] = x[:count].cuda()
-        torch.testing.assert_close(compiled(*arguments), fp8_linear(*arguments), rtol=0.02, atol=0.5)
+        torch.testing.assert_close(compiled(x[:count].cuda()), layer(x[:count].cuda()), rtol=0.02, atol=0.5)
 
 
 def test_the_demo_model_draws_nearly_what_bfloat16_draws() -> None:

@@ -209,7 +209,7 @@ class OmniDiffusionConfig:
     cuda_graphs: bool = False
     """Record small steps as CUDA graphs from their third on, so that the host need not send them kernel by kernel."""
     kernels: KernelsName = "auto"
-    """Of norms, rotations and residuals in the transformer's blocks. `auto`: Triton on CUDA, PyTorch on a CPU."""
+    """Of what lies between the products in the transformer's blocks. `auto`: Triton on CUDA, PyTorch on a CPU."""
     distributed_executor_backend: ExecutorBackend = "mp"
     scheduling_policy: SchedulingPolicy = "fair"
     max_num_seqs: int = 16

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, chain
 from typing import Generic, TypeVar
 
@@ -86,8 +87,6 @@ class Pack:
     the two are the same (one sequence)."""
     joint_is_image: Tensor
     """int64 [tokens], in joint order: 1 for image tokens, 0 for text tokens."""
-    places: Tensor | None
-    """int64 [tokens]: the inverse of `joint_order`: where each of [all text, all image] is in joint order."""
     joint_lengths: tuple[tuple[int, ...], ...]
     """By rank of those that share the sequences: how many tokens of each sequence it holds."""
     numbers: tuple[int, ...]
@@ -145,7 +144,6 @@ class Pack:
             image_sequence=_sequence_of(image_lengths, numbers, device),
             joint_order=None if is_ordered else to_device(joint_order, device),
             joint_is_image=to_device((joint_order >= num_text).long(), device),
-            places=None if is_ordered else to_device(joint_order.argsort(), device),
             joint_lengths=joint_lengths,
             numbers=tuple(numbers),
         )
@@ -163,6 +161,14 @@ class Pack:
             [self.numbers[i] for i in members],
             self.text_sequence.device,
         )
+
+    @cached_property
+    def places(self) -> tuple[Tensor, Tensor] | None:
+        """int64 [text tokens] and [image tokens]: where each is in joint order; None where all lie in order."""
+        if self.joint_order is None:
+            return None
+        text, image = self.joint_order.argsort().split([self.text.values[-1], self.image.values[-1]])
+        return text, image
 
     @property
     def num_sequences(self) -> int:

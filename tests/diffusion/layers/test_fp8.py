@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.diffusion.distributed.ranks import run_ranks
-from tests.float8 import LARGEST, MAGNITUDES, rounded
+from tests.float8 import LARGEST, MAGNITUDES, layer_of, rounded
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.distributed.mesh import World
-from vllm_omni.diffusion.layers.fp8 import Fp8ColumnLinear, Fp8RowLinear, fp8_linear, keep_in_float8
+from vllm_omni.diffusion.layers.fp8 import Fp8ColumnLinear, Fp8RowLinear, keep_in_float8
 from vllm_omni.diffusion.layers.linear import ColumnLinear, RowLinear
 from vllm_omni.diffusion.layers.rounding import quantize
 from vllm_omni.diffusion.models.loading import load_weights
@@ -59,17 +59,17 @@ def test_rows_of_zeros_and_no_rows_are_rounded_as_well() -> None:
     assert (scale > 0).all()
     assert [tuple(t.shape) for t in quantize(torch.zeros(0, 16))] == [(0, 16), (0, 1)]
     weight, scales = quantize(torch.randn(32, 16))
-    assert fp8_linear(torch.zeros(0, 16), weight, scales, torch.ones(32)).shape == (0, 32)
-    assert torch.equal(fp8_linear(torch.zeros(2, 16), weight, scales, torch.ones(32)), torch.ones(2, 32))
+    assert layer_of(weight, scales, torch.ones(32))(torch.zeros(0, 16)).shape == (0, 32)
+    assert torch.equal(layer_of(weight, scales, torch.ones(32))(torch.zeros(2, 16)), torch.ones(2, 32))
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
 def test_a_value_that_is_no_number_stays_in_its_row(poison: float) -> None:
     weight, scale = quantize(torch.randn(32, 16))
     x = torch.randn(5, 16)
-    clean = fp8_linear(x, weight, scale, None)
+    clean = layer_of(weight, scale, None)(x)
     x[2, 3] = poison
-    got = fp8_linear(x, weight, scale, None)
+    got = layer_of(weight, scale, None)(x)
     assert got[2].isnan().all()
     others = [0, 1, 3, 4]
     assert torch.equal(got[others], clean[others])
@@ -81,7 +81,7 @@ def test_a_product_is_that_of_the_rounded_factors(dtype: torch.dtype, has_bias: 
     x, matrix = rows(1)[60:140].to(dtype), rows(2, 50) * 1e-3
     bias = torch.randn(50).to(dtype) if has_bias else None
     weight, scale = quantize(matrix)
-    y = fp8_linear(x, weight, scale, bias)
+    y = layer_of(weight, scale, bias)(x)
     assert y.dtype == dtype
     product = F.linear(rounded(x), rounded(matrix))
     exact = product if bias is None else product + bias.double()
@@ -93,7 +93,7 @@ def test_a_product_is_that_of_the_rounded_factors(dtype: torch.dtype, has_bias: 
 def test_a_channel_of_small_weights_is_as_precise_as_a_large_one() -> None:
     matrix = torch.randn(2, 96) * torch.tensor([[1.0], [1e-4]])
     weight, scale = quantize(matrix)
-    error = (fp8_linear(torch.eye(96), weight, scale, None).T - matrix).norm(dim=1) / matrix.norm(dim=1)
+    error = (layer_of(weight, scale, None)(torch.eye(96)).T - matrix).norm(dim=1) / matrix.norm(dim=1)
     assert (error < 0.04).all()
 
 

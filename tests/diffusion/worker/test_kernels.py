@@ -29,23 +29,14 @@ class Recording(TorchKernels):
     def __init__(self) -> None:
         self.kinds: set[tuple[str, bool]] = set()
 
-    def norm_modulate(
-        self, x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None, eps: float, float8: bool = False
-    ) -> Rows:
+    def norm_modulate(self, x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None, *rest: Any) -> Rows:
         self.kinds.add(("norm_modulate", rows is None))
-        return super().norm_modulate(x, shift, scale, rows, eps, float8)
+        return super().norm_modulate(x, shift, scale, rows, *rest)
 
-    def gated_add(
-        self,
-        x: Tensor,
-        y: Tensor,
-        gate: Tensor,
-        rows: Tensor | None,
-        bias: Tensor | None = None,
-        places: Tensor | None = None,
-    ) -> Tensor:
+    def gated_add(self, x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None, *rest: Any) -> Tensor:
+        _, places = rest if len(rest) == 2 else (None, None)
         self.kinds |= {("gated_add", rows is None), ("picking", places is None)}
-        return super().gated_add(x, y, gate, rows, bias, places)
+        return super().gated_add(x, y, gate, rows, *rest)
 
     def heads(self, streams: Any, order: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         self.kinds.add(("heads", order is None))

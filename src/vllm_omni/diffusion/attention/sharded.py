@@ -9,6 +9,7 @@ to divide: every rank knows every rank's share, so no shape is exchanged and not
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 
 import torch
@@ -48,9 +49,11 @@ class ShardedAttention:
         device = pack.text_sequence.device
         # The rank that is `u` in its Ulysses group and `r` in its ring holds part r * ulysses + u of every sequence.
         shards = [pack.joint_lengths[r * ulysses.size : (r + 1) * ulysses.size] for r in range(ring.size)]
-        self._lengths = shards[ring.rank]
-        """By rank of the Ulysses group, its tokens of each sequence."""
-        self._tokens = [sum(lengths) for lengths in self._lengths]
+        mine = shards[ring.rank]
+        self._tokens = [sum(lengths) for lengths in mine]
+        """By rank of the Ulysses group."""
+        self._by_rank = _Runs(list(chain.from_iterable(mine)), len(mine[0]))
+        self._by_sequence = _Runs(list(chain.from_iterable(zip(*mine))), len(mine))
         self._offsets = [Offsets.of([sum(column) for column in zip(*shard)], device) for shard in shards]
         """By rank of the ring: where each sequence begins in its S tokens."""
 
@@ -69,14 +72,14 @@ class ShardedAttention:
         for part, h, *shares in zip(send.split(sizes), heads, *(x.split(list(heads), dim=1) for x in qkv)):
             torch.stack(shares, dim=1, out=part.view(num_tokens, 3, h, head_dim))
         received = self._ulysses.all_to_all(send, sizes, [tokens * width * mine for tokens in self._tokens])
-        return _by_sequence(received.view(-1, 3, mine, head_dim), self._lengths).unbind(1)
+        return self._by_rank.transposed(received.view(-1, 3, mine, head_dim)).unbind(1)
 
     def _gather_heads(self, out: Tensor, heads: Sequence[int]) -> Tensor:
         """The way back: [S, h, d] in sequence order -> [T, H, d]."""
         _, mine, width = out.shape
         num_tokens = self._tokens[self._ulysses.rank]
         sizes = [num_tokens * h * width for h in heads]
-        send = _by_rank(out, self._lengths).flatten()
+        send = self._by_sequence.transposed(out).flatten()
         received = self._ulysses.all_to_all(send, [tokens * mine * width for tokens in self._tokens], sizes)
         parts = received.split(sizes)
         return torch.cat([part.view(num_tokens, h, width) for part, h in zip(parts, heads)], dim=1)
@@ -119,20 +122,18 @@ class Merged:
         self._lse = torch.logaddexp(self._lse, lse)
 
 
-def _by_sequence(x: Tensor, lengths: Sequence[Sequence[int]]) -> Tensor:
-    """Rows that lie rank after rank, each rank's by sequence -> sequence after sequence, each by rank.
+@dataclass(frozen=True)
+class _Runs:
+    """How rows lie: rank after rank, each rank's by sequence; or sequence after sequence, each one's by rank."""
 
-    lengths: by rank, the rows of each sequence.
-    """
-    if len(lengths[0]) == 1:
-        return x
-    pieces = x.split(list(chain.from_iterable(lengths)))
-    return torch.cat([piece for i in range(len(lengths[0])) for piece in pieces[i :: len(lengths[0])]])
+    lengths: list[int]
+    """Of each run of rows, in this order."""
+    inner: int
+    """Runs of one rank, or of one sequence."""
 
-
-def _by_rank(x: Tensor, lengths: Sequence[Sequence[int]]) -> Tensor:
-    """The inverse of `_by_sequence`."""
-    if len(lengths[0]) == 1:
-        return x
-    pieces = x.split(list(chain.from_iterable(zip(*lengths))))
-    return torch.cat([piece for rank in range(len(lengths)) for piece in pieces[rank :: len(lengths)]])
+    def transposed(self, x: Tensor) -> Tensor:
+        """The rows in the other order; they are as they were where there is one sequence."""
+        if self.inner == 1 or self.inner == len(self.lengths):
+            return x
+        pieces = x.split(self.lengths)
+        return torch.cat([piece for i in range(self.inner) for piece in pieces[i :: self.inner]])

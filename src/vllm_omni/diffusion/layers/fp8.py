@@ -35,12 +35,6 @@ def fp8_product(x: Rows, weight: Tensor, scale: Tensor) -> Tensor:
     return (F.linear(values.to(wide), weight.to(wide)) * scales * scale.t()).to(dtype)
 
 
-def fp8_linear(x: Rows, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """`fp8_product` with a bias, [out] in x's dtype."""
-    y = fp8_product(x, weight, scale)
-    return y if bias is None else y + bias
-
-
 class Fp8ColumnLinear(nn.Module):
     """A `ColumnLinear` in float8. weight: float8 [out / size, in]; scale: float32 [out / size, 1]."""
 

@@ -228,7 +228,7 @@ class Recorder:
             try:
                 output = run()
                 graph.capture_end()
-            except BaseException:
+            except BaseException:  # an interrupt, too, must not leave the stream recording
                 self._abandon(graph)
                 raise
         return output, graph.replay

@@ -252,7 +252,7 @@ def _add_compute_flags(group: Any) -> None:
     engine.switch("cuda_graphs", "on a GPU: send small steps as CUDA graphs, from their third on")
     engine.add(
         "kernels",
-        "of norms, rotations and residuals in the transformer's blocks; auto: triton on CUDA, torch on a CPU",
+        "of what lies between the products in the transformer's blocks; auto: triton on CUDA, torch on a CPU",
         choices=get_args(KernelsName),
     )
     engine.add("distributed_executor_backend", "where workers live", choices=get_args(ExecutorBackend))

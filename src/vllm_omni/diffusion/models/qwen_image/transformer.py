@@ -184,13 +184,13 @@ class Block(nn.Module):
 
     def _of_streams(self, attended: Tensor, pack: Pack) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """[T + S, D / P] in joint order -> what `after` takes."""
-        if pack.places is None:
+        if pack.num_sequences == 1:
             return attended, None, None
-        if not self.kernels.picks_rows:
+        if not self.kernels.picks_rows or pack.places is None:
             return *pack.split(attended), None
         # The image's output projection then computes the text's rows as well, which are few; picking the image's before
         # would copy them all.
-        text_places, image_places = pack.places.split([pack.text.values[-1], pack.image.values[-1]])
+        text_places, image_places = pack.places
         return attended.index_select(0, text_places), attended, image_places
 
     def before(
