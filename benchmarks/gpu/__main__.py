@@ -57,7 +57,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a tenth of the steps of whole pictures")
     parser.add_argument("--tiny", action="store_true", help="small shapes")
     parser.add_argument("--layouts", nargs="*", default=LAYOUTS, help="such as ulysses=2,cfg=2; default: those of two")
-    parser.add_argument("--cuda-graphs", action="store_true", help="of engines; takes another --out")
+    parser.add_argument("--enforce-eager", action="store_true", help="engines without compiled code and CUDA graphs")
     return parser.parse_args(argv)
 
 
@@ -96,7 +96,7 @@ def run_case(case: Case) -> list[Row]:
         return [Row(case.name, predicted=case.predicted, refused=f"failed: {type(error).__name__}: {reason}")]
 
 
-def environment(tiny: bool, cuda_graphs: bool = False) -> dict[str, str | int | bool]:
+def environment(tiny: bool, enforce_eager: bool = False) -> dict[str, str | int | bool]:
     device = here()
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -105,7 +105,7 @@ def environment(tiny: bool, cuda_graphs: bool = False) -> dict[str, str | int | 
         "diffusers": diffusers.__version__,
         "python": platform.python_version(),
         "tiny": tiny,
-        "cuda_graphs": cuda_graphs,
+        "enforce_eager": enforce_eager,
     }
 
 
@@ -115,13 +115,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unknown := set(sections) - set(SECTIONS):
         sys.exit(f"--sections takes {', '.join(SECTIONS)}, got {', '.join(sorted(unknown))}")
     try:
-        report = Report(args.out, environment(args.tiny, args.cuda_graphs))
+        report = Report(args.out, environment(args.tiny, args.enforce_eager))
         chosen = tuple(layouts.parse_layout(text) for text in args.layouts)
     except ValueError as error:
         sys.exit(str(error))
     if args.tiny:  # on a busy machine threads that wait for one another take longer than the work
         torch.set_num_threads(1)
-    bench = Bench(report, args.models, here(), args.tiny, args.quick, chosen, args.cuda_graphs)
+    bench = Bench(report, args.models, here(), args.tiny, args.quick, chosen, args.enforce_eager)
     is_done = run_sections(bench, sections, args.only, 60 * args.minutes)
     print(f"\n{report.table()}")
     sys.exit(0 if is_done else 3)

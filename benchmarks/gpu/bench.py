@@ -41,7 +41,7 @@ class Bench:
     quick: bool
     """Fewer steps; whole pictures are not as long as asked for, and rows say how long."""
     layouts: tuple[dict[str, int], ...]
-    cuda_graphs: bool = False
+    enforce_eager: bool = False
     """Of engines."""
 
     def model(self, name: str) -> str:
@@ -90,7 +90,7 @@ class Bench:
             model=self.model(name),
             load_format="dummy",
             progress_bar=False,
-            **{"cuda_graphs": self.cuda_graphs, **settings},
+            **{"enforce_eager": self.enforce_eager, **settings},
         )
 
     def branches(self, name: str, sizes: Sequence[Size]) -> list[list[Branch]]:

@@ -62,7 +62,7 @@ async def _rows(
     """One for each rate: the median latency, and the rest as detail."""
     parallel = DiffusionParallelConfig(**degrees)
     omni = AsyncOmni(
-        model=bench.model(MODEL), load_format="dummy", parallel_config=parallel, cuda_graphs=bench.cuda_graphs
+        model=bench.model(MODEL), load_format="dummy", parallel_config=parallel, enforce_eager=bench.enforce_eager
     )
     size, steps = bench.size(SIDE), bench.steps(NUM_STEPS)
     draw = partial(draw_workload, sizes=[f"{size[1]}x{size[0]}"], steps=[steps])

@@ -37,7 +37,6 @@ class Variant:
 VARIANTS: dict[str, Variant] = {
     "default": Variant(),
     "fused, eager": Variant({"enforce_eager": True}),
-    "fused, CUDA graphs": Variant({"enforce_eager": True, "cuda_graphs": True}),
     "fused, compiled": Variant({}, compiled=True),
     "torch, eager": Variant({"kernels": "torch", "enforce_eager": True}),
     "torch, compiled": Variant({"kernels": "torch"}, compiled=True),
@@ -45,7 +44,7 @@ VARIANTS: dict[str, Variant] = {
     "fp8, fused, compiled": Variant({"quantization": "fp8"}, compiled=True),
     "fp8, torch, compiled": Variant({"quantization": "fp8", "kernels": "torch"}, compiled=True),
 }
-"""By the kernels between products (`fused`: Triton's)."""
+"""By the kernels between products (`fused`: Triton's). Those that are not eager are sent as CUDA graphs, too."""
 SMALL = (256, 512, 1024)
 """Where a host that sends kernel by kernel may be the slower one."""
 
@@ -61,8 +60,8 @@ class Contender:
 
 def contenders(bench: Bench) -> Iterator[Contender]:
     """The most wanted first."""
-    sides = {MODEL: (1024, 512, 256, 2048), Z_IMAGE: (1024,)}
-    small = {"fused, CUDA graphs": SMALL, "fused, compiled": SMALL}
+    sides = {MODEL: (1024, 512, 256, 2048), Z_IMAGE: (1024, 512, 256)}
+    small = {"fused, eager": SMALL}
     for model in (MODEL, Z_IMAGE):
         ours = {name: partial(start_ours, bench, variant, model) for name, variant in VARIANTS.items()}
         yield Contender(model, "default", ours.pop("default"), sides[model])

@@ -206,8 +206,7 @@ class OmniDiffusionConfig:
     attention_backend: AttentionBackendName | None = None
     """None: the fastest of those that run here, measured at start."""
     enforce_eager: bool = False
-    cuda_graphs: bool = False
-    """Record small steps as CUDA graphs from their third on, so that the host need not send them kernel by kernel."""
+    """On a GPU: neither compile the transformer's blocks nor record small steps as CUDA graphs."""
     kernels: KernelsName = "auto"
     """Of what lies between the products in the transformer's blocks. `auto`: Triton on CUDA, PyTorch on a CPU."""
     distributed_executor_backend: ExecutorBackend = "mp"

@@ -178,6 +178,11 @@ class Pack:
     def num_tokens(self) -> int:
         return self.joint.values[-1]
 
+    @property
+    def most_tokens(self) -> int:
+        """Of any rank of those that share the sequences; all of them know it."""
+        return max(sum(lengths) for lengths in self.joint_lengths)
+
     def join(self, text: Tensor, image: Tensor) -> Tensor:
         """[text tokens, ...] and [image tokens, ...] -> [tokens, ...] in joint order."""
         return torch.cat(list(chain.from_iterable(zip(text.split(self.text.lengths), image.split(self.image.lengths)))))

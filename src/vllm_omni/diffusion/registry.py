@@ -122,7 +122,6 @@ class WholePipeline:
             ("max_batch_tokens", None),
             ("quantization", None),
             ("kernels", "auto"),
-            ("cuda_graphs", False),
             ("overlap_decode", False),
         ):
             if (value := getattr(config, name)) != only:
@@ -239,12 +238,6 @@ class ModelInfo:
                 raise NotAvailableError(
                     f"{flag_of(name)}: not available yet with a packed family, such as this model's"
                 )
-        parallel = config.parallel
-        if config.cuda_graphs and parallel.ulysses_degree * parallel.ring_degree * parallel.tensor_parallel_size > 1:
-            raise NotAvailableError(
-                "--cuda-graphs: not available yet with exchanges in a step; more devices take --cfg-parallel-size and "
-                f"--data-parallel-size, got {parallel.written_out()}"
-            )
 
     def check_parallel(self, parallel: DiffusionParallelConfig) -> None:
         """Raises ConfigError for degrees that this model does not allow, with the valid ones."""

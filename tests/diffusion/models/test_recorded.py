@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,13 @@ import torch
 from tests.diffusion.worker.driving import Drive, make_request
 from tests.tiny_models import build_tiny_qwen_image
 from tests.tiny_z_image import build_tiny_z_image
-from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
+from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.models import recorded
 from vllm_omni.diffusion.packing import Hidden
 from vllm_omni.diffusion.registry import load_model_info
 from vllm_omni.diffusion.worker.device import Device
 from vllm_omni.diffusion.worker.runner import ModelRunner
-from vllm_omni.errors import ConfigError, NotAvailableError
+from vllm_omni.errors import ConfigError
 
 BUILDERS = {"qwen_image": build_tiny_qwen_image, "z_image": build_tiny_z_image}
 ARRIVALS = {
@@ -58,8 +57,7 @@ class Recorder:
 
 def draw(path: Path, recorder: Recorder | None, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Drive:
     monkeypatch.setattr(Device, "recorder", lambda self: recorder)
-    records = recorder is not None
-    runner = ModelRunner(OmniDiffusionConfig(str(path), cuda_graphs=records, **settings), load_model_info(str(path)))
+    runner = ModelRunner(OmniDiffusionConfig(str(path), **settings), load_model_info(str(path)))
     runner.start()
     if recorder is not None:
         recorder.num_records = recorder.num_replays = 0
@@ -75,24 +73,29 @@ def assert_equal(got: Drive, wanted: Drive) -> None:
 
 
 @pytest.mark.parametrize("family", BUILDERS)
-def test_memberships_are_recorded_at_their_third_step(
+def test_memberships_are_recorded_at_their_second_step(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, recorder = BUILDERS[family](tmp_path / "model"), Recorder()
     recorded_drive = draw(path, recorder, monkeypatch)
     assert_equal(recorded_drive, draw(path, None, monkeypatch))
     # a alone has 2 steps; with b 5; all three 2, while a ends with step 8; then b and c 1; c alone 2.
-    assert recorder.num_records == 1
-    assert recorder.num_replays == 3
+    assert recorder.num_records == 4
+    assert recorder.num_replays == 1 + 4 + 1 + 1
 
 
-def test_a_step_cache_is_served_block_by_block(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("refining", [0, 1])
+def test_blocks_that_a_step_cache_runs_by_themselves_are_recorded_so(
+    tmp_path: Path, refining: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = build_tiny_qwen_image(tmp_path / "model", layers=4, time_scale=0.1)
     settings: dict[str, Any] = {
         "cache_backend": "cache_dit",
-        "cache_config": {"max_warmup_steps": 2, "residual_diff_threshold": 1000.0},
+        "cache_config": {"max_warmup_steps": 3, "residual_diff_threshold": 0.1, "Bn_compute_blocks": refining},
     }
-    cached, recorder = draw(tiny_model, None, monkeypatch, **settings), Recorder()
-    assert_equal(draw(tiny_model, recorder, monkeypatch, **settings), cached)
+    cached, recorder = draw(path, None, monkeypatch, **settings), Recorder()
+    assert_equal(draw(path, recorder, monkeypatch, **settings), cached)
+    assert recorder.num_records >= 3  # the first block and others
 
 
 def test_large_steps_are_not_recorded(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +115,7 @@ def test_steps_for_whose_recording_memory_is_missing_are_sent(
 
 
 def test_what_cannot_be_recorded_ends_the_start(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="--cuda-graphs: a step cannot be recorded: not permitted"):
+    with pytest.raises(ConfigError, match="CUDA graphs here: not permitted; --enforce-eager serves without"):
         draw(tiny_model, Recorder(RuntimeError("not permitted")), monkeypatch)
 
 
@@ -121,7 +124,7 @@ def test_what_cannot_be_recorded_later_is_sent_and_nothing_is_recorded_any_more(
 ) -> None:
     recorder = Recorder()
     monkeypatch.setattr(Device, "recorder", lambda self: recorder)
-    runner = ModelRunner(OmniDiffusionConfig(str(tiny_model), cuda_graphs=True), load_model_info(str(tiny_model)))
+    runner = ModelRunner(OmniDiffusionConfig(str(tiny_model)), load_model_info(str(tiny_model)))
     runner.start()
     recorder.error = RuntimeError("not permitted")
     for _ in range(2):
@@ -131,21 +134,16 @@ def test_what_cannot_be_recorded_later_is_sent_and_nothing_is_recorded_any_more(
     assert_equal(drive, draw(tiny_model, None, monkeypatch))
 
 
-@pytest.mark.parametrize("layout", [{"ulysses_degree": 2}, {"ring_degree": 2}, {"tensor_parallel_size": 2}], ids=str)
-def test_exchanges_are_not_recorded(tiny_model: Path, layout: dict[str, int]) -> None:
-    info = load_model_info(str(tiny_model))
-    for degrees, refused in ((layout, True), ({"cfg_parallel_size": 2}, False)):
-        config = OmniDiffusionConfig(str(tiny_model), cuda_graphs=True, parallel=DiffusionParallelConfig(**degrees))
-        with pytest.raises(NotAvailableError, match="--cuda-graphs: not available yet") if refused else nullcontext():
-            info.check_settings(config)
-
-
-def test_a_cpu_takes_no_cuda_graphs(tiny_model: Path) -> None:
-    runner = ModelRunner(
-        OmniDiffusionConfig(str(tiny_model), cuda_graphs=True, device="cpu"), load_model_info(str(tiny_model))
-    )
-    with pytest.raises(ConfigError, match="--cuda-graphs takes a GPU, got cpu"):
+def test_neither_a_cpu_nor_who_enforces_eager_records(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(**settings: Any) -> ModelRunner:
+        runner = ModelRunner(OmniDiffusionConfig(str(tiny_model), **settings), load_model_info(str(tiny_model)))
         runner.start()
+        return runner
+
+    assert start().pipeline.recorder is None
+    monkeypatch.setattr(Device, "recorder", lambda self: Recorder())
+    assert start().pipeline.recorder is not None
+    assert start(enforce_eager=True).pipeline.recorder is None
 
 
 class Summing:
@@ -175,7 +173,7 @@ def test_a_replay_reads_all_that_may_change() -> None:
     recordings, recorder = recorded.Recordings(), Recorder()
     for step in range(10):
         hidden, blocks = Hidden(torch.randn(2, 3), torch.randn(4, 3)), Summing(torch.randn(1, 1, 1 + step % 2, 1, 3))
-        got, wanted = recordings.run(hidden, blocks, recorder), blocks.run(hidden, range(1))
+        got, wanted = recordings.run(hidden, blocks, range(1), recorder), blocks.run(hidden, range(1))
         assert torch.equal(got.text, wanted.text)
         assert torch.equal(got.image, wanted.image)
-    assert (recorder.num_records, recorder.num_replays) == (2, 6)
+    assert (recorder.num_records, recorder.num_replays) == (2, 8)

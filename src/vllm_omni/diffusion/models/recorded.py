@@ -1,12 +1,12 @@
-"""All blocks of a small step given to the device at once, which a host that sends kernel by kernel cannot keep busy.
+"""The blocks of a small step given to the device at once, which a host that sends kernel by kernel cannot keep busy.
 
-The third step of a membership is recorded, and the later ones are the recording played again (on GPUs a CUDA graph).
+What a membership runs for the second time is recorded, and from then on the recording is played (on GPUs a CUDA graph).
+Blocks that a step cache runs by themselves are recorded by themselves.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self, TypeVar
@@ -20,16 +20,14 @@ from vllm_omni.diffusion.packing import Hidden, Pack
 logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 10_000
-"""Of a step. A larger one keeps a device busy for longer than a host takes to send it, and would take much
-memory."""
-RUNS_BEFORE = 2
-"""The first loads libraries and compiles; a membership that ends with the second is not worth the recording."""
+"""Of a step, on each rank. A larger one keeps a device busy for longer than a host takes to send it, and would take
+much memory."""
 
 Output = TypeVar("Output")
 
 
 class Recorder(Protocol):
-    """Of a device. See `worker.device`."""
+    """Of a device, or of several that record alike. See `worker.device` and `worker.recording`."""
 
     failure: Exception | None
     """Why something could not be recorded, for another reason than memory; from then on nothing is."""
@@ -51,49 +49,55 @@ class RecordableBlocks(Blocks, Protocol):
 
 
 class Recordings:
-    """Of one membership of sequences, whose tensors outlive them: one by number of rows of modulation."""
+    """Of one membership of sequences, whose tensors outlive them: by blocks and by number of rows of modulation."""
 
     def __init__(self) -> None:
-        self._runs: Counter[int] = Counter()
-        self._made: dict[int, _Recording] = {}
+        self._seen: set[tuple[range, int]] = set()
+        self._made: dict[tuple[range, int], _Recording | None] = {}
 
-    def run(self, hidden: Hidden, blocks: RecordableBlocks, recorder: Recorder) -> Hidden:
-        """All blocks. What cannot be recorded is sent as it is, with a warning."""
-        num_rows = blocks.rows.shape[2]
-        self._runs[num_rows] += 1
-        if self._runs[num_rows] == RUNS_BEFORE + 1:
-            try:
-                self._made[num_rows] = _Recording(hidden, blocks, recorder)
-            except torch.OutOfMemoryError as error:  # for the recording's own; without it the step may have enough
-                logger.warning("no memory to record a step of %d tokens: %s", blocks.pack.num_tokens, error)
-            except Exception as error:
-                logger.warning("a step of %d tokens cannot be recorded: %s", blocks.pack.num_tokens, error)
-                recorder.failure = error
-        if (recording := self._made.get(num_rows)) is not None:
-            return recording.replay(hidden, blocks.rows)
-        return blocks.run(hidden, range(blocks.num_blocks))
+    def run(self, hidden: Hidden, blocks: RecordableBlocks, which: range, recorder: Recorder) -> Hidden:
+        """`which` blocks. What cannot be recorded is sent as it is, with a warning."""
+        kind = which, blocks.rows.shape[2]
+        if kind not in self._seen:  # what libraries make for new shapes they make now
+            self._seen.add(kind)
+            return blocks.run(hidden, which)
+        if kind not in self._made:
+            self._made[kind] = _record(hidden, blocks, which, recorder)
+        recording = self._made[kind]
+        return blocks.run(hidden, which) if recording is None else recording.replay(hidden, blocks.rows)
+
+
+def _record(hidden: Hidden, blocks: RecordableBlocks, which: range, recorder: Recorder) -> _Recording | None:
+    if recorder.failure is not None:
+        return None
+    try:
+        return _Recording(hidden, blocks, which, recorder)
+    except torch.OutOfMemoryError as error:  # for the recording's own; without it the step may have enough
+        logger.warning("no memory to record a step of %d tokens: %s", blocks.pack.num_tokens, error)
+    except Exception as error:
+        logger.warning("a step of %d tokens cannot be recorded: %s", blocks.pack.num_tokens, error)
+        recorder.failure = error
+    return None
 
 
 class _Recording:
-    def __init__(self, hidden: Hidden, blocks: RecordableBlocks, recorder: Recorder) -> None:
+    def __init__(self, hidden: Hidden, blocks: RecordableBlocks, which: range, recorder: Recorder) -> None:
         self._text, self._image, self._rows = hidden.text.clone(), hidden.image.clone(), blocks.rows.clone()
         self._blocks = blocks.with_rows(self._rows)
-        self._output, self._again = recorder.record(
-            lambda: self._blocks.run(Hidden(self._text, self._image), range(blocks.num_blocks))
-        )
+        self._output, self._again = recorder.record(lambda: self._blocks.run(Hidden(self._text, self._image), which))
 
     def replay(self, hidden: Hidden, rows: Tensor) -> Hidden:
-        """What is returned is true until the next replay."""
         self._text.copy_(hidden.text)
         self._image.copy_(hidden.image)
         self._rows.copy_(rows)
         self._again()
-        return self._output
+        # Recordings share their memory: the next one to be played may write over this one's results.
+        return Hidden(self._output.text.clone(), self._output.image.clone())
 
 
 @dataclass(frozen=True)
 class RecordedBlocks:
-    """`blocks`, recorded where all of them run."""
+    """`blocks`, recorded where they run again and again."""
 
     blocks: RecordableBlocks
     recordings: Recordings
@@ -108,9 +112,7 @@ class RecordedBlocks:
         return self.blocks.pack
 
     def run(self, hidden: Hidden, which: range) -> Hidden:
-        if len(which) < self.num_blocks:
-            return self.blocks.run(hidden, which)
-        return self.recordings.run(hidden, self.blocks, self.recorder)
+        return self.recordings.run(hidden, self.blocks, which, self.recorder) if which else hidden
 
     def signal(self, hidden: Hidden) -> Tensor:
         return self.blocks.signal(hidden)
@@ -122,6 +124,6 @@ class RecordedBlocks:
 
 def recorded(blocks: RecordableBlocks, recordings: Recordings, recorder: Recorder | None) -> Blocks:
     """`blocks` themselves where there is no recorder, or where recording does not pay."""
-    if recorder is None or recorder.failure is not None or blocks.pack.num_tokens > MAX_TOKENS:
+    if recorder is None or recorder.failure is not None or blocks.pack.most_tokens > MAX_TOKENS:
         return blocks
     return RecordedBlocks(blocks, recordings, recorder)

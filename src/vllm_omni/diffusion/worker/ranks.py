@@ -12,8 +12,10 @@ from torch._C._distributed_c10d import TCPStore
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.distributed.groups import GroupBrokenError
 from vllm_omni.diffusion.distributed.mesh import COLLECTIVE_TIMEOUT, Mesh, World
+from vllm_omni.diffusion.models.recorded import Recorder
 from vllm_omni.diffusion.worker.contract import Place
 from vllm_omni.diffusion.worker.device import Device
+from vllm_omni.diffusion.worker.recording import RanksRecorder
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +75,13 @@ class Ranks:
         sent = dict(self._world.sent)
         self._world.sent.clear()
         return sent
+
+    def recorder(self, device: Device) -> Recorder | None:
+        """The device's, for steps of all ranks."""
+        recorder = device.recorder()
+        if recorder is None or self._world is None:
+            return recorder
+        return RanksRecorder(recorder, self.mesh.rank_group, self._world.sent, device.torch)
 
     def attempt(self, run: Callable[[], Output]) -> Output:
         """`run`, which all ranks do together. If it fails on any rank it fails on all, and they meet again.

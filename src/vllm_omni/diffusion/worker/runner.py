@@ -90,8 +90,8 @@ class ModelRunner:
         with WeightsBar(self._info.path, shown=self._place.device_index == 0) as bar:
             self._pipeline = cls.load(self._config, self._info, self._device.torch, dtype, bar.update, self._ranks.mesh)
         if whole is None:
-            if self._config.cuda_graphs:
-                self._pipeline.recorder = self._device.recorder()
+            if not self._config.enforce_eager:
+                self._pipeline.recorder = self._ranks.recorder(self._device)
             variants = None
             if self._compiles(cls):
                 variants = compile_variants
@@ -99,7 +99,9 @@ class ModelRunner:
                 variants = run_variants
             rates = warm_up(self._pipeline, self._info, self._device, bar.num_bytes, self._ranks, variants)
             if (recorder := self._pipeline.recorder) is not None and recorder.failure is not None:
-                raise ConfigError(f"--cuda-graphs: a step cannot be recorded: {recorder.failure}") from recorder.failure
+                raise ConfigError(
+                    f"steps cannot be recorded as CUDA graphs here: {recorder.failure}; --enforce-eager serves without"
+                ) from recorder.failure
         else:
             rates = self._try_whole(whole, bar.num_bytes)
         self._pipeline.step_cache.budget.max_bytes = int(CACHE_SHARE * self._device.free_memory_bytes())

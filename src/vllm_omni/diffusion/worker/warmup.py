@@ -23,8 +23,8 @@ from vllm_omni.inputs.images import InputImage
 BUDGET_SECONDS, DEVICE_BUDGET_SECONDS = 0.8, 4.0
 """Larger batches are tried while all tries together are expected to take less; of a device beside the host, whose best
 batches are larger and whose start takes long anyway."""
-REPEATS, RECORDED_REPEATS = 3, 5
-"""Of a step; one that is recorded is so at the third time."""
+REPEATS, RECORDED_REPEATS = 3, 4
+"""Of a step; one that is recorded is so at the second time."""
 REPEAT_SECONDS = 0.3
 """What takes longer is timed once only."""
 MIN_SAMPLES = 3

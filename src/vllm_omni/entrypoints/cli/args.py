@@ -248,8 +248,9 @@ def _add_compute_flags(group: Any) -> None:
     engine.add(
         "attention_backend", "attention kernel; none: the fastest that runs", choices=get_args(AttentionBackendName)
     )
-    engine.switch("enforce_eager", "do not compile the transformer's blocks (on a CPU they never are)")
-    engine.switch("cuda_graphs", "on a GPU: send small steps as CUDA graphs, from their third on")
+    engine.switch(
+        "enforce_eager", "on a GPU: neither compile the transformer's blocks nor send small steps as CUDA graphs"
+    )
     engine.add(
         "kernels",
         "of what lies between the products in the transformer's blocks; auto: triton on CUDA, torch on a CPU",

@@ -1,0 +1,62 @@
+"""Recordings of steps with exchanges: ranks that compute the same sequences record alike, or not at all."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from vllm_omni.diffusion.distributed.groups import Group
+from vllm_omni.diffusion.models.recorded import Recorder
+
+Output = TypeVar("Output")
+
+_DONE, _NO_MEMORY, _FAILED = 0.0, 1.0, 2.0
+
+
+class RanksRecorder:
+    """A device's recorder, as one of several ranks uses it that record the same at the same time.
+
+    What one rank cannot record none plays. An exchange counts as sent when it is played, not when it is recorded.
+    """
+
+    failure: Exception | None = None
+    """See `Recorder`; all ranks have one, or none."""
+
+    def __init__(self, recorder: Recorder, group: Group, sent: Counter[str], device: torch.device) -> None:
+        """group: those ranks, which exchange tensors on `device`; sent: where they count what they exchange."""
+        self._recorder = recorder
+        self._group = group
+        self._sent = sent
+        self._device = device
+
+    def record(self, run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]:
+        """Waits for the other ranks' recordings. Raises OutOfMemoryError where memory was all that any rank lacked."""
+        before = Counter(self._sent)
+        recorded, failure = None, None
+        try:
+            recorded = self._recorder.record(run)
+        except Exception as error:
+            failure = error
+        cost = self._sent - before
+        self._sent.subtract(cost)
+        self._agree(failure)
+        assert recorded is not None
+        output, play = recorded
+
+        def replay() -> None:
+            play()
+            self._sent.update(cost)
+
+        return output, replay
+
+    def _agree(self, failure: Exception | None) -> None:
+        """Raises on all ranks alike if any failed."""
+        outcome = _DONE if failure is None else _NO_MEMORY if isinstance(failure, torch.OutOfMemoryError) else _FAILED
+        worst = float(self._group.all_max(torch.tensor(outcome, device=self._device)))
+        if worst == _NO_MEMORY:
+            raise torch.OutOfMemoryError(str(failure or "on another rank")) from failure
+        if worst == _FAILED:
+            raise RuntimeError(str(failure or "another rank failed")) from failure
