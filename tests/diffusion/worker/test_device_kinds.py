@@ -13,9 +13,12 @@ import torch
 import vllm_omni
 from tests.entrypoints.openai.live_server import FAKE_INFO
 from tests.fakes import make_config
-from vllm_omni.diffusion.data import DeviceChoice, DiffusionParallelConfig
+from vllm_omni.diffusion.data import DeviceChoice, DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.diffusion.executor import make_executor
+from vllm_omni.diffusion.registry import load_model_info
+from vllm_omni.diffusion.worker import warmup
 from vllm_omni.diffusion.worker.device import Device, Mark, Stopwatch, check_world_size, kind_of
+from vllm_omni.diffusion.worker.runner import ModelRunner
 from vllm_omni.errors import ConfigError
 
 PACKAGE = Path(vllm_omni.__file__).parent
@@ -122,3 +125,19 @@ def test_a_stopwatch_adds_up_by_stage() -> None:
     seconds = watch.seconds()
     assert set(seconds) == {"a", "b"}
     assert min(seconds.values()) > 0
+
+
+@pytest.mark.parametrize(("works_ahead", "num_threads"), [(True, 1), (False, 2)])
+def test_a_host_that_feeds_a_device_shares_no_operation(
+    tiny_model: Path, works_ahead: bool, num_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Device, "works_ahead", works_ahead)
+    monkeypatch.setattr(warmup, "choose_num_threads", lambda *_: None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        config = OmniDiffusionConfig(str(tiny_model), enforce_eager=True)
+        ModelRunner(config, load_model_info(str(tiny_model))).start()
+        assert torch.get_num_threads() == num_threads
+    finally:
+        torch.set_num_threads(before)

@@ -152,6 +152,11 @@ class Device:
         if self.kind == CPU:
             torch.set_num_threads(count)
 
+    def end_loading(self) -> None:
+        """From here on the host only feeds a device beside it, with operations too small to be shared by threads."""
+        if self.works_ahead:
+            torch.set_num_threads(1)
+
     def peak_memory_bytes(self) -> int:
         """Most bytes held so far: of the GPU's memory, or of the process on a CPU."""
         if self.kind == CUDA:

@@ -89,6 +89,7 @@ class ModelRunner:
         ).Pipeline
         with WeightsBar(self._info.path, shown=self._place.device_index == 0) as bar:
             self._pipeline = cls.load(self._config, self._info, self._device.torch, dtype, bar.update, self._ranks.mesh)
+        self._device.end_loading()
         if whole is None:
             if not self._config.enforce_eager:
                 self._pipeline.recorder = self._ranks.recorder(self._device)
