@@ -429,6 +429,22 @@ def test_eta_is_arithmetic_on_the_measured_rate() -> None:
     assert scheduler.seconds_per_unit == pytest.approx(3 * PER_TOKEN, rel=0.05)
 
 
+def test_a_plan_is_expected_to_take_what_the_same_one_before_it_took() -> None:
+    scheduler, runner, request = make_scheduler(), FakeRunner(), make_request("r", 64, 4)
+    scheduler.add([request])
+    expected = []
+    for seconds in (9.0, 5.0, 7.0, 8.0, 2.0, 0.0):  # encode, four steps, decode
+        plan = scheduler.schedule()
+        assert plan is not None
+        expected.append(scheduler.plan_seconds)
+        rate, work = scheduler.seconds_per_unit, step_work(plan, {"r": request})
+        if len(expected) in (1, 2, 6):  # the first of their kinds
+            assert expected[-1] == pytest.approx(rate * work)
+        scheduler.update(runner.execute(plan), seconds)
+    assert expected[2:5] == [5.0, 7.0, 8.0]
+    assert scheduler.plan_seconds == 0.0
+
+
 def test_eta_predicts_a_simulated_run() -> None:
     """One request a step: the estimate at arrival is the latency, whoever is ahead."""
     for seed in range(20):
