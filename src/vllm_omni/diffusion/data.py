@@ -208,7 +208,8 @@ class OmniDiffusionConfig:
     enforce_eager: bool = False
     """On a GPU: neither compile the transformer's blocks nor record small steps as CUDA graphs."""
     kernels: KernelsName = "auto"
-    """Of what lies between the products in the transformer's blocks. `auto`: Triton on CUDA, PyTorch on a CPU."""
+    """Of what lies between the products in the transformer's blocks, and of norms in Z-Image's VAE. `auto`: Triton on
+    CUDA, PyTorch on a CPU."""
     distributed_executor_backend: ExecutorBackend = "mp"
     scheduling_policy: SchedulingPolicy = "fair"
     max_num_seqs: int = 16

@@ -253,7 +253,8 @@ def _add_compute_flags(group: Any) -> None:
     )
     engine.add(
         "kernels",
-        "of what lies between the products in the transformer's blocks; auto: triton on CUDA, torch on a CPU",
+        "of what lies between the products in the transformer's blocks, and of norms in Z-Image's VAE; auto: triton on "
+        "CUDA, torch on a CPU",
         choices=get_args(KernelsName),
     )
     engine.add("distributed_executor_backend", "where workers live", choices=get_args(ExecutorBackend))

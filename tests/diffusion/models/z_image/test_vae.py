@@ -12,9 +12,10 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
 from tests.diffusion.distributed.ranks import run_ranks
-from vllm_omni.diffusion.data import DiffusionParallelConfig
+from vllm_omni.diffusion.data import DiffusionParallelConfig, KernelsName
 from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.distributed.mesh import World
+from vllm_omni.diffusion.layers.kernels import create_kernels
 from vllm_omni.diffusion.models.z_image.vae import PictureDecoder
 from vllm_omni.diffusion.sampling import unpack_latents
 
@@ -35,14 +36,19 @@ def tokens() -> list[Tensor]:
     return [torch.randn((rows * columns, 64), generator=generator) for rows, columns in GRIDS]
 
 
-def decode(world: World, path: Path, one_at_a_time: bool) -> tuple[list[np.ndarray], dict[str, int]]:
-    return arrays(PictureDecoder(load(path), one_at_a_time, False, world.mesh.vae)), dict(world.sent)
+def decode(
+    world: World, path: Path, one_at_a_time: bool, kernels: KernelsName
+) -> tuple[list[np.ndarray], dict[str, int]]:
+    decoder = PictureDecoder(load(path), one_at_a_time, False, world.mesh.vae, create_kernels(kernels))
+    return arrays(decoder), dict(world.sent)
 
 
-@pytest.mark.parametrize("one_at_a_time", [False, True])
-def test_pictures_of_ranks_are_those_of_one_and_of_diffusers(turbo: Path, one_at_a_time: bool) -> None:
+@pytest.mark.parametrize(("one_at_a_time", "kernels"), [(False, "torch"), (True, "torch"), (False, "triton")])
+def test_pictures_of_ranks_are_those_of_one_and_of_diffusers(
+    turbo: Path, one_at_a_time: bool, kernels: KernelsName
+) -> None:
     parallel = DiffusionParallelConfig(ulysses_degree=3, vae_patch_parallel_size=3)
-    (first, sent), *others = run_ranks(decode, parallel, turbo, one_at_a_time)
+    (first, sent), *others = run_ranks(decode, parallel, turbo, one_at_a_time, kernels)
     assert [pictures for pictures, _ in others] == [[], []]
     assert sent["all_to_all"] == 0, "only what other ranks decoded travels"
     alone = arrays(PictureDecoder(load(turbo), one_at_a_time, True, Group.alone()))

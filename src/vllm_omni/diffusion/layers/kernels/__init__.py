@@ -1,4 +1,4 @@
-"""Operations between the products of a block: plain PyTorch, or fused in Triton."""
+"""Operations between the products of a block, or a VAE's convolutions: plain PyTorch, or fused in Triton."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ class Kernels(Protocol):
     """See `TorchKernels` for what each computes."""
 
     picks_rows: bool
+    normalizes_channels_last: bool
 
     def norm_modulate(
         self, x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None, eps: float, float8: bool = False
@@ -40,6 +41,10 @@ class Kernels(Protocol):
     def heads(
         self, streams: Sequence[Projected], order: Tensor | None, stream: Tensor | None, rotations: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def group_norm(
+        self, x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool = False
+    ) -> Tensor: ...
 
 
 def create_kernels(name: KernelsName) -> Kernels:

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_omni.diffusion.layers import rounding
+from vllm_omni.diffusion.layers.kernels.group_norm import group_norm
 from vllm_omni.diffusion.layers.kernels.reference import Projected
 from vllm_omni.diffusion.layers.rounding import FLOAT8, LARGEST, Float8Rows, Rows
 
@@ -28,6 +29,7 @@ class TritonKernels:
     """See `TorchKernels` for what each computes."""
 
     picks_rows = True
+    normalizes_channels_last = True
 
     def norm_modulate(
         self, x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None, eps: float, float8: bool = False
@@ -97,6 +99,11 @@ class TritonKernels:
             )  # fmt: skip
         q, k, v = out.unbind()
         return q, k, v
+
+    def group_norm(
+        self, x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool = False
+    ) -> Tensor:
+        return group_norm(x, num_groups, weight, bias, eps, silu)
 
 
 def _results(x: Tensor, num_rows: int, float8: bool) -> tuple[Tensor, Tensor]:

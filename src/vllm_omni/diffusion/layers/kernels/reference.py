@@ -34,6 +34,8 @@ class TorchKernels:
 
     picks_rows = False
     """Whether `places` cost nothing."""
+    normalizes_channels_last = False
+    """Whether `group_norm` reads and writes channels-last memory as it is."""
 
     def norm_modulate(
         self, x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None, eps: float, float8: bool = False
@@ -82,6 +84,13 @@ class TorchKernels:
         scale = weight[0] if stream is None else weight.index_select(0, stream)
         q, k = rotate(rms_norm(qkv[:, :2], scale, eps), rotations).unbind(1)
         return q, k, qkv[:, 2]
+
+    def group_norm(
+        self, x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool = False
+    ) -> Tensor:
+        """GroupNorm, and SiLU of it. x: [N, C, ...]; weight, bias: [C], None: 1 and 0 -> as x."""
+        out = F.group_norm(x, num_groups, weight, bias, eps)
+        return F.silu(out) if silu else out
 
 
 def _rounded(x: Tensor, float8: bool) -> Rows:

@@ -126,9 +126,10 @@ class Pipeline(FlowPipeline[ZImageState, Forward]):
         path = info.path
         text_encoder = TextEncoder(path, device, dtype, mesh.text_encoder, on_bytes, config.load_format)
         vae = load_autoencoder(AutoencoderKL, path / "vae", device, dtype, on_bytes, config.load_format)
+        kernels = create_kernels(config.kernels)
         with torch.device("meta"):
             values = TransformerConfig.from_dict(read_config(path, "transformer"))
-            transformer = ZImageTransformer(values, mesh.tensor, create_kernels(config.kernels))
+            transformer = ZImageTransformer(values, mesh.tensor, kernels)
         load_weights(
             transformer,
             path / "transformer",
@@ -142,7 +143,7 @@ class Pipeline(FlowPipeline[ZImageState, Forward]):
         return cls(
             transformer=transformer,
             text_encoder=text_encoder,
-            decoder=PictureDecoder(vae.to(device), config.vae_use_slicing, config.vae_use_tiling, mesh.vae),
+            decoder=PictureDecoder(vae.to(device), config.vae_use_slicing, config.vae_use_tiling, mesh.vae, kernels),
             scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(path / "scheduler"),
             pixels_per_token=info.pixels_per_token,
             attention_backend=config.attention_backend,

@@ -10,6 +10,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from vllm_omni.diffusion.distributed.groups import Group
+from vllm_omni.diffusion.layers.kernels import Kernels
+from vllm_omni.diffusion.models.channels_last import put_channels_last
 from vllm_omni.diffusion.models.pictures import LatentDecoder
 from vllm_omni.diffusion.models.tiles import Tiling
 from vllm_omni.diffusion.sampling import unpack_latents
@@ -18,8 +20,13 @@ from vllm_omni.diffusion.sampling import unpack_latents
 class PictureDecoder:
     """Decodes token latents; see `LatentDecoder` for the rest."""
 
-    def __init__(self, vae: AutoencoderKL, one_at_a_time: bool, tiled: bool, group: Group) -> None:
+    def __init__(
+        self, vae: AutoencoderKL, one_at_a_time: bool, tiled: bool, group: Group, kernels: Kernels | None = None
+    ) -> None:
+        """kernels: of the norms, which decide on the memory's order; None: plain PyTorch."""
         vae.encoder = nn.Identity()  # frees its weights
+        if kernels is not None and kernels.normalizes_channels_last:
+            put_channels_last(vae.decoder, kernels)
         if tiled:
             vae.enable_tiling()
         self._dtype: torch.dtype = vae.dtype
