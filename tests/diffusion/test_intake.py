@@ -414,6 +414,10 @@ def test_guidance_without_a_negative_prompt_is_priced() -> None:
     whole = Intake(OmniDiffusionConfig("demo"), WHOLE, READY)
     (guided,) = whole.resolve(OmniPrompt("a cat"), OmniDiffusionSamplingParams(), "r")
     (plain,) = whole.resolve(OmniPrompt("a cat"), OmniDiffusionSamplingParams(guidance_scale=1.0), "r")
+    (one_of_two, _) = whole.resolve(
+        OmniPrompt("a cat"), OmniDiffusionSamplingParams(guidance_scale=1.0, num_outputs_per_prompt=2), "r"
+    )
+    assert one_of_two.cost == plain.cost  # diffusers encodes for each
     assert (len(guided.cost.branch_tokens), len(plain.cost.branch_tokens)) == (2, 1)
     assert (guided.guidance_scale, guided.negative_prompt) == (5.0, None)
 
@@ -483,7 +487,8 @@ def test_an_edit_is_as_large_as_its_last_picture_and_priced_with_all_of_them() -
     assert first.num_image_tokens == 15
     assert first.num_reference_tokens == 8 + 15
     assert first.cost.branch_tokens == (15 + 23 + 2 + 20, 15 + 23 + 1 + 20)
-    assert first.cost.encode == 0.5 * (22 + 21) + 2.0 * 23
+    assert first.cost.encode == (0.5 * (22 + 21) + 2.0 * 23) / 2  # prompts and pictures are encoded once
+    assert first.cost == second.cost
     assert first.cost.decode == 2.0 * 15
 
 

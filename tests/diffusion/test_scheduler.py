@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -427,6 +428,16 @@ def test_eta_is_arithmetic_on_the_measured_rate() -> None:
         assert plan is not None
         scheduler.update(runner.execute(plan), 3 * step_seconds(plan, requests))
     assert scheduler.seconds_per_unit == pytest.approx(3 * PER_TOKEN, rel=0.05)
+
+
+@pytest.mark.parametrize(("price", "together"), [(25.0, True), (100.0, False)])
+def test_pictures_that_share_the_price_of_their_prompt_begin_and_end_together(price: float, together: bool) -> None:
+    """All are encoded in one plan; at the full price of each there would be steps of some alone."""
+    one = make_request("r", 64, 4)
+    requests = [replace(one, request_id=f"r-{i}", cost=replace(one.cost, encode=price)) for i in range(4)]
+    simulation = Simulation(make_scheduler(200), [(0.0, request) for request in requests])
+    packs = [plan.denoise for plan in simulation.steps() if plan.denoise]
+    assert (packs == [["r-0", "r-1", "r-2", "r-3"]] * 4) == together
 
 
 def test_a_plan_is_expected_to_take_what_the_same_one_before_it_took() -> None:

@@ -99,10 +99,10 @@ class Intake:
         guides = true_cfg_scale > 1 and not (guidance.needs_negative_prompt and negative is None)
         branches = [num_tokens, num_negative or 0] if guides else [num_tokens]
         num_seen = self._info.count_image_prompt_tokens(images)
-        first = replace(first, cost=self._price(first, [n + num_seen for n in branches]))
-        return [
-            replace(first, request_id=f"{request_id}-{i}", seed=seed + i) for i in range(filled.num_outputs_per_prompt)
-        ]
+        cost, count = self._price(first, [n + num_seen for n in branches]), filled.num_outputs_per_prompt
+        if self._info.whole is None:  # which encodes a prompt once: with their parts of the price all begin together
+            cost = replace(cost, encode=cost.encode / count)
+        return [replace(first, request_id=f"{request_id}-{i}", seed=seed + i, cost=cost) for i in range(count)]
 
     def fit_images(self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams) -> OmniPrompt:
         """The prompt with its pictures as a request has them, which `resolve` then leaves as they are.
