@@ -63,3 +63,16 @@ def test_recorded_steps_draw_the_same(
     found = [psnr(recorded.images[i], picture) for i, picture in eager.images.items()]
     print(f"{family} {quantization}: {found}")
     assert min(found) >= (35 if quantization else 50)
+
+
+def test_memory_of_recordings_is_given_back(tmp_path: Path) -> None:
+    path = BUILDERS["qwen_image"](tmp_path / "model")
+    runner = ModelRunner(OmniDiffusionConfig(model=str(path), dtype="float32"), load_model_info(str(path)))
+    runner.start()
+    first = Drive(runner).run(ARRIVALS)
+    before = torch.cuda.memory_reserved()
+    runner._release_memory()
+    assert torch.cuda.memory_reserved() < before
+    again = Drive(runner).run(ARRIVALS)
+    assert again.errors == {}
+    assert min(psnr(again.images[i], picture) for i, picture in first.images.items()) >= 50

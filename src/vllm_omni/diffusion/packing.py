@@ -232,5 +232,8 @@ class MembershipCache(Generic[Built]):
         for key in [key for key in self._entries if member in key]:
             del self._entries[key]
 
+    def clear(self) -> None:
+        self._entries.clear()
+
     def __len__(self) -> int:
         return len(self._entries)

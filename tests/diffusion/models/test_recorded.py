@@ -34,7 +34,7 @@ class Recorder:
     """What is recorded is computed from what the inputs hold when it is played again, into the same results."""
 
     def __init__(self, error: Exception | None = None) -> None:
-        self.num_records = self.num_replays = 0
+        self.num_records = self.num_replays = self.num_releases = 0
         self.error = error
         self.failure: Exception | None = None
 
@@ -53,6 +53,9 @@ class Recorder:
             output.image.copy_(again.image)
 
         return output, replay
+
+    def release(self) -> None:
+        self.num_releases += 1
 
 
 def draw(path: Path, recorder: Recorder | None, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Drive:
@@ -131,6 +134,31 @@ def test_what_cannot_be_recorded_later_is_sent_and_nothing_is_recorded_any_more(
         drive = Drive(runner).run(ARRIVALS)
         assert not drive.errors
     assert sum("cannot be recorded: not permitted" in r.getMessage() for r in caplog.records) == 1
+    assert_equal(drive, draw(tiny_model, None, monkeypatch))
+
+
+def test_a_step_that_runs_out_of_memory_drops_all_recordings(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder()
+    monkeypatch.setattr(Device, "recorder", lambda self: recorder)
+    runner = ModelRunner(OmniDiffusionConfig(str(tiny_model)), load_model_info(str(tiny_model)))
+    runner.start()
+    recorder.num_records = 0
+    pipeline: Any = runner.pipeline
+    predict, num_in_company, held = pipeline.predict, [0], []
+
+    def short_of_memory(states: Any, groups: Any) -> Any:
+        num_in_company[0] += len(states) > 1
+        if len(states) > 1 and num_in_company[0] == 3:
+            held.append((recorder.num_records, len(pipeline._layouts)))
+            raise torch.OutOfMemoryError("no room")
+        if held and len(states) == 1 and len(held) == 1:
+            held.append((recorder.num_releases, len(pipeline._layouts)))
+        return predict(states, groups)
+
+    monkeypatch.setattr(pipeline, "predict", short_of_memory)
+    drive = Drive(runner).run(ARRIVALS)
+    assert not drive.errors
+    assert held == [(2, 2), (1, 0)]  # those of a alone and with b; then none
     assert_equal(drive, draw(tiny_model, None, monkeypatch))
 
 

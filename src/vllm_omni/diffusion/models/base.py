@@ -67,6 +67,9 @@ class BasePipeline(ABC, Generic[State]):
     recorder: Recorder | None = None
     """Of the device, where it records the blocks of small steps."""
 
+    def release_memory(self) -> None:
+        """Drop what can be made again, for a step that ran out of memory."""
+
     @classmethod
     @abstractmethod
     def load(

@@ -74,5 +74,10 @@ class FlowPipeline(BasePipeline[State], Generic[State, Forward]):
     def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[Tensor]:
         return self.decoder(latents, [self._grid(request) for request in requests])
 
+    def release_memory(self) -> None:
+        self._layouts.clear()
+        if self.recorder is not None:
+            self.recorder.release()
+
     def forget(self, state: State) -> None:
         self._layouts.forget(state)

@@ -36,6 +36,10 @@ class Recorder(Protocol):
         """What `run` gives the device is not done, but recorded: its result, which each replay makes anew in place."""
         ...
 
+    def release(self) -> None:
+        """Give back the memory of recordings that are gone."""
+        ...
+
 
 class RecordableBlocks(Blocks, Protocol):
     @property

@@ -211,11 +211,18 @@ class Recorder:
     def __init__(self, device: Device) -> None:
         self._stream = torch.cuda.Stream(device.torch)  # the main one cannot be recorded
         self._pool = torch.cuda.graph_pool_handle()
-        # A pool whose last graph is gone cannot be used again: this one stays.
-        self._first = self.record(lambda: torch.zeros(1, device=device.torch))
+        self._first: tuple[Tensor, Callable[[], None]] | None = None
+
+    def release(self) -> None:
+        """Give back the memory of recordings that are gone."""
+        self._first = None
 
     def record(self, run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]:
         """What `run` gives the device is not done, but recorded: its result, which each replay makes anew in place."""
+        if self._first is None:
+            # A pool whose last graph is gone cannot be used again: a fresh one, and a graph that stays until `release`.
+            self._pool = torch.cuda.graph_pool_handle()
+            self._first = self._capture(lambda: torch.zeros(1, device=self._stream.device))
         try:
             return self._capture(run)
         except torch.OutOfMemoryError:

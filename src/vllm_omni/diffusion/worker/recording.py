@@ -52,6 +52,9 @@ class RanksRecorder:
 
         return output, replay
 
+    def release(self) -> None:
+        self._recorder.release()
+
     def _agree(self, failure: Exception | None) -> None:
         """Raises on all ranks alike if any failed."""
         outcome = _DONE if failure is None else _NO_MEMORY if isinstance(failure, torch.OutOfMemoryError) else _FAILED

@@ -266,7 +266,7 @@ class ModelRunner:
                 raise
             except Exception:
                 # Whatever it was, it belongs to one of the items (or to their number): the retries tell which.
-                self._device.release_memory()
+                self._release_memory()
         return self._each(items, id_of, lambda item: run([item])[0], result, together)
 
     def _each(
@@ -288,8 +288,12 @@ class ModelRunner:
             except Exception as error:
                 # One request's fault, of whatever kind, must not reach its neighbours.
                 result.errors[id_of(item)] = _item_error(error)
-                self._device.release_memory()
+                self._release_memory()
         return outputs
+
+    def _release_memory(self) -> None:
+        self.pipeline.release_memory()
+        self._device.release_memory()
 
     def _run(self, run: Callable[[], Output], together: bool) -> Output:
         return self._ranks.attempt(run) if together else run()
