@@ -91,6 +91,7 @@ class ShardedAttention:
         if ring.size == 1:
             return self._backend.attend(q, k, v, mine, mine)
         merged = Merged()
+        ring.forget()  # a call that failed may have left a block on its way
         kv = torch.stack((k, v))
         for step in range(ring.size):
             held = offsets[(ring.rank - step) % ring.size]

@@ -49,6 +49,10 @@ class Ring:
             works = dist.batch_isend_irecv(jobs) if jobs else []
         self._under_way = _UnderWay(group.process_group, works, outgoing, incoming)
 
+    def forget(self) -> None:
+        """The block that is on its way, if there is one."""
+        self._under_way = None
+
     def wait(self) -> Tensor:
         """The block that has arrived. Raises RuntimeError without a `post`, GroupBrokenError when it is lost."""
         if self._under_way is None:

@@ -63,8 +63,9 @@ class Recordings:
         """`which` blocks. What cannot be recorded is sent as it is, with a warning."""
         kind = which, blocks.rows.shape[2]
         if kind not in self._seen:  # what libraries make for new shapes they make now
+            output = blocks.run(hidden, which)
             self._seen.add(kind)
-            return blocks.run(hidden, which)
+            return output
         if kind not in self._made:
             self._made[kind] = _record(hidden, blocks, which, recorder)
         recording = self._made[kind]
@@ -86,14 +87,22 @@ def _record(hidden: Hidden, blocks: RecordableBlocks, which: range, recorder: Re
 
 class _Recording:
     def __init__(self, hidden: Hidden, blocks: RecordableBlocks, which: range, recorder: Recorder) -> None:
-        self._text, self._image, self._rows = hidden.text.clone(), hidden.image.clone(), blocks.rows.clone()
-        self._blocks = blocks.with_rows(self._rows)
-        self._output, self._again = recorder.record(lambda: self._blocks.run(Hidden(self._text, self._image), which))
+        made: list[tuple[Hidden, RecordableBlocks]] = []
+
+        def run() -> Hidden:
+            if not made:  # within the recording, where a lack of memory is a failure that all ranks hear of
+                inputs = Hidden(torch.empty_like(hidden.text), torch.empty_like(hidden.image))
+                made.append((inputs, blocks.with_rows(torch.empty_like(blocks.rows))))
+            inputs, own_blocks = made[0]
+            return own_blocks.run(inputs, which)
+
+        self._output, self._again = recorder.record(run)
+        ((self._inputs, self._blocks),) = made
 
     def replay(self, hidden: Hidden, rows: Tensor) -> Hidden:
-        self._text.copy_(hidden.text)
-        self._image.copy_(hidden.image)
-        self._rows.copy_(rows)
+        self._inputs.text.copy_(hidden.text)
+        self._inputs.image.copy_(hidden.image)
+        self._blocks.rows.copy_(rows)
         self._again()
         # Recordings share their memory: the next one to be played may write over this one's results.
         return Hidden(self._output.text.clone(), self._output.image.clone())

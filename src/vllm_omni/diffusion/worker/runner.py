@@ -292,7 +292,8 @@ class ModelRunner:
         return outputs
 
     def _release_memory(self) -> None:
-        self.pipeline.release_memory()
+        if self._ranks.size == 1:  # what several have recorded they must drop together, or one records alone
+            self.pipeline.release_memory()
         self._device.release_memory()
 
     def _run(self, run: Callable[[], Output], together: bool) -> Output:
