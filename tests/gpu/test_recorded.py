@@ -71,7 +71,7 @@ def test_memory_of_recordings_is_given_back(tmp_path: Path) -> None:
     runner.start()
     first = Drive(runner).run(ARRIVALS)
     before = torch.cuda.memory_reserved()
-    runner._release_memory()
+    runner._release_memory(RuntimeError())
     assert torch.cuda.memory_reserved() < before
     again = Drive(runner).run(ARRIVALS)
     assert again.errors == {}

@@ -101,7 +101,8 @@ class Intake:
         num_seen = self._info.count_image_prompt_tokens(images)
         cost, count = self._price(first, [n + num_seen for n in branches]), filled.num_outputs_per_prompt
         if self._info.whole is None:  # which encodes a prompt once: with their parts of the price all begin together
-            cost = replace(cost, encode=cost.encode / count)
+            replicas = self._config.parallel.data_parallel_size  # each encodes it
+            cost = replace(cost, encode=cost.encode * min(1, replicas / count))
         return [replace(first, request_id=f"{request_id}-{i}", seed=seed + i, cost=cost) for i in range(count)]
 
     def fit_images(self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams) -> OmniPrompt:

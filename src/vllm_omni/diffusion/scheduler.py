@@ -148,8 +148,8 @@ class _UnderWay:
     work: float
 
     @property
-    def kind(self) -> list[tuple[str, Phase, bool]]:
-        """What it does; plans of one kind take equally long, but for what a step cache skips."""
+    def tasks(self) -> list[tuple[str, Phase, bool]]:
+        """What it does for whom; plans of the same tasks take equally long, but for what a step cache skips."""
         return [(item.entry.request.request_id, item.phase, item.preview) for item in self.items]
 
 
@@ -181,7 +181,7 @@ class Scheduler:
         self._entries: dict[str, Entry] = {}
         self._under_way: deque[_UnderWay] = deque()
         self._last: tuple[list[tuple[str, Phase, bool]], float] = [], 0.0
-        """Of the plan that was done last: its kind, and the seconds it took."""
+        """Of the plan that was done last: its tasks, and the seconds it took."""
         self._release: list[str] = []
         self._planned_work = 0.0
         self._next_number = 0
@@ -327,7 +327,7 @@ class Scheduler:
         if under_way.work > 0:
             self._rate_work = _RATE_MEMORY * self._rate_work + under_way.work
             self._rate_seconds = _RATE_MEMORY * self._rate_seconds + seconds
-        self._last = under_way.kind, seconds
+        self._last = under_way.tasks, seconds
         update = Update()
         for item in under_way.items:
             request_id = item.entry.request.request_id
@@ -420,11 +420,11 @@ class Scheduler:
 
     @property
     def plan_seconds(self) -> float:
-        """Estimated duration of the oldest plan under way: that of one of its kind if it was the last; 0 for none."""
+        """Estimated duration of the oldest plan under way: that of the last if its tasks are the same; 0 for none."""
         if not self._under_way:
             return 0.0
-        oldest, (last_kind, last_seconds) = self._under_way[0], self._last
-        return last_seconds if oldest.kind == last_kind else oldest.work * self.seconds_per_unit
+        oldest, (last_tasks, last_seconds) = self._under_way[0], self._last
+        return last_seconds if oldest.tasks == last_tasks else oldest.work * self.seconds_per_unit
 
     def eta_seconds(self, requests: Sequence[DiffusionRequest]) -> float:
         """Time until the last of `requests` is done, be they here already or about to be added."""

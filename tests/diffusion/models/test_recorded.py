@@ -36,7 +36,7 @@ class Recorder:
     def __init__(self, error: Exception | None = None) -> None:
         self.num_records = self.num_replays = self.num_releases = 0
         self.error = error
-        self.failure: Exception | None = None
+        self.failure: str | None = None
 
     def record(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         if self.error is not None:

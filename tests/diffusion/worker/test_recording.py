@@ -14,7 +14,7 @@ import torch
 
 from tests.diffusion.distributed.ranks import run_places
 from tests.diffusion.models.test_recorded import ARRIVALS, Recorder
-from tests.diffusion.worker.driving import Drive, psnr
+from tests.diffusion.worker.driving import Drive, make_request, psnr
 from tests.diffusion.worker.replica import merging, started
 from tests.diffusion.worker.test_layouts import placed_in_turn
 from tests.tiny_models import build_tiny_qwen_image
@@ -130,3 +130,31 @@ def test_what_one_rank_cannot_record_none_plays(
         check(pictures, one)
         assert num_replays == 0
         assert has_failed == fails
+
+
+def draw_with_a_failed_decode(
+    place: Place, parallel: DiffusionParallelConfig, path: Path, recorder: SilentRecorder
+) -> tuple[list[str], list[str], int]:
+    """Errors, pictures, how often recordings were dropped: "late" beside "early", whose decode fails on rank 0."""
+    Device.recorder = lambda self: recorder  # type: ignore[assignment,method-assign]  # in a process of its own
+    runner = started(place, parallel, path)
+    assert runner._ranks._world is not None
+    recorder.sent = runner._ranks._world.sent
+    decode = runner.pipeline.decode
+
+    def failing(requests: Any, latents: Any) -> Any:
+        if requests and requests[0].request_id == "early" and place.rank == 0:
+            raise torch.OutOfMemoryError("no room")
+        return decode(requests, latents)
+
+    runner.pipeline.decode = failing  # type: ignore[method-assign]
+    late = make_request("late", num_inference_steps=14, true_cfg_scale=1.0)  # alone in a membership known by then
+    early = make_request("early", negative_prompt="", num_inference_steps=3)
+    drive = Drive(runner, merge=merging(runner)).run({0: [late], 4: [early]})
+    return list(drive.errors), list(drive.images), recorder.num_releases
+
+
+def test_what_one_rank_lacks_memory_for_makes_all_drop_their_recordings_together(path: Path) -> None:
+    parallel = DiffusionParallelConfig(**LAYOUTS["ulysses 2"])
+    for outcome in run_places(draw_with_a_failed_decode, parallel, parallel, path, SilentRecorder()):
+        assert outcome == (["early"], ["late"], 1)

@@ -29,7 +29,7 @@ Output = TypeVar("Output")
 class Recorder(Protocol):
     """Of a device, or of several that record alike. See `worker.device` and `worker.recording`."""
 
-    failure: Exception | None
+    failure: str | None
     """Why something could not be recorded, for another reason than memory; from then on nothing is."""
 
     def record(self, run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]:
@@ -81,7 +81,7 @@ def _record(hidden: Hidden, blocks: RecordableBlocks, which: range, recorder: Re
         logger.warning("no memory to record a step of %d tokens: %s", blocks.pack.num_tokens, error)
     except Exception as error:
         logger.warning("a step of %d tokens cannot be recorded: %s", blocks.pack.num_tokens, error)
-        recorder.failure = error
+        recorder.failure = str(error)
     return None
 
 

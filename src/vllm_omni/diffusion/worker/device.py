@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -153,7 +153,10 @@ class Device:
             torch.set_num_threads(count)
 
     def end_loading(self) -> None:
-        """From here on the host only feeds a device beside it, with operations too small to be shared by threads."""
+        """From here on the host only feeds a device beside it, with operations too small to be shared by threads.
+
+        For this process as a whole.
+        """
         if self.works_ahead:
             torch.set_num_threads(1)
 
@@ -205,12 +208,12 @@ class Stream:
 class Recorder:
     """CUDA graphs, one after another in one pool of memory: they must not run at the same time."""
 
-    failure: Exception | None = None
+    failure: str | None = None
     """Why something could not be recorded, for another reason than memory; from then on nothing is."""
 
     def __init__(self, device: Device) -> None:
         self._stream = torch.cuda.Stream(device.torch)  # the main one cannot be recorded
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
         self._first: tuple[Tensor, Callable[[], None]] | None = None
 
     def release(self) -> None:
@@ -219,15 +222,18 @@ class Recorder:
 
     def record(self, run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]:
         """What `run` gives the device is not done, but recorded: its result, which each replay makes anew in place."""
+        try:
+            return self._capture_in_pool(run)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()  # which a recording, once begun, does not do by itself
+            return self._capture_in_pool(run)
+
+    def _capture_in_pool(self, run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]:
         if self._first is None:
             # A pool whose last graph is gone cannot be used again: a fresh one, and a graph that stays until `release`.
             self._pool = torch.cuda.graph_pool_handle()
             self._first = self._capture(lambda: torch.zeros(1, device=self._stream.device))
-        try:
-            return self._capture(run)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()  # which a recording, once begun, does not do by itself
-            return self._capture(run)
+        return self._capture(run)
 
     def _capture(self, run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()

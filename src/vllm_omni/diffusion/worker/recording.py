@@ -22,8 +22,8 @@ class RanksRecorder:
     What one rank cannot record none plays. An exchange counts as sent when it is played, not when it is recorded.
     """
 
-    failure: Exception | None = None
-    """See `Recorder`; all ranks have one, or none."""
+    failure: str | None = None
+    """See `Recorder`; all ranks of the group have one, or none."""
 
     def __init__(self, recorder: Recorder, group: Group, sent: Counter[str], device: torch.device) -> None:
         """group: those ranks, which exchange tensors on `device`; sent: where they count what they exchange."""
@@ -35,15 +35,30 @@ class RanksRecorder:
     def record(self, run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]:
         """Waits for the other ranks' recordings. Raises OutOfMemoryError where memory was all that any rank lacked."""
         before = Counter(self._sent)
-        recorded, failure = None, None
+        cost: Counter[str] = Counter()
+
+        def counted() -> Output:
+            nonlocal cost
+            start = Counter(self._sent)
+            output = run()
+            cost = self._sent - start
+            return output
+
+        recorded = None
+        outcome, reason = _DONE, "on another rank"
         try:
-            recorded = self._recorder.record(run)
+            recorded = self._recorder.record(counted)
+        except torch.OutOfMemoryError as error:
+            outcome, reason = _NO_MEMORY, str(error)
         except Exception as error:
-            failure = error
-        cost = self._sent - before
-        self._sent.subtract(cost)
-        self._agree(failure)
-        assert recorded is not None
+            outcome, reason = _FAILED, str(error)
+        self._sent.clear()
+        self._sent.update(before)
+        worst = float(self._group.all_max(torch.tensor(outcome, device=self._device)))
+        if worst == _NO_MEMORY:
+            raise torch.OutOfMemoryError(reason)
+        if recorded is None or worst == _FAILED:
+            raise RuntimeError(reason)
         output, play = recorded
 
         def replay() -> None:
@@ -54,12 +69,3 @@ class RanksRecorder:
 
     def release(self) -> None:
         self._recorder.release()
-
-    def _agree(self, failure: Exception | None) -> None:
-        """Raises on all ranks alike if any failed."""
-        outcome = _DONE if failure is None else _NO_MEMORY if isinstance(failure, torch.OutOfMemoryError) else _FAILED
-        worst = float(self._group.all_max(torch.tensor(outcome, device=self._device)))
-        if worst == _NO_MEMORY:
-            raise torch.OutOfMemoryError(str(failure or "on another rank")) from failure
-        if worst == _FAILED:
-            raise RuntimeError(str(failure or "another rank failed")) from failure

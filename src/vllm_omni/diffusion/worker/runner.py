@@ -59,6 +59,8 @@ class ModelRunner:
         self._states: dict[str, RequestState] = {}
         self._aborted: set[str] = set()
         self._failed_elsewhere: list[str] = []
+        self._lacks_memory = False
+        """Whether the other ranks are to be asked to drop with this one what can be made again."""
 
     @property
     def pipeline(self) -> BasePipeline[Any]:
@@ -102,7 +104,7 @@ class ModelRunner:
             if (recorder := self._pipeline.recorder) is not None and recorder.failure is not None:
                 raise ConfigError(
                     f"steps cannot be recorded as CUDA graphs here: {recorder.failure}; --enforce-eager serves without"
-                ) from recorder.failure
+                )
         else:
             rates = self._try_whole(whole, bar.num_bytes)
         self._pipeline.step_cache.budget.max_bytes = int(CACHE_SHARE * self._device.free_memory_bytes())
@@ -188,8 +190,13 @@ class ModelRunner:
         have failed on one of them alone."""
         ids = [*plan.encode, *plan.denoise, *plan.decode]
         known = [i in self._requests and (i in self._states or i in plan.encode) for i in ids]
-        skipped = self._ranks.unite([not k or i in self._aborted for i, k in zip(ids, known)])
-        return {i for i, skip in zip(ids, skipped) if not skip}
+        votes = [not k or i in self._aborted for i, k in zip(ids, known)]
+        *skipped, lacks_memory = self._ranks.unite([*votes, self._lacks_memory])
+        if lacks_memory:
+            self._lacks_memory = False
+            self.pipeline.release_memory()
+            self._device.release_memory()
+        return {i for i, skip in zip(ids, skipped, strict=True) if not skip}
 
     def _release(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
@@ -264,9 +271,9 @@ class ModelRunner:
                 return {id_of(item): output for item, output in zip(items, outputs, strict=True)}
             except RanksLostError:
                 raise
-            except Exception:
+            except Exception as error:
                 # Whatever it was, it belongs to one of the items (or to their number): the retries tell which.
-                self._release_memory()
+                self._release_memory(error)
         return self._each(items, id_of, lambda item: run([item])[0], result, together)
 
     def _each(
@@ -288,12 +295,16 @@ class ModelRunner:
             except Exception as error:
                 # One request's fault, of whatever kind, must not reach its neighbours.
                 result.errors[id_of(item)] = _item_error(error)
-                self._release_memory()
+                self._release_memory(error)
         return outputs
 
-    def _release_memory(self) -> None:
-        if self._ranks.size == 1:  # what several have recorded they must drop together, or one records alone
-            self.pipeline.release_memory()
+    def _release_memory(self, error: Exception) -> None:
+        """After a failure, which may have been a lack of it."""
+        if not isinstance(error, InvalidRequestError):
+            if self._ranks.size == 1:
+                self.pipeline.release_memory()
+            else:  # what several have recorded they drop together, or one would record alone
+                self._lacks_memory = True
         self._device.release_memory()
 
     def _run(self, run: Callable[[], Output], together: bool) -> Output:
