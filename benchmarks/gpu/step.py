@@ -40,6 +40,7 @@ VARIANTS: dict[str, Variant] = {
     "fused, compiled": Variant({}, compiled=True),
     "torch, eager": Variant({"kernels": "torch", "enforce_eager": True}),
     "torch, compiled": Variant({"kernels": "torch"}, compiled=True),
+    "fp8": Variant({"quantization": "fp8"}),
     "fp8, fused, eager": Variant({"quantization": "fp8", "enforce_eager": True}),
     "fp8, fused, compiled": Variant({"quantization": "fp8"}, compiled=True),
     "fp8, torch, compiled": Variant({"quantization": "fp8", "kernels": "torch"}, compiled=True),
