@@ -194,4 +194,5 @@ def test_a_prompt_seen_before_is_not_encoded_again(runner: ModelRunner, monkeypa
     monkeypatch.setattr(prompts, "_encode", lambda prompt: encoded.append(prompt.prompt) or original(prompt))
     for seed in range(3):
         Drive(runner).run({0: [make_request("x", "a new prompt", negative_prompt="", seed=seed)]})
-    assert encoded == ["a new prompt"]
+    assert encoded.count("a new prompt") == 1
+    assert encoded.count("") <= 1  # none where a test before this one had no negative prompt either
