@@ -89,20 +89,11 @@ def run_case(case: Case) -> list[Row]:
     try:
         return case.run()
     except ConfigError as error:
-        forget_frames(error)
         return [Row(case.name, predicted=case.predicted, refused=str(error))]
     except Exception as error:
         traceback.print_exc()
-        forget_frames(error)
         reason = (str(error).splitlines() or [""])[0]
         return [Row(case.name, predicted=case.predicted, refused=f"failed: {type(error).__name__}: {reason}")]
-
-
-def forget_frames(error: BaseException | None) -> None:
-    """Of everything that led to it: PyTorch's compiler keeps its errors, and their frames would hold a model."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
 
 
 def environment(tiny: bool, enforce_eager: bool = False) -> dict[str, str | int | bool]:

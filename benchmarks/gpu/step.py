@@ -42,7 +42,6 @@ VARIANTS: dict[str, Variant] = {
     "torch, compiled": Variant({"kernels": "torch"}, compiled=True),
     "fp8": Variant({"quantization": "fp8"}),
     "fp8, fused, eager": Variant({"quantization": "fp8", "enforce_eager": True}),
-    "fp8, fused, compiled": Variant({"quantization": "fp8"}, compiled=True),
     "fp8, torch, compiled": Variant({"quantization": "fp8", "kernels": "torch"}, compiled=True),
 }
 """By the kernels between products (`fused`: Triton's). Those that are not eager are sent as CUDA graphs, too."""

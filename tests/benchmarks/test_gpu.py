@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +15,6 @@ from benchmarks.gpu import step
 from benchmarks.gpu.engine import forced_mask
 from benchmarks.gpu.idle import covered
 from benchmarks.gpu.layouts import parse_layout
-from benchmarks.gpu.report import Case, Row
-
-from vllm_omni.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -155,31 +151,3 @@ def test_arithmetic() -> None:
     assert covered([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0)]) == (6.0, 4.0, 2.0)
     assert forced_mask(10) == [1, 1, 1, 1, 0, 0, 0, 1, 0, 0]
     assert forced_mask(2) == [1, 1]
-
-
-class Model:
-    """Something of which a test sees whether it is still held."""
-
-
-def test_what_failed_holds_no_model_though_its_error_is_kept() -> None:
-    kept: list[Exception] = []
-    models: list[weakref.ref[Model]] = []
-
-    def compile_step() -> None:
-        model = Model()
-        models.append(weakref.ref(model))
-        error = RuntimeError("no such kernel")
-        kept.append(error)
-        raise error
-
-    def start() -> list[Row]:
-        try:
-            compile_step()
-        except RuntimeError as error:
-            raise ConfigError("it cannot be compiled") from error
-        return []
-
-    (row,) = gpu.run_case(Case("a step", start))
-    assert row.refused == "it cannot be compiled"
-    assert models[0]() is None
-    assert kept[0].__traceback__ is not None
