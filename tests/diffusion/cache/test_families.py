@@ -18,6 +18,7 @@ from tests.diffusion.worker.driving import Drive, make_request, psnr
 from tests.tiny_models import SMALL, build_tiny_qwen_image
 from tests.tiny_z_image import build_tiny_z_image
 from vllm_omni.diffusion.data import DiffusionParallelConfig
+from vllm_omni.diffusion.plan import StepResult
 from vllm_omni.diffusion.registry import load_model_info
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.diffusion.worker.contract import Place
@@ -114,3 +115,24 @@ def test_layouts_decide_as_one_process(tmp_path: Path, backend: str, family: Any
         parallel = LAYOUTS[layout]
         by_rank = run_places(draw, parallel, parallel, path, backend, settings, requests)
         assert compare(by_rank, parallel, wanted) >= 5, "nothing was skipped"
+
+
+def test_a_step_whose_guidance_has_ended_is_skipped_as_a_whole(tmp_path: Path) -> None:
+    path, _ = z_images(tmp_path)
+    mask = [1, 1, 1, 0, 1, 0, 0, 0, 0, 0]
+    static = {"steps_computation_mask": mask, "steps_computation_policy": "static"}
+    runner = started(path, "cache_dit", static)
+    request = make_request("a", negative_prompt="apple", num_inference_steps=len(mask), cfg_truncation=0.2)
+    results: list[StepResult] = []
+
+    def note(result: StepResult) -> StepResult:
+        results.append(result)
+        return result
+
+    drive = Drive(runner, merge=note).run({0: [request]})
+    assert drive.errors == {}
+    steps = [result for result in results if result.advanced]
+    num_sequences = [result.num_sequences for result in steps]
+    assert num_sequences == sorted(num_sequences, reverse=True)
+    assert set(num_sequences) == {1, 2}
+    assert [result.cached.get("a", 0) for result in steps] == [1 - computed for computed in mask]

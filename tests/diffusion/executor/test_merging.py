@@ -25,7 +25,7 @@ def test_one_step_of_three_ranks() -> None:
                 decode_seconds=3.0,
                 num_sequences=4,
                 num_tokens=100,
-                cached={"d": 0.5},
+                cached={"d": 0.5, "e": 0.5},
                 cache_bytes=30,
                 peak_memory_bytes=7,
             ),

@@ -17,7 +17,7 @@ from vllm_omni.diffusion.data import DeviceChoice, DiffusionParallelConfig, Omni
 from vllm_omni.diffusion.executor import make_executor
 from vllm_omni.diffusion.registry import load_model_info
 from vllm_omni.diffusion.worker import warmup
-from vllm_omni.diffusion.worker.device import Device, Mark, Stopwatch, check_world_size, kind_of
+from vllm_omni.diffusion.worker.device import Device, Mark, Recorder, Stopwatch, check_world_size, kind_of
 from vllm_omni.diffusion.worker.runner import ModelRunner
 from vllm_omni.errors import ConfigError
 
@@ -141,3 +141,36 @@ def test_a_host_that_feeds_a_device_shares_no_operation(
         assert torch.get_num_threads() == num_threads
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "lacking", [torch.OutOfMemoryError("no room"), RuntimeError("CUDA error: out of memory\nSearch")]
+)
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_recording_that_lacks_memory_is_tried_once_more(
+    monkeypatch: pytest.MonkeyPatch, lacking: Exception, failures: int
+) -> None:
+    recorder = Recorder.__new__(Recorder)  # without its stream, which the CPU does not have
+    attempts: list[int] = []
+
+    def capture(run: object) -> tuple[str, object]:
+        attempts.append(1)
+        if len(attempts) <= failures:
+            raise lacking
+        return "output", run
+
+    monkeypatch.setattr(recorder, "_capture_in_pool", capture)
+    if failures == 1:
+        assert recorder.record(lambda: None)[0] == "output"
+    else:
+        with pytest.raises(torch.OutOfMemoryError):
+            recorder.record(lambda: None)
+    assert len(attempts) == 2
+
+
+def test_a_recording_that_fails_otherwise_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder.__new__(Recorder)
+    errors = iter([RuntimeError("not permitted when stream is capturing")])
+    monkeypatch.setattr(recorder, "_capture_in_pool", lambda run: (_ for _ in ()).throw(next(errors)))
+    with pytest.raises(RuntimeError, match="not permitted"):
+        recorder.record(lambda: None)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from vllm_omni.diffusion.worker.warmup import Sample, choose_num_threads, fit_line, knee
+from vllm_omni.diffusion.worker.ranks import RanksLostError
+from vllm_omni.diffusion.worker.warmup import Sample, Timer, choose_num_threads, fit_line, knee, measure_steps
 
 
 def samples(seconds_of: dict[int, float]) -> list[Sample]:
@@ -70,3 +74,62 @@ def test_threads_are_taken_while_they_help(most: int, seconds: dict[int, float],
 
     choose_num_threads(device, FakeTimer(), lambda: None)  # type: ignore[arg-type]
     assert device.num_threads == chosen
+
+
+BYTES_PER_COPY = 100
+
+
+@dataclass
+class OneOfSome:
+    """A request's state."""
+
+    sequence_lengths: tuple[int, ...] = (7,)
+
+
+class SmallDevice:
+    """Has room for so many copies; the ranks beside it wait for ever for one that ran out of memory."""
+
+    works_ahead = False
+    survive_failures = False
+    mesh = SimpleNamespace(cfg_size=1)
+    recorder = None
+
+    def __init__(self, most_copies: int) -> None:
+        self.most_copies = most_copies
+        self.tried: list[int] = []
+
+    def predict(self, states: Sequence[OneOfSome], groups: Sequence[int]) -> None:
+        if len(states) not in self.tried:
+            self.tried.append(len(states))
+        if len(states) > self.most_copies:
+            raise MemoryError
+
+    def forget(self, state: OneOfSome) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def passing_memory_bytes(self) -> int:
+        return BYTES_PER_COPY * max(self.tried)
+
+    def free_memory_bytes(self) -> int:
+        return BYTES_PER_COPY * self.most_copies
+
+    def agree(self, value: float) -> float:
+        return value
+
+    def attempt(self, run: Callable[[], object]) -> object:
+        try:
+            return run()
+        except MemoryError as error:
+            raise RanksLostError("a rank failed in the middle of a step") from error
+
+
+@pytest.mark.parametrize(("most", "tried"), [(1, [1]), (7, [1, 2, 4]), (8, [1, 2, 4, 8]), (15, [1, 2, 4, 8])])
+def test_ranks_that_would_be_lost_try_no_batch_that_may_not_fit(most: int, tried: list[int]) -> None:
+    device: Any = SmallDevice(most)
+    info: Any = SimpleNamespace(sequence_cost=float)
+    found = measure_steps(device, OneOfSome(), info, Timer(device, device))  # type: ignore[arg-type]
+    assert device.tried == tried
+    assert [sample.tokens for sample in found] == [7 * copies for copies in tried]

@@ -30,7 +30,8 @@ class RequestState:
     latents: Tensor
     """The picture so far, in the family's layout."""
     sequence_lengths: tuple[int, ...]
-    """Tokens of each guidance branch."""
+    """Tokens of each guidance branch, the conditional one first; a family may end guidance early and compute that one
+    alone."""
     step: int = 0
     """Denoising steps done."""
     cache_slots: tuple[CacheSlot | None, ...] = field(init=False, repr=False)
@@ -44,10 +45,9 @@ class RequestState:
         """What a step cache must know of each branch."""
         return [SequenceStep(slot, self.step, self.request.num_inference_steps) for slot in self.cache_slots]
 
-    def settle(self) -> float:
-        """After a step: what part of it came from a cache, counted in branches that this rank computed."""
-        skipped = [slot.settle() for slot in self.cache_slots if slot is not None]
-        return sum(skipped) / len(self.sequence_lengths)
+    def settle(self) -> int:
+        """After a step: how many of the branches that this rank computed came from a cache."""
+        return sum([slot.settle() for slot in self.cache_slots if slot is not None])
 
 
 State = TypeVar("State", bound=RequestState)

@@ -166,6 +166,13 @@ class Device:
             return torch.cuda.max_memory_allocated(self.torch)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
+    def passing_memory_bytes(self) -> int:
+        """Most bytes held so far beyond those held now."""
+        if self.kind == CUDA:
+            return self.peak_memory_bytes() - torch.cuda.memory_allocated(self.torch)
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return self.peak_memory_bytes() - pages * resource.getpagesize()
+
     def free_memory_bytes(self) -> int:
         """What could still be allocated; on a CPU, this process's part of it."""
         if self.kind == CUDA:
@@ -221,12 +228,22 @@ class Recorder:
         self._first = None
 
     def record(self, run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]:
-        """What `run` gives the device is not done, but recorded: its result, which each replay makes anew in place."""
+        """What `run` gives the device is not done, but recorded: its result, which each replay makes anew in place.
+
+        Raises OutOfMemoryError also where it is CUDA that had too little for the graph itself.
+        """
+        with suppress(torch.OutOfMemoryError):
+            return self._attempt(run)
+        torch.cuda.empty_cache()  # which a recording, once begun, does not do by itself
+        return self._attempt(run)
+
+    def _attempt(self, run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]:
         try:
             return self._capture_in_pool(run)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()  # which a recording, once begun, does not do by itself
-            return self._capture_in_pool(run)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise torch.OutOfMemoryError(str(error)) from error
+            raise
 
     def _capture_in_pool(self, run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]:
         if self._first is None:
@@ -309,7 +326,9 @@ class Stopwatch:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out; PyTorch's CPU allocator has no type of its own for it."""
+    """Whether an error says that memory ran out; PyTorch has no type of its own for what its CPU allocator and CUDA
+    itself lack."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    words = "can't allocate memory", "CUDA error: out of memory"
+    return isinstance(error, RuntimeError) and any(w in str(error) for w in words)

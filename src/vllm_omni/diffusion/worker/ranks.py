@@ -83,6 +83,11 @@ class Ranks:
             return recorder
         return RanksRecorder(recorder, self.mesh.rank_group, self._world.sent, device.torch)
 
+    @property
+    def survive_failures(self) -> bool:
+        """Whether `attempt` leaves them able to go on."""
+        return self._world is None or self._world.can_rebuild
+
     def attempt(self, run: Callable[[], Output]) -> Output:
         """`run`, which all ranks do together. If it fails on any rank it fails on all, and they meet again.
 

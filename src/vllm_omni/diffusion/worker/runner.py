@@ -217,14 +217,15 @@ class ModelRunner:
     def _denoise(self, request_ids: Sequence[str], plan: StepPlan, result: StepResult) -> dict[str, Tensor]:
         """One step of each; returns the predicted clean latents that previews are asked of."""
         states = [self._states[i] for i in request_ids]
-        result.num_sequences = sum(len(s.sequence_lengths) for s in states)
-        result.num_tokens = sum(sum(s.sequence_lengths) for s in states)
 
         def predict(batch: Sequence[RequestState]) -> list[tuple[Tensor, ...]]:
             groups = [g for s in batch for g in plan.placement.get(_id_of_state(s), [0] * len(s.sequence_lengths))]
             return self.pipeline.predict(batch, groups)
 
         branches = self._together(states, _id_of_state, predict, result, self._ranks.size > 1)
+        computed = {_id_of_state(s): s.sequence_lengths[: len(branches.get(_id_of_state(s), ()))] for s in states}
+        result.num_sequences = sum(len(lengths) for lengths in computed.values())
+        result.num_tokens = sum(sum(lengths) for lengths in computed.values())
         clean: dict[str, Tensor] = {}
 
         def finish(state: RequestState) -> None:
@@ -233,8 +234,8 @@ class ModelRunner:
             if request_id in plan.preview:
                 clean[request_id] = self.pipeline.predict_clean(state, velocity)
             self.pipeline.advance(state, velocity)
-            if (share := state.settle()) and self._ranks.mesh.rank_group.rank == 0:
-                result.cached[request_id] = share
+            if (skipped := state.settle()) and self._ranks.mesh.rank_group.rank == 0:
+                result.cached[request_id] = skipped / len(branches[request_id])
 
         advancing = [s for s in states if _id_of_state(s) in branches]
         result.advanced = list(self._each(advancing, _id_of_state, finish, result, together=False))

@@ -210,6 +210,18 @@ def measure_steps(pipeline: BasePipeline[Any], state: RequestState, info: ModelI
     return samples
 
 
+def _has_room(timer: Timer) -> bool:
+    """Whether a batch twice as large as any before it may be tried.
+
+    Ranks that would not survive a lack of memory must each have as much as it takes.
+    """
+    if timer.ranks.survive_failures:
+        return True
+    device = timer.device
+    lacks_memory = 2 * device.passing_memory_bytes() > device.free_memory_bytes()
+    return timer.ranks.agree(float(lacks_memory)) == 0
+
+
 @contextmanager
 def _forward(
     pipeline: BasePipeline[Any], state: RequestState, copies: int, ranks: Ranks

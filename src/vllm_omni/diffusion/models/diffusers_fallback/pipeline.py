@@ -199,7 +199,7 @@ class Pipeline(BasePipeline[WholeState]):
 
     def predict(self, states: Sequence[WholeState], groups: Sequence[int] | None = None) -> list[tuple[Tensor, ...]]:
         """Nothing yet: the pipeline's step is one piece, made in `advance`."""
-        return [(state.latents,) for state in states]
+        return [(state.latents,) * len(state.sequence_lengths) for state in states]
 
     def combine(self, state: WholeState, branches: Sequence[Tensor]) -> Tensor:
         return branches[0]
