@@ -181,13 +181,15 @@ class AsyncOmni:
     async def start(self) -> None:
         """Load the weights, warm up, begin to serve. Raises ConfigError or WorkerDiedError with the reason."""
         # The tokenizer's first use imports and loads for seconds: now, and not in the first request.
-        warm_tokenizer = asyncio.to_thread(self.info.count_prompt_tokens, "")
-        if self.config.distributed_executor_backend == "uni":
-            await warm_tokenizer  # two threads that import the same libraries at once find some of them half imported
+        check = asyncio.to_thread(check_default_prompt, self.config, self.info)
+        # Two threads that import the same libraries at once find some of them half imported; and what may be refused is
+        # refused before the weights are read.
+        check_first = self.config.distributed_executor_backend == "uni" or bool(self.config.default_sampling_params)
+        if check_first or "negative_prompt" in self.info.default_sampling_params:
+            await check
             ready = await self._engine.start()
         else:
-            ready, _ = await asyncio.gather(self._engine.start(), warm_tokenizer)
-        await asyncio.to_thread(check_default_prompt, self.config, self.info)
+            ready, _ = await asyncio.gather(self._engine.start(), check)
         self.ready = ready
         self._intake = Intake(self.config, self.info, ready)
 

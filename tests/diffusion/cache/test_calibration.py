@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import QwenImagePipeline
+from PIL import Image
 from torch import Tensor, nn
 
+from tests.tiny_diffusers import build_tiny_diffusers
+from tests.tiny_models import SMALL, build_tiny_qwen_image
 from vllm_omni.diffusion.cache.calibration import Change, fit_polynomial, root_mean_square_error
 from vllm_omni.entrypoints.cli import calibrate
 from vllm_omni.entrypoints.cli.main import main
@@ -115,3 +119,49 @@ def test_what_the_model_does_not_take_ends_the_command(
         main([calibrate.COMMAND, str(calm_model), "--size", "70x64", "--out", str(tmp_path / "x")])
     assert ended.value.code == 2
     assert "nearest valid size is 64x64" in capsys.readouterr().err
+
+
+def picture(folder: Path) -> str:
+    path = folder / "picture.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)).save(path)
+    return str(path)
+
+
+def test_an_editing_model_is_measured_on_pictures(tmp_path: Path) -> None:
+    model = build_tiny_qwen_image(
+        tmp_path / "model", edit="QwenImageEditPlusPipeline", time_scale=0.3, default_sampling_params=SMALL
+    )
+    words = ["--images", picture(tmp_path), "--num-inference-steps", "4", "--out", str(tmp_path / "tea.v2")]
+    with pytest.raises(SystemExit) as ended:
+        main([calibrate.COMMAND, str(model), *words])
+    assert ended.value.code == 0
+    report = json.loads((tmp_path / "tea.v2.json").read_text())
+    assert {step for step, _, _ in report["changes"]} == {1, 2, 3}
+    assert (tmp_path / "tea.v2.png").is_file()
+    assert not (tmp_path / "tea.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("build", "with_picture", "message"),
+    [
+        (build_tiny_qwen_image, True, "--images is for models that edit pictures"),
+        (
+            partial(build_tiny_qwen_image, edit="QwenImageEditPlusPipeline"),
+            False,
+            "--images takes what the prompts edit",
+        ),
+        (
+            partial(build_tiny_diffusers, "FluxPipeline"),
+            False,
+            "needs packed steps, which a FluxPipeline does not have",
+        ),
+    ],
+)
+def test_models_that_cannot_be_measured_so_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], build: Any, with_picture: bool, message: str
+) -> None:
+    images = ["--images", picture(tmp_path)] if with_picture else []
+    with pytest.raises(SystemExit) as ended:
+        main([calibrate.COMMAND, str(build(tmp_path / "model")), *images, "--out", str(tmp_path / "x")])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.diffusion.executor.workers import GUARD_SECONDS, Endless, closing, is_alive, name_of
+from tests.diffusion.executor.workers import AT_ONCE_SECONDS, GUARD_SECONDS, Endless, closing, is_alive, name_of
 from tests.fakes import FakeRunner, fake_image, make_config, make_ready, make_request
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.engine import DiffusionEngine
@@ -24,9 +24,6 @@ from vllm_omni.diffusion.plan import StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.replicas import Replicas
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.errors import ConfigError, WorkerDiedError
-
-AT_ONCE_SECONDS = 5.0
-"""Far less than anything that would have to time out, generous for a machine that is shared."""
 
 SILENCE_SECONDS = 3.0
 """After which a worker of these tests is taken for dead; live ones beat every second."""

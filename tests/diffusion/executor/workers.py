@@ -22,6 +22,8 @@ from vllm_omni.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
 GUARD_SECONDS = 60.0
+AT_ONCE_SECONDS = 5.0
+"""Far less than anything that would have to time out, generous for a machine that is shared."""
 
 
 class BrokenStart(FakeRunner):

@@ -1,4 +1,4 @@
-"""`vllm-omni calibrate-teacache MODEL`: measure the polynomial that TeaCache needs, for any model that we serve."""
+"""`vllm-omni calibrate-teacache MODEL`: measure the polynomial that TeaCache needs, for a model of a packed family."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from vllm_omni.diffusion.cache.calibration import Change
+    from vllm_omni.diffusion.registry import ModelInfo
 
 COMMAND = "calibrate-teacache"
 DEFAULT_PROMPTS = (
@@ -35,6 +38,7 @@ DEFAULT_PROMPTS = (
 class CalibrateArgs:
     model: str
     prompts: tuple[str, ...]
+    images: tuple[Path, ...]
     params: OmniDiffusionSamplingParams
     dtype: str
     out: Path
@@ -50,6 +54,14 @@ def parse_args(argv: Sequence[str]) -> CalibrateArgs:
     parser = _Parser(prog=f"vllm-omni {COMMAND}", description=__doc__, allow_abbrev=False)
     parser.add_argument("model", metavar="MODEL", help="a folder, a hub name, or `demo`")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line; none: a few of ours")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="for an editing model: what each prompt edits",
+    )
     parser.add_argument("--size", type=values.picture_size, metavar="WxH", help="pixels; none: the model's own")
     parser.add_argument("--num-inference-steps", type=values.integer(3), help="none: the model's own")
     parser.add_argument("--true-cfg-scale", type=float, help="guidance; none: the model's own")
@@ -66,7 +78,7 @@ def parse_args(argv: Sequence[str]) -> CalibrateArgs:
         seed=args.seed,
     )
     prompts = DEFAULT_PROMPTS if args.prompts is None else _read_prompts(args.prompts)
-    return CalibrateArgs(args.model, prompts, params, args.dtype, args.out)
+    return CalibrateArgs(args.model, prompts, tuple(args.images), params, args.dtype, args.out)
 
 
 def _read_prompts(path: Path) -> tuple[str, ...]:
@@ -78,6 +90,23 @@ def _read_prompts(path: Path) -> tuple[str, ...]:
     if not prompts:
         raise ConfigError(f"--prompts takes a file with a prompt a line, got an empty one: {path}")
     return prompts
+
+
+def _read_images(paths: Sequence[Path], info: ModelInfo) -> tuple[Image.Image, ...]:
+    from PIL import Image
+
+    if info.image_input is None and paths:
+        raise ConfigError("--images is for models that edit pictures, which this one does not")
+    if info.image_input is not None and len(paths) < (least := info.image_input.min_images):
+        raise ConfigError(f"--images takes what the prompts edit, at least {least} for this model, got {len(paths)}")
+    images = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                images.append(image.copy())
+        except (OSError, Image.DecompressionBombError) as error:
+            raise ConfigError(f"--images: cannot read {path}: {error}") from error
+    return tuple(images)
 
 
 def calibrate(args: CalibrateArgs) -> None:
@@ -97,8 +126,8 @@ def calibrate(args: CalibrateArgs) -> None:
         "num_inference_steps": num_steps,
         "changes": [[c.step, c.signal, c.output] for c in changes],
     }
-    args.out.with_suffix(".json").write_text(json.dumps(report, indent=1))
-    _plot(changes, coefficients, args.model, args.out.with_suffix(".png"))
+    Path(f"{args.out}.json").write_text(json.dumps(report, indent=1))
+    _plot(changes, coefficients, args.model, Path(f"{args.out}.png"))
     print(f"{len(changes)} changes, root mean square error {report['root_mean_square_error']:.4f}")
     print(f"wrote {args.out}.json and {args.out}.png; use them with")
     print(f"--cache-backend tea_cache --cache-config '{json.dumps({'coefficients': coefficients})}'")
@@ -117,6 +146,8 @@ def _measure(args: CalibrateArgs) -> tuple[list[Change], int]:
     settings: dict[str, Any] = {"dtype": args.dtype, "cache_config": {"coefficients": (1.0, 0.0)}}
     config = OmniDiffusionConfig(model=args.model, cache_backend="tea_cache", **settings)
     info = load_model_info(args.model)
+    info.check_settings(config)
+    images = _read_images(args.images, info)
     runner = ModelRunner(config, info)
     intake = Intake(config, info, runner.start())
     try:
@@ -124,7 +155,9 @@ def _measure(args: CalibrateArgs) -> tuple[list[Change], int]:
             request
             for i, prompt in enumerate(args.prompts)
             for request in intake.resolve(
-                OmniPrompt(prompt, negative_prompt=" "), replace(args.params, seed=(args.params.seed or 0) + i), f"{i}"
+                OmniPrompt(prompt, negative_prompt=" ", images=images),
+                replace(args.params, seed=(args.params.seed or 0) + i),
+                f"{i}",
             )
         ]
     except InvalidRequestError as error:

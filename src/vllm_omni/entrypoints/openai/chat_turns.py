@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_omni.diffusion.intake import MAX_PROMPT_CHARACTERS
 from vllm_omni.diffusion.registry import ModelInfo
 from vllm_omni.entrypoints.openai.echo import echo
-from vllm_omni.entrypoints.openai.protocol import MAX_PROMPT_CHARACTERS
 from vllm_omni.errors import InvalidRequestError
 
 

@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_v
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-MAX_PROMPT_CHARACTERS = 32_000
+from vllm_omni.diffusion.intake import MAX_PROMPT_CHARACTERS
+
 MAX_INPUT_IMAGES = 16
 
 OutputFormat = Literal["png", "jpeg", "webp"]

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
-from vllm_omni.diffusion.intake import check_num_images
+from vllm_omni.diffusion.intake import MAX_PROMPT_CHARACTERS, check_num_images
 from vllm_omni.diffusion.registry import ImageInput, ModelInfo
 from vllm_omni.entrypoints.openai.chat_protocol import ChatCompletionRequest
 from vllm_omni.entrypoints.openai.chat_turns import last_user_turn
@@ -23,7 +23,7 @@ from vllm_omni.entrypoints.openai.disconnect import unless_disconnected
 from vllm_omni.entrypoints.openai.holding import Holding, UploadBudget
 from vllm_omni.entrypoints.openai.media import MediaFetcher
 from vllm_omni.entrypoints.openai.multipart import MultipartReader, Part
-from vllm_omni.entrypoints.openai.protocol import MAX_PROMPT_CHARACTERS, ImageEditRequest
+from vllm_omni.entrypoints.openai.protocol import ImageEditRequest
 from vllm_omni.errors import InvalidRequestError, RequestAbortedError
 from vllm_omni.inputs.data import OmniPrompt
 

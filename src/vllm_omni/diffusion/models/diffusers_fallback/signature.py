@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_omni.diffusion.registry import SIZES
 from vllm_omni.errors import ConfigError
 
 SAMPLING_PARAMETERS = (
@@ -25,7 +26,6 @@ SAMPLING_PARAMETERS = (
 """The names are the same on both sides, but for `FPS_NAMES`."""
 FPS_NAMES = ("fps", "frame_rate")
 REQUIRED = ("prompt", "generator", "num_inference_steps")
-SIZES = ("height", "width")
 STEP_CALLBACKS = ("callback_on_step_end", "callback")
 """By either of them a pipeline tells its steps; the second is that of older ones."""
 UNSERVED_INPUTS = (

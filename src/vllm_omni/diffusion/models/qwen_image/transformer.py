@@ -164,8 +164,7 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig, tensor: Group, kernels: Kernels) -> None:
         super().__init__()
         self.kernels = kernels
-        self.head_dim = config.attention_head_dim
-        self.qk_norm = Scale(4 * self.head_dim)
+        self.qk_norm = Scale(4 * config.attention_head_dim)
         self.image = Stream(config.dim, tensor, kernels)
         self.text = Stream(config.dim, tensor, kernels)
 

@@ -123,7 +123,6 @@ class Block(nn.Module):
         super().__init__()
         self.kernels = kernels
         dim, inner = config.dim, inner_width(config.dim)
-        self.head_dim = config.head_dim
         self.eps = config.norm_eps
         if is_modulated:
             self.modulation = ColumnLinear(min(dim, CONDITION_WIDTH), 4 * dim, tensor)
@@ -132,7 +131,7 @@ class Block(nn.Module):
         self.ffn_norm1 = Scale(dim)
         self.ffn_norm2 = Scale(dim)
         self.qkv = ColumnLinear(dim, 3 * dim, tensor, bias=False)
-        self.qk_norm = Scale(2 * self.head_dim)
+        self.qk_norm = Scale(2 * config.head_dim)
         self.out = RowLinear(dim, dim, tensor, bias=False)
         self.gate_up = ColumnLinear(dim, 2 * inner, tensor, bias=False)
         self.down = RowLinear(inner, dim, tensor, bias=False)
