@@ -1,4 +1,4 @@
-"""The one module that knows which kinds of device there are."""
+"""Which kinds of device there are: beside this module only the kernels of attention know."""
 
 from __future__ import annotations
 

@@ -38,10 +38,11 @@ DEFAULT_PROMPTS = (
 class CalibrateArgs:
     model: str
     prompts: tuple[str, ...]
-    images: tuple[Path, ...]
     params: OmniDiffusionSamplingParams
     dtype: str
     out: Path
+    images: tuple[Path, ...] = ()
+    """What each prompt edits."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -78,7 +79,7 @@ def parse_args(argv: Sequence[str]) -> CalibrateArgs:
         seed=args.seed,
     )
     prompts = DEFAULT_PROMPTS if args.prompts is None else _read_prompts(args.prompts)
-    return CalibrateArgs(args.model, prompts, tuple(args.images), params, args.dtype, args.out)
+    return CalibrateArgs(args.model, prompts, params, args.dtype, args.out, tuple(args.images))
 
 
 def _read_prompts(path: Path) -> tuple[str, ...]:
