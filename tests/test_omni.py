@@ -47,6 +47,16 @@ def omni(device: FakeExecutor) -> Iterator[Omni]:
         yield omni
 
 
+def test_a_default_prompt_that_is_too_long_is_refused_before_any_worker_starts(
+    device: FakeExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[FakeExecutor] = []
+    monkeypatch.setattr(device, "start", lambda: started.append(device))
+    with pytest.raises(ConfigError, match="--default-sampling-params: negative_prompt has"):
+        Omni(model="demo", default_sampling_params={"negative_prompt": "red apple " * 600}, progress_bar=False)
+    assert started == []
+
+
 def test_outputs_come_in_the_order_of_the_prompts(omni: Omni) -> None:
     params = [
         OmniDiffusionSamplingParams(height=128, width=128, num_inference_steps=9, seed=1),
