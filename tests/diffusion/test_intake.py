@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.intake import Intake, check_default_prompt, check_defaults, nearest_size, spread_previews
+from vllm_omni.diffusion.intake import Intake, check_default_prompt, check_defaults, spread_previews
 from vllm_omni.diffusion.plan import WorkerReady
 from vllm_omni.diffusion.registry import Guidance, ModelInfo, WholePipeline
 from vllm_omni.errors import ConfigError, InvalidRequestError
@@ -367,26 +367,6 @@ def test_prompts_are_text(text: object) -> None:
         assert caught.value.param == name
 
 
-@pytest.mark.parametrize(
-    ("height", "width", "nearest"),
-    [
-        (64, 8, (64, 16)),
-        (64, 90, (64, 96)),
-        (72, 64, (80, 64)),
-        (1024, 1024, (512, 512)),
-        (2048, 512, (1024, 256)),
-        (10**400, 64, (65536, 16 * 4)),
-        (16, 10**6, (16, 16384)),
-    ],
-)
-def test_the_nearest_size_is_valid(height: int, width: int, nearest: tuple[int, int]) -> None:
-    rows, columns = nearest_size(height, width, 16, 512 * 512)
-    assert (rows % 16, columns % 16) == (0, 0)
-    assert 0 < rows * columns <= 512 * 512
-    if height != 10**400:
-        assert (rows, columns) == nearest
-
-
 def test_a_default_that_no_request_would_take_is_refused() -> None:
     with pytest.raises(ConfigError, match="unknown keys \\['priority'\\]"):
         OmniDiffusionConfig("demo", default_sampling_params={"priority": 1})
@@ -499,8 +479,38 @@ def test_the_size_of_an_edit_may_be_given() -> None:
     by_server = editing(default_sampling_params={"width": 128})
     (request,) = by_server.resolve(prompt, OmniDiffusionSamplingParams(), "r")
     assert (request.height, request.width) == (32, 128)
-    with pytest.raises(InvalidRequestError, match="--max-pixels"):
-        editing().resolve(OmniPrompt("x", images=(black(1024, 512),)), OmniDiffusionSamplingParams(), "r")
+
+
+@pytest.mark.parametrize(
+    ("picture", "asked", "served", "size"),
+    [
+        ((1024, 512), {}, {}, (704, 352)),
+        ((512, 512), {}, {}, (512, 512)),
+        ((528, 512), {}, {}, (512, 496)),
+        ((1024, 512), {"height": 512}, {}, (512, 512)),
+        ((1024, 512), {}, {"width": 2048}, (2048, 128)),
+        ((1024, 512), {"width": 1024}, {"height": 64}, (1024, 64)),
+    ],
+)
+def test_a_size_that_nobody_asked_for_obeys_the_limit(
+    picture: tuple[int, int], asked: dict[str, int], served: dict[str, int], size: tuple[int, int]
+) -> None:
+    """Sizes are (width, height). Nobody is told that a size is wrong that he did not send."""
+    prompt = OmniPrompt("x", images=(black(*picture),))
+    (request,) = editing(default_sampling_params=served).resolve(prompt, OmniDiffusionSamplingParams(**asked), "r")
+    assert (request.width, request.height) == size
+
+
+def test_a_picture_is_blamed_for_proportions_that_the_limit_leaves_no_room_for() -> None:
+    prompt = OmniPrompt("x", images=(black(32000, 16),))
+    with pytest.raises(InvalidRequestError, match=r"proportions, as 32000x16 has them.*\(--max-pixels\)") as caught:
+        editing().resolve(prompt, OmniDiffusionSamplingParams(), "r")
+    assert caught.value.param == "image"
+    (request,) = editing().resolve(prompt, OmniDiffusionSamplingParams(height=64, width=64), "r")
+    assert (request.height, request.width) == (64, 64)
+    with pytest.raises(InvalidRequestError, match="--max-pixels") as caught:
+        editing().resolve(prompt, OmniDiffusionSamplingParams(height=2**20), "r")
+    assert caught.value.param == "height"
 
 
 def test_pictures_that_are_prepared_stay_as_they_are() -> None:

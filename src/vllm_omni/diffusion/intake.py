@@ -5,7 +5,6 @@ Everything that can be known to be wrong is refused here, before a request costs
 
 from __future__ import annotations
 
-import math
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from vllm_omni.diffusion.lora import resolve_lora
 from vllm_omni.diffusion.plan import WorkerReady
 from vllm_omni.diffusion.registry import DEFAULTS_FILE, ModelInfo
 from vllm_omni.diffusion.request import DiffusionRequest, RequestCost
+from vllm_omni.diffusion.sizes import SizeLimits
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 from vllm_omni.inputs.images import InputImage, check_input_image, resized, to_rgb
@@ -27,8 +27,6 @@ MAX_SEED = 2**63 - 1
 MAX_GUIDANCE = 100.0
 MAX_PREVIEWS = 3
 MAX_FPS = 1000
-LEAST_MAX_PIXELS = 1024 * 1024
-"""Clients ask for sizes like 512x512 whatever the model: the default limit lets them."""
 OUTPUT_TYPES = ("pil", "np")
 GUIDANCE_PARAMETERS = ("true_cfg_scale", "guidance_scale", "cfg_normalization", "cfg_truncation")
 OPTIONAL_PARAMETERS = (*GUIDANCE_PARAMETERS, "strength", "sigmas", "max_sequence_length", "fps")
@@ -121,7 +119,7 @@ class Intake:
         _check_supported(prompt, params, self._info)
         check_num_images(len(prompt.images), self._info)
         images = tuple(_prepare(image, self._info) for image in prompt.images)
-        defaults = self._defaults_of(images)
+        defaults = self._defaults_of(images, params)
         filled = _check_values(_fill(params, defaults), self._config, self._info)
         if self._info.whole is not None and self._info.whole.follows_input:
             assert filled.height is not None
@@ -129,13 +127,21 @@ class Intake:
             images = tuple(resized(image, filled.height, filled.width) for image in images)
         return replace(prompt, images=images), filled, defaults
 
-    def _defaults_of(self, images: Sequence[InputImage]) -> dict[str, Any]:
+    def _defaults_of(self, images: Sequence[InputImage], params: OmniDiffusionSamplingParams) -> dict[str, Any]:
         """The server's defaults over the model's; the size of an edited picture depends on its input pictures."""
-        defaults = dict(self._info.default_sampling_params)
+        defaults = {**self._info.default_sampling_params, **self._config.default_sampling_params}
         if images:
-            assert self._info.image_input is not None
-            defaults["height"], defaults["width"] = self._info.image_input.output_size(images)
-        return {**defaults, **self._config.default_sampling_params}
+            asked = params.filled_from(self._config.default_sampling_params)
+            defaults["height"], defaults["width"] = self._edited_size(images, asked.height, asked.width)
+        return defaults
+
+    def _edited_size(self, images: Sequence[InputImage], height: int | None, width: int | None) -> tuple[int, int]:
+        """What is asked for; a side that is not is the model's choice for these pictures, within the limits."""
+        assert self._info.image_input is not None
+        sizes, own = SizeLimits.of(self._config, self._info), self._info.image_input.output_size(images)
+        if width is None:
+            return sizes.shrunk(*own) if height is None else (height, sizes.beside(height, own[1]))
+        return sizes.beside(width, own[0]) if height is None else height, width
 
     def _price(self, request: DiffusionRequest, text_tokens: Sequence[int]) -> RequestCost:
         """text_tokens: of each branch, those of input pictures included. Making latents of pixels is taken to cost what
@@ -222,58 +228,13 @@ def _check_values(
     _check_params(params, info)
     assert params.height is not None
     assert params.width is not None
-    _check_size(params.height, params.width, config, info)
+    SizeLimits.of(config, info).check(params.height, params.width)
     _check_steps(params, config.max_inference_steps)
     if info.makes_videos:
         _check_frames(params.num_frames, config, info)
     if params.cache and config.cache_backend == "none":
         raise InvalidRequestError("cache takes false or null here: the server has no --cache-backend", param="cache")
     return params
-
-
-def _check_size(height: int, width: int, config: OmniDiffusionConfig, info: ModelInfo) -> None:
-    multiple, most = info.size_multiple, _max_pixels(config, info)
-    longer, shorter = ("height", "width") if height > width else ("width", "height")
-    if min(height, width) < multiple:
-        param, reason = shorter, f": sides must be at least {multiple} pixels"
-    elif height * width > most:
-        param, reason = longer, f" has {height * width} pixels, at most {most} are accepted (--max-pixels)"
-    elif height % multiple or width % multiple:
-        param, reason = "height" if height % multiple else "width", f": sides must be multiples of {multiple}"
-    else:
-        return
-    advice = ""
-    if most >= multiple**2:
-        nearest_height, nearest_width = nearest_size(height, width, multiple, most)
-        advice = f"; the nearest valid size is {nearest_width}x{nearest_height}"
-    raise InvalidRequestError(f"size {width}x{height}{reason}{advice}", param=param)
-
-
-def nearest_size(height: int, width: int, multiple: int, most_pixels: int) -> tuple[int, int]:
-    """The size whose sides are multiples of `multiple`, with at most `most_pixels`, nearest to the given shape.
-
-    `most_pixels` must have room for one multiple a side.
-    """
-    # In multiples, rounded in integers: a client's numbers may be too large for a float.
-    most = most_pixels // multiple**2
-    rows, columns = (min(max((2 * side + multiple) // (2 * multiple), 1), most) for side in (height, width))
-    if rows * columns > most:
-        shrink = math.sqrt(most / (rows * columns))
-        if rows < columns:
-            rows = max(1, int(rows * shrink))
-            columns = min(columns, most // rows)
-        else:
-            columns = max(1, int(columns * shrink))
-            rows = min(rows, most // columns)
-    return rows * multiple, columns * multiple
-
-
-def _max_pixels(config: OmniDiffusionConfig, info: ModelInfo) -> int:
-    """The given limit, or the default one: four times the model's own size, and never less than common sizes."""
-    if config.max_pixels is not None:
-        return config.max_pixels
-    own = info.default_sampling_params
-    return max(LEAST_MAX_PIXELS, 4 * int(own["height"]) * int(own["width"]))
 
 
 def _check_steps(params: OmniDiffusionSamplingParams, most: int) -> None:

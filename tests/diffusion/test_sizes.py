@@ -1,0 +1,79 @@
+"""Sizes: the nearest valid one to one that is not, and the largest of a picture's proportions."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vllm_omni.diffusion.models.qwen_image.edit import EditInput
+from vllm_omni.diffusion.sizes import SizeLimits
+from vllm_omni.errors import InvalidRequestError
+
+LIMITS = SizeLimits(16, 512 * 512)
+MEGAPIXEL = SizeLimits(16, 1024 * 1024)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "nearest"),
+    [
+        (64, 8, (64, 16)),
+        (64, 90, (64, 96)),
+        (72, 64, (80, 64)),
+        (1024, 1024, (512, 512)),
+        (2048, 512, (1024, 256)),
+        (10**400, 64, (65536, 16 * 4)),
+        (16, 10**6, (16, 16384)),
+    ],
+)
+def test_the_nearest_size_is_valid(height: int, width: int, nearest: tuple[int, int]) -> None:
+    rows, columns = LIMITS.nearest(height, width)
+    LIMITS.check(rows, columns)
+    if height != 10**400:
+        assert (rows, columns) == nearest
+
+
+@pytest.mark.parametrize(
+    ("photo", "own", "size"),
+    [
+        ((1600, 1200), (1184, 896), (1168, 880)),  # own: what diffusers makes of it, 1.2 % more than a megapixel
+        ((1200, 1600), (896, 1184), (880, 1168)),
+        ((1000, 1000), (1024, 1024), (1024, 1024)),
+    ],
+)
+def test_a_photo_is_edited_within_the_models_own_area(
+    photo: tuple[int, int], own: tuple[int, int], size: tuple[int, int]
+) -> None:
+    edits = EditInput(Path("nowhere"), len, 1024 * 1024, is_plus=False)
+    height, width = edits.output_size([edits.prepare(Image.new("RGB", photo))])
+    assert (width, height) == own
+    assert SizeLimits(16, own[0] * own[1]).shrunk(height, width) == (height, width)
+    assert MEGAPIXEL.shrunk(height, width) == (size[1], size[0])
+
+
+def test_what_is_shrunk_is_valid_in_proportion_and_as_large_as_can_be() -> None:
+    for rows, columns in product(range(1, 400, 7), repeat=2):
+        height, width = LIMITS.shrunk(rows * 16, columns * 16)
+        LIMITS.check(height, width)
+        if height * width < rows * columns * 256:
+            short, long = sorted((height, width))
+            ratio = max(rows, columns) / min(rows, columns)
+            assert abs(long - short * ratio) <= 16, "a multiple off"
+            assert (short + 16) ** 2 * ratio > LIMITS.max_pixels, "a larger one has room"
+
+
+def test_proportions_without_a_size_are_the_pictures_fault() -> None:
+    assert LIMITS.shrunk(16, 512 * 512 // 16) == (16, 512 * 512 // 16)
+    with pytest.raises(InvalidRequestError, match="as 16400x16 has them") as caught:
+        LIMITS.shrunk(16, 16400)
+    assert caught.value.param == "image"
+
+
+def test_a_side_beside_one_that_is_asked_for() -> None:
+    assert LIMITS.beside(1024, 512) == 256
+    assert LIMITS.beside(1000, 512) == 256
+    assert LIMITS.beside(64, 512) == 512
+    assert LIMITS.beside(10**400, 512) == LIMITS.beside(512 * 512, 512) == 16
+    assert LIMITS.beside(-1, 512) == 512
