@@ -12,8 +12,9 @@ from vllm_omni.diffusion.models.qwen_image.edit import EditInput
 from vllm_omni.diffusion.sizes import SizeLimits
 from vllm_omni.errors import InvalidRequestError
 
-LIMITS = SizeLimits(16, 512 * 512)
-MEGAPIXEL = SizeLimits(16, 1024 * 1024)
+LIMITS = SizeLimits(16, 512 * 512, 512 * 512)
+MEGAPIXEL = SizeLimits(16, 1024 * 1024, 1024 * 1024)
+SHORT = SizeLimits(16, 512 * 512, 768)
 
 
 @pytest.mark.parametrize(
@@ -49,19 +50,33 @@ def test_a_photo_is_edited_within_the_models_own_area(
     edits = EditInput(Path("nowhere"), len, 1024 * 1024, is_plus=False)
     height, width = edits.output_size([edits.prepare(Image.new("RGB", photo))])
     assert (width, height) == own
-    assert SizeLimits(16, own[0] * own[1]).shrunk(height, width) == (height, width)
+    assert SizeLimits(16, own[0] * own[1], 1184).shrunk(height, width) == (height, width)
     assert MEGAPIXEL.shrunk(height, width) == (size[1], size[0])
 
 
-def test_what_is_shrunk_is_valid_in_proportion_and_as_large_as_can_be() -> None:
+@pytest.mark.parametrize("limits", [LIMITS, SHORT])
+def test_what_is_shrunk_is_valid_in_proportion_and_as_large_as_can_be(limits: SizeLimits) -> None:
     for rows, columns in product(range(1, 400, 7), repeat=2):
-        height, width = LIMITS.shrunk(rows * 16, columns * 16)
-        LIMITS.check(height, width)
+        ratio = max(rows, columns) / min(rows, columns)
+        if limits is SHORT and ratio > 48:
+            with pytest.raises(InvalidRequestError, match="and 768 a side"):
+                limits.shrunk(rows * 16, columns * 16)
+            continue
+        height, width = limits.shrunk(rows * 16, columns * 16)
+        limits.check(height, width)
         if height * width < rows * columns * 256:
             short, long = sorted((height, width))
-            ratio = max(rows, columns) / min(rows, columns)
             assert abs(long - short * ratio) <= 16, "a multiple off"
-            assert (short + 16) ** 2 * ratio > LIMITS.max_pixels, "a larger one has room"
+            more = short + 16
+            assert more**2 * ratio > limits.max_pixels or more * ratio > limits.max_side, "a larger one has room"
+
+
+def test_a_side_may_have_a_bound() -> None:
+    assert SHORT.nearest(4096, 64) == (768, 64)
+    with pytest.raises(InvalidRequestError, match=r"784x64: sides may have up to 768 pixels .* is 768x64$") as caught:
+        SHORT.check(64, 784)
+    assert caught.value.param == "width"
+    assert SHORT.beside(16, 1024) == 768
 
 
 def test_proportions_without_a_size_are_the_pictures_fault() -> None:

@@ -189,6 +189,8 @@ class ModelInfo:
     """Of a video, frames beyond the first that one latent frame stands for: their number is a multiple of it."""
     default_sampling_params: Mapping[str, Any] = field(default_factory=dict)
     """The model folder's own defaults over the family's; may hold `negative_prompt`."""
+    max_side: int | None = None
+    """Pixels of the longest side that the model can make; None: it knows no bound."""
     whole: WholePipeline | None = None
     """None: a packed family serves the model."""
 

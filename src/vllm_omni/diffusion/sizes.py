@@ -20,6 +20,7 @@ class SizeLimits:
     multiple: int
     """Of which both sides are multiples."""
     max_pixels: int
+    max_side: int
 
     @classmethod
     def of(cls, config: OmniDiffusionConfig, info: ModelInfo) -> SizeLimits:
@@ -27,7 +28,7 @@ class SizeLimits:
         max_pixels, own = config.max_pixels, info.default_sampling_params
         if max_pixels is None:
             max_pixels = max(LEAST_MAX_PIXELS, 4 * int(own["height"]) * int(own["width"]))
-        return cls(info.size_multiple, max_pixels)
+        return cls(info.size_multiple, max_pixels, max_pixels if info.max_side is None else info.max_side)
 
     def check(self, height: int, width: int) -> None:
         """Raises InvalidRequestError, whose `param` is one of the sides, with the nearest size that is accepted."""
@@ -37,6 +38,8 @@ class SizeLimits:
             param, reason = shorter, f": sides must be at least {multiple} pixels"
         elif height * width > most:
             param, reason = longer, f" has {height * width} pixels, at most {most} are accepted (--max-pixels)"
+        elif max(height, width) > self.max_side:
+            param, reason = longer, f": sides may have up to {self.max_side} pixels with this model"
         elif height % multiple or width % multiple:
             param, reason = "height" if height % multiple else "width", f": sides must be multiples of {multiple}"
         else:
@@ -52,7 +55,8 @@ class SizeLimits:
         multiple = self.multiple
         # In multiples, rounded in integers: a client's numbers may be too large for a float.
         most = self.max_pixels // multiple**2
-        rows, columns = (min(max((2 * side + multiple) // (2 * multiple), 1), most) for side in (height, width))
+        longest = min(self.max_side // multiple, most)
+        rows, columns = (min(max((2 * side + multiple) // (2 * multiple), 1), longest) for side in (height, width))
         if rows * columns > most:
             shrink = math.sqrt(most / (rows * columns))
             if rows < columns:
@@ -68,22 +72,24 @@ class SizeLimits:
 
         Raises InvalidRequestError, whose `param` is `image`, where these leave one side less than a multiple.
         """
-        if height * width <= self.max_pixels:
-            return height, width
         shorter, longer = sorted((height, width))
-        short = math.isqrt(self.max_pixels * shorter // longer) // self.multiple
+        if height * width <= self.max_pixels and longer <= self.max_side:
+            return height, width
+        by_pixels, by_side = math.isqrt(self.max_pixels * shorter // longer), self.max_side * shorter // longer
+        short = min(by_pixels, by_side) // self.multiple
         if short == 0:
             raise InvalidRequestError(
-                f"image: a size of its proportions, as {width}x{height} has them, with at most {self.max_pixels} "
-                f"pixels (--max-pixels) has a side of less than {self.multiple}; ask for a size",
+                f"image: a size of its proportions, as {width}x{height} has them, within {self.max_pixels} pixels "
+                f"(--max-pixels) and {self.max_side} a side has a side of less than {self.multiple}; ask for a size",
                 param="image",
             )
         # The longer side follows the shorter one as it was rounded.
-        long = min(round(short * longer / shorter), self.max_pixels // self.multiple**2 // short)
+        room = min(self.max_pixels // self.multiple**2 // short, self.max_side // self.multiple)
+        long = min(round(short * longer / shorter), room)
         rows, columns = (short, long) if height <= width else (long, short)
         return rows * self.multiple, columns * self.multiple
 
     def beside(self, asked: int, side: int) -> int:
         """A side that nobody asked for, or the longest one within the limits beside the other, which is as asked."""
-        room = self.max_pixels // max(asked, 1) // self.multiple * self.multiple
+        room = min(self.max_pixels // max(asked, 1), self.max_side) // self.multiple * self.multiple
         return min(side, max(room, self.multiple))

@@ -185,6 +185,18 @@ def test_a_picture_that_would_make_too_large_a_one_makes_the_largest_of_its_prop
     assert request.images[0].reference.shape == (64, 128, 3)  # nothing larger waits in the queue
 
 
+def test_positions_bound_the_sides(model_of: ModelOf, runner_of: RunnerOf) -> None:
+    """Of 32 rows and columns of 16 pixels. The longest one that is accepted is made."""
+    with pytest.raises(InvalidRequestError, match=r"1024x64: sides may have up to 512 pixels .* is 512x64") as caught:
+        resolve(model_of, SD3, (noise(64, 64),), height=64, width=1024, **T5)
+    assert caught.value.param == "width"
+    (request,) = resolve(model_of, SD3, (noise(1024, 64),), strength=0.5, **T5)
+    assert (request.width, request.height) == (512, 32)
+    drive = Drive(runner_of(SD3)).run({0: [request]})
+    assert not drive.errors
+    assert drive.images["r-0"].shape == (32, 512, 3)
+
+
 def test_a_picture_that_is_changed_costs_its_share_of_the_steps_and_no_tokens(model_of: ModelOf) -> None:
     """One to look at is part of the sequence."""
     image = noise(64, 64)

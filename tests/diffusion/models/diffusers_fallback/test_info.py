@@ -12,12 +12,18 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from diffusers import (
+    AuraFlowTransformer2DModel,
+    CogView4Transformer2DModel,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+)
 
 from tests.diffusion.models.diffusers_fallback.conftest import ModelOf
 from tests.tiny_diffusers import CLIP_TOKENS, T5_TOKENS
 from vllm_omni import AsyncOmni
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
-from vllm_omni.diffusion.models.diffusers_fallback.info import latent_frames, latent_side
+from vllm_omni.diffusion.models.diffusers_fallback.info import latent_frames, latent_side, longest_side
 from vllm_omni.diffusion.models.diffusers_fallback.pipeline import PipelineCall
 from vllm_omni.diffusion.registry import load_model_info
 from vllm_omni.diffusion.worker.runner import ModelRunner
@@ -77,6 +83,22 @@ def test_a_folder_is_described(
 def test_defaults_are_those_of_the_call(copy_of: Callable[..., Path]) -> None:
     defaults = load_model_info(str(copy_of("StableDiffusionXLPipeline"))).default_sampling_params
     assert (defaults["num_inference_steps"], defaults["guidance_scale"]) == (50, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("transformer", "config", "longest"),
+    [
+        (SD3Transformer2DModel, {"pos_embed_max_size": 192}, 192 * 16),
+        (AuraFlowTransformer2DModel, {"pos_embed_max_size": 96 * 96}, 96 * 16),
+        (CogView4Transformer2DModel, {"pos_embed_max_size": 128}, None),  # it has no table
+        (FluxTransformer2DModel, {}, None),
+    ],
+)
+def test_a_table_of_positions_bounds_the_sides(
+    transformer: type[Any], config: dict[str, int], longest: int | None
+) -> None:
+    assert longest_side({"transformer": transformer}, config, 16) == longest
+    assert longest_side({}, {}, 16) is None
 
 
 def test_without_t5_the_limit_is_clips(copy_of: Callable[..., Path]) -> None:

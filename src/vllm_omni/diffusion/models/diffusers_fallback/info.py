@@ -5,6 +5,7 @@ Read from its configs and from the signature of its pipeline's `__call__`: `desc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +34,10 @@ Others might, as those do that change the model's attention for the time of a ca
 MAX_INTERLEAVED = 4
 """Requests under way: each holds its latents and its prompt's embeddings on the device, and a thread."""
 DEFAULT_SIDE = 1024
+SQUARE_TABLES = ("CogView3PlusTransformer2DModel", "OmniGenTransformer2DModel", "SD3Transformer2DModel")
+"""Transformers whose positions are a table with `pos_embed_max_size` rows and columns."""
+COUNTED_TABLES = ("AuraFlowTransformer2DModel",)
+"""Those in which it is the number of all positions of such a table."""
 ATTENTION_TOKENS = 2.0**14
 """Of a transformer of common width; the scheduler corrects its estimates by what it measures."""
 LONGEST_PROMPT = 32_000
@@ -124,7 +129,17 @@ def describe(path: Path) -> ModelInfo:
         image_input=image_input,
         latent_frames=latent_frames(configs.get("vae", {}), defaults.get("num_frames", 1)),
         default_sampling_params=defaults,
+        max_side=longest_side(components, configs.get("transformer", {}), side),
     )
+
+
+def longest_side(components: Mapping[str, type[Any]], transformer: Mapping[str, Any], side: int) -> int | None:
+    """Pixels of the longest side that the table of positions of a transformer has entries for, `side` pixels each;
+    None: it has none."""
+    name, size = getattr(components.get("transformer"), "__name__", ""), transformer.get("pos_embed_max_size")
+    if size is None or name not in (*SQUARE_TABLES, *COUNTED_TABLES):
+        return None
+    return side * (math.isqrt(size) if name in COUNTED_TABLES else int(size))
 
 
 def _image_input(class_name: str, follows_input: bool, side: int, defaults: Mapping[str, Any]) -> WholeImageInput:
