@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -235,7 +236,8 @@ async def test_abort_in_each_phase(num_results: int) -> None:
         assert observer.outcomes == [("victim", "aborted"), ("neighbour", "completed")]
 
 
-async def test_one_failure_leaves_the_others_alone() -> None:
+async def test_one_failure_leaves_the_others_alone(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     errors = {"bad": ItemError("weights are on fire", "internal", "Traceback"), "wrong": ItemError("no", "invalid")}
     runner = lambda: FakeRunner(errors=lambda id, phase, step: errors.get(id) if step == 2 else None)  # noqa: E731
     observer = Recorder()
@@ -244,7 +246,16 @@ async def test_one_failure_leaves_the_others_alone() -> None:
     assert failures(events) == {"bad": GenerationError, "wrong": InvalidRequestError}
     assert sorted(event.request_id for event in events if isinstance(event, Finished)) == ["a", "b"]
     assert "fire" not in next(str(e.error) for e in events if isinstance(e, Failed) and e.request_id == "bad")
-    assert sorted(observer.outcomes) == [("a", "completed"), ("b", "completed"), ("bad", "failed"), ("wrong", "failed")]
+    assert sorted(observer.outcomes) == [
+        ("a", "completed"),
+        ("b", "completed"),
+        ("bad", "failed"),
+        ("wrong", "refused"),
+    ]
+    assert observer.rejects == []  # whoever answers counts it, as every wrong request
+    told = {record.levelname: record.getMessage() for record in caplog.records}
+    assert told["INFO"] == "request wrong is refused: no"
+    assert told["ERROR"] == "request bad failed (internal): weights are on fire\nTraceback"
 
 
 @pytest.mark.parametrize("always", [False, True])

@@ -319,7 +319,10 @@ class DiffusionEngine:
     def _apply(self, update: Update) -> None:
         """End what failed, forget the timings of what starts again."""
         for request_id, error in update.failed.items():
-            logger.error("request %s failed (%s): %s\n%s", request_id, error.kind, error.message, error.traceback)
+            if error.kind == "invalid":
+                logger.info("request %s is refused: %s", request_id, error.message)
+            else:
+                logger.error("request %s failed (%s): %s\n%s", request_id, error.kind, error.message, error.traceback)
             self._end(request_id, _request_error(error))
         for request_id in update.replayed:
             tracked = self._tracked[request_id]
@@ -387,8 +390,7 @@ class DiffusionEngine:
         timings = tracked.timings(time.monotonic())
         if isinstance(outcome, RequestError):
             tracked.events.put_nowait(Failed(request_id, outcome))
-            aborted = isinstance(outcome, RequestAbortedError)
-            self._observer.on_finish(tracked.request, timings, "aborted" if aborted else "failed")
+            self._observer.on_finish(tracked.request, timings, _outcome_of(outcome))
         else:
             tracked.events.put_nowait(Finished(request_id, outcome, timings))
             self._observer.on_finish(tracked.request, timings, "completed")
@@ -414,6 +416,13 @@ class DiffusionEngine:
             return max(1.0, self._scheduler.queue_seconds)
         left = max(0.0, self._drain_ends - time.monotonic())
         return min(self._scheduler.queue_seconds, left) + self._load_seconds
+
+
+def _outcome_of(error: RequestError) -> str:
+    """See `EngineObserver.on_finish`."""
+    if isinstance(error, RequestAbortedError):
+        return "aborted"
+    return "refused" if isinstance(error, InvalidRequestError) else "failed"
 
 
 def _request_error(error: ItemError) -> RequestError:

@@ -65,7 +65,7 @@ class EngineObserver(Protocol):
     def on_step(self, plan: StepPlan, result: StepResult, seconds: float) -> None: ...
 
     def on_finish(self, request: DiffusionRequest, timings: dict[str, float], outcome: str) -> None:
-        """`outcome`: completed | aborted | failed."""
+        """`outcome`: completed | aborted | failed | refused, by the model itself, as wrong."""
 
     def on_reject(self, reason: str) -> None:
         """`reason`: queue_full | unavailable, and of servers invalid."""

@@ -363,7 +363,7 @@ def _check_params(params: OmniDiffusionSamplingParams, info: ModelInfo) -> None:
     if (limit := params.max_sequence_length) is not None:
         _require(1 <= limit <= info.max_prompt_tokens, "max_sequence_length", limit, f"1 to {info.max_prompt_tokens}")
     if (strength := params.strength) is not None:
-        _require(0 <= strength <= 1, "strength", strength, "a number from 0 to 1")
+        _require(0 < strength <= 1, "strength", strength, "a number above 0 and at most 1 (at 0 no step is left)")
     if (fps := params.fps) is not None:
         _require(1 <= fps <= MAX_FPS, "fps", fps, f"1 to {MAX_FPS}")
     for name in GUIDANCE_PARAMETERS:

@@ -43,6 +43,7 @@ class ItemError:
     kind: str
     """`out_of_memory`, `invalid` or `internal`."""
     traceback: str = ""
+    """None of an `invalid` request: nothing of ours failed."""
     param: str | None = None
     """Of an `invalid` request, the parameter that is wrong."""
 

@@ -76,7 +76,7 @@ class DiffusionRequest:
     num_reference_tokens: int = 0
     """Image tokens that they add to each guidance branch."""
     strength: float | None = None
-    """How far a picture made from another may go from it, in [0, 1]."""
+    """How far a picture made from another may go from it, in (0, 1]."""
     lora: LoRA | None = None
     """None: the model as it is."""
     num_frames: int = 1

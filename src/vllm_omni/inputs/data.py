@@ -50,7 +50,7 @@ class OmniDiffusionSamplingParams:
     max_sequence_length: int | None = None
     """Longest prompt accepted, in tokens."""
     strength: float | None = None
-    """How far an edited picture may go from its input, in [0, 1]; that part of the steps is made."""
+    """How far an edited picture may go from its input, in (0, 1]; that part of the steps is made."""
     lora_request: LoRARequest | None = None
     lora_scale: float | None = None
     cache: bool | None = None

@@ -23,6 +23,7 @@ from PIL import Image
 from tests.diffusion.worker.driving import psnr
 from tests.entrypoints.openai.live_server import FAKE_EDIT_INFO, FAKE_INFO, MODEL_NAME, LiveServer, live_server
 from tests.entrypoints.openai.test_image_edits import EDITS, data_url, file_of, pixels
+from tests.entrypoints.openai.test_probes_and_metrics import read_metrics
 from tests.tiny_diffusers import build_tiny_diffusers
 from tests.tiny_models import photo
 from vllm_omni.diffusion import intake
@@ -140,11 +141,19 @@ def test_large_pictures_are_resized_in_a_thread_for_pictures(monkeypatch: pytest
     assert image.num_bytes <= held < image.num_bytes + len(large) + 2**12
 
 
-def test_a_strength_of_no_step_is_a_400(http: httpx.Client) -> None:
+def test_a_strength_of_no_step_is_a_400(http: httpx.Client, server: LiveServer) -> None:
+    before = read_metrics(server)
     fields = {"prompt": PROMPT, "strength": "0.1"}
     param, message = refusal(http.post(EDITS, files={"image": file_of(PHOTO)}, data=fields))
     assert param == "strength"
     assert message == "strength 0.1 of 4 steps leaves no step"
+    param, message = refusal(http.post(EDITS, files={"image": file_of(PHOTO)}, data={**fields, "strength": "0"}))
+    assert param == "strength"
+    assert message.startswith("strength takes a number above 0")
+    after = read_metrics(server)
+    rejected, failed = "vllm_omni:requests_rejected_total{reason=invalid}", "vllm_omni:requests_failed_total"
+    assert after[rejected] == before[rejected] + 2
+    assert after[failed] == before[failed]
 
 
 def test_a_generation_says_where_to_go(http: httpx.Client) -> None:

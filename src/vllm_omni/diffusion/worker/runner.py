@@ -320,5 +320,5 @@ def _item_error(error: Exception) -> ItemError:
     if is_out_of_memory(error):
         return ItemError("the device ran out of memory on this request", "out_of_memory", traceback.format_exc())
     if isinstance(error, InvalidRequestError):
-        return ItemError(str(error), "invalid", traceback.format_exc(), error.param)
+        return ItemError(str(error), "invalid", param=error.param)
     return ItemError(str(error) or type(error).__name__, "internal", traceback.format_exc())

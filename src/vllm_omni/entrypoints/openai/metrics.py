@@ -94,6 +94,8 @@ class PrometheusObserver:
             self._peak_memory.set(self._most_memory)
 
     def on_finish(self, request: DiffusionRequest, timings: dict[str, float], outcome: str) -> None:
+        if outcome == "refused":
+            return  # counted with all that are answered so: see `on_reject`
         if outcome != "completed":
             (self._aborted if outcome == "aborted" else self._failed)[""].inc()
             return

@@ -15,7 +15,7 @@ from tests.diffusion.models.diffusers_fallback.conftest import ModelOf, Pipeline
 from tests.diffusion.worker.driving import Drive, psnr
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.intake import Intake
-from vllm_omni.diffusion.plan import StepPlan, WorkerReady
+from vllm_omni.diffusion.plan import ItemError, StepPlan, WorkerReady
 from vllm_omni.diffusion.registry import load_model_info
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.errors import InvalidRequestError
@@ -152,14 +152,16 @@ def test_edits_under_way_do_not_touch_one_another(
 def test_a_strength_of_no_step_is_the_callers_mistake(model_of: ModelOf, runner_of: RunnerOf) -> None:
     (request,) = resolve(model_of, SDXL, (noise(64, 64),), strength=0.2)
     errors = Drive(runner_of(SDXL)).run({0: [request]}).errors
-    assert (errors["r-0"].kind, errors["r-0"].message) == ("invalid", "strength 0.2 of 4 steps leaves no step")
+    expected = ItemError("strength 0.2 of 4 steps leaves no step", "invalid", traceback="", param="strength")
+    assert errors["r-0"] == expected
 
 
 @pytest.mark.parametrize(
     ("name", "num_images", "params", "param", "words"),
     [
-        (SDXL, 1, {"strength": 1.5}, "strength", "a number from 0 to 1"),
-        (SDXL, 1, {"strength": -0.1}, "strength", "a number from 0 to 1"),
+        (SDXL, 1, {"strength": 1.5}, "strength", "a number above 0 and at most 1"),
+        (SDXL, 1, {"strength": -0.1}, "strength", "a number above 0 and at most 1"),
+        (SD3, 1, {"strength": 0}, "strength", "at 0 no step is left"),
         (SDXL, 0, {}, "image", "POST /v1/images/edits"),
         (SDXL, 2, {}, "image", "at most 1 pictures"),
         (KLEIN, 5, {}, "image", "at most 4 pictures"),
