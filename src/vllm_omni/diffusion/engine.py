@@ -67,6 +67,7 @@ class _Tracked:
     stages: dict[str, float] = field(default_factory=dict)
     """Device seconds by stage of the steps it took part in."""
     num_steps: int = 0
+    """That the model made for it."""
     cached_steps: float = 0.0
     """What part of them came from a step cache."""
     last_step: int = 0
@@ -373,8 +374,10 @@ class DiffusionEngine:
             for request_id in request_ids:
                 if tracked := self._tracked.get(request_id):
                     tracked.stages[stage] = tracked.stages.get(stage, 0.0) + seconds
-                    tracked.num_steps += stage == "denoise"
-                    tracked.cached_steps += result.cached.get(request_id, 0.0) if stage == "denoise" else 0.0
+        for request_id in result.advanced:
+            if tracked := self._tracked.get(request_id):
+                tracked.num_steps += result.num_made(request_id)
+                tracked.cached_steps += result.cached.get(request_id, 0.0)
 
     def _tell_step(self, request_id: str, step: int, preview: np.ndarray | None) -> None:
         tracked = self._tracked[request_id]

@@ -59,6 +59,8 @@ class StepResult:
     errors: dict[str, ItemError] = field(default_factory=dict)
     advanced: list[str] = field(default_factory=list)
     """Requests that made a denoising step."""
+    made: dict[str, int] = field(default_factory=dict)
+    """Of `advanced`: steps that the model made for it; of others one. See `RequestState.num_made`."""
     encode_seconds: float = 0.0
     denoise_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -72,6 +74,10 @@ class StepResult:
     sent_bytes: dict[str, int] = field(default_factory=dict)
     """Bytes that the ranks, all together, handed to each of `EXCHANGES`."""
     peak_memory_bytes: int = 0
+
+    def num_made(self, request_id: str) -> int:
+        """Steps that the model made for one of `advanced`."""
+        return self.made.get(request_id, 1)
 
 
 @dataclass

@@ -141,6 +141,17 @@ def test_large_pictures_are_resized_in_a_thread_for_pictures(monkeypatch: pytest
     assert image.num_bytes <= held < image.num_bytes + len(large) + 2**12
 
 
+@pytest.mark.parametrize(("strength", "num_steps"), [("0.5", 2), ("1", 4)])
+def test_steps_are_counted_that_the_pipeline_made(
+    http: httpx.Client, server: LiveServer, strength: str, num_steps: int
+) -> None:
+    before = read_metrics(server)
+    answer = http.post(EDITS, files={"image": file_of(PHOTO)}, data={"prompt": PROMPT, "strength": strength}).json()
+    assert answer["timings"]["computed_steps"] == num_steps
+    name = "vllm_omni:inference_steps_total{kind=computed}"
+    assert read_metrics(server)[name] == before[name] + num_steps
+
+
 def test_a_strength_of_no_step_is_a_400(http: httpx.Client, server: LiveServer) -> None:
     before = read_metrics(server)
     fields = {"prompt": PROMPT, "strength": "0.1"}

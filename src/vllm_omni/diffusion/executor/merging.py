@@ -30,6 +30,7 @@ def merge_results(results: Sequence[StepResult]) -> StepResult:
         previews=_united([result.previews for result in results]),
         errors=_united([result.errors for result in results]),
         advanced=advanced,
+        made={i: number for i, number in first.made.items() if i in advanced},
         encode_seconds=max(result.encode_seconds for result in results),
         denoise_seconds=max(result.denoise_seconds for result in results),
         decode_seconds=max(result.decode_seconds for result in results),

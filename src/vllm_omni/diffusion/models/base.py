@@ -34,6 +34,8 @@ class RequestState:
     alone."""
     step: int = 0
     """Denoising steps done."""
+    num_made: int = field(default=1, init=False)
+    """What the model made in the last of them: a whole pipeline spreads its own steps over those that were planned."""
     cache_slots: tuple[CacheSlot | None, ...] = field(init=False, repr=False)
     """A branch each; None where the request takes no part in caching."""
 

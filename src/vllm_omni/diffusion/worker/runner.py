@@ -234,6 +234,8 @@ class ModelRunner:
             if request_id in plan.preview:
                 clean[request_id] = self.pipeline.predict_clean(state, velocity)
             self.pipeline.advance(state, velocity)
+            if state.num_made != 1:
+                result.made[request_id] = state.num_made
             if (skipped := state.settle()) and self._ranks.mesh.rank_group.rank == 0:
                 result.cached[request_id] = skipped / len(branches[request_id])
 

@@ -84,7 +84,7 @@ class PrometheusObserver:
             self._step_sequences.observe(result.num_sequences)
             self._step_tokens.observe(result.num_tokens)
             cached = sum(result.cached.values())
-            self._steps["computed"].inc(len(result.advanced) - cached)
+            self._steps["computed"].inc(sum(map(result.num_made, result.advanced)) - cached)
             self._steps["cached"].inc(cached)
         self._cache_bytes.set(result.cache_bytes)
         for collective, num_bytes in result.sent_bytes.items():

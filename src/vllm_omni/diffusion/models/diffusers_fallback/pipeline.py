@@ -70,12 +70,16 @@ class PipelineCall:
         except ValueError as error:
             raise InvalidRequestError(" ".join(str(error).split())) from error
 
-    def advance(self, step: int) -> None:
-        """Up to the end of the planned step `step`, counted from 1: the pipeline's own steps are spread evenly."""
-        num_steps = self._num_steps or self._num_planned
+    def advance(self, step: int) -> int:
+        """Up to the end of the planned step `step`, counted from 1: the pipeline's own steps are spread evenly.
+
+        Returns how many of these it made.
+        """
+        before, num_steps = self._num_done, self._num_steps or self._num_planned
         due = -(-step * num_steps // self._num_planned)
         while self._num_done < due and self._run.resume():
             pass
+        return self._num_done - before
 
     def picture(self) -> np.ndarray:
         """uint8 [height, width, 3], of a video [frames, height, width, 3]; runs the call to its end."""
@@ -207,7 +211,7 @@ class Pipeline(BasePipeline[WholeState]):
     def advance(self, state: WholeState, velocity: Tensor) -> None:
         assert state.call is not None
         self._give_turn(state.request)
-        state.call.advance(state.step + 1)
+        state.num_made = state.call.advance(state.step + 1)
         state.step += 1
 
     def predict_clean(self, state: WholeState, velocity: Tensor) -> Tensor:
