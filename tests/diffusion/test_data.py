@@ -21,6 +21,7 @@ from vllm_omni.diffusion.data import (
     parse_cache_config,
 )
 from vllm_omni.errors import ConfigError, NotAvailableError
+from vllm_omni.inputs.data import LoRARequest
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,8 @@ from vllm_omni.errors import ConfigError, NotAvailableError
         ({"max_batch_tokens": -1}, ["--max-batch-tokens", "-1"]),
         ({"max_queue_seconds": 0.0}, ["--max-queue-seconds"]),
         ({"default_sampling_params": {"steps": 3}}, ["--default-sampling-params", "steps", "num_inference_steps"]),
+        ({"default_sampling_params": {"lora_request": {"nam": "ink"}}}, ["lora_request takes an adapter", '"name"']),
+        ({"default_sampling_params": {"lora_request": "ink"}}, ["lora_request takes a LoRARequest", "'ink'"]),
         ({"cache_backend": "tea_cache", "cache_config": {"x": 1}}, ["'x'", "rel_l1_thresh", "coefficients"]),
         ({"cache_backend": "magic"}, ["--cache-backend", "'magic'", "tea_cache", "cache_dit"]),
         ({"cache_config": {"rel_l1_thresh": 1}}, ["--cache-config", "needs --cache-backend"]),
@@ -141,7 +144,9 @@ def test_world_size_is_the_product_of_the_axes() -> None:
 
 
 def test_config_is_frozen_and_travels_as_msgpack() -> None:
-    config = OmniDiffusionConfig("demo", vae_use_tiling=True, default_sampling_params={"seed": 3})
+    defaults = {"seed": 3, "lora_request": {"name": "ink", "scale": 0.5}}
+    config = OmniDiffusionConfig("demo", vae_use_tiling=True, default_sampling_params=defaults)
+    assert config.default_sampling_params["lora_request"] == LoRARequest("ink", scale=0.5)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(config), type=OmniDiffusionConfig) == config
     with pytest.raises(FrozenInstanceError):
         config.model = "other"  # type: ignore[misc]

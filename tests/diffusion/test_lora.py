@@ -97,3 +97,21 @@ def test_settings_are_checked_at_start(file: Path) -> None:
         OmniDiffusionConfig("demo", lora_modules={"style": 3})  # type: ignore[dict-item]
     with pytest.raises(ConfigError, match=r"^--default-sampling-params: lora_scale 0.5 needs"):
         check_defaults(OmniDiffusionConfig("demo", default_sampling_params={"lora_scale": 0.5}), TAKES_LORA)
+
+
+def test_a_server_may_have_an_adapter_for_requests_that_name_none(file: Path) -> None:
+    def served(name: str) -> OmniDiffusionConfig:
+        defaults = {"lora_request": {"name": name, "scale": 0.5}}
+        return OmniDiffusionConfig(
+            "demo", lora_modules={"style": str(file), "ink": str(file)}, default_sampling_params=defaults
+        )
+
+    check_defaults(served("style"), TAKES_LORA)
+    intake = Intake(served("style"), TAKES_LORA, READY)
+    for asked, lora in ((None, LoRA("style", str(file), 0.5)), (LoRARequest("ink"), LoRA("ink", str(file), 1.0))):
+        (request,) = intake.resolve(OmniPrompt("x"), OmniDiffusionSamplingParams(lora_request=asked), "r")
+        assert request.lora == lora
+    with pytest.raises(ConfigError, match=r"^--default-sampling-params: there is no LoRA adapter 'x'; served: style"):
+        check_defaults(served("x"), TAKES_LORA)
+    with pytest.raises(ConfigError, match=r"^--default-sampling-params: LoRA adapters are not available yet"):
+        check_defaults(served("style"), INFO)

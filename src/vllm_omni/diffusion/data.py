@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from vllm_omni.errors import ConfigError, NotAvailableError
-from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams
 from vllm_omni.inputs.kinds import MisfitError, fit, kinds_of
 
 CacheBackend = Literal["none", "tea_cache", "cache_dit"]
@@ -295,10 +295,20 @@ def _fit_sampling_params(values: Mapping[str, Any]) -> dict[str, Any]:
     plain = {}
     for name, value in values.items():
         try:
-            plain[name] = fit(value, kinds[name])
+            plain[name] = fit(_lora_request(value) if name == "lora_request" else value, kinds[name])
         except MisfitError as error:
             raise ConfigError(f"--default-sampling-params: {name} takes {error}, got {value!r}") from error
     return plain
+
+
+def _lora_request(value: Any) -> Any:
+    """From a mapping, as JSON has it and as one comes to a worker; others are left as they are."""
+    if not isinstance(value, Mapping):
+        return value
+    try:
+        return LoRARequest(**value)
+    except TypeError:  # a field that is unknown, or no name
+        raise MisfitError('an adapter, as {"name": ..., "scale": ...}') from None
 
 
 _AVAILABLE_EXECUTORS = ("mp", "uni")
