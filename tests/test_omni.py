@@ -94,6 +94,16 @@ def test_a_wrong_prompt_among_good_ones_runs_nothing(omni: Omni) -> None:
         omni.generate(["a", "b"], [SMALL])
 
 
+@pytest.mark.parametrize("params", [{"height": 64}, {}, "fast", 3, [{"height": 64}]])
+def test_sampling_params_of_another_kind_are_named(omni: Omni, device: FakeExecutor, params: object) -> None:
+    with pytest.raises(InvalidRequestError, match="sampling_params takes OmniDiffusionSamplingParams") as caught:
+        omni.generate("a", params)  # type: ignore[arg-type]
+    assert caught.value.param == "sampling_params"
+    (given,) = params if isinstance(params, list) else (params,)
+    assert str(caught.value).endswith(repr(given))
+    assert device.num_plans == 0
+
+
 def test_what_was_closed_says_so(omni: Omni) -> None:
     omni.close()
     omni.close()

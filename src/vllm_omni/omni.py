@@ -215,7 +215,11 @@ class AsyncOmni:
         """Check a request without running it. Raises InvalidRequestError."""
         intake = self._started_intake()
         parsed = parse_prompt(prompt)
-        params = sampling_params or OmniDiffusionSamplingParams()
+        params = OmniDiffusionSamplingParams() if sampling_params is None else sampling_params
+        if not isinstance(params, OmniDiffusionSamplingParams):
+            raise InvalidRequestError(
+                f"sampling_params takes OmniDiffusionSamplingParams, got {params!r}", param="sampling_params"
+            )
         request_id = request_id or f"omni-{uuid.uuid4().hex}"
         requests = intake.resolve(parsed, params, request_id)
         return Job(request_id, parsed.prompt, params.output_type, requests)
@@ -307,21 +311,19 @@ class Omni:
         others have ended.
         """
         prompt_list = list(prompts) if isinstance(prompts, Sequence) and not isinstance(prompts, str) else [prompts]
-        if isinstance(sampling_params, Sequence):
+        if isinstance(sampling_params, Sequence) and not isinstance(sampling_params, str):
             if len(sampling_params) != len(prompt_list):
                 raise InvalidRequestError(
                     f"got {len(prompt_list)} prompts and {len(sampling_params)} sampling_params: give one, or one each",
                     param="sampling_params",
                 )
-            params_list = list(sampling_params)
+            params_list: list[Any] = list(sampling_params)
         else:
-            params_list = [sampling_params or OmniDiffusionSamplingParams()] * len(prompt_list)
+            params_list = [sampling_params] * len(prompt_list)
         outputs: list[OmniRequestOutput] = self._call(self._generate_all(prompt_list, params_list))
         return outputs
 
-    async def _generate_all(
-        self, prompts: list[Any], params: list[OmniDiffusionSamplingParams]
-    ) -> list[OmniRequestOutput]:
+    async def _generate_all(self, prompts: list[Any], params: list[Any]) -> list[OmniRequestOutput]:
         jobs = [self._async.resolve(p, s) for p, s in zip(prompts, params)]
         total = sum(r.num_inference_steps for job in jobs for r in job.requests)
         with tqdm(total=total, unit="step", desc="denoising", disable=not self._progress_bar) as bar:
