@@ -124,7 +124,7 @@ def test_settings_are_checked_before_anything_loads() -> None:
         Omni(model="demo", max_num_seqs="a")
     with pytest.raises(ConfigError, match="--enable-cpu-offload: not available yet with a packed family"):
         Omni(model="demo", enable_cpu_offload=True)
-    with pytest.raises(ConfigError, match="neither a folder"):
+    with pytest.raises(ConfigError, match=r"^model '/no/such/folder': there is no such folder$"):
         Omni(model="/no/such/folder")
 
 

@@ -296,6 +296,8 @@ def resolve_model_path(model: str, load_format: LoadFormat = "auto") -> Path:
         if not (path / "model_index.json").is_file():
             raise ConfigError(f"model {model!r} is not in the diffusers layout: it has no model_index.json")
         return path
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:  # no name that the hub could have
+        raise ConfigError(f"model {model!r}: there is no such folder")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -1,0 +1,47 @@
+"""From a model's name to its folder: what is no name of the hub is a path, and nobody is asked for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from vllm_omni.diffusion.registry import resolve_model_path
+from vllm_omni.errors import ConfigError
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names that the hub was asked for; it cannot be reached."""
+    names: list[str] = []
+
+    def answer(name: str, **_: object) -> str:
+        names.append(name)
+        raise LocalEntryNotFoundError("nobody is there\nand more lines")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", answer)
+    return names
+
+
+@pytest.mark.parametrize(
+    "model", ["./nowhere", "../no/where", ".", "/abs/nowhere", "~/nowhere", "no/such/folder", "a/b/"]
+)
+def test_a_path_without_a_folder_says_so(
+    model: str, asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        resolve_model_path(model)
+    ends = "is not in the diffusers layout: it has no model_index.json" if model == "." else "there is no such folder"
+    assert str(caught.value).endswith(ends)
+    assert repr(model) in str(caught.value)
+    assert asked == []
+
+
+@pytest.mark.parametrize("model", ["nowhere", "nobody/nowhere"])
+def test_a_name_is_asked_for_at_the_hub(model: str, asked: list[str]) -> None:
+    with pytest.raises(ConfigError, match=f"^model '{model}' is neither a folder, .* hub model: nobody is there$"):
+        resolve_model_path(model)
+    assert asked == [model]
