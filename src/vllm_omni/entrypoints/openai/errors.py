@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 from http import HTTPStatus
@@ -16,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm_omni.diffusion.events import EngineObserver
 from vllm_omni.entrypoints.openai.echo import echo
 from vllm_omni.entrypoints.openai.protocol import ErrorBody, ErrorResponse
-from vllm_omni.errors import RequestError
+from vllm_omni.errors import RequestError, UnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +98,12 @@ def _http_body(error: HTTPException, request: Request | None) -> ErrorBody:
 
 
 class CatchErrors:
-    """Innermost middleware: answers what no handler knew, inside the other middlewares (their headers are kept)."""
+    """Innermost middleware: answers what no handler knew, inside the other middlewares (their headers are kept). It
+    stands outside of the user's too.
+
+    Requests that a stopping server cancels end here, with a 503 or, in the middle of an answer, with the connection:
+    the task is theirs alone, and uvicorn writes a traceback and a plain 500 for whatever leaves it.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -119,6 +125,11 @@ class CatchErrors:
                 raise
             logger.exception("%s %r failed", scope["method"], scope["path"])
             await error_response(error)(scope, receive, send)
+        except asyncio.CancelledError:
+            if not started:
+                answer = error_response(UnavailableError("The server is stopping.", retry_after=1.0))
+                answer.headers["connection"] = "close"
+                await answer(scope, receive, send)
 
 
 def install_error_handlers(app: FastAPI, observer: EngineObserver) -> None:

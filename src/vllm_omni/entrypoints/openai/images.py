@@ -28,6 +28,7 @@ from vllm_omni.entrypoints.openai.protocol import (
     ImageOptions,
     ImagesResponse,
     body_schema,
+    json_request_body,
 )
 from vllm_omni.entrypoints.openai.resolver import Resolver
 from vllm_omni.entrypoints.openai.settings import ServerSettings
@@ -68,6 +69,13 @@ class ImageService:
     files: FileStore
     resolver: Resolver
     uploads: UploadReader
+
+    async def create(self, request: Request) -> Response:
+        """`generate` from a prompt. Raises RequestError, also for bodies that are wrong, too large or too slow."""
+        self.check_makes_pictures()
+        with self.uploads.budget.holding() as holding:
+            body = await self.uploads.read_json(request, holding, ImageGenerationRequest)
+            return await self.generate(body, request, holding)
 
     async def edit(self, request: Request) -> Response:
         """`generate` from pictures. Raises RequestError, also for bodies that are wrong or too large."""
@@ -174,11 +182,15 @@ def make_images_router(service: ImageService) -> APIRouter:
     event = {"type": "object", "properties": {"event": {"type": "string"}, "data": {"type": "string"}}}
     event_stream = {"content": {"text/event-stream": {"schema": {**event, "required": ["data"]}}}}  # of each event
 
-    @router.post("/generations", response_model=ImagesResponse, responses={200: event_stream})
-    async def generations(body: ImageGenerationRequest, request: Request) -> Response:
+    @router.post(
+        "/generations",
+        response_model=ImagesResponse,
+        responses={200: event_stream},
+        openapi_extra={"requestBody": json_request_body(ImageGenerationRequest)},
+    )
+    async def generations(request: Request) -> Response:
         """Make pictures from a prompt; server-sent events with `stream`."""
-        with service.uploads.budget.holding() as nothing:
-            return await service.generate(body, request, nothing)
+        return await service.create(request)
 
     image_file_content = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in CONTENT_TYPES.values()}
 

@@ -118,12 +118,22 @@ class ImageEditRequest(ImageGenerationRequest):
 
 
 def body_schema(model: type[BaseModel]) -> dict[str, Any]:
-    """The JSON schema of `model` for a route that reads its bodies itself.
+    """The JSON schema of `model` for a route that reads its bodies itself; models in it stand where they are used."""
+    schema = model.model_json_schema()
+    inner = schema.pop("$defs", {})
 
-    The models in it are those of `ImageGenerationRequest`, which a route takes in FastAPI's way: the document has them.
-    """
-    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    return {name: value for name, value in schema.items() if name != "$defs"}
+    def written_out(node: Any) -> Any:
+        if isinstance(node, dict):
+            name = node.get("$ref", "").rpartition("/")[2]
+            return inner[name] if name else {key: written_out(value) for key, value in node.items()}
+        return [written_out(item) for item in node] if isinstance(node, list) else node
+
+    return {name: written_out(value) for name, value in schema.items()}
+
+
+def json_request_body(model: type[BaseModel]) -> dict[str, Any]:
+    """What OpenAPI calls a `requestBody`, of such a route that takes JSON alone."""
+    return {"required": True, "content": {"application/json": {"schema": body_schema(model)}}}
 
 
 class ErrorBody(BaseModel):

@@ -1,4 +1,4 @@
-"""Bodies that carry pictures: fields, and pictures that are decoded as they arrive."""
+"""The bodies of requests: fields, and pictures that are decoded as they arrive."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ LEAST_BYTES_A_SECOND = 1024
 
 @dataclass(frozen=True)
 class UploadReader:
-    """Reads edits and chats for one model. Edits are for a model that takes input pictures."""
+    """Reads what one model is asked for. Edits are for a model that takes input pictures."""
 
     info: ModelInfo
     decoder: ImageDecoder
@@ -64,7 +64,7 @@ class UploadReader:
         if kind == "multipart/form-data":
             return await self._read_form(request, holding)
         if kind == "application/json":
-            return await self._read_json(request, holding)
+            return await self._read_json_edit(request, holding)
         raise InvalidRequestError(
             f"the request's content-type takes multipart/form-data and application/json, got {kind[:64]!r}"
         )
@@ -82,7 +82,7 @@ class UploadReader:
         reader.close()
         return _validated(lambda: ImageEditRequest.model_validate_strings(fields, strict=False))
 
-    async def _read_json(self, request: Request, holding: Holding) -> ImageEditRequest:
+    async def _read_json_edit(self, request: Request, holding: Holding) -> ImageEditRequest:
         parsed = await self._json_body(request, holding, ImageEditRequest)
         for name in _UNSUPPORTED:
             if getattr(parsed, name) is not None:
@@ -100,14 +100,18 @@ class UploadReader:
 
     async def read_chat(self, request: Request, holding: Holding) -> tuple[ChatCompletionRequest, str]:
         """The body and the text of its last user message, whose pictures go to `holding`. Raises as `read` does."""
-        kind = _content_type(request)
-        if kind != "application/json":
-            raise InvalidRequestError(f"the request's content-type takes application/json, got {kind[:64]!r}")
-        body = await self._json_body(request, holding, ChatCompletionRequest)
+        body = await self.read_json(request, holding, ChatCompletionRequest)
         turn = last_user_turn(body.messages)
         turn.check_images(self.info)
         await unless_disconnected(request, self._read_urls(turn.urls, holding))
         return body, turn.text
+
+    async def read_json(self, request: Request, holding: Holding, model: type[Body]) -> Body:
+        """A body without pictures to decode. Raises as `read` does."""
+        kind = _content_type(request)
+        if kind != "application/json":
+            raise InvalidRequestError(f"the request's content-type takes application/json, got {kind[:64]!r}")
+        return await self._json_body(request, holding, model)
 
     async def _json_body(self, request: Request, holding: Holding, model: type[Body]) -> Body:
         data, num_items = bytearray(), 0
