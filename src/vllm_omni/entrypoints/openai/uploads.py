@@ -20,6 +20,7 @@ from vllm_omni.entrypoints.openai.chat_protocol import ChatCompletionRequest
 from vllm_omni.entrypoints.openai.chat_turns import last_user_turn
 from vllm_omni.entrypoints.openai.decoding import ImageDecoder
 from vllm_omni.entrypoints.openai.disconnect import unless_disconnected
+from vllm_omni.entrypoints.openai.echo import echo
 from vllm_omni.entrypoints.openai.holding import Holding, UploadBudget
 from vllm_omni.entrypoints.openai.media import MediaFetcher
 from vllm_omni.entrypoints.openai.multipart import MultipartReader, Part
@@ -200,7 +201,8 @@ def _content_type(request: Request) -> str:
 
 
 def _set_field(fields: dict[str, Any], part: Part) -> None:
-    """`name`, or `name[key]` as clients write nested objects; what is empty is absent, as null is in JSON."""
+    """`name`, or nested objects as clients write them: `name[key]`, or `lora` as JSON. What is empty is absent, as null
+    is in JSON."""
     try:
         value = part.data.decode()
     except UnicodeDecodeError as error:
@@ -210,10 +212,25 @@ def _set_field(fields: dict[str, Any], part: Part) -> None:
             fields[part.name] = value  # says something: guidance needs one, and an empty one will do
         return
     nested = _NESTED_FIELD.fullmatch(part.name)
-    if nested and isinstance(inner := fields.setdefault(nested[1], {}), dict):
+    if part.name == "lora":
+        fields[part.name] = _lora_fields(value)
+    elif nested and isinstance(inner := fields.setdefault(nested[1], {}), dict):
         inner[nested[2]] = value
     else:
         fields[part.name] = value
+
+
+def _lora_fields(text: str) -> dict[str, Any]:
+    """As `lora[key]` gives them, numbers as text."""
+    try:
+        value = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise InvalidRequestError(
+            f'lora takes a JSON object such as {{"name": "ink", "scale": 0.8}}, got {echo(text)}', param="lora"
+        )
+    return {key: inner for key, inner in value.items() if inner is not None}
 
 
 def _parse_json(data: bytearray) -> Any:
