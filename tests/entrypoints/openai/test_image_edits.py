@@ -99,10 +99,18 @@ def test_several_files_and_every_field(server: LiveServer, sdk: openai.OpenAI) -
 
 
 def test_fields_without_effect_are_named(http: httpx.Client) -> None:
-    fields = {"prompt": "x", "true_cfg_scale": "3", "colour[hue]": "red", "seed": "", "n": "1"}
+    fields = {"prompt": "x", "true_cfg_scale": "3", "colour[hue]": "red", "seed": "", "n": "1", "partial_images": "2"}
     response = http.post(EDITS, files={"image": file_of(PHOTO)}, data=fields)
     assert response.status_code == 200
-    assert response.headers["x-omni-ignored-fields"] == "colour,true_cfg_scale"
+    assert response.headers["x-omni-ignored-fields"] == "colour,partial_images,true_cfg_scale"
+
+
+def test_names_of_vllm_omni_for_size_and_n(http: httpx.Client) -> None:
+    fields = {"prompt": "x", "seed": "8", "height": "64", "width": "128", "num_outputs_per_prompt": "2"}
+    response = http.post(EDITS, files={"image": file_of(PHOTO)}, data=fields)
+    assert "x-omni-ignored-fields" not in response.headers
+    for item, seed in zip(response.json()["data"], (8, 9), strict=True):
+        np.testing.assert_array_equal(pixels(item["b64_json"]), expected_picture(seed, height=64, width=128))
 
 
 def test_a_stream_says_image_edit(sdk: openai.OpenAI) -> None:

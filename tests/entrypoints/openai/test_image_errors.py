@@ -136,6 +136,27 @@ def test_a_malformed_size_is_told_the_form_not_a_pattern(http: httpx.Client) -> 
     assert message == "size: takes auto or WIDTHxHEIGHT in pixels, such as 1024x1024, got '64X64'"
 
 
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"height": 64}, "size", "height and width go together, got height alone"),
+        ({"width": 64, "size": "64x64"}, "size", "got width alone"),
+        ({"height": 64, "width": 128, "size": "64x128"}, "size", "size is 64x128, but width and height say 128x64"),
+        ({"height": 70, "width": 100}, "size", "the nearest valid size is 96x64"),
+        ({"height": 0, "width": 64}, "height", "greater than or equal to 1"),
+        ({"height": 10**400, "width": 64}, "height", "less than or equal to"),
+        ({"num_outputs_per_prompt": 2, "n": 1}, "n", "n is 1, but num_outputs_per_prompt 2"),
+        ({"num_outputs_per_prompt": 11}, "num_outputs_per_prompt", "less than or equal to 10"),
+    ],
+)
+def test_size_and_n_by_two_names(http: httpx.Client, fields: dict[str, Any], param: str, words: str) -> None:
+    response = http.post(GENERATIONS, json={"prompt": "x", **fields})
+    assert response.status_code == 400, response.text
+    error = error_of(response)
+    assert error["param"] == param
+    assert words in error["message"]
+
+
 def test_seed_plus_n_must_fit(http: httpx.Client) -> None:
     response = http.post(GENERATIONS, json={"prompt": "x", "seed": 2**63 - 2, "n": 10})
     assert response.status_code == 400

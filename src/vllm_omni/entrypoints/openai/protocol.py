@@ -64,6 +64,11 @@ class ImageOptions(BaseModel):
     safety_identifier: str | None = None
 
     # Extensions.
+    height: Annotated[int, Field(ge=1, le=999_999)] | None = None
+    """With `width`, another way to say `size`."""
+    width: Annotated[int, Field(ge=1, le=999_999)] | None = None
+    num_outputs_per_prompt: Annotated[int, Field(ge=1, le=10)] | None = None
+    """Another name of `n`."""
     negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)] | None = None
     num_inference_steps: Annotated[int, Field(ge=1)] | None = None
     guidance_scale: float | None = None

@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from vllm_omni.diffusion.intake import MAX_PROMPT_CHARACTERS, check_num_images
 from vllm_omni.diffusion.registry import ImageInput, ModelInfo
-from vllm_omni.entrypoints.openai.chat_protocol import ChatCompletionRequest
+from vllm_omni.entrypoints.openai.chat_protocol import ChatCompletionRequest, with_extra_body
 from vllm_omni.entrypoints.openai.chat_turns import last_user_turn
 from vllm_omni.entrypoints.openai.decoding import ImageDecoder
 from vllm_omni.entrypoints.openai.disconnect import unless_disconnected
@@ -84,7 +84,7 @@ class UploadReader:
         return _validated(lambda: ImageEditRequest.model_validate_strings(fields, strict=False))
 
     async def _read_json_edit(self, request: Request, holding: Holding) -> ImageEditRequest:
-        parsed = await self._json_body(request, holding, ImageEditRequest)
+        parsed = await self.read_json(request, holding, ImageEditRequest)
         for name in _UNSUPPORTED:
             if getattr(parsed, name) is not None:
                 raise _unsupported(name)
@@ -101,7 +101,8 @@ class UploadReader:
 
     async def read_chat(self, request: Request, holding: Holding) -> tuple[ChatCompletionRequest, str]:
         """The body and the text of its last user message, whose pictures go to `holding`. Raises as `read` does."""
-        body = await self.read_json(request, holding, ChatCompletionRequest)
+        sent = with_extra_body(await self._json(request, holding))
+        body = _validated(lambda: ChatCompletionRequest.model_validate(sent))
         turn = last_user_turn(body.messages)
         turn.check_images(self.info)
         await unless_disconnected(request, self._read_urls(turn.urls, holding))
@@ -109,12 +110,13 @@ class UploadReader:
 
     async def read_json(self, request: Request, holding: Holding, model: type[Body]) -> Body:
         """A body without pictures to decode. Raises as `read` does."""
+        body = await self._json(request, holding)
+        return _validated(lambda: model.model_validate(body))
+
+    async def _json(self, request: Request, holding: Holding) -> Any:
         kind = _content_type(request)
         if kind != "application/json":
             raise InvalidRequestError(f"the request's content-type takes application/json, got {kind[:64]!r}")
-        return await self._json_body(request, holding, model)
-
-    async def _json_body(self, request: Request, holding: Holding, model: type[Body]) -> Body:
         data, num_items = bytearray(), 0
         async for chunk in self._chunks(request):
             holding.add(len(chunk))
@@ -128,8 +130,7 @@ class UploadReader:
                 )
             if num_items > MAX_JSON_ITEMS:
                 raise HTTPException(413, f"A JSON body has at most {MAX_JSON_ITEMS} commas and brackets.")
-        body = await asyncio.to_thread(_parse_json, data)
-        return _validated(lambda: model.model_validate(body))
+        return await asyncio.to_thread(_parse_json, data)
 
     async def _chunks(self, request: Request) -> AsyncIterator[bytes]:
         """Raises HTTPException (408) where the next one does not come or bytes trickle, and RequestAbortedError."""
