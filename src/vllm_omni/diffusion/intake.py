@@ -317,14 +317,10 @@ def check_num_images(num_images: int, info: ModelInfo) -> None:
     """Raises InvalidRequestError for input pictures that the model does not take, or for none where it needs some."""
     if info.image_input is None:
         if num_images:
-            raise InvalidRequestError(
-                "this model makes pictures from text and takes no input image; use POST /v1/images/generations",
-                param="image",
-            )
+            raise InvalidRequestError("this model makes pictures from text and takes no input image", param="image")
     elif num_images < info.image_input.min_images:
         raise InvalidRequestError(
-            'this model edits pictures and got none; use POST /v1/images/edits, or multi_modal_data={"image": ...}',
-            param="image",
+            'this model edits pictures and got none; it takes them as multi_modal_data={"image": ...}', param="image"
         )
     elif num_images > (most := info.image_input.max_images):
         raise InvalidRequestError(f"image takes at most {most} pictures on this model, got {num_images}", param="image")

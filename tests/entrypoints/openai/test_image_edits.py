@@ -136,6 +136,17 @@ def test_json_with_data_urls(server: LiveServer, http: httpx.Client) -> None:
     np.testing.assert_array_equal(newest(server)[1].condition, np.asarray(photo(8, 9, 2)))
 
 
+@pytest.mark.parametrize("num_images", [1, 2])
+def test_json_with_the_url_alone(server: LiveServer, http: httpx.Client, num_images: int) -> None:
+    photos = [PHOTO, photo(8, 9, 2)][:num_images]
+    urls = [data_url(image) for image in photos]
+    response = http.post(EDITS, json={"prompt": "x", "image": urls if num_images > 1 else urls[0]})
+    assert response.status_code == 200, response.text
+    assert "x-omni-ignored-fields" not in response.headers
+    for seen, sent in zip(newest(server), photos, strict=True):
+        np.testing.assert_array_equal(seen.condition, np.asarray(sent))
+
+
 @pytest.mark.parametrize("orientation", range(10))
 def test_pictures_are_turned_as_their_exif_says(server: LiveServer, sdk: openai.OpenAI, orientation: int) -> None:
     exif = Image.Exif()

@@ -162,6 +162,32 @@ def test_an_edit_needs_a_picture(http: httpx.Client) -> None:
     for request in ({"files": {"prompt": (None, "x")}}, {"json": {"prompt": "x"}}):
         response = http.post(EDITS, **request)  # type: ignore[arg-type]  # one of the two
         assert (response.status_code, error_of(response)["param"]) == (400, "image")
+        message = error_of(response)["message"]
+        assert '"images": [{"image_url": "data:image/png;base64,..."}] in JSON' in message
+        assert "/v1/" not in message, "this model takes nothing elsewhere"
+        assert "multi_modal_data" not in message
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"images": [{"file_id": "file-1"}]}, "images.0.file_id"),
+        ({"images": []}, "images"),
+        ({"images": [{}]}, "images.0"),
+        ({"images": data_url(PHOTO)}, "images"),
+        ({"image": []}, "image"),
+        ({"image": 3}, "image"),
+        ({"image": [3]}, "image.0"),
+        ({"image": ""}, "image_url"),
+        ({"image": "file:///etc/passwd"}, "image_url"),
+        ({"image": ["data:image/png;base64,aGVsbG8="]}, "image"),
+        ({"image": [data_url(PHOTO)] * 4}, "image"),
+        ({"image": data_url(PHOTO), "images": [{"image_url": data_url(PHOTO)}]}, "image"),
+    ],
+)
+def test_wrong_pictures_in_json(http: httpx.Client, fields: dict[str, Any], param: str) -> None:
+    response = http.post(EDITS, json={"prompt": "x", **fields})
+    assert (response.status_code, error_of(response)["param"]) == (400, param), response.text
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def _retry_headers(error: RequestError) -> dict[str, str]:
 
 def _validation_body(error: RequestValidationError) -> ErrorBody:
     first = error.errors()[0]
-    where = [str(part) for part in first["loc"][1:]]
+    where = [str(part) for part in first["loc"][1:] if part != "[key]"]  # pydantic's word for a wrong key
     message, param, code = first["msg"], ".".join(where) or None, "invalid_value"
     if first["type"] == "json_invalid":
         message, param, code = f"The request body is not valid JSON: {first['ctx']['error']}.", None, "invalid_json"

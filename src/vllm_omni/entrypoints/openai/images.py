@@ -73,6 +73,8 @@ class ImageService:
     async def create(self, request: Request) -> Response:
         """`generate` from a prompt. Raises RequestError, also for bodies that are wrong, too large or too slow."""
         self.check_makes_pictures()
+        if (images := self.omni.info.image_input) is not None and images.min_images:
+            raise InvalidRequestError("The served model edits pictures: use POST /v1/images/edits.", param="image")
         with self.uploads.budget.holding() as holding:
             body = await self.uploads.read_json(request, holding, ImageGenerationRequest)
             return await self.generate(body, request, holding)
@@ -80,7 +82,7 @@ class ImageService:
     async def edit(self, request: Request) -> Response:
         """`generate` from pictures. Raises RequestError, also for bodies that are wrong or too large."""
         self.check_makes_pictures()
-        if self.omni.info.image_input is None:  # before megabytes are read
+        if (images := self.omni.info.image_input) is None:  # before megabytes are read
             raise InvalidRequestError(
                 "The served model makes pictures from text and edits none: use POST /v1/images/generations.",
                 param="model",
@@ -88,8 +90,11 @@ class ImageService:
         with self.uploads.budget.holding() as holding:
             body = await self.uploads.read(request, holding)
             if not holding.images:
+                elsewhere = "" if images.min_images else "; without one use POST /v1/images/generations"
                 raise InvalidRequestError(
-                    "image is required; without one use POST /v1/images/generations.", param="image"
+                    "image is required: files of that name in a form, or "
+                    f'"images": [{{"image_url": "data:image/png;base64,..."}}] in JSON{elsewhere}',
+                    param="image",
                 )
             return await self.generate(body, request, holding)
 
@@ -172,7 +177,9 @@ def _edit_bodies() -> dict[str, Any]:
     in_form["image"] = {"type": "array", "items": file, "minItems": 1, "maxItems": MAX_INPUT_IMAGES}
     return {
         "multipart/form-data": {"schema": {**in_json, "properties": in_form, "required": ["image", "prompt"]}},
-        "application/json": {"schema": {**in_json, "required": ["images", "prompt"]}},
+        "application/json": {
+            "schema": {**in_json, "required": ["prompt"], "oneOf": [{"required": ["images"]}, {"required": ["image"]}]}
+        },
     }
 
 

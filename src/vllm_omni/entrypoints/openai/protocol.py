@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
@@ -25,6 +33,13 @@ class _NullMeansAbsent:
 
 
 _NULLABLE = _NullMeansAbsent()
+
+_URLS = {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_INPUT_IMAGES}
+
+
+def _listed(value: Any) -> Any:
+    """One URL as a list of one."""
+    return [value] if isinstance(value, str) else value
 
 
 class LoRA(BaseModel):
@@ -113,6 +128,16 @@ class ImageEditRequest(ImageGenerationRequest):
         | None
     ) = None
     """Of JSON bodies: `{"image_url": "data:image/png;base64,..."}` each, or a URL of an allowed host."""
+    image: (
+        Annotated[
+            list[str],
+            Field(min_length=1, max_length=MAX_INPUT_IMAGES),
+            BeforeValidator(_listed),
+            WithJsonSchema({"anyOf": [{"type": "string"}, _URLS]}),
+        ]
+        | None
+    ) = None
+    """Of JSON bodies, instead of `images`: the URL alone, or several."""
     mask: Any = None
     """Not available."""
     markup: Any = None

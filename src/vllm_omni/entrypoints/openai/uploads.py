@@ -88,8 +88,11 @@ class UploadReader:
         for name in _UNSUPPORTED:
             if getattr(parsed, name) is not None:
                 raise _unsupported(name)
-        urls = [image["image_url"] for image in parsed.images or ()]
-        await unless_disconnected(request, self._read_urls(urls, holding))
+        if parsed.images and parsed.image:
+            raise InvalidRequestError("image and images are two names of the same: give one of them", param="image")
+        urls = parsed.image or [image["image_url"] for image in parsed.images or ()]
+        if urls:
+            await unless_disconnected(request, self._read_urls(urls, holding))
         return parsed
 
     async def fitted(self, fit: Callable[[], OmniPrompt], holding: Holding) -> OmniPrompt:
