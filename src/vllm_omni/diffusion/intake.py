@@ -17,7 +17,7 @@ from vllm_omni.diffusion.lora import resolve_lora
 from vllm_omni.diffusion.plan import WorkerReady
 from vllm_omni.diffusion.registry import DEFAULTS_FILE, ModelInfo
 from vllm_omni.diffusion.request import DiffusionRequest, RequestCost
-from vllm_omni.errors import ConfigError, InvalidRequestError
+from vllm_omni.errors import ConfigError, InvalidRequestError, UnsupportedParameterError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 from vllm_omni.inputs.images import InputImage, check_input_image, resized, to_rgb
 from vllm_omni.inputs.kinds import MisfitError, fit, kinds_of
@@ -340,10 +340,7 @@ def _check_supported(prompt: OmniPrompt, params: OmniDiffusionSamplingParams, in
     given = {name: getattr(params, name) for name in OPTIONAL_PARAMETERS} | {"negative_prompt": prompt.negative_prompt}
     for name, value in given.items():
         if value is not None and name not in info.parameters:
-            taken = ", ".join(info.parameters)
-            raise InvalidRequestError(
-                f"{name} {value!r}: this model has no such parameter; it takes {taken}", param=name
-            )
+            raise UnsupportedParameterError(name, value, info.parameters)
     if params.num_previews and info.whole is not None:
         raise InvalidRequestError(
             f"num_previews {params.num_previews}: this model gives no previews (partial images)", param="num_previews"

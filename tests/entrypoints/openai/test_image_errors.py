@@ -124,6 +124,25 @@ def test_advice_that_http_can_follow(http: httpx.Client) -> None:
     assert (answer.status_code, answer.headers.get("x-omni-ignored-fields")) == (200, None)
 
 
+def test_advice_names_what_http_takes(http: httpx.Client) -> None:
+    body = {"prompt": "x", "guidance_scale": 3.5}
+    message = error_of(http.post(GENERATIONS, json=body))["message"]
+    refusal, _, taken = message.partition("; it takes ")
+    assert refusal == "guidance_scale 3.5: this model has no such parameter"
+    names = taken.split(", ")
+    assert names == [
+        "true_cfg_scale",
+        "height",
+        "width",
+        "num_inference_steps",
+        "negative_prompt",
+        "max_sequence_length",
+    ]
+    for name in names:
+        answer = http.post(GENERATIONS, json={"prompt": "x", name: None})
+        assert "x-omni-ignored-fields" not in answer.headers, "a field that is known"
+
+
 @pytest.mark.parametrize(("size", "nearest"), [("8x64", "16x64"), ("4096x2048", "1456x720")])
 def test_too_small_and_too_large_sizes_are_told_the_nearest(http: httpx.Client, size: str, nearest: str) -> None:
     message = error_of(http.post(GENERATIONS, json={"prompt": "x", "size": size}))["message"]

@@ -193,6 +193,18 @@ def test_a_model_of_videos_is_listed_and_says_where_it_is_used() -> None:
             assert "\n" not in message
 
 
+def test_messages_have_the_names_of_http() -> None:
+    info = replace(FAKE_INFO, whole=WholePipeline("Any", ("num_inference_steps", "sigmas"), "callback", 1))
+    with live_server(info=info) as running, httpx.Client(base_url=running.url) as http:
+        previews = refusal(http.post(GENERATIONS, json={"prompt": "x", "stream": True, "partial_images": 2}))
+        assert previews == ("partial_images", "partial_images 2: this model gives no previews (partial images)")
+        param, message = refusal(http.post(GENERATIONS, json={"prompt": "x", "negative_prompt": "y" * 9999}))
+        assert param == "negative_prompt"
+        assert message.startswith("negative_prompt 'yyy")
+        assert message.endswith("y: this model has no such parameter; it takes height, width, num_inference_steps")
+        assert len(message) < 200
+
+
 def test_a_form_names_an_adapter_by_keys_or_in_json(tmp_path: Path) -> None:
     file = tmp_path / "ink.safetensors"
     file.touch()

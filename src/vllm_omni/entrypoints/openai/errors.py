@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import re
 from http import HTTPStatus
 from typing import Any
 
@@ -16,8 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_omni.diffusion.events import EngineObserver
 from vllm_omni.entrypoints.openai.echo import echo
-from vllm_omni.entrypoints.openai.protocol import ErrorBody, ErrorResponse
-from vllm_omni.errors import RequestError, UnavailableError
+from vllm_omni.entrypoints.openai.protocol import ErrorBody, ErrorResponse, ImageOptions
+from vllm_omni.errors import RequestError, UnavailableError, UnsupportedParameterError
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +58,13 @@ def error_body(error: Exception) -> ErrorBody:
     """The error object for a failure in the engine, also inside an event stream."""
     if not isinstance(error, RequestError):
         return ErrorBody(message="The server failed on this request.", type="server_error", param=None, code=None)
-    param = _FIELD_NAMES.get(error.param, error.param) if error.param else None
-    return ErrorBody(message=str(error), type=error.type, param=param, code=error.code)
+    message, param = str(error), error.param
+    if isinstance(error, UnsupportedParameterError):
+        message = error.message_among(ImageOptions.model_fields)
+    elif param in _FIELD_NAMES:
+        own_name, param = param, _FIELD_NAMES[param]
+        message = re.sub(rf"^{own_name}\b", param, message)
+    return ErrorBody(message=message, type=error.type, param=param, code=error.code)
 
 
 def _retry_headers(error: RequestError) -> dict[str, str]:

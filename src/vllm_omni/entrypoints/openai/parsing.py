@@ -39,7 +39,7 @@ def _size_of(body: ImageOptions) -> tuple[int | None, int | None]:
         return height, width
     if body.height is None or body.width is None:
         given = "height" if body.width is None else "width"
-        raise InvalidRequestError(f"height and width go together, got {given} alone", param=given)
+        raise InvalidRequestError(f"height and width go together, got {given} alone", param="size")
     if height is not None and (height, width) != (body.height, body.width):
         raise InvalidRequestError(
             f"size is {body.size}, but width and height say {body.width}x{body.height}: give one of them", param="size"
