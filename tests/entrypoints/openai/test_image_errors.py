@@ -241,7 +241,7 @@ def test_body_too_large_streamed(http: httpx.Client) -> None:
     ("method", "path", "status"),
     [
         ("GET", "/nowhere", 404),
-        ("POST", "/v1/videos", 404),
+        ("PUT", "/v1/videos", 405),
         ("POST", "/v1/completions", 404),
         ("GET", "/v1/chat/completions", 405),
         ("GET", GENERATIONS, 405),
@@ -257,6 +257,29 @@ def test_routes_that_are_not_there(http: httpx.Client, method: str, path: str, s
     assert response.status_code == status
     assert error_of(response)["type"] == "invalid_request_error"
     assert ("allow" in response.headers) == (status == 405)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "words"),
+    [
+        ("POST", "/v1/videos", "Videos are not served over HTTP yet; vllm_omni.Omni makes them offline"),
+        ("GET", "/v1/videos", "not served over HTTP yet"),
+        ("GET", "/v1/videos/video_1", "not served over HTTP yet"),
+        ("DELETE", "/v1/videos/video_1", "not served over HTTP yet"),
+        ("GET", "/v1/videos/video_1/content", "not served over HTTP yet"),
+        ("POST", "/v1/videos/sync", "not served over HTTP yet"),
+        ("POST", "/v1/load_lora_adapter", "--lora-modules"),
+        ("POST", "/v1/unload_lora_adapter", "--lora-modules"),
+    ],
+)
+def test_routes_that_say_what_there_is_instead(http: httpx.Client, method: str, path: str, words: str) -> None:
+    response = http.request(method, path)
+    assert response.status_code == 501
+    error = error_of(response)
+    assert (error["type"], error["param"], error["code"]) == ("server_error", None, "not_implemented")
+    assert words in error["message"]
+    assert "\n" not in error["message"]
+    assert response.headers["x-should-retry"] == "false"
 
 
 def test_edits_say_where_to_go(sdk: openai.OpenAI) -> None:
