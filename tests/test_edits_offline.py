@@ -53,7 +53,7 @@ async def test_what_the_model_cannot_take_is_refused_by_name(tiny_edit_model: Pa
     await omni.start()
     try:
         for images, message in (
-            ([], "this model edits pictures and got none; use POST /v1/images/edits"),
+            ([], "this model edits pictures and got none; it takes them as multi_modal_data"),
             ([PHOTO] * 17, "at most 16 pictures on this model, got 17"),
             (["photo.png"], "image takes PIL images, got str"),
             (Image.new("I;16", (64, 64)), "image takes the modes RGB, .* got I;16"),

@@ -5,6 +5,7 @@ OmniError
 │   └── NotAvailableError    a flag that parses but whose feature is not built yet
 ├── RequestError             one request cannot be served (carries the HTTP status)
 │   ├── InvalidRequestError  400  a field is wrong; `param` names it
+│   │   └── UnsupportedParameterError  the model has no such parameter
 │   ├── ModelNotFoundError   404
 │   ├── QueueFullError       429  `retry_after` seconds
 │   ├── UnavailableError     503  draining, starting or restarting; `retry_after` seconds
@@ -15,7 +16,8 @@ OmniError
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Container, Sequence
+from typing import Any, ClassVar
 
 
 class OmniError(Exception):
@@ -52,6 +54,19 @@ class InvalidRequestError(RequestError, ValueError):
     status = 400
     type = "invalid_request_error"
     code = "invalid_value"
+
+
+class UnsupportedParameterError(InvalidRequestError):
+    """`taken`: the parameters that the model has."""
+
+    def __init__(self, param: str, value: Any, taken: Sequence[str]) -> None:
+        self._refusal = f"{param} {value!r:.60}: this model has no such parameter; it takes "
+        self._taken = taken
+        super().__init__(self._refusal + ", ".join(taken), param=param)
+
+    def message_among(self, names: Container[str]) -> str:
+        """The message for callers who can give no other parameters than `names`."""
+        return self._refusal + ", ".join(name for name in self._taken if name in names)
 
 
 class ModelNotFoundError(RequestError):

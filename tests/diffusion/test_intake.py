@@ -188,7 +188,7 @@ def test_wrong_parameters_are_named(params: dict, param: str, words: str) -> Non
         (OmniPrompt("w " * 65), "prompt", "65 tokens, at most 64"),
         (OmniPrompt("x", "w " * 65), "negative_prompt", "65 tokens"),
         (OmniPrompt("x" * 32_001), "prompt", "32001 characters"),
-        (OmniPrompt("x", images=(object(),)), "image", "generations"),
+        (OmniPrompt("x", images=(object(),)), "image", "takes no input image"),
     ],
 )
 def test_wrong_prompts_are_named(prompt: OmniPrompt, param: str, words: str) -> None:
@@ -536,7 +536,7 @@ def test_pictures_may_be_fitted_before() -> None:
 @pytest.mark.parametrize(
     ("images", "words"),
     [
-        ((), "edits pictures and got none; use POST /v1/images/edits"),
+        ((), "edits pictures and got none; it takes them as multi_modal_data"),
         ((black(16, 16),) * 3, "at most 2 pictures on this model, got 3"),
         ((b"png",), "PIL images, got bytes"),
         ((Image.new("F", (16, 16)),), "modes .* got F"),

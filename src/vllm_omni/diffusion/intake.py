@@ -17,7 +17,7 @@ from vllm_omni.diffusion.plan import WorkerReady
 from vllm_omni.diffusion.registry import DEFAULTS_FILE, ModelInfo
 from vllm_omni.diffusion.request import DiffusionRequest, RequestCost
 from vllm_omni.diffusion.sizes import SizeLimits
-from vllm_omni.errors import ConfigError, InvalidRequestError
+from vllm_omni.errors import ConfigError, InvalidRequestError, UnsupportedParameterError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 from vllm_omni.inputs.images import InputImage, check_input_image, resized, to_rgb
 from vllm_omni.inputs.kinds import MisfitError, fit, kinds_of
@@ -278,14 +278,10 @@ def check_num_images(num_images: int, info: ModelInfo) -> None:
     """Raises InvalidRequestError for input pictures that the model does not take, or for none where it needs some."""
     if info.image_input is None:
         if num_images:
-            raise InvalidRequestError(
-                "this model makes pictures from text and takes no input image; use POST /v1/images/generations",
-                param="image",
-            )
+            raise InvalidRequestError("this model makes pictures from text and takes no input image", param="image")
     elif num_images < info.image_input.min_images:
         raise InvalidRequestError(
-            'this model edits pictures and got none; use POST /v1/images/edits, or multi_modal_data={"image": ...}',
-            param="image",
+            'this model edits pictures and got none; it takes them as multi_modal_data={"image": ...}', param="image"
         )
     elif num_images > (most := info.image_input.max_images):
         raise InvalidRequestError(f"image takes at most {most} pictures on this model, got {num_images}", param="image")
@@ -305,10 +301,7 @@ def _check_supported(prompt: OmniPrompt, params: OmniDiffusionSamplingParams, in
     given = {name: getattr(params, name) for name in OPTIONAL_PARAMETERS} | {"negative_prompt": prompt.negative_prompt}
     for name, value in given.items():
         if value is not None and name not in info.parameters:
-            taken = ", ".join(info.parameters)
-            raise InvalidRequestError(
-                f"{name} {value!r}: this model has no such parameter; it takes {taken}", param=name
-            )
+            raise UnsupportedParameterError(name, value, info.parameters)
     if params.num_previews and info.whole is not None:
         raise InvalidRequestError(
             f"num_previews {params.num_previews}: this model gives no previews (partial images)", param="num_previews"

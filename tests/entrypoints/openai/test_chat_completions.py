@@ -118,7 +118,7 @@ def test_every_option_beside_messages_or_in_extra_body(server: LiveServer, http:
         "negative_prompt": "blur", "num_inference_steps": 2, "true_cfg_scale": 3, "priority": -1, "seed": 5, "n": None,
         "size": "32x48", "max_sequence_length": 100, "safety_identifier": "me", "quality": "low", "user": "someone",
     }  # fmt: skip
-    for body in (options, {"extra_body": options}, {"seed": 9, "extra_body": options}):
+    for body in (options, {"extra_body": options}, {"seed": 5, "n": 1, "size": None, "extra_body": options}):
         response = http.post(CHAT, json={"messages": [says("x")], **body})
         assert response.status_code == 200, response.text
         assert "x-omni-ignored-fields" not in response.headers
@@ -128,6 +128,21 @@ def test_every_option_beside_messages_or_in_extra_body(server: LiveServer, http:
         )
         assert answer["timings"]["computed_steps"] == 2
         assert answer["safety_identifier"] == "me"
+
+
+def test_what_vllm_omnis_clients_send(http: httpx.Client) -> None:
+    extra = {
+        "height": 128, "width": 64, "num_outputs_per_prompt": 2, "num_inference_steps": 3, "true_cfg_scale": 4.0,
+        "seed": 8, "negative_prompt": "blur",
+    }  # fmt: skip
+    response = http.post(CHAT, json={"messages": [says("x")], "extra_body": extra})
+    assert response.status_code == 200, response.text
+    assert "x-omni-ignored-fields" not in response.headers
+    answer = response.json()
+    assert answer["timings"]["computed_steps"] == 3
+    for choice, seed in zip(answer["choices"], (8, 9), strict=True):
+        shown = picture(choice["message"]["content"][0])
+        np.testing.assert_array_equal(shown, expected_picture(seed, height=128, width=64))
 
 
 def test_n_choices_have_consecutive_seeds(sdk: openai.OpenAI) -> None:

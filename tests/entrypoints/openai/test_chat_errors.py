@@ -88,6 +88,31 @@ def test_bad_options(http: httpx.Client, fields: dict[str, Any], param: str) -> 
     assert refused(http, {"messages": [says("x")], **fields})[0] == param
 
 
+@pytest.mark.parametrize(
+    ("fields", "extra", "param"),
+    [
+        ({"seed": 9}, {"seed": 5}, "seed"),
+        ({"lora": {"name": "a"}}, {"lora": {"name": "b"}}, "lora"),
+        ({}, {"messages": [says("y")]}, "messages"),
+        ({"strange": "x" * 999}, {"strange": 1}, "strange"),
+        ({"size": "64x64"}, {"height": 64, "width": 128}, "size"),
+        ({"n": 2}, {"num_outputs_per_prompt": 1}, "n"),
+        ({}, {"height": 64}, "size"),
+    ],
+)
+def test_what_is_said_twice_in_different_ways(
+    http: httpx.Client, fields: dict[str, Any], extra: dict[str, Any], param: str
+) -> None:
+    assert refused(http, {"messages": [says("x")], **fields, "extra_body": extra})[0] == param
+
+
+def test_what_is_nested_deeply_and_said_twice(http: httpx.Client) -> None:
+    nested = b"[" * 950 + b"]" * 950
+    content = b'{"messages": [], "x": %s, "extra_body": {"x": %s}}' % (nested, nested)
+    response = http.post(CHAT, content=content, headers={"content-type": "application/json"})
+    assert response.status_code == 400, response.text
+
+
 def test_the_sdk_raises_what_it_raises_for_openai(sdk: openai.OpenAI) -> None:
     messages: Any = [says("x")]
     with pytest.raises(openai.NotFoundError) as missing:

@@ -99,10 +99,18 @@ def test_several_files_and_every_field(server: LiveServer, sdk: openai.OpenAI) -
 
 
 def test_fields_without_effect_are_named(http: httpx.Client) -> None:
-    fields = {"prompt": "x", "true_cfg_scale": "3", "colour[hue]": "red", "seed": "", "n": "1"}
+    fields = {"prompt": "x", "true_cfg_scale": "3", "colour[hue]": "red", "seed": "", "n": "1", "partial_images": "2"}
     response = http.post(EDITS, files={"image": file_of(PHOTO)}, data=fields)
     assert response.status_code == 200
-    assert response.headers["x-omni-ignored-fields"] == "colour,true_cfg_scale"
+    assert response.headers["x-omni-ignored-fields"] == "colour,partial_images,true_cfg_scale"
+
+
+def test_names_of_vllm_omni_for_size_and_n(http: httpx.Client) -> None:
+    fields = {"prompt": "x", "seed": "8", "height": "64", "width": "128", "num_outputs_per_prompt": "2"}
+    response = http.post(EDITS, files={"image": file_of(PHOTO)}, data=fields)
+    assert "x-omni-ignored-fields" not in response.headers
+    for item, seed in zip(response.json()["data"], (8, 9), strict=True):
+        np.testing.assert_array_equal(pixels(item["b64_json"]), expected_picture(seed, height=64, width=128))
 
 
 def test_a_stream_says_image_edit(sdk: openai.OpenAI) -> None:
@@ -126,6 +134,17 @@ def test_json_with_data_urls(server: LiveServer, http: httpx.Client) -> None:
     assert response.status_code == 200, response.text
     np.testing.assert_array_equal(pixels(response.json()["data"][0]["b64_json"]), expected_picture(4, 32, 48))
     np.testing.assert_array_equal(newest(server)[1].condition, np.asarray(photo(8, 9, 2)))
+
+
+@pytest.mark.parametrize("num_images", [1, 2])
+def test_json_with_the_url_alone(server: LiveServer, http: httpx.Client, num_images: int) -> None:
+    photos = [PHOTO, photo(8, 9, 2)][:num_images]
+    urls = [data_url(image) for image in photos]
+    response = http.post(EDITS, json={"prompt": "x", "image": urls if num_images > 1 else urls[0]})
+    assert response.status_code == 200, response.text
+    assert "x-omni-ignored-fields" not in response.headers
+    for seen, sent in zip(newest(server), photos, strict=True):
+        np.testing.assert_array_equal(seen.condition, np.asarray(sent))
 
 
 @pytest.mark.parametrize("orientation", range(10))

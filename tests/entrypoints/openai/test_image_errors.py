@@ -124,6 +124,25 @@ def test_advice_that_http_can_follow(http: httpx.Client) -> None:
     assert (answer.status_code, answer.headers.get("x-omni-ignored-fields")) == (200, None)
 
 
+def test_advice_names_what_http_takes(http: httpx.Client) -> None:
+    body = {"prompt": "x", "guidance_scale": 3.5}
+    message = error_of(http.post(GENERATIONS, json=body))["message"]
+    refusal, _, taken = message.partition("; it takes ")
+    assert refusal == "guidance_scale 3.5: this model has no such parameter"
+    names = taken.split(", ")
+    assert names == [
+        "true_cfg_scale",
+        "height",
+        "width",
+        "num_inference_steps",
+        "negative_prompt",
+        "max_sequence_length",
+    ]
+    for name in names:
+        answer = http.post(GENERATIONS, json={"prompt": "x", name: None})
+        assert "x-omni-ignored-fields" not in answer.headers, "a field that is known"
+
+
 @pytest.mark.parametrize(("size", "nearest"), [("8x64", "16x64"), ("4096x2048", "1456x720")])
 def test_too_small_and_too_large_sizes_are_told_the_nearest(http: httpx.Client, size: str, nearest: str) -> None:
     message = error_of(http.post(GENERATIONS, json={"prompt": "x", "size": size}))["message"]
@@ -134,6 +153,27 @@ def test_too_small_and_too_large_sizes_are_told_the_nearest(http: httpx.Client, 
 def test_a_malformed_size_is_told_the_form_not_a_pattern(http: httpx.Client) -> None:
     message = error_of(http.post(GENERATIONS, json={"prompt": "x", "size": "64X64"}))["message"]
     assert message == "size: takes auto or WIDTHxHEIGHT in pixels, such as 1024x1024, got '64X64'"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"height": 64}, "size", "height and width go together, got height alone"),
+        ({"width": 64, "size": "64x64"}, "size", "got width alone"),
+        ({"height": 64, "width": 128, "size": "64x128"}, "size", "size is 64x128, but width and height say 128x64"),
+        ({"height": 70, "width": 100}, "size", "the nearest valid size is 96x64"),
+        ({"height": 0, "width": 64}, "height", "greater than or equal to 1"),
+        ({"height": 10**400, "width": 64}, "height", "less than or equal to"),
+        ({"num_outputs_per_prompt": 2, "n": 1}, "n", "n is 1, but num_outputs_per_prompt 2"),
+        ({"num_outputs_per_prompt": 11}, "num_outputs_per_prompt", "less than or equal to 10"),
+    ],
+)
+def test_size_and_n_by_two_names(http: httpx.Client, fields: dict[str, Any], param: str, words: str) -> None:
+    response = http.post(GENERATIONS, json={"prompt": "x", **fields})
+    assert response.status_code == 400, response.text
+    error = error_of(response)
+    assert error["param"] == param
+    assert words in error["message"]
 
 
 def test_seed_plus_n_must_fit(http: httpx.Client) -> None:
@@ -201,7 +241,7 @@ def test_body_too_large_streamed(http: httpx.Client) -> None:
     ("method", "path", "status"),
     [
         ("GET", "/nowhere", 404),
-        ("POST", "/v1/videos", 404),
+        ("PUT", "/v1/videos", 405),
         ("POST", "/v1/completions", 404),
         ("GET", "/v1/chat/completions", 405),
         ("GET", GENERATIONS, 405),
@@ -217,6 +257,29 @@ def test_routes_that_are_not_there(http: httpx.Client, method: str, path: str, s
     assert response.status_code == status
     assert error_of(response)["type"] == "invalid_request_error"
     assert ("allow" in response.headers) == (status == 405)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "words"),
+    [
+        ("POST", "/v1/videos", "Videos are not served over HTTP yet; vllm_omni.Omni makes them offline"),
+        ("GET", "/v1/videos", "not served over HTTP yet"),
+        ("GET", "/v1/videos/video_1", "not served over HTTP yet"),
+        ("DELETE", "/v1/videos/video_1", "not served over HTTP yet"),
+        ("GET", "/v1/videos/video_1/content", "not served over HTTP yet"),
+        ("POST", "/v1/videos/sync", "not served over HTTP yet"),
+        ("POST", "/v1/load_lora_adapter", "--lora-modules"),
+        ("POST", "/v1/unload_lora_adapter", "--lora-modules"),
+    ],
+)
+def test_routes_that_say_what_there_is_instead(http: httpx.Client, method: str, path: str, words: str) -> None:
+    response = http.request(method, path)
+    assert response.status_code == 501
+    error = error_of(response)
+    assert (error["type"], error["param"], error["code"]) == ("server_error", None, "not_implemented")
+    assert words in error["message"]
+    assert "\n" not in error["message"]
+    assert response.headers["x-should-retry"] == "false"
 
 
 def test_edits_say_where_to_go(sdk: openai.OpenAI) -> None:

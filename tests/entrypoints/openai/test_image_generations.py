@@ -115,7 +115,7 @@ async def test_async_client(server: LiveServer) -> None:
 def test_null_is_absent(http: httpx.Client) -> None:
     fields = "model n size output_format output_compression response_format background stream partial_images quality "
     fields += "style moderation complexity user safety_identifier negative_prompt num_inference_steps guidance_scale "
-    fields += "true_cfg_scale cfg_normalization cfg_truncation seed lora priority"
+    fields += "true_cfg_scale cfg_normalization cfg_truncation seed lora priority height width num_outputs_per_prompt"
     response = http.post("/v1/images/generations", json={"prompt": "x", **dict.fromkeys(fields.split())})
     assert response.status_code == 200, response.text
     assert response.json()["size"] == "64x64"
@@ -134,6 +134,16 @@ def test_every_field_of_openai_is_taken(sdk: openai.OpenAI) -> None:
     assert response.quality == "low"
     assert response.to_dict()["safety_identifier"] == "me"
     assert response.to_dict()["timings"]["computed_steps"] == 2  # type: ignore[index]
+
+
+@pytest.mark.parametrize("agreeing", [{}, {"size": "128x64", "n": 2}, {"size": "auto"}])
+def test_names_of_vllm_omni_for_size_and_n(http: httpx.Client, agreeing: dict[str, Any]) -> None:
+    body = {"prompt": "x", "seed": 8, "height": 64, "width": 128, "num_outputs_per_prompt": 2, **agreeing}
+    response = http.post("/v1/images/generations", json=body)
+    assert response.status_code == 200, response.text
+    assert "x-omni-ignored-fields" not in response.headers
+    for item, seed in zip(response.json()["data"], (8, 9), strict=True):
+        np.testing.assert_array_equal(pixels(item["b64_json"]), expected_picture(seed, height=64, width=128))
 
 
 def test_unknown_fields_are_named_in_a_header(http: httpx.Client) -> None:

@@ -21,7 +21,13 @@ import openai
 import pytest
 from PIL import Image
 
-from tests.entrypoints.openai.live_server import FAKE_EDIT_INFO, LiveServer, expected_picture, live_server
+from tests.entrypoints.openai.live_server import (
+    FAKE_EDIT_INFO,
+    FAKE_INFO,
+    LiveServer,
+    expected_picture,
+    live_server,
+)
 from tests.entrypoints.openai.test_image_edits import EDITS, data_url, file_of, pixels
 from tests.entrypoints.openai.test_image_errors import error_of
 from tests.tiny_models import photo
@@ -156,6 +162,32 @@ def test_an_edit_needs_a_picture(http: httpx.Client) -> None:
     for request in ({"files": {"prompt": (None, "x")}}, {"json": {"prompt": "x"}}):
         response = http.post(EDITS, **request)  # type: ignore[arg-type]  # one of the two
         assert (response.status_code, error_of(response)["param"]) == (400, "image")
+        message = error_of(response)["message"]
+        assert '"images": [{"image_url": "data:image/png;base64,..."}] in JSON' in message
+        assert "/v1/" not in message, "this model takes nothing elsewhere"
+        assert "multi_modal_data" not in message
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"images": [{"file_id": "file-1"}]}, "images.0.file_id"),
+        ({"images": []}, "images"),
+        ({"images": [{}]}, "images.0"),
+        ({"images": data_url(PHOTO)}, "images"),
+        ({"image": []}, "image"),
+        ({"image": 3}, "image"),
+        ({"image": [3]}, "image.0"),
+        ({"image": ""}, "image_url"),
+        ({"image": "file:///etc/passwd"}, "image_url"),
+        ({"image": ["data:image/png;base64,aGVsbG8="]}, "image"),
+        ({"image": [data_url(PHOTO)] * 4}, "image"),
+        ({"image": data_url(PHOTO), "images": [{"image_url": data_url(PHOTO)}]}, "image"),
+    ],
+)
+def test_wrong_pictures_in_json(http: httpx.Client, fields: dict[str, Any], param: str) -> None:
+    response = http.post(EDITS, json={"prompt": "x", **fields})
+    assert (response.status_code, error_of(response)["param"]) == (400, param), response.text
 
 
 @pytest.mark.parametrize(
@@ -342,12 +374,21 @@ def test_a_client_that_leaves_in_the_middle_of_its_upload(server: LiveServer) ->
     assert httpx.get(f"{server.url}/health").status_code == 200
 
 
-@pytest.mark.parametrize("content_type", ["multipart/form-data; boundary=x", "application/json"])
-def test_an_upload_that_stands_still_is_ended(content_type: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "content_type"),
+    [
+        (EDITS, "multipart/form-data; boundary=x"),
+        (EDITS, "application/json"),
+        ("/v1/chat/completions", "application/json"),
+        ("/v1/images/generations", "application/json"),
+    ],
+)
+def test_a_body_that_stands_still_is_ended(path: str, content_type: str) -> None:
     """The client is there and says nothing; what it has sent must not be held for it."""
-    with live_server(info=FAKE_EDIT_INFO, settings={"upload_silence_seconds": 0.2}) as server:
+    info = FAKE_EDIT_INFO if path == EDITS else FAKE_INFO
+    with live_server(info=info, settings={"upload_silence_seconds": 0.2}) as server:
         connection = HTTPConnection(server.url.removeprefix("http://"), timeout=20)
-        connection.putrequest("POST", EDITS)
+        connection.putrequest("POST", path)
         for name, value in (("content-type", content_type), ("content-length", "1000000")):
             connection.putheader(name, value)
         connection.endheaders(next(form(iter(()))) + PNG[:100])

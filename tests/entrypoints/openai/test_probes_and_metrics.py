@@ -50,6 +50,16 @@ def test_draining_server_is_healthy_but_not_ready() -> None:
     assert int(ready.headers["retry-after"]) >= 1
 
 
+def test_ready_says_that_a_restarting_server_queues(monkeypatch: pytest.MonkeyPatch) -> None:
+    with live_server() as running:
+        monkeypatch.setattr(running.omni, "status", lambda: EngineStatus("restarting", 0, 0, 0.0, False))
+        ready = httpx.get(f"{running.url}/ready")
+    assert ready.status_code == 503
+    assert int(ready.headers["retry-after"]) >= 1
+    message = ready.json()["error"]["message"]
+    assert message == "The workers restart: requests are queued and answered after that."
+
+
 def test_nothing_is_promised_before_the_engine_is_warm() -> None:
     with live_server(start_engine=False) as running:
         for path in ("/health", "/ready", "/v1/models", f"/v1/models/{MODEL_NAME}"):

@@ -211,3 +211,47 @@ def test_a_model_of_videos_is_listed_and_says_where_it_is_used() -> None:
             assert param == "model"
             assert "makes videos" in message
             assert "\n" not in message
+
+
+def test_messages_have_the_names_of_http() -> None:
+    info = replace(FAKE_INFO, whole=WholePipeline("Any", ("num_inference_steps", "sigmas"), "callback", 1))
+    with live_server(info=info) as running, httpx.Client(base_url=running.url) as http:
+        previews = refusal(http.post(GENERATIONS, json={"prompt": "x", "stream": True, "partial_images": 2}))
+        assert previews == ("partial_images", "partial_images 2: this model gives no previews (partial images)")
+        param, message = refusal(http.post(GENERATIONS, json={"prompt": "x", "negative_prompt": "y" * 9999}))
+        assert param == "negative_prompt"
+        assert message.startswith("negative_prompt 'yyy")
+        assert message.endswith("y: this model has no such parameter; it takes height, width, num_inference_steps")
+        assert len(message) < 200
+
+
+def test_a_form_names_an_adapter_by_keys_or_in_json(tmp_path: Path) -> None:
+    file = tmp_path / "ink.safetensors"
+    file.touch()
+    info = replace(FAKE_EDIT_INFO, whole=WholePipeline("Any", ("height", "width"), "callback", 1, takes_lora=True))
+    with live_server(info=info, lora_modules={"ink": str(file)}) as running, httpx.Client(base_url=running.url) as http:
+
+        def edit(**fields: str) -> httpx.Response:
+            return http.post(EDITS, files={"image": file_of(PHOTO)}, data={"prompt": "x", **fields})
+
+        for fields in (
+            {"lora[name]": "ink", "lora[scale]": "0.8"},
+            {"lora": '{"name": "ink"}'},
+            {"lora": '{"name": "ink", "scale": 0.8}'},
+            {"lora": ' {"name": "ink", "scale": null}'},
+        ):
+            assert edit(**fields).status_code == 200, fields
+        for text, param, words in (
+            ('{"name": "ink", "scale": 1000}', "lora.scale", "got 1000.0"),
+            ('{"name": "oil"}', "lora", "no LoRA adapter 'oil'"),
+            ('{"name": ["ink"]}', "lora.name", "valid string"),
+            ('{"name": "ink", "path": "/ink"}', "lora.path", "not permitted"),
+            ('{"scale": 1}', "lora.name", "required"),
+            ("ink", "lora", 'takes a JSON object such as {"name": "ink", "scale": 0.8}, got \'ink\''),
+            ("{'name': 'ink'}", "lora", "takes a JSON object"),
+            ('["ink"]', "lora", "takes a JSON object"),
+            ("[" * 90_000, "lora", "takes a JSON object"),
+        ):
+            got, message = refusal(edit(lora=text))
+            assert got == param
+            assert words in message

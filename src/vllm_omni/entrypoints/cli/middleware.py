@@ -12,6 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from vllm_omni.entrypoints.cli import vllm_surface
 from vllm_omni.entrypoints.cli.args import HttpOptions
+from vllm_omni.entrypoints.openai.errors import CatchErrors
 from vllm_omni.errors import ConfigError
 
 
@@ -42,6 +43,8 @@ def add_middleware(app: FastAPI, http: HttpOptions) -> None:
             app.middleware("http")(target)
         else:
             raise ConfigError(f"--middleware takes a class or an async function, got {path!r}: {type(target).__name__}")
+    if http.middleware:
+        app.add_middleware(CatchErrors)  # theirs, and a cancellation, which functions do not let us answer inside
 
 
 def _import(path: str) -> Any:

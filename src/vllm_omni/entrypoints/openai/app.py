@@ -27,6 +27,7 @@ from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
 from vllm_omni.entrypoints.openai.middleware import LimitBody, RequestId
 from vllm_omni.entrypoints.openai.resolver import Resolver
 from vllm_omni.entrypoints.openai.settings import ServerSettings
+from vllm_omni.entrypoints.openai.unavailable import make_unavailable_router
 from vllm_omni.entrypoints.openai.uploads import MAX_IMAGE_BYTES, UploadReader
 from vllm_omni.omni import AsyncOmni
 
@@ -80,6 +81,7 @@ def build_app(
     app.include_router(make_loras_router(omni))
     app.include_router(make_probes_router(omni))
     app.include_router(make_metrics_router(metrics))
+    app.include_router(make_unavailable_router())
     install_error_handlers(app, metrics)
     # The last one added is the outermost.
     app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes, except_paths=(EDITS_PATH, CHAT_PATH))

@@ -17,7 +17,7 @@ from vllm_omni.entrypoints.openai.chat_protocol import ChatCompletion, ChatCompl
 from vllm_omni.entrypoints.openai.encoding import ImageEncoder
 from vllm_omni.entrypoints.openai.errors import ERROR_RESPONSES
 from vllm_omni.entrypoints.openai.images import ImageService
-from vllm_omni.entrypoints.openai.protocol import body_schema
+from vllm_omni.entrypoints.openai.protocol import json_request_body
 from vllm_omni.entrypoints.openai.streaming import frame, is_done
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.omni import OutputStream
@@ -127,13 +127,12 @@ async def complete(service: ImageService, request: Request) -> Response:
 def make_chat_router(service: ImageService) -> APIRouter:
     router = APIRouter(prefix="/v1/chat", tags=["chat"], responses=ERROR_RESPONSES)
     event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
-    schema = body_schema(ChatCompletionRequest)
 
     @router.post(
         "/completions",
         response_model=ChatCompletion,
         responses={200: {"content": {"text/event-stream": {"schema": event}}}},
-        openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}},
+        openapi_extra={"requestBody": json_request_body(ChatCompletionRequest)},
     )
     async def completions(request: Request) -> Response:
         """Make pictures from the last user message, which may bring some to edit; chunks with `stream`."""

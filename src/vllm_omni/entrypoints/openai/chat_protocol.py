@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, Field, WithJsonSchema
 
+from vllm_omni.entrypoints.openai.echo import MAX_ECHO, echo
 from vllm_omni.entrypoints.openai.protocol import ImageOptions
+from vllm_omni.errors import InvalidRequestError
 
 _TEXT_PART = {
     "type": "object",
@@ -33,26 +35,42 @@ _MESSAGES = {
 
 
 class ChatCompletionRequest(ImageOptions):
-    """Body of `POST /v1/chat/completions`.
-
-    `extra_body` means the same as its fields beside `messages`, where the SDK puts them; they win, as they do there.
-    """
+    """Body of `POST /v1/chat/completions`, after `with_extra_body`."""
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1), WithJsonSchema(_MESSAGES)]
     """Only the last one of the role `user` is read: see `last_user_turn`."""
     stream_options: dict[str, Any] | None = None
     """`{"include_usage": true}`: a stream ends with its usage."""
     extra_body: dict[str, Any] | None = None
+    """Means the same as its fields beside `messages`, where the SDK puts them."""
 
     # Accepted for compatibility: the answer is pictures and nothing else.
     modalities: list[str] | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _flatten_extra_body(cls, body: Any) -> Any:
-        if isinstance(body, dict) and isinstance(extra := body.get("extra_body"), dict):
-            return {name: value for name, value in body.items() if name != "extra_body"} | extra
+
+def with_extra_body(body: Any) -> Any:
+    """What `body` says with the fields of its `extra_body` beside the others; `null` is the same as absent.
+
+    Raises InvalidRequestError for a field that has another value there.
+    """
+    if not isinstance(body, dict) or not isinstance(extra := body.get("extra_body"), dict):
         return body
+    outside = {name: value for name, value in body.items() if name != "extra_body" and value is not None}
+    inside = {name: value for name, value in extra.items() if value is not None}
+    for name in outside.keys() & inside.keys():
+        if not _is_same(outside[name], inside[name]):
+            raise InvalidRequestError(
+                f"{echo(name)} is {echo(outside[name])} and, in extra_body, {echo(inside[name])}: give it once",
+                param=name[:MAX_ECHO],
+            )
+    return outside | inside
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    try:
+        return bool(one == other)
+    except RecursionError:  # lists in lists, as deep as the parser takes them
+        return False
 
 
 class ChatUsage(BaseModel):

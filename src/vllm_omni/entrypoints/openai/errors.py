@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
+import re
 from http import HTTPStatus
 from typing import Any
 
@@ -15,8 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_omni.diffusion.events import EngineObserver
 from vllm_omni.entrypoints.openai.echo import echo
-from vllm_omni.entrypoints.openai.protocol import ErrorBody, ErrorResponse
-from vllm_omni.errors import RequestError
+from vllm_omni.entrypoints.openai.protocol import ErrorBody, ErrorResponse, ImageOptions
+from vllm_omni.errors import RequestError, UnavailableError, UnsupportedParameterError
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +58,13 @@ def error_body(error: Exception) -> ErrorBody:
     """The error object for a failure in the engine, also inside an event stream."""
     if not isinstance(error, RequestError):
         return ErrorBody(message="The server failed on this request.", type="server_error", param=None, code=None)
-    param = _FIELD_NAMES.get(error.param, error.param) if error.param else None
-    return ErrorBody(message=str(error), type=error.type, param=param, code=error.code)
+    message, param = str(error), error.param
+    if isinstance(error, UnsupportedParameterError):
+        message = error.message_among(ImageOptions.model_fields)
+    elif param in _FIELD_NAMES:
+        own_name, param = param, _FIELD_NAMES[param]
+        message = re.sub(rf"^{own_name}\b", param, message)
+    return ErrorBody(message=message, type=error.type, param=param, code=error.code)
 
 
 def _retry_headers(error: RequestError) -> dict[str, str]:
@@ -69,7 +76,7 @@ def _retry_headers(error: RequestError) -> dict[str, str]:
 
 def _validation_body(error: RequestValidationError) -> ErrorBody:
     first = error.errors()[0]
-    where = [str(part) for part in first["loc"][1:]]
+    where = [str(part) for part in first["loc"][1:] if part != "[key]"]  # pydantic's word for a wrong key
     message, param, code = first["msg"], ".".join(where) or None, "invalid_value"
     if first["type"] == "json_invalid":
         message, param, code = f"The request body is not valid JSON: {first['ctx']['error']}.", None, "invalid_json"
@@ -97,7 +104,12 @@ def _http_body(error: HTTPException, request: Request | None) -> ErrorBody:
 
 
 class CatchErrors:
-    """Innermost middleware: answers what no handler knew, inside the other middlewares (their headers are kept)."""
+    """Innermost middleware: answers what no handler knew, inside the other middlewares (their headers are kept). It
+    stands outside of the user's too.
+
+    Requests that a stopping server cancels end here, with a 503 or, in the middle of an answer, with the connection:
+    the task is theirs alone, and uvicorn writes a traceback and a plain 500 for whatever leaves it.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -119,6 +131,11 @@ class CatchErrors:
                 raise
             logger.exception("%s %r failed", scope["method"], scope["path"])
             await error_response(error)(scope, receive, send)
+        except asyncio.CancelledError:
+            if not started:
+                answer = error_response(UnavailableError("The server is stopping.", retry_after=1.0))
+                answer.headers["connection"] = "close"
+                await answer(scope, receive, send)
 
 
 def install_error_handlers(app: FastAPI, observer: EngineObserver) -> None:

@@ -39,8 +39,10 @@ def make_probes_router(omni: AsyncOmni) -> APIRouter:
     @router.head("/ready", include_in_schema=False)
     @router.get("/ready", response_model=StatusResponse)
     async def ready() -> StatusResponse:
-        """200 while new requests are taken."""
+        """200 while new requests are taken and run; 503 also while they are taken and wait for workers to restart."""
         state = omni.status().state
+        if state == "restarting":
+            raise UnavailableError("The workers restart: requests are queued and answered after that.", retry_after=1.0)
         if omni.ready is None or state != "running":
             raise UnavailableError(f"The engine takes no requests: it is {state}.", retry_after=1.0)
         return StatusResponse(status=state)

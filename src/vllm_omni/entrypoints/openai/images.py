@@ -28,6 +28,7 @@ from vllm_omni.entrypoints.openai.protocol import (
     ImageOptions,
     ImagesResponse,
     body_schema,
+    json_request_body,
 )
 from vllm_omni.entrypoints.openai.resolver import Resolver
 from vllm_omni.entrypoints.openai.settings import ServerSettings
@@ -69,10 +70,19 @@ class ImageService:
     resolver: Resolver
     uploads: UploadReader
 
+    async def create(self, request: Request) -> Response:
+        """`generate` from a prompt. Raises RequestError, also for bodies that are wrong, too large or too slow."""
+        self.check_makes_pictures()
+        if (images := self.omni.info.image_input) is not None and images.min_images:
+            raise InvalidRequestError("The served model edits pictures: use POST /v1/images/edits.", param="image")
+        with self.uploads.budget.holding() as holding:
+            body = await self.uploads.read_json(request, holding, ImageGenerationRequest)
+            return await self.generate(body, request, holding)
+
     async def edit(self, request: Request) -> Response:
         """`generate` from pictures. Raises RequestError, also for bodies that are wrong or too large."""
         self.check_makes_pictures()
-        if self.omni.info.image_input is None:  # before megabytes are read
+        if (images := self.omni.info.image_input) is None:  # before megabytes are read
             raise InvalidRequestError(
                 "The served model makes pictures from text and edits none: use POST /v1/images/generations.",
                 param="model",
@@ -80,8 +90,11 @@ class ImageService:
         with self.uploads.budget.holding() as holding:
             body = await self.uploads.read(request, holding)
             if not holding.images:
+                elsewhere = "" if images.min_images else "; without one use POST /v1/images/generations"
                 raise InvalidRequestError(
-                    "image is required; without one use POST /v1/images/generations.", param="image"
+                    "image is required: files of that name in a form, or "
+                    f'"images": [{{"image_url": "data:image/png;base64,..."}}] in JSON{elsewhere}',
+                    param="image",
                 )
             return await self.generate(body, request, holding)
 
@@ -164,7 +177,9 @@ def _edit_bodies() -> dict[str, Any]:
     in_form["image"] = {"type": "array", "items": file, "minItems": 1, "maxItems": MAX_INPUT_IMAGES}
     return {
         "multipart/form-data": {"schema": {**in_json, "properties": in_form, "required": ["image", "prompt"]}},
-        "application/json": {"schema": {**in_json, "required": ["images", "prompt"]}},
+        "application/json": {
+            "schema": {**in_json, "required": ["prompt"], "oneOf": [{"required": ["images"]}, {"required": ["image"]}]}
+        },
     }
 
 
@@ -174,11 +189,15 @@ def make_images_router(service: ImageService) -> APIRouter:
     event = {"type": "object", "properties": {"event": {"type": "string"}, "data": {"type": "string"}}}
     event_stream = {"content": {"text/event-stream": {"schema": {**event, "required": ["data"]}}}}  # of each event
 
-    @router.post("/generations", response_model=ImagesResponse, responses={200: event_stream})
-    async def generations(body: ImageGenerationRequest, request: Request) -> Response:
+    @router.post(
+        "/generations",
+        response_model=ImagesResponse,
+        responses={200: event_stream},
+        openapi_extra={"requestBody": json_request_body(ImageGenerationRequest)},
+    )
+    async def generations(request: Request) -> Response:
         """Make pictures from a prompt; server-sent events with `stream`."""
-        with service.uploads.budget.holding() as nothing:
-            return await service.generate(body, request, nothing)
+        return await service.create(request)
 
     image_file_content = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in CONTENT_TYPES.values()}
 

@@ -32,6 +32,30 @@ def parse_size(size: str) -> tuple[int | None, int | None]:
     return int(height), int(width)
 
 
+def _size_of(body: ImageOptions) -> tuple[int | None, int | None]:
+    """(height, width), by whichever names: vllm-omni's clients send them apart."""
+    height, width = parse_size(body.size)
+    if body.height is None and body.width is None:
+        return height, width
+    if body.height is None or body.width is None:
+        given = "height" if body.width is None else "width"
+        raise InvalidRequestError(f"height and width go together, got {given} alone", param="size")
+    if height is not None and (height, width) != (body.height, body.width):
+        raise InvalidRequestError(
+            f"size is {body.size}, but width and height say {body.width}x{body.height}: give one of them", param="size"
+        )
+    return body.height, body.width
+
+
+def _num_outputs_of(body: ImageOptions) -> int:
+    count = body.num_outputs_per_prompt
+    if count is None:
+        return body.n
+    if "n" in body.model_fields_set and body.n != count:
+        raise InvalidRequestError(f"n is {body.n}, but num_outputs_per_prompt {count}: give one of them", param="n")
+    return count
+
+
 def parse_generation(
     body: ImageOptions, prompt: str, images: tuple[InputImage, ...], adapters: Collection[str]
 ) -> tuple[OmniPrompt, OmniDiffusionSamplingParams, ImageFormat]:
@@ -41,7 +65,7 @@ def parse_generation(
 
     Raises InvalidRequestError for what is well-formed but not possible here.
     """
-    height, width = parse_size(body.size)
+    height, width = _size_of(body)
     if body.background == "transparent":
         raise InvalidRequestError("background: this model makes opaque pictures only", param="background")
     if body.output_format == "png" and body.output_compression != 100:
@@ -68,7 +92,7 @@ def parse_generation(
         cfg_normalization=body.cfg_normalization,
         cfg_truncation=body.cfg_truncation,
         seed=body.seed,
-        num_outputs_per_prompt=body.n,
+        num_outputs_per_prompt=_num_outputs_of(body),
         cache=body.cache,
         max_sequence_length=body.max_sequence_length,
         lora_request=_adapter(body, adapters),

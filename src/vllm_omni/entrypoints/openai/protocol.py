@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
@@ -25,6 +33,13 @@ class _NullMeansAbsent:
 
 
 _NULLABLE = _NullMeansAbsent()
+
+_URLS = {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_INPUT_IMAGES}
+
+
+def _listed(value: Any) -> Any:
+    """One URL as a list of one."""
+    return [value] if isinstance(value, str) else value
 
 
 class LoRA(BaseModel):
@@ -64,6 +79,11 @@ class ImageOptions(BaseModel):
     safety_identifier: str | None = None
 
     # Extensions.
+    height: Annotated[int, Field(ge=1, le=999_999)] | None = None
+    """With `width`, another way to say `size`."""
+    width: Annotated[int, Field(ge=1, le=999_999)] | None = None
+    num_outputs_per_prompt: Annotated[int, Field(ge=1, le=10)] | None = None
+    """Another name of `n`."""
     negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)] | None = None
     num_inference_steps: Annotated[int, Field(ge=1)] | None = None
     guidance_scale: float | None = None
@@ -108,6 +128,16 @@ class ImageEditRequest(ImageGenerationRequest):
         | None
     ) = None
     """Of JSON bodies: `{"image_url": "data:image/png;base64,..."}` each, or a URL of an allowed host."""
+    image: (
+        Annotated[
+            list[str],
+            Field(min_length=1, max_length=MAX_INPUT_IMAGES),
+            BeforeValidator(_listed),
+            WithJsonSchema({"anyOf": [{"type": "string"}, _URLS]}),
+        ]
+        | None
+    ) = None
+    """Of JSON bodies, instead of `images`: the URL alone, or several."""
     mask: Any = None
     """Not available."""
     markup: Any = None
@@ -118,12 +148,22 @@ class ImageEditRequest(ImageGenerationRequest):
 
 
 def body_schema(model: type[BaseModel]) -> dict[str, Any]:
-    """The JSON schema of `model` for a route that reads its bodies itself.
+    """The JSON schema of `model` for a route that reads its bodies itself; models in it stand where they are used."""
+    schema = model.model_json_schema()
+    inner = schema.pop("$defs", {})
 
-    The models in it are those of `ImageGenerationRequest`, which a route takes in FastAPI's way: the document has them.
-    """
-    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    return {name: value for name, value in schema.items() if name != "$defs"}
+    def written_out(node: Any) -> Any:
+        if isinstance(node, dict):
+            name = node.get("$ref", "").rpartition("/")[2]
+            return inner[name] if name else {key: written_out(value) for key, value in node.items()}
+        return [written_out(item) for item in node] if isinstance(node, list) else node
+
+    return {name: written_out(value) for name, value in schema.items()}
+
+
+def json_request_body(model: type[BaseModel]) -> dict[str, Any]:
+    """What OpenAPI calls a `requestBody`, of such a route that takes JSON alone."""
+    return {"required": True, "content": {"application/json": {"schema": body_schema(model)}}}
 
 
 class ErrorBody(BaseModel):

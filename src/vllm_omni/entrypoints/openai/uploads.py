@@ -1,4 +1,4 @@
-"""Bodies that carry pictures: fields, and pictures that are decoded as they arrive."""
+"""The bodies of requests: fields, and pictures that are decoded as they arrive."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from starlette.requests import ClientDisconnect, Request
 
 from vllm_omni.diffusion.intake import MAX_PROMPT_CHARACTERS, check_num_images
 from vllm_omni.diffusion.registry import ImageInput, ModelInfo
-from vllm_omni.entrypoints.openai.chat_protocol import ChatCompletionRequest
+from vllm_omni.entrypoints.openai.chat_protocol import ChatCompletionRequest, with_extra_body
 from vllm_omni.entrypoints.openai.chat_turns import last_user_turn
 from vllm_omni.entrypoints.openai.decoding import ImageDecoder
 from vllm_omni.entrypoints.openai.disconnect import unless_disconnected
+from vllm_omni.entrypoints.openai.echo import echo
 from vllm_omni.entrypoints.openai.holding import Holding, UploadBudget
 from vllm_omni.entrypoints.openai.media import MediaFetcher
 from vllm_omni.entrypoints.openai.multipart import MultipartReader, Part
@@ -46,7 +47,7 @@ LEAST_BYTES_A_SECOND = 1024
 
 @dataclass(frozen=True)
 class UploadReader:
-    """Reads edits and chats for one model. Edits are for a model that takes input pictures."""
+    """Reads what one model is asked for. Edits are for a model that takes input pictures."""
 
     info: ModelInfo
     decoder: ImageDecoder
@@ -64,7 +65,7 @@ class UploadReader:
         if kind == "multipart/form-data":
             return await self._read_form(request, holding)
         if kind == "application/json":
-            return await self._read_json(request, holding)
+            return await self._read_json_edit(request, holding)
         raise InvalidRequestError(
             f"the request's content-type takes multipart/form-data and application/json, got {kind[:64]!r}"
         )
@@ -82,13 +83,16 @@ class UploadReader:
         reader.close()
         return _validated(lambda: ImageEditRequest.model_validate_strings(fields, strict=False))
 
-    async def _read_json(self, request: Request, holding: Holding) -> ImageEditRequest:
-        parsed = await self._json_body(request, holding, ImageEditRequest)
+    async def _read_json_edit(self, request: Request, holding: Holding) -> ImageEditRequest:
+        parsed = await self.read_json(request, holding, ImageEditRequest)
         for name in _UNSUPPORTED:
             if getattr(parsed, name) is not None:
                 raise _unsupported(name)
-        urls = [image["image_url"] for image in parsed.images or ()]
-        await unless_disconnected(request, self._read_urls(urls, holding))
+        if parsed.images and parsed.image:
+            raise InvalidRequestError("image and images are two names of the same: give one of them", param="image")
+        urls = parsed.image or [image["image_url"] for image in parsed.images or ()]
+        if urls:
+            await unless_disconnected(request, self._read_urls(urls, holding))
         return parsed
 
     async def fitted(self, fit: Callable[[], OmniPrompt], holding: Holding) -> OmniPrompt:
@@ -100,16 +104,22 @@ class UploadReader:
 
     async def read_chat(self, request: Request, holding: Holding) -> tuple[ChatCompletionRequest, str]:
         """The body and the text of its last user message, whose pictures go to `holding`. Raises as `read` does."""
-        kind = _content_type(request)
-        if kind != "application/json":
-            raise InvalidRequestError(f"the request's content-type takes application/json, got {kind[:64]!r}")
-        body = await self._json_body(request, holding, ChatCompletionRequest)
+        sent = with_extra_body(await self._json(request, holding))
+        body = _validated(lambda: ChatCompletionRequest.model_validate(sent))
         turn = last_user_turn(body.messages)
         turn.check_images(self.info)
         await unless_disconnected(request, self._read_urls(turn.urls, holding))
         return body, turn.text
 
-    async def _json_body(self, request: Request, holding: Holding, model: type[Body]) -> Body:
+    async def read_json(self, request: Request, holding: Holding, model: type[Body]) -> Body:
+        """A body without pictures to decode. Raises as `read` does."""
+        body = await self._json(request, holding)
+        return _validated(lambda: model.model_validate(body))
+
+    async def _json(self, request: Request, holding: Holding) -> Any:
+        kind = _content_type(request)
+        if kind != "application/json":
+            raise InvalidRequestError(f"the request's content-type takes application/json, got {kind[:64]!r}")
         data, num_items = bytearray(), 0
         async for chunk in self._chunks(request):
             holding.add(len(chunk))
@@ -123,8 +133,7 @@ class UploadReader:
                 )
             if num_items > MAX_JSON_ITEMS:
                 raise HTTPException(413, f"A JSON body has at most {MAX_JSON_ITEMS} commas and brackets.")
-        body = await asyncio.to_thread(_parse_json, data)
-        return _validated(lambda: model.model_validate(body))
+        return await asyncio.to_thread(_parse_json, data)
 
     async def _chunks(self, request: Request) -> AsyncIterator[bytes]:
         """Raises HTTPException (408) where the next one does not come or bytes trickle, and RequestAbortedError."""
@@ -196,7 +205,8 @@ def _content_type(request: Request) -> str:
 
 
 def _set_field(fields: dict[str, Any], part: Part) -> None:
-    """`name`, or `name[key]` as clients write nested objects; what is empty is absent, as null is in JSON."""
+    """`name`, or nested objects as clients write them: `name[key]`, or `lora` as JSON. What is empty is absent, as null
+    is in JSON."""
     try:
         value = part.data.decode()
     except UnicodeDecodeError as error:
@@ -206,10 +216,25 @@ def _set_field(fields: dict[str, Any], part: Part) -> None:
             fields[part.name] = value  # says something: guidance needs one, and an empty one will do
         return
     nested = _NESTED_FIELD.fullmatch(part.name)
-    if nested and isinstance(inner := fields.setdefault(nested[1], {}), dict):
+    if part.name == "lora":
+        fields[part.name] = _lora_fields(value)
+    elif nested and isinstance(inner := fields.setdefault(nested[1], {}), dict):
         inner[nested[2]] = value
     else:
         fields[part.name] = value
+
+
+def _lora_fields(text: str) -> dict[str, Any]:
+    """As `lora[key]` gives them, numbers as text."""
+    try:
+        value = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise InvalidRequestError(
+            f'lora takes a JSON object such as {{"name": "ink", "scale": 0.8}}, got {echo(text)}', param="lora"
+        )
+    return {key: inner for key, inner in value.items() if inner is not None}
 
 
 def _parse_json(data: bytearray) -> Any:
