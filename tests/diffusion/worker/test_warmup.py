@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from vllm_omni.diffusion.worker import warmup
 from vllm_omni.diffusion.worker.ranks import RanksLostError
 from vllm_omni.diffusion.worker.warmup import Sample, Timer, choose_num_threads, fit_line, knee, measure_steps
 
@@ -127,7 +128,10 @@ class SmallDevice:
 
 
 @pytest.mark.parametrize(("most", "tried"), [(1, [1]), (7, [1, 2, 4]), (8, [1, 2, 4, 8]), (15, [1, 2, 4, 8])])
-def test_ranks_that_would_be_lost_try_no_batch_that_may_not_fit(most: int, tried: list[int]) -> None:
+def test_ranks_that_would_be_lost_try_no_batch_that_may_not_fit(
+    monkeypatch: pytest.MonkeyPatch, most: int, tried: list[int]
+) -> None:
+    monkeypatch.setattr(warmup, "BUDGET_SECONDS", 60.0)
     device: Any = SmallDevice(most)
     info: Any = SimpleNamespace(sequence_cost=float)
     found = measure_steps(device, OneOfSome(), info, Timer(device, device))  # type: ignore[arg-type]

@@ -162,7 +162,7 @@ def test_a_strength_of_no_step_is_the_callers_mistake(model_of: ModelOf, runner_
         (SDXL, 1, {"strength": 1.5}, "strength", "a number above 0 and at most 1"),
         (SDXL, 1, {"strength": -0.1}, "strength", "a number above 0 and at most 1"),
         (SD3, 1, {"strength": 0}, "strength", "at 0 no step is left"),
-        (SDXL, 0, {}, "image", "POST /v1/images/edits"),
+        (SDXL, 0, {}, "image", "edits pictures and got none"),
         (SDXL, 2, {}, "image", "at most 1 pictures"),
         (KLEIN, 5, {}, "image", "at most 4 pictures"),
         (KONTEXT, 1, {"strength": 0.5}, "strength", "no such parameter"),
