@@ -191,7 +191,7 @@ def measure_steps(pipeline: BasePipeline[Any], state: RequestState, info: ModelI
     tokens = sum(state.sequence_lengths)
     for copies in (2**i for i in range(MAX_TOKENS.bit_length())):
         expected = 0.0 if len(samples) < MIN_SAMPLES and took < budget else spent + 2 * took
-        if samples and (expected > budget or copies * tokens > MAX_TOKENS):
+        if samples and (expected > budget or copies * tokens > MAX_TOKENS or not _has_room(timer)):
             break
         start = time.perf_counter()
         try:
