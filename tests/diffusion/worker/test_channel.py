@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import random
 import socket
@@ -15,10 +16,17 @@ import msgspec
 import numpy as np
 import pytest
 
+from tests.descriptors import SELECT_LIMIT, descriptors_left, low_descriptors_taken
 from tests.fakes import make_config, make_ready, make_request
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.plan import ItemError, StepPlan, StepResult
-from vllm_omni.diffusion.worker.channel import AsyncChannel, BlockingChannel, FrameReader, encode_frame
+from vllm_omni.diffusion.worker.channel import (
+    AsyncChannel,
+    BlockingChannel,
+    ChannelBrokenError,
+    FrameReader,
+    encode_frame,
+)
 from vllm_omni.diffusion.worker.contract import (
     Abort,
     Beat,
@@ -286,6 +294,58 @@ async def test_who_waits_for_a_message_hears_that_it_is_wrong() -> None:
         for _ in range(2):
             with pytest.raises(msgspec.ValidationError, match="Abort"):
                 await ours.receive()
+
+
+@pytest.mark.parametrize("num_left", [0, 1])  # the descriptor that comes, and the one that its mapping takes
+async def test_arrays_for_which_no_descriptor_is_left_break_the_channel(num_left: int) -> None:
+    before = num_descriptors()
+    async with mixed_pair() as (ours, theirs):
+        theirs.send(Done(StepResult(1, images={"a": np.ones(3)})))
+        theirs.send(Done(StepResult(2, images={"a": np.ones(3)})))
+        with descriptors_left(num_left):
+            for _ in range(2):
+                with pytest.raises(ChannelBrokenError, match="arrays of a message"):
+                    await ours.receive()
+    assert num_descriptors() == before
+
+
+async def test_arrays_that_cannot_be_sent_break_the_channel() -> None:
+    async with mixed_pair() as (ours, theirs):
+        with descriptors_left(0):
+            ours.send(Done(StepResult(1, images={"a": np.ones(3)})))
+        ours.send(Abort([]))  # into the void
+        with pytest.raises(ChannelBrokenError, match=r"cannot be sent.*Too many open files"):
+            await ours.receive()
+        with pytest.raises(EOFError):
+            await asyncio.to_thread(theirs.receive)
+
+
+async def test_a_message_that_the_kernel_refuses_breaks_the_channel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> int:
+        raise OSError(errno.ETOOMANYREFS, "Too many references")
+
+    async with mixed_pair() as (ours, _):
+        monkeypatch.setattr(socket, "send_fds", refuse)
+        ours.send(Done(StepResult(1, images={"a": np.ones(3)})))
+        with pytest.raises(ChannelBrokenError, match="Too many references"):
+            await ours.receive()
+
+
+def test_a_message_without_its_arrays_is_lost() -> None:
+    frame, fd = encode_frame(Done(StepResult(1, images={"a": np.ones(3)})))
+    assert fd is not None
+    os.close(fd)
+    with pytest.raises(ChannelBrokenError, match="without its arrays"):
+        FrameReader[Any](FromWorker).feed(frame, [])
+
+
+def test_channels_on_descriptors_beyond_those_of_select() -> None:
+    with low_descriptors_taken(), blocking_pair() as (ours, theirs):
+        assert ours._sock.fileno() > SELECT_LIMIT
+        with pytest.raises(TimeoutError):
+            ours.receive(timeout=0.001)
+        theirs.send_if_free(Beat())
+        assert ours.receive() == Beat()
 
 
 def test_only_what_is_declared_can_be_said() -> None:

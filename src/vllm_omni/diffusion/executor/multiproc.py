@@ -45,7 +45,7 @@ class WorkerGroup:
         """Start all processes; they load at the same time. Raises WorkerDiedError for one that does not start."""
         size = config.parallel.replica_size
         prefix = f"replica {replica_index} " if config.parallel.data_parallel_size > 1 else ""
-        with socket.create_server(("127.0.0.1", 0)) if size > 1 else contextlib.nullcontext() as store:
+        with _listen_for_ranks() if size > 1 else contextlib.nullcontext() as store:
             port = store.getsockname()[1] if store else 0
             for rank in range(size):
                 store_fd = store.fileno() if store and rank == 0 else None
@@ -119,6 +119,14 @@ class WorkerGroup:
         """Whether this failure is the group's first: those that follow are of its making."""
         first, self._has_failed = not self._has_failed, True
         return first
+
+
+def _listen_for_ranks() -> socket.socket:
+    """The socket of the store by which the ranks of a replica meet. Raises WorkerDiedError."""
+    try:
+        return socket.create_server(("127.0.0.1", 0))
+    except OSError as error:
+        raise WorkerDiedError(f"the ranks' meeting point cannot be opened: {error}") from error
 
 
 class MultiprocExecutor:

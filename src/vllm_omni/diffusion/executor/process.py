@@ -9,9 +9,10 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 
-from vllm_omni.diffusion.worker.channel import AsyncChannel
+from vllm_omni.diffusion.worker.channel import AsyncChannel, ChannelBrokenError
 from vllm_omni.diffusion.worker.contract import Died, FromWorker, ToWorker
 from vllm_omni.errors import ConfigError, WorkerDiedError
 
@@ -21,6 +22,7 @@ _LAST_WORDS_SECONDS = 1.0
 """How long a process whose channel is closed may take to end, so that its exit code can be told."""
 _KILL_SECONDS = 5.0
 """How long a killed process is waited for: a device driver may hold it."""
+_LOOK_SECONDS = 0.01
 
 
 class WorkerProcess:
@@ -29,9 +31,12 @@ class WorkerProcess:
     def __init__(self, name: str, runner_name: str, inherited_fds: Sequence[int] = ()) -> None:
         """`name`: in messages and log lines. `inherited_fds`: open in the worker under the same numbers.
 
-        Raises WorkerDiedError when the machine has no process to give.
+        Raises WorkerDiedError when the machine has no process or descriptor to give.
         """
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            raise WorkerDiedError(f"{name} cannot be started: {error}") from error
         # Not by fork, nor by importing the user's script again: an interpreter of its own. `-P`: what lies in
         # the current folder is no part of it. Its own session: a terminal's Ctrl-C goes to the parent alone.
         command = [sys.executable, "-P", "-m", "vllm_omni.diffusion.worker.main", f"--socket-fd={theirs.fileno()}"]
@@ -63,9 +68,13 @@ class WorkerProcess:
     async def receive(self) -> FromWorker:
         """The next message. Raises EOFError when the worker is gone; `how_it_ended` then says how.
 
-        Raises WorkerDiedError when it says that it dies, ConfigError when it says that a setting is at fault.
+        Raises WorkerDiedError when it says that it dies or when a message was lost, ConfigError when it says that a
+        setting is at fault.
         """
-        message = await self._channel.receive()
+        try:
+            message = await self._channel.receive()
+        except ChannelBrokenError as error:
+            raise WorkerDiedError(f"the channel to {self} broke: {error}") from error
         if not isinstance(message, Died):
             return message
         if message.is_config_error:
@@ -97,19 +106,11 @@ class WorkerProcess:
     async def _ended_within(self, seconds: float) -> bool:
         """Whether the process ends within `seconds`.
 
-        Needs no thread: a program that never calls close() gets here when threads can no longer be started.
+        Looks again and again: needs no thread and no descriptor, of which there may be none left.
         """
-        if self._process.poll() is not None:
-            return True
-        ended, loop = asyncio.Event(), asyncio.get_running_loop()
-        descriptor = os.pidfd_open(self._process.pid)
-        loop.add_reader(descriptor, ended.set)
-        try:
-            async with asyncio.timeout(seconds):
-                await ended.wait()
-        except TimeoutError:
-            return False
-        finally:
-            loop.remove_reader(descriptor)
-            os.close(descriptor)
+        end = time.monotonic() + seconds
+        while self._process.poll() is None:
+            if time.monotonic() >= end:
+                return False
+            await asyncio.sleep(_LOOK_SECONDS)
         return True

@@ -30,6 +30,10 @@ _MAX_DESCRIPTORS = 8
 Incoming = TypeVar("Incoming")
 
 
+class ChannelBrokenError(Exception):
+    """A message is lost for want of memory or of a descriptor; the other end may well live."""
+
+
 def encode_frame(message: object) -> tuple[bytes, int | None]:
     """The bytes of a message and the descriptor of its arrays (the caller closes it), None without arrays."""
     arrays: list[np.ndarray] = []
@@ -74,7 +78,7 @@ class FrameReader(Generic[Incoming]):
         self._descriptors: deque[int] = deque()
 
     def feed(self, data: bytes, descriptors: list[int]) -> list[Incoming]:
-        """The messages that are complete now."""
+        """The messages that are complete now. Raises MsgspecError and ChannelBrokenError."""
         self._bytes += data
         self._descriptors += descriptors
         messages = []
@@ -95,10 +99,9 @@ class FrameReader(Generic[Incoming]):
 
     def _decode(self, body: bytes, has_arrays: bool) -> Incoming:
         if has_arrays:
-            fd = self._descriptors.popleft()
-            # Copy-on-write: the arrays are the receiver's own to change.
-            self._memory = mmap.mmap(fd, 0, access=mmap.ACCESS_COPY)
-            os.close(fd)
+            if not self._descriptors:
+                raise ChannelBrokenError("a message came without its arrays")
+            self._memory = _map_arrays(self._descriptors.popleft())
         try:
             return self._decoder.decode(body)
         finally:
@@ -113,13 +116,35 @@ class FrameReader(Generic[Incoming]):
         return flat.reshape(shape)
 
 
+def _map_arrays(fd: int) -> mmap.mmap:
+    """Closes `fd`."""
+    try:
+        # Copy-on-write: the arrays are the receiver's own to change.
+        return mmap.mmap(fd, 0, access=mmap.ACCESS_COPY)
+    except OSError as error:  # the mapping takes a descriptor of its own
+        raise ChannelBrokenError(f"the arrays of a message cannot be mapped: {error}") from error
+    finally:
+        os.close(fd)
+
+
+def _is_ready(sock: socket.socket, event: int, timeout: float | None) -> bool:
+    """Whether `event` (or the end) is there within `timeout` seconds. Not `select`: that knows 1024 descriptors."""
+    poll = select.poll()
+    poll.register(sock, event)
+    return bool(poll.poll(None if timeout is None else math.ceil(timeout * 1000)))
+
+
 def _send_some(sock: socket.socket, data: memoryview, fd: int | None) -> int:
     """Send a part of `data`, and `fd` with its first byte; how many bytes went."""
     return sock.send(data) if fd is None else socket.send_fds(sock, [data], [fd])
 
 
 def _receive_some(sock: socket.socket) -> tuple[bytes, list[int]]:
-    data, descriptors, _, _ = socket.recv_fds(sock, _RECEIVE_BYTES, _MAX_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
+    data, descriptors, flags, _ = socket.recv_fds(sock, _RECEIVE_BYTES, _MAX_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
+    if flags & socket.MSG_CTRUNC:
+        for fd in descriptors:
+            os.close(fd)
+        raise ChannelBrokenError("the arrays of a message are lost: this process has too many open files")
     return data, descriptors
 
 
@@ -143,7 +168,7 @@ class BlockingChannel(Generic[Incoming]):
             return
         try:
             # The kernel calls a socket writable only while most of its buffer is free.
-            if select.select([], [self._sock], [], 0)[1]:
+            if _is_ready(self._sock, select.POLLOUT, 0):
                 self._send(message)
         finally:
             self._sending.release()
@@ -159,9 +184,12 @@ class BlockingChannel(Generic[Incoming]):
         self._sock.sendall(data[sent:])
 
     def receive(self, timeout: float | None = None) -> Incoming:
-        """Raises EOFError when the other end is gone, TimeoutError after `timeout` seconds of silence."""
+        """Raises EOFError when the other end is gone, TimeoutError after `timeout` seconds of silence.
+
+        Raises ChannelBrokenError when a message was lost: nothing can be received any more.
+        """
         while not self._received:
-            if not select.select([self._sock], [], [], timeout)[0]:
+            if not _is_ready(self._sock, select.POLLIN, timeout):
                 raise TimeoutError(f"nothing was said for {timeout} s")
             try:
                 data, descriptors = _receive_some(self._sock)
@@ -191,25 +219,32 @@ class AsyncChannel(Generic[Incoming]):
         self._backlog: deque[tuple[memoryview, int | None]] = deque()
         """Frames that are still to be sent, with their descriptors until the first byte went."""
         self._closed = False
-        self._unreadable: msgspec.MsgspecError | None = None
-        """What is wrong with a message that came, after which nothing can be read."""
+        self._failure: msgspec.MsgspecError | ChannelBrokenError | None = None
+        """What is wrong with a message, after which the channel is closed."""
         self._loop.add_reader(sock, self._on_readable)
 
     def send(self, message: object) -> None:
-        """Into the void when the other end is gone: `receive` tells."""
+        """Into the void when the other end is gone or the message cannot be sent: `receive` tells."""
         if self._closed:
             return
-        frame, fd = encode_frame(message)
+        try:
+            frame, fd = encode_frame(message)
+        except OSError as error:
+            self._fail(ChannelBrokenError(f"the arrays of a message cannot be sent: {error}"))
+            return
         self._backlog.append((memoryview(frame), fd))
         self._flush()
 
     async def receive(self) -> Incoming:
-        """Raises EOFError when the other end is gone, MsgspecError when it said what it must not."""
+        """Raises EOFError when the other end is gone, MsgspecError when it said what it must not.
+
+        Raises ChannelBrokenError when a message, of either end, was lost.
+        """
         message = await self._received.get()
         if message is None:
             self._received.put_nowait(None)
-            if self._unreadable:
-                raise self._unreadable
+            if self._failure:
+                raise self._failure
             raise EOFError("the other end of the channel is closed")
         return message
 
@@ -239,9 +274,12 @@ class AsyncChannel(Generic[Incoming]):
             self._loop.remove_writer(self._sock)
         except BlockingIOError:
             self._loop.add_writer(self._sock, self._flush)
-        except OSError:  # nobody reads any more; what was said before is still to be received, then its end
+        except (BrokenPipeError, ConnectionResetError):
+            # Nobody reads any more; what was said before is still to be received, then its end.
             self._loop.remove_writer(self._sock)
             self._drop_backlog()
+        except OSError as error:  # such as too many descriptors on their way
+            self._fail(ChannelBrokenError(f"a message cannot be sent: {error}"))
 
     def _drop_backlog(self) -> None:
         for _, fd in self._backlog:
@@ -252,18 +290,20 @@ class AsyncChannel(Generic[Incoming]):
     def _on_readable(self) -> None:
         try:
             data, descriptors = _receive_some(self._sock)
+            messages = self._reader.feed(data, descriptors)
         except BlockingIOError:
             return
         except ConnectionResetError:
-            data, descriptors = b"", []
-        if not data:
             self.close()
             return
-        try:
-            messages = self._reader.feed(data, descriptors)
-        except msgspec.MsgspecError as error:
-            self._unreadable = error
-            self.close()
+        except (msgspec.MsgspecError, ChannelBrokenError) as error:
+            self._fail(error)
             return
         for message in messages:
             self._received.put_nowait(message)
+        if not data:
+            self.close()
+
+    def _fail(self, error: msgspec.MsgspecError | ChannelBrokenError) -> None:
+        self._failure = error
+        self.close()

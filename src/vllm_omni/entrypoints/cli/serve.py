@@ -17,6 +17,7 @@ from fastapi import FastAPI
 
 from vllm_omni.entrypoints.cli import vllm_surface
 from vllm_omni.entrypoints.cli.args import HttpOptions, ServeArgs
+from vllm_omni.entrypoints.cli.connections import limit_connections, most_connections
 from vllm_omni.entrypoints.cli.listen import Listener
 from vllm_omni.entrypoints.cli.middleware import add_middleware
 from vllm_omni.entrypoints.openai.app import build_app
@@ -108,6 +109,7 @@ def _http_server(app: FastAPI, http: HttpOptions) -> uvicorn.Server:
         given = {name: getattr(http, name) for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_ciphers")}
         named = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items() if value)
         raise ConfigError(f"{named}: cannot be used for TLS: {error}") from error
+    limit_connections(config, most_connections())
     return _Server(config)
 
 
