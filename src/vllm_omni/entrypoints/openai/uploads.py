@@ -22,6 +22,7 @@ from vllm_omni.entrypoints.openai.echo import echo
 from vllm_omni.entrypoints.openai.holding import Holding, UploadBudget
 from vllm_omni.entrypoints.openai.media import MediaFetcher
 from vllm_omni.entrypoints.openai.multipart import MultipartReader, Part
+from vllm_omni.entrypoints.openai.pacing import Pace
 from vllm_omni.entrypoints.openai.protocol import ImageEditRequest
 from vllm_omni.entrypoints.openai.validating import Body, parse_json, validated
 from vllm_omni.errors import InvalidRequestError, RequestAbortedError
@@ -39,9 +40,6 @@ _NESTED_FIELD = re.compile(r"([^\[\]]+)\[([^\[\]]+)\]")
 _UNSUPPORTED = ("mask", "markup")
 
 Result = TypeVar("Result")
-
-LEAST_BYTES_A_SECOND = 1024
-"""What comes slower for `silence_seconds` is as good as nothing: a byte now and then would hold its memory for ever."""
 
 
 @dataclass(frozen=True)
@@ -135,26 +133,20 @@ class UploadReader:
     async def _chunks(self, request: Request) -> AsyncIterator[bytes]:
         """Raises HTTPException (408) where the next one does not come or bytes trickle, and RequestAbortedError."""
         stream, clock = aiter(request.stream()), asyncio.get_running_loop().time
-        patience = self.silence_seconds
+        pace = Pace(self.silence_seconds)
         try:
             while True:
                 asked = clock()
-                async with asyncio.timeout(patience):
+                async with asyncio.timeout(pace.patience):
                     chunk = await anext(stream)
-                gained = len(chunk) / LEAST_BYTES_A_SECOND - (clock() - asked)
-                patience = min(self.silence_seconds, patience + gained)
+                pace.count(len(chunk), clock() - asked)
                 yield chunk
         except StopAsyncIteration:
             return
         except TimeoutError as error:
             # Whatever still comes would be read as the beginning of another request.
             headers = {"connection": "close"}
-            raise HTTPException(
-                408,
-                f"For {self.silence_seconds:g} seconds the request's body came with less than {LEAST_BYTES_A_SECOND} "
-                "bytes a second.",
-                headers,
-            ) from error
+            raise HTTPException(408, f"The request's body came with less than {pace}.", headers) from error
         except ClientDisconnect as error:
             raise RequestAbortedError("the client closed the connection") from error
 
