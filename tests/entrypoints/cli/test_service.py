@@ -25,6 +25,7 @@ from vllm_omni.entrypoints.cli import serve
 from vllm_omni.entrypoints.cli.args import HttpOptions, ServeArgs
 from vllm_omni.entrypoints.cli.listen import Listener
 from vllm_omni.entrypoints.openai.settings import ServerSettings
+from vllm_omni.entrypoints.openai.unread import HttpProtocol
 from vllm_omni.errors import ConfigError, OmniError, WorkerDiedError
 
 
@@ -223,6 +224,10 @@ def test_a_unix_socket_left_by_a_killed_server_is_replaced_and_removed(tmp_path:
     with pytest.raises(ConfigError, match="cannot listen there"):
         Listener(HttpOptions(uds=str(tmp_path / "file")))
     assert (tmp_path / "file").exists()
+
+
+def test_clients_that_do_not_read_are_cut() -> None:
+    assert serve._http_server(FastAPI(), HttpOptions()).config.http is HttpProtocol
 
 
 def test_wrong_certificates_are_one_line(tmp_path: Path) -> None:

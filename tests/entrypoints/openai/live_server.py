@@ -25,6 +25,7 @@ from vllm_omni.entrypoints.openai.app import build_app
 from vllm_omni.entrypoints.openai.media import FetchPolicy
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
 from vllm_omni.entrypoints.openai.settings import ServerSettings
+from vllm_omni.entrypoints.openai.unread import HttpProtocol
 from vllm_omni.inputs.images import InputImage
 from vllm_omni.omni import AsyncOmni
 
@@ -152,10 +153,12 @@ def live_server(
     wrap: Callable[[FastAPI], None] | None = None,
     settings: dict[str, Any] | None = None,
     fetch_policy: FetchPolicy | None = None,
+    protocol: type[asyncio.Protocol] = HttpProtocol,
+    tls: tuple[Path, Path] | None = None,
     **config: Any,
 ) -> Iterator[LiveServer]:
     """Serve until the block ends. `settings`: of the server; `config`: of the engine; `wrap` changes the app;
-    `model`: a real one, without the fakes."""
+    `model`: a real one, without the fakes; `tls`: files of the key and the certificate."""
     started: dict[str, Any] = {}
     is_up = threading.Event()
 
@@ -180,8 +183,19 @@ def live_server(
         )
         if wrap is not None:
             wrap(app)
+        key, certificate = tls or (None, None)
         server = uvicorn.Server(
-            uvicorn.Config(app, "127.0.0.1", 0, log_level="warning", ws="none", timeout_graceful_shutdown=5)
+            uvicorn.Config(
+                app,
+                "127.0.0.1",
+                0,
+                http=protocol,
+                ssl_keyfile=key,
+                ssl_certfile=certificate,
+                log_level="warning",
+                ws="none",
+                timeout_graceful_shutdown=5,
+            )
         )
         started.update(http=server, omni=omni, device=device, app=app, loop=asyncio.get_running_loop())
         serving = asyncio.ensure_future(server.serve())
@@ -199,7 +213,7 @@ def live_server(
     server: uvicorn.Server = started["http"]
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield LiveServer(url=f"http://127.0.0.1:{port}", **started)
+        yield LiveServer(url=f"{'https' if tls else 'http'}://127.0.0.1:{port}", **started)
     finally:
         server.should_exit = True
         thread.join(WAIT_SECONDS)

@@ -22,6 +22,7 @@ from vllm_omni.entrypoints.cli.listen import Listener
 from vllm_omni.entrypoints.cli.middleware import add_middleware
 from vllm_omni.entrypoints.openai.app import build_app
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
+from vllm_omni.entrypoints.openai.unread import HttpProtocol
 from vllm_omni.errors import ConfigError, OmniError
 from vllm_omni.omni import AsyncOmni
 
@@ -92,6 +93,7 @@ def _http_server(app: FastAPI, http: HttpOptions) -> uvicorn.Server:
     quiet_paths = list(http.disable_access_log_for_endpoints)
     config = uvicorn.Config(
         app,
+        http=HttpProtocol,
         log_level=http.uvicorn_log_level,
         log_config=vllm_surface.log_config(quiet_paths, http.uvicorn_log_level),
         access_log=not http.disable_uvicorn_access_log,

@@ -28,6 +28,7 @@ from vllm_omni.entrypoints.openai.middleware import LimitBody, RequestId
 from vllm_omni.entrypoints.openai.resolver import Resolver
 from vllm_omni.entrypoints.openai.settings import ServerSettings
 from vllm_omni.entrypoints.openai.unavailable import make_unavailable_router
+from vllm_omni.entrypoints.openai.unread import Pieces
 from vllm_omni.entrypoints.openai.uploads import MAX_IMAGE_BYTES, UploadReader
 from vllm_omni.omni import AsyncOmni
 
@@ -40,7 +41,7 @@ def build_app(
 ) -> FastAPI:
     """The app that serves `omni`. `metrics`: the observer given to `omni`; None leaves the engine's metrics empty.
 
-    Its lifespan owns the threads.
+    Its lifespan owns the threads. It is for uvicorn with `HttpProtocol`, which ends what nobody reads.
     """
     metrics = metrics or PrometheusObserver(settings.served_model_names[0])
     metrics.watch(omni.status)
@@ -86,4 +87,5 @@ def build_app(
     # The last one added is the outermost.
     app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes, except_paths=(EDITS_PATH, CHAT_PATH))
     app.add_middleware(RequestId, generate=settings.generate_request_ids)
+    app.add_middleware(Pieces)
     return app

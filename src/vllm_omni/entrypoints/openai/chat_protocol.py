@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, WithJsonSchema
+from pydantic import BaseModel, FailFast, Field, WithJsonSchema
 
 from vllm_omni.entrypoints.openai.echo import MAX_ECHO, echo
-from vllm_omni.entrypoints.openai.protocol import ImageOptions
+from vllm_omni.entrypoints.openai.protocol import ImageOptions, at_most
 from vllm_omni.errors import InvalidRequestError
+
+MAX_MESSAGES = 10_000
+"""Of a conversation; more than a front end keeps."""
+_MAX_MODALITIES = 8
 
 _TEXT_PART = {
     "type": "object",
@@ -26,6 +30,7 @@ _ROLES = ["user", "assistant", "system", "developer", "tool", "function"]
 _MESSAGES = {
     "type": "array",
     "minItems": 1,
+    "maxItems": MAX_MESSAGES,
     "items": {
         "type": "object",
         "properties": {"role": {"enum": _ROLES}, "content": _CONTENT},
@@ -37,7 +42,9 @@ _MESSAGES = {
 class ChatCompletionRequest(ImageOptions):
     """Body of `POST /v1/chat/completions`, after `with_extra_body`."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1), WithJsonSchema(_MESSAGES)]
+    messages: Annotated[
+        list[dict[str, Any]], Field(min_length=1), FailFast(), at_most(MAX_MESSAGES), WithJsonSchema(_MESSAGES)
+    ]
     """Only the last one of the role `user` is read: see `last_user_turn`."""
     stream_options: dict[str, Any] | None = None
     """`{"include_usage": true}`: a stream ends with its usage."""
@@ -45,7 +52,7 @@ class ChatCompletionRequest(ImageOptions):
     """Means the same as its fields beside `messages`, where the SDK puts them."""
 
     # Accepted for compatibility: the answer is pictures and nothing else.
-    modalities: list[str] | None = None
+    modalities: Annotated[list[str], Field(max_length=_MAX_MODALITIES), at_most(_MAX_MODALITIES)] | None = None
 
 
 def with_extra_body(body: Any) -> Any:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from reprlib import Repr
 from typing import Any
 
 MAX_ECHO = 60
 
-_SHORT = Repr()
+
+class _Short(Repr):
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        """Of the first few: reprlib sorts all keys before it takes some."""
+        return super().repr_dict(dict(islice(x.items(), self.maxdict + 1)), level)
+
+
+_SHORT = _Short()
 _SHORT.maxlevel = 3
 _SHORT.maxstring = MAX_ECHO
 

@@ -119,14 +119,15 @@ def ignored_fields_header(body: ImageOptions, guidance: Guidance, has_guidance: 
     Of a large number, the last entry tells how many it leaves out (`+3 more`).
     Those are the ones that we do not know, and halves of a pair: guidance needs both a negative prompt and a scale.
     """
-    names = [_printable(name) for name in body.model_extra or {}]
+    names = list(body.model_extra or ())
     if isinstance(body, ImageGenerationRequest) and body.partial_images and not body.stream:
         names.append("partial_images")
     if not has_guidance:
         names += [name for name in ("negative_prompt", *guidance.parameters) if _asks(name, body, guidance)]
-    if (num_left_out := len(names) - _MAX_LISTED_FIELDS) > 0:
-        names = [*names[:_MAX_LISTED_FIELDS], f"+{num_left_out} more"]
-    return {IGNORED_FIELDS_HEADER: ",".join(names)} if names else {}
+    listed = [_printable(name) for name in names[:_MAX_LISTED_FIELDS]]
+    if (num_left_out := len(names) - len(listed)) > 0:
+        listed.append(f"+{num_left_out} more")
+    return {IGNORED_FIELDS_HEADER: ",".join(listed)} if listed else {}
 
 
 def _asks(name: str, body: ImageOptions, guidance: Guidance) -> bool:

@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from vllm_omni.diffusion.intake import MAX_PROMPT_CHARACTERS
 
@@ -40,6 +40,20 @@ _URLS = {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems"
 def _listed(value: Any) -> Any:
     """One URL as a list of one."""
     return [value] if isinstance(value, str) else value
+
+
+def at_most(most: int) -> BeforeValidator:
+    """Refuses a list or an object of more entries by its length: pydantic makes an error for each one first."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, list | dict) and len(value) > most:
+            raise PydanticCustomError("too_long", "takes at most {most} entries", {"most": most})
+        return value
+
+    return BeforeValidator(check)
+
+
+_FEW_KEYS = at_most(8)
 
 
 class LoRA(BaseModel):
@@ -98,7 +112,7 @@ class ImageOptions(BaseModel):
     """False: compute every block, although the server has a step cache."""
     max_sequence_length: Annotated[int, Field(ge=1)] | None = None
     """Longest prompt accepted, in tokens."""
-    lora: LoRA | None = None
+    lora: Annotated[LoRA, _FEW_KEYS] | None = None
     """An adapter that the server was started with."""
     priority: Annotated[int, _NULLABLE] = 0
     """Smaller runs earlier."""
@@ -122,8 +136,9 @@ class ImageEditRequest(ImageGenerationRequest):
 
     images: (
         Annotated[
-            list[Annotated[dict[Literal["image_url"], str], Field(min_length=1)]],
+            list[Annotated[dict[Literal["image_url"], str], Field(min_length=1), _FEW_KEYS]],
             Field(min_length=1, max_length=MAX_INPUT_IMAGES),
+            at_most(MAX_INPUT_IMAGES),
         ]
         | None
     ) = None
@@ -131,7 +146,8 @@ class ImageEditRequest(ImageGenerationRequest):
     image: (
         Annotated[
             list[str],
-            Field(min_length=1, max_length=MAX_INPUT_IMAGES),
+            Field(min_length=1),
+            at_most(MAX_INPUT_IMAGES),
             BeforeValidator(_listed),
             WithJsonSchema({"anyOf": [{"type": "string"}, _URLS]}),
         ]

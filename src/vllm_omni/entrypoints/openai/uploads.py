@@ -5,26 +5,26 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
 from vllm_omni.diffusion.intake import MAX_PROMPT_CHARACTERS, check_num_images
 from vllm_omni.diffusion.registry import ImageInput, ModelInfo
 from vllm_omni.entrypoints.openai.chat_protocol import ChatCompletionRequest, with_extra_body
-from vllm_omni.entrypoints.openai.chat_turns import last_user_turn
+from vllm_omni.entrypoints.openai.chat_turns import Turn, last_user_turn
 from vllm_omni.entrypoints.openai.decoding import ImageDecoder
 from vllm_omni.entrypoints.openai.disconnect import unless_disconnected
 from vllm_omni.entrypoints.openai.echo import echo
 from vllm_omni.entrypoints.openai.holding import Holding, UploadBudget
 from vllm_omni.entrypoints.openai.media import MediaFetcher
 from vllm_omni.entrypoints.openai.multipart import MultipartReader, Part
+from vllm_omni.entrypoints.openai.pacing import Pace
 from vllm_omni.entrypoints.openai.protocol import ImageEditRequest
+from vllm_omni.entrypoints.openai.validating import Body, parse_json, validated
 from vllm_omni.errors import InvalidRequestError, RequestAbortedError
 from vllm_omni.inputs.data import OmniPrompt
 
@@ -39,10 +39,7 @@ _IMAGE_FIELD = re.compile(r"image(\[\d{0,3}\])?")
 _NESTED_FIELD = re.compile(r"([^\[\]]+)\[([^\[\]]+)\]")
 _UNSUPPORTED = ("mask", "markup")
 
-Body = TypeVar("Body", bound=BaseModel)
-
-LEAST_BYTES_A_SECOND = 1024
-"""What comes slower for `silence_seconds` is as good as nothing: a byte now and then would hold its memory for ever."""
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ class UploadReader:
                 else:
                     _set_field(fields, part)
         reader.close()
-        return _validated(lambda: ImageEditRequest.model_validate_strings(fields, strict=False))
+        return validated(lambda: ImageEditRequest.model_validate_strings(fields, strict=False))
 
     async def _read_json_edit(self, request: Request, holding: Holding) -> ImageEditRequest:
         parsed = await self.read_json(request, holding, ImageEditRequest)
@@ -104,19 +101,17 @@ class UploadReader:
 
     async def read_chat(self, request: Request, holding: Holding) -> tuple[ChatCompletionRequest, str]:
         """The body and the text of its last user message, whose pictures go to `holding`. Raises as `read` does."""
-        sent = with_extra_body(await self._json(request, holding))
-        body = _validated(lambda: ChatCompletionRequest.model_validate(sent))
-        turn = last_user_turn(body.messages)
+        body, turn = await self._json(request, holding, _read_chat)
         turn.check_images(self.info)
         await unless_disconnected(request, self._read_urls(turn.urls, holding))
         return body, turn.text
 
     async def read_json(self, request: Request, holding: Holding, model: type[Body]) -> Body:
         """A body without pictures to decode. Raises as `read` does."""
-        body = await self._json(request, holding)
-        return _validated(lambda: model.model_validate(body))
+        return await self._json(request, holding, lambda sent: validated(lambda: model.model_validate(sent)))
 
-    async def _json(self, request: Request, holding: Holding) -> Any:
+    async def _json(self, request: Request, holding: Holding, read: Callable[[Any], Result]) -> Result:
+        """`read` of what the body says, in the thread that parses it. Raises what it raises."""
         kind = _content_type(request)
         if kind != "application/json":
             raise InvalidRequestError(f"the request's content-type takes application/json, got {kind[:64]!r}")
@@ -133,31 +128,25 @@ class UploadReader:
                 )
             if num_items > MAX_JSON_ITEMS:
                 raise HTTPException(413, f"A JSON body has at most {MAX_JSON_ITEMS} commas and brackets.")
-        return await asyncio.to_thread(_parse_json, data)
+        return await asyncio.to_thread(lambda: read(parse_json(data)))
 
     async def _chunks(self, request: Request) -> AsyncIterator[bytes]:
         """Raises HTTPException (408) where the next one does not come or bytes trickle, and RequestAbortedError."""
         stream, clock = aiter(request.stream()), asyncio.get_running_loop().time
-        patience = self.silence_seconds
+        pace = Pace(self.silence_seconds)
         try:
             while True:
                 asked = clock()
-                async with asyncio.timeout(patience):
+                async with asyncio.timeout(pace.patience):
                     chunk = await anext(stream)
-                gained = len(chunk) / LEAST_BYTES_A_SECOND - (clock() - asked)
-                patience = min(self.silence_seconds, patience + gained)
+                pace.count(len(chunk), clock() - asked)
                 yield chunk
         except StopAsyncIteration:
             return
         except TimeoutError as error:
             # Whatever still comes would be read as the beginning of another request.
             headers = {"connection": "close"}
-            raise HTTPException(
-                408,
-                f"For {self.silence_seconds:g} seconds the request's body came with less than {LEAST_BYTES_A_SECOND} "
-                "bytes a second.",
-                headers,
-            ) from error
+            raise HTTPException(408, f"The request's body came with less than {pace}.", headers) from error
         except ClientDisconnect as error:
             raise RequestAbortedError("the client closed the connection") from error
 
@@ -200,6 +189,11 @@ class _FormLimits:
         return MAX_IMAGE_BYTES
 
 
+def _read_chat(sent: Any) -> tuple[ChatCompletionRequest, Turn]:
+    body = validated(lambda: ChatCompletionRequest.model_validate(with_extra_body(sent)))
+    return body, last_user_turn(body.messages)
+
+
 def _content_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
@@ -235,26 +229,6 @@ def _lora_fields(text: str) -> dict[str, Any]:
             f'lora takes a JSON object such as {{"name": "ink", "scale": 0.8}}, got {echo(text)}', param="lora"
         )
     return {key: inner for key, inner in value.items() if inner is not None}
-
-
-def _parse_json(data: bytearray) -> Any:
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        reason = getattr(error, "msg", type(error).__name__)
-        raise _invalid({"type": "json_invalid", "loc": (), "msg": "", "input": {}, "ctx": {"error": reason}}) from error
-
-
-def _validated(validate: Callable[[], Body]) -> Body:
-    try:
-        return validate()
-    except ValidationError as error:
-        raise _invalid(*error.errors(include_url=False, include_context=False)) from error
-
-
-def _invalid(*errors: Mapping[str, Any]) -> RequestValidationError:
-    """As FastAPI raises it for bodies that it reads itself."""
-    return RequestValidationError([{**error, "loc": ("body", *error["loc"])} for error in errors])
 
 
 def _unsupported(name: str) -> InvalidRequestError:
