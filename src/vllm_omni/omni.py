@@ -22,6 +22,7 @@ from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfi
 from vllm_omni.diffusion.engine import DiffusionEngine
 from vllm_omni.diffusion.events import EngineEvent, EngineObserver, EngineStatus, Failed, Finished, Preview
 from vllm_omni.diffusion.executor import make_executor
+from vllm_omni.diffusion.executor.launch import EarlyWorkers
 from vllm_omni.diffusion.intake import Intake, check_default_prompt, check_defaults
 from vllm_omni.diffusion.plan import WorkerReady
 from vllm_omni.diffusion.registry import load_model_info
@@ -159,8 +160,10 @@ class AsyncOmni:
         config: OmniDiffusionConfig | None = None,
         *,
         observer: EngineObserver | None = None,
+        early_workers: EarlyWorkers | None = None,
         **settings: Any,
     ) -> None:
+        """`early_workers`: workers of `config` that run already."""
         self.config = make_config(**settings) if config is None else config
         if not isinstance(self.config, OmniDiffusionConfig):
             raise ConfigError(f"config takes an OmniDiffusionConfig, got {config!r}; a model's name is given as model=")
@@ -172,10 +175,13 @@ class AsyncOmni:
         self.ready: WorkerReady | None = None
         self._intake: Intake | None = None
         self._engine: DiffusionEngine | Replicas
+        make = partial(make_executor, self.config, self.info)
+        if early_workers is not None:
+            make = partial(make, early=early_workers)
         if self.config.parallel.data_parallel_size == 1:
-            self._engine = DiffusionEngine(self.config, make_executor(self.config, self.info), observer)
+            self._engine = DiffusionEngine(self.config, make(), observer)
         else:
-            self._engine = Replicas(self.config, partial(make_executor, self.config, self.info), observer)
+            self._engine = Replicas(self.config, make, observer)
         self._jobs: dict[str, Job] = {}
 
     async def start(self) -> None:

@@ -26,6 +26,7 @@ from vllm_omni.inputs.loras import adapter_file
 if TYPE_CHECKING:
     from PIL import Image
 
+DEMO_MODEL = "demo"
 DEMO_MODEL_PATH = Path(__file__).parent.parent / "demo_model"
 PACKED_PARAMETERS = ("height", "width", "num_inference_steps", "negative_prompt", "sigmas", "max_sequence_length")
 """Sampling parameters of every packed family."""
@@ -289,7 +290,7 @@ def resolve_model_path(model: str, load_format: LoadFormat = "auto") -> Path:
 
     With `dummy` no weights are downloaded. Raises ConfigError when there is no such folder and the hub has no answer.
     """
-    if model == "demo":
+    if model == DEMO_MODEL:
         return DEMO_MODEL_PATH
     path = Path(model).expanduser()
     if path.is_dir():
@@ -313,14 +314,21 @@ def resolve_model_path(model: str, load_format: LoadFormat = "auto") -> Path:
 def load_model_info(model: str, load_format: LoadFormat = "auto") -> ModelInfo:
     """Find the folder and family of `model`. Raises ConfigError for a pipeline class that nothing here serves."""
     path = resolve_model_path(model, load_format)
+    module = import_module(f"vllm_omni.diffusion.models.{family_of(path)}.info")
+    info: ModelInfo = module.describe(path)
+    return info
+
+
+def family_of(path: Path) -> str:
+    """Package under `vllm_omni.diffusion.models` that serves the model folder `path`.
+
+    Raises ConfigError where model_index.json names no pipeline class.
+    """
     try:
         class_name = json.loads((path / "model_index.json").read_text())["_class_name"]
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"model {model!r}: model_index.json names no _class_name ({error})") from error
-    family = FAMILIES.get(class_name, FALLBACK_FAMILY) if isinstance(class_name, str) else FALLBACK_FAMILY
-    module = import_module(f"vllm_omni.diffusion.models.{family}.info")
-    info: ModelInfo = module.describe(path)
-    return info
+        raise ConfigError(f"model {str(path)!r}: model_index.json names no _class_name ({error})") from error
+    return FAMILIES.get(class_name, FALLBACK_FAMILY) if isinstance(class_name, str) else FALLBACK_FAMILY
 
 
 def read_default_sampling_params(path: Path) -> dict[str, Any]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.executor.base import Executor
+from vllm_omni.diffusion.executor.launch import EarlyWorkers
 from vllm_omni.diffusion.registry import ModelInfo
 
 __all__ = ["Executor", "make_executor"]
 
 
-def make_executor(config: OmniDiffusionConfig, info: ModelInfo, replica_index: int = 0) -> Executor:
+def make_executor(
+    config: OmniDiffusionConfig, info: ModelInfo, replica_index: int = 0, early: EarlyWorkers | None = None
+) -> Executor:
     """The executor that `config.distributed_executor_backend` names; imported only when chosen.
 
+    `early`: workers that run already.
     Raises ConfigError when this machine has not the devices that `config` asks for.
     """
     if config.parallel.world_size > 1 or config.device != "auto":
@@ -27,5 +31,6 @@ def make_executor(config: OmniDiffusionConfig, info: ModelInfo, replica_index: i
     if config.distributed_executor_backend == "mp":
         from vllm_omni.diffusion.executor.multiproc import MultiprocExecutor
 
-        return MultiprocExecutor(config, replica_index=replica_index)
+        launched = early.take(replica_index) if early else None
+        return MultiprocExecutor(config, replica_index=replica_index, launched=launched)
     raise AssertionError(f"the config lets no executor {config.distributed_executor_backend!r} through")

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import contextlib
 import os
-import socket
 from collections import deque
 from collections.abc import Sequence
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.executor.launch import LaunchedReplica, interpreter
 from vllm_omni.diffusion.executor.merging import merge_readies, merge_results
 from vllm_omni.diffusion.executor.process import WorkerProcess
 from vllm_omni.diffusion.plan import StepPlan, StepResult, WorkerReady
-from vllm_omni.diffusion.worker.contract import Abort, Done, Execute, FromWorker, Place, Ready, Start, ToWorker
+from vllm_omni.diffusion.worker.contract import Abort, Done, Execute, FromWorker, Ready, Start, ToWorker
 from vllm_omni.diffusion.worker.main import DEFAULT_RUNNER
 from vllm_omni.errors import WorkerDiedError
 
@@ -41,18 +40,13 @@ class WorkerGroup:
         """Seconds since each rank was heard, as counted by `_watch`."""
         self._tasks: list[asyncio.Task[None]] = []
 
-    def launch(self, config: OmniDiffusionConfig, replica_index: int, runner_name: str) -> None:
-        """Start all processes; they load at the same time. Raises WorkerDiedError for one that does not start."""
-        size = config.parallel.replica_size
-        prefix = f"replica {replica_index} " if config.parallel.data_parallel_size > 1 else ""
-        with _listen_for_ranks() if size > 1 else contextlib.nullcontext() as store:
-            port = store.getsockname()[1] if store else 0
-            for rank in range(size):
-                store_fd = store.fileno() if store and rank == 0 else None
-                inherited_fds = [] if store_fd is None else [store_fd]
-                worker = WorkerProcess(f"{prefix}rank {rank}", runner_name, inherited_fds)
-                self.workers.append(worker)
-                worker.send(Start(config, Place(rank, size, replica_index, port, store_fd)))
+    def adopt(self, replica: LaunchedReplica, config: OmniDiffusionConfig) -> None:
+        """Tell all processes to load, which they do at the same time, and watch them from now on."""
+        places = replica.places
+        self.workers = [WorkerProcess(launched) for launched in replica.take()]
+        for worker, place in zip(self.workers, places, strict=True):
+            worker.send(Start(config, place))
+        size = len(self.workers)
         self._results = [deque() for _ in self.workers]
         self._silences = [0.0] * size
         self._tasks = [asyncio.create_task(self._listen(rank)) for rank in range(size)]
@@ -121,14 +115,6 @@ class WorkerGroup:
         return first
 
 
-def _listen_for_ranks() -> socket.socket:
-    """The socket of the store by which the ranks of a replica meet. Raises WorkerDiedError."""
-    try:
-        return socket.create_server(("127.0.0.1", 0))
-    except OSError as error:
-        raise WorkerDiedError(f"the ranks' meeting point cannot be opened: {error}") from error
-
-
 class MultiprocExecutor:
     def __init__(
         self,
@@ -136,16 +122,19 @@ class MultiprocExecutor:
         runner_name: str = DEFAULT_RUNNER,
         *,
         replica_index: int = 0,
+        launched: LaunchedReplica | None = None,
         silence_seconds: float = SILENCE_SECONDS,
         start_silence_seconds: float = START_SILENCE_SECONDS,
     ) -> None:
         """`runner_name`: "module:function", called in each worker with the config and its Place, returns its Runner.
 
+        `launched`: workers that run already; they are used by the first start.
         A worker of which nothing is heard for `silence_seconds` (before it is ready: `start_silence_seconds`) is dead.
         """
         self._config = config
         self._runner_name = runner_name
         self._replica_index = replica_index
+        self._launched = launched
         self._silence_seconds = silence_seconds
         self._start_silence_seconds = start_silence_seconds
         self._group: WorkerGroup | None = None
@@ -165,7 +154,10 @@ class MultiprocExecutor:
             self._has_started = True
         self._group = WorkerGroup(self._silence_seconds, self._start_silence_seconds)
         try:
-            self._group.launch(self._config, self._replica_index, self._runner_name)
+            replica, self._launched = self._launched, None
+            if replica is None:
+                replica = LaunchedReplica(self._config, self._replica_index, interpreter(self._runner_name))
+            self._group.adopt(replica, self._config)
             ready = await self._group.next_outcome()
         except BaseException:
             await self._kill_workers()
@@ -189,6 +181,8 @@ class MultiprocExecutor:
 
     async def close(self) -> None:
         await self._kill_workers()
+        if self._launched is not None:
+            self._launched.close()
         atexit.unregister(self._kill_at_exit)
         self._has_started = False
 

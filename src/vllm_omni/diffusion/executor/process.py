@@ -5,13 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import socket
 import subprocess
-import sys
 import time
-from collections.abc import Sequence
 
+from vllm_omni.diffusion.executor.launch import Launched
 from vllm_omni.diffusion.worker.channel import AsyncChannel, ChannelBrokenError
 from vllm_omni.diffusion.worker.contract import Died, FromWorker, ToWorker
 from vllm_omni.errors import ConfigError, WorkerDiedError
@@ -28,32 +25,10 @@ _LOOK_SECONDS = 0.01
 class WorkerProcess:
     """One worker process and the channel to it. Made on a running event loop."""
 
-    def __init__(self, name: str, runner_name: str, inherited_fds: Sequence[int] = ()) -> None:
-        """`name`: in messages and log lines. `inherited_fds`: open in the worker under the same numbers.
-
-        Raises WorkerDiedError when the machine has no process or descriptor to give.
-        """
-        try:
-            ours, theirs = socket.socketpair()
-        except OSError as error:
-            raise WorkerDiedError(f"{name} cannot be started: {error}") from error
-        # Not by fork, nor by importing the user's script again: an interpreter of its own. `-P`: what lies in
-        # the current folder is no part of it. Its own session: a terminal's Ctrl-C goes to the parent alone.
-        command = [sys.executable, "-P", "-m", "vllm_omni.diffusion.worker.main", f"--socket-fd={theirs.fileno()}"]
-        command += [f"--parent-pid={os.getpid()}", f"--runner={runner_name}", f"--name={name}"]
-        try:
-            with theirs:
-                self._process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    pass_fds=[theirs.fileno(), *inherited_fds],
-                    start_new_session=True,
-                )
-        except OSError as error:
-            ours.close()
-            raise WorkerDiedError(f"{name} cannot be started: {error}") from error
-        self._name = name
-        self._channel: AsyncChannel[FromWorker] = AsyncChannel(ours, FromWorker)
+    def __init__(self, launched: Launched) -> None:
+        self._name = launched.name
+        self._process = launched.process
+        self._channel: AsyncChannel[FromWorker] = AsyncChannel(launched.channel, FromWorker)
 
     def __str__(self) -> str:
         return f"{self._name} (pid {self.pid})"

@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import NoReturn
 
@@ -58,19 +58,34 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--socket-fd", type=int, required=True, help="the worker's end of the channel")
     parser.add_argument("--parent-pid", type=int, required=True, help="the worker ends when this process has")
     parser.add_argument("--runner", default=DEFAULT_RUNNER, help="module:function that makes a Runner")
+    parser.add_argument("--preload", action="append", default=[], help="module to import before the first message")
     parser.add_argument("--name", default="worker", help="of this worker in its log lines")
     options = parser.parse_args(arguments)
+    serve_parent(options.name, options.socket_fd, options.parent_pid, options.runner, options.preload)
+
+
+def serve_parent(
+    name: str, socket_fd: int, parent_pid: int, runner_name: str = DEFAULT_RUNNER, preload: Sequence[str] = ()
+) -> NoReturn:
+    """Be a worker until the parent or the process ends.
+
+    `preload`: modules to import before the parent's first message, which may come late.
+    """
     _die_with_parent()
     # The parent decides when a worker ends; a Ctrl-C or a service manager that signals the whole group must
     # not take it from a parent that is finishing its requests.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    logging.basicConfig(format=f"%(levelname)s %(asctime)s [{options.name}] %(message)s")
+    logging.basicConfig(format=f"%(levelname)s %(asctime)s [{name}] %(message)s")
     logging.getLogger("vllm_omni").setLevel(logging.INFO)
     keep_compiled_code()
-    channel: BlockingChannel[ToWorker] = BlockingChannel(socket.socket(fileno=options.socket_fd), ToWorker)
+    channel: BlockingChannel[ToWorker] = BlockingChannel(socket.socket(fileno=socket_fd), ToWorker)
     try:
-        run_worker(channel, options.runner, options.parent_pid)
+        for module in preload:
+            import_module(module)
+        run_worker(channel, runner_name, parent_pid)
+    except EOFError:  # the parent is gone before it said anything
+        os._exit(0)
     except Exception as error:  # whatever it was, the parent must hear of it
         _die(channel, error)
 

@@ -20,9 +20,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             calibrate.calibrate(calibrate.parse_args([word for word in words[1:] if word != "--omni"]))
             sys.exit(0)
         args = parse_args(words)
-        from vllm_omni.entrypoints.cli.serve import serve  # after the flags: it imports the engine and the HTTP app
+        from vllm_omni.diffusion.executor.early import launch_early
 
-        code = serve(args)
+        with launch_early(args.config) as workers:
+            # After the flags, and while the workers import: it imports the engine and the HTTP app.
+            from vllm_omni.entrypoints.cli.serve import serve
+
+            code = serve(args, workers)
     except ConfigError as error:
         print(f"{PROG}: error: {' '.join(str(error).split())}", file=sys.stderr)
         code = USAGE_EXIT_CODE

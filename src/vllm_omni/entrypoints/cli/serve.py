@@ -15,6 +15,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from vllm_omni.diffusion.executor.launch import EarlyWorkers
 from vllm_omni.entrypoints.cli import vllm_surface
 from vllm_omni.entrypoints.cli.args import HttpOptions, ServeArgs
 from vllm_omni.entrypoints.cli.connections import limit_connections, most_connections
@@ -41,12 +42,15 @@ WATCH_SECONDS = 0.5
 OPEN_FILES = 65535
 
 
-def serve(args: ServeArgs) -> int:
-    """Serve until a signal or a failure; the exit code. Raises ConfigError before any weight is read."""
+def serve(args: ServeArgs, workers: EarlyWorkers | None = None) -> int:
+    """Serve until a signal or a failure; the exit code. Raises ConfigError before any weight is read.
+
+    `workers`: worker processes that run already; None: the engine starts its own.
+    """
     _raise_file_limit()
     # The socket first: a port in use shows now, not after the weights are read.
     with Listener(args.http) as listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        code = runner.run(_serve(args, listener))
+        code = runner.run(_serve(args, listener, workers))
         if code >= HURRIED_EXIT_CODE:
             # Closing the loop would cut off what still runs on it, which then complains.
             listener.close()
@@ -64,9 +68,9 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return factory
 
 
-async def _serve(args: ServeArgs, listener: Listener) -> int:
+async def _serve(args: ServeArgs, listener: Listener, workers: EarlyWorkers | None) -> int:
     observer = PrometheusObserver(args.settings.served_model_names[0])
-    omni = AsyncOmni(args.config, observer=observer)
+    omni = AsyncOmni(args.config, observer=observer, early_workers=workers)
     app = build_app(omni, args.settings, observer)
     add_middleware(app, args.http)
     return await Service(omni, _http_server(app, args.http), listener, args).run()
