@@ -23,6 +23,11 @@ Quantization = Literal["fp8"]
 AttentionBackendName = Literal["sdpa", "torch_varlen", "cudnn", "vllm_flash"]
 LoadFormat = Literal["auto", "dummy"]
 KernelsName = Literal["auto", "torch", "triton"]
+ALIASES: Mapping[str, Mapping[str, str]] = {
+    "dtype": {"half": "float16", "float": "float32"},
+    "load_format": {"safetensors": "auto"},
+}
+"""Field -> other names that vLLM gives its values."""
 StepsMaskPolicy = Literal["slow", "medium", "fast", "ultra"]
 StepsComputationPolicy = Literal["dynamic", "static"]
 
@@ -181,6 +186,13 @@ class OmniDiffusionConfig:
 
     model: str
     """A folder in the diffusers layout, a hub name, or `demo`."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model; None: main."""
+    download_dir: str | None = None
+    """Folder for downloads; None: the hub's cache."""
+    hf_token: str | bool | None = field(default=None, repr=False)
+    """Token for private and gated hub models; True: that of `hf auth login`, which must be there; False: none; None:
+    the variable HF_TOKEN or that of `hf auth login`, where there is one."""
     parallel: DiffusionParallelConfig = DiffusionParallelConfig()
     cache_backend: CacheBackend = "none"
     cache_config: Mapping[str, Any] = field(default_factory=dict)
@@ -231,6 +243,10 @@ class OmniDiffusionConfig:
     """Restarts allowed within ten minutes before the engine gives up."""
 
     def __post_init__(self) -> None:
+        for name, aliases in ALIASES.items():
+            value = getattr(self, name)
+            if isinstance(value, str) and value in aliases:
+                object.__setattr__(self, name, aliases[value])
         _fit_fields(self, flag_of)
         for name, path in self.lora_modules.items():
             good = isinstance(name, str) and isinstance(path, str) and bool(name and path)
