@@ -27,5 +27,5 @@ def make_executor(config: OmniDiffusionConfig, info: ModelInfo, replica_index: i
     if config.distributed_executor_backend == "mp":
         from vllm_omni.diffusion.executor.multiproc import MultiprocExecutor
 
-        return MultiprocExecutor(config, replica_index=replica_index)
+        return MultiprocExecutor(config.located(str(info.path)), replica_index=replica_index)
     raise AssertionError(f"the config lets no executor {config.distributed_executor_backend!r} through")

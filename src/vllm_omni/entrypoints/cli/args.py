@@ -288,11 +288,10 @@ def _add_loading_flags(group: Any) -> None:
     engine.add("download_dir", "folder for downloads; none: the hub's cache (HF_HOME)", type=values.nonempty)
     engine.add(
         "hf_token",
-        "token for private and gated hub models; without a value: that of `hf auth login`; none: the variable HF_TOKEN, "
-        "which other users of this machine cannot see, or that of `hf auth login`",
+        "token for private and gated hub models; without a value: that of `hf auth login`; none: the variable "
+        "HF_TOKEN, which the list of processes does not show, or that of `hf auth login`",
         nargs="?",
         const=True,
-        type=values.token,
     )
     engine.add(
         "load_format",

@@ -1,7 +1,7 @@
 """Flags of other servers: how many values each takes, and whether it is ignored, named differently here, or refused.
 
-The tables are `vllm_flags.py` and `diffusion_server_flags.py`. The parser knows all their flags, so that none of them is
-"unrecognized" and none of their values is taken for the model's name.
+The tables are `vllm_flags.py` and `diffusion_server_flags.py`. The parser knows all their flags, so that none of them
+is "unrecognized" and none of their values is taken for the model's name.
 """
 
 from __future__ import annotations
@@ -84,13 +84,13 @@ class GivenFlag:
 
 def ignored(topic: str, specs: str) -> tuple[ForeignFlag, ...]:
     """Flags without effect here. `specs`: see `parse_spec`."""
-    return tuple(ForeignFlag(*parse_spec(spec), "ignored", topic) for spec in specs.split())
+    return tuple(ForeignFlag(*parse_spec(spec), "ignored", topic) for spec in words(specs))
 
 
 def renamed(here: str, specs: str, *harmless: str, harmless_from: float | None = None) -> tuple[ForeignFlag, ...]:
     """Flags whose purpose `here` serves."""
     return tuple(
-        ForeignFlag(*parse_spec(spec), "renamed", here, harmless, harmless_from=harmless_from) for spec in specs.split()
+        ForeignFlag(*parse_spec(spec), "renamed", here, harmless, harmless_from=harmless_from) for spec in words(specs)
     )
 
 
@@ -98,12 +98,16 @@ def refused(reason: str, specs: str, *harmless: str, harmless_from: float | None
     """Flags that cannot be ignored: the user would get something else."""
     return tuple(
         ForeignFlag(*parse_spec(spec), "refused", reason, harmless, harmless_from=harmless_from)
-        for spec in specs.split()
+        for spec in words(specs)
     )
 
 
+def words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 def parse_spec(spec: str) -> tuple[tuple[str, ...], Arity]:
-    """Names and arity of `--name/-n`, followed by `=` (one value), `=+` (one or more), `=?` (none or one), or nothing."""
+    """Names and arity of `--name/-n`; after it `=` for one value, `=+` for one or more, `=?` for none or one."""
     names, equals, rest = spec.partition("=")
     return tuple(names.split("/")), _SUFFIXES[equals + rest]
 

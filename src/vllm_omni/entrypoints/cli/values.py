@@ -106,13 +106,6 @@ def secret(text: str) -> str:
     return text
 
 
-def token(text: str) -> str:
-    """An access token; the error does not repeat it."""
-    if not re.fullmatch(r"[!-~]+", text):
-        raise argparse.ArgumentTypeError("takes a token of ASCII characters without spaces, got something else")
-    return text
-
-
 def host_name(text: str) -> str:
     """A host name in lower case, without scheme, port and wildcard."""
     label = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"

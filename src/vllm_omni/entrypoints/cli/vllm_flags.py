@@ -6,9 +6,9 @@ the names and the number of values with vLLM's own parser.
 
 from __future__ import annotations
 
-from vllm_omni.entrypoints.cli.foreign_flags import ForeignFlag, ignored, refused, renamed
+from vllm_omni.entrypoints.cli.foreign_flags import ForeignFlag, ignored, refused, renamed, words
 
-SAME_HERE: tuple[str, ...] = tuple(
+SAME_HERE = words(
     """
     --allow-credentials --allowed-headers --allowed-local-media-path --allowed-media-domains --allowed-methods
     --allowed-origins --api-key --attention-backend --config --data-parallel-size --disable-access-log-for-endpoints
@@ -18,7 +18,7 @@ SAME_HERE: tuple[str, ...] = tuple(
     --quantization --revision --root-path --scheduling-policy --seed --served-model-name --shutdown-timeout
     --sse-keep-alive-interval --ssl-ca-certs --ssl-certfile --ssl-ciphers --ssl-cert-reqs --ssl-keyfile
     --tensor-parallel-size --uds --uvicorn-log-level
-    """.split()
+    """
 )
 """vLLM's flags that are ours too; values that only vLLM takes are refused like any wrong value."""
 
