@@ -22,8 +22,8 @@ def pipeline_class(path: Path) -> type[Any]:
     cls = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if not (inspect.isclass(cls) and issubclass(cls, diffusers.DiffusionPipeline)):
         raise ConfigError(
-            f"model_index.json names the pipeline {name!r}, which neither we nor diffusers {diffusers.__version__} has; "
-            f"{NO_REMOTE_CODE}"
+            f"model_index.json names the pipeline {name!r}, which neither we nor diffusers {diffusers.__version__} has"
+            f"; {NO_REMOTE_CODE}"
         )
     return cls
 
