@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import replace
 
 import httpx
 import pytest
 
 from tests.entrypoints.openai.live_server import live_server
+from tests.fakes import make_request
+from vllm_omni.diffusion.request import LoRA
+from vllm_omni.entrypoints.openai.arrivals import log_arrival
 
 BODY = {"prompt": "a secret garden", "size": "96x64", "n": 2, "num_inference_steps": 3, "seed": 7}
 
@@ -36,3 +40,10 @@ def test_the_seed_is_the_default_one_where_none_is_sent(caplog: pytest.LogCaptur
 
 def test_nothing_is_logged_without_the_flag(caplog: pytest.LogCaptureFixture) -> None:
     assert lines_after_a_request(caplog, log_requests=False) == []
+
+
+def test_the_adapter_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    request = replace(make_request("omni-1-0", size=(64, 32), steps=5), lora=LoRA("ink", "/secret/ink", 0.8))
+    with caplog.at_level(logging.INFO, "vllm_omni"):
+        log_arrival([request])
+    assert caplog.messages == ["request omni-1: size 32x64, steps 5, n 1, seed 0, adapter ink x 0.8"]
