@@ -10,8 +10,9 @@ from huggingface_hub import constants
 
 from tests.fake_hub import COMMITS, REPOSITORY, FakeHub, fake_hub
 from vllm_omni.diffusion.hub import HubAccess
-from vllm_omni.diffusion.registry import resolve_model_path
+from vllm_omni.diffusion.registry import DEMO_MODEL_PATH, resolve_model_path
 from vllm_omni.errors import ConfigError
+from vllm_omni.omni import AsyncOmni
 
 TOKEN = "hf_secret"
 Serve = Callable[..., FakeHub]
@@ -31,8 +32,8 @@ def serve(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """Start the hub, and make its client know no other, no token and no cache but the test's."""
     hubs = []
 
-    def start(token: str | None = None) -> FakeHub:
-        hubs.append(fake_hub(model_folder, token))
+    def start(token: str | None = None, folder: Path = model_folder) -> FakeHub:
+        hubs.append(fake_hub(folder, token))
         hub = hubs[-1].__enter__()
         # As HF_ENDPOINT does it when the library is first imported.
         template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
@@ -131,6 +132,14 @@ def test_a_hub_model_in_another_layout_is_told(serve: Serve, model_folder: Path)
     serve()
     with pytest.raises(ConfigError, match=f"^model '{REPOSITORY}' is not in the diffusers layout"):
         resolve_model_path(REPOSITORY)
+
+
+def test_settings_of_the_engine_reach_the_hub(serve: Serve, tmp_path: Path) -> None:
+    serve(TOKEN, DEMO_MODEL_PATH)
+    settings = {"revision": "v1", "download_dir": str(tmp_path / "mine"), "hf_token": TOKEN, "load_format": "dummy"}
+    path = AsyncOmni(model=REPOSITORY, **settings).info.path
+    assert path.name == COMMITS["v1"]
+    assert path.is_relative_to(tmp_path / "mine")
 
 
 @pytest.mark.parametrize("as_name", [str, lambda path: "demo"])

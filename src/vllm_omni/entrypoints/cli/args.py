@@ -7,6 +7,7 @@ flag, what it got and what it takes. Server flags carry the names and the meanin
 from __future__ import annotations
 
 import argparse
+import re
 import ssl
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -110,7 +111,7 @@ def parse_args(argv: Sequence[str], prog: str = "vllm") -> ServeArgs:
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     check_command(words, serve_line(prog))
     _check_config_file(words)
-    _check_last_word(words)
+    _check_dotted_words(words)
     parser = build_parser(prog)
     try:
         namespace = parser.parse_args(words)
@@ -395,10 +396,24 @@ def _check_config_file(words: Sequence[str]) -> None:
         if not isinstance(name, str) or value is None:
             got = f"{name!r} without a value" if value is None else f"{name!r}"
             raise ConfigError(f"--config takes `flag: value` lines, got {got} in {str(path)!r}")
+        if "." in name:
+            flag, _, key = name.partition(".")
+            raise ConfigError(f"--config takes `{flag}: {{{key}: ...}}`, got {name!r} in {str(path)!r}")
+        for item in value if isinstance(value, list) else [value]:
+            if re.match(r"-.*\.", str(item)):
+                raise ConfigError(f"--{name} takes no negative number and no other flag, got {item!r} in {str(path)!r}")
 
 
-def _check_last_word(words: Sequence[str]) -> None:
-    """Refuse a flag without its value at the end, where vLLM's parser looks for one."""
-    last = words[-1]
-    if last == "--model" or (last.startswith("-") and "." in last and "=" not in last):
-        raise ConfigError(f"{last} expected one argument")
+def _check_dotted_words(words: Sequence[str]) -> None:
+    """Refuse what vLLM's parser would stumble over: it takes words with a dash and a dot for `--json-flag.key`."""
+    for previous, word, following in zip(["", *words], words, [*words[1:], None]):
+        needs_value = word == "--model" or _is_dotted(word)
+        if needs_value and following is None:
+            raise ConfigError(f"{word} expected one argument")
+        if re.match(r"-\d*\.\d", word) and not _is_dotted(previous):
+            raise ConfigError(f"{previous} takes no negative number, got {word!r}")
+
+
+def _is_dotted(word: str) -> bool:
+    """Whether the word is `--json-flag.key`, whose value is the next word."""
+    return bool(re.match(r"--?[a-zA-Z][^=]*\.", word)) and "=" not in word

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from difflib import SequenceMatcher
+from difflib import get_close_matches
 
 MAX_COMPLETIONS = 4
 LEAST_RATIO = 0.7
 """Likeness (difflib's ratio) from which on a flag is suggested."""
-OWN_BONUS = 0.05
-"""Likeness that a flag of ours is given over one of another server."""
 
 
 def explain_unknown(words: Sequence[str], known: Iterable[str], own: Collection[str], help_command: str) -> str:
@@ -34,6 +32,4 @@ def nearest(flag: str, known: Sequence[str], own: Collection[str]) -> list[str]:
     whole = [name for name in known if name.startswith(flag)]
     if completions := [name for name in whole if name in own] or whole:
         return completions[:MAX_COMPLETIONS]
-    likeness = {name: SequenceMatcher(None, flag, name).ratio() + OWN_BONUS * (name in own) for name in known}
-    best = max(likeness, key=likeness.__getitem__)
-    return [best] if likeness[best] >= LEAST_RATIO else []
+    return get_close_matches(flag, known, 1, LEAST_RATIO)
