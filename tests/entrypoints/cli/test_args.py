@@ -383,15 +383,9 @@ def test_a_missing_model_is_told(words: list[str], capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     "content",
     [
-        "",
-        "- port",
-        "port: [",
-        "surprise: 1",
-        "port: x",
-        "api-key:",
-        "api-key: null",
-        "1: 2",
-        "pipeline-parallel-size: 2",
+        *("", "- port", "port: [", "surprise: 1", "port: x", "api-key:", "api-key: null", "1: 2"),
+        *("pipeline-parallel-size: 2", "max-queue-seconds: -0.5", "cache-config.enable_taylorseer: true"),
+        *("cache-config.coefficients: [1, 2]", "middleware: [a.B, -c.D]"),
     ],
 )
 def test_a_wrong_config_file_is_one_line(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -396,7 +396,7 @@ def _check_config_file(words: Sequence[str]) -> None:
         if not isinstance(name, str) or value is None:
             got = f"{name!r} without a value" if value is None else f"{name!r}"
             raise ConfigError(f"--config takes `flag: value` lines, got {got} in {str(path)!r}")
-        if "." in name:
+        if "." in name and isinstance(value, bool | list):
             flag, _, key = name.partition(".")
             raise ConfigError(f"--config takes `{flag}: {{{key}: ...}}`, got {name!r} in {str(path)!r}")
         for item in value if isinstance(value, list) else [value]:
