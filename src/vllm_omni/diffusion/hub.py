@@ -16,7 +16,7 @@ WEIGHTS = ("*.safetensors",)
 
 @dataclass(frozen=True)
 class HubAccess:
-    """Which version of a hub model to take, where to keep it, and as whom to ask for it."""
+    """Version of a hub model, folder for the download, and token."""
 
     revision: str | None = None
     download_dir: str | None = None

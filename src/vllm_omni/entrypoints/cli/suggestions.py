@@ -1,4 +1,4 @@
-"""What to say of flags that nobody knows: the nearest known ones."""
+"""Errors for unknown flags: they name the nearest known ones."""
 
 from __future__ import annotations
 
