@@ -23,6 +23,7 @@ from vllm_omni.diffusion.engine import DiffusionEngine
 from vllm_omni.diffusion.events import EngineEvent, EngineObserver, EngineStatus, Failed, Finished, Preview
 from vllm_omni.diffusion.executor import make_executor
 from vllm_omni.diffusion.executor.launch import EarlyWorkers
+from vllm_omni.diffusion.hub import HubAccess
 from vllm_omni.diffusion.intake import Intake, check_default_prompt, check_defaults
 from vllm_omni.diffusion.plan import WorkerReady
 from vllm_omni.diffusion.registry import load_model_info
@@ -167,7 +168,7 @@ class AsyncOmni:
         self.config = make_config(**settings) if config is None else config
         if not isinstance(self.config, OmniDiffusionConfig):
             raise ConfigError(f"config takes an OmniDiffusionConfig, got {config!r}; a model's name is given as model=")
-        self.info = load_model_info(self.config.model, self.config.load_format)
+        self.info = load_model_info(self.config.model, self.config.load_format, HubAccess.of(self.config))
         self.info.check_settings(self.config)
         self.info.check_parallel(self.config.parallel)
         self.info.check_cache(self.config.cache)

@@ -53,6 +53,10 @@ from vllm_omni.inputs.data import LoRARequest
         ({"default_sampling_params": 3}, ["--default-sampling-params", "a mapping", "3"]),
         ({"default_sampling_params": {1: 2}}, ["--default-sampling-params", "['1']"]),
         ({"dtype": ["float32"]}, ["--dtype", "bfloat16", "['float32']"]),
+        ({"load_format": "npcache"}, ["--load-format", "'npcache'", "dummy"]),
+        ({"revision": ""}, ["--revision", "not empty"]),
+        ({"download_dir": ""}, ["--download-dir", "not empty"]),
+        ({"hf_token": 5}, ["--hf-token", "a string", "got int"]),
         ({"quantization": "int3"}, ["--quantization", "fp8", "'int3'"]),
         ({"device": "tpu"}, ["--device", "'tpu'", "cuda"]),
         ({"overlap_decode": 1}, ["--overlap-decode", "true or false"]),
@@ -161,3 +165,17 @@ def test_numbers_of_other_libraries_are_settings_too() -> None:
         default_sampling_params={"true_cfg_scale": np.float64(2.0)},
     )
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(config), type=OmniDiffusionConfig) == config
+
+
+@pytest.mark.parametrize("token", ["hf_a b", "hf_a\n", "hf_é", b"hf_bytes", ""])
+def test_a_token_is_in_no_error_and_in_no_repr(token: object) -> None:
+    with pytest.raises(ConfigError, match=r"^--hf-token takes a ") as caught:
+        OmniDiffusionConfig("demo", hf_token=token)
+    assert "hf_" not in str(caught.value)
+    assert "hf_secret" not in repr(OmniDiffusionConfig("demo", hf_token="hf_secret"))
+
+
+def test_vllms_names_of_values_mean_ours() -> None:
+    named = OmniDiffusionConfig("demo", dtype="half", load_format="safetensors")
+    assert named == OmniDiffusionConfig("demo", dtype="float16", load_format="auto")
+    assert OmniDiffusionConfig("demo", dtype="float").dtype == "float32"

@@ -6,8 +6,9 @@ Each wrong value raises ConfigError with the flag or field, what it got and what
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from vllm_omni.errors import ConfigError, NotAvailableError
@@ -23,6 +24,11 @@ Quantization = Literal["fp8"]
 AttentionBackendName = Literal["sdpa", "torch_varlen", "cudnn", "vllm_flash"]
 LoadFormat = Literal["auto", "dummy"]
 KernelsName = Literal["auto", "torch", "triton"]
+ALIASES: Mapping[str, Mapping[str, str]] = {
+    "dtype": {"half": "float16", "float": "float32"},
+    "load_format": {"safetensors": "auto"},
+}
+"""Field -> other names that vLLM gives its values."""
 StepsMaskPolicy = Literal["slow", "medium", "fast", "ultra"]
 StepsComputationPolicy = Literal["dynamic", "static"]
 
@@ -167,7 +173,12 @@ def _fit_fields(config: Any, name_of: Callable[[str], str]) -> None:
         try:
             object.__setattr__(config, name, fit(value, kind))
         except MisfitError as error:
-            raise ConfigError(f"{name_of(name)} takes {error}, got {value!r}") from error
+            got = repr(value) if name not in _SECRETS else type(value).__name__
+            raise ConfigError(f"{name_of(name)} takes {error}, got {got}") from error
+
+
+_SECRETS = ("hf_token",)
+"""Fields whose values are not repeated in errors."""
 
 
 def _require(condition: bool, name: str, got: Any, expected: str) -> None:
@@ -229,14 +240,29 @@ class OmniDiffusionConfig:
     default_sampling_params: Mapping[str, Any] = field(default_factory=dict)
     max_worker_restarts: int = 3
     """Restarts allowed within ten minutes before the engine gives up."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model; None: main."""
+    download_dir: str | None = None
+    """Folder for downloads; None: the hub's cache."""
+    hf_token: str | bool | None = field(default=None, repr=False)
+    """Token for private and gated hub models; True: that of `hf auth login`, which must be there; False: none; None:
+    the variable HF_TOKEN or that of `hf auth login`, where there is one."""
 
     def __post_init__(self) -> None:
+        for name, aliases in ALIASES.items():
+            value = getattr(self, name)
+            if isinstance(value, str) and value in aliases:
+                object.__setattr__(self, name, aliases[value])
         _fit_fields(self, flag_of)
         for name, path in self.lora_modules.items():
             good = isinstance(name, str) and isinstance(path, str) and bool(name and path)
             _require(good, "--lora-modules", {name: path}, "names and paths of adapters")
         if not self.model:
             raise ConfigError("model must be a folder, a hub name or 'demo', got an empty string")
+        for name in ("revision", "download_dir"):
+            _require(getattr(self, name) != "", flag_of(name), "", "a string that is not empty")
+        if isinstance(self.hf_token, str) and not re.fullmatch(r"[!-~]+", self.hf_token):
+            raise ConfigError("--hf-token takes a token of ASCII characters without spaces, got something else")
         for name, least in (
             ("max_num_seqs", 1),
             ("max_num_queued_reqs", 1),
@@ -267,6 +293,10 @@ class OmniDiffusionConfig:
     @property
     def cache(self) -> CacheConfig | None:
         return parse_cache_config(self.cache_backend, self.cache_config)
+
+    def located(self, path: str) -> OmniDiffusionConfig:
+        """The config of a worker: the model's folder in place of its hub name, and no token."""
+        return replace(self, model=path, revision=None, download_dir=None, hf_token=None)
 
 
 def flag_of(name: str) -> str:

@@ -18,6 +18,7 @@ from vllm_omni.diffusion.data import (
     TeaCacheConfig,
     flag_of,
 )
+from vllm_omni.diffusion.hub import DEFAULT_ACCESS, HubAccess, download
 from vllm_omni.errors import ConfigError, NotAvailableError
 from vllm_omni.inputs.images import InputImage
 from vllm_omni.inputs.kinds import MisfitError
@@ -285,35 +286,30 @@ class ModelInfo:
         return num_tokens * (1 + num_tokens / self.attention_tokens)
 
 
-def resolve_model_path(model: str, load_format: LoadFormat = "auto") -> Path:
+def resolve_model_path(model: str, load_format: LoadFormat = "auto", access: HubAccess = DEFAULT_ACCESS) -> Path:
     """The local folder of `model`: `demo`, a folder, or a hub name (downloaded: safetensors only).
 
     With `dummy` no weights are downloaded. Raises ConfigError when there is no such folder and the hub has no answer.
     """
-    if model == DEMO_MODEL:
-        return DEMO_MODEL_PATH
-    path = Path(model).expanduser()
+    path = DEMO_MODEL_PATH if model == DEMO_MODEL else Path(model).expanduser()
     if path.is_dir():
-        if not (path / "model_index.json").is_file():
-            raise ConfigError(f"model {model!r} is not in the diffusers layout: it has no model_index.json")
-        return path
+        if access.revision is not None:
+            raise ConfigError(f"--revision {access.revision} is for hub models; {model!r} is a folder, which has none")
+        return _in_diffusers_layout(path, model)
     if model.startswith((".", "/", "~")) or model.count("/") > 1:  # no name that the hub could have
         raise ConfigError(f"model {model!r}: there is no such folder")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        # Weights are safetensors only: a pickled checkpoint could run code while it loads.
-        patterns = ["*.json", "*.txt", "*.jinja", "*.model"] + ["*.safetensors"] * (load_format == "auto")
-        return Path(snapshot_download(model, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"model {model!r} is neither a folder, 'demo', nor a hub model: {reason}") from error
+    return _in_diffusers_layout(download(model, load_format, access), model)
 
 
-def load_model_info(model: str, load_format: LoadFormat = "auto") -> ModelInfo:
+def _in_diffusers_layout(path: Path, model: str) -> Path:
+    if not (path / "model_index.json").is_file():
+        raise ConfigError(f"model {model!r} is not in the diffusers layout: it has no model_index.json")
+    return path
+
+
+def load_model_info(model: str, load_format: LoadFormat = "auto", access: HubAccess = DEFAULT_ACCESS) -> ModelInfo:
     """Find the folder and family of `model`. Raises ConfigError for a pipeline class that nothing here serves."""
-    path = resolve_model_path(model, load_format)
+    path = resolve_model_path(model, load_format, access)
     module = import_module(f"vllm_omni.diffusion.models.{family_of(path)}.info")
     info: ModelInfo = module.describe(path)
     return info

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tests.tiny_diffusers import build_tiny_diffusers
 from tests.tiny_models import SMALL, build_tiny_qwen_image
 from vllm_omni.diffusion.cache.calibration import Change, fit_polynomial, root_mean_square_error
+from vllm_omni.diffusion.hub import HubAccess
 from vllm_omni.entrypoints.cli import calibrate
 from vllm_omni.entrypoints.cli.main import main
 from vllm_omni.errors import ConfigError
@@ -110,6 +111,14 @@ def test_the_fit_is_exact_where_it_can_be() -> None:
 def test_wrong_flags_are_named(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         calibrate.parse_args(words)
+
+
+def test_a_hub_model_is_named_as_in_serve() -> None:
+    words = ["org/painter", "--revision", "v1", "--download-dir", "/models", "--hf-token", "hf_x", "--dtype", "half"]
+    args = calibrate.parse_args(words)
+    assert (args.access, args.dtype) == (HubAccess("v1", "/models", "hf_x"), "half")
+    with pytest.raises(ConfigError, match=r"^--revision v1 is for hub models; 'demo' is a folder"):
+        calibrate._measure(calibrate.parse_args(["demo", "--revision", "v1"]))
 
 
 def test_what_the_model_does_not_take_ends_the_command(

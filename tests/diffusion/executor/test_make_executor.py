@@ -19,6 +19,14 @@ def make(parallel: DiffusionParallelConfig) -> None:
     assert executor.worker_pids == []
 
 
+def test_workers_get_the_folder_and_no_token() -> None:
+    hub_model = make_config(
+        model="org/painter", revision="v1", download_dir="/models", hf_token="hf_secret", dtype="half"
+    )
+    executor = make_executor(hub_model, FAKE_INFO)
+    assert executor._config == make_config(model=str(FAKE_INFO.path), dtype="float16")
+
+
 def test_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)

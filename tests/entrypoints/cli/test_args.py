@@ -14,6 +14,7 @@ import pytest
 
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.entrypoints.cli import args as cli
+from vllm_omni.entrypoints.cli.foreign_flags import DEST as FOREIGN_DEST
 from vllm_omni.entrypoints.cli.main import main
 from vllm_omni.entrypoints.openai.settings import ServerSettings
 from vllm_omni.errors import ConfigError, NotAvailableError
@@ -37,15 +38,19 @@ FROZEN_FLAGS = [
     "--device",
     "--disable-access-log-for-endpoints",
     "--disable-fastapi-docs",
+    "--disable-log-requests",
     "--disable-uvicorn-access-log",
     "--distributed-executor-backend",
+    "--download-dir",
     "--dtype",
     "--enable-cpu-offload",
     "--enable-layerwise-offload",
+    "--enable-log-requests",
     "--enable-request-id-headers",
     "--enable-ssl-refresh",
     "--enforce-eager",
     "--help",
+    "--hf-token",
     "--host",
     "--job-store",
     "--kernels",
@@ -69,12 +74,15 @@ FROZEN_FLAGS = [
     "--overlap-decode",
     "--port",
     "--quantization",
+    "--revision",
     "--ring",
     "--ring-degree",
     "--root-path",
     "--scheduling-policy",
+    "--seed",
     "--served-model-name",
     "--shutdown-timeout",
+    "--sse-keep-alive-interval",
     "--ssl-ca-certs",
     "--ssl-cert-reqs",
     "--ssl-certfile",
@@ -91,6 +99,7 @@ FROZEN_FLAGS = [
     "--vae-use-tiling",
     "-dp",
     "-h",
+    "-q",
     "-tp",
 ]
 
@@ -115,7 +124,8 @@ def serve_parser() -> object:
 
 
 def test_the_list_of_flags_is_frozen() -> None:
-    flags = {flag for action in serve_parser()._actions for flag in action.option_strings}
+    actions = [action for action in serve_parser()._actions if action.dest != FOREIGN_DEST]
+    flags = {flag for action in actions for flag in action.option_strings}
     assert sorted(flag for flag in flags if not flag.startswith("--no-")) == sorted(FROZEN_FLAGS)
 
 
@@ -165,6 +175,17 @@ def test_http_flags_have_vllms_names_and_defaults() -> None:
         (["--device", "cpu"], "device", "cpu"),
         (["--attention-backend", "torch_varlen"], "attention_backend", "torch_varlen"),
         (["--dtype", "bfloat16"], "dtype", "bfloat16"),
+        (["--dtype", "half"], "dtype", "float16"),
+        (["--dtype", "float"], "dtype", "float32"),
+        (["--load-format", "safetensors"], "load_format", "auto"),
+        (["--revision", "v1.0"], "revision", "v1.0"),
+        (["--download-dir", "/models"], "download_dir", "/models"),
+        (["--hf-token", "hf_x"], "hf_token", "hf_x"),
+        (["--hf-token"], "hf_token", True),
+        (["--seed", "7"], "default_sampling_params", {"seed": 7}),
+        (["--seed", "7", "--default-sampling-params.fps", "8"], "default_sampling_params", {"fps": 8, "seed": 7}),
+        (["--seed", "7", "--default-sampling-params", '{"seed": 7}'], "default_sampling_params", {"seed": 7}),
+        (["-q", "fp8"], "quantization", "fp8"),
         (["--overlap-decode"], "overlap_decode", True),
         (["--enforce-eager"], "enforce_eager", True),
         (["--load-format", "dummy"], "load_format", "dummy"),
@@ -201,6 +222,7 @@ def test_server_flags(tmp_path: Path) -> None:
         *("--ssl-keyfile", str(key), "--ssl-certfile", str(certificate), "--enable-ssl-refresh"),
         *("--shutdown-timeout", "3", "--disable-fastapi-docs", "--enable-request-id-headers", "--log-prompts"),
         *("--allowed-media-domains", "images.example", "10.1.2.3", "CDN.example"),
+        *("--enable-log-requests", "--sse-keep-alive-interval", "5"),
     )
     assert parsed.http == cli.HttpOptions(
         host="::1",
@@ -225,6 +247,8 @@ def test_server_flags(tmp_path: Path) -> None:
         disable_docs=True,
         generate_request_ids=True,
         log_prompts=True,
+        log_requests=True,
+        keep_alive_seconds=5.0,
     )
 
 
@@ -313,9 +337,25 @@ WRONG_VALUES = [
     (["--served-model-name", " "], ["--served-model-name", "' '", "not empty"]),
     (["--config", "/nowhere.yaml"], ["--config", "/nowhere.yaml", "YAML"]),
     (["--config"], ["--config", "YAML"]),
-    (["--max-model-len", "4096"], ["--max-model-len", "4096", "--help"]),
-    (["--max-num", "4"], ["--max-num", "unrecognized"]),
-    (["--gpu-memory-utilization=0.9"], ["--gpu-memory-utilization", "unrecognized"]),
+    (["--max-num", "4"], ["unrecognized --max-num: did you mean --max-num-seqs or", "--help"]),
+    (["--chat", "3"], ["unrecognized --chat: did you mean --chat-template or --chat-template-content-format?"]),
+    (["--max-queue-seconds", "-0.5"], ["--max-queue-seconds", "'-0.5'", "negative"]),
+    (["--max-queue-seconds", "-.5", "--port", "1"], ["--max-queue-seconds", "'-.5'", "negative"]),
+    (["-t", "2"], ["unrecognized -t "]),
+    (["--cache-backnd", "tea_cache"], ["unrecognized --cache-backnd: did you mean --cache-backend?"]),
+    (["--max_modl_len=4"], ["unrecognized --max-modl-len: did you mean --max-model-len?"]),
+    (["--cache-confg.rel_l1_thresh", "1"], ["unrecognized --cache-confg: did you mean --cache-config?"]),
+    (["--prt", "1", "--zzzz"], ["unrecognized --prt: did you mean --port?; unrecognized --zzzz (`"]),
+    (["--seed", "1", "2"], ["unrecognized '2'"]),
+    (["--cache-config.rel_l1_thresh"], ["--cache-config.rel_l1_thresh", "one argument"]),
+    (["--model"], ["--model", "one argument"]),
+    (["--seed", "-1"], ["--seed", "'-1'", "0 to 4294967295"]),
+    (["--seed", "1", "--default-sampling-params", '{"seed": 2}'], ["--seed 1", "--default-sampling-params", "2"]),
+    (["--load-format", "pt"], ["--load-format", "'pt'", "safetensors"]),
+    (["--load-format", "gguf"], ["--load-format", "'gguf'", "safetensors"]),
+    (["-q", "awq"], ["--quantization", "'awq'", "fp8"]),
+    (["--revision", ""], ["--revision", "not empty"]),
+    (["--sse-keep-alive-interval", "0"], ["--sse-keep-alive-interval", "'0'", "above 0"]),
 ]
 
 
@@ -340,7 +380,14 @@ def test_a_missing_model_is_told(words: list[str], capsys: pytest.CaptureFixture
     assert "MODEL" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["", "- port", "port: [", "surprise: 1", "port: x"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "- port", "port: [", "surprise: 1", "port: x", "api-key:", "api-key: null", "1: 2"),
+        *("pipeline-parallel-size: 2", "max-queue-seconds: -0.5", "cache-config.enable_taylorseer: true"),
+        *("cache-config.coefficients: [1, 2]", "middleware: [a.B, -c.D]"),
+    ],
+)
 def test_a_wrong_config_file_is_one_line(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(content)
@@ -383,6 +430,32 @@ def test_adapters_have_names_of_their_own() -> None:
             parse(*words)
 
 
-def test_an_unknown_command_is_told() -> None:
-    with pytest.raises(ConfigError, match=r"'bench'.*serve"):
-        cli.parse_args(["bench", "--omni"])
+@pytest.mark.parametrize("words", [[], ["--disable-log-requests"], ["--no-enable-log-requests"]])
+def test_requests_are_not_logged_unless_asked_for(words: list[str]) -> None:
+    assert parse(*words).settings.log_requests is False
+
+
+@pytest.mark.parametrize("token", ["hf_\xe9", "hf_a b", ""])
+def test_a_wrong_token_is_not_repeated(token: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse("--hf-token", token)
+    assert str(caught.value) == "--hf-token takes a token of ASCII characters without spaces, got something else"
+
+
+def test_help_has_examples_and_no_empty_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    helps = set()
+    for words in (["serve", "--omni", "--help"], ["serve", "--help", "--omni"], ["serve", "--help=all"]):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 0
+        helps.add(capsys.readouterr().out)
+    (text,) = helps
+    one_line = " ".join(text.split())
+    assert [word for word in ("default: None", "default: False", "default: )") if word in one_line] == []
+    assert "devices that share the guidance branches (default: 1)" in one_line
+    assert "1 optional, 2 required (default: 0)" in one_line
+    _, _, examples = text.partition("examples:\n")
+    commands = [line.split() for line in examples.splitlines() if line.startswith("  vllm serve ")]
+    assert len(commands) == 3
+    for command in commands:
+        assert cli.parse_args(command[1:]).config.model == "Qwen/Qwen-Image"

@@ -80,11 +80,15 @@ class Running:
 
 
 @asynccontextmanager
-async def running(omni: FakeOmni, *, shutdown_timeout: float = 20.0) -> AsyncIterator[Running]:
+async def running(
+    omni: FakeOmni, *, shutdown_timeout: float = 20.0, ignored_flags: tuple[str, ...] = ()
+) -> AsyncIterator[Running]:
     app = FastAPI()
     app.get("/live")(lambda: "yes")
     http = HttpOptions(host="127.0.0.1", port=0, shutdown_timeout=shutdown_timeout)
-    args = ServeArgs(OmniDiffusionConfig(model="demo"), ServerSettings(served_model_names=("demo",)), http)
+    args = ServeArgs(
+        OmniDiffusionConfig(model="demo"), ServerSettings(served_model_names=("demo",)), http, ignored_flags
+    )
     server = serve._Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
     with Listener(http) as listener:
         task = asyncio.create_task(serve.Service(omni, server, listener, args).run())
@@ -103,6 +107,14 @@ async def running(omni: FakeOmni, *, shutdown_timeout: float = 20.0) -> AsyncIte
 
 def send(number: int) -> None:
     os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("ignored_flags", [(), ("--max-model-len", "-cc")])
+async def test_ignored_flags_are_one_warning(ignored_flags: tuple[str, ...], caplog: pytest.LogCaptureFixture) -> None:
+    async with running(FakeOmni(), ignored_flags=ignored_flags):
+        pass
+    warnings = [record.message for record in caplog.records if "ignored" in record.message]
+    assert [message.rpartition(": ")[2] for message in warnings] == ["--max-model-len, -cc"] * bool(ignored_flags)
 
 
 async def test_http_answers_while_the_engine_starts() -> None:

@@ -7,9 +7,11 @@ flag, what it got and what it takes. Server flags carry the names and the meanin
 from __future__ import annotations
 
 import argparse
+import re
 import ssl
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,6 +19,7 @@ import yaml
 
 from vllm_omni import __version__
 from vllm_omni.diffusion.data import (
+    ALIASES,
     AttentionBackendName,
     CacheBackend,
     DeviceChoice,
@@ -30,12 +33,25 @@ from vllm_omni.diffusion.data import (
     SchedulingPolicy,
 )
 from vllm_omni.entrypoints.cli import calibrate, values
-from vllm_omni.entrypoints.cli.vllm_surface import make_parser, vllm_version
+from vllm_omni.entrypoints.cli.commands import check_command
+from vllm_omni.entrypoints.cli.diffusion_server_flags import SGLANG_FLAGS, VLLM_OMNI_FLAGS
+from vllm_omni.entrypoints.cli.foreign_flags import DEST as FOREIGN_DEST
+from vllm_omni.entrypoints.cli.foreign_flags import add_foreign_flags, check_foreign_flags
+from vllm_omni.entrypoints.cli.suggestions import explain_unknown
+from vllm_omni.entrypoints.cli.vllm_flags import VLLM_FLAGS
+from vllm_omni.entrypoints.cli.vllm_surface import make_parser, serve_line, vllm_version
 from vllm_omni.entrypoints.openai.settings import ServerSettings
 from vllm_omni.errors import ConfigError, NotAvailableError
 
-PROG = "vllm"
 DESCRIPTION = "Serve a diffusion model with an OpenAI-compatible image API."
+EXAMPLES = """examples:
+  {serve} --port 8091
+  {serve} --revision main --dtype bfloat16 --max-num-seqs 8 --api-key KEY
+  {serve} --cfg-parallel-size 2 --usp 2 --cache-backend cache_dit --cache-config.enable_taylorseer true
+
+docs/flags.md says what becomes of flags of vLLM and other servers."""
+MAX_DEFAULT_SEED = 2**32 - 1
+"""Seeds that the server draws are of this range too; the seeds of further pictures stay within 63 bits."""
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 
 
@@ -72,6 +88,8 @@ class ServeArgs:
     config: OmniDiffusionConfig
     settings: ServerSettings
     http: HttpOptions = field(default_factory=HttpOptions)
+    ignored_flags: tuple[str, ...] = ()
+    """Flags of other servers that were given and have no effect here."""
 
 
 # Server flags whose feature is not built: they parse, and any value is refused.
@@ -83,23 +101,31 @@ UNAVAILABLE = {
 }
 
 
-def parse_args(argv: Sequence[str]) -> ServeArgs:
-    """Settings from `["serve", MODEL, ...]`. Raises ConfigError; `--help` and `--version` raise SystemExit(0)."""
+def parse_args(argv: Sequence[str], prog: str = "vllm") -> ServeArgs:
+    """Settings from `["serve", MODEL, ...]`. Raises ConfigError; `--help` and `--version` raise SystemExit(0).
+
+    `prog`: the name that the program was started under.
+    """
     # vLLM looks for the model right behind `serve` when it reads a config file; `--omni` has done its work.
     words = [word for word in argv if word != "--omni"]
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    check_command(words, serve_line(prog))
     _check_config_file(words)
-    parser = build_parser()
+    _check_dotted_words(words)
+    parser = build_parser(prog)
     try:
         namespace = parser.parse_args(words)
-    except (ValueError, IndexError) as error:  # vLLM's own checks; ConfigError is a ValueError too
+    except ValueError as error:  # vLLM's own checks; ConfigError is a ValueError too
         raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
-    return _settings(namespace)
+    return _settings(namespace, serve_line(prog))
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(prog: str = "vllm") -> argparse.ArgumentParser:
     """The parser with all flags (public for the test that freezes the list)."""
-    top, serve = make_parser(PROG, DESCRIPTION)
+    own: set[str] = set()
+    help_command = serve_line(prog).replace(" MODEL", "") + " --help"
+    top, serve = make_parser(prog, DESCRIPTION, partial(explain_unknown, own=own, help_command=help_command))
+    serve.epilog = EXAMPLES.format(serve=serve_line(prog).replace("MODEL", "Qwen/Qwen-Image"))
     top.epilog = f"vllm-omni {calibrate.COMMAND} MODEL measures the polynomial of --cache-backend tea_cache."
     top.add_argument("-v", "--version", action="version", version=f"vllm-omni {__version__}, vLLM {vllm_version()}")
     serve.add_argument("model_tag", nargs="?", metavar="MODEL", help="a folder, a hub name, or `demo`")
@@ -111,7 +137,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_parallel_flags(serve.add_argument_group("parallelism"))
     _add_cache_and_memory_flags(serve.add_argument_group("step caches and memory"))
     _add_scheduling_flags(serve.add_argument_group("scheduling and limits"))
+    _add_loading_flags(serve.add_argument_group("loading"))
     _add_compute_flags(serve.add_argument_group("compute"))
+    own.update(flag for action in serve._actions for flag in action.option_strings)
+    add_foreign_flags(serve, (*VLLM_FLAGS, *VLLM_OMNI_FLAGS, *SGLANG_FLAGS))
     return top
 
 
@@ -176,7 +205,16 @@ def _add_server_flags(group: Any) -> None:
     request_ids_help = "give every response an x-request-id (one that the request brings always comes back)"
     settings.switch("generate_request_ids", request_ids_help, "--enable-request-id-headers")
     settings.switch("disable_docs", "no /docs, /redoc and /openapi.json", "--disable-fastapi-docs")
+    settings.add(
+        "keep_alive_seconds",
+        "silence after which an event stream sends a comment, so that proxies keep it open",
+        "--sse-keep-alive-interval",
+        type=values.seconds(zero=False),
+    )
     settings.switch("log_prompts", "write prompts to the log")
+    settings.switch("log_requests", "one log line for each request that arrives", "--enable-log-requests")
+    off_help = "the default; an older name of --no-enable-log-requests"
+    settings.add("log_requests", off_help, "--disable-log-requests", action="store_false")
     for name, help in UNAVAILABLE.items():
         group.add_argument(_dashed(name), dest=name, nargs="+", help=f"{help} (not available yet)")
 
@@ -237,14 +275,42 @@ def _add_scheduling_flags(group: Any) -> None:
     engine.add("max_num_frames", "most frames of a video", type=count)
     engine.add("max_worker_restarts", "restarts of dead workers within ten minutes", type=values.integer(0))
     engine.add("default_sampling_params", "defaults for requests, as JSON", type=values.json_object)
+    group.add_argument(
+        "--seed",
+        type=values.integer(0, MAX_DEFAULT_SEED),
+        help="seed of requests that bring none (picture i of a request has seed + i), so that the same request gives "
+        "the same picture; none: drawn for each request",
+    )
+
+
+def _add_loading_flags(group: Any) -> None:
+    engine = _Flags(group, OmniDiffusionConfig)
+    engine.add("revision", "branch, tag or commit of a hub model; none: main", type=values.nonempty)
+    engine.add("download_dir", "folder for downloads; none: the hub's cache (HF_HOME)", type=values.nonempty)
+    engine.add(
+        "hf_token",
+        "token for private and gated hub models; without a value: that of `hf auth login`; none: the variable "
+        "HF_TOKEN, which the list of processes does not show, or that of `hf auth login`",
+        nargs="?",
+        const=True,
+    )
+    engine.add(
+        "load_format",
+        "auto, safetensors: safetensors files; dummy: random weights, no weight file is read",
+        choices=(*get_args(LoadFormat), *ALIASES["load_format"]),
+    )
 
 
 def _add_compute_flags(group: Any) -> None:
     engine = _Flags(group, OmniDiffusionConfig)
     engine.add("device", "where the model runs; auto: CUDA where there is any", choices=get_args(DeviceChoice))
-    engine.add("dtype", "of the weights; auto: bfloat16 on CUDA, float32 on CPU", choices=get_args(DType))
-    engine.add("load_format", "dummy: random weights, no weight file is read", choices=get_args(LoadFormat))
-    engine.add("quantization", "of the transformer's blocks; none: as --dtype", choices=get_args(Quantization))
+    engine.add(
+        "dtype",
+        "type of the weights; auto: bfloat16 on CUDA, float32 on CPU; half: float16; float: float32",
+        choices=(*get_args(DType), *ALIASES["dtype"]),
+    )
+    quantization_help = "type of the weights in the transformer's blocks; none: as --dtype"
+    engine.add("quantization", quantization_help, "--quantization", "-q", choices=get_args(Quantization))
     engine.add(
         "attention_backend", "attention kernel; none: the fastest that runs", choices=get_args(AttentionBackendName)
     )
@@ -260,14 +326,15 @@ def _add_compute_flags(group: Any) -> None:
     engine.add("distributed_executor_backend", "where workers live", choices=get_args(ExecutorBackend))
 
 
-def _settings(namespace: argparse.Namespace) -> ServeArgs:
+def _settings(namespace: argparse.Namespace, serve_line: str) -> ServeArgs:
     given = vars(namespace)
+    ignored_flags = check_foreign_flags(given[FOREIGN_DEST])
     for name in UNAVAILABLE:
         if given[name] is not None:
             raise NotAvailableError(f"{_dashed(name)} {' '.join(given[name])}: not available yet")
     model = namespace.model_tag or namespace.model
     if not model:
-        raise ConfigError("MODEL is missing: vllm serve MODEL --omni, with a folder, a hub name or 'demo'")
+        raise ConfigError(f"MODEL is missing: {serve_line}, with a folder, a hub name or 'demo'")
     if bool(namespace.ssl_keyfile) != bool(namespace.ssl_certfile):
         raise ConfigError("--ssl-keyfile and --ssl-certfile need each other, got only one of them")
     if namespace.enable_ssl_refresh and not namespace.ssl_certfile:
@@ -278,12 +345,23 @@ def _settings(namespace: argparse.Namespace) -> ServeArgs:
             given[name] = [item for part in given[name] for item in ([part] if isinstance(part, str) else part)]
     given["model"] = model
     given["lora_modules"] = _adapters(given["lora_modules"] or [], given["served_model_names"])
+    given["default_sampling_params"] = _with_seed(given["default_sampling_params"] or {}, given["seed"])
     parallel = _make(DiffusionParallelConfig, given)
     return ServeArgs(
         config=_make(OmniDiffusionConfig, {**given, "parallel": parallel}),
         settings=_make(ServerSettings, given),
         http=_make(HttpOptions, given),
+        ignored_flags=ignored_flags,
     )
+
+
+def _with_seed(defaults: dict[str, Any], seed: int | None) -> dict[str, Any]:
+    """The default sampling parameters with that of `--seed`."""
+    if seed is None:
+        return defaults
+    if (other := defaults.get("seed")) not in (None, seed):
+        raise ConfigError(f"--seed {seed} and --default-sampling-params with the seed {other}: give one of them")
+    return {**defaults, "seed": seed}
 
 
 def _adapters(pairs: Sequence[tuple[str, str]], model_names: Sequence[str]) -> dict[str, str]:
@@ -314,3 +392,28 @@ def _check_config_file(words: Sequence[str]) -> None:
         raise ConfigError(f"--config takes a readable YAML file, got {str(path)!r}: {reason}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"--config takes a YAML file of `flag: value` lines, got {str(path)!r} without any")
+    for name, value in content.items():
+        if not isinstance(name, str) or value is None:
+            got = f"{name!r} without a value" if value is None else f"{name!r}"
+            raise ConfigError(f"--config takes `flag: value` lines, got {got} in {str(path)!r}")
+        if "." in name and isinstance(value, bool | list):
+            flag, _, key = name.partition(".")
+            raise ConfigError(f"--config takes `{flag}: {{{key}: ...}}`, got {name!r} in {str(path)!r}")
+        for item in value if isinstance(value, list) else [value]:
+            if re.match(r"-.*\.", str(item)):
+                raise ConfigError(f"--{name} takes no negative number and no other flag, got {item!r} in {str(path)!r}")
+
+
+def _check_dotted_words(words: Sequence[str]) -> None:
+    """Refuse what vLLM's parser would stumble over: it takes words with a dash and a dot for `--json-flag.key`."""
+    for previous, word, following in zip(["", *words], words, [*words[1:], None]):
+        needs_value = word == "--model" or _is_dotted(word)
+        if needs_value and following is None:
+            raise ConfigError(f"{word} expected one argument")
+        if re.match(r"-\d*\.\d", word) and not _is_dotted(previous):
+            raise ConfigError(f"{previous} takes no negative number, got {word!r}")
+
+
+def _is_dotted(word: str) -> bool:
+    """Whether the word is `--json-flag.key`, whose value is the next word."""
+    return bool(re.match(r"--?[a-zA-Z][^=]*\.", word)) and "=" not in word

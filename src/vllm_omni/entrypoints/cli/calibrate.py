@@ -9,8 +9,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
+from vllm_omni.diffusion.data import ALIASES, DType, OmniDiffusionConfig
+from vllm_omni.diffusion.hub import DEFAULT_ACCESS, HubAccess
 from vllm_omni.entrypoints.cli import values
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
@@ -41,6 +43,7 @@ class CalibrateArgs:
     params: OmniDiffusionSamplingParams
     dtype: str
     out: Path
+    access: HubAccess = DEFAULT_ACCESS
     images: tuple[Path, ...] = ()
     """What each prompt edits."""
 
@@ -67,7 +70,10 @@ def parse_args(argv: Sequence[str]) -> CalibrateArgs:
     parser.add_argument("--num-inference-steps", type=values.integer(3), help="none: the model's own")
     parser.add_argument("--true-cfg-scale", type=float, help="guidance; none: the model's own")
     parser.add_argument("--seed", type=values.integer(0), default=0, help="of the first prompt; others follow it")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument("--dtype", choices=(*get_args(DType), *ALIASES["dtype"]), default="auto")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub model; none: main")
+    parser.add_argument("--download-dir", help="folder for downloads; none: the hub's cache")
+    parser.add_argument("--hf-token", nargs="?", const=True, help="token for private and gated hub models, as in serve")
     parser.add_argument("--out", type=Path, default=Path("teacache"), help="stem of the .json and the .png")
     args = parser.parse_args(list(argv))
     width, height = args.size or (None, None)
@@ -79,7 +85,8 @@ def parse_args(argv: Sequence[str]) -> CalibrateArgs:
         seed=args.seed,
     )
     prompts = DEFAULT_PROMPTS if args.prompts is None else _read_prompts(args.prompts)
-    return CalibrateArgs(args.model, prompts, params, args.dtype, args.out, tuple(args.images))
+    access = HubAccess(args.revision, args.download_dir, args.hf_token)
+    return CalibrateArgs(args.model, prompts, params, args.dtype, args.out, access, tuple(args.images))
 
 
 def _read_prompts(path: Path) -> tuple[str, ...]:
@@ -137,16 +144,21 @@ def calibrate(args: CalibrateArgs) -> None:
 def _measure(args: CalibrateArgs) -> tuple[list[Change], int]:
     """The changes from step to step, and the number of steps of a picture."""
     # Only now: these import torch.
-    from vllm_omni.diffusion.data import OmniDiffusionConfig
     from vllm_omni.diffusion.intake import Intake
     from vllm_omni.diffusion.registry import load_model_info
     from vllm_omni.diffusion.worker.calibrate import measure_changes
     from vllm_omni.diffusion.worker.runner import ModelRunner
 
     # The backend is what lets requests take part in caching; the coefficients are not used.
-    settings: dict[str, Any] = {"dtype": args.dtype, "cache_config": {"coefficients": (1.0, 0.0)}}
+    settings: dict[str, Any] = {
+        "dtype": args.dtype,
+        "cache_config": {"coefficients": (1.0, 0.0)},
+        "revision": args.access.revision,
+        "download_dir": args.access.download_dir,
+        "hf_token": args.access.token,
+    }
     config = OmniDiffusionConfig(model=args.model, cache_backend="tea_cache", **settings)
-    info = load_model_info(args.model)
+    info = load_model_info(args.model, config.load_format, HubAccess.of(config))
     info.check_settings(config)
     images = _read_images(args.images, info)
     runner = ModelRunner(config, info)

@@ -143,6 +143,8 @@ class Service:
         engine = asyncio.create_task(self._run_engine())
         refresher = self._watch_certificate()
         logger.info("Listening on %s", self._listener.address)
+        if ignored := self._args.ignored_flags:
+            logger.warning("Without effect on a diffusion model, ignored (see docs/flags.md): %s", ", ".join(ignored))
         try:
             await _first_of(self._stop.wait(), http, engine)
             if self._stop.is_set():

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import re
 import ssl
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from starlette.responses import JSONResponse
@@ -21,34 +22,53 @@ from vllm_omni.errors import ConfigError
 LOGGERS = ("vllm_omni", "vllm")
 
 
-def make_parser(prog: str, description: str) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+def make_parser(
+    prog: str, description: str, explain_unknown: Callable[[Sequence[str], Iterable[str]], str]
+) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     """(top-level parser, parser of its `serve` command), both vLLM's FlexibleArgumentParser.
 
     It brings dashes or underscores, `--config FILE.yaml`, `--json-flag.key value`. Ours differ in that an error raises
     ConfigError instead of printing the usage, that flags are never abbreviated, and that help is always complete.
-    """
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    class OmniArgumentParser(FlexibleArgumentParser):  # type: ignore[misc]  # vLLM is not type-checked here
+    `explain_unknown`: called with the words that no flag takes and with all known flags, returns the error's text.
+    """
+    from vllm.utils.argparse_utils import FlexibleArgumentParser, SortedHelpFormatter
+
+    class HelpFormatter(SortedHelpFormatter):  # type: ignore[misc]  # vLLM is not type-checked here
+        def _get_help_string(self, action: argparse.Action) -> str | None:
+            # "(default: None)" says nothing; a switch is off by default. Not `in`: 0 is a default to show.
+            if action.default is None or action.default is False or action.default == "":
+                return (action.help or "").removesuffix(" (default: %(default)s)")
+            text: str | None = super()._get_help_string(action)
+            return text
+
+    class OmniArgumentParser(FlexibleArgumentParser):  # type: ignore[misc]  # as above
         def error(self, message: str) -> NoReturn:
-            if message.startswith("unrecognized arguments"):
-                message += f" (`{prog} serve --omni --help` lists what --omni takes)"
             # argparse says "argument --flag: takes ..."; the first word is noise in a one-line message
             raise ConfigError(re.sub(r"^argument (\S+): ", r"\1 ", " ".join(message.split())))
+
+        def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
+            known, unknown = super().parse_known_args(args, namespace)
+            if unknown:
+                raise ConfigError(explain_unknown(unknown, self._option_string_actions))
+            return known, unknown
+
+        def _get_option_tuples(self, option_string: str) -> list[Any]:
+            return []  # argparse would take -t for -tp: `allow_abbrev` is for flags with two dashes only
 
         def format_help(self) -> str:
             return argparse.ArgumentParser.format_help(self)
 
-    top = OmniArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    common: Any = {"description": description, "allow_abbrev": False, "formatter_class": HelpFormatter}
+    top = OmniArgumentParser(prog=prog, **common)
     commands = top.add_subparsers(required=True, metavar="serve", dest="command", parser_class=OmniArgumentParser)
-    serve = commands.add_parser(
-        "serve",
-        help=description,
-        description=description,
-        usage=f"{prog} serve MODEL --omni [flags]",
-        allow_abbrev=False,
-    )
+    serve = commands.add_parser("serve", help=description, usage=f"{serve_line(prog)} [flags]", **common)
     return top, serve
+
+
+def serve_line(prog: str) -> str:
+    """The command that serves a model: under vLLM's name it needs `--omni`."""
+    return f"{prog} serve MODEL --omni" if prog == "vllm" else f"{prog} serve MODEL"
 
 
 def vllm_version() -> str:

@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from vllm_omni.entrypoints.openai.answers import Answer, AnswerStyle, base64_items, images_response, url_items
+from vllm_omni.entrypoints.openai.arrivals import log_arrival
 from vllm_omni.entrypoints.openai.disconnect import unless_disconnected
 from vllm_omni.entrypoints.openai.encoding import CONTENT_TYPES, ImageEncoder
 from vllm_omni.entrypoints.openai.errors import ERROR_RESPONSES
@@ -144,6 +145,8 @@ class ImageService:
         answer = answer_in(AnswerStyle.of(body, image_format))
         headers = ignored_fields_header(body, self.omni.info.guidance, len(job.requests[0].cost.branch_tokens) > 1)
         outputs = self.omni.submit(job)
+        if self.settings.log_requests:
+            log_arrival(job.requests)
         if self.settings.log_prompts:
             logger.info("prompt %r, %s", omni_prompt, params)
         if body.stream:

@@ -32,3 +32,5 @@ class ServerSettings:
     generate_request_ids: bool = False
     """Give each response an `x-request-id`, also where the request brought none."""
     log_prompts: bool = False
+    log_requests: bool = False
+    """One log line for each request that arrives."""

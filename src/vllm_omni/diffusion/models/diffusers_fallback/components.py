@@ -11,6 +11,7 @@ from vllm_omni.diffusion.models.configs import read_config
 from vllm_omni.errors import ConfigError
 
 LIBRARIES = ("diffusers", "transformers")
+NO_REMOTE_CODE = "code that comes with a model is never run, also not with --trust-remote-code"
 
 
 def pipeline_class(path: Path) -> type[Any]:
@@ -22,6 +23,7 @@ def pipeline_class(path: Path) -> type[Any]:
     if not (inspect.isclass(cls) and issubclass(cls, diffusers.DiffusionPipeline)):
         raise ConfigError(
             f"model_index.json names the pipeline {name!r}, which neither we nor diffusers {diffusers.__version__} has"
+            f"; {NO_REMOTE_CODE}"
         )
     return cls
 
@@ -44,7 +46,7 @@ def _class_of(component: str, named: list[Any]) -> type[Any]:
             return cls
     raise ConfigError(
         f"model_index.json: {component} is {named!r}; only models, schedulers, tokenizers and processors of diffusers "
-        "and transformers are loaded"
+        f"and transformers are loaded; {NO_REMOTE_CODE}"
     )
 
 

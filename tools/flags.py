@@ -1,0 +1,84 @@
+"""Write docs/flags.md: what becomes of the flags of other servers, from the tables of the command line.
+
+.venv/bin/python -m tools.flags
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from vllm_omni.entrypoints.cli.diffusion_server_flags import SGLANG_FLAGS, VLLM_OMNI_FLAGS
+from vllm_omni.entrypoints.cli.foreign_flags import Arity, ForeignFlag, Treatment
+from vllm_omni.entrypoints.cli.vllm_flags import SAME_HERE, VLLM_FLAGS
+
+PAGE = Path(__file__).parent.parent / "docs" / "flags.md"
+INTRO = """# Flags of other servers
+
+<!-- written by tools/flags.py from src/vllm_omni/entrypoints/cli/vllm_flags.py and diffusion_server_flags.py -->
+
+`vllm serve --omni --help` lists the flags of this server. A command line written for another server gets one of these
+answers, also from a `--config` file, with underscores for dashes, and as `--json-flag.key value`:
+
+- the flag is the same here;
+- it is ignored, because the pictures, limits, addresses and devices are the same without it: one line in the log names
+  all flags that were ignored;
+- it has another name here: the program ends and says which;
+- it is refused, because without it the user would get something else: the program ends and says why.
+
+A flag that nobody knows ends the program too, with the nearest known one. Values in the last column ask for what is
+done anyway; with them, and as `--no-flag`, a renamed or refused flag is ignored.
+"""
+_VALUES: dict[Arity, str] = {"switch": "", "one": " X", "several": " X ...", "optional": " [X]"}
+
+
+def main() -> None:
+    PAGE.write_text(page())
+    print(f"{PAGE}: {len(VLLM_FLAGS)} flags of vLLM, {len(VLLM_OMNI_FLAGS) + len(SGLANG_FLAGS)} of others")
+
+
+def page() -> str:
+    parts = [
+        INTRO,
+        "## vLLM 0.32\n",
+        f"The same here: {', '.join(f'`{name}`' for name in SAME_HERE)}.\n",
+        *_tables(VLLM_FLAGS),
+        "## vllm-omni 0.30, the public package\n",
+        "Those that are the same here are in `--help`: `--usp`, `--ring`, `--cache-backend`, `--vae-use-tiling`, ...\n",
+        *_tables(VLLM_OMNI_FLAGS),
+        "## SGLang Diffusion\n",
+        "The same here: `--ulysses-degree`, `--ring-degree`, `--revision`, `--host`, `--port`.\n",
+        *_tables(SGLANG_FLAGS),
+    ]
+    return "\n".join(parts)
+
+
+def _tables(flags: Sequence[ForeignFlag]) -> Iterator[str]:
+    """A table for each treatment, one row for neighbours of the same text."""
+    headings: dict[Treatment, tuple[str, ...]] = {
+        "ignored": ("ignored", "flags"),
+        "renamed": ("here", "flags", "ignored with"),
+        "refused": ("refused, because", "flags", "ignored with"),
+    }
+    for treatment, heading in headings.items():
+        yield _row(*heading)
+        yield "|---" * len(heading) + "|"
+        rows = [flag for flag in flags if flag.treatment == treatment]
+        for (text, harmless), group in groupby(rows, key=lambda flag: (flag.text, _harmless(flag))):
+            cells = [text, ", ".join(f"`{'`, `'.join(flag.names)}{_VALUES[flag.arity]}`" for flag in group), harmless]
+            yield _row(*cells[: len(heading)])
+        yield ""
+
+
+def _harmless(flag: ForeignFlag) -> str:
+    at_least = [] if flag.harmless_from is None else [f"{flag.harmless_from:g} and more"]
+    return ", ".join([f"`{value}`" for value in flag.harmless] + at_least)
+
+
+def _row(*cells: str) -> str:
+    return "".join(f"| {cell} " if cell else "| " for cell in cells) + "|"
+
+
+if __name__ == "__main__":
+    main()
