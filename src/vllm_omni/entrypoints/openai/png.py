@@ -15,8 +15,8 @@ _RGB_8_BIT = (8, 2, 0, 0, 0)
 """IHDR after the size: bits, colour type, compression, filter method, no interlace."""
 _CHANNELS = 3
 _LEVEL = 1
-# Filter types of PNG (section 9.2 of its specification): the row itself, minus the pixel to its left, minus the row above.
-# Text needs none, photographs need one. Average would make photographs 5 % smaller and take 30 % longer.
+# Filter types of PNG: the row itself, minus the pixel to the left, minus the row above. Text needs the first one,
+# photographs need one of the others. The average of both neighbours makes photographs 5 % smaller in 30 % more time.
 _NONE, _SUB, _UP = _FILTERS = range(3)
 # Rows that share a filter, and rows in their middle on which all filters are tried.
 _BAND_ROWS, _SAMPLE_ROWS = 256, 32
@@ -25,7 +25,8 @@ _BAND_ROWS, _SAMPLE_ROWS = 256, 32
 def encode_png(pixels: np.ndarray) -> bytes:
     """Encode uint8 `pixels` [height, width, 3] as a PNG file without metadata. Long operations release the GIL."""
     height, width, channels = pixels.shape
-    assert channels == _CHANNELS and pixels.dtype == np.uint8 and pixels.size, (pixels.shape, pixels.dtype)
+    assert channels == _CHANNELS, pixels.shape
+    assert pixels.dtype == np.uint8, pixels.dtype
     rows = pixels.reshape(height, width * channels)
     buffer = np.empty((min(height, _BAND_ROWS), 1 + width * channels), np.uint8)
     deflate = isal_zlib.compressobj(_LEVEL)
