@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Callable
 
@@ -40,7 +41,7 @@ def drawing(height: int, width: int, random: np.random.Generator) -> np.ndarray:
     outline = {"outline": (20, 20, 20), "width": 3 * OVERSAMPLING}
     for _ in range(NUM_SHAPES):
         x, y = int(random.integers(large[0])), int(random.integers(large[1]))
-        radius = int(max(large) * random.uniform(1 / 40, 1 / 6))
+        radius = math.ceil(max(large) * random.uniform(1 / 40, 1 / 6))
         red, green, blue = (int(value) for value in random.integers(0, 256, 3))
         if random.random() < 0.5:
             draw.circle((x, y), radius, (red, green, blue), **outline)
