@@ -107,10 +107,11 @@ def test_arrays_in_any_memory_layout() -> None:
 
 
 def test_the_same_pixels_give_the_same_bytes_also_beside_others() -> None:
-    pictures = [picture(kind, 300, 200) for kind in sorted(PICTURES)]
+    pictures = [picture(kind, 600, 100) for kind in sorted(PICTURES)]
     expected = [encode_png(pixels) for pixels in pictures]
-    with ThreadPoolExecutor(4) as threads:
-        assert list(threads.map(encode_png, pictures * 8)) == expected * 8
+    with ThreadPoolExecutor(4) as threads, ThreadPoolExecutor(3) as bands:
+        encoded = threads.map(lambda pixels: encode_png(pixels, bands.map), pictures * 8)
+        assert list(encoded) == expected * 8
 
 
 @pytest.mark.parametrize("pixels", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3))])

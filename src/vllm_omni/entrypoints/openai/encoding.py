@@ -15,7 +15,7 @@ import numpy as np
 import pybase64
 from PIL import Image
 
-from vllm_omni.entrypoints.openai.png import encode_png
+from vllm_omni.entrypoints.openai.png import MapBands, encode_png
 from vllm_omni.entrypoints.openai.protocol import OutputFormat
 from vllm_omni.errors import InvalidRequestError
 
@@ -45,10 +45,10 @@ class ImageFormat:
             )
 
 
-def encode(pixels: np.ndarray, image_format: ImageFormat) -> bytes:
-    """Encode uint8 `pixels` [height, width, 3] as a file."""
+def encode(pixels: np.ndarray, image_format: ImageFormat, map_bands: MapBands = map) -> bytes:
+    """Encode uint8 `pixels` [height, width, 3] as a file; `map_bands`: see `encode_png`."""
     if image_format.name == "png":
-        return encode_png(pixels)
+        return encode_png(pixels, map_bands)
     image, file = Image.fromarray(pixels), io.BytesIO()
     if image_format.name == "jpeg":
         full_colour = image_format.quality >= _FULL_COLOUR_QUALITY
@@ -74,18 +74,22 @@ def base64_between(before: bytes, data: bytes, after: bytes) -> bytes:
 
 
 class ImageEncoder:
-    """A bounded pool of encoding threads; `on_encoded` gets the seconds of each picture, on the event loop."""
+    """A bounded pool of encoding threads; `on_encoded` gets the seconds of each picture, on the event loop.
 
-    def __init__(self, num_threads: int, on_encoded: Callable[[float], None]) -> None:
+    `num_band_threads` others share the bands of all PNG files under way: an encoding thread waits for them.
+    """
+
+    def __init__(self, num_threads: int, num_band_threads: int, on_encoded: Callable[[float], None]) -> None:
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="omni-encode")
+        self._bands = ThreadPoolExecutor(num_band_threads, thread_name_prefix="omni-png-band")
         self._on_encoded = on_encoded
 
     async def file(self, pixels: np.ndarray, image_format: ImageFormat) -> bytes:
-        return await self._timed(encode, pixels, image_format)
+        return await self._timed(encode, pixels, image_format, self._bands.map)
 
     async def base64(self, pixels: np.ndarray, image_format: ImageFormat, before: bytes, after: bytes) -> bytes:
         """The picture in base64 between `before` and `after`: an item or a whole event, joined in the thread."""
-        return await self._timed(lambda: base64_between(before, encode(pixels, image_format), after))
+        return await self._timed(lambda: base64_between(before, encode(pixels, image_format, self._bands.map), after))
 
     async def _timed(self, function: Callable[..., bytes], *args: Any) -> bytes:
         start = time.monotonic()
@@ -95,3 +99,4 @@ class ImageEncoder:
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._bands.shutdown(wait=False)  # pictures under way may end

@@ -1,11 +1,16 @@
 """PNG files: filters in numpy, Deflate by ISA-L (`isal`), which takes a tenth of zlib's time.
 
-The same pixels give the same bytes on the same kind of processor: ISA-L has code for several.
+A picture is encoded in bands of rows that do not depend on each other, so that threads can share them. The same pixels
+give the same bytes on the same kind of processor: ISA-L has code for several.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 from isal import isal_zlib
@@ -15,6 +20,10 @@ _RGB_8_BIT = (8, 2, 0, 0, 0)
 """IHDR after the size: bits, colour type, compression, filter method, no interlace."""
 _CHANNELS = 3
 _LEVEL = 1
+_ZLIB_HEADER = b"\x78\x01"
+"""Deflate, a window of 32 KiB, fastest level."""
+_RAW_DEFLATE = -15
+_ADLER_MODULUS = 65521
 # Filter types of PNG: the row itself, minus the pixel to the left, minus the row above. Text needs the first one,
 # photographs need one of the others. The average of both neighbours makes photographs 5 % smaller in 30 % more time.
 _NONE, _SUB, _UP = _FILTERS = range(3)
@@ -22,22 +31,45 @@ _NONE, _SUB, _UP = _FILTERS = range(3)
 _BAND_ROWS, _SAMPLE_ROWS = 256, 32
 
 
-def encode_png(pixels: np.ndarray) -> bytes:
+@dataclass(frozen=True)
+class _Band:
+    deflated: bytes
+    size: int
+    """Bytes before they were deflated."""
+    adler: int
+    """Adler-32 of those."""
+
+
+class MapBands(Protocol):
+    """The built-in `map`, or `Executor.map` of threads other than the caller's."""
+
+    def __call__(self, function: Callable[[int], _Band], starts: Iterable[int], /) -> Iterable[_Band]: ...
+
+
+def encode_png(pixels: np.ndarray, map_bands: MapBands = map) -> bytes:
     """Encode uint8 `pixels` [height, width, 3] as a PNG file without metadata. Long operations release the GIL."""
     height, width, channels = pixels.shape
     assert channels == _CHANNELS, pixels.shape
     assert pixels.dtype == np.uint8, pixels.dtype
     rows = pixels.reshape(height, width * channels)
-    buffer = np.empty((min(height, _BAND_ROWS), 1 + width * channels), np.uint8)
-    deflate = isal_zlib.compressobj(_LEVEL)
+    bands = list(map_bands(partial(_encode_band, rows), range(0, height, _BAND_ROWS)))
     parts = [_SIGNATURE, *_chunk(b"IHDR", struct.pack(">II5B", width, height, *_RGB_8_BIT))]
-    for start in range(0, height, _BAND_ROWS):
-        stop = min(height, start + _BAND_ROWS)
-        filtered = _filter(_best_filter(rows, start, stop, buffer), rows, start, stop, buffer)
-        if data := deflate.compress(filtered):
-            parts += _chunk(b"IDAT", data)
-    parts += [*_chunk(b"IDAT", deflate.flush()), *_chunk(b"IEND", b"")]
+    parts += _chunk(b"IDAT", _ZLIB_HEADER)
+    for band in bands:
+        parts += _chunk(b"IDAT", band.deflated)
+    parts += [*_chunk(b"IDAT", struct.pack(">I", _joint_adler(bands))), *_chunk(b"IEND", b"")]
     return b"".join(parts)
+
+
+def _encode_band(rows: np.ndarray, start: int) -> _Band:
+    """Filter and deflate the band that begins with row `start`, to a whole number of bytes."""
+    stop = min(len(rows), start + _BAND_ROWS)
+    buffer = np.empty((stop - start, 1 + rows.shape[1]), np.uint8)
+    filtered = _filter(_best_filter(rows, start, stop, buffer), rows, start, stop, buffer)
+    deflate = isal_zlib.compressobj(_LEVEL, isal_zlib.DEFLATED, _RAW_DEFLATE)
+    flush = isal_zlib.Z_FINISH if stop == len(rows) else isal_zlib.Z_SYNC_FLUSH
+    deflated = deflate.compress(filtered) + deflate.flush(flush)
+    return _Band(deflated, filtered.size, isal_zlib.adler32(filtered))
 
 
 def _best_filter(rows: np.ndarray, start: int, stop: int, buffer: np.ndarray) -> int:
@@ -65,6 +97,19 @@ def _filter(kind: int, rows: np.ndarray, start: int, stop: int, buffer: np.ndarr
     else:
         out[:] = current
     return filtered
+
+
+def _joint_adler(bands: list[_Band]) -> int:
+    """Adler-32 of all bands' bytes one after another.
+
+    Adler-32 is two sums: `a` of 1 and all bytes, `b` of all values of `a`. `num` bytes added behind therefore add `num`
+    times (a - 1) to `b`, besides their own sums, which began with a = 1.
+    """
+    a, b = 1, 0
+    for band in bands:
+        b = (b + band.size * (a - 1) + (band.adler >> 16)) % _ADLER_MODULUS
+        a = (a + (band.adler & 0xFFFF) - 1) % _ADLER_MODULUS
+    return b << 16 | a
 
 
 def _chunk(kind: bytes, data: bytes) -> list[bytes]:
