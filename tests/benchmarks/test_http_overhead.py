@@ -10,7 +10,7 @@ import pytest
 from benchmarks.encoding import rows_of
 from benchmarks.http_overhead import measure, serve
 
-SIZE = (32, 48)
+SIZE = (64, 96)
 
 
 def test_encoders_are_compared_with_pillow() -> None:
@@ -41,4 +41,4 @@ def test_what_http_adds_is_printed_for_each_way(capsys: pytest.CaptureFixture[st
         "jpeg 100",
         "webp 100",
     ]
-    assert all(len(line.split()[-3:]) == 3 and float(line.split()[-1]) > 0 for line in lines), "median, least, MB"
+    assert all(len(line.split()[-3:]) == 3 and float(line.split()[-1]) >= 0.01 for line in lines), "median, least, MB"
