@@ -89,6 +89,7 @@ class FakeRunner:
     `errors(request_id, phase, step)` may return an ItemError; phases are encode, denoise and decode.
     `cached(request_id, step)` is the part of a step that a step cache made.
     Of several ranks, each makes every step and delivers its share of the pictures.
+    `image(request, step)` makes a picture, or with a step its preview.
     """
 
     def __init__(
@@ -98,7 +99,9 @@ class FakeRunner:
         ready: WorkerReady | None = None,
         errors: Callable[[str, str, int], ItemError | None] | None = None,
         cached: Callable[[str, int], float] | None = None,
+        image: Callable[[DiffusionRequest, int | None], np.ndarray] = fake_image,
     ) -> None:
+        self._image = image
         self.config = config or make_config()
         self.place = place or Place()
         self._ready = ready or make_ready()
@@ -164,10 +167,10 @@ class FakeRunner:
             result.num_sequences += 1 + request.has_guidance
             result.num_tokens += request.cost.tokens_per_step
             if request_id in plan.preview:
-                result.previews[request_id] = fake_image(request, step + 1)
+                result.previews[request_id] = self._image(request, step + 1)
         elif phase == "decode":
             assert step == request.num_inference_steps
-            result.images[request_id] = fake_image(request)
+            result.images[request_id] = self._image(request, None)
 
 
 class FakeExecutor:

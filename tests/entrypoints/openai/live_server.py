@@ -21,6 +21,7 @@ from tests.fakes import FakeExecutor, FakeRunner, fake_image, make_request
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.plan import ItemError, StepPlan
 from vllm_omni.diffusion.registry import ModelInfo
+from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.entrypoints.openai.app import build_app
 from vllm_omni.entrypoints.openai.media import FetchPolicy
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
@@ -34,6 +35,8 @@ ALIAS = "org/painter"
 STEPS = 4
 WAIT_SECONDS = 20.0
 
+MakeImage = Callable[[DiffusionRequest, int | None], np.ndarray]
+
 
 def expected_picture(seed: int, height: int = 64, width: int = 64, step: int | None = None) -> np.ndarray:
     """What the fake device makes of a seed; with `step`, its preview after that step."""
@@ -43,8 +46,8 @@ def expected_picture(seed: int, height: int = 64, width: int = 64, step: int | N
 class FakeDevice(FakeExecutor):
     """A fake worker that can be paused; a prompt that holds `fail-at-N` fails at its N-th denoising step."""
 
-    def __init__(self) -> None:
-        super().__init__(lambda: FakeRunner(errors=self._error))
+    def __init__(self, image: MakeImage = fake_image) -> None:
+        super().__init__(lambda: FakeRunner(errors=self._error, image=image))
         self.prompts: dict[str, str] = {}
         """Of every request that reached the device, by its id."""
         self.images: dict[str, tuple[InputImage, ...]] = {}
@@ -155,15 +158,16 @@ def live_server(
     fetch_policy: FetchPolicy | None = None,
     protocol: type[asyncio.Protocol] = HttpProtocol,
     tls: tuple[Path, Path] | None = None,
+    image: MakeImage = fake_image,
     **config: Any,
 ) -> Iterator[LiveServer]:
     """Serve until the block ends. `settings`: of the server; `config`: of the engine; `wrap` changes the app;
-    `model`: a real one, without the fakes; `tls`: files of the key and the certificate."""
+    `model`: a real one, without the fakes; `tls`: files of the key and the certificate; `image`: see `FakeRunner`."""
     started: dict[str, Any] = {}
     is_up = threading.Event()
 
     async def serve() -> None:
-        device = FakeDevice()
+        device = FakeDevice(image)
         observer = PrometheusObserver(MODEL_NAME)
         if model is not None:
             omni = AsyncOmni(OmniDiffusionConfig(model=str(model), **config), observer=observer)

@@ -223,10 +223,12 @@ def test_encoding_runs_in_its_own_threads(http: httpx.Client) -> None:
     assert all(name.startswith("omni-encode") for name in threads)
 
 
-def test_base64_in_json_is_exact_across_chunks() -> None:
-    image = np.random.default_rng(0).bytes(2 * encoding._BASE64_CHUNK + 17)
+@pytest.mark.parametrize("size", [1, 2, 3, 2**20 + 1])
+def test_base64_in_json_is_exact(size: int) -> None:
+    image = np.random.default_rng(0).bytes(size)
+    before, after = encoding.json_around_image({"seed": 1})
     expected = b'{"b64_json":"' + base64.b64encode(image) + b'","seed":1}'
-    assert encoding.json_with_image(image, {"seed": 1}) == expected
+    assert encoding.base64_between(before, image, after) == expected
 
 
 def test_prompts_are_counted_in_a_thread_of_their_own() -> None:

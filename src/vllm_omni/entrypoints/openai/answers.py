@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from starlette.responses import Response, StreamingResponse
 
-from vllm_omni.entrypoints.openai.encoding import ImageEncoder, ImageFormat
+from vllm_omni.entrypoints.openai.encoding import ImageEncoder, ImageFormat, json_around_image
 from vllm_omni.entrypoints.openai.files import FileStore
 from vllm_omni.entrypoints.openai.protocol import (
     ImageData,
@@ -129,7 +129,7 @@ def base64_items(encoder: ImageEncoder, style: AnswerStyle) -> Callable[[np.ndar
     """Entries of `data` that carry the picture itself."""
 
     async def encode_item(pixels: np.ndarray, seed: int) -> bytes:
-        return await encoder.json(pixels, style.image_format, {"seed": seed})
+        return await encoder.base64(pixels, style.image_format, *json_around_image({"seed": seed}))
 
     return encode_item
 

@@ -47,7 +47,7 @@ def build_app(
     metrics.watch(omni.status)
     metrics.on_adapters(len(omni.config.lora_modules))
     files = FileStore(settings.media_ttl_seconds, settings.max_media_bytes)
-    encoder = ImageEncoder(settings.num_encoding_threads, metrics.on_encoded)
+    encoder = ImageEncoder(settings.num_encoding_threads, settings.num_band_threads, metrics.on_encoded)
     resolver = Resolver(omni, metrics)
     decoder = ImageDecoder(settings.num_encoding_threads)
     media = MediaFetcher(settings.allowed_media_domains, MAX_IMAGE_BYTES, fetch_policy)

@@ -18,7 +18,7 @@ from vllm_omni.entrypoints.openai.encoding import ImageEncoder
 from vllm_omni.entrypoints.openai.errors import ERROR_RESPONSES
 from vllm_omni.entrypoints.openai.images import ImageService
 from vllm_omni.entrypoints.openai.protocol import json_request_body
-from vllm_omni.entrypoints.openai.streaming import frame, is_done
+from vllm_omni.entrypoints.openai.streaming import frame, frame_around, is_done
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.omni import OutputStream
 from vllm_omni.outputs import OmniRequestOutput
@@ -58,7 +58,7 @@ class ChatAnswer:
                 return
             if is_done(output):
                 delta = {"role": "assistant", "content": "", "images": [{**_image_part(), "index": 0}]}
-                yield frame(await self._encoded(self._chunk(output, delta, None), output, 0))
+                yield await self._encoded(self._chunk(output, delta, None), output, 0, frame_around())
                 yield _event(self._chunk(output, {}, "stop"))
 
     async def response(self, output: OmniRequestOutput) -> Response:
@@ -82,10 +82,14 @@ class ChatAnswer:
         choice = {"index": output.index, "finish_reason": finish_reason, "seed": output.seeds[0], "delta": delta}
         return self._envelope("chat.completion.chunk") | {"choices": [choice]}
 
-    async def _encoded(self, value: dict[str, Any], output: OmniRequestOutput, index: int) -> bytes:
-        """`value` as JSON, in the place of its `_URL` the output's picture of that index."""
+    async def _encoded(
+        self, value: dict[str, Any], output: OmniRequestOutput, index: int, around: tuple[bytes, bytes] = (b"", b"")
+    ) -> bytes:
+        """`value` as JSON between `around`; the output's picture of that index replaces its `_URL`."""
+        image_format = self.style.image_format
         before, _, after = _json(value).rpartition(_URL.encode())
-        return await self.encoder.data_url(output.images[index], self.style.image_format, before, after)
+        before += b"data:%s;base64," % image_format.content_type.encode()
+        return await self.encoder.base64(output.images[index], image_format, around[0] + before, after + around[1])
 
 
 def _image_part() -> dict[str, Any]:

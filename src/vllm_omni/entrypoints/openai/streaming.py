@@ -14,7 +14,7 @@ from sse_starlette.sse import AppStatus, EventSourceResponse
 from starlette.types import Receive, Scope, Send
 
 from vllm_omni.entrypoints.openai.answers import AnswerStyle, usage
-from vllm_omni.entrypoints.openai.encoding import ImageEncoder
+from vllm_omni.entrypoints.openai.encoding import ImageEncoder, json_around_image
 from vllm_omni.entrypoints.openai.errors import error_body
 from vllm_omni.entrypoints.openai.protocol import ErrorResponse
 from vllm_omni.errors import RequestError
@@ -99,10 +99,17 @@ async def _event(
     kind: str, pixels: np.ndarray, fields: Mapping[str, Any], style: AnswerStyle, encoder: ImageEncoder
 ) -> bytes:
     shared = {"type": kind, "created_at": int(time.time()), **style.fields(pixels)}
-    return frame(await encoder.json(pixels, style.image_format, {**shared, **fields}), kind)
+    (start, end), (before, after) = frame_around(kind), json_around_image({**shared, **fields})
+    return await encoder.base64(pixels, style.image_format, start + before, after + end)
 
 
 def frame(data: bytes, kind: str | None = None) -> bytes:
     """One event as bytes: sse-starlette passes those through, where it would scan a string for line ends."""
+    start, end = frame_around(kind)
+    return b"".join((start, data, end))
+
+
+def frame_around(kind: str | None = None) -> tuple[bytes, bytes]:
+    """Bytes before and after an event's data."""
     name = b"" if kind is None else b"event: %s\r\n" % kind.encode()
-    return b"".join((name, b"data: ", data, b"\r\n\r\n"))
+    return name + b"data: ", b"\r\n\r\n"
