@@ -235,7 +235,7 @@ def test_a_schedule_that_calls_the_model_more_often_is_spread_over_the_steps(mod
     assert done == [2, 4, 6, 7]
     generator = torch.Generator("cpu").manual_seed(3)
     expected = pipeline(PROMPT, height=64, width=64, num_inference_steps=4, guidance_scale=1.0, generator=generator)
-    assert psnr(call.picture(), np.array(expected.images[0])) >= 60
+    assert psnr(call.picture().pixels.numpy(), np.array(expected.images[0])) >= 60
 
 
 class OlderPipeline:
@@ -272,7 +272,7 @@ def test_older_callbacks_and_other_numbers_of_steps(num_own_steps: int, has_bar:
         call.advance(step)
         counts.append(pipeline.seen.count("step"))
     assert counts == steps_after
-    assert call.picture().shape == (48, 64, 3)
+    assert call.picture().pixels.shape == (48, 64, 3)
     assert pipeline.seen == ["text", *["step"] * num_own_steps, "picture"]
 
 
