@@ -14,7 +14,6 @@ from diffusers import (
     AutoencoderKLFlux2,
     AutoencoderKLLTXVideo,
     AutoencoderKLWan,
-    DDIMScheduler,
     DiffusionPipeline,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -178,6 +177,7 @@ def _stable_diffusion() -> DiffusionPipeline:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=4,
+        use_linear_projection=True,
         cross_attention_dim=32,
         norm_num_groups=4,
     )
@@ -188,8 +188,8 @@ def _stable_diffusion() -> DiffusionPipeline:
         text_encoder=_clip(clip, CLIPTextModel),
         vae=_vae(4),
         unet=unet,
-        scheduler=DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
         ),
         safety_checker=StableDiffusionSafetyChecker(CLIPConfig(projection_dim=16, vision_config=vision)),
         feature_extractor=CLIPImageProcessor(crop_size=32, size={"shortest_edge": 32}),
