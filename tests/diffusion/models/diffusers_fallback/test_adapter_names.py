@@ -106,7 +106,7 @@ def merged_picture(pipeline: Any, layers: list[Layer], scale: float, **fields: A
         weight += scale * layer.delta
     generator = torch.Generator("cpu").manual_seed(3)
     values = {"height": 64, "width": 64, "num_inference_steps": 4, **fields}
-    picture = np.array(pipeline(PROMPT, generator=generator, **values).images[0])
+    picture = np.array(pipeline(prompt=PROMPT, generator=generator, **values).images[0])
     for weight, layer in zip(weights, layers, strict=True):
         weight -= scale * layer.delta
     return picture
@@ -316,3 +316,46 @@ def test_the_keys_are_named_and_counted(model_of: ModelOf, tmp_path: Path) -> No
         ConfigError, match=r"text_encoder_2\.[^,]*, text_encoder_2\.[^,]*, text_encoder_2\.[^,]* and 5 more$"
     ):
         start(model_of(FLUX), lora_modules={"moved": str(file)})
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_layer_that_is_split_keeps_its_change(model_of: ModelOf, tmp_path: Path, sparse: bool) -> None:
+    """Kohya's Flux has one layer for queries, keys and values; sparse: each of them uses its own part of the rank."""
+    pipeline = pipeline_of(model_of(FLUX))
+    rank, width, alpha = 6, 48, 3.0
+    generator = torch.Generator().manual_seed(5)
+    down, up = (torch.randn(shape, generator=generator) for shape in ((rank, width), (3 * width, rank)))
+    if sparse:
+        up *= torch.block_diag(*[torch.ones(width, rank // 3)] * 3)
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    file = tmp_path / "kohya.safetensors"
+    weights = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(alpha)}
+    save_file(weights, file)
+    layers = [
+        Layer("transformer", f"transformer_blocks.0.attn.{part}", down, rows, alpha)
+        for part, rows in zip(("to_q", "to_k", "to_v"), up.chunk(3), strict=True)
+    ]
+    request = request_of("a", seed=3, lora=LoRA("k", str(file), 1.0), **FIELDS[FLUX])
+    drive = Drive(start(model_of(FLUX))).run({0: [request]})
+    assert not drive.errors, drive.errors
+    assert psnr(drive.images["a"], merged_picture(pipeline, layers, 1.0, **FIELDS[FLUX])) >= 55
+
+
+def test_a_kronecker_product_is_its_merged_weights(model_of: ModelOf, tmp_path: Path) -> None:
+    """LoKr, with a factor that is stored whole and one that is a product; its alpha belongs to the rank of that one."""
+    name, rank, alpha = "Flux2KleinPipeline", 2, 1.0
+    pipeline = pipeline_of(model_of(name))
+    generator = torch.Generator().manual_seed(5)
+    outputs, inputs = layer_of(pipeline, "transformer", "transformer_blocks.0.attn.to_q").weight.shape
+    shapes = {"lokr_w1": (4, 4), "lokr_w2_a": (outputs // 4, rank), "lokr_w2_b": (rank, inputs // 4)}
+    weights = {part: torch.randn(shape, generator=generator) for part, shape in shapes.items()}
+    file = tmp_path / "lokr.safetensors"
+    key = "lycoris_transformer_blocks_0_attn_to_q"
+    save_file({**{f"{key}.{p}": w for p, w in weights.items()}, f"{key}.alpha": torch.tensor(alpha)}, file)
+    delta = torch.kron(weights["lokr_w1"], weights["lokr_w2_a"] @ weights["lokr_w2_b"])
+    layer = Layer("transformer", "transformer_blocks.0.attn.to_q", torch.eye(inputs), delta, inputs * alpha / rank)
+    fields: dict[str, Any] = {"guidance_scale": 1.0, "max_sequence_length": 64}
+    request = request_of("a", seed=3, lora=LoRA("k", str(file), 1.0), **fields)
+    drive = Drive(start(model_of(name))).run({0: [request]})
+    assert not drive.errors, drive.errors
+    assert psnr(drive.images["a"], merged_picture(pipeline, [layer], 1.0, **fields)) >= 55

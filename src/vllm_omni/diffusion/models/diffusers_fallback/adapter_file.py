@@ -202,7 +202,7 @@ class AdapterFile:
         ranks = [factor[0].shape[1] for factor in factors if len(factor) == 2]
         used = (*names[0], *names[1])
         # The scale belongs to the rank: with both factors whole there is none.
-        scale = self._scale((layer,), ranks[0]) if ranks else 1.0
+        scale = self._scale((layer,), ranks[-1]) if ranks else 1.0
         return Kronecker(used, (factors[0], factors[1]), scale)
 
     def _scale(self, layers: tuple[str, ...], rank: int) -> float:
