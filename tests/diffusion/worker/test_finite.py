@@ -181,9 +181,11 @@ def test_float16_that_overflows_says_so(tmp_path: Path) -> None:
     assert not Drive(start(path, dtype="bfloat16")).run({0: [request]}).errors
 
 
-def test_guidance_that_overflows_is_the_callers_error(runner: ModelRunner) -> None:
-    request = make_request("a", negative_prompt="", true_cfg_scale=1e300)
-    expected = "true_cfg_scale 1e+300 made values that are not numbers (NaN or infinite); up to 100 is usual"
+@pytest.mark.parametrize("scale", [1e30, 1e300])
+def test_guidance_that_overflows_is_the_callers_error(runner: ModelRunner, scale: float) -> None:
+    """The first one overflows in the norm of the velocity alone."""
+    request = make_request("a", negative_prompt="", true_cfg_scale=scale)
+    expected = f"true_cfg_scale {scale:g} made values that are not numbers (NaN or infinite); up to 100 is usual"
     assert Drive(runner).run({0: [request]}).errors == {"a": ItemError(expected, "invalid", param="true_cfg_scale")}
 
 
