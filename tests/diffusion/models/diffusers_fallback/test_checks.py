@@ -6,12 +6,15 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler, UniPCMultistepScheduler
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -116,6 +119,26 @@ def test_a_pipeline_without_a_processor_is_seen_where_it_rounds() -> None:
         assert check.is_finite() == finite
     check.see_latents(torch.tensor([1.0, INFINITY]))
     assert not check.is_finite()
+
+
+@pytest.mark.parametrize("value", [0.5, NAN])
+def test_processors_tell_their_pixels_and_make_the_same_of_them(value: float) -> None:
+    """Of pictures and of each frame of a video; those of the pipeline itself tell nothing."""
+    processors = {"image_processor": VaeImageProcessor(), "video_processor": VideoProcessor()}
+    for name, call, shape in (
+        ("image_processor", "postprocess", (1, 3, 4, 4)),
+        ("video_processor", "postprocess_video", (1, 3, 2, 4, 4)),
+    ):
+        copied = SimpleNamespace(**processors)
+        check = FiniteCheck(copied)
+        pixels = torch.rand(shape)
+        pixels.view(-1)[-1] = value
+        made = getattr(getattr(copied, name), call)(pixels, output_type="np")
+        assert np.array_equal(made, getattr(processors[name], call)(pixels, output_type="np"), equal_nan=True)
+        assert check.is_finite() == (value == 0.5)
+        fresh = FiniteCheck(SimpleNamespace())
+        getattr(processors[name], call)(pixels, output_type="np")
+        assert fresh.is_finite()
 
 
 def test_a_picture_that_the_safety_checker_replaced_is_reported(copy_of: CopyOf) -> None:
