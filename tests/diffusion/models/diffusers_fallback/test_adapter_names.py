@@ -21,6 +21,8 @@ from tests.diffusion.models.diffusers_fallback.conftest import ModelOf
 from tests.diffusion.models.diffusers_fallback.test_pictures import PROMPT, request_of
 from tests.diffusion.worker.driving import Drive, psnr
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.models.diffusers_fallback.adapter_check import unplaced_keys
+from vllm_omni.diffusion.models.diffusers_fallback.adapter_file import AdapterFile
 from vllm_omni.diffusion.registry import load_model_info
 from vllm_omni.diffusion.request import LoRA
 from vllm_omni.diffusion.worker.runner import ModelRunner
@@ -359,3 +361,39 @@ def test_a_kronecker_product_is_its_merged_weights(model_of: ModelOf, tmp_path: 
     drive = Drive(start(model_of(name))).run({0: [request]})
     assert not drive.errors, drive.errors
     assert psnr(drive.images["a"], merged_picture(pipeline, [layer], 1.0, **fields)) >= 55
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_models_of_16_bits_take_adapters_by_their_rounded_weights(
+    model_of: ModelOf, tmp_path: Path, dtype: str
+) -> None:
+    for name, naming in ((FLUX, peft_with_alphas), (SDXL, kohya), (SD3, peft)):
+        layers = draw(pipeline_of(model_of(name)), LAYERS[name], 4, (2.0, 8.0, 4.0))
+        file = save(layers, naming, tmp_path / f"{name}.safetensors")
+        start(model_of(name), dtype=dtype, lora_modules={"style": str(file)})
+    # An alpha that is a tenth larger is seen.
+    layers[0] = replace(layers[0], alpha=1.1 * layers[0].alpha)
+    other = AdapterFile.read(save(layers, naming, tmp_path / "other.safetensors"))
+    runner: Any = start(model_of(name), dtype=dtype, lora_modules={"style": str(file)})
+    models = runner.pipeline._adapters._models().values()
+    assert unplaced_keys(AdapterFile.read(file), models, "adapter_0") == []
+    assert unplaced_keys(other, models, "adapter_0") == list(naming(layers[0]))
+
+
+def test_magnitudes_are_diffusers_own(model_of: ModelOf, tmp_path: Path) -> None:
+    """DoRA, which has a further weight for each layer."""
+    pipeline = pipeline_of(model_of(SDXL))
+    layers = draw(pipeline, {"unet": LAYERS[SDXL]["unet"]}, 6, (RANK,))
+    more = {
+        f"unet.{layer.name}.lora_magnitude_vector": 1 + torch.rand(len(layer.up), generator=torch.Generator())
+        for layer in layers
+    }
+    file = tmp_path / "dora.safetensors"
+    save_file({key: w for layer in layers for key, w in peft(layer).items()} | more, file)
+    request = request_of("a", seed=3, lora=LoRA("d", str(file), 1.0), **FIELDS[SDXL])
+    drive = Drive(start(model_of(SDXL))).run({0: [request]})
+    assert not drive.errors, drive.errors
+    pipeline.load_lora_weights(str(tmp_path), weight_name=file.name, adapter_name="d")
+    assert psnr(drive.images["a"], merged_picture(pipeline, [], 1.0, **FIELDS[SDXL])) >= 55
+    pipeline.unload_lora_weights()
+    assert psnr(drive.images["a"], merged_picture(pipeline, layers, 1.0, **FIELDS[SDXL])) < 50  # without the magnitudes
