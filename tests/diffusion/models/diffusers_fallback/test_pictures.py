@@ -19,6 +19,7 @@ from PIL import Image
 from tests.diffusion.models.diffusers_fallback.conftest import ModelOf, RunnerOf
 from tests.diffusion.worker.driving import Drive, make_request, psnr
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.models.base import Picture
 from vllm_omni.diffusion.models.diffusers_fallback.info import MAX_INTERLEAVED
 from vllm_omni.diffusion.models.diffusers_fallback.pipeline import Pipeline, PipelineCall
 from vllm_omni.diffusion.plan import StepPlan
@@ -296,7 +297,8 @@ def test_a_call_runs_with_its_own_device_made_current(monkeypatch: pytest.Monkey
 
 def test_a_picture_of_another_size_is_not_delivered(runner_of: RunnerOf, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = runner_of("FluxPipeline")
-    monkeypatch.setattr(PipelineCall, "picture", lambda self: np.zeros((64, 48, 3), np.uint8))
+    small = Picture(torch.zeros((64, 48, 3), dtype=torch.uint8), torch.tensor(True))
+    monkeypatch.setattr(PipelineCall, "picture", lambda self: small)
     request = request_of("a", guidance_scale=3.5, max_sequence_length=64)
     drive = Drive(runner).run({0: [request]})
     assert "a" not in drive.images
