@@ -1,4 +1,4 @@
-"""Tiny random models that no packed family serves: Flux, Stable Diffusion 3 and XL, what edits with them, Wan
+"""Tiny random models that no packed family serves: Flux, Stable Diffusion 1, 3 and XL, what edits with them, Wan
 and LTX."""
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -34,9 +35,13 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -162,6 +167,45 @@ def _stable_diffusion_3() -> DiffusionPipeline:
     )
 
 
+def _stable_diffusion() -> DiffusionPipeline:
+    """With a safety checker, which finds something at random: see `set_safety_checker`."""
+    clip = _clip_tokenizer()
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+        use_linear_projection=True,
+        cross_attention_dim=32,
+        norm_num_groups=4,
+    )
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 32, "patch_size": 8, "projection_dim": 16}
+    return StableDiffusionPipeline(
+        tokenizer=clip,
+        text_encoder=_clip(clip, CLIPTextModel),
+        vae=_vae(4),
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+        ),
+        safety_checker=StableDiffusionSafetyChecker(CLIPConfig(projection_dim=16, vision_config=vision)),
+        feature_extractor=CLIPImageProcessor(crop_size=32, size={"shortest_edge": 32}),
+    )
+
+
+def set_safety_checker(model: Path, *, blocks: bool) -> None:
+    """Make the safety checker of a model folder find something in every picture, or in none."""
+    file = model / "safety_checker" / "model.safetensors"
+    weights = load_file(file)
+    # A concept is found in pictures that are nearer to it than this; cosines lie in [-1, 1].
+    for name in ("concept_embeds_weights", "special_care_embeds_weights"):
+        weights[name].fill_(-2.0 if blocks else 2.0)
+    save_file(weights, file, {"format": "pt"})
+
+
 def _stable_diffusion_xl() -> DiffusionPipeline:
     clip = _clip_tokenizer()
     unet = UNet2DConditionModel(
@@ -283,6 +327,7 @@ _BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "WanPipeline": _wan,
     "FluxPipeline": _flux,
     "StableDiffusion3Pipeline": _stable_diffusion_3,
+    "StableDiffusionPipeline": _stable_diffusion,
     "StableDiffusionXLPipeline": _stable_diffusion_xl,
 }
 

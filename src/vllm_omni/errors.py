@@ -5,7 +5,8 @@ OmniError
 │   └── NotAvailableError    a flag that parses but whose feature is not built yet
 ├── RequestError             one request cannot be served (carries the HTTP status)
 │   ├── InvalidRequestError  400  a field is wrong; `param` names it
-│   │   └── UnsupportedParameterError  the model has no such parameter
+│   │   ├── UnsupportedParameterError  the model has no such parameter
+│   │   └── ModerationBlockedError  the model's own safety checker blocked the picture
 │   ├── ModelNotFoundError   404
 │   ├── QueueFullError       429  `retry_after` seconds
 │   ├── UnavailableError     503  draining, starting or restarting; `retry_after` seconds
@@ -67,6 +68,13 @@ class UnsupportedParameterError(InvalidRequestError):
     def message_among(self, names: Container[str]) -> str:
         """The message for callers who can give no other parameters than `names`."""
         return self._refusal + ", ".join(name for name in self._taken if name in names)
+
+
+class ModerationBlockedError(InvalidRequestError):
+    """A picture that the model's own safety checker has replaced."""
+
+    type = "image_generation_user_error"
+    code = "moderation_blocked"
 
 
 class ModelNotFoundError(RequestError):

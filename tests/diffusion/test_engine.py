@@ -22,6 +22,7 @@ from vllm_omni.errors import (
     ConfigError,
     GenerationError,
     InvalidRequestError,
+    ModerationBlockedError,
     QueueFullError,
     RequestAbortedError,
     UnavailableError,
@@ -256,6 +257,29 @@ async def test_one_failure_leaves_the_others_alone(caplog: pytest.LogCaptureFixt
     told = {record.levelname: record.getMessage() for record in caplog.records}
     assert told["INFO"] == "request wrong is refused: no"
     assert told["ERROR"] == "request bad failed (internal): weights are on fire\nTraceback"
+
+
+async def test_pictures_that_are_none_end_as_what_they_are() -> None:
+    """The decode's picture fails after its steps, a preview's before them; the client is told the cause."""
+    overflowed = ItemError("float16 overflowed: use bfloat16 (--dtype bfloat16)", "not_finite")
+    errors = {("late", "decode", 4): overflowed, ("early", "denoise", 2): overflowed}
+    errors["blocked", "decode", 4] = ItemError("the safety checker blocked it", "blocked")
+    runner = lambda: FakeRunner(errors=lambda *when: errors.get(when))  # noqa: E731
+    observer = Recorder()
+    async with running_engine(FakeExecutor(runner), observer) as engine:
+        events = await read_until_done(engine.add([now_request(id) for id in ("a", "late", "early", "blocked")]), 4)
+        await until(lambda: engine.status().num_running == 0)
+    told = {event.request_id: event.error for event in events if isinstance(event, Failed)}
+    assert {i: type(error) for i, error in told.items()} == {
+        "late": GenerationError,
+        "early": GenerationError,
+        "blocked": ModerationBlockedError,
+    }
+    assert str(told["late"]) == str(told["early"]) == overflowed.message
+    assert (told["blocked"].status, told["blocked"].code) == (400, "moderation_blocked")
+    assert told["blocked"].type == "image_generation_user_error"
+    outcomes = [("a", "completed"), ("blocked", "refused"), ("early", "failed"), ("late", "failed")]
+    assert sorted(observer.outcomes) == outcomes
 
 
 @pytest.mark.parametrize("always", [False, True])

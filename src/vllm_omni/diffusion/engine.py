@@ -37,6 +37,7 @@ from vllm_omni.errors import (
     ConfigError,
     GenerationError,
     InvalidRequestError,
+    ModerationBlockedError,
     RequestAbortedError,
     RequestError,
     UnavailableError,
@@ -320,7 +321,7 @@ class DiffusionEngine:
     def _apply(self, update: Update) -> None:
         """End what failed, forget the timings of what starts again."""
         for request_id, error in update.failed.items():
-            if error.kind == "invalid":
+            if error.kind in ("invalid", "blocked"):
                 logger.info("request %s is refused: %s", request_id, error.message)
             else:
                 logger.error("request %s failed (%s): %s\n%s", request_id, error.kind, error.message, error.traceback)
@@ -429,9 +430,13 @@ def _outcome_of(error: RequestError) -> str:
 
 
 def _request_error(error: ItemError) -> RequestError:
-    """The tracebacks and paths of a fault stay in the log; only a wrong input is explained to the client."""
+    """The tracebacks and paths of a fault stay in the log; the client is told what it or the operator can change."""
     if error.kind == "invalid":
         return InvalidRequestError(error.message, param=error.param)
+    if error.kind == "blocked":
+        return ModerationBlockedError(error.message)
+    if error.kind == "not_finite":
+        return GenerationError(error.message)
     if error.kind == "out_of_memory":
         return GenerationError("the device has not enough memory for this request")
     return GenerationError("the device failed on this request")

@@ -41,9 +41,10 @@ class ItemError:
 
     message: str
     kind: str
-    """`out_of_memory`, `invalid` or `internal`."""
+    """`out_of_memory`, `invalid`, `blocked` (by the model's own safety checker), `not_finite` (latents or pixels are
+    NaN or infinite) or `internal`."""
     traceback: str = ""
-    """None of an `invalid` request: nothing of ours failed."""
+    """Empty unless an exception of ours is the reason."""
     param: str | None = None
     """Of an `invalid` request, the parameter that is wrong."""
 

@@ -35,22 +35,29 @@ def resolution_shift(num_tokens: int, base_tokens: int, max_tokens: int, base_sh
 def combine_guidance(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance, rescaled token by token to the norm of the conditional velocity.
 
-    positive, negative: [tokens, channels].
+    positive, negative: [tokens, channels]. A norm that overflows makes the velocity NaN.
     """
     combined = negative + scale * (positive - negative)
-    norm: Tensor = torch.norm(positive, dim=-1, keepdim=True) / torch.norm(combined, dim=-1, keepdim=True)
-    return combined * norm
+    length = torch.norm(combined, dim=-1, keepdim=True)
+    ratio: Tensor = torch.norm(positive, dim=-1, keepdim=True) / length
+    return combined * _unless_infinite(ratio, length)
 
 
 def combine_bounded(positive: Tensor, negative: Tensor, scale: float, max_growth: float) -> Tensor:
     """Classifier-free guidance of a whole picture; where max_growth is not 0, its norm is at most so many times that
-    of the conditional velocity.
+    of the conditional velocity. A norm that overflows makes the velocity NaN.
     """
     combined = negative + scale * (positive - negative)
     if max_growth == 0:
         return combined
     growth: Tensor = torch.linalg.vector_norm(combined) / torch.linalg.vector_norm(positive)
-    return combined * (max_growth / growth).clamp(max=1)
+    return combined * _unless_infinite((max_growth / growth).clamp(max=1), growth)
+
+
+def _unless_infinite(ratio: Tensor, divisor: Tensor) -> Tensor:
+    """`ratio`, and NaN where `divisor` is infinite: 0 would make a velocity of zero, and of the noise a result that
+    looks like a success. No read from the device: infinity * 0 is NaN."""
+    return ratio + 0 * divisor
 
 
 def predict_clean(latents: Tensor, velocity: Tensor, sigma: float) -> Tensor:

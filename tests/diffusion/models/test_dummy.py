@@ -76,7 +76,7 @@ def test_values_stay_finite_and_runs_repeat(bare: Path) -> None:
             state.settle()
         assert state.latents.isfinite().all()
         assert branches[0].std() > 0.01
-        (picture,) = pipeline.decode([state.request], [state.latents])
+        ((picture, *_),) = pipeline.decode([state.request], [state.latents])
     assert picture.float().std() > 0
     again = draw(Place(), DiffusionParallelConfig(), bare)
     assert again is not None

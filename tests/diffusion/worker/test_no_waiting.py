@@ -130,6 +130,25 @@ def test_a_read_in_a_step_is_seen(tiny_model: Path, gpu: FakeGpu, monkeypatch: p
     assert "HostWaitsError: item reads from the device" in drive.errors["a"].traceback
 
 
+@pytest.mark.parametrize("model", ["tiny_model", "tiny_z_image"])
+def test_what_is_no_number_is_found_without_waiting(
+    model: str, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    runner = started(request.getfixturevalue(model), gpu)
+    combine = runner.pipeline.combine
+
+    def spoiling(state: RequestState, branches: Sequence[Tensor]) -> Tensor:
+        return combine(state, branches) * (float("nan") if state.request.request_id == "bad" else 1.0)
+
+    monkeypatch.setattr(runner.pipeline, "combine", spoiling)
+    previewed = make_request("bad", num_inference_steps=3, preview_steps=(2,))
+    with gpu:
+        drive = Drive(runner).run({0: [make_request("good"), previewed]})
+        unseen = Drive(runner).run({0: [make_request("bad", num_inference_steps=2)]})
+    assert (drive.errors["bad"].kind, set(drive.images)) == ("not_finite", {"good"})
+    assert (unseen.errors["bad"].kind, unseen.images) == ("not_finite", {})
+
+
 WAITS: list[Callable[[Tensor], object]] = [
     lambda x: x.sum().item(),
     lambda x: float(x.sum()),

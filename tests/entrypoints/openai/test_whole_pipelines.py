@@ -24,7 +24,7 @@ from tests.diffusion.worker.driving import psnr
 from tests.entrypoints.openai.live_server import FAKE_EDIT_INFO, FAKE_INFO, MODEL_NAME, LiveServer, live_server
 from tests.entrypoints.openai.test_image_edits import EDITS, data_url, file_of, pixels
 from tests.entrypoints.openai.test_probes_and_metrics import read_metrics
-from tests.tiny_diffusers import build_tiny_diffusers
+from tests.tiny_diffusers import build_tiny_diffusers, set_safety_checker
 from tests.tiny_models import photo
 from vllm_omni.diffusion import intake
 from vllm_omni.diffusion.registry import WholePipeline
@@ -63,6 +63,29 @@ def expected(model: Path) -> np.ndarray:
     generator = torch.Generator("cpu").manual_seed(5)
     arguments = {"image": PHOTO, "strength": 0.75, "num_inference_steps": 4}
     return np.array(pipeline(PROMPT, generator=generator, **arguments).images[0])
+
+
+def test_a_blocked_picture_is_openais_error(tmp_path: Path) -> None:
+    """One of `n` that is blocked fails the request; so does one of a stream."""
+    path = build_tiny_diffusers("StableDiffusionPipeline", tmp_path / "sd")
+    set_safety_checker(path, blocks=True)
+    with live_server(model=path, distributed_executor_backend="uni") as running:
+        for more in ({}, {"n": 2}):
+            response = httpx.post(
+                running.url + GENERATIONS, timeout=60, json={"prompt": PROMPT, "size": "64x64", **more}
+            )
+            assert response.status_code == 400
+            assert response.headers["x-should-retry"] == "false"
+            assert response.json()["error"] == {
+                "message": "the model's safety checker blocked the picture",
+                "type": "image_generation_user_error",
+                "param": None,
+                "code": "moderation_blocked",
+            }
+        response = httpx.post(
+            running.url + GENERATIONS, timeout=60, json={"prompt": PROMPT, "size": "64x64", "stream": True}
+        )
+        assert '"code":"moderation_blocked"' in response.text.replace(" ", "")
 
 
 def refusal(response: httpx.Response) -> tuple[str, str]:

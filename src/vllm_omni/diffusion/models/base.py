@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Self, TypeVar
+from typing import Generic, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -50,6 +50,17 @@ class RequestState:
     def settle(self) -> int:
         """After a step: how many of the branches that this rank computed came from a cache."""
         return sum([slot.settle() for slot in self.cache_slots if slot is not None])
+
+
+class Picture(NamedTuple):
+    """One decoded picture or video, on the device."""
+
+    pixels: Tensor
+    """uint8 [height, width, 3], of a video [frames, height, width, 3]."""
+    is_finite: Tensor
+    """Bool []: whether the pixels were numbers before they were rounded to bytes."""
+    is_blocked: bool = False
+    """Whether the model's own safety checker has replaced the picture."""
 
 
 State = TypeVar("State", bound=RequestState)
@@ -118,8 +129,8 @@ class BasePipeline(ABC, Generic[State]):
         """The final latents as foreseen from a velocity, before `advance`."""
 
     @abstractmethod
-    def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[Tensor]:
-        """Pictures, uint8 [height, width, 3], or videos, [frames, height, width, 3], on the device.
+    def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[Picture]:
+        """Pixels of the latents, as the family's state holds them.
 
         Of ranks that share a decode the first has them, the others get [].
         """

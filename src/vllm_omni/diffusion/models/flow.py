@@ -10,8 +10,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from vllm_omni.diffusion.distributed.mesh import Mesh
-from vllm_omni.diffusion.models.base import BasePipeline, RequestState
+from vllm_omni.diffusion.models.base import BasePipeline, Picture, RequestState
 from vllm_omni.diffusion.models.recorded import Recordings
+from vllm_omni.diffusion.models.schedule import with_one_step_schedules
 from vllm_omni.diffusion.models.sharding import Sharding
 from vllm_omni.diffusion.packing import MembershipCache
 from vllm_omni.diffusion.request import DiffusionRequest
@@ -43,7 +44,7 @@ class Layout(Generic[Forward]):
 
 
 class Decoder(Protocol):
-    def __call__(self, latents: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> list[Tensor]:
+    def __call__(self, latents: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> list[Picture]:
         """Token latents, and rows and columns of tokens, of each picture -> uint8 [height, width, 3]."""
         ...
 
@@ -54,7 +55,7 @@ class FlowPipeline(BasePipeline[State], Generic[State, Forward]):
     ) -> None:
         """scheduler: the template of every request's."""
         self.decoder = decoder
-        self._scheduler = scheduler
+        self._scheduler = with_one_step_schedules(scheduler)
         self._pixels_per_token = pixels_per_token
         self._mesh = mesh
         self._layouts: MembershipCache[Layout[Forward]] = MembershipCache()
@@ -71,7 +72,7 @@ class FlowPipeline(BasePipeline[State], Generic[State, Forward]):
     def predict_clean(self, state: State, velocity: Tensor) -> Tensor:
         return predict_clean(state.latents, velocity, float(state.scheduler.sigmas[state.step]))
 
-    def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[Tensor]:
+    def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[Picture]:
         return self.decoder(latents, [self._grid(request) for request in requests])
 
     def release_memory(self) -> None:

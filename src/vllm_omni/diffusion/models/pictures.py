@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from vllm_omni.diffusion.distributed.groups import Group
+from vllm_omni.diffusion.models.base import Picture
+from vllm_omni.diffusion.models.finite import each_is_finite
 from vllm_omni.diffusion.models.shared_decode import SharedDecoder
 from vllm_omni.diffusion.models.tiles import Tiling
 
@@ -39,7 +41,7 @@ class LatentDecoder:
         self._one_at_a_time = one_at_a_time
         self._shared = SharedDecoder(vae, decode_tile, tiling, scale, group) if group.size > 1 else None
 
-    def __call__(self, latents: Sequence[Tensor]) -> list[Tensor]:
+    def __call__(self, latents: Sequence[Tensor]) -> list[Picture]:
         """latents: [1, channels, ..., height / scale, width / scale] of each picture -> uint8 [height, width, 3].
 
         All ranks of the group must call with the same latents; the pictures come on its first rank, [] on the others.
@@ -47,7 +49,7 @@ class LatentDecoder:
         if self._shared is None:
             return [picture for batch in self._batches(latents) for picture in self._decode(batch)]
         calls = [[x] for x in latents] if self._one_at_a_time else [latents]
-        return [picture for call in calls for pixels in self._shared(call) for picture in to_uint8(pixels)]
+        return [picture for call in calls for pixels in self._shared(call) for picture in to_pictures(pixels)]
 
     def _batches(self, latents: Sequence[Tensor]) -> Iterator[Tensor]:
         """Neighbours of one size together."""
@@ -55,12 +57,14 @@ class LatentDecoder:
             most = 1 if self._one_at_a_time else max(1, MAX_BATCH_PIXELS // (height * width * self._scale**2))
             yield from torch.cat(list(run)).split(most)
 
-    def _decode(self, latents: Tensor) -> list[Tensor]:
-        return to_uint8(self._vae.decode(latents, return_dict=False)[0])
+    def _decode(self, latents: Tensor) -> list[Picture]:
+        return to_pictures(self._vae.decode(latents, return_dict=False)[0])
 
 
-def to_uint8(pixels: Tensor) -> list[Tensor]:
-    """[pictures, 3, ..., height, width] in [-1, 1], with nothing or 1 in between -> [height, width, 3] each."""
+def to_pictures(pixels: Tensor) -> list[Picture]:
+    """[pictures, 3, ..., height, width] in [-1, 1], with nothing or 1 in between -> uint8 [height, width, 3] each."""
     pixels = pixels.reshape(len(pixels), 3, *pixels.shape[-2:])
+    finite = each_is_finite(pixels)
     pixels = (pixels * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float()
-    return list((pixels * 255).round().to(torch.uint8).contiguous())
+    rounded = (pixels * 255).round().to(torch.uint8).contiguous()
+    return [Picture(*picture) for picture in zip(rounded, finite, strict=True)]

@@ -2,36 +2,58 @@
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.models.base import BasePipeline, RequestState
-from vllm_omni.diffusion.plan import ItemError, StepPlan, StepResult, WorkerReady
+from vllm_omni.diffusion.models.base import BasePipeline, Picture, RequestState
+from vllm_omni.diffusion.models.finite import is_finite
+from vllm_omni.diffusion.plan import StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.registry import ModelInfo, WholePipeline
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.diffusion.worker.attention import choose_attention
 from vllm_omni.diffusion.worker.compiling import compile_variants, run_variants
 from vllm_omni.diffusion.worker.contract import Place
 from vllm_omni.diffusion.worker.device import Device, Stopwatch, is_out_of_memory
+from vllm_omni.diffusion.worker.item_errors import item_error, not_finite_error
 from vllm_omni.diffusion.worker.kernels import check_kernels
 from vllm_omni.diffusion.worker.ranks import PeerFailedError, Ranks, RanksLostError, connect
 from vllm_omni.diffusion.worker.warmup import Rates, warm_up, warm_up_whole
 from vllm_omni.diffusion.worker.weights_bar import WeightsBar
-from vllm_omni.errors import ConfigError, InvalidRequestError
+from vllm_omni.errors import ConfigError, InvalidRequestError, ModerationBlockedError
 
 CACHE_SHARE = 0.25
 """Of the memory that is free after the warm-up, what step caches may keep; what does not fit is a miss."""
 
 Item = TypeVar("Item")
 Output = TypeVar("Output")
+
+
+@dataclass(frozen=True)
+class CheckedPicture:
+    """A decoded picture on the device."""
+
+    request: DiffusionRequest
+    pixels: Tensor
+    finite: Tensor
+    """Bool [2]: whether the latents of its request's state are numbers, and whether its pixels are."""
+
+
+@dataclass(frozen=True)
+class DownloadedPicture:
+    """The same on the host."""
+
+    request: DiffusionRequest
+    pixels: np.ndarray
+    has_finite_latents: bool
+    has_finite_pixels: bool
 
 
 class ModelRunner:
@@ -51,6 +73,7 @@ class ModelRunner:
         self._info = info
         self._place = place or Place()
         self._device = Device(config.device, self._place.device_index)
+        self._dtype = self._device.dtype(config.dtype)
         self._decodes = self._device.stream(beside=config.overlap_decode)
         self._compile_blocks = compile_blocks
         self._ranks = Ranks()
@@ -74,7 +97,7 @@ class ModelRunner:
     @torch.inference_mode()
     def start(self) -> WorkerReady:
         """Load the weights, run once, and measure. Raises ConfigError for a folder that cannot be served."""
-        dtype = self._device.dtype(self._config.dtype)
+        dtype = self._dtype
         if self._config.quantization == "fp8":
             self._device.check_float8(dtype)
         self._config = replace(self._config, kernels=self._device.kernels(self._config.kernels))
@@ -166,8 +189,9 @@ class ModelRunner:
         with watch.measure("denoise"):
             clean = self._denoise([i for i in plan.denoise if i in live], plan, result)
         latents = {i: self._states[i].latents for i in plan.decode if i in live}
-        with self._decodes.after([*clean.values(), *latents.values()]), watch.measure("decode"):
-            previews, images = (self._device.download(self._decode(x, result)) for x in (clean, latents))
+        inputs = [*clean.values(), *latents.values(), *(self._states[i].latents for i in clean)]
+        with self._decodes.after(inputs), watch.measure("decode"):
+            previews, images = (self._download(self._decode(x, result)) for x in (clean, latents))
         for request_id in [*result.errors, *self._failed_elsewhere]:
             self._drop(request_id)
         self._failed_elsewhere.clear()
@@ -176,7 +200,8 @@ class ModelRunner:
         result.peak_memory_bytes = self._device.peak_memory_bytes()
 
         def wait() -> StepResult:
-            result.previews, result.images = previews(), images()
+            self._take_previews(previews(), result)
+            self._take_images(images(), result)
             seconds = watch.seconds()
             result.encode_seconds = seconds["encode"]
             result.denoise_seconds = seconds["denoise"]
@@ -243,19 +268,61 @@ class ModelRunner:
         result.advanced = list(self._each(advancing, _id_of_state, finish, result, together=False))
         return {i: latents for i, latents in clean.items() if i in result.advanced}
 
-    def _decode(self, latents: dict[str, Tensor], result: StepResult) -> dict[str, Tensor]:
-        """Decodes are dealt to the ranks, or to the groups of ranks that share one; each returns what it made."""
+    def _decode(self, latents: dict[str, Tensor], result: StepResult) -> dict[str, CheckedPicture]:
+        """Decodes are dealt to the ranks, or to the groups of ranks that share one; each returns what it made.
+
+        The check of the latents is that of the request's state, of which `latents` may be a prediction.
+        """
         mesh = self._ranks.mesh
         num_groups = mesh.world.size // mesh.vae.size
         mine = list(latents)[mesh.world.rank // mesh.vae.size :: num_groups]
 
-        def decode(batch: Sequence[DiffusionRequest]) -> Sequence[Tensor | None]:
-            pictures: Sequence[Tensor] = self.pipeline.decode(batch, [latents[request.request_id] for request in batch])
-            return pictures or [None] * len(batch)
+        def decode(batch: Sequence[DiffusionRequest]) -> Sequence[CheckedPicture | None]:
+            ids = [request.request_id for request in batch]
+            pictures: Sequence[Picture] = self.pipeline.decode(batch, [latents[i] for i in ids])
+            if any(picture.is_blocked for picture in pictures):
+                raise ModerationBlockedError("the model's safety checker blocked the picture")
+            if not pictures:  # another rank of the group has them
+                return [None] * len(batch)
+            finite = [torch.stack((is_finite(self._states[i].latents), p.is_finite)) for i, p in zip(ids, pictures)]
+            return [CheckedPicture(r, p.pixels, flags) for r, p, flags in zip(batch, pictures, finite, strict=True)]
 
         requests = [self._requests[i] for i in mine]
         decoded = self._together(requests, lambda request: request.request_id, decode, result, mesh.vae.size > 1)
         return {request_id: picture for request_id, picture in decoded.items() if picture is not None}
+
+    def _download(self, pictures: Mapping[str, CheckedPicture]) -> Callable[[], dict[str, DownloadedPicture]]:
+        """Begin to copy pictures with their flags; the call that is returned waits for the copies."""
+        arrays = self._device.download(
+            {f"pixels {i}": picture.pixels for i, picture in pictures.items()}
+            | {f"finite {i}": picture.finite for i, picture in pictures.items()}
+        )
+
+        def downloaded() -> dict[str, DownloadedPicture]:
+            values = arrays()
+            return {
+                i: DownloadedPicture(picture.request, values[f"pixels {i}"], *map(bool, values[f"finite {i}"]))
+                for i, picture in pictures.items()
+            }
+
+        return downloaded
+
+    def _take_images(self, pictures: Mapping[str, DownloadedPicture], result: StepResult) -> None:
+        """A picture is the result only if all its values were numbers; otherwise its request fails."""
+        for request_id, picture in pictures.items():
+            if picture.has_finite_latents and picture.has_finite_pixels:
+                result.images[request_id] = picture.pixels
+            else:
+                result.errors[request_id] = not_finite_error(picture.request, self._info, self._dtype)
+
+    def _take_previews(self, pictures: Mapping[str, DownloadedPicture], result: StepResult) -> None:
+        """Latents that are not finite never become finite again, so their request fails now and not at its end. A
+        prediction alone may be beyond the VAE's range: it is skipped, and the picture is checked when it is done."""
+        for request_id, picture in pictures.items():
+            if not picture.has_finite_latents:
+                result.errors[request_id] = not_finite_error(picture.request, self._info, self._dtype)
+            elif picture.has_finite_pixels:
+                result.previews[request_id] = picture.pixels
 
     def _together(
         self,
@@ -297,7 +364,7 @@ class ModelRunner:
                 self._failed_elsewhere.append(id_of(item))
             except Exception as error:
                 # One request's fault, of whatever kind, must not reach its neighbours.
-                result.errors[id_of(item)] = _item_error(error)
+                result.errors[id_of(item)] = item_error(error)
                 self._release_memory(error)
         return outputs
 
@@ -316,11 +383,3 @@ class ModelRunner:
 
 def _id_of_state(state: RequestState) -> str:
     return state.request.request_id
-
-
-def _item_error(error: Exception) -> ItemError:
-    if is_out_of_memory(error):
-        return ItemError("the device ran out of memory on this request", "out_of_memory", traceback.format_exc())
-    if isinstance(error, InvalidRequestError):
-        return ItemError(str(error), "invalid", param=error.param)
-    return ItemError(str(error) or type(error).__name__, "internal", traceback.format_exc())

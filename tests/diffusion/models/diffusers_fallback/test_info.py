@@ -23,6 +23,7 @@ from tests.diffusion.models.diffusers_fallback.conftest import ModelOf
 from tests.tiny_diffusers import CLIP_TOKENS, T5_TOKENS
 from vllm_omni import AsyncOmni
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
+from vllm_omni.diffusion.models.base import Picture
 from vllm_omni.diffusion.models.diffusers_fallback.info import latent_frames, latent_side, longest_side
 from vllm_omni.diffusion.models.diffusers_fallback.pipeline import PipelineCall
 from vllm_omni.diffusion.registry import load_model_info
@@ -264,7 +265,8 @@ def test_a_pipeline_that_fails_on_a_trial_ends_the_start(
     model_of: ModelOf, monkeypatch: pytest.MonkeyPatch, made: Any, words: str
 ) -> None:
     config = OmniDiffusionConfig(model=str(model_of("FluxKontextPipeline")))
-    monkeypatch.setattr(PipelineCall, "picture", Mock(side_effect=[made]))
+    picture = made if isinstance(made, Exception) else Picture(torch.from_numpy(made), torch.tensor(True))
+    monkeypatch.setattr(PipelineCall, "picture", Mock(side_effect=[picture]))
     with pytest.raises(ConfigError, match=f"FluxKontextPipeline fails on a first small request: {words}"):
         ModelRunner(config, load_model_info(config.model)).start()
 

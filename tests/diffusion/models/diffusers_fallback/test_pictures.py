@@ -19,6 +19,7 @@ from PIL import Image
 from tests.diffusion.models.diffusers_fallback.conftest import ModelOf, RunnerOf
 from tests.diffusion.worker.driving import Drive, make_request, psnr
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.models.base import Picture
 from vllm_omni.diffusion.models.diffusers_fallback.info import MAX_INTERLEAVED
 from vllm_omni.diffusion.models.diffusers_fallback.pipeline import Pipeline, PipelineCall
 from vllm_omni.diffusion.plan import StepPlan
@@ -235,7 +236,7 @@ def test_a_schedule_that_calls_the_model_more_often_is_spread_over_the_steps(mod
     assert done == [2, 4, 6, 7]
     generator = torch.Generator("cpu").manual_seed(3)
     expected = pipeline(PROMPT, height=64, width=64, num_inference_steps=4, guidance_scale=1.0, generator=generator)
-    assert psnr(call.picture(), np.array(expected.images[0])) >= 60
+    assert psnr(call.picture().pixels.numpy(), np.array(expected.images[0])) >= 60
 
 
 class OlderPipeline:
@@ -272,7 +273,7 @@ def test_older_callbacks_and_other_numbers_of_steps(num_own_steps: int, has_bar:
         call.advance(step)
         counts.append(pipeline.seen.count("step"))
     assert counts == steps_after
-    assert call.picture().shape == (48, 64, 3)
+    assert call.picture().pixels.shape == (48, 64, 3)
     assert pipeline.seen == ["text", *["step"] * num_own_steps, "picture"]
 
 
@@ -296,7 +297,8 @@ def test_a_call_runs_with_its_own_device_made_current(monkeypatch: pytest.Monkey
 
 def test_a_picture_of_another_size_is_not_delivered(runner_of: RunnerOf, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = runner_of("FluxPipeline")
-    monkeypatch.setattr(PipelineCall, "picture", lambda self: np.zeros((64, 48, 3), np.uint8))
+    small = Picture(torch.zeros((64, 48, 3), dtype=torch.uint8), torch.tensor(True))
+    monkeypatch.setattr(PipelineCall, "picture", lambda self: small)
     request = request_of("a", guidance_scale=3.5, max_sequence_length=64)
     drive = Drive(runner).run({0: [request]})
     assert "a" not in drive.images

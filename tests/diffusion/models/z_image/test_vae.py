@@ -28,7 +28,7 @@ def load(path: Path) -> AutoencoderKL:
 
 
 def arrays(decode: PictureDecoder) -> list[np.ndarray]:
-    return [picture.numpy() for picture in decode(tokens(), GRIDS)]
+    return [picture.pixels.numpy() for picture in decode(tokens(), GRIDS)]
 
 
 def tokens() -> list[Tensor]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
+from vllm_omni.diffusion.models.diffusers_fallback.adapter_check import unplaced_keys
+from vllm_omni.diffusion.models.diffusers_fallback.adapter_file import AdapterFile, AdapterFileError
+from vllm_omni.diffusion.models.diffusers_fallback.adapter_names import layers_by_flat_name
 from vllm_omni.diffusion.models.diffusers_fallback.progress_bars import without_progress_bars
 from vllm_omni.diffusion.request import LoRA
 from vllm_omni.errors import InvalidRequestError
@@ -21,6 +24,8 @@ MARKS = ("lora", "lokr", "alpha")
 """One of them is in the name of each weight that belongs to an adapter. Others would replace the model's own."""
 DOWN = ".lora_A.weight"
 """The weight [rank, inputs of the layer] of one layer's adapter."""
+NUM_NAMED_KEYS = 3
+"""Keys that a refusal names; it counts the others."""
 
 
 class Adapters:
@@ -65,48 +70,79 @@ class Adapters:
             self._delete(self._names.pop(idle[0]))
 
     def _load(self, file: str) -> None:
-        name = f"adapter_{self._num_loaded}"
-        self._num_loaded += 1
-        self._check(file)
-        path = Path(file)
+        """Load a file, all of whose keys have their place and scale then. Raises InvalidRequestError otherwise.
+
+        Some keys diffusers drops, or their alphas: then the weights are scaled here, get the names of the model's own
+        layers where these are found, and are loaded again.
+        """
         try:
-            with without_progress_bars(), _without_expected_warnings():
-                self._pipeline.load_lora_weights(
-                    str(path.parent),
-                    weight_name=path.name,
-                    adapter_name=name,
-                    use_safetensors=True,
-                    local_files_only=True,
-                )
-        except Exception as error:  # a file may hold anything, and each part of the libraries says so in its own way
-            self._delete(name)
-            # diffusers' own cleaning up may fail and hide the reason.
-            reason = error.__context__ if isinstance(error, KeyError) and error.__context__ else error
-            raise _misfit(file, str(reason)) from error
-        if name not in chain.from_iterable(self._pipeline.get_list_adapters().values()):
-            raise _misfit(file, "none of its weights has a layer here")
+            contents = AdapterFile.read(Path(file))
+            self._check(contents)
+            attempts: list[tuple[AdapterFile, Path | dict[str, Tensor]]] = [(contents, Path(file))]
+            if again := contents.with_names_of(layers_by_flat_name(self._models())):
+                attempts.append((again, {key: again.weights[key] for key in again.file_keys}))
+            elif contents.has_scales:
+                again = contents.with_scales_in_weights()
+                attempts.append((again, dict(again.weights)))
+            name = self._load_first(attempts)
+        except AdapterFileError as error:
+            raise _misfit(file, str(error)) from error
         self._names[file] = name
         self._deactivate()
 
-    def _check(self, file: str) -> None:
-        """Refuse what diffusers would write into the model itself, or widen its layers for."""
+    def _load_first(self, attempts: Sequence[tuple[AdapterFile, Path | dict[str, Tensor]]]) -> str:
+        """The name of the first one that is whole in the model. Raises the AdapterFileError of the last one if none is:
+        its names are the most likely to be understood."""
+        errors: list[AdapterFileError] = []
+        for contents, source in attempts:
+            name = f"adapter_{self._num_loaded}"
+            self._num_loaded += 1
+            try:
+                self._load_as(name, source)
+                if name not in chain.from_iterable(self._pipeline.get_list_adapters().values()):
+                    raise AdapterFileError("none of its weights has a layer here")
+                if missing := unplaced_keys(contents, self._models().values(), name):
+                    raise AdapterFileError(_say_unplaced(missing))
+                return name
+            except AdapterFileError as error:
+                self._delete(name)
+                errors.append(error)
+        raise errors[-1]
+
+    def _load_as(self, name: str, source: Path | dict[str, Tensor]) -> None:
+        """Raises AdapterFileError for whatever diffusers and peft say against it."""
+        where: dict[str, Any] = {"pretrained_model_name_or_path_or_dict": source}
+        if isinstance(source, Path):
+            where = {"pretrained_model_name_or_path_or_dict": str(source.parent), "weight_name": source.name}
         try:
-            with safe_open(file, framework="pt") as weights:
-                shapes = {key: weights.get_slice(key).get_shape() for key in weights.keys()}  # noqa: SIM118  # no dict
-        except (OSError, SafetensorError) as error:
-            raise _misfit(file, str(error)) from error
+            with without_progress_bars(), _without_expected_warnings():
+                self._pipeline.load_lora_weights(
+                    **where, adapter_name=name, use_safetensors=True, local_files_only=True
+                )
+        except Exception as error:  # a file may hold anything, and each part of the libraries says so in its own way
+            # diffusers' own cleaning up may fail and hide the reason.
+            reason = error.__context__ if isinstance(error, KeyError) and error.__context__ else error
+            raise AdapterFileError(str(reason)) from error
+
+    def _models(self) -> dict[str, nn.Module]:
+        components = self._pipeline.components.items()
+        return {name: component for name, component in components if isinstance(component, nn.Module)}
+
+    def _check(self, contents: AdapterFile) -> None:
+        """Refuse what diffusers would write into the model itself, or widen its layers for, and alphas of no layer."""
         layers = {
             f"{component}.{layer}": module
-            for component, model in self._pipeline.components.items()
-            if hasattr(model, "named_modules")
+            for component, model in self._models().items()
             for layer, module in model.named_modules()
         }
-        for key, shape in shapes.items():
+        for key, weight in contents.weights.items():
             if not any(mark in key for mark in MARKS):
-                raise _misfit(file, f"{key} is no part of an adapter")
+                raise AdapterFileError(f"{key} is no part of an adapter")
             inputs = getattr(layers.get(key.removesuffix(DOWN)), "in_features", None)
-            if key.endswith(DOWN) and inputs is not None and shape[1:2] != [inputs]:
-                raise _misfit(file, f"{key} has the shape {shape}, its layer has {inputs} inputs")
+            if key.endswith(DOWN) and inputs is not None and list(weight.shape[1:2]) != [inputs]:
+                raise AdapterFileError(f"{key} has the shape {list(weight.shape)}, its layer has {inputs} inputs")
+        if unused := contents.unused_alphas():
+            raise AdapterFileError(_say_unplaced(unused))
 
     def _delete(self, name: str) -> None:
         with _without_expected_warnings():
@@ -121,11 +157,17 @@ class Adapters:
 
 @contextmanager
 def _without_expected_warnings() -> Iterator[None]:
-    """Of what we mean to do."""
+    """Ignore the warnings about what is meant, or is checked afterwards."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute in the model")
         warnings.filterwarnings("ignore", message=".*was active which is now deleted")
+        warnings.filterwarnings("ignore", message="The following alpha_pattern keys did not match any targeted module")
         yield
+
+
+def _say_unplaced(keys: Sequence[str]) -> str:
+    named, more = ", ".join(keys[:NUM_NAMED_KEYS]), len(keys) - NUM_NAMED_KEYS
+    return f"no layer here takes these of its weights with their alphas: {named}" + f" and {more} more" * (more > 0)
 
 
 def _misfit(file: str, reason: str) -> InvalidRequestError:

@@ -20,12 +20,15 @@ from vllm_omni.diffusion.cache.base import NoCache
 from vllm_omni.diffusion.data import OmniDiffusionConfig, flag_of
 from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.distributed.mesh import Mesh
-from vllm_omni.diffusion.models.base import BasePipeline, RequestState
+from vllm_omni.diffusion.models.base import BasePipeline, Picture, RequestState
 from vllm_omni.diffusion.models.compiled import CompiledBlocks
+from vllm_omni.diffusion.models.diffusers_fallback.checks import FiniteCheck, is_blocked
 from vllm_omni.diffusion.models.diffusers_fallback.components import component_classes
 from vllm_omni.diffusion.models.diffusers_fallback.lora import Adapters
 from vllm_omni.diffusion.models.diffusers_fallback.progress_bars import without_progress_bars
 from vllm_omni.diffusion.models.diffusers_fallback.run import SteppedRun
+from vllm_omni.diffusion.models.finite import keep_infinite_pixels_visible
+from vllm_omni.diffusion.models.schedule import check_schedule, with_one_step_schedules
 from vllm_omni.diffusion.registry import ModelInfo, WholePipeline
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.diffusion.transfers import HOST, is_host
@@ -44,6 +47,8 @@ class PipelineCall:
             if isinstance(component, SchedulerMixin):
                 setattr(self._pipeline, name, copy.deepcopy(component))
         self._pipeline.progress_bar = self._begin_steps
+        self._check = FiniteCheck(self._pipeline)
+        self._request = request
         self._arguments = arguments_of(request, whole)
         self._arguments[whole.step_callback] = self._end_step
         if whole.step_callback == "callback":
@@ -81,24 +86,27 @@ class PipelineCall:
             pass
         return self._num_done - before
 
-    def picture(self) -> np.ndarray:
-        """uint8 [height, width, 3], of a video [frames, height, width, 3]; runs the call to its end."""
+    def picture(self) -> Picture:
+        """The picture or video, on the host; runs the call to its end."""
         return self._run.result()
 
     def cancel(self) -> None:
         self._run.cancel()
 
     @torch.inference_mode()
-    def _call(self, pause: Callable[[], None]) -> np.ndarray:
+    def _call(self, pause: Callable[[], None]) -> Picture:
         self._pause = pause
         # A thread begins with the first device as its current one, on which libraries put what names none.
-        with torch.accelerator.device_index(self._device.index):
+        with torch.accelerator.device_index(self._device.index), self._check.numpy_errors():
             output = self._pipeline(**self._arguments)
         if self._makes_videos:
             (frames,) = output.frames
-            return np.stack([np.array(frame.convert("RGB")) for frame in frames])
-        (picture,) = output.images
-        return np.array(picture.convert("RGB"))
+            pixels = np.stack([np.array(frame.convert("RGB")) for frame in frames])
+        else:
+            (picture,) = output.images
+            pixels = np.array(picture.convert("RGB"))
+        finite = self._check.is_finite()
+        return Picture(torch.from_numpy(pixels), torch.tensor(finite), is_blocked=finite and is_blocked(output))
 
     def _begin_steps(self, iterable: Any = None, total: int | None = None) -> Any:
         """The pipeline's `progress_bar`, which it asks for when all is ready for the first step."""
@@ -106,6 +114,7 @@ class PipelineCall:
             # Not every pipeline counts its steps, but each knows how long its bar is.
             counted = getattr(self._pipeline, "_num_timesteps", None)
             self._num_steps = counted or (len(iterable) if total is None else total)
+            check_schedule(getattr(self._pipeline, "scheduler", None), self._request)
             if not self._num_steps and self._strength is not None:
                 raise InvalidRequestError(
                     f"strength {self._strength} of {self._num_planned} steps leaves no step", param="strength"
@@ -113,8 +122,12 @@ class PipelineCall:
             self._pause()
         return tqdm(iterable, total=total, disable=True)
 
-    def _end_step(self, *_: Any) -> dict[str, Any]:
-        """The pipeline's callback: nothing of what it computes is changed."""
+    def _end_step(self, *told: Any) -> dict[str, Any]:
+        """The pipeline's callback: nothing of what it computes is changed.
+
+        told: its last argument is the latents, or a mapping that holds them.
+        """
+        self._check.see_latents(told[-1].get("latents") if isinstance(told[-1], dict) else told[-1])
         self._num_done += 1
         self._pause()
         return {}
@@ -178,6 +191,9 @@ class Pipeline(BasePipeline[WholeState]):
         modules = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
         on_bytes(sum(parameter.nbytes for module in modules for parameter in module.parameters()))
         _configure_vae(pipeline, config)
+        for name, component in pipeline.components.items():
+            if isinstance(component, SchedulerMixin):
+                setattr(pipeline, name, with_one_step_schedules(component))
         adapters = _load_adapters(pipeline, config)
         if config.enable_cpu_offload:
             pipeline.enable_model_cpu_offload(device=device)
@@ -217,13 +233,13 @@ class Pipeline(BasePipeline[WholeState]):
     def predict_clean(self, state: WholeState, velocity: Tensor) -> Tensor:
         raise AssertionError("requests for previews are refused")
 
-    def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[Tensor]:
+    def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[Picture]:
         pictures = []
         for request in requests:
             self._give_turn(request)
             picture = self._calls[request.request_id].picture()
-            _check_made(request, picture)
-            pictures.append(torch.from_numpy(picture))
+            _check_made(request, picture.pixels)
+            pictures.append(picture)
         return pictures
 
     def forget(self, state: WholeState) -> None:
@@ -236,7 +252,7 @@ class Pipeline(BasePipeline[WholeState]):
         self._adapters.use(request.lora, under_way)
 
 
-def _check_made(request: DiffusionRequest, pixels: np.ndarray) -> None:
+def _check_made(request: DiffusionRequest, pixels: Tensor) -> None:
     """Raises InvalidRequestError for what the pipeline has rounded."""
     *frames, height, width, _ = pixels.shape
     if (height, width) != (request.height, request.width):
@@ -267,8 +283,10 @@ def _load_adapters(pipeline: Any, config: OmniDiffusionConfig) -> Adapters:
 
 
 def _configure_vae(pipeline: Any, config: OmniDiffusionConfig) -> None:
-    """Raises ConfigError for what the model's VAE cannot do."""
+    """Set up the model's VAE. Raises ConfigError for what it cannot do."""
     vae = getattr(pipeline, "vae", None)
+    if isinstance(decoder := getattr(vae, "decoder", None), nn.Module):
+        keep_infinite_pixels_visible(decoder)
     for flag, wanted, name in (
         ("--vae-use-slicing", config.vae_use_slicing, "enable_slicing"),
         ("--vae-use-tiling", config.vae_use_tiling, "enable_tiling"),

@@ -13,6 +13,8 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCaus
 from torch import Tensor, nn
 
 from vllm_omni.diffusion.distributed.groups import Group
+from vllm_omni.diffusion.models.base import Picture
+from vllm_omni.diffusion.models.finite import keep_infinite_pixels_visible
 from vllm_omni.diffusion.models.pictures import LatentDecoder
 from vllm_omni.diffusion.models.tiles import Tiling
 from vllm_omni.diffusion.sampling import pack_latents, unpack_latents
@@ -73,6 +75,7 @@ class PictureDecoder:
 
     def __init__(self, vae: AutoencoderKLQwenImage, one_at_a_time: bool, tiled: bool, group: Group) -> None:
         vae.decoder = FrameCoder(vae.decoder)
+        keep_infinite_pixels_visible(vae.decoder)
         if tiled:
             vae.enable_tiling()
         self._dtype: torch.dtype = vae.dtype
@@ -81,7 +84,7 @@ class PictureDecoder:
         self._mean, std = _scaling(vae)
         self._inverse_std = 1.0 / std
 
-    def __call__(self, latents: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> list[Tensor]:
+    def __call__(self, latents: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> list[Picture]:
         """latents: [rows * columns, channels * 4] and (rows, columns) of each picture -> uint8 [height, width, 3].
 
         All ranks of the group must call with the same latents; the pictures come on its first rank, [] on the others.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.layers.kernels import Kernels
+from vllm_omni.diffusion.models.base import Picture
 from vllm_omni.diffusion.models.channels_last import put_channels_last
 from vllm_omni.diffusion.models.pictures import LatentDecoder
 from vllm_omni.diffusion.models.tiles import Tiling
@@ -35,7 +36,7 @@ class PictureDecoder:
         scale, tiling = tiling_of(vae)
         self._decode = LatentDecoder(vae, partial(decode_tile, vae), tiling, scale, one_at_a_time, group)
 
-    def __call__(self, latents: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> list[Tensor]:
+    def __call__(self, latents: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> list[Picture]:
         """latents: [rows * columns, channels * 4] and (rows, columns) of each picture -> uint8 [height, width, 3].
 
         All ranks of the group must call with the same latents; the pictures come on its first rank, [] on the others.
