@@ -19,7 +19,7 @@ from vllm_omni.diffusion.request import DiffusionRequest, RequestCost
 from vllm_omni.diffusion.sizes import SizeLimits
 from vllm_omni.errors import ConfigError, InvalidRequestError, UnsupportedParameterError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
-from vllm_omni.inputs.images import InputImage, check_input_image, resized, to_rgb
+from vllm_omni.inputs.images import InputImage, prepared, resized
 from vllm_omni.inputs.kinds import MisfitError, fit, kinds_of
 
 MAX_PROMPT_CHARACTERS = 32_000
@@ -292,8 +292,7 @@ def _prepare(image: Any, info: ModelInfo) -> InputImage:
     if isinstance(image, InputImage):
         return image
     assert info.image_input is not None
-    check_input_image(image)
-    return info.image_input.prepare(to_rgb(image))
+    return prepared(image, info.image_input.sizes)
 
 
 def _check_supported(prompt: OmniPrompt, params: OmniDiffusionSamplingParams, info: ModelInfo) -> None:

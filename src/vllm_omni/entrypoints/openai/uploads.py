@@ -16,7 +16,7 @@ from vllm_omni.diffusion.intake import MAX_PROMPT_CHARACTERS, check_num_images
 from vllm_omni.diffusion.registry import ImageInput, ModelInfo
 from vllm_omni.entrypoints.openai.chat_protocol import ChatCompletionRequest, with_extra_body
 from vllm_omni.entrypoints.openai.chat_turns import Turn, last_user_turn
-from vllm_omni.entrypoints.openai.decoding import ImageDecoder
+from vllm_omni.entrypoints.openai.decode_pool import ImageDecoder
 from vllm_omni.entrypoints.openai.disconnect import unless_disconnected
 from vllm_omni.entrypoints.openai.echo import echo
 from vllm_omni.entrypoints.openai.holding import Holding, UploadBudget
@@ -155,13 +155,13 @@ class UploadReader:
         check_num_images(len(urls), self.info)
         for url in urls:
             if url.startswith("data:"):
-                holding.keep(await self.decoder.data_url(url, self._image_input.prepare))
+                holding.keep(await self.decoder.data_url(url, self._image_input.sizes))
             else:
                 await self._decode(await self.media.fetch(url, holding.add), holding)
 
     async def _decode(self, data: bytearray, holding: Holding) -> None:
         """Instead of its file, pixels are held from now on: these may be a thousand times as much."""
-        image = await self.decoder.file(data, self._image_input.prepare)
+        image = await self.decoder.file(data, self._image_input.sizes)
         holding.drop(len(data))
         holding.keep(image)
 

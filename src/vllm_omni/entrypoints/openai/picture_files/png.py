@@ -1,0 +1,111 @@
+"""PNG files: only the chunks that make the pixels are kept."""
+
+from __future__ import annotations
+
+import binascii
+import struct
+import zlib
+
+from vllm_omni.entrypoints.openai.picture_files.base import PictureFile, broken, check_count, check_size
+from vllm_omni.entrypoints.openai.picture_files.orientation import MAX_XMP_BYTES, orientation
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+MAX_CHUNKS = 2**16
+_CHUNK = struct.Struct(">I4s")
+_CHECKSUM = struct.Struct(">I")
+_OVERHEAD = _CHUNK.size + _CHECKSUM.size
+_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+"""All others describe the pixels (text, colour profile, resolution, time) or are other frames of an animation."""
+_TEXT = (b"tEXt", b"zTXt", b"iTXt")
+_PALETTE = 3
+"""IHDR's colour type of pixels that are indices into PLTE."""
+_RAW_EXIF = b"Raw profile type exif"
+"""Keyword of the text chunk in which ImageMagick wrote EXIF, as hexadecimal digits, before PNG had a chunk for it."""
+_XMP = b"XML:com.adobe.xmp"
+_RAW_EXIF_LINES = 3
+"""Lines of a raw profile before its digits: empty, name, length."""
+
+
+def read_png(data: bytes) -> PictureFile:
+    """Raises InvalidRequestError."""
+    pieces: list[bytes] = [SIGNATURE]
+    kinds: set[bytes] = set()
+    exif: bytes | None = None
+    texts: dict[bytes, bytes] = {}
+    position, num_chunks = len(SIGNATURE), 0
+    while len(data) - position >= _CHUNK.size:
+        num_chunks += 1
+        check_count("PNG", num_chunks, MAX_CHUNKS, "chunks")
+        length, kind = _CHUNK.unpack_from(data, position)
+        start, end = position + _CHUNK.size, position + _OVERHEAD + length
+        if kind in _KEPT:
+            _check_order(kind, kinds, data[start : start + 13])
+            kinds.add(kind)
+            pieces.append(data[position:end])
+        elif not kind.isalpha():
+            raise broken("PNG")
+        elif kind == b"eXIf" and _is_intact(data, position, end):
+            exif = data[start : end - _CHECKSUM.size]
+        elif kind in _TEXT and data.startswith((_RAW_EXIF, _XMP), start):
+            keyword, text = _text(kind, data[start : end - _CHECKSUM.size])
+            texts[keyword] = text
+        if kind == b"IEND":
+            break
+        position = end
+    if b"IHDR" not in kinds:
+        raise broken("PNG")
+    if exif is None:
+        exif = _raw_profile(texts.get(_RAW_EXIF, b""))
+    return PictureFile("PNG", b"".join(pieces), orientation(exif, texts.get(_XMP)))
+
+
+def _check_order(kind: bytes, before: set[bytes], body: bytes) -> None:
+    """Raises InvalidRequestError for a chunk at a place where PNG has none of its kind.
+
+    body: its first 13 bytes.
+    """
+    if (kind == b"IHDR") == bool(before):
+        raise broken("PNG")  # IHDR is the first chunk, and the only one of its kind
+    if kind == b"IHDR":
+        if len(body) < 13:
+            raise broken("PNG")
+        width, height, _, colour_type = struct.unpack_from(">IIBB", body)
+        check_size("PNG", width, height)
+        if colour_type == _PALETTE:
+            before.add(b"palette")
+    elif kind == b"IDAT" and b"palette" in before and b"PLTE" not in before:
+        raise broken("PNG")
+
+
+def _is_intact(data: bytes, position: int, end: int) -> bool:
+    checked = end - _CHECKSUM.size
+    return len(data) >= end and zlib.crc32(data[position + 4 : checked]) == _CHECKSUM.unpack_from(data, checked)[0]
+
+
+def _text(kind: bytes, body: bytes) -> tuple[bytes, bytes]:
+    """Keyword and the beginning of the text of a chunk tEXt, zTXt or iTXt; no more of it is decompressed."""
+    keyword, _, text = body.partition(b"\0")
+    if kind == b"zTXt":
+        return keyword, _inflated(text[1:])  # a byte for the method, of which there is one
+    if kind == b"iTXt":
+        is_compressed, text = text[:1] == b"\1", text[2:]
+        text = text.partition(b"\0")[2].partition(b"\0")[2]  # language, translated keyword
+        return keyword, _inflated(text) if is_compressed else text
+    return keyword, text
+
+
+def _inflated(text: bytes) -> bytes:
+    try:
+        return zlib.decompressobj().decompress(text, MAX_XMP_BYTES)
+    except zlib.error:
+        return b""
+
+
+def _raw_profile(text: bytes) -> bytes | None:
+    lines = text.split(b"\n", _RAW_EXIF_LINES)
+    if len(lines) <= _RAW_EXIF_LINES:
+        return None
+    try:
+        return binascii.unhexlify(lines[-1].replace(b"\n", b""))
+    except ValueError:
+        return None
