@@ -24,34 +24,36 @@ _CLOSE_SECONDS = 5.0
 _RETRY_SECONDS = 1.0
 
 
+class NobodyWaitsError(Exception):
+    """A job was abandoned before it was begun."""
+
+
 class _Job:
     """A picture to decode, for whoever waits for it and for the thread that does it."""
 
     def __init__(self, read: Callable[[], bytes | bytearray], sizes_of: Callable[[int, int], ReaderSizes]) -> None:
         self.future: Future[InputImage] = Future()
-        self._read = read
+        self._read: Callable[[], bytes | bytearray] | None = read
         self._sizes_of = sizes_of
         self._lock = threading.Lock()
         self._process: DecodeProcess | None = None
-        self._is_abandoned = False
 
     def run(self, process: DecodeProcess) -> InputImage:
-        """Raises InvalidRequestError, also for a job that was abandoned."""
-        data = self._read()
+        """Raises InvalidRequestError, and NobodyWaitsError."""
         with self._lock:
-            if self._is_abandoned:
-                process.kill()
+            if (read := self._read) is None:
+                raise NobodyWaitsError
             self._process = process
         try:
-            return process.decode(data, self._sizes_of)
+            return process.decode(read(), self._sizes_of)
         finally:
             with self._lock:
                 self._process = None
 
     def abandon(self) -> None:
-        """Nobody waits any more: kill the process that works on it."""
+        """Nobody waits any more: let go of the file, and kill the process that works on it."""
         with self._lock:
-            self._is_abandoned = True
+            self._read = None
             if self._process is not None:
                 self._process.kill()
 
@@ -70,6 +72,7 @@ class _DecodeThread(threading.Thread):
         while (job := self._jobs.get()) is not None:
             if job.future.set_running_or_notify_cancel():
                 self._do(job)
+            del job  # it holds the picture
             self._replace()
         self._close_process()
 

@@ -37,7 +37,7 @@ class DecodeLimits:
     seconds_per_megapixel: float = 0.25
     """In addition."""
     memory_bytes: int = 2 * 2**30
-    """Address space of a process. The largest picture that is accepted takes up to three quarters of a GiB."""
+    """Address space of a process. The largest picture that is accepted takes about 1 GiB."""
     start_seconds: float = 60.0
     """For the start of a process, after which there is none."""
     python: str = sys.executable
