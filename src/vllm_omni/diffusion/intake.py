@@ -213,6 +213,10 @@ def _count_tokens(name: str, text: str, limit: int | None, info: ModelInfo) -> i
         raise InvalidRequestError(
             f"{name} has {len(text)} characters, at most {MAX_PROMPT_CHARACTERS} are accepted", param=name
         )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # a lone surrogate, on which tokenizers fail
+        raise InvalidRequestError(f"{name} is not valid Unicode: {error}", param=name) from error
     longest = info.max_prompt_tokens
     limit = longest if limit is None else limit
     if (num_tokens := info.count_prompt_tokens(text)) > limit:

@@ -42,8 +42,8 @@ def read_png(data: bytes) -> PictureFile:
             _check_order(kind, kinds, data[start : start + 13])
             kinds.add(kind)
             pieces.append(data[position:end])
-        elif not kind.isalpha():
-            raise broken("PNG")
+        elif not kind.isalpha():  # no chunk begins here; what comes after the pixels does not matter
+            break
         elif kind == b"eXIf" and _is_intact(data, position, end):
             exif = data[start : end - _CHECKSUM.size]
         elif kind in _TEXT and data.startswith((_RAW_EXIF, _XMP), start):
