@@ -21,6 +21,7 @@ from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.plan import ItemError, StepPlan
 from vllm_omni.diffusion.registry import ModelInfo
 from vllm_omni.entrypoints.openai.app import build_app
+from vllm_omni.entrypoints.openai.decode_process import DecodeLimits
 from vllm_omni.entrypoints.openai.media import FetchPolicy
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
 from vllm_omni.entrypoints.openai.settings import ServerSettings
@@ -151,6 +152,7 @@ def live_server(
     wrap: Callable[[FastAPI], None] | None = None,
     settings: dict[str, Any] | None = None,
     fetch_policy: FetchPolicy | None = None,
+    decode_limits: DecodeLimits | None = None,
     protocol: type[asyncio.Protocol] = HttpProtocol,
     tls: tuple[Path, Path] | None = None,
     **config: Any,
@@ -178,6 +180,7 @@ def live_server(
             ServerSettings(**{"served_model_names": (MODEL_NAME, ALIAS), **(settings or {})}),
             observer,
             fetch_policy or FetchPolicy(),
+            decode_limits or DecodeLimits(),
         )
         if wrap is not None:
             wrap(app)

@@ -79,7 +79,7 @@ def build_app(
     )
     budget = UploadBudget()
     uploads = UploadReader(omni.info, decoder, budget, media, settings.upload_silence_seconds)
-    app.state.upload_budget = budget
+    app.state.upload_budget, app.state.image_decoder = budget, decoder
     service = ImageService(omni, settings, encoder, files, resolver, uploads)
     app.include_router(make_images_router(service))
     app.include_router(make_chat_router(service))

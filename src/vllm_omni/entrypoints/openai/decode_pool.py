@@ -125,6 +125,8 @@ class ImageDecoder:
     def __init__(self, num_processes: int, limits: DecodeLimits = DecodeLimits()) -> None:  # noqa: B008 (frozen)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._threads = [_DecodeThread(self._jobs, limits, number) for number in range(num_processes)]
+        self.num_pictures = 0
+        """Pictures that wait or are being decoded."""
         self._resizing = ThreadPoolExecutor(num_processes, thread_name_prefix="omni-resize")
 
     def start(self) -> None:
@@ -144,12 +146,15 @@ class ImageDecoder:
         return await self._decode(_Job(lambda: data_url_bytes(url), sizes_of))
 
     async def _decode(self, job: _Job) -> InputImage:
+        self.num_pictures += 1
         self._jobs.put(job)
         try:
             return await asyncio.wrap_future(job.future)
         except asyncio.CancelledError:
             job.abandon()
             raise
+        finally:
+            self.num_pictures -= 1
 
     async def run(self, function: Callable[[], Result]) -> Result:
         """The result of `function`, which works on pixels, in a thread."""
