@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.descriptors import descriptors_left
 from tests.entrypoints.openai.hostile_files import chunk, lying_exif, with_chunks
 from tests.entrypoints.openai.test_decoding import FILES, exif_of, mutated
 from tests.entrypoints.openai.test_image_edits import data_url, file_of
@@ -210,7 +211,7 @@ async def test_a_process_that_cannot_be_started_is_a_503(tmp_path: Path) -> None
         decoder.start()
         try:
             for _ in range(2):
-                with pytest.raises(UnavailableError, match="cannot start a process to decode pictures"):
+                with pytest.raises(UnavailableError, match="has no process to decode pictures"):
                     await decoder.file(PNG, same)
         finally:
             decoder.close()
@@ -222,6 +223,20 @@ async def test_a_process_that_cannot_be_started_is_a_503(tmp_path: Path) -> None
         process.wait_until_ready()
     process.close()
     assert has_ended(process.pid)
+
+
+def test_a_server_without_descriptors_does_not_blame_the_sender() -> None:
+    with descriptors_left(1), pytest.raises(NoDecoderError, match="cannot be started: .*Too many open files"):
+        DecodeProcess(LIMITS)
+    for count in (0, 1):
+        process = DecodeProcess(LIMITS)
+        try:
+            process.wait_until_ready()
+            with descriptors_left(count), pytest.raises(NoDecoderError, match="cannot be reached"):
+                process.decode(PNG, same)
+            assert not process.is_usable
+        finally:
+            process.close()
 
 
 async def test_who_leaves_takes_his_picture_out_of_the_queue_and_off_the_process(decoder: ImageDecoder) -> None:

@@ -389,6 +389,20 @@ def test_an_upload_that_trickles_is_ended() -> None:
         server.wait_until(lambda: server.app.state.upload_budget.num_bytes == 0)
 
 
+def test_processes_are_there_for_models_that_take_pictures_alone(server: LiveServer) -> None:
+    assert all(thread.is_alive() for thread in server.app.state.image_decoder._threads)
+    with live_server(info=FAKE_INFO) as other:
+        assert not any(thread.is_alive() for thread in other.app.state.image_decoder._threads)
+
+
+def test_an_error_says_which_picture_is_wrong(http: httpx.Client) -> None:
+    bad = data_url(PHOTO)[:-400]
+    response = http.post(EDITS, files=[("image[]", PNG), ("image[]", PNG[:-200])], data={"prompt": "x"})
+    assert error_of(response)["message"] == "image is a broken PNG file (picture 2 of the request)"
+    response = http.post(EDITS, json={"prompt": "x", "image": [data_url(PHOTO), data_url(PHOTO), bad]})
+    assert error_of(response)["message"] == "image is a broken PNG file (picture 3 of the request)"
+
+
 def test_base64_is_read_in_pieces(server: LiveServer, http: httpx.Client) -> None:
     """A picture whose URL is longer than one piece."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8))

@@ -39,7 +39,7 @@ class _Job:
         self._process: DecodeProcess | None = None
 
     def run(self, process: DecodeProcess) -> InputImage:
-        """Raises InvalidRequestError, and NobodyWaitsError."""
+        """Raises InvalidRequestError, NoDecoderError and NobodyWaitsError."""
         with self._lock:
             if (read := self._read) is None:
                 raise NobodyWaitsError
@@ -82,7 +82,7 @@ class _DecodeThread(threading.Thread):
         except NoDecoderError as error:
             logger.error("%s", error)
             job.future.set_exception(
-                UnavailableError("The server cannot start a process to decode pictures.", retry_after=_RETRY_SECONDS)
+                UnavailableError("The server has no process to decode pictures.", retry_after=_RETRY_SECONDS)
             )
         except Exception as error:
             job.future.set_exception(error)
@@ -137,7 +137,7 @@ class ImageDecoder:
     async def file(self, data: bytes | bytearray, sizes_of: Callable[[int, int], ReaderSizes]) -> InputImage:
         """`sizes_of`: `ImageInput.sizes`. Cancelled, it leaves the queue, or kills the process that decodes.
 
-        Raises InvalidRequestError; UnavailableError where no process can be started.
+        Raises InvalidRequestError; UnavailableError where there is no process.
         """
         return await self._decode(_Job(lambda: data, sizes_of))
 

@@ -22,7 +22,16 @@ import PIL.PngImagePlugin
 import PIL.WebPImagePlugin  # noqa: F401
 
 from vllm_omni.diffusion.worker.channel import BlockingChannel
-from vllm_omni.entrypoints.openai.decode_messages import Decode, Opened, Pixels, Ready, Refused, Resize, ToDecoder
+from vllm_omni.entrypoints.openai.decode_messages import (
+    Decode,
+    FromDecoder,
+    Opened,
+    Pixels,
+    Ready,
+    Refused,
+    Resize,
+    ToDecoder,
+)
 from vllm_omni.entrypoints.openai.decoding import OpenedImage, open_image
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.images import ReaderSizes, resized_pixels
@@ -47,7 +56,9 @@ def main(arguments: list[str] | None = None) -> None:
     channel: BlockingChannel[ToDecoder] = BlockingChannel(socket.socket(fileno=options.socket_fd), ToDecoder)
     with contextlib.suppress(EOFError, OSError):  # the parent is gone
         channel.send(Ready())
-        _serve(channel, options.cpu_seconds)
+        decoder = Decoder(options.cpu_seconds)
+        while True:
+            channel.send(decoder.answer(channel.receive()))
 
 
 def _die_with_parent(parent_pid: int) -> None:
@@ -59,30 +70,32 @@ def _die_with_parent(parent_pid: int) -> None:
         raise SystemExit(1)
 
 
-def _serve(channel: BlockingChannel[ToDecoder], cpu_seconds: float) -> None:
-    opened: OpenedImage | None = None
-    while True:
-        message = channel.receive()
+class Decoder:
+    """Answers messages. Between them it holds the picture that was opened last."""
+
+    def __init__(self, cpu_seconds: float) -> None:
+        self._cpu_seconds = cpu_seconds
+        self._opened: OpenedImage | None = None
+
+    def answer(self, message: ToDecoder) -> FromDecoder:
         try:
-            if isinstance(message, Decode):
-                _limit_cpu(cpu_seconds)
-                opened = None  # before the next one takes memory
-                opened = open_image(message.file.tobytes())
-                answer: Opened | Pixels | Refused = Opened(str(opened.image.format), *opened.size)
-            else:
-                assert opened is not None
-                answer = _decoded(opened, message)
-                opened = None
+            return self._open(message) if isinstance(message, Decode) else self._pixels(message)
         except InvalidRequestError as error:
-            answer = Refused(str(error))
+            return Refused(str(error))
         except MemoryError:
-            answer = Refused("image takes more memory to decode than this server gives a picture")
-        channel.send(answer)
+            return Refused("image takes more memory to decode than this server gives a picture")
 
+    def _open(self, message: Decode) -> Opened:
+        _limit_cpu(self._cpu_seconds)
+        self._opened = None  # before the next one takes memory
+        self._opened = opened = open_image(message.file.tobytes())
+        return Opened(str(opened.image.format), *opened.size)
 
-def _decoded(opened: OpenedImage, message: Resize) -> Pixels:
-    condition, reference = resized_pixels(opened.decoded(), ReaderSizes(*message.sizes))
-    return Pixels(condition, reference)
+    def _pixels(self, message: Resize) -> Pixels:
+        opened, self._opened = self._opened, None
+        assert opened is not None
+        condition, reference = resized_pixels(opened.decoded(), ReaderSizes(*message.sizes))
+        return Pixels(condition, reference)
 
 
 def _limit_cpu(seconds: float) -> None:
