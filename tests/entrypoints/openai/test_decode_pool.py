@@ -226,7 +226,7 @@ async def test_a_process_that_cannot_be_started_is_a_503(tmp_path: Path) -> None
 
 
 def test_a_server_without_descriptors_does_not_blame_the_sender() -> None:
-    with descriptors_left(1), pytest.raises(NoDecoderError, match="cannot be started: .*Too many open files"):
+    with descriptors_left(1), pytest.raises(NoDecoderError, match=r"cannot be started: .*Too many open files"):
         DecodeProcess(LIMITS)
     for count in (0, 1):
         process = DecodeProcess(LIMITS)
