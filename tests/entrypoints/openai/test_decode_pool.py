@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -264,6 +266,32 @@ async def test_who_leaves_takes_his_picture_out_of_the_queue_and_off_the_process
     assert running.cancelled()
     assert waiting.cancelled()
     assert has_ended(pid)
+
+
+class Bytes(bytearray):
+    """Can be referred to weakly."""
+
+
+async def test_a_file_that_nobody_waits_for_is_let_go_of(decoder: ImageDecoder) -> None:
+    """Its place in the queue may be far behind."""
+    await decoder.file(PNG, same)
+    pid = pid_of(decoder)
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    first = asyncio.create_task(decoder.file(PNG, same))
+    file = Bytes(PNG)
+    is_there = weakref.ref(file)
+    second = asyncio.create_task(decoder.file(file, same))
+    await until(lambda: decoder.num_pictures == 2)
+    del file
+    second.cancel()
+    await asyncio.wait((second,))
+    del second
+    gc.collect()
+    assert decoder._jobs.qsize() >= 1
+    assert is_there() is None
+    first.cancel()
+    await asyncio.wait((first,))
 
 
 async def test_requests_take_turns(decoder: ImageDecoder) -> None:

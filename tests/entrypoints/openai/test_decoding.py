@@ -90,6 +90,27 @@ def test_pixels_are_those_that_pillow_reads(name: str) -> None:
     check(file_of(image, kind, exif=exif_of(6), icc_profile=PROFILE, **options))
 
 
+def test_a_jpeg_is_in_the_colours_that_its_segments_say() -> None:
+    """JFIF's means YCbCr; Adobe's says whether there is a transform; without both, names of components decide."""
+    end_of_jfif = 4 + struct.unpack_from(">H", JPEG, 4)[0]
+    assert JPEG[6:11] == b"JFIF\0"
+    bare = JPEG[:2] + JPEG[end_of_jfif:]
+    adobe = [with_segments(bare, segment(0xEE, b"Adobe\0\x64\0\0\0\0" + bytes([transform]))) for transform in (0, 1)]
+    assert not np.array_equal(*map(by_pillow, adobe))
+    frame = bare.index(b"\xff\xc0") + 10
+    named = bytearray(JPEG)
+    for component, name in enumerate(b"RGB"):
+        position = frame + end_of_jfif - 2 + 3 * component
+        assert named[position] == component + 1
+        named[position] = name
+        scan = named.rindex(b"\xff\xda") + 5 + 2 * component
+        assert named[scan] == component + 1
+        named[scan] = name
+    assert not np.array_equal(by_pillow(bytes(named)), by_pillow(bytes(named[:2] + named[end_of_jfif:])))
+    for data in (bare, *adobe, bytes(named), bytes(named[:2] + named[end_of_jfif:])):
+        check(data)
+
+
 @pytest.mark.parametrize("orientation", range(10))
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_every_orientation_is_honoured(kind: str, orientation: int) -> None:

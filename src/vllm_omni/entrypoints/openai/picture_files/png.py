@@ -13,12 +13,11 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_CHUNKS = 2**16
 _CHUNK = struct.Struct(">I4s")
 _CHECKSUM = struct.Struct(">I")
+_SIZE = struct.Struct(">II")
 _OVERHEAD = _CHUNK.size + _CHECKSUM.size
 _KEPT = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 """All others describe the pixels (text, colour profile, resolution, time) or are other frames of an animation."""
 _TEXT = (b"tEXt", b"zTXt", b"iTXt")
-_PALETTE = 3
-"""IHDR's colour type of pixels that are indices into PLTE."""
 _RAW_EXIF = b"Raw profile type exif"
 """Keyword of the text chunk in which ImageMagick wrote EXIF, as hexadecimal digits, before PNG had a chunk for it."""
 _XMP = b"XML:com.adobe.xmp"
@@ -29,7 +28,6 @@ _RAW_EXIF_LINES = 3
 def read_png(data: bytes) -> PictureFile:
     """Raises InvalidRequestError."""
     pieces: list[bytes] = [SIGNATURE]
-    kinds: set[bytes] = set()
     exif: bytes | None = None
     texts: dict[bytes, bytes] = {}
     position, num_chunks = len(SIGNATURE), 0
@@ -39,8 +37,10 @@ def read_png(data: bytes) -> PictureFile:
         length, kind = _CHUNK.unpack_from(data, position)
         start, end = position + _CHUNK.size, position + _OVERHEAD + length
         if kind in _KEPT:
-            _check_order(kind, kinds, data[start : start + 13])
-            kinds.add(kind)
+            if (kind == b"IHDR") != (len(pieces) == 1):  # the first chunk, and the only one of its kind
+                raise broken("PNG")
+            if kind == b"IHDR":
+                _check_header(data[start:end])
             pieces.append(data[position:end])
         elif not kind.isalpha():  # no chunk begins here; what comes after the pixels does not matter
             break
@@ -52,29 +52,18 @@ def read_png(data: bytes) -> PictureFile:
         if kind == b"IEND":
             break
         position = end
-    if b"IHDR" not in kinds:
+    if len(pieces) == 1:
         raise broken("PNG")
     if exif is None:
         exif = _raw_profile(texts.get(_RAW_EXIF, b""))
     return PictureFile("PNG", b"".join(pieces), orientation(exif, texts.get(_XMP)))
 
 
-def _check_order(kind: bytes, before: set[bytes], body: bytes) -> None:
-    """Raises InvalidRequestError for a chunk at a place where PNG has none of its kind.
-
-    body: its first 13 bytes.
-    """
-    if (kind == b"IHDR") == bool(before):
-        raise broken("PNG")  # IHDR is the first chunk, and the only one of its kind
-    if kind == b"IHDR":
-        if len(body) < 13:
-            raise broken("PNG")
-        width, height, _, colour_type = struct.unpack_from(">IIBB", body)
-        check_size("PNG", width, height)
-        if colour_type == _PALETTE:
-            before.add(b"palette")
-    elif kind == b"IDAT" and b"palette" in before and b"PLTE" not in before:
+def _check_header(body: bytes) -> None:
+    """Raises InvalidRequestError."""
+    if len(body) < _SIZE.size:
         raise broken("PNG")
+    check_size("PNG", *_SIZE.unpack_from(body))
 
 
 def _is_intact(data: bytes, position: int, end: int) -> bool:

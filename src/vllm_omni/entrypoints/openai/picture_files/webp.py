@@ -15,8 +15,6 @@ _KEPT = (b"VP8X", b"ANIM", b"ANMF", b"ALPH", b"VP8 ", b"VP8L")
 """The first chunk of each of these; ANMF is a frame of an animation."""
 _SIZE_BYTES = {b"VP8X": 10, b"VP8 ": 10, b"VP8L": 5}
 """Bytes from the beginning of the first chunk's body to the end of the picture's size in it."""
-_PIXEL_FLAGS = 0x12
-"""VP8X's flags of alpha and animation; the others say which metadata there is."""
 
 
 def is_webp(data: bytes) -> bool:
@@ -42,9 +40,6 @@ def read_webp(data: bytes) -> PictureFile:
         position = end
     if not pieces:
         raise broken("WebP")
-    if header := pieces.get(b"VP8X"):
-        flags = header[_CHUNK.size] & _PIXEL_FLAGS
-        pieces[b"VP8X"] = header[: _CHUNK.size] + bytes([flags]) + header[_CHUNK.size + 1 :]
     body = b"WEBP" + b"".join(pieces.values())
     whole = _CHUNK.pack(b"RIFF", len(body)) + body
     return PictureFile("WEBP", whole, orientation(metadata.get(b"EXIF"), metadata.get(b"XMP ")))
