@@ -157,6 +157,7 @@ def test_metadata_that_nobody_reads_does_not_decide() -> None:
         chunk(b"eXIf", exif_of(6)[6:])[:-1] + b"?",
         chunk(b"eXIf", b"II*\0\xff\xff\xff\xff"),
         chunk(b"acTL", b""),
+        chunk(b"zTXt", b"XML:com.adobe.xmp\0\0" + deflated) * 20_000,  # 60 GB of text
         chunk(b"zTXt", b"XML:com.adobe.xmp\0\0broken"),
         chunk(b"tEXt", b"Raw profile type exif\0\nexif\n2\nzz"),
     ):

@@ -46,9 +46,10 @@ def read_png(data: bytes) -> PictureFile:
             break
         elif kind == b"eXIf" and _is_intact(data, position, end):
             exif = data[start : end - _CHECKSUM.size]
-        elif kind in _TEXT and data.startswith((_RAW_EXIF, _XMP), start):
-            keyword, text = _text(kind, data[start : end - _CHECKSUM.size])
-            texts[keyword] = text
+        elif kind in _TEXT:
+            for keyword in (_RAW_EXIF, _XMP):
+                if keyword not in texts and data.startswith(keyword + b"\0", start):  # one of each: it costs a megabyte
+                    texts[keyword] = _text(kind, data[start + len(keyword) + 1 : end - _CHECKSUM.size])
         if kind == b"IEND":
             break
         position = end
@@ -71,16 +72,18 @@ def _is_intact(data: bytes, position: int, end: int) -> bool:
     return len(data) >= end and zlib.crc32(data[position + 4 : checked]) == _CHECKSUM.unpack_from(data, checked)[0]
 
 
-def _text(kind: bytes, body: bytes) -> tuple[bytes, bytes]:
-    """Keyword and the beginning of the text of a chunk tEXt, zTXt or iTXt; no more of it is decompressed."""
-    keyword, _, text = body.partition(b"\0")
+def _text(kind: bytes, value: bytes) -> bytes:
+    """Beginning of the text of a chunk tEXt, zTXt or iTXt, from what follows its keyword.
+
+    No more of it is decompressed.
+    """
     if kind == b"zTXt":
-        return keyword, _inflated(text[1:])  # a byte for the method, of which there is one
+        return _inflated(value[1:])  # behind a byte for the method, of which there is one
     if kind == b"iTXt":
-        is_compressed, text = text[:1] == b"\1", text[2:]
-        text = text.partition(b"\0")[2].partition(b"\0")[2]  # language, translated keyword
-        return keyword, _inflated(text) if is_compressed else text
-    return keyword, text
+        is_compressed = value[:1] == b"\1"
+        text = value[2:].partition(b"\0")[2].partition(b"\0")[2]  # behind language and translated keyword
+        return _inflated(text) if is_compressed else text
+    return value
 
 
 def _inflated(text: bytes) -> bytes:
