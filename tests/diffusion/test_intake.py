@@ -17,7 +17,7 @@ from vllm_omni.diffusion.plan import WorkerReady
 from vllm_omni.diffusion.registry import Guidance, ModelInfo, WholePipeline
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, OmniPrompt, parse_prompt
-from vllm_omni.inputs.images import InputImage
+from vllm_omni.inputs.images import InputImage, ReaderSizes, prepared
 
 INFO = ModelInfo(
     path=Path("model"),
@@ -435,9 +435,8 @@ class Halving:
 
     min_images, max_images = 1, 2
 
-    def prepare(self, image: Image.Image) -> InputImage:
-        small = np.array(image.resize((image.width // 2, image.height // 2)))
-        return InputImage.of(small, np.array(image))
+    def sizes(self, width: int, height: int) -> ReaderSizes:
+        return ReaderSizes((width // 2, height // 2), (width, height))
 
     def count_prompt_tokens(self, images: Sequence[InputImage]) -> int:
         return 10 * len(images)
@@ -514,7 +513,7 @@ def test_a_picture_is_blamed_for_proportions_that_the_limit_leaves_no_room_for()
 
 
 def test_pictures_that_are_prepared_stay_as_they_are() -> None:
-    image = Halving().prepare(black(32, 32))
+    image = prepared(black(32, 32), Halving().sizes)
     (request,) = editing().resolve(OmniPrompt("x", images=(image,)), OmniDiffusionSamplingParams(), "r")
     assert request.images[0] is image
 

@@ -18,6 +18,7 @@ from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.diffusion.transfers import HOST, to_device
 from vllm_omni.diffusion.worker.device import Device, Mark
 from vllm_omni.diffusion.worker.runner import ModelRunner
+from vllm_omni.inputs.images import prepared
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 LONG_CYCLES = 2_000_000_000
@@ -34,7 +35,7 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def requests_for(path: Path) -> list[DiffusionRequest]:
     edit = load_model_info(str(path)).image_input
-    images = () if edit is None else (edit.prepare(photo(90, 60, 1)),)
+    images = () if edit is None else (prepared(photo(90, 60, 1), edit.sizes),)
     return [
         make_request("guided", negative_prompt="", images=images, preview_steps=(2,), cfg_normalization=1.0),
         make_request("wide", height=48, width=80, images=images, seed=2),

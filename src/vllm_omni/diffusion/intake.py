@@ -19,7 +19,7 @@ from vllm_omni.diffusion.request import DiffusionRequest, RequestCost
 from vllm_omni.diffusion.sizes import SizeLimits
 from vllm_omni.errors import ConfigError, InvalidRequestError, UnsupportedParameterError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
-from vllm_omni.inputs.images import InputImage, check_input_image, resized, to_rgb
+from vllm_omni.inputs.images import InputImage, prepared, resized
 from vllm_omni.inputs.kinds import MisfitError, fit, kinds_of
 
 MAX_PROMPT_CHARACTERS = 32_000
@@ -213,6 +213,10 @@ def _count_tokens(name: str, text: str, limit: int | None, info: ModelInfo) -> i
         raise InvalidRequestError(
             f"{name} has {len(text)} characters, at most {MAX_PROMPT_CHARACTERS} are accepted", param=name
         )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # a lone surrogate, on which tokenizers fail
+        raise InvalidRequestError(f"{name} is not valid Unicode: {error}", param=name) from error
     longest = info.max_prompt_tokens
     limit = longest if limit is None else limit
     if (num_tokens := info.count_prompt_tokens(text)) > limit:
@@ -292,8 +296,7 @@ def _prepare(image: Any, info: ModelInfo) -> InputImage:
     if isinstance(image, InputImage):
         return image
     assert info.image_input is not None
-    check_input_image(image)
-    return info.image_input.prepare(to_rgb(image))
+    return prepared(image, info.image_input.sizes)
 
 
 def _check_supported(prompt: OmniPrompt, params: OmniDiffusionSamplingParams, info: ModelInfo) -> None:

@@ -20,12 +20,12 @@ from vllm_omni.diffusion.data import (
 )
 from vllm_omni.diffusion.hub import DEFAULT_ACCESS, HubAccess, download
 from vllm_omni.errors import ConfigError, NotAvailableError
-from vllm_omni.inputs.images import InputImage
+from vllm_omni.inputs.images import InputImage, ReaderSizes
 from vllm_omni.inputs.kinds import MisfitError
 from vllm_omni.inputs.loras import adapter_file
 
 if TYPE_CHECKING:
-    from PIL import Image
+    pass
 
 DEMO_MODEL = "demo"
 DEMO_MODEL_PATH = Path(__file__).parent.parent / "demo_model"
@@ -78,8 +78,8 @@ class ImageInput(Protocol):
     def max_images(self) -> int:
         """Most pictures of one request."""
 
-    def prepare(self, image: Image.Image) -> InputImage:
-        """An RGB picture at the sizes that the model takes. Raises InvalidRequestError for impossible proportions."""
+    def sizes(self, width: int, height: int) -> ReaderSizes:
+        """Sizes at which the model takes such a picture. Raises InvalidRequestError for impossible proportions."""
 
     def count_prompt_tokens(self, images: Sequence[InputImage]) -> int:
         """Tokens that these pictures add to the prompt that the transformer sees."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +15,16 @@ MAX_INPUT_PIXELS = 2**25
 """Of one input picture (33 million): a picture of 8K or of a large camera."""
 MODES = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")
 """Pillow's, of 8 bits: others would have to be scaled, and nobody but the caller knows how."""
+
+
+@dataclass(frozen=True)
+class ReaderSizes:
+    """(width, height) at which the two readers of an input picture take it."""
+
+    condition: tuple[int, int]
+    """Size for the text encoder."""
+    reference: tuple[int, int]
+    """Size for the VAE."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,26 @@ class InputImage:
         return cls(digest.hexdigest(), condition, reference)
 
 
+def resized_pixels(image: Image.Image, sizes: ReaderSizes) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 [height, width, 3] of an RGB picture for each of its two readers; one array where they want the same."""
+    reference = _pixels_at(image, sizes.reference)
+    return reference if sizes.condition == sizes.reference else _pixels_at(image, sizes.condition), reference
+
+
+def _pixels_at(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    return np.array(image if image.size == size else image.resize(size, Image.Resampling.LANCZOS))
+
+
+def prepared(image: Image.Image, sizes_of: Callable[[int, int], ReaderSizes]) -> InputImage:
+    """A picture as a model takes it. `sizes_of`: `ImageInput.sizes` of the model.
+
+    Raises InvalidRequestError.
+    """
+    check_input_image(image)
+    sizes = sizes_of(image.width, image.height)
+    return InputImage.of(*resized_pixels(to_rgb(image), sizes))
+
+
 def resized(image: InputImage, height: int, width: int) -> InputImage:
     """For both readers at this size."""
     if image.reference.shape[:2] == (height, width):
@@ -52,13 +83,17 @@ def check_input_image(image: Image.Image) -> None:
     """Raises InvalidRequestError for what is no picture, for too many pixels, and for modes that are not taken."""
     if not isinstance(image, Image.Image):
         raise InvalidRequestError(f"image takes PIL images, got {type(image).__name__}", param="image")
-    if (num_pixels := image.width * image.height) > MAX_INPUT_PIXELS:
-        raise InvalidRequestError(
-            f"image takes at most {MAX_INPUT_PIXELS} pixels, got {image.width}x{image.height} = {num_pixels}",
-            param="image",
-        )
+    check_num_pixels(image.width, image.height)
     if image.mode not in MODES:
         raise InvalidRequestError(f"image takes the modes {', '.join(MODES)}, got {image.mode}", param="image")
+
+
+def check_num_pixels(width: int, height: int) -> None:
+    """Raises InvalidRequestError for more than MAX_INPUT_PIXELS."""
+    if (num_pixels := width * height) > MAX_INPUT_PIXELS:
+        raise InvalidRequestError(
+            f"image takes at most {MAX_INPUT_PIXELS} pixels, got {width}x{height} = {num_pixels}", param="image"
+        )
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

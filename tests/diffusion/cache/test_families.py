@@ -22,6 +22,7 @@ from vllm_omni.diffusion.plan import StepResult
 from vllm_omni.diffusion.registry import load_model_info
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.diffusion.worker.contract import Place
+from vllm_omni.inputs.images import prepared
 
 BACKENDS: dict[str, dict[str, Any]] = {
     "cache_dit": {"max_warmup_steps": 1, "max_continuous_cached_steps": 2},
@@ -55,7 +56,7 @@ def edits(folder: Path) -> tuple[Path, list[DiffusionRequest]]:
     edit = load_model_info(str(path)).image_input
     assert edit is not None
     noise = np.random.default_rng(0).integers(0, 255, (3, 64, 64, 3), dtype=np.uint8)
-    images = [edit.prepare(Image.fromarray(pixels)) for pixels in noise]
+    images = [prepared(Image.fromarray(pixels), edit.sizes) for pixels in noise]
     pictures = [(images[0], images[1]), (images[1],), (images[2],)]
     requests = [make_request(f"r-{i}", images=p, **fields) for i, (p, fields) in enumerate(zip(pictures, FIELDS))]
     return path, requests

@@ -28,6 +28,7 @@ from vllm_omni.diffusion.registry import load_model_info
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.diffusion.worker.contract import Place
 from vllm_omni.errors import ConfigError
+from vllm_omni.inputs.images import prepared
 
 CPU = torch.device("cpu")
 DEFAULTS: dict[str, object] = {"height": 64, "width": 64}
@@ -53,7 +54,7 @@ def bare(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def guided(path: Path) -> DiffusionRequest:
     edit = load_model_info(str(path)).image_input
-    images = () if edit is None else (edit.prepare(photo(80, 60, 1)),)
+    images = () if edit is None else (prepared(photo(80, 60, 1), edit.sizes),)
     return make_request("a", negative_prompt="", num_inference_steps=50, images=images)
 
 

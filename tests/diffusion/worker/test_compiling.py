@@ -29,6 +29,7 @@ from vllm_omni.diffusion.worker.contract import Place
 from vllm_omni.diffusion.worker.device import Device
 from vllm_omni.diffusion.worker.runner import ModelRunner
 from vllm_omni.errors import ConfigError
+from vllm_omni.inputs.images import prepared
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 Arrivals = Mapping[int, Sequence[DiffusionRequest]]
@@ -128,7 +129,7 @@ def test_serving_compiles_nothing_of_edits(tiny_edit_model: Path, caplog: pytest
     caplog.set_level(logging.INFO)
     edit = load_model_info(str(tiny_edit_model)).image_input
     assert edit is not None
-    one, two = (edit.prepare(photo(*size, seed)) for seed, size in enumerate([(90, 60), (31, 70)]))
+    one, two = (prepared(photo(*size, seed), edit.sizes) for seed, size in enumerate([(90, 60), (31, 70)]))
     arrivals = {
         0: [make_request("one", images=(one,), true_cfg_scale=1.0)],
         1: [make_request("two", negative_prompt="", height=32, images=(two, one))],

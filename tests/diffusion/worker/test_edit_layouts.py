@@ -13,6 +13,7 @@ from tests.diffusion.worker.test_layouts import Arrivals, check_equal, draw
 from tests.tiny_models import SMALL, build_tiny_qwen_image, photo
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.registry import load_model_info
+from vllm_omni.inputs.images import prepared
 
 ALONE = DiffusionParallelConfig()
 
@@ -34,7 +35,9 @@ def arrivals(model: Path) -> Arrivals:
     """Targets that are smaller than their references and larger, one reference and three."""
     edit = load_model_info(str(model)).image_input
     assert edit is not None
-    one, two, three = (edit.prepare(photo(*size, seed)) for seed, size in enumerate([(90, 60), (64, 64), (31, 70)]))
+    one, two, three = (
+        prepared(photo(*size, seed), edit.sizes) for seed, size in enumerate([(90, 60), (64, 64), (31, 70)])
+    )
     return {
         0: [
             make_request("guided", negative_prompt="a blue car", images=(one,), seed=3),

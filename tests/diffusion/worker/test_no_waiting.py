@@ -23,6 +23,7 @@ from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.diffusion.transfers import HOST, to_device
 from vllm_omni.diffusion.worker import warmup
 from vllm_omni.diffusion.worker.runner import ModelRunner
+from vllm_omni.inputs.images import prepared
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +72,7 @@ def texts(path: Path) -> dict[int, list[DiffusionRequest]]:
 def edits(path: Path) -> dict[int, list[DiffusionRequest]]:
     edit = load_model_info(str(path)).image_input
     assert edit is not None
-    one, two = (edit.prepare(photo(*size, seed)) for seed, size in enumerate([(90, 60), (64, 64)]))
+    one, two = (prepared(photo(*size, seed), edit.sizes) for seed, size in enumerate([(90, 60), (64, 64)]))
     return {
         0: [make_request("guided", negative_prompt="a blue car", images=(one,))],
         1: [make_request("two", height=48, width=80, images=(one, two), preview_steps=(1,))],

@@ -72,6 +72,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _claims(self, num_bytes: str) -> None:
         self._answer(200, content_length=num_bytes)
 
+    def _nowhere(self, _: str) -> None:
+        self._answer(302)
+
+    def _many(self, _: str) -> None:
+        self._answer(200, **{f"x{number}": "y" for number in range(100_000)})
+
     def _headers(self, _: str) -> None:
         self.send_response(200)
         while True:

@@ -15,7 +15,6 @@ from unittest.mock import patch
 import numpy as np
 import uvicorn
 from fastapi import FastAPI
-from PIL import Image
 
 from tests.fakes import FakeExecutor, FakeRunner, fake_image, make_request
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -23,11 +22,12 @@ from vllm_omni.diffusion.plan import ItemError, StepPlan
 from vllm_omni.diffusion.registry import ModelInfo
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.entrypoints.openai.app import build_app
+from vllm_omni.entrypoints.openai.decode_process import DecodeLimits
 from vllm_omni.entrypoints.openai.media import FetchPolicy
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
 from vllm_omni.entrypoints.openai.settings import ServerSettings
 from vllm_omni.entrypoints.openai.unread import HttpProtocol
-from vllm_omni.inputs.images import InputImage
+from vllm_omni.inputs.images import InputImage, ReaderSizes
 from vllm_omni.omni import AsyncOmni
 
 MODEL_NAME = "painter"
@@ -97,14 +97,13 @@ FAKE_INFO = ModelInfo(
 
 @dataclass(frozen=True)
 class FakeImageInput:
-    """Takes three pictures as they are; a token of the prompt for each."""
+    """Takes three pictures as they are, and at 48x32 a second time; a token of the prompt for each."""
 
     min_images: int = 1
     max_images: int = 3
 
-    def prepare(self, image: Image.Image) -> InputImage:
-        pixels = np.array(image)
-        return InputImage.of(pixels, np.zeros((32, 48, 3), np.uint8))
+    def sizes(self, width: int, height: int) -> ReaderSizes:
+        return ReaderSizes((width, height), (48, 32))
 
     def count_prompt_tokens(self, images: Sequence[InputImage]) -> int:
         return len(images)
@@ -156,6 +155,7 @@ def live_server(
     wrap: Callable[[FastAPI], None] | None = None,
     settings: dict[str, Any] | None = None,
     fetch_policy: FetchPolicy | None = None,
+    decode_limits: DecodeLimits | None = None,
     protocol: type[asyncio.Protocol] = HttpProtocol,
     tls: tuple[Path, Path] | None = None,
     image: MakeImage = fake_image,
@@ -184,6 +184,7 @@ def live_server(
             ServerSettings(**{"served_model_names": (MODEL_NAME, ALIAS), **(settings or {})}),
             observer,
             fetch_policy or FetchPolicy(),
+            decode_limits or DecodeLimits(),
         )
         if wrap is not None:
             wrap(app)

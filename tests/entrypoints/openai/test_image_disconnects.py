@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
+import os
+import signal
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from http.client import HTTPConnection
 from typing import cast
@@ -13,9 +17,10 @@ import httpx
 import pytest
 from starlette.types import Message
 
-from tests.entrypoints.openai.live_server import FAKE_EDIT_INFO, LiveServer, live_server
+from tests.entrypoints.openai.live_server import FAKE_EDIT_INFO, WAIT_SECONDS, LiveServer, live_server
 from tests.entrypoints.openai.test_image_edits import EDITS, file_of
 from tests.tiny_models import photo
+from vllm_omni.entrypoints.openai.decode_process import DecodeLimits
 from vllm_omni.entrypoints.openai.streaming import ImageEventStream
 from vllm_omni.omni import OutputStream
 
@@ -54,6 +59,51 @@ def test_client_of_an_edit_leaves() -> None:
         running.wait_until(lambda: running.num_unfinished() == 0)
         running.call(running.device.resume)
         assert running.device.num_plans < 20
+
+
+LARGE = file_of(photo(400, 300, 1))
+FORM_PART = b'--x\r\ncontent-disposition: form-data; name="image"; filename="a.png"\r\n\r\n' + LARGE + b"\r\n"
+FORM_END = b'--x\r\ncontent-disposition: form-data; name="prompt"\r\n\r\nx\r\n--x--\r\n'
+URL = "data:image/png;base64," + base64.b64encode(LARGE).decode()
+CHAT_PARTS = [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": URL}}]
+# Path, content type, body, bytes that are announced and do not come.
+UPLOADS = {
+    "form": (EDITS, "multipart/form-data; boundary=x", FORM_PART + FORM_END, 0),
+    "form of which more is to come": (EDITS, "multipart/form-data; boundary=x", FORM_PART + b"--x\r\n", 1000),
+    "form of several pictures": (EDITS, "multipart/form-data; boundary=x", 3 * FORM_PART + FORM_END, 0),
+    "json": (EDITS, "application/json", json.dumps({"prompt": "x", "image": URL}).encode(), 0),
+    "chat": (
+        "/v1/chat/completions",
+        "application/json",
+        json.dumps({"messages": [{"role": "user", "content": CHAT_PARTS}]}).encode(),
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UPLOADS)
+def test_client_leaves_while_its_picture_is_decoded(name: str) -> None:
+    """The process that decodes it is killed, and another client's picture is next."""
+    path, kind, body, num_missing = UPLOADS[name]
+    files = {"image": LARGE, "prompt": (None, "x")}
+    server = live_server(
+        info=FAKE_EDIT_INFO, settings={"num_encoding_threads": 1}, decode_limits=DecodeLimits(seconds=3 * WAIT_SECONDS)
+    )
+    with server as running, ThreadPoolExecutor(1) as pool:
+        assert httpx.post(running.url + EDITS, files=files, timeout=20).status_code == 200
+        decoder = running.app.state.image_decoder
+        pid = decoder._threads[0].process.pid
+        os.kill(pid, signal.SIGSTOP)
+        connection = HTTPConnection(running.url.removeprefix("http://"))
+        headers = {"content-type": kind, "content-length": str(len(body) + num_missing)}
+        connection.request("POST", path, body, headers)
+        running.wait_until(lambda: decoder.num_pictures == 1 and decoder._jobs.qsize() == 0)
+        answer = pool.submit(httpx.post, running.url + EDITS, files=files, timeout=20)
+        running.wait_until(lambda: decoder.num_pictures == 2)
+        connection.close()
+        assert answer.result().status_code == 200
+        assert decoder._threads[0].process.pid != pid
+        running.wait_until(lambda: running.app.state.upload_budget.num_bytes == 0)
 
 
 def test_stream_client_leaves(paused: LiveServer) -> None:

@@ -8,6 +8,7 @@ import json
 import resource
 import ssl
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from http.client import HTTPConnection
 from pathlib import Path
@@ -17,6 +18,8 @@ import httpx
 import numpy as np
 import pytest
 from cryptography import x509
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from tests.entrypoints.cli.test_serve import self_signed
 from tests.entrypoints.openai.far_server import WAIT_SECONDS, FarServer, far_server
@@ -106,8 +109,48 @@ REFUSED = [
     ("/gzip/", "compressed, as 'gzip'"),
     ("/claims/99999999999", f"more than {MAX_IMAGE_BYTES} bytes"),
     ("/headers/", "could not be reached, or broke off"),
+    ("/to/:http:%2F%2F%5D", "photos.example redirects to what is no URL"),
+    ("/to/http:%2F%2F%5B::1", "photos.example redirects to what is no URL"),
+    ("/to/http:%2F%2Fphotos.example:99999%2F", "photos.example redirects to what is no URL"),
+    ("/to/%2F%25ff%00", "photos.example"),
+    ("/to/" + "a" * 60_000, "photos.example"),
+    ("/nowhere/", "photos.example answered 302"),
+    ("/claims/x", "could not be reached, or broke off"),
+    ("/claims/-1", "could not be reached, or broke off"),
+    ("/claims/" + "9" * 5000, "could not be reached, or broke off"),
+    ("/many/", "could not be reached, or broke off"),
     ("/cut/", "could not be reached, or broke off"),
 ]
+
+
+@pytest.mark.parametrize("start", ["", "http://", "http://photos.example/", "https://photos.example:", "//", ":"])
+def test_whatever_is_no_url_is_refused(start: str) -> None:
+    """In a request and as a redirect; no address is asked for."""
+    asked: list[str] = []
+
+    def resolve(host: str) -> list[str]:
+        asked.append(host)
+        raise UnicodeError("label too long")  # of the system's own codec
+
+    fetcher = MediaFetcher(DOMAINS, 2**20, replace(POLICY, resolve=resolve, tls=False))
+
+    @settings(max_examples=150, deadline=None, database=None)
+    @example("\ud800")
+    @example("\xad.example")
+    @example("x" * 70_000)
+    @example("[::1")
+    @example("http://]")
+    @given(st.text(st.characters(), max_size=40))
+    def check(text: str) -> None:
+        with pytest.raises(InvalidRequestError, match=r"^image_url "):
+            runner.run(fetcher.fetch(start + text, lambda _: None))
+        with suppress(InvalidRequestError):
+            fetcher._redirected(httpx.URL("http://photos.example/"), start + text)
+
+    with asyncio.Runner() as runner:
+        check()
+        runner.run(fetcher.close())
+    assert set(asked) <= {"photos.example"}
 
 
 @pytest.mark.parametrize(("path", "says"), REFUSED, ids=[path for path, _ in REFUSED])

@@ -158,7 +158,7 @@ def test_large_pictures_are_resized_in_a_thread_for_pictures(monkeypatch: pytest
             server.call(server.device.resume)
         assert answer.result().status_code == 200
         ((image,),) = server.device.images.values()
-    assert threads == [("omni-decode", False), ("omni-resolve", True)]
+    assert threads == [("omni-resize", False), ("omni-resolve", True)]
     assert is_gone, "counted no longer, and still in memory"
     assert image.reference.shape == (48, 64, 3)
     assert image.num_bytes <= held < image.num_bytes + len(large) + 2**12

@@ -10,7 +10,8 @@ from fastapi import FastAPI
 
 from vllm_omni import __version__
 from vllm_omni.entrypoints.openai.chat import CHAT_PATH, make_chat_router
-from vllm_omni.entrypoints.openai.decoding import ImageDecoder
+from vllm_omni.entrypoints.openai.decode_pool import ImageDecoder
+from vllm_omni.entrypoints.openai.decode_process import DecodeLimits
 from vllm_omni.entrypoints.openai.encoding import ImageEncoder
 from vllm_omni.entrypoints.openai.errors import install_error_handlers
 from vllm_omni.entrypoints.openai.files import FileStore
@@ -38,10 +39,12 @@ def build_app(
     settings: ServerSettings,
     metrics: PrometheusObserver | None = None,
     fetch_policy: FetchPolicy = FetchPolicy(),  # noqa: B008 (frozen)
+    decode_limits: DecodeLimits = DecodeLimits(),  # noqa: B008 (frozen)
 ) -> FastAPI:
     """The app that serves `omni`. `metrics`: the observer given to `omni`; None leaves the engine's metrics empty.
 
-    Its lifespan owns the threads. It is for uvicorn with `HttpProtocol`, which ends what nobody reads.
+    Its lifespan owns the threads and the decode processes. It is for uvicorn with `HttpProtocol`, which ends what
+    nobody reads.
     """
     metrics = metrics or PrometheusObserver(settings.served_model_names[0])
     metrics.watch(omni.status)
@@ -49,11 +52,13 @@ def build_app(
     files = FileStore(settings.media_ttl_seconds, settings.max_media_bytes)
     encoder = ImageEncoder(settings.num_encoding_threads, settings.num_band_threads, metrics.on_encoded)
     resolver = Resolver(omni, metrics)
-    decoder = ImageDecoder(settings.num_encoding_threads)
+    decoder = ImageDecoder(settings.num_encoding_threads, decode_limits)
     media = MediaFetcher(settings.allowed_media_domains, MAX_IMAGE_BYTES, fetch_policy)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        if omni.info.image_input is not None:
+            decoder.start()
         sweeping = asyncio.create_task(files.sweep_forever())
         try:
             yield
@@ -74,7 +79,7 @@ def build_app(
     )
     budget = UploadBudget()
     uploads = UploadReader(omni.info, decoder, budget, media, settings.upload_silence_seconds)
-    app.state.upload_budget = budget
+    app.state.upload_budget, app.state.image_decoder = budget, decoder
     service = ImageService(omni, settings, encoder, files, resolver, uploads)
     app.include_router(make_images_router(service))
     app.include_router(make_chat_router(service))

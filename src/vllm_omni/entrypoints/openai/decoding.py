@@ -1,36 +1,24 @@
-"""Uploaded pictures to what the model takes, in threads; headers are checked before pixels are touched."""
+"""Picture files to pixels: the code that a decode process runs, and data URLs.
+
+`decode_image` does all of it in the calling process. A server decodes in processes that it can kill: see
+`decode_pool.py`.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import binascii
 import io
-import struct
-import zlib
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+import warnings
+from dataclasses import dataclass
 
-from PIL import ExifTags, Image
+from PIL import Image
 
+from vllm_omni.entrypoints.openai.picture_files import jpeg, png, webp
+from vllm_omni.entrypoints.openai.picture_files.base import PictureFile, broken
 from vllm_omni.errors import InvalidRequestError
-from vllm_omni.inputs.images import MAX_INPUT_PIXELS, InputImage, check_input_image, to_rgb
+from vllm_omni.inputs.images import check_input_image, to_rgb
 
-Result = TypeVar("Result")
-
-FORMATS = ("PNG", "JPEG", "WEBP")
-# What Pillow's readers of these formats raise for files that are broken, one way or another.
-_BROKEN = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-)
-_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-# EXIF's orientation -> what brings the picture upright; 1 is upright.
+# EXIF's orientation -> transpose that brings the picture upright; 1 is upright.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -40,33 +28,71 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SWAPS_SIDES = (5, 6, 7, 8)
 _MAX_URL_ECHO = 40
 # Decoding one chunk holds the interpreter lock for about a millisecond; a multiple of 4.
 _BASE64_CHUNK = 2**20
 
 
-def decode_image(data: bytes | bytearray) -> Image.Image:
-    """A picture as its file shows it: turned as its EXIF says, on white where it is transparent, RGB.
+@dataclass(frozen=True)
+class OpenedImage:
+    """A picture whose header is read and whose pixels are not decoded yet."""
+
+    image: Image.Image
+    orientation: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) as it is shown."""
+        width, height = self.image.size
+        return (height, width) if self.orientation in _SWAPS_SIDES else (width, height)
+
+    def decoded(self) -> Image.Image:
+        """RGB pixels: turned by its orientation, on white where the picture is transparent.
+
+        Raises InvalidRequestError.
+        """
+        try:
+            self.image.load()
+            turn = _TURNS.get(self.orientation)
+            return to_rgb(self.image if turn is None else self.image.transpose(turn))
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever Pillow raises on a picture
+            raise broken(str(self.image.format)) from error
+
+
+def open_image(data: bytes) -> OpenedImage:
+    """Raises InvalidRequestError for other formats, files that are broken, and too many pixels."""
+    file = read_file(data)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # a sender's mistakes are not the operator's
+            image = Image.open(io.BytesIO(file.data), formats=(file.format,))
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever Pillow raises on a picture
+        raise broken(file.format) from error
+    check_input_image(image)
+    return OpenedImage(image, file.orientation)
+
+
+def read_file(data: bytes) -> PictureFile:
+    """The parts of a file that make its pixels. Raises InvalidRequestError."""
+    if data.startswith(png.SIGNATURE):
+        return png.read_png(data)
+    if data.startswith(jpeg.SIGNATURE):
+        return jpeg.read_jpeg(data)
+    if webp.is_webp(data):
+        return webp.read_webp(data)
+    raise InvalidRequestError("image takes PNG, JPEG and WebP files; this is none", param="image")
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """A picture as its file shows it: turned by its orientation, on white where it is transparent, RGB.
 
     Raises InvalidRequestError for other formats, files that are broken or cut off, and too many pixels.
     """
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except _BOMBS as error:  # what Pillow itself does not open: far beyond our limit
-        raise InvalidRequestError(f"image takes at most {MAX_INPUT_PIXELS} pixels", param="image") from error
-    except _BROKEN as error:
-        raise InvalidRequestError("image takes PNG, JPEG and WebP files; this is none", param="image") from error
-    check_input_image(image)
-    try:
-        return to_rgb(_upright(image))
-    except (*_BOMBS, *_BROKEN) as error:
-        raise InvalidRequestError(f"image is a broken {image.format} file", param="image") from error
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    # Pillow's own exif_transpose writes the whole EXIF anew as well, and stumbles where other tags of it are broken.
-    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    return image if turn is None else image.transpose(turn)
+    return open_image(data).decoded()
 
 
 def data_url_bytes(url: str) -> bytes:
@@ -81,25 +107,3 @@ def data_url_bytes(url: str) -> bytes:
         return b"".join(binascii.a2b_base64(chunk, strict_mode=True) for chunk in chunks)
     except ValueError as error:  # binascii's own, or text that is not ASCII
         raise InvalidRequestError(f"image_url is not valid base64: {error}", param="image_url") from error
-
-
-class ImageDecoder:
-    """A bounded pool of decoding threads, which also bring pictures to the sizes that the model takes."""
-
-    def __init__(self, num_threads: int) -> None:
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="omni-decode")
-
-    async def file(self, data: bytes | bytearray, prepare: Callable[[Image.Image], InputImage]) -> InputImage:
-        """Raises InvalidRequestError."""
-        return await self.run(lambda: prepare(decode_image(data)))
-
-    async def data_url(self, url: str, prepare: Callable[[Image.Image], InputImage]) -> InputImage:
-        """Raises InvalidRequestError."""
-        return await self.run(lambda: prepare(decode_image(data_url_bytes(url))))
-
-    async def run(self, function: Callable[[], Result]) -> Result:
-        """The result of whatever else takes the time of a picture."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function)
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)

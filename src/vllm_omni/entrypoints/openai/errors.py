@@ -44,7 +44,7 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
 def error_response(error: Exception, request: Request | None = None) -> JSONResponse:
     """The HTTP answer for any exception; one that we do not know is a 500 that tells nothing of our insides."""
     status, headers = 500, {"x-should-retry": "false"}
-    body = ErrorBody(message="The server failed on this request.", type="server_error", param=None, code=None)
+    body = _error_object("The server failed on this request.", "server_error")
     if isinstance(error, RequestError):
         status, headers, body = error.status, _retry_headers(error), error_body(error)
     elif isinstance(error, RequestValidationError):
@@ -57,14 +57,25 @@ def error_response(error: Exception, request: Request | None = None) -> JSONResp
 def error_body(error: Exception) -> ErrorBody:
     """The error object for a failure in the engine, also inside an event stream."""
     if not isinstance(error, RequestError):
-        return ErrorBody(message="The server failed on this request.", type="server_error", param=None, code=None)
+        return _error_object("The server failed on this request.", "server_error")
     message, param = str(error), error.param
     if isinstance(error, UnsupportedParameterError):
         message = error.message_among(ImageOptions.model_fields)
     elif param in _FIELD_NAMES:
         own_name, param = param, _FIELD_NAMES[param]
         message = re.sub(rf"^{own_name}\b", param, message)
-    return ErrorBody(message=message, type=error.type, param=param, code=error.code)
+    return _error_object(message, error.type, param, error.code)
+
+
+def _error_object(message: str, kind: str, param: str | None = None, code: str | None = None) -> ErrorBody:
+    """Lone surrogates, which a client's text may have and UTF-8 has not, become escapes."""
+    return ErrorBody(
+        message=_encodable(message), type=kind, param=None if param is None else _encodable(param), code=code
+    )
+
+
+def _encodable(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _retry_headers(error: RequestError) -> dict[str, str]:
@@ -91,7 +102,7 @@ def _validation_body(error: RequestValidationError) -> ErrorBody:
         if first["type"] == "string_pattern_mismatch":
             message = _PATTERNS.get(param, message)
         message = f"{param}: {message[:1].lower()}{message[1:]}, got {echo(first.get('input'))}"
-    return ErrorBody(message=message, type="invalid_request_error", param=param, code=code)
+    return _error_object(message, "invalid_request_error", param, code)
 
 
 def _http_body(error: HTTPException, request: Request | None) -> ErrorBody:
@@ -100,7 +111,7 @@ def _http_body(error: HTTPException, request: Request | None) -> ErrorBody:
     if message == HTTPStatus(status).phrase and request is not None:
         message = f"{message}: {request.method} {request.url.path}"
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return ErrorBody(message=message, type=kind, param=None, code=code)
+    return _error_object(message, kind, code=code)
 
 
 class CatchErrors:

@@ -19,6 +19,8 @@ IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _RESOLVING_THREADS = 4
 _MAX_ECHO = 40
+# Raised by httpx, and by the codecs that it calls (UnicodeError is a ValueError), for what is no URL.
+_URL_ERRORS = (httpx.InvalidURL, ValueError)
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 _NOT_PUBLIC = tuple(
@@ -113,7 +115,9 @@ class MediaFetcher:
                 return await self._follow(start, hold)
         except (TimeoutError, httpx.TimeoutException) as error:
             raise _failed(f"{_host(start)} did not send the picture in time") from error
-        except (httpx.TransportError, OSError) as error:
+        except InvalidRequestError:  # is a ValueError
+            raise
+        except (*_URL_ERRORS, httpx.RequestError, OSError) as error:
             raise _failed(f"{_host(start)} could not be reached, or broke off") from error
         finally:
             self._num_fetches -= 1
@@ -129,7 +133,7 @@ class MediaFetcher:
         takes = f"takes data: URLs, and http and https URLs of {self._accepted}"
         try:
             url = httpx.URL(text)
-        except httpx.InvalidURL as error:
+        except _URL_ERRORS as error:
             raise _refused(f"{takes}; got {echo}") from error
         if url.scheme not in ("http", "https") or not (url.port is None or 0 < url.port < 2**16):
             raise _refused(f"{takes}; got {echo}")
@@ -150,7 +154,7 @@ class MediaFetcher:
     def _redirected(self, url: httpx.URL, location: str) -> httpx.URL:
         try:
             return self._checked(str(url.join(location)))
-        except (InvalidRequestError, httpx.InvalidURL) as error:  # where to is no business of the sender
+        except _URL_ERRORS as error:  # where to is no business of the sender
             raise _failed(f"{_host(url)} redirects to what is no URL of {self._accepted}") from error
 
     async def _get(self, url: httpx.URL) -> httpx.Response:
@@ -185,7 +189,10 @@ class MediaFetcher:
         if encoding != "identity":  # a few bytes of it could become any number
             raise _failed(f"{host} sent the picture compressed, as {encoding[:_MAX_ECHO]!r}")
         too_large = _failed(f"{host} sent a picture of more than {self._max_bytes} bytes")
-        if int(response.headers.get("content-length", 0)) > self._max_bytes:
+        declared = response.headers.get("content-length", "0")
+        if not declared.isdecimal():
+            raise _failed(f"{host} sent the content-length {declared[:_MAX_ECHO]!r}")
+        if int(declared) > self._max_bytes:
             raise too_large
         data = bytearray()
         async for chunk in response.aiter_raw():

@@ -26,7 +26,7 @@ class ServerSettings:
     keep_alive_seconds: float = 15.0
     """Silence after which an event stream sends a comment, so that proxies keep it open."""
     num_encoding_threads: int = 2
-    """Threads that turn pixels into PNG, JPEG or WebP, and as many that read such files."""
+    """Threads that turn pixels into PNG, JPEG or WebP, and as many processes that read such files."""
     num_band_threads: int = 4
     """Threads that share the work on PNG files, together for all of `num_encoding_threads`."""
     disable_docs: bool = False

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from vllm_omni.diffusion.intake import MAX_PROMPT_CHARACTERS, check_num_images
 from vllm_omni.diffusion.registry import ImageInput, ModelInfo
 from vllm_omni.entrypoints.openai.chat_protocol import ChatCompletionRequest, with_extra_body
 from vllm_omni.entrypoints.openai.chat_turns import Turn, last_user_turn
-from vllm_omni.entrypoints.openai.decoding import ImageDecoder
+from vllm_omni.entrypoints.openai.decode_pool import ImageDecoder
 from vllm_omni.entrypoints.openai.disconnect import unless_disconnected
 from vllm_omni.entrypoints.openai.echo import echo
 from vllm_omni.entrypoints.openai.holding import Holding, UploadBudget
@@ -68,17 +69,36 @@ class UploadReader:
         )
 
     async def _read_form(self, request: Request, holding: Holding) -> ImageEditRequest:
+        """Pictures are decoded while the rest is read: so a client that leaves is noticed, and its decode ended."""
         fields: dict[str, Any] = {}
+        files: asyncio.Queue[bytearray | None] = asyncio.Queue()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                decoding = tasks.create_task(self._decode_files(files, holding))
+                await self._read_parts(request, holding, fields, files)
+                await unless_disconnected(request, _end_of(decoding))
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return validated(lambda: ImageEditRequest.model_validate_strings(fields, strict=False))
+
+    async def _read_parts(
+        self, request: Request, holding: Holding, fields: dict[str, Any], files: asyncio.Queue[bytearray | None]
+    ) -> None:
+        """Read the form to its end; its pictures go to `files`, and None after the last one."""
         reader = MultipartReader(request.headers["content-type"], _FormLimits(self.info).limit_of)
         async for chunk in self._chunks(request):
             holding.add(len(chunk))
             for part in reader.feed(chunk):
                 if _IMAGE_FIELD.fullmatch(part.name):
-                    await self._decode(part.data, holding)
+                    files.put_nowait(part.data)
                 else:
                     _set_field(fields, part)
         reader.close()
-        return validated(lambda: ImageEditRequest.model_validate_strings(fields, strict=False))
+        files.put_nowait(None)
+
+    async def _decode_files(self, files: asyncio.Queue[bytearray | None], holding: Holding) -> None:
+        while (data := await files.get()) is not None:
+            await self._decode(data, holding)
 
     async def _read_json_edit(self, request: Request, holding: Holding) -> ImageEditRequest:
         parsed = await self.read_json(request, holding, ImageEditRequest)
@@ -155,13 +175,16 @@ class UploadReader:
         check_num_images(len(urls), self.info)
         for url in urls:
             if url.startswith("data:"):
-                holding.keep(await self.decoder.data_url(url, self._image_input.prepare))
+                with _naming_picture(holding):
+                    image = await self.decoder.data_url(url, self._image_input.sizes)
+                holding.keep(image)
             else:
                 await self._decode(await self.media.fetch(url, holding.add), holding)
 
     async def _decode(self, data: bytearray, holding: Holding) -> None:
         """Instead of its file, pixels are held from now on: these may be a thousand times as much."""
-        image = await self.decoder.file(data, self._image_input.prepare)
+        with _naming_picture(holding):
+            image = await self.decoder.file(data, self._image_input.sizes)
         holding.drop(len(data))
         holding.keep(image)
 
@@ -187,6 +210,20 @@ class _FormLimits:
         self._num_images += 1
         check_num_images(self._num_images, self._info)
         return MAX_IMAGE_BYTES
+
+
+@contextmanager
+def _naming_picture(holding: Holding) -> Iterator[None]:
+    """Errors say which picture of the request is wrong."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        number = len(holding.images) + 1
+        raise InvalidRequestError(f"{error} (picture {number} of the request)", param=error.param) from error
+
+
+async def _end_of(task: asyncio.Task[None]) -> None:
+    await asyncio.wait((task,))
 
 
 def _read_chat(sent: Any) -> tuple[ChatCompletionRequest, Turn]:

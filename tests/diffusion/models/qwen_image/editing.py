@@ -24,6 +24,7 @@ from tests.diffusion.worker.driving import make_request
 from tests.tiny_models import build_tiny_qwen_image
 from vllm_omni.diffusion.registry import load_model_info
 from vllm_omni.diffusion.request import DiffusionRequest
+from vllm_omni.inputs.images import prepared
 
 SIDE = 64
 """Of the models' default pictures: what diffusers fixes at 1024."""
@@ -74,7 +75,7 @@ def request_of(path: Path, request_id: str, pictures: list[Image.Image], **field
     """As intake resolves it: of the size of the last picture where none is given."""
     edit = load_model_info(str(path)).image_input
     assert edit is not None
-    images = tuple(edit.prepare(picture) for picture in pictures)
+    images = tuple(prepared(picture, edit.sizes) for picture in pictures)
     height, width = images[-1].reference.shape[:2]
     return make_request(request_id, **{"height": height, "width": width, "images": images, **fields})
 

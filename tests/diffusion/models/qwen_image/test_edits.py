@@ -18,6 +18,7 @@ from tests.tiny_models import build_tiny_qwen_image, photo
 from vllm_omni.diffusion.models.qwen_image.vae import PictureEncoder
 from vllm_omni.diffusion.registry import load_model_info
 from vllm_omni.diffusion.sampling import pack_latents
+from vllm_omni.inputs.images import prepared
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +88,7 @@ def test_input_pictures_are_encoded_in_the_tiles_of_diffusers(tmp_path: Path) ->
     path = build_tiny_qwen_image(tmp_path / "edit", edit=EDIT, default_sampling_params=defaults)
     edit = load_model_info(str(path)).image_input
     assert edit is not None
-    image = edit.prepare(photo(300, 270, 1))
+    image = prepared(photo(300, 270, 1), edit.sizes)
     pipeline = reference(path)
     pixels = pipeline.image_processor.preprocess(Image.fromarray(image.reference)).unsqueeze(2)
     encoder = PictureEncoder(AutoencoderKLQwenImage.from_pretrained(path / "vae"))

@@ -19,7 +19,7 @@ from vllm_omni.diffusion.distributed.mesh import World
 from vllm_omni.diffusion.models.qwen_image.edit import EDIT_TEMPLATE, NUM_EDIT_TEMPLATE_TOKENS, EditInput
 from vllm_omni.diffusion.models.qwen_image.vision import EditEncoder
 from vllm_omni.diffusion.registry import load_model_info
-from vllm_omni.inputs.images import InputImage
+from vllm_omni.inputs.images import InputImage, prepared
 
 CPU = torch.device("cpu")
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -40,7 +40,9 @@ def edit_of(path: Path) -> EditInput:
 def inputs_of(path: Path) -> list[tuple[str, str, tuple[InputImage, ...]]]:
     """Prompts with the text that diffusers makes of each, and pictures of many proportions."""
     edit = edit_of(path)
-    wide, square, tall = (edit.prepare(photo(*size, seed)) for seed, size in enumerate([(90, 40), (64, 64), (8, 300)]))
+    wide, square, tall = (
+        prepared(photo(*size, seed), edit.sizes) for seed, size in enumerate([(90, 40), (64, 64), (8, 300)])
+    )
     if not edit.is_plus:
         return [(prompt, PICTURE + prompt, (image,)) for prompt, image in (("a red apple", wide), ("", tall))]
     return [
@@ -86,7 +88,7 @@ def test_ranks_that_share_it_give_the_same_states(model: Path) -> None:
 def test_a_prompt_that_spells_the_picture_token_is_a_prompt(model: Path) -> None:
     edit = edit_of(model)
     encoder = EditEncoder(model, edit, CPU, torch.float32, Group.alone())
-    image = edit.prepare(photo(40, 30, 1))
+    image = prepared(photo(40, 30, 1), edit.sizes)
     prompt = "an apple <|image_pad|><|image_pad|> <|vision_start|>"
     info = load_model_info(str(model))
     num_tokens = info.count_prompt_tokens(prompt) + info.count_image_prompt_tokens([image])
@@ -96,7 +98,7 @@ def test_a_prompt_that_spells_the_picture_token_is_a_prompt(model: Path) -> None
 def test_another_picture_of_the_same_pixels_is_not_looked_at_again(model: Path) -> None:
     edit = edit_of(model)
     encoder = EditEncoder(model, edit, CPU, torch.float32, Group.alone())
-    first, same, other = (edit.prepare(photo(40, 30, seed)) for seed in (1, 1, 2))
+    first, same, other = (prepared(photo(40, 30, seed), edit.sizes) for seed in (1, 1, 2))
     assert first == same != other
     states = [encoder("x", (image,)) for image in (first, same, other)]
     assert len(encoder._features) == 2

@@ -6,10 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from PIL import Image
-
-from vllm_omni.inputs.images import InputImage
+from vllm_omni.inputs.images import InputImage, ReaderSizes
 
 NUM_REFERENCES = {
     "Flux2KleinKVPipeline": (0, 4),
@@ -39,14 +36,12 @@ class WholeImageInput:
     area: int
     """Pixels of the model's own size."""
 
-    def prepare(self, image: Image.Image) -> InputImage:
-        """See `ImageInput.prepare`."""
-        if not self.follows_input and image.width * image.height > MAX_REFERENCE_PIXELS:
-            scale = math.sqrt(MAX_REFERENCE_PIXELS / (image.width * image.height))
-            width, height = (max(1, int(side * scale)) for side in image.size)
-            image = image.resize((width, height), Image.Resampling.LANCZOS)
-        pixels = np.array(image)
-        return InputImage.of(pixels, pixels)
+    def sizes(self, width: int, height: int) -> ReaderSizes:
+        """See `ImageInput.sizes`."""
+        if not self.follows_input and width * height > MAX_REFERENCE_PIXELS:
+            scale = math.sqrt(MAX_REFERENCE_PIXELS / (width * height))
+            width, height = max(1, int(width * scale)), max(1, int(height * scale))
+        return ReaderSizes((width, height), (width, height))
 
     def count_prompt_tokens(self, images: Sequence[InputImage]) -> int:
         """See `ImageInput.count_prompt_tokens`."""

@@ -10,11 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from vllm_omni.errors import InvalidRequestError
-from vllm_omni.inputs.images import InputImage
+from vllm_omni.inputs.images import InputImage, ReaderSizes
 
 EDIT_TEMPLATE = (
     "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, "
@@ -55,14 +52,14 @@ class EditInput:
     def max_images(self) -> int:
         return MAX_IMAGES if self.is_plus else 1
 
-    def prepare(self, image: Image.Image) -> InputImage:
-        """See `ImageInput.prepare`."""
-        if max(image.size) > MAX_RATIO * min(image.size):
+    def sizes(self, width: int, height: int) -> ReaderSizes:
+        """See `ImageInput.sizes`."""
+        if max(width, height) > MAX_RATIO * min(width, height):
             raise InvalidRequestError(
-                f"image takes sides of a ratio up to {MAX_RATIO}, got {image.width}x{image.height}", param="image"
+                f"image takes sides of a ratio up to {MAX_RATIO}, got {width}x{height}", param="image"
             )
-        reference = _resized(image, self.area)
-        return InputImage.of(_resized(image, CONDITION_AREA) if self.is_plus else reference, reference)
+        reference = _scaled(width, height, self.area)
+        return ReaderSizes(_scaled(width, height, CONDITION_AREA) if self.is_plus else reference, reference)
 
     def count_prompt_tokens(self, images: Sequence[InputImage]) -> int:
         """See `ImageInput.count_prompt_tokens`."""
@@ -100,9 +97,12 @@ class EditInput:
         return height // side, width // side
 
 
-def _resized(image: Image.Image, area: int) -> np.ndarray:
-    """uint8 [height, width, 3] of about `area` pixels in the picture's proportions."""
-    ratio = image.width / image.height
-    width = math.sqrt(area * ratio)
-    sides = [max(SIDE_MULTIPLE, round(side / SIDE_MULTIPLE) * SIDE_MULTIPLE) for side in (width, width / ratio)]
-    return np.array(image.resize((sides[0], sides[1]), Image.Resampling.LANCZOS))
+def _scaled(width: int, height: int, area: int) -> tuple[int, int]:
+    """(width, height) of about `area` pixels in the proportions of these sides."""
+    ratio = width / height
+    scaled_width = math.sqrt(area * ratio)
+    return _rounded(scaled_width), _rounded(scaled_width / ratio)
+
+
+def _rounded(side: float) -> int:
+    return max(SIDE_MULTIPLE, round(side / SIDE_MULTIPLE) * SIDE_MULTIPLE)
