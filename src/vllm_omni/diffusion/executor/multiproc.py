@@ -17,6 +17,7 @@ from vllm_omni.diffusion.plan import StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.worker.contract import Abort, Done, Execute, FromWorker, Place, Ready, Start, ToWorker
 from vllm_omni.diffusion.worker.main import DEFAULT_RUNNER
 from vllm_omni.errors import WorkerDiedError
+from vllm_omni.logs import fill_standard_descriptors
 
 SILENCE_SECONDS = 10.0
 """A worker that sends nothing for so long is dead: a live one beats every second."""
@@ -43,6 +44,8 @@ class WorkerGroup:
 
     def launch(self, config: OmniDiffusionConfig, replica_index: int, runner_name: str) -> None:
         """Start all processes; they load at the same time. Raises WorkerDiedError for one that does not start."""
+        # Before any socket is opened for a worker: in it, the number of a closed one would be its output's.
+        fill_standard_descriptors()
         size = config.parallel.replica_size
         prefix = f"replica {replica_index} " if config.parallel.data_parallel_size > 1 else ""
         with _listen_for_ranks() if size > 1 else contextlib.nullcontext() as store:
