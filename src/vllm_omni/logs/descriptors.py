@@ -11,7 +11,7 @@ STDIN, STDOUT, STDERR = 0, 1, 2
 def fill_standard_descriptors() -> None:
     """Open /dev/null on each of the descriptors 0, 1 and 2 that is closed.
 
-    Otherwise the next file or socket gets the number: libuv aborts then, and text meant for standard error goes into it.
+    Otherwise the next file or socket gets the number: libuv aborts then, and text for standard error goes into it.
     """
     for fd in (STDIN, STDOUT, STDERR):
         try:

@@ -16,7 +16,7 @@ from vllm_omni.logs.writer import QueuedWriter
 class QueuedStreams:
     """Standard output and error of a process that is ours alone; never of a program that imports the library.
 
-    After `install`, all that Python code writes goes through queues: logging, print, progress bars, warnings, tracebacks.
+    After `install`, all that Python code writes goes through queues: logging, print, bars, warnings, tracebacks.
     """
 
     def __init__(self, max_bytes: int = 2**20, flush_seconds: float = 1.0) -> None:
@@ -24,7 +24,7 @@ class QueuedStreams:
         self._max_bytes = max_bytes
         self._flush_seconds = flush_seconds
         self._writers: dict[tuple[int, int], QueuedWriter] = {}
-        """By the device and inode of the file: one queue for both streams where both are one file, to keep the order."""
+        """By the device and inode of the file: both streams share a queue where both are one file, to keep the order."""
 
     def install(self) -> None:
         sys.stdout = self._replacement(sys.stdout, STDOUT)

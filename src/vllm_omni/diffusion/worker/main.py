@@ -109,9 +109,7 @@ def _die_with_parent() -> None:
         raise OSError(ctypes.get_errno(), "prctl")
 
 
-def run_worker(
-    channel: BlockingChannel[ToWorker], runner_name: str, parent_pid: int, ending: Ending
-) -> NoReturn:
+def run_worker(channel: BlockingChannel[ToWorker], runner_name: str, parent_pid: int, ending: Ending) -> NoReturn:
     """Load, say so, then run plans as they come."""
     start = channel.receive()
     assert isinstance(start, Start)

@@ -3,30 +3,56 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from vllm_omni.entrypoints.cli import calibrate
-from vllm_omni.entrypoints.cli.args import PROG, parse_args
+from vllm_omni.entrypoints.cli.args import PROG, ServeArgs, parse_args
+from vllm_omni.entrypoints.cli.signals import StopSignals
 from vllm_omni.errors import ConfigError
+from vllm_omni.logs import QueuedStreams, fill_standard_descriptors, logging_level
 
+FAILED_EXIT_CODE = 1
 USAGE_EXIT_CODE = 2
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command and exit: 0 after a clean stop, 1 when the engine failed, 2 for a wrong setting."""
     words = sys.argv[1:] if argv is None else list(argv)
+    fill_standard_descriptors()
     try:
         if words[:1] == [calibrate.COMMAND]:
             calibrate.calibrate(calibrate.parse_args([word for word in words[1:] if word != "--omni"]))
             sys.exit(0)
-        args = parse_args(words)
+        streams = QueuedStreams()
+        with StopSignals(streams.leave) as signals:
+            args = parse_args(words)
+            serve_and_leave(args, signals, streams)
+    except ConfigError as error:
+        _print_error(error)
+        sys.exit(USAGE_EXIT_CODE)
+
+
+def serve_and_leave(args: ServeArgs, signals: StopSignals, streams: QueuedStreams) -> NoReturn:
+    """Serve, then end the process: the interpreter's own way out would wait for every thread of every pool."""
+    streams.install()
+    try:
+        logging_level()  # A wrong one is told before anything is loaded.
         from vllm_omni.entrypoints.cli.serve import serve  # after the flags: it imports the engine and the HTTP app
 
-        code = serve(args)
+        code = serve(args, signals, streams)
     except ConfigError as error:
-        print(f"{PROG}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _print_error(error)
         code = USAGE_EXIT_CODE
-    sys.exit(code)
+    except BaseException:  # whatever it was: nobody above is left to see it
+        traceback.print_exc()
+        code = FAILED_EXIT_CODE
+    streams.leave(code)
+
+
+def _print_error(error: ConfigError) -> None:
+    print(f"{PROG}: error: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 if __name__ == "__main__":
