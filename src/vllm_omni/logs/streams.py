@@ -24,7 +24,7 @@ class QueuedStreams:
         self._max_bytes = max_bytes
         self._flush_seconds = flush_seconds
         self._writers: dict[tuple[int, int], QueuedWriter] = {}
-        """By the device and inode of the file: both streams share a queue where both are one file, to keep the order."""
+        """By the device and inode of the file: two streams into one file share a queue, which keeps their order."""
 
     def install(self) -> None:
         sys.stdout = self._replacement(sys.stdout, STDOUT)
