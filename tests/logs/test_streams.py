@@ -50,6 +50,11 @@ def test_all_writers_come_out_in_order() -> None:
     assert places == sorted(places)
 
 
+def test_both_streams_into_one_file_keep_their_order() -> None:
+    code = "import sys\nfor n in range(1000): print(n, file=(sys.stdout, sys.stderr)[n % 2])\nstreams.leave(0)"
+    assert list(map(int, run(code, stderr=subprocess.STDOUT).stdout.split())) == list(range(1000))
+
+
 def test_two_files_stay_apart() -> None:
     ended = run("import sys\nprint('out')\nprint('err', file=sys.stderr)\nstreams.leave(0)")
     assert (ended.stdout, ended.stderr) == ("out\n", "err\n")

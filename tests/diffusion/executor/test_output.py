@@ -21,6 +21,8 @@ PROGRAM = textwrap.dedent(
     from vllm_omni.diffusion.executor.multiproc import MultiprocExecutor
     from vllm_omni.diffusion.plan import StepPlan
 
+    CLOSE = "close"
+
     def state():
         signals = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
         loggers = [(logger.level, logger.handlers) for logger in map(logging.getLogger, (None, "vllm_omni"))]
@@ -28,12 +30,14 @@ PROGRAM = textwrap.dedent(
 
     async def main(file, log=None):
         before = state()
+        if log == CLOSE:
+            os.closerange(0, 3)
         executor = MultiprocExecutor(make_config(), "tests.diffusion.executor.workers:Chatty")
         await executor.start()
         executor.submit(StepPlan(0, new_requests=[make_request("a")], encode=["a"]))
         await executor.next_result()
         (pid,) = executor.worker_pids
-        while log and "the last line" not in open(log).read():
+        while log not in (None, CLOSE) and "the last line" not in open(log).read():
             await asyncio.sleep(0.01)
         outputs = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in range(3)]
         await executor.close()
@@ -47,7 +51,7 @@ PROGRAM = textwrap.dedent(
 
 
 def run(file: str, *log: str, command: tuple[str, ...] = (), **settings: Any) -> subprocess.CompletedProcess[str]:
-    """`log`: what the workers write into; the program ends when their last line is there."""
+    """`log`: what the workers write into; the program ends when their last line is there. `close`: no output at all."""
     words = [*command, sys.executable, "-W", "ignore", "-c", PROGRAM, file, *log]
     return subprocess.run(words, check=True, timeout=120, text=True, cwd=ROOT, **settings)
 
@@ -70,7 +74,10 @@ def test_a_reader_that_left(tmp_path: Any) -> None:
 
 
 def test_closed_descriptors(tmp_path: Any) -> None:
+    """From the start; or later, when the next sockets get their numbers."""
     run(f"{tmp_path}/done", command=("/bin/sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"))
+    assert (tmp_path / "done").read_text().split() == [os.devnull] * 3
+    run(f"{tmp_path}/done", "close")
     assert (tmp_path / "done").read_text().split() == [os.devnull] * 3
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import logging
 import os
@@ -111,6 +112,8 @@ class Chatty(FakeRunner):
             print("a line of the output", number)
         for _ in tqdm(range(500), mininterval=0):
             pass
+        with contextlib.suppress(OSError):
+            os.write(2, b"x" * 100_000 + b"\n")  # as C++ libraries do
         print("the last line")
         return super().execute(plan)
 
