@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 
 from tests.fakes import FakeExecutor, FakeRunner, make_config, make_request
+from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.engine import DiffusionEngine
 from vllm_omni.diffusion.events import EngineStatus, Failed, Finished, NullObserver, Observers
 from vllm_omni.diffusion.plan import ItemError, StepPlan, StepResult
+from vllm_omni.diffusion.replicas import Replicas
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.entrypoints.cli.activity import ActivityLog
 
@@ -122,6 +124,22 @@ async def release(executor: FakeExecutor) -> None:
 async def end_of_idle_seconds() -> None:
     """Let five periods of the log's timer pass."""
     await asyncio.sleep(0.05)
+
+
+async def test_one_line_for_all_replicas(lines: Callable[[str], list[str]]) -> None:
+    log = ActivityLog(0.2)
+    executors = [FakeExecutor(hold=True), FakeExecutor(hold=True)]
+    config = make_config(parallel=DiffusionParallelConfig(data_parallel_size=2))
+    replicas = Replicas(config, executors.__getitem__, log)
+    log.watch(replicas.status)
+    await replicas.start()
+    try:
+        replicas.add([request(f"r{number}") for number in range(4)])
+        await until(lambda: lines("Running"))
+        assert all(executor.num_plans for executor in executors), "both have work"
+        assert lines("Running")[0].startswith("Running: 4, waiting: 0, 0.00 steps/s, ")
+    finally:
+        await replicas.close()
 
 
 async def test_steps_per_second_are_those_since_the_last_line(lines: Callable[[str], list[str]]) -> None:
