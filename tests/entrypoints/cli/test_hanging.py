@@ -107,7 +107,7 @@ def picture() -> bytes:
 
 
 def test_no_pool_holds_up_the_end(path: Path) -> None:
-    with fake_server(path, stop_seconds=30.0) as server:
+    with fake_server(path, shutdown_timeout=1e15, stop_seconds=30.0) as server:
         far = {"prompt": "x", "images": [{"image_url": f"http://{FAR_HOST}/picture.png"}]}
         near = {"prompt": "x", "images": [{"image_url": data_url()}]}
         for place, url, body in (

@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 FAILED_EXIT_CODE = 1
 FLUSH_SECONDS = 4
 """What responses that are finished but not yet sent may take when the server stops."""
+FOREVER_SECONDS = 1e9
+"""As long a `--shutdown-timeout` as faulthandler's clock can count."""
 WATCH_SECONDS = 0.5
 OPEN_FILES = 65535
 
@@ -93,8 +95,9 @@ async def _serve(
     app = build_app(omni, args.settings, metrics)
     add_middleware(app, args.http)
     # Needs neither the event loop nor the interpreter's lock: shows where threads hang and ends the process.
-    seconds = limits.total(args.http.shutdown_timeout)
-    end_later = partial(faulthandler.dump_traceback_later, seconds, exit=True)
+    end_later = partial(
+        faulthandler.dump_traceback_later, limits.total(min(args.http.shutdown_timeout, FOREVER_SECONDS)), exit=True
+    )
     return await Service(omni, _http_server(app, args.http), listener, args, signals, end_later, limits).run()
 
 
