@@ -31,6 +31,7 @@ from vllm_omni.diffusion.replicas import Replicas
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.errors import ConfigError, InvalidRequestError, UnavailableError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt, PromptLike, parse_prompt
+from vllm_omni.logs.bars import progress_bar
 from vllm_omni.outputs import OmniRequestOutput
 
 SHUTDOWN_SECONDS = 30.0
@@ -333,7 +334,7 @@ class Omni:
     async def _generate_all(self, prompts: list[Any], params: list[Any]) -> list[OmniRequestOutput]:
         jobs = [self._async.resolve(p, s) for p, s in zip(prompts, params)]
         total = sum(r.num_inference_steps for job in jobs for r in job.requests)
-        with tqdm(total=total, unit="step", desc="denoising", disable=not self._progress_bar) as bar:
+        with progress_bar(total, "denoising", shown=self._progress_bar, unit="step") as bar:
             streams = [self._async.submit(job) for job in jobs]
             results = await asyncio.gather(*(_last_output(s, bar) for s in streams), return_exceptions=True)
         for result in results:

@@ -38,7 +38,7 @@ def test_the_pod_is_given_the_time_that_draining_takes(deployment: dict[str, Any
     (container,) = deployment["spec"]["containers"]
     timeout = parse_args(["serve", *container["args"]]).http.shutdown_timeout
     (_, pre_stop) = container["lifecycle"]["preStop"]["exec"]["command"]
-    needed = int(pre_stop) + timeout + serve.CLOSE_SECONDS + serve.FLUSH_SECONDS
+    needed = int(pre_stop) + serve.StopLimits().total(timeout)
     assert deployment["spec"]["terminationGracePeriodSeconds"] >= needed
 
 

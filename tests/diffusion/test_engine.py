@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -37,16 +37,21 @@ class Recorder(NullObserver):
 
     def __init__(self) -> None:
         self.steps: list[tuple[StepPlan, StepResult]] = []
+        self.added: list[str] = []
         self.outcomes: list[tuple[str, str]] = []
+        self.reasons: dict[str, str] = {}
         self.rejects: list[str] = []
         self.restarts: list[int] = []
+
+    def on_add(self, requests: Sequence[DiffusionRequest]) -> None:
+        self.added += [request.request_id for request in requests]
 
     def on_step(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
         assert plan.step_id == result.step_id
         assert seconds >= 0
         self.steps.append((plan, result))
 
-    def on_finish(self, request: DiffusionRequest, timings: dict[str, float], outcome: str) -> None:
+    def on_finish(self, request: DiffusionRequest, timings: dict[str, float], outcome: str, reason: str) -> None:
         assert set(timings) == {
             "queue",
             "text_encode",
@@ -57,6 +62,7 @@ class Recorder(NullObserver):
             "cached_steps",
         }
         self.outcomes.append((request.request_id, outcome))
+        self.reasons[request.request_id] = reason
 
     def on_reject(self, reason: str) -> None:
         self.rejects.append(reason)
@@ -254,9 +260,14 @@ async def test_one_failure_leaves_the_others_alone(caplog: pytest.LogCaptureFixt
         ("wrong", "refused"),
     ]
     assert observer.rejects == []  # whoever answers counts it, as every wrong request
-    told = {record.levelname: record.getMessage() for record in caplog.records}
-    assert told["INFO"] == "request wrong is refused: no"
-    assert told["ERROR"] == "request bad failed (internal): weights are on fire\nTraceback"
+    assert observer.reasons == {
+        "a": "",
+        "b": "",
+        "bad": "the device failed on this request",
+        "wrong": "wrong input",
+    }
+    assert observer.added == ["a", "bad", "b", "wrong"]
+    assert [r.getMessage() for r in caplog.records] == ["request bad failed (internal): weights are on fire\nTraceback"]
 
 
 async def test_pictures_that_are_none_end_as_what_they_are() -> None:
@@ -419,6 +430,11 @@ async def test_too_many_deaths_fail_everything() -> None:
         assert executor.num_starts == 3
         await until(lambda: executor.closed)
         assert (engine.status().state, engine.status().healthy) == ("failed", False)
+        assert engine.status().failure == (
+            "worker deaths within 600 s: 3, --max-worker-restarts allows 2; "
+            "the last one: the fake worker was told to die"
+        )
+        assert observer.reasons["b"] == "the device failed too often"
         with pytest.raises(UnavailableError) as unavailable:
             engine.add([now_request("late")])
         assert unavailable.value.retry_after is not None
@@ -444,6 +460,13 @@ async def test_restarts_that_fail_count_as_deaths() -> None:
     async with running_engine(executor) as engine:
         assert isinstance((await read_until_done(engine.add([now_request()])))[-1], Finished)
     assert executor.num_starts == 4
+
+
+@pytest.mark.parametrize(
+    ("num_deaths", "seconds"), [(1, 0.0), (2, 0.5), (3, 1.5), (4, 3.5), (6, 15.5), (7, 30.0), (12, 30.0), (5000, 30.0)]
+)
+def test_the_pause_before_a_restart_grows_up_to_half_a_minute(num_deaths: int, seconds: float) -> None:
+    assert DiffusionEngine(make_config(), FakeExecutor())._backoff_seconds(num_deaths) == seconds
 
 
 async def test_the_attention_is_the_last_start_s() -> None:

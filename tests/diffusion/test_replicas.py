@@ -186,6 +186,7 @@ async def test_one_that_gives_up_fails_them_all() -> None:
         events = await read_until_done(replicas.add([now_request(f"r{n}") for n in range(4)]), 4)
         assert list(failures(events).values()) == [GenerationError] * 2
         assert (replicas.status().state, replicas.status().healthy) == ("failed", False)
+        assert replicas.status().failure.startswith("worker deaths within 600 s: 2, --max-worker-restarts allows 1; ")
 
 
 @pytest.mark.parametrize("seed", range(10))

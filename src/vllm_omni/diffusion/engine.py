@@ -46,7 +46,9 @@ from vllm_omni.errors import (
 
 logger = logging.getLogger(__name__)
 
-_RESTART_WINDOW_SECONDS = 600.0
+RESTART_WINDOW_SECONDS = 600.0
+RESTART_BACKOFF_SECONDS = 0.5
+MAX_RESTART_BACKOFF_SECONDS = 30.0
 _SEND_AHEAD_SHARE = 0.2
 """The next plan is sent when this share of the running one is left (and `_SEND_AHEAD_SECONDS` more): early
 enough that the device never waits, late enough that a request that arrives meanwhile is in it."""
@@ -93,18 +95,25 @@ class DiffusionEngine:
         executor: Executor,
         observer: EngineObserver | None = None,
         *,
-        restart_backoff_seconds: float = 0.5,
+        restart_backoff_seconds: float = RESTART_BACKOFF_SECONDS,
+        max_restart_backoff_seconds: float = MAX_RESTART_BACKOFF_SECONDS,
         stall_seconds: float = STALL_SECONDS,
         stall_factor: float = STALL_FACTOR,
     ) -> None:
-        """A step that takes longer than `stall_seconds` and `stall_factor` times its estimate ends its workers."""
+        """A step that takes longer than `stall_seconds` and `stall_factor` times its estimate ends its workers.
+
+        Fresh ones start at once after the first death, then after a pause that about doubles, from
+        `restart_backoff_seconds` to `max_restart_backoff_seconds`.
+        """
         self._config = config
         self._executor = executor
         self._observer: EngineObserver = observer or NullObserver()
         self._restart_backoff_seconds = restart_backoff_seconds
+        self._max_restart_backoff_seconds = max_restart_backoff_seconds
         self._stall_seconds = stall_seconds
         self._stall_factor = stall_factor
         self._state = "starting"
+        self._failure = ""
         self._draining = False
         self._drain_ends = 0.0
         """When what then still runs will be given up."""
@@ -169,6 +178,7 @@ class DiffusionEngine:
         for request in requests:
             self._tracked[request.request_id] = _Tracked(request, events)
             self._idle.clear()
+        self._observer.on_add(requests)
         self._wakeup.set()
         return events
 
@@ -189,7 +199,7 @@ class DiffusionEngine:
         if self._draining and state in ("running", "restarting"):
             state = "draining"
         if scheduler is None:
-            return EngineStatus(state, 0, 0, 0.0, healthy)
+            return EngineStatus(state, 0, 0, 0.0, healthy, failure=self._failure)
         return EngineStatus(
             state,
             scheduler.num_running,
@@ -197,6 +207,7 @@ class DiffusionEngine:
             scheduler.queue_seconds,
             healthy,
             () if self._attention_backend is None else (self._attention_backend,),
+            self._failure,
         )
 
     def eta_seconds(self, requests: Sequence[DiffusionRequest]) -> float:
@@ -239,15 +250,16 @@ class DiffusionEngine:
                     await self._run_steps()
                 except WorkerDiedError as error:
                     await self._restart(error)
-        except WorkerDiedError:
-            most = self._config.max_worker_restarts
-            logger.error(
-                "giving up: %d deaths within ten minutes, --max-worker-restarts is %d", len(self._deaths), most
+        except WorkerDiedError as error:
+            # Told by whoever owns the engine: see `EngineStatus.failure`.
+            failure = (
+                f"worker deaths within {RESTART_WINDOW_SECONDS:g} s: {len(self._deaths)}, --max-worker-restarts allows "
+                f"{self._config.max_worker_restarts}; the last one: {_first_line(error)}"
             )
-            await self._give_up(GenerationError("the device failed too often"))
-        except Exception:  # a bug of ours: whoever waits must hear of it, whatever it is
+            await self._give_up(failure, GenerationError("the device failed too often"))
+        except Exception as error:  # a bug of ours: whoever waits must hear of it, whatever it is
             logger.exception("the engine's loop failed")
-            await self._give_up(GenerationError("the engine failed"))
+            await self._give_up(f"the engine's loop failed: {_first_line(error)}", GenerationError("the engine failed"))
 
     async def _run_steps(self) -> None:
         """Schedule, execute, update, until a worker dies. The next plan is sent before the last one is done."""
@@ -321,9 +333,7 @@ class DiffusionEngine:
     def _apply(self, update: Update) -> None:
         """End what failed, forget the timings of what starts again."""
         for request_id, error in update.failed.items():
-            if error.kind in ("invalid", "blocked"):
-                logger.info("request %s is refused: %s", request_id, error.message)
-            else:
+            if error.kind not in ("invalid", "blocked"):
                 logger.error("request %s failed (%s): %s\n%s", request_id, error.kind, error.message, error.traceback)
             self._end(request_id, _request_error(error))
         for request_id in update.replayed:
@@ -341,8 +351,7 @@ class DiffusionEngine:
             logger.error("worker died (%d within ten minutes): %s", num_deaths, error)
             if num_deaths > self._config.max_worker_restarts:
                 raise error
-            # At once the first time, then 1, 3, 7... times the back-off.
-            await asyncio.sleep(self._restart_backoff_seconds * (2 ** (num_deaths - 1) - 1))
+            await asyncio.sleep(self._backoff_seconds(num_deaths))
             try:
                 self._attention_backend = (await self._executor.start()).attention_backend
                 break
@@ -362,9 +371,14 @@ class DiffusionEngine:
         """Note a death now; how many there were lately."""
         now = time.monotonic()
         self._deaths.append(now)
-        while self._deaths[0] < now - _RESTART_WINDOW_SECONDS:
+        while self._deaths[0] < now - RESTART_WINDOW_SECONDS:
             self._deaths.popleft()
         return len(self._deaths)
+
+    def _backoff_seconds(self, num_deaths: int) -> float:
+        """Pause before the next start: 0, 1, 3, 7... times the back-off, and no more than its maximum."""
+        doublings = min(num_deaths - 1, 30)  # a float takes no more than 1023 of them
+        return min(self._max_restart_backoff_seconds, self._restart_backoff_seconds * (2.0**doublings - 1))
 
     def _count_stages(self, plan: StepPlan, result: StepResult) -> None:
         for stage, request_ids, seconds in (
@@ -394,15 +408,16 @@ class DiffusionEngine:
         timings = tracked.timings(time.monotonic())
         if isinstance(outcome, RequestError):
             tracked.events.put_nowait(Failed(request_id, outcome))
-            self._observer.on_finish(tracked.request, timings, _outcome_of(outcome))
+            self._observer.on_finish(tracked.request, timings, *_outcome_of(outcome))
         else:
             tracked.events.put_nowait(Finished(request_id, outcome, timings))
-            self._observer.on_finish(tracked.request, timings, "completed")
+            self._observer.on_finish(tracked.request, timings, "completed", "")
         if not self._tracked:
             self._idle.set()
 
-    async def _give_up(self, error: RequestError) -> None:
+    async def _give_up(self, failure: str, error: RequestError) -> None:
         self._state = "failed"
+        self._failure = failure
         self._fail_all(error)
         await self._executor.close()
 
@@ -422,11 +437,17 @@ class DiffusionEngine:
         return min(self._scheduler.queue_seconds, left) + self._load_seconds
 
 
-def _outcome_of(error: RequestError) -> str:
-    """See `EngineObserver.on_finish`."""
+def _outcome_of(error: RequestError) -> tuple[str, str]:
+    """(outcome, reason) for `EngineObserver.on_finish`."""
     if isinstance(error, RequestAbortedError):
-        return "aborted"
-    return "refused" if isinstance(error, InvalidRequestError) else "failed"
+        return "aborted", str(error)
+    if isinstance(error, InvalidRequestError):  # its message is for the client: it may quote the prompt
+        return "refused", f"wrong {error.param or 'input'}"
+    return "failed", str(error)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _request_error(error: ItemError) -> RequestError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -57,15 +57,22 @@ class EngineStatus:
     """All workers live and run what they are sent."""
     attention_backends: tuple[str, ...] = ()
     """Those that replicas run with."""
+    failure: str = ""
+    """Why the engine is `failed`."""
 
 
 class EngineObserver(Protocol):
-    """Told what happens; metrics hang here."""
+    """Told what happens; metrics and log lines hang here."""
+
+    def on_add(self, requests: Sequence[DiffusionRequest]) -> None: ...
 
     def on_step(self, plan: StepPlan, result: StepResult, seconds: float) -> None: ...
 
-    def on_finish(self, request: DiffusionRequest, timings: dict[str, float], outcome: str) -> None:
-        """`outcome`: completed | aborted | failed | refused, by the model itself, as wrong."""
+    def on_finish(self, request: DiffusionRequest, timings: dict[str, float], outcome: str, reason: str) -> None:
+        """`outcome`: completed | aborted | failed | refused, by the model itself, as wrong; `reason`: in a few words.
+
+        The reason is empty for a completed request. It never quotes what the client sent.
+        """
 
     def on_reject(self, reason: str) -> None:
         """`reason`: queue_full | unavailable, and of servers invalid."""
@@ -74,13 +81,42 @@ class EngineObserver(Protocol):
 
 
 class NullObserver:
+    def on_add(self, requests: Sequence[DiffusionRequest]) -> None: ...
+
     def on_step(self, plan: StepPlan, result: StepResult, seconds: float) -> None: ...
 
-    def on_finish(self, request: DiffusionRequest, timings: dict[str, float], outcome: str) -> None: ...
+    def on_finish(self, request: DiffusionRequest, timings: dict[str, float], outcome: str, reason: str) -> None: ...
 
     def on_reject(self, reason: str) -> None: ...
 
     def on_worker_restart(self, num_replayed: int) -> None: ...
+
+
+class Observers:
+    """Several observers as one, told in order."""
+
+    def __init__(self, *observers: EngineObserver) -> None:
+        self._observers = observers
+
+    def on_add(self, requests: Sequence[DiffusionRequest]) -> None:
+        for observer in self._observers:
+            observer.on_add(requests)
+
+    def on_step(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
+        for observer in self._observers:
+            observer.on_step(plan, result, seconds)
+
+    def on_finish(self, request: DiffusionRequest, timings: dict[str, float], outcome: str, reason: str) -> None:
+        for observer in self._observers:
+            observer.on_finish(request, timings, outcome, reason)
+
+    def on_reject(self, reason: str) -> None:
+        for observer in self._observers:
+            observer.on_reject(reason)
+
+    def on_worker_restart(self, num_replayed: int) -> None:
+        for observer in self._observers:
+            observer.on_worker_restart(num_replayed)
 
 
 @contextmanager

@@ -80,6 +80,7 @@ class Replicas:
             queue_seconds=max(status.queue_seconds for status in statuses),
             healthy=all(status.healthy for status in statuses),
             attention_backends=tuple(sorted({name for status in statuses for name in status.attention_backends})),
+            failure=next((status.failure for status in statuses if status.failure), ""),
         )
 
     def eta_seconds(self, requests: Sequence[DiffusionRequest]) -> float:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
+import logging
 import os
 import threading
 import time
@@ -11,6 +13,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from tests.fakes import FakeRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -94,6 +98,23 @@ class Gated(FakeRunner):
     def execute(self, plan: StepPlan) -> StepResult:
         if plan.denoise:
             assert self._aborted_any.wait(GUARD_SECONDS)
+        return super().execute(plan)
+
+
+class Chatty(FakeRunner):
+    """Logs, prints and shows a bar, each more than a pipe takes that nobody reads."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        logger = logging.getLogger("vllm_omni.chatty")
+        for number in range(500):
+            logger.info("a line of the log: %d", number)
+            logger.debug("a line for those who ask for it: %d", number)
+            print("a line of the output", number)
+        for _ in tqdm(range(500), mininterval=0):
+            pass
+        with contextlib.suppress(OSError):
+            os.write(2, b"x" * 100_000 + b"\n")  # as C++ libraries do
+        print("the last line")
         return super().execute(plan)
 
 

@@ -24,6 +24,7 @@ from vllm_omni.diffusion.registry import ModelInfo
 from vllm_omni.entrypoints.cli import serve
 from vllm_omni.entrypoints.cli.args import HttpOptions, ServeArgs
 from vllm_omni.entrypoints.cli.listen import Listener
+from vllm_omni.entrypoints.cli.signals import StopSignals
 from vllm_omni.entrypoints.openai.settings import ServerSettings
 from vllm_omni.entrypoints.openai.unread import HttpProtocol
 from vllm_omni.errors import ConfigError, OmniError, WorkerDiedError
@@ -36,6 +37,7 @@ class FakeOmni:
     start_error: OmniError | None = None
     start_gate: asyncio.Event = field(default_factory=asyncio.Event)
     work_done: asyncio.Event = field(default_factory=asyncio.Event)
+    close_gate: asyncio.Event | None = None
     state: str = "running"
     ready: WorkerReady | None = None
     info: ModelInfo = FAKE_INFO
@@ -63,12 +65,18 @@ class FakeOmni:
 
     async def close(self) -> None:
         self.calls.append("close")
+        if self.close_gate:
+            await self.close_gate.wait()
 
 
 @dataclass
 class Running:
     task: asyncio.Task[int]
     address: str
+    http: uvicorn.Server
+    ended: list[int]
+    """Exit codes of signals that end at once."""
+    deadlines: list[str]
 
     async def until(self, condition: Callable[[], object]) -> None:
         async with asyncio.timeout(20):
@@ -81,26 +89,36 @@ class Running:
 
 @asynccontextmanager
 async def running(
-    omni: FakeOmni, *, shutdown_timeout: float = 20.0, ignored_flags: tuple[str, ...] = ()
+    omni: FakeOmni,
+    *,
+    shutdown_timeout: float = 20.0,
+    ignored_flags: tuple[str, ...] = (),
+    limits: serve.StopLimits | None = None,
 ) -> AsyncIterator[Running]:
     app = FastAPI()
     app.get("/live")(lambda: "yes")
+    app.get("/hangs")(asyncio.Event().wait)
     http = HttpOptions(host="127.0.0.1", port=0, shutdown_timeout=shutdown_timeout)
     args = ServeArgs(
         OmniDiffusionConfig(model="demo"), ServerSettings(served_model_names=("demo",)), http, ignored_flags
     )
     server = serve._Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
-    with Listener(http) as listener:
-        task = asyncio.create_task(serve.Service(omni, server, listener, args).run())
+    ended: list[int] = []
+    deadlines: list[str] = []
+    with Listener(http) as listener, StopSignals(ended.append) as signals:
+        service = serve.Service(
+            omni, server, listener, args, signals, lambda: deadlines.append("armed"), limits or serve.StopLimits()
+        )
+        task = asyncio.create_task(service.run())
         try:
-            running = Running(task, listener.address)
+            running = Running(task, listener.address, server, ended, deadlines)
             await running.until(lambda: server.started)
             yield running
         finally:
             omni.start_gate.set()
             omni.work_done.set()
             server.should_exit = True
-            left = asyncio.all_tasks() - {asyncio.current_task()}  # after a second signal HTTP is left running
+            left = asyncio.all_tasks() - {asyncio.current_task()}
             if left:
                 await asyncio.wait(left, timeout=20)
 
@@ -134,6 +152,7 @@ async def test_the_first_signal_drains_then_closes_and_exits_0(number: int) -> N
         assert not server.task.done()
         omni.work_done.set()
         assert await server.code() == 0
+        assert (server.ended, server.deadlines) == ([], ["armed"])
         assert omni.calls == ["begin_drain", "drain", "close"]
         with pytest.raises(httpx.ConnectError):
             await client.get(f"{server.address}/live")
@@ -156,10 +175,32 @@ async def test_a_second_signal_does_not_wait_for_work() -> None:
     async with running(omni) as server:
         await server.until(lambda: omni.ready)
         send(signal.SIGTERM)
-        await server.until(lambda: "drain" in omni.calls)
+        send(signal.SIGINT)
+        assert server.ended == [128 + signal.SIGINT], "at once: the loop has not run in between"
+
+
+async def test_workers_that_do_not_stop_are_not_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+    omni = FakeOmni(close_gate=asyncio.Event())
+    omni.start_gate.set()
+    async with running(omni, shutdown_timeout=0.0, limits=serve.StopLimits(close_seconds=0.05)) as server:
+        await server.until(lambda: omni.ready)
         send(signal.SIGTERM)
-        assert await server.code() == 128 + signal.SIGTERM
-    assert omni.calls == ["begin_drain", "drain", "close"]
+        assert await server.code() == 0
+    assert "Workers did not stop within 0.05 s; they end with this process" in caplog.text
+
+
+async def test_connections_that_do_not_end_are_not_waited_for() -> None:
+    omni = FakeOmni()
+    omni.start_gate.set()
+    limits = serve.StopLimits(http_seconds=0.05)
+    async with running(omni, shutdown_timeout=0.0, limits=limits) as server, httpx.AsyncClient() as client:
+        await server.until(lambda: omni.ready)
+        request = asyncio.create_task(client.get(f"{server.address}/hangs"))
+        await server.until(lambda: server.http.server_state.tasks)
+        send(signal.SIGTERM)
+        assert await server.code() == 0
+        assert server.http.server_state.tasks, "uvicorn itself would have waited longer"
+        await asyncio.gather(request, return_exceptions=True)
 
 
 async def test_a_signal_while_the_weights_load_ends_at_once() -> None:

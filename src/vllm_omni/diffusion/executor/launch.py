@@ -17,6 +17,7 @@ from typing import NoReturn, Protocol, Self
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.worker.contract import Place
 from vllm_omni.errors import WorkerDiedError
+from vllm_omni.logs import fill_standard_descriptors
 
 _LOOK_SECONDS = 0.01
 
@@ -57,6 +58,8 @@ class LaunchedReplica:
 
     def __init__(self, config: OmniDiffusionConfig, replica_index: int, launch: LaunchWorker) -> None:
         """Raises WorkerDiedError when the machine has no process or descriptor to give; none is left behind then."""
+        # Before any socket is opened for a worker: in it, the number of a closed one would be its output's.
+        fill_standard_descriptors()
         size = config.parallel.replica_size
         self._index = replica_index
         self._store: socket.socket | None = None

@@ -41,6 +41,7 @@ from vllm_omni.diffusion.worker.contract import (
     ToWorker,
 )
 from vllm_omni.errors import ConfigError
+from vllm_omni.logs import QueuedStreams, fill_standard_descriptors, logging_level
 
 DEFAULT_RUNNER = "vllm_omni.diffusion.worker.main:make_model_runner"
 _PR_SET_PDEATHSIG = 1
@@ -72,29 +73,45 @@ def serve_parent(
     `preload`: modules to import before the parent's first message, which may come late.
     """
     _die_with_parent()
+    fill_standard_descriptors()
+    streams = QueuedStreams()
+    streams.install()  # before the libraries that keep sys.stderr
     # The parent decides when a worker ends; a Ctrl-C or a service manager that signals the whole group must
     # not take it from a parent that is finishing its requests.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(format=f"%(levelname)s %(asctime)s [{name}] %(message)s")
-    logging.getLogger("vllm_omni").setLevel(logging.INFO)
     keep_compiled_code()
     channel: BlockingChannel[ToWorker] = BlockingChannel(socket.socket(fileno=socket_fd), ToWorker)
+    ending = Ending(channel, streams)
     try:
+        logging.getLogger("vllm_omni").setLevel(logging_level())
         for module in preload:
             import_module(module)
-        run_worker(channel, runner_name, parent_pid)
+        run_worker(channel, runner_name, parent_pid, ending)
     except EOFError:  # the parent is gone before it said anything
-        os._exit(0)
+        streams.leave(0)
     except Exception as error:  # whatever it was, the parent must hear of it
-        _die(channel, error)
+        ending.die(error)
 
 
-def _die(channel: BlockingChannel[ToWorker], error: Exception) -> NoReturn:
-    """Of `error`, which is being handled."""
-    with contextlib.suppress(OSError):  # the parent may be gone
-        channel.send(Died(str(error), traceback.format_exc(), isinstance(error, ConfigError)))
-    os._exit(1)
+class Ending:
+    """The ways a worker process ends by itself. Queued log lines are written first."""
+
+    def __init__(self, channel: BlockingChannel[ToWorker], streams: QueuedStreams) -> None:
+        self._channel = channel
+        self._streams = streams
+
+    def die(self, error: Exception) -> NoReturn:
+        """Tell the parent of `error`, which is being handled, and end."""
+        with contextlib.suppress(OSError):  # the parent may be gone
+            self._channel.send(Died(str(error), traceback.format_exc(), isinstance(error, ConfigError)))
+        self._streams.leave(1)
+
+    def break_down(self) -> NoReturn:
+        """Log the exception that is being handled, and end."""
+        traceback.print_exc()
+        self._streams.leave(1)
 
 
 def _die_with_parent() -> None:
@@ -107,15 +124,15 @@ def _die_with_parent() -> None:
         raise OSError(ctypes.get_errno(), "prctl")
 
 
-def run_worker(channel: BlockingChannel[ToWorker], runner_name: str, parent_pid: int) -> NoReturn:
+def run_worker(channel: BlockingChannel[ToWorker], runner_name: str, parent_pid: int, ending: Ending) -> NoReturn:
     """Load, say so, then run plans as they come."""
     start = channel.receive()
     assert isinstance(start, Start)
-    listener = Listener(channel, parent_pid)
+    listener = Listener(channel, parent_pid, ending)
     listener.start()  # first: a rank that loads, or waits for others, must show that it lives, and end with the parent
     runner = listener.runner = _load(runner_name)(start.config, start.place)
     channel.send(Ready(runner.start()))
-    answerer = Answerer(channel)
+    answerer = Answerer(channel, ending)
     if runner.launches_ahead:
         answerer.start()
     while True:
@@ -135,8 +152,9 @@ def _load(runner_name: str) -> MakeRunner:
 class Answerer(threading.Thread):
     """Waits for the steps that were launched and sends their results, while the next one is launched."""
 
-    def __init__(self, channel: BlockingChannel[ToWorker]) -> None:
+    def __init__(self, channel: BlockingChannel[ToWorker], ending: Ending) -> None:
         super().__init__(daemon=True, name="answers")
+        self._ending = ending
         self.steps: queue.SimpleQueue[Callable[[], StepResult]] = queue.SimpleQueue()
         self._channel = channel
 
@@ -145,14 +163,15 @@ class Answerer(threading.Thread):
             while True:
                 self._channel.send(Done(self.steps.get()()))
         except Exception as error:  # as in `main`
-            _die(self._channel, error)
+            self._ending.die(error)
 
 
 class Listener(threading.Thread):
     """Takes the parent's messages off the channel and sends Beats; ends the process when the parent is gone."""
 
-    def __init__(self, channel: BlockingChannel[ToWorker], parent_pid: int) -> None:
+    def __init__(self, channel: BlockingChannel[ToWorker], parent_pid: int, ending: Ending) -> None:
         super().__init__(daemon=True, name="channel")
+        self._ending = ending
         self.plans: queue.SimpleQueue[StepPlan] = queue.SimpleQueue()
         self.runner: Runner | None = None
         self._channel = channel
@@ -164,8 +183,7 @@ class Listener(threading.Thread):
         except (EOFError, OSError):
             os._exit(0)
         except BaseException:  # without this thread the worker would be deaf
-            traceback.print_exc()
-            os._exit(1)
+            self._ending.break_down()
 
     def _listen(self) -> NoReturn:
         beat_at = time.monotonic()

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tqdm import tqdm
+from vllm_omni.logs.bars import progress_bar
 
 
 class WeightsBar:
@@ -19,7 +19,7 @@ class WeightsBar:
         self._start = time.perf_counter()
         # At most: what the model does not use, or what other ranks hold, is not read.
         total = sum(file.stat().st_size for file in path.glob("*/*.safetensors"))
-        self._bar = tqdm(total=total, desc="loading weights", unit="B", unit_scale=True, disable=not shown)
+        self._bar = progress_bar(total, "loading weights", shown=shown, unit="B", unit_scale=True)
 
     def update(self, num_bytes: int) -> None:
         self.num_bytes += num_bytes

@@ -3,37 +3,67 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 from vllm_omni.entrypoints.cli import calibrate
-from vllm_omni.entrypoints.cli.args import parse_args
+from vllm_omni.entrypoints.cli.args import ServeArgs, parse_args
 from vllm_omni.entrypoints.cli.commands import program_name
+from vllm_omni.entrypoints.cli.signals import StopSignals
 from vllm_omni.errors import ConfigError
+from vllm_omni.logs import QueuedStreams, fill_standard_descriptors, logging_level
 
+if TYPE_CHECKING:
+    from vllm_omni.diffusion.executor.launch import EarlyWorkers
+
+FAILED_EXIT_CODE = 1
 USAGE_EXIT_CODE = 2
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command and exit: 0 after a clean stop, 1 when the engine failed, 2 for a wrong setting."""
     words = sys.argv[1:] if argv is None else list(argv)
-    prog = program_name(sys.argv[0])
+    fill_standard_descriptors()
     try:
         words = [word for word in words if word != "--omni"]  # it has done its work
         if words[:1] == [calibrate.COMMAND]:
             calibrate.calibrate(calibrate.parse_args(words[1:]))
             sys.exit(0)
-        args = parse_args(words, prog)
-        from vllm_omni.diffusion.executor.early import launch_early
+        streams = QueuedStreams()
+        with StopSignals(streams.leave) as signals:
+            args = parse_args(words, program_name(sys.argv[0]))
+            logging_level()  # a wrong one is told before anything is loaded
+            # Before the log's thread starts: workers may be forks, and import while the server does.
+            from vllm_omni.diffusion.executor.early import launch_early
 
-        with launch_early(args.config) as workers:
-            # After the flags, and while the workers import: it imports the engine and the HTTP app.
-            from vllm_omni.entrypoints.cli.serve import serve
-
-            code = serve(args, workers)
+            with launch_early(args.config) as workers:
+                serve_and_leave(args, signals, streams, workers)
     except ConfigError as error:
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _print_error(error)
+        sys.exit(USAGE_EXIT_CODE)
+
+
+def serve_and_leave(
+    args: ServeArgs, signals: StopSignals, streams: QueuedStreams, workers: EarlyWorkers | None = None
+) -> NoReturn:
+    """Serve, then end the process: the interpreter's own way out would wait for every thread of every pool."""
+    streams.install()
+    try:
+        from vllm_omni.entrypoints.cli.serve import serve  # after the flags: it imports the engine and the HTTP app
+
+        code = serve(args, signals, streams, workers)
+    except ConfigError as error:
+        _print_error(error)
         code = USAGE_EXIT_CODE
-    sys.exit(code)
+    except BaseException:  # whatever it was: nobody above is left to see it
+        traceback.print_exc()
+        code = FAILED_EXIT_CODE
+    streams.leave(code)
+
+
+def _print_error(error: ConfigError) -> None:
+    print(f"{program_name(sys.argv[0])}: error: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -3,60 +3,79 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import logging
-import os
 import resource
-import signal
 import ssl
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
+from vllm_omni.diffusion.events import Observers
 from vllm_omni.diffusion.executor.launch import EarlyWorkers
 from vllm_omni.entrypoints.cli import vllm_surface
+from vllm_omni.entrypoints.cli.activity import ActivityLog
 from vllm_omni.entrypoints.cli.args import HttpOptions, ServeArgs
 from vllm_omni.entrypoints.cli.connections import limit_connections, most_connections
 from vllm_omni.entrypoints.cli.listen import Listener
 from vllm_omni.entrypoints.cli.middleware import add_middleware
+from vllm_omni.entrypoints.cli.signals import StopSignals
 from vllm_omni.entrypoints.openai.app import build_app
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
 from vllm_omni.entrypoints.openai.unread import HttpProtocol
 from vllm_omni.errors import ConfigError, OmniError
+from vllm_omni.logs import QueuedStreams
 from vllm_omni.omni import AsyncOmni
 
 logger = logging.getLogger(__name__)
 
 FAILED_EXIT_CODE = 1
-HURRIED_EXIT_CODE = 128
-"""After a second signal: this and the signal's number."""
-FLUSH_SECONDS = 5
+FLUSH_SECONDS = 4
 """What responses that are finished but not yet sent may take when the server stops."""
-CLOSE_SECONDS = 10.0
-"""What stopping the workers may take before the process ends without waiting for them."""
-HURRY_SECONDS = 1.0
-"""The same after a second signal."""
+FOREVER_SECONDS = 1e9
+"""As long a `--shutdown-timeout` as faulthandler's clock can count."""
 WATCH_SECONDS = 0.5
 OPEN_FILES = 65535
 
 
-def serve(args: ServeArgs, workers: EarlyWorkers | None = None) -> int:
+@dataclass(frozen=True)
+class StopLimits:
+    """Bounds of what follows the first signal, besides `--shutdown-timeout`."""
+
+    close_seconds: float = 10.0
+    """Longest time that stopping the workers takes; after it they end with this process."""
+    http_seconds: float = FLUSH_SECONDS + 0.5
+    """Longest time that the HTTP server takes to stop: FLUSH_SECONDS, and half a second for uvicorn to notice."""
+    log_seconds: float = 0.5
+    """Time for the last log lines. When all of this is over, the process is ended, whatever it does."""
+
+    def total(self, shutdown_timeout: float) -> float:
+        return shutdown_timeout + self.close_seconds + self.http_seconds + self.log_seconds
+
+
+def serve(
+    args: ServeArgs,
+    signals: StopSignals,
+    streams: QueuedStreams,
+    workers: EarlyWorkers | None = None,
+    limits: StopLimits = StopLimits(),
+) -> int:
     """Serve until a signal or a failure; the exit code. Raises ConfigError before any weight is read.
 
     `workers`: worker processes that run already; None: the engine starts its own.
+    The event loop is left as it is, with whatever still runs on it: the caller ends the process.
     """
     _raise_file_limit()
     # The socket first: a port in use shows now, not after the weights are read.
-    with Listener(args.http) as listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        code = runner.run(_serve(args, listener, workers))
-        if code >= HURRIED_EXIT_CODE:
-            # Closing the loop would cut off what still runs on it, which then complains.
-            listener.close()
-            logging.shutdown()
-            os._exit(code)
-        return code
+    with Listener(args.http) as listener:
+        signals.before_end(listener.close)
+        runner = asyncio.Runner(loop_factory=_loop_factory())
+        return runner.run(_serve(args, listener, signals, streams, workers, limits))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -68,12 +87,26 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return factory
 
 
-async def _serve(args: ServeArgs, listener: Listener, workers: EarlyWorkers | None) -> int:
-    observer = PrometheusObserver(args.settings.served_model_names[0])
-    omni = AsyncOmni(args.config, observer=observer, early_workers=workers)
-    app = build_app(omni, args.settings, observer)
+async def _serve(
+    args: ServeArgs,
+    listener: Listener,
+    signals: StopSignals,
+    streams: QueuedStreams,
+    workers: EarlyWorkers | None,
+    limits: StopLimits,
+) -> int:
+    metrics = PrometheusObserver(args.settings.served_model_names[0])
+    metrics.watch_log(lambda: streams.num_dropped)
+    activity = ActivityLog()
+    omni = AsyncOmni(args.config, observer=Observers(metrics, activity), early_workers=workers)
+    activity.watch(omni.status)
+    app = build_app(omni, args.settings, metrics)
     add_middleware(app, args.http)
-    return await Service(omni, _http_server(app, args.http), listener, args).run()
+    # Needs neither the event loop nor the interpreter's lock: shows where threads hang and ends the process.
+    end_later = partial(
+        faulthandler.dump_traceback_later, limits.total(min(args.http.shutdown_timeout, FOREVER_SECONDS)), exit=True
+    )
+    return await Service(omni, _http_server(app, args.http), listener, args, signals, end_later, limits).run()
 
 
 def _raise_file_limit() -> None:
@@ -123,22 +156,31 @@ class Service:
     """One engine behind one HTTP server, from start to exit code.
 
     HTTP answers from the first moment (503 until the engine is warm), so that probes see a process that lives. The
-    first SIGTERM or SIGINT drains; the second ends everything at once.
+    first SIGTERM or SIGINT drains; the second ends everything at once: see StopSignals.
     """
 
-    def __init__(self, omni: AsyncOmni, server: uvicorn.Server, listener: Listener, args: ServeArgs) -> None:
+    def __init__(
+        self,
+        omni: AsyncOmni,
+        server: uvicorn.Server,
+        listener: Listener,
+        args: ServeArgs,
+        signals: StopSignals,
+        end_later: Callable[[], object] = lambda: None,
+        limits: StopLimits = StopLimits(),
+    ) -> None:
+        """`end_later`: called at the first signal; ends the process when its time is over."""
         self._omni = omni
         self._server = server
         self._listener = listener
         self._args = args
+        self._signals = signals
+        self._end_later = end_later
+        self._limits = limits
         self._stop = asyncio.Event()
-        self._hurry = asyncio.Event()
-        self._signal: int = signal.SIGTERM
 
     async def run(self) -> int:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal, number)
+        self._signals.on_first(partial(self._on_signal, asyncio.get_running_loop()))
         http = asyncio.create_task(self._server.serve(sockets=[self._listener.socket]))
         engine = asyncio.create_task(self._run_engine())
         refresher = self._watch_certificate()
@@ -148,15 +190,13 @@ class Service:
         try:
             await _first_of(self._stop.wait(), http, engine)
             if self._stop.is_set():
-                await _first_of(self._drain(), self._hurry.wait(), http, engine)
-            if engine.done() or http.done():
-                return self._failure(engine)
+                await _first_of(self._drain(), http, engine)
+            return self._failure(engine) if engine.done() or http.done() else 0
         finally:
             engine.cancel()
             if refresher:
                 refresher.stop()
             await self._close(http)
-        return HURRIED_EXIT_CODE + self._signal if self._hurry.is_set() else 0
 
     async def _run_engine(self) -> None:
         """Start the engine and watch it; returns only by raising."""
@@ -175,8 +215,8 @@ class Service:
         )
         while True:
             await asyncio.sleep(WATCH_SECONDS)
-            if self._omni.status().state == "failed":
-                raise OmniError("the engine failed and does not recover; its log lines above say why")
+            if (status := self._omni.status()).state == "failed":
+                raise OmniError(status.failure)
 
     def _failure(self, engine: asyncio.Task[None]) -> int:
         """The exit code when the engine or the HTTP server ended by itself."""
@@ -190,15 +230,11 @@ class Service:
         logger.error("Stopping: %s", reason)
         return FAILED_EXIT_CODE
 
-    def _on_signal(self, number: int) -> None:
-        name = signal.Signals(number).name
-        if not self._stop.is_set():
-            logger.info("%s: refusing new requests, finishing what runs (a second signal ends at once)", name)
-            self._stop.set()
-        else:
-            logger.info("%s again: ending at once", name)
-            self._signal = number
-            self._hurry.set()
+    def _on_signal(self, loop: asyncio.AbstractEventLoop, name: str) -> None:
+        """Begin to stop. Runs inside whatever the main thread is doing."""
+        logger.info("%s: refusing new requests, finishing what runs (a second signal ends at once)", name)
+        self._end_later()
+        loop.call_soon_threadsafe(self._stop.set)
 
     async def _drain(self) -> None:
         timeout = self._args.http.shutdown_timeout
@@ -209,22 +245,16 @@ class Service:
             logger.warning("--shutdown-timeout: aborting what still runs after %g s", timeout)
 
     async def _close(self, http: asyncio.Task[None]) -> None:
-        """Stop the workers (what still runs fails), send what is left to send, stop listening.
-
-        After a second signal, the workers alone: nothing else of ours outlives the process.
-        """
+        """Stop the workers (what still runs fails), send what is left to send, stop listening."""
         closing = asyncio.create_task(self._omni.close())
-        await _first_of(closing, asyncio.sleep(CLOSE_SECONDS), self._hurry.wait())
-        if self._hurry.is_set():
-            await _first_of(closing, asyncio.sleep(HURRY_SECONDS))
-            return
+        await _first_of(closing, asyncio.sleep(self._limits.close_seconds))
         if closing.done():
             closing.result()
         else:
             closing.cancel()
-            logger.error("Workers did not stop within %g s; they end with this process", CLOSE_SECONDS)
+            logger.error("Workers did not stop within %g s; they end with this process", self._limits.close_seconds)
         self._server.should_exit = True
-        await _first_of(http, self._hurry.wait())
+        await _first_of(http, asyncio.sleep(self._limits.http_seconds))
         if http.done():
             http.result()
 

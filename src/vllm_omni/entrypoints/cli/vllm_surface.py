@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_omni.errors import ConfigError
+from vllm_omni.logs import logging_level
 
 LOGGERS = ("vllm_omni", "vllm")
 
@@ -86,14 +87,17 @@ def configured_api_key() -> str | None:
 
 
 def log_config(quiet_paths: list[str], level: str) -> dict[str, Any]:
-    """uvicorn's `log_config` as vLLM makes it (no access lines for `quiet_paths`), with times, and for our loggers."""
+    """uvicorn's `log_config` as vLLM makes it (no access lines for `quiet_paths`), with times, and for our loggers.
+
+    Their level is that of VLLM_LOGGING_LEVEL. Raises ConfigError for a wrong one.
+    """
     from vllm.logging_utils import create_uvicorn_log_config
 
     config: dict[str, Any] = create_uvicorn_log_config(excluded_paths=quiet_paths, log_level=level)
     for formatter in config["formatters"].values():
         formatter["fmt"] = "%(asctime)s " + formatter["fmt"]
     for name in LOGGERS:
-        config["loggers"][name] = {"handlers": ["default"], "level": "INFO", "propagate": False}
+        config["loggers"][name] = {"handlers": ["default"], "level": logging_level(), "propagate": False}
     return config
 
 

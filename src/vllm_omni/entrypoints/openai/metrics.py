@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from vllm_omni.diffusion.plan import EXCHANGES, StepPlan, StepResult
 from vllm_omni.diffusion.request import DiffusionRequest
@@ -78,6 +78,8 @@ class PrometheusObserver:
         (values,) = label.values()
         return {value: metric.labels(self._model_name, value) for value in values}
 
+    def on_add(self, requests: Sequence[DiffusionRequest]) -> None: ...
+
     def on_step(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
         if result.advanced:
             self._step_time.observe(result.denoise_seconds)
@@ -93,7 +95,7 @@ class PrometheusObserver:
             self._most_memory = result.peak_memory_bytes
             self._peak_memory.set(self._most_memory)
 
-    def on_finish(self, request: DiffusionRequest, timings: dict[str, float], outcome: str) -> None:
+    def on_finish(self, request: DiffusionRequest, timings: dict[str, float], outcome: str, reason: str) -> None:
         if outcome == "refused":
             return  # counted with all that are answered so: see `on_reject`
         if outcome != "completed":
@@ -121,6 +123,10 @@ class PrometheusObserver:
     def on_adapters(self, number: int) -> None:
         """So many can be named by requests."""
         self._adapters.set(number)
+
+    def watch_log(self, num_dropped: Callable[[], int]) -> None:
+        """Show how many log lines could not be written, read when the metrics are read."""
+        self._registry.register(_LogCollector(self._model_name, num_dropped))
 
     def watch(self, status: Callable[[], EngineStatus]) -> None:
         """Show the engine's queue, read when the metrics are read."""
@@ -151,3 +157,16 @@ class _QueueCollector:
         for name in status.attention_backends:
             info.add_metric((self._model_name, name), 1)
         yield info
+
+
+class _LogCollector:
+    def __init__(self, model_name: str, num_dropped: Callable[[], int]) -> None:
+        self._model_name = model_name
+        self._num_dropped = num_dropped
+
+    def collect(self) -> Iterator[Metric]:
+        family = CounterMetricFamily(
+            "vllm_omni:log_lines_dropped", "Log lines of this process that could not be written", labels=("model_name",)
+        )
+        family.add_metric((self._model_name,), self._num_dropped())
+        yield family

@@ -1,0 +1,61 @@
+"""SIGTERM and SIGINT: the first asks the server to stop, the second ends the process."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, Self
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+KILLED_EXIT_CODE = 128
+"""Exit code of a process that a signal ended at once: this and the signal's number."""
+
+
+class StopSignals:
+    """Handlers of SIGTERM and SIGINT, installed while the context is open. They need no event loop.
+
+    Until `on_first` was called, and from the second signal on, a signal calls `end` with 128 + its number, whatever the
+    main thread is doing. The default action would not do in a container: the kernel keeps it from the first process.
+    """
+
+    def __init__(self, end: Callable[[int], object]) -> None:
+        self._end = end
+        self._ask: Callable[[str], object] | None = None
+        self._cleanups: list[Callable[[], object]] = []
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def on_first(self, ask: Callable[[str], object]) -> None:
+        """Call `ask` with the name of the next signal instead of ending.
+
+        It is called in the main thread, between any two instructions.
+        """
+        self._ask = ask
+
+    def before_end(self, cleanup: Callable[[], object]) -> None:
+        """Call `cleanup` before a signal ends the process."""
+        self._cleanups.append(cleanup)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        ask, self._ask = self._ask, None
+        if ask is not None:
+            ask(name)
+            return
+        logger.info("%s: ending at once", name)
+        for cleanup in self._cleanups:
+            with contextlib.suppress(OSError):
+                cleanup()
+        self._end(KILLED_EXIT_CODE + number)
