@@ -10,6 +10,7 @@ import signal
 import ssl
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import uvicorn
@@ -19,7 +20,7 @@ from vllm_omni.entrypoints.cli import vllm_surface
 from vllm_omni.entrypoints.cli.args import HttpOptions, ServeArgs
 from vllm_omni.entrypoints.cli.connections import limit_connections, most_connections
 from vllm_omni.entrypoints.cli.listen import Listener
-from vllm_omni.entrypoints.cli.middleware import add_middleware
+from vllm_omni.entrypoints.cli.middleware import add_middleware, api_keys
 from vllm_omni.entrypoints.openai.app import build_app
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
 from vllm_omni.entrypoints.openai.unread import HttpProtocol
@@ -67,7 +68,12 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 async def _serve(args: ServeArgs, listener: Listener) -> int:
     observer = PrometheusObserver(args.settings.served_model_names[0])
     omni = AsyncOmni(args.config, observer=observer)
-    app = build_app(omni, args.settings, observer)
+    settings = replace(
+        args.settings,
+        swagger_ui_folder=vllm_surface.swagger_ui_folder(),
+        requires_api_key=bool(api_keys(args.http)),
+    )
+    app = build_app(omni, settings, observer)
     add_middleware(app, args.http)
     return await Service(omni, _http_server(app, args.http), listener, args).run()
 

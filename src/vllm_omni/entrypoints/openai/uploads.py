@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -38,6 +38,9 @@ MAX_JSON_ITEMS = 2**17
 _IMAGE_FIELD = re.compile(r"image(\[\d{0,3}\])?")
 _NESTED_FIELD = re.compile(r"([^\[\]]+)\[([^\[\]]+)\]")
 _UNSUPPORTED = ("mask", "markup")
+_MAX_NAME = 64
+_BARE_BASE64 = re.compile(r"[A-Za-z0-9+/]{40}")
+"""Beginning of a picture file's base64: no URL, because that has a colon earlier."""
 
 Result = TypeVar("Result")
 
@@ -74,7 +77,7 @@ class UploadReader:
             holding.add(len(chunk))
             for part in reader.feed(chunk):
                 if _IMAGE_FIELD.fullmatch(part.name):
-                    await self._decode(part.data, holding)
+                    await self._read_image_part(part, holding)
                 else:
                     _set_field(fields, part)
         reader.close()
@@ -99,9 +102,16 @@ class UploadReader:
         holding.replace(prompt.images)
         return prompt
 
-    async def read_chat(self, request: Request, holding: Holding) -> tuple[ChatCompletionRequest, str]:
-        """The body and the text of its last user message, whose pictures go to `holding`. Raises as `read` does."""
-        body, turn = await self._json(request, holding, _read_chat)
+    async def read_chat(
+        self, request: Request, holding: Holding, is_answered_empty: Callable[[Sequence[Mapping[str, Any]]], bool]
+    ) -> tuple[ChatCompletionRequest, str | None]:
+        """The body and the text of its last user message, whose pictures go to `holding`. Raises as `read` does.
+
+        None instead of the text where `is_answered_empty(messages)`.
+        """
+        body, turn = await self._json(request, holding, lambda sent: _read_chat(sent, is_answered_empty))
+        if turn is None:
+            return body, None
         turn.check_images(self.info)
         await unless_disconnected(request, self._read_urls(turn.urls, holding))
         return body, turn.text
@@ -154,10 +164,24 @@ class UploadReader:
         """One after the other: what is fetched is held one picture at a time."""
         check_num_images(len(urls), self.info)
         for url in urls:
-            if url.startswith("data:"):
-                holding.keep(await self.decoder.data_url(url, self._image_input.prepare))
-            else:
-                await self._decode(await self.media.fetch(url, holding.add), holding)
+            await self._read_url(url, holding)
+
+    async def _read_url(self, url: str, holding: Holding) -> None:
+        """`url`: of a picture, or its base64 alone."""
+        if _BARE_BASE64.match(url):
+            url = f"data:;base64,{url}"
+        if url.startswith("data:"):
+            holding.keep(await self.decoder.data_url(url, self._image_input.prepare))
+        else:
+            await self._decode(await self.media.fetch(url, holding.add), holding)
+
+    async def _read_image_part(self, part: Part, holding: Holding) -> None:
+        """A file, or a field with the text that JSON has in `image`. No picture's file is ASCII."""
+        if part.is_file or not part.data.isascii():
+            await self._decode(part.data, holding)
+        elif part.data:
+            await self._read_url(part.data.decode("ascii"), holding)
+            holding.drop(len(part.data))
 
     async def _decode(self, data: bytearray, holding: Holding) -> None:
         """Instead of its file, pixels are held from now on: these may be a thousand times as much."""
@@ -183,15 +207,21 @@ class _FormLimits:
         if part.name in _UNSUPPORTED:
             raise _unsupported(part.name)
         if not _IMAGE_FIELD.fullmatch(part.name):
+            if part.is_file and part.name not in ImageEditRequest.model_fields:
+                raise InvalidRequestError(
+                    f"files go in image or image[], got one in {part.name[:_MAX_NAME]!r}", param=part.name[:_MAX_NAME]
+                )
             return MAX_FIELD_BYTES
         self._num_images += 1
         check_num_images(self._num_images, self._info)
         return MAX_IMAGE_BYTES
 
 
-def _read_chat(sent: Any) -> tuple[ChatCompletionRequest, Turn]:
+def _read_chat(
+    sent: Any, is_answered_empty: Callable[[Sequence[Mapping[str, Any]]], bool]
+) -> tuple[ChatCompletionRequest, Turn | None]:
     body = validated(lambda: ChatCompletionRequest.model_validate(with_extra_body(sent)))
-    return body, last_user_turn(body.messages)
+    return body, None if is_answered_empty(body.messages) else last_user_turn(body.messages)
 
 
 def _content_type(request: Request) -> str:
