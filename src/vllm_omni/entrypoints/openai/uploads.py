@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -38,6 +38,8 @@ MAX_JSON_ITEMS = 2**17
 _IMAGE_FIELD = re.compile(r"image(\[\d{0,3}\])?")
 _NESTED_FIELD = re.compile(r"([^\[\]]+)\[([^\[\]]+)\]")
 _UNSUPPORTED = ("mask", "markup")
+_TEXT_FIELDS = ImageEditRequest.model_fields.keys() - {"images", *_UNSUPPORTED}
+"""Fields of a form that may come as files too, as `curl -F prompt=@prompt.txt` sends them."""
 _MAX_NAME = 64
 _BARE_BASE64 = re.compile(r"[A-Za-z0-9+/]{40}")
 """Beginning of a picture file's base64: no URL, because that has a colon earlier."""
@@ -81,13 +83,12 @@ class UploadReader:
                 else:
                     _set_field(fields, part)
         reader.close()
+        _refuse_unsupported(fields)
         return validated(lambda: ImageEditRequest.model_validate_strings(fields, strict=False))
 
     async def _read_json_edit(self, request: Request, holding: Holding) -> ImageEditRequest:
         parsed = await self.read_json(request, holding, ImageEditRequest)
-        for name in _UNSUPPORTED:
-            if getattr(parsed, name) is not None:
-                raise _unsupported(name)
+        _refuse_unsupported(parsed.model_fields_set)
         if parsed.images and parsed.image:
             raise InvalidRequestError("image and images are two names of the same: give one of them", param="image")
         urls = parsed.image or [image["image_url"] for image in parsed.images or ()]
@@ -204,10 +205,10 @@ class _FormLimits:
 
     def limit_of(self, part: Part) -> int:
         """Raises InvalidRequestError for one picture too many and for parts that no model takes."""
-        if part.name in _UNSUPPORTED:
+        if part.is_file and part.name in _UNSUPPORTED:
             raise _unsupported(part.name)
         if not _IMAGE_FIELD.fullmatch(part.name):
-            if part.is_file and part.name not in ImageEditRequest.model_fields:
+            if part.is_file and part.name not in _TEXT_FIELDS:
                 raise InvalidRequestError(
                     f"files go in image or image[], got one in {part.name[:_MAX_NAME]!r}", param=part.name[:_MAX_NAME]
                 )
@@ -259,6 +260,13 @@ def _lora_fields(text: str) -> dict[str, Any]:
             f'lora takes a JSON object such as {{"name": "ink", "scale": 0.8}}, got {echo(text)}', param="lora"
         )
     return {key: inner for key, inner in value.items() if inner is not None}
+
+
+def _refuse_unsupported(names: Collection[str]) -> None:
+    """Raises InvalidRequestError where the fields `names` of a body have one that no model takes."""
+    for name in _UNSUPPORTED:
+        if name in names:
+            raise _unsupported(name)
 
 
 def _unsupported(name: str) -> InvalidRequestError:
