@@ -98,9 +98,18 @@ def test_every_example_runs_as_it_is(info: ModelInfo) -> None:
                 assert response.status_code == 200, response.text
                 assert response.json()["ignored_fields"] == []
                 sent.append((path, kind))
-    edits = [("/v1/images/edits", "multipart/form-data"), ("/v1/images/edits", "application/json")]
+    edits = [("/v1/images/edits", "application/json"), ("/v1/images/edits", "multipart/form-data")]
     images = [("/v1/images/generations", "application/json")] if info is FAKE_INFO else edits
     assert sent == [*images, ("/v1/chat/completions", "application/json")]
+
+
+def test_a_form_is_filled_with_its_example() -> None:
+    """Swagger UI writes each property's example into its form, or one of its own such as `string`."""
+    with live_server(info=FAKE_EDIT_INFO) as running:
+        schema = httpx.get(f"{running.url}/openapi.json").json()
+    form = schema["paths"]["/v1/images/edits"]["post"]["requestBody"]["content"]["multipart/form-data"]
+    examples = {name: field["example"] for name, field in form["schema"]["properties"].items() if name != "image"}
+    assert {name: value for name, value in examples.items() if value != ""} == form["example"]
 
 
 def test_summaries_say_what_an_operation_does(http: httpx.Client) -> None:

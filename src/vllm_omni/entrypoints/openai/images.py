@@ -192,19 +192,24 @@ async def _finish(outputs: OutputStream, answer: Answer) -> Response:
 
 
 def _edit_bodies(model_name: str) -> dict[str, Any]:
-    """OpenAPI's `content` of `/edits`, a route that reads its bodies itself."""
-    in_json = body_schema(ImageEditRequest)
-    in_form = {name: schema for name, schema in in_json["properties"].items() if name != "images"}
+    """OpenAPI's `content` of `/edits`, a route that reads its bodies itself. Swagger UI shows the first one."""
+    in_json, form_example = body_schema(ImageEditRequest), edit_form_example(model_name)
+    # Swagger UI fills a form from the examples of its fields, and without one from the type: "string" as the model.
+    in_form = {
+        name: {**schema, "example": form_example.get(name, "")}
+        for name, schema in in_json["properties"].items()
+        if name not in ("image", "images", "mask", "markup")
+    }
     file = {"type": "string", "format": "binary"}
     in_form["image"] = {"type": "array", "items": file, "minItems": 1, "maxItems": MAX_INPUT_IMAGES}
     return {
-        "multipart/form-data": {
-            "schema": {**in_json, "properties": in_form, "required": ["image", "prompt"]},
-            "example": edit_form_example(model_name),
-        },
         "application/json": {
             "schema": {**in_json, "required": ["prompt"], "oneOf": [{"required": ["images"]}, {"required": ["image"]}]},
             "example": edit_example(model_name),
+        },
+        "multipart/form-data": {
+            "schema": {**in_json, "properties": in_form, "required": ["image", "prompt"]},
+            "example": form_example,
         },
     }
 
