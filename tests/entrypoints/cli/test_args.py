@@ -31,8 +31,10 @@ FROZEN_FLAGS = [
     "--cache-backend",
     "--cache-config",
     "--cfg-parallel-size",
+    "--chat-text-tasks",
     "--config",
     "--data-parallel-size",
+    "--default-response-format",
     "--default-sampling-params",
     "--device",
     "--disable-access-log-for-endpoints",
@@ -201,6 +203,7 @@ def test_server_flags(tmp_path: Path) -> None:
         *("--ssl-keyfile", str(key), "--ssl-certfile", str(certificate), "--enable-ssl-refresh"),
         *("--shutdown-timeout", "3", "--disable-fastapi-docs", "--enable-request-id-headers", "--log-prompts"),
         *("--allowed-media-domains", "images.example", "10.1.2.3", "CDN.example"),
+        *("--default-response-format", "url", "--chat-text-tasks", "generate"),
     )
     assert parsed.http == cli.HttpOptions(
         host="::1",
@@ -221,6 +224,8 @@ def test_server_flags(tmp_path: Path) -> None:
         served_model_names=("gpt-image-1", "demo"),
         root_path="/omni",
         media_ttl_seconds=60.0,
+        default_response_format="url",
+        chat_text_tasks="generate",
         allowed_media_domains=("images.example", "10.1.2.3", "cdn.example"),
         disable_docs=True,
         generate_request_ids=True,
@@ -275,6 +280,8 @@ WRONG_VALUES = [
     (["--port", "70000"], ["--port", "'70000'", "0 to 65535"]),
     (["--port"], ["--port", "expected one argument"]),
     (["--shutdown-timeout", "soon"], ["--shutdown-timeout", "'soon'", "seconds"]),
+    (["--default-response-format", "png"], ["--default-response-format", "'png'", "b64_json", "url"]),
+    (["--chat-text-tasks", "off"], ["--chat-text-tasks", "'off'", "empty", "generate"]),
     (["--media-ttl", "0"], ["--media-ttl", "'0'", "seconds above 0"]),
     *(
         (["--allowed-media-domains", "a.example", wrong], ["--allowed-media-domains", repr(wrong), "exact host name"])
