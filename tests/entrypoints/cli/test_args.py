@@ -32,8 +32,10 @@ FROZEN_FLAGS = [
     "--cache-backend",
     "--cache-config",
     "--cfg-parallel-size",
+    "--chat-text-tasks",
     "--config",
     "--data-parallel-size",
+    "--default-response-format",
     "--default-sampling-params",
     "--device",
     "--disable-access-log-for-endpoints",
@@ -223,6 +225,7 @@ def test_server_flags(tmp_path: Path) -> None:
         *("--shutdown-timeout", "3", "--disable-fastapi-docs", "--enable-request-id-headers", "--log-prompts"),
         *("--allowed-media-domains", "images.example", "10.1.2.3", "CDN.example"),
         *("--enable-log-requests", "--sse-keep-alive-interval", "5"),
+        *("--default-response-format", "url", "--chat-text-tasks", "generate"),
     )
     assert parsed.http == cli.HttpOptions(
         host="::1",
@@ -243,6 +246,8 @@ def test_server_flags(tmp_path: Path) -> None:
         served_model_names=("gpt-image-1", "demo"),
         root_path="/omni",
         media_ttl_seconds=60.0,
+        default_response_format="url",
+        chat_text_tasks="generate",
         allowed_media_domains=("images.example", "10.1.2.3", "cdn.example"),
         disable_docs=True,
         generate_request_ids=True,
@@ -299,6 +304,8 @@ WRONG_VALUES = [
     (["--port", "70000"], ["--port", "'70000'", "0 to 65535"]),
     (["--port"], ["--port", "expected one argument"]),
     (["--shutdown-timeout", "soon"], ["--shutdown-timeout", "'soon'", "seconds"]),
+    (["--default-response-format", "png"], ["--default-response-format", "'png'", "b64_json", "url"]),
+    (["--chat-text-tasks", "off"], ["--chat-text-tasks", "'off'", "empty", "generate"]),
     (["--media-ttl", "0"], ["--media-ttl", "'0'", "seconds above 0"]),
     *(
         (["--allowed-media-domains", "a.example", wrong], ["--allowed-media-domains", repr(wrong), "exact host name"])

@@ -143,6 +143,22 @@ def test_root_path(client: httpx.Client) -> None:
     assert client.get("/omni/openapi.json").json()["servers"] == [{"url": "/omni"}]
 
 
+def test_the_documentation_page(client: httpx.Client) -> None:
+    """vLLM's copy of Swagger UI, which asks for the key."""
+    page = client.get("/omni/docs").text
+    for file in re.findall(r'(?:src|href)="(/[^"]*)"', page):
+        assert file.startswith("/omni/docs/swagger-ui")
+        assert len(client.get(file).content) > 100_000
+    schema = client.get("/openapi.json").json()
+    assert schema["components"]["securitySchemes"] == {
+        "ApiKey": {"type": "http", "scheme": "bearer", "description": "A key of --api-key."}
+    }
+    operation = schema["paths"]["/v1/images/generations"]["post"]
+    assert operation["security"] == [{"ApiKey": []}]
+    example = operation["requestBody"]["content"]["application/json"]["example"]
+    assert client.post("/v1/images/generations/", json=example).status_code == 200
+
+
 def test_cors_also_for_refusals(client: httpx.Client) -> None:
     preflight = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
     allowed = client.options("/v1/images/generations", headers=preflight)

@@ -81,7 +81,9 @@ def test_the_answer_is_a_picture(sdk: openai.OpenAI) -> None:
     assert answer.created > 0
     (choice,) = answer.choices
     assert (choice.index, choice.finish_reason, choice.message.role) == (0, "stop", "assistant")
-    (part,) = choice.message.content
+    assert choice.message.content == ""
+    (part,) = choice.message.images
+    assert part["index"] == 0
     np.testing.assert_array_equal(picture(part), expected_picture(7, height=64, width=96))
     usage = answer.usage
     assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (3, 24, 27)
@@ -95,7 +97,7 @@ async def test_async_client(server: LiveServer) -> None:
             messages=[says("x")],  # type: ignore[list-item]
             seed=3,
         )
-    np.testing.assert_array_equal(picture(answer.choices[0].message.content[0]), expected_picture(3))
+    np.testing.assert_array_equal(picture(answer.choices[0].message.images[0]), expected_picture(3))
 
 
 def test_the_same_bytes_as_generations(http: httpx.Client) -> None:
@@ -108,7 +110,7 @@ def test_the_same_bytes_as_generations(http: httpx.Client) -> None:
     }
     chat = http.post(CHAT, json={"messages": [says("x")], **options}).json()
     image = http.post(GENERATIONS, json={"prompt": "x", **options}).json()
-    url = chat["choices"][0]["message"]["content"][0]["image_url"]["url"]
+    url = chat["choices"][0]["message"]["images"][0]["image_url"]["url"]
     assert url == "data:image/webp;base64," + image["data"][0]["b64_json"]
     assert chat["model"] == MODEL_NAME, "the first served name, where none was asked for"
 
@@ -124,7 +126,7 @@ def test_every_option_beside_messages_or_in_extra_body(server: LiveServer, http:
         assert "x-omni-ignored-fields" not in response.headers
         answer = response.json()
         np.testing.assert_array_equal(
-            picture(answer["choices"][0]["message"]["content"][0]), expected_picture(5, height=48, width=32)
+            picture(answer["choices"][0]["message"]["images"][0]), expected_picture(5, height=48, width=32)
         )
         assert answer["timings"]["computed_steps"] == 2
         assert answer["safety_identifier"] == "me"
@@ -141,7 +143,7 @@ def test_what_vllm_omnis_clients_send(http: httpx.Client) -> None:
     answer = response.json()
     assert answer["timings"]["computed_steps"] == 3
     for choice, seed in zip(answer["choices"], (8, 9), strict=True):
-        shown = picture(choice["message"]["content"][0])
+        shown = picture(choice["message"]["images"][0])
         np.testing.assert_array_equal(shown, expected_picture(seed, height=128, width=64))
 
 
@@ -150,7 +152,7 @@ def test_n_choices_have_consecutive_seeds(sdk: openai.OpenAI) -> None:
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
     assert [choice.seed for choice in answer.choices] == [40, 41, 42]
     for choice, seed in zip(answer.choices, (40, 41, 42), strict=True):
-        np.testing.assert_array_equal(picture(choice.message.content[0]), expected_picture(seed))
+        np.testing.assert_array_equal(picture(choice.message.images[0]), expected_picture(seed))
 
 
 def test_only_the_last_user_message_is_the_prompt(server: LiveServer, http: httpx.Client) -> None:
@@ -173,9 +175,15 @@ def test_fields_without_effect_are_named(http: httpx.Client) -> None:
     }  # fmt: skip
     response = http.post(CHAT, json=body)
     assert response.status_code == 200
-    names = "temperature,max_tokens,prompt,response_format,partial_images,true_cfg_scale"
-    assert response.headers["x-omni-ignored-fields"] == names
-    assert http.post(CHAT, json={**body, "stream": True}).headers["x-omni-ignored-fields"] == names
+    names = ["temperature", "max_tokens", "prompt", "response_format", "partial_images", "true_cfg_scale"]
+    assert response.headers["x-omni-ignored-fields"] == ",".join(names)
+    assert response.json()["ignored_fields"] == names
+    body |= {"stream": True, "n": 2}
+    streamed = http.post(CHAT, json=body)
+    assert streamed.headers["x-omni-ignored-fields"] == ",".join(names)
+    assert [chunk.get("ignored_fields") for chunk in chunks_of(streamed)] == [None, names, None, names]
+    with_usage = http.post(CHAT, json={**body, "stream_options": {"include_usage": True}})
+    assert chunks_of(with_usage)[-1]["ignored_fields"] == names
 
 
 def test_a_stream_by_the_sdk(sdk: openai.OpenAI) -> None:
@@ -235,7 +243,7 @@ def test_edits_take_the_pictures_of_the_last_user_message(editor: LiveServer, ed
         says([shows(PHOTO), text("put them together"), shows(other)]),
     ]
     answer: Any = edit_sdk.chat.completions.create(model=MODEL_NAME, messages=messages, seed=4)
-    np.testing.assert_array_equal(picture(answer.choices[0].message.content[0]), expected_picture(4, 32, 48))
+    np.testing.assert_array_equal(picture(answer.choices[0].message.images[0]), expected_picture(4, 32, 48))
     images = newest(editor)
     assert len(images) == 2
     np.testing.assert_array_equal(images[0].condition, np.asarray(PHOTO))
@@ -292,7 +300,7 @@ def test_a_real_model_end_to_end(tiny_model: Path) -> None:
         )
         image = client.images.generate(prompt="a red apple", extra_body={"seed": 7, **options})
     assert image.data is not None
-    drawn = picture(chat.choices[0].message.content[0])
+    drawn = picture(chat.choices[0].message.images[0])
     assert drawn.std() > 0
     np.testing.assert_array_equal(drawn, base64_pixels(image.data[0].b64_json))
 

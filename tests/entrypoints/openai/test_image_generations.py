@@ -146,11 +146,16 @@ def test_names_of_vllm_omni_for_size_and_n(http: httpx.Client, agreeing: dict[st
         np.testing.assert_array_equal(pixels(item["b64_json"]), expected_picture(seed, height=64, width=128))
 
 
-def test_unknown_fields_are_named_in_a_header(http: httpx.Client) -> None:
+def test_unknown_fields_are_named(http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+    """In a header, in the answer and in the log."""
     body = {"prompt": "x", "cfg": 3, "bad\r\nname": 1, "partial_images": 2}
-    response = http.post("/v1/images/generations", json=body)
+    with caplog.at_level("INFO", logger="vllm_omni.entrypoints.openai.images"):
+        response = http.post("/v1/images/generations", json=body)
     assert response.status_code == 200
     assert response.headers["x-omni-ignored-fields"] == "cfg,bad??name,partial_images"
+    assert response.json()["ignored_fields"] == ["cfg", "bad??name", "partial_images"]
+    assert caplog.messages == ["/v1/images/generations: ignored fields: cfg, bad??name, partial_images"]
+    assert http.post("/v1/images/generations", json={"prompt": "x"}).json()["ignored_fields"] == []
     body = {"prompt": "x", **{f"f{i}": 1 for i in range(23)}}
     names = http.post("/v1/images/generations", json=body).headers["x-omni-ignored-fields"].split(",")
     assert names == [*(f"f{i}" for i in range(20)), "+3 more"]

@@ -23,7 +23,7 @@ def pixels(data: str) -> np.ndarray:
 
 
 def test_partial_images_then_the_picture(sdk: openai.OpenAI) -> None:
-    body: dict[str, Any] = {"seed": 9, "num_inference_steps": 8, "safety_identifier": "me"}
+    body: dict[str, Any] = {"seed": 9, "num_inference_steps": 8, "safety_identifier": "me", "cfg": 3}
     stream = sdk.images.generate(prompt="a b", stream=True, partial_images=3, extra_body=body)
     *partial, completed = list(stream)
     assert [event.type for event in partial] == ["image_generation.partial_image"] * 3
@@ -37,6 +37,7 @@ def test_partial_images_then_the_picture(sdk: openai.OpenAI) -> None:
     assert completed.usage.total_tokens == 2 + 16
     assert completed.safety_identifier == "me"
     assert completed.to_dict()["seed"] == 9
+    assert completed.to_dict()["ignored_fields"] == ["cfg"]
 
 
 def test_without_partial_images_only_the_picture(sdk: openai.OpenAI) -> None:

@@ -142,7 +142,7 @@ def test_an_edit_needs_a_picture(http: httpx.Client) -> None:
         ({"image": []}, "image"),
         ({"image": 3}, "image"),
         ({"image": [3]}, "image.0"),
-        ({"image": ""}, "image_url"),
+        ({"image": ""}, "image"),
         ({"image": "file:///etc/passwd"}, "image_url"),
         ({"image": ["data:image/png;base64,aGVsbG8="]}, "image"),
         ({"image": [data_url(PHOTO)] * 4}, "image"),

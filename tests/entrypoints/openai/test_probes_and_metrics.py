@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import time
+
 import httpx
 import openai
+import psutil
 import pytest
+from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 import vllm_omni
-from tests.entrypoints.openai.live_server import ALIAS, MODEL_NAME, STEPS, LiveServer, live_server
+from tests.entrypoints.openai.live_server import ALIAS, MODEL_NAME, STEPS, WAIT_SECONDS, LiveServer, live_server
 from vllm_omni.diffusion.events import EngineStatus
 from vllm_omni.diffusion.plan import StepPlan, StepResult
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
 
 
 def read_metrics(server: LiveServer) -> dict[str, float]:
-    """`name{label=value}` without the model's name -> value; every sample must carry that name."""
+    """`name{label=value}` without the model's name -> value; every sample but the process's must carry that name."""
     response = httpx.get(f"{server.url}/metrics")
     assert response.headers["content-type"].startswith("text/plain")
     values = {}
     for family in text_string_to_metric_families(response.text):
         for sample in family.samples:
-            assert sample.labels.pop("model_name") == MODEL_NAME
+            if not sample.name.startswith("process_"):
+                assert sample.labels.pop("model_name") == MODEL_NAME
             labels = ",".join(f"{k}={v}" for k, v in sample.labels.items())
             values[sample.name + (f"{{{labels}}}" if labels else "")] = sample.value
     return values
@@ -38,6 +43,35 @@ def test_probes_of_a_warm_server(sdk: openai.OpenAI, http: httpx.Client) -> None
     assert sdk.models.retrieve(ALIAS).id == ALIAS
     with pytest.raises(openai.NotFoundError):
         sdk.models.retrieve("other")
+
+
+def test_ping_is_health_as_in_vllm(http: httpx.Client) -> None:
+    for method in ("GET", "POST", "HEAD"):
+        assert http.request(method, "/ping").status_code == 200
+    assert http.get("/ping").json() == http.get("/health").json()
+    with live_server(start_engine=False) as running:
+        assert [httpx.request(method, f"{running.url}/ping").status_code for method in ("GET", "POST")] == [503, 503]
+
+
+def test_load_counts_requests_until_their_answers_end() -> None:
+    def load() -> dict[str, int]:
+        return httpx.get(f"{running.url}/load").json()  # type: ignore[no-any-return]
+
+    with live_server() as running:
+        assert load() == {"server_load": 0}
+        running.call(running.device.pause)
+        generations, chat = f"{running.url}/v1/images/generations", f"{running.url}/v1/chat/completions"
+        messages = [{"role": "user", "content": "x"}]
+        with (
+            httpx.stream("POST", generations, json={"prompt": "x", "n": 3, "stream": True}, timeout=20) as first,
+            httpx.stream("POST", chat, json={"messages": messages, "stream": True}, timeout=20),
+        ):
+            assert load() == {"server_load": 2}
+            running.call(running.device.resume)
+            assert len([line for line in first.iter_lines() if line.startswith("event: ")]) == 3
+        deadline = time.monotonic() + WAIT_SECONDS
+        while load() != {"server_load": 0}:
+            assert time.monotonic() < deadline
 
 
 def test_draining_server_is_healthy_but_not_ready() -> None:
@@ -72,11 +106,20 @@ def test_nothing_is_promised_before_the_engine_is_warm() -> None:
         assert read_metrics(running)["vllm_omni:requests_rejected_total{reason=unavailable}"] == 1
 
 
-def test_docs_can_be_disabled(http: httpx.Client) -> None:
-    paths = ("/docs", "/redoc", "/openapi.json")
-    assert [http.get(path).status_code for path in paths] == [200, 200, 200]
-    with live_server(settings={"disable_docs": True}) as running:
-        assert [httpx.get(running.url + path).status_code for path in paths] == [404, 404, 404]
+def test_no_created_series_here_and_the_users_registries_as_they_were(server: LiveServer) -> None:
+    theirs = CollectorRegistry()
+    Counter("theirs", "A counter of the program that this server is part of", registry=theirs)
+    assert not [name for name in read_metrics(server) if name.endswith("_created")]
+    assert b"theirs_created" in generate_latest(theirs)
+
+
+def test_the_process_is_measured(server: LiveServer) -> None:
+    values = read_metrics(server)
+    measured = psutil.Process()
+    assert 0 < values["process_resident_memory_bytes"] < psutil.virtual_memory().total
+    assert abs(values["process_start_time_seconds"] - measured.create_time()) < 5
+    assert 0 < values["process_cpu_seconds_total"] <= sum(measured.cpu_times()[:2]) + 1
+    assert values["process_open_fds"] > 0
 
 
 def test_metrics_exist_at_zero_and_count() -> None:

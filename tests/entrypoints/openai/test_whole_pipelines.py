@@ -109,7 +109,7 @@ def test_a_chat_gets_the_same(http: httpx.Client, expected: np.ndarray) -> None:
     ]
     body = {"messages": [{"role": "user", "content": parts}], "seed": 5, "strength": 0.75}
     answer = http.post(CHAT, json=body).json()
-    url = answer["choices"][0]["message"]["content"][0]["image_url"]["url"]
+    url = answer["choices"][0]["message"]["images"][0]["image_url"]["url"]
     picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))))
     assert psnr(picture, expected) >= 60
 

@@ -40,7 +40,7 @@ from vllm_omni.entrypoints.cli.foreign_flags import add_foreign_flags, check_for
 from vllm_omni.entrypoints.cli.suggestions import explain_unknown
 from vllm_omni.entrypoints.cli.vllm_flags import VLLM_FLAGS
 from vllm_omni.entrypoints.cli.vllm_surface import make_parser, serve_line, vllm_version
-from vllm_omni.entrypoints.openai.settings import ServerSettings
+from vllm_omni.entrypoints.openai.settings import ChatTextTasks, ResponseFormat, ServerSettings
 from vllm_omni.errors import ConfigError, NotAvailableError
 
 DESCRIPTION = "Serve a diffusion model with an OpenAI-compatible image API."
@@ -181,6 +181,10 @@ def _add_server_flags(group: Any) -> None:
         "--media-ttl",
         type=values.seconds(zero=False),
     )
+    format_help = "form of pictures where a request has no response_format; url: a link to this server"
+    settings.add("default_response_format", format_help, choices=get_args(ResponseFormat))
+    tasks_help = "text tasks of chat front ends (titles, tags): answer with empty text, or generate a picture"
+    settings.add("chat_text_tasks", tasks_help, choices=get_args(ChatTextTasks))
     settings.add(
         "allowed_media_domains",
         "hosts, by their exact names, from which pictures are fetched that requests name by URL; none: only data: URLs",
@@ -204,7 +208,7 @@ def _add_server_flags(group: Any) -> None:
     )
     request_ids_help = "give every response an x-request-id (one that the request brings always comes back)"
     settings.switch("generate_request_ids", request_ids_help, "--enable-request-id-headers")
-    settings.switch("disable_docs", "no /docs, /redoc and /openapi.json", "--disable-fastapi-docs")
+    settings.switch("disable_docs", "no /docs and /openapi.json", "--disable-fastapi-docs")
     settings.add(
         "keep_alive_seconds",
         "silence after which an event stream sends a comment, so that proxies keep it open",

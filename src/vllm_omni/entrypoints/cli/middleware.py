@@ -16,14 +16,17 @@ from vllm_omni.entrypoints.openai.errors import CatchErrors
 from vllm_omni.errors import ConfigError
 
 
+def api_keys(http: HttpOptions) -> list[str]:
+    """Keys that open `/v1`; none: no key is needed. `--api-key` goes before vLLM's variable, as in vLLM."""
+    return list(http.api_key) or [key for key in [vllm_surface.configured_api_key()] if key]
+
+
 def add_middleware(app: FastAPI, http: HttpOptions) -> None:
     """Outermost first: the user's, CORS (so that browsers can read a 401), the app's own, the API key.
 
     Raises ConfigError when a `--middleware` cannot be imported or is neither a class nor an async function.
     """
-    # `--api-key` goes before the variable, as in vLLM.
-    tokens = list(http.api_key) or [key for key in [vllm_surface.configured_api_key()] if key]
-    if tokens:
+    if tokens := api_keys(http):
         # Inside the app's own middleware, so that a 401 has its x-request-id; outside every route.
         app.user_middleware.append(Middleware(vllm_surface.ApiKeyMiddleware, tokens=tokens))
     if http.allowed_origins:

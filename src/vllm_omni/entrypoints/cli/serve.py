@@ -9,7 +9,7 @@ import resource
 import ssl
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from vllm_omni.entrypoints.cli.activity import ActivityLog
 from vllm_omni.entrypoints.cli.args import HttpOptions, ServeArgs
 from vllm_omni.entrypoints.cli.connections import limit_connections, most_connections
 from vllm_omni.entrypoints.cli.listen import Listener
-from vllm_omni.entrypoints.cli.middleware import add_middleware
+from vllm_omni.entrypoints.cli.middleware import add_middleware, api_keys
 from vllm_omni.entrypoints.cli.signals import StopSignals
 from vllm_omni.entrypoints.openai.app import build_app
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
@@ -100,7 +100,12 @@ async def _serve(
     activity = ActivityLog()
     omni = AsyncOmni(args.config, observer=Observers(metrics, activity), early_workers=workers)
     activity.watch(omni.status)
-    app = build_app(omni, args.settings, metrics)
+    settings = replace(
+        args.settings,
+        swagger_ui_folder=vllm_surface.swagger_ui_folder(),
+        requires_api_key=bool(api_keys(args.http)),
+    )
+    app = build_app(omni, settings, metrics)
     add_middleware(app, args.http)
     # Needs neither the event loop nor the interpreter's lock: shows where threads hang and ends the process.
     end_later = partial(

@@ -12,6 +12,8 @@ import argparse
 import re
 import ssl
 from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NoReturn
 
 from starlette.responses import JSONResponse
@@ -76,6 +78,15 @@ def vllm_version() -> str:
     from vllm.version import __version__
 
     return str(__version__)
+
+
+def swagger_ui_folder() -> Path | None:
+    """The folder of Swagger UI's script and style sheet in vLLM's package; None where there is none."""
+    package = find_spec("vllm")  # does not import it
+    if package is None or package.origin is None:
+        return None
+    folder = Path(package.origin).parent / "entrypoints" / "serve" / "instrumentator" / "static"
+    return folder if folder.is_dir() else None
 
 
 def configured_api_key() -> str | None:

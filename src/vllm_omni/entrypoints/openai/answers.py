@@ -39,14 +39,17 @@ class AnswerStyle:
     safety_identifier: str | None
     event: str
     """What the names of a stream's events begin with."""
+    ignored_fields: tuple[str, ...]
+    """Names of the request's fields that had no effect."""
 
     @classmethod
-    def of(cls, body: ImageOptions, image_format: ImageFormat) -> AnswerStyle:
+    def of(cls, body: ImageOptions, image_format: ImageFormat, ignored_fields: tuple[str, ...]) -> AnswerStyle:
         return cls(
             image_format,
             _REPORTED_QUALITY.get(body.quality, body.quality),
             body.safety_identifier,
             "image_edit" if isinstance(body, ImageEditRequest) else "image_generation",
+            ignored_fields,
         )
 
     def fields(self, pixels: np.ndarray) -> dict[str, Any]:
@@ -92,6 +95,7 @@ async def images_response(
             usage=usage(output),
             timings=timings,
             safety_identifier=style.safety_identifier,
+            ignored_fields=list(style.ignored_fields),
             data=[],
             **style.fields(output.images[0]),
         ).model_dump(exclude={"data"}, exclude_none=True)

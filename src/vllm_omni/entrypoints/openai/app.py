@@ -9,25 +9,28 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from vllm_omni import __version__
-from vllm_omni.entrypoints.openai.chat import CHAT_PATH, make_chat_router
+from vllm_omni.entrypoints.openai.chat import CHAT_PATH, ChatService, make_chat_router
 from vllm_omni.entrypoints.openai.decode_pool import ImageDecoder
 from vllm_omni.entrypoints.openai.decode_process import DecodeLimits
 from vllm_omni.entrypoints.openai.encoding import ImageEncoder
 from vllm_omni.entrypoints.openai.errors import install_error_handlers
 from vllm_omni.entrypoints.openai.files import FileStore
 from vllm_omni.entrypoints.openai.health import (
+    make_load_router,
     make_loras_router,
     make_metrics_router,
     make_models_router,
     make_probes_router,
 )
 from vllm_omni.entrypoints.openai.holding import UploadBudget
-from vllm_omni.entrypoints.openai.images import EDITS_PATH, ImageService, make_images_router
+from vllm_omni.entrypoints.openai.images import EDITS_PATH, GENERATIONS_PATH, ImageService, make_images_router
 from vllm_omni.entrypoints.openai.media import FetchPolicy, MediaFetcher
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
 from vllm_omni.entrypoints.openai.middleware import LimitBody, RequestId
 from vllm_omni.entrypoints.openai.resolver import Resolver
+from vllm_omni.entrypoints.openai.routing import CountLoad, IgnoreTrailingSlash, ServerLoad
 from vllm_omni.entrypoints.openai.settings import ServerSettings
+from vllm_omni.entrypoints.openai.swagger import OPENAPI_PATH, make_docs_router, require_api_key
 from vllm_omni.entrypoints.openai.unavailable import make_unavailable_router
 from vllm_omni.entrypoints.openai.unread import Pieces
 from vllm_omni.entrypoints.openai.uploads import MAX_IMAGE_BYTES, UploadReader
@@ -75,22 +78,32 @@ def build_app(
         root_path=settings.root_path,
         lifespan=lifespan,
         redirect_slashes=False,
-        openapi_url=None if settings.disable_docs else "/openapi.json",  # without it there is no /docs either
+        openapi_url=None if settings.disable_docs else OPENAPI_PATH,
+        docs_url=None,  # FastAPI's own pages load their scripts from the web
+        redoc_url=None,
     )
     budget = UploadBudget()
     uploads = UploadReader(omni.info, decoder, budget, media, settings.upload_silence_seconds)
     app.state.upload_budget, app.state.image_decoder = budget, decoder
     service = ImageService(omni, settings, encoder, files, resolver, uploads)
+    load = ServerLoad()
     app.include_router(make_images_router(service))
-    app.include_router(make_chat_router(service))
+    app.include_router(make_chat_router(ChatService(service, metrics.on_text_task)))
     app.include_router(make_models_router(omni, settings))
     app.include_router(make_loras_router(omni))
     app.include_router(make_probes_router(omni))
+    app.include_router(make_load_router(load))
     app.include_router(make_metrics_router(metrics))
     app.include_router(make_unavailable_router())
+    if not settings.disable_docs:
+        app.include_router(make_docs_router(app.title, settings.swagger_ui_folder))
+        if settings.requires_api_key:
+            require_api_key(app)
     install_error_handlers(app, metrics)
     # The last one added is the outermost.
+    app.add_middleware(CountLoad, load=load, paths=(GENERATIONS_PATH, EDITS_PATH, CHAT_PATH))
     app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes, except_paths=(EDITS_PATH, CHAT_PATH))
+    app.add_middleware(IgnoreTrailingSlash)
     app.add_middleware(RequestId, generate=settings.generate_request_ids)
     app.add_middleware(Pieces)
     return app

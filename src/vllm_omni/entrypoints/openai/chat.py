@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import time
-import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +10,15 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from vllm_omni.entrypoints.openai.answers import Answer, AnswerStyle, json_around, usage
+from vllm_omni.entrypoints.openai.chat_envelope import DONE, ChatEnvelope, as_json, event
 from vllm_omni.entrypoints.openai.chat_protocol import ChatCompletion, ChatCompletionRequest, ChatUsage
 from vllm_omni.entrypoints.openai.encoding import ImageEncoder
 from vllm_omni.entrypoints.openai.errors import ERROR_RESPONSES
+from vllm_omni.entrypoints.openai.examples import chat_example
 from vllm_omni.entrypoints.openai.images import ImageService
 from vllm_omni.entrypoints.openai.protocol import json_request_body
-from vllm_omni.entrypoints.openai.streaming import frame, frame_around, is_done
+from vllm_omni.entrypoints.openai.streaming import frame_around, is_done
+from vllm_omni.entrypoints.openai.text_tasks import empty_completion, is_text_task
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.omni import OutputStream
 from vllm_omni.outputs import OmniRequestOutput
@@ -34,112 +34,118 @@ class ChatAnswer:
 
     encoder: ImageEncoder
     style: AnswerStyle
-    model: str
-    include_usage: bool
-    id: str
-    created: int
-
-    @classmethod
-    def to(cls, body: ChatCompletionRequest, service: ImageService, style: AnswerStyle) -> ChatAnswer:
-        model = body.model or service.settings.served_model_names[0]
-        include_usage = bool((body.stream_options or {}).get("include_usage"))
-        return cls(service.encoder, style, model, include_usage, f"chatcmpl-{uuid.uuid4().hex}", int(time.time()))
+    envelope: ChatEnvelope
 
     async def events(self, outputs: OutputStream) -> AsyncGenerator[bytes, None]:
-        """Two chunks of each choice, once its picture is done: that, and its `finish_reason`.
+        """Two chunks for each choice, once its picture is done: the picture, and the `finish_reason`.
 
         The picture is in `delta.images`, where front ends look for it: their `delta.content` is text, to be appended.
         """
+        ignored = {"ignored_fields": self.style.ignored_fields}
         async for output in outputs:
             if output.finished:
-                if self.include_usage:
-                    yield _event(self._envelope("chat.completion.chunk") | {"choices": [], "usage": _usage(output)})
-                yield frame(b"[DONE]")
+                if self.envelope.include_usage:
+                    yield event(self.envelope.chunk() | {"usage": _usage(output).model_dump()} | ignored)
+                yield DONE
                 return
             if is_done(output):
-                delta = {"role": "assistant", "content": "", "images": [{**_image_part(), "index": 0}]}
-                yield await self._encoded(self._chunk(output, delta, None), output, 0, frame_around())
-                yield _event(self._chunk(output, {}, "stop"))
+                yield await self._encoded(self._chunk(output, _picture_message(), None), output, 0, frame_around())
+                yield event(self._chunk(output, {}, "stop") | ignored)
 
     async def response(self, output: OmniRequestOutput) -> Response:
         def envelope(timings: dict[str, float]) -> dict[str, Any]:
-            fields = self._envelope("chat.completion") | {"usage": _usage(output), "timings": timings}
+            fields = self.envelope.completion(_usage(output)) | {"timings": timings}
             if self.style.safety_identifier:
                 fields["safety_identifier"] = self.style.safety_identifier
-            return fields
+            return fields | {"ignored_fields": self.style.ignored_fields}
 
-        message = {"role": "assistant", "content": [_image_part()]}
         choices = [
-            self._encoded({"index": i, "finish_reason": "stop", "seed": seed, "message": message}, output, i)
+            self._encoded({"index": i, "finish_reason": "stop", "seed": seed, "message": _picture_message()}, output, i)
             for i, seed in enumerate(output.seeds)
         ]
         return await json_around(choices, "choices", output, envelope)
 
-    def _envelope(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-
     def _chunk(self, output: OmniRequestOutput, delta: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-        choice = {"index": output.index, "finish_reason": finish_reason, "seed": output.seeds[0], "delta": delta}
-        return self._envelope("chat.completion.chunk") | {"choices": [choice]}
+        return self.envelope.chunk(
+            {"index": output.index, "finish_reason": finish_reason, "seed": output.seeds[0], "delta": delta}
+        )
 
     async def _encoded(
         self, value: dict[str, Any], output: OmniRequestOutput, index: int, around: tuple[bytes, bytes] = (b"", b"")
     ) -> bytes:
         """`value` as JSON between `around`; the output's picture of that index replaces its `_URL`."""
         image_format = self.style.image_format
-        before, _, after = _json(value).rpartition(_URL.encode())
+        before, _, after = as_json(value).rpartition(_URL.encode())
         before += b"data:%s;base64," % image_format.content_type.encode()
         return await self.encoder.base64(output.images[index], image_format, around[0] + before, after + around[1])
 
 
-def _image_part() -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": _URL}}
+def _picture_message() -> dict[str, Any]:
+    """A message, or the delta of one, with a picture. OpenAI's `content` is a string, and clients rely on that."""
+    picture = {"type": "image_url", "image_url": {"url": _URL}, "index": 0}
+    return {"role": "assistant", "content": "", "images": [picture]}
 
 
-def _usage(output: OmniRequestOutput) -> dict[str, Any]:
+def _usage(output: OmniRequestOutput) -> ChatUsage:
     tokens = usage(output)
     return ChatUsage(
         prompt_tokens=tokens.input_tokens, completion_tokens=tokens.output_tokens, total_tokens=tokens.total_tokens
-    ).model_dump()
+    )
 
 
-def _json(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()
+@dataclass(frozen=True)
+class ChatService:
+    """Turns chat requests into answers."""
+
+    images: ImageService
+    on_text_task: Callable[[], None]
+    """Called for each text task that is answered with empty text."""
+
+    async def complete(self, request: Request) -> Response:
+        """Raises RequestError, also for bodies that are wrong or too large."""
+        service = self.images
+        service.check_makes_pictures()
+        is_answered_empty = is_text_task if service.settings.chat_text_tasks == "empty" else lambda _: False
+        with service.uploads.budget.holding() as holding:
+            body, prompt = await service.uploads.read_chat(request, holding, is_answered_empty)
+            envelope = ChatEnvelope.to(body, service.settings.served_model_names[0])
+            if prompt is None:
+                return self._empty(body, envelope, request)
+
+            def answer_in(style: AnswerStyle) -> Answer:
+                return ChatAnswer(service.encoder, style, envelope)
+
+            try:
+                return await service.run(body, prompt, request, holding, answer_in)
+            except InvalidRequestError as error:
+                if error.param != "prompt":
+                    raise
+                raise InvalidRequestError(f"messages: {error}", param="messages") from error
+
+    def _empty(self, body: ChatCompletionRequest, envelope: ChatEnvelope, request: Request) -> Response:
+        self.images.check_model(body)
+        ignored, headers = self.images.ignored_fields(body, request, has_guidance=True)
+        self.on_text_task()
+        num_choices = body.num_outputs_per_prompt or body.n
+        return empty_completion(envelope, num_choices, body.stream, ignored, headers)
 
 
-def _event(value: dict[str, Any]) -> bytes:
-    return frame(_json(value))
-
-
-async def complete(service: ImageService, request: Request) -> Response:
-    """Raises RequestError, also for bodies that are wrong or too large."""
-    service.check_makes_pictures()
-    with service.uploads.budget.holding() as holding:
-        body, prompt = await service.uploads.read_chat(request, holding)
-
-        def answer_in(style: AnswerStyle) -> Answer:
-            return ChatAnswer.to(body, service, style)
-
-        try:
-            return await service.run(body, prompt, request, holding, answer_in)
-        except InvalidRequestError as error:
-            if error.param != "prompt":
-                raise
-            raise InvalidRequestError(f"messages: {error}", param="messages") from error
-
-
-def make_chat_router(service: ImageService) -> APIRouter:
+def make_chat_router(service: ChatService) -> APIRouter:
     router = APIRouter(prefix="/v1/chat", tags=["chat"], responses=ERROR_RESPONSES)
+    images = service.images
+    example = chat_example(images.settings.served_model_names[0], images.omni.info)
     event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 
     @router.post(
         "/completions",
+        summary="Make pictures in a chat",
         response_model=ChatCompletion,
         responses={200: {"content": {"text/event-stream": {"schema": event}}}},
-        openapi_extra={"requestBody": json_request_body(ChatCompletionRequest)},
+        openapi_extra={"requestBody": json_request_body(ChatCompletionRequest, example)},
+        include_in_schema=not images.omni.info.makes_videos,
     )
     async def completions(request: Request) -> Response:
         """Make pictures from the last user message, which may bring some to edit; chunks with `stream`."""
-        return await complete(service, request)
+        return await service.complete(request)
 
     return router

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, FailFast, Field, WithJsonSchema
 
 from vllm_omni.entrypoints.openai.echo import MAX_ECHO, echo
-from vllm_omni.entrypoints.openai.protocol import ImageOptions, at_most
+from vllm_omni.entrypoints.openai.protocol import ImageOptions, at_most, without_absent
 from vllm_omni.errors import InvalidRequestError
 
 MAX_MESSAGES = 10_000
@@ -40,30 +40,31 @@ _MESSAGES = {
 
 
 class ChatCompletionRequest(ImageOptions):
-    """Body of `POST /v1/chat/completions`, after `with_extra_body`."""
+    """Body of `POST /v1/chat/completions`."""
 
     messages: Annotated[
         list[dict[str, Any]], Field(min_length=1), FailFast(), at_most(MAX_MESSAGES), WithJsonSchema(_MESSAGES)
     ]
-    """Only the last one of the role `user` is read: see `last_user_turn`."""
+    """The last one of the role `user` is the prompt; the others are not read."""
     stream_options: dict[str, Any] | None = None
     """`{"include_usage": true}`: a stream ends with its usage."""
     extra_body: dict[str, Any] | None = None
-    """Means the same as its fields beside `messages`, where the SDK puts them."""
+    """Fields that mean the same here as beside `messages`, where the OpenAI SDK puts them."""
 
     # Accepted for compatibility: the answer is pictures and nothing else.
     modalities: Annotated[list[str], Field(max_length=_MAX_MODALITIES), at_most(_MAX_MODALITIES)] | None = None
 
 
 def with_extra_body(body: Any) -> Any:
-    """What `body` says with the fields of its `extra_body` beside the others; `null` is the same as absent.
+    """`body` with the fields of its `extra_body` beside the others; `null` and `""` are the same as absent.
 
     Raises InvalidRequestError for a field that has another value there.
     """
     if not isinstance(body, dict) or not isinstance(extra := body.get("extra_body"), dict):
         return body
-    outside = {name: value for name, value in body.items() if name != "extra_body" and value is not None}
-    inside = {name: value for name, value in extra.items() if value is not None}
+    keep_empty = ChatCompletionRequest.keep_empty()
+    inside, outside = without_absent(extra, keep_empty), without_absent(body, keep_empty)
+    del outside["extra_body"]
     for name in outside.keys() & inside.keys():
         if not _is_same(outside[name], inside[name]):
             raise InvalidRequestError(
@@ -95,17 +96,20 @@ class ImageUrl(BaseModel):
 class ImagePart(BaseModel):
     type: Literal["image_url"]
     image_url: ImageUrl
+    index: int
 
 
 class ChatMessage(BaseModel):
     role: Literal["assistant"]
-    content: list[ImagePart]
+    content: Literal[""]
+    images: list[ImagePart] | None = None
+    """The picture; absent in the answer to a text task of a front end."""
 
 
 class ChatChoice(BaseModel):
     index: int
     finish_reason: Literal["stop"]
-    seed: int
+    seed: int | None = None
     message: ChatMessage
 
 
@@ -115,7 +119,9 @@ class ChatCompletion(BaseModel):
     created: int
     model: str
     usage: ChatUsage
-    timings: dict[str, float]
-    """As those of `ImagesResponse`."""
+    timings: dict[str, float] | None = None
+    """As those of `ImagesResponse`; absent in the answer to a text task of a front end."""
     safety_identifier: str | None = None
+    ignored_fields: list[str]
+    """Fields of the request that had no effect."""
     choices: list[ChatChoice]

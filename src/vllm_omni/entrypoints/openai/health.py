@@ -12,6 +12,7 @@ from vllm_omni.entrypoints.openai.errors import ERROR_RESPONSES
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
 from vllm_omni.entrypoints.openai.parsing import check_model
 from vllm_omni.entrypoints.openai.protocol import (
+    LoadResponse,
     LoRACard,
     LoRAList,
     ModelCard,
@@ -19,6 +20,7 @@ from vllm_omni.entrypoints.openai.protocol import (
     StatusResponse,
     VersionResponse,
 )
+from vllm_omni.entrypoints.openai.routing import ServerLoad
 from vllm_omni.entrypoints.openai.settings import ServerSettings
 from vllm_omni.errors import UnavailableError
 from vllm_omni.omni import AsyncOmni
@@ -27,8 +29,11 @@ from vllm_omni.omni import AsyncOmni
 def make_probes_router(omni: AsyncOmni) -> APIRouter:
     router = APIRouter(tags=["health"], responses=ERROR_RESPONSES)
 
+    @router.head("/ping", include_in_schema=False)
+    @router.post("/ping", include_in_schema=False)
+    @router.get("/ping", include_in_schema=False)
     @router.head("/health", include_in_schema=False)
-    @router.get("/health", response_model=StatusResponse)
+    @router.get("/health", summary="Whether the workers live", response_model=StatusResponse)
     async def health() -> StatusResponse:
         """200 while every worker lives and the engine's loop moves; 503 also while one of several replicas restarts."""
         status = omni.status()
@@ -37,7 +42,7 @@ def make_probes_router(omni: AsyncOmni) -> APIRouter:
         return StatusResponse(status=status.state)
 
     @router.head("/ready", include_in_schema=False)
-    @router.get("/ready", response_model=StatusResponse)
+    @router.get("/ready", summary="Whether new requests are taken and run", response_model=StatusResponse)
     async def ready() -> StatusResponse:
         """200 while new requests are taken and run; 503 also while they are taken and wait for workers to restart."""
         state = omni.status().state
@@ -47,7 +52,7 @@ def make_probes_router(omni: AsyncOmni) -> APIRouter:
             raise UnavailableError(f"The engine takes no requests: it is {state}.", retry_after=1.0)
         return StatusResponse(status=state)
 
-    @router.get("/version", response_model=VersionResponse)
+    @router.get("/version", summary="The server's version", response_model=VersionResponse)
     async def version() -> VersionResponse:
         return VersionResponse(version=__version__)
 
@@ -67,13 +72,18 @@ def make_models_router(omni: AsyncOmni, settings: ServerSettings) -> APIRouter:
         if omni.ready is None:
             raise UnavailableError("The model is still loading.", retry_after=1.0)
 
-    @router.get("", response_model=ModelList, response_model_exclude_none=True)
+    @router.get("", summary="List the served models", response_model=ModelList, response_model_exclude_none=True)
     async def list_models() -> ModelList:
         """The served names and those of the adapters, once the model is warm."""
         require_warm()
         return ModelList(data=[card(name) for name in (*names, *adapters)])
 
-    @router.get("/{model:path}", response_model=ModelCard, response_model_exclude_none=True)
+    @router.get(
+        "/{model:path}",
+        summary="Describe one served model",
+        response_model=ModelCard,
+        response_model_exclude_none=True,
+    )
     async def retrieve_model(model: str) -> ModelCard:
         require_warm()
         check_model(model, (*names, *adapters))
@@ -85,7 +95,7 @@ def make_models_router(omni: AsyncOmni, settings: ServerSettings) -> APIRouter:
 def make_loras_router(omni: AsyncOmni) -> APIRouter:
     router = APIRouter(prefix="/v1/loras", tags=["models"], responses=ERROR_RESPONSES)
 
-    @router.get("", response_model=LoRAList)
+    @router.get("", summary="List the LoRA adapters", response_model=LoRAList)
     async def list_loras() -> LoRAList:
         """The adapters that a request's `lora` may name."""
         return LoRAList(data=[LoRACard(id=name) for name in omni.config.lora_modules])
@@ -93,10 +103,21 @@ def make_loras_router(omni: AsyncOmni) -> APIRouter:
     return router
 
 
+def make_load_router(load: ServerLoad) -> APIRouter:
+    router = APIRouter(tags=["health"], responses=ERROR_RESPONSES)
+
+    @router.get("/load", summary="Number of requests under way", response_model=LoadResponse)
+    async def show_load() -> LoadResponse:
+        """Requests for pictures that are not yet answered to their end, as load balancers of vLLM read it."""
+        return LoadResponse(server_load=load.num_requests)
+
+    return router
+
+
 def make_metrics_router(metrics: PrometheusObserver) -> APIRouter:
     router = APIRouter(tags=["health"], responses=ERROR_RESPONSES)
 
-    @router.get("/metrics", response_class=PlainTextResponse)
+    @router.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
     async def show_metrics() -> Response:
         """Prometheus's text format."""
         return Response(metrics.render(), media_type=metrics.content_type)

@@ -19,9 +19,15 @@ from vllm_omni.entrypoints.openai.arrivals import log_arrival
 from vllm_omni.entrypoints.openai.disconnect import unless_disconnected
 from vllm_omni.entrypoints.openai.encoding import CONTENT_TYPES, ImageEncoder
 from vllm_omni.entrypoints.openai.errors import ERROR_RESPONSES
+from vllm_omni.entrypoints.openai.examples import edit_example, edit_form_example, generation_example
 from vllm_omni.entrypoints.openai.files import FileStore
 from vllm_omni.entrypoints.openai.holding import Holding
-from vllm_omni.entrypoints.openai.parsing import check_model, ignored_fields_header, parse_generation
+from vllm_omni.entrypoints.openai.parsing import (
+    check_model,
+    ignored_fields,
+    ignored_fields_header,
+    parse_generation,
+)
 from vllm_omni.entrypoints.openai.protocol import (
     MAX_INPUT_IMAGES,
     ImageEditRequest,
@@ -43,6 +49,7 @@ logger = logging.getLogger(__name__)
 
 FILE_ROUTE = "image_file"
 EDITS_PATH = "/v1/images/edits"
+GENERATIONS_PATH = "/v1/images/generations"
 
 
 @dataclass(frozen=True)
@@ -108,11 +115,26 @@ class ImageService:
                 param="model",
             )
 
+    def check_model(self, body: ImageOptions) -> None:
+        """Raises ModelNotFoundError unless the served model or one of its adapters is asked for."""
+        check_model(body.model, (*self.settings.served_model_names, *self.omni.config.lora_modules))
+
+    def ignored_fields(
+        self, body: ImageOptions, request: Request, has_guidance: bool
+    ) -> tuple[tuple[str, ...], dict[str, str]]:
+        """Names of the fields of `body` that had no effect, for the answer's body, and the header; logs them."""
+        names = ignored_fields(body, self.omni.info.guidance, has_guidance)
+        if names:
+            logger.info("%s: ignored fields: %s", request.url.path, ", ".join(names))
+        return names, ignored_fields_header(names)
+
     async def generate(self, body: ImageGenerationRequest, request: Request, holding: Holding) -> Response:
         """`holding`: see `run`. Raises RequestError before anything runs, or when the engine fails on it."""
 
+        response_format = body.response_format or self.settings.default_response_format
+
         def answer_in(style: AnswerStyle) -> Answer:
-            if body.response_format == "url":
+            if response_format == "url":
                 encode_item = url_items(self.encoder, self.files, style, url_of)
             else:
                 encode_item = base64_items(self.encoder, style)
@@ -136,14 +158,14 @@ class ImageService:
         `holding`: its upload and the pictures to edit. It moves into a stream, which ends long after this returns.
         """
         self.check_makes_pictures()
+        self.check_model(body)
         adapters = self.omni.config.lora_modules
-        check_model(body.model, (*self.settings.served_model_names, *adapters))
         omni_prompt, params, image_format = parse_generation(body, prompt, holding.images, adapters)
         if holding.images:
             omni_prompt = await self.uploads.fitted(partial(self.omni.fit_images, omni_prompt, params), holding)
         job = await self.resolver.resolve(omni_prompt, params)
-        answer = answer_in(AnswerStyle.of(body, image_format))
-        headers = ignored_fields_header(body, self.omni.info.guidance, len(job.requests[0].cost.branch_tokens) > 1)
+        ignored, headers = self.ignored_fields(body, request, len(job.requests[0].cost.branch_tokens) > 1)
+        answer = answer_in(AnswerStyle.of(body, image_format, ignored))
         outputs = self.omni.submit(job)
         if self.settings.log_requests:
             log_arrival(job.requests)
@@ -172,31 +194,46 @@ async def _finish(outputs: OutputStream, answer: Answer) -> Response:
     raise AssertionError("a stream of outputs ends with its result or an error")
 
 
-def _edit_bodies() -> dict[str, Any]:
-    """The schema of what `/edits` takes: the route reads its bodies itself."""
-    in_json = body_schema(ImageEditRequest)
-    in_form = {name: schema for name, schema in in_json["properties"].items() if name != "images"}
+def _edit_bodies(model_name: str) -> dict[str, Any]:
+    """OpenAPI's `content` of `/edits`, a route that reads its bodies itself. Swagger UI shows the first one."""
+    in_json, form_example = body_schema(ImageEditRequest), edit_form_example(model_name)
+    # Swagger UI fills a form from the examples of its fields, and without one from the type: "string" as the model.
+    in_form = {
+        name: {**schema, "example": form_example.get(name, "")}
+        for name, schema in in_json["properties"].items()
+        if name not in ("image", "images", "mask", "markup")
+    }
     file = {"type": "string", "format": "binary"}
     in_form["image"] = {"type": "array", "items": file, "minItems": 1, "maxItems": MAX_INPUT_IMAGES}
     return {
-        "multipart/form-data": {"schema": {**in_json, "properties": in_form, "required": ["image", "prompt"]}},
         "application/json": {
-            "schema": {**in_json, "required": ["prompt"], "oneOf": [{"required": ["images"]}, {"required": ["image"]}]}
+            "schema": {**in_json, "required": ["prompt"], "oneOf": [{"required": ["images"]}, {"required": ["image"]}]},
+            "example": edit_example(model_name),
+        },
+        "multipart/form-data": {
+            "schema": {**in_json, "properties": in_form, "required": ["image", "prompt"]},
+            "example": form_example,
         },
     }
 
 
 def make_images_router(service: ImageService) -> APIRouter:
+    """The routes. The schema has those that the served model can answer; the others say where to go instead."""
     router = APIRouter(prefix="/v1/images", tags=["images"], responses=ERROR_RESPONSES)
+    model_name, info = service.settings.served_model_names[0], service.omni.info
+    makes_from_text = not info.makes_videos and (info.image_input is None or not info.image_input.min_images)
+    edits_pictures = not info.makes_videos and info.image_input is not None
 
     event = {"type": "object", "properties": {"event": {"type": "string"}, "data": {"type": "string"}}}
     event_stream = {"content": {"text/event-stream": {"schema": {**event, "required": ["data"]}}}}  # of each event
 
     @router.post(
         "/generations",
+        summary="Make pictures from a prompt",
         response_model=ImagesResponse,
         responses={200: event_stream},
-        openapi_extra={"requestBody": json_request_body(ImageGenerationRequest)},
+        openapi_extra={"requestBody": json_request_body(ImageGenerationRequest, generation_example(model_name))},
+        include_in_schema=makes_from_text,
     )
     async def generations(request: Request) -> Response:
         """Make pictures from a prompt; server-sent events with `stream`."""
@@ -206,7 +243,11 @@ def make_images_router(service: ImageService) -> APIRouter:
 
     @router.head("/files/{file_id}", include_in_schema=False)
     @router.get(
-        "/files/{file_id}", name=FILE_ROUTE, response_class=Response, responses={200: {"content": image_file_content}}
+        "/files/{file_id}",
+        name=FILE_ROUTE,
+        summary="Fetch a picture by its link",
+        response_class=Response,
+        responses={200: {"content": image_file_content}},
     )
     async def image_file(file_id: str) -> Response:
         """Fetch a picture that was asked for with `response_format=url`."""
@@ -214,15 +255,17 @@ def make_images_router(service: ImageService) -> APIRouter:
 
     @router.post(
         "/edits",
+        summary="Make pictures from pictures and a prompt",
         response_model=ImagesResponse,
         responses={200: event_stream},
-        openapi_extra={"requestBody": {"required": True, "content": _edit_bodies()}},
+        openapi_extra={"requestBody": {"required": True, "content": _edit_bodies(model_name)}},
+        include_in_schema=edits_pictures,
     )
     async def edits(request: Request) -> Response:
         """Make pictures from pictures and a prompt; server-sent events with `stream`."""
         return await service.edit(request)
 
-    @router.post("/variations")
+    @router.post("/variations", include_in_schema=False)
     async def variations() -> Response:
         """Refused: no model makes variations."""
         raise HTTPException(404, "Variations are not available: use POST /v1/images/generations with another seed.")

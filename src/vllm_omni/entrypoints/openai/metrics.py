@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from vllm_omni.diffusion.plan import EXCHANGES, StepPlan, StepResult
@@ -22,13 +30,17 @@ _ENGINE_STAGES = ("text_encode", "denoise", "vae_decode")
 
 
 class PrometheusObserver:
-    """An `EngineObserver` with a registry of its own; all metrics carry the label `model_name`."""
+    """An `EngineObserver` with a registry of its own.
+
+    All metrics carry the label `model_name`, but for the `process_*` of the server's process.
+    """
 
     content_type = CONTENT_TYPE_LATEST
 
     def __init__(self, model_name: str) -> None:
         self._model_name = model_name
         self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
         self._latency = self._histogram("e2e_request_latency_seconds", "From arrival to pixels", _LATENCY_BUCKETS)
         self._queue_time = self._histogram("request_queue_time_seconds", "Waiting before work", _LATENCY_BUCKETS)
         self._stage_time = Histogram(
@@ -51,6 +63,7 @@ class PrometheusObserver:
         self._images = self._counter("images", "Pictures made")
         self._pixels = self._counter("image_pixels", "Pixels of pictures made")
         self._steps = self._counter("inference_steps", "Denoising steps of requests", kind=("computed", "cached"))
+        self._text_tasks = self._counter("chat_text_tasks", "Text tasks of chat front ends answered with empty text")
         self._sent = self._counter(
             "communication_bytes", "Bytes that ranks handed to each kind of exchange", collective=EXCHANGES
         )
@@ -120,6 +133,10 @@ class PrometheusObserver:
         """A picture was encoded for its answer."""
         self._stage_time.labels(self._model_name, "media_encode").observe(seconds)
 
+    def on_text_task(self) -> None:
+        """A text task of a chat front end was answered with empty text."""
+        self._text_tasks[""].inc()
+
     def on_adapters(self, number: int) -> None:
         """So many can be named by requests."""
         self._adapters.set(number)
@@ -133,7 +150,22 @@ class PrometheusObserver:
         self._registry.register(_QueueCollector(self._model_name, status))
 
     def render(self) -> bytes:
-        return bytes(generate_latest(self._registry))
+        return bytes(generate_latest(_WithoutCreated(self._registry)))
+
+
+class _WithoutCreated:
+    """The metrics of `registry` without their `_created` series, which nobody reads and which double the counters.
+
+    prometheus_client's own switch for that changes every registry of the process, the user's too.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._registry.collect():
+            metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
+            yield metric
 
 
 class _QueueCollector:

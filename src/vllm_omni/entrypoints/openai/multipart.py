@@ -95,7 +95,8 @@ class MultipartReader:
         _, options = parse_options_header(self._headers.get(b"content-disposition", b"").decode("latin-1"))
         # Names are sent as UTF-8 and parsed as Latin-1.
         name = options.get(b"name", b"").decode(errors="replace")
-        self._part = Part(name, is_file=b"filename" in options)
+        # A browser's form sends `filename=""` where no file was chosen: a field that is empty.
+        self._part = Part(name, is_file=bool(options.get(b"filename")))
         self._limit = self._limit_of(self._part)
 
     def _on_data(self, data: bytes, start: int, end: int) -> None:

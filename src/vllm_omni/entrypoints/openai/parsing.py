@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Collection, Sequence
 
 from vllm_omni.diffusion.registry import Guidance
 from vllm_omni.entrypoints.openai.encoding import ImageFormat
-from vllm_omni.entrypoints.openai.protocol import ImageGenerationRequest, ImageOptions
+from vllm_omni.entrypoints.openai.protocol import RANDOM_SEED, ImageGenerationRequest, ImageOptions
 from vllm_omni.errors import InvalidRequestError, ModelNotFoundError
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, OmniPrompt
 from vllm_omni.inputs.images import InputImage
@@ -14,6 +15,7 @@ from vllm_omni.inputs.images import InputImage
 IGNORED_FIELDS_HEADER = "x-omni-ignored-fields"
 _MAX_LISTED_FIELDS = 20
 _MAX_NAME = 64
+_NUM_RANDOM_SEEDS = 2**32
 
 
 def check_model(model: str | None, served_names: Sequence[str]) -> None:
@@ -56,6 +58,11 @@ def _num_outputs_of(body: ImageOptions) -> int:
     return count
 
 
+def _seed_of(body: ImageOptions) -> int | None:
+    """A random one where the client asks for that: None would be the server's default, which may be a fixed seed."""
+    return secrets.randbelow(_NUM_RANDOM_SEEDS) if body.seed == RANDOM_SEED else body.seed
+
+
 def parse_generation(
     body: ImageOptions, prompt: str, images: tuple[InputImage, ...], adapters: Collection[str]
 ) -> tuple[OmniPrompt, OmniDiffusionSamplingParams, ImageFormat]:
@@ -91,7 +98,7 @@ def parse_generation(
         strength=body.strength,
         cfg_normalization=body.cfg_normalization,
         cfg_truncation=body.cfg_truncation,
-        seed=body.seed,
+        seed=_seed_of(body),
         num_outputs_per_prompt=_num_outputs_of(body),
         cache=body.cache,
         max_sequence_length=body.max_sequence_length,
@@ -113,11 +120,11 @@ def _adapter(body: ImageOptions, adapters: Collection[str]) -> LoRARequest | Non
     return None if name is None else LoRARequest(name)
 
 
-def ignored_fields_header(body: ImageOptions, guidance: Guidance, has_guidance: bool) -> dict[str, str]:
-    """`x-omni-ignored-fields` with the names of fields that had no effect; {} for none.
+def ignored_fields(body: ImageOptions, guidance: Guidance, has_guidance: bool) -> tuple[str, ...]:
+    """Names of the fields that had no effect, as they may stand in a header and in a log line.
 
-    Of a large number, the last entry tells how many it leaves out (`+3 more`).
-    Those are the ones that we do not know, and halves of a pair: guidance needs both a negative prompt and a scale.
+    These are unknown fields, and halves of a pair: guidance needs both a negative prompt and a scale. When there are
+    many, the last entry is the number of those left out (`+3 more`).
     """
     names = list(body.model_extra or ())
     if isinstance(body, ImageGenerationRequest) and body.partial_images and not body.stream:
@@ -127,7 +134,12 @@ def ignored_fields_header(body: ImageOptions, guidance: Guidance, has_guidance: 
     listed = [_printable(name) for name in names[:_MAX_LISTED_FIELDS]]
     if (num_left_out := len(names) - len(listed)) > 0:
         listed.append(f"+{num_left_out} more")
-    return {IGNORED_FIELDS_HEADER: ",".join(listed)} if listed else {}
+    return tuple(listed)
+
+
+def ignored_fields_header(names: Sequence[str]) -> dict[str, str]:
+    """`x-omni-ignored-fields` with the result of `ignored_fields`; {} for none."""
+    return {IGNORED_FIELDS_HEADER: ",".join(names)} if names else {}
 
 
 def _asks(name: str, body: ImageOptions, guidance: Guidance) -> bool:

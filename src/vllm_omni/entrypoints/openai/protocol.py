@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Collection
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -17,22 +19,40 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
 from vllm_omni.diffusion.intake import MAX_PROMPT_CHARACTERS
+from vllm_omni.entrypoints.openai.settings import ResponseFormat
 
 MAX_INPUT_IMAGES = 16
+RANDOM_SEED = -1
+"""Value of `seed` with which other image servers ask for a random one."""
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 Quality = Literal["low", "medium", "high", "xhigh", "max", "auto", "standard", "hd"]
 ReportedQuality = Literal["low", "medium", "high", "xhigh", "max"]
 
-
-class _NullMeansAbsent:
-    """Marks a field whose `null` was dropped before validation, so that the schema says that it is accepted."""
-
-    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return {"anyOf": [handler(core), {"type": "null"}]}
+_OUTPUT_FORMAT_ALIASES = {"jpg": "jpeg"}
+_SIZE = r"^([aA][uU][tT][oO]| *[1-9][0-9]{0,5} *[xX*\u00d7] *[1-9][0-9]{0,5} *)$"
 
 
-_NULLABLE = _NullMeansAbsent()
+def _lower_case(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+def _canonical_format(value: Any) -> Any:
+    name = _lower_case(value)
+    return _OUTPUT_FORMAT_ALIASES.get(name, name) if isinstance(name, str) else name
+
+
+def _canonical_size(size: str) -> str:
+    """`auto` or `WIDTHxHEIGHT`, from any spelling that `_SIZE` matches."""
+    return size.lower().replace(" ", "").replace("*", "x").replace("\u00d7", "x")
+
+
+_ANY_CASE = BeforeValidator(_lower_case)
+"""Words are read in any case; answers and the schema have lower case."""
+_FORMAT = (
+    BeforeValidator(_canonical_format),
+    WithJsonSchema({"type": "string", "enum": ["png", "jpeg", "webp", *_OUTPUT_FORMAT_ALIASES]}),
+)
 
 _URLS = {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_INPUT_IMAGES}
 
@@ -56,7 +76,51 @@ def at_most(most: int) -> BeforeValidator:
 _FEW_KEYS = at_most(8)
 
 
-class LoRA(BaseModel):
+def without_absent(body: dict[str, Any], keep_empty: Collection[str] = ()) -> dict[str, Any]:
+    """The fields of `body` that say something: `null` and `""` mean that a field is absent.
+
+    keep_empty: fields for which `""` has a meaning or is an error.
+    """
+    return {name: value for name, value in body.items() if value is not None and (value != "" or name in keep_empty)}
+
+
+class RequestBody(BaseModel):
+    """Base of the request bodies: `null`, and `""` in a field that is not required, is the same as absent."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    empty_has_meaning: ClassVar[frozenset[str]] = frozenset()
+    """Optional fields for which `""` is a value."""
+
+    @classmethod
+    def keep_empty(cls) -> frozenset[str]:
+        """Fields whose `""` is kept: see `without_absent`."""
+        required = {name for name, field in cls.model_fields.items() if field.is_required()}
+        return cls.empty_has_meaning | required
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_absent(cls, body: Any) -> Any:
+        return without_absent(body, cls.keep_empty()) if isinstance(body, dict) else body
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The schema with `null` and `""` as values of optional fields."""
+        schema = handler.resolve_ref_schema(handler(core))
+        for name, field in schema["properties"].items():
+            if name not in schema.get("required", ()):
+                absent = [None] if name in cls.empty_has_meaning else [None, ""]
+                values = [option for option in field.pop("anyOf", [{}]) if option != {"type": "null"}]
+                kind = {key: field.pop(key) for key in list(field) if key not in _ABOUT_A_FIELD}
+                field["anyOf"] = [*(kind | option for option in values if kind | option), {"enum": absent}]
+        return schema
+
+
+_ABOUT_A_FIELD = ("title", "description", "default", "examples")
+"""Keywords of a property's schema that do not restrict its values."""
+
+
+class LoRA(RequestBody):
     """An adapter by its name; no request brings a path."""
 
     model_config = ConfigDict(extra="forbid")
@@ -66,29 +130,33 @@ class LoRA(BaseModel):
     """None: 1."""
 
 
-class ImageOptions(BaseModel):
-    """What every request for pictures may say of them.
+class ImageOptions(RequestBody):
+    """Fields that every request for pictures may have.
 
-    `null` is the same as absent. Unknown fields are ignored, and named in the header `x-omni-ignored-fields`.
+    Unknown fields are ignored, and named in `ignored_fields` of the answer and in the header `x-omni-ignored-fields`.
     """
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    empty_has_meaning = frozenset({"negative_prompt"})
 
     model: str | None = None
-    n: Annotated[int, Field(ge=1, le=10), _NULLABLE] = 1
-    size: Annotated[str, Field(pattern=r"^(auto|[1-9][0-9]{0,5}x[1-9][0-9]{0,5})$"), _NULLABLE] = "auto"
+    """A name from `/v1/models`; absent: the served model."""
+    n: Annotated[int, Field(ge=1, le=10)] = 1
+    """Number of pictures."""
+    size: Annotated[str, Field(pattern=_SIZE), AfterValidator(_canonical_size)] = "auto"
     """`auto` (the model's own) or `WIDTHxHEIGHT` in pixels."""
-    output_format: Annotated[OutputFormat, _NULLABLE] = "png"
-    output_compression: Annotated[int, Field(ge=0, le=100), _NULLABLE] = 100
+    output_format: Annotated[OutputFormat, *_FORMAT] = "png"
+    output_compression: Annotated[int, Field(ge=0, le=100)] = 100
     """Quality of jpeg and webp in percent; png is lossless and takes only 100."""
-    background: Annotated[Literal["auto", "opaque", "transparent"], _NULLABLE] = "auto"
-    stream: Annotated[bool, _NULLABLE] = False
+    background: Annotated[Literal["auto", "opaque", "transparent"], _ANY_CASE] = "auto"
+    stream: bool = False
+    """Answer with server-sent events."""
 
     # Accepted for compatibility, without effect on the picture.
-    quality: Annotated[Quality, _NULLABLE] = "auto"
-    style: Literal["vivid", "natural"] | None = None
-    moderation: Literal["low", "auto"] | None = None
-    complexity: Literal["low", "medium", "high"] | None = None
+    quality: Annotated[Quality, _ANY_CASE] = "auto"
+    style: Annotated[Literal["vivid", "natural"], _ANY_CASE] | None = None
+    moderation: Annotated[Literal["low", "auto"], _ANY_CASE] | None = None
+    complexity: Annotated[Literal["low", "medium", "high"], _ANY_CASE] | None = None
     user: str | None = None
     safety_identifier: str | None = None
 
@@ -99,36 +167,38 @@ class ImageOptions(BaseModel):
     num_outputs_per_prompt: Annotated[int, Field(ge=1, le=10)] | None = None
     """Another name of `n`."""
     negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)] | None = None
+    """What the picture should not show; guidance needs one, and an empty one will do."""
     num_inference_steps: Annotated[int, Field(ge=1)] | None = None
+    """Denoising steps."""
     guidance_scale: float | None = None
+    """Strength of the guidance, for models such as Z-Image."""
     true_cfg_scale: float | None = None
+    """Strength of the guidance, for models such as Qwen-Image."""
     strength: Annotated[float, Field(ge=0, le=1)] | None = None
     """How far an edited picture may go from its input; of models that take it."""
     cfg_normalization: bool | float | None = None
     cfg_truncation: float | None = None
-    seed: Annotated[int, Field(ge=0)] | None = None
-    """Picture i of `n` uses `seed + i`."""
+    seed: Annotated[int, Field(ge=RANDOM_SEED)] | None = None
+    """Picture i of `n` uses `seed + i`; -1 is a random one, as if absent."""
     cache: bool | None = None
     """False: compute every block, although the server has a step cache."""
     max_sequence_length: Annotated[int, Field(ge=1)] | None = None
     """Longest prompt accepted, in tokens."""
     lora: Annotated[LoRA, _FEW_KEYS] | None = None
     """An adapter that the server was started with."""
-    priority: Annotated[int, _NULLABLE] = 0
+    priority: int = 0
     """Smaller runs earlier."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, body: Any) -> Any:
-        return {k: v for k, v in body.items() if v is not None} if isinstance(body, dict) else body
 
 
 class ImageGenerationRequest(ImageOptions):
     """Body of `POST /v1/images/generations`."""
 
     prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)]
-    response_format: Annotated[Literal["b64_json", "url"], _NULLABLE] = "b64_json"
-    partial_images: Annotated[int, Field(ge=0, le=3), _NULLABLE] = 0
+    """Description of the picture."""
+    response_format: Annotated[ResponseFormat, _ANY_CASE] | None = None
+    """Absent: what the server was started with, `b64_json` unless told otherwise; streams carry `b64_json`."""
+    partial_images: Annotated[int, Field(ge=0, le=3)] = 0
+    """Previews of each picture in a stream."""
 
 
 class ImageEditRequest(ImageGenerationRequest):
@@ -142,7 +212,7 @@ class ImageEditRequest(ImageGenerationRequest):
         ]
         | None
     ) = None
-    """Of JSON bodies: `{"image_url": "data:image/png;base64,..."}` each, or a URL of an allowed host."""
+    """In JSON: objects `{"image_url": "data:image/png;base64,..."}`, or with a URL of an allowed host."""
     image: (
         Annotated[
             list[str],
@@ -153,14 +223,14 @@ class ImageEditRequest(ImageGenerationRequest):
         ]
         | None
     ) = None
-    """Of JSON bodies, instead of `images`: the URL alone, or several."""
+    """In JSON, instead of `images`: the URL or the base64 text alone, or a list of them."""
     mask: Any = None
     """Not available."""
     markup: Any = None
     """Not available."""
 
     # Accepted for compatibility, without effect on the picture.
-    input_fidelity: Literal["high", "low"] | None = None
+    input_fidelity: Annotated[Literal["high", "low"], _ANY_CASE] | None = None
 
 
 def body_schema(model: type[BaseModel]) -> dict[str, Any]:
@@ -177,9 +247,9 @@ def body_schema(model: type[BaseModel]) -> dict[str, Any]:
     return {name: written_out(value) for name, value in schema.items()}
 
 
-def json_request_body(model: type[BaseModel]) -> dict[str, Any]:
-    """What OpenAPI calls a `requestBody`, of such a route that takes JSON alone."""
-    return {"required": True, "content": {"application/json": {"schema": body_schema(model)}}}
+def json_request_body(model: type[BaseModel], example: dict[str, Any]) -> dict[str, Any]:
+    """OpenAPI's `requestBody` of a route that reads JSON itself; `example` is a body that runs as it is."""
+    return {"required": True, "content": {"application/json": {"schema": body_schema(model), "example": example}}}
 
 
 class ErrorBody(BaseModel):
@@ -227,6 +297,8 @@ class ImagesResponse(BaseModel):
     """Seconds: `queue`, `text_encode`, `denoise`, `vae_decode`, `media_encode`, `total`; `computed_steps` and
     `cached_steps`, in which a step of which one guidance branch of two came from the cache counts half each."""
     safety_identifier: str | None = None
+    ignored_fields: list[str]
+    """Fields of the request that had no effect."""
     data: list[ImageData]
 
 
@@ -254,6 +326,11 @@ class LoRACard(BaseModel):
 class LoRAList(BaseModel):
     object: Literal["list"] = "list"
     data: list[LoRACard]
+
+
+class LoadResponse(BaseModel):
+    server_load: int
+    """Requests for pictures that are not yet answered to their end."""
 
 
 class StatusResponse(BaseModel):

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+ResponseFormat = Literal["b64_json", "url"]
+ChatTextTasks = Literal["empty", "generate"]
 
 
 @dataclass(frozen=True)
@@ -17,6 +22,10 @@ class ServerSettings:
     """How long a picture asked for with `response_format=url` can be fetched."""
     max_media_bytes: int = 2**30
     """Most bytes of pictures kept in memory for fetching; beyond it the oldest go early."""
+    default_response_format: ResponseFormat = "b64_json"
+    """Form of the pictures where a request has no `response_format`; streams carry b64_json."""
+    chat_text_tasks: ChatTextTasks = "empty"
+    """Answer to text tasks of chat front ends, such as titles: `empty` text, or `generate` a picture from the task."""
     allowed_media_domains: tuple[str, ...] = ()
     """Hosts from which pictures that requests name by URL are fetched; none: none is fetched."""
     max_body_bytes: int = 2**20
@@ -30,7 +39,11 @@ class ServerSettings:
     num_band_threads: int = 4
     """Threads that share the work on PNG files, together for all of `num_encoding_threads`."""
     disable_docs: bool = False
-    """No /docs, /redoc and /openapi.json."""
+    """No /docs and /openapi.json."""
+    swagger_ui_folder: Path | None = None
+    """Folder with the two files of Swagger UI that /docs needs; None: /docs says that it is not available."""
+    requires_api_key: bool = False
+    """Whether /openapi.json says that routes under /v1 need a key; what checks the key is elsewhere."""
     generate_request_ids: bool = False
     """Give each response an `x-request-id`, also where the request brought none."""
     log_prompts: bool = False

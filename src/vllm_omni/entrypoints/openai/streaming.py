@@ -91,7 +91,7 @@ async def _completed(output: OmniRequestOutput, style: AnswerStyle, encoder: Ima
     fields: dict[str, Any] = {"usage": usage(output).model_dump(), "timings": output.timings}
     if style.safety_identifier:
         fields["safety_identifier"] = style.safety_identifier
-    fields |= {"seed": output.seeds[0], "index": output.index}
+    fields |= {"ignored_fields": style.ignored_fields, "seed": output.seeds[0], "index": output.index}
     return await _event(f"{style.event}.completed", output.images[0], fields, style, encoder)
 
 

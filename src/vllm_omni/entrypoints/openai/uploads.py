@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -39,6 +39,11 @@ MAX_JSON_ITEMS = 2**17
 _IMAGE_FIELD = re.compile(r"image(\[\d{0,3}\])?")
 _NESTED_FIELD = re.compile(r"([^\[\]]+)\[([^\[\]]+)\]")
 _UNSUPPORTED = ("mask", "markup")
+_TEXT_FIELDS = ImageEditRequest.model_fields.keys() - {"images", *_UNSUPPORTED}
+"""Fields of a form that may come as files too, as `curl -F prompt=@prompt.txt` sends them."""
+_MAX_NAME = 64
+_BARE_BASE64 = re.compile(r"[A-Za-z0-9+/]{40}")
+"""Beginning of a picture file's base64: no URL, because that has a colon earlier."""
 
 Result = TypeVar("Result")
 
@@ -71,7 +76,7 @@ class UploadReader:
     async def _read_form(self, request: Request, holding: Holding) -> ImageEditRequest:
         """Pictures are decoded while the rest is read: so a client that leaves is noticed, and its decode ended."""
         fields: dict[str, Any] = {}
-        files: asyncio.Queue[bytearray | None] = asyncio.Queue()
+        files: asyncio.Queue[Part | None] = asyncio.Queue()
         try:
             async with asyncio.TaskGroup() as tasks:
                 decoding = tasks.create_task(self._decode_files(files, holding))
@@ -82,7 +87,7 @@ class UploadReader:
         return validated(lambda: ImageEditRequest.model_validate_strings(fields, strict=False))
 
     async def _read_parts(
-        self, request: Request, holding: Holding, fields: dict[str, Any], files: asyncio.Queue[bytearray | None]
+        self, request: Request, holding: Holding, fields: dict[str, Any], files: asyncio.Queue[Part | None]
     ) -> None:
         """Read the form to its end; its pictures go to `files`, and None after the last one."""
         reader = MultipartReader(request.headers["content-type"], _FormLimits(self.info).limit_of)
@@ -90,21 +95,20 @@ class UploadReader:
             holding.add(len(chunk))
             for part in reader.feed(chunk):
                 if _IMAGE_FIELD.fullmatch(part.name):
-                    files.put_nowait(part.data)
+                    files.put_nowait(part)
                 else:
                     _set_field(fields, part)
         reader.close()
+        _refuse_unsupported(fields)
         files.put_nowait(None)
 
-    async def _decode_files(self, files: asyncio.Queue[bytearray | None], holding: Holding) -> None:
-        while (data := await files.get()) is not None:
-            await self._decode(data, holding)
+    async def _decode_files(self, files: asyncio.Queue[Part | None], holding: Holding) -> None:
+        while (part := await files.get()) is not None:
+            await self._read_image_part(part, holding)
 
     async def _read_json_edit(self, request: Request, holding: Holding) -> ImageEditRequest:
         parsed = await self.read_json(request, holding, ImageEditRequest)
-        for name in _UNSUPPORTED:
-            if getattr(parsed, name) is not None:
-                raise _unsupported(name)
+        _refuse_unsupported(parsed.model_fields_set)
         if parsed.images and parsed.image:
             raise InvalidRequestError("image and images are two names of the same: give one of them", param="image")
         urls = parsed.image or [image["image_url"] for image in parsed.images or ()]
@@ -119,9 +123,16 @@ class UploadReader:
         holding.replace(prompt.images)
         return prompt
 
-    async def read_chat(self, request: Request, holding: Holding) -> tuple[ChatCompletionRequest, str]:
-        """The body and the text of its last user message, whose pictures go to `holding`. Raises as `read` does."""
-        body, turn = await self._json(request, holding, _read_chat)
+    async def read_chat(
+        self, request: Request, holding: Holding, is_answered_empty: Callable[[Sequence[Mapping[str, Any]]], bool]
+    ) -> tuple[ChatCompletionRequest, str | None]:
+        """The body and the text of its last user message, whose pictures go to `holding`. Raises as `read` does.
+
+        None instead of the text where `is_answered_empty(messages)`.
+        """
+        body, turn = await self._json(request, holding, lambda sent: _read_chat(sent, is_answered_empty))
+        if turn is None:
+            return body, None
         turn.check_images(self.info)
         await unless_disconnected(request, self._read_urls(turn.urls, holding))
         return body, turn.text
@@ -174,12 +185,26 @@ class UploadReader:
         """One after the other: what is fetched is held one picture at a time."""
         check_num_images(len(urls), self.info)
         for url in urls:
-            if url.startswith("data:"):
-                with _naming_picture(holding):
-                    image = await self.decoder.data_url(url, self._image_input.sizes)
-                holding.keep(image)
-            else:
-                await self._decode(await self.media.fetch(url, holding.add), holding)
+            await self._read_url(url, holding)
+
+    async def _read_url(self, url: str, holding: Holding) -> None:
+        """`url`: of a picture, or its base64 alone."""
+        if _BARE_BASE64.match(url):
+            url = f"data:;base64,{url}"
+        if url.startswith("data:"):
+            with _naming_picture(holding):
+                image = await self.decoder.data_url(url, self._image_input.sizes)
+            holding.keep(image)
+        else:
+            await self._decode(await self.media.fetch(url, holding.add), holding)
+
+    async def _read_image_part(self, part: Part, holding: Holding) -> None:
+        """A file, or a field with the text that JSON has in `image`. No picture's file is ASCII."""
+        if part.is_file or not part.data.isascii():
+            await self._decode(part.data, holding)
+        elif part.data:
+            await self._read_url(part.data.decode("ascii"), holding)
+            holding.drop(len(part.data))
 
     async def _decode(self, data: bytearray, holding: Holding) -> None:
         """Instead of its file, pixels are held from now on: these may be a thousand times as much."""
@@ -203,9 +228,13 @@ class _FormLimits:
 
     def limit_of(self, part: Part) -> int:
         """Raises InvalidRequestError for one picture too many and for parts that no model takes."""
-        if part.name in _UNSUPPORTED:
+        if part.is_file and part.name in _UNSUPPORTED:
             raise _unsupported(part.name)
         if not _IMAGE_FIELD.fullmatch(part.name):
+            if part.is_file and part.name not in _TEXT_FIELDS:
+                raise InvalidRequestError(
+                    f"files go in image or image[], got one in {part.name[:_MAX_NAME]!r}", param=part.name[:_MAX_NAME]
+                )
             return MAX_FIELD_BYTES
         self._num_images += 1
         check_num_images(self._num_images, self._info)
@@ -226,9 +255,11 @@ async def _end_of(task: asyncio.Task[None]) -> None:
     await asyncio.wait((task,))
 
 
-def _read_chat(sent: Any) -> tuple[ChatCompletionRequest, Turn]:
+def _read_chat(
+    sent: Any, is_answered_empty: Callable[[Sequence[Mapping[str, Any]]], bool]
+) -> tuple[ChatCompletionRequest, Turn | None]:
     body = validated(lambda: ChatCompletionRequest.model_validate(with_extra_body(sent)))
-    return body, last_user_turn(body.messages)
+    return body, None if is_answered_empty(body.messages) else last_user_turn(body.messages)
 
 
 def _content_type(request: Request) -> str:
@@ -266,6 +297,13 @@ def _lora_fields(text: str) -> dict[str, Any]:
             f'lora takes a JSON object such as {{"name": "ink", "scale": 0.8}}, got {echo(text)}', param="lora"
         )
     return {key: inner for key, inner in value.items() if inner is not None}
+
+
+def _refuse_unsupported(names: Collection[str]) -> None:
+    """Raises InvalidRequestError where the fields `names` of a body have one that no model takes."""
+    for name in _UNSUPPORTED:
+        if name in names:
+            raise _unsupported(name)
 
 
 def _unsupported(name: str) -> InvalidRequestError:
