@@ -15,7 +15,6 @@ from typing import Any
 from unittest.mock import patch
 
 from fastapi import Request
-from PIL import Image
 from starlette.responses import Response
 
 from tests.entrypoints.openai.live_server import FAKE_INFO, FakeDevice, FakeImageInput
@@ -25,7 +24,7 @@ from vllm_omni.entrypoints.cli.args import HttpOptions, ServeArgs
 from vllm_omni.entrypoints.cli.signals import StopSignals
 from vllm_omni.entrypoints.openai import encoding
 from vllm_omni.entrypoints.openai.settings import ServerSettings
-from vllm_omni.inputs.images import InputImage
+from vllm_omni.inputs.images import ReaderSizes
 from vllm_omni.logs import QueuedStreams, fill_standard_descriptors
 
 FAR_HOST = "hangs.example"
@@ -48,7 +47,7 @@ async def hanging_paths(request: Request, call_next: Callable[[Request], Awaitab
 
 @dataclass(frozen=True)
 class HangingImageInput(FakeImageInput):
-    def prepare(self, image: Image.Image) -> InputImage:
+    def sizes(self, width: int, height: int) -> ReaderSizes:
         hang("decode")
         raise AssertionError
 

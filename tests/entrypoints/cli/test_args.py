@@ -345,7 +345,10 @@ WRONG_VALUES = [
     (["--config", "/nowhere.yaml"], ["--config", "/nowhere.yaml", "YAML"]),
     (["--config"], ["--config", "YAML"]),
     (["--max-num", "4"], ["unrecognized --max-num: did you mean --max-num-seqs or", "--help"]),
-    (["--chat", "3"], ["unrecognized --chat: did you mean --chat-template or --chat-template-content-format?"]),
+    (
+        ["--chat-temp", "3"],
+        ["unrecognized --chat-temp: did you mean --chat-template or --chat-template-content-format?"],
+    ),
     (["--max-queue-seconds", "-0.5"], ["--max-queue-seconds", "'-0.5'", "negative"]),
     (["--max-queue-seconds", "-.5", "--port", "1"], ["--max-queue-seconds", "'-.5'", "negative"]),
     (["-t", "2"], ["unrecognized -t "]),

@@ -80,6 +80,6 @@ def test_the_command_ends_at_once_while_it_still_imports(monkeypatch: pytest.Mon
         raise EndedError(code)
 
     monkeypatch.setattr(QueuedStreams, "leave", leave)
-    monkeypatch.setattr(command, "parse_args", lambda words: send(signal.SIGTERM))
+    monkeypatch.setattr(command, "parse_args", lambda *_: send(signal.SIGTERM))
     with pytest.raises(EndedError, match="143"):
         command.main(["serve", "demo"])

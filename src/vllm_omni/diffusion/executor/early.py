@@ -48,9 +48,11 @@ def _pipeline_module(model: str) -> list[str]:
 
 def _launcher(modules: list[str]) -> LaunchWorker:
     """A fork where this process has imported PyTorch already and PyTorch uses no GPU, which no fork could use."""
-    torch: Any = sys.modules.get("torch")
-    if torch is not None and not torch.backends.cuda.is_built() and threading.active_count() == 1:
-        return fork(partial(_serve, modules))
+    if "torch" in sys.modules and threading.active_count() == 1:
+        from vllm_omni.diffusion.worker.device import can_use_gpus
+
+        if not can_use_gpus():
+            return fork(partial(_serve, modules))
     return interpreter(DEFAULT_RUNNER, modules)
 
 

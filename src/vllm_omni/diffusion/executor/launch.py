@@ -155,8 +155,9 @@ def fork(serve: Callable[[str, int, int], NoReturn]) -> LaunchWorker:
 
     def launch(name: str, inherited_fds: Sequence[int]) -> Launched:
         ours, theirs = _channel(name)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:  # it is where its descriptor was closed
+                stream.flush()  # or both processes would write what is buffered
         parent = os.getpid()
         try:
             with theirs:

@@ -33,6 +33,11 @@ def kind_of(choice: DeviceChoice) -> str:
     return choice
 
 
+def can_use_gpus() -> bool:
+    """Whether this build of PyTorch has CUDA. Does not look at the machine, which would make a later fork useless."""
+    return torch.backends.cuda.is_built()
+
+
 def check_world_size(parallel: DiffusionParallelConfig, device: DeviceChoice) -> None:
     """Raises ConfigError when this machine has fewer devices than `parallel` asks for."""
     if kind_of(device) == CUDA:
