@@ -35,7 +35,8 @@ def kind_of(choice: DeviceChoice) -> str:
 
 def can_use_gpus() -> bool:
     """Whether this build of PyTorch has CUDA. Does not look at the machine, which would make a later fork useless."""
-    return torch.backends.cuda.is_built()
+    has_cuda: bool = torch.backends.cuda.is_built()
+    return has_cuda
 
 
 def check_world_size(parallel: DiffusionParallelConfig, device: DeviceChoice) -> None:
