@@ -86,6 +86,6 @@ def build_app(
     install_error_handlers(app, metrics)
     # The last one added is the outermost.
     app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes, except_paths=(EDITS_PATH, CHAT_PATH))
-    app.add_middleware(RequestId, generate=settings.generate_request_ids)
+    app.add_middleware(RequestId)
     app.add_middleware(Pieces)
     return app
