@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 FAILED_EXIT_CODE = 1
 HURRIED_EXIT_CODE = 128
 """After a second signal: this and the signal's number."""
+KEEP_ALIVE_SECONDS = 75
+"""How long a connection stays open between requests: longer than clients and proxies keep it (60 s and less)."""
 FLUSH_SECONDS = 5
 """What responses that are finished but not yet sent may take when the server stops."""
 CLOSE_SECONDS = 10.0
@@ -81,14 +83,18 @@ def _raise_file_limit() -> None:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server; signals are ours."""
+    """uvicorn's server; signals are ours. `tls`: the context of its connections."""
+
+    def __init__(self, config: uvicorn.Config, tls: ssl.SSLContext | None = None) -> None:
+        super().__init__(config)
+        self.tls = tls
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
 
-def _http_server(app: FastAPI, http: HttpOptions) -> uvicorn.Server:
+def _http_server(app: FastAPI, http: HttpOptions) -> _Server:
     """Raises ConfigError for certificates and ciphers that cannot be used."""
     quiet_paths = list(http.disable_access_log_for_endpoints)
     config = uvicorn.Config(
@@ -102,8 +108,11 @@ def _http_server(app: FastAPI, http: HttpOptions) -> uvicorn.Server:
         ssl_ca_certs=http.ssl_ca_certs,
         ssl_cert_reqs=http.ssl_cert_reqs,
         ssl_ciphers=http.ssl_ciphers or "TLSv1",  # uvicorn's default
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=FLUSH_SECONDS,
+        forwarded_allow_ips="*" if "*" in http.forwarded_allow_ips else list(http.forwarded_allow_ips) or None,
         server_header=False,
+        ws="none",
     )
     try:
         config.load()
@@ -111,8 +120,9 @@ def _http_server(app: FastAPI, http: HttpOptions) -> uvicorn.Server:
         given = {name: getattr(http, name) for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_ciphers")}
         named = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items() if value)
         raise ConfigError(f"{named}: cannot be used for TLS: {error}") from error
+    tls = config.ssl
     limit_connections(config, most_connections())
-    return _Server(config)
+    return _Server(config, tls)
 
 
 class Service:
@@ -122,7 +132,7 @@ class Service:
     first SIGTERM or SIGINT drains; the second ends everything at once.
     """
 
-    def __init__(self, omni: AsyncOmni, server: uvicorn.Server, listener: Listener, args: ServeArgs) -> None:
+    def __init__(self, omni: AsyncOmni, server: _Server, listener: Listener, args: ServeArgs) -> None:
         self._omni = omni
         self._server = server
         self._listener = listener
@@ -226,7 +236,7 @@ class Service:
         http = self._args.http
         if not http.enable_ssl_refresh:
             return None
-        context = self._server.config.ssl
+        context = self._server.tls
         assert context is not None
         assert http.ssl_keyfile is not None
         assert http.ssl_certfile is not None

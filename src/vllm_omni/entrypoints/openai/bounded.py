@@ -17,7 +17,8 @@ from vllm_omni.entrypoints.openai.framing import (
     ChunkedBody,
     HttpLimits,
     check_beginning,
-    read_head,
+    check_head,
+    expected_body,
 )
 from vllm_omni.entrypoints.openai.refusals import Refusal
 
@@ -49,6 +50,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         super().connection_made(transport)
+        if self.client is not None:
+            host, port = self.client
+            self.client = (host.removeprefix("::ffff:") if "." in host else host, port)  # IPv4 on an IPv6 socket
         self._wait(self.limits.first_byte_seconds, transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -101,8 +105,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _parse_head(self, head: bytes) -> None:
         self._head, self._num_content = head, 0
-        head, self._body = read_head(head, self.limits)
-        self.parser.feed_data(head)
+        self.parser.feed_data(check_head(head, self.limits))
         if self._body is not None:
             self.headers = []  # those of the app are complete; trailers are counted and dropped
 
@@ -135,6 +138,12 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self.refuse(Refusal(HTTPStatus.REQUEST_TIMEOUT, f"The request's headers were not complete after {seconds}."))
 
     # Callbacks of the parser, and of the answer.
+
+    def on_headers_complete(self) -> None:
+        self._body = expected_body(self.headers, self.parser.get_http_version(), len(self._head), self.limits)
+        if self.parser.should_upgrade():
+            raise Refusal(HTTPStatus.NOT_IMPLEMENTED, "This server is no proxy: it has no CONNECT.")
+        super().on_headers_complete()
 
     def on_chunk_header(self) -> None:
         if isinstance(self._body, ChunkedBody):
@@ -177,8 +186,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             error = cause if isinstance(cause, Refusal) else invalid
         self.refuse(error)
 
-    def refuse(self, refusal: Refusal) -> None:
-        """Answer with `refusal` where no answer has begun, and end the connection."""
+    def refuse(self, refusal: Refusal, *, linger: bool = True) -> None:
+        """Answer with `refusal` where no answer has begun, and end the connection.
+
+        `linger`: wait a moment for what the client still sends, because closing with unread bytes loses the answer.
+        """
         self._refused = True
         head = self._head or bytes(self._received)
         self._received.clear()
@@ -193,9 +205,12 @@ class BoundedHttpProtocol(HttpToolsProtocol):
                 self.transport.close()
                 return
         self.transport.write(refusal.answer(head, self.server_state.default_headers))
+        if not linger:
+            self.transport.close()
+            return
         if self.transport.can_write_eof():
             self.transport.write_eof()
-        self.flow.resume_reading()  # a connection that is closed with unread bytes loses the answer
+        self.flow.resume_reading()
         self._wait(self.limits.linger_seconds, self.transport.close)
 
     def _wait(self, seconds: float, end: Callable[[], None]) -> None:

@@ -7,6 +7,7 @@ time, however many a client sends ahead.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from http import HTTPStatus
 
@@ -15,9 +16,8 @@ from vllm_omni.entrypoints.openai.refusals import Refusal
 END = b"\r\n\r\n"
 """Ends a head, and a chunked body with its trailers."""
 _METHOD = re.compile(rb"[A-Z-]+(?: |\Z)")
-_REQUEST_LINE = re.compile(rb"(?!CONNECT )[A-Z-]+ [^\r\n]+ HTTP/1\.([01])\r\n")
-_NOTABLE = re.compile(rb"\n(host|content-length|transfer-encoding|upgrade):[ \t]*([^\r\n]*)", re.IGNORECASE)
-_UPGRADE = re.compile(rb"\r\nupgrade:[^\r\n]*", re.IGNORECASE)
+_REQUEST_LINE = re.compile(rb"[A-Z-]+ [^\r\n]+ HTTP/1\.[01]\r\n")
+_UPGRADE = re.compile(rb"\r\nupgrade:([^\r\n]*)", re.IGNORECASE)
 _PIECE_BYTES = 16 * 2**10
 """Bytes of a chunked body that are parsed before its limits are checked again."""
 _LEAST_CHUNK_BYTES = 64
@@ -54,39 +54,43 @@ def check_beginning(head: bytes | bytearray, limits: HttpLimits) -> None:
         raise _bad_request_line()
 
 
-def read_head(head: bytes, limits: HttpLimits) -> tuple[bytes, Body | None]:
-    """A complete head as the parser gets it, and the body that follows if any. Raises Refusal.
+def check_head(head: bytes, limits: HttpLimits) -> bytes:
+    """A complete head as the parser gets it. Raises Refusal.
 
-    The parser refuses what is not well-formed, lengths that contradict each other included. An `Upgrade`, which a
-    server may ignore, is taken out: the parser would ignore the body instead.
+    An `Upgrade`, which a server may ignore, is taken out: the parser would ignore the request's body instead.
     """
-    line = _REQUEST_LINE.match(head)
-    if line is None:
-        raise _bad_request_line()
     if head.count(b"\n") - 2 > limits.num_headers:
         raise _large_head(limits)
+    if b"\nupgrade:" not in head.lower():
+        return head
+    if any(b"websocket" in protocol.lower() for protocol in _UPGRADE.findall(head)):
+        raise Refusal(HTTPStatus.BAD_REQUEST, "This server has no websockets; its streams are server-sent events.")
+    return _UPGRADE.sub(b"", head)
+
+
+def expected_body(
+    headers: Iterable[tuple[bytes, bytes]], version: str, num_head: int, limits: HttpLimits
+) -> Body | None:
+    """The body that follows a head of `num_head` bytes. Raises Refusal.
+
+    The parser has refused lengths that are no numbers or contradict each other.
+    """
+    if version not in ("1.1", "1.0"):
+        raise _bad_request_line()
     body: Body | None = None
     num_hosts = 0
-    parsed = head
-    for name, value in _NOTABLE.findall(head):
-        match name.lower():
-            case b"host":
-                num_hosts += 1
-            case b"content-length":
-                body = FixedBody(int(value)) if value.strip().isdigit() else None
-            case b"transfer-encoding":
-                if value.strip().lower() != b"chunked" or line[1] == b"0":
-                    raise Refusal(HTTPStatus.NOT_IMPLEMENTED, "Transfer-Encoding takes chunked alone, in HTTP/1.1.")
-                body = ChunkedBody(len(head), limits)
-            case b"upgrade":
-                if b"websocket" in value.lower():
-                    raise Refusal(
-                        HTTPStatus.BAD_REQUEST, "This server has no websockets: streams are server-sent events."
-                    )
-                parsed = _UPGRADE.sub(b"", head)
+    for name, value in headers:
+        if name == b"host":
+            num_hosts += 1
+        elif name == b"content-length":
+            body = FixedBody(int(value))
+        elif name == b"transfer-encoding":
+            if value.strip().lower() != b"chunked" or version != "1.1":
+                raise Refusal(HTTPStatus.NOT_IMPLEMENTED, "Transfer-Encoding takes chunked alone, in HTTP/1.1.")
+            body = ChunkedBody(num_head, limits)
     if num_hosts > 1:
         raise Refusal(HTTPStatus.BAD_REQUEST, f"A request has one Host header, got {num_hosts}.")
-    return parsed, body
+    return body
 
 
 def _large_head(limits: HttpLimits) -> Refusal:
@@ -97,7 +101,7 @@ def _large_head(limits: HttpLimits) -> Refusal:
 def _bad_request_line() -> Refusal:
     return Refusal(
         HTTPStatus.BAD_REQUEST,
-        "The request is not HTTP/1.1: its first line must be METHOD PATH HTTP/1.1 (or 1.0), without CONNECT.",
+        "The request is not HTTP/1.1: its first line must be METHOD PATH HTTP/1.1 (or 1.0).",
     )
 
 

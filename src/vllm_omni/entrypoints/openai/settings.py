@@ -29,6 +29,4 @@ class ServerSettings:
     """Threads that turn pixels into PNG, JPEG or WebP, and as many that read such files."""
     disable_docs: bool = False
     """No /docs, /redoc and /openapi.json."""
-    generate_request_ids: bool = False
-    """Give each response an `x-request-id`, also where the request brought none."""
     log_prompts: bool = False
