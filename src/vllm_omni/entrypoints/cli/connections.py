@@ -1,30 +1,34 @@
-"""The server's door: how many connections are held at once, and TLS handshakes.
+"""The server's door: accepts connections, in a bounded number, and bounds the time of TLS handshakes.
 
-Each connection is an open file from the moment it is accepted, and workers cannot be replaced when none is left.
+Each connection is an open file from the moment it is accepted, and workers cannot be replaced when none is left. So
+the handshakes under way count as well, which uvicorn and asyncio cannot tell.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import resource
+import socket
 import ssl
 import time
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import Any
 
-import uvicorn
-
-from vllm_omni.entrypoints.openai.bounded import BoundedHttpProtocol
 from vllm_omni.entrypoints.openai.refusals import Refusal
+from vllm_omni.entrypoints.openai.unread import HttpProtocol
 
 logger = logging.getLogger(__name__)
 
 HANDSHAKE_SECONDS = 10.0
 MOST_LINGERING = 64
 """Connections beyond the limit that may stay open for a moment, so that their clients can read the refusal."""
+_ACCEPTS_AT_ONCE = 100
+_PAUSE_SECONDS = 1.0
+"""How long nothing is accepted when no file or memory is left for it."""
 _LOG_EVERY_SECONDS = 60.0
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 def most_connections() -> int:
@@ -33,95 +37,98 @@ def most_connections() -> int:
     return soft * 3 // 4
 
 
-def limit_connections(
-    config: uvicorn.Config,
-    most: int,
-    handshake_seconds: float = HANDSHAKE_SECONDS,
-    most_lingering: int = MOST_LINGERING,
-) -> None:
-    """Answer connections beyond the first `most` with 503 and close them; end TLS handshakes that take too long.
+class TurnedAway(HttpProtocol):
+    """A connection that is one too many: it is told so."""
 
-    `config` must be loaded, with a BoundedHttpProtocol. Its TLS context moves to the door, which so counts connections
-    in their handshakes too.
+    refusal = Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "too many open connections", code="unavailable", retry_after=1)
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
+        super().connection_made(transport)
+        self.refuse(self.refusal)
+
+
+class Door:
+    """Accepts what comes to a listening socket; for uvicorn it is an asyncio server.
+
+    make_protocol: with whether the connection is welcome. num_open: how many connections protocols hold. Beyond the
+    first `most`, `most_lingering` get an answer; others are closed at once.
     """
-    door = _Door(config, most, handshake_seconds, most_lingering)
-    config.ssl = None
-    config.http_protocol_class = door.make_gate  # type: ignore[assignment]  # uvicorn only calls it
 
-
-class _Door:
-    def __init__(self, config: uvicorn.Config, most: int, handshake_seconds: float, most_lingering: int) -> None:
-        self._protocol_class: Any = config.http_protocol_class
-        self._tls = config.ssl
+    def __init__(
+        self,
+        listener: socket.socket,
+        make_protocol: Callable[[bool], asyncio.Protocol],
+        num_open: Callable[[], int],
+        tls: ssl.SSLContext | None,
+        *,
+        most: int,
+        handshake_seconds: float = HANDSHAKE_SECONDS,
+        most_lingering: int = MOST_LINGERING,
+    ) -> None:
+        self._listener = listener
+        self._make_protocol = make_protocol
+        self._num_open = num_open
+        self._tls = tls
+        self._handshake_seconds = handshake_seconds if tls else None
         self._most = most
         self._most_lingering = most_lingering
-        self._handshake_seconds = handshake_seconds
-        self._handshakes: set[asyncio.Task[None]] = set()
+        self._opening: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.get_running_loop()
+        self._pause: asyncio.TimerHandle | None = None
         self._log_at = 0.0
+        listener.setblocking(False)
+        self._loop.add_reader(listener, self._accept)
 
-    def make_gate(self, **settings: Any) -> asyncio.Protocol:
-        """The protocol of an accepted connection, with uvicorn's arguments for the HTTP protocol."""
-        connections = settings["server_state"].connections
+    def close(self) -> None:
+        """Accept nothing more; called before the socket is closed."""
+        self._loop.remove_reader(self._listener)
+        if self._pause is not None:
+            self._pause.cancel()
 
-        def enter(transport: asyncio.Transport) -> None:
-            self._enter(transport, connections, lambda: self._protocol_class(**settings))
+    async def wait_closed(self) -> None:
+        """Wait for the handshakes under way, which are bounded in time."""
+        if self._opening:
+            await asyncio.wait(self._opening)
 
-        return _Gate(enter)
+    def _accept(self) -> None:
+        for _ in range(_ACCEPTS_AT_ONCE):
+            try:
+                connection, _address = self._listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in _EXHAUSTED:
+                    self._rest(error)
+                    return
+                continue  # the client left meanwhile
+            connection.setblocking(False)
+            self._admit(connection)
 
-    def _enter(
-        self, transport: asyncio.Transport, connections: set[Any], make_protocol: Callable[[], BoundedHttpProtocol]
-    ) -> None:
-        num_others = len(connections) + len(self._handshakes)
-        if self._tls is None:
-            self._serve(transport, make_protocol(), num_others)
-        elif num_others >= self._most + self._most_lingering:
-            self._note_refusal()
-            transport.abort()  # no answer is possible before the handshake
-        else:
-            transport.pause_reading()  # the handshake's first bytes are for the TLS protocol
-            handshake = self._shake_hands(transport, self._tls, make_protocol(), connections)
-            task = asyncio.get_running_loop().create_task(handshake)
-            self._handshakes.add(task)
-            task.add_done_callback(self._handshakes.discard)
+    def _rest(self, error: OSError) -> None:
+        logger.error("Accepting no connection for %g s: %s", _PAUSE_SECONDS, error.strerror)
+        self._loop.remove_reader(self._listener)
+        self._pause = self._loop.call_later(_PAUSE_SECONDS, self._loop.add_reader, self._listener, self._accept)
 
-    async def _shake_hands(
-        self, transport: asyncio.Transport, tls: ssl.SSLContext, protocol: BoundedHttpProtocol, connections: set[Any]
-    ) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            encrypted = await loop.start_tls(
-                transport, protocol, tls, server_side=True, ssl_handshake_timeout=self._handshake_seconds
-            )
-        except OSError as error:  # TLS errors and time-outs are OSErrors
-            logger.debug("a TLS handshake failed: %s", error)
-            transport.abort()
-            return
-        if encrypted is None:  # the client left meanwhile
-            transport.abort()
-            return
-        self._serve(encrypted, protocol, len(connections) + len(self._handshakes) - 1)
-
-    def _serve(self, transport: asyncio.Transport, protocol: BoundedHttpProtocol, num_others: int) -> None:
-        transport.set_protocol(protocol)
-        protocol.connection_made(transport)
+    def _admit(self, connection: socket.socket) -> None:
+        num_others = self._num_open() + len(self._opening)
         if num_others >= self._most:
             self._note_refusal()
-            refusal = Refusal(
-                HTTPStatus.SERVICE_UNAVAILABLE, "too many open connections", code="unavailable", retry_after=1
+        if num_others >= self._most + self._most_lingering:
+            connection.close()
+            return
+        task = self._loop.create_task(self._open(connection, self._make_protocol(num_others < self._most)))
+        self._opening.add(task)
+        task.add_done_callback(self._opening.discard)
+
+    async def _open(self, connection: socket.socket, protocol: asyncio.Protocol) -> None:
+        try:
+            await self._loop.connect_accepted_socket(
+                lambda: protocol, connection, ssl=self._tls, ssl_handshake_timeout=self._handshake_seconds
             )
-            protocol.refuse(refusal, linger=num_others < self._most + self._most_lingering)
+        except OSError as error:  # TLS errors and time-outs are OSErrors
+            logger.debug("A TLS handshake failed: %s", error)
 
     def _note_refusal(self) -> None:
         if (now := time.monotonic()) >= self._log_at:
             self._log_at = now + _LOG_EVERY_SECONDS
             logger.warning("Refusing connections: %d are open, as many as the limit of open files allows", self._most)
-
-
-class _Gate(asyncio.Protocol):
-    """Decides when the connection is made: many may have been accepted before the first of them counts."""
-
-    def __init__(self, enter: Callable[[asyncio.Transport], None]) -> None:
-        self._enter = enter
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # a stream's
-        self._enter(transport)

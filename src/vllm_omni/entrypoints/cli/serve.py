@@ -7,6 +7,7 @@ import logging
 import os
 import resource
 import signal
+import socket
 import ssl
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from fastapi import FastAPI
 
 from vllm_omni.entrypoints.cli import vllm_surface
 from vllm_omni.entrypoints.cli.args import HttpOptions, ServeArgs
-from vllm_omni.entrypoints.cli.connections import limit_connections, most_connections
+from vllm_omni.entrypoints.cli.connections import Door, TurnedAway, most_connections
 from vllm_omni.entrypoints.cli.listen import Listener
 from vllm_omni.entrypoints.cli.middleware import add_middleware
 from vllm_omni.entrypoints.openai.app import build_app
@@ -83,18 +84,31 @@ def _raise_file_limit() -> None:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server; signals are ours. `tls`: the context of its connections."""
+    """uvicorn's server; signals and the door are ours."""
 
-    def __init__(self, config: uvicorn.Config, tls: ssl.SSLContext | None = None) -> None:
-        super().__init__(config)
-        self.tls = tls
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            raise OmniError("the HTTP server's startup failed; the log lines above say why")
+        state, tls = self.server_state, self.config.ssl
+
+        def make_protocol(is_welcome: bool) -> asyncio.Protocol:
+            kind: Any = self.config.http_protocol_class if is_welcome else TurnedAway
+            protocol: asyncio.Protocol = kind(self.config, state, self.lifespan.state)
+            return protocol
+
+        most = most_connections()
+        self.servers: list[Any] = [
+            Door(listener, make_protocol, lambda: len(state.connections), tls, most=most) for listener in sockets or ()
+        ]
+        self.started = True
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
 
-def _http_server(app: FastAPI, http: HttpOptions) -> _Server:
+def _http_server(app: FastAPI, http: HttpOptions) -> uvicorn.Server:
     """Raises ConfigError for certificates and ciphers that cannot be used."""
     quiet_paths = list(http.disable_access_log_for_endpoints)
     config = uvicorn.Config(
@@ -120,9 +134,7 @@ def _http_server(app: FastAPI, http: HttpOptions) -> _Server:
         given = {name: getattr(http, name) for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_ciphers")}
         named = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items() if value)
         raise ConfigError(f"{named}: cannot be used for TLS: {error}") from error
-    tls = config.ssl
-    limit_connections(config, most_connections())
-    return _Server(config, tls)
+    return _Server(config)
 
 
 class Service:
@@ -132,7 +144,7 @@ class Service:
     first SIGTERM or SIGINT drains; the second ends everything at once.
     """
 
-    def __init__(self, omni: AsyncOmni, server: _Server, listener: Listener, args: ServeArgs) -> None:
+    def __init__(self, omni: AsyncOmni, server: uvicorn.Server, listener: Listener, args: ServeArgs) -> None:
         self._omni = omni
         self._server = server
         self._listener = listener
@@ -236,7 +248,7 @@ class Service:
         http = self._args.http
         if not http.enable_ssl_refresh:
             return None
-        context = self._server.tls
+        context = self._server.config.ssl
         assert context is not None
         assert http.ssl_keyfile is not None
         assert http.ssl_certfile is not None

@@ -186,10 +186,10 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             error = cause if isinstance(cause, Refusal) else invalid
         self.refuse(error)
 
-    def refuse(self, refusal: Refusal, *, linger: bool = True) -> None:
+    def refuse(self, refusal: Refusal) -> None:
         """Answer with `refusal` where no answer has begun, and end the connection.
 
-        `linger`: wait a moment for what the client still sends, because closing with unread bytes loses the answer.
+        What the client still sends is read for a moment, because closing with unread bytes loses the answer.
         """
         self._refused = True
         head = self._head or bytes(self._received)
@@ -205,9 +205,6 @@ class BoundedHttpProtocol(HttpToolsProtocol):
                 self.transport.close()
                 return
         self.transport.write(refusal.answer(head, self.server_state.default_headers))
-        if not linger:
-            self.transport.close()
-            return
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.flow.resume_reading()
