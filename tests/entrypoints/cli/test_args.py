@@ -45,6 +45,7 @@ FROZEN_FLAGS = [
     "--enable-request-id-headers",
     "--enable-ssl-refresh",
     "--enforce-eager",
+    "--forwarded-allow-ips",
     "--help",
     "--host",
     "--job-store",
@@ -95,7 +96,7 @@ FROZEN_FLAGS = [
 ]
 
 # Names of ours that are not vLLM's, or whose default differs on purpose.
-NOT_VLLM_HTTP_FLAGS = {"shutdown_timeout"}
+NOT_VLLM_HTTP_FLAGS = {"shutdown_timeout", "forwarded_allow_ips"}
 
 
 @pytest.fixture(autouse=True)
