@@ -202,6 +202,7 @@ def test_server_flags(tmp_path: Path) -> None:
         *("--ssl-keyfile", str(key), "--ssl-certfile", str(certificate), "--enable-ssl-refresh"),
         *("--shutdown-timeout", "3", "--disable-fastapi-docs", "--enable-request-id-headers", "--log-prompts"),
         *("--allowed-media-domains", "images.example", "10.1.2.3", "CDN.example"),
+        *("--forwarded-allow-ips", "10.0.0.0/8, ::1", "192.0.2.7"),
     )
     assert parsed.http == cli.HttpOptions(
         host="::1",
@@ -210,6 +211,7 @@ def test_server_flags(tmp_path: Path) -> None:
         allowed_origins=("https://a", "https://b"),
         allowed_methods=("GET", "POST"),
         allow_credentials=True,
+        forwarded_allow_ips=("10.0.0.0/8", "::1", "192.0.2.7"),
         middleware=("a.B", "c.d.E"),
         uvicorn_log_level="warning",
         disable_access_log_for_endpoints=("/health", "/metrics"),
@@ -224,7 +226,6 @@ def test_server_flags(tmp_path: Path) -> None:
         media_ttl_seconds=60.0,
         allowed_media_domains=("images.example", "10.1.2.3", "cdn.example"),
         disable_docs=True,
-        generate_request_ids=True,
         log_prompts=True,
     )
 
@@ -309,6 +310,8 @@ WRONG_VALUES = [
     (["--enable-ssl-refresh"], ["--enable-ssl-refresh", "--ssl-certfile"]),
     (["--ssl-cert-reqs", "9"], ["--ssl-cert-reqs", "9", "2"]),
     (["--allowed-origins", "[1]"], ["--allowed-origins", "'[1]'", "strings"]),
+    (["--forwarded-allow-ips", "10.0.0.1/8"], ["--forwarded-allow-ips", "'10.0.0.1/8'", "networks such as"]),
+    (["--forwarded-allow-ips", "proxy.example"], ["--forwarded-allow-ips", "'proxy.example'", "IP addresses"]),
     (["--middleware", "thing"], ["--middleware", "'thing'", "import path"]),
     (["--uvicorn-log-level", "loud"], ["--uvicorn-log-level", "'loud'", "warning"]),
     (["--served-model-name", " "], ["--served-model-name", "' '", "not empty"]),

@@ -135,8 +135,9 @@ def test_the_number_of_headers(server: LiveServer) -> None:
         assert refused(client).status == 431
 
 
-def test_a_head_may_come_in_any_pieces(routes: Routes) -> None:
-    request = b"\r\nPOST /echo?q HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\n\r\nabc"
+@pytest.mark.parametrize("blank", [b"", b"\r\n"])
+def test_a_head_may_come_in_any_pieces(blank: bytes, routes: Routes) -> None:
+    request = blank + b"POST /echo?q HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\n\r\nabc"
     with live_server(wrap=routes.add) as server:
         for end in range(1, len(request)):
             with raw_client(server) as client:

@@ -25,7 +25,7 @@ HANDSHAKE_SECONDS = 10.0
 MOST_LINGERING = 64
 """Connections beyond the limit that may stay open for a moment, so that their clients can read the refusal."""
 _ACCEPTS_AT_ONCE = 100
-_PAUSE_SECONDS = 1.0
+PAUSE_SECONDS = 1.0
 """How long nothing is accepted when no file or memory is left for it."""
 _LOG_EVERY_SECONDS = 60.0
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -64,6 +64,7 @@ class Door:
         most: int,
         handshake_seconds: float = HANDSHAKE_SECONDS,
         most_lingering: int = MOST_LINGERING,
+        pause_seconds: float = PAUSE_SECONDS,
     ) -> None:
         self._listener = listener
         self._make_protocol = make_protocol
@@ -72,6 +73,7 @@ class Door:
         self._handshake_seconds = handshake_seconds if tls else None
         self._most = most
         self._most_lingering = most_lingering
+        self._pause_seconds = pause_seconds
         self._opening: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._pause: asyncio.TimerHandle | None = None
@@ -105,9 +107,9 @@ class Door:
             self._admit(connection)
 
     def _rest(self, error: OSError) -> None:
-        logger.error("Accepting no connection for %g s: %s", _PAUSE_SECONDS, error.strerror)
+        logger.error("Accepting no connection for %g s: %s", self._pause_seconds, error.strerror)
         self._loop.remove_reader(self._listener)
-        self._pause = self._loop.call_later(_PAUSE_SECONDS, self._loop.add_reader, self._listener, self._accept)
+        self._pause = self._loop.call_later(self._pause_seconds, self._loop.add_reader, self._listener, self._accept)
 
     def _admit(self, connection: socket.socket) -> None:
         num_others = self._num_open() + len(self._opening)
@@ -121,9 +123,12 @@ class Door:
         task.add_done_callback(self._opening.discard)
 
     async def _open(self, connection: socket.socket, protocol: asyncio.Protocol) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        gate = _Gate(protocol, lambda: self._opening.discard(task))
         try:
             await self._loop.connect_accepted_socket(
-                lambda: protocol, connection, ssl=self._tls, ssl_handshake_timeout=self._handshake_seconds
+                lambda: gate, connection, ssl=self._tls, ssl_handshake_timeout=self._handshake_seconds
             )
         except OSError as error:  # TLS errors and time-outs are OSErrors
             logger.debug("A TLS handshake failed: %s", error)
@@ -132,3 +137,16 @@ class Door:
         if (now := time.monotonic()) >= self._log_at:
             self._log_at = now + _LOG_EVERY_SECONDS
             logger.warning("Refusing connections: %d are open, as many as the limit of open files allows", self._most)
+
+
+class _Gate(asyncio.Protocol):
+    """Calls `on_open` in the moment from which `protocol` counts as an open connection."""
+
+    def __init__(self, protocol: asyncio.Protocol, on_open: Callable[[], None]) -> None:
+        self._protocol = protocol
+        self._on_open = on_open
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # a stream's
+        self._on_open()
+        transport.set_protocol(self._protocol)
+        self._protocol.connection_made(transport)

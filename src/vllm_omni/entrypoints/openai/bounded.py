@@ -81,7 +81,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             not self._received
             and self._body is None
             and (cycle is None or cycle.response_complete)
-            and data.find(END, 0, self.limits.head_bytes) == len(data) - len(END)
+            and 0 <= data.find(END, 0, self.limits.head_bytes) == len(data) - len(END)
             and data[0] not in b"\r\n"
         )
 
