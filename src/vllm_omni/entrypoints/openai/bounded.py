@@ -140,7 +140,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     # Callbacks of the parser, and of the answer.
 
     def on_headers_complete(self) -> None:
-        self._body = expected_body(self.headers, self.parser.get_http_version(), len(self._head), self.limits)
+        self._body = expected_body(self.headers, self._head, self.limits)
         if self.parser.should_upgrade():
             raise Refusal(HTTPStatus.NOT_IMPLEMENTED, "This server is no proxy: it has no CONNECT.")
         super().on_headers_complete()
@@ -196,7 +196,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._received.clear()
         self._stop_waiting()
         self._unset_keepalive_if_required()
-        logger.info("%s: refused: %d, %s", self.client, refusal.status, refusal.message)
+        client = ":".join(map(str, self.client or ("a client",)))
+        logger.info("%s - refused with %d: %s", client, refusal.status, refusal.message)
         cycle = self.cycle
         if cycle is not None and not cycle.response_complete:
             cycle.disconnected = True

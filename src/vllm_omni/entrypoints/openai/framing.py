@@ -17,6 +17,7 @@ END = b"\r\n\r\n"
 """Ends a head, and a chunked body with its trailers."""
 _METHOD = re.compile(rb"[A-Z-]+(?: |\Z)")
 _REQUEST_LINE = re.compile(rb"[A-Z-]+ [^\r\n]+ HTTP/1\.[01]\r\n")
+_IS_1_1 = re.compile(rb"[^\r\n]+ HTTP/1\.1\r\n")
 _UPGRADE = re.compile(rb"\r\nupgrade:([^\r\n]*)", re.IGNORECASE)
 _PIECE_BYTES = 16 * 2**10
 """Bytes of a chunked body that are parsed before its limits are checked again."""
@@ -59,6 +60,8 @@ def check_head(head: bytes, limits: HttpLimits) -> bytes:
 
     An `Upgrade`, which a server may ignore, is taken out: the parser would ignore the request's body instead.
     """
+    if b" HTTP/1." not in head:  # the parser knows others as well
+        raise _bad_request_line()
     if head.count(b"\n") - 2 > limits.num_headers:
         raise _large_head(limits)
     if b"\nupgrade:" not in head.lower():
@@ -68,15 +71,11 @@ def check_head(head: bytes, limits: HttpLimits) -> bytes:
     return _UPGRADE.sub(b"", head)
 
 
-def expected_body(
-    headers: Iterable[tuple[bytes, bytes]], version: str, num_head: int, limits: HttpLimits
-) -> Body | None:
-    """The body that follows a head of `num_head` bytes. Raises Refusal.
+def expected_body(headers: Iterable[tuple[bytes, bytes]], head: bytes, limits: HttpLimits) -> Body | None:
+    """The body that follows `head`, whose parsed headers are `headers`. Raises Refusal.
 
     The parser has refused lengths that are no numbers or contradict each other.
     """
-    if version not in ("1.1", "1.0"):
-        raise _bad_request_line()
     body: Body | None = None
     num_hosts = 0
     for name, value in headers:
@@ -85,9 +84,9 @@ def expected_body(
         elif name == b"content-length":
             body = FixedBody(int(value))
         elif name == b"transfer-encoding":
-            if value.strip().lower() != b"chunked" or version != "1.1":
+            if value.strip().lower() != b"chunked" or not _IS_1_1.match(head):
                 raise Refusal(HTTPStatus.NOT_IMPLEMENTED, "Transfer-Encoding takes chunked alone, in HTTP/1.1.")
-            body = ChunkedBody(num_head, limits)
+            body = ChunkedBody(len(head), limits)
     if num_hosts > 1:
         raise Refusal(HTTPStatus.BAD_REQUEST, f"A request has one Host header, got {num_hosts}.")
     return body

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import secrets
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 REQUEST_ID_HEADER = "x-request-id"
+_RAW_REQUEST_ID = REQUEST_ID_HEADER.encode()
 _UNSAFE = re.compile(r"[^\w.:/+=@-]", re.ASCII)
 _MAX_REQUEST_ID = 128
 
@@ -28,11 +29,13 @@ class RequestId:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        request_id = request_id_for(Headers(scope=scope).get(REQUEST_ID_HEADER, ""))
+        given = next((value for name, value in scope["headers"] if name == _RAW_REQUEST_ID), b"")
+        header = (_RAW_REQUEST_ID, request_id_for(given.decode("latin-1")).encode())
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+                others = [one for one in message.get("headers", ()) if one[0].lower() != _RAW_REQUEST_ID]
+                message["headers"] = [*others, header]
             await send(message)
 
         await self._app(scope, receive, send_with_id)
