@@ -60,7 +60,7 @@ def check_head(head: bytes, limits: HttpLimits) -> bytes:
 
     An `Upgrade`, which a server may ignore, is taken out: the parser would ignore the request's body instead.
     """
-    if b" HTTP/1." not in head:  # the parser knows others as well
+    if head.find(b" HTTP/1.", 0, head.find(b"\n")) < 0:  # the parser knows others as well
         raise _bad_request_line()
     if head.count(b"\n") - 2 > limits.num_headers:
         raise _large_head(limits)
