@@ -51,6 +51,7 @@ FROZEN_FLAGS = [
     "--enable-request-id-headers",
     "--enable-ssl-refresh",
     "--enforce-eager",
+    "--forwarded-allow-ips",
     "--help",
     "--hf-token",
     "--host",
@@ -106,7 +107,7 @@ FROZEN_FLAGS = [
 ]
 
 # Names of ours that are not vLLM's, or whose default differs on purpose.
-NOT_VLLM_HTTP_FLAGS = {"shutdown_timeout"}
+NOT_VLLM_HTTP_FLAGS = {"shutdown_timeout", "forwarded_allow_ips"}
 
 
 @pytest.fixture(autouse=True)
@@ -226,6 +227,7 @@ def test_server_flags(tmp_path: Path) -> None:
         *("--allowed-media-domains", "images.example", "10.1.2.3", "CDN.example"),
         *("--enable-log-requests", "--sse-keep-alive-interval", "5"),
         *("--default-response-format", "url", "--chat-text-tasks", "generate"),
+        *("--forwarded-allow-ips", "10.0.0.0/8, ::1", "192.0.2.7"),
     )
     assert parsed.http == cli.HttpOptions(
         host="::1",
@@ -234,6 +236,7 @@ def test_server_flags(tmp_path: Path) -> None:
         allowed_origins=("https://a", "https://b"),
         allowed_methods=("GET", "POST"),
         allow_credentials=True,
+        forwarded_allow_ips=("10.0.0.0/8", "::1", "192.0.2.7"),
         middleware=("a.B", "c.d.E"),
         uvicorn_log_level="warning",
         disable_access_log_for_endpoints=("/health", "/metrics"),
@@ -250,7 +253,6 @@ def test_server_flags(tmp_path: Path) -> None:
         chat_text_tasks="generate",
         allowed_media_domains=("images.example", "10.1.2.3", "cdn.example"),
         disable_docs=True,
-        generate_request_ids=True,
         log_prompts=True,
         log_requests=True,
         keep_alive_seconds=5.0,
@@ -339,6 +341,8 @@ WRONG_VALUES = [
     (["--enable-ssl-refresh"], ["--enable-ssl-refresh", "--ssl-certfile"]),
     (["--ssl-cert-reqs", "9"], ["--ssl-cert-reqs", "9", "2"]),
     (["--allowed-origins", "[1]"], ["--allowed-origins", "'[1]'", "strings"]),
+    (["--forwarded-allow-ips", "10.0.0.1/8"], ["--forwarded-allow-ips", "'10.0.0.1/8'", "networks such as"]),
+    (["--forwarded-allow-ips", "proxy.example"], ["--forwarded-allow-ips", "'proxy.example'", "IP addresses"]),
     (["--middleware", "thing"], ["--middleware", "'thing'", "import path"]),
     (["--uvicorn-log-level", "loud"], ["--uvicorn-log-level", "'loud'", "warning"]),
     (["--served-model-name", " "], ["--served-model-name", "' '", "not empty"]),

@@ -1,17 +1,24 @@
-"""More clients than the server may have open files. The sockets and uvicorn are real."""
+"""The door: more clients than the server may have open files, and TLS handshakes. Sockets and uvicorn are real."""
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import resource
+import socket
+import ssl
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 
+from tests.entrypoints.cli.test_serve import self_signed
+from vllm_omni.entrypoints.cli import connections, serve
 from vllm_omni.entrypoints.cli.args import HttpOptions
 from vllm_omni.entrypoints.cli.listen import Listener
 from vllm_omni.entrypoints.cli.serve import _http_server, _loop_factory
@@ -28,11 +35,16 @@ def few_files(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def serving() -> AsyncIterator[int]:
+async def serving(**options: Any) -> AsyncIterator[int]:
     """The port."""
     app = FastAPI()
     app.get("/live")(lambda: "yes")
-    http = HttpOptions(host="127.0.0.1", port=0)
+
+    @app.get("/link")
+    async def link(request: Request) -> str:
+        return str(request.url_for("link"))
+
+    http = HttpOptions(**{"host": "127.0.0.1", "port": 0, **options})
     server = _http_server(app, http)
     with Listener(http) as listener:
         task = asyncio.create_task(server.serve(sockets=[listener.socket]))
@@ -96,6 +108,7 @@ async def clients_beyond_the_limit() -> None:
             assert await client.told() == 503
             assert client.body["error"]["code"] == "unavailable"
             assert b"retry-after: 1" in client.head
+            assert b"x-request-id: " in client.head
             assert await client._reader.read() == b""  # closed
             await client.close()
         assert [await client.status() for client in held] == [200] * MOST
@@ -131,3 +144,123 @@ async def assert_served_again(port: int) -> None:
             pass
         finally:
             await client.close()
+
+
+@loops
+def test_far_too_many_clients_are_closed_at_once(
+    loop_factory: LoopFactory | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "Door", partial(connections.Door, most_lingering=2))
+    on_loop(far_too_many_clients, loop_factory)
+
+
+async def far_too_many_clients() -> None:
+    async with serving() as port:
+        clients = [await Client.connect(port) for _ in range(MOST + 2)]
+        for client in clients[MOST:]:
+            assert await client.told() == 503
+        # The refused ones stay open: their clients have not read the end.
+        last = await Client.connect(port)
+        assert await last._reader.read() == b""
+        for client in [*clients, last]:
+            await client.close()
+        await assert_served_again(port)
+
+
+@loops
+def test_handshakes_count_and_end_in_time(
+    loop_factory: LoopFactory | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Clients that never begin theirs take the places of others, until their time is over."""
+    key, certificate = self_signed(tmp_path)
+    door = partial(connections.Door, handshake_seconds=0.5, most_lingering=0)
+    monkeypatch.setattr(serve, "Door", door)
+    on_loop(partial(handshakes, key, certificate), loop_factory)
+
+
+async def handshakes(key: Path, certificate: Path) -> None:
+    tls = ssl.create_default_context(cafile=certificate)
+    async with serving(ssl_keyfile=str(key), ssl_certfile=str(certificate)) as port:
+        silent = [await Client.connect(port) for _ in range(MOST)]
+        with pytest.raises((ConnectionError, ssl.SSLError)):
+            await asyncio.open_connection("127.0.0.1", port, ssl=tls)
+        for client in silent:
+            assert await client._reader.read() == b""
+            await client.close()
+        client = Client(*await asyncio.open_connection("127.0.0.1", port, ssl=tls))
+        assert await client.status() == 200
+        await client.close()
+        words = await Client.connect(port)
+        words.ask()
+        assert b"HTTP" not in await words._reader.read()
+        await words.close()
+
+
+class Exhausted(socket.socket):
+    """A listener for which no file is left at first, and whose first client leaves before it is accepted."""
+
+    errors: list[int]
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        if self.errors:
+            raise OSError(self.errors.pop(0), "as the test says")
+        return super().accept()
+
+
+@loops
+def test_accepting_goes_on_when_files_are_left_again(
+    loop_factory: LoopFactory | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        made = asyncio.Event()
+
+        class Made(asyncio.Protocol):
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                transport.close()
+                made.set()
+
+        with Exhausted() as listener:
+            listener.errors = [errno.ECONNABORTED, errno.EMFILE, errno.ENFILE]
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            door = connections.Door(listener, lambda _: Made(), lambda: 0, None, most=1, pause_seconds=0.01)
+            client = await Client.connect(listener.getsockname()[1])
+            async with asyncio.timeout(20):
+                await made.wait()
+            await client.close()
+            door.close()
+            await door.wait_closed()
+        assert listener.errors == []
+
+    on_loop(scenario, loop_factory)
+    assert caplog.text.count("Accepting no connection for 0.01 s") == 2
+
+
+PROXIED = b"GET /link HTTP/1.1\r\nhost: x.example\r\nx-forwarded-proto: https\r\nconnection: close\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("host", "proxies", "scheme"),
+    [
+        ("127.0.0.1", (), "https"),
+        ("::", (), "https"),
+        ("::", ("127.0.0.0/8",), "https"),
+        ("::", ("192.0.2.1",), "http"),
+        ("127.0.0.1", ("192.0.2.1", "*"), "https"),
+    ],
+)
+@loops
+def test_links_have_the_scheme_that_a_trusted_proxy_names(
+    loop_factory: LoopFactory | None, host: str, proxies: tuple[str, ...], scheme: str
+) -> None:
+    """Also where the socket is an IPv6 one, on which the proxy is ::ffff:127.0.0.1."""
+
+    async def scenario() -> None:
+        async with serving(host=host, forwarded_allow_ips=proxies) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(PROXIED)
+            assert (await reader.read()).endswith(b'"%b://x.example/link"' % scheme.encode())
+            writer.close()
+            await writer.wait_closed()
+
+    on_loop(scenario, loop_factory)

@@ -84,7 +84,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
         *("--host", "127.0.0.1", "--port", "0", "--api-key", KEY, "--root-path", "/omni/"),
         *("--ssl-keyfile", str(key), "--ssl-certfile", str(certificate), "--shutdown-timeout", "120"),
         *("--served-model-name", "gpt-image-1", "demo", "--allowed-origins", f'["{ORIGIN}"]'),
-        *("--middleware", "starlette.middleware.gzip.GZipMiddleware", "--enable-request-id-headers"),
+        *("--middleware", "starlette.middleware.gzip.GZipMiddleware"),
         *("--default-sampling-params", '{"num_inference_steps": 4}'),
     ) as process:
         shared = Shared(process, process.address(), ssl.create_default_context(cafile=certificate))
@@ -163,6 +163,7 @@ def test_cors_also_for_refusals(client: httpx.Client) -> None:
     preflight = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
     allowed = client.options("/v1/images/generations", headers=preflight)
     assert allowed.headers["access-control-allow-origin"] == ORIGIN
+    assert allowed.headers["x-request-id"]
     refused = client.get("/v1/models", headers={"Origin": ORIGIN, "Authorization": "Bearer wrong"})
     assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, ORIGIN)
     assert "x-omni-ignored-fields" in refused.headers["access-control-expose-headers"]

@@ -73,6 +73,8 @@ class HttpOptions:
     ssl_cert_reqs: int = int(ssl.CERT_NONE)
     ssl_ciphers: str | None = None
     enable_ssl_refresh: bool = False
+    forwarded_allow_ips: tuple[str, ...] = ()
+    """Proxies whose X-Forwarded-Proto and -For are believed; none: FORWARDED_ALLOW_IPS, or 127.0.0.1 and ::1."""
     middleware: tuple[str, ...] = ()
     uvicorn_log_level: str = "info"
     disable_uvicorn_access_log: bool = False
@@ -206,8 +208,8 @@ def _add_server_flags(group: Any) -> None:
         nargs="+",
         type=values.comma_list,
     )
-    request_ids_help = "give every response an x-request-id (one that the request brings always comes back)"
-    settings.switch("generate_request_ids", request_ids_help, "--enable-request-id-headers")
+    request_ids_help = "accepted: every answer has an x-request-id, the request's own or a new one"
+    group.add_argument("--enable-request-id-headers", action=argparse.BooleanOptionalAction, help=request_ids_help)
     settings.switch("disable_docs", "no /docs and /openapi.json", "--disable-fastapi-docs")
     settings.add(
         "keep_alive_seconds",
@@ -229,6 +231,13 @@ def _add_http_flags(group: Any) -> None:
     http.add("allowed_origins", "CORS: origins that browsers may call from", nargs="+", type=values.strings)
     http.add("allowed_methods", "CORS: methods", nargs="+", type=values.strings)
     http.add("allowed_headers", "CORS: request headers", nargs="+", type=values.strings)
+    http.add(
+        "forwarded_allow_ips",
+        "proxies whose X-Forwarded-Proto and X-Forwarded-For are believed: addresses, networks, or * for all; none: "
+        "FORWARDED_ALLOW_IPS, or 127.0.0.1 and ::1",
+        nargs="+",
+        type=values.proxies,
+    )
     http.switch("allow_credentials", "CORS: let browsers send credentials")
     http.add("ssl_keyfile", "TLS key file", type=values.existing_file)
     http.add("ssl_certfile", "TLS certificate file", type=values.existing_file)
@@ -344,7 +353,8 @@ def _settings(namespace: argparse.Namespace, serve_line: str) -> ServeArgs:
     if namespace.enable_ssl_refresh and not namespace.ssl_certfile:
         raise ConfigError("--enable-ssl-refresh needs --ssl-keyfile and --ssl-certfile")
     given["served_model_names"] = given["served_model_names"] or [model]
-    for name in ("allowed_origins", "allowed_methods", "allowed_headers", "disable_access_log_for_endpoints"):
+    lists = ("allowed_origins", "allowed_methods", "allowed_headers", "disable_access_log_for_endpoints")
+    for name in (*lists, "forwarded_allow_ips"):
         if given[name] is not None:
             given[name] = [item for part in given[name] for item in ([part] if isinstance(part, str) else part)]
     given["model"] = model

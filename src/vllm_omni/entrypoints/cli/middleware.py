@@ -13,7 +13,16 @@ from starlette.middleware.cors import CORSMiddleware
 from vllm_omni.entrypoints.cli import vllm_surface
 from vllm_omni.entrypoints.cli.args import HttpOptions
 from vllm_omni.entrypoints.openai.errors import CatchErrors
+from vllm_omni.entrypoints.openai.middleware import RequestId
+from vllm_omni.entrypoints.openai.parsing import IGNORED_FIELDS_HEADER
 from vllm_omni.errors import ConfigError
+
+EXPOSED_HEADERS = (
+    *("x-request-id", IGNORED_FIELDS_HEADER, "retry-after", "x-should-retry", "www-authenticate"),
+    *("openai-model", "openai-organization", "openai-poll-after-ms", "openai-processing-ms", "openai-version"),
+    *("accept-ranges", "content-disposition", "content-length", "content-range", "date", "etag"),
+)
+"""Response headers that scripts of allowed origins can read."""
 
 
 def api_keys(http: HttpOptions) -> list[str]:
@@ -22,7 +31,7 @@ def api_keys(http: HttpOptions) -> list[str]:
 
 
 def add_middleware(app: FastAPI, http: HttpOptions) -> None:
-    """Outermost first: the user's, CORS (so that browsers can read a 401), the app's own, the API key.
+    """Outermost first: request ids, the user's, CORS (so that browsers can read a 401), the app's own, the API key.
 
     Raises ConfigError when a `--middleware` cannot be imported or is neither a class nor an async function.
     """
@@ -36,7 +45,7 @@ def add_middleware(app: FastAPI, http: HttpOptions) -> None:
             allow_credentials=http.allow_credentials,
             allow_methods=http.allowed_methods,
             allow_headers=http.allowed_headers,
-            expose_headers=("x-request-id", "retry-after", "x-should-retry", "x-omni-ignored-fields"),
+            expose_headers=EXPOSED_HEADERS,
         )
     for path in http.middleware:
         target: Any = _import(path)
@@ -48,6 +57,8 @@ def add_middleware(app: FastAPI, http: HttpOptions) -> None:
             raise ConfigError(f"--middleware takes a class or an async function, got {path!r}: {type(target).__name__}")
     if http.middleware:
         app.add_middleware(CatchErrors)  # theirs, and a cancellation, which functions do not let us answer inside
+    # Outermost, so that what the others answer has its id as well; sorting keeps their order.
+    app.user_middleware.sort(key=lambda middleware: cast(Any, middleware.cls) is not RequestId)
 
 
 def _import(path: str) -> Any:

@@ -6,6 +6,7 @@ import asyncio
 import faulthandler
 import logging
 import resource
+import socket
 import ssl
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from vllm_omni.diffusion.executor.launch import EarlyWorkers
 from vllm_omni.entrypoints.cli import vllm_surface
 from vllm_omni.entrypoints.cli.activity import ActivityLog
 from vllm_omni.entrypoints.cli.args import HttpOptions, ServeArgs
-from vllm_omni.entrypoints.cli.connections import limit_connections, most_connections
+from vllm_omni.entrypoints.cli.connections import Door, TurnedAway, most_connections
 from vllm_omni.entrypoints.cli.listen import Listener
 from vllm_omni.entrypoints.cli.middleware import add_middleware, api_keys
 from vllm_omni.entrypoints.cli.signals import StopSignals
@@ -35,6 +36,8 @@ from vllm_omni.omni import AsyncOmni
 logger = logging.getLogger(__name__)
 
 FAILED_EXIT_CODE = 1
+KEEP_ALIVE_SECONDS = 75
+"""How long a connection stays open between requests: longer than clients and proxies keep it (60 s and less)."""
 FLUSH_SECONDS = 4
 """What responses that are finished but not yet sent may take when the server stops."""
 FOREVER_SECONDS = 1e9
@@ -123,7 +126,24 @@ def _raise_file_limit() -> None:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server; signals are ours."""
+    """uvicorn's server; signals and the door are ours."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            raise OmniError("the HTTP server's startup failed; the log lines above say why")
+        state, tls = self.server_state, self.config.ssl
+
+        def make_protocol(is_welcome: bool) -> asyncio.Protocol:
+            kind: Any = self.config.http_protocol_class if is_welcome else TurnedAway
+            protocol: asyncio.Protocol = kind(self.config, state, self.lifespan.state)
+            return protocol
+
+        most = most_connections()
+        self.servers: list[Any] = [
+            Door(listener, make_protocol, lambda: len(state.connections), tls, most=most) for listener in sockets or ()
+        ]
+        self.started = True
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -144,8 +164,11 @@ def _http_server(app: FastAPI, http: HttpOptions) -> uvicorn.Server:
         ssl_ca_certs=http.ssl_ca_certs,
         ssl_cert_reqs=http.ssl_cert_reqs,
         ssl_ciphers=http.ssl_ciphers or "TLSv1",  # uvicorn's default
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=FLUSH_SECONDS,
+        forwarded_allow_ips="*" if "*" in http.forwarded_allow_ips else list(http.forwarded_allow_ips) or None,
         server_header=False,
+        ws="none",
     )
     try:
         config.load()
@@ -153,7 +176,6 @@ def _http_server(app: FastAPI, http: HttpOptions) -> uvicorn.Server:
         given = {name: getattr(http, name) for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_ciphers")}
         named = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items() if value)
         raise ConfigError(f"{named}: cannot be used for TLS: {error}") from error
-    limit_connections(config, most_connections())
     return _Server(config)
 
 

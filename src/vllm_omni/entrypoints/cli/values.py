@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import json
 import math
 import re
@@ -112,6 +113,17 @@ def host_name(text: str) -> str:
     if not re.fullmatch(rf"{label}(\.{label})*", text.lower()):
         raise _wrong("an exact host name such as images.example.com (xn--... where it is not ASCII)", text)
     return text.lower()
+
+
+def proxies(text: str) -> list[str]:
+    """IP addresses and networks, separated by commas, or `*`."""
+    for part in (parts := comma_list(text)):
+        try:
+            if part != "*":
+                ipaddress.ip_network(part)
+        except ValueError:
+            raise _wrong("IP addresses, networks such as 10.0.0.0/8, or *", part) from None
+    return parts
 
 
 def existing_file(text: str) -> str:

@@ -104,6 +104,6 @@ def build_app(
     app.add_middleware(CountLoad, load=load, paths=(GENERATIONS_PATH, EDITS_PATH, CHAT_PATH))
     app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes, except_paths=(EDITS_PATH, CHAT_PATH))
     app.add_middleware(IgnoreTrailingSlash)
-    app.add_middleware(RequestId, generate=settings.generate_request_ids)
+    app.add_middleware(RequestId)
     app.add_middleware(Pieces)
     return app

@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import re
-import uuid
+import secrets
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 REQUEST_ID_HEADER = "x-request-id"
+_RAW_REQUEST_ID = REQUEST_ID_HEADER.encode()
 _UNSAFE = re.compile(r"[^\w.:/+=@-]", re.ASCII)
 _MAX_REQUEST_ID = 128
 
 
-class RequestId:
-    """Echoes `x-request-id`, unsafe characters removed; `generate` makes one where the client sent none."""
+def request_id_for(given: str) -> str:
+    """The id that the client gave, without unsafe characters; a new one where nothing is left."""
+    return _UNSAFE.sub("", given)[:_MAX_REQUEST_ID] or secrets.token_hex(16)
 
-    def __init__(self, app: ASGIApp, generate: bool) -> None:
+
+class RequestId:
+    """Gives every answer an `x-request-id`: the client's own, or a new one."""
+
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._generate = generate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        request_id = _UNSAFE.sub("", Headers(scope=scope).get(REQUEST_ID_HEADER, ""))[:_MAX_REQUEST_ID]
-        if not request_id and self._generate:
-            request_id = uuid.uuid4().hex
+        given = next((value for name, value in scope["headers"] if name == _RAW_REQUEST_ID), b"")
+        header = (_RAW_REQUEST_ID, request_id_for(given.decode("latin-1")).encode())
 
         async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start" and request_id:
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+            if message["type"] == "http.response.start":
+                others = [one for one in message.get("headers", ()) if one[0].lower() != _RAW_REQUEST_ID]
+                message["headers"] = [*others, header]
             await send(message)
 
         await self._app(scope, receive, send_with_id)

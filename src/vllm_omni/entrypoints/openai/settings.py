@@ -44,8 +44,6 @@ class ServerSettings:
     """Folder with the two files of Swagger UI that /docs needs; None: /docs says that it is not available."""
     requires_api_key: bool = False
     """Whether /openapi.json says that routes under /v1 need a key; what checks the key is elsewhere."""
-    generate_request_ids: bool = False
-    """Give each response an `x-request-id`, also where the request brought none."""
     log_prompts: bool = False
     log_requests: bool = False
     """One log line for each request that arrives."""

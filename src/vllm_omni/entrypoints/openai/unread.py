@@ -6,16 +6,17 @@ import asyncio
 import logging
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from vllm_omni.entrypoints.openai.bounded import BoundedHttpProtocol
 
 logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 256 * 2**10
-"""What a client has `HttpProtocol.unread_seconds` for: 4 KiB/s will do."""
+"""Bytes that a client must read within `HttpProtocol.unread_seconds` (about 4 KiB/s)."""
 
 
-class HttpProtocol(AutoHTTPProtocol):  # type: ignore[valid-type, misc]  # which of uvicorn's it is, mypy cannot know
-    """uvicorn's, and a connection ends as soon as what was last written to it lies unread for `unread_seconds`.
+class HttpProtocol(BoundedHttpProtocol):
+    """A bounded connection that also ends when what was last written to it stays unread for `unread_seconds`.
 
     To the app it is a client that left. This is the place that can end it: closing waits for the reader.
     With `Pieces` around the app, no more than a piece is ever written ahead of a client.
@@ -25,7 +26,7 @@ class HttpProtocol(AutoHTTPProtocol):  # type: ignore[valid-type, misc]  # which
     _transport: asyncio.Transport
     _deadline: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=1)  # what is unread counts, also the end of an answer; 0 stops TLS
         self._transport = transport
