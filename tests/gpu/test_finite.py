@@ -15,7 +15,11 @@ from vllm_omni.diffusion.models.finite import each_is_finite, is_finite
 from vllm_omni.diffusion.registry import load_model_info
 from vllm_omni.diffusion.worker.runner import ModelRunner
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    # Those of PyTorch's compiler, which may be the first to compile in this process.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"),
+]
 
 
 @pytest.mark.parametrize("overlap_decode", [False, True])
