@@ -11,6 +11,7 @@ import torch
 from tests.diffusion.worker.driving import Drive, make_request, psnr
 from tests.tiny_models import build_tiny_qwen_image, photo
 from tests.tiny_z_image import BASE_SHIFT, build_tiny_z_image
+from tests.waiting import no_waits
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.plan import StepPlan, StepResult
 from vllm_omni.diffusion.registry import load_model_info
@@ -57,11 +58,8 @@ class Launching:
         self._runner = runner
 
     def execute(self, plan: StepPlan) -> StepResult:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_waits():
             wait = self._runner.launch(plan)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         return wait()
 
 
@@ -136,10 +134,7 @@ def test_what_is_sent_lies_on_the_device() -> None:
     device = Device("cuda")
     square = torch.arange(16).view(4, 4)
     for tensor in (square, square.T, square[:, 1:3], square[0].expand(3, 4), torch.empty((0, 3)), torch.tensor(2.0)):
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_waits():
             sent = to_device(tensor, device.torch)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         assert sent.device == device.torch
         assert torch.equal(sent.to(HOST), tensor)

@@ -5,9 +5,7 @@ On a GPU where there is one. Elsewhere the backends of GPUs run on stand-ins for
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, get_args
 
 import pytest
@@ -16,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.diffusion.attention.kernels import EMULATED, emulate, install_vllm
+from tests.waiting import no_waits
 from vllm_omni.diffusion.attention import BACKENDS, AttentionBackend, Setting, backend_class, create_attention
 from vllm_omni.diffusion.attention.sharded import Merged
 from vllm_omni.diffusion.data import AttentionBackendName
@@ -140,18 +139,6 @@ def test_the_host_does_not_wait_for_the_device(make: Make, pack: str) -> None:
         run(q, k, v, *offsets)  # libraries may wait while they load and plan
         with no_waits():
             run(q, k, v, *offsets)
-
-
-@contextmanager
-def no_waits() -> Iterator[None]:
-    torch.cuda.synchronize()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # this mode is a prototype
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 class NoReads(TorchDispatchMode):
