@@ -21,7 +21,11 @@ from vllm_omni.diffusion.worker.device import Device, Mark
 from vllm_omni.diffusion.worker.runner import ModelRunner
 from vllm_omni.inputs.images import prepared
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    # Those of PyTorch's compiler, which may be the first to compile in this process.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"),
+]
 LONG_CYCLES = 2_000_000_000
 """Of a kernel that only counts: about a second."""
 

@@ -101,4 +101,6 @@ class QueuedWriter:
         """Write directly in a forked child: the thread exists in the parent only, and so may the lock's holder."""
         self._was_forked = True
         self._lines.clear()
+        self._num_bytes = self._num_untold = 0
+        self._is_writing = False
         self._changed = threading.Condition(threading.RLock())

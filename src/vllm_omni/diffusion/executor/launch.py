@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, Protocol, Self
@@ -175,6 +176,8 @@ def fork(serve: Callable[[str, int, int], NoReturn]) -> LaunchWorker:
 def _be_child(kept_fds: set[int], serve: Callable[[], NoReturn]) -> NoReturn:
     """Make a fork what a new interpreter would be: its own session, no input, no descriptors of the parent."""
     try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)  # the parent's handlers would end the parent's things
         os.setsid()
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)
@@ -183,6 +186,8 @@ def _be_child(kept_fds: set[int], serve: Callable[[], NoReturn]) -> NoReturn:
                 with contextlib.suppress(OSError):
                     os.close(fd)
         serve()
+    except BaseException:  # whatever it was: nobody above is left to see it
+        traceback.print_exc()
     finally:
         os._exit(1)  # never back into the parent's stack
 
@@ -193,11 +198,12 @@ class ForkedProcess:
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self._code: int | None = None
+        self._lock = threading.Lock()
+        """Held while the child may be reaped: its number can be another process's after that."""
 
     def poll(self) -> int | None:
-        if self._code is None:
-            self._note(os.WNOHANG)
-        return self._code
+        with self._lock:
+            return self._poll()
 
     def wait(self, timeout: float | None = None) -> int:
         end = None if timeout is None else time.monotonic() + timeout
@@ -210,17 +216,19 @@ class ForkedProcess:
         return self._code
 
     def kill(self) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, signal.SIGKILL)
+        with self._lock:
+            if self._poll() is None:
+                os.kill(self.pid, signal.SIGKILL)
 
-    def _note(self, flags: int) -> None:
-        try:
-            pid, status = os.waitpid(self.pid, flags)
-        except ChildProcessError:  # somebody else has reaped it, as an ignored SIGCHLD does
-            self._code = 0
-            return
-        if pid:
-            self._code = os.waitstatus_to_exitcode(status)
+    def _poll(self) -> int | None:
+        if self._code is None:
+            try:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+            except ChildProcessError:  # somebody else has reaped it, as an ignored SIGCHLD does
+                self._code = 0
+            else:
+                self._code = os.waitstatus_to_exitcode(status) if pid else None
+        return self._code
 
 
 def _channel(name: str) -> tuple[socket.socket, socket.socket]:

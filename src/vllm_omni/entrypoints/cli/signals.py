@@ -55,7 +55,9 @@ class StopSignals:
             ask(name)
             return
         logger.info("%s: ending at once", name)
-        for cleanup in self._cleanups:
-            with contextlib.suppress(OSError):
-                cleanup()
-        self._end(KILLED_EXIT_CODE + number)
+        try:
+            for cleanup in self._cleanups:
+                with contextlib.suppress(OSError):
+                    cleanup()
+        finally:
+            self._end(KILLED_EXIT_CODE + number)
