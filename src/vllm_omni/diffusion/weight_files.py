@@ -1,0 +1,140 @@
+"""Choice of a component's weight files by their names, as diffusers and transformers choose them. No torch here."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_omni.errors import ConfigError
+
+STEMS = ("diffusion_pytorch_model", "model")
+"""Names that diffusers and transformers give weight files, without variant and suffix."""
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_SHARD = r"-\d{5}-of-\d{5}"
+_VARIANT_FILE = re.compile(
+    rf"(?:{'|'.join(STEMS)})(?:\.(?P<new>[^.]+?)(?:{_SHARD})?|{_SHARD}\.(?P<old>[^.]+))\.safetensors"
+)
+
+
+@dataclass(frozen=True)
+class WeightNames:
+    """Names of the weight files of one component."""
+
+    variant: str | None
+    index: str | None
+    """File that maps weights to shards; None: one file holds all weights."""
+    files: tuple[str, ...]
+    """The one file, or the shards that are there."""
+
+
+def choose_names(names: Iterable[str], variant: str | None) -> WeightNames | None:
+    """Names that are loaded of a component folder with the files `names`; None: it has none.
+
+    A component without files of `variant` is loaded from the files without variant, as diffusers does.
+    """
+    present = set(names)
+    for wanted in dict.fromkeys((variant, None)):
+        for stem in STEMS:
+            if (found := _choose_stem(present, stem, wanted)) is not None:
+                return found
+    return None
+
+
+def _choose_stem(present: set[str], stem: str, variant: str | None) -> WeightNames | None:
+    part = "" if variant is None else f".{variant}"
+    single = f"{stem}{part}.safetensors"
+    indices = (f"{stem}.safetensors.index{part}.json", f"{stem}.safetensors{part}.index.json")
+    index = next((name for name in indices if name in present), None)
+    # diffusers looks for an index first, transformers for a single file.
+    if single in present and (index is None or stem == "model"):
+        return WeightNames(variant, None, (single,))
+    if index is None:
+        return None
+    word = re.escape(part)
+    shard = re.compile(rf"{stem}(?:{word}{_SHARD}|{_SHARD}{word})\.safetensors")
+    return WeightNames(variant, index, tuple(sorted(name for name in present if shard.fullmatch(name))))
+
+
+def variants_in(names: Iterable[str]) -> list[str]:
+    """Variants of which there are weight files."""
+    matches = (_VARIANT_FILE.fullmatch(name) for name in names)
+    return sorted({match["new"] or match["old"] for match in matches if match is not None})
+
+
+def component_variant(folder: Path, variant: str | None) -> str | None:
+    """`variant` where the component in `folder` has files of it, else None."""
+    chosen = choose_names(_names_in(folder), variant)
+    return None if chosen is None else chosen.variant
+
+
+def safetensors_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """Weight files of the component in `folder`, sharded or not. Raises ConfigError where one is missing."""
+    names = _names_in(folder)
+    chosen = choose_names(names, variant)
+    if chosen is None:
+        raise ConfigError(f"{folder.name}/ {_why_none(names)}")
+    if chosen.index is None:
+        return [folder / name for name in chosen.files]
+    weight_map = read_object(folder / chosen.index).get("weight_map")
+    place = f"{folder.name}/{chosen.index}"
+    if not isinstance(weight_map, Mapping) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ConfigError(f"{place}: weight_map must be a JSON object of names of files, got {short(weight_map)}")
+    shards = sorted(set(weight_map.values()))
+    if not shards:
+        raise ConfigError(f"{place}: weight_map is empty")
+    for name in shards:
+        if name != Path(name).name or name in (".", ".."):
+            raise ConfigError(f"{place} names {name!r}, which is not a file of the same folder")
+        if not name.endswith(".safetensors"):
+            raise ConfigError(f"{place} names {name!r}, which is no safetensors file")
+    if missing := [name for name in shards if name not in names]:
+        raise ConfigError(f"{folder.name}/ lacks {', '.join(missing)}, which {chosen.index} names")
+    return [folder / name for name in shards]
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in folder.iterdir())
+    except OSError as error:
+        raise ConfigError(f"{folder.name}/ cannot be read: {error.strerror}") from error
+
+
+def _why_none(names: list[str]) -> str:
+    if variants := variants_in(names):
+        return f"has weight files of the variants {', '.join(variants)} alone: choose one with --variant"
+    if pickles := [name for name in names if name.endswith(PICKLES)]:
+        return f"has no .safetensors file, but {pickles[0]}: only safetensors are read"
+    return f"has no .safetensors file named {' or '.join(STEMS)} (other weight formats are not read)"
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """JSON object in `file`. Raises ConfigError, which names the file and its folder, for anything else."""
+    place = f"{file.parent.name}/{file.name}"
+    value = read_json(file)
+    if not isinstance(value, dict):
+        raise ConfigError(f"cannot read {place}: it must hold a JSON object, got {short(value)}")
+    return value
+
+
+def read_json(file: Path) -> Any:
+    """JSON value in `file`. Raises ConfigError, which names the file and its folder."""
+    place = f"{file.parent.name}/{file.name}"
+    try:
+        text = file.read_text(encoding="utf-8")
+        if text.startswith("version https://git-lfs"):
+            raise ConfigError(f"cannot read {place}: it is a Git LFS pointer, not the file itself; run git lfs pull")
+        return json.loads(text)
+    except OSError as error:
+        raise ConfigError(f"cannot read {place}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"cannot read {place}: no valid JSON ({error})") from error
+
+
+def short(value: object) -> str:
+    """`value` for an error line, cut to 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
