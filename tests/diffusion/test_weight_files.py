@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from diffusers.pipelines.pipeline_loading_utils import variant_compatible_siblings
 
-from vllm_omni.diffusion.weight_files import choose_names, component_variant, safetensors_files
+from vllm_omni.diffusion.registry import DEFAULTS_FILE, family_of, read_default_sampling_params
+from vllm_omni.diffusion.weight_files import check_file, choose_names, component_variant, safetensors_files
 from vllm_omni.errors import ConfigError
 
 PLAIN, HALF = "model.safetensors", "model.fp16.safetensors"
@@ -99,3 +100,52 @@ def test_shards_are_those_of_the_index(tmp_path: Path) -> None:
     for name in ("one.safetensors", "two.safetensors", "three.safetensors"):
         (tmp_path / name).touch()
     assert [file.name for file in safetensors_files(tmp_path)] == ["one.safetensors", "two.safetensors"]
+
+
+HEADER = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+START = len(HEADER).to_bytes(8, "little")
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (START + HEADER + b"1234", f"is truncated: it has {12 + len(HEADER)} bytes and needs {16 + len(HEADER)}"),
+        (START + HEADER[:4], f"is truncated: it has 12 bytes, its header alone needs {8 + len(HEADER)}"),
+        (b"", "is no safetensors file: it has 0 bytes"),
+        (b"PK" * 8, "is no safetensors file: it has 16 bytes"),
+        (b"version https://git-lfs.github.com/spec/v1", "is a Git LFS pointer"),
+        ((2).to_bytes(8, "little") + b"[]", "its header cannot be read"),
+    ],
+)
+def test_a_broken_file_is_one_line_with_the_file(data: bytes, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(START + HEADER + b"12345678")
+    check_file(file)
+    file.write_bytes(data)
+    with pytest.raises(ConfigError) as caught:
+        check_file(file)
+    assert words in str(caught.value)
+    assert f"{tmp_path.name}/model.safetensors" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[]", "it must hold a JSON object, got []"),
+        ("{", "no valid JSON"),
+        ('{"steps": 3}', "unknown keys ['steps'], accepted are "),
+    ],
+)
+def test_broken_defaults_of_a_model_are_told(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / DEFAULTS_FILE).write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_default_sampling_params(tmp_path)
+    assert words in str(caught.value)
+    assert DEFAULTS_FILE in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{"])
+def test_a_broken_model_index_is_told(text: str, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"model_index\.json: "):
+        family_of(tmp_path)

@@ -14,6 +14,8 @@ from vllm_omni.errors import ConfigError
 STEMS = ("diffusion_pytorch_model", "model")
 """Names that diffusers and transformers give weight files, without variant and suffix."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+MAX_HEADER_BYTES = 100_000_000
+"""Largest header that the safetensors library reads."""
 _SHARD = r"-\d{5}-of-\d{5}"
 _VARIANT_FILE = re.compile(
     rf"(?:{'|'.join(STEMS)})(?:\.(?P<new>[^.]+?)(?:{_SHARD})?|{_SHARD}\.(?P<old>[^.]+))\.safetensors"
@@ -109,6 +111,33 @@ def _why_none(names: list[str]) -> str:
     if pickles := [name for name in names if name.endswith(PICKLES)]:
         return f"has no .safetensors file, but {pickles[0]}: only safetensors are read"
     return f"has no .safetensors file named {' or '.join(STEMS)} (other weight formats are not read)"
+
+
+def check_file(file: Path) -> None:
+    """Raise ConfigError, with the file and the reason, for a safetensors file that is truncated or something else."""
+    place = f"{file.parent.name}/{file.name}"
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            start = stream.read(8)
+            length = int.from_bytes(start, "little")
+            if start.startswith(b"version "):
+                raise ConfigError(f"{place} is a Git LFS pointer, not the file itself; run git lfs pull")
+            if size < 8 or length > MAX_HEADER_BYTES:
+                raise ConfigError(f"{place} is no safetensors file: it has {size} bytes and no header")
+            header = stream.read(length)
+    except OSError as error:
+        raise ConfigError(f"cannot read {place}: {error.strerror}") from error
+    if len(header) < length:
+        raise ConfigError(f"{place} is truncated: it has {size} bytes, its header alone needs {8 + length}")
+    try:
+        tensors = json.loads(header)
+        ends = [tensor["data_offsets"][1] for name, tensor in tensors.items() if name != "__metadata__"]
+        needed = 8 + length + max(ends, default=0)
+    except (ValueError, RecursionError, AttributeError, KeyError, TypeError, IndexError) as error:
+        raise ConfigError(f"{place} is no safetensors file: its header cannot be read ({error!r})") from error
+    if size < needed:
+        raise ConfigError(f"{place} is truncated: it has {size} bytes and needs {needed}")
 
 
 def read_object(file: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from vllm_omni.diffusion.layers.fp8 import Fp8ColumnLinear, keep_in_float8
 from vllm_omni.diffusion.layers.linear import Sharded
 from vllm_omni.diffusion.layers.rounding import quantize
 from vllm_omni.diffusion.models.dummy import dummy_weight
-from vllm_omni.diffusion.weight_files import component_variant, safetensors_files
+from vllm_omni.diffusion.weight_files import check_file, component_variant, safetensors_files
 from vllm_omni.errors import ConfigError
 
 OnBytes = Callable[[int], object]
@@ -32,6 +32,7 @@ def num_bytes(folder: Path, variant: str | None = None) -> int:
 def weight_names(folder: Path, variant: str | None = None) -> Iterator[str]:
     """Names in a component's files, read from their headers."""
     for file in safetensors_files(folder, variant):
+        check_file(file)
         with safe_open(file, framework="pt") as weights:
             yield from weights.keys()
 
@@ -113,6 +114,7 @@ def _read_weights(
 ) -> None:
     """Fill and empty `slots`."""
     for file in files:
+        check_file(file)
         with safe_open(file, framework="pt", device=str(device)) as weights:
             for name in weights.keys():  # noqa: SIM118 - not a mapping
                 if not name.startswith(prefix) or name.removeprefix(prefix).startswith(unread):
@@ -146,6 +148,8 @@ def load_autoencoder(
         return vae
     # diffusers refuses a variant that the component lacks.
     chosen = component_variant(folder, variant)
+    for file in safetensors_files(folder, variant):
+        check_file(file)
     vae = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, variant=chosen)
     on_bytes(num_bytes(folder, variant))
     return vae.requires_grad_(False).eval()
