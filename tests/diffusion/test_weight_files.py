@@ -9,7 +9,7 @@ import pytest
 from diffusers.pipelines.pipeline_loading_utils import variant_compatible_siblings
 
 from vllm_omni.diffusion.registry import DEFAULTS_FILE, family_of, read_default_sampling_params
-from vllm_omni.diffusion.weight_files import check_file, choose_names, component_variant, safetensors_files
+from vllm_omni.diffusion.weight_files import check_file, check_model, choose_names, component_variant, safetensors_files
 from vllm_omni.errors import ConfigError
 
 PLAIN, HALF = "model.safetensors", "model.fp16.safetensors"
@@ -149,3 +149,19 @@ def test_a_broken_model_index_is_told(text: str, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(text)
     with pytest.raises(ConfigError, match=r"model_index\.json: "):
         family_of(tmp_path)
+
+
+def test_a_variant_that_the_model_lacks_is_told_with_those_it_has(tmp_path: Path) -> None:
+    index = {"vae": ["diffusers", "AutoencoderKL"], "tokenizer": ["transformers", "Qwen2Tokenizer"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "vae").mkdir()
+    for name in (PLAIN, HALF):
+        (tmp_path / "vae" / name).write_bytes(START + HEADER + b"12345678")
+    check_model(tmp_path, None)
+    check_model(tmp_path, "fp16")
+    with pytest.raises(ConfigError, match=r"^--variant takes one that the model has \(fp16\), got 'bf16'$"):
+        check_model(tmp_path, "bf16")
+    (tmp_path / "vae" / HALF).write_bytes(START + HEADER)
+    check_model(tmp_path, None)
+    with pytest.raises(ConfigError, match=r"^vae/model\.fp16\.safetensors is truncated"):
+        check_model(tmp_path, "fp16")

@@ -140,6 +140,26 @@ def check_file(file: Path) -> None:
         raise ConfigError(f"{place} is truncated: it has {size} bytes and needs {needed}")
 
 
+def check_model(path: Path, variant: str | None) -> None:
+    """Raise ConfigError for weight files of the model folder `path` that are missing or broken, and for a variant that
+    no component has."""
+    index = read_object(path / "model_index.json")
+    folders = [path / name for name, value in index.items() if _has_weights(value)]
+    for folder in folders:
+        for file in safetensors_files(folder, variant):
+            check_file(file)
+    if variant is not None and all(component_variant(folder, variant) is None for folder in folders):
+        there = sorted({name for folder in folders for name in variants_in(_names_in(folder))})
+        raise ConfigError(f"--variant takes one that the model has ({', '.join(there) or 'none'}), got {variant!r}")
+
+
+def _has_weights(component: object) -> bool:
+    """Whether an entry of model_index.json, [library, class], is a model."""
+    if not isinstance(component, list) or len(component) != 2 or not isinstance(component[1], str):
+        return False
+    return not any(word in component[1] for word in ("Tokenizer", "Processor", "Extractor", "Scheduler"))
+
+
 def read_object(file: Path) -> dict[str, Any]:
     """JSON object in `file`. Raises ConfigError, which names the file and its folder, for anything else."""
     place = f"{file.parent.name}/{file.name}"
