@@ -54,6 +54,7 @@ from vllm_omni.inputs.data import LoRARequest
         ({"default_sampling_params": {1: 2}}, ["--default-sampling-params", "['1']"]),
         ({"dtype": ["float32"]}, ["--dtype", "bfloat16", "['float32']"]),
         ({"load_format": "npcache"}, ["--load-format", "'npcache'", "dummy"]),
+        ({"variant": "../x"}, ["--variant", "letters"]),
         ({"revision": ""}, ["--revision", "not empty"]),
         ({"download_dir": ""}, ["--download-dir", "not empty"]),
         ({"hf_token": 5}, ["--hf-token", "a string", "got int"]),

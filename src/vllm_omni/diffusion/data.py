@@ -240,6 +240,8 @@ class OmniDiffusionConfig:
     default_sampling_params: Mapping[str, Any] = field(default_factory=dict)
     max_worker_restarts: int = 3
     """Restarts allowed within ten minutes before the engine gives up."""
+    variant: str | None = None
+    """Set of weight files that is read, such as `fp16`; None: the files without one."""
     revision: str | None = None
     """Branch, tag or commit of a hub model; None: main."""
     download_dir: str | None = None
@@ -261,6 +263,8 @@ class OmniDiffusionConfig:
             raise ConfigError("model must be a folder, a hub name or 'demo', got an empty string")
         for name in ("revision", "download_dir"):
             _require(getattr(self, name) != "", flag_of(name), "", "a string that is not empty")
+        good = self.variant is None or re.fullmatch(r"[A-Za-z0-9_-]+", self.variant) is not None
+        _require(good, "--variant", self.variant, "a name of letters, digits, - and _, such as fp16")
         if isinstance(self.hf_token, str) and not re.fullmatch(r"[!-~]+", self.hf_token):
             raise ConfigError("--hf-token takes a token of ASCII characters without spaces, got something else")
         for name, least in (

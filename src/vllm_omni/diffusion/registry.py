@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import import_module
@@ -19,7 +18,9 @@ from vllm_omni.diffusion.data import (
     flag_of,
 )
 from vllm_omni.diffusion.hub import DEFAULT_ACCESS, HubAccess, download
+from vllm_omni.diffusion.weight_files import read_object
 from vllm_omni.errors import ConfigError, NotAvailableError
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.inputs.images import InputImage, ReaderSizes
 from vllm_omni.inputs.kinds import MisfitError
 from vllm_omni.inputs.loras import adapter_file
@@ -320,14 +321,19 @@ def family_of(path: Path) -> str:
 
     Raises ConfigError where model_index.json names no pipeline class.
     """
-    try:
-        class_name = json.loads((path / "model_index.json").read_text())["_class_name"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"model {str(path)!r}: model_index.json names no _class_name ({error})") from error
+    class_name = read_object(path / "model_index.json").get("_class_name")
+    if class_name is None:
+        raise ConfigError(f"model {str(path)!r}: model_index.json names no _class_name")
     return FAMILIES.get(class_name, FALLBACK_FAMILY) if isinstance(class_name, str) else FALLBACK_FAMILY
 
 
 def read_default_sampling_params(path: Path) -> dict[str, Any]:
-    """The model folder's own sampling defaults, {} where it has none."""
+    """Sampling defaults of the model folder, {} where it has none. Raises ConfigError for unknown keys."""
     file = path / DEFAULTS_FILE
-    return dict(json.loads(file.read_text())) if file.is_file() else {}
+    if not file.exists():
+        return {}
+    values = read_object(file)
+    accepted = {f.name for f in fields(OmniDiffusionSamplingParams) if f.default is None} | {"negative_prompt"}
+    if unknown := sorted(set(values) - accepted):
+        raise ConfigError(f"{DEFAULTS_FILE} has unknown keys {unknown}, accepted are {', '.join(sorted(accepted))}")
+    return values

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from vllm_omni.diffusion.models.loading import load_weights, safetensors_files
+from vllm_omni.diffusion.models.loading import load_weights
+from vllm_omni.diffusion.weight_files import safetensors_files
 from vllm_omni.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -41,7 +42,7 @@ def test_parts_are_put_together_from_shards(tmp_path: Path) -> None:
     for file, names in shards.items():
         save_file({name: weights[name] for name in names}, tmp_path / file)
     weight_map = {name: file for file, names in shards.items() for name in names}
-    (tmp_path / "x.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     counted: list[int] = []
 
     module = build()
@@ -77,7 +78,7 @@ def test_only_safetensors_are_read(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"pickle")
     with pytest.raises(ConfigError, match=r"no \.safetensors file"):
         safetensors_files(tmp_path)
-    (tmp_path / "x.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
     with pytest.raises(ConfigError, match=r"lacks gone\.safetensors"):
         safetensors_files(tmp_path)
 

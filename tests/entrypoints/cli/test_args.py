@@ -100,6 +100,7 @@ FROZEN_FLAGS = [
     "--vae-patch-parallel-size",
     "--vae-use-slicing",
     "--vae-use-tiling",
+    "--variant",
     "-dp",
     "-h",
     "-q",

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm_omni.diffusion.weight_files import read_object
 from vllm_omni.errors import ConfigError
 
 
 def read_config(path: Path, component: str, name: str = "config.json") -> dict[str, Any]:
     """The config of a component of the model in `path`. Raises ConfigError where it cannot be read."""
-    file = path / component / name
-    try:
-        return dict(json.loads(file.read_text()))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {file}: {error}") from error
+    return read_object(path / component / name)
 
 
 def refuse_variants(transformer: Mapping[str, Any], only: Mapping[str, Any]) -> None:

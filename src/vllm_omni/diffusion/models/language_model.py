@@ -31,18 +31,19 @@ def load_language_model(
     on_bytes: OnBytes,
     unread: tuple[str, ...] = (),
     load_format: LoadFormat = "auto",
+    variant: str | None = None,
 ) -> Any:
     """`build` makes transformers' model, of layers as Qwen2's; it is filled with this rank's share of the weights.
 
-    unread, load_format: see `load_weights`. Raises ConfigError for a checkpoint that does not fit.
+    unread, load_format, variant: see `load_weights`. Raises ConfigError for a checkpoint that does not fit.
     """
     with torch.device("meta"):
         model = build()
         _share(model, group)
     # Checkpoints have been written with several names for the same module; other parts of them are not read.
-    names = weight_names(folder) if load_format == "auto" else ()
+    names = weight_names(folder, variant) if load_format == "auto" else ()
     prefix = next((name.removesuffix(EMBEDDING) for name in names if name.endswith(EMBEDDING)), "")
-    load_weights(model, folder, {}, device, dtype, on_bytes, prefix, unread, load_format=load_format)
+    load_weights(model, folder, {}, device, dtype, on_bytes, prefix, unread, load_format=load_format, variant=variant)
     # Its frequencies are no weights, and stay in float32 whatever the model's dtype.
     model.rotary_emb = type(model.rotary_emb)(model.config).to(device)
     return model

@@ -3,7 +3,6 @@ a module that ranks share each reads its part alone. Or random weights in their 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,35 +17,22 @@ from vllm_omni.diffusion.layers.fp8 import Fp8ColumnLinear, keep_in_float8
 from vllm_omni.diffusion.layers.linear import Sharded
 from vllm_omni.diffusion.layers.rounding import quantize
 from vllm_omni.diffusion.models.dummy import dummy_weight
+from vllm_omni.diffusion.weight_files import check_file, component_variant, safetensors_files
 from vllm_omni.errors import ConfigError
 
 OnBytes = Callable[[int], object]
 """Told how many bytes of weights were read since the last call."""
 
 
-def safetensors_files(folder: Path) -> list[Path]:
-    """The files of a component, sharded or not. Raises ConfigError where there are none."""
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    if indices:
-        names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
-        files = [folder / name for name in names]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise ConfigError(f"{folder} lacks {', '.join(missing)}")
-    if not files:
-        raise ConfigError(f"{folder} has no .safetensors file (other weight formats are not read)")
-    return files
+def num_bytes(folder: Path, variant: str | None = None) -> int:
+    """Bytes of a component's weight files."""
+    return sum(file.stat().st_size for file in safetensors_files(folder, variant))
 
 
-def num_bytes(folder: Path) -> int:
-    """Of a component's weights."""
-    return sum(file.stat().st_size for file in safetensors_files(folder))
-
-
-def weight_names(folder: Path) -> Iterator[str]:
-    """The names in a component's files, read from their headers."""
-    for file in safetensors_files(folder):
+def weight_names(folder: Path, variant: str | None = None) -> Iterator[str]:
+    """Names in a component's files, read from their headers."""
+    for file in safetensors_files(folder, variant):
+        check_file(file)
         with safe_open(file, framework="pt") as weights:
             yield from weights.keys()
 
@@ -94,13 +80,15 @@ def load_weights(
     unread: tuple[str, ...] = (),
     float8: tuple[str, ...] = (),
     load_format: LoadFormat = "auto",
+    variant: str | None = None,
 ) -> None:
     """Move `module`, built on the meta device, to `device` and fill it from the checkpoint in `folder`.
 
     Modules that are `Sharded` read their rank's share alone. names: see `checkpoint_slots`. prefix: what the names of
     the module's weights begin with in the checkpoint; weights of other names are not read. unread: nor are those whose
     name goes on with one of these. float8: the last names of the layers whose weights are kept in float8, rounded as
-    they are read. With the format `dummy` no file is read. Raises ConfigError when the checkpoint lacks a weight, has
+    they are read. With the format `dummy` no file is read. variant: see `choose_names`.
+    Raises ConfigError when the checkpoint lacks a weight, has
     one too many, or one of another shape, and when `device` does not compute the float8 layers.
     """
     nn.Module.to(module, dtype)  # diffusers' own `to` warns of every dtype
@@ -111,15 +99,22 @@ def load_weights(
         for name, slot in slots.items():
             on_bytes(slot.fill(dummy_weight(name, slot.whole_shape, dtype, device)))
     else:
-        _read_weights({prefix + name: slot for name, slot in slots.items()}, folder, on_bytes, prefix, unread, device)
+        files = safetensors_files(folder, variant)
+        _read_weights({prefix + name: slot for name, slot in slots.items()}, files, on_bytes, prefix, unread, device)
     module.requires_grad_(False).eval()
 
 
 def _read_weights(
-    slots: dict[str, Slot], folder: Path, on_bytes: OnBytes, prefix: str, unread: tuple[str, ...], device: torch.device
+    slots: dict[str, Slot],
+    files: Sequence[Path],
+    on_bytes: OnBytes,
+    prefix: str,
+    unread: tuple[str, ...],
+    device: torch.device,
 ) -> None:
     """Fill and empty `slots`."""
-    for file in safetensors_files(folder):
+    for file in files:
+        check_file(file)
         with safe_open(file, framework="pt", device=str(device)) as weights:
             for name in weights.keys():  # noqa: SIM118 - not a mapping
                 if not name.startswith(prefix) or name.removeprefix(prefix).startswith(unread):
@@ -131,11 +126,19 @@ def _read_weights(
                     raise ConfigError(f"{file}: {name} has shape {shape}, expected {slot.whole_shape}")
                 on_bytes(slot.fill(stored))
     if slots:
-        raise ConfigError(f"{folder} lacks {len(slots)} weights of the model, among them {', '.join(list(slots)[:3])}")
+        raise ConfigError(
+            f"{files[0].parent} lacks {len(slots)} weights of the model, among them {', '.join(list(slots)[:3])}"
+        )
 
 
 def load_autoencoder(
-    cls: Any, folder: Path, device: torch.device, dtype: torch.dtype, on_bytes: OnBytes, load_format: LoadFormat
+    cls: Any,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_bytes: OnBytes,
+    load_format: LoadFormat,
+    variant: str | None = None,
 ) -> Any:
     """diffusers' autoencoder of the class `cls`; what of it is not needed can go before it is moved to `device`."""
     if load_format == "dummy":
@@ -143,8 +146,12 @@ def load_autoencoder(
             vae = cls.from_config(cls.load_config(folder))
         load_weights(vae, folder, {}, device, dtype, on_bytes, load_format=load_format)
         return vae
-    vae = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-    on_bytes(num_bytes(folder))
+    # diffusers refuses a variant that the component lacks.
+    chosen = component_variant(folder, variant)
+    for file in safetensors_files(folder, variant):
+        check_file(file)
+    vae = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, variant=chosen)
+    on_bytes(num_bytes(folder, variant))
     return vae.requires_grad_(False).eval()
 
 

@@ -299,6 +299,7 @@ def _add_scheduling_flags(group: Any) -> None:
 def _add_loading_flags(group: Any) -> None:
     engine = _Flags(group, OmniDiffusionConfig)
     engine.add("revision", "branch, tag or commit of a hub model; none: main", type=values.nonempty)
+    engine.add("variant", "set of weight files to load, such as fp16; none: those without one", type=values.nonempty)
     engine.add("download_dir", "folder for downloads; none: the hub's cache (HF_HOME)", type=values.nonempty)
     engine.add(
         "hf_token",

@@ -184,7 +184,12 @@ class Pipeline(BasePipeline[WholeState]):
         try:
             with without_progress_bars():
                 pipeline = DiffusionPipeline.from_pretrained(
-                    info.path, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
+                    info.path,
+                    dtype=dtype,
+                    variant=config.variant,
+                    use_safetensors=True,
+                    local_files_only=True,
+                    trust_remote_code=False,
                 )
         except (OSError, ValueError) as error:
             raise ConfigError(f"{info.path}: diffusers cannot load the {info.whole.class_name}: {error}") from error

@@ -129,8 +129,10 @@ class Pipeline(FlowPipeline[QwenImageState, Forward]):
         mesh: Mesh,
     ) -> Pipeline:
         path = info.path
-        encode_text = _load_text_encoder(info, device, dtype, on_bytes, mesh, config.load_format)
-        vae = load_autoencoder(AutoencoderKLQwenImage, path / "vae", device, dtype, on_bytes, config.load_format)
+        encode_text = _load_text_encoder(info, device, dtype, on_bytes, mesh, config.load_format, config.variant)
+        vae = load_autoencoder(
+            AutoencoderKLQwenImage, path / "vae", device, dtype, on_bytes, config.load_format, config.variant
+        )
         if info.image_input is None:
             vae.encoder = torch.nn.Identity()  # frees its weights
         vae.to(device)
@@ -148,6 +150,7 @@ class Pipeline(FlowPipeline[QwenImageState, Forward]):
             on_bytes,
             float8=FLOAT8_LAYERS if config.quantization == "fp8" else (),
             load_format=config.load_format,
+            variant=config.variant,
         )
         return cls(
             transformer=transformer,
@@ -285,10 +288,13 @@ def _load_text_encoder(
     on_bytes: Callable[[int], object],
     mesh: Mesh,
     load_format: LoadFormat,
+    variant: str | None,
 ) -> Callable[[Instruction], Tensor]:
     if info.image_input is None:
-        text_encoder = TextEncoder(info.path, device, dtype, mesh.text_encoder, on_bytes, load_format)
+        text_encoder = TextEncoder(info.path, device, dtype, mesh.text_encoder, on_bytes, load_format, variant)
         return lambda instruction: text_encoder(instruction.prompt)
     assert isinstance(info.image_input, EditInput)
-    edit_encoder = EditEncoder(info.path, info.image_input, device, dtype, mesh.text_encoder, on_bytes, load_format)
+    edit_encoder = EditEncoder(
+        info.path, info.image_input, device, dtype, mesh.text_encoder, on_bytes, load_format, variant
+    )
     return lambda instruction: edit_encoder(*instruction)

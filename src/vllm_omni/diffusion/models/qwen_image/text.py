@@ -35,6 +35,7 @@ class TextEncoder:
         group: Group,
         on_bytes: OnBytes = lambda count: None,
         load_format: LoadFormat = "auto",
+        variant: str | None = None,
     ) -> None:
         """Reads this rank's share of the weights in `path`, a model folder; `on_bytes` is told how much that is.
 
@@ -42,7 +43,7 @@ class TextEncoder:
         """
         self._device = device
         self._tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer")
-        self._model = load_text_model(path / "text_encoder", device, dtype, group, on_bytes, load_format)
+        self._model = load_text_model(path / "text_encoder", device, dtype, group, on_bytes, load_format, variant)
 
     def __call__(self, prompt: str) -> Tensor:
         """-> [tokens, hidden size]: the last hidden states without the template's beginning.
@@ -60,9 +61,15 @@ class TextEncoder:
 
 
 def load_text_model(
-    folder: Path, device: torch.device, dtype: torch.dtype, group: Group, on_bytes: OnBytes, load_format: LoadFormat
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    group: Group,
+    on_bytes: OnBytes,
+    load_format: LoadFormat,
+    variant: str | None = None,
 ) -> Qwen2_5_VLTextModel:
     """This rank's share of the language model in `folder`, a text encoder's."""
     config = Qwen2_5_VLConfig.from_pretrained(folder).text_config
     build = partial(Qwen2_5_VLTextModel, config)
-    return load_language_model(build, folder, device, dtype, group, on_bytes, load_format=load_format)
+    return load_language_model(build, folder, device, dtype, group, on_bytes, load_format=load_format, variant=variant)

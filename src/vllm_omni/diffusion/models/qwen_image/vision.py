@@ -41,6 +41,7 @@ class EditEncoder:
         group: Group,
         on_bytes: OnBytes = lambda count: None,
         load_format: LoadFormat = "auto",
+        variant: str | None = None,
     ) -> None:
         """As `text.TextEncoder`. edit: how the model in `path` takes pictures."""
         self._edit = edit
@@ -48,8 +49,8 @@ class EditEncoder:
         self._dtype = dtype
         self._tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer")
         self._image_token = self._tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        self._model = load_text_model(path / "text_encoder", device, dtype, group, on_bytes, load_format)
-        self._tower = _load_vision_tower(path / "text_encoder", device, dtype, on_bytes, load_format)
+        self._model = load_text_model(path / "text_encoder", device, dtype, group, on_bytes, load_format, variant)
+        self._tower = _load_vision_tower(path / "text_encoder", device, dtype, on_bytes, load_format, variant)
         self._features: PromptCache[InputImage] = PromptCache(self._see, VISION_CACHE_BYTES, lambda image: image.digest)
 
     def __call__(self, prompt: str, images: Sequence[InputImage]) -> Tensor:
@@ -113,15 +114,20 @@ def vision_positions(is_image: Tensor, grids: Sequence[tuple[int, int]]) -> Tens
 
 
 def _load_vision_tower(
-    folder: Path, device: torch.device, dtype: torch.dtype, on_bytes: OnBytes, load_format: LoadFormat
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_bytes: OnBytes,
+    load_format: LoadFormat,
+    variant: str | None = None,
 ) -> Qwen2_5_VisionTransformerPretrainedModel:
     config = Qwen2_5_VLConfig.from_pretrained(folder).vision_config
     with torch.device("meta"):
         tower = Qwen2_5_VisionTransformerPretrainedModel(config)
     # Checkpoints have been written with two names for the same module.
-    names = weight_names(folder) if load_format == "auto" else ()
+    names = weight_names(folder, variant) if load_format == "auto" else ()
     prefix = "model.visual." if any(name.startswith("model.visual.") for name in names) else "visual."
-    load_weights(tower, folder, {}, device, dtype, on_bytes, prefix, load_format=load_format)
+    load_weights(tower, folder, {}, device, dtype, on_bytes, prefix, load_format=load_format, variant=variant)
     # Its frequencies are no weights, and stay in float32 whatever the model's dtype.
     tower.rotary_pos_emb = type(tower.rotary_pos_emb)(config).to(device)
     return tower

@@ -124,8 +124,8 @@ class Pipeline(FlowPipeline[ZImageState, Forward]):
         mesh: Mesh,
     ) -> Pipeline:
         path = info.path
-        text_encoder = TextEncoder(path, device, dtype, mesh.text_encoder, on_bytes, config.load_format)
-        vae = load_autoencoder(AutoencoderKL, path / "vae", device, dtype, on_bytes, config.load_format)
+        text_encoder = TextEncoder(path, device, dtype, mesh.text_encoder, on_bytes, config.load_format, config.variant)
+        vae = load_autoencoder(AutoencoderKL, path / "vae", device, dtype, on_bytes, config.load_format, config.variant)
         kernels = create_kernels(config.kernels)
         with torch.device("meta"):
             values = TransformerConfig.from_dict(read_config(path, "transformer"))
@@ -139,6 +139,7 @@ class Pipeline(FlowPipeline[ZImageState, Forward]):
             on_bytes,
             float8=FLOAT8_LAYERS if config.quantization == "fp8" else (),
             load_format=config.load_format,
+            variant=config.variant,
         )
         return cls(
             transformer=transformer,

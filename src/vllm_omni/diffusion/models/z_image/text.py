@@ -28,6 +28,7 @@ class TextEncoder:
         group: Group,
         on_bytes: OnBytes = lambda count: None,
         load_format: LoadFormat = "auto",
+        variant: str | None = None,
     ) -> None:
         """Reads this rank's share of the weights in `path`, a model folder; `on_bytes` is told how much that is.
 
@@ -44,7 +45,7 @@ class TextEncoder:
 
         unread = (f"layers.{config.num_hidden_layers - 1}.", "norm.", "lm_head.")
         self._model = load_language_model(
-            build, path / "text_encoder", device, dtype, group, on_bytes, unread, load_format
+            build, path / "text_encoder", device, dtype, group, on_bytes, unread, load_format, variant
         )
 
     def __call__(self, prompt: str) -> Tensor:
