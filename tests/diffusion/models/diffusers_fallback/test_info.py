@@ -123,6 +123,7 @@ def test_without_t5_the_limit_is_clips(copy_of: Callable[..., Path]) -> None:
         ("SanaVideoPipeline", "it takes frames"),
         ("LongCatImagePipeline", "callback_on_step_end or callback"),
         ("FluxFillPipeline", "it takes mask_image"),
+        ("QwenImageLayeredPipeline", "it makes several layers a picture"),
         ("FluxControlPipeline", "it takes control_image"),
         ("KandinskyV22Img2ImgPipeline", "has no prompt"),
         ("LTX2Pipeline", "has no default num_frames"),

@@ -70,6 +70,8 @@ class CallSignature:
         if missing or step_callback is None:
             lacking = ", ".join(missing) or f"{' or '.join(STEP_CALLBACKS)}, by which it could be stopped"
             raise ConfigError(f"{pipeline.__name__} is not available: it has no {lacking}")
+        if "layers" in parameters:
+            raise ConfigError(f"{pipeline.__name__} is not available yet: it makes several layers a picture")
         if unserved := [name for name, parameter in parameters.items() if _is_unserved(name, parameter)]:
             raise ConfigError(f"{pipeline.__name__} is not available yet: it takes {', '.join(unserved)}")
         fps_name = next((name for name in FPS_NAMES if name in parameters), "fps")
