@@ -121,7 +121,6 @@ def test_without_t5_the_limit_is_clips(copy_of: Callable[..., Path]) -> None:
         ("DiffusionPipeline", "has no prompt"),
         ("WanAnimatePipeline", "it takes pose_video"),
         ("SanaVideoPipeline", "it takes frames"),
-        ("LongCatImagePipeline", "callback_on_step_end or callback"),
         ("FluxFillPipeline", "it takes mask_image"),
         ("QwenImageLayeredPipeline", "it makes several layers a picture"),
         ("FluxControlPipeline", "it takes control_image"),
