@@ -97,7 +97,7 @@ class WholePipeline:
     parameters: tuple[str, ...]
     """The sampling parameters that its `__call__` has."""
     step_callback: str
-    """Its parameter that takes a function to be called after a step."""
+    """Its parameter that takes a function to be called after a step; empty: its progress bar tells its steps."""
     max_running: int
     """Most requests that may be begun and not done."""
     takes_lora: bool = False

@@ -156,7 +156,7 @@ class ModelRunner:
             if is_out_of_memory(error):
                 raise
             reason = f"{type(error).__name__}: {error}"
-            raise ConfigError(f"the {whole.class_name} fails on a first small request: {reason}") from error
+            raise ConfigError(f"the {whole.class_name} fails on a default request: {reason}") from error
 
     def _compiles(self, cls: type[BasePipeline[Any]]) -> bool:
         """Whether blocks run compiled."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,8 @@ from vllm_omni.diffusion.request import DiffusionRequest, RequestCost
 from vllm_omni.diffusion.worker.device import Device, is_out_of_memory
 from vllm_omni.diffusion.worker.ranks import PeerFailedError, Ranks
 from vllm_omni.inputs.images import InputImage
+
+logger = logging.getLogger(__name__)
 
 BUDGET_SECONDS, DEVICE_BUDGET_SECONDS = 0.8, 4.0
 """Larger batches are tried while all tries together are expected to take less; of a device beside the host, whose best
@@ -138,14 +141,30 @@ def warm_up(
 
 
 def warm_up_whole(pipeline: BasePipeline[Any], info: ModelInfo, device: Device, model_bytes: int) -> Rates:
-    """The same where a step takes one request: make small pictures from beginning to end, and time their parts."""
+    """Measure a whole pipeline: make small pictures with the default guidance, or else one of the model's own size.
+
+    Some pipelines accept only sizes near their own, or round others: a failure at a small size says nothing about them.
+    """
     timer = Timer(device, Ranks())
-    if model_bytes <= SMALL_MODEL_BYTES:
-        choose_num_threads(device, timer, lambda: _run_whole(pipeline, _request(info, "warm-up", WHOLE_PROMPT), timer))
-    requests = [_request(info, "warm-up", WHOLE_PROMPT, tokens) for tokens in WHOLE_PICTURE_TOKENS]
+    small = [_whole_request(info, tokens) for tokens in WHOLE_PICTURE_TOKENS]
+    try:
+        if model_bytes <= SMALL_MODEL_BYTES:
+            choose_num_threads(device, timer, lambda: _run_whole(pipeline, small[0], timer))
+        return _whole_rates(pipeline, info, timer, small)
+    except Exception as error:  # diffusers' code on somebody's model: anything
+        if is_out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {error}"
+        logger.info("a small trial request fails (%s); trying one of the model's own size", reason)
+    return _whole_rates(pipeline, info, timer, [_whole_request(info, None)] * 2)
+
+
+def _whole_rates(
+    pipeline: BasePipeline[Any], info: ModelInfo, timer: Timer, requests: Sequence[DiffusionRequest]
+) -> Rates:
+    """Rates from complete runs of the requests; the time of the first is not counted."""
     runs = [_run_whole(pipeline, request, timer) for request in requests]
-    units = [info.sequence_cost(r.num_image_tokens + r.num_prompt_tokens) for r in requests]
-    samples = [Sample(r.num_image_tokens, u, run[1]) for r, u, run in zip(requests, units, runs)]
+    samples = [Sample(r.num_image_tokens, _whole_units(info, r), run[1]) for r, run in zip(requests, runs)]
     seconds_per_unit, overhead = fit_line(samples[1:])
     encode, _, decode = runs[-1]
     return Rates(
@@ -157,16 +176,27 @@ def warm_up_whole(pipeline: BasePipeline[Any], info: ModelInfo, device: Device, 
     )
 
 
+def _whole_units(info: ModelInfo, request: DiffusionRequest) -> float:
+    """Units of one step: a second sequence, without text, where the default request uses guidance."""
+    units = info.sequence_cost(request.num_image_tokens + request.num_prompt_tokens)
+    guides = request.true_cfg_scale > 1 and (
+        request.negative_prompt is not None or not info.guidance.needs_negative_prompt
+    )
+    return units + (info.sequence_cost(request.num_image_tokens) if guides else 0)
+
+
 def _run_whole(pipeline: BasePipeline[Any], request: DiffusionRequest, timer: Timer) -> tuple[float, float, float]:
     """Seconds of the encoding, of the fastest step and of the decode of `request`."""
     states: list[RequestState] = []
     encode = timer.least([lambda: states.append(pipeline.encode(request))])
     (state,) = states
-    step = min(
-        timer.least([lambda: pipeline.advance(state, state.latents)]) for _ in range(request.num_inference_steps)
-    )
-    decode = timer.least([lambda: pipeline.decode([request], [state.latents])])
-    pipeline.forget(state)
+    try:
+        step = min(
+            timer.least([lambda: pipeline.advance(state, state.latents)]) for _ in range(request.num_inference_steps)
+        )
+        decode = timer.least([lambda: pipeline.decode([request], [state.latents])])
+    finally:
+        pipeline.forget(state)
     return encode, step, decode
 
 
@@ -293,4 +323,31 @@ def _request(info: ModelInfo, request_id: str, prompt: str, most_tokens: int = M
         images=() if info.image_input is None or not info.image_input.min_images else (InputImage.of(black, black),),
         strength=1.0 if "strength" in info.parameters else None,  # all steps, so that they can be timed
         num_frames=num_frames,
+    )
+
+
+def _whole_request(info: ModelInfo, most_tokens: int | None) -> DiffusionRequest:
+    """A default request of two steps: small (at most `most_tokens`), or (None) of the model's own size and frames.
+
+    Guidance and the negative prompt are the model's own, because that is what most requests will use.
+    """
+    defaults = info.default_sampling_params
+    scale = defaults.get(info.guidance.parameter)
+    request = replace(
+        _request(info, "warm-up", WHOLE_PROMPT, most_tokens or MAX_PICTURE_TOKENS),
+        negative_prompt=defaults.get("negative_prompt"),
+        guidance_scale=defaults.get("guidance_scale"),
+        true_cfg_scale=1.0 if scale is None else scale + info.guidance.offset,
+    )
+    if most_tokens is not None:
+        return request
+    height, width, num_frames = defaults["height"], defaults["width"], defaults.get("num_frames", 1)
+    black = np.zeros((height, width, 3), np.uint8)
+    return replace(
+        request,
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        num_image_tokens=info.num_image_tokens(height, width, num_frames),
+        images=(InputImage.of(black, black),) if request.images else (),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -120,8 +121,8 @@ def test_without_t5_the_limit_is_clips(copy_of: Callable[..., Path]) -> None:
         ("DiffusionPipeline", "has no prompt"),
         ("WanAnimatePipeline", "it takes pose_video"),
         ("SanaVideoPipeline", "it takes frames"),
-        ("LongCatImagePipeline", "callback_on_step_end or callback"),
         ("FluxFillPipeline", "it takes mask_image"),
+        ("QwenImageLayeredPipeline", "it makes several layers a picture"),
         ("FluxControlPipeline", "it takes control_image"),
         ("KandinskyV22Img2ImgPipeline", "has no prompt"),
         ("LTX2Pipeline", "has no default num_frames"),
@@ -240,6 +241,7 @@ def test_frames_a_second_are_a_whole_number(copy_of: Callable[..., Path]) -> Non
             8,
         ),  # LTX
         ({"block_out_channels": [128, 256, 256, 512], "temporal_compression_ratio": 4}, 49, 8, 4),  # CogVideoX
+        ({"encoder_block_out_channels": [64, 128, 256, 384], "temporal_expansions": [1, 2, 3]}, 19, 8, 6),  # Mochi
         ({"block_out_channels": [128, 256, 512, 512], "temporal_compression_ratio": 4}, 88, 8, 1),  # Allegro
     ],
 )
@@ -265,10 +267,34 @@ def test_a_pipeline_that_fails_on_a_trial_ends_the_start(
     model_of: ModelOf, monkeypatch: pytest.MonkeyPatch, made: Any, words: str
 ) -> None:
     config = OmniDiffusionConfig(model=str(model_of("FluxKontextPipeline")))
-    picture = made if isinstance(made, Exception) else Picture(torch.from_numpy(made), torch.tensor(True))
-    monkeypatch.setattr(PipelineCall, "picture", Mock(side_effect=[picture]))
-    with pytest.raises(ConfigError, match=f"FluxKontextPipeline fails on a first small request: {words}"):
+    failing = {"side_effect": made}
+    if not isinstance(made, Exception):
+        failing = {"return_value": Picture(torch.from_numpy(made), torch.tensor(True))}
+    monkeypatch.setattr(PipelineCall, "picture", Mock(**failing))
+    with pytest.raises(ConfigError, match=f"FluxKontextPipeline fails on a default request: {words}"):
         ModelRunner(config, load_model_info(config.model)).start()
+
+
+def test_a_trial_that_fails_when_small_is_made_at_the_models_own_size(
+    model_of: ModelOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of pipelines that bin sizes. The default guidance is on: a model that cannot do it must not become ready."""
+    folder = model_of("StableDiffusion3Pipeline")
+    info = load_model_info(str(folder))
+    info = replace(info, default_sampling_params={**info.default_sampling_params, "height": 192, "width": 256})
+    real, asked = PipelineCall.picture, []
+
+    def picture(call: PipelineCall) -> Picture:
+        request = call._request
+        asked.append((request.height, request.width, request.guidance_scale))
+        if (request.height, request.width) != (192, 256):
+            raise ValueError("makes other sizes alone")
+        return real(call)
+
+    monkeypatch.setattr(PipelineCall, "picture", picture)
+    ready = ModelRunner(OmniDiffusionConfig(model=str(folder)), info).start()
+    assert asked == [(128, 128, 7.0), (192, 256, 7.0), (192, 256, 7.0)]
+    assert ready.seconds_per_unit > 0
 
 
 def test_tiling_is_switched_on(model_of: ModelOf) -> None:

@@ -6,6 +6,7 @@ import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -275,6 +276,41 @@ def test_older_callbacks_and_other_numbers_of_steps(num_own_steps: int, has_bar:
     assert counts == steps_after
     assert call.picture().pixels.shape == (48, 64, 3)
     assert pipeline.seen == ["text", *["step"] * num_own_steps, "picture"]
+
+
+class CallbackFreePipeline:
+    """Tells its steps by its progress bar alone: by its updates, or as it iterates."""
+
+    def __init__(self, iterates: bool) -> None:
+        self.components: dict[str, Any] = {}
+        self._iterates = iterates
+        self.num_made = 0
+
+    def __call__(self, **arguments: Any) -> SimpleNamespace:
+        assert "" not in arguments
+        if self._iterates:
+            for _ in self.progress_bar(range(4)):  # type: ignore[attr-defined]
+                self.num_made += 1
+        else:
+            with self.progress_bar(total=4) as bar:  # type: ignore[attr-defined]
+                for _ in range(4):
+                    self.num_made += 1
+                    bar.update()
+        return SimpleNamespace(images=[Image.new("RGB", (64, 48), "red")])
+
+
+@pytest.mark.parametrize("iterates", [False, True])
+def test_without_a_callback_the_progress_bar_tells_the_steps(iterates: bool) -> None:
+    pipeline = CallbackFreePipeline(iterates)
+    call = PipelineCall(pipeline, replace(OLDER, step_callback=""), request_of("a"), CPU)
+    call.encode()
+    made = [call._pipeline.num_made]
+    for step in (1, 2):
+        call.advance(step)
+        made.append(call._pipeline.num_made)
+    assert made == [0, 1, 2]
+    call.cancel()
+    assert (call.is_alive, call._pipeline.num_made) == (False, 2)
 
 
 def test_a_call_runs_with_its_own_device_made_current(monkeypatch: pytest.MonkeyPatch) -> None:

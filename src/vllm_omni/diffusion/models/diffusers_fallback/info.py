@@ -153,6 +153,8 @@ def latent_frames(vae: Mapping[str, Any], num_frames: int) -> int:
     for key in ("spatio_temporal_scaling", "temperal_downsample"):
         if key in vae and multiple == 1:
             multiple = (vae.get("patch_size_t") or 1) * 2 ** sum(map(bool, vae[key]))
+    if multiple == 1:
+        multiple = math.prod(vae.get("temporal_expansions") or (1,))
     return multiple if (num_frames - 1) % multiple == 0 else 1
 
 

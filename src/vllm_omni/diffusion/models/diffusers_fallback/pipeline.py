@@ -25,7 +25,7 @@ from vllm_omni.diffusion.models.compiled import CompiledBlocks
 from vllm_omni.diffusion.models.diffusers_fallback.checks import FiniteCheck, is_blocked
 from vllm_omni.diffusion.models.diffusers_fallback.components import component_classes
 from vllm_omni.diffusion.models.diffusers_fallback.lora import Adapters
-from vllm_omni.diffusion.models.diffusers_fallback.progress_bars import without_progress_bars
+from vllm_omni.diffusion.models.diffusers_fallback.progress_bars import StepBar, without_progress_bars
 from vllm_omni.diffusion.models.diffusers_fallback.run import SteppedRun
 from vllm_omni.diffusion.models.finite import keep_infinite_pixels_visible
 from vllm_omni.diffusion.models.schedule import check_schedule, with_one_step_schedules
@@ -50,7 +50,9 @@ class PipelineCall:
         self._check = FiniteCheck(self._pipeline)
         self._request = request
         self._arguments = arguments_of(request, whole)
-        self._arguments[whole.step_callback] = self._end_step
+        self._has_callback = bool(whole.step_callback)
+        if self._has_callback:
+            self._arguments[whole.step_callback] = self._end_step
         if whole.step_callback == "callback":
             self._arguments["callback_steps"] = 1
         self._makes_videos = whole.makes_videos
@@ -120,6 +122,8 @@ class PipelineCall:
                     f"strength {self._strength} of {self._num_planned} steps leaves no step", param="strength"
                 )
             self._pause()
+        if not self._has_callback:
+            return StepBar(iterable, total, self._count_step)
         return tqdm(iterable, total=total, disable=True)
 
     def _end_step(self, *told: Any) -> dict[str, Any]:
@@ -128,9 +132,12 @@ class PipelineCall:
         told: its last argument is the latents, or a mapping that holds them.
         """
         self._check.see_latents(told[-1].get("latents") if isinstance(told[-1], dict) else told[-1])
+        self._count_step()
+        return {}
+
+    def _count_step(self) -> None:
         self._num_done += 1
         self._pause()
-        return {}
 
 
 def arguments_of(request: DiffusionRequest, whole: WholePipeline) -> dict[str, Any]:

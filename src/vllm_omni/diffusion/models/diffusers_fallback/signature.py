@@ -49,7 +49,7 @@ class CallSignature:
     defaults: Mapping[str, Any]
     """Of those `SAMPLING_PARAMETERS` that it has."""
     step_callback: str
-    """One of `STEP_CALLBACKS`."""
+    """One of `STEP_CALLBACKS`; empty: it has none, and its progress bar tells its steps."""
     takes_image: bool
     takes_size: bool
     """False: what it makes is as large as its `image`."""
@@ -66,10 +66,11 @@ class CallSignature:
         takes_image, takes_size = "image" in parameters, all(name in parameters for name in SIZES)
         needed = REQUIRED if takes_image else (*REQUIRED, *SIZES)
         missing = [name for name in needed if name not in parameters]
-        step_callback = next((name for name in STEP_CALLBACKS if name in parameters), None)
-        if missing or step_callback is None:
-            lacking = ", ".join(missing) or f"{' or '.join(STEP_CALLBACKS)}, by which it could be stopped"
-            raise ConfigError(f"{pipeline.__name__} is not available: it has no {lacking}")
+        step_callback = next((name for name in STEP_CALLBACKS if name in parameters), "")
+        if missing:
+            raise ConfigError(f"{pipeline.__name__} is not available: it has no {', '.join(missing)}")
+        if "layers" in parameters:
+            raise ConfigError(f"{pipeline.__name__} is not available yet: it makes several layers a picture")
         if unserved := [name for name, parameter in parameters.items() if _is_unserved(name, parameter)]:
             raise ConfigError(f"{pipeline.__name__} is not available yet: it takes {', '.join(unserved)}")
         fps_name = next((name for name in FPS_NAMES if name in parameters), "fps")
