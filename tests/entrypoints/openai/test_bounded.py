@@ -297,7 +297,6 @@ def test_chunks_in_any_pieces_and_trailers_that_the_app_does_not_see(routes: Rou
     for end in range(len(CHUNKED), len(request)):
         with raw_client(server) as client:
             client.send(request[:end])
-            server.wait_until(lambda: routes.num_running == 1)
             client.send(request[end:] + GET + b"upgrade: websocket\r\n\r\n")
             assert client.answer().body == b'{"query":"","body":"\\r\\n\\r\\n\\r","http":"1.1"}'
             assert refused(client).status == 400, "the end of the body is found, and the next head is checked"
