@@ -23,7 +23,7 @@ from vllm_omni.inputs.images import prepared
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    # Those of PyTorch's compiler, which may be the first to compile in this process.
+    # PyTorch's compiler warns at its first use in a process, which may be here.
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"),
 ]
 LONG_CYCLES = 2_000_000_000

@@ -16,7 +16,7 @@ from vllm_omni.logs.writer import QueuedWriter
 GUARD_SECONDS = 60.0
 PIPE_BYTES = 4096
 OVERHEAD = 64
-"""What the queue counts for a line besides its text."""
+"""Bytes that the queue counts for a line besides its text."""
 
 
 @pytest.fixture

@@ -141,7 +141,7 @@ class DiffusionEngine:
         assert self._task is None, "an engine starts once"
         try:
             ready = await self._executor.start()
-        except BaseException:
+        except BaseException:  # also where the start is cancelled
             self._state = "failed"
             raise
         self._load_seconds = max(ready.load_seconds, 1.0)

@@ -47,7 +47,7 @@ class Replicas:
         starts = [asyncio.create_task(engine.start()) for engine in self._engines]
         try:
             return merge_readies(await asyncio.gather(*starts))
-        except BaseException:
+        except BaseException:  # also where the start is cancelled
             for start in starts:
                 start.cancel()
             await asyncio.gather(*starts, return_exceptions=True)

@@ -33,7 +33,7 @@ def test_browsers_can_read_our_headers_and_every_answer_has_an_id() -> None:
 
 
 def test_every_header_of_ours_is_exposed() -> None:
-    """Those that the sources name: a new one belongs into the list."""
+    """All headers that the sources name are in the list, also new ones."""
     sources = Path(vllm_omni.__file__).parent.rglob("*.py")
     pattern = re.compile(
         r"""["']((?:x-omni|openai)-[a-z-]+|x-request-id|x-should-retry|retry-after|www-authenticate)["']""", re.I

@@ -49,7 +49,7 @@ class RawClient:
         return Answer(status, headers, body)
 
     def rest(self) -> bytes:
-        """What still comes until the server closes the connection."""
+        """Bytes that still come until the server closes the connection."""
         try:
             while data := self.socket.recv(2**16):
                 self._received += data

@@ -196,7 +196,7 @@ def test_a_crash_is_the_senders_400() -> None:
 
 
 def test_memory_is_bounded() -> None:
-    """What the limit leaves no room for is refused; the process lives, and takes the next picture."""
+    """A picture that needs more memory than the limit is refused; the process lives, and takes the next picture."""
     small = DecodeProcess(replace(LIMITS, memory_bytes=256 * 2**20))
     try:
         small.wait_until_ready()

@@ -33,7 +33,7 @@ def launch_early(config: OmniDiffusionConfig) -> EarlyWorkers:
     try:
         for index in range(parallel.data_parallel_size):
             replicas.append(LaunchedReplica(config, index, launch))
-    except BaseException:
+    except BaseException:  # also an interrupt must leave no process behind
         EarlyWorkers(replicas).close()
         raise
     return EarlyWorkers(replicas)

@@ -73,7 +73,7 @@ class LaunchedReplica:
                 inherited = [self._store.fileno()] if self._store and rank == 0 else []
                 self.workers.append(launch(f"{prefix}rank {rank}", inherited))
             self.places = [self._place(rank, size) for rank in range(size)]
-        except BaseException:
+        except BaseException:  # also an interrupt must leave no process behind
             self.close()
             raise
         finally:

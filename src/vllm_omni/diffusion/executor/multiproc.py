@@ -159,7 +159,7 @@ class MultiprocExecutor:
                 replica = LaunchedReplica(self._config, self._replica_index, interpreter(self._runner_name))
             self._group.adopt(replica, self._config)
             ready = await self._group.next_outcome()
-        except BaseException:
+        except BaseException:  # also where the start is cancelled
             await self._kill_workers()
             raise
         assert isinstance(ready, WorkerReady), "workers get no plan before all of them are ready"

@@ -15,7 +15,7 @@ from vllm_omni.errors import InvalidRequestError, ModerationBlockedError
 LARGEST_USUAL_GUIDANCE = 100.0
 """Guidance scales beyond this are taken for the cause of values that are not finite; models are used up to about 30."""
 LARGEST_USUAL_LORA_SCALE = 10.0
-"""The same for the scale of an adapter, which is used up to about 2."""
+"""Adapter scales beyond this are taken for the cause of values that are not finite; adapters are used up to about 2."""
 
 
 def item_error(error: Exception) -> ItemError:

@@ -48,7 +48,7 @@ class CheckedPicture:
 
 @dataclass(frozen=True)
 class DownloadedPicture:
-    """The same on the host."""
+    """A decoded picture on the host, with the flags of its `CheckedPicture`."""
 
     request: DiffusionRequest
     pixels: np.ndarray

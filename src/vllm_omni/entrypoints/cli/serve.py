@@ -41,7 +41,7 @@ KEEP_ALIVE_SECONDS = 75
 FLUSH_SECONDS = 4
 """What responses that are finished but not yet sent may take when the server stops."""
 FOREVER_SECONDS = 1e9
-"""As long a `--shutdown-timeout` as faulthandler's clock can count."""
+"""Longest `--shutdown-timeout` that faulthandler's clock can count."""
 WATCH_SECONDS = 0.5
 OPEN_FILES = 65535
 

@@ -41,9 +41,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._num_searched = 0
         """Received bytes of an incomplete head in which its end was not found."""
         self._head = b""
-        """Of the request that is being parsed."""
+        """Head of the request that is being parsed."""
         self._body: Body | None = None
-        """Of the request whose head was parsed and whose body is not complete."""
+        """Body that the parsed head announced, until it is complete."""
         self._num_content = 0
         self._timer: asyncio.TimerHandle | None = None
         self._refused = False

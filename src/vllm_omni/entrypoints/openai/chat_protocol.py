@@ -120,7 +120,7 @@ class ChatCompletion(BaseModel):
     model: str
     usage: ChatUsage
     timings: dict[str, float] | None = None
-    """As those of `ImagesResponse`; absent in the answer to a text task of a front end."""
+    """Timings like those of `ImagesResponse`; absent in the answer to a text task of a front end."""
     safety_identifier: str | None = None
     ignored_fields: list[str]
     """Fields of the request that had no effect."""

@@ -142,7 +142,7 @@ class ImageDecoder:
         return await self._decode(_Job(lambda: data, sizes_of))
 
     async def data_url(self, url: str, sizes_of: Callable[[int, int], ReaderSizes]) -> InputImage:
-        """The same for the file in a `data:` URL."""
+        """Decode the file in a `data:` URL, as `file` does."""
         return await self._decode(_Job(lambda: data_url_bytes(url), sizes_of))
 
     async def _decode(self, job: _Job) -> InputImage:

@@ -66,7 +66,7 @@ class DecodeProcess:
             ours, theirs = socket.socketpair()
         except OSError as error:
             raise NoDecoderError(f"a decode process cannot be started: {error}") from error
-        # An interpreter of its own, in a session of its own; see `WorkerProcess`.
+        # An interpreter of its own, in a session of its own; see `executor.launch`.
         command = [limits.python, "-P", "-m", "vllm_omni.entrypoints.openai.decode_worker"]
         command += [f"--socket-fd={theirs.fileno()}", f"--parent-pid={os.getpid()}"]
         command += [f"--memory-bytes={limits.memory_bytes}", f"--cpu-seconds={cpu_seconds}"]

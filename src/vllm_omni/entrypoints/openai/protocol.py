@@ -167,7 +167,7 @@ class ImageOptions(RequestBody):
     num_outputs_per_prompt: Annotated[int, Field(ge=1, le=10)] | None = None
     """Another name of `n`."""
     negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)] | None = None
-    """What the picture should not show; guidance needs one, and an empty one will do."""
+    """Description of things that the picture should not show. Guidance needs one; it may be empty."""
     num_inference_steps: Annotated[int, Field(ge=1)] | None = None
     """Denoising steps."""
     guidance_scale: float | None = None

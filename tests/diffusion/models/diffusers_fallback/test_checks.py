@@ -123,7 +123,7 @@ def test_a_pipeline_without_a_processor_is_seen_where_it_rounds() -> None:
 
 @pytest.mark.parametrize("value", [0.5, NAN])
 def test_processors_tell_their_pixels_and_make_the_same_of_them(value: float) -> None:
-    """Of pictures and of each frame of a video; those of the pipeline itself tell nothing."""
+    """Processors of a copy tell their input, for pictures and for each frame of a video; the pipeline's own do not."""
     processors = {"image_processor": VaeImageProcessor(), "video_processor": VideoProcessor()}
     for name, call, shape in (
         ("image_processor", "postprocess", (1, 3, 4, 4)),

@@ -22,7 +22,7 @@ from vllm_omni.diffusion.models.diffusers_fallback.adapter_file import AdapterFi
 TOLERANCE = 1e-4
 """Largest relative difference of two energies that are equal, in float32."""
 ROUGH_TOLERANCE = 5e-3
-"""The same where the model holds 16 bits a value."""
+"""Largest relative difference of two equal energies where the model holds 16 bits a value."""
 
 
 @dataclass
@@ -85,7 +85,7 @@ def _parameters_of(layer: Any, adapter: str) -> Iterator[Tensor]:
 def _unmatched(
     wanted: Sequence[Energies], found: Sequence[float], tolerance: float
 ) -> tuple[list[Energies], list[float]]:
-    """What is left of both when equal energies are taken out in pairs."""
+    """Members of both that have no equal in the other, each equal used once."""
     alone: list[Energies] = []
     left, rest = [], deque(sorted(found))
     for group in sorted(wanted, key=lambda group: group.energy):

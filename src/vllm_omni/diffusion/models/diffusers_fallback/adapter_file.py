@@ -20,7 +20,7 @@ from vllm_omni.diffusion.models.diffusers_fallback.adapter_names import find_lay
 METADATA_KEY = "lora_adapter_metadata"
 """In a file's header: the peft settings that diffusers has saved, as JSON of `component.setting`."""
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-"""What peft saves: the settings lie beside the weights."""
+"""Files that peft saves: the weights, and beside them the settings."""
 PEFT_PREFIX = "base_model.model."
 LOW_RANK = re.compile(
     r"(?P<layer>.+?)(?P<mark>[._](?:lora\d?|lora_linear_layer))?[._](?P<part>lora_A|lora_B|lora_down|lora_up|down|up)"
@@ -40,9 +40,9 @@ class LowRank:
     """scale * up @ down, added to the weight of a layer."""
 
     layer: str
-    """As the file calls it."""
+    """Name of the layer in the file."""
     keys: tuple[str, str]
-    """Those of `down` and `up` in the file."""
+    """Keys of `down` and `up` in the file."""
     down: Tensor
     up: Tensor
     scale: float
@@ -231,7 +231,7 @@ def _layers_of(key: str) -> Iterator[str]:
 
 
 def _peft_scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
-    """As peft computes it from the settings of an adapter."""
+    """alpha / rank, or alpha / sqrt(rank) with rslora, as peft computes it from the settings of an adapter."""
     pattern: Mapping[str, float] = config.get("alpha_pattern") or {}
     default = config.get("lora_alpha", config.get("alpha", rank))
     alpha = float(pattern.get(get_pattern_key(list(pattern), layer), default))

@@ -24,7 +24,7 @@ class FiniteCheck:
     def __init__(self, pipeline: Any) -> None:
         """pipeline: a copy that belongs to one call. Its processors are replaced by copies that tell their input."""
         self._latents: Tensor | None = None
-        """Those after the last step."""
+        """Latents after the last step."""
         self._pixels: list[Tensor] = []
         """A flag for each call of a processor."""
         self._has_invalid_cast = False
