@@ -98,6 +98,14 @@ def safetensors_files(folder: Path, variant: str | None = None) -> list[Path]:
     return [folder / name for name in shards]
 
 
+def checked_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """`safetensors_files`, each with a header that fits its size. Raises ConfigError, with the file and the reason."""
+    files = safetensors_files(folder, variant)
+    for file in files:
+        check_file(file)
+    return files
+
+
 def _names_in(folder: Path) -> list[str]:
     try:
         return sorted(entry.name for entry in folder.iterdir())
@@ -146,8 +154,7 @@ def check_model(path: Path, variant: str | None) -> None:
     index = read_object(path / "model_index.json")
     folders = [path / name for name, value in index.items() if _has_weights(value)]
     for folder in folders:
-        for file in safetensors_files(folder, variant):
-            check_file(file)
+        checked_files(folder, variant)
     if variant is not None and all(component_variant(folder, variant) is None for folder in folders):
         there = sorted({name for folder in folders for name in variants_in(_names_in(folder))})
         raise ConfigError(f"--variant takes one that the model has ({', '.join(there) or 'none'}), got {variant!r}")
@@ -163,24 +170,20 @@ def _has_weights(component: object) -> bool:
 def read_object(file: Path) -> dict[str, Any]:
     """JSON object in `file`. Raises ConfigError, which names the file and its folder, for anything else."""
     place = f"{file.parent.name}/{file.name}"
-    value = read_json(file)
-    if not isinstance(value, dict):
-        raise ConfigError(f"cannot read {place}: it must hold a JSON object, got {short(value)}")
-    return value
-
-
-def read_json(file: Path) -> Any:
-    """JSON value in `file`. Raises ConfigError, which names the file and its folder."""
-    place = f"{file.parent.name}/{file.name}"
     try:
         text = file.read_text(encoding="utf-8")
         if text.startswith("version https://git-lfs"):
             raise ConfigError(f"cannot read {place}: it is a Git LFS pointer, not the file itself; run git lfs pull")
-        return json.loads(text)
+        value = json.loads(text)
     except OSError as error:
         raise ConfigError(f"cannot read {place}: {error.strerror}") from error
+    except ConfigError:  # is a ValueError
+        raise
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"cannot read {place}: no valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"cannot read {place}: it must hold a JSON object, got {short(value)}")
+    return value
 
 
 def short(value: object) -> str:

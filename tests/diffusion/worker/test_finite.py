@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ from vllm_omni.diffusion.models.finite import each_is_finite, is_finite
 from vllm_omni.diffusion.plan import ItemError, StepPlan
 from vllm_omni.diffusion.registry import ModelInfo, load_model_info
 from vllm_omni.diffusion.request import LoRA
-from vllm_omni.diffusion.worker import warmup
 from vllm_omni.diffusion.worker.contract import Place
 from vllm_omni.diffusion.worker.item_errors import not_finite_error
 from vllm_omni.diffusion.worker.runner import ModelRunner
+
+pytestmark = pytest.mark.usefixtures("quick_warmup")
 
 UNKNOWN = ItemError("the model produced values that are not numbers (NaN or infinite)", "not_finite")
 OVERFLOWED = ItemError("float16 overflowed: use bfloat16 (--dtype bfloat16)", "not_finite")
@@ -36,16 +37,6 @@ REQUESTS = [
     make_request("b", "a blue car", height=48, width=80, seed=2),
     make_request("c", "a photo of a car", seed=3),
 ]
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(warmup, "BUDGET_SECONDS", 0.0)
-    monkeypatch.setattr(warmup, "MIN_SAMPLES", 1)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def start(path: Path, **settings: Any) -> ModelRunner:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,19 +21,10 @@ from vllm_omni.diffusion.plan import StepPlan
 from vllm_omni.diffusion.registry import load_model_info
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.diffusion.transfers import HOST, to_device
-from vllm_omni.diffusion.worker import warmup
 from vllm_omni.diffusion.worker.runner import ModelRunner
 from vllm_omni.inputs.images import prepared
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(warmup, "BUDGET_SECONDS", 0.0)
-    monkeypatch.setattr(warmup, "MIN_SAMPLES", 1)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quick_warmup")
 
 
 @pytest.fixture

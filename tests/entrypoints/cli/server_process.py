@@ -33,6 +33,38 @@ def wait_for(condition: Callable[[], Value | None], seconds: float = 60.0) -> Va
     return value
 
 
+class OutputReader:
+    """Reads the standard output of a process, in text mode, while it runs."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self._lines: list[str] = []
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout:
+            self._lines.extend(iter(self._process.stdout.readline, ""))
+
+    @property
+    def text(self) -> str:
+        return "".join(self._lines)
+
+    def wait_for(self, pattern: str) -> re.Match[str]:
+        """The first match in the output; asserts that the process lives until then."""
+
+        def find() -> re.Match[str] | None:
+            assert self._process.poll() is None, f"exit code {self._process.returncode}:\n{self.text}"
+            return re.search(pattern, self.text)
+
+        return wait_for(find, START_SECONDS)
+
+    def join(self) -> None:
+        """Wait for the end of the output, which is the process's at the latest."""
+        self._thread.join()
+
+
 class ServerProcess:
     """The running command; everything it started dies with `kill`."""
 
@@ -45,26 +77,15 @@ class ServerProcess:
             # On a shared machine torch's threads spend their time waiting for each other.
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
-        self._lines: list[str] = []
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
+        self._output = OutputReader(self._process)
         self._family: dict[int, psutil.Process] = {}
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        with self._process.stdout:
-            self._lines.extend(iter(self._process.stdout.readline, ""))
 
     @property
     def output(self) -> str:
-        return "".join(self._lines)
+        return self._output.text
 
     def wait_for_line(self, pattern: str) -> re.Match[str]:
-        def find() -> re.Match[str] | None:
-            assert self._process.poll() is None, f"exit code {self._process.returncode}:\n{self.output}"
-            return re.search(pattern, self.output)
-
-        return wait_for(find, START_SECONDS)
+        return self._output.wait_for(pattern)
 
     def address(self) -> str:
         """As the server prints it, as soon as it listens."""
@@ -88,7 +109,7 @@ class ServerProcess:
     def wait(self, seconds: float) -> int:
         """The exit code."""
         code = self._process.wait(seconds)
-        self._reader.join()
+        self._output.join()
         return code
 
     def survivors(self, seconds: float = 5.0) -> list[psutil.Process]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pytest
 from PIL import Image
 
 from tests.entrypoints.cli.fake_server import FAR_HOST
-from tests.entrypoints.cli.server_process import START_SECONDS, wait_for
+from tests.entrypoints.cli.server_process import OutputReader
 
 ROOT = Path(__file__).parents[3]
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
@@ -32,26 +33,16 @@ class FakeServer:
         self._process = subprocess.Popen(
             [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
         )
-        self._lines: list[str] = []
+        self._output = OutputReader(self._process)
         self._path = path
-        self._threads = [threading.Thread(target=self._read)]
-        self._threads[0].start()
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        with self._process.stdout:
-            self._lines.extend(iter(self._process.stdout.readline, ""))
+        self._threads: list[threading.Thread] = []
 
     @property
     def output(self) -> str:
-        return "".join(self._lines)
+        return self._output.text
 
     def wait_for(self, text: str) -> None:
-        def find() -> bool:
-            assert self._process.poll() is None, self.output
-            return text in self.output
-
-        wait_for(find, START_SECONDS)
+        self._output.wait_for(re.escape(text))
 
     def send(self, path: str, **body: Any) -> None:
         """Post from a thread that ends with the process."""
@@ -72,12 +63,13 @@ class FakeServer:
 
     def wait(self, seconds: float = 60.0) -> int:
         code = self._process.wait(seconds)
-        self._threads[0].join()
+        self._output.join()
         return code
 
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
+        self._output.join()
         for thread in self._threads:
             thread.join()
 

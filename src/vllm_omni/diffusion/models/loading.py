@@ -17,22 +17,16 @@ from vllm_omni.diffusion.layers.fp8 import Fp8ColumnLinear, keep_in_float8
 from vllm_omni.diffusion.layers.linear import Sharded
 from vllm_omni.diffusion.layers.rounding import quantize
 from vllm_omni.diffusion.models.dummy import dummy_weight
-from vllm_omni.diffusion.weight_files import check_file, component_variant, safetensors_files
+from vllm_omni.diffusion.weight_files import checked_files, component_variant
 from vllm_omni.errors import ConfigError
 
 OnBytes = Callable[[int], object]
 """Told how many bytes of weights were read since the last call."""
 
 
-def num_bytes(folder: Path, variant: str | None = None) -> int:
-    """Bytes of a component's weight files."""
-    return sum(file.stat().st_size for file in safetensors_files(folder, variant))
-
-
 def weight_names(folder: Path, variant: str | None = None) -> Iterator[str]:
     """Names in a component's files, read from their headers."""
-    for file in safetensors_files(folder, variant):
-        check_file(file)
+    for file in checked_files(folder, variant):
         with safe_open(file, framework="pt") as weights:
             yield from weights.keys()
 
@@ -99,7 +93,7 @@ def load_weights(
         for name, slot in slots.items():
             on_bytes(slot.fill(dummy_weight(name, slot.whole_shape, dtype, device)))
     else:
-        files = safetensors_files(folder, variant)
+        files = checked_files(folder, variant)
         _read_weights({prefix + name: slot for name, slot in slots.items()}, files, on_bytes, prefix, unread, device)
     module.requires_grad_(False).eval()
 
@@ -114,7 +108,6 @@ def _read_weights(
 ) -> None:
     """Fill and empty `slots`."""
     for file in files:
-        check_file(file)
         with safe_open(file, framework="pt", device=str(device)) as weights:
             for name in weights.keys():  # noqa: SIM118 - not a mapping
                 if not name.startswith(prefix) or name.removeprefix(prefix).startswith(unread):
@@ -146,12 +139,10 @@ def load_autoencoder(
             vae = cls.from_config(cls.load_config(folder))
         load_weights(vae, folder, {}, device, dtype, on_bytes, load_format=load_format)
         return vae
-    # diffusers refuses a variant that the component lacks.
-    chosen = component_variant(folder, variant)
-    for file in safetensors_files(folder, variant):
-        check_file(file)
+    files = checked_files(folder, variant)
+    chosen = component_variant(folder, variant)  # diffusers refuses a variant that the component lacks
     vae = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, variant=chosen)
-    on_bytes(num_bytes(folder, variant))
+    on_bytes(sum(file.stat().st_size for file in files))
     return vae.requires_grad_(False).eval()
 
 

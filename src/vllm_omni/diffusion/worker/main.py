@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import logging
 import os
 import queue
@@ -40,11 +39,11 @@ from vllm_omni.diffusion.worker.contract import (
     Start,
     ToWorker,
 )
+from vllm_omni.diffusion.worker.lifeline import die_with_parent
 from vllm_omni.errors import ConfigError
 from vllm_omni.logs import QueuedStreams, fill_standard_descriptors, logging_level
 
 DEFAULT_RUNNER = "vllm_omni.diffusion.worker.main:make_model_runner"
-_PR_SET_PDEATHSIG = 1
 
 
 def make_model_runner(config: OmniDiffusionConfig, place: Place) -> Runner:
@@ -72,7 +71,7 @@ def serve_parent(
 
     `preload`: modules to import before the parent's first message, which may come late.
     """
-    _die_with_parent()
+    die_with_parent(parent_pid)
     fill_standard_descriptors()
     streams = QueuedStreams()
     streams.install()  # before the libraries that keep sys.stderr
@@ -112,16 +111,6 @@ class Ending:
         """Log the exception that is being handled, and end."""
         traceback.print_exc()
         self._streams.leave(1)
-
-
-def _die_with_parent() -> None:
-    """Also when no thread of ours can run to see that it is gone: stopped, or hung with the interpreter's lock held.
-
-    The kernel watches the thread that started this process; that is the one of the engine's event loop.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        raise OSError(ctypes.get_errno(), "prctl")
 
 
 def run_worker(channel: BlockingChannel[ToWorker], runner_name: str, parent_pid: int, ending: Ending) -> NoReturn:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import math
-import os
 import resource
 import signal
 import socket
@@ -22,6 +20,7 @@ import PIL.PngImagePlugin
 import PIL.WebPImagePlugin  # noqa: F401
 
 from vllm_omni.diffusion.worker.channel import BlockingChannel
+from vllm_omni.diffusion.worker.lifeline import die_with_parent
 from vllm_omni.entrypoints.openai.decode_messages import (
     Decode,
     FromDecoder,
@@ -36,8 +35,6 @@ from vllm_omni.entrypoints.openai.decoding import OpenedImage, open_image
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.images import ReaderSizes, resized_pixels
 
-_PR_SET_PDEATHSIG = 1
-
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="A decode process of the server; not for use by hand.")
@@ -46,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--memory-bytes", type=int, required=True, help="limit of its address space")
     parser.add_argument("--cpu-seconds", type=float, required=True, help="limit of its CPU time for a picture")
     options = parser.parse_args(arguments)
-    _die_with_parent(options.parent_pid)
+    die_with_parent(options.parent_pid)
     # The parent decides when the process ends, also where a signal goes to a whole group of processes.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -59,15 +56,6 @@ def main(arguments: list[str] | None = None) -> None:
         decoder = Decoder(options.cpu_seconds)
         while True:
             channel.send(decoder.answer(channel.receive()))
-
-
-def _die_with_parent(parent_pid: int) -> None:
-    """The kernel watches the thread that started this process."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        raise OSError(ctypes.get_errno(), "prctl")
-    if os.getppid() != parent_pid:  # it ended before the call
-        raise SystemExit(1)
 
 
 class Decoder:

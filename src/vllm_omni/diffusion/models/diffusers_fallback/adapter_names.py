@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -27,8 +28,8 @@ def layers_by_flat_name(models: Mapping[str, nn.Module]) -> dict[str, str]:
     models: components by their names. A flat name has an underscore for each dot and no `OPTIONAL_PARTS`.
     """
     paths = [f"{component}.{layer}" for component, model in models.items() for layer in _layers(model, "")]
-    flat_names = [_flat(path) for path in paths]
-    return {flat: path for flat, path in zip(flat_names, paths, strict=True) if flat_names.count(flat) == 1}
+    counts = Counter(map(_flat, paths))
+    return {flat: path for path in paths if counts[flat := _flat(path)] == 1}
 
 
 def find_layer(name: str, layers: Mapping[str, str]) -> str | None:

@@ -78,19 +78,22 @@ class Adapters:
         try:
             contents = AdapterFile.read(Path(file))
             self._check(contents)
-            attempts: list[tuple[AdapterFile, Path | dict[str, Tensor]]] = [(contents, Path(file))]
-            if again := contents.with_names_of(layers_by_flat_name(self._models())):
-                attempts.append((again, {key: again.weights[key] for key in again.file_keys}))
-            elif contents.has_scales:
-                again = contents.with_scales_in_weights()
-                attempts.append((again, dict(again.weights)))
-            name = self._load_first(attempts)
+            name = self._load_first(self._attempts(contents, Path(file)))
         except AdapterFileError as error:
             raise _misfit(file, str(error)) from error
         self._names[file] = name
         self._deactivate()
 
-    def _load_first(self, attempts: Sequence[tuple[AdapterFile, Path | dict[str, Tensor]]]) -> str:
+    def _attempts(self, contents: AdapterFile, file: Path) -> Iterator[tuple[AdapterFile, Path | dict[str, Tensor]]]:
+        """The file as it is, and a changed copy of its weights, which is made when it is asked for."""
+        yield contents, file
+        if again := contents.with_names_of(layers_by_flat_name(self._models())):
+            yield again, {key: again.weights[key] for key in again.file_keys}
+        elif contents.has_scales:
+            again = contents.with_scales_in_weights()
+            yield again, dict(again.weights)
+
+    def _load_first(self, attempts: Iterable[tuple[AdapterFile, Path | dict[str, Tensor]]]) -> str:
         """The name of the first one that is whole in the model. Raises the AdapterFileError of the last one if none is:
         its names are the most likely to be understood."""
         errors: list[AdapterFileError] = []
