@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
+from tests.patience import GUARD_SECONDS
 from tests.tiny_diffusers import build_tiny_diffusers
 from tests.tiny_models import build_tiny_qwen_image, photo
 from tests.tiny_z_image import build_tiny_z_image
@@ -23,7 +24,6 @@ from vllm_omni.diffusion.executor.multiproc import MultiprocExecutor
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.outputs import OmniRequestOutput
 
-GUARD_SECONDS = 120
 PARAMS = OmniDiffusionSamplingParams(height=64, width=64, num_inference_steps=40, seed=3)
 DEFAULTS: dict[str, object] = {"height": 64, "width": 64}
 

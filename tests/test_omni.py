@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.fakes import FakeExecutor, FakeRunner, fake_image, make_request
+from tests.patience import GUARD_SECONDS
 from vllm_omni import AsyncOmni, Omni
 from vllm_omni.diffusion.plan import ItemError
 from vllm_omni.errors import (
@@ -142,7 +143,7 @@ async def test_what_no_worker_can_be_sent_is_one_requests_failure(device: FakeEx
     try:
         with pytest.raises(InvalidRequestError, match="cannot be sent to a worker"):
             omni.generate("x", SMALL, request_id="\ud800")
-        assert (await asyncio.wait_for(outputs_of(omni.generate("x", SMALL)), 20))[-1].finished
+        assert (await outputs_of(omni.generate("x", SMALL)))[-1].finished
     finally:
         await omni.close()
 
@@ -156,7 +157,7 @@ async def test_progress_previews_and_result(device: FakeExecutor) -> None:
     await omni.start()
     try:
         params = OmniDiffusionSamplingParams(height=32, width=48, num_inference_steps=4, seed=5, num_previews=1)
-        outputs = await asyncio.wait_for(outputs_of(omni.generate("x", params)), 20)
+        outputs = await outputs_of(omni.generate("x", params))
         steps = [output.step for output in outputs if not output.finished and not output.images]
         assert steps == [1, 2, 3, 4]
         preview, done = [output for output in outputs if not output.finished and output.images]
@@ -181,7 +182,7 @@ async def test_an_abandoned_or_aborted_request_leaves_the_engine(device: FakeExe
         omni.abort("mine")
         omni.abort("unknown")
         with pytest.raises(RequestAbortedError):
-            await asyncio.wait_for(outputs_of(other), 20)
+            await outputs_of(other)
         status = omni.status()
         assert (status.num_running, status.num_waiting) == (0, 0)
     finally:
@@ -215,12 +216,12 @@ async def test_a_failure_of_one_output_fails_its_prompt_alone() -> None:
         params = OmniDiffusionSamplingParams(height=32, width=48, num_inference_steps=3, num_outputs_per_prompt=2)
         bad, good = omni.generate("x", params, request_id="bad"), omni.generate("y", params, request_id="good")
         with pytest.raises(GenerationError):
-            await asyncio.wait_for(outputs_of(bad), 20)
-        assert (await asyncio.wait_for(outputs_of(good), 20))[-1].finished
+            await outputs_of(bad)
+        assert (await outputs_of(good))[-1].finished
         omni.begin_drain()
         with pytest.raises(UnavailableError):
             omni.generate("x", SMALL)
-        assert await omni.drain(20)
+        assert await omni.drain(GUARD_SECONDS)
     finally:
         await omni.close()
 
@@ -238,7 +239,7 @@ print(outputs[0].images[0].size)
 @pytest.mark.parametrize("backend", ["uni", "mp"])
 def test_a_script_without_guard_and_close_ends_by_itself(backend: str) -> None:
     command = [sys.executable, "-W", "error::ResourceWarning", "-c", SCRIPT.format(backend=backend)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "(64, 64)\n"), done.stderr
     assert "Traceback" not in done.stderr, done.stderr
 
@@ -265,7 +266,7 @@ print(*[pid for engine in omni._async._engine._engines for pid in engine._execut
 def test_a_script_with_many_workers_ends_by_itself_and_leaves_nothing() -> None:
     command = [sys.executable, "-W", "error::ResourceWarning", "-c", MANY_WORKERS]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     num_pictures, *pids = done.stdout.split()

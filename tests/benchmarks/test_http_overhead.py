@@ -10,6 +10,8 @@ import pytest
 from benchmarks.encoding import rows_of
 from benchmarks.http_overhead import measure, serve
 
+from tests.patience import GUARD_SECONDS
+
 SIZE = (64, 96)
 
 
@@ -30,7 +32,7 @@ def test_what_http_adds_is_printed_for_each_way(capsys: pytest.CaptureFixture[st
         measure(here, SIZE, rounds=1)
     finally:
         here.send(False)
-        thread.join(20)
+        thread.join(GUARD_SECONDS)
     assert not thread.is_alive()
     lines = capsys.readouterr().out.splitlines()[1:]
     assert [re.split(r"  +", line)[0] for line in lines] == [

@@ -1,4 +1,4 @@
-"""The engine on a fake worker. Waits are for events; the timeouts are guards against a hang only."""
+"""The engine on a fake worker. Waits are for events."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.fakes import FakeExecutor, FakeRunner, fake_image, make_config, make_ready, make_request
+from tests.patience import GUARD_SECONDS
 from vllm_omni.diffusion.engine import DiffusionEngine
 from vllm_omni.diffusion.events import EngineEvent, Failed, Finished, NullObserver, Preview, StepDone
 from vllm_omni.diffusion.plan import ItemError, StepPlan, StepResult, WorkerReady
@@ -28,8 +29,6 @@ from vllm_omni.errors import (
     UnavailableError,
     WorkerDiedError,
 )
-
-GUARD_SECONDS = 30.0
 
 
 class Recorder(NullObserver):

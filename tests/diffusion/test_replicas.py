@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from tests.diffusion.test_engine import (
-    GUARD_SECONDS,
     Recorder,
     failures,
     now_request,
@@ -20,6 +19,7 @@ from tests.diffusion.test_engine import (
     until,
 )
 from tests.fakes import FakeExecutor, FakeRunner, fake_image, make_config, make_ready
+from tests.patience import GUARD_SECONDS
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.events import Finished
 from vllm_omni.diffusion.plan import WorkerReady

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.patience import GUARD_SECONDS
 from vllm_omni.logs.descriptors import make_pipe_nonblocking
 from vllm_omni.logs.writer import QueuedWriter
 
-GUARD_SECONDS = 60.0
 PIPE_BYTES = 4096
 OVERHEAD = 64
 """Bytes that the queue counts for a line besides its text."""

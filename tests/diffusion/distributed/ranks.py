@@ -17,8 +17,6 @@ from vllm_omni.diffusion.worker.contract import Place
 from vllm_omni.diffusion.worker.device import Device
 from vllm_omni.diffusion.worker.ranks import connect
 
-GUARD_SECONDS = 120
-
 
 def run_ranks(function: Callable[..., Any], parallel: DiffusionParallelConfig, *args: Any) -> list[Any]:
     """`function(world, *args)` on every rank of a replica -> their results by rank. Raises what a rank raised.

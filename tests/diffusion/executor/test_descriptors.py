@@ -12,9 +12,10 @@ import pytest
 
 from tests.descriptors import descriptors_left, low_descriptors_taken
 from tests.diffusion.executor.test_worker_groups import Meeting, assert_all_done, make
-from tests.diffusion.executor.workers import AT_ONCE_SECONDS, GUARD_SECONDS, Endless, closing, is_alive
+from tests.diffusion.executor.workers import Endless, closing, is_alive
 from tests.diffusion.test_engine import until
 from tests.fakes import FakeRunner, fake_image, make_config, make_ready, make_request
+from tests.patience import GUARD_SECONDS
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.engine import DiffusionEngine
 from vllm_omni.diffusion.plan import StepPlan, WorkerReady
@@ -64,12 +65,10 @@ async def test_a_death_is_told_without_a_descriptor() -> None:
         await executor.start()
         (pid,) = executor.worker_pids
         with descriptors_left(0):
-            began = time.monotonic()
             os.kill(pid, signal.SIGKILL)
             with pytest.raises(WorkerDiedError, match="signal 9"):
                 await executor.next_result()
             await executor.close()
-            assert time.monotonic() - began < AT_ONCE_SECONDS
         assert not is_alive(pid)
 
 

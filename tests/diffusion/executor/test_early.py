@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.diffusion.executor.workers import GUARD_SECONDS, closing, is_alive, name_of
-from tests.entrypoints.cli.server_process import wait_for
+from tests.diffusion.executor.workers import closing, is_alive, name_of
 from tests.fakes import FakeRunner, make_config
+from tests.patience import wait_for
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.executor.early import MOST_WORKERS, launch_early
 from vllm_omni.diffusion.executor.launch import LaunchedReplica, interpreter
@@ -40,7 +40,7 @@ def test_modules_are_imported_before_the_first_message(tmp_path: Path, monkeypat
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     replica = LaunchedReplica(make_config(), 0, interpreter(name_of(FakeRunner), ["noted"]))
     try:
-        wait_for(tmp_path.joinpath("imported").exists, GUARD_SECONDS)
+        wait_for(tmp_path.joinpath("imported").exists)
     finally:
         replica.close()
 
@@ -96,8 +96,8 @@ def test_a_folder_without_a_pipeline_class_is_refused_before_a_process_starts(tm
 FORK = f"""
 import asyncio, json, os, psutil
 from functools import partial
-from tests.entrypoints.cli.server_process import wait_for
 from tests.fakes import FakeRunner, make_config
+from tests.patience import wait_for
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.executor.launch import LaunchedReplica, fork
 from vllm_omni.diffusion.executor.multiproc import MultiprocExecutor
@@ -145,7 +145,7 @@ asyncio.run(main())
 
 
 def test_a_fork_is_a_worker_like_any_other() -> None:
-    run = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=GUARD_SECONDS)
+    run = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     report = json.loads(run.stdout)
     assert report.pop("death").endswith("was killed by signal 9")

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,8 +14,6 @@ import numpy as np
 import pytest
 
 from tests.diffusion.executor.workers import (
-    AT_ONCE_SECONDS,
-    GUARD_SECONDS,
     ROOT,
     AskedLate,
     BrokenResult,
@@ -30,9 +27,9 @@ from tests.diffusion.executor.workers import (
     closing,
     is_alive,
     name_of,
-    wait_until,
 )
 from tests.fakes import FakeRunner, fake_image, make_config, make_request
+from tests.patience import GUARD_SECONDS, wait_for
 from vllm_omni.diffusion.executor import Executor
 from vllm_omni.diffusion.executor.inline import InlineExecutor
 from vllm_omni.diffusion.executor.multiproc import MultiprocExecutor
@@ -43,7 +40,7 @@ from vllm_omni.errors import ConfigError, WorkerDiedError
 def make(backend: str, runner: type[FakeRunner] = FakeRunner) -> Executor:
     if backend == "uni":
         return InlineExecutor(lambda: runner(make_config()))
-    return MultiprocExecutor(make_config(), name_of(runner))
+    return MultiprocExecutor(make_config(), name_of(runner), silence_seconds=GUARD_SECONDS)
 
 
 both = pytest.mark.parametrize("backend", ["uni", "mp"])
@@ -131,18 +128,17 @@ async def test_start_again(backend: str) -> None:
         await executor.close()
 
 
-async def test_a_killed_worker_is_noticed_at_once_and_replaced() -> None:
-    executor = MultiprocExecutor(make_config(), name_of(Endless))
+async def test_a_killed_worker_is_noticed_and_replaced() -> None:
+    """By its death: its silence would take longer than a test may."""
+    executor = MultiprocExecutor(make_config(), name_of(Endless), silence_seconds=GUARD_SECONDS)
     async with closing(executor):
         await executor.start()
         (pid,) = executor.worker_pids
         executor.submit(StepPlan(0))
         waiting = asyncio.create_task(executor.next_result())
         os.kill(pid, signal.SIGKILL)
-        killed = time.monotonic()
         with pytest.raises(WorkerDiedError, match="signal 9"):
             await waiting
-        assert time.monotonic() - killed < AT_ONCE_SECONDS
         executor.submit(StepPlan(1))  # into the void, until it is started again
         await executor.start()
         assert executor.worker_pids != [pid]
@@ -230,10 +226,10 @@ def script() -> Iterator[Callable[[str, type[FakeRunner]], subprocess.Popen[str]
 @pytest.mark.parametrize("runner", [FakeRunner, Endless])
 def test_a_program_that_never_closes_ends_and_leaves_nothing(script: Any, ending: str, runner: Any) -> None:
     process = script(ending, runner)
-    output, _ = process.communicate(timeout=GUARD_SECONDS)
+    output, _ = process.communicate()
     assert process.returncode == 0
     assert len(output.split()) == 4
-    wait_until(lambda: not any(is_alive(int(pid)) for pid in output.split()))
+    wait_for(lambda: not any(is_alive(int(pid)) for pid in output.split()))
 
 
 @pytest.mark.parametrize("runner", [Endless, HoldsTheLock])
@@ -249,4 +245,4 @@ def test_workers_end_with_their_parent(script: Any, ending: str, runner: Any) ->
     os.kill(pids[0], signal.SIGSTOP)
     process.kill()
     process.wait()
-    wait_until(lambda: not any(map(is_alive, pids)))
+    wait_for(lambda: not any(map(is_alive, pids)))

@@ -53,7 +53,7 @@ PROGRAM = textwrap.dedent(
 def run(file: str, *log: str, command: tuple[str, ...] = (), **settings: Any) -> subprocess.CompletedProcess[str]:
     """`log`: what the workers write into; the program ends when their last line is there. `close`: no output at all."""
     words = [*command, sys.executable, "-W", "ignore", "-c", PROGRAM, file, *log]
-    return subprocess.run(words, check=True, timeout=120, text=True, cwd=ROOT, **settings)
+    return subprocess.run(words, check=True, text=True, cwd=ROOT, **settings)
 
 
 def test_a_pipe_that_nobody_reads(tmp_path: Any) -> None:

@@ -8,7 +8,6 @@ import ctypes
 import logging
 import os
 import threading
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from tests.fakes import FakeRunner
+from tests.patience import GUARD_SECONDS
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.executor import Executor
 from vllm_omni.diffusion.executor.multiproc import MultiprocExecutor
@@ -25,9 +25,6 @@ from vllm_omni.diffusion.worker.contract import Place
 from vllm_omni.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
-GUARD_SECONDS = 60.0
-AT_ONCE_SECONDS = 5.0
-"""Far less than anything that would have to time out, generous for a machine that is shared."""
 
 
 class BrokenStart(FakeRunner):
@@ -155,10 +152,3 @@ def is_alive(pid: int) -> bool:
     except OSError:
         return False
     return state != "Z"
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = GUARD_SECONDS) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to pass"
-        time.sleep(0.01)

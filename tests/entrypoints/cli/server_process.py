@@ -9,28 +9,15 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import httpx
 import psutil
 
-START_SECONDS = 150.0
-"""Generous: the machine may be shared, and importing vLLM alone takes seconds."""
+from tests.patience import GUARD_SECONDS, wait_for
+
 VLLM = Path(sys.executable).with_name("vllm")
-
-Value = TypeVar("Value")
-
-
-def wait_for(condition: Callable[[], Value | None], seconds: float = 60.0) -> Value:
-    """What `condition` returns once it is true; asserts that this happens in time."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"not within {seconds:g} s"
-        time.sleep(0.02)
-    return value
 
 
 class OutputReader:
@@ -58,7 +45,7 @@ class OutputReader:
             assert self._process.poll() is None, f"exit code {self._process.returncode}:\n{self.text}"
             return re.search(pattern, self.text)
 
-        return wait_for(find, START_SECONDS)
+        return wait_for(find)
 
     def join(self) -> None:
         """Wait for the end of the output, which is the process's at the latest."""
@@ -106,22 +93,22 @@ class ServerProcess:
         with contextlib.suppress(psutil.NoSuchProcess):
             self._family |= {p.pid: p for p in psutil.Process(self._process.pid).children(recursive=True)}
 
-    def wait(self, seconds: float) -> int:
+    def wait(self) -> int:
         """The exit code."""
-        code = self._process.wait(seconds)
+        code = self._process.wait(GUARD_SECONDS)
         self._output.join()
         return code
 
-    def survivors(self, seconds: float = 5.0) -> list[psutil.Process]:
-        """Processes of ours that still run `seconds` after the server ended."""
-        return psutil.wait_procs(list(self._family.values()), seconds)[1]
+    def survivors(self) -> list[psutil.Process]:
+        """Processes of ours that do not end after the server."""
+        return psutil.wait_procs(list(self._family.values()), GUARD_SECONDS)[1]
 
     def kill(self) -> None:
         self._note_family()
         for process in (self._process, *self._family.values()):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        self.wait(10)
+        self.wait()
 
 
 @contextlib.contextmanager
@@ -138,7 +125,7 @@ def server_process(*flags: str, model: str = "demo") -> Iterator[ServerProcess]:
 
 def stop(server: ServerProcess) -> int:
     server.signal(signal.SIGTERM)
-    return server.wait(60)
+    return server.wait()
 
 
 def start_generation(client: httpx.Client, num_steps: int) -> threading.Thread:
@@ -151,7 +138,7 @@ def start_generation(client: httpx.Client, num_steps: int) -> threading.Thread:
             self.response = client.post(
                 "/v1/images/generations",
                 json={"prompt": "red apple", "num_inference_steps": num_steps, "seed": 1},
-                timeout=240,
+                timeout=GUARD_SECONDS,
             )
 
     generation = Generation()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.fakes import FakeExecutor, FakeRunner, make_config, make_request
+from tests.patience import GUARD_SECONDS, until
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.engine import DiffusionEngine
 from vllm_omni.diffusion.events import EngineStatus, Failed, Finished, NullObserver, Observers
@@ -21,7 +22,6 @@ from vllm_omni.diffusion.replicas import Replicas
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.entrypoints.cli.activity import ActivityLog
 
-GUARD_SECONDS = 30.0
 SECRET = "a secret prompt"
 TIMES = r"\d+\.\d\d s queued, \d+\.\d\d s running, \d+\.\d\d s in all"
 
@@ -46,12 +46,6 @@ async def running(executor: FakeExecutor, status_seconds: float = 3600.0) -> Asy
 async def end_of(events: asyncio.Queue[Any], count: int) -> None:
     while count:
         count -= isinstance(await events.get(), Finished | Failed)
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(GUARD_SECONDS):
-        while not condition():  # noqa: ASYNC110  (log records have no event)
-            await asyncio.sleep(0.001)
 
 
 @pytest.fixture
@@ -136,7 +130,7 @@ async def test_one_line_for_all_replicas(lines: Callable[[str], list[str]]) -> N
     try:
         replicas.add([request(f"r{number}") for number in range(4)])
         await until(lambda: lines("Running"))
-        assert all(executor.num_plans for executor in executors), "both have work"
+        await until(lambda: all(executor.num_plans for executor in executors))  # both have work
         assert lines("Running")[0].startswith("Running: 4, waiting: 0, 0.00 steps/s, ")
     finally:
         await replicas.close()

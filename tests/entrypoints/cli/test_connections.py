@@ -18,6 +18,7 @@ import pytest
 from fastapi import FastAPI, Request
 
 from tests.entrypoints.cli.test_serve import self_signed
+from tests.patience import GUARD_SECONDS, until
 from vllm_omni.entrypoints.cli import connections, serve
 from vllm_omni.entrypoints.cli.args import HttpOptions
 from vllm_omni.entrypoints.cli.listen import Listener
@@ -49,7 +50,7 @@ async def serving(**options: Any) -> AsyncIterator[int]:
     with Listener(http) as listener:
         task = asyncio.create_task(server.serve(sockets=[listener.socket]))
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(GUARD_SECONDS):
                 yield listener.socket.getsockname()[1]
         finally:
             server.should_exit = True
@@ -173,20 +174,31 @@ def test_handshakes_count_and_end_in_time(
 ) -> None:
     """Clients that never begin theirs take the places of others, until their time is over."""
     key, certificate = self_signed(tmp_path)
-    door = partial(connections.Door, handshake_seconds=0.5, most_lingering=0)
-    monkeypatch.setattr(serve, "Door", door)
-    on_loop(partial(handshakes, key, certificate), loop_factory)
+    doors: list[connections.Door] = []
+
+    def make_door(*args: Any, **settings: Any) -> connections.Door:
+        doors.append(connections.Door(*args, **settings, handshake_seconds=GUARD_SECONDS, most_lingering=0))
+        return doors[0]
+
+    monkeypatch.setattr(serve, "Door", make_door)
+    on_loop(partial(handshakes, key, certificate, doors), loop_factory)
 
 
-async def handshakes(key: Path, certificate: Path) -> None:
+async def handshakes(key: Path, certificate: Path, doors: list[connections.Door]) -> None:
     tls = ssl.create_default_context(cafile=certificate)
     async with serving(ssl_keyfile=str(key), ssl_certfile=str(certificate)) as port:
         silent = [await Client.connect(port) for _ in range(MOST)]
         with pytest.raises((ConnectionError, ssl.SSLError)):
             await asyncio.open_connection("127.0.0.1", port, ssl=tls)
         for client in silent:
+            await client.close()
+        await until(lambda: not doors[0]._opening)
+        doors[0]._handshake_seconds = 0.05
+        for client in [await Client.connect(port) for _ in range(MOST)]:
             assert await client._reader.read() == b""
             await client.close()
+        await until(lambda: not doors[0]._opening)
+        doors[0]._handshake_seconds = GUARD_SECONDS
         client = Client(*await asyncio.open_connection("127.0.0.1", port, ssl=tls))
         assert await client.status() == 200
         await client.close()
@@ -225,7 +237,7 @@ def test_accepting_goes_on_when_files_are_left_again(
             listener.listen()
             door = connections.Door(listener, lambda _: Made(), lambda: 0, None, most=1, pause_seconds=0.01)
             client = await Client.connect(listener.getsockname()[1])
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(GUARD_SECONDS):
                 await made.wait()
             await client.close()
             door.close()

@@ -20,6 +20,7 @@ from PIL import Image
 
 from tests.entrypoints.cli.fake_server import FAR_HOST
 from tests.entrypoints.cli.server_process import OutputReader
+from tests.patience import GUARD_SECONDS
 
 ROOT = Path(__file__).parents[3]
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
@@ -51,7 +52,7 @@ class FakeServer:
             transport = httpx.HTTPTransport(uds=str(self._path))
             with (
                 contextlib.suppress(httpx.TransportError),
-                httpx.Client(base_url="http://server", transport=transport, timeout=None) as client,
+                httpx.Client(base_url="http://server", transport=transport) as client,
             ):
                 client.post(path, **body)
 
@@ -61,8 +62,8 @@ class FakeServer:
     def signal(self, number: int) -> None:
         self._process.send_signal(number)
 
-    def wait(self, seconds: float = 60.0) -> int:
-        code = self._process.wait(seconds)
+    def wait(self) -> int:
+        code = self._process.wait(GUARD_SECONDS)
         self._output.join()
         return code
 

@@ -6,9 +6,9 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import httpx
@@ -17,6 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from tests.entrypoints.openai.live_server import FAKE_INFO
+from tests.patience import GUARD_SECONDS, until
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.events import EngineStatus
 from vllm_omni.diffusion.plan import WorkerReady
@@ -28,6 +29,8 @@ from vllm_omni.entrypoints.cli.signals import StopSignals
 from vllm_omni.entrypoints.openai.settings import ServerSettings
 from vllm_omni.entrypoints.openai.unread import HttpProtocol
 from vllm_omni.errors import ConfigError, OmniError, WorkerDiedError
+
+PATIENT_LIMITS = serve.StopLimits(close_seconds=GUARD_SECONDS, http_seconds=GUARD_SECONDS, log_seconds=GUARD_SECONDS)
 
 
 @dataclass
@@ -78,20 +81,15 @@ class Running:
     """Exit codes of signals that end at once."""
     deadlines: list[str]
 
-    async def until(self, condition: Callable[[], object]) -> None:
-        async with asyncio.timeout(20):
-            while not condition():  # noqa: ASYNC110  # what it watches has no event
-                await asyncio.sleep(0.01)
-
     async def code(self) -> int:
-        return await asyncio.wait_for(self.task, 20)
+        return await asyncio.wait_for(self.task, GUARD_SECONDS)
 
 
 @asynccontextmanager
 async def running(
     omni: FakeOmni,
     *,
-    shutdown_timeout: float = 20.0,
+    shutdown_timeout: float = GUARD_SECONDS,
     ignored_flags: tuple[str, ...] = (),
     limits: serve.StopLimits | None = None,
 ) -> AsyncIterator[Running]:
@@ -102,25 +100,27 @@ async def running(
     args = ServeArgs(
         OmniDiffusionConfig(model="demo"), ServerSettings(served_model_names=("demo",)), http, ignored_flags
     )
-    server = serve._Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
+    server = serve._Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=int(GUARD_SECONDS)))
     ended: list[int] = []
     deadlines: list[str] = []
     with Listener(http) as listener, StopSignals(ended.append) as signals:
         service = serve.Service(
-            omni, server, listener, args, signals, lambda: deadlines.append("armed"), limits or serve.StopLimits()
+            omni, server, listener, args, signals, lambda: deadlines.append("armed"), limits or PATIENT_LIMITS
         )
         task = asyncio.create_task(service.run())
         try:
             running = Running(task, listener.address, server, ended, deadlines)
-            await running.until(lambda: server.started)
+            await until(lambda: server.started)
             yield running
         finally:
             omni.start_gate.set()
             omni.work_done.set()
             server.should_exit = True
+            for request in server.server_state.tasks:
+                request.cancel()
             left = asyncio.all_tasks() - {asyncio.current_task()}
             if left:
-                await asyncio.wait(left, timeout=20)
+                await asyncio.wait(left)
 
 
 def send(number: int) -> None:
@@ -145,9 +145,9 @@ async def test_the_first_signal_drains_then_closes_and_exits_0(number: int) -> N
     omni = FakeOmni()
     omni.start_gate.set()
     async with running(omni) as server, httpx.AsyncClient() as client:
-        await server.until(lambda: omni.ready)
+        await until(lambda: omni.ready)
         send(number)
-        await server.until(lambda: "drain" in omni.calls)
+        await until(lambda: "drain" in omni.calls)
         assert (await client.get(f"{server.address}/live")).status_code == 200, "HTTP goes on while work runs"
         assert not server.task.done()
         omni.work_done.set()
@@ -162,7 +162,7 @@ async def test_draining_ends_at_the_timeout(caplog: pytest.LogCaptureFixture) ->
     omni = FakeOmni()
     omni.start_gate.set()
     async with running(omni, shutdown_timeout=0.05) as server:
-        await server.until(lambda: omni.ready)
+        await until(lambda: omni.ready)
         send(signal.SIGTERM)
         assert await server.code() == 0
     assert omni.calls == ["begin_drain", "drain", "close"]
@@ -173,7 +173,7 @@ async def test_a_second_signal_does_not_wait_for_work() -> None:
     omni = FakeOmni()
     omni.start_gate.set()
     async with running(omni) as server:
-        await server.until(lambda: omni.ready)
+        await until(lambda: omni.ready)
         send(signal.SIGTERM)
         send(signal.SIGINT)
         assert server.ended == [128 + signal.SIGINT], "at once: the loop has not run in between"
@@ -182,8 +182,8 @@ async def test_a_second_signal_does_not_wait_for_work() -> None:
 async def test_workers_that_do_not_stop_are_not_waited_for(caplog: pytest.LogCaptureFixture) -> None:
     omni = FakeOmni(close_gate=asyncio.Event())
     omni.start_gate.set()
-    async with running(omni, shutdown_timeout=0.0, limits=serve.StopLimits(close_seconds=0.05)) as server:
-        await server.until(lambda: omni.ready)
+    async with running(omni, shutdown_timeout=0.0, limits=replace(PATIENT_LIMITS, close_seconds=0.05)) as server:
+        await until(lambda: omni.ready)
         send(signal.SIGTERM)
         assert await server.code() == 0
     assert "Workers did not stop within 0.05 s; they end with this process" in caplog.text
@@ -192,14 +192,15 @@ async def test_workers_that_do_not_stop_are_not_waited_for(caplog: pytest.LogCap
 async def test_connections_that_do_not_end_are_not_waited_for() -> None:
     omni = FakeOmni()
     omni.start_gate.set()
-    limits = serve.StopLimits(http_seconds=0.05)
+    limits = replace(PATIENT_LIMITS, http_seconds=0.05)
     async with running(omni, shutdown_timeout=0.0, limits=limits) as server, httpx.AsyncClient() as client:
-        await server.until(lambda: omni.ready)
+        await until(lambda: omni.ready)
         request = asyncio.create_task(client.get(f"{server.address}/hangs"))
-        await server.until(lambda: server.http.server_state.tasks)
+        await until(lambda: server.http.server_state.tasks)
         send(signal.SIGTERM)
         assert await server.code() == 0
         assert server.http.server_state.tasks, "uvicorn itself would have waited longer"
+        request.cancel()
         await asyncio.gather(request, return_exceptions=True)
 
 
@@ -234,7 +235,7 @@ async def test_an_engine_that_fails_for_good_is_an_error() -> None:
     omni = FakeOmni()
     omni.start_gate.set()
     async with running(omni) as server:
-        await server.until(lambda: omni.ready)
+        await until(lambda: omni.ready)
         omni.state = "failed"
         assert await server.code() == 1
     assert omni.calls == ["close"]
@@ -259,7 +260,7 @@ def test_the_address_can_be_opened(host: str | None) -> None:
     with Listener(HttpOptions(host=host, port=0)) as listener:
         listener.socket.listen()
         url = httpx.URL(listener.address)
-        socket.create_connection((url.host, url.port), timeout=5).close()
+        socket.create_connection((url.host, url.port)).close()
 
 
 def test_a_unix_socket_left_by_a_killed_server_is_replaced_and_removed(tmp_path: Path) -> None:

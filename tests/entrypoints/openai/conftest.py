@@ -24,5 +24,5 @@ def sdk(server: LiveServer) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture
 def http(server: LiveServer) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=20) as client:
+    with httpx.Client(base_url=server.url) as client:
         yield client

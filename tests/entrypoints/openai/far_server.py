@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
-WAIT_SECONDS = 20.0
+from tests.patience import GUARD_SECONDS
 
 
 @dataclass
@@ -96,7 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200, b"only this", content_length="1000")
 
     def _silent(self, _: str) -> None:
-        self.connection.settimeout(WAIT_SECONDS)
+        self.connection.settimeout(GUARD_SECONDS)
         if not self.connection.recv(1):
             self.far.left.set()
 
@@ -105,7 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
         self.connection.settimeout(0.01)
-        for _ in range(int(WAIT_SECONDS / 0.01)):
+        for _ in range(int(GUARD_SECONDS / 0.01)):
             self.connection.send(b"x")
             with suppress(TimeoutError):
                 if not self.connection.recv(1):

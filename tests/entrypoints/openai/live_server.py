@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,12 +17,14 @@ import uvicorn
 from fastapi import FastAPI
 
 from tests.fakes import FakeExecutor, FakeRunner, fake_image, make_request
+from tests.patience import GUARD_SECONDS, wait_for
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.plan import ItemError, StepPlan
 from vllm_omni.diffusion.registry import ModelInfo
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.entrypoints.openai.app import build_app
 from vllm_omni.entrypoints.openai.decode_process import DecodeLimits
+from vllm_omni.entrypoints.openai.framing import HttpLimits
 from vllm_omni.entrypoints.openai.media import FetchPolicy
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
 from vllm_omni.entrypoints.openai.settings import ServerSettings
@@ -33,7 +35,25 @@ from vllm_omni.omni import AsyncOmni
 MODEL_NAME = "painter"
 ALIAS = "org/painter"
 STEPS = 4
-WAIT_SECONDS = 20.0
+
+# The product's limits of time, which a test that is not about them must not reach.
+PATIENT_LIMITS = HttpLimits(
+    head_seconds=GUARD_SECONDS,
+    first_byte_seconds=GUARD_SECONDS,
+    drain_seconds=GUARD_SECONDS,
+    linger_seconds=GUARD_SECONDS,
+)
+PATIENT_DECODE_LIMITS = DecodeLimits(seconds=GUARD_SECONDS, start_seconds=GUARD_SECONDS)
+PATIENT_FETCH_POLICY = FetchPolicy(
+    connect_seconds=GUARD_SECONDS, read_seconds=GUARD_SECONDS, total_seconds=GUARD_SECONDS
+)
+PATIENT_SETTINGS = {"upload_silence_seconds": GUARD_SECONDS, "keep_alive_seconds": GUARD_SECONDS}
+
+
+class PatientHttpProtocol(HttpProtocol):
+    limits = PATIENT_LIMITS
+    unread_seconds = GUARD_SECONDS
+
 
 MakeImage = Callable[[DiffusionRequest, int | None], np.ndarray]
 
@@ -132,14 +152,11 @@ class LiveServer:
             result = function(*args)
             return await result if isinstance(result, Awaitable) else result
 
-        return asyncio.run_coroutine_threadsafe(invoke(), self.loop).result(WAIT_SECONDS)
+        return asyncio.run_coroutine_threadsafe(invoke(), self.loop).result(GUARD_SECONDS)
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Until `condition()` holds on the server's loop; fails after a long time."""
-        deadline = time.monotonic() + WAIT_SECONDS
-        while not self.call(condition):
-            assert time.monotonic() < deadline, "the condition did not come true"
-            time.sleep(0.002)
+        """Until `condition()` holds on the server's loop."""
+        wait_for(lambda: self.call(condition))
 
     def num_unfinished(self) -> int:
         status = self.omni.status()
@@ -156,15 +173,15 @@ def live_server(
     settings: dict[str, Any] | None = None,
     fetch_policy: FetchPolicy | None = None,
     decode_limits: DecodeLimits | None = None,
-    protocol: type[asyncio.Protocol] = HttpProtocol,
+    protocol: type[asyncio.Protocol] = PatientHttpProtocol,
     tls: tuple[Path, Path] | None = None,
     image: MakeImage = fake_image,
     **config: Any,
 ) -> Iterator[LiveServer]:
     """Serve until the block ends. `settings`: of the server; `config`: of the engine; `wrap` changes the app;
-    `model`: a real one, without the fakes; `tls`: files of the key and the certificate; `image`: see `FakeRunner`."""
-    started: dict[str, Any] = {}
-    is_up = threading.Event()
+    `model`: a real one, without the fakes; `tls`: files of the key and the certificate; `image`: see `FakeRunner`.
+    Limits of time that are not given are the suite's. Raises what the server's start raised."""
+    started: Future[LiveServer] = Future()
 
     async def serve() -> None:
         device = FakeDevice(image)
@@ -182,10 +199,10 @@ def live_server(
             await omni.start()
         app = build_app(
             omni,
-            ServerSettings(**{"served_model_names": (MODEL_NAME, ALIAS), **(settings or {})}),
+            ServerSettings(**{"served_model_names": (MODEL_NAME, ALIAS), **PATIENT_SETTINGS, **(settings or {})}),
             observer,
-            fetch_policy or FetchPolicy(),
-            decode_limits or DecodeLimits(),
+            fetch_policy or PATIENT_FETCH_POLICY,
+            decode_limits or PATIENT_DECODE_LIMITS,
         )
         if wrap is not None:
             wrap(app)
@@ -200,27 +217,37 @@ def live_server(
                 ssl_certfile=certificate,
                 log_level="warning",
                 ws="none",
+                timeout_keep_alive=int(GUARD_SECONDS),
                 timeout_graceful_shutdown=5,
             )
         )
-        started.update(http=server, omni=omni, device=device, app=app, loop=asyncio.get_running_loop())
         serving = asyncio.ensure_future(server.serve())
         try:
             while not server.started and not serving.done():  # noqa: ASYNC110 (uvicorn has no event for it)
                 await asyncio.sleep(0.002)
-            is_up.set()
+            if serving.done():
+                await serving
+            port = server.servers[0].sockets[0].getsockname()[1]
+            url = f"{'https' if tls else 'http'}://127.0.0.1:{port}"
+            started.set_result(LiveServer(url, omni, device, app, server, asyncio.get_running_loop()))
             await serving
         finally:
             await omni.close()
 
-    thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
+    def run() -> None:
+        try:
+            asyncio.run(serve())
+        except BaseException as error:
+            if started.done():
+                raise
+            started.set_exception(error)
+
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    assert is_up.wait(WAIT_SECONDS)
-    server: uvicorn.Server = started["http"]
-    port = server.servers[0].sockets[0].getsockname()[1]
+    running = started.result()
     try:
-        yield LiveServer(url=f"{'https' if tls else 'http'}://127.0.0.1:{port}", **started)
+        yield running
     finally:
-        server.should_exit = True
-        thread.join(WAIT_SECONDS)
+        running.http.should_exit = True
+        thread.join(GUARD_SECONDS)
         assert not thread.is_alive()

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from tests.entrypoints.openai.live_server import WAIT_SECONDS, LiveServer
+from tests.entrypoints.openai.live_server import LiveServer
+from tests.patience import GUARD_SECONDS
 
 
 @dataclass(frozen=True)
@@ -71,5 +72,5 @@ class RawClient:
 @contextmanager
 def raw_client(server: LiveServer) -> Iterator[RawClient]:
     host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), WAIT_SECONDS) as connection:
+    with socket.create_connection((host, int(port)), GUARD_SECONDS) as connection:
         yield RawClient(connection)

@@ -86,7 +86,7 @@ def operations(schema: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
 
 @pytest.mark.parametrize("info", [FAKE_INFO, FAKE_EDIT_INFO], ids=["text to image", "edits"])
 def test_every_example_runs_as_it_is(info: ModelInfo) -> None:
-    with live_server(info=info) as running, httpx.Client(base_url=running.url, timeout=20) as client:
+    with live_server(info=info) as running, httpx.Client(base_url=running.url) as client:
         sent = []
         for method, path, operation in operations(client.get("/openapi.json").json()):
             for kind, content in operation.get("requestBody", {}).get("content", {}).items():

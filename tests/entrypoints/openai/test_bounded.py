@@ -14,12 +14,10 @@ import pytest
 from fastapi import FastAPI, Request
 from starlette.responses import StreamingResponse
 
-from tests.entrypoints.openai.live_server import LiveServer, live_server
+from tests.entrypoints.openai.live_server import PATIENT_LIMITS, LiveServer, PatientHttpProtocol, live_server
 from tests.entrypoints.openai.raw_client import Answer, RawClient, raw_client
-from vllm_omni.entrypoints.openai.framing import HttpLimits
-from vllm_omni.entrypoints.openai.unread import HttpProtocol
 
-LIMITS = HttpLimits()
+LIMITS = PATIENT_LIMITS
 SHORT = 0.05
 """A time-out, in seconds, for which a test waits."""
 GET = b"GET /echo HTTP/1.1\r\nhost: x\r\n"
@@ -82,8 +80,8 @@ def routes(shared_routes: Routes, server: LiveServer) -> Routes:
     return shared_routes
 
 
-def with_limits(**changes: Any) -> type[HttpProtocol]:
-    class Limited(HttpProtocol):
+def with_limits(**changes: Any) -> type[PatientHttpProtocol]:
+    class Limited(PatientHttpProtocol):
         limits = replace(LIMITS, **changes)
 
     return Limited

@@ -17,7 +17,7 @@ from vllm_omni.entrypoints.openai.uploads import MAX_JSON_BYTES, MAX_JSON_ITEMS
 
 @pytest.fixture(scope="module")
 def editor() -> Iterator[httpx.Client]:
-    with live_server(info=FAKE_EDIT_INFO) as running, httpx.Client(base_url=running.url, timeout=20) as client:
+    with live_server(info=FAKE_EDIT_INFO) as running, httpx.Client(base_url=running.url) as client:
         yield client
 
 

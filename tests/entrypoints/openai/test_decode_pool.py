@@ -9,7 +9,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,8 +20,10 @@ from PIL import Image
 
 from tests.descriptors import descriptors_left
 from tests.entrypoints.openai.hostile_files import chunk, lying_exif, with_chunks
+from tests.entrypoints.openai.live_server import PATIENT_DECODE_LIMITS
 from tests.entrypoints.openai.test_decoding import FILES, exif_of, mutated
 from tests.entrypoints.openai.test_image_edits import data_url, file_of
+from tests.patience import until, wait_for
 from tests.tiny_models import photo
 from vllm_omni.entrypoints.openai.decode_pool import ImageDecoder
 from vllm_omni.entrypoints.openai.decode_process import DecodeLimits, DecodeProcess, NoDecoderError
@@ -30,8 +31,7 @@ from vllm_omni.entrypoints.openai.decoding import decode_image
 from vllm_omni.errors import InvalidRequestError, UnavailableError
 from vllm_omni.inputs.images import InputImage, ReaderSizes, prepared
 
-WAIT_SECONDS = 60.0
-LIMITS = DecodeLimits(seconds=WAIT_SECONDS)
+LIMITS = PATIENT_DECODE_LIMITS
 PNG = file_of(photo(61, 43, 1))
 
 
@@ -66,13 +66,6 @@ def decoder() -> Iterator[ImageDecoder]:
 def pid_of(decoder: ImageDecoder) -> int | None:
     process = decoder._threads[0].process
     return process.pid if process is not None and process.is_usable else None
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true"
-        await asyncio.sleep(0.002)
 
 
 def is_stopped(pid: int) -> bool:
@@ -121,8 +114,12 @@ def test_a_process_outlives_broken_files_and_refusals(process: DecodeProcess) ->
 def test_a_process_is_small_and_has_nothing_of_its_parents(process: DecodeProcess) -> None:
     folder = Path(f"/proc/{process.pid}")
     assert os.getsid(process.pid) == process.pid
-    targets = {os.readlink(link) for link in (folder / "fd").iterdir()}
-    assert {target for target in targets if not target.startswith("socket:")} <= {"/dev/null"}
+
+    def targets() -> set[str]:
+        """Of its descriptors, except the sockets."""
+        return {target for link in (folder / "fd").iterdir() if not (target := os.readlink(link)).startswith("socket:")}
+
+    wait_for(lambda: targets() <= {"/dev/null"})  # as soon as it has let go of the picture before
     assert len(list((folder / "fd").iterdir())) <= 4
     maps = (folder / "maps").read_text()
     assert "_imaging" in maps
@@ -131,7 +128,7 @@ def test_a_process_is_small_and_has_nothing_of_its_parents(process: DecodeProces
     limits = {line[:25].strip(): line[25:].split()[0] for line in (folder / "limits").read_text().splitlines()}
     assert limits["Max address space"] == str(LIMITS.memory_bytes)
     assert limits["Max core file size"] == "0"
-    assert WAIT_SECONDS < int(limits["Max cpu time"]) < 3 * WAIT_SECONDS
+    assert LIMITS.seconds < int(limits["Max cpu time"]) < 3 * LIMITS.seconds
 
 
 def test_what_takes_too_long_is_refused_and_its_process_replaced() -> None:
@@ -349,10 +346,7 @@ time.sleep(1000)
             pid = int(parent.stdout.readline())
         finally:
             parent.kill()
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not has_ended(pid):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_for(lambda: has_ended(pid))
 
 
 def test_a_process_says_nothing(process: DecodeProcess, capfd: pytest.CaptureFixture[str]) -> None:

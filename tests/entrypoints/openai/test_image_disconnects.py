@@ -17,10 +17,9 @@ import httpx
 import pytest
 from starlette.types import Message
 
-from tests.entrypoints.openai.live_server import FAKE_EDIT_INFO, WAIT_SECONDS, LiveServer, live_server
+from tests.entrypoints.openai.live_server import FAKE_EDIT_INFO, LiveServer, live_server
 from tests.entrypoints.openai.test_image_edits import EDITS, file_of
 from tests.tiny_models import photo
-from vllm_omni.entrypoints.openai.decode_process import DecodeLimits
 from vllm_omni.entrypoints.openai.streaming import ImageEventStream
 from vllm_omni.omni import OutputStream
 
@@ -41,7 +40,7 @@ def test_json_client_leaves(paused: LiveServer, n: int) -> None:
     connection.close()
     paused.wait_until(lambda: paused.num_unfinished() == 0)
     paused.call(paused.device.resume)
-    assert httpx.post(f"{paused.url}/v1/images/generations", json={"prompt": "x"}, timeout=20).status_code == 200
+    assert httpx.post(f"{paused.url}/v1/images/generations", json={"prompt": "x"}).status_code == 200
     assert paused.device.num_plans < 20
 
 
@@ -86,11 +85,9 @@ def test_client_leaves_while_its_picture_is_decoded(name: str) -> None:
     """The process that decodes it is killed, and another client's picture is next."""
     path, kind, body, num_missing = UPLOADS[name]
     files = {"image": LARGE, "prompt": (None, "x")}
-    server = live_server(
-        info=FAKE_EDIT_INFO, settings={"num_encoding_threads": 1}, decode_limits=DecodeLimits(seconds=3 * WAIT_SECONDS)
-    )
+    server = live_server(info=FAKE_EDIT_INFO, settings={"num_encoding_threads": 1})
     with server as running, ThreadPoolExecutor(1) as pool:
-        assert httpx.post(running.url + EDITS, files=files, timeout=20).status_code == 200
+        assert httpx.post(running.url + EDITS, files=files).status_code == 200
         decoder = running.app.state.image_decoder
         pid = decoder._threads[0].process.pid
         os.kill(pid, signal.SIGSTOP)
@@ -98,7 +95,7 @@ def test_client_leaves_while_its_picture_is_decoded(name: str) -> None:
         headers = {"content-type": kind, "content-length": str(len(body) + num_missing)}
         connection.request("POST", path, body, headers)
         running.wait_until(lambda: decoder.num_pictures == 1 and decoder._jobs.qsize() == 0)
-        answer = pool.submit(httpx.post, running.url + EDITS, files=files, timeout=20)
+        answer = pool.submit(httpx.post, running.url + EDITS, files=files)
         running.wait_until(lambda: decoder.num_pictures == 2)
         connection.close()
         assert answer.result().status_code == 200
@@ -109,7 +106,7 @@ def test_client_leaves_while_its_picture_is_decoded(name: str) -> None:
 def test_stream_client_leaves(paused: LiveServer) -> None:
     body = {"prompt": "x", "num_inference_steps": 100, "partial_images": 3, "stream": True}
     with (
-        httpx.Client(timeout=20) as client,
+        httpx.Client() as client,
         client.stream("POST", f"{paused.url}/v1/images/generations", json=body) as response,
     ):
         assert response.status_code == 200
@@ -123,7 +120,7 @@ def test_stream_client_leaves(paused: LiveServer) -> None:
 def test_stream_client_leaves_before_the_first_event(paused: LiveServer) -> None:
     body = {"prompt": "x", "stream": True}
     with (
-        httpx.Client(timeout=20) as client,
+        httpx.Client() as client,
         client.stream("POST", f"{paused.url}/v1/images/generations", json=body) as response,
     ):
         assert response.status_code == 200

@@ -182,7 +182,7 @@ def test_half_a_request_for_guidance_is_named_by_the_parameters_of_the_model() -
     info = dataclasses.replace(
         FAKE_INFO, guidance=guidance, default_sampling_params={"height": 64, "width": 64, "num_inference_steps": 2}
     )
-    with live_server(info=info) as running, httpx.Client(base_url=running.url, timeout=20) as client:
+    with live_server(info=info) as running, httpx.Client(base_url=running.url) as client:
         body = {"prompt": "x", "negative_prompt": "y", "guidance_scale": 0, "cfg_truncation": 0.5}
         response = client.post("/v1/images/generations", json=body)
         assert response.headers["x-omni-ignored-fields"] == "negative_prompt,cfg_truncation"
@@ -203,7 +203,7 @@ def test_librechat_body() -> None:
         "output_format": "png", "n": 1,
     }  # fmt: skip
     names = {"served_model_names": (MODEL_NAME, "gpt-image-1")}
-    with live_server(settings=names) as running, httpx.Client(base_url=running.url, timeout=20) as client:
+    with live_server(settings=names) as running, httpx.Client(base_url=running.url) as client:
         response = client.post("/v1/images/generations", json=body)
         assert opened(response.json()["data"][0]["b64_json"]).size == (64, 64)
         body["model"] = "gpt-image-2"
@@ -248,7 +248,7 @@ def test_prompts_are_counted_in_a_thread_of_their_own() -> None:
     with live_server(info=info) as running:
         num_before = len(threads)
         assert num_before > 0, "warmed before the first request"
-        httpx.post(f"{running.url}/v1/images/generations", json={"prompt": "x"}, timeout=20)
+        httpx.post(f"{running.url}/v1/images/generations", json={"prompt": "x"})
     assert len(threads) == num_before + 1
     assert threads[-1].startswith("omni-resolve")
 

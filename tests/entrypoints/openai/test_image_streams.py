@@ -88,7 +88,7 @@ def test_silence_is_filled_with_comments() -> None:
     with live_server(settings={"keep_alive_seconds": 0.01}) as running:
         running.call(running.device.pause)
         with httpx.stream(
-            "POST", f"{running.url}/v1/images/generations", json={"prompt": "x", "stream": True}, timeout=20
+            "POST", f"{running.url}/v1/images/generations", json={"prompt": "x", "stream": True}
         ) as response:
             lines = response.iter_lines()
             comments = [line for line in (next(lines) for _ in range(6)) if line]
@@ -103,7 +103,7 @@ def test_stream_ends_in_peace_when_the_server_is_told_to_stop() -> None:
     with live_server() as running:
         running.call(running.device.pause)
         with httpx.stream(
-            "POST", f"{running.url}/v1/images/generations", json={"prompt": "x", "stream": True}, timeout=20
+            "POST", f"{running.url}/v1/images/generations", json={"prompt": "x", "stream": True}
         ) as response:
             assert response.status_code == 200
             running.call(running.http.handle_exit, signal.SIGTERM, None)

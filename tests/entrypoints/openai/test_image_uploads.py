@@ -257,7 +257,7 @@ def test_pixels_count_while_the_rest_of_an_upload_is_awaited(server: LiveServer)
         held = budget.num_bytes
         yield b"\r\n--x--\r\n"
 
-    with httpx.Client(base_url=server.url, timeout=20) as http:
+    with httpx.Client(base_url=server.url) as http:
         headers = {"content-type": "multipart/form-data; boundary=x"}
         assert http.post(EDITS, content=parts(), headers=headers).status_code == 200
         assert held < 2 * 1000 * 800 * 3 + 2**16
@@ -286,7 +286,7 @@ def test_pixels_count_until_the_request_has_ended(server: LiveServer, stream: bo
     most, budget.max_bytes = budget.max_bytes, num_pixel_bytes * 3 // 2
     server.call(server.device.pause)
     try:
-        with httpx.Client(base_url=server.url, timeout=20) as http, ThreadPoolExecutor(1) as pool:
+        with httpx.Client(base_url=server.url) as http, ThreadPoolExecutor(1) as pool:
             answer = pool.submit(http.post, EDITS, **request)  # type: ignore[arg-type]
             server.wait_until(lambda: server.num_unfinished() == 1)
             try:
@@ -309,7 +309,7 @@ def test_bad_uploads_leave_neighbours_and_memory_alone(server: LiveServer) -> No
     bad = [*BAD_FILES.values(), *(png_header(2**15, 2**15) for _ in range(10))] * 2
     before = peak()
     with (
-        httpx.Client(base_url=server.url, timeout=20) as http,
+        httpx.Client(base_url=server.url) as http,
         openai.OpenAI(api_key="none", base_url=f"{server.url}/v1", max_retries=0) as client,
         ThreadPoolExecutor(8) as pool,
     ):
@@ -332,7 +332,7 @@ def test_a_client_that_leaves_in_the_middle_of_its_upload(server: LiveServer) ->
         yield bytes(2**16)
         raise ConnectionError("the client is gone")
 
-    with httpx.Client(base_url=server.url, timeout=20) as http, pytest.raises(ConnectionError):
+    with httpx.Client(base_url=server.url) as http, pytest.raises(ConnectionError):
         http.post(EDITS, content=form(broken()), headers={"content-type": "multipart/form-data; boundary=x"})
     server.wait_until(lambda: server.app.state.upload_budget.num_bytes == 0)
     assert httpx.get(f"{server.url}/health").status_code == 200
@@ -351,7 +351,7 @@ def test_a_body_that_stands_still_is_ended(path: str, content_type: str) -> None
     """The client is there and says nothing; what it has sent must not be held for it."""
     info = FAKE_EDIT_INFO if path == EDITS else FAKE_INFO
     with live_server(info=info, settings={"upload_silence_seconds": 0.2}) as server:
-        connection = HTTPConnection(server.url.removeprefix("http://"), timeout=20)
+        connection = HTTPConnection(server.url.removeprefix("http://"))
         connection.putrequest("POST", path)
         for name, value in (("content-type", content_type), ("content-length", "1000000")):
             connection.putheader(name, value)
@@ -370,7 +370,7 @@ def test_an_upload_that_trickles_is_ended() -> None:
     """Never silent for long, and never done."""
     with live_server(info=FAKE_EDIT_INFO, settings={"upload_silence_seconds": 0.5}) as server:
         host, port = server.url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=20) as client:
+        with socket.create_connection((host, int(port))) as client:
             head = (
                 f"POST {EDITS} HTTP/1.1",
                 "host: x",

@@ -34,19 +34,19 @@ def send(request: pytest.FixtureRequest, server: LiveServer, editor: LiveServer)
     def post(**fields: Any) -> httpx.Response:
         match request.param:
             case "generations":
-                return httpx.post(server.url + GENERATIONS, json={"prompt": "x", **fields}, timeout=20)
+                return httpx.post(server.url + GENERATIONS, json={"prompt": "x", **fields})
             case "json edits":
                 body = {"prompt": "x", "image": data_url(PHOTO), **fields}
-                return httpx.post(editor.url + EDITS, json=body, timeout=20)
+                return httpx.post(editor.url + EDITS, json=body)
             case "form edits":
                 sent = {name: str(value) for name, value in fields.items() if value is not None}
                 form = {"prompt": "x", **sent}
-                return httpx.post(editor.url + EDITS, files={"image": file_of(PHOTO)}, data=form, timeout=20)
+                return httpx.post(editor.url + EDITS, files={"image": file_of(PHOTO)}, data=form)
             case "chat":
-                return httpx.post(editor.url + CHAT, json={"messages": [says(content)], **fields}, timeout=20)
+                return httpx.post(editor.url + CHAT, json={"messages": [says(content)], **fields})
             case _:
                 body = {"messages": [says(content)], "extra_body": fields}
-                return httpx.post(editor.url + CHAT, json=body, timeout=20)
+                return httpx.post(editor.url + CHAT, json=body)
 
     return post
 
@@ -174,7 +174,7 @@ def test_text_of_a_picture_is_not_held_longer_than_a_file() -> None:
         running.call(running.device.pause)
         for value in (("a.png", file_of(PHOTO)), (None, data_url(PHOTO))):
             form: Any = {"image": value, "prompt": (None, "x"), "stream": (None, "true")}
-            with httpx.stream("POST", running.url + EDITS, files=form, timeout=20):
+            with httpx.stream("POST", running.url + EDITS, files=form):
                 held.append(budget.num_bytes)
             running.wait_until(lambda: budget.num_bytes == 0)
         running.call(running.device.resume)
@@ -189,7 +189,7 @@ def test_files_that_were_not_chosen_in_a_browser_are_absent(editor: LiveServer) 
     fields = b'content-disposition: form-data; name="prompt"\r\n\r\nx'
     body = b"".join(b"--x\r\n" + part + b"\r\n" for part in [*parts, fields]) + b"--x--\r\n"
     headers = {"content-type": "multipart/form-data; boundary=x"}
-    response = httpx.post(editor.url + EDITS, content=body, headers=headers, timeout=20)
+    response = httpx.post(editor.url + EDITS, content=body, headers=headers)
     assert response.status_code == 200, response.text
     assert len(newest(editor)) == 1
 
@@ -216,7 +216,7 @@ def test_a_text_field_may_come_as_a_file(editor: LiveServer) -> None:
 
 
 def test_trailing_slashes(server: LiveServer, editor: LiveServer) -> None:
-    with httpx.Client(base_url=server.url, timeout=20) as client:
+    with httpx.Client(base_url=server.url) as client:
         for path in ("/health", "/ping", "/load", "/version", "/metrics", "/v1/models", f"/v1/models/{MODEL_NAME}"):
             assert client.get(path + "/").status_code == 200, path
         assert client.get("/v1/models/").json() == client.get("/v1/models").json()
@@ -226,7 +226,7 @@ def test_trailing_slashes(server: LiveServer, editor: LiveServer) -> None:
         assert error_of(client.post("/v1/completions/", json={}))["type"] == "invalid_request_error"
     large = file_of(PHOTO.resize((900, 900)), "PNG", compress_level=0)
     assert len(large) > 2**21, "beyond the limit of other routes' bodies"
-    response = httpx.post(editor.url + EDITS + "/", files={"image": large}, data={"prompt": "x"}, timeout=20)
+    response = httpx.post(editor.url + EDITS + "/", files={"image": large}, data={"prompt": "x"})
     assert response.status_code == 200, response.text
 
 
@@ -235,9 +235,9 @@ def test_the_default_response_format(default: str) -> None:
     with live_server(settings={"default_response_format": default}) as running:
         url = running.url + GENERATIONS
         for sent in (None, "", "URL", "b64_json"):
-            (item,) = httpx.post(url, json={"prompt": "x", "response_format": sent}, timeout=20).json()["data"]
+            (item,) = httpx.post(url, json={"prompt": "x", "response_format": sent}).json()["data"]
             expected = sent.lower() if sent else default
             assert set(item) == {expected, "seed"}
-        streamed = httpx.post(url, json={"prompt": "x", "stream": True}, timeout=20)
+        streamed = httpx.post(url, json={"prompt": "x", "stream": True})
         assert '"b64_json":"' in streamed.text
         assert httpx.post(url, json={"prompt": "x", "stream": True, "response_format": "url"}).status_code == 400

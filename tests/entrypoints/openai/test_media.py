@@ -22,10 +22,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.entrypoints.cli.test_serve import self_signed
-from tests.entrypoints.openai.far_server import WAIT_SECONDS, FarServer, far_server
-from tests.entrypoints.openai.live_server import FAKE_EDIT_INFO, LiveServer, live_server
+from tests.entrypoints.openai.far_server import FarServer, far_server
+from tests.entrypoints.openai.live_server import FAKE_EDIT_INFO, PATIENT_FETCH_POLICY, LiveServer, live_server
 from tests.entrypoints.openai.test_image_edits import EDITS, data_url, file_of, newest
 from tests.entrypoints.openai.test_image_errors import error_of
+from tests.patience import GUARD_SECONDS, until
 from tests.tiny_models import photo
 from vllm_omni.entrypoints.openai.media import FetchPolicy, IPAddress, MediaFetcher, is_public
 from vllm_omni.entrypoints.openai.uploads import MAX_IMAGE_BYTES
@@ -46,7 +47,7 @@ def here_or_public(address: IPAddress) -> bool:
     return address == ipaddress.ip_address("127.0.0.1") or is_public(address)
 
 
-POLICY = FetchPolicy(NAMES.__getitem__, here_or_public, read_seconds=3 * WAIT_SECONDS, total_seconds=3 * WAIT_SECONDS)
+POLICY = replace(PATIENT_FETCH_POLICY, resolve=NAMES.__getitem__, allows_address=here_or_public)
 
 
 @pytest.fixture(scope="module")
@@ -238,24 +239,29 @@ def test_a_client_that_leaves_ends_the_fetch(server: LiveServer, far: FarServer,
     server.wait_until(lambda: len(far.requests) > num_before)
     assert server.app.state.upload_budget.num_bytes > 0
     connection.close()
-    assert far.left.wait(WAIT_SECONDS / 2)
+    assert far.left.wait(GUARD_SECONDS)
     server.wait_until(lambda: server.app.state.upload_budget.num_bytes == 0)
 
 
 @pytest.mark.parametrize(
-    ("path", "policy"),
-    [
-        ("/silent/", replace(POLICY, read_seconds=0.2)),
-        ("/silent/", replace(POLICY, total_seconds=0.2)),
-        ("/drip/", replace(POLICY, total_seconds=0.2)),  # never silent for long
-    ],
+    ("path", "limit"),
+    [("/silent/", "read_seconds"), ("/silent/", "total_seconds"), ("/drip/", "total_seconds")],
     ids=["silence", "total", "total, bit by bit"],
 )
-async def test_deadlines(far: FarServer, path: str, policy: FetchPolicy) -> None:
+async def test_deadlines(far: FarServer, path: str, limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that goes fast once the far server was asked; /drip/ is never silent for long."""
     far.left.clear()
+    num_before, loop, ahead = len(far.requests), asyncio.get_running_loop(), 0.0
+    time = loop.time
+    monkeypatch.setattr(loop, "time", lambda: time() + ahead)
+    fetching = asyncio.create_task(fetch(far.url(path), replace(POLICY, **{limit: 10.0})))
+    await until(lambda: len(far.requests) > num_before)
+    while not fetching.done():
+        ahead += 1.0
+        await asyncio.sleep(0)
     with pytest.raises(InvalidRequestError, match=r"photos\.example did not send the picture in time"):
-        await fetch(far.url(path), policy)
-    assert far.left.wait(WAIT_SECONDS / 2)
+        await fetching
+    assert far.left.wait(GUARD_SECONDS)
 
 
 async def test_a_name_is_resolved_once_and_its_addresses_are_tried_in_turn(far: FarServer) -> None:

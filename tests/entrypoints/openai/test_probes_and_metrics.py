@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import httpx
 import openai
 import psutil
@@ -12,7 +10,8 @@ from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 import vllm_omni
-from tests.entrypoints.openai.live_server import ALIAS, MODEL_NAME, STEPS, WAIT_SECONDS, LiveServer, live_server
+from tests.entrypoints.openai.live_server import ALIAS, MODEL_NAME, STEPS, LiveServer, live_server
+from tests.patience import wait_for
 from vllm_omni.diffusion.events import EngineStatus
 from vllm_omni.diffusion.plan import StepPlan, StepResult
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
@@ -63,15 +62,13 @@ def test_load_counts_requests_until_their_answers_end() -> None:
         generations, chat = f"{running.url}/v1/images/generations", f"{running.url}/v1/chat/completions"
         messages = [{"role": "user", "content": "x"}]
         with (
-            httpx.stream("POST", generations, json={"prompt": "x", "n": 3, "stream": True}, timeout=20) as first,
-            httpx.stream("POST", chat, json={"messages": messages, "stream": True}, timeout=20),
+            httpx.stream("POST", generations, json={"prompt": "x", "n": 3, "stream": True}) as first,
+            httpx.stream("POST", chat, json={"messages": messages, "stream": True}),
         ):
             assert load() == {"server_load": 2}
             running.call(running.device.resume)
             assert len([line for line in first.iter_lines() if line.startswith("event: ")]) == 3
-        deadline = time.monotonic() + WAIT_SECONDS
-        while load() != {"server_load": 0}:
-            assert time.monotonic() < deadline
+        wait_for(lambda: load() == {"server_load": 0})
 
 
 def test_draining_server_is_healthy_but_not_ready() -> None:

@@ -38,7 +38,7 @@ def log(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[LiveServer], pyt
 
 @contextmanager
 def answering(server: LiveServer, body: bytes, declared: int) -> Iterator[HTTPConnection]:
-    connection = HTTPConnection(server.url.removeprefix("http://"), timeout=20)
+    connection = HTTPConnection(server.url.removeprefix("http://"))
     connection.putrequest("POST", GENERATIONS)
     connection.putheader("content-type", "application/json")
     connection.putheader("content-length", str(declared))

@@ -97,13 +97,13 @@ def test_a_busy_device_does_not_delay_a_task() -> None:
     with live_server(max_num_queued_reqs=1) as running:
         running.call(running.device.pause)
         body = {"messages": [says("x")], "stream": True}
-        with httpx.stream("POST", running.url + CHAT, json=body, timeout=20):
-            assert httpx.post(running.url + CHAT, json={"messages": TASKS["title"]}, timeout=20).status_code == 200
+        with httpx.stream("POST", running.url + CHAT, json=body):
+            assert httpx.post(running.url + CHAT, json={"messages": TASKS["title"]}).status_code == 200
         running.call(running.device.resume)
 
 
 def test_a_model_that_edits_needs_no_picture_for_a_task() -> None:
-    with live_server(info=FAKE_EDIT_INFO) as running, httpx.Client(base_url=running.url, timeout=20) as client:
+    with live_server(info=FAKE_EDIT_INFO) as running, httpx.Client(base_url=running.url) as client:
         assert client.post(CHAT, json={"messages": TASKS["title"]}).json()["usage"]["total_tokens"] == 0
         with_picture = [says([text(USER_TASKS["title"]), shows(PHOTO)])]
         assert len(client.post(CHAT, json={"messages": with_picture}).json()["choices"][0]["message"]["images"]) == 1
@@ -111,6 +111,6 @@ def test_a_model_that_edits_needs_no_picture_for_a_task() -> None:
 
 def test_tasks_can_be_generated() -> None:
     with live_server(settings={"chat_text_tasks": "generate"}) as running:
-        answer = httpx.post(running.url + CHAT, json={"messages": TASKS["title"]}, timeout=20).json()
+        answer = httpx.post(running.url + CHAT, json={"messages": TASKS["title"]}).json()
         assert len(answer["choices"][0]["message"]["images"]) == 1
         assert read_metrics(running)[COUNTER] == 0

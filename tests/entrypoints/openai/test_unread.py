@@ -17,19 +17,19 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from tests.entrypoints.cli.test_serve import self_signed
-from tests.entrypoints.openai.live_server import WAIT_SECONDS, LiveServer, live_server
-from vllm_omni.entrypoints.openai.unread import PIECE_BYTES, HttpProtocol, Pieces
+from tests.entrypoints.openai.live_server import LiveServer, PatientHttpProtocol, live_server
+from tests.patience import GUARD_SECONDS
+from vllm_omni.entrypoints.openai.unread import PIECE_BYTES, Pieces
 
 BODY = b"".join(i.to_bytes(4, "big") for i in range(4 * 2**20))
 """16 MiB, more than a connection's two ends keep by themselves."""
 
 
-class Impatient(HttpProtocol):
+class Impatient(PatientHttpProtocol):
     unread_seconds = 0.2
 
 
-class Counting(HttpProtocol):
-    unread_seconds = WAIT_SECONDS
+class Counting(PatientHttpProtocol):
     num_pauses = 0
     waits = False
     deadlines: list[asyncio.TimerHandle]
@@ -94,7 +94,7 @@ def asking(server: LiveServer, path: str, tls: Tls = None) -> Iterator[socket.so
     with ExitStack() as closing:
         client = closing.enter_context(socket.socket())
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
-        client.settimeout(WAIT_SECONDS)
+        client.settimeout(GUARD_SECONDS)
         client.connect((host, int(port)))
         if tls is not None:
             context = ssl.create_default_context(cafile=tls[1])

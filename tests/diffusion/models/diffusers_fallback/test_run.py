@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.patience import GUARD_SECONDS
 from vllm_omni.diffusion.models.diffusers_fallback.run import SteppedRun
 
 
@@ -80,7 +81,7 @@ def test_a_run_that_pauses_while_it_unwinds_ends() -> None:
     run.resume()
     cancelling = threading.Thread(target=run.cancel, daemon=True)
     cancelling.start()
-    cancelling.join(10)
+    cancelling.join(GUARD_SECONDS)
     assert not cancelling.is_alive(), "waits for ever"
     assert seen == ["unwinding"]
     assert not run.is_alive
