@@ -85,6 +85,10 @@ class ServerProcess:
         self._note_family()
         self._process.send_signal(number)
 
+    @property
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
     def workers(self) -> list[psutil.Process]:
         self._note_family()
         return [p for p in self._family.values() if p.is_running() and "worker.main" in " ".join(p.cmdline())]

@@ -18,17 +18,19 @@ import httpx
 import psutil
 
 from tests.entrypoints.cli.server_process import VLLM, num_running, start_generation, wait_for
+from tests.patience import GUARD_SECONDS
 
 ROOT = Path(__file__).parents[3]
 SMALLEST_PIPE = 4096
+PATIENCE = f"{GUARD_SECONDS:g}"
 
 
 @contextlib.contextmanager
 def serving(path: Path, output: int | None, fake: bool = False) -> Iterator[tuple[psutil.Popen, httpx.Client]]:
     """The server on the Unix socket `path`, once it is ready; `output`: its standard output and error, None: closed."""
-    words: list[str | Path] = [VLLM, "serve", "demo", "--omni", "--uds", path, "--shutdown-timeout", "60"]
+    words: list[str | Path] = [VLLM, "serve", "demo", "--omni", "--uds", path, "--shutdown-timeout", PATIENCE]
     if fake:
-        words = [sys.executable, "-m", "tests.entrypoints.cli.fake_server", path, "60", "60"]
+        words = [sys.executable, "-m", "tests.entrypoints.cli.fake_server", path, PATIENCE, PATIENCE]
     command = ["/bin/sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words] if output is None else words
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     server = psutil.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, cwd=ROOT)

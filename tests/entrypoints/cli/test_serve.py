@@ -11,7 +11,8 @@ import re
 import signal
 import ssl
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,8 +33,10 @@ from tests.entrypoints.cli.server_process import (
     stop,
     wait_for,
 )
+from tests.patience import GUARD_SECONDS
 
 KEY = "correct horse"
+PATIENCE = f"{GUARD_SECONDS:g}"
 ORIGIN = "https://app.example"
 LOCALHOST = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
 
@@ -74,13 +77,13 @@ class Shared:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, http_client=client)
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
-    """One server with every flag that can share one: starting it costs more than all its tests."""
-    key, certificate = self_signed(tmp_path_factory.mktemp("tls"))
+@contextmanager
+def serving(folder: Path) -> Iterator[Shared]:
+    """A server with every flag that can share one: starting it costs more than all its tests."""
+    key, certificate = self_signed(folder)
     with server_process(
         *("--host", "127.0.0.1", "--port", "0", "--api-key", KEY, "--root-path", "/omni/"),
-        *("--ssl-keyfile", str(key), "--ssl-certfile", str(certificate), "--shutdown-timeout", "120"),
+        *("--ssl-keyfile", str(key), "--ssl-certfile", str(certificate), "--shutdown-timeout", PATIENCE),
         *("--served-model-name", "gpt-image-1", "demo", "--allowed-origins", f'["{ORIGIN}"]'),
         *("--middleware", "starlette.middleware.gzip.GZipMiddleware"),
         *("--default-sampling-params", '{"num_inference_steps": 4}'),
@@ -89,6 +92,31 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
         assert shared.url.startswith("https://127.0.0.1:")
         process.wait_until_ready()
         yield shared
+
+
+class Servers:
+    """One server for all tests, and another where a test has ended it."""
+
+    def __init__(self, make_folder: Callable[[str], Path], stack: ExitStack) -> None:
+        self._make_folder = make_folder
+        self._stack = stack
+        self._running: Shared | None = None
+
+    def running(self) -> Shared:
+        if self._running is None or not self._running.process.is_running:
+            self._running = self._stack.enter_context(serving(self._make_folder("tls")))
+        return self._running
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    with ExitStack() as stack:
+        yield Servers(tmp_path_factory.mktemp, stack)
+
+
+@pytest.fixture
+def server(servers: Servers) -> Shared:
+    return servers.running()
 
 
 @pytest.fixture
@@ -199,7 +227,7 @@ def replayed(client: httpx.Client) -> float:
 
 
 def test_sigterm_finishes_what_runs_and_refuses_the_rest(server: Shared, client: httpx.Client) -> None:
-    """The last test of the shared server. Its worker stands still until the rest is refused."""
+    """The worker stands still until the rest is refused."""
     (worker,) = server.process.workers()
     worker.suspend()
     generation = start_generation(client, 4)
@@ -221,7 +249,7 @@ def test_sigterm_finishes_what_runs_and_refuses_the_rest(server: Shared, client:
 
 def test_a_second_signal_on_a_unix_socket_ends_at_once(tmp_path: Path) -> None:
     path = tmp_path / "omni.sock"
-    with server_process("--uds", str(path), "--shutdown-timeout", "300", "--disable-uvicorn-access-log") as server:
+    with server_process("--uds", str(path), "--shutdown-timeout", PATIENCE, "--disable-uvicorn-access-log") as server:
         assert server.address() == f"unix:{path}"
         server.wait_until_ready()
         transport = httpx.HTTPTransport(uds=str(path))

@@ -19,6 +19,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from tests.entrypoints.openai.live_server import FAKE_EDIT_INFO, LiveServer, live_server
+from tests.patience import GUARD_SECONDS
 
 CHECKS = [
     not_a_server_error,
@@ -28,8 +29,8 @@ CHECKS = [
     negative_data_rejection,
 ]
 OPERATIONS = {
-    ("POST", "/v1/images/generations"): 150,
-    ("POST", "/v1/chat/completions"): 100,
+    ("POST", "/v1/images/generations"): 100,
+    ("POST", "/v1/chat/completions"): 50,
     ("GET", "/v1/images/files/{file_id}"): 30,
     ("GET", "/v1/models"): 1,
     ("GET", "/v1/models/{model}"): 30,
@@ -42,7 +43,7 @@ OPERATIONS = {
 }
 """Operations of a model that makes pictures from text, each with its number of examples in each mode."""
 EDITS = ("POST", "/v1/images/edits")
-NUM_EDIT_EXAMPLES = 60
+NUM_EDIT_EXAMPLES = 40
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def test_examples_that_the_schema_allows(schema: schemathesis.schemas.BaseSchema
 def test_event_streams_are_as_the_schema_says(schema: schemathesis.schemas.BaseSchema) -> None:
     body = {"prompt": "x", "stream": True, "partial_images": 1}
     case = schema["/v1/images/generations"]["POST"].Case(body=body, media_type="application/json")
-    response = case.call()
+    response = case.call(timeout=GUARD_SECONDS)
     assert response.status_code == 200
     case.validate_response(response, checks=CHECKS)
 
@@ -109,7 +110,7 @@ def fuzz(schema: schemathesis.schemas.BaseSchema, method: str, path: str, mode: 
     def send(case: schemathesis.Case) -> None:
         if case.media_type == "multipart/form-data" and isinstance(case.body, dict):
             assume(not any(is_absent_in_a_form(value) for value in case.body.values()))
-        response = case.call()
+        response = case.call(timeout=GUARD_SECONDS)
         statuses[response.status_code] += 1
         case.validate_response(response, checks=CHECKS)
         if response.status_code >= 400:

@@ -195,7 +195,7 @@ NAMINGS: list[tuple[str, Naming, tuple[float, ...]]] = [
     (FLUX, peft_with_alphas, (2.0, 8.0)),
     (FLUX, one_trainer_flux, (2.0, 8.0)),
     (FLUX, one_trainer, (2.0, 8.0)),
-    (SD, kohya, (20.0, 80.0)),
+    (SD, kohya, (80.0, 320.0)),  # its pictures follow weak changes little
     (SDXL, kohya, (2.0,)),
     (SDXL, kohya, (2.0, 8.0, 1.0)),
     (SDXL, peft, (2.0, 8.0, 1.0)),

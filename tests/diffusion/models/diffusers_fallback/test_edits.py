@@ -90,7 +90,7 @@ def test_several_pictures_are_seen_in_their_order(
     model_of: ModelOf, runner_of: RunnerOf, pipeline_of: PipelineOf
 ) -> None:
     """Two requests under way: of two pictures of other sizes, and of none."""
-    images = (noise(96, 64, 1), noise(64, 80, 2))
+    images = (noise(96, 64, 1), Image.new("RGB", (64, 80)))
     (both,) = resolve(model_of, KLEIN, images, seed=3, **SQUARE, **T5)
     (none,) = resolve(model_of, KLEIN, (), seed=4, **T5)
     drive = Drive(runner_of(KLEIN)).run({0: [both], 1: [replace(none, request_id="none")]})
