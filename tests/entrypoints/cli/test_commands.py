@@ -68,7 +68,7 @@ def test_every_command_of_vllm_says_what_to_do_instead() -> None:
 def test_another_command_ends_the_program_with_one_line(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert re.match(f"vllm: error: {message}", error_of(words, capsys))
+    assert re.match(f"vllm-omni: error: {message}", error_of(words, capsys))
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,8 @@ def serve_and_leave(
 
 
 def _print_error(error: ConfigError) -> None:
-    print(f"{program_name(sys.argv[0])}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    # Our name also where vLLM's command has handed over: its reader must know whose error it is.
+    print(f"vllm-omni: error: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 if __name__ == "__main__":
