@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from vllm_omni.diffusion.compiled_packages import check_compiled_packages
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.diffusion.engine import DiffusionEngine
 from vllm_omni.diffusion.events import EngineEvent, EngineObserver, EngineStatus, Failed, Finished, Preview
@@ -170,6 +171,7 @@ class AsyncOmni:
         self.config = make_config(**settings) if config is None else config
         if not isinstance(self.config, OmniDiffusionConfig):
             raise ConfigError(f"config takes an OmniDiffusionConfig, got {config!r}; a model's name is given as model=")
+        check_compiled_packages()
         self.info = load_model_info(self.config.model, self.config.load_format, HubAccess.of(self.config))
         self.info.check_settings(self.config)
         self.info.check_parallel(self.config.parallel)

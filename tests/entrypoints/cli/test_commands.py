@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fake_packages import install_mismatched_torchvision
 from vllm_omni.entrypoints.cli.commands import OTHER_COMMANDS, program_name
 from vllm_omni.entrypoints.cli.main import main
 
@@ -95,3 +96,13 @@ def test_errors_of_vllm_omni_say_so(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     text = capsys.readouterr().out
     assert text.startswith("usage: vllm-omni serve MODEL [flags]")
     assert "  vllm-omni serve Qwen/Qwen-Image --port 8091\n" in text
+
+
+def test_a_package_that_does_not_match_torch_ends_the_command_before_anything_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = install_mismatched_torchvision(tmp_path, monkeypatch)
+    assert error_of(["serve", "demo"], capsys).startswith(f"vllm-omni: error: {message}")
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "--help"])
+    assert ended.value.code == 0
