@@ -18,7 +18,7 @@ import pytest
 
 from tests.diffusion.executor.workers import GUARD_SECONDS, ROOT, is_alive, wait_until
 from tests.fakes import FakeExecutor, FakeRunner
-from vllm_omni import AsyncOmni
+from vllm_omni import AsyncOmni, Omni
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.executor.inline import InlineExecutor
 from vllm_omni.diffusion.executor.multiproc import MultiprocExecutor
@@ -235,6 +235,23 @@ async def test_all_replicas_of_a_dropped_engine_end() -> None:
     gc.collect()
     await asyncio.sleep(0)
     assert [executor.closed for executor in made] == [True, True]
+
+
+def test_an_omni_that_is_collected_on_its_own_loop_ends() -> None:
+    with executors(lambda config: FakeExecutor()) as made:
+        omni: Any = Omni(model="demo", progress_bar=False)
+    loop, (thread,) = omni._loop, [thread for thread in threading.enumerate() if thread.name == "omni-loop"]
+    omni.itself = omni  # so that the garbage collector finds it, on whatever thread it runs
+    gc.disable()
+    try:
+        del omni
+        loop.call_soon_threadsafe(gc.collect)
+        thread.join(GUARD_SECONDS)
+    finally:
+        gc.enable()
+    assert not thread.is_alive()
+    assert made[0].closed
+    assert loop.is_closed()
 
 
 async def test_an_engine_lives_as_long_as_somebody_reads_of_it() -> None:

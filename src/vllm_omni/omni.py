@@ -335,7 +335,7 @@ class Omni:
         self._progress_bar = progress_bar
         self._async = AsyncOmni(config)
         self._loop = asyncio.new_event_loop()
-        thread = threading.Thread(target=self._loop.run_forever, name="omni-loop", daemon=True)
+        thread = threading.Thread(target=_run_loop, args=(self._loop,), name="omni-loop", daemon=True)
         thread.start()
         self._finalizer = weakref.finalize(self, _shut_down, self._async, self._loop, thread)
         self._finalizer.atexit = False  # registered below instead, to run before the workers' own exit handlers
@@ -416,10 +416,24 @@ async def _last_output(stream: OutputStream, bar: tqdm) -> OmniRequestOutput:
     raise AssertionError("a stream ends with its result or an error")
 
 
+def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()
+
+
 def _shut_down(omni: AsyncOmni, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
     if omni.home.is_fork:  # a fork has neither the thread nor the workers
         return
-    asyncio.run_coroutine_threadsafe(omni.close(), loop).result(timeout=SHUTDOWN_SECONDS)
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(timeout=SHUTDOWN_SECONDS)
-    loop.close()
+
+    async def close_and_stop() -> None:
+        try:
+            await omni.close()
+        finally:
+            loop.call_soon(loop.stop)  # not at once: this coroutine's end is told by the loop
+
+    closing = asyncio.run_coroutine_threadsafe(close_and_stop(), loop)
+    if threading.current_thread() is not thread:  # the garbage collector runs on any
+        closing.result(timeout=SHUTDOWN_SECONDS)
+        thread.join(timeout=SHUTDOWN_SECONDS)
