@@ -255,4 +255,7 @@ class FakeExecutor:
         return result
 
     async def close(self) -> None:
+        self.kill()
+
+    def kill(self) -> None:
         self._dead = self.closed = True

@@ -12,17 +12,19 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from vllm_omni.diffusion.compiled_packages import check_compiled_packages
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.diffusion.engine import DiffusionEngine
 from vllm_omni.diffusion.events import EngineEvent, EngineObserver, EngineStatus, Failed, Finished, Preview
 from vllm_omni.diffusion.executor import make_executor
 from vllm_omni.diffusion.executor.launch import EarlyWorkers
+from vllm_omni.diffusion.home import Home
 from vllm_omni.diffusion.hub import HubAccess
 from vllm_omni.diffusion.intake import Intake, check_default_prompt, check_defaults
 from vllm_omni.diffusion.plan import WorkerReady
@@ -119,10 +121,11 @@ class Job:
 class OutputStream:
     """The outputs of one request, as they come; `aclose()` before the end aborts it."""
 
-    def __init__(self, job: Job, events: asyncio.Queue[EngineEvent], end: Callable[[Job], None]) -> None:
+    def __init__(self, job: Job, events: asyncio.Queue[EngineEvent], end: Callable[[Job], None], home: Home) -> None:
         self._job = job
         self._events = events
         self._end = end
+        self._home = home
         self._finished = False
 
     def __aiter__(self) -> OutputStream:
@@ -131,6 +134,7 @@ class OutputStream:
     async def __anext__(self) -> OmniRequestOutput:
         if self._finished:
             raise StopAsyncIteration
+        self._home.check_loop()
         if not self._job.pending:
             await self.aclose()
             return self._job.result()
@@ -147,15 +151,18 @@ class OutputStream:
         return self._job.progress(event)
 
     async def aclose(self) -> None:
+        self._home.check_loop()
         self._finished = True
         self._end(self._job)
 
 
 class AsyncOmni:
-    """An engine for one model, on the running event loop.
+    """An engine for one model, on the event loop that runs `start()`: `async with AsyncOmni(model=...) as omni`.
 
     Made from an `OmniDiffusionConfig` or from its fields as keywords (`model`, `parallel_config`,
     `cache_backend`, `cache_config`, ...). Raises ConfigError when a setting or the model is wrong.
+    Calls on another loop or in a forked process raise UnavailableError. The workers end with `close()`, with the
+    `async with` block, or when the object is dropped.
     """
 
     def __init__(
@@ -170,6 +177,7 @@ class AsyncOmni:
         self.config = make_config(**settings) if config is None else config
         if not isinstance(self.config, OmniDiffusionConfig):
             raise ConfigError(f"config takes an OmniDiffusionConfig, got {config!r}; a model's name is given as model=")
+        check_compiled_packages()
         self.info = load_model_info(self.config.model, self.config.load_format, HubAccess.of(self.config))
         self.info.check_settings(self.config)
         self.info.check_parallel(self.config.parallel)
@@ -188,9 +196,26 @@ class AsyncOmni:
         else:
             self._engine = Replicas(self.config, make, observer)
         self._jobs: dict[str, Job] = {}
+        self._home = Home()
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.start()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    @property
+    def home(self) -> Home:
+        return self._home
 
     async def start(self) -> None:
         """Load the weights, warm up, begin to serve. Raises ConfigError or WorkerDiedError with the reason."""
+        self._home.settle(self, self._engine)
         # The tokenizer's first use imports and loads for seconds: now, and not in the first request.
         check = asyncio.to_thread(check_default_prompt, self.config, self.info)
         # Two threads that import the same libraries at once find some of them half imported; and what may be refused is
@@ -240,17 +265,21 @@ class AsyncOmni:
         return self._started_intake().fit_images(prompt, params)
 
     def _started_intake(self) -> Intake:
+        self._home.check_process()
+        if not self._home.is_settled:
+            raise UnavailableError("this AsyncOmni has not started: call `await start()`, or use `async with`")
         if self._intake is None:
             raise UnavailableError("the engine has not started", retry_after=1.0)
         return self._intake
 
     def submit(self, job: Job) -> OutputStream:
         """Run a resolved request. Raises QueueFullError or UnavailableError."""
+        self._home.check_loop()
         if job.request_id in self._jobs:
             raise InvalidRequestError(f"request id {job.request_id!r} is in use", param="request_id")
         events = self._engine.add(job.requests)
         self._jobs[job.request_id] = job
-        return OutputStream(job, events, self._end)
+        return OutputStream(job, events, self._end, self._home)
 
     def _end(self, job: Job) -> None:
         if self._jobs.pop(job.request_id, None) and job.pending:
@@ -258,6 +287,7 @@ class AsyncOmni:
 
     def abort(self, request_id: str) -> None:
         """Stop a request at the next step; its iterator raises RequestAbortedError. Unknown ids are ignored."""
+        self._home.check_loop()
         if job := self._jobs.get(request_id):
             self._engine.abort(job.pending)
 
@@ -270,11 +300,16 @@ class AsyncOmni:
 
     async def drain(self, timeout: float) -> bool:
         """Refuse new requests and wait for the running ones, at most `timeout` seconds; True when all ended."""
+        self._home.check_loop()
         return await self._engine.drain(timeout)
 
     async def close(self) -> None:
-        """Stop the workers; what still runs fails. Safe to call twice."""
-        await self._engine.close()
+        """Stop the workers; what still runs fails. Safe to call twice. Does nothing in a forked process."""
+        if self._home.is_settled and not self._home.is_here:
+            self._home.kill()
+        else:
+            self._home.leave()
+            await self._engine.close()
 
 
 class Omni:
@@ -300,7 +335,7 @@ class Omni:
         self._progress_bar = progress_bar
         self._async = AsyncOmni(config)
         self._loop = asyncio.new_event_loop()
-        thread = threading.Thread(target=self._loop.run_forever, name="omni-loop", daemon=True)
+        thread = threading.Thread(target=_run_loop, args=(self._loop,), name="omni-loop", daemon=True)
         thread.start()
         self._finalizer = weakref.finalize(self, _shut_down, self._async, self._loop, thread)
         self._finalizer.atexit = False  # registered below instead, to run before the workers' own exit handlers
@@ -346,8 +381,9 @@ class Omni:
         return [result for result in results if isinstance(result, OmniRequestOutput)]
 
     def _call(self, coroutine: Any) -> Any:
-        if not self._finalizer.alive:
+        if self._async.home.is_fork or not self._finalizer.alive:
             coroutine.close()
+            self._async.home.check_process()
             raise UnavailableError("this Omni was closed")
         future: Future[Any] = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
@@ -380,8 +416,24 @@ async def _last_output(stream: OutputStream, bar: tqdm) -> OmniRequestOutput:
     raise AssertionError("a stream ends with its result or an error")
 
 
+def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()
+
+
 def _shut_down(omni: AsyncOmni, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
-    asyncio.run_coroutine_threadsafe(omni.close(), loop).result(timeout=SHUTDOWN_SECONDS)
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(timeout=SHUTDOWN_SECONDS)
-    loop.close()
+    if omni.home.is_fork:  # a fork has neither the thread nor the workers
+        return
+
+    async def close_and_stop() -> None:
+        try:
+            await omni.close()
+        finally:
+            loop.call_soon(loop.stop)  # not at once: this coroutine's end is told by the loop
+
+    closing = asyncio.run_coroutine_threadsafe(close_and_stop(), loop)
+    if threading.current_thread() is not thread:  # the garbage collector runs on any
+        closing.result(timeout=SHUTDOWN_SECONDS)
+        thread.join(timeout=SHUTDOWN_SECONDS)

@@ -241,6 +241,14 @@ class DiffusionEngine:
         self._fail_all(UnavailableError("the engine was stopped", retry_after=self._load_seconds))
         await self._executor.close()
 
+    def kill(self) -> None:
+        """Do what `close` does without awaiting anything: for an owner that is gone, or whose loop has ended."""
+        self._state = "stopped"
+        if self._task is not None and not self._task.get_loop().is_closed():
+            self._task.cancel()
+            self._fail_all(UnavailableError("the engine was stopped", retry_after=self._load_seconds))
+        self._executor.kill()
+
     # The loop ---------------------------------------------------------------------------------------------
 
     async def _run(self) -> None:

@@ -98,6 +98,11 @@ class Replicas:
     async def close(self) -> None:
         await asyncio.gather(*(engine.close() for engine in self._engines))
 
+    def kill(self) -> None:
+        """See `DiffusionEngine.kill`."""
+        for engine in self._engines:
+            engine.kill()
+
     def _check(self, requests: Sequence[DiffusionRequest]) -> None:
         """What holds for all replicas together. Raises UnavailableError, InvalidRequestError and QueueFullError."""
         for engine in self._engines:

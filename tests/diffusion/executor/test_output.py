@@ -88,8 +88,8 @@ def test_the_level_of_the_log(level: str, number: int, debugged: int, tmp_path: 
         environment = {**os.environ, "VLLM_LOGGING_LEVEL": level}
         run(f"{tmp_path}/done", str(log), stdout=file, stderr=file, env=environment)
     text = log.read_text()
-    assert len(re.findall(r"^INFO .* \[rank 0\] a line of the log: \d+$", text, re.MULTILINE)) == number
-    assert len(re.findall(r"^DEBUG .* \[rank 0\] a line for those", text, re.MULTILINE)) == debugged
+    assert len(re.findall(r"^INFO .* \[vllm-omni rank 0\] a line of the log: \d+$", text, re.MULTILINE)) == number
+    assert len(re.findall(r"^DEBUG .* \[vllm-omni rank 0\] a line for those", text, re.MULTILINE)) == debugged
     assert text.count("a line of the output") == 500
 
 

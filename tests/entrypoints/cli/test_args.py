@@ -383,7 +383,7 @@ def test_a_wrong_value_ends_the_program_with_one_line(
     assert ended.value.code == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert re.fullmatch(r"vllm: error: [^\n]+\n", err)
+    assert re.fullmatch(r"vllm-omni: error: [^\n]+\n", err)
     assert [part for part in parts if part not in err] == []
 
 

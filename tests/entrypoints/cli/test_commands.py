@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fake_packages import install_mismatched_torchvision
 from vllm_omni.entrypoints.cli.commands import OTHER_COMMANDS, program_name
 from vllm_omni.entrypoints.cli.main import main
 
@@ -68,7 +69,7 @@ def test_every_command_of_vllm_says_what_to_do_instead() -> None:
 def test_another_command_ends_the_program_with_one_line(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert re.match(f"vllm: error: {message}", error_of(words, capsys))
+    assert re.match(f"vllm-omni: error: {message}", error_of(words, capsys))
 
 
 @pytest.mark.parametrize(
@@ -95,3 +96,13 @@ def test_errors_of_vllm_omni_say_so(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     text = capsys.readouterr().out
     assert text.startswith("usage: vllm-omni serve MODEL [flags]")
     assert "  vllm-omni serve Qwen/Qwen-Image --port 8091\n" in text
+
+
+def test_a_package_that_does_not_match_torch_ends_the_command_before_anything_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = install_mismatched_torchvision(tmp_path, monkeypatch)
+    assert error_of(["serve", "demo"], capsys).startswith(f"vllm-omni: error: {message}")
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "--help"])
+    assert ended.value.code == 0

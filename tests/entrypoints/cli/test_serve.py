@@ -329,5 +329,5 @@ def test_a_wrong_value_ends_the_command_with_one_line(flags: list[str], level: s
         env={**os.environ, "VLLM_LOGGING_LEVEL": level},
     )
     assert ended.returncode == 2
-    assert ended.stderr.splitlines()[-1] == f"vllm: error: {message}"
+    assert ended.stderr.splitlines()[-1] == f"vllm-omni: error: {message}"
     assert "Traceback" not in ended.stderr + ended.stdout

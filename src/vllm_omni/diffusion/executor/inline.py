@@ -69,6 +69,13 @@ class InlineExecutor:
         self._thread = self._answers = self._runner = None
         self._under_way = []
 
+    def kill(self) -> None:
+        for thread in (self._thread, self._answers):
+            if thread is not None:
+                thread.shutdown(wait=False, cancel_futures=True)
+        self._thread = self._answers = self._runner = None
+        self._under_way = []
+
     @staticmethod
     def _answer(
         launched: Future[Callable[[], StepResult]],

@@ -70,6 +70,15 @@ class WorkerGroup:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(worker.kill() for worker in self.workers))
 
+    def kill_at_once(self) -> None:
+        """The same without awaiting anything."""
+        for task in self._tasks:
+            if not task.get_loop().is_closed():
+                task.cancel()
+        for worker in self.workers:
+            worker.kill_at_exit()
+            worker.close_channel()
+
     async def _listen(self, rank: int) -> None:
         worker = self.workers[rank]
         try:
@@ -185,6 +194,14 @@ class MultiprocExecutor:
             self._launched.close()
         atexit.unregister(self._kill_at_exit)
         self._has_started = False
+
+    def kill(self) -> None:
+        if group := self._group:
+            self._group = None
+            group.kill_at_once()
+        if self._launched is not None:
+            self._launched.close()
+        atexit.unregister(self._kill_at_exit)
 
     async def _kill_workers(self) -> None:
         if group := self._group:

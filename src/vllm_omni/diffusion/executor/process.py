@@ -78,6 +78,9 @@ class WorkerProcess:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_KILL_SECONDS)
 
+    def close_channel(self) -> None:
+        self._channel.close()
+
     async def _ended_within(self, seconds: float) -> bool:
         """Whether the process ends within `seconds`.
 

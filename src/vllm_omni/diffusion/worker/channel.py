@@ -252,13 +252,13 @@ class AsyncChannel(Generic[Incoming]):
         if self._closed:
             return
         self._closed = True
-        if not self._loop.is_closed():
-            self._loop.remove_reader(self._sock)
-            self._loop.remove_writer(self._sock)
         self._drop_backlog()
         self._reader.close()
+        if not self._loop.is_closed():  # otherwise nobody waits any more
+            self._loop.remove_reader(self._sock)
+            self._loop.remove_writer(self._sock)
+            self._received.put_nowait(None)
         self._sock.close()
-        self._received.put_nowait(None)
 
     def _flush(self) -> None:
         try:

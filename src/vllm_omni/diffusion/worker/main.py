@@ -79,7 +79,7 @@ def serve_parent(
     # not take it from a parent that is finishing its requests.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    logging.basicConfig(format=f"%(levelname)s %(asctime)s [{name}] %(message)s")
+    logging.basicConfig(format=f"%(levelname)s %(asctime)s [vllm-omni {name}] %(message)s")
     keep_compiled_code()
     channel: BlockingChannel[ToWorker] = BlockingChannel(socket.socket(fileno=socket_fd), ToWorker)
     ending = Ending(channel, streams)

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from vllm_omni.diffusion.compiled_packages import check_compiled_packages
 from vllm_omni.entrypoints.cli import calibrate
 from vllm_omni.entrypoints.cli.args import ServeArgs, parse_args
 from vllm_omni.entrypoints.cli.commands import program_name
@@ -28,12 +29,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         words = [word for word in words if word != "--omni"]  # it has done its work
         if words[:1] == [calibrate.COMMAND]:
-            calibrate.calibrate(calibrate.parse_args(words[1:]))
+            calibrate_args = calibrate.parse_args(words[1:])
+            check_compiled_packages()
+            calibrate.calibrate(calibrate_args)
             sys.exit(0)
         streams = QueuedStreams()
         with StopSignals(streams.leave) as signals:
             args = parse_args(words, program_name(sys.argv[0]))
             logging_level()  # a wrong one is told before anything is loaded
+            check_compiled_packages()
             # Before the log's thread starts: workers may be forks, and import while the server does.
             from vllm_omni.diffusion.executor.early import launch_early
 
@@ -63,7 +67,8 @@ def serve_and_leave(
 
 
 def _print_error(error: ConfigError) -> None:
-    print(f"{program_name(sys.argv[0])}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    # Our name also where vLLM's command has handed over: its reader must know whose error it is.
+    print(f"vllm-omni: error: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 if __name__ == "__main__":

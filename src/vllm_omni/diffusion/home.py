@@ -1,0 +1,94 @@
+"""The process and the event loop on which an engine was started, and the refusal of calls from anywhere else."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import weakref
+from typing import Any, Protocol
+
+from vllm_omni.errors import UnavailableError
+
+
+class Killable(Protocol):
+    def kill(self) -> None:
+        """End at once. Called on the loop, or when the loop does not run."""
+
+
+class Home:
+    """The place that an engine is bound to: its tasks run on one loop, its threads and sockets are one process's."""
+
+    def __init__(self) -> None:
+        self._pid: int | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._finalizer: weakref.finalize[..., Any] | None = None
+
+    def settle(self, owner: object, engine: Killable) -> None:
+        """Bind to this process and the running loop. The engine is killed when its owner is dropped.
+
+        Raises UnavailableError the second time.
+        """
+        if self._loop is not None:
+            raise UnavailableError("this AsyncOmni was started before: make another one")
+        self._pid, self._loop = os.getpid(), asyncio.get_running_loop()
+        self._finalizer = weakref.finalize(owner, _kill, engine, self._loop, self._pid)
+
+    @property
+    def is_settled(self) -> bool:
+        return self._loop is not None
+
+    @property
+    def is_fork(self) -> bool:
+        """Whether this process is a fork of the one that started the engine."""
+        return self._pid is not None and self._pid != os.getpid()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the engine's own loop runs the caller."""
+        return self._loop is not None and not self.is_fork and self._loop is _running_loop()
+
+    def check_process(self) -> None:
+        """Raise UnavailableError in a fork, where nothing runs the engine: a call would wait for ever."""
+        if self.is_fork:
+            raise UnavailableError(
+                f"an Omni or AsyncOmni works in the process that started it ({self._pid}), not in its forks "
+                f"(this is {os.getpid()}): make one in each process"
+            )
+
+    def check_loop(self) -> None:
+        """Raise UnavailableError unless the engine's own loop runs the caller, or the engine has not started."""
+        self.check_process()
+        if self.is_settled and not self.is_here:
+            place = "outside any loop" if _running_loop() is None else "on another loop"
+            raise UnavailableError(
+                f"an AsyncOmni works on the event loop that ran its start(), and was called {place}: "
+                "start and use it in one asyncio.run(), or use Omni"
+            )
+
+    def kill(self) -> None:
+        """Kill the engine from wherever this is called; in a fork, nothing happens."""
+        if self._finalizer is not None:
+            self._finalizer()
+
+    def leave(self) -> None:
+        """Leave the end of the engine to the caller: dropping the owner does nothing from now on."""
+        if self._finalizer is not None:
+            self._finalizer.detach()
+
+
+def _kill(engine: Killable, loop: asyncio.AbstractEventLoop, pid: int) -> None:
+    if os.getpid() != pid:  # a fork, to which neither the loop nor the workers belong
+        return
+    if loop.is_running():  # be it on another thread
+        with contextlib.suppress(RuntimeError):  # closed since
+            loop.call_soon_threadsafe(engine.kill)
+            return
+    engine.kill()
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
