@@ -380,8 +380,17 @@ async def _last_output(stream: OutputStream, bar: tqdm) -> OmniRequestOutput:
     raise AssertionError("a stream ends with its result or an error")
 
 
+async def _close(omni: AsyncOmni) -> None:
+    """Close `omni` and end the loop's other tasks: a start that was cancelled may still be stopping its workers."""
+    await omni.close()
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+
+
 def _shut_down(omni: AsyncOmni, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
-    asyncio.run_coroutine_threadsafe(omni.close(), loop).result(timeout=SHUTDOWN_SECONDS)
+    asyncio.run_coroutine_threadsafe(_close(omni), loop).result(timeout=SHUTDOWN_SECONDS)
     loop.call_soon_threadsafe(loop.stop)
     thread.join(timeout=SHUTDOWN_SECONDS)
     loop.close()
