@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import logging
 import math
 import threading
 import uuid
@@ -34,6 +35,8 @@ from vllm_omni.errors import ConfigError, InvalidRequestError, UnavailableError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt, PromptLike, parse_prompt
 from vllm_omni.logs.bars import progress_bar
 from vllm_omni.outputs import OmniRequestOutput
+
+logger = logging.getLogger(__name__)
 
 SHUTDOWN_SECONDS = 30.0
 
@@ -175,6 +178,8 @@ class AsyncOmni:
         self.info.check_parallel(self.config.parallel)
         self.info.check_cache(self.config.cache)
         check_defaults(self.config, self.info)
+        for remark in () if self.info.whole is None else self.info.whole.remarks:
+            logger.warning(remark)
         if self.config.load_format == "auto":
             check_model(self.info.path, self.config.variant)
         self.ready: WorkerReady | None = None
