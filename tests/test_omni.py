@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ import pytest
 from tests.fakes import FakeExecutor, FakeRunner, fake_image, make_request
 from tests.patience import GUARD_SECONDS
 from vllm_omni import AsyncOmni, Omni
-from vllm_omni.diffusion.plan import ItemError
+from vllm_omni.diffusion.plan import ItemError, WorkerReady
 from vllm_omni.errors import (
     ConfigError,
     GenerationError,
@@ -224,6 +226,29 @@ async def test_a_failure_of_one_output_fails_its_prompt_alone() -> None:
         assert await omni.drain(GUARD_SECONDS)
     finally:
         await omni.close()
+
+
+class SlowlyCancelledStart(FakeExecutor):
+    """Presses Ctrl-C while it starts, and takes many turns of the loop to stop then."""
+
+    async def start(self) -> WorkerReady:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.Event().wait()
+        finally:
+            for _ in range(100):
+                await asyncio.sleep(0)
+        raise AssertionError("the start is cancelled")
+
+
+def test_ctrl_c_while_it_starts_leaves_no_task(caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        patch("vllm_omni.omni.make_executor", lambda config, info: SlowlyCancelledStart()),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        Omni(model="demo", progress_bar=False)
+    gc.collect()  # asyncio complains where a pending task is destroyed
+    assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
 
 
 SCRIPT = """

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLLTXVideo,
     AutoencoderKLWan,
@@ -38,29 +37,30 @@ from diffusers import (
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
-    CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
-    CLIPTokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
     UMT5Config,
     UMT5EncoderModel,
 )
 
 from tests.tiny_models import randomize, tiny_tokenizer
+from tests.tiny_text_encoders import clip_encoder, clip_tokenizer, t5_encoder, t5_fields, t5_tokenizer
+from tests.tiny_whole_models import (
+    cog_video_x,
+    cog_view_4,
+    hunyuan_dit,
+    hunyuan_video_1_5,
+    long_cat_image,
+    mochi,
+    sana,
+    tiny_vae,
+)
 from tests.tiny_z_image import CHAT_TEMPLATE
-
-WORDS = "a photo of a red apple and a blue car on a wooden table in the style of an old master with warm light"
-CLIP_TOKENS = 77
-T5_TOKENS = 128
 
 
 def build_tiny_diffusers(class_name: str, path: Path, **defaults: object) -> Path:
@@ -79,7 +79,7 @@ def build_tiny_diffusers(class_name: str, path: Path, **defaults: object) -> Pat
 
 
 def _flux() -> DiffusionPipeline:
-    clip, t5 = _clip_tokenizer(), _t5_tokenizer()
+    clip, t5 = clip_tokenizer(), t5_tokenizer()
     transformer = FluxTransformer2DModel(
         patch_size=1,
         in_channels=64,
@@ -94,10 +94,10 @@ def _flux() -> DiffusionPipeline:
     )
     return FluxPipeline(
         tokenizer=clip,
-        text_encoder=_clip(clip, CLIPTextModel),
+        text_encoder=clip_encoder(clip, CLIPTextModel),
         tokenizer_2=t5,
-        text_encoder_2=_t5(t5, 32),
-        vae=_vae(16, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder_2=t5_encoder(t5, 32),
+        vae=tiny_vae(16, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
     )
@@ -139,7 +139,7 @@ def _flux_2_klein() -> DiffusionPipeline:
 
 
 def _stable_diffusion_3() -> DiffusionPipeline:
-    clip, t5 = _clip_tokenizer(), _t5_tokenizer()
+    clip, t5 = clip_tokenizer(), t5_tokenizer()
     transformer = SD3Transformer2DModel(
         sample_size=32,
         patch_size=2,
@@ -156,12 +156,12 @@ def _stable_diffusion_3() -> DiffusionPipeline:
     )
     return StableDiffusion3Pipeline(
         tokenizer=clip,
-        text_encoder=_clip(clip, CLIPTextModelWithProjection),
+        text_encoder=clip_encoder(clip, CLIPTextModelWithProjection),
         tokenizer_2=clip,
-        text_encoder_2=_clip(clip, CLIPTextModelWithProjection),
+        text_encoder_2=clip_encoder(clip, CLIPTextModelWithProjection),
         tokenizer_3=t5,
-        text_encoder_3=_t5(t5, 64),
-        vae=_vae(16, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder_3=t5_encoder(t5, 64),
+        vae=tiny_vae(16, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
@@ -169,7 +169,7 @@ def _stable_diffusion_3() -> DiffusionPipeline:
 
 def _stable_diffusion() -> DiffusionPipeline:
     """With a safety checker, which finds something at random: see `set_safety_checker`."""
-    clip = _clip_tokenizer()
+    clip = clip_tokenizer()
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(16, 32),
@@ -185,8 +185,8 @@ def _stable_diffusion() -> DiffusionPipeline:
     vision |= {"image_size": 32, "patch_size": 8, "projection_dim": 16}
     return StableDiffusionPipeline(
         tokenizer=clip,
-        text_encoder=_clip(clip, CLIPTextModel),
-        vae=_vae(4),
+        text_encoder=clip_encoder(clip, CLIPTextModel),
+        vae=tiny_vae(4),
         unet=unet,
         scheduler=EulerDiscreteScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
@@ -207,7 +207,7 @@ def set_safety_checker(model: Path, *, blocks: bool) -> None:
 
 
 def _stable_diffusion_xl() -> DiffusionPipeline:
-    clip = _clip_tokenizer()
+    clip = clip_tokenizer()
     unet = UNet2DConditionModel(
         sample_size=16,
         block_out_channels=(16, 32),
@@ -225,10 +225,10 @@ def _stable_diffusion_xl() -> DiffusionPipeline:
     )
     return StableDiffusionXLPipeline(
         tokenizer=clip,
-        text_encoder=_clip(clip, CLIPTextModel),
+        text_encoder=clip_encoder(clip, CLIPTextModel),
         tokenizer_2=clip,
-        text_encoder_2=_clip(clip, CLIPTextModelWithProjection),
-        vae=_vae(4),
+        text_encoder_2=clip_encoder(clip, CLIPTextModelWithProjection),
+        vae=tiny_vae(4),
         unet=unet,
         scheduler=EulerDiscreteScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
@@ -256,7 +256,7 @@ def _adapter_weights(model: Any, seed: int, layers: list[str]) -> dict[str, torc
 
 
 def _wan() -> DiffusionPipeline:
-    tokenizer = _t5_tokenizer()
+    tokenizer = t5_tokenizer()
     transformer = WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=3,
@@ -280,7 +280,7 @@ def _wan() -> DiffusionPipeline:
     )
     return WanPipeline(
         tokenizer=tokenizer,
-        text_encoder=UMT5EncoderModel(UMT5Config(**_t5_fields(tokenizer, 32))),
+        text_encoder=UMT5EncoderModel(UMT5Config(**t5_fields(tokenizer, 32))),
         transformer=transformer,
         vae=vae,
         scheduler=UniPCMultistepScheduler(
@@ -290,7 +290,7 @@ def _wan() -> DiffusionPipeline:
 
 
 def _ltx_image_to_video() -> DiffusionPipeline:
-    tokenizer = _t5_tokenizer()
+    tokenizer = t5_tokenizer()
     transformer = LTXVideoTransformer3DModel(
         in_channels=8,
         out_channels=8,
@@ -309,7 +309,7 @@ def _ltx_image_to_video() -> DiffusionPipeline:
     )
     return LTXImageToVideoPipeline(
         tokenizer=tokenizer,
-        text_encoder=_t5(tokenizer, 32),
+        text_encoder=t5_encoder(tokenizer, 32),
         transformer=transformer,
         vae=vae,
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
@@ -317,6 +317,13 @@ def _ltx_image_to_video() -> DiffusionPipeline:
 
 
 _BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
+    "CogVideoXPipeline": cog_video_x,
+    "CogView4Pipeline": cog_view_4,
+    "HunyuanDiTPipeline": hunyuan_dit,
+    "HunyuanVideo15Pipeline": hunyuan_video_1_5,
+    "LongCatImagePipeline": long_cat_image,
+    "MochiPipeline": mochi,
+    "SanaPipeline": sana,
     "Flux2KleinPipeline": _flux_2_klein,
     "FluxKontextPipeline": lambda: FluxKontextPipeline(**_flux().components),
     "LTXImageToVideoPipeline": _ltx_image_to_video,
@@ -330,86 +337,3 @@ _BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "StableDiffusionPipeline": _stable_diffusion,
     "StableDiffusionXLPipeline": _stable_diffusion_xl,
 }
-
-
-def _vae(latent_channels: int, **settings: Any) -> AutoencoderKL:
-    return AutoencoderKL(
-        latent_channels=latent_channels,
-        block_out_channels=(8, 8, 16, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        scaling_factor=0.5,
-        force_upcast=False,
-        **settings,
-    )
-
-
-def _clip(tokenizer: CLIPTokenizer, cls: type[Any]) -> Any:
-    return cls(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            projection_dim=32,
-            max_position_embeddings=CLIP_TOKENS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
-def _t5(tokenizer: T5Tokenizer, width: int) -> T5EncoderModel:
-    return T5EncoderModel(T5Config(**_t5_fields(tokenizer, width)))
-
-
-def _t5_fields(tokenizer: T5Tokenizer, width: int) -> dict[str, Any]:
-    return {
-        "vocab_size": len(tokenizer),
-        "d_model": width,
-        "d_kv": 16,
-        "d_ff": 64,
-        "num_layers": 2,
-        "num_heads": 2,
-        "dropout_rate": 0.0,
-        "feed_forward_proj": "gated-gelu",
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-    }
-
-
-def _clip_tokenizer() -> CLIPTokenizer:
-    """Byte-level BPE in which nothing is unknown."""
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=600, show_progress=False, initial_alphabet=alphabet, end_of_word_suffix="</w>"
-    )
-    tokenizer.train_from_iterator([WORDS] * 20, trainer)
-    model = json.loads(tokenizer.to_str())["model"]
-    vocab = model["vocab"]
-    for token in [letter + "</w>" for letter in alphabet] + ["<|startoftext|>", "<|endoftext|>"]:
-        vocab.setdefault(token, len(vocab))
-    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=CLIP_TOKENS)
-
-
-def _t5_tokenizer() -> T5Tokenizer:
-    letters = "abcdefghijklmnopqrstuvwxyz,.▁"
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=120,
-        show_progress=False,
-        unk_token="<unk>",
-        special_tokens=["<pad>", "</s>", "<unk>"],
-        initial_alphabet=list(letters),
-    )
-    tokenizer.train_from_iterator([WORDS] * 20, trainer)
-    vocab = [(piece, float(score)) for piece, score in json.loads(tokenizer.to_str())["model"]["vocab"]]
-    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=T5_TOKENS)

@@ -78,7 +78,7 @@ def build_tiny_qwen_image(
     tokenizer = tiny_tokenizer()
     components = {
         "tokenizer": tokenizer,
-        "text_encoder": _text_encoder(tokenizer, text_dim, text_heads, text_kv_heads),
+        "text_encoder": tiny_text_encoder(tokenizer, text_dim, text_heads, text_kv_heads),
         "transformer": tiny_transformer(
             heads=heads, head_dim=head_dim, layers=layers, text_dim=text_dim, zero_cond_t=zero_cond_t
         ),
@@ -170,7 +170,7 @@ def tiny_tokenizer() -> Qwen2Tokenizer:
     )
 
 
-def _text_encoder(
+def tiny_text_encoder(
     tokenizer: Qwen2Tokenizer, width: int, heads: int, kv_heads: int
 ) -> Qwen2_5_VLForConditionalGeneration:
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import logging
 import math
 import threading
 import uuid
@@ -36,6 +37,8 @@ from vllm_omni.errors import ConfigError, InvalidRequestError, UnavailableError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt, PromptLike, parse_prompt
 from vllm_omni.logs.bars import progress_bar
 from vllm_omni.outputs import OmniRequestOutput
+
+logger = logging.getLogger(__name__)
 
 SHUTDOWN_SECONDS = 30.0
 
@@ -183,6 +186,8 @@ class AsyncOmni:
         self.info.check_parallel(self.config.parallel)
         self.info.check_cache(self.config.cache)
         check_defaults(self.config, self.info)
+        for remark in () if self.info.whole is None else self.info.whole.remarks:
+            logger.warning(remark)
         if self.config.load_format == "auto":
             check_model(self.info.path, self.config.variant)
         self.ready: WorkerReady | None = None
@@ -423,13 +428,22 @@ def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
         loop.close()
 
 
+async def _close(omni: AsyncOmni) -> None:
+    """Close `omni` and end the loop's other tasks: a start that was cancelled may still be stopping its workers."""
+    await omni.close()
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+
+
 def _shut_down(omni: AsyncOmni, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
     if omni.home.is_fork:  # a fork has neither the thread nor the workers
         return
 
     async def close_and_stop() -> None:
         try:
-            await omni.close()
+            await _close(omni)
         finally:
             loop.call_soon(loop.stop)  # not at once: this coroutine's end is told by the loop
 

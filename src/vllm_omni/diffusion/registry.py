@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from vllm_omni.diffusion.data import (
     CacheConfig,
@@ -89,6 +89,14 @@ class ImageInput(Protocol):
         """(height, width) of what is made of these pictures, at least one, where no size is asked for."""
 
 
+class SizeBin(NamedTuple):
+    """A size that a pipeline makes, in pixels, and the ratio height / width that it is chosen by."""
+
+    ratio: float
+    height: int
+    width: int
+
+
 @dataclass(frozen=True)
 class WholePipeline:
     """How diffusers' own pipeline serves a model: a request is one call of it, which stops after each step."""
@@ -109,10 +117,25 @@ class WholePipeline:
     """Its call has `max_area`, a number of pixels that it fits any size to."""
     fps_name: str = "fps"
     """What its call calls that sampling parameter."""
+    output_name: str = "images"
+    """The field of its output that holds what it makes: `images`, `image` or `frames`."""
+    bins: tuple[SizeBin, ...] = ()
+    """Sizes of which it makes the nearest one in shape, and resizes the picture; empty: it makes any size."""
+    declines_binning: bool = False
+    """Its call is told to make the size that is asked for: by itself it makes another one, and does not resize it."""
+    remarks: tuple[str, ...] = ()
+    """Lines for the log at start: where its defaults are not those of diffusers."""
 
     @property
     def makes_videos(self) -> bool:
         return "num_frames" in self.parameters
+
+    def made_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of the latents, in pixels, for a picture of that size."""
+        if not self.bins:
+            return height, width
+        nearest = min(self.bins, key=lambda size: abs(size.ratio - height / width))
+        return nearest.height, nearest.width
 
     def check_settings(self, config: OmniDiffusionConfig) -> None:
         """Raises ConfigError for settings of what only a packed family has."""
@@ -214,6 +237,9 @@ class ModelInfo:
         return self.whole is not None and self.whole.makes_videos
 
     def num_image_tokens(self, height: int, width: int, num_frames: int = 1) -> int:
+        """Image tokens that a picture or video of that size costs."""
+        if self.whole is not None:
+            height, width = self.whole.made_size(height, width)
         num_latent_frames = 1 + (num_frames - 1) // self.latent_frames
         return num_latent_frames * (height // self.pixels_per_token) * (width // self.pixels_per_token)
 

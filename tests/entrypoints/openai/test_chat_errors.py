@@ -35,7 +35,7 @@ def refused(client: httpx.Client, body: Any, status: int = 400) -> tuple[str | N
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([], "at least 1 item"),
+        ([], "messages: takes at least one entry, got []"),
         ("a cat", "list"),
         ([{"role": "system", "content": "x"}], "must have the role user"),
         ([{"content": "x"}], "must have the role user"),

@@ -49,13 +49,15 @@ def test_without_partial_images_only_the_picture(sdk: openai.OpenAI) -> None:
 async def test_several_pictures_async(server: LiveServer) -> None:
     async with openai.AsyncOpenAI(api_key="none", base_url=f"{server.url}/v1") as client:
         stream = await client.images.generate(
-            prompt="x", n=2, stream=True, partial_images=1, output_format="webp", extra_body={"seed": 5}
+            prompt="x y", n=2, stream=True, partial_images=1, output_format="webp", extra_body={"seed": 5}
         )
         events = [event.to_dict() async for event in stream]
     partial = [e for e in events if e["type"] == "image_generation.partial_image"]
     completed = [e for e in events if e["type"] == "image_generation.completed"]
     assert sorted((e["index"], e["partial_image_index"]) for e in partial) == [(0, 0), (1, 0)]
     assert [(e["index"], e["seed"], e["output_format"]) for e in completed] == [(0, 5, "webp"), (1, 6, "webp")]
+    used = [(e["usage"]["input_tokens"], e["usage"]["output_tokens"], e["usage"]["total_tokens"]) for e in completed]
+    assert used == [(2, 16, 18), (0, 16, 16)]  # the prompt counts once
 
 
 def test_failure_in_the_middle_raises_in_the_iterator(sdk: openai.OpenAI) -> None:

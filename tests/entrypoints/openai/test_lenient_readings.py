@@ -208,6 +208,21 @@ def test_a_file_under_another_name(editor: LiveServer, name: str) -> None:
     assert error_of(response)["param"] == name
 
 
+def test_a_file_without_a_name(editor: LiveServer) -> None:
+    response = httpx.post(editor.url + EDITS, files={"": file_of(PHOTO)}, data={"prompt": "x"})
+    assert error_of(response)["message"] == "files go in image or image[], got one without a name"
+    assert error_of(response)["param"] is None
+
+
+@pytest.mark.parametrize("name", ["prompt", "negative_prompt", "user", "lora"])
+def test_a_picture_in_a_text_field(editor: LiveServer, name: str) -> None:
+    files = [("image", file_of(PHOTO)), (name, file_of(PHOTO))]
+    response = httpx.post(editor.url + EDITS, files=files, data={} if name == "prompt" else {"prompt": "x"})
+    assert (response.status_code, error_of(response)["param"]) == (400, name)
+    wanted = f"{name} takes text in UTF-8, got a file that is none: pictures go in image or image[]"
+    assert error_of(response)["message"] == wanted
+
+
 def test_a_text_field_may_come_as_a_file(editor: LiveServer) -> None:
     """As `curl -F prompt=@prompt.txt` sends it."""
     files = {"image": file_of(PHOTO), "prompt": ("prompt.txt", b"from a file")}

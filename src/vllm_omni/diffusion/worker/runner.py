@@ -150,8 +150,10 @@ class ModelRunner:
 
     def _try_whole(self, whole: WholePipeline, model_bytes: int) -> Rates:
         """Raises ConfigError for a pipeline that does not make what a signature like its promises."""
+        defaults = {**self._info.default_sampling_params, **self._config.default_sampling_params}
+        info = replace(self._info, default_sampling_params=defaults)
         try:
-            return warm_up_whole(self.pipeline, self._info, self._device, model_bytes)
+            return warm_up_whole(self.pipeline, info, self._device, model_bytes)
         except Exception as error:  # diffusers' code on somebody's model: anything
             if is_out_of_memory(error):
                 raise

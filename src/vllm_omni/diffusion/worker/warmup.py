@@ -144,19 +144,22 @@ def warm_up_whole(pipeline: BasePipeline[Any], info: ModelInfo, device: Device, 
     """Measure a whole pipeline: make small pictures with the default guidance, or else one of the model's own size.
 
     Some pipelines accept only sizes near their own, or round others: a failure at a small size says nothing about them.
+    One with a table of sizes makes no small picture, whatever it is asked for.
     """
     timer = Timer(device, Ranks())
-    small = [_whole_request(info, tokens) for tokens in WHOLE_PICTURE_TOKENS]
+    own = [_whole_request(info, None)] * 2
+    has_bins = info.whole is not None and bool(info.whole.bins)
+    first = own if has_bins else [_whole_request(info, tokens) for tokens in WHOLE_PICTURE_TOKENS]
     try:
         if model_bytes <= SMALL_MODEL_BYTES:
-            choose_num_threads(device, timer, lambda: _run_whole(pipeline, small[0], timer))
-        return _whole_rates(pipeline, info, timer, small)
+            choose_num_threads(device, timer, lambda: _run_whole(pipeline, first[0], timer))
+        return _whole_rates(pipeline, info, timer, first)
     except Exception as error:  # diffusers' code on somebody's model: anything
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or has_bins:
             raise
         reason = f"{type(error).__name__}: {error}"
         logger.info("a small trial request fails (%s); trying one of the model's own size", reason)
-    return _whole_rates(pipeline, info, timer, [_whole_request(info, None)] * 2)
+    return _whole_rates(pipeline, info, timer, own)
 
 
 def _whole_rates(
@@ -203,6 +206,8 @@ def _run_whole(pipeline: BasePipeline[Any], request: DiffusionRequest, timer: Ti
 def choose_num_threads(device: Device, timer: Timer, step: Callable[[], object]) -> None:
     """Double the threads from one, up to those that the process has, for as long as `step` gains from it."""
     most, chosen, best = device.num_threads, 1, math.inf
+    if most == 1:
+        return
     count = 1
     while count <= most:
         device.set_num_threads(count)

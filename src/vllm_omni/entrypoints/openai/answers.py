@@ -72,9 +72,12 @@ class Answer(Protocol):
         """The answer in one piece, from the last output."""
 
 
-def usage(output: OmniRequestOutput) -> Usage:
-    """Tokens of the prompt and of its input pictures, once, and of all that was made of them."""
-    num_text, num_images = output.num_prompt_tokens, output.num_input_image_tokens
+def usage(output: OmniRequestOutput, *, has_input: bool = True) -> Usage:
+    """Tokens of the prompt and of its input pictures, once, and of all that was made of them.
+
+    has_input: False where an earlier event of the stream has counted the input.
+    """
+    num_text, num_images = (output.num_prompt_tokens, output.num_input_image_tokens) if has_input else (0, 0)
     return Usage(
         input_tokens=num_text + num_images,
         output_tokens=output.num_output_tokens,

@@ -33,6 +33,13 @@ _FIELD_NAMES = {
 }
 # What a field takes, where the validator could only quote a regular expression.
 _PATTERNS = {"size": "takes auto or WIDTHxHEIGHT in pixels, such as 1024x1024"}
+# Kind of a validator's error -> words for clients, where its own are about Python.
+_MESSAGES = {
+    "dict_type": "takes a JSON object",
+    "model_type": "takes a JSON object",
+    "model_attributes_type": "takes a JSON object",
+    "too_short": "takes at least one entry",
+}
 
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorResponse, "description": "The request is wrong or refused"},
@@ -99,6 +106,7 @@ def _validation_body(error: RequestValidationError) -> ErrorBody:
     elif first["type"] == "missing":
         message, code = f"{param} is required.", "missing_required_parameter"
     else:
+        message = _MESSAGES.get(first["type"], message)
         if first["type"] == "string_pattern_mismatch":
             message = _PATTERNS.get(param, message)
         message = f"{param}: {message[:1].lower()}{message[1:]}, got {echo(first.get('input'))}"

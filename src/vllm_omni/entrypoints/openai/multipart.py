@@ -101,7 +101,8 @@ class MultipartReader:
 
     def _on_data(self, data: bytes, start: int, end: int) -> None:
         if len(self._part.data) + end - start > self._limit:
-            raise HTTPException(413, f"The part {self._part.name[:64]!r} is larger than {self._limit} bytes.")
+            kind = "file" if self._part.is_file else "part"
+            raise HTTPException(413, f"The {kind} {self._part.name[:64]!r} is larger than {self._limit} bytes.")
         self._part.data += data[start:end]
 
     def _end(self) -> None:

@@ -12,7 +12,10 @@ from pydantic import (
     ConfigDict,
     Field,
     GetJsonSchemaHandler,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
     WithJsonSchema,
+    WrapValidator,
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
@@ -74,6 +77,14 @@ def at_most(most: int) -> BeforeValidator:
 
 
 _FEW_KEYS = at_most(8)
+
+
+def _number_or_flag(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """Gives both kinds one error: pydantic's would name the first kind as a part of the field."""
+    try:
+        return validate(value)
+    except ValidationError as error:
+        raise PydanticCustomError("number_or_flag", "takes a number, true or false") from error
 
 
 def without_absent(body: dict[str, Any], keep_empty: Collection[str] = ()) -> dict[str, Any]:
@@ -176,7 +187,7 @@ class ImageOptions(RequestBody):
     """Strength of the guidance, for models such as Qwen-Image."""
     strength: Annotated[float, Field(ge=0, le=1)] | None = None
     """How far an edited picture may go from its input; of models that take it."""
-    cfg_normalization: bool | float | None = None
+    cfg_normalization: Annotated[bool | float, WrapValidator(_number_or_flag)] | None = None
     cfg_truncation: float | None = None
     seed: Annotated[int, Field(ge=RANDOM_SEED)] | None = None
     """Picture i of `n` uses `seed + i`; -1 is a random one, as if absent."""

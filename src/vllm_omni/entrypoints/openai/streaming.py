@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from vllm_omni.entrypoints.openai.answers import AnswerStyle, usage
 from vllm_omni.entrypoints.openai.encoding import ImageEncoder, json_around_image
 from vllm_omni.entrypoints.openai.errors import error_body
-from vllm_omni.entrypoints.openai.protocol import ErrorResponse
+from vllm_omni.entrypoints.openai.protocol import ErrorResponse, Usage
 from vllm_omni.errors import RequestError
 from vllm_omni.omni import OutputStream
 from vllm_omni.outputs import OmniRequestOutput
@@ -56,14 +56,17 @@ async def image_events(outputs: OutputStream, style: AnswerStyle, encoder: Image
     """`image_generation.partial_image` events, and `image_generation.completed` for each picture once it is done; of
     edits `image_edit.*`.
 
-    With several pictures, `index` (ours) says which one an event speaks of.
+    With several pictures, `index` (ours) says which one an event speaks of, and the usage of the first one that is done
+    counts the input: the usages of a stream add up to that of an answer in one piece.
     """
     num_partial: Counter[int] = Counter()
+    num_done = 0
     async for output in outputs:
         if output.finished:
             return  # every picture has had its event
         if is_done(output):
-            yield await _completed(output, style, encoder)
+            yield await _completed(output, usage(output, has_input=num_done == 0), style, encoder)
+            num_done += 1
         elif output.images:
             fields = {"partial_image_index": num_partial[output.index], "index": output.index}
             num_partial[output.index] += 1
@@ -87,8 +90,8 @@ async def _failing_in_words(events: AsyncGenerator[bytes, None]) -> AsyncIterato
         yield frame(ErrorResponse(error=error_body(error)).model_dump_json().encode())
 
 
-async def _completed(output: OmniRequestOutput, style: AnswerStyle, encoder: ImageEncoder) -> bytes:
-    fields: dict[str, Any] = {"usage": usage(output).model_dump(), "timings": output.timings}
+async def _completed(output: OmniRequestOutput, used: Usage, style: AnswerStyle, encoder: ImageEncoder) -> bytes:
+    fields: dict[str, Any] = {"usage": used.model_dump(), "timings": output.timings}
     if style.safety_identifier:
         fields["safety_identifier"] = style.safety_identifier
     fields |= {"ignored_fields": style.ignored_fields, "seed": output.seeds[0], "index": output.index}

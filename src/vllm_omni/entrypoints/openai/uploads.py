@@ -232,8 +232,9 @@ class _FormLimits:
             raise _unsupported(part.name)
         if not _IMAGE_FIELD.fullmatch(part.name):
             if part.is_file and part.name not in _TEXT_FIELDS:
+                where = f"in {part.name[:_MAX_NAME]!r}" if part.name else "without a name"
                 raise InvalidRequestError(
-                    f"files go in image or image[], got one in {part.name[:_MAX_NAME]!r}", param=part.name[:_MAX_NAME]
+                    f"files go in image or image[], got one {where}", param=part.name[:_MAX_NAME] or None
                 )
             return MAX_FIELD_BYTES
         self._num_images += 1
@@ -272,7 +273,11 @@ def _set_field(fields: dict[str, Any], part: Part) -> None:
     try:
         value = part.data.decode()
     except UnicodeDecodeError as error:
-        raise InvalidRequestError(f"{part.name[:64]} is not UTF-8: {error}", param=part.name[:64]) from error
+        name, kind = part.name[:_MAX_NAME], "a file that is none: pictures go in image or image[]"
+        raise InvalidRequestError(
+            f"{name} takes text in UTF-8, got {kind if part.is_file else echo(bytes(part.data[:_MAX_NAME]))}",
+            param=name or None,
+        ) from error
     if not value and part.name != "prompt":
         if part.name == "negative_prompt":
             fields[part.name] = value  # says something: guidance needs one, and an empty one will do

@@ -18,7 +18,14 @@ from vllm_omni.diffusion.worker.runner import ModelRunner
 
 ModelOf = Callable[[str], Path]
 RunnerOf = Callable[[str], ModelRunner]
-NUM_FRAMES = {"LTXImageToVideoPipeline": 9, "WanPipeline": 5}
+DEFAULTS: dict[str, dict[str, object]] = {
+    "CogVideoXPipeline": {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 2},
+    "HunyuanVideo15Pipeline": {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2},
+    "LTXImageToVideoPipeline": {"num_frames": 9},
+    "MochiPipeline": {"height": 32, "width": 32, "num_frames": 7, "num_inference_steps": 2},
+    "WanPipeline": {"num_frames": 5},
+}
+"""Over those of `build_tiny_diffusers`."""
 PipelineOf = Callable[[str], Any]
 
 
@@ -28,8 +35,7 @@ def model_of(tmp_path_factory: pytest.TempPathFactory) -> ModelOf:
 
     @cache
     def build(name: str) -> Path:
-        defaults = {"num_frames": NUM_FRAMES[name]} if name in NUM_FRAMES else {}
-        return build_tiny_diffusers(name, tmp_path_factory.mktemp("models") / name, **defaults)
+        return build_tiny_diffusers(name, tmp_path_factory.mktemp("models") / name, **DEFAULTS.get(name, {}))
 
     return build
 

@@ -219,7 +219,7 @@ def test_an_adapter_is_its_merged_weights(
     drive = Drive(start(model_of(name), lora_modules={"style": str(file)})).run({0: [request]})
     assert not drive.errors
     assert psnr(drive.images["a"], merged_picture(pipeline, layers, 0.8, **FIELDS[name])) >= 55
-    assert psnr(drive.images["a"], merged_picture(pipeline, [], 0.8, **FIELDS[name])) < 40
+    assert psnr(drive.images["a"], merged_picture(pipeline, [], 0.8, **FIELDS[name])) < 50
 
 
 def test_an_old_diffusers_name_and_its_partner_are_one_layer(model_of: ModelOf, tmp_path: Path) -> None:

@@ -21,11 +21,16 @@ from diffusers import (
 )
 
 from tests.diffusion.models.diffusers_fallback.conftest import ModelOf
-from tests.tiny_diffusers import CLIP_TOKENS, T5_TOKENS
+from tests.tiny_text_encoders import CLIP_TOKENS, T5_TOKENS
 from vllm_omni import AsyncOmni
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.diffusion.models.base import Picture
-from vllm_omni.diffusion.models.diffusers_fallback.info import latent_frames, latent_side, longest_side
+from vllm_omni.diffusion.models.diffusers_fallback.info import (
+    PromptTokenCounter,
+    latent_frames,
+    latent_side,
+    longest_side,
+)
 from vllm_omni.diffusion.models.diffusers_fallback.pipeline import PipelineCall
 from vllm_omni.diffusion.registry import load_model_info
 from vllm_omni.diffusion.worker.runner import ModelRunner
@@ -103,6 +108,20 @@ def test_a_table_of_positions_bounds_the_sides(
     assert longest_side({}, {}, 16) is None
 
 
+@pytest.mark.parametrize(
+    ("name", "tokenizer", "longest"),
+    [
+        ("HunyuanVideo15Pipeline", "tokenizer", 1000),  # the other one counts the bytes of what is to be written
+        ("HunyuanDiTPipeline", "tokenizer_2", T5_TOKENS),
+    ],
+)
+def test_a_prompt_is_counted_as_the_class_cuts_it(model_of: ModelOf, name: str, tokenizer: str, longest: int) -> None:
+    info = load_model_info(str(model_of(name)))
+    counter = info.count_prompt_tokens
+    assert isinstance(counter, PromptTokenCounter)
+    assert (counter.folder.name, info.max_prompt_tokens) == (tokenizer, longest)
+
+
 def test_without_t5_the_limit_is_clips(copy_of: Callable[..., Path]) -> None:
     absent = [None, None]
     info = load_model_info(str(copy_of("StableDiffusion3Pipeline", tokenizer_3=absent, text_encoder_3=absent)))
@@ -125,7 +144,9 @@ def test_without_t5_the_limit_is_clips(copy_of: Callable[..., Path]) -> None:
         ("QwenImageLayeredPipeline", "it makes several layers a picture"),
         ("FluxControlPipeline", "it takes control_image"),
         ("KandinskyV22Img2ImgPipeline", "has no prompt"),
-        ("LTX2Pipeline", "has no default num_frames"),
+        ("LTX2Pipeline", "it has audio_vae, vocoder"),
+        ("StableVideoDiffusionPipeline", "its call has no prompt"),
+        ("AllegroPipeline", "has no default num_frames"),
     ],
 )
 def test_a_pipeline_that_cannot_be_served_is_named(
@@ -247,13 +268,6 @@ def test_frames_a_second_are_a_whole_number(copy_of: Callable[..., Path]) -> Non
 )
 def test_what_a_latent_pixel_stands_for(vae: dict[str, Any], num_frames: int, side: int, frames: int) -> None:
     assert (latent_side(vae), latent_frames(vae, num_frames)) == (side, frames)
-
-
-@pytest.mark.parametrize("component", ["controlnet", "adapter", "vocoder"])
-def test_a_model_with_such_a_component_is_not_served(copy_of: Callable[..., Path], component: str) -> None:
-    folder = copy_of("FluxPipeline", **{component: ["diffusers", "FluxTransformer2DModel"]})
-    with pytest.raises(ConfigError, match=f"FluxPipeline is not available yet: it has {component}"):
-        load_model_info(str(folder))
 
 
 @pytest.mark.parametrize(

@@ -89,8 +89,8 @@ def test_pictures_with_adapters_are_diffusers_own_alone_and_together(
         assert np.array_equal(together.images[request_id], alone[request_id])
         expected = plain if lora is None else oracle(model_of(name), Path(lora.path), lora.scale, **FIELDS[name])
         assert psnr(alone[request_id], expected) >= 60
-        assert lora is None or psnr(alone[request_id], plain) < 40  # the adapters do something
-    assert psnr(alone["second"], alone["half"]) < 40
+        assert lora is None or psnr(alone[request_id], plain) < 50  # the adapters do something
+    assert psnr(alone["second"], alone["half"]) < 50
 
 
 def test_adapters_of_requests_are_loaded_once_and_the_idle_ones_go(

@@ -14,6 +14,7 @@ from typing import Any
 
 from vllm_omni.diffusion.models.configs import read_config
 from vllm_omni.diffusion.models.diffusers_fallback.components import component_classes, pipeline_class
+from vllm_omni.diffusion.models.diffusers_fallback.own_sizes import OwnSize, own_size, size_bins
 from vllm_omni.diffusion.models.diffusers_fallback.pictures import NUM_REFERENCES, WholeImageInput
 from vllm_omni.diffusion.models.diffusers_fallback.signature import CallSignature
 from vllm_omni.diffusion.registry import DEFAULTS_FILE, Guidance, ModelInfo, WholePipeline, read_default_sampling_params
@@ -33,7 +34,6 @@ INTERLEAVED = (
 Others might, as those do that change the model's attention for the time of a call: they run one after another."""
 MAX_INTERLEAVED = 4
 """Requests under way: each holds its latents and its prompt's embeddings on the device, and a thread."""
-DEFAULT_SIDE = 1024
 SQUARE_TABLES = ("CogView3PlusTransformer2DModel", "OmniGenTransformer2DModel", "SD3Transformer2DModel")
 """Transformers whose positions are a table with `pos_embed_max_size` rows and columns."""
 COUNTED_TABLES = ("AuraFlowTransformer2DModel",)
@@ -42,6 +42,13 @@ ATTENTION_TOKENS = 2.0**14
 """Of a transformer of common width; the scheduler corrects its estimates by what it measures."""
 LONGEST_PROMPT = 32_000
 """Tokens, where nothing sets a limit: no more than the characters that any prompt may have."""
+
+CLASS_PROMPT_READERS = {
+    "HunyuanDiTPAGPipeline": ("tokenizer_2", 256),
+    "HunyuanDiTPipeline": ("tokenizer_2", 256),
+    "HunyuanVideo15Pipeline": ("tokenizer", 1000),
+}
+"""The tokenizer that reads most of a prompt, and the tokens that the class cuts it to, whatever the tokenizer takes."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +72,6 @@ def count_words(prompt: str) -> int:
     return len(prompt.split())
 
 
-UNSERVED_COMPONENTS = ("controlnet", "adapter", "audio_vae", "vocoder")
-"""Beside them `image` is no picture to edit, or what is made is not pictures alone."""
-
-
 def describe(path: Path) -> ModelInfo:
     """Sizes, limits and defaults of the model in `path`.
 
@@ -77,8 +80,6 @@ def describe(path: Path) -> ModelInfo:
     pipeline = pipeline_class(path)
     signature = CallSignature.of(pipeline)
     components = component_classes(path)
-    if unserved := [name for name in UNSERVED_COMPONENTS if name in components]:
-        raise ConfigError(f"{pipeline.__name__} is not available yet: it has {', '.join(unserved)}")
     configs: dict[str, Mapping[str, Any]] = {
         name: read_config(path, name) for name in ("vae", "transformer", "unet") if name in components
     }
@@ -86,21 +87,25 @@ def describe(path: Path) -> ModelInfo:
     takes = set(signature.defaults)
     if scheduler is None or not scheduler.__name__.startswith("FlowMatch"):
         takes.discard("sigmas")  # in (0, 1] in flow matching alone
-    longest, count_prompt_tokens = _prompt_reader(path, components)
+    longest, count_prompt_tokens = _prompt_reader(pipeline.__name__, path, components)
     vae_scale = latent_side(configs.get("vae", {}))
-    own_side = _sample_side(configs) * vae_scale or DEFAULT_SIDE
-    defaults = {name: value for name, value in signature.defaults.items() if name in takes and value is not None}
-    if "fps" in defaults:
-        defaults["fps"] = round(defaults["fps"])  # a float in some signatures
-    if "max_sequence_length" in defaults:
-        longest = longest or defaults["max_sequence_length"]
-        defaults["max_sequence_length"] = min(longest, defaults["max_sequence_length"])
-    side = vae_scale * _patch_side(configs)
-    defaults = {"height": own_side, "width": own_side, **defaults} | read_default_sampling_params(path)
+    own = own_size(pipeline.__name__, read_config(path, "", "model_index.json"), configs, vae_scale)
+    folder_defaults = read_default_sampling_params(path)
+    call_defaults = _call_defaults(signature, takes, own)
+    remarks: list[str] = []
+    if (own_length := call_defaults.get("max_sequence_length")) is not None:
+        longest = longest or own_length
+        call_defaults["max_sequence_length"] = min(longest, own_length)
+        if longest < own_length and "max_sequence_length" not in folder_defaults:
+            remarks.append(
+                f"max_sequence_length is {longest} by default, the most that the model's tokenizers take; by itself "
+                f"the {pipeline.__name__} has {own_length}"
+            )
+    defaults = call_defaults | folder_defaults
     if "num_frames" in takes and "num_frames" not in defaults:
         raise ConfigError(f"{pipeline.__name__} has no default num_frames: write one to the model's {DEFAULTS_FILE}")
-    follows_input = signature.takes_image and ("strength" in takes or not signature.takes_size)
-    image_input = _image_input(pipeline.__name__, follows_input, side, defaults) if signature.takes_image else None
+    side = vae_scale * _patch_side(configs)
+    image_input = _image_input(pipeline.__name__, signature, side, defaults) if signature.takes_image else None
     return ModelInfo(
         path=path,
         family="diffusers_fallback",
@@ -115,21 +120,48 @@ def describe(path: Path) -> ModelInfo:
         tensor_sizes=(1,),
         text_encoder_tp_sizes=(1,),
         guidance=_guidance(takes),
-        whole=WholePipeline(
-            class_name=pipeline.__name__,
-            parameters=tuple(name for name in signature.defaults if name in takes),
-            step_callback=signature.step_callback,
-            max_running=MAX_INTERLEAVED if pipeline.__name__ in INTERLEAVED else 1,
-            takes_lora=hasattr(pipeline, "load_lora_weights"),
-            follows_input=follows_input,
-            takes_image_list=image_input is not None and image_input.max_images > 1,
-            takes_max_area=signature.takes_max_area,
-            fps_name=signature.fps_name,
-        ),
+        whole=_whole(pipeline, signature, takes, own, image_input, tuple(remarks)),
         image_input=image_input,
         latent_frames=latent_frames(configs.get("vae", {}), defaults.get("num_frames", 1)),
         default_sampling_params=defaults,
         max_side=longest_side(components, configs.get("transformer", {}), side),
+    )
+
+
+def _call_defaults(signature: CallSignature, takes: set[str], own: OwnSize) -> dict[str, Any]:
+    """The defaults of the pipeline's call; where it has none, the model's own size and frames."""
+    defaults: dict[str, Any] = {"height": own.height, "width": own.width}
+    if "num_frames" in takes and own.num_frames is not None:
+        defaults["num_frames"] = own.num_frames
+    defaults |= {name: value for name, value in signature.defaults.items() if name in takes and value is not None}
+    if "fps" in defaults:
+        defaults["fps"] = round(defaults["fps"])  # a float in some signatures
+    return defaults
+
+
+def _whole(
+    pipeline: type[Any],
+    signature: CallSignature,
+    takes: set[str],
+    own: OwnSize,
+    image_input: WholeImageInput | None,
+    remarks: tuple[str, ...],
+) -> WholePipeline:
+    bins = size_bins(pipeline, max(own.height, own.width)) if signature.has_binning else ()
+    return WholePipeline(
+        class_name=pipeline.__name__,
+        parameters=tuple(name for name in signature.defaults if name in takes),
+        step_callback=signature.step_callback,
+        max_running=MAX_INTERLEAVED if pipeline.__name__ in INTERLEAVED else 1,
+        takes_lora=hasattr(pipeline, "load_lora_weights"),
+        follows_input=signature.follows_input,
+        takes_image_list=image_input is not None and image_input.max_images > 1,
+        takes_max_area=signature.takes_max_area,
+        fps_name=signature.fps_name,
+        output_name=signature.output_name,
+        bins=bins,
+        declines_binning=signature.has_binning and not bins,
+        remarks=remarks,
     )
 
 
@@ -142,9 +174,9 @@ def longest_side(components: Mapping[str, type[Any]], transformer: Mapping[str, 
     return side * (math.isqrt(size) if name in COUNTED_TABLES else int(size))
 
 
-def _image_input(class_name: str, follows_input: bool, side: int, defaults: Mapping[str, Any]) -> WholeImageInput:
+def _image_input(class_name: str, signature: CallSignature, side: int, defaults: Mapping[str, Any]) -> WholeImageInput:
     least, most = NUM_REFERENCES.get(class_name, (1, 1))
-    return WholeImageInput(least, most, follows_input, side, int(defaults["height"]) * int(defaults["width"]))
+    return WholeImageInput(least, most, signature.follows_input, side, int(defaults["height"]) * int(defaults["width"]))
 
 
 def latent_frames(vae: Mapping[str, Any], num_frames: int) -> int:
@@ -158,7 +190,9 @@ def latent_frames(vae: Mapping[str, Any], num_frames: int) -> int:
     return multiple if (num_frames - 1) % multiple == 0 else 1
 
 
-def _prompt_reader(path: Path, components: Mapping[str, type[Any]]) -> tuple[int | None, Callable[[str], int]]:
+def _prompt_reader(
+    class_name: str, path: Path, components: Mapping[str, type[Any]]
+) -> tuple[int | None, Callable[[str], int]]:
     """The limit (None: there is none) and the counter of the tokenizer that takes the longest prompts."""
     limits = {
         name: read_config(path, name, "tokenizer_config.json").get("model_max_length") or LONGEST_PROMPT
@@ -167,9 +201,11 @@ def _prompt_reader(path: Path, components: Mapping[str, type[Any]]) -> tuple[int
     }
     if not limits:
         return None, count_words
-    name = max(limits, key=lambda name: limits[name])
-    limit = int(limits[name]) if limits[name] < LONGEST_PROMPT else None
-    return limit, PromptTokenCounter(path / name, components[name])
+    name, most = CLASS_PROMPT_READERS.get(class_name, ("", LONGEST_PROMPT))
+    if name not in limits:
+        name = max(limits, key=lambda name: limits[name])
+    limit = int(min(limits[name], most))
+    return limit if limit < LONGEST_PROMPT else None, PromptTokenCounter(path / name, components[name])
 
 
 def latent_side(vae: Mapping[str, Any]) -> int:
@@ -192,13 +228,6 @@ def _patch_side(configs: Mapping[str, Mapping[str, Any]]) -> int:
     # Four latent pixels are the channels of one token.
     packed = channels is not None and transformer.get("in_channels") == 4 * channels
     return (2 if packed else 1) * int(patch if isinstance(patch, int) else max(patch))
-
-
-def _sample_side(configs: Mapping[str, Mapping[str, Any]]) -> int:
-    """Latent pixels a side of the picture that the model was trained on; 0: it does not say."""
-    sizes = [configs[name].get("sample_size") for name in ("transformer", "unet") if name in configs]
-    size = next((size for size in sizes if size), 0)
-    return int(size if isinstance(size, int) else max(size))
 
 
 def _guidance(takes: set[str]) -> Guidance:

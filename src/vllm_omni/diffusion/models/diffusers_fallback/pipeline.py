@@ -56,6 +56,7 @@ class PipelineCall:
         if whole.step_callback == "callback":
             self._arguments["callback_steps"] = 1
         self._makes_videos = whole.makes_videos
+        self._output_name = whole.output_name
         self._strength = request.strength
         self._num_planned = request.num_inference_steps
         self._num_steps: int | None = None
@@ -101,12 +102,11 @@ class PipelineCall:
         # A thread begins with the first device as its current one, on which libraries put what names none.
         with torch.accelerator.device_index(self._device.index), self._check.numpy_errors():
             output = self._pipeline(**self._arguments)
+        (made,) = getattr(output, self._output_name)
         if self._makes_videos:
-            (frames,) = output.frames
-            pixels = np.stack([np.array(frame.convert("RGB")) for frame in frames])
+            pixels = np.stack([np.array(frame.convert("RGB")) for frame in made])
         else:
-            (picture,) = output.images
-            pixels = np.array(picture.convert("RGB"))
+            pixels = np.array(made.convert("RGB"))
         finite = self._check.is_finite()
         return Picture(torch.from_numpy(pixels), torch.tensor(finite), is_blocked=finite and is_blocked(output))
 
@@ -148,6 +148,8 @@ def arguments_of(request: DiffusionRequest, whole: WholePipeline) -> dict[str, A
         arguments["sigmas"] = list(arguments["sigmas"])
     if whole.takes_max_area:
         arguments["max_area"] = request.height * request.width
+    if whole.declines_binning:
+        arguments["use_resolution_binning"] = False
     if pictures := [Image.fromarray(image.reference) for image in request.images]:
         arguments["image"] = pictures if whole.takes_image_list else pictures[0]
     generator = torch.Generator(HOST).manual_seed(request.seed)

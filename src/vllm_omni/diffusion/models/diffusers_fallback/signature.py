@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from vllm_omni.diffusion.registry import SIZES
@@ -31,6 +31,10 @@ STEP_CALLBACKS = ("callback_on_step_end", "callback")
 UNSERVED_INPUTS = (
     "mask",
     "mask_image",
+    "images",
+    "original_image",
+    "source_embeds",
+    "c2w",
     "control_image",
     "control_video",
     "video",
@@ -40,6 +44,20 @@ UNSERVED_INPUTS = (
     "audio_length_in_s",
 )
 """What no route of ours brings, or takes back; nor what is required beyond `REQUIRED`."""
+UNSERVED_COMPONENTS = ("controlnet", "adapter", "audio_vae", "vocoder")
+"""Beside them `image` is no picture to edit, or what is made is not pictures alone."""
+_OWN_CHOICE = "it chooses the size of what it makes by its input, and its call takes none"
+UNSERVED_CLASSES = {
+    "HunyuanVideo15ImageToVideoPipeline": _OWN_CHOICE,
+    "LongCatImageEditPipeline": _OWN_CHOICE,
+    "StableDiffusionLatentUpscalePipeline": "its pictures are twice as large as their input",
+    "StableDiffusionUpscalePipeline": "its pictures are four times as large as their input",
+    "UniDiffuserPipeline": "it describes its input pictures and does not edit them",
+    "VersatileDiffusionDualGuidedPipeline": "its prompt is a picture and its image a text",
+}
+"""Classes whose signature is like that of others, and means something else."""
+PICTURE_FIELDS, VIDEO_FIELDS = ("images", "image"), ("frames",)
+"""Fields of a pipeline's output that hold pictures, or a video."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +75,15 @@ class CallSignature:
     """Bounds what it makes by a number of pixels of its own, whatever the size that is asked for."""
     fps_name: str
     """What it calls `fps`, if it takes one: of `FPS_NAMES`."""
+    output_name: str
+    """The field of its output: of `PICTURE_FIELDS` or `VIDEO_FIELDS`."""
+    has_binning: bool
+    """It rounds sizes to a table of its own."""
+
+    @property
+    def follows_input(self) -> bool:
+        """See `WholePipeline.follows_input`."""
+        return self.takes_image and ("strength" in self.defaults or not self.takes_size)
 
     @classmethod
     def of(cls, pipeline: type[Any]) -> CallSignature:
@@ -68,11 +95,16 @@ class CallSignature:
         missing = [name for name in needed if name not in parameters]
         step_callback = next((name for name in STEP_CALLBACKS if name in parameters), "")
         if missing:
-            raise ConfigError(f"{pipeline.__name__} is not available: it has no {', '.join(missing)}")
+            raise ConfigError(f"{pipeline.__name__} is not available: its call has no {', '.join(missing)}")
+        if reason := UNSERVED_CLASSES.get(pipeline.__name__):
+            raise ConfigError(f"{pipeline.__name__} is not available yet: {reason}")
         if "layers" in parameters:
             raise ConfigError(f"{pipeline.__name__} is not available yet: it makes several layers a picture")
         if unserved := [name for name, parameter in parameters.items() if _is_unserved(name, parameter)]:
             raise ConfigError(f"{pipeline.__name__} is not available yet: it takes {', '.join(unserved)}")
+        if unserved := [name for name in inspect.signature(pipeline).parameters if name in UNSERVED_COMPONENTS]:
+            raise ConfigError(f"{pipeline.__name__} is not available yet: it has {', '.join(unserved)}")
+        output_name = _output_name(pipeline, "num_frames" in parameters)
         fps_name = next((name for name in FPS_NAMES if name in parameters), "fps")
         names = {name: fps_name if name == "fps" else name for name in SAMPLING_PARAMETERS}
         return cls(
@@ -82,9 +114,32 @@ class CallSignature:
             takes_size=takes_size,
             takes_max_area="max_area" in parameters,
             fps_name=fps_name,
+            output_name=output_name,
+            has_binning="use_resolution_binning" in parameters,
         )
 
 
 def _is_unserved(name: str, parameter: inspect.Parameter) -> bool:
     required = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
     return name in UNSERVED_INPUTS or (required and name not in (*REQUIRED, *SAMPLING_PARAMETERS, "image"))
+
+
+def _output_name(pipeline: type[Any], makes_videos: bool) -> str:
+    """The field that holds what the pipeline makes, by the classes of outputs that its call names.
+
+    A call that names none hands on the output of another pipeline. Raises ConfigError for one that makes other things.
+    """
+    wanted = VIDEO_FIELDS if makes_videos else PICTURE_FIELDS
+    made = _output_fields(inspect.unwrap(pipeline.__call__))
+    name = next((name for name in wanted if name in made), wanted[0])
+    if made and name not in made:
+        raise ConfigError(f"{pipeline.__name__} is not available: it makes {', '.join(made)} and no {wanted[0]}")
+    return name
+
+
+def _output_fields(call: Any) -> list[str]:
+    from diffusers.utils import BaseOutput
+
+    named = [call.__globals__.get(name) for name in call.__code__.co_names]
+    outputs = [cls for cls in named if inspect.isclass(cls) and issubclass(cls, BaseOutput) and is_dataclass(cls)]
+    return [field.name for output in outputs for field in fields(output)]

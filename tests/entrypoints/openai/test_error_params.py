@@ -1,0 +1,53 @@
+"""The `param` of an error is a place in the body that was sent, whatever field has whatever wrong value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from fastapi.exceptions import RequestValidationError
+
+from vllm_omni.entrypoints.openai.chat_protocol import ChatCompletionRequest
+from vllm_omni.entrypoints.openai.errors import error_response
+from vllm_omni.entrypoints.openai.protocol import ErrorResponse, ImageEditRequest, ImageGenerationRequest, RequestBody
+from vllm_omni.entrypoints.openai.validating import validated
+
+VALUES: list[Any] = [3, -5, 1.5, float("nan"), True, "x", [], [3], [None], [[]], [{}], ["x"], {}, {"bool": 1}]
+VALUES += [{"name": 3}, {"name": "x", "scale": "y"}, {"name": "x", "bool": 1}, [{"bool": "x"}], [{"image_url": 3}]]
+PYTHON_WORDS = ("item", "dictionary", "validation")
+
+
+def has_place(body: Any, param: str) -> bool:
+    """Whether `param` leads to a value of `body`, or to a key that is missing there."""
+    for part in param.split("."):
+        if isinstance(body, list):
+            if not part.isdigit():
+                return False
+            body = body[int(part)]
+        elif isinstance(body, dict):
+            body = body.get(part)
+        else:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("is_form", [False, True])
+@pytest.mark.parametrize("model", [ImageGenerationRequest, ImageEditRequest, ChatCompletionRequest])
+def test_a_param_is_a_place_in_the_body(model: type[RequestBody], is_form: bool) -> None:
+    num_refused = 0
+    for field in model.model_fields:
+        for value in VALUES:
+            body = {"prompt": "x", "messages": [{"role": "user", "content": "x"}], field: value}
+            try:
+                if is_form:
+                    validated(lambda body=body: model.model_validate_strings(body, strict=False))  # type: ignore[misc]
+                else:
+                    validated(lambda body=body: model.model_validate(body))  # type: ignore[misc]
+            except RequestValidationError as refusal:
+                num_refused += 1
+                error = ErrorResponse.model_validate_json(bytes(error_response(refusal).body)).error
+                assert error.param is not None
+                assert error.param.partition(".")[0] == field
+                assert has_place(body, error.param), error
+                assert not any(word in error.message for word in PYTHON_WORDS), error
+    assert num_refused > 5 * len(model.model_fields)
