@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import import_module
@@ -156,6 +157,33 @@ class WholePipeline:
 
 
 @dataclass(frozen=True)
+class Shares:
+    """Numbers of ranks that can share the weights of a component: each rank gets as much as the others."""
+
+    counts: Mapping[str, int]
+    """What the ranks divide among them, such as `attention heads`, and how many of it there are."""
+    most: int | None = None
+    """Most ranks that the family supports; None: as many as `counts` allow."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Valid numbers of ranks, in ascending order."""
+        common = math.gcd(*self.counts.values())
+        most = common if self.most is None else min(common, self.most)
+        return tuple(size for size in range(1, most + 1) if common % size == 0)
+
+    def check(self, flag: str, component: str, size: int) -> None:
+        """Raise ConfigError, with the count that forbids it, where `size` ranks cannot share `component`."""
+        if size in self.sizes:
+            return
+        uneven = [f"{count} {name}" for name, count in self.counts.items() if count % size]
+        reason = f"cannot be divided by {size}" if uneven else f"are shared by at most {self.most} ranks"
+        named = " and ".join(uneven or (f"{count} {name}" for name, count in self.counts.items()))
+        valid = ", ".join(map(str, self.sizes))
+        raise ConfigError(f"{flag} takes {valid} with {component}, whose {named} {reason}, got {size}")
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """What the front end and the scheduler must know of a model, without its weights."""
 
@@ -177,9 +205,9 @@ class ModelInfo:
     """Channels of one of them."""
     num_blocks: int
     """Blocks of the transformer."""
-    tensor_sizes: tuple[int, ...]
+    tensor_shares: Shares
     """How many ranks can share the transformer's weights."""
-    text_encoder_tp_sizes: tuple[int, ...]
+    text_encoder_shares: Shares
     """How many ranks can share the text encoder."""
     tea_cache_coefficients: tuple[float, ...] | None = None
     """TeaCache's polynomial, highest power first; None: nobody has measured it for this model."""
@@ -250,12 +278,10 @@ class ModelInfo:
             self.whole.check_parallel(parallel)
             return
         heads, tensor, ulysses = self.num_heads, parallel.tensor_parallel_size, parallel.ulysses_degree
-        if tensor not in self.tensor_sizes:
-            valid = ", ".join(map(str, self.tensor_sizes))
-            raise ConfigError(f"--tensor-parallel-size takes {valid} with this model of {heads} heads, got {tensor}")
-        if (size := parallel.text_encoder_tp_size) not in self.text_encoder_tp_sizes:
-            valid = ", ".join(map(str, self.text_encoder_tp_sizes))
-            raise ConfigError(f"--text-encoder-tp-size takes {valid} (what divides the encoder's heads), got {size}")
+        self.tensor_shares.check("--tensor-parallel-size", "this model's transformer", tensor)
+        self.text_encoder_shares.check(
+            "--text-encoder-tp-size", "this model's text encoder", parallel.text_encoder_tp_size
+        )
         if ulysses > heads // tensor:
             raise ConfigError(
                 f"--usp takes 1 to {heads // tensor}, the model's {heads} heads over --tensor-parallel-size {tensor}, "

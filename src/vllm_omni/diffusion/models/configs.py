@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm_omni.diffusion.registry import Shares
 from vllm_omni.diffusion.weight_files import read_object
 from vllm_omni.errors import ConfigError
 
@@ -36,21 +36,19 @@ def refuse_scheduler(scheduler: Mapping[str, Any]) -> None:
         )
 
 
-def divisors(count: int) -> tuple[int, ...]:
-    """In ascending order."""
-    return tuple(size for size in range(1, count + 1) if count % size == 0)
-
-
-def text_encoder_tp_sizes(text_encoder: Mapping[str, Any]) -> tuple[int, ...]:
-    """How many ranks can share the text encoder of this config.json: each gets whole heads and as many as the others.
+def text_encoder_shares(text_encoder: Mapping[str, Any]) -> Shares:
+    """How many ranks can share the text encoder of this config.json.
 
     Raises ConfigError when the config does not say how large the model is.
     """
     # The language model's own section where there is one; older configs have its keys at the top.
     values = text_encoder.get("text_config") or text_encoder
-    names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    names = {
+        "attention heads": "num_attention_heads",
+        "key and value heads": "num_key_value_heads",
+        "MLP channels": "intermediate_size",
+    }
     try:
-        counts = [int(values[name]) for name in names]
+        return Shares({name: int(values[key]) for name, key in names.items()})
     except (KeyError, TypeError) as error:
         raise ConfigError(f"text_encoder/config.json does not say its sizes: {error!r}") from error
-    return divisors(math.gcd(*counts))

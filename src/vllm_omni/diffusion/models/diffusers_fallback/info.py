@@ -16,7 +16,14 @@ from vllm_omni.diffusion.models.configs import read_config
 from vllm_omni.diffusion.models.diffusers_fallback.components import component_classes, pipeline_class
 from vllm_omni.diffusion.models.diffusers_fallback.pictures import NUM_REFERENCES, WholeImageInput
 from vllm_omni.diffusion.models.diffusers_fallback.signature import CallSignature
-from vllm_omni.diffusion.registry import DEFAULTS_FILE, Guidance, ModelInfo, WholePipeline, read_default_sampling_params
+from vllm_omni.diffusion.registry import (
+    DEFAULTS_FILE,
+    Guidance,
+    ModelInfo,
+    Shares,
+    WholePipeline,
+    read_default_sampling_params,
+)
 from vllm_omni.errors import ConfigError
 
 INTERLEAVED = (
@@ -112,8 +119,8 @@ def describe(path: Path) -> ModelInfo:
         num_heads=1,
         head_dim=1,
         num_blocks=1,
-        tensor_sizes=(1,),
-        text_encoder_tp_sizes=(1,),
+        tensor_shares=Shares({"pipeline": 1}),
+        text_encoder_shares=Shares({"pipeline": 1}),
         guidance=_guidance(takes),
         whole=WholePipeline(
             class_name=pipeline.__name__,

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from vllm_omni.diffusion.models.configs import (
-    divisors,
     read_config,
     refuse_scheduler,
     refuse_variants,
-    text_encoder_tp_sizes,
+    text_encoder_shares,
 )
 from vllm_omni.diffusion.models.qwen_image.edit import EDIT_TEMPLATE, NUM_EDIT_TEMPLATE_TOKENS, EditInput
-from vllm_omni.diffusion.registry import ModelInfo, read_default_sampling_params
+from vllm_omni.diffusion.registry import ModelInfo, Shares, read_default_sampling_params
 
 PROMPT_TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
@@ -103,8 +102,9 @@ def describe(path: Path) -> ModelInfo:
         head_dim=head_dim,
         num_blocks=transformer.get("num_layers", 60),
         tea_cache_coefficients=TEA_CACHE_COEFFICIENTS,
-        tensor_sizes=divisors(num_heads),
-        text_encoder_tp_sizes=text_encoder_tp_sizes(read_config(path, "text_encoder")),
+        # The MLP is four times as wide as all heads together.
+        tensor_shares=Shares({"attention heads": num_heads}),
+        text_encoder_shares=text_encoder_shares(read_config(path, "text_encoder")),
         image_input=image_input,
         default_sampling_params=defaults,
     )

@@ -11,9 +11,9 @@ from vllm_omni.diffusion.models.configs import (
     read_config,
     refuse_scheduler,
     refuse_variants,
-    text_encoder_tp_sizes,
+    text_encoder_shares,
 )
-from vllm_omni.diffusion.registry import Guidance, ModelInfo, read_default_sampling_params
+from vllm_omni.diffusion.registry import Guidance, ModelInfo, Shares, read_default_sampling_params
 
 PATCH_SIZE = 2
 """Latent pixels a side that one token stands for."""
@@ -30,7 +30,7 @@ DEFAULT_SIDE = 1024
 TEA_CACHE_COEFFICIENTS = (-450.0, 280.0, -45.0, 3.2, -0.02)
 """Those published for Qwen-Image, as other servers take them for Z-Image; nobody has published any measured on it.
 `vllm-omni calibrate-teacache` measures the served model's."""
-TENSOR_SIZES = (1, 2)
+MOST_TENSOR_RANKS = 2
 DISTILLED_SHIFT = 3.0
 """Of Z-Image-Turbo's schedule; Z-Image's is 6. Nothing else in the configs tells the two apart."""
 
@@ -96,8 +96,8 @@ def describe(path: Path) -> ModelInfo:
         head_dim=width // num_heads,
         num_blocks=int(transformer.get("n_layers", 30)),
         tea_cache_coefficients=TEA_CACHE_COEFFICIENTS,
-        tensor_sizes=tuple(n for n in TENSOR_SIZES if num_heads % n == 0 and inner_width(width) % n == 0),
-        text_encoder_tp_sizes=text_encoder_tp_sizes(read_config(path, "text_encoder")),
+        tensor_shares=Shares({"attention heads": num_heads, "MLP channels": inner_width(width)}, MOST_TENSOR_RANKS),
+        text_encoder_shares=text_encoder_shares(read_config(path, "text_encoder")),
         guidance=Guidance("guidance_scale", 1.0, "", ("cfg_normalization", "cfg_truncation")),
         token_multiple=TOKEN_MULTIPLE,
         default_sampling_params=defaults | read_default_sampling_params(path),
