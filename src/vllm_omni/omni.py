@@ -25,11 +25,11 @@ from vllm_omni.diffusion.executor import make_executor
 from vllm_omni.diffusion.executor.launch import EarlyWorkers
 from vllm_omni.diffusion.hub import HubAccess
 from vllm_omni.diffusion.intake import Intake, check_default_prompt, check_defaults
+from vllm_omni.diffusion.model_check import check_model
 from vllm_omni.diffusion.plan import WorkerReady
 from vllm_omni.diffusion.registry import load_model_info
 from vllm_omni.diffusion.replicas import Replicas
 from vllm_omni.diffusion.request import DiffusionRequest
-from vllm_omni.diffusion.weight_files import check_model
 from vllm_omni.errors import ConfigError, InvalidRequestError, UnavailableError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt, PromptLike, parse_prompt
 from vllm_omni.logs.bars import progress_bar
@@ -175,8 +175,7 @@ class AsyncOmni:
         self.info.check_parallel(self.config.parallel)
         self.info.check_cache(self.config.cache)
         check_defaults(self.config, self.info)
-        if self.config.load_format == "auto":
-            check_model(self.info.path, self.config.variant)
+        check_model(self.info, self.config)
         self.ready: WorkerReady | None = None
         self._intake: Intake | None = None
         self._engine: DiffusionEngine | Replicas

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import import_module
@@ -18,8 +19,9 @@ from vllm_omni.diffusion.data import (
     TeaCacheConfig,
     flag_of,
 )
+from vllm_omni.diffusion.folder_files import DEFAULTS_FILE, MODEL_INDEX, read_object
 from vllm_omni.diffusion.hub import DEFAULT_ACCESS, HubAccess, download
-from vllm_omni.diffusion.weight_files import read_object
+from vllm_omni.diffusion.weight_fit import ExpectedWeights
 from vllm_omni.errors import ConfigError, NotAvailableError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.inputs.images import InputImage, ReaderSizes
@@ -34,7 +36,6 @@ DEMO_MODEL_PATH = Path(__file__).parent.parent / "demo_model"
 PACKED_PARAMETERS = ("height", "width", "num_inference_steps", "negative_prompt", "sigmas", "max_sequence_length")
 """Sampling parameters of every packed family."""
 SIZES = ("height", "width")
-DEFAULTS_FILE = "default_sampling_params.json"
 
 # `_class_name` in model_index.json -> package under vllm_omni.diffusion.models. A family's package has
 # `info.py` (`describe(path) -> ModelInfo`, no torch) and `pipeline.py` (`Pipeline`).
@@ -209,6 +210,10 @@ class ModelInfo:
     """How many ranks can share the transformer's weights."""
     text_encoder_shares: Shares
     """How many ranks can share the text encoder."""
+    prompt_tokens: tuple[str, ...] = ()
+    """Special tokens that the tokenizer must have, because prompts are written with them."""
+    expected_weights: Mapping[str, Sequence[ExpectedWeights]] = field(default_factory=dict)
+    """Component -> weights that its files must hold by its config; of other components nothing is known."""
     tea_cache_coefficients: tuple[float, ...] | None = None
     """TeaCache's polynomial, highest power first; None: nobody has measured it for this model."""
     guidance: Guidance = Guidance()
@@ -329,7 +334,7 @@ def resolve_model_path(model: str, load_format: LoadFormat = "auto", access: Hub
 
 
 def _in_diffusers_layout(path: Path, model: str) -> Path:
-    if not (path / "model_index.json").is_file():
+    if not (path / MODEL_INDEX).is_file():
         raise ConfigError(f"model {model!r} is not in the diffusers layout: it has no model_index.json")
     return path
 
@@ -347,7 +352,7 @@ def family_of(path: Path) -> str:
 
     Raises ConfigError where model_index.json names no pipeline class.
     """
-    class_name = read_object(path / "model_index.json").get("_class_name")
+    class_name = read_object(path, MODEL_INDEX).get("_class_name")
     if class_name is None:
         raise ConfigError(f"model {str(path)!r}: model_index.json names no _class_name")
     return FAMILIES.get(class_name, FALLBACK_FAMILY) if isinstance(class_name, str) else FALLBACK_FAMILY
@@ -355,10 +360,9 @@ def family_of(path: Path) -> str:
 
 def read_default_sampling_params(path: Path) -> dict[str, Any]:
     """Sampling defaults of the model folder, {} where it has none. Raises ConfigError for unknown keys."""
-    file = path / DEFAULTS_FILE
-    if not file.exists():
+    if not os.path.lexists(path / DEFAULTS_FILE):  # a link to nothing is told
         return {}
-    values = read_object(file)
+    values = read_object(path, DEFAULTS_FILE)
     accepted = {f.name for f in fields(OmniDiffusionSamplingParams) if f.default is None} | {"negative_prompt"}
     if unknown := sorted(set(values) - accepted):
         raise ConfigError(f"{DEFAULTS_FILE} has unknown keys {unknown}, accepted are {', '.join(sorted(accepted))}")

@@ -12,12 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from vllm_omni.diffusion.folder_files import DEFAULTS_FILE
 from vllm_omni.diffusion.models.configs import read_config
 from vllm_omni.diffusion.models.diffusers_fallback.components import component_classes, pipeline_class
 from vllm_omni.diffusion.models.diffusers_fallback.pictures import NUM_REFERENCES, WholeImageInput
 from vllm_omni.diffusion.models.diffusers_fallback.signature import CallSignature
 from vllm_omni.diffusion.registry import (
-    DEFAULTS_FILE,
     Guidance,
     ModelInfo,
     Shares,
