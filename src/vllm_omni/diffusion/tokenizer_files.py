@@ -14,7 +14,8 @@ WHOLE = "tokenizer.json"
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
 SETTINGS = "tokenizer_config.json"
 ADDED = "added_tokens.json"
-OBJECTS = (SETTINGS, "special_tokens_map.json", ADDED, "chat_template.json")
+CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+OBJECTS = (SETTINGS, "special_tokens_map.json", ADDED, CHAT_TEMPLATES[1])
 """Further files that hold a JSON object."""
 MODEL_FILES = (".model", "vocab.txt")
 """Ends of the names of vocabularies in other formats: SentencePiece's, and BERT's list of words."""
@@ -27,13 +28,23 @@ def check_tokenizer(root: Path, component: str, needed_tokens: Iterable[str] = (
     """
     names = names_in(root, component)
     objects = {name: read_object(root, f"{component}/{name}") for name in OBJECTS if name in names}
-    _check_length_limit(component, objects.get(SETTINGS, {}))
+    _check_settings(component, objects.get(SETTINGS, {}))
     vocabulary = _read_vocabulary(root, component, names)
     if vocabulary is None:
         return
     known = vocabulary | set(objects.get(ADDED, {})) | _added_in_settings(objects.get(SETTINGS, {}))
     if missing := [token for token in needed_tokens if token not in known]:
         raise ConfigError(f"{component}/ lacks the token {missing[0]!r}, which the model's prompts consist of")
+
+
+def check_chat_template(root: Path, component: str) -> None:
+    """Raise ConfigError where the tokenizer in the folder `component` has no template to write a prompt as a chat."""
+    names = names_in(root, component)
+    settings = read_object(root, f"{component}/{SETTINGS}") if SETTINGS in names else {}
+    if not settings.get("chat_template") and not set(CHAT_TEMPLATES) & set(names):
+        raise ConfigError(
+            f"{component}/ has no chat template, neither {CHAT_TEMPLATES[0]} nor in {SETTINGS}; prompts need it"
+        )
 
 
 def _read_vocabulary(root: Path, component: str, names: list[str]) -> set[str] | None:
@@ -79,12 +90,16 @@ def _readable(root: Path, name: str) -> str:
 
 
 def _added_in_settings(settings: dict[str, Any]) -> set[str]:
-    added = settings.get("added_tokens_decoder") or {}
+    added = settings.get("added_tokens_decoder", {})
     return {token["content"] for token in added.values() if isinstance(token, dict) and "content" in token}
 
 
-def _check_length_limit(component: str, settings: dict[str, Any]) -> None:
+def _check_settings(component: str, settings: dict[str, Any]) -> None:
+    place = f"{component}/{SETTINGS}"
+    for key, kind, accepted in (("tokenizer_class", str, "a text"), ("added_tokens_decoder", dict, "a JSON object")):
+        if not isinstance(value := settings.get(key, kind()), kind):
+            raise ConfigError(f"{place}: {key} takes {accepted}, got {short(value)}")
     limit = settings.get("model_max_length")
     is_number = isinstance(limit, int | float) and not isinstance(limit, bool)
     if limit is not None and not (is_number and limit >= 1):
-        raise ConfigError(f"{component}/{SETTINGS}: model_max_length takes a number from 1, got {short(limit)}")
+        raise ConfigError(f"{place}: model_max_length takes a number from 1, got {short(limit)}")

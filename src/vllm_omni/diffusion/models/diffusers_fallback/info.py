@@ -15,6 +15,7 @@ from typing import Any
 from vllm_omni.diffusion.folder_files import DEFAULTS_FILE
 from vllm_omni.diffusion.models.configs import read_config
 from vllm_omni.diffusion.models.diffusers_fallback.components import component_classes, pipeline_class
+from vllm_omni.diffusion.models.diffusers_fallback.config_sizes import check_sizes
 from vllm_omni.diffusion.models.diffusers_fallback.pictures import NUM_REFERENCES, WholeImageInput
 from vllm_omni.diffusion.models.diffusers_fallback.signature import CallSignature
 from vllm_omni.diffusion.registry import (
@@ -89,6 +90,8 @@ def describe(path: Path) -> ModelInfo:
     configs: dict[str, Mapping[str, Any]] = {
         name: read_config(path, name) for name in ("vae", "transformer", "unet") if name in components
     }
+    for name, values in configs.items():
+        check_sizes(name, values)
     scheduler = components.get("scheduler")
     takes = set(signature.defaults)
     if scheduler is None or not scheduler.__name__.startswith("FlowMatch"):

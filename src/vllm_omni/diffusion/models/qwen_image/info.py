@@ -11,6 +11,7 @@ from vllm_omni.diffusion.models.configs import read_config, read_scheduler_confi
 from vllm_omni.diffusion.models.language_config import LanguageModelConfig
 from vllm_omni.diffusion.models.qwen_image.config import TransformerConfig, VaeConfig, VisionConfig
 from vllm_omni.diffusion.models.qwen_image.edit import EDIT_TEMPLATE, IMAGE_TOKEN, NUM_EDIT_TEMPLATE_TOKENS, EditInput
+from vllm_omni.diffusion.models.tokenizers import load_tokenizer
 from vllm_omni.diffusion.registry import ModelInfo, Shares, read_default_sampling_params
 
 PROMPT_TEMPLATE = (
@@ -51,10 +52,7 @@ class PromptTokenCounter:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        # Lazy: transformers imports torch, and `--help` and validation must not.
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.tokenizer_path)
+        return load_tokenizer(self.tokenizer_path)
 
     def __call__(self, prompt: str) -> int:
         return len(self._tokenizer(self.template.format(prompt)).input_ids) - self.num_template_tokens

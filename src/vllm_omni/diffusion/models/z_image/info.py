@@ -9,8 +9,11 @@ from typing import Any
 
 from vllm_omni.diffusion.models.configs import read_config, read_scheduler_config, refuse_variants
 from vllm_omni.diffusion.models.language_config import LanguageModelConfig
+from vllm_omni.diffusion.models.tokenizers import load_tokenizer
 from vllm_omni.diffusion.models.z_image.config import PATCH_SIZE, TransformerConfig, VaeConfig
 from vllm_omni.diffusion.registry import Guidance, ModelInfo, Shares, read_default_sampling_params
+from vllm_omni.diffusion.tokenizer_files import check_chat_template
+from vllm_omni.errors import ConfigError
 
 TOKEN_MULTIPLE = 32
 """Captions and pictures are filled up to a multiple of this many tokens, with learned tokens that attend."""
@@ -39,22 +42,28 @@ class ChatTokenizer:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        # Lazy: transformers imports torch, and `--help` and validation must not.
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.path)
+        tokenizer = load_tokenizer(self.path)
+        try:
+            _as_chat(tokenizer, "a prompt")
+        except Exception as error:  # a template is a program: its errors are of any class
+            raise ConfigError(f"{self.path.name}/: the chat template fails: {error!r}") from error
+        return tokenizer
 
     def ids(self, prompt: str) -> list[int]:
         """As diffusers' ZImagePipeline asks for them."""
-        messages = [{"role": "user", "content": prompt}]
-        text = self._tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=True
-        )
-        return list(self._tokenizer(text).input_ids)
+        return list(self._tokenizer(_as_chat(self._tokenizer, prompt)).input_ids)
 
     def __call__(self, prompt: str) -> int:
         """How many there are."""
         return len(self.ids(prompt))
+
+
+def _as_chat(tokenizer: Any, prompt: str) -> str:
+    messages = [{"role": "user", "content": prompt}]
+    text: str = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=True
+    )
+    return text
 
 
 def describe(path: Path) -> ModelInfo:
@@ -78,6 +87,7 @@ def describe(path: Path) -> ModelInfo:
         "guidance_scale": 0.0 if is_distilled else 5.0,
         "max_sequence_length": 512,
     }
+    check_chat_template(path, "tokenizer")
     return ModelInfo(
         path=path,
         family="z_image",
