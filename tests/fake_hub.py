@@ -28,6 +28,8 @@ class FakeHub(ThreadingHTTPServer):
         self.token = token
         self.requests: list[str] = []
         """Method and path of each request."""
+        self.num_bytes: dict[str, int] = {}
+        """Bytes sent of each file."""
         files = {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
         self.files = {COMMITS["main"]: files, COMMITS["v1"]: {**files, "version.json": b'"v1"'}}
 
@@ -70,12 +72,15 @@ class _Handler(BaseHTTPRequestHandler):
             tree = [{"type": "file", "path": p, "size": len(d), "oid": _etag(d)} for p, d in files.items()]
             self._send(json.dumps(tree).encode())
 
-    def _answer_file(self, commit: str, name: str) -> None:
+    def _answer_file(self, revision: str, name: str) -> None:
+        commit = COMMITS.get(revision, revision)
         data = self.server.files[commit].get(name)
         if data is None:
             self._error(404, "EntryNotFound")
-        else:
-            self._send(data, {"X-Repo-Commit": commit, "ETag": f'"{_etag(data)}"'})
+            return
+        if self.command == "GET":
+            self.server.num_bytes[name] = self.server.num_bytes.get(name, 0) + len(data)
+        self._send(data, {"X-Repo-Commit": commit, "ETag": f'"{_etag(data)}"'})
 
     def _send(self, data: bytes, headers: dict[str, str] | None = None, status: int = 200) -> None:
         self.send_response(status)

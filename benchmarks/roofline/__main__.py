@@ -55,15 +55,17 @@ def num_parameters(config: Mapping[str, Any]) -> int:
     import torch
 
     from vllm_omni.diffusion.distributed.groups import Group
-    from vllm_omni.diffusion.models.qwen_image import transformer as qwen_image
-    from vllm_omni.diffusion.models.z_image import transformer as z_image
+    from vllm_omni.diffusion.models.qwen_image.config import TransformerConfig as QwenImageConfig
+    from vllm_omni.diffusion.models.qwen_image.transformer import QwenImageTransformer
+    from vllm_omni.diffusion.models.z_image.config import TransformerConfig as ZImageConfig
+    from vllm_omni.diffusion.models.z_image.transformer import ZImageTransformer
 
     with torch.device("meta"):
         built: torch.nn.Module
         if config["_class_name"] == "QwenImageTransformer2DModel":
-            built = qwen_image.QwenImageTransformer(qwen_image.TransformerConfig.from_dict(config), Group.alone())
+            built = QwenImageTransformer(QwenImageConfig.from_dict(config), Group.alone())
         else:
-            built = z_image.ZImageTransformer(z_image.TransformerConfig.from_dict(config), Group.alone())
+            built = ZImageTransformer(ZImageConfig.from_dict(config), Group.alone())
     return sum(parameter.numel() for parameter in built.parameters())
 
 

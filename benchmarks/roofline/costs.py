@@ -13,7 +13,8 @@ from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 from vllm_omni.diffusion.data import DiffusionParallelConfig
-from vllm_omni.diffusion.models.z_image.info import PATCH_SIZE, TOKEN_MULTIPLE, inner_width
+from vllm_omni.diffusion.models.z_image.config import PATCH_SIZE, inner_width
+from vllm_omni.diffusion.models.z_image.info import TOKEN_MULTIPLE
 from vllm_omni.diffusion.packing import cut
 from vllm_omni.diffusion.placement import balance
 

@@ -28,11 +28,11 @@ from vllm_omni.diffusion.executor.launch import EarlyWorkers
 from vllm_omni.diffusion.home import Home
 from vllm_omni.diffusion.hub import HubAccess
 from vllm_omni.diffusion.intake import Intake, check_default_prompt, check_defaults
+from vllm_omni.diffusion.model_check import check_model
 from vllm_omni.diffusion.plan import WorkerReady
 from vllm_omni.diffusion.registry import load_model_info
 from vllm_omni.diffusion.replicas import Replicas
 from vllm_omni.diffusion.request import DiffusionRequest
-from vllm_omni.diffusion.weight_files import check_model
 from vllm_omni.errors import ConfigError, InvalidRequestError, UnavailableError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt, PromptLike, parse_prompt
 from vllm_omni.logs.bars import progress_bar
@@ -188,8 +188,7 @@ class AsyncOmni:
         check_defaults(self.config, self.info)
         for remark in () if self.info.whole is None else self.info.whole.remarks:
             logger.warning(remark)
-        if self.config.load_format == "auto":
-            check_model(self.info.path, self.config.variant)
+        check_model(self.info, self.config)
         self.ready: WorkerReady | None = None
         self._intake: Intake | None = None
         self._engine: DiffusionEngine | Replicas

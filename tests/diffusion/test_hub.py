@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,15 +16,66 @@ from vllm_omni.errors import ConfigError
 from vllm_omni.omni import AsyncOmni
 
 TOKEN = "hf_secret"
+CONFIGS = {
+    "model_index.json",
+    "default_sampling_params.json",
+    "vae/config.json",
+    "text_encoder/config.json",
+    "tokenizer/tokenizer.json",
+    "tokenizer/vocab.txt",
+    "tokenizer/spiece.model",
+    "tokenizer/chat_template.jinja",
+    "tokenizer/additional_chat_templates/tools.jinja",
+}
+PLAIN = {
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/model.safetensors.index.json",
+    "text_encoder/model-00001-of-00002.safetensors",
+    "text_encoder/model-00002-of-00002.safetensors",
+}
+HALF = {
+    "vae/diffusion_pytorch_model.fp16.safetensors",
+    "text_encoder/model.safetensors.index.fp16.json",
+    "text_encoder/model.fp16-00001-of-00002.safetensors",
+    "text_encoder/model.fp16-00002-of-00002.safetensors",
+}
+NEEDED = CONFIGS | PLAIN
+SURPLUS = {
+    "README.md",
+    "assets/picture.png",
+    "whole.safetensors",
+    "pipeline.py",
+    "config.json",
+    "vae/diffusion_pytorch_model.bin",
+    "vae/modeling.py",
+    "vae/model.onnx",
+    "text_encoder/pytorch_model.bin.index.json",
+    "text_encoder/model-00003-of-00003.safetensors",
+    "unused/config.json",
+    "safety_checker/model.safetensors",
+}
 Serve = Callable[..., FakeHub]
 
 
 @pytest.fixture
 def model_folder(tmp_path: Path) -> Path:
+    """A repository with both variants of all weights, and with much that is not loaded."""
     folder = tmp_path / "model"
-    for name in ("model_index.json", "vae/weights.safetensors", "vae/weights.bin", "pipeline.py"):
+    index = {
+        "_class_name": "SomePipeline",
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "T5Tokenizer"],
+        "safety_checker": [None, None],
+    }
+    for name in (*NEEDED, *HALF, *SURPLUS):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("{}")
+        (folder / name).write_bytes(name.encode())
+    (folder / "model_index.json").write_text(json.dumps(index))
+    for part in ("", ".fp16"):
+        shards = {"a": f"model{part}-00001-of-00002.safetensors", "b": f"model{part}-00002-of-00002.safetensors"}
+        weight_map = json.dumps({"weight_map": shards})
+        (folder / f"text_encoder/model.safetensors.index{part}.json").write_text(weight_map)
     return folder
 
 
@@ -58,7 +110,7 @@ def test_the_main_revision_without_settings(serve: Serve, tmp_path: Path) -> Non
     path = resolve_model_path(REPOSITORY)
     assert path.name == COMMITS["main"]
     assert path.is_relative_to(tmp_path / "cache")
-    assert names_in(path) == {"model_index.json", "vae/weights.safetensors"}  # neither pickles nor code
+    assert names_in(path) == NEEDED  # neither pickles nor code
 
 
 def test_revision_download_dir_and_token_reach_the_hub(serve: Serve, tmp_path: Path) -> None:
@@ -66,7 +118,7 @@ def test_revision_download_dir_and_token_reach_the_hub(serve: Serve, tmp_path: P
     path = resolve_model_path(REPOSITORY, "auto", HubAccess("v1", str(tmp_path / "mine"), TOKEN))
     assert path.name == COMMITS["v1"]
     assert path.is_relative_to(tmp_path / "mine")
-    assert names_in(path) == {"model_index.json", "vae/weights.safetensors", "version.json"}
+    assert names_in(path) == NEEDED
     assert f"GET /api/models/{REPOSITORY}/revision/v1" in hub.requests
 
 
@@ -77,7 +129,82 @@ def test_a_commit_is_a_revision(serve: Serve) -> None:
 
 def test_dummy_weights_need_none_from_the_hub(serve: Serve) -> None:
     serve()
-    assert names_in(resolve_model_path(REPOSITORY, "dummy")) == {"model_index.json"}
+    assert names_in(resolve_model_path(REPOSITORY, "dummy")) == CONFIGS
+
+
+@pytest.mark.parametrize(("variant", "weights"), [(None, PLAIN), ("fp16", HALF)])
+def test_only_files_that_are_loaded_are_fetched(
+    variant: str | None, weights: set[str], serve: Serve, model_folder: Path
+) -> None:
+    hub = serve()
+    path = resolve_model_path(REPOSITORY, "auto", HubAccess(variant=variant))
+    assert names_in(path) == CONFIGS | weights
+    assert hub.num_bytes == {name: (model_folder / name).stat().st_size for name in CONFIGS | weights}
+
+
+def test_a_component_without_the_variant_is_fetched_without_it(serve: Serve, model_folder: Path) -> None:
+    (model_folder / "vae/diffusion_pytorch_model.fp16.safetensors").unlink()
+    serve()
+    path = resolve_model_path(REPOSITORY, "auto", HubAccess(variant="fp16"))
+    plain_vae, half_vae = (f"vae/diffusion_pytorch_model{part}.safetensors" for part in ("", ".fp16"))
+    assert names_in(path) == CONFIGS | HALF - {half_vae} | {plain_vae}
+
+
+def test_shards_are_those_that_the_index_names(serve: Serve, model_folder: Path) -> None:
+    index = model_folder / "text_encoder/model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "rest.safetensors"}}')
+    (model_folder / "text_encoder/rest.safetensors").touch()
+    serve()
+    added, left = "text_encoder/rest.safetensors", "text_encoder/model-00002-of-00002.safetensors"
+    assert names_in(resolve_model_path(REPOSITORY)) == NEEDED - {left} | {added}
+
+
+@pytest.mark.parametrize(
+    ("removed", "variant", "message"),
+    [
+        ("vae/*.safetensors", None, "vae/ has no .safetensors file, but diffusion_pytorch_model.bin"),
+        ("vae/diffusion_pytorch_model.safetensors", None, "vae/ has weight files of the variants fp16 alone"),
+        ("*/*fp16*", "fp16", "--variant takes one that the model has (none), got 'fp16'"),
+        ("text_encoder/model-00002*", None, "text_encoder/ lacks model-00002-of-00002.safetensors, which model.safe"),
+    ],
+)
+def test_weights_that_the_repository_lacks_are_told_before_any_is_fetched(
+    removed: str, variant: str | None, message: str, serve: Serve, model_folder: Path
+) -> None:
+    for file in model_folder.glob(removed):
+        file.unlink()
+    hub = serve()
+    with pytest.raises(ConfigError) as caught:
+        resolve_model_path(REPOSITORY, "auto", HubAccess(variant=variant))
+    assert str(caught.value).startswith(message)
+    assert [name for name in hub.num_bytes if name.endswith(".safetensors")] == []
+
+
+def test_an_index_that_names_files_elsewhere_fetches_nothing(serve: Serve, model_folder: Path) -> None:
+    index = model_folder / "text_encoder/model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "../vae/diffusion_pytorch_model.safetensors"}}')
+    hub = serve()
+    with pytest.raises(ConfigError, match=r"^text_encoder/model\.safetensors\.index\.json names '\.\./vae/"):
+        resolve_model_path(REPOSITORY)
+    assert set(hub.num_bytes) == {"model_index.json", "text_encoder/model.safetensors.index.json"}
+
+
+def test_a_hub_that_cannot_be_reached_leaves_what_was_fetched(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve()
+    path = resolve_model_path(REPOSITORY)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
+    assert resolve_model_path(REPOSITORY) == path
+
+
+def test_an_earlier_download_without_weights_does_not_hide_that_the_hub_is_away(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve()
+    path = resolve_model_path(REPOSITORY, "dummy")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert resolve_model_path(REPOSITORY, "dummy") == path
+    with pytest.raises(ConfigError, match=r"offline mode .*; the earlier download in .*: vae/ has no \.safetensors"):
+        resolve_model_path(REPOSITORY)
 
 
 def test_the_variable_hf_token_still_opens_a_private_model(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +220,7 @@ def test_offline_the_downloaded_revision_is_used(serve: Serve, monkeypatch: pyte
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert resolve_model_path(REPOSITORY) == path
     assert len(hub.requests) == num_requests
-    with pytest.raises(ConfigError, match=f"^model '{REPOSITORY}' .* outgoing traffic has been disabled"):
+    with pytest.raises(ConfigError, match=f"^model '{REPOSITORY}' .* offline mode is enabled"):
         resolve_model_path(REPOSITORY, "auto", HubAccess("v1"))
 
 

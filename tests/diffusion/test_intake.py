@@ -14,7 +14,7 @@ from PIL import Image
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.intake import Intake, check_default_prompt, check_defaults, spread_previews
 from vllm_omni.diffusion.plan import WorkerReady
-from vllm_omni.diffusion.registry import Guidance, ModelInfo, WholePipeline
+from vllm_omni.diffusion.registry import Guidance, ModelInfo, Shares, WholePipeline
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, OmniPrompt, parse_prompt
 from vllm_omni.inputs.images import InputImage, ReaderSizes, prepared
@@ -30,8 +30,8 @@ INFO = ModelInfo(
     num_heads=4,
     head_dim=16,
     num_blocks=2,
-    tensor_sizes=(1, 2, 4),
-    text_encoder_tp_sizes=(1,),
+    tensor_shares=Shares({"attention heads": 4}),
+    text_encoder_shares=Shares({"attention heads": 1}),
     default_sampling_params={"height": 64, "width": 96, "num_inference_steps": 20, "true_cfg_scale": 4.0},
 )
 READY = WorkerReady(

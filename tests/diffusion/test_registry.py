@@ -6,7 +6,6 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError
 
 from vllm_omni.diffusion.registry import resolve_model_path
 from vllm_omni.errors import ConfigError
@@ -17,11 +16,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names that the hub was asked for; it cannot be reached."""
     names: list[str] = []
 
-    def answer(name: str, **_: object) -> str:
+    def answer(hub: huggingface_hub.HfApi, name: str, **_: object) -> None:
         names.append(name)
-        raise LocalEntryNotFoundError("nobody is there\nand more lines")
+        raise ConnectionError("nobody is there\nand more lines")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", answer)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", answer)
     return names
 
 
@@ -42,6 +41,8 @@ def test_a_path_without_a_folder_says_so(
 
 @pytest.mark.parametrize("model", ["nowhere", "nobody/nowhere"])
 def test_a_name_is_asked_for_at_the_hub(model: str, asked: list[str]) -> None:
-    with pytest.raises(ConfigError, match=f"^model '{model}' is neither a folder, .* hub model: nobody is there$"):
+    with pytest.raises(
+        ConfigError, match=f"^model '{model}' is neither a folder, .* hub model: ConnectionError: nobody is there$"
+    ):
         resolve_model_path(model)
     assert asked == [model]

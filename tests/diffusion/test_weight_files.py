@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from diffusers.pipelines.pipeline_loading_utils import variant_compatible_siblings
+from safetensors.numpy import save_file
 
-from vllm_omni.diffusion.registry import DEFAULTS_FILE, family_of, read_default_sampling_params
-from vllm_omni.diffusion.weight_files import check_file, check_model, choose_names, component_variant, safetensors_files
+from vllm_omni.diffusion.folder_files import DEFAULTS_FILE
+from vllm_omni.diffusion.registry import family_of, read_default_sampling_params
+from vllm_omni.diffusion.weight_files import choose_names, component_variant, safetensors_files
+from vllm_omni.diffusion.weight_headers import read_header, stored_weights
 from vllm_omni.errors import ConfigError
 
 PLAIN, HALF = "model.safetensors", "model.fp16.safetensors"
@@ -115,17 +119,48 @@ START = len(HEADER).to_bytes(8, "little")
         (b"PK" * 8, "is no safetensors file: it has 16 bytes"),
         (b"version https://git-lfs.github.com/spec/v1", "is a Git LFS pointer"),
         ((2).to_bytes(8, "little") + b"[]", "its header cannot be read"),
+        (b"<!DOCTYPE html><html>", "begins with b'<!DOCTYP' and has no header"),
+        (START + HEADER.replace(b"[2]", b"[3]") + b"12345678", "is no safetensors file: "),
+        (START + HEADER.replace(b"F32", b"F99") + b"12345678", "is no safetensors file: "),
+        (START + HEADER + b"12345678surplus", "is no safetensors file: "),
     ],
 )
 def test_a_broken_file_is_one_line_with_the_file(data: bytes, words: str, tmp_path: Path) -> None:
-    file = tmp_path / "model.safetensors"
+    file = tmp_path / "vae" / "model.safetensors"
+    file.parent.mkdir()
     file.write_bytes(START + HEADER + b"12345678")
-    check_file(file)
+    assert read_header(tmp_path, "vae/model.safetensors") == {"a": ("vae/model.safetensors", "F32", (2,))}
     file.write_bytes(data)
     with pytest.raises(ConfigError) as caught:
-        check_file(file)
+        read_header(tmp_path, "vae/model.safetensors")
     assert words in str(caught.value)
-    assert f"{tmp_path.name}/model.safetensors" in str(caught.value)
+    assert "vae/model.safetensors" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "held", "words"),
+    [
+        ({"a": "one.safetensors", "b": "two.safetensors"}, {"one": "a", "two": "a"}, "which x/one.safetensors has too"),
+        ({"a": "one.safetensors", "b": "one.safetensors"}, {"one": "a"}, "has the weight b, which it lacks"),
+        (
+            {"a": "two.safetensors", "b": "one.safetensors"},
+            {"one": "a", "two": "b"},
+            "says that two.safetensors has the weight a, which it lacks",
+        ),
+    ],
+)
+def test_shards_that_do_not_hold_what_the_index_says_are_told(
+    weight_map: dict[str, str], held: dict[str, str], words: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "x"
+    folder.mkdir()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    for file, name in held.items():
+        save_file({name: np.zeros(2, np.float32)}, folder / f"{file}.safetensors")
+    with pytest.raises(ConfigError) as caught:
+        stored_weights(folder)
+    assert words in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -149,19 +184,3 @@ def test_a_broken_model_index_is_told(text: str, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(text)
     with pytest.raises(ConfigError, match=r"model_index\.json: "):
         family_of(tmp_path)
-
-
-def test_a_variant_that_the_model_lacks_is_told_with_those_it_has(tmp_path: Path) -> None:
-    index = {"vae": ["diffusers", "AutoencoderKL"], "tokenizer": ["transformers", "Qwen2Tokenizer"]}
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
-    (tmp_path / "vae").mkdir()
-    for name in (PLAIN, HALF):
-        (tmp_path / "vae" / name).write_bytes(START + HEADER + b"12345678")
-    check_model(tmp_path, None)
-    check_model(tmp_path, "fp16")
-    with pytest.raises(ConfigError, match=r"^--variant takes one that the model has \(fp16\), got 'bf16'$"):
-        check_model(tmp_path, "bf16")
-    (tmp_path / "vae" / HALF).write_bytes(START + HEADER)
-    check_model(tmp_path, None)
-    with pytest.raises(ConfigError, match=r"^vae/model\.fp16\.safetensors is truncated"):
-        check_model(tmp_path, "fp16")

@@ -2,57 +2,151 @@
 
 from __future__ import annotations
 
+import glob
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vllm_omni.diffusion.data import LoadFormat, OmniDiffusionConfig
+from vllm_omni.diffusion.folder_files import DEFAULTS_FILE, MODEL_INDEX, read_object
+from vllm_omni.diffusion.weight_files import (
+    choose_all,
+    has_weights,
+    read_components,
+    read_weight_map,
+    safetensors_files,
+)
 from vllm_omni.errors import ConfigError
 
-FILES = ("*.json", "*.txt", "*.jinja", "*.model")
-WEIGHTS = ("*.safetensors",)
-"""Safetensors only: a pickled checkpoint could run code while it loads."""
+CONFIG_SUFFIXES = (".json", ".txt", ".jinja", ".model")
+"""Ends of the names of a component's files that hold no weights."""
+
+ReadObject = Callable[[str], dict[str, Any]]
+"""From the name of a file of the repository to the JSON object in it."""
 
 
 @dataclass(frozen=True)
 class HubAccess:
-    """Version of a hub model, folder for the download, and token."""
+    """Version of a hub model, variant of its weights, folder for the download, and token."""
 
     revision: str | None = None
     download_dir: str | None = None
     token: str | bool | None = field(default=None, repr=False)
+    variant: str | None = None
 
     @staticmethod
     def of(config: OmniDiffusionConfig) -> HubAccess:
-        return HubAccess(config.revision, config.download_dir, config.hf_token)
+        return HubAccess(config.revision, config.download_dir, config.hf_token, config.variant)
 
 
 DEFAULT_ACCESS = HubAccess()
 
 
 def download(model: str, load_format: LoadFormat, access: HubAccess) -> Path:
-    """The folder of a hub model, downloaded if it is not there. With `dummy` without weights.
+    """The folder of a hub model, with the files that are loaded and no others. With `dummy` without weights.
 
-    Raises ConfigError when the hub does not give it and no earlier download holds it.
+    Where the hub cannot be asked, an earlier download is taken. Raises ConfigError when there is none, when the hub
+    refuses, and when the repository lacks files that are needed.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub import HfApi, constants, errors
 
     # The base class of failures of the connection depends on the release of the hub's client.
-    http_error: Any = HfHubHTTPError.__bases__[0]
-    patterns = [*FILES, *(WEIGHTS if load_format == "auto" else ())]
+    http_error: Any = errors.HfHubHTTPError.__bases__[0]
+    failures = (http_error, errors.HFValidationError, OSError)
     try:
-        return Path(
+        # First what is asked once: for a list, the hub's client tries for half a minute to reach a hub that is away.
+        revision = access.revision or constants.DEFAULT_REVISION
+        commit = HfApi().model_info(model, revision=revision, token=access.token).sha
+        names = HfApi().list_repo_files(model, revision=commit, token=access.token)
+    except (errors.RevisionNotFoundError, errors.HFValidationError, errors.LocalTokenNotFoundError) as error:
+        raise ConfigError(_explain(model, access, error)) from error
+    except failures as error:
+        return _earlier_download(model, load_format, access, error)
+    try:
+        return _download(model, load_format, access, names)
+    except failures as error:
+        raise ConfigError(_explain(model, access, error)) from error
+
+
+def _download(model: str, load_format: LoadFormat, access: HubAccess, names: list[str]) -> Path:
+    """Fetch what is needed of the repository's files `names`. Raises what the hub's client raises, and ConfigError."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    repository: dict[str, Any] = {
+        "repo_id": model,
+        "revision": access.revision,
+        "cache_dir": access.download_dir,
+        "token": access.token,
+    }
+    if MODEL_INDEX not in names:
+        raise ConfigError(f"model {model!r} is not in the diffusers layout: it has no {MODEL_INDEX}")
+
+    def read(name: str) -> dict[str, Any]:
+        folder = Path(hf_hub_download(filename=name, **repository)).parents[name.count("/")]
+        return read_object(folder, name)
+
+    needed = needed_files(names, load_format, access.variant, read)
+    return Path(snapshot_download(allow_patterns=[glob.escape(name) for name in needed], **repository))
+
+
+def needed_files(names: Iterable[str], load_format: LoadFormat, variant: str | None, read: ReadObject) -> list[str]:
+    """Those of the files `names` of a repository that are loaded: configs, and one set of weights a component.
+
+    Raises ConfigError for a component whose weights are not there.
+    """
+    present = set(names)
+    components = read_components(read(MODEL_INDEX))
+    needed = {name for name in (MODEL_INDEX, DEFAULTS_FILE) if name in present}
+    folders: dict[str, list[str]] = {component: [] for component in components}
+    for name in present:
+        component, _, file = name.partition("/")
+        if component in folders:
+            folders[component].append(file)
+            # An index of weights is needed only of the chosen ones.
+            if file.endswith(CONFIG_SUFFIXES) and ".index" not in file and ("/" not in file or file.endswith(".jinja")):
+                needed.add(name)
+    if load_format == "auto":
+        models = {component: folders[component] for component, cls in components.items() if has_weights(cls)}
+        for component, chosen in choose_all(models, variant).items():
+            files = set(chosen.files)
+            if chosen.index is not None:
+                place = f"{component}/{chosen.index}"
+                files = set(read_weight_map(read(place), place).values())
+                if missing := sorted(files - set(folders[component])):
+                    raise ConfigError(f"{component}/ lacks {', '.join(missing)}, which {chosen.index} names")
+                files.add(chosen.index)
+            needed |= {f"{component}/{file}" for file in files}
+    return sorted(needed)
+
+
+def _earlier_download(model: str, load_format: LoadFormat, access: HubAccess, error: Exception) -> Path:
+    """What an earlier download left, where the hub gave `error`. Raises ConfigError where that is not enough."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        path = Path(
             snapshot_download(
                 model,
                 revision=access.revision,
                 cache_dir=access.download_dir,
-                token=access.token,
-                allow_patterns=patterns,
+                allow_patterns=[MODEL_INDEX],  # of the other files it is told below which one is missing
+                local_files_only=True,
             )
         )
-    except (http_error, HFValidationError, OSError) as error:
+    except (LocalEntryNotFoundError, OSError):
         raise ConfigError(_explain(model, access, error)) from error
+    try:
+        if load_format == "auto":
+            for component, class_name in read_components(read_object(path, MODEL_INDEX)).items():
+                if has_weights(class_name):
+                    safetensors_files(path / component, access.variant)
+    except ConfigError as lacking:
+        raise ConfigError(
+            f"{_explain(model, access, error)}; the earlier download in {path} cannot take its place: {lacking}"
+        ) from error
+    return path
 
 
 def _explain(model: str, access: HubAccess, error: Exception) -> str:
@@ -70,7 +164,7 @@ def _explain(model: str, access: HubAccess, error: Exception) -> str:
         return f"--revision takes a branch, tag or commit of {model!r}, got {access.revision!r}"
     if isinstance(error, errors.LocalTokenNotFoundError):
         return "--hf-token without a value takes the token of `hf auth login`, and there is none"
-    reason = (str(error) or type(error).__name__).splitlines()[0]
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
     is_local = isinstance(error, OSError) and error.filename is not None
     if is_local and not isinstance(error, errors.LocalEntryNotFoundError):
         return f"--download-dir takes a folder that can be written, got {access.download_dir!r}: {reason}"

@@ -12,9 +12,10 @@ from dataclasses import replace
 from typing import Any
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig, flag_of
+from vllm_omni.diffusion.folder_files import DEFAULTS_FILE
 from vllm_omni.diffusion.lora import resolve_lora
 from vllm_omni.diffusion.plan import WorkerReady
-from vllm_omni.diffusion.registry import DEFAULTS_FILE, ModelInfo
+from vllm_omni.diffusion.registry import ModelInfo
 from vllm_omni.diffusion.request import DiffusionRequest, RequestCost
 from vllm_omni.diffusion.sizes import SizeLimits
 from vllm_omni.errors import ConfigError, InvalidRequestError, UnsupportedParameterError

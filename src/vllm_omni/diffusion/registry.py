@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import import_module
@@ -17,8 +19,9 @@ from vllm_omni.diffusion.data import (
     TeaCacheConfig,
     flag_of,
 )
+from vllm_omni.diffusion.folder_files import DEFAULTS_FILE, MODEL_INDEX, read_object
 from vllm_omni.diffusion.hub import DEFAULT_ACCESS, HubAccess, download
-from vllm_omni.diffusion.weight_files import read_object
+from vllm_omni.diffusion.weight_fit import ExpectedWeights
 from vllm_omni.errors import ConfigError, NotAvailableError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.inputs.images import InputImage, ReaderSizes
@@ -33,7 +36,6 @@ DEMO_MODEL_PATH = Path(__file__).parent.parent / "demo_model"
 PACKED_PARAMETERS = ("height", "width", "num_inference_steps", "negative_prompt", "sigmas", "max_sequence_length")
 """Sampling parameters of every packed family."""
 SIZES = ("height", "width")
-DEFAULTS_FILE = "default_sampling_params.json"
 
 # `_class_name` in model_index.json -> package under vllm_omni.diffusion.models. A family's package has
 # `info.py` (`describe(path) -> ModelInfo`, no torch) and `pipeline.py` (`Pipeline`).
@@ -179,6 +181,33 @@ class WholePipeline:
 
 
 @dataclass(frozen=True)
+class Shares:
+    """Numbers of ranks that can share the weights of a component: each rank gets as much as the others."""
+
+    counts: Mapping[str, int]
+    """What the ranks divide among them, such as `attention heads`, and how many of it there are."""
+    most: int | None = None
+    """Most ranks that the family supports; None: as many as `counts` allow."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Valid numbers of ranks, in ascending order."""
+        common = math.gcd(*self.counts.values())
+        most = common if self.most is None else min(common, self.most)
+        return tuple(size for size in range(1, most + 1) if common % size == 0)
+
+    def check(self, flag: str, component: str, size: int) -> None:
+        """Raise ConfigError, with the count that forbids it, where `size` ranks cannot share `component`."""
+        if size in self.sizes:
+            return
+        uneven = [f"{count} {name}" for name, count in self.counts.items() if count % size]
+        reason = f"cannot be divided by {size}" if uneven else f"are shared by at most {self.most} ranks"
+        named = " and ".join(uneven or (f"{count} {name}" for name, count in self.counts.items()))
+        valid = ", ".join(map(str, self.sizes))
+        raise ConfigError(f"{flag} takes {valid} with {component}, whose {named} {reason}, got {size}")
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """What the front end and the scheduler must know of a model, without its weights."""
 
@@ -200,10 +229,14 @@ class ModelInfo:
     """Channels of one of them."""
     num_blocks: int
     """Blocks of the transformer."""
-    tensor_sizes: tuple[int, ...]
+    tensor_shares: Shares
     """How many ranks can share the transformer's weights."""
-    text_encoder_tp_sizes: tuple[int, ...]
+    text_encoder_shares: Shares
     """How many ranks can share the text encoder."""
+    prompt_tokens: tuple[str, ...] = ()
+    """Special tokens that the tokenizer must have, because prompts are written with them."""
+    expected_weights: Mapping[str, Sequence[ExpectedWeights]] = field(default_factory=dict)
+    """Component -> weights that its files must hold by its config; of other components nothing is known."""
     tea_cache_coefficients: tuple[float, ...] | None = None
     """TeaCache's polynomial, highest power first; None: nobody has measured it for this model."""
     guidance: Guidance = Guidance()
@@ -276,12 +309,10 @@ class ModelInfo:
             self.whole.check_parallel(parallel)
             return
         heads, tensor, ulysses = self.num_heads, parallel.tensor_parallel_size, parallel.ulysses_degree
-        if tensor not in self.tensor_sizes:
-            valid = ", ".join(map(str, self.tensor_sizes))
-            raise ConfigError(f"--tensor-parallel-size takes {valid} with this model of {heads} heads, got {tensor}")
-        if (size := parallel.text_encoder_tp_size) not in self.text_encoder_tp_sizes:
-            valid = ", ".join(map(str, self.text_encoder_tp_sizes))
-            raise ConfigError(f"--text-encoder-tp-size takes {valid} (what divides the encoder's heads), got {size}")
+        self.tensor_shares.check("--tensor-parallel-size", "this model's transformer", tensor)
+        self.text_encoder_shares.check(
+            "--text-encoder-tp-size", "this model's text encoder", parallel.text_encoder_tp_size
+        )
         if ulysses > heads // tensor:
             raise ConfigError(
                 f"--usp takes 1 to {heads // tensor}, the model's {heads} heads over --tensor-parallel-size {tensor}, "
@@ -329,7 +360,7 @@ def resolve_model_path(model: str, load_format: LoadFormat = "auto", access: Hub
 
 
 def _in_diffusers_layout(path: Path, model: str) -> Path:
-    if not (path / "model_index.json").is_file():
+    if not (path / MODEL_INDEX).is_file():
         raise ConfigError(f"model {model!r} is not in the diffusers layout: it has no model_index.json")
     return path
 
@@ -347,7 +378,7 @@ def family_of(path: Path) -> str:
 
     Raises ConfigError where model_index.json names no pipeline class.
     """
-    class_name = read_object(path / "model_index.json").get("_class_name")
+    class_name = read_object(path, MODEL_INDEX).get("_class_name")
     if class_name is None:
         raise ConfigError(f"model {str(path)!r}: model_index.json names no _class_name")
     return FAMILIES.get(class_name, FALLBACK_FAMILY) if isinstance(class_name, str) else FALLBACK_FAMILY
@@ -355,10 +386,9 @@ def family_of(path: Path) -> str:
 
 def read_default_sampling_params(path: Path) -> dict[str, Any]:
     """Sampling defaults of the model folder, {} where it has none. Raises ConfigError for unknown keys."""
-    file = path / DEFAULTS_FILE
-    if not file.exists():
+    if not os.path.lexists(path / DEFAULTS_FILE):  # a link to nothing is told
         return {}
-    values = read_object(file)
+    values = read_object(path, DEFAULTS_FILE)
     accepted = {f.name for f in fields(OmniDiffusionSamplingParams) if f.default is None} | {"negative_prompt"}
     if unknown := sorted(set(values) - accepted):
         raise ConfigError(f"{DEFAULTS_FILE} has unknown keys {unknown}, accepted are {', '.join(sorted(accepted))}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -114,9 +115,9 @@ def test_wrong_flags_are_named(words: list[str], message: str) -> None:
 
 
 def test_a_hub_model_is_named_as_in_serve() -> None:
-    words = ["org/painter", "--revision", "v1", "--download-dir", "/models", "--hf-token", "hf_x", "--dtype", "half"]
-    args = calibrate.parse_args(words)
-    assert (args.access, args.dtype) == (HubAccess("v1", "/models", "hf_x"), "half")
+    words = ["org/painter", "--revision", "v1", "--download-dir", "/models", "--hf-token", "hf_x", "--variant", "fp16"]
+    args = calibrate.parse_args([*words, "--dtype", "half"])
+    assert (args.access, args.dtype) == (HubAccess("v1", "/models", "hf_x", "fp16"), "half")
     with pytest.raises(ConfigError, match=r"^--revision v1 is for hub models; 'demo' is a folder"):
         calibrate._measure(calibrate.parse_args(["demo", "--revision", "v1"]))
 
@@ -128,6 +129,32 @@ def test_what_the_model_does_not_take_ends_the_command(
         main([calibrate.COMMAND, str(calm_model), "--size", "70x64", "--out", str(tmp_path / "x")])
     assert ended.value.code == 2
     assert "nearest valid size is 64x64" in capsys.readouterr().err
+
+
+def test_files_are_chosen_and_checked_as_in_serve(
+    calm_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(calm_model, tmp_path / "model")
+    for file in folder.glob("*/*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a photo\n")
+    command = [calibrate.COMMAND, str(folder), "--prompts", str(prompts), "--size", "32x32"]
+    command += ["--num-inference-steps", str(STEPS), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 2
+    assert "weight files of the variants fp16 alone: choose one with --variant" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--variant", "fp16"])
+    assert ended.value.code == 0
+    capsys.readouterr()
+    (folder / "tokenizer" / "tokenizer.json").write_text("{")
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--variant", "fp16"])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "error: cannot read tokenizer/tokenizer.json: no valid JSON" in line
 
 
 def picture(folder: Path) -> str:

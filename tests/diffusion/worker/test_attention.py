@@ -15,7 +15,7 @@ from vllm_omni.diffusion.attention import Setting
 from vllm_omni.diffusion.attention.sdpa import SdpaAttention
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.diffusion.packing import Offsets
-from vllm_omni.diffusion.registry import ModelInfo, load_model_info
+from vllm_omni.diffusion.registry import ModelInfo, Shares, load_model_info
 from vllm_omni.diffusion.worker.attention import (
     TIMED_RUNS,
     WARM_UP_RUNS,
@@ -171,8 +171,8 @@ def info(**values: Any) -> ModelInfo:
         "num_heads": 24,
         "head_dim": 128,
         "num_blocks": 2,
-        "tensor_sizes": (1,),
-        "text_encoder_tp_sizes": (1,),
+        "tensor_shares": Shares({"attention heads": 1}),
+        "text_encoder_shares": Shares({"attention heads": 1}),
         "default_sampling_params": {"height": 512, "width": 256, "num_inference_steps": 50},
     }
     return ModelInfo(**fields | values)

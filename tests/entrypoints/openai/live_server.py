@@ -20,7 +20,7 @@ from tests.fakes import FakeExecutor, FakeRunner, fake_image, make_request
 from tests.patience import GUARD_SECONDS, wait_for
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.plan import ItemError, StepPlan
-from vllm_omni.diffusion.registry import ModelInfo
+from vllm_omni.diffusion.registry import ModelInfo, Shares
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.entrypoints.openai.app import build_app
 from vllm_omni.entrypoints.openai.decode_process import DecodeLimits
@@ -109,8 +109,8 @@ FAKE_INFO = ModelInfo(
     num_heads=4,
     head_dim=16,
     num_blocks=2,
-    tensor_sizes=(1, 2, 4),
-    text_encoder_tp_sizes=(1,),
+    tensor_shares=Shares({"attention heads": 4}),
+    text_encoder_shares=Shares({"attention heads": 1}),
     default_sampling_params={"height": 64, "width": 64, "num_inference_steps": STEPS, "true_cfg_scale": 1.0},
 )
 

@@ -15,11 +15,11 @@ import torch
 from vllm_omni.diffusion.data import LoadFormat
 from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.layers.linear import ColumnEmbedding, ColumnLinear, RowLinear
+from vllm_omni.diffusion.models.language_config import EMBEDDING
 from vllm_omni.diffusion.models.loading import OnBytes, load_weights, weight_names
 
 COLUMN_LAYERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
 ROW_LAYERS = ("self_attn.o_proj", "mlp.down_proj")
-EMBEDDING = "embed_tokens.weight"
 
 
 def load_language_model(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,17 @@ from vllm_omni.diffusion.layers.fp8 import Fp8ColumnLinear, keep_in_float8
 from vllm_omni.diffusion.layers.linear import Sharded
 from vllm_omni.diffusion.layers.rounding import quantize
 from vllm_omni.diffusion.models.dummy import dummy_weight
-from vllm_omni.diffusion.weight_files import checked_files, component_variant
+from vllm_omni.diffusion.weight_files import component_variant, safetensors_files
+from vllm_omni.diffusion.weight_headers import StoredWeight, check_types, stored_weights
 from vllm_omni.errors import ConfigError
 
 OnBytes = Callable[[int], object]
 """Told how many bytes of weights were read since the last call."""
 
 
-def weight_names(folder: Path, variant: str | None = None) -> Iterator[str]:
+def weight_names(folder: Path, variant: str | None = None) -> list[str]:
     """Names in a component's files, read from their headers."""
-    for file in checked_files(folder, variant):
-        with safe_open(file, framework="pt") as weights:
-            yield from weights.keys()
+    return list(stored_weights(folder, variant))
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ def load_weights(
     the module's weights begin with in the checkpoint; weights of other names are not read. unread: nor are those whose
     name goes on with one of these. float8: the last names of the layers whose weights are kept in float8, rounded as
     they are read. With the format `dummy` no file is read. variant: see `choose_names`.
-    Raises ConfigError when the checkpoint lacks a weight, has
-    one too many, or one of another shape, and when `device` does not compute the float8 layers.
+    Raises ConfigError when the checkpoint lacks a weight, has one too many, or one of another shape or of no
+    floating-point type, before it reads any; and when `device` does not compute the float8 layers.
     """
     nn.Module.to(module, dtype)  # diffusers' own `to` warns of every dtype
     keep_in_float8(module, float8, device)
@@ -93,35 +93,43 @@ def load_weights(
         for name, slot in slots.items():
             on_bytes(slot.fill(dummy_weight(name, slot.whole_shape, dtype, device)))
     else:
-        files = checked_files(folder, variant)
-        _read_weights({prefix + name: slot for name, slot in slots.items()}, files, on_bytes, prefix, unread, device)
+        stored = {
+            name: weight
+            for name, weight in stored_weights(folder, variant).items()
+            if name.startswith(prefix) and not name.removeprefix(prefix).startswith(unread)
+        }
+        slots = {prefix + name: slot for name, slot in slots.items()}
+        _check_fit(slots, stored, folder)
+        _read_weights(slots, stored, folder.parent, on_bytes, device)
     module.requires_grad_(False).eval()
 
 
+def _check_fit(slots: Mapping[str, Slot], stored: Mapping[str, StoredWeight], folder: Path) -> None:
+    """Raise ConfigError, with the first difference, where `stored` is not what `slots` take."""
+    for name, weight in stored.items():
+        if name not in slots:
+            raise ConfigError(f"{weight.file} has a weight that the model does not take: {name}")
+        if weight.shape != (expected := slots[name].whole_shape):
+            raise ConfigError(f"{weight.file}: {name} has shape {weight.shape}, expected {expected}")
+    if missing := [name for name in slots if name not in stored]:
+        raise ConfigError(
+            f"{folder.name}/ lacks {len(missing)} weights of the model, among them {', '.join(missing[:3])}"
+        )
+    check_types(folder.name, stored)
+
+
 def _read_weights(
-    slots: dict[str, Slot],
-    files: Sequence[Path],
+    slots: Mapping[str, Slot],
+    stored: Mapping[str, StoredWeight],
+    root: Path,
     on_bytes: OnBytes,
-    prefix: str,
-    unread: tuple[str, ...],
     device: torch.device,
 ) -> None:
-    """Fill and empty `slots`."""
-    for file in files:
-        with safe_open(file, framework="pt", device=str(device)) as weights:
-            for name in weights.keys():  # noqa: SIM118 - not a mapping
-                if not name.startswith(prefix) or name.removeprefix(prefix).startswith(unread):
-                    continue
-                if name not in slots:
-                    raise ConfigError(f"{file} has a weight that the model does not take: {name}")
-                stored, slot = weights.get_slice(name), slots.pop(name)
-                if (shape := tuple(stored.get_shape())) != slot.whole_shape:
-                    raise ConfigError(f"{file}: {name} has shape {shape}, expected {slot.whole_shape}")
-                on_bytes(slot.fill(stored))
-    if slots:
-        raise ConfigError(
-            f"{files[0].parent} lacks {len(slots)} weights of the model, among them {', '.join(list(slots)[:3])}"
-        )
+    """Fill `slots` from the files in the model folder `root`."""
+    for file, names in groupby(stored, lambda name: stored[name].file):
+        with safe_open(root / file, framework="pt", device=str(device)) as weights:
+            for name in names:
+                on_bytes(slots[name].fill(weights.get_slice(name)))
 
 
 def load_autoencoder(
@@ -139,10 +147,22 @@ def load_autoencoder(
             vae = cls.from_config(cls.load_config(folder))
         load_weights(vae, folder, {}, device, dtype, on_bytes, load_format=load_format)
         return vae
-    files = checked_files(folder, variant)
+    check_types(folder.name, stored_weights(folder, variant))
     chosen = component_variant(folder, variant)  # diffusers refuses a variant that the component lacks
-    vae = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, variant=chosen)
-    on_bytes(sum(file.stat().st_size for file in files))
+    try:
+        vae, differences = cls.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, variant=chosen, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{folder.name}/: diffusers cannot load the {cls.__name__}: {error}") from error
+    # diffusers leaves weights that are not there random, and tells so in the log alone.
+    if missing := sorted(differences["missing_keys"]):
+        raise ConfigError(
+            f"{folder.name}/ lacks {len(missing)} weights of the model, among them {', '.join(missing[:3])}"
+        )
+    if unexpected := sorted(differences["unexpected_keys"]):
+        raise ConfigError(f"{folder.name}/ has a weight that the model does not take: {unexpected[0]}")
+    on_bytes(sum(file.stat().st_size for file in safetensors_files(folder, variant)))
     return vae.requires_grad_(False).eval()
 
 

@@ -72,6 +72,7 @@ def parse_args(argv: Sequence[str]) -> CalibrateArgs:
     parser.add_argument("--seed", type=values.integer(0), default=0, help="of the first prompt; others follow it")
     parser.add_argument("--dtype", choices=(*get_args(DType), *ALIASES["dtype"]), default="auto")
     parser.add_argument("--revision", help="branch, tag or commit of a hub model; none: main")
+    parser.add_argument("--variant", help="set of weight files, such as fp16, as in serve; none: those without variant")
     parser.add_argument("--download-dir", help="folder for downloads; none: the hub's cache")
     parser.add_argument("--hf-token", nargs="?", const=True, help="token for private and gated hub models, as in serve")
     parser.add_argument("--out", type=Path, default=Path("teacache"), help="stem of the .json and the .png")
@@ -85,7 +86,7 @@ def parse_args(argv: Sequence[str]) -> CalibrateArgs:
         seed=args.seed,
     )
     prompts = DEFAULT_PROMPTS if args.prompts is None else _read_prompts(args.prompts)
-    access = HubAccess(args.revision, args.download_dir, args.hf_token)
+    access = HubAccess(args.revision, args.download_dir, args.hf_token, args.variant)
     return CalibrateArgs(args.model, prompts, params, args.dtype, args.out, access, tuple(args.images))
 
 
@@ -145,6 +146,7 @@ def _measure(args: CalibrateArgs) -> tuple[list[Change], int]:
     """The changes from step to step, and the number of steps of a picture."""
     # Only now: these import torch.
     from vllm_omni.diffusion.intake import Intake
+    from vllm_omni.diffusion.model_check import check_model
     from vllm_omni.diffusion.registry import load_model_info
     from vllm_omni.diffusion.worker.calibrate import measure_changes
     from vllm_omni.diffusion.worker.runner import ModelRunner
@@ -156,10 +158,12 @@ def _measure(args: CalibrateArgs) -> tuple[list[Change], int]:
         "revision": args.access.revision,
         "download_dir": args.access.download_dir,
         "hf_token": args.access.token,
+        "variant": args.access.variant,
     }
     config = OmniDiffusionConfig(model=args.model, cache_backend="tea_cache", **settings)
     info = load_model_info(args.model, config.load_format, HubAccess.of(config))
     info.check_settings(config)
+    check_model(info, config)
     images = _read_images(args.images, info)
     runner = ModelRunner(config, info)
     intake = Intake(config, info, runner.start())

@@ -94,7 +94,11 @@ def test_describing_imports_no_torch() -> None:
 @pytest.mark.parametrize(
     ("degrees", "message"),
     [
-        ({"tensor_parallel_size": 3}, "--tensor-parallel-size takes 1, 2, 4 with this model of 4 heads, got 3"),
+        (
+            {"tensor_parallel_size": 3},
+            "--tensor-parallel-size takes 1, 2, 4 with this model's transformer, whose 4 attention heads cannot be "
+            "divided by 3, got 3",
+        ),
         ({"ulysses_degree": 5}, "--usp takes 1 to 4, the model's 4 heads over --tensor-parallel-size 1, got 5"),
         (
             {"ulysses_degree": 4, "tensor_parallel_size": 2},

@@ -18,7 +18,7 @@ from tests.tiny_models import build_tiny_qwen_image
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.distributed.mesh import World
-from vllm_omni.diffusion.models.configs import text_encoder_tp_sizes
+from vllm_omni.diffusion.models.language_config import LanguageModelConfig
 from vllm_omni.diffusion.models.qwen_image.info import (
     NUM_TEMPLATE_TOKENS,
     PROMPT_TEMPLATE,
@@ -108,17 +108,25 @@ def test_checkpoints_that_name_the_language_model_are_read_too(model: Path, tmp_
 
 
 def test_sizes_are_those_that_divide_heads_and_features() -> None:
-    real = {"num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_size": 18944}
-    assert text_encoder_tp_sizes(real) == (1, 2, 4)
-    assert text_encoder_tp_sizes({"text_config": real | {"intermediate_size": 6}, **real}) == (1, 2)
+    real = {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "intermediate_size": 18944,
+    }
+    assert LanguageModelConfig.from_dict(real).shares.sizes == (1, 2, 4)
+    narrow = {"text_config": real | {"intermediate_size": 6}, **real}
+    assert LanguageModelConfig.from_dict(narrow).shares.sizes == (1, 2)
 
 
 def test_what_ranks_cannot_share_is_refused_by_flag(model: Path) -> None:
     info = describe(model)
     parallel = {"ulysses_degree": 2, "cfg_parallel_size": 4}
     info.check_parallel(DiffusionParallelConfig(text_encoder_tp_size=4, **parallel))
-    message = r"--text-encoder-tp-size takes 1, 2, 4 \(what divides the encoder's heads\), got 8"
+    message = "takes 1, 2, 4 with this model's text encoder, whose 4 key and value heads cannot be divided by 8, got 8"
     with pytest.raises(ConfigError, match=message):
         info.check_parallel(DiffusionParallelConfig(text_encoder_tp_size=8, **parallel))
-    with pytest.raises(ConfigError, match="does not say its sizes: KeyError\\('num_key_value_heads'\\)"):
-        text_encoder_tp_sizes({"num_attention_heads": 8})
+    with pytest.raises(ConfigError, match=r"does not say its sizes: .* 'num_key_value_heads'"):
+        LanguageModelConfig.from_dict({"num_attention_heads": 8})

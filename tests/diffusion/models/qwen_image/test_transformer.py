@@ -15,13 +15,13 @@ from vllm_omni.diffusion.layers.kernels import Kernels, TorchKernels
 from vllm_omni.diffusion.models.arrangement import Arrangement
 from vllm_omni.diffusion.models.loading import load_weights
 from vllm_omni.diffusion.models.modulation import ModulationTable
+from vllm_omni.diffusion.models.qwen_image.config import TransformerConfig
 from vllm_omni.diffusion.models.qwen_image.transformer import (
     CHECKPOINT_NAMES,
     FLOAT8_LAYERS,
     QwenImageTransformer,
     StepBlocks,
     StepContext,
-    TransformerConfig,
 )
 from vllm_omni.diffusion.packing import Pack
 

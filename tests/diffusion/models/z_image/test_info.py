@@ -51,8 +51,21 @@ def test_the_other_schedule_is_the_model_that_wants_guidance(base: Path, turbo: 
 @pytest.mark.parametrize(
     ("degrees", "message"),
     [
-        ({"tensor_parallel_size": 3}, "--tensor-parallel-size takes 1, 2 with this model of 30 heads, got 3"),
-        ({"tensor_parallel_size": 4}, "--tensor-parallel-size takes 1, 2 with this model of 30 heads, got 4"),
+        (
+            {"tensor_parallel_size": 3},
+            "--tensor-parallel-size takes 1, 2 with this model's transformer, whose 10240 MLP channels cannot be "
+            "divided by 3, got 3",
+        ),
+        (
+            {"tensor_parallel_size": 4},
+            "--tensor-parallel-size takes 1, 2 with this model's transformer, whose 30 attention heads cannot be "
+            "divided by 4, got 4",
+        ),
+        (
+            {"tensor_parallel_size": 5},
+            "--tensor-parallel-size takes 1, 2 with this model's transformer, whose 30 attention heads and 10240 MLP "
+            "channels are shared by at most 2 ranks, got 5",
+        ),
         ({"ulysses_degree": 31}, "--usp takes 1 to 30, the model's 30 heads over --tensor-parallel-size 1, got 31"),
         (
             {"ulysses_degree": 16, "tensor_parallel_size": 2},
@@ -71,7 +84,9 @@ def test_degrees_that_the_model_does_not_allow_are_refused(
 
 
 def test_odd_heads_cannot_be_shared(turbo: Path) -> None:
-    with pytest.raises(ConfigError, match="takes 1 with this model of 3 heads, got 2"):
+    with pytest.raises(
+        ConfigError, match="takes 1 with this model's transformer, whose 3 attention heads cannot be divided by 2"
+    ):
         load_model_info(str(turbo)).check_parallel(DiffusionParallelConfig(tensor_parallel_size=2))
 
 

@@ -15,11 +15,11 @@ from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.models.arrangement import Arrangement
 from vllm_omni.diffusion.models.loading import load_weights
 from vllm_omni.diffusion.models.modulation import ModulationTable
+from vllm_omni.diffusion.models.z_image.config import TransformerConfig
 from vllm_omni.diffusion.models.z_image.transformer import (
     CHECKPOINT_NAMES,
     StepBlocks,
     StepContext,
-    TransformerConfig,
     ZImageTransformer,
     filled_up,
 )

@@ -12,12 +12,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from vllm_omni.diffusion.folder_files import DEFAULTS_FILE
 from vllm_omni.diffusion.models.configs import read_config
 from vllm_omni.diffusion.models.diffusers_fallback.components import component_classes, pipeline_class
+from vllm_omni.diffusion.models.diffusers_fallback.config_sizes import check_sizes
 from vllm_omni.diffusion.models.diffusers_fallback.own_sizes import OwnSize, own_size, size_bins
 from vllm_omni.diffusion.models.diffusers_fallback.pictures import NUM_REFERENCES, WholeImageInput
 from vllm_omni.diffusion.models.diffusers_fallback.signature import CallSignature
-from vllm_omni.diffusion.registry import DEFAULTS_FILE, Guidance, ModelInfo, WholePipeline, read_default_sampling_params
+from vllm_omni.diffusion.registry import (
+    Guidance,
+    ModelInfo,
+    Shares,
+    WholePipeline,
+    read_default_sampling_params,
+)
 from vllm_omni.errors import ConfigError
 
 INTERLEAVED = (
@@ -83,6 +91,8 @@ def describe(path: Path) -> ModelInfo:
     configs: dict[str, Mapping[str, Any]] = {
         name: read_config(path, name) for name in ("vae", "transformer", "unet") if name in components
     }
+    for name, values in configs.items():
+        check_sizes(name, values)
     scheduler = components.get("scheduler")
     takes = set(signature.defaults)
     if scheduler is None or not scheduler.__name__.startswith("FlowMatch"):
@@ -117,8 +127,8 @@ def describe(path: Path) -> ModelInfo:
         num_heads=1,
         head_dim=1,
         num_blocks=1,
-        tensor_sizes=(1,),
-        text_encoder_tp_sizes=(1,),
+        tensor_shares=Shares({"pipeline": 1}),
+        text_encoder_shares=Shares({"pipeline": 1}),
         guidance=_guidance(takes),
         whole=_whole(pipeline, signature, takes, own, image_input, tuple(remarks)),
         image_input=image_input,

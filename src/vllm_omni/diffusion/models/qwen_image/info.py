@@ -7,15 +7,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vllm_omni.diffusion.models.configs import (
-    divisors,
-    read_config,
-    refuse_scheduler,
-    refuse_variants,
-    text_encoder_tp_sizes,
-)
-from vllm_omni.diffusion.models.qwen_image.edit import EDIT_TEMPLATE, NUM_EDIT_TEMPLATE_TOKENS, EditInput
-from vllm_omni.diffusion.registry import ModelInfo, read_default_sampling_params
+from vllm_omni.diffusion.models.configs import read_config, read_scheduler_config, refuse_variants
+from vllm_omni.diffusion.models.language_config import LanguageModelConfig
+from vllm_omni.diffusion.models.qwen_image.config import TransformerConfig, VaeConfig, VisionConfig
+from vllm_omni.diffusion.models.qwen_image.edit import EDIT_TEMPLATE, IMAGE_TOKEN, NUM_EDIT_TEMPLATE_TOKENS, EditInput
+from vllm_omni.diffusion.models.tokenizers import load_tokenizer
+from vllm_omni.diffusion.registry import ModelInfo, Shares, read_default_sampling_params
 
 PROMPT_TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
@@ -31,6 +28,8 @@ TEA_CACHE_COEFFICIENTS = (-450.0, 280.0, -45.0, 3.2, -0.02)
 """As the published TeaCache for Qwen-Image has them; not measured on other weights of this architecture."""
 PATCH_SIZE = 2
 """Latent pixels a side that one token stands for."""
+PROMPT_TOKENS = ("<|im_start|>", "<|im_end|>")
+EDIT_PROMPT_TOKENS = (*PROMPT_TOKENS, "<|vision_start|>", "<|vision_end|>", IMAGE_TOKEN)
 TEXT_TO_IMAGE, EDIT_PLUS = "QwenImagePipeline", "QwenImageEditPlusPipeline"
 DEFAULT_LATENT_SIDE = 128
 """Latent pixels a side of the default picture."""
@@ -53,10 +52,7 @@ class PromptTokenCounter:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        # Lazy: transformers imports torch, and `--help` and validation must not.
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.tokenizer_path)
+        return load_tokenizer(self.tokenizer_path)
 
     def __call__(self, prompt: str) -> int:
         return len(self._tokenizer(self.template.format(prompt)).input_ids) - self.num_template_tokens
@@ -67,13 +63,15 @@ def describe(path: Path) -> ModelInfo:
 
     Raises ConfigError for a component whose config cannot be read and for a variant that we cannot run.
     """
-    transformer = read_config(path, "transformer")
-    vae = read_config(path, "vae")
-    refuse_variants(transformer, AVAILABLE)
-    refuse_scheduler(read_config(path, "scheduler", "scheduler_config.json"))
-    vae_scale = 2 ** len(vae.get("temperal_downsample", (False, True, True)))
-    num_heads = transformer.get("num_attention_heads", 24)
-    head_dim = transformer.get("attention_head_dim", 128)
+    values = read_config(path, "transformer")
+    refuse_variants(values, AVAILABLE)
+    transformer = TransformerConfig.from_dict(values)
+    vae = VaeConfig.from_dict(read_config(path, "vae"))
+    text_encoder_values = read_config(path, "text_encoder")
+    text_encoder = LanguageModelConfig.from_dict(text_encoder_values)
+    read_scheduler_config(path)
+    vae_scale = vae.scale
+    text_weights = [text_encoder.expected_weights(has_biases=True, has_head_norms=False)]
     defaults = {
         "height": DEFAULT_LATENT_SIDE * vae_scale,
         "width": DEFAULT_LATENT_SIDE * vae_scale,
@@ -84,6 +82,7 @@ def describe(path: Path) -> ModelInfo:
     count_prompt_tokens, image_input = PromptTokenCounter(path / "tokenizer"), None
     if (class_name := read_config(path, "", "model_index.json").get("_class_name")) != TEXT_TO_IMAGE:
         count_prompt_tokens = PromptTokenCounter(path / "tokenizer", EDIT_TEMPLATE, NUM_EDIT_TEMPLATE_TOKENS)
+        text_weights.append(VisionConfig.from_dict(text_encoder_values).expected_weights())
         image_input = EditInput(
             processor_path=path / "processor",
             count_text_tokens=count_prompt_tokens,
@@ -98,13 +97,20 @@ def describe(path: Path) -> ModelInfo:
         max_prompt_tokens=MAX_PROMPT_TOKENS,
         count_prompt_tokens=count_prompt_tokens,
         # A token costs 24 width² in a block's linear layers and 4 width n in attention over n tokens.
-        attention_tokens=6.0 * num_heads * head_dim,
-        num_heads=num_heads,
-        head_dim=head_dim,
-        num_blocks=transformer.get("num_layers", 60),
+        attention_tokens=6.0 * transformer.dim,
+        num_heads=transformer.num_attention_heads,
+        head_dim=transformer.attention_head_dim,
+        num_blocks=transformer.num_layers,
         tea_cache_coefficients=TEA_CACHE_COEFFICIENTS,
-        tensor_sizes=divisors(num_heads),
-        text_encoder_tp_sizes=text_encoder_tp_sizes(read_config(path, "text_encoder")),
+        # The MLP is four times as wide as all heads together.
+        tensor_shares=Shares({"attention heads": transformer.num_attention_heads}),
+        text_encoder_shares=text_encoder.shares,
+        prompt_tokens=PROMPT_TOKENS if image_input is None else EDIT_PROMPT_TOKENS,
+        expected_weights={
+            "transformer": [transformer.expected_weights()],
+            "vae": [vae.expected_weights()],
+            "text_encoder": text_weights,
+        },
         image_input=image_input,
         default_sampling_params=defaults,
     )

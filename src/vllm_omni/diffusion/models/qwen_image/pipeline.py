@@ -3,7 +3,6 @@ QwenImageEditPipeline and QwenImageEditPlusPipeline."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,10 +20,12 @@ from vllm_omni.diffusion.distributed.mesh import Mesh
 from vllm_omni.diffusion.layers.kernels import create_kernels
 from vllm_omni.diffusion.models.arrangement import Arrangement
 from vllm_omni.diffusion.models.compiled import CompiledBlocks
+from vllm_omni.diffusion.models.configs import read_config
 from vllm_omni.diffusion.models.flow import FlowPipeline, FlowState, Layout
 from vllm_omni.diffusion.models.loading import load_autoencoder, load_weights
 from vllm_omni.diffusion.models.modulation import ModulationTable
 from vllm_omni.diffusion.models.prompt_cache import PromptCache
+from vllm_omni.diffusion.models.qwen_image.config import TransformerConfig
 from vllm_omni.diffusion.models.qwen_image.edit import EditInput
 from vllm_omni.diffusion.models.qwen_image.text import TextEncoder
 from vllm_omni.diffusion.models.qwen_image.transformer import (
@@ -33,7 +34,6 @@ from vllm_omni.diffusion.models.qwen_image.transformer import (
     QwenImageTransformer,
     StepBlocks,
     StepContext,
-    TransformerConfig,
 )
 from vllm_omni.diffusion.models.qwen_image.vae import PictureDecoder, PictureEncoder
 from vllm_omni.diffusion.models.qwen_image.vision import EditEncoder
@@ -136,11 +136,9 @@ class Pipeline(FlowPipeline[QwenImageState, Forward]):
         if info.image_input is None:
             vae.encoder = torch.nn.Identity()  # frees its weights
         vae.to(device)
-        values = json.loads((path / "transformer" / "config.json").read_text())
+        values = TransformerConfig.from_dict(read_config(path, "transformer"))
         with torch.device("meta"):
-            transformer = QwenImageTransformer(
-                TransformerConfig.from_dict(values), mesh.tensor, create_kernels(config.kernels)
-            )
+            transformer = QwenImageTransformer(values, mesh.tensor, create_kernels(config.kernels))
         load_weights(
             transformer,
             path / "transformer",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLTextModel
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextModel
 
 from vllm_omni.diffusion.data import LoadFormat
 from vllm_omni.diffusion.distributed.groups import Group
@@ -21,6 +21,7 @@ from vllm_omni.diffusion.models.qwen_image.info import (
     NUM_TEMPLATE_TOKENS,
     PROMPT_TEMPLATE,
 )
+from vllm_omni.diffusion.models.tokenizers import load_tokenizer
 from vllm_omni.diffusion.transfers import to_device
 
 
@@ -42,7 +43,7 @@ class TextEncoder:
         Raises ConfigError for a checkpoint that does not fit.
         """
         self._device = device
-        self._tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer")
+        self._tokenizer = load_tokenizer(path / "tokenizer")
         self._model = load_text_model(path / "text_encoder", device, dtype, group, on_bytes, load_format, variant)
 
     def __call__(self, prompt: str) -> Tensor:

@@ -6,9 +6,9 @@ tensor parallelism a rank has P-th parts: of the heads, of the inner MLP channel
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, cast
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,9 @@ from vllm_omni.diffusion.layers.timesteps import NUM_WAVES, timestep_waves
 from vllm_omni.diffusion.models.arrangement import Arrangement
 from vllm_omni.diffusion.models.compiled import Backend, CompiledBlocks
 from vllm_omni.diffusion.models.modulation import Modulation, per_token
+from vllm_omni.diffusion.models.qwen_image.config import TransformerConfig
 from vllm_omni.diffusion.packing import Hidden, Pack
 from vllm_omni.diffusion.transfers import to_device
-from vllm_omni.errors import ConfigError
 
 EPS = 1e-6
 IMAGE, TEXT = 0, 1
@@ -53,36 +53,6 @@ a block without its `transformer_blocks.N.`. Modules that are not listed have th
 FLOAT8_LAYERS = ("qkv", "out", "up", "down")
 """Of every block, what `--quantization fp8` keeps in float8: two thirds of the weights. Modulation, computed once a
 timestep, and what lies before and behind the blocks stay as they are."""
-
-
-@dataclass(frozen=True)
-class TransformerConfig:
-    """The keys of transformer/config.json that the architecture depends on."""
-
-    in_channels: int = 64
-    out_channels: int = 16
-    num_layers: int = 60
-    attention_head_dim: int = 128
-    num_attention_heads: int = 24
-    joint_attention_dim: int = 3584
-    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
-    patch_size: int = 2
-    zero_cond_t: bool = False
-    """Tokens of reference pictures are modulated as at timestep 0: they carry no noise."""
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TransformerConfig:
-        config = cls(**{f.name: values[f.name] for f in fields(cls) if values.get(f.name) is not None})
-        if sum(config.axes_dims_rope) != config.attention_head_dim:
-            raise ConfigError(
-                f"transformer/config.json: axes_dims_rope {config.axes_dims_rope} must add up to "
-                f"attention_head_dim, {config.attention_head_dim}"
-            )
-        return replace(config, axes_dims_rope=tuple(config.axes_dims_rope))
-
-    @property
-    def dim(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
 
 
 @dataclass(frozen=True)

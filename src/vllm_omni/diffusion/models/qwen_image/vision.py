@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, Qwen2_5_VLConfig
+from transformers import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
@@ -25,6 +25,7 @@ from vllm_omni.diffusion.models.qwen_image.edit import (
     EditInput,
 )
 from vllm_omni.diffusion.models.qwen_image.text import load_text_model
+from vllm_omni.diffusion.models.tokenizers import load_tokenizer
 from vllm_omni.diffusion.transfers import to_device
 from vllm_omni.inputs.images import InputImage
 
@@ -47,7 +48,7 @@ class EditEncoder:
         self._edit = edit
         self._device = device
         self._dtype = dtype
-        self._tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer")
+        self._tokenizer = load_tokenizer(path / "tokenizer")
         self._image_token = self._tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self._model = load_text_model(path / "text_encoder", device, dtype, group, on_bytes, load_format, variant)
         self._tower = _load_vision_tower(path / "text_encoder", device, dtype, on_bytes, load_format, variant)

@@ -7,16 +7,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vllm_omni.diffusion.models.configs import (
-    read_config,
-    refuse_scheduler,
-    refuse_variants,
-    text_encoder_tp_sizes,
-)
-from vllm_omni.diffusion.registry import Guidance, ModelInfo, read_default_sampling_params
+from vllm_omni.diffusion.models.configs import read_config, read_scheduler_config, refuse_variants
+from vllm_omni.diffusion.models.language_config import LanguageModelConfig
+from vllm_omni.diffusion.models.tokenizers import load_tokenizer
+from vllm_omni.diffusion.models.z_image.config import PATCH_SIZE, TransformerConfig, VaeConfig
+from vllm_omni.diffusion.registry import Guidance, ModelInfo, Shares, read_default_sampling_params
+from vllm_omni.diffusion.tokenizer_files import check_chat_template
+from vllm_omni.errors import ConfigError
 
-PATCH_SIZE = 2
-"""Latent pixels a side that one token stands for."""
 TOKEN_MULTIPLE = 32
 """Captions and pictures are filled up to a multiple of this many tokens, with learned tokens that attend."""
 AVAILABLE = {
@@ -26,11 +24,12 @@ AVAILABLE = {
     "siglip_feat_dim": None,
 }
 """Keys of transformer/config.json whose other values need more than this package computes."""
+PROMPT_TOKENS = ("<|im_start|>", "<|im_end|>")
 DEFAULT_SIDE = 1024
 TEA_CACHE_COEFFICIENTS = (-450.0, 280.0, -45.0, 3.2, -0.02)
 """Those published for Qwen-Image, as other servers take them for Z-Image; nobody has published any measured on it.
 `vllm-omni calibrate-teacache` measures the served model's."""
-TENSOR_SIZES = (1, 2)
+MOST_TENSOR_RANKS = 2
 DISTILLED_SHIFT = 3.0
 """Of Z-Image-Turbo's schedule; Z-Image's is 6. Nothing else in the configs tells the two apart."""
 
@@ -43,22 +42,28 @@ class ChatTokenizer:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        # Lazy: transformers imports torch, and `--help` and validation must not.
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.path)
+        tokenizer = load_tokenizer(self.path)
+        try:
+            _as_chat(tokenizer, "a prompt")
+        except Exception as error:  # a template is a program: its errors are of any class
+            raise ConfigError(f"{self.path.name}/: the chat template fails: {error!r}") from error
+        return tokenizer
 
     def ids(self, prompt: str) -> list[int]:
         """As diffusers' ZImagePipeline asks for them."""
-        messages = [{"role": "user", "content": prompt}]
-        text = self._tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=True
-        )
-        return list(self._tokenizer(text).input_ids)
+        return list(self._tokenizer(_as_chat(self._tokenizer, prompt)).input_ids)
 
     def __call__(self, prompt: str) -> int:
         """How many there are."""
         return len(self.ids(prompt))
+
+
+def _as_chat(tokenizer: Any, prompt: str) -> str:
+    messages = [{"role": "user", "content": prompt}]
+    text: str = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=True
+    )
+    return text
 
 
 def describe(path: Path) -> ModelInfo:
@@ -66,16 +71,15 @@ def describe(path: Path) -> ModelInfo:
 
     Raises ConfigError for a component whose config cannot be read and for a variant that we cannot run.
     """
-    transformer = read_config(path, "transformer")
-    vae = read_config(path, "vae")
-    scheduler = read_config(path, "scheduler", "scheduler_config.json")
-    refuse_variants(transformer, AVAILABLE)
-    refuse_scheduler(scheduler)
-    side = PATCH_SIZE * 2 ** (len(vae.get("block_out_channels", (128, 256, 512, 512))) - 1)
-    width, num_heads = transformer.get("dim", 3840), transformer.get("n_heads", 30)
+    values = read_config(path, "transformer")
+    refuse_variants(values, AVAILABLE)
+    transformer = TransformerConfig.from_dict(values)
+    vae = VaeConfig.from_dict(read_config(path, "vae"))
+    text_encoder = LanguageModelConfig.from_dict(read_config(path, "text_encoder"))
+    side = PATCH_SIZE * vae.scale
     # A picture's frame comes after the last position of its caption, and must be one that the model knows.
-    longest = transformer.get("axes_lens", (1024, 512, 512))[0] - 2
-    is_distilled = scheduler.get("shift") == DISTILLED_SHIFT
+    longest = transformer.axes_lens[0] - 2
+    is_distilled = read_scheduler_config(path).shift == DISTILLED_SHIFT
     defaults = {
         "height": DEFAULT_SIDE,
         "width": DEFAULT_SIDE,
@@ -83,6 +87,7 @@ def describe(path: Path) -> ModelInfo:
         "guidance_scale": 0.0 if is_distilled else 5.0,
         "max_sequence_length": 512,
     }
+    check_chat_template(path, "tokenizer")
     return ModelInfo(
         path=path,
         family="z_image",
@@ -91,19 +96,22 @@ def describe(path: Path) -> ModelInfo:
         max_prompt_tokens=longest // TOKEN_MULTIPLE * TOKEN_MULTIPLE,
         count_prompt_tokens=ChatTokenizer(path / "tokenizer"),
         # A token costs 24 width² in a block's linear layers and 4 width n in attention over n tokens.
-        attention_tokens=6.0 * width,
-        num_heads=num_heads,
-        head_dim=width // num_heads,
-        num_blocks=int(transformer.get("n_layers", 30)),
+        attention_tokens=6.0 * transformer.dim,
+        num_heads=transformer.n_heads,
+        head_dim=transformer.head_dim,
+        num_blocks=transformer.n_layers,
         tea_cache_coefficients=TEA_CACHE_COEFFICIENTS,
-        tensor_sizes=tuple(n for n in TENSOR_SIZES if num_heads % n == 0 and inner_width(width) % n == 0),
-        text_encoder_tp_sizes=text_encoder_tp_sizes(read_config(path, "text_encoder")),
+        tensor_shares=Shares(
+            {"attention heads": transformer.n_heads, "MLP channels": transformer.inner_width}, MOST_TENSOR_RANKS
+        ),
+        text_encoder_shares=text_encoder.shares,
+        prompt_tokens=PROMPT_TOKENS,
+        expected_weights={
+            "transformer": [transformer.expected_weights()],
+            "vae": [vae.expected_weights()],
+            "text_encoder": [text_encoder.expected_weights(has_biases=False, has_head_norms=True)],
+        },
         guidance=Guidance("guidance_scale", 1.0, "", ("cfg_normalization", "cfg_truncation")),
         token_multiple=TOKEN_MULTIPLE,
         default_sampling_params=defaults | read_default_sampling_params(path),
     )
-
-
-def inner_width(width: int) -> int:
-    """Channels inside a feed-forward layer."""
-    return int(width / 3 * 8)

@@ -28,13 +28,13 @@ from vllm_omni.diffusion.models.prompt_cache import PromptCache
 from vllm_omni.diffusion.models.recorded import recorded
 from vllm_omni.diffusion.models.schedule import make_schedule
 from vllm_omni.diffusion.models.sharding import Sharding
+from vllm_omni.diffusion.models.z_image.config import TransformerConfig
 from vllm_omni.diffusion.models.z_image.text import TextEncoder
 from vllm_omni.diffusion.models.z_image.transformer import (
     CHECKPOINT_NAMES,
     FLOAT8_LAYERS,
     StepBlocks,
     StepContext,
-    TransformerConfig,
     ZImageTransformer,
     filled_up,
 )

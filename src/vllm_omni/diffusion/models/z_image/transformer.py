@@ -10,10 +10,10 @@ the feed-forward channels and of the modulation's rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -29,15 +29,13 @@ from vllm_omni.diffusion.layers.timesteps import NUM_WAVES, timestep_waves
 from vllm_omni.diffusion.models.arrangement import Arrangement
 from vllm_omni.diffusion.models.compiled import Backend, CompiledBlocks
 from vllm_omni.diffusion.models.modulation import Modulation, per_token
-from vllm_omni.diffusion.models.z_image.info import PATCH_SIZE, TOKEN_MULTIPLE, inner_width
+from vllm_omni.diffusion.models.z_image.config import TIME_WIDTH, TransformerConfig
+from vllm_omni.diffusion.models.z_image.info import TOKEN_MULTIPLE
 from vllm_omni.diffusion.packing import Hidden, Pack
 from vllm_omni.diffusion.transfers import to_device
-from vllm_omni.errors import ConfigError
 
 QK_EPS = 1e-5
 OUTPUT_EPS = 1e-6
-CONDITION_WIDTH = 256
-TIME_WIDTH = 1024
 
 CHECKPOINT_NAMES: dict[str, tuple[str, ...]] = {
     "time_embedder.0": ("t_embedder.mlp.0",),
@@ -60,40 +58,6 @@ a block without the names before it. Modules that are not listed have the same n
 FLOAT8_LAYERS = ("qkv", "out", "gate_up", "down")
 """Of every block, the refiners' too, what `--quantization fp8` keeps in float8: nearly all of the weights. Modulation
 and what lies before and behind the blocks stay as they are."""
-
-
-@dataclass(frozen=True)
-class TransformerConfig:
-    """The keys of transformer/config.json that the architecture depends on."""
-
-    in_channels: int = 16
-    dim: int = 3840
-    n_layers: int = 30
-    n_refiner_layers: int = 2
-    n_heads: int = 30
-    norm_eps: float = 1e-5
-    cap_feat_dim: int = 2560
-    rope_theta: float = 256.0
-    t_scale: float = 1000.0
-    axes_dims: tuple[int, ...] = (32, 48, 48)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TransformerConfig:
-        config = cls(**{f.name: values[f.name] for f in fields(cls) if values.get(f.name) is not None})
-        if sum(config.axes_dims) * config.n_heads != config.dim:
-            raise ConfigError(
-                f"transformer/config.json: axes_dims {config.axes_dims} of {config.n_heads} heads must add up to dim, "
-                f"{config.dim}"
-            )
-        return replace(config, axes_dims=tuple(config.axes_dims))
-
-    @property
-    def head_dim(self) -> int:
-        return sum(self.axes_dims)
-
-    @property
-    def channels_per_token(self) -> int:
-        return PATCH_SIZE**2 * self.in_channels
 
 
 @dataclass(frozen=True)
@@ -122,10 +86,10 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig, tensor: Group, kernels: Kernels, is_modulated: bool = True) -> None:
         super().__init__()
         self.kernels = kernels
-        dim, inner = config.dim, inner_width(config.dim)
+        dim, inner = config.dim, config.inner_width
         self.eps = config.norm_eps
         if is_modulated:
-            self.modulation = ColumnLinear(min(dim, CONDITION_WIDTH), 4 * dim, tensor)
+            self.modulation = ColumnLinear(config.condition_width, 4 * dim, tensor)
         self.attention_norm1 = Scale(dim)
         self.attention_norm2 = Scale(dim)
         self.ffn_norm1 = Scale(dim)
@@ -170,7 +134,7 @@ class ZImageTransformer(nn.Module):
         kernels = kernels or TorchKernels()
         self.config = config
         self.tensor = tensor
-        dim, condition = config.dim, min(config.dim, CONDITION_WIDTH)
+        dim, condition = config.dim, config.condition_width
         self.time_embedder = nn.Sequential(
             nn.Linear(NUM_WAVES, TIME_WIDTH), nn.SiLU(), nn.Linear(TIME_WIDTH, condition)
         )

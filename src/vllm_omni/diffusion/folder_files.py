@@ -1,0 +1,82 @@
+"""Reading the files of a model folder, never outside of it; an error is one line with the file. No torch here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from vllm_omni.errors import ConfigError
+
+MODEL_INDEX = "model_index.json"
+"""Names the pipeline's class and the components."""
+DEFAULTS_FILE = "default_sampling_params.json"
+"""Sampling parameters of the model's own; a model may do without."""
+GIT_LFS = b"version https://git-lfs"
+
+
+def names_in(root: Path, folder: str) -> list[str]:
+    """Names in a subfolder of the model folder `root`. Raises ConfigError where it cannot be read."""
+    try:
+        return sorted(entry.name for entry in _resolve(root, folder).iterdir())
+    except OSError as error:
+        raise ConfigError(f"{folder}/ cannot be read: {error.strerror}") from error
+
+
+def open_file(root: Path, name: str) -> BinaryIO:
+    """The file `name`, a path relative to the model folder `root`, opened to be read.
+
+    Raises ConfigError, with the name and the reason, for what is no readable file or lies outside of `root`. A link
+    into the hub's cache is allowed: the cache's folders consist of such links.
+    """
+    target = _resolve(root, name)
+    try:
+        if target.exists() and not target.is_file():  # a pipe would block
+            raise ConfigError(f"cannot read {name}: it is {'a folder' if target.is_dir() else 'no regular file'}")
+        stream = target.open("rb")
+        if stream.peek(len(GIT_LFS)).startswith(GIT_LFS):
+            stream.close()
+            raise ConfigError(f"cannot read {name}: it is a Git LFS pointer, not the file itself; run git lfs pull")
+    except OSError as error:
+        raise ConfigError(f"cannot read {name}: {error.strerror}") from error
+    return stream
+
+
+def _resolve(root: Path, name: str) -> Path:
+    """The real place of `name`. Raises ConfigError for links that lead out of `root` or to nothing."""
+    file = root / name
+    try:
+        target = file.resolve()
+        is_inside = target.is_relative_to(root.resolve())
+    except (OSError, RuntimeError) as error:  # which one a loop of links is depends on the release of Python
+        raise ConfigError(f"cannot read {name}: its links lead nowhere ({error})") from error
+    if not is_inside and not _is_hub_blob(target):
+        raise ConfigError(f"cannot read {name}: it is a link to {target}, outside of the model's folder")
+    if file.is_symlink() and not target.exists():
+        raise ConfigError(f"cannot read {name}: it is a link to {target}, which does not exist")
+    return target
+
+
+def _is_hub_blob(target: Path) -> bool:
+    """Whether `target` is where the hub's cache keeps the content of a model's file."""
+    return target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+
+
+def read_object(root: Path, name: str) -> dict[str, Any]:
+    """JSON object in the file `name` of the model folder `root`. Raises ConfigError for anything else."""
+    with open_file(root, name) as stream:
+        try:
+            value = json.loads(stream.read().decode("utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read {name}: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"cannot read {name}: no valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"cannot read {name}: it must hold a JSON object, got {short(value)}")
+    return value
+
+
+def short(value: object) -> str:
+    """`value` for an error line, cut to 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,105 @@
+"""Checks of a tokenizer's files, which the libraries replace by an empty tokenizer where they are missing. No torch
+here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from vllm_omni.diffusion.folder_files import names_in, open_file, read_object, short
+from vllm_omni.errors import ConfigError
+
+WHOLE = "tokenizer.json"
+VOCABULARY, MERGES = "vocab.json", "merges.txt"
+SETTINGS = "tokenizer_config.json"
+ADDED = "added_tokens.json"
+CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+OBJECTS = (SETTINGS, "special_tokens_map.json", ADDED, CHAT_TEMPLATES[1])
+"""Further files that hold a JSON object."""
+MODEL_FILES = (".model", "vocab.txt")
+"""Ends of the names of vocabularies in other formats: SentencePiece's, and BERT's list of words."""
+
+
+def check_tokenizer(root: Path, component: str, needed_tokens: Iterable[str] = ()) -> None:
+    """Raise ConfigError, with the file and the reason, for files of a tokenizer that are missing or broken.
+
+    root: the model folder; component: the tokenizer's folder in it; needed_tokens: tokens that it must have.
+    """
+    names = names_in(root, component)
+    objects = {name: read_object(root, f"{component}/{name}") for name in OBJECTS if name in names}
+    _check_settings(component, objects.get(SETTINGS, {}))
+    vocabulary = _read_vocabulary(root, component, names)
+    if vocabulary is None:
+        return
+    known = vocabulary | set(objects.get(ADDED, {})) | _added_in_settings(objects.get(SETTINGS, {}))
+    if missing := [token for token in needed_tokens if token not in known]:
+        raise ConfigError(f"{component}/ lacks the token {missing[0]!r}, which the model's prompts consist of")
+
+
+def check_chat_template(root: Path, component: str) -> None:
+    """Raise ConfigError where the tokenizer in the folder `component` has no template to write a prompt as a chat."""
+    names = names_in(root, component)
+    settings = read_object(root, f"{component}/{SETTINGS}") if SETTINGS in names else {}
+    if not settings.get("chat_template") and not set(CHAT_TEMPLATES) & set(names):
+        raise ConfigError(
+            f"{component}/ has no chat template, neither {CHAT_TEMPLATES[0]} nor in {SETTINGS}; prompts need it"
+        )
+
+
+def _read_vocabulary(root: Path, component: str, names: list[str]) -> set[str] | None:
+    """The tokens; None: they are in a format that only the tokenizer's own class reads."""
+    from tokenizers import Tokenizer  # a library in Rust, without torch
+    from tokenizers.models import BPE
+
+    if WHOLE in names:
+        file = _readable(root, f"{component}/{WHOLE}")
+        read_object(root, f"{component}/{WHOLE}")
+        try:
+            return set(Tokenizer.from_file(file).get_vocab())
+        except Exception as error:  # the library raises no other class
+            raise ConfigError(f"cannot read {component}/{WHOLE}: it is no tokenizer: {error}") from error
+    if VOCABULARY in names:
+        if MERGES not in names:
+            raise ConfigError(f"{component}/ lacks {MERGES}, which {VOCABULARY} needs")
+        vocabulary = read_object(root, f"{component}/{VOCABULARY}")
+        if not vocabulary or not all(type(number) is int and number >= 0 for number in vocabulary.values()):
+            raise ConfigError(f"cannot read {component}/{VOCABULARY}: it must map tokens to numbers from 0")
+        files = [_readable(root, f"{component}/{name}") for name in (VOCABULARY, MERGES)]
+        try:
+            BPE(*BPE.read_file(*files))
+        except Exception as error:  # as above
+            raise ConfigError(f"cannot read {component}/{MERGES} with {VOCABULARY}: {error}") from error
+        return set(vocabulary)
+    for name in names:
+        if name.endswith(MODEL_FILES):
+            _readable(root, f"{component}/{name}")
+            return None
+    raise ConfigError(
+        f"{component}/ has no vocabulary: neither {WHOLE}, nor {VOCABULARY} with {MERGES}, nor a file named "
+        f"{' or '.join('*' + end for end in MODEL_FILES)}"
+    )
+
+
+def _readable(root: Path, name: str) -> str:
+    """The path of a file, which is not empty. Raises ConfigError for others."""
+    with open_file(root, name) as stream:
+        if not stream.read(1):
+            raise ConfigError(f"cannot read {name}: it is empty")
+    return str(root / name)
+
+
+def _added_in_settings(settings: dict[str, Any]) -> set[str]:
+    added = settings.get("added_tokens_decoder", {})
+    return {token["content"] for token in added.values() if isinstance(token, dict) and "content" in token}
+
+
+def _check_settings(component: str, settings: dict[str, Any]) -> None:
+    place = f"{component}/{SETTINGS}"
+    for key, kind, accepted in (("tokenizer_class", str, "a text"), ("added_tokens_decoder", dict, "a JSON object")):
+        if not isinstance(value := settings.get(key, kind()), kind):
+            raise ConfigError(f"{place}: {key} takes {accepted}, got {short(value)}")
+    limit = settings.get("model_max_length")
+    is_number = isinstance(limit, int | float) and not isinstance(limit, bool)
+    if limit is not None and not (is_number and limit >= 1):
+        raise ConfigError(f"{place}: model_max_length takes a number from 1, got {short(limit)}")
