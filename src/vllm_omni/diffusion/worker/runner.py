@@ -106,6 +106,8 @@ class ModelRunner:
         num_threads = None if first is None else first.num_threads
         if self._config.quantization == "fp8":
             self._device.check_float8(dtype)
+        if self._config.overlap_decode:
+            self._device.check_overlap()
         self._config = replace(self._config, kernels=self._device.kernels(self._config.kernels))
         if (num_processes := self._config.parallel.world_size) > 1:
             self._device.share_machine(num_processes)
@@ -122,18 +124,7 @@ class ModelRunner:
             self._pipeline = cls.load(self._config, self._info, self._device.torch, dtype, bar.update, self._ranks.mesh)
         self._device.end_loading()
         if whole is None:
-            if not self._config.enforce_eager:
-                self._pipeline.recorder = self._ranks.recorder(self._device)
-            variants = None
-            if self._compiles(cls):
-                variants = compile_variants
-            elif self._config.kernels == "triton":  # whose kernels are compiled at their first run
-                variants = run_variants
-            rates = warm_up(self._pipeline, self._info, self._device, bar.num_bytes, self._ranks, variants, num_threads)
-            if (recorder := self._pipeline.recorder) is not None and recorder.failure is not None:
-                raise ConfigError(
-                    f"steps cannot be recorded as CUDA graphs here: {recorder.failure}; --enforce-eager serves without"
-                )
+            rates = self._warm_up(self._pipeline, bar.num_bytes, num_threads)
         else:
             rates = self._try_whole(whole, bar.num_bytes, num_threads)
         cache_bytes = int(CACHE_SHARE * self._device.free_memory_bytes()) if first is None else first.cache_bytes
@@ -156,6 +147,22 @@ class ModelRunner:
             num_threads=self._device.num_threads,
             cache_bytes=cache_bytes,
         )
+
+    def _warm_up(self, pipeline: BasePipeline[Any], model_bytes: int, num_threads: int | None) -> Rates:
+        """Raises ConfigError where steps cannot be compiled, or recorded, as the config asks for."""
+        if not self._config.enforce_eager:
+            pipeline.recorder = self._ranks.recorder(self._device)
+        variants = None
+        if self._compiles(type(pipeline)):
+            variants = compile_variants
+        elif self._config.kernels == "triton":  # whose kernels are compiled at their first run
+            variants = run_variants
+        rates = warm_up(pipeline, self._info, self._device, model_bytes, self._ranks, variants, num_threads)
+        if (recorder := pipeline.recorder) is not None and recorder.failure is not None:
+            raise ConfigError(
+                f"steps cannot be recorded as CUDA graphs here: {recorder.failure}; --enforce-eager serves without"
+            )
+        return rates
 
     def _try_whole(self, whole: WholePipeline, model_bytes: int, num_threads: int | None) -> Rates:
         """Raises ConfigError for a pipeline that does not make what a signature like its promises."""
