@@ -112,7 +112,7 @@ class FakeRunner:
         """Failed or aborted here; plans may name them until they release them."""
         self.plans: list[StepPlan] = []
 
-    def start(self) -> WorkerReady:
+    def start(self, first: WorkerReady | None = None) -> WorkerReady:
         return self._ready
 
     @property

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args, get_type_hints
 
 import msgspec
 import numpy as np
@@ -21,7 +21,7 @@ from vllm_omni.diffusion.data import (
     parse_cache_config,
 )
 from vllm_omni.errors import ConfigError, NotAvailableError
-from vllm_omni.inputs.data import LoRARequest
+from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,7 @@ from vllm_omni.inputs.data import LoRARequest
         ({"dtype": ["float32"]}, ["--dtype", "bfloat16", "['float32']"]),
         ({"load_format": "npcache"}, ["--load-format", "'npcache'", "dummy"]),
         ({"variant": "../x"}, ["--variant", "letters"]),
+        ({"variant": "fp16", "load_format": "dummy"}, ["--variant fp16 has no effect with --load-format dummy"]),
         ({"revision": ""}, ["--revision", "not empty"]),
         ({"download_dir": ""}, ["--download-dir", "not empty"]),
         ({"hf_token": 5}, ["--hf-token", "a string", "got int"]),
@@ -106,8 +107,17 @@ def test_cache_configs_are_tagged_and_checked() -> None:
         ("Fn_compute_blocks", 0, "at least 1"),
         ("residual_diff_threshold", -0.1, "at least 0"),
         ("residual_diff_threshold", float("nan"), "a number"),
-        ("residual_diff_threshold", float("inf"), "at least 0"),
+        ("residual_diff_threshold", float("inf"), "a finite number of at least 0, got inf"),
+        ("residual_diff_threshold", 10**400, r"a number of at most 1\.79769e\+308, got 10+$"),
+        pytest.param("residual_diff_threshold", 10**5000, "a number of at most .*, got a huge int$", id="huge"),
         ("max_accumulated_residual_diff_threshold", 0.0, "above 0, or none"),
+        ("max_accumulated_residual_diff_threshold", -0.0, "above 0, or none"),
+        ("max_accumulated_residual_diff_threshold", float("inf"), "a finite number above 0"),
+        ("max_warmup_steps", float("inf"), "an integer, got inf"),
+        ("max_warmup_steps", 10**30, "an integer of up to 63 bits, got 1000"),
+        ("max_cached_steps", -2, "an integer of at least -1, got -2"),
+        ("taylorseer_order", 0, "1 to 8, got 0"),
+        ("taylorseer_order", 9, "1 to 8, got 9"),
         ("max_accumulated_residual_diff_threshold", "x", "a number"),
         ("enable_taylorseer", 1, "true or false"),
         ("steps_computation_mask", "101", "a list of integers"),
@@ -133,15 +143,113 @@ def test_cache_policies_are_the_librarys_own() -> None:
     for policy in get_args(StepsMaskPolicy):
         assert parse_cache_config("cache_dit", {"scm_steps_mask_policy": policy}).scm_steps_mask_policy == policy
     none = {"scm_steps_mask_policy": None, "max_accumulated_residual_diff_threshold": None}
-    assert parse_cache_config("cache_dit", {**none, "steps_computation_policy": "static"}) == CacheDiTConfig(
-        steps_computation_policy="static"
-    )
+    assert parse_cache_config("cache_dit", none) == CacheDiTConfig()
+
+
+@pytest.mark.parametrize("coefficients", [[], [1.0, float("inf")], [-float("inf")]])
+def test_a_polynomial_has_a_finite_coefficient_at_least(coefficients: list[float]) -> None:
+    with pytest.raises(ConfigError, match="coefficients takes a list of at least one finite number, or none for the m"):
+        parse_cache_config("tea_cache", {"coefficients": coefficients})
+    assert parse_cache_config("tea_cache", {"coefficients": None}) == TeaCacheConfig()
+
+
+MASK = {"steps_computation_mask": [1, 1, 0, 1]}
+STATIC = {**MASK, "steps_computation_policy": "static"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "refusal"),
+    [
+        ({"steps_computation_policy": "static"}, "steps_computation_policy 'static' has no effect without scm_steps_"),
+        ({"taylorseer_order": 2}, "taylorseer_order 2 has no effect without enable_taylorseer"),
+        ({**STATIC, "residual_diff_threshold": 0.12}, "residual_diff_threshold 0.12 has no effect beside steps_comput"),
+        ({**STATIC, "max_cached_steps": 5}, "max_cached_steps 5 has no effect beside steps_computation_policy"),
+        ({**STATIC, "max_continuous_cached_steps": 2}, "max_continuous_cached_steps 2 has no effect beside steps_"),
+        (
+            {**STATIC, "max_accumulated_residual_diff_threshold": 0.3},
+            "max_accumulated_residual_diff_threshold 0.3 has no effect beside steps_computation_policy",
+        ),
+        (
+            {"residual_diff_threshold": 1.0, "max_accumulated_residual_diff_threshold": 0.3},
+            "max_accumulated_residual_diff_threshold 0.3 has no effect beside residual_diff_threshold from 1 on",
+        ),
+        ({"warmup_interval": 2, "max_warmup_steps": 1}, "warmup_interval 2 has no effect with max_warmup_steps below"),
+    ],
+)
+def test_cache_settings_that_change_nothing_are_refused(settings: dict, refusal: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_cache_config("cache_dit", settings)
+    assert str(caught.value).startswith(f"--cache-config: {refusal}")
+
+
+def test_cache_settings_that_repeat_a_default_or_ask_for_what_is_done_anyway_are_taken() -> None:
+    defaults = {f.name: getattr(CacheDiTConfig, f.name) for f in fields(CacheDiTConfig)}
+    assert parse_cache_config("cache_dit", defaults) == CacheDiTConfig()
+    unlimited = {"max_continuous_cached_steps": -1, "residual_diff_threshold": 1.0}
+    for settings in ({**defaults, **STATIC}, {**STATIC, **unlimited}, {**MASK, "max_warmup_steps": 8}):
+        parse_cache_config("cache_dit", settings)
+
+
+def test_a_cache_has_one_mask() -> None:
+    with pytest.raises(ConfigError, match=r"or steps_computation_mask, got both: 'fast' and \[1, 1, 0, 1\]$"):
+        parse_cache_config("cache_dit", {**MASK, "scm_steps_mask_policy": "fast"})
+
+
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [
+        (cls, name)
+        for cls in (OmniDiffusionConfig, DiffusionParallelConfig, TeaCacheConfig, CacheDiTConfig)
+        for name, kind in get_type_hints(cls).items()
+        if kind is int or int in get_args(kind)
+    ],
+)
+def test_an_integer_is_one_that_can_be_sent_to_a_worker(cls: type, name: str) -> None:
+    own = {"model": "demo"} if cls is OmniDiffusionConfig else {}
+    for wrong in (2**63, 10**30, 10**5000):
+        with pytest.raises(ConfigError, match=f"{name.replace('_', '.')} takes an integer of up to 63 bits, got "):
+            cls(**own, **{name: wrong})
+
+
+NAN, INFINITY = float("nan"), float("inf")
+ODD_VALUES: list[Any] = [
+    *(NAN, INFINITY, -INFINITY, -0.0, -1, 0, 2**63, 10**400, 10**5000, 1j, True, "", "\n", b"x"),
+    *([], [NAN], [INFINITY], [[]], {}, {1: 2}, {"": ""}, {"lora_request": {"name": NAN}}),
+    *(np.zeros(()), np.float32(NAN), np.ones((2, 2)), object()),
+]
+
+
+def refusal_or_sent(cls: Any, values: dict[str, Any]) -> None:
+    """A wrong value is a ConfigError of one line; whatever is taken arrives at a worker as it was."""
+    try:
+        config = cls(**values)
+    except ConfigError as error:
+        message = str(error)
+    else:
+        message = ""
+        assert msgspec.msgpack.decode(msgspec.msgpack.encode(config), type=cls) == config
+    assert "\n" not in message
+    assert len(message) < 1000
+
+
+@pytest.mark.parametrize("cls", [OmniDiffusionConfig, DiffusionParallelConfig, TeaCacheConfig, CacheDiTConfig])
+def test_a_field_refuses_an_odd_value_or_a_worker_gets_it(cls: Any) -> None:
+    own = {"model": "demo"} if cls is OmniDiffusionConfig else {}
+    for name in get_type_hints(cls):
+        for value in ODD_VALUES:
+            refusal_or_sent(cls, {**own, name: value})
+
+
+def test_a_default_parameter_refuses_an_odd_value_or_a_worker_gets_it() -> None:
+    for name in (*get_type_hints(OmniDiffusionSamplingParams), "negative_prompt"):
+        for value in ODD_VALUES:
+            refusal_or_sent(OmniDiffusionConfig, {"model": "demo", "default_sampling_params": {name: value}})
 
 
 def test_world_size_is_the_product_of_the_axes() -> None:
     parallel = DiffusionParallelConfig(2, 3, 2, 1, 2, vae_patch_parallel_size=4, text_encoder_tp_size=2)
     assert parallel.world_size == 24
-    with pytest.raises(ConfigError, match="ring_degree must be an integer of at least 1, got 0"):
+    with pytest.raises(ConfigError, match=r"^ring_degree takes an integer of at least 1, got 0$"):
         DiffusionParallelConfig(ring_degree=0)
     for wrong in (True, "2", 1.5):
         with pytest.raises(ConfigError, match="ring_degree takes an integer, got"):

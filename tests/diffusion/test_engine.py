@@ -468,14 +468,17 @@ def test_the_pause_before_a_restart_grows_up_to_half_a_minute(num_deaths: int, s
     assert DiffusionEngine(make_config(), FakeExecutor())._backoff_seconds(num_deaths) == seconds
 
 
-async def test_the_attention_is_the_last_start_s() -> None:
-    chosen = iter(["cudnn", "sdpa"])
-    executor, observer = FakeExecutor(lambda: FakeRunner(ready=make_ready(attention_backend=next(chosen)))), Recorder()
+async def test_batches_are_of_the_size_that_the_first_start_measured() -> None:
+    size = now_request().cost.tokens_per_step
+    measured = iter([2 * size, 100 * size, 100 * size])
+    executor, observer = FakeExecutor(lambda: FakeRunner(ready=make_ready(max_batch_tokens=next(measured)))), Recorder()
     async with running_engine(executor, observer) as engine:
-        assert engine.status().attention_backends == ("cudnn",)
-        executor.die()
-        await until(lambda: observer.restarts == [0])
-        assert engine.status().attention_backends == ("sdpa",)
+        for num_deaths in (0, 1):
+            requests = [now_request(f"{num_deaths}-{i}") for i in range(6)]
+            await read_until_done(engine.add(requests), len(requests))
+            assert max(len(plan.denoise) for plan in executor.runner.plans) == 2
+            executor.die()
+            await until(lambda n=num_deaths: len(observer.restarts) == n + 1)
 
 
 async def test_a_worker_that_dies_idle_is_replaced() -> None:

@@ -63,7 +63,7 @@ def test_an_adapter_is_found_by_its_name_or_its_path(
         ({"lora_request": LoRARequest("a", "/nowhere")}, "lora_request", "takes a safetensors file that exists"),
         ({"lora_request": LoRARequest("style", scale=1e9)}, "lora_request", "from -100 to 100"),
         ({"lora_request": LoRARequest("style"), "lora_scale": float("inf")}, "lora_scale", "from -100 to 100"),
-        ({"lora_request": LoRARequest(3)}, "lora_request", "name takes a string"),  # type: ignore[arg-type]
+        ({"lora_request": LoRARequest(3)}, "lora_request", "whose name is a string, got"),  # type: ignore[arg-type]
         ({"lora_request": "style"}, "lora_request", "takes a LoRARequest"),
         ({"lora_scale": 0.5}, "lora_scale", "needs a lora_request"),
     ],

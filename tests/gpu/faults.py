@@ -25,8 +25,8 @@ def fault_file(model: str | Path) -> Path:
 
 
 class FaultyRunner(ModelRunner):
-    def start(self) -> WorkerReady:
-        ready = super().start()
+    def start(self, first: WorkerReady | None = None) -> WorkerReady:
+        ready = super().start(first)
         if self._place.rank == GUILTY_RANK:
             pipeline: Any = self.pipeline
             # The exchanges of the blocks before it are done; the other ranks wait in that of the last one.

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from vllm_omni.errors import ConfigError, NotAvailableError
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams
-from vllm_omni.inputs.kinds import MisfitError, fit, kinds_of
+from vllm_omni.inputs.kinds import MisfitError, fit, kinds_of, shown
 
 CacheBackend = Literal["none", "tea_cache", "cache_dit"]
 SchedulingPolicy = Literal["fair", "fcfs"]
@@ -50,9 +50,7 @@ class DiffusionParallelConfig:
     def __post_init__(self) -> None:
         _fit_fields(self, str)
         for f in fields(self):
-            if (value := getattr(self, f.name)) < 1:
-                raise ConfigError(f"{f.name} must be an integer of at least 1, got {value!r}")
-
+            _require_at_least(1, getattr(self, f.name), f.name)
         for name in ("vae_patch_parallel_size", "text_encoder_tp_size"):
             value = getattr(self, name)
             if self.replica_size % value:
@@ -86,12 +84,18 @@ class TeaCacheConfig:
     """Skip a step while the accumulated change of the modulated input stays small (TeaCache, arXiv 2411.19108)."""
 
     rel_l1_thresh: float = 0.2
+    """At 0 every step is computed."""
     coefficients: tuple[float, ...] | None = None
     """Polynomial, highest power first; None takes the model's own."""
 
     def __post_init__(self) -> None:
         _fit_fields(self, _cache_key)
-        _require(0 <= self.rel_l1_thresh < math.inf, _cache_key("rel_l1_thresh"), self.rel_l1_thresh, "at least 0")
+        _require_at_least(0, self.rel_l1_thresh, _cache_key("rel_l1_thresh"))
+        terms = self.coefficients
+        good = terms is None or (len(terms) > 0 and all(map(math.isfinite, terms)))
+        _require(
+            good, _cache_key("coefficients"), terms, "a list of at least one finite number, or none for the model's own"
+        )
 
 
 @dataclass(frozen=True)
@@ -101,18 +105,25 @@ class CacheDiTConfig:
     Fn_compute_blocks: int = 1
     Bn_compute_blocks: int = 0
     residual_diff_threshold: float = 0.24
+    """At 0 every step is computed; from 1 on no change is too large."""
     max_warmup_steps: int = 4
+    """A mask decides in place of this and of the interval."""
     warmup_interval: int = 1
+    """Of the warm-up's steps each n-th is computed in any case, from the first one on."""
     max_cached_steps: int = -1
+    """-1: no limit."""
     max_continuous_cached_steps: int = 3
+    """-1: no limit."""
     max_accumulated_residual_diff_threshold: float | None = None
     """Above 0; None: no limit."""
     enable_taylorseer: bool = False
     taylorseer_order: int = 1
     scm_steps_mask_policy: StepsMaskPolicy | None = None
     steps_computation_mask: tuple[int, ...] | None = None
-    """By step: 1 computes, 0 may take from the cache."""
+    """By step: 1 computes, 0 may take from the cache. Entries beyond a request's steps count for nothing."""
     steps_computation_policy: StepsComputationPolicy = "dynamic"
+    """Of steps with a 0 in the mask. `dynamic`: what the other settings allow is skipped, also beyond the mask's end;
+    `static`: all are skipped, and every step beyond the mask's end is computed."""
 
     def __post_init__(self) -> None:
         _fit_fields(self, _cache_key)
@@ -124,15 +135,45 @@ class CacheDiTConfig:
             ("warmup_interval", 1),
             ("max_cached_steps", -1),
             ("max_continuous_cached_steps", -1),
-            ("taylorseer_order", 0),
         ):
-            value = getattr(self, name)
-            _require(least <= value < math.inf, _cache_key(name), value, f"at least {least}")
+            _require_at_least(least, getattr(self, name), _cache_key(name))
+        good = 1 <= self.taylorseer_order <= MAX_TAYLORSEER_ORDER
+        _require(good, _cache_key("taylorseer_order"), self.taylorseer_order, f"1 to {MAX_TAYLORSEER_ORDER}")
         most, mask = self.max_accumulated_residual_diff_threshold, self.steps_computation_mask
         good = most is None or 0 < most < math.inf
-        _require(good, _cache_key("max_accumulated_residual_diff_threshold"), most, "a number above 0, or none")
+        _require(good, _cache_key("max_accumulated_residual_diff_threshold"), most, "a finite number above 0, or none")
         good = mask is None or (len(mask) > 0 and set(mask) <= {0, 1})
         _require(good, _cache_key("steps_computation_mask"), mask, "a list of 0 and 1, one a step")
+        if mask is not None and self.scm_steps_mask_policy is not None:
+            raise ConfigError(
+                "--cache-config takes scm_steps_mask_policy or steps_computation_mask, got both: "
+                f"{self.scm_steps_mask_policy!r} and {list(mask)}"
+            )
+        for name, reason in self._without_effect():
+            raise ConfigError(f"{_cache_key(name)} {getattr(self, name)!r} has no effect {reason}")
+
+    def _without_effect(self) -> Iterator[tuple[str, str]]:
+        """Settings that ask for something and change nothing beside the others: name, and why."""
+        has_mask = self.scm_steps_mask_policy is not None or self.steps_computation_mask is not None
+        always = self.residual_diff_threshold >= 1
+        if self.taylorseer_order != type(self).taylorseer_order and not self.enable_taylorseer:
+            yield "taylorseer_order", "without enable_taylorseer"
+        if self.max_accumulated_residual_diff_threshold is not None and always:
+            yield "max_accumulated_residual_diff_threshold", "beside residual_diff_threshold from 1 on"
+        if self.warmup_interval > 1 and self.max_warmup_steps < 2:
+            yield "warmup_interval", "with max_warmup_steps below 2"
+        if self.steps_computation_policy != "static":
+            return
+        if not has_mask:
+            yield "steps_computation_policy", "without scm_steps_mask_policy or steps_computation_mask"
+        for name, harmless in (
+            ("residual_diff_threshold", always),
+            ("max_cached_steps", False),
+            ("max_continuous_cached_steps", self.max_continuous_cached_steps < 0),
+            ("max_accumulated_residual_diff_threshold", False),
+        ):
+            if getattr(self, name) != getattr(type(self), name) and not harmless:
+                yield name, "beside steps_computation_policy 'static', which skips all steps with a 0 in the mask"
 
 
 def _cache_key(name: str) -> str:
@@ -171,19 +212,28 @@ def _fit_fields(config: Any, name_of: Callable[[str], str]) -> None:
     for name, kind in kinds_of(cls).items():
         value = getattr(config, name)
         try:
-            object.__setattr__(config, name, fit(value, kind))
+            plain = fit(value, kind)
         except MisfitError as error:
-            got = repr(value) if name not in _SECRETS else type(value).__name__
+            got = shown(value) if name not in _SECRETS else type(value).__name__
             raise ConfigError(f"{name_of(name)} takes {error}, got {got}") from error
+        object.__setattr__(config, name, plain)
 
 
 _SECRETS = ("hf_token",)
 """Fields whose values are not repeated in errors."""
+MAX_TAYLORSEER_ORDER = 8
+"""Each order keeps one more tensor of each guidance branch."""
 
 
 def _require(condition: bool, name: str, got: Any, expected: str) -> None:
     if not condition:
-        raise ConfigError(f"{name} takes {expected}, got {got!r}")
+        raise ConfigError(f"{name} takes {expected}, got {shown(got)}")
+
+
+def _require_at_least(least: int, value: float, name: str) -> None:
+    """Raise ConfigError for a number that is less, or infinite."""
+    kind = "an integer" if isinstance(value, int) else "a finite number"
+    _require(least <= value < math.inf, name, value, f"{kind} of at least {least}")
 
 
 @dataclass(frozen=True)
@@ -230,7 +280,7 @@ class OmniDiffusionConfig:
     max_num_queued_reqs: int = 256
     """Most requests (pictures) waiting or running; more are answered 429."""
     max_queue_seconds: float = 3600.0
-    """Most work waiting or running, in seconds of this server's measured speed; more is answered 429."""
+    """Most work waiting or running, in seconds of this server's measured speed; more is answered 429. Infinite: any."""
     max_pixels: int | None = None
     """Most pixels of a picture; None: 1024 x 1024, or four times the model's own size where that is more. A step is
     never interrupted, so the largest picture says how long everybody else may have to wait."""
@@ -263,6 +313,10 @@ class OmniDiffusionConfig:
             raise ConfigError("model must be a folder, a hub name or 'demo', got an empty string")
         for name in ("revision", "download_dir"):
             _require(getattr(self, name) != "", flag_of(name), "", "a string that is not empty")
+        if self.variant is not None and self.load_format == "dummy":
+            raise ConfigError(
+                f"--variant {self.variant} has no effect with --load-format dummy, which reads no weight file"
+            )
         good = self.variant is None or re.fullmatch(r"[A-Za-z0-9_-]+", self.variant) is not None
         _require(good, "--variant", self.variant, "a name of letters, digits, - and _, such as fp16")
         if isinstance(self.hf_token, str) and not re.fullmatch(r"[!-~]+", self.hf_token):
@@ -273,8 +327,7 @@ class OmniDiffusionConfig:
             ("max_inference_steps", 1),
             ("max_worker_restarts", 0),
         ):
-            value = getattr(self, name)
-            _require(value >= least, flag_of(name), value, f"an integer of at least {least}")
+            _require_at_least(least, getattr(self, name), flag_of(name))
         for name in ("max_batch_tokens", "max_pixels", "max_num_frames"):
             value = getattr(self, name)
             _require(value is None or value >= 1, flag_of(name), value, "an integer of at least 1")
@@ -331,7 +384,7 @@ def _fit_sampling_params(values: Mapping[str, Any]) -> dict[str, Any]:
         try:
             plain[name] = fit(_lora_request(value) if name == "lora_request" else value, kinds[name])
         except MisfitError as error:
-            raise ConfigError(f"--default-sampling-params: {name} takes {error}, got {value!r}") from error
+            raise ConfigError(f"--default-sampling-params: {name} takes {error}, got {shown(value)}") from error
     return plain
 
 

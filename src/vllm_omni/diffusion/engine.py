@@ -361,7 +361,8 @@ class DiffusionEngine:
                 raise error
             await asyncio.sleep(self._backoff_seconds(num_deaths))
             try:
-                self._attention_backend = (await self._executor.start()).attention_backend
+                # Its answer is not looked at: the scheduler plans, and pixels are made, as the first start chose.
+                await self._executor.start()
                 break
             except (WorkerDiedError, ConfigError) as failure:
                 error = WorkerDiedError(f"the worker does not start again: {failure}")

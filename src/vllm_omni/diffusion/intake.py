@@ -16,12 +16,12 @@ from vllm_omni.diffusion.folder_files import DEFAULTS_FILE
 from vllm_omni.diffusion.lora import resolve_lora
 from vllm_omni.diffusion.plan import WorkerReady
 from vllm_omni.diffusion.registry import ModelInfo
-from vllm_omni.diffusion.request import DiffusionRequest, RequestCost
+from vllm_omni.diffusion.request import DiffusionRequest, RequestCost, check_number
 from vllm_omni.diffusion.sizes import SizeLimits
 from vllm_omni.errors import ConfigError, InvalidRequestError, UnsupportedParameterError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 from vllm_omni.inputs.images import InputImage, prepared, resized
-from vllm_omni.inputs.kinds import MisfitError, fit, kinds_of
+from vllm_omni.inputs.kinds import MisfitError, fit, kinds_of, shown
 
 MAX_PROMPT_CHARACTERS = 32_000
 MAX_SEED = 2**63 - 1
@@ -231,6 +231,7 @@ def _check_values(
 ) -> OmniDiffusionSamplingParams:
     params = _fit_params(params)
     _check_params(params, info)
+    check_number(params.num_outputs_per_prompt, config.max_num_queued_reqs)
     assert params.height is not None
     assert params.width is not None
     SizeLimits.of(config, info).check(params.height, params.width)
@@ -347,7 +348,7 @@ def _fit(name: str, value: Any, kind: Any) -> Any:
     try:
         return fit(value, kind)
     except MisfitError as error:
-        raise InvalidRequestError(f"{name} takes {error}, got {value!r}", param=name) from error
+        raise InvalidRequestError(f"{name} takes {error}, got {shown(value)}", param=name) from error
 
 
 def _check_params(params: OmniDiffusionSamplingParams, info: ModelInfo) -> None:
@@ -371,4 +372,4 @@ def _check_params(params: OmniDiffusionSamplingParams, info: ModelInfo) -> None:
 
 def _require(condition: bool, name: str, got: Any, expected: str) -> None:
     if not condition:
-        raise InvalidRequestError(f"{name} takes {expected}, got {got!r}", param=name)
+        raise InvalidRequestError(f"{name} takes {expected}, got {shown(got)}", param=name)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.registry import ModelInfo
 from vllm_omni.diffusion.request import LoRA
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams
-from vllm_omni.inputs.kinds import MisfitError, fit, kinds_of
+from vllm_omni.inputs.kinds import MisfitError
 from vllm_omni.inputs.loras import adapter_file
 
 MAX_SCALE = 100.0
@@ -32,7 +30,6 @@ def resolve_lora(params: OmniDiffusionSamplingParams, config: OmniDiffusionConfi
         )
     if not info.whole.takes_lora:
         raise InvalidRequestError(f"a {info.whole.class_name} takes no LoRA adapters", param="lora_request")
-    asked = _fit_fields(asked)
     scale = asked.scale if scale is None else scale
     if not -MAX_SCALE <= scale <= MAX_SCALE:
         raise InvalidRequestError(
@@ -55,17 +52,3 @@ def _file_of(asked: LoRARequest, config: OmniDiffusionConfig) -> str:
         raise InvalidRequestError(
             f"the path of a LoRA adapter takes {error}, got {path!r}", param="lora_request"
         ) from error
-
-
-def _fit_fields(asked: LoRARequest) -> LoRARequest:
-    """The same with plain values of the kinds that its fields ask for."""
-    plain = {}
-    for name, kind in kinds_of(LoRARequest).items():
-        value = getattr(asked, name)
-        try:
-            plain[name] = fit(value, kind)
-        except MisfitError as error:
-            raise InvalidRequestError(
-                f"lora_request: {name} takes {error}, got {value!r}", param="lora_request"
-            ) from error
-    return replace(asked, **plain)

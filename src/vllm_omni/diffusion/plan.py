@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from vllm_omni.diffusion.data import AttentionBackendName
 from vllm_omni.diffusion.request import DiffusionRequest
 
 EXCHANGES = ("all_to_all", "p2p", "all_gather", "all_reduce")
@@ -100,9 +101,13 @@ class WorkerReady:
     decode_units_per_token: float
     """Cost of decoding one image token, in units of `RequestCost`."""
     peak_memory_bytes: int = 0
-    attention_backend: str | None = None
+    attention_backend: AttentionBackendName | None = None
     """Its name; None where the model brings its own attention."""
     max_num_seqs: int | None = None
     """Most requests in a step that the model takes; None: any number."""
     max_running: int | None = None
     """Most requests that the model holds begun and not done; None: any number."""
+    num_threads: int = 1
+    """CPU threads that share one operation of this rank."""
+    cache_bytes: int = 0
+    """Most bytes that step caches keep on the device of this rank."""

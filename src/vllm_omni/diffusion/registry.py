@@ -333,11 +333,6 @@ class ModelInfo:
                     f"--cache-config: Fn_compute_blocks and Bn_compute_blocks take less than the model's "
                     f"{self.num_blocks} blocks together, got {first} and {last}"
                 )
-            if cache.scm_steps_mask_policy is not None and cache.steps_computation_mask is not None:
-                raise ConfigError(
-                    "--cache-config takes scm_steps_mask_policy or steps_computation_mask, got both: "
-                    f"{cache.scm_steps_mask_policy!r} and {list(cache.steps_computation_mask)}"
-                )
 
     def sequence_cost(self, num_tokens: int) -> float:
         """Work of one forward of one sequence, in units of one token's linear layers."""

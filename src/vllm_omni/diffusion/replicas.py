@@ -15,8 +15,7 @@ from vllm_omni.diffusion.events import EngineEvent, EngineObserver, EngineStatus
 from vllm_omni.diffusion.executor import Executor
 from vllm_omni.diffusion.executor.merging import merge_readies
 from vllm_omni.diffusion.plan import WorkerReady
-from vllm_omni.diffusion.request import DiffusionRequest
-from vllm_omni.diffusion.scheduler import check_number
+from vllm_omni.diffusion.request import DiffusionRequest, check_number
 from vllm_omni.errors import InvalidRequestError, QueueFullError, RequestError
 
 STATES = ("failed", "starting", "stopped", "draining", "running", "restarting")

@@ -89,6 +89,12 @@ class DiffusionRequest:
         return self.negative_prompt is not None and self.true_cfg_scale > 1
 
 
+def check_number(number: int, most: int) -> None:
+    """Raises InvalidRequestError for more requests at once than a queue of `most` ever takes."""
+    if number > most:
+        raise InvalidRequestError(f"{number} pictures at once are more than the queue takes ({most})", param="n")
+
+
 def check_sendable(requests: Sequence[DiffusionRequest]) -> None:
     """Refuse what cannot be sent to a worker while that is one request's failure and not that of a whole plan.
 

@@ -20,7 +20,7 @@ from enum import Enum
 from vllm_omni.diffusion.data import OmniDiffusionConfig, SchedulingPolicy
 from vllm_omni.diffusion.placement import Placement, balance
 from vllm_omni.diffusion.plan import ItemError, StepPlan, StepResult, WorkerReady
-from vllm_omni.diffusion.request import DiffusionRequest
+from vllm_omni.diffusion.request import DiffusionRequest, check_number
 from vllm_omni.errors import InvalidRequestError, QueueFullError
 
 MAX_PLANS_UNDER_WAY = 2
@@ -435,12 +435,6 @@ class Scheduler:
         others = [entry for entry in self._entries.values() if entry not in theirs and self._order(entry) < last]
         work = self._work_under_way + sum(entry.remaining for entry in (*theirs, *others))
         return work * self.seconds_per_unit
-
-
-def check_number(number: int, most: int) -> None:
-    """Raises InvalidRequestError for more requests at once than a queue of `most` ever takes."""
-    if number > most:
-        raise InvalidRequestError(f"{number} pictures at once are more than the queue takes ({most})", param="n")
 
 
 def _error_of(item: Item, result: StepResult) -> ItemError | None:

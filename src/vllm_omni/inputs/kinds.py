@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import is_dataclass, replace
 from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+
+MAX_INTEGER_BITS = 63
+"""Larger integers cannot be sent to a worker."""
+_MAX_SHOWN = 200
+"""Characters of a value that an error repeats."""
 
 
 class MisfitError(ValueError):
@@ -43,10 +50,19 @@ def fit(value: Any, kind: Any) -> Any:
     if kind is float:
         return _fit_number(value)
     if kind is int:
-        return int(_instance(value, Integral, "an integer", but_no=bool))
+        return _fit_integer(value)
     if kind is str:
         return str(_instance(value, str, "a string"))
-    return _instance(value, kind, "true or false" if kind is bool else f"a {kind.__name__}")
+    instance = _instance(value, kind, "true or false" if kind is bool else f"a {kind.__name__}")
+    return _fit_fields(instance) if is_dataclass(instance) else instance
+
+
+def shown(value: Any) -> str:
+    """A value as one line of an error repeats it."""
+    try:
+        return f"{' '.join(repr(value).split()):.{_MAX_SHOWN}}"
+    except ValueError:  # an integer of so many digits that Python does not write them
+        return f"a huge {type(value).__name__}"
 
 
 def _instance(value: Any, cls: Any, words: str, but_no: tuple[type, ...] | type = ()) -> Any:
@@ -55,11 +71,29 @@ def _instance(value: Any, cls: Any, words: str, but_no: tuple[type, ...] | type 
     return value
 
 
+def _fit_fields(value: Any) -> Any:
+    plain, cls = {}, cast(Any, type(value))
+    for name, kind in kinds_of(cls).items():
+        try:
+            plain[name] = fit(getattr(value, name), kind)
+        except MisfitError as error:
+            raise MisfitError(f"a {cls.__name__} whose {name} is {error}") from None
+    return replace(value, **plain)
+
+
+def _fit_integer(value: Any) -> int:
+    number = int(_instance(value, Integral, "an integer", but_no=bool))
+    if number.bit_length() > MAX_INTEGER_BITS:
+        raise MisfitError(f"an integer of up to {MAX_INTEGER_BITS} bits")
+    return number
+
+
 def _fit_number(value: Any) -> float:
+    real = _instance(value, Real, "a number", but_no=bool)
     try:
-        number = float(_instance(value, Real, "a number", but_no=bool))
+        number = float(real)
     except OverflowError:
-        raise MisfitError("a number") from None
+        raise MisfitError(f"a number of at most {sys.float_info.max:g}") from None
     if math.isnan(number):
         raise MisfitError("a number")
     return number

@@ -25,7 +25,7 @@ from vllm_omni.errors import WorkerDiedError
 class Connecting(FakeRunner):
     """The ranks meet as real ones do."""
 
-    def start(self) -> WorkerReady:
+    def start(self, first: WorkerReady | None = None) -> WorkerReady:
         from vllm_omni.diffusion.worker.device import Device
         from vllm_omni.diffusion.worker.ranks import connect
 

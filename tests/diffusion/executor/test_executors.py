@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,12 +29,13 @@ from tests.diffusion.executor.workers import (
     is_alive,
     name_of,
 )
-from tests.fakes import FakeRunner, fake_image, make_config, make_request
+from tests.fakes import FakeRunner, fake_image, make_config, make_ready, make_request
 from tests.patience import GUARD_SECONDS, wait_for
+from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.executor import Executor
 from vllm_omni.diffusion.executor.inline import InlineExecutor
 from vllm_omni.diffusion.executor.multiproc import MultiprocExecutor
-from vllm_omni.diffusion.plan import StepPlan
+from vllm_omni.diffusion.plan import StepPlan, WorkerReady
 from vllm_omni.errors import ConfigError, WorkerDiedError
 
 
@@ -128,6 +130,28 @@ async def test_start_again(backend: str) -> None:
         await executor.close()
 
 
+class Remembers(FakeRunner):
+    """Its first answer is its rank's own; later ones, made from the first, are others."""
+
+    def start(self, first: WorkerReady | None = None) -> WorkerReady:
+        own = 1000 * (1 + self.place.device_index)
+        if first is None:
+            return make_ready(load_bytes=own, attention_backend="cudnn")
+        assert first.load_bytes == own, "a start is told of the first one of its rank"
+        return replace(first, load_bytes=first.load_bytes + 1)
+
+
+async def test_every_later_start_is_told_of_the_first_one_of_its_rank() -> None:
+    pair = make_config(parallel=DiffusionParallelConfig(ring_degree=2))
+    second_replica = MultiprocExecutor(pair, name_of(Remembers), replica_index=1)
+    for executor, first, later in ((make("uni", Remembers), 1000, 1001), (second_replica, 7000, 7002)):
+        async with closing(executor):
+            assert (await executor.start()).load_bytes == first
+            for _ in range(2):
+                ready = await executor.start()
+                assert (ready.load_bytes, ready.attention_backend) == (later, "cudnn")
+
+
 async def test_a_killed_worker_is_noticed_and_replaced() -> None:
     """By its death: its silence would take longer than a test may."""
     executor = MultiprocExecutor(make_config(), name_of(Endless), silence_seconds=GUARD_SECONDS)
@@ -182,7 +206,7 @@ import asyncio, sys, threading, time
 from tests.fakes import make_config
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.executor.multiproc import MultiprocExecutor
-from vllm_omni.diffusion.plan import StepPlan
+from vllm_omni.diffusion.plan import StepPlan, WorkerReady
 
 async def main():
     executor = MultiprocExecutor(make_config(parallel=DiffusionParallelConfig(4)), {runner!r})

@@ -33,7 +33,7 @@ SILENCE_SECONDS = 3.0
 class Meeting(FakeRunner):
     """Rank 0 listens on the store's socket and the others come: all of them are up together."""
 
-    def start(self) -> WorkerReady:
+    def start(self, first: WorkerReady | None = None) -> WorkerReady:
         assert (self.place.store_fd is None) == (self.place.rank > 0)
         if self.place.store_fd is None:
             with socket.create_connection(("127.0.0.1", self.place.store_port), GUARD_SECONDS) as peer:
@@ -70,14 +70,14 @@ class ClosesChannel(FakeRunner):
 
 
 class WrongOnOneRank(FakeRunner):
-    def start(self) -> WorkerReady:
+    def start(self, first: WorkerReady | None = None) -> WorkerReady:
         if self.place.rank != 2:
             Endless.execute(self, StepPlan(0))
         raise ConfigError("--dtype float16: not on this device")
 
 
 class DiesAtStart(FakeRunner):
-    def start(self) -> WorkerReady:
+    def start(self, first: WorkerReady | None = None) -> WorkerReady:
         if self.place.rank != 2:
             Endless.execute(self, StepPlan(0))
         raise FileNotFoundError("rank 2 has no weights")

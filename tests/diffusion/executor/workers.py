@@ -28,17 +28,17 @@ ROOT = Path(__file__).parents[3]
 
 
 class BrokenStart(FakeRunner):
-    def start(self) -> WorkerReady:
+    def start(self, first: WorkerReady | None = None) -> WorkerReady:
         raise RuntimeError("the weights are on fire")
 
 
 class WrongConfig(FakeRunner):
-    def start(self) -> WorkerReady:
+    def start(self, first: WorkerReady | None = None) -> WorkerReady:
         raise ConfigError("--dtype float16: not on this device")
 
 
 class ExitsInStart(FakeRunner):
-    def start(self) -> WorkerReady:
+    def start(self, first: WorkerReady | None = None) -> WorkerReady:
         os._exit(3)
 
 

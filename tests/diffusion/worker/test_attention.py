@@ -24,6 +24,7 @@ from vllm_omni.diffusion.worker.attention import (
     choose_attention,
     elapsed,
     find_fastest,
+    keep,
     measure,
 )
 from vllm_omni.diffusion.worker.device import Device
@@ -157,6 +158,27 @@ def test_what_is_asked_for_and_runs_is_taken_and_no_other_is_asked() -> None:
 
     classes: Any = {"sdpa": NotToBeAsked, "cudnn": backend(1.0)}
     assert check("cudnn", classes, TASK, Ranks(), Clock.timing).name == "cudnn"
+
+
+def test_a_restart_keeps_the_first_choice_though_another_is_faster_now() -> None:
+    classes: Any = {"sdpa": backend(1.0), "cudnn": backend(2.0)}
+    assert find_fastest(classes, TASK, Ranks(), Clock.timing).name == "sdpa"
+    choice = keep("cudnn", classes, TASK, Ranks(), Clock.timing)
+    assert (choice.name, choice.seconds) == ("cudnn", {})
+
+
+@pytest.mark.parametrize(
+    ("ranks", "reason"),
+    [(Ranks(), "cudnn fails: no plan"), (TwoRanks([True], []), "cudnn does not run on another rank")],
+)
+def test_a_first_choice_that_does_not_run_any_more_is_not_replaced_in_silence(ranks: Ranks, reason: str) -> None:
+    classes: Any = {"sdpa": backend(1.0), "cudnn": backend(1.0, error="no plan")}
+    with pytest.raises(ConfigError) as refused:
+        keep("cudnn", classes, TASK, ranks, Clock.timing)
+    name, _, why = reason.partition(" ")
+    assert str(refused.value) == (
+        f"the attention backend {name}, chosen at the first start, does not run any more: {why}"
+    )
 
 
 def info(**values: Any) -> ModelInfo:

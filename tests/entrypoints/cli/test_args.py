@@ -299,6 +299,9 @@ WRONG_VALUES = [
     (["--max-batch-tokens", "-5"], ["--max-batch-tokens", "'-5'", "integer of at least 1"]),
     (["--max-num-queued-reqs", "1.5"], ["--max-num-queued-reqs", "'1.5'", "integer"]),
     (["--max-queue-seconds", "nan"], ["--max-queue-seconds", "'nan'", "seconds above 0"]),
+    (["--max-queue-seconds", "inf"], ["--max-queue-seconds", "'inf'", "a finite number of seconds above 0"]),
+    (["--shutdown-timeout", "inf"], ["--shutdown-timeout", "'inf'", "a finite number of seconds, 0 or more"]),
+    (["--max-pixels", "9" * 20], ["--max-pixels takes an integer of up to 63 bits, got 99999999999999999999"]),
     (["--max-queue-seconds", "0"], ["--max-queue-seconds", "'0'", "seconds above 0"]),
     (["--max-pixels", "x"], ["--max-pixels", "'x'", "integer"]),
     (["--max-inference-steps", "0"], ["--max-inference-steps", "'0'", "integer"]),
@@ -320,6 +323,18 @@ WRONG_VALUES = [
     (["--distributed-executor-backend", "mpi"], ["--distributed-executor-backend", "'mpi'", "uni"]),
     (["--cache-backend", "magic"], ["--cache-backend", "'magic'", "tea_cache"]),
     (["--cache-config", "{bad"], ["--cache-config", "'{bad'", "JSON object"]),
+    (
+        ["--cache-backend", "tea_cache", "--cache-config", '{"rel_l1_thresh": 0.1, "rel_l1_thresh": 0.3}'],
+        ["--cache-config takes each key once, got 'rel_l1_thresh' twice"],
+    ),
+    (
+        ["--cache-backend", "tea_cache", "--cache-config", '{"rel_l1_thresh": Infinity}'],
+        ["--cache-config: rel_l1_thresh takes a finite number of at least 0, got inf"],
+    ),
+    (
+        ["--cache-backend", "cache_dit", "--cache-config.taylorseer_order", "2"],
+        ["--cache-config: taylorseer_order 2 has no effect without enable_taylorseer"],
+    ),
     (["--cache-config", "[1]"], ["--cache-config", "'[1]'", "JSON object"]),
     (["--cache-backend", "tea_cache", "--cache-config", '{"x": 1}'], ["--cache-config", "'x'", "rel_l1_thresh"]),
     (["--cache-config", '{"rel_l1_thresh": 1}'], ["--cache-config", "rel_l1_thresh", "--cache-backend"]),
@@ -339,7 +354,21 @@ WRONG_VALUES = [
     (["--api-key", ""], ["--api-key", "empty", "key"]),
     (["--ssl-keyfile", "/nowhere.pem"], ["--ssl-keyfile", "'/nowhere.pem'", "a file that exists"]),
     (["--ssl-keyfile", __file__], ["--ssl-keyfile", "--ssl-certfile"]),
-    (["--enable-ssl-refresh"], ["--enable-ssl-refresh", "--ssl-certfile"]),
+    *(
+        (words, [words[0], "needs --ssl-keyfile and --ssl-certfile"])
+        for words in (
+            *(["--enable-ssl-refresh"], ["--ssl-ca-certs", __file__], ["--ssl-cert-reqs", "2"]),
+            ["--ssl-ciphers", "ECDHE+AESGCM"],
+        )
+    ),
+    (
+        ["--ssl-keyfile", __file__, "--ssl-certfile", __file__, "--ssl-cert-reqs", "1"],
+        ["--ssl-cert-reqs 1 needs --ssl-ca-certs"],
+    ),
+    *(
+        (words, [words[0], "needs --allowed-origins"])
+        for words in (["--allow-credentials"], ["--allowed-methods", "GET"], ["--allowed-headers", "x-a"])
+    ),
     (["--ssl-cert-reqs", "9"], ["--ssl-cert-reqs", "9", "2"]),
     (["--allowed-origins", "[1]"], ["--allowed-origins", "'[1]'", "strings"]),
     (["--forwarded-allow-ips", "10.0.0.1/8"], ["--forwarded-allow-ips", "'10.0.0.1/8'", "networks such as"]),

@@ -120,8 +120,8 @@ class DualBlockCache(StepCache):
             return False
         if mask is not None and sequence.step < len(mask) and mask[sequence.step] == 1:
             return False
-        if self._is_static(mask):
-            return True
+        if mask is not None and self._is_static(mask):
+            return sequence.step < len(mask)  # the mask says nothing of later steps: they are computed
         if 0 <= config.max_cached_steps <= kept.num_reused:
             return False
         if 0 <= config.max_continuous_cached_steps <= kept.num_reused_in_a_row:

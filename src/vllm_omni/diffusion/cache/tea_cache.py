@@ -100,6 +100,6 @@ def evaluate(coefficients: Sequence[float], x: float) -> float:
 
 
 def create(config: TeaCacheConfig, info: ModelInfo, rank_group: Group) -> TeaCache:
-    coefficients = config.coefficients or info.tea_cache_coefficients
+    coefficients = info.tea_cache_coefficients if config.coefficients is None else config.coefficients
     assert coefficients is not None, "ModelInfo.check_cache comes first"
     return TeaCache(config.rel_l1_thresh, coefficients, rank_group)

@@ -10,7 +10,8 @@ from vllm_omni.diffusion.plan import StepPlan, StepResult, WorkerReady
 
 class Executor(Protocol):
     async def start(self) -> WorkerReady:
-        """Start workers; after a death, fresh ones. Raises ConfigError or WorkerDiedError."""
+        """Start workers; after a death, fresh ones, which take over what the first ones chose by measuring and what
+        changes pixels (see `Runner.start`). Raises ConfigError or WorkerDiedError."""
 
     def submit(self, plan: StepPlan) -> None:
         """Send a plan without waiting; at most two are under way."""

@@ -23,6 +23,8 @@ class InlineExecutor:
         self._thread: ThreadPoolExecutor | None = None
         self._answers: ThreadPoolExecutor | None = None
         self._under_way: list[Future[Any]] = []
+        self._first: WorkerReady | None = None
+        """The answer of the first start."""
         self._results: asyncio.Queue[StepResult | WorkerDiedError] = asyncio.Queue()
 
     async def start(self) -> WorkerReady:
@@ -32,11 +34,14 @@ class InlineExecutor:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model-runner")
         self._answers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="answers")
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, self._runner.start)
+            loop = asyncio.get_running_loop()
+            ready = await loop.run_in_executor(self._thread, self._runner.start, self._first)
         except ConfigError:
             raise
         except Exception as error:  # as in `_execute`
             raise WorkerDiedError(f"the model runner failed to start: {error}") from error
+        self._first = self._first or ready
+        return ready
 
     def submit(self, plan: StepPlan) -> None:
         assert self._thread is not None, "the executor was not started"

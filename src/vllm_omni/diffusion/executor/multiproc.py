@@ -6,7 +6,7 @@ import asyncio
 import atexit
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.executor.launch import LaunchedReplica, interpreter
@@ -33,19 +33,23 @@ class WorkerGroup:
         self.workers: list[WorkerProcess] = []
         self._outcomes: asyncio.Queue[WorkerReady | StepResult | Exception] = asyncio.Queue()
         self._has_failed = False
-        self._readies: dict[int, WorkerReady] = {}
+        self.readies: dict[int, WorkerReady] = {}
+        """The answer of each rank, as it comes."""
         self._results: list[deque[StepResult]] = []
         """Of each rank, those that some other rank has not answered yet."""
         self._silences: list[float] = []
         """Seconds since each rank was heard, as counted by `_watch`."""
         self._tasks: list[asyncio.Task[None]] = []
 
-    def adopt(self, replica: LaunchedReplica, config: OmniDiffusionConfig) -> None:
-        """Tell all processes to load, which they do at the same time, and watch them from now on."""
+    def adopt(self, replica: LaunchedReplica, config: OmniDiffusionConfig, firsts: Mapping[int, WorkerReady]) -> None:
+        """Tell all processes to load, which they do at the same time, and watch them from now on.
+
+        firsts: by rank, the answer of its first start; none at the first.
+        """
         places = replica.places
         self.workers = [WorkerProcess(launched) for launched in replica.take()]
         for worker, place in zip(self.workers, places, strict=True):
-            worker.send(Start(config, place))
+            worker.send(Start(config, place, firsts.get(place.rank)))
         size = len(self.workers)
         self._results = [deque() for _ in self.workers]
         self._silences = [0.0] * size
@@ -95,9 +99,9 @@ class WorkerGroup:
     def _take(self, rank: int, message: FromWorker) -> None:
         self._silences[rank] = 0.0
         if isinstance(message, Ready):
-            self._readies[rank] = message.ready
-            if len(self._readies) == len(self.workers):
-                self._outcomes.put_nowait(merge_readies([self._readies[r] for r in range(len(self.workers))]))
+            self.readies[rank] = message.ready
+            if len(self.readies) == len(self.workers):
+                self._outcomes.put_nowait(merge_readies([self.readies[r] for r in range(len(self.workers))]))
         elif isinstance(message, Done):
             self._results[rank].append(message.result)
             if all(self._results):
@@ -114,7 +118,7 @@ class WorkerGroup:
             await asyncio.sleep(seconds)
             for rank, worker in enumerate(self.workers):
                 self._silences[rank] += seconds
-                limit = self._silence_seconds if rank in self._readies else self._start_silence_seconds
+                limit = self._silence_seconds if rank in self.readies else self._start_silence_seconds
                 if self._silences[rank] >= limit and self._note_failure():
                     self._outcomes.put_nowait(WorkerDiedError(f"{worker} has been silent for {limit:g} s"))
 
@@ -147,6 +151,8 @@ class MultiprocExecutor:
         self._silence_seconds = silence_seconds
         self._start_silence_seconds = start_silence_seconds
         self._group: WorkerGroup | None = None
+        self._firsts: Mapping[int, WorkerReady] = {}
+        """By rank, the answer of the first start."""
         self._has_started = False
 
     @property
@@ -166,12 +172,13 @@ class MultiprocExecutor:
             replica, self._launched = self._launched, None
             if replica is None:
                 replica = LaunchedReplica(self._config, self._replica_index, interpreter(self._runner_name))
-            self._group.adopt(replica, self._config)
+            self._group.adopt(replica, self._config, self._firsts)
             ready = await self._group.next_outcome()
         except BaseException:  # also where the start is cancelled
             await self._kill_workers()
             raise
         assert isinstance(ready, WorkerReady), "workers get no plan before all of them are ready"
+        self._firsts = self._firsts or self._group.readies
         return ready
 
     def submit(self, plan: StepPlan) -> None:

@@ -81,11 +81,18 @@ class Choice:
 
 
 def choose_attention(
-    config: OmniDiffusionConfig, info: ModelInfo, device: Device, dtype: torch.dtype, ranks: Ranks
+    config: OmniDiffusionConfig,
+    info: ModelInfo,
+    device: Device,
+    dtype: torch.dtype,
+    ranks: Ranks,
+    first: AttentionBackendName | None = None,
 ) -> AttentionBackendName:
     """The name of the backend that all ranks of the replica take; they must all call this.
 
-    Raises ConfigError when the one that was asked for does not run here.
+    first: the choice of the first start, which a restart takes over: another kernel rounds differently, and a replayed
+    request must give the same pixels.
+    Raises ConfigError when the one that was asked for, or chosen first, does not run here.
     """
     setting = Setting(device.torch, device.capability, dtype, info.head_dim)
     task = Task.of(setting, info, config.parallel)
@@ -93,6 +100,8 @@ def choose_attention(
     timing = partial(elapsed, device=device)
     if config.attention_backend is not None:
         choice = check(config.attention_backend, classes, task, ranks, timing)
+    elif first is not None:
+        choice = keep(first, classes, task, ranks, timing)
     else:
         choice = find_fastest(classes, task, ranks, timing)
     if ranks.mesh.world.rank == 0:
@@ -102,14 +111,21 @@ def choose_attention(
 
 def check(name: AttentionBackendName, classes: Classes, task: Task, ranks: Ranks, timing: Timing) -> Choice:
     """That backend, which has run once. Raises ConfigError when it cannot."""
-    backend = classes[name]
-    reason = _refusals({name: backend}, task.setting, ranks).get(name) or _try(backend, task, timing)
+    reason = _why_not(name, classes, task, ranks, timing)
     if reason is not None:
         # The others are asked only now: an answer may take an import of seconds.
         others = [other for other in classes if other != name and classes[other].why_not(task.setting) is None]
         raise ConfigError(
             f"--attention-backend takes {', '.join(others)} here, got {name}, which does not run: {name} {reason}"
         )
+    return Choice(name)
+
+
+def keep(name: AttentionBackendName, classes: Classes, task: Task, ranks: Ranks, timing: Timing) -> Choice:
+    """The choice of the first start, which has run once and is not timed. Raises ConfigError when it cannot run."""
+    reason = _why_not(name, classes, task, ranks, timing)
+    if reason is not None:
+        raise ConfigError(f"the attention backend {name}, chosen at the first start, does not run any more: {reason}")
     return Choice(name)
 
 
@@ -151,6 +167,12 @@ def elapsed(run: Callable[[], object], device: Device) -> float:
     run()
     device.synchronize()
     return time.perf_counter() - start
+
+
+def _why_not(name: AttentionBackendName, classes: Classes, task: Task, ranks: Ranks, timing: Timing) -> str | None:
+    """Why a backend does not run on all ranks, or not on a small task; None: it does."""
+    backend = classes[name]
+    return _refusals({name: backend}, task.setting, ranks).get(name) or _try(backend, task, timing)
 
 
 def _refusals(classes: Classes, setting: Setting, ranks: Ranks) -> dict[AttentionBackendName, str]:

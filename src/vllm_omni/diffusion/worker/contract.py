@@ -41,7 +41,13 @@ class Runner(Protocol):
         would only be in the way of a host that computes."""
         ...
 
-    def start(self) -> WorkerReady: ...
+    def start(self, first: WorkerReady | None = None) -> WorkerReady:
+        """Load the model and warm up.
+
+        first: the answer of this rank's first start, from which choices that change pixels are taken over; None: this
+        is the first start.
+        """
+        ...
 
     def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
         """Give the device a step. The call that is returned waits for its result; it may be made in another thread,
@@ -60,6 +66,8 @@ class Start(Struct, tag=True):
 
     config: OmniDiffusionConfig
     place: Place
+    first: WorkerReady | None = None
+    """See `Runner.start`."""
 
 
 class Execute(Struct, tag=True):

@@ -95,6 +95,11 @@ class Device:
             return "triton" if self.kind == CUDA else "torch"
         return choice
 
+    def check_overlap(self) -> None:
+        """Raises ConfigError where no decode runs beside a step."""
+        if not self.works_ahead:
+            raise ConfigError(f"--overlap-decode takes a GPU, got {self.name}, which decodes between steps")
+
     def check_float8(self, dtype: torch.dtype) -> None:
         """Raises ConfigError where layers in float8 beside others in `dtype` are not computed."""
         if self.kind != CUDA:

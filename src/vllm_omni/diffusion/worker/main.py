@@ -120,7 +120,7 @@ def run_worker(channel: BlockingChannel[ToWorker], runner_name: str, parent_pid:
     listener = Listener(channel, parent_pid, ending)
     listener.start()  # first: a rank that loads, or waits for others, must show that it lives, and end with the parent
     runner = listener.runner = _load(runner_name)(start.config, start.place)
-    channel.send(Ready(runner.start()))
+    channel.send(Ready(runner.start(start.first)))
     answerer = Answerer(channel, ending)
     if runner.launches_ahead:
         answerer.start()

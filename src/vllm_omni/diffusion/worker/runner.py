@@ -95,11 +95,19 @@ class ModelRunner:
         return self._device.works_ahead
 
     @torch.inference_mode()
-    def start(self) -> WorkerReady:
-        """Load the weights, run once, and measure. Raises ConfigError for a folder that cannot be served."""
+    def start(self, first: WorkerReady | None = None) -> WorkerReady:
+        """Load the weights, run once, and measure. Raises ConfigError for a folder that cannot be served.
+
+        What changes pixels is not chosen anew where there was a `first` start: the attention backend, the CPU threads
+        (sums in another order) and the memory of step caches (what fits is skipped).
+        """
         dtype = self._dtype
+        backend = None if first is None else first.attention_backend
+        num_threads = None if first is None else first.num_threads
         if self._config.quantization == "fp8":
             self._device.check_float8(dtype)
+        if self._config.overlap_decode:
+            self._device.check_overlap()
         self._config = replace(self._config, kernels=self._device.kernels(self._config.kernels))
         if (num_processes := self._config.parallel.world_size) > 1:
             self._device.share_machine(num_processes)
@@ -107,7 +115,7 @@ class ModelRunner:
             self._ranks = Ranks(connect(self._config.parallel, self._place, self._device))
         if (whole := self._info.whole) is None:
             check_kernels(self._config.kernels, self._device, dtype)
-            attention = choose_attention(self._config, self._info, self._device, dtype, self._ranks)
+            attention = choose_attention(self._config, self._info, self._device, dtype, self._ranks, backend)
             self._config = replace(self._config, attention_backend=attention)
         cls: type[BasePipeline[Any]] = import_module(
             f"vllm_omni.diffusion.models.{self._info.family}.pipeline"
@@ -116,21 +124,11 @@ class ModelRunner:
             self._pipeline = cls.load(self._config, self._info, self._device.torch, dtype, bar.update, self._ranks.mesh)
         self._device.end_loading()
         if whole is None:
-            if not self._config.enforce_eager:
-                self._pipeline.recorder = self._ranks.recorder(self._device)
-            variants = None
-            if self._compiles(cls):
-                variants = compile_variants
-            elif self._config.kernels == "triton":  # whose kernels are compiled at their first run
-                variants = run_variants
-            rates = warm_up(self._pipeline, self._info, self._device, bar.num_bytes, self._ranks, variants)
-            if (recorder := self._pipeline.recorder) is not None and recorder.failure is not None:
-                raise ConfigError(
-                    f"steps cannot be recorded as CUDA graphs here: {recorder.failure}; --enforce-eager serves without"
-                )
+            rates = self._warm_up(self._pipeline, bar.num_bytes, num_threads)
         else:
-            rates = self._try_whole(whole, bar.num_bytes)
-        self._pipeline.step_cache.budget.max_bytes = int(CACHE_SHARE * self._device.free_memory_bytes())
+            rates = self._try_whole(whole, bar.num_bytes, num_threads)
+        cache_bytes = int(CACHE_SHARE * self._device.free_memory_bytes()) if first is None else first.cache_bytes
+        self._pipeline.step_cache.budget.max_bytes = cache_bytes
         return WorkerReady(
             load_seconds=bar.seconds,
             load_bytes=bar.num_bytes,
@@ -146,14 +144,32 @@ class ModelRunner:
             # A step of a whole pipeline gains nothing from company, and an abort would wait for all of it.
             max_num_seqs=None if whole is None else 1,
             max_running=None if whole is None else whole.max_running,
+            num_threads=self._device.num_threads,
+            cache_bytes=cache_bytes,
         )
 
-    def _try_whole(self, whole: WholePipeline, model_bytes: int) -> Rates:
+    def _warm_up(self, pipeline: BasePipeline[Any], model_bytes: int, num_threads: int | None) -> Rates:
+        """Raises ConfigError where steps cannot be compiled, or recorded, as the config asks for."""
+        if not self._config.enforce_eager:
+            pipeline.recorder = self._ranks.recorder(self._device)
+        variants = None
+        if self._compiles(type(pipeline)):
+            variants = compile_variants
+        elif self._config.kernels == "triton":  # whose kernels are compiled at their first run
+            variants = run_variants
+        rates = warm_up(pipeline, self._info, self._device, model_bytes, self._ranks, variants, num_threads)
+        if (recorder := pipeline.recorder) is not None and recorder.failure is not None:
+            raise ConfigError(
+                f"steps cannot be recorded as CUDA graphs here: {recorder.failure}; --enforce-eager serves without"
+            )
+        return rates
+
+    def _try_whole(self, whole: WholePipeline, model_bytes: int, num_threads: int | None) -> Rates:
         """Raises ConfigError for a pipeline that does not make what a signature like its promises."""
         defaults = {**self._info.default_sampling_params, **self._config.default_sampling_params}
         info = replace(self._info, default_sampling_params=defaults)
         try:
-            return warm_up_whole(self.pipeline, info, self._device, model_bytes)
+            return warm_up_whole(self.pipeline, info, self._device, model_bytes, num_threads)
         except Exception as error:  # diffusers' code on somebody's model: anything
             if is_out_of_memory(error):
                 raise

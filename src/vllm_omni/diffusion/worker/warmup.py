@@ -108,15 +108,19 @@ def warm_up(
     model_bytes: int,
     ranks: Ranks,
     run_variants: RunVariants | None = None,
+    num_threads: int | None = None,
 ) -> Rates:
     """Choose the threads of a small model; have code compiled; encode prompts, step with ever more sequences, decode a
     picture.
 
     All ranks of a replica do it together and agree on every time, so that they go on alike.
+    num_threads: taken instead of a choice.
     """
     timer = Timer(device, ranks)
     state = pipeline.encode(_request(info, "warm-up", "warm-up"))
-    if model_bytes <= SMALL_MODEL_BYTES and ranks.size == 1:
+    if num_threads is not None:
+        device.set_num_threads(num_threads)
+    elif model_bytes <= SMALL_MODEL_BYTES and ranks.size == 1:
         with _forward(pipeline, state, 4, ranks) as step:
             choose_num_threads(device, timer, step)
     if run_variants is not None:  # for the threads that were chosen
@@ -140,18 +144,23 @@ def warm_up(
     )
 
 
-def warm_up_whole(pipeline: BasePipeline[Any], info: ModelInfo, device: Device, model_bytes: int) -> Rates:
+def warm_up_whole(
+    pipeline: BasePipeline[Any], info: ModelInfo, device: Device, model_bytes: int, num_threads: int | None = None
+) -> Rates:
     """Measure a whole pipeline: make small pictures with the default guidance, or else one of the model's own size.
 
     Some pipelines accept only sizes near their own, or round others: a failure at a small size says nothing about them.
     One with a table of sizes makes no small picture, whatever it is asked for.
+    num_threads: taken instead of a choice.
     """
     timer = Timer(device, Ranks())
     own = [_whole_request(info, None)] * 2
     has_bins = info.whole is not None and bool(info.whole.bins)
     first = own if has_bins else [_whole_request(info, tokens) for tokens in WHOLE_PICTURE_TOKENS]
     try:
-        if model_bytes <= SMALL_MODEL_BYTES:
+        if num_threads is not None:
+            device.set_num_threads(num_threads)
+        elif model_bytes <= SMALL_MODEL_BYTES:
             choose_num_threads(device, timer, lambda: _run_whole(pipeline, first[0], timer))
         return _whole_rates(pipeline, info, timer, first)
     except Exception as error:  # diffusers' code on somebody's model: anything

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import ssl
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -52,6 +52,8 @@ EXAMPLES = """examples:
 docs/flags.md says what becomes of flags of vLLM and other servers."""
 MAX_DEFAULT_SEED = 2**32 - 1
 """Seeds that the server draws are of this range too; the seeds of further pictures stay within 63 bits."""
+EVERY = "*"
+"""CORS: any origin, method or header."""
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 
 
@@ -65,8 +67,8 @@ class HttpOptions:
     api_key: tuple[str, ...] = ()
     allow_credentials: bool = False
     allowed_origins: tuple[str, ...] = ()
-    allowed_methods: tuple[str, ...] = ("*",)
-    allowed_headers: tuple[str, ...] = ("*",)
+    allowed_methods: tuple[str, ...] = (EVERY,)
+    allowed_headers: tuple[str, ...] = (EVERY,)
     ssl_keyfile: str | None = None
     ssl_certfile: str | None = None
     ssl_ca_certs: str | None = None
@@ -351,8 +353,7 @@ def _settings(namespace: argparse.Namespace, serve_line: str) -> ServeArgs:
         raise ConfigError(f"MODEL is missing: {serve_line}, with a folder, a hub name or 'demo'")
     if bool(namespace.ssl_keyfile) != bool(namespace.ssl_certfile):
         raise ConfigError("--ssl-keyfile and --ssl-certfile need each other, got only one of them")
-    if namespace.enable_ssl_refresh and not namespace.ssl_certfile:
-        raise ConfigError("--enable-ssl-refresh needs --ssl-keyfile and --ssl-certfile")
+    _check_companions(given)
     given["served_model_names"] = given["served_model_names"] or [model]
     lists = ("allowed_origins", "allowed_methods", "allowed_headers", "disable_access_log_for_endpoints")
     for name in (*lists, "forwarded_allow_ips"):
@@ -368,6 +369,21 @@ def _settings(namespace: argparse.Namespace, serve_line: str) -> ServeArgs:
         http=_make(HttpOptions, given),
         ignored_flags=ignored_flags,
     )
+
+
+def _check_companions(given: Mapping[str, Any]) -> None:
+    """Raise ConfigError for flags that change nothing without another one: a server that was meant to be protected must
+    not start without protection."""
+    if not given["ssl_certfile"]:
+        for name in ("enable_ssl_refresh", "ssl_ca_certs", "ssl_cert_reqs", "ssl_ciphers"):
+            if given[name]:
+                raise ConfigError(f"{_dashed(name)} needs --ssl-keyfile and --ssl-certfile")
+    if given["ssl_cert_reqs"] != ssl.CERT_NONE and not given["ssl_ca_certs"]:
+        raise ConfigError(f"--ssl-cert-reqs {given['ssl_cert_reqs']} needs --ssl-ca-certs, which sign the certificates")
+    if not given["allowed_origins"]:
+        for name in ("allow_credentials", "allowed_methods", "allowed_headers"):
+            if given[name] not in (getattr(HttpOptions, name), [EVERY]):
+                raise ConfigError(f"{_dashed(name)} needs --allowed-origins: without it no other origin may call")
 
 
 def _with_seed(defaults: dict[str, Any], seed: int | None) -> dict[str, Any]:

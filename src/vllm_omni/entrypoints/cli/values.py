@@ -34,7 +34,7 @@ def integer(least: int, most: int | None = None) -> Callable[[str], int]:
 
 def seconds(*, zero: bool) -> Callable[[str], float]:
     """A finite number of seconds, zero included or not."""
-    takes = "a number of seconds, 0 or more" if zero else "a number of seconds above 0"
+    takes = "a finite number of seconds, 0 or more" if zero else "a finite number of seconds above 0"
 
     def parse(text: str) -> float:
         try:
@@ -59,12 +59,19 @@ def picture_size(text: str) -> tuple[int, int]:
 def json_object(text: str) -> dict[str, Any]:
     takes = 'a JSON object such as {"key": 1}'
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique_keys)
     except ValueError:
         raise _wrong(takes, text) from None
     if not isinstance(value, dict):
         raise _wrong(takes, text)
     return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise argparse.ArgumentTypeError(f"takes each key once, got {twice[0]!r} twice")
+    return dict(pairs)
 
 
 def adapter(text: str) -> tuple[str, str]:

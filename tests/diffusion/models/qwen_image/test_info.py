@@ -123,10 +123,6 @@ def test_uneven_heads_are_allowed() -> None:
     [
         ({"Fn_compute_blocks": 2}, "less than the model's 2 blocks together, got 2 and 0"),
         ({"Bn_compute_blocks": 1}, "less than the model's 2 blocks together, got 1 and 1"),
-        (
-            {"scm_steps_mask_policy": "fast", "steps_computation_mask": [1, 0]},
-            r"scm_steps_mask_policy or steps_computation_mask, got both: 'fast' and \[1, 0\]",
-        ),
     ],
 )
 def test_a_cache_must_leave_something_to_skip(tiny_model: Path, values: dict, words: str) -> None:
