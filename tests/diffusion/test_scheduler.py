@@ -22,8 +22,9 @@ from tests.diffusion.simulation import (
 )
 from tests.fakes import FakeRunner, make_config, make_ready, make_request
 from vllm_omni.diffusion.plan import ItemError, StepPlan, StepResult
+from vllm_omni.diffusion.queue.entries import AGEING
 from vllm_omni.diffusion.request import DiffusionRequest, RequestCost
-from vllm_omni.diffusion.scheduler import AGEING, Scheduler, Update
+from vllm_omni.diffusion.scheduler import Scheduler, Update
 from vllm_omni.errors import InvalidRequestError, QueueFullError
 
 OUT_OF_MEMORY = ItemError("no room", "out_of_memory")
@@ -386,6 +387,20 @@ def test_a_full_queue_says_when_to_come_back() -> None:
     assert full.value.retry_after == pytest.approx(shortest + PER_TOKEN * total_work(make_request("b", 64, 10)))
     scheduler.abort(["b"])
     scheduler.add([make_request("d", 64, 4)])
+
+
+def test_what_is_planned_to_its_end_makes_room_first() -> None:
+    """Also where others go before it: their next items are planned already, and its place is free after those."""
+    scheduler, runner = make_scheduler(max_num_queued_reqs=2), FakeRunner()
+    scheduler.add([make_request("ending", 64, 1)])
+    run_one(scheduler, runner)
+    run_one(scheduler, runner)
+    assert scheduler.schedule() is not None  # its decode
+    scheduler.add([make_request("urgent", 256, 50, priority=-1)])
+    with pytest.raises(QueueFullError) as full:
+        scheduler.add([make_request("late", 64, 1)])
+    decode = make_request("ending", 64, 1).cost.decode
+    assert full.value.retry_after == pytest.approx(decode * scheduler.seconds_per_unit)
 
 
 def test_the_queue_is_bounded_by_work() -> None:
