@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 from tests.fakes import FakeExecutor, FakeRunner, fake_image, make_request
 from tests.patience import GUARD_SECONDS
@@ -27,6 +28,7 @@ from vllm_omni.errors import (
     UnavailableError,
 )
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+from vllm_omni.logs.bars import progress_bar
 from vllm_omni.outputs import OmniRequestOutput
 
 ROOT = Path(__file__).parents[1]
@@ -95,6 +97,41 @@ def test_a_wrong_prompt_among_good_ones_runs_nothing(omni: Omni) -> None:
     assert omni.generate("good", SMALL)[0].finished  # and the engine is as before
     with pytest.raises(InvalidRequestError, match="2 prompts and 1 sampling_params"):
         omni.generate(["a", "b"], [SMALL])
+
+
+def test_a_failure_is_raised_once_the_others_have_ended(device: FakeExecutor, omni: Omni) -> None:
+    """A script that goes on without one of its pictures would take others for it."""
+    first: list[str] = []
+    finished: list[str] = []
+
+    def fail_the_first(request_id: str, phase: str, step: int) -> ItemError | None:
+        first.append(request_id)
+        if phase == "decode":
+            finished.append(request_id)
+        return ItemError("broken", "internal") if request_id == first[0] and step == 2 else None
+
+    device.runner._errors = fail_the_first
+    with pytest.raises(GenerationError, match="the device failed on this request"):
+        omni.generate(["a", "b", "c"], SMALL)
+    assert len(finished) == 2
+    assert omni.generate("after it", SMALL)[0].finished
+
+
+@pytest.mark.parametrize("num_pictures", [1, 2])
+def test_the_bar_counts_every_step_of_every_picture(device: FakeExecutor, num_pictures: int) -> None:
+    bars: list[tqdm] = []
+
+    def recorded_bar(*args: object, **settings: object) -> tqdm:
+        bars.append(progress_bar(*args, **settings))  # type: ignore[arg-type]
+        return bars[-1]
+
+    with patch("vllm_omni.omni.progress_bar", recorded_bar), Omni(model="demo") as omni:
+        params = OmniDiffusionSamplingParams(
+            height=32, width=48, num_inference_steps=3, num_outputs_per_prompt=num_pictures
+        )
+        omni.generate(["a", "b"], params)
+    (bar,) = bars
+    assert bar.n == bar.total == 2 * num_pictures * 3
 
 
 @pytest.mark.parametrize("params", [{"height": 64}, {}, "fast", 3, [{"height": 64}]])

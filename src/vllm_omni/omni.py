@@ -76,12 +76,21 @@ class Job:
     images: dict[str, np.ndarray] = field(default_factory=dict)
     timings: dict[str, dict[str, float]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._indices = {request.request_id: index for index, request in enumerate(self.requests)}
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every picture is there."""
+        return len(self.images) == len(self.requests)
+
     @property
     def pending(self) -> list[str]:
+        """Ids of the requests whose picture is not there."""
         return [r.request_id for r in self.requests if r.request_id not in self.images]
 
     def progress(self, event: EngineEvent) -> OmniRequestOutput:
-        index = next(i for i, r in enumerate(self.requests) if r.request_id == event.request_id)
+        index = self._indices[event.request_id]
         request, done = self.requests[index], isinstance(event, Finished)
         return OmniRequestOutput(
             request_id=self.request_id,
@@ -138,7 +147,7 @@ class OutputStream:
         if self._finished:
             raise StopAsyncIteration
         self._home.check_loop()
-        if not self._job.pending:
+        if self._job.is_done:
             await self.aclose()
             return self._job.result()
         try:
@@ -286,7 +295,7 @@ class AsyncOmni:
         return OutputStream(job, events, self._end, self._home)
 
     def _end(self, job: Job) -> None:
-        if self._jobs.pop(job.request_id, None) and job.pending:
+        if self._jobs.pop(job.request_id, None) and not job.is_done:
             self._engine.abort(job.pending)
 
     def abort(self, request_id: str) -> None:

@@ -300,6 +300,17 @@ def test_limits_that_fail_every_default_request_are_blamed(settings: dict[str, o
     assert "0x0" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("limit", "most"), [(None, 64), (64, 64), (9, 9), (1, 1)])
+def test_prompts_may_be_as_long_as_the_limit(limit: int | None, most: int) -> None:
+    params = OmniDiffusionSamplingParams(max_sequence_length=limit)
+    (request,) = intake().resolve(OmniPrompt("w " * most, "w " * most), params, "r")
+    assert request.num_prompt_tokens == most
+    for prompt in (OmniPrompt("w " * (most + 1), "w"), OmniPrompt("w", "w " * (most + 1))):
+        with pytest.raises(InvalidRequestError, match=rf"{most + 1} tokens, at most {most} "):
+            intake().resolve(prompt, params, "r")
+    intake().resolve(OmniPrompt("x" * 32_000), OmniDiffusionSamplingParams(), "r")
+
+
 def test_the_models_own_file_is_blamed_for_itself() -> None:
     info = replace(INFO, default_sampling_params={**INFO.default_sampling_params, "height": 63})
     with pytest.raises(ConfigError, match=r"^the model's own default_sampling_params\.json: size 96x63"):

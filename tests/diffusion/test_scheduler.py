@@ -23,10 +23,12 @@ from tests.diffusion.simulation import (
 from tests.fakes import FakeRunner, make_config, make_ready, make_request
 from vllm_omni.diffusion.plan import ItemError, StepPlan, StepResult
 from vllm_omni.diffusion.request import DiffusionRequest, RequestCost
-from vllm_omni.diffusion.scheduler import AGEING, Scheduler, Update
+from vllm_omni.diffusion.scheduler import Scheduler, Update
 from vllm_omni.errors import InvalidRequestError, QueueFullError
 
 OUT_OF_MEMORY = ItemError("no room", "out_of_memory")
+MOST_WORK_OF_OTHERS = 10.0
+"""A request of R units is overtaken by what arrives until so many times R units are done, and by nothing later."""
 
 
 @pytest.mark.parametrize("policy", ["fair", "fcfs"])
@@ -53,7 +55,7 @@ def test_random_workloads_finish_within_budget(policy: str, depth: int) -> None:
 
 
 def test_nobody_starves() -> None:
-    """A request of R units is not overtaken by what arrives more than R / AGEING units of work after it.
+    """A request of R units is not overtaken by what arrives more than 10 R units of work after it.
 
     Every plan while it waits is led by a request that goes before it, so the plans until its end are at most
     the items of all that can go before it.
@@ -77,7 +79,7 @@ def test_nobody_starves() -> None:
                 plans_at_end[request_id] = number
             work += step_work(plan, requests)
         for request_id, request in requests.items():
-            horizon = work_at_arrival[request_id] + total_work(request) / AGEING
+            horizon = work_at_arrival[request_id] + MOST_WORK_OF_OTHERS * total_work(request)
             # Arrivals are noted one step late at most, which only makes the horizon later for them.
             ahead = [r for id, r in requests.items() if work_at_arrival[id] <= horizon]
             assert plans_at_end[request_id] - plans_at_arrival[request_id] <= sum(map(num_items, ahead))
@@ -96,7 +98,7 @@ def test_a_flood_of_short_requests_does_not_starve_a_long_one() -> None:
     simulation = Simulation(make_scheduler(300), flood()).run()
     alone = PER_TOKEN * total_work(make_request("long", 256, 20))
     slowdown = simulation.latency("long") / alone
-    assert 2 < slowdown < 1 / AGEING + 2  # it yields, and not for ever
+    assert 2 < slowdown < MOST_WORK_OF_OTHERS + 2  # it yields, and not for ever
 
 
 def test_fair_beats_fcfs_on_a_mixed_workload() -> None:
@@ -169,6 +171,16 @@ def test_fair_order_is_least_remaining_work() -> None:
     scheduler = make_scheduler(100, max_num_seqs=1)
     scheduler.add([make_request("a", 256, 9), make_request("b", 64, 1), make_request("c", 128, 3)])
     assert run_out(scheduler) == ["b", "c", "a"]
+
+
+def test_work_done_for_a_request_does_not_age_it() -> None:
+    """Only work for others counts as waiting. Here none was done, so the least remaining work goes first."""
+    scheduler, runner = make_scheduler(max_num_seqs=1), FakeRunner()
+    scheduler.add([make_request("first", 64, 40)])
+    for _ in range(21):  # its encode and 20 steps
+        run_one(scheduler, runner)
+    scheduler.add([make_request("shorter", 64, 19)])
+    assert run_one(scheduler, runner).encode == ["shorter"]
 
 
 def test_no_more_requests_are_begun_than_the_model_holds() -> None:
@@ -386,6 +398,20 @@ def test_a_full_queue_says_when_to_come_back() -> None:
     assert full.value.retry_after == pytest.approx(shortest + PER_TOKEN * total_work(make_request("b", 64, 10)))
     scheduler.abort(["b"])
     scheduler.add([make_request("d", 64, 4)])
+
+
+def test_what_is_planned_to_its_end_makes_room_first() -> None:
+    """Also where others go before it: their next items are planned already, and its place is free after those."""
+    scheduler, runner = make_scheduler(max_num_queued_reqs=2), FakeRunner()
+    scheduler.add([make_request("ending", 64, 1)])
+    run_one(scheduler, runner)
+    run_one(scheduler, runner)
+    assert scheduler.schedule() is not None  # its decode
+    scheduler.add([make_request("urgent", 256, 50, priority=-1)])
+    with pytest.raises(QueueFullError) as full:
+        scheduler.add([make_request("late", 64, 1)])
+    decode = make_request("ending", 64, 1).cost.decode
+    assert full.value.retry_after == pytest.approx(decode * scheduler.seconds_per_unit)
 
 
 def test_the_queue_is_bounded_by_work() -> None:

@@ -16,7 +16,8 @@ from vllm_omni.diffusion.executor import Executor
 from vllm_omni.diffusion.executor.merging import merge_readies
 from vllm_omni.diffusion.plan import WorkerReady
 from vllm_omni.diffusion.request import DiffusionRequest, check_number
-from vllm_omni.errors import InvalidRequestError, QueueFullError, RequestError
+from vllm_omni.diffusion.scheduler import check_ids
+from vllm_omni.errors import QueueFullError, RequestError
 
 STATES = ("failed", "starting", "stopped", "draining", "running", "restarting")
 """The first of these that is the state of some replica is the state of all: one that runs takes requests while another
@@ -107,8 +108,7 @@ class Replicas:
         for engine in self._engines:
             engine.check_open()
         ids = [request.request_id for request in requests]
-        if taken := [id for n, id in enumerate(ids) if id in ids[:n] or self._holder(id)]:
-            raise InvalidRequestError(f"request id {taken[0]!r} is in use", param="request_id")
+        check_ids(ids, lambda request_id: self._holder(request_id) is not None)
         check_number(len(ids), self._max_num_queued_reqs)
         status = self.status()
         num_here = status.num_running + status.num_waiting

@@ -198,6 +198,20 @@ def test_bodies_that_are_neither_form_nor_json(http: httpx.Client, content: byte
     assert error_of(response)["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize("missing", [b"--\r\n", b"\r\n--x--\r\n"], ids=["end of the last boundary", "last boundary"])
+def test_a_form_that_ends_early_makes_no_picture(server: LiveServer, http: httpx.Client, missing: bytes) -> None:
+    """The client's length is that of what it sent: its upload was cut before it was counted."""
+    head = b'content-disposition: form-data; name="%s"%s\r\n\r\n'
+    whole = b"--x\r\n" + head % (b"image", b'; filename="a.png"') + PNG
+    whole += b"\r\n--x\r\n" + head % (b"prompt", b"") + b"a panda\r\n--x--\r\n"
+    headers, num_before = {"content-type": "multipart/form-data; boundary=x"}, len(server.device.prompts)
+    response = http.post(EDITS, content=whole.removesuffix(missing), headers=headers)
+    assert response.status_code == 400, response.text
+    assert error_of(response)["message"] == "the request's multipart/form-data ends in the middle"
+    assert len(server.device.prompts) == num_before
+    assert http.post(EDITS, content=whole, headers=headers).status_code == 200
+
+
 def form(parts: Iterator[bytes], name: str = "image") -> Iterator[bytes]:
     head = f'--x\r\ncontent-disposition: form-data; name="{name}"; filename="a.png"\r\n\r\n'
     yield head.encode()

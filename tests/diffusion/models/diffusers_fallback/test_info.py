@@ -87,6 +87,25 @@ def test_a_folder_is_described(
     assert info.guidance.parameter == ("true_cfg_scale" if name == "FluxPipeline" else "guidance_scale")
 
 
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        ("FluxPipeline", 4),
+        ("StableDiffusion3Pipeline", 4),
+        ("ChromaPipeline", 1),
+        ("StableDiffusion3PAGPipeline", 1),
+        ("StableDiffusionPipeline", 1),
+    ],
+)
+def test_only_pipelines_that_were_seen_interleaved_run_several_requests(
+    copy_of: Callable[..., Path], name: str, most: int
+) -> None:
+    """Others may change the model for the time of a call, as those with another attention (PAG) do."""
+    whole = load_model_info(str(copy_of("FluxPipeline", _class_name=name))).whole
+    assert whole is not None
+    assert (whole.class_name, whole.max_running) == (name, most)
+
+
 def test_defaults_are_those_of_the_call(copy_of: Callable[..., Path]) -> None:
     defaults = load_model_info(str(copy_of("StableDiffusionXLPipeline"))).default_sampling_params
     assert (defaults["num_inference_steps"], defaults["guidance_scale"]) == (50, 5.0)

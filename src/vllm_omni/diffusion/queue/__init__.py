@@ -1,0 +1,1 @@
+"""Requests on their way, and the order in which they go on."""

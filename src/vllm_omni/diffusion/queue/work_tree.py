@@ -1,0 +1,154 @@
+"""Values in the order of their keys, with sums of their work. Every operation visits O(log n) of n values."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+Value = TypeVar("Value")
+Key = tuple[float, ...]
+
+
+class _Node(Generic[Value]):
+    __slots__ = ("key", "least_tokens", "left", "rank", "right", "size", "tokens", "total_work", "value", "work")
+
+    def __init__(self, key: Key, value: Value, work: float, tokens: tuple[float, ...], rank: float) -> None:
+        self.key = key
+        self.value = value
+        self.work = work
+        self.tokens = tokens
+        self.rank = rank
+        self.left: _Node[Value] | None = None
+        self.right: _Node[Value] | None = None
+        self.size = 1
+        self.total_work = work
+        self.least_tokens = tokens
+
+    def refreshed(self) -> _Node[Value]:
+        """This node, once its sums are those of its subtree.
+
+        They are computed from the children each time: a running total would drift, for floats do not subtract exactly.
+        """
+        self.size, self.total_work, self.least_tokens = 1, self.work, self.tokens
+        for child in (self.left, self.right):
+            if child is not None:
+                self.size += child.size
+                self.total_work += child.total_work
+                self.least_tokens = tuple(map(min, self.least_tokens, child.least_tokens))
+        return self
+
+
+class WorkTree(Generic[Value]):
+    """A treap: a search tree by key that is a heap by a random rank, which keeps its depth near 2 ln n.
+
+    Each value has units of work, which are summed, and tuples of tokens of one length, by which it is found.
+    """
+
+    def __init__(self) -> None:
+        self._root: _Node[Value] | None = None
+        self._random = random.Random(0)
+
+    def __len__(self) -> int:
+        return 0 if self._root is None else self._root.size
+
+    def __iter__(self) -> Iterator[tuple[Key, Value]]:
+        """All in order; the first of them come without a visit to the others."""
+        path: list[_Node[Value]] = []
+        node = self._root
+        while path or node is not None:
+            while node is not None:
+                path.append(node)
+                node = node.left
+            node = path.pop()
+            yield node.key, node.value
+            node = node.right
+
+    @property
+    def work(self) -> float:
+        """Units of all values."""
+        return 0.0 if self._root is None else self._root.total_work
+
+    def add(self, key: Key, value: Value, work: float, tokens: tuple[float, ...]) -> None:
+        """`key` is no other value's."""
+        self._root = _insert(self._root, _Node(key, value, work, tokens, self._random.random()))
+
+    def remove(self, key: Key) -> None:
+        """Raises KeyError where no value has this key."""
+        self._root = _remove(self._root, key)
+
+    def work_before(self, key: Key) -> float:
+        """Units of all values with smaller keys."""
+        work, node = 0.0, self._root
+        while node is not None:
+            if node.key < key:
+                work += node.work + (0.0 if node.left is None else node.left.total_work)
+                node = node.right
+            else:
+                node = node.left
+        return work
+
+    def first_after(self, key: Key | None, index: int, limit: float) -> tuple[Key, Value] | None:
+        """The first value behind `key` (None: of all) whose `tokens[index]` are at most `limit`."""
+        found = _first_after(self._root, key, index, limit)
+        return None if found is None else (found.key, found.value)
+
+
+def _insert(node: _Node[Value] | None, new: _Node[Value]) -> _Node[Value]:
+    if node is None:
+        return new
+    if new.rank > node.rank:
+        new.left, new.right = _split(node, new.key)
+        return new.refreshed()
+    assert new.key != node.key
+    if new.key < node.key:
+        node.left = _insert(node.left, new)
+    else:
+        node.right = _insert(node.right, new)
+    return node.refreshed()
+
+
+def _split(node: _Node[Value] | None, key: Key) -> tuple[_Node[Value] | None, _Node[Value] | None]:
+    """The subtrees of smaller and of larger keys."""
+    if node is None:
+        return None, None
+    assert key != node.key
+    if node.key < key:
+        node.right, larger = _split(node.right, key)
+        return node.refreshed(), larger
+    smaller, node.left = _split(node.left, key)
+    return smaller, node.refreshed()
+
+
+def _remove(node: _Node[Value] | None, key: Key) -> _Node[Value] | None:
+    if node is None:
+        raise KeyError(key)
+    if node.key == key:
+        return _merge(node.left, node.right)
+    if key < node.key:
+        node.left = _remove(node.left, key)
+    else:
+        node.right = _remove(node.right, key)
+    return node.refreshed()
+
+
+def _merge(smaller: _Node[Value] | None, larger: _Node[Value] | None) -> _Node[Value] | None:
+    """One tree of two; every key of the first is smaller than every key of the second."""
+    if smaller is None or larger is None:
+        return larger if smaller is None else smaller
+    if smaller.rank > larger.rank:
+        smaller.right = _merge(smaller.right, larger)
+        return smaller.refreshed()
+    larger.left = _merge(smaller, larger.left)
+    return larger.refreshed()
+
+
+def _first_after(node: _Node[Value] | None, key: Key | None, index: int, limit: float) -> _Node[Value] | None:
+    """A subtree without a match is left at once, so one path to `key` and one to the match are visited."""
+    if node is None or node.least_tokens[index] > limit:
+        return None
+    if key is not None and node.key <= key:
+        return _first_after(node.right, key, index, limit)
+    if (found := _first_after(node.left, key, index, limit)) is not None:
+        return found
+    return node if node.tokens[index] <= limit else _first_after(node.right, None, index, limit)

@@ -1,0 +1,28 @@
+"""The envelope around encoded pictures."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+from vllm_omni.entrypoints.openai.answers import json_around
+from vllm_omni.outputs import OmniRequestOutput
+
+
+async def test_the_total_time_includes_the_encoding() -> None:
+    async def item(data: bytes) -> bytes:
+        await asyncio.sleep(0.01)
+        return data
+
+    output = OmniRequestOutput(request_id="r", prompt="x", images=[], timings={"queue": 1.0, "total": 5.0})
+    response = await json_around([item(b"1"), item(b"2")], "data", output, lambda timings: {"timings": timings})
+    body = b"".join([piece async for piece in response.body_iterator])  # type: ignore[misc]
+    assert int(response.headers["content-length"]) == len(body)
+    answer = json.loads(body)
+    assert answer["data"] == [1, 2]
+    timings = answer["timings"]
+    assert timings["queue"] == 1.0
+    assert timings["media_encode"] >= 0.009
+    assert timings["total"] == pytest.approx(5.0 + timings["media_encode"], abs=1e-9)
