@@ -112,7 +112,7 @@ def ulysses(
 ) -> AttentionParts:
     group, pack, qkv = _shares(world, device, branches, heads, head_dim)
     backend = create_attention(fastest_attention(device, head_dim))
-    layer = ShardedAttention(backend, group, Ring(Group.alone()), pack)
+    layer = ShardedAttention(backend, group, Group.alone(), pack)
     parts, tokens = cut(heads, group.size), [sum(lengths) for lengths in pack.joint_lengths]
     mine, here, there = parts[group.rank], tokens[group.rank], sum(tokens)
     exchanges = []
@@ -145,7 +145,7 @@ def ring(world: World, device: torch.device, branches: Sequence[Branch], heads: 
             blocks.post(held, shapes[(group.rank - step) % group.size])
             held = blocks.wait()
 
-    moving, standing = (ShardedAttention(backend, Group.alone(), r, pack) for r in (Ring(group), StandingRing(group)))
+    moving, standing = (ShardedAttention(backend, Group.alone(), group, pack, make) for make in (Ring, StandingRing))
     held_on = [shapes[(group.rank - step) % group.size] for step in range(group.size - 1)]
     passed_on = kv.element_size() * sum(torch.Size(shape).numel() for shape in held_on)
     return AttentionParts(

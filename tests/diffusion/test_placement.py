@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_omni.diffusion.placement import TOLERANCE, balance
+from vllm_omni.diffusion.placement import balance
 
 LENGTHS = st.lists(st.integers(1, 5000), min_size=1, max_size=2)
 
@@ -40,6 +41,16 @@ def test_not_at_the_price_of_an_idle_group() -> None:
     assert sorted(balance(tokens, 2, {"a": [0], "b": [0]}).values()) == [[0], [1]]
 
 
+@pytest.mark.parametrize(("fullest", "stay"), [(109, True), (112, False)])
+def test_sequences_stay_where_that_makes_no_step_a_tenth_longer(fullest: int, stay: bool) -> None:
+    tokens = {"a": [fullest - 50], "b": [50], "c": [50], "d": [150 - fullest]}
+    last = {"a": [0], "b": [0], "c": [1], "d": [1]}
+    assert max(loads(tokens, last, 2)) == fullest
+    placement = balance(tokens, 2, last)
+    assert max(loads(tokens, placement, 2)) == (fullest if stay else 100)
+    assert (placement == last) == stay
+
+
 @given(st.dictionaries(st.sampled_from("abcdefgh"), LENGTHS, min_size=1), st.integers(1, 4), st.data())
 def test_the_fullest_group_is_hardly_fuller_than_it_need_be(
     tokens: dict[str, list[int]], num_groups: int, data: st.DataObject
@@ -48,6 +59,5 @@ def test_the_fullest_group_is_hardly_fuller_than_it_need_be(
     last = {id: data.draw(st.lists(group, min_size=len(n), max_size=len(n))) for id, n in tokens.items() if id < "e"}
     placement = balance(tokens, num_groups, last)
     assert {id: len(groups) for id, groups in placement.items()} == {id: len(n) for id, n in tokens.items()}
-    assert max(loads(tokens, placement, num_groups)) <= TOLERANCE * max(
-        loads(tokens, balance(tokens, num_groups), num_groups)
-    )
+    fresh = max(loads(tokens, balance(tokens, num_groups), num_groups))
+    assert max(loads(tokens, placement, num_groups)) <= 1.1 * fresh

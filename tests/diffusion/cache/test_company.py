@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,11 @@ import torch
 
 from tests.diffusion.cache.driving import Skips, draw, started, watch_skips
 from tests.diffusion.worker.driving import Drive, make_request, psnr
+from vllm_omni.diffusion.cache.base import Budget
 from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.models.arrangement import Arrangement
+from vllm_omni.diffusion.packing import Hidden
+from vllm_omni.diffusion.worker.runner import ModelRunner
 
 BACKENDS: dict[str, dict[str, Any]] = {
     "cache_dit": {"residual_diff_threshold": 0.2, "max_warmup_steps": 2, "Bn_compute_blocks": 1},
@@ -25,6 +31,13 @@ TALL = make_request("tall", "apple " * 20, height=80, width=48, num_inference_st
 OPTED_OUT = make_request("opted out", "blue", num_inference_steps=8, seed=7, cache=False)
 ARRIVALS = {0: [LONG], 2: [WIDE, SHORT], 5: [TALL, OPTED_OUT]}
 REQUESTS = [LONG, WIDE, SHORT, TALL, OPTED_OUT]
+
+
+@pytest.fixture(scope="module")
+def plain(calm_model: Path) -> Drive:
+    """All requests without a cache."""
+    drive, _ = draw(calm_model, "none", {}, ARRIVALS)
+    return drive
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -46,9 +59,8 @@ def test_decisions_and_pictures_are_those_of_the_request_alone(calm_model: Path,
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_request_that_opts_out_is_drawn_as_without_a_cache(calm_model: Path, backend: str) -> None:
+def test_a_request_that_opts_out_is_drawn_as_without_a_cache(calm_model: Path, plain: Drive, backend: str) -> None:
     cached, _ = draw(calm_model, backend, BACKENDS[backend], ARRIVALS)
-    plain, _ = draw(calm_model, "none", {}, ARRIVALS)
     assert psnr(cached.images["opted out"], plain.images["opted out"]) >= 60
     assert psnr(cached.images["long"], plain.images["long"]) < 60
 
@@ -76,29 +88,85 @@ def test_results_tell_what_was_cached_and_what_is_kept(calm_model: Path, backend
     assert results[-1].cache_bytes == runner.pipeline.step_cache.budget.num_bytes == 0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_what_does_not_fit_is_a_miss(calm_model: Path, backend: str) -> None:
-    plain, _ = draw(calm_model, "none", {}, ARRIVALS)
-    runner = started(calm_model, backend, BACKENDS[backend])
+# Zeros are steps that may be reused, whatever has changed.
+STATIC: dict[str, Any] = {
+    "steps_computation_mask": [1, 1, 1, 0, 0, 1, 0, 1, 0, 0, 1, 0, 1, 0, 0, 1],
+    "steps_computation_policy": "static",
+}
+BUDGETED: dict[str, tuple[str, dict[str, Any]]] = {
+    "tea_cache": ("tea_cache", BACKENDS["tea_cache"]),
+    "cache_dit": ("cache_dit", BACKENDS["cache_dit"]),
+    "TaylorSeer": ("cache_dit", {**BACKENDS["cache_dit"], "enable_taylorseer": True, "taylorseer_order": 2}),
+    "static mask": ("cache_dit", STATIC),
+}
+
+
+@pytest.mark.parametrize("name", BUDGETED)
+def test_what_does_not_fit_is_a_miss(calm_model: Path, plain: Drive, name: str) -> None:
+    runner = started(calm_model, *BUDGETED[name])
     skips = watch_skips(runner)
     runner.pipeline.step_cache.budget.max_bytes = 100
     drive = Drive(runner)
     results = watch_results(drive)
     drive.run(ARRIVALS)
+    assert drive.errors == {}
     assert not any(steps for branches in skips.values() for steps in branches)
     assert max(result.cache_bytes for result in results) == 0
     for request in REQUESTS:
         assert psnr(drive.images[request.request_id], plain.images[request.request_id]) >= 60
 
-    # Room for some only: the most that is kept at once stays below the bound, and some still skip.
-    limit = 40_000
-    runner.pipeline.step_cache.budget.max_bytes = limit
-    skips.clear()
-    drive = Drive(runner)
-    results = watch_results(drive)
-    drive.run(ARRIVALS)
-    assert 0 < max(result.cache_bytes for result in results) <= limit
-    assert any(steps for branches in skips.values() for steps in branches)
+
+def tensors_in(value: object) -> Iterator[torch.Tensor]:
+    """Every tensor that dataclasses and tuples hold."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from tensors_in(item)
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from tensors_in(getattr(value, field.name))
+
+
+def held_bytes(budget: Budget) -> int:
+    """The memory behind all that slots hold, counted without what caches say of themselves."""
+    storages = [x.untyped_storage() for slot in budget._slots for x in tensors_in(slot)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def watch_memory(runner: ModelRunner) -> list[int]:
+    """Filled with the bytes that are held after each run of the blocks, when the last step's are not dropped yet."""
+    cache, held = runner.pipeline.step_cache, []
+    run = cache.run
+
+    def watched(*args: Any) -> Hidden:
+        output = run(*args)
+        held.append(held_bytes(cache.budget))
+        assert held[-1] == cache.budget.num_bytes
+        return output
+
+    cache.run = watched  # type: ignore[method-assign]
+    return held
+
+
+@pytest.mark.parametrize("name", BUDGETED)
+def test_the_budget_bounds_the_memory_that_is_held(calm_model: Path, name: str) -> None:
+    runner = started(calm_model, *BUDGETED[name])
+    skips, held = watch_skips(runner), watch_memory(runner)
+    budget = runner.pipeline.step_cache.budget
+
+    def run(max_bytes: float) -> tuple[Skips, int]:
+        skips.clear()
+        held.clear()
+        budget.max_bytes = max_bytes
+        assert Drive(runner).run({0: [LONG], 2: [WIDE]}).errors == {}
+        return dict(skips), max(held)
+
+    all_skips, most = run(math.inf)
+    assert run(most) == (all_skips, most), "what fits is kept"
+    for share in (0.6, 0.3):
+        _, bounded = run(share * most)
+        assert 0 < bounded <= share * most
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -170,6 +238,5 @@ def test_a_pack_of_those_that_go_on_is_made_once(calm_model: Path) -> None:
     assert len(selected) == len(set(selected))
 
 
-def test_pictures_are_worth_comparing(calm_model: Path) -> None:
-    drive, _ = draw(calm_model, "none", {}, ARRIVALS)
-    assert all(np.std(image) > 2 for image in drive.images.values())
+def test_pictures_are_worth_comparing(plain: Drive) -> None:
+    assert all(np.std(image) > 2 for image in plain.images.values())

@@ -149,6 +149,27 @@ def test_a_sequence_that_moves_between_rank_groups_has_a_miss(calm_model: Path, 
                 assert psnr(pictures[request_id], picture) >= 60
 
 
+STATIC: dict[str, Any] = {"steps_computation_mask": [1, *[0] * 11], "steps_computation_policy": "static"}
+
+
+@pytest.mark.parametrize(("backend", "config"), [*CACHES.items(), ("cache_dit", STATIC)])
+def test_what_one_rank_has_no_room_for_is_a_miss_on_all(calm_model: Path, backend: str, config: dict[str, Any]) -> None:
+    parallel = LAYOUTS["ulysses"]
+    for skips in run_places(draw_with_one_room, parallel, parallel, calm_model, backend, config):
+        assert not any(steps for branches in skips.values() for steps in branches)
+
+
+def draw_with_one_room(
+    place: Place, parallel: DiffusionParallelConfig, path: Path, backend: str, config: dict[str, Any]
+) -> Skips:
+    runner = started(place, parallel, path, cache_backend=backend, cache_config=config)
+    if place.rank == 1:
+        runner.pipeline.step_cache.budget.max_bytes = 0
+    skips = watch_skips(runner)
+    assert Drive(runner, merge=merging(runner)).run(random_arrivals(0)).errors == {}
+    return dict(skips)
+
+
 def draw_uncached(
     place: Place, parallel: DiffusionParallelConfig, path: Path, seeds: Sequence[int]
 ) -> list[dict[str, np.ndarray]]:

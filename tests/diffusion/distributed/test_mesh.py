@@ -22,7 +22,7 @@ def test_axes_are_nested_with_tensor_innermost() -> None:
     groups = rank_groups(parallel)
     assert groups["tensor"][:2] == [[0, 1], [2, 3]]
     assert groups["ulysses"][:3] == [[0, 2], [1, 3], [4, 6]]
-    assert groups["ring"][:3] == [[0, 4], [2, 6], [1, 5]] or sorted(groups["ring"])[:2] == [[0, 4], [1, 5]]
+    assert groups["ring"][:3] == [[0, 4], [1, 5], [2, 6]]
     assert groups["sequence"][:2] == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert groups["gather"] == [list(range(0, 16, 2)), list(range(1, 16, 2))]
     assert groups["vae"][1] == [4, 5, 6, 7]

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.diffusion.distributed.ranks import run_places
+from tests.diffusion.distributed.ranks import run_places, run_ranks
 from tests.diffusion.worker.driving import Drive, make_request, psnr
 from tests.diffusion.worker.replica import merging, started
 from vllm_omni.diffusion.data import DiffusionParallelConfig
-from vllm_omni.diffusion.distributed.groups import Group
+from vllm_omni.diffusion.distributed.groups import Group, GroupBrokenError
+from vllm_omni.diffusion.distributed.mesh import World
 from vllm_omni.diffusion.models.base import RequestState
 from vllm_omni.diffusion.plan import ItemError, StepPlan
 from vllm_omni.diffusion.worker.contract import Place
@@ -194,6 +195,26 @@ def lose(place: Place, parallel: DiffusionParallelConfig, path: Path) -> str:
 def test_ranks_that_are_not_in_the_same_step_give_up(tiny_model: Path) -> None:
     parallel = DiffusionParallelConfig(ulysses_degree=2)
     assert run_places(lose, parallel, parallel, tiny_model) == ["RanksLostError"] * 2
+
+
+def break_off(world: World, guilty: int | None) -> str:
+    """Every rank's exchange breaks off; `guilty` says that it was the cause."""
+
+    def run() -> None:
+        raise ValueError("poisoned") if world.rank == guilty else GroupBrokenError("connection reset")
+
+    try:
+        Ranks(world).attempt(run)
+    except Exception as error:
+        return type(error).__name__
+    return "went on"
+
+
+def test_an_exchange_that_breaks_off_by_no_ranks_fault_ends_all() -> None:
+    """Nobody would have an error to tell, and the request would vanish."""
+    parallel = DiffusionParallelConfig(ulysses_degree=2)
+    assert run_ranks(break_off, parallel, None) == ["RanksLostError"] * 2
+    assert run_ranks(break_off, parallel, 1) == ["PeerFailedError", "ValueError"]
 
 
 def test_a_single_rank_asks_nobody() -> None:

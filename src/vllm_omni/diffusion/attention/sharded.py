@@ -30,7 +30,7 @@ class PackedAttention:
     def __init__(self, backend: AttentionBackend, ulysses: Group, ring: Group) -> None:
         self._backend = backend
         self._ulysses = ulysses
-        self._ring = Ring(ring)
+        self._ring = ring
 
     def over(self, pack: Pack) -> Attend:
         if self._ulysses.size * self._ring.size > 1:
@@ -42,10 +42,19 @@ class PackedAttention:
 class ShardedAttention:
     """The exchange of one pack. T: tokens of this rank; S: those of all ranks of its Ulysses group; H, h: heads."""
 
-    def __init__(self, backend: AttentionBackend, ulysses: Group, ring: Ring, pack: Pack) -> None:
+    def __init__(
+        self,
+        backend: AttentionBackend,
+        ulysses: Group,
+        ring: Group,
+        pack: Pack,
+        make_ring: Callable[[Group], Ring] = Ring,
+    ) -> None:
+        """make_ring: makes the Ring of one call."""
         self._backend = backend
         self._ulysses = ulysses
         self._ring = ring
+        self._make_ring = make_ring
         device = pack.text_sequence.device
         # The rank that is `u` in its Ulysses group and `r` in its ring holds part r * ulysses + u of every sequence.
         shards = [pack.joint_lengths[r * ulysses.size : (r + 1) * ulysses.size] for r in range(ring.size)]
@@ -86,12 +95,14 @@ class ShardedAttention:
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[S, h, d] each -> the same: my queries over the keys and values of the whole ring."""
-        ring, offsets = self._ring, self._offsets
-        mine = offsets[ring.rank]
-        if ring.size == 1:
+        group, offsets = self._ring, self._offsets
+        mine = offsets[group.rank]
+        if group.size == 1:
             return self._backend.attend(q, k, v, mine, mine)
+        # A new one for each call: a call that fails (on a rank that runs out of memory, or while it is recorded as a
+        # CUDA graph) may leave a block on its way, and is repeated.
+        ring = self._make_ring(group)
         merged = Merged()
-        ring.forget()  # a call that failed may have left a block on its way
         kv = torch.stack((k, v))
         for step in range(ring.size):
             held = offsets[(ring.rank - step) % ring.size]

@@ -54,11 +54,16 @@ class TeaCache(StepCache):
         accumulated = self._accumulated(sequences, signals)
         small = {i: total for i, total in accumulated.items() if total < self._threshold}
         parts = blocks.pack.sequences(hidden) if small else []
-        reused = {i: self._reuse(sequences[i], parts[i], signals[i], total) for i, total in small.items()}
+        spare = self.budget.max_bytes - self.budget.num_bytes
+        reused = {}
+        for i, total in small.items():
+            # Until the step is done the last step's signal is held as well, for the step may be repeated.
+            has_room = signals[i].nbytes <= spare
+            spare -= signals[i].nbytes if has_room else 0
+            reused[i] = self._reuse(sequences[i], parts[i], signals[i] if has_room else None, total)
         left = run_others(blocks, hidden, reused, range(blocks.num_blocks))
         computed = [i for i, sequence in enumerate(sequences) if sequence.slot is not None and i not in reused]
         before, after = hidden.image.split(lengths), left.image.split(lengths)
-        spare = self.budget.max_bytes - self.budget.num_bytes
         with_room = []
         for i in computed:
             if (num_bytes := 2 * signals[i].nbytes) > spare:
@@ -70,11 +75,13 @@ class TeaCache(StepCache):
             self._keep(sequences[i], TeaKept(signals[i], added), skipped=False)
         return left
 
-    def _reuse(self, sequence: SequenceStep, before: Hidden, signal: Tensor, total: float) -> Hidden:
+    def _reuse(self, sequence: SequenceStep, before: Hidden, signal: Tensor | None, total: float) -> Hidden:
+        """The last change of the image once more. signal: None where it finds no room, a miss at the next step."""
         kept = sequence.kept
         assert isinstance(kept, TeaKept)
         assert kept.added is not None
-        self._keep(sequence, TeaKept(signal, kept.added, total), skipped=True)
+        coming = TeaKept() if signal is None else TeaKept(signal, kept.added, total)
+        self._keep(sequence, coming, skipped=True)
         return Hidden(before.text, before.image + kept.added)
 
     def _accumulated(self, sequences: Sequence[SequenceStep], signals: Sequence[Tensor]) -> dict[int, float]:

@@ -12,7 +12,11 @@ from vllm_omni.diffusion.distributed.groups import Group, unbroken
 
 
 class Ring:
-    """`post` a block to the next rank, compute, then `wait` for the block of the rank before. One at a time."""
+    """One journey of blocks round a group: `post` a block to the next rank, compute, then `wait` for the block of the
+    rank before. One block at a time.
+
+    A journey that fails is given up with its Ring; the next one is a new Ring and knows nothing of lost blocks.
+    """
 
     def __init__(self, group: Group) -> None:
         self._group = group
@@ -34,8 +38,7 @@ class Ring:
         group = self._group
         if group.size == 1:
             raise RuntimeError("Ring.post: a ring of one rank has nobody to send to")
-        # A block that was on its way when the group broke is lost with it.
-        if self._under_way is not None and self._under_way.process_group is group.process_group:
+        if self._under_way is not None:
             raise RuntimeError("Ring.post was called twice: wait() for the block that is on its way first")
         outgoing, incoming = block.contiguous(), block.new_empty(tuple(incoming_shape))
         group.count("p2p", outgoing)
@@ -47,11 +50,7 @@ class Ring:
         ]
         with unbroken():
             works = dist.batch_isend_irecv(jobs) if jobs else []
-        self._under_way = _UnderWay(group.process_group, works, outgoing, incoming)
-
-    def forget(self) -> None:
-        """The block that is on its way, if there is one."""
-        self._under_way = None
+        self._under_way = _UnderWay(works, outgoing, incoming)
 
     def wait(self) -> Tensor:
         """The block that has arrived. Raises RuntimeError without a `post`, GroupBrokenError when it is lost."""
@@ -66,7 +65,6 @@ class Ring:
 
 @dataclass(frozen=True)
 class _UnderWay:
-    process_group: dist.ProcessGroup
     works: list[dist.Work]
     outgoing: Tensor
     """Kept: it is being read."""

@@ -25,9 +25,9 @@ TILES = {
     "tile_sample_min_height": 64,
     "tile_sample_min_width": 48,
     "tile_sample_stride_height": 48,
-    "tile_sample_stride_width": 32,
+    "tile_sample_stride_width": 40,
 }
-"""Smaller than the VAE's own, and not square: 8 x 6 latent pixels."""
+"""Smaller than the VAE's own, and not square: 8 x 6 latent pixels, which overlap by 2 downwards and 1 to the right."""
 GRIDS = [(4, 3), (5, 7), (5, 7), (1, 9), (11, 2)]
 """Rows and columns of tokens (2 x 2 latent pixels each): one tile, odd numbers of tiles, a strip each way."""
 
