@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import logging
 import math
 import threading
 import uuid
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,10 +31,13 @@ from vllm_omni.diffusion.registry import load_model_info
 from vllm_omni.diffusion.replicas import Replicas
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.diffusion.weight_files import check_model
-from vllm_omni.errors import ConfigError, InvalidRequestError, UnavailableError
+from vllm_omni.errors import ConfigError, InvalidRequestError, RequestError, UnavailableError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt, PromptLike, parse_prompt
 from vllm_omni.logs.bars import progress_bar
 from vllm_omni.outputs import OmniRequestOutput
+from vllm_omni.prompt_lists import error_of_prompt, list_of_prompts, params_of_prompts, raise_first_failure
+
+logger = logging.getLogger(__name__)
 
 SHUTDOWN_SECONDS = 30.0
 
@@ -68,6 +72,8 @@ class Job:
     prompt: str
     output_type: str
     requests: list[DiffusionRequest]
+    ignored: str = ""
+    """Parameters without effect, and what they need to have one."""
     images: dict[str, np.ndarray] = field(default_factory=dict)
     timings: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -109,6 +115,19 @@ class Job:
             num_output_tokens=sum(r.num_image_tokens for r in self.requests),
         )
 
+    def failure(self, error: RequestError) -> OmniRequestOutput:
+        """The output in place of the result."""
+        return OmniRequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            seeds=[r.seed for r in self.requests],
+            finished=True,
+            num_inference_steps=self.requests[0].num_inference_steps,
+            num_prompt_tokens=self.requests[0].num_prompt_tokens,
+            num_input_image_tokens=self.requests[0].num_reference_tokens,
+            error=error,
+        )
+
     def _image(self, pixels: np.ndarray) -> Any:
         """A video [frames, height, width, 3] is a list of pictures."""
         if self.output_type == "np":
@@ -147,8 +166,16 @@ class OutputStream:
         return self._job.progress(event)
 
     async def aclose(self) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """What `aclose` does, for callers that cannot await."""
         self._finished = True
         self._end(self._job)
+
+    def failure(self, error: RequestError) -> OmniRequestOutput:
+        """The output of a stream that ended with `error`."""
+        return self._job.failure(error)
 
 
 class AsyncOmni:
@@ -188,6 +215,7 @@ class AsyncOmni:
         else:
             self._engine = Replicas(self.config, make, observer)
         self._jobs: dict[str, Job] = {}
+        self._has_warned = False
 
     async def start(self) -> None:
         """Load the weights, warm up, begin to serve. Raises ConfigError or WorkerDiedError with the reason."""
@@ -215,7 +243,9 @@ class AsyncOmni:
         A wrong or refused request raises a RequestError here, not in the iterator. A failure later is raised by
         the iterator. Closing the iterator early aborts the request.
         """
-        return self.submit(self.resolve(prompt, sampling_params, request_id))
+        job = self.resolve(prompt, sampling_params, request_id)
+        self.warn_of_ignored(job)
+        return self.submit(job)
 
     def resolve(
         self,
@@ -233,7 +263,15 @@ class AsyncOmni:
             )
         request_id = request_id or f"omni-{uuid.uuid4().hex}"
         requests = intake.resolve(parsed, params, request_id)
-        return Job(request_id, parsed.prompt, params.output_type, requests)
+        guides = len(requests[0].cost.branch_tokens) > 1
+        ignored = "" if guides else self.info.guidance.missing_half(parsed.negative_prompt, params)
+        return Job(request_id, parsed.prompt, params.output_type, requests, ignored)
+
+    def warn_of_ignored(self, job: Job) -> None:
+        """Log, once for this engine, that a request asks for guidance and gets none."""
+        if job.ignored and not self._has_warned:
+            self._has_warned = True
+            logger.warning("there is no guidance, and this has no effect: %s (said once)", job.ignored)
 
     def fit_images(self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams) -> OmniPrompt:
         """See `Intake.fit_images`."""
@@ -313,37 +351,44 @@ class Omni:
 
     def generate(
         self,
-        prompts: PromptLike | Sequence[PromptLike],
-        sampling_params: OmniDiffusionSamplingParams | Sequence[OmniDiffusionSamplingParams] | None = None,
+        prompts: PromptLike | Iterable[PromptLike],
+        sampling_params: OmniDiffusionSamplingParams | Iterable[OmniDiffusionSamplingParams] | None = None,
     ) -> list[OmniRequestOutput]:
         """One output a prompt, in order. `sampling_params`: one for all, or one each.
 
-        Raises InvalidRequestError before anything runs if a request is wrong, and the first failure after the
-        others have ended.
+        Raises InvalidRequestError before anything runs if a request is wrong. A prompt that fails later stops no
+        other: when all have ended, the first failure is raised (a RequestError). Its `index` is the number of the
+        prompt, and its `outputs` are those of all prompts: a failed one has its `error` and no images.
         """
-        prompt_list = list(prompts) if isinstance(prompts, Sequence) and not isinstance(prompts, str) else [prompts]
-        if isinstance(sampling_params, Sequence) and not isinstance(sampling_params, str):
-            if len(sampling_params) != len(prompt_list):
-                raise InvalidRequestError(
-                    f"got {len(prompt_list)} prompts and {len(sampling_params)} sampling_params: give one, or one each",
-                    param="sampling_params",
-                )
-            params_list: list[Any] = list(sampling_params)
-        else:
-            params_list = [sampling_params] * len(prompt_list)
+        prompt_list = list_of_prompts(prompts)
+        params_list = params_of_prompts(sampling_params, len(prompt_list))
         outputs: list[OmniRequestOutput] = self._call(self._generate_all(prompt_list, params_list))
+        raise_first_failure(outputs)
         return outputs
 
-    async def _generate_all(self, prompts: list[Any], params: list[Any]) -> list[OmniRequestOutput]:
-        jobs = [self._async.resolve(p, s) for p, s in zip(prompts, params)]
+    async def _generate_all(self, prompts: list[PromptLike], params: list[Any]) -> list[OmniRequestOutput]:
+        jobs = []
+        for index, (prompt, prompt_params) in enumerate(zip(prompts, params)):
+            try:
+                jobs.append(self._async.resolve(prompt, prompt_params))
+            except RequestError as error:
+                raise error_of_prompt(error, index, len(prompts)) from error.__cause__
+            self._async.warn_of_ignored(jobs[-1])
         total = sum(r.num_inference_steps for job in jobs for r in job.requests)
         with progress_bar(total, "denoising", shown=self._progress_bar, unit="step") as bar:
-            streams = [self._async.submit(job) for job in jobs]
-            results = await asyncio.gather(*(_last_output(s, bar) for s in streams), return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-        return [result for result in results if isinstance(result, OmniRequestOutput)]
+            return await asyncio.gather(*(_last_output(stream, bar) for stream in self._submit_all(jobs)))
+
+    def _submit_all(self, jobs: list[Job]) -> list[OutputStream]:
+        """Run all or none."""
+        streams: list[OutputStream] = []
+        for index, job in enumerate(jobs):
+            try:
+                streams.append(self._async.submit(job))
+            except RequestError as error:
+                for stream in streams:
+                    stream.stop()
+                raise error_of_prompt(error, index, len(jobs)) from error.__cause__
+        return streams
 
     def _call(self, coroutine: Any) -> Any:
         if not self._finalizer.alive:
@@ -368,6 +413,7 @@ class Omni:
 
 
 async def _last_output(stream: OutputStream, bar: tqdm) -> OmniRequestOutput:
+    """The result of a stream, or the output that holds its failure."""
     steps: dict[int, int] = {}
     try:
         async for output in stream:
@@ -375,6 +421,8 @@ async def _last_output(stream: OutputStream, bar: tqdm) -> OmniRequestOutput:
                 return output
             bar.update(output.step - steps.get(output.index, 0))
             steps[output.index] = output.step
+    except RequestError as error:
+        return stream.failure(error)
     finally:
         await stream.aclose()
     raise AssertionError("a stream ends with its result or an error")

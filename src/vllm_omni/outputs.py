@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+
+from PIL import Image
+
+from vllm_omni.errors import RequestError
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +22,7 @@ class OmniRequestOutput:
 
     request_id: str
     prompt: str
-    images: list[Any] = field(default_factory=list)
+    images: list[Image.Image] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     finished: bool = False
@@ -33,3 +36,5 @@ class OmniRequestOutput:
     """Image tokens (latent patches) of the pictures to edit."""
     num_output_tokens: int = 0
     """Image tokens (latent patches) over all outputs."""
+    error: RequestError | None = None
+    """Failure of this prompt, which then has no images; see `Omni.generate`."""
