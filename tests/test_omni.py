@@ -15,6 +15,7 @@ import pytest
 
 from tests.fakes import FakeExecutor, FakeRunner, fake_image, make_request
 from vllm_omni import AsyncOmni, Omni
+from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.plan import ItemError
 from vllm_omni.errors import (
     ConfigError,
@@ -136,6 +137,20 @@ def test_numbers_of_numpy_are_numbers(omni: Omni) -> None:
     assert np.array_equal(np.asarray(output.images[0]), expected(5))
 
 
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_config_and_its_own_keyword_hide_the_bar(
+    shown: bool, device: FakeExecutor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for config, progress_bar in [
+        (OmniDiffusionConfig("demo", progress_bar=shown), True),
+        (OmniDiffusionConfig("demo"), shown),
+    ]:
+        with Omni(config, progress_bar=progress_bar) as omni:
+            omni.generate("x", SMALL)
+            assert omni._async.config.progress_bar is shown
+        assert ("denoising" in capsys.readouterr().err) is shown
+
+
 async def test_what_no_worker_can_be_sent_is_one_requests_failure(device: FakeExecutor) -> None:
     omni = AsyncOmni(model="demo")
     await omni.start()
@@ -241,6 +256,7 @@ def test_a_script_without_guard_and_close_ends_by_itself(backend: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (0, "(64, 64)\n"), done.stderr
     assert "Traceback" not in done.stderr, done.stderr
+    assert "%|" not in done.stderr, "progress_bar=False hides every bar"
 
 
 MANY_WORKERS = """

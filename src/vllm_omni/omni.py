@@ -11,7 +11,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -318,7 +318,8 @@ class AsyncOmni:
 class Omni:
     """`AsyncOmni` for scripts: blocking calls, a progress bar, nothing to close (but it may be, or used in `with`).
 
-    `progress_bar=False` switches the bar off; the other keywords are `AsyncOmni`'s.
+    `progress_bar=False` shows none: neither of steps, nor of a download, nor of loading weights. The other keywords
+    are `AsyncOmni`'s.
     """
 
     def __init__(
@@ -332,10 +333,11 @@ class Omni:
                 "max_pixels": 2**31,
                 "max_num_frames": 2**31,
             }
-            config = make_config(**{**unbounded, **settings})
+            config = make_config(**{**unbounded, **settings, "progress_bar": progress_bar})
         elif settings:
             raise ConfigError(f"give a config or keywords, not both: got a config and {sorted(settings)}")
-        self._progress_bar = progress_bar
+        elif not progress_bar and isinstance(config, OmniDiffusionConfig):
+            config = replace(config, progress_bar=False)
         self._async = AsyncOmni(config)
         self._loop = asyncio.new_event_loop()
         thread = threading.Thread(target=self._loop.run_forever, name="omni-loop", daemon=True)
@@ -375,7 +377,7 @@ class Omni:
                 raise error_of_prompt(error, index, len(prompts)) from error.__cause__
             self._async.warn_of_ignored(jobs[-1])
         total = sum(r.num_inference_steps for job in jobs for r in job.requests)
-        with progress_bar(total, "denoising", shown=self._progress_bar, unit="step") as bar:
+        with progress_bar(total, "denoising", shown=self._async.config.progress_bar, unit="step") as bar:
             return await asyncio.gather(*(_last_output(stream, bar) for stream in self._submit_all(jobs)))
 
     def _submit_all(self, jobs: list[Job]) -> list[OutputStream]:

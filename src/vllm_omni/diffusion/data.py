@@ -250,6 +250,9 @@ class OmniDiffusionConfig:
     """Token for private and gated hub models; True: that of `hf auth login`, which must be there; False: none; None:
     the variable HF_TOKEN or that of `hf auth login`, where there is one."""
 
+    progress_bar: bool = True
+    """Show bars on standard error while a hub model is downloaded and while weights are loaded."""
+
     def __post_init__(self) -> None:
         for name, aliases in ALIASES.items():
             value = getattr(self, name)
@@ -313,6 +316,7 @@ _NAMES = {
     "ring_degree": "--ring",
     "model": "model",
     "parallel": "parallel_config",
+    "progress_bar": "progress_bar",
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm_omni.diffusion.data import LoadFormat, OmniDiffusionConfig
 from vllm_omni.errors import ConfigError
+from vllm_omni.logs.bars import HiddenBar
 
 FILES = ("*.json", "*.txt", "*.jinja", "*.model")
 WEIGHTS = ("*.safetensors",)
@@ -16,15 +17,16 @@ WEIGHTS = ("*.safetensors",)
 
 @dataclass(frozen=True)
 class HubAccess:
-    """Version of a hub model, folder for the download, and token."""
+    """Version of a hub model, folder for the download, token, and whether a bar shows the download."""
 
     revision: str | None = None
     download_dir: str | None = None
     token: str | bool | None = field(default=None, repr=False)
+    progress_bar: bool = True
 
     @staticmethod
     def of(config: OmniDiffusionConfig) -> HubAccess:
-        return HubAccess(config.revision, config.download_dir, config.hf_token)
+        return HubAccess(config.revision, config.download_dir, config.hf_token, config.progress_bar)
 
 
 DEFAULT_ACCESS = HubAccess()
@@ -49,6 +51,7 @@ def download(model: str, load_format: LoadFormat, access: HubAccess) -> Path:
                 cache_dir=access.download_dir,
                 token=access.token,
                 allow_patterns=patterns,
+                tqdm_class=None if access.progress_bar else HiddenBar,
             )
         )
     except (http_error, HFValidationError, OSError) as error:
