@@ -6,6 +6,7 @@ Each wrong value raises ConfigError with the flag or field, what it got and what
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -254,6 +255,7 @@ class OmniDiffusionConfig:
     """Show bars on standard error while a hub model is downloaded and while weights are loaded."""
 
     def __post_init__(self) -> None:
+        self._write_as_text()
         for name, aliases in ALIASES.items():
             value = getattr(self, name)
             if isinstance(value, str) and value in aliases:
@@ -297,6 +299,17 @@ class OmniDiffusionConfig:
             )
         _refuse_unavailable(self)
 
+    def _write_as_text(self) -> None:
+        """Put strings in place of what scripts may give instead: PyTorch's types of numbers, and `Path` objects."""
+        if _is_torch_dtype(self.dtype):
+            object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
+        for name in ("model", "download_dir"):
+            if isinstance(value := getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, os.fspath(value))
+        if isinstance(self.lora_modules, Mapping):
+            paths = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in self.lora_modules.items()}
+            object.__setattr__(self, "lora_modules", paths)
+
     @property
     def cache(self) -> CacheConfig | None:
         return parse_cache_config(self.cache_backend, self.cache_config)
@@ -304,6 +317,12 @@ class OmniDiffusionConfig:
     def located(self, path: str) -> OmniDiffusionConfig:
         """The config of a worker: the model's folder in place of its hub name, and no token."""
         return replace(self, model=path, revision=None, download_dir=None, hf_token=None)
+
+
+def _is_torch_dtype(value: Any) -> bool:
+    # By its name: this module imports no PyTorch.
+    cls = type(value)
+    return (cls.__module__, cls.__name__) == ("torch", "dtype")
 
 
 def flag_of(name: str) -> str:

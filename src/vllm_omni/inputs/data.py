@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -17,8 +18,12 @@ class LoRARequest:
     """
 
     name: str
-    path: str | None = None
+    path: str | os.PathLike[str] | None = None
     scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.path, os.PathLike):
+            object.__setattr__(self, "path", os.fspath(self.path))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +50,7 @@ class OmniDiffusionSamplingParams:
     seed: int | None = None
     """Output i uses `seed + i`; None draws one and reports it."""
     num_outputs_per_prompt: int = 1
-    sigmas: tuple[float, ...] | None = None
+    sigmas: Sequence[float] | None = None
     """Custom noise schedule, one value a step, descending in (0, 1]."""
     max_sequence_length: int | None = None
     """Longest prompt accepted, in tokens."""
@@ -120,4 +125,5 @@ def _parse_images(data: Any) -> tuple[Any, ...]:
     images = data.get("image")
     if images is None:
         return ()
-    return tuple(images) if isinstance(images, Sequence) else (images,)
+    # Not any iterable: an array is one, and no list of pictures.
+    return tuple(images) if isinstance(images, Sequence | Iterator) else (images,)
