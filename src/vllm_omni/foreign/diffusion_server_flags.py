@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_omni.entrypoints.cli.foreign_flags import ForeignFlag, ignored, refused, renamed
+from vllm_omni.foreign.flags import ForeignFlag, ignored, refused, renamed
 
 _OFFLOAD = "--enable-cpu-offload or --enable-layerwise-offload"
 _OWN_FOLDER = "a model is loaded as its folder says"
