@@ -8,14 +8,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_type_hints
 from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 
 from tests.fakes import FakeExecutor, FakeRunner, fake_image, make_request
 from vllm_omni import AsyncOmni, Omni
-from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.diffusion.plan import ItemError
 from vllm_omni.errors import (
     ConfigError,
@@ -25,6 +27,7 @@ from vllm_omni.errors import (
     UnavailableError,
 )
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+from vllm_omni.keywords import OmniSettings
 from vllm_omni.outputs import OmniRequestOutput
 
 ROOT = Path(__file__).parents[1]
@@ -113,12 +116,18 @@ def test_what_was_closed_says_so(omni: Omni) -> None:
 
 
 def test_settings_are_checked_before_anything_loads() -> None:
-    with pytest.raises(ConfigError, match=r"'num_steps'; accepted are model, parallel_config, cache_backend"):
-        Omni(model="demo", num_steps=3)
+    with pytest.raises(ConfigError, match=r"^unknown keyword 'num_steps'; accepted are model, parallel_config, "):
+        Omni(model="demo", num_steps=3)  # type: ignore[call-arg]
     with pytest.raises(ConfigError, match=r"parallel_config takes a DiffusionParallelConfig, got \{\}"):
         Omni(model="demo", parallel_config={})
-    with pytest.raises(ConfigError, match=r"config takes an OmniDiffusionConfig, got 'demo'; .* model="):
-        Omni("demo")
+    with pytest.raises(ConfigError, match=r"^the first argument is an OmniDiffusionConfig or a model, got 3"):
+        Omni(3)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^give the model once: got 'demo' and model='other'"):
+        Omni("demo", model="other")
+    with pytest.raises(ConfigError, match=r"^give a config or keywords, not both: got a config and \['dtype'\]"):
+        Omni(OmniDiffusionConfig("demo"), dtype="float32")
+    with pytest.raises(ConfigError, match=r"^give parallel_config or its fields as keywords, not both"):
+        Omni("demo", parallel_config=DiffusionParallelConfig(), ulysses_degree=2)
     with pytest.raises(ConfigError, match="model must be a folder"):
         Omni()
     with pytest.raises(ConfigError, match="--max-num-seqs takes an integer, got 'a'"):
@@ -127,6 +136,29 @@ def test_settings_are_checked_before_anything_loads() -> None:
         Omni(model="demo", enable_cpu_offload=True)
     with pytest.raises(ConfigError, match=r"^model '/no/such/folder': there is no such folder$"):
         Omni(model="/no/such/folder")
+
+
+@pytest.mark.parametrize("name", [str, Path])
+async def test_a_model_is_a_name_or_a_path(
+    name: type[str] | type[Path], tiny_model: Path, device: FakeExecutor
+) -> None:
+    model = name(tiny_model)
+    for omni in (AsyncOmni(model), AsyncOmni(model=model)):
+        assert omni.config.model == str(tiny_model)
+        await omni.close()
+
+
+def test_keywords_are_the_fields_of_the_config() -> None:
+    def hints(cls: type) -> dict[str, object]:
+        return get_type_hints(cls, localns={"torch": torch})
+
+    keywords = hints(OmniSettings)
+    config = hints(OmniDiffusionConfig) | hints(DiffusionParallelConfig)
+    assert keywords.pop("parallel_config") == config.pop("parallel") | None  # type: ignore[operator]
+    assert keywords.keys() == config.keys()
+    paths_and_none = ("model", "lora_modules", "dtype", "download_dir", "cache_backend", "cache_config")
+    for name in keywords.keys() - set(paths_and_none):
+        assert keywords[name] == config[name], name
 
 
 def test_numbers_of_numpy_are_numbers(omni: Omni) -> None:

@@ -6,20 +6,21 @@ import asyncio
 import atexit
 import logging
 import math
+import os
 import threading
 import uuid
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Never, Unpack
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
+from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.engine import DiffusionEngine
 from vllm_omni.diffusion.events import EngineEvent, EngineObserver, EngineStatus, Failed, Finished, Preview
 from vllm_omni.diffusion.executor import make_executor
@@ -31,37 +32,24 @@ from vllm_omni.diffusion.registry import load_model_info
 from vllm_omni.diffusion.replicas import Replicas
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.diffusion.weight_files import check_model
-from vllm_omni.errors import ConfigError, InvalidRequestError, RequestError, UnavailableError
+from vllm_omni.errors import InvalidRequestError, RequestError, UnavailableError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt, PromptLike, parse_prompt
+from vllm_omni.keywords import OmniSettings, config_of
 from vllm_omni.logs.bars import progress_bar
 from vllm_omni.outputs import OmniRequestOutput
-from vllm_omni.prompt_lists import error_of_prompt, list_of_prompts, params_of_prompts, raise_first_failure
+from vllm_omni.prompt_lists import (
+    error_of_prompt,
+    list_of_prompts,
+    one_of_stages,
+    params_of_prompts,
+    raise_first_failure,
+    refuse_keywords,
+)
 
 logger = logging.getLogger(__name__)
 
 SHUTDOWN_SECONDS = 30.0
-
-
-def make_config(
-    model: str = "",
-    *,
-    parallel_config: DiffusionParallelConfig | None = None,
-    cache_backend: str | None = None,
-    cache_config: Mapping[str, Any] | None = None,
-    **settings: Any,
-) -> OmniDiffusionConfig:
-    """The engine's config from `Omni`'s keywords. Raises ConfigError for unknown ones and wrong values."""
-    try:
-        return OmniDiffusionConfig(
-            model=model,
-            parallel=DiffusionParallelConfig() if parallel_config is None else parallel_config,
-            cache_backend="none" if cache_backend is None else cache_backend,  # type: ignore[arg-type]  # checked there
-            cache_config={} if cache_config is None else cache_config,
-            **settings,
-        )
-    except TypeError as error:
-        names = ["parallel_config" if name == "parallel" else name for name in OmniDiffusionConfig.__dataclass_fields__]
-        raise ConfigError(f"{error}; accepted are {', '.join(names)}") from error
+StageParams = OmniDiffusionSamplingParams | Iterable[OmniDiffusionSamplingParams] | None
 
 
 @dataclass
@@ -181,22 +169,20 @@ class OutputStream:
 class AsyncOmni:
     """An engine for one model, on the running event loop.
 
-    Made from an `OmniDiffusionConfig` or from its fields as keywords (`model`, `parallel_config`,
-    `cache_backend`, `cache_config`, ...). Raises ConfigError when a setting or the model is wrong.
+    Made from an `OmniDiffusionConfig`, or from the model and further fields as keywords (`OmniSettings`). Raises
+    ConfigError when a setting or the model is wrong.
     """
 
     def __init__(
         self,
-        config: OmniDiffusionConfig | None = None,
+        config: OmniDiffusionConfig | str | os.PathLike[str] | None = None,
         *,
         observer: EngineObserver | None = None,
         early_workers: EarlyWorkers | None = None,
-        **settings: Any,
+        **settings: Unpack[OmniSettings],
     ) -> None:
-        """`early_workers`: workers of `config` that run already."""
-        self.config = make_config(**settings) if config is None else config
-        if not isinstance(self.config, OmniDiffusionConfig):
-            raise ConfigError(f"config takes an OmniDiffusionConfig, got {config!r}; a model's name is given as model=")
+        """`config`: a config, or the model. `early_workers`: workers of `config` that run already."""
+        self.config = config_of(config, settings)
         self.info = load_model_info(self.config.model, self.config.load_format, HubAccess.of(self.config))
         self.info.check_settings(self.config)
         self.info.check_parallel(self.config.parallel)
@@ -237,12 +223,17 @@ class AsyncOmni:
         prompt: PromptLike,
         sampling_params: OmniDiffusionSamplingParams | None = None,
         request_id: str | None = None,
+        *,
+        sampling_params_list: StageParams = None,
+        **unknown: Never,
     ) -> OutputStream:
         """Progress messages, then the output with `finished` True.
 
         A wrong or refused request raises a RequestError here, not in the iterator. A failure later is raised by
-        the iterator. Closing the iterator early aborts the request.
+        the iterator. Closing the iterator early aborts the request. `sampling_params_list`: see `Omni.generate`.
         """
+        refuse_keywords(unknown)
+        sampling_params = one_of_stages(sampling_params, sampling_params_list)
         job = self.resolve(prompt, sampling_params, request_id)
         self.warn_of_ignored(job)
         return self.submit(job)
@@ -323,21 +314,16 @@ class Omni:
     """
 
     def __init__(
-        self, config: OmniDiffusionConfig | None = None, *, progress_bar: bool = True, **settings: Any
+        self, config: OmniDiffusionConfig | str | os.PathLike[str] | None = None, **settings: Unpack[OmniSettings]
     ) -> None:
-        if config is None:
-            # These bounds protect a server from its clients; a script knows what it asked for.
-            unbounded = {
-                "max_num_queued_reqs": 2**31,
-                "max_queue_seconds": math.inf,
-                "max_pixels": 2**31,
-                "max_num_frames": 2**31,
-            }
-            config = make_config(**{**unbounded, **settings, "progress_bar": progress_bar})
-        elif settings:
-            raise ConfigError(f"give a config or keywords, not both: got a config and {sorted(settings)}")
-        elif not progress_bar and isinstance(config, OmniDiffusionConfig):
-            config = replace(config, progress_bar=False)
+        # These bounds protect a server from its clients; a script knows what it asked for.
+        unbounded: OmniSettings = {
+            "max_num_queued_reqs": 2**31,
+            "max_queue_seconds": math.inf,
+            "max_pixels": 2**31,
+            "max_num_frames": 2**31,
+        }
+        config = config_of(config, settings, unbounded)
         self._async = AsyncOmni(config)
         self._loop = asyncio.new_event_loop()
         thread = threading.Thread(target=self._loop.run_forever, name="omni-loop", daemon=True)
@@ -355,20 +341,31 @@ class Omni:
         self,
         prompts: PromptLike | Iterable[PromptLike],
         sampling_params: OmniDiffusionSamplingParams | Iterable[OmniDiffusionSamplingParams] | None = None,
+        *,
+        sampling_params_list: StageParams = None,
+        use_tqdm: bool = True,
+        **unknown: Never,
     ) -> list[OmniRequestOutput]:
-        """One output a prompt, in order. `sampling_params`: one for all, or one each.
+        """One output a prompt, in order.
+
+        `sampling_params`: one for all, or one each. `sampling_params_list`: in its place, those of each stage, as the
+        public vllm-omni package has it; a model has one stage here. `use_tqdm=False` hides the bar of this call.
 
         Raises InvalidRequestError before anything runs if a request is wrong. A prompt that fails later stops no
         other: when all have ended, the first failure is raised (a RequestError). Its `index` is the number of the
         prompt, and its `outputs` are those of all prompts: a failed one has its `error` and no images.
         """
+        refuse_keywords(unknown)
         prompt_list = list_of_prompts(prompts)
-        params_list = params_of_prompts(sampling_params, len(prompt_list))
-        outputs: list[OmniRequestOutput] = self._call(self._generate_all(prompt_list, params_list))
+        params_list = params_of_prompts(one_of_stages(sampling_params, sampling_params_list), len(prompt_list))
+        shown = self._async.config.progress_bar and bool(use_tqdm)
+        outputs: list[OmniRequestOutput] = self._call(self._generate_all(prompt_list, params_list, shown))
         raise_first_failure(outputs)
         return outputs
 
-    async def _generate_all(self, prompts: list[PromptLike], params: list[Any]) -> list[OmniRequestOutput]:
+    async def _generate_all(
+        self, prompts: list[PromptLike], params: list[Any], shows_bar: bool
+    ) -> list[OmniRequestOutput]:
         jobs = []
         for index, (prompt, prompt_params) in enumerate(zip(prompts, params)):
             try:
@@ -377,7 +374,7 @@ class Omni:
                 raise error_of_prompt(error, index, len(prompts)) from error.__cause__
             self._async.warn_of_ignored(jobs[-1])
         total = sum(r.num_inference_steps for job in jobs for r in job.requests)
-        with progress_bar(total, "denoising", shown=self._async.config.progress_bar, unit="step") as bar:
+        with progress_bar(total, "denoising", shown=shows_bar, unit="step") as bar:
             return await asyncio.gather(*(_last_output(stream, bar) for stream in self._submit_all(jobs)))
 
     def _submit_all(self, jobs: list[Job]) -> list[OutputStream]:

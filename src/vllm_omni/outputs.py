@@ -38,3 +38,12 @@ class OmniRequestOutput:
     """Image tokens (latent patches) over all outputs."""
     error: RequestError | None = None
     """Failure of this prompt, which then has no images; see `Omni.generate`."""
+
+    @property
+    def request_output(self) -> OmniRequestOutput:
+        """This output. The public vllm-omni package wraps an output in another one, which has it here."""
+        return self
+
+    def __getitem__(self, index: int) -> OmniRequestOutput:
+        """This output as item 0: earlier releases of that package have a list of one as `request_output`."""
+        return [self][index]

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vllm_omni.errors import InvalidRequestError, RequestError
+from vllm_omni.foreign.constructors import asks_nothing
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt, PromptLike
+from vllm_omni.inputs.foreign_params import IN_PROMPT, PROMPT_FORM
 from vllm_omni.outputs import OmniRequestOutput
 
 
@@ -39,6 +41,40 @@ def params_of_prompts(params: Any, num_prompts: int) -> list[Any]:
             param="sampling_params",
         )
     return listed
+
+
+def one_of_stages(sampling_params: Any, sampling_params_list: Any) -> Any:
+    """`sampling_params`, or what a list with the parameters of each stage holds: a model has one stage here.
+
+    Raises InvalidRequestError.
+    """
+    if sampling_params_list is None:
+        return sampling_params
+    listed = [sampling_params_list]
+    if isinstance(sampling_params_list, Iterable) and not isinstance(sampling_params_list, str | Mapping):
+        listed = list(sampling_params_list)
+    if sampling_params is not None or len(listed) != 1:
+        got = f"{len(listed)} of them" if sampling_params is None else "sampling_params too"
+        raise InvalidRequestError(
+            "sampling_params_list takes the parameters of the one stage that a model has here, got "
+            f"{got}; sampling_params takes one for all prompts, or a list of one each",
+            param="sampling_params",
+        )
+    return listed[0]
+
+
+def refuse_keywords(keywords: Mapping[str, Any]) -> None:
+    """Raise InvalidRequestError for keywords that `generate` does not have, unless they ask for nothing."""
+    for name in keywords:
+        if asks_nothing(keywords[name]):
+            continue
+        if name == "py_generator":
+            here = "outputs come as a list; AsyncOmni gives them one by one"
+        elif name in IN_PROMPT:
+            here = PROMPT_FORM
+        else:
+            here = "sampling parameters are given as OmniDiffusionSamplingParams(...)"
+        raise InvalidRequestError(f"generate takes no {name!r}: {here}", param=name)
 
 
 def _list(items: Any) -> list[Any] | None:

@@ -5,14 +5,17 @@ Each wrong value raises ConfigError with the flag or field, what it got and what
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from vllm_omni.errors import ConfigError, NotAvailableError
+from vllm_omni.errors import ConfigError, InvalidRequestError, NotAvailableError
+from vllm_omni.foreign.constructors import converting
+from vllm_omni.foreign.keywords import ignored_keywords
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams
 from vllm_omni.inputs.kinds import MisfitError, fit, kinds_of
 
@@ -34,6 +37,27 @@ StepsMaskPolicy = Literal["slow", "medium", "fast", "ultra"]
 StepsComputationPolicy = Literal["dynamic", "static"]
 
 
+logger = logging.getLogger(__name__)
+
+
+def _convert_degrees(keywords: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Fields of `DiffusionParallelConfig` (`names`) for keywords that are not all fields. Raises ConfigError."""
+    ours = {name: value for name, value in keywords.items() if name in names}
+    others = {name: value for name, value in keywords.items() if name not in names}
+    sequence = [ours.get("ulysses_degree", 1), ours.get("ring_degree", 1)]
+    if all(isinstance(d, int) for d in sequence) and others.get("sequence_parallel_size") == math.prod(sequence):
+        del others["sequence_parallel_size"]
+    log_ignored(ignored_keywords(others, names))
+    return ours
+
+
+def log_ignored(keywords: Sequence[str]) -> None:
+    """One line about keywords that are ignored."""
+    if keywords:
+        logger.warning("ignored, as the pictures are the same without: %s", ", ".join(keywords))
+
+
+@converting(_convert_degrees)
 @dataclass(frozen=True)
 class DiffusionParallelConfig:
     """How many devices share the work, axis by axis (outermost first: data, cfg, ring, ulysses, tensor)."""
@@ -147,6 +171,10 @@ _CACHE_CONFIGS: dict[str, type[TeaCacheConfig] | type[CacheDiTConfig]] = {
 }
 
 
+_CACHE_KEYS = {"scm_steps_policy": "steps_computation_policy"}
+"""Names of the public vllm-omni package -> ours, which are cache-dit's."""
+
+
 def parse_cache_config(backend: str, values: Mapping[str, Any]) -> CacheConfig | None:
     """The tagged config of a cache backend; None for no cache.
 
@@ -157,6 +185,7 @@ def parse_cache_config(backend: str, values: Mapping[str, Any]) -> CacheConfig |
             raise ConfigError(f"--cache-config {dict(values)!r} needs --cache-backend tea_cache or cache_dit")
         return None
     cls = _CACHE_CONFIGS[backend]
+    values = {_CACHE_KEYS.get(name, name): value for name, value in values.items()}
     accepted = [f.name for f in fields(cls)]
     if unknown := set(values) - set(accepted):
         raise ConfigError(
@@ -286,7 +315,8 @@ class OmniDiffusionConfig:
         _require(self.max_queue_seconds > 0, "--max-queue-seconds", self.max_queue_seconds, "a number above 0")
         object.__setattr__(self, "default_sampling_params", _fit_sampling_params(self.default_sampling_params))
         cache = parse_cache_config(self.cache_backend, self.cache_config)
-        object.__setattr__(self, "cache_config", {name: getattr(cache, name) for name in self.cache_config})
+        keys = [_CACHE_KEYS.get(name, name) for name in self.cache_config]
+        object.__setattr__(self, "cache_config", {name: getattr(cache, name) for name in keys})
         if self.distributed_executor_backend == "uni" and self.parallel.world_size > 1:
             raise ConfigError(
                 "--distributed-executor-backend uni runs the model in this process, on one device; "
@@ -364,7 +394,7 @@ def _lora_request(value: Any) -> Any:
         return value
     try:
         return LoRARequest(**value)
-    except TypeError:  # a field that is unknown, or no name
+    except (TypeError, InvalidRequestError):  # a field that is unknown, or no name
         raise MisfitError('an adapter, as {"name": ..., "scale": ...}') from None
 
 

@@ -8,8 +8,11 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from vllm_omni.errors import InvalidRequestError
+from vllm_omni.foreign.constructors import converting
+from vllm_omni.inputs.foreign_params import convert_adapter, convert_params
 
 
+@converting(convert_adapter)
 @dataclass(frozen=True, slots=True)
 class LoRARequest:
     """A LoRA adapter: one that was given at start, by its name, or another one by its path.
@@ -26,9 +29,14 @@ class LoRARequest:
             object.__setattr__(self, "path", os.fspath(self.path))
 
 
+@converting(convert_params)
 @dataclass(frozen=True, slots=True)
 class OmniDiffusionSamplingParams:
-    """How to make one picture or video; `None` means the model's own default."""
+    """How to make one picture or video; `None` means the model's own default.
+
+    Names of the public vllm-omni package are taken where they mean the same (`generator`, `lora_requests` with one
+    adapter); others raise InvalidRequestError with what to use here.
+    """
 
     height: int | None = None
     """Pixels."""
