@@ -123,6 +123,9 @@ class FakeRunner:
     def num_states(self) -> int:
         return len(self._states)
 
+    def prompt_of(self, request_id: str) -> str:
+        return self._states[request_id][0].prompt
+
     def abort(self, request_ids: Sequence[str]) -> None:
         self._dropped.update(request_ids)
 

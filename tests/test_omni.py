@@ -10,15 +10,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_type_hints
 from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 from tqdm import tqdm
 
 from tests.fakes import FakeExecutor, FakeRunner, fake_image, make_request
 from tests.patience import GUARD_SECONDS
 from vllm_omni import AsyncOmni, Omni
+from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.diffusion.plan import ItemError, WorkerReady
 from vllm_omni.errors import (
     ConfigError,
@@ -28,6 +31,7 @@ from vllm_omni.errors import (
     UnavailableError,
 )
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+from vllm_omni.keywords import OmniSettings
 from vllm_omni.logs.bars import progress_bar
 from vllm_omni.outputs import OmniRequestOutput
 
@@ -152,12 +156,18 @@ def test_what_was_closed_says_so(omni: Omni) -> None:
 
 
 def test_settings_are_checked_before_anything_loads() -> None:
-    with pytest.raises(ConfigError, match=r"'num_steps'; accepted are model, parallel_config, cache_backend"):
-        Omni(model="demo", num_steps=3)
+    with pytest.raises(ConfigError, match=r"^unknown keyword 'num_steps'; accepted are model, parallel_config, "):
+        Omni(model="demo", num_steps=3)  # type: ignore[call-arg]
     with pytest.raises(ConfigError, match=r"parallel_config takes a DiffusionParallelConfig, got \{\}"):
         Omni(model="demo", parallel_config={})
-    with pytest.raises(ConfigError, match=r"config takes an OmniDiffusionConfig, got 'demo'; .* model="):
-        Omni("demo")
+    with pytest.raises(ConfigError, match=r"^the first argument is an OmniDiffusionConfig or a model, got 3"):
+        Omni(3)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^give the model once: got 'demo' and model='other'"):
+        Omni("demo", model="other")
+    with pytest.raises(ConfigError, match=r"^give a config or keywords, not both: got a config and \['dtype'\]"):
+        Omni(OmniDiffusionConfig("demo"), dtype="float32")
+    with pytest.raises(ConfigError, match=r"^give parallel_config or its fields as keywords, not both"):
+        Omni("demo", parallel_config=DiffusionParallelConfig(), ulysses_degree=2)
     with pytest.raises(ConfigError, match="model must be a folder"):
         Omni()
     with pytest.raises(ConfigError, match="--max-num-seqs takes an integer, got 'a'"):
@@ -168,12 +178,49 @@ def test_settings_are_checked_before_anything_loads() -> None:
         Omni(model="/no/such/folder")
 
 
+@pytest.mark.parametrize("name", [str, Path])
+async def test_a_model_is_a_name_or_a_path(
+    name: type[str] | type[Path], tiny_model: Path, device: FakeExecutor
+) -> None:
+    model = name(tiny_model)
+    for omni in (AsyncOmni(model), AsyncOmni(model=model)):
+        assert omni.config.model == str(tiny_model)
+        await omni.close()
+
+
+def test_keywords_are_the_fields_of_the_config() -> None:
+    def hints(cls: type) -> dict[str, object]:
+        return get_type_hints(cls, localns={"torch": torch})
+
+    keywords = hints(OmniSettings)
+    config = hints(OmniDiffusionConfig) | hints(DiffusionParallelConfig)
+    assert keywords.pop("parallel_config") == config.pop("parallel") | None  # type: ignore[operator]
+    assert keywords.keys() == config.keys()
+    paths_and_none = ("model", "lora_modules", "dtype", "download_dir", "cache_backend", "cache_config")
+    for name in keywords.keys() - set(paths_and_none):
+        assert keywords[name] == config[name], name
+
+
 def test_numbers_of_numpy_are_numbers(omni: Omni) -> None:
     params = OmniDiffusionSamplingParams(
         height=np.int64(32), width=48, sigmas=list(np.linspace(1, 0.5, 2)), true_cfg_scale=np.float64(4), seed=5
     )
     (output,) = omni.generate("x", params)
     assert np.array_equal(np.asarray(output.images[0]), expected(5))
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_config_and_its_own_keyword_hide_the_bar(
+    shown: bool, device: FakeExecutor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for config, keyword in [
+        (OmniDiffusionConfig("demo", progress_bar=shown), True),
+        (OmniDiffusionConfig("demo"), shown),
+    ]:
+        with Omni(config, progress_bar=keyword) as omni:
+            omni.generate("x", SMALL)
+            assert omni._async.config.progress_bar is shown
+        assert ("denoising" in capsys.readouterr().err) is shown
 
 
 async def test_what_no_worker_can_be_sent_is_one_requests_failure(device: FakeExecutor) -> None:
@@ -304,6 +351,7 @@ def test_a_script_without_guard_and_close_ends_by_itself(backend: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "(64, 64)\n"), done.stderr
     assert "Traceback" not in done.stderr, done.stderr
+    assert "%|" not in done.stderr, "progress_bar=False hides every bar"
 
 
 MANY_WORKERS = """

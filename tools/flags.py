@@ -9,14 +9,14 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from vllm_omni.entrypoints.cli.diffusion_server_flags import SGLANG_FLAGS, VLLM_OMNI_FLAGS
-from vllm_omni.entrypoints.cli.foreign_flags import Arity, ForeignFlag, Treatment
-from vllm_omni.entrypoints.cli.vllm_flags import SAME_HERE, VLLM_FLAGS
+from vllm_omni.foreign.diffusion_server_flags import SGLANG_FLAGS, VLLM_OMNI_FLAGS
+from vllm_omni.foreign.flags import Arity, ForeignFlag, Treatment
+from vllm_omni.foreign.vllm_flags import SAME_HERE, VLLM_FLAGS
 
 PAGE = Path(__file__).parent.parent / "docs" / "flags.md"
 INTRO = """# Flags of other servers
 
-<!-- written by tools/flags.py from src/vllm_omni/entrypoints/cli/vllm_flags.py and diffusion_server_flags.py -->
+<!-- written by tools/flags.py from src/vllm_omni/foreign/vllm_flags.py and diffusion_server_flags.py -->
 
 `vllm serve --omni --help` lists the flags of this server. A command line written for another server gets one of these
 answers, also from a `--config` file, with underscores for dashes, and as `--json-flag.key value`:

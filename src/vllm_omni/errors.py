@@ -18,7 +18,7 @@ OmniError
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 
 class OmniError(Exception):
@@ -37,7 +37,9 @@ class RequestError(OmniError):
     """A request that cannot be served.
 
     `status`: HTTP status code; `type` and `code`: the fields of OpenAI's error object; `param`: the
-    offending field or None; `retryable`: whether the same request may succeed later.
+    offending field or None; `retryable`: whether the same request may succeed later. `Omni.generate` sets `index`, the
+    number of the prompt that failed, from 0, and `outputs`: those of all prompts in order, where some have an `error`;
+    none if nothing ran.
     """
 
     status: ClassVar[int] = 500
@@ -49,6 +51,16 @@ class RequestError(OmniError):
         super().__init__(message)
         self.param = param
         self.retry_after = retry_after
+        self.index: int | None = None
+        self.outputs: Sequence[Any] = ()
+
+    def copy(self) -> Self:
+        """Another error of the same class, message and traceback."""
+        # Not by the constructor: those of the subclasses differ.
+        error = type(self).__new__(type(self))
+        error.__dict__.update(self.__dict__)
+        error.args = self.args
+        return error.with_traceback(self.__traceback__)
 
 
 class InvalidRequestError(RequestError, ValueError):

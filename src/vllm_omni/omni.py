@@ -6,21 +6,22 @@ import asyncio
 import atexit
 import logging
 import math
+import os
 import threading
 import uuid
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Self
+from typing import Any, Never, Self, Unpack
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from vllm_omni.diffusion.compiled_packages import check_compiled_packages
-from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
+from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.engine import DiffusionEngine
 from vllm_omni.diffusion.events import EngineEvent, EngineObserver, EngineStatus, Failed, Finished, Preview
 from vllm_omni.diffusion.executor import make_executor
@@ -33,36 +34,24 @@ from vllm_omni.diffusion.plan import WorkerReady
 from vllm_omni.diffusion.registry import load_model_info
 from vllm_omni.diffusion.replicas import Replicas
 from vllm_omni.diffusion.request import DiffusionRequest
-from vllm_omni.errors import ConfigError, InvalidRequestError, UnavailableError
+from vllm_omni.errors import InvalidRequestError, RequestError, UnavailableError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt, PromptLike, parse_prompt
+from vllm_omni.keywords import OmniSettings, config_of
 from vllm_omni.logs.bars import progress_bar
 from vllm_omni.outputs import OmniRequestOutput
+from vllm_omni.prompt_lists import (
+    error_of_prompt,
+    list_of_prompts,
+    one_of_stages,
+    params_of_prompts,
+    raise_first_failure,
+    refuse_keywords,
+)
 
 logger = logging.getLogger(__name__)
 
 SHUTDOWN_SECONDS = 30.0
-
-
-def make_config(
-    model: str = "",
-    *,
-    parallel_config: DiffusionParallelConfig | None = None,
-    cache_backend: str | None = None,
-    cache_config: Mapping[str, Any] | None = None,
-    **settings: Any,
-) -> OmniDiffusionConfig:
-    """The engine's config from `Omni`'s keywords. Raises ConfigError for unknown ones and wrong values."""
-    try:
-        return OmniDiffusionConfig(
-            model=model,
-            parallel=DiffusionParallelConfig() if parallel_config is None else parallel_config,
-            cache_backend="none" if cache_backend is None else cache_backend,  # type: ignore[arg-type]  # checked there
-            cache_config={} if cache_config is None else cache_config,
-            **settings,
-        )
-    except TypeError as error:
-        names = ["parallel_config" if name == "parallel" else name for name in OmniDiffusionConfig.__dataclass_fields__]
-        raise ConfigError(f"{error}; accepted are {', '.join(names)}") from error
+StageParams = OmniDiffusionSamplingParams | Iterable[OmniDiffusionSamplingParams] | None
 
 
 @dataclass
@@ -73,6 +62,8 @@ class Job:
     prompt: str
     output_type: str
     requests: list[DiffusionRequest]
+    ignored: str = ""
+    """Parameters without effect, and what they need to have one."""
     images: dict[str, np.ndarray] = field(default_factory=dict)
     timings: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -123,6 +114,19 @@ class Job:
             num_output_tokens=sum(r.num_image_tokens for r in self.requests),
         )
 
+    def failure(self, error: RequestError) -> OmniRequestOutput:
+        """The output in place of the result."""
+        return OmniRequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            seeds=[r.seed for r in self.requests],
+            finished=True,
+            num_inference_steps=self.requests[0].num_inference_steps,
+            num_prompt_tokens=self.requests[0].num_prompt_tokens,
+            num_input_image_tokens=self.requests[0].num_reference_tokens,
+            error=error,
+        )
+
     def _image(self, pixels: np.ndarray) -> Any:
         """A video [frames, height, width, 3] is a list of pictures."""
         if self.output_type == "np":
@@ -164,31 +168,36 @@ class OutputStream:
 
     async def aclose(self) -> None:
         self._home.check_loop()
+        self.stop()
+
+    def stop(self) -> None:
+        """Abort what still runs, for callers that cannot await."""
         self._finished = True
         self._end(self._job)
+
+    def failure(self, error: RequestError) -> OmniRequestOutput:
+        """The output of a stream that ended with `error`."""
+        return self._job.failure(error)
 
 
 class AsyncOmni:
     """An engine for one model, on the event loop that runs `start()`: `async with AsyncOmni(model=...) as omni`.
 
-    Made from an `OmniDiffusionConfig` or from its fields as keywords (`model`, `parallel_config`,
-    `cache_backend`, `cache_config`, ...). Raises ConfigError when a setting or the model is wrong.
-    Calls on another loop or in a forked process raise UnavailableError. The workers end with `close()`, with the
-    `async with` block, or when the object is dropped.
+    Made from an `OmniDiffusionConfig`, or from the model and further fields as keywords (`OmniSettings`). Raises
+    ConfigError when a setting or the model is wrong. Calls on another loop or in a forked process raise
+    UnavailableError. The workers end with `close()`, with the `async with` block, or when the object is dropped.
     """
 
     def __init__(
         self,
-        config: OmniDiffusionConfig | None = None,
+        config: OmniDiffusionConfig | str | os.PathLike[str] | None = None,
         *,
         observer: EngineObserver | None = None,
         early_workers: EarlyWorkers | None = None,
-        **settings: Any,
+        **settings: Unpack[OmniSettings],
     ) -> None:
-        """`early_workers`: workers of `config` that run already."""
-        self.config = make_config(**settings) if config is None else config
-        if not isinstance(self.config, OmniDiffusionConfig):
-            raise ConfigError(f"config takes an OmniDiffusionConfig, got {config!r}; a model's name is given as model=")
+        """`config`: a config, or the model. `early_workers`: workers of `config` that run already."""
+        self.config = config_of(config, settings)
         check_compiled_packages()
         self.info = load_model_info(self.config.model, self.config.load_format, HubAccess.of(self.config))
         self.info.check_settings(self.config)
@@ -210,6 +219,7 @@ class AsyncOmni:
             self._engine = Replicas(self.config, make, observer)
         self._jobs: dict[str, Job] = {}
         self._home = Home()
+        self._has_warned = False
 
     async def __aenter__(self) -> Self:
         try:
@@ -247,13 +257,20 @@ class AsyncOmni:
         prompt: PromptLike,
         sampling_params: OmniDiffusionSamplingParams | None = None,
         request_id: str | None = None,
+        *,
+        sampling_params_list: StageParams = None,
+        **unknown: Never,
     ) -> OutputStream:
         """Progress messages, then the output with `finished` True.
 
         A wrong or refused request raises a RequestError here, not in the iterator. A failure later is raised by
-        the iterator. Closing the iterator early aborts the request.
+        the iterator. Closing the iterator early aborts the request. `sampling_params_list`: see `Omni.generate`.
         """
-        return self.submit(self.resolve(prompt, sampling_params, request_id))
+        refuse_keywords(unknown)
+        sampling_params = one_of_stages(sampling_params, sampling_params_list)
+        job = self.resolve(prompt, sampling_params, request_id)
+        self.warn_of_ignored(job)
+        return self.submit(job)
 
     def resolve(
         self,
@@ -271,7 +288,15 @@ class AsyncOmni:
             )
         request_id = request_id or f"omni-{uuid.uuid4().hex}"
         requests = intake.resolve(parsed, params, request_id)
-        return Job(request_id, parsed.prompt, params.output_type, requests)
+        guides = len(requests[0].cost.branch_tokens) > 1
+        ignored = "" if guides else self.info.guidance.missing_half(parsed.negative_prompt, params)
+        return Job(request_id, parsed.prompt, params.output_type, requests, ignored)
+
+    def warn_of_ignored(self, job: Job) -> None:
+        """Log, once for this engine, that a request asks for guidance and gets none."""
+        if job.ignored and not self._has_warned:
+            self._has_warned = True
+            logger.warning("there is no guidance, and this has no effect: %s (said once)", job.ignored)
 
     def fit_images(self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams) -> OmniPrompt:
         """See `Intake.fit_images`."""
@@ -328,24 +353,21 @@ class AsyncOmni:
 class Omni:
     """`AsyncOmni` for scripts: blocking calls, a progress bar, nothing to close (but it may be, or used in `with`).
 
-    `progress_bar=False` switches the bar off; the other keywords are `AsyncOmni`'s.
+    `progress_bar=False` shows none: neither of steps, nor of a download, nor of loading weights. The other keywords
+    are `AsyncOmni`'s.
     """
 
     def __init__(
-        self, config: OmniDiffusionConfig | None = None, *, progress_bar: bool = True, **settings: Any
+        self, config: OmniDiffusionConfig | str | os.PathLike[str] | None = None, **settings: Unpack[OmniSettings]
     ) -> None:
-        if config is None:
-            # These bounds protect a server from its clients; a script knows what it asked for.
-            unbounded = {
-                "max_num_queued_reqs": 2**31,
-                "max_queue_seconds": math.inf,
-                "max_pixels": 2**31,
-                "max_num_frames": 2**31,
-            }
-            config = make_config(**{**unbounded, **settings})
-        elif settings:
-            raise ConfigError(f"give a config or keywords, not both: got a config and {sorted(settings)}")
-        self._progress_bar = progress_bar
+        # These bounds protect a server from its clients; a script knows what it asked for.
+        unbounded: OmniSettings = {
+            "max_num_queued_reqs": 2**31,
+            "max_queue_seconds": math.inf,
+            "max_pixels": 2**31,
+            "max_num_frames": 2**31,
+        }
+        config = config_of(config, settings, unbounded)
         self._async = AsyncOmni(config)
         self._loop = asyncio.new_event_loop()
         thread = threading.Thread(target=_run_loop, args=(self._loop,), name="omni-loop", daemon=True)
@@ -361,37 +383,55 @@ class Omni:
 
     def generate(
         self,
-        prompts: PromptLike | Sequence[PromptLike],
-        sampling_params: OmniDiffusionSamplingParams | Sequence[OmniDiffusionSamplingParams] | None = None,
+        prompts: PromptLike | Iterable[PromptLike],
+        sampling_params: OmniDiffusionSamplingParams | Iterable[OmniDiffusionSamplingParams] | None = None,
+        *,
+        sampling_params_list: StageParams = None,
+        use_tqdm: bool = True,
+        **unknown: Never,
     ) -> list[OmniRequestOutput]:
-        """One output a prompt, in order. `sampling_params`: one for all, or one each.
+        """One output a prompt, in order.
 
-        Raises InvalidRequestError before anything runs if a request is wrong, and the first failure after the
-        others have ended.
+        `sampling_params`: one for all, or one each. `sampling_params_list`: in its place, those of each stage, as the
+        public vllm-omni package has it; a model has one stage here. `use_tqdm=False` hides the bar of this call.
+
+        Raises InvalidRequestError before anything runs if a request is wrong. A prompt that fails later stops no
+        other: when all have ended, the first failure is raised (a RequestError). Its `index` is the number of the
+        prompt, and its `outputs` are those of all prompts: a failed one has its `error` and no images.
         """
-        prompt_list = list(prompts) if isinstance(prompts, Sequence) and not isinstance(prompts, str) else [prompts]
-        if isinstance(sampling_params, Sequence) and not isinstance(sampling_params, str):
-            if len(sampling_params) != len(prompt_list):
-                raise InvalidRequestError(
-                    f"got {len(prompt_list)} prompts and {len(sampling_params)} sampling_params: give one, or one each",
-                    param="sampling_params",
-                )
-            params_list: list[Any] = list(sampling_params)
-        else:
-            params_list = [sampling_params] * len(prompt_list)
-        outputs: list[OmniRequestOutput] = self._call(self._generate_all(prompt_list, params_list))
+        refuse_keywords(unknown)
+        prompt_list = list_of_prompts(prompts)
+        params_list = params_of_prompts(one_of_stages(sampling_params, sampling_params_list), len(prompt_list))
+        shown = self._async.config.progress_bar and bool(use_tqdm)
+        outputs: list[OmniRequestOutput] = self._call(self._generate_all(prompt_list, params_list, shown))
+        raise_first_failure(outputs)
         return outputs
 
-    async def _generate_all(self, prompts: list[Any], params: list[Any]) -> list[OmniRequestOutput]:
-        jobs = [self._async.resolve(p, s) for p, s in zip(prompts, params)]
+    async def _generate_all(
+        self, prompts: list[PromptLike], params: list[Any], shows_bar: bool
+    ) -> list[OmniRequestOutput]:
+        jobs = []
+        for index, (prompt, prompt_params) in enumerate(zip(prompts, params)):
+            try:
+                jobs.append(self._async.resolve(prompt, prompt_params))
+            except RequestError as error:
+                raise error_of_prompt(error, index, len(prompts)) from error.__cause__
+            self._async.warn_of_ignored(jobs[-1])
         total = sum(r.num_inference_steps for job in jobs for r in job.requests)
-        with progress_bar(total, "denoising", shown=self._progress_bar, unit="step") as bar:
-            streams = [self._async.submit(job) for job in jobs]
-            results = await asyncio.gather(*(_last_output(s, bar) for s in streams), return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-        return [result for result in results if isinstance(result, OmniRequestOutput)]
+        with progress_bar(total, "denoising", shown=shows_bar, unit="step") as bar:
+            return await asyncio.gather(*(_last_output(stream, bar) for stream in self._submit_all(jobs)))
+
+    def _submit_all(self, jobs: list[Job]) -> list[OutputStream]:
+        """Run all or none."""
+        streams: list[OutputStream] = []
+        for index, job in enumerate(jobs):
+            try:
+                streams.append(self._async.submit(job))
+            except RequestError as error:
+                for stream in streams:
+                    stream.stop()
+                raise error_of_prompt(error, index, len(jobs)) from error.__cause__
+        return streams
 
     def _call(self, coroutine: Any) -> Any:
         if self._async.home.is_fork or not self._finalizer.alive:
@@ -417,6 +457,7 @@ class Omni:
 
 
 async def _last_output(stream: OutputStream, bar: tqdm) -> OmniRequestOutput:
+    """The result of a stream, or the output that holds its failure."""
     steps: dict[int, int] = {}
     try:
         async for output in stream:
@@ -424,6 +465,8 @@ async def _last_output(stream: OutputStream, bar: tqdm) -> OmniRequestOutput:
                 return output
             bar.update(output.step - steps.get(output.index, 0))
             steps[output.index] = output.step
+    except RequestError as error:
+        return stream.failure(error)
     finally:
         await stream.aclose()
     raise AssertionError("a stream ends with its result or an error")

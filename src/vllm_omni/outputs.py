@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+
+from PIL import Image
+
+from vllm_omni.errors import RequestError
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +22,7 @@ class OmniRequestOutput:
 
     request_id: str
     prompt: str
-    images: list[Any] = field(default_factory=list)
+    images: list[Image.Image] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     finished: bool = False
@@ -33,3 +36,14 @@ class OmniRequestOutput:
     """Image tokens (latent patches) of the pictures to edit."""
     num_output_tokens: int = 0
     """Image tokens (latent patches) over all outputs."""
+    error: RequestError | None = None
+    """Failure of this prompt, which then has no images; see `Omni.generate`."""
+
+    @property
+    def request_output(self) -> OmniRequestOutput:
+        """This output. The public vllm-omni package wraps an output in another one, which has it here."""
+        return self
+
+    def __getitem__(self, index: int) -> OmniRequestOutput:
+        """This output as item 0: earlier releases of that package have a list of one as `request_output`."""
+        return [self][index]

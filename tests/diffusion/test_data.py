@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 import msgspec
 import numpy as np
 import pytest
+import torch
 
 from vllm_omni.diffusion.data import (
     CacheDiTConfig,
@@ -274,6 +275,18 @@ def test_numbers_of_other_libraries_are_settings_too() -> None:
         default_sampling_params={"true_cfg_scale": np.float64(2.0)},
     )
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(config), type=OmniDiffusionConfig) == config
+
+
+def test_paths_and_types_of_pytorch_are_settings_too() -> None:
+    settings = {"download_dir": Path("/models"), "lora_modules": {"ink": Path("/adapters/ink")}, "dtype": torch.float16}
+    defaults = {"lora_request": LoRARequest("ink", Path("/adapters/ink"))}
+    config = OmniDiffusionConfig(Path("/models/painter"), default_sampling_params=defaults, **settings)  # type: ignore[arg-type]
+    assert (config.model, config.download_dir, config.dtype) == ("/models/painter", "/models", "float16")
+    assert config.lora_modules == {"ink": "/adapters/ink"}
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(config), type=OmniDiffusionConfig) == config
+    for wrong in (torch.float64, torch.Tensor, np.float32):
+        with pytest.raises(ConfigError, match=r"^--dtype takes one of auto, float32, bfloat16, float16, got "):
+            OmniDiffusionConfig("demo", dtype=wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("token", ["hf_a b", "hf_a\n", "hf_é", b"hf_bytes", ""])

@@ -269,6 +269,15 @@ def test_settings_of_the_engine_reach_the_hub(serve: Serve, tmp_path: Path) -> N
     assert path.is_relative_to(tmp_path / "mine")
 
 
+@pytest.mark.parametrize("shown", [True, False])
+def test_bars_of_a_download_are_hidden_on_request(
+    shown: bool, serve: Serve, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serve()
+    resolve_model_path(REPOSITORY, "auto", HubAccess(progress_bar=shown))
+    assert ("%|" in capsys.readouterr().err) is shown
+
+
 @pytest.mark.parametrize("as_name", [str, lambda path: "demo"])
 def test_a_folder_has_no_revision(as_name: Callable[[Path], str], model_folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"^--revision v1 is for hub models; '.*' is a folder, which has none"):

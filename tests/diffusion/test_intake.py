@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -229,6 +230,8 @@ def test_prompts_may_be_strings_or_mappings() -> None:
     image = object()
     parsed = parse_prompt({"prompt": "x", "negative_prompt": "y", "multi_modal_data": {"image": image}})
     assert parsed == OmniPrompt("x", "y", (image,))
+    for images in ([image, image], (image, image), iter([image, image])):
+        assert parse_prompt({"prompt": "x", "multi_modal_data": {"image": images}}).images == (image, image)
 
 
 @pytest.mark.parametrize(
@@ -353,6 +356,21 @@ def test_numbers_of_other_libraries_become_plain_ones() -> None:
     assert request.sigmas == (1.0, 0.5)
 
 
+def test_numbers_in_tensors_become_plain_ones() -> None:
+    params = OmniDiffusionSamplingParams(
+        height=torch.tensor(64),
+        width=np.array(96),
+        true_cfg_scale=torch.tensor(4.0, dtype=torch.bfloat16),
+        seed=torch.tensor(7),
+        sigmas=torch.linspace(1, 0.5, 3),  # type: ignore[arg-type]
+        cache=np.array(False),
+    )
+    (request,) = intake().resolve(OmniPrompt("x", "y"), params, "r")
+    assert (request.height, request.width, request.true_cfg_scale, request.seed) == (64, 96, 4.0, 7)
+    assert (request.sigmas, request.num_inference_steps) == ((1.0, 0.75, 0.5), 3)
+    msgspec.msgpack.encode(request)
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -369,7 +387,7 @@ def test_numbers_of_other_libraries_become_plain_ones() -> None:
         "num_frames",
     ],
 )
-@pytest.mark.parametrize("value", [True, np.True_, "1", 1j, float("nan"), [True], np.zeros(())])
+@pytest.mark.parametrize("value", [True, np.True_, "1", 1j, float("nan"), [True], np.zeros((1, 1)), torch.tensor(True)])
 def test_what_is_no_number_is_refused(name: str, value: object) -> None:
     with pytest.raises(InvalidRequestError, match=f"^{name} takes a") as caught:
         intake().resolve(OmniPrompt("x"), OmniDiffusionSamplingParams(**{name: value}), "r")

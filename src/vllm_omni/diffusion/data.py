@@ -5,13 +5,17 @@ Each wrong value raises ConfigError with the flag or field, what it got and what
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from vllm_omni.errors import ConfigError, NotAvailableError
+from vllm_omni.errors import ConfigError, InvalidRequestError, NotAvailableError
+from vllm_omni.foreign.constructors import converting
+from vllm_omni.foreign.keywords import ignored_keywords
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams
 from vllm_omni.inputs.kinds import MisfitError, fit, kinds_of, shown
 
@@ -33,6 +37,27 @@ StepsMaskPolicy = Literal["slow", "medium", "fast", "ultra"]
 StepsComputationPolicy = Literal["dynamic", "static"]
 
 
+logger = logging.getLogger(__name__)
+
+
+def _convert_degrees(keywords: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Fields of `DiffusionParallelConfig` (`names`) for keywords that are not all fields. Raises ConfigError."""
+    ours = {name: value for name, value in keywords.items() if name in names}
+    others = {name: value for name, value in keywords.items() if name not in names}
+    sequence = [ours.get("ulysses_degree", 1), ours.get("ring_degree", 1)]
+    if all(isinstance(d, int) for d in sequence) and others.get("sequence_parallel_size") == math.prod(sequence):
+        del others["sequence_parallel_size"]
+    log_ignored(ignored_keywords(others, names))
+    return ours
+
+
+def log_ignored(keywords: Sequence[str]) -> None:
+    """One line about keywords that are ignored."""
+    if keywords:
+        logger.warning("ignored, as the pictures are the same without: %s", ", ".join(keywords))
+
+
+@converting(_convert_degrees)
 @dataclass(frozen=True)
 class DiffusionParallelConfig:
     """How many devices share the work, axis by axis (outermost first: data, cfg, ring, ulysses, tensor)."""
@@ -187,6 +212,10 @@ _CACHE_CONFIGS: dict[str, type[TeaCacheConfig] | type[CacheDiTConfig]] = {
 }
 
 
+_CACHE_KEYS = {"scm_steps_policy": "steps_computation_policy"}
+"""Names of the public vllm-omni package -> ours, which are cache-dit's."""
+
+
 def parse_cache_config(backend: str, values: Mapping[str, Any]) -> CacheConfig | None:
     """The tagged config of a cache backend; None for no cache.
 
@@ -197,6 +226,7 @@ def parse_cache_config(backend: str, values: Mapping[str, Any]) -> CacheConfig |
             raise ConfigError(f"--cache-config {dict(values)!r} needs --cache-backend tea_cache or cache_dit")
         return None
     cls = _CACHE_CONFIGS[backend]
+    values = {_CACHE_KEYS.get(name, name): value for name, value in values.items()}
     accepted = [f.name for f in fields(cls)]
     if unknown := set(values) - set(accepted):
         raise ConfigError(
@@ -300,7 +330,11 @@ class OmniDiffusionConfig:
     """Token for private and gated hub models; True: that of `hf auth login`, which must be there; False: none; None:
     the variable HF_TOKEN or that of `hf auth login`, where there is one."""
 
+    progress_bar: bool = True
+    """Show bars on standard error while a hub model is downloaded and while weights are loaded."""
+
     def __post_init__(self) -> None:
+        self._write_as_text()
         for name, aliases in ALIASES.items():
             value = getattr(self, name)
             if isinstance(value, str) and value in aliases:
@@ -334,7 +368,8 @@ class OmniDiffusionConfig:
         _require(self.max_queue_seconds > 0, "--max-queue-seconds", self.max_queue_seconds, "a number above 0")
         object.__setattr__(self, "default_sampling_params", _fit_sampling_params(self.default_sampling_params))
         cache = parse_cache_config(self.cache_backend, self.cache_config)
-        object.__setattr__(self, "cache_config", {name: getattr(cache, name) for name in self.cache_config})
+        keys = [_CACHE_KEYS.get(name, name) for name in self.cache_config]
+        object.__setattr__(self, "cache_config", {name: getattr(cache, name) for name in keys})
         if self.distributed_executor_backend == "uni" and self.parallel.world_size > 1:
             raise ConfigError(
                 "--distributed-executor-backend uni runs the model in this process, on one device; "
@@ -347,6 +382,17 @@ class OmniDiffusionConfig:
             )
         _refuse_unavailable(self)
 
+    def _write_as_text(self) -> None:
+        """Put strings in place of what scripts may give instead: PyTorch's types of numbers, and `Path` objects."""
+        if _is_torch_dtype(self.dtype):
+            object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
+        for name in ("model", "download_dir"):
+            if isinstance(value := getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, os.fspath(value))
+        if isinstance(self.lora_modules, Mapping):
+            paths = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in self.lora_modules.items()}
+            object.__setattr__(self, "lora_modules", paths)
+
     @property
     def cache(self) -> CacheConfig | None:
         return parse_cache_config(self.cache_backend, self.cache_config)
@@ -354,6 +400,12 @@ class OmniDiffusionConfig:
     def located(self, path: str) -> OmniDiffusionConfig:
         """The config of a worker: the model's folder in place of its hub name, and no token."""
         return replace(self, model=path, revision=None, download_dir=None, hf_token=None)
+
+
+def _is_torch_dtype(value: Any) -> bool:
+    # By its name: this module imports no PyTorch.
+    cls = type(value)
+    return (cls.__module__, cls.__name__) == ("torch", "dtype")
 
 
 def flag_of(name: str) -> str:
@@ -366,6 +418,7 @@ _NAMES = {
     "ring_degree": "--ring",
     "model": "model",
     "parallel": "parallel_config",
+    "progress_bar": "progress_bar",
 }
 
 
@@ -394,7 +447,7 @@ def _lora_request(value: Any) -> Any:
         return value
     try:
         return LoRARequest(**value)
-    except TypeError:  # a field that is unknown, or no name
+    except (TypeError, InvalidRequestError):  # a field that is unknown, or no name
         raise MisfitError('an adapter, as {"name": ..., "scale": ...}') from None
 
 

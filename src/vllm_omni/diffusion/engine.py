@@ -342,7 +342,8 @@ class DiffusionEngine:
         """End what failed, forget the timings of what starts again."""
         for request_id, error in update.failed.items():
             if error.kind not in ("invalid", "blocked"):
-                logger.error("request %s failed (%s): %s\n%s", request_id, error.kind, error.message, error.traceback)
+                trace = f"\n{error.traceback}" if error.traceback else ""
+                logger.error("request %s failed (%s): %s%s", request_id, error.kind, error.message, trace)
             self._end(request_id, _request_error(error))
         for request_id in update.replayed:
             tracked = self._tracked[request_id]

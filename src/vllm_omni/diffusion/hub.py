@@ -18,6 +18,7 @@ from vllm_omni.diffusion.weight_files import (
     safetensors_files,
 )
 from vllm_omni.errors import ConfigError
+from vllm_omni.logs.bars import HiddenBar
 
 CONFIG_SUFFIXES = (".json", ".txt", ".jinja", ".model")
 """Ends of the names of a component's files that hold no weights."""
@@ -28,16 +29,17 @@ ReadObject = Callable[[str], dict[str, Any]]
 
 @dataclass(frozen=True)
 class HubAccess:
-    """Version of a hub model, variant of its weights, folder for the download, and token."""
+    """Version of a hub model, variant of its weights, folder for the download, token, and whether a bar shows it."""
 
     revision: str | None = None
     download_dir: str | None = None
     token: str | bool | None = field(default=None, repr=False)
     variant: str | None = None
+    progress_bar: bool = True
 
     @staticmethod
     def of(config: OmniDiffusionConfig) -> HubAccess:
-        return HubAccess(config.revision, config.download_dir, config.hf_token, config.variant)
+        return HubAccess(config.revision, config.download_dir, config.hf_token, config.variant, config.progress_bar)
 
 
 DEFAULT_ACCESS = HubAccess()
@@ -78,6 +80,7 @@ def _download(model: str, load_format: LoadFormat, access: HubAccess, names: lis
         "revision": access.revision,
         "cache_dir": access.download_dir,
         "token": access.token,
+        "tqdm_class": None if access.progress_bar else HiddenBar,
     }
     if MODEL_INDEX not in names:
         raise ConfigError(f"model {model!r} is not in the diffusers layout: it has no {MODEL_INDEX}")

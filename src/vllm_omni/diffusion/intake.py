@@ -78,7 +78,7 @@ class Intake:
             guidance_scale=filled.guidance_scale,
             seed=seed,
             max_sequence_length=filled.max_sequence_length or self._info.max_prompt_tokens,
-            sigmas=filled.sigmas,
+            sigmas=None if filled.sigmas is None else tuple(filled.sigmas),
             priority=filled.priority,
             preview_steps=spread_previews(filled.num_previews, filled.num_inference_steps),
             cost=RequestCost(0, 0, 0, ()),

@@ -69,6 +69,32 @@ class Guidance:
     def parameters(self) -> tuple[str, ...]:
         return (self.parameter, *self.options)
 
+    def asked_by(self, negative_prompt: str | None, params: Any) -> list[str]:
+        """Names of the parameters that ask for guidance; without guidance, none of them has an effect.
+
+        `params`: has each of `parameters` as an attribute. A scale that switches guidance off does not ask for it.
+        """
+        asked = [] if negative_prompt is None else ["negative_prompt"]
+        for name in self.parameters:
+            value = getattr(params, name)
+            if value is not None and not (name == self.parameter and value + self.offset <= 1):
+                asked.append(name)
+        return asked
+
+    def missing_half(self, negative_prompt: str | None, params: Any) -> str:
+        """What a request lacks that asks for guidance and gets none; empty for one that does not ask.
+
+        Guidance needs both a scale and a negative prompt, unless the family has a substitute for the latter.
+        """
+        asked = self.asked_by(negative_prompt, params)
+        if not asked:
+            return ""
+        has_scale = self.parameter in asked
+        missing = (
+            "a negative_prompt (an empty one will do)" if has_scale else f"{self.parameter} above {1 - self.offset:g}"
+        )
+        return f"{' and '.join(asked)} without {missing}"
+
 
 class ImageInput(Protocol):
     """How an editing model takes the pictures that it edits."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from vllm_omni.errors import InvalidRequestError
+from vllm_omni.foreign.constructors import converting
+from vllm_omni.inputs.foreign_params import convert_adapter, convert_params
 
 
+@converting(convert_adapter)
 @dataclass(frozen=True, slots=True)
 class LoRARequest:
     """A LoRA adapter: one that was given at start, by its name, or another one by its path.
@@ -17,13 +21,22 @@ class LoRARequest:
     """
 
     name: str
-    path: str | None = None
+    path: str | os.PathLike[str] | None = None
     scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        if isinstance(self.path, os.PathLike):
+            object.__setattr__(self, "path", os.fspath(self.path))
 
+
+@converting(convert_params)
 @dataclass(frozen=True, slots=True)
 class OmniDiffusionSamplingParams:
-    """How to make one picture or video; `None` means the model's own default."""
+    """How to make one picture or video; `None` means the model's own default.
+
+    Names of the public vllm-omni package are taken where they mean the same (`generator`, `lora_requests` with one
+    adapter); others raise InvalidRequestError with what to use here.
+    """
 
     height: int | None = None
     """Pixels."""
@@ -45,7 +58,7 @@ class OmniDiffusionSamplingParams:
     seed: int | None = None
     """Output i uses `seed + i`; None draws one and reports it."""
     num_outputs_per_prompt: int = 1
-    sigmas: tuple[float, ...] | None = None
+    sigmas: Sequence[float] | None = None
     """Custom noise schedule, one value a step, descending in (0, 1]."""
     max_sequence_length: int | None = None
     """Longest prompt accepted, in tokens."""
@@ -120,4 +133,5 @@ def _parse_images(data: Any) -> tuple[Any, ...]:
     images = data.get("image")
     if images is None:
         return ()
-    return tuple(images) if isinstance(images, Sequence) else (images,)
+    # Not any iterable: an array is one, and no list of pictures.
+    return tuple(images) if isinstance(images, Sequence | Iterator) else (images,)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import is_dataclass, replace
 from functools import cache
 from numbers import Integral, Real
@@ -30,9 +30,11 @@ def kinds_of(cls: Any) -> Mapping[str, Any]:
 def fit(value: Any, kind: Any) -> Any:
     """`value` as the plain Python value that the annotation `kind` asks for. Raises MisfitError.
 
-    Numbers of other libraries, numpy's for one, become int and float, and lists become tuples: nothing else can be
-    sent to a worker. A bool is no number, and NaN is none.
+    Numbers of other libraries become int and float, so do arrays and tensors without dimensions (NumPy, PyTorch), and
+    lists and one-dimensional arrays become tuples: nothing else can be sent to a worker. A bool is no number, and NaN
+    is none.
     """
+    value = _without_array(value)
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (UnionType, Union):
         kinds = [argument for argument in arguments if argument is not NoneType]
@@ -43,7 +45,7 @@ def fit(value: Any, kind: Any) -> Any:
         if not isinstance(value, str) or value not in arguments:
             raise MisfitError("one of " + ", ".join(map(str, arguments)))
         return str(value)
-    if origin is tuple:
+    if origin in (tuple, Sequence):
         return _fit_items(value, arguments[0])
     if origin is Mapping:
         return dict(_instance(value, Mapping, "a mapping"))
@@ -63,6 +65,12 @@ def shown(value: Any) -> str:
         return f"{' '.join(repr(value).split()):.{_MAX_SHOWN}}"
     except ValueError:  # an integer of so many digits that Python does not write them
         return f"a huge {type(value).__name__}"
+
+
+def _without_array(value: Any) -> Any:
+    """The Python number in an array without dimensions; other values as they are."""
+    # By attributes: this module imports no PyTorch, and there are more such libraries.
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
 def _instance(value: Any, cls: Any, words: str, but_no: tuple[type, ...] | type = ()) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from vllm_omni.inputs.kinds import MisfitError
@@ -10,7 +11,7 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 """What diffusers calls the file in an adapter's folder."""
 
 
-def adapter_file(path: str) -> Path:
+def adapter_file(path: str | os.PathLike[str]) -> Path:
     """The safetensors file of the adapter `path`: that file, or the one in a folder.
 
     Raises MisfitError for everything else, other formats above all: reading a pickle could run code.

@@ -16,6 +16,13 @@ def progress_bar(total: int, desc: str, *, shown: bool, **settings: Any) -> tqdm
     return tqdm(total=total, desc=desc, disable=not shown, file=_Unfailing(sys.stderr), **settings)
 
 
+class HiddenBar(tqdm):  # type: ignore[misc]  # tqdm has no types
+    """A bar that writes nothing, for libraries that take a class of bars."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **{**settings, "disable": True})
+
+
 class _Unfailing:
     """A text file without errors: what cannot be written is lost."""
 

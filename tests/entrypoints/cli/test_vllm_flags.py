@@ -13,10 +13,11 @@ import pytest
 from tools.flags import PAGE, page
 
 from vllm_omni.entrypoints.cli import args as cli
-from vllm_omni.entrypoints.cli.diffusion_server_flags import SGLANG_FLAGS, VLLM_OMNI_FLAGS
-from vllm_omni.entrypoints.cli.foreign_flags import NARGS, ForeignFlag, parse_spec
-from vllm_omni.entrypoints.cli.vllm_flags import SAME_HERE, VLLM_FLAGS
+from vllm_omni.entrypoints.cli.foreign_flags import NARGS
 from vllm_omni.errors import ConfigError
+from vllm_omni.foreign.diffusion_server_flags import SGLANG_FLAGS, VLLM_OMNI_FLAGS
+from vllm_omni.foreign.flags import ForeignFlag, parse_spec
+from vllm_omni.foreign.vllm_flags import SAME_HERE, VLLM_FLAGS
 
 ALL_FLAGS = (*VLLM_FLAGS, *VLLM_OMNI_FLAGS, *SGLANG_FLAGS)
 LIST_FLAGS = """

@@ -21,7 +21,8 @@ LARGEST_USUAL_LORA_SCALE = 10.0
 def item_error(error: Exception) -> ItemError:
     """The ItemError for what was raised while one request ran."""
     if is_out_of_memory(error):
-        return ItemError("the device ran out of memory on this request", "out_of_memory", traceback.format_exc())
+        reason = str(error).partition("\n")[0]
+        return ItemError(f"the device ran out of memory on this request: {reason}", "out_of_memory")
     if isinstance(error, ModerationBlockedError):
         return ItemError(str(error), "blocked")
     if isinstance(error, InvalidRequestError):

@@ -120,7 +120,8 @@ class ModelRunner:
         cls: type[BasePipeline[Any]] = import_module(
             f"vllm_omni.diffusion.models.{self._info.family}.pipeline"
         ).Pipeline
-        with WeightsBar(self._info.path, shown=self._place.device_index == 0) as bar:
+        shown = self._config.progress_bar and self._place.device_index == 0
+        with WeightsBar(self._info.path, shown) as bar:
             self._pipeline = cls.load(self._config, self._info, self._device.torch, dtype, bar.update, self._ranks.mesh)
         self._device.end_loading()
         if whole is None:

@@ -34,14 +34,14 @@ from vllm_omni.diffusion.data import (
 )
 from vllm_omni.entrypoints.cli import calibrate, values
 from vllm_omni.entrypoints.cli.commands import check_command
-from vllm_omni.entrypoints.cli.diffusion_server_flags import SGLANG_FLAGS, VLLM_OMNI_FLAGS
 from vllm_omni.entrypoints.cli.foreign_flags import DEST as FOREIGN_DEST
 from vllm_omni.entrypoints.cli.foreign_flags import add_foreign_flags, check_foreign_flags
 from vllm_omni.entrypoints.cli.suggestions import explain_unknown
-from vllm_omni.entrypoints.cli.vllm_flags import VLLM_FLAGS
 from vllm_omni.entrypoints.cli.vllm_surface import make_parser, serve_line, vllm_version
 from vllm_omni.entrypoints.openai.settings import ChatTextTasks, ResponseFormat, ServerSettings
 from vllm_omni.errors import ConfigError, NotAvailableError
+from vllm_omni.foreign.diffusion_server_flags import SGLANG_FLAGS, VLLM_OMNI_FLAGS
+from vllm_omni.foreign.vllm_flags import VLLM_FLAGS
 
 DESCRIPTION = "Serve a diffusion model with an OpenAI-compatible image API."
 EXAMPLES = """examples:

@@ -130,7 +130,7 @@ def ignored_fields(body: ImageOptions, guidance: Guidance, has_guidance: bool) -
     if isinstance(body, ImageGenerationRequest) and body.partial_images and not body.stream:
         names.append("partial_images")
     if not has_guidance:
-        names += [name for name in ("negative_prompt", *guidance.parameters) if _asks(name, body, guidance)]
+        names += guidance.asked_by(body.negative_prompt, body)
     listed = [_printable(name) for name in names[:_MAX_LISTED_FIELDS]]
     if (num_left_out := len(names) - len(listed)) > 0:
         listed.append(f"+{num_left_out} more")
@@ -140,12 +140,6 @@ def ignored_fields(body: ImageOptions, guidance: Guidance, has_guidance: bool) -
 def ignored_fields_header(names: Sequence[str]) -> dict[str, str]:
     """`x-omni-ignored-fields` with the result of `ignored_fields`; {} for none."""
     return {IGNORED_FIELDS_HEADER: ",".join(names)} if names else {}
-
-
-def _asks(name: str, body: ImageOptions, guidance: Guidance) -> bool:
-    """Whether this field was sent, and not as a scale that switches guidance off."""
-    value = getattr(body, name)
-    return value is not None and not (name == guidance.parameter and value + guidance.offset <= 1)
 
 
 def _printable(name: str) -> str:

@@ -6,7 +6,7 @@ the names and the number of values with vLLM's own parser.
 
 from __future__ import annotations
 
-from vllm_omni.entrypoints.cli.foreign_flags import ForeignFlag, ignored, refused, renamed, words
+from vllm_omni.foreign.flags import ForeignFlag, ignored, refused, renamed, words
 
 SAME_HERE = words(
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_omni.entrypoints.cli.foreign_flags import ForeignFlag, ignored, refused, renamed
+from vllm_omni.foreign.flags import ForeignFlag, ignored, refused, renamed
 
 _OFFLOAD = "--enable-cpu-offload or --enable-layerwise-offload"
 _OWN_FOLDER = "a model is loaded as its folder says"
@@ -37,7 +37,8 @@ VLLM_OMNI_FLAGS: tuple[ForeignFlag, ...] = (
     *renamed(_OFFLOAD, "--diffusion-offload-config= --enable-distributed-layerwise-offload"),
     *renamed(_OFFLOAD, "--dlo-use-allgather --dlo-no-use-allgather"),
     *renamed(_OFFLOAD, "--dlo-resident-layers=", "0"),
-    *renamed("--tensor-parallel-size, which shares the weights", "--use-hsdp --hsdp-shard-size="),
+    *renamed("--tensor-parallel-size, which shares the weights", "--use-hsdp"),
+    *renamed("--tensor-parallel-size, which shares the weights", "--hsdp-shard-size=", "1", "-1"),
     *renamed("--data-parallel-size", "--hsdp-replicate-size= --omni-dp-size-local=", "1"),
     *renamed("--usp and --ring", "--allgather-degree=", "1"),
     *renamed("--distributed-executor-backend", "--worker-backend=", "multi_process"),

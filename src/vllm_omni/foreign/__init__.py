@@ -1,0 +1,1 @@
+"""What other servers and the public vllm-omni package call things, and what becomes of it here."""

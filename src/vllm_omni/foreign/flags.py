@@ -1,0 +1,85 @@
+"""Flags of other servers: how many values each takes, and whether it is ignored, named differently here, or refused.
+
+The tables are `vllm_flags.py` and `diffusion_server_flags.py`. Their readers are the command line's parser
+(`entrypoints/cli/foreign_flags.py`) and the keywords of scripts (`keywords.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Treatment = Literal["ignored", "renamed", "refused"]
+Arity = Literal["switch", "one", "several", "optional"]
+
+_SUFFIXES: dict[str, Arity] = {"": "switch", "=": "one", "=+": "several", "=?": "optional"}
+
+
+@dataclass(frozen=True)
+class ForeignFlag:
+    """One flag of another server."""
+
+    names: tuple[str, ...]
+    arity: Arity
+    treatment: Treatment
+    text: str
+    """Ignored: the topic. Renamed: what to use here. Refused: the reason."""
+    harmless: tuple[str, ...] = ()
+    """Values with which a renamed or refused flag is ignored: they ask for what is done anyway."""
+    harmless_from: float | None = None
+    """Numbers from this one on are harmless too."""
+
+    @property
+    def option_strings(self) -> tuple[str, ...]:
+        """All spellings, the negated ones of switches included."""
+        if self.arity != "switch":
+            return self.names
+        return (*self.names, *(f"--no-{name[2:]}" for name in self.names if name.startswith("--")))
+
+    def is_harmless(self, values: Sequence[str]) -> bool:
+        """Whether ignoring these values gives the user what the flag asks for."""
+        if self.treatment == "ignored":
+            return True
+        return bool(values) and all(self._is_harmless(value) for value in values)
+
+    def _is_harmless(self, value: str) -> bool:
+        if value in self.harmless:
+            return True
+        try:
+            number = float(value)
+        except ValueError:
+            return False
+        if self.harmless_from is not None and number >= self.harmless_from:
+            return True
+        return any(number == float(text) for text in self.harmless if text.replace(".", "", 1).isdigit())
+
+
+def ignored(topic: str, specs: str) -> tuple[ForeignFlag, ...]:
+    """Flags without effect here. `specs`: see `parse_spec`."""
+    return tuple(ForeignFlag(*parse_spec(spec), "ignored", topic) for spec in words(specs))
+
+
+def renamed(here: str, specs: str, *harmless: str, harmless_from: float | None = None) -> tuple[ForeignFlag, ...]:
+    """Flags whose purpose `here` serves."""
+    return tuple(
+        ForeignFlag(*parse_spec(spec), "renamed", here, harmless, harmless_from=harmless_from) for spec in words(specs)
+    )
+
+
+def refused(reason: str, specs: str, *harmless: str, harmless_from: float | None = None) -> tuple[ForeignFlag, ...]:
+    """Flags that cannot be ignored: the user would get something else."""
+    return tuple(
+        ForeignFlag(*parse_spec(spec), "refused", reason, harmless, harmless_from=harmless_from)
+        for spec in words(specs)
+    )
+
+
+def words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+def parse_spec(spec: str) -> tuple[tuple[str, ...], Arity]:
+    """Names and arity of `--name/-n`; after it `=` for one value, `=+` for one or more, `=?` for none or one."""
+    names, equals, rest = spec.partition("=")
+    return tuple(names.split("/")), _SUFFIXES[equals + rest]

@@ -1,0 +1,69 @@
+"""Settings that scripts of the public vllm-omni package give as keywords: ignored, named differently, or refused.
+
+Most are flags too, and have the place of the flag.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from functools import cache
+from typing import Any
+
+from vllm_omni.errors import ConfigError
+from vllm_omni.foreign.constructors import asks_nothing
+from vllm_omni.foreign.diffusion_server_flags import VLLM_OMNI_FLAGS
+from vllm_omni.foreign.flags import ForeignFlag, ignored, refused, renamed
+from vllm_omni.foreign.vllm_flags import VLLM_FLAGS
+
+_WITHOUT_FLAG = (
+    *ignored("the model says what it makes", "--mode= --output-modalities=+"),
+    *ignored("always done, or done in another way with the same pictures", "--enable-multithread-weight-load"),
+    *ignored("sequences are never padded", "--mask-sp-padding"),
+    *renamed("--usp and --ring", "--sequence-parallel-size=", "1"),
+    *renamed("--max-num-seqs", "--diffusion-batch-size=", "1"),
+    *renamed('default_sampling_params={"seed": ...}', "--seed="),
+    *renamed("a config as the first argument, or its fields as keywords", "--od-config= --engine-args="),
+    *refused(
+        "one model is run, without stages: its settings are keywords",
+        "--deploy-config= --stage-configs-path= --stage-configs= --stage-overrides= --strategy-config=",
+    ),
+)
+"""Written like flags; they stand before flags of the same name, whose text is for a command line."""
+
+_SHORT_FLAGS = {"usp": "ulysses_degree", "ring": "ring_degree"}
+
+
+def ignored_keywords(keywords: Mapping[str, Any], accepted: Collection[str]) -> list[str]:
+    """Check keywords that are no settings of ours; returns those that ask for something and are ignored.
+
+    Raises ConfigError for the others: one that has another name here or is refused says so, an unknown one lists what
+    is accepted.
+    """
+    found = []
+    for name, value in keywords.items():
+        flag = _flags_by_keyword().get(name)
+        if flag is None:
+            raise ConfigError(f"unknown keyword {name!r}; accepted are {', '.join(accepted)}")
+        if asks_nothing(value):
+            continue
+        values = [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]
+        if not flag.is_harmless([] if value is True else values):
+            here = _as_keywords(flag.text)
+            raise ConfigError(f"{name}: here {here}" if flag.treatment == "renamed" else f"{name} {value!r}: {here}")
+        found.append(name)
+    return found
+
+
+@cache
+def _flags_by_keyword() -> Mapping[str, ForeignFlag]:
+    flags: dict[str, ForeignFlag] = {}
+    for flag in (*_WITHOUT_FLAG, *VLLM_OMNI_FLAGS, *VLLM_FLAGS):
+        for name in flag.names:
+            flags.setdefault(name.lstrip("-").replace("-", "_"), flag)
+    return flags
+
+
+def _as_keywords(text: str) -> str:
+    """A text of the tables with keywords in place of flags."""
+    return re.sub(r"--([a-z][a-z-]*)", lambda m: _SHORT_FLAGS.get(m[1], m[1].replace("-", "_")), text)

@@ -1,0 +1,112 @@
+"""Sampling parameters and adapters as scripts of the public vllm-omni package and of diffusers write them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from vllm_omni.errors import InvalidRequestError
+from vllm_omni.foreign.constructors import asks_nothing
+
+PROMPT_FORM = 'it is part of the prompt: {"prompt": ..., "negative_prompt": ..., "multi_modal_data": {"image": ...}}'
+IN_PROMPT = ("prompt", "negative_prompt", "image", "pil_image")
+"""Names that are no parameters, but belong to the prompt."""
+_REPLACED: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "boundary_ratio": ("a model is loaded as its folder says", ()),
+    "cfg_normalize": ("here cfg_normalization", ()),
+    "eta": ("the model's own noise scheduler is used", (0.0,)),
+    "extra_args": ("parameters have fields of their own here", ()),
+    "frame_rate": ("here fps", ()),
+    "guidance_rescale": ("guidance is not rescaled", (0.0,)),
+    "guidance_scale_2": ("one scale guides all steps", (1.0,)),
+    "latents": ("noise is drawn from the seed", ()),
+    "layers": ("a picture has one layer", (4,)),
+    "num_images_per_prompt": ("here num_outputs_per_prompt", ()),
+    "num_videos_per_prompt": ("here num_outputs_per_prompt", ()),
+    "resolution": ("here height and width", (640,)),
+    "return_trajectory_decoded": ("here num_previews, with AsyncOmni", ()),
+    "return_trajectory_latents": ("latents stay in the worker", ()),
+    "size": ("here height and width", ()),
+    "timesteps": ("here sigmas", ()),
+    **dict.fromkeys(IN_PROMPT, (PROMPT_FORM, ())),
+}
+"""What to use, or why not; and values that ask for nothing: the public package's defaults, which its examples give."""
+_TAKEN = ("generator", "lora_requests", "lora_scales")
+
+
+def convert_params(keywords: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Fields of `OmniDiffusionSamplingParams` (`names`) for keywords that are not all fields.
+
+    Raises InvalidRequestError.
+    """
+    ours = {name: value for name, value in keywords.items() if name in names}
+    for name, value in keywords.items():
+        if name in names or name in _TAKEN:
+            continue
+        if name not in _REPLACED:
+            raise InvalidRequestError(f"unknown parameter {name!r}; accepted are {', '.join(names)}", param=name)
+        text, harmless = _REPLACED[name]
+        if not asks_nothing(value) and not (name == "extra_args" and _is_empty(value)) and value not in harmless:
+            raise InvalidRequestError(f"{name}: {text}, got {value!r:.200}", param=name)
+    if (generator := keywords.get("generator")) is not None:
+        _put(ours, "seed", seed_of(generator), "generator")
+    for name, ours_name in (("lora_requests", "lora_request"), ("lora_scales", "lora_scale")):
+        if not asks_nothing(values := keywords.get(name)):
+            _put(ours, ours_name, _only(name, values), name)
+    return ours
+
+
+def _is_empty(values: Any) -> bool:
+    return isinstance(values, dict) and all(map(asks_nothing, values.values()))
+
+
+def _put(ours: dict[str, Any], name: str, value: Any, given_as: str) -> None:
+    if ours.get(name) is not None and ours[name] != value:
+        raise InvalidRequestError(f"{given_as} and {name} differ: got {value!r} and {ours[name]!r}", param=name)
+    ours[name] = value
+
+
+def _only(name: str, values: Any) -> Any:
+    if not isinstance(values, list | tuple) or len(values) > 1:
+        raise InvalidRequestError(
+            f"{name} takes a list of one: a request has at most one adapter, got {values!r:.200}", param=name
+        )
+    return values[0]
+
+
+def seed_of(generator: Any) -> int:
+    """The seed of a `torch.Generator` that has drawn nothing yet. Raises InvalidRequestError for other objects.
+
+    Noise is drawn from this seed on the CPU, whatever the generator's device, and the generator stays as it is.
+    """
+    if isinstance(generator, list | tuple) and len(generator) == 1:
+        generator = generator[0]
+    # By its methods: this module imports no PyTorch.
+    if not hasattr(generator, "initial_seed") or not hasattr(generator, "get_state"):
+        raise InvalidRequestError(
+            f"generator takes one torch.Generator (output i uses its seed + i), got {type(generator).__name__}",
+            param="generator",
+        )
+    seed = int(generator.initial_seed())
+    fresh = type(generator)(device=generator.device).manual_seed(seed)
+    if not bool((fresh.get_state() == generator.get_state()).all()):
+        raise InvalidRequestError(
+            f"generator has drawn numbers since its seed was set: give seed={seed}, or another one", param="generator"
+        )
+    return seed
+
+
+def convert_adapter(keywords: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Fields of `LoRARequest` (`names`) for `lora_name`, `lora_path` and `lora_int_id`. Raises InvalidRequestError.
+
+    The number has no meaning here: adapters are known by name and path.
+    """
+    ours = {name: value for name, value in keywords.items() if name in names}
+    for name, value in keywords.items():
+        if name in ("lora_name", "lora_path"):
+            _put(ours, name.removeprefix("lora_"), value, name)
+        elif name not in names and name != "lora_int_id":
+            raise InvalidRequestError(f"lora_request: unknown {name!r}; accepted are {', '.join(names)}", param=name)
+    if "name" not in ours:
+        raise InvalidRequestError("lora_request needs a name", param="lora_request")
+    return ours

@@ -1,0 +1,116 @@
+"""Keywords of `Omni` and `AsyncOmni`, as type checkers and the constructors know them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from vllm_omni.diffusion.data import (
+    AttentionBackendName,
+    CacheBackend,
+    DeviceChoice,
+    DiffusionParallelConfig,
+    DType,
+    ExecutorBackend,
+    KernelsName,
+    LoadFormat,
+    OmniDiffusionConfig,
+    Quantization,
+    SchedulingPolicy,
+    log_ignored,
+)
+from vllm_omni.errors import ConfigError
+from vllm_omni.foreign.keywords import ignored_keywords
+
+if TYPE_CHECKING:
+    import torch
+
+
+class OmniSettings(TypedDict, total=False):
+    """The fields of `OmniDiffusionConfig`, which explains them, and of `DiffusionParallelConfig`.
+
+    `parallel_config` is the field `parallel`; its degrees may be given one by one instead. None is no cache.
+    """
+
+    model: str | os.PathLike[str]
+    parallel_config: DiffusionParallelConfig | None
+    ulysses_degree: int
+    ring_degree: int
+    cfg_parallel_size: int
+    tensor_parallel_size: int
+    data_parallel_size: int
+    vae_patch_parallel_size: int
+    text_encoder_tp_size: int
+    cache_backend: CacheBackend | None
+    cache_config: Mapping[str, Any] | None
+    enable_cpu_offload: bool
+    enable_layerwise_offload: bool
+    lora_modules: Mapping[str, str | os.PathLike[str]]
+    vae_use_slicing: bool
+    vae_use_tiling: bool
+    overlap_decode: bool
+    device: DeviceChoice
+    dtype: DType | torch.dtype
+    load_format: LoadFormat
+    quantization: Quantization | None
+    attention_backend: AttentionBackendName | None
+    enforce_eager: bool
+    kernels: KernelsName
+    distributed_executor_backend: ExecutorBackend
+    scheduling_policy: SchedulingPolicy
+    max_num_seqs: int
+    max_batch_tokens: int | None
+    max_num_queued_reqs: int
+    max_queue_seconds: float
+    max_pixels: int | None
+    max_inference_steps: int
+    max_num_frames: int | None
+    default_sampling_params: Mapping[str, Any]
+    max_worker_restarts: int
+    variant: str | None
+    revision: str | None
+    download_dir: str | os.PathLike[str] | None
+    hf_token: str | bool | None
+    progress_bar: bool
+
+
+ACCEPTED = tuple(OmniSettings.__annotations__)
+_NONE = OmniSettings()
+_DEGREES = tuple(f.name for f in fields(DiffusionParallelConfig))
+
+
+def config_of(
+    config: OmniDiffusionConfig | str | os.PathLike[str] | None, settings: OmniSettings, defaults: OmniSettings = _NONE
+) -> OmniDiffusionConfig:
+    """The config that a constructor's arguments mean: a config, or a model and keywords, before `defaults`.
+
+    Raises ConfigError.
+    """
+    if isinstance(config, str | os.PathLike):
+        if "model" in settings:
+            raise ConfigError(f"give the model once: got {os.fspath(config)!r} and model={settings['model']!r}")
+        return _from_keywords({**defaults, **settings, "model": config})
+    if config is None:
+        return _from_keywords({**defaults, **settings})
+    if not isinstance(config, OmniDiffusionConfig):
+        raise ConfigError(f"the first argument is an OmniDiffusionConfig or a model, got {config!r}")
+    if others := sorted(settings.keys() - {"progress_bar"}):
+        raise ConfigError(f"give a config or keywords, not both: got a config and {others}")
+    return config if settings.get("progress_bar", True) else replace(config, progress_bar=False)
+
+
+def _from_keywords(given: dict[str, Any]) -> OmniDiffusionConfig:
+    """Keywords of the public vllm-omni package that change nothing here are ignored, with one line in the log."""
+    others = {name: given.pop(name) for name in list(given) if name not in ACCEPTED}
+    log_ignored(ignored_keywords(others, ACCEPTED))
+    degrees = {name: given.pop(name) for name in _DEGREES if name in given}
+    parallel = given.pop("parallel_config", None)
+    if parallel is not None and degrees:
+        raise ConfigError(f"give parallel_config or its fields as keywords, not both: got both and {sorted(degrees)}")
+    for name, default in (("cache_backend", "none"), ("cache_config", {})):
+        if given.get(name, default) is None:
+            given[name] = default
+    given.setdefault("model", "")
+    return OmniDiffusionConfig(**given, parallel=DiffusionParallelConfig(**degrees) if parallel is None else parallel)

@@ -1,0 +1,117 @@
+"""Several prompts in one call: lists of them, and which of them failed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from vllm_omni.errors import InvalidRequestError, RequestError
+from vllm_omni.foreign.constructors import asks_nothing
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt, PromptLike
+from vllm_omni.inputs.foreign_params import IN_PROMPT, PROMPT_FORM
+from vllm_omni.outputs import OmniRequestOutput
+
+
+def list_of_prompts(prompts: PromptLike | Iterable[PromptLike]) -> list[PromptLike]:
+    """One prompt, or an iterable of them, as a list. Raises InvalidRequestError for other objects."""
+    if isinstance(prompts, str | Mapping | OmniPrompt):
+        return [prompts]
+    listed = None if isinstance(prompts, bytes | bytearray) else _list(prompts)
+    if listed is None:
+        raise InvalidRequestError(
+            "prompts takes a prompt (a string, a mapping or an OmniPrompt) or a list of prompts, got "
+            f"{type(prompts).__name__}",
+            param="prompt",
+        )
+    return listed
+
+
+def params_of_prompts(params: Any, num_prompts: int) -> list[Any]:
+    """The sampling parameters of each prompt: one object for all, or one each. Raises InvalidRequestError.
+
+    An object of another kind is given to every prompt, so that the check of a prompt names it.
+    """
+    is_one = params is None or isinstance(params, str | bytes | Mapping | OmniDiffusionSamplingParams)
+    listed = None if is_one else _list(params)
+    if listed is None:
+        return [params] * num_prompts
+    if len(listed) != num_prompts:
+        raise InvalidRequestError(
+            f"got {num_prompts} prompts and {len(listed)} sampling_params: give one, or one each",
+            param="sampling_params",
+        )
+    return listed
+
+
+def one_of_stages(sampling_params: Any, sampling_params_list: Any) -> Any:
+    """`sampling_params`, or what a list with the parameters of each stage holds: a model has one stage here.
+
+    Raises InvalidRequestError.
+    """
+    if sampling_params_list is None:
+        return sampling_params
+    listed = [sampling_params_list]
+    if isinstance(sampling_params_list, Iterable) and not isinstance(sampling_params_list, str | Mapping):
+        listed = list(sampling_params_list)
+    if sampling_params is not None or len(listed) != 1:
+        got = f"{len(listed)} of them" if sampling_params is None else "sampling_params too"
+        raise InvalidRequestError(
+            "sampling_params_list takes the parameters of the one stage that a model has here, got "
+            f"{got}; sampling_params takes one for all prompts, or a list of one each",
+            param="sampling_params",
+        )
+    return listed[0]
+
+
+def refuse_keywords(keywords: Mapping[str, Any]) -> None:
+    """Raise InvalidRequestError for keywords that `generate` does not have, unless they ask for nothing."""
+    for name in keywords:
+        if asks_nothing(keywords[name]):
+            continue
+        if name == "py_generator":
+            here = "outputs come as a list; AsyncOmni gives them one by one"
+        elif name in IN_PROMPT:
+            here = PROMPT_FORM
+        else:
+            here = "sampling parameters are given as OmniDiffusionSamplingParams(...)"
+        raise InvalidRequestError(f"generate takes no {name!r}: {here}", param=name)
+
+
+def _list(items: Any) -> list[Any] | None:
+    """None for an object that cannot be iterated over."""
+    if not isinstance(items, Iterable):
+        return None
+    try:
+        iterator = iter(items)
+    except TypeError:  # an array without dimensions says that it can be iterated over
+        return None
+    return list(iterator)
+
+
+def raise_first_failure(outputs: Sequence[OmniRequestOutput]) -> None:
+    """Raise the error of the first failed output, with all outputs attached; nothing where none failed."""
+    failed = [index for index, output in enumerate(outputs) if output.error is not None]
+    if not failed:
+        return
+    error = outputs[failed[0]].error
+    assert error is not None
+    others = f" ({len(failed)} of {len(outputs)} prompts failed)" if len(failed) > 1 else ""
+    raise error_of_prompt(error, failed[0], len(outputs), others, outputs) from error.__cause__
+
+
+def error_of_prompt(
+    error: RequestError,
+    index: int,
+    num_prompts: int,
+    others: str = "",
+    outputs: Sequence[OmniRequestOutput] = (),
+) -> RequestError:
+    """`error` with the prompt's number, which leads the message where there are several prompts.
+
+    It is a copy: the engine may have given the same error to other requests.
+    """
+    located = error.copy()
+    located.index, located.outputs = index, outputs
+    if num_prompts > 1:
+        located.args = (f"prompts[{index}]: {error}{others}",)
+    return located

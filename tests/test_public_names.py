@@ -1,0 +1,269 @@
+"""Scripts of the public vllm-omni package: import paths, keywords, parameters and outputs that mean the same run here.
+
+What means something else is refused in one line that says what to use.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+
+from tests.fakes import FakeExecutor, fake_image, make_request
+from tests.tiny_models import photo
+from tests.tiny_z_image import build_tiny_z_image
+from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig, parse_cache_config
+from vllm_omni.diffusion.data import logger as public_logger
+from vllm_omni.entrypoints.async_omni import AsyncOmni
+from vllm_omni.entrypoints.omni import Omni
+from vllm_omni.errors import ConfigError, InvalidRequestError
+from vllm_omni.foreign.keywords import ignored_keywords
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+from vllm_omni.keywords import ACCEPTED
+from vllm_omni.lora.request import LoRARequest
+from vllm_omni.lora.utils import stable_lora_int_id
+from vllm_omni.outputs import OmniRequestOutput
+from vllm_omni.platforms import current_omni_platform
+
+SMALL: dict[str, Any] = {"height": 32, "width": 48, "num_inference_steps": 2}
+
+
+@pytest.fixture(autouse=True)
+def device() -> Iterator[FakeExecutor]:
+    executor = FakeExecutor()
+    with patch("vllm_omni.omni.make_executor", lambda config, info: executor):
+        yield executor
+
+
+def fresh_generator(seed: int) -> torch.Generator:
+    return torch.Generator(device=current_omni_platform.device_type).manual_seed(seed)
+
+
+def expected(seed: int) -> np.ndarray:
+    return fake_image(make_request(size=(32, 48), seed=seed))
+
+
+def test_a_script_of_text_to_image(caplog: pytest.LogCaptureFixture) -> None:
+    settings: dict[str, Any] = {
+        "model": "demo",
+        "enable_layerwise_offload": False,
+        "vae_use_slicing": current_omni_platform.is_npu(),
+        "cache_backend": "cache_dit",
+        "cache_config": {"Fn_compute_blocks": 1, "scm_steps_mask_policy": None, "scm_steps_policy": "dynamic"},
+        "enable_cache_dit_summary": False,
+        "ulysses_degree": 1,
+        "ring_degree": 1,
+        "ulysses_mode": "strict",
+        "cfg_parallel_size": 1,
+        "tensor_parallel_size": 1,
+        "vae_patch_parallel_size": 1,
+        "enable_expert_parallel": False,
+        "enforce_eager": True,
+        "mode": "text-to-image",
+        "log_stats": False,
+        "profiler_config": None,
+        "init_timeout": 600,
+        "stage_init_timeout": 600,
+        "progress_bar": False,
+    }
+    omni = Omni(**settings)
+    ignored = "ignored, as the pictures are the same without: ulysses_mode, mode, init_timeout, stage_init_timeout"
+    assert [record.getMessage() for record in caplog.records] == [ignored]
+    assert omni._async.config == OmniDiffusionConfig(
+        "demo",
+        cache_backend="cache_dit",
+        cache_config={"Fn_compute_blocks": 1, "scm_steps_mask_policy": None, "steps_computation_policy": "dynamic"},
+        enforce_eager=True,
+        max_num_queued_reqs=2**31,
+        max_queue_seconds=float("inf"),
+        max_pixels=2**31,
+        max_num_frames=2**31,
+        progress_bar=False,
+    )
+    params = OmniDiffusionSamplingParams(
+        generator=fresh_generator(142),  # type: ignore[call-arg]
+        true_cfg_scale=4.0,
+        guidance_scale_2=1.0,
+        num_outputs_per_prompt=2,
+        lora_requests=[],
+        lora_scales=[],
+        extra_args={"system_prompt": None},
+        **SMALL,
+    )
+    outputs = omni.generate([{"prompt": "a cup", "negative_prompt": None}], params)
+    images = outputs[0].request_output.images
+    assert all(np.array_equal(np.asarray(image), expected(142 + i)) for i, image in enumerate(images))
+    omni.close()
+    public_logger.info("%d pictures", len(images))
+
+
+def test_a_script_of_image_to_image(tiny_edit_model: Path) -> None:
+    omni = Omni(model=str(tiny_edit_model), cache_backend=None, cache_config=None, trust_remote_code=False)  # type: ignore[call-arg]
+    params = OmniDiffusionSamplingParams(
+        generator=fresh_generator(3),  # type: ignore[call-arg]
+        true_cfg_scale=4.0,
+        guidance_scale_2=None,
+        num_outputs_per_prompt=1,
+        layers=4,
+        resolution=640,
+        **SMALL,
+    )
+    prompt = {"prompt": "at night", "negative_prompt": "", "multi_modal_data": {"image": [photo(64, 64, 1)]}}
+    (output,) = omni.generate(prompt, sampling_params_list=[params])
+    assert np.array_equal(np.asarray(output.images[0]), expected(3))
+    omni.close()
+
+
+def test_a_script_of_z_image(tmp_path: Path) -> None:
+    omni = Omni(str(build_tiny_z_image(tmp_path / "model")))
+    prompts = [{"prompt": text, "negative_prompt": "blurry"} for text in "abc"]
+    outputs = omni.generate(prompts, OmniDiffusionSamplingParams(guidance_scale=4.0, seed=42, **SMALL), use_tqdm=False)
+    for output in outputs:
+        inner = output.request_output[0]
+        assert isinstance(inner, OmniRequestOutput)
+        assert np.array_equal(np.asarray(inner.images[0]), expected(42))
+    omni.close()
+
+
+async def test_a_list_with_the_parameters_of_each_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    params = OmniDiffusionSamplingParams(seed=5, **SMALL)
+    with Omni("demo") as omni:
+        for given in (params, [params], (params,), iter([params])):
+            outputs = omni.generate(["a", "b"], sampling_params_list=given, use_tqdm=False)
+            assert [output.seeds for output in outputs] == [[5], [5]]
+        assert capsys.readouterr().err == "", "use_tqdm=False hides the bar"
+        omni.generate("a", params)
+        assert "denoising" in capsys.readouterr().err
+        for wrong in (
+            {"sampling_params_list": [params, params]},
+            {"sampling_params_list": [params], "sampling_params": params},
+        ):
+            with pytest.raises(InvalidRequestError, match="sampling_params_list takes the parameters of the one stage"):
+                omni.generate(["a", "b"], **wrong)  # type: ignore[arg-type]
+    asynchronous = AsyncOmni("demo")
+    await asynchronous.start()
+    outputs = [output async for output in asynchronous.generate("a", sampling_params_list=[params])]
+    assert outputs[-1].seeds == [5]
+    await asynchronous.close()
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        (
+            {"height": 64},
+            "generate takes no 'height': sampling parameters are given as OmniDiffusionSamplingParams(...)",
+        ),
+        ({"negative_prompt": "x"}, "generate takes no 'negative_prompt': it is part of the prompt: {\"prompt\": "),
+        ({"py_generator": True}, "generate takes no 'py_generator': outputs come as a list; AsyncOmni gives them "),
+    ],
+)
+async def test_other_keywords_of_a_call_are_told_their_place(keywords: dict[str, Any], message: str) -> None:
+    with Omni("demo", progress_bar=False) as omni:
+        with pytest.raises(InvalidRequestError, match="^" + re.escape(message)) as caught:
+            omni.generate("a", **keywords)
+        assert caught.value.param in keywords
+        with pytest.raises(InvalidRequestError, match="^" + re.escape(message)):
+            omni._async.generate("a", **keywords)
+        omni.generate("a", OmniDiffusionSamplingParams(**SMALL), py_generator=False)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_hsdp": True}, "use_hsdp: here tensor_parallel_size, which shares the weights"),
+        ({"num_gpus": 4}, "num_gpus: here the product of ulysses_degree, ring_degree, cfg_parallel_size, "),
+        ({"sequence_parallel_size": 2}, "sequence_parallel_size: here ulysses_degree and ring_degree"),
+        ({"deploy_config": "x.yaml"}, "deploy_config 'x.yaml': one model is run, without stages"),
+        ({"boundary_ratio": 0.9}, "boundary_ratio 0.9: a model is loaded as its folder says"),
+        ({"lora_path": "x"}, "lora_path: here lora_modules NAME=PATH"),
+        ({"seed": 3}, 'seed: here default_sampling_params={"seed": ...}'),
+        ({"gpu_memory_utilization": 0.5}, "gpu_memory_utilization 0.5: memory is not bounded by a share"),
+        ({"tensor_paralel_size": None}, "unknown keyword 'tensor_paralel_size'; accepted are model, parallel_config, "),
+        ({"tensor_parallel_size": "2"}, "tensor_parallel_size takes an integer, got '2'"),
+    ],
+)
+def test_settings_that_differ_name_ours(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match="^" + re.escape(message)):
+        Omni("demo", **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_gpus": 1, "gpu_memory_utilization": 0.9, "hsdp_shard_size": -1, "worker_backend": "multi_process"},
+        {"trust_remote_code": True, "log_stats": True, "max_model_len": 4096, "output_modalities": ["image"]},
+    ],
+)
+def test_settings_without_effect_are_ignored_and_named(settings: dict[str, Any]) -> None:
+    assert ignored_keywords(settings, ACCEPTED) == list(settings)
+    assert ignored_keywords(dict.fromkeys(settings), ACCEPTED) == []
+
+
+def test_degrees_that_mean_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    ours = DiffusionParallelConfig(ulysses_degree=2, ring_degree=2)
+    same: dict[str, Any] = {"sequence_parallel_size": 4, "pipeline_parallel_size": 1, "use_hsdp": False}
+    assert DiffusionParallelConfig(ulysses_degree=2, ring_degree=2, **same) == ours
+    assert [record.getMessage() for record in caplog.records] == [
+        "ignored, as the pictures are the same without: pipeline_parallel_size"
+    ]
+    for wrong, message in (
+        ({"use_hsdp": True}, "use_hsdp: here tensor_parallel_size"),
+        ({"sequence_parallel_size": 4}, "sequence_parallel_size: here ulysses_degree and ring_degree"),
+        ({"ulyses_degree": 2}, "unknown keyword 'ulyses_degree'; accepted are ulysses_degree, ring_degree, "),
+    ):
+        with pytest.raises(ConfigError, match=f"^{message}"):
+            DiffusionParallelConfig(**wrong)
+    policy = parse_cache_config("cache_dit", {"scm_steps_policy": "static"})
+    assert policy == parse_cache_config("cache_dit", {"steps_computation_policy": "static"})
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"heigth": None}, "unknown parameter 'heigth'; accepted are height, width, "),
+        ({"guidance_scale_2": 3.0}, "guidance_scale_2: one scale guides all steps, got 3.0"),
+        ({"extra_args": {"shift": 1.0}}, "extra_args: parameters have fields of their own here, got {'shift': 1.0}"),
+        ({"num_images_per_prompt": 2}, "num_images_per_prompt: here num_outputs_per_prompt, got 2"),
+        ({"negative_prompt": "x"}, "negative_prompt: it is part of the prompt: "),
+        ({"latents": torch.zeros(2)}, "latents: noise is drawn from the seed, got tensor"),
+        ({"generator": 3}, "generator takes one torch.Generator (output i uses its seed + i), got int"),
+        ({"generator": [fresh_generator(1), fresh_generator(2)]}, "generator takes one torch.Generator"),
+        ({"generator": fresh_generator(1), "seed": 2}, "generator and seed differ: got 1 and 2"),
+        ({"lora_requests": ["a", "b"]}, "lora_requests takes a list of one: a request has at most one adapter"),
+    ],
+)
+def test_parameters_that_differ_name_ours(params: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequestError, match="^" + re.escape(message)) as caught:
+        OmniDiffusionSamplingParams(**params)
+    assert caught.value.param in params
+
+
+def test_a_generator_is_its_seed_until_it_draws() -> None:
+    generator = fresh_generator(7)
+    for given in (generator, [generator]):
+        assert OmniDiffusionSamplingParams(generator=given, seed=None).seed == 7  # type: ignore[call-arg]
+    torch.rand(1, generator=generator)
+    with pytest.raises(InvalidRequestError, match="generator has drawn numbers since its seed was set: give seed=7"):
+        OmniDiffusionSamplingParams(generator=generator)  # type: ignore[call-arg]
+
+
+def test_adapters_by_their_public_names() -> None:
+    number = stable_lora_int_id("/adapters/ink")
+    assert 0 < number == stable_lora_int_id(Path("/adapters/ink")) < 2**31
+    adapter = LoRARequest(lora_name="ink", lora_int_id=number, lora_path="/adapters/ink")  # type: ignore[call-arg]
+    assert adapter == LoRARequest("ink", "/adapters/ink")
+    params = OmniDiffusionSamplingParams(lora_requests=[adapter], lora_scales=[0.5])  # type: ignore[call-arg]
+    assert params == OmniDiffusionSamplingParams(lora_request=adapter, lora_scale=0.5)
+    with pytest.raises(InvalidRequestError, match="unknown 'rank'; accepted are name, path, scale"):
+        LoRARequest("ink", rank=4)  # type: ignore[call-arg]
+    with pytest.raises(InvalidRequestError, match="needs a name"):
+        LoRARequest(lora_path="/adapters/ink")  # type: ignore[call-arg]
