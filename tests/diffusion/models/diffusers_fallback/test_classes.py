@@ -13,6 +13,7 @@ from pathlib import Path
 import diffusers
 
 from vllm_omni.diffusion.models.diffusers_fallback.own_sizes import size_bins
+from vllm_omni.diffusion.models.diffusers_fallback.pictures import NUM_REFERENCES
 from vllm_omni.diffusion.models.diffusers_fallback.signature import CallSignature
 from vllm_omni.errors import ConfigError
 
@@ -25,7 +26,10 @@ def outcome(pipeline: type) -> str:
     except ConfigError as error:
         return str(error).removeprefix(pipeline.__name__).strip()
     kind = "video" if "num_frames" in signature.defaults else "picture"
-    notes = ["from a picture"] * signature.takes_image + ["without step callback"] * (not signature.step_callback)
+    notes = [] if signature.step_callback else ["without step callback"]
+    if signature.takes_image:
+        least, most = NUM_REFERENCES.get(pipeline.__name__, (1, 1))
+        notes.append(f"input pictures: {least} to {most}" if least < most else f"input pictures: {least}")
     return ", ".join([kind, *notes])
 
 
