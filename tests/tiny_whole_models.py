@@ -194,7 +194,7 @@ def cog_view_4(encodes_empty: bool = True) -> DiffusionPipeline:
 
 
 def sana() -> DiffusionPipeline:
-    """Of 512 pixels a side: it makes one of the sizes of that table and resizes the picture."""
+    """A Sana of 512 pixels a side, which makes one of the sizes of that table and resizes the picture."""
     words = t5_tokenizer()
     transformer = SanaTransformer2DModel(
         in_channels=4,
@@ -282,7 +282,7 @@ def hunyuan_video_1_5() -> DiffusionPipeline:
 
 
 def long_cat_image() -> DiffusionPipeline:
-    """It rewrites each prompt by the text encoder first; this one writes a single token."""
+    """A LongCat-Image, which rewrites each prompt by its text encoder first; this one writes a single token."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'][0]['text'] }}{% endfor %}"
     text_encoder = tiny_text_encoder(tokenizer, 32, 2, 1)

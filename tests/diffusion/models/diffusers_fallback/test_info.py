@@ -31,6 +31,7 @@ from vllm_omni.diffusion.models.diffusers_fallback.info import (
     latent_side,
     longest_side,
 )
+from vllm_omni.diffusion.models.diffusers_fallback.own_sizes import own_size
 from vllm_omni.diffusion.models.diffusers_fallback.pipeline import PipelineCall
 from vllm_omni.diffusion.registry import load_model_info
 from vllm_omni.diffusion.worker.runner import ModelRunner
@@ -255,6 +256,25 @@ def test_frames_a_second_are_a_whole_number(copy_of: Callable[..., Path]) -> Non
     assert (fps, type(fps)) == (25, int)
     assert info.whole is not None
     assert info.whole.fps_name == "frame_rate"
+
+
+@pytest.mark.parametrize(
+    ("class_name", "transformer", "index", "latent_side", "size"),
+    [
+        ("CogVideoXPipeline", {"sample_height": 60, "sample_width": 90, "sample_frames": 49}, {}, 8, (480, 720, 49)),
+        ("AllegroPipeline", {"sample_height": 90, "sample_width": 160, "sample_frames": 22}, {}, 8, (720, 1280, 88)),
+        ("HunyuanVideo15Pipeline", {"target_size": 960}, {}, 16, (720, 1280, None)),
+        ("HunyuanVideo15Pipeline", {"target_size": 100}, {}, 16, (1024, 1024, None)),
+        ("PRXPipeline", {}, {"default_sample_size": 512}, 8, (512, 512, None)),
+        ("SanaPipeline", {"sample_size": 32}, {}, 32, (1024, 1024, None)),
+        ("FluxPipeline", {}, {}, 8, (1024, 1024, None)),
+    ],
+)
+def test_the_own_size_of_published_models(
+    class_name: str, transformer: dict[str, Any], index: dict[str, Any], latent_side: int, size: tuple[Any, ...]
+) -> None:
+    configs = {"transformer": transformer, "vae": {"temporal_compression_ratio": 4}}
+    assert own_size(class_name, index, configs, latent_side) == size
 
 
 @pytest.mark.parametrize(

@@ -313,6 +313,15 @@ def test_without_a_callback_the_progress_bar_tells_the_steps(iterates: bool) -> 
     assert (call.is_alive, call._pipeline.num_made) == (False, 2)
 
 
+def test_the_picture_may_be_in_another_field_of_the_output() -> None:
+    class Singular(OlderPipeline):
+        def __call__(self, **arguments: Any) -> SimpleNamespace:
+            return SimpleNamespace(image=super().__call__(**arguments).images)
+
+    call = PipelineCall(Singular(1, True), replace(OLDER, output_name="image"), request_of("a"), CPU)
+    assert call.picture().pixels.shape == (48, 64, 3)
+
+
 def test_a_call_runs_with_its_own_device_made_current(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replicas have a GPU each in one machine, and the current one is a matter of each thread."""
     current: dict[str, int | None] = {}

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from vllm_omni.inputs.images import InputImage, ReaderSizes
 
 NUM_REFERENCES = {
+    "DreamLiteMobilePipeline": (0, 1),
+    "DreamLitePipeline": (0, 1),
     "Flux2KleinKVPipeline": (0, 4),
     "Flux2KleinPipeline": (0, 4),
     "Flux2Pipeline": (0, 10),
