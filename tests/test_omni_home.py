@@ -141,6 +141,27 @@ async def test_closing_from_another_loop_ends_what_runs() -> None:
     assert made[0].closed
 
 
+async def test_a_fork_of_an_asyncio_program_is_refused_and_closes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with executors(lambda config: FakeExecutor()) as made:
+        omni = AsyncOmni(model="demo")
+    await omni.start()
+    stream, parent = omni.generate("x", SMALL), os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: parent + 1)
+    refusal = rf"the process that started it \({parent}\), not in its forks"
+    for call in (lambda: omni.generate("x", SMALL), lambda: omni.abort("r")):
+        with pytest.raises(UnavailableError, match=refusal):
+            call()
+    for awaitable in (omni.drain(1.0), stream.__anext__(), stream.aclose()):
+        with pytest.raises(UnavailableError, match=refusal):
+            await awaitable
+    await omni.close()
+    assert not made[0].closed
+    monkeypatch.undo()
+    assert (await asyncio.wait_for(last_of(stream), GUARD_SECONDS)).finished
+    await omni.close()
+    assert made[0].closed
+
+
 async def test_before_the_start_the_message_says_how() -> None:
     with executors(lambda config: FakeExecutor()):
         omni = AsyncOmni(model="demo")
