@@ -153,7 +153,7 @@ def load_autoencoder(
         vae, differences = cls.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, variant=chosen, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # a config of wrong values ends in errors of any class
         raise ConfigError(f"{folder.name}/: diffusers cannot load the {cls.__name__}: {error}") from error
     # diffusers leaves weights that are not there random, and tells so in the log alone.
     if missing := sorted(differences["missing_keys"]):

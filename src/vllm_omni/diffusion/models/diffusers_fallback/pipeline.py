@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import SchedulerMixin
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -23,9 +23,9 @@ from vllm_omni.diffusion.distributed.mesh import Mesh
 from vllm_omni.diffusion.models.base import BasePipeline, Picture, RequestState
 from vllm_omni.diffusion.models.compiled import CompiledBlocks
 from vllm_omni.diffusion.models.diffusers_fallback.checks import FiniteCheck, is_blocked
-from vllm_omni.diffusion.models.diffusers_fallback.components import component_classes
+from vllm_omni.diffusion.models.diffusers_fallback.loading import load_pipeline
 from vllm_omni.diffusion.models.diffusers_fallback.lora import Adapters
-from vllm_omni.diffusion.models.diffusers_fallback.progress_bars import StepBar, without_progress_bars
+from vllm_omni.diffusion.models.diffusers_fallback.progress_bars import StepBar
 from vllm_omni.diffusion.models.diffusers_fallback.run import SteppedRun
 from vllm_omni.diffusion.models.finite import keep_infinite_pixels_visible
 from vllm_omni.diffusion.models.schedule import check_schedule, with_one_step_schedules
@@ -189,19 +189,7 @@ class Pipeline(BasePipeline[WholeState]):
     ) -> Pipeline:
         assert info.whole is not None
         _refuse_offload_without_gpu(config, device)
-        component_classes(info.path)  # refuses code that is not the libraries' own
-        try:
-            with without_progress_bars():
-                pipeline = DiffusionPipeline.from_pretrained(
-                    info.path,
-                    dtype=dtype,
-                    variant=config.variant,
-                    use_safetensors=True,
-                    local_files_only=True,
-                    trust_remote_code=False,
-                )
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{info.path}: diffusers cannot load the {info.whole.class_name}: {error}") from error
+        pipeline = load_pipeline(info.path, info.whole.class_name, dtype, config.variant)
         modules = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
         on_bytes(sum(parameter.nbytes for module in modules for parameter in module.parameters()))
         _configure_vae(pipeline, config)

@@ -1,0 +1,75 @@
+"""Loading of a whole pipeline, whose models must find all of their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from torch import nn
+
+from vllm_omni.diffusion.models.diffusers_fallback.components import component_classes
+from vllm_omni.diffusion.models.diffusers_fallback.progress_bars import without_progress_bars
+from vllm_omni.diffusion.weight_files import component_variant
+from vllm_omni.errors import ConfigError
+
+
+def load_pipeline(path: Path, class_name: str, dtype: torch.dtype, variant: str | None) -> Any:
+    """diffusers' pipeline in the model folder `path`, its models on the CPU.
+
+    Raises ConfigError, with the component and the reason, for what cannot be loaded, for weights that are missing, and
+    for components that are not the libraries' own classes.
+    """
+    common = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
+    classes = component_classes(path)
+    with without_progress_bars(), _quiet_reports():
+        models = {
+            name: _load_model(path / name, cls, component_variant(path / name, variant), common)
+            for name, cls in classes.items()
+            if issubclass(cls, nn.Module)
+        }
+        try:
+            return diffusers.DiffusionPipeline.from_pretrained(
+                path, variant=variant, trust_remote_code=False, **common, **models
+            )
+        except Exception as error:  # a config of wrong values ends in errors of any class
+            raise ConfigError(f"{path}: diffusers cannot load the {class_name}: {_in_one_line(error)}") from error
+
+
+def _load_model(folder: Path, cls: type[Any], variant: str | None, common: dict[str, Any]) -> Any:
+    if issubclass(cls, transformers.PreTrainedModel):
+        common = {**common, "ignore_mismatched_sizes": True}  # or the log alone says which weights these are
+    try:
+        model, differences = cls.from_pretrained(folder, variant=variant, output_loading_info=True, **common)
+    except Exception as error:  # as above
+        raise ConfigError(f"{folder.name}/: the {cls.__name__} cannot be loaded: {_in_one_line(error)}") from error
+    for name, stored, expected in differences["mismatched_keys"]:
+        raise ConfigError(f"{folder.name}/: {name} has shape {tuple(stored)}, by config.json it is {tuple(expected)}")
+    # The libraries leave weights that are not there random, and tell so in the log alone.
+    if missing := sorted(differences["missing_keys"]):
+        raise ConfigError(
+            f"{folder.name}/ lacks {len(missing)} weights of the {cls.__name__}, among them {', '.join(missing[:3])}"
+        )
+    return model
+
+
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+@contextmanager
+def _quiet_reports() -> Iterator[None]:
+    """Keep the libraries' tables of differing weights out of the log: an error says it in a line."""
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    levels = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for library, level in zip(libraries, levels):
+            library.set_verbosity(level)
