@@ -18,6 +18,7 @@ import pytest
 
 from tests.descriptors import SELECT_LIMIT, descriptors_left, low_descriptors_taken
 from tests.fakes import make_config, make_ready, make_request
+from tests.patience import GUARD_SECONDS
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.plan import ItemError, StepPlan, StepResult
 from vllm_omni.diffusion.worker.channel import (
@@ -104,7 +105,7 @@ async def mixed_pair() -> AsyncIterator[tuple[AsyncChannel[Any], BlockingChannel
     left, right = socket.socketpair()
     ours, theirs = AsyncChannel[Any](left, FromWorker), BlockingChannel[Any](right, ToWorker | FromWorker)
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(GUARD_SECONDS):
             yield ours, theirs
     finally:
         ours.close()

@@ -289,7 +289,7 @@ def test_a_real_model_end_to_end(tiny_model: Path) -> None:
     """By both routes, from the SDK through a real pipeline: the same picture."""
     options = {"negative_prompt": "blue", "true_cfg_scale": 3, "num_inference_steps": 3}
     with (
-        live_server(model=tiny_model) as running,
+        live_server(model=tiny_model, distributed_executor_backend="uni") as running,
         openai.OpenAI(api_key="none", base_url=f"{running.url}/v1", max_retries=0) as client,
     ):
         chat: Any = client.chat.completions.create(

@@ -59,9 +59,9 @@ async def test_those_beyond_the_bound_are_told_to_come_back() -> None:
 
 async def test_a_burst_that_the_queue_takes_is_taken() -> None:
     """As many clients at once as the queue has places."""
-    with live_server(max_num_queued_reqs=200) as running:
+    with live_server(max_num_queued_reqs=100) as running:
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=running.url, limits=limits) as client:
             body = {"prompt": "x", "model": MODEL_NAME, "size": "16x16", "num_inference_steps": 1}
-            answers = await asyncio.gather(*(client.post("/v1/images/generations", json=body) for _ in range(200)))
+            answers = await asyncio.gather(*(client.post("/v1/images/generations", json=body) for _ in range(100)))
     assert {answer.status_code for answer in answers} == {200}
