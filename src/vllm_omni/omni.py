@@ -331,6 +331,13 @@ class Omni:
             params_list: list[Any] = list(sampling_params)
         else:
             params_list = [sampling_params] * len(prompt_list)
+        for params in params_list:
+            if isinstance(params, OmniDiffusionSamplingParams) and params.num_previews:
+                raise InvalidRequestError(
+                    f"num_previews takes 0 here, got {params.num_previews}: Omni returns finished pictures alone, "
+                    "AsyncOmni delivers previews",
+                    param="num_previews",
+                )
         outputs: list[OmniRequestOutput] = self._call(self._generate_all(prompt_list, params_list))
         return outputs
 
