@@ -148,6 +148,15 @@ def test_sampling_params_of_another_kind_are_named(omni: Omni, device: FakeExecu
     assert device.num_plans == 0
 
 
+def test_previews_that_nobody_would_see_are_refused(omni: Omni, device: FakeExecutor) -> None:
+    with pytest.raises(
+        InvalidRequestError, match=r"^num_previews takes 0 here, got 2: .* AsyncOmni delivers"
+    ) as caught:
+        omni.generate("x", OmniDiffusionSamplingParams(num_previews=2))
+    assert caught.value.param == "num_previews"
+    assert device.num_plans == 0
+
+
 def test_what_was_closed_says_so(omni: Omni) -> None:
     omni.close()
     omni.close()

@@ -34,13 +34,24 @@ def params_of_prompts(params: Any, num_prompts: int) -> list[Any]:
     is_one = params is None or isinstance(params, str | bytes | Mapping | OmniDiffusionSamplingParams)
     listed = None if is_one else _list(params)
     if listed is None:
-        return [params] * num_prompts
+        listed = [params] * num_prompts
     if len(listed) != num_prompts:
         raise InvalidRequestError(
             f"got {num_prompts} prompts and {len(listed)} sampling_params: give one, or one each",
             param="sampling_params",
         )
+    for one in listed:
+        _refuse_previews(one)
     return listed
+
+
+def _refuse_previews(params: Any) -> None:
+    if isinstance(params, OmniDiffusionSamplingParams) and params.num_previews:
+        raise InvalidRequestError(
+            f"num_previews takes 0 here, got {params.num_previews}: Omni returns finished pictures alone, "
+            "AsyncOmni delivers previews",
+            param="num_previews",
+        )
 
 
 def one_of_stages(sampling_params: Any, sampling_params_list: Any) -> Any:
