@@ -294,6 +294,19 @@ def test_limits_that_fail_every_default_request_are_blamed(settings: dict[str, o
     assert "0x0" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("strength", "share"), [(None, 1.0), (1.0, 1.0), (0.25, 0.25)])
+def test_steps_that_strength_leaves_out_cost_nothing(strength: float | None, share: float) -> None:
+    info = replace(WHOLE, whole=replace(WHOLE.whole, parameters=(*WHOLE.whole.parameters, "strength")))  # type: ignore[union-attr, type-var]
+    price = Intake(OmniDiffusionConfig("demo"), info, READY)
+    params = OmniDiffusionSamplingParams(strength=strength)
+    (request,) = price.resolve(OmniPrompt("x"), params, "r")
+    (whole,) = Intake(OmniDiffusionConfig("demo"), WHOLE, READY).resolve(
+        OmniPrompt("x"), OmniDiffusionSamplingParams(), "r"
+    )
+    assert request.cost.step == pytest.approx(share * whole.cost.step)
+    assert (request.cost.encode, request.cost.decode) == (whole.cost.encode, whole.cost.decode)
+
+
 @pytest.mark.parametrize(("limit", "most"), [(None, 64), (64, 64), (9, 9), (1, 1)])
 def test_prompts_may_be_as_long_as_the_limit(limit: int | None, most: int) -> None:
     params = OmniDiffusionSamplingParams(max_sequence_length=limit)
