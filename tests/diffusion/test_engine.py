@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -112,7 +113,8 @@ def failures(events: Iterable[EngineEvent]) -> dict[str, type]:
 async def test_events_come_in_order_with_the_picture_and_timings() -> None:
     observer = Recorder()
     async with running_engine(observer=observer) as engine:
-        request = now_request(steps=4, seed=5, preview_steps=(2, 3))
+        arrival = time.monotonic() - 100  # it waited elsewhere first
+        request = make_request(steps=4, seed=5, preview_steps=(2, 3), arrival=arrival)
         events = await read_until_done(engine.add([request]))
     kinds = [(type(event), getattr(event, "step", None)) for event in events]
     assert kinds == [
@@ -130,7 +132,7 @@ async def test_events_come_in_order_with_the_picture_and_timings() -> None:
     assert isinstance(finished, Finished)
     assert np.array_equal(finished.image, fake_image(request))
     timings = finished.timings
-    assert 0 <= timings["queue"] < timings["total"]
+    assert 100 <= timings["queue"] < timings["total"]
     assert timings["text_encode"] == pytest.approx(0.001)
     assert timings["denoise"] == pytest.approx(4 * 0.002)
     assert timings["vae_decode"] == pytest.approx(0.003)
@@ -150,6 +152,8 @@ async def test_cached_steps_are_told_apart_and_counted_anew_by_a_replay() -> Non
         finished = events[-1]
         assert isinstance(finished, Finished)
         assert (finished.timings["computed_steps"], finished.timings["cached_steps"]) == (2.5, 1.5)
+        assert finished.timings["text_encode"] == pytest.approx(0.001)
+        assert finished.timings["denoise"] == pytest.approx(4 * 0.002)
 
 
 async def test_several_requests_of_one_add() -> None:
@@ -244,13 +248,17 @@ async def test_abort_in_each_phase(num_results: int) -> None:
 
 async def test_one_failure_leaves_the_others_alone(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    errors = {"bad": ItemError("weights are on fire", "internal", "Traceback"), "wrong": ItemError("no", "invalid")}
+    errors = {
+        "bad": ItemError("weights are on fire", "internal", "Traceback"),
+        "wrong": ItemError("no", "invalid", param="strength"),
+    }
     runner = lambda: FakeRunner(errors=lambda id, phase, step: errors.get(id) if step == 2 else None)  # noqa: E731
     observer = Recorder()
     async with running_engine(FakeExecutor(runner), observer) as engine:
         events = await read_until_done(engine.add([now_request(id) for id in ("a", "bad", "b", "wrong")]), 4)
     assert failures(events) == {"bad": GenerationError, "wrong": InvalidRequestError}
     assert sorted(event.request_id for event in events if isinstance(event, Finished)) == ["a", "b"]
+    assert [e.error.param for e in events if isinstance(e, Failed) and e.request_id == "wrong"] == ["strength"]
     assert "fire" not in next(str(e.error) for e in events if isinstance(e, Failed) and e.request_id == "bad")
     assert sorted(observer.outcomes) == [
         ("a", "completed"),
@@ -263,13 +271,13 @@ async def test_one_failure_leaves_the_others_alone(caplog: pytest.LogCaptureFixt
         "a": "",
         "b": "",
         "bad": "the device failed on this request",
-        "wrong": "wrong input",
+        "wrong": "wrong strength",
     }
     assert observer.added == ["a", "bad", "b", "wrong"]
     assert [r.getMessage() for r in caplog.records] == ["request bad failed (internal): weights are on fire\nTraceback"]
 
 
-async def test_pictures_that_are_none_end_as_what_they_are() -> None:
+async def test_pictures_that_are_none_end_as_what_they_are(caplog: pytest.LogCaptureFixture) -> None:
     """The decode's picture fails after its steps, a preview's before them; the client is told the cause."""
     overflowed = ItemError("float16 overflowed: use bfloat16 (--dtype bfloat16)", "not_finite")
     errors = {("late", "decode", 4): overflowed, ("early", "denoise", 2): overflowed}
@@ -288,6 +296,8 @@ async def test_pictures_that_are_none_end_as_what_they_are() -> None:
     assert str(told["late"]) == str(told["early"]) == overflowed.message
     assert (told["blocked"].status, told["blocked"].code) == (400, "moderation_blocked")
     assert told["blocked"].type == "image_generation_user_error"
+    logged = sorted(record.getMessage().split()[1] for record in caplog.records)
+    assert logged == ["early", "late"]  # what is blocked is no fault
     outcomes = [("a", "completed"), ("blocked", "refused"), ("early", "failed"), ("late", "failed")]
     assert sorted(observer.outcomes) == outcomes
 
@@ -468,6 +478,15 @@ def test_the_pause_before_a_restart_grows_up_to_half_a_minute(num_deaths: int, s
     assert DiffusionEngine(make_config(), FakeExecutor())._backoff_seconds(num_deaths) == seconds
 
 
+def test_deaths_are_forgotten_after_ten_minutes() -> None:
+    engine = DiffusionEngine(make_config(), FakeExecutor())
+    counts = []
+    for now in (1000.0, 1300.0, 1599.0, 1601.0, 1901.0, 9999.0):
+        with patch("vllm_omni.diffusion.engine.time", Mock(monotonic=Mock(return_value=now))):
+            counts.append(engine._count_death())
+    assert counts == [1, 2, 3, 3, 3, 1]
+
+
 async def test_batches_are_of_the_size_that_the_first_start_measured() -> None:
     size = now_request().cost.tokens_per_step
     measured = iter([2 * size, 100 * size, 100 * size])
@@ -509,6 +528,33 @@ async def test_restarting_takes_work_and_aborts() -> None:
         assert isinstance((await read_until_done(new))[-1], Finished)
         events = await read_until_done(old, 2)
         assert failures(events) == {"gone": RequestAbortedError}
+
+
+async def test_a_replayed_request_waited_until_its_first_run() -> None:
+    gate = asyncio.Event()
+
+    class Slow(FakeExecutor):
+        async def start(self) -> WorkerReady:
+            if self.num_starts:
+                await gate.wait()
+            return await super().start()
+
+    async with running_engine(Slow(die_at={2})) as engine:
+        request = now_request()
+        events = engine.add([request])
+        await until(lambda: engine.status().state == "restarting")
+        died = time.monotonic()
+        gate.set()
+        finished = (await read_until_done(events))[-1]
+        assert isinstance(finished, Finished)
+        assert finished.timings["queue"] <= died - request.arrival
+
+
+async def test_what_had_not_begun_is_no_replay() -> None:
+    executor, observer = FakeExecutor(die_at={2}), Recorder()
+    async with running_engine(executor, observer, max_num_seqs=1) as engine:
+        await read_until_done(engine.add([now_request(id) for id in "abc"]), 3)
+    assert observer.restarts == [1]
 
 
 async def test_draining_survives_a_death() -> None:

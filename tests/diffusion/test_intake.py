@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.diffusion.intake import Intake, check_default_prompt, check_defaults, spread_previews
 from vllm_omni.diffusion.plan import WorkerReady
 from vllm_omni.diffusion.registry import Guidance, ModelInfo, Shares, WholePipeline
@@ -301,6 +301,40 @@ def test_limits_that_fail_every_default_request_are_blamed(settings: dict[str, o
         check_defaults(config, INFO)
     assert str(caught.value).startswith(line)
     assert "0x0" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("strength", "share"), [(None, 1.0), (1.0, 1.0), (0.25, 0.25)])
+def test_steps_that_strength_leaves_out_cost_nothing(strength: float | None, share: float) -> None:
+    info = replace(WHOLE, whole=replace(WHOLE.whole, parameters=(*WHOLE.whole.parameters, "strength")))  # type: ignore[union-attr, type-var]
+    price = Intake(OmniDiffusionConfig("demo"), info, READY)
+    params = OmniDiffusionSamplingParams(strength=strength)
+    (request,) = price.resolve(OmniPrompt("x"), params, "r")
+    (whole,) = Intake(OmniDiffusionConfig("demo"), WHOLE, READY).resolve(
+        OmniPrompt("x"), OmniDiffusionSamplingParams(), "r"
+    )
+    assert request.cost.step == pytest.approx(share * whole.cost.step)
+    assert (request.cost.encode, request.cost.decode) == (whole.cost.encode, whole.cost.decode)
+
+
+@pytest.mark.parametrize(
+    ("num_replicas", "num_outputs", "share"), [(1, 1, 1.0), (1, 4, 0.25), (2, 1, 1.0), (2, 4, 0.5), (4, 2, 1.0)]
+)
+def test_pictures_share_the_price_of_a_prompt_that_each_replica_encodes(
+    num_replicas: int, num_outputs: int, share: float
+) -> None:
+    served = intake(parallel=DiffusionParallelConfig(data_parallel_size=num_replicas))
+    params = OmniDiffusionSamplingParams(num_outputs_per_prompt=num_outputs)
+    requests = served.resolve(OmniPrompt("w w"), params, "r")
+    assert [request.cost.encode for request in requests] == [pytest.approx(share * 2 * 0.5)] * num_outputs
+
+
+@pytest.mark.parametrize("num_outputs", [1, 3])
+def test_seeds_leave_room_for_those_of_all_pictures(num_outputs: int) -> None:
+    highest = 2**63 - 1 - num_outputs
+    params = OmniDiffusionSamplingParams(seed=highest, num_outputs_per_prompt=num_outputs)
+    assert [r.seed for r in intake().resolve(OmniPrompt("x"), params, "r")] == [highest + i for i in range(num_outputs)]
+    with pytest.raises(InvalidRequestError, match=f"seed takes an integer from 0 to {highest}, got {highest + 1}"):
+        intake().resolve(OmniPrompt("x"), replace(params, seed=highest + 1), "r")
 
 
 @pytest.mark.parametrize(("limit", "most"), [(None, 64), (64, 64), (9, 9), (1, 1)])

@@ -111,7 +111,10 @@ async def test_the_queue_is_bounded_for_all_together_and_refuses_all_or_nothing(
         with pytest.raises(QueueFullError) as full:
             replicas.add([now_request("b0"), now_request("b1")])
         assert full.value.retry_after == pytest.approx(replicas.status().queue_seconds / 4)
-        assert observer.rejects == ["queue_full"]
+        with pytest.raises(QueueFullError) as full:
+            replicas.add([now_request(f"b{n}") for n in range(3)])
+        assert full.value.retry_after == pytest.approx(replicas.status().queue_seconds * 2 / 4)
+        assert observer.rejects == ["queue_full"] * 2
         for taken in ([now_request("a3")], [now_request("c"), now_request("c")]):
             with pytest.raises(InvalidRequestError, match="is in use"):
                 replicas.add(taken)

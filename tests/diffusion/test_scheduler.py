@@ -243,6 +243,25 @@ def test_a_step_led_by_an_encode_or_a_decode_holds_nothing_else() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("lead", "most"),
+    [
+        (300, 600),  # nobody more than triples the step
+        (10, 500),  # but for a quarter of the budget
+        (1600, 400),  # what is left of the budget
+    ],
+)
+def test_as_much_joins_a_step_as_keeps_it_short(lead: int, most: int) -> None:
+    for num_tokens, joins in ((most, True), (most + 1, False)):
+        scheduler, runner = make_scheduler(2000, scheduling_policy="fcfs"), FakeRunner()
+        cost = RequestCost(encode=1.0, step=1.0, decode=1.0, branch_tokens=(lead,))
+        scheduler.add([make_request("lead", 64, 5, cost=cost)])
+        scheduler.add([make_request("other", 64, 5, cost=replace(cost, branch_tokens=(num_tokens,)))])
+        plans = [run_one(scheduler, runner) for _ in range(2)]
+        assert plans[0].encode == ["lead", "other"]
+        assert plans[1].denoise == (["lead", "other"] if joins else ["lead"])
+
+
 def test_decode_takes_of_the_budget() -> None:
     """In a step that a long request leads, a decode leaves less room for denoising."""
     scheduler = make_scheduler(300, scheduling_policy="fcfs")
@@ -400,6 +419,15 @@ def test_a_full_queue_says_when_to_come_back() -> None:
     scheduler.add([make_request("d", 64, 4)])
 
 
+def test_nobody_is_told_to_wait_longer_than_for_an_empty_queue() -> None:
+    """A request of more work than the queue ever takes runs when nobody else is there."""
+    scheduler = make_scheduler(max_queue_seconds=1.0)
+    scheduler.add([make_request("small", 64, 1)])
+    with pytest.raises(QueueFullError) as full:
+        scheduler.add([make_request("big", 256, 100)])
+    assert full.value.retry_after == pytest.approx(scheduler.queue_seconds)
+
+
 def test_what_is_planned_to_its_end_makes_room_first() -> None:
     """Also where others go before it: their next items are planned already, and its place is free after those."""
     scheduler, runner = make_scheduler(max_num_queued_reqs=2), FakeRunner()
@@ -447,13 +475,44 @@ def test_eta_is_arithmetic_on_the_measured_rate() -> None:
     both = PER_TOKEN * (total_work(long) + total_work(short))
     assert scheduler.eta_seconds([long]) == pytest.approx(both)
     assert scheduler.queue_seconds == pytest.approx(both)
-    # The device turns out to be three times slower than it said: the rate follows within its memory.
-    runner, requests = FakeRunner(), {"short": short, "long": long}
-    for _ in range(40):
-        plan = scheduler.schedule()
-        assert plan is not None
-        scheduler.update(runner.execute(plan), 3 * step_seconds(plan, requests))
-    assert scheduler.seconds_per_unit == pytest.approx(3 * PER_TOKEN, rel=0.05)
+    # The device turns out to be three times slower than it said, and is as fast as it said later: the rate follows
+    # within its memory.
+    endless = make_request("endless", 64, 500)
+    scheduler.add([endless])
+    runner, requests = FakeRunner(), {"short": short, "long": long, "endless": endless}
+    for factor, num_steps in ((3, 200), (1, 100)):
+        for _ in range(num_steps):
+            plan = scheduler.schedule()
+            assert plan is not None
+            scheduler.update(runner.execute(plan), factor * step_seconds(plan, requests))
+        assert scheduler.seconds_per_unit == pytest.approx(factor * PER_TOKEN, rel=0.05)
+
+
+def test_work_under_way_is_not_done() -> None:
+    """A plan that was sent changes no estimate; its result does."""
+    scheduler, runner = make_scheduler(max_num_seqs=1), FakeRunner()
+    request, new = make_request("r", 64, 4), make_request("new", 64, 9)
+    scheduler.add([request])
+    before = scheduler.eta_seconds([request]), scheduler.eta_seconds([new]), scheduler.queue_seconds
+    plan = scheduler.schedule()
+    assert plan is not None
+    sent = scheduler.eta_seconds([request]), scheduler.eta_seconds([new]), scheduler.queue_seconds
+    assert sent == pytest.approx(before)
+    scheduler.update(runner.execute(plan), PER_TOKEN * request.cost.encode)
+    done = scheduler.eta_seconds([request]), scheduler.eta_seconds([new]), scheduler.queue_seconds
+    assert done == pytest.approx([seconds - PER_TOKEN * request.cost.encode for seconds in before])
+
+
+def test_a_plan_that_only_releases_says_nothing_of_the_rate() -> None:
+    scheduler, runner = make_scheduler(), FakeRunner()
+    scheduler.add([make_request("r", 64, 4)])
+    run_one(scheduler, runner)
+    scheduler.abort(["r"])
+    rate, plan = scheduler.seconds_per_unit, scheduler.schedule()
+    assert plan is not None
+    assert (plan.release, items_of(plan)) == (["r"], [])
+    scheduler.update(runner.execute(plan), 5.0)
+    assert scheduler.seconds_per_unit == rate
 
 
 @pytest.mark.parametrize(("price", "together"), [(25.0, True), (100.0, False)])

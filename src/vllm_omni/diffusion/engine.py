@@ -354,7 +354,8 @@ class DiffusionEngine:
         """Fresh workers, and every request from its seed. Raises WorkerDiedError after too many deaths."""
         self._state = "restarting"
         self._submitted.clear()
-        self._apply(self._live_scheduler.reset())
+        update = self._live_scheduler.reset()
+        self._apply(update)
         while True:
             num_deaths = self._count_death()
             logger.error("worker died (%d within ten minutes): %s", num_deaths, error)
@@ -368,7 +369,7 @@ class DiffusionEngine:
             except (WorkerDiedError, ConfigError) as failure:
                 error = WorkerDiedError(f"the worker does not start again: {failure}")
         self._state = "running"
-        self._observer.on_worker_restart(len(self._tracked))
+        self._observer.on_worker_restart(sum(request_id in self._tracked for request_id in update.replayed))
 
     # Small things -----------------------------------------------------------------------------------------
 
@@ -438,11 +439,9 @@ class DiffusionEngine:
             self._end(request_id, error)
 
     def _retry_after(self) -> float:
-        """Seconds until a server is likely to take work: this one, or its successor once it has loaded."""
+        """Seconds until a successor of this server, which takes no work, has likely loaded."""
         if self._scheduler is None or self._state not in ("running", "restarting"):
             return self._load_seconds
-        if not self._draining:
-            return max(1.0, self._scheduler.queue_seconds)
         left = max(0.0, self._drain_ends - time.monotonic())
         return min(self._scheduler.queue_seconds, left) + self._load_seconds
 

@@ -77,7 +77,8 @@ class EngineObserver(Protocol):
     def on_reject(self, reason: str) -> None:
         """`reason`: queue_full | unavailable, and of servers invalid."""
 
-    def on_worker_restart(self, num_replayed: int) -> None: ...
+    def on_worker_restart(self, num_replayed: int) -> None:
+        """`num_replayed`: requests that had begun when the worker died, and run again."""
 
 
 class NullObserver:
