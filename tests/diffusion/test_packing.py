@@ -62,6 +62,14 @@ def test_a_part_of_a_pack_is_the_pack_of_those_sequences() -> None:
         assert torch.equal(part.select([1]).text_sequence, torch.full((part.text.lengths[1],), 3))
 
 
+def test_ranks_know_the_most_tokens_of_any_of_them() -> None:
+    """They decide by it, and must decide alike: of the two short sequences the last rank holds nothing."""
+    packs = [Pack.build([1, 2, 4], [1, 2, 4], CPU, 3, index) for index in range(3)]
+    assert [pack.num_tokens for pack in packs] == [8, 4, 2]
+    assert [pack.most_tokens for pack in packs] == [8] * 3
+    assert [pack.select([0, 1]).most_tokens for pack in packs] == [4] * 3
+
+
 def test_sequences_leave_and_come_back() -> None:
     pack = Pack.build([2, 1], [1, 4], CPU)
     hidden = Hidden(torch.arange(3.0)[:, None], torch.arange(5.0)[:, None])

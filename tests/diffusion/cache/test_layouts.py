@@ -16,6 +16,7 @@ from tests.diffusion.distributed.ranks import run_places
 from tests.diffusion.worker.driving import Drive, make_request, psnr
 from tests.diffusion.worker.replica import merging, started
 from vllm_omni.diffusion.data import DiffusionParallelConfig
+from vllm_omni.diffusion.plan import StepResult
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.diffusion.worker.contract import Place
 
@@ -168,6 +169,29 @@ def draw_with_one_room(
     skips = watch_skips(runner)
     assert Drive(runner, merge=merging(runner)).run(random_arrivals(0)).errors == {}
     return dict(skips)
+
+
+def test_a_reused_branch_is_told_once_whichever_ranks_reused_it(calm_model: Path) -> None:
+    one, parallel = DiffusionParallelConfig(), LAYOUTS["cfg x ulysses"]
+    (wanted,) = run_places(told_shares, one, one, calm_model)
+    assert any(wanted.values()), "a cache that skips nothing proves nothing"
+    for told in run_places(told_shares, parallel, parallel, calm_model):
+        assert told == pytest.approx(wanted)
+
+
+def told_shares(place: Place, parallel: DiffusionParallelConfig, path: Path) -> dict[str, float]:
+    """By request: how many steps the executor says came from the cache."""
+    runner = started(place, parallel, path, cache_backend="cache_dit", cache_config=CACHES["cache_dit"])
+    merge, told = merging(runner), dict[str, float]()
+
+    def note(result: StepResult) -> StepResult:
+        merged = merge(result)
+        for request_id, share in merged.cached.items():
+            told[request_id] = told.get(request_id, 0.0) + share
+        return merged
+
+    Drive(runner, partial(in_turn, parallel.cfg_parallel_size), note).run(random_arrivals(0))
+    return told
 
 
 def draw_uncached(

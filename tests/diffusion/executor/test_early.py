@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -15,8 +16,9 @@ from tests.diffusion.executor.workers import closing, is_alive, name_of
 from tests.fakes import FakeRunner, make_config
 from tests.patience import wait_for
 from vllm_omni.diffusion.data import DiffusionParallelConfig
+from vllm_omni.diffusion.executor import early
 from vllm_omni.diffusion.executor.early import MOST_WORKERS, launch_early
-from vllm_omni.diffusion.executor.launch import LaunchedReplica, interpreter
+from vllm_omni.diffusion.executor.launch import Launched, LaunchedReplica, interpreter
 from vllm_omni.diffusion.executor.multiproc import MultiprocExecutor
 from vllm_omni.diffusion.plan import StepPlan
 from vllm_omni.errors import ConfigError, WorkerDiedError
@@ -72,6 +74,21 @@ def test_workers_that_nobody_takes_end_with_the_context() -> None:
     assert not worker.is_running()
 
 
+def test_a_worker_that_cannot_be_started_leaves_none_of_other_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch, started = interpreter(name_of(FakeRunner)), []
+
+    def launch_once(name: str, inherited_fds: Sequence[int]) -> Launched:
+        if started:
+            raise WorkerDiedError(f"{name} cannot be started: no memory")
+        started.append(launch(name, inherited_fds))
+        return started[0]
+
+    monkeypatch.setattr(early, "_launcher", lambda modules: launch_once)
+    with pytest.raises(WorkerDiedError, match=r"^replica 1 rank 0 cannot be started: no memory$"):
+        launch_early(make_config(model="demo", parallel=DiffusionParallelConfig(data_parallel_size=2)))
+    assert not is_alive(started[0].process.pid)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -94,7 +111,7 @@ def test_a_folder_without_a_pipeline_class_is_refused_before_a_process_starts(tm
 
 # Forks need a process with one Python thread, which pytest's own may not be.
 FORK = f"""
-import asyncio, json, os, psutil
+import asyncio, json, os, psutil, signal, socket
 from functools import partial
 from tests.fakes import FakeRunner, make_config
 from tests.patience import wait_for
@@ -135,6 +152,16 @@ async def main():
     await executor.close()
     report["left"] = len(psutil.Process().children())
     print(json.dumps(report))
+
+def tell_handlers(name, socket_fd, parent_pid):
+    defaults = [signal.getsignal(number) is signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)]
+    socket.socket(fileno=socket_fd).send(bytes(defaults))
+    os._exit(0)
+
+signal.signal(signal.SIGTERM, lambda *_: None)
+replica = LaunchedReplica(make_config(), 0, fork(tell_handlers))
+assert replica.workers[0].channel.recv(3) == bytes([True, True]), "the parent's handlers end the parent's things"
+replica.close()
 
 replica = LaunchedReplica(make_config(), 0, fork(serve))
 pid = replica.workers[0].process.pid

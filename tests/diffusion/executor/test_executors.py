@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -35,7 +37,7 @@ from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.executor import Executor
 from vllm_omni.diffusion.executor.inline import InlineExecutor
 from vllm_omni.diffusion.executor.multiproc import MultiprocExecutor
-from vllm_omni.diffusion.plan import StepPlan, WorkerReady
+from vllm_omni.diffusion.plan import StepPlan, StepResult, WorkerReady
 from vllm_omni.errors import ConfigError, WorkerDiedError
 
 
@@ -106,6 +108,74 @@ async def test_a_step_is_launched_while_the_last_one_is_waited_for(backend: str)
         executor.submit(StepPlan(0, new_requests=[make_request("a")], encode=["a"]))
         executor.submit(StepPlan(1, denoise=["a"]))
         assert [(await executor.next_result()).step_id for _ in range(2)] == [0, 1]
+
+
+class NotesThreads(FakeRunner):
+    """Notes the threads that launch steps and that wait for them."""
+
+    def __init__(self, launches_ahead: bool) -> None:
+        super().__init__()
+        self._launches_ahead = launches_ahead
+        self.threads: list[str] = []
+
+    @property
+    def launches_ahead(self) -> bool:
+        return self._launches_ahead
+
+    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+        done = super().launch(plan)
+        self.threads.append(threading.current_thread().name)
+
+        def wait() -> StepResult:
+            self.threads.append(threading.current_thread().name)
+            return done()
+
+        return wait
+
+
+@pytest.mark.parametrize("launches_ahead", [False, True])
+async def test_a_host_that_computes_waits_in_the_thread_that_computes(launches_ahead: bool) -> None:
+    """A second thread would only be in its way."""
+    runner = NotesThreads(launches_ahead)
+    async with closing(InlineExecutor(lambda: runner)) as executor:
+        await executor.start()
+        executor.submit(StepPlan(0))
+        await executor.next_result()
+    assert len(set(runner.threads)) == (2 if launches_ahead else 1)
+
+
+class Busy(Gated):
+    """Knows whether a step runs."""
+
+    is_busy = False
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        self.is_busy = True
+        result = super().execute(plan)
+        self.is_busy = False
+        return result
+
+
+async def test_the_step_that_runs_is_over_before_the_next_runner_is_made() -> None:
+    """Otherwise two models would be in the device's memory."""
+    runner, was_busy = Busy(make_config()), list[bool]()
+
+    def make_next() -> FakeRunner:
+        was_busy.append(runner.is_busy)
+        return FakeRunner() if len(was_busy) > 1 else runner
+
+    async with closing(InlineExecutor(make_next)) as executor:
+        await executor.start()
+        executor.submit(StepPlan(0, new_requests=[make_request("a")], encode=["a"]))
+        await executor.next_result()
+        executor.submit(StepPlan(1, denoise=["a"]))
+        await asyncio.to_thread(wait_for, lambda: runner.is_busy)
+        starting = asyncio.create_task(executor.start())
+        for _ in range(10):
+            await asyncio.sleep(0)
+        runner.abort(["a"])
+        await starting
+    assert was_busy == [False, False]
 
 
 @both
@@ -206,7 +276,7 @@ import asyncio, sys, threading, time
 from tests.fakes import make_config
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.executor.multiproc import MultiprocExecutor
-from vllm_omni.diffusion.plan import StepPlan, WorkerReady
+from vllm_omni.diffusion.plan import StepPlan, StepResult, WorkerReady
 
 async def main():
     executor = MultiprocExecutor(make_config(parallel=DiffusionParallelConfig(4)), {runner!r})
@@ -223,6 +293,18 @@ ENDINGS = {
     "returns": "",
     "raises": "raise SystemExit(0)",
     "waits": "sys.stdin.read()",
+    "forks and goes on": textwrap.dedent(
+        """
+        import atexit, os
+        if (pid := os.fork()) == 0:
+            atexit._run_exitfuncs()  # as at the child's exit
+            os._exit(0)
+        os.waitpid(pid, 0)
+        executor.submit(StepPlan(1))
+        for _ in range(2):
+            print(loop.run_until_complete(executor.next_result()).step_id, flush=True)
+        """
+    ),
     "forks": "import os\nif os.fork() == 0:\n    sys.stdin.read(1); os._exit(0)\nsys.stdin.read()",
 }
 
@@ -244,6 +326,11 @@ def script() -> Iterator[Callable[[str, type[FakeRunner]], subprocess.Popen[str]
     for process in processes:
         process.kill()
         process.communicate()
+
+
+def test_a_child_that_the_program_forks_leaves_its_workers_alone(script: Any) -> None:
+    output, _ = script("forks and goes on", FakeRunner).communicate()
+    assert output.splitlines()[1:] == ["0", "1"], "the steps that the workers have done"
 
 
 @pytest.mark.parametrize("ending", ["returns", "raises"])

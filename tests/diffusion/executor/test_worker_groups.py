@@ -14,16 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.diffusion.executor.workers import Endless, closing, is_alive, name_of
+from tests.diffusion.executor.workers import Endless, HoldsTheLock, closing, is_alive, name_of
 from tests.fakes import FakeRunner, fake_image, make_config, make_ready, make_request
 from tests.patience import GUARD_SECONDS
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.engine import DiffusionEngine
 from vllm_omni.diffusion.events import EngineEvent, Failed, Finished
+from vllm_omni.diffusion.executor.launch import LaunchedReplica, interpreter
 from vllm_omni.diffusion.executor.multiproc import MultiprocExecutor
+from vllm_omni.diffusion.executor.process import WorkerProcess
 from vllm_omni.diffusion.plan import StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.replicas import Replicas
 from vllm_omni.diffusion.request import DiffusionRequest
+from vllm_omni.diffusion.worker.contract import Beat, Start
 from vllm_omni.errors import ConfigError, WorkerDiedError
 
 SILENCE_SECONDS = 3.0
@@ -91,6 +94,24 @@ class LongStep(FakeRunner):
         return super().execute(plan)
 
 
+class LongStart(FakeRunner):
+    def start(self, first: WorkerReady | None = None) -> WorkerReady:
+        time.sleep(0.5)
+        return super().start(first)
+
+
+class EndlessStart(FakeRunner):
+    def start(self, first: WorkerReady | None = None) -> WorkerReady:
+        Endless.execute(self, StepPlan(0))
+        raise AssertionError
+
+
+class HoldsTheLockAtStart(FakeRunner):
+    def start(self, first: WorkerReady | None = None) -> WorkerReady:
+        HoldsTheLock.execute(self, StepPlan(0))
+        raise AssertionError
+
+
 class HangsOnce(FakeRunner):
     """The last rank hangs in a step with work; a file of its first life's says that it did."""
 
@@ -147,6 +168,12 @@ async def test_a_killed_rank_ends_the_step_of_all() -> None:
         os.kill(pids[1], signal.SIGKILL)
         with pytest.raises(WorkerDiedError, match=rf"^rank 1 \(pid {pids[1]}\) was killed by signal 9$"):
             await waiting
+        listeners = executor._group._tasks[: len(pids)]  # type: ignore[union-attr]
+        os.kill(pids[2], signal.SIGKILL)
+        await asyncio.wait([listeners[2]])
+        for _ in range(3):
+            with pytest.raises(WorkerDiedError, match=r"^rank 1 "):  # what comes later is of its making
+                await executor.next_result()
         await executor.start()
         assert not any(map(is_alive, pids))
         assert len({*pids, *executor.worker_pids}) == 6
@@ -218,6 +245,31 @@ async def test_a_stopped_rank_is_found_by_its_silence() -> None:
             await waiting
         await executor.start()
         assert not any(map(is_alive, pids))
+
+
+async def test_a_start_may_be_silent_for_longer_than_a_step() -> None:
+    """Imports and reading weights may hold up the interpreter that would send beats."""
+    executor = make(1, LongStart, silence_seconds=0.1)
+    async with closing(executor):
+        await executor.start()
+
+
+async def test_a_start_that_hangs_is_found_by_its_silence() -> None:
+    executor = make(2, HoldsTheLockAtStart, start_silence_seconds=SILENCE_SECONDS)
+    async with closing(executor):
+        with pytest.raises(WorkerDiedError, match=r"^rank [01] \(pid \d+\) has been silent for 3 s$"):
+            await executor.start()
+
+
+async def test_a_worker_beats_while_it_loads() -> None:
+    replica = LaunchedReplica(make_config(), 0, interpreter(name_of(EndlessStart)))
+    (worker,) = [WorkerProcess(launched) for launched in replica.take()]
+    async with asyncio.timeout(GUARD_SECONDS):
+        try:
+            worker.send(Start(make_config(), replica.places[0]))
+            assert [await worker.receive() for _ in range(2)] == [Beat(), Beat()]
+        finally:
+            await worker.kill()
 
 
 async def test_a_long_step_is_not_silent() -> None:

@@ -58,6 +58,12 @@ def test_every_tile_is_dealt_once_and_no_rank_has_much_more_than_another(
     assert deal(tiles, num_ranks) == shares
 
 
+def test_large_tiles_are_dealt_first() -> None:
+    areas = [4, 4, 8, 16]
+    shares = deal([Tile(i, 0, 0, 0, 0, 4, area // 4) for i, area in enumerate(areas)], 2)
+    assert [sorted(tile.picture for tile in share) for share in shares] == [[3], [0, 1, 2]]
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
 def test_the_default_picture_of_the_real_model_is_shared_evenly(num_ranks: int) -> None:
     """1024 x 1024 pixels in tiles of 256 x 256 at a distance of 192."""

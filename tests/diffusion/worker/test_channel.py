@@ -184,6 +184,25 @@ async def test_big_messages_and_arrays_both_ways() -> None:
     assert num_descriptors() == before
 
 
+def test_arrays_are_written_whole_however_little_a_call_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel takes at most 2 GiB at a time."""
+    write = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, start: write(fd, data[:1000], start))
+    result = Done(StepResult(1, images={name: np.arange(3001) + n for n, name in enumerate("ab")}))
+    with blocking_pair() as (ours, theirs):
+        theirs.send(result)
+        assert_same(ours.receive(), result)
+
+
+async def test_a_channel_that_is_closed_lets_go_of_what_was_not_sent() -> None:
+    before = num_descriptors()
+    async with mixed_pair() as (ours, _):
+        for n in range(4):  # nobody reads
+            ours.send(Done(StepResult(n, images={"a": np.ones(3)}, advanced=["z" * 3_000_000])))
+        assert num_descriptors() > before + 2
+    assert num_descriptors() == before
+
+
 async def test_arrays_go_through_the_backlog_too() -> None:
     left, right = socket.socketpair()
     with right:

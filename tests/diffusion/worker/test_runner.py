@@ -16,6 +16,7 @@ from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.models.base import RequestState
 from vllm_omni.diffusion.plan import StepPlan
 from vllm_omni.diffusion.registry import load_model_info
+from vllm_omni.diffusion.worker.device import Device
 from vllm_omni.diffusion.worker.runner import ModelRunner
 from vllm_omni.errors import ConfigError
 
@@ -86,6 +87,15 @@ def test_the_rates_are_measured(tiny_model: Path) -> None:
     assert ready.encode_units_per_token > 0
     assert ready.decode_units_per_token > 0
     assert ready.peak_memory_bytes > 2**20
+
+
+def test_step_caches_get_a_quarter_of_the_memory_that_is_free(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Device, "free_memory_bytes", lambda self: 2**32)
+    cached = ModelRunner(OmniDiffusionConfig(model=str(tiny_model)), load_model_info(str(tiny_model)))
+    cached.start()
+    assert cached.pipeline.step_cache.budget.max_bytes == 2**30
 
 
 def test_previews_foresee_the_picture(runner: ModelRunner) -> None:
