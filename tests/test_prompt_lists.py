@@ -17,7 +17,13 @@ from tests.fakes import FakeExecutor, FakeRunner
 from vllm_omni import AsyncOmni, Omni
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.plan import ItemError
-from vllm_omni.errors import GenerationError, InvalidRequestError, ModerationBlockedError, QueueFullError
+from vllm_omni.errors import (
+    GenerationError,
+    InvalidRequestError,
+    ModerationBlockedError,
+    QueueFullError,
+    UnavailableError,
+)
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 
 SMALL = OmniDiffusionSamplingParams(height=32, width=48, num_inference_steps=3, seed=5)
@@ -122,6 +128,15 @@ def test_prompts_beyond_the_queue_run_none_of_the_call() -> None:
             omni.generate(["a", "b", "c"], SMALL)
         assert (caught.value.index, caught.value.outputs) == (2, ())
         assert len(omni.generate(["a", "b"], SMALL)) == 2, "the first two left the queue"
+
+
+def test_an_engine_that_takes_nothing_blames_no_prompt() -> None:
+    with omni_with() as omni:
+        omni._async.begin_drain()
+        with pytest.raises(UnavailableError, match="draining") as caught:
+            omni.generate(["a", "b"], SMALL)
+        assert caught.value.index is None
+        assert "prompts[" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,19 @@ def test_settings_without_effect_are_ignored_and_named(settings: dict[str, Any])
     assert ignored_keywords(dict.fromkeys(settings), ACCEPTED) == []
 
 
+def test_a_config_takes_the_keyword_of_a_constructor() -> None:
+    parallel = DiffusionParallelConfig(ring_degree=2)
+    named: dict[str, Any] = {"parallel_config": parallel}
+    assert OmniDiffusionConfig("demo", **named) == OmniDiffusionConfig("demo", parallel)
+    for wrong, message in (
+        ({**named, "parallel": parallel}, "give parallel or parallel_config, which mean the same: got both"),
+        ({"num_steps": 3}, "unknown keyword 'num_steps'; accepted are model, parallel, cache_backend, "),
+        ({"use_hsdp": True}, "use_hsdp: here tensor_parallel_size, which shares the weights"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{message}"):
+            OmniDiffusionConfig("demo", **wrong)
+
+
 def test_degrees_that_mean_the_same(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     ours = DiffusionParallelConfig(ulysses_degree=2, ring_degree=2)

@@ -414,7 +414,7 @@ class Omni:
         for index, (prompt, prompt_params) in enumerate(zip(prompts, params)):
             try:
                 jobs.append(self._async.resolve(prompt, prompt_params))
-            except RequestError as error:
+            except InvalidRequestError as error:
                 raise error_of_prompt(error, index, len(prompts)) from error.__cause__
             self._async.warn_of_ignored(jobs[-1])
         total = sum(r.num_inference_steps for job in jobs for r in job.requests)
@@ -430,6 +430,8 @@ class Omni:
             except RequestError as error:
                 for stream in streams:
                     stream.stop()
+                if isinstance(error, UnavailableError):  # all prompts are refused alike
+                    raise
                 raise error_of_prompt(error, index, len(jobs)) from error.__cause__
         return streams
 

@@ -266,6 +266,22 @@ def _require_at_least(least: int, value: float, name: str) -> None:
     _require(least <= value < math.inf, name, value, f"{kind} of at least {least}")
 
 
+def _convert_settings(keywords: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Fields of `OmniDiffusionConfig` (`names`) for keywords that are not all fields. Raises ConfigError.
+
+    `parallel_config`, as `Omni` calls it, is `parallel`.
+    """
+    ours = {name: value for name, value in keywords.items() if name in names}
+    others = {name: value for name, value in keywords.items() if name not in names}
+    if "parallel_config" in others:
+        if "parallel" in ours:
+            raise ConfigError("give parallel or parallel_config, which mean the same: got both")
+        ours["parallel"] = others.pop("parallel_config")
+    log_ignored(ignored_keywords(others, names))
+    return ours
+
+
+@converting(_convert_settings)
 @dataclass(frozen=True)
 class OmniDiffusionConfig:
     """Everything the engine needs to know; the HTTP server has its own settings."""

@@ -21,10 +21,11 @@ def converting(convert: Converter) -> Callable[[type[T]], type[T]]:
     def decorate(cls: Any) -> Any:
         construct = cls.__init__
         names = tuple(f.name for f in fields(cls))
+        known = frozenset(names)
 
         @wraps(construct)
         def init(self: Any, *args: Any, **keywords: Any) -> None:
-            if not keywords.keys() <= set(names):
+            if not keywords.keys() <= known:
                 keywords = convert(keywords, names)
             construct(self, *args, **keywords)
 
