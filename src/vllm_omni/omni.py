@@ -10,20 +10,17 @@ import os
 import threading
 import uuid
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Never, Self, Unpack
 
-import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from vllm_omni.diffusion.compiled_packages import check_compiled_packages
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.engine import DiffusionEngine
-from vllm_omni.diffusion.events import EngineEvent, EngineObserver, EngineStatus, Failed, Finished, Preview
+from vllm_omni.diffusion.events import EngineObserver, EngineStatus
 from vllm_omni.diffusion.executor import make_executor
 from vllm_omni.diffusion.executor.launch import EarlyWorkers
 from vllm_omni.diffusion.home import Home
@@ -33,9 +30,9 @@ from vllm_omni.diffusion.model_check import check_model
 from vllm_omni.diffusion.plan import WorkerReady
 from vllm_omni.diffusion.registry import load_model_info
 from vllm_omni.diffusion.replicas import Replicas
-from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.errors import InvalidRequestError, RequestError, UnavailableError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt, PromptLike, parse_prompt
+from vllm_omni.jobs import Job, OutputStream
 from vllm_omni.keywords import OmniSettings, config_of
 from vllm_omni.logs.bars import progress_bar
 from vllm_omni.outputs import OmniRequestOutput
@@ -52,132 +49,6 @@ logger = logging.getLogger(__name__)
 
 SHUTDOWN_SECONDS = 30.0
 StageParams = OmniDiffusionSamplingParams | Iterable[OmniDiffusionSamplingParams] | None
-
-
-@dataclass
-class Job:
-    """One `generate` call under way: its requests and what is known of each."""
-
-    request_id: str
-    prompt: str
-    output_type: str
-    requests: list[DiffusionRequest]
-    ignored: str = ""
-    """Parameters without effect, and what they need to have one."""
-    images: dict[str, np.ndarray] = field(default_factory=dict)
-    timings: dict[str, dict[str, float]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._indices = {request.request_id: index for index, request in enumerate(self.requests)}
-
-    @property
-    def is_done(self) -> bool:
-        """Whether every picture is there."""
-        return len(self.images) == len(self.requests)
-
-    @property
-    def pending(self) -> list[str]:
-        """Ids of the requests whose picture is not there."""
-        return [r.request_id for r in self.requests if r.request_id not in self.images]
-
-    def progress(self, event: EngineEvent) -> OmniRequestOutput:
-        index = self._indices[event.request_id]
-        request, done = self.requests[index], isinstance(event, Finished)
-        return OmniRequestOutput(
-            request_id=self.request_id,
-            prompt=self.prompt,
-            images=[self._image(event.image)] if isinstance(event, Finished | Preview) else [],
-            seeds=[request.seed],
-            timings=event.timings if isinstance(event, Finished) else {},
-            index=index,
-            step=request.num_inference_steps if done else getattr(event, "step", 0),
-            num_inference_steps=request.num_inference_steps,
-            num_prompt_tokens=request.num_prompt_tokens,
-            num_input_image_tokens=request.num_reference_tokens,
-            num_output_tokens=request.num_image_tokens if done else 0,
-        )
-
-    def result(self) -> OmniRequestOutput:
-        slowest = max(self.timings.values(), key=lambda timings: timings["total"])
-        steps = self.requests[0].num_inference_steps
-        return OmniRequestOutput(
-            request_id=self.request_id,
-            prompt=self.prompt,
-            images=[self._image(self.images[r.request_id]) for r in self.requests],
-            seeds=[r.seed for r in self.requests],
-            timings=slowest,
-            finished=True,
-            step=steps,
-            num_inference_steps=steps,
-            num_prompt_tokens=self.requests[0].num_prompt_tokens,
-            num_input_image_tokens=self.requests[0].num_reference_tokens,
-            num_output_tokens=sum(r.num_image_tokens for r in self.requests),
-        )
-
-    def failure(self, error: RequestError) -> OmniRequestOutput:
-        """The output in place of the result."""
-        return OmniRequestOutput(
-            request_id=self.request_id,
-            prompt=self.prompt,
-            seeds=[r.seed for r in self.requests],
-            finished=True,
-            num_inference_steps=self.requests[0].num_inference_steps,
-            num_prompt_tokens=self.requests[0].num_prompt_tokens,
-            num_input_image_tokens=self.requests[0].num_reference_tokens,
-            error=error,
-        )
-
-    def _image(self, pixels: np.ndarray) -> Any:
-        """A video [frames, height, width, 3] is a list of pictures."""
-        if self.output_type == "np":
-            return pixels
-        return [Image.fromarray(frame) for frame in pixels] if pixels.ndim == 4 else Image.fromarray(pixels)
-
-
-class OutputStream:
-    """The outputs of one request, as they come; `aclose()` before the end aborts it."""
-
-    def __init__(self, job: Job, events: asyncio.Queue[EngineEvent], end: Callable[[Job], None], home: Home) -> None:
-        self._job = job
-        self._events = events
-        self._end = end
-        self._home = home
-        self._finished = False
-
-    def __aiter__(self) -> OutputStream:
-        return self
-
-    async def __anext__(self) -> OmniRequestOutput:
-        if self._finished:
-            raise StopAsyncIteration
-        self._home.check_loop()
-        if self._job.is_done:
-            await self.aclose()
-            return self._job.result()
-        try:
-            event = await self._events.get()
-            if isinstance(event, Failed):
-                raise event.error
-        except BaseException:
-            await self.aclose()
-            raise
-        if isinstance(event, Finished):
-            self._job.images[event.request_id] = event.image
-            self._job.timings[event.request_id] = event.timings
-        return self._job.progress(event)
-
-    async def aclose(self) -> None:
-        self._home.check_loop()
-        self.stop()
-
-    def stop(self) -> None:
-        """Abort what still runs, for callers that cannot await."""
-        self._finished = True
-        self._end(self._job)
-
-    def failure(self, error: RequestError) -> OmniRequestOutput:
-        """The output of a stream that ended with `error`."""
-        return self._job.failure(error)
 
 
 class AsyncOmni:

@@ -19,7 +19,7 @@ from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.diffusion.scheduler import Scheduler
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
 from vllm_omni.errors import QueueFullError, UnavailableError
-from vllm_omni.omni import Job
+from vllm_omni.jobs import Job
 
 FEW, MANY = 100, 10_000
 

@@ -21,7 +21,7 @@ from tests.entrypoints.openai.live_server import FAKE_EDIT_INFO, LiveServer, liv
 from tests.entrypoints.openai.test_image_edits import EDITS, file_of
 from tests.tiny_models import photo
 from vllm_omni.entrypoints.openai.streaming import ImageEventStream
-from vllm_omni.omni import OutputStream
+from vllm_omni.jobs import OutputStream
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from vllm_omni.entrypoints.openai.protocol import (
     TokenDetails,
     Usage,
 )
-from vllm_omni.omni import OutputStream
+from vllm_omni.jobs import OutputStream
 from vllm_omni.outputs import OmniRequestOutput
 
 # Models here have one quality. OpenAI's response type knows no `auto`, `standard` or `hd`: report their meaning.

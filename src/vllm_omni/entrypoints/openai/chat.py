@@ -20,7 +20,7 @@ from vllm_omni.entrypoints.openai.protocol import json_request_body
 from vllm_omni.entrypoints.openai.streaming import frame_around, is_done
 from vllm_omni.entrypoints.openai.text_tasks import empty_completion, is_text_task
 from vllm_omni.errors import InvalidRequestError
-from vllm_omni.omni import OutputStream
+from vllm_omni.jobs import OutputStream
 from vllm_omni.outputs import OmniRequestOutput
 
 CHAT_PATH = "/v1/chat/completions"

@@ -42,7 +42,8 @@ from vllm_omni.entrypoints.openai.settings import ServerSettings
 from vllm_omni.entrypoints.openai.streaming import ImageEventStream, image_events
 from vllm_omni.entrypoints.openai.uploads import UploadReader
 from vllm_omni.errors import InvalidRequestError
-from vllm_omni.omni import AsyncOmni, OutputStream
+from vllm_omni.jobs import OutputStream
+from vllm_omni.omni import AsyncOmni
 from vllm_omni.outputs import OmniRequestOutput
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from vllm_omni.diffusion.events import EngineObserver, telling_of_rejects
 from vllm_omni.errors import QueueFullError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
-from vllm_omni.omni import AsyncOmni, Job
+from vllm_omni.jobs import Job
+from vllm_omni.omni import AsyncOmni
 
 _MEMORY = 0.9
 """Weight that past checks keep, check by check, in the measured duration of one."""

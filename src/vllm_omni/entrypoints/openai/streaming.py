@@ -18,7 +18,7 @@ from vllm_omni.entrypoints.openai.encoding import ImageEncoder, json_around_imag
 from vllm_omni.entrypoints.openai.errors import error_body
 from vllm_omni.entrypoints.openai.protocol import ErrorResponse, Usage
 from vllm_omni.errors import RequestError
-from vllm_omni.omni import OutputStream
+from vllm_omni.jobs import OutputStream
 from vllm_omni.outputs import OmniRequestOutput
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from tests.diffusion.worker.driving import psnr
 from vllm_omni import AsyncOmni
 from vllm_omni.errors import InvalidRequestError, RequestAbortedError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
-from vllm_omni.omni import OutputStream
+from vllm_omni.jobs import OutputStream
 from vllm_omni.outputs import OmniRequestOutput
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
