@@ -16,8 +16,9 @@ from unittest.mock import patch
 
 import pytest
 
-from tests.diffusion.executor.workers import GUARD_SECONDS, ROOT, is_alive, wait_until
+from tests.diffusion.executor.workers import ROOT, is_alive
 from tests.fakes import FakeExecutor, FakeRunner
+from tests.patience import GUARD_SECONDS, wait_for
 from vllm_omni import AsyncOmni, Omni
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.executor.inline import InlineExecutor
@@ -68,7 +69,7 @@ def importable_tests(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("importable_tests")
 def test_a_forked_process_is_refused_and_leaves_the_engine_to_its_parent() -> None:
     command = [sys.executable, "-W", "error::ResourceWarning", "-c", FORKS]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     pid, twice, again, code, parents, processs, processs_code, parents_at_last = done.stdout.splitlines()
     for refusal in (twice, again, processs):
@@ -245,7 +246,7 @@ async def test_threads_of_a_dropped_engine_end() -> None:
     del omni
     gc.collect()
     await asyncio.sleep(0)
-    await asyncio.to_thread(wait_until, lambda: threads() == [])
+    await asyncio.to_thread(wait_for, lambda: threads() == [])
 
 
 async def test_all_replicas_of_a_dropped_engine_end() -> None:
