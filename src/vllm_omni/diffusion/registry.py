@@ -164,7 +164,7 @@ class Shares:
     """Numbers of ranks that can share the weights of a component: each rank gets as much as the others."""
 
     counts: Mapping[str, int]
-    """What the ranks divide among them, such as `attention heads`, and how many of it there are."""
+    """Numbers that the ranks divide among them, by their names, such as `attention heads`."""
     most: int | None = None
     """Most ranks that the family supports; None: as many as `counts` allow."""
 
@@ -213,7 +213,7 @@ class ModelInfo:
     text_encoder_shares: Shares
     """How many ranks can share the text encoder."""
     tokenizer_needs: TokenizerNeeds = field(default_factory=TokenizerNeeds)
-    """What files of another model's tokenizer are told by."""
+    """Requirements on the tokenizer, which that of another model does not meet."""
     expected_weights: Mapping[str, Sequence[ExpectedWeights]] = field(default_factory=dict)
     """Component -> weights that its files must hold by its config; of other components nothing is known."""
     tea_cache_coefficients: tuple[float, ...] | None = None

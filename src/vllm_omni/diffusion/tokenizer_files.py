@@ -24,7 +24,7 @@ MODEL_FILES = (".model", "vocab.txt")
 
 @dataclass(frozen=True)
 class TokenizerNeeds:
-    """What a model needs of its tokenizer."""
+    """Requirements of a model on its tokenizer."""
 
     tokens: tuple[str, ...] = ()
     """Tokens that prompts are written with."""
