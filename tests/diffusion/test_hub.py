@@ -278,6 +278,16 @@ def test_bars_of_a_download_are_hidden_on_request(
     assert ("%|" in capsys.readouterr().err) is shown
 
 
+def test_a_model_of_the_hub_passes_all_checks(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = serve(folder=DEMO_MODEL_PATH)
+    path = AsyncOmni(model=REPOSITORY).info.path
+    assert (path / "model_index.json").is_symlink()  # into the cache's blobs, outside of the model's folder
+    assert sum(hub.num_bytes.values()) == sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    AsyncOmni(model=str(path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert AsyncOmni(model=REPOSITORY).info.path == path
+
+
 @pytest.mark.parametrize("as_name", [str, lambda path: "demo"])
 def test_a_folder_has_no_revision(as_name: Callable[[Path], str], model_folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"^--revision v1 is for hub models; '.*' is a folder, which has none"):

@@ -43,6 +43,7 @@ TOKENIZER, SETTINGS = "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.js
 STEM = "diffusion_pytorch_model"
 SHARD = f"{STEM}-00002-of-00002.safetensors"
 WEIGHT = "transformer_blocks.1.attn.to_q.weight"
+EMBEDDING = "model.embed_tokens.weight"
 BILLION = 10**9
 
 BROKEN: dict[str, tuple[Breakage, str]] = {
@@ -138,6 +139,13 @@ BROKEN: dict[str, tuple[Breakage, str]] = {
         both(removed(TOKENIZER), text("tokenizer/vocab.json", '{"a": 0}'), text("tokenizer/merges.txt", "#version\n")),
         "tokenizer/ lacks the token '<|im_start|>'",
     ),
+    "tokenizer of a larger model": (
+        both(
+            section(ENCODER, "text_config", vocab_size=400),
+            weights(LANGUAGE, lambda w: w.update({EMBEDDING: w[EMBEDDING][:400]})),
+        ),
+        "; the text encoder's vocab_size allows 0 to 399",
+    ),
     # weight files
     "weights are empty": (text(AUTOENCODER, ""), f"{AUTOENCODER} is no safetensors file: it has 0 bytes"),
     "weights are a page": (text(DENOISER, PAGE), f"{DENOISER} is no safetensors file: it has "),
@@ -175,7 +183,7 @@ BROKEN: dict[str, tuple[Breakage, str]] = {
         f"{LANGUAGE}: model.norm.weight is stored as I8; weights are read from F64",
     ),
     "no embedding": (
-        weights(LANGUAGE, lambda w: w.pop("model.embed_tokens.weight")),
+        weights(LANGUAGE, lambda w: w.pop(EMBEDDING)),
         "text_encoder/ lacks the weight embed_tokens.weight",
     ),
     # shards
@@ -339,6 +347,25 @@ def test_a_broken_folder_of_a_whole_pipeline_too(
     folder = shutil.copytree(whole_pipeline, tmp_path / "model")
     breakage(folder)
     assert words in refusal(folder)
+
+
+def test_a_file_that_may_not_be_read_is_told(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)  # modes do not stop the administrator, whom tests may run as
+    assert refusal(tiny_model) == f"cannot read {INDEX}: Permission denied"
+
+
+@pytest.mark.parametrize("value", ["64", 0, -64, 10**12, 1.5, None, [64], True])
+@pytest.mark.parametrize("name", ["height", "num_inference_steps"])
+def test_defaults_of_wrong_values_are_one_line(
+    name: str, value: object, tiny_model: Path, tiny_edit_model: Path, tmp_path: Path
+) -> None:
+    for number, model in enumerate((tiny_model, tiny_edit_model)):
+        folder = shutil.copytree(model, tmp_path / str(number))
+        values("default_sampling_params.json", **{name: value})(folder)
+        assert name in refusal(folder)
 
 
 def test_a_good_folder_is_accepted_sharded_or_linked_inside(tiny_model: Path, tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def needed_files(names: Iterable[str], load_format: LoadFormat, variant: str | N
 
 
 def _earlier_download(model: str, load_format: LoadFormat, access: HubAccess, error: Exception) -> Path:
-    """What an earlier download left, where the hub gave `error`. Raises ConfigError where that is not enough."""
+    """Folder of an earlier download, after the hub gave `error`. Raises ConfigError where that is not enough."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

@@ -53,7 +53,7 @@ def _check_files(info: ModelInfo, component: str, class_name: str) -> None:
     if has_weights(class_name):
         read_object(info.path, f"{component}/{CONFIG}")
     elif "Tokenizer" in class_name:
-        check_tokenizer(info.path, component, info.prompt_tokens)
+        check_tokenizer(info.path, component, info.tokenizer_needs)
     elif "Scheduler" in class_name:
         read_object(info.path, f"{component}/{SCHEDULER_CONFIG}")
     elif present := [name for name in PROCESSOR_CONFIGS if name in names]:

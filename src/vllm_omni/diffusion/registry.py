@@ -19,8 +19,9 @@ from vllm_omni.diffusion.data import (
     TeaCacheConfig,
     flag_of,
 )
-from vllm_omni.diffusion.folder_files import DEFAULTS_FILE, MODEL_INDEX, read_object
+from vllm_omni.diffusion.folder_files import DEFAULTS_FILE, MODEL_INDEX, read_object, short
 from vllm_omni.diffusion.hub import DEFAULT_ACCESS, HubAccess, download
+from vllm_omni.diffusion.tokenizer_files import TokenizerNeeds
 from vllm_omni.diffusion.weight_fit import ExpectedWeights
 from vllm_omni.errors import ConfigError, NotAvailableError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
@@ -36,6 +37,7 @@ DEMO_MODEL_PATH = Path(__file__).parent.parent / "demo_model"
 PACKED_PARAMETERS = ("height", "width", "num_inference_steps", "negative_prompt", "sigmas", "max_sequence_length")
 """Sampling parameters of every packed family."""
 SIZES = ("height", "width")
+MOST_PIXELS_A_SIDE = 2**16
 
 # `_class_name` in model_index.json -> package under vllm_omni.diffusion.models. A family's package has
 # `info.py` (`describe(path) -> ModelInfo`, no torch) and `pipeline.py` (`Pipeline`).
@@ -211,7 +213,7 @@ class Shares:
     """Numbers of ranks that can share the weights of a component: each rank gets as much as the others."""
 
     counts: Mapping[str, int]
-    """What the ranks divide among them, such as `attention heads`, and how many of it there are."""
+    """Numbers that the ranks divide among them, by their names, such as `attention heads`."""
     most: int | None = None
     """Most ranks that the family supports; None: as many as `counts` allow."""
 
@@ -259,8 +261,8 @@ class ModelInfo:
     """How many ranks can share the transformer's weights."""
     text_encoder_shares: Shares
     """How many ranks can share the text encoder."""
-    prompt_tokens: tuple[str, ...] = ()
-    """Special tokens that the tokenizer must have, because prompts are written with them."""
+    tokenizer_needs: TokenizerNeeds = field(default_factory=TokenizerNeeds)
+    """Requirements on the tokenizer, which that of another model does not meet."""
     expected_weights: Mapping[str, Sequence[ExpectedWeights]] = field(default_factory=dict)
     """Component -> weights that its files must hold by its config; of other components nothing is known."""
     tea_cache_coefficients: tuple[float, ...] | None = None
@@ -406,11 +408,19 @@ def family_of(path: Path) -> str:
 
 
 def read_default_sampling_params(path: Path) -> dict[str, Any]:
-    """Sampling defaults of the model folder, {} where it has none. Raises ConfigError for unknown keys."""
+    """Sampling defaults of the model folder, {} where it has none.
+
+    Raises ConfigError for unknown keys, for null, and for impossible sides; the rest is checked with the limits.
+    """
     if not os.path.lexists(path / DEFAULTS_FILE):  # a link to nothing is told
         return {}
     values = read_object(path, DEFAULTS_FILE)
     accepted = {f.name for f in fields(OmniDiffusionSamplingParams) if f.default is None} | {"negative_prompt"}
     if unknown := sorted(set(values) - accepted):
         raise ConfigError(f"{DEFAULTS_FILE} has unknown keys {unknown}, accepted are {', '.join(sorted(accepted))}")
+    for key, value in values.items():
+        is_side = type(value) is int and 1 <= value <= MOST_PIXELS_A_SIDE
+        if value is None or (key in SIZES and not is_side):
+            takes = f"pixels, 1 to {MOST_PIXELS_A_SIDE}" if key in SIZES else "a value, or is left out"
+            raise ConfigError(f"{DEFAULTS_FILE}: {key} takes {takes}, got {short(value)}")
     return values

@@ -3,7 +3,7 @@ here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,27 @@ VOCABULARY, MERGES = "vocab.json", "merges.txt"
 SETTINGS = "tokenizer_config.json"
 ADDED = "added_tokens.json"
 CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+MOST_IDS = 2**31
 OBJECTS = (SETTINGS, "special_tokens_map.json", ADDED, CHAT_TEMPLATES[1])
 """Further files that hold a JSON object."""
 MODEL_FILES = (".model", "vocab.txt")
 """Ends of the names of vocabularies in other formats: SentencePiece's, and BERT's list of words."""
 
 
-def check_tokenizer(root: Path, component: str, needed_tokens: Iterable[str] = ()) -> None:
+@dataclass(frozen=True)
+class TokenizerNeeds:
+    """Requirements of a model on its tokenizer."""
+
+    tokens: tuple[str, ...] = ()
+    """Tokens that prompts are written with."""
+    num_ids: int | None = None
+    """Number of rows of the text encoder's embedding; None: unknown."""
+
+
+def check_tokenizer(root: Path, component: str, needs: TokenizerNeeds = TokenizerNeeds()) -> None:
     """Raise ConfigError, with the file and the reason, for files of a tokenizer that are missing or broken.
 
-    root: the model folder; component: the tokenizer's folder in it; needed_tokens: tokens that it must have.
+    root: the model folder; component: the tokenizer's folder in it; needs: also refuse a tokenizer without these.
     """
     names = names_in(root, component)
     objects = {name: read_object(root, f"{component}/{name}") for name in OBJECTS if name in names}
@@ -32,9 +43,15 @@ def check_tokenizer(root: Path, component: str, needed_tokens: Iterable[str] = (
     vocabulary = _read_vocabulary(root, component, names)
     if vocabulary is None:
         return
-    known = vocabulary | set(objects.get(ADDED, {})) | _added_in_settings(objects.get(SETTINGS, {}))
-    if missing := [token for token in needed_tokens if token not in known]:
+    ids = vocabulary | objects.get(ADDED, {}) | _added_in_settings(objects.get(SETTINGS, {}))
+    if missing := [token for token in needs.tokens if token not in ids]:
         raise ConfigError(f"{component}/ lacks the token {missing[0]!r}, which the model's prompts consist of")
+    for token, number in ids.items():
+        if type(number) is not int or not 0 <= number < (needs.num_ids or MOST_IDS):
+            raise ConfigError(
+                f"{component}/ has the token {token!r} with the id {short(number)}; the text encoder's vocab_size "
+                f"allows 0 to {(needs.num_ids or MOST_IDS) - 1}"
+            )
 
 
 def check_chat_template(root: Path, component: str) -> None:
@@ -47,8 +64,8 @@ def check_chat_template(root: Path, component: str) -> None:
         )
 
 
-def _read_vocabulary(root: Path, component: str, names: list[str]) -> set[str] | None:
-    """The tokens; None: they are in a format that only the tokenizer's own class reads."""
+def _read_vocabulary(root: Path, component: str, names: list[str]) -> dict[str, int] | None:
+    """Token -> id; None: they are in a format that only the tokenizer's own class reads."""
     from tokenizers import Tokenizer  # a library in Rust, without torch
     from tokenizers.models import BPE
 
@@ -56,7 +73,7 @@ def _read_vocabulary(root: Path, component: str, names: list[str]) -> set[str] |
         file = _readable(root, f"{component}/{WHOLE}")
         read_object(root, f"{component}/{WHOLE}")
         try:
-            return set(Tokenizer.from_file(file).get_vocab())
+            return dict(Tokenizer.from_file(file).get_vocab())
         except Exception as error:  # the library raises no other class
             raise ConfigError(f"cannot read {component}/{WHOLE}: it is no tokenizer: {error}") from error
     if VOCABULARY in names:
@@ -70,7 +87,7 @@ def _read_vocabulary(root: Path, component: str, names: list[str]) -> set[str] |
             BPE(*BPE.read_file(*files))
         except Exception as error:  # as above
             raise ConfigError(f"cannot read {component}/{MERGES} with {VOCABULARY}: {error}") from error
-        return set(vocabulary)
+        return vocabulary
     for name in names:
         if name.endswith(MODEL_FILES):
             _readable(root, f"{component}/{name}")
@@ -89,9 +106,13 @@ def _readable(root: Path, name: str) -> str:
     return str(root / name)
 
 
-def _added_in_settings(settings: dict[str, Any]) -> set[str]:
+def _added_in_settings(settings: dict[str, Any]) -> dict[str, Any]:
     added = settings.get("added_tokens_decoder", {})
-    return {token["content"] for token in added.values() if isinstance(token, dict) and "content" in token}
+    return {
+        token["content"]: int(number) if number.isdecimal() else number
+        for number, token in added.items()
+        if isinstance(token, dict) and isinstance(token.get("content"), str)
+    }
 
 
 def _check_settings(component: str, settings: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ class LayerList:
     """The key of config.json that says how many there are."""
     count: int
     shapes: Shapes
-    """Of each layer, by the name behind the number."""
+    """Shapes of each layer's weights, by the name behind the number."""
 
 
 @dataclass(frozen=True)

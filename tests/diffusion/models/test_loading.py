@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKLQwenImage
 from safetensors.torch import save_file
 from torch import nn
 
-from vllm_omni.diffusion.models.loading import load_weights
+from tests.broken_folders import Breakage, values, weights
+from vllm_omni.diffusion.models.loading import load_autoencoder, load_weights
 from vllm_omni.diffusion.weight_files import safetensors_files
 from vllm_omni.errors import ConfigError
 
 CPU = torch.device("cpu")
+VAE = "vae/diffusion_pytorch_model.safetensors"
 NAMES = {"both": ("left", "right")}
 
 
@@ -92,3 +97,28 @@ def test_weights_outside_the_prefix_are_not_read(tmp_path: Path) -> None:
     load_weights(module, tmp_path, NAMES, CPU, torch.float32, counted.append, prefix="model.")
     assert torch.equal(dict(module.named_parameters())["blocks.0.plain.weight"], weights["blocks.0.plain.weight"])
     assert sum(counted) == sum(t.nbytes for t in weights.values())
+
+
+@pytest.mark.parametrize(
+    ("breakage", "words"),
+    [
+        (
+            weights(VAE, lambda w: w.pop("decoder.conv_out.bias")),
+            "vae/ lacks 1 weights of the model, among them decoder.",
+        ),
+        (
+            weights(VAE, lambda w: w.update(surplus=np.zeros(1, np.float32))),
+            "vae/ has a weight that the model does not",
+        ),
+        (weights(VAE, lambda w: w.update({"decoder.conv_out.bias": np.zeros(9, np.float32)})), "decoder.conv_out.bias"),
+        (values("vae/config.json", attn_scales=5), "vae/: diffusers cannot load the AutoencoderKLQwenImage: "),
+    ],
+)
+def test_an_autoencoder_that_does_not_fit_is_refused(
+    breakage: Breakage, words: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    breakage(folder)
+    with pytest.raises(ConfigError) as caught:
+        load_autoencoder(AutoencoderKLQwenImage, folder / "vae", CPU, torch.float32, lambda count: None, "auto")
+    assert words in str(caught.value)

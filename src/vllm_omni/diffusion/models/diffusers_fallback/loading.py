@@ -14,7 +14,7 @@ from torch import nn
 
 from vllm_omni.diffusion.models.diffusers_fallback.components import component_classes
 from vllm_omni.diffusion.models.diffusers_fallback.progress_bars import without_progress_bars
-from vllm_omni.diffusion.weight_files import component_variant
+from vllm_omni.diffusion.weight_files import component_variant, safetensors_files
 from vllm_omni.errors import ConfigError
 
 
@@ -41,6 +41,7 @@ def load_pipeline(path: Path, class_name: str, dtype: torch.dtype, variant: str 
 
 
 def _load_model(folder: Path, cls: type[Any], variant: str | None, common: dict[str, Any]) -> Any:
+    safetensors_files(folder, variant)  # says more of files that are missing than the libraries do
     if issubclass(cls, transformers.PreTrainedModel):
         common = {**common, "ignore_mismatched_sizes": True}  # or the log alone says which weights these are
     try:

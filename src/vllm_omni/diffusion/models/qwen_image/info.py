@@ -13,6 +13,7 @@ from vllm_omni.diffusion.models.qwen_image.config import TransformerConfig, VaeC
 from vllm_omni.diffusion.models.qwen_image.edit import EDIT_TEMPLATE, IMAGE_TOKEN, NUM_EDIT_TEMPLATE_TOKENS, EditInput
 from vllm_omni.diffusion.models.tokenizers import load_tokenizer
 from vllm_omni.diffusion.registry import ModelInfo, Shares, read_default_sampling_params
+from vllm_omni.diffusion.tokenizer_files import TokenizerNeeds
 
 PROMPT_TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
@@ -105,7 +106,9 @@ def describe(path: Path) -> ModelInfo:
         # The MLP is four times as wide as all heads together.
         tensor_shares=Shares({"attention heads": transformer.num_attention_heads}),
         text_encoder_shares=text_encoder.shares,
-        prompt_tokens=PROMPT_TOKENS if image_input is None else EDIT_PROMPT_TOKENS,
+        tokenizer_needs=TokenizerNeeds(
+            PROMPT_TOKENS if image_input is None else EDIT_PROMPT_TOKENS, text_encoder.vocab_size
+        ),
         expected_weights={
             "transformer": [transformer.expected_weights()],
             "vae": [vae.expected_weights()],

@@ -12,7 +12,7 @@ from vllm_omni.diffusion.models.language_config import LanguageModelConfig
 from vllm_omni.diffusion.models.tokenizers import load_tokenizer
 from vllm_omni.diffusion.models.z_image.config import PATCH_SIZE, TransformerConfig, VaeConfig
 from vllm_omni.diffusion.registry import Guidance, ModelInfo, Shares, read_default_sampling_params
-from vllm_omni.diffusion.tokenizer_files import check_chat_template
+from vllm_omni.diffusion.tokenizer_files import TokenizerNeeds, check_chat_template
 from vllm_omni.errors import ConfigError
 
 TOKEN_MULTIPLE = 32
@@ -105,7 +105,7 @@ def describe(path: Path) -> ModelInfo:
             {"attention heads": transformer.n_heads, "MLP channels": transformer.inner_width}, MOST_TENSOR_RANKS
         ),
         text_encoder_shares=text_encoder.shares,
-        prompt_tokens=PROMPT_TOKENS,
+        tokenizer_needs=TokenizerNeeds(PROMPT_TOKENS, text_encoder.vocab_size),
         expected_weights={
             "transformer": [transformer.expected_weights()],
             "vae": [vae.expected_weights()],
