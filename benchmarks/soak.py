@@ -181,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if broken := [promise for promise in promises if not promise.is_kept]:
         names = ", ".join(promise.name for promise in broken)
         details = [detail for promise in broken for detail in promise.details[:MAX_DETAILS]]
-        sys.exit("\n".join([f"{len(broken)} promises are broken: {names}; the server's log: {args.out}", *details]))
+        sys.exit("\n".join([f"broken promises: {names}; the server's log: {args.out}", *details]))
 
 
 if __name__ == "__main__":

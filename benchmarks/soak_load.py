@@ -19,6 +19,8 @@ from PIL import Image
 
 GENERATIONS = "/v1/images/generations"
 CHAT = "/v1/chat/completions"
+PAUSE_SECONDS = 0.1
+"""Of a client after a wrong answer: a server that is gone refuses connections at once."""
 Pictures = list[np.ndarray]
 """uint8 [height, width, 3] each."""
 
@@ -172,6 +174,7 @@ async def send_good(client: httpx.AsyncClient, way: Way, case: Case, calm: Calm,
         pictures = await way(client, case)
     except (httpx.HTTPError, UnexpectedAnswerError, KeyError, ValueError) as error:
         tally.faults.append(f"{way.__name__} {case}: {type(error).__name__}: {error}")
+        await asyncio.sleep(PAUSE_SECONDS)
         return
     tally.seconds.append(time.monotonic() - start)
     tally.answered += 1

@@ -17,7 +17,7 @@ from benchmarks.soak import connected, main, plan_faults, until_idle
 from benchmarks.soak_load import BAD_REQUESTS, CASES, WAYS, Tally, ask_in_every_way, calm_pictures, play_client
 from benchmarks.soak_promises import Counts, Evidence, judge, read_counts
 
-from benchmarks import soak_load
+from benchmarks import soak, soak_load
 from tests.entrypoints.openai.live_server import live_server
 
 COUNTS = Counts(success=12, failed=0, aborted=3, invalid=4, turned_away=0, restarts=2, replayed=5, under_way=0)
@@ -87,6 +87,23 @@ def test_a_server_in_disorder_breaks_promises() -> None:
     assert broken(log="INFO\nTraceback (most recent call last):\n") == ["the log has no traceback"]
     assert broken(log="Task exception was never retrieved\n") == ["the log has no traceback"]
     assert broken(code=1) == broken(survivors=1) == ["SIGTERM ends the server"]
+
+
+def test_a_broken_promise_is_an_error_that_says_what_was_seen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = replace(EVIDENCE, tally=replace(TALLY, faults=["a 503", "a 500"]))
+    monkeypatch.setattr(soak, "soak", lambda args: judge(seen, "", 0, 0, 60.0, 64.0))
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert str(ended.value).splitlines() == [
+        "broken promises: answers are as they should be; the server's log: out/soak.log",
+        "a 503",
+        "a 500",
+    ]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines if line.startswith("answers")] == ["BROKEN"]
+    assert sum("BROKEN" in line for line in lines) == 1
 
 
 def test_a_worker_is_killed_every_minute_and_one_is_stopped() -> None:
