@@ -160,14 +160,19 @@ async def begin_a_step(executor: MultiprocExecutor) -> asyncio.Task[StepResult]:
     return asyncio.create_task(executor.next_result())
 
 
+async def assert_dies_at_once(waiting: asyncio.Task[StepResult], text: str) -> None:
+    """For ranks of `make` without `silence_seconds`, whose silence would end nothing within the test."""
+    with pytest.raises(WorkerDiedError, match=text):
+        await waiting
+
+
 async def test_a_killed_rank_ends_the_step_of_all() -> None:
     executor = make(3, Endless)
     async with closing(executor):
         waiting = await begin_a_step(executor)
         pids = executor.worker_pids
         os.kill(pids[1], signal.SIGKILL)
-        with pytest.raises(WorkerDiedError, match=rf"^rank 1 \(pid {pids[1]}\) was killed by signal 9$"):
-            await waiting
+        await assert_dies_at_once(waiting, rf"^rank 1 \(pid {pids[1]}\) was killed by signal 9$")
         listeners = executor._group._tasks[: len(pids)]  # type: ignore[union-attr]
         os.kill(pids[2], signal.SIGKILL)
         await asyncio.wait([listeners[2]])
@@ -187,8 +192,7 @@ async def test_a_rank_that_raises_brings_its_traceback_while_the_others_hang() -
         executor.submit(StepPlan(1, denoise=["a"]))
         waiting = asyncio.create_task(executor.next_result())
         text = r"(?s)^rank 1 \(pid \d+\) failed: rank 1 has lost its device\nTraceback.*in execute"
-        with pytest.raises(WorkerDiedError, match=text):
-            await waiting
+        await assert_dies_at_once(waiting, text)
 
 
 @pytest.mark.parametrize(
@@ -230,8 +234,7 @@ async def test_a_rank_that_closes_its_channel_is_dead_to_us() -> None:
     executor = make(3, ClosesChannel)
     async with closing(executor):
         waiting = await begin_a_step(executor)
-        with pytest.raises(WorkerDiedError, match=r"^rank 1 \(pid \d+\) (closed its channel|ended with exit code 0)$"):
-            await waiting
+        await assert_dies_at_once(waiting, r"^rank 1 \(pid \d+\) (closed its channel|ended with exit code 0)$")
 
 
 async def test_a_stopped_rank_is_found_by_its_silence() -> None:
