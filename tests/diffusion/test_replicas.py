@@ -235,6 +235,14 @@ async def test_ready_is_said_for_all() -> None:
     await replicas.close()
 
 
+async def test_all_begin_to_drain_at_once() -> None:
+    async with running([FakeExecutor(), FakeExecutor()]) as replicas:
+        replicas.begin_drain()
+        assert [engine.status().state for engine in replicas._engines] == ["draining"] * 2
+        with pytest.raises(UnavailableError):
+            replicas.add([now_request()])
+
+
 async def test_drain_waits_for_all() -> None:
     executors, observer = [FakeExecutor(), FakeExecutor()], Recorder()
     async with running(executors, observer) as replicas:

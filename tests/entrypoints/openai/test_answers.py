@@ -7,8 +7,19 @@ import json
 
 import pytest
 
-from vllm_omni.entrypoints.openai.answers import json_around
+from vllm_omni.entrypoints.openai.answers import AnswerStyle, json_around
+from vllm_omni.entrypoints.openai.encoding import ImageFormat
+from vllm_omni.entrypoints.openai.protocol import ImageGenerationRequest
 from vllm_omni.outputs import OmniRequestOutput
+
+
+@pytest.mark.parametrize(
+    ("asked", "reported"),
+    [("auto", "high"), ("hd", "high"), ("standard", "medium"), ("low", "low"), ("medium", "medium"), ("high", "high")],
+)
+def test_the_reported_quality_is_one_that_openai_knows(asked: str, reported: str) -> None:
+    body = ImageGenerationRequest(prompt="x", quality=asked)
+    assert AnswerStyle.of(body, ImageFormat("png", 100), ()).quality == reported
 
 
 async def test_the_total_time_includes_the_encoding() -> None:

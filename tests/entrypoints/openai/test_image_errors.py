@@ -12,6 +12,8 @@ import pytest
 from fastapi import FastAPI
 
 from tests.entrypoints.openai.live_server import MODEL_NAME, LiveServer, live_server
+from vllm_omni.entrypoints.openai.errors import error_response
+from vllm_omni.errors import QueueFullError
 
 GENERATIONS = "/v1/images/generations"
 
@@ -331,6 +333,15 @@ def test_full_queue_is_429_with_retry_after() -> None:
         running.call(running.device.resume)
         running.wait_until(lambda: running.num_unfinished() == 0)
         client.images.generate(prompt="x", n=2)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "header"), [(None, "1"), (0.0, "1"), (0.2, "1"), (1.0, "1"), (1.2, "2"), (59.01, "60")]
+)
+def test_nobody_is_asked_back_too_early(seconds: float | None, header: str) -> None:
+    """The header takes whole seconds."""
+    response = error_response(QueueFullError("the queue is full", retry_after=seconds))
+    assert (response.status_code, response.headers["retry-after"]) == (429, header)
 
 
 def test_draining_is_503_with_retry_after() -> None:
