@@ -31,28 +31,38 @@ ARRIVALS = {
 
 
 class Recorder:
-    """What is recorded is computed from what the inputs hold when it is played again, into the same results."""
+    """What is recorded is computed from what the inputs hold when it is played again, into the same results.
+
+    Recordings share their memory: what others have made is gone after that.
+    """
 
     def __init__(self, error: Exception | None = None) -> None:
         self.num_records = self.num_replays = self.num_releases = 0
         self.error = error
         self.failure: str | None = None
+        self._outputs: list[Hidden] = []
 
     def record(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         if self.error is not None:
             raise self.error
         self.num_records += 1
         output: Hidden = run()
-        for tensor in (output.text, output.image):
-            tensor.fill_(torch.nan)
+        self._outputs.append(output)
+        self._spoil_outputs()
 
         def replay() -> None:
             self.num_replays += 1
+            self._spoil_outputs()
             again: Hidden = run()
             output.text.copy_(again.text)
             output.image.copy_(again.image)
 
         return output, replay
+
+    def _spoil_outputs(self) -> None:
+        for output in self._outputs:
+            output.text.fill_(torch.nan)
+            output.image.fill_(torch.nan)
 
     def release(self) -> None:
         self.num_releases += 1

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -197,8 +198,12 @@ def test_ranks_that_are_not_in_the_same_step_give_up(tiny_model: Path) -> None:
     assert run_places(lose, parallel, parallel, tiny_model) == ["RanksLostError"] * 2
 
 
-def break_off(world: World, guilty: int | None) -> str:
-    """Every rank's exchange breaks off; `guilty` says that it was the cause."""
+def break_off(world: World, guilty: int | None, hindrance: str | None = None) -> str:
+    """Every rank's exchange breaks off; `guilty` says that it was the cause. hindrance: what keeps them apart then."""
+    if hindrance == "device":
+        World.can_rebuild = property(lambda self: False)  # type: ignore[assignment,method-assign]  # in a process of its own
+    elif hindrance == "connection":
+        world.rebuild = Mock(side_effect=RuntimeError("connection refused"))  # type: ignore[method-assign]
 
     def run() -> None:
         raise ValueError("poisoned") if world.rank == guilty else GroupBrokenError("connection reset")
@@ -215,6 +220,12 @@ def test_an_exchange_that_breaks_off_by_no_ranks_fault_ends_all() -> None:
     parallel = DiffusionParallelConfig(ulysses_degree=2)
     assert run_ranks(break_off, parallel, None) == ["RanksLostError"] * 2
     assert run_ranks(break_off, parallel, 1) == ["PeerFailedError", "ValueError"]
+
+
+@pytest.mark.parametrize("hindrance", ["device", "connection"])
+def test_ranks_that_cannot_meet_again_give_up(hindrance: str) -> None:
+    """Where a kernel of the device waits for the rank that failed, or where connections fail."""
+    assert run_ranks(break_off, DiffusionParallelConfig(ulysses_degree=2), 1, hindrance) == ["RanksLostError"] * 2
 
 
 def test_a_single_rank_asks_nobody() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import os
 from collections import deque
 from collections.abc import Mapping, Sequence
 
@@ -165,7 +164,7 @@ class MultiprocExecutor:
         if not self._has_started:
             # For programs that never call close(). Once, and not at every start: handlers run last registered first,
             # and whoever closes this executor at exit must come before.
-            atexit.register(self._kill_at_exit, os.getpid())
+            atexit.register(self._kill_at_exit)
             self._has_started = True
         self._group = WorkerGroup(self._silence_seconds, self._start_silence_seconds)
         try:
@@ -215,7 +214,8 @@ class MultiprocExecutor:
             self._group = None
             await group.kill()
 
-    def _kill_at_exit(self, pid: int) -> None:
-        if self._group and os.getpid() == pid:  # not in a child that the program forked
+    def _kill_at_exit(self) -> None:
+        """Does nothing in a child that the program forked: a process kills only children of its own."""
+        if self._group:
             for worker in self._group.workers:
                 worker.kill_at_exit()

@@ -1,6 +1,7 @@
 """A worker process: `python -m vllm_omni.diffusion.worker.main --socket-fd N --parent-pid P`.
 
-The parent's end of the socket is also the lifeline: when it closes, for whatever reason, the worker ends.
+The parent's end of the socket is also the lifeline: when it closes, for whatever reason, the worker ends. Where a
+child that the parent forked holds a copy of that end, the kernel ends the worker with its parent (`lifeline.py`).
 A thread of its own takes messages off the socket while a step runs, so an abort overtakes the plans that were
 sent before it, and says meanwhile that the worker lives.
 """
@@ -87,7 +88,7 @@ def serve_parent(
         logging.getLogger("vllm_omni").setLevel(logging_level())
         for module in preload:
             import_module(module)
-        run_worker(channel, runner_name, parent_pid, ending)
+        run_worker(channel, runner_name, ending)
     except EOFError:  # the parent is gone before it said anything
         streams.leave(0)
     except Exception as error:  # whatever it was, the parent must hear of it
@@ -113,11 +114,11 @@ class Ending:
         self._streams.leave(1)
 
 
-def run_worker(channel: BlockingChannel[ToWorker], runner_name: str, parent_pid: int, ending: Ending) -> NoReturn:
+def run_worker(channel: BlockingChannel[ToWorker], runner_name: str, ending: Ending) -> NoReturn:
     """Load, say so, then run plans as they come."""
     start = channel.receive()
     assert isinstance(start, Start)
-    listener = Listener(channel, parent_pid, ending)
+    listener = Listener(channel, ending)
     listener.start()  # first: a rank that loads, or waits for others, must show that it lives, and end with the parent
     runner = listener.runner = _load(runner_name)(start.config, start.place)
     channel.send(Ready(runner.start(start.first)))
@@ -158,13 +159,12 @@ class Answerer(threading.Thread):
 class Listener(threading.Thread):
     """Takes the parent's messages off the channel and sends Beats; ends the process when the parent is gone."""
 
-    def __init__(self, channel: BlockingChannel[ToWorker], parent_pid: int, ending: Ending) -> None:
+    def __init__(self, channel: BlockingChannel[ToWorker], ending: Ending) -> None:
         super().__init__(daemon=True, name="channel")
         self._ending = ending
         self.plans: queue.SimpleQueue[StepPlan] = queue.SimpleQueue()
         self.runner: Runner | None = None
         self._channel = channel
-        self._parent_pid = parent_pid
 
     def run(self) -> None:
         try:
@@ -178,9 +178,6 @@ class Listener(threading.Thread):
         beat_at = time.monotonic()
         while True:
             if (now := time.monotonic()) >= beat_at:
-                # A child that the parent forked may hold a copy of its end of the socket open.
-                if os.getppid() != self._parent_pid:
-                    os._exit(0)
                 self._channel.send_if_free(Beat())
                 beat_at = now + BEAT_SECONDS
             with contextlib.suppress(TimeoutError):
