@@ -19,10 +19,9 @@ from vllm_omni.diffusion.data import (
     OmniDiffusionConfig,
     Quantization,
     SchedulingPolicy,
-    log_ignored,
 )
 from vllm_omni.errors import ConfigError
-from vllm_omni.foreign.keywords import ignored_keywords
+from vllm_omni.foreign.keywords import ignored_keywords, log_ignored
 
 if TYPE_CHECKING:
     import torch

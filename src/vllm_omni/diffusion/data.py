@@ -5,17 +5,17 @@ Each wrong value raises ConfigError with the flag or field, what it got and what
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from vllm_omni.errors import ConfigError, InvalidRequestError, NotAvailableError
 from vllm_omni.foreign.constructors import converting
-from vllm_omni.foreign.keywords import ignored_keywords
+from vllm_omni.foreign.keywords import convert_degrees, convert_settings
+from vllm_omni.foreign.keywords import logger as logger  # scripts of the public vllm-omni package import it from here
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams
 from vllm_omni.inputs.kinds import MisfitError, fit, kinds_of, shown
 
@@ -37,27 +37,7 @@ StepsMaskPolicy = Literal["slow", "medium", "fast", "ultra"]
 StepsComputationPolicy = Literal["dynamic", "static"]
 
 
-logger = logging.getLogger(__name__)
-
-
-def _convert_degrees(keywords: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Fields of `DiffusionParallelConfig` (`names`) for keywords that are not all fields. Raises ConfigError."""
-    ours = {name: value for name, value in keywords.items() if name in names}
-    others = {name: value for name, value in keywords.items() if name not in names}
-    sequence = [ours.get("ulysses_degree", 1), ours.get("ring_degree", 1)]
-    if all(isinstance(d, int) for d in sequence) and others.get("sequence_parallel_size") == math.prod(sequence):
-        del others["sequence_parallel_size"]
-    log_ignored(ignored_keywords(others, names))
-    return ours
-
-
-def log_ignored(keywords: Sequence[str]) -> None:
-    """One line about keywords that are ignored."""
-    if keywords:
-        logger.warning("ignored, as the pictures are the same without: %s", ", ".join(keywords))
-
-
-@converting(_convert_degrees)
+@converting(convert_degrees)
 @dataclass(frozen=True)
 class DiffusionParallelConfig:
     """How many devices share the work, axis by axis (outermost first: data, cfg, ring, ulysses, tensor)."""
@@ -266,22 +246,7 @@ def _require_at_least(least: int, value: float, name: str) -> None:
     _require(least <= value < math.inf, name, value, f"{kind} of at least {least}")
 
 
-def _convert_settings(keywords: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Fields of `OmniDiffusionConfig` (`names`) for keywords that are not all fields. Raises ConfigError.
-
-    `parallel_config`, as `Omni` calls it, is `parallel`.
-    """
-    ours = {name: value for name, value in keywords.items() if name in names}
-    others = {name: value for name, value in keywords.items() if name not in names}
-    if "parallel_config" in others:
-        if "parallel" in ours:
-            raise ConfigError("give parallel or parallel_config, which mean the same: got both")
-        ours["parallel"] = others.pop("parallel_config")
-    log_ignored(ignored_keywords(others, names))
-    return ours
-
-
-@converting(_convert_settings)
+@converting(convert_settings)
 @dataclass(frozen=True)
 class OmniDiffusionConfig:
     """Everything the engine needs to know; the HTTP server has its own settings."""

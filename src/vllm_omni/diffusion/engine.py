@@ -342,7 +342,8 @@ class DiffusionEngine:
         """End what failed, forget the timings of what starts again."""
         for request_id, error in update.failed.items():
             if error.kind not in ("invalid", "blocked"):
-                trace = f"\n{error.traceback}" if error.traceback else ""
+                # A failure with a kind of its own says all with its message.
+                trace = f"\n{error.traceback}" if error.kind == "internal" else ""
                 logger.error("request %s failed (%s): %s%s", request_id, error.kind, error.message, trace)
             self._end(request_id, _request_error(error))
         for request_id in update.replayed:

@@ -5,8 +5,10 @@ Most are flags too, and have the place of the flag.
 
 from __future__ import annotations
 
+import logging
+import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -15,6 +17,8 @@ from vllm_omni.foreign.constructors import asks_nothing
 from vllm_omni.foreign.diffusion_server_flags import VLLM_OMNI_FLAGS
 from vllm_omni.foreign.flags import ForeignFlag, ignored, refused, renamed
 from vllm_omni.foreign.vllm_flags import VLLM_FLAGS
+
+logger = logging.getLogger(__name__)
 
 _WITHOUT_FLAG = (
     *ignored("the model says what it makes", "--mode= --output-modalities=+"),
@@ -55,12 +59,45 @@ def ignored_keywords(keywords: Mapping[str, Any], accepted: Collection[str]) -> 
     return found
 
 
+def log_ignored(keywords: Sequence[str]) -> None:
+    """One line about keywords that are ignored."""
+    if keywords:
+        logger.warning("ignored, as the pictures are the same without: %s", ", ".join(keywords))
+
+
+def convert_degrees(keywords: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Fields of `DiffusionParallelConfig` (`names`) for keywords that are not all fields. Raises ConfigError."""
+    ours = {name: value for name, value in keywords.items() if name in names}
+    others = {name: value for name, value in keywords.items() if name not in names}
+    sequence = [ours.get("ulysses_degree", 1), ours.get("ring_degree", 1)]
+    if all(isinstance(d, int) for d in sequence) and others.get("sequence_parallel_size") == math.prod(sequence):
+        del others["sequence_parallel_size"]
+    log_ignored(ignored_keywords(others, names))
+    return ours
+
+
+def convert_settings(keywords: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Fields of `OmniDiffusionConfig` (`names`) for keywords that are not all fields. Raises ConfigError.
+
+    `parallel_config`, as `Omni` calls it, is `parallel`.
+    """
+    ours = {name: value for name, value in keywords.items() if name in names}
+    others = {name: value for name, value in keywords.items() if name not in names}
+    if "parallel_config" in others:
+        if "parallel" in ours:
+            raise ConfigError("give parallel or parallel_config, which mean the same: got both")
+        ours["parallel"] = others.pop("parallel_config")
+    log_ignored(ignored_keywords(others, names))
+    return ours
+
+
 @cache
 def _flags_by_keyword() -> Mapping[str, ForeignFlag]:
     flags: dict[str, ForeignFlag] = {}
     for flag in (*_WITHOUT_FLAG, *VLLM_OMNI_FLAGS, *VLLM_FLAGS):
         for name in flag.names:
-            flags.setdefault(name.lstrip("-").replace("-", "_"), flag)
+            if name.startswith("--"):
+                flags.setdefault(name.removeprefix("--").replace("-", "_"), flag)
     return flags
 
 

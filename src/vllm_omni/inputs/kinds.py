@@ -30,7 +30,7 @@ def kinds_of(cls: Any) -> Mapping[str, Any]:
 def fit(value: Any, kind: Any) -> Any:
     """`value` as the plain Python value that the annotation `kind` asks for. Raises MisfitError.
 
-        Numbers of other libraries become int and float, so do arrays and tensors without dimensions (NumPy, PyTorch), and
+    Numbers of other libraries become int and float, so do arrays and tensors without dimensions (NumPy, PyTorch), and
     lists and one-dimensional arrays become tuples: nothing else can be sent to a worker. A bool is no number, and NaN
     is none. Fields of dataclasses are fitted, too.
     """

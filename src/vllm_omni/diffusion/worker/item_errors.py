@@ -22,7 +22,8 @@ def item_error(error: Exception) -> ItemError:
     """The ItemError for what was raised while one request ran."""
     if is_out_of_memory(error):
         reason = str(error).partition("\n")[0]
-        return ItemError(f"the device ran out of memory on this request: {reason}", "out_of_memory")
+        message = f"the device ran out of memory on this request: {reason}"
+        return ItemError(message, "out_of_memory", traceback.format_exc())
     if isinstance(error, ModerationBlockedError):
         return ItemError(str(error), "blocked")
     if isinstance(error, InvalidRequestError):
