@@ -11,7 +11,7 @@ import threading
 import uuid
 import weakref
 from collections.abc import Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from functools import partial
 from typing import Any, Never, Self, Unpack
 
@@ -313,6 +313,9 @@ class Omni:
             raise UnavailableError("this Omni was closed")
         future: Future[Any] = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
+            # An interrupt that comes just before a wait does not end it, so no wait is long.
+            while not wait([future], timeout=1).done:
+                pass
             return future.result()
         except BaseException:
             future.cancel()  # Ctrl-C: cancelling closes the streams, which aborts their requests

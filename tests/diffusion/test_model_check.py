@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -350,8 +351,12 @@ def test_a_broken_folder_of_a_whole_pipeline_too(
 
 
 def test_a_file_that_may_not_be_read_is_told(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise PermissionError(13, "Permission denied")
+    original = Path.open
+
+    def refuse(path: Path, *args: Any, **keywords: Any) -> Any:
+        if path.is_relative_to(tiny_model):
+            raise PermissionError(13, "Permission denied")
+        return original(path, *args, **keywords)
 
     monkeypatch.setattr(Path, "open", refuse)  # modes do not stop the administrator, whom tests may run as
     assert refusal(tiny_model) == f"cannot read {INDEX}: Permission denied"

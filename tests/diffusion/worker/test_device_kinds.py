@@ -24,6 +24,7 @@ from vllm_omni.errors import ConfigError
 PACKAGE = Path(vllm_omni.__file__).parent
 MAY_NAME_DEVICES = {
     "diffusion/worker/device.py": "the one that knows kinds of device",
+    "diffusion/compiled_packages.py": "builds of PyTorch and its companions are for a version of CUDA",
     "diffusion/transfers.py": "the host's memory is PyTorch's `cpu`",
     "diffusion/data.py": "the values of --device",
     "diffusion/attention": "kernels are of a kind of device",
