@@ -25,6 +25,7 @@ PACKAGE = Path(vllm_omni.__file__).parent
 MAY_NAME_DEVICES = {
     "diffusion/worker/device.py": "the one that knows kinds of device",
     "diffusion/compiled_packages.py": "builds of PyTorch and its companions are for a version of CUDA",
+    "platforms.py": "a name of the public vllm-omni package, whose scripts ask it for the kind of device",
     "diffusion/transfers.py": "the host's memory is PyTorch's `cpu`",
     "diffusion/data.py": "the values of --device",
     "diffusion/attention": "kernels are of a kind of device",
