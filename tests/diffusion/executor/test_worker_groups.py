@@ -258,7 +258,7 @@ async def test_a_start_may_be_silent_for_longer_than_a_step() -> None:
 
 
 async def test_a_start_that_hangs_is_found_by_its_silence() -> None:
-    executor = make(2, HoldsTheLockAtStart, start_silence_seconds=SILENCE_SECONDS)
+    executor = make(2, HoldsTheLockAtStart, silence_seconds=SILENCE_SECONDS, start_silence_seconds=SILENCE_SECONDS)
     async with closing(executor):
         with pytest.raises(WorkerDiedError, match=r"^rank [01] \(pid \d+\) has been silent for 3 s$"):
             await executor.start()
