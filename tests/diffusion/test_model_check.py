@@ -236,7 +236,7 @@ OPENED = Opened()
 
 
 def refusal(folder: Path) -> str:
-    """What the front end says about the model in `folder`, without starting a worker."""
+    """Error of the front end for the model in `folder`; no worker is started."""
     with pytest.raises(ConfigError) as caught:
         AsyncOmni(model=str(folder))
     message = str(caught.value)

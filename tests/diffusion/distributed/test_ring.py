@@ -1,4 +1,4 @@
-"""What `Ring` promises beside the right blocks: nothing waits in `post`, and what is being sent is kept."""
+"""Promises of `Ring` beside the right blocks: `post` does not wait, and a block that is being sent is kept."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ ARRIVALS = {
 
 
 class Recorder:
-    """What is recorded is computed from what the inputs hold when it is played again, into the same results.
+    """A replay computes from the inputs' values at that time, into the same result tensors.
 
     Recordings share their memory: what others have made is gone after that.
     """

@@ -38,7 +38,7 @@ class FromTheLeft(SdpaAttention):
 
 
 class Measurements:
-    """What the measurements of one start say."""
+    """Results of the measurements of one start."""
 
     fastest: Any = "cudnn"
     num_threads = 2

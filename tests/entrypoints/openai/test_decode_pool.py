@@ -116,7 +116,7 @@ def test_a_process_is_small_and_has_nothing_of_its_parents(process: DecodeProces
     assert os.getsid(process.pid) == process.pid
 
     def targets() -> set[str]:
-        """Of its descriptors, except the sockets."""
+        """Targets of its descriptors, except the sockets."""
         return {target for link in (folder / "fd").iterdir() if not (target := os.readlink(link)).startswith("socket:")}
 
     wait_for(lambda: targets() <= {"/dev/null"})  # as soon as it has let go of the picture before

@@ -1,4 +1,4 @@
-"""What uploads hold: the budget to the byte, and who gives it back."""
+"""The upload budget: counted to the byte, and given back when a request ends."""
 
 from __future__ import annotations
 

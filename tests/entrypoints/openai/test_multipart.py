@@ -25,7 +25,7 @@ def form_of(*values: bytes) -> bytes:
 
 
 def fed(reader: MultipartReader, data: bytes, piece: int) -> list[list[Part]]:
-    """What `reader` gives for each piece of `data`."""
+    """Results of `reader` for each piece of `data`."""
     return [reader.feed(data[start : start + piece]) for start in range(0, len(data), piece)]
 
 

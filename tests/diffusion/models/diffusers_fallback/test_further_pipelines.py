@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning"),  # Mochi asks for float32
 ]
 PROMPT = "a red apple"
-# Of a request, the fields that a pipeline's call has too; and what its call is told beside them.
+# Fields of a request that the pipeline's call has too, and the further arguments of the call.
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "CogVideoXPipeline": ({"guidance_scale": 3.0, "num_frames": 9, "max_sequence_length": 64}, {}),
     "CogView4Pipeline": ({"guidance_scale": 3.0, "width": 64, "max_sequence_length": 64}, {}),
