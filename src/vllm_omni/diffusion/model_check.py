@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.folder_files import MODEL_INDEX, names_in, read_object
+from vllm_omni.diffusion.folder_files import MODEL_INDEX, names_in, read_object, short
 from vllm_omni.diffusion.registry import ModelInfo
 from vllm_omni.diffusion.tokenizer_files import check_tokenizer
 from vllm_omni.diffusion.weight_files import choose_all, has_weights, read_components
@@ -18,11 +18,13 @@ SCHEDULER_CONFIG = "scheduler_config.json"
 PROCESSOR_CONFIGS = ("preprocessor_config.json", "processor_config.json")
 LAYER_WORDS = ("layers", "blocks", "depth")
 """Parts of the names of config.json's keys that say how many modules are built."""
-MOST_LAYERS = 1000
-"""Number of layers that is built in a moment, whatever the weight files hold."""
+QUICK_LAYERS = 1000
+"""Number of layers that is built in a moment, so that it needs no comparison with the weight files."""
+MOST_TIMESTEPS = 2**20
+"""Largest num_train_timesteps of a scheduler, which keeps several arrays of that length."""
 
 
-def check_model(info: ModelInfo, config: OmniDiffusionConfig) -> None:
+def check_model_files(info: ModelInfo, config: OmniDiffusionConfig) -> None:
     """Raise ConfigError, with the file and the reason, for files of the model that are missing, broken or do not fit.
 
     Also for a variant of the weights that no component has. With dummy weights no weight file is looked at.
@@ -53,9 +55,10 @@ def _check_files(info: ModelInfo, component: str, class_name: str) -> None:
     if has_weights(class_name):
         read_object(info.path, f"{component}/{CONFIG}")
     elif "Tokenizer" in class_name:
-        check_tokenizer(info.path, component, info.tokenizer_needs)
+        check_tokenizer(info.path, component, class_name, info.tokenizer_needs)
     elif "Scheduler" in class_name:
-        read_object(info.path, f"{component}/{SCHEDULER_CONFIG}")
+        place = f"{component}/{SCHEDULER_CONFIG}"
+        _check_scheduler(place, read_object(info.path, place))
     elif present := [name for name in PROCESSOR_CONFIGS if name in names]:
         for name in present:
             read_object(info.path, f"{component}/{name}")
@@ -63,9 +66,18 @@ def _check_files(info: ModelInfo, component: str, class_name: str) -> None:
         raise ConfigError(f"{component}/ lacks {PROCESSOR_CONFIGS[0]}")
 
 
+def _check_scheduler(place: str, values: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a number of training steps that a scheduler would fill the memory with."""
+    steps = values.get("num_train_timesteps")
+    if steps is not None and not (type(steps) is int and 1 <= steps <= MOST_TIMESTEPS):
+        raise ConfigError(
+            f"{place}: num_train_timesteps takes a whole number from 1 to {MOST_TIMESTEPS}, got {short(steps)}"
+        )
+
+
 def _check_counts(component: str, values: Mapping[str, Any], weights: Mapping[str, StoredWeight]) -> None:
     """Raise ConfigError for more layers than there are weights: building them would take hours before that shows."""
-    most = max(len(weights), MOST_LAYERS)
+    most = max(len(weights), QUICK_LAYERS)
     for key, value in _numbers(values):
         if any(word in key for word in LAYER_WORDS) and value > most:
             raise ConfigError(
