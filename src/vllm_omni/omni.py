@@ -26,7 +26,7 @@ from vllm_omni.diffusion.executor.launch import EarlyWorkers
 from vllm_omni.diffusion.home import Home
 from vllm_omni.diffusion.hub import HubAccess
 from vllm_omni.diffusion.intake import Intake, check_default_prompt, check_defaults
-from vllm_omni.diffusion.model_check import check_model
+from vllm_omni.diffusion.model_check import check_model_files
 from vllm_omni.diffusion.plan import WorkerReady
 from vllm_omni.diffusion.registry import load_model_info
 from vllm_omni.diffusion.replicas import Replicas
@@ -77,7 +77,7 @@ class AsyncOmni:
         check_defaults(self.config, self.info)
         for remark in () if self.info.whole is None else self.info.whole.remarks:
             logger.warning(remark)
-        check_model(self.info, self.config)
+        check_model_files(self.info, self.config)
         self.ready: WorkerReady | None = None
         self._intake: Intake | None = None
         self._engine: DiffusionEngine | Replicas

@@ -348,8 +348,11 @@ def test_prompts_may_be_as_long_as_the_limit(limit: int | None, most: int) -> No
     intake().resolve(OmniPrompt("x" * 32_000), OmniDiffusionSamplingParams(), "r")
 
 
-def test_the_models_own_file_is_blamed_for_itself() -> None:
-    info = replace(INFO, default_sampling_params={**INFO.default_sampling_params, "height": 63})
+def test_what_set_a_wrong_default_is_blamed_for_it(tmp_path: Path) -> None:
+    info = replace(INFO, path=tmp_path, default_sampling_params={**INFO.default_sampling_params, "height": 63})
+    with pytest.raises(ConfigError, match=r"^the model's own default, which follows from its configs: size 96x63"):
+        check_defaults(OmniDiffusionConfig("demo"), info)
+    (tmp_path / "default_sampling_params.json").write_text('{"height": 63}')
     with pytest.raises(ConfigError, match=r"^the model's own default_sampling_params\.json: size 96x63"):
         check_defaults(OmniDiffusionConfig("demo"), info)
 

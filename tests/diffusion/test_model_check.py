@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import BertTokenizer, ByT5Tokenizer, CLIPTokenizer, LlamaTokenizer, T5Tokenizer
 
 from tests.broken_folders import (
     PAGE,
@@ -32,6 +33,8 @@ from tests.broken_folders import (
 from tests.tiny_diffusers import build_tiny_diffusers
 from tests.tiny_models import SMALL
 from tests.tiny_z_image import build_tiny_z_image
+from vllm_omni.diffusion.models.tokenizers import load_tokenizer
+from vllm_omni.diffusion.tokenizer_files import check_tokenizer
 from vllm_omni.errors import ConfigError
 from vllm_omni.omni import AsyncOmni
 
@@ -110,7 +113,7 @@ BROKEN: dict[str, tuple[Breakage, str]] = {
         "cannot read default_sampling_params.json: it is a link to ",
     ),
     # tokenizer
-    "no vocabulary": (removed(TOKENIZER), "tokenizer/ has no vocabulary: neither tokenizer.json, nor vocab.json"),
+    "no vocabulary": (removed(TOKENIZER), "tokenizer/ has no vocabulary of a Qwen2Tokenizer: neither tokenizer.json"),
     "tokenizer is no JSON": (text(TOKENIZER, "{"), f"cannot read {TOKENIZER}: no valid JSON"),
     "tokenizer without model": (text(TOKENIZER, "{}"), f"cannot read {TOKENIZER}: it is no tokenizer: Model missing"),
     "tokenizer is empty": (text(TOKENIZER, ""), f"cannot read {TOKENIZER}: it is empty"),
@@ -203,17 +206,6 @@ BROKEN: dict[str, tuple[Breakage, str]] = {
     "index of an outside file": (
         sharded("transformer", STEM, lambda index: index.update({WEIGHT: "../../outside/x.safetensors"})),
         f"{DENOISER}.index.json names '../../outside/x.safetensors', which is not a file of the same folder",
-    ),
-    "index of another shard": (
-        sharded("transformer", STEM, lambda index: index.update({WEIGHT: f"{STEM}-00001-of-00002.safetensors"})),
-        f"{DENOISER}.index.json says that {STEM}-00001-of-00002.safetensors has the weight {WEIGHT}, which it lacks",
-    ),
-    "weight in two shards": (
-        both(
-            sharded("transformer", STEM),
-            weights(f"transformer/{SHARD}", lambda w: w.update({"img_in.bias": np.zeros(48, np.float32)})),
-        ),
-        f"transformer/{SHARD} has the weight img_in.bias, which transformer/{STEM}-00001-of-00002.safetensors has too",
     ),
 }
 
@@ -335,9 +327,35 @@ def whole_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (values(VAE, latent_channels="16"), f"{VAE}: latent_channels takes"),
         (values(VAE, block_out_channels=4), f"{VAE}: block_out_channels takes"),
         (removed("scheduler/scheduler_config.json"), f"cannot read {SCHEDULER}: No such file"),
-        (removed("tokenizer_3/tokenizer.json"), "tokenizer_3/ has no vocabulary"),
+        (
+            removed("tokenizer_3/tokenizer.json"),
+            "tokenizer_3/ has no vocabulary of a T5Tokenizer: ",
+        ),
         (text("tokenizer_2/tokenizer.json", PAGE), "cannot read tokenizer_2/tokenizer.json: no valid JSON"),
         (values("tokenizer_2/tokenizer_config.json", model_max_length=[]), "model_max_length takes a number from 1"),
+        (
+            values("tokenizer_2/tokenizer_config.json", model_max_length="77"),
+            "tokenizer_2/tokenizer_config.json: model_max_length takes a number from 1, got '77'",
+        ),
+        (
+            values(TRANSFORMER, patch_size=[0, 0]),
+            f"{TRANSFORMER}: patch_size takes a whole number from 1 to 1048576, or",
+        ),
+        (values(INDEX, default_sample_size="1024"), f"{INDEX}: default_sample_size takes a whole number from 1 to"),
+        (values(TRANSFORMER, sample_height="60"), f"{TRANSFORMER}: sample_height takes a whole number from 1 to"),
+        (values(TRANSFORMER, target_size=[1]), f"{TRANSFORMER}: target_size takes a whole number from 1 to"),
+        (
+            both(removed("default_sampling_params.json"), values(TRANSFORMER, sample_size=17, patch_size=4)),
+            "the model's own default, which follows from its configs: size ",
+        ),
+        (
+            values(SCHEDULER, num_train_timesteps=BILLION),
+            f"{SCHEDULER}: num_train_timesteps takes a whole number from 1",
+        ),
+        (
+            moved("tokenizer/tokenizer.json", "tokenizer/x.model"),
+            "tokenizer/ has no vocabulary of a CLIPTokenizer: neither tokenizer.json, nor vocab.json with merges.txt",
+        ),
         (cut("text_encoder_2/model.safetensors", -1), "text_encoder_2/model.safetensors is truncated: "),
         (linked_outside(DENOISER), f"cannot read {DENOISER}: it is a link to "),
     ],
@@ -348,6 +366,47 @@ def test_a_broken_folder_of_a_whole_pipeline_too(
     folder = shutil.copytree(whole_pipeline, tmp_path / "model")
     breakage(folder)
     assert words in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"tokenizer_class": None, "added_tokens_decoder": None, "model_max_length": None}, {"x": None}]
+)
+def test_null_in_a_tokenizers_settings_means_not_given(
+    settings: dict[str, None], whole_pipeline: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(whole_pipeline, tmp_path / "model")
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        values(f"{name}/tokenizer_config.json", **settings)(folder)
+    AsyncOmni(model=str(folder))
+
+
+def test_a_tokenizer_of_bytes_needs_no_vocabulary(tmp_path: Path) -> None:
+    ByT5Tokenizer().save_pretrained(tmp_path / "tokenizer")
+    for name in ("tokenizer.json", "added_tokens.json", "special_tokens_map.json"):
+        (tmp_path / "tokenizer" / name).unlink(missing_ok=True)
+    check_tokenizer(tmp_path, "tokenizer", "ByT5Tokenizer")
+    with pytest.raises(ConfigError, match="tokenizer/ has no vocabulary of a T5Tokenizer"):
+        check_tokenizer(tmp_path, "tokenizer", "T5Tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("cls", "file"), [(T5Tokenizer, "spiece.model"), (BertTokenizer, "vocab.txt"), (LlamaTokenizer, "tokenizer.model")]
+)
+def test_a_vocabulary_that_its_class_cannot_read_is_one_line(cls: type[Any], file: str, tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / file).write_bytes(bytes(range(128, 256)) * 16)
+    check_tokenizer(tmp_path, "tokenizer", cls.__name__)  # no library without torch reads these formats
+    with pytest.raises(ConfigError, match=r"^tokenizer/: transformers cannot load the tokenizer: ") as caught:
+        load_tokenizer(folder, cls)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+def test_an_empty_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    with pytest.raises(ConfigError, match=r"^tokenizer/: "):
+        load_tokenizer(tmp_path / "tokenizer", CLIPTokenizer)
 
 
 def test_a_file_that_may_not_be_read_is_told(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,3 +439,24 @@ def test_a_good_folder_is_accepted_sharded_or_linked_inside(tiny_model: Path, tm
     (folder / VAE).symlink_to("real.json")
     (tmp_path / "link").symlink_to(folder)
     AsyncOmni(model=str(tmp_path / "link"))
+
+
+def test_folders_linked_into_the_hubs_cache_are_accepted(tiny_model: Path, tmp_path: Path) -> None:
+    """Folders of a revision consist of links to blobs. A link to nothing does no harm where nothing opens it."""
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    cache = tmp_path / "cache" / "models--painter--tiny"
+    (cache / "blobs").mkdir(parents=True)
+    revision = cache / "snapshots" / ("a" * 40)
+    for component in ("vae", "tokenizer"):
+        shutil.copytree(folder / component, revision / component)
+        shutil.rmtree(folder / component)
+        (folder / component).symlink_to(revision / component)
+        for file in list((revision / component).iterdir()):
+            blob = file.rename(cache / "blobs" / f"{component}-{file.name}")
+            file.symlink_to(blob)
+    (folder / "transformer" / "README.md").symlink_to("gone.md")
+    (folder / "transformer" / "circle").symlink_to(".")
+    AsyncOmni(model=str(folder))
+    (folder / "vae").unlink()
+    (folder / "vae").symlink_to(shutil.copytree(revision / "vae", tmp_path / "vae"))
+    assert refusal(folder).startswith("cannot read vae/config.json: it is a link to ")

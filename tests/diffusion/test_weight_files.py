@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import safetensors
 from diffusers.pipelines.pipeline_loading_utils import variant_compatible_siblings
 from safetensors.numpy import save_file
 
 from vllm_omni.diffusion.folder_files import DEFAULTS_FILE
+from vllm_omni.diffusion.model_index import DIFFUSERS_STEMS, TRANSFORMERS_STEMS, Component
 from vllm_omni.diffusion.registry import family_of, read_default_sampling_params
-from vllm_omni.diffusion.weight_files import choose_names, component_variant, safetensors_files
+from vllm_omni.diffusion.weight_files import (
+    choose_names,
+    component_variant,
+    has_weights,
+    safetensors_files,
+    variants_in,
+)
 from vllm_omni.diffusion.weight_headers import read_header, stored_weights
 from vllm_omni.errors import ConfigError
 
@@ -138,29 +147,60 @@ def test_a_broken_file_is_one_line_with_the_file(data: bytes, words: str, tmp_pa
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("weight_map", "held", "words"),
-    [
-        ({"a": "one.safetensors", "b": "two.safetensors"}, {"one": "a", "two": "a"}, "which x/one.safetensors has too"),
-        ({"a": "one.safetensors", "b": "one.safetensors"}, {"one": "a"}, "has the weight b, which it lacks"),
-        (
-            {"a": "two.safetensors", "b": "one.safetensors"},
-            {"one": "a", "two": "b"},
-            "says that two.safetensors has the weight a, which it lacks",
-        ),
-    ],
-)
-def test_shards_that_do_not_hold_what_the_index_says_are_told(
-    weight_map: dict[str, str], held: dict[str, str], words: str, tmp_path: Path
-) -> None:
+def test_each_file_is_opened_once_and_the_last_shard_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the index says: diffusers and transformers take names from the files too."""
     folder = tmp_path / "x"
     folder.mkdir()
+    weight_map = {"a": "two.safetensors", "b": "one.safetensors", "gone": "one.safetensors"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    for file, name in held.items():
-        save_file({name: np.zeros(2, np.float32)}, folder / f"{file}.safetensors")
-    with pytest.raises(ConfigError) as caught:
-        stored_weights(folder)
-    assert words in str(caught.value)
+    save_file({"a": np.zeros(1, np.float32), "both": np.zeros(1, np.float16)}, folder / "one.safetensors")
+    save_file({"b": np.zeros((2, 3), np.float32), "both": np.zeros(2, np.float32)}, folder / "two.safetensors")
+    opened: list[str] = []
+    safe_open, open_path = safetensors.safe_open, Path.open
+
+    def note_library(path: Path, *arguments: Any, **keywords: Any) -> Any:
+        opened.append(path.name)
+        return safe_open(path, *arguments, **keywords)
+
+    def note_path(path: Path, *arguments: Any, **keywords: Any) -> Any:
+        opened.append(path.name)
+        return open_path(path, *arguments, **keywords)
+
+    monkeypatch.setattr(safetensors, "safe_open", note_library)
+    monkeypatch.setattr(Path, "open", note_path)
+    assert stored_weights(folder) == {
+        "a": ("x/one.safetensors", "F32", (1,)),
+        "b": ("x/two.safetensors", "F32", (2, 3)),
+        "both": ("x/two.safetensors", "F32", (2,)),
+    }
+    assert opened == ["model.safetensors.index.json", "one.safetensors", "two.safetensors"]
+
+
+@pytest.mark.parametrize("stem", [DIFFUSERS_STEMS[0], TRANSFORMERS_STEMS[0]])
+def test_each_library_has_its_own_names(stem: str) -> None:
+    """Files of the other library's name are neither chosen nor named as variants."""
+    both = ["diffusion_pytorch_model.safetensors", "model.safetensors"]
+    chosen = choose_names(both, None, (stem,))
+    assert chosen is not None
+    assert chosen.files == (f"{stem}.safetensors",)
+    assert choose_names(both, None) is None
+    halves = ["diffusion_pytorch_model.fp16.safetensors", "model.bf16.safetensors"]
+    assert variants_in(halves, (stem,)) == (["fp16"] if stem == DIFFUSERS_STEMS[0] else ["bf16"])
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["config.json"], True),
+        (["model.safetensors"], True),
+        (["pytorch_model.bin", "some_config.json"], True),
+        (["generation_config.json"], True),
+        ([], True),
+        (["some_config.json"], False),
+    ],
+)
+def test_an_unknown_class_is_a_model_by_its_files(names: list[str], expected: bool) -> None:
+    assert has_weights(Component("diffusers", "SomethingNew"), names) is expected
 
 
 @pytest.mark.parametrize(

@@ -29,10 +29,8 @@ def open_file(root: Path, name: str) -> BinaryIO:
     Raises ConfigError, with the name and the reason, for what is no readable file or lies outside of `root`. A link
     into the hub's cache is allowed: the cache's folders consist of such links.
     """
-    target = _resolve(root, name)
+    target = regular_file(root, name)
     try:
-        if target.exists() and not target.is_file():  # a pipe would block
-            raise ConfigError(f"cannot read {name}: it is {'a folder' if target.is_dir() else 'no regular file'}")
         stream = target.open("rb")
         if stream.peek(len(GIT_LFS)).startswith(GIT_LFS):
             stream.close()
@@ -42,24 +40,57 @@ def open_file(root: Path, name: str) -> BinaryIO:
     return stream
 
 
+def regular_file(root: Path, name: str) -> Path:
+    """The real place of the file `name`. Raises ConfigError for what is no file, see `open_file`; it may be missing."""
+    target = _resolve(root, name)
+    try:
+        if target.exists() and not target.is_file():  # a pipe would block
+            raise ConfigError(f"cannot read {name}: it is {'a folder' if target.is_dir() else 'no regular file'}")
+    except OSError as error:
+        raise ConfigError(f"cannot read {name}: {error.strerror}") from error
+    return target
+
+
+def check_links(root: Path, folder: str) -> None:
+    """Raise ConfigError for a link in a subfolder of the model folder `root`, however deep, that leads out of `root`.
+
+    The libraries open more files of a component than are checked one by one. A link to nothing they do not open.
+    """
+    seen: set[Path] = set()
+    waiting = [folder]
+    while waiting:
+        name = waiting.pop()
+        target = _resolve_inside(root, name)
+        if target.is_dir() and target not in seen:  # links may lead around in a circle
+            seen.add(target)
+            waiting += [f"{name}/{entry}" for entry in names_in(root, name)]
+
+
 def _resolve(root: Path, name: str) -> Path:
     """The real place of `name`. Raises ConfigError for links that lead out of `root` or to nothing."""
-    file = root / name
-    try:
-        target = file.resolve()
-        is_inside = target.is_relative_to(root.resolve())
-    except (OSError, RuntimeError) as error:  # which one a loop of links is depends on the release of Python
-        raise ConfigError(f"cannot read {name}: its links lead nowhere ({error})") from error
-    if not is_inside and not _is_hub_blob(target):
-        raise ConfigError(f"cannot read {name}: it is a link to {target}, outside of the model's folder")
-    if file.is_symlink() and not target.exists():
+    target = _resolve_inside(root, name)
+    if (root / name).is_symlink() and not target.exists():
         raise ConfigError(f"cannot read {name}: it is a link to {target}, which does not exist")
     return target
 
 
-def _is_hub_blob(target: Path) -> bool:
-    """Whether `target` is where the hub's cache keeps the content of a model's file."""
-    return target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+def _resolve_inside(root: Path, name: str) -> Path:
+    """The real place of `name`, where there may be nothing. Raises ConfigError for links that lead out of `root`."""
+    try:
+        target = (root / name).resolve()
+        is_inside = target.is_relative_to(root.resolve())
+    except (OSError, RuntimeError) as error:  # which one a loop of links is depends on the release of Python
+        raise ConfigError(f"cannot read {name}: its links lead nowhere ({error})") from error
+    if not is_inside and not _is_in_hub_cache(target):
+        raise ConfigError(f"cannot read {name}: it is a link to {target}, outside of the model's folder")
+    return target
+
+
+def _is_in_hub_cache(target: Path) -> bool:
+    """Whether `target` is where the hub's cache keeps the content of a model's files, or the folders of a revision."""
+    return any(
+        place.name in ("blobs", "snapshots") and place.parent.name.startswith("models--") for place in target.parents
+    )
 
 
 def read_object(root: Path, name: str) -> dict[str, Any]:

@@ -9,14 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm_omni.diffusion.data import LoadFormat, OmniDiffusionConfig
-from vllm_omni.diffusion.folder_files import DEFAULTS_FILE, MODEL_INDEX, read_object
-from vllm_omni.diffusion.weight_files import (
-    choose_all,
-    has_weights,
-    read_components,
-    read_weight_map,
-    safetensors_files,
-)
+from vllm_omni.diffusion.folder_files import DEFAULTS_FILE, MODEL_INDEX, names_in, read_object
+from vllm_omni.diffusion.model_index import read_components
+from vllm_omni.diffusion.weight_files import choose_all, has_weights, read_weight_map, safetensors_files
 from vllm_omni.errors import ConfigError
 from vllm_omni.logs.bars import HiddenBar
 
@@ -110,8 +105,7 @@ def needed_files(names: Iterable[str], load_format: LoadFormat, variant: str | N
             if file.endswith(CONFIG_SUFFIXES) and ".index" not in file and ("/" not in file or file.endswith(".jinja")):
                 needed.add(name)
     if load_format == "auto":
-        models = {component: folders[component] for component, cls in components.items() if has_weights(cls)}
-        for component, chosen in choose_all(models, variant).items():
+        for component, chosen in choose_all(components, folders, variant).items():
             files = set(chosen.files)
             if chosen.index is not None:
                 place = f"{component}/{chosen.index}"
@@ -142,9 +136,9 @@ def _earlier_download(model: str, load_format: LoadFormat, access: HubAccess, er
         raise ConfigError(_explain(model, access, error)) from error
     try:
         if load_format == "auto":
-            for component, class_name in read_components(read_object(path, MODEL_INDEX)).items():
-                if has_weights(class_name):
-                    safetensors_files(path / component, access.variant)
+            for name, component in read_components(read_object(path, MODEL_INDEX)).items():
+                if has_weights(component, names_in(path, name)):
+                    safetensors_files(path / name, access.variant, component.stems)
     except ConfigError as lacking:
         raise ConfigError(
             f"{_explain(model, access, error)}; the earlier download in {path} cannot take its place: {lacking}"

@@ -5,6 +5,7 @@ Everything that can be known to be wrong is refused here, before a request costs
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -173,7 +174,7 @@ def check_defaults(config: OmniDiffusionConfig, info: ModelInfo) -> None:
         _check_values(_fill(params, info.default_sampling_params), config, info)
         resolve_lora(params, config, info)
     except InvalidRequestError as error:
-        raise ConfigError(_blame(error, config)) from error
+        raise ConfigError(_blame(error, config, info)) from error
 
 
 def check_default_prompt(config: OmniDiffusionConfig, info: ModelInfo) -> None:
@@ -195,7 +196,7 @@ _LIMITS = {
 """Parameters with a limit that is a setting."""
 
 
-def _blame(error: InvalidRequestError, config: OmniDiffusionConfig) -> str:
+def _blame(error: InvalidRequestError, config: OmniDiffusionConfig, info: ModelInfo) -> str:
     """One line for a default that is refused: what set it, or else the limit that the model's own does not meet."""
     given = set(config.default_sampling_params)
     if "sigmas" in given:
@@ -205,7 +206,9 @@ def _blame(error: InvalidRequestError, config: OmniDiffusionConfig) -> str:
         return f"--default-sampling-params: {error}"
     if limit and flag_of(limit) in str(error):
         return f"{flag_of(limit)} {getattr(config, limit)} refuses the model's own default: {error}"
-    return f"the model's own {DEFAULTS_FILE}: {error}"
+    if os.path.lexists(info.path / DEFAULTS_FILE):
+        return f"the model's own {DEFAULTS_FILE}: {error}"
+    return f"the model's own default, which follows from its configs: {error}; write others to its {DEFAULTS_FILE}"
 
 
 def _count_tokens(name: str, text: str, limit: int | None, info: ModelInfo) -> int:

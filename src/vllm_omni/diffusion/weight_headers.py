@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from vllm_omni.diffusion.folder_files import names_in, open_file, read_object
-from vllm_omni.diffusion.weight_files import choose_names, read_weight_map, safetensors_files
+from vllm_omni.diffusion.folder_files import open_file, regular_file
+from vllm_omni.diffusion.model_index import STEMS, Stems
+from vllm_omni.diffusion.weight_files import safetensors_files
 from vllm_omni.errors import ConfigError
 
 MAX_HEADER_BYTES = 100_000_000
@@ -27,25 +28,15 @@ class StoredWeight(NamedTuple):
     shape: tuple[int, ...]
 
 
-def stored_weights(folder: Path, variant: str | None = None) -> dict[str, StoredWeight]:
+def stored_weights(folder: Path, variant: str | None = None, stems: Stems = STEMS) -> dict[str, StoredWeight]:
     """Name -> weight, of all weight files of the component in `folder`.
 
-    Raises ConfigError, with the file and the reason, for files that are missing or broken, that hold a weight twice, or
-    that do not hold what their index says.
+    The files count, not what their index says of them, and of a weight in two shards the last one: so do diffusers and
+    transformers. Raises ConfigError, with the file and the reason, for files that are missing or broken.
     """
-    root = folder.parent
     weights: dict[str, StoredWeight] = {}
-    for file in safetensors_files(folder, variant):
-        for name, weight in read_header(root, f"{folder.name}/{file.name}").items():
-            if name in weights:
-                raise ConfigError(f"{weight.file} has the weight {name}, which {weights[name].file} has too")
-            weights[name] = weight
-    chosen = choose_names(names_in(root, folder.name), variant)
-    if chosen is not None and chosen.index is not None:
-        place = f"{folder.name}/{chosen.index}"
-        for name, file_name in read_weight_map(read_object(root, place), place).items():
-            if name not in weights or weights[name].file != f"{folder.name}/{file_name}":
-                raise ConfigError(f"{place} says that {file_name} has the weight {name}, which it lacks")
+    for file in safetensors_files(folder, variant, stems):
+        weights |= read_header(folder.parent, f"{folder.name}/{file.name}")
     return weights
 
 
@@ -54,6 +45,19 @@ def read_header(root: Path, name: str) -> dict[str, StoredWeight]:
 
     Raises ConfigError, with the file and the reason, for a file that is truncated or something else.
     """
+    from safetensors import SafetensorError, safe_open
+
+    path = regular_file(root, name)
+    try:
+        with safe_open(path, framework="np") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  # it is no mapping
+            return {key: StoredWeight(name, part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(_why_unreadable(root, name, error)) from error
+
+
+def _why_unreadable(root: Path, name: str, error: Exception) -> str:
+    """What is wrong with a file that the safetensors library refused with `error`."""
     with open_file(root, name) as stream:
         try:
             size = stream.seek(0, 2)
@@ -62,38 +66,22 @@ def read_header(root: Path, name: str) -> dict[str, StoredWeight]:
             length = int.from_bytes(start, "little")
             if size < 8 or length > MAX_HEADER_BYTES:
                 begin = f", begins with {start!r} and has no header" if start else ""
-                raise ConfigError(f"{name} is no safetensors file: it has {size} bytes{begin}")
+                return f"{name} is no safetensors file: it has {size} bytes{begin}"
             header = stream.read(length)
-        except OSError as error:
-            raise ConfigError(f"cannot read {name}: {error.strerror}") from error
+        except OSError as failure:
+            return f"cannot read {name}: {failure.strerror}"
     if len(header) < length:
-        raise ConfigError(f"{name} is truncated: it has {size} bytes, its header alone needs {8 + length}")
+        return f"{name} is truncated: it has {size} bytes, its header alone needs {8 + length}"
     try:
         tensors = json.loads(header)
         tensors.pop("__metadata__", None)
-        weights = {key: _weight(name, tensor) for key, tensor in tensors.items()}
         needed = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
-    except (ValueError, RecursionError, AttributeError, KeyError, TypeError, IndexError) as error:
-        raise ConfigError(f"{name} is no safetensors file: its header cannot be read ({error!r})") from error
-    if size < needed:
-        raise ConfigError(f"{name} is truncated: it has {size} bytes and needs {needed}")
-    _check_with_library(root, name)
-    return weights
-
-
-def _weight(file: str, tensor: dict[str, Any]) -> StoredWeight:
-    return StoredWeight(file, str(tensor["dtype"]), tuple(int(n) for n in tensor["shape"]))
-
-
-def _check_with_library(root: Path, name: str) -> None:
-    """Raise ConfigError for a header that the safetensors library does not accept."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(root / name, framework="np"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{name} is no safetensors file: {error}") from error
+        is_truncated = size < needed
+    except (ValueError, RecursionError, AttributeError, KeyError, TypeError, IndexError) as failure:
+        return f"{name} is no safetensors file: its header cannot be read ({failure!r})"
+    if is_truncated:
+        return f"{name} is truncated: it has {size} bytes and needs {needed}"
+    return f"{name} is no safetensors file: {error}"
 
 
 def check_types(component: str, weights: Mapping[str, StoredWeight]) -> None:

@@ -80,7 +80,7 @@ def main(path: str, shutdown_timeout: str, stop_seconds: str) -> None:
     with (
         StopSignals(streams.leave) as signals,
         patch("vllm_omni.omni.load_model_info", lambda *_: info),
-        patch("vllm_omni.omni.check_model"),
+        patch("vllm_omni.omni.check_model_files"),
         patch("vllm_omni.omni.make_executor", lambda *_: FakeDevice()),
         patch.object(encoding, "encode", lambda *_: hang("encode")),
         patch.object(socket, "getaddrinfo", look_up),

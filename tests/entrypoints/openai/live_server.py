@@ -191,7 +191,7 @@ def live_server(
         else:
             with (
                 patch("vllm_omni.omni.load_model_info", lambda *_: info),
-                patch("vllm_omni.omni.check_model"),
+                patch("vllm_omni.omni.check_model_files"),
                 patch("vllm_omni.omni.make_executor", lambda *_: device),
             ):
                 omni = AsyncOmni(OmniDiffusionConfig(model="fake", **config), observer=observer)

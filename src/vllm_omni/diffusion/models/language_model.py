@@ -15,6 +15,7 @@ import torch
 from vllm_omni.diffusion.data import LoadFormat
 from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.layers.linear import ColumnEmbedding, ColumnLinear, RowLinear
+from vllm_omni.diffusion.model_index import TRANSFORMERS_STEMS
 from vllm_omni.diffusion.models.language_config import EMBEDDING
 from vllm_omni.diffusion.models.loading import OnBytes, load_weights, weight_names
 
@@ -41,9 +42,21 @@ def load_language_model(
         model = build()
         _share(model, group)
     # Checkpoints have been written with several names for the same module; other parts of them are not read.
-    names = weight_names(folder, variant) if load_format == "auto" else ()
+    names = weight_names(folder, variant, TRANSFORMERS_STEMS) if load_format == "auto" else ()
     prefix = next((name.removesuffix(EMBEDDING) for name in names if name.endswith(EMBEDDING)), "")
-    load_weights(model, folder, {}, device, dtype, on_bytes, prefix, unread, load_format=load_format, variant=variant)
+    load_weights(
+        model,
+        folder,
+        {},
+        device,
+        dtype,
+        on_bytes,
+        prefix,
+        unread,
+        load_format=load_format,
+        variant=variant,
+        stems=TRANSFORMERS_STEMS,
+    )
     # Its frequencies are no weights, and stay in float32 whatever the model's dtype.
     model.rotary_emb = type(model.rotary_emb)(model.config).to(device)
     return model

@@ -17,6 +17,7 @@ from vllm_omni.diffusion.data import LoadFormat
 from vllm_omni.diffusion.layers.fp8 import Fp8ColumnLinear, keep_in_float8
 from vllm_omni.diffusion.layers.linear import Sharded
 from vllm_omni.diffusion.layers.rounding import quantize
+from vllm_omni.diffusion.model_index import DIFFUSERS_STEMS, STEMS, Stems
 from vllm_omni.diffusion.models.dummy import dummy_weight
 from vllm_omni.diffusion.weight_files import component_variant, safetensors_files
 from vllm_omni.diffusion.weight_headers import StoredWeight, check_types, stored_weights
@@ -26,9 +27,9 @@ OnBytes = Callable[[int], object]
 """Told how many bytes of weights were read since the last call."""
 
 
-def weight_names(folder: Path, variant: str | None = None) -> list[str]:
+def weight_names(folder: Path, variant: str | None = None, stems: Stems = STEMS) -> list[str]:
     """Names in a component's files, read from their headers."""
-    return list(stored_weights(folder, variant))
+    return list(stored_weights(folder, variant, stems))
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,14 @@ def load_weights(
     float8: tuple[str, ...] = (),
     load_format: LoadFormat = "auto",
     variant: str | None = None,
+    stems: Stems = STEMS,
 ) -> None:
     """Move `module`, built on the meta device, to `device` and fill it from the checkpoint in `folder`.
 
     Modules that are `Sharded` read their rank's share alone. names: see `checkpoint_slots`. prefix: what the names of
     the module's weights begin with in the checkpoint; weights of other names are not read. unread: nor are those whose
     name goes on with one of these. float8: the last names of the layers whose weights are kept in float8, rounded as
-    they are read. With the format `dummy` no file is read. variant: see `choose_names`.
+    they are read. With the format `dummy` no file is read. variant, stems: see `choose_names`.
     Raises ConfigError when the checkpoint lacks a weight, has one too many, or one of another shape or of no
     floating-point type, before it reads any; and when `device` does not compute the float8 layers.
     """
@@ -95,7 +97,7 @@ def load_weights(
     else:
         stored = {
             name: weight
-            for name, weight in stored_weights(folder, variant).items()
+            for name, weight in stored_weights(folder, variant, stems).items()
             if name.startswith(prefix) and not name.removeprefix(prefix).startswith(unread)
         }
         slots = {prefix + name: slot for name, slot in slots.items()}
@@ -147,8 +149,8 @@ def load_autoencoder(
             vae = cls.from_config(cls.load_config(folder))
         load_weights(vae, folder, {}, device, dtype, on_bytes, load_format=load_format)
         return vae
-    check_types(folder.name, stored_weights(folder, variant))
-    chosen = component_variant(folder, variant)  # diffusers refuses a variant that the component lacks
+    check_types(folder.name, stored_weights(folder, variant, DIFFUSERS_STEMS))
+    chosen = component_variant(folder, variant, DIFFUSERS_STEMS)  # diffusers refuses a variant that the component lacks
     try:
         vae, differences = cls.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, variant=chosen, output_loading_info=True
@@ -162,7 +164,7 @@ def load_autoencoder(
         )
     if unexpected := sorted(differences["unexpected_keys"]):
         raise ConfigError(f"{folder.name}/ has a weight that the model does not take: {unexpected[0]}")
-    on_bytes(sum(file.stat().st_size for file in safetensors_files(folder, variant)))
+    on_bytes(sum(file.stat().st_size for file in safetensors_files(folder, variant, DIFFUSERS_STEMS)))
     return vae.requires_grad_(False).eval()
 
 

@@ -5,15 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from vllm_omni.diffusion.folder_files import short
 from vllm_omni.errors import ConfigError
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """transformers' tokenizer in `folder`. Raises ConfigError, with the reason, where it cannot be read."""
+def load_tokenizer(folder: Path, cls: type[Any] | None = None) -> Any:
+    """transformers' tokenizer in `folder`, of the class `cls`; None: of the class that the folder names.
+
+    Raises ConfigError, with the reason, where it cannot be read and where its vocabulary is empty.
+    """
     # Lazy: transformers imports torch, and `--help` and validation must not.
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = (cls or AutoTokenizer).from_pretrained(folder, local_files_only=True)
     except Exception as error:  # files that are wrong in another way end in errors of any class
-        raise ConfigError(f"{folder.name}/: transformers cannot load the tokenizer: {error!r}") from error
+        reason = short(" ".join(str(error).split()))
+        raise ConfigError(
+            f"{folder.name}/: transformers cannot load the tokenizer: {type(error).__name__}: {reason}"
+        ) from error
+    if len(tokenizer) == len(tokenizer.get_added_vocab()):
+        raise ConfigError(f"{folder.name}/: the {type(tokenizer).__name__} has an empty vocabulary")
+    return tokenizer

@@ -146,7 +146,7 @@ def _measure(args: CalibrateArgs) -> tuple[list[Change], int]:
     """The changes from step to step, and the number of steps of a picture."""
     # Only now: these import torch.
     from vllm_omni.diffusion.intake import Intake
-    from vllm_omni.diffusion.model_check import check_model
+    from vllm_omni.diffusion.model_check import check_model_files
     from vllm_omni.diffusion.registry import load_model_info
     from vllm_omni.diffusion.worker.calibrate import measure_changes
     from vllm_omni.diffusion.worker.runner import ModelRunner
@@ -163,7 +163,7 @@ def _measure(args: CalibrateArgs) -> tuple[list[Change], int]:
     config = OmniDiffusionConfig(model=args.model, cache_backend="tea_cache", **settings)
     info = load_model_info(args.model, config.load_format, HubAccess.of(config))
     info.check_settings(config)
-    check_model(info, config)
+    check_model_files(info, config)
     images = _read_images(args.images, info)
     runner = ModelRunner(config, info)
     intake = Intake(config, info, runner.start())

@@ -123,7 +123,7 @@ class ChatService:
                 raise InvalidRequestError(f"messages: {error}", param="messages") from error
 
     def _empty(self, body: ChatCompletionRequest, envelope: ChatEnvelope, request: Request) -> Response:
-        self.images.check_model(body)
+        self.images.check_model_name(body)
         ignored, headers = self.images.ignored_fields(body, request, has_guidance=True)
         self.on_text_task()
         num_choices = body.num_outputs_per_prompt or body.n

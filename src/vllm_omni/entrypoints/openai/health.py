@@ -10,7 +10,7 @@ from starlette.responses import PlainTextResponse, Response
 from vllm_omni import __version__
 from vllm_omni.entrypoints.openai.errors import ERROR_RESPONSES
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
-from vllm_omni.entrypoints.openai.parsing import check_model
+from vllm_omni.entrypoints.openai.parsing import check_model_name
 from vllm_omni.entrypoints.openai.protocol import (
     LoadResponse,
     LoRACard,
@@ -86,7 +86,7 @@ def make_models_router(omni: AsyncOmni, settings: ServerSettings) -> APIRouter:
     )
     async def retrieve_model(model: str) -> ModelCard:
         require_warm()
-        check_model(model, (*names, *adapters))
+        check_model_name(model, (*names, *adapters))
         return card(model)
 
     return router

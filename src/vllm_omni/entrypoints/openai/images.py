@@ -23,7 +23,7 @@ from vllm_omni.entrypoints.openai.examples import edit_example, edit_form_exampl
 from vllm_omni.entrypoints.openai.files import FileStore
 from vllm_omni.entrypoints.openai.holding import Holding
 from vllm_omni.entrypoints.openai.parsing import (
-    check_model,
+    check_model_name,
     ignored_fields,
     ignored_fields_header,
     parse_generation,
@@ -116,9 +116,9 @@ class ImageService:
                 param="model",
             )
 
-    def check_model(self, body: ImageOptions) -> None:
+    def check_model_name(self, body: ImageOptions) -> None:
         """Raises ModelNotFoundError unless the served model or one of its adapters is asked for."""
-        check_model(body.model, (*self.settings.served_model_names, *self.omni.config.lora_modules))
+        check_model_name(body.model, (*self.settings.served_model_names, *self.omni.config.lora_modules))
 
     def ignored_fields(
         self, body: ImageOptions, request: Request, has_guidance: bool
@@ -159,7 +159,7 @@ class ImageService:
         `holding`: its upload and the pictures to edit. It moves into a stream, which ends long after this returns.
         """
         self.check_makes_pictures()
-        self.check_model(body)
+        self.check_model_name(body)
         adapters = self.omni.config.lora_modules
         omni_prompt, params, image_format = parse_generation(body, prompt, holding.images, adapters)
         if holding.images:

@@ -18,7 +18,7 @@ _MAX_NAME = 64
 _NUM_RANDOM_SEEDS = 2**32
 
 
-def check_model(model: str | None, served_names: Sequence[str]) -> None:
+def check_model_name(model: str | None, served_names: Sequence[str]) -> None:
     """Raises ModelNotFoundError unless `model` is absent or one of the names of the model and of its adapters."""
     if model is not None and model not in served_names:
         raise ModelNotFoundError(

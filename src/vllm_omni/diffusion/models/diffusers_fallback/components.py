@@ -7,6 +7,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from vllm_omni.diffusion.folder_files import MODEL_INDEX
+from vllm_omni.diffusion.model_index import Component, read_components
 from vllm_omni.diffusion.models.configs import read_config
 from vllm_omni.errors import ConfigError
 
@@ -18,7 +20,7 @@ def pipeline_class(path: Path) -> type[Any]:
     """diffusers' class of the pipeline in `path`. Raises ConfigError when diffusers has none of that name."""
     import diffusers
 
-    name = read_config(path, "", "model_index.json").get("_class_name")
+    name = read_config(path, "", MODEL_INDEX).get("_class_name")
     cls = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if not (inspect.isclass(cls) and issubclass(cls, diffusers.DiffusionPipeline)):
         raise ConfigError(
@@ -33,20 +35,20 @@ def component_classes(path: Path) -> dict[str, type[Any]]:
 
     Raises ConfigError for a component of another library: loading it would run code that is not diffusers' own.
     """
-    index = read_config(path, "", "model_index.json")
-    named = {name: value for name, value in index.items() if isinstance(value, list)}
-    return {name: _class_of(name, value) for name, value in named.items() if any(part is not None for part in value)}
+    components = read_components(read_config(path, "", MODEL_INDEX))
+    return {name: _class_of(name, component) for name, component in components.items()}
 
 
-def _class_of(component: str, named: list[Any]) -> type[Any]:
-    """`named`: a library, or a module of diffusers' pipelines, and a class in it."""
-    if len(named) == 2 and all(isinstance(part, str) and part.isidentifier() for part in named):
-        cls = getattr(_module_of(named[0]), named[1], None)
-        if inspect.isclass(cls) and issubclass(cls, _loadable()):
-            return cls
+def _class_of(name: str, component: Component) -> type[Any]:
+    try:
+        cls = getattr(_module_of(component.library), component.class_name, None)
+    except (ImportError, RuntimeError):  # the libraries import at first use, and some names need what is not installed
+        cls = None
+    if inspect.isclass(cls) and issubclass(cls, _loadable()) and not issubclass(cls, _indirect()):
+        return cls
     raise ConfigError(
-        f"model_index.json: {component} is {named!r}; only models, schedulers, tokenizers and processors of diffusers "
-        f"and transformers are loaded; {NO_REMOTE_CODE}"
+        f"model_index.json: {name} is {[component.library, component.class_name]}; only models, schedulers, "
+        f"tokenizers and processors of diffusers and transformers are loaded; {NO_REMOTE_CODE}"
     )
 
 
@@ -58,6 +60,13 @@ def _module_of(library: str) -> Any:
         return import_module(library)
     module = getattr(pipelines, library, None)
     return module if inspect.ismodule(module) and module.__name__.startswith(f"{pipelines.__name__}.") else None
+
+
+def _indirect() -> tuple[type[Any], ...]:
+    """Classes of diffusers that load a class which a further file names."""
+    import diffusers
+
+    return (diffusers.AutoModel, diffusers.DiffusionPipeline)
 
 
 def _loadable() -> tuple[type[Any], ...]:

@@ -12,13 +12,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vllm_omni.diffusion.folder_files import DEFAULTS_FILE
+from vllm_omni.diffusion.folder_files import DEFAULTS_FILE, MODEL_INDEX, read_object
 from vllm_omni.diffusion.models.configs import read_config
 from vllm_omni.diffusion.models.diffusers_fallback.components import component_classes, pipeline_class
-from vllm_omni.diffusion.models.diffusers_fallback.config_sizes import check_sizes
+from vllm_omni.diffusion.models.diffusers_fallback.config_sizes import check_index_sizes, check_sizes, longer_side
 from vllm_omni.diffusion.models.diffusers_fallback.own_sizes import OwnSize, own_size, size_bins
 from vllm_omni.diffusion.models.diffusers_fallback.pictures import NUM_REFERENCES, WholeImageInput
 from vllm_omni.diffusion.models.diffusers_fallback.signature import CallSignature
+from vllm_omni.diffusion.models.tokenizers import load_tokenizer
 from vllm_omni.diffusion.registry import (
     Guidance,
     ModelInfo,
@@ -26,6 +27,7 @@ from vllm_omni.diffusion.registry import (
     WholePipeline,
     read_default_sampling_params,
 )
+from vllm_omni.diffusion.tokenizer_files import read_settings
 from vllm_omni.errors import ConfigError
 
 INTERLEAVED = (
@@ -68,7 +70,7 @@ class PromptTokenCounter:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        return self.tokenizer_class.from_pretrained(self.folder)
+        return load_tokenizer(self.folder, self.tokenizer_class)
 
     def __call__(self, prompt: str) -> int:
         """With the tokens that it puts around the prompt."""
@@ -99,7 +101,9 @@ def describe(path: Path) -> ModelInfo:
         takes.discard("sigmas")  # in (0, 1] in flow matching alone
     longest, count_prompt_tokens = _prompt_reader(pipeline.__name__, path, components)
     vae_scale = latent_side(configs.get("vae", {}))
-    own = own_size(pipeline.__name__, read_config(path, "", "model_index.json"), configs, vae_scale)
+    index = read_object(path, MODEL_INDEX)
+    check_index_sizes(index)
+    own = own_size(pipeline.__name__, index, configs, vae_scale)
     folder_defaults = read_default_sampling_params(path)
     call_defaults = _call_defaults(signature, takes, own)
     remarks: list[str] = []
@@ -193,7 +197,7 @@ def latent_frames(vae: Mapping[str, Any], num_frames: int) -> int:
     """See `ModelInfo.latent_frames`; 1 where the model's own number of frames shows that no first one stands alone."""
     multiple = int(vae.get("temporal_compression_ratio") or vae.get("scale_factor_temporal") or 1)
     for key in ("spatio_temporal_scaling", "temperal_downsample"):
-        if key in vae and multiple == 1:
+        if vae.get(key) and multiple == 1:
             multiple = (vae.get("patch_size_t") or 1) * 2 ** sum(map(bool, vae[key]))
     if multiple == 1:
         multiple = math.prod(vae.get("temporal_expansions") or (1,))
@@ -205,7 +209,7 @@ def _prompt_reader(
 ) -> tuple[int | None, Callable[[str], int]]:
     """The limit (None: there is none) and the counter of the tokenizer that takes the longest prompts."""
     limits = {
-        name: read_config(path, name, "tokenizer_config.json").get("model_max_length") or LONGEST_PROMPT
+        name: read_settings(path, name).get("model_max_length") or LONGEST_PROMPT
         for name in components
         if name.startswith("tokenizer")
     }
@@ -222,10 +226,10 @@ def latent_side(vae: Mapping[str, Any]) -> int:
     """Pixels a side that one latent pixel stands for."""
     if ratio := vae.get("spatial_compression_ratio") or vae.get("scale_factor_spatial"):
         return int(ratio)
-    if "spatio_temporal_scaling" in vae:
-        return int(vae.get("patch_size", 1) * 2 ** sum(map(bool, vae["spatio_temporal_scaling"])))
+    if scaling := vae.get("spatio_temporal_scaling"):
+        return longer_side(vae.get("patch_size") or 1) * int(2 ** sum(map(bool, scaling)))
     for key, beyond in (("block_out_channels", 1), ("encoder_block_out_channels", 1), ("temperal_downsample", 0)):
-        if key in vae:
+        if vae.get(key):
             return int(2 ** (len(vae[key]) - beyond))
     return 8
 
@@ -233,11 +237,11 @@ def latent_side(vae: Mapping[str, Any]) -> int:
 def _patch_side(configs: Mapping[str, Mapping[str, Any]]) -> int:
     """Latent pixels a side that one token of a transformer stands for; 1 in a U-Net."""
     transformer = configs.get("transformer", {})
-    patch = transformer.get("patch_size") or 1
+    patch = longer_side(transformer.get("patch_size") or 1)
     channels = configs.get("vae", {}).get("latent_channels")
     # Four latent pixels are the channels of one token.
     packed = channels is not None and transformer.get("in_channels") == 4 * channels
-    return (2 if packed else 1) * int(patch if isinstance(patch, int) else max(patch))
+    return (2 if packed else 1) * patch
 
 
 def _guidance(takes: set[str]) -> Guidance:

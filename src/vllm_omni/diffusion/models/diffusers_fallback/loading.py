@@ -10,11 +10,12 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from torch import nn
 
+from vllm_omni.diffusion.folder_files import MODEL_INDEX, names_in, read_object
+from vllm_omni.diffusion.model_index import Stems, read_components
 from vllm_omni.diffusion.models.diffusers_fallback.components import component_classes
 from vllm_omni.diffusion.models.diffusers_fallback.progress_bars import without_progress_bars
-from vllm_omni.diffusion.weight_files import component_variant, safetensors_files
+from vllm_omni.diffusion.weight_files import component_variant, has_weights, safetensors_files
 from vllm_omni.errors import ConfigError
 
 
@@ -26,11 +27,12 @@ def load_pipeline(path: Path, class_name: str, dtype: torch.dtype, variant: str 
     """
     common = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
     classes = component_classes(path)
+    components = read_components(read_object(path, MODEL_INDEX))
     with without_progress_bars(), _quiet_reports():
         models = {
-            name: _load_model(path / name, cls, component_variant(path / name, variant), common)
-            for name, cls in classes.items()
-            if issubclass(cls, nn.Module)
+            name: _load_model(path / name, classes[name], component.stems, variant, common)
+            for name, component in components.items()
+            if has_weights(component, names_in(path, name))
         }
         try:
             return diffusers.DiffusionPipeline.from_pretrained(
@@ -40,8 +42,9 @@ def load_pipeline(path: Path, class_name: str, dtype: torch.dtype, variant: str 
             raise ConfigError(f"{path}: diffusers cannot load the {class_name}: {_in_one_line(error)}") from error
 
 
-def _load_model(folder: Path, cls: type[Any], variant: str | None, common: dict[str, Any]) -> Any:
-    safetensors_files(folder, variant)  # says more of files that are missing than the libraries do
+def _load_model(folder: Path, cls: type[Any], stems: Stems, variant: str | None, common: dict[str, Any]) -> Any:
+    safetensors_files(folder, variant, stems)  # says more of files that are missing than the libraries do
+    variant = component_variant(folder, variant, stems)
     if issubclass(cls, transformers.PreTrainedModel):
         common = {**common, "ignore_mismatched_sizes": True}  # or the log alone says which weights these are
     try:

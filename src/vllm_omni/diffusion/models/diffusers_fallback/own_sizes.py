@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from vllm_omni.diffusion.models.diffusers_fallback.config_sizes import longer_side
 from vllm_omni.diffusion.registry import SizeBin
 
 DEFAULT_SIDE = 1024
@@ -30,7 +31,7 @@ def own_size(class_name: str, index: Mapping[str, Any], configs: Mapping[str, An
     transformer = configs.get("transformer", {})
     num_frames = transformer.get("sample_frames")
     if num_frames is not None and class_name == "AllegroPipeline":  # counts latent frames there
-        num_frames *= configs.get("vae", {}).get("temporal_compression_ratio", 1)
+        num_frames *= configs.get("vae", {}).get("temporal_compression_ratio") or 1
     if (size := CLASS_SIZES.get(class_name)) is not None:
         return OwnSize(*size, num_frames)
     if class_name.startswith("HunyuanVideo15") and (size := WIDE_SIZES.get(transformer.get("target_size", 0))):
@@ -46,8 +47,7 @@ def own_size(class_name: str, index: Mapping[str, Any], configs: Mapping[str, An
 def _sample_side(configs: Mapping[str, Any]) -> int:
     """Latent pixels a side of the picture that the model was trained on; 0: it does not say."""
     sizes = [configs[name].get("sample_size") for name in ("transformer", "unet") if name in configs]
-    size = next((size for size in sizes if size), 0)
-    return int(size if isinstance(size, int) else max(size))
+    return longer_side(next((size for size in sizes if size), 0))
 
 
 def size_bins(pipeline: type[Any], side: int) -> tuple[SizeBin, ...]:

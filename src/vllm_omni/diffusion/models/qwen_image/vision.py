@@ -16,6 +16,7 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 
 from vllm_omni.diffusion.data import LoadFormat
 from vllm_omni.diffusion.distributed.groups import Group
+from vllm_omni.diffusion.model_index import TRANSFORMERS_STEMS
 from vllm_omni.diffusion.models.loading import OnBytes, load_weights, weight_names
 from vllm_omni.diffusion.models.prompt_cache import PromptCache
 from vllm_omni.diffusion.models.qwen_image.edit import (
@@ -126,9 +127,20 @@ def _load_vision_tower(
     with torch.device("meta"):
         tower = Qwen2_5_VisionTransformerPretrainedModel(config)
     # Checkpoints have been written with two names for the same module.
-    names = weight_names(folder, variant) if load_format == "auto" else ()
+    names = weight_names(folder, variant, TRANSFORMERS_STEMS) if load_format == "auto" else ()
     prefix = "model.visual." if any(name.startswith("model.visual.") for name in names) else "visual."
-    load_weights(tower, folder, {}, device, dtype, on_bytes, prefix, load_format=load_format, variant=variant)
+    load_weights(
+        tower,
+        folder,
+        {},
+        device,
+        dtype,
+        on_bytes,
+        prefix,
+        load_format=load_format,
+        variant=variant,
+        stems=TRANSFORMERS_STEMS,
+    )
     # Its frequencies are no weights, and stay in float32 whatever the model's dtype.
     tower.rotary_pos_emb = type(tower.rotary_pos_emb)(config).to(device)
     return tower

@@ -18,6 +18,7 @@ from vllm_omni.diffusion.data import AttentionBackendName, OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.groups import Group
 from vllm_omni.diffusion.distributed.mesh import Mesh
 from vllm_omni.diffusion.layers.kernels import create_kernels
+from vllm_omni.diffusion.model_index import DIFFUSERS_STEMS
 from vllm_omni.diffusion.models.arrangement import Arrangement
 from vllm_omni.diffusion.models.compiled import CompiledBlocks
 from vllm_omni.diffusion.models.configs import read_config
@@ -140,6 +141,7 @@ class Pipeline(FlowPipeline[ZImageState, Forward]):
             float8=FLOAT8_LAYERS if config.quantization == "fp8" else (),
             load_format=config.load_format,
             variant=config.variant,
+            stems=DIFFUSERS_STEMS,
         )
         return cls(
             transformer=transformer,
