@@ -14,10 +14,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from vllm_omni.diffusion.data import LoadFormat
+from vllm_omni.diffusion.folder_files import in_one_line
 from vllm_omni.diffusion.layers.fp8 import Fp8ColumnLinear, keep_in_float8
 from vllm_omni.diffusion.layers.linear import Sharded
 from vllm_omni.diffusion.layers.rounding import quantize
 from vllm_omni.diffusion.models.dummy import dummy_weight
+from vllm_omni.diffusion.models.stored_shapes import check_stored_shapes
 from vllm_omni.diffusion.weight_files import component_variant, safetensors_files
 from vllm_omni.diffusion.weight_headers import StoredWeight, check_types, stored_weights
 from vllm_omni.errors import ConfigError
@@ -148,13 +150,14 @@ def load_autoencoder(
         load_weights(vae, folder, {}, device, dtype, on_bytes, load_format=load_format)
         return vae
     check_types(folder.name, stored_weights(folder, variant))
+    check_stored_shapes(cls, folder, variant)
     chosen = component_variant(folder, variant)  # diffusers refuses a variant that the component lacks
     try:
         vae, differences = cls.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, variant=chosen, output_loading_info=True
         )
     except Exception as error:  # a config of wrong values ends in errors of any class
-        raise ConfigError(f"{folder.name}/: diffusers cannot load the {cls.__name__}: {error}") from error
+        raise ConfigError(f"{folder.name}/: diffusers cannot load the {cls.__name__}: {in_one_line(error)}") from error
     # diffusers leaves weights that are not there random, and tells so in the log alone.
     if missing := sorted(differences["missing_keys"]):
         raise ConfigError(

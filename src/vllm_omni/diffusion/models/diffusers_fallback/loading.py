@@ -12,9 +12,11 @@ import torch
 import transformers
 from torch import nn
 
+from vllm_omni.diffusion.folder_files import in_one_line
 from vllm_omni.diffusion.models.diffusers_fallback.components import component_classes
 from vllm_omni.diffusion.models.diffusers_fallback.progress_bars import without_progress_bars
-from vllm_omni.diffusion.weight_files import component_variant, safetensors_files
+from vllm_omni.diffusion.models.stored_shapes import check_stored_shapes
+from vllm_omni.diffusion.weight_files import component_variant
 from vllm_omni.errors import ConfigError
 
 
@@ -37,17 +39,17 @@ def load_pipeline(path: Path, class_name: str, dtype: torch.dtype, variant: str 
                 path, variant=variant, trust_remote_code=False, **common, **models
             )
         except Exception as error:  # a config of wrong values ends in errors of any class
-            raise ConfigError(f"{path}: diffusers cannot load the {class_name}: {_in_one_line(error)}") from error
+            raise ConfigError(f"{path}: diffusers cannot load the {class_name}: {in_one_line(error)}") from error
 
 
 def _load_model(folder: Path, cls: type[Any], variant: str | None, common: dict[str, Any]) -> Any:
-    safetensors_files(folder, variant)  # says more of files that are missing than the libraries do
+    check_stored_shapes(cls, folder, variant)  # says more of files that are missing than the libraries do
     if issubclass(cls, transformers.PreTrainedModel):
         common = {**common, "ignore_mismatched_sizes": True}  # or the log alone says which weights these are
     try:
         model, differences = cls.from_pretrained(folder, variant=variant, output_loading_info=True, **common)
     except Exception as error:  # as above
-        raise ConfigError(f"{folder.name}/: the {cls.__name__} cannot be loaded: {_in_one_line(error)}") from error
+        raise ConfigError(f"{folder.name}/: the {cls.__name__} cannot be loaded: {in_one_line(error)}") from error
     for name, stored, expected in differences["mismatched_keys"]:
         raise ConfigError(f"{folder.name}/: {name} has shape {tuple(stored)}, by config.json it is {tuple(expected)}")
     # The libraries leave weights that are not there random, and tell so in the log alone.
@@ -56,10 +58,6 @@ def _load_model(folder: Path, cls: type[Any], variant: str | None, common: dict[
             f"{folder.name}/ lacks {len(missing)} weights of the {cls.__name__}, among them {', '.join(missing[:3])}"
         )
     return model
-
-
-def _in_one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 @contextmanager
