@@ -67,7 +67,7 @@ def build_tiny_diffusers(class_name: str, path: Path, **defaults: object) -> Pat
     """Write a folder of the pipeline `class_name` to `path` and return it; `defaults` over 64x64 pixels in 4 steps."""
     state = torch.get_rng_state()
     torch.manual_seed(0)
-    pipeline = _BUILDERS[class_name]()
+    pipeline = BUILDERS[class_name]()
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             randomize(component.eval())
@@ -316,7 +316,7 @@ def _ltx_image_to_video() -> DiffusionPipeline:
     )
 
 
-_BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
+BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "CogVideoXPipeline": cog_video_x,
     "CogView4Pipeline": cog_view_4,
     "HunyuanDiTPipeline": hunyuan_dit,

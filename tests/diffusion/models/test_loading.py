@@ -110,7 +110,11 @@ def test_weights_outside_the_prefix_are_not_read(tmp_path: Path) -> None:
             weights(VAE, lambda w: w.update(surplus=np.zeros(1, np.float32))),
             "vae/ has a weight that the model does not",
         ),
-        (weights(VAE, lambda w: w.update({"decoder.conv_out.bias": np.zeros(9, np.float32)})), "decoder.conv_out.bias"),
+        (
+            weights(VAE, lambda w: w.update({"decoder.conv_out.bias": np.zeros(9, np.float32)})),
+            f"{VAE}: decoder.conv_out.bias has shape (9,), by config.json it is (3,)",
+        ),
+        (values("vae/config.json", dim_mult=[1, 4, 2, 4]), f"{VAE}: "),
         (values("vae/config.json", attn_scales=5), "vae/: diffusers cannot load the AutoencoderKLQwenImage: "),
     ],
 )
@@ -122,3 +126,4 @@ def test_an_autoencoder_that_does_not_fit_is_refused(
     with pytest.raises(ConfigError) as caught:
         load_autoencoder(AutoencoderKLQwenImage, folder / "vae", CPU, torch.float32, lambda count: None, "auto")
     assert words in str(caught.value)
+    assert "\n" not in str(caught.value)

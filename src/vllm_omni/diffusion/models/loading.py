@@ -14,11 +14,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from vllm_omni.diffusion.data import LoadFormat
+from vllm_omni.diffusion.folder_files import in_one_line
 from vllm_omni.diffusion.layers.fp8 import Fp8ColumnLinear, keep_in_float8
 from vllm_omni.diffusion.layers.linear import Sharded
 from vllm_omni.diffusion.layers.rounding import quantize
 from vllm_omni.diffusion.model_index import DIFFUSERS_STEMS, STEMS, Stems
 from vllm_omni.diffusion.models.dummy import dummy_weight
+from vllm_omni.diffusion.models.stored_shapes import check_stored_shapes
 from vllm_omni.diffusion.weight_files import component_variant, safetensors_files
 from vllm_omni.diffusion.weight_headers import StoredWeight, check_types, stored_weights
 from vllm_omni.errors import ConfigError
@@ -149,14 +151,16 @@ def load_autoencoder(
             vae = cls.from_config(cls.load_config(folder))
         load_weights(vae, folder, {}, device, dtype, on_bytes, load_format=load_format)
         return vae
-    check_types(folder.name, stored_weights(folder, variant, DIFFUSERS_STEMS))
+    stored = stored_weights(folder, variant, DIFFUSERS_STEMS)
+    check_types(folder.name, stored)
+    check_stored_shapes(cls, folder, stored)
     chosen = component_variant(folder, variant, DIFFUSERS_STEMS)  # diffusers refuses a variant that the component lacks
     try:
         vae, differences = cls.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, variant=chosen, output_loading_info=True
         )
     except Exception as error:  # a config of wrong values ends in errors of any class
-        raise ConfigError(f"{folder.name}/: diffusers cannot load the {cls.__name__}: {error}") from error
+        raise ConfigError(f"{folder.name}/: diffusers cannot load the {cls.__name__}: {in_one_line(error)}") from error
     # diffusers leaves weights that are not there random, and tells so in the log alone.
     if missing := sorted(differences["missing_keys"]):
         raise ConfigError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vllm_omni.diffusion.folder_files import short
+from vllm_omni.diffusion.folder_files import in_one_line
 from vllm_omni.errors import ConfigError
 
 
@@ -20,10 +20,7 @@ def load_tokenizer(folder: Path, cls: type[Any] | None = None) -> Any:
     try:
         tokenizer = (cls or AutoTokenizer).from_pretrained(folder, local_files_only=True)
     except Exception as error:  # files that are wrong in another way end in errors of any class
-        reason = short(" ".join(str(error).split()))
-        raise ConfigError(
-            f"{folder.name}/: transformers cannot load the tokenizer: {type(error).__name__}: {reason}"
-        ) from error
+        raise ConfigError(f"{folder.name}/: transformers cannot load the tokenizer: {in_one_line(error)}") from error
     if len(tokenizer) == len(tokenizer.get_added_vocab()):
         raise ConfigError(f"{folder.name}/: the {type(tokenizer).__name__} has an empty vocabulary")
     return tokenizer

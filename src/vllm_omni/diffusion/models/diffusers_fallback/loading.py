@@ -11,11 +11,13 @@ import diffusers
 import torch
 import transformers
 
-from vllm_omni.diffusion.folder_files import MODEL_INDEX, names_in, read_object
+from vllm_omni.diffusion.folder_files import MODEL_INDEX, in_one_line, names_in, read_object
 from vllm_omni.diffusion.model_index import Stems, read_components
 from vllm_omni.diffusion.models.diffusers_fallback.components import component_classes
 from vllm_omni.diffusion.models.diffusers_fallback.progress_bars import without_progress_bars
-from vllm_omni.diffusion.weight_files import component_variant, has_weights, safetensors_files
+from vllm_omni.diffusion.models.stored_shapes import check_stored_shapes
+from vllm_omni.diffusion.weight_files import component_variant, has_weights
+from vllm_omni.diffusion.weight_headers import stored_weights
 from vllm_omni.errors import ConfigError
 
 
@@ -39,18 +41,19 @@ def load_pipeline(path: Path, class_name: str, dtype: torch.dtype, variant: str 
                 path, variant=variant, trust_remote_code=False, **common, **models
             )
         except Exception as error:  # a config of wrong values ends in errors of any class
-            raise ConfigError(f"{path}: diffusers cannot load the {class_name}: {_in_one_line(error)}") from error
+            raise ConfigError(f"{path}: diffusers cannot load the {class_name}: {in_one_line(error)}") from error
 
 
 def _load_model(folder: Path, cls: type[Any], stems: Stems, variant: str | None, common: dict[str, Any]) -> Any:
-    safetensors_files(folder, variant, stems)  # says more of files that are missing than the libraries do
+    stored = stored_weights(folder, variant, stems)  # says more of files that are missing than the libraries do
+    check_stored_shapes(cls, folder, stored)
     variant = component_variant(folder, variant, stems)
     if issubclass(cls, transformers.PreTrainedModel):
         common = {**common, "ignore_mismatched_sizes": True}  # or the log alone says which weights these are
     try:
         model, differences = cls.from_pretrained(folder, variant=variant, output_loading_info=True, **common)
     except Exception as error:  # as above
-        raise ConfigError(f"{folder.name}/: the {cls.__name__} cannot be loaded: {_in_one_line(error)}") from error
+        raise ConfigError(f"{folder.name}/: the {cls.__name__} cannot be loaded: {in_one_line(error)}") from error
     for name, stored, expected in differences["mismatched_keys"]:
         raise ConfigError(f"{folder.name}/: {name} has shape {tuple(stored)}, by config.json it is {tuple(expected)}")
     # The libraries leave weights that are not there random, and tell so in the log alone.
@@ -59,10 +62,6 @@ def _load_model(folder: Path, cls: type[Any], stems: Stems, variant: str | None,
             f"{folder.name}/ lacks {len(missing)} weights of the {cls.__name__}, among them {', '.join(missing[:3])}"
         )
     return model
-
-
-def _in_one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 @contextmanager
