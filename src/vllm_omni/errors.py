@@ -21,6 +21,16 @@ from collections.abc import Container, Sequence
 from typing import Any, ClassVar, Self
 
 
+def in_one_line(error: BaseException) -> str:
+    """Class and message of an error that is not ours, for one line of a message or of the log."""
+    return f"{type(error).__name__}: {fold(str(error))}".removesuffix(": ")
+
+
+def fold(text: str) -> str:
+    """`text` in one line, with single spaces."""
+    return " ".join(text.split())
+
+
 class OmniError(Exception):
     """Root of the tree."""
 
