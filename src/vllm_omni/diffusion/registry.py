@@ -45,7 +45,7 @@ FAMILIES: dict[str, str] = {
     "ZImagePipeline": "z_image",
 }
 FALLBACK_FAMILY = "diffusers_fallback"
-"""Of every other class."""
+"""Family of every other class."""
 
 
 @dataclass(frozen=True)
@@ -137,13 +137,13 @@ class WholePipeline:
     """Most requests that may be begun and not done."""
     takes_lora: bool = False
     follows_input: bool = False
-    """What it makes is its input picture changed: of the same size. It is given one of the size that is asked for."""
+    """img2img: the output has the input's size, so the input is resized to the requested size first."""
     takes_image_list: bool = False
     """Its `image` is a list of all pictures of a request."""
     takes_max_area: bool = False
     """Its call has `max_area`, a number of pixels that it fits any size to."""
     fps_name: str = "fps"
-    """What its call calls that sampling parameter."""
+    """Name of the sampling parameter `fps` in its call."""
     output_name: str = "images"
     """The field of its output that holds what it makes: `images`, `image` or `frames`."""
     bins: tuple[SizeBin, ...] = ()
@@ -234,7 +234,7 @@ class Shares:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the front end and the scheduler must know of a model, without its weights."""
+    """Facts of a model that the front end and the scheduler use, without its weights."""
 
     path: Path
     family: str
@@ -270,7 +270,7 @@ class ModelInfo:
     image_input: ImageInput | None = None
     """None: the model makes pictures from text alone."""
     latent_frames: int = 1
-    """Of a video, frames beyond the first that one latent frame stands for: their number is a multiple of it."""
+    """Frames of a video for each latent frame, without the first frame: their number is a multiple of it."""
     default_sampling_params: Mapping[str, Any] = field(default_factory=dict)
     """The model folder's own defaults over the family's; may hold `negative_prompt`."""
     max_side: int | None = None
@@ -287,7 +287,7 @@ class ModelInfo:
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """Of the sampling parameters, those that have a meaning for the model."""
+        """Sampling parameters that have a meaning for the model."""
         if self.whole is None:
             return (*self.guidance.parameters, *PACKED_PARAMETERS)
         return tuple(dict.fromkeys((*SIZES, *self.whole.parameters)))
@@ -312,7 +312,7 @@ class ModelInfo:
         return min(num_tokens, self.num_image_tokens(own["height"], own["width"]))
 
     def num_sequence_tokens(self, num_text_tokens: int, num_image_tokens: int) -> int:
-        """What the transformer computes on for one guidance branch."""
+        """Tokens of one guidance branch in the transformer, with the padding."""
         return sum(-(-n // self.token_multiple) * self.token_multiple for n in (num_text_tokens, num_image_tokens))
 
     def count_image_prompt_tokens(self, images: Sequence[InputImage]) -> int:

@@ -98,8 +98,8 @@ class ModelRunner:
     def start(self, first: WorkerReady | None = None) -> WorkerReady:
         """Load the weights, run once, and measure. Raises ConfigError for a folder that cannot be served.
 
-        What changes pixels is not chosen anew where there was a `first` start: the attention backend, the CPU threads
-        (sums in another order) and the memory of step caches (what fits is skipped).
+        first: choices of an earlier start that a restart keeps, because they change pixels: the attention backend, the
+        CPU threads (they order sums) and the memory of step caches (it decides which steps are skipped).
         """
         dtype = self._dtype
         backend = None if first is None else first.attention_backend
@@ -166,7 +166,7 @@ class ModelRunner:
         return rates
 
     def _try_whole(self, model_bytes: int, num_threads: int | None) -> Rates:
-        """Raises ConfigError for a pipeline that does not make what a signature like its promises."""
+        """Rates of a whole pipeline. Raises ConfigError for one that does not make what its signature promises."""
         defaults = {**self._info.default_sampling_params, **self._config.default_sampling_params}
         info = replace(self._info, default_sampling_params=defaults)
         return warm_up_whole(self.pipeline, info, self._device, model_bytes, num_threads)

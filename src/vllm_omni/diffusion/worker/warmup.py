@@ -31,7 +31,7 @@ batches are larger and whose start takes long anyway."""
 REPEATS, RECORDED_REPEATS = 3, 4
 """Timed runs per step; one more with CUDA graphs, because capture happens on run 2."""
 REPEAT_SECONDS = 0.3
-"""What takes longer is timed once only."""
+"""Runs that take longer are timed once only."""
 MIN_SAMPLES = 3
 """Sizes tried whatever they take, unless one alone takes longer than the budget."""
 SMALL_MODEL_BYTES = 2**30
@@ -42,9 +42,9 @@ than they give, and many times more on a machine that is shared."""
 MAX_TOKENS = 2**15
 MAX_PICTURE_TOKENS = 256
 WHOLE_PICTURE_TOKENS = (64, 64, 256)
-"""Of the pictures that a whole pipeline makes, at most; the first time is not counted."""
+"""Most image tokens of each small picture that a whole pipeline makes; the time of the first one is not counted."""
 WHOLE_PROMPT = "a photo of a red apple on a wooden table, in the style of an old master"
-"""Of a common length: most pipelines take as long for any prompt."""
+"""Prompt of a common length: most pipelines take as long for any prompt."""
 MIN_BATCH_TOKENS = 256
 """However noisy the measurement: this many tokens are cheap enough on any device to share a step."""
 KNEE = 1.18
@@ -96,7 +96,7 @@ class Timer:
         return least
 
     def mean(self, run: Callable[[], object]) -> float:
-        """Over a few runs after a first; the mean, because threads that stall do so now and then."""
+        """Mean seconds of a few runs after a first one: threads stall now and then, which the fastest run hides."""
         times = [self.least([run]) for _ in range(2)]
         while sum(times) < REPEAT_SECONDS and len(times) < 8:
             times.append(self.least([run]))
@@ -324,7 +324,7 @@ def knee(samples: Sequence[Sample]) -> int:
 def _request(info: ModelInfo, request_id: str, prompt: str, most_tokens: int = MAX_PICTURE_TOKENS) -> DiffusionRequest:
     """A square picture, the default one or smaller; for an editing model of a black one of the same size.
 
-    Of a video two latent frames.
+    A video has two latent frames.
     """
     defaults = info.default_sampling_params
     largest = math.isqrt(most_tokens) * info.pixels_per_token
