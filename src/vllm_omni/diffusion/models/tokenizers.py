@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vllm_omni.errors import ConfigError
+from vllm_omni.errors import ConfigError, in_one_line
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -16,4 +16,4 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # files that are wrong in another way end in errors of any class
-        raise ConfigError(f"{folder.name}/: transformers cannot load the tokenizer: {error!r}") from error
+        raise ConfigError(f"{folder.name}/: transformers cannot load the tokenizer: {in_one_line(error)}") from error

@@ -15,7 +15,8 @@ from torch import nn
 from vllm_omni.diffusion.models.diffusers_fallback.components import component_classes
 from vllm_omni.diffusion.models.diffusers_fallback.progress_bars import without_progress_bars
 from vllm_omni.diffusion.weight_files import component_variant, safetensors_files
-from vllm_omni.errors import ConfigError
+from vllm_omni.diffusion.weight_fit import check_none_missing
+from vllm_omni.errors import ConfigError, in_one_line
 
 
 def load_pipeline(path: Path, class_name: str, dtype: torch.dtype, variant: str | None) -> Any:
@@ -37,7 +38,7 @@ def load_pipeline(path: Path, class_name: str, dtype: torch.dtype, variant: str 
                 path, variant=variant, trust_remote_code=False, **common, **models
             )
         except Exception as error:  # a config of wrong values ends in errors of any class
-            raise ConfigError(f"{path}: diffusers cannot load the {class_name}: {_in_one_line(error)}") from error
+            raise ConfigError(f"{path}: diffusers cannot load the {class_name}: {in_one_line(error)}") from error
 
 
 def _load_model(folder: Path, cls: type[Any], variant: str | None, common: dict[str, Any]) -> Any:
@@ -47,19 +48,12 @@ def _load_model(folder: Path, cls: type[Any], variant: str | None, common: dict[
     try:
         model, differences = cls.from_pretrained(folder, variant=variant, output_loading_info=True, **common)
     except Exception as error:  # as above
-        raise ConfigError(f"{folder.name}/: the {cls.__name__} cannot be loaded: {_in_one_line(error)}") from error
+        raise ConfigError(f"{folder.name}/: the {cls.__name__} cannot be loaded: {in_one_line(error)}") from error
     for name, stored, expected in differences["mismatched_keys"]:
         raise ConfigError(f"{folder.name}/: {name} has shape {tuple(stored)}, by config.json it is {tuple(expected)}")
     # The libraries leave weights that are not there random, and tell so in the log alone.
-    if missing := sorted(differences["missing_keys"]):
-        raise ConfigError(
-            f"{folder.name}/ lacks {len(missing)} weights of the {cls.__name__}, among them {', '.join(missing[:3])}"
-        )
+    check_none_missing(folder.name, sorted(differences["missing_keys"]), cls.__name__)
     return model
-
-
-def _in_one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 @contextmanager
