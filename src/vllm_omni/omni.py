@@ -28,7 +28,7 @@ from vllm_omni.diffusion.hub import HubAccess
 from vllm_omni.diffusion.intake import Intake, check_default_prompt, check_defaults
 from vllm_omni.diffusion.model_check import check_model_files
 from vllm_omni.diffusion.plan import WorkerReady
-from vllm_omni.diffusion.registry import load_model_info
+from vllm_omni.diffusion.registry import ModelInfo, load_model_info
 from vllm_omni.diffusion.replicas import Replicas
 from vllm_omni.errors import InvalidRequestError, RequestError, UnavailableError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt, PromptLike, parse_prompt
@@ -70,11 +70,9 @@ class AsyncOmni:
         """`config`: a config, or the model. `early_workers`: workers of `config` that run already."""
         self.config = config_of(config, settings)
         check_compiled_packages()
-        self.info = load_model_info(self.config.model, self.config.load_format, HubAccess.of(self.config))
-        self.info.check_settings(self.config)
-        self.info.check_parallel(self.config.parallel)
-        self.info.check_cache(self.config.cache)
-        check_defaults(self.config, self.info)
+        self.info = load_model_info(
+            self.config.model, self.config.load_format, HubAccess.of(self.config), self._check_settings
+        )
         for remark in () if self.info.whole is None else self.info.whole.remarks:
             logger.warning(remark)
         check_model_files(self.info, self.config)
@@ -91,6 +89,13 @@ class AsyncOmni:
         self._jobs: dict[str, Job] = {}
         self._home = Home()
         self._has_warned = False
+
+    def _check_settings(self, info: ModelInfo) -> None:
+        """Raise ConfigError for settings that the model does not take."""
+        info.check_settings(self.config)
+        info.check_parallel(self.config.parallel)
+        info.check_cache(self.config.cache)
+        check_defaults(self.config, info)
 
     async def __aenter__(self) -> Self:
         try:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
 
+from tests.broken_folders import Breakage, values
 from tests.fake_hub import COMMITS, REPOSITORY, FakeHub, fake_hub
-from vllm_omni.diffusion.hub import HubAccess
-from vllm_omni.diffusion.registry import DEMO_MODEL_PATH, resolve_model_path
+from vllm_omni.diffusion.data import LoadFormat
+from vllm_omni.diffusion.hub import DEFAULT_ACCESS, HubAccess
+from vllm_omni.diffusion.registry import DEMO_MODEL_PATH, find_folder
 from vllm_omni.errors import ConfigError
 from vllm_omni.omni import AsyncOmni
 
@@ -55,6 +59,11 @@ SURPLUS = {
     "safety_checker/model.safetensors",
 }
 Serve = Callable[..., FakeHub]
+
+
+def resolve_model_path(model: str, load_format: LoadFormat = "auto", access: HubAccess = DEFAULT_ACCESS) -> Path:
+    """The folder of a model whose configs are accepted whatever they say."""
+    return find_folder(model, load_format, access, lambda path: None).path
 
 
 @pytest.fixture
@@ -180,13 +189,37 @@ def test_weights_that_the_repository_lacks_are_told_before_any_is_fetched(
     assert [name for name in hub.num_bytes if name.endswith(".safetensors")] == []
 
 
-def test_an_index_that_names_files_elsewhere_fetches_nothing(serve: Serve, model_folder: Path) -> None:
+def test_an_index_that_names_files_elsewhere_fetches_no_weights(serve: Serve, model_folder: Path) -> None:
     index = model_folder / "text_encoder/model.safetensors.index.json"
     index.write_text('{"weight_map": {"a": "../vae/diffusion_pytorch_model.safetensors"}}')
     hub = serve()
     with pytest.raises(ConfigError, match=r"^text_encoder/model\.safetensors\.index\.json names '\.\./vae/"):
         resolve_model_path(REPOSITORY)
-    assert set(hub.num_bytes) == {"model_index.json", "text_encoder/model.safetensors.index.json"}
+    assert set(hub.num_bytes) == CONFIGS | {"text_encoder/model.safetensors.index.json"}
+
+
+@pytest.mark.parametrize(
+    ("breakage", "settings", "message"),
+    [
+        (values("model_index.json", _class_name="QwenImageLayeredPipeline"), {}, "it makes several layers a picture"),
+        (values("model_index.json", _class_name="StableVideoDiffusionPipeline"), {}, "its call has no prompt"),
+        (values("model_index.json", _class_name="NoSuchPipeline"), {}, "NoSuchPipeline"),
+        (values("transformer/config.json", guidance_embeds=True), {}, "guidance_embeds=True: not available yet"),
+        (values("transformer/config.json", num_layers=None), {}, "num_layers"),
+        (None, {"tensor_parallel_size": 7}, "--tensor-parallel-size takes"),
+        (None, {"default_sampling_params": {"height": 1}}, "--default-sampling-params"),
+    ],
+)
+def test_a_model_that_is_not_served_costs_no_weights(
+    breakage: Breakage | None, settings: dict[str, Any], message: str, serve: Serve, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(DEMO_MODEL_PATH, tmp_path / "demo")
+    if breakage is not None:
+        breakage(folder)
+    hub = serve(folder=folder)
+    with pytest.raises(ConfigError, match=message):
+        AsyncOmni(model=REPOSITORY, **settings)
+    assert [name for name in hub.num_bytes if "safetensors" in name] == []
 
 
 def test_a_hub_that_cannot_be_reached_leaves_what_was_fetched(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,6 +238,40 @@ def test_an_earlier_download_without_weights_does_not_hide_that_the_hub_is_away(
     assert resolve_model_path(REPOSITORY, "dummy") == path
     with pytest.raises(ConfigError, match=r"offline mode .*; the earlier download in .*: vae/ has no \.safetensors"):
         resolve_model_path(REPOSITORY)
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ("tokenizer/*", r"names tokenizer, but the model has no folder tokenizer/"),
+        ("tokenizer/tokenizer.json", r"tokenizer\.json"),
+        ("vae/config.json", r"cannot read vae/config\.json"),
+        ("scheduler/*", r"scheduler"),
+        ("transformer/*.safetensors", r"transformer/ has no \.safetensors"),
+    ],
+)
+def test_an_earlier_download_that_lacks_a_file_does_not_hide_that_the_hub_is_away(
+    lost: str, message: str, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve(folder=DEMO_MODEL_PATH)
+    path = AsyncOmni(model=REPOSITORY).info.path
+    for file in path.glob(lost):
+        file.unlink()
+    if not any((path / lost).parent.iterdir()):
+        (path / lost).parent.rmdir()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=rf"offline mode .*; the earlier download in .*: .*{message}") as caught:
+        AsyncOmni(model=REPOSITORY)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).count("offline mode") == 1
+
+
+def test_a_wrong_setting_is_not_blamed_on_the_hub(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve(folder=DEMO_MODEL_PATH)
+    AsyncOmni(model=REPOSITORY)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=r"^--default-sampling-params"):
+        AsyncOmni(model=REPOSITORY, default_sampling_params={"height": 1})
 
 
 def test_the_variable_hf_token_still_opens_a_private_model(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

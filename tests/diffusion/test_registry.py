@@ -7,7 +7,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from vllm_omni.diffusion.registry import resolve_model_path
+from vllm_omni.diffusion.registry import load_model_info
 from vllm_omni.errors import ConfigError
 
 
@@ -32,7 +32,7 @@ def test_a_path_without_a_folder_says_so(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as caught:
-        resolve_model_path(model)
+        load_model_info(model)
     ends = "is not in the diffusers layout: it has no model_index.json" if model == "." else "there is no such folder"
     assert str(caught.value).endswith(ends)
     assert repr(model) in str(caught.value)
@@ -44,5 +44,5 @@ def test_a_name_is_asked_for_at_the_hub(model: str, asked: list[str]) -> None:
     with pytest.raises(
         ConfigError, match=f"^model '{model}' is neither a folder, .* hub model: ConnectionError: nobody is there$"
     ):
-        resolve_model_path(model)
+        load_model_info(model)
     assert asked == [model]

@@ -114,7 +114,7 @@ class CacheDiTConfig:
     max_warmup_steps: int = 4
     """A mask decides in place of this and of the interval."""
     warmup_interval: int = 1
-    """Of the warm-up's steps each n-th is computed in any case, from the first one on."""
+    """During the warm-up every n-th step is computed in any case, from the first step on."""
     max_cached_steps: int = -1
     """-1: no limit."""
     max_continuous_cached_steps: int = 3
@@ -127,8 +127,8 @@ class CacheDiTConfig:
     steps_computation_mask: tuple[int, ...] | None = None
     """By step: 1 computes, 0 may take from the cache. Entries beyond a request's steps count for nothing."""
     steps_computation_policy: StepsComputationPolicy = "dynamic"
-    """Of steps with a 0 in the mask. `dynamic`: what the other settings allow is skipped, also beyond the mask's end;
-    `static`: all are skipped, and every step beyond the mask's end is computed."""
+    """Treatment of the steps with a 0 in the mask. `dynamic`: a step is skipped if the other settings allow it, also
+    beyond the mask's end; `static`: all are skipped, and every step beyond the mask's end is computed."""
 
     def __post_init__(self) -> None:
         _fit_fields(self, _cache_key)

@@ -111,9 +111,3 @@ def short(value: object) -> str:
     """`value` for an error line, cut to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def in_one_line(error: Exception) -> str:
-    """Class and text of a library's error for an error line, cut to 300 characters."""
-    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return text if len(text) <= 300 else f"{text[:297]}..."

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_omni.diffusion.data import LoadFormat, OmniDiffusionConfig
 from vllm_omni.diffusion.folder_files import DEFAULTS_FILE, MODEL_INDEX, names_in, read_object
@@ -40,11 +41,24 @@ class HubAccess:
 DEFAULT_ACCESS = HubAccess()
 
 
-def download(model: str, load_format: LoadFormat, access: HubAccess) -> Path:
-    """The folder of a hub model, with the files that are loaded and no others. With `dummy` without weights.
+class ModelFolder(NamedTuple):
+    """Folder with the files of a model."""
 
-    Where the hub cannot be asked, an earlier download is taken. Raises ConfigError when there is none, when the hub
-    refuses, and when the repository lacks files that are needed.
+    path: Path
+    hub_failure: str = ""
+    """Reason why the folder is an earlier download of a hub model; empty for any other folder."""
+
+
+CheckConfigs = Callable[[Path], object]
+"""Raises ConfigError for a folder, with all configs and perhaps without weights, of a model that is not served."""
+
+
+def download(model: str, load_format: LoadFormat, access: HubAccess, check: CheckConfigs) -> ModelFolder:
+    """Folder of a hub model, with the files that are loaded and no others. With `dummy` without weights.
+
+    The configs come first, and weights only when `check` accepts the configs. Where the hub cannot be asked, an earlier
+    download is taken, without `check`. Raises ConfigError when there is none, when the hub refuses, and when the
+    repository lacks files that are needed.
     """
     from huggingface_hub import HfApi, constants, errors
 
@@ -52,7 +66,7 @@ def download(model: str, load_format: LoadFormat, access: HubAccess) -> Path:
     http_error: Any = errors.HfHubHTTPError.__bases__[0]
     failures = (http_error, errors.HFValidationError, OSError)
     try:
-        # First what is asked once: for a list, the hub's client tries for half a minute to reach a hub that is away.
+        # Ask for the commit first: that call fails at once without a hub, while the list of files retries for 30 s.
         revision = access.revision or constants.DEFAULT_REVISION
         commit = HfApi().model_info(model, revision=revision, token=access.token).sha
         names = HfApi().list_repo_files(model, revision=commit, token=access.token)
@@ -60,10 +74,16 @@ def download(model: str, load_format: LoadFormat, access: HubAccess) -> Path:
         raise ConfigError(_explain(model, access, error)) from error
     except failures as error:
         return _earlier_download(model, load_format, access, error)
-    try:
-        return _download(model, load_format, access, names)
-    except failures as error:
-        raise ConfigError(_explain(model, access, error)) from error
+
+    def fetch(part: LoadFormat) -> Path:
+        try:
+            return _download(model, part, access, names)
+        except failures as error:
+            raise ConfigError(_explain(model, access, error)) from error
+
+    if load_format != "dummy":
+        check(fetch("dummy"))
+    return ModelFolder(fetch(load_format))
 
 
 def _download(model: str, load_format: LoadFormat, access: HubAccess, names: list[str]) -> Path:
@@ -89,7 +109,7 @@ def _download(model: str, load_format: LoadFormat, access: HubAccess, names: lis
 
 
 def needed_files(names: Iterable[str], load_format: LoadFormat, variant: str | None, read: ReadObject) -> list[str]:
-    """Those of the files `names` of a repository that are loaded: configs, and one set of weights a component.
+    """Choose from the files `names` of a repository what is loaded: configs, and one set of weights a component.
 
     Raises ConfigError for a component whose weights are not there.
     """
@@ -101,7 +121,7 @@ def needed_files(names: Iterable[str], load_format: LoadFormat, variant: str | N
         component, _, file = name.partition("/")
         if component in folders:
             folders[component].append(file)
-            # An index of weights is needed only of the chosen ones.
+            # The index of a set of weights is added below, for the chosen set only.
             if file.endswith(CONFIG_SUFFIXES) and ".index" not in file and ("/" not in file or file.endswith(".jinja")):
                 needed.add(name)
     if load_format == "auto":
@@ -117,7 +137,7 @@ def needed_files(names: Iterable[str], load_format: LoadFormat, variant: str | N
     return sorted(needed)
 
 
-def _earlier_download(model: str, load_format: LoadFormat, access: HubAccess, error: Exception) -> Path:
+def _earlier_download(model: str, load_format: LoadFormat, access: HubAccess, error: Exception) -> ModelFolder:
     """Folder of an earlier download, after the hub gave `error`. Raises ConfigError where that is not enough."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -134,16 +154,24 @@ def _earlier_download(model: str, load_format: LoadFormat, access: HubAccess, er
         )
     except (LocalEntryNotFoundError, OSError):
         raise ConfigError(_explain(model, access, error)) from error
-    try:
+    folder = ModelFolder(path, _explain(model, access, error))
+    with blame_hub(*folder):
         if load_format == "auto":
             for name, component in read_components(read_object(path, MODEL_INDEX)).items():
                 if has_weights(component, names_in(path, name)):
                     safetensors_files(path / name, access.variant, component.stems)
-    except ConfigError as lacking:
-        raise ConfigError(
-            f"{_explain(model, access, error)}; the earlier download in {path} cannot take its place: {lacking}"
-        ) from error
-    return path
+    return folder
+
+
+@contextmanager
+def blame_hub(path: Path, hub_failure: str) -> Iterator[None]:
+    """Add the reason why there is no fresh download to a ConfigError about the files in `path`. See `ModelFolder`."""
+    try:
+        yield
+    except ConfigError as error:
+        if not hub_failure:
+            raise
+        raise ConfigError(f"{hub_failure}; the earlier download in {path} cannot take its place: {error}") from error
 
 
 def _explain(model: str, access: HubAccess, error: Exception) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.folder_files import MODEL_INDEX, check_links, names_in, read_object, short
+from vllm_omni.diffusion.hub import blame_hub
 from vllm_omni.diffusion.model_index import DIFFUSERS_STEMS, Component, read_components
 from vllm_omni.diffusion.registry import ModelInfo
 from vllm_omni.diffusion.tokenizer_files import check_tokenizer
@@ -31,6 +32,11 @@ def check_model_files(info: ModelInfo, config: OmniDiffusionConfig) -> None:
 
     Also for a variant of the weights that no component has. With dummy weights no weight file is looked at.
     """
+    with blame_hub(info.path, info.hub_failure):
+        _check_folder(info, config)
+
+
+def _check_folder(info: ModelInfo, config: OmniDiffusionConfig) -> None:
     path = info.path
     components = read_components(read_object(path, MODEL_INDEX))
     for component, entry in components.items():

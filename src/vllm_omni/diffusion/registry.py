@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from vllm_omni.diffusion.data import (
     CacheConfig,
@@ -20,7 +20,7 @@ from vllm_omni.diffusion.data import (
     flag_of,
 )
 from vllm_omni.diffusion.folder_files import DEFAULTS_FILE, MODEL_INDEX, read_object, short
-from vllm_omni.diffusion.hub import DEFAULT_ACCESS, HubAccess, download
+from vllm_omni.diffusion.hub import DEFAULT_ACCESS, CheckConfigs, HubAccess, ModelFolder, blame_hub, download
 from vllm_omni.diffusion.tokenizer_files import TokenizerNeeds
 from vllm_omni.diffusion.weight_fit import ExpectedWeights
 from vllm_omni.errors import ConfigError, NotAvailableError
@@ -28,9 +28,6 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.inputs.images import InputImage, ReaderSizes
 from vllm_omni.inputs.kinds import MisfitError
 from vllm_omni.inputs.loras import adapter_file
-
-if TYPE_CHECKING:
-    pass
 
 DEMO_MODEL = "demo"
 DEMO_MODEL_PATH = Path(__file__).parent.parent / "demo_model"
@@ -48,7 +45,7 @@ FAMILIES: dict[str, str] = {
     "ZImagePipeline": "z_image",
 }
 FALLBACK_FAMILY = "diffusers_fallback"
-"""Of every other class."""
+"""Family of every other class."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ class Guidance:
         return asked
 
     def missing_half(self, negative_prompt: str | None, params: Any) -> str:
-        """What a request lacks that asks for guidance and gets none; empty for one that does not ask.
+        """Name the half of guidance that a request leaves out while it gives the other; empty for any other request.
 
         Guidance needs both a scale and a negative prompt, unless the family has a substitute for the latter.
         """
@@ -140,13 +137,13 @@ class WholePipeline:
     """Most requests that may be begun and not done."""
     takes_lora: bool = False
     follows_input: bool = False
-    """What it makes is its input picture changed: of the same size. It is given one of the size that is asked for."""
+    """img2img: the output has the input's size, so the input is resized to the requested size first."""
     takes_image_list: bool = False
     """Its `image` is a list of all pictures of a request."""
     takes_max_area: bool = False
     """Its call has `max_area`, a number of pixels that it fits any size to."""
     fps_name: str = "fps"
-    """What its call calls that sampling parameter."""
+    """Name of the sampling parameter `fps` in its call."""
     output_name: str = "images"
     """The field of its output that holds what it makes: `images`, `image` or `frames`."""
     bins: tuple[SizeBin, ...] = ()
@@ -237,7 +234,7 @@ class Shares:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the front end and the scheduler must know of a model, without its weights."""
+    """Facts of a model that the front end and the scheduler use, without its weights."""
 
     path: Path
     family: str
@@ -273,13 +270,15 @@ class ModelInfo:
     image_input: ImageInput | None = None
     """None: the model makes pictures from text alone."""
     latent_frames: int = 1
-    """Of a video, frames beyond the first that one latent frame stands for: their number is a multiple of it."""
+    """Frames of a video for each latent frame, without the first frame: their number is a multiple of it."""
     default_sampling_params: Mapping[str, Any] = field(default_factory=dict)
     """The model folder's own defaults over the family's; may hold `negative_prompt`."""
     max_side: int | None = None
     """Pixels of the longest side that the model can make; None: it knows no bound."""
     whole: WholePipeline | None = None
     """None: a packed family serves the model."""
+    hub_failure: str = ""
+    """Reason why `path` is an earlier download of a hub model; empty for any other folder."""
 
     @property
     def served_by(self) -> Literal["packed", "diffusers"]:
@@ -288,7 +287,7 @@ class ModelInfo:
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """Of the sampling parameters, those that have a meaning for the model."""
+        """Sampling parameters that have a meaning for the model."""
         if self.whole is None:
             return (*self.guidance.parameters, *PACKED_PARAMETERS)
         return tuple(dict.fromkeys((*SIZES, *self.whole.parameters)))
@@ -313,7 +312,7 @@ class ModelInfo:
         return min(num_tokens, self.num_image_tokens(own["height"], own["width"]))
 
     def num_sequence_tokens(self, num_text_tokens: int, num_image_tokens: int) -> int:
-        """What the transformer computes on for one guidance branch."""
+        """Tokens of one guidance branch in the transformer, with the padding."""
         return sum(-(-n // self.token_multiple) * self.token_multiple for n in (num_text_tokens, num_image_tokens))
 
     def count_image_prompt_tokens(self, images: Sequence[InputImage]) -> int:
@@ -367,30 +366,47 @@ class ModelInfo:
         return num_tokens * (1 + num_tokens / self.attention_tokens)
 
 
-def resolve_model_path(model: str, load_format: LoadFormat = "auto", access: HubAccess = DEFAULT_ACCESS) -> Path:
+def find_folder(model: str, load_format: LoadFormat, access: HubAccess, check: CheckConfigs) -> ModelFolder:
     """The local folder of `model`: `demo`, a folder, or a hub name (downloaded: safetensors only).
 
-    With `dummy` no weights are downloaded. Raises ConfigError when there is no such folder and the hub has no answer.
+    With `dummy` no weights are downloaded, and with `auto` only after `check` accepts the configs. Raises ConfigError
+    when there is no such folder and the hub has no answer.
     """
     path = DEMO_MODEL_PATH if model == DEMO_MODEL else Path(model).expanduser()
     if path.is_dir():
         if access.revision is not None:
             raise ConfigError(f"--revision {access.revision} is for hub models; {model!r} is a folder, which has none")
-        return _in_diffusers_layout(path, model)
+        return _in_diffusers_layout(ModelFolder(path), model)
     if model.startswith((".", "/", "~")) or model.count("/") > 1:  # no name that the hub could have
         raise ConfigError(f"model {model!r}: there is no such folder")
-    return _in_diffusers_layout(download(model, load_format, access), model)
+    return _in_diffusers_layout(download(model, load_format, access, check), model)
 
 
-def _in_diffusers_layout(path: Path, model: str) -> Path:
-    if not (path / MODEL_INDEX).is_file():
+def _in_diffusers_layout(folder: ModelFolder, model: str) -> ModelFolder:
+    if not (folder.path / MODEL_INDEX).is_file():
         raise ConfigError(f"model {model!r} is not in the diffusers layout: it has no model_index.json")
-    return path
+    return folder
 
 
-def load_model_info(model: str, load_format: LoadFormat = "auto", access: HubAccess = DEFAULT_ACCESS) -> ModelInfo:
-    """Find the folder and family of `model`. Raises ConfigError for a pipeline class that nothing here serves."""
-    path = resolve_model_path(model, load_format, access)
+def load_model_info(
+    model: str,
+    load_format: LoadFormat = "auto",
+    access: HubAccess = DEFAULT_ACCESS,
+    check: Callable[[ModelInfo], object] = lambda info: None,
+) -> ModelInfo:
+    """Find the folder and family of `model`.
+
+    check: raises ConfigError for settings that the model does not take. Raises ConfigError for a pipeline class that
+    nothing here serves. Weights of a hub model are downloaded only after both.
+    """
+    folder = find_folder(model, load_format, access, lambda path: check(_describe(path)))
+    with blame_hub(*folder):
+        info = _describe(folder.path)
+    check(info)
+    return replace(info, hub_failure=folder.hub_failure)
+
+
+def _describe(path: Path) -> ModelInfo:
     module = import_module(f"vllm_omni.diffusion.models.{family_of(path)}.info")
     info: ModelInfo = module.describe(path)
     return info

@@ -99,7 +99,7 @@ class Replicas:
         await asyncio.gather(*(engine.close() for engine in self._engines))
 
     def kill(self) -> None:
-        """See `DiffusionEngine.kill`."""
+        """End the workers of all replicas at once, as `DiffusionEngine.kill` does."""
         for engine in self._engines:
             engine.kill()
 

@@ -77,12 +77,12 @@ class Scheduler:
         self._rate_seconds = self._max_batch_tokens * ready.seconds_per_unit
         self._entries: dict[str, Entry] = {}
         self._begun: dict[str, Entry] = {}
-        """Those whose encode was planned."""
+        """Requests whose encode was planned, by id."""
         self._order = EntryOrder(ORDERS[config.scheduling_policy])
-        """Those that are not planned to their end."""
+        """Requests that still have steps to plan."""
         self._under_way: deque[_UnderWay] = deque()
         self._last: tuple[list[tuple[str, Phase, bool]], float] = [], 0.0
-        """Of the plan that was done last: its tasks, and the seconds it took."""
+        """Tasks of the plan that was done last, and the seconds that it took."""
         self._release: list[str] = []
         self._planned_work = 0.0
         self._next_number = 0
@@ -130,7 +130,7 @@ class Scheduler:
         seconds_over = self.queue_seconds + sum(map(self._total_seconds, requests)) - self._max_queue_seconds
         if surplus <= 0 and seconds_over <= 0:
             return
-        # What is planned to its end makes room first.
+        # Requests whose last step is planned leave the queue first.
         num_ending = len(self._entries) - len(self._order)
         first = islice(self._order, max(surplus - num_ending, 0))
         work_ahead = self._work_under_way + sum(entry.remaining for entry in first)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vllm_omni.diffusion.weight_headers import StoredWeight
@@ -57,10 +57,7 @@ class ExpectedWeights:
                     )
             elif self.is_complete or name.startswith(lists):
                 raise ConfigError(f"{weight.file} has a weight that the model does not take: {name}")
-        if missing := [name for name in expected if name not in stored]:
-            raise ConfigError(
-                f"{component}/ lacks {len(missing)} weights of the model, among them {', '.join(missing[:3])}"
-            )
+        check_none_missing(component, [name for name in expected if name not in stored])
 
     def _prefix(self, component: str, stored: Mapping[str, StoredWeight]) -> str:
         if not self.anchor:
@@ -69,6 +66,14 @@ class ExpectedWeights:
         if found is None:
             raise ConfigError(f"{component}/ lacks the weight {self.anchor} of the model")
         return found.removesuffix(self.anchor)
+
+
+def check_none_missing(component: str, missing: Sequence[str], owner: str = "model") -> None:
+    """Raise ConfigError, with the first names, if weights of the component are `missing`. owner: their module."""
+    if missing:
+        raise ConfigError(
+            f"{component}/ lacks {len(missing)} weights of the {owner}, among them {', '.join(missing[:3])}"
+        )
 
 
 def _expected_layers(

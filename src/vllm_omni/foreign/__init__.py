@@ -1,1 +1,1 @@
-"""What other servers and the public vllm-omni package call things, and what becomes of it here."""
+"""Names from other servers and from the public vllm-omni package, and their meaning here."""

@@ -30,7 +30,8 @@ _REPLACED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "timesteps": ("here sigmas", ()),
     **dict.fromkeys(IN_PROMPT, (PROMPT_FORM, ())),
 }
-"""What to use, or why not; and values that ask for nothing: the public package's defaults, which its examples give."""
+"""Name -> the replacement here, or the reason why there is none; and the values that are ignored, because they ask for
+nothing: the public package's defaults, which its examples give."""
 _TAKEN = ("generator", "lora_requests", "lora_scales")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ import torch
 from diffusers import AutoencoderKLQwenImage
 from safetensors.torch import save_file
 from torch import nn
+from transformers import AutoTokenizer
 
 from tests.broken_folders import Breakage, values, weights
 from vllm_omni.diffusion.models.loading import load_autoencoder, load_weights
+from vllm_omni.diffusion.models.tokenizers import load_tokenizer
 from vllm_omni.diffusion.weight_files import safetensors_files
 from vllm_omni.errors import ConfigError
 
@@ -127,3 +130,15 @@ def test_an_autoencoder_that_does_not_fit_is_refused(
         load_autoencoder(AutoencoderKLQwenImage, folder / "vae", CPU, torch.float32, lambda count: None, "auto")
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_errors_of_the_libraries_are_one_line_with_their_class(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = Mock(side_effect=TypeError("first\n  second"))
+    monkeypatch.setattr(AutoencoderKLQwenImage, "from_pretrained", failing)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", failing)
+    with pytest.raises(ConfigError, match=r"the AutoencoderKLQwenImage: TypeError: first second$"):
+        load_autoencoder(AutoencoderKLQwenImage, tiny_model / "vae", CPU, torch.float32, lambda count: None, "auto")
+    with pytest.raises(ConfigError, match=r"the tokenizer: TypeError: first second$"):
+        load_tokenizer(tiny_model / "tokenizer")

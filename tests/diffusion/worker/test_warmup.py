@@ -8,10 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from vllm_omni.diffusion.worker import warmup
 from vllm_omni.diffusion.worker.ranks import RanksLostError
 from vllm_omni.diffusion.worker.warmup import Sample, Timer, choose_num_threads, fit_line, knee, measure_steps
+from vllm_omni.errors import ConfigError
 
 
 def samples(seconds_of: dict[int, float]) -> list[Sample]:
@@ -75,6 +77,113 @@ def test_threads_are_taken_while_they_help(most: int, seconds: dict[int, float],
 
     choose_num_threads(device, FakeTimer(), lambda: None)  # type: ignore[arg-type]
     assert device.num_threads == chosen
+
+
+class TrialOf:
+    """Trials of a whole pipeline of 64x64, whose small requests and those of its own size raise these errors."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, small: Exception | None, own: Exception | None) -> None:
+        self.errors = {"small": small, "own": own}
+        self.made: list[str] = []
+        self.device = Threads(8, {})
+        monkeypatch.setattr(warmup, "_whole_request", lambda info, tokens: "small" if tokens else "own")
+        monkeypatch.setattr(warmup, "_run_whole", self._run)
+        monkeypatch.setattr(warmup, "_whole_rates", lambda *given: [self._run(None, r, None) for r in given[-1]])
+
+    def _run(self, pipeline: Any, request: Any, timer: Any) -> Any:
+        self.made.append(request)
+        if (error := self.errors[request]) is not None:
+            raise error
+        return (1.0, 1.0, 1.0)
+
+    def start(self, bins: tuple[Any, ...] = (), num_threads: int | None = None) -> None:
+        info: Any = SimpleNamespace(whole=SimpleNamespace(class_name="SomePipeline", bins=bins))
+        device: Any = self.device
+        warmup.warm_up_whole(SimpleNamespace(), info, device, 1, num_threads)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def twice_as_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each doubling of the threads halves the seconds of a step."""
+
+    def mean(timer: Timer, run: Callable[[], object]) -> float:
+        run()
+        return 1 / timer.device.num_threads
+
+    monkeypatch.setattr(Timer, "mean", mean)
+
+
+@pytest.mark.parametrize("bins", [(), ("a bin",)])
+def test_threads_are_chosen_again_after_a_small_trial_that_fails(
+    monkeypatch: pytest.MonkeyPatch, twice_as_fast: None, bins: tuple[Any, ...]
+) -> None:
+    trial = TrialOf(monkeypatch, ValueError("too small"), None)
+    trial.start(bins)
+    assert trial.device.num_threads == 8
+    assert trial.device.tried[-5:] == [1, 2, 4, 8, 8]
+    assert trial.made.count("small") == (0 if bins else 1)
+
+
+def test_given_threads_are_kept_in_both_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = TrialOf(monkeypatch, ValueError("too small"), None)
+    trial.start(num_threads=3)
+    assert trial.device.num_threads == 3
+    assert trial.made[:2] == ["small", "own"]
+
+
+def test_threads_are_those_from_before_a_step_that_fails() -> None:
+    device: Any = Threads(8, {})
+    timer: Any = SimpleNamespace(mean=lambda run: run())
+    for fails_at in (1, 4):
+
+        def step(most: int = fails_at) -> float:
+            if device.num_threads == most:
+                raise ValueError("a step fails")
+            return 1 / device.num_threads
+
+        with pytest.raises(ValueError, match="a step fails"):
+            choose_num_threads(device, timer, step)
+        assert device.num_threads == 8
+
+
+@pytest.mark.parametrize(
+    ("small", "own", "reasons", "num_trials"),
+    [
+        (
+            ValueError("first\n  line"),
+            KeyError("x"),
+            "KeyError: 'x'; before that, on a small one: ValueError: first line",
+            2,
+        ),
+        (ValueError("same"), ValueError("same"), "ValueError: same", 2),
+        (
+            torch.AcceleratorError("CUDA error: device-side assert"),
+            None,
+            "AcceleratorError: CUDA error: device-side assert",
+            1,
+        ),
+        (RuntimeError("CUDA error: an illegal\naddress"), None, "RuntimeError: CUDA error: an illegal address", 1),
+    ],
+)
+def test_a_failed_trial_says_every_reason_and_stops_with_the_device(
+    monkeypatch: pytest.MonkeyPatch, small: Exception, own: Exception | None, reasons: str, num_trials: int
+) -> None:
+    trial = TrialOf(monkeypatch, small, own)
+    with pytest.raises(ConfigError) as caught:
+        trial.start(num_threads=1)
+    assert str(caught.value) == f"the SomePipeline fails on a default request: {reasons}"
+    assert len(trial.made) == num_trials
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("x"), RuntimeError("CUDA error: out of memory")]
+)
+def test_a_trial_that_runs_out_of_memory_says_so(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    trial = TrialOf(monkeypatch, error, None)
+    with pytest.raises(type(error)) as caught:
+        trial.start(num_threads=1)
+    assert caught.value is error
+    assert trial.made == ["small"]
 
 
 BYTES_PER_COPY = 100

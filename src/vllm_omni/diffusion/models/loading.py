@@ -14,7 +14,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from vllm_omni.diffusion.data import LoadFormat
-from vllm_omni.diffusion.folder_files import in_one_line
 from vllm_omni.diffusion.layers.fp8 import Fp8ColumnLinear, keep_in_float8
 from vllm_omni.diffusion.layers.linear import Sharded
 from vllm_omni.diffusion.layers.rounding import quantize
@@ -22,8 +21,9 @@ from vllm_omni.diffusion.model_index import DIFFUSERS_STEMS, STEMS, Stems
 from vllm_omni.diffusion.models.dummy import dummy_weight
 from vllm_omni.diffusion.models.stored_shapes import check_stored_shapes
 from vllm_omni.diffusion.weight_files import component_variant, safetensors_files
+from vllm_omni.diffusion.weight_fit import check_none_missing
 from vllm_omni.diffusion.weight_headers import StoredWeight, check_types, stored_weights
-from vllm_omni.errors import ConfigError
+from vllm_omni.errors import ConfigError, in_one_line
 
 OnBytes = Callable[[int], object]
 """Told how many bytes of weights were read since the last call."""
@@ -115,10 +115,7 @@ def _check_fit(slots: Mapping[str, Slot], stored: Mapping[str, StoredWeight], fo
             raise ConfigError(f"{weight.file} has a weight that the model does not take: {name}")
         if weight.shape != (expected := slots[name].whole_shape):
             raise ConfigError(f"{weight.file}: {name} has shape {weight.shape}, expected {expected}")
-    if missing := [name for name in slots if name not in stored]:
-        raise ConfigError(
-            f"{folder.name}/ lacks {len(missing)} weights of the model, among them {', '.join(missing[:3])}"
-        )
+    check_none_missing(folder.name, [name for name in slots if name not in stored])
     check_types(folder.name, stored)
 
 
@@ -162,10 +159,7 @@ def load_autoencoder(
     except Exception as error:  # a config of wrong values ends in errors of any class
         raise ConfigError(f"{folder.name}/: diffusers cannot load the {cls.__name__}: {in_one_line(error)}") from error
     # diffusers leaves weights that are not there random, and tells so in the log alone.
-    if missing := sorted(differences["missing_keys"]):
-        raise ConfigError(
-            f"{folder.name}/ lacks {len(missing)} weights of the model, among them {', '.join(missing[:3])}"
-        )
+    check_none_missing(folder.name, sorted(differences["missing_keys"]))
     if unexpected := sorted(differences["unexpected_keys"]):
         raise ConfigError(f"{folder.name}/ has a weight that the model does not take: {unexpected[0]}")
     on_bytes(sum(file.stat().st_size for file in safetensors_files(folder, variant, DIFFUSERS_STEMS)))

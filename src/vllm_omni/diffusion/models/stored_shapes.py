@@ -21,7 +21,7 @@ MOST_TABLES = 2**28
 
 
 def check_stored_shapes(cls: type[Any], folder: Path, stored: Mapping[str, StoredWeight]) -> None:
-    """Raise ConfigError where the weights `stored` in `folder` do not fit a model of the class `cls`, with its config.json.
+    """Raise ConfigError where the weights `stored` do not fit a model of the class `cls` with the folder's config.json.
 
     The model is built without memory, where its class allows that. Weights that are missing or have another name are
     left to the loading, but a model that is far larger than its files is refused: the libraries would fill it with

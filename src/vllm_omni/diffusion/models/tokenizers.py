@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vllm_omni.diffusion.folder_files import in_one_line
-from vllm_omni.errors import ConfigError
+from vllm_omni.errors import ConfigError, in_one_line
 
 
 def load_tokenizer(folder: Path, cls: type[Any] | None = None) -> Any:

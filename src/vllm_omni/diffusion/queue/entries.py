@@ -45,7 +45,7 @@ class Entry:
     num_deaths: int = 0
     """Workers that died while they ran it."""
     groups: Sequence[int] = ()
-    """Of ranks, that computed its guidance branches last."""
+    """Numbers of the rank groups that computed its guidance branches last, one for each branch."""
 
     @property
     def phase(self) -> Phase:
@@ -107,7 +107,7 @@ class Item:
     entry: Entry
     phase: Phase
     tokens: float
-    """What it takes of the budget."""
+    """Part of the plan's token budget that this piece uses."""
     work: float
     preview: bool = False
 

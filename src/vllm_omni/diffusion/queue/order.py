@@ -20,7 +20,7 @@ class EntryOrder:
     def __init__(self, policy_order: Callable[[Entry], Order]) -> None:
         self._policy_order = policy_order
         self._active: dict[int, Entry] = {}
-        """Those of the last plan, by number."""
+        """Entries of the last plan, by their number."""
         self._paused: WorkTree[Entry] = WorkTree()
         """Begun, and not in the last plan."""
         self._waiting: WorkTree[Entry] = WorkTree()

@@ -67,7 +67,7 @@ class Start(Struct, tag=True):
     config: OmniDiffusionConfig
     place: Place
     first: WorkerReady | None = None
-    """See `Runner.start`."""
+    """Measurements of the first start, which a restarted worker keeps (`Runner.start`)."""
 
 
 class Execute(Struct, tag=True):

@@ -336,6 +336,11 @@ class Stopwatch:
         return totals
 
 
+def is_device_failure(error: BaseException) -> bool:
+    """Whether an error says that CUDA failed: further work in this process would raise other, misleading errors."""
+    return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out; PyTorch has no type of its own for what its CPU allocator and CUDA
     itself lack."""

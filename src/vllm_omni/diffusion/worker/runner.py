@@ -16,12 +16,12 @@ from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.models.base import BasePipeline, Picture, RequestState
 from vllm_omni.diffusion.models.finite import is_finite
 from vllm_omni.diffusion.plan import StepPlan, StepResult, WorkerReady
-from vllm_omni.diffusion.registry import ModelInfo, WholePipeline
+from vllm_omni.diffusion.registry import ModelInfo
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.diffusion.worker.attention import choose_attention
 from vllm_omni.diffusion.worker.compiling import compile_variants, run_variants
 from vllm_omni.diffusion.worker.contract import Place
-from vllm_omni.diffusion.worker.device import Device, Stopwatch, is_out_of_memory
+from vllm_omni.diffusion.worker.device import Device, Stopwatch
 from vllm_omni.diffusion.worker.item_errors import item_error, not_finite_error
 from vllm_omni.diffusion.worker.kernels import check_kernels
 from vllm_omni.diffusion.worker.ranks import PeerFailedError, Ranks, RanksLostError, connect
@@ -98,8 +98,8 @@ class ModelRunner:
     def start(self, first: WorkerReady | None = None) -> WorkerReady:
         """Load the weights, run once, and measure. Raises ConfigError for a folder that cannot be served.
 
-        What changes pixels is not chosen anew where there was a `first` start: the attention backend, the CPU threads
-        (sums in another order) and the memory of step caches (what fits is skipped).
+        first: choices of an earlier start that a restart keeps, because they change pixels: the attention backend, the
+        CPU threads (they order sums) and the memory of step caches (it decides which steps are skipped).
         """
         dtype = self._dtype
         backend = None if first is None else first.attention_backend
@@ -127,7 +127,7 @@ class ModelRunner:
         if whole is None:
             rates = self._warm_up(self._pipeline, bar.num_bytes, num_threads)
         else:
-            rates = self._try_whole(whole, bar.num_bytes, num_threads)
+            rates = self._try_whole(bar.num_bytes, num_threads)
         cache_bytes = int(CACHE_SHARE * self._device.free_memory_bytes()) if first is None else first.cache_bytes
         self._pipeline.step_cache.budget.max_bytes = cache_bytes
         return WorkerReady(
@@ -165,17 +165,11 @@ class ModelRunner:
             )
         return rates
 
-    def _try_whole(self, whole: WholePipeline, model_bytes: int, num_threads: int | None) -> Rates:
-        """Raises ConfigError for a pipeline that does not make what a signature like its promises."""
+    def _try_whole(self, model_bytes: int, num_threads: int | None) -> Rates:
+        """Rates of a whole pipeline. Raises ConfigError for one that does not make what its signature promises."""
         defaults = {**self._info.default_sampling_params, **self._config.default_sampling_params}
         info = replace(self._info, default_sampling_params=defaults)
-        try:
-            return warm_up_whole(self.pipeline, info, self._device, model_bytes, num_threads)
-        except Exception as error:  # diffusers' code on somebody's model: anything
-            if is_out_of_memory(error):
-                raise
-            reason = f"{type(error).__name__}: {error}"
-            raise ConfigError(f"the {whole.class_name} fails on a default request: {reason}") from error
+        return warm_up_whole(self.pipeline, info, self._device, model_bytes, num_threads)
 
     def _compiles(self, cls: type[BasePipeline[Any]]) -> bool:
         """Whether blocks run compiled."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -17,8 +18,9 @@ from vllm_omni.diffusion.models.base import BasePipeline, RequestState
 from vllm_omni.diffusion.placement import balance
 from vllm_omni.diffusion.registry import ModelInfo
 from vllm_omni.diffusion.request import DiffusionRequest, RequestCost
-from vllm_omni.diffusion.worker.device import Device, is_out_of_memory
+from vllm_omni.diffusion.worker.device import Device, is_device_failure, is_out_of_memory
 from vllm_omni.diffusion.worker.ranks import PeerFailedError, Ranks
+from vllm_omni.errors import ConfigError, in_one_line
 from vllm_omni.inputs.images import InputImage
 
 logger = logging.getLogger(__name__)
@@ -27,9 +29,9 @@ BUDGET_SECONDS, DEVICE_BUDGET_SECONDS = 0.8, 4.0
 """Larger batches are tried while all tries together are expected to take less; of a device beside the host, whose best
 batches are larger and whose start takes long anyway."""
 REPEATS, RECORDED_REPEATS = 3, 4
-"""Of a step; one that is recorded is so at the second time."""
+"""Timed runs per step; one more with CUDA graphs, because capture happens on run 2."""
 REPEAT_SECONDS = 0.3
-"""What takes longer is timed once only."""
+"""Runs that take longer are timed once only."""
 MIN_SAMPLES = 3
 """Sizes tried whatever they take, unless one alone takes longer than the budget."""
 SMALL_MODEL_BYTES = 2**30
@@ -40,9 +42,9 @@ than they give, and many times more on a machine that is shared."""
 MAX_TOKENS = 2**15
 MAX_PICTURE_TOKENS = 256
 WHOLE_PICTURE_TOKENS = (64, 64, 256)
-"""Of the pictures that a whole pipeline makes, at most; the first time is not counted."""
+"""Most image tokens of each small picture that a whole pipeline makes; the time of the first one is not counted."""
 WHOLE_PROMPT = "a photo of a red apple on a wooden table, in the style of an old master"
-"""Of a common length: most pipelines take as long for any prompt."""
+"""Prompt of a common length: most pipelines take as long for any prompt."""
 MIN_BATCH_TOKENS = 256
 """However noisy the measurement: this many tokens are cheap enough on any device to share a step."""
 KNEE = 1.18
@@ -55,7 +57,7 @@ RunVariants = Callable[[BasePipeline[Any], RequestState, Ranks], object]
 
 @dataclass(frozen=True)
 class Rates:
-    """See `WorkerReady`."""
+    """Measured rates of the model on this device, with the units of the fields of `WorkerReady`."""
 
     seconds_per_unit: float
     step_overhead_seconds: float
@@ -81,7 +83,7 @@ class Timer:
     ranks: Ranks
 
     def least(self, runs: Sequence[Callable[[], object]]) -> float:
-        """That any of the runs takes; the first warms up, and a slow one is not followed by another."""
+        """Seconds of the fastest run. The first run warms up; after a slow run the others are left out."""
         least = math.inf
         for run in runs:
             self.device.synchronize()
@@ -94,7 +96,7 @@ class Timer:
         return least
 
     def mean(self, run: Callable[[], object]) -> float:
-        """Over a few runs after a first; the mean, because threads that stall do so now and then."""
+        """Mean seconds of a few runs after a first one: threads stall now and then, which the fastest run hides."""
         times = [self.least([run]) for _ in range(2)]
         while sum(times) < REPEAT_SECONDS and len(times) < 8:
             times.append(self.least([run]))
@@ -152,23 +154,30 @@ def warm_up_whole(
     Some pipelines accept only sizes near their own, or round others: a failure at a small size says nothing about them.
     One with a table of sizes makes no small picture, whatever it is asked for.
     num_threads: taken instead of a choice.
+    Raises ConfigError, with the reason of each failure, for a pipeline that makes none of these pictures.
     """
+    assert info.whole is not None
     timer = Timer(device, Ranks())
     own = [_whole_request(info, None)] * 2
-    has_bins = info.whole is not None and bool(info.whole.bins)
-    first = own if has_bins else [_whole_request(info, tokens) for tokens in WHOLE_PICTURE_TOKENS]
-    try:
-        if num_threads is not None:
-            device.set_num_threads(num_threads)
-        elif model_bytes <= SMALL_MODEL_BYTES:
-            choose_num_threads(device, timer, lambda: _run_whole(pipeline, first[0], timer))
-        return _whole_rates(pipeline, info, timer, first)
-    except Exception as error:  # diffusers' code on somebody's model: anything
-        if is_out_of_memory(error) or has_bins:
-            raise
-        reason = f"{type(error).__name__}: {error}"
-        logger.info("a small trial request fails (%s); trying one of the model's own size", reason)
-    return _whole_rates(pipeline, info, timer, own)
+    small = [_whole_request(info, tokens) for tokens in WHOLE_PICTURE_TOKENS]
+    trials = [own] if info.whole.bins else [small, own]
+    failures: list[str] = []
+    for requests in trials:
+        try:
+            if num_threads is not None:
+                device.set_num_threads(num_threads)
+            elif model_bytes <= SMALL_MODEL_BYTES:
+                choose_num_threads(device, timer, partial(_run_whole, pipeline, requests[0], timer))
+            return _whole_rates(pipeline, info, timer, requests)
+        except Exception as error:  # diffusers' code on somebody's model: anything
+            if is_out_of_memory(error):
+                raise
+            failures.append(in_one_line(error))
+            if is_device_failure(error) or len(failures) == len(trials):
+                reasons = "; before that, on a small one: ".join(dict.fromkeys(reversed(failures)))
+                raise ConfigError(f"the {info.whole.class_name} fails on a default request: {reasons}") from error
+            logger.info("a small trial request fails (%s); trying one of the model's own size", failures[-1])
+    raise AssertionError("the last trial returns or raises")
 
 
 def _whole_rates(
@@ -213,17 +222,24 @@ def _run_whole(pipeline: BasePipeline[Any], request: DiffusionRequest, timer: Ti
 
 
 def choose_num_threads(device: Device, timer: Timer, step: Callable[[], object]) -> None:
-    """Double the threads from one, up to those that the process has, for as long as `step` gains from it."""
+    """Double the threads from one, up to those that the process has, for as long as `step` gains from it.
+
+    When `step` raises, the threads are those from before the call.
+    """
     most, chosen, best = device.num_threads, 1, math.inf
     if most == 1:
         return
     count = 1
-    while count <= most:
-        device.set_num_threads(count)
-        seconds = timer.mean(step)
-        if seconds * THREADS_GAIN > best:
-            break
-        chosen, best, count = count, seconds, 2 * count
+    try:
+        while count <= most:
+            device.set_num_threads(count)
+            seconds = timer.mean(step)
+            if seconds * THREADS_GAIN > best:
+                break
+            chosen, best, count = count, seconds, 2 * count
+    except BaseException:
+        device.set_num_threads(most)
+        raise
     device.set_num_threads(chosen)
 
 
@@ -308,7 +324,7 @@ def knee(samples: Sequence[Sample]) -> int:
 def _request(info: ModelInfo, request_id: str, prompt: str, most_tokens: int = MAX_PICTURE_TOKENS) -> DiffusionRequest:
     """A square picture, the default one or smaller; for an editing model of a black one of the same size.
 
-    Of a video two latent frames.
+    A video has two latent frames.
     """
     defaults = info.default_sampling_params
     largest = math.isqrt(most_tokens) * info.pixels_per_token

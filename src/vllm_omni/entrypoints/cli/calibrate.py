@@ -161,8 +161,9 @@ def _measure(args: CalibrateArgs) -> tuple[list[Change], int]:
         "variant": args.access.variant,
     }
     config = OmniDiffusionConfig(model=args.model, cache_backend="tea_cache", **settings)
-    info = load_model_info(args.model, config.load_format, HubAccess.of(config))
-    info.check_settings(config)
+    info = load_model_info(
+        args.model, config.load_format, HubAccess.of(config), lambda info: info.check_settings(config)
+    )
     check_model_files(info, config)
     images = _read_images(args.images, info)
     runner = ModelRunner(config, info)

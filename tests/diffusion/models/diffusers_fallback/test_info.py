@@ -348,7 +348,8 @@ def test_a_trial_that_fails_when_small_is_made_at_the_models_own_size(
 
     monkeypatch.setattr(PipelineCall, "picture", picture)
     ready = ModelRunner(OmniDiffusionConfig(model=str(folder)), info).start()
-    assert asked == [(128, 128, 7.0), (192, 256, 7.0), (192, 256, 7.0)]
+    assert asked[:3] == [(128, 128, 7.0), (192, 256, 7.0), (192, 256, 7.0)]
+    assert set(asked[3:]) <= {(192, 256, 7.0)}  # more where the threads are chosen
     assert ready.seconds_per_unit > 0
 
 

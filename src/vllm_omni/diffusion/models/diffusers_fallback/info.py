@@ -47,9 +47,9 @@ MAX_INTERLEAVED = 4
 SQUARE_TABLES = ("CogView3PlusTransformer2DModel", "OmniGenTransformer2DModel", "SD3Transformer2DModel")
 """Transformers whose positions are a table with `pos_embed_max_size` rows and columns."""
 COUNTED_TABLES = ("AuraFlowTransformer2DModel",)
-"""Those in which it is the number of all positions of such a table."""
+"""Transformers in which `pos_embed_max_size` is the number of all positions of such a table."""
 ATTENTION_TOKENS = 2.0**14
-"""Of a transformer of common width; the scheduler corrects its estimates by what it measures."""
+"""`ModelInfo.attention_tokens` of a transformer of common width; the scheduler corrects estimates as it measures."""
 LONGEST_PROMPT = 32_000
 """Tokens, where nothing sets a limit: no more than the characters that any prompt may have."""
 
@@ -78,7 +78,7 @@ class PromptTokenCounter:
 
 
 def count_words(prompt: str) -> int:
-    """Stands in for a tokenizer where a pipeline has none that can be read apart from it."""
+    """Count the words, in place of tokens, where a pipeline has no tokenizer that can be read apart from it."""
     return len(prompt.split())
 
 
@@ -194,7 +194,7 @@ def _image_input(class_name: str, signature: CallSignature, side: int, defaults:
 
 
 def latent_frames(vae: Mapping[str, Any], num_frames: int) -> int:
-    """See `ModelInfo.latent_frames`; 1 where the model's own number of frames shows that no first one stands alone."""
+    """`ModelInfo.latent_frames`; 1 where the model's own number of frames shows that no first one stands alone."""
     multiple = int(vae.get("temporal_compression_ratio") or vae.get("scale_factor_temporal") or 1)
     for key in ("spatio_temporal_scaling", "temperal_downsample"):
         if vae.get(key) and multiple == 1:

@@ -11,14 +11,15 @@ import diffusers
 import torch
 import transformers
 
-from vllm_omni.diffusion.folder_files import MODEL_INDEX, in_one_line, names_in, read_object
+from vllm_omni.diffusion.folder_files import MODEL_INDEX, names_in, read_object
 from vllm_omni.diffusion.model_index import Stems, read_components
 from vllm_omni.diffusion.models.diffusers_fallback.components import component_classes
 from vllm_omni.diffusion.models.diffusers_fallback.progress_bars import without_progress_bars
 from vllm_omni.diffusion.models.stored_shapes import check_stored_shapes
 from vllm_omni.diffusion.weight_files import component_variant, has_weights
+from vllm_omni.diffusion.weight_fit import check_none_missing
 from vllm_omni.diffusion.weight_headers import stored_weights
-from vllm_omni.errors import ConfigError
+from vllm_omni.errors import ConfigError, in_one_line
 
 
 def load_pipeline(path: Path, class_name: str, dtype: torch.dtype, variant: str | None) -> Any:
@@ -54,13 +55,10 @@ def _load_model(folder: Path, cls: type[Any], stems: Stems, variant: str | None,
         model, differences = cls.from_pretrained(folder, variant=variant, output_loading_info=True, **common)
     except Exception as error:  # as above
         raise ConfigError(f"{folder.name}/: the {cls.__name__} cannot be loaded: {in_one_line(error)}") from error
-    for name, stored, expected in differences["mismatched_keys"]:
-        raise ConfigError(f"{folder.name}/: {name} has shape {tuple(stored)}, by config.json it is {tuple(expected)}")
+    for name, held, expected in differences["mismatched_keys"]:
+        raise ConfigError(f"{folder.name}/: {name} has shape {tuple(held)}, by config.json it is {tuple(expected)}")
     # The libraries leave weights that are not there random, and tell so in the log alone.
-    if missing := sorted(differences["missing_keys"]):
-        raise ConfigError(
-            f"{folder.name}/ lacks {len(missing)} weights of the {cls.__name__}, among them {', '.join(missing[:3])}"
-        )
+    check_none_missing(folder.name, sorted(differences["missing_keys"]), cls.__name__)
     return model
 
 

@@ -16,7 +16,7 @@ from vllm_omni.diffusion.models.diffusers_fallback.adapter_file import AdapterFi
 from vllm_omni.diffusion.models.diffusers_fallback.adapter_names import layers_by_flat_name
 from vllm_omni.diffusion.models.diffusers_fallback.progress_bars import without_progress_bars
 from vllm_omni.diffusion.request import LoRA
-from vllm_omni.errors import InvalidRequestError
+from vllm_omni.errors import InvalidRequestError, fold
 
 MAX_UNSERVED = 8
 """Adapters kept beside the served ones: more than requests may be under way, so that one of them is always idle."""
@@ -174,6 +174,4 @@ def _say_unplaced(keys: Sequence[str]) -> str:
 
 
 def _misfit(file: str, reason: str) -> InvalidRequestError:
-    return InvalidRequestError(
-        f"the LoRA adapter {file} does not fit this model: {' '.join(reason.split())}", param="lora_request"
-    )
+    return InvalidRequestError(f"the LoRA adapter {file} does not fit this model: {fold(reason)}", param="lora_request")

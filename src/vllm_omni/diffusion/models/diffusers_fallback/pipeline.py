@@ -32,7 +32,7 @@ from vllm_omni.diffusion.models.schedule import check_schedule, with_one_step_sc
 from vllm_omni.diffusion.registry import ModelInfo, WholePipeline
 from vllm_omni.diffusion.request import DiffusionRequest
 from vllm_omni.diffusion.transfers import HOST, is_host
-from vllm_omni.errors import ConfigError, InvalidRequestError
+from vllm_omni.errors import ConfigError, InvalidRequestError, fold
 from vllm_omni.inputs.loras import adapter_file
 
 
@@ -76,7 +76,7 @@ class PipelineCall:
         except InvalidRequestError:  # ours, with its `param`
             raise
         except ValueError as error:
-            raise InvalidRequestError(" ".join(str(error).split())) from error
+            raise InvalidRequestError(fold(str(error))) from error
 
     def advance(self, step: int) -> int:
         """Up to the end of the planned step `step`, counted from 1: the pipeline's own steps are spread evenly.

@@ -82,7 +82,7 @@ class CallSignature:
 
     @property
     def follows_input(self) -> bool:
-        """See `WholePipeline.follows_input`."""
+        """Whether it changes its input picture, and so makes one of the same size."""
         return self.takes_image and ("strength" in self.defaults or not self.takes_size)
 
     @classmethod

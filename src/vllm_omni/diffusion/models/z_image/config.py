@@ -49,7 +49,7 @@ class TransformerConfig:
 
     @property
     def inner_width(self) -> int:
-        """See the function of this name."""
+        """Channels inside a feed-forward layer."""
         return inner_width(self.dim)
 
     @property
