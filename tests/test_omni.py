@@ -219,11 +219,11 @@ def test_numbers_of_numpy_are_numbers(omni: Omni) -> None:
 
 
 @pytest.mark.parametrize("shown", [True, False])
-def test_a_config_and_its_own_keyword_hide_the_bar(
+def test_the_keyword_beside_a_config_decides_about_the_bar(
     shown: bool, device: FakeExecutor, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for config, keyword in [
-        (OmniDiffusionConfig("demo", progress_bar=shown), True),
+        (OmniDiffusionConfig("demo", progress_bar=not shown), shown),
         (OmniDiffusionConfig("demo"), shown),
     ]:
         with Omni(config, progress_bar=keyword) as omni:

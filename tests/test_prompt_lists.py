@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -119,6 +120,37 @@ def test_a_failure_among_many_leaves_the_results_of_the_others(caplog: pytest.Lo
         assert caught_alone.value.index == 0
     assert "float16 overflowed" in caplog.text
     assert "\n" not in caplog.records[0].getMessage(), "a failure with a kind of its own has no traceback"
+
+
+def params_read_at_most(count: int) -> Iterator[OmniDiffusionSamplingParams]:
+    """In place of `itertools.repeat`: a test must end where too many are read, too."""
+    yield from repeat(SMALL, count)
+    raise AssertionError(f"more than {count} are read")
+
+
+def test_parameters_without_an_end_are_refused() -> None:
+    with omni_with() as omni:
+        for name, count, message in (
+            ("sampling_params", 3, "got 2 prompts and more than 2 sampling_params: give one, or one each"),
+            ("sampling_params_list", 2, "parameters of the one stage that a model has here, got several of them"),
+        ):
+            endless: dict[str, Any] = {name: params_read_at_most(count)}
+            with pytest.raises(InvalidRequestError, match=message):
+                omni.generate(["a", "b"], **endless)
+        with pytest.raises(InvalidRequestError, match="got 2 prompts and 1 sampling_params"):
+            omni.generate(["a", "b"], [SMALL])
+        with pytest.raises(InvalidRequestError, match="the one stage that a model has here, got none"):
+            omni.generate("a", sampling_params_list=[])
+
+
+def test_parameters_that_can_be_read_once_are_refused() -> None:
+    sigmas: Any = (sigma for sigma in [1.0, 0.5])
+    with omni_with() as omni:
+        with pytest.raises(InvalidRequestError, match=r"^prompts\[0\]: sigmas takes a list of numbers, got <generator"):
+            omni.generate(["a", "b"], replace(SMALL, num_inference_steps=None, sigmas=sigmas))
+        assert list(sigmas) == [1.0, 0.5], "not used up"
+        outputs = omni.generate(["a", "b"], replace(SMALL, num_inference_steps=None, sigmas=[1.0, 0.5]))
+    assert [output.num_inference_steps for output in outputs] == [2, 2]
 
 
 def test_prompts_beyond_the_queue_run_none_of_the_call() -> None:

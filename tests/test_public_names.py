@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,9 +26,9 @@ from vllm_omni.diffusion.data import logger as public_logger
 from vllm_omni.entrypoints.async_omni import AsyncOmni
 from vllm_omni.entrypoints.omni import Omni
 from vllm_omni.errors import ConfigError, InvalidRequestError
-from vllm_omni.foreign.keywords import ignored_keywords
+from vllm_omni.foreign.keywords import as_keywords, flags_by_keyword, ignored_keywords
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
-from vllm_omni.keywords import ACCEPTED
+from vllm_omni.keywords import ACCEPTED, config_of
 from vllm_omni.lora.request import LoRARequest
 from vllm_omni.lora.utils import stable_lora_int_id
 from vllm_omni.outputs import OmniRequestOutput
@@ -159,8 +161,17 @@ async def test_a_list_with_the_parameters_of_each_stage(capsys: pytest.CaptureFi
     [
         (
             {"height": 64},
-            "generate takes no 'height': sampling parameters are given as OmniDiffusionSamplingParams(...)",
+            "generate takes no 'height': it is a sampling parameter: give OmniDiffusionSamplingParams(height=...)",
         ),
+        (
+            {"guidance_scale_2": 2.0},
+            "generate takes no 'guidance_scale_2': it is a sampling parameter: give OmniDiffusionSamplingParams(",
+        ),
+        ({"lora_request": "ink"}, "generate takes no 'lora_request': it is a sampling parameter: give "),
+        ({"priority": 3}, "generate takes no 'priority': it is a sampling parameter: give "),
+        ({"prompt_text": "a"}, "generate takes no 'prompt_text': the prompt is the first argument"),
+        ({"tokenization_kwargs": {"max_length": 3}}, "generate takes no 'tokenization_kwargs': here OmniDiffusionSam"),
+        ({"output_modalities": ["audio"]}, 'output_modalities takes ["image"], or leave it out'),
         ({"negative_prompt": "x"}, "generate takes no 'negative_prompt': it is part of the prompt: {\"prompt\": "),
         ({"py_generator": True}, "generate takes no 'py_generator': outputs come as a list; AsyncOmni gives them "),
     ],
@@ -175,6 +186,35 @@ async def test_other_keywords_of_a_call_are_told_their_place(keywords: dict[str,
         omni.generate("a", OmniDiffusionSamplingParams(**SMALL), py_generator=False)  # type: ignore[arg-type]
 
 
+async def test_keywords_of_a_call_without_effect_are_ignored_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    harmless: dict[str, Any] = {
+        "output_modalities": ["image"],
+        "priority": 0,
+        "lora_request": None,
+        "prompt_text": None,
+    }
+    params = OmniDiffusionSamplingParams(**SMALL)
+    with Omni("demo", progress_bar=False) as omni:
+        omni.generate("a", params, **harmless)
+        assert not caplog.records
+        omni.generate("a", params, session_id="s", trace_headers={"traceparent": "x"}, arrival_time=1.0)  # type: ignore[arg-type]
+        ignored = "ignored, as the pictures are the same without: session_id, trace_headers, arrival_time"
+        assert [record.getMessage() for record in caplog.records] == [ignored]
+        with pytest.raises(InvalidRequestError, match=r"'request_id': AsyncOmni.generate takes it"):
+            omni.generate("a", request_id="x")  # type: ignore[arg-type]
+        for value in (None, 3):
+            message = (
+                "generate takes no 'num_steps'; accepted are prompts, sampling_params, sampling_params_list, use_tqdm"
+            )
+            with pytest.raises(InvalidRequestError, match=message):
+                omni.generate("a", num_steps=value)  # type: ignore[arg-type]
+            message = (
+                "generate takes no 'num_steps'; accepted are prompt, sampling_params, request_id, sampling_params_list"
+            )
+            with pytest.raises(InvalidRequestError, match=message):
+                omni._async.generate("a", num_steps=value)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -183,8 +223,11 @@ async def test_other_keywords_of_a_call_are_told_their_place(keywords: dict[str,
         ({"sequence_parallel_size": 2}, "sequence_parallel_size: here ulysses_degree and ring_degree"),
         ({"deploy_config": "x.yaml"}, "deploy_config 'x.yaml': one model is run, without stages"),
         ({"boundary_ratio": 0.9}, "boundary_ratio 0.9: a model is loaded as its folder says"),
-        ({"lora_path": "x"}, "lora_path: here lora_modules NAME=PATH"),
+        ({"lora_path": "x"}, "lora_path: here lora_modules={name: path}"),
         ({"seed": 3}, 'seed: here default_sampling_params={"seed": ...}'),
+        ({"quantization_config": {"method": "fp8"}}, 'quantization_config: here quantization="fp8"'),
+        ({"stage_id": 1}, "stage_id 1: one model is run, without stages: its settings are keywords"),
+        ({"progress_bar": "no"}, "progress_bar takes true or false, got 'no'"),
         ({"gpu_memory_utilization": 0.5}, "gpu_memory_utilization 0.5: memory is not bounded by a share"),
         ({"tp": 2}, "unknown keyword 'tp'; accepted are model, "),
         ({"tensor_paralel_size": None}, "unknown keyword 'tensor_paralel_size'; accepted are model, parallel_config, "),
@@ -208,6 +251,35 @@ def test_settings_without_effect_are_ignored_and_named(settings: dict[str, Any])
     assert ignored_keywords(dict.fromkeys(settings), ACCEPTED) == []
 
 
+def test_texts_for_keywords_name_no_flags() -> None:
+    flags = [flag for flag in flags_by_keyword().values() if flag.treatment != "ignored"]
+    texts = [as_keywords(flag.text) for flag in flags]
+    assert len(texts) > 50
+    assert [text for text in texts if re.search(r"--|\bflags?\b|FILE|NAME=|quantization fp8|\"lora\":", text)] == []
+
+
+def test_none_is_the_default(caplog: pytest.LogCaptureFixture) -> None:
+    kinds = [OmniDiffusionConfig, DiffusionParallelConfig, OmniDiffusionSamplingParams, LoRARequest]
+    for kind in kinds:
+        required = {"model": "demo"} if kind is OmniDiffusionConfig else {"name": "ink"} if kind is LoRARequest else {}
+        optional = [f.name for f in fields(kind) if f.name not in required]  # type: ignore[arg-type]
+        assert kind(**required, **dict.fromkeys(optional)) == kind(**required), kind
+    nothing: dict[str, Any] = dict.fromkeys(name for name in ACCEPTED if name != "model")
+    assert config_of("demo", nothing) == OmniDiffusionConfig("demo")  # type: ignore[arg-type]
+    unbounded = config_of("demo", nothing, {"max_num_queued_reqs": 7})  # type: ignore[arg-type]
+    assert unbounded.max_num_queued_reqs == 7, "the default of the class that is made, not that of the config"
+    assert config_of(None, {**nothing, "model": "demo"}) == OmniDiffusionConfig("demo")  # type: ignore[typeddict-item]
+    assert not caplog.records
+
+
+def test_progress_bar_beside_a_config() -> None:
+    shown, hidden = OmniDiffusionConfig("demo"), OmniDiffusionConfig("demo", progress_bar=False)
+    assert config_of(hidden, {"progress_bar": True}) == config_of(shown, {}) == shown
+    assert config_of(shown, {"progress_bar": False}) == config_of(hidden, {"progress_bar": None}) == hidden  # type: ignore[typeddict-item]
+    with pytest.raises(ConfigError, match="progress_bar takes true or false, got 'no'"):
+        config_of(shown, {"progress_bar": "no"})  # type: ignore[typeddict-item]
+
+
 def test_a_config_takes_the_keyword_of_a_constructor() -> None:
     parallel = DiffusionParallelConfig(ring_degree=2)
     named: dict[str, Any] = {"parallel_config": parallel}
@@ -229,6 +301,14 @@ def test_degrees_that_mean_the_same(caplog: pytest.LogCaptureFixture) -> None:
     assert [record.getMessage() for record in caplog.records] == [
         "ignored, as the pictures are the same without: pipeline_parallel_size"
     ]
+    pair: dict[str, Any] = {"ulysses_degree": 2, "ring_degree": None, "sequence_parallel_size": 2}
+    two = DiffusionParallelConfig(2)
+    assert DiffusionParallelConfig(**pair) == DiffusionParallelConfig(2, sequence_parallel_size=2) == two  # type: ignore[call-arg]
+    for settings in (pair, {"parallel_config": two, "sequence_parallel_size": 2}):
+        assert config_of("demo", settings).parallel == two  # type: ignore[arg-type]
+    assert OmniDiffusionConfig("demo", two, sequence_parallel_size=2).parallel == two  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match="sequence_parallel_size: here ulysses_degree and ring_degree"):
+        config_of("demo", {"sequence_parallel_size": 4, "ulysses_degree": 2})  # type: ignore[typeddict-unknown-key]
     for wrong, message in (
         ({"use_hsdp": True}, "use_hsdp: here tensor_parallel_size"),
         ({"sequence_parallel_size": 4}, "sequence_parallel_size: here ulysses_degree and ring_degree"),
@@ -246,7 +326,10 @@ def test_degrees_that_mean_the_same(caplog: pytest.LogCaptureFixture) -> None:
     [
         ({"heigth": None}, "unknown parameter 'heigth'; accepted are height, width, "),
         ({"guidance_scale_2": 3.0}, "guidance_scale_2: one scale guides all steps, got 3.0"),
-        ({"extra_args": {"shift": 1.0}}, "extra_args: parameters have fields of their own here, got {'shift': 1.0}"),
+        (
+            {"extra_args": {"shift": 1.0}},
+            "extra_args: parameters have fields of their own here, and no model takes others, got {'shift': 1.0}",
+        ),
         ({"num_images_per_prompt": 2}, "num_images_per_prompt: here num_outputs_per_prompt, got 2"),
         ({"negative_prompt": "x"}, "negative_prompt: it is part of the prompt: "),
         ({"latents": torch.zeros(2)}, "latents: noise is drawn from the seed, got tensor"),
@@ -254,6 +337,10 @@ def test_degrees_that_mean_the_same(caplog: pytest.LogCaptureFixture) -> None:
         ({"generator": [fresh_generator(1), fresh_generator(2)]}, "generator takes one torch.Generator"),
         ({"generator": fresh_generator(1), "seed": 2}, "generator and seed differ: got 1 and 2"),
         ({"lora_requests": ["a", "b"]}, "lora_requests takes a list of one: a request has at most one adapter"),
+        ({"guidance_scale_2": np.array([1.0, 2.0])}, "guidance_scale_2: one scale guides all steps, got array"),
+        ({"eta": torch.zeros(3)}, "eta: the model's own noise scheduler is used, got tensor"),
+        ({"generator": fresh_generator(1), "seed": np.array([1, 2])}, "generator and seed differ: got 1 and array"),
+        ({"latents": torch.zeros(99, 99)}, "latents: noise is drawn from the seed, got tensor([[0., 0., 0."),
     ],
 )
 def test_parameters_that_differ_name_ours(params: dict[str, Any], message: str) -> None:
@@ -282,3 +369,33 @@ def test_adapters_by_their_public_names() -> None:
         LoRARequest("ink", rank=4)  # type: ignore[call-arg]
     with pytest.raises(InvalidRequestError, match="needs a name"):
         LoRARequest(lora_path="/adapters/ink")  # type: ignore[call-arg]
+
+
+def test_positions_are_fields_too() -> None:
+    adapter = LoRARequest("ink", "/a")
+    numbered: dict[str, Any] = {"lora_int_id": 3}
+    assert LoRARequest("ink", "/a", **numbered) == LoRARequest("ink", lora_path="/a", **numbered) == adapter
+    vllm_order: Any = ("ink", 1, "/a")
+    assert LoRARequest(*vllm_order) == LoRARequest(*vllm_order[:2], lora_path=Path("/a")) == adapter
+    assert OmniDiffusionSamplingParams(64, eta=0.0) == OmniDiffusionSamplingParams(height=64)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (LoRARequest, "LoRARequest needs a name; it takes name, path, scale"),
+        (partial(LoRARequest, lora_path="/a"), "LoRARequest needs a name"),
+        (partial(LoRARequest, "a", lora_name="b"), "lora_name and name differ: got 'b' and 'a'"),
+        (partial(LoRARequest, "a", name="b"), "LoRARequest: name is given twice, by its place and by its name"),
+        (partial(LoRARequest, "a", 1), "lora_request takes name, path and scale, got 1 as the path; vLLM's order is"),
+        (partial(LoRARequest, 1, 2, 3, 4), "LoRARequest takes name, path, scale: got 4 arguments"),
+        (partial(OmniDiffusionSamplingParams, 64, height=64), "OmniDiffusionSamplingParams: height is given twice"),
+        (partial(DiffusionParallelConfig, 2, ulysses_degree=2), "DiffusionParallelConfig: ulysses_degree is given tw"),
+        (OmniDiffusionConfig, "OmniDiffusionConfig needs a model; it takes model, parallel, "),
+    ],
+)
+def test_wrong_arguments_are_one_line(make: Callable[[], Any], message: str) -> None:
+    kind = make.func if isinstance(make, partial) else make
+    error = ConfigError if kind in (OmniDiffusionConfig, DiffusionParallelConfig) else InvalidRequestError
+    with pytest.raises(error, match="^" + re.escape(message)):
+        make()

@@ -21,7 +21,8 @@ from vllm_omni.diffusion.data import (
     SchedulingPolicy,
 )
 from vllm_omni.errors import ConfigError
-from vllm_omni.foreign.keywords import ignored_keywords, log_ignored
+from vllm_omni.foreign.constructors import without_none
+from vllm_omni.foreign.keywords import drop_sequence_degree, ignored_keywords, log_ignored
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 class OmniSettings(TypedDict, total=False):
     """The fields of `OmniDiffusionConfig`, which explains them, and of `DiffusionParallelConfig`.
 
-    `parallel_config` is the field `parallel`; its degrees may be given one by one instead. None is no cache.
+    `parallel_config` is the field `parallel`; its degrees may be given one by one instead. None is a field's default.
     """
 
     model: str | os.PathLike[str]
@@ -87,29 +88,30 @@ def config_of(
 
     Raises ConfigError.
     """
+    given = without_none(DiffusionParallelConfig, without_none(OmniDiffusionConfig, settings))
     if isinstance(config, str | os.PathLike):
-        if "model" in settings:
-            raise ConfigError(f"give the model once: got {os.fspath(config)!r} and model={settings['model']!r}")
-        return _from_keywords({**defaults, **settings, "model": config})
+        if "model" in given:
+            raise ConfigError(f"give the model once: got {os.fspath(config)!r} and model={given['model']!r}")
+        return _from_keywords({**defaults, **given, "model": config})
     if config is None:
-        return _from_keywords({**defaults, **settings})
+        return _from_keywords({**defaults, **given})
     if not isinstance(config, OmniDiffusionConfig):
         raise ConfigError(f"the first argument is an OmniDiffusionConfig or a model, got {config!r}")
-    if others := sorted(settings.keys() - {"progress_bar"}):
+    if others := sorted(given.keys() - {"progress_bar"}):
         raise ConfigError(f"give a config or keywords, not both: got a config and {others}")
-    return config if settings.get("progress_bar", True) else replace(config, progress_bar=False)
+    return replace(config, progress_bar=given["progress_bar"]) if given else config
 
 
 def _from_keywords(given: dict[str, Any]) -> OmniDiffusionConfig:
     """Keywords of the public vllm-omni package that change nothing here are ignored, with one line in the log."""
     others = {name: given.pop(name) for name in list(given) if name not in ACCEPTED}
-    log_ignored(ignored_keywords(others, ACCEPTED))
     degrees = {name: given.pop(name) for name in _DEGREES if name in given}
     parallel = given.pop("parallel_config", None)
     if parallel is not None and degrees:
         raise ConfigError(f"give parallel_config or its fields as keywords, not both: got both and {sorted(degrees)}")
-    for name, default in (("cache_backend", "none"), ("cache_config", {})):
-        if given.get(name, default) is None:
-            given[name] = default
+    if parallel is None:
+        parallel = DiffusionParallelConfig(**degrees)
+    drop_sequence_degree(others, parallel)
+    log_ignored(ignored_keywords(others, ACCEPTED))
     given.setdefault("model", "")
-    return OmniDiffusionConfig(**given, parallel=DiffusionParallelConfig(**degrees) if parallel is None else parallel)
+    return OmniDiffusionConfig(**given, parallel=parallel)

@@ -31,7 +31,9 @@ from vllm_omni.diffusion.plan import WorkerReady
 from vllm_omni.diffusion.registry import ModelInfo, load_model_info
 from vllm_omni.diffusion.replicas import Replicas
 from vllm_omni.errors import InvalidRequestError, RequestError, UnavailableError
+from vllm_omni.foreign.constructors import explaining
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt, PromptLike, parse_prompt
+from vllm_omni.inputs.foreign_calls import check_call
 from vllm_omni.jobs import Job, OutputStream
 from vllm_omni.keywords import OmniSettings, config_of
 from vllm_omni.logs.bars import progress_bar
@@ -42,15 +44,22 @@ from vllm_omni.prompt_lists import (
     one_of_stages,
     params_of_prompts,
     raise_first_failure,
-    refuse_keywords,
 )
 
 logger = logging.getLogger(__name__)
 
 SHUTDOWN_SECONDS = 30.0
 StageParams = OmniDiffusionSamplingParams | Iterable[OmniDiffusionSamplingParams] | None
+_ELSEWHERE = {
+    "start_profile": "no profiler is started by requests; output.timings has the seconds of each stage",
+    "stop_profile": "no profiler is started by requests; output.timings has the seconds of each stage",
+    "shutdown": "here close()",
+    "engine": "it is private",
+}
+"""Attributes of the public vllm-omni package's classes of the same names."""
 
 
+@explaining(_ELSEWHERE)
 class AsyncOmni:
     """An engine for one model, on the event loop that runs `start()`: `async with AsyncOmni(model=...) as omni`.
 
@@ -112,6 +121,11 @@ class AsyncOmni:
     def home(self) -> Home:
         return self._home
 
+    @property
+    def default_sampling_params_list(self) -> list[OmniDiffusionSamplingParams]:
+        """The parameters of a request that gives none, in a list of one stage: each is the model's or server's own."""
+        return [OmniDiffusionSamplingParams()]
+
     async def start(self) -> None:
         """Load the weights, warm up, begin to serve. Raises ConfigError or WorkerDiedError with the reason."""
         self._home.settle(self, self._engine)
@@ -142,7 +156,7 @@ class AsyncOmni:
         A wrong or refused request raises a RequestError here, not in the iterator. A failure later is raised by
         the iterator. Closing the iterator early aborts the request. `sampling_params_list`: see `Omni.generate`.
         """
-        refuse_keywords(unknown)
+        check_call(unknown, ("prompt", "sampling_params", "request_id", "sampling_params_list"))
         sampling_params = one_of_stages(sampling_params, sampling_params_list)
         job = self.resolve(prompt, sampling_params, request_id)
         self.warn_of_ignored(job)
@@ -226,6 +240,7 @@ class AsyncOmni:
             await self._engine.close()
 
 
+@explaining(_ELSEWHERE)
 class Omni:
     """`AsyncOmni` for scripts: blocking calls, a progress bar, nothing to close (but it may be, or used in `with`).
 
@@ -275,7 +290,7 @@ class Omni:
         other: when all have ended, the first failure is raised (a RequestError). Its `index` is the number of the
         prompt, and its `outputs` are those of all prompts: a failed one has its `error` and no images.
         """
-        refuse_keywords(unknown)
+        check_call(unknown, ("prompts", "sampling_params", "sampling_params_list", "use_tqdm"))
         prompt_list = list_of_prompts(prompts)
         params_list = params_of_prompts(one_of_stages(sampling_params, sampling_params_list), len(prompt_list))
         shown = self._async.config.progress_bar and bool(use_tqdm)
@@ -310,6 +325,11 @@ class Omni:
                     raise
                 raise error_of_prompt(error, index, len(jobs)) from error.__cause__
         return streams
+
+    @property
+    def default_sampling_params_list(self) -> list[OmniDiffusionSamplingParams]:
+        """See `AsyncOmni.default_sampling_params_list`."""
+        return self._async.default_sampling_params_list
 
     def _call(self, coroutine: Any) -> Any:
         if self._async.home.is_fork or not self._finalizer.alive:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
+
 
 class Platform:
     """The device that models run on by default (`device="auto"`)."""
@@ -21,6 +23,9 @@ class Platform:
 
     def is_npu(self) -> bool:
         return False
+
+    def pre_register_and_update(self, parser: ArgumentParser | None = None) -> None:
+        """Leave `parser` as it is: no device here has flags of its own."""
 
 
 current_omni_platform = Platform()

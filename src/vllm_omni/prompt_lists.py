@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from vllm_omni.errors import InvalidRequestError, RequestError
-from vllm_omni.foreign.constructors import asks_nothing
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt, PromptLike
-from vllm_omni.inputs.foreign_params import IN_PROMPT, PROMPT_FORM
 from vllm_omni.outputs import OmniRequestOutput
 
 
@@ -32,12 +31,14 @@ def params_of_prompts(params: Any, num_prompts: int) -> list[Any]:
     An object of another kind is given to every prompt, so that the check of a prompt names it.
     """
     is_one = params is None or isinstance(params, str | bytes | Mapping | OmniDiffusionSamplingParams)
-    listed = None if is_one else _list(params)
+    # One more than the prompts: `itertools.repeat` never ends.
+    listed = None if is_one else _list(params, num_prompts + 1)
     if listed is None:
         listed = [params] * num_prompts
     if len(listed) != num_prompts:
+        num_params = f"more than {num_prompts}" if len(listed) > num_prompts else len(listed)
         raise InvalidRequestError(
-            f"got {num_prompts} prompts and {len(listed)} sampling_params: give one, or one each",
+            f"got {num_prompts} prompts and {num_params} sampling_params: give one, or one each",
             param="sampling_params",
         )
     for one in listed:
@@ -61,11 +62,12 @@ def one_of_stages(sampling_params: Any, sampling_params_list: Any) -> Any:
     """
     if sampling_params_list is None:
         return sampling_params
-    listed = [sampling_params_list]
-    if isinstance(sampling_params_list, Iterable) and not isinstance(sampling_params_list, str | Mapping):
-        listed = list(sampling_params_list)
+    is_one = isinstance(sampling_params_list, str | Mapping)
+    listed = None if is_one else _list(sampling_params_list, 2)
+    if listed is None:
+        listed = [sampling_params_list]
     if sampling_params is not None or len(listed) != 1:
-        got = f"{len(listed)} of them" if sampling_params is None else "sampling_params too"
+        got = ("several of them" if listed else "none") if sampling_params is None else "sampling_params too"
         raise InvalidRequestError(
             "sampling_params_list takes the parameters of the one stage that a model has here, got "
             f"{got}; sampling_params takes one for all prompts, or a list of one each",
@@ -74,29 +76,15 @@ def one_of_stages(sampling_params: Any, sampling_params_list: Any) -> Any:
     return listed[0]
 
 
-def refuse_keywords(keywords: Mapping[str, Any]) -> None:
-    """Raise InvalidRequestError for keywords that `generate` does not have, unless they ask for nothing."""
-    for name in keywords:
-        if asks_nothing(keywords[name]):
-            continue
-        if name == "py_generator":
-            here = "outputs come as a list; AsyncOmni gives them one by one"
-        elif name in IN_PROMPT:
-            here = PROMPT_FORM
-        else:
-            here = "sampling parameters are given as OmniDiffusionSamplingParams(...)"
-        raise InvalidRequestError(f"generate takes no {name!r}: {here}", param=name)
-
-
-def _list(items: Any) -> list[Any] | None:
-    """None for an object that cannot be iterated over."""
+def _list(items: Any, most: int | None = None) -> list[Any] | None:
+    """The first `most` items, or all; None for an object that cannot be iterated over."""
     if not isinstance(items, Iterable):
         return None
     try:
         iterator = iter(items)
     except TypeError:  # an array without dimensions says that it can be iterated over
         return None
-    return list(iterator)
+    return list(islice(iterator, most))
 
 
 def raise_first_failure(outputs: Sequence[OmniRequestOutput]) -> None:

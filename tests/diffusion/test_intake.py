@@ -609,7 +609,7 @@ def test_pictures_may_be_fitted_before() -> None:
     [
         ((), "edits pictures and got none; it takes them as multi_modal_data"),
         ((black(16, 16),) * 3, "at most 2 pictures on this model, got 3"),
-        ((b"png",), "PIL images, got bytes"),
+        ((3,), "PIL images, got int"),
         ((Image.new("F", (16, 16)),), "modes .* got F"),
     ],
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vllm_omni import AsyncOmni, Omni
 from vllm_omni.diffusion.data import DiffusionParallelConfig
+from vllm_omni.inputs import data
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
 Omni(modle="demo")  # type: ignore[call-arg]
@@ -25,3 +26,6 @@ omni.generate("a", heigth=64)  # type: ignore[arg-type]
 omni.generate("a", {"height": 64})  # type: ignore[dict-item]
 omni.generate(iter(["a", "b"]), [params, params])
 AsyncOmni("demo").generate("a", params, step=3)  # type: ignore[arg-type]
+data.OmniSamplingParms  # type: ignore[attr-defined]  # noqa: B018
+params.extra_args  # type: ignore[attr-defined]  # noqa: B018
+omni.start_profile()  # type: ignore[attr-defined]

@@ -37,7 +37,7 @@ StepsMaskPolicy = Literal["slow", "medium", "fast", "ultra"]
 StepsComputationPolicy = Literal["dynamic", "static"]
 
 
-@converting(convert_degrees)
+@converting(convert_degrees, ConfigError)
 @dataclass(frozen=True)
 class DiffusionParallelConfig:
     """How many devices share the work, axis by axis (outermost first: data, cfg, ring, ulysses, tensor)."""
@@ -246,7 +246,7 @@ def _require_at_least(least: int, value: float, name: str) -> None:
     _require(least <= value < math.inf, name, value, f"{kind} of at least {least}")
 
 
-@converting(convert_settings)
+@converting(convert_settings, ConfigError)
 @dataclass(frozen=True)
 class OmniDiffusionConfig:
     """Everything the engine needs to know; the HTTP server has its own settings."""

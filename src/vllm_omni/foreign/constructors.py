@@ -1,35 +1,91 @@
-"""Keywords of other packages in the constructors of our dataclasses."""
+"""Keywords, positions and attributes of other packages in our dataclasses and classes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import fields
-from functools import wraps
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import MISSING, Field, FrozenInstanceError, fields
+from functools import cache, wraps
+from typing import Any, Never, TypeVar
 
 T = TypeVar("T")
 Converter = Callable[[dict[str, Any], Collection[str]], dict[str, Any]]
 
 
-def converting(convert: Converter) -> Callable[[type[T]], type[T]]:
-    """Class decorator for a dataclass.
+def converting(convert: Converter, error: Callable[[str], Exception]) -> Callable[[type[T]], type[T]]:
+    """Class decorator for a frozen dataclass.
 
     `convert(keywords, names)` is called where a keyword is not the name of a field: it returns keywords that are, or
-    raises an error that lists `names`. Type checkers see the fields alone.
+    raises an error that lists `names`. Its keywords include the positional arguments, by the names of their fields.
+    None is the default of a field that has another one. A field that is missing or given twice, and one argument too
+    many, raise `error`. Type checkers see the fields alone.
     """
 
     def decorate(cls: Any) -> Any:
         construct = cls.__init__
-        names = tuple(f.name for f in fields(cls))
+        all_fields = fields(cls)
+        names = tuple(f.name for f in all_fields)
         known = frozenset(names)
+        required = tuple(f.name for f in all_fields if not _has_default(f))
 
         @wraps(construct)
         def init(self: Any, *args: Any, **keywords: Any) -> None:
-            if not keywords.keys() <= known:
-                keywords = convert(keywords, names)
-            construct(self, *args, **keywords)
+            if len(args) > len(names):
+                raise error(f"{cls.__name__} takes {', '.join(names)}: got {len(args)} arguments")
+            given = dict(zip(names, args))
+            if twice := given.keys() & keywords.keys():
+                raise error(f"{cls.__name__}: {min(twice)} is given twice, by its place and by its name")
+            given.update(keywords)
+            if not given.keys() <= known:
+                given = convert(given, names)
+            for name in required:
+                if name not in given:
+                    raise error(f"{cls.__name__} needs a {name}; it takes {', '.join(names)}")
+            construct(self, **without_none(cls, given))
 
-        cls.__init__ = init
+        def refuse(self: Any, name: str, value: Any) -> Never:
+            raise FrozenInstanceError(
+                f"a {cls.__name__} cannot be changed: make another one with dataclasses.replace(..., {name}=...)"
+            )
+
+        cls.__init__, cls.__setattr__ = init, refuse
+        return cls
+
+    return decorate
+
+
+def without_none(cls: Any, keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """`keywords` less those that are None and whose field of the dataclass `cls` has another default.
+
+    Scripts hand on what `argparse` gives for a flag that was not used.
+    """
+    others = _never_none(cls)
+    return {name: value for name, value in keywords.items() if value is not None or name not in others}
+
+
+@cache
+def _never_none(cls: Any) -> frozenset[str]:
+    return frozenset(f.name for f in fields(cls) if _has_default(f) and f.default is not None)
+
+
+def _has_default(f: Field[Any]) -> bool:
+    return f.default is not MISSING or f.default_factory is not MISSING
+
+
+def explaining(texts: Mapping[str, str]) -> Callable[[type[T]], type[T]]:
+    """Class decorator: an attribute that the class does not have, but another package's class, says what to use.
+
+    `texts`: the attribute's name to the message of the AttributeError. Type checkers see the other attributes alone.
+    """
+
+    def decorate(cls: Any) -> Any:
+        def getattr_(self: Any, name: str) -> Never:
+            raise AttributeError(
+                f"{name}: {texts[name]}" if name in texts else f"{cls.__name__!r} object has no attribute {name!r}",
+                name=name,
+                obj=self,
+            )
+
+        cls.__getattr__ = getattr_
         return cls
 
     return decorate

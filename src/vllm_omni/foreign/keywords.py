@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 from vllm_omni.errors import ConfigError
@@ -30,7 +31,18 @@ _WITHOUT_FLAG = (
     *renamed("a config as the first argument, or its fields as keywords", "--od-config= --engine-args="),
     *refused(
         "one model is run, without stages: its settings are keywords",
-        "--deploy-config= --stage-configs-path= --stage-configs= --stage-overrides= --strategy-config=",
+        "--deploy-config= --stage-configs-path= --stage-configs= --stage-overrides= --strategy-config= --stage-id=",
+        "0",
+    ),
+    *renamed("lora_modules={name: path}", "--lora-path=+"),
+    *renamed("OmniDiffusionSamplingParams(lora_request=..., lora_scale=...)", "--lora-scale="),
+    *renamed('quantization="fp8"', "--quantization-config= --diffusion-quantization-config="),
+    *renamed("Python's logging", "--log-level= --log-file= --logging-config= --log-config-file=", "INFO", "info"),
+    *refused(
+        "it is a setting of a server, and none runs here",
+        "--api-server-count= --grpc --grpc-port= --tokens-only --enable-scale-out --diffusion-streaming-output "
+        "--video-output-transport= --h11-max-incomplete-event-size= --h11-max-header-count=",
+        "1",
     ),
 )
 """Written like flags; they stand before flags of the same name, whose text is for a command line."""
@@ -46,14 +58,14 @@ def ignored_keywords(keywords: Mapping[str, Any], accepted: Collection[str]) -> 
     """
     found = []
     for name, value in keywords.items():
-        flag = _flags_by_keyword().get(name)
+        flag = flags_by_keyword().get(name)
         if flag is None:
             raise ConfigError(f"unknown keyword {name!r}; accepted are {', '.join(accepted)}")
         if asks_nothing(value):
             continue
         values = [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]
         if not flag.is_harmless([] if value is True else values):
-            here = _as_keywords(flag.text)
+            here = as_keywords(flag.text)
             raise ConfigError(f"{name}: here {here}" if flag.treatment == "renamed" else f"{name} {value!r}: {here}")
         found.append(name)
     return found
@@ -69,11 +81,17 @@ def convert_degrees(keywords: dict[str, Any], names: Collection[str]) -> dict[st
     """Fields of `DiffusionParallelConfig` (`names`) for keywords that are not all fields. Raises ConfigError."""
     ours = {name: value for name, value in keywords.items() if name in names}
     others = {name: value for name, value in keywords.items() if name not in names}
-    sequence = [ours.get("ulysses_degree", 1), ours.get("ring_degree", 1)]
-    if all(isinstance(d, int) for d in sequence) and others.get("sequence_parallel_size") == math.prod(sequence):
-        del others["sequence_parallel_size"]
+    drop_sequence_degree(others, SimpleNamespace(**ours))
     log_ignored(ignored_keywords(others, names))
     return ours
+
+
+def drop_sequence_degree(others: dict[str, Any], parallel: Any) -> None:
+    """Drop `sequence_parallel_size` from `others` where it is the product that the degrees of `parallel` say too."""
+    degrees = [getattr(parallel, name, None) for name in ("ulysses_degree", "ring_degree")]
+    sequence = [1 if degree is None else degree for degree in degrees]
+    if all(isinstance(d, int) for d in sequence) and others.get("sequence_parallel_size") == math.prod(sequence):
+        del others["sequence_parallel_size"]
 
 
 def convert_settings(keywords: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
@@ -87,12 +105,13 @@ def convert_settings(keywords: dict[str, Any], names: Collection[str]) -> dict[s
         if "parallel" in ours:
             raise ConfigError("give parallel or parallel_config, which mean the same: got both")
         ours["parallel"] = others.pop("parallel_config")
+    drop_sequence_degree(others, ours.get("parallel"))
     log_ignored(ignored_keywords(others, names))
     return ours
 
 
 @cache
-def _flags_by_keyword() -> Mapping[str, ForeignFlag]:
+def flags_by_keyword() -> Mapping[str, ForeignFlag]:
     flags: dict[str, ForeignFlag] = {}
     for flag in (*_WITHOUT_FLAG, *VLLM_OMNI_FLAGS, *VLLM_FLAGS):
         for name in flag.names:
@@ -101,6 +120,6 @@ def _flags_by_keyword() -> Mapping[str, ForeignFlag]:
     return flags
 
 
-def _as_keywords(text: str) -> str:
+def as_keywords(text: str) -> str:
     """A text of the tables with keywords in place of flags."""
     return re.sub(r"--([a-z][a-z-]*)", lambda m: _SHORT_FLAGS.get(m[1], m[1].replace("-", "_")), text)

@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_omni.errors import InvalidRequestError
-from vllm_omni.foreign.constructors import converting
-from vllm_omni.inputs.foreign_params import convert_adapter, convert_params
+from vllm_omni.foreign.constructors import converting, explaining
+from vllm_omni.foreign.names import refusing
+from vllm_omni.inputs.foreign_params import NO_FIELDS, convert_adapter, convert_params
+from vllm_omni.inputs.kinds import shown
 
 
-@converting(convert_adapter)
+@converting(convert_adapter, InvalidRequestError)
 @dataclass(frozen=True, slots=True)
 class LoRARequest:
     """A LoRA adapter: one that was given at start, by its name, or another one by its path.
 
     `path`: a safetensors file, or a folder with one. `OmniDiffusionSamplingParams.lora_scale` goes before `scale`.
+    vLLM's order, with a number between name and path, is taken too.
     """
 
     name: str
@@ -25,11 +28,21 @@ class LoRARequest:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
+        if isinstance(self.path, int):
+            if not isinstance(self.scale, str | os.PathLike):
+                raise InvalidRequestError(
+                    f"lora_request takes name, path and scale, got {shown(self.path)} as the path; vLLM's order is "
+                    "name, number, path",
+                    param="lora_request",
+                )
+            object.__setattr__(self, "path", self.scale)
+            object.__setattr__(self, "scale", 1.0)
         if isinstance(self.path, os.PathLike):
             object.__setattr__(self, "path", os.fspath(self.path))
 
 
-@converting(convert_params)
+@explaining(NO_FIELDS)
+@converting(convert_params, InvalidRequestError)
 @dataclass(frozen=True, slots=True)
 class OmniDiffusionSamplingParams:
     """How to make one picture or video; `None` means the model's own default.
@@ -81,24 +94,36 @@ class OmniDiffusionSamplingParams:
         return replace(self, **missing)
 
 
+PARAMETERS = tuple(f.name for f in fields(OmniDiffusionSamplingParams))
+
+
 @dataclass(frozen=True, slots=True)
 class OmniPrompt:
-    """One prompt with what belongs to it; `images` are PIL images, or `InputImage`s, for editing models."""
+    """One prompt with what belongs to it.
+
+    `images` are PIL images, or `InputImage`s, for editing models: one, or any sequence or iterator of them. Raises
+    InvalidRequestError for a path or bytes in their place.
+    """
 
     prompt: str
     negative_prompt: str | None = None
     images: tuple[Any, ...] = ()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "images", _listed_images(self.images))
+
 
 PromptLike = str | Mapping[str, Any] | OmniPrompt
 
 _PROMPT_KEYS = ("prompt", "negative_prompt", "multi_modal_data")
+_MODALITIES = "modalities"
 
 
 def parse_prompt(value: PromptLike) -> OmniPrompt:
     """A string or `{"prompt", "negative_prompt", "multi_modal_data": {"image": ...}}` as an `OmniPrompt`.
 
-    Raises InvalidRequestError for anything else, naming the key.
+    A mapping may also ask for images alone, as scripts of the public vllm-omni package do (`modalities`). Raises
+    InvalidRequestError for anything else, naming the key.
     """
     if isinstance(value, OmniPrompt):
         return value
@@ -109,7 +134,8 @@ def parse_prompt(value: PromptLike) -> OmniPrompt:
             f"a prompt is a string or a mapping with {_PROMPT_KEYS}, got {type(value).__name__}",
             param="prompt",
         )
-    if unknown := set(value) - set(_PROMPT_KEYS):
+    check_modalities(value.get(_MODALITIES), _MODALITIES)
+    if unknown := set(value) - {*_PROMPT_KEYS, _MODALITIES}:
         raise InvalidRequestError(
             f"unknown prompt keys {sorted(map(str, unknown))}, accepted are {_PROMPT_KEYS}", param="prompt"
         )
@@ -123,15 +149,55 @@ def parse_prompt(value: PromptLike) -> OmniPrompt:
     return OmniPrompt(prompt, negative, _parse_images(value.get("multi_modal_data")))
 
 
-def _parse_images(data: Any) -> tuple[Any, ...]:
+def check_modalities(modalities: Any, name: str) -> None:
+    """Raise InvalidRequestError unless `modalities` asks for images alone, or for nothing."""
+    asked = [modalities] if isinstance(modalities, str) else modalities
+    if asked is None or (isinstance(asked, list | tuple) and all(isinstance(m, str) and m == "image" for m in asked)):
+        return
+    raise InvalidRequestError(
+        f'{name} takes ["image"], or leave it out: a model makes what it was made for, got {shown(modalities)}',
+        param=name,
+    )
+
+
+def _parse_images(data: Any) -> Any:
     if data is None:
         return ()
     if not isinstance(data, Mapping) or set(data) - {"image"}:
         raise InvalidRequestError(
             'multi_modal_data must be {"image": PIL image or list of them}', param="multi_modal_data"
         )
-    images = data.get("image")
+    return data.get("image")
+
+
+def _listed_images(images: Any) -> tuple[Any, ...]:
+    """One image, or several, as a tuple. Raises InvalidRequestError for a path or bytes."""
     if images is None:
         return ()
-    # Not any iterable: an array is one, and no list of pictures.
-    return tuple(images) if isinstance(images, Sequence | Iterator) else (images,)
+    # Not any iterable: an array is one, and no list of pictures. A string is a sequence of strings.
+    is_list = isinstance(images, Sequence | Iterator) and not isinstance(images, str | bytes | bytearray)
+    listed = tuple(images) if is_list else (images,)
+    for image in listed:
+        if isinstance(image, str | bytes | bytearray | os.PathLike):
+            got = type(image).__name__ if isinstance(image, bytes | bytearray) else shown(image)
+            raise InvalidRequestError(
+                "an image is a PIL image: open it first, with PIL.Image.open(path) or "
+                f"PIL.Image.open(io.BytesIO(data)), got {got}",
+                param="image",
+            )
+    return listed
+
+
+_MAPPING = 'a prompt is a string or a mapping with "prompt", "negative_prompt" and "multi_modal_data"'
+if not TYPE_CHECKING:  # type checkers know our names alone
+    __getattr__ = refusing(
+        __name__,
+        {
+            **dict.fromkeys(
+                ("OmniTextPrompt", "OmniTokensPrompt", "OmniEmbedsPrompt", "OmniCustomPrompt", "OmniSingletonPrompt"),
+                _MAPPING,
+            ),
+            "OmniPromptType": "here PromptLike",
+            "OmniSamplingParams": "here OmniDiffusionSamplingParams",
+        },
+    )

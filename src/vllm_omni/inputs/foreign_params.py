@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from numbers import Real
 from typing import Any
 
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.foreign.constructors import asks_nothing
+from vllm_omni.inputs.kinds import shown
 
 PROMPT_FORM = 'it is part of the prompt: {"prompt": ..., "negative_prompt": ..., "multi_modal_data": {"image": ...}}'
 IN_PROMPT = ("prompt", "negative_prompt", "image", "pil_image")
@@ -15,7 +17,7 @@ _REPLACED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "boundary_ratio": ("a model is loaded as its folder says", ()),
     "cfg_normalize": ("here cfg_normalization", ()),
     "eta": ("the model's own noise scheduler is used", (0.0,)),
-    "extra_args": ("parameters have fields of their own here", ()),
+    "extra_args": ("parameters have fields of their own here, and no model takes others", ()),
     "frame_rate": ("here fps", ()),
     "guidance_rescale": ("guidance is not rescaled", (0.0,)),
     "guidance_scale_2": ("one scale guides all steps", (1.0,)),
@@ -33,6 +35,10 @@ _REPLACED: dict[str, tuple[str, tuple[Any, ...]]] = {
 """Name -> the replacement here, or the reason why there is none; and the values that are ignored, because they ask for
 nothing: the public package's defaults, which its examples give."""
 _TAKEN = ("generator", "lora_requests", "lora_scales")
+FOREIGN_PARAMS = (*_REPLACED, *_TAKEN)
+"""Names of other packages that `OmniDiffusionSamplingParams` knows."""
+NO_FIELDS = {name: text for name, (text, _) in _REPLACED.items()}
+"""Fields of other packages' parameters that ours do not have: what to use, or why not."""
 
 
 def convert_params(keywords: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
@@ -47,8 +53,8 @@ def convert_params(keywords: dict[str, Any], names: Collection[str]) -> dict[str
         if name not in _REPLACED:
             raise InvalidRequestError(f"unknown parameter {name!r}; accepted are {', '.join(names)}", param=name)
         text, harmless = _REPLACED[name]
-        if not asks_nothing(value) and not (name == "extra_args" and _is_empty(value)) and value not in harmless:
-            raise InvalidRequestError(f"{name}: {text}, got {value!r:.200}", param=name)
+        if not asks_nothing(value) and not (name == "extra_args" and _is_empty(value)) and not _is_in(value, harmless):
+            raise InvalidRequestError(f"{name}: {text}, got {shown(value)}", param=name)
     if (generator := keywords.get("generator")) is not None:
         _put(ours, "seed", seed_of(generator), "generator")
     for name, ours_name in (("lora_requests", "lora_request"), ("lora_scales", "lora_scale")):
@@ -61,16 +67,30 @@ def _is_empty(values: Any) -> bool:
     return isinstance(values, dict) and all(map(asks_nothing, values.values()))
 
 
+def _is_in(value: Any, harmless: tuple[Any, ...]) -> bool:
+    # An array compares item by item, and has no truth of its own.
+    return isinstance(value, Real | str) and value in harmless
+
+
 def _put(ours: dict[str, Any], name: str, value: Any, given_as: str) -> None:
-    if ours.get(name) is not None and ours[name] != value:
-        raise InvalidRequestError(f"{given_as} and {name} differ: got {value!r} and {ours[name]!r}", param=name)
+    if ours.get(name) is not None and not _are_equal(ours[name], value):
+        raise InvalidRequestError(
+            f"{given_as} and {name} differ: got {shown(value)} and {shown(ours[name])}", param=name
+        )
     ours[name] = value
+
+
+def _are_equal(a: Any, b: Any) -> bool:
+    try:
+        return bool(a == b)
+    except (RuntimeError, TypeError, ValueError):  # an array has no truth of its own
+        return False
 
 
 def _only(name: str, values: Any) -> Any:
     if not isinstance(values, list | tuple) or len(values) > 1:
         raise InvalidRequestError(
-            f"{name} takes a list of one: a request has at most one adapter, got {values!r:.200}", param=name
+            f"{name} takes a list of one: a request has at most one adapter, got {shown(values)}", param=name
         )
     return values[0]
 
@@ -100,14 +120,15 @@ def seed_of(generator: Any) -> int:
 def convert_adapter(keywords: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
     """Fields of `LoRARequest` (`names`) for `lora_name`, `lora_path` and `lora_int_id`. Raises InvalidRequestError.
 
-    The number has no meaning here: adapters are known by name and path.
+    The number has no meaning here: adapters are known by name and path. So it is dropped where the second positional
+    argument is that of vLLM, beside `lora_path`.
     """
     ours = {name: value for name, value in keywords.items() if name in names}
+    if "lora_path" in keywords and isinstance(ours.get("path"), int):
+        del ours["path"]
     for name, value in keywords.items():
         if name in ("lora_name", "lora_path"):
             _put(ours, name.removeprefix("lora_"), value, name)
         elif name not in names and name != "lora_int_id":
             raise InvalidRequestError(f"lora_request: unknown {name!r}; accepted are {', '.join(names)}", param=name)
-    if "name" not in ours:
-        raise InvalidRequestError("lora_request needs a name", param="lora_request")
     return ours

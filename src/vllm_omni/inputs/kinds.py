@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass, replace
 from functools import cache
 from numbers import Integral, Real
@@ -109,7 +109,9 @@ def _fit_number(value: Any) -> float:
 
 def _fit_items(value: Any, kind: Any) -> tuple[Any, ...]:
     words = "a list of integers" if kind is int else "a list of numbers"
+    # Not an iterator: one object may be for many prompts, and the first would use it up.
+    but_no = (str, bytes, Mapping, Iterator)
     try:
-        return tuple(fit(item, kind) for item in _instance(value, Iterable, words, but_no=(str, bytes, Mapping)))
+        return tuple(fit(item, kind) for item in _instance(value, Iterable, words, but_no=but_no))
     except (MisfitError, TypeError):  # the second: an array without dimensions says that it can be iterated over
         raise MisfitError(words) from None

@@ -1,0 +1,1 @@
+"""Functions that scripts import from here in the public vllm-omni package."""

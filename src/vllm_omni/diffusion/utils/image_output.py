@@ -1,0 +1,21 @@
+"""Pictures of outputs, under the import path of the public vllm-omni package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from vllm_omni.foreign.names import refusing
+from vllm_omni.outputs import OmniRequestOutput
+
+
+def extract_images_from_outputs(outputs: OmniRequestOutput | Sequence[OmniRequestOutput] | None) -> list[Image.Image]:
+    """The `images` of the first output that has some, otherwise an empty list."""
+    listed = [outputs] if isinstance(outputs, OmniRequestOutput) else outputs or ()
+    return next((output.images for output in listed if output.images), [])
+
+
+if not TYPE_CHECKING:  # type checkers know our names alone
+    __getattr__ = refusing(__name__, {}, "the pictures of an output are output.images")
