@@ -57,7 +57,7 @@ def read_header(root: Path, name: str) -> dict[str, StoredWeight]:
 
 
 def _why_unreadable(root: Path, name: str, error: Exception) -> str:
-    """What is wrong with a file that the safetensors library refused with `error`."""
+    """Explain in one line why the safetensors library refused a file with `error`."""
     with open_file(root, name) as stream:
         try:
             size = stream.seek(0, 2)

@@ -47,9 +47,11 @@ def test_parts_are_put_together_from_shards(tmp_path: Path) -> None:
     weights = tensors()
     shards = {"a.safetensors": ["blocks.0.right.bias", "blocks.0.left.weight"]}
     shards["b.safetensors"] = [name for name in weights if name not in shards["a.safetensors"]]
+    # The last shard counts, as in diffusers and transformers, and entries of weights that no shard holds do not.
+    surplus = {"a.safetensors": {"blocks.0.plain.weight": torch.zeros(3)}}
     for file, names in shards.items():
-        save_file({name: weights[name] for name in names}, tmp_path / file)
-    weight_map = {name: file for file, names in shards.items() for name in names}
+        save_file({name: weights[name] for name in names} | surplus.get(file, {}), tmp_path / file)
+    weight_map = {name: file for file, names in shards.items() for name in names} | {"gone": "a.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     counted: list[int] = []
 

@@ -40,6 +40,7 @@ def component_classes(path: Path) -> dict[str, type[Any]]:
 
 
 def _class_of(name: str, component: Component) -> type[Any]:
+    """The class of the component `name`. Raises ConfigError for what is no class that may be loaded."""
     try:
         cls = getattr(_module_of(component.library), component.class_name, None)
     except (ImportError, RuntimeError):  # the libraries import at first use, and some names need what is not installed
