@@ -23,11 +23,11 @@ from vllm_omni.diffusion.models.diffusers_fallback.config_sizes import (
 from vllm_omni.diffusion.models.diffusers_fallback.info import describe
 from vllm_omni.errors import ConfigError
 
-ODD = ["60", [], {}, None, -5, 0, 10**9, 1.5, True, float("nan"), float("inf"), [0, 0], [1], ["1"], [10**9], [None]]
+ODD = ["60", [], {}, None, -5, 0, 10**9, 1.5, True, float("nan"), [0, 0], [1], [10**9], [None]]
 SIZE_KEYS = (*NUMBERS, *LISTS, *NUMBERS_OR_LISTS, *SWITCHES)
 
 
-FURTHER_KEYS = ("HunyuanVideo15Pipeline", "LTXImageToVideoPipeline", "StableDiffusion3Pipeline")
+FURTHER_KEYS = ("HunyuanVideo15Pipeline", "LTXImageToVideoPipeline")
 """Pipelines whose configs are also given the keys that only others have."""
 
 
