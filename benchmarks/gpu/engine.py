@@ -136,7 +136,6 @@ def forced_cache(steps: int) -> dict[str, Any]:
         "cache_backend": "cache_dit",
         "cache_config": {
             **README_CACHE,
-            "max_warmup_steps": 0,
             "steps_computation_mask": forced_mask(steps),
             "steps_computation_policy": "static",
             "max_continuous_cached_steps": -1,

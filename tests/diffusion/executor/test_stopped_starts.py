@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.diffusion.executor.workers import Endless, closing, is_alive, name_of
+from tests.diffusion.executor.workers import EndlessStart, closing, is_alive, name_of
 from tests.fakes import FakeExecutor, FakeRunner, make_config
 from tests.patience import GUARD_SECONDS, until
 from vllm_omni.diffusion.data import DiffusionParallelConfig
@@ -17,15 +17,9 @@ from vllm_omni.diffusion.engine import DiffusionEngine
 from vllm_omni.diffusion.executor import Executor
 from vllm_omni.diffusion.executor.inline import InlineExecutor
 from vllm_omni.diffusion.executor.multiproc import MultiprocExecutor
-from vllm_omni.diffusion.plan import StepPlan, WorkerReady
+from vllm_omni.diffusion.plan import WorkerReady
 from vllm_omni.diffusion.replicas import Replicas
 from vllm_omni.errors import UnavailableError, WorkerDiedError
-
-
-class EndlessStart(FakeRunner):
-    def start(self, first: WorkerReady | None = None) -> WorkerReady:
-        Endless.execute(self, StepPlan(0))
-        raise AssertionError
 
 
 class LateStart(FakeRunner):

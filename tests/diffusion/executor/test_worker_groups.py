@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.diffusion.executor.workers import Endless, Gated, HoldsTheLock, closing, is_alive, name_of
+from tests.diffusion.executor.workers import Endless, EndlessStart, Gated, HoldsTheLock, closing, is_alive, name_of
 from tests.fakes import FakeRunner, fake_image, make_config, make_ready, make_request
 from tests.patience import GUARD_SECONDS, until
 from vllm_omni.diffusion.data import DiffusionParallelConfig
@@ -92,12 +92,6 @@ class LongStart(FakeRunner):
     def start(self, first: WorkerReady | None = None) -> WorkerReady:
         time.sleep(0.5)
         return super().start(first)
-
-
-class EndlessStart(FakeRunner):
-    def start(self, first: WorkerReady | None = None) -> WorkerReady:
-        Endless.execute(self, StepPlan(0))
-        raise AssertionError
 
 
 class HoldsTheLockAtStart(FakeRunner):
