@@ -236,8 +236,9 @@ def test_degrees_that_mean_the_same(caplog: pytest.LogCaptureFixture) -> None:
     ):
         with pytest.raises(ConfigError, match=f"^{message}"):
             DiffusionParallelConfig(**wrong)
-    policy = parse_cache_config("cache_dit", {"scm_steps_policy": "static"})
-    assert policy == parse_cache_config("cache_dit", {"steps_computation_policy": "static"})
+    mask = {"scm_steps_mask_policy": "fast"}
+    policy = parse_cache_config("cache_dit", {**mask, "scm_steps_policy": "static"})
+    assert policy == parse_cache_config("cache_dit", {**mask, "steps_computation_policy": "static"})
 
 
 @pytest.mark.parametrize(
