@@ -121,7 +121,7 @@ async def until_idle(client: httpx.AsyncClient) -> None:
 
 
 async def usage_of(server: ServedModel) -> Usage:
-    """What the server holds once it has noticed that its clients have closed their connections."""
+    """Memory, descriptors and processes of the server, once it has noticed that its clients have gone."""
     usages = []
     for _ in range(NUM_USAGES):
         usages.append(server.usage())
