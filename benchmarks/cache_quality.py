@@ -1,4 +1,4 @@
-"""What step caches save against what they cost: time saved, PSNR and SSIM to the uncached picture, setting by setting.
+"""Savings of step caches against their cost: time saved, PSNR and SSIM to the uncached picture, setting by setting.
 
     python -m benchmarks.cache_quality --prompts 100
 
@@ -60,7 +60,7 @@ TEA_CACHE: dict[str, Config] = {
 NUM_CALIBRATION_PROMPTS = 8
 REFERENCE_EVERY = 2
 HIGHEST_PSNR = 100.0
-"""Of pictures that are equal."""
+"""PSNR in decibels that stands for equal pictures."""
 
 
 @dataclass
@@ -87,7 +87,7 @@ def demo_prompts(count: int) -> list[str]:
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Of two uint8 pictures, in decibels."""
+    """Peak signal-to-noise ratio of two uint8 pictures, in decibels."""
     error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
     return HIGHEST_PSNR if error == 0 else min(HIGHEST_PSNR, float(10 * np.log10(255.0**2 / error)))
 

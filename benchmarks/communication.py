@@ -1,4 +1,4 @@
-"""What a denoising step says between ranks, by layout, next to what theory says. Bytes are exact; nothing is timed.
+"""Bytes that ranks exchange in a denoising step, by layout, next to the theory. Bytes are exact; nothing is timed.
 
     python -m benchmarks.communication              # a random model of 4 layers, 8 heads of 16; gloo processes
 

@@ -1,4 +1,4 @@
-"""What float8 costs in quality: pictures at `--quantization fp8` and in bfloat16 against float32's.
+"""Quality that float8 costs: pictures at `--quantization fp8` and in bfloat16 against float32's.
 
     python -m benchmarks.fp8_quality --prompts 100
 

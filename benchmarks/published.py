@@ -39,4 +39,4 @@ TRANSFORMERS: dict[str, Config] = {
 }
 """Qwen/Qwen-Image and Tongyi-MAI/Z-Image-Turbo."""
 UNGUIDED = ("z-image",)
-"""Those that are run without guidance: distilled."""
+"""Distilled models, which run without guidance."""

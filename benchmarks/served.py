@@ -23,7 +23,7 @@ WORKER = "vllm_omni.diffusion.worker.main"
 
 @dataclass(frozen=True)
 class Usage:
-    """What the server's process holds, and how many processes it has started that still run."""
+    """Memory and descriptors of the server's process, and the number of its child processes that still run."""
 
     megabytes: float
     descriptors: int

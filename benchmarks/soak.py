@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import math
 import os
 import random
@@ -72,11 +73,27 @@ async def send_faults(
     for fault in faults:
         await asyncio.sleep(max(0.0, start + fault.at - time.monotonic()))
         before = await read_counts(client)
-        os.kill(rng.choice(server.workers()).pid, fault.number)
+        await signal_a_worker(server, fault.number, rng)
         seconds.append(await seconds_until(client, partial(_runs_again, before)))
         if math.inf in (seconds[-1], await seconds_until(client, partial(_has_caught_up, before))):
             break
     return seconds
+
+
+async def signal_a_worker(server: ServedModel, number: int, rng: random.Random) -> None:
+    """Signal one of the workers that live.
+
+    Waits for one where all have just died, and chooses again where the chosen one ends meanwhile. Raises RuntimeError
+    when there is none in PATIENCE_SECONDS.
+    """
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < deadline:
+        if workers := server.workers():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rng.choice(workers).pid, number)
+                return
+        await asyncio.sleep(LOOK_SECONDS)
+    raise RuntimeError(f"no worker lives, and none was started in {PATIENCE_SECONDS:g} s")
 
 
 def _runs_again(before: Counts, now: Counts) -> bool:
@@ -104,7 +121,7 @@ async def until_idle(client: httpx.AsyncClient) -> None:
 
 
 async def usage_of(server: ServedModel) -> Usage:
-    """What the server holds once it has noticed that its clients have closed their connections."""
+    """Memory, descriptors and processes of the server, once it has noticed that its clients have gone."""
     usages = []
     for _ in range(NUM_USAGES):
         usages.append(server.usage())

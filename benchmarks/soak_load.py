@@ -1,4 +1,4 @@
-"""What the clients of a soak send, and what they count."""
+"""Clients of a soak: the requests that they send, and their counts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from PIL import Image
 GENERATIONS = "/v1/images/generations"
 CHAT = "/v1/chat/completions"
 PAUSE_SECONDS = 0.1
-"""Of a client after a wrong answer: a server that is gone refuses connections at once."""
+"""Pause of a client after a wrong answer: a server that is gone refuses connections at once."""
 Pictures = list[np.ndarray]
 """uint8 [height, width, 3] each."""
 
@@ -35,7 +35,7 @@ class Case:
     seed: int
     n: int = 1
     scale: float | None = None
-    """Of guidance, with an empty negative prompt; None: no guidance."""
+    """Guidance scale, with an empty negative prompt; None: no guidance."""
 
     @property
     def body(self) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class UnexpectedAnswerError(Exception):
 
 @dataclass
 class Tally:
-    """What all clients saw together."""
+    """Counts of all clients together."""
 
     answered: int = 0
     """Good requests that got their pictures."""

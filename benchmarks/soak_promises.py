@@ -1,4 +1,4 @@
-"""What a server promises under a soak, and whether what was seen keeps it."""
+"""Promises of a server under a soak, and the check of what was seen against them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from benchmarks.served import Usage
 from benchmarks.soak_load import Tally
 
 MOST_DESCRIPTORS = 8
-"""By which those that the server holds may grow: connections that clients keep open."""
+"""Allowed growth of the server's open descriptors: clients keep connections open."""
 _FAULTY_LINES = r"^Traceback|never retrieved|was never awaited"
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What `/metrics` says."""
+    """Counts that `/metrics` reports."""
 
     success: int
     failed: int
@@ -41,14 +41,14 @@ class Counts:
         return self.success + self.failed + self.aborted
 
     def since(self, before: Counts) -> Counts:
-        """What was counted since; `under_way` stays the number now."""
+        """Difference to the counts `before`; `under_way` stays the number now."""
         values = {name: value - getattr(before, name) for name, value in vars(self).items()}
         return Counts(**{**values, "under_way": self.under_way})
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was seen of a run."""
+    """Everything that was seen of one run."""
 
     tally: Tally
     before: Counts
@@ -58,7 +58,7 @@ class Evidence:
     num_faults: int
     """Signals for workers that were planned."""
     healed: Sequence[float]
-    """Of those that were sent, the seconds until fresh workers ran; infinite: they never did."""
+    """Seconds from each fault that was sent until fresh workers ran; infinite: they never did."""
     health: int
     """Status of `/health` in the end."""
 
@@ -72,7 +72,7 @@ class Promise:
     allowed: str
     is_kept: bool
     details: Sequence[str] = ()
-    """What breaks it."""
+    """Texts of the answers that break the promise."""
 
 
 async def read_counts(client: httpx.AsyncClient) -> Counts:

@@ -42,7 +42,7 @@ class Item:
 
 @dataclass
 class Outcome:
-    """What a client saw of one request; times in seconds, `sent` and `done` from the start of the run."""
+    """Record of one request as its client saw it; times in seconds, `sent` and `done` from the start of the run."""
 
     index: int
     kind: str

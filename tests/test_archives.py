@@ -17,8 +17,8 @@ import pytest
 from vllm_omni import __version__
 
 ROOT = Path(__file__).parents[1]
-TOP_FILES = ("LICENSE", "MANIFEST.in", "NOTICE", "README.md", "pyproject.toml", "setup.cfg")
-FOLDERS = ("docs", "src", "tests")
+TOP_FILES = ("LICENSE", "MANIFEST.in", "Makefile", "NOTICE", "README.md", "pyproject.toml", "setup.cfg")
+FOLDERS = (".ci", "benchmarks", "deploy", "docs", "requirements", "src", "tests", "tools")
 CACHED = "module.cpython-311.pyc"
 LARGE_BYTES = 1_000_000
 BROUGHT_BY = {
@@ -26,6 +26,7 @@ BROUGHT_BY = {
     "pydantic_core": "pydantic",
     "setproctitle": "vllm",
     "starlette": "fastapi",
+    "tokenizers": "transformers",
     "triton": "torch",
     "uvloop": "vllm",
     "yaml": "pyyaml",
@@ -63,7 +64,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, checkout / name, ignore=ignore, copy_function=copy_without_weights)
     for name in TOP_FILES:
         shutil.copyfile(ROOT / name, checkout / name)
-    for package in ("src/vllm_omni", "src/vllm_omni/demo_model", "tests", "docs"):
+    for package in ("src/vllm_omni", "src/vllm_omni/demo_model", "tests", "benchmarks", "docs"):
         (checkout / package / "__pycache__").mkdir()
         (checkout / package / "__pycache__" / CACHED).touch()
     (folder / "sdist").mkdir()
@@ -102,18 +103,39 @@ def test_the_wheel_carries_the_package_and_nothing_else(wheel: Path) -> None:
         assert set(archive.namelist()) == package | {f"vllm_omni-{__version__}.dist-info/{name}" for name in about}
 
 
-def test_the_source_archive_carries_the_package_and_its_docs(sdist: Path) -> None:
+def test_the_source_archive_is_a_checkout(sdist: Path) -> None:
     names = {str(path.relative_to(sdist)) for path in sdist.rglob("*") if path.is_file()}
     names = {name for name in names if ".egg-info/" not in name}
-    assert names == files_of("src", "docs") | {*TOP_FILES, "PKG-INFO"}
+    assert names == files_of(*FOLDERS) | {*TOP_FILES, "PKG-INFO"}
 
 
 def test_what_the_readme_and_the_docs_link_to_is_in_the_source_archive(sdist: Path) -> None:
     pages = [sdist / "README.md", *sdist.glob("docs/*.md"), sdist / "src/vllm_omni/demo_model/README.md"]
     links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#]+)", page.read_text())]
     assert len(links) > 10
-    absent = [f"{page}: {link}" for page, link in links if not (page.parent / link).exists()]
-    assert [link for link in absent if ": tests/" not in link] == []
+    assert [f"{page}: {link}" for page, link in links if not (page.parent / link).exists()] == []
+
+
+def test_what_the_readmes_commands_name_is_in_the_source_archive(sdist: Path) -> None:
+    readme = (sdist / "README.md").read_text()
+    modules = set(re.findall(r"python -m (benchmarks[\w.]*\w)", readme))
+    targets = set(re.findall(r"(?:^|`)make ([a-z-]+)", readme, re.MULTILINE))
+    assert modules
+    assert "test" in targets
+    places = [sdist / module.replace(".", "/") for module in modules]
+    assert [place for place in places if not (place.with_suffix(".py").exists() or place.is_dir())] == []
+    makefile = (sdist / "Makefile").read_text()
+    assert [target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)] == []
+    scripts = set(re.findall(r"\b(?:tools|requirements|benchmarks)/[\w./-]+\.\w+", makefile))
+    assert scripts
+    assert [script for script in scripts if not (sdist / script).exists()] == []
+
+
+def test_the_metadata_names_every_python_that_is_tried(metadata: Message) -> None:
+    named = re.findall(r"Python :: (3\.\d+)\n", "".join(f"{c}\n" for c in metadata.get_all("Classifier", [])))
+    assert metadata["Requires-Python"] == f">={named[0]}"
+    assert [int(version.partition(".")[2]) for version in named] == [*range(11, 11 + len(named))]
+    assert len(named) == 3
 
 
 def test_the_metadata_describes_the_project(metadata: Message) -> None:
@@ -123,9 +145,7 @@ def test_the_metadata_describes_the_project(metadata: Message) -> None:
     classifiers = metadata.get_all("Classifier", [])
     assert "Typing :: Typed" in classifiers
     assert not [name for name in classifiers if name.startswith("License ::")], "the licence is an SPDX expression"
-    urls = [line.split(", ", 1) for line in metadata.get_all("Project-URL", [])]
-    assert urls
-    assert all(len(label) <= 32 and url.startswith("https://") for label, url in urls)
+    assert metadata.get_all("Project-URL", []) == [], "the project has no public address yet"
 
 
 def test_the_metadata_requires_what_the_package_imports(metadata: Message) -> None:

@@ -85,7 +85,7 @@ def run_sections(bench: Bench, sections: Sequence[str], only: Sequence[str], sec
 
 
 def run_case(case: Case) -> list[Row]:
-    """What cannot run becomes a row with the reason, whatever it is: the other cases are worth their time."""
+    """Run a case. Any failure becomes a row with its reason, because the other cases are worth their time."""
     try:
         return case.run()
     except ConfigError as error:

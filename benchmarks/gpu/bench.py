@@ -1,4 +1,4 @@
-"""What all sections share: models, sizes, engines, and the card that predictions are made with."""
+"""Shared parts of all sections: models, sizes, engines, and the card that predictions are made with."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Bench:
     """Fewer steps; whole pictures are not as long as asked for, and rows say how long."""
     layouts: tuple[dict[str, int], ...]
     enforce_eager: bool = False
-    """Of engines."""
+    """Setting of all engines: neither compile nor capture CUDA graphs."""
 
     def model(self, name: str) -> str:
         return str(write_model(name, self.models / f"{name}{'-tiny' * self.tiny}", self.tiny))
@@ -142,7 +142,7 @@ Subject = TypeVar("Subject")
 
 
 class Lazy(Generic[Subject]):
-    """What several cases share and none may need: made when first asked for, closed at the end; a refusal is kept."""
+    """Object that several cases share: made when first asked for, closed at the end; a refusal is kept."""
 
     def __init__(self, make: Callable[[], Subject], close: Callable[[Subject], object]) -> None:
         self._make = make

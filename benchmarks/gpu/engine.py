@@ -17,7 +17,7 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 PICTURES = (("qwen-image", 50, 1), ("z-image", 9, 3))
 """Model, steps, repeats."""
 WARM_UP_STEPS = 4
-"""Of the picture that is drawn first and not counted."""
+"""Steps of the picture that is drawn first and not counted."""
 README_CACHE = {"enable_taylorseer": True, "taylorseer_order": 2}
 """The setting that README recommends."""
 COMPUTED_FIRST, RUN_OF_SKIPS = 4, 3
@@ -136,7 +136,6 @@ def forced_cache(steps: int) -> dict[str, Any]:
         "cache_backend": "cache_dit",
         "cache_config": {
             **README_CACHE,
-            "max_warmup_steps": 0,
             "steps_computation_mask": forced_mask(steps),
             "steps_computation_policy": "static",
             "max_continuous_cached_steps": -1,

@@ -1,5 +1,7 @@
-"""What ranks measure together: exchanges of a step's sizes, attention around them, shared decodes. Seconds of the
-slowest rank; every rank must call the same functions in the same order."""
+"""Measurements that ranks make together: exchanges of a step's sizes, attention around them, shared decodes.
+
+Seconds of the slowest rank; every rank must call the same functions in the same order.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ class Exchange:
 
     seconds: float
     wire_bytes: float
-    """That leave the rank, or reach it, where those are more."""
+    """Bytes that leave the rank or reach it, whichever are more."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Decodes:
     shared: float
     """The tiles dealt to all ranks."""
     largest_share: float
-    """Of the area of all tiles, what the rank that has most of it decodes."""
+    """Share of the area of all tiles that the rank with the most of it decodes."""
 
 
 def together(world: World, device: torch.device, run: Callable[[], object], warm_ups: int = WARM_UPS) -> float:
@@ -176,7 +178,7 @@ def _shares(
 
 
 def fastest_attention(device: torch.device, head_dim: int) -> AttentionBackendName:
-    """Of a GPU cuDNN's, where it runs, as a worker that measures them finds; every rank finds the same."""
+    """Fastest backend on this device, the same on every rank; on a GPU cuDNN's where it runs, as workers measure."""
     if device.type == "cpu":
         return "sdpa"
     setting = Setting(device, torch.cuda.get_device_capability(device), dtype_on(device), head_dim)
@@ -185,7 +187,7 @@ def fastest_attention(device: torch.device, head_dim: int) -> AttentionBackendNa
 
 
 def decodes(world: World, device: torch.device, folder: str, size: Size) -> Decodes:
-    """Of a picture of Qwen-Image: one rank alone, whole and in the VAE's tiles, and all ranks together."""
+    """Decode times of a Qwen-Image picture: one rank alone, whole and in the VAE's tiles, and all ranks together."""
     vae = load_autoencoder(
         AutoencoderKLQwenImage, Path(folder) / "vae", device, dtype_on(device), lambda count: None, "dummy"
     )

@@ -35,7 +35,7 @@ class Family:
     build: Callable[[Path], object] | None
     """None: the model that the package brings."""
     fields: Fields
-    """Of requests."""
+    """Fields of the requests."""
     arguments: Fields
     """The same for diffusers."""
     edits: int = 0
@@ -52,7 +52,7 @@ class Family:
         return path
 
     def requests(self, path: Path) -> list[DiffusionRequest]:
-        """Of several sizes, to be drawn at once."""
+        """Requests of several sizes, to be drawn at once."""
         common = {"num_inference_steps": STEPS, **self.fields}
         if self.edits:
             return [

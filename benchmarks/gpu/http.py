@@ -1,4 +1,4 @@
-"""What a client of the HTTP app waits longer than a caller of the engine, picture by picture."""
+"""Extra time that a client of the HTTP app waits beside a caller of the engine, picture by picture."""
 
 from __future__ import annotations
 

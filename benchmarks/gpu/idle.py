@@ -18,7 +18,7 @@ from benchmarks.timing import Spread, measure
 NUM_STEPS, WARM_UPS = 5, 3
 HOST_SIDES = (1024, 512, 256)
 GRAIN = 20
-"""Of the picture that is encoded: as noisy as a photograph."""
+"""Noise of the picture that is encoded: as much as a photograph has."""
 
 
 def section_idle(bench: Bench) -> Iterator[Case]:
@@ -29,7 +29,7 @@ def section_idle(bench: Bench) -> Iterator[Case]:
 
 @torch.inference_mode()
 def _gaps(bench: Bench) -> list[Row]:
-    """Of the time of some steps one after another, that in which the device ran no kernel."""
+    """Time within consecutive steps in which the device ran no kernel."""
     case = "device idle within steps"
     if bench.device.type != "cuda":
         return [Row(case, refused="needs a GPU")]

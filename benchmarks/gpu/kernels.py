@@ -21,7 +21,7 @@ from vllm_omni.diffusion.worker.runner import ModelRunner
 
 KINDS = ("gemm", "fp8", "attention", "copy")
 HIGHEST_PSNR = 120.0
-"""Of pictures that are equal."""
+"""PSNR in decibels that stands for equal pictures."""
 
 
 def section_ceilings(bench: Bench) -> Iterator[Case]:

@@ -29,7 +29,7 @@ SIZES = (1024, 1536, 2048)
 WARM_UP_STEPS, NUM_STEPS, CACHED_STEPS = 4, 20, 50
 REPEATS = 2
 REPEATED_SECONDS = 4.0
-"""What takes longer is measured once."""
+"""Longest time of a measurement that is repeated; a longer one is made once."""
 LONG_TEXT_TOKENS = 500
 
 
@@ -59,7 +59,7 @@ def check_devices(bench: Bench, count: int) -> None:
 
 
 def section_layouts(bench: Bench) -> Iterator[Case]:
-    """Of each layout the steps of every size, then a long prompt's, then whole pictures with the cache forced."""
+    """Measure each layout: the steps of every size, then a long prompt's, then whole pictures with the cache forced."""
     sizes = [bench.size(side) for side in (SIZES[:1] if bench.tiny else SIZES)]
     for degrees in ({}, *bench.layouts):
         layout = Layout(bench, name_of(degrees), DiffusionParallelConfig(**degrees))
@@ -86,7 +86,7 @@ class Layout:
 
     @property
     def num_cached_steps(self) -> int:
-        """Of a picture with the cache; in small enough for the pattern to skip."""
+        """Steps of a picture with the cache; at least as many as the pattern needs to skip one."""
         return max(16, self.bench.steps(CACHED_STEPS))
 
     def case(self, size: Size, name: str | None = None) -> str:
@@ -118,7 +118,7 @@ class Layout:
         return 1e3 * floor_of(cost, card, self.parallel).total
 
     def steps(self, omni: Lazy[Omni], size: Size) -> list[Row]:
-        """Of a picture without a cache: milliseconds a step, and how far its pixels are from one device's."""
+        """Rows of a picture without a cache: milliseconds a step, and how far its pixels are from one device's."""
         seconds, output = self._step_seconds(omni.get(), size, OmniPrompt(PROMPT, NEGATIVE))
         cost = self.bench.cost(MODEL, [size], self.parallel)
         detail: dict[str, Any] = {"steps": NUM_STEPS}
@@ -155,7 +155,7 @@ class Layout:
         return [Row(case, total, "ms", self.predicted_picture(size), detail=detail)]
 
     def _step_seconds(self, omni: Omni, size: Size, prompt: OmniPrompt) -> tuple[Spread, OmniRequestOutput]:
-        """Of a step, the mean over a picture's; and the last picture. A shorter picture warms up."""
+        """Mean seconds of a picture's steps, and the last picture. A shorter picture warms up."""
         self._picture(omni, size, prompt, WARM_UP_STEPS, cache=False)
         outputs: list[OmniRequestOutput] = []
         while len(outputs) < REPEATS:

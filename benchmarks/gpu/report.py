@@ -31,7 +31,7 @@ class Row:
         return cls(case, 1e3 * seconds.median, "ms", predicted, spread, detail={"repeats": seconds.repeats, **detail})
 
     def line(self) -> str:
-        """Of a Markdown table."""
+        """Row of a Markdown table."""
         predicted = "" if self.predicted is None else f"{self.predicted:.4g}"
         if self.measured is None:
             return f"| {self.case} | {predicted} | refused: {self.refused} | | |"

@@ -22,7 +22,7 @@ from vllm_omni.diffusion.worker.runner import ModelRunner
 
 MODEL, Z_IMAGE = "qwen-image", "z-image"
 NUM_STEPS = 100
-"""Of the request whose steps are timed; more than are repeated."""
+"""Steps of the request that is timed; more than the number of repeats."""
 WARM_UPS = 4
 BUDGET_SECONDS = 2.5
 
@@ -55,7 +55,7 @@ class Contender:
     name: str
     start: Callable[[], StepOf]
     sides: tuple[int, ...] = (1024,)
-    """Of the pictures, in pixels."""
+    """Sides of the square pictures, in pixels."""
 
 
 def contenders(bench: Bench) -> Iterator[Contender]:

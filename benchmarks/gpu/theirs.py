@@ -16,7 +16,7 @@ from vllm_omni.diffusion.models.loading import load_weights
 from vllm_omni.diffusion.sampling import combine_guidance
 
 StepOf = Callable[[Size], Callable[[], object]]
-"""Of a loaded model: a size -> what makes a step of one picture of it."""
+"""Function of a loaded model: takes a size, returns a function that runs one step of one picture of that size."""
 
 
 def start_diffusers(bench: Bench, model: str, compiled: bool) -> StepOf:

@@ -1,1 +1,1 @@
-"""What a denoising step costs in theory, and how near a card comes to it: `python -m benchmarks.roofline`."""
+"""Theoretical cost of a denoising step, and how near a card comes to it: `python -m benchmarks.roofline`."""

@@ -51,7 +51,7 @@ def read_transformer(model: str) -> Mapping[str, Any]:
 
 
 def num_parameters(config: Mapping[str, Any]) -> int:
-    """Of the whole transformer."""
+    """Number of parameters of the whole transformer."""
     import torch
 
     from vllm_omni.diffusion.distributed.groups import Group

@@ -1,4 +1,4 @@
-"""What cards promise, and the least time that a step takes on one."""
+"""Data sheets of cards, and the least time that a step takes on one."""
 
 from __future__ import annotations
 

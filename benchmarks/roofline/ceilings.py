@@ -1,4 +1,4 @@
-"""What this card really gives: matrix products at a model's shapes, attention, copies."""
+"""Measured speed of the card at hand: matrix products at a model's shapes, attention, copies."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from vllm_omni.diffusion.packing import Offsets
 
 
 def gemm_seconds(gemm: Gemm, device: torch.device, dtype: torch.dtype, budget: float = BUDGET_SECONDS) -> Spread:
-    """Of one of the products."""
+    """Seconds of one product of the shape `gemm`."""
     x = torch.randn(gemm.rows, gemm.inner, dtype=dtype, device=device)
     weight = torch.randn(gemm.columns, gemm.inner, dtype=dtype, device=device)
     return measure(lambda: torch.nn.functional.linear(x, weight), device, budget=budget)
 
 
 def fp8_gemm_seconds(gemm: Gemm, device: torch.device, budget: float = BUDGET_SECONDS) -> Spread:
-    """Of one of the products in float8, a scale for each row, into bfloat16; without what rounds the input.
+    """Seconds of one product in float8, with a scale for each row, into bfloat16; rounding the input is not counted.
 
     Raises RuntimeError where the device has no such product.
     """
@@ -44,7 +44,10 @@ def attention_seconds(
     dtype: torch.dtype,
     budget: float = BUDGET_SECONDS,
 ) -> Spread:
-    """Of one layer: all sequences in a pack. Raises ConfigError or NotAvailableError for a backend that is not here."""
+    """Seconds of one layer's attention, all sequences in one pack.
+
+    Raises ConfigError or NotAvailableError for a backend that is not here.
+    """
     attend = create_attention(backend).attend
     heads, head_dim = shapes[0].heads, shapes[0].head_dim
     offsets = Offsets.of([shape.queries for shape in shapes], device)

@@ -19,7 +19,7 @@ from vllm_omni.diffusion.packing import cut
 from vllm_omni.diffusion.placement import balance
 
 ELEMENT_BYTES = 2
-"""Of activations, and of weights that are not in float8."""
+"""Bytes of an element of activations, and of weights that are not in float8."""
 ONE_DEVICE = DiffusionParallelConfig()
 
 
@@ -72,7 +72,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class StepCost:
-    """Of one rank."""
+    """Work of one rank in one denoising step."""
 
     gemms: tuple[Gemm, ...]
     attentions: tuple[Attention, ...]
@@ -108,7 +108,7 @@ class Transformer(Protocol):
     def num_blocks(self) -> int: ...
     @property
     def channels(self) -> int:
-        """Of a velocity's token."""
+        """Channels of one token of the predicted velocity."""
 
     @property
     def num_image_layers(self) -> int:
@@ -120,7 +120,10 @@ class Transformer(Protocol):
     def pixels_per_token(self) -> int: ...
 
     def gemms(self, text: int, image: int, tensor: int, blocks: float) -> list[Gemm]:
-        """Of so many tokens through so many blocks, of one of `tensor` ranks that share every layer."""
+        """Matrix products of one rank, where `tensor` ranks share every layer.
+
+        text, image: tokens; blocks: how many blocks they pass.
+        """
 
     def pointwise_elements(self, text: int, image: int, tensor: int, blocks: float) -> float:
         """Numbers read and written besides."""

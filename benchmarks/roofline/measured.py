@@ -30,11 +30,11 @@ class Ceiling:
     """By the data sheet; not a number for a card that is not in the table."""
     refused: str = ""
     weight: float = 0.0
-    """Of the step's FLOPs, those of this shape."""
+    """FLOPs of this shape in one step."""
 
 
 def card_at_hand() -> Card | None:
-    """What is promised of the device; None where the table has it not."""
+    """Data sheet of the device; None for a device that is not in the table."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return next((card for key, card in CARDS.items() if key.upper() in name), None)
 
@@ -69,7 +69,7 @@ def ceilings(cost: StepCost, copy_bytes: int = COPY_BYTES, budget: float = BUDGE
 
 
 def rate_of(found: list[Ceiling], kind: str) -> float | None:
-    """Of all shapes together, as the step weighs them; of attention, the fastest backend's."""
+    """Rate over all shapes of one kind, weighted as in the step; for attention, the fastest backend's."""
     known = [c for c in found if c.kind == kind and c.rate]
     if not known:
         return None

@@ -110,7 +110,7 @@ def test_flops_and_exchanges_are_those_of_the_transformer(model_path: Path, layo
 
 
 def test_a_step_that_a_cache_skips(model_path: Path) -> None:
-    config = {"steps_computation_mask": [1, 1, 0, 0], "steps_computation_policy": "static", "max_warmup_steps": 0}
+    config = {"steps_computation_mask": [1, 1, 0, 0], "steps_computation_policy": "static"}
     (found,) = run_places(
         measure,
         DiffusionParallelConfig(),

@@ -9,6 +9,7 @@ import signal
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -111,6 +112,26 @@ def test_a_worker_is_killed_every_minute_and_one_is_stopped() -> None:
     kill, stop = signal.SIGKILL, signal.SIGSTOP
     assert plan == [(60.0, kill), (90.0, stop), (120.0, kill), (180.0, kill), (240.0, kill)]
     assert plan_faults(60.0, 60.0) == []
+
+
+async def test_a_fault_waits_for_a_worker_that_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At first none does; the first one that does has ended when it is signalled."""
+    monkeypatch.setattr(soak, "LOOK_SECONDS", 0.0)
+    looks = [[], [2], [], [3]]
+    signals = []
+
+    def kill(pid: int, number: int) -> None:
+        if pid == 2:
+            raise ProcessLookupError
+        signals.append((pid, number))
+
+    monkeypatch.setattr(soak.os, "kill", kill)
+    server = SimpleNamespace(workers=lambda: [SimpleNamespace(pid=pid) for pid in looks.pop(0)])
+    await soak.signal_a_worker(server, signal.SIGSTOP, random.Random(0))  # type: ignore[arg-type]
+    assert (signals, looks) == ([(3, signal.SIGSTOP)], [])
+    monkeypatch.setattr(soak, "PATIENCE_SECONDS", 0.0)
+    with pytest.raises(RuntimeError, match="no worker lives, and none was started in 0 s"):
+        await soak.signal_a_worker(server, signal.SIGSTOP, random.Random(0))  # type: ignore[arg-type]
 
 
 async def test_clients_are_answered_in_every_way_and_count_what_they_see(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from vllm_omni.diffusion.data import (
+    _CACHE_KEYS,
     CacheDiTConfig,
     DiffusionParallelConfig,
     OmniDiffusionConfig,
@@ -175,6 +176,37 @@ STATIC = {**MASK, "steps_computation_policy": "static"}
             "max_accumulated_residual_diff_threshold 0.3 has no effect beside residual_diff_threshold from 1 on",
         ),
         ({"warmup_interval": 2, "max_warmup_steps": 1}, "warmup_interval 2 has no effect with max_warmup_steps below"),
+        ({**MASK, "max_warmup_steps": 8}, "max_warmup_steps 8 has no effect beside a mask, whose ones at its head are"),
+        ({**STATIC, "max_warmup_steps": 0}, "max_warmup_steps 0 has no effect beside a mask"),
+        ({"scm_steps_mask_policy": "fast", "warmup_interval": 2}, "warmup_interval 2 has no effect beside a mask"),
+        (
+            {"max_cached_steps": 5, "max_continuous_cached_steps": 6},
+            "max_continuous_cached_steps 6 has no effect beside max_cached_steps 5",
+        ),
+        (
+            {"max_cached_steps": 5, "max_continuous_cached_steps": 5},
+            "max_continuous_cached_steps 5 has no effect beside max_cached_steps 5",
+        ),
+        (
+            {"residual_diff_threshold": 0, "enable_taylorseer": True},
+            "enable_taylorseer True has no effect beside residual_diff_threshold 0, at which every step is computed",
+        ),
+        (
+            {"max_cached_steps": 0, "Bn_compute_blocks": 1},
+            "Bn_compute_blocks 1 has no effect beside max_cached_steps 0",
+        ),
+        (
+            {"max_continuous_cached_steps": 0, "max_cached_steps": 4},
+            "max_cached_steps 4 has no effect beside max_continuous_cached_steps 0",
+        ),
+        (
+            {**MASK, "residual_diff_threshold": 0.0},
+            "steps_computation_mask (1, 1, 0, 1) has no effect beside residual_d",
+        ),
+        (
+            {"steps_computation_mask": [1, 1], "steps_computation_policy": "static"},
+            "steps_computation_mask (1, 1) has no effect beside steps_computation_policy 'static', which skips its",
+        ),
     ],
 )
 def test_cache_settings_that_change_nothing_are_refused(settings: dict, refusal: str) -> None:
@@ -187,8 +219,28 @@ def test_cache_settings_that_repeat_a_default_or_ask_for_what_is_done_anyway_are
     defaults = {f.name: getattr(CacheDiTConfig, f.name) for f in fields(CacheDiTConfig)}
     assert parse_cache_config("cache_dit", defaults) == CacheDiTConfig()
     unlimited = {"max_continuous_cached_steps": -1, "residual_diff_threshold": 1.0}
-    for settings in ({**defaults, **STATIC}, {**STATIC, **unlimited}, {**MASK, "max_warmup_steps": 8}):
+    zeros: list[dict] = [{"residual_diff_threshold": 0.0}, {"max_cached_steps": 0}, {"max_continuous_cached_steps": 0}]
+    fewer: dict = {"max_cached_steps": 2}  # than the default's 3 in a row
+    for settings in ({**defaults, **STATIC}, {**STATIC, **unlimited}, {**defaults, **MASK}, fewer, *zeros):
         parse_cache_config("cache_dit", settings)
+
+
+def test_a_polynomial_for_a_threshold_of_zero_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"coefficients \[1\.0\] has no effect beside rel_l1_thresh 0, at which every"
+    ):
+        parse_cache_config("tea_cache", {"coefficients": [1.0], "rel_l1_thresh": 0})
+    assert parse_cache_config("tea_cache", {"rel_l1_thresh": 0}) == TeaCacheConfig(rel_l1_thresh=0.0)
+
+
+@pytest.mark.parametrize("name", _CACHE_KEYS)
+@pytest.mark.parametrize("values", [("static", "dynamic"), ("dynamic", "dynamic")])
+def test_one_setting_under_two_names_is_refused(name: str, values: tuple[str, str]) -> None:
+    both = dict(zip((name, _CACHE_KEYS[name]), values))
+    for settings in (both, dict(reversed(both.items()))):
+        with pytest.raises(ConfigError) as caught:
+            parse_cache_config("cache_dit", settings)
+        assert str(caught.value) == f"--cache-config: give {name} or {_CACHE_KEYS[name]}, which mean the same: got both"
 
 
 def test_a_cache_has_one_mask() -> None:

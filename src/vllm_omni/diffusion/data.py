@@ -101,6 +101,11 @@ class TeaCacheConfig:
         _require(
             good, _cache_key("coefficients"), terms, "a list of at least one finite number, or none for the model's own"
         )
+        if terms is not None and self.rel_l1_thresh == 0:
+            raise ConfigError(
+                f"{_cache_key('coefficients')} {list(terms)} has no effect beside rel_l1_thresh 0, at which every step "
+                "is computed"
+            )
 
 
 @dataclass(frozen=True)
@@ -116,9 +121,9 @@ class CacheDiTConfig:
     warmup_interval: int = 1
     """During the warm-up every n-th step is computed in any case, from the first step on."""
     max_cached_steps: int = -1
-    """-1: no limit."""
+    """-1: no limit; 0: every step is computed."""
     max_continuous_cached_steps: int = 3
-    """-1: no limit."""
+    """-1: no limit; 0: every step is computed."""
     max_accumulated_residual_diff_threshold: float | None = None
     """Above 0; None: no limit."""
     enable_taylorseer: bool = False
@@ -161,6 +166,13 @@ class CacheDiTConfig:
         """Settings that ask for something and change nothing beside the others: name, and why."""
         has_mask = self.scm_steps_mask_policy is not None or self.steps_computation_mask is not None
         always = self.residual_diff_threshold >= 1
+        if has_mask:
+            for name in self._set_among("max_warmup_steps", "warmup_interval"):
+                yield name, "beside a mask, whose ones at its head are the warm-up"
+        if self._set_among("max_continuous_cached_steps") and (
+            0 <= self.max_cached_steps <= self.max_continuous_cached_steps
+        ):
+            yield "max_continuous_cached_steps", f"beside max_cached_steps {self.max_cached_steps}"
         if self.taylorseer_order != type(self).taylorseer_order and not self.enable_taylorseer:
             yield "taylorseer_order", "without enable_taylorseer"
         if self.max_accumulated_residual_diff_threshold is not None and always:
@@ -168,17 +180,36 @@ class CacheDiTConfig:
         if self.warmup_interval > 1 and self.max_warmup_steps < 2:
             yield "warmup_interval", "with max_warmup_steps below 2"
         if self.steps_computation_policy != "static":
+            yield from self._without_cached_steps()
             return
         if not has_mask:
             yield "steps_computation_policy", "without scm_steps_mask_policy or steps_computation_mask"
-        for name, harmless in (
-            ("residual_diff_threshold", always),
-            ("max_cached_steps", False),
-            ("max_continuous_cached_steps", self.max_continuous_cached_steps < 0),
-            ("max_accumulated_residual_diff_threshold", False),
-        ):
-            if getattr(self, name) != getattr(type(self), name) and not harmless:
+        if self.steps_computation_mask is not None and 0 not in self.steps_computation_mask:
+            yield (
+                "steps_computation_mask",
+                "beside steps_computation_policy 'static', which skips its zeros: it has none",
+            )
+        harmless = {
+            "residual_diff_threshold": always,
+            "max_continuous_cached_steps": self.max_continuous_cached_steps < 0,
+        }
+        for name in self._set_among("residual_diff_threshold", *_LIMITS):
+            if not harmless.get(name, False):
                 yield name, "beside steps_computation_policy 'static', which skips all steps with a 0 in the mask"
+
+    def _without_cached_steps(self) -> Iterator[tuple[str, str]]:
+        """All other settings, where a zero among them has every step computed."""
+        zeros = ("residual_diff_threshold", "max_cached_steps", "max_continuous_cached_steps")
+        if cause := next((name for name in zeros if getattr(self, name) == 0), None):
+            for name in self._set_among(*(f.name for f in fields(self) if f.name != cause)):
+                yield name, f"beside {cause} 0, at which every step is computed"
+
+    def _set_among(self, *names: str) -> list[str]:
+        """Those of `names` that have another value than the default."""
+        return [name for name in names if getattr(self, name) != getattr(type(self), name)]
+
+
+_LIMITS = ("max_cached_steps", "max_continuous_cached_steps", "max_accumulated_residual_diff_threshold")
 
 
 def _cache_key(name: str) -> str:
@@ -206,6 +237,9 @@ def parse_cache_config(backend: str, values: Mapping[str, Any]) -> CacheConfig |
             raise ConfigError(f"--cache-config {dict(values)!r} needs --cache-backend tea_cache or cache_dit")
         return None
     cls = _CACHE_CONFIGS[backend]
+    for name, ours in _CACHE_KEYS.items():
+        if name in values and ours in values:
+            raise ConfigError(f"--cache-config: give {name} or {ours}, which mean the same: got both")
     values = {_CACHE_KEYS.get(name, name): value for name, value in values.items()}
     accepted = [f.name for f in fields(cls)]
     if unknown := set(values) - set(accepted):

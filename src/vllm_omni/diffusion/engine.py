@@ -137,12 +137,19 @@ class DiffusionEngine:
     # What callers use -------------------------------------------------------------------------------------
 
     async def start(self) -> WorkerReady:
-        """Start the workers and the loop. Raises ConfigError or WorkerDiedError; the engine is then `failed`."""
+        """Start the workers and the loop. Raises ConfigError or WorkerDiedError; the engine is then `failed`.
+
+        Raises UnavailableError after `close` or `kill`; when one is called meanwhile, WorkerDiedError. The engine is
+        then `stopped`.
+        """
         assert self._task is None, "an engine starts once"
+        if self._state == "stopped":
+            raise UnavailableError("the engine was stopped")
         try:
             ready = await self._executor.start()
         except BaseException:  # also where the start is cancelled
-            self._state = "failed"
+            if self._state != "stopped":
+                self._state = "failed"
             raise
         self._load_seconds = max(ready.load_seconds, 1.0)
         self._attention_backend = ready.attention_backend

@@ -69,7 +69,6 @@ CASES: dict[str, tuple[dict[str, Any], int | None]] = {
     "policy": ({"scm_steps_mask_policy": "fast", "residual_diff_threshold": 0.3}, None),
     "static mask": ({"steps_computation_mask": MASK, "steps_computation_policy": "static"}, 1),
     "mask shorter than the request": ({"steps_computation_mask": MASK[:13], "residual_diff_threshold": 0.3}, None),
-    "warm-up longer than the mask's": ({"steps_computation_mask": MASK, "max_warmup_steps": 8}, None),
     "interval": ({"max_warmup_steps": 12, "warmup_interval": 3, "residual_diff_threshold": 0.3}, None),
     "at most 5": ({"max_cached_steps": 5, "max_continuous_cached_steps": -1, "residual_diff_threshold": 0.5}, None),
     # Some steps between are computed; their changes count as well.

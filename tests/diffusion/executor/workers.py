@@ -123,6 +123,12 @@ class Endless(FakeRunner):
         raise AssertionError
 
 
+class EndlessStart(FakeRunner):
+    def start(self, first: WorkerReady | None = None) -> WorkerReady:
+        Endless.execute(self, StepPlan(0))
+        raise AssertionError
+
+
 class HoldsTheLock(FakeRunner):
     """A step that nothing but a kill ends, and no other thread runs meanwhile."""
 

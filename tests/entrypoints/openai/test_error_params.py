@@ -12,9 +12,25 @@ from vllm_omni.entrypoints.openai.errors import error_response
 from vllm_omni.entrypoints.openai.protocol import ErrorResponse, ImageEditRequest, ImageGenerationRequest, RequestBody
 from vllm_omni.entrypoints.openai.validating import validated
 
-VALUES: list[Any] = [3, -5, 1.5, float("nan"), True, "x", [], [3], [None], [[]], [{}], ["x"], {}, {"bool": 1}]
+VALUES: list[Any] = [
+    3,
+    -5,
+    1.5,
+    float("nan"),
+    float("inf"),
+    True,
+    "x",
+    [],
+    [3],
+    [None],
+    [[]],
+    [{}],
+    ["x"],
+    {},
+    {"bool": 1},
+]
 VALUES += [{"name": 3}, {"name": "x", "scale": "y"}, {"name": "x", "bool": 1}, [{"bool": "x"}], [{"image_url": 3}]]
-PYTHON_WORDS = ("item", "dictionary", "validation")
+PYTHON_WORDS = ("item", "dictionary", "valid", "unable", "parse", "permitted")
 
 
 def has_place(body: Any, param: str) -> bool:
@@ -51,3 +67,26 @@ def test_a_param_is_a_place_in_the_body(model: type[RequestBody], is_form: bool)
                 assert has_place(body, error.param), error
                 assert not any(word in error.message for word in PYTHON_WORDS), error
     assert num_refused > 5 * len(model.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("messages", {}, "messages: takes a list, got {}"),
+        ("modalities", ["image", 5], "modalities.1: takes a string, got 5"),
+        ("lora", {"name": 5}, "lora.name: takes a string, got 5"),
+        ("lora", {"name": "ink", "path": "x"}, "lora.path: is no field that is taken here, got 'x'"),
+        ("seed", 1.5, "seed: takes an integer, got 1.5"),
+        ("seed", "one", "seed: takes an integer, got 'one'"),
+        ("cache", "x", "cache: takes true or false, got 'x'"),
+        ("strength", "much", "strength: takes a number, got 'much'"),
+        ("guidance_scale", float("inf"), "guidance_scale: takes a finite number, got inf"),
+        ("cfg_normalization", float("inf"), "cfg_normalization: takes a finite number, true or false, got inf"),
+        ("cfg_normalization", "x", "cfg_normalization: takes a number, true or false, got 'x'"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_told_in_our_words(field: str, value: Any, message: str) -> None:
+    body = {"messages": [{"role": "user", "content": "x"}], field: value}
+    with pytest.raises(RequestValidationError) as refused:
+        validated(lambda: ChatCompletionRequest.model_validate(body))
+    assert ErrorResponse.model_validate_json(bytes(error_response(refused.value).body)).error.message == message

@@ -116,7 +116,7 @@ def test_a_chat_gets_the_same(http: httpx.Client, expected: np.ndarray) -> None:
         (file_of(PHOTO)[:-200], {}, "image", "broken PNG"),
         (b"GIF89a", {}, "image", "PNG, JPEG and WebP"),
         (file_of(PHOTO), {"strength": "1.5"}, "strength", "less than or equal to 1"),
-        (file_of(PHOTO), {"strength": "much"}, "strength", "valid number"),
+        (file_of(PHOTO), {"strength": "much"}, "strength", "takes a number"),
         (file_of(PHOTO), {"size": "60x64"}, "size", "multiples of 8"),
         (file_of(PHOTO), {"mask": "x"}, "mask", "no model here takes one"),
     ],
@@ -263,7 +263,7 @@ def test_a_form_names_an_adapter_by_keys_or_in_json(tmp_path: Path) -> None:
         for text, param, words in (
             ('{"name": "ink", "scale": 1000}', "lora.scale", "got 1000.0"),
             ('{"name": "oil"}', "lora", "no LoRA adapter 'oil'"),
-            ('{"name": ["ink"]}', "lora.name", "valid string"),
+            ('{"name": ["ink"]}', "lora.name", "takes a string"),
             ('{"name": "ink", "path": "/ink"}', "lora.path", "not permitted"),
             ('{"scale": 1}', "lora.name", "required"),
             ("ink", "lora", 'takes a JSON object such as {"name": "ink", "scale": 0.8}, got \'ink\''),

@@ -116,7 +116,7 @@ class DualBlockCache(StepCache):
     def _may_reuse(self, sequence: SequenceStep, kept: DualBlockKept) -> bool:
         """Of what all ranks know alike, without a look at any tensor."""
         config, mask = self._config, self._mask(sequence.num_steps)
-        if sequence.step in self._warm_up(mask):
+        if mask is None and sequence.step in self._warm_up():
             return False
         if mask is not None and sequence.step < len(mask) and mask[sequence.step] == 1:
             return False
@@ -176,12 +176,9 @@ class DualBlockCache(StepCache):
             return steps_mask(self._config.scm_steps_mask_policy, num_steps)
         return self._config.steps_computation_mask
 
-    def _warm_up(self, mask: tuple[int, ...] | None) -> range:
-        """Steps that compute in any case; no more than the mask begins with."""
-        most = self._config.max_warmup_steps
-        if mask is not None:
-            most = min(most, mask.index(0) if 0 in mask else len(mask))
-        return range(0, most, self._config.warmup_interval)
+    def _warm_up(self) -> range:
+        """Steps that compute in any case where no mask says it."""
+        return range(0, self._config.max_warmup_steps, self._config.warmup_interval)
 
     def _is_static(self, mask: tuple[int, ...] | None) -> bool:
         return mask is not None and self._config.steps_computation_policy == "static"

@@ -12,6 +12,8 @@ from vllm_omni.diffusion.plan import StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.worker.contract import Runner
 from vllm_omni.errors import ConfigError, WorkerDiedError
 
+_STOPPED = "the model runner was stopped"
+
 
 class InlineExecutor:
     """Launches plans one after another in one thread and waits for their results in another; `abort` reaches the runner
@@ -28,18 +30,25 @@ class InlineExecutor:
         self._results: asyncio.Queue[StepResult | WorkerDiedError] = asyncio.Queue()
 
     async def start(self) -> WorkerReady:
+        """See `Executor.start`. Raises WorkerDiedError also when `close` or `kill` is called meanwhile."""
         await self.close()
         self._results = asyncio.Queue()
         self._runner = self._make_runner()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model-runner")
+        self._thread = thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model-runner")
         self._answers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="answers")
         try:
             loop = asyncio.get_running_loop()
-            ready = await loop.run_in_executor(self._thread, self._runner.start, self._first)
+            ready = await loop.run_in_executor(thread, self._runner.start, self._first)
+        except asyncio.CancelledError:
+            if self._is_cancelled():
+                raise
+            raise WorkerDiedError(_STOPPED) from None  # `close` came before the thread had begun
         except ConfigError:
             raise
         except Exception as error:  # as in `_execute`
             raise WorkerDiedError(f"the model runner failed to start: {error}") from error
+        if self._thread is not thread:
+            raise WorkerDiedError(_STOPPED)
         self._first = self._first or ready
         return ready
 
@@ -80,6 +89,12 @@ class InlineExecutor:
                 thread.shutdown(wait=False, cancel_futures=True)
         self._thread = self._answers = self._runner = None
         self._under_way = []
+
+    @staticmethod
+    def _is_cancelled() -> bool:
+        """Whether the running task itself is cancelled, and not only what it waited for."""
+        task = asyncio.current_task()
+        return task is not None and task.cancelling() > 0
 
     @staticmethod
     def _answer(

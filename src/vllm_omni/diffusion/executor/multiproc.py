@@ -68,6 +68,7 @@ class WorkerGroup:
         return outcome
 
     async def kill(self) -> None:
+        self._stop()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -75,12 +76,20 @@ class WorkerGroup:
 
     def kill_at_once(self) -> None:
         """The same without awaiting anything."""
-        for task in self._tasks:
-            if not task.get_loop().is_closed():
+        if self._tasks and not self._tasks[0].get_loop().is_closed():
+            self._stop()
+            for task in self._tasks:
                 task.cancel()
         for worker in self.workers:
             worker.kill_at_exit()
             worker.close_channel()
+
+    def _stop(self) -> None:
+        """Make the stop the only outcome from now on: with the listeners ends all that a waiting caller would hear."""
+        self._has_failed = True
+        while not self._outcomes.empty():
+            self._outcomes.get_nowait()
+        self._outcomes.put_nowait(WorkerDiedError("the workers were stopped"))
 
     async def _listen(self, rank: int) -> None:
         worker = self.workers[rank]
@@ -160,24 +169,26 @@ class MultiprocExecutor:
         return [worker.pid for worker in self._group.workers] if self._group else []
 
     async def start(self) -> WorkerReady:
+        """See `Executor.start`. Raises WorkerDiedError also when `close` or `kill` is called meanwhile."""
         await self._kill_workers()
         if not self._has_started:
             # For programs that never call close(). Once, and not at every start: handlers run last registered first,
             # and whoever closes this executor at exit must come before.
             atexit.register(self._kill_at_exit)
             self._has_started = True
-        self._group = WorkerGroup(self._silence_seconds, self._start_silence_seconds)
+        self._group = group = WorkerGroup(self._silence_seconds, self._start_silence_seconds)
         try:
             replica, self._launched = self._launched, None
             if replica is None:
                 replica = LaunchedReplica(self._config, self._replica_index, interpreter(self._runner_name))
-            self._group.adopt(replica, self._config, self._firsts)
-            ready = await self._group.next_outcome()
+            group.adopt(replica, self._config, self._firsts)
+            ready = await group.next_outcome()
         except BaseException:  # also where the start is cancelled
-            await self._kill_workers()
+            if self._group is group:  # and not one of a later start, after a close during this one
+                await self._kill_workers()
             raise
         assert isinstance(ready, WorkerReady), "workers get no plan before all of them are ready"
-        self._firsts = self._firsts or self._group.readies
+        self._firsts = self._firsts or group.readies
         return ready
 
     def submit(self, plan: StepPlan) -> None:

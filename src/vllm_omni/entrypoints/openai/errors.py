@@ -39,6 +39,13 @@ _MESSAGES = {
     "model_type": "takes a JSON object",
     "model_attributes_type": "takes a JSON object",
     "too_short": "takes at least one entry",
+    "list_type": "takes a list",
+    "string_type": "takes a string",
+    **dict.fromkeys(("int_type", "int_from_float", "int_parsing", "int_parsing_size"), "takes an integer"),
+    **dict.fromkeys(("float_type", "float_parsing"), "takes a number"),
+    "finite_number": "takes a finite number",
+    **dict.fromkeys(("bool_type", "bool_parsing"), "takes true or false"),
+    "extra_forbidden": "is no field that is taken here",
 }
 
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {

@@ -84,7 +84,9 @@ def _number_or_flag(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
     try:
         return validate(value)
     except ValidationError as error:
-        raise PydanticCustomError("number_or_flag", "takes a number, true or false") from error
+        is_infinite = any(part["type"] == "finite_number" for part in error.errors())
+        number = "a finite number" if is_infinite else "a number"
+        raise PydanticCustomError("number_or_flag", "takes {number}, true or false", {"number": number}) from error
 
 
 def without_absent(body: dict[str, Any], keep_empty: Collection[str] = ()) -> dict[str, Any]:
