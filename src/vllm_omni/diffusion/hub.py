@@ -158,7 +158,8 @@ def _earlier_download(model: str, load_format: LoadFormat, access: HubAccess, er
     with blame_hub(*folder):
         if load_format == "auto":
             for name, component in read_components(read_object(path, MODEL_INDEX)).items():
-                if has_weights(component, names_in(path, name)):
+                # A missing folder is told by `model_check`.
+                if (path / name).is_dir() and has_weights(component, names_in(path, name)):
                     safetensors_files(path / name, access.variant, component.stems)
     return folder
 
