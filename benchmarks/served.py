@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -30,13 +31,43 @@ class Usage:
     processes: int
 
 
+class ProcessFamily:
+    """A process and all that it has started, also what has lost its parent since: noted at every look."""
+
+    def __init__(self, process: subprocess.Popen[Any]) -> None:
+        self._process = process
+        self._noted: dict[int, psutil.Process] = {}
+
+    def children(self) -> list[psutil.Process]:
+        """Processes below the first one that live now."""
+        children: list[psutil.Process] = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children = psutil.Process(self._process.pid).children(recursive=True)
+        self._noted |= {process.pid: process for process in children}
+        return [process for process in children if _lives(process)]
+
+    def workers(self) -> list[psutil.Process]:
+        """The worker processes that live now."""
+        return [process for process in self.children() if WORKER in _command_of(process)]
+
+    def survivors(self, seconds: float) -> list[psutil.Process]:
+        """Those of the noted processes that do not end within `seconds`."""
+        return list(psutil.wait_procs(list(self._noted.values()), timeout=seconds)[1])
+
+    def kill(self) -> None:
+        """Kill all, whatever they do. The first process is left to be waited for."""
+        self.children()
+        for process in (self._process, *self._noted.values()):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
 class ServedModel:
     """The running command; `served_model` ends it with everything that it started."""
 
     def __init__(self, model: str, flags: Sequence[str], log: Path) -> None:
         """log: the file for the server's output, which is written anew."""
         self._log = log
-        self._family: dict[int, psutil.Process] = {}
         command = [str(Path(sys.executable).with_name("vllm")), "serve", model, "--omni"]
         with log.open("w") as output:
             # Its own session: Ctrl-C reaches this process alone, which then stops the server.
@@ -47,6 +78,7 @@ class ServedModel:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        self._family = ProcessFamily(self._process)
 
     @property
     def log(self) -> str:
@@ -65,36 +97,26 @@ class ServedModel:
 
     def workers(self) -> list[psutil.Process]:
         """The worker processes that live now."""
-        return [process for process in self._children() if WORKER in _command_of(process)]
+        return self._family.workers()
 
     def usage(self) -> Usage:
         process = psutil.Process(self._process.pid)
-        return Usage(process.memory_info().rss / 2**20, process.num_fds(), len(self._children()))
+        return Usage(process.memory_info().rss / 2**20, process.num_fds(), len(self._family.children()))
 
     def stop(self) -> int:
         """Ask the server to end; its exit code. Raises subprocess.TimeoutExpired when it does not in STOP_SECONDS."""
-        self._children()
+        self._family.children()
         self._process.send_signal(signal.SIGTERM)
         return self._process.wait(STOP_SECONDS)
 
     def survivors(self) -> int:
         """How many processes that it started still run some seconds after its end."""
-        return len(psutil.wait_procs(list(self._family.values()), timeout=10)[1])
+        return len(self._family.survivors(10.0))
 
     def kill(self) -> None:
         """End the server and all that it started, whatever they do."""
-        self._children()
-        for process in (self._process, *self._family.values()):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        self._family.kill()
         self._process.wait(STOP_SECONDS)
-
-    def _children(self) -> list[psutil.Process]:
-        children: list[psutil.Process] = []
-        with contextlib.suppress(psutil.NoSuchProcess):
-            children = psutil.Process(self._process.pid).children(recursive=True)
-        self._family |= {process.pid: process for process in children}
-        return [process for process in children if _lives(process)]
 
 
 @contextlib.contextmanager

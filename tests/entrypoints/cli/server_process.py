@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx
 import psutil
+from benchmarks.served import ProcessFamily
 
 from tests.patience import GUARD_SECONDS, wait_for
 
@@ -65,7 +66,7 @@ class ServerProcess:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         self._output = OutputReader(self._process)
-        self._family: dict[int, psutil.Process] = {}
+        self._family = ProcessFamily(self._process)
 
     @property
     def output(self) -> str:
@@ -82,7 +83,7 @@ class ServerProcess:
         self.wait_for_line(r"Ready: \S+ \(")
 
     def signal(self, number: int) -> None:
-        self._note_family()
+        self._family.children()
         self._process.send_signal(number)
 
     @property
@@ -90,12 +91,7 @@ class ServerProcess:
         return self._process.poll() is None
 
     def workers(self) -> list[psutil.Process]:
-        self._note_family()
-        return [p for p in self._family.values() if p.is_running() and "worker.main" in " ".join(p.cmdline())]
-
-    def _note_family(self) -> None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            self._family |= {p.pid: p for p in psutil.Process(self._process.pid).children(recursive=True)}
+        return self._family.workers()
 
     def wait(self) -> int:
         """The exit code."""
@@ -105,13 +101,10 @@ class ServerProcess:
 
     def survivors(self) -> list[psutil.Process]:
         """Processes of ours that do not end after the server."""
-        return psutil.wait_procs(list(self._family.values()), GUARD_SECONDS)[1]
+        return self._family.survivors(GUARD_SECONDS)
 
     def kill(self) -> None:
-        self._note_family()
-        for process in (self._process, *self._family.values()):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        self._family.kill()
         self.wait()
 
 
