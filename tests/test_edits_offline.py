@@ -55,7 +55,7 @@ async def test_what_the_model_cannot_take_is_refused_by_name(tiny_edit_model: Pa
         for images, message in (
             ([], "this model edits pictures and got none; it takes them as multi_modal_data"),
             ([PHOTO] * 17, "at most 16 pictures on this model, got 17"),
-            (["photo.png"], "image takes PIL images, got str"),
+            (["photo.png"], "image takes PIL images: open it first, .*got 'photo.png'"),
             (Image.new("I;16", (64, 64)), "image takes the modes RGB, .* got I;16"),
             (Image.new("RGB", (2010, 10)), "image takes sides of a ratio up to 200, got 2010x10"),
             (Image.new("1", (8192, 4097)), "image takes at most 33554432 pixels, got 8192x4097 = 33562624"),

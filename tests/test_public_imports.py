@@ -171,6 +171,6 @@ def test_a_path_in_place_of_a_picture_is_told_to_be_opened(image: Any) -> None:
             lambda images=images: OmniPrompt("a", images=images),
             lambda images=images: parse_prompt({"prompt": "a", "multi_modal_data": {"image": images}}),
         ):
-            with pytest.raises(InvalidRequestError, match=r"open it first, with PIL.Image.open\(path\)") as caught:
+            with pytest.raises(InvalidRequestError, match=r"^image takes PIL images: open it first, with ") as caught:
                 make()
             assert caught.value.param == "image"

@@ -408,6 +408,10 @@ def test_numbers_in_tensors_become_plain_ones() -> None:
     msgspec.msgpack.encode(request)
 
 
+NO_NUMBERS: list[object] = [True, np.True_, "1", 1j, float("nan"), [True], np.zeros((1, 1)), torch.tensor(True)]
+NO_NUMBERS += [torch.empty((), device="meta"), iter([1.0])]
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -424,7 +428,7 @@ def test_numbers_in_tensors_become_plain_ones() -> None:
         "num_frames",
     ],
 )
-@pytest.mark.parametrize("value", [True, np.True_, "1", 1j, float("nan"), [True], np.zeros((1, 1)), torch.tensor(True)])
+@pytest.mark.parametrize("value", NO_NUMBERS)
 def test_what_is_no_number_is_refused(name: str, value: object) -> None:
     with pytest.raises(InvalidRequestError, match=f"^{name} takes a") as caught:
         intake().resolve(OmniPrompt("x"), OmniDiffusionSamplingParams(**{name: value}), "r")

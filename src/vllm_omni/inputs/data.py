@@ -181,7 +181,7 @@ def _listed_images(images: Any) -> tuple[Any, ...]:
         if isinstance(image, str | bytes | bytearray | os.PathLike):
             got = type(image).__name__ if isinstance(image, bytes | bytearray) else shown(image)
             raise InvalidRequestError(
-                "an image is a PIL image: open it first, with PIL.Image.open(path) or "
+                "image takes PIL images: open it first, with PIL.Image.open(path) or "
                 f"PIL.Image.open(io.BytesIO(data)), got {got}",
                 param="image",
             )

@@ -70,7 +70,12 @@ def shown(value: Any) -> str:
 def _without_array(value: Any) -> Any:
     """The Python number in an array without dimensions; other values as they are."""
     # By attributes: this module imports no PyTorch, and there are more such libraries.
-    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+    if getattr(value, "ndim", None) != 0 or not hasattr(value, "item"):
+        return value
+    try:
+        return value.item()
+    except RuntimeError:  # a tensor of the meta device, which has no numbers
+        raise MisfitError("a value that has numbers") from None
 
 
 def _instance(value: Any, cls: Any, words: str, but_no: tuple[type, ...] | type = ()) -> Any:
