@@ -145,7 +145,9 @@ def test_the_metadata_describes_the_project(metadata: Message) -> None:
     classifiers = metadata.get_all("Classifier", [])
     assert "Typing :: Typed" in classifiers
     assert not [name for name in classifiers if name.startswith("License ::")], "the licence is an SPDX expression"
-    assert metadata.get_all("Project-URL", []) == [], "the project has no public address yet"
+    urls = [line.split(", ", 1) for line in metadata.get_all("Project-URL", [])]
+    assert urls
+    assert all(len(label) <= 32 and url.startswith("https://") for label, url in urls)
 
 
 def test_the_metadata_requires_what_the_package_imports(metadata: Message) -> None:

@@ -334,6 +334,15 @@ class SlowlyCancelledStart(FakeExecutor):
         raise AssertionError("the start is cancelled")
 
 
+@pytest.fixture
+def heeds_interrupts() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also where the shell that started the tests ignores it for its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_interrupts")
 def test_ctrl_c_while_it_starts_leaves_no_task(caplog: pytest.LogCaptureFixture) -> None:
     with (
         patch("vllm_omni.omni.make_executor", lambda config, info: SlowlyCancelledStart()),

@@ -68,7 +68,7 @@ class Lives:
 
     def __init__(self, path: Path) -> None:
         self.runner: ModelRunner
-        self._config = OmniDiffusionConfig(model=str(path))
+        self._config = OmniDiffusionConfig(model=str(path), device="cpu")
         self._executor = InlineExecutor(self._make)
 
     def _make(self) -> ModelRunner:

@@ -264,7 +264,7 @@ def test_a_form_names_an_adapter_by_keys_or_in_json(tmp_path: Path) -> None:
             ('{"name": "ink", "scale": 1000}', "lora.scale", "got 1000.0"),
             ('{"name": "oil"}', "lora", "no LoRA adapter 'oil'"),
             ('{"name": ["ink"]}', "lora.name", "takes a string"),
-            ('{"name": "ink", "path": "/ink"}', "lora.path", "not permitted"),
+            ('{"name": "ink", "path": "/ink"}', "lora.path", "no field that is taken here"),
             ('{"scale": 1}', "lora.name", "required"),
             ("ink", "lora", 'takes a JSON object such as {"name": "ink", "scale": 0.8}, got \'ink\''),
             ("{'name': 'ink'}", "lora", "takes a JSON object"),

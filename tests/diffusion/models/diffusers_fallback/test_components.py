@@ -22,7 +22,7 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from tests.broken_folders import Breakage, both, linked_outside, moved, outside_of, sharded, text, values, weights
 from tests.diffusion.models.diffusers_fallback.conftest import ModelOf
-from tests.tiny_diffusers import _BUILDERS
+from tests.tiny_diffusers import BUILDERS
 from vllm_omni.diffusion.folder_files import MODEL_INDEX, read_object
 from vllm_omni.diffusion.hub import needed_files
 from vllm_omni.diffusion.model_index import DIFFUSERS_STEMS, TRANSFORMERS_STEMS, Component, read_components
@@ -91,7 +91,7 @@ def test_models_among_the_classes_of_transformers() -> None:
     assert Component("transformers", "VibeVoiceAcousticTokenizerModel").kind is None
 
 
-@pytest.mark.parametrize("name", _BUILDERS)
+@pytest.mark.parametrize("name", BUILDERS)
 def test_the_front_end_takes_every_pipeline_and_the_hub_gives_its_files(name: str, model_of: ModelOf) -> None:
     folder = model_of(name)
     AsyncOmni(model=str(folder))
