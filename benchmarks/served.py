@@ -51,7 +51,7 @@ class ProcessFamily:
         return [process for process in self.children() if WORKER in _command_of(process)]
 
     def survivors(self, seconds: float) -> list[psutil.Process]:
-        """Those of the noted processes that do not end within `seconds`."""
+        """Noted processes that do not end within `seconds`."""
         return list(psutil.wait_procs(list(self._noted.values()), timeout=seconds)[1])
 
     def kill(self) -> None:

@@ -121,7 +121,7 @@ class OutputStream:
             event = await self._events.get()
             if isinstance(event, Failed):
                 raise event.error
-        except BaseException:
+        except BaseException:  # also where the reader is cancelled: its requests must end
             await self.aclose()
             raise
         if isinstance(event, Finished):

@@ -78,7 +78,8 @@ class AsyncOmni:
     ) -> None:
         """`config`: a config, or the model. `early_workers`: workers of `config` that run already."""
         self.config = config_of(config, settings)
-        check_compiled_packages()
+        if early_workers is None:  # a command has checked before it launched workers
+            check_compiled_packages()
         self.info = load_model_info(
             self.config.model, self.config.load_format, HubAccess.of(self.config), self._check_settings
         )
@@ -109,7 +110,7 @@ class AsyncOmni:
     async def __aenter__(self) -> Self:
         try:
             await self.start()
-        except BaseException:
+        except BaseException:  # also where the start is cancelled: no worker may stay behind
             await self.close()
             raise
         return self
@@ -267,7 +268,7 @@ class Omni:
         self._finalizer.atexit = False  # registered below instead, to run before the workers' own exit handlers
         try:
             self._call(self._async.start())
-        except BaseException:
+        except BaseException:  # also an interrupt must leave no process behind
             self.close()
             raise
         atexit.register(self._finalizer)

@@ -148,7 +148,7 @@ def test_a_broken_file_is_one_line_with_the_file(data: bytes, words: str, tmp_pa
 
 
 def test_each_file_is_opened_once_and_the_last_shard_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the index says: diffusers and transformers take names from the files too."""
+    """The index does not decide which weights there are: diffusers and transformers read the files too."""
     folder = tmp_path / "x"
     folder.mkdir()
     weight_map = {"a": "two.safetensors", "b": "one.safetensors", "gone": "one.safetensors"}

@@ -205,7 +205,7 @@ class CacheDiTConfig:
                 yield name, f"beside {cause} 0, at which every step is computed"
 
     def _set_among(self, *names: str) -> list[str]:
-        """Those of `names` that have another value than the default."""
+        """Fields among `names` whose value is not the default."""
         return [name for name in names if getattr(self, name) != getattr(type(self), name)]
 
 

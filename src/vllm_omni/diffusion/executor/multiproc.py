@@ -75,7 +75,7 @@ class WorkerGroup:
         await asyncio.gather(*(worker.kill() for worker in self.workers))
 
     def kill_at_once(self) -> None:
-        """The same without awaiting anything."""
+        """Kill all workers without waiting for their end: for callers that cannot await."""
         if self._tasks and not self._tasks[0].get_loop().is_closed():
             self._stop()
             for task in self._tasks:

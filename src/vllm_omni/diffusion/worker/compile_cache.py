@@ -12,6 +12,7 @@ they keep), and the folders that these name by default."""
 
 def keep_compiled_code() -> None:
     """Let this process keep compiled code in vLLM's cache folder; folders that are named already stay."""
+    # vLLM's own rule for its cache folder, so that both keep their code in one place.
     user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     root = Path(os.environ.get("VLLM_CACHE_ROOT") or Path(user_cache, "vllm"))
     for variable, folder in FOLDERS.items():

@@ -237,7 +237,7 @@ def choose_num_threads(device: Device, timer: Timer, step: Callable[[], object])
             if seconds * THREADS_GAIN > best:
                 break
             chosen, best, count = count, seconds, 2 * count
-    except BaseException:
+    except BaseException:  # whatever ends the choice, the process must not stay with one thread
         device.set_num_threads(most)
         raise
     device.set_num_threads(chosen)
