@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from pathlib import Path
 
@@ -76,3 +77,34 @@ def test_memory_of_recordings_is_given_back(tmp_path: Path) -> None:
     again = Drive(runner).run(ARRIVALS)
     assert again.errors == {}
     assert min(psnr(again.images[i], picture) for i, picture in first.images.items()) >= 50
+
+
+def test_garbage_is_not_collected_during_a_capture() -> None:
+    """Destroying a CUDA graph while another one is captured makes the capture fail."""
+    recorder = device.Device("cuda").recorder()
+    assert recorder is not None
+
+    def leave_garbage() -> None:
+        _, play = recorder.record(lambda: torch.ones(8, device="cuda"))
+        play()
+        torch.cuda.synchronize()
+        cycle: list[object] = [play]
+        cycle.append(cycle)
+
+    def run() -> torch.Tensor:
+        output = torch.ones(8, device="cuda")
+        kept = [[] for _ in range(10_000)]  # more objects than start a collection
+        assert kept
+        return output + 1
+
+    before = gc.get_threshold()
+    gc.collect()
+    try:
+        gc.set_threshold(10_000, 10, 10)
+        leave_garbage()
+        gc.set_threshold(100, 1, 1)
+        output, play = recorder.record(run)
+    finally:
+        gc.set_threshold(*before)
+    play()
+    assert output.tolist() == [2.0] * 8

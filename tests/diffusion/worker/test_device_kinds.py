@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,15 @@ from vllm_omni.diffusion.data import DeviceChoice, DiffusionParallelConfig, Omni
 from vllm_omni.diffusion.executor import make_executor
 from vllm_omni.diffusion.registry import load_model_info
 from vllm_omni.diffusion.worker import warmup
-from vllm_omni.diffusion.worker.device import Device, Mark, Recorder, Stopwatch, check_world_size, kind_of
+from vllm_omni.diffusion.worker.device import (
+    Device,
+    Mark,
+    Recorder,
+    Stopwatch,
+    check_world_size,
+    kind_of,
+    no_garbage_collection,
+)
 from vllm_omni.diffusion.worker.runner import ModelRunner
 from vllm_omni.errors import ConfigError
 
@@ -176,3 +185,16 @@ def test_a_recording_that_fails_otherwise_is_not_tried_again(monkeypatch: pytest
     monkeypatch.setattr(recorder, "_capture_in_pool", lambda run: (_ for _ in ()).throw(next(errors)))
     with pytest.raises(RuntimeError, match="not permitted"):
         recorder.record(lambda: None)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_collection_is_paused_and_then_as_before(enabled: bool) -> None:
+    before = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        with pytest.raises(KeyError), no_garbage_collection():
+            assert not gc.isenabled()
+            raise KeyError
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()

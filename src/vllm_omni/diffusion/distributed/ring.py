@@ -42,15 +42,21 @@ class Ring:
             raise RuntimeError("Ring.post was called twice: wait() for the block that is on its way first")
         outgoing, incoming = block.contiguous(), block.new_empty(tuple(incoming_shape))
         group.count("p2p", outgoing)
-        # An empty block is not sent: both ends know the shapes.
-        jobs = [
-            dist.P2POp(act, x, group.ranks[(group.rank + distance) % group.size], group.process_group)
-            for act, x, distance in ((dist.isend, outgoing, 1), (dist.irecv, incoming, -1))
-            if x.numel()
-        ]
+        send_sizes, receive_sizes = [0] * group.size, [0] * group.size
+        send_sizes[(group.rank + 1) % group.size] = outgoing.numel()
+        receive_sizes[(group.rank - 1) % group.size] = incoming.numel()
+        # The same two messages as `batch_isend_irecv`. If one of those raises (in a CUDA graph capture, say), torch
+        # leaves their batch open, and later collectives of the group do nothing, without an error.
         with unbroken():
-            works = dist.batch_isend_irecv(jobs) if jobs else []
-        self._under_way = _UnderWay(works, outgoing, incoming)
+            work = dist.all_to_all_single(
+                incoming.view(-1),
+                outgoing.view(-1),
+                receive_sizes,
+                send_sizes,
+                group=group.process_group,
+                async_op=True,
+            )
+        self._under_way = _UnderWay(work, outgoing, incoming)
 
     def wait(self) -> Tensor:
         """The block that has arrived. Raises RuntimeError without a `post`, GroupBrokenError when it is lost."""
@@ -58,14 +64,13 @@ class Ring:
             raise RuntimeError("Ring.wait was called without a post()")
         under_way, self._under_way = self._under_way, None
         with unbroken():
-            for work in under_way.works:
-                work.wait()
+            under_way.work.wait()
         return under_way.incoming
 
 
 @dataclass(frozen=True)
 class _UnderWay:
-    works: list[dist.Work]
+    work: dist.Work
     outgoing: Tensor
     """Kept: it is being read."""
     incoming: Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -223,6 +224,18 @@ class Stream:
             yield
 
 
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Pause Python's cyclic garbage collection: CUDA objects that it frees during a capture may void the capture."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 class Recorder:
     """CUDA graphs, one after another in one pool of memory: they must not run at the same time."""
 
@@ -266,7 +279,7 @@ class Recorder:
     def _capture(self, run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), no_garbage_collection():
             # Other threads may wait for the device meanwhile.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
