@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm_omni import AsyncOmni
+from vllm_omni.diffusion.control.events import NullObserver
 from vllm_omni.diffusion.data import DiffusionParallelConfig
-from vllm_omni.diffusion.events import NullObserver
-from vllm_omni.diffusion.plan import EXCHANGES, StepPlan, StepResult
+from vllm_omni.diffusion.messages.plan import EXCHANGES, StepPlan, StepResult
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 
 LAYERS, HEADS, HEAD_DIM, FLOAT_BYTES = 4, 8, 16, 4

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from PIL import Image
 
 from benchmarks.pictures import PICTURES, picture
-from vllm_omni.entrypoints.openai.encoding import ImageFormat, base64_between, encode
+from vllm_omni.entrypoints.openai.responses.encoding import ImageFormat, base64_between, encode
 
 FORMATS = (ImageFormat("png", 100), ImageFormat("jpeg", 100), ImageFormat("jpeg", 80), ImageFormat("webp", 100))
 

@@ -18,7 +18,7 @@ import psutil
 START_SECONDS = 600.0
 STOP_SECONDS = 120.0
 LOOK_SECONDS = 0.05
-WORKER = "vllm_omni.diffusion.worker.main"
+WORKER = "vllm_omni.diffusion.compute.worker.main"
 """Part of the command line of every worker process."""
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.plan import ItemError, StepPlan, StepResult, WorkerReady
-from vllm_omni.diffusion.request import DiffusionRequest, RequestCost
-from vllm_omni.diffusion.worker.contract import Place
+from vllm_omni.diffusion.messages.plan import ItemError, StepPlan, StepResult, WorkerReady
+from vllm_omni.diffusion.messages.request import DiffusionRequest, RequestCost
+from vllm_omni.diffusion.messages.worker import Place
 from vllm_omni.errors import WorkerDiedError
 
 SECONDS_PER_UNIT = 1e-4

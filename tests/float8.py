@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vllm_omni.diffusion.distributed.groups import Group
-from vllm_omni.diffusion.layers.fp8 import Fp8ColumnLinear
-from vllm_omni.diffusion.layers.linear import ColumnLinear
+from vllm_omni.diffusion.compute.distributed.groups import Group
+from vllm_omni.diffusion.compute.layers.fp8 import Fp8ColumnLinear
+from vllm_omni.diffusion.compute.layers.linear import ColumnLinear
 
 LARGEST = 448.0
 # 4 bits of exponent with bias 7, 3 of mantissa; exponent 0 is subnormal, and the largest code is the NaN.

@@ -19,8 +19,8 @@ from tests.tiny_diffusers import build_tiny_diffusers
 from tests.tiny_models import build_tiny_qwen_image, photo
 from tests.tiny_z_image import build_tiny_z_image
 from vllm_omni import AsyncOmni
-from vllm_omni.diffusion.engine import DiffusionEngine
-from vllm_omni.diffusion.executor.multiproc import MultiprocExecutor
+from vllm_omni.diffusion.control.engine import DiffusionEngine
+from vllm_omni.diffusion.control.executor.multiproc import MultiprocExecutor
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.outputs import OmniRequestOutput
 

@@ -22,7 +22,7 @@ from tests.fakes import FakeExecutor, FakeRunner, fake_image, make_request
 from tests.patience import GUARD_SECONDS
 from vllm_omni import AsyncOmni, Omni
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
-from vllm_omni.diffusion.plan import ItemError, WorkerReady
+from vllm_omni.diffusion.messages.plan import ItemError, WorkerReady
 from vllm_omni.errors import (
     ConfigError,
     GenerationError,
@@ -377,7 +377,7 @@ import sys
 from unittest.mock import patch
 from vllm_omni import Omni
 from vllm_omni.diffusion.data import DiffusionParallelConfig
-from vllm_omni.diffusion.executor.multiproc import MultiprocExecutor
+from vllm_omni.diffusion.control.executor.multiproc import MultiprocExecutor
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
 def make_executor(config, info, replica_index):

@@ -16,13 +16,13 @@ from unittest.mock import patch
 
 import pytest
 
-from tests.diffusion.executor.workers import ROOT, is_alive
+from tests.diffusion.control.executor.workers import ROOT, is_alive
 from tests.fakes import FakeExecutor, FakeRunner
 from tests.patience import GUARD_SECONDS, wait_for
 from vllm_omni import AsyncOmni, Omni
+from vllm_omni.diffusion.control.executor.inline import InlineExecutor
+from vllm_omni.diffusion.control.executor.multiproc import MultiprocExecutor
 from vllm_omni.diffusion.data import DiffusionParallelConfig
-from vllm_omni.diffusion.executor.inline import InlineExecutor
-from vllm_omni.diffusion.executor.multiproc import MultiprocExecutor
 from vllm_omni.errors import ConfigError, UnavailableError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
@@ -32,7 +32,7 @@ FORKS = """
 import multiprocessing, os, sys
 from unittest.mock import patch
 from vllm_omni import Omni
-from vllm_omni.diffusion.executor.multiproc import MultiprocExecutor
+from vllm_omni.diffusion.control.executor.multiproc import MultiprocExecutor
 from vllm_omni.errors import UnavailableError
 
 def draw():

@@ -17,7 +17,7 @@ import pytest
 from tests.fakes import FakeExecutor, FakeRunner
 from vllm_omni import AsyncOmni, Omni
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.plan import ItemError
+from vllm_omni.diffusion.messages.plan import ItemError
 from vllm_omni.errors import (
     GenerationError,
     InvalidRequestError,

@@ -21,8 +21,8 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
-from vllm_omni.diffusion.models.qwen_image.edit import EDIT_TEMPLATE
-from vllm_omni.diffusion.models.qwen_image.info import PROMPT_TEMPLATE
+from vllm_omni.diffusion.compute.families.qwen_image.edit import EDIT_TEMPLATE
+from vllm_omni.diffusion.compute.families.qwen_image.info import PROMPT_TEMPLATE
 
 WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
 SPECIAL_TOKENS = [

@@ -17,16 +17,16 @@ from torch import Tensor
 from benchmarks.gpu.bench import Size
 from benchmarks.roofline.costs import Branch
 from benchmarks.timing import measure
-from vllm_omni.diffusion.attention import BACKENDS, Setting, backend_class, create_attention
-from vllm_omni.diffusion.attention.sharded import ShardedAttention
+from vllm_omni.diffusion.compute.attention import BACKENDS, Setting, backend_class, create_attention
+from vllm_omni.diffusion.compute.attention.sharded import ShardedAttention
+from vllm_omni.diffusion.compute.distributed.groups import Group
+from vllm_omni.diffusion.compute.distributed.mesh import World
+from vllm_omni.diffusion.compute.distributed.ring import Ring
+from vllm_omni.diffusion.compute.families.qwen_image.vae import PictureDecoder, tiling_of
+from vllm_omni.diffusion.compute.packing import Offsets, Pack, cut
+from vllm_omni.diffusion.compute.vae import tiles
+from vllm_omni.diffusion.compute.weights.loading import load_autoencoder
 from vllm_omni.diffusion.data import AttentionBackendName
-from vllm_omni.diffusion.distributed.groups import Group
-from vllm_omni.diffusion.distributed.mesh import World
-from vllm_omni.diffusion.distributed.ring import Ring
-from vllm_omni.diffusion.models import tiles
-from vllm_omni.diffusion.models.loading import load_autoencoder
-from vllm_omni.diffusion.models.qwen_image.vae import PictureDecoder, tiling_of
-from vllm_omni.diffusion.packing import Offsets, Pack, cut
 
 WARM_UPS = 3
 BUDGET_SECONDS = 0.3

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from tests.diffusion.models.qwen_image import editing
-from tests.diffusion.worker.driving import make_request
+from tests.diffusion.compute.families.qwen_image import editing
+from tests.diffusion.compute.worker.driving import make_request
 from tests.tiny_models import build_tiny_qwen_image, photo
 from tests.tiny_z_image import build_tiny_z_image
 
-from vllm_omni.diffusion.registry import DEMO_MODEL_PATH
-from vllm_omni.diffusion.request import DiffusionRequest
-from vllm_omni.diffusion.sampling import draw_noise, pack_latents
+from vllm_omni.diffusion.catalog.registry import DEMO_MODEL_PATH
+from vllm_omni.diffusion.compute.step.sampling import draw_noise, pack_latents
+from vllm_omni.diffusion.messages.request import DiffusionRequest
 
 STEPS = 6
 SIZES = ((64, 64), (96, 64), (80, 112))

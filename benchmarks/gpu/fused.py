@@ -15,8 +15,8 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.report import Case, Row
 from benchmarks.gpu.step import MODEL, started_runner, stepper
 from benchmarks.timing import measure
-from vllm_omni.diffusion.layers.kernels import Projected, create_kernels
-from vllm_omni.diffusion.layers.rope import axis_rotations
+from vllm_omni.diffusion.compute.layers.kernels import Projected, create_kernels
+from vllm_omni.diffusion.compute.layers.rope import axis_rotations
 from vllm_omni.errors import ConfigError
 
 EPS = 1e-6

@@ -88,7 +88,7 @@ def _wait(device: torch.device) -> None:
 
 def _png(bench: Bench) -> list[Row]:
     """Time of a PNG as the server encodes it."""
-    from vllm_omni.entrypoints.openai.png import encode_png  # isal, which no other section needs
+    from vllm_omni.entrypoints.openai.responses.png import encode_png  # isal, which no other section needs
 
     height, width = bench.size(1024)
     y, x = np.mgrid[:height, :width]

@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from tests.diffusion.worker.driving import Drive, psnr
+from tests.diffusion.compute.worker.driving import Drive, psnr
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.families import FAMILIES, Family
 from benchmarks.gpu.report import Case, Row
 from benchmarks.roofline.measured import Ceiling, ceilings, rate_of
+from vllm_omni.diffusion.catalog.registry import load_model_info
+from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.registry import load_model_info
-from vllm_omni.diffusion.request import DiffusionRequest
-from vllm_omni.diffusion.worker.runner import ModelRunner
+from vllm_omni.diffusion.messages.request import DiffusionRequest
 
 KINDS = ("gemm", "fp8", "attention", "copy")
 HIGHEST_PSNR = 120.0

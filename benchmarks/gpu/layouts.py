@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tests.diffusion.worker.driving import psnr
+from tests.diffusion.compute.worker.driving import psnr
 
 from benchmarks.gpu.bench import NEGATIVE, PROMPT, Bench, Lazy, Size
 from benchmarks.gpu.engine import forced_cache, forced_mask

@@ -12,9 +12,9 @@ import torch
 import torch.multiprocessing as mp
 from torch._C._distributed_c10d import TCPStore
 
+from vllm_omni.diffusion.compute.device.kinds import CPU, Device
+from vllm_omni.diffusion.compute.distributed.mesh import World
 from vllm_omni.diffusion.data import DiffusionParallelConfig
-from vllm_omni.diffusion.distributed.mesh import World
-from vllm_omni.diffusion.worker.device import CPU, Device
 
 PATIENCE_SECONDS = 180.0
 """For all that one function does."""

@@ -14,11 +14,11 @@ from benchmarks.gpu.report import Case, Row
 from benchmarks.gpu.theirs import StepOf, start_diffusers
 from benchmarks.published import UNGUIDED
 from benchmarks.timing import measure
-from vllm_omni.diffusion.attention import BACKENDS
+from vllm_omni.diffusion.catalog.registry import load_model_info
+from vllm_omni.diffusion.compute.attention import BACKENDS
+from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.registry import load_model_info
-from vllm_omni.diffusion.request import DiffusionRequest, RequestCost
-from vllm_omni.diffusion.worker.runner import ModelRunner
+from vllm_omni.diffusion.messages.request import DiffusionRequest, RequestCost
 
 MODEL, Z_IMAGE = "qwen-image", "z-image"
 NUM_STEPS = 100

@@ -12,8 +12,8 @@ from accelerate import init_empty_weights
 from diffusers import QwenImageTransformer2DModel, ZImageTransformer2DModel
 
 from benchmarks.gpu.bench import Bench, Size
-from vllm_omni.diffusion.models.loading import load_weights
-from vllm_omni.diffusion.sampling import combine_guidance
+from vllm_omni.diffusion.compute.step.sampling import combine_guidance
+from vllm_omni.diffusion.compute.weights.loading import load_weights
 
 StepOf = Callable[[Size], Callable[[], object]]
 """Function of a loaded model: takes a size, returns a function that runs one step of one picture of that size."""

@@ -54,11 +54,11 @@ def num_parameters(config: Mapping[str, Any]) -> int:
     """Number of parameters of the whole transformer."""
     import torch
 
-    from vllm_omni.diffusion.distributed.groups import Group
-    from vllm_omni.diffusion.models.qwen_image.config import TransformerConfig as QwenImageConfig
-    from vllm_omni.diffusion.models.qwen_image.transformer import QwenImageTransformer
-    from vllm_omni.diffusion.models.z_image.config import TransformerConfig as ZImageConfig
-    from vllm_omni.diffusion.models.z_image.transformer import ZImageTransformer
+    from vllm_omni.diffusion.compute.distributed.groups import Group
+    from vllm_omni.diffusion.compute.families.qwen_image.config import TransformerConfig as QwenImageConfig
+    from vllm_omni.diffusion.compute.families.qwen_image.transformer import QwenImageTransformer
+    from vllm_omni.diffusion.compute.families.z_image.config import TransformerConfig as ZImageConfig
+    from vllm_omni.diffusion.compute.families.z_image.transformer import ZImageTransformer
 
     with torch.device("meta"):
         built: torch.nn.Module

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from benchmarks.roofline.costs import Attention, Gemm
 from benchmarks.timing import BUDGET_SECONDS, Spread, measure
-from vllm_omni.diffusion.attention import create_attention
+from vllm_omni.diffusion.compute.attention import create_attention
+from vllm_omni.diffusion.compute.packing import Offsets
 from vllm_omni.diffusion.data import AttentionBackendName
-from vllm_omni.diffusion.packing import Offsets
 
 
 def gemm_seconds(gemm: Gemm, device: torch.device, dtype: torch.dtype, budget: float = BUDGET_SECONDS) -> Spread:

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
+from vllm_omni.diffusion.compute.families.z_image.config import PATCH_SIZE, inner_width
+from vllm_omni.diffusion.compute.families.z_image.info import TOKEN_MULTIPLE
+from vllm_omni.diffusion.compute.packing import cut
 from vllm_omni.diffusion.data import DiffusionParallelConfig
-from vllm_omni.diffusion.models.z_image.config import PATCH_SIZE, inner_width
-from vllm_omni.diffusion.models.z_image.info import TOKEN_MULTIPLE
-from vllm_omni.diffusion.packing import cut
-from vllm_omni.diffusion.placement import balance
+from vllm_omni.diffusion.messages.placement import balance
 
 ELEMENT_BYTES = 2
 """Bytes of an element of activations, and of weights that are not in float8."""

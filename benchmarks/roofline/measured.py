@@ -12,7 +12,7 @@ from benchmarks.roofline.cards import CARDS, Card
 from benchmarks.roofline.ceilings import attention_seconds, copy_seconds, fp8_gemm_seconds, gemm_seconds
 from benchmarks.roofline.costs import StepCost
 from benchmarks.timing import BUDGET_SECONDS, here
-from vllm_omni.diffusion.attention import BACKENDS
+from vllm_omni.diffusion.compute.attention import BACKENDS
 
 COPY_BYTES = 2**30
 UNKNOWN = Card("unknown", math.nan, math.nan, math.nan, math.nan)

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vllm_omni.diffusion.events import EngineEvent, Failed, Finished, Preview
-from vllm_omni.diffusion.home import Home
-from vllm_omni.diffusion.request import DiffusionRequest
+from vllm_omni.diffusion.control.events import EngineEvent, Failed, Finished, Preview
+from vllm_omni.diffusion.control.owner import Home
+from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.errors import RequestError
 from vllm_omni.outputs import OmniRequestOutput
 

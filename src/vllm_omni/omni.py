@@ -17,19 +17,19 @@ from typing import Any, Never, Self, Unpack
 
 from tqdm import tqdm
 
-from vllm_omni.diffusion.compiled_packages import check_compiled_packages
+from vllm_omni.diffusion.catalog.hub import HubAccess
+from vllm_omni.diffusion.catalog.model_check import check_model_files
+from vllm_omni.diffusion.catalog.registry import ModelInfo, load_model_info
+from vllm_omni.diffusion.control.compiled_packages import check_compiled_packages
+from vllm_omni.diffusion.control.engine import DiffusionEngine
+from vllm_omni.diffusion.control.events import EngineObserver, EngineStatus
+from vllm_omni.diffusion.control.executor import make_executor
+from vllm_omni.diffusion.control.executor.launch import EarlyWorkers
+from vllm_omni.diffusion.control.owner import Home
+from vllm_omni.diffusion.control.replicas import Replicas
+from vllm_omni.diffusion.control.request_builder import Intake, check_default_prompt, check_defaults
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.engine import DiffusionEngine
-from vllm_omni.diffusion.events import EngineObserver, EngineStatus
-from vllm_omni.diffusion.executor import make_executor
-from vllm_omni.diffusion.executor.launch import EarlyWorkers
-from vllm_omni.diffusion.home import Home
-from vllm_omni.diffusion.hub import HubAccess
-from vllm_omni.diffusion.intake import Intake, check_default_prompt, check_defaults
-from vllm_omni.diffusion.model_check import check_model_files
-from vllm_omni.diffusion.plan import WorkerReady
-from vllm_omni.diffusion.registry import ModelInfo, load_model_info
-from vllm_omni.diffusion.replicas import Replicas
+from vllm_omni.diffusion.messages.plan import WorkerReady
 from vllm_omni.errors import InvalidRequestError, RequestError, UnavailableError
 from vllm_omni.foreign.constructors import explaining
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt, PromptLike, parse_prompt

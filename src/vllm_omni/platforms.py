@@ -11,7 +11,7 @@ class Platform:
     @property
     def device_type(self) -> str:
         """`cuda` where PyTorch sees such a device, otherwise `cpu`."""
-        from vllm_omni.diffusion.worker.device import kind_of  # imports PyTorch
+        from vllm_omni.diffusion.compute.device.kinds import kind_of  # imports PyTorch
 
         return kind_of("auto")
 

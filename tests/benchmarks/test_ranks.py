@@ -14,8 +14,8 @@ from benchmarks.gpu import exchanges
 from benchmarks.gpu.ranks import RankProcesses, in_world, listening_store
 from benchmarks.roofline.costs import Branch
 
+from vllm_omni.diffusion.compute.distributed.mesh import World
 from vllm_omni.diffusion.data import DiffusionParallelConfig
-from vllm_omni.diffusion.distributed.mesh import World
 
 HEADS, HEAD_DIM = 3, 8
 BRANCHES = [Branch(5, 12), Branch(1, 12)]

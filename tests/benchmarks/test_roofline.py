@@ -24,14 +24,14 @@ from benchmarks.roofline.costs import (
 )
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from tests.diffusion.distributed.ranks import run_places
-from tests.diffusion.worker.driving import make_request
-from tests.diffusion.worker.replica import started
+from tests.diffusion.compute.distributed.ranks import run_places
+from tests.diffusion.compute.worker.driving import make_request
+from tests.diffusion.compute.worker.replica import started
 from tests.tiny_models import build_tiny_qwen_image
 from tests.tiny_z_image import build_tiny_z_image
 from vllm_omni.diffusion.data import DiffusionParallelConfig
-from vllm_omni.diffusion.placement import balance
-from vllm_omni.diffusion.worker.contract import Place
+from vllm_omni.diffusion.messages.placement import balance
+from vllm_omni.diffusion.messages.worker import Place
 
 BUILDERS: dict[str, Callable[..., Path]] = {"qwen_image": build_tiny_qwen_image, "z_image": build_tiny_z_image}
 REQUESTS = [

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from vllm_omni.diffusion.worker.compile_cache import FOLDERS, keep_compiled_code
+from vllm_omni.diffusion.compute.startup.compile_cache import FOLDERS, keep_compiled_code
 from vllm_omni.entrypoints.cli import serve
 from vllm_omni.entrypoints.cli.args import parse_args
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from vllm_omni.diffusion.catalog.registry import load_model_info
+from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.plan import WorkerReady
-from vllm_omni.diffusion.registry import load_model_info
-from vllm_omni.diffusion.worker.contract import Place
-from vllm_omni.diffusion.worker.runner import ModelRunner
+from vllm_omni.diffusion.messages.plan import WorkerReady
+from vllm_omni.diffusion.messages.worker import Place
 
 GUILTY_RANK = 1
 FAULTY_STEP = 2

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from benchmarks.gpu.ranks import RankProcesses, listening_store
 
-from tests.diffusion.cache.driving import Skips, watch_skips
-from tests.diffusion.cache.test_layouts import Runs, in_turn
-from tests.diffusion.worker.driving import Drive, make_request
-from tests.diffusion.worker.replica import merging, started
+from tests.diffusion.compute.cache.driving import Skips, watch_skips
+from tests.diffusion.compute.cache.test_layouts import Runs, in_turn
+from tests.diffusion.compute.worker.driving import Drive, make_request
+from tests.diffusion.compute.worker.replica import merging, started
 from vllm_omni.diffusion.data import DiffusionParallelConfig
-from vllm_omni.diffusion.worker.contract import Place
+from vllm_omni.diffusion.messages.worker import Place
 
 PATIENCE_SECONDS = 90.0
 """For all that one layout draws: a rank that hangs costs no more."""

@@ -8,7 +8,7 @@ import torch
 if not torch.cuda.is_available():  # elsewhere the same tests run with stand-ins, where they live
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from tests.diffusion.attention.test_backends import (
+from tests.diffusion.compute.attention.test_backends import (
     make,
     test_blocks_of_keys_merge_to_the_whole,
     test_each_sequence_attends_to_itself_alone,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from tests.diffusion.worker.driving import psnr
+from tests.diffusion.compute.worker.driving import psnr
 from tests.tiny_diffusers import build_tiny_diffusers
 from vllm_omni import Omni
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams

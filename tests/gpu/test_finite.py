@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.diffusion.worker.driving import Drive, make_request
-from tests.diffusion.worker.test_finite import BUILDERS, OVERFLOWED, change_weights
+from tests.diffusion.compute.worker.driving import Drive, make_request
+from tests.diffusion.compute.worker.test_finite import BUILDERS, OVERFLOWED, change_weights
 from tests.gpu.test_no_waiting import Launching
+from vllm_omni.diffusion.catalog.registry import load_model_info
+from vllm_omni.diffusion.compute.step.finite import each_is_finite, is_finite
+from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.models.finite import each_is_finite, is_finite
-from vllm_omni.diffusion.registry import load_model_info
-from vllm_omni.diffusion.worker.runner import ModelRunner
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),

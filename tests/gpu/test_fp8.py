@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.diffusion.worker.driving import psnr
+from tests.diffusion.compute.worker.driving import psnr
 from tests.float8 import layer_of
 from vllm_omni import Omni
-from vllm_omni.diffusion.layers.rounding import quantize
-from vllm_omni.diffusion.registry import DEMO_MODEL_PATH
+from vllm_omni.diffusion.catalog.registry import DEMO_MODEL_PATH
+from vllm_omni.diffusion.compute.layers.rounding import quantize
 from vllm_omni.errors import ConfigError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.diffusion.cache.test_layouts import Runs, compare
-from tests.diffusion.worker.driving import psnr
+from tests.diffusion.compute.cache.test_layouts import Runs, compare
+from tests.diffusion.compute.worker.driving import psnr
 from tests.gpu.pool import Pool
 from tests.tiny_models import build_tiny_qwen_image
 from tests.tiny_z_image import build_tiny_z_image
+from vllm_omni.diffusion.catalog.registry import DEMO_MODEL_PATH
 from vllm_omni.diffusion.data import DiffusionParallelConfig
-from vllm_omni.diffusion.registry import DEMO_MODEL_PATH
 
 NUM_GPUS = torch.cuda.device_count()
 pytestmark = pytest.mark.skipif(NUM_GPUS < 2, reason="needs two GPUs")

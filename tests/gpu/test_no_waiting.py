@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from tests.diffusion.worker.driving import Drive, make_request, psnr
+from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
 from tests.tiny_models import build_tiny_qwen_image, photo
 from tests.tiny_z_image import BASE_SHIFT, build_tiny_z_image
 from tests.waiting import no_waits
+from vllm_omni.diffusion.catalog.registry import load_model_info
+from vllm_omni.diffusion.compute.device.kinds import Device, Mark
+from vllm_omni.diffusion.compute.device.transfers import HOST, to_device
+from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.plan import StepPlan, StepResult
-from vllm_omni.diffusion.registry import load_model_info
-from vllm_omni.diffusion.request import DiffusionRequest
-from vllm_omni.diffusion.transfers import HOST, to_device
-from vllm_omni.diffusion.worker.device import Device, Mark
-from vllm_omni.diffusion.worker.runner import ModelRunner
+from vllm_omni.diffusion.messages.plan import StepPlan, StepResult
+from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.inputs.images import prepared
 
 pytestmark = [

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from tests.diffusion.executor.workers import ROOT
-from tests.diffusion.worker.driving import psnr
+from tests.diffusion.compute.worker.driving import psnr
+from tests.diffusion.control.executor.workers import ROOT
 from tests.gpu.faults import ERRORS, fault_file, make_runner
 from tests.gpu.test_pictures import PARAMS, PROMPTS
 from tests.tiny_models import build_tiny_qwen_image
 from vllm_omni import AsyncOmni
+from vllm_omni.diffusion.compute.distributed.mesh import COLLECTIVE_TIMEOUT
+from vllm_omni.diffusion.control.engine import DiffusionEngine
+from vllm_omni.diffusion.control.executor.multiproc import MultiprocExecutor
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
-from vllm_omni.diffusion.distributed.mesh import COLLECTIVE_TIMEOUT
-from vllm_omni.diffusion.engine import DiffusionEngine
-from vllm_omni.diffusion.executor.multiproc import MultiprocExecutor
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.diffusion.models.test_recorded import ARRIVALS, BUILDERS
-from tests.diffusion.worker.driving import Drive, psnr
+from tests.diffusion.compute.families.test_cuda_graphs import ARRIVALS, BUILDERS
+from tests.diffusion.compute.worker.driving import Drive, psnr
+from vllm_omni.diffusion.catalog.registry import DEMO_MODEL_PATH, load_model_info
+from vllm_omni.diffusion.compute.device import kinds as device
+from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.registry import DEMO_MODEL_PATH, load_model_info
-from vllm_omni.diffusion.worker import device
-from vllm_omni.diffusion.worker.runner import ModelRunner
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),

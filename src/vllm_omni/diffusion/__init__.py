@@ -1,0 +1,1 @@
+"""The diffusion engine: `control` decides in plain Python, `compute` runs models on tensors."""

@@ -1,1 +1,1 @@
-"""LoRA adapters under the import paths of the public vllm-omni package; `diffusion/lora.py` is what resolves them."""
+"""LoRA adapters under the import paths of the public vllm-omni package; see `diffusion/control/adapters.py`."""

@@ -16,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from tests.diffusion.worker.driving import psnr
+from tests.diffusion.compute.worker.driving import psnr
 from tests.entrypoints.cli.server_process import ServerProcess, server_process, stop
 from tests.tiny_diffusers import build_tiny_diffusers, save_tiny_adapter
 from vllm_omni.inputs.loras import WEIGHTS

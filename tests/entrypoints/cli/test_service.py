@@ -18,16 +18,16 @@ from fastapi import FastAPI
 
 from tests.entrypoints.openai.live_server import FAKE_INFO
 from tests.patience import GUARD_SECONDS, until
+from vllm_omni.diffusion.catalog.registry import ModelInfo
+from vllm_omni.diffusion.control.events import EngineStatus
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.events import EngineStatus
-from vllm_omni.diffusion.plan import WorkerReady
-from vllm_omni.diffusion.registry import ModelInfo
+from vllm_omni.diffusion.messages.plan import WorkerReady
 from vllm_omni.entrypoints.cli import serve
 from vllm_omni.entrypoints.cli.args import HttpOptions, ServeArgs
-from vllm_omni.entrypoints.cli.listen import Listener
-from vllm_omni.entrypoints.cli.signals import StopSignals
 from vllm_omni.entrypoints.openai.settings import ServerSettings
-from vllm_omni.entrypoints.openai.unread import HttpProtocol
+from vllm_omni.entrypoints.server.listen import Listener
+from vllm_omni.entrypoints.server.signals import StopSignals
+from vllm_omni.entrypoints.server.slow_readers import HttpProtocol
 from vllm_omni.errors import ConfigError, OmniError, WorkerDiedError
 
 PATIENT_LIMITS = serve.StopLimits(close_seconds=GUARD_SECONDS, http_seconds=GUARD_SECONDS, log_seconds=GUARD_SECONDS)

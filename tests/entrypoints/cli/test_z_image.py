@@ -12,7 +12,7 @@ import torch
 from diffusers import ZImagePipeline
 from PIL import Image
 
-from tests.diffusion.worker.driving import psnr
+from tests.diffusion.compute.worker.driving import psnr
 from tests.entrypoints.cli.server_process import server_process
 from tests.tiny_z_image import BASE_SHIFT, build_tiny_z_image
 

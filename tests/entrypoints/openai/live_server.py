@@ -18,17 +18,17 @@ from fastapi import FastAPI
 
 from tests.fakes import FakeExecutor, FakeRunner, fake_image, make_request
 from tests.patience import GUARD_SECONDS, wait_for
+from vllm_omni.diffusion.catalog.registry import ModelInfo, Shares
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.plan import ItemError, StepPlan
-from vllm_omni.diffusion.registry import ModelInfo, Shares
-from vllm_omni.diffusion.request import DiffusionRequest
+from vllm_omni.diffusion.messages.plan import ItemError, StepPlan
+from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.entrypoints.openai.app import build_app
-from vllm_omni.entrypoints.openai.decode_process import DecodeLimits
-from vllm_omni.entrypoints.openai.framing import HttpLimits
-from vllm_omni.entrypoints.openai.media import FetchPolicy
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
+from vllm_omni.entrypoints.openai.requests.fetching import FetchPolicy
+from vllm_omni.entrypoints.openai.requests.pictures.process import DecodeLimits
 from vllm_omni.entrypoints.openai.settings import ServerSettings
-from vllm_omni.entrypoints.openai.unread import HttpProtocol
+from vllm_omni.entrypoints.server.framing import HttpLimits
+from vllm_omni.entrypoints.server.slow_readers import HttpProtocol
 from vllm_omni.inputs.images import InputImage, ReaderSizes
 from vllm_omni.omni import AsyncOmni
 

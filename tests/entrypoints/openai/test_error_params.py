@@ -7,10 +7,15 @@ from typing import Any
 import pytest
 from fastapi.exceptions import RequestValidationError
 
-from vllm_omni.entrypoints.openai.chat_protocol import ChatCompletionRequest
 from vllm_omni.entrypoints.openai.errors import error_response
-from vllm_omni.entrypoints.openai.protocol import ErrorResponse, ImageEditRequest, ImageGenerationRequest, RequestBody
-from vllm_omni.entrypoints.openai.validating import validated
+from vllm_omni.entrypoints.openai.requests.json_body import validated
+from vllm_omni.entrypoints.openai.schema.chat import ChatCompletionRequest
+from vllm_omni.entrypoints.openai.schema.images import (
+    ErrorResponse,
+    ImageEditRequest,
+    ImageGenerationRequest,
+    RequestBody,
+)
 
 VALUES: list[Any] = [
     3,

@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from tests.entrypoints.openai.live_server import LiveServer, live_server
 from vllm_omni.entrypoints.cli.args import HttpOptions
-from vllm_omni.entrypoints.cli.middleware import add_middleware
+from vllm_omni.entrypoints.server.middleware import add_middleware
 
 GENERATIONS = "/v1/images/generations"
 STOPPING_SECONDS = 0.05

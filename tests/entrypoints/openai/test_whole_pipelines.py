@@ -20,14 +20,14 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from tests.diffusion.worker.driving import psnr
+from tests.diffusion.compute.worker.driving import psnr
 from tests.entrypoints.openai.live_server import FAKE_EDIT_INFO, FAKE_INFO, MODEL_NAME, LiveServer, live_server
-from tests.entrypoints.openai.test_image_edits import EDITS, data_url, file_of, pixels
-from tests.entrypoints.openai.test_probes_and_metrics import read_metrics
+from tests.entrypoints.openai.routes.test_image_edits import EDITS, data_url, file_of, pixels
+from tests.entrypoints.openai.routes.test_probes_and_metrics import read_metrics
 from tests.tiny_diffusers import build_tiny_diffusers, set_safety_checker
 from tests.tiny_models import photo
-from vllm_omni.diffusion import intake
-from vllm_omni.diffusion.registry import WholePipeline
+from vllm_omni.diffusion.catalog.registry import WholePipeline
+from vllm_omni.diffusion.control import request_builder as intake
 from vllm_omni.inputs.images import InputImage, resized
 
 # diffusers' own schedules of Stable Diffusion XL.

@@ -1,0 +1,1 @@
+"""The `vllm serve --omni` and `vllm-omni` commands."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
+from vllm_omni.diffusion.catalog.hub import DEFAULT_ACCESS, HubAccess
 from vllm_omni.diffusion.data import ALIASES, DType, OmniDiffusionConfig
-from vllm_omni.diffusion.hub import DEFAULT_ACCESS, HubAccess
 from vllm_omni.entrypoints.cli import values
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
@@ -20,8 +20,8 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 if TYPE_CHECKING:
     from PIL import Image
 
-    from vllm_omni.diffusion.cache.calibration import Change
-    from vllm_omni.diffusion.registry import ModelInfo
+    from vllm_omni.diffusion.catalog.registry import ModelInfo
+    from vllm_omni.diffusion.compute.cache.calibration import Change
 
 COMMAND = "calibrate-teacache"
 DEFAULT_PROMPTS = (
@@ -124,7 +124,7 @@ def calibrate(args: CalibrateArgs) -> None:
         raise ConfigError(f"{COMMAND} draws a plot and needs matplotlib: pip install matplotlib")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     changes, num_steps = _measure(args)
-    from vllm_omni.diffusion.cache.calibration import fit_polynomial, root_mean_square_error
+    from vllm_omni.diffusion.compute.cache.calibration import fit_polynomial, root_mean_square_error
 
     coefficients = fit_polynomial(changes)
     report: dict[str, Any] = {
@@ -145,11 +145,11 @@ def calibrate(args: CalibrateArgs) -> None:
 def _measure(args: CalibrateArgs) -> tuple[list[Change], int]:
     """The changes from step to step, and the number of steps of a picture."""
     # Only now: these import torch.
-    from vllm_omni.diffusion.intake import Intake
-    from vllm_omni.diffusion.model_check import check_model_files
-    from vllm_omni.diffusion.registry import load_model_info
-    from vllm_omni.diffusion.worker.calibrate import measure_changes
-    from vllm_omni.diffusion.worker.runner import ModelRunner
+    from vllm_omni.diffusion.catalog.model_check import check_model_files
+    from vllm_omni.diffusion.catalog.registry import load_model_info
+    from vllm_omni.diffusion.compute.worker.calibration_run import measure_changes
+    from vllm_omni.diffusion.compute.worker.runner import ModelRunner
+    from vllm_omni.diffusion.control.request_builder import Intake
 
     # The backend is what lets requests take part in caching; the coefficients are not used.
     settings: dict[str, Any] = {

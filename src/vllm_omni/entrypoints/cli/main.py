@@ -7,16 +7,16 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from vllm_omni.diffusion.compiled_packages import check_compiled_packages
+from vllm_omni.diffusion.control.compiled_packages import check_compiled_packages
 from vllm_omni.entrypoints.cli import calibrate
 from vllm_omni.entrypoints.cli.args import ServeArgs, parse_args
 from vllm_omni.entrypoints.cli.commands import program_name
-from vllm_omni.entrypoints.cli.signals import StopSignals
+from vllm_omni.entrypoints.server.signals import StopSignals
 from vllm_omni.errors import ConfigError, fold
 from vllm_omni.logs import QueuedStreams, fill_standard_descriptors, logging_level
 
 if TYPE_CHECKING:
-    from vllm_omni.diffusion.executor.launch import EarlyWorkers
+    from vllm_omni.diffusion.control.executor.launch import EarlyWorkers
 
 FAILED_EXIT_CODE = 1
 USAGE_EXIT_CODE = 2
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             logging_level()  # a wrong one is told before anything is loaded
             check_compiled_packages()
             # Before the log's thread starts: workers may be forks, and import while the server does.
-            from vllm_omni.diffusion.executor.early import launch_early
+            from vllm_omni.diffusion.control.executor.early import launch_early
 
             with launch_early(args.config) as workers:
                 serve_and_leave(args, signals, streams, workers)

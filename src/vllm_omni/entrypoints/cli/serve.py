@@ -17,18 +17,18 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from vllm_omni.diffusion.events import Observers
-from vllm_omni.diffusion.executor.launch import EarlyWorkers
+from vllm_omni.diffusion.control.events import Observers
+from vllm_omni.diffusion.control.executor.launch import EarlyWorkers
 from vllm_omni.entrypoints.cli import vllm_surface
-from vllm_omni.entrypoints.cli.activity import ActivityLog
 from vllm_omni.entrypoints.cli.args import HttpOptions, ServeArgs
-from vllm_omni.entrypoints.cli.connections import Door, TurnedAway, most_connections
-from vllm_omni.entrypoints.cli.listen import Listener
-from vllm_omni.entrypoints.cli.middleware import add_middleware, api_keys
-from vllm_omni.entrypoints.cli.signals import StopSignals
 from vllm_omni.entrypoints.openai.app import build_app
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
-from vllm_omni.entrypoints.openai.unread import HttpProtocol
+from vllm_omni.entrypoints.server.activity import ActivityLog
+from vllm_omni.entrypoints.server.connections import Door, TurnedAway, most_connections
+from vllm_omni.entrypoints.server.listen import Listener
+from vllm_omni.entrypoints.server.middleware import add_middleware, api_keys
+from vllm_omni.entrypoints.server.signals import StopSignals
+from vllm_omni.entrypoints.server.slow_readers import HttpProtocol
 from vllm_omni.errors import ConfigError, OmniError
 from vllm_omni.logs import QueuedStreams
 from vllm_omni.omni import AsyncOmni

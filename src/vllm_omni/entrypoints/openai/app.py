@@ -9,31 +9,31 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from vllm_omni import __version__
-from vllm_omni.entrypoints.openai.chat import CHAT_PATH, ChatService, make_chat_router
-from vllm_omni.entrypoints.openai.decode_pool import ImageDecoder
-from vllm_omni.entrypoints.openai.decode_process import DecodeLimits
-from vllm_omni.entrypoints.openai.encoding import ImageEncoder
 from vllm_omni.entrypoints.openai.errors import install_error_handlers
-from vllm_omni.entrypoints.openai.files import FileStore
-from vllm_omni.entrypoints.openai.health import (
+from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
+from vllm_omni.entrypoints.openai.middlewares.every_request import LimitBody, RequestId
+from vllm_omni.entrypoints.openai.middlewares.path_routing import CountLoad, IgnoreTrailingSlash, ServerLoad
+from vllm_omni.entrypoints.openai.requests.fetching import FetchPolicy, MediaFetcher
+from vllm_omni.entrypoints.openai.requests.pictures.pool import ImageDecoder
+from vllm_omni.entrypoints.openai.requests.pictures.process import DecodeLimits
+from vllm_omni.entrypoints.openai.requests.prompt_checks import Resolver
+from vllm_omni.entrypoints.openai.requests.upload_budget import UploadBudget
+from vllm_omni.entrypoints.openai.requests.uploads import MAX_IMAGE_BYTES, UploadReader
+from vllm_omni.entrypoints.openai.responses.encoding import ImageEncoder
+from vllm_omni.entrypoints.openai.responses.stored_files import FileStore
+from vllm_omni.entrypoints.openai.routes.chat import CHAT_PATH, ChatService, make_chat_router
+from vllm_omni.entrypoints.openai.routes.health import (
     make_load_router,
     make_loras_router,
     make_metrics_router,
     make_models_router,
     make_probes_router,
 )
-from vllm_omni.entrypoints.openai.holding import UploadBudget
-from vllm_omni.entrypoints.openai.images import EDITS_PATH, GENERATIONS_PATH, ImageService, make_images_router
-from vllm_omni.entrypoints.openai.media import FetchPolicy, MediaFetcher
-from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
-from vllm_omni.entrypoints.openai.middleware import LimitBody, RequestId
-from vllm_omni.entrypoints.openai.resolver import Resolver
-from vllm_omni.entrypoints.openai.routing import CountLoad, IgnoreTrailingSlash, ServerLoad
+from vllm_omni.entrypoints.openai.routes.images import EDITS_PATH, GENERATIONS_PATH, ImageService, make_images_router
+from vllm_omni.entrypoints.openai.routes.swagger import OPENAPI_PATH, make_docs_router, require_api_key
+from vllm_omni.entrypoints.openai.routes.unavailable import make_unavailable_router
 from vllm_omni.entrypoints.openai.settings import ServerSettings
-from vllm_omni.entrypoints.openai.swagger import OPENAPI_PATH, make_docs_router, require_api_key
-from vllm_omni.entrypoints.openai.unavailable import make_unavailable_router
-from vllm_omni.entrypoints.openai.unread import Pieces
-from vllm_omni.entrypoints.openai.uploads import MAX_IMAGE_BYTES, UploadReader
+from vllm_omni.entrypoints.server.slow_readers import Pieces
 from vllm_omni.omni import AsyncOmni
 
 

@@ -15,9 +15,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vllm_omni.diffusion.events import EngineObserver
-from vllm_omni.entrypoints.openai.echo import echo
-from vllm_omni.entrypoints.openai.protocol import ErrorBody, ErrorResponse, ImageOptions
+from vllm_omni.diffusion.control.events import EngineObserver
+from vllm_omni.entrypoints.openai.requests.quotes import echo
+from vllm_omni.entrypoints.openai.schema.images import ErrorBody, ErrorResponse, ImageOptions
 from vllm_omni.errors import RequestError, UnavailableError, UnsupportedParameterError
 
 logger = logging.getLogger(__name__)

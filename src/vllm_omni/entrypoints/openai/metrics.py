@@ -16,11 +16,11 @@ from prometheus_client import (
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from vllm_omni.diffusion.plan import EXCHANGES, StepPlan, StepResult
-from vllm_omni.diffusion.request import DiffusionRequest
+from vllm_omni.diffusion.messages.plan import EXCHANGES, StepPlan, StepResult
+from vllm_omni.diffusion.messages.request import DiffusionRequest
 
 if TYPE_CHECKING:
-    from vllm_omni.diffusion.events import EngineStatus
+    from vllm_omni.diffusion.control.events import EngineStatus
 
 _LATENCY_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600, 1800)
 _STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)

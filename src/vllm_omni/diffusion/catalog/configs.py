@@ -1,0 +1,105 @@
+"""What is read off the configs of any family's model folder (no torch here)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from vllm_omni.diffusion.catalog.folder_files import read_object, short
+from vllm_omni.errors import ConfigError
+
+MOST = 2**20
+"""Largest whole number that a config takes: wider layers than that no device holds."""
+MOST_LAYERS = 10_000
+TIMESTEP_CHANNELS = 256
+"""Numbers that a transformer is told a timestep by: see `layers/timesteps.py`."""
+
+Values = TypeVar("Values")
+
+
+def read_config(path: Path, component: str, name: str = "config.json") -> dict[str, Any]:
+    """The config of a component of the model in `path`. Raises ConfigError where it cannot be read."""
+    return read_object(path, f"{component}/{name}" if component else name)
+
+
+def from_values(cls: type[Values], values: Mapping[str, Any], place: str) -> Values:
+    """The dataclass `cls` from those keys of a config that it has; other keys are ignored.
+
+    A number of layers takes 1 to MOST_LAYERS, other whole numbers 1 to MOST. Raises ConfigError, with `place` and the
+    key, for a value of another type or size, and for a missing one without default.
+    """
+    types = get_type_hints(cls)
+    named = {}
+    for field in fields(cls):  # type: ignore[arg-type]  # a dataclass
+        if field.name in values:
+            named[field.name] = _converted(values[field.name], types[field.name], f"{place}: {field.name}")
+    try:
+        return cls(**named)
+    except TypeError as error:
+        raise ConfigError(f"{place} does not say its sizes: {error}") from error
+
+
+def _converted(value: Any, kind: Any, place: str) -> Any:
+    """`value`, as JSON has it, in the type `kind` of a dataclass's field."""
+    options = get_args(kind)
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple) or not value:
+            raise ConfigError(f"{place} takes a list that is not empty, got {short(value)}")
+        return tuple(_converted(item, options[0], place) for item in value)
+    if NoneType in options:
+        return None if value is None else _converted(value, options[0], place)
+    if kind is int:
+        most = MOST_LAYERS if "layers" in place or place.endswith(("depth", "res_blocks")) else MOST
+        if type(value) is not int or not 1 <= value <= most:
+            raise ConfigError(f"{place} takes a whole number from 1 to {most}, got {short(value)}")
+    elif kind is float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
+            raise ConfigError(f"{place} takes a number, got {short(value)}")
+    elif not isinstance(value, kind):
+        raise ConfigError(f"{place} takes {'true or false' if kind is bool else 'a text'}, got {short(value)}")
+    return value
+
+
+def refuse_variants(transformer: Mapping[str, Any], only: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a transformer config that needs more than the family computes.
+
+    only: key -> the value that is computed, which is also what an absent key means.
+    """
+    for key, available in only.items():
+        if (value := transformer.get(key, available)) != available:
+            raise ConfigError(f"transformer/config.json has {key}={value!r}: not available yet, only {available!r} is")
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Keys of scheduler/scheduler_config.json that diffusers' FlowMatchEulerDiscreteScheduler computes with."""
+
+    num_train_timesteps: int = 1000
+    shift: float = 1.0
+    base_shift: float | None = 0.5
+    max_shift: float | None = 1.15
+    base_image_seq_len: int | None = 256
+    max_image_seq_len: int | None = 4096
+    shift_terminal: float | None = None
+    use_dynamic_shifting: bool = False
+    time_shift_type: str = "exponential"
+
+
+def read_scheduler_config(path: Path) -> SchedulerConfig:
+    """The schedule of the model in `path`, which must depend on nothing but the seed.
+
+    Raises ConfigError for other schedulers, for one that draws noise at every step, and for values of wrong types.
+    """
+    place = "scheduler/scheduler_config.json"
+    values = read_object(path, place)
+    name, only = values.get("_class_name"), "FlowMatchEulerDiscreteScheduler"
+    if name != only or values.get("stochastic_sampling"):
+        drawn = " with stochastic_sampling" if values.get("stochastic_sampling") else ""
+        raise ConfigError(f"{place} has {name}{drawn}: not available yet, only {only} without is")
+    config = from_values(SchedulerConfig, values, place)
+    if config.time_shift_type not in (kinds := ("exponential", "linear")):
+        raise ConfigError(f"{place}: time_shift_type takes {' or '.join(kinds)}, got {config.time_shift_type!r}")
+    return config

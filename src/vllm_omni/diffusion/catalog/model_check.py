@@ -1,0 +1,126 @@
+"""Check of a model folder before anything is loaded: a broken file is one line with its name. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX, check_links, names_in, read_object, short
+from vllm_omni.diffusion.catalog.hub import blame_hub
+from vllm_omni.diffusion.catalog.model_index import DIFFUSERS_STEMS, Component, read_components
+from vllm_omni.diffusion.catalog.registry import ModelInfo
+from vllm_omni.diffusion.catalog.tokenizer_files import check_tokenizer
+from vllm_omni.diffusion.catalog.weight_files import CONFIG, choose_all, has_weights, other_configs
+from vllm_omni.diffusion.catalog.weight_headers import StoredWeight, check_types, stored_weights
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.errors import ConfigError
+
+ADAPTER_CONFIG = "adapter_config.json"
+GUIDER_CONFIG = "guider_config.json"
+SCHEDULER_CONFIG = "scheduler_config.json"
+PROCESSOR_CONFIGS = ("preprocessor_config.json", "processor_config.json")
+LAYER_WORDS = ("layers", "blocks", "depth")
+"""Parts of the names of config.json's keys that say how many modules are built."""
+QUICK_LAYERS = 1000
+"""Number of layers that is built in a moment, so that it needs no comparison with the weight files."""
+MOST_TIMESTEPS = 2**20
+"""Largest num_train_timesteps of a scheduler, which keeps several arrays of that length."""
+
+
+def check_model_files(info: ModelInfo, config: OmniDiffusionConfig) -> None:
+    """Raise ConfigError, with the file and the reason, for files of the model that are missing, broken or do not fit.
+
+    Also for a variant of the weights that no component has. With dummy weights no weight file is looked at.
+    """
+    with blame_hub(info.path, info.hub_failure):
+        _check_folder(info, config)
+
+
+def _check_folder(info: ModelInfo, config: OmniDiffusionConfig) -> None:
+    path = info.path
+    components = read_components(read_object(path, MODEL_INDEX))
+    for component, entry in components.items():
+        if not (path / component).is_dir():
+            raise ConfigError(f"{MODEL_INDEX} names {component}, but the model has no folder {component}/")
+        check_links(path, component)
+        _check_files(info, component, entry)
+    if config.load_format != "auto":
+        return
+    for component in choose_all(components, {name: names_in(path, name) for name in components}, config.variant):
+        weights = stored_weights(path / component, config.variant, components[component].stems)
+        values = read_object(path, f"{component}/{CONFIG}")
+        _check_counts(component, values, weights)
+        if "quantization_config" not in values:
+            check_types(component, weights)
+        for expected in info.expected_weights.get(component, ()):
+            expected.check(component, weights)
+
+
+def _check_files(info: ModelInfo, name: str, component: Component) -> None:
+    """Raise ConfigError for files that configure the component `name`."""
+    if component.kind == "tokenizer":
+        check_tokenizer(info.path, name, component.class_name, info.tokenizer_needs)
+        return
+    names = names_in(info.path, name)
+    for config in _configs(name, component, names):
+        place = f"{name}/{config}"
+        values = read_object(info.path, place)
+        if component.kind == "scheduler":
+            _check_scheduler(place, values)
+        if config == CONFIG and info.whole is not None and component.stems != DIFFUSERS_STEMS:
+            _check_redirects(name, names, values)
+
+
+def _configs(name: str, component: Component, names: list[str]) -> list[str]:
+    """Files that configure a component whose folder has `names`. Raises ConfigError for a processor without any."""
+    if has_weights(component, names):
+        return [CONFIG]
+    if component.kind == "scheduler":
+        return [SCHEDULER_CONFIG]
+    if component.kind == "guider":
+        return [GUIDER_CONFIG]
+    if component.kind is None:
+        return other_configs(names)
+    accepted = PROCESSOR_CONFIGS if component.library == "transformers" else (*PROCESSOR_CONFIGS, CONFIG)
+    if present := [file for file in accepted if file in names]:
+        return present
+    raise ConfigError(f"{name}/ lacks {accepted[0]}")
+
+
+def _check_redirects(component: str, names: list[str], values: Mapping[str, Any]) -> None:
+    """Raise ConfigError for settings by which transformers reads other weights than those that are checked."""
+    if ADAPTER_CONFIG in names:
+        raise ConfigError(f"{component}/ has an {ADAPTER_CONFIG}: adapters inside a component are not loaded")
+    if (file := values.get("transformers_weights")) is not None:
+        raise ConfigError(f"{component}/{CONFIG}: transformers_weights must be left out, got {short(file)}")
+
+
+def _check_scheduler(place: str, values: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a number of training steps that a scheduler would fill the memory with."""
+    steps = values.get("num_train_timesteps")
+    if steps is not None and not (type(steps) is int and 1 <= steps <= MOST_TIMESTEPS):
+        raise ConfigError(
+            f"{place}: num_train_timesteps takes a whole number from 1 to {MOST_TIMESTEPS}, got {short(steps)}"
+        )
+
+
+def _check_counts(component: str, values: Mapping[str, Any], weights: Mapping[str, StoredWeight]) -> None:
+    """Raise ConfigError for more layers than there are weights: building them would take hours before that shows."""
+    most = max(len(weights), QUICK_LAYERS)
+    for key, value in _numbers(values):
+        if any(word in key for word in LAYER_WORDS) and value > most:
+            raise ConfigError(
+                f"{component}/{CONFIG}: {key} is {value}, but the weight files have only {len(weights)} weights"
+            )
+
+
+def _numbers(values: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
+    """All numbers in a JSON value, each with the nearest key above it."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            yield from _numbers(value, name)
+    elif isinstance(values, list):
+        for value in values:
+            yield from _numbers(value, key)
+    elif isinstance(values, int | float) and not isinstance(values, bool):
+        yield key, values

@@ -1,0 +1,65 @@
+"""Components that a model_index.json names: the library and the class of each, and which kind it is. No torch here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX, short
+from vllm_omni.errors import ConfigError
+
+Stems = tuple[str, ...]
+"""Names of weight files, without variant and suffix, that may be read of a component."""
+DIFFUSERS_STEMS: Stems = ("diffusion_pytorch_model",)
+TRANSFORMERS_STEMS: Stems = ("model",)
+STEMS = DIFFUSERS_STEMS + TRANSFORMERS_STEMS
+
+Kind = Literal["tokenizer", "scheduler", "guider", "processor"]
+_KINDS: dict[Kind, re.Pattern[str]] = {
+    "tokenizer": re.compile("(?<!Audio)Tokenizer|Backend$"),  # an AudioTokenizer is a model that encodes sound
+    "scheduler": re.compile("Scheduler"),
+    "guider": re.compile("Guidance"),
+    "processor": re.compile("Processor|Extractor"),
+}
+
+
+@dataclass(frozen=True)
+class Component:
+    """An entry of model_index.json."""
+
+    library: str
+    """diffusers, transformers, or a module of diffusers' pipelines, such as stable_diffusion."""
+    class_name: str
+
+    @property
+    def kind(self) -> Kind | None:
+        """The kind by the name of the class, of a component without weights; None: the name says of none."""
+        if self.class_name.endswith("Model"):
+            return None
+        return next((kind for kind, words in _KINDS.items() if words.search(self.class_name)), None)
+
+    @property
+    def stems(self) -> Stems:
+        """Names of the weight files that the library reads. Modules of pipelines have classes of either library."""
+        known = {"diffusers": DIFFUSERS_STEMS, "transformers": TRANSFORMERS_STEMS}
+        return known.get(self.library, STEMS)
+
+
+def read_components(index: Mapping[str, Any]) -> dict[str, Component]:
+    """The components that a model has, by name, from the JSON of its model_index.json.
+
+    Raises ConfigError for an entry that is no pair of a library and a class, or no name of a folder.
+    """
+    components = {}
+    for name, value in index.items():
+        if name.startswith("_") or not isinstance(value, list) or all(part is None for part in value):
+            continue  # a setting of diffusers or of the pipeline, or a component that the model does without
+        if len(value) != 2 or not all(isinstance(part, str) for part in value):
+            raise ConfigError(f"{MODEL_INDEX}: {name} must be a list of a library and a class, got {short(value)}")
+        if name != Path(name).name or name in (".", ".."):
+            raise ConfigError(f"{MODEL_INDEX} names {name!r}, which is not a folder of the model")
+        components[name] = Component(*value)
+    return components

@@ -1,0 +1,150 @@
+"""Checks of a tokenizer's files, which the libraries replace by an empty tokenizer where they are missing. No torch
+at import."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_omni.diffusion.catalog.folder_files import names_in, open_file, read_object, short
+from vllm_omni.errors import ConfigError
+
+WHOLE = "tokenizer.json"
+VOCABULARY, MERGES = "vocab.json", "merges.txt"
+SETTINGS = "tokenizer_config.json"
+ADDED = "added_tokens.json"
+CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+MOST_IDS = 2**31
+OBJECTS = ("special_tokens_map.json", ADDED, CHAT_TEMPLATES[1])
+"""Further files that hold a JSON object."""
+SENTENCE_PIECES = "tokenizer.model"
+"""Vocabulary that transformers reads for the classes that name none but `WHOLE`."""
+
+
+@dataclass(frozen=True)
+class TokenizerNeeds:
+    """Requirements of a model on its tokenizer."""
+
+    tokens: tuple[str, ...] = ()
+    """Tokens that prompts are written with."""
+    num_ids: int | None = None
+    """Number of rows of the text encoder's embedding; None: unknown."""
+
+
+def check_tokenizer(root: Path, component: str, class_name: str, needs: TokenizerNeeds = TokenizerNeeds()) -> None:
+    """Raise ConfigError, with the file and the reason, for files of a tokenizer that are missing or broken.
+
+    root: the model folder; component: the tokenizer's folder in it; class_name: its class in transformers; needs: also
+    refuse a tokenizer without these.
+    """
+    names = names_in(root, component)
+    objects = {name: read_object(root, f"{component}/{name}") for name in OBJECTS if name in names}
+    settings = read_settings(root, component) if SETTINGS in names else {}
+    vocabulary = _read_vocabulary(root, component, class_name, names)
+    if vocabulary is None:
+        return
+    ids = vocabulary | objects.get(ADDED, {}) | _added_in_settings(settings)
+    if missing := [token for token in needs.tokens if token not in ids]:
+        raise ConfigError(f"{component}/ lacks the token {missing[0]!r}, which the model's prompts consist of")
+    for token, number in ids.items():
+        if type(number) is not int or not 0 <= number < (needs.num_ids or MOST_IDS):
+            raise ConfigError(
+                f"{component}/ has the token {token!r} with the id {short(number)}; the text encoder's vocab_size "
+                f"allows 0 to {(needs.num_ids or MOST_IDS) - 1}"
+            )
+
+
+def read_settings(root: Path, component: str) -> dict[str, Any]:
+    """The tokenizer's tokenizer_config.json; null means that a key is not given.
+
+    Raises ConfigError, with the key, for values that the tokenizer cannot be built with.
+    """
+    place = f"{component}/{SETTINGS}"
+    settings = read_object(root, place)
+    for key, kind, accepted in (("tokenizer_class", str, "a text"), ("added_tokens_decoder", dict, "a JSON object")):
+        if not isinstance(value := settings.get(key), kind | None):
+            raise ConfigError(f"{place}: {key} takes {accepted}, got {short(value)}")
+    limit = settings.get("model_max_length")
+    is_number = isinstance(limit, int | float) and not isinstance(limit, bool)
+    if limit is not None and not (is_number and limit >= 1):
+        raise ConfigError(f"{place}: model_max_length takes a number from 1, got {short(limit)}")
+    return settings
+
+
+def check_chat_template(root: Path, component: str) -> None:
+    """Raise ConfigError where the tokenizer in the folder `component` has no template to write a prompt as a chat."""
+    names = names_in(root, component)
+    settings = read_settings(root, component) if SETTINGS in names else {}
+    if not settings.get("chat_template") and not set(CHAT_TEMPLATES) & set(names):
+        raise ConfigError(
+            f"{component}/ has no chat template, neither {CHAT_TEMPLATES[0]} nor in {SETTINGS}; prompts need it"
+        )
+
+
+def _read_vocabulary(root: Path, component: str, class_name: str, names: list[str]) -> dict[str, int] | None:
+    """Token -> id; None: they are in a format that only the tokenizer's own class reads, or it needs no file."""
+    from tokenizers import Tokenizer  # a library in Rust, without torch
+    from tokenizers.models import BPE
+
+    if WHOLE in names:
+        file = _readable(root, f"{component}/{WHOLE}")
+        read_object(root, f"{component}/{WHOLE}")
+        try:
+            return dict(Tokenizer.from_file(file).get_vocab())
+        except Exception as error:  # the library raises no other class
+            raise ConfigError(f"cannot read {component}/{WHOLE}: it is no tokenizer: {error}") from error
+    if VOCABULARY in names:
+        if MERGES not in names:
+            raise ConfigError(f"{component}/ lacks {MERGES}, which {VOCABULARY} needs")
+        vocabulary = read_object(root, f"{component}/{VOCABULARY}")
+        if not vocabulary or not all(type(number) is int and number >= 0 for number in vocabulary.values()):
+            raise ConfigError(f"cannot read {component}/{VOCABULARY}: it must map tokens to numbers from 0")
+        files = [_readable(root, f"{component}/{name}") for name in (VOCABULARY, MERGES)]
+        try:
+            BPE(*BPE.read_file(*files))
+        except Exception as error:  # as above
+            raise ConfigError(f"cannot read {component}/{MERGES} with {VOCABULARY}: {error}") from error
+        return vocabulary
+    others = _other_vocabularies(class_name)
+    if others is None:
+        return None
+    for name in others:
+        if name in names:
+            _readable(root, f"{component}/{name}")
+            return None
+    accepted = [WHOLE, f"{VOCABULARY} with {MERGES}", *others]
+    raise ConfigError(f"{component}/ has no vocabulary of a {class_name}: neither {', nor '.join(accepted)}")
+
+
+def _other_vocabularies(class_name: str) -> tuple[str, ...] | None:
+    """Names of files in other formats that a class of tokenizers reads its vocabulary from, such as SentencePiece's and
+    BERT's list of words; None: it needs no vocabulary, because its tokens are bytes."""
+    import transformers  # which imports torch: only where the usual files are missing
+
+    cls: Any = getattr(transformers, class_name, None)
+    is_tokenizer = inspect.isclass(cls) and issubclass(cls, transformers.PreTrainedTokenizerBase)
+    if not is_tokenizer:
+        return ()
+    named: set[str] = set(cls.vocab_files_names.values())
+    if not named:
+        return None
+    return tuple(sorted(named - {WHOLE, VOCABULARY, MERGES})) if named - {WHOLE} else (SENTENCE_PIECES,)
+
+
+def _readable(root: Path, name: str) -> str:
+    """The path of a file, which is not empty. Raises ConfigError for others."""
+    with open_file(root, name) as stream:
+        if not stream.read(1):
+            raise ConfigError(f"cannot read {name}: it is empty")
+    return str(root / name)
+
+
+def _added_in_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    added = settings.get("added_tokens_decoder") or {}
+    return {
+        token["content"]: int(number) if number.isdecimal() else number
+        for number, token in added.items()
+        if isinstance(token, dict) and isinstance(token.get("content"), str)
+    }

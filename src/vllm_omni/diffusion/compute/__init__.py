@@ -1,0 +1,1 @@
+"""The half that computes: workers, model families, attention, step caches, parallel exchanges."""

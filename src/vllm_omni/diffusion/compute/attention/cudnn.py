@@ -1,0 +1,42 @@
+"""cuDNN's fused attention, as PyTorch ships it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.backends.cuda import can_use_cudnn_attention
+
+from vllm_omni.diffusion.compute.attention.base import Setting
+from vllm_omni.diffusion.compute.attention.dense import Batch, DenseAttention
+from vllm_omni.diffusion.compute.attention.limits import why_no_flash
+from vllm_omni.diffusion.compute.attention.sdpa import SdpaAttention, sdpa_params
+
+MAX_HEAD_DIM = 128
+
+
+class CudnnAttention(DenseAttention):
+    """cuDNN plans once for each shape, and takes long for it. It may refuse single shapes (on some versions, sequences
+    of one token): those go the way of `sdpa`."""
+
+    def __init__(self) -> None:
+        self._others = SdpaAttention()
+
+    @classmethod
+    def why_not(cls, setting: Setting) -> str | None:
+        if reason := why_no_flash(setting, MAX_HEAD_DIM):
+            return reason
+        shape = (1, 1, 64, setting.head_dim)
+        q, k, v = torch.empty((3, *shape), dtype=setting.dtype, device=setting.device).unbind()
+        return None if can_use_cudnn_attention(sdpa_params((q, k, v))) else "PyTorch says that its cuDNN cannot"
+
+    def attend_batch(self, batch: Batch) -> Tensor:
+        if not can_use_cudnn_attention(sdpa_params(batch)):
+            return self._others.attend_batch(batch)
+        out: Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(*batch, None, False)[0]
+        return out
+
+    def attend_batch_with_lse(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        if not can_use_cudnn_attention(sdpa_params(batch)):
+            return self._others.attend_batch_with_lse(batch)
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(*batch, None, True)
+        return out, lse.reshape(out.shape[:3])  # from [batch, heads, length, 1]

@@ -1,0 +1,1 @@
+"""Agreement between the ranks of a replica: failures, skipped blocks, captures."""

@@ -1,0 +1,1 @@
+"""Devices, and transfers between a device and the host."""

@@ -1,0 +1,108 @@
+"""Whether an adapter is in the model as its file describes it.
+
+diffusers converts the keys of an adapter and may drop some, or their alphas, with no more than a line in the log. So
+what was loaded is compared with the file by a number that no renaming, splitting or reordering of a layer changes: the
+sum of the squares of the values that the adapter adds to its weight, its energy.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from vllm_omni.diffusion.compute.families.diffusers_fallback.adapter_file import AdapterFile, Change, LowRank
+
+TOLERANCE = 1e-4
+"""Largest relative difference of two energies that are equal, in float32."""
+ROUGH_TOLERANCE = 5e-3
+"""Largest relative difference of two equal energies where the model holds 16 bits a value."""
+
+
+@dataclass
+class Energies:
+    """Changes that share one `down` are parts of one layer, and count as one."""
+
+    energy: float = 0.0
+    keys: list[str] = field(default_factory=list)
+
+
+@torch.inference_mode()
+def unplaced_keys(file: AdapterFile, models: Iterable[nn.Module], adapter: str) -> list[str]:
+    """Keys of `file` that have no place in the models, or not at their scale. Waits for the device.
+
+    adapter: the name that it was loaded by. Energies that have no equal on the other side may be those of layers that
+    were split or joined: then their sums agree. A change of zeros has no effect, and is taken to be in its place.
+    """
+    layers = [module for model in models for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    changes, parameters = _loaded(layers, adapter)
+    dtypes = {parameter.dtype for parameter in parameters}
+    tolerance = TOLERANCE if dtypes <= {torch.float32, torch.float64} else ROUGH_TOLERANCE
+    wanted, found = _unmatched(_grouped(file.changes), changes, tolerance)
+    missing: set[str] = set()
+    total = sum(group.energy for group in wanted)
+    if not abs(total - sum(found)) <= tolerance * total:
+        missing.update(key for group in wanted for key in group.keys)
+    missing.update(key for key, weight in file.others.items() if not _is_among(weight, parameters, tolerance))
+    return [file.file_keys.get(key, key) for key in file.weights if key in missing]
+
+
+def _grouped(changes: Sequence[Change]) -> list[Energies]:
+    groups: dict[float, Energies] = {}
+    for change in changes:
+        group = groups.setdefault(change.origin, Energies())
+        group.energy += change.energy()
+        group.keys.extend(change.keys)
+    return list(groups.values())
+
+
+def _loaded(layers: Sequence[Any], adapter: str) -> tuple[list[float], list[Tensor]]:
+    """The energies of an adapter's changes in the model, and its further parameters."""
+    low_rank, energies, parameters = [], [], []
+    for layer in layers:
+        if isinstance(layer, LoraLayer) and adapter in layer.lora_A:
+            down, up = (holder[adapter].get_parameter("weight") for holder in (layer.lora_A, layer.lora_B))
+            low_rank.append(LowRank("", ("", ""), down, up, layer.scaling[adapter]))
+        elif any(adapter in getattr(layer, name) for name in layer.adapter_layer_names):
+            energies.append(float(layer.get_delta_weight(adapter).double().square().sum()))
+        parameters += list(_parameters_of(layer, adapter))
+    return energies + [group.energy for group in _grouped(low_rank)], parameters
+
+
+def _parameters_of(layer: Any, adapter: str) -> Iterator[Tensor]:
+    for name in layer.adapter_layer_names:
+        holder = getattr(layer, name)
+        if adapter in holder:
+            yield from holder[adapter].parameters() if isinstance(holder[adapter], nn.Module) else [holder[adapter]]
+
+
+def _unmatched(
+    wanted: Sequence[Energies], found: Sequence[float], tolerance: float
+) -> tuple[list[Energies], list[float]]:
+    """Members of both that have no equal in the other, each equal used once."""
+    alone: list[Energies] = []
+    left, rest = [], deque(sorted(found))
+    for group in sorted(wanted, key=lambda group: group.energy):
+        while rest and rest[0] < group.energy * (1 - tolerance):
+            left.append(rest.popleft())
+        if rest and rest[0] <= group.energy * (1 + tolerance):
+            rest.popleft()
+        elif group.energy > 0:
+            alone.append(group)
+    return alone, [*left, *rest]
+
+
+def _is_among(weight: Tensor, parameters: Sequence[Tensor], tolerance: float) -> bool:
+    """Whether some parameter holds the values of `weight`, in whatever shape."""
+    values = weight.flatten().double()
+    return any(
+        torch.allclose(parameter.flatten().double().to(values.device), values, rtol=tolerance, atol=tolerance * 1e-3)
+        for parameter in parameters
+        if parameter.numel() == values.numel()
+    )

@@ -1,0 +1,250 @@
+"""Adapter files: the changes of weights that they describe, whatever program has named their keys."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vllm_omni.diffusion.compute.families.diffusers_fallback.adapter_names import find_layer
+
+METADATA_KEY = "lora_adapter_metadata"
+"""In a file's header: the peft settings that diffusers has saved, as JSON of `component.setting`."""
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+"""Files that peft saves: the weights, and beside them the settings."""
+PEFT_PREFIX = "base_model.model."
+LOW_RANK = re.compile(
+    r"(?P<layer>.+?)(?P<mark>[._](?:lora\d?|lora_linear_layer))?[._](?P<part>lora_A|lora_B|lora_down|lora_up|down|up)"
+    r"(?:\.\w+)?\.weight"
+)
+"""Names of peft, Kohya, OneTrainer, XLabs and older diffusers."""
+KRONECKER = re.compile(r"(?P<layer>.+)\.lokr_w(?P<part>[12](?:_[ab])?)")
+DOWN_PARTS = ("lora_A", "lora_down", "down")
+
+
+class AdapterFileError(ValueError):
+    """A file that no adapter can be made of."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """scale * up @ down, added to the weight of a layer."""
+
+    layer: str
+    """Name of the layer in the file."""
+    keys: tuple[str, str]
+    """Keys of `down` and `up` in the file."""
+    down: Tensor
+    up: Tensor
+    scale: float
+
+    @property
+    def origin(self) -> float:
+        """Equal for changes that one `down` has been copied to."""
+        return float(self.down.double().square().sum())
+
+    def energy(self) -> float:
+        """The sum of the squares of all values of the change: tr(up^T up down down^T) scale^2."""
+        down, up = (weight.flatten(1).double() for weight in (self.down, self.up))
+        return self.scale**2 * float(((up.T @ up) * (down @ down.T)).sum())
+
+    def scaled(self) -> dict[str, Tensor]:
+        """Weights of the same change with scale 1."""
+        return dict(zip(self.keys, (self.down, self.up.float() * self.scale), strict=True))
+
+
+@dataclass(frozen=True)
+class Kronecker:
+    """scale * (w1 kron w2), each stored whole or as a product a @ b."""
+
+    keys: tuple[str, ...]
+    factors: tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+    scale: float
+
+    @property
+    def origin(self) -> float:
+        return float(self.factors[0][0].double().square().sum())
+
+    def energy(self) -> float:
+        sizes = [
+            float((factor[0].double() if len(factor) == 1 else factor[0].double() @ factor[1].double()).square().sum())
+            for factor in self.factors
+        ]
+        return self.scale**2 * math.prod(sizes)
+
+    def scaled(self) -> dict[str, Tensor]:
+        weights = [weight for factor in self.factors for weight in factor]
+        return dict(zip(self.keys, (weights[0].float() * self.scale, *weights[1:]), strict=True))
+
+
+Change = LowRank | Kronecker
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """The weights of a file by key, and the peft settings that came with them by component ("": all)."""
+
+    weights: Mapping[str, Tensor]
+    configs: Mapping[str, Mapping[str, Any]]
+    file_keys: Mapping[str, str] = field(default_factory=dict)
+    """From keys that were changed to those of the file."""
+
+    @classmethod
+    def read(cls, file: Path) -> AdapterFile:
+        """Raises AdapterFileError for what is no safetensors file, and for settings or values that cannot be used."""
+        try:
+            with safe_open(file, framework="pt") as opened:
+                weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  # no dict
+                metadata = opened.metadata() or {}
+            configs = _read_configs(file, metadata)
+        except (OSError, SafetensorError, ValueError) as error:
+            raise AdapterFileError(str(error)) from error
+        for key, weight in weights.items():
+            if not bool(weight.isfinite().all()):
+                raise AdapterFileError(f"{key} holds values that are not numbers (NaN or infinite)")
+        return cls(weights, configs)
+
+    @cached_property
+    def changes(self) -> list[Change]:
+        """Raises AdapterFileError for weights that lack a partner or do not fit together."""
+        low_rank: dict[tuple[str, str], dict[str, str]] = {}
+        kronecker: dict[str, dict[str, str]] = {}
+        for key in self.weights:
+            if match := LOW_RANK.fullmatch(key):
+                part = "down" if match["part"] in DOWN_PARTS else "up"
+                low_rank.setdefault((match["layer"], match["mark"] or ""), {})[part] = key
+            elif match := KRONECKER.fullmatch(key):
+                kronecker.setdefault(match["layer"], {})[match["part"]] = key
+        return [
+            *(self._low_rank(layer, mark, keys) for (layer, mark), keys in low_rank.items()),
+            *(self._kronecker(layer, keys) for layer, keys in kronecker.items()),
+        ]
+
+    @cached_property
+    def others(self) -> dict[str, Tensor]:
+        """Weights that are no part of `changes` and no alpha: biases and magnitudes of layers, for example."""
+        used = {key for change in self.changes for key in change.keys} | set(self._alphas)
+        return {key: weight for key, weight in self.weights.items() if key not in used}
+
+    @property
+    def has_scales(self) -> bool:
+        return any(change.scale != 1 for change in self.changes)
+
+    def with_names_of(self, layers: Mapping[str, str]) -> AdapterFile | None:
+        """The same adapter under the names of the model's own layers, with a scale of 1 everywhere. Layers that are not
+        found keep their names; None where none is found, and where there are other weights than pairs.
+
+        layers: see `layers_by_flat_name`.
+        """
+        if self.others:
+            return None
+        weights: dict[str, Tensor] = {}
+        file_keys: dict[str, str] = {}
+        for change in self.changes:
+            layer = find_layer(change.layer, layers) if isinstance(change, LowRank) else None
+            names = {key: key for key in change.keys}
+            if layer is not None and f"{layer}.lora_A.weight" not in weights:
+                names = dict(zip(change.keys, (f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"), strict=True))
+                file_keys |= {name: key for key, name in names.items()}
+            weights |= {names[key]: weight for key, weight in change.scaled().items()}
+        return AdapterFile(weights, {}, file_keys) if file_keys else None
+
+    def with_scales_in_weights(self) -> AdapterFile:
+        """The same adapter with a scale of 1 everywhere, which needs neither alphas nor settings."""
+        weights = {key: weight for change in self.changes for key, weight in change.scaled().items()}
+        scales = {key.rpartition(".")[0]: change.scale for change in self.changes for key in change.keys}
+        for key, weight in self.others.items():
+            scale = scales.get(key.rpartition(".")[0], 1.0) if key.endswith(".bias") else 1.0
+            weights[key] = weight.float() * scale if scale != 1 else weight
+        return AdapterFile(weights, {})
+
+    @cached_property
+    def _alphas(self) -> dict[str, float]:
+        """By key. Raises AdapterFileError for one that is no number."""
+        alphas = {}
+        for key, weight in self.weights.items():
+            if key.endswith(".alpha"):
+                if weight.numel() != 1:
+                    raise AdapterFileError(f"{key} takes one number, got the shape {list(weight.shape)}")
+                alphas[key] = float(weight)
+        return alphas
+
+    def _low_rank(self, layer: str, mark: str, keys: Mapping[str, str]) -> LowRank:
+        if len(keys) < 2:
+            (key,) = keys.values()
+            raise AdapterFileError(f"{key} has no partner: an adapter has two weights for each layer")
+        down, up = self.weights[keys["down"]], self.weights[keys["up"]]
+        if down.dim() < 2 or up.dim() < 2 or down.shape[0] != up.shape[1]:
+            raise AdapterFileError(
+                f"{keys['down']} {list(down.shape)} and {keys['up']} {list(up.shape)} do not fit together"
+            )
+        if (rank := down.shape[0]) == 0:
+            raise AdapterFileError(f"{keys['down']} has rank 0")
+        return LowRank(layer, (keys["down"], keys["up"]), down, up, self._scale((layer, layer + mark), rank))
+
+    def _kronecker(self, layer: str, keys: Mapping[str, str]) -> Kronecker:
+        names: list[tuple[str, ...]] = []
+        for number in "12":
+            whole, parts = keys.get(number), [keys.get(f"{number}_{part}") for part in "ab"]
+            names.append((whole,) if whole is not None else tuple(part for part in parts if part is not None))
+            if whole is None and len(names[-1]) < 2:
+                raise AdapterFileError(f"{layer}.lokr_w{number} is missing, or half of it")
+        factors = tuple(tuple(self.weights[key] for key in part) for part in names)
+        ranks = [factor[0].shape[1] for factor in factors if len(factor) == 2]
+        used = (*names[0], *names[1])
+        # The scale belongs to the rank: with both factors whole there is none.
+        scale = self._scale((layer,), ranks[-1]) if ranks else 1.0
+        return Kronecker(used, (factors[0], factors[1]), scale)
+
+    def _scale(self, layers: tuple[str, ...], rank: int) -> float:
+        """alpha / rank; 1 where nothing is said. layers: the names by which the file may call the layer."""
+        for layer in layers:
+            if (alpha := self._alphas.get(f"{layer}.alpha")) is not None:
+                return alpha / rank
+        for component, config in self.configs.items():
+            if layers[0].startswith(prefix := f"{component}." if component else ""):
+                return _peft_scale(config, layers[0].removeprefix(prefix).removeprefix(PEFT_PREFIX), rank)
+        return 1.0
+
+    def unused_alphas(self) -> list[str]:
+        """Keys of alphas that belong to no change."""
+        layers = {layer for change in self.changes for key in change.keys for layer in _layers_of(key)}
+        return [key for key in self._alphas if key.removesuffix(".alpha") not in layers]
+
+
+def _layers_of(key: str) -> Iterator[str]:
+    """The names by which an alpha may call the layer of a weight."""
+    if match := LOW_RANK.fullmatch(key):
+        yield match["layer"]
+        yield match["layer"] + (match["mark"] or "")
+    elif match := KRONECKER.fullmatch(key):
+        yield match["layer"]
+
+
+def _peft_scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
+    """alpha / rank, or alpha / sqrt(rank) with rslora, as peft computes it from the settings of an adapter."""
+    pattern: Mapping[str, float] = config.get("alpha_pattern") or {}
+    default = config.get("lora_alpha", config.get("alpha", rank))
+    alpha = float(pattern.get(get_pattern_key(list(pattern), layer), default))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _read_configs(file: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """peft's settings by component. Raises ValueError for JSON that is none."""
+    configs: dict[str, dict[str, Any]] = {}
+    for name, value in dict(json.loads(metadata.get(METADATA_KEY, "{}"))).items():
+        component, _, setting = name.partition(".")
+        configs.setdefault(component, {})[setting] = value
+    beside = file.parent / PEFT_CONFIG
+    if not configs and file.name == PEFT_FILE and beside.is_file():
+        configs[""] = dict(json.loads(beside.read_text()))
+    return configs

@@ -1,0 +1,69 @@
+"""Checks of what a whole pipeline makes: whether its values are numbers, and whether its safety checker replaced it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vllm_omni.diffusion.compute.step.finite import is_finite
+
+PROCESSORS = ("image_processor", "video_processor")
+"""Components of pipelines that turn decoded pixels into pictures: NaN becomes black there."""
+BLOCKED_FIELDS = ("nsfw_content_detected", "nsfw_detected", "watermark_detected")
+"""Fields of a pipeline's output: for each picture, whether the safety checker found something. A picture that it found
+is black."""
+
+
+class FiniteCheck:
+    """Sees the latents after each step and the pixels before they are rounded; changes neither."""
+
+    def __init__(self, pipeline: Any) -> None:
+        """pipeline: a copy that belongs to one call. Its processors are replaced by copies that tell their input."""
+        self._latents: Tensor | None = None
+        """Latents after the last step."""
+        self._pixels: list[Tensor] = []
+        """A flag for each call of a processor."""
+        self._has_invalid_cast = False
+        for name in PROCESSORS:
+            if (processor := getattr(pipeline, name, None)) is not None:
+                setattr(pipeline, name, self._telling(processor))
+
+    def see_latents(self, latents: Any) -> None:
+        """Note the latents after a step."""
+        self._has_invalid_cast = False  # the scheduler's arithmetic: what it leads to is seen in the latents
+        if isinstance(latents, Tensor):
+            self._latents = latents
+
+    def numpy_errors(self) -> np.errstate:
+        """A context for this thread that notes NaN rounded to bytes by numpy, for pipelines without a processor."""
+        return np.errstate(invalid="call", call=self._see_numpy_error)
+
+    def is_finite(self) -> bool:
+        """Whether all that was seen are numbers. Waits for the device."""
+        latents = [] if self._latents is None else [is_finite(self._latents)]
+        has_invalid_cast = self._has_invalid_cast and not self._pixels
+        return not has_invalid_cast and all(map(bool, [*latents, *self._pixels]))
+
+    def _telling(self, processor: Any) -> Any:
+        telling = copy.copy(processor)
+
+        def postprocess(image: Any, *rest: Any, **settings: Any) -> Any:
+            if isinstance(image, Tensor):
+                self._pixels.append(is_finite(image))
+            return processor.postprocess(image, *rest, **settings)
+
+        telling.postprocess = postprocess
+        return telling
+
+    def _see_numpy_error(self, kind: str, flag: int) -> None:
+        self._has_invalid_cast = True
+
+
+def is_blocked(output: Any) -> bool:
+    """Whether the pipeline's safety checker replaced a picture of its `output`."""
+    found = [getattr(output, name, None) for name in BLOCKED_FIELDS]
+    return any(np.any(torch.as_tensor(flags).numpy()) for flags in found if flags is not None)

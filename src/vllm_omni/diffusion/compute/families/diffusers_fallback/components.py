@@ -1,0 +1,85 @@
+"""What model_index.json names: nothing but classes of diffusers and transformers is loaded (no torch at import)."""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from vllm_omni.diffusion.catalog.configs import read_config
+from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX
+from vllm_omni.diffusion.catalog.model_index import Component, read_components
+from vllm_omni.errors import ConfigError
+
+LIBRARIES = ("diffusers", "transformers")
+NO_REMOTE_CODE = "code that comes with a model is never run, also not with --trust-remote-code"
+
+
+def pipeline_class(path: Path) -> type[Any]:
+    """diffusers' class of the pipeline in `path`. Raises ConfigError when diffusers has none of that name."""
+    import diffusers
+
+    name = read_config(path, "", MODEL_INDEX).get("_class_name")
+    cls = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    if not (inspect.isclass(cls) and issubclass(cls, diffusers.DiffusionPipeline)):
+        raise ConfigError(
+            f"model_index.json names the pipeline {name!r}, which neither we nor diffusers {diffusers.__version__} has"
+            f"; {NO_REMOTE_CODE}"
+        )
+    return cls
+
+
+def component_classes(path: Path) -> dict[str, type[Any]]:
+    """Component -> its class, of those that the model has.
+
+    Raises ConfigError for a component of another library: loading it would run code that is not diffusers' own.
+    """
+    components = read_components(read_config(path, "", MODEL_INDEX))
+    return {name: _class_of(name, component) for name, component in components.items()}
+
+
+def _class_of(name: str, component: Component) -> type[Any]:
+    """The class of the component `name`. Raises ConfigError for what is no class that may be loaded."""
+    try:
+        cls = getattr(_module_of(component.library), component.class_name, None)
+    except (ImportError, RuntimeError):  # the libraries import at first use, and some names need what is not installed
+        cls = None
+    if inspect.isclass(cls) and issubclass(cls, _loadable()) and not issubclass(cls, _indirect()):
+        return cls
+    raise ConfigError(
+        f"model_index.json: {name} is {[component.library, component.class_name]}; only models, schedulers, "
+        f"tokenizers and processors of diffusers and transformers are loaded; {NO_REMOTE_CODE}"
+    )
+
+
+def _module_of(library: str) -> Any:
+    """None for what is no module of diffusers or transformers."""
+    from diffusers import pipelines
+
+    if library in LIBRARIES:
+        return import_module(library)
+    module = getattr(pipelines, library, None)
+    return module if inspect.ismodule(module) and module.__name__.startswith(f"{pipelines.__name__}.") else None
+
+
+def _indirect() -> tuple[type[Any], ...]:
+    """Classes of diffusers that load a class which a further file names."""
+    import diffusers
+
+    return (diffusers.AutoModel, diffusers.DiffusionPipeline)
+
+
+def _loadable() -> tuple[type[Any], ...]:
+    """What loads safetensors and JSON, and no code that lies beside them (transformers' Auto classes might)."""
+    import diffusers
+    import transformers
+
+    return (
+        diffusers.ConfigMixin,
+        transformers.PreTrainedModel,
+        transformers.PreTrainedTokenizerBase,
+        transformers.FeatureExtractionMixin,
+        transformers.ImageProcessingMixin,
+        transformers.ProcessorMixin,
+    )

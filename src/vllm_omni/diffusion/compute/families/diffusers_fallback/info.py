@@ -1,0 +1,256 @@
+"""What the front end must know of a model that diffusers' own pipeline serves.
+
+Read from its configs and from the signature of its pipeline's `__call__`: `describe` imports diffusers, and so torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from vllm_omni.diffusion.catalog.configs import read_config
+from vllm_omni.diffusion.catalog.folder_files import DEFAULTS_FILE, MODEL_INDEX, read_object
+from vllm_omni.diffusion.catalog.registry import (
+    Guidance,
+    ModelInfo,
+    Shares,
+    WholePipeline,
+    read_default_sampling_params,
+)
+from vllm_omni.diffusion.catalog.tokenizer_files import read_settings
+from vllm_omni.diffusion.compute.families.diffusers_fallback.components import component_classes, pipeline_class
+from vllm_omni.diffusion.compute.families.diffusers_fallback.config_sizes import (
+    check_index_sizes,
+    check_sizes,
+    longer_side,
+)
+from vllm_omni.diffusion.compute.families.diffusers_fallback.own_sizes import OwnSize, own_size, size_bins
+from vllm_omni.diffusion.compute.families.diffusers_fallback.pictures import NUM_REFERENCES, WholeImageInput
+from vllm_omni.diffusion.compute.families.diffusers_fallback.signature import CallSignature
+from vllm_omni.diffusion.compute.text.tokenizers import load_tokenizer
+from vllm_omni.errors import ConfigError
+
+INTERLEAVED = (
+    "Flux2KleinPipeline",
+    "FluxKontextPipeline",
+    "FluxPipeline",
+    "StableDiffusion3Img2ImgPipeline",
+    "StableDiffusion3Pipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionXLPipeline",
+    "WanPipeline",
+)
+"""Pipelines whose models keep nothing from one step to the next (the tests show it): several requests may be under way.
+Others might, as those do that change the model's attention for the time of a call: they run one after another."""
+MAX_INTERLEAVED = 4
+"""Requests under way: each holds its latents and its prompt's embeddings on the device, and a thread."""
+SQUARE_TABLES = ("CogView3PlusTransformer2DModel", "OmniGenTransformer2DModel", "SD3Transformer2DModel")
+"""Transformers whose positions are a table with `pos_embed_max_size` rows and columns."""
+COUNTED_TABLES = ("AuraFlowTransformer2DModel",)
+"""Transformers in which `pos_embed_max_size` is the number of all positions of such a table."""
+ATTENTION_TOKENS = 2.0**14
+"""`ModelInfo.attention_tokens` of a transformer of common width; the scheduler corrects estimates as it measures."""
+LONGEST_PROMPT = 32_000
+"""Tokens, where nothing sets a limit: no more than the characters that any prompt may have."""
+
+CLASS_PROMPT_READERS = {
+    "HunyuanDiTPAGPipeline": ("tokenizer_2", 256),
+    "HunyuanDiTPipeline": ("tokenizer_2", 256),
+    "HunyuanVideo15Pipeline": ("tokenizer", 1000),
+}
+"""The tokenizer that reads most of a prompt, and the tokens that the class cuts it to, whatever the tokenizer takes."""
+
+
+@dataclass(frozen=True)
+class PromptTokenCounter:
+    """Counts as the tokenizer does that reads most of a prompt; the others get the beginning of a long one."""
+
+    folder: Path
+    tokenizer_class: type[Any]
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self.folder, self.tokenizer_class)
+
+    def __call__(self, prompt: str) -> int:
+        """With the tokens that it puts around the prompt."""
+        return len(self._tokenizer(prompt, verbose=False).input_ids)
+
+
+def count_words(prompt: str) -> int:
+    """Count the words, in place of tokens, where a pipeline has no tokenizer that can be read apart from it."""
+    return len(prompt.split())
+
+
+def describe(path: Path) -> ModelInfo:
+    """Sizes, limits and defaults of the model in `path`.
+
+    Raises ConfigError for a pipeline that cannot be served and for components that are not loaded.
+    """
+    pipeline = pipeline_class(path)
+    signature = CallSignature.of(pipeline)
+    components = component_classes(path)
+    configs: dict[str, Mapping[str, Any]] = {
+        name: read_config(path, name) for name in ("vae", "transformer", "unet") if name in components
+    }
+    for name, values in configs.items():
+        check_sizes(name, values)
+    scheduler = components.get("scheduler")
+    takes = set(signature.defaults)
+    if scheduler is None or not scheduler.__name__.startswith("FlowMatch"):
+        takes.discard("sigmas")  # in (0, 1] in flow matching alone
+    longest, count_prompt_tokens = _prompt_reader(pipeline.__name__, path, components)
+    vae_scale = latent_side(configs.get("vae", {}))
+    index = read_object(path, MODEL_INDEX)
+    check_index_sizes(index)
+    own = own_size(pipeline.__name__, index, configs, vae_scale)
+    folder_defaults = read_default_sampling_params(path)
+    call_defaults = _call_defaults(signature, takes, own)
+    remarks: list[str] = []
+    if (own_length := call_defaults.get("max_sequence_length")) is not None:
+        longest = longest or own_length
+        call_defaults["max_sequence_length"] = min(longest, own_length)
+        if longest < own_length and "max_sequence_length" not in folder_defaults:
+            remarks.append(
+                f"max_sequence_length is {longest} by default, the most that the model's tokenizers take; by itself "
+                f"the {pipeline.__name__} has {own_length}"
+            )
+    defaults = call_defaults | folder_defaults
+    if "num_frames" in takes and "num_frames" not in defaults:
+        raise ConfigError(f"{pipeline.__name__} has no default num_frames: write one to the model's {DEFAULTS_FILE}")
+    side = vae_scale * _patch_side(configs)
+    image_input = _image_input(pipeline.__name__, signature, side, defaults) if signature.takes_image else None
+    return ModelInfo(
+        path=path,
+        family="diffusers_fallback",
+        size_multiple=side,
+        pixels_per_token=side,
+        max_prompt_tokens=longest or LONGEST_PROMPT,
+        count_prompt_tokens=count_prompt_tokens,
+        attention_tokens=ATTENTION_TOKENS,
+        num_heads=1,
+        head_dim=1,
+        num_blocks=1,
+        tensor_shares=Shares({"pipeline": 1}),
+        text_encoder_shares=Shares({"pipeline": 1}),
+        guidance=_guidance(takes),
+        whole=_whole(pipeline, signature, takes, own, image_input, tuple(remarks)),
+        image_input=image_input,
+        latent_frames=latent_frames(configs.get("vae", {}), defaults.get("num_frames", 1)),
+        default_sampling_params=defaults,
+        max_side=longest_side(components, configs.get("transformer", {}), side),
+    )
+
+
+def _call_defaults(signature: CallSignature, takes: set[str], own: OwnSize) -> dict[str, Any]:
+    """The defaults of the pipeline's call; where it has none, the model's own size and frames."""
+    defaults: dict[str, Any] = {"height": own.height, "width": own.width}
+    if "num_frames" in takes and own.num_frames is not None:
+        defaults["num_frames"] = own.num_frames
+    defaults |= {name: value for name, value in signature.defaults.items() if name in takes and value is not None}
+    if "fps" in defaults:
+        defaults["fps"] = round(defaults["fps"])  # a float in some signatures
+    return defaults
+
+
+def _whole(
+    pipeline: type[Any],
+    signature: CallSignature,
+    takes: set[str],
+    own: OwnSize,
+    image_input: WholeImageInput | None,
+    remarks: tuple[str, ...],
+) -> WholePipeline:
+    bins = size_bins(pipeline, max(own.height, own.width)) if signature.has_binning else ()
+    return WholePipeline(
+        class_name=pipeline.__name__,
+        parameters=tuple(name for name in signature.defaults if name in takes),
+        step_callback=signature.step_callback,
+        max_running=MAX_INTERLEAVED if pipeline.__name__ in INTERLEAVED else 1,
+        takes_lora=hasattr(pipeline, "load_lora_weights"),
+        follows_input=signature.follows_input,
+        takes_image_list=image_input is not None and image_input.max_images > 1,
+        takes_max_area=signature.takes_max_area,
+        fps_name=signature.fps_name,
+        output_name=signature.output_name,
+        bins=bins,
+        declines_binning=signature.has_binning and not bins,
+        remarks=remarks,
+    )
+
+
+def longest_side(components: Mapping[str, type[Any]], transformer: Mapping[str, Any], side: int) -> int | None:
+    """Pixels of the longest side that the table of positions of a transformer has entries for, `side` pixels each;
+    None: it has none."""
+    name, size = getattr(components.get("transformer"), "__name__", ""), transformer.get("pos_embed_max_size")
+    if size is None or name not in (*SQUARE_TABLES, *COUNTED_TABLES):
+        return None
+    return side * (math.isqrt(size) if name in COUNTED_TABLES else int(size))
+
+
+def _image_input(class_name: str, signature: CallSignature, side: int, defaults: Mapping[str, Any]) -> WholeImageInput:
+    least, most = NUM_REFERENCES.get(class_name, (1, 1))
+    return WholeImageInput(least, most, signature.follows_input, side, int(defaults["height"]) * int(defaults["width"]))
+
+
+def latent_frames(vae: Mapping[str, Any], num_frames: int) -> int:
+    """`ModelInfo.latent_frames`; 1 where the model's own number of frames shows that no first one stands alone."""
+    multiple = int(vae.get("temporal_compression_ratio") or vae.get("scale_factor_temporal") or 1)
+    for key in ("spatio_temporal_scaling", "temperal_downsample"):
+        if vae.get(key) and multiple == 1:
+            multiple = (vae.get("patch_size_t") or 1) * 2 ** sum(map(bool, vae[key]))
+    if multiple == 1:
+        multiple = math.prod(vae.get("temporal_expansions") or (1,))
+    return multiple if (num_frames - 1) % multiple == 0 else 1
+
+
+def _prompt_reader(
+    class_name: str, path: Path, components: Mapping[str, type[Any]]
+) -> tuple[int | None, Callable[[str], int]]:
+    """The limit (None: there is none) and the counter of the tokenizer that takes the longest prompts."""
+    limits = {
+        name: read_settings(path, name).get("model_max_length") or LONGEST_PROMPT
+        for name in components
+        if name.startswith("tokenizer")
+    }
+    if not limits:
+        return None, count_words
+    name, most = CLASS_PROMPT_READERS.get(class_name, ("", LONGEST_PROMPT))
+    if name not in limits:
+        name = max(limits, key=lambda name: limits[name])
+    limit = int(min(limits[name], most))
+    return limit if limit < LONGEST_PROMPT else None, PromptTokenCounter(path / name, components[name])
+
+
+def latent_side(vae: Mapping[str, Any]) -> int:
+    """Pixels a side that one latent pixel stands for."""
+    if ratio := vae.get("spatial_compression_ratio") or vae.get("scale_factor_spatial"):
+        return int(ratio)
+    if scaling := vae.get("spatio_temporal_scaling"):
+        return longer_side(vae.get("patch_size") or 1) * int(2 ** sum(map(bool, scaling)))
+    for key, beyond in (("block_out_channels", 1), ("encoder_block_out_channels", 1), ("temperal_downsample", 0)):
+        if vae.get(key):
+            return int(2 ** (len(vae[key]) - beyond))
+    return 8
+
+
+def _patch_side(configs: Mapping[str, Mapping[str, Any]]) -> int:
+    """Latent pixels a side that one token of a transformer stands for; 1 in a U-Net."""
+    transformer = configs.get("transformer", {})
+    patch = longer_side(transformer.get("patch_size") or 1)
+    channels = configs.get("vae", {}).get("latent_channels")
+    # Four latent pixels are the channels of one token.
+    packed = channels is not None and transformer.get("in_channels") == 4 * channels
+    return (2 if packed else 1) * patch
+
+
+def _guidance(takes: set[str]) -> Guidance:
+    """diffusers' habit: where `true_cfg_scale` is, `guidance_scale` is a number that the model was trained to read; and
+    where a negative prompt may be left out, an empty one is meant."""
+    if "true_cfg_scale" in takes or "negative_prompt" not in takes:
+        return Guidance()
+    return Guidance("guidance_scale", needs_negative_prompt=False)

@@ -1,0 +1,177 @@
+"""LoRA adapters in the models of a pipeline, by diffusers and peft: any number are loaded, one at most is active."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from vllm_omni.diffusion.compute.families.diffusers_fallback.adapter_check import unplaced_keys
+from vllm_omni.diffusion.compute.families.diffusers_fallback.adapter_file import AdapterFile, AdapterFileError
+from vllm_omni.diffusion.compute.families.diffusers_fallback.adapter_names import layers_by_flat_name
+from vllm_omni.diffusion.compute.families.diffusers_fallback.progress_bars import without_progress_bars
+from vllm_omni.diffusion.messages.request import LoRA
+from vllm_omni.errors import InvalidRequestError, fold
+
+MAX_UNSERVED = 8
+"""Adapters kept beside the served ones: more than requests may be under way, so that one of them is always idle."""
+MARKS = ("lora", "lokr", "alpha")
+"""One of them is in the name of each weight that belongs to an adapter. Others would replace the model's own."""
+DOWN = ".lora_A.weight"
+"""The weight [rank, inputs of the layer] of one layer's adapter."""
+NUM_NAMED_KEYS = 3
+"""Keys that a refusal names; it counts the others."""
+
+
+class Adapters:
+    """Loads adapters and switches between them; the model's own weights stay as they are."""
+
+    def __init__(self, pipeline: Any, served: Iterable[str]) -> None:
+        """`served`: files that are loaded now and kept. Raises InvalidRequestError for one that does not fit."""
+        self._pipeline = pipeline
+        self._names: dict[str, str] = {}
+        """Of loaded files, as diffusers knows them; the one used last comes last."""
+        self._num_loaded = 0
+        self._active: tuple[str, float] | None = None
+        self._served = frozenset(served)
+        for file in sorted(self._served):
+            self._load(file)
+
+    def use(self, lora: LoRA | None, under_way: Collection[str] = ()) -> None:
+        """Let what runs next run with this adapter alone, or with none; loads it first where need be.
+
+        under_way: files whose requests will go on. Raises InvalidRequestError for an adapter that does not fit.
+        """
+        wanted = None if lora is None else (self._name_of(lora.path, under_way), lora.scale)
+        if wanted == self._active:
+            return
+        if wanted is None:
+            self._pipeline.disable_lora()
+        else:
+            self._pipeline.enable_lora()
+            self._pipeline.set_adapters(*wanted)
+        self._active = wanted
+
+    def _name_of(self, file: str, under_way: Collection[str]) -> str:
+        if file not in self._names:
+            self._make_room(under_way)
+            self._load(file)
+        name = self._names[file] = self._names.pop(file)
+        return name
+
+    def _make_room(self, under_way: Collection[str]) -> None:
+        idle = [file for file in self._names if file not in self._served and file not in under_way]
+        if len(self._names) - len(self._served) >= MAX_UNSERVED:
+            self._delete(self._names.pop(idle[0]))
+
+    def _load(self, file: str) -> None:
+        """Load a file, all of whose keys have their place and scale then. Raises InvalidRequestError otherwise.
+
+        Some keys diffusers drops, or their alphas: then the weights are scaled here, get the names of the model's own
+        layers where these are found, and are loaded again.
+        """
+        try:
+            contents = AdapterFile.read(Path(file))
+            self._check(contents)
+            name = self._load_first(self._attempts(contents, Path(file)))
+        except AdapterFileError as error:
+            raise _misfit(file, str(error)) from error
+        self._names[file] = name
+        self._deactivate()
+
+    def _attempts(self, contents: AdapterFile, file: Path) -> Iterator[tuple[AdapterFile, Path | dict[str, Tensor]]]:
+        """The file as it is, and a changed copy of its weights, which is made when it is asked for."""
+        yield contents, file
+        if again := contents.with_names_of(layers_by_flat_name(self._models())):
+            yield again, {key: again.weights[key] for key in again.file_keys}
+        elif contents.has_scales:
+            again = contents.with_scales_in_weights()
+            yield again, dict(again.weights)
+
+    def _load_first(self, attempts: Iterable[tuple[AdapterFile, Path | dict[str, Tensor]]]) -> str:
+        """The name of the first one that is whole in the model. Raises the AdapterFileError of the last one if none is:
+        its names are the most likely to be understood."""
+        errors: list[AdapterFileError] = []
+        for contents, source in attempts:
+            name = f"adapter_{self._num_loaded}"
+            self._num_loaded += 1
+            try:
+                self._load_as(name, source)
+                if name not in chain.from_iterable(self._pipeline.get_list_adapters().values()):
+                    raise AdapterFileError("none of its weights has a layer here")
+                if missing := unplaced_keys(contents, self._models().values(), name):
+                    raise AdapterFileError(_say_unplaced(missing))
+                return name
+            except AdapterFileError as error:
+                self._delete(name)
+                errors.append(error)
+        raise errors[-1]
+
+    def _load_as(self, name: str, source: Path | dict[str, Tensor]) -> None:
+        """Raises AdapterFileError for whatever diffusers and peft say against it."""
+        where: dict[str, Any] = {"pretrained_model_name_or_path_or_dict": source}
+        if isinstance(source, Path):
+            where = {"pretrained_model_name_or_path_or_dict": str(source.parent), "weight_name": source.name}
+        try:
+            with without_progress_bars(), _without_expected_warnings():
+                self._pipeline.load_lora_weights(
+                    **where, adapter_name=name, use_safetensors=True, local_files_only=True
+                )
+        except Exception as error:  # a file may hold anything, and each part of the libraries says so in its own way
+            # diffusers' own cleaning up may fail and hide the reason.
+            reason = error.__context__ if isinstance(error, KeyError) and error.__context__ else error
+            raise AdapterFileError(str(reason)) from error
+
+    def _models(self) -> dict[str, nn.Module]:
+        components = self._pipeline.components.items()
+        return {name: component for name, component in components if isinstance(component, nn.Module)}
+
+    def _check(self, contents: AdapterFile) -> None:
+        """Refuse what diffusers would write into the model itself, or widen its layers for, and alphas of no layer."""
+        layers = {
+            f"{component}.{layer}": module
+            for component, model in self._models().items()
+            for layer, module in model.named_modules()
+        }
+        for key, weight in contents.weights.items():
+            if not any(mark in key for mark in MARKS):
+                raise AdapterFileError(f"{key} is no part of an adapter")
+            inputs = getattr(layers.get(key.removesuffix(DOWN)), "in_features", None)
+            if key.endswith(DOWN) and inputs is not None and list(weight.shape[1:2]) != [inputs]:
+                raise AdapterFileError(f"{key} has the shape {list(weight.shape)}, its layer has {inputs} inputs")
+        if unused := contents.unused_alphas():
+            raise AdapterFileError(_say_unplaced(unused))
+
+    def _delete(self, name: str) -> None:
+        with _without_expected_warnings():
+            self._pipeline.delete_adapters(name)
+        self._deactivate()
+
+    def _deactivate(self) -> None:
+        """What diffusers has active now is another adapter in each layer."""
+        self._pipeline.disable_lora()
+        self._active = None
+
+
+@contextmanager
+def _without_expected_warnings() -> Iterator[None]:
+    """Ignore the warnings about what is meant, or is checked afterwards."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute in the model")
+        warnings.filterwarnings("ignore", message=".*was active which is now deleted")
+        warnings.filterwarnings("ignore", message="The following alpha_pattern keys did not match any targeted module")
+        yield
+
+
+def _say_unplaced(keys: Sequence[str]) -> str:
+    named, more = ", ".join(keys[:NUM_NAMED_KEYS]), len(keys) - NUM_NAMED_KEYS
+    return f"no layer here takes these of its weights with their alphas: {named}" + f" and {more} more" * (more > 0)
+
+
+def _misfit(file: str, reason: str) -> InvalidRequestError:
+    return InvalidRequestError(f"the LoRA adapter {file} does not fit this model: {fold(reason)}", param="lora_request")

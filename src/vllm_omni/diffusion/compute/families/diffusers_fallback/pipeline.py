@@ -1,0 +1,299 @@
+"""Any pipeline of diffusers that makes pictures or videos, called as it is: one call a request, which stops after
+each of its steps."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import SchedulerMixin
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from vllm_omni.diffusion.catalog.registry import ModelInfo, WholePipeline
+from vllm_omni.diffusion.compute.cache.base import NoCache
+from vllm_omni.diffusion.compute.device.transfers import HOST, is_host
+from vllm_omni.diffusion.compute.distributed.groups import Group
+from vllm_omni.diffusion.compute.distributed.mesh import Mesh
+from vllm_omni.diffusion.compute.families.diffusers_fallback.checks import FiniteCheck, is_blocked
+from vllm_omni.diffusion.compute.families.diffusers_fallback.loading import load_pipeline
+from vllm_omni.diffusion.compute.families.diffusers_fallback.lora import Adapters
+from vllm_omni.diffusion.compute.families.diffusers_fallback.progress_bars import StepBar
+from vllm_omni.diffusion.compute.families.diffusers_fallback.run import SteppedRun
+from vllm_omni.diffusion.compute.step.compiled import CompiledBlocks
+from vllm_omni.diffusion.compute.step.finite import keep_infinite_pixels_visible
+from vllm_omni.diffusion.compute.step.pipeline import BasePipeline, Picture, RequestState
+from vllm_omni.diffusion.compute.step.schedule import check_schedule, with_one_step_schedules
+from vllm_omni.diffusion.data import OmniDiffusionConfig, flag_of
+from vllm_omni.diffusion.messages.request import DiffusionRequest
+from vllm_omni.errors import ConfigError, InvalidRequestError, fold
+from vllm_omni.inputs.loras import adapter_file
+
+
+class PipelineCall:
+    """One call of a pipeline for one request, on a copy that shares the weights and nothing that a call changes."""
+
+    def __init__(self, pipeline: Any, whole: WholePipeline, request: DiffusionRequest, device: torch.device) -> None:
+        self.lora = request.lora
+        self._device = device
+        self._pipeline = copy.copy(pipeline)
+        for name, component in pipeline.components.items():
+            if isinstance(component, SchedulerMixin):
+                setattr(self._pipeline, name, copy.deepcopy(component))
+        self._pipeline.progress_bar = self._begin_steps
+        self._check = FiniteCheck(self._pipeline)
+        self._request = request
+        self._arguments = arguments_of(request, whole)
+        self._has_callback = bool(whole.step_callback)
+        if self._has_callback:
+            self._arguments[whole.step_callback] = self._end_step
+        if whole.step_callback == "callback":
+            self._arguments["callback_steps"] = 1
+        self._makes_videos = whole.makes_videos
+        self._output_name = whole.output_name
+        self._strength = request.strength
+        self._num_planned = request.num_inference_steps
+        self._num_steps: int | None = None
+        """As the pipeline counts them: fewer than asked for where it begins late, more where a step takes two."""
+        self._num_done = 0
+        self._pause: Callable[[], None] = lambda: None
+        self._run = SteppedRun(self._call)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._run.is_alive
+
+    def encode(self) -> None:
+        """Up to the first step. Raises InvalidRequestError for what the pipeline itself refuses."""
+        try:
+            self._run.resume()
+        except InvalidRequestError:  # ours, with its `param`
+            raise
+        except ValueError as error:
+            raise InvalidRequestError(fold(str(error))) from error
+
+    def advance(self, step: int) -> int:
+        """Up to the end of the planned step `step`, counted from 1: the pipeline's own steps are spread evenly.
+
+        Returns how many of these it made.
+        """
+        before, num_steps = self._num_done, self._num_steps or self._num_planned
+        due = -(-step * num_steps // self._num_planned)
+        while self._num_done < due and self._run.resume():
+            pass
+        return self._num_done - before
+
+    def picture(self) -> Picture:
+        """The picture or video, on the host; runs the call to its end."""
+        return self._run.result()
+
+    def cancel(self) -> None:
+        self._run.cancel()
+
+    @torch.inference_mode()
+    def _call(self, pause: Callable[[], None]) -> Picture:
+        self._pause = pause
+        # A thread begins with the first device as its current one, on which libraries put what names none.
+        with torch.accelerator.device_index(self._device.index), self._check.numpy_errors():
+            output = self._pipeline(**self._arguments)
+        (made,) = getattr(output, self._output_name)
+        if self._makes_videos:
+            pixels = np.stack([np.array(frame.convert("RGB")) for frame in made])
+        else:
+            pixels = np.array(made.convert("RGB"))
+        finite = self._check.is_finite()
+        return Picture(torch.from_numpy(pixels), torch.tensor(finite), is_blocked=finite and is_blocked(output))
+
+    def _begin_steps(self, iterable: Any = None, total: int | None = None) -> Any:
+        """The pipeline's `progress_bar`, which it asks for when all is ready for the first step."""
+        if self._num_steps is None:
+            # Not every pipeline counts its steps, but each knows how long its bar is.
+            counted = getattr(self._pipeline, "_num_timesteps", None)
+            self._num_steps = counted or (len(iterable) if total is None else total)
+            check_schedule(getattr(self._pipeline, "scheduler", None), self._request)
+            if not self._num_steps and self._strength is not None:
+                raise InvalidRequestError(
+                    f"strength {self._strength} of {self._num_planned} steps leaves no step", param="strength"
+                )
+            self._pause()
+        if not self._has_callback:
+            return StepBar(iterable, total, self._count_step)
+        return tqdm(iterable, total=total, disable=True)
+
+    def _end_step(self, *told: Any) -> dict[str, Any]:
+        """The pipeline's callback: nothing of what it computes is changed.
+
+        told: its last argument is the latents, or a mapping that holds them.
+        """
+        self._check.see_latents(told[-1].get("latents") if isinstance(told[-1], dict) else told[-1])
+        self._count_step()
+        return {}
+
+    def _count_step(self) -> None:
+        self._num_done += 1
+        self._pause()
+
+
+def arguments_of(request: DiffusionRequest, whole: WholePipeline) -> dict[str, Any]:
+    """Those parameters of a pipeline's call that the request sets; to others the pipeline gives its own meaning."""
+    values = {whole.fps_name if name == "fps" else name: getattr(request, name) for name in whole.parameters}
+    arguments = {name: value for name, value in values.items() if value is not None}
+    if "sigmas" in arguments:
+        arguments["sigmas"] = list(arguments["sigmas"])
+    if whole.takes_max_area:
+        arguments["max_area"] = request.height * request.width
+    if whole.declines_binning:
+        arguments["use_resolution_binning"] = False
+    if pictures := [Image.fromarray(image.reference) for image in request.images]:
+        arguments["image"] = pictures if whole.takes_image_list else pictures[0]
+    generator = torch.Generator(HOST).manual_seed(request.seed)
+    return arguments | {"prompt": request.prompt, "generator": generator, "output_type": "pil"}
+
+
+@dataclass(eq=False)
+class WholeState(RequestState):
+    """`latents` are the pipeline's own affair: empty here."""
+
+    call: PipelineCall | None = None
+
+
+class Pipeline(BasePipeline[WholeState]):
+    """A step of a request is a step of its call; requests of one plan make theirs one after another."""
+
+    def __init__(self, pipeline: Any, whole: WholePipeline, adapters: Adapters, device: torch.device) -> None:
+        self.pipeline = pipeline
+        self._device = device
+        self._adapters = adapters
+        self._whole = whole
+        self.step_cache = NoCache(Group.alone())  # never run
+        self._calls: dict[str, PipelineCall] = {}
+        # A call that stands still would keep the weights for as long as the process lives.
+        weakref.finalize(self, _cancel_all, self._calls).atexit = False
+        self._nothing = torch.empty(0)
+
+    @classmethod
+    def load(
+        cls,
+        config: OmniDiffusionConfig,
+        info: ModelInfo,
+        device: torch.device,
+        dtype: torch.dtype,
+        on_bytes: Callable[[int], object],
+        mesh: Mesh,
+    ) -> Pipeline:
+        assert info.whole is not None
+        _refuse_offload_without_gpu(config, device)
+        pipeline = load_pipeline(info.path, info.whole.class_name, dtype, config.variant)
+        modules = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
+        on_bytes(sum(parameter.nbytes for module in modules for parameter in module.parameters()))
+        _configure_vae(pipeline, config)
+        for name, component in pipeline.components.items():
+            if isinstance(component, SchedulerMixin):
+                setattr(pipeline, name, with_one_step_schedules(component))
+        adapters = _load_adapters(pipeline, config)
+        if config.enable_cpu_offload:
+            pipeline.enable_model_cpu_offload(device=device)
+        elif config.enable_layerwise_offload:
+            pipeline.enable_group_offload(device, offload_type="leaf_level", use_stream=True)
+        else:
+            pipeline.to(device)
+        return cls(pipeline, info.whole, adapters, device)
+
+    def compile_blocks(self) -> CompiledBlocks:
+        raise AssertionError("whole pipelines run as diffusers has them")
+
+    def encode(self, request: DiffusionRequest) -> WholeState:
+        self._give_turn(request)
+        call = self._calls[request.request_id] = PipelineCall(self.pipeline, self._whole, request, self._device)
+        try:
+            call.encode()
+        except Exception:  # whatever it was, the runner tells it; a call that did not begin is not kept
+            del self._calls[request.request_id]
+            raise
+        lengths = request.cost.branch_tokens or (request.num_image_tokens,)
+        return WholeState(request, self._nothing, lengths, call=call)
+
+    def predict(self, states: Sequence[WholeState], groups: Sequence[int] | None = None) -> list[tuple[Tensor, ...]]:
+        """Nothing yet: the pipeline's step is one piece, made in `advance`."""
+        return [(state.latents,) * len(state.sequence_lengths) for state in states]
+
+    def combine(self, state: WholeState, branches: Sequence[Tensor]) -> Tensor:
+        return branches[0]
+
+    def advance(self, state: WholeState, velocity: Tensor) -> None:
+        assert state.call is not None
+        self._give_turn(state.request)
+        state.num_made = state.call.advance(state.step + 1)
+        state.step += 1
+
+    def predict_clean(self, state: WholeState, velocity: Tensor) -> Tensor:
+        raise AssertionError("requests for previews are refused")
+
+    def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[Picture]:
+        pictures = []
+        for request in requests:
+            self._give_turn(request)
+            picture = self._calls[request.request_id].picture()
+            _check_made(request, picture.pixels)
+            pictures.append(picture)
+        return pictures
+
+    def forget(self, state: WholeState) -> None:
+        if (call := self._calls.pop(state.request.request_id, None)) is not None:
+            call.cancel()
+
+    def _give_turn(self, request: DiffusionRequest) -> None:
+        """Calls share the models, and an adapter changes these: before a call goes on, its own must be in them."""
+        under_way = {call.lora.path for call in self._calls.values() if call.lora is not None}
+        self._adapters.use(request.lora, under_way)
+
+
+def _check_made(request: DiffusionRequest, pixels: Tensor) -> None:
+    """Raises InvalidRequestError for what the pipeline has rounded."""
+    *frames, height, width, _ = pixels.shape
+    if (height, width) != (request.height, request.width):
+        made, asked = f"{width}x{height}", f"{request.width}x{request.height}"
+        raise InvalidRequestError(f"the pipeline makes {made} of size {asked}", param="size")
+    if frames and frames != [request.num_frames]:
+        raise InvalidRequestError(
+            f"the pipeline makes {frames[0]} frames of num_frames {request.num_frames}", param="num_frames"
+        )
+
+
+def _cancel_all(calls: dict[str, PipelineCall]) -> None:
+    while calls:
+        calls.popitem()[1].cancel()
+
+
+def _refuse_offload_without_gpu(config: OmniDiffusionConfig, device: torch.device) -> None:
+    for name in ("enable_cpu_offload", "enable_layerwise_offload"):
+        if getattr(config, name) and is_host(device):
+            raise ConfigError(f"{flag_of(name)} needs a GPU to bring the weights to, this machine has none")
+
+
+def _load_adapters(pipeline: Any, config: OmniDiffusionConfig) -> Adapters:
+    try:
+        return Adapters(pipeline, [str(adapter_file(path)) for path in config.lora_modules.values()])
+    except InvalidRequestError as error:
+        raise ConfigError(f"--lora-modules: {error}") from error
+
+
+def _configure_vae(pipeline: Any, config: OmniDiffusionConfig) -> None:
+    """Set up the model's VAE. Raises ConfigError for what it cannot do."""
+    vae = getattr(pipeline, "vae", None)
+    if isinstance(decoder := getattr(vae, "decoder", None), nn.Module):
+        keep_infinite_pixels_visible(decoder)
+    for flag, wanted, name in (
+        ("--vae-use-slicing", config.vae_use_slicing, "enable_slicing"),
+        ("--vae-use-tiling", config.vae_use_tiling, "enable_tiling"),
+    ):
+        if wanted and not hasattr(vae, name):
+            raise ConfigError(f"{flag}: this model's VAE, {type(vae).__name__}, cannot do it")
+        if wanted:
+            getattr(vae, name)()

@@ -1,0 +1,145 @@
+"""Which of our parameters a pipeline's `__call__` has, and its defaults for them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+from vllm_omni.diffusion.catalog.registry import SIZES
+from vllm_omni.errors import ConfigError
+
+SAMPLING_PARAMETERS = (
+    "height",
+    "width",
+    "num_inference_steps",
+    "negative_prompt",
+    "guidance_scale",
+    "true_cfg_scale",
+    "strength",
+    "sigmas",
+    "max_sequence_length",
+    "num_frames",
+    "fps",
+)
+"""The names are the same on both sides, but for `FPS_NAMES`."""
+FPS_NAMES = ("fps", "frame_rate")
+REQUIRED = ("prompt", "generator", "num_inference_steps")
+STEP_CALLBACKS = ("callback_on_step_end", "callback")
+"""By either of them a pipeline tells its steps; the second is that of older ones."""
+UNSERVED_INPUTS = (
+    "mask",
+    "mask_image",
+    "images",
+    "original_image",
+    "source_embeds",
+    "c2w",
+    "control_image",
+    "control_video",
+    "video",
+    "frames",
+    "video_length",
+    "audio",
+    "audio_length_in_s",
+)
+"""What no route of ours brings, or takes back; nor what is required beyond `REQUIRED`."""
+UNSERVED_COMPONENTS = ("controlnet", "adapter", "audio_vae", "vocoder")
+"""Beside them `image` is no picture to edit, or what is made is not pictures alone."""
+_OWN_CHOICE = "it chooses the size of what it makes by its input, and its call takes none"
+UNSERVED_CLASSES = {
+    "HunyuanVideo15ImageToVideoPipeline": _OWN_CHOICE,
+    "LongCatImageEditPipeline": _OWN_CHOICE,
+    "StableDiffusionLatentUpscalePipeline": "its pictures are twice as large as their input",
+    "StableDiffusionUpscalePipeline": "its pictures are four times as large as their input",
+    "UniDiffuserPipeline": "it describes its input pictures and does not edit them",
+    "VersatileDiffusionDualGuidedPipeline": "its prompt is a picture and its image a text",
+}
+"""Classes whose signature is like that of others, and means something else."""
+PICTURE_FIELDS, VIDEO_FIELDS = ("images", "image"), ("frames",)
+"""Fields of a pipeline's output that hold pictures, or a video."""
+
+
+@dataclass(frozen=True)
+class CallSignature:
+    """What of a pipeline's `__call__` concerns us."""
+
+    defaults: Mapping[str, Any]
+    """Of those `SAMPLING_PARAMETERS` that it has."""
+    step_callback: str
+    """One of `STEP_CALLBACKS`; empty: it has none, and its progress bar tells its steps."""
+    takes_image: bool
+    takes_size: bool
+    """False: what it makes is as large as its `image`."""
+    takes_max_area: bool
+    """Bounds what it makes by a number of pixels of its own, whatever the size that is asked for."""
+    fps_name: str
+    """What it calls `fps`, if it takes one: of `FPS_NAMES`."""
+    output_name: str
+    """The field of its output: of `PICTURE_FIELDS` or `VIDEO_FIELDS`."""
+    has_binning: bool
+    """It rounds sizes to a table of its own."""
+
+    @property
+    def follows_input(self) -> bool:
+        """Whether it changes its input picture, and so makes one of the same size."""
+        return self.takes_image and ("strength" in self.defaults or not self.takes_size)
+
+    @classmethod
+    def of(cls, pipeline: type[Any]) -> CallSignature:
+        """Raises ConfigError for a pipeline that does not make pictures or videos in steps that can be seen."""
+        parameters = dict(inspect.signature(pipeline.__call__).parameters)
+        parameters.pop("self", None)  # a class without a call of its own has none
+        takes_image, takes_size = "image" in parameters, all(name in parameters for name in SIZES)
+        needed = REQUIRED if takes_image else (*REQUIRED, *SIZES)
+        missing = [name for name in needed if name not in parameters]
+        step_callback = next((name for name in STEP_CALLBACKS if name in parameters), "")
+        if missing:
+            raise ConfigError(f"{pipeline.__name__} is not available: its call has no {', '.join(missing)}")
+        if reason := UNSERVED_CLASSES.get(pipeline.__name__):
+            raise ConfigError(f"{pipeline.__name__} is not available yet: {reason}")
+        if "layers" in parameters:
+            raise ConfigError(f"{pipeline.__name__} is not available yet: it makes several layers a picture")
+        if unserved := [name for name, parameter in parameters.items() if _is_unserved(name, parameter)]:
+            raise ConfigError(f"{pipeline.__name__} is not available yet: it takes {', '.join(unserved)}")
+        if unserved := [name for name in inspect.signature(pipeline).parameters if name in UNSERVED_COMPONENTS]:
+            raise ConfigError(f"{pipeline.__name__} is not available yet: it has {', '.join(unserved)}")
+        output_name = _output_name(pipeline, "num_frames" in parameters)
+        fps_name = next((name for name in FPS_NAMES if name in parameters), "fps")
+        names = {name: fps_name if name == "fps" else name for name in SAMPLING_PARAMETERS}
+        return cls(
+            defaults={ours: parameters[name].default for ours, name in names.items() if name in parameters},
+            step_callback=step_callback,
+            takes_image=takes_image,
+            takes_size=takes_size,
+            takes_max_area="max_area" in parameters,
+            fps_name=fps_name,
+            output_name=output_name,
+            has_binning="use_resolution_binning" in parameters,
+        )
+
+
+def _is_unserved(name: str, parameter: inspect.Parameter) -> bool:
+    required = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    return name in UNSERVED_INPUTS or (required and name not in (*REQUIRED, *SAMPLING_PARAMETERS, "image"))
+
+
+def _output_name(pipeline: type[Any], makes_videos: bool) -> str:
+    """The field that holds what the pipeline makes, by the classes of outputs that its call names.
+
+    A call that names none hands on the output of another pipeline. Raises ConfigError for one that makes other things.
+    """
+    wanted = VIDEO_FIELDS if makes_videos else PICTURE_FIELDS
+    made = _output_fields(inspect.unwrap(pipeline.__call__))
+    name = next((name for name in wanted if name in made), wanted[0])
+    if made and name not in made:
+        raise ConfigError(f"{pipeline.__name__} is not available: it makes {', '.join(made)} and no {wanted[0]}")
+    return name
+
+
+def _output_fields(call: Any) -> list[str]:
+    from diffusers.utils import BaseOutput
+
+    named = [call.__globals__.get(name) for name in call.__code__.co_names]
+    outputs = [cls for cls in named if inspect.isclass(cls) and issubclass(cls, BaseOutput) and is_dataclass(cls)]
+    return [field.name for output in outputs for field in fields(output)]

@@ -1,0 +1,72 @@
+"""Qwen-Image's text encoder: Qwen2.5-VL's language model, as diffusers' QwenImagePipeline uses it.
+
+Text alone needs neither the vision tower nor the scores over the vocabulary, so they are not read.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextModel
+
+from vllm_omni.diffusion.compute.device.transfers import to_device
+from vllm_omni.diffusion.compute.distributed.groups import Group
+from vllm_omni.diffusion.compute.families.qwen_image.info import MAX_PROMPT_TOKENS, NUM_TEMPLATE_TOKENS, PROMPT_TEMPLATE
+from vllm_omni.diffusion.compute.text.language_model import load_language_model
+from vllm_omni.diffusion.compute.text.tokenizers import load_tokenizer
+from vllm_omni.diffusion.compute.weights.loading import OnBytes
+from vllm_omni.diffusion.data import LoadFormat
+
+
+class TextEncoder:
+    """Of prompts alone; `vision.EditEncoder` is its like for pictures to edit."""
+
+    def __init__(
+        self,
+        path: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+        group: Group,
+        on_bytes: OnBytes = lambda count: None,
+        load_format: LoadFormat = "auto",
+        variant: str | None = None,
+    ) -> None:
+        """Reads this rank's share of the weights in `path`, a model folder; `on_bytes` is told how much that is.
+
+        Raises ConfigError for a checkpoint that does not fit.
+        """
+        self._device = device
+        self._tokenizer = load_tokenizer(path / "tokenizer")
+        self._model = load_text_model(path / "text_encoder", device, dtype, group, on_bytes, load_format, variant)
+
+    def __call__(self, prompt: str) -> Tensor:
+        """-> [tokens, hidden size]: the last hidden states without the template's beginning.
+
+        All ranks of the group must call with the same prompt; each gets the states.
+        """
+        ids = self._tokenizer(
+            PROMPT_TEMPLATE.format(prompt),
+            max_length=MAX_PROMPT_TOKENS + NUM_TEMPLATE_TOKENS,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        states: Tensor = self._model(input_ids=to_device(ids, self._device), use_cache=False).last_hidden_state
+        return states[0, NUM_TEMPLATE_TOKENS:]
+
+
+def load_text_model(
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    group: Group,
+    on_bytes: OnBytes,
+    load_format: LoadFormat,
+    variant: str | None = None,
+) -> Qwen2_5_VLTextModel:
+    """This rank's share of the language model in `folder`, a text encoder's."""
+    config = Qwen2_5_VLConfig.from_pretrained(folder).text_config
+    build = partial(Qwen2_5_VLTextModel, config)
+    return load_language_model(build, folder, device, dtype, group, on_bytes, load_format=load_format, variant=variant)

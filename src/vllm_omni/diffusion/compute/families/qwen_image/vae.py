@@ -1,0 +1,120 @@
+"""Between latents and pixels, with diffusers' VAE cut down to what a single frame needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLQwenImage
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
+from torch import Tensor, nn
+
+from vllm_omni.diffusion.compute.device.transfers import to_device
+from vllm_omni.diffusion.compute.distributed.groups import Group
+from vllm_omni.diffusion.compute.step.finite import keep_infinite_pixels_visible
+from vllm_omni.diffusion.compute.step.pipeline import Picture
+from vllm_omni.diffusion.compute.step.sampling import pack_latents, unpack_latents
+from vllm_omni.diffusion.compute.vae.latent_decoder import LatentDecoder
+from vllm_omni.diffusion.compute.vae.tiles import Tiling
+
+
+class FrameConv(nn.Module):
+    """A causal 3D convolution of one frame: the frames before it are zero, so only the last time slice counts."""
+
+    def __init__(self, conv: QwenImageCausalConv3d) -> None:
+        super().__init__()
+        left, _, top, *_ = conv._padding
+        self.padding = (top, left)
+        self.weight = nn.Parameter(conv.weight[:, :, -1].contiguous(), requires_grad=False)
+        self.bias = conv.bias
+
+    def forward(self, x: Tensor, cache_x: None = None) -> Tensor:
+        """x: [pictures, channels, 1, height, width]."""
+        assert x.shape[2] == 1
+        assert cache_x is None
+        return F.conv2d(x[:, :, 0], self.weight, self.bias, padding=self.padding)[:, :, None]
+
+
+class FrameCoder(nn.Module):
+    """The VAE's encoder or decoder for pictures; it keeps no features for a next frame."""
+
+    def __init__(self, coder: nn.Module) -> None:
+        super().__init__()
+        self.coder = coder
+        for parent in list(coder.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, QwenImageCausalConv3d):
+                    setattr(parent, name, FrameConv(child))
+
+    def forward(self, x: Tensor, feat_cache: object = None, feat_idx: object = None) -> Tensor:
+        out: Tensor = self.coder(x)
+        return out
+
+
+class PictureEncoder:
+    """Makes the token latents of pictures: the mode of what the VAE says, scaled as the transformer knows latents."""
+
+    def __init__(self, vae: AutoencoderKLQwenImage) -> None:
+        vae.encoder = FrameCoder(vae.encoder)
+        self._vae = vae
+        self._mean, self._std = _scaling(vae)
+
+    def __call__(self, pixels: np.ndarray) -> Tensor:
+        """uint8 [height, width, 3], sides multiples of a token's -> [rows * columns, channels * 4]."""
+        values = torch.from_numpy(pixels).permute(2, 0, 1)[None, :, None].float() / 255 * 2 - 1
+        distribution = self._vae.encode(to_device(values.to(self._vae.dtype), self._vae.device)).latent_dist
+        scaled = (distribution.mode() - self._mean) / self._std
+        return pack_latents(scaled[0, :, 0])
+
+
+class PictureDecoder:
+    """Decodes token latents with a Qwen-Image VAE; see `LatentDecoder` for the rest."""
+
+    def __init__(self, vae: AutoencoderKLQwenImage, one_at_a_time: bool, tiled: bool, group: Group) -> None:
+        vae.decoder = FrameCoder(vae.decoder)
+        keep_infinite_pixels_visible(vae.decoder)
+        if tiled:
+            vae.enable_tiling()
+        self._dtype: torch.dtype = vae.dtype
+        scale, tiling = tiling_of(vae)
+        self._decode = LatentDecoder(vae, partial(decode_frame, vae), tiling, scale, one_at_a_time, group)
+        self._mean, std = _scaling(vae)
+        self._inverse_std = 1.0 / std
+
+    def __call__(self, latents: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> list[Picture]:
+        """latents: [rows * columns, channels * 4] and (rows, columns) of each picture -> uint8 [height, width, 3].
+
+        All ranks of the group must call with the same latents; the pictures come on its first rank, [] on the others.
+        """
+        unpacked = [unpack_latents(tokens, *grid)[None, :, None] for tokens, grid in zip(latents, grids, strict=True)]
+        return self._decode([x.to(self._dtype) / self._inverse_std + self._mean for x in unpacked])
+
+
+def decode_frame(vae: AutoencoderKLQwenImage, latents: Tensor) -> Tensor:
+    """A tile or a whole picture, [1, channels, 1, height, width] -> [1, 3, 1, height * 8, width * 8]."""
+    pixels: Tensor = vae.decoder(vae.post_quant_conv(latents))
+    return pixels
+
+
+def tiling_of(vae: AutoencoderKLQwenImage) -> tuple[int, Tiling]:
+    """Pixels a side of a latent pixel, and the VAE's own tiles."""
+    scale = 2 ** len(vae.temperal_downsample)
+    tiling = Tiling(
+        height=vae.tile_sample_min_height // scale,
+        width=vae.tile_sample_min_width // scale,
+        row_stride=vae.tile_sample_stride_height // scale,
+        column_stride=vae.tile_sample_stride_width // scale,
+    )
+    return scale, tiling
+
+
+def _scaling(vae: AutoencoderKLQwenImage) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of latents, [1, channels, 1, 1, 1]."""
+    mean, std = (
+        torch.tensor(values).view(1, -1, 1, 1, 1).to(vae.device, vae.dtype)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return mean, std

@@ -1,0 +1,127 @@
+"""Sizes of Z-Image's parts, and the weights that follow from them (no torch here)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_omni.diffusion.catalog.configs import TIMESTEP_CHANNELS, from_values
+from vllm_omni.diffusion.catalog.weight_fit import ExpectedWeights, LayerList, linear_shapes
+from vllm_omni.errors import ConfigError
+
+PATCH_SIZE = 2
+"""Latent pixels a side that one token stands for."""
+CONDITION_WIDTH = 256
+TIME_WIDTH = 1024
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The keys of transformer/config.json that the architecture depends on."""
+
+    in_channels: int = 16
+    dim: int = 3840
+    n_layers: int = 30
+    n_refiner_layers: int = 2
+    n_heads: int = 30
+    norm_eps: float = 1e-5
+    cap_feat_dim: int = 2560
+    rope_theta: float = 256.0
+    t_scale: float = 1000.0
+    axes_dims: tuple[int, ...] = (32, 48, 48)
+    axes_lens: tuple[int, ...] = (1024, 512, 512)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TransformerConfig:
+        """Raises ConfigError for values of wrong types, and for such that do not fit one another."""
+        config = from_values(cls, values, "transformer/config.json")
+        if sum(config.axes_dims) * config.n_heads != config.dim:
+            raise ConfigError(
+                f"transformer/config.json: axes_dims {config.axes_dims} of {config.n_heads} heads must add up to dim, "
+                f"{config.dim}"
+            )
+        return config
+
+    @property
+    def head_dim(self) -> int:
+        return sum(self.axes_dims)
+
+    @property
+    def inner_width(self) -> int:
+        """Channels inside a feed-forward layer."""
+        return inner_width(self.dim)
+
+    @property
+    def condition_width(self) -> int:
+        """Channels of the timestep's embedding."""
+        return min(self.dim, CONDITION_WIDTH)
+
+    @property
+    def channels_per_token(self) -> int:
+        return PATCH_SIZE**2 * self.in_channels
+
+    def expected_weights(self) -> ExpectedWeights:
+        """All weights, by their names in diffusers."""
+        dim, inner, condition = self.dim, self.inner_width, self.condition_width
+        plain: dict[str, tuple[int, ...]] = {
+            f"{name}.weight": (dim,) for name in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")
+        }
+        plain |= {f"attention.norm_{name}.weight": (self.head_dim,) for name in "qk"}
+        for name in ("to_q", "to_k", "to_v", "to_out.0"):
+            plain |= linear_shapes(f"attention.{name}", dim, dim, has_bias=False)
+        for name, shape in (("w1", (inner, dim)), ("w2", (dim, inner)), ("w3", (inner, dim))):
+            plain |= linear_shapes(f"feed_forward.{name}", *shape, has_bias=False)
+        modulated = plain | linear_shapes("adaLN_modulation.0", 4 * dim, condition)
+        shapes = (
+            linear_shapes("t_embedder.mlp.0", TIME_WIDTH, TIMESTEP_CHANNELS)
+            | linear_shapes("t_embedder.mlp.2", condition, TIME_WIDTH)
+            | linear_shapes("all_x_embedder.2-1", dim, self.channels_per_token)
+            | linear_shapes("cap_embedder.1", dim, self.cap_feat_dim)
+            | linear_shapes("all_final_layer.2-1.adaLN_modulation.1", dim, condition)
+            | linear_shapes("all_final_layer.2-1.linear", self.channels_per_token, dim)
+            | {"cap_embedder.0.weight": (self.cap_feat_dim,), "x_pad_token": (1, dim), "cap_pad_token": (1, dim)}
+        )
+        layers = {
+            "noise_refiner": LayerList("n_refiner_layers", self.n_refiner_layers, modulated),
+            "context_refiner": LayerList("n_refiner_layers", self.n_refiner_layers, plain),
+            "layers": LayerList("n_layers", self.n_layers, modulated),
+        }
+        return ExpectedWeights(shapes, layers, is_complete=True)
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """Keys of vae/config.json that pictures and latents depend on."""
+
+    shift_factor: float
+    scaling_factor: float
+    latent_channels: int
+    block_out_channels: tuple[int, ...]
+    layers_per_block: int
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> VaeConfig:
+        """Raises ConfigError for values of wrong types."""
+        return from_values(cls, values, "vae/config.json")
+
+    @property
+    def scale(self) -> int:
+        """Pixels a side that one latent pixel stands for."""
+        return int(2 ** (len(self.block_out_channels) - 1))
+
+    def expected_weights(self) -> ExpectedWeights:
+        """Weights that show the sizes, by their names in diffusers."""
+        first, last = self.block_out_channels[0], self.block_out_channels[-1]
+        return ExpectedWeights(
+            {
+                "decoder.conv_in.weight": (last, self.latent_channels, 3, 3),
+                "decoder.conv_norm_out.weight": (first,),
+                "encoder.conv_in.bias": (first,),
+            }
+        )
+
+
+def inner_width(width: int) -> int:
+    """Channels inside a feed-forward layer."""
+    return int(width / 3 * 8)

@@ -1,0 +1,117 @@
+"""What the front end must know of a Z-Image folder, read from its configs alone (no torch at import)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from vllm_omni.diffusion.catalog.configs import read_config, read_scheduler_config, refuse_variants
+from vllm_omni.diffusion.catalog.registry import Guidance, ModelInfo, Shares, read_default_sampling_params
+from vllm_omni.diffusion.catalog.tokenizer_files import TokenizerNeeds, check_chat_template
+from vllm_omni.diffusion.compute.families.z_image.config import PATCH_SIZE, TransformerConfig, VaeConfig
+from vllm_omni.diffusion.compute.text.language_config import LanguageModelConfig
+from vllm_omni.diffusion.compute.text.tokenizers import load_tokenizer
+from vllm_omni.errors import ConfigError
+
+TOKEN_MULTIPLE = 32
+"""Captions and pictures are filled up to a multiple of this many tokens, with learned tokens that attend."""
+AVAILABLE = {
+    "all_patch_size": [PATCH_SIZE],
+    "all_f_patch_size": [1],
+    "qk_norm": True,
+    "siglip_feat_dim": None,
+}
+"""Keys of transformer/config.json whose other values need more than this package computes."""
+PROMPT_TOKENS = ("<|im_start|>", "<|im_end|>")
+DEFAULT_SIDE = 1024
+TEA_CACHE_COEFFICIENTS = (-450.0, 280.0, -45.0, 3.2, -0.02)
+"""Those published for Qwen-Image, as other servers take them for Z-Image; nobody has published any measured on it.
+`vllm-omni calibrate-teacache` measures the served model's."""
+MOST_TENSOR_RANKS = 2
+DISTILLED_SHIFT = 3.0
+"""Of Z-Image-Turbo's schedule; Z-Image's is 6. Nothing else in the configs tells the two apart."""
+
+
+@dataclass(frozen=True)
+class ChatTokenizer:
+    """A prompt as the only message of a chat, which is how the text encoder reads it."""
+
+    path: Path
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        tokenizer = load_tokenizer(self.path)
+        try:
+            _as_chat(tokenizer, "a prompt")
+        except Exception as error:  # a template is a program: its errors are of any class
+            raise ConfigError(f"{self.path.name}/: the chat template fails: {error!r}") from error
+        return tokenizer
+
+    def ids(self, prompt: str) -> list[int]:
+        """As diffusers' ZImagePipeline asks for them."""
+        return list(self._tokenizer(_as_chat(self._tokenizer, prompt)).input_ids)
+
+    def __call__(self, prompt: str) -> int:
+        """How many there are."""
+        return len(self.ids(prompt))
+
+
+def _as_chat(tokenizer: Any, prompt: str) -> str:
+    messages = [{"role": "user", "content": prompt}]
+    text: str = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=True
+    )
+    return text
+
+
+def describe(path: Path) -> ModelInfo:
+    """Sizes, limits and defaults of the model in `path`.
+
+    Raises ConfigError for a component whose config cannot be read and for a variant that we cannot run.
+    """
+    values = read_config(path, "transformer")
+    refuse_variants(values, AVAILABLE)
+    transformer = TransformerConfig.from_dict(values)
+    vae = VaeConfig.from_dict(read_config(path, "vae"))
+    text_encoder = LanguageModelConfig.from_dict(read_config(path, "text_encoder"))
+    side = PATCH_SIZE * vae.scale
+    # A picture's frame comes after the last position of its caption, and must be one that the model knows.
+    longest = transformer.axes_lens[0] - 2
+    is_distilled = read_scheduler_config(path).shift == DISTILLED_SHIFT
+    defaults = {
+        "height": DEFAULT_SIDE,
+        "width": DEFAULT_SIDE,
+        "num_inference_steps": 8 if is_distilled else 50,
+        "guidance_scale": 0.0 if is_distilled else 5.0,
+        "max_sequence_length": 512,
+    }
+    check_chat_template(path, "tokenizer")
+    return ModelInfo(
+        path=path,
+        family="z_image",
+        size_multiple=side,
+        pixels_per_token=side,
+        max_prompt_tokens=longest // TOKEN_MULTIPLE * TOKEN_MULTIPLE,
+        count_prompt_tokens=ChatTokenizer(path / "tokenizer"),
+        # A token costs 24 width² in a block's linear layers and 4 width n in attention over n tokens.
+        attention_tokens=6.0 * transformer.dim,
+        num_heads=transformer.n_heads,
+        head_dim=transformer.head_dim,
+        num_blocks=transformer.n_layers,
+        tea_cache_coefficients=TEA_CACHE_COEFFICIENTS,
+        tensor_shares=Shares(
+            {"attention heads": transformer.n_heads, "MLP channels": transformer.inner_width}, MOST_TENSOR_RANKS
+        ),
+        text_encoder_shares=text_encoder.shares,
+        tokenizer_needs=TokenizerNeeds(PROMPT_TOKENS, text_encoder.vocab_size),
+        expected_weights={
+            "transformer": [transformer.expected_weights()],
+            "vae": [vae.expected_weights()],
+            "text_encoder": [text_encoder.expected_weights(has_biases=False, has_head_norms=True)],
+        },
+        guidance=Guidance("guidance_scale", 1.0, "", ("cfg_normalization", "cfg_truncation")),
+        token_multiple=TOKEN_MULTIPLE,
+        default_sampling_params=defaults | read_default_sampling_params(path),
+    )

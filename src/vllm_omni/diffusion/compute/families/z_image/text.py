@@ -1,0 +1,60 @@
+"""Z-Image's text encoder: a Qwen3 language model up to its last layer but one, as diffusers' ZImagePipeline uses it.
+
+Neither the last layer, nor the norm after it, nor the scores over the vocabulary are read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import Qwen3Config, Qwen3Model
+
+from vllm_omni.diffusion.compute.device.transfers import to_device
+from vllm_omni.diffusion.compute.distributed.groups import Group
+from vllm_omni.diffusion.compute.families.z_image.info import ChatTokenizer
+from vllm_omni.diffusion.compute.text.language_model import load_language_model
+from vllm_omni.diffusion.compute.weights.loading import OnBytes
+from vllm_omni.diffusion.data import LoadFormat
+
+
+class TextEncoder:
+    def __init__(
+        self,
+        path: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+        group: Group,
+        on_bytes: OnBytes = lambda count: None,
+        load_format: LoadFormat = "auto",
+        variant: str | None = None,
+    ) -> None:
+        """Reads this rank's share of the weights in `path`, a model folder; `on_bytes` is told how much that is.
+
+        Raises ConfigError for a checkpoint that does not fit.
+        """
+        self._device = device
+        self._tokenizer = ChatTokenizer(path / "tokenizer")
+        config = Qwen3Config.from_pretrained(path / "text_encoder")
+
+        def build() -> Qwen3Model:
+            model = Qwen3Model(config)
+            model.layers, model.norm = model.layers[:-1], nn.Identity()
+            return model
+
+        unread = (f"layers.{config.num_hidden_layers - 1}.", "norm.", "lm_head.")
+        self._model = load_language_model(
+            build, path / "text_encoder", device, dtype, group, on_bytes, unread, load_format, variant
+        )
+
+    def __call__(self, prompt: str) -> Tensor:
+        """-> [tokens, hidden size]: what the last layer but one makes of the prompt as a chat.
+
+        All ranks of the group must call with the same prompt; each gets the states.
+        """
+        ids = to_device(torch.tensor([self._tokenizer.ids(prompt)]), self._device)
+        # One prompt needs no mask but the causal one; making it, transformers would look for others on the device.
+        masks = {"full_attention": None}
+        states: Tensor = self._model(input_ids=ids, attention_mask=masks, use_cache=False).last_hidden_state
+        return states[0]

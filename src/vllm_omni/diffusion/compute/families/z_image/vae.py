@@ -1,0 +1,62 @@
+"""From latents to pixels, with FLUX's VAE: diffusers' AutoencoderKL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from vllm_omni.diffusion.compute.distributed.groups import Group
+from vllm_omni.diffusion.compute.layers.kernels import Kernels
+from vllm_omni.diffusion.compute.step.pipeline import Picture
+from vllm_omni.diffusion.compute.step.sampling import unpack_latents
+from vllm_omni.diffusion.compute.vae.channels_last import put_channels_last
+from vllm_omni.diffusion.compute.vae.latent_decoder import LatentDecoder
+from vllm_omni.diffusion.compute.vae.tiles import Tiling
+
+
+class PictureDecoder:
+    """Decodes token latents; see `LatentDecoder` for the rest."""
+
+    def __init__(
+        self, vae: AutoencoderKL, one_at_a_time: bool, tiled: bool, group: Group, kernels: Kernels | None = None
+    ) -> None:
+        """kernels: of the norms, which decide on the memory's order; None: plain PyTorch."""
+        vae.encoder = nn.Identity()  # frees its weights
+        if kernels is not None and kernels.normalizes_channels_last:
+            put_channels_last(vae.decoder, kernels)
+        if tiled:
+            vae.enable_tiling()
+        self._dtype: torch.dtype = vae.dtype
+        self._scaling: float = vae.config.scaling_factor
+        self._shift: float = vae.config.shift_factor
+        scale, tiling = tiling_of(vae)
+        self._decode = LatentDecoder(vae, partial(decode_tile, vae), tiling, scale, one_at_a_time, group)
+
+    def __call__(self, latents: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> list[Picture]:
+        """latents: [rows * columns, channels * 4] and (rows, columns) of each picture -> uint8 [height, width, 3].
+
+        All ranks of the group must call with the same latents; the pictures come on its first rank, [] on the others.
+        """
+        unpacked = [
+            unpack_latents(tokens, *grid, channels_last=True)[None] for tokens, grid in zip(latents, grids, strict=True)
+        ]
+        return self._decode([x.to(self._dtype) / self._scaling + self._shift for x in unpacked])
+
+
+def decode_tile(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """A tile or a whole picture, [1, channels, height, width] -> [1, 3, height * 8, width * 8]."""
+    if vae.post_quant_conv is not None:
+        latents = vae.post_quant_conv(latents)
+    pixels: Tensor = vae.decoder(latents)
+    return pixels
+
+
+def tiling_of(vae: AutoencoderKL) -> tuple[int, Tiling]:
+    """Pixels a side of a latent pixel, and the VAE's own tiles."""
+    side: int = vae.tile_latent_min_size
+    stride = int(side * (1 - vae.tile_overlap_factor))
+    return 2 ** (len(vae.config.block_out_channels) - 1), Tiling(side, side, stride, stride)

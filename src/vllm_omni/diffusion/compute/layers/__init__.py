@@ -1,0 +1,1 @@
+"""Layers of transformers: linear layers, norms, rotary embeddings, float8."""

@@ -1,0 +1,96 @@
+"""Linear layers in float8: weights with a scale an output channel, inputs with one a token.
+
+A GPU multiplies the float8 values as they are (`torch._scaled_mm`); a CPU rounds alike and multiplies in float32, or
+in the inputs' dtype where that is wider.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vllm_omni.diffusion.compute.device.transfers import is_host
+from vllm_omni.diffusion.compute.layers.linear import ColumnLinear, RowLinear
+from vllm_omni.diffusion.compute.layers.rounding import FLOAT8, Float8Rows, Rows
+from vllm_omni.errors import ConfigError
+
+GPU_MULTIPLE = 16
+"""What both sizes of a weight must be a multiple of for a GPU's product."""
+
+
+def fp8_product(x: Rows, weight: Tensor, scale: Tensor) -> Tensor:
+    """x W^T. [tokens, in] -> [tokens, out], in x's dtype, which is bfloat16 on a GPU.
+
+    weight: float8 [out, in]; scale: float32 [out, 1]. What a token becomes depends on no other token, up to the
+    rounding of sums.
+    """
+    values, scales, dtype = Float8Rows.of(x) if isinstance(x, Tensor) else x
+    if not is_host(values.device):
+        return torch._scaled_mm(values, weight.t(), scales, scale.t(), out_dtype=dtype, use_fast_accum=True)
+    wide = torch.promote_types(dtype, torch.float32)
+    return (F.linear(values.to(wide), weight.to(wide)) * scales * scale.t()).to(dtype)
+
+
+class Fp8ColumnLinear(nn.Module):
+    """A `ColumnLinear` in float8. weight: float8 [out / size, in]; scale: float32 [out / size, 1]."""
+
+    cut_dims: ClassVar[Mapping[str, int]] = ColumnLinear.cut_dims
+    is_float8: ClassVar[bool] = True
+
+    def __init__(self, linear: ColumnLinear | RowLinear) -> None:
+        """The sizes, the bias and the ranks of `linear`; the weight is not taken over, but loaded."""
+        super().__init__()
+        self.group = linear.group
+        self.weight = nn.Parameter(torch.empty_like(linear.weight, dtype=FLOAT8), requires_grad=False)
+        self.scale: Tensor
+        # No parameter: a checkpoint has none.
+        self.register_buffer("scale", linear.weight.new_empty((linear.out_features, 1), dtype=torch.float32))
+        self.bias = linear.bias
+
+    @property
+    def late_bias(self) -> Tensor | None:
+        """cuBLAS has no product with a bias for a few tokens and long rows."""
+        return self.bias
+
+    def product(self, x: Rows) -> Tensor:
+        return fp8_product(x, self.weight, self.scale)
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = self.product(input)
+        return y if self.bias is None else y + self.bias
+
+
+class Fp8RowLinear(Fp8ColumnLinear):
+    """A `RowLinear` in float8. weight: float8 [out, in / size]; scale: float32 [out, 1].
+
+    Scales are those of the rank's own share of a row, of weights and inputs alike: they need no exchange and round no
+    coarser than a whole row's, but the sum is not, to the last bit, what one rank alone computes.
+    """
+
+    cut_dims: ClassVar[Mapping[str, int]] = RowLinear.cut_dims
+
+    def product(self, x: Rows) -> Tensor:
+        return self.group.all_reduce(super().product(x))
+
+
+def keep_in_float8(module: nn.Module, names: Sequence[str], device: torch.device) -> None:
+    """Put float8 layers in place of those of `module`, on the meta device, whose names end with one of `names`.
+
+    device: that it will be moved to. Raises ConfigError for sizes whose product that one does not compute.
+    """
+    for path, linear in list(module.named_modules()):
+        if path.rpartition(".")[2] not in names:
+            continue
+        assert isinstance(linear, (ColumnLinear, RowLinear)), f"{path} is a {type(linear).__name__}"
+        out, inner = linear.weight.shape
+        if not is_host(device) and (out % GPU_MULTIPLE or inner % GPU_MULTIPLE):
+            raise ConfigError(
+                f"--quantization fp8 takes layers whose sizes are multiples of {GPU_MULTIPLE} on a GPU, "
+                f"got {out} x {inner} ({path})"
+            )
+        fp8 = Fp8ColumnLinear if isinstance(linear, ColumnLinear) else Fp8RowLinear
+        module.set_submodule(path, fp8(linear))

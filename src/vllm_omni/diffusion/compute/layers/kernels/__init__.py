@@ -1,0 +1,56 @@
+"""Operations between the products of a block, or a VAE's convolutions: plain PyTorch, or fused in Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from vllm_omni.diffusion.compute.layers.kernels.reference import Projected, TorchKernels
+from vllm_omni.diffusion.compute.layers.rounding import Float8Rows, Rows
+from vllm_omni.diffusion.data import KernelsName
+
+__all__ = ["Kernels", "Projected", "TorchKernels", "create_kernels"]
+
+
+class Kernels(Protocol):
+    """See `TorchKernels` for what each computes."""
+
+    picks_rows: bool
+    normalizes_channels_last: bool
+
+    def norm_modulate(
+        self, x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None, eps: float, float8: bool = False
+    ) -> Rows: ...
+
+    def gated_add(
+        self,
+        x: Tensor,
+        y: Tensor,
+        gate: Tensor,
+        rows: Tensor | None,
+        bias: Tensor | None = None,
+        places: Tensor | None = None,
+    ) -> Tensor: ...
+
+    def gelu(self, x: Tensor, bias: Tensor | None, float8: bool = False) -> Rows: ...
+
+    def round_rows(self, x: Tensor, places: Tensor | None = None) -> Float8Rows: ...
+
+    def heads(
+        self, streams: Sequence[Projected], order: Tensor | None, stream: Tensor | None, rotations: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def group_norm(
+        self, x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool = False
+    ) -> Tensor: ...
+
+
+def create_kernels(name: KernelsName) -> Kernels:
+    """`triton`: fused; Triton is imported only then, and runs on GPUs. Otherwise plain PyTorch."""
+    if name != "triton":
+        return TorchKernels()
+    from vllm_omni.diffusion.compute.layers.kernels.fused import TritonKernels
+
+    return TritonKernels()

@@ -1,0 +1,109 @@
+"""What the fused kernels compute, in plain PyTorch: the path of every device, and the oracle of the kernels' tests.
+
+R: rows of modulation; `rows` [tokens] tells each token's, None: all have row 0. H heads of d channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vllm_omni.diffusion.compute.layers.norms import gated_add, norm_modulate, rms_norm
+from vllm_omni.diffusion.compute.layers.rope import rotate
+from vllm_omni.diffusion.compute.layers.rounding import Float8Rows, Rows
+
+
+@dataclass(frozen=True)
+class Projected:
+    """What a stream's projection made, and the norms of its queries and keys."""
+
+    qkv: Tensor
+    """[tokens, 3 * H * d]: queries, keys and values of all heads."""
+    weight: Tensor
+    """[2 * d]: of the queries' norm, then of the keys'."""
+    bias: Tensor | None = None
+    """[3 * H * d]: still to be added to `qkv`."""
+
+
+class TorchKernels:
+    """A bias is one that the product before has left out; float8: the result is rounded for the product behind."""
+
+    picks_rows = False
+    """Whether `places` cost nothing."""
+    normalizes_channels_last = False
+    """Whether `group_norm` reads and writes channels-last memory as it is."""
+
+    def norm_modulate(
+        self, x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None, eps: float, float8: bool = False
+    ) -> Rows:
+        """LayerNorm(x) * scale + shift. x: [tokens, D]; shift, scale (with its 1 added): [R, D] -> [tokens, D]."""
+        return _rounded(norm_modulate(x, _of_tokens(shift, rows), _of_tokens(scale, rows), eps), float8)
+
+    def gated_add(
+        self,
+        x: Tensor,
+        y: Tensor,
+        gate: Tensor,
+        rows: Tensor | None,
+        bias: Tensor | None = None,
+        places: Tensor | None = None,
+    ) -> Tensor:
+        """x + gate * (y + bias). x: [tokens, D]; gate: [R, D]; bias: [D].
+
+        y: [tokens, D], or more rows, of which `places`, int64 [tokens], tells each token's.
+        """
+        return gated_add(x, _biased(_picked(y, places), bias), _of_tokens(gate, rows))
+
+    def gelu(self, x: Tensor, bias: Tensor | None, float8: bool = False) -> Rows:
+        """GELU(x + bias) by its approximation with tanh. x: [tokens, D]; bias: [D] -> [tokens, D]."""
+        return _rounded(F.gelu(_biased(x, bias), approximate="tanh"), float8)
+
+    def round_rows(self, x: Tensor, places: Tensor | None = None) -> Float8Rows:
+        """[rows, D] -> all of them in float8; or those of `places`, int64 [tokens]."""
+        return Float8Rows.of(_picked(x, places))
+
+    def heads(
+        self, streams: Sequence[Projected], order: Tensor | None, stream: Tensor | None, rotations: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """RMSNorm and rotation of queries and keys, in the order of attention -> q, k, v [tokens, H, d].
+
+        streams: one or two; order: int64 [tokens], the row of their concatenation that each row of attention is, None:
+        the same; stream: int64 [tokens], which of two each row of attention comes from; rotations: float32
+        [tokens, 1, 1, d / 2, 2], in the order of attention.
+        """
+        weight = torch.stack([s.weight.view(2, 1, -1) for s in streams])
+        parts = [_biased(s.qkv, s.bias) for s in streams]
+        joint = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if order is not None:
+            joint = joint.index_select(0, order)
+        qkv = joint.unflatten(1, (3, -1, weight.shape[-1]))
+        scale = weight[0] if stream is None else weight.index_select(0, stream)
+        q, k = rotate(rms_norm(qkv[:, :2], scale, eps), rotations).unbind(1)
+        return q, k, qkv[:, 2]
+
+    def group_norm(
+        self, x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool = False
+    ) -> Tensor:
+        """GroupNorm, and SiLU of it. x: [N, C, ...]; weight, bias: [C], None: 1 and 0 -> as x."""
+        out = F.group_norm(x, num_groups, weight, bias, eps)
+        return F.silu(out) if silu else out
+
+
+def _rounded(x: Tensor, float8: bool) -> Rows:
+    return Float8Rows.of(x) if float8 else x
+
+
+def _biased(x: Tensor, bias: Tensor | None) -> Tensor:
+    return x if bias is None else x + bias
+
+
+def _picked(x: Tensor, places: Tensor | None) -> Tensor:
+    return x if places is None else x.index_select(0, places)
+
+
+def _of_tokens(values: Tensor, rows: Tensor | None) -> Tensor:
+    return values[:1] if rows is None else values.index_select(0, rows)

@@ -1,0 +1,239 @@
+"""The layout of a step batch: the tokens of all sequences in one flat run, without padding.
+
+A sequence is one guidance branch of one request: its text tokens and its image tokens. Two runs are kept, all
+text tokens and all image tokens, each in sequence order; attention sees them in joint order, where each
+sequence's text comes right before its image.
+
+Where several ranks share a sequence, each holds an even cut of its text and of its image, and packs its cuts the
+same way: lengths are arbitrary, a rank may even hold nothing of a short text.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, chain
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from vllm_omni.diffusion.compute.device.transfers import to_device
+
+
+def cut(length: int, parts: int) -> list[int]:
+    """Lengths of an even cut into `parts`; they differ by at most one."""
+    return [length // parts + (i < length % parts) for i in range(parts)]
+
+
+def part_of(length: int, parts: int, index: int) -> slice:
+    """Part `index` of an even cut of `length` rows."""
+    short, longer = divmod(length, parts)
+    start = index * short + min(index, longer)
+    return slice(start, start + short + (index < longer))
+
+
+@dataclass(frozen=True)
+class Offsets:
+    """Where each sequence begins in a run of tokens; the last value is the run's length."""
+
+    values: tuple[int, ...]
+    """N + 1 integers from 0."""
+    cu_seqlens: Tensor
+    """The same as int32 [N + 1] on the device, for varlen kernels."""
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> Offsets:
+        values = (0, *accumulate(lengths))
+        return cls(values, to_device(torch.tensor(values, dtype=torch.int32), device))
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(b - a for a, b in zip(self.values, self.values[1:]))
+
+    @property
+    def max_length(self) -> int:
+        return max(self.lengths)
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """What flows through the blocks of a transformer: text [text tokens, D] and image [image tokens, D]."""
+
+    text: Tensor
+    image: Tensor
+
+    @classmethod
+    def packed(cls, parts: Sequence[Hidden]) -> Hidden:
+        """Of sequences one after another; the inverse of `Pack.sequences`."""
+        return cls(torch.cat([part.text for part in parts]), torch.cat([part.image for part in parts]))
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Indices of one membership of sequences; depends on lengths only, so it outlives a step."""
+
+    text: Offsets
+    image: Offsets
+    joint: Offsets
+    text_sequence: Tensor
+    """int64 [text tokens]: the sequence a text token belongs to, as the whole pack counts (see `select`)."""
+    image_sequence: Tensor
+    """int64 [image tokens]."""
+    joint_order: Tensor | None
+    """int64 [tokens]: row j of the joint order is row `joint_order[j]` of [all text, all image]; None when
+    the two are the same (one sequence)."""
+    joint_is_image: Tensor
+    """int64 [tokens], in joint order: 1 for image tokens, 0 for text tokens."""
+    joint_lengths: tuple[tuple[int, ...], ...]
+    """By rank of those that share the sequences: how many tokens of each sequence it holds."""
+    numbers: tuple[int, ...]
+    """What the whole pack calls each sequence."""
+
+    @classmethod
+    def build(
+        cls,
+        text_lengths: Sequence[int],
+        image_lengths: Sequence[int],
+        device: torch.device,
+        parts: int = 1,
+        index: int = 0,
+    ) -> Pack:
+        """Of whole sequences with these lengths, each cut over `parts` ranks; this rank holds part `index`."""
+        assert len(text_lengths) == len(image_lengths) > 0
+        whole = zip([cut(n, parts) for n in text_lengths], [cut(n, parts) for n in image_lengths])
+        joint_lengths = tuple(zip(*([t + i for t, i in zip(*cuts)] for cuts in whole)))
+        return cls._of(
+            [cut(n, parts)[index] for n in text_lengths],
+            [cut(n, parts)[index] for n in image_lengths],
+            joint_lengths,
+            range(len(text_lengths)),
+            device,
+        )
+
+    @classmethod
+    def _of(
+        cls,
+        text_lengths: Sequence[int],
+        image_lengths: Sequence[int],
+        joint_lengths: tuple[tuple[int, ...], ...],
+        numbers: Sequence[int],
+        device: torch.device,
+    ) -> Pack:
+        """From what this rank holds of each sequence, and what the whole pack calls it."""
+        num_text = sum(text_lengths)
+        text, image = (Offsets.of(lengths, device) for lengths in (text_lengths, image_lengths))
+        order = list(
+            chain.from_iterable(
+                chain(
+                    range(text.values[i], text.values[i + 1]),
+                    range(num_text + image.values[i], num_text + image.values[i + 1]),
+                )
+                for i in range(len(text_lengths))
+            )
+        )
+        joint_order = torch.tensor(order, dtype=torch.int64)
+        is_ordered = len(text_lengths) == 1
+        return cls(
+            text=text,
+            image=image,
+            joint=Offsets.of([t + i for t, i in zip(text_lengths, image_lengths)], device),
+            text_sequence=_sequence_of(text_lengths, numbers, device),
+            image_sequence=_sequence_of(image_lengths, numbers, device),
+            joint_order=None if is_ordered else to_device(joint_order, device),
+            joint_is_image=to_device((joint_order >= num_text).long(), device),
+            joint_lengths=joint_lengths,
+            numbers=tuple(numbers),
+        )
+
+    def select(self, members: Sequence[int]) -> Pack:
+        """Of some of these sequences, in order.
+
+        `text_sequence` and `image_sequence` keep the numbers of the whole pack, so that what is kept by sequence
+        (the rows of modulation) serves the part as it is.
+        """
+        return Pack._of(
+            [self.text.lengths[i] for i in members],
+            [self.image.lengths[i] for i in members],
+            tuple(tuple(lengths[i] for i in members) for lengths in self.joint_lengths),
+            [self.numbers[i] for i in members],
+            self.text_sequence.device,
+        )
+
+    @cached_property
+    def places(self) -> tuple[Tensor, Tensor] | None:
+        """int64 [text tokens] and [image tokens]: where each is in joint order; None where all lie in order."""
+        if self.joint_order is None:
+            return None
+        text, image = self.joint_order.argsort().split([self.text.values[-1], self.image.values[-1]])
+        return text, image
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.text.values) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return self.joint.values[-1]
+
+    @property
+    def most_tokens(self) -> int:
+        """Of any rank of those that share the sequences; all of them know it."""
+        return max(sum(lengths) for lengths in self.joint_lengths)
+
+    def join(self, text: Tensor, image: Tensor) -> Tensor:
+        """[text tokens, ...] and [image tokens, ...] -> [tokens, ...] in joint order."""
+        return torch.cat(list(chain.from_iterable(zip(text.split(self.text.lengths), image.split(self.image.lengths)))))
+
+    def split(self, joint: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of `join`; views where there is one sequence."""
+        parts = joint.split(list(chain.from_iterable(zip(self.text.lengths, self.image.lengths))))
+        if self.num_sequences == 1:
+            return parts[0], parts[1]
+        return torch.cat(parts[::2]), torch.cat(parts[1::2])
+
+    def sequences(self, hidden: Hidden) -> list[Hidden]:
+        """Sequence by sequence, as views."""
+        texts, images = hidden.text.split(self.text.lengths), hidden.image.split(self.image.lengths)
+        return [Hidden(text, image) for text, image in zip(texts, images)]
+
+
+def _sequence_of(lengths: Sequence[int], numbers: Sequence[int], device: torch.device) -> Tensor:
+    return to_device(torch.repeat_interleave(torch.tensor(list(numbers)), torch.tensor(lengths)), device)
+
+
+Built = TypeVar("Built")
+
+
+class MembershipCache(Generic[Built]):
+    """What was built for the last few memberships; a step whose members stay the same builds nothing.
+
+    More than one is kept because a scheduler may alternate between groups. The members are part of the key, by
+    identity: nobody else can be taken for a member that is gone.
+    """
+
+    def __init__(self, capacity: int = 4) -> None:
+        self._capacity = capacity
+        self._entries: OrderedDict[tuple[object, ...], Built] = OrderedDict()
+
+    def get(self, key: tuple[object, ...], build: Callable[[], Built]) -> Built:
+        if key in self._entries:
+            self._entries.move_to_end(key)
+            return self._entries[key]
+        entry = self._entries[key] = build()
+        if len(self._entries) > self._capacity:
+            self._entries.popitem(last=False)
+        return entry
+
+    def forget(self, member: object) -> None:
+        """Drop every entry that `member` is part of."""
+        for key in [key for key in self._entries if member in key]:
+            del self._entries[key]
+
+    def clear(self) -> None:
+        self._entries.clear()
+
+    def __len__(self) -> int:
+        return len(self._entries)

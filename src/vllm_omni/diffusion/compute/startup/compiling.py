@@ -1,0 +1,56 @@
+"""Have code compiled before the first request, in every variant that a step may need."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from vllm_omni.diffusion.compute.coordination.ranks import PeerFailedError, Ranks, RanksLostError
+from vllm_omni.diffusion.compute.device.kinds import is_out_of_memory
+from vllm_omni.diffusion.compute.step.pipeline import BasePipeline, RequestState
+from vllm_omni.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+def run_variants(pipeline: BasePipeline[Any], state: RequestState, ranks: Ranks) -> None:
+    """Run a step of each kind: of one sequence, of several, of several at different timesteps.
+
+    Every rank group computes all of them. state: of two steps.
+    """
+    later = replace(state, step=state.step + 1)
+    for kind in ([state], [state, state], [state, later]):
+        _run(pipeline, kind, ranks)
+
+
+def compile_variants(pipeline: BasePipeline[Any], state: RequestState, ranks: Ranks) -> None:
+    """`run_variants`, with blocks that are compiled from here on. Raises ConfigError when they do not compile."""
+    start = time.perf_counter()
+    compiled = pipeline.compile_blocks()
+    try:
+        run_variants(pipeline, state, ranks)
+    except Exception as error:
+        if is_out_of_memory(error) or isinstance(error, (PeerFailedError, RanksLostError)):
+            raise
+        logger.warning("the first compiled step failed", exc_info=True)
+        # The first line may only say that a backend raised.
+        reason = " ".join([type(error).__name__, *str(error).splitlines()[:2]])
+        raise ConfigError(
+            f"the transformer's blocks cannot be compiled here: {reason}; --enforce-eager serves without compiling"
+        ) from error
+    compiled.end_warm_up()
+    logger.info("compiled %s in %.1f s; all else runs eagerly", compiled, time.perf_counter() - start)
+
+
+def _run(pipeline: BasePipeline[Any], kind: Sequence[RequestState], ranks: Ranks) -> None:
+    placed = [(replace(state), group) for state in kind for group in range(ranks.mesh.cfg_size)]
+    states = [state for state, _ in placed]
+    groups = [group for state, group in placed for _ in state.sequence_lengths]
+    try:
+        ranks.attempt(lambda: pipeline.predict(states, groups))
+    finally:
+        for state in states:
+            pipeline.forget(state)

@@ -1,0 +1,23 @@
+"""Whether the fused kernels that are meant run here: asked before weights are read."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_omni.diffusion.compute.device.kinds import Device
+from vllm_omni.diffusion.compute.layers.kernels import create_kernels
+from vllm_omni.diffusion.data import KernelsName
+from vllm_omni.errors import ConfigError
+
+
+def check_kernels(name: KernelsName, device: Device, dtype: torch.dtype) -> None:
+    """Raises ConfigError when Triton does not compile one of its kernels: it needs a C compiler, for one."""
+    if name != "triton":
+        return
+    x = torch.ones((2, 16), dtype=dtype, device=device.torch)
+    try:
+        create_kernels(name).gated_add(x, x, x[:1], None)
+        device.synchronize()
+    except Exception as error:  # of an import, a compiler or a driver
+        reason = " ".join([type(error).__name__, *str(error).splitlines()[:1]])
+        raise ConfigError(f"--kernels triton does not run here: {reason}; --kernels torch does") from error

@@ -1,0 +1,1 @@
+"""Parts of a denoising step that all packed families share."""

@@ -1,0 +1,73 @@
+"""Noise schedules by diffusers' schedulers; those of one request count its steps themselves."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from vllm_omni.diffusion.compute.step.sampling import linear_sigmas, resolution_shift
+from vllm_omni.diffusion.messages.request import DiffusionRequest
+from vllm_omni.errors import InvalidRequestError
+
+
+def with_one_step_schedules(scheduler: Any) -> Any:
+    """A scheduler like `scheduler` whose one-step schedules are numbers; `scheduler` where its class has no
+    `shift_terminal`.
+
+    Such a scheduler stretches sigmas so that the last one is `shift_terminal`: 1 - (1 - sigma) / scale with
+    scale = (1 - last) / (1 - shift_terminal). A schedule of one step ends at sigma 1, which diffusers divides by zero:
+    here it stays a single step from noise to picture.
+    """
+    cls = type(scheduler)
+    if not hasattr(cls, "stretch_shift_to_terminal"):
+        return scheduler
+
+    def stretch_shift_to_terminal(self: Any, t: np.ndarray) -> np.ndarray:
+        stretched: np.ndarray = t if t[-1] == 1 else cls.stretch_shift_to_terminal(self, t)
+        return stretched
+
+    # Pipelines look at the names of their components' classes.
+    members = {"stretch_shift_to_terminal": stretch_shift_to_terminal, "__module__": cls.__module__}
+    subclass: Any = type(cls.__name__, (cls,), members)
+    return subclass.from_config(scheduler.config)
+
+
+def check_schedule(scheduler: Any, request: DiffusionRequest) -> None:
+    """Raises InvalidRequestError for a schedule with values that are not numbers. Waits for those on a device."""
+    for name in ("sigmas", "timesteps"):
+        values = getattr(scheduler, name, None)
+        if isinstance(values, torch.Tensor) and not bool(values.isfinite().all()):
+            param = "num_inference_steps" if request.sigmas is None else "sigmas"
+            raise InvalidRequestError(
+                f"{param} {request.sigmas or request.num_inference_steps} makes a noise schedule with values that are "
+                f"not numbers, by {type(scheduler).__name__}",
+                param=param,
+            )
+
+
+def make_schedule(
+    template: FlowMatchEulerDiscreteScheduler, request: DiffusionRequest, num_image_tokens: int
+) -> FlowMatchEulerDiscreteScheduler:
+    """A scheduler of the request alone, at its first step; `template`, one `with_one_step_schedules`, is not changed.
+
+    Raises InvalidRequestError for a schedule with values that are not numbers.
+    """
+    scheduler = copy.deepcopy(template)
+    config = scheduler.config
+    mu = resolution_shift(
+        num_image_tokens,
+        config.get("base_image_seq_len", 256),
+        config.get("max_image_seq_len", 4096),
+        config.get("base_shift", 0.5),
+        config.get("max_shift", 1.15),
+    )
+    sigmas = request.sigmas or linear_sigmas(request.num_inference_steps)
+    # On the CPU: its values are scalars of the step's arithmetic, which so waits for no transfer.
+    scheduler.set_timesteps(sigmas=list(sigmas), mu=mu)
+    check_schedule(scheduler, request)
+    scheduler.set_begin_index(0)
+    return scheduler

@@ -1,0 +1,74 @@
+"""Text encoders that are the language model of a Qwen checkpoint, shared by the ranks of a group.
+
+Each rank holds some heads of every attention, some features of every MLP and of the embedding. Exchanges go through the
+group, not through process groups kept in the model, so the weights outlive a broken connection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_omni.diffusion.catalog.model_index import TRANSFORMERS_STEMS
+from vllm_omni.diffusion.compute.distributed.groups import Group
+from vllm_omni.diffusion.compute.layers.linear import ColumnEmbedding, ColumnLinear, RowLinear
+from vllm_omni.diffusion.compute.text.language_config import EMBEDDING
+from vllm_omni.diffusion.compute.weights.loading import OnBytes, load_weights, weight_names
+from vllm_omni.diffusion.data import LoadFormat
+
+COLUMN_LAYERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+ROW_LAYERS = ("self_attn.o_proj", "mlp.down_proj")
+
+
+def load_language_model(
+    build: Callable[[], Any],
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    group: Group,
+    on_bytes: OnBytes,
+    unread: tuple[str, ...] = (),
+    load_format: LoadFormat = "auto",
+    variant: str | None = None,
+) -> Any:
+    """`build` makes transformers' model, of layers as Qwen2's; it is filled with this rank's share of the weights.
+
+    unread, load_format, variant: see `load_weights`. Raises ConfigError for a checkpoint that does not fit.
+    """
+    with torch.device("meta"):
+        model = build()
+        _share(model, group)
+    # Checkpoints have been written with several names for the same module; other parts of them are not read.
+    names = weight_names(folder, variant, TRANSFORMERS_STEMS) if load_format == "auto" else ()
+    prefix = next((name.removesuffix(EMBEDDING) for name in names if name.endswith(EMBEDDING)), "")
+    load_weights(
+        model,
+        folder,
+        {},
+        device,
+        dtype,
+        on_bytes,
+        prefix,
+        unread,
+        load_format=load_format,
+        variant=variant,
+        stems=TRANSFORMERS_STEMS,
+    )
+    # Its frequencies are no weights, and stay in float32 whatever the model's dtype.
+    model.rotary_emb = type(model.rotary_emb)(model.config).to(device)
+    return model
+
+
+def _share(model: Any, group: Group) -> None:
+    """Put layers that the ranks of `group` share in place of the whole ones."""
+    embedding = model.embed_tokens
+    model.embed_tokens = ColumnEmbedding(embedding.num_embeddings, embedding.embedding_dim, group)
+    for layer in model.layers:
+        for names, shared in ((COLUMN_LAYERS, ColumnLinear), (ROW_LAYERS, RowLinear)):
+            for name in names:
+                linear = layer.get_submodule(name)
+                has_bias = linear.bias is not None
+                layer.set_submodule(name, shared(linear.in_features, linear.out_features, group, has_bias))

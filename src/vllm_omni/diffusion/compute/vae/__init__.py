@@ -1,0 +1,1 @@
+"""Decoding of latents to pictures: tiles, sharing between ranks, memory layout."""

@@ -1,0 +1,46 @@
+"""Decoders of diffusers' AutoencoderKL in channels-last memory, where convolutions are fastest.
+
+PyTorch's group norm copies such memory there and back, which costs more than the convolutions gain: every norm is
+replaced by one that does not, and takes the SiLU behind it along.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers.models.autoencoders.vae import Decoder
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+from vllm_omni.diffusion.compute.layers.kernels import Kernels
+
+
+class GroupNorm(nn.Module):
+    """`norm`, with its weights under their names, and SiLU of it."""
+
+    def __init__(self, norm: nn.GroupNorm, kernels: Kernels, silu: bool) -> None:
+        super().__init__()
+        self.weight, self.bias = norm.weight, norm.bias
+        self.num_groups, self.eps = norm.num_groups, norm.eps
+        self.kernels, self.silu = kernels, silu
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [N, C, ...] -> the same."""
+        return self.kernels.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, self.silu)
+
+
+def put_channels_last(decoder: Decoder, kernels: Kernels) -> None:
+    """In place. A convolution whose weights are channels-last reads and writes pictures so, whatever it is given."""
+    decoder.to(memory_format=torch.channels_last)
+    for block in decoder.modules():
+        if isinstance(block, ResnetBlock2D):
+            has_silu = isinstance(block.nonlinearity, nn.SiLU)
+            block.norm1 = GroupNorm(block.norm1, kernels, has_silu)
+            block.norm2 = GroupNorm(block.norm2, kernels, has_silu)
+            if has_silu:
+                block.nonlinearity = nn.Identity()
+    decoder.conv_norm_out = GroupNorm(decoder.conv_norm_out, kernels, silu=True)
+    decoder.conv_act = nn.Identity()
+    for module in list(decoder.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.GroupNorm):  # of attention
+                setattr(module, name, GroupNorm(child, kernels, silu=False))

@@ -1,0 +1,105 @@
+"""One VAE decode shared by ranks: each decodes some tiles, the first blends them, as diffusers' `tiled_decode` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from vllm_omni.diffusion.compute.distributed.groups import Group
+from vllm_omni.diffusion.compute.vae.tiles import Tile, Tiling, cut, deal
+
+RGB = 3
+
+
+class TiledVae(Protocol):
+    """What diffusers' VAEs that decode tiles have in common."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def blend_v(self, a: Tensor, b: Tensor, blend_extent: int) -> Tensor:
+        """Fade the top of `b`, in place, into the bottom of `a`."""
+        ...
+
+    def blend_h(self, a: Tensor, b: Tensor, blend_extent: int) -> Tensor:
+        """The same for the left of `b` and the right of `a`."""
+        ...
+
+
+class SharedDecoder:
+    """Decodes tiles of the VAE's own size whatever the number of ranks, so that pixels do not depend on it.
+
+    A picture that fits one tile is decoded whole by one rank. Several pictures are dealt out together.
+    """
+
+    def __init__(
+        self, vae: TiledVae, decode: Callable[[Tensor], Tensor], tiling: Tiling, scale: int, group: Group
+    ) -> None:
+        """decode: from the latents of a tile to its pixels; scale: pixels a side of a latent pixel."""
+        self._vae = vae
+        self._decode_tile = decode
+        self._tiling = tiling
+        self._scale = scale
+        self._group = group
+
+    def __call__(self, latents: Sequence[Tensor]) -> list[Tensor]:
+        """latents: [1, channels, ..., height / scale, width / scale] of each picture, the same on all ranks.
+
+        -> [1, 3, ..., height, width] of each on the group's first rank, nothing on the others.
+        """
+        pictures = [cut(index, z.shape[-2], z.shape[-1], self._tiling) for index, z in enumerate(latents)]
+        shares = deal([tile for tiles in pictures for tile in tiles], self._group.size)
+        mine = [self._decode_tile(_cut_out(latents[tile.picture], tile)) for tile in shares[self._group.rank]]
+        decoded = self._collect(shares, mine, latents[0].shape[2:-2])
+        return [self._blend(tiles, decoded) for tiles in pictures] if self._group.rank == 0 else []
+
+    def _collect(
+        self, shares: Sequence[Sequence[Tile]], mine: Sequence[Tensor], between: Sequence[int]
+    ) -> dict[Tile, Tensor]:
+        """The pixels of all tiles on the first rank; of its own on another.
+
+        between: the latents' dims between channels and height.
+        """
+        group = self._group
+        decoded = dict(zip(shares[group.rank], mine, strict=True))
+        lengths = [0, *(sum(map(self._num_values, share)) for share in shares[1:])]
+        if not any(lengths):
+            return decoded
+        nothing = torch.empty(0, dtype=self._vae.dtype, device=self._vae.device)
+        sent = torch.cat([nothing, *(pixels.flatten() for pixels in mine if group.rank > 0)])
+        silent = [0] * (group.size - 1)
+        received = group.all_to_all(sent, [len(sent), *silent], lengths if group.rank == 0 else [0, *silent])
+        if group.rank == 0:
+            tiles = [tile for share in shares[1:] for tile in share]
+            for tile, pixels in zip(tiles, received.split(list(map(self._num_values, tiles))), strict=True):
+                height, width = tile.height * self._scale, tile.width * self._scale
+                decoded[tile] = pixels.view(1, RGB, *between, height, width)
+        return decoded
+
+    def _num_values(self, tile: Tile) -> int:
+        return RGB * tile.height * tile.width * self._scale**2
+
+    def _blend(self, tiles: Sequence[Tile], decoded: Mapping[Tile, Tensor]) -> Tensor:
+        """One picture. Each tile fades into the one above, then into the one on its left, over their overlap."""
+        if len(tiles) == 1:
+            return decoded[tiles[0]]
+        vae, tiling, scale = self._vae, self._tiling, self._scale
+        down = (tiling.height - tiling.row_stride) * scale
+        right = (tiling.width - tiling.column_stride) * scale
+        rows = [[decoded[tile] for tile in row] for _, row in groupby(tiles, key=lambda tile: tile.row)]
+        for i, row in enumerate(rows):
+            for j, tile in enumerate(row):
+                if i > 0:
+                    vae.blend_v(rows[i - 1][j], tile, down)
+                if j > 0:
+                    vae.blend_h(row[j - 1], tile, right)
+        height, width = tiling.row_stride * scale, tiling.column_stride * scale
+        return torch.cat([torch.cat([tile[..., :height, :width] for tile in row], dim=-1) for row in rows], dim=-2)
+
+
+def _cut_out(latents: Tensor, tile: Tile) -> Tensor:
+    return latents[..., tile.top : tile.top + tile.height, tile.left : tile.left + tile.width]

@@ -1,0 +1,1 @@
+"""Loading of weights, and random weights in their place."""

@@ -1,0 +1,1 @@
+"""Worker processes: one for each rank, which runs the steps that it is sent."""

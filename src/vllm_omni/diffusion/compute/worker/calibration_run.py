@@ -1,0 +1,27 @@
+"""Run requests on one device, step by step, and watch how much the steps differ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from vllm_omni.diffusion.compute.cache.calibration import Change, ChangeRecorder
+from vllm_omni.diffusion.compute.distributed.groups import Group
+from vllm_omni.diffusion.compute.worker.runner import ModelRunner
+from vllm_omni.diffusion.messages.request import DiffusionRequest
+
+
+@torch.inference_mode()
+def measure_changes(runner: ModelRunner, requests: Sequence[DiffusionRequest]) -> list[Change]:
+    """Of every guidance branch of every request, from step to step. Raises what the model raises."""
+    pipeline = runner.pipeline
+    pipeline.step_cache = recorder = ChangeRecorder(Group.alone())
+    for request in requests:
+        state = pipeline.encode(request)
+        for _ in range(request.num_inference_steps):
+            (branches,) = pipeline.predict([state])
+            pipeline.advance(state, pipeline.combine(state, branches))
+            state.settle()
+        pipeline.forget(state)
+    return recorder.changes

@@ -1,0 +1,61 @@
+"""Why one request failed, as the engine is told."""
+
+from __future__ import annotations
+
+import traceback
+
+import torch
+
+from vllm_omni.diffusion.catalog.registry import ModelInfo
+from vllm_omni.diffusion.compute.device.kinds import is_out_of_memory
+from vllm_omni.diffusion.messages.plan import ItemError
+from vllm_omni.diffusion.messages.request import DiffusionRequest
+from vllm_omni.errors import InvalidRequestError, ModerationBlockedError
+
+LARGEST_USUAL_GUIDANCE = 100.0
+"""Guidance scales beyond this are taken for the cause of values that are not finite; models are used up to about 30."""
+LARGEST_USUAL_LORA_SCALE = 10.0
+"""Adapter scales beyond this are taken for the cause of values that are not finite; adapters are used up to about 2."""
+
+
+def item_error(error: Exception) -> ItemError:
+    """The ItemError for what was raised while one request ran."""
+    if is_out_of_memory(error):
+        reason = str(error).partition("\n")[0]
+        message = f"the device ran out of memory on this request: {reason}"
+        return ItemError(message, "out_of_memory", traceback.format_exc())
+    if isinstance(error, ModerationBlockedError):
+        return ItemError(str(error), "blocked")
+    if isinstance(error, InvalidRequestError):
+        return ItemError(str(error), "invalid", param=error.param)
+    return ItemError(str(error) or type(error).__name__, "internal", traceback.format_exc())
+
+
+def not_finite_error(request: DiffusionRequest, info: ModelInfo, dtype: torch.dtype) -> ItemError:
+    """The ItemError for a request whose latents or pixels are NaN or infinite.
+
+    A parameter far beyond what models are used with is taken for the cause, then float16, whose largest number is
+    65504; otherwise the cause is not known.
+    """
+    for name, value, largest in _scales(request, info):
+        if abs(value) > largest:
+            return ItemError(
+                f"{name} {value:g} made values that are not numbers (NaN or infinite); up to {largest:g} is usual",
+                "invalid",
+                param=name,
+            )
+    if dtype == torch.float16:
+        return ItemError("float16 overflowed: use bfloat16 (--dtype bfloat16)", "not_finite")
+    return ItemError("the model produced values that are not numbers (NaN or infinite)", "not_finite")
+
+
+def _scales(request: DiffusionRequest, info: ModelInfo) -> list[tuple[str, float, float]]:
+    """Name, value and largest usual value of what multiplies the model's values, in the caller's terms."""
+    guidance, scales = info.guidance, []
+    if info.whole is not None or request.has_guidance:
+        scales.append((guidance.parameter, request.true_cfg_scale - guidance.offset, LARGEST_USUAL_GUIDANCE))
+    if info.whole is not None and request.guidance_scale is not None:
+        scales.append(("guidance_scale", request.guidance_scale, LARGEST_USUAL_GUIDANCE))
+    if request.lora is not None:
+        scales.append(("lora_scale", request.lora.scale, LARGEST_USUAL_LORA_SCALE))
+    return scales

@@ -1,0 +1,1 @@
+"""The half that decides: engine, replicas, scheduler, queue, executors. It computes no tensors."""

@@ -1,0 +1,36 @@
+"""Where the workers live: `uni` in this process, `mp` in processes of their own."""
+
+from __future__ import annotations
+
+from vllm_omni.diffusion.catalog.registry import ModelInfo
+from vllm_omni.diffusion.control.executor.base import Executor
+from vllm_omni.diffusion.control.executor.launch import EarlyWorkers
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+
+__all__ = ["Executor", "make_executor"]
+
+
+def make_executor(
+    config: OmniDiffusionConfig, info: ModelInfo, replica_index: int = 0, early: EarlyWorkers | None = None
+) -> Executor:
+    """The executor that `config.distributed_executor_backend` names; imported only when chosen.
+
+    `early`: workers that run already.
+    Raises ConfigError when this machine has not the devices that `config` asks for.
+    """
+    if config.parallel.world_size > 1 or config.device != "auto":
+        # Not for one device of any kind, which there is: it costs torch's import.
+        from vllm_omni.diffusion.compute.device.kinds import check_world_size
+
+        check_world_size(config.parallel, config.device)
+    if config.distributed_executor_backend == "uni":
+        from vllm_omni.diffusion.compute.worker.runner import ModelRunner
+        from vllm_omni.diffusion.control.executor.inline import InlineExecutor
+
+        return InlineExecutor(lambda: ModelRunner(config, info))
+    if config.distributed_executor_backend == "mp":
+        from vllm_omni.diffusion.control.executor.multiproc import MultiprocExecutor
+
+        launched = early.take(replica_index) if early else None
+        return MultiprocExecutor(config.located(str(info.path)), replica_index=replica_index, launched=launched)
+    raise AssertionError(f"the config lets no executor {config.distributed_executor_backend!r} through")

@@ -1,0 +1,111 @@
+"""`uni`: the model runner in a thread of this process."""
+
+from __future__ import annotations
+
+import asyncio
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
+from vllm_omni.diffusion.messages.worker import Runner
+from vllm_omni.errors import ConfigError, WorkerDiedError
+
+_STOPPED = "the model runner was stopped"
+
+
+class InlineExecutor:
+    """Launches plans one after another in one thread and waits for their results in another; `abort` reaches the runner
+    while a plan runs."""
+
+    def __init__(self, make_runner: Callable[[], Runner]) -> None:
+        self._make_runner = make_runner
+        self._runner: Runner | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._answers: ThreadPoolExecutor | None = None
+        self._under_way: list[Future[Any]] = []
+        self._first: WorkerReady | None = None
+        """The answer of the first start."""
+        self._results: asyncio.Queue[StepResult | WorkerDiedError] = asyncio.Queue()
+
+    async def start(self) -> WorkerReady:
+        """See `Executor.start`. Raises WorkerDiedError also when `close` or `kill` is called meanwhile."""
+        await self.close()
+        self._results = asyncio.Queue()
+        self._runner = self._make_runner()
+        self._thread = thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model-runner")
+        self._answers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="answers")
+        try:
+            loop = asyncio.get_running_loop()
+            ready = await loop.run_in_executor(thread, self._runner.start, self._first)
+        except asyncio.CancelledError:
+            if self._is_cancelled():
+                raise
+            raise WorkerDiedError(_STOPPED) from None  # `close` came before the thread had begun
+        except ConfigError:
+            raise
+        except Exception as error:  # as in `_execute`
+            raise WorkerDiedError(f"the model runner failed to start: {error}") from error
+        if self._thread is not thread:
+            raise WorkerDiedError(_STOPPED)
+        self._first = self._first or ready
+        return ready
+
+    def submit(self, plan: StepPlan) -> None:
+        assert self._thread is not None, "the executor was not started"
+        assert self._answers is not None
+        assert self._runner is not None
+        launched = self._thread.submit(self._runner.launch, plan)
+        waits = self._answers if self._runner.launches_ahead else self._thread
+        answered = waits.submit(self._answer, launched, self._results, asyncio.get_running_loop())
+        self._under_way = [*(part for part in self._under_way if not part.done()), launched, answered]
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        assert self._runner is not None, "the executor was not started"
+        self._runner.abort(request_ids)
+
+    async def next_result(self) -> StepResult:
+        result = await self._results.get()
+        if isinstance(result, WorkerDiedError):
+            self._results.put_nowait(result)  # dead for whoever asks again, too
+            raise result
+        return result
+
+    async def close(self) -> None:
+        if self._thread is not None and self._answers is not None:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+            self._answers.shutdown(wait=False, cancel_futures=True)
+            # The step that runs cannot be stopped; it must be over before the next runner loads. No waiting in a
+            # thread: a program that never calls close() gets here when threads can no longer be started.
+            running = [asyncio.wrap_future(part) for part in self._under_way if not part.cancelled()]
+            await asyncio.gather(*running, return_exceptions=True)
+        self._thread = self._answers = self._runner = None
+        self._under_way = []
+
+    def kill(self) -> None:
+        for thread in (self._thread, self._answers):
+            if thread is not None:
+                thread.shutdown(wait=False, cancel_futures=True)
+        self._thread = self._answers = self._runner = None
+        self._under_way = []
+
+    @staticmethod
+    def _is_cancelled() -> bool:
+        """Whether the running task itself is cancelled, and not only what it waited for."""
+        task = asyncio.current_task()
+        return task is not None and task.cancelling() > 0
+
+    @staticmethod
+    def _answer(
+        launched: Future[Callable[[], StepResult]],
+        results: asyncio.Queue[StepResult | WorkerDiedError],
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        outcome: StepResult | WorkerDiedError
+        try:
+            outcome = launched.result()()
+        except Exception:  # a worker process would have died of it: the engine replays the same way
+            outcome = WorkerDiedError(f"the model runner failed:\n{traceback.format_exc()}")
+        if not loop.is_closed():  # a script may end without close()
+            loop.call_soon_threadsafe(results.put_nowait, outcome)

@@ -1,0 +1,232 @@
+"""`mp`: worker processes on this machine, one a device, which make up one replica of the model."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+from vllm_omni.diffusion.compute.worker.main import DEFAULT_RUNNER
+from vllm_omni.diffusion.control.executor.launch import LaunchedReplica, interpreter
+from vllm_omni.diffusion.control.executor.merging import merge_readies, merge_results
+from vllm_omni.diffusion.control.executor.process import WorkerProcess
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
+from vllm_omni.diffusion.messages.worker import Abort, Done, Execute, FromWorker, Ready, Start, ToWorker
+from vllm_omni.errors import WorkerDiedError
+
+SILENCE_SECONDS = 10.0
+"""A worker that sends nothing for so long is dead: a live one beats every second."""
+START_SILENCE_SECONDS = 120.0
+"""The same before it is ready: importing libraries and reading weights may hold up its interpreter."""
+_LOOKS_PER_SILENCE = 10
+
+
+class WorkerGroup:
+    """The workers of one replica, from their launch to the first failure of any."""
+
+    def __init__(self, silence_seconds: float, start_silence_seconds: float) -> None:
+        self._silence_seconds = silence_seconds
+        self._start_silence_seconds = start_silence_seconds
+        self.workers: list[WorkerProcess] = []
+        self._outcomes: asyncio.Queue[WorkerReady | StepResult | Exception] = asyncio.Queue()
+        self._has_failed = False
+        self.readies: dict[int, WorkerReady] = {}
+        """The answer of each rank, as it comes."""
+        self._results: list[deque[StepResult]] = []
+        """Of each rank, those that some other rank has not answered yet."""
+        self._silences: list[float] = []
+        """Seconds since each rank was heard, as counted by `_watch`."""
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def adopt(self, replica: LaunchedReplica, config: OmniDiffusionConfig, firsts: Mapping[int, WorkerReady]) -> None:
+        """Tell all processes to load, which they do at the same time, and watch them from now on.
+
+        firsts: by rank, the answer of its first start; none at the first.
+        """
+        places = replica.places
+        self.workers = [WorkerProcess(launched) for launched in replica.take()]
+        for worker, place in zip(self.workers, places, strict=True):
+            worker.send(Start(config, place, firsts.get(place.rank)))
+        size = len(self.workers)
+        self._results = [deque() for _ in self.workers]
+        self._silences = [0.0] * size
+        self._tasks = [asyncio.create_task(self._listen(rank)) for rank in range(size)]
+        self._tasks.append(asyncio.create_task(self._watch()))
+
+    def send(self, message: ToWorker) -> None:
+        for worker in self.workers:
+            worker.send(message)
+
+    async def next_outcome(self) -> WorkerReady | StepResult:
+        """First of all ranks ready, then of all ranks' answers to the next plan. Raises what ended the group."""
+        outcome = await self._outcomes.get()
+        if isinstance(outcome, Exception):
+            self._outcomes.put_nowait(outcome)  # for whoever asks again, too
+            raise outcome
+        return outcome
+
+    async def kill(self) -> None:
+        self._stop()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(worker.kill() for worker in self.workers))
+
+    def kill_at_once(self) -> None:
+        """Kill all workers without waiting for their end: for callers that cannot await."""
+        if self._tasks and not self._tasks[0].get_loop().is_closed():
+            self._stop()
+            for task in self._tasks:
+                task.cancel()
+        for worker in self.workers:
+            worker.kill_at_exit()
+            worker.close_channel()
+
+    def _stop(self) -> None:
+        """Make the stop the only outcome from now on: with the listeners ends all that a waiting caller would hear."""
+        self._has_failed = True
+        while not self._outcomes.empty():
+            self._outcomes.get_nowait()
+        self._outcomes.put_nowait(WorkerDiedError("the workers were stopped"))
+
+    async def _listen(self, rank: int) -> None:
+        worker = self.workers[rank]
+        try:
+            while True:
+                self._take(rank, await worker.receive())
+        except EOFError:
+            # Noted before the exit code is known: the others fail in turn, and they are not the cause.
+            if self._note_failure():
+                self._outcomes.put_nowait(WorkerDiedError(f"{worker} {await worker.how_it_ended()}"))
+        except Exception as error:  # the worker's last words, or a bug of ours: whoever waits must hear of it
+            if self._note_failure():
+                self._outcomes.put_nowait(error)
+
+    def _take(self, rank: int, message: FromWorker) -> None:
+        self._silences[rank] = 0.0
+        if isinstance(message, Ready):
+            self.readies[rank] = message.ready
+            if len(self.readies) == len(self.workers):
+                self._outcomes.put_nowait(merge_readies([self.readies[r] for r in range(len(self.workers))]))
+        elif isinstance(message, Done):
+            self._results[rank].append(message.result)
+            if all(self._results):
+                self._outcomes.put_nowait(merge_results([results.popleft() for results in self._results]))
+
+    async def _watch(self) -> None:
+        """Fail the group when a worker is silent.
+
+        Looks are counted, not the clock: when this process was held up itself, the beats of that time are still
+        to be read, and it counts as one look.
+        """
+        seconds = self._silence_seconds / _LOOKS_PER_SILENCE
+        while True:
+            await asyncio.sleep(seconds)
+            for rank, worker in enumerate(self.workers):
+                self._silences[rank] += seconds
+                limit = self._silence_seconds if rank in self.readies else self._start_silence_seconds
+                if self._silences[rank] >= limit and self._note_failure():
+                    self._outcomes.put_nowait(WorkerDiedError(f"{worker} has been silent for {limit:g} s"))
+
+    def _note_failure(self) -> bool:
+        """Whether this failure is the group's first: those that follow are of its making."""
+        first, self._has_failed = not self._has_failed, True
+        return first
+
+
+class MultiprocExecutor:
+    def __init__(
+        self,
+        config: OmniDiffusionConfig,
+        runner_name: str = DEFAULT_RUNNER,
+        *,
+        replica_index: int = 0,
+        launched: LaunchedReplica | None = None,
+        silence_seconds: float = SILENCE_SECONDS,
+        start_silence_seconds: float = START_SILENCE_SECONDS,
+    ) -> None:
+        """`runner_name`: "module:function", called in each worker with the config and its Place, returns its Runner.
+
+        `launched`: workers that run already; they are used by the first start.
+        A worker of which nothing is heard for `silence_seconds` (before it is ready: `start_silence_seconds`) is dead.
+        """
+        self._config = config
+        self._runner_name = runner_name
+        self._replica_index = replica_index
+        self._launched = launched
+        self._silence_seconds = silence_seconds
+        self._start_silence_seconds = start_silence_seconds
+        self._group: WorkerGroup | None = None
+        self._firsts: Mapping[int, WorkerReady] = {}
+        """By rank, the answer of the first start."""
+        self._has_started = False
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """By rank."""
+        return [worker.pid for worker in self._group.workers] if self._group else []
+
+    async def start(self) -> WorkerReady:
+        """See `Executor.start`. Raises WorkerDiedError also when `close` or `kill` is called meanwhile."""
+        await self._kill_workers()
+        if not self._has_started:
+            # For programs that never call close(). Once, and not at every start: handlers run last registered first,
+            # and whoever closes this executor at exit must come before.
+            atexit.register(self._kill_at_exit)
+            self._has_started = True
+        self._group = group = WorkerGroup(self._silence_seconds, self._start_silence_seconds)
+        try:
+            replica, self._launched = self._launched, None
+            if replica is None:
+                replica = LaunchedReplica(self._config, self._replica_index, interpreter(self._runner_name))
+            group.adopt(replica, self._config, self._firsts)
+            ready = await group.next_outcome()
+        except BaseException:  # also where the start is cancelled
+            if self._group is group:  # and not one of a later start, after a close during this one
+                await self._kill_workers()
+            raise
+        assert isinstance(ready, WorkerReady), "workers get no plan before all of them are ready"
+        self._firsts = self._firsts or group.readies
+        return ready
+
+    def submit(self, plan: StepPlan) -> None:
+        if self._group:
+            self._group.send(Execute(plan))
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        if self._group:
+            self._group.send(Abort(list(request_ids)))
+
+    async def next_result(self) -> StepResult:
+        assert self._group is not None, "the executor was not started"
+        result = await self._group.next_outcome()
+        assert isinstance(result, StepResult)
+        return result
+
+    async def close(self) -> None:
+        await self._kill_workers()
+        if self._launched is not None:
+            self._launched.close()
+        atexit.unregister(self._kill_at_exit)
+        self._has_started = False
+
+    def kill(self) -> None:
+        if group := self._group:
+            self._group = None
+            group.kill_at_once()
+        if self._launched is not None:
+            self._launched.close()
+        atexit.unregister(self._kill_at_exit)
+
+    async def _kill_workers(self) -> None:
+        if group := self._group:
+            self._group = None
+            await group.kill()
+
+    def _kill_at_exit(self) -> None:
+        """Does nothing in a child that the program forked: a process kills only children of its own."""
+        if self._group:
+            for worker in self._group.workers:
+                worker.kill_at_exit()

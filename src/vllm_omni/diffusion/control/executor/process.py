@@ -1,0 +1,94 @@
+"""A worker process, seen from its parent."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import subprocess
+import time
+
+from vllm_omni.diffusion.control.executor.launch import Launched
+from vllm_omni.diffusion.messages.worker import Died, FromWorker, ToWorker
+from vllm_omni.errors import ConfigError, WorkerDiedError
+from vllm_omni.processes.channel import AsyncChannel, ChannelBrokenError
+
+logger = logging.getLogger(__name__)
+
+_LAST_WORDS_SECONDS = 1.0
+"""How long a process whose channel is closed may take to end, so that its exit code can be told."""
+_KILL_SECONDS = 5.0
+"""How long a killed process is waited for: a device driver may hold it."""
+_LOOK_SECONDS = 0.01
+
+
+class WorkerProcess:
+    """One worker process and the channel to it. Made on a running event loop."""
+
+    def __init__(self, launched: Launched) -> None:
+        self._name = launched.name
+        self._process = launched.process
+        self._channel: AsyncChannel[FromWorker] = AsyncChannel(launched.channel, FromWorker)
+
+    def __str__(self) -> str:
+        return f"{self._name} (pid {self.pid})"
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, message: ToWorker) -> None:
+        self._channel.send(message)
+
+    async def receive(self) -> FromWorker:
+        """The next message. Raises EOFError when the worker is gone; `how_it_ended` then says how.
+
+        Raises WorkerDiedError when it says that it dies or when a message was lost, ConfigError when it says that a
+        setting is at fault.
+        """
+        try:
+            message = await self._channel.receive()
+        except ChannelBrokenError as error:
+            raise WorkerDiedError(f"the channel to {self} broke: {error}") from error
+        if not isinstance(message, Died):
+            return message
+        if message.is_config_error:
+            raise ConfigError(message.message)
+        raise WorkerDiedError(f"{self} failed: {message.message}\n{message.traceback}")
+
+    async def how_it_ended(self) -> str:
+        """For a worker whose channel is closed: what became of its process."""
+        if not await self._ended_within(_LAST_WORDS_SECONDS):
+            return "closed its channel"
+        code = self._process.wait()
+        return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+
+    async def kill(self) -> None:
+        """End the process whatever it does, and reap it: a worker has nothing to save."""
+        self._process.kill()
+        self._channel.close()
+        if await self._ended_within(_KILL_SECONDS):
+            self._process.wait()
+        else:
+            logger.error("%s was killed and does not end", self)
+
+    def kill_at_exit(self) -> None:
+        """The same without an event loop."""
+        self._process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_KILL_SECONDS)
+
+    def close_channel(self) -> None:
+        self._channel.close()
+
+    async def _ended_within(self, seconds: float) -> bool:
+        """Whether the process ends within `seconds`.
+
+        Looks again and again: needs no thread and no descriptor, of which there may be none left.
+        """
+        end = time.monotonic() + seconds
+        while self._process.poll() is None:
+            if time.monotonic() >= end:
+                return False
+            await asyncio.sleep(_LOOK_SECONDS)
+        return True

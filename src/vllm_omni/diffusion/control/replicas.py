@@ -1,0 +1,152 @@
+"""Data parallelism: whole replicas of the model behind one front, with the interface of one DiffusionEngine.
+
+A request goes to the replica where it will be done first, and stays there: when that replica's workers die it is
+replayed on their successors. Like an engine, all this belongs to one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+
+from vllm_omni.diffusion.control.engine import DiffusionEngine
+from vllm_omni.diffusion.control.events import (
+    EngineEvent,
+    EngineObserver,
+    EngineStatus,
+    NullObserver,
+    telling_of_rejects,
+)
+from vllm_omni.diffusion.control.executor import Executor
+from vllm_omni.diffusion.control.executor.merging import merge_readies
+from vllm_omni.diffusion.control.scheduler import check_ids
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.messages.plan import WorkerReady
+from vllm_omni.diffusion.messages.request import DiffusionRequest, check_number
+from vllm_omni.errors import QueueFullError, RequestError
+
+STATES = ("failed", "starting", "stopped", "draining", "running", "restarting")
+"""The first of these that is the state of some replica is the state of all: one that runs takes requests while another
+restarts, and one that has failed for good takes the server down."""
+
+
+class Replicas:
+    """`config.parallel.data_parallel_size` engines; `max_num_queued_reqs` bounds the requests of all together."""
+
+    def __init__(
+        self,
+        config: OmniDiffusionConfig,
+        make_executor: Callable[[int], Executor],
+        observer: EngineObserver | None = None,
+        **engine_settings: float,
+    ) -> None:
+        """`make_executor` is called with the index of each replica; `engine_settings` are keywords of its engine."""
+        self._max_num_queued_reqs = config.max_num_queued_reqs
+        self._observer: EngineObserver = observer or NullObserver()
+        self._engines = [
+            DiffusionEngine(config, make_executor(index), self._observer, **engine_settings)
+            for index in range(config.parallel.data_parallel_size)
+        ]
+
+    async def start(self) -> WorkerReady:
+        """Start all replicas at once. Raises what the first that fails raises; the others are stopped then."""
+        starts = [asyncio.create_task(engine.start()) for engine in self._engines]
+        try:
+            return merge_readies(await asyncio.gather(*starts))
+        except BaseException:  # also where the start is cancelled
+            for start in starts:
+                start.cancel()
+            await asyncio.gather(*starts, return_exceptions=True)
+            await self.close()
+            raise
+
+    def add(self, requests: Sequence[DiffusionRequest]) -> asyncio.Queue[EngineEvent]:
+        """Queue all of `requests`, on one replica or several, or none; see `DiffusionEngine.add`."""
+        with telling_of_rejects(self._observer):
+            self._check(requests)
+            parts = self._place(requests)
+            for engine, part in parts.items():
+                engine.check(part)
+        events: asyncio.Queue[EngineEvent] = asyncio.Queue()
+        for engine, part in parts.items():
+            engine.add(part, events)
+        return events
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        for engine in self._engines:
+            engine.abort(request_ids)
+
+    def status(self) -> EngineStatus:
+        """Of all together; `queue_seconds`: until the last of them has nothing to do."""
+        statuses = [engine.status() for engine in self._engines]
+        return EngineStatus(
+            state=min((status.state for status in statuses), key=STATES.index),
+            num_running=sum(status.num_running for status in statuses),
+            num_waiting=sum(status.num_waiting for status in statuses),
+            queue_seconds=max(status.queue_seconds for status in statuses),
+            healthy=all(status.healthy for status in statuses),
+            attention_backends=tuple(sorted({name for status in statuses for name in status.attention_backends})),
+            failure=next((status.failure for status in statuses if status.failure), ""),
+        )
+
+    def eta_seconds(self, requests: Sequence[DiffusionRequest]) -> float:
+        """Estimated time until the last of `requests` is done, be they here or about to be added."""
+        return max((engine.eta_seconds(part) for engine, part in self._place(requests).items()), default=0.0)
+
+    def begin_drain(self) -> None:
+        for engine in self._engines:
+            engine.begin_drain()
+
+    async def drain(self, timeout: float) -> bool:
+        """Take no new work; True when all that was here ended within `timeout` seconds."""
+        return all(await asyncio.gather(*(engine.drain(timeout) for engine in self._engines)))
+
+    async def close(self) -> None:
+        await asyncio.gather(*(engine.close() for engine in self._engines))
+
+    def kill(self) -> None:
+        """End the workers of all replicas at once, as `DiffusionEngine.kill` does."""
+        for engine in self._engines:
+            engine.kill()
+
+    def _check(self, requests: Sequence[DiffusionRequest]) -> None:
+        """What holds for all replicas together. Raises UnavailableError, InvalidRequestError and QueueFullError."""
+        for engine in self._engines:
+            engine.check_open()
+        ids = [request.request_id for request in requests]
+        check_ids(ids, lambda request_id: self._holder(request_id) is not None)
+        check_number(len(ids), self._max_num_queued_reqs)
+        status = self.status()
+        num_here = status.num_running + status.num_waiting
+        if (surplus := num_here + len(ids) - self._max_num_queued_reqs) > 0:
+            raise QueueFullError(
+                f"the queue is full ({num_here} requests, {status.queue_seconds:.1f} s of work)",
+                retry_after=status.queue_seconds * surplus / num_here,
+            )
+
+    def _place(self, requests: Sequence[DiffusionRequest]) -> dict[DiffusionEngine, list[DiffusionRequest]]:
+        """Each request's replica: the one that holds it, or else where it will be done first, of those with room."""
+        parts: dict[DiffusionEngine, list[DiffusionRequest]] = {}
+        for request in requests:
+            engine = self._holder(request.request_id) or self._first_to_finish(request, parts)
+            parts.setdefault(engine, []).append(request)
+        return parts
+
+    def _first_to_finish(
+        self, request: DiffusionRequest, parts: Mapping[DiffusionEngine, Sequence[DiffusionRequest]]
+    ) -> DiffusionEngine:
+        """`parts`: what is placed already and still to be added."""
+        with_it = {engine: [*parts.get(engine, ()), request] for engine in self._engines}
+        ranked = sorted(self._engines, key=lambda engine: engine.eta_seconds(with_it[engine]))
+        return next((engine for engine in ranked if _has_room(engine, with_it[engine])), ranked[0])
+
+    def _holder(self, request_id: str) -> DiffusionEngine | None:
+        return next((engine for engine in self._engines if engine.holds(request_id)), None)
+
+
+def _has_room(engine: DiffusionEngine, requests: Sequence[DiffusionRequest]) -> bool:
+    try:
+        engine.check(requests)
+    except RequestError:
+        return False
+    return True

@@ -1,0 +1,378 @@
+"""From a prompt and sampling parameters to fully resolved, checked and priced requests. No torch here.
+
+Everything that can be known to be wrong is refused here, before a request costs anybody anything.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from vllm_omni.diffusion.catalog.folder_files import DEFAULTS_FILE
+from vllm_omni.diffusion.catalog.registry import ModelInfo
+from vllm_omni.diffusion.control.adapters import resolve_lora
+from vllm_omni.diffusion.control.sizes import SizeLimits
+from vllm_omni.diffusion.data import OmniDiffusionConfig, flag_of
+from vllm_omni.diffusion.messages.plan import WorkerReady
+from vllm_omni.diffusion.messages.request import DiffusionRequest, RequestCost, check_number
+from vllm_omni.errors import ConfigError, InvalidRequestError, UnsupportedParameterError
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
+from vllm_omni.inputs.images import InputImage, prepared, resized
+from vllm_omni.inputs.kinds import MisfitError, fit, kinds_of, shown
+
+MAX_PROMPT_CHARACTERS = 32_000
+MAX_SEED = 2**63 - 1
+MAX_GUIDANCE = 100.0
+MAX_PREVIEWS = 3
+MAX_FPS = 1000
+OUTPUT_TYPES = ("pil", "np")
+GUIDANCE_PARAMETERS = ("true_cfg_scale", "guidance_scale", "cfg_normalization", "cfg_truncation")
+OPTIONAL_PARAMETERS = (*GUIDANCE_PARAMETERS, "strength", "sigmas", "max_sequence_length", "fps")
+"""A model takes some of them: `ModelInfo.parameters`."""
+
+
+class Intake:
+    """Turns what callers write into `DiffusionRequest`s, for one model on one engine."""
+
+    def __init__(self, config: OmniDiffusionConfig, info: ModelInfo, ready: WorkerReady) -> None:
+        self._config = config
+        self._info = info
+        self._ready = ready
+
+    def resolve(
+        self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams, request_id: str
+    ) -> list[DiffusionRequest]:
+        """One request an output, `{request_id}-{i}` with `seed + i`.
+
+        Raises InvalidRequestError whose `param` is the field of `OmniDiffusionSamplingParams` or `OmniPrompt`.
+        """
+        prompt, filled, defaults = self._checked(prompt, params)
+        images = tuple(prompt.images)
+        assert filled.height is not None
+        assert filled.width is not None
+        assert filled.num_inference_steps is not None
+        num_frames = filled.num_frames or 1
+        negative = prompt.negative_prompt
+        if negative is None:
+            negative = defaults.get("negative_prompt")
+        guidance = self._info.guidance
+        scale = getattr(filled, guidance.parameter)
+        true_cfg_scale = 1.0 if scale is None else scale + guidance.offset
+        if negative is None and true_cfg_scale > 1:
+            negative = guidance.negative_prompt
+        limit = filled.max_sequence_length
+        num_tokens = _count_tokens("prompt", prompt.prompt, limit, self._info)
+        num_negative = None if negative is None else _count_tokens("negative_prompt", negative, limit, self._info)
+        seed = secrets.randbelow(2**32) if filled.seed is None else filled.seed
+        first = DiffusionRequest(
+            request_id=f"{request_id}-0",
+            prompt=prompt.prompt,
+            negative_prompt=negative,
+            height=filled.height,
+            width=filled.width,
+            num_inference_steps=filled.num_inference_steps,
+            true_cfg_scale=true_cfg_scale,
+            guidance_scale=filled.guidance_scale,
+            seed=seed,
+            max_sequence_length=filled.max_sequence_length or self._info.max_prompt_tokens,
+            sigmas=None if filled.sigmas is None else tuple(filled.sigmas),
+            priority=filled.priority,
+            preview_steps=spread_previews(filled.num_previews, filled.num_inference_steps),
+            cost=RequestCost(0, 0, 0, ()),
+            num_prompt_tokens=num_tokens,
+            num_image_tokens=self._info.num_image_tokens(filled.height, filled.width, num_frames),
+            cache=self._config.cache_backend != "none" and filled.cache is not False,
+            arrival=time.monotonic(),
+            cfg_normalization=float(filled.cfg_normalization or 0),
+            cfg_truncation=1.0 if filled.cfg_truncation is None else filled.cfg_truncation,
+            images=images,
+            num_reference_tokens=sum(self._info.num_reference_tokens(image) for image in images),
+            strength=filled.strength,
+            lora=resolve_lora(filled, self._config, self._info),
+            num_frames=num_frames,
+            fps=filled.fps,
+        )
+        guides = true_cfg_scale > 1 and not (guidance.needs_negative_prompt and negative is None)
+        branches = [num_tokens, num_negative or 0] if guides else [num_tokens]
+        num_seen = self._info.count_image_prompt_tokens(images)
+        cost, count = self._price(first, [n + num_seen for n in branches]), filled.num_outputs_per_prompt
+        if self._info.whole is None:  # which encodes a prompt once: with their parts of the price all begin together
+            replicas = self._config.parallel.data_parallel_size  # each encodes it
+            cost = replace(cost, encode=cost.encode * min(1, replicas / count))
+        return [replace(first, request_id=f"{request_id}-{i}", seed=seed + i, cost=cost) for i in range(count)]
+
+    def fit_images(self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams) -> OmniPrompt:
+        """The prompt with its pictures as a request has them, which `resolve` then leaves as they are.
+
+        For callers that do not want to wait in `resolve`: it takes a second where pictures are large, and may run in
+        any thread. Raises InvalidRequestError as `resolve` does.
+        """
+        return self._checked(prompt, params)[0]
+
+    def _checked(
+        self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams
+    ) -> tuple[OmniPrompt, OmniDiffusionSamplingParams, dict[str, Any]]:
+        """The prompt with its pictures as a request has them, the filled parameters, and what they are filled from."""
+        prompt, params = _fit_prompt(prompt), _fit_params(params)
+        _check_supported(prompt, params, self._info)
+        check_num_images(len(prompt.images), self._info)
+        images = tuple(_prepare(image, self._info) for image in prompt.images)
+        defaults = self._defaults_of(images, params)
+        filled = _check_values(_fill(params, defaults), self._config, self._info)
+        if self._info.whole is not None and self._info.whole.follows_input:
+            assert filled.height is not None
+            assert filled.width is not None
+            images = tuple(resized(image, filled.height, filled.width) for image in images)
+        return replace(prompt, images=images), filled, defaults
+
+    def _defaults_of(self, images: Sequence[InputImage], params: OmniDiffusionSamplingParams) -> dict[str, Any]:
+        """The server's defaults over the model's; the size of an edited picture depends on its input pictures."""
+        defaults = {**self._info.default_sampling_params, **self._config.default_sampling_params}
+        if images:
+            asked = params.filled_from(self._config.default_sampling_params)
+            defaults["height"], defaults["width"] = self._edited_size(images, asked.height, asked.width)
+        return defaults
+
+    def _edited_size(self, images: Sequence[InputImage], height: int | None, width: int | None) -> tuple[int, int]:
+        """What is asked for; a side that is not is the model's choice for these pictures, within the limits."""
+        assert self._info.image_input is not None
+        sizes, own = SizeLimits.of(self._config, self._info), self._info.image_input.output_size(images)
+        if width is None:
+            return sizes.shrunk(*own) if height is None else (height, sizes.beside(height, own[1]))
+        return sizes.beside(width, own[0]) if height is None else height, width
+
+    def _price(self, request: DiffusionRequest, text_tokens: Sequence[int]) -> RequestCost:
+        """text_tokens: of each branch, those of input pictures included. Making latents of pixels is taken to cost what
+        the inverse does."""
+        ready, num_references = self._ready, request.num_reference_tokens
+        follows_input = self._info.whole is not None and self._info.whole.follows_input
+        num_image_tokens = request.num_image_tokens + (0 if follows_input else num_references)
+        share_of_steps = 1.0 if request.strength is None else request.strength
+        lengths = [self._info.num_sequence_tokens(n, num_image_tokens) for n in text_tokens]
+        return RequestCost(
+            encode=ready.encode_units_per_token * sum(text_tokens) + ready.decode_units_per_token * num_references,
+            step=share_of_steps * sum(self._info.sequence_cost(n) for n in lengths),
+            decode=ready.decode_units_per_token * request.num_image_tokens,
+            branch_tokens=tuple(lengths),
+        )
+
+
+def check_defaults(config: OmniDiffusionConfig, info: ModelInfo) -> None:
+    """Refuse settings under which requests that rely on the defaults would fail. Raises ConfigError.
+
+    See `check_default_prompt` for what only the tokenizer can tell.
+    """
+    values = dict(config.default_sampling_params)
+    prompt = OmniPrompt("", values.pop("negative_prompt", None))
+    try:
+        params = OmniDiffusionSamplingParams(**values)
+        _check_supported(prompt, params, info)
+        _check_values(_fill(params, info.default_sampling_params), config, info)
+        resolve_lora(params, config, info)
+    except InvalidRequestError as error:
+        raise ConfigError(_blame(error, config, info)) from error
+
+
+def check_default_prompt(config: OmniDiffusionConfig, info: ModelInfo) -> None:
+    """The same for the length of the default negative prompt; loads the tokenizer, which takes seconds."""
+    defaults = {**info.default_sampling_params, **config.default_sampling_params}
+    text, limit = defaults.get("negative_prompt"), defaults.get("max_sequence_length")
+    try:
+        _count_tokens("prompt" if text is None else "negative_prompt", text or "", limit, info)
+    except InvalidRequestError as error:
+        raise ConfigError(f"--default-sampling-params: {error}") from error
+
+
+_LIMITS = {
+    "height": "max_pixels",
+    "width": "max_pixels",
+    "num_inference_steps": "max_inference_steps",
+    "num_frames": "max_num_frames",
+}
+"""Parameters with a limit that is a setting."""
+
+
+def _blame(error: InvalidRequestError, config: OmniDiffusionConfig, info: ModelInfo) -> str:
+    """One line for a default that is refused: what set it, or else the limit that the model's own does not meet."""
+    given = set(config.default_sampling_params)
+    if "sigmas" in given:
+        given.add("num_inference_steps")  # their number
+    limit = _LIMITS.get(error.param or "")
+    if error.param in given or (limit == "max_pixels" and given & {"height", "width"}):
+        return f"--default-sampling-params: {error}"
+    if limit and flag_of(limit) in str(error):
+        return f"{flag_of(limit)} {getattr(config, limit)} refuses the model's own default: {error}"
+    if os.path.lexists(info.path / DEFAULTS_FILE):
+        return f"the model's own {DEFAULTS_FILE}: {error}"
+    return f"the model's own default, which follows from its configs: {error}; write others to its {DEFAULTS_FILE}"
+
+
+def _count_tokens(name: str, text: str, limit: int | None, info: ModelInfo) -> int:
+    """Tokens of a prompt, of which at most `limit` are taken (None: as many as the model does)."""
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        raise InvalidRequestError(
+            f"{name} has {len(text)} characters, at most {MAX_PROMPT_CHARACTERS} are accepted", param=name
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # a lone surrogate, on which tokenizers fail
+        raise InvalidRequestError(f"{name} is not valid Unicode: {error}", param=name) from error
+    longest = info.max_prompt_tokens
+    limit = longest if limit is None else limit
+    if (num_tokens := info.count_prompt_tokens(text)) > limit:
+        advice = f" (max_sequence_length, which may be up to {longest})" if limit < longest else ""
+        raise InvalidRequestError(f"{name} has {num_tokens} tokens, at most {limit} are accepted{advice}", param=name)
+    return num_tokens
+
+
+def _check_values(
+    params: OmniDiffusionSamplingParams, config: OmniDiffusionConfig, info: ModelInfo
+) -> OmniDiffusionSamplingParams:
+    params = _fit_params(params)
+    _check_params(params, info)
+    check_number(params.num_outputs_per_prompt, config.max_num_queued_reqs)
+    assert params.height is not None
+    assert params.width is not None
+    SizeLimits.of(config, info).check(params.height, params.width)
+    _check_steps(params, config.max_inference_steps)
+    if info.makes_videos:
+        _check_frames(params.num_frames, config, info)
+    if params.cache and config.cache_backend == "none":
+        raise InvalidRequestError("cache takes false or null here: the server has no --cache-backend", param="cache")
+    return params
+
+
+def _check_steps(params: OmniDiffusionSamplingParams, most: int) -> None:
+    steps = params.num_inference_steps
+    assert steps is not None
+    _require(1 <= steps <= most, "num_inference_steps", steps, f"1 to {most} (--max-inference-steps)")
+    if params.sigmas is not None:
+        descending = all(a > b for a, b in zip(params.sigmas, params.sigmas[1:]))
+        in_range = all(0 < s <= 1 for s in params.sigmas)
+        _require(
+            len(params.sigmas) == steps and descending and in_range,
+            "sigmas",
+            params.sigmas,
+            f"{steps} values (one a step), descending, above 0 and at most 1",
+        )
+
+
+def _check_frames(num_frames: int | None, config: OmniDiffusionConfig, info: ModelInfo) -> None:
+    assert num_frames is not None
+    most = config.max_num_frames
+    if most is None:
+        most = int(info.default_sampling_params["num_frames"])
+    _require(1 <= num_frames <= most, "num_frames", num_frames, f"1 to {most} (--max-num-frames)")
+    multiple = info.latent_frames
+    _require((num_frames - 1) % multiple == 0, "num_frames", num_frames, f"1 more than a multiple of {multiple}")
+
+
+def spread_previews(num_previews: int, num_steps: int) -> tuple[int, ...]:
+    """The 1-based steps after which previews are due: evenly spread, never the last step."""
+    wanted = {round(num_steps * (i + 1) / (num_previews + 1)) for i in range(num_previews)}
+    return tuple(sorted(step for step in wanted if 1 <= step < num_steps))
+
+
+def _fill(params: OmniDiffusionSamplingParams, defaults: Mapping[str, Any]) -> OmniDiffusionSamplingParams:
+    if params.sigmas is not None and params.num_inference_steps is None:
+        params = replace(params, num_inference_steps=len(params.sigmas))
+    return params.filled_from(defaults)
+
+
+def check_num_images(num_images: int, info: ModelInfo) -> None:
+    """Raises InvalidRequestError for input pictures that the model does not take, or for none where it needs some."""
+    if info.image_input is None:
+        if num_images:
+            raise InvalidRequestError("this model makes pictures from text and takes no input image", param="image")
+    elif num_images < info.image_input.min_images:
+        raise InvalidRequestError(
+            'this model edits pictures and got none; it takes them as multi_modal_data={"image": ...}', param="image"
+        )
+    elif num_images > (most := info.image_input.max_images):
+        raise InvalidRequestError(f"image takes at most {most} pictures on this model, got {num_images}", param="image")
+
+
+def _prepare(image: Any, info: ModelInfo) -> InputImage:
+    """A picture as the model takes it; one that is so already stays as it is."""
+    if isinstance(image, InputImage):
+        return image
+    assert info.image_input is not None
+    return prepared(image, info.image_input.sizes)
+
+
+def _check_supported(prompt: OmniPrompt, params: OmniDiffusionSamplingParams, info: ModelInfo) -> None:
+    """Refuse what this model has no meaning for, instead of dropping it."""
+    given = {name: getattr(params, name) for name in OPTIONAL_PARAMETERS} | {"negative_prompt": prompt.negative_prompt}
+    for name, value in given.items():
+        if value is not None and name not in info.parameters:
+            raise UnsupportedParameterError(name, value, info.parameters)
+    if params.num_previews and info.whole is not None:
+        raise InvalidRequestError(
+            f"num_previews {params.num_previews}: this model gives no previews (partial images)", param="num_previews"
+        )
+    if params.num_frames not in (None, 1) and not info.makes_videos:
+        raise InvalidRequestError(
+            f"num_frames {params.num_frames}: this model makes single pictures", param="num_frames"
+        )
+    if params.output_type not in OUTPUT_TYPES:
+        raise InvalidRequestError(
+            f"output_type takes {', '.join(OUTPUT_TYPES)}, got {params.output_type!r}", param="output_type"
+        )
+
+
+def _fit_prompt(prompt: OmniPrompt) -> OmniPrompt:
+    """The prompt as plain strings that can be written as UTF-8."""
+    return replace(
+        prompt,
+        prompt=_fit_text("prompt", prompt.prompt, str),
+        negative_prompt=_fit_text("negative_prompt", prompt.negative_prompt, str | None),
+    )
+
+
+def _fit_text(name: str, value: Any, kind: Any) -> Any:
+    text = _fit(name, value, kind)
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(f"{name} is not valid Unicode: {error}", param=name) from error
+    return text
+
+
+def _fit_params(params: OmniDiffusionSamplingParams) -> OmniDiffusionSamplingParams:
+    kinds = kinds_of(OmniDiffusionSamplingParams)
+    return replace(params, **{name: _fit(name, getattr(params, name), kind) for name, kind in kinds.items()})
+
+
+def _fit(name: str, value: Any, kind: Any) -> Any:
+    try:
+        return fit(value, kind)
+    except MisfitError as error:
+        raise InvalidRequestError(f"{name} takes {error}, got {shown(value)}", param=name) from error
+
+
+def _check_params(params: OmniDiffusionSamplingParams, info: ModelInfo) -> None:
+    _require(params.num_outputs_per_prompt >= 1, "num_outputs_per_prompt", params.num_outputs_per_prompt, "at least 1")
+    _require(0 <= params.num_previews <= MAX_PREVIEWS, "num_previews", params.num_previews, f"0 to {MAX_PREVIEWS}")
+    _require(-(2**31) <= params.priority < 2**31, "priority", params.priority, "a 32-bit integer")
+    if (seed := params.seed) is not None:
+        highest = MAX_SEED - params.num_outputs_per_prompt
+        _require(0 <= seed <= highest, "seed", seed, f"an integer from 0 to {highest}")
+    if (limit := params.max_sequence_length) is not None:
+        _require(1 <= limit <= info.max_prompt_tokens, "max_sequence_length", limit, f"1 to {info.max_prompt_tokens}")
+    if (strength := params.strength) is not None:
+        _require(0 < strength <= 1, "strength", strength, "a number above 0 and at most 1 (at 0 no step is left)")
+    if (fps := params.fps) is not None:
+        _require(1 <= fps <= MAX_FPS, "fps", fps, f"1 to {MAX_FPS}")
+    for name in GUIDANCE_PARAMETERS:
+        most = 1.0 if name == "cfg_truncation" else MAX_GUIDANCE
+        if (value := getattr(params, name)) is not None:
+            _require(0 <= value <= most, name, value, f"a number from 0 to {most:g}")
+
+
+def _require(condition: bool, name: str, got: Any, expected: str) -> None:
+    if not condition:
+        raise InvalidRequestError(f"{name} takes {expected}, got {shown(got)}", param=name)

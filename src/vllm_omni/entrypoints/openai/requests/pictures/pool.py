@@ -1,0 +1,176 @@
+"""Uploaded pictures to what the model takes, in processes that can be killed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+from vllm_omni.entrypoints.openai.requests.pictures.decoding import data_url_bytes
+from vllm_omni.entrypoints.openai.requests.pictures.process import DecodeLimits, DecodeProcess, NoDecoderError
+from vllm_omni.errors import UnavailableError
+from vllm_omni.inputs.images import InputImage, ReaderSizes
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+_CLOSE_SECONDS = 5.0
+_RETRY_SECONDS = 1.0
+
+
+class NobodyWaitsError(Exception):
+    """A job was abandoned before it was begun."""
+
+
+class _Job:
+    """A picture to decode, for whoever waits for it and for the thread that does it."""
+
+    def __init__(self, read: Callable[[], bytes | bytearray], sizes_of: Callable[[int, int], ReaderSizes]) -> None:
+        self.future: Future[InputImage] = Future()
+        self._read: Callable[[], bytes | bytearray] | None = read
+        self._sizes_of = sizes_of
+        self._lock = threading.Lock()
+        self._process: DecodeProcess | None = None
+
+    def run(self, process: DecodeProcess) -> InputImage:
+        """Raises InvalidRequestError, NoDecoderError and NobodyWaitsError."""
+        with self._lock:
+            if (read := self._read) is None:
+                raise NobodyWaitsError
+            self._process = process
+        try:
+            return process.decode(read(), self._sizes_of)
+        finally:
+            with self._lock:
+                self._process = None
+
+    def abandon(self) -> None:
+        """Nobody waits any more: let go of the file, and kill the process that works on it."""
+        with self._lock:
+            self._read = None
+            if self._process is not None:
+                self._process.kill()
+
+
+class _DecodeThread(threading.Thread):
+    """Owns one decode process at a time, and replaces it where it was killed."""
+
+    def __init__(self, jobs: queue.SimpleQueue[_Job | None], limits: DecodeLimits, number: int) -> None:
+        super().__init__(name=f"omni-decode-{number}", daemon=True)
+        self.process: DecodeProcess | None = None
+        self._jobs = jobs
+        self._limits = limits
+
+    def run(self) -> None:
+        self._replace()
+        while (job := self._jobs.get()) is not None:
+            if job.future.set_running_or_notify_cancel():
+                self._do(job)
+            del job  # it holds the picture
+            self._replace()
+        self._close_process()
+
+    def _do(self, job: _Job) -> None:
+        try:
+            job.future.set_result(job.run(self._ready_process()))
+        except NoDecoderError as error:
+            logger.error("%s", error)
+            job.future.set_exception(
+                UnavailableError("The server has no process to decode pictures.", retry_after=_RETRY_SECONDS)
+            )
+        except Exception as error:
+            job.future.set_exception(error)
+
+    def _ready_process(self) -> DecodeProcess:
+        """Raises NoDecoderError."""
+        if self.process is None or not self.process.is_usable:
+            self._close_process()
+            self.process = DecodeProcess(self._limits)
+        try:
+            self.process.wait_until_ready()
+        except NoDecoderError:
+            self._close_process()
+            raise
+        return self.process
+
+    def _replace(self) -> None:
+        """Start a process where there is none, so that it is ready when the next picture comes."""
+        if self.process is not None and self.process.is_usable:
+            return
+        self._close_process()
+        try:
+            self.process = DecodeProcess(self._limits)
+        except NoDecoderError as error:
+            logger.error("%s", error)
+
+    def _close_process(self) -> None:
+        if self.process is not None:
+            self.process.close()
+            self.process = None
+
+
+class ImageDecoder:
+    """A bounded pool of decode processes, and threads for other work on pictures.
+
+    Pictures are decoded in the order in which they come. A request waits for one picture before it brings the next, so
+    requests take turns: one with many pictures delays another by one picture at most.
+    """
+
+    def __init__(self, num_processes: int, limits: DecodeLimits = DecodeLimits()) -> None:  # noqa: B008 (frozen)
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._threads = [_DecodeThread(self._jobs, limits, number) for number in range(num_processes)]
+        self.num_pictures = 0
+        """Pictures that wait or are being decoded."""
+        self._resizing = ThreadPoolExecutor(num_processes, thread_name_prefix="omni-resize")
+
+    def start(self) -> None:
+        """Start the processes. Does not wait for them."""
+        for thread in self._threads:
+            thread.start()
+
+    async def file(self, data: bytes | bytearray, sizes_of: Callable[[int, int], ReaderSizes]) -> InputImage:
+        """`sizes_of`: `ImageInput.sizes`. Cancelled, it leaves the queue, or kills the process that decodes.
+
+        Raises InvalidRequestError; UnavailableError where there is no process.
+        """
+        return await self._decode(_Job(lambda: data, sizes_of))
+
+    async def data_url(self, url: str, sizes_of: Callable[[int, int], ReaderSizes]) -> InputImage:
+        """Decode the file in a `data:` URL, as `file` does."""
+        return await self._decode(_Job(lambda: data_url_bytes(url), sizes_of))
+
+    async def _decode(self, job: _Job) -> InputImage:
+        self.num_pictures += 1
+        self._jobs.put(job)
+        try:
+            return await asyncio.wrap_future(job.future)
+        except asyncio.CancelledError:
+            job.abandon()
+            raise
+        finally:
+            self.num_pictures -= 1
+
+    async def run(self, function: Callable[[], Result]) -> Result:
+        """The result of `function`, which works on pixels, in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._resizing, function)
+
+    def close(self) -> None:
+        """Kill the processes, whatever they do."""
+        self._resizing.shutdown(wait=False, cancel_futures=True)
+        with contextlib.suppress(queue.Empty):
+            while (job := self._jobs.get_nowait()) is not None:
+                job.future.cancel()
+        started = [thread for thread in self._threads if thread.is_alive()]
+        for _ in started:
+            self._jobs.put(None)
+        for thread in started:
+            if (process := thread.process) is not None:
+                process.kill()
+        for thread in started:
+            thread.join(_CLOSE_SECONDS)

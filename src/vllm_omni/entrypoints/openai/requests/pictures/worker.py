@@ -1,0 +1,97 @@
+"""A decode process: `python -m vllm_omni.entrypoints.openai.requests.pictures.worker --socket-fd N --parent-pid P ...`.
+
+It reads files that anybody sent. It can be killed at any time, logs nothing, and has limits of its own that the kernel
+enforces. It ends with its parent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import resource
+import signal
+import socket
+import warnings
+
+# Pillow's readers, which it would import at the first file.
+import PIL.JpegImagePlugin
+import PIL.PngImagePlugin
+import PIL.WebPImagePlugin  # noqa: F401
+
+from vllm_omni.entrypoints.openai.requests.pictures.decoding import OpenedImage, open_image
+from vllm_omni.entrypoints.openai.requests.pictures.messages import (
+    Decode,
+    FromDecoder,
+    Opened,
+    Pixels,
+    Ready,
+    Refused,
+    Resize,
+    ToDecoder,
+)
+from vllm_omni.errors import InvalidRequestError
+from vllm_omni.inputs.images import ReaderSizes, resized_pixels
+from vllm_omni.processes.channel import BlockingChannel
+from vllm_omni.processes.lifeline import die_with_parent
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="A decode process of the server; not for use by hand.")
+    parser.add_argument("--socket-fd", type=int, required=True, help="the process's end of the channel")
+    parser.add_argument("--parent-pid", type=int, required=True, help="the process ends when this one has")
+    parser.add_argument("--memory-bytes", type=int, required=True, help="limit of its address space")
+    parser.add_argument("--cpu-seconds", type=float, required=True, help="limit of its CPU time for a picture")
+    options = parser.parse_args(arguments)
+    die_with_parent(options.parent_pid)
+    # The parent decides when the process ends, also where a signal goes to a whole group of processes.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_AS, (options.memory_bytes, options.memory_bytes))
+    warnings.simplefilter("ignore")
+    channel: BlockingChannel[ToDecoder] = BlockingChannel(socket.socket(fileno=options.socket_fd), ToDecoder)
+    with contextlib.suppress(EOFError, OSError):  # the parent is gone
+        channel.send(Ready())
+        decoder = Decoder(options.cpu_seconds)
+        while True:
+            channel.send(decoder.answer(channel.receive()))
+
+
+class Decoder:
+    """Answers messages. Between them it holds the picture that was opened last."""
+
+    def __init__(self, cpu_seconds: float) -> None:
+        self._cpu_seconds = cpu_seconds
+        self._opened: OpenedImage | None = None
+
+    def answer(self, message: ToDecoder) -> FromDecoder:
+        try:
+            return self._open(message) if isinstance(message, Decode) else self._pixels(message)
+        except InvalidRequestError as error:
+            return Refused(str(error))
+        except MemoryError:
+            return Refused("image takes more memory to decode than this server gives a picture")
+
+    def _open(self, message: Decode) -> Opened:
+        _limit_cpu(self._cpu_seconds)
+        self._opened = None  # before the next one takes memory
+        self._opened = opened = open_image(message.file.tobytes())
+        return Opened(str(opened.image.format), *opened.size)
+
+    def _pixels(self, message: Resize) -> Pixels:
+        opened, self._opened = self._opened, None
+        assert opened is not None
+        condition, reference = resized_pixels(opened.decoded(), ReaderSizes(*message.sizes))
+        return Pixels(condition, reference)
+
+
+def _limit_cpu(seconds: float) -> None:
+    """From now on. Beyond it the kernel ends the process (SIGXCPU)."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    limit = math.ceil(used.ru_utime + used.ru_stime + seconds)
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
+
+
+if __name__ == "__main__":
+    main()

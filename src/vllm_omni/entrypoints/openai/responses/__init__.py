@@ -1,0 +1,1 @@
+"""From finished pictures to response bodies: encoding, JSON, server-sent events, files."""

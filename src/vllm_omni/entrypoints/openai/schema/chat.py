@@ -1,0 +1,127 @@
+"""The JSON of chat completions that answer with pictures."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, FailFast, Field, WithJsonSchema
+
+from vllm_omni.entrypoints.openai.requests.quotes import MAX_ECHO, echo
+from vllm_omni.entrypoints.openai.schema.images import ImageOptions, at_most, without_absent
+from vllm_omni.errors import InvalidRequestError
+
+MAX_MESSAGES = 10_000
+"""Of a conversation; more than a front end keeps."""
+_MAX_MODALITIES = 8
+
+_TEXT_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+}
+_IMAGE_URL = {"type": "object", "properties": {"url": {"type": "string"}}, "required": ["url"]}
+_IMAGE_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "image_url"}, "image_url": _IMAGE_URL},
+    "required": ["type", "image_url"],
+}
+_CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"anyOf": [_TEXT_PART, _IMAGE_PART]}}]}
+_ROLES = ["user", "assistant", "system", "developer", "tool", "function"]
+_MESSAGES = {
+    "type": "array",
+    "minItems": 1,
+    "maxItems": MAX_MESSAGES,
+    "items": {
+        "type": "object",
+        "properties": {"role": {"enum": _ROLES}, "content": _CONTENT},
+        "required": ["role", "content"],
+    },
+}
+
+
+class ChatCompletionRequest(ImageOptions):
+    """Body of `POST /v1/chat/completions`."""
+
+    messages: Annotated[
+        list[dict[str, Any]], Field(min_length=1), FailFast(), at_most(MAX_MESSAGES), WithJsonSchema(_MESSAGES)
+    ]
+    """The last one of the role `user` is the prompt; the others are not read."""
+    stream_options: dict[str, Any] | None = None
+    """`{"include_usage": true}`: a stream ends with its usage."""
+    extra_body: dict[str, Any] | None = None
+    """Fields that mean the same here as beside `messages`, where the OpenAI SDK puts them."""
+
+    # Accepted for compatibility: the answer is pictures and nothing else.
+    modalities: Annotated[list[str], Field(max_length=_MAX_MODALITIES), at_most(_MAX_MODALITIES)] | None = None
+
+
+def with_extra_body(body: Any) -> Any:
+    """`body` with the fields of its `extra_body` beside the others; `null` and `""` are the same as absent.
+
+    Raises InvalidRequestError for a field that has another value there.
+    """
+    if not isinstance(body, dict) or not isinstance(extra := body.get("extra_body"), dict):
+        return body
+    keep_empty = ChatCompletionRequest.keep_empty()
+    inside, outside = without_absent(extra, keep_empty), without_absent(body, keep_empty)
+    del outside["extra_body"]
+    for name in outside.keys() & inside.keys():
+        if not _is_same(outside[name], inside[name]):
+            raise InvalidRequestError(
+                f"{echo(name)} is {echo(outside[name])} and, in extra_body, {echo(inside[name])}: give it once",
+                param=name[:MAX_ECHO],
+            )
+    return outside | inside
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    try:
+        return bool(one == other)
+    except RecursionError:  # lists in lists, as deep as the parser takes them
+        return False
+
+
+class ChatUsage(BaseModel):
+    """Tokens of the prompt and of its pictures, and latent patches of the answer's."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class ImageUrl(BaseModel):
+    url: str
+
+
+class ImagePart(BaseModel):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+    index: int
+
+
+class ChatMessage(BaseModel):
+    role: Literal["assistant"]
+    content: Literal[""]
+    images: list[ImagePart] | None = None
+    """The picture; absent in the answer to a text task of a front end."""
+
+
+class ChatChoice(BaseModel):
+    index: int
+    finish_reason: Literal["stop"]
+    seed: int | None = None
+    message: ChatMessage
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    usage: ChatUsage
+    timings: dict[str, float] | None = None
+    """Timings like those of `ImagesResponse`; absent in the answer to a text task of a front end."""
+    safety_identifier: str | None = None
+    ignored_fields: list[str]
+    """Fields of the request that had no effect."""
+    choices: list[ChatChoice]

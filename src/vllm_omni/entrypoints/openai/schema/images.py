@@ -1,0 +1,354 @@
+"""The JSON that goes in and out, as OpenAI's image API has it plus our extensions."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+    WrapValidator,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
+
+from vllm_omni.diffusion.control.request_builder import MAX_PROMPT_CHARACTERS
+from vllm_omni.entrypoints.openai.settings import ResponseFormat
+
+MAX_INPUT_IMAGES = 16
+RANDOM_SEED = -1
+"""Value of `seed` with which other image servers ask for a random one."""
+
+OutputFormat = Literal["png", "jpeg", "webp"]
+Quality = Literal["low", "medium", "high", "xhigh", "max", "auto", "standard", "hd"]
+ReportedQuality = Literal["low", "medium", "high", "xhigh", "max"]
+
+_OUTPUT_FORMAT_ALIASES = {"jpg": "jpeg"}
+_SIZE = r"^([aA][uU][tT][oO]| *[1-9][0-9]{0,5} *[xX*\u00d7] *[1-9][0-9]{0,5} *)$"
+
+
+def _lower_case(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+def _canonical_format(value: Any) -> Any:
+    name = _lower_case(value)
+    return _OUTPUT_FORMAT_ALIASES.get(name, name) if isinstance(name, str) else name
+
+
+def _canonical_size(size: str) -> str:
+    """`auto` or `WIDTHxHEIGHT`, from any spelling that `_SIZE` matches."""
+    return size.lower().replace(" ", "").replace("*", "x").replace("\u00d7", "x")
+
+
+_ANY_CASE = BeforeValidator(_lower_case)
+"""Words are read in any case; answers and the schema have lower case."""
+_FORMAT = (
+    BeforeValidator(_canonical_format),
+    WithJsonSchema({"type": "string", "enum": ["png", "jpeg", "webp", *_OUTPUT_FORMAT_ALIASES]}),
+)
+
+_URLS = {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_INPUT_IMAGES}
+
+
+def _listed(value: Any) -> Any:
+    """One URL as a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+def at_most(most: int) -> BeforeValidator:
+    """Refuses a list or an object of more entries by its length: pydantic makes an error for each one first."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, list | dict) and len(value) > most:
+            raise PydanticCustomError("too_long", "takes at most {most} entries", {"most": most})
+        return value
+
+    return BeforeValidator(check)
+
+
+_FEW_KEYS = at_most(8)
+
+
+def _number_or_flag(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """Gives both kinds one error: pydantic's would name the first kind as a part of the field."""
+    try:
+        return validate(value)
+    except ValidationError as error:
+        is_infinite = any(part["type"] == "finite_number" for part in error.errors())
+        number = "a finite number" if is_infinite else "a number"
+        raise PydanticCustomError("number_or_flag", "takes {number}, true or false", {"number": number}) from error
+
+
+def without_absent(body: dict[str, Any], keep_empty: Collection[str] = ()) -> dict[str, Any]:
+    """The fields of `body` that say something: `null` and `""` mean that a field is absent.
+
+    keep_empty: fields for which `""` has a meaning or is an error.
+    """
+    return {name: value for name, value in body.items() if value is not None and (value != "" or name in keep_empty)}
+
+
+class RequestBody(BaseModel):
+    """Base of the request bodies: `null`, and `""` in a field that is not required, is the same as absent."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    empty_has_meaning: ClassVar[frozenset[str]] = frozenset()
+    """Optional fields for which `""` is a value."""
+
+    @classmethod
+    def keep_empty(cls) -> frozenset[str]:
+        """Fields whose `""` is kept: see `without_absent`."""
+        required = {name for name, field in cls.model_fields.items() if field.is_required()}
+        return cls.empty_has_meaning | required
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_absent(cls, body: Any) -> Any:
+        return without_absent(body, cls.keep_empty()) if isinstance(body, dict) else body
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The schema with `null` and `""` as values of optional fields."""
+        schema = handler.resolve_ref_schema(handler(core))
+        for name, field in schema["properties"].items():
+            if name not in schema.get("required", ()):
+                absent = [None] if name in cls.empty_has_meaning else [None, ""]
+                values = [option for option in field.pop("anyOf", [{}]) if option != {"type": "null"}]
+                kind = {key: field.pop(key) for key in list(field) if key not in _ABOUT_A_FIELD}
+                field["anyOf"] = [*(kind | option for option in values if kind | option), {"enum": absent}]
+        return schema
+
+
+_ABOUT_A_FIELD = ("title", "description", "default", "examples")
+"""Keywords of a property's schema that do not restrict its values."""
+
+
+class LoRA(RequestBody):
+    """An adapter by its name; no request brings a path."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Annotated[str, Field(min_length=1)]
+    scale: float | None = None
+    """None: 1."""
+
+
+class ImageOptions(RequestBody):
+    """Fields that every request for pictures may have.
+
+    Unknown fields are ignored, and named in `ignored_fields` of the answer and in the header `x-omni-ignored-fields`.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    empty_has_meaning = frozenset({"negative_prompt"})
+
+    model: str | None = None
+    """A name from `/v1/models`; absent: the served model."""
+    n: Annotated[int, Field(ge=1, le=10)] = 1
+    """Number of pictures."""
+    size: Annotated[str, Field(pattern=_SIZE), AfterValidator(_canonical_size)] = "auto"
+    """`auto` (the model's own) or `WIDTHxHEIGHT` in pixels."""
+    output_format: Annotated[OutputFormat, *_FORMAT] = "png"
+    output_compression: Annotated[int, Field(ge=0, le=100)] = 100
+    """Quality of jpeg and webp in percent; png is lossless and takes only 100."""
+    background: Annotated[Literal["auto", "opaque", "transparent"], _ANY_CASE] = "auto"
+    stream: bool = False
+    """Answer with server-sent events."""
+
+    # Accepted for compatibility, without effect on the picture.
+    quality: Annotated[Quality, _ANY_CASE] = "auto"
+    style: Annotated[Literal["vivid", "natural"], _ANY_CASE] | None = None
+    moderation: Annotated[Literal["low", "auto"], _ANY_CASE] | None = None
+    complexity: Annotated[Literal["low", "medium", "high"], _ANY_CASE] | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+
+    # Extensions.
+    height: Annotated[int, Field(ge=1, le=999_999)] | None = None
+    """With `width`, another way to say `size`."""
+    width: Annotated[int, Field(ge=1, le=999_999)] | None = None
+    num_outputs_per_prompt: Annotated[int, Field(ge=1, le=10)] | None = None
+    """Another name of `n`."""
+    negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)] | None = None
+    """Description of things that the picture should not show. Guidance needs one; it may be empty."""
+    num_inference_steps: Annotated[int, Field(ge=1)] | None = None
+    """Denoising steps."""
+    guidance_scale: float | None = None
+    """Strength of the guidance, for models such as Z-Image."""
+    true_cfg_scale: float | None = None
+    """Strength of the guidance, for models such as Qwen-Image."""
+    strength: Annotated[float, Field(ge=0, le=1)] | None = None
+    """How far an edited picture may go from its input; of models that take it."""
+    cfg_normalization: Annotated[bool | float, WrapValidator(_number_or_flag)] | None = None
+    cfg_truncation: float | None = None
+    seed: Annotated[int, Field(ge=RANDOM_SEED)] | None = None
+    """Picture i of `n` uses `seed + i`; -1 is a random one, as if absent."""
+    cache: bool | None = None
+    """False: compute every block, although the server has a step cache."""
+    max_sequence_length: Annotated[int, Field(ge=1)] | None = None
+    """Longest prompt accepted, in tokens."""
+    lora: Annotated[LoRA, _FEW_KEYS] | None = None
+    """An adapter that the server was started with."""
+    priority: int = 0
+    """Smaller runs earlier."""
+
+
+class ImageGenerationRequest(ImageOptions):
+    """Body of `POST /v1/images/generations`."""
+
+    prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)]
+    """Description of the picture."""
+    response_format: Annotated[ResponseFormat, _ANY_CASE] | None = None
+    """Absent: what the server was started with, `b64_json` unless told otherwise; streams carry `b64_json`."""
+    partial_images: Annotated[int, Field(ge=0, le=3)] = 0
+    """Previews of each picture in a stream."""
+
+
+class ImageEditRequest(ImageGenerationRequest):
+    """Body of `POST /v1/images/edits`; in a form the pictures are the files `image` or `image[]`."""
+
+    images: (
+        Annotated[
+            list[Annotated[dict[Literal["image_url"], str], Field(min_length=1), _FEW_KEYS]],
+            Field(min_length=1, max_length=MAX_INPUT_IMAGES),
+            at_most(MAX_INPUT_IMAGES),
+        ]
+        | None
+    ) = None
+    """In JSON: objects `{"image_url": "data:image/png;base64,..."}`, or with a URL of an allowed host."""
+    image: (
+        Annotated[
+            list[str],
+            Field(min_length=1),
+            at_most(MAX_INPUT_IMAGES),
+            BeforeValidator(_listed),
+            WithJsonSchema({"anyOf": [{"type": "string"}, _URLS]}),
+        ]
+        | None
+    ) = None
+    """In JSON, instead of `images`: the URL or the base64 text alone, or a list of them."""
+    mask: Any = None
+    """Not available."""
+    markup: Any = None
+    """Not available."""
+
+    # Accepted for compatibility, without effect on the picture.
+    input_fidelity: Annotated[Literal["high", "low"], _ANY_CASE] | None = None
+
+
+def body_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """The JSON schema of `model` for a route that reads its bodies itself; models in it stand where they are used."""
+    schema = model.model_json_schema()
+    inner = schema.pop("$defs", {})
+
+    def written_out(node: Any) -> Any:
+        if isinstance(node, dict):
+            name = node.get("$ref", "").rpartition("/")[2]
+            return inner[name] if name else {key: written_out(value) for key, value in node.items()}
+        return [written_out(item) for item in node] if isinstance(node, list) else node
+
+    return {name: written_out(value) for name, value in schema.items()}
+
+
+def json_request_body(model: type[BaseModel], example: dict[str, Any]) -> dict[str, Any]:
+    """OpenAPI's `requestBody` of a route that reads JSON itself; `example` is a body that runs as it is."""
+    return {"required": True, "content": {"application/json": {"schema": body_schema(model), "example": example}}}
+
+
+class ErrorBody(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """Every answer that is not a success."""
+
+    error: ErrorBody
+
+
+class TokenDetails(BaseModel):
+    text_tokens: int
+    image_tokens: int
+
+
+class Usage(BaseModel):
+    """Tokens of the prompt, and latent patches of the pictures."""
+
+    input_tokens: int
+    output_tokens: int
+    total_tokens: int
+    input_tokens_details: TokenDetails
+    output_tokens_details: TokenDetails
+
+
+class ImageData(BaseModel):
+    b64_json: str | None = None
+    url: str | None = None
+    seed: int
+
+
+class ImagesResponse(BaseModel):
+    created: int
+    background: Literal["opaque"]
+    output_format: OutputFormat
+    quality: ReportedQuality
+    size: str
+    usage: Usage
+    timings: dict[str, float]
+    """Seconds: `queue`, `text_encode`, `denoise`, `vae_decode`, `media_encode`, `total`; `computed_steps` and
+    `cached_steps`, in which a step of which one guidance branch of two came from the cache counts half each."""
+    safety_identifier: str | None = None
+    ignored_fields: list[str]
+    """Fields of the request that had no effect."""
+    data: list[ImageData]
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "vllm-omni"
+    served_by: Literal["packed", "diffusers"]
+    """Our packed transformer of the model's family, or diffusers' own pipeline."""
+    parent: str | None = None
+    """Of an adapter: the model that it is for."""
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class LoRACard(BaseModel):
+    id: str
+    object: Literal["lora"] = "lora"
+
+
+class LoRAList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[LoRACard]
+
+
+class LoadResponse(BaseModel):
+    server_load: int
+    """Requests for pictures that are not yet answered to their end."""
+
+
+class StatusResponse(BaseModel):
+    status: str
+
+
+class VersionResponse(BaseModel):
+    version: str

@@ -1,0 +1,1 @@
+"""Server plumbing below HTTP routes: sockets, connections, framing, slow clients, signals."""

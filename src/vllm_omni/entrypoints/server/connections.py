@@ -1,0 +1,152 @@
+"""The server's door: accepts connections, in a bounded number, and bounds the time of TLS handshakes.
+
+Each connection is an open file from the moment it is accepted, and workers cannot be replaced when none is left. So
+the handshakes under way count as well, which uvicorn and asyncio cannot tell.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import resource
+import socket
+import ssl
+import time
+from collections.abc import Callable
+from http import HTTPStatus
+
+from vllm_omni.entrypoints.server.refusals import Refusal
+from vllm_omni.entrypoints.server.slow_readers import HttpProtocol
+
+logger = logging.getLogger(__name__)
+
+HANDSHAKE_SECONDS = 10.0
+MOST_LINGERING = 64
+"""Connections beyond the limit that may stay open for a moment, so that their clients can read the refusal."""
+_ACCEPTS_AT_ONCE = 100
+PAUSE_SECONDS = 1.0
+"""How long nothing is accepted when no file or memory is left for it."""
+_LOG_EVERY_SECONDS = 60.0
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+def most_connections() -> int:
+    """Three quarters of the files that may be open; the rest is for workers and for connections being refused."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft * 3 // 4
+
+
+class TurnedAway(HttpProtocol):
+    """A connection that is one too many: it is told so."""
+
+    refusal = Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "too many open connections", code="unavailable", retry_after=1)
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
+        super().connection_made(transport)
+        self.refuse(self.refusal)
+
+
+class Door:
+    """Accepts what comes to a listening socket; for uvicorn it is an asyncio server.
+
+    make_protocol: with whether the connection is welcome. num_open: how many connections protocols hold. Beyond the
+    first `most`, `most_lingering` get an answer; others are closed at once.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        make_protocol: Callable[[bool], asyncio.Protocol],
+        num_open: Callable[[], int],
+        tls: ssl.SSLContext | None,
+        *,
+        most: int,
+        handshake_seconds: float = HANDSHAKE_SECONDS,
+        most_lingering: int = MOST_LINGERING,
+        pause_seconds: float = PAUSE_SECONDS,
+    ) -> None:
+        self._listener = listener
+        self._make_protocol = make_protocol
+        self._num_open = num_open
+        self._tls = tls
+        self._handshake_seconds = handshake_seconds if tls else None
+        self._most = most
+        self._most_lingering = most_lingering
+        self._pause_seconds = pause_seconds
+        self._opening: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.get_running_loop()
+        self._pause: asyncio.TimerHandle | None = None
+        self._log_at = 0.0
+        listener.setblocking(False)
+        self._loop.add_reader(listener, self._accept)
+
+    def close(self) -> None:
+        """Accept nothing more; called before the socket is closed."""
+        self._loop.remove_reader(self._listener)
+        if self._pause is not None:
+            self._pause.cancel()
+
+    async def wait_closed(self) -> None:
+        """Wait for the handshakes under way, which are bounded in time."""
+        if self._opening:
+            await asyncio.wait(self._opening)
+
+    def _accept(self) -> None:
+        for _ in range(_ACCEPTS_AT_ONCE):
+            try:
+                connection, _address = self._listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in _EXHAUSTED:
+                    self._rest(error)
+                    return
+                continue  # the client left meanwhile
+            connection.setblocking(False)
+            self._admit(connection)
+
+    def _rest(self, error: OSError) -> None:
+        logger.error("Accepting no connection for %g s: %s", self._pause_seconds, error.strerror)
+        self._loop.remove_reader(self._listener)
+        self._pause = self._loop.call_later(self._pause_seconds, self._loop.add_reader, self._listener, self._accept)
+
+    def _admit(self, connection: socket.socket) -> None:
+        num_others = self._num_open() + len(self._opening)
+        if num_others >= self._most:
+            self._note_refusal()
+        if num_others >= self._most + self._most_lingering:
+            connection.close()
+            return
+        task = self._loop.create_task(self._open(connection, self._make_protocol(num_others < self._most)))
+        self._opening.add(task)
+        task.add_done_callback(self._opening.discard)
+
+    async def _open(self, connection: socket.socket, protocol: asyncio.Protocol) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        gate = _Gate(protocol, lambda: self._opening.discard(task))
+        try:
+            await self._loop.connect_accepted_socket(
+                lambda: gate, connection, ssl=self._tls, ssl_handshake_timeout=self._handshake_seconds
+            )
+        except OSError as error:  # TLS errors and time-outs are OSErrors
+            logger.debug("A TLS handshake failed: %s", error)
+
+    def _note_refusal(self) -> None:
+        if (now := time.monotonic()) >= self._log_at:
+            self._log_at = now + _LOG_EVERY_SECONDS
+            logger.warning("Refusing connections: %d are open, as many as the limit of open files allows", self._most)
+
+
+class _Gate(asyncio.Protocol):
+    """Calls `on_open` in the moment from which `protocol` counts as an open connection."""
+
+    def __init__(self, protocol: asyncio.Protocol, on_open: Callable[[], None]) -> None:
+        self._protocol = protocol
+        self._on_open = on_open
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # a stream's
+        self._on_open()
+        transport.set_protocol(self._protocol)
+        self._protocol.connection_made(transport)

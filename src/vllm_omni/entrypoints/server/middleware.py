@@ -1,0 +1,69 @@
+"""What stands between the sockets and the app: API keys, CORS, and the user's own middleware."""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+from typing import Any, cast
+
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+
+from vllm_omni.entrypoints.cli import vllm_surface
+from vllm_omni.entrypoints.cli.args import HttpOptions
+from vllm_omni.entrypoints.openai.errors import CatchErrors
+from vllm_omni.entrypoints.openai.middlewares.every_request import RequestId
+from vllm_omni.entrypoints.openai.requests.parsing import IGNORED_FIELDS_HEADER
+from vllm_omni.errors import ConfigError
+
+EXPOSED_HEADERS = (
+    *("x-request-id", IGNORED_FIELDS_HEADER, "retry-after", "x-should-retry", "www-authenticate"),
+    *("openai-model", "openai-organization", "openai-poll-after-ms", "openai-processing-ms", "openai-version"),
+    *("accept-ranges", "content-disposition", "content-length", "content-range", "date", "etag"),
+)
+"""Response headers that scripts of allowed origins can read."""
+
+
+def api_keys(http: HttpOptions) -> list[str]:
+    """Keys that open `/v1`; none: no key is needed. `--api-key` goes before vLLM's variable, as in vLLM."""
+    return list(http.api_key) or [key for key in [vllm_surface.configured_api_key()] if key]
+
+
+def add_middleware(app: FastAPI, http: HttpOptions) -> None:
+    """Outermost first: request ids, the user's, CORS (so that browsers can read a 401), the app's own, the API key.
+
+    Raises ConfigError when a `--middleware` cannot be imported or is neither a class nor an async function.
+    """
+    if tokens := api_keys(http):
+        # Inside the app's own middleware, so that a 401 has its x-request-id; outside every route.
+        app.user_middleware.append(Middleware(vllm_surface.ApiKeyMiddleware, tokens=tokens))
+    if http.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=http.allowed_origins,
+            allow_credentials=http.allow_credentials,
+            allow_methods=http.allowed_methods,
+            allow_headers=http.allowed_headers,
+            expose_headers=EXPOSED_HEADERS,
+        )
+    for path in http.middleware:
+        target: Any = _import(path)
+        if isinstance(target, type):
+            app.user_middleware.insert(0, Middleware(cast(Any, target)))
+        elif inspect.iscoroutinefunction(target):
+            app.middleware("http")(target)
+        else:
+            raise ConfigError(f"--middleware takes a class or an async function, got {path!r}: {type(target).__name__}")
+    if http.middleware:
+        app.add_middleware(CatchErrors)  # theirs, and a cancellation, which functions do not let us answer inside
+    # Outermost, so that what the others answer has its id as well; sorting keeps their order.
+    app.user_middleware.sort(key=lambda middleware: cast(Any, middleware.cls) is not RequestId)
+
+
+def _import(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"--middleware takes an import path, got {path!r}: {error}") from error

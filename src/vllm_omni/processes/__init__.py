@@ -1,0 +1,1 @@
+"""Child processes: message channels, and children that end with their parent."""

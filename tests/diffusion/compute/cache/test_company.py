@@ -1,0 +1,242 @@
+"""A cached request in company decides and draws as alone; what it keeps dies with it, and costs no memory not there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.diffusion.compute.cache.driving import Skips, draw, started, watch_skips
+from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
+from vllm_omni.diffusion.compute.cache.base import Budget
+from vllm_omni.diffusion.compute.distributed.groups import Group
+from vllm_omni.diffusion.compute.packing import Hidden
+from vllm_omni.diffusion.compute.step.arrangement import Arrangement
+from vllm_omni.diffusion.compute.worker.runner import ModelRunner
+
+BACKENDS: dict[str, dict[str, Any]] = {
+    "cache_dit": {"residual_diff_threshold": 0.2, "max_warmup_steps": 2, "Bn_compute_blocks": 1},
+    "tea_cache": {"rel_l1_thresh": 0.25, "coefficients": [1.0, 0.0]},
+}
+LONG = make_request("long", negative_prompt="a blue car", num_inference_steps=16, seed=3, true_cfg_scale=3.0)
+WIDE = make_request("wide", "a photo", height=48, width=96, num_inference_steps=12, seed=4)
+SHORT = make_request("short", "", negative_prompt=" ", height=16, width=16, num_inference_steps=4, seed=5)
+TALL = make_request("tall", "apple " * 20, height=80, width=48, num_inference_steps=9, seed=6)
+OPTED_OUT = make_request("opted out", "blue", num_inference_steps=8, seed=7, cache=False)
+ARRIVALS = {0: [LONG], 2: [WIDE, SHORT], 5: [TALL, OPTED_OUT]}
+REQUESTS = [LONG, WIDE, SHORT, TALL, OPTED_OUT]
+
+
+@pytest.fixture(scope="module")
+def plain(calm_model: Path) -> Drive:
+    """All requests without a cache."""
+    drive, _ = draw(calm_model, "none", {}, ARRIVALS)
+    return drive
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_decisions_and_pictures_are_those_of_the_request_alone(calm_model: Path, backend: str) -> None:
+    runner = started(calm_model, backend, BACKENDS[backend])
+    skips = watch_skips(runner)
+    together = Drive(runner).run(ARRIVALS)
+    assert max(together.pack_sizes) == 7
+    seen: Skips = {request_id: [list(steps) for steps in branches] for request_id, branches in skips.items()}
+    skips.clear()
+    alone = [Drive(runner).run({0: [request]}) for request in REQUESTS]
+
+    assert seen == skips
+    assert len(seen["long"][0]) > 3, "a cache that skips nothing proves nothing"
+    assert seen["long"][0] != seen["wide"][0], "sequences of one pack must differ in their decisions"
+    assert seen["opted out"] == [[]]
+    for request, drive in zip(REQUESTS, alone):
+        assert psnr(together.images[request.request_id], drive.images[request.request_id]) >= 60
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_request_that_opts_out_is_drawn_as_without_a_cache(calm_model: Path, plain: Drive, backend: str) -> None:
+    cached, _ = draw(calm_model, backend, BACKENDS[backend], ARRIVALS)
+    assert psnr(cached.images["opted out"], plain.images["opted out"]) >= 60
+    assert psnr(cached.images["long"], plain.images["long"]) < 60
+
+
+def watch_results(drive: Drive) -> list[Any]:
+    results: list[Any] = []
+    drive._merge = lambda result: results.append(result) or result  # type: ignore[func-returns-value]
+    return results
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_results_tell_what_was_cached_and_what_is_kept(calm_model: Path, backend: str) -> None:
+    runner = started(calm_model, backend, BACKENDS[backend])
+    skips = watch_skips(runner)
+    drive = Drive(runner)
+    results = watch_results(drive)
+    drive.run(ARRIVALS)
+
+    for request in REQUESTS:
+        told = sum(result.cached.get(request.request_id, 0.0) for result in results)
+        branches = skips[request.request_id]
+        assert told == sum(map(len, branches)) / len(branches)
+    assert all(set(result.cached) <= set(result.advanced) for result in results)
+    assert max(result.cache_bytes for result in results) > 2 * 16 * 64 * 4
+    assert results[-1].cache_bytes == runner.pipeline.step_cache.budget.num_bytes == 0
+
+
+# Zeros are steps that may be reused, whatever has changed.
+STATIC: dict[str, Any] = {
+    "steps_computation_mask": [1, 1, 1, 0, 0, 1, 0, 1, 0, 0, 1, 0, 1, 0, 0, 1],
+    "steps_computation_policy": "static",
+}
+BUDGETED: dict[str, tuple[str, dict[str, Any]]] = {
+    "tea_cache": ("tea_cache", BACKENDS["tea_cache"]),
+    "cache_dit": ("cache_dit", BACKENDS["cache_dit"]),
+    "TaylorSeer": ("cache_dit", {**BACKENDS["cache_dit"], "enable_taylorseer": True, "taylorseer_order": 2}),
+    "static mask": ("cache_dit", STATIC),
+}
+
+
+@pytest.mark.parametrize("name", BUDGETED)
+def test_what_does_not_fit_is_a_miss(calm_model: Path, plain: Drive, name: str) -> None:
+    runner = started(calm_model, *BUDGETED[name])
+    skips = watch_skips(runner)
+    runner.pipeline.step_cache.budget.max_bytes = 100
+    drive = Drive(runner)
+    results = watch_results(drive)
+    drive.run(ARRIVALS)
+    assert drive.errors == {}
+    assert not any(steps for branches in skips.values() for steps in branches)
+    assert max(result.cache_bytes for result in results) == 0
+    for request in REQUESTS:
+        assert psnr(drive.images[request.request_id], plain.images[request.request_id]) >= 60
+
+
+def tensors_in(value: object) -> Iterator[torch.Tensor]:
+    """Every tensor that dataclasses and tuples hold."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from tensors_in(item)
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from tensors_in(getattr(value, field.name))
+
+
+def held_bytes(budget: Budget) -> int:
+    """The memory behind all that slots hold, counted without what caches say of themselves."""
+    storages = [x.untyped_storage() for slot in budget._slots for x in tensors_in(slot)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def watch_memory(runner: ModelRunner) -> list[int]:
+    """Filled with the bytes that are held after each run of the blocks, when the last step's are not dropped yet."""
+    cache, held = runner.pipeline.step_cache, []
+    run = cache.run
+
+    def watched(*args: Any) -> Hidden:
+        output = run(*args)
+        held.append(held_bytes(cache.budget))
+        assert held[-1] == cache.budget.num_bytes
+        return output
+
+    cache.run = watched  # type: ignore[method-assign]
+    return held
+
+
+@pytest.mark.parametrize("name", BUDGETED)
+def test_the_budget_bounds_the_memory_that_is_held(calm_model: Path, name: str) -> None:
+    runner = started(calm_model, *BUDGETED[name])
+    skips, held = watch_skips(runner), watch_memory(runner)
+    budget = runner.pipeline.step_cache.budget
+
+    def run(max_bytes: float) -> tuple[Skips, int]:
+        skips.clear()
+        held.clear()
+        budget.max_bytes = max_bytes
+        assert Drive(runner).run({0: [LONG], 2: [WIDE]}).errors == {}
+        return dict(skips), max(held)
+
+    all_skips, most = run(math.inf)
+    assert run(most) == (all_skips, most), "what fits is kept"
+    for share in (0.6, 0.3):
+        _, bounded = run(share * most)
+        assert 0 < bounded <= share * most
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_neighbour_that_fails_in_the_middle_of_a_step_changes_no_decision(calm_model: Path, backend: str) -> None:
+    wanted, wanted_skips = draw(calm_model, backend, BACKENDS[backend], {0: [LONG, WIDE]})
+    runner = started(calm_model, backend, BACKENDS[backend])
+    skips = watch_skips(runner)
+    project = runner.pipeline.transformer.project  # type: ignore[attr-defined]  # Qwen-Image's
+    calls = 0
+
+    def failing(hidden: Any, context: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if context.pack.num_sequences > 2 and calls % 3 == 0:
+            raise RuntimeError("poisoned")
+        velocity: torch.Tensor = project(hidden, context)
+        return velocity
+
+    runner.pipeline.transformer.project = failing  # type: ignore[attr-defined]
+    drive = Drive(runner).run({0: [LONG, WIDE]})
+
+    assert calls > 20
+    assert drive.errors == {}
+    assert skips == wanted_skips
+    for request_id, picture in wanted.images.items():
+        assert psnr(drive.images[request_id], picture) >= 60
+
+
+class CountingGroup(Group):
+    """A group of one that counts what it would exchange."""
+
+    def __init__(self) -> None:
+        super().__init__((0,), 0, {})  # type: ignore[arg-type]  # nothing is sent
+        self.shapes: list[tuple[int, ...]] = []
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        self.shapes.append(tuple(x.shape))
+        return x
+
+
+@pytest.mark.parametrize(("backend", "first", "last"), [("cache_dit", 2, 11), ("tea_cache", 1, 10)])
+def test_one_exchange_a_step_for_all_sequences_and_none_where_none_can_skip(
+    calm_model: Path, backend: str, first: int, last: int
+) -> None:
+    config = {**BACKENDS["cache_dit"], "max_continuous_cached_steps": -1}
+    runner = started(calm_model, backend, config if backend == "cache_dit" else BACKENDS[backend])
+    group = runner.pipeline.step_cache._rank_group = CountingGroup()
+    requests = [make_request(f"{i}", negative_prompt=" ", num_inference_steps=12, seed=i) for i in range(3)]
+    drive = Drive(runner).run({0: requests})
+    assert drive.errors == {}
+    assert group.shapes == [(3, 6)] * (last + 1 - first), "changes, sizes and misses of six sequences"
+
+
+def test_a_pack_of_those_that_go_on_is_made_once(calm_model: Path) -> None:
+    runner = started(calm_model, "cache_dit", BACKENDS["cache_dit"])
+    selected: list[Any] = []
+    part = Arrangement._part
+
+    def counted(self: Arrangement, members: tuple[int, ...]) -> Arrangement:
+        selected.append((id(self), members))
+        return part(self, members)
+
+    Arrangement._part = counted  # type: ignore[method-assign]
+    try:
+        Drive(runner).run({0: [LONG, WIDE, TALL]})
+    finally:
+        Arrangement._part = part  # type: ignore[method-assign]
+    assert selected
+    assert len(selected) == len(set(selected))
+
+
+def test_pictures_are_worth_comparing(plain: Drive) -> None:
+    assert all(np.std(image) > 2 for image in plain.images.values())

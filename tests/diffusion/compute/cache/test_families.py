@@ -1,0 +1,139 @@
+"""Every packed family's blocks under a step cache: decisions and pictures in company are those of a request alone."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.diffusion.compute.cache.driving import started, watch_skips
+from tests.diffusion.compute.cache.test_layouts import LAYOUTS, Runs, compare, in_turn
+from tests.diffusion.compute.distributed.ranks import run_places
+from tests.diffusion.compute.worker import replica
+from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
+from tests.tiny_models import SMALL, build_tiny_qwen_image
+from tests.tiny_z_image import build_tiny_z_image
+from vllm_omni.diffusion.catalog.registry import load_model_info
+from vllm_omni.diffusion.data import DiffusionParallelConfig
+from vllm_omni.diffusion.messages.plan import StepResult
+from vllm_omni.diffusion.messages.request import DiffusionRequest
+from vllm_omni.diffusion.messages.worker import Place
+from vllm_omni.inputs.images import prepared
+
+BACKENDS: dict[str, dict[str, Any]] = {
+    "cache_dit": {"max_warmup_steps": 1, "max_continuous_cached_steps": 2},
+    "tea_cache": {"coefficients": [1.0, 0.0]},
+}
+# Near the changes of these models, so that a rank that decided by its own tokens would now and then decide otherwise.
+THRESHOLDS: dict[tuple[str, str], dict[str, Any]] = {
+    ("edits", "cache_dit"): {"residual_diff_threshold": 0.2},
+    ("edits", "tea_cache"): {"rel_l1_thresh": 0.1},
+    ("z_images", "cache_dit"): {"residual_diff_threshold": 0.6},
+    ("z_images", "tea_cache"): {"rel_l1_thresh": 0.3},
+}
+FIELDS: list[dict[str, Any]] = [
+    {"height": 64, "width": 64, "num_inference_steps": 12, "negative_prompt": "a blue car", "seed": 1},
+    {"height": 48, "width": 80, "num_inference_steps": 9, "seed": 2},
+    {"height": 32, "width": 32, "num_inference_steps": 7, "negative_prompt": "", "seed": 3},
+]
+
+
+def edits(folder: Path) -> tuple[Path, list[DiffusionRequest]]:
+    """With reference pictures of their own modulation, 2, 1 and 1 of them."""
+    path = build_tiny_qwen_image(
+        folder,
+        heads=4,
+        layers=3,
+        time_scale=0.3,
+        edit="QwenImageEditPlusPipeline",
+        zero_cond_t=True,
+        default_sampling_params=SMALL,
+    )
+    edit = load_model_info(str(path)).image_input
+    assert edit is not None
+    noise = np.random.default_rng(0).integers(0, 255, (3, 64, 64, 3), dtype=np.uint8)
+    images = [prepared(Image.fromarray(pixels), edit.sizes) for pixels in noise]
+    pictures = [(images[0], images[1]), (images[1],), (images[2],)]
+    requests = [make_request(f"r-{i}", images=p, **fields) for i, (p, fields) in enumerate(zip(pictures, FIELDS))]
+    return path, requests
+
+
+def z_images(folder: Path) -> tuple[Path, list[DiffusionRequest]]:
+    return build_tiny_z_image(folder, heads=4, time_scale=0.02, default_sampling_params=SMALL), [
+        make_request(f"r-{i}", **fields) for i, fields in enumerate(FIELDS)
+    ]
+
+
+@pytest.mark.parametrize("family", [edits, z_images])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_decisions_and_pictures_are_those_of_the_request_alone(tmp_path: Path, backend: str, family: Any) -> None:
+    path, requests = family(tmp_path)
+    runner = started(path, backend, BACKENDS[backend] | THRESHOLDS[family.__name__, backend])
+    skips = watch_skips(runner)
+    together = Drive(runner).run({0: requests[:1], 2: requests[1:]})
+    assert together.errors == {}
+    seen = {request_id: [list(steps) for steps in branches] for request_id, branches in skips.items()}
+    skips.clear()
+    for request in requests:
+        alone = Drive(runner).run({0: [request]})
+        assert psnr(together.images[request.request_id], alone.images[request.request_id]) >= 60
+    assert seen == skips
+    assert sum(len(steps) for branches in seen.values() for steps in branches) >= 5, "nothing was skipped"
+    plain = Drive(started(path, "none")).run({0: requests[:1]})
+    assert (plain.images["r-0"] != together.images["r-0"]).any(), "skipping must show"
+
+
+def draw(
+    place: Place,
+    parallel: DiffusionParallelConfig,
+    path: Path,
+    backend: str,
+    settings: dict[str, Any],
+    requests: list[DiffusionRequest],
+) -> Runs:
+    """Pictures, and what this rank skipped."""
+    runner = replica.started(place, parallel, path, cache_backend=backend, cache_config=settings)
+    skips = watch_skips(runner)
+    placed = partial(in_turn, parallel.cfg_parallel_size)
+    drive = Drive(runner, placed, replica.merging(runner)).run({0: requests[:1], 2: requests[1:]})
+    assert drive.errors == {}
+    return [(drive.images, dict(skips))]
+
+
+@pytest.mark.parametrize("family", [edits, z_images])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layouts_decide_as_one_process(tmp_path: Path, backend: str, family: Any) -> None:
+    """Layouts that have every kind of parallelism together."""
+    path, requests = family(tmp_path)
+    settings = BACKENDS[backend] | THRESHOLDS[family.__name__, backend]
+    one = DiffusionParallelConfig()
+    (wanted,) = run_places(draw, one, one, path, backend, settings, requests)
+    for layout in ("cfg x ulysses", "ring x tensor"):
+        parallel = LAYOUTS[layout]
+        by_rank = run_places(draw, parallel, parallel, path, backend, settings, requests)
+        assert compare(by_rank, parallel, wanted) >= 5, "nothing was skipped"
+
+
+def test_a_step_whose_guidance_has_ended_is_skipped_as_a_whole(tmp_path: Path) -> None:
+    path, _ = z_images(tmp_path)
+    mask = [1, 1, 1, 0, 1, 0, 0, 0, 0, 0]
+    static = {"steps_computation_mask": mask, "steps_computation_policy": "static"}
+    runner = started(path, "cache_dit", static)
+    request = make_request("a", negative_prompt="apple", num_inference_steps=len(mask), cfg_truncation=0.2)
+    results: list[StepResult] = []
+
+    def note(result: StepResult) -> StepResult:
+        results.append(result)
+        return result
+
+    drive = Drive(runner, merge=note).run({0: [request]})
+    assert drive.errors == {}
+    steps = [result for result in results if result.advanced]
+    num_sequences = [result.num_sequences for result in steps]
+    assert num_sequences == sorted(num_sequences, reverse=True)
+    assert set(num_sequences) == {1, 2}
+    assert [result.cached.get("a", 0) for result in steps] == [1 - computed for computed in mask]

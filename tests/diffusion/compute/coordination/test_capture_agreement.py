@@ -1,0 +1,160 @@
+"""Ranks that record their steps, exchanges and all, draw what one process draws: a recorder as on GPUs, on the CPU."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.diffusion.compute.distributed.ranks import run_places
+from tests.diffusion.compute.families.test_cuda_graphs import ARRIVALS, Recorder
+from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
+from tests.diffusion.compute.worker.replica import merging, started
+from tests.diffusion.compute.worker.test_layouts import placed_in_turn
+from tests.tiny_models import build_tiny_qwen_image
+from vllm_omni.diffusion.compute.device.kinds import Device
+from vllm_omni.diffusion.data import DiffusionParallelConfig
+from vllm_omni.diffusion.messages.plan import StepResult
+from vllm_omni.diffusion.messages.worker import Place
+
+LAYOUTS: dict[str, dict[str, int]] = {
+    "ulysses 2": {"ulysses_degree": 2},
+    "ring 2": {"ring_degree": 2},
+    "tensor 2": {"tensor_parallel_size": 2},
+    "cfg 2 x ulysses 2": {"cfg_parallel_size": 2, "ulysses_degree": 2},
+}
+
+
+class SilentRecorder(Recorder):
+    """Nobody counts what a recording sends when it is played."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent = Counter()
+        self.late_error: Exception | None = None
+        """Raised behind the exchanges, which the other ranks' recorders do meanwhile."""
+
+    def record(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        output, replay = super().record(run)
+        if self.late_error is not None:
+            raise self.late_error
+
+        def silently() -> None:
+            before = Counter(self.sent)
+            replay()
+            self.sent.clear()
+            self.sent.update(before)
+
+        return output, silently
+
+
+def draw(
+    place: Place,
+    parallel: DiffusionParallelConfig,
+    path: Path,
+    recorder: SilentRecorder | None,
+    error: Exception | None,
+) -> tuple[dict[str, np.ndarray], dict[str, int], int, bool]:
+    """Pictures, bytes sent, replays, whether the recorder has failed. error: of rank 0's recorder after the start."""
+    Device.recorder = lambda self: recorder  # type: ignore[assignment,method-assign]  # in a process of its own
+    runner = started(place, parallel, path)
+    runner._ranks.take_sent_bytes()
+    if recorder is not None:
+        assert runner._ranks._world is not None
+        recorder.sent = runner._ranks._world.sent
+        recorder.num_replays = 0
+        recorder.late_error = error if place.rank == 0 else None
+    sent: dict[str, int] = {}
+    merge = merging(runner)
+
+    def count(result: StepResult) -> StepResult:
+        for kind, num_bytes in result.sent_bytes.items():
+            sent[kind] = sent.get(kind, 0) + num_bytes
+        return merge(result)
+
+    drive = Drive(runner, partial(placed_in_turn, parallel.cfg_parallel_size), count).run(ARRIVALS)
+    assert drive.errors == {}
+    has_failed = recorder is not None and runner.pipeline.recorder is not None
+    has_failed = has_failed and runner.pipeline.recorder.failure is not None  # type: ignore[union-attr]
+    return drive.images, sent, 0 if recorder is None else recorder.num_replays, has_failed
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_qwen_image(tmp_path_factory.mktemp("model") / "model", heads=4)
+
+
+@pytest.fixture(scope="module")
+def one(path: Path) -> dict[str, np.ndarray]:
+    ((pictures, *_),) = run_places(draw, DiffusionParallelConfig(), DiffusionParallelConfig(), path, None, None)
+    assert isinstance(pictures, dict)
+    return pictures
+
+
+def on_ranks(path: Path, layout: str, recorder: SilentRecorder | None, error: Exception | None = None) -> list[Any]:
+    parallel = DiffusionParallelConfig(**LAYOUTS[layout])
+    return run_places(draw, parallel, parallel, path, recorder, error)
+
+
+def check(drawn: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
+    assert drawn.keys() == wanted.keys()
+    assert min(psnr(drawn[request_id], wanted[request_id]) for request_id in wanted) >= 60
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_recorded_exchanges_draw_and_count_the_same(path: Path, one: dict[str, np.ndarray], layout: str) -> None:
+    sent_as_they_are = on_ranks(path, layout, None)
+    for (pictures, sent, num_replays, has_failed), (_, wanted_sent, *_) in zip(
+        on_ranks(path, layout, SilentRecorder()), sent_as_they_are, strict=True
+    ):
+        check(pictures, one)
+        assert num_replays >= 4
+        assert not has_failed
+        assert 0 <= sent.pop("all_reduce", 0) - wanted_sent.pop("all_reduce", 0) <= 100  # whether all have recorded
+        assert sent == wanted_sent
+
+
+@pytest.mark.parametrize(
+    ("error", "fails"), [(torch.OutOfMemoryError("no room"), False), (RuntimeError("not permitted"), True)]
+)
+def test_what_one_rank_cannot_record_none_plays(
+    path: Path, one: dict[str, np.ndarray], error: Exception, fails: bool
+) -> None:
+    for pictures, _, num_replays, has_failed in on_ranks(path, "ulysses 2", SilentRecorder(), error):
+        check(pictures, one)
+        assert num_replays == 0
+        assert has_failed == fails
+
+
+def draw_with_a_failed_decode(
+    place: Place, parallel: DiffusionParallelConfig, path: Path, recorder: SilentRecorder
+) -> tuple[list[str], list[str], int]:
+    """Errors, pictures, how often recordings were dropped: "late" beside "early", whose decode fails on rank 0."""
+    Device.recorder = lambda self: recorder  # type: ignore[assignment,method-assign]  # in a process of its own
+    runner = started(place, parallel, path)
+    assert runner._ranks._world is not None
+    recorder.sent = runner._ranks._world.sent
+    decode = runner.pipeline.decode
+
+    def failing(requests: Any, latents: Any) -> Any:
+        if requests and requests[0].request_id == "early" and place.rank == 0:
+            raise torch.OutOfMemoryError("no room")
+        return decode(requests, latents)
+
+    runner.pipeline.decode = failing  # type: ignore[method-assign]
+    late = make_request("late", num_inference_steps=14, true_cfg_scale=1.0)  # alone in a membership known by then
+    early = make_request("early", negative_prompt="", num_inference_steps=3)
+    drive = Drive(runner, merge=merging(runner)).run({0: [late], 4: [early]})
+    return list(drive.errors), list(drive.images), recorder.num_releases
+
+
+def test_what_one_rank_lacks_memory_for_makes_all_drop_their_recordings_together(path: Path) -> None:
+    parallel = DiffusionParallelConfig(**LAYOUTS["ulysses 2"])
+    for outcome in run_places(draw_with_a_failed_decode, parallel, parallel, path, SilentRecorder()):
+        assert outcome == (["early"], ["late"], 1)

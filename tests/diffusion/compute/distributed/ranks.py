@@ -1,0 +1,74 @@
+"""Run a function as the ranks of one replica: gloo processes with one thread each, which end with the test."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from vllm_omni.diffusion.compute.coordination.ranks import connect
+from vllm_omni.diffusion.compute.device.kinds import Device
+from vllm_omni.diffusion.data import DiffusionParallelConfig
+from vllm_omni.diffusion.messages.worker import Place
+
+
+def run_ranks(function: Callable[..., Any], parallel: DiffusionParallelConfig, *args: Any) -> list[Any]:
+    """`function(world, *args)` on every rank of a replica -> their results by rank. Raises what a rank raised.
+
+    Results travel by pickle (tensors as numpy arrays). Processes are forked.
+    """
+    return run_places(_in_world, parallel, function, parallel, *args)
+
+
+def _in_world(place: Place, function: Callable[..., Any], parallel: DiffusionParallelConfig, *args: Any) -> Any:
+    world = connect(parallel, place, Device("cpu"))
+    value = function(world, *args)
+    world.mesh.control.all_reduce(torch.zeros(1))  # nobody leaves while others still talk
+    world.leave()
+    return value
+
+
+def run_places(function: Callable[..., Any], parallel: DiffusionParallelConfig, *args: Any) -> list[Any]:
+    """As `run_ranks`, but `function(place, *args)` connects by itself."""
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    size = parallel.replica_size
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
+        port = server.getsockname()[1]
+        places = [
+            Place(rank=rank, replica_size=size, store_port=port, store_fd=server.fileno() if rank == 0 else None)
+            for rank in range(size)
+        ]
+        processes = [
+            context.Process(target=_run, args=(function, place, results, args), daemon=True) for place in places
+        ]
+        for process in processes:
+            process.start()
+    try:
+        outcomes: dict[int, Any] = {}
+        for _ in processes:
+            rank, value, trace = results.get()
+            assert trace is None, f"rank {rank}:\n{trace}"
+            outcomes[rank] = value
+        return [outcomes[rank] for rank in range(size)]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _run(function: Callable[..., Any], place: Place, results: Any, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    try:
+        outcome = (place.rank, function(place, *args), None)
+    except BaseException:
+        outcome = (place.rank, None, traceback.format_exc())
+    results.put(outcome)
+    sys.stdout.flush()
+    os._exit(0)  # the parent's exit handlers are not this process's

@@ -1,0 +1,187 @@
+"""With an adapter a picture is the one that diffusers makes with it, whatever runs beside it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+from tests.diffusion.compute.families.diffusers_fallback.conftest import ModelOf
+from tests.diffusion.compute.families.diffusers_fallback.test_pictures import PROMPT, request_of
+from tests.diffusion.compute.worker.driving import Drive, psnr
+from tests.tiny_diffusers import save_tiny_adapter
+from vllm_omni import AsyncOmni
+from vllm_omni.diffusion.catalog.registry import load_model_info
+from vllm_omni.diffusion.compute.families.diffusers_fallback import lora as lora_module
+from vllm_omni.diffusion.compute.worker.runner import ModelRunner
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.messages.request import LoRA
+from vllm_omni.errors import ConfigError
+from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams
+from vllm_omni.inputs.loras import WEIGHTS
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+FLUX, SDXL = "FluxPipeline", "StableDiffusionXLPipeline"
+FIELDS: dict[str, dict[str, Any]] = {
+    FLUX: {"guidance_scale": 3.5, "max_sequence_length": 64},
+    SDXL: {"guidance_scale": 5.0},
+}
+
+AdapterOf = Callable[[str, int], Path]
+
+
+@pytest.fixture(scope="session")
+def adapter_of(model_of: ModelOf, tmp_path_factory: pytest.TempPathFactory) -> AdapterOf:
+    """The file of an adapter of a pipeline class; those of odd numbers are also in the text encoder."""
+
+    @cache
+    def save(name: str, number: int) -> Path:
+        folder = tmp_path_factory.mktemp("adapters") / f"{name}-{number}"
+        return save_tiny_adapter(model_of(name), folder, number, with_text_encoder=number % 2 == 1) / WEIGHTS
+
+    return save
+
+
+def start(model: Path, **settings: Any) -> ModelRunner:
+    runner = ModelRunner(OmniDiffusionConfig(model=str(model), **settings), load_model_info(str(model)))
+    runner.start()
+    return runner
+
+
+def oracle(model: Path, adapter: Path | None, scale: float, **fields: Any) -> np.ndarray:
+    """What diffusers alone makes."""
+    pipeline: Any = DiffusionPipeline.from_pretrained(model, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    if adapter is not None:
+        pipeline.load_lora_weights(str(adapter.parent), weight_name=adapter.name, adapter_name="style")
+        pipeline.set_adapters("style", scale)
+    values = {"height": 64, "width": 64, "num_inference_steps": 4, **fields}
+    return np.array(pipeline(PROMPT, generator=torch.Generator("cpu").manual_seed(3), **values).images[0])
+
+
+@pytest.mark.parametrize("name", [FLUX, SDXL])
+def test_pictures_with_adapters_are_diffusers_own_alone_and_together(
+    model_of: ModelOf, adapter_of: AdapterOf, name: str
+) -> None:
+    """Two adapters, one of them at two scales, and none, each begun while the others stand between two steps."""
+    first, second = (adapter_of(name, number) for number in (0, 1))
+    wanted: dict[str, LoRA | None] = {
+        "first": LoRA("a", str(first), 1.0),
+        "second": LoRA("b", str(second), 1.0),
+        "none": None,
+        "half": LoRA("b", str(second), 0.5),
+    }
+    requests = [request_of(n, seed=3, lora=lora, **FIELDS[name]) for n, lora in wanted.items()]
+    runner = start(model_of(name), lora_modules={"a": str(first), "b": str(second.parent)})
+    alone = {r.request_id: Drive(runner).run({0: [r]}).images[r.request_id] for r in requests}
+    together = Drive(runner).run({step: [request] for step, request in enumerate(requests)})
+    assert not together.errors
+    plain = oracle(model_of(name), None, 1.0, **FIELDS[name])
+    for request_id, lora in wanted.items():
+        assert np.array_equal(together.images[request_id], alone[request_id])
+        expected = plain if lora is None else oracle(model_of(name), Path(lora.path), lora.scale, **FIELDS[name])
+        assert psnr(alone[request_id], expected) >= 60
+        assert lora is None or psnr(alone[request_id], plain) < 50  # the adapters do something
+    assert psnr(alone["second"], alone["half"]) < 50
+
+
+def test_adapters_of_requests_are_loaded_once_and_the_idle_ones_go(
+    model_of: ModelOf, adapter_of: AdapterOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lora_module, "MAX_UNSERVED", 2)
+    served = adapter_of(SDXL, 0)
+    runner = start(model_of(SDXL), lora_modules={"served": str(served)})
+    adapters = runner.pipeline._adapters  # type: ignore[attr-defined]
+    pictures: dict[int, np.ndarray] = {}
+    for number in (1, 2, 0, 1, 3, 1, 2):
+        lora = LoRA("style", str(adapter_of(SDXL, number)), 1.0)
+        drive = Drive(runner).run({0: [request_of("a", lora=lora, **FIELDS[SDXL])]})
+        assert not drive.errors
+        assert np.array_equal(pictures.setdefault(number, drive.images["a"]), drive.images["a"])
+        assert str(served) in adapters._names
+        assert len(adapters._names) <= 3
+    assert adapters._num_loaded == 5  # 0, 1, 2, 3 in the place of 2, 2 in that of 3
+    held = runner.pipeline.pipeline.get_list_adapters()["unet"]  # type: ignore[attr-defined]
+    assert sorted(held) == sorted(adapters._names.values())
+
+
+def bad_adapters(good: Path, folder: Path) -> dict[str, Path]:
+    """By what is said of each."""
+    weights = load_file(good)
+    files = {name: folder / f"{name}.safetensors" for name in ("foreign", "base", "wide", "long", "broken")}
+    save_file({f"other_model.{key}": weight for key, weight in weights.items()}, files["foreign"])
+    save_file({**weights, "unet.conv_in.weight": torch.zeros(3)}, files["base"])
+    key = next(key for key in weights if key.endswith("lora_A.weight"))
+    save_file({**weights, key: torch.zeros(4, 1000)}, files["wide"])
+    key = next(key for key in weights if key.startswith("unet") and key.endswith("lora_B.weight"))
+    save_file({**weights, key: torch.zeros(1000, 4)}, files["long"])
+    files["broken"].write_bytes(b"no safetensors")
+    return {
+        "none of its weights has a layer here": files["foreign"],
+        "unet.conv_in.weight is no part of an adapter": files["base"],
+        r"has the shape \[4, 1000\]": files["wide"],
+        "size mismatch": files["long"],
+        "does not fit this model: .*header": files["broken"],
+    }
+
+
+def test_what_does_not_fit_ends_the_start_or_its_request_alone(
+    model_of: ModelOf, adapter_of: AdapterOf, tmp_path: Path
+) -> None:
+    good = LoRA("good", str(adapter_of(SDXL, 1)), 1.0)
+    runner = start(model_of(SDXL))
+    before = Drive(runner).run({0: [request_of("a", **FIELDS[SDXL])]}).images["a"]
+    styled = Drive(runner).run({0: [request_of("a", lora=good, **FIELDS[SDXL])]}).images["a"]
+    for words, file in bad_adapters(adapter_of(SDXL, 1), tmp_path).items():
+        with pytest.raises(ConfigError, match=f"^--lora-modules: .*{words}"):
+            start(model_of(SDXL), lora_modules={"bad": str(file)})
+        bad = request_of("bad", lora=LoRA("bad", str(file), 1.0), **FIELDS[SDXL])
+        plain, other = request_of("plain", **FIELDS[SDXL]), request_of("good", lora=good, **FIELDS[SDXL])
+        drive = Drive(runner).run({0: [plain, other], 1: [bad]})
+        assert drive.errors["bad"].kind == "invalid"
+        assert np.array_equal(drive.images["plain"], before)
+        assert np.array_equal(drive.images["good"], styled)
+
+
+@pytest.mark.parametrize("kind", ["absent", "pickle", "folder without", "folder of two"])
+def test_only_safetensors_that_exist_are_taken(
+    model_of: ModelOf, adapter_of: AdapterOf, tmp_path: Path, kind: str
+) -> None:
+    path = tmp_path / {"absent": "no.safetensors", "pickle": WEIGHTS.replace(".safetensors", ".bin")}.get(kind, "dir")
+    if kind == "pickle":
+        torch.save(load_file(adapter_of(SDXL, 0)), path)
+    elif kind != "absent":
+        path.mkdir()
+        torch.save({}, path / "pytorch_lora_weights.bin")
+        for name in ("one", "two") if kind == "folder of two" else ():
+            shutil.copy(adapter_of(SDXL, 0), path / f"{name}.safetensors")
+    with pytest.raises(ConfigError, match=r"^--lora-modules style takes a .*safetensors file"):
+        AsyncOmni(model=str(model_of(SDXL)), lora_modules={"style": str(path)})
+
+
+async def test_a_script_brings_names_or_paths(model_of: ModelOf, adapter_of: AdapterOf) -> None:
+    served, other = adapter_of(SDXL, 0), adapter_of(SDXL, 1)
+    omni = AsyncOmni(
+        model=str(model_of(SDXL)), lora_modules={"served": str(served)}, distributed_executor_backend="uni"
+    )
+    await omni.start()
+    try:
+        fields: dict[str, Any] = {"seed": 3, "output_type": "np", **FIELDS[SDXL]}
+        for lora, scale, file, used in (
+            (LoRARequest("served"), None, served, 1.0),
+            (LoRARequest("served", scale=2.0), 0.5, served, 0.5),
+            (LoRARequest("other", str(other.parent), 0.5), None, other, 0.5),
+        ):
+            params = OmniDiffusionSamplingParams(lora_request=lora, lora_scale=scale, **fields)
+            output = [output async for output in omni.generate(PROMPT, params)][-1]
+            assert psnr(output.images[0], oracle(model_of(SDXL), file, used, **FIELDS[SDXL])) >= 60
+    finally:
+        await omni.close()

@@ -1,0 +1,81 @@
+"""How many pictures are decoded at a time. The VAE is a fake."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vllm_omni.diffusion.compute.distributed.groups import Group
+from vllm_omni.diffusion.compute.vae import latent_decoder as pictures
+from vllm_omni.diffusion.compute.vae.latent_decoder import LatentDecoder
+from vllm_omni.diffusion.compute.vae.tiles import Tiling
+
+SCALE = 8
+TILING = Tiling(64, 64, 48, 48)
+SMALL, LARGE = (4, 6), (12, 12)
+"""Sides in latent pixels; of six times the area."""
+
+
+class NotedVae:
+    """Notes the shapes of the latents that it is given."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[int, ...]] = []
+
+    def decode(self, latents: Tensor, return_dict: bool) -> tuple[Tensor]:
+        assert not return_dict
+        self.batches.append((len(latents), *latents.shape[-2:]))
+        return (
+            latents.mean(1, keepdim=True).expand(-1, 3, -1, -1).repeat_interleave(SCALE, 2).repeat_interleave(SCALE, 3),
+        )
+
+
+def latents(sides: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Each picture is of one colour, which tells its number."""
+    return [torch.full((1, 4, *side), number / 10) for number, side in enumerate(sides)]
+
+
+@pytest.mark.parametrize(
+    ("one_at_a_time", "batches"),
+    [
+        (False, [(2, *SMALL), (1, *SMALL), (1, *LARGE), (1, *LARGE), (2, *SMALL)]),
+        (True, [(1, *SMALL)] * 3 + [(1, *LARGE)] * 2 + [(1, *SMALL)] * 2),
+    ],
+)
+def test_neighbours_of_one_size_are_decoded_together_up_to_a_number_of_pixels(
+    monkeypatch: pytest.MonkeyPatch, one_at_a_time: bool, batches: list[tuple[int, ...]]
+) -> None:
+    monkeypatch.setattr(pictures, "MAX_BATCH_PIXELS", 2 * SMALL[0] * SMALL[1] * SCALE**2 + 1)
+    vae, sides = NotedVae(), [SMALL] * 3 + [LARGE] * 2 + [SMALL] * 2
+    decode = LatentDecoder(vae, lambda x: x, TILING, SCALE, one_at_a_time, Group.alone())
+    made = decode(latents(sides))
+    assert vae.batches == batches
+    assert [tuple(p.pixels.shape) for p in made] == [(height * SCALE, width * SCALE, 3) for height, width in sides]
+    colours = [round((number / 10 * 0.5 + 0.5) * 255) for number in range(len(sides))]
+    assert [p.pixels.unique().tolist() for p in made] == [[colour] for colour in colours]
+
+
+@pytest.mark.parametrize(("one_at_a_time", "calls"), [(False, [3]), (True, [1, 1, 1])])
+def test_ranks_that_share_decodes_hold_one_picture_where_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, one_at_a_time: bool, calls: list[int]
+) -> None:
+    noted: list[int] = []
+
+    class NotedSharing:
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        def __call__(self, latents: Sequence[Tensor]) -> list[Tensor]:
+            noted.append(len(latents))
+            return [torch.zeros(1, 3, 8, 8) for _ in latents]
+
+    monkeypatch.setattr(pictures, "SharedDecoder", NotedSharing)
+    two_ranks = Group((0, 1), 0, Counter())
+    decode = LatentDecoder(NotedVae(), lambda x: x, TILING, SCALE, one_at_a_time, two_ranks)
+    assert len(decode(latents([SMALL] * 3))) == 3
+    assert noted == calls

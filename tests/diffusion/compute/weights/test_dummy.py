@@ -1,0 +1,140 @@
+"""Folders without weights: pictures all the same, the same on any layout, and nothing is read."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import QwenImageTransformer2DModel, ZImageTransformer2DModel
+from torch import nn
+
+from tests.diffusion.compute.distributed.ranks import run_places
+from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
+from tests.diffusion.compute.worker.replica import merging, started
+from tests.tiny_models import build_tiny_qwen_image, photo
+from tests.tiny_z_image import build_tiny_z_image
+from vllm_omni.diffusion.catalog.registry import load_model_info
+from vllm_omni.diffusion.compute.distributed.groups import Group
+from vllm_omni.diffusion.compute.layers.linear import ColumnLinear, RowLinear
+from vllm_omni.diffusion.compute.weights.dummy import dummy_weight
+from vllm_omni.diffusion.compute.weights.loading import checkpoint_slots, load_weights
+from vllm_omni.diffusion.data import DiffusionParallelConfig
+from vllm_omni.diffusion.messages.request import DiffusionRequest
+from vllm_omni.diffusion.messages.worker import Place
+from vllm_omni.errors import ConfigError
+from vllm_omni.inputs.images import prepared
+
+CPU = torch.device("cpu")
+DEFAULTS: dict[str, object] = {"height": 64, "width": 64}
+BUILDERS: dict[str, Callable[[Path], Path]] = {
+    "qwen_image": lambda path: build_tiny_qwen_image(path, heads=4, default_sampling_params=DEFAULTS),
+    "edits": lambda path: build_tiny_qwen_image(
+        path, edit="QwenImageEditPlusPipeline", heads=4, default_sampling_params=DEFAULTS
+    ),
+    "z_image": lambda path: build_tiny_z_image(path, heads=4, default_sampling_params=DEFAULTS),
+}
+
+
+@pytest.fixture(scope="module", params=BUILDERS)
+def bare(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of configs and tokenizer alone."""
+    folder = tmp_path_factory.mktemp("dummy")
+    whole = BUILDERS[request.param](folder / "whole")
+    path = folder / request.param
+    shutil.copytree(whole, path, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.rmtree(whole)
+    return path
+
+
+def guided(path: Path) -> DiffusionRequest:
+    edit = load_model_info(str(path)).image_input
+    images = () if edit is None else (prepared(photo(80, 60, 1), edit.sizes),)
+    return make_request("a", negative_prompt="", num_inference_steps=50, images=images)
+
+
+def draw(place: Place, parallel: DiffusionParallelConfig, path: Path) -> np.ndarray | None:
+    """The picture, on the rank that has it."""
+    runner = started(place, parallel, path, load_format="dummy")
+    drive = Drive(runner, merge=merging(runner)).run({0: [guided(path)]})
+    assert not drive.errors
+    return drive.images.get("a")
+
+
+def test_values_stay_finite_and_runs_repeat(bare: Path) -> None:
+    runner = started(Place(), DiffusionParallelConfig(), bare, load_format="dummy")
+    pipeline = runner.pipeline
+    with torch.inference_mode():
+        state = pipeline.encode(guided(bare))
+        for _ in range(50):
+            (branches,) = pipeline.predict([state])
+            pipeline.advance(state, pipeline.combine(state, branches))
+            state.settle()
+        assert state.latents.isfinite().all()
+        assert branches[0].std() > 0.01
+        ((picture, *_),) = pipeline.decode([state.request], [state.latents])
+    assert picture.float().std() > 0
+    again = draw(Place(), DiffusionParallelConfig(), bare)
+    assert again is not None
+    assert np.array_equal(picture, again)
+
+
+def shares_of(rank: int, num_ranks: int) -> dict[str, torch.Tensor]:
+    group = Group(range(num_ranks), rank, Counter())
+    with torch.device("meta"):
+        module = nn.ModuleDict({"column": ColumnLinear(6, 8, group), "row": RowLinear(8, 6, group)})
+    load_weights(module, Path(), {}, CPU, torch.float32, load_format="dummy")
+    return dict(module.named_parameters())
+
+
+def test_ranks_cut_their_shares_from_the_same_weights() -> None:
+    whole, parts = shares_of(0, 1), [shares_of(rank, 2) for rank in range(2)]
+    for name, dim in (("column.weight", 0), ("column.bias", 0), ("row.weight", 1)):
+        assert torch.equal(torch.cat([part[name] for part in parts], dim), whole[name])
+    assert all(torch.equal(part["row.bias"], whole["row.bias"]) for part in parts)
+
+
+def test_ranks_draw_what_one_draws(bare: Path) -> None:
+    parallel = DiffusionParallelConfig(tensor_parallel_size=2)
+    one = draw(Place(), DiffusionParallelConfig(), bare)
+    assert one is not None
+    for picture in run_places(draw, parallel, parallel, bare):
+        assert psnr(picture, one) >= 50
+
+
+def test_modules_of_diffusers_get_the_same_weights(bare: Path) -> None:
+    """Speed is compared on equal weights, and so may pictures be."""
+    runner = started(Place(), DiffusionParallelConfig(), bare, load_format="dummy")
+    ours: nn.Module = runner.pipeline.transformer  # type: ignore[attr-defined]
+    family = load_model_info(str(bare)).family
+    names = import_module(f"vllm_omni.diffusion.compute.families.{family}.transformer").CHECKPOINT_NAMES
+    cls = ZImageTransformer2DModel if family == "z_image" else QwenImageTransformer2DModel
+    folder = bare / "transformer"
+    with torch.device("meta"):
+        module = cls.from_config(cls.load_config(folder))
+    load_weights(module, folder, {}, CPU, torch.float32, load_format="dummy")
+    theirs = dict(module.named_parameters())
+    slots = checkpoint_slots(ours, names)
+    assert set(slots) == set(theirs)
+    assert all(torch.equal(slot.target, theirs[name]) for name, slot in slots.items())
+
+
+def test_without_the_format_weights_are_asked_for(bare: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no \.safetensors file"):
+        started(Place(), DiffusionParallelConfig(), bare)
+
+
+def test_a_weight_is_its_names() -> None:
+    kernel = dummy_weight("a.weight", (64, 32), torch.float32, CPU)
+    assert torch.equal(kernel, dummy_weight("a.weight", (64, 32), torch.float32, CPU))
+    assert not torch.equal(kernel, dummy_weight("b.weight", (64, 32), torch.float32, CPU))
+    assert kernel.mean().abs() < 0.002
+    assert 0.018 < kernel.std() < 0.022
+    assert abs(dummy_weight("norm.weight", (1000,), torch.float32, CPU).mean() - 1) < 0.01
+    assert dummy_weight("conv.gamma", (1000, 1, 1), torch.float32, CPU).mean() > 0.9
+    assert dummy_weight("a.bias", (1000,), torch.float32, CPU).mean().abs() < 0.01

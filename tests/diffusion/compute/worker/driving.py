@@ -1,0 +1,99 @@
+"""Drive a ModelRunner as a scheduler would, with requests joining at given steps."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vllm_omni.diffusion.compute.worker.runner import ModelRunner
+from vllm_omni.diffusion.messages.plan import ItemError, StepPlan, StepResult
+from vllm_omni.diffusion.messages.request import DiffusionRequest, RequestCost
+
+
+def make_request(request_id: str, prompt: str = "a red apple", **changes: Any) -> DiffusionRequest:
+    fields: dict[str, Any] = {
+        "negative_prompt": None,
+        "height": 64,
+        "width": 64,
+        "num_inference_steps": 4,
+        "true_cfg_scale": 4.0,
+        "guidance_scale": None,
+        "seed": 0,
+        "max_sequence_length": 512,
+        "sigmas": None,
+        "priority": 0,
+        "preview_steps": (),
+        "cost": RequestCost(0, 0, 0, ()),
+        "num_prompt_tokens": 0,
+        "num_image_tokens": 0,
+        "cache": True,
+        "arrival": 0.0,
+    }
+    return DiffusionRequest(request_id=request_id, prompt=prompt, **(fields | changes))
+
+
+class Drive:
+    """Runs requests to their ends; `images`, `previews` (a list each) and `errors` by request id."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        place: Callable[[int, Mapping[str, int]], dict[str, list[int]]] | None = None,
+        merge: Callable[[StepResult], StepResult] | None = None,
+    ) -> None:
+        """`place`: from the step's number and the guidance branches of its requests to the placement of the step.
+        `merge`: from the result of one rank to that of all.
+        """
+        self.runner = runner
+        self._place = place or (lambda step_id, branches: {})
+        self._merge = merge or (lambda result: result)
+        self.images: dict[str, np.ndarray] = {}
+        self.previews: dict[str, list[np.ndarray]] = {}
+        self.errors: dict[str, ItemError] = {}
+        self.pack_sizes: list[int] = []
+
+    def run(self, arrivals: Mapping[int, Sequence[DiffusionRequest]]) -> Drive:
+        """`arrivals`: engine step -> requests that join there. All active requests advance in every step."""
+        steps: dict[str, int] = {}
+        requests: dict[str, DiffusionRequest] = {}
+        fresh: list[str] = []
+        release: list[str] = []
+        for step_id in itertools.count():
+            new = list(arrivals.get(step_id, ()))
+            requests |= {r.request_id: r for r in new}
+            denoise = [i for i in steps if steps[i] < requests[i].num_inference_steps]
+            plan = StepPlan(
+                step_id,
+                new_requests=new,
+                encode=[r.request_id for r in new],
+                denoise=denoise,
+                decode=[i for i in steps if steps[i] == requests[i].num_inference_steps],
+                placement=self._place(step_id, {i: 1 + requests[i].has_guidance for i in denoise}),
+                preview=[i for i in denoise if steps[i] + 1 in requests[i].preview_steps],
+                release=release,
+            )
+            result = self._merge(self.runner.execute(plan))
+            self.images |= result.images
+            self.errors |= result.errors
+            self.pack_sizes.append(result.num_sequences)
+            for request_id, preview in result.previews.items():
+                self.previews.setdefault(request_id, []).append(preview)
+            for request_id in result.advanced:
+                steps[request_id] += 1
+            fresh = plan.encode
+            steps |= {i: 0 for i in fresh if i not in result.errors}
+            release = [*result.images, *result.errors]
+            for request_id in release:
+                steps.pop(request_id, None)
+            if not steps and not release and step_id >= max(arrivals):
+                return self
+        raise AssertionError("unreachable")
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Of two uint8 pictures, in decibels; infinite when equal."""
+    mse = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
+    return float("inf") if mse == 0 else float(10 * np.log10(255.0**2 / mse))

@@ -1,0 +1,82 @@
+"""Edits in every kind of layout: a picture's tokens and its references' are cut together, its velocities come out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.diffusion.compute.distributed.ranks import run_places
+from tests.diffusion.compute.worker.driving import make_request
+from tests.diffusion.compute.worker.test_layouts import Arrivals, check_equal, draw
+from tests.tiny_models import SMALL, build_tiny_qwen_image, photo
+from vllm_omni.diffusion.catalog.registry import load_model_info
+from vllm_omni.diffusion.data import DiffusionParallelConfig
+from vllm_omni.inputs.images import prepared
+
+ALONE = DiffusionParallelConfig()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_qwen_image(
+        tmp_path_factory.mktemp("models") / "edit",
+        heads=6,
+        text_kv_heads=2,
+        edit="QwenImageEditPlusPipeline",
+        zero_cond_t=True,
+        default_sampling_params=SMALL,
+    )
+
+
+@pytest.fixture(scope="module")
+def arrivals(model: Path) -> Arrivals:
+    """Targets that are smaller than their references and larger, one reference and three."""
+    edit = load_model_info(str(model)).image_input
+    assert edit is not None
+    one, two, three = (
+        prepared(photo(*size, seed), edit.sizes) for seed, size in enumerate([(90, 60), (64, 64), (31, 70)])
+    )
+    return {
+        0: [
+            make_request("guided", negative_prompt="a blue car", images=(one,), seed=3),
+            make_request(
+                "wide", height=48, width=80, num_inference_steps=5, preview_steps=(2,), images=(two, one, three)
+            ),
+        ],
+        1: [make_request("small", "", negative_prompt="a red car", height=16, width=16, images=(three,), seed=5)],
+    }
+
+
+@pytest.fixture(scope="module")
+def wanted(model: Path, arrivals: Arrivals) -> dict[str, np.ndarray]:
+    ((pictures, errors),) = run_places(draw, ALONE, ALONE, model, False, arrivals)
+    assert not errors
+    return pictures
+
+
+@pytest.mark.parametrize(
+    ("ulysses", "ring", "cfg", "tensor"),
+    [(3, 1, 1, 1), (1, 4, 1, 1), (2, 2, 1, 1), (1, 1, 2, 2), (2, 1, 2, 1), (1, 2, 2, 1)],
+)
+def test_a_layout_draws_what_one_process_draws(
+    model: Path, arrivals: Arrivals, wanted: dict[str, np.ndarray], ulysses: int, ring: int, cfg: int, tensor: int
+) -> None:
+    parallel = DiffusionParallelConfig(
+        ulysses_degree=ulysses, ring_degree=ring, cfg_parallel_size=cfg, tensor_parallel_size=tensor
+    )
+    for drawn, errors in run_places(draw, parallel, parallel, model, False, arrivals):
+        assert not errors
+        check_equal(drawn, wanted)
+
+
+def test_the_placement_may_change_and_the_text_encoder_be_shared(
+    model: Path, arrivals: Arrivals, wanted: dict[str, np.ndarray]
+) -> None:
+    parallel = DiffusionParallelConfig(
+        cfg_parallel_size=2, ulysses_degree=2, text_encoder_tp_size=2, vae_patch_parallel_size=2
+    )
+    for drawn, errors in run_places(draw, parallel, parallel, model, True, arrivals):
+        assert not errors
+        check_equal(drawn, wanted)

@@ -1,0 +1,181 @@
+"""The host thread waits for the device nowhere in a step: seen by a GPU that is faked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
+from tests.fake_gpu import FAKE_GPU, FakeGpu, FakeGpuDevice, HostWaitsError
+from tests.tiny_models import SMALL, photo
+from tests.tiny_z_image import BASE_SHIFT, build_tiny_z_image
+from vllm_omni.diffusion.catalog.registry import load_model_info
+from vllm_omni.diffusion.compute.device.transfers import HOST, to_device
+from vllm_omni.diffusion.compute.step.pipeline import RequestState
+from vllm_omni.diffusion.compute.weights import loading
+from vllm_omni.diffusion.compute.worker.runner import ModelRunner
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.messages.plan import StepPlan
+from vllm_omni.diffusion.messages.request import DiffusionRequest
+from vllm_omni.inputs.images import prepared
+
+pytestmark = pytest.mark.usefixtures("quick_warmup")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    # Safetensors knows the devices that there are.
+    monkeypatch.setattr(loading, "safe_open", lambda file, **_: safe_open(file, framework="pt"))
+    return FakeGpu()
+
+
+@pytest.fixture(scope="session")
+def tiny_z_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "z"
+    return build_tiny_z_image(path, heads=5, shift=BASE_SHIFT, default_sampling_params=SMALL)
+
+
+def started(path: Path, gpu: FakeGpu | None = None) -> ModelRunner:
+    runner = ModelRunner(OmniDiffusionConfig(model=str(path)), load_model_info(str(path)))
+    if gpu is None:
+        runner.start()
+    else:
+        runner._device = FakeGpuDevice()
+        with gpu, gpu.waiting_allowed():
+            runner.start()
+    return runner
+
+
+def texts(path: Path) -> dict[int, list[DiffusionRequest]]:
+    """With guidance and without, of several sizes, joining and leaving."""
+    return {
+        0: [make_request("guided", negative_prompt="", preview_steps=(2,))],
+        2: [make_request("wide", height=48, width=80, num_inference_steps=3, cfg_normalization=1.0)],
+        3: [make_request("both", negative_prompt="apple", cfg_truncation=0.5, cfg_normalization=1.0)],
+    }
+
+
+def edits(path: Path) -> dict[int, list[DiffusionRequest]]:
+    edit = load_model_info(str(path)).image_input
+    assert edit is not None
+    one, two = (prepared(photo(*size, seed), edit.sizes) for seed, size in enumerate([(90, 60), (64, 64)]))
+    return {
+        0: [make_request("guided", negative_prompt="a blue car", images=(one,))],
+        1: [make_request("two", height=48, width=80, images=(one, two), preview_steps=(1,))],
+    }
+
+
+Arrivals = Callable[[Path], dict[int, list[DiffusionRequest]]]
+CASES: list[tuple[str, Arrivals]] = [("tiny_model", texts), ("tiny_edit_model", edits), ("tiny_z_image", texts)]
+
+
+@pytest.mark.parametrize(("model", "arrivals"), CASES, ids=[name for name, _ in CASES])
+def test_a_step_neither_reads_nor_copies(
+    model: str, arrivals: Arrivals, gpu: FakeGpu, request: pytest.FixtureRequest
+) -> None:
+    path = request.getfixturevalue(model)
+    requests = arrivals(path)
+    wanted = Drive(started(path)).run(requests)
+    runner = started(path, gpu)
+    before = gpu.num_operations
+    with gpu:
+        drive = Drive(runner).run(requests)
+    assert not drive.errors, next(iter(drive.errors.values())).traceback
+    assert gpu.num_operations - before > 1000
+    for request_id, picture in wanted.images.items():
+        assert psnr(picture, drive.images[request_id]) >= 60
+    assert drive.previews.keys() == wanted.previews.keys()
+
+
+@pytest.mark.parametrize(("model", "arrivals"), CASES, ids=[name for name, _ in CASES])
+def test_a_step_whose_members_stay_sends_nothing(
+    model: str, arrivals: Arrivals, gpu: FakeGpu, request: pytest.FixtureRequest
+) -> None:
+    path = request.getfixturevalue(model)
+    runner = started(path, gpu)
+    requests = [one for several in arrivals(path).values() for one in several]
+    ids = [one.request_id for one in requests]
+    with gpu:
+        runner.execute(StepPlan(0, new_requests=requests, encode=ids))
+        encoded = gpu.num_uploads
+        runner.execute(StepPlan(1, denoise=ids))
+        laid_out = gpu.num_uploads
+        assert runner.execute(StepPlan(2, denoise=ids)).advanced == ids
+    assert encoded < laid_out == gpu.num_uploads
+
+
+def test_a_read_in_a_step_is_seen(tiny_model: Path, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = started(tiny_model, gpu)
+    combine = runner.pipeline.combine
+
+    def reading(state: RequestState, branches: Sequence[Tensor]) -> Tensor:
+        return combine(state, branches) * float(branches[0].norm() > 0)
+
+    monkeypatch.setattr(runner.pipeline, "combine", reading)
+    with gpu:
+        drive = Drive(runner).run({0: [make_request("a")]})
+    assert "HostWaitsError: item reads from the device" in drive.errors["a"].traceback
+
+
+@pytest.mark.parametrize("model", ["tiny_model", "tiny_z_image"])
+def test_what_is_no_number_is_found_without_waiting(
+    model: str, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    runner = started(request.getfixturevalue(model), gpu)
+    combine = runner.pipeline.combine
+
+    def spoiling(state: RequestState, branches: Sequence[Tensor]) -> Tensor:
+        return combine(state, branches) * (float("nan") if state.request.request_id == "bad" else 1.0)
+
+    monkeypatch.setattr(runner.pipeline, "combine", spoiling)
+    previewed = make_request("bad", num_inference_steps=3, preview_steps=(2,))
+    with gpu:
+        drive = Drive(runner).run({0: [make_request("good"), previewed]})
+        unseen = Drive(runner).run({0: [make_request("bad", num_inference_steps=2)]})
+    assert (drive.errors["bad"].kind, set(drive.images)) == ("not_finite", {"good"})
+    assert (unseen.errors["bad"].kind, unseen.images) == ("not_finite", {})
+
+
+WAITS: list[Callable[[Tensor], object]] = [
+    lambda x: x.sum().item(),
+    lambda x: float(x.sum()),
+    lambda x: bool((x > 0).all()),
+    lambda x: (x > 0).nonzero(),
+    lambda x: x[x > 0],
+    lambda x: x.masked_select(x > 0),
+    lambda x: x.to(HOST),
+    lambda x: x.cpu(),
+    lambda x: torch.zeros(3).copy_(x),
+    lambda x: torch.zeros(3).pin_memory().copy_(x),
+    lambda x: torch.zeros(3).to(FAKE_GPU),
+    lambda x: torch.zeros(3).to(FAKE_GPU, non_blocking=True),
+    lambda x: torch.tensor([1, 2], device=FAKE_GPU),
+    lambda x: x + torch.ones(3),
+    lambda x: x[torch.tensor([0])],
+    lambda x: torch.ones(3, dtype=torch.int64, device=FAKE_GPU).repeat_interleave(x.long()),
+]
+GOES_ON: list[Callable[[Tensor], object]] = [
+    lambda x: to_device(torch.zeros(3), FAKE_GPU),
+    lambda x: torch.zeros(3).pin_memory().copy_(x, non_blocking=True),
+    lambda x: torch.empty(3, device=FAKE_GPU).add_(x),
+    lambda x: x * torch.tensor(2.0),
+    lambda x: x[:2].split(1),
+    lambda x: torch.where(x > 0, x, 0),
+]
+
+
+@pytest.mark.parametrize("act", [*WAITS, *GOES_ON])
+@torch.inference_mode()
+def test_the_fake_knows_what_waits(gpu: FakeGpu, act: Callable[[Tensor], object]) -> None:
+    with gpu:
+        x = to_device(torch.ones(3), FAKE_GPU)
+        if act in WAITS:
+            with pytest.raises(HostWaitsError):
+                act(x)
+        else:
+            act(x)

@@ -1,0 +1,160 @@
+"""Runners that misbehave, for worker processes of tests, and how such processes are watched."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import logging
+import os
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from tests.fakes import FakeRunner
+from tests.patience import GUARD_SECONDS
+from vllm_omni.diffusion.control.executor import Executor
+from vllm_omni.diffusion.control.executor.multiproc import MultiprocExecutor
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
+from vllm_omni.diffusion.messages.worker import Place
+from vllm_omni.errors import ConfigError
+
+ROOT = Path(__file__).parents[4]
+
+
+class BrokenStart(FakeRunner):
+    def start(self, first: WorkerReady | None = None) -> WorkerReady:
+        raise RuntimeError("the weights are on fire")
+
+
+class WrongConfig(FakeRunner):
+    def start(self, first: WorkerReady | None = None) -> WorkerReady:
+        raise ConfigError("--dtype float16: not on this device")
+
+
+class ExitsInStart(FakeRunner):
+    def start(self, first: WorkerReady | None = None) -> WorkerReady:
+        os._exit(3)
+
+
+class BrokenStep(FakeRunner):
+    def execute(self, plan: StepPlan) -> StepResult:
+        raise RuntimeError("the device is gone")
+
+
+class BrokenResult(FakeRunner):
+    """The device fails at what it was given, as the host hears when it asks."""
+
+    launches_ahead = True
+
+    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+        super().launch(plan)
+
+        def wait() -> StepResult:
+            raise RuntimeError("the device is gone")
+
+        return wait
+
+
+class AskedLate(FakeRunner):
+    """The first step is not done before the second is launched."""
+
+    launches_ahead = True
+
+    def __init__(self, config: OmniDiffusionConfig, place: Place | None = None) -> None:
+        super().__init__(config, place)
+        self._launched = [threading.Event(), threading.Event()]
+
+    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+        done = super().launch(plan)
+        self._launched[plan.step_id].set()
+
+        def wait() -> StepResult:
+            assert self._launched[1].wait(GUARD_SECONDS)
+            return done()
+
+        return wait
+
+
+class Gated(FakeRunner):
+    """A step with an id in `denoise` runs until that id is aborted."""
+
+    def __init__(self, config: OmniDiffusionConfig, place: Place | None = None) -> None:
+        super().__init__(config, place)
+        self._aborted_any = threading.Event()
+
+    def abort(self, request_ids: Any) -> None:
+        super().abort(request_ids)
+        self._aborted_any.set()
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        if plan.denoise:
+            assert self._aborted_any.wait(GUARD_SECONDS)
+        return super().execute(plan)
+
+
+class Chatty(FakeRunner):
+    """Logs, prints and shows a bar, each more than a pipe takes that nobody reads."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        logger = logging.getLogger("vllm_omni.chatty")
+        for number in range(500):
+            logger.info("a line of the log: %d", number)
+            logger.debug("a line for those who ask for it: %d", number)
+            print("a line of the output", number)
+        for _ in tqdm(range(500), mininterval=0):
+            pass
+        with contextlib.suppress(OSError):
+            os.write(2, b"x" * 100_000 + b"\n")  # as C++ libraries do
+        print("the last line")
+        return super().execute(plan)
+
+
+class Endless(FakeRunner):
+    """A step that nothing but a kill ends, though the interpreter lives."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        threading.Event().wait()
+        raise AssertionError
+
+
+class EndlessStart(FakeRunner):
+    def start(self, first: WorkerReady | None = None) -> WorkerReady:
+        Endless.execute(self, StepPlan(0))
+        raise AssertionError
+
+
+class HoldsTheLock(FakeRunner):
+    """A step that nothing but a kill ends, and no other thread runs meanwhile."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        ctypes.PyDLL(None).pause()  # of a PyDLL, so that the interpreter's lock is kept
+        raise AssertionError
+
+
+def name_of(runner: type[FakeRunner]) -> str:
+    return f"{runner.__module__}:{runner.__name__}"
+
+
+@asynccontextmanager
+async def closing(executor: Executor) -> AsyncIterator[Executor]:
+    async with asyncio.timeout(GUARD_SECONDS):
+        try:
+            yield executor
+        finally:
+            await executor.close()
+            if isinstance(executor, MultiprocExecutor):
+                assert executor.worker_pids == []
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"

@@ -1,0 +1,117 @@
+"""A simulated device for the scheduler, and workloads for it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from tests.fakes import FakeRunner, make_config, make_ready, make_request
+from vllm_omni.diffusion.control.scheduler import Scheduler, Update
+from vllm_omni.diffusion.messages.plan import StepPlan
+from vllm_omni.diffusion.messages.request import DiffusionRequest
+
+OVERHEAD = 0.010
+PER_TOKEN = 0.00016
+"""Seconds, about those of a small model on two cores."""
+
+
+def make_scheduler(max_batch_tokens: int = 512, **settings: object) -> Scheduler:
+    ready = make_ready(max_batch_tokens=max_batch_tokens, seconds_per_unit=PER_TOKEN, step_overhead_seconds=OVERHEAD)
+    return Scheduler(make_config(**settings), ready)
+
+
+@dataclass
+class Simulation:
+    """A device with a clock of its own: `depth` plans are under way, a step costs overhead and tokens."""
+
+    scheduler: Scheduler
+    arrivals: list[tuple[float, DiffusionRequest]]
+    depth: int = 1
+    runner: FakeRunner = field(default_factory=FakeRunner)
+    now: float = 0.0
+    finished: dict[str, float] = field(default_factory=dict)
+    arrived: dict[str, float] = field(default_factory=dict)
+    plans: list[StepPlan] = field(default_factory=list)
+    updates: list[Update] = field(default_factory=list)
+
+    def run(self) -> Simulation:
+        for _ in self.steps():
+            pass
+        return self
+
+    def steps(self) -> Iterator[StepPlan]:
+        waiting = sorted(self.arrivals, key=lambda arrival: arrival[0])
+        under_way: list[StepPlan] = []
+        while True:
+            while waiting and waiting[0][0] <= self.now:
+                at, request = waiting.pop(0)
+                self.scheduler.add([request])
+                self.arrived[request.request_id] = at
+            while len(under_way) < self.depth and (plan := self.scheduler.schedule()):
+                under_way.append(plan)
+                self.plans.append(plan)
+            if not under_way:
+                if not waiting:
+                    return
+                self.now = waiting[0][0]
+                continue
+            plan = under_way.pop(0)
+            result = self.runner.execute(plan)
+            seconds = step_seconds(plan, self.requests)
+            self.now += seconds
+            update = self.scheduler.update(result, seconds)
+            self.updates.append(update)
+            self.finished.update(dict.fromkeys(update.finished, self.now))
+            yield plan
+
+    @cached_property
+    def requests(self) -> dict[str, DiffusionRequest]:
+        return {request.request_id: request for _, request in self.arrivals}
+
+    def latency(self, request_id: str) -> float:
+        return self.finished[request_id] - self.arrived[request_id]
+
+
+def step_seconds(plan: StepPlan, requests: dict[str, DiffusionRequest]) -> float:
+    units = sum(requests[id].cost.encode for id in plan.encode)
+    units += sum(requests[id].cost.step for id in plan.denoise)
+    units += sum(requests[id].cost.decode for id in [*plan.decode, *plan.preview])
+    return PER_TOKEN * units + OVERHEAD * bool(plan.denoise)
+
+
+def tokens_of(plan: StepPlan, requests: dict[str, DiffusionRequest]) -> float:
+    tokens = sum(requests[id].cost.encode for id in plan.encode)
+    tokens += sum(requests[id].cost.tokens_per_step for id in plan.denoise)
+    return tokens + sum(requests[id].cost.decode for id in [*plan.decode, *plan.preview])
+
+
+def items_of(plan: StepPlan) -> list[str]:
+    return [*plan.encode, *plan.denoise, *plan.decode]
+
+
+def num_items(request: DiffusionRequest) -> int:
+    return request.num_inference_steps + 2
+
+
+def random_arrivals(rng: random.Random, count: int, load: float = 1.2) -> list[tuple[float, DiffusionRequest]]:
+    """Mixed requests that come faster than the device works when `load` is above 1."""
+    arrivals, now = [], 0.0
+    for n in range(count):
+        steps = rng.choice([1, 2, 4, 10, 30])
+        size = (rng.choice([64, 96, 128, 256]), rng.choice([64, 96, 128, 256]))
+        previews = tuple(sorted(rng.sample(range(1, steps + 1), rng.randint(0, min(2, steps)))))
+        request = make_request(f"r{n}", size, steps, preview_steps=previews, priority=rng.choice([0, 0, 0, 1, -1]))
+        arrivals.append((now, request))
+        now += rng.expovariate(load / (PER_TOKEN * request.cost.total(steps) + OVERHEAD * steps))
+    return arrivals
+
+
+def step_work(plan: StepPlan, requests: dict[str, DiffusionRequest]) -> float:
+    """As the scheduler counts it: each denoising step with the overhead of a step."""
+    return step_seconds(plan, requests) / PER_TOKEN + OVERHEAD / PER_TOKEN * max(len(plan.denoise) - 1, 0)
+
+
+def total_work(request: DiffusionRequest) -> float:
+    return request.cost.total(request.num_inference_steps) + request.num_inference_steps * OVERHEAD / PER_TOKEN

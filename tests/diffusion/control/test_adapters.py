@@ -1,0 +1,117 @@
+"""Which adapter a request gets, and what of one is refused before it costs anybody anything."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from tests.diffusion.control.test_request_builder import INFO, READY, WHOLE
+from vllm_omni.diffusion.catalog.registry import ModelInfo
+from vllm_omni.diffusion.control.request_builder import Intake, check_defaults
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.messages.request import DiffusionRequest, LoRA
+from vllm_omni.errors import ConfigError, InvalidRequestError, NotAvailableError
+from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, OmniPrompt
+
+assert WHOLE.whole is not None
+TAKES_LORA = replace(WHOLE, whole=replace(WHOLE.whole, takes_lora=True))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """An adapter as far as can be seen without reading it."""
+    path = tmp_path / "style.safetensors"
+    path.touch()
+    return path
+
+
+def resolve(info: ModelInfo, modules: dict[str, str], **params: Any) -> DiffusionRequest:
+    intake = Intake(OmniDiffusionConfig("demo", lora_modules=modules), info, READY)
+    (request,) = intake.resolve(OmniPrompt("x"), OmniDiffusionSamplingParams(**params), "r")
+    return request
+
+
+@pytest.mark.parametrize(
+    ("asked", "lora_scale", "scale"),
+    [
+        (LoRARequest("style"), None, 1.0),
+        (LoRARequest("style", scale=np.float32(0.5)), None, 0.5),  # type: ignore[arg-type]
+        (LoRARequest("style", scale=2.0), -0.5, -0.5),
+        (LoRARequest("other", "FILE"), 0.5, 0.5),
+    ],
+)
+def test_an_adapter_is_found_by_its_name_or_its_path(
+    file: Path, asked: LoRARequest, lora_scale: float | None, scale: float
+) -> None:
+    if asked.path is not None:
+        asked = replace(asked, path=str(file.parent))
+    request = resolve(TAKES_LORA, {"style": str(file)}, lora_request=asked, lora_scale=lora_scale)
+    assert request.lora == LoRA(asked.name, str(file), scale)
+    sent = msgspec.msgpack.decode(msgspec.msgpack.encode(request), type=DiffusionRequest)
+    assert sent.lora == request.lora
+
+
+@pytest.mark.parametrize(
+    ("params", "param", "words"),
+    [
+        ({"lora_request": LoRARequest("nobody")}, "lora_request", "no LoRA adapter 'nobody'; served: style"),
+        ({"lora_request": LoRARequest("a", "/nowhere")}, "lora_request", "takes a safetensors file that exists"),
+        ({"lora_request": LoRARequest("style", scale=1e9)}, "lora_request", "from -100 to 100"),
+        ({"lora_request": LoRARequest("style"), "lora_scale": float("inf")}, "lora_scale", "from -100 to 100"),
+        ({"lora_request": LoRARequest(3)}, "lora_request", "whose name is a string, got"),  # type: ignore[arg-type]
+        ({"lora_request": "style"}, "lora_request", "takes a LoRARequest"),
+        ({"lora_scale": 0.5}, "lora_scale", "needs a lora_request"),
+    ],
+)
+def test_a_wrong_request_is_told(file: Path, params: dict[str, Any], param: str, words: str) -> None:
+    with pytest.raises(InvalidRequestError, match=words) as caught:
+        resolve(TAKES_LORA, {"style": str(file)}, **params)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("info", "words"),
+    [(INFO, "not available yet with a packed family"), (WHOLE, "a SomePipeline takes no LoRA adapters")],
+)
+def test_a_model_without_adapters_says_so(file: Path, info: ModelInfo, words: str) -> None:
+    with pytest.raises(InvalidRequestError, match=words):
+        resolve(info, {}, lora_request=LoRARequest("style", str(file)))
+
+
+def test_settings_are_checked_at_start(file: Path) -> None:
+    config = OmniDiffusionConfig("demo", lora_modules={"style": str(file)})
+    TAKES_LORA.check_settings(config)
+    with pytest.raises(NotAvailableError, match=r"^--lora-modules: not available yet with a packed family"):
+        INFO.check_settings(config)
+    with pytest.raises(ConfigError, match=r"^--lora-modules style: a SomePipeline takes no adapters"):
+        WHOLE.check_settings(config)
+    file.unlink()
+    with pytest.raises(ConfigError, match=r"^--lora-modules style takes a safetensors file that exists.*, got '/"):
+        TAKES_LORA.check_settings(config)
+    with pytest.raises(ConfigError, match=r"^--lora-modules takes names and paths"):
+        OmniDiffusionConfig("demo", lora_modules={"style": 3})  # type: ignore[dict-item]
+    with pytest.raises(ConfigError, match=r"^--default-sampling-params: lora_scale 0.5 needs"):
+        check_defaults(OmniDiffusionConfig("demo", default_sampling_params={"lora_scale": 0.5}), TAKES_LORA)
+
+
+def test_a_server_may_have_an_adapter_for_requests_that_name_none(file: Path) -> None:
+    def served(name: str) -> OmniDiffusionConfig:
+        defaults = {"lora_request": {"name": name, "scale": 0.5}}
+        return OmniDiffusionConfig(
+            "demo", lora_modules={"style": str(file), "ink": str(file)}, default_sampling_params=defaults
+        )
+
+    check_defaults(served("style"), TAKES_LORA)
+    intake = Intake(served("style"), TAKES_LORA, READY)
+    for asked, lora in ((None, LoRA("style", str(file), 0.5)), (LoRARequest("ink"), LoRA("ink", str(file), 1.0))):
+        (request,) = intake.resolve(OmniPrompt("x"), OmniDiffusionSamplingParams(lora_request=asked), "r")
+        assert request.lora == lora
+    with pytest.raises(ConfigError, match=r"^--default-sampling-params: there is no LoRA adapter 'x'; served: style"):
+        check_defaults(served("x"), TAKES_LORA)
+    with pytest.raises(ConfigError, match=r"^--default-sampling-params: LoRA adapters are not available yet"):
+        check_defaults(served("style"), INFO)

@@ -1,0 +1,54 @@
+"""The upload budget: counted to the byte, and given back when a request ends."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vllm_omni.entrypoints.openai.requests.upload_budget import UploadBudget
+from vllm_omni.errors import QueueFullError
+from vllm_omni.inputs.images import InputImage
+
+
+def make_image(side: int) -> InputImage:
+    """3 side² bytes."""
+    pixels = np.zeros((side, side, 3), np.uint8)
+    return InputImage.of(pixels, pixels)
+
+
+def test_the_budget_is_taken_to_the_last_byte_and_given_back() -> None:
+    budget = UploadBudget(max_bytes=100)
+    with budget.holding() as one, budget.holding() as other:
+        one.add(60)
+        other.add(40)
+        with pytest.raises(QueueFullError) as full:
+            other.add(1)
+        assert full.value.retry_after == 1.0
+        assert (one.num_bytes, other.num_bytes, budget.num_bytes) == (60, 40, 100)
+        one.drop(10)
+        other.add(10)
+    assert budget.num_bytes == 0
+
+
+def test_pictures_are_replaced_and_not_counted_twice() -> None:
+    budget = UploadBudget(max_bytes=500)
+    with budget.holding() as holding:
+        holding.add(100)
+        for _ in range(2):
+            holding.keep(make_image(8))
+        small = make_image(2)
+        holding.replace([small])
+        assert holding.images == (small,)
+        assert (holding.num_bytes, budget.num_bytes) == (112, 112)
+    assert budget.num_bytes == 0
+
+
+def test_what_was_moved_is_given_back_once_by_its_new_holder() -> None:
+    budget = UploadBudget()
+    with budget.holding() as holding:
+        holding.add(100)
+        moved = holding.moved()
+    assert budget.num_bytes == 100
+    with moved:
+        pass
+    assert budget.num_bytes == 0

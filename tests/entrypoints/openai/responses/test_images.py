@@ -1,0 +1,39 @@
+"""The envelope around encoded pictures."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+from vllm_omni.entrypoints.openai.responses.encoding import ImageFormat
+from vllm_omni.entrypoints.openai.responses.images import AnswerStyle, json_around
+from vllm_omni.entrypoints.openai.schema.images import ImageGenerationRequest
+from vllm_omni.outputs import OmniRequestOutput
+
+
+@pytest.mark.parametrize(
+    ("asked", "reported"),
+    [("auto", "high"), ("hd", "high"), ("standard", "medium"), ("low", "low"), ("medium", "medium"), ("high", "high")],
+)
+def test_the_reported_quality_is_one_that_openai_knows(asked: str, reported: str) -> None:
+    body = ImageGenerationRequest(prompt="x", quality=asked)
+    assert AnswerStyle.of(body, ImageFormat("png", 100), ()).quality == reported
+
+
+async def test_the_total_time_includes_the_encoding() -> None:
+    async def item(data: bytes) -> bytes:
+        await asyncio.sleep(0.01)
+        return data
+
+    output = OmniRequestOutput(request_id="r", prompt="x", images=[], timings={"queue": 1.0, "total": 5.0})
+    response = await json_around([item(b"1"), item(b"2")], "data", output, lambda timings: {"timings": timings})
+    body = b"".join([piece async for piece in response.body_iterator])  # type: ignore[misc]
+    assert int(response.headers["content-length"]) == len(body)
+    answer = json.loads(body)
+    assert answer["data"] == [1, 2]
+    timings = answer["timings"]
+    assert timings["queue"] == 1.0
+    assert timings["media_encode"] >= 0.009
+    assert timings["total"] == pytest.approx(5.0 + timings["media_encode"], abs=1e-9)

@@ -1,0 +1,43 @@
+"""The order of the middlewares, and what scripts of allowed origins can read."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import httpx
+from fastapi import FastAPI
+
+import vllm_omni
+from tests.entrypoints.openai.live_server import live_server
+from vllm_omni.entrypoints.cli.args import HttpOptions
+from vllm_omni.entrypoints.server.middleware import EXPOSED_HEADERS, add_middleware
+
+ORIGIN = "https://app.example"
+
+
+def with_cors(app: FastAPI) -> None:
+    add_middleware(app, HttpOptions(allowed_origins=(ORIGIN,), api_key=("k",)))
+
+
+def test_browsers_can_read_our_headers_and_every_answer_has_an_id() -> None:
+    preflight = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
+    with live_server(wrap=with_cors) as server, httpx.Client(base_url=server.url, headers={"Origin": ORIGIN}) as client:
+        allowed = client.options("/v1/images/generations", headers=preflight)
+        forbidden = client.options("/v1/images/generations", headers={**preflight, "Origin": "https://else.example"})
+        refused = client.post("/v1/images/generations", json={"prompt": "x"})
+    assert [answer.status_code for answer in (allowed, forbidden, refused)] == [200, 400, 401]
+    assert len({answer.headers["x-request-id"] for answer in (allowed, forbidden, refused)}) == 3
+    assert refused.headers["access-control-allow-origin"] == ORIGIN
+    assert refused.headers["access-control-expose-headers"] == ", ".join(EXPOSED_HEADERS)
+
+
+def test_every_header_of_ours_is_exposed() -> None:
+    """All headers that the sources name are in the list, also new ones."""
+    sources = Path(vllm_omni.__file__).parent.rglob("*.py")
+    pattern = re.compile(
+        r"""["']((?:x-omni|openai)-[a-z-]+|x-request-id|x-should-retry|retry-after|www-authenticate)["']""", re.I
+    )
+    named = {name.lower() for source in sources for name in pattern.findall(source.read_text())}
+    assert {"x-omni-ignored-fields", "x-request-id", "retry-after"} <= named
+    assert named <= set(EXPOSED_HEADERS)
