@@ -59,7 +59,7 @@ def folder_instead(name: str) -> Breakage:
 
 
 def outside_of(folder: Path) -> Path:
-    """Place beside the model folder, where `linked_outside` moves things."""
+    """RankInfo beside the model folder, where `linked_outside` moves things."""
     return folder.parent / "outside"
 
 

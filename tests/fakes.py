@@ -17,7 +17,7 @@ import numpy as np
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import ItemError, StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.messages.request import DiffusionRequest, RequestCost
-from vllm_omni.diffusion.messages.worker import Place
+from vllm_omni.diffusion.messages.worker import RankInfo
 from vllm_omni.errors import WorkerDiedError
 
 SECONDS_PER_UNIT = 1e-4
@@ -95,7 +95,7 @@ class FakeRunner:
     def __init__(
         self,
         config: OmniDiffusionConfig | None = None,
-        place: Place | None = None,
+        place: RankInfo | None = None,
         ready: WorkerReady | None = None,
         errors: Callable[[str, str, int], ItemError | None] | None = None,
         cached: Callable[[str, int], float] | None = None,
@@ -103,7 +103,7 @@ class FakeRunner:
     ) -> None:
         self._image = image
         self.config = config or make_config()
-        self.place = place or Place()
+        self.place = place or RankInfo()
         self._ready = ready or make_ready()
         self._cached = cached or (lambda request_id, step: 0.0)
         self._errors = errors or (lambda request_id, phase, step: None)

@@ -31,7 +31,7 @@ from tests.tiny_models import build_tiny_qwen_image
 from tests.tiny_z_image import build_tiny_z_image
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.placement import balance
-from vllm_omni.diffusion.messages.worker import Place
+from vllm_omni.diffusion.messages.worker import RankInfo
 
 BUILDERS: dict[str, Callable[..., Path]] = {"qwen_image": build_tiny_qwen_image, "z_image": build_tiny_z_image}
 REQUESTS = [
@@ -53,7 +53,7 @@ def sdpa_of_cpu(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None
 
 
 def measure(
-    place: Place, parallel: DiffusionParallelConfig, path: Path, settings: Mapping[str, Any], steps: int
+    place: RankInfo, parallel: DiffusionParallelConfig, path: Path, settings: Mapping[str, Any], steps: int
 ) -> tuple[dict[str, float], dict[str, int], list[list[Branch]]]:
     """FLOPs by operation and bytes by exchange that the last step takes on this rank, and its sequences by request."""
     runner = started(place, parallel, path, **settings)

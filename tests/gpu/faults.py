@@ -11,7 +11,7 @@ from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import WorkerReady
-from vllm_omni.diffusion.messages.worker import Place
+from vllm_omni.diffusion.messages.worker import RankInfo
 
 GUILTY_RANK = 1
 FAULTY_STEP = 2
@@ -41,5 +41,5 @@ class FaultyRunner(ModelRunner):
             raise error
 
 
-def make_runner(config: OmniDiffusionConfig, place: Place) -> FaultyRunner:
+def make_runner(config: OmniDiffusionConfig, place: RankInfo) -> FaultyRunner:
     return FaultyRunner(config, load_model_info(config.model, config.load_format), place)

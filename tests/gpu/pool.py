@@ -18,7 +18,7 @@ from tests.diffusion.compute.cache.test_layouts import Runs, in_turn
 from tests.diffusion.compute.worker.driving import Drive, make_request
 from tests.diffusion.compute.worker.replica import merging, started
 from vllm_omni.diffusion.data import DiffusionParallelConfig
-from vllm_omni.diffusion.messages.worker import Place
+from vllm_omni.diffusion.messages.worker import RankInfo
 
 PATIENCE_SECONDS = 90.0
 """For all that one layout draws: a rank that hangs costs no more."""
@@ -66,7 +66,7 @@ def _draw(
     index: int, ports: list[int], parallel: DiffusionParallelConfig, path: Path, settings: dict[str, Any]
 ) -> Runs:
     replica, rank = divmod(index, parallel.replica_size)
-    place = Place(rank, parallel.replica_size, replica, ports[replica])
+    place = RankInfo(rank, parallel.replica_size, replica, ports[replica])
     runner = started(place, parallel, path, **settings)
     skips = watch_skips(runner)
     merge: Callable[[Any], Any] = merging(runner)

@@ -28,7 +28,7 @@ from vllm_omni.diffusion.messages.worker import (
     Done,
     Execute,
     FromWorker,
-    Place,
+    RankInfo,
     Ready,
     Start,
     ToWorker,
@@ -76,7 +76,9 @@ def assert_same(one: Any, other: Any) -> None:
 
 
 TO_WORKER = [
-    Start(make_config(parallel=DiffusionParallelConfig(), default_sampling_params={"seed": 3}), Place(1, 4, 2, 8080)),
+    Start(
+        make_config(parallel=DiffusionParallelConfig(), default_sampling_params={"seed": 3}), RankInfo(1, 4, 2, 8080)
+    ),
     Execute(StepPlan(1, [make_request("a", preview_steps=(1, 3), sigmas=(1.0, 0.5))], ["a"], release=["b"])),
     Abort(["a", "b"]),
 ]

@@ -32,7 +32,7 @@ from vllm_omni.errors import (
 )
 
 
-class Recorder(NullObserver):
+class NotedEvents(NullObserver):
     """Notes what the engine tells its observer."""
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class Recorder(NullObserver):
 
 @asynccontextmanager
 async def running_engine(
-    executor: FakeExecutor | None = None, observer: Recorder | None = None, **settings: Any
+    executor: FakeExecutor | None = None, observer: NotedEvents | None = None, **settings: Any
 ) -> AsyncIterator[DiffusionEngine]:
     engine = DiffusionEngine(
         make_config(**settings), executor or FakeExecutor(), observer, restart_backoff_seconds=0.001
@@ -111,7 +111,7 @@ def failures(events: Iterable[EngineEvent]) -> dict[str, type]:
 
 
 async def test_events_come_in_order_with_the_picture_and_timings() -> None:
-    observer = Recorder()
+    observer = NotedEvents()
     async with running_engine(observer=observer) as engine:
         arrival = time.monotonic() - 100  # it waited elsewhere first
         request = make_request(steps=4, seed=5, preview_steps=(2, 3), arrival=arrival)
@@ -215,7 +215,7 @@ def iter_nowait(events: asyncio.Queue[EngineEvent]) -> list[EngineEvent]:
 @pytest.mark.parametrize("num_results", range(6))
 async def test_abort_in_each_phase(num_results: int) -> None:
     """After `num_results` of: encode, three steps, decode; the neighbour notices nothing."""
-    executor, observer = FakeExecutor(hold=True), Recorder()
+    executor, observer = FakeExecutor(hold=True), NotedEvents()
     async with running_engine(executor, observer) as engine:
         victim = engine.add([now_request("victim", steps=3)])
         for number in range(num_results):
@@ -253,7 +253,7 @@ async def test_one_failure_leaves_the_others_alone(caplog: pytest.LogCaptureFixt
         "wrong": ItemError("no", "invalid", param="strength"),
     }
     runner = lambda: FakeRunner(errors=lambda id, phase, step: errors.get(id) if step == 2 else None)  # noqa: E731
-    observer = Recorder()
+    observer = NotedEvents()
     async with running_engine(FakeExecutor(runner), observer) as engine:
         events = await read_until_done(engine.add([now_request(id) for id in ("a", "bad", "b", "wrong")]), 4)
     assert failures(events) == {"bad": GenerationError, "wrong": InvalidRequestError}
@@ -283,7 +283,7 @@ async def test_pictures_that_are_none_end_as_what_they_are(caplog: pytest.LogCap
     errors = {("late", "decode", 4): overflowed, ("early", "denoise", 2): overflowed}
     errors["blocked", "decode", 4] = ItemError("the safety checker blocked it", "blocked")
     runner = lambda: FakeRunner(errors=lambda *when: errors.get(when))  # noqa: E731
-    observer = Recorder()
+    observer = NotedEvents()
     async with running_engine(FakeExecutor(runner), observer) as engine:
         events = await read_until_done(engine.add([now_request(id) for id in ("a", "late", "early", "blocked")]), 4)
         await until(lambda: engine.status().num_running == 0)
@@ -319,7 +319,7 @@ async def test_out_of_memory_is_tried_again_alone(always: bool) -> None:
 
 
 async def test_a_full_queue_refuses_all_or_nothing() -> None:
-    executor, observer = FakeExecutor(hold=True), Recorder()
+    executor, observer = FakeExecutor(hold=True), NotedEvents()
     async with running_engine(executor, observer, max_num_queued_reqs=3) as engine:
         events = engine.add([now_request("a"), now_request("b", 256, 40)])
         with pytest.raises(QueueFullError) as full:
@@ -362,7 +362,7 @@ async def test_retry_after_while_draining_ends_with_the_drain() -> None:
 
 
 async def test_drain_takes_no_new_work_and_finishes_the_old() -> None:
-    executor, observer = FakeExecutor(), Recorder()
+    executor, observer = FakeExecutor(), NotedEvents()
     async with running_engine(executor, observer) as engine:
         assert engine.status().state == "running"
         events = engine.add([now_request("a", steps=30), now_request("b", steps=3)])
@@ -411,7 +411,7 @@ async def test_a_start_that_fails_is_the_callers_to_hear() -> None:
 @pytest.mark.parametrize("seed", range(20))
 async def test_dead_workers_are_replaced_and_everything_is_replayed(seed: int) -> None:
     rng = random.Random(seed)
-    executor, observer = FakeExecutor(die_at=set(rng.sample(range(11), 2))), Recorder()
+    executor, observer = FakeExecutor(die_at=set(rng.sample(range(11), 2))), NotedEvents()
     async with running_engine(executor, observer, max_num_seqs=rng.choice([1, 4])) as engine:
         requests = [
             now_request(f"r{n}", rng.choice([64, 128]), rng.choice([2, 5, 9]), seed=n, preview_steps=(1, 2))
@@ -432,7 +432,7 @@ async def test_dead_workers_are_replaced_and_everything_is_replayed(seed: int) -
 
 
 async def test_too_many_deaths_fail_everything() -> None:
-    executor, observer = FakeExecutor(die_at=range(1000)), Recorder()
+    executor, observer = FakeExecutor(die_at=range(1000)), NotedEvents()
     async with running_engine(executor, observer, max_worker_restarts=2) as engine:
         events = await read_until_done(engine.add([now_request("a"), now_request("b")]), 2)
         assert failures(events) == {"a": GenerationError, "b": GenerationError}
@@ -490,7 +490,10 @@ def test_deaths_are_forgotten_after_ten_minutes() -> None:
 async def test_batches_are_of_the_size_that_the_first_start_measured() -> None:
     size = now_request().cost.tokens_per_step
     measured = iter([2 * size, 100 * size, 100 * size])
-    executor, observer = FakeExecutor(lambda: FakeRunner(ready=make_ready(max_batch_tokens=next(measured)))), Recorder()
+    executor, observer = (
+        FakeExecutor(lambda: FakeRunner(ready=make_ready(max_batch_tokens=next(measured)))),
+        NotedEvents(),
+    )
     async with running_engine(executor, observer) as engine:
         for num_deaths in (0, 1):
             requests = [now_request(f"{num_deaths}-{i}") for i in range(6)]
@@ -501,7 +504,7 @@ async def test_batches_are_of_the_size_that_the_first_start_measured() -> None:
 
 
 async def test_a_worker_that_dies_idle_is_replaced() -> None:
-    executor, observer = FakeExecutor(), Recorder()
+    executor, observer = FakeExecutor(), NotedEvents()
     async with running_engine(executor, observer) as engine:
         executor.die()
         await until(lambda: observer.restarts == [0])
@@ -551,7 +554,7 @@ async def test_a_replayed_request_waited_until_its_first_run() -> None:
 
 
 async def test_what_had_not_begun_is_no_replay() -> None:
-    executor, observer = FakeExecutor(die_at={2}), Recorder()
+    executor, observer = FakeExecutor(die_at={2}), NotedEvents()
     async with running_engine(executor, observer, max_num_seqs=1) as engine:
         await read_until_done(engine.add([now_request(id) for id in "abc"]), 3)
     assert observer.restarts == [1]
@@ -565,7 +568,7 @@ async def test_draining_survives_a_death() -> None:
 
 
 async def test_a_bug_in_the_loop_fails_everything_at_once() -> None:
-    class Broken(Recorder):
+    class Broken(NotedEvents):
         def on_step(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
             raise ZeroDivisionError("a bug")
 
@@ -598,7 +601,7 @@ class HangsInFirstLife(FakeExecutor):
 
 
 async def test_workers_whose_step_is_overdue_are_replaced() -> None:
-    executor, observer = HangsInFirstLife(), Recorder()
+    executor, observer = HangsInFirstLife(), NotedEvents()
     # Restarts are for ever: a slow machine may make a live step overdue, too.
     engine = DiffusionEngine(
         make_config(max_worker_restarts=10**6), executor, observer, restart_backoff_seconds=0.0, stall_seconds=0.3

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.diffusion.control.test_engine import Recorder, failures, now_request, read_until_done, until
+from tests.diffusion.control.test_engine import NotedEvents, failures, now_request, read_until_done, until
 from tests.fakes import FakeExecutor, FakeRunner, fake_image, make_config, make_ready
 from tests.patience import GUARD_SECONDS
 from vllm_omni.diffusion.control.events import Finished
@@ -29,14 +29,14 @@ from vllm_omni.errors import (
 )
 
 
-def make_replicas(executors: list[FakeExecutor], observer: Recorder | None = None, **settings: Any) -> Replicas:
+def make_replicas(executors: list[FakeExecutor], observer: NotedEvents | None = None, **settings: Any) -> Replicas:
     config = make_config(parallel=DiffusionParallelConfig(data_parallel_size=len(executors)), **settings)
     return Replicas(config, executors.__getitem__, observer, restart_backoff_seconds=0.001)
 
 
 @asynccontextmanager
 async def running(
-    executors: list[FakeExecutor], observer: Recorder | None = None, **settings: Any
+    executors: list[FakeExecutor], observer: NotedEvents | None = None, **settings: Any
 ) -> AsyncIterator[Replicas]:
     replicas = make_replicas(executors, observer, **settings)
     async with asyncio.timeout(GUARD_SECONDS):
@@ -67,7 +67,7 @@ class RestartsLate(FakeExecutor):
 
 
 async def test_pictures_of_one_call_spread_and_share_a_queue() -> None:
-    executors, observer = [FakeExecutor() for _ in range(3)], Recorder()
+    executors, observer = [FakeExecutor() for _ in range(3)], NotedEvents()
     async with running(executors, observer) as replicas:
         requests = [now_request(f"r{n}", 64, 5, seed=n) for n in range(7)]
         events = await read_until_done(replicas.add(requests), 7)
@@ -97,7 +97,7 @@ async def test_a_request_goes_where_it_is_done_first() -> None:
 
 
 async def test_the_queue_is_bounded_for_all_together_and_refuses_all_or_nothing() -> None:
-    executors, observer = [FakeExecutor(hold=True), FakeExecutor(hold=True)], Recorder()
+    executors, observer = [FakeExecutor(hold=True), FakeExecutor(hold=True)], NotedEvents()
     async with running(executors, observer, max_num_queued_reqs=5) as replicas:
         with pytest.raises(InvalidRequestError, match=r"6 pictures at once .* \(5\)"):
             replicas.add([now_request(f"x{n}") for n in range(6)])
@@ -141,7 +141,7 @@ async def test_a_replica_without_room_is_passed_over() -> None:
 
 
 async def test_one_dies_and_its_requests_only_wait() -> None:
-    gate, observer = asyncio.Event(), Recorder()
+    gate, observer = asyncio.Event(), NotedEvents()
 
     executors = [FakeExecutor(), RestartsLate(gate, die_at={2})]
     async with running(executors, observer) as replicas:
@@ -238,7 +238,7 @@ async def test_all_begin_to_drain_at_once() -> None:
 
 
 async def test_drain_waits_for_all() -> None:
-    executors, observer = [FakeExecutor(), FakeExecutor()], Recorder()
+    executors, observer = [FakeExecutor(), FakeExecutor()], NotedEvents()
     async with running(executors, observer) as replicas:
         replicas.add([now_request("a", steps=30), now_request("b", steps=3)])
         assert await replicas.drain(GUARD_SECONDS)

@@ -13,7 +13,7 @@ from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
 BEAT_SECONDS = 1.0
 
 
-class Place(Struct, frozen=True):
+class RankInfo(Struct, frozen=True):
     """Where a worker stands among the workers of the model."""
 
     rank: int = 0
@@ -57,7 +57,7 @@ class Runner(Protocol):
     def abort(self, request_ids: Sequence[str]) -> None: ...
 
 
-MakeRunner = Callable[[OmniDiffusionConfig, Place], Runner]
+MakeRunner = Callable[[OmniDiffusionConfig, RankInfo], Runner]
 """What a worker is told to make its runner with."""
 
 
@@ -65,7 +65,7 @@ class Start(Struct, tag=True):
     """The first message to a worker."""
 
     config: OmniDiffusionConfig
-    place: Place
+    place: RankInfo
     first: WorkerReady | None = None
     """Measurements of the first start, which a restarted worker keeps (`Runner.start`)."""
 

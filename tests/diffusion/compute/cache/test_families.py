@@ -21,7 +21,7 @@ from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.plan import StepResult
 from vllm_omni.diffusion.messages.request import DiffusionRequest
-from vllm_omni.diffusion.messages.worker import Place
+from vllm_omni.diffusion.messages.worker import RankInfo
 from vllm_omni.inputs.images import prepared
 
 BACKENDS: dict[str, dict[str, Any]] = {
@@ -88,7 +88,7 @@ def test_decisions_and_pictures_are_those_of_the_request_alone(tmp_path: Path, b
 
 
 def draw(
-    place: Place,
+    place: RankInfo,
     parallel: DiffusionParallelConfig,
     path: Path,
     backend: str,

@@ -18,7 +18,7 @@ from tests.diffusion.compute.worker.replica import merging, started
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.plan import StepResult
 from vllm_omni.diffusion.messages.request import DiffusionRequest
-from vllm_omni.diffusion.messages.worker import Place
+from vllm_omni.diffusion.messages.worker import RankInfo
 
 CACHES: dict[str, dict[str, Any]] = {
     "cache_dit": {
@@ -72,7 +72,7 @@ Runs = list[tuple[dict[str, np.ndarray], Skips]]
 
 
 def draw(
-    place: Place, parallel: DiffusionParallelConfig, path: Path, backend: str, seeds: Sequence[int], moving: bool
+    place: RankInfo, parallel: DiffusionParallelConfig, path: Path, backend: str, seeds: Sequence[int], moving: bool
 ) -> Runs:
     """By seed the pictures and what this rank skipped."""
     runner = started(place, parallel, path, cache_backend=backend, cache_config=CACHES[backend])
@@ -161,7 +161,7 @@ def test_what_one_rank_has_no_room_for_is_a_miss_on_all(calm_model: Path, backen
 
 
 def draw_with_one_room(
-    place: Place, parallel: DiffusionParallelConfig, path: Path, backend: str, config: dict[str, Any]
+    place: RankInfo, parallel: DiffusionParallelConfig, path: Path, backend: str, config: dict[str, Any]
 ) -> Skips:
     runner = started(place, parallel, path, cache_backend=backend, cache_config=config)
     if place.rank == 1:
@@ -179,7 +179,7 @@ def test_a_reused_branch_is_told_once_whichever_ranks_reused_it(calm_model: Path
         assert told == pytest.approx(wanted)
 
 
-def told_shares(place: Place, parallel: DiffusionParallelConfig, path: Path) -> dict[str, float]:
+def told_shares(place: RankInfo, parallel: DiffusionParallelConfig, path: Path) -> dict[str, float]:
     """By request: how many steps the executor says came from the cache."""
     runner = started(place, parallel, path, cache_backend="cache_dit", cache_config=CACHES["cache_dit"])
     merge, told = merging(runner), dict[str, float]()
@@ -195,7 +195,7 @@ def told_shares(place: Place, parallel: DiffusionParallelConfig, path: Path) -> 
 
 
 def draw_uncached(
-    place: Place, parallel: DiffusionParallelConfig, path: Path, seeds: Sequence[int]
+    place: RankInfo, parallel: DiffusionParallelConfig, path: Path, seeds: Sequence[int]
 ) -> list[dict[str, np.ndarray]]:
     runner = started(place, parallel, path)
     return [Drive(runner).run(random_arrivals(seed)).images for seed in seeds]

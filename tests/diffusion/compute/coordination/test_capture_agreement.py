@@ -1,4 +1,4 @@
-"""Ranks that record their steps, exchanges and all, draw what one process draws: a recorder as on GPUs, on the CPU."""
+"""Ranks that record their steps, exchanges and all, draw what one process draws: a capturer as on GPUs, on the CPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.diffusion.compute.distributed.ranks import run_places
-from tests.diffusion.compute.families.test_cuda_graphs import ARRIVALS, Recorder
+from tests.diffusion.compute.families.test_cuda_graphs import ARRIVALS, Capturer
 from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
 from tests.diffusion.compute.worker.replica import merging, started
 from tests.diffusion.compute.worker.test_layouts import placed_in_turn
@@ -21,7 +21,7 @@ from tests.tiny_models import build_tiny_qwen_image
 from vllm_omni.diffusion.compute.device.kinds import Device
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.plan import StepResult
-from vllm_omni.diffusion.messages.worker import Place
+from vllm_omni.diffusion.messages.worker import RankInfo
 
 LAYOUTS: dict[str, dict[str, int]] = {
     "ulysses 2": {"ulysses_degree": 2},
@@ -31,7 +31,7 @@ LAYOUTS: dict[str, dict[str, int]] = {
 }
 
 
-class SilentRecorder(Recorder):
+class SilentCapturer(Capturer):
     """Nobody counts what a recording sends when it is played."""
 
     def __init__(self) -> None:
@@ -40,8 +40,8 @@ class SilentRecorder(Recorder):
         self.late_error: Exception | None = None
         """Raised behind the exchanges, which the other ranks' recorders do meanwhile."""
 
-    def record(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-        output, replay = super().record(run)
+    def capture(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        output, replay = super().capture(run)
         if self.late_error is not None:
             raise self.late_error
 
@@ -55,21 +55,21 @@ class SilentRecorder(Recorder):
 
 
 def draw(
-    place: Place,
+    place: RankInfo,
     parallel: DiffusionParallelConfig,
     path: Path,
-    recorder: SilentRecorder | None,
+    capturer: SilentCapturer | None,
     error: Exception | None,
 ) -> tuple[dict[str, np.ndarray], dict[str, int], int, bool]:
-    """Pictures, bytes sent, replays, whether the recorder has failed. error: of rank 0's recorder after the start."""
-    Device.recorder = lambda self: recorder  # type: ignore[assignment,method-assign]  # in a process of its own
+    """Pictures, bytes sent, replays, whether the capturer has failed. error: of rank 0's capturer after the start."""
+    Device.capturer = lambda self: capturer  # type: ignore[assignment,method-assign]  # in a process of its own
     runner = started(place, parallel, path)
     runner._ranks.take_sent_bytes()
-    if recorder is not None:
+    if capturer is not None:
         assert runner._ranks._world is not None
-        recorder.sent = runner._ranks._world.sent
-        recorder.num_replays = 0
-        recorder.late_error = error if place.rank == 0 else None
+        capturer.sent = runner._ranks._world.sent
+        capturer.num_replays = 0
+        capturer.late_error = error if place.rank == 0 else None
     sent: dict[str, int] = {}
     merge = merging(runner)
 
@@ -80,9 +80,9 @@ def draw(
 
     drive = Drive(runner, partial(placed_in_turn, parallel.cfg_parallel_size), count).run(ARRIVALS)
     assert drive.errors == {}
-    has_failed = recorder is not None and runner.pipeline.recorder is not None
-    has_failed = has_failed and runner.pipeline.recorder.failure is not None  # type: ignore[union-attr]
-    return drive.images, sent, 0 if recorder is None else recorder.num_replays, has_failed
+    has_failed = capturer is not None and runner.pipeline.capturer is not None
+    has_failed = has_failed and runner.pipeline.capturer.failure is not None  # type: ignore[union-attr]
+    return drive.images, sent, 0 if capturer is None else capturer.num_replays, has_failed
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +97,9 @@ def one(path: Path) -> dict[str, np.ndarray]:
     return pictures
 
 
-def on_ranks(path: Path, layout: str, recorder: SilentRecorder | None, error: Exception | None = None) -> list[Any]:
+def on_ranks(path: Path, layout: str, capturer: SilentCapturer | None, error: Exception | None = None) -> list[Any]:
     parallel = DiffusionParallelConfig(**LAYOUTS[layout])
-    return run_places(draw, parallel, parallel, path, recorder, error)
+    return run_places(draw, parallel, parallel, path, capturer, error)
 
 
 def check(drawn: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
@@ -108,10 +108,10 @@ def check(drawn: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_recorded_exchanges_draw_and_count_the_same(path: Path, one: dict[str, np.ndarray], layout: str) -> None:
+def test_captured_exchanges_draw_and_count_the_same(path: Path, one: dict[str, np.ndarray], layout: str) -> None:
     sent_as_they_are = on_ranks(path, layout, None)
     for (pictures, sent, num_replays, has_failed), (_, wanted_sent, *_) in zip(
-        on_ranks(path, layout, SilentRecorder()), sent_as_they_are, strict=True
+        on_ranks(path, layout, SilentCapturer()), sent_as_they_are, strict=True
     ):
         check(pictures, one)
         assert num_replays >= 4
@@ -126,20 +126,20 @@ def test_recorded_exchanges_draw_and_count_the_same(path: Path, one: dict[str, n
 def test_what_one_rank_cannot_record_none_plays(
     path: Path, one: dict[str, np.ndarray], error: Exception, fails: bool
 ) -> None:
-    for pictures, _, num_replays, has_failed in on_ranks(path, "ulysses 2", SilentRecorder(), error):
+    for pictures, _, num_replays, has_failed in on_ranks(path, "ulysses 2", SilentCapturer(), error):
         check(pictures, one)
         assert num_replays == 0
         assert has_failed == fails
 
 
 def draw_with_a_failed_decode(
-    place: Place, parallel: DiffusionParallelConfig, path: Path, recorder: SilentRecorder
+    place: RankInfo, parallel: DiffusionParallelConfig, path: Path, capturer: SilentCapturer
 ) -> tuple[list[str], list[str], int]:
-    """Errors, pictures, how often recordings were dropped: "late" beside "early", whose decode fails on rank 0."""
-    Device.recorder = lambda self: recorder  # type: ignore[assignment,method-assign]  # in a process of its own
+    """Errors, pictures, how often captured graphs were dropped: "late" beside "early", whose decode fails on rank 0."""
+    Device.capturer = lambda self: capturer  # type: ignore[assignment,method-assign]  # in a process of its own
     runner = started(place, parallel, path)
     assert runner._ranks._world is not None
-    recorder.sent = runner._ranks._world.sent
+    capturer.sent = runner._ranks._world.sent
     decode = runner.pipeline.decode
 
     def failing(requests: Any, latents: Any) -> Any:
@@ -151,10 +151,10 @@ def draw_with_a_failed_decode(
     late = make_request("late", num_inference_steps=14, true_cfg_scale=1.0)  # alone in a membership known by then
     early = make_request("early", negative_prompt="", num_inference_steps=3)
     drive = Drive(runner, merge=merging(runner)).run({0: [late], 4: [early]})
-    return list(drive.errors), list(drive.images), recorder.num_releases
+    return list(drive.errors), list(drive.images), capturer.num_releases
 
 
 def test_what_one_rank_lacks_memory_for_makes_all_drop_their_recordings_together(path: Path) -> None:
     parallel = DiffusionParallelConfig(**LAYOUTS["ulysses 2"])
-    for outcome in run_places(draw_with_a_failed_decode, parallel, parallel, path, SilentRecorder()):
+    for outcome in run_places(draw_with_a_failed_decode, parallel, parallel, path, SilentCapturer()):
         assert outcome == (["early"], ["late"], 1)

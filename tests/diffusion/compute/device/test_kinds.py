@@ -17,9 +17,9 @@ from tests.entrypoints.openai.live_server import FAKE_INFO
 from tests.fakes import make_config
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.device.kinds import (
+    CudaGraphCapturer,
     Device,
     Mark,
-    Recorder,
     Stopwatch,
     check_world_size,
     kind_of,
@@ -162,7 +162,7 @@ def test_a_host_that_feeds_a_device_shares_no_operation(
 def test_a_recording_that_lacks_memory_is_tried_once_more(
     monkeypatch: pytest.MonkeyPatch, lacking: Exception, failures: int
 ) -> None:
-    recorder = Recorder.__new__(Recorder)  # without its stream, which the CPU does not have
+    capturer = CudaGraphCapturer.__new__(CudaGraphCapturer)  # without its stream, which the CPU does not have
     attempts: list[int] = []
 
     def capture(run: object) -> tuple[str, object]:
@@ -171,21 +171,21 @@ def test_a_recording_that_lacks_memory_is_tried_once_more(
             raise lacking
         return "output", run
 
-    monkeypatch.setattr(recorder, "_capture_in_pool", capture)
+    monkeypatch.setattr(capturer, "_capture_in_pool", capture)
     if failures == 1:
-        assert recorder.record(lambda: None)[0] == "output"
+        assert capturer.capture(lambda: None)[0] == "output"
     else:
         with pytest.raises(torch.OutOfMemoryError):
-            recorder.record(lambda: None)
+            capturer.capture(lambda: None)
     assert len(attempts) == 2
 
 
 def test_a_recording_that_fails_otherwise_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = Recorder.__new__(Recorder)
+    capturer = CudaGraphCapturer.__new__(CudaGraphCapturer)
     errors = iter([RuntimeError("not permitted when stream is capturing")])
-    monkeypatch.setattr(recorder, "_capture_in_pool", lambda run: (_ for _ in ()).throw(next(errors)))
+    monkeypatch.setattr(capturer, "_capture_in_pool", lambda run: (_ for _ in ()).throw(next(errors)))
     with pytest.raises(RuntimeError, match="not permitted"):
-        recorder.record(lambda: None)
+        capturer.capture(lambda: None)
 
 
 @pytest.mark.parametrize("enabled", [True, False])

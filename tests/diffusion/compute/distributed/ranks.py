@@ -15,7 +15,7 @@ import torch
 from vllm_omni.diffusion.compute.coordination.ranks import connect
 from vllm_omni.diffusion.compute.device.kinds import Device
 from vllm_omni.diffusion.data import DiffusionParallelConfig
-from vllm_omni.diffusion.messages.worker import Place
+from vllm_omni.diffusion.messages.worker import RankInfo
 
 
 def run_ranks(function: Callable[..., Any], parallel: DiffusionParallelConfig, *args: Any) -> list[Any]:
@@ -26,7 +26,7 @@ def run_ranks(function: Callable[..., Any], parallel: DiffusionParallelConfig, *
     return run_places(_in_world, parallel, function, parallel, *args)
 
 
-def _in_world(place: Place, function: Callable[..., Any], parallel: DiffusionParallelConfig, *args: Any) -> Any:
+def _in_world(place: RankInfo, function: Callable[..., Any], parallel: DiffusionParallelConfig, *args: Any) -> Any:
     world = connect(parallel, place, Device("cpu"))
     value = function(world, *args)
     world.mesh.control.all_reduce(torch.zeros(1))  # nobody leaves while others still talk
@@ -42,7 +42,7 @@ def run_places(function: Callable[..., Any], parallel: DiffusionParallelConfig, 
     with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
         port = server.getsockname()[1]
         places = [
-            Place(rank=rank, replica_size=size, store_port=port, store_fd=server.fileno() if rank == 0 else None)
+            RankInfo(rank=rank, replica_size=size, store_port=port, store_fd=server.fileno() if rank == 0 else None)
             for rank in range(size)
         ]
         processes = [
@@ -63,7 +63,7 @@ def run_places(function: Callable[..., Any], parallel: DiffusionParallelConfig, 
             process.join()
 
 
-def _run(function: Callable[..., Any], place: Place, results: Any, args: tuple[Any, ...]) -> None:
+def _run(function: Callable[..., Any], place: RankInfo, results: Any, args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     try:
         outcome = (place.rank, function(place, *args), None)

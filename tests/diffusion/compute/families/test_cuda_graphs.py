@@ -1,4 +1,4 @@
-"""Recorded steps draw what steps sent block by block draw: a recorder as a GPU has one, on the CPU."""
+"""Captured steps draw what steps sent block by block draw: a capturer as a GPU has one, on the CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.tiny_z_image import build_tiny_z_image
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.device.kinds import Device
 from vllm_omni.diffusion.compute.packing import Hidden
-from vllm_omni.diffusion.compute.step import cuda_graphs as recorded
+from vllm_omni.diffusion.compute.step import cuda_graphs
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.errors import ConfigError
@@ -30,22 +30,22 @@ ARRIVALS = {
 }
 
 
-class Recorder:
+class Capturer:
     """A replay computes from the inputs' values at that time, into the same result tensors.
 
-    Recordings share their memory: what others have made is gone after that.
+    Captured graphs share their memory: what others have made is gone after that.
     """
 
     def __init__(self, error: Exception | None = None) -> None:
-        self.num_records = self.num_replays = self.num_releases = 0
+        self.num_captures = self.num_replays = self.num_releases = 0
         self.error = error
         self.failure: str | None = None
         self._outputs: list[Hidden] = []
 
-    def record(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+    def capture(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         if self.error is not None:
             raise self.error
-        self.num_records += 1
+        self.num_captures += 1
         output: Hidden = run()
         self._outputs.append(output)
         self._spoil_outputs()
@@ -68,12 +68,12 @@ class Recorder:
         self.num_releases += 1
 
 
-def draw(path: Path, recorder: Recorder | None, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Drive:
-    monkeypatch.setattr(Device, "recorder", lambda self: recorder)
+def draw(path: Path, capturer: Capturer | None, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Drive:
+    monkeypatch.setattr(Device, "capturer", lambda self: capturer)
     runner = ModelRunner(OmniDiffusionConfig(str(path), **settings), load_model_info(str(path)))
     runner.start()
-    if recorder is not None:
-        recorder.num_records = recorder.num_replays = 0
+    if capturer is not None:
+        capturer.num_captures = capturer.num_replays = 0
     drive = Drive(runner).run(ARRIVALS)
     assert not drive.errors
     return drive
@@ -89,12 +89,12 @@ def assert_equal(got: Drive, wanted: Drive) -> None:
 def test_memberships_are_recorded_at_their_second_step(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, recorder = BUILDERS[family](tmp_path / "model"), Recorder()
-    recorded_drive = draw(path, recorder, monkeypatch)
+    path, capturer = BUILDERS[family](tmp_path / "model"), Capturer()
+    recorded_drive = draw(path, capturer, monkeypatch)
     assert_equal(recorded_drive, draw(path, None, monkeypatch))
     # a alone has 2 steps; with b 5; all three 2, while a ends with step 8; then b and c 1; c alone 2.
-    assert recorder.num_records == 4
-    assert recorder.num_replays == 1 + 4 + 1 + 1
+    assert capturer.num_captures == 4
+    assert capturer.num_replays == 1 + 4 + 1 + 1
 
 
 @pytest.mark.parametrize("refining", [0, 1])
@@ -106,40 +106,40 @@ def test_blocks_that_a_step_cache_runs_by_themselves_are_recorded_so(
         "cache_backend": "cache_dit",
         "cache_config": {"max_warmup_steps": 3, "residual_diff_threshold": 0.1, "Bn_compute_blocks": refining},
     }
-    cached, recorder = draw(path, None, monkeypatch, **settings), Recorder()
-    assert_equal(draw(path, recorder, monkeypatch, **settings), cached)
-    assert recorder.num_records >= 3  # the first block and others
+    cached, capturer = draw(path, None, monkeypatch, **settings), Capturer()
+    assert_equal(draw(path, capturer, monkeypatch, **settings), cached)
+    assert capturer.num_captures >= 3  # the first block and others
 
 
-def test_large_steps_are_not_recorded(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = Recorder()
-    monkeypatch.setattr(recorded, "MAX_TOKENS", 10)
-    draw(tiny_model, recorder, monkeypatch)
-    assert recorder.num_records == 0
+def test_large_steps_are_not_captured(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    capturer = Capturer()
+    monkeypatch.setattr(cuda_graphs, "MAX_TOKENS", 10)
+    draw(tiny_model, capturer, monkeypatch)
+    assert capturer.num_captures == 0
 
 
 def test_steps_for_whose_recording_memory_is_missing_are_sent(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
-    drawn = draw(tiny_model, Recorder(torch.OutOfMemoryError("no room")), monkeypatch)
+    drawn = draw(tiny_model, Capturer(torch.OutOfMemoryError("no room")), monkeypatch)
     assert "no memory to record a step of" in caplog.text
     assert_equal(drawn, draw(tiny_model, None, monkeypatch))
 
 
 def test_what_cannot_be_recorded_ends_the_start(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="CUDA graphs here: not permitted; --enforce-eager serves without"):
-        draw(tiny_model, Recorder(RuntimeError("not permitted")), monkeypatch)
+        draw(tiny_model, Capturer(RuntimeError("not permitted")), monkeypatch)
 
 
 def test_what_cannot_be_recorded_later_is_sent_and_nothing_is_recorded_any_more(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    recorder = Recorder()
-    monkeypatch.setattr(Device, "recorder", lambda self: recorder)
+    capturer = Capturer()
+    monkeypatch.setattr(Device, "capturer", lambda self: capturer)
     runner = ModelRunner(OmniDiffusionConfig(str(tiny_model)), load_model_info(str(tiny_model)))
     runner.start()
-    recorder.error = RuntimeError("not permitted")
+    capturer.error = RuntimeError("not permitted")
     for _ in range(2):
         drive = Drive(runner).run(ARRIVALS)
         assert not drive.errors
@@ -148,21 +148,21 @@ def test_what_cannot_be_recorded_later_is_sent_and_nothing_is_recorded_any_more(
 
 
 def test_a_step_that_runs_out_of_memory_drops_all_recordings(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = Recorder()
-    monkeypatch.setattr(Device, "recorder", lambda self: recorder)
+    capturer = Capturer()
+    monkeypatch.setattr(Device, "capturer", lambda self: capturer)
     runner = ModelRunner(OmniDiffusionConfig(str(tiny_model)), load_model_info(str(tiny_model)))
     runner.start()
-    recorder.num_records = 0
+    capturer.num_captures = 0
     pipeline: Any = runner.pipeline
     predict, num_in_company, held = pipeline.predict, [0], []
 
     def short_of_memory(states: Any, groups: Any) -> Any:
         num_in_company[0] += len(states) > 1
         if len(states) > 1 and num_in_company[0] == 3:
-            held.append((recorder.num_records, len(pipeline._layouts)))
+            held.append((capturer.num_captures, len(pipeline._layouts)))
             raise torch.OutOfMemoryError("no room")
         if held and len(states) == 1 and len(held) == 1:
-            held.append((recorder.num_releases, len(pipeline._layouts)))
+            held.append((capturer.num_releases, len(pipeline._layouts)))
         return predict(states, groups)
 
     monkeypatch.setattr(pipeline, "predict", short_of_memory)
@@ -178,10 +178,10 @@ def test_neither_a_cpu_nor_who_enforces_eager_records(tiny_model: Path, monkeypa
         runner.start()
         return runner
 
-    assert start().pipeline.recorder is None
-    monkeypatch.setattr(Device, "recorder", lambda self: Recorder())
-    assert start().pipeline.recorder is not None
-    assert start(enforce_eager=True).pipeline.recorder is None
+    assert start().pipeline.capturer is None
+    monkeypatch.setattr(Device, "capturer", lambda self: Capturer())
+    assert start().pipeline.capturer is not None
+    assert start(enforce_eager=True).pipeline.capturer is None
 
 
 class Summing:
@@ -208,10 +208,10 @@ class Summing:
 
 
 def test_a_replay_reads_all_that_may_change() -> None:
-    recordings, recorder = recorded.Recordings(), Recorder()
+    captured_graphs, capturer = cuda_graphs.CapturedGraphs(), Capturer()
     for step in range(10):
         hidden, blocks = Hidden(torch.randn(2, 3), torch.randn(4, 3)), Summing(torch.randn(1, 1, 1 + step % 2, 1, 3))
-        got, wanted = recordings.run(hidden, blocks, range(1), recorder), blocks.run(hidden, range(1))
+        got, wanted = captured_graphs.run(hidden, blocks, range(1), capturer), blocks.run(hidden, range(1))
         assert torch.equal(got.text, wanted.text)
         assert torch.equal(got.image, wanted.image)
-    assert (recorder.num_records, recorder.num_replays) == (2, 8)
+    assert (capturer.num_captures, capturer.num_replays) == (2, 8)

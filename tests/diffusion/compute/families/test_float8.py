@@ -30,7 +30,7 @@ from vllm_omni.diffusion.compute.families.z_image import transformer as z_image_
 from vllm_omni.diffusion.compute.step.sampling import pack_latents
 from vllm_omni.diffusion.compute.weights.loading import load_weights
 from vllm_omni.diffusion.data import DiffusionParallelConfig
-from vllm_omni.diffusion.messages.worker import Place
+from vllm_omni.diffusion.messages.worker import RankInfo
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
 CPU = torch.device("cpu")
@@ -108,7 +108,7 @@ def test_z_image_rounds_its_layers_and_refiners_and_nothing_else(tmp_path: Path)
 LAYOUTS = [{"tensor_parallel_size": 2}, {"ulysses_degree": 2}]
 
 
-def velocities(place: Place, parallel: DiffusionParallelConfig, path: Path, settings: dict[str, Any]) -> Any:
+def velocities(place: RankInfo, parallel: DiffusionParallelConfig, path: Path, settings: dict[str, Any]) -> Any:
     runner = started(place, parallel, path, **settings)
     return first_velocities(runner, lambda *args: placed_in_turn(1, *args), ARRIVALS)
 
@@ -137,7 +137,7 @@ def test_pictures_are_near_and_come_with_a_cache_as_well(tiny_model: Path) -> No
     cached = {"cache_backend": "cache_dit", "cache_config": {"residual_diff_threshold": 1000.0}}
     pictures = []
     for settings in ({}, {"quantization": "fp8"}, {"quantization": "fp8", **cached}):
-        runner = started(Place(), DiffusionParallelConfig(), tiny_model, **settings)
+        runner = started(RankInfo(), DiffusionParallelConfig(), tiny_model, **settings)
         drive = Drive(runner).run({0: [request]})
         assert not drive.errors
         pictures.append(drive.images["a"])

@@ -27,7 +27,7 @@ from vllm_omni.diffusion.compute.step.compiled import Backend, CompiledBlocks
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest
-from vllm_omni.diffusion.messages.worker import Place
+from vllm_omni.diffusion.messages.worker import RankInfo
 from vllm_omni.errors import ConfigError
 from vllm_omni.inputs.images import prepared
 
@@ -65,7 +65,7 @@ def draw(
     path: Path,
     arrivals: Arrivals,
     compile_blocks: bool,
-    place: Place | None = None,
+    place: RankInfo | None = None,
     parallel: DiffusionParallelConfig = DiffusionParallelConfig(),  # noqa: B008 - frozen
     cache: str = "none",
     **cache_keys: Any,
@@ -139,7 +139,7 @@ def test_serving_compiles_nothing_of_edits(tiny_edit_model: Path, caplog: pytest
     check(compiled, draw(tiny_edit_model, arrivals, compile_blocks=False)[0])
 
 
-def draw_as_rank(place: Place, path: Path, parallel: DiffusionParallelConfig) -> tuple[Images, list[str]]:
+def draw_as_rank(place: RankInfo, path: Path, parallel: DiffusionParallelConfig) -> tuple[Images, list[str]]:
     torch.set_num_threads(1)
     lines: list[str] = []
     handler = logging.Handler()

@@ -202,7 +202,7 @@ class SmallDevice:
     works_ahead = False
     survive_failures = False
     mesh = SimpleNamespace(cfg_size=1)
-    recorder = None
+    capturer = None
 
     def __init__(self, most_copies: int) -> None:
         self.most_copies = most_copies

@@ -26,7 +26,7 @@ from vllm_omni.diffusion.compute.weights.dummy import dummy_weight
 from vllm_omni.diffusion.compute.weights.loading import checkpoint_slots, load_weights
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest
-from vllm_omni.diffusion.messages.worker import Place
+from vllm_omni.diffusion.messages.worker import RankInfo
 from vllm_omni.errors import ConfigError
 from vllm_omni.inputs.images import prepared
 
@@ -58,7 +58,7 @@ def guided(path: Path) -> DiffusionRequest:
     return make_request("a", negative_prompt="", num_inference_steps=50, images=images)
 
 
-def draw(place: Place, parallel: DiffusionParallelConfig, path: Path) -> np.ndarray | None:
+def draw(place: RankInfo, parallel: DiffusionParallelConfig, path: Path) -> np.ndarray | None:
     """The picture, on the rank that has it."""
     runner = started(place, parallel, path, load_format="dummy")
     drive = Drive(runner, merge=merging(runner)).run({0: [guided(path)]})
@@ -67,7 +67,7 @@ def draw(place: Place, parallel: DiffusionParallelConfig, path: Path) -> np.ndar
 
 
 def test_values_stay_finite_and_runs_repeat(bare: Path) -> None:
-    runner = started(Place(), DiffusionParallelConfig(), bare, load_format="dummy")
+    runner = started(RankInfo(), DiffusionParallelConfig(), bare, load_format="dummy")
     pipeline = runner.pipeline
     with torch.inference_mode():
         state = pipeline.encode(guided(bare))
@@ -79,7 +79,7 @@ def test_values_stay_finite_and_runs_repeat(bare: Path) -> None:
         assert branches[0].std() > 0.01
         ((picture, *_),) = pipeline.decode([state.request], [state.latents])
     assert picture.float().std() > 0
-    again = draw(Place(), DiffusionParallelConfig(), bare)
+    again = draw(RankInfo(), DiffusionParallelConfig(), bare)
     assert again is not None
     assert np.array_equal(picture, again)
 
@@ -101,7 +101,7 @@ def test_ranks_cut_their_shares_from_the_same_weights() -> None:
 
 def test_ranks_draw_what_one_draws(bare: Path) -> None:
     parallel = DiffusionParallelConfig(tensor_parallel_size=2)
-    one = draw(Place(), DiffusionParallelConfig(), bare)
+    one = draw(RankInfo(), DiffusionParallelConfig(), bare)
     assert one is not None
     for picture in run_places(draw, parallel, parallel, bare):
         assert psnr(picture, one) >= 50
@@ -109,7 +109,7 @@ def test_ranks_draw_what_one_draws(bare: Path) -> None:
 
 def test_modules_of_diffusers_get_the_same_weights(bare: Path) -> None:
     """Speed is compared on equal weights, and so may pictures be."""
-    runner = started(Place(), DiffusionParallelConfig(), bare, load_format="dummy")
+    runner = started(RankInfo(), DiffusionParallelConfig(), bare, load_format="dummy")
     ours: nn.Module = runner.pipeline.transformer  # type: ignore[attr-defined]
     family = load_model_info(str(bare)).family
     names = import_module(f"vllm_omni.diffusion.compute.families.{family}.transformer").CHECKPOINT_NAMES
@@ -126,7 +126,7 @@ def test_modules_of_diffusers_get_the_same_weights(bare: Path) -> None:
 
 def test_without_the_format_weights_are_asked_for(bare: Path) -> None:
     with pytest.raises(ConfigError, match=r"no \.safetensors file"):
-        started(Place(), DiffusionParallelConfig(), bare)
+        started(RankInfo(), DiffusionParallelConfig(), bare)
 
 
 def test_a_weight_is_its_names() -> None:

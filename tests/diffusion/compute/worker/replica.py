@@ -14,10 +14,10 @@ from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.control.executor.merging import merge_results
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import StepResult
-from vllm_omni.diffusion.messages.worker import Place
+from vllm_omni.diffusion.messages.worker import RankInfo
 
 
-def started(place: Place, parallel: DiffusionParallelConfig, path: Path, **settings: Any) -> ModelRunner:
+def started(place: RankInfo, parallel: DiffusionParallelConfig, path: Path, **settings: Any) -> ModelRunner:
     """A runner after the shortest warm-up, in a process of its own."""
     warmup.BUDGET_SECONDS, warmup.MIN_SAMPLES = 0.0, 1
     config = OmniDiffusionConfig(model=str(path), parallel=parallel, **settings)

@@ -25,7 +25,7 @@ from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import ItemError, StepPlan
 from vllm_omni.diffusion.messages.request import LoRA
-from vllm_omni.diffusion.messages.worker import Place
+from vllm_omni.diffusion.messages.worker import RankInfo
 
 pytestmark = pytest.mark.usefixtures("quick_warmup")
 
@@ -219,7 +219,7 @@ LAYOUTS = {
 }
 
 
-def draw_spoiled(place: Place, parallel: DiffusionParallelConfig, path: Path) -> tuple[Any, Any, Any, int]:
+def draw_spoiled(place: RankInfo, parallel: DiffusionParallelConfig, path: Path) -> tuple[Any, Any, Any, int]:
     runner = started(place, parallel, path)
     spoil(runner, "b", NAN, step=1)
     late = make_request("late", seed=4, num_inference_steps=5, preview_steps=(2, 4))

@@ -21,7 +21,7 @@ from tests.tiny_z_image import build_tiny_z_image
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest
-from vllm_omni.diffusion.messages.worker import Place
+from vllm_omni.diffusion.messages.worker import RankInfo
 
 ARRIVALS: dict[int, list[DiffusionRequest]] = {
     0: [
@@ -37,7 +37,7 @@ Arrivals = Mapping[int, Sequence[DiffusionRequest]]
 
 
 def draw(
-    place: Place,
+    place: RankInfo,
     parallel: DiffusionParallelConfig,
     path: Path,
     moving: bool = False,
@@ -96,7 +96,7 @@ class Reference:
     def pictures(self, family: str, heads: int) -> dict[str, np.ndarray]:
         if (family, heads) not in self._pictures:
             threads = torch.get_num_threads()
-            pictures, errors = draw(Place(), DiffusionParallelConfig(), self.path(family, heads))
+            pictures, errors = draw(RankInfo(), DiffusionParallelConfig(), self.path(family, heads))
             torch.set_num_threads(threads)
             assert not errors
             self._pictures[family, heads] = pictures

@@ -21,7 +21,7 @@ from vllm_omni.diffusion.compute.distributed.mesh import World
 from vllm_omni.diffusion.compute.step.pipeline import RequestState
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.plan import ItemError, StepPlan
-from vllm_omni.diffusion.messages.worker import Place
+from vllm_omni.diffusion.messages.worker import RankInfo
 
 REQUESTS = [
     make_request("a", negative_prompt="a blue car", seed=1, num_inference_steps=3),
@@ -78,7 +78,7 @@ def watch(pipeline: Any, stage: str, look: Callable[[list[str]], Any]) -> None:
 
 
 def draw(
-    place: Place, parallel: DiffusionParallelConfig, path: Path, stage: str | None, error: Exception
+    place: RankInfo, parallel: DiffusionParallelConfig, path: Path, stage: str | None, error: Exception
 ) -> tuple[dict[str, np.ndarray], dict[str, ItemError], int]:
     runner = started(place, parallel, path)
     if stage and place.rank == GUILTY_RANK % place.replica_size:
@@ -141,7 +141,9 @@ def check(results: list[Any], wanted: dict[str, np.ndarray], kind: str) -> None:
             assert psnr(picture, wanted[request_id]) >= 60
 
 
-def draw_with_aborts(place: Place, parallel: DiffusionParallelConfig, path: Path, rounds: int) -> list[dict[str, Any]]:
+def draw_with_aborts(
+    place: RankInfo, parallel: DiffusionParallelConfig, path: Path, rounds: int
+) -> list[dict[str, Any]]:
     """In each round the ranks hear of an abort before different steps."""
     runner = started(place, parallel, path)
     pictures = []
@@ -175,7 +177,7 @@ def test_an_abort_may_reach_the_ranks_at_different_steps(tiny_model: Path, alone
                 assert psnr(images[request_id], alone[request_id]) >= 60
 
 
-def lose(place: Place, parallel: DiffusionParallelConfig, path: Path) -> str:
+def lose(place: RankInfo, parallel: DiffusionParallelConfig, path: Path) -> str:
     """Rank 1 fails in a step that the other does not reach: nothing can be saved, and both say so."""
     runner = started(place, parallel, path)
     runner.execute(StepPlan(0, new_requests=[REQUESTS[0]], encode=["a"]))

@@ -21,7 +21,7 @@ from vllm_omni.diffusion.control.executor import Executor
 from vllm_omni.diffusion.control.executor.multiproc import MultiprocExecutor
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
-from vllm_omni.diffusion.messages.worker import Place
+from vllm_omni.diffusion.messages.worker import RankInfo
 from vllm_omni.errors import ConfigError
 
 ROOT = Path(__file__).parents[4]
@@ -66,7 +66,7 @@ class AskedLate(FakeRunner):
 
     launches_ahead = True
 
-    def __init__(self, config: OmniDiffusionConfig, place: Place | None = None) -> None:
+    def __init__(self, config: OmniDiffusionConfig, place: RankInfo | None = None) -> None:
         super().__init__(config, place)
         self._launched = [threading.Event(), threading.Event()]
 
@@ -84,7 +84,7 @@ class AskedLate(FakeRunner):
 class Gated(FakeRunner):
     """A step with an id in `denoise` runs until that id is aborted."""
 
-    def __init__(self, config: OmniDiffusionConfig, place: Place | None = None) -> None:
+    def __init__(self, config: OmniDiffusionConfig, place: RankInfo | None = None) -> None:
         super().__init__(config, place)
         self._aborted_any = threading.Event()
 

@@ -30,7 +30,7 @@ class SlowOmni:
         return prompt.prompt
 
 
-class Recorder(NullObserver):
+class Capturer(NullObserver):
     def __init__(self) -> None:
         self.rejects: list[str] = []
 
@@ -40,7 +40,7 @@ class Recorder(NullObserver):
 
 async def test_those_beyond_the_bound_are_told_to_come_back() -> None:
     omni: Any = SlowOmni(max_num_queued_reqs=2)
-    observer = Recorder()
+    observer = Capturer()
     resolver = Resolver(omni, observer)
     params = OmniDiffusionSamplingParams()
     resolver._seconds = 3e6

@@ -1,4 +1,4 @@
-"""Recordings of steps with exchanges: ranks that compute the same sequences record alike, or not at all."""
+"""CUDA graphs of steps with exchanges: ranks that compute the same sequences all capture a step, or none does."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from typing import TypeVar
 import torch
 
 from vllm_omni.diffusion.compute.distributed.groups import Group
-from vllm_omni.diffusion.compute.step.cuda_graphs import Recorder
+from vllm_omni.diffusion.compute.step.cuda_graphs import Capturer
 
 Output = TypeVar("Output")
 
 _DONE, _NO_MEMORY, _FAILED = 0.0, 1.0, 2.0
 
 
-class RanksRecorder:
-    """A device's recorder, as one of several ranks uses it that record the same at the same time.
+class RankGroupCapturer:
+    """A device's capturer, as one of several ranks uses it that record the same at the same time.
 
     What one rank cannot record none plays. An exchange counts as sent when it is played, not when it is recorded.
     """
 
     failure: str | None = None
-    """See `Recorder`; all ranks of the group have one, or none."""
+    """See `Capturer`; all ranks of the group have one, or none."""
 
-    def __init__(self, recorder: Recorder, group: Group, sent: Counter[str], device: torch.device) -> None:
+    def __init__(self, capturer: Capturer, group: Group, sent: Counter[str], device: torch.device) -> None:
         """group: those ranks, which exchange tensors on `device`; sent: where they count what they exchange."""
-        self._recorder = recorder
+        self._capturer = capturer
         self._group = group
         self._sent = sent
         self._device = device
 
-    def record(self, run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]:
-        """Waits for the other ranks' recordings. Raises OutOfMemoryError where memory was all that any rank lacked."""
+    def capture(self, run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]:
+        """Capture, and wait for the other ranks to do the same. Raises OutOfMemoryError if memory alone was missing."""
         before = Counter(self._sent)
         cost: Counter[str] = Counter()
 
@@ -47,7 +47,7 @@ class RanksRecorder:
         recorded = None
         outcome, reason = _DONE, "on another rank"
         try:
-            recorded = self._recorder.record(counted)
+            recorded = self._capturer.capture(counted)
         except torch.OutOfMemoryError as error:
             outcome, reason = _NO_MEMORY, str(error)
         except Exception as error:
@@ -68,4 +68,4 @@ class RanksRecorder:
         return output, replay
 
     def release(self) -> None:
-        self._recorder.release()
+        self._capturer.release()

@@ -9,13 +9,13 @@ from typing import TypeVar
 import torch
 from torch._C._distributed_c10d import TCPStore
 
-from vllm_omni.diffusion.compute.coordination.capture_agreement import RanksRecorder
+from vllm_omni.diffusion.compute.coordination.capture_agreement import RankGroupCapturer
 from vllm_omni.diffusion.compute.device.kinds import Device
 from vllm_omni.diffusion.compute.distributed.groups import GroupBrokenError
 from vllm_omni.diffusion.compute.distributed.mesh import COLLECTIVE_TIMEOUT, Mesh, World
-from vllm_omni.diffusion.compute.step.cuda_graphs import Recorder
+from vllm_omni.diffusion.compute.step.cuda_graphs import Capturer
 from vllm_omni.diffusion.data import DiffusionParallelConfig
-from vllm_omni.diffusion.messages.worker import Place
+from vllm_omni.diffusion.messages.worker import RankInfo
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class RanksLostError(Exception):
     """The ranks do not know any more where the others are: they must all start again."""
 
 
-def connect(parallel: DiffusionParallelConfig, place: Place, device: Device) -> World:
+def connect(parallel: DiffusionParallelConfig, place: RankInfo, device: Device) -> World:
     """Meet the other ranks of the replica; each must call this."""
     listens = place.store_fd is not None
     store = TCPStore(
@@ -76,12 +76,12 @@ class Ranks:
         self._world.sent.clear()
         return sent
 
-    def recorder(self, device: Device) -> Recorder | None:
+    def capturer(self, device: Device) -> Capturer | None:
         """The device's, for steps of all ranks."""
-        recorder = device.recorder()
-        if recorder is None or self._world is None:
-            return recorder
-        return RanksRecorder(recorder, self.mesh.rank_group, self._world.sent, device.torch)
+        capturer = device.capturer()
+        if capturer is None or self._world is None:
+            return capturer
+        return RankGroupCapturer(capturer, self.mesh.rank_group, self._world.sent, device.torch)
 
     @property
     def survive_failures(self) -> bool:

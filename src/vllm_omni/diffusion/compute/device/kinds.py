@@ -145,9 +145,9 @@ class Device:
 
         return arrays
 
-    def recorder(self) -> Recorder | None:
+    def capturer(self) -> CudaGraphCapturer | None:
         """None where a device does at once what it is given."""
-        return Recorder(self) if self.works_ahead else None
+        return CudaGraphCapturer(self) if self.works_ahead else None
 
     @property
     def num_threads(self) -> int:
@@ -236,7 +236,7 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-class Recorder:
+class CudaGraphCapturer:
     """CUDA graphs, one after another in one pool of memory: they must not run at the same time."""
 
     failure: str | None = None
@@ -248,10 +248,10 @@ class Recorder:
         self._first: tuple[Tensor, Callable[[], None]] | None = None
 
     def release(self) -> None:
-        """Give back the memory of recordings that are gone."""
+        """Give back the memory of graphs that are gone."""
         self._first = None
 
-    def record(self, run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]:
+    def capture(self, run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]:
         """What `run` gives the device is not done, but recorded: its result, which each replay makes anew in place.
 
         Raises OutOfMemoryError also where it is CUDA that had too little for the graph itself.

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 BUDGET_SECONDS, DEVICE_BUDGET_SECONDS = 0.8, 4.0
 """Larger batches are tried while all tries together are expected to take less; of a device beside the host, whose best
 batches are larger and whose start takes long anyway."""
-REPEATS, RECORDED_REPEATS = 3, 4
+REPEATS, CAPTURED_REPEATS = 3, 4
 """Timed runs per step; one more with CUDA graphs, because capture happens on run 2."""
 REPEAT_SECONDS = 0.3
 """Runs that take longer are timed once only."""
@@ -256,7 +256,7 @@ def measure_steps(pipeline: BasePipeline[Any], state: RequestState, info: ModelI
         start = time.perf_counter()
         try:
             with _forward(pipeline, state, copies, timer.ranks) as step:
-                seconds = timer.least([step] * (REPEATS if pipeline.recorder is None else RECORDED_REPEATS))
+                seconds = timer.least([step] * (REPEATS if pipeline.capturer is None else CAPTURED_REPEATS))
         except Exception as error:
             # Where it was another rank's memory that ran out, that rank knows; where it was not, it ends the start.
             if samples and (is_out_of_memory(error) or isinstance(error, PeerFailedError)):

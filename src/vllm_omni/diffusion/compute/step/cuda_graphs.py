@@ -26,22 +26,22 @@ much memory."""
 Output = TypeVar("Output")
 
 
-class Recorder(Protocol):
+class Capturer(Protocol):
     """Of a device, or of several that record alike. See `worker.device` and `worker.recording`."""
 
     failure: str | None
     """Why something could not be recorded, for another reason than memory; from then on nothing is."""
 
-    def record(self, run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]:
+    def capture(self, run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]:
         """What `run` gives the device is not done, but recorded: its result, which each replay makes anew in place."""
         ...
 
     def release(self) -> None:
-        """Give back the memory of recordings that are gone."""
+        """Give back the memory of graphs that are gone."""
         ...
 
 
-class RecordableBlocks(Blocks, Protocol):
+class CapturableBlocks(Blocks, Protocol):
     @property
     def rows(self) -> Tensor:
         """The modulation of all blocks: [layers, streams, rows, parts, D]."""
@@ -52,14 +52,14 @@ class RecordableBlocks(Blocks, Protocol):
         ...
 
 
-class Recordings:
+class CapturedGraphs:
     """Of one membership of sequences, whose tensors outlive them: by blocks and by number of rows of modulation."""
 
     def __init__(self) -> None:
         self._seen: set[tuple[range, int]] = set()
-        self._made: dict[tuple[range, int], _Recording | None] = {}
+        self._made: dict[tuple[range, int], _CapturedGraph | None] = {}
 
-    def run(self, hidden: Hidden, blocks: RecordableBlocks, which: range, recorder: Recorder) -> Hidden:
+    def run(self, hidden: Hidden, blocks: CapturableBlocks, which: range, capturer: Capturer) -> Hidden:
         """`which` blocks. What cannot be recorded is sent as it is, with a warning."""
         kind = which, blocks.rows.shape[2]
         if kind not in self._seen:  # what libraries make for new shapes they make now
@@ -67,27 +67,27 @@ class Recordings:
             self._seen.add(kind)
             return output
         if kind not in self._made:
-            self._made[kind] = _record(hidden, blocks, which, recorder)
+            self._made[kind] = _capture(hidden, blocks, which, capturer)
         recording = self._made[kind]
         return blocks.run(hidden, which) if recording is None else recording.replay(hidden, blocks.rows)
 
 
-def _record(hidden: Hidden, blocks: RecordableBlocks, which: range, recorder: Recorder) -> _Recording | None:
-    if recorder.failure is not None:
+def _capture(hidden: Hidden, blocks: CapturableBlocks, which: range, capturer: Capturer) -> _CapturedGraph | None:
+    if capturer.failure is not None:
         return None
     try:
-        return _Recording(hidden, blocks, which, recorder)
+        return _CapturedGraph(hidden, blocks, which, capturer)
     except torch.OutOfMemoryError as error:  # for the recording's own; without it the step may have enough
         logger.warning("no memory to record a step of %d tokens: %s", blocks.pack.num_tokens, error)
     except Exception as error:
         logger.warning("a step of %d tokens cannot be recorded: %s", blocks.pack.num_tokens, error)
-        recorder.failure = str(error)
+        capturer.failure = str(error)
     return None
 
 
-class _Recording:
-    def __init__(self, hidden: Hidden, blocks: RecordableBlocks, which: range, recorder: Recorder) -> None:
-        made: list[tuple[Hidden, RecordableBlocks]] = []
+class _CapturedGraph:
+    def __init__(self, hidden: Hidden, blocks: CapturableBlocks, which: range, capturer: Capturer) -> None:
+        made: list[tuple[Hidden, CapturableBlocks]] = []
 
         def run() -> Hidden:
             if not made:  # within the recording, where a lack of memory is a failure that all ranks hear of
@@ -96,7 +96,7 @@ class _Recording:
             inputs, own_blocks = made[0]
             return own_blocks.run(inputs, which)
 
-        self._output, self._again = recorder.record(run)
+        self._output, self._again = capturer.capture(run)
         ((self._inputs, self._blocks),) = made
 
     def replay(self, hidden: Hidden, rows: Tensor) -> Hidden:
@@ -104,17 +104,17 @@ class _Recording:
         self._inputs.image.copy_(hidden.image)
         self._blocks.rows.copy_(rows)
         self._again()
-        # Recordings share their memory: the next one to be played may write over this one's results.
+        # Captured graphs share their memory: the next replay may write over this one's results.
         return Hidden(self._output.text.clone(), self._output.image.clone())
 
 
 @dataclass(frozen=True)
-class RecordedBlocks:
+class CapturedBlocks:
     """`blocks`, recorded where they run again and again."""
 
-    blocks: RecordableBlocks
-    recordings: Recordings
-    recorder: Recorder
+    blocks: CapturableBlocks
+    captured_graphs: CapturedGraphs
+    capturer: Capturer
 
     @property
     def num_blocks(self) -> int:
@@ -125,18 +125,18 @@ class RecordedBlocks:
         return self.blocks.pack
 
     def run(self, hidden: Hidden, which: range) -> Hidden:
-        return self.recordings.run(hidden, self.blocks, which, self.recorder) if which else hidden
+        return self.captured_graphs.run(hidden, self.blocks, which, self.capturer) if which else hidden
 
     def signal(self, hidden: Hidden) -> Tensor:
         return self.blocks.signal(hidden)
 
     def select(self, members: Sequence[int]) -> Self:
         # A part of a membership seldom comes again.
-        return type(self)(self.blocks.select(members), Recordings(), self.recorder)
+        return type(self)(self.blocks.select(members), CapturedGraphs(), self.capturer)
 
 
-def recorded(blocks: RecordableBlocks, recordings: Recordings, recorder: Recorder | None) -> Blocks:
-    """`blocks` themselves where there is no recorder, or where recording does not pay."""
-    if recorder is None or recorder.failure is not None or blocks.pack.most_tokens > MAX_TOKENS:
+def captured(blocks: CapturableBlocks, captured_graphs: CapturedGraphs, capturer: Capturer | None) -> Blocks:
+    """`blocks` themselves where there is no capturer, or where recording does not pay."""
+    if capturer is None or capturer.failure is not None or blocks.pack.most_tokens > MAX_TOKENS:
         return blocks
-    return RecordedBlocks(blocks, recordings, recorder)
+    return CapturedBlocks(blocks, captured_graphs, capturer)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vllm_omni.diffusion.compute.distributed.mesh import Mesh
 from vllm_omni.diffusion.compute.packing import MembershipCache
-from vllm_omni.diffusion.compute.step.cuda_graphs import Recordings
+from vllm_omni.diffusion.compute.step.cuda_graphs import CapturedGraphs
 from vllm_omni.diffusion.compute.step.pipeline import BasePipeline, Picture, RequestState
 from vllm_omni.diffusion.compute.step.sampling import predict_clean
 from vllm_omni.diffusion.compute.step.schedule import with_one_step_schedules
@@ -40,7 +40,7 @@ class Layout(Generic[Forward]):
     sharding: Sharding
     forward: Forward | None
     """What this rank computes of them, in the order of `sharding.mine`; None when its group computes none."""
-    recordings: Recordings = field(default_factory=Recordings)
+    captured_graphs: CapturedGraphs = field(default_factory=CapturedGraphs)
 
 
 class Decoder(Protocol):
@@ -77,8 +77,8 @@ class FlowPipeline(BasePipeline[State], Generic[State, Forward]):
 
     def release_memory(self) -> None:
         self._layouts.clear()
-        if self.recorder is not None:
-            self.recorder.release()
+        if self.capturer is not None:
+            self.capturer.release()
 
     def forget(self, state: State) -> None:
         self._layouts.forget(state)

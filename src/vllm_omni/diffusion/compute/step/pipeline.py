@@ -14,7 +14,7 @@ from vllm_omni.diffusion.catalog.registry import ModelInfo
 from vllm_omni.diffusion.compute.cache.base import CacheSlot, SequenceStep, StepCache
 from vllm_omni.diffusion.compute.distributed.mesh import Mesh
 from vllm_omni.diffusion.compute.step.compiled import CompiledBlocks
-from vllm_omni.diffusion.compute.step.cuda_graphs import Recorder
+from vllm_omni.diffusion.compute.step.cuda_graphs import Capturer
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 
@@ -77,7 +77,7 @@ class BasePipeline(ABC, Generic[State]):
 
     step_cache: StepCache
     """Runs the transformer's blocks."""
-    recorder: Recorder | None = None
+    capturer: Capturer | None = None
     """Of the device, where it records the blocks of small steps."""
 
     def release_memory(self) -> None:

@@ -16,7 +16,7 @@ from vllm_omni.diffusion.messages.request import DiffusionRequest
 def measure_changes(runner: ModelRunner, requests: Sequence[DiffusionRequest]) -> list[Change]:
     """Of every guidance branch of every request, from step to step. Raises what the model raises."""
     pipeline = runner.pipeline
-    pipeline.step_cache = recorder = ChangeRecorder(Group.alone())
+    pipeline.step_cache = capturer = ChangeRecorder(Group.alone())
     for request in requests:
         state = pipeline.encode(request)
         for _ in range(request.num_inference_steps):
@@ -24,4 +24,4 @@ def measure_changes(runner: ModelRunner, requests: Sequence[DiffusionRequest]) -
             pipeline.advance(state, pipeline.combine(state, branches))
             state.settle()
         pipeline.forget(state)
-    return recorder.changes
+    return capturer.changes

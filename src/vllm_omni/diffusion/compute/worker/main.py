@@ -33,7 +33,7 @@ from vllm_omni.diffusion.messages.worker import (
     Done,
     Execute,
     MakeRunner,
-    Place,
+    RankInfo,
     Ready,
     Runner,
     Start,
@@ -47,7 +47,7 @@ from vllm_omni.processes.lifeline import die_with_parent
 DEFAULT_RUNNER = "vllm_omni.diffusion.compute.worker.main:make_model_runner"
 
 
-def make_model_runner(config: OmniDiffusionConfig, place: Place) -> Runner:
+def make_model_runner(config: OmniDiffusionConfig, place: RankInfo) -> Runner:
     from vllm_omni.diffusion.catalog.registry import load_model_info
     from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 

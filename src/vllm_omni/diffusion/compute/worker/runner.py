@@ -26,7 +26,7 @@ from vllm_omni.diffusion.compute.worker.item_errors import item_error, not_finit
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.messages.request import DiffusionRequest
-from vllm_omni.diffusion.messages.worker import Place
+from vllm_omni.diffusion.messages.worker import RankInfo
 from vllm_omni.errors import ConfigError, InvalidRequestError, ModerationBlockedError
 
 CACHE_SHARE = 0.25
@@ -64,14 +64,14 @@ class ModelRunner:
         self,
         config: OmniDiffusionConfig,
         info: ModelInfo,
-        place: Place | None = None,
+        place: RankInfo | None = None,
         compile_blocks: bool | None = None,
     ) -> None:
         """`place`: which rank of its replica this is; None: the only one. `compile_blocks`: whether the transformer's
         blocks run compiled; None: where the device is worth it, unless the config enforces eager."""
         self._config = config
         self._info = info
-        self._place = place or Place()
+        self._place = place or RankInfo()
         self._device = Device(config.device, self._place.device_index)
         self._dtype = self._device.dtype(config.dtype)
         self._decodes = self._device.stream(beside=config.overlap_decode)
@@ -152,16 +152,16 @@ class ModelRunner:
     def _warm_up(self, pipeline: BasePipeline[Any], model_bytes: int, num_threads: int | None) -> Rates:
         """Raises ConfigError where steps cannot be compiled, or recorded, as the config asks for."""
         if not self._config.enforce_eager:
-            pipeline.recorder = self._ranks.recorder(self._device)
+            pipeline.capturer = self._ranks.capturer(self._device)
         variants = None
         if self._compiles(type(pipeline)):
             variants = compile_variants
         elif self._config.kernels == "triton":  # whose kernels are compiled at their first run
             variants = run_variants
         rates = warm_up(pipeline, self._info, self._device, model_bytes, self._ranks, variants, num_threads)
-        if (recorder := pipeline.recorder) is not None and recorder.failure is not None:
+        if (capturer := pipeline.capturer) is not None and capturer.failure is not None:
             raise ConfigError(
-                f"steps cannot be recorded as CUDA graphs here: {recorder.failure}; --enforce-eager serves without"
+                f"steps cannot be captured as CUDA graphs here: {capturer.failure}; --enforce-eager serves without"
             )
         return rates
 

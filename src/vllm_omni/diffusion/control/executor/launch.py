@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import NoReturn, Protocol, Self
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.messages.worker import Place
+from vllm_omni.diffusion.messages.worker import RankInfo
 from vllm_omni.errors import WorkerDiedError
 from vllm_omni.logs import fill_standard_descriptors
 
@@ -92,11 +92,11 @@ class LaunchedReplica:
             worker.process.kill()
             worker.process.wait()
 
-    def _place(self, rank: int, size: int) -> Place:
+    def _place(self, rank: int, size: int) -> RankInfo:
         if self._store is None:
-            return Place(rank, size, self._index)
+            return RankInfo(rank, size, self._index)
         fd = self._store.fileno() if rank == 0 else None
-        return Place(rank, size, self._index, self._store.getsockname()[1], fd)
+        return RankInfo(rank, size, self._index, self._store.getsockname()[1], fd)
 
 
 class EarlyWorkers:

@@ -147,7 +147,7 @@ class MultiprocExecutor:
         silence_seconds: float = SILENCE_SECONDS,
         start_silence_seconds: float = START_SILENCE_SECONDS,
     ) -> None:
-        """`runner_name`: "module:function", called in each worker with the config and its Place, returns its Runner.
+        """`runner_name`: "module:function", called in each worker with the config and its RankInfo, returns its Runner.
 
         `launched`: workers that run already; they are used by the first start.
         A worker of which nothing is heard for `silence_seconds` (before it is ready: `start_silence_seconds`) is dead.

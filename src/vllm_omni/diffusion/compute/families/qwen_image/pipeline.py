@@ -36,7 +36,7 @@ from vllm_omni.diffusion.compute.layers.kernels import create_kernels
 from vllm_omni.diffusion.compute.packing import Pack
 from vllm_omni.diffusion.compute.step.arrangement import Arrangement
 from vllm_omni.diffusion.compute.step.compiled import CompiledBlocks
-from vllm_omni.diffusion.compute.step.cuda_graphs import recorded
+from vllm_omni.diffusion.compute.step.cuda_graphs import captured
 from vllm_omni.diffusion.compute.step.flow import FlowPipeline, FlowState, Layout
 from vllm_omni.diffusion.compute.step.modulation import ModulationTable
 from vllm_omni.diffusion.compute.step.sampling import combine_guidance, draw_noise, pack_latents
@@ -231,7 +231,7 @@ class Pipeline(FlowPipeline[QwenImageState, Forward]):
         context = StepContext(forward.arrangement, modulation, forward.own_rows, forward.targets)
         steps = [step for state in states for step in state.sequence_steps]
         hidden = self.transformer.embed(latents, forward.text)
-        blocks = recorded(StepBlocks(self.transformer, context), layout.recordings, self.recorder)
+        blocks = captured(StepBlocks(self.transformer, context), layout.captured_graphs, self.capturer)
         hidden = self.step_cache.run(hidden, blocks, [steps[i] for i in sharding.mine])
         return self.transformer.project(hidden, context)
 

@@ -25,7 +25,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("quantization", [None, "fp8"])
 @pytest.mark.parametrize("family", [*BUILDERS, "demo"])
-def test_recorded_steps_draw_the_same(
+def test_cuda_graphs_steps_draw_the_same(
     tmp_path: Path,
     family: str,
     quantization: str | None,
@@ -81,11 +81,11 @@ def test_memory_of_recordings_is_given_back(tmp_path: Path) -> None:
 
 def test_garbage_is_not_collected_during_a_capture() -> None:
     """Destroying a CUDA graph while another one is captured makes the capture fail."""
-    recorder = device.Device("cuda").recorder()
-    assert recorder is not None
+    capturer = device.Device("cuda").capturer()
+    assert capturer is not None
 
     def leave_garbage() -> None:
-        _, play = recorder.record(lambda: torch.ones(8, device="cuda"))
+        _, play = capturer.capture(lambda: torch.ones(8, device="cuda"))
         play()
         torch.cuda.synchronize()
         cycle: list[object] = [play]
@@ -103,7 +103,7 @@ def test_garbage_is_not_collected_during_a_capture() -> None:
         gc.set_threshold(10_000, 10, 10)
         leave_garbage()
         gc.set_threshold(100, 1, 1)
-        output, play = recorder.record(run)
+        output, play = capturer.capture(run)
     finally:
         gc.set_threshold(*before)
     play()
