@@ -3,13 +3,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.set-up
 
-.PHONY: help demo serve test test-layouts test-soak check
+.PHONY: help demo serve test test-layouts test-thorough test-soak check
 
 help:
 	@echo "make demo    set up, serve the demo model, write out/demo.png, stop"
 	@echo "make serve   set up, serve the demo model until Ctrl-C (PORT=8000 for a fixed port)"
 	@echo "make test    set up, run the linters and the tests (PROCESSES=2, more on a large machine)"
 	@echo "make test-layouts   the tests of every parallel layout, up to 8 processes (some minutes)"
+	@echo "make test-thorough  slow tests of what the default run sees in another way"
 	@echo "make test-soak      a minute of load on a real server while its workers are killed and stopped"
 	@echo "make check   the linters alone"
 
@@ -35,6 +36,9 @@ test: check
 
 test-layouts: $(SETUP)
 	$(BIN)/python -m pytest -m layouts --timeout 1800
+
+test-thorough: $(SETUP)
+	$(BIN)/python -m pytest -m thorough
 
 test-soak: $(SETUP)
 	$(BIN)/python -m pytest -m soak

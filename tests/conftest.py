@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -14,6 +15,16 @@ if not Path("/dev/nvidiactl").exists():
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Read when torch is first imported: threads would wait for those of the tests that run beside.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+# HTTP clients read all certificate authorities of the world when they are made, which takes 30 ms. No test asks one.
+os.environ.setdefault("SSL_CERT_DIR", str(Path(__file__).parent))
+
+
+def pytest_collection_finish() -> None:
+    """Let garbage collections, and forks of this process, leave alone what the imports have made."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -198,7 +198,7 @@ def test_the_users_middleware_and_request_ids(client: httpx.Client) -> None:
     assert client.get("/health", headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.thorough), signal.SIGSTOP])
 def test_a_worker_that_is_killed_or_stopped_is_replaced(server: Shared, client: httpx.Client, number: int) -> None:
     """Its request takes longer, and nothing else."""
     num_replayed = replayed(client)
@@ -317,7 +317,12 @@ def test_too_many_deaths_end_the_server_with_an_error() -> None:
 @pytest.mark.parametrize(
     ("flags", "level", "message"),
     [
-        (["--max-num-seqs", "0"], "INFO", "--max-num-seqs takes an integer of at least 1, got '0'"),
+        pytest.param(
+            ["--max-num-seqs", "0"],
+            "INFO",
+            "--max-num-seqs takes an integer of at least 1, got '0'",
+            marks=pytest.mark.thorough,
+        ),
         ([], "LOUD", "VLLM_LOGGING_LEVEL takes DEBUG, INFO, WARNING, ERROR or CRITICAL, got 'LOUD'"),
     ],
 )

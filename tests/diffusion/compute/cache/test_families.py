@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.diffusion.compute.cache.driving import started, watch_skips
-from tests.diffusion.compute.cache.test_layouts import LAYOUTS, Runs, compare, in_turn
+from tests.diffusion.compute.cache.test_layouts import COMBINED, LAYOUTS, Runs, compare, in_turn
 from tests.diffusion.compute.distributed.ranks import run_places
 from tests.diffusion.compute.worker import replica
 from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
@@ -104,15 +105,24 @@ def draw(
     return [(drive.images, dict(skips))]
 
 
-@pytest.mark.parametrize("family", [edits, z_images])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_layouts_decide_as_one_process(tmp_path: Path, backend: str, family: Any) -> None:
-    """Layouts that have every kind of parallelism together."""
+@pytest.mark.parametrize(
+    ("backend", "family", "layouts"),
+    [
+        ("cache_dit", edits, COMBINED[:1]),
+        ("tea_cache", z_images, COMBINED[1:]),
+        *(
+            pytest.param(backend, family, COMBINED, marks=pytest.mark.layouts)
+            for backend in BACKENDS
+            for family in (edits, z_images)
+        ),
+    ],
+)
+def test_layouts_decide_as_one_process(tmp_path: Path, backend: str, family: Any, layouts: Sequence[str]) -> None:
     path, requests = family(tmp_path)
     settings = BACKENDS[backend] | THRESHOLDS[family.__name__, backend]
     one = DiffusionParallelConfig()
     (wanted,) = run_places(draw, one, one, path, backend, settings, requests)
-    for layout in ("cfg x ulysses", "ring x tensor"):
+    for layout in layouts:
         parallel = LAYOUTS[layout]
         by_rank = run_places(draw, parallel, parallel, path, backend, settings, requests)
         assert compare(by_rank, parallel, wanted) >= 5, "nothing was skipped"

@@ -37,6 +37,8 @@ LAYOUTS = {
     "cfg x ulysses": DiffusionParallelConfig(cfg_parallel_size=2, ulysses_degree=2),
     "ring x tensor": DiffusionParallelConfig(ring_degree=2, tensor_parallel_size=2),
 }
+COMBINED = ("cfg x ulysses", "ring x tensor")
+"""Layouts that together have every kind of parallelism."""
 
 
 def random_arrivals(seed: int) -> dict[int, list[DiffusionRequest]]:
@@ -123,7 +125,10 @@ def references(calm_model: Path) -> dict[str, Runs]:
     return {backend: alone(calm_model, backend, range(4)) for backend in CACHES}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [*COMBINED, *(pytest.param(name, marks=pytest.mark.layouts) for name in LAYOUTS if name not in COMBINED)],
+)
 @pytest.mark.parametrize("backend", CACHES)
 def test_a_layout_decides_as_one_process(
     calm_model: Path, references: dict[str, Runs], backend: str, layout: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -64,6 +65,7 @@ def run_places(function: Callable[..., Any], parallel: DiffusionParallelConfig, 
 
 
 def _run(function: Callable[..., Any], place: RankInfo, results: Any, args: tuple[Any, ...]) -> None:
+    gc.freeze()  # a collection would look at all objects of the parent, and copy their pages
     torch.set_num_threads(1)
     try:
         outcome = (place.rank, function(place, *args), None)

@@ -103,7 +103,7 @@ def check_log(caplog: pytest.LogCaptureFixture, wanted: str) -> None:
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING], "something was compiled while serving"
 
 
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", [pytest.param("none", marks=pytest.mark.thorough), "cache_dit"])
 def test_serving_compiles_nothing(cache: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     model = build_tiny_qwen_image(tmp_path / "model", layers=4, heads=4, time_scale=0.1)

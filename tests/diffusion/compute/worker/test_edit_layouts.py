@@ -58,7 +58,12 @@ def wanted(model: Path, arrivals: Arrivals) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(
     ("ulysses", "ring", "cfg", "tensor"),
-    [(3, 1, 1, 1), (1, 4, 1, 1), (2, 2, 1, 1), (1, 1, 2, 2), (2, 1, 2, 1), (1, 2, 2, 1)],
+    [
+        (3, 1, 1, 1),
+        (1, 2, 2, 1),
+        (1, 1, 2, 2),
+        *(pytest.param(*degrees, marks=pytest.mark.layouts) for degrees in ((1, 4, 1, 1), (2, 2, 1, 1), (2, 1, 2, 1))),
+    ],
 )
 def test_a_layout_draws_what_one_process_draws(
     model: Path, arrivals: Arrivals, wanted: dict[str, np.ndarray], ulysses: int, ring: int, cfg: int, tensor: int

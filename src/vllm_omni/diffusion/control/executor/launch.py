@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -182,6 +183,7 @@ def fork(serve: Callable[[str, int, int], NoReturn]) -> LaunchWorker:
 def _be_child(kept_fds: set[int], serve: Callable[[], NoReturn]) -> NoReturn:
     """Make a fork what a new interpreter would be: its own session, no input, no descriptors of the parent."""
     try:
+        gc.freeze()  # a collection would visit the parent's objects and so copy their memory
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)  # the parent's handlers would end the parent's things
         os.setsid()

@@ -67,7 +67,7 @@ def test_sequences_as_attention_has_them(fused: Any) -> None:
     assert_near(got, exact(x, 4, None, None, False), x.dtype)
 
 
-@pytest.mark.parametrize("max_blocks", [1, 3, 2048])
+@pytest.mark.parametrize("max_blocks", [1, 3, pytest.param(2048, marks=pytest.mark.thorough)])
 def test_statistics_far_from_zero(fused: Any, monkeypatch: pytest.MonkeyPatch, max_blocks: int) -> None:
     """A mean of 100 and a deviation of 1: sums of squares in float32 would lose the variance's last digits."""
     monkeypatch.setattr(kernel, "MAX_BLOCKS", max_blocks)
