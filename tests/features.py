@@ -12,7 +12,7 @@ COLUMNS = (
     "Qwen-Image",
     "Qwen-Image-Edit, -2509, -2511",
     "Z-Image, Z-Image-Turbo",
-    "other pipelines, by diffusers",
+    "whole pipelines",
 )
 
 
@@ -124,14 +124,19 @@ FEATURES = (
                 (f"{Z_IMAGE}::test_guidance_is_truncated_and_normalised_as_in_diffusers",),
             ),
             Cell(
-                "those of the pipeline's call",
+                "the pipeline's own",
                 ("tests/entrypoints/cli/test_serve_diffusers.py::test_a_wrong_parameter_is_a_400_that_names_it",),
             ),
         ),
     ),
     Feature(
         "custom sigmas",
-        (MIXED_BATCHES[0], yes(SEVERAL_EDITS), MIXED_BATCHES[2], yes(WHOLE_PICTURES, text="where the call has them")),
+        (
+            MIXED_BATCHES[0],
+            yes(SEVERAL_EDITS),
+            MIXED_BATCHES[2],
+            yes(WHOLE_PICTURES, text="where the pipeline has them"),
+        ),
     ),
     Feature(
         "mixed sizes, steps and guidance in one batch",
@@ -139,18 +144,18 @@ FEATURES = (
             MIXED_BATCHES[0],
             yes(*MIXED_BATCHES[1].tests, text="yes, and any number of pictures"),
             MIXED_BATCHES[2],
-            Cell("no: they take turns", (TAKING_TURNS,)),
+            Cell("no: requests take turns", (TAKING_TURNS,)),
         ),
     ),
     Feature(
-        "same pixels as diffusers (float32, 60 dB and better)",
+        "same pixels as diffusers (float32, at least 60 dB)",
         (
             yes(
                 *MIXED_BATCHES[0].tests,
                 f"{QWEN_IMAGE}::test_the_demo_model_draws_what_diffusers_draws",
                 f"{COMPUTE}/families/qwen_image/test_transformer.py::test_a_pack_equals_one_forward_a_sequence",
             ),
-            yes(*MIXED_BATCHES[1].tests, text="yes ([one difference](docs/design.md#ideas))"),
+            yes(*MIXED_BATCHES[1].tests, text="yes ([one difference](docs/decisions/input_pictures.md))"),
             yes(
                 *MIXED_BATCHES[2].tests,
                 f"{Z_IMAGE}::test_defaults_draw_what_diffusers_draws_with_its_own",
@@ -165,7 +170,7 @@ FEATURES = (
         ),
     ),
     Feature(
-        "streaming with previews, cancel at the next step",
+        "streams with previews, cancelling between steps",
         (
             yes(
                 f"{FAMILIES}::test_previews_come_in_time_and_who_leaves_disturbs_nobody[qwen_image]",
@@ -197,7 +202,7 @@ FEATURES = (
         ),
     ),
     Feature(
-        "a worker's death: restart and replay, clients only wait longer",
+        "worker death: restart and replay",
         (
             yes(
                 "tests/entrypoints/cli/test_serve.py::test_a_worker_that_is_killed_or_stopped_is_replaced",
@@ -208,7 +213,7 @@ FEATURES = (
         ),
     ),
     Feature(
-        "Ulysses, ring, CFG-, tensor-, data-parallel and their products; same pixels",
+        "Ulysses, ring, CFG, tensor and data parallelism, combined; same pixels",
         (
             yes(
                 f"{LAYOUTS}::test_a_layout_draws_what_one_process_draws[qwen_image]",
@@ -227,13 +232,11 @@ FEATURES = (
                 *DATA_PARALLEL,
                 text="yes (tensor: 1 or 2)",
             ),
-            yes(
-                f"{WHOLE}/test_info.py::test_only_data_parallelism_is_taken", *DATA_PARALLEL, text="data-parallel alone"
-            ),
+            yes(f"{WHOLE}/test_info.py::test_only_data_parallelism_is_taken", *DATA_PARALLEL, text="data only"),
         ),
     ),
     Feature(
-        "VAE patch-parallel decode, text encoder over several ranks",
+        "decode and text encoder shared by ranks",
         (
             yes(
                 f"{LAYOUTS}::test_ranks_may_share_decodes_and_the_text_encoder[qwen_image]",
@@ -251,7 +254,7 @@ FEATURES = (
         ),
     ),
     Feature(
-        "TeaCache, Cache-DiT, per sequence in mixed batches, with every kind of parallelism",
+        "step caches (TeaCache, Cache-DiT), also in mixed batches and on several devices",
         (
             yes(
                 f"{CACHE}/test_company.py::test_decisions_and_pictures_are_those_of_the_request_alone",
@@ -264,9 +267,9 @@ FEATURES = (
             yes(
                 f"{CACHE}/test_families.py::test_decisions_and_pictures_are_those_of_the_request_alone[z_images]",
                 f"{CACHE}/test_families.py::test_layouts_decide_as_one_process[z_images]",
-                text="yes (TeaCache: Qwen-Image's polynomial unless `coefficients` say better)",
+                text="yes (calibrate TeaCache first)",
             ),
-            Cell("no: refused by name", (f"{WHOLE}/test_info.py::test_settings_of_packed_steps_are_refused",)),
+            Cell("no", (f"{WHOLE}/test_info.py::test_settings_of_packed_steps_are_refused",)),
         ),
     ),
     Feature(
@@ -284,7 +287,7 @@ FEATURES = (
         ),
     ),
     Feature(
-        "LoRA adapters, several at once, one a request",
+        "LoRA adapters, one per request, several in a batch",
         (
             NOT_YET,
             NOT_YET,
@@ -311,17 +314,17 @@ FEATURES = (
                 f"{FP8}::test_ranks_say_what_one_says_as_nearly_as_float8_does[z_image]",
                 f"{FP8}::test_weights_are_rounded_one_by_one_as_they_are_read[z_image]",
             ),
-            Cell("no: refused by name", (f"{WHOLE}/test_info.py::test_settings_of_packed_steps_are_refused",)),
+            Cell("no", (f"{WHOLE}/test_info.py::test_settings_of_packed_steps_are_refused",)),
         ),
     ),
     Feature(
         "compiled blocks on GPUs",
         (
             Cell(
-                "with `--kernels torch`; Triton's leave nothing to compile",
+                "with `--kernels torch` only",
                 (f"{COMPILING}::test_serving_compiles_nothing", f"{COMPILING}::test_ranks_compile_the_same"),
             ),
-            Cell("likewise", (f"{COMPILING}::test_serving_compiles_nothing_of_edits",)),
+            Cell("with `--kernels torch` only", (f"{COMPILING}::test_serving_compiles_nothing_of_edits",)),
             yes(f"{COMPILING}::test_serving_compiles_nothing_of_z_image"),
             Cell("no"),
         ),
@@ -332,7 +335,7 @@ FEATURES = (
             NOT_YET,
             NOT_YET,
             NOT_YET,
-            Cell("not yet, but for diffusers' own offload", (f"{WHOLE}/test_info.py::test_offload_needs_a_gpu",)),
+            Cell("not yet; diffusers' own works", (f"{WHOLE}/test_info.py::test_offload_needs_a_gpu",)),
         ),
     ),
 )
