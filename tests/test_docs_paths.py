@@ -1,14 +1,18 @@
-"""README and docs name real things: paths, modules, links and anchors; README stays short."""
+"""README and docs name real things: paths, modules, flags, links and anchors; README stays short."""
 
 from __future__ import annotations
 
+import io
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path, PurePosixPath
 
 import pytest
+
+from vllm_omni.entrypoints.cli.args import parse_args
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -21,6 +25,10 @@ ROOMS = {path.name for base in BASES for path in base.iterdir() if path.is_dir()
 """Folders that a path may begin with; `text/html` is a media type."""
 PUBLIC_FILES = {"text_to_image.py", "image_edit.py"}
 """Examples of the public vllm-omni package."""
+OTHER_PROGRAMS = {"docs/flags.md", "docs/performance.md", "docs/cache_quality.md"}
+"""Pages whose flags are those of other servers and of benchmarks."""
+FLAGS_ELSEWHERE = {"--omni", "--images"}
+"""`--omni` is vLLM's to read; `--images` is a flag of `vllm-omni calibrate-teacache`."""
 PLACEHOLDERS = re.compile(r"[*<{]|yours|\.\.\.")
 """Parts of a path that stand for many, or for files that the reader is to write."""
 
@@ -42,6 +50,11 @@ def test_modules_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_links_and_anchors_resolve(page: Path) -> None:
     assert [link for link in links(page.read_text()) if not resolves(link, page)] == []
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if str(p.relative_to(ROOT)) not in OTHER_PROGRAMS], ids=page_name)
+def test_flags_exist(page: Path) -> None:
+    assert [flag for flag in flags(page.read_text()) if flag not in FLAGS_ELSEWHERE | served_flags()] == []
 
 
 def test_every_page_is_linked() -> None:
@@ -88,6 +101,12 @@ def test_a_broken_link_is_found(tmp_path: Path) -> None:
     assert [link for link in links(page.read_text()) if not resolves(link, page)] == ["#two", "none.md"]
 
 
+def test_a_missing_flag_is_found() -> None:
+    assert [f for f in flags("`--usp 2`, `--unknown-flag`, `--ssl-*`\n") if f not in served_flags()] == [
+        "--unknown-flag"
+    ]
+
+
 def prose(text: str) -> str:
     """The text without its fenced blocks."""
     return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
@@ -130,6 +149,20 @@ def is_module(name: str) -> bool:
     while (folder / first).is_dir() and rest and rest[0][0].islower():
         folder, first, *rest = folder / first, *rest
     return (folder / f"{first}.py").is_file() or (folder / first).is_dir()
+
+
+def flags(text: str) -> list[str]:
+    """Flags in code, without those that end with a `*`."""
+    found = (re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z](?![\w*-])", span) for span in re.findall(r"`[^`]+`", text))
+    return [flag for flags_of_span in found for flag in flags_of_span]
+
+
+@cache
+def served_flags() -> set[str]:
+    """Flags that `vllm serve --omni --help` shows."""
+    with redirect_stdout(io.StringIO()) as shown, pytest.raises(SystemExit):
+        parse_args(["serve", "--omni", "--help"])
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", shown.getvalue()))
 
 
 def links(text: str) -> list[str]:
