@@ -12,7 +12,7 @@ COLUMNS = (
     "Qwen-Image",
     "Qwen-Image-Edit, -2509, -2511",
     "Z-Image, Z-Image-Turbo",
-    "other pipelines, by diffusers",
+    "whole pipelines",
 )
 
 
@@ -38,18 +38,19 @@ def yes(*tests: str, text: str = "yes") -> Cell:
 NOT_YET, EMPTY = Cell("not yet"), Cell("")
 
 DIFFUSION = "tests/diffusion"
-CACHE = f"{DIFFUSION}/cache"
-FP8 = f"{DIFFUSION}/models/test_float8.py"
+COMPUTE = f"{DIFFUSION}/compute"
+CACHE = f"{COMPUTE}/cache"
+FP8 = f"{COMPUTE}/families/test_float8.py"
 OPENAI = "tests/entrypoints/openai"
 FAMILIES = "tests/test_families.py"
-COMPILING = f"{DIFFUSION}/worker/test_compiling.py"
-LAYOUTS = f"{DIFFUSION}/worker/test_layouts.py"
-EDIT_LAYOUTS = f"{DIFFUSION}/worker/test_edit_layouts.py"
-QWEN_IMAGE = f"{DIFFUSION}/models/qwen_image/test_pictures.py"
-QWEN_IMAGE_EDIT = f"{DIFFUSION}/models/qwen_image/test_edits.py"
-Z_IMAGE = f"{DIFFUSION}/models/z_image/test_pictures.py"
+COMPILING = f"{COMPUTE}/startup/test_compiling.py"
+LAYOUTS = f"{COMPUTE}/worker/test_layouts.py"
+EDIT_LAYOUTS = f"{COMPUTE}/worker/test_edit_layouts.py"
+QWEN_IMAGE = f"{COMPUTE}/families/qwen_image/test_pictures.py"
+QWEN_IMAGE_EDIT = f"{COMPUTE}/families/qwen_image/test_edits.py"
+Z_IMAGE = f"{COMPUTE}/families/z_image/test_pictures.py"
 
-WHOLE = f"{DIFFUSION}/models/diffusers_fallback"
+WHOLE = f"{COMPUTE}/families/diffusers_fallback"
 WHOLE_EDITS = f"{WHOLE}/test_edits.py"
 WHOLE_VIDEOS = f"{WHOLE}/test_videos.py"
 WHOLE_HTTP = f"{OPENAI}/test_whole_pipelines.py"
@@ -65,8 +66,8 @@ MIXED_BATCHES = (
 )
 """Of all sizes, steps and guidance, with sigmas of the request's own, against diffusers."""
 DATA_PARALLEL = (
-    f"{DIFFUSION}/test_replicas.py::test_pictures_of_one_call_spread_and_share_a_queue",
-    f"{DIFFUSION}/executor/test_worker_groups.py::test_two_replicas_of_two_share_the_work_and_one_dies",
+    f"{DIFFUSION}/control/test_replicas.py::test_pictures_of_one_call_spread_and_share_a_queue",
+    f"{DIFFUSION}/control/executor/test_worker_groups.py::test_two_replicas_of_two_share_the_work_and_one_dies",
 )
 """Blind to families: whole engines side by side."""
 
@@ -79,7 +80,7 @@ FEATURES = (
                 "no: edits",
                 (
                     "tests/test_edits_offline.py::test_what_the_model_cannot_take_is_refused_by_name",
-                    f"{OPENAI}/test_image_edits.py::test_generations_say_where_to_go",
+                    f"{OPENAI}/routes/test_image_edits.py::test_generations_say_where_to_go",
                 ),
             ),
             yes(
@@ -96,12 +97,12 @@ FEATURES = (
     Feature(
         "one input picture; several",
         (
-            Cell("no", (f"{OPENAI}/test_image_errors.py::test_edits_say_where_to_go",)),
+            Cell("no", (f"{OPENAI}/routes/test_image_errors.py::test_edits_say_where_to_go",)),
             yes(
                 SINGLE_EDITS,
                 SEVERAL_EDITS,
                 f"{QWEN_IMAGE_EDIT}::test_the_first_model_takes_one_picture_the_others_several",
-                f"{OPENAI}/test_image_edits.py::test_a_real_model_end_to_end",
+                f"{OPENAI}/routes/test_image_edits.py::test_a_real_model_end_to_end",
                 text="yes; yes (not the first one)",
             ),
             Cell("no"),
@@ -123,14 +124,19 @@ FEATURES = (
                 (f"{Z_IMAGE}::test_guidance_is_truncated_and_normalised_as_in_diffusers",),
             ),
             Cell(
-                "those of the pipeline's call",
+                "the pipeline's own",
                 ("tests/entrypoints/cli/test_serve_diffusers.py::test_a_wrong_parameter_is_a_400_that_names_it",),
             ),
         ),
     ),
     Feature(
         "custom sigmas",
-        (MIXED_BATCHES[0], yes(SEVERAL_EDITS), MIXED_BATCHES[2], yes(WHOLE_PICTURES, text="where the call has them")),
+        (
+            MIXED_BATCHES[0],
+            yes(SEVERAL_EDITS),
+            MIXED_BATCHES[2],
+            yes(WHOLE_PICTURES, text="where the pipeline has them"),
+        ),
     ),
     Feature(
         "mixed sizes, steps and guidance in one batch",
@@ -138,22 +144,22 @@ FEATURES = (
             MIXED_BATCHES[0],
             yes(*MIXED_BATCHES[1].tests, text="yes, and any number of pictures"),
             MIXED_BATCHES[2],
-            Cell("no: they take turns", (TAKING_TURNS,)),
+            Cell("no: requests take turns", (TAKING_TURNS,)),
         ),
     ),
     Feature(
-        "same pixels as diffusers (float32, 60 dB and better)",
+        "same pixels as diffusers (float32, at least 60 dB)",
         (
             yes(
                 *MIXED_BATCHES[0].tests,
                 f"{QWEN_IMAGE}::test_the_demo_model_draws_what_diffusers_draws",
-                f"{DIFFUSION}/models/qwen_image/test_transformer.py::test_a_pack_equals_one_forward_a_sequence",
+                f"{COMPUTE}/families/qwen_image/test_transformer.py::test_a_pack_equals_one_forward_a_sequence",
             ),
-            yes(*MIXED_BATCHES[1].tests, text="yes ([one difference](docs/design.md#ideas))"),
+            yes(*MIXED_BATCHES[1].tests, text="yes ([one difference](docs/decisions/input_pictures.md))"),
             yes(
                 *MIXED_BATCHES[2].tests,
                 f"{Z_IMAGE}::test_defaults_draw_what_diffusers_draws_with_its_own",
-                f"{DIFFUSION}/models/z_image/test_transformer.py::test_a_pack_equals_one_forward_a_sequence",
+                f"{COMPUTE}/families/z_image/test_transformer.py::test_a_pack_equals_one_forward_a_sequence",
             ),
             yes(
                 WHOLE_PICTURES,
@@ -164,19 +170,19 @@ FEATURES = (
         ),
     ),
     Feature(
-        "streaming with previews, cancel at the next step",
+        "streams with previews, cancelling between steps",
         (
             yes(
                 f"{FAMILIES}::test_previews_come_in_time_and_who_leaves_disturbs_nobody[qwen_image]",
-                f"{DIFFUSION}/worker/test_runner.py::test_previews_foresee_the_picture",
-                f"{DIFFUSION}/worker/test_runner.py::test_an_aborted_request_is_skipped_and_forgotten",
-                f"{OPENAI}/test_image_streams.py::test_partial_images_then_the_picture",
-                f"{OPENAI}/test_image_disconnects.py::test_stream_client_leaves",
+                f"{COMPUTE}/worker/test_runner.py::test_previews_foresee_the_picture",
+                f"{COMPUTE}/worker/test_runner.py::test_an_aborted_request_is_skipped_and_forgotten",
+                f"{OPENAI}/responses/test_streams.py::test_partial_images_then_the_picture",
+                f"{OPENAI}/responses/test_disconnects.py::test_stream_client_leaves",
             ),
             yes(
                 f"{FAMILIES}::test_previews_come_in_time_and_who_leaves_disturbs_nobody[edits]",
-                f"{OPENAI}/test_image_edits.py::test_a_stream_says_image_edit",
-                f"{OPENAI}/test_image_disconnects.py::test_client_of_an_edit_leaves",
+                f"{OPENAI}/routes/test_image_edits.py::test_a_stream_says_image_edit",
+                f"{OPENAI}/responses/test_disconnects.py::test_client_of_an_edit_leaves",
             ),
             yes(
                 f"{FAMILIES}::test_previews_come_in_time_and_who_leaves_disturbs_nobody[z_image]",
@@ -196,7 +202,7 @@ FEATURES = (
         ),
     ),
     Feature(
-        "a worker's death: restart and replay, clients only wait longer",
+        "worker death: restart and replay",
         (
             yes(
                 "tests/entrypoints/cli/test_serve.py::test_a_worker_that_is_killed_or_stopped_is_replaced",
@@ -207,7 +213,7 @@ FEATURES = (
         ),
     ),
     Feature(
-        "Ulysses, ring, CFG-, tensor-, data-parallel and their products; same pixels",
+        "Ulysses, ring, CFG, tensor and data parallelism, combined; same pixels",
         (
             yes(
                 f"{LAYOUTS}::test_a_layout_draws_what_one_process_draws[qwen_image]",
@@ -222,35 +228,33 @@ FEATURES = (
             yes(
                 f"{LAYOUTS}::test_a_layout_draws_what_one_process_draws[z_image]",
                 f"{LAYOUTS}::test_the_placement_may_change_at_every_step[z_image]",
-                f"{DIFFUSION}/models/z_image/test_info.py::test_degrees_that_the_model_does_not_allow_are_refused",
+                f"{COMPUTE}/families/z_image/test_info.py::test_degrees_that_the_model_does_not_allow_are_refused",
                 *DATA_PARALLEL,
                 text="yes (tensor: 1 or 2)",
             ),
-            yes(
-                f"{WHOLE}/test_info.py::test_only_data_parallelism_is_taken", *DATA_PARALLEL, text="data-parallel alone"
-            ),
+            yes(f"{WHOLE}/test_info.py::test_only_data_parallelism_is_taken", *DATA_PARALLEL, text="data only"),
         ),
     ),
     Feature(
-        "VAE patch-parallel decode, text encoder over several ranks",
+        "decode and text encoder shared by ranks",
         (
             yes(
                 f"{LAYOUTS}::test_ranks_may_share_decodes_and_the_text_encoder[qwen_image]",
-                f"{DIFFUSION}/models/qwen_image/test_vae.py::test_pictures_of_ranks_are_those_of_one_and_of_diffusers",
+                f"{COMPUTE}/families/qwen_image/test_vae.py::test_pictures_of_ranks_are_those_of_one_and_of_diffusers",
             ),
             yes(
                 f"{EDIT_LAYOUTS}::test_the_placement_may_change_and_the_text_encoder_be_shared",
-                f"{DIFFUSION}/models/qwen_image/test_vision.py::test_ranks_that_share_it_give_the_same_states",
+                f"{COMPUTE}/families/qwen_image/test_vision.py::test_ranks_that_share_it_give_the_same_states",
             ),
             yes(
                 f"{LAYOUTS}::test_ranks_may_share_decodes_and_the_text_encoder[z_image]",
-                f"{DIFFUSION}/models/z_image/test_vae.py::test_pictures_of_ranks_are_those_of_one_and_of_diffusers",
+                f"{COMPUTE}/families/z_image/test_vae.py::test_pictures_of_ranks_are_those_of_one_and_of_diffusers",
             ),
             Cell("no", (f"{WHOLE}/test_info.py::test_only_data_parallelism_is_taken",)),
         ),
     ),
     Feature(
-        "TeaCache, Cache-DiT, per sequence in mixed batches, with every kind of parallelism",
+        "step caches (TeaCache, Cache-DiT), also in mixed batches and on several devices",
         (
             yes(
                 f"{CACHE}/test_company.py::test_decisions_and_pictures_are_those_of_the_request_alone",
@@ -263,9 +267,9 @@ FEATURES = (
             yes(
                 f"{CACHE}/test_families.py::test_decisions_and_pictures_are_those_of_the_request_alone[z_images]",
                 f"{CACHE}/test_families.py::test_layouts_decide_as_one_process[z_images]",
-                text="yes (TeaCache: Qwen-Image's polynomial unless `coefficients` say better)",
+                text="yes (calibrate TeaCache first)",
             ),
-            Cell("no: refused by name", (f"{WHOLE}/test_info.py::test_settings_of_packed_steps_are_refused",)),
+            Cell("no", (f"{WHOLE}/test_info.py::test_settings_of_packed_steps_are_refused",)),
         ),
     ),
     Feature(
@@ -283,7 +287,7 @@ FEATURES = (
         ),
     ),
     Feature(
-        "LoRA adapters, several at once, one a request",
+        "LoRA adapters, one per request, several in a batch",
         (
             NOT_YET,
             NOT_YET,
@@ -310,17 +314,17 @@ FEATURES = (
                 f"{FP8}::test_ranks_say_what_one_says_as_nearly_as_float8_does[z_image]",
                 f"{FP8}::test_weights_are_rounded_one_by_one_as_they_are_read[z_image]",
             ),
-            Cell("no: refused by name", (f"{WHOLE}/test_info.py::test_settings_of_packed_steps_are_refused",)),
+            Cell("no", (f"{WHOLE}/test_info.py::test_settings_of_packed_steps_are_refused",)),
         ),
     ),
     Feature(
         "compiled blocks on GPUs",
         (
             Cell(
-                "with `--kernels torch`; Triton's leave nothing to compile",
+                "with `--kernels torch` only",
                 (f"{COMPILING}::test_serving_compiles_nothing", f"{COMPILING}::test_ranks_compile_the_same"),
             ),
-            Cell("likewise", (f"{COMPILING}::test_serving_compiles_nothing_of_edits",)),
+            Cell("with `--kernels torch` only", (f"{COMPILING}::test_serving_compiles_nothing_of_edits",)),
             yes(f"{COMPILING}::test_serving_compiles_nothing_of_z_image"),
             Cell("no"),
         ),
@@ -331,7 +335,7 @@ FEATURES = (
             NOT_YET,
             NOT_YET,
             NOT_YET,
-            Cell("not yet, but for diffusers' own offload", (f"{WHOLE}/test_info.py::test_offload_needs_a_gpu",)),
+            Cell("not yet; diffusers' own works", (f"{WHOLE}/test_info.py::test_offload_needs_a_gpu",)),
         ),
     ),
 )

@@ -110,16 +110,16 @@ def test_the_source_archive_is_a_checkout(sdist: Path) -> None:
 
 
 def test_what_the_readme_and_the_docs_link_to_is_in_the_source_archive(sdist: Path) -> None:
-    pages = [sdist / "README.md", *sdist.glob("docs/*.md"), sdist / "src/vllm_omni/demo_model/README.md"]
+    pages = [sdist / "README.md", *sdist.glob("docs/**/*.md"), sdist / "src/vllm_omni/demo_model/README.md"]
     links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#]+)", page.read_text())]
     assert len(links) > 10
     assert [f"{page}: {link}" for page, link in links if not (page.parent / link).exists()] == []
 
 
-def test_what_the_readmes_commands_name_is_in_the_source_archive(sdist: Path) -> None:
-    readme = (sdist / "README.md").read_text()
-    modules = set(re.findall(r"python -m (benchmarks[\w.]*\w)", readme))
-    targets = set(re.findall(r"(?:^|`)make ([a-z-]+)", readme, re.MULTILINE))
+def test_commands_of_the_readme_and_the_docs_are_in_the_source_archive(sdist: Path) -> None:
+    pages = "\n".join(page.read_text() for page in (sdist / "README.md", *sdist.glob("docs/**/*.md")))
+    modules = set(re.findall(r"python -m (benchmarks[\w.]*\w)", pages))
+    targets = set(re.findall(r"(?:^|`)make ([a-z-]+)(?=`| +#)", pages, re.MULTILINE))
     assert modules
     assert "test" in targets
     places = [sdist / module.replace(".", "/") for module in modules]

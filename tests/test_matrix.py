@@ -31,7 +31,7 @@ def test_the_tests_of_a_cell_exist(cell: Cell) -> None:
     ("cell", "flaw"),
     [
         (Cell("yes"), "'yes' names no test"),
-        (Cell("[yes](docs/design.md)"), "'[yes](docs/design.md)' names no test"),
+        (Cell("[yes](docs/caches.md)"), "'[yes](docs/caches.md)' names no test"),
         (Cell("nothing to prove"), "'nothing to prove' names no test"),
         (Cell("yes", ("tests/test_none.py::test_x",)), "there is no tests/test_none.py"),
         (Cell("yes", ("tests/test_matrix.py::test_x",)), "tests/test_matrix.py has no test_x"),
@@ -50,7 +50,7 @@ def test_a_cell_without_proof_is_found(cell: Cell, flaw: str) -> None:
     assert list(flaws(cell)) == [flaw]
 
 
-@pytest.mark.parametrize("text", ["", "no", "no[^1]", "no: edits", "not yet", "not yet ([why](docs/design.md))"])
+@pytest.mark.parametrize("text", ["", "no", "no[^1]", "no: edits", "not yet", "not yet ([why](docs/caches.md))"])
 def test_what_does_not_work_needs_no_proof(text: str) -> None:
     assert list(flaws(Cell(text))) == []
 

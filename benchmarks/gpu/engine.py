@@ -19,9 +19,9 @@ PICTURES = (("qwen-image", 50, 1), ("z-image", 9, 3))
 WARM_UP_STEPS = 4
 """Steps of the picture that is drawn first and not counted."""
 README_CACHE = {"enable_taylorseer": True, "taylorseer_order": 2}
-"""The setting that README recommends."""
+"""The setting that docs/caches.md recommends."""
 COMPUTED_FIRST, RUN_OF_SKIPS = 4, 3
-"""The forced pattern: as many steps computed, then so many skipped before each that is computed. With README's setting
+"""The forced pattern: as many steps computed, then so many skipped before each that is computed. With that setting
 the demo model skips 35 of 50 steps in each guidance branch, which is this pattern."""
 
 

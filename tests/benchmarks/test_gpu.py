@@ -71,7 +71,7 @@ def test_whole_pictures_skip_what_they_are_told_to(measure: Any) -> None:
     code, content = measure("caches")
     assert code == 0
     assert row(content, "uncached, 8 steps")["detail"]["cached steps"] == 0
-    # README's setting skips as many with the demo model (docs/cache_quality.md).
+    # The recommended setting skips as many with the demo model (docs/cache_quality.md).
     assert row(content, "cache_dit, 50 steps")["detail"]["cached steps"] == forced_mask(50).count(0) == 35
     assert row(content, "tea_cache, 50 steps")["detail"]["cached steps"] == 36
     for backend in ("cache_dit", "tea_cache"):
