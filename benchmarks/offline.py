@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = args.model
         if model is None:
-            from tests.tiny_models import build_tiny_qwen_image
+            from testbed.tiny_models import build_tiny_qwen_image
 
             model = str(build_tiny_qwen_image(Path(folder) / "model", layers=12, heads=6, head_dim=32))
         results = asyncio.run(measure(model, args.repeats))

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.fakes import FakeExecutor, fake_image, make_request
-from tests.tiny_models import photo
-from tests.tiny_z_image import build_tiny_z_image
+from testbed.fakes import FakeExecutor, fake_image, make_request
+from testbed.tiny_models import photo
+from testbed.tiny_z_image import build_tiny_z_image
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig, parse_cache_config
 from vllm_omni.diffusion.data import logger as public_logger
 from vllm_omni.entrypoints.async_omni import AsyncOmni

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
-from tests.tiny_models import build_tiny_qwen_image, photo
-from tests.tiny_z_image import BASE_SHIFT, build_tiny_z_image
+from testbed.runner_driver import Drive, make_request, psnr
+from testbed.tiny_models import build_tiny_qwen_image, photo
+from testbed.tiny_z_image import BASE_SHIFT, build_tiny_z_image
 from tests.waiting import no_waits
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.device.kinds import Device, Mark

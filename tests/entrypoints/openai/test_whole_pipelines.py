@@ -20,12 +20,12 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from tests.diffusion.compute.worker.driving import psnr
-from tests.entrypoints.openai.live_server import FAKE_EDIT_INFO, FAKE_INFO, MODEL_NAME, LiveServer, live_server
+from testbed.live_server import FAKE_EDIT_INFO, FAKE_INFO, MODEL_NAME, LiveServer, live_server
+from testbed.runner_driver import psnr
+from testbed.tiny_diffusers import build_tiny_diffusers, set_safety_checker
+from testbed.tiny_models import photo
 from tests.entrypoints.openai.routes.test_image_edits import EDITS, data_url, file_of, pixels
 from tests.entrypoints.openai.routes.test_probes_and_metrics import read_metrics
-from tests.tiny_diffusers import build_tiny_diffusers, set_safety_checker
-from tests.tiny_models import photo
 from vllm_omni.diffusion.catalog.registry import WholePipeline
 from vllm_omni.diffusion.control import request_builder as intake
 from vllm_omni.inputs.images import InputImage, resized

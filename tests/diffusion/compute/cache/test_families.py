@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from testbed.runner_driver import Drive, make_request, psnr
+from testbed.tiny_models import SMALL, build_tiny_qwen_image
+from testbed.tiny_z_image import build_tiny_z_image
 from tests.diffusion.compute.cache.driving import started, watch_skips
 from tests.diffusion.compute.cache.test_layouts import LAYOUTS, Runs, compare, in_turn
 from tests.diffusion.compute.distributed.ranks import run_places
 from tests.diffusion.compute.worker import replica
-from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
-from tests.tiny_models import SMALL, build_tiny_qwen_image
-from tests.tiny_z_image import build_tiny_z_image
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.plan import StepResult

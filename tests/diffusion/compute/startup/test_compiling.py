@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from testbed.runner_driver import Drive, make_request, psnr
+from testbed.tiny_models import build_tiny_qwen_image, photo
+from testbed.tiny_z_image import build_tiny_z_image
 from tests.diffusion.compute.distributed.ranks import run_places
-from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
 from tests.diffusion.compute.worker.replica import merging
-from tests.tiny_models import build_tiny_qwen_image, photo
-from tests.tiny_z_image import build_tiny_z_image
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.device.kinds import Device
 from vllm_omni.diffusion.compute.families.qwen_image.transformer import QwenImageTransformer

@@ -14,11 +14,11 @@ import torch
 from diffusers import QwenImageTransformer2DModel, ZImageTransformer2DModel
 from torch import nn
 
+from testbed.runner_driver import Drive, make_request, psnr
+from testbed.tiny_models import build_tiny_qwen_image, photo
+from testbed.tiny_z_image import build_tiny_z_image
 from tests.diffusion.compute.distributed.ranks import run_places
-from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
 from tests.diffusion.compute.worker.replica import merging, started
-from tests.tiny_models import build_tiny_qwen_image, photo
-from tests.tiny_z_image import build_tiny_z_image
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.layers.linear import ColumnLinear, RowLinear

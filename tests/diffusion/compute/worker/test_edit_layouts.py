@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from testbed.runner_driver import make_request
+from testbed.tiny_models import SMALL, build_tiny_qwen_image, photo
 from tests.diffusion.compute.distributed.ranks import run_places
-from tests.diffusion.compute.worker.driving import make_request
 from tests.diffusion.compute.worker.test_layouts import Arrivals, check_equal, draw
-from tests.tiny_models import SMALL, build_tiny_qwen_image, photo
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.inputs.images import prepared

@@ -10,10 +10,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
+from testbed.runner_driver import Drive, make_request, psnr
+from testbed.tiny_models import SMALL, photo
+from testbed.tiny_z_image import BASE_SHIFT, build_tiny_z_image
 from tests.fake_gpu import FAKE_GPU, FakeGpu, FakeGpuDevice, HostWaitsError
-from tests.tiny_models import SMALL, photo
-from tests.tiny_z_image import BASE_SHIFT, build_tiny_z_image
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.device.transfers import HOST, to_device
 from vllm_omni.diffusion.compute.step.pipeline import RequestState

@@ -11,7 +11,8 @@ import torch
 from diffusers import AutoencoderKLQwenImage
 from PIL import Image
 
-from tests.diffusion.compute.families.qwen_image.editing import (
+from testbed.runner_driver import Drive, psnr
+from testbed.tiny_edit_models import (
     EDIT,
     PLUS,
     build,
@@ -20,9 +21,8 @@ from tests.diffusion.compute.families.qwen_image.editing import (
     request_of,
     small_pictures,
 )
+from testbed.tiny_models import build_tiny_qwen_image, photo
 from tests.diffusion.compute.families.qwen_image.test_pictures import check, one_thread, started  # noqa: F401 (a fixture)
-from tests.diffusion.compute.worker.driving import Drive, psnr
-from tests.tiny_models import build_tiny_qwen_image, photo
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.families.qwen_image.vae import PictureEncoder
 from vllm_omni.diffusion.compute.step.sampling import pack_latents

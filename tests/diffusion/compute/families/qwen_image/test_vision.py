@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
+from testbed.tiny_edit_models import EDIT, PLUS, build, build_processor
+from testbed.tiny_models import photo
 from tests.diffusion.compute.distributed.ranks import run_ranks
-from tests.diffusion.compute.families.qwen_image.editing import EDIT, PLUS, build, build_processor
-from tests.tiny_models import photo
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.distributed.mesh import World

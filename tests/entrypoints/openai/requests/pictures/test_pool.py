@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from testbed.live_server import PATIENT_DECODE_LIMITS
+from testbed.patience import until, wait_for
+from testbed.tiny_models import photo
 from tests.descriptors import descriptors_left
-from tests.entrypoints.openai.live_server import PATIENT_DECODE_LIMITS
 from tests.entrypoints.openai.requests.hostile_files import chunk, lying_exif, with_chunks
 from tests.entrypoints.openai.requests.pictures.test_decoding import FILES, exif_of, mutated
 from tests.entrypoints.openai.routes.test_image_edits import data_url, file_of
-from tests.patience import until, wait_for
-from tests.tiny_models import photo
 from vllm_omni.entrypoints.openai.requests.pictures.decoding import decode_image
 from vllm_omni.entrypoints.openai.requests.pictures.pool import ImageDecoder
 from vllm_omni.entrypoints.openai.requests.pictures.process import DecodeLimits, DecodeProcess, NoDecoderError

@@ -20,8 +20,8 @@ from transformers import (
     Qwen2VLProcessor,
 )
 
-from tests.diffusion.compute.worker.driving import make_request
-from tests.tiny_models import build_tiny_qwen_image
+from testbed.runner_driver import make_request
+from testbed.tiny_models import build_tiny_qwen_image
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.inputs.images import prepared
