@@ -31,8 +31,8 @@ from vllm_omni.errors import (
     UnavailableError,
 )
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
-from vllm_omni.keywords import OmniSettings
 from vllm_omni.logs.bars import progress_bar
+from vllm_omni.omni_settings import OmniSettings
 from vllm_omni.outputs import OmniRequestOutput
 
 ROOT = Path(__file__).parents[1]

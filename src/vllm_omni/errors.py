@@ -21,13 +21,13 @@ from collections.abc import Container, Sequence
 from typing import Any, ClassVar, Self
 
 
-def in_one_line(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """Class and message of an error that is not ours, in one line of at most 300 characters."""
-    line = f"{type(error).__name__}: {fold(str(error))}".removesuffix(": ")
+    line = f"{type(error).__name__}: {to_one_line(str(error))}".removesuffix(": ")
     return line if len(line) <= 300 else f"{line[:297]}..."
 
 
-def fold(text: str) -> str:
+def to_one_line(text: str) -> str:
     """`text` in one line, with single spaces."""
     return " ".join(text.split())
 

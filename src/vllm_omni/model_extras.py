@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm_omni.foreign.names import refusing
+from vllm_omni.foreign.module_names import refuse_names
 
 
 def get_model_class_name(omni: object) -> None:
@@ -59,6 +59,6 @@ def build_image_to_image_prompt(
 
 
 if not TYPE_CHECKING:  # type checkers know our names alone
-    __getattr__ = refusing(
+    __getattr__ = refuse_names(
         __name__, {}, "models have no extras here: give a prompt and OmniDiffusionSamplingParams to Omni.generate"
     )

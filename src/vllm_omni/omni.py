@@ -31,19 +31,19 @@ from vllm_omni.diffusion.control.request_builder import Intake, check_default_pr
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import WorkerReady
 from vllm_omni.errors import InvalidRequestError, RequestError, UnavailableError
-from vllm_omni.foreign.constructors import explaining
+from vllm_omni.foreign.class_decorators import explain_attributes
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt, PromptLike, parse_prompt
-from vllm_omni.inputs.foreign_calls import check_call
+from vllm_omni.inputs.generate_keywords import check_call
 from vllm_omni.jobs import Job, OutputStream
-from vllm_omni.keywords import OmniSettings, config_of
 from vllm_omni.logs.bars import progress_bar
+from vllm_omni.omni_settings import OmniSettings, make_config
 from vllm_omni.outputs import OmniRequestOutput
 from vllm_omni.prompt_lists import (
-    error_of_prompt,
-    list_of_prompts,
-    one_of_stages,
-    params_of_prompts,
+    params_per_prompt,
+    prompt_error,
     raise_first_failure,
+    single_stage_params,
+    to_prompt_list,
 )
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ _ELSEWHERE = {
 """Attributes of the public vllm-omni package's classes of the same names."""
 
 
-@explaining(_ELSEWHERE)
+@explain_attributes(_ELSEWHERE)
 class AsyncOmni:
     """An engine for one model, on the event loop that runs `start()`: `async with AsyncOmni(model=...) as omni`.
 
@@ -77,7 +77,7 @@ class AsyncOmni:
         **settings: Unpack[OmniSettings],
     ) -> None:
         """`config`: a config, or the model. `early_workers`: workers of `config` that run already."""
-        self.config = config_of(config, settings)
+        self.config = make_config(config, settings)
         if early_workers is None:  # a command has checked before it launched workers
             check_compiled_packages()
         self.info = load_model_info(
@@ -158,12 +158,12 @@ class AsyncOmni:
         the iterator. Closing the iterator early aborts the request. `sampling_params_list`: see `Omni.generate`.
         """
         check_call(unknown, ("prompt", "sampling_params", "request_id", "sampling_params_list"))
-        sampling_params = one_of_stages(sampling_params, sampling_params_list)
-        job = self.resolve(prompt, sampling_params, request_id)
-        self.warn_of_ignored(job)
+        sampling_params = single_stage_params(sampling_params, sampling_params_list)
+        job = self.make_job(prompt, sampling_params, request_id)
+        self.warn_ignored(job)
         return self.submit(job)
 
-    def resolve(
+    def make_job(
         self,
         prompt: PromptLike,
         sampling_params: OmniDiffusionSamplingParams | None = None,
@@ -183,7 +183,7 @@ class AsyncOmni:
         ignored = "" if guides else self.info.guidance.missing_half(parsed.negative_prompt, params)
         return Job(request_id, parsed.prompt, params.output_type, requests, ignored)
 
-    def warn_of_ignored(self, job: Job) -> None:
+    def warn_ignored(self, job: Job) -> None:
         """Log, once for this engine, that a request asks for guidance and gets none."""
         if job.ignored and not self._has_warned:
             self._has_warned = True
@@ -241,7 +241,7 @@ class AsyncOmni:
             await self._engine.close()
 
 
-@explaining(_ELSEWHERE)
+@explain_attributes(_ELSEWHERE)
 class Omni:
     """`AsyncOmni` for scripts: blocking calls, a progress bar, nothing to close (but it may be, or used in `with`).
 
@@ -259,7 +259,7 @@ class Omni:
             "max_pixels": 2**31,
             "max_num_frames": 2**31,
         }
-        config = config_of(config, settings, unbounded)
+        config = make_config(config, settings, unbounded)
         self._async = AsyncOmni(config)
         self._loop = asyncio.new_event_loop()
         thread = threading.Thread(target=_run_loop, args=(self._loop,), name="omni-loop", daemon=True)
@@ -292,8 +292,8 @@ class Omni:
         prompt, and its `outputs` are those of all prompts: a failed one has its `error` and no images.
         """
         check_call(unknown, ("prompts", "sampling_params", "sampling_params_list", "use_tqdm"))
-        prompt_list = list_of_prompts(prompts)
-        params_list = params_of_prompts(one_of_stages(sampling_params, sampling_params_list), len(prompt_list))
+        prompt_list = to_prompt_list(prompts)
+        params_list = params_per_prompt(single_stage_params(sampling_params, sampling_params_list), len(prompt_list))
         shown = self._async.config.progress_bar and bool(use_tqdm)
         outputs: list[OmniRequestOutput] = self._call(self._generate_all(prompt_list, params_list, shown))
         raise_first_failure(outputs)
@@ -305,10 +305,10 @@ class Omni:
         jobs = []
         for index, (prompt, prompt_params) in enumerate(zip(prompts, params)):
             try:
-                jobs.append(self._async.resolve(prompt, prompt_params))
+                jobs.append(self._async.make_job(prompt, prompt_params))
             except InvalidRequestError as error:
-                raise error_of_prompt(error, index, len(prompts)) from error.__cause__
-            self._async.warn_of_ignored(jobs[-1])
+                raise prompt_error(error, index, len(prompts)) from error.__cause__
+            self._async.warn_ignored(jobs[-1])
         total = sum(r.num_inference_steps for job in jobs for r in job.requests)
         with progress_bar(total, "denoising", shown=shows_bar, unit="step") as bar:
             return await asyncio.gather(*(_last_output(stream, bar) for stream in self._submit_all(jobs)))
@@ -324,7 +324,7 @@ class Omni:
                     stream.stop()
                 if isinstance(error, UnavailableError):  # all prompts are refused alike
                     raise
-                raise error_of_prompt(error, index, len(jobs)) from error.__cause__
+                raise prompt_error(error, index, len(jobs)) from error.__cause__
         return streams
 
     @property

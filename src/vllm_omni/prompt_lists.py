@@ -11,7 +11,7 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt, Promp
 from vllm_omni.outputs import OmniRequestOutput
 
 
-def list_of_prompts(prompts: PromptLike | Iterable[PromptLike]) -> list[PromptLike]:
+def to_prompt_list(prompts: PromptLike | Iterable[PromptLike]) -> list[PromptLike]:
     """One prompt, or an iterable of them, as a list. Raises InvalidRequestError for other objects."""
     if isinstance(prompts, str | Mapping | OmniPrompt):
         return [prompts]
@@ -25,7 +25,7 @@ def list_of_prompts(prompts: PromptLike | Iterable[PromptLike]) -> list[PromptLi
     return listed
 
 
-def params_of_prompts(params: Any, num_prompts: int) -> list[Any]:
+def params_per_prompt(params: Any, num_prompts: int) -> list[Any]:
     """The sampling parameters of each prompt: one object for all, or one each. Raises InvalidRequestError.
 
     An object of another kind is given to every prompt, so that the check of a prompt names it.
@@ -55,7 +55,7 @@ def _refuse_previews(params: Any) -> None:
         )
 
 
-def one_of_stages(sampling_params: Any, sampling_params_list: Any) -> Any:
+def single_stage_params(sampling_params: Any, sampling_params_list: Any) -> Any:
     """`sampling_params`, or what a list with the parameters of each stage holds: a model has one stage here.
 
     Raises InvalidRequestError.
@@ -95,10 +95,10 @@ def raise_first_failure(outputs: Sequence[OmniRequestOutput]) -> None:
     error = outputs[failed[0]].error
     assert error is not None
     others = f" ({len(failed)} of {len(outputs)} prompts failed)" if len(failed) > 1 else ""
-    raise error_of_prompt(error, failed[0], len(outputs), others, outputs) from error.__cause__
+    raise prompt_error(error, failed[0], len(outputs), others, outputs) from error.__cause__
 
 
-def error_of_prompt(
+def prompt_error(
     error: RequestError,
     index: int,
     num_prompts: int,

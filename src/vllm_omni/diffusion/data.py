@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from vllm_omni.errors import ConfigError, InvalidRequestError, NotAvailableError
-from vllm_omni.foreign.constructors import converting
+from vllm_omni.foreign.class_decorators import convert_keywords
 from vllm_omni.foreign.keywords import convert_degrees, convert_settings
 from vllm_omni.foreign.keywords import logger as logger  # scripts of the public vllm-omni package import it from here
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams
-from vllm_omni.inputs.kinds import MisfitError, fit, kinds_of, shown
+from vllm_omni.inputs.field_values import WrongValueError, coerce, field_types, shown
 
 CacheBackend = Literal["none", "tea_cache", "cache_dit"]
 SchedulingPolicy = Literal["fair", "fcfs"]
@@ -37,7 +37,7 @@ StepsMaskPolicy = Literal["slow", "medium", "fast", "ultra"]
 StepsComputationPolicy = Literal["dynamic", "static"]
 
 
-@converting(convert_degrees, ConfigError)
+@convert_keywords(convert_degrees, ConfigError)
 @dataclass(frozen=True)
 class DiffusionParallelConfig:
     """How many devices share the work, axis by axis (outermost first: data, cfg, ring, ulysses, tensor)."""
@@ -253,11 +253,11 @@ def parse_cache_config(backend: str, values: Mapping[str, Any]) -> CacheConfig |
 def _fit_fields(config: Any, name_of: Callable[[str], str]) -> None:
     """Make the fields of a new frozen dataclass plain values of their kinds. Raises ConfigError."""
     cls: Any = type(config)
-    for name, kind in kinds_of(cls).items():
+    for name, kind in field_types(cls).items():
         value = getattr(config, name)
         try:
-            plain = fit(value, kind)
-        except MisfitError as error:
+            plain = coerce(value, kind)
+        except WrongValueError as error:
             got = shown(value) if name not in _SECRETS else type(value).__name__
             raise ConfigError(f"{name_of(name)} takes {error}, got {got}") from error
         object.__setattr__(config, name, plain)
@@ -280,7 +280,7 @@ def _require_at_least(least: int, value: float, name: str) -> None:
     _require(least <= value < math.inf, name, value, f"{kind} of at least {least}")
 
 
-@converting(convert_settings, ConfigError)
+@convert_keywords(convert_settings, ConfigError)
 @dataclass(frozen=True)
 class OmniDiffusionConfig:
     """Everything the engine needs to know; the HTTP server has its own settings."""
@@ -412,7 +412,7 @@ class OmniDiffusionConfig:
     def cache(self) -> CacheConfig | None:
         return parse_cache_config(self.cache_backend, self.cache_config)
 
-    def located(self, path: str) -> OmniDiffusionConfig:
+    def for_worker(self, path: str) -> OmniDiffusionConfig:
         """The config of a worker: the model's folder in place of its hub name, and no token."""
         return replace(self, model=path, revision=None, download_dir=None, hf_token=None)
 
@@ -446,12 +446,12 @@ def _fit_sampling_params(values: Mapping[str, Any]) -> dict[str, Any]:
             f"--default-sampling-params: unknown keys {sorted(map(str, unknown))}, "
             f"accepted are {', '.join(sorted(accepted))}"
         )
-    kinds = {**kinds_of(OmniDiffusionSamplingParams), "negative_prompt": str | None}
+    kinds = {**field_types(OmniDiffusionSamplingParams), "negative_prompt": str | None}
     plain = {}
     for name, value in values.items():
         try:
-            plain[name] = fit(_lora_request(value) if name == "lora_request" else value, kinds[name])
-        except MisfitError as error:
+            plain[name] = coerce(_lora_request(value) if name == "lora_request" else value, kinds[name])
+        except WrongValueError as error:
             raise ConfigError(f"--default-sampling-params: {name} takes {error}, got {shown(value)}") from error
     return plain
 
@@ -463,7 +463,7 @@ def _lora_request(value: Any) -> Any:
     try:
         return LoRARequest(**value)
     except (TypeError, InvalidRequestError):  # a field that is unknown, or no name
-        raise MisfitError('an adapter, as {"name": ..., "scale": ...}') from None
+        raise WrongValueError('an adapter, as {"name": ..., "scale": ...}') from None
 
 
 _AVAILABLE_EXECUTORS = ("mp", "uni")

@@ -1,7 +1,7 @@
 """Flags of other servers: how many values each takes, and whether it is ignored, named differently here, or refused.
 
 The tables are `vllm_flags.py` and `diffusion_server_flags.py`. Their readers are the command line's parser
-(`entrypoints/cli/foreign_flags.py`) and the keywords of scripts (`keywords.py`).
+(`entrypoints/cli/foreign_flags.py`) and the keywords of scripts (`foreign/keywords.py`).
 """
 
 from __future__ import annotations

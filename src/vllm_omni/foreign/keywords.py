@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from vllm_omni.errors import ConfigError
-from vllm_omni.foreign.constructors import asks_nothing
+from vllm_omni.foreign.class_decorators import has_no_effect
 from vllm_omni.foreign.diffusion_server_flags import VLLM_OMNI_FLAGS
 from vllm_omni.foreign.flags import ForeignFlag, ignored, refused, renamed
 from vllm_omni.foreign.vllm_flags import VLLM_FLAGS
@@ -61,7 +61,7 @@ def ignored_keywords(keywords: Mapping[str, Any], accepted: Collection[str]) -> 
         flag = flags_by_keyword().get(name)
         if flag is None:
             raise ConfigError(f"unknown keyword {name!r}; accepted are {', '.join(accepted)}")
-        if asks_nothing(value):
+        if has_no_effect(value):
             continue
         values = [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]
         if not flag.is_harmless([] if value is True else values):

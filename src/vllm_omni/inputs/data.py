@@ -8,13 +8,13 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_omni.errors import InvalidRequestError
-from vllm_omni.foreign.constructors import converting, explaining
-from vllm_omni.foreign.names import refusing
+from vllm_omni.foreign.class_decorators import convert_keywords, explain_attributes
+from vllm_omni.foreign.module_names import refuse_names
+from vllm_omni.inputs.field_values import shown
 from vllm_omni.inputs.foreign_params import NO_FIELDS, convert_adapter, convert_params
-from vllm_omni.inputs.kinds import shown
 
 
-@converting(convert_adapter, InvalidRequestError)
+@convert_keywords(convert_adapter, InvalidRequestError)
 @dataclass(frozen=True, slots=True)
 class LoRARequest:
     """A LoRA adapter: one that was given at start, by its name, or another one by its path.
@@ -41,8 +41,8 @@ class LoRARequest:
             object.__setattr__(self, "path", os.fspath(self.path))
 
 
-@explaining(NO_FIELDS)
-@converting(convert_params, InvalidRequestError)
+@explain_attributes(NO_FIELDS)
+@convert_keywords(convert_params, InvalidRequestError)
 @dataclass(frozen=True, slots=True)
 class OmniDiffusionSamplingParams:
     """How to make one picture or video; `None` means the model's own default.
@@ -190,7 +190,7 @@ def _listed_images(images: Any) -> tuple[Any, ...]:
 
 _MAPPING = 'a prompt is a string or a mapping with "prompt", "negative_prompt" and "multi_modal_data"'
 if not TYPE_CHECKING:  # type checkers know our names alone
-    __getattr__ = refusing(
+    __getattr__ = refuse_names(
         __name__,
         {
             **dict.fromkeys(

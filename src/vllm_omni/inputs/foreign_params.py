@@ -7,8 +7,8 @@ from numbers import Real
 from typing import Any
 
 from vllm_omni.errors import InvalidRequestError
-from vllm_omni.foreign.constructors import asks_nothing
-from vllm_omni.inputs.kinds import shown
+from vllm_omni.foreign.class_decorators import has_no_effect
+from vllm_omni.inputs.field_values import shown
 
 PROMPT_FORM = 'it is part of the prompt: {"prompt": ..., "negative_prompt": ..., "multi_modal_data": {"image": ...}}'
 IN_PROMPT = ("prompt", "negative_prompt", "image", "pil_image")
@@ -53,18 +53,18 @@ def convert_params(keywords: dict[str, Any], names: Collection[str]) -> dict[str
         if name not in _REPLACED:
             raise InvalidRequestError(f"unknown parameter {name!r}; accepted are {', '.join(names)}", param=name)
         text, harmless = _REPLACED[name]
-        if not asks_nothing(value) and not (name == "extra_args" and _is_empty(value)) and not _is_in(value, harmless):
+        if not has_no_effect(value) and not (name == "extra_args" and _is_empty(value)) and not _is_in(value, harmless):
             raise InvalidRequestError(f"{name}: {text}, got {shown(value)}", param=name)
     if (generator := keywords.get("generator")) is not None:
         _put(ours, "seed", seed_of(generator), "generator")
     for name, ours_name in (("lora_requests", "lora_request"), ("lora_scales", "lora_scale")):
-        if not asks_nothing(values := keywords.get(name)):
+        if not has_no_effect(values := keywords.get(name)):
             _put(ours, ours_name, _only(name, values), name)
     return ours
 
 
 def _is_empty(values: Any) -> bool:
-    return isinstance(values, dict) and all(map(asks_nothing, values.values()))
+    return isinstance(values, dict) and all(map(has_no_effect, values.values()))
 
 
 def _is_in(value: Any, harmless: tuple[Any, ...]) -> bool:

@@ -61,7 +61,7 @@ def _pixels_at(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
     return np.array(image if image.size == size else image.resize(size, Image.Resampling.LANCZOS))
 
 
-def prepared(image: Image.Image, sizes_of: Callable[[int, int], ReaderSizes]) -> InputImage:
+def prepare_image(image: Image.Image, sizes_of: Callable[[int, int], ReaderSizes]) -> InputImage:
     """A picture as a model takes it. `sizes_of`: `ImageInput.sizes` of the model.
 
     Raises InvalidRequestError.
@@ -71,7 +71,7 @@ def prepared(image: Image.Image, sizes_of: Callable[[int, int], ReaderSizes]) ->
     return InputImage.of(*resized_pixels(to_rgb(image), sizes))
 
 
-def resized(image: InputImage, height: int, width: int) -> InputImage:
+def resize_image(image: InputImage, height: int, width: int) -> InputImage:
     """For both readers at this size."""
     if image.reference.shape[:2] == (height, width):
         return image

@@ -19,7 +19,7 @@ from PIL import Image
 from testbed.runner_driver import psnr
 from testbed.tiny_diffusers import build_tiny_diffusers, save_tiny_adapter
 from tests.entrypoints.cli.server_process import ServerProcess, server_process, stop
-from vllm_omni.inputs.loras import WEIGHTS
+from vllm_omni.inputs.adapter_files import WEIGHTS
 
 PROMPT = "a red apple"
 

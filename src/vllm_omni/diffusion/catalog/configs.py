@@ -11,9 +11,9 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from vllm_omni.diffusion.catalog.folder_files import read_object, short
 from vllm_omni.errors import ConfigError
 
-MOST = 2**20
+MAX_SIZE = 2**20
 """Largest whole number that a config takes: wider layers than that no device holds."""
-MOST_LAYERS = 10_000
+MAX_LAYERS = 10_000
 TIMESTEP_CHANNELS = 256
 """Numbers that a transformer is told a timestep by: see `layers/timesteps.py`."""
 
@@ -28,8 +28,8 @@ def read_config(path: Path, component: str, name: str = "config.json") -> dict[s
 def from_values(cls: type[Values], values: Mapping[str, Any], place: str) -> Values:
     """The dataclass `cls` from those keys of a config that it has; other keys are ignored.
 
-    A number of layers takes 1 to MOST_LAYERS, other whole numbers 1 to MOST. Raises ConfigError, with `place` and the
-    key, for a value of another type or size, and for a missing one without default.
+    A number of layers takes 1 to MAX_LAYERS, other whole numbers 1 to MAX_SIZE. Raises ConfigError, with `place` and
+    the key, for a value of another type or size, and for a missing one without default.
     """
     types = get_type_hints(cls)
     named = {}
@@ -52,7 +52,7 @@ def _converted(value: Any, kind: Any, place: str) -> Any:
     if NoneType in options:
         return None if value is None else _converted(value, options[0], place)
     if kind is int:
-        most = MOST_LAYERS if "layers" in place or place.endswith(("depth", "res_blocks")) else MOST
+        most = MAX_LAYERS if "layers" in place or place.endswith(("depth", "res_blocks")) else MAX_SIZE
         if type(value) is not int or not 1 <= value <= most:
             raise ConfigError(f"{place} takes a whole number from 1 to {most}, got {short(value)}")
     elif kind is float:
@@ -63,7 +63,7 @@ def _converted(value: Any, kind: Any, place: str) -> Any:
     return value
 
 
-def refuse_variants(transformer: Mapping[str, Any], only: Mapping[str, Any]) -> None:
+def check_config_values(transformer: Mapping[str, Any], only: Mapping[str, Any]) -> None:
     """Raise ConfigError for a transformer config that needs more than the family computes.
 
     only: key -> the value that is computed, which is also what an absent key means.

@@ -155,7 +155,7 @@ def _earlier_download(model: str, load_format: LoadFormat, access: HubAccess, er
     except (LocalEntryNotFoundError, OSError):
         raise ConfigError(_explain(model, access, error)) from error
     folder = ModelFolder(path, _explain(model, access, error))
-    with blame_hub(*folder):
+    with add_hub_failure(*folder):
         if load_format == "auto":
             for name, component in read_components(read_object(path, MODEL_INDEX)).items():
                 # A missing folder is told by `model_check`.
@@ -165,7 +165,7 @@ def _earlier_download(model: str, load_format: LoadFormat, access: HubAccess, er
 
 
 @contextmanager
-def blame_hub(path: Path, hub_failure: str) -> Iterator[None]:
+def add_hub_failure(path: Path, hub_failure: str) -> Iterator[None]:
     """Add the reason why there is no fresh download to a ConfigError about the files in `path`. See `ModelFolder`."""
     try:
         yield

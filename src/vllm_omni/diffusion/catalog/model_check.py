@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX, check_links, names_in, read_object, short
-from vllm_omni.diffusion.catalog.hub import blame_hub
+from vllm_omni.diffusion.catalog.hub import add_hub_failure
 from vllm_omni.diffusion.catalog.model_index import DIFFUSERS_STEMS, Component, read_components
 from vllm_omni.diffusion.catalog.registry import ModelInfo
 from vllm_omni.diffusion.catalog.tokenizer_files import check_tokenizer
@@ -23,7 +23,7 @@ LAYER_WORDS = ("layers", "blocks", "depth")
 """Parts of the names of config.json's keys that say how many modules are built."""
 QUICK_LAYERS = 1000
 """Number of layers that is built in a moment, so that it needs no comparison with the weight files."""
-MOST_TIMESTEPS = 2**20
+MAX_TIMESTEPS = 2**20
 """Largest num_train_timesteps of a scheduler, which keeps several arrays of that length."""
 
 
@@ -32,7 +32,7 @@ def check_model_files(info: ModelInfo, config: OmniDiffusionConfig) -> None:
 
     Also for a variant of the weights that no component has. With dummy weights no weight file is looked at.
     """
-    with blame_hub(info.path, info.hub_failure):
+    with add_hub_failure(info.path, info.hub_failure):
         _check_folder(info, config)
 
 
@@ -98,9 +98,9 @@ def _check_redirects(component: str, names: list[str], values: Mapping[str, Any]
 def _check_scheduler(place: str, values: Mapping[str, Any]) -> None:
     """Raise ConfigError for a number of training steps that a scheduler would fill the memory with."""
     steps = values.get("num_train_timesteps")
-    if steps is not None and not (type(steps) is int and 1 <= steps <= MOST_TIMESTEPS):
+    if steps is not None and not (type(steps) is int and 1 <= steps <= MAX_TIMESTEPS):
         raise ConfigError(
-            f"{place}: num_train_timesteps takes a whole number from 1 to {MOST_TIMESTEPS}, got {short(steps)}"
+            f"{place}: num_train_timesteps takes a whole number from 1 to {MAX_TIMESTEPS}, got {short(steps)}"
         )
 
 

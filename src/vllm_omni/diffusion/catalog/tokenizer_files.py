@@ -11,16 +11,16 @@ from typing import Any
 from vllm_omni.diffusion.catalog.folder_files import names_in, open_file, read_object, short
 from vllm_omni.errors import ConfigError
 
-WHOLE = "tokenizer.json"
+TOKENIZER_FILE = "tokenizer.json"
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
 SETTINGS = "tokenizer_config.json"
 ADDED = "added_tokens.json"
 CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
-MOST_IDS = 2**31
+MAX_IDS = 2**31
 OBJECTS = ("special_tokens_map.json", ADDED, CHAT_TEMPLATES[1])
 """Further files that hold a JSON object."""
 SENTENCE_PIECES = "tokenizer.model"
-"""Vocabulary that transformers reads for the classes that name none but `WHOLE`."""
+"""Vocabulary that transformers reads for the classes that name none but `TOKENIZER_FILE`."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ def check_tokenizer(root: Path, component: str, class_name: str, needs: Tokenize
     if missing := [token for token in needs.tokens if token not in ids]:
         raise ConfigError(f"{component}/ lacks the token {missing[0]!r}, which the model's prompts consist of")
     for token, number in ids.items():
-        if type(number) is not int or not 0 <= number < (needs.num_ids or MOST_IDS):
+        if type(number) is not int or not 0 <= number < (needs.num_ids or MAX_IDS):
             raise ConfigError(
                 f"{component}/ has the token {token!r} with the id {short(number)}; the text encoder's vocab_size "
-                f"allows 0 to {(needs.num_ids or MOST_IDS) - 1}"
+                f"allows 0 to {(needs.num_ids or MAX_IDS) - 1}"
             )
 
 
@@ -88,13 +88,13 @@ def _read_vocabulary(root: Path, component: str, class_name: str, names: list[st
     from tokenizers import Tokenizer  # a library in Rust, without torch
     from tokenizers.models import BPE
 
-    if WHOLE in names:
-        file = _readable(root, f"{component}/{WHOLE}")
-        read_object(root, f"{component}/{WHOLE}")
+    if TOKENIZER_FILE in names:
+        file = _readable(root, f"{component}/{TOKENIZER_FILE}")
+        read_object(root, f"{component}/{TOKENIZER_FILE}")
         try:
             return dict(Tokenizer.from_file(file).get_vocab())
         except Exception as error:  # the library raises no other class
-            raise ConfigError(f"cannot read {component}/{WHOLE}: it is no tokenizer: {error}") from error
+            raise ConfigError(f"cannot read {component}/{TOKENIZER_FILE}: it is no tokenizer: {error}") from error
     if VOCABULARY in names:
         if MERGES not in names:
             raise ConfigError(f"{component}/ lacks {MERGES}, which {VOCABULARY} needs")
@@ -114,7 +114,7 @@ def _read_vocabulary(root: Path, component: str, class_name: str, names: list[st
         if name in names:
             _readable(root, f"{component}/{name}")
             return None
-    accepted = [WHOLE, f"{VOCABULARY} with {MERGES}", *others]
+    accepted = [TOKENIZER_FILE, f"{VOCABULARY} with {MERGES}", *others]
     raise ConfigError(f"{component}/ has no vocabulary of a {class_name}: neither {', nor '.join(accepted)}")
 
 
@@ -130,7 +130,9 @@ def _other_vocabularies(class_name: str) -> tuple[str, ...] | None:
     named: set[str] = set(cls.vocab_files_names.values())
     if not named:
         return None
-    return tuple(sorted(named - {WHOLE, VOCABULARY, MERGES})) if named - {WHOLE} else (SENTENCE_PIECES,)
+    if named == {TOKENIZER_FILE}:
+        return (SENTENCE_PIECES,)
+    return tuple(sorted(named - {TOKENIZER_FILE, VOCABULARY, MERGES}))
 
 
 def _readable(root: Path, name: str) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from vllm_omni.foreign.names import refusing
+from vllm_omni.foreign.module_names import refuse_names
 from vllm_omni.outputs import OmniRequestOutput
 
 
@@ -18,4 +18,4 @@ def extract_images_from_outputs(outputs: OmniRequestOutput | Sequence[OmniReques
 
 
 if not TYPE_CHECKING:  # type checkers know our names alone
-    __getattr__ = refusing(__name__, {}, "the pictures of an output are output.images")
+    __getattr__ = refuse_names(__name__, {}, "the pictures of an output are output.images")

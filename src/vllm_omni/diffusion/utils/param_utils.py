@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from vllm_omni.errors import InvalidRequestError
-from vllm_omni.foreign.names import refusing
+from vllm_omni.foreign.module_names import refuse_names
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.inputs.foreign_params import NO_FIELDS
 
@@ -21,4 +21,4 @@ def apply_declared_extra_args(
 
 
 if not TYPE_CHECKING:  # type checkers know our names alone
-    __getattr__ = refusing(__name__, {}, NO_FIELDS["extra_args"])
+    __getattr__ = refuse_names(__name__, {}, NO_FIELDS["extra_args"])

@@ -32,12 +32,12 @@ from vllm_omni.diffusion.data import (
     Quantization,
     SchedulingPolicy,
 )
-from vllm_omni.entrypoints.cli import calibrate, values
+from vllm_omni.entrypoints.cli import calibrate, flag_types
 from vllm_omni.entrypoints.cli.commands import check_command
 from vllm_omni.entrypoints.cli.foreign_flags import DEST as FOREIGN_DEST
 from vllm_omni.entrypoints.cli.foreign_flags import add_foreign_flags, check_foreign_flags
 from vllm_omni.entrypoints.cli.suggestions import explain_unknown
-from vllm_omni.entrypoints.cli.vllm_surface import make_parser, serve_line, vllm_version
+from vllm_omni.entrypoints.cli.vllm_api import make_parser, serve_line, vllm_version
 from vllm_omni.entrypoints.openai.settings import ChatTextTasks, ResponseFormat, ServerSettings
 from vllm_omni.errors import ConfigError, NotAvailableError
 from vllm_omni.foreign.diffusion_server_flags import SGLANG_FLAGS, VLLM_OMNI_FLAGS
@@ -133,7 +133,7 @@ def build_parser(prog: str = "vllm") -> argparse.ArgumentParser:
     top.epilog = f"vllm-omni {calibrate.COMMAND} MODEL measures the polynomial of --cache-backend tea_cache."
     top.add_argument("-v", "--version", action="version", version=f"vllm-omni {__version__}, vLLM {vllm_version()}")
     serve.add_argument("model_tag", nargs="?", metavar="MODEL", help="a folder, a hub name, or `demo`")
-    serve.add_argument("--model", type=values.nonempty, help="MODEL, for config files")
+    serve.add_argument("--model", type=flag_types.nonempty, help="MODEL, for config files")
     serve.add_argument("--omni", action="store_true", help="serve a diffusion model (without it: vLLM's own server)")
     serve.add_argument("--config", metavar="FILE.yaml", help="read flags from a YAML file; the command line wins")
     _add_server_flags(serve.add_argument_group("server, as in vLLM"))
@@ -173,17 +173,19 @@ def _dashed(name: str) -> str:
 
 def _add_server_flags(group: Any) -> None:
     http, settings = _Flags(group, HttpOptions), _Flags(group, ServerSettings)
-    http.add("host", "address to listen on; none: all of this machine's", type=values.nonempty)
-    http.add("port", "TCP port; 0: a free one", type=values.integer(0, 65535))
-    http.add("uds", "Unix socket to listen on instead of host and port", type=values.nonempty)
+    http.add("host", "address to listen on; none: all of this machine's", type=flag_types.nonempty)
+    http.add("port", "TCP port; 0: a free one", type=flag_types.integer(0, 65535))
+    http.add("uds", "Unix socket to listen on instead of host and port", type=flag_types.nonempty)
     names_help = "names that requests may use; the first is reported; none: MODEL"
-    settings.add("served_model_names", names_help, "--served-model-name", default=None, nargs="+", type=values.nonempty)
-    settings.add("root_path", "path prefix under which a proxy serves us, such as /omni", type=values.root_path)
+    settings.add(
+        "served_model_names", names_help, "--served-model-name", default=None, nargs="+", type=flag_types.nonempty
+    )
+    settings.add("root_path", "path prefix under which a proxy serves us, such as /omni", type=flag_types.root_path)
     settings.add(
         "media_ttl_seconds",
         "seconds that a picture can be fetched by its url",
         "--media-ttl",
-        type=values.seconds(zero=False),
+        type=flag_types.seconds(zero=False),
     )
     format_help = "form of pictures where a request has no response_format; url: a link to this server"
     settings.add("default_response_format", format_help, choices=get_args(ResponseFormat))
@@ -193,22 +195,22 @@ def _add_server_flags(group: Any) -> None:
         "allowed_media_domains",
         "hosts, by their exact names, from which pictures are fetched that requests name by URL; none: only data: URLs",
         nargs="+",
-        type=values.host_name,
+        type=flag_types.host_name,
     )
     http.add(
         "shutdown_timeout",
         "seconds that running requests have after SIGTERM; 0: they are aborted",
-        type=values.seconds(zero=True),
+        type=flag_types.seconds(zero=True),
     )
     middleware_help = "import paths of middlewares; repeatable"
-    http.add("middleware", middleware_help, nargs="+", action="extend", type=values.import_path)
+    http.add("middleware", middleware_help, nargs="+", action="extend", type=flag_types.import_path)
     http.add("uvicorn_log_level", "log level of the HTTP server", choices=LOG_LEVELS)
     http.switch("disable_uvicorn_access_log", "no log line for each HTTP request")
     http.add(
         "disable_access_log_for_endpoints",
         "paths whose requests are not logged, such as /health,/metrics",
         nargs="+",
-        type=values.comma_list,
+        type=flag_types.comma_list,
     )
     request_ids_help = "accepted: every answer has an x-request-id, the request's own or a new one"
     group.add_argument("--enable-request-id-headers", action=argparse.BooleanOptionalAction, help=request_ids_help)
@@ -217,7 +219,7 @@ def _add_server_flags(group: Any) -> None:
         "keep_alive_seconds",
         "silence after which an event stream sends a comment, so that proxies keep it open",
         "--sse-keep-alive-interval",
-        type=values.seconds(zero=False),
+        type=flag_types.seconds(zero=False),
     )
     settings.switch("log_prompts", "write prompts to the log")
     settings.switch("log_requests", "one log line for each request that arrives", "--enable-log-requests")
@@ -229,29 +231,29 @@ def _add_server_flags(group: Any) -> None:
 
 def _add_http_flags(group: Any) -> None:
     http = _Flags(group, HttpOptions)
-    http.add("api_key", "keys that open /v1; none: VLLM_API_KEY, or no key needed", nargs="+", type=values.secret)
-    http.add("allowed_origins", "CORS: origins that browsers may call from", nargs="+", type=values.strings)
-    http.add("allowed_methods", "CORS: methods", nargs="+", type=values.strings)
-    http.add("allowed_headers", "CORS: request headers", nargs="+", type=values.strings)
+    http.add("api_key", "keys that open /v1; none: VLLM_API_KEY, or no key needed", nargs="+", type=flag_types.secret)
+    http.add("allowed_origins", "CORS: origins that browsers may call from", nargs="+", type=flag_types.strings)
+    http.add("allowed_methods", "CORS: methods", nargs="+", type=flag_types.strings)
+    http.add("allowed_headers", "CORS: request headers", nargs="+", type=flag_types.strings)
     http.add(
         "forwarded_allow_ips",
         "proxies whose X-Forwarded-Proto and X-Forwarded-For are believed: addresses, networks, or * for all; none: "
         "FORWARDED_ALLOW_IPS, or 127.0.0.1 and ::1",
         nargs="+",
-        type=values.proxies,
+        type=flag_types.proxies,
     )
     http.switch("allow_credentials", "CORS: let browsers send credentials")
-    http.add("ssl_keyfile", "TLS key file", type=values.existing_file)
-    http.add("ssl_certfile", "TLS certificate file", type=values.existing_file)
-    http.add("ssl_ca_certs", "file of the authorities that sign client certificates", type=values.existing_file)
+    http.add("ssl_keyfile", "TLS key file", type=flag_types.existing_file)
+    http.add("ssl_certfile", "TLS certificate file", type=flag_types.existing_file)
+    http.add("ssl_ca_certs", "file of the authorities that sign client certificates", type=flag_types.existing_file)
     http.add("ssl_cert_reqs", "client certificates: 0 none, 1 optional, 2 required", type=int, choices=(0, 1, 2))
-    http.add("ssl_ciphers", "OpenSSL cipher list (TLS 1.2 and below)", type=values.nonempty)
+    http.add("ssl_ciphers", "OpenSSL cipher list (TLS 1.2 and below)", type=flag_types.nonempty)
     http.switch("enable_ssl_refresh", "reload the certificate when its files change")
 
 
 def _add_parallel_flags(group: Any) -> None:
     parallel = _Flags(group, DiffusionParallelConfig)
-    degree = values.integer(1)
+    degree = flag_types.integer(1)
     parallel.add("ulysses_degree", "devices that share a sequence by heads", "--usp", "--ulysses-degree", type=degree)
     parallel.add("ring_degree", "devices that share a sequence by a ring", "--ring", "--ring-degree", type=degree)
     parallel.add("cfg_parallel_size", "devices that share the guidance branches", type=degree)
@@ -264,10 +266,12 @@ def _add_parallel_flags(group: Any) -> None:
 def _add_cache_and_memory_flags(group: Any) -> None:
     engine = _Flags(group, OmniDiffusionConfig)
     engine.add("cache_backend", "cache that skips blocks between steps", choices=get_args(CacheBackend))
-    engine.add("cache_config", "the cache's settings as JSON", type=values.json_object)
+    engine.add("cache_config", "the cache's settings as JSON", type=flag_types.json_object)
     engine.switch("enable_cpu_offload", "keep idle models in the host's memory")
     engine.switch("enable_layerwise_offload", "bring transformer layers in one by one")
-    engine.add("lora_modules", "LoRA adapters to serve, as NAME=PATH", nargs="+", action="extend", type=values.adapter)
+    engine.add(
+        "lora_modules", "LoRA adapters to serve, as NAME=PATH", nargs="+", action="extend", type=flag_types.adapter
+    )
     engine.switch("vae_use_slicing", "decode one picture at a time")
     engine.switch("vae_use_tiling", "decode a picture in overlapping tiles")
     engine.switch("overlap_decode", "on a GPU, decode beside the next step of others")
@@ -275,24 +279,24 @@ def _add_cache_and_memory_flags(group: Any) -> None:
 
 def _add_scheduling_flags(group: Any) -> None:
     engine = _Flags(group, OmniDiffusionConfig)
-    count = values.integer(1)
+    count = flag_types.integer(1)
     engine.add("max_num_seqs", "most requests that advance in one step", type=count)
     engine.add("max_batch_tokens", "most tokens of one step; none: measured at start", type=count)
     engine.add("scheduling_policy", "fair: least work left first, with ageing", choices=get_args(SchedulingPolicy))
     engine.add("max_num_queued_reqs", "most pictures waiting or running; more are answered 429", type=count)
     engine.add(
-        "max_queue_seconds", "most work waiting or running; more is answered 429", type=values.seconds(zero=False)
+        "max_queue_seconds", "most work waiting or running; more is answered 429", type=flag_types.seconds(zero=False)
     )
     engine.add(
         "max_pixels", "most pixels of a picture; none: four times the model's own size, or 1024x1024", type=count
     )
     engine.add("max_inference_steps", "most denoising steps of a request", type=count)
     engine.add("max_num_frames", "most frames of a video", type=count)
-    engine.add("max_worker_restarts", "restarts of dead workers within ten minutes", type=values.integer(0))
-    engine.add("default_sampling_params", "defaults for requests, as JSON", type=values.json_object)
+    engine.add("max_worker_restarts", "restarts of dead workers within ten minutes", type=flag_types.integer(0))
+    engine.add("default_sampling_params", "defaults for requests, as JSON", type=flag_types.json_object)
     group.add_argument(
         "--seed",
-        type=values.integer(0, MAX_DEFAULT_SEED),
+        type=flag_types.integer(0, MAX_DEFAULT_SEED),
         help="seed of requests that bring none (picture i of a request has seed + i), so that the same request gives "
         "the same picture; none: drawn for each request",
     )
@@ -300,9 +304,11 @@ def _add_scheduling_flags(group: Any) -> None:
 
 def _add_loading_flags(group: Any) -> None:
     engine = _Flags(group, OmniDiffusionConfig)
-    engine.add("revision", "branch, tag or commit of a hub model; none: main", type=values.nonempty)
-    engine.add("variant", "set of weight files to load, such as fp16; none: those without one", type=values.nonempty)
-    engine.add("download_dir", "folder for downloads; none: the hub's cache (HF_HOME)", type=values.nonempty)
+    engine.add("revision", "branch, tag or commit of a hub model; none: main", type=flag_types.nonempty)
+    engine.add(
+        "variant", "set of weight files to load, such as fp16; none: those without one", type=flag_types.nonempty
+    )
+    engine.add("download_dir", "folder for downloads; none: the hub's cache (HF_HOME)", type=flag_types.nonempty)
     engine.add(
         "hf_token",
         "token for private and gated hub models; without a value: that of `hf auth login`; none: the variable "

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from vllm_omni.diffusion.catalog.hub import DEFAULT_ACCESS, HubAccess
 from vllm_omni.diffusion.data import ALIASES, DType, OmniDiffusionConfig
-from vllm_omni.entrypoints.cli import values
+from vllm_omni.entrypoints.cli import flag_types
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 
@@ -66,10 +66,10 @@ def parse_args(argv: Sequence[str]) -> CalibrateArgs:
         metavar="FILE",
         help="for an editing model: what each prompt edits",
     )
-    parser.add_argument("--size", type=values.picture_size, metavar="WxH", help="pixels; none: the model's own")
-    parser.add_argument("--num-inference-steps", type=values.integer(3), help="none: the model's own")
+    parser.add_argument("--size", type=flag_types.picture_size, metavar="WxH", help="pixels; none: the model's own")
+    parser.add_argument("--num-inference-steps", type=flag_types.integer(3), help="none: the model's own")
     parser.add_argument("--true-cfg-scale", type=float, help="guidance; none: the model's own")
-    parser.add_argument("--seed", type=values.integer(0), default=0, help="of the first prompt; others follow it")
+    parser.add_argument("--seed", type=flag_types.integer(0), default=0, help="of the first prompt; others follow it")
     parser.add_argument("--dtype", choices=(*get_args(DType), *ALIASES["dtype"]), default="auto")
     parser.add_argument("--revision", help="branch, tag or commit of a hub model; none: main")
     parser.add_argument("--variant", help="set of weight files, such as fp16, as in serve; none: those without variant")

@@ -12,7 +12,7 @@ from vllm_omni.entrypoints.cli import calibrate
 from vllm_omni.entrypoints.cli.args import ServeArgs, parse_args
 from vllm_omni.entrypoints.cli.commands import program_name
 from vllm_omni.entrypoints.server.signals import StopSignals
-from vllm_omni.errors import ConfigError, fold
+from vllm_omni.errors import ConfigError, to_one_line
 from vllm_omni.logs import QueuedStreams, fill_standard_descriptors, logging_level
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def serve_and_leave(
 
 def _print_error(error: ConfigError) -> None:
     # Our name also where vLLM's command has handed over: its reader must know whose error it is.
-    print(f"vllm-omni: error: {fold(str(error))}", file=sys.stderr)
+    print(f"vllm-omni: error: {to_one_line(str(error))}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from fastapi import FastAPI
 
 from vllm_omni.diffusion.control.events import Observers
 from vllm_omni.diffusion.control.executor.launch import EarlyWorkers
-from vllm_omni.entrypoints.cli import vllm_surface
+from vllm_omni.entrypoints.cli import vllm_api
 from vllm_omni.entrypoints.cli.args import HttpOptions, ServeArgs
 from vllm_omni.entrypoints.openai.app import build_app
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
@@ -105,7 +105,7 @@ async def _serve(
     activity.watch(omni.status)
     settings = replace(
         args.settings,
-        swagger_ui_folder=vllm_surface.swagger_ui_folder(),
+        swagger_ui_folder=vllm_api.swagger_ui_folder(),
         requires_api_key=bool(api_keys(args.http)),
     )
     app = build_app(omni, settings, metrics)
@@ -157,7 +157,7 @@ def _http_server(app: FastAPI, http: HttpOptions) -> uvicorn.Server:
         app,
         http=HttpProtocol,
         log_level=http.uvicorn_log_level,
-        log_config=vllm_surface.log_config(quiet_paths, http.uvicorn_log_level),
+        log_config=vllm_api.log_config(quiet_paths, http.uvicorn_log_level),
         access_log=not http.disable_uvicorn_access_log,
         ssl_keyfile=http.ssl_keyfile,
         ssl_certfile=http.ssl_certfile,
@@ -293,7 +293,7 @@ class Service:
         assert context is not None
         assert http.ssl_keyfile is not None
         assert http.ssl_certfile is not None
-        return vllm_surface.start_certificate_refresher(context, http.ssl_keyfile, http.ssl_certfile, http.ssl_ca_certs)
+        return vllm_api.start_certificate_refresher(context, http.ssl_keyfile, http.ssl_certfile, http.ssl_ca_certs)
 
 
 async def _first_of(*awaitables: Coroutine[Any, Any, Any] | asyncio.Task[Any]) -> None:

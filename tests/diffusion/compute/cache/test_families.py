@@ -22,7 +22,7 @@ from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.plan import StepResult
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.diffusion.messages.worker import RankInfo
-from vllm_omni.inputs.images import prepared
+from vllm_omni.inputs.images import prepare_image
 
 BACKENDS: dict[str, dict[str, Any]] = {
     "cache_dit": {"max_warmup_steps": 1, "max_continuous_cached_steps": 2},
@@ -56,7 +56,7 @@ def edits(folder: Path) -> tuple[Path, list[DiffusionRequest]]:
     edit = load_model_info(str(path)).image_input
     assert edit is not None
     noise = np.random.default_rng(0).integers(0, 255, (3, 64, 64, 3), dtype=np.uint8)
-    images = [prepared(Image.fromarray(pixels), edit.sizes) for pixels in noise]
+    images = [prepare_image(Image.fromarray(pixels), edit.sizes) for pixels in noise]
     pictures = [(images[0], images[1]), (images[1],), (images[2],)]
     requests = [make_request(f"r-{i}", images=p, **fields) for i, (p, fields) in enumerate(zip(pictures, FIELDS))]
     return path, requests

@@ -22,7 +22,7 @@ from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import StepPlan
 from vllm_omni.diffusion.messages.request import DiffusionRequest
-from vllm_omni.inputs.images import prepared
+from vllm_omni.inputs.images import prepare_image
 
 pytestmark = pytest.mark.usefixtures("quick_warmup")
 
@@ -63,7 +63,7 @@ def texts(path: Path) -> dict[int, list[DiffusionRequest]]:
 def edits(path: Path) -> dict[int, list[DiffusionRequest]]:
     edit = load_model_info(str(path)).image_input
     assert edit is not None
-    one, two = (prepared(photo(*size, seed), edit.sizes) for seed, size in enumerate([(90, 60), (64, 64)]))
+    one, two = (prepare_image(photo(*size, seed), edit.sizes) for seed, size in enumerate([(90, 60), (64, 64)]))
     return {
         0: [make_request("guided", negative_prompt="a blue car", images=(one,))],
         1: [make_request("two", height=48, width=80, images=(one, two), preview_steps=(1,))],

@@ -25,8 +25,8 @@ from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import LoRA
 from vllm_omni.errors import ConfigError
+from vllm_omni.inputs.adapter_files import WEIGHTS
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams
-from vllm_omni.inputs.loras import WEIGHTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 FLUX, SDXL = "FluxPipeline", "StableDiffusionXLPipeline"

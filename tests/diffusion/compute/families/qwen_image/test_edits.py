@@ -26,7 +26,7 @@ from tests.diffusion.compute.families.qwen_image.test_pictures import check, one
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.families.qwen_image.vae import PictureEncoder
 from vllm_omni.diffusion.compute.step.sampling import pack_latents
-from vllm_omni.inputs.images import prepared
+from vllm_omni.inputs.images import prepare_image
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +96,7 @@ def test_input_pictures_are_encoded_in_the_tiles_of_diffusers(tmp_path: Path) ->
     path = build_tiny_qwen_image(tmp_path / "edit", edit=EDIT, default_sampling_params=defaults)
     edit = load_model_info(str(path)).image_input
     assert edit is not None
-    image = prepared(photo(300, 270, 1), edit.sizes)
+    image = prepare_image(photo(300, 270, 1), edit.sizes)
     pipeline = reference(path)
     pixels = pipeline.image_processor.preprocess(Image.fromarray(image.reference)).unsqueeze(2)
     encoder = PictureEncoder(AutoencoderKLQwenImage.from_pretrained(path / "vae"))

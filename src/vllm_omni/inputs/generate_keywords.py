@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from vllm_omni.errors import InvalidRequestError
-from vllm_omni.foreign.constructors import asks_nothing
+from vllm_omni.foreign.class_decorators import has_no_effect
 from vllm_omni.foreign.keywords import log_ignored
 from vllm_omni.inputs.data import PARAMETERS, check_modalities
 from vllm_omni.inputs.foreign_params import FOREIGN_PARAMS, IN_PROMPT, PROMPT_FORM
@@ -34,10 +34,10 @@ def check_call(keywords: Mapping[str, Any], accepted: Collection[str]) -> None:
         if name == "output_modalities":
             check_modalities(value, name)
         elif name in _IGNORED:
-            if not asks_nothing(value):
+            if not has_no_effect(value):
                 ignored.append(name)
         elif name in PARAMETERS or name in FOREIGN_PARAMS or name in _HERE:
-            harmless = asks_nothing(value) or (name == "priority" and value == 0)
+            harmless = has_no_effect(value) or (name == "priority" and value == 0)
             if not harmless:
                 here = _HERE.get(name, f"it is a sampling parameter: give OmniDiffusionSamplingParams({name}=...)")
                 raise InvalidRequestError(f"generate takes no {name!r}: {here}", param=name)

@@ -11,7 +11,7 @@ T = TypeVar("T")
 Converter = Callable[[dict[str, Any], Collection[str]], dict[str, Any]]
 
 
-def converting(convert: Converter, error: Callable[[str], Exception]) -> Callable[[type[T]], type[T]]:
+def convert_keywords(convert: Converter, error: Callable[[str], Exception]) -> Callable[[type[T]], type[T]]:
     """Class decorator for a frozen dataclass.
 
     `convert(keywords, names)` is called where a keyword is not the name of a field: it returns keywords that are, or
@@ -71,7 +71,7 @@ def _has_default(f: Field[Any]) -> bool:
     return f.default is not MISSING or f.default_factory is not MISSING
 
 
-def explaining(texts: Mapping[str, str]) -> Callable[[type[T]], type[T]]:
+def explain_attributes(texts: Mapping[str, str]) -> Callable[[type[T]], type[T]]:
     """Class decorator: an attribute that the class does not have, but another package's class, says what to use.
 
     `texts`: the attribute's name to the message of the AttributeError. Type checkers see the other attributes alone.
@@ -91,6 +91,6 @@ def explaining(texts: Mapping[str, str]) -> Callable[[type[T]], type[T]]:
     return decorate
 
 
-def asks_nothing(value: Any) -> bool:
+def has_no_effect(value: Any) -> bool:
     """Whether a keyword with this value has no effect in any package: None, False, or an empty collection."""
     return value is None or value is False or (isinstance(value, list | tuple | dict) and not value)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def refusing(module: str, texts: Mapping[str, str], of_others: str | None = None) -> Callable[[str], Any]:
+def refuse_names(module: str, texts: Mapping[str, str], of_others: str | None = None) -> Callable[[str], Any]:
     """A `__getattr__` for `module` that says what to use here.
 
     `texts`: name to the text of the ImportError. `of_others`: the text for every other public name; None leaves these

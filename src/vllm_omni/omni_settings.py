@@ -21,7 +21,7 @@ from vllm_omni.diffusion.data import (
     SchedulingPolicy,
 )
 from vllm_omni.errors import ConfigError
-from vllm_omni.foreign.constructors import without_none
+from vllm_omni.foreign.class_decorators import without_none
 from vllm_omni.foreign.keywords import drop_sequence_degree, ignored_keywords, log_ignored
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ _NONE = OmniSettings()
 _DEGREES = tuple(f.name for f in fields(DiffusionParallelConfig))
 
 
-def config_of(
+def make_config(
     config: OmniDiffusionConfig | str | os.PathLike[str] | None, settings: OmniSettings, defaults: OmniSettings = _NONE
 ) -> OmniDiffusionConfig:
     """The config that a constructor's arguments mean: a config, or a model and keywords, before `defaults`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from vllm_omni.inputs.kinds import MisfitError
+from vllm_omni.inputs.field_values import WrongValueError
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 """What diffusers calls the file in an adapter's folder."""
@@ -14,15 +14,15 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 def adapter_file(path: str | os.PathLike[str]) -> Path:
     """The safetensors file of the adapter `path`: that file, or the one in a folder.
 
-    Raises MisfitError for everything else, other formats above all: reading a pickle could run code.
+    Raises WrongValueError for everything else, other formats above all: reading a pickle could run code.
     """
     place = Path(path).expanduser()
     if place.is_dir():
         files = sorted(place.glob("*.safetensors"))
         named = [file for file in files if file.name == WEIGHTS]
         if len(found := named or files) != 1:
-            raise MisfitError(f"a folder with {WEIGHTS} or one other safetensors file")
+            raise WrongValueError(f"a folder with {WEIGHTS} or one other safetensors file")
         return found[0].resolve()
     if place.suffix != ".safetensors" or not place.is_file():
-        raise MisfitError("a safetensors file that exists, or a folder with one")
+        raise WrongValueError("a safetensors file that exists, or a folder with one")
     return place.resolve()

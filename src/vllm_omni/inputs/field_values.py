@@ -17,18 +17,18 @@ _MAX_SHOWN = 200
 """Characters of a value that an error repeats."""
 
 
-class MisfitError(ValueError):
+class WrongValueError(ValueError):
     """A value is of the wrong kind; the message says what is taken."""
 
 
 @cache
-def kinds_of(cls: Any) -> Mapping[str, Any]:
+def field_types(cls: Any) -> Mapping[str, Any]:
     """The annotations of a dataclass by field."""
     return get_type_hints(cls)
 
 
-def fit(value: Any, kind: Any) -> Any:
-    """`value` as the plain Python value that the annotation `kind` asks for. Raises MisfitError.
+def coerce(value: Any, kind: Any) -> Any:
+    """`value` as the plain Python value that the annotation `kind` asks for. Raises WrongValueError.
 
     Numbers of other libraries become int and float, so do arrays and tensors without dimensions (NumPy, PyTorch), and
     lists and one-dimensional arrays become tuples: nothing else can be sent to a worker. A bool is no number, and NaN
@@ -40,10 +40,10 @@ def fit(value: Any, kind: Any) -> Any:
         kinds = [argument for argument in arguments if argument is not NoneType]
         if value is None or (isinstance(value, bool) and bool in kinds):
             return value
-        return fit(value, next((argument for argument in kinds if argument is not bool), bool))
+        return coerce(value, next((argument for argument in kinds if argument is not bool), bool))
     if origin is Literal:
         if not isinstance(value, str) or value not in arguments:
-            raise MisfitError("one of " + ", ".join(map(str, arguments)))
+            raise WrongValueError("one of " + ", ".join(map(str, arguments)))
         return str(value)
     if origin in (tuple, Sequence):
         return _fit_items(value, arguments[0])
@@ -75,29 +75,29 @@ def _without_array(value: Any) -> Any:
     try:
         return value.item()
     except RuntimeError:  # a tensor of the meta device, which has no numbers
-        raise MisfitError("a value that has numbers") from None
+        raise WrongValueError("a value that has numbers") from None
 
 
 def _instance(value: Any, cls: Any, words: str, but_no: tuple[type, ...] | type = ()) -> Any:
     if not isinstance(value, cls) or isinstance(value, but_no):
-        raise MisfitError(words)
+        raise WrongValueError(words)
     return value
 
 
 def _fit_fields(value: Any) -> Any:
     plain, cls = {}, cast(Any, type(value))
-    for name, kind in kinds_of(cls).items():
+    for name, kind in field_types(cls).items():
         try:
-            plain[name] = fit(getattr(value, name), kind)
-        except MisfitError as error:
-            raise MisfitError(f"a {cls.__name__} whose {name} is {error}") from None
+            plain[name] = coerce(getattr(value, name), kind)
+        except WrongValueError as error:
+            raise WrongValueError(f"a {cls.__name__} whose {name} is {error}") from None
     return replace(value, **plain)
 
 
 def _fit_integer(value: Any) -> int:
     number = int(_instance(value, Integral, "an integer", but_no=bool))
     if number.bit_length() > MAX_INTEGER_BITS:
-        raise MisfitError(f"an integer of up to {MAX_INTEGER_BITS} bits")
+        raise WrongValueError(f"an integer of up to {MAX_INTEGER_BITS} bits")
     return number
 
 
@@ -106,9 +106,9 @@ def _fit_number(value: Any) -> float:
     try:
         number = float(real)
     except OverflowError:
-        raise MisfitError(f"a number of at most {sys.float_info.max:g}") from None
+        raise WrongValueError(f"a number of at most {sys.float_info.max:g}") from None
     if math.isnan(number):
-        raise MisfitError("a number")
+        raise WrongValueError("a number")
     return number
 
 
@@ -117,6 +117,6 @@ def _fit_items(value: Any, kind: Any) -> tuple[Any, ...]:
     # Not an iterator: one object may be for many prompts, and the first would use it up.
     but_no = (str, bytes, Mapping, Iterator)
     try:
-        return tuple(fit(item, kind) for item in _instance(value, Iterable, words, but_no=but_no))
-    except (MisfitError, TypeError):  # the second: an array without dimensions says that it can be iterated over
-        raise MisfitError(words) from None
+        return tuple(coerce(item, kind) for item in _instance(value, Iterable, words, but_no=but_no))
+    except (WrongValueError, TypeError):  # the second: an array without dimensions says that it can be iterated over
+        raise WrongValueError(words) from None

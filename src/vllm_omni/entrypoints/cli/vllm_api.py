@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vllm_omni.errors import ConfigError, fold
+from vllm_omni.errors import ConfigError, to_one_line
 from vllm_omni.logs import logging_level
 
 LOGGERS = ("vllm_omni", "vllm")
@@ -48,7 +48,7 @@ def make_parser(
     class OmniArgumentParser(FlexibleArgumentParser):  # type: ignore[misc]  # as above
         def error(self, message: str) -> NoReturn:
             # argparse says "argument --flag: takes ..."; the first word is noise in a one-line message
-            raise ConfigError(re.sub(r"^argument (\S+): ", r"\1 ", fold(message)))
+            raise ConfigError(re.sub(r"^argument (\S+): ", r"\1 ", to_one_line(message)))
 
         def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
             known, unknown = super().parse_known_args(args, namespace)
