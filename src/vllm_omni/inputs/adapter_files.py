@@ -1,4 +1,4 @@
-"""LoRA adapters on disk (no torch here)."""
+"""Files of LoRA adapters. No torch here."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 from vllm_omni.inputs.field_values import WrongValueError
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
-"""What diffusers calls the file in an adapter's folder."""
+"""Name that diffusers gives to the file in an adapter's folder."""
 
 
 def adapter_file(path: str | os.PathLike[str]) -> Path:
-    """The safetensors file of the adapter `path`: that file, or the one in a folder.
+    """Safetensors file of the adapter at `path`: the file itself, or the one in the folder.
 
-    Raises WrongValueError for everything else, other formats above all: reading a pickle could run code.
+    Raises WrongValueError for anything else. Other formats are refused because reading a pickle can run code.
     """
     place = Path(path).expanduser()
     if place.is_dir():

@@ -1,4 +1,4 @@
-"""Values as annotations ask for them: one check for the fields of every dataclass that a caller fills."""
+"""Conversion of a caller's values to the types of dataclass fields: the one check of all such fields."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 MAX_INTEGER_BITS = 63
-"""Larger integers cannot be sent to a worker."""
+"""Most bits of an integer; msgpack cannot send larger ones to a worker."""
 _MAX_SHOWN = 200
-"""Characters of a value that an error repeats."""
+"""Most characters of a value in an error message."""
 
 
 class WrongValueError(ValueError):
-    """A value is of the wrong kind; the message says what is taken."""
+    """A value has the wrong type; the message names the accepted values."""
 
 
 @cache
 def field_types(cls: Any) -> Mapping[str, Any]:
-    """The annotations of a dataclass by field."""
+    """Types of a dataclass's fields, by name."""
     return get_type_hints(cls)
 
 
 def coerce(value: Any, kind: Any) -> Any:
-    """`value` as the plain Python value that the annotation `kind` asks for. Raises WrongValueError.
+    """Convert `value` to a plain Python value of the annotated type `kind`. Raises WrongValueError.
 
-    Numbers of other libraries become int and float, so do arrays and tensors without dimensions (NumPy, PyTorch), and
-    lists and one-dimensional arrays become tuples: nothing else can be sent to a worker. A bool is no number, and NaN
-    is none. Fields of dataclasses are fitted, too.
+    Numbers of other libraries, and arrays and tensors without dimensions, become int and float; lists and
+    one-dimensional arrays become tuples: only plain values can be sent to a worker. Neither a bool nor NaN is a
+    number. Fields of a dataclass are converted, too.
     """
     value = _without_array(value)
     origin, arguments = get_origin(kind), get_args(kind)
@@ -60,16 +60,16 @@ def coerce(value: Any, kind: Any) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value as one line of an error repeats it."""
+    """Text of a value for an error message, in one line."""
     try:
         return f"{' '.join(repr(value).split()):.{_MAX_SHOWN}}"
-    except ValueError:  # an integer of so many digits that Python does not write them
+    except ValueError:  # an integer with more digits than Python writes
         return f"a huge {type(value).__name__}"
 
 
 def _without_array(value: Any) -> Any:
-    """The Python number in an array without dimensions; other values as they are."""
-    # By attributes: this module imports no PyTorch, and there are more such libraries.
+    """Python number in an array without dimensions; other values are returned unchanged."""
+    # Recognized by attributes: this module does not import PyTorch, and other libraries have such arrays too.
     if getattr(value, "ndim", None) != 0 or not hasattr(value, "item"):
         return value
     try:
@@ -114,9 +114,9 @@ def _fit_number(value: Any) -> float:
 
 def _fit_items(value: Any, kind: Any) -> tuple[Any, ...]:
     words = "a list of integers" if kind is int else "a list of numbers"
-    # Not an iterator: one object may be for many prompts, and the first would use it up.
+    # Not an iterator: one object may serve many prompts, and the first would exhaust it.
     but_no = (str, bytes, Mapping, Iterator)
     try:
         return tuple(coerce(item, kind) for item in _instance(value, Iterable, words, but_no=but_no))
-    except (WrongValueError, TypeError):  # the second: an array without dimensions says that it can be iterated over
+    except (WrongValueError, TypeError):  # TypeError: an array without dimensions is not iterable
         raise WrongValueError(words) from None

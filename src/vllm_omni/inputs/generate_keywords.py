@@ -1,4 +1,4 @@
-"""Keywords of `generate` that scripts of the public vllm-omni package give: ignored, or told their place."""
+"""Keywords of the public vllm-omni package's `generate`: ignored here, or refused with what to use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm_omni.inputs.data import PARAMETERS, check_modalities
 from vllm_omni.inputs.foreign_params import FOREIGN_PARAMS, IN_PROMPT, PROMPT_FORM
 
 _IGNORED = ("arrival_time", "reasoning_ended", "reasoning_parser_kwargs", "session_id", "trace_headers", "use_tqdm")
-"""Without effect on the pictures. `use_tqdm` comes here from `AsyncOmni`, which has no bar of steps."""
+"""Keywords without effect on the pictures. `use_tqdm` is here for `AsyncOmni`, which shows no bar of steps."""
 _HERE = {
     "data_parallel_rank": "the copies of a model share the requests by their load",
     "prompt_text": "the prompt is the first argument",
@@ -24,10 +24,10 @@ _HERE = {
 
 
 def check_call(keywords: Mapping[str, Any], accepted: Collection[str]) -> None:
-    """Check keywords that `generate` does not have (`accepted`: those that it has).
+    """Check keywords that `generate` does not have; `accepted`: those that it has.
 
-    Those without effect are ignored, with one line in the log. Raises InvalidRequestError for the others, with what to
-    use, unless they ask for nothing; and always for one that no package has.
+    Keywords without effect are ignored and logged. Raises InvalidRequestError, with what to use, for the others unless
+    they ask for nothing, and for a keyword that no package has.
     """
     ignored = []
     for name, value in keywords.items():
