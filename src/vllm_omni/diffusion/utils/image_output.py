@@ -1,4 +1,4 @@
-"""Pictures of outputs, under the import path of the public vllm-omni package."""
+"""Function that collects pictures of outputs, under the import path of the public vllm-omni package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm_omni.outputs import OmniRequestOutput
 
 
 def extract_images_from_outputs(outputs: OmniRequestOutput | Sequence[OmniRequestOutput] | None) -> list[Image.Image]:
-    """The `images` of the first output that has some, otherwise an empty list."""
+    """Images of the first output that has any; an empty list if none has."""
     listed = [outputs] if isinstance(outputs, OmniRequestOutput) else outputs or ()
     return next((output.images for output in listed if output.images), [])
 

@@ -14,7 +14,7 @@ from vllm_omni.inputs.foreign_params import NO_FIELDS
 def apply_declared_extra_args(
     sampling_params: OmniDiffusionSamplingParams, declared_params: Collection[str], user_kwargs: Mapping[str, object]
 ) -> None:
-    """Do nothing where no declared parameter is given. Raises InvalidRequestError where one is."""
+    """Raise InvalidRequestError if a declared parameter is given; otherwise do nothing."""
     given = [name for name in sorted(declared_params) if user_kwargs.get(name) is not None]
     if given:
         raise InvalidRequestError(f"{', '.join(given)}: {NO_FIELDS['extra_args']}", param=given[0])
