@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/communication.json"))
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        from tests.tiny_models import build_tiny_qwen_image
+        from testbed.tiny_models import build_tiny_qwen_image
 
         model = str(build_tiny_qwen_image(Path(folder) / "model", layers=LAYERS, heads=HEADS, head_dim=HEAD_DIM))
         rows = {name_of(layout): asyncio.run(measure(model, DiffusionParallelConfig(**layout))) for layout in LAYOUTS}

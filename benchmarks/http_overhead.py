@@ -20,9 +20,9 @@ from typing import Any
 
 import httpx
 from openai import OpenAI
-from tests.entrypoints.openai.live_server import MODEL_NAME, live_server
 
 from benchmarks.pictures import PICTURES, picture
+from testbed.live_server import MODEL_NAME, live_server
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.omni import AsyncOmni
 

@@ -108,7 +108,7 @@ async def measure(model: str, repeats: int) -> dict[str, Any]:
     try:
         many = [replace(SHORT, height=h, width=w, num_inference_steps=10) for h, w in SIZES]
         assert worker.ready is not None
-        priced = [r.cost for params in many for r in worker.resolve(GUIDED, params).requests]
+        priced = [r.cost for params in many for r in worker.make_job(GUIDED, params).requests]
         num_packs = 10 * math.ceil(sum(c.tokens_per_step for c in priced) / worker.ready.max_batch_tokens)
         work = sum(c.total(10) for c in priced) * worker.ready.seconds_per_unit
         explained = work + num_packs * worker.ready.step_overhead_seconds
@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = args.model
         if model is None:
-            from tests.tiny_models import build_tiny_qwen_image
+            from testbed.tiny_models import build_tiny_qwen_image
 
             model = str(build_tiny_qwen_image(Path(folder) / "model", layers=12, heads=6, head_dim=32))
         results = asyncio.run(measure(model, args.repeats))

@@ -35,7 +35,7 @@ def pytest_unconfigure() -> None:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen-Image model with 3 heads; pictures of 64x64 in 4 steps without guidance by default."""
     # Imported here: most tests need no torch.
-    from tests.tiny_models import build_tiny_qwen_image
+    from testbed.tiny_models import build_tiny_qwen_image
 
     defaults: dict[str, object] = {"height": 64, "width": 64, "num_inference_steps": 4}
     path = tmp_path_factory.mktemp("models") / "tiny-qwen-image"
@@ -45,7 +45,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_edit_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen-Image-Edit-2511 model with 3 heads, which takes several pictures of about 64x64; 4 steps."""
-    from tests.tiny_models import build_tiny_qwen_image
+    from testbed.tiny_models import build_tiny_qwen_image
 
     return build_tiny_qwen_image(
         tmp_path_factory.mktemp("models") / "tiny-qwen-image-edit",

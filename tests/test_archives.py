@@ -18,7 +18,7 @@ from vllm_omni import __version__
 
 ROOT = Path(__file__).parents[1]
 TOP_FILES = ("LICENSE", "MANIFEST.in", "Makefile", "NOTICE", "README.md", "pyproject.toml", "setup.cfg")
-FOLDERS = (".ci", "benchmarks", "deploy", "docs", "requirements", "src", "tests", "tools")
+FOLDERS = (".ci", "benchmarks", "deploy", "docs", "requirements", "src", "testbed", "tests", "tools")
 CACHED = "module.cpython-311.pyc"
 LARGE_BYTES = 1_000_000
 BROUGHT_BY = {

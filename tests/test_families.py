@@ -14,10 +14,10 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from tests.patience import GUARD_SECONDS
-from tests.tiny_diffusers import build_tiny_diffusers
-from tests.tiny_models import build_tiny_qwen_image, photo
-from tests.tiny_z_image import build_tiny_z_image
+from testbed.patience import GUARD_SECONDS
+from testbed.tiny_diffusers import build_tiny_diffusers
+from testbed.tiny_models import build_tiny_qwen_image, photo
+from testbed.tiny_z_image import build_tiny_z_image
 from vllm_omni import AsyncOmni
 from vllm_omni.diffusion.control.engine import DiffusionEngine
 from vllm_omni.diffusion.control.executor.multiproc import MultiprocExecutor

@@ -18,8 +18,8 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from tests.fakes import FakeExecutor, FakeRunner, fake_image, make_request
-from tests.patience import GUARD_SECONDS
+from testbed.fakes import FakeExecutor, FakeRunner, fake_image, make_request
+from testbed.patience import GUARD_SECONDS
 from vllm_omni import AsyncOmni, Omni
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import ItemError, WorkerReady
@@ -31,8 +31,8 @@ from vllm_omni.errors import (
     UnavailableError,
 )
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
-from vllm_omni.keywords import OmniSettings
 from vllm_omni.logs.bars import progress_bar
+from vllm_omni.omni_settings import OmniSettings
 from vllm_omni.outputs import OmniRequestOutput
 
 ROOT = Path(__file__).parents[1]
@@ -381,7 +381,7 @@ from vllm_omni.diffusion.control.executor.multiproc import MultiprocExecutor
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
 def make_executor(config, info, replica_index):
-    return MultiprocExecutor(config, "tests.fakes:FakeRunner", replica_index=replica_index)
+    return MultiprocExecutor(config, "testbed.fakes:FakeRunner", replica_index=replica_index)
 
 with patch("vllm_omni.omni.make_executor", make_executor):
     omni = Omni(model="demo", parallel_config=DiffusionParallelConfig(ulysses_degree=2, data_parallel_size=2))

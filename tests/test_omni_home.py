@@ -16,9 +16,9 @@ from unittest.mock import patch
 
 import pytest
 
+from testbed.fakes import FakeExecutor, FakeRunner
+from testbed.patience import GUARD_SECONDS, wait_for
 from tests.diffusion.control.executor.workers import ROOT, is_alive
-from tests.fakes import FakeExecutor, FakeRunner
-from tests.patience import GUARD_SECONDS, wait_for
 from vllm_omni import AsyncOmni, Omni
 from vllm_omni.diffusion.control.executor.inline import InlineExecutor
 from vllm_omni.diffusion.control.executor.multiproc import MultiprocExecutor
@@ -41,7 +41,7 @@ def draw():
     except UnavailableError as error:
         print(error, flush=True)
 
-with patch("vllm_omni.omni.make_executor", lambda config, info: MultiprocExecutor(config, "tests.fakes:FakeRunner")):
+with patch("vllm_omni.omni.make_executor", lambda config, info: MultiprocExecutor(config, "testbed.fakes:FakeRunner")):
     omni = Omni(model="demo", progress_bar=False)
 print(os.getpid(), flush=True)
 child = os.fork()
@@ -194,7 +194,7 @@ def exists(pid: int) -> bool:
 
 
 def worker_executor(config: Any) -> MultiprocExecutor:
-    return MultiprocExecutor(config, "tests.fakes:FakeRunner")
+    return MultiprocExecutor(config, "testbed.fakes:FakeRunner")
 
 
 @pytest.mark.usefixtures("importable_tests")

@@ -14,7 +14,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-from tests.fakes import FakeExecutor, FakeRunner
+from testbed.fakes import FakeExecutor, FakeRunner
 from vllm_omni import AsyncOmni, Omni
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import ItemError

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.fakes import FakeExecutor, fake_image, make_request
-from tests.tiny_models import photo
+from testbed.fakes import FakeExecutor, fake_image, make_request
+from testbed.tiny_models import photo
 from vllm_omni.diffusion.utils.image_output import extract_images_from_outputs
 from vllm_omni.diffusion.utils.param_utils import apply_declared_extra_args
 from vllm_omni.entrypoints.omni import Omni

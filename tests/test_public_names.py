@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.fakes import FakeExecutor, fake_image, make_request
-from tests.tiny_models import photo
-from tests.tiny_z_image import build_tiny_z_image
+from testbed.fakes import FakeExecutor, fake_image, make_request
+from testbed.tiny_models import photo
+from testbed.tiny_z_image import build_tiny_z_image
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig, parse_cache_config
 from vllm_omni.diffusion.data import logger as public_logger
 from vllm_omni.entrypoints.async_omni import AsyncOmni
@@ -28,9 +28,9 @@ from vllm_omni.entrypoints.omni import Omni
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.foreign.keywords import as_keywords, flags_by_keyword, ignored_keywords
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
-from vllm_omni.keywords import ACCEPTED, config_of
 from vllm_omni.lora.request import LoRARequest
 from vllm_omni.lora.utils import stable_lora_int_id
+from vllm_omni.omni_settings import ACCEPTED, make_config
 from vllm_omni.outputs import OmniRequestOutput
 from vllm_omni.platforms import current_omni_platform
 
@@ -265,19 +265,19 @@ def test_none_is_the_default(caplog: pytest.LogCaptureFixture) -> None:
         optional = [f.name for f in fields(kind) if f.name not in required]  # type: ignore[arg-type]
         assert kind(**required, **dict.fromkeys(optional)) == kind(**required), kind
     nothing: dict[str, Any] = dict.fromkeys(name for name in ACCEPTED if name != "model")
-    assert config_of("demo", nothing) == OmniDiffusionConfig("demo")  # type: ignore[arg-type]
-    unbounded = config_of("demo", nothing, {"max_num_queued_reqs": 7})  # type: ignore[arg-type]
+    assert make_config("demo", nothing) == OmniDiffusionConfig("demo")  # type: ignore[arg-type]
+    unbounded = make_config("demo", nothing, {"max_num_queued_reqs": 7})  # type: ignore[arg-type]
     assert unbounded.max_num_queued_reqs == 7, "the default of the class that is made, not that of the config"
-    assert config_of(None, {**nothing, "model": "demo"}) == OmniDiffusionConfig("demo")  # type: ignore[typeddict-item]
+    assert make_config(None, {**nothing, "model": "demo"}) == OmniDiffusionConfig("demo")  # type: ignore[typeddict-item]
     assert not caplog.records
 
 
 def test_progress_bar_beside_a_config() -> None:
     shown, hidden = OmniDiffusionConfig("demo"), OmniDiffusionConfig("demo", progress_bar=False)
-    assert config_of(hidden, {"progress_bar": True}) == config_of(shown, {}) == shown
-    assert config_of(shown, {"progress_bar": False}) == config_of(hidden, {"progress_bar": None}) == hidden  # type: ignore[typeddict-item]
+    assert make_config(hidden, {"progress_bar": True}) == make_config(shown, {}) == shown
+    assert make_config(shown, {"progress_bar": False}) == make_config(hidden, {"progress_bar": None}) == hidden  # type: ignore[typeddict-item]
     with pytest.raises(ConfigError, match="progress_bar takes true or false, got 'no'"):
-        config_of(shown, {"progress_bar": "no"})  # type: ignore[typeddict-item]
+        make_config(shown, {"progress_bar": "no"})  # type: ignore[typeddict-item]
 
 
 def test_a_config_takes_the_keyword_of_a_constructor() -> None:
@@ -305,10 +305,10 @@ def test_degrees_that_mean_the_same(caplog: pytest.LogCaptureFixture) -> None:
     two = DiffusionParallelConfig(2)
     assert DiffusionParallelConfig(**pair) == DiffusionParallelConfig(2, sequence_parallel_size=2) == two  # type: ignore[call-arg]
     for settings in (pair, {"parallel_config": two, "sequence_parallel_size": 2}):
-        assert config_of("demo", settings).parallel == two  # type: ignore[arg-type]
+        assert make_config("demo", settings).parallel == two  # type: ignore[arg-type]
     assert OmniDiffusionConfig("demo", two, sequence_parallel_size=2).parallel == two  # type: ignore[call-arg]
     with pytest.raises(ConfigError, match="sequence_parallel_size: here ulysses_degree and ring_degree"):
-        config_of("demo", {"sequence_parallel_size": 4, "ulysses_degree": 2})  # type: ignore[typeddict-unknown-key]
+        make_config("demo", {"sequence_parallel_size": 4, "ulysses_degree": 2})  # type: ignore[typeddict-unknown-key]
     for wrong, message in (
         ({"use_hsdp": True}, "use_hsdp: here tensor_parallel_size"),
         ({"sequence_parallel_size": 4}, "sequence_parallel_size: here ulysses_degree and ring_degree"),

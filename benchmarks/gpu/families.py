@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from tests.diffusion.compute.families.qwen_image import editing
-from tests.diffusion.compute.worker.driving import make_request
-from tests.tiny_models import build_tiny_qwen_image, photo
-from tests.tiny_z_image import build_tiny_z_image
 
+from testbed import tiny_edit_models as editing
+from testbed.runner_driver import make_request
+from testbed.tiny_models import build_tiny_qwen_image, photo
+from testbed.tiny_z_image import build_tiny_z_image
 from vllm_omni.diffusion.catalog.registry import DEMO_MODEL_PATH
 from vllm_omni.diffusion.compute.step.sampling import draw_noise, pack_latents
 from vllm_omni.diffusion.messages.request import DiffusionRequest
@@ -96,7 +96,7 @@ class Family:
 
 
 def _build_whole(path: Path, class_name: str) -> None:
-    from tests.tiny_diffusers import build_tiny_diffusers  # which needs peft, as nothing else here does
+    from testbed.tiny_diffusers import build_tiny_diffusers  # which needs peft, as nothing else here does
 
     build_tiny_diffusers(class_name, path)
 

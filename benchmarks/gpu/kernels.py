@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from tests.diffusion.compute.worker.driving import Drive, psnr
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.families import FAMILIES, Family
 from benchmarks.gpu.report import Case, Row
 from benchmarks.roofline.measured import Ceiling, ceilings, rate_of
+from testbed.runner_driver import Drive, psnr
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig

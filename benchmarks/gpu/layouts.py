@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tests.diffusion.compute.worker.driving import psnr
 
 from benchmarks.gpu.bench import NEGATIVE, PROMPT, Bench, Lazy, Size
 from benchmarks.gpu.engine import forced_cache, forced_mask
@@ -18,6 +17,7 @@ from benchmarks.gpu.report import Case, Row
 from benchmarks.roofline.cards import floor_of, wire_bytes
 from benchmarks.roofline.costs import Branch, computed_blocks, rank_cost
 from benchmarks.timing import Spread
+from testbed.runner_driver import psnr
 from vllm_omni import Omni
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.errors import ConfigError

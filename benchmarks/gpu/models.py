@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler
-from tests.tiny_models import SCHEDULER, tiny_tokenizer
-from tests.tiny_z_image import CHAT_TEMPLATE, TURBO_SHIFT
 from transformers import Qwen2_5_VLConfig, Qwen2Tokenizer, Qwen3Config
 
 from benchmarks.published import TRANSFORMERS, Config
+from testbed.tiny_models import SCHEDULER, tiny_tokenizer
+from testbed.tiny_z_image import CHAT_TEMPLATE, TURBO_SHIFT
 
 TINY_TRANSFORMERS: dict[str, Config] = {
     "qwen-image": {

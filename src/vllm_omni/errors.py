@@ -21,13 +21,13 @@ from collections.abc import Container, Sequence
 from typing import Any, ClassVar, Self
 
 
-def in_one_line(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """Class and message of an error that is not ours, in one line of at most 300 characters."""
-    line = f"{type(error).__name__}: {fold(str(error))}".removesuffix(": ")
+    line = f"{type(error).__name__}: {to_one_line(str(error))}".removesuffix(": ")
     return line if len(line) <= 300 else f"{line[:297]}..."
 
 
-def fold(text: str) -> str:
+def to_one_line(text: str) -> str:
     """`text` in one line, with single spaces."""
     return " ".join(text.split())
 
@@ -41,7 +41,7 @@ class ConfigError(OmniError, ValueError):
 
 
 class NotAvailableError(ConfigError):
-    """A setting is understood, but what it asks for is not built yet."""
+    """A setting is valid, but its feature is not available yet."""
 
 
 class RequestError(OmniError):
@@ -49,8 +49,8 @@ class RequestError(OmniError):
 
     `status`: HTTP status code; `type` and `code`: the fields of OpenAI's error object; `param`: the
     offending field or None; `retryable`: whether the same request may succeed later. `Omni.generate` sets `index`, the
-    number of the prompt that failed, from 0, and `outputs`: those of all prompts in order, where some have an `error`;
-    none if nothing ran.
+    number of the failed prompt, from 0, and `outputs`: the outputs of all prompts in order (a failed one has its
+    `error`), or none if nothing ran.
     """
 
     status: ClassVar[int] = 500
@@ -66,8 +66,8 @@ class RequestError(OmniError):
         self.outputs: Sequence[Any] = ()
 
     def copy(self) -> Self:
-        """Another error of the same class, message and traceback."""
-        # Not by the constructor: those of the subclasses differ.
+        """Copy of this error: same class, attributes and traceback."""
+        # Not through the constructor: subclasses take other arguments.
         error = type(self).__new__(type(self))
         error.__dict__.update(self.__dict__)
         error.args = self.args
@@ -81,7 +81,7 @@ class InvalidRequestError(RequestError, ValueError):
 
 
 class UnsupportedParameterError(InvalidRequestError):
-    """`taken`: the parameters that the model has."""
+    """The model does not have the parameter `param`. `taken`: names of those that it has."""
 
     def __init__(self, param: str, value: Any, taken: Sequence[str]) -> None:
         self._refusal = f"{param} {value!r:.60}: this model has no such parameter; it takes "
@@ -89,12 +89,12 @@ class UnsupportedParameterError(InvalidRequestError):
         super().__init__(self._refusal + ", ".join(taken), param=param)
 
     def message_among(self, names: Container[str]) -> str:
-        """The message for callers who can give no other parameters than `names`."""
+        """Message that lists only the parameters among `names`: those that the caller is able to give."""
         return self._refusal + ", ".join(name for name in self._taken if name in names)
 
 
 class ModerationBlockedError(InvalidRequestError):
-    """A picture that the model's own safety checker has replaced."""
+    """The model's own safety checker blocked the picture."""
 
     type = "image_generation_user_error"
     code = "moderation_blocked"

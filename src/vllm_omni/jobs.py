@@ -1,4 +1,4 @@
-"""A `generate` call under way, and the stream of its outputs."""
+"""A running `generate` call (`Job`), and the stream of its outputs."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from vllm_omni.outputs import OmniRequestOutput
 
 @dataclass
 class Job:
-    """One `generate` call under way: its requests and what is known of each."""
+    """One running `generate` call: its requests, and the finished images and timings by request id."""
 
     request_id: str
     prompt: str
     output_type: str
     requests: list[DiffusionRequest]
     ignored: str = ""
-    """Parameters without effect, and what they need to have one."""
+    """Parameters that have no effect on these requests, and the setting that each of them needs; else empty."""
     images: dict[str, np.ndarray] = field(default_factory=dict)
     timings: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -35,12 +35,12 @@ class Job:
 
     @property
     def is_done(self) -> bool:
-        """Whether every picture is there."""
+        """Whether every picture is finished."""
         return len(self.images) == len(self.requests)
 
     @property
     def pending(self) -> list[str]:
-        """Ids of the requests whose picture is not there."""
+        """Ids of the requests whose picture is not finished."""
         return [r.request_id for r in self.requests if r.request_id not in self.images]
 
     def progress(self, event: EngineEvent) -> OmniRequestOutput:
@@ -78,7 +78,7 @@ class Job:
         )
 
     def failure(self, error: RequestError) -> OmniRequestOutput:
-        """The output in place of the result."""
+        """Output that holds `error` in place of images."""
         return OmniRequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
@@ -91,14 +91,14 @@ class Job:
         )
 
     def _image(self, pixels: np.ndarray) -> Any:
-        """A video [frames, height, width, 3] is a list of pictures."""
+        """Pixels in the form of `output_type`; as PIL images, a video [frames, height, width, 3] becomes a list."""
         if self.output_type == "np":
             return pixels
         return [Image.fromarray(frame) for frame in pixels] if pixels.ndim == 4 else Image.fromarray(pixels)
 
 
 class OutputStream:
-    """The outputs of one request, as they come; `aclose()` before the end aborts it."""
+    """Outputs of one `generate` call, as they arrive; `aclose()` before the end aborts its requests."""
 
     def __init__(self, job: Job, events: asyncio.Queue[EngineEvent], end: Callable[[Job], None], home: Home) -> None:
         self._job = job
@@ -121,7 +121,7 @@ class OutputStream:
             event = await self._events.get()
             if isinstance(event, Failed):
                 raise event.error
-        except BaseException:  # also where the reader is cancelled: its requests must end
+        except BaseException:  # also a cancellation: the requests of a cancelled reader must end
             await self.aclose()
             raise
         if isinstance(event, Finished):
@@ -134,10 +134,10 @@ class OutputStream:
         self.stop()
 
     def stop(self) -> None:
-        """Abort what still runs, for callers that cannot await."""
+        """Abort the requests that still run; for callers that cannot await `aclose`."""
         self._finished = True
         self._end(self._job)
 
     def failure(self, error: RequestError) -> OmniRequestOutput:
-        """The output of a stream that ended with `error`."""
+        """Output of a stream that ended with `error`."""
         return self._job.failure(error)

@@ -31,19 +31,19 @@ from vllm_omni.diffusion.control.request_builder import Intake, check_default_pr
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import WorkerReady
 from vllm_omni.errors import InvalidRequestError, RequestError, UnavailableError
-from vllm_omni.foreign.constructors import explaining
+from vllm_omni.foreign.class_decorators import explain_attributes
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt, PromptLike, parse_prompt
-from vllm_omni.inputs.foreign_calls import check_call
+from vllm_omni.inputs.generate_keywords import check_call
 from vllm_omni.jobs import Job, OutputStream
-from vllm_omni.keywords import OmniSettings, config_of
 from vllm_omni.logs.bars import progress_bar
+from vllm_omni.omni_settings import OmniSettings, make_config
 from vllm_omni.outputs import OmniRequestOutput
 from vllm_omni.prompt_lists import (
-    error_of_prompt,
-    list_of_prompts,
-    one_of_stages,
-    params_of_prompts,
+    params_per_prompt,
+    prompt_error,
     raise_first_failure,
+    single_stage_params,
+    to_prompt_list,
 )
 
 logger = logging.getLogger(__name__)
@@ -56,16 +56,16 @@ _ELSEWHERE = {
     "shutdown": "here close()",
     "engine": "it is private",
 }
-"""Attributes of the public vllm-omni package's classes of the same names."""
+"""Attributes that only the public vllm-omni package's classes have -> what to use here."""
 
 
-@explaining(_ELSEWHERE)
+@explain_attributes(_ELSEWHERE)
 class AsyncOmni:
-    """An engine for one model, on the event loop that runs `start()`: `async with AsyncOmni(model=...) as omni`.
+    """Engine for one model, on the event loop that runs `start()`: `async with AsyncOmni(model=...) as omni`.
 
-    Made from an `OmniDiffusionConfig`, or from the model and further fields as keywords (`OmniSettings`). Raises
-    ConfigError when a setting or the model is wrong. Calls on another loop or in a forked process raise
-    UnavailableError. The workers end with `close()`, with the `async with` block, or when the object is dropped.
+    Takes an `OmniDiffusionConfig`, or the model and further fields as keywords (`OmniSettings`). Raises ConfigError
+    when a setting or the model is wrong. Calls on another loop or in a forked process raise UnavailableError. The
+    workers end with `close()`, with the `async with` block, or when the object is garbage-collected.
     """
 
     def __init__(
@@ -76,9 +76,9 @@ class AsyncOmni:
         early_workers: EarlyWorkers | None = None,
         **settings: Unpack[OmniSettings],
     ) -> None:
-        """`config`: a config, or the model. `early_workers`: workers of `config` that run already."""
-        self.config = config_of(config, settings)
-        if early_workers is None:  # a command has checked before it launched workers
+        """`config`: a config, or the model. `early_workers`: workers that were started for `config` before."""
+        self.config = make_config(config, settings)
+        if early_workers is None:  # otherwise the command checked before it launched them
             check_compiled_packages()
         self.info = load_model_info(
             self.config.model, self.config.load_format, HubAccess.of(self.config), self._check_settings
@@ -110,7 +110,7 @@ class AsyncOmni:
     async def __aenter__(self) -> Self:
         try:
             await self.start()
-        except BaseException:  # also where the start is cancelled: no worker may stay behind
+        except BaseException:  # also a cancellation: no worker may stay behind
             await self.close()
             raise
         return self
@@ -124,16 +124,16 @@ class AsyncOmni:
 
     @property
     def default_sampling_params_list(self) -> list[OmniDiffusionSamplingParams]:
-        """The parameters of a request that gives none, in a list of one stage: each is the model's or server's own."""
+        """Parameters of a request that gives none, in a list of one stage: all None, which means the defaults."""
         return [OmniDiffusionSamplingParams()]
 
     async def start(self) -> None:
-        """Load the weights, warm up, begin to serve. Raises ConfigError or WorkerDiedError with the reason."""
+        """Load the weights, warm up and accept requests. Raises ConfigError or WorkerDiedError with the reason."""
         self._home.settle(self, self._engine)
-        # The tokenizer's first use imports and loads for seconds: now, and not in the first request.
+        # The first use of the tokenizer takes seconds of imports and loading: spend them now, not in the first request.
         check = asyncio.to_thread(check_default_prompt, self.config, self.info)
-        # Two threads that import the same libraries at once find some of them half imported; and what may be refused is
-        # refused before the weights are read.
+        # With `uni`, loading in another thread imports the same libraries, and some break when two threads import them
+        # at once. Default parameters may be refused: check them before the weights are read.
         check_first = self.config.distributed_executor_backend == "uni" or bool(self.config.default_sampling_params)
         if check_first or "negative_prompt" in self.info.default_sampling_params:
             await check
@@ -152,24 +152,24 @@ class AsyncOmni:
         sampling_params_list: StageParams = None,
         **unknown: Never,
     ) -> OutputStream:
-        """Progress messages, then the output with `finished` True.
+        """Iterator over progress messages and, last, the output with `finished` True.
 
-        A wrong or refused request raises a RequestError here, not in the iterator. A failure later is raised by
-        the iterator. Closing the iterator early aborts the request. `sampling_params_list`: see `Omni.generate`.
+        A wrong or refused request raises a RequestError here; a later failure is raised by the iterator. Closing the
+        iterator early aborts the request. `sampling_params_list`: see `Omni.generate`.
         """
         check_call(unknown, ("prompt", "sampling_params", "request_id", "sampling_params_list"))
-        sampling_params = one_of_stages(sampling_params, sampling_params_list)
-        job = self.resolve(prompt, sampling_params, request_id)
-        self.warn_of_ignored(job)
+        sampling_params = single_stage_params(sampling_params, sampling_params_list)
+        job = self.make_job(prompt, sampling_params, request_id)
+        self.warn_ignored(job)
         return self.submit(job)
 
-    def resolve(
+    def make_job(
         self,
         prompt: PromptLike,
         sampling_params: OmniDiffusionSamplingParams | None = None,
         request_id: str | None = None,
     ) -> Job:
-        """Check a request without running it. Raises InvalidRequestError."""
+        """Check a call and turn it into a job, without running it. Raises InvalidRequestError."""
         intake = self._started_intake()
         parsed = parse_prompt(prompt)
         params = OmniDiffusionSamplingParams() if sampling_params is None else sampling_params
@@ -183,8 +183,8 @@ class AsyncOmni:
         ignored = "" if guides else self.info.guidance.missing_half(parsed.negative_prompt, params)
         return Job(request_id, parsed.prompt, params.output_type, requests, ignored)
 
-    def warn_of_ignored(self, job: Job) -> None:
-        """Log, once for this engine, that a request asks for guidance and gets none."""
+    def warn_ignored(self, job: Job) -> None:
+        """Log, once for this engine, that a job asks for guidance but lacks the other half of its settings."""
         if job.ignored and not self._has_warned:
             self._has_warned = True
             logger.warning("there is no guidance, and this has no effect: %s (said once)", job.ignored)
@@ -202,7 +202,7 @@ class AsyncOmni:
         return self._intake
 
     def submit(self, job: Job) -> OutputStream:
-        """Run a resolved request. Raises QueueFullError or UnavailableError."""
+        """Queue the requests of a job. Raises QueueFullError or UnavailableError."""
         self._home.check_loop()
         if job.request_id in self._jobs:
             raise InvalidRequestError(f"request id {job.request_id!r} is in use", param="request_id")
@@ -241,25 +241,25 @@ class AsyncOmni:
             await self._engine.close()
 
 
-@explaining(_ELSEWHERE)
+@explain_attributes(_ELSEWHERE)
 class Omni:
-    """`AsyncOmni` for scripts: blocking calls, a progress bar, nothing to close (but it may be, or used in `with`).
+    """`AsyncOmni` for scripts: blocking calls and a progress bar; `close()` and `with` are optional.
 
-    `progress_bar=False` shows none: neither of steps, nor of a download, nor of loading weights. The other keywords
-    are `AsyncOmni`'s.
+    `progress_bar=False` hides all bars: of steps, of downloads and of loading weights. The other keywords are
+    `AsyncOmni`'s.
     """
 
     def __init__(
         self, config: OmniDiffusionConfig | str | os.PathLike[str] | None = None, **settings: Unpack[OmniSettings]
     ) -> None:
-        # These bounds protect a server from its clients; a script knows what it asked for.
+        # These limits protect a server from its clients; a script needs no protection from itself.
         unbounded: OmniSettings = {
             "max_num_queued_reqs": 2**31,
             "max_queue_seconds": math.inf,
             "max_pixels": 2**31,
             "max_num_frames": 2**31,
         }
-        config = config_of(config, settings, unbounded)
+        config = make_config(config, settings, unbounded)
         self._async = AsyncOmni(config)
         self._loop = asyncio.new_event_loop()
         thread = threading.Thread(target=_run_loop, args=(self._loop,), name="omni-loop", daemon=True)
@@ -282,18 +282,19 @@ class Omni:
         use_tqdm: bool = True,
         **unknown: Never,
     ) -> list[OmniRequestOutput]:
-        """One output a prompt, in order.
+        """One output for each prompt, in order.
 
-        `sampling_params`: one for all, or one each. `sampling_params_list`: in its place, those of each stage, as the
-        public vllm-omni package has it; a model has one stage here. `use_tqdm=False` hides the bar of this call.
+        `sampling_params`: one for all prompts, or a list with one for each. `sampling_params_list`: the same for
+        scripts of the public vllm-omni package, which has parameters for each stage; here a model has one stage.
+        `use_tqdm=False` hides the bar of this call.
 
-        Raises InvalidRequestError before anything runs if a request is wrong. A prompt that fails later stops no
-        other: when all have ended, the first failure is raised (a RequestError). Its `index` is the number of the
-        prompt, and its `outputs` are those of all prompts: a failed one has its `error` and no images.
+        Raises InvalidRequestError before anything runs if a request is wrong. A prompt that fails later does not stop
+        the others: when all have ended, the first failure is raised (a RequestError). Its `index` is the number of the
+        prompt, and its `outputs` are the outputs of all prompts: a failed one has its `error` and no images.
         """
         check_call(unknown, ("prompts", "sampling_params", "sampling_params_list", "use_tqdm"))
-        prompt_list = list_of_prompts(prompts)
-        params_list = params_of_prompts(one_of_stages(sampling_params, sampling_params_list), len(prompt_list))
+        prompt_list = to_prompt_list(prompts)
+        params_list = params_per_prompt(single_stage_params(sampling_params, sampling_params_list), len(prompt_list))
         shown = self._async.config.progress_bar and bool(use_tqdm)
         outputs: list[OmniRequestOutput] = self._call(self._generate_all(prompt_list, params_list, shown))
         raise_first_failure(outputs)
@@ -305,16 +306,16 @@ class Omni:
         jobs = []
         for index, (prompt, prompt_params) in enumerate(zip(prompts, params)):
             try:
-                jobs.append(self._async.resolve(prompt, prompt_params))
+                jobs.append(self._async.make_job(prompt, prompt_params))
             except InvalidRequestError as error:
-                raise error_of_prompt(error, index, len(prompts)) from error.__cause__
-            self._async.warn_of_ignored(jobs[-1])
+                raise prompt_error(error, index, len(prompts)) from error.__cause__
+            self._async.warn_ignored(jobs[-1])
         total = sum(r.num_inference_steps for job in jobs for r in job.requests)
         with progress_bar(total, "denoising", shown=shows_bar, unit="step") as bar:
             return await asyncio.gather(*(_last_output(stream, bar) for stream in self._submit_all(jobs)))
 
     def _submit_all(self, jobs: list[Job]) -> list[OutputStream]:
-        """Run all or none."""
+        """Queue all jobs; if one is refused, abort the others and raise its error."""
         streams: list[OutputStream] = []
         for index, job in enumerate(jobs):
             try:
@@ -324,7 +325,7 @@ class Omni:
                     stream.stop()
                 if isinstance(error, UnavailableError):  # all prompts are refused alike
                     raise
-                raise error_of_prompt(error, index, len(jobs)) from error.__cause__
+                raise prompt_error(error, index, len(jobs)) from error.__cause__
         return streams
 
     @property
@@ -339,7 +340,7 @@ class Omni:
             raise UnavailableError("this Omni was closed")
         future: Future[Any] = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
-            # An interrupt that comes just before a wait does not end it, so no wait is long.
+            # An interrupt just before a wait does not end the wait, so each wait is short.
             while not wait([future], timeout=1).done:
                 pass
             return future.result()
@@ -348,7 +349,7 @@ class Omni:
             raise
 
     def close(self) -> None:
-        """Stop the workers. Happens by itself when the object goes or the program ends."""
+        """Stop the workers. Also called when the object is garbage-collected and when the program ends."""
         self._finalizer()
 
     def __enter__(self) -> Omni:
@@ -359,7 +360,7 @@ class Omni:
 
 
 async def _last_output(stream: OutputStream, bar: tqdm) -> OmniRequestOutput:
-    """The result of a stream, or the output that holds its failure."""
+    """Final output of a stream: the result, or an output that holds the error."""
     steps: dict[int, int] = {}
     try:
         async for output in stream:
@@ -382,7 +383,7 @@ def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
 
 
 async def _close(omni: AsyncOmni) -> None:
-    """Close `omni` and end the loop's other tasks: a start that was cancelled may still be stopping its workers."""
+    """Close `omni` and cancel the loop's other tasks: a cancelled start may still be stopping its workers."""
     await omni.close()
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
@@ -398,9 +399,9 @@ def _shut_down(omni: AsyncOmni, loop: asyncio.AbstractEventLoop, thread: threadi
         try:
             await _close(omni)
         finally:
-            loop.call_soon(loop.stop)  # not at once: this coroutine's end is told by the loop
+            loop.call_soon(loop.stop)  # later: the loop must still deliver the end of this coroutine
 
     closing = asyncio.run_coroutine_threadsafe(close_and_stop(), loop)
-    if threading.current_thread() is not thread:  # the garbage collector runs on any
+    if threading.current_thread() is not thread:  # the garbage collector may run on any thread, this one included
         closing.result(timeout=SHUTDOWN_SECONDS)
         thread.join(timeout=SHUTDOWN_SECONDS)

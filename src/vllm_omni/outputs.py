@@ -1,4 +1,4 @@
-"""What a caller gets back."""
+"""Outputs of `generate`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from vllm_omni.errors import RequestError
 class OmniRequestOutput:
     """Progress (`finished` False) or the result (`finished` True) of one prompt.
 
-    `images`: PIL images, one an output (for video a list of frames an output; with `output_type="np"` uint8 arrays
-    [height, width, 3], of videos [frames, height, width, 3]); in a progress message the preview of
-    output `index`, its picture once `step` has reached `num_inference_steps`, or nothing. `seeds`: the seed of each
-    output. `timings`: seconds by stage (`queue`, `text_encode`, `denoise`, `vae_decode`, `total`) and
-    `computed_steps` and `cached_steps` (the part that a step cache made), of the slowest output.
+    `images`: in the result, one PIL image per output (a list of frames per video; with `output_type="np"` uint8 arrays
+    [height, width, 3], or [frames, height, width, 3]). In a progress message: the preview of output `index`, its
+    finished picture once `step` equals `num_inference_steps`, or nothing. `seeds`: seed of each output. `timings`:
+    seconds by stage (`queue`, `text_encode`, `denoise`, `vae_decode`, `total`), and `computed_steps` and
+    `cached_steps` (the part of the steps that came from the step cache), of the slowest output.
     """
 
     request_id: str
@@ -27,7 +27,7 @@ class OmniRequestOutput:
     timings: dict[str, float] = field(default_factory=dict)
     finished: bool = False
     index: int = 0
-    """Which output of the prompt a progress message speaks of."""
+    """Number of the output that a progress message is about, from 0."""
     step: int = 0
     """Denoising steps done."""
     num_inference_steps: int = 0
@@ -41,9 +41,9 @@ class OmniRequestOutput:
 
     @property
     def request_output(self) -> OmniRequestOutput:
-        """This output. The public vllm-omni package wraps an output in another one, which has it here."""
+        """This output itself. In the public vllm-omni package an outer output wraps it under this name."""
         return self
 
     def __getitem__(self, index: int) -> OmniRequestOutput:
-        """This output as item 0: earlier releases of that package have a list of one as `request_output`."""
+        """This output as item 0: in earlier releases of that package `request_output` is a list of one."""
         return [self][index]

@@ -1,4 +1,4 @@
-"""The kind of device of this machine, under the import path of the public vllm-omni package."""
+"""Kind of device of this machine, under the import path of the public vllm-omni package."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from argparse import ArgumentParser
 
 
 class Platform:
-    """The device that models run on by default (`device="auto"`)."""
+    """Device that models run on by default (`device="auto"`)."""
 
     @property
     def device_type(self) -> str:
-        """`cuda` where PyTorch sees such a device, otherwise `cpu`."""
+        """`cuda` if PyTorch finds a CUDA device, otherwise `cpu`."""
         from vllm_omni.diffusion.compute.device.kinds import kind_of  # imports PyTorch
 
         return kind_of("auto")
@@ -25,7 +25,7 @@ class Platform:
         return False
 
     def pre_register_and_update(self, parser: ArgumentParser | None = None) -> None:
-        """Leave `parser` as it is: no device here has flags of its own."""
+        """Do nothing: no device here adds flags to `parser`."""
 
 
 current_omni_platform = Platform()

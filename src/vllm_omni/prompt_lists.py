@@ -1,4 +1,4 @@
-"""Several prompts in one call: lists of them, and which of them failed."""
+"""Several prompts in one call: their list, their parameters, and the error of the first that failed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt, Promp
 from vllm_omni.outputs import OmniRequestOutput
 
 
-def list_of_prompts(prompts: PromptLike | Iterable[PromptLike]) -> list[PromptLike]:
-    """One prompt, or an iterable of them, as a list. Raises InvalidRequestError for other objects."""
+def to_prompt_list(prompts: PromptLike | Iterable[PromptLike]) -> list[PromptLike]:
+    """List of prompts from one prompt or an iterable of prompts. Raises InvalidRequestError for other objects."""
     if isinstance(prompts, str | Mapping | OmniPrompt):
         return [prompts]
     listed = None if isinstance(prompts, bytes | bytearray) else _list(prompts)
@@ -25,13 +25,13 @@ def list_of_prompts(prompts: PromptLike | Iterable[PromptLike]) -> list[PromptLi
     return listed
 
 
-def params_of_prompts(params: Any, num_prompts: int) -> list[Any]:
-    """The sampling parameters of each prompt: one object for all, or one each. Raises InvalidRequestError.
+def params_per_prompt(params: Any, num_prompts: int) -> list[Any]:
+    """Sampling parameters of each prompt, from one object for all or a list with one each. Raises InvalidRequestError.
 
-    An object of another kind is given to every prompt, so that the check of a prompt names it.
+    An object of another type is returned for every prompt: the check of each prompt refuses it by name.
     """
     is_one = params is None or isinstance(params, str | bytes | Mapping | OmniDiffusionSamplingParams)
-    # One more than the prompts: `itertools.repeat` never ends.
+    # Read at most one more than there are prompts: `itertools.repeat` never ends.
     listed = None if is_one else _list(params, num_prompts + 1)
     if listed is None:
         listed = [params] * num_prompts
@@ -55,8 +55,8 @@ def _refuse_previews(params: Any) -> None:
         )
 
 
-def one_of_stages(sampling_params: Any, sampling_params_list: Any) -> Any:
-    """`sampling_params`, or what a list with the parameters of each stage holds: a model has one stage here.
+def single_stage_params(sampling_params: Any, sampling_params_list: Any) -> Any:
+    """Sampling parameters of the one stage that a model has here: `sampling_params`, or the list's only item.
 
     Raises InvalidRequestError.
     """
@@ -77,37 +77,37 @@ def one_of_stages(sampling_params: Any, sampling_params_list: Any) -> Any:
 
 
 def _list(items: Any, most: int | None = None) -> list[Any] | None:
-    """The first `most` items, or all; None for an object that cannot be iterated over."""
+    """First `most` items, or all; None for an object that is not iterable."""
     if not isinstance(items, Iterable):
         return None
     try:
         iterator = iter(items)
-    except TypeError:  # an array without dimensions says that it can be iterated over
+    except TypeError:  # an array without dimensions: an Iterable by its class, but not iterable
         return None
     return list(islice(iterator, most))
 
 
 def raise_first_failure(outputs: Sequence[OmniRequestOutput]) -> None:
-    """Raise the error of the first failed output, with all outputs attached; nothing where none failed."""
+    """Raise the error of the first failed output, with all outputs attached; do nothing if none failed."""
     failed = [index for index, output in enumerate(outputs) if output.error is not None]
     if not failed:
         return
     error = outputs[failed[0]].error
     assert error is not None
     others = f" ({len(failed)} of {len(outputs)} prompts failed)" if len(failed) > 1 else ""
-    raise error_of_prompt(error, failed[0], len(outputs), others, outputs) from error.__cause__
+    raise prompt_error(error, failed[0], len(outputs), others, outputs) from error.__cause__
 
 
-def error_of_prompt(
+def prompt_error(
     error: RequestError,
     index: int,
     num_prompts: int,
     others: str = "",
     outputs: Sequence[OmniRequestOutput] = (),
 ) -> RequestError:
-    """`error` with the prompt's number, which leads the message where there are several prompts.
+    """Copy of `error` with the prompt's number, which begins the message if there are several prompts.
 
-    It is a copy: the engine may have given the same error to other requests.
+    A copy, because the engine may have given the same error object to other requests.
     """
     located = error.copy()
     located.index, located.outputs = index, outputs

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.encoding import rows_of
 from benchmarks.http_overhead import measure, serve
 
-from tests.patience import GUARD_SECONDS
+from testbed.patience import GUARD_SECONDS
 
 SIZE = (64, 96)
 

@@ -24,11 +24,11 @@ from benchmarks.roofline.costs import (
 )
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from testbed.runner_driver import make_request
+from testbed.tiny_models import build_tiny_qwen_image
+from testbed.tiny_z_image import build_tiny_z_image
 from tests.diffusion.compute.distributed.ranks import run_places
-from tests.diffusion.compute.worker.driving import make_request
 from tests.diffusion.compute.worker.replica import started
-from tests.tiny_models import build_tiny_qwen_image
-from tests.tiny_z_image import build_tiny_z_image
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.placement import balance
 from vllm_omni.diffusion.messages.worker import RankInfo

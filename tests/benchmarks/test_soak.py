@@ -19,7 +19,7 @@ from benchmarks.soak_load import BAD_REQUESTS, CASES, WAYS, Tally, ask_in_every_
 from benchmarks.soak_promises import Counts, Evidence, judge, read_counts
 
 from benchmarks import soak, soak_load
-from tests.entrypoints.openai.live_server import live_server
+from testbed.live_server import live_server
 
 COUNTS = Counts(success=12, failed=0, aborted=3, invalid=4, turned_away=0, restarts=2, replayed=5, under_way=0)
 TALLY = Tally(answered=8, pictures=10, worst_psnr=80.0, seconds=[0.5], left=5, refused=Counter({400: 4, 404: 1}))

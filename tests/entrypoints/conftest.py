@@ -6,7 +6,7 @@ import httpx
 import openai
 import pytest
 
-from tests.patience import GUARD_SECONDS
+from testbed.patience import GUARD_SECONDS
 
 
 @pytest.fixture(scope="session", autouse=True)

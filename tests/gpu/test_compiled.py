@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
-from tests.tiny_models import build_tiny_qwen_image
-from tests.tiny_z_image import build_tiny_z_image
+from testbed.runner_driver import Drive, make_request, psnr
+from testbed.tiny_models import build_tiny_qwen_image
+from testbed.tiny_z_image import build_tiny_z_image
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from testbed.runner_driver import Drive, psnr
 from tests.diffusion.compute.families.test_cuda_graphs import ARRIVALS, BUILDERS
-from tests.diffusion.compute.worker.driving import Drive, psnr
 from vllm_omni.diffusion.catalog.registry import DEMO_MODEL_PATH, load_model_info
 from vllm_omni.diffusion.compute.device import kinds as device
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner

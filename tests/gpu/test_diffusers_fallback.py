@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from tests.diffusion.compute.worker.driving import psnr
-from tests.tiny_diffusers import build_tiny_diffusers
+from testbed.runner_driver import psnr
+from testbed.tiny_diffusers import build_tiny_diffusers
 from vllm_omni import Omni
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.diffusion.compute.worker.driving import Drive, make_request
+from testbed.runner_driver import Drive, make_request
 from tests.diffusion.compute.worker.test_finite import BUILDERS, OVERFLOWED, change_weights
 from tests.gpu.test_no_waiting import Launching
 from vllm_omni.diffusion.catalog.registry import load_model_info

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.diffusion.compute.worker.driving import psnr
+from testbed.runner_driver import psnr
 from tests.float8 import layer_of
 from vllm_omni import Omni
 from vllm_omni.diffusion.catalog.registry import DEMO_MODEL_PATH

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from testbed.runner_driver import psnr
+from testbed.tiny_models import build_tiny_qwen_image
+from testbed.tiny_z_image import build_tiny_z_image
 from tests.diffusion.compute.cache.test_layouts import Runs, compare
-from tests.diffusion.compute.worker.driving import psnr
 from tests.gpu.pool import Pool
-from tests.tiny_models import build_tiny_qwen_image
-from tests.tiny_z_image import build_tiny_z_image
 from vllm_omni.diffusion.catalog.registry import DEMO_MODEL_PATH
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 

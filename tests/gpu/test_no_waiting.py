@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
-from tests.tiny_models import build_tiny_qwen_image, photo
-from tests.tiny_z_image import BASE_SHIFT, build_tiny_z_image
+from testbed.runner_driver import Drive, make_request, psnr
+from testbed.tiny_models import build_tiny_qwen_image, photo
+from testbed.tiny_z_image import BASE_SHIFT, build_tiny_z_image
 from tests.waiting import no_waits
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.device.kinds import Device, Mark
@@ -19,7 +19,7 @@ from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult
 from vllm_omni.diffusion.messages.request import DiffusionRequest
-from vllm_omni.inputs.images import prepared
+from vllm_omni.inputs.images import prepare_image
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -40,7 +40,7 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def requests_for(path: Path) -> list[DiffusionRequest]:
     edit = load_model_info(str(path)).image_input
-    images = () if edit is None else (prepared(photo(90, 60, 1), edit.sizes),)
+    images = () if edit is None else (prepare_image(photo(90, 60, 1), edit.sizes),)
     return [
         make_request("guided", negative_prompt="", images=images, preview_steps=(2,), cfg_normalization=1.0),
         make_request("wide", height=48, width=80, images=images, seed=2),

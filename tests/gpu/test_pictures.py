@@ -14,8 +14,8 @@ import pytest
 import torch
 from diffusers import QwenImagePipeline
 
-from tests.diffusion.compute.worker.driving import psnr
-from tests.tiny_models import build_tiny_qwen_image
+from testbed.runner_driver import psnr
+from testbed.tiny_models import build_tiny_qwen_image
 from vllm_omni import Omni
 from vllm_omni.diffusion.catalog.registry import DEMO_MODEL_PATH
 from vllm_omni.diffusion.compute.step.sampling import draw_noise, pack_latents

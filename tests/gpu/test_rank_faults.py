@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.diffusion.compute.worker.driving import psnr
+from testbed.runner_driver import psnr
+from testbed.tiny_models import build_tiny_qwen_image
 from tests.diffusion.control.executor.workers import ROOT
 from tests.gpu.faults import ERRORS, fault_file, make_runner
 from tests.gpu.test_pictures import PARAMS, PROMPTS
-from tests.tiny_models import build_tiny_qwen_image
 from vllm_omni import AsyncOmni
 from vllm_omni.diffusion.compute.distributed.mesh import COLLECTIVE_TIMEOUT
 from vllm_omni.diffusion.control.engine import DiffusionEngine

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.patience import GUARD_SECONDS
+from testbed.patience import GUARD_SECONDS
 from vllm_omni.logs.descriptors import make_pipe_nonblocking
 from vllm_omni.logs.writer import QueuedWriter
 

@@ -16,9 +16,9 @@ import msgspec
 import numpy as np
 import pytest
 
+from testbed.fakes import make_config, make_ready, make_request
+from testbed.patience import GUARD_SECONDS
 from tests.descriptors import SELECT_LIMIT, descriptors_left, low_descriptors_taken
-from tests.fakes import make_config, make_ready, make_request
-from tests.patience import GUARD_SECONDS
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.plan import ItemError, StepPlan, StepResult
 from vllm_omni.diffusion.messages.worker import (

@@ -1,6 +1,6 @@
-"""Configuration: frozen, checked when made, read by one reader each. No torch here.
+"""Configuration: frozen dataclasses that check their values when they are made. No torch here.
 
-Each wrong value raises ConfigError with the flag or field, what it got and what it takes.
+A wrong value raises ConfigError with the flag or field, the value that it got and the values that it takes.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from vllm_omni.errors import ConfigError, InvalidRequestError, NotAvailableError
-from vllm_omni.foreign.constructors import converting
+from vllm_omni.foreign.class_decorators import convert_keywords
 from vllm_omni.foreign.keywords import convert_degrees, convert_settings
 from vllm_omni.foreign.keywords import logger as logger  # scripts of the public vllm-omni package import it from here
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams
-from vllm_omni.inputs.kinds import MisfitError, fit, kinds_of, shown
+from vllm_omni.inputs.field_values import WrongValueError, coerce, field_types, shown
 
 CacheBackend = Literal["none", "tea_cache", "cache_dit"]
 SchedulingPolicy = Literal["fair", "fcfs"]
@@ -32,15 +32,15 @@ ALIASES: Mapping[str, Mapping[str, str]] = {
     "dtype": {"half": "float16", "float": "float32"},
     "load_format": {"safetensors": "auto"},
 }
-"""Field -> other names that vLLM gives its values."""
+"""Field -> vLLM's other names of its values -> our names."""
 StepsMaskPolicy = Literal["slow", "medium", "fast", "ultra"]
 StepsComputationPolicy = Literal["dynamic", "static"]
 
 
-@converting(convert_degrees, ConfigError)
+@convert_keywords(convert_degrees, ConfigError)
 @dataclass(frozen=True)
 class DiffusionParallelConfig:
-    """How many devices share the work, axis by axis (outermost first: data, cfg, ring, ulysses, tensor)."""
+    """Number of devices that share the work, by axis; from the outermost: data, cfg, ring, ulysses, tensor."""
 
     ulysses_degree: int = 1
     ring_degree: int = 1
@@ -48,9 +48,9 @@ class DiffusionParallelConfig:
     tensor_parallel_size: int = 1
     data_parallel_size: int = 1
     vae_patch_parallel_size: int = 1
-    """Ranks of the world that share one VAE decode; adds no devices."""
+    """Ranks of a replica that share one VAE decode; adds no devices."""
     text_encoder_tp_size: int = 1
-    """Ranks of the world that share the text encoder; adds no devices."""
+    """Ranks of a replica that share the text encoder; adds no devices."""
 
     def __post_init__(self) -> None:
         _fit_fields(self, str)
@@ -66,7 +66,7 @@ class DiffusionParallelConfig:
 
     @property
     def replica_size(self) -> int:
-        """Ranks that hold one copy of the model together."""
+        """Number of ranks that hold one copy of the model together."""
         return self.cfg_parallel_size * self.ring_degree * self.ulysses_degree * self.tensor_parallel_size
 
     @property
@@ -74,7 +74,7 @@ class DiffusionParallelConfig:
         return self.data_parallel_size * self.replica_size
 
     def written_out(self) -> str:
-        """The sum behind the world size."""
+        """Product of the degrees that gives the world size, as text."""
         return f"data {self.data_parallel_size} x {self._replica_written_out()} = {self.world_size}"
 
     def _replica_written_out(self) -> str:
@@ -251,20 +251,20 @@ def parse_cache_config(backend: str, values: Mapping[str, Any]) -> CacheConfig |
 
 
 def _fit_fields(config: Any, name_of: Callable[[str], str]) -> None:
-    """Make the fields of a new frozen dataclass plain values of their kinds. Raises ConfigError."""
+    """Convert the fields of a new frozen dataclass to plain values of their types. Raises ConfigError."""
     cls: Any = type(config)
-    for name, kind in kinds_of(cls).items():
+    for name, kind in field_types(cls).items():
         value = getattr(config, name)
         try:
-            plain = fit(value, kind)
-        except MisfitError as error:
+            plain = coerce(value, kind)
+        except WrongValueError as error:
             got = shown(value) if name not in _SECRETS else type(value).__name__
             raise ConfigError(f"{name_of(name)} takes {error}, got {got}") from error
         object.__setattr__(config, name, plain)
 
 
 _SECRETS = ("hf_token",)
-"""Fields whose values are not repeated in errors."""
+"""Fields whose values error messages do not repeat."""
 MAX_TAYLORSEER_ORDER = 8
 """Each order keeps one more tensor of each guidance branch."""
 
@@ -275,47 +275,47 @@ def _require(condition: bool, name: str, got: Any, expected: str) -> None:
 
 
 def _require_at_least(least: int, value: float, name: str) -> None:
-    """Raise ConfigError for a number that is less, or infinite."""
+    """Raise ConfigError for a number below `least`, and for an infinite one."""
     kind = "an integer" if isinstance(value, int) else "a finite number"
     _require(least <= value < math.inf, name, value, f"{kind} of at least {least}")
 
 
-@converting(convert_settings, ConfigError)
+@convert_keywords(convert_settings, ConfigError)
 @dataclass(frozen=True)
 class OmniDiffusionConfig:
-    """Everything the engine needs to know; the HTTP server has its own settings."""
+    """Settings of the engine; those of the HTTP server are `ServerSettings` and `HttpOptions`."""
 
     model: str
     """A folder in the diffusers layout, a hub name, or `demo`."""
     parallel: DiffusionParallelConfig = DiffusionParallelConfig()
     cache_backend: CacheBackend = "none"
     cache_config: Mapping[str, Any] = field(default_factory=dict)
-    """Raw keys of the backend; `cache` is their checked form."""
+    """Settings of the cache backend as the user gave them; `cache` is their checked form."""
     enable_cpu_offload: bool = False
     enable_layerwise_offload: bool = False
     lora_modules: Mapping[str, str] = field(default_factory=dict)
-    """LoRA adapters that requests may name: name -> a safetensors file, or a folder with one."""
+    """LoRA adapters that requests may name: name -> path of a safetensors file, or of a folder with one."""
     vae_use_slicing: bool = False
-    """Decode the pictures of a step one at a time (less memory)."""
+    """Decode pictures one at a time, not as a batch (less memory)."""
     vae_use_tiling: bool = False
     """Decode a picture in overlapping tiles (less memory for large pictures)."""
     overlap_decode: bool = False
-    """On a GPU: let a decode run beside the next step of others instead of before it."""
+    """On a GPU: run a decode in parallel with the next step of other requests instead of before it."""
     device: DeviceChoice = "auto"
-    """`auto`: CUDA where this machine has it."""
+    """`auto`: CUDA if this machine has it, else the CPU."""
     dtype: DType = "auto"
     """`auto`: bfloat16 on CUDA, float32 on CPU."""
     load_format: LoadFormat = "auto"
-    """`auto`: safetensors; `dummy`: random weights, made on the device, of a folder that needs none (to measure it)."""
+    """`auto`: safetensors files; `dummy`: random weights, made on the device, for a folder without weight files."""
     quantization: Quantization | None = None
-    """Of the weights of the transformer's blocks, and what is multiplied with them; None: as `dtype` says."""
+    """Type of the matrix products in the transformer's blocks, weights and activations; None: `dtype`."""
     attention_backend: AttentionBackendName | None = None
-    """None: the fastest of those that run here, measured at start."""
+    """Attention kernel; None: the fastest one that runs on this device, measured at start."""
     enforce_eager: bool = False
-    """On a GPU: neither compile the transformer's blocks nor record small steps as CUDA graphs."""
+    """On a GPU: neither compile the transformer's blocks nor capture small steps as CUDA graphs."""
     kernels: KernelsName = "auto"
-    """Of what lies between the products in the transformer's blocks, and of norms in Z-Image's VAE. `auto`: Triton on
-    CUDA, PyTorch on a CPU."""
+    """Implementation of the transformer's fused elementwise operations and norms, and of the norms in Z-Image's VAE.
+    `auto`: Triton on CUDA, PyTorch on a CPU."""
     distributed_executor_backend: ExecutorBackend = "mp"
     scheduling_policy: SchedulingPolicy = "fair"
     max_num_seqs: int = 16
@@ -323,28 +323,27 @@ class OmniDiffusionConfig:
     max_batch_tokens: int | None = None
     """Most tokens (all branches) of one step; None: measured at start. A larger request runs alone."""
     max_num_queued_reqs: int = 256
-    """Most requests (pictures) waiting or running; more are answered 429."""
+    """Most requests (pictures) queued or running; further ones get status 429."""
     max_queue_seconds: float = 3600.0
-    """Most work waiting or running, in seconds of this server's measured speed; more is answered 429. Infinite: any."""
+    """Most work queued or running, in seconds at the measured speed; more gets status 429. Infinite: no limit."""
     max_pixels: int | None = None
-    """Most pixels of a picture; None: 1024 x 1024, or four times the model's own size where that is more. A step is
-    never interrupted, so the largest picture says how long everybody else may have to wait."""
+    """Most pixels of a picture; None: four times the model's default size, at least 1024 x 1024. A step is never
+    interrupted, so the largest picture determines how long other requests may wait for a step."""
     max_inference_steps: int = 200
     max_num_frames: int | None = None
-    """Most frames of a video; None: the model's own number."""
+    """Most frames of a video; None: the model's default."""
     default_sampling_params: Mapping[str, Any] = field(default_factory=dict)
     max_worker_restarts: int = 3
     """Restarts allowed within ten minutes before the engine gives up."""
     variant: str | None = None
-    """Set of weight files that is read, such as `fp16`; None: the files without one."""
+    """Variant of the weight files to read, such as `fp16`; None: the files without variant."""
     revision: str | None = None
     """Branch, tag or commit of a hub model; None: main."""
     download_dir: str | None = None
     """Folder for downloads; None: the hub's cache."""
     hf_token: str | bool | None = field(default=None, repr=False)
-    """Token for private and gated hub models; True: that of `hf auth login`, which must be there; False: none; None:
-    the variable HF_TOKEN or that of `hf auth login`, where there is one."""
-
+    """Token for private and gated hub models. True: the token of `hf auth login`, which must exist; False: none; None:
+    the variable HF_TOKEN or else the token of `hf auth login`, if any."""
     progress_bar: bool = True
     """Show bars on standard error while a hub model is downloaded and while weights are loaded."""
 
@@ -398,7 +397,7 @@ class OmniDiffusionConfig:
         _refuse_unavailable(self)
 
     def _write_as_text(self) -> None:
-        """Put strings in place of what scripts may give instead: PyTorch's types of numbers, and `Path` objects."""
+        """Replace values of scripts by strings: PyTorch's dtypes, and `Path` objects."""
         if _is_torch_dtype(self.dtype):
             object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
         for name in ("model", "download_dir"):
@@ -412,19 +411,19 @@ class OmniDiffusionConfig:
     def cache(self) -> CacheConfig | None:
         return parse_cache_config(self.cache_backend, self.cache_config)
 
-    def located(self, path: str) -> OmniDiffusionConfig:
-        """The config of a worker: the model's folder in place of its hub name, and no token."""
+    def for_worker(self, path: str) -> OmniDiffusionConfig:
+        """Config for a worker: with the model's folder in place of its hub name, and without token."""
         return replace(self, model=path, revision=None, download_dir=None, hf_token=None)
 
 
 def _is_torch_dtype(value: Any) -> bool:
-    # By its name: this module imports no PyTorch.
+    # Recognized by the name of its class: this module does not import PyTorch.
     cls = type(value)
     return (cls.__module__, cls.__name__) == ("torch", "dtype")
 
 
 def flag_of(name: str) -> str:
-    """What users call a config field: its command-line flag, or its keyword where it has none."""
+    """Name of a config field for users: its command-line flag, or its keyword if it has no flag."""
     return _NAMES.get(name, "--" + name.replace("_", "-"))
 
 
@@ -438,32 +437,32 @@ _NAMES = {
 
 
 def _fit_sampling_params(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Default sampling parameters as plain values of their kinds. Raises ConfigError."""
-    # A field that is never None is always the request's own.
+    """Default sampling parameters, converted to plain values of their types. Raises ConfigError."""
+    # A field whose default is not None needs no other default.
     accepted = {f.name for f in fields(OmniDiffusionSamplingParams) if f.default is None} | {"negative_prompt"}
     if unknown := set(values) - accepted:
         raise ConfigError(
             f"--default-sampling-params: unknown keys {sorted(map(str, unknown))}, "
             f"accepted are {', '.join(sorted(accepted))}"
         )
-    kinds = {**kinds_of(OmniDiffusionSamplingParams), "negative_prompt": str | None}
+    kinds = {**field_types(OmniDiffusionSamplingParams), "negative_prompt": str | None}
     plain = {}
     for name, value in values.items():
         try:
-            plain[name] = fit(_lora_request(value) if name == "lora_request" else value, kinds[name])
-        except MisfitError as error:
+            plain[name] = coerce(_lora_request(value) if name == "lora_request" else value, kinds[name])
+        except WrongValueError as error:
             raise ConfigError(f"--default-sampling-params: {name} takes {error}, got {shown(value)}") from error
     return plain
 
 
 def _lora_request(value: Any) -> Any:
-    """From a mapping, as JSON has it and as one comes to a worker; others are left as they are."""
+    """LoRARequest from a mapping, the form that it has in JSON and in a worker; other values are returned unchanged."""
     if not isinstance(value, Mapping):
         return value
     try:
         return LoRARequest(**value)
-    except (TypeError, InvalidRequestError):  # a field that is unknown, or no name
-        raise MisfitError('an adapter, as {"name": ..., "scale": ...}') from None
+    except (TypeError, InvalidRequestError):  # an unknown field, or no name
+        raise WrongValueError('an adapter, as {"name": ..., "scale": ...}') from None
 
 
 _AVAILABLE_EXECUTORS = ("mp", "uni")

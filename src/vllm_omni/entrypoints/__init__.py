@@ -1,1 +1,1 @@
-"""What users start: the command line, the HTTP server, and import paths of the public vllm-omni package."""
+"""Programs that users start: the command line and the HTTP server; and import paths of the public package."""

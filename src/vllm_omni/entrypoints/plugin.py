@@ -1,12 +1,12 @@
-"""The entry point of the `vllm.general_plugins` group."""
+"""Entry point of the group `vllm.general_plugins`."""
 
 from __future__ import annotations
 
 
 def register() -> None:
-    """Do nothing, cheaply.
+    """Do nothing.
 
-    vLLM calls this in every process it starts, whatever it serves. Our way in is `--omni`, which vLLM's command
-    hands over before any plugin loads, so there is nothing to patch or register. The entry point exists so that
-    vLLM's list of plugins shows the package and `VLLM_PLUGINS` can name it.
+    vLLM calls this in every process that it starts, whatever it serves. There is nothing to patch or register, because
+    vLLM's command calls our `main` for `--omni` before any plugin is loaded. The entry point exists so that vLLM's list
+    of plugins shows the package and `VLLM_PLUGINS` can name it.
     """

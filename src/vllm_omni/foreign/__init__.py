@@ -1,1 +1,1 @@
-"""Names from other servers and from the public vllm-omni package, and their meaning here."""
+"""Flags, keywords and names of other servers and of the public vllm-omni package, and their treatment here."""

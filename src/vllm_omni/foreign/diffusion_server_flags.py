@@ -1,4 +1,4 @@
-"""Flags of other servers of diffusion models that users bring along: the public vllm-omni 0.30 and SGLang Diffusion."""
+"""Treatment of the flags of other diffusion servers: the public vllm-omni 0.30 and SGLang Diffusion."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Flags of other servers: how many values each takes, and whether it is ignored, named differently here, or refused.
+"""Flags of other servers: how many values each takes, and whether it is ignored, renamed or refused here.
 
 The tables are `vllm_flags.py` and `diffusion_server_flags.py`. Their readers are the command line's parser
-(`entrypoints/cli/foreign_flags.py`) and the keywords of scripts (`keywords.py`).
+(`entrypoints/cli/foreign_flags.py`) and the keywords of scripts (`foreign/keywords.py`).
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ class ForeignFlag:
     arity: Arity
     treatment: Treatment
     text: str
-    """Ignored: the topic. Renamed: what to use here. Refused: the reason."""
+    """For an ignored flag its topic, for a renamed one the flag to use here, for a refused one the reason."""
     harmless: tuple[str, ...] = ()
-    """Values with which a renamed or refused flag is ignored: they ask for what is done anyway."""
+    """Values with which a renamed or refused flag is ignored, because this server does the same without it."""
     harmless_from: float | None = None
-    """Numbers from this one on are harmless too."""
+    """Least number from which on values are harmless too."""
 
     @property
     def option_strings(self) -> tuple[str, ...]:
-        """All spellings, the negated ones of switches included."""
+        """All spellings of the flag, with the `--no-` form of a switch."""
         if self.arity != "switch":
             return self.names
         return (*self.names, *(f"--no-{name[2:]}" for name in self.names if name.startswith("--")))
 
     def is_harmless(self, values: Sequence[str]) -> bool:
-        """Whether ignoring these values gives the user what the flag asks for."""
+        """Whether the flag may be ignored with these values: the user gets the same result."""
         if self.treatment == "ignored":
             return True
         return bool(values) and all(self._is_harmless(value) for value in values)
@@ -56,19 +56,19 @@ class ForeignFlag:
 
 
 def ignored(topic: str, specs: str) -> tuple[ForeignFlag, ...]:
-    """Flags without effect here. `specs`: see `parse_spec`."""
+    """Flags that have no effect here. `specs`: see `parse_spec`."""
     return tuple(ForeignFlag(*parse_spec(spec), "ignored", topic) for spec in words(specs))
 
 
 def renamed(here: str, specs: str, *harmless: str, harmless_from: float | None = None) -> tuple[ForeignFlag, ...]:
-    """Flags whose purpose `here` serves."""
+    """Flags that are named `here` in this server."""
     return tuple(
         ForeignFlag(*parse_spec(spec), "renamed", here, harmless, harmless_from=harmless_from) for spec in words(specs)
     )
 
 
 def refused(reason: str, specs: str, *harmless: str, harmless_from: float | None = None) -> tuple[ForeignFlag, ...]:
-    """Flags that cannot be ignored: the user would get something else."""
+    """Flags that cannot be ignored, because the user would get another result."""
     return tuple(
         ForeignFlag(*parse_spec(spec), "refused", reason, harmless, harmless_from=harmless_from)
         for spec in words(specs)
@@ -80,6 +80,6 @@ def words(text: str) -> tuple[str, ...]:
 
 
 def parse_spec(spec: str) -> tuple[tuple[str, ...], Arity]:
-    """Names and arity of `--name/-n`; after it `=` for one value, `=+` for one or more, `=?` for none or one."""
+    """Names and arity of `--name/-n`, followed by `=` for one value, `=+` for one or more, `=?` for none or one."""
     names, equals, rest = spec.partition("=")
     return tuple(names.split("/")), _SUFFIXES[equals + rest]

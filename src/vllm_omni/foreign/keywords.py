@@ -1,6 +1,6 @@
-"""Settings that scripts of the public vllm-omni package give as keywords: ignored, named differently, or refused.
+"""Keywords of the public vllm-omni package that are not ours: ignored, renamed or refused.
 
-Most are flags too, and have the place of the flag.
+Most exist as flags too and are treated as the flag is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from vllm_omni.errors import ConfigError
-from vllm_omni.foreign.constructors import asks_nothing
+from vllm_omni.foreign.class_decorators import has_no_effect
 from vllm_omni.foreign.diffusion_server_flags import VLLM_OMNI_FLAGS
 from vllm_omni.foreign.flags import ForeignFlag, ignored, refused, renamed
 from vllm_omni.foreign.vllm_flags import VLLM_FLAGS
@@ -45,23 +45,22 @@ _WITHOUT_FLAG = (
         "1",
     ),
 )
-"""Written like flags; they stand before flags of the same name, whose text is for a command line."""
+"""Keywords, written like flags. They override flags of the same name, whose text is for a command line."""
 
 _SHORT_FLAGS = {"usp": "ulysses_degree", "ring": "ring_degree"}
 
 
 def ignored_keywords(keywords: Mapping[str, Any], accepted: Collection[str]) -> list[str]:
-    """Check keywords that are no settings of ours; returns those that ask for something and are ignored.
+    """Names of the keywords, none of them a setting of ours, that ask for something and are ignored.
 
-    Raises ConfigError for the others: one that has another name here or is refused says so, an unknown one lists what
-    is accepted.
+    Raises ConfigError for a keyword that is renamed, refused or unknown; the message says what to use.
     """
     found = []
     for name, value in keywords.items():
         flag = flags_by_keyword().get(name)
         if flag is None:
             raise ConfigError(f"unknown keyword {name!r}; accepted are {', '.join(accepted)}")
-        if asks_nothing(value):
+        if has_no_effect(value):
             continue
         values = [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]
         if not flag.is_harmless([] if value is True else values):
@@ -72,7 +71,7 @@ def ignored_keywords(keywords: Mapping[str, Any], accepted: Collection[str]) -> 
 
 
 def log_ignored(keywords: Sequence[str]) -> None:
-    """One line about keywords that are ignored."""
+    """Log one line about ignored keywords."""
     if keywords:
         logger.warning("ignored, as the pictures are the same without: %s", ", ".join(keywords))
 
@@ -87,7 +86,7 @@ def convert_degrees(keywords: dict[str, Any], names: Collection[str]) -> dict[st
 
 
 def drop_sequence_degree(others: dict[str, Any], parallel: Any) -> None:
-    """Drop `sequence_parallel_size` from `others` where it is the product that the degrees of `parallel` say too."""
+    """Drop `sequence_parallel_size` from `others` if it equals Ulysses degree x ring degree of `parallel`."""
     degrees = [getattr(parallel, name, None) for name in ("ulysses_degree", "ring_degree")]
     sequence = [1 if degree is None else degree for degree in degrees]
     if all(isinstance(d, int) for d in sequence) and others.get("sequence_parallel_size") == math.prod(sequence):
@@ -97,7 +96,7 @@ def drop_sequence_degree(others: dict[str, Any], parallel: Any) -> None:
 def convert_settings(keywords: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
     """Fields of `OmniDiffusionConfig` (`names`) for keywords that are not all fields. Raises ConfigError.
 
-    `parallel_config`, as `Omni` calls it, is `parallel`.
+    `parallel_config`, the keyword of `Omni`, is accepted for `parallel`.
     """
     ours = {name: value for name, value in keywords.items() if name in names}
     others = {name: value for name, value in keywords.items() if name not in names}
@@ -121,5 +120,5 @@ def flags_by_keyword() -> Mapping[str, ForeignFlag]:
 
 
 def as_keywords(text: str) -> str:
-    """A text of the tables with keywords in place of flags."""
+    """A text of the flag tables, with keywords in place of flags."""
     return re.sub(r"--([a-z][a-z-]*)", lambda m: _SHORT_FLAGS.get(m[1], m[1].replace("-", "_")), text)

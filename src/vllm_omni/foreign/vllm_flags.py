@@ -1,4 +1,4 @@
-"""The place of every flag of `vllm serve` (vLLM 0.32): the same here, ignored, named differently, or refused.
+"""Treatment of every flag of `vllm serve` (vLLM 0.32): the same here, ignored, renamed or refused.
 
 A flag is ignored only where the user gets the same pictures, limits, addresses and devices without it. A test compares
 the names and the number of values with vLLM's own parser.

@@ -1,1 +1,1 @@
-"""What a caller hands in: prompts and sampling parameters."""
+"""Inputs of `generate`: prompts, pictures, sampling parameters and adapters."""

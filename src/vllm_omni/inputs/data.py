@@ -1,4 +1,4 @@
-"""Prompts and sampling parameters, as the caller writes them (no torch here)."""
+"""Prompts and sampling parameters as the caller gives them. No torch here."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_omni.errors import InvalidRequestError
-from vllm_omni.foreign.constructors import converting, explaining
-from vllm_omni.foreign.names import refusing
+from vllm_omni.foreign.class_decorators import convert_keywords, explain_attributes
+from vllm_omni.foreign.module_names import refuse_names
+from vllm_omni.inputs.field_values import shown
 from vllm_omni.inputs.foreign_params import NO_FIELDS, convert_adapter, convert_params
-from vllm_omni.inputs.kinds import shown
 
 
-@converting(convert_adapter, InvalidRequestError)
+@convert_keywords(convert_adapter, InvalidRequestError)
 @dataclass(frozen=True, slots=True)
 class LoRARequest:
-    """A LoRA adapter: one that was given at start, by its name, or another one by its path.
+    """A LoRA adapter for one request: by the name that it was given at start, or by its path.
 
-    `path`: a safetensors file, or a folder with one. `OmniDiffusionSamplingParams.lora_scale` goes before `scale`.
-    vLLM's order, with a number between name and path, is taken too.
+    `path`: a safetensors file, or a folder with one. `OmniDiffusionSamplingParams.lora_scale` overrides `scale`.
+    vLLM's order of arguments, with a number between name and path, is accepted too.
     """
 
     name: str
@@ -41,14 +41,14 @@ class LoRARequest:
             object.__setattr__(self, "path", os.fspath(self.path))
 
 
-@explaining(NO_FIELDS)
-@converting(convert_params, InvalidRequestError)
+@explain_attributes(NO_FIELDS)
+@convert_keywords(convert_params, InvalidRequestError)
 @dataclass(frozen=True, slots=True)
 class OmniDiffusionSamplingParams:
-    """How to make one picture or video; `None` means the model's own default.
+    """Parameters of one prompt's pictures or videos; `None` means the model's own default.
 
-    Names of the public vllm-omni package are taken where they mean the same (`generator`, `lora_requests` with one
-    adapter); others raise InvalidRequestError with what to use here.
+    Parameters of the public vllm-omni package are accepted if they mean the same (`generator`, `lora_requests` with
+    one adapter); others raise InvalidRequestError that says what to use here.
     """
 
     height: int | None = None
@@ -56,39 +56,39 @@ class OmniDiffusionSamplingParams:
     width: int | None = None
     """Pixels."""
     num_frames: int | None = None
-    """Of a video."""
+    """Length of a video, in frames."""
     fps: int | None = None
-    """Frames a second that a model of videos is told, where it asks for them."""
+    """Frames a second of a video, for models that take them as an input."""
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
-    """Classifier-free guidance as Z-Image counts it; above 0 it doubles the work."""
+    """Classifier-free guidance of Z-Image; above 0 it doubles the work."""
     true_cfg_scale: float | None = None
     """Classifier-free guidance of Qwen-Image; above 1 and with a negative prompt it doubles the work."""
     cfg_normalization: bool | float | None = None
-    """Longest that guidance may make a velocity, in lengths of the unguided one; True: 1; 0: any length (Z-Image)."""
+    """Upper limit of the guided velocity's norm, relative to the conditional one's; True: 1; 0: no limit (Z-Image)."""
     cfg_truncation: float | None = None
-    """Guidance ends when more than this part of the schedule's time has passed (Z-Image)."""
+    """Fraction of the schedule's time after which guidance ends (Z-Image)."""
     seed: int | None = None
-    """Output i uses `seed + i`; None draws one and reports it."""
+    """Output i uses `seed + i`; None: a random seed, which the output reports."""
     num_outputs_per_prompt: int = 1
     sigmas: Sequence[float] | None = None
-    """Custom noise schedule, one value a step, descending in (0, 1]."""
+    """Custom noise schedule: one value per step, descending, in (0, 1]."""
     max_sequence_length: int | None = None
-    """Longest prompt accepted, in tokens."""
+    """Most tokens of the prompt; a longer one is refused."""
     strength: float | None = None
-    """How far an edited picture may go from its input, in (0, 1]; that part of the steps is made."""
+    """Change of an edited picture from its input, in (0, 1]: the fraction of the steps that is computed."""
     lora_request: LoRARequest | None = None
     lora_scale: float | None = None
     cache: bool | None = None
-    """False: compute every block, although the server has a step cache. True needs a server that has one."""
+    """False: compute every block even if the server has a step cache. True: refused if it has none."""
     priority: int = 0
-    """Smaller runs earlier."""
+    """Smaller values run earlier."""
     output_type: str = "pil"
     num_previews: int = 0
-    """Decoded predictions of the final picture to deliver on the way (0-3)."""
+    """Previews to deliver while the request runs (0-3)."""
 
     def filled_from(self, defaults: Mapping[str, Any]) -> OmniDiffusionSamplingParams:
-        """This, with every `None` replaced by the value of the same name in `defaults`."""
+        """Copy in which each `None` is replaced by the value of the same name in `defaults`."""
         known = {f.name for f in fields(self)}
         missing = {k: v for k, v in defaults.items() if k in known and getattr(self, k) is None}
         return replace(self, **missing)
@@ -99,10 +99,10 @@ PARAMETERS = tuple(f.name for f in fields(OmniDiffusionSamplingParams))
 
 @dataclass(frozen=True, slots=True)
 class OmniPrompt:
-    """One prompt with what belongs to it.
+    """One prompt: its text, its negative text and the pictures to edit.
 
-    `images` are PIL images, or `InputImage`s, for editing models: one, or any sequence or iterator of them. Raises
-    InvalidRequestError for a path or bytes in their place.
+    `images`: one PIL image or `InputImage`, or a sequence or iterator of them. Raises InvalidRequestError for a path
+    or bytes.
     """
 
     prompt: str
@@ -120,10 +120,10 @@ _MODALITIES = "modalities"
 
 
 def parse_prompt(value: PromptLike) -> OmniPrompt:
-    """A string or `{"prompt", "negative_prompt", "multi_modal_data": {"image": ...}}` as an `OmniPrompt`.
+    """`OmniPrompt` of a string or of `{"prompt", "negative_prompt", "multi_modal_data": {"image": ...}}`.
 
-    A mapping may also ask for images alone, as scripts of the public vllm-omni package do (`modalities`). Raises
-    InvalidRequestError for anything else, naming the key.
+    The mapping may also have `modalities`, as scripts of the public vllm-omni package do. Raises InvalidRequestError,
+    with the key, for anything else.
     """
     if isinstance(value, OmniPrompt):
         return value
@@ -150,7 +150,7 @@ def parse_prompt(value: PromptLike) -> OmniPrompt:
 
 
 def check_modalities(modalities: Any, name: str) -> None:
-    """Raise InvalidRequestError unless `modalities` asks for images alone, or for nothing."""
+    """Raise InvalidRequestError unless `modalities` is None, empty, or asks for images only."""
     asked = [modalities] if isinstance(modalities, str) else modalities
     if asked is None or (isinstance(asked, list | tuple) and all(isinstance(m, str) and m == "image" for m in asked)):
         return
@@ -171,10 +171,10 @@ def _parse_images(data: Any) -> Any:
 
 
 def _listed_images(images: Any) -> tuple[Any, ...]:
-    """One image, or several, as a tuple. Raises InvalidRequestError for a path or bytes."""
+    """Tuple of one or several images. Raises InvalidRequestError for a path or bytes."""
     if images is None:
         return ()
-    # Not any iterable: an array is one, and no list of pictures. A string is a sequence of strings.
+    # Not Iterable: an array is iterable, but is one picture. A string is a sequence of strings.
     is_list = isinstance(images, Sequence | Iterator) and not isinstance(images, str | bytes | bytearray)
     listed = tuple(images) if is_list else (images,)
     for image in listed:
@@ -190,7 +190,7 @@ def _listed_images(images: Any) -> tuple[Any, ...]:
 
 _MAPPING = 'a prompt is a string or a mapping with "prompt", "negative_prompt" and "multi_modal_data"'
 if not TYPE_CHECKING:  # type checkers know our names alone
-    __getattr__ = refusing(
+    __getattr__ = refuse_names(
         __name__,
         {
             **dict.fromkeys(

@@ -1,4 +1,4 @@
-"""Sampling parameters and adapters as scripts of the public vllm-omni package and of diffusers write them."""
+"""Sampling parameters and adapters in the form of the public vllm-omni package and of diffusers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from numbers import Real
 from typing import Any
 
 from vllm_omni.errors import InvalidRequestError
-from vllm_omni.foreign.constructors import asks_nothing
-from vllm_omni.inputs.kinds import shown
+from vllm_omni.foreign.class_decorators import has_no_effect
+from vllm_omni.inputs.field_values import shown
 
 PROMPT_FORM = 'it is part of the prompt: {"prompt": ..., "negative_prompt": ..., "multi_modal_data": {"image": ...}}'
 IN_PROMPT = ("prompt", "negative_prompt", "image", "pil_image")
-"""Names that are no parameters, but belong to the prompt."""
+"""Names that belong to the prompt, not to the sampling parameters."""
 _REPLACED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "boundary_ratio": ("a model is loaded as its folder says", ()),
     "cfg_normalize": ("here cfg_normalization", ()),
@@ -32,13 +32,13 @@ _REPLACED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "timesteps": ("here sigmas", ()),
     **dict.fromkeys(IN_PROMPT, (PROMPT_FORM, ())),
 }
-"""Name -> the replacement here, or the reason why there is none; and the values that are ignored, because they ask for
-nothing: the public package's defaults, which its examples give."""
+"""Name -> what to use here or why there is nothing, and the values that are ignored because they ask for nothing: the
+public package's defaults, which its examples give."""
 _TAKEN = ("generator", "lora_requests", "lora_scales")
 FOREIGN_PARAMS = (*_REPLACED, *_TAKEN)
-"""Names of other packages that `OmniDiffusionSamplingParams` knows."""
+"""Names of other packages that `OmniDiffusionSamplingParams` accepts or refuses with an explanation."""
 NO_FIELDS = {name: text for name, (text, _) in _REPLACED.items()}
-"""Fields of other packages' parameters that ours do not have: what to use, or why not."""
+"""Attributes that only other packages' parameters have -> what to use here, or why there is nothing."""
 
 
 def convert_params(keywords: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
@@ -53,22 +53,22 @@ def convert_params(keywords: dict[str, Any], names: Collection[str]) -> dict[str
         if name not in _REPLACED:
             raise InvalidRequestError(f"unknown parameter {name!r}; accepted are {', '.join(names)}", param=name)
         text, harmless = _REPLACED[name]
-        if not asks_nothing(value) and not (name == "extra_args" and _is_empty(value)) and not _is_in(value, harmless):
+        if not has_no_effect(value) and not (name == "extra_args" and _is_empty(value)) and not _is_in(value, harmless):
             raise InvalidRequestError(f"{name}: {text}, got {shown(value)}", param=name)
     if (generator := keywords.get("generator")) is not None:
         _put(ours, "seed", seed_of(generator), "generator")
     for name, ours_name in (("lora_requests", "lora_request"), ("lora_scales", "lora_scale")):
-        if not asks_nothing(values := keywords.get(name)):
+        if not has_no_effect(values := keywords.get(name)):
             _put(ours, ours_name, _only(name, values), name)
     return ours
 
 
 def _is_empty(values: Any) -> bool:
-    return isinstance(values, dict) and all(map(asks_nothing, values.values()))
+    return isinstance(values, dict) and all(map(has_no_effect, values.values()))
 
 
 def _is_in(value: Any, harmless: tuple[Any, ...]) -> bool:
-    # An array compares item by item, and has no truth of its own.
+    # Not for arrays: they compare item by item, and the result has no truth value.
     return isinstance(value, Real | str) and value in harmless
 
 
@@ -83,7 +83,7 @@ def _put(ours: dict[str, Any], name: str, value: Any, given_as: str) -> None:
 def _are_equal(a: Any, b: Any) -> bool:
     try:
         return bool(a == b)
-    except (RuntimeError, TypeError, ValueError):  # an array has no truth of its own
+    except (RuntimeError, TypeError, ValueError):  # the comparison of arrays has no truth value
         return False
 
 
@@ -98,11 +98,11 @@ def _only(name: str, values: Any) -> Any:
 def seed_of(generator: Any) -> int:
     """The seed of a `torch.Generator` that has drawn nothing yet. Raises InvalidRequestError for other objects.
 
-    Noise is drawn from this seed on the CPU, whatever the generator's device, and the generator stays as it is.
+    Noise is drawn from this seed on the CPU, whatever the generator's device; the generator does not change.
     """
     if isinstance(generator, list | tuple) and len(generator) == 1:
         generator = generator[0]
-    # By its methods: this module imports no PyTorch.
+    # Recognized by its methods: this module does not import PyTorch.
     if not hasattr(generator, "initial_seed") or not hasattr(generator, "get_state"):
         raise InvalidRequestError(
             f"generator takes one torch.Generator (output i uses its seed + i), got {type(generator).__name__}",
@@ -118,10 +118,10 @@ def seed_of(generator: Any) -> int:
 
 
 def convert_adapter(keywords: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Fields of `LoRARequest` (`names`) for `lora_name`, `lora_path` and `lora_int_id`. Raises InvalidRequestError.
+    """Fields of `LoRARequest` (`names`) for vLLM's `lora_name`, `lora_path`, `lora_int_id`. Raises InvalidRequestError.
 
-    The number has no meaning here: adapters are known by name and path. So it is dropped where the second positional
-    argument is that of vLLM, beside `lora_path`.
+    The number has no meaning here, because adapters are identified by name and path. It is dropped, also if it is the
+    second positional argument, as in vLLM.
     """
     ours = {name: value for name, value in keywords.items() if name in names}
     if "lora_path" in keywords and isinstance(ours.get("path"), int):

@@ -1,4 +1,4 @@
-"""Input pictures: what is taken, and how a model sees them (no torch here)."""
+"""Input pictures: limits, and their pixels at the sizes that a model reads. No torch here."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from PIL import Image
 from vllm_omni.errors import InvalidRequestError
 
 MAX_INPUT_PIXELS = 2**25
-"""Of one input picture (33 million): a picture of 8K or of a large camera."""
+"""Most pixels of one input picture (33 million): an 8K picture or a large camera's."""
 MODES = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")
-"""Pillow's, of 8 bits: others would have to be scaled, and nobody but the caller knows how."""
+"""Accepted Pillow modes, all of 8 bits: others need a scale, which only the caller knows."""
 
 
 @dataclass(frozen=True)
 class ReaderSizes:
-    """(width, height) at which the two readers of an input picture take it."""
+    """Sizes (width, height) at which the text encoder and the VAE read an input picture."""
 
     condition: tuple[int, int]
-    """Size for the text encoder."""
+    """Size that the text encoder reads."""
     reference: tuple[int, int]
-    """Size for the VAE."""
+    """Size that the VAE encodes."""
 
 
 @dataclass(frozen=True)
 class InputImage:
-    """A picture to edit, at the sizes that its two readers take. Equal to another one of the same pixels."""
+    """A picture to edit, at the sizes that the text encoder and the VAE read. Equal if the pixels are equal."""
 
     digest: str
     condition: np.ndarray = field(compare=False, repr=False)
-    """uint8 [height, width, 3]: what the text encoder looks at."""
+    """uint8 [height, width, 3]: pixels for the text encoder."""
     reference: np.ndarray = field(compare=False, repr=False)
-    """uint8 [height, width, 3]: what the VAE makes latents of."""
+    """uint8 [height, width, 3]: pixels for the VAE."""
 
     @property
     def num_bytes(self) -> int:
-        """In memory; most models have both readers look at one array."""
+        """Bytes of its pixels; for most models both readers share one array."""
         return self.condition.nbytes + (0 if self.reference is self.condition else self.reference.nbytes)
 
     @classmethod
@@ -52,7 +52,7 @@ class InputImage:
 
 
 def resized_pixels(image: Image.Image, sizes: ReaderSizes) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [height, width, 3] of an RGB picture for each of its two readers; one array where they want the same."""
+    """Pixels, uint8 [height, width, 3], for the text encoder and for the VAE; one array if their sizes are equal."""
     reference = _pixels_at(image, sizes.reference)
     return reference if sizes.condition == sizes.reference else _pixels_at(image, sizes.condition), reference
 
@@ -61,8 +61,8 @@ def _pixels_at(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
     return np.array(image if image.size == size else image.resize(size, Image.Resampling.LANCZOS))
 
 
-def prepared(image: Image.Image, sizes_of: Callable[[int, int], ReaderSizes]) -> InputImage:
-    """A picture as a model takes it. `sizes_of`: `ImageInput.sizes` of the model.
+def prepare_image(image: Image.Image, sizes_of: Callable[[int, int], ReaderSizes]) -> InputImage:
+    """Check a picture and resize it for a model. `sizes_of`: `ImageInput.sizes` of the model.
 
     Raises InvalidRequestError.
     """
@@ -71,8 +71,8 @@ def prepared(image: Image.Image, sizes_of: Callable[[int, int], ReaderSizes]) ->
     return InputImage.of(*resized_pixels(to_rgb(image), sizes))
 
 
-def resized(image: InputImage, height: int, width: int) -> InputImage:
-    """For both readers at this size."""
+def resize_image(image: InputImage, height: int, width: int) -> InputImage:
+    """Resize a picture to one size, in pixels, for both readers."""
     if image.reference.shape[:2] == (height, width):
         return image
     pixels = np.array(Image.fromarray(image.reference).resize((width, height), Image.Resampling.LANCZOS))
@@ -80,7 +80,7 @@ def resized(image: InputImage, height: int, width: int) -> InputImage:
 
 
 def check_input_image(image: Image.Image) -> None:
-    """Raises InvalidRequestError for what is no picture, for too many pixels, and for modes that are not taken."""
+    """Raise InvalidRequestError for an object that is no PIL image, for too many pixels, and for other modes."""
     if not isinstance(image, Image.Image):
         raise InvalidRequestError(f"image takes PIL images, got {type(image).__name__}", param="image")
     check_num_pixels(image.width, image.height)
@@ -89,7 +89,7 @@ def check_input_image(image: Image.Image) -> None:
 
 
 def check_num_pixels(width: int, height: int) -> None:
-    """Raises InvalidRequestError for more than MAX_INPUT_PIXELS."""
+    """Raise InvalidRequestError for more than MAX_INPUT_PIXELS."""
     if (num_pixels := width * height) > MAX_INPUT_PIXELS:
         raise InvalidRequestError(
             f"image takes at most {MAX_INPUT_PIXELS} pixels, got {width}x{height} = {num_pixels}", param="image"
@@ -97,7 +97,7 @@ def check_num_pixels(width: int, height: int) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """On white where the picture is transparent."""
+    """Convert to RGB, on white where the picture is transparent."""
     if not image.has_transparency_data:
         return image.convert("RGB")
     opaque = Image.new("RGBA", image.size, "white")

@@ -1,4 +1,4 @@
-"""Logging that neither blocks nor ends a process of ours, whatever becomes of its standard output and error."""
+"""Logging that never blocks or ends our processes, even if nobody reads their standard output and error."""
 
 from __future__ import annotations
 

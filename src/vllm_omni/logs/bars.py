@@ -10,21 +10,21 @@ from tqdm import tqdm
 
 
 def progress_bar(total: int, desc: str, *, shown: bool, **settings: Any) -> tqdm:
-    """A tqdm bar whose writes never raise: a closed terminal must not end what the bar counts."""
-    # Without standard error (a daemon's may be closed), tqdm's own default would fail.
+    """tqdm bar whose writes never raise: a closed terminal must not end the work that the bar counts."""
+    # tqdm fails without standard error, which a daemon may have closed.
     shown = shown and sys.stderr is not None
-    return tqdm(total=total, desc=desc, disable=not shown, file=_Unfailing(sys.stderr), **settings)
+    return tqdm(total=total, desc=desc, disable=not shown, file=_ErrorFreeFile(sys.stderr), **settings)
 
 
 class HiddenBar(tqdm):  # type: ignore[misc]  # tqdm has no types
-    """A bar that writes nothing, for libraries that take a class of bars."""
+    """Bar that writes nothing, for libraries that take a tqdm class."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **{**settings, "disable": True})
 
 
-class _Unfailing:
-    """A text file without errors: what cannot be written is lost."""
+class _ErrorFreeFile:
+    """Text file that ignores write errors; text that cannot be written is lost."""
 
     def __init__(self, file: Any) -> None:
         self._file = file

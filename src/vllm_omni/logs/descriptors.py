@@ -11,7 +11,7 @@ STDIN, STDOUT, STDERR = 0, 1, 2
 def fill_standard_descriptors() -> None:
     """Open /dev/null on each of the descriptors 0, 1 and 2 that is closed.
 
-    Otherwise the next file or socket gets the number: libuv aborts then, and text for standard error goes into it.
+    Otherwise the next file or socket would get that number: libuv aborts then, and error messages would go into it.
     """
     for fd in (STDIN, STDOUT, STDERR):
         try:
@@ -26,9 +26,9 @@ def fill_standard_descriptors() -> None:
 
 
 def make_pipe_nonblocking(fd: int) -> None:
-    """If `fd` is a pipe, make writes to it fail where they would wait: C++ libraries write to it directly.
+    """If `fd` is a pipe, let writes to it fail instead of block: C++ libraries write to it directly.
 
-    The pipe is opened anew, because O_NONBLOCK on the inherited description would change it for the parent as well.
+    Opens the pipe anew, because O_NONBLOCK on the inherited description would also change it for the parent.
     """
     if not stat.S_ISFIFO(os.fstat(fd).st_mode):
         return

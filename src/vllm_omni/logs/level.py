@@ -1,4 +1,4 @@
-"""The level of our loggers, as in vLLM."""
+"""Level of our loggers, from the environment variable that vLLM reads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LEVEL_VARIABLE = "VLLM_LOGGING_LEVEL"
 
 
 def logging_level() -> int:
-    """The level that VLLM_LOGGING_LEVEL names; INFO without it. Raises ConfigError."""
+    """Level named by VLLM_LOGGING_LEVEL; INFO if it is not set. Raises ConfigError for an unknown name."""
     name = os.environ.get(LEVEL_VARIABLE) or "INFO"
     level = logging.getLevelNamesMapping().get(name.upper())
     if level is None:

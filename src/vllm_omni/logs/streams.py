@@ -14,17 +14,17 @@ from vllm_omni.logs.writer import QueuedWriter
 
 
 class QueuedStreams:
-    """Standard output and error of a process that is ours alone; never of a program that imports the library.
+    """Queued standard output and error, for processes that we started; not for a program that imports the library.
 
-    After `install`, all that Python code writes goes through queues: logging, print, bars, warnings, tracebacks.
+    After `install`, everything that Python code writes goes through queues: logging, print, bars, tracebacks.
     """
 
     def __init__(self, max_bytes: int = 2**20, flush_seconds: float = 1.0) -> None:
-        """`max_bytes`: bound of each queue. `flush_seconds`: longest time that `flush` takes."""
+        """`max_bytes`: limit of each queue. `flush_seconds`: longest time that `flush` waits."""
         self._max_bytes = max_bytes
         self._flush_seconds = flush_seconds
         self._writers: dict[tuple[int, int], QueuedWriter] = {}
-        """By the device and inode of the file: two streams into one file share a queue, which keeps their order."""
+        """Writer by the file's device and inode: two streams into one file share a writer, which keeps their order."""
 
     def install(self) -> None:
         sys.stdout = self._replacement(sys.stdout, STDOUT)
@@ -32,22 +32,22 @@ class QueuedStreams:
 
     @property
     def num_dropped(self) -> int:
-        """Lines that could not be written."""
+        """Number of lines that could not be written."""
         return sum(writer.num_dropped for writer in self._writers.values())
 
     def flush(self) -> None:
-        """Wait until what was written has left the process, but not long for a reader that does not read."""
+        """Wait until all lines are written, at most `flush_seconds`: the reader may have stopped reading."""
         end = time.monotonic() + self._flush_seconds
         for writer in self._writers.values():
             writer.flush(max(0.0, end - time.monotonic()))
 
     def leave(self, code: int) -> NoReturn:
-        """Flush and end the process: without exit handlers, which would wait for threads that may hang."""
+        """Flush, then end the process without exit handlers: those would wait for threads that may hang."""
         self.flush()
         os._exit(code)
 
     def _replacement(self, stream: Any, fd: int) -> io.TextIOWrapper:
-        if stream is None:  # The descriptor was closed when Python started, and may be another file's by now.
+        if stream is None:  # The descriptor was closed when Python started, and may belong to another file now.
             fd = os.open(os.devnull, os.O_WRONLY)
         else:
             make_pipe_nonblocking(fd)
@@ -63,7 +63,7 @@ class QueuedStreams:
 
 
 class _Sink(io.RawIOBase):
-    """The binary file beneath a text stream: hands what it gets to a QueuedWriter."""
+    """Binary file under a text stream; passes its bytes to a QueuedWriter."""
 
     def __init__(self, writer: QueuedWriter, fd: int, name: str) -> None:
         super().__init__()

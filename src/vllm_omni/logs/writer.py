@@ -1,4 +1,4 @@
-"""A thread that writes to a file descriptor, behind a bounded queue that drops and counts."""
+"""Thread that writes lines to a file descriptor; its queue is bounded and counts the lines that it drops."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import weakref
 from collections import deque
 
 _PIPE_BUF = 4096
-"""Bytes up to which the kernel does not mix a write to a pipe with those of other processes."""
+"""Bytes of the largest write to a pipe that the kernel keeps in one piece."""
 _LINE_OVERHEAD = 64
-"""Bytes of Python objects that a queued line costs besides its text."""
+"""Bytes of memory that a queued line takes besides its text."""
 
 
 class QueuedWriter:
-    """Write to `fd` in the order of `put`, which never waits and never raises.
+    """Writer to `fd`, in the order of the `put` calls, which never wait and never raise.
 
-    When `max_bytes` are queued, lines are dropped until half of that has been written; then their number is written.
+    When `max_bytes` are queued, lines are dropped until half of them are written; then the number of dropped lines is
+    written.
     """
 
     def __init__(self, fd: int, max_bytes: int = 2**20) -> None:
@@ -26,8 +27,8 @@ class QueuedWriter:
         self._max_bytes = max_bytes
         self._lines: deque[bytes] = deque()
         self._num_bytes = 0
-        self._num_untold = 0
-        """Dropped lines whose number has not been queued yet."""
+        self._num_unreported = 0
+        """Dropped lines that are not reported yet."""
         self._is_writing = False
         self._was_forked = False
         # A reentrant lock: a signal handler may log while the main thread is inside `put`.
@@ -40,15 +41,15 @@ class QueuedWriter:
         with self._changed:
             if self._was_forked:
                 self._write(line)
-            elif self._num_untold or self._num_bytes + len(line) + _LINE_OVERHEAD > self._max_bytes:
+            elif self._num_unreported or self._num_bytes + len(line) + _LINE_OVERHEAD > self._max_bytes:
                 self.num_dropped += 1
-                self._num_untold += 1
+                self._num_unreported += 1
             else:
                 self._append(line)
             self._changed.notify_all()
 
     def flush(self, seconds: float) -> bool:
-        """Whether everything was written within `seconds`."""
+        """Wait at most `seconds`; return whether everything is written."""
         with self._changed:
             return self._changed.wait_for(lambda: not (self._has_work() or self._is_writing), seconds)
 
@@ -57,14 +58,14 @@ class QueuedWriter:
         self._num_bytes += len(line) + _LINE_OVERHEAD
 
     def _has_work(self) -> bool:
-        return bool(self._lines or self._num_untold)
+        return bool(self._lines or self._num_unreported)
 
     def _run(self) -> None:
         while True:
             self._write(self._take())
 
     def _take(self) -> bytes:
-        """Wait for lines and return as many as fit into one write."""
+        """Wait for lines; return as many as fit into one write."""
         with self._changed:
             self._is_writing = False
             self._changed.notify_all()
@@ -75,9 +76,9 @@ class QueuedWriter:
                 taken.append(self._lines.popleft())
                 num_bytes += len(taken[-1])
             self._num_bytes -= num_bytes + len(taken) * _LINE_OVERHEAD
-            if self._num_untold and self._num_bytes <= self._max_bytes // 2:
-                self._append(b"%d log lines were dropped: they were not read in time\n" % self._num_untold)
-                self._num_untold = 0
+            if self._num_unreported and self._num_bytes <= self._max_bytes // 2:
+                self._append(b"%d log lines were dropped: they were not read in time\n" % self._num_unreported)
+                self._num_unreported = 0
             self._is_writing = True
             return b"".join(taken)
 
@@ -98,9 +99,9 @@ class QueuedWriter:
                 return
 
     def _after_fork(self) -> None:
-        """Write directly in a forked child: the thread exists in the parent only, and so may the lock's holder."""
+        """In a forked child, write directly: the thread, and the holder of the lock, may exist in the parent only."""
         self._was_forked = True
         self._lines.clear()
-        self._num_bytes = self._num_untold = 0
+        self._num_bytes = self._num_unreported = 0
         self._is_writing = False
         self._changed = threading.Condition(threading.RLock())

@@ -1,1 +1,1 @@
-"""LoRA adapters under the import paths of the public vllm-omni package; see `diffusion/control/adapters.py`."""
+"""Import paths of the public vllm-omni package for LoRA adapters; see `diffusion/control/adapters.py`."""

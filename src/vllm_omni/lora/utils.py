@@ -7,9 +7,9 @@ import os
 
 
 def stable_lora_int_id(path: str | os.PathLike[str]) -> int:
-    """A positive number of 31 bits that depends on `path` alone.
+    """Positive number of 31 bits that depends on `path` only.
 
-    `LoRARequest` takes it as `lora_int_id` and needs none: adapters are known by name and path.
+    `LoRARequest` accepts it as `lora_int_id` and ignores it: adapters are identified by name and path.
     """
     digest = hashlib.blake2b(os.fsencode(path), digest_size=4).digest()
     return max(1, int.from_bytes(digest, "big") >> 1)

@@ -1,1 +1,1 @@
-"""Child processes: message channels, and children that end with their parent."""
+"""Child processes: channels for messages, and the end of a child with its parent."""

@@ -1,9 +1,9 @@
 """Messages between processes: msgpack over a Unix stream socket, arrays beside it in shared memory.
 
-On the wire a frame is an 8-byte length, one byte that says whether a file descriptor comes along, and the
-msgpack body. The arrays of a message lie one after another in one anonymous memory file (`memfd`) whose
-descriptor travels with the first byte of the frame (SCM_RIGHTS): it has no name, so nothing is left behind
-when a process dies, and the receiver maps it without a copy. Linux only.
+A frame is an 8-byte length, one byte that says whether a file descriptor comes with it, and the msgpack body. The
+arrays of a message are stored in one anonymous memory file (`memfd`), whose descriptor is sent with the first byte of
+the frame (SCM_RIGHTS). The file has no name, so nothing is left when a process dies; the receiver maps it without a
+copy. Linux only.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ Incoming = TypeVar("Incoming")
 
 
 class ChannelBrokenError(Exception):
-    """A message is lost for want of memory or of a descriptor; the other end may well live."""
+    """A message was lost because memory or descriptors ran out; the process at the other end may still run."""
 
 
 def encode_frame(message: object) -> tuple[bytes, int | None]:
-    """The bytes of a message and the descriptor of its arrays (the caller closes it), None without arrays."""
+    """Bytes of a message and the descriptor of its arrays, which the caller closes; None without arrays."""
     arrays: list[np.ndarray] = []
-    starts: dict[int, int] = {}  # of each array, by identity: one that several objects share is sent once
+    starts: dict[int, int] = {}  # by id(array): an array that several objects share is sent once
     end = 0
 
-    def place(value: object) -> object:
+    def add_array(value: object) -> object:
         nonlocal end
         if not isinstance(value, np.ndarray):
             raise NotImplementedError(f"a message holds a {type(value).__name__}")
@@ -50,7 +50,7 @@ def encode_frame(message: object) -> tuple[bytes, int | None]:
             arrays.append(np.ascontiguousarray(value))
         return [value.dtype.str, list(value.shape), starts[id(value)]]
 
-    body = msgspec.msgpack.encode(message, enc_hook=place)
+    body = msgspec.msgpack.encode(message, enc_hook=add_array)
     frame = _HEADER.pack(len(body), bool(arrays)) + body
     return frame, _write_arrays(arrays, end) if arrays else None
 
@@ -69,7 +69,7 @@ def _write_arrays(arrays: list[np.ndarray], num_bytes: int) -> int:
 
 
 class FrameReader(Generic[Incoming]):
-    """Cuts a stream of bytes and descriptors into messages of the (union) type that it was made for."""
+    """Decoder of a stream of bytes and descriptors into messages of `message_type`, which may be a union."""
 
     def __init__(self, message_type: Any) -> None:
         self._memory: mmap.mmap | None = None
@@ -78,7 +78,7 @@ class FrameReader(Generic[Incoming]):
         self._descriptors: deque[int] = deque()
 
     def feed(self, data: bytes, descriptors: list[int]) -> list[Incoming]:
-        """The messages that are complete now. Raises MsgspecError and ChannelBrokenError."""
+        """Add received data; return the messages that are complete. Raises MsgspecError and ChannelBrokenError."""
         self._bytes += data
         self._descriptors += descriptors
         messages = []
@@ -93,7 +93,7 @@ class FrameReader(Generic[Incoming]):
         return messages
 
     def close(self) -> None:
-        """Let go of descriptors whose message never came."""
+        """Close descriptors whose message has not arrived."""
         while self._descriptors:
             os.close(self._descriptors.popleft())
 
@@ -117,25 +117,25 @@ class FrameReader(Generic[Incoming]):
 
 
 def _map_arrays(fd: int) -> mmap.mmap:
-    """Closes `fd`."""
+    """Map the file of a message's arrays, and close `fd`."""
     try:
-        # Copy-on-write: the arrays are the receiver's own to change.
+        # Copy-on-write: the receiver may change the arrays.
         return mmap.mmap(fd, 0, access=mmap.ACCESS_COPY)
-    except OSError as error:  # the mapping takes a descriptor of its own
+    except OSError as error:  # for example: a mapping duplicates the descriptor, and there may be too many
         raise ChannelBrokenError(f"the arrays of a message cannot be mapped: {error}") from error
     finally:
         os.close(fd)
 
 
 def _is_ready(sock: socket.socket, event: int, timeout: float | None) -> bool:
-    """Whether `event` (or the end) is there within `timeout` seconds. Not `select`: that knows 1024 descriptors."""
+    """Wait at most `timeout` seconds for `event` or the end. Not by `select`, which takes descriptors below 1024."""
     poll = select.poll()
     poll.register(sock, event)
     return bool(poll.poll(None if timeout is None else math.ceil(timeout * 1000)))
 
 
 def _send_some(sock: socket.socket, data: memoryview, fd: int | None) -> int:
-    """Send a part of `data`, and `fd` with its first byte; how many bytes went."""
+    """Send a part of `data`, with `fd` at its first byte; return the number of bytes sent."""
     return sock.send(data) if fd is None else socket.send_fds(sock, [data], [fd])
 
 
@@ -149,7 +149,7 @@ def _receive_some(sock: socket.socket) -> tuple[bytes, list[int]]:
 
 
 class BlockingChannel(Generic[Incoming]):
-    """The worker's end. One thread may receive while others send."""
+    """Blocking end of a channel, for a worker. One thread may receive while others send."""
 
     def __init__(self, sock: socket.socket, message_type: Any) -> None:
         self._sock = sock
@@ -158,16 +158,16 @@ class BlockingChannel(Generic[Incoming]):
         self._received: deque[Incoming] = deque()
 
     def send(self, message: object) -> None:
-        """Raises OSError when the other end is gone."""
+        """Send a message. Raises OSError when the other end is closed."""
         with self._sending:
             self._send(message)
 
     def send_if_free(self, message: object) -> None:
-        """Send a short message unless that would mean to wait for the other end. Raises OSError when it is gone."""
+        """Send a short message, or drop it if sending would block. Raises OSError when the other end is closed."""
         if not self._sending.acquire(blocking=False):
             return
         try:
-            # The kernel calls a socket writable only while most of its buffer is free.
+            # The kernel reports a socket as writable only while most of its buffer is free.
             if _is_ready(self._sock, select.POLLOUT, 0):
                 self._send(message)
         finally:
@@ -184,9 +184,9 @@ class BlockingChannel(Generic[Incoming]):
         self._sock.sendall(data[sent:])
 
     def receive(self, timeout: float | None = None) -> Incoming:
-        """Raises EOFError when the other end is gone, TimeoutError after `timeout` seconds of silence.
+        """Wait for a message. Raises EOFError when the other end is closed, TimeoutError after `timeout` seconds.
 
-        Raises ChannelBrokenError when a message was lost: nothing can be received any more.
+        Raises ChannelBrokenError when a message was lost; the channel cannot receive any more then.
         """
         while not self._received:
             if not _is_ready(self._sock, select.POLLIN, timeout):
@@ -207,7 +207,7 @@ class BlockingChannel(Generic[Incoming]):
 
 
 class AsyncChannel(Generic[Incoming]):
-    """The engine's end: `send` never waits, `receive` is a coroutine. Made on the event loop that it serves."""
+    """Asyncio end of a channel, for the engine; `send` never waits. Construct it on the event loop that uses it."""
 
     def __init__(self, sock: socket.socket, message_type: Any) -> None:
         sock.setblocking(False)
@@ -215,16 +215,16 @@ class AsyncChannel(Generic[Incoming]):
         self._loop = asyncio.get_running_loop()
         self._reader: FrameReader[Incoming] = FrameReader(message_type)
         self._received: asyncio.Queue[Incoming | None] = asyncio.Queue()
-        """None: the end."""
+        """Messages to deliver; None marks the end of the channel."""
         self._backlog: deque[tuple[memoryview, int | None]] = deque()
-        """Frames that are still to be sent, with their descriptors until the first byte went."""
+        """Frames to send, each with its descriptor until the first byte is sent."""
         self._closed = False
         self._failure: msgspec.MsgspecError | ChannelBrokenError | None = None
-        """What is wrong with a message, after which the channel is closed."""
+        """Error of the message that made us close the channel."""
         self._loop.add_reader(sock, self._on_readable)
 
     def send(self, message: object) -> None:
-        """Into the void when the other end is gone or the message cannot be sent: `receive` tells."""
+        """Queue a message. Raises nothing: if it cannot be sent, `receive` raises the error."""
         if self._closed:
             return
         try:
@@ -236,9 +236,9 @@ class AsyncChannel(Generic[Incoming]):
         self._flush()
 
     async def receive(self) -> Incoming:
-        """Raises EOFError when the other end is gone, MsgspecError when it said what it must not.
+        """Wait for a message. Raises EOFError when the other end is closed, MsgspecError for a malformed message.
 
-        Raises ChannelBrokenError when a message, of either end, was lost.
+        Raises ChannelBrokenError when a message of either end was lost.
         """
         message = await self._received.get()
         if message is None:
@@ -254,7 +254,7 @@ class AsyncChannel(Generic[Incoming]):
         self._closed = True
         self._drop_backlog()
         self._reader.close()
-        if not self._loop.is_closed():  # otherwise nobody waits any more
+        if not self._loop.is_closed():  # on a closed loop nobody waits
             self._loop.remove_reader(self._sock)
             self._loop.remove_writer(self._sock)
             self._received.put_nowait(None)
@@ -275,10 +275,10 @@ class AsyncChannel(Generic[Incoming]):
         except BlockingIOError:
             self._loop.add_writer(self._sock, self._flush)
         except (BrokenPipeError, ConnectionResetError):
-            # Nobody reads any more; what was said before is still to be received, then its end.
+            # The other end is closed: `receive` still delivers its last messages, then the end.
             self._loop.remove_writer(self._sock)
             self._drop_backlog()
-        except OSError as error:  # such as too many descriptors on their way
+        except OSError as error:  # such as too many descriptors in flight
             self._fail(ChannelBrokenError(f"a message cannot be sent: {error}"))
 
     def _drop_backlog(self) -> None:

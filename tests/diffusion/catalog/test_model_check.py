@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 from transformers import BertTokenizer, ByT5Tokenizer, CLIPTokenizer, LlamaTokenizer, T5Tokenizer
 
+from testbed.tiny_diffusers import build_tiny_diffusers
+from testbed.tiny_models import SMALL
+from testbed.tiny_z_image import build_tiny_z_image
 from tests.broken_folders import (
     PAGE,
     POINTER,
@@ -30,9 +33,6 @@ from tests.broken_folders import (
     values,
     weights,
 )
-from tests.tiny_diffusers import build_tiny_diffusers
-from tests.tiny_models import SMALL
-from tests.tiny_z_image import build_tiny_z_image
 from vllm_omni.diffusion.catalog.tokenizer_files import check_tokenizer
 from vllm_omni.diffusion.compute.text.tokenizers import load_tokenizer
 from vllm_omni.errors import ConfigError

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from tests.fakes import FakeRunner, make_config, make_ready, make_request
+from testbed.fakes import FakeRunner, make_config, make_ready, make_request
 from vllm_omni.diffusion.control.scheduler import Scheduler, Update
 from vllm_omni.diffusion.messages.plan import StepPlan
 from vllm_omni.diffusion.messages.request import DiffusionRequest

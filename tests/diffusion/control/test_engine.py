@@ -14,8 +14,8 @@ from unittest.mock import Mock, patch
 import numpy as np
 import pytest
 
-from tests.fakes import FakeExecutor, FakeRunner, fake_image, make_config, make_ready, make_request
-from tests.patience import GUARD_SECONDS
+from testbed.fakes import FakeExecutor, FakeRunner, fake_image, make_config, make_ready, make_request
+from testbed.patience import GUARD_SECONDS
 from vllm_omni.diffusion.control.engine import DiffusionEngine
 from vllm_omni.diffusion.control.events import EngineEvent, Failed, Finished, NullObserver, Preview, StepDone
 from vllm_omni.diffusion.messages.plan import ItemError, StepPlan, StepResult, WorkerReady

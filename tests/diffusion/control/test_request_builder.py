@@ -18,7 +18,7 @@ from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfi
 from vllm_omni.diffusion.messages.plan import WorkerReady
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, OmniPrompt, parse_prompt
-from vllm_omni.inputs.images import InputImage, ReaderSizes, prepared
+from vllm_omni.inputs.images import InputImage, ReaderSizes, prepare_image
 
 INFO = ModelInfo(
     path=Path("model"),
@@ -589,7 +589,7 @@ def test_a_picture_is_blamed_for_proportions_that_the_limit_leaves_no_room_for()
 
 
 def test_pictures_that_are_prepared_stay_as_they_are() -> None:
-    image = prepared(black(32, 32), Halving().sizes)
+    image = prepare_image(black(32, 32), Halving().sizes)
     (request,) = editing().resolve(OmniPrompt("x", images=(image,)), OmniDiffusionSamplingParams(), "r")
     assert request.images[0] is image
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from testbed.fakes import FakeRunner, make_config, make_ready, make_request
 from tests.diffusion.control.simulation import (
     OVERHEAD,
     PER_TOKEN,
@@ -20,7 +21,6 @@ from tests.diffusion.control.simulation import (
     tokens_of,
     total_work,
 )
-from tests.fakes import FakeRunner, make_config, make_ready, make_request
 from vllm_omni.diffusion.control.scheduler import Scheduler, Update
 from vllm_omni.diffusion.messages.plan import ItemError, StepPlan, StepResult
 from vllm_omni.diffusion.messages.request import DiffusionRequest, RequestCost

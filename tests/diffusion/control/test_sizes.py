@@ -11,7 +11,7 @@ from PIL import Image
 from vllm_omni.diffusion.compute.families.qwen_image.edit import EditInput
 from vllm_omni.diffusion.control.sizes import SizeLimits
 from vllm_omni.errors import InvalidRequestError
-from vllm_omni.inputs.images import prepared
+from vllm_omni.inputs.images import prepare_image
 
 LIMITS = SizeLimits(16, 512 * 512, 512 * 512)
 MEGAPIXEL = SizeLimits(16, 1024 * 1024, 1024 * 1024)
@@ -49,7 +49,7 @@ def test_a_photo_is_edited_within_the_models_own_area(
     photo: tuple[int, int], own: tuple[int, int], size: tuple[int, int]
 ) -> None:
     edits = EditInput(Path("nowhere"), len, 1024 * 1024, is_plus=False)
-    height, width = edits.output_size([prepared(Image.new("RGB", photo), edits.sizes)])
+    height, width = edits.output_size([prepare_image(Image.new("RGB", photo), edits.sizes)])
     assert (width, height) == own
     assert SizeLimits(16, own[0] * own[1], 1184).shrunk(height, width) == (height, width)
     assert MEGAPIXEL.shrunk(height, width) == (size[1], size[0])

@@ -17,7 +17,7 @@ from unittest.mock import patch
 from fastapi import Request
 from starlette.responses import Response
 
-from tests.entrypoints.openai.live_server import FAKE_INFO, FakeDevice, FakeImageInput
+from testbed.live_server import FAKE_INFO, FakeDevice, FakeImageInput
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.entrypoints.cli import serve
 from vllm_omni.entrypoints.cli.args import HttpOptions, ServeArgs

@@ -16,7 +16,7 @@ import httpx
 import psutil
 from benchmarks.served import ProcessFamily
 
-from tests.patience import GUARD_SECONDS, wait_for
+from testbed.patience import GUARD_SECONDS, wait_for
 
 VLLM = Path(sys.executable).with_name("vllm")
 

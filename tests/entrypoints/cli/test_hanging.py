@@ -18,9 +18,9 @@ import httpx
 import pytest
 from PIL import Image
 
+from testbed.patience import GUARD_SECONDS
 from tests.entrypoints.cli.fake_server import FAR_HOST
 from tests.entrypoints.cli.server_process import OutputReader
-from tests.patience import GUARD_SECONDS
 
 ROOT = Path(__file__).parents[3]
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"

@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from PIL import Image
 
+from testbed.patience import GUARD_SECONDS
 from tests.entrypoints.cli.server_process import (
     VLLM,
     ServerProcess,
@@ -33,7 +34,6 @@ from tests.entrypoints.cli.server_process import (
     stop,
     wait_for,
 )
-from tests.patience import GUARD_SECONDS
 
 KEY = "correct horse"
 PATIENCE = f"{GUARD_SECONDS:g}"

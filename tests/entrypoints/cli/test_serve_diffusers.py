@@ -16,10 +16,10 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from tests.diffusion.compute.worker.driving import psnr
+from testbed.runner_driver import psnr
+from testbed.tiny_diffusers import build_tiny_diffusers, save_tiny_adapter
 from tests.entrypoints.cli.server_process import ServerProcess, server_process, stop
-from tests.tiny_diffusers import build_tiny_diffusers, save_tiny_adapter
-from vllm_omni.inputs.loras import WEIGHTS
+from vllm_omni.inputs.adapter_files import WEIGHTS
 
 PROMPT = "a red apple"
 

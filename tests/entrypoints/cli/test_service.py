@@ -16,8 +16,8 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from tests.entrypoints.openai.live_server import FAKE_INFO
-from tests.patience import GUARD_SECONDS, until
+from testbed.live_server import FAKE_INFO
+from testbed.patience import GUARD_SECONDS, until
 from vllm_omni.diffusion.catalog.registry import ModelInfo
 from vllm_omni.diffusion.control.events import EngineStatus
 from vllm_omni.diffusion.data import OmniDiffusionConfig

@@ -12,9 +12,9 @@ import torch
 from diffusers import ZImagePipeline
 from PIL import Image
 
-from tests.diffusion.compute.worker.driving import psnr
+from testbed.runner_driver import psnr
+from testbed.tiny_z_image import BASE_SHIFT, build_tiny_z_image
 from tests.entrypoints.cli.server_process import server_process
-from tests.tiny_z_image import BASE_SHIFT, build_tiny_z_image
 
 
 def test_the_server_draws_what_diffusers_draws(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import httpx
 import openai
 import pytest
 
-from tests.entrypoints.openai.live_server import LiveServer, live_server
+from testbed.live_server import LiveServer, live_server
 
 
 @pytest.fixture(scope="module")

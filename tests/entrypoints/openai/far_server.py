@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
-from tests.patience import GUARD_SECONDS
+from testbed.patience import GUARD_SECONDS
 
 
 @dataclass

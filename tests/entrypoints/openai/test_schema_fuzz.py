@@ -18,8 +18,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from tests.entrypoints.openai.live_server import FAKE_EDIT_INFO, LiveServer, live_server
-from tests.patience import GUARD_SECONDS
+from testbed.live_server import FAKE_EDIT_INFO, LiveServer, live_server
+from testbed.patience import GUARD_SECONDS
 
 CHECKS = [
     not_a_server_error,

@@ -14,7 +14,7 @@ import pytest
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
-from tests.entrypoints.openai.live_server import LiveServer, live_server
+from testbed.live_server import LiveServer, live_server
 from vllm_omni.entrypoints.cli.args import HttpOptions
 from vllm_omni.entrypoints.server.middleware import add_middleware
 

@@ -20,15 +20,15 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from tests.diffusion.compute.worker.driving import psnr
-from tests.entrypoints.openai.live_server import FAKE_EDIT_INFO, FAKE_INFO, MODEL_NAME, LiveServer, live_server
+from testbed.live_server import FAKE_EDIT_INFO, FAKE_INFO, MODEL_NAME, LiveServer, live_server
+from testbed.runner_driver import psnr
+from testbed.tiny_diffusers import build_tiny_diffusers, set_safety_checker
+from testbed.tiny_models import photo
 from tests.entrypoints.openai.routes.test_image_edits import EDITS, data_url, file_of, pixels
 from tests.entrypoints.openai.routes.test_probes_and_metrics import read_metrics
-from tests.tiny_diffusers import build_tiny_diffusers, set_safety_checker
-from tests.tiny_models import photo
 from vllm_omni.diffusion.catalog.registry import WholePipeline
 from vllm_omni.diffusion.control import request_builder as intake
-from vllm_omni.inputs.images import InputImage, resized
+from vllm_omni.inputs.images import InputImage, resize_image
 
 # diffusers' own schedules of Stable Diffusion XL.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -136,11 +136,11 @@ def test_large_pictures_are_resized_in_a_thread_for_pictures(monkeypatch: pytest
 
     def watched(image: InputImage, height: int, width: int) -> InputImage:
         sent.append(weakref.ref(image))
-        same = resized(image, height, width)
+        same = resize_image(image, height, width)
         threads.append((threading.current_thread().name.partition("_")[0], same is image))
         return same
 
-    monkeypatch.setattr(intake, "resized", watched)
+    monkeypatch.setattr(intake, "resize_image", watched)
     info = replace(FAKE_EDIT_INFO, whole=WholePipeline("Any", ("height", "width"), "callback", 1, follows_input=True))
     large = file_of(Image.new("RGB", (1000, 800)))
     with live_server(info=info) as server, ThreadPoolExecutor(1) as pool:

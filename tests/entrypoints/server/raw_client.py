@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from tests.entrypoints.openai.live_server import LiveServer
-from tests.patience import GUARD_SECONDS
+from testbed.live_server import LiveServer
+from testbed.patience import GUARD_SECONDS
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.fakes import FakeExecutor, FakeRunner, make_config, make_request
-from tests.patience import GUARD_SECONDS, until
+from testbed.fakes import FakeExecutor, FakeRunner, make_config, make_request
+from testbed.patience import GUARD_SECONDS, until
 from vllm_omni.diffusion.control.engine import DiffusionEngine
 from vllm_omni.diffusion.control.events import EngineStatus, Failed, Finished, NullObserver, Observers
 from vllm_omni.diffusion.control.replicas import Replicas

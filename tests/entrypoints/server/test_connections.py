@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from fastapi import FastAPI, Request
 
+from testbed.patience import GUARD_SECONDS, until
 from tests.entrypoints.cli.test_serve import self_signed
-from tests.patience import GUARD_SECONDS, until
 from vllm_omni.entrypoints.cli import serve
 from vllm_omni.entrypoints.cli.args import HttpOptions
 from vllm_omni.entrypoints.cli.serve import _http_server, _loop_factory

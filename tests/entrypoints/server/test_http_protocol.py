@@ -14,7 +14,7 @@ import pytest
 from fastapi import FastAPI, Request
 from starlette.responses import StreamingResponse
 
-from tests.entrypoints.openai.live_server import PATIENT_LIMITS, LiveServer, PatientHttpProtocol, live_server
+from testbed.live_server import PATIENT_LIMITS, LiveServer, PatientHttpProtocol, live_server
 from tests.entrypoints.server.raw_client import Answer, RawClient, raw_client
 
 LIMITS = PATIENT_LIMITS

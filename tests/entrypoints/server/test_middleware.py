@@ -9,7 +9,7 @@ import httpx
 from fastapi import FastAPI
 
 import vllm_omni
-from tests.entrypoints.openai.live_server import live_server
+from testbed.live_server import live_server
 from vllm_omni.entrypoints.cli.args import HttpOptions
 from vllm_omni.entrypoints.server.middleware import EXPOSED_HEADERS, add_middleware
 

@@ -16,9 +16,9 @@ from sse_starlette.sse import EventSourceResponse
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
+from testbed.live_server import LiveServer, PatientHttpProtocol, live_server
+from testbed.patience import GUARD_SECONDS
 from tests.entrypoints.cli.test_serve import self_signed
-from tests.entrypoints.openai.live_server import LiveServer, PatientHttpProtocol, live_server
-from tests.patience import GUARD_SECONDS
 from vllm_omni.entrypoints.server.slow_readers import PIECE_BYTES, Pieces
 
 BODY = b"".join(i.to_bytes(4, "big") for i in range(4 * 2**20))

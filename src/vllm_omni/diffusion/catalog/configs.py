@@ -1,4 +1,4 @@
-"""What is read off the configs of any family's model folder (no torch here)."""
+"""Configs in a model folder: values with checked types, for any family. No torch here."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from vllm_omni.diffusion.catalog.folder_files import read_object, short
 from vllm_omni.errors import ConfigError
 
-MOST = 2**20
-"""Largest whole number that a config takes: wider layers than that no device holds."""
-MOST_LAYERS = 10_000
+MAX_SIZE = 2**20
+"""Largest whole number in a config; no device holds wider layers."""
+MAX_LAYERS = 10_000
 TIMESTEP_CHANNELS = 256
-"""Numbers that a transformer is told a timestep by: see `layers/timesteps.py`."""
+"""Length of the sinusoidal embedding of a timestep: see `layers/timesteps.py`."""
 
 Values = TypeVar("Values")
 
 
 def read_config(path: Path, component: str, name: str = "config.json") -> dict[str, Any]:
-    """The config of a component of the model in `path`. Raises ConfigError where it cannot be read."""
+    """Config file of a component of the model in `path`. Raises ConfigError if it cannot be read."""
     return read_object(path, f"{component}/{name}" if component else name)
 
 
 def from_values(cls: type[Values], values: Mapping[str, Any], place: str) -> Values:
-    """The dataclass `cls` from those keys of a config that it has; other keys are ignored.
+    """Instance of the dataclass `cls` from the keys of a config that are its fields; other keys are ignored.
 
-    A number of layers takes 1 to MOST_LAYERS, other whole numbers 1 to MOST. Raises ConfigError, with `place` and the
-    key, for a value of another type or size, and for a missing one without default.
+    A number of layers may be 1 to MAX_LAYERS, other whole numbers 1 to MAX_SIZE. Raises ConfigError, with `place` (the
+    config's file) and the key, for a value of another type or size, and for a missing key without default.
     """
     types = get_type_hints(cls)
     named = {}
@@ -43,7 +43,7 @@ def from_values(cls: type[Values], values: Mapping[str, Any], place: str) -> Val
 
 
 def _converted(value: Any, kind: Any, place: str) -> Any:
-    """`value`, as JSON has it, in the type `kind` of a dataclass's field."""
+    """Convert a JSON value to the type `kind` of a dataclass's field. Raises ConfigError."""
     options = get_args(kind)
     if get_origin(kind) is tuple:
         if not isinstance(value, list | tuple) or not value:
@@ -52,7 +52,7 @@ def _converted(value: Any, kind: Any, place: str) -> Any:
     if NoneType in options:
         return None if value is None else _converted(value, options[0], place)
     if kind is int:
-        most = MOST_LAYERS if "layers" in place or place.endswith(("depth", "res_blocks")) else MOST
+        most = MAX_LAYERS if "layers" in place or place.endswith(("depth", "res_blocks")) else MAX_SIZE
         if type(value) is not int or not 1 <= value <= most:
             raise ConfigError(f"{place} takes a whole number from 1 to {most}, got {short(value)}")
     elif kind is float:
@@ -63,10 +63,10 @@ def _converted(value: Any, kind: Any, place: str) -> Any:
     return value
 
 
-def refuse_variants(transformer: Mapping[str, Any], only: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a transformer config that needs more than the family computes.
+def check_config_values(transformer: Mapping[str, Any], only: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a transformer config with values that the family does not compute.
 
-    only: key -> the value that is computed, which is also what an absent key means.
+    `only`: key -> the one value that the family computes, which is also the meaning of an absent key.
     """
     for key, available in only.items():
         if (value := transformer.get(key, available)) != available:
@@ -75,7 +75,7 @@ def refuse_variants(transformer: Mapping[str, Any], only: Mapping[str, Any]) -> 
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """Keys of scheduler/scheduler_config.json that diffusers' FlowMatchEulerDiscreteScheduler computes with."""
+    """Keys of scheduler/scheduler_config.json that diffusers' FlowMatchEulerDiscreteScheduler uses."""
 
     num_train_timesteps: int = 1000
     shift: float = 1.0
@@ -89,7 +89,7 @@ class SchedulerConfig:
 
 
 def read_scheduler_config(path: Path) -> SchedulerConfig:
-    """The schedule of the model in `path`, which must depend on nothing but the seed.
+    """Config of the scheduler of the model in `path`.
 
     Raises ConfigError for other schedulers, for one that draws noise at every step, and for values of wrong types.
     """

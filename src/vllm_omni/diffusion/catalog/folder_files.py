@@ -1,4 +1,4 @@
-"""Reading the files of a model folder, never outside of it; an error is one line with the file. No torch here."""
+"""Reading of files in a model folder, never outside of it; an error is one line with the file. No torch here."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any, BinaryIO
 from vllm_omni.errors import ConfigError
 
 MODEL_INDEX = "model_index.json"
-"""Names the pipeline's class and the components."""
+"""File with the names of the pipeline's class and components."""
 DEFAULTS_FILE = "default_sampling_params.json"
-"""Sampling parameters of the model's own; a model may do without."""
+"""Optional file with the model's own default sampling parameters."""
 GIT_LFS = b"version https://git-lfs"
+"""First bytes of a Git LFS pointer, the stand-in for a file that was not fetched."""
 
 
 def names_in(root: Path, folder: str) -> list[str]:
-    """Names in a subfolder of the model folder `root`. Raises ConfigError where it cannot be read."""
+    """Names in a subfolder of the model folder `root`, sorted. Raises ConfigError if it cannot be read."""
     try:
         return sorted(entry.name for entry in _resolve(root, folder).iterdir())
     except OSError as error:
@@ -24,10 +25,10 @@ def names_in(root: Path, folder: str) -> list[str]:
 
 
 def open_file(root: Path, name: str) -> BinaryIO:
-    """The file `name`, a path relative to the model folder `root`, opened to be read.
+    """Open the file `name`, a path relative to the model folder `root`, for reading.
 
-    Raises ConfigError, with the name and the reason, for what is no readable file or lies outside of `root`. A link
-    into the hub's cache is allowed: the cache's folders consist of such links.
+    Raises ConfigError, with the name and the reason, if it is no readable file or lies outside of `root`. A link into
+    the hub's cache is allowed, because the cache's folders consist of such links.
     """
     target = regular_file(root, name)
     try:
@@ -41,7 +42,7 @@ def open_file(root: Path, name: str) -> BinaryIO:
 
 
 def regular_file(root: Path, name: str) -> Path:
-    """The real place of the file `name`. Raises ConfigError for what is no file, see `open_file`; it may be missing."""
+    """Resolved path of the file `name`, which may be missing. Raises ConfigError as `open_file` does."""
     target = _resolve(root, name)
     try:
         if target.exists() and not target.is_file():  # a pipe would block
@@ -52,22 +53,22 @@ def regular_file(root: Path, name: str) -> Path:
 
 
 def check_links(root: Path, folder: str) -> None:
-    """Raise ConfigError for a link in a subfolder of the model folder `root`, however deep, that leads out of `root`.
+    """Raise ConfigError for a link that leads out of `root`, at any depth of a subfolder of the model folder `root`.
 
-    The libraries open more files of a component than are checked one by one. A link to nothing they do not open.
+    The libraries open more files of a component than we check one by one. A dangling link is allowed: nobody opens it.
     """
     seen: set[Path] = set()
     waiting = [folder]
     while waiting:
         name = waiting.pop()
         target = _resolve_inside(root, name)
-        if target.is_dir() and target not in seen:  # links may lead around in a circle
+        if target.is_dir() and target not in seen:  # links may form a circle
             seen.add(target)
             waiting += [f"{name}/{entry}" for entry in names_in(root, name)]
 
 
 def _resolve(root: Path, name: str) -> Path:
-    """The real place of `name`. Raises ConfigError for links that lead out of `root` or to nothing."""
+    """Resolved path of `name`. Raises ConfigError for links that lead out of `root`, and for dangling links."""
     target = _resolve_inside(root, name)
     if (root / name).is_symlink() and not target.exists():
         raise ConfigError(f"cannot read {name}: it is a link to {target}, which does not exist")
@@ -75,11 +76,11 @@ def _resolve(root: Path, name: str) -> Path:
 
 
 def _resolve_inside(root: Path, name: str) -> Path:
-    """The real place of `name`, where there may be nothing. Raises ConfigError for links that lead out of `root`."""
+    """Resolved path of `name`, which may not exist. Raises ConfigError for links that lead out of `root`."""
     try:
         target = (root / name).resolve()
         is_inside = target.is_relative_to(root.resolve())
-    except (OSError, RuntimeError) as error:  # which one a loop of links is depends on the release of Python
+    except (OSError, RuntimeError) as error:  # the class for a loop of links depends on the release of Python
         raise ConfigError(f"cannot read {name}: its links lead nowhere ({error})") from error
     if not is_inside and not _is_in_hub_cache(target):
         raise ConfigError(f"cannot read {name}: it is a link to {target}, outside of the model's folder")
@@ -87,14 +88,14 @@ def _resolve_inside(root: Path, name: str) -> Path:
 
 
 def _is_in_hub_cache(target: Path) -> bool:
-    """Whether `target` is where the hub's cache keeps the content of a model's files, or the folders of a revision."""
+    """Whether `target` is a file or folder of a model in the hub's cache."""
     return any(
         place.name in ("blobs", "snapshots") and place.parent.name.startswith("models--") for place in target.parents
     )
 
 
 def read_object(root: Path, name: str) -> dict[str, Any]:
-    """JSON object in the file `name` of the model folder `root`. Raises ConfigError for anything else."""
+    """JSON object in the file `name` of the model folder `root`. Raises ConfigError for other content."""
     with open_file(root, name) as stream:
         try:
             value = json.loads(stream.read().decode("utf-8"))
@@ -108,6 +109,6 @@ def read_object(root: Path, name: str) -> dict[str, Any]:
 
 
 def short(value: object) -> str:
-    """`value` for an error line, cut to 80 characters."""
+    """Text of `value` for an error message, at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

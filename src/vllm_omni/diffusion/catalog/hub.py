@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub: from a name to a folder on this machine. No torch here."""
+"""Download of models from the Hugging Face hub. No torch here."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from vllm_omni.errors import ConfigError
 from vllm_omni.logs.bars import HiddenBar
 
 CONFIG_SUFFIXES = (".json", ".txt", ".jinja", ".model")
-"""Ends of the names of a component's files that hold no weights."""
+"""Suffixes of a component's files that hold no weights."""
 
 ReadObject = Callable[[str], dict[str, Any]]
-"""From the name of a file of the repository to the JSON object in it."""
+"""Function from the name of a file in the repository to its JSON object."""
 
 
 @dataclass(frozen=True)
 class HubAccess:
-    """Version of a hub model, variant of its weights, folder for the download, token, and whether a bar shows it."""
+    """Settings of a download: revision and variant of the model, folder, token, and whether to show a bar."""
 
     revision: str | None = None
     download_dir: str | None = None
@@ -42,23 +42,23 @@ DEFAULT_ACCESS = HubAccess()
 
 
 class ModelFolder(NamedTuple):
-    """Folder with the files of a model."""
+    """A folder with a model, and why it is not up to date."""
 
     path: Path
     hub_failure: str = ""
-    """Reason why the folder is an earlier download of a hub model; empty for any other folder."""
+    """Reason for using an earlier download of a hub model; empty for any other folder."""
 
 
 CheckConfigs = Callable[[Path], object]
-"""Raises ConfigError for a folder, with all configs and perhaps without weights, of a model that is not served."""
+"""Function that raises ConfigError if the model, a folder with all configs but maybe no weights, is not supported."""
 
 
 def download(model: str, load_format: LoadFormat, access: HubAccess, check: CheckConfigs) -> ModelFolder:
-    """Folder of a hub model, with the files that are loaded and no others. With `dummy` without weights.
+    """Download the files of a hub model that are loaded, and no others; without weights for `dummy`.
 
-    The configs come first, and weights only when `check` accepts the configs. Where the hub cannot be asked, an earlier
-    download is taken, without `check`. Raises ConfigError when there is none, when the hub refuses, and when the
-    repository lacks files that are needed.
+    Fetches the configs first, and weights only if `check` accepts the configs. If the hub cannot be reached, returns an
+    earlier download, without `check`. Raises ConfigError if there is none, if the hub refuses, and if the repository
+    lacks files that are needed.
     """
     from huggingface_hub import HfApi, constants, errors
 
@@ -87,7 +87,7 @@ def download(model: str, load_format: LoadFormat, access: HubAccess, check: Chec
 
 
 def _download(model: str, load_format: LoadFormat, access: HubAccess, names: list[str]) -> Path:
-    """Fetch what is needed of the repository's files `names`. Raises what the hub's client raises, and ConfigError."""
+    """Fetch the needed ones of the repository's files `names`. Raises ConfigError, and errors of the hub's client."""
     from huggingface_hub import hf_hub_download, snapshot_download
 
     repository: dict[str, Any] = {
@@ -109,9 +109,9 @@ def _download(model: str, load_format: LoadFormat, access: HubAccess, names: lis
 
 
 def needed_files(names: Iterable[str], load_format: LoadFormat, variant: str | None, read: ReadObject) -> list[str]:
-    """Choose from the files `names` of a repository what is loaded: configs, and one set of weights a component.
+    """Files to load among the files `names` of a repository: configs, and one set of weights for each component.
 
-    Raises ConfigError for a component whose weights are not there.
+    Raises ConfigError for a component whose weights are missing.
     """
     present = set(names)
     components = read_components(read(MODEL_INDEX))
@@ -138,7 +138,7 @@ def needed_files(names: Iterable[str], load_format: LoadFormat, variant: str | N
 
 
 def _earlier_download(model: str, load_format: LoadFormat, access: HubAccess, error: Exception) -> ModelFolder:
-    """Folder of an earlier download, after the hub gave `error`. Raises ConfigError where that is not enough."""
+    """Folder of an earlier download, used after the hub's `error`. Raises ConfigError if it lacks files."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -148,25 +148,25 @@ def _earlier_download(model: str, load_format: LoadFormat, access: HubAccess, er
                 model,
                 revision=access.revision,
                 cache_dir=access.download_dir,
-                allow_patterns=[MODEL_INDEX],  # of the other files it is told below which one is missing
+                allow_patterns=[MODEL_INDEX],  # not more: for other files, the checks below name those that are missing
                 local_files_only=True,
             )
         )
     except (LocalEntryNotFoundError, OSError):
         raise ConfigError(_explain(model, access, error)) from error
     folder = ModelFolder(path, _explain(model, access, error))
-    with blame_hub(*folder):
+    with add_hub_failure(*folder):
         if load_format == "auto":
             for name, component in read_components(read_object(path, MODEL_INDEX)).items():
-                # A missing folder is told by `model_check`.
+                # `model_check` reports a missing folder.
                 if (path / name).is_dir() and has_weights(component, names_in(path, name)):
                     safetensors_files(path / name, access.variant, component.stems)
     return folder
 
 
 @contextmanager
-def blame_hub(path: Path, hub_failure: str) -> Iterator[None]:
-    """Add the reason why there is no fresh download to a ConfigError about the files in `path`. See `ModelFolder`."""
+def add_hub_failure(path: Path, hub_failure: str) -> Iterator[None]:
+    """Add `hub_failure` (see `ModelFolder`) to a ConfigError about the files in `path`."""
     try:
         yield
     except ConfigError as error:
@@ -176,7 +176,7 @@ def blame_hub(path: Path, hub_failure: str) -> Iterator[None]:
 
 
 def _explain(model: str, access: HubAccess, error: Exception) -> str:
-    """One line for the user; the hub's own messages name no flag of ours."""
+    """Error line for the user, with our flags, which the hub's own messages do not know."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):

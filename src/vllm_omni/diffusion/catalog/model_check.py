@@ -1,4 +1,4 @@
-"""Check of a model folder before anything is loaded: a broken file is one line with its name. No torch here."""
+"""Check of a model folder before anything is loaded: the error names the broken file. No torch here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX, check_links, names_in, read_object, short
-from vllm_omni.diffusion.catalog.hub import blame_hub
+from vllm_omni.diffusion.catalog.hub import add_hub_failure
 from vllm_omni.diffusion.catalog.model_index import DIFFUSERS_STEMS, Component, read_components
 from vllm_omni.diffusion.catalog.registry import ModelInfo
 from vllm_omni.diffusion.catalog.tokenizer_files import check_tokenizer
@@ -20,19 +20,19 @@ GUIDER_CONFIG = "guider_config.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
 PROCESSOR_CONFIGS = ("preprocessor_config.json", "processor_config.json")
 LAYER_WORDS = ("layers", "blocks", "depth")
-"""Parts of the names of config.json's keys that say how many modules are built."""
+"""Parts of the names of config.json's keys that give a number of layers."""
 QUICK_LAYERS = 1000
-"""Number of layers that is built in a moment, so that it needs no comparison with the weight files."""
-MOST_TIMESTEPS = 2**20
-"""Largest num_train_timesteps of a scheduler, which keeps several arrays of that length."""
+"""Number of layers up to which building is fast, so that no comparison with the weight files is needed."""
+MAX_TIMESTEPS = 2**20
+"""Largest num_train_timesteps; a scheduler keeps several arrays of that length."""
 
 
 def check_model_files(info: ModelInfo, config: OmniDiffusionConfig) -> None:
-    """Raise ConfigError, with the file and the reason, for files of the model that are missing, broken or do not fit.
+    """Raise ConfigError, with the file and the reason, for files that are missing, broken or do not fit the model.
 
-    Also for a variant of the weights that no component has. With dummy weights no weight file is looked at.
+    Also for a variant of the weights that no component has. With dummy weights, weight files are not checked.
     """
-    with blame_hub(info.path, info.hub_failure):
+    with add_hub_failure(info.path, info.hub_failure):
         _check_folder(info, config)
 
 
@@ -57,7 +57,7 @@ def _check_folder(info: ModelInfo, config: OmniDiffusionConfig) -> None:
 
 
 def _check_files(info: ModelInfo, name: str, component: Component) -> None:
-    """Raise ConfigError for files that configure the component `name`."""
+    """Raise ConfigError for missing or wrong files that configure the component `name`."""
     if component.kind == "tokenizer":
         check_tokenizer(info.path, name, component.class_name, info.tokenizer_needs)
         return
@@ -72,7 +72,7 @@ def _check_files(info: ModelInfo, name: str, component: Component) -> None:
 
 
 def _configs(name: str, component: Component, names: list[str]) -> list[str]:
-    """Files that configure a component whose folder has `names`. Raises ConfigError for a processor without any."""
+    """Files among `names` that configure the component. Raises ConfigError for a processor without such a file."""
     if has_weights(component, names):
         return [CONFIG]
     if component.kind == "scheduler":
@@ -88,7 +88,7 @@ def _configs(name: str, component: Component, names: list[str]) -> list[str]:
 
 
 def _check_redirects(component: str, names: list[str], values: Mapping[str, Any]) -> None:
-    """Raise ConfigError for settings by which transformers reads other weights than those that are checked."""
+    """Raise ConfigError for settings that make transformers read other weights than the checked ones."""
     if ADAPTER_CONFIG in names:
         raise ConfigError(f"{component}/ has an {ADAPTER_CONFIG}: adapters inside a component are not loaded")
     if (file := values.get("transformers_weights")) is not None:
@@ -96,16 +96,16 @@ def _check_redirects(component: str, names: list[str], values: Mapping[str, Any]
 
 
 def _check_scheduler(place: str, values: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a number of training steps that a scheduler would fill the memory with."""
+    """Raise ConfigError for a number of training steps so large that the scheduler would fill the memory."""
     steps = values.get("num_train_timesteps")
-    if steps is not None and not (type(steps) is int and 1 <= steps <= MOST_TIMESTEPS):
+    if steps is not None and not (type(steps) is int and 1 <= steps <= MAX_TIMESTEPS):
         raise ConfigError(
-            f"{place}: num_train_timesteps takes a whole number from 1 to {MOST_TIMESTEPS}, got {short(steps)}"
+            f"{place}: num_train_timesteps takes a whole number from 1 to {MAX_TIMESTEPS}, got {short(steps)}"
         )
 
 
 def _check_counts(component: str, values: Mapping[str, Any], weights: Mapping[str, StoredWeight]) -> None:
-    """Raise ConfigError for more layers than there are weights: building them would take hours before that shows."""
+    """Raise ConfigError for more layers than weights: otherwise the error comes after hours of building them."""
     most = max(len(weights), QUICK_LAYERS)
     for key, value in _numbers(values):
         if any(word in key for word in LAYER_WORDS) and value > most:

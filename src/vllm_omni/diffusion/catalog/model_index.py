@@ -1,4 +1,4 @@
-"""Components that a model_index.json names: the library and the class of each, and which kind it is. No torch here."""
+"""Components in a model_index.json: their libraries, classes and kinds. No torch here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX, short
 from vllm_omni.errors import ConfigError
 
 Stems = tuple[str, ...]
-"""Names of weight files, without variant and suffix, that may be read of a component."""
+"""Names of weight files, without variant and suffix, that a component may be read from."""
 DIFFUSERS_STEMS: Stems = ("diffusion_pytorch_model",)
 TRANSFORMERS_STEMS: Stems = ("model",)
 STEMS = DIFFUSERS_STEMS + TRANSFORMERS_STEMS
@@ -28,7 +28,7 @@ _KINDS: dict[Kind, re.Pattern[str]] = {
 
 @dataclass(frozen=True)
 class Component:
-    """An entry of model_index.json."""
+    """Entry of a component in model_index.json."""
 
     library: str
     """diffusers, transformers, or a module of diffusers' pipelines, such as stable_diffusion."""
@@ -36,22 +36,22 @@ class Component:
 
     @property
     def kind(self) -> Kind | None:
-        """The kind by the name of the class, of a component without weights; None: the name says of none."""
+        """Kind of a component without weights, from the name of its class; None: the name tells no kind."""
         if self.class_name.endswith("Model"):
             return None
         return next((kind for kind, words in _KINDS.items() if words.search(self.class_name)), None)
 
     @property
     def stems(self) -> Stems:
-        """Names of the weight files that the library reads. Modules of pipelines have classes of either library."""
+        """Stems of the files that the library reads; both, for modules of pipelines with classes of either library."""
         known = {"diffusers": DIFFUSERS_STEMS, "transformers": TRANSFORMERS_STEMS}
         return known.get(self.library, STEMS)
 
 
 def read_components(index: Mapping[str, Any]) -> dict[str, Component]:
-    """The components that a model has, by name, from the JSON of its model_index.json.
+    """Components of a model by name, from the JSON of its model_index.json.
 
-    Raises ConfigError for an entry that is no pair of a library and a class, or no name of a folder.
+    Raises ConfigError for an entry that is no pair of a library and a class, or whose name is no folder's.
     """
     components = {}
     for name, value in index.items():

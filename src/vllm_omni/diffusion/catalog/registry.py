@@ -10,10 +10,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
+from vllm_omni.diffusion.catalog.expected_weights import ExpectedWeights
 from vllm_omni.diffusion.catalog.folder_files import DEFAULTS_FILE, MODEL_INDEX, read_object, short
-from vllm_omni.diffusion.catalog.hub import DEFAULT_ACCESS, CheckConfigs, HubAccess, ModelFolder, blame_hub, download
+from vllm_omni.diffusion.catalog.hub import (
+    DEFAULT_ACCESS,
+    CheckConfigs,
+    HubAccess,
+    ModelFolder,
+    add_hub_failure,
+    download,
+)
 from vllm_omni.diffusion.catalog.tokenizer_files import TokenizerNeeds
-from vllm_omni.diffusion.catalog.weight_fit import ExpectedWeights
 from vllm_omni.diffusion.data import (
     CacheConfig,
     CacheDiTConfig,
@@ -24,10 +31,10 @@ from vllm_omni.diffusion.data import (
     flag_of,
 )
 from vllm_omni.errors import ConfigError, NotAvailableError
+from vllm_omni.inputs.adapter_files import adapter_file
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+from vllm_omni.inputs.field_values import WrongValueError
 from vllm_omni.inputs.images import InputImage, ReaderSizes
-from vllm_omni.inputs.kinds import MisfitError
-from vllm_omni.inputs.loras import adapter_file
 
 DEMO_MODEL = "demo"
 DEMO_MODEL_PATH = Path(__file__).parents[2] / "demo_model"
@@ -192,7 +199,7 @@ class WholePipeline:
         for name, path in config.lora_modules.items():
             try:
                 adapter_file(path)
-            except MisfitError as error:
+            except WrongValueError as error:
                 raise ConfigError(f"--lora-modules {name} takes {error}, got {path!r}") from error
 
     def check_parallel(self, parallel: DiffusionParallelConfig) -> None:
@@ -400,7 +407,7 @@ def load_model_info(
     nothing here serves. Weights of a hub model are downloaded only after both.
     """
     folder = find_folder(model, load_format, access, lambda path: check(_describe(path)))
-    with blame_hub(*folder):
+    with add_hub_failure(*folder):
         info = _describe(folder.path)
     check(info)
     return replace(info, hub_failure=folder.hub_failure)

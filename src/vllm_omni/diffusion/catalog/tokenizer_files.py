@@ -1,5 +1,5 @@
-"""Checks of a tokenizer's files, which the libraries replace by an empty tokenizer where they are missing. No torch
-at import."""
+"""Checks of a tokenizer's files: for missing ones, the libraries silently build an empty tokenizer. No torch at
+import."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from typing import Any
 from vllm_omni.diffusion.catalog.folder_files import names_in, open_file, read_object, short
 from vllm_omni.errors import ConfigError
 
-WHOLE = "tokenizer.json"
+TOKENIZER_FILE = "tokenizer.json"
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
 SETTINGS = "tokenizer_config.json"
 ADDED = "added_tokens.json"
 CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
-MOST_IDS = 2**31
+MAX_IDS = 2**31
 OBJECTS = ("special_tokens_map.json", ADDED, CHAT_TEMPLATES[1])
 """Further files that hold a JSON object."""
 SENTENCE_PIECES = "tokenizer.model"
-"""Vocabulary that transformers reads for the classes that name none but `WHOLE`."""
+"""Vocabulary that transformers reads for classes that name only `TOKENIZER_FILE`."""
 
 
 @dataclass(frozen=True)
 class TokenizerNeeds:
-    """Requirements of a model on its tokenizer."""
+    """Requirements that a model has for its tokenizer."""
 
     tokens: tuple[str, ...] = ()
-    """Tokens that prompts are written with."""
+    """Special tokens that the model's prompts contain."""
     num_ids: int | None = None
     """Number of rows of the text encoder's embedding; None: unknown."""
 
@@ -36,8 +36,8 @@ class TokenizerNeeds:
 def check_tokenizer(root: Path, component: str, class_name: str, needs: TokenizerNeeds = TokenizerNeeds()) -> None:
     """Raise ConfigError, with the file and the reason, for files of a tokenizer that are missing or broken.
 
-    root: the model folder; component: the tokenizer's folder in it; class_name: its class in transformers; needs: also
-    refuse a tokenizer without these.
+    `root`: the model folder; `component`: the tokenizer's folder in it; `class_name`: its class in transformers;
+    `needs`: a tokenizer that lacks these is refused, too.
     """
     names = names_in(root, component)
     objects = {name: read_object(root, f"{component}/{name}") for name in OBJECTS if name in names}
@@ -49,17 +49,17 @@ def check_tokenizer(root: Path, component: str, class_name: str, needs: Tokenize
     if missing := [token for token in needs.tokens if token not in ids]:
         raise ConfigError(f"{component}/ lacks the token {missing[0]!r}, which the model's prompts consist of")
     for token, number in ids.items():
-        if type(number) is not int or not 0 <= number < (needs.num_ids or MOST_IDS):
+        if type(number) is not int or not 0 <= number < (needs.num_ids or MAX_IDS):
             raise ConfigError(
                 f"{component}/ has the token {token!r} with the id {short(number)}; the text encoder's vocab_size "
-                f"allows 0 to {(needs.num_ids or MOST_IDS) - 1}"
+                f"allows 0 to {(needs.num_ids or MAX_IDS) - 1}"
             )
 
 
 def read_settings(root: Path, component: str) -> dict[str, Any]:
-    """The tokenizer's tokenizer_config.json; null means that a key is not given.
+    """JSON of the tokenizer's tokenizer_config.json; a null stands for a missing key.
 
-    Raises ConfigError, with the key, for values that the tokenizer cannot be built with.
+    Raises ConfigError, with the key, for values with which the tokenizer cannot be built.
     """
     place = f"{component}/{SETTINGS}"
     settings = read_object(root, place)
@@ -74,7 +74,7 @@ def read_settings(root: Path, component: str) -> dict[str, Any]:
 
 
 def check_chat_template(root: Path, component: str) -> None:
-    """Raise ConfigError where the tokenizer in the folder `component` has no template to write a prompt as a chat."""
+    """Raise ConfigError if the tokenizer in the folder `component` has no chat template."""
     names = names_in(root, component)
     settings = read_settings(root, component) if SETTINGS in names else {}
     if not settings.get("chat_template") and not set(CHAT_TEMPLATES) & set(names):
@@ -84,17 +84,17 @@ def check_chat_template(root: Path, component: str) -> None:
 
 
 def _read_vocabulary(root: Path, component: str, class_name: str, names: list[str]) -> dict[str, int] | None:
-    """Token -> id; None: they are in a format that only the tokenizer's own class reads, or it needs no file."""
+    """Token -> id. None: only the tokenizer's own class can read the format, or there is no vocabulary."""
     from tokenizers import Tokenizer  # a library in Rust, without torch
     from tokenizers.models import BPE
 
-    if WHOLE in names:
-        file = _readable(root, f"{component}/{WHOLE}")
-        read_object(root, f"{component}/{WHOLE}")
+    if TOKENIZER_FILE in names:
+        file = _readable(root, f"{component}/{TOKENIZER_FILE}")
+        read_object(root, f"{component}/{TOKENIZER_FILE}")
         try:
             return dict(Tokenizer.from_file(file).get_vocab())
-        except Exception as error:  # the library raises no other class
-            raise ConfigError(f"cannot read {component}/{WHOLE}: it is no tokenizer: {error}") from error
+        except Exception as error:  # the library raises plain Exception
+            raise ConfigError(f"cannot read {component}/{TOKENIZER_FILE}: it is no tokenizer: {error}") from error
     if VOCABULARY in names:
         if MERGES not in names:
             raise ConfigError(f"{component}/ lacks {MERGES}, which {VOCABULARY} needs")
@@ -114,14 +114,16 @@ def _read_vocabulary(root: Path, component: str, class_name: str, names: list[st
         if name in names:
             _readable(root, f"{component}/{name}")
             return None
-    accepted = [WHOLE, f"{VOCABULARY} with {MERGES}", *others]
+    accepted = [TOKENIZER_FILE, f"{VOCABULARY} with {MERGES}", *others]
     raise ConfigError(f"{component}/ has no vocabulary of a {class_name}: neither {', nor '.join(accepted)}")
 
 
 def _other_vocabularies(class_name: str) -> tuple[str, ...] | None:
-    """Names of files in other formats that a class of tokenizers reads its vocabulary from, such as SentencePiece's and
-    BERT's list of words; None: it needs no vocabulary, because its tokens are bytes."""
-    import transformers  # which imports torch: only where the usual files are missing
+    """Names of vocabulary files of a tokenizer's class in other formats, such as SentencePiece's and BERT's.
+
+    None: the class needs no vocabulary, because its tokens are bytes.
+    """
+    import transformers  # late, because it imports torch: only if the usual files are missing
 
     cls: Any = getattr(transformers, class_name, None)
     is_tokenizer = inspect.isclass(cls) and issubclass(cls, transformers.PreTrainedTokenizerBase)
@@ -130,11 +132,13 @@ def _other_vocabularies(class_name: str) -> tuple[str, ...] | None:
     named: set[str] = set(cls.vocab_files_names.values())
     if not named:
         return None
-    return tuple(sorted(named - {WHOLE, VOCABULARY, MERGES})) if named - {WHOLE} else (SENTENCE_PIECES,)
+    if named == {TOKENIZER_FILE}:
+        return (SENTENCE_PIECES,)
+    return tuple(sorted(named - {TOKENIZER_FILE, VOCABULARY, MERGES}))
 
 
 def _readable(root: Path, name: str) -> str:
-    """The path of a file, which is not empty. Raises ConfigError for others."""
+    """Path of a file that is not empty. Raises ConfigError for other files."""
     with open_file(root, name) as stream:
         if not stream.read(1):
             raise ConfigError(f"cannot read {name}: it is empty")

@@ -1,4 +1,4 @@
-"""Choice of a component's weight files by their names, as diffusers and transformers choose them. No torch here."""
+"""Choice of a component's weight files by name, the same as in diffusers and transformers. No torch here."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from vllm_omni.diffusion.catalog.model_index import STEMS, TRANSFORMERS_STEMS, C
 from vllm_omni.errors import ConfigError
 
 CONFIG = "config.json"
-"""Configuration of a model; other components have files named *_config.json."""
+"""Config file of a model; other components have files named *_config.json."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _SHARD = r"-\d{5}-of-\d{5}"
 _WEIGHT_FILE = re.compile(rf"(?P<stem>{'|'.join(STEMS)})(?:[.-].*)?\.safetensors(?:\..*\bjson)?")
-"""A file of weights or an index, with or without variant."""
+"""Pattern of weight files and index files, with or without variant."""
 _VARIANT_FILE = re.compile(
     rf"(?P<stem>{'|'.join(STEMS)})(?:\.(?P<new>[^.]+?)(?:{_SHARD})?|{_SHARD}\.(?P<old>[^.]+))\.safetensors"
 )
@@ -29,13 +29,13 @@ class WeightNames:
 
     variant: str | None
     index: str | None
-    """File that maps weights to shards; None: one file holds all weights."""
+    """Name of the file that maps weights to shards; None: one file holds all weights."""
     files: tuple[str, ...]
-    """The one file, or the shards that are there."""
+    """Name of the one file, or of the shards in the folder."""
 
 
 def has_weights(component: Component, names: Collection[str]) -> bool:
-    """Whether a component is a model: by its class, and of an unknown one by the `names` of the files in its folder."""
+    """Whether a component is a model: from its class, or for an unknown class from its files' `names`."""
     if component.kind is not None:
         return False
     if CONFIG in names or any(name.endswith((".safetensors", *PICKLES)) for name in names):
@@ -44,12 +44,12 @@ def has_weights(component: Component, names: Collection[str]) -> bool:
 
 
 def other_configs(names: Iterable[str]) -> list[str]:
-    """Names of files that configure components other than models. `generation_config.json` belongs to a model."""
+    """Names of config files of components that are not models; `generation_config.json` belongs to a model."""
     return [name for name in names if name.endswith("_config.json") and name != "generation_config.json"]
 
 
 def choose_names(names: Iterable[str], variant: str | None, stems: Stems = STEMS) -> WeightNames | None:
-    """Names that are loaded of a component folder with the files `names`; None: it has none, or of several `stems`.
+    """Weight files to load among the files `names` of a component; None: there are none, or files of several `stems`.
 
     A component without files of `variant` is loaded from the files without variant, as diffusers does.
     """
@@ -62,7 +62,7 @@ def choose_names(names: Iterable[str], variant: str | None, stems: Stems = STEMS
 
 
 def _stems_in(names: Iterable[str], stems: Stems) -> list[str]:
-    """Stems among `stems` that have safetensors files or an index in `names`."""
+    """Those of `stems` that have safetensors files or an index in `names`."""
     found = {match["stem"] for name in names if (match := _WEIGHT_FILE.fullmatch(name)) is not None}
     return [stem for stem in stems if stem in found]
 
@@ -85,7 +85,7 @@ def _choose_stem(present: set[str], stem: str, variant: str | None) -> WeightNam
 def choose_all(
     components: Mapping[str, Component], folders: Mapping[str, Collection[str]], variant: str | None
 ) -> dict[str, WeightNames]:
-    """The choice for each component that has weights, from the names in its folder.
+    """Weight files to load of each component that has weights. `folders`: component -> names of its files.
 
     Raises ConfigError for a component without files to load, and for a variant that no component has.
     """
@@ -116,19 +116,19 @@ def _why_none(names: Collection[str], stems: Stems) -> str:
 
 
 def variants_in(names: Iterable[str], stems: Stems = STEMS) -> list[str]:
-    """Variants of which there are weight files."""
+    """Variants of the weight files among `names`, sorted."""
     matches = (_VARIANT_FILE.fullmatch(name) for name in names)
     return sorted({match["new"] or match["old"] for match in matches if match is not None and match["stem"] in stems})
 
 
 def component_variant(folder: Path, variant: str | None, stems: Stems = STEMS) -> str | None:
-    """`variant` where the component in `folder` has files of it, else None."""
+    """`variant` if the component in `folder` has files of that variant, else None."""
     chosen = choose_names(names_in(folder.parent, folder.name), variant, stems)
     return None if chosen is None else chosen.variant
 
 
 def safetensors_files(folder: Path, variant: str | None = None, stems: Stems = STEMS) -> list[Path]:
-    """Weight files of the component in `folder`, sharded or not. Raises ConfigError where one is missing."""
+    """Weight files of the component in `folder`, one or several shards. Raises ConfigError if one is missing."""
     root, component = folder.parent, folder.name
     names = names_in(root, component)
     chosen = choose_names(names, variant, stems)
@@ -144,9 +144,9 @@ def safetensors_files(folder: Path, variant: str | None = None, stems: Stems = S
 
 
 def read_weight_map(index: Mapping[str, Any], place: str) -> dict[str, str]:
-    """Name of a weight -> name of its file, from the JSON of the index `place`.
+    """Name of a weight -> name of its file, from the JSON of an index. `place`: the index file, for errors.
 
-    Raises ConfigError for names that are not of safetensors files in the same folder.
+    Raises ConfigError for a name that is not a safetensors file in the same folder.
     """
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):

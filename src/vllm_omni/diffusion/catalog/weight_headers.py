@@ -1,4 +1,4 @@
-"""Headers of safetensors files: names, shapes and types of the weights. No tensor is read. No torch here."""
+"""Headers of safetensors files: names, shapes and types of the weights, without their values. No torch here."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from vllm_omni.diffusion.catalog.weight_files import safetensors_files
 from vllm_omni.errors import ConfigError
 
 MAX_HEADER_BYTES = 100_000_000
-"""Largest header that the safetensors library reads."""
+"""Bytes of the largest header that the safetensors library reads."""
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-"""Types that a weight may be stored in."""
+"""Types in which a weight may be stored."""
 
 
 class StoredWeight(NamedTuple):
-    """A tensor as the header of a file describes it."""
+    """Description of a tensor in the header of a file."""
 
     file: str
     """Path of the file relative to the model folder."""
     dtype: str
-    """The format's name, such as F32."""
+    """Name of the type in the safetensors format, such as F32."""
     shape: tuple[int, ...]
 
 
 def stored_weights(folder: Path, variant: str | None = None, stems: Stems = STEMS) -> dict[str, StoredWeight]:
-    """Name -> weight, of all weight files of the component in `folder`.
+    """Name -> description of each weight in the weight files of the component in `folder`.
 
-    The files count, not what their index says of them, and of a weight in two shards the last one: so do diffusers and
-    transformers. Raises ConfigError, with the file and the reason, for files that are missing or broken.
+    As in diffusers and transformers, the files' headers count, not their index; for a weight in two shards the last
+    shard counts. Raises ConfigError, with the file and the reason, for files that are missing or broken.
     """
     weights: dict[str, StoredWeight] = {}
     for file in safetensors_files(folder, variant, stems):
@@ -41,9 +41,9 @@ def stored_weights(folder: Path, variant: str | None = None, stems: Stems = STEM
 
 
 def read_header(root: Path, name: str) -> dict[str, StoredWeight]:
-    """Weights in the safetensors file `name` of the model folder `root`.
+    """Name -> description of each weight in the safetensors file `name` of the model folder `root`.
 
-    Raises ConfigError, with the file and the reason, for a file that is truncated or something else.
+    Raises ConfigError, with the file and the reason, for a truncated file or one of another format.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -57,7 +57,7 @@ def read_header(root: Path, name: str) -> dict[str, StoredWeight]:
 
 
 def _why_unreadable(root: Path, name: str, error: Exception) -> str:
-    """Explain in one line why the safetensors library refused a file with `error`."""
+    """Reason, in one line, why the safetensors library refused a file with `error`."""
     with open_file(root, name) as stream:
         try:
             size = stream.seek(0, 2)

@@ -6,9 +6,9 @@ from vllm_omni.diffusion.catalog.registry import ModelInfo
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import LoRA
 from vllm_omni.errors import InvalidRequestError
+from vllm_omni.inputs.adapter_files import adapter_file
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams
-from vllm_omni.inputs.kinds import MisfitError
-from vllm_omni.inputs.loras import adapter_file
+from vllm_omni.inputs.field_values import WrongValueError
 
 MAX_SCALE = 100.0
 _MAX_ECHO = 64
@@ -48,7 +48,7 @@ def _file_of(asked: LoRARequest, config: OmniDiffusionConfig) -> str:
         )
     try:
         return str(adapter_file(path))
-    except MisfitError as error:
+    except WrongValueError as error:
         raise InvalidRequestError(
             f"the path of a LoRA adapter takes {error}, got {path!r}", param="lora_request"
         ) from error

@@ -21,8 +21,8 @@ from vllm_omni.diffusion.messages.plan import WorkerReady
 from vllm_omni.diffusion.messages.request import DiffusionRequest, RequestCost, check_number
 from vllm_omni.errors import ConfigError, InvalidRequestError, UnsupportedParameterError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
-from vllm_omni.inputs.images import InputImage, prepared, resized
-from vllm_omni.inputs.kinds import MisfitError, fit, kinds_of, shown
+from vllm_omni.inputs.field_values import WrongValueError, coerce, field_types, shown
+from vllm_omni.inputs.images import InputImage, prepare_image, resize_image
 
 MAX_PROMPT_CHARACTERS = 32_000
 MAX_SEED = 2**63 - 1
@@ -126,7 +126,7 @@ class Intake:
         if self._info.whole is not None and self._info.whole.follows_input:
             assert filled.height is not None
             assert filled.width is not None
-            images = tuple(resized(image, filled.height, filled.width) for image in images)
+            images = tuple(resize_image(image, filled.height, filled.width) for image in images)
         return replace(prompt, images=images), filled, defaults
 
     def _defaults_of(self, images: Sequence[InputImage], params: OmniDiffusionSamplingParams) -> dict[str, Any]:
@@ -301,7 +301,7 @@ def _prepare(image: Any, info: ModelInfo) -> InputImage:
     if isinstance(image, InputImage):
         return image
     assert info.image_input is not None
-    return prepared(image, info.image_input.sizes)
+    return prepare_image(image, info.image_input.sizes)
 
 
 def _check_supported(prompt: OmniPrompt, params: OmniDiffusionSamplingParams, info: ModelInfo) -> None:
@@ -343,14 +343,14 @@ def _fit_text(name: str, value: Any, kind: Any) -> Any:
 
 
 def _fit_params(params: OmniDiffusionSamplingParams) -> OmniDiffusionSamplingParams:
-    kinds = kinds_of(OmniDiffusionSamplingParams)
+    kinds = field_types(OmniDiffusionSamplingParams)
     return replace(params, **{name: _fit(name, getattr(params, name), kind) for name, kind in kinds.items()})
 
 
 def _fit(name: str, value: Any, kind: Any) -> Any:
     try:
-        return fit(value, kind)
-    except MisfitError as error:
+        return coerce(value, kind)
+    except WrongValueError as error:
         raise InvalidRequestError(f"{name} takes {error}, got {shown(value)}", param=name) from error
 
 

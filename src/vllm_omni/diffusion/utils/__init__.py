@@ -1,1 +1,1 @@
-"""Functions that scripts import from here in the public vllm-omni package."""
+"""Functions under their import paths in the public vllm-omni package."""

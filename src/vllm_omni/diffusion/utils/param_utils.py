@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from vllm_omni.errors import InvalidRequestError
-from vllm_omni.foreign.names import refusing
+from vllm_omni.foreign.module_names import refuse_names
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.inputs.foreign_params import NO_FIELDS
 
@@ -14,11 +14,11 @@ from vllm_omni.inputs.foreign_params import NO_FIELDS
 def apply_declared_extra_args(
     sampling_params: OmniDiffusionSamplingParams, declared_params: Collection[str], user_kwargs: Mapping[str, object]
 ) -> None:
-    """Do nothing where no declared parameter is given. Raises InvalidRequestError where one is."""
+    """Raise InvalidRequestError if a declared parameter is given; otherwise do nothing."""
     given = [name for name in sorted(declared_params) if user_kwargs.get(name) is not None]
     if given:
         raise InvalidRequestError(f"{', '.join(given)}: {NO_FIELDS['extra_args']}", param=given[0])
 
 
 if not TYPE_CHECKING:  # type checkers know our names alone
-    __getattr__ = refusing(__name__, {}, NO_FIELDS["extra_args"])
+    __getattr__ = refuse_names(__name__, {}, NO_FIELDS["extra_args"])

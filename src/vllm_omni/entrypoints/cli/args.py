@@ -1,7 +1,7 @@
-"""The command line: every flag, its type, its default (read from the dataclass that owns it) and its help.
+"""Flags of the command line: type, help, and default, which is read from the dataclass that owns the setting.
 
 `parse_args` turns `serve MODEL ...` into checked, frozen settings, or raises ConfigError with one line that names the
-flag, what it got and what it takes. Server flags carry the names and the meaning that vLLM gives them.
+flag, the value that it got and the values that it takes. Server flags have vLLM's names and meaning.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from vllm_omni.diffusion.data import (
     Quantization,
     SchedulingPolicy,
 )
-from vllm_omni.entrypoints.cli import calibrate, values
+from vllm_omni.entrypoints.cli import calibrate, flag_types
 from vllm_omni.entrypoints.cli.commands import check_command
 from vllm_omni.entrypoints.cli.foreign_flags import DEST as FOREIGN_DEST
 from vllm_omni.entrypoints.cli.foreign_flags import add_foreign_flags, check_foreign_flags
 from vllm_omni.entrypoints.cli.suggestions import explain_unknown
-from vllm_omni.entrypoints.cli.vllm_surface import make_parser, serve_line, vllm_version
+from vllm_omni.entrypoints.cli.vllm_api import make_parser, serve_line, vllm_version
 from vllm_omni.entrypoints.openai.settings import ChatTextTasks, ResponseFormat, ServerSettings
 from vllm_omni.errors import ConfigError, NotAvailableError
 from vllm_omni.foreign.diffusion_server_flags import SGLANG_FLAGS, VLLM_OMNI_FLAGS
@@ -49,17 +49,17 @@ EXAMPLES = """examples:
   {serve} --revision main --dtype bfloat16 --max-num-seqs 8 --api-key KEY
   {serve} --cfg-parallel-size 2 --usp 2 --cache-backend cache_dit --cache-config.enable_taylorseer true
 
-docs/flags.md says what becomes of flags of vLLM and other servers."""
+docs/flags.md lists the flags of vLLM and other servers, and which of them are accepted."""
 MAX_DEFAULT_SEED = 2**32 - 1
-"""Seeds that the server draws are of this range too; the seeds of further pictures stay within 63 bits."""
+"""Largest seed, as for seeds that the server draws; the seeds of further pictures then fit 63 bits."""
 EVERY = "*"
-"""CORS: any origin, method or header."""
+"""CORS value for any origin, method or header."""
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 
 
 @dataclass(frozen=True)
 class HttpOptions:
-    """How the server listens, who may talk to it, and what it logs."""
+    """Settings of the HTTP server: addresses, TLS, keys, CORS, logging and shutdown."""
 
     host: str | None = None
     port: int = 8000
@@ -76,41 +76,41 @@ class HttpOptions:
     ssl_ciphers: str | None = None
     enable_ssl_refresh: bool = False
     forwarded_allow_ips: tuple[str, ...] = ()
-    """Proxies whose X-Forwarded-Proto and -For are believed; none: FORWARDED_ALLOW_IPS, or 127.0.0.1 and ::1."""
+    """Proxies whose X-Forwarded-Proto and -For are trusted; none: FORWARDED_ALLOW_IPS, or 127.0.0.1 and ::1."""
     middleware: tuple[str, ...] = ()
     uvicorn_log_level: str = "info"
     disable_uvicorn_access_log: bool = False
     disable_access_log_for_endpoints: tuple[str, ...] = ()
     shutdown_timeout: float = 25.0
-    """Seconds that running requests have after SIGTERM; fits the 30 s that Kubernetes grants by default."""
+    """Seconds that running requests have after SIGTERM; below the 30 s after which Kubernetes kills by default."""
 
 
 @dataclass(frozen=True)
 class ServeArgs:
-    """One parsed command line."""
+    """Settings from one command line."""
 
     config: OmniDiffusionConfig
     settings: ServerSettings
     http: HttpOptions = field(default_factory=HttpOptions)
     ignored_flags: tuple[str, ...] = ()
-    """Flags of other servers that were given and have no effect here."""
+    """Given flags of other servers that have no effect here."""
 
 
-# Server flags whose feature is not built: they parse, and any value is refused.
+# Server flags whose feature is not available: the parser knows them, and any value is refused.
 UNAVAILABLE = {
-    "allowed_local_media_path": "folder from which requests may read media files",
-    "otlp_traces_endpoint": "OpenTelemetry collector that gets traces",
+    "allowed_local_media_path": "folder of media files that requests may name",
+    "otlp_traces_endpoint": "OpenTelemetry collector for traces",
     "job_store": "SQLAlchemy URL of the video jobs",
     "media_store": "fsspec URL of the finished videos",
 }
 
 
 def parse_args(argv: Sequence[str], prog: str = "vllm") -> ServeArgs:
-    """Settings from `["serve", MODEL, ...]`. Raises ConfigError; `--help` and `--version` raise SystemExit(0).
+    """Parse `["serve", MODEL, ...]`. Raises ConfigError; `--help` and `--version` raise SystemExit(0).
 
-    `prog`: the name that the program was started under.
+    `prog`: name under which the program was started.
     """
-    # vLLM looks for the model right behind `serve` when it reads a config file; `--omni` has done its work.
+    # Without `--omni`: when vLLM's parser reads a config file, it expects the model directly after `serve`.
     words = [word for word in argv if word != "--omni"]
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     check_command(words, serve_line(prog))
@@ -119,21 +119,21 @@ def parse_args(argv: Sequence[str], prog: str = "vllm") -> ServeArgs:
     parser = build_parser(prog)
     try:
         namespace = parser.parse_args(words)
-    except ValueError as error:  # vLLM's own checks; ConfigError is a ValueError too
+    except ValueError as error:  # raised by vLLM's parser; ConfigError is a ValueError too
         raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
     return _settings(namespace, serve_line(prog))
 
 
 def build_parser(prog: str = "vllm") -> argparse.ArgumentParser:
-    """The parser with all flags (public for the test that freezes the list)."""
+    """Parser with all flags; public for the test that freezes the list."""
     own: set[str] = set()
     help_command = serve_line(prog).replace(" MODEL", "") + " --help"
     top, serve = make_parser(prog, DESCRIPTION, partial(explain_unknown, own=own, help_command=help_command))
     serve.epilog = EXAMPLES.format(serve=serve_line(prog).replace("MODEL", "Qwen/Qwen-Image"))
-    top.epilog = f"vllm-omni {calibrate.COMMAND} MODEL measures the polynomial of --cache-backend tea_cache."
+    top.epilog = f"vllm-omni {calibrate.COMMAND} MODEL measures the polynomial for --cache-backend tea_cache."
     top.add_argument("-v", "--version", action="version", version=f"vllm-omni {__version__}, vLLM {vllm_version()}")
     serve.add_argument("model_tag", nargs="?", metavar="MODEL", help="a folder, a hub name, or `demo`")
-    serve.add_argument("--model", type=values.nonempty, help="MODEL, for config files")
+    serve.add_argument("--model", type=flag_types.nonempty, help="the same as MODEL, for config files")
     serve.add_argument("--omni", action="store_true", help="serve a diffusion model (without it: vLLM's own server)")
     serve.add_argument("--config", metavar="FILE.yaml", help="read flags from a YAML file; the command line wins")
     _add_server_flags(serve.add_argument_group("server, as in vLLM"))
@@ -149,7 +149,7 @@ def build_parser(prog: str = "vllm") -> argparse.ArgumentParser:
 
 
 class _Flags:
-    """Adds flags to a group: `--field-name` unless spelled otherwise, with the default of the dataclass `owner`."""
+    """Adds flags to a group, each with the default of a field of the dataclass `owner`."""
 
     def __init__(self, group: Any, owner: type) -> None:
         self._group = group
@@ -173,55 +173,46 @@ def _dashed(name: str) -> str:
 
 def _add_server_flags(group: Any) -> None:
     http, settings = _Flags(group, HttpOptions), _Flags(group, ServerSettings)
-    http.add("host", "address to listen on; none: all of this machine's", type=values.nonempty)
-    http.add("port", "TCP port; 0: a free one", type=values.integer(0, 65535))
-    http.add("uds", "Unix socket to listen on instead of host and port", type=values.nonempty)
-    names_help = "names that requests may use; the first is reported; none: MODEL"
-    settings.add("served_model_names", names_help, "--served-model-name", default=None, nargs="+", type=values.nonempty)
-    settings.add("root_path", "path prefix under which a proxy serves us, such as /omni", type=values.root_path)
+    http.add("host", "address to listen on; none: all addresses of this machine", type=flag_types.nonempty)
+    http.add("port", "TCP port; 0: a free port", type=flag_types.integer(0, 65535))
+    http.add("uds", "Unix socket to listen on instead of host and port", type=flag_types.nonempty)
+    names_help = "model names that requests may use; responses report the first; none: MODEL"
     settings.add(
-        "media_ttl_seconds",
-        "seconds that a picture can be fetched by its url",
-        "--media-ttl",
-        type=values.seconds(zero=False),
+        "served_model_names", names_help, "--served-model-name", default=None, nargs="+", type=flag_types.nonempty
     )
-    format_help = "form of pictures where a request has no response_format; url: a link to this server"
+    settings.add("root_path", "path prefix of this server behind a proxy, such as /omni", type=flag_types.root_path)
+    ttl_help = "seconds for which the url of a picture works"
+    settings.add("media_ttl_seconds", ttl_help, "--media-ttl", type=flag_types.seconds(zero=False))
+    format_help = "response_format of requests that give none; url: a link to this server"
     settings.add("default_response_format", format_help, choices=get_args(ResponseFormat))
-    tasks_help = "text tasks of chat front ends (titles, tags): answer with empty text, or generate a picture"
+    tasks_help = "text tasks of chat front ends (titles, tags): answer with empty text, or with a picture"
     settings.add("chat_text_tasks", tasks_help, choices=get_args(ChatTextTasks))
     settings.add(
         "allowed_media_domains",
-        "hosts, by their exact names, from which pictures are fetched that requests name by URL; none: only data: URLs",
+        "exact names of hosts from which pictures are fetched that requests give by URL; none: only data: URLs",
         nargs="+",
-        type=values.host_name,
+        type=flag_types.host_name,
     )
-    http.add(
-        "shutdown_timeout",
-        "seconds that running requests have after SIGTERM; 0: they are aborted",
-        type=values.seconds(zero=True),
-    )
-    middleware_help = "import paths of middlewares; repeatable"
-    http.add("middleware", middleware_help, nargs="+", action="extend", type=values.import_path)
+    timeout_help = "seconds that running requests have after SIGTERM; 0: abort them at once"
+    http.add("shutdown_timeout", timeout_help, type=flag_types.seconds(zero=True))
+    middleware_help = "import paths of ASGI middlewares; repeatable"
+    http.add("middleware", middleware_help, nargs="+", action="extend", type=flag_types.import_path)
     http.add("uvicorn_log_level", "log level of the HTTP server", choices=LOG_LEVELS)
     http.switch("disable_uvicorn_access_log", "no log line for each HTTP request")
-    http.add(
-        "disable_access_log_for_endpoints",
-        "paths whose requests are not logged, such as /health,/metrics",
-        nargs="+",
-        type=values.comma_list,
-    )
-    request_ids_help = "accepted: every answer has an x-request-id, the request's own or a new one"
+    quiet_paths_help = "paths whose requests are not logged, such as /health,/metrics"
+    http.add("disable_access_log_for_endpoints", quiet_paths_help, nargs="+", type=flag_types.comma_list)
+    request_ids_help = "without effect: every response has an x-request-id, the request's own or a new one"
     group.add_argument("--enable-request-id-headers", action=argparse.BooleanOptionalAction, help=request_ids_help)
     settings.switch("disable_docs", "no /docs and /openapi.json", "--disable-fastapi-docs")
     settings.add(
         "keep_alive_seconds",
-        "silence after which an event stream sends a comment, so that proxies keep it open",
+        "seconds without an event after which a stream sends a comment, so that proxies keep it open",
         "--sse-keep-alive-interval",
-        type=values.seconds(zero=False),
+        type=flag_types.seconds(zero=False),
     )
     settings.switch("log_prompts", "write prompts to the log")
-    settings.switch("log_requests", "one log line for each request that arrives", "--enable-log-requests")
-    off_help = "the default; an older name of --no-enable-log-requests"
+    settings.switch("log_requests", "write a log line for each request that arrives", "--enable-log-requests")
+    off_help = "older name of --no-enable-log-requests, the default"
     settings.add("log_requests", off_help, "--disable-log-requests", action="store_false")
     for name, help in UNAVAILABLE.items():
         group.add_argument(_dashed(name), dest=name, nargs="+", help=f"{help} (not available yet)")
@@ -229,117 +220,118 @@ def _add_server_flags(group: Any) -> None:
 
 def _add_http_flags(group: Any) -> None:
     http = _Flags(group, HttpOptions)
-    http.add("api_key", "keys that open /v1; none: VLLM_API_KEY, or no key needed", nargs="+", type=values.secret)
-    http.add("allowed_origins", "CORS: origins that browsers may call from", nargs="+", type=values.strings)
-    http.add("allowed_methods", "CORS: methods", nargs="+", type=values.strings)
-    http.add("allowed_headers", "CORS: request headers", nargs="+", type=values.strings)
+    http.add("api_key", "keys for /v1; none: that of VLLM_API_KEY, or no key needed", nargs="+", type=flag_types.secret)
+    http.add("allowed_origins", "CORS: origins that browsers may call from", nargs="+", type=flag_types.strings)
+    http.add("allowed_methods", "CORS: methods", nargs="+", type=flag_types.strings)
+    http.add("allowed_headers", "CORS: request headers", nargs="+", type=flag_types.strings)
     http.add(
         "forwarded_allow_ips",
-        "proxies whose X-Forwarded-Proto and X-Forwarded-For are believed: addresses, networks, or * for all; none: "
+        "proxies whose X-Forwarded-Proto and X-Forwarded-For are trusted: addresses, networks, or * for all; none: "
         "FORWARDED_ALLOW_IPS, or 127.0.0.1 and ::1",
         nargs="+",
-        type=values.proxies,
+        type=flag_types.proxies,
     )
     http.switch("allow_credentials", "CORS: let browsers send credentials")
-    http.add("ssl_keyfile", "TLS key file", type=values.existing_file)
-    http.add("ssl_certfile", "TLS certificate file", type=values.existing_file)
-    http.add("ssl_ca_certs", "file of the authorities that sign client certificates", type=values.existing_file)
+    http.add("ssl_keyfile", "TLS key file", type=flag_types.existing_file)
+    http.add("ssl_certfile", "TLS certificate file", type=flag_types.existing_file)
+    http.add("ssl_ca_certs", "certificates of the authorities for client certificates", type=flag_types.existing_file)
     http.add("ssl_cert_reqs", "client certificates: 0 none, 1 optional, 2 required", type=int, choices=(0, 1, 2))
-    http.add("ssl_ciphers", "OpenSSL cipher list (TLS 1.2 and below)", type=values.nonempty)
+    http.add("ssl_ciphers", "OpenSSL cipher list (TLS 1.2 and below)", type=flag_types.nonempty)
     http.switch("enable_ssl_refresh", "reload the certificate when its files change")
 
 
 def _add_parallel_flags(group: Any) -> None:
     parallel = _Flags(group, DiffusionParallelConfig)
-    degree = values.integer(1)
-    parallel.add("ulysses_degree", "devices that share a sequence by heads", "--usp", "--ulysses-degree", type=degree)
-    parallel.add("ring_degree", "devices that share a sequence by a ring", "--ring", "--ring-degree", type=degree)
+    degree = flag_types.integer(1)
+    ulysses_help = "devices that share a sequence; in attention each computes some of the heads"
+    parallel.add("ulysses_degree", ulysses_help, "--usp", "--ulysses-degree", type=degree)
+    ring_help = "devices that share a sequence; in attention keys and values go around a ring"
+    parallel.add("ring_degree", ring_help, "--ring", "--ring-degree", type=degree)
     parallel.add("cfg_parallel_size", "devices that share the guidance branches", type=degree)
-    parallel.add("tensor_parallel_size", "devices that share each layer", "--tensor-parallel-size", "-tp", type=degree)
+    parallel.add("tensor_parallel_size", "devices that share each weight", "--tensor-parallel-size", "-tp", type=degree)
     parallel.add("data_parallel_size", "copies of the model", "--data-parallel-size", "-dp", type=degree)
-    parallel.add("vae_patch_parallel_size", "devices that share one decode", type=degree)
+    parallel.add("vae_patch_parallel_size", "devices that share one VAE decode", type=degree)
     parallel.add("text_encoder_tp_size", "devices that share the text encoder", type=degree)
 
 
 def _add_cache_and_memory_flags(group: Any) -> None:
     engine = _Flags(group, OmniDiffusionConfig)
     engine.add("cache_backend", "cache that skips blocks between steps", choices=get_args(CacheBackend))
-    engine.add("cache_config", "the cache's settings as JSON", type=values.json_object)
-    engine.switch("enable_cpu_offload", "keep idle models in the host's memory")
-    engine.switch("enable_layerwise_offload", "bring transformer layers in one by one")
-    engine.add("lora_modules", "LoRA adapters to serve, as NAME=PATH", nargs="+", action="extend", type=values.adapter)
+    engine.add("cache_config", "the cache's settings as JSON", type=flag_types.json_object)
+    engine.switch("enable_cpu_offload", "keep idle models in host memory")
+    engine.switch("enable_layerwise_offload", "copy transformer layers to the device one by one")
+    lora_modules_help = "LoRA adapters to serve, as NAME=PATH"
+    engine.add("lora_modules", lora_modules_help, nargs="+", action="extend", type=flag_types.adapter)
     engine.switch("vae_use_slicing", "decode one picture at a time")
     engine.switch("vae_use_tiling", "decode a picture in overlapping tiles")
-    engine.switch("overlap_decode", "on a GPU, decode beside the next step of others")
+    engine.switch("overlap_decode", "on a GPU: decode in parallel with the next step of other requests")
 
 
 def _add_scheduling_flags(group: Any) -> None:
     engine = _Flags(group, OmniDiffusionConfig)
-    count = values.integer(1)
+    count = flag_types.integer(1)
     engine.add("max_num_seqs", "most requests that advance in one step", type=count)
-    engine.add("max_batch_tokens", "most tokens of one step; none: measured at start", type=count)
-    engine.add("scheduling_policy", "fair: least work left first, with ageing", choices=get_args(SchedulingPolicy))
-    engine.add("max_num_queued_reqs", "most pictures waiting or running; more are answered 429", type=count)
-    engine.add(
-        "max_queue_seconds", "most work waiting or running; more is answered 429", type=values.seconds(zero=False)
-    )
-    engine.add(
-        "max_pixels", "most pixels of a picture; none: four times the model's own size, or 1024x1024", type=count
-    )
+    engine.add("max_batch_tokens", "most tokens of one step, over all branches; none: measured at start", type=count)
+    policy_help = "fair: least remaining work first, with ageing; fcfs: first come, first served"
+    engine.add("scheduling_policy", policy_help, choices=get_args(SchedulingPolicy))
+    engine.add("max_num_queued_reqs", "most pictures queued or running; further ones get status 429", type=count)
+    work_help = "most seconds of work queued or running; more gets status 429"
+    engine.add("max_queue_seconds", work_help, type=flag_types.seconds(zero=False))
+    pixels_help = "most pixels of a picture; none: four times the model's default size, at least 1024x1024"
+    engine.add("max_pixels", pixels_help, type=count)
     engine.add("max_inference_steps", "most denoising steps of a request", type=count)
     engine.add("max_num_frames", "most frames of a video", type=count)
-    engine.add("max_worker_restarts", "restarts of dead workers within ten minutes", type=values.integer(0))
-    engine.add("default_sampling_params", "defaults for requests, as JSON", type=values.json_object)
+    engine.add("max_worker_restarts", "restarts of dead workers within ten minutes", type=flag_types.integer(0))
+    engine.add("default_sampling_params", "defaults for requests, as JSON", type=flag_types.json_object)
     group.add_argument(
         "--seed",
-        type=values.integer(0, MAX_DEFAULT_SEED),
-        help="seed of requests that bring none (picture i of a request has seed + i), so that the same request gives "
-        "the same picture; none: drawn for each request",
+        type=flag_types.integer(0, MAX_DEFAULT_SEED),
+        help="seed of requests that give none (picture i of a request has seed + i): the same request then gives the "
+        "same picture; none: a random seed for each request",
     )
 
 
 def _add_loading_flags(group: Any) -> None:
     engine = _Flags(group, OmniDiffusionConfig)
-    engine.add("revision", "branch, tag or commit of a hub model; none: main", type=values.nonempty)
-    engine.add("variant", "set of weight files to load, such as fp16; none: those without one", type=values.nonempty)
-    engine.add("download_dir", "folder for downloads; none: the hub's cache (HF_HOME)", type=values.nonempty)
+    engine.add("revision", "branch, tag or commit of a hub model; none: main", type=flag_types.nonempty)
+    variant_help = "variant of the weight files, such as fp16; none: the files without variant"
+    engine.add("variant", variant_help, type=flag_types.nonempty)
+    engine.add("download_dir", "folder for downloads; none: the hub's cache (HF_HOME)", type=flag_types.nonempty)
     engine.add(
         "hf_token",
-        "token for private and gated hub models; without a value: that of `hf auth login`; none: the variable "
-        "HF_TOKEN, which the list of processes does not show, or that of `hf auth login`",
+        "token for private and gated hub models; without a value: the token of `hf auth login`; none: the variable "
+        "HF_TOKEN (not visible in the list of processes), or the token of `hf auth login`",
         nargs="?",
         const=True,
     )
-    engine.add(
-        "load_format",
-        "auto, safetensors: safetensors files; dummy: random weights, no weight file is read",
-        choices=(*get_args(LoadFormat), *ALIASES["load_format"]),
-    )
+    load_format_help = "auto, safetensors: read safetensors files; dummy: random weights, no weight file is read"
+    engine.add("load_format", load_format_help, choices=(*get_args(LoadFormat), *ALIASES["load_format"]))
 
 
 def _add_compute_flags(group: Any) -> None:
     engine = _Flags(group, OmniDiffusionConfig)
-    engine.add("device", "where the model runs; auto: CUDA where there is any", choices=get_args(DeviceChoice))
+    device_help = "device of the model; auto: CUDA if there is one, else the CPU"
+    engine.add("device", device_help, choices=get_args(DeviceChoice))
     engine.add(
         "dtype",
-        "type of the weights; auto: bfloat16 on CUDA, float32 on CPU; half: float16; float: float32",
+        "type of weights and activations; auto: bfloat16 on CUDA, float32 on CPU; half: float16; float: float32",
         choices=(*get_args(DType), *ALIASES["dtype"]),
     )
-    quantization_help = "type of the weights in the transformer's blocks; none: as --dtype"
+    quantization_help = "type of the matrix products in the transformer's blocks; none: that of --dtype"
     engine.add("quantization", quantization_help, "--quantization", "-q", choices=get_args(Quantization))
-    engine.add(
-        "attention_backend", "attention kernel; none: the fastest that runs", choices=get_args(AttentionBackendName)
-    )
+    attention_help = "attention kernel; none: the fastest one, measured at start"
+    engine.add("attention_backend", attention_help, choices=get_args(AttentionBackendName))
     engine.switch(
-        "enforce_eager", "on a GPU: neither compile the transformer's blocks nor send small steps as CUDA graphs"
+        "enforce_eager", "on a GPU: neither compile the transformer's blocks nor capture small steps as CUDA graphs"
     )
     engine.add(
         "kernels",
-        "of what lies between the products in the transformer's blocks, and of norms in Z-Image's VAE; auto: triton on "
-        "CUDA, torch on a CPU",
+        "implementation of the transformer's fused elementwise operations and norms, and of the norms in Z-Image's "
+        "VAE; auto: triton on CUDA, torch on a CPU",
         choices=get_args(KernelsName),
     )
-    engine.add("distributed_executor_backend", "where workers live", choices=get_args(ExecutorBackend))
+    distributed_executor_backend_help = "mp: worker processes; uni: in this process"
+    engine.add("distributed_executor_backend", distributed_executor_backend_help, choices=get_args(ExecutorBackend))
 
 
 def _settings(namespace: argparse.Namespace, serve_line: str) -> ServeArgs:
@@ -372,8 +364,10 @@ def _settings(namespace: argparse.Namespace, serve_line: str) -> ServeArgs:
 
 
 def _check_companions(given: Mapping[str, Any]) -> None:
-    """Raise ConfigError for flags that change nothing without another one: a server that was meant to be protected must
-    not start without protection."""
+    """Raise ConfigError for a flag that needs another one to have an effect.
+
+    Otherwise a server could start without the protection that its command line asks for.
+    """
     if not given["ssl_certfile"]:
         for name in ("enable_ssl_refresh", "ssl_ca_certs", "ssl_cert_reqs", "ssl_ciphers"):
             if given[name]:
@@ -387,7 +381,7 @@ def _check_companions(given: Mapping[str, Any]) -> None:
 
 
 def _with_seed(defaults: dict[str, Any], seed: int | None) -> dict[str, Any]:
-    """The default sampling parameters with that of `--seed`."""
+    """Default sampling parameters with the value of `--seed`. Raises ConfigError for another seed in them."""
     if seed is None:
         return defaults
     if (other := defaults.get("seed")) not in (None, seed):
@@ -403,13 +397,13 @@ def _adapters(pairs: Sequence[tuple[str, str]], model_names: Sequence[str]) -> d
 
 
 def _make(cls: type[Any], given: dict[str, Any]) -> Any:
-    """`cls` from those of the parsed values that are its fields; None leaves the field's own default."""
+    """Instance of the dataclass `cls` from the parsed values of its fields; None leaves the field's default."""
     own = {f.name: given[f.name] for f in fields(cls) if given.get(f.name) is not None}
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in own.items()})
 
 
 def _check_config_file(words: Sequence[str]) -> None:
-    """Refuse a config file that vLLM's parser would stumble over."""
+    """Raise ConfigError for a config file on which vLLM's parser would fail without a clear message."""
     places = [i for i, word in enumerate(words) if word == "--config"]
     if not places:
         return
@@ -436,7 +430,7 @@ def _check_config_file(words: Sequence[str]) -> None:
 
 
 def _check_dotted_words(words: Sequence[str]) -> None:
-    """Refuse what vLLM's parser would stumble over: it takes words with a dash and a dot for `--json-flag.key`."""
+    """Raise ConfigError for negative decimals, which vLLM's parser takes for `--json-flag.key`."""
     for previous, word, following in zip(["", *words], words, [*words[1:], None]):
         needs_value = word == "--model" or _is_dotted(word)
         if needs_value and following is None:

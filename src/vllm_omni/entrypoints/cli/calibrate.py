@@ -1,4 +1,4 @@
-"""`vllm-omni calibrate-teacache MODEL`: measure the polynomial that TeaCache needs, for a model of a packed family."""
+"""`vllm-omni calibrate-teacache MODEL`: measure the polynomial that TeaCache needs for a model of a packed family."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from vllm_omni.diffusion.catalog.hub import DEFAULT_ACCESS, HubAccess
 from vllm_omni.diffusion.data import ALIASES, DType, OmniDiffusionConfig
-from vllm_omni.entrypoints.cli import values
+from vllm_omni.entrypoints.cli import flag_types
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 
@@ -45,7 +45,7 @@ class CalibrateArgs:
     out: Path
     access: HubAccess = DEFAULT_ACCESS
     images: tuple[Path, ...] = ()
-    """What each prompt edits."""
+    """Pictures that every prompt edits."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,28 +54,28 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_args(argv: Sequence[str]) -> CalibrateArgs:
-    """From what follows the command's name. Raises ConfigError."""
+    """Parse the words after the command's name. Raises ConfigError."""
     parser = _Parser(prog=f"vllm-omni {COMMAND}", description=__doc__, allow_abbrev=False)
     parser.add_argument("model", metavar="MODEL", help="a folder, a hub name, or `demo`")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line; none: a few of ours")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt per line; none: built-in prompts")
     parser.add_argument(
         "--images",
         type=Path,
         nargs="+",
         default=[],
         metavar="FILE",
-        help="for an editing model: what each prompt edits",
+        help="for an editing model: the pictures that every prompt edits",
     )
-    parser.add_argument("--size", type=values.picture_size, metavar="WxH", help="pixels; none: the model's own")
-    parser.add_argument("--num-inference-steps", type=values.integer(3), help="none: the model's own")
-    parser.add_argument("--true-cfg-scale", type=float, help="guidance; none: the model's own")
-    parser.add_argument("--seed", type=values.integer(0), default=0, help="of the first prompt; others follow it")
+    parser.add_argument("--size", type=flag_types.picture_size, metavar="WxH", help="pixels; none: the model's default")
+    parser.add_argument("--num-inference-steps", type=flag_types.integer(3), help="steps; none: the model's default")
+    parser.add_argument("--true-cfg-scale", type=float, help="scale of guidance; none: the model's default")
+    parser.add_argument("--seed", type=flag_types.integer(0), default=0, help="seed; prompt i has seed + i")
     parser.add_argument("--dtype", choices=(*get_args(DType), *ALIASES["dtype"]), default="auto")
     parser.add_argument("--revision", help="branch, tag or commit of a hub model; none: main")
-    parser.add_argument("--variant", help="set of weight files, such as fp16, as in serve; none: those without variant")
+    parser.add_argument("--variant", help="variant of the weight files, such as fp16; none: those without variant")
     parser.add_argument("--download-dir", help="folder for downloads; none: the hub's cache")
     parser.add_argument("--hf-token", nargs="?", const=True, help="token for private and gated hub models, as in serve")
-    parser.add_argument("--out", type=Path, default=Path("teacache"), help="stem of the .json and the .png")
+    parser.add_argument("--out", type=Path, default=Path("teacache"), help="path of the .json and .png, without suffix")
     args = parser.parse_args(list(argv))
     width, height = args.size or (None, None)
     params = OmniDiffusionSamplingParams(
@@ -119,7 +119,7 @@ def _read_images(paths: Sequence[Path], info: ModelInfo) -> tuple[Image.Image, .
 
 
 def calibrate(args: CalibrateArgs) -> None:
-    """Measure, write `{out}.json` and `{out}.png`, say how to use it. Raises ConfigError."""
+    """Measure, write `{out}.json` and `{out}.png`, and print how to use them. Raises ConfigError."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError(f"{COMMAND} draws a plot and needs matplotlib: pip install matplotlib")
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -143,15 +143,15 @@ def calibrate(args: CalibrateArgs) -> None:
 
 
 def _measure(args: CalibrateArgs) -> tuple[list[Change], int]:
-    """The changes from step to step, and the number of steps of a picture."""
-    # Only now: these import torch.
+    """Changes from step to step, and the number of steps of a picture."""
+    # Not at the top: these modules import torch.
     from vllm_omni.diffusion.catalog.model_check import check_model_files
     from vllm_omni.diffusion.catalog.registry import load_model_info
     from vllm_omni.diffusion.compute.worker.calibration_run import measure_changes
     from vllm_omni.diffusion.compute.worker.runner import ModelRunner
     from vllm_omni.diffusion.control.request_builder import Intake
 
-    # The backend is what lets requests take part in caching; the coefficients are not used.
+    # Requests take part in caching only with a cache backend. It needs coefficients, which are not used.
     settings: dict[str, Any] = {
         "dtype": args.dtype,
         "cache_config": {"coefficients": (1.0, 0.0)},
@@ -184,7 +184,7 @@ def _measure(args: CalibrateArgs) -> tuple[list[Change], int]:
 
 
 def _plot(changes: Sequence[Change], coefficients: Sequence[float], model: str, path: Path) -> None:
-    """Every step of every sequence, coloured by how late it is, and the fitted curve."""
+    """Plot the changes of every step of every sequence, coloured by step, and the fitted curve."""
     import matplotlib
 
     matplotlib.use("Agg")

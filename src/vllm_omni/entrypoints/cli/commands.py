@@ -1,4 +1,4 @@
-"""The command's name: `serve` is ours; vLLM hands us all its other commands too when `--omni` is on their line."""
+"""Names of commands. Ours is `serve`; vLLM also calls us for its other commands if their line has `--omni`."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ OTHER_COMMANDS = {
     "run-batch": "it is for language models; send the requests to a running server: POST /v1/images/generations",
     "snapshot": "it is for language models",
 }
-"""vLLM's other commands: what to do instead."""
+"""vLLM's other commands -> what to run instead."""
 _WITHOUT_COMMAND = ("-h", "--help", "-v", "--version")
 
 
 def program_name(argv0: str) -> str:
-    """`vllm-omni` when started under that name or as our module, otherwise `vllm`, which has handed over to us."""
+    """`vllm-omni` if started under that name or as our module, otherwise `vllm`, whose command has called us."""
     path = PurePath(argv0)
     is_ours = path.name == "vllm-omni" or path.parts[-4:] == ("vllm_omni", "entrypoints", "cli", "main.py")
     return "vllm-omni" if is_ours else "vllm"
 
 
 def check_command(words: Sequence[str], serve_line: str) -> None:
-    """Raise ConfigError with what to run instead, unless the first word is `serve` or asks for help or the version."""
+    """Raise ConfigError, with what to run instead, unless the words begin with `serve`, `--help` or `--version`."""
     command = words[0] if words else ""
     if command == SERVE or command in _WITHOUT_COMMAND:
         return

@@ -1,6 +1,6 @@
 """Flags of other servers on the command line.
 
-The parser knows all of them, so that none is "unrecognized" and none of their values is taken for the model's name.
+The parser knows all of them, so that it can explain each one and takes none of their values for the model's name.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from vllm_omni.errors import ConfigError
 from vllm_omni.foreign.flags import Arity, ForeignFlag
 
 NARGS: dict[Arity, int | str | None] = {"switch": 0, "one": None, "several": "+", "optional": "?"}
-"""argparse's `nargs` of each arity."""
+"""Arity -> argparse's `nargs`."""
 DEST = "foreign_flags"
 
 
@@ -33,14 +33,14 @@ class GivenFlag:
 
     @property
     def complaint(self) -> str:
-        """The error of a flag that is not ignored."""
+        """Error message for a flag that is not ignored."""
         if self.flag.treatment == "renamed":
             return f"{self.spelling}: here {self.flag.text}"
         return f"{' '.join((self.spelling, *self.values))}: {self.flag.text}"
 
 
 def add_foreign_flags(parser: argparse.ArgumentParser, flags: Iterable[ForeignFlag]) -> None:
-    """Make the parser collect the flags in `DEST`, as `GivenFlag`s; they are not in the help."""
+    """Make the parser collect these flags in `DEST`, as `GivenFlag`s; `--help` does not list them."""
     parser.set_defaults(**{DEST: ()})
     for flag in flags:
         parser.add_argument(
@@ -68,7 +68,7 @@ class _Collect(argparse.Action):
 
 
 def check_foreign_flags(given: Sequence[GivenFlag]) -> tuple[str, ...]:
-    """Spellings of the ignored flags, each once. Raises ConfigError for those that are refused or named differently."""
+    """Spellings of the ignored flags, each once. Raises ConfigError for flags that are renamed or refused."""
     if complaints := [use.complaint for use in given if not use.is_ignored]:
         raise ConfigError("; ".join(dict.fromkeys(complaints)))
     return tuple(dict.fromkeys(use.spelling for use in given))

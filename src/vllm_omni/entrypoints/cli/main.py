@@ -1,4 +1,4 @@
-"""The command: `vllm serve MODEL --omni` (vLLM hands over to `main` when it sees `--omni`) and `vllm-omni`'s own."""
+"""Main function of `vllm-omni` and of `vllm serve MODEL --omni`: vLLM's command calls it if it sees `--omni`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm_omni.entrypoints.cli import calibrate
 from vllm_omni.entrypoints.cli.args import ServeArgs, parse_args
 from vllm_omni.entrypoints.cli.commands import program_name
 from vllm_omni.entrypoints.server.signals import StopSignals
-from vllm_omni.errors import ConfigError, fold
+from vllm_omni.errors import ConfigError, to_one_line
 from vllm_omni.logs import QueuedStreams, fill_standard_descriptors, logging_level
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else list(argv)
     fill_standard_descriptors()
     try:
-        words = [word for word in words if word != "--omni"]  # it has done its work
+        words = [word for word in words if word != "--omni"]  # vLLM's command has read it
         if words[:1] == [calibrate.COMMAND]:
             calibrate_args = calibrate.parse_args(words[1:])
             check_compiled_packages()
@@ -36,9 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         streams = QueuedStreams()
         with StopSignals(streams.leave) as signals:
             args = parse_args(words, program_name(sys.argv[0]))
-            logging_level()  # a wrong one is told before anything is loaded
+            logging_level()  # raises ConfigError for a wrong one before anything is loaded
             check_compiled_packages()
-            # Before the log's thread starts: workers may be forks, and import while the server does.
+            # Workers import while the server does. They start before the log's thread, because they may be forks.
             from vllm_omni.diffusion.control.executor.early import launch_early
 
             with launch_early(args.config) as workers:
@@ -51,24 +51,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 def serve_and_leave(
     args: ServeArgs, signals: StopSignals, streams: QueuedStreams, workers: EarlyWorkers | None = None
 ) -> NoReturn:
-    """Serve, then end the process: the interpreter's own way out would wait for every thread of every pool."""
+    """Serve, then end the process without the interpreter's exit, which would wait for the threads of all pools."""
     streams.install()
     try:
-        from vllm_omni.entrypoints.cli.serve import serve  # after the flags: it imports the engine and the HTTP app
+        from vllm_omni.entrypoints.cli.serve import serve  # late: it imports the engine and the HTTP app
 
         code = serve(args, signals, streams, workers)
     except ConfigError as error:
         _print_error(error)
         code = USAGE_EXIT_CODE
-    except BaseException:  # whatever it was: nobody above is left to see it
+    except BaseException:  # any error: no caller is left to report it
         traceback.print_exc()
         code = FAILED_EXIT_CODE
     streams.leave(code)
 
 
 def _print_error(error: ConfigError) -> None:
-    # Our name also where vLLM's command has handed over: its reader must know whose error it is.
-    print(f"vllm-omni: error: {fold(str(error))}", file=sys.stderr)
+    # Our name also under vLLM's command: the user must know which program the error comes from.
+    print(f"vllm-omni: error: {to_one_line(str(error))}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`vllm serve MODEL --omni`: the process that listens, runs the engine, and ends in good order."""
+"""Server process of `vllm serve MODEL --omni`: listens, runs the engine, drains and ends."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastapi import FastAPI
 
 from vllm_omni.diffusion.control.events import Observers
 from vllm_omni.diffusion.control.executor.launch import EarlyWorkers
-from vllm_omni.entrypoints.cli import vllm_surface
+from vllm_omni.entrypoints.cli import vllm_api
 from vllm_omni.entrypoints.cli.args import HttpOptions, ServeArgs
 from vllm_omni.entrypoints.openai.app import build_app
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
@@ -37,25 +37,26 @@ logger = logging.getLogger(__name__)
 
 FAILED_EXIT_CODE = 1
 KEEP_ALIVE_SECONDS = 75
-"""How long a connection stays open between requests: longer than clients and proxies keep it (60 s and less)."""
+"""Seconds that an idle connection stays open: longer than clients and proxies keep it (60 s and less)."""
 FLUSH_SECONDS = 4
-"""What responses that are finished but not yet sent may take when the server stops."""
-FOREVER_SECONDS = 1e9
-"""Longest `--shutdown-timeout` that faulthandler's clock can count."""
+"""Seconds that finished responses have to be sent when the server stops."""
+MAX_TIMER_SECONDS = 1e9
+"""Longest `--shutdown-timeout` for the kill timer, whose clock cannot count much longer."""
 WATCH_SECONDS = 0.5
-OPEN_FILES = 65535
+"""Interval at which the engine's state is checked."""
+MAX_OPEN_FILES = 65535
 
 
 @dataclass(frozen=True)
 class StopLimits:
-    """Bounds of what follows the first signal, besides `--shutdown-timeout`."""
+    """Time limits of the phases of a stop after `--shutdown-timeout`, in seconds."""
 
     close_seconds: float = 10.0
-    """Longest time that stopping the workers takes; after it they end with this process."""
+    """Limit for stopping the workers; workers that need longer are killed with this process."""
     http_seconds: float = FLUSH_SECONDS + 0.5
-    """Longest time that the HTTP server takes to stop: FLUSH_SECONDS, and half a second for uvicorn to notice."""
+    """Limit for the HTTP server: FLUSH_SECONDS, and half a second until uvicorn notices the stop."""
     log_seconds: float = 0.5
-    """Time for the last log lines. When all of this is over, the process is ended, whatever it does."""
+    """Time for the last log lines. After all limits the process is killed."""
 
     def total(self, shutdown_timeout: float) -> float:
         return shutdown_timeout + self.close_seconds + self.http_seconds + self.log_seconds
@@ -68,13 +69,13 @@ def serve(
     workers: EarlyWorkers | None = None,
     limits: StopLimits = StopLimits(),
 ) -> int:
-    """Serve until a signal or a failure; the exit code. Raises ConfigError before any weight is read.
+    """Serve until a signal or a failure; return the exit code. Raises ConfigError before any weight is read.
 
-    `workers`: worker processes that run already; None: the engine starts its own.
-    The event loop is left as it is, with whatever still runs on it: the caller ends the process.
+    `workers`: worker processes that run already; None: the engine starts its own. Tasks may still run on the event
+    loop, which is not closed: the caller ends the process.
     """
     _raise_file_limit()
-    # The socket first: a port in use shows now, not after the weights are read.
+    # The socket first: a port in use is an error at once, not after the weights are read.
     with Listener(args.http) as listener:
         signals.before_end(listener.close)
         runner = asyncio.Runner(loop_factory=_loop_factory())
@@ -105,28 +106,28 @@ async def _serve(
     activity.watch(omni.status)
     settings = replace(
         args.settings,
-        swagger_ui_folder=vllm_surface.swagger_ui_folder(),
+        swagger_ui_folder=vllm_api.swagger_ui_folder(),
         requires_api_key=bool(api_keys(args.http)),
     )
     app = build_app(omni, settings, metrics)
     add_middleware(app, args.http)
-    # Needs neither the event loop nor the interpreter's lock: shows where threads hang and ends the process.
-    end_later = partial(
-        faulthandler.dump_traceback_later, limits.total(min(args.http.shutdown_timeout, FOREVER_SECONDS)), exit=True
+    # Works without the event loop and the interpreter's lock: prints where threads hang and ends the process.
+    start_kill_timer = partial(
+        faulthandler.dump_traceback_later, limits.total(min(args.http.shutdown_timeout, MAX_TIMER_SECONDS)), exit=True
     )
-    return await Service(omni, _http_server(app, args.http), listener, args, signals, end_later, limits).run()
+    return await Service(omni, _http_server(app, args.http), listener, args, signals, start_kill_timer, limits).run()
 
 
 def _raise_file_limit() -> None:
-    """Each connection is an open file; the soft limit is often 1024."""
+    """Raise the limit of open files: each connection is one, and the soft limit is often 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(MAX_OPEN_FILES, hard)
     if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server; signals and the door are ours."""
+    """uvicorn's server, with our signal handling and our acceptor of connections."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await self.lifespan.startup()
@@ -151,13 +152,13 @@ class _Server(uvicorn.Server):
 
 
 def _http_server(app: FastAPI, http: HttpOptions) -> uvicorn.Server:
-    """Raises ConfigError for certificates and ciphers that cannot be used."""
+    """Server for `app`. Raises ConfigError for certificates and ciphers that cannot be used."""
     quiet_paths = list(http.disable_access_log_for_endpoints)
     config = uvicorn.Config(
         app,
         http=HttpProtocol,
         log_level=http.uvicorn_log_level,
-        log_config=vllm_surface.log_config(quiet_paths, http.uvicorn_log_level),
+        log_config=vllm_api.log_config(quiet_paths, http.uvicorn_log_level),
         access_log=not http.disable_uvicorn_access_log,
         ssl_keyfile=http.ssl_keyfile,
         ssl_certfile=http.ssl_certfile,
@@ -180,10 +181,10 @@ def _http_server(app: FastAPI, http: HttpOptions) -> uvicorn.Server:
 
 
 class Service:
-    """One engine behind one HTTP server, from start to exit code.
+    """One engine and one HTTP server, from start to exit code.
 
-    HTTP answers from the first moment (503 until the engine is warm), so that probes see a process that lives. The
-    first SIGTERM or SIGINT drains; the second ends everything at once: see StopSignals.
+    The HTTP server answers from the start (503 until the engine is ready), so that probes see a live process. The first
+    SIGTERM or SIGINT drains; the second ends the process at once: see StopSignals.
     """
 
     def __init__(
@@ -193,16 +194,16 @@ class Service:
         listener: Listener,
         args: ServeArgs,
         signals: StopSignals,
-        end_later: Callable[[], object] = lambda: None,
+        start_kill_timer: Callable[[], object] = lambda: None,
         limits: StopLimits = StopLimits(),
     ) -> None:
-        """`end_later`: called at the first signal; ends the process when its time is over."""
+        """`start_kill_timer`: called at the first signal; ends the process after all limits."""
         self._omni = omni
         self._server = server
         self._listener = listener
         self._args = args
         self._signals = signals
-        self._end_later = end_later
+        self._start_kill_timer = start_kill_timer
         self._limits = limits
         self._stop = asyncio.Event()
 
@@ -226,7 +227,7 @@ class Service:
             await self._close(http)
 
     async def _run_engine(self) -> None:
-        """Start the engine and watch it; returns only by raising."""
+        """Start the engine and watch its state; never returns, raises when the engine fails."""
         await self._omni.start()
         ready = self._omni.ready
         assert ready is not None
@@ -246,11 +247,11 @@ class Service:
                 raise OmniError(status.failure)
 
     def _failure(self, engine: asyncio.Task[None]) -> int:
-        """The exit code when the engine or the HTTP server ended by itself."""
+        """Log why the engine or the HTTP server ended by itself; return the exit code, or raise the error."""
         error = engine.exception() if engine.done() else OmniError("the HTTP server stopped")
         assert error is not None
         if isinstance(error, ConfigError) or not isinstance(error, OmniError):
-            raise error  # the first is told in one line by main; the second is a bug of ours
+            raise error  # main prints a ConfigError in one line; any other error is a bug
         reason, _, details = str(error).partition("\n")
         if details:
             logger.error("%s", details)
@@ -258,9 +259,9 @@ class Service:
         return FAILED_EXIT_CODE
 
     def _on_signal(self, loop: asyncio.AbstractEventLoop, name: str) -> None:
-        """Begin to stop. Runs inside whatever the main thread is doing."""
+        """Begin to stop. Runs in a signal handler, between any two bytecodes of the main thread."""
         logger.info("%s: refusing new requests, finishing what runs (a second signal ends at once)", name)
-        self._end_later()
+        self._start_kill_timer()
         loop.call_soon_threadsafe(self._stop.set)
 
     async def _drain(self) -> None:
@@ -272,7 +273,7 @@ class Service:
             logger.warning("--shutdown-timeout: aborting what still runs after %g s", timeout)
 
     async def _close(self, http: asyncio.Task[None]) -> None:
-        """Stop the workers (what still runs fails), send what is left to send, stop listening."""
+        """Stop the workers, which fails running requests; send finished responses; stop listening."""
         closing = asyncio.create_task(self._omni.close())
         await _first_of(closing, asyncio.sleep(self._limits.close_seconds))
         if closing.done():
@@ -293,11 +294,11 @@ class Service:
         assert context is not None
         assert http.ssl_keyfile is not None
         assert http.ssl_certfile is not None
-        return vllm_surface.start_certificate_refresher(context, http.ssl_keyfile, http.ssl_certfile, http.ssl_ca_certs)
+        return vllm_api.start_certificate_refresher(context, http.ssl_keyfile, http.ssl_certfile, http.ssl_ca_certs)
 
 
 async def _first_of(*awaitables: Coroutine[Any, Any, Any] | asyncio.Task[Any]) -> None:
-    """Wait until one of them is done; coroutines that are not are cancelled, tasks go on."""
+    """Wait until one of them is done; then cancel the coroutines that are not, but not the tasks."""
     tasks = [a if isinstance(a, asyncio.Task) else asyncio.create_task(a) for a in awaitables]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -1,4 +1,4 @@
-"""Errors for unknown flags: they name the nearest known ones."""
+"""Errors for unknown flags, with the most similar known flags."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from difflib import get_close_matches
 
 MAX_COMPLETIONS = 4
 LEAST_RATIO = 0.7
-"""Likeness (difflib's ratio) from which on a flag is suggested."""
+"""Least similarity (difflib's ratio) of a flag that is suggested."""
 
 
 def explain_unknown(words: Sequence[str], known: Iterable[str], own: Collection[str], help_command: str) -> str:
-    """One line for the words of a command line that no flag takes; values of unknown flags are not repeated."""
+    """Error line for words that no flag takes; it does not repeat the values of unknown flags."""
     flags = list(dict.fromkeys(word.partition("=")[0] for word in words if word.startswith("-")))
     if not flags:
         return f"unrecognized {' '.join(words)!r}: a flag before it takes fewer values, or MODEL is given twice"
@@ -26,7 +26,7 @@ def _advice(flag: str, known: Sequence[str], own: Collection[str]) -> str:
 
 
 def nearest(flag: str, known: Sequence[str], own: Collection[str]) -> list[str]:
-    """The flags that `flag` is the beginning of, ours first, or else the most similar one."""
+    """Known flags that begin with `flag`, only our own if there are any; otherwise the most similar flag."""
     if not flag.startswith("--"):
         return []
     whole = [name for name in known if name.startswith(flag)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm_omni.foreign.names import refusing
+from vllm_omni.foreign.module_names import refuse_names
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
 
@@ -14,6 +14,6 @@ def clone_sampling_params(params: OmniDiffusionSamplingParams) -> OmniDiffusionS
 
 
 if not TYPE_CHECKING:  # type checkers know our names alone
-    __getattr__ = refusing(
+    __getattr__ = refuse_names(
         __name__, {}, "a model has one stage here: give its OmniDiffusionSamplingParams to Omni.generate"
     )

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from vllm_omni.entrypoints.cli import vllm_surface
+from vllm_omni.entrypoints.cli import vllm_api
 from vllm_omni.entrypoints.cli.args import HttpOptions
 from vllm_omni.entrypoints.openai.errors import CatchErrors
 from vllm_omni.entrypoints.openai.middlewares.every_request import RequestId
@@ -27,7 +27,7 @@ EXPOSED_HEADERS = (
 
 def api_keys(http: HttpOptions) -> list[str]:
     """Keys that open `/v1`; none: no key is needed. `--api-key` goes before vLLM's variable, as in vLLM."""
-    return list(http.api_key) or [key for key in [vllm_surface.configured_api_key()] if key]
+    return list(http.api_key) or [key for key in [vllm_api.configured_api_key()] if key]
 
 
 def add_middleware(app: FastAPI, http: HttpOptions) -> None:
@@ -37,7 +37,7 @@ def add_middleware(app: FastAPI, http: HttpOptions) -> None:
     """
     if tokens := api_keys(http):
         # Inside the app's own middleware, so that a 401 has its x-request-id; outside every route.
-        app.user_middleware.append(Middleware(vllm_surface.ApiKeyMiddleware, tokens=tokens))
+        app.user_middleware.append(Middleware(vllm_api.ApiKeyMiddleware, tokens=tokens))
     if http.allowed_origins:
         app.add_middleware(
             CORSMiddleware,

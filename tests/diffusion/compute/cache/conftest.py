@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny_models import SMALL, build_tiny_qwen_image
+from testbed.tiny_models import SMALL, build_tiny_qwen_image
 
 
 @pytest.fixture(autouse=True, scope="package")

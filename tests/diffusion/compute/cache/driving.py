@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.diffusion.compute.worker.driving import Drive
+from testbed.runner_driver import Drive
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.startup import warmup
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner

@@ -13,8 +13,8 @@ import torch
 from cache_dit import DBCacheConfig, TaylorSeerCalibratorConfig
 from diffusers import QwenImagePipeline
 
+from testbed.runner_driver import make_request, psnr
 from tests.diffusion.compute.cache.driving import draw
-from tests.diffusion.compute.worker.driving import make_request, psnr
 from vllm_omni.diffusion.compute.cache.step_masks import steps_mask
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 

@@ -15,8 +15,8 @@ from diffusers import QwenImagePipeline
 from PIL import Image
 from torch import Tensor, nn
 
-from tests.tiny_diffusers import build_tiny_diffusers
-from tests.tiny_models import SMALL, build_tiny_qwen_image
+from testbed.tiny_diffusers import build_tiny_diffusers
+from testbed.tiny_models import SMALL, build_tiny_qwen_image
 from vllm_omni.diffusion.catalog.hub import HubAccess
 from vllm_omni.diffusion.compute.cache.calibration import Change, fit_polynomial, root_mean_square_error
 from vllm_omni.entrypoints.cli import calibrate

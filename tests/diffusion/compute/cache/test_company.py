@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from testbed.runner_driver import Drive, make_request, psnr
 from tests.diffusion.compute.cache.driving import Skips, draw, started, watch_skips
-from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
 from vllm_omni.diffusion.compute.cache.base import Budget
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.packing import Hidden

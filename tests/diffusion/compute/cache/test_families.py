@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from testbed.runner_driver import Drive, make_request, psnr
+from testbed.tiny_models import SMALL, build_tiny_qwen_image
+from testbed.tiny_z_image import build_tiny_z_image
 from tests.diffusion.compute.cache.driving import started, watch_skips
 from tests.diffusion.compute.cache.test_layouts import COMBINED, LAYOUTS, Runs, compare, in_turn
 from tests.diffusion.compute.distributed.ranks import run_places
 from tests.diffusion.compute.worker import replica
-from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
-from tests.tiny_models import SMALL, build_tiny_qwen_image
-from tests.tiny_z_image import build_tiny_z_image
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.plan import StepResult
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.diffusion.messages.worker import RankInfo
-from vllm_omni.inputs.images import prepared
+from vllm_omni.inputs.images import prepare_image
 
 BACKENDS: dict[str, dict[str, Any]] = {
     "cache_dit": {"max_warmup_steps": 1, "max_continuous_cached_steps": 2},
@@ -57,7 +57,7 @@ def edits(folder: Path) -> tuple[Path, list[DiffusionRequest]]:
     edit = load_model_info(str(path)).image_input
     assert edit is not None
     noise = np.random.default_rng(0).integers(0, 255, (3, 64, 64, 3), dtype=np.uint8)
-    images = [prepared(Image.fromarray(pixels), edit.sizes) for pixels in noise]
+    images = [prepare_image(Image.fromarray(pixels), edit.sizes) for pixels in noise]
     pictures = [(images[0], images[1]), (images[1],), (images[2],)]
     requests = [make_request(f"r-{i}", images=p, **fields) for i, (p, fields) in enumerate(zip(pictures, FIELDS))]
     return path, requests

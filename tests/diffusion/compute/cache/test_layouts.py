@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from testbed.runner_driver import Drive, make_request, psnr
 from tests.diffusion.compute.cache.driving import Skips, watch_skips
 from tests.diffusion.compute.distributed.ranks import run_places
-from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
 from tests.diffusion.compute.worker.replica import merging, started
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.plan import StepResult

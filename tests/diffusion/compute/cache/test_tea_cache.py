@@ -11,8 +11,8 @@ import torch
 from diffusers import QwenImagePipeline
 from torch import Tensor, nn
 
+from testbed.runner_driver import make_request, psnr
 from tests.diffusion.compute.cache.driving import draw
-from tests.diffusion.compute.worker.driving import make_request, psnr
 from vllm_omni.diffusion.compute.cache.tea_cache import evaluate
 
 STEPS = 20

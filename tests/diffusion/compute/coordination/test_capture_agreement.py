@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from testbed.runner_driver import Drive, make_request, psnr
+from testbed.tiny_models import build_tiny_qwen_image
 from tests.diffusion.compute.distributed.ranks import run_places
 from tests.diffusion.compute.families.test_cuda_graphs import ARRIVALS, Capturer
-from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
 from tests.diffusion.compute.worker.replica import merging, started
 from tests.diffusion.compute.worker.test_layouts import placed_in_turn
-from tests.tiny_models import build_tiny_qwen_image
 from vllm_omni.diffusion.compute.device.kinds import Device
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.plan import StepResult

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import vllm_omni
-from tests.entrypoints.openai.live_server import FAKE_INFO
-from tests.fakes import make_config
+from testbed.fakes import make_config
+from testbed.live_server import FAKE_INFO
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.device.kinds import (
     CudaGraphCapturer,

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from testbed.tiny_models import tiny_transformer
+from testbed.tiny_z_image import tiny_z_image_transformer
 from tests.diffusion.compute.families.qwen_image import test_transformer as qwen_image
 from tests.diffusion.compute.families.z_image import test_transformer as z_image
-from tests.tiny_models import tiny_transformer
-from tests.tiny_z_image import tiny_z_image_transformer
 from vllm_omni.diffusion.compute.step.compiled import CompiledBlocks
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch compiles for CPUs with g++")

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.diffusion.compute.worker.driving import Drive, make_request
-from tests.tiny_models import build_tiny_qwen_image
-from tests.tiny_z_image import build_tiny_z_image
+from testbed.runner_driver import Drive, make_request
+from testbed.tiny_models import build_tiny_qwen_image
+from testbed.tiny_z_image import build_tiny_z_image
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.device.kinds import Device
 from vllm_omni.diffusion.compute.packing import Hidden

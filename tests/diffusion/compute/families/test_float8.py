@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from testbed.runner_driver import Drive, make_request, psnr
+from testbed.tiny_models import photo, tiny_transformer
+from testbed.tiny_z_image import tiny_z_image_transformer
 from tests.diffusion.compute.distributed.ranks import run_places
 from tests.diffusion.compute.families.qwen_image import test_transformer as qwen_image
 from tests.diffusion.compute.families.z_image import test_transformer as z_image
-from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
 from tests.diffusion.compute.worker.replica import started
 from tests.diffusion.compute.worker.test_layouts import ARRIVALS, BUILDERS, first_velocities, placed_in_turn
 from tests.float8 import round_linears
-from tests.tiny_models import photo, tiny_transformer
-from tests.tiny_z_image import tiny_z_image_transformer
 from vllm_omni import Omni
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.families.qwen_image import transformer as qwen_image_model

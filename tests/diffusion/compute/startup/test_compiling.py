@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from testbed.runner_driver import Drive, make_request, psnr
+from testbed.tiny_models import build_tiny_qwen_image, photo
+from testbed.tiny_z_image import build_tiny_z_image
 from tests.diffusion.compute.distributed.ranks import run_places
-from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
 from tests.diffusion.compute.worker.replica import merging
-from tests.tiny_models import build_tiny_qwen_image, photo
-from tests.tiny_z_image import build_tiny_z_image
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.device.kinds import Device
 from vllm_omni.diffusion.compute.families.qwen_image.transformer import QwenImageTransformer
@@ -29,7 +29,7 @@ from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfi
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.diffusion.messages.worker import RankInfo
 from vllm_omni.errors import ConfigError
-from vllm_omni.inputs.images import prepared
+from vllm_omni.inputs.images import prepare_image
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 Arrivals = Mapping[int, Sequence[DiffusionRequest]]
@@ -129,7 +129,7 @@ def test_serving_compiles_nothing_of_edits(tiny_edit_model: Path, caplog: pytest
     caplog.set_level(logging.INFO)
     edit = load_model_info(str(tiny_edit_model)).image_input
     assert edit is not None
-    one, two = (prepared(photo(*size, seed), edit.sizes) for seed, size in enumerate([(90, 60), (31, 70)]))
+    one, two = (prepare_image(photo(*size, seed), edit.sizes) for seed, size in enumerate([(90, 60), (31, 70)]))
     arrivals = {
         0: [make_request("one", images=(one,), true_cfg_scale=1.0)],
         1: [make_request("two", negative_prompt="", height=32, images=(two, one))],

@@ -12,9 +12,9 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from tests.diffusion.compute.worker.driving import psnr
-from tests.tiny_diffusers import build_tiny_diffusers
-from tests.tiny_models import SMALL, build_tiny_qwen_image
+from testbed.runner_driver import psnr
+from testbed.tiny_diffusers import build_tiny_diffusers
+from testbed.tiny_models import SMALL, build_tiny_qwen_image
 from vllm_omni import Omni
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from tests.tiny_models import randomize
+from testbed.tiny_models import randomize
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.families.z_image.vae import PictureDecoder
 from vllm_omni.diffusion.compute.layers.kernels import TorchKernels, create_kernels

@@ -14,11 +14,11 @@ import torch
 from diffusers import QwenImageTransformer2DModel, ZImageTransformer2DModel
 from torch import nn
 
+from testbed.runner_driver import Drive, make_request, psnr
+from testbed.tiny_models import build_tiny_qwen_image, photo
+from testbed.tiny_z_image import build_tiny_z_image
 from tests.diffusion.compute.distributed.ranks import run_places
-from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
 from tests.diffusion.compute.worker.replica import merging, started
-from tests.tiny_models import build_tiny_qwen_image, photo
-from tests.tiny_z_image import build_tiny_z_image
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.layers.linear import ColumnLinear, RowLinear
@@ -28,7 +28,7 @@ from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.diffusion.messages.worker import RankInfo
 from vllm_omni.errors import ConfigError
-from vllm_omni.inputs.images import prepared
+from vllm_omni.inputs.images import prepare_image
 
 CPU = torch.device("cpu")
 DEFAULTS: dict[str, object] = {"height": 64, "width": 64}
@@ -54,7 +54,7 @@ def bare(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def guided(path: Path) -> DiffusionRequest:
     edit = load_model_info(str(path)).image_input
-    images = () if edit is None else (prepared(photo(80, 60, 1), edit.sizes),)
+    images = () if edit is None else (prepare_image(photo(80, 60, 1), edit.sizes),)
     return make_request("a", negative_prompt="", num_inference_steps=50, images=images)
 
 

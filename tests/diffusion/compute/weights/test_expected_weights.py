@@ -12,7 +12,7 @@ from transformers import Qwen2_5_VLTextModel, Qwen3Config, Qwen3Model
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig, Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
-from vllm_omni.diffusion.catalog.weight_fit import ExpectedWeights
+from vllm_omni.diffusion.catalog.expected_weights import ExpectedWeights
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.families.qwen_image import config as qwen_image
 from vllm_omni.diffusion.compute.families.qwen_image import transformer as qwen_image_model

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from testbed.runner_driver import make_request
+from testbed.tiny_models import SMALL, build_tiny_qwen_image, photo
 from tests.diffusion.compute.distributed.ranks import run_places
-from tests.diffusion.compute.worker.driving import make_request
 from tests.diffusion.compute.worker.test_layouts import Arrivals, check_equal, draw
-from tests.tiny_models import SMALL, build_tiny_qwen_image, photo
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.data import DiffusionParallelConfig
-from vllm_omni.inputs.images import prepared
+from vllm_omni.inputs.images import prepare_image
 
 ALONE = DiffusionParallelConfig()
 
@@ -36,7 +36,7 @@ def arrivals(model: Path) -> Arrivals:
     edit = load_model_info(str(model)).image_input
     assert edit is not None
     one, two, three = (
-        prepared(photo(*size, seed), edit.sizes) for seed, size in enumerate([(90, 60), (64, 64), (31, 70)])
+        prepare_image(photo(*size, seed), edit.sizes) for seed, size in enumerate([(90, 60), (64, 64), (31, 70)])
     )
     return {
         0: [

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from testbed.runner_driver import Drive, make_request, psnr
+from testbed.tiny_models import SMALL, build_tiny_qwen_image
+from testbed.tiny_z_image import build_tiny_z_image
 from tests.diffusion.compute.distributed.ranks import run_places
-from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
 from tests.diffusion.compute.worker.replica import merging, started
-from tests.tiny_models import SMALL, build_tiny_qwen_image
-from tests.tiny_z_image import build_tiny_z_image
 from vllm_omni.diffusion.catalog.registry import ModelInfo, load_model_info
 from vllm_omni.diffusion.compute.step.finite import each_is_finite, is_finite
 from vllm_omni.diffusion.compute.step.pipeline import RequestState

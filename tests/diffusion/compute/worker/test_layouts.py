@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from testbed.runner_driver import Drive, make_request, psnr
+from testbed.tiny_models import SMALL, build_tiny_qwen_image
+from testbed.tiny_z_image import build_tiny_z_image
 from tests.diffusion.compute.distributed.ranks import run_places
-from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
 from tests.diffusion.compute.worker.replica import merging, started
-from tests.tiny_models import SMALL, build_tiny_qwen_image
-from tests.tiny_z_image import build_tiny_z_image
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest

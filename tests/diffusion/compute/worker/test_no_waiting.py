@@ -10,10 +10,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
+from testbed.runner_driver import Drive, make_request, psnr
+from testbed.tiny_models import SMALL, photo
+from testbed.tiny_z_image import BASE_SHIFT, build_tiny_z_image
 from tests.fake_gpu import FAKE_GPU, FakeGpu, FakeGpuDevice, HostWaitsError
-from tests.tiny_models import SMALL, photo
-from tests.tiny_z_image import BASE_SHIFT, build_tiny_z_image
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.device.transfers import HOST, to_device
 from vllm_omni.diffusion.compute.step.pipeline import RequestState
@@ -22,7 +22,7 @@ from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import StepPlan
 from vllm_omni.diffusion.messages.request import DiffusionRequest
-from vllm_omni.inputs.images import prepared
+from vllm_omni.inputs.images import prepare_image
 
 pytestmark = pytest.mark.usefixtures("quick_warmup")
 
@@ -63,7 +63,7 @@ def texts(path: Path) -> dict[int, list[DiffusionRequest]]:
 def edits(path: Path) -> dict[int, list[DiffusionRequest]]:
     edit = load_model_info(str(path)).image_input
     assert edit is not None
-    one, two = (prepared(photo(*size, seed), edit.sizes) for seed, size in enumerate([(90, 60), (64, 64)]))
+    one, two = (prepare_image(photo(*size, seed), edit.sizes) for seed, size in enumerate([(90, 60), (64, 64)]))
     return {
         0: [make_request("guided", negative_prompt="a blue car", images=(one,))],
         1: [make_request("two", height=48, width=80, images=(one, two), preview_steps=(1,))],

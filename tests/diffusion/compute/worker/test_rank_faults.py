@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from testbed.runner_driver import Drive, make_request, psnr
 from tests.diffusion.compute.distributed.ranks import run_places, run_ranks
-from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
 from tests.diffusion.compute.worker.replica import merging, started
 from vllm_omni.diffusion.compute.coordination.ranks import Ranks, RanksLostError
 from vllm_omni.diffusion.compute.distributed.groups import Group, GroupBrokenError
@@ -97,7 +97,7 @@ def alone(tiny_model: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def four_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.tiny_models import SMALL, build_tiny_qwen_image
+    from testbed.tiny_models import SMALL, build_tiny_qwen_image
 
     path = tmp_path_factory.mktemp("faults") / "model"
     return build_tiny_qwen_image(path, heads=4, default_sampling_params=SMALL)

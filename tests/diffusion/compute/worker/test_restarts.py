@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
-from tests.tiny_diffusers import build_tiny_diffusers
+from testbed.runner_driver import Drive, make_request, psnr
+from testbed.tiny_diffusers import build_tiny_diffusers
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.attention import BACKENDS, Setting
 from vllm_omni.diffusion.compute.attention.sdpa import SdpaAttention

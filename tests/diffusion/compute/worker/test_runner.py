@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
+from testbed.runner_driver import Drive, make_request, psnr
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.attention import BACKENDS
 from vllm_omni.diffusion.compute.device.kinds import Device

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
+from testbed.patience import GUARD_SECONDS
 from tests.diffusion.control.executor.workers import ROOT
-from tests.patience import GUARD_SECONDS
 from vllm_omni.diffusion.control.executor import process
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.fakes import make_config, make_request
+from testbed.fakes import make_config, make_request
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.control.engine import DiffusionEngine
 from vllm_omni.diffusion.control.events import Finished

@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from testbed.fakes import FakeRunner, make_config
+from testbed.patience import wait_for
 from tests.diffusion.control.executor.workers import closing, is_alive, name_of
-from tests.fakes import FakeRunner, make_config
-from tests.patience import wait_for
 from vllm_omni.diffusion.control.executor import early
 from vllm_omni.diffusion.control.executor.early import MOST_WORKERS, launch_early
 from vllm_omni.diffusion.control.executor.launch import Launched, LaunchedReplica, interpreter
@@ -113,8 +113,8 @@ def test_a_folder_without_a_pipeline_class_is_refused_before_a_process_starts(tm
 FORK = f"""
 import asyncio, json, os, psutil, signal, socket
 from functools import partial
-from tests.fakes import FakeRunner, make_config
-from tests.patience import wait_for
+from testbed.fakes import FakeRunner, make_config
+from testbed.patience import wait_for
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.control.executor.launch import LaunchedReplica, fork
 from vllm_omni.diffusion.control.executor.multiproc import MultiprocExecutor

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from testbed.fakes import FakeRunner, fake_image, make_config, make_ready, make_request
+from testbed.patience import GUARD_SECONDS, wait_for
 from tests.diffusion.control.executor.workers import (
     ROOT,
     AskedLate,
@@ -31,8 +33,6 @@ from tests.diffusion.control.executor.workers import (
     is_alive,
     name_of,
 )
-from tests.fakes import FakeRunner, fake_image, make_config, make_ready, make_request
-from tests.patience import GUARD_SECONDS, wait_for
 from vllm_omni.diffusion.control.executor import Executor
 from vllm_omni.diffusion.control.executor.inline import InlineExecutor
 from vllm_omni.diffusion.control.executor.multiproc import MultiprocExecutor
@@ -273,7 +273,7 @@ async def test_close_ends_a_worker_that_does_not_listen() -> None:
 
 SCRIPT = """
 import asyncio, sys, threading, time
-from tests.fakes import make_config
+from testbed.fakes import make_config
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.control.executor.multiproc import MultiprocExecutor
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady

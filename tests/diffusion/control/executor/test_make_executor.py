@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.entrypoints.openai.live_server import FAKE_INFO
-from tests.fakes import make_config
+from testbed.fakes import make_config
+from testbed.live_server import FAKE_INFO
 from vllm_omni.diffusion.control.executor import make_executor
 from vllm_omni.diffusion.control.executor.multiproc import MultiprocExecutor
 from vllm_omni.diffusion.data import DiffusionParallelConfig

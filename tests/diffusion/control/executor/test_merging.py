@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.fakes import make_ready
+from testbed.fakes import make_ready
 from vllm_omni.diffusion.control.executor.merging import merge_readies, merge_results
 from vllm_omni.diffusion.messages.plan import ItemError, StepResult
 

@@ -17,7 +17,7 @@ from tests.diffusion.control.executor.workers import ROOT
 PROGRAM = textwrap.dedent(
     """
     import asyncio, logging, os, signal, sys
-    from tests.fakes import make_config, make_request
+    from testbed.fakes import make_config, make_request
     from vllm_omni.diffusion.control.executor.multiproc import MultiprocExecutor
     from vllm_omni.diffusion.messages.plan import StepPlan
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from testbed.fakes import FakeExecutor, FakeRunner, make_config
+from testbed.patience import GUARD_SECONDS, until
 from tests.diffusion.control.executor.workers import EndlessStart, closing, is_alive, name_of
-from tests.fakes import FakeExecutor, FakeRunner, make_config
-from tests.patience import GUARD_SECONDS, until
 from vllm_omni.diffusion.control.engine import DiffusionEngine
 from vllm_omni.diffusion.control.executor import Executor
 from vllm_omni.diffusion.control.executor.inline import InlineExecutor

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from testbed.fakes import FakeRunner, fake_image, make_config, make_ready, make_request
+from testbed.patience import GUARD_SECONDS, until
 from tests.diffusion.control.executor.workers import (
     Endless,
     EndlessStart,
@@ -24,8 +26,6 @@ from tests.diffusion.control.executor.workers import (
     is_alive,
     name_of,
 )
-from tests.fakes import FakeRunner, fake_image, make_config, make_ready, make_request
-from tests.patience import GUARD_SECONDS, until
 from vllm_omni.diffusion.control.engine import DiffusionEngine
 from vllm_omni.diffusion.control.events import EngineEvent, Failed, Finished
 from vllm_omni.diffusion.control.executor.launch import LaunchedReplica, interpreter

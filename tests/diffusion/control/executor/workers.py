@@ -15,8 +15,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tests.fakes import FakeRunner
-from tests.patience import GUARD_SECONDS
+from testbed.fakes import FakeRunner
+from testbed.patience import GUARD_SECONDS
 from vllm_omni.diffusion.control.executor import Executor
 from vllm_omni.diffusion.control.executor.multiproc import MultiprocExecutor
 from vllm_omni.diffusion.data import OmniDiffusionConfig

@@ -9,9 +9,9 @@ from functools import partial
 
 import pytest
 
+from testbed.fakes import FakeExecutor, FakeRunner, fake_image, make_config, make_ready, make_request
 from tests.diffusion.control.test_engine import NotedEvents, now_request, until
 from tests.diffusion.control.test_replicas import running
-from tests.fakes import FakeExecutor, FakeRunner, fake_image, make_config, make_ready, make_request
 from tests.operations import counting_operations
 from vllm_omni.diffusion.control.events import Preview
 from vllm_omni.diffusion.control.replicas import Replicas

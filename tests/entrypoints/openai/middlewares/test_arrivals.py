@@ -9,8 +9,8 @@ from dataclasses import replace
 import httpx
 import pytest
 
-from tests.entrypoints.openai.live_server import live_server
-from tests.fakes import make_request
+from testbed.fakes import make_request
+from testbed.live_server import live_server
 from vllm_omni.diffusion.messages.request import LoRA
 from vllm_omni.entrypoints.openai.middlewares.arrivals import log_arrival
 

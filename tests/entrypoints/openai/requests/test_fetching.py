@@ -21,13 +21,13 @@ from cryptography import x509
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from testbed.live_server import FAKE_EDIT_INFO, PATIENT_FETCH_POLICY, LiveServer, live_server
+from testbed.patience import GUARD_SECONDS, until
+from testbed.tiny_models import photo
 from tests.entrypoints.cli.test_serve import self_signed
 from tests.entrypoints.openai.far_server import FarServer, far_server
-from tests.entrypoints.openai.live_server import FAKE_EDIT_INFO, PATIENT_FETCH_POLICY, LiveServer, live_server
 from tests.entrypoints.openai.routes.test_image_edits import EDITS, data_url, file_of, newest
 from tests.entrypoints.openai.routes.test_image_errors import error_of
-from tests.patience import GUARD_SECONDS, until
-from tests.tiny_models import photo
 from vllm_omni.entrypoints.openai.requests.fetching import FetchPolicy, IPAddress, MediaFetcher, is_public
 from vllm_omni.entrypoints.openai.requests.uploads import MAX_IMAGE_BYTES
 from vllm_omni.errors import InvalidRequestError, QueueFullError

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
-from tests.entrypoints.openai.live_server import LiveServer
+from testbed.live_server import LiveServer
 from tests.entrypoints.openai.routes.test_image_errors import error_of
 from vllm_omni.entrypoints.openai.requests import parsing, uploads
 from vllm_omni.entrypoints.openai.requests.quotes import MAX_ECHO, echo

@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.entrypoints.openai.live_server import FAKE_EDIT_INFO, MODEL_NAME, LiveServer, expected_picture, live_server
+from testbed.live_server import FAKE_EDIT_INFO, MODEL_NAME, LiveServer, expected_picture, live_server
 from tests.entrypoints.openai.routes.test_chat_completions import CHAT, PHOTO, says, text
 from tests.entrypoints.openai.routes.test_image_edits import EDITS, data_url, file_of, newest, pixels
 from tests.entrypoints.openai.routes.test_image_errors import GENERATIONS, error_of

@@ -9,10 +9,10 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.entrypoints.openai.live_server import FAKE_EDIT_INFO, LiveServer, live_server
+from testbed.live_server import FAKE_EDIT_INFO, LiveServer, live_server
+from testbed.tiny_models import photo
 from tests.entrypoints.openai.routes.test_image_edits import EDITS, data_url, file_of
 from tests.entrypoints.openai.routes.test_image_errors import error_of
-from tests.tiny_models import photo
 from vllm_omni.entrypoints.openai.errors import error_body
 from vllm_omni.entrypoints.openai.schema.chat import ChatCompletionRequest
 from vllm_omni.entrypoints.openai.schema.images import ImageEditRequest

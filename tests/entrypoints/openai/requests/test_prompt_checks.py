@@ -9,9 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.entrypoints.openai.live_server import MODEL_NAME, live_server
-from tests.fakes import make_config
-from tests.patience import GUARD_SECONDS
+from testbed.fakes import make_config
+from testbed.live_server import MODEL_NAME, live_server
+from testbed.patience import GUARD_SECONDS
 from vllm_omni.diffusion.control.events import NullObserver
 from vllm_omni.entrypoints.openai.requests.prompt_checks import Resolver
 from vllm_omni.errors import QueueFullError

@@ -20,16 +20,16 @@ import openai
 import pytest
 from PIL import Image
 
-from tests.entrypoints.openai.live_server import (
+from testbed.live_server import (
     FAKE_EDIT_INFO,
     FAKE_INFO,
     LiveServer,
     expected_picture,
     live_server,
 )
+from testbed.tiny_models import photo
 from tests.entrypoints.openai.routes.test_image_edits import EDITS, data_url, file_of, pixels
 from tests.entrypoints.openai.routes.test_image_errors import error_of
-from tests.tiny_models import photo
 from vllm_omni.entrypoints.openai.requests.uploads import MAX_IMAGE_BYTES, MAX_JSON_BYTES
 
 PHOTO = photo(64, 48, 1)

@@ -17,9 +17,9 @@ import httpx
 import pytest
 from starlette.types import Message
 
-from tests.entrypoints.openai.live_server import FAKE_EDIT_INFO, LiveServer, live_server
+from testbed.live_server import FAKE_EDIT_INFO, LiveServer, live_server
+from testbed.tiny_models import photo
 from tests.entrypoints.openai.routes.test_image_edits import EDITS, file_of
-from tests.tiny_models import photo
 from vllm_omni.entrypoints.openai.responses.events import ImageEventStream
 from vllm_omni.jobs import OutputStream
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from sse_starlette.sse import AppStatus
 
-from tests.entrypoints.openai.live_server import LiveServer, expected_picture, live_server
+from testbed.live_server import LiveServer, expected_picture, live_server
 
 
 def pixels(data: str) -> np.ndarray:

@@ -16,7 +16,7 @@ import openai
 import pytest
 from PIL import Image
 
-from tests.entrypoints.openai.live_server import (
+from testbed.live_server import (
     ALIAS,
     FAKE_EDIT_INFO,
     MODEL_NAME,
@@ -25,9 +25,9 @@ from tests.entrypoints.openai.live_server import (
     expected_picture,
     live_server,
 )
+from testbed.tiny_models import photo
 from tests.entrypoints.openai.routes.test_image_edits import data_url, newest
 from tests.entrypoints.openai.routes.test_image_edits import pixels as base64_pixels
-from tests.tiny_models import photo
 
 CHAT = "/v1/chat/completions"
 GENERATIONS = "/v1/images/generations"

@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from tests.entrypoints.openai.live_server import FAKE_EDIT_INFO, MODEL_NAME, LiveServer, live_server
+from testbed.live_server import FAKE_EDIT_INFO, MODEL_NAME, LiveServer, live_server
 from tests.entrypoints.openai.routes.test_chat_completions import CHAT, PHOTO, says, shows, text
 from tests.entrypoints.openai.routes.test_image_errors import error_of
 from vllm_omni.entrypoints.openai.requests.uploads import MAX_JSON_BYTES, MAX_JSON_ITEMS

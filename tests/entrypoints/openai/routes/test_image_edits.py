@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from tests.entrypoints.openai.live_server import FAKE_EDIT_INFO, MODEL_NAME, LiveServer, expected_picture, live_server
-from tests.tiny_models import photo
+from testbed.live_server import FAKE_EDIT_INFO, MODEL_NAME, LiveServer, expected_picture, live_server
+from testbed.tiny_models import photo
 from vllm_omni.inputs.images import InputImage
 
 EDITS = "/v1/images/edits"
@@ -192,9 +192,9 @@ def test_generations_say_where_to_go(sdk: openai.OpenAI) -> None:
 
 def test_a_real_model_end_to_end(tiny_edit_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the SDK through a worker process and back: what diffusers' pipeline draws."""
+    from testbed.runner_driver import make_request
     from tests.diffusion.compute.families.qwen_image import editing as oracle
     from tests.diffusion.compute.families.qwen_image.test_pictures import check
-    from tests.diffusion.compute.worker.driving import make_request
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     pictures = [photo(90, 60, 1), photo(31, 70, 3)]

@@ -11,7 +11,7 @@ import openai
 import pytest
 from fastapi import FastAPI
 
-from tests.entrypoints.openai.live_server import MODEL_NAME, LiveServer, live_server
+from testbed.live_server import MODEL_NAME, LiveServer, live_server
 from vllm_omni.entrypoints.openai.errors import error_response
 from vllm_omni.errors import QueueFullError
 

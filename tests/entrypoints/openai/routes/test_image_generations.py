@@ -16,7 +16,7 @@ import openai
 import pytest
 from PIL import Image
 
-from tests.entrypoints.openai.live_server import (
+from testbed.live_server import (
     ALIAS,
     FAKE_INFO,
     MODEL_NAME,

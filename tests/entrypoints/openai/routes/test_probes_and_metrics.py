@@ -10,8 +10,8 @@ from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 import vllm_omni
-from tests.entrypoints.openai.live_server import ALIAS, MODEL_NAME, STEPS, LiveServer, live_server
-from tests.patience import wait_for
+from testbed.live_server import ALIAS, MODEL_NAME, STEPS, LiveServer, live_server
+from testbed.patience import wait_for
 from vllm_omni.diffusion.control.events import EngineStatus
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver

@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 
-from tests.entrypoints.openai.live_server import FAKE_EDIT_INFO, MODEL_NAME, LiveServer, live_server
+from testbed.live_server import FAKE_EDIT_INFO, MODEL_NAME, LiveServer, live_server
 from tests.entrypoints.openai.routes.test_chat_completions import CHAT, PHOTO, chunks_of, says, shows, text
 from tests.entrypoints.openai.routes.test_probes_and_metrics import read_metrics
 

@@ -20,7 +20,7 @@ from vllm_omni.diffusion.compute.device.kinds import Device, is_device_failure, 
 from vllm_omni.diffusion.compute.step.pipeline import BasePipeline, RequestState
 from vllm_omni.diffusion.messages.placement import balance
 from vllm_omni.diffusion.messages.request import DiffusionRequest, RequestCost
-from vllm_omni.errors import ConfigError, in_one_line
+from vllm_omni.errors import ConfigError, error_line
 from vllm_omni.inputs.images import InputImage
 
 logger = logging.getLogger(__name__)
@@ -172,7 +172,7 @@ def warm_up_whole(
         except Exception as error:  # diffusers' code on somebody's model: anything
             if is_out_of_memory(error):
                 raise
-            failures.append(in_one_line(error))
+            failures.append(error_line(error))
             if is_device_failure(error) or len(failures) == len(trials):
                 reasons = "; before that, on a small one: ".join(dict.fromkeys(reversed(failures)))
                 raise ConfigError(f"the {info.whole.class_name} fails on a default request: {reasons}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vllm_omni.errors import ConfigError, in_one_line
+from vllm_omni.errors import ConfigError, error_line
 
 
 def load_tokenizer(folder: Path, cls: type[Any] | None = None) -> Any:
@@ -19,7 +19,7 @@ def load_tokenizer(folder: Path, cls: type[Any] | None = None) -> Any:
     try:
         tokenizer = (cls or AutoTokenizer).from_pretrained(folder, local_files_only=True)
     except Exception as error:  # files that are wrong in another way end in errors of any class
-        raise ConfigError(f"{folder.name}/: transformers cannot load the tokenizer: {in_one_line(error)}") from error
+        raise ConfigError(f"{folder.name}/: transformers cannot load the tokenizer: {error_line(error)}") from error
     if len(tokenizer) == len(tokenizer.get_added_vocab()):
         raise ConfigError(f"{folder.name}/: the {type(tokenizer).__name__} has an empty vocabulary")
     return tokenizer

@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from vllm_omni.diffusion.catalog.expected_weights import check_none_missing
 from vllm_omni.diffusion.catalog.model_index import DIFFUSERS_STEMS, STEMS, Stems
 from vllm_omni.diffusion.catalog.weight_files import component_variant, safetensors_files
-from vllm_omni.diffusion.catalog.weight_fit import check_none_missing
 from vllm_omni.diffusion.catalog.weight_headers import StoredWeight, check_types, stored_weights
 from vllm_omni.diffusion.compute.layers.fp8 import Fp8ColumnLinear, keep_in_float8
 from vllm_omni.diffusion.compute.layers.linear import Sharded
@@ -23,7 +23,7 @@ from vllm_omni.diffusion.compute.layers.rounding import quantize
 from vllm_omni.diffusion.compute.weights.dummy import dummy_weight
 from vllm_omni.diffusion.compute.weights.stored_shapes import check_stored_shapes
 from vllm_omni.diffusion.data import LoadFormat
-from vllm_omni.errors import ConfigError, in_one_line
+from vllm_omni.errors import ConfigError, error_line
 
 OnBytes = Callable[[int], object]
 """Told how many bytes of weights were read since the last call."""
@@ -157,7 +157,7 @@ def load_autoencoder(
             folder, dtype=dtype, use_safetensors=True, variant=chosen, output_loading_info=True
         )
     except Exception as error:  # a config of wrong values ends in errors of any class
-        raise ConfigError(f"{folder.name}/: diffusers cannot load the {cls.__name__}: {in_one_line(error)}") from error
+        raise ConfigError(f"{folder.name}/: diffusers cannot load the {cls.__name__}: {error_line(error)}") from error
     # diffusers leaves weights that are not there random, and tells so in the log alone.
     check_none_missing(folder.name, sorted(differences["missing_keys"]))
     if unexpected := sorted(differences["unexpected_keys"]):

@@ -1,7 +1,7 @@
 """A worker process: `python -m vllm_omni.diffusion.compute.worker.main --socket-fd N --parent-pid P`.
 
 The parent's end of the socket is also the lifeline: when it closes, for whatever reason, the worker ends. Where a
-child that the parent forked holds a copy of that end, the kernel ends the worker with its parent (`lifeline.py`).
+child that the parent forked holds a copy of that end, the kernel ends the worker with its parent (`parent_death.py`).
 A thread of its own takes messages off the socket while a step runs, so an abort overtakes the plans that were
 sent before it, and says meanwhile that the worker lives.
 """
@@ -42,7 +42,7 @@ from vllm_omni.diffusion.messages.worker import (
 from vllm_omni.errors import ConfigError
 from vllm_omni.logs import QueuedStreams, fill_standard_descriptors, logging_level
 from vllm_omni.processes.channel import BlockingChannel
-from vllm_omni.processes.lifeline import die_with_parent
+from vllm_omni.processes.parent_death import die_with_parent
 
 DEFAULT_RUNNER = "vllm_omni.diffusion.compute.worker.main:make_model_runner"
 

@@ -32,5 +32,5 @@ def make_executor(
         from vllm_omni.diffusion.control.executor.multiproc import MultiprocExecutor
 
         launched = early.take(replica_index) if early else None
-        return MultiprocExecutor(config.located(str(info.path)), replica_index=replica_index, launched=launched)
+        return MultiprocExecutor(config.for_worker(str(info.path)), replica_index=replica_index, launched=launched)
     raise AssertionError(f"the config lets no executor {config.distributed_executor_backend!r} through")

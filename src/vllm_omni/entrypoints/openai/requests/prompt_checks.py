@@ -29,7 +29,7 @@ class Resolver:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="omni-resolve")
 
     async def resolve(self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams) -> Job:
-        """As `AsyncOmni.resolve`. Raises QueueFullError where as many wait to be checked as the queue takes at all."""
+        """As `AsyncOmni.make_job`. Raises QueueFullError where as many wait to be checked as the queue takes at all."""
         with telling_of_rejects(self._observer):
             if (number := self._num_waiting) >= self._max_waiting:
                 raise QueueFullError(
@@ -44,7 +44,7 @@ class Resolver:
     def _resolve(self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams) -> Job:
         start = time.monotonic()
         try:
-            return self._omni.resolve(prompt, params)
+            return self._omni.make_job(prompt, params)
         finally:
             self._seconds = _MEMORY * self._seconds + (1 - _MEMORY) * (time.monotonic() - start)
 

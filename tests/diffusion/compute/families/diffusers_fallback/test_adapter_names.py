@@ -17,9 +17,9 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
+from testbed.runner_driver import Drive, psnr
 from tests.diffusion.compute.families.diffusers_fallback.conftest import ModelOf
 from tests.diffusion.compute.families.diffusers_fallback.test_pictures import PROMPT, request_of
-from tests.diffusion.compute.worker.driving import Drive, psnr
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.families.diffusers_fallback.adapter_check import unplaced_keys
 from vllm_omni.diffusion.compute.families.diffusers_fallback.adapter_file import AdapterFile

@@ -18,10 +18,10 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from testbed.runner_driver import Drive, make_request, psnr
+from testbed.tiny_diffusers import set_safety_checker
 from tests.diffusion.compute.families.diffusers_fallback.conftest import ModelOf
 from tests.diffusion.compute.families.diffusers_fallback.test_pictures import PROMPT, request_of
-from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
-from tests.tiny_diffusers import set_safety_checker
 from vllm_omni import Omni
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.families.diffusers_fallback.checks import FiniteCheck, is_blocked

@@ -20,9 +20,9 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
+from testbed.tiny_diffusers import BUILDERS
 from tests.broken_folders import Breakage, both, linked_outside, moved, outside_of, sharded, text, values, weights
 from tests.diffusion.compute.families.diffusers_fallback.conftest import ModelOf
-from tests.tiny_diffusers import BUILDERS
 from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX, read_object
 from vllm_omni.diffusion.catalog.hub import needed_files
 from vllm_omni.diffusion.catalog.model_index import DIFFUSERS_STEMS, TRANSFORMERS_STEMS, Component, read_components

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from testbed.tiny_diffusers import BUILDERS
 from tests.diffusion.compute.families.diffusers_fallback.conftest import ModelOf
-from tests.tiny_diffusers import BUILDERS
 from vllm_omni.diffusion.compute.families.diffusers_fallback.config_sizes import (
     INDEX_NUMBERS,
     LISTS,

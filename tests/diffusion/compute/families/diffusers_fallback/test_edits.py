@@ -11,8 +11,8 @@ import torch
 from diffusers.pipelines.flux import pipeline_flux_kontext
 from PIL import Image
 
+from testbed.runner_driver import Drive, psnr
 from tests.diffusion.compute.families.diffusers_fallback.conftest import ModelOf, PipelineOf, RunnerOf
-from tests.diffusion.compute.worker.driving import Drive, psnr
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.control.request_builder import Intake
 from vllm_omni.diffusion.data import OmniDiffusionConfig

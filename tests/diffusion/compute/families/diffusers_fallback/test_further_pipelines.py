@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from testbed.runner_driver import Drive, make_request, psnr
 from tests.diffusion.compute.families.diffusers_fallback.conftest import ModelOf, PipelineOf, RunnerOf
-from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.families.diffusers_fallback.pipeline import PipelineCall
 from vllm_omni.diffusion.messages.plan import StepPlan

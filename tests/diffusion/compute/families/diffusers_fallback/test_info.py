@@ -20,8 +20,8 @@ from diffusers import (
     SD3Transformer2DModel,
 )
 
+from testbed.tiny_text_encoders import CLIP_TOKENS, T5_TOKENS
 from tests.diffusion.compute.families.diffusers_fallback.conftest import ModelOf
-from tests.tiny_text_encoders import CLIP_TOKENS, T5_TOKENS
 from vllm_omni import AsyncOmni
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.families.diffusers_fallback.info import (

@@ -14,10 +14,10 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from testbed.runner_driver import Drive, psnr
+from testbed.tiny_diffusers import save_tiny_adapter
 from tests.diffusion.compute.families.diffusers_fallback.conftest import ModelOf
 from tests.diffusion.compute.families.diffusers_fallback.test_pictures import PROMPT, request_of
-from tests.diffusion.compute.worker.driving import Drive, psnr
-from tests.tiny_diffusers import save_tiny_adapter
 from vllm_omni import AsyncOmni
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.families.diffusers_fallback import lora as lora_module
@@ -25,8 +25,8 @@ from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import LoRA
 from vllm_omni.errors import ConfigError
+from vllm_omni.inputs.adapter_files import WEIGHTS
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams
-from vllm_omni.inputs.loras import WEIGHTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 FLUX, SDXL = "FluxPipeline", "StableDiffusionXLPipeline"

@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from testbed.runner_driver import psnr
 from tests.diffusion.compute.families.diffusers_fallback.conftest import ModelOf
-from tests.diffusion.compute.worker.driving import psnr
 from vllm_omni import AsyncOmni
 from vllm_omni.errors import InvalidRequestError, RequestAbortedError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams

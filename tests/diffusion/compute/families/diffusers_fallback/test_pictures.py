@@ -17,8 +17,8 @@ import torch
 from diffusers import DiffusionPipeline, HeunDiscreteScheduler
 from PIL import Image
 
+from testbed.runner_driver import Drive, make_request, psnr
 from tests.diffusion.compute.families.diffusers_fallback.conftest import ModelOf, RunnerOf
-from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
 from vllm_omni.diffusion.catalog.registry import WholePipeline, load_model_info
 from vllm_omni.diffusion.compute.families.diffusers_fallback.info import MAX_INTERLEAVED
 from vllm_omni.diffusion.compute.families.diffusers_fallback.pipeline import Pipeline, PipelineCall

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.patience import GUARD_SECONDS
+from testbed.patience import GUARD_SECONDS
 from vllm_omni.diffusion.compute.families.diffusers_fallback.run import SteppedRun
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from testbed.tiny_whole_models import cog_view_4
 from tests.diffusion.compute.families.diffusers_fallback.conftest import ModelOf
-from tests.tiny_whole_models import cog_view_4
 from vllm_omni import Omni
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.families.diffusers_fallback.pipeline import PipelineCall

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from testbed.runner_driver import Drive, make_request, psnr
 from tests.diffusion.compute.families.diffusers_fallback.conftest import ModelOf, PipelineOf, RunnerOf
-from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
 from vllm_omni import AsyncOmni, Omni
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.control.request_builder import Intake

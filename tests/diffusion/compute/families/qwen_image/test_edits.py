@@ -11,7 +11,8 @@ import torch
 from diffusers import AutoencoderKLQwenImage
 from PIL import Image
 
-from tests.diffusion.compute.families.qwen_image.editing import (
+from testbed.runner_driver import Drive, psnr
+from testbed.tiny_edit_models import (
     EDIT,
     PLUS,
     build,
@@ -20,13 +21,12 @@ from tests.diffusion.compute.families.qwen_image.editing import (
     request_of,
     small_pictures,
 )
+from testbed.tiny_models import build_tiny_qwen_image, photo
 from tests.diffusion.compute.families.qwen_image.test_pictures import check, one_thread, started  # noqa: F401 (a fixture)
-from tests.diffusion.compute.worker.driving import Drive, psnr
-from tests.tiny_models import build_tiny_qwen_image, photo
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.families.qwen_image.vae import PictureEncoder
 from vllm_omni.diffusion.compute.step.sampling import pack_latents
-from vllm_omni.inputs.images import prepared
+from vllm_omni.inputs.images import prepare_image
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +96,7 @@ def test_input_pictures_are_encoded_in_the_tiles_of_diffusers(tmp_path: Path) ->
     path = build_tiny_qwen_image(tmp_path / "edit", edit=EDIT, default_sampling_params=defaults)
     edit = load_model_info(str(path)).image_input
     assert edit is not None
-    image = prepared(photo(300, 270, 1), edit.sizes)
+    image = prepare_image(photo(300, 270, 1), edit.sizes)
     pipeline = reference(path)
     pixels = pipeline.image_processor.preprocess(Image.fromarray(image.reference)).unsqueeze(2)
     encoder = PictureEncoder(AutoencoderKLQwenImage.from_pretrained(path / "vae"))

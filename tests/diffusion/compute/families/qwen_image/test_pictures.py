@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import QwenImagePipeline
 
-from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
+from testbed.runner_driver import Drive, make_request, psnr
 from vllm_omni.diffusion.catalog.registry import DEMO_MODEL_PATH, load_model_info
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
+from testbed.tiny_models import build_tiny_qwen_image
 from tests.diffusion.compute.distributed.ranks import run_ranks
-from tests.tiny_models import build_tiny_qwen_image
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.distributed.mesh import World
 from vllm_omni.diffusion.compute.families.qwen_image.info import NUM_TEMPLATE_TOKENS, PROMPT_TEMPLATE, describe

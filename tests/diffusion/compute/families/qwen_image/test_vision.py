@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
+from testbed.tiny_edit_models import EDIT, PLUS, build, build_processor
+from testbed.tiny_models import photo
 from tests.diffusion.compute.distributed.ranks import run_ranks
-from tests.diffusion.compute.families.qwen_image.editing import EDIT, PLUS, build, build_processor
-from tests.tiny_models import photo
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.distributed.mesh import World
 from vllm_omni.diffusion.compute.families.qwen_image.edit import EDIT_TEMPLATE, NUM_EDIT_TEMPLATE_TOKENS, EditInput
 from vllm_omni.diffusion.compute.families.qwen_image.vision import EditEncoder
 from vllm_omni.diffusion.data import DiffusionParallelConfig
-from vllm_omni.inputs.images import InputImage, prepared
+from vllm_omni.inputs.images import InputImage, prepare_image
 
 CPU = torch.device("cpu")
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -41,7 +41,7 @@ def inputs_of(path: Path) -> list[tuple[str, str, tuple[InputImage, ...]]]:
     """Prompts with the text that diffusers makes of each, and pictures of many proportions."""
     edit = edit_of(path)
     wide, square, tall = (
-        prepared(photo(*size, seed), edit.sizes) for seed, size in enumerate([(90, 40), (64, 64), (8, 300)])
+        prepare_image(photo(*size, seed), edit.sizes) for seed, size in enumerate([(90, 40), (64, 64), (8, 300)])
     )
     if not edit.is_plus:
         return [(prompt, PICTURE + prompt, (image,)) for prompt, image in (("a red apple", wide), ("", tall))]
@@ -88,7 +88,7 @@ def test_ranks_that_share_it_give_the_same_states(model: Path) -> None:
 def test_a_prompt_that_spells_the_picture_token_is_a_prompt(model: Path) -> None:
     edit = edit_of(model)
     encoder = EditEncoder(model, edit, CPU, torch.float32, Group.alone())
-    image = prepared(photo(40, 30, 1), edit.sizes)
+    image = prepare_image(photo(40, 30, 1), edit.sizes)
     prompt = "an apple <|image_pad|><|image_pad|> <|vision_start|>"
     info = load_model_info(str(model))
     num_tokens = info.count_prompt_tokens(prompt) + info.count_image_prompt_tokens([image])
@@ -98,7 +98,7 @@ def test_a_prompt_that_spells_the_picture_token_is_a_prompt(model: Path) -> None
 def test_another_picture_of_the_same_pixels_is_not_looked_at_again(model: Path) -> None:
     edit = edit_of(model)
     encoder = EditEncoder(model, edit, CPU, torch.float32, Group.alone())
-    first, same, other = (prepared(photo(40, 30, seed), edit.sizes) for seed in (1, 1, 2))
+    first, same, other = (prepare_image(photo(40, 30, seed), edit.sizes) for seed in (1, 1, 2))
     assert first == same != other
     states = [encoder("x", (image,)) for image in (first, same, other)]
     assert len(encoder._features) == 2

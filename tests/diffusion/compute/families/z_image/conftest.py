@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny_models import SMALL
-from tests.tiny_z_image import BASE_SHIFT, build_tiny_z_image
+from testbed.tiny_models import SMALL
+from testbed.tiny_z_image import BASE_SHIFT, build_tiny_z_image
 
 
 @pytest.fixture(autouse=True, scope="module")

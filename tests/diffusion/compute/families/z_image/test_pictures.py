@@ -10,9 +10,9 @@ import pytest
 import torch
 from diffusers import ZImagePipeline
 
+from testbed.fakes import make_ready
+from testbed.runner_driver import Drive, make_request, psnr
 from tests.diffusion.compute.families.qwen_image.test_pictures import check, started
-from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
-from tests.fakes import make_ready
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.control.request_builder import Intake
 from vllm_omni.diffusion.data import OmniDiffusionConfig

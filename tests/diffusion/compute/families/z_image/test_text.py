@@ -12,8 +12,8 @@ from diffusers import ZImagePipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from testbed.tiny_z_image import build_tiny_z_image
 from tests.diffusion.compute.distributed.ranks import run_ranks
-from tests.tiny_z_image import build_tiny_z_image
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.distributed.mesh import World
 from vllm_omni.diffusion.compute.families.z_image.info import ChatTokenizer

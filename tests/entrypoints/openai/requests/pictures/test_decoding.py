@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
+from testbed.tiny_models import photo
 from tests.entrypoints.openai.requests.hostile_files import (
     chunk,
     lying_exif,
@@ -23,7 +24,6 @@ from tests.entrypoints.openai.requests.hostile_files import (
     without_chunk,
 )
 from tests.entrypoints.openai.routes.test_image_edits import file_of
-from tests.tiny_models import photo
 from vllm_omni.entrypoints.openai.requests.pictures.decoding import decode_image, open_image, read_file
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.images import to_rgb

@@ -12,7 +12,7 @@ import openai
 import pytest
 from PIL import Image
 
-from tests.entrypoints.openai.live_server import expected_picture, live_server
+from testbed.live_server import expected_picture, live_server
 from vllm_omni.entrypoints.openai.responses.stored_files import FileStore
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vllm_omni.diffusion.catalog.configs import MOST
+from vllm_omni.diffusion.catalog.configs import MAX_SIZE
 from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX, short
 from vllm_omni.errors import ConfigError
 
@@ -35,8 +35,8 @@ INDEX_NUMBERS = ("default_sample_size",)
 def check_sizes(component: str, values: Mapping[str, Any]) -> None:
     """Raise ConfigError, with the key, for a size in the component's config.json that is none; null means no size."""
     number, numbers = (
-        f"a whole number from 1 to {MOST}",
-        f"a list of 1 to {LONGEST_LIST} whole numbers from 1 to {MOST}",
+        f"a whole number from 1 to {MAX_SIZE}",
+        f"a list of 1 to {LONGEST_LIST} whole numbers from 1 to {MAX_SIZE}",
     )
     place = f"{component}/config.json"
     _check(place, values, NUMBERS, _is_size, number)
@@ -59,7 +59,7 @@ def check_sizes(component: str, values: Mapping[str, Any]) -> None:
 
 def check_index_sizes(index: Mapping[str, Any]) -> None:
     """Raise ConfigError, with the key, for a size in model_index.json that is none; null means no size."""
-    _check(MODEL_INDEX, index, INDEX_NUMBERS, _is_size, f"a whole number from 1 to {MOST}")
+    _check(MODEL_INDEX, index, INDEX_NUMBERS, _is_size, f"a whole number from 1 to {MAX_SIZE}")
 
 
 def longer_side(size: int | list[int]) -> int:
@@ -76,7 +76,7 @@ def _check(
 
 
 def _is_size(value: Any) -> bool:
-    return type(value) is int and 1 <= value <= MOST
+    return type(value) is int and 1 <= value <= MAX_SIZE
 
 
 def _is_list(value: Any, is_item: Callable[[Any], bool]) -> bool:

@@ -11,15 +11,15 @@ import diffusers
 import torch
 import transformers
 
+from vllm_omni.diffusion.catalog.expected_weights import check_none_missing
 from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX, names_in, read_object
 from vllm_omni.diffusion.catalog.model_index import Stems, read_components
 from vllm_omni.diffusion.catalog.weight_files import component_variant, has_weights
-from vllm_omni.diffusion.catalog.weight_fit import check_none_missing
 from vllm_omni.diffusion.catalog.weight_headers import stored_weights
 from vllm_omni.diffusion.compute.families.diffusers_fallback.components import component_classes
 from vllm_omni.diffusion.compute.families.diffusers_fallback.progress_bars import without_progress_bars
 from vllm_omni.diffusion.compute.weights.stored_shapes import check_stored_shapes
-from vllm_omni.errors import ConfigError, in_one_line
+from vllm_omni.errors import ConfigError, error_line
 
 
 def load_pipeline(path: Path, class_name: str, dtype: torch.dtype, variant: str | None) -> Any:
@@ -42,7 +42,7 @@ def load_pipeline(path: Path, class_name: str, dtype: torch.dtype, variant: str 
                 path, variant=variant, trust_remote_code=False, **common, **models
             )
         except Exception as error:  # a config of wrong values ends in errors of any class
-            raise ConfigError(f"{path}: diffusers cannot load the {class_name}: {in_one_line(error)}") from error
+            raise ConfigError(f"{path}: diffusers cannot load the {class_name}: {error_line(error)}") from error
 
 
 def _load_model(folder: Path, cls: type[Any], stems: Stems, variant: str | None, common: dict[str, Any]) -> Any:
@@ -54,7 +54,7 @@ def _load_model(folder: Path, cls: type[Any], stems: Stems, variant: str | None,
     try:
         model, differences = cls.from_pretrained(folder, variant=variant, output_loading_info=True, **common)
     except Exception as error:  # as above
-        raise ConfigError(f"{folder.name}/: the {cls.__name__} cannot be loaded: {in_one_line(error)}") from error
+        raise ConfigError(f"{folder.name}/: the {cls.__name__} cannot be loaded: {error_line(error)}") from error
     for name, held, expected in differences["mismatched_keys"]:
         raise ConfigError(f"{folder.name}/: {name} has shape {tuple(held)}, by config.json it is {tuple(expected)}")
     # The libraries leave weights that are not there random, and tell so in the log alone.

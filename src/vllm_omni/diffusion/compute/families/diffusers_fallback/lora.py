@@ -16,7 +16,7 @@ from vllm_omni.diffusion.compute.families.diffusers_fallback.adapter_file import
 from vllm_omni.diffusion.compute.families.diffusers_fallback.adapter_names import layers_by_flat_name
 from vllm_omni.diffusion.compute.families.diffusers_fallback.progress_bars import without_progress_bars
 from vllm_omni.diffusion.messages.request import LoRA
-from vllm_omni.errors import InvalidRequestError, fold
+from vllm_omni.errors import InvalidRequestError, to_one_line
 
 MAX_UNSERVED = 8
 """Adapters kept beside the served ones: more than requests may be under way, so that one of them is always idle."""
@@ -174,4 +174,6 @@ def _say_unplaced(keys: Sequence[str]) -> str:
 
 
 def _misfit(file: str, reason: str) -> InvalidRequestError:
-    return InvalidRequestError(f"the LoRA adapter {file} does not fit this model: {fold(reason)}", param="lora_request")
+    return InvalidRequestError(
+        f"the LoRA adapter {file} does not fit this model: {to_one_line(reason)}", param="lora_request"
+    )

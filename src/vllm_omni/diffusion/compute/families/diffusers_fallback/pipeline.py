@@ -32,8 +32,8 @@ from vllm_omni.diffusion.compute.step.pipeline import BasePipeline, Picture, Req
 from vllm_omni.diffusion.compute.step.schedule import check_schedule, with_one_step_schedules
 from vllm_omni.diffusion.data import OmniDiffusionConfig, flag_of
 from vllm_omni.diffusion.messages.request import DiffusionRequest
-from vllm_omni.errors import ConfigError, InvalidRequestError, fold
-from vllm_omni.inputs.loras import adapter_file
+from vllm_omni.errors import ConfigError, InvalidRequestError, to_one_line
+from vllm_omni.inputs.adapter_files import adapter_file
 
 
 class PipelineCall:
@@ -76,7 +76,7 @@ class PipelineCall:
         except InvalidRequestError:  # ours, with its `param`
             raise
         except ValueError as error:
-            raise InvalidRequestError(fold(str(error))) from error
+            raise InvalidRequestError(to_one_line(str(error))) from error
 
     def advance(self, step: int) -> int:
         """Up to the end of the planned step `step`, counted from 1: the pipeline's own steps are spread evenly.

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vllm_omni.diffusion.catalog.configs import read_config, read_scheduler_config, refuse_variants
+from vllm_omni.diffusion.catalog.configs import check_config_values, read_config, read_scheduler_config
 from vllm_omni.diffusion.catalog.registry import ModelInfo, Shares, read_default_sampling_params
 from vllm_omni.diffusion.catalog.tokenizer_files import TokenizerNeeds
 from vllm_omni.diffusion.compute.families.qwen_image.config import TransformerConfig, VaeConfig, VisionConfig
@@ -70,7 +70,7 @@ def describe(path: Path) -> ModelInfo:
     Raises ConfigError for a component whose config cannot be read and for a variant that we cannot run.
     """
     values = read_config(path, "transformer")
-    refuse_variants(values, AVAILABLE)
+    check_config_values(values, AVAILABLE)
     transformer = TransformerConfig.from_dict(values)
     vae = VaeConfig.from_dict(read_config(path, "vae"))
     text_encoder_values = read_config(path, "text_encoder")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_omni.diffusion.catalog.configs import TIMESTEP_CHANNELS, from_values
-from vllm_omni.diffusion.catalog.weight_fit import ExpectedWeights, LayerList, linear_shapes
+from vllm_omni.diffusion.catalog.expected_weights import ExpectedWeights, LayerList, linear_shapes
 from vllm_omni.errors import ConfigError
 
 PATCH_SIZE = 2

@@ -33,7 +33,7 @@ from vllm_omni.entrypoints.openai.requests.pictures.messages import (
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.images import ReaderSizes, resized_pixels
 from vllm_omni.processes.channel import BlockingChannel
-from vllm_omni.processes.lifeline import die_with_parent
+from vllm_omni.processes.parent_death import die_with_parent
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Keywords, positions and attributes of other packages in our dataclasses and classes."""
+"""Class decorators that handle keywords, argument order and attributes of other packages' classes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ T = TypeVar("T")
 Converter = Callable[[dict[str, Any], Collection[str]], dict[str, Any]]
 
 
-def converting(convert: Converter, error: Callable[[str], Exception]) -> Callable[[type[T]], type[T]]:
-    """Class decorator for a frozen dataclass.
+def convert_keywords(convert: Converter, error: Callable[[str], Exception]) -> Callable[[type[T]], type[T]]:
+    """Class decorator: the constructor of a frozen dataclass also takes keywords of other packages.
 
-    `convert(keywords, names)` is called where a keyword is not the name of a field: it returns keywords that are, or
-    raises an error that lists `names`. Its keywords include the positional arguments, by the names of their fields.
-    None is the default of a field that has another one. A field that is missing or given twice, and one argument too
-    many, raise `error`. Type checkers see the fields alone.
+    `convert(keywords, names)` is called if a keyword is not the name of a field. It returns keywords that all are, or
+    raises an error that lists `names`, the fields. Its `keywords` include the positional arguments by field name.
+    None stands for a field's default. The constructor raises `error` for a field that is missing or given twice and
+    for too many arguments. Type checkers see the fields only.
     """
 
     def decorate(cls: Any) -> Any:
@@ -54,9 +54,9 @@ def converting(convert: Converter, error: Callable[[str], Exception]) -> Callabl
 
 
 def without_none(cls: Any, keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """`keywords` less those that are None and whose field of the dataclass `cls` has another default.
+    """`keywords` without those that are None although their field of the dataclass `cls` has another default.
 
-    Scripts hand on what `argparse` gives for a flag that was not used.
+    Scripts pass on the None that `argparse` gives for an unused flag.
     """
     others = _never_none(cls)
     return {name: value for name, value in keywords.items() if value is not None or name not in others}
@@ -71,10 +71,10 @@ def _has_default(f: Field[Any]) -> bool:
     return f.default is not MISSING or f.default_factory is not MISSING
 
 
-def explaining(texts: Mapping[str, str]) -> Callable[[type[T]], type[T]]:
-    """Class decorator: an attribute that the class does not have, but another package's class, says what to use.
+def explain_attributes(texts: Mapping[str, str]) -> Callable[[type[T]], type[T]]:
+    """Class decorator: attributes that only another package's class has raise an error that says what to use.
 
-    `texts`: the attribute's name to the message of the AttributeError. Type checkers see the other attributes alone.
+    `texts`: attribute name -> message of the AttributeError. Type checkers see the class's own attributes only.
     """
 
     def decorate(cls: Any) -> Any:
@@ -91,6 +91,6 @@ def explaining(texts: Mapping[str, str]) -> Callable[[type[T]], type[T]]:
     return decorate
 
 
-def asks_nothing(value: Any) -> bool:
-    """Whether a keyword with this value has no effect in any package: None, False, or an empty collection."""
+def has_no_effect(value: Any) -> bool:
+    """Whether a keyword with this value asks for nothing in any package: None, False or an empty collection."""
     return value is None or value is False or (isinstance(value, list | tuple | dict) and not value)

@@ -20,11 +20,11 @@ from transformers import (
     Qwen2VLProcessor,
 )
 
-from tests.diffusion.compute.worker.driving import make_request
-from tests.tiny_models import build_tiny_qwen_image
+from testbed.runner_driver import make_request
+from testbed.tiny_models import build_tiny_qwen_image
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.messages.request import DiffusionRequest
-from vllm_omni.inputs.images import prepared
+from vllm_omni.inputs.images import prepare_image
 
 SIDE = 64
 """Of the models' default pictures: what diffusers fixes at 1024."""
@@ -75,7 +75,7 @@ def request_of(path: Path, request_id: str, pictures: list[Image.Image], **field
     """As intake resolves it: of the size of the last picture where none is given."""
     edit = load_model_info(str(path)).image_input
     assert edit is not None
-    images = tuple(prepared(picture, edit.sizes) for picture in pictures)
+    images = tuple(prepare_image(picture, edit.sizes) for picture in pictures)
     height, width = images[-1].reference.shape[:2]
     return make_request(request_id, **{"height": height, "width": width, "images": images, **fields})
 

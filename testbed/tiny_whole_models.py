@@ -44,9 +44,9 @@ from transformers import (
     T5EncoderModel,
 )
 
-from tests.tiny_models import tiny_text_encoder, tiny_tokenizer
-from tests.tiny_text_encoders import bert_tokenizer, t5_encoder, t5_tokenizer
-from tests.tiny_z_image import CHAT_TEMPLATE
+from testbed.tiny_models import tiny_text_encoder, tiny_tokenizer
+from testbed.tiny_text_encoders import bert_tokenizer, t5_encoder, t5_tokenizer
+from testbed.tiny_z_image import CHAT_TEMPLATE
 
 
 def tiny_vae(latent_channels: int, **settings: Any) -> AutoencoderKL:

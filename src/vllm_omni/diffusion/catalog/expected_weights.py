@@ -1,4 +1,4 @@
-"""Whether the weight files of a component hold the weights that its config.json asks for. No torch here."""
+"""Weights that a component's config.json requires, and their check against its weight files. No torch here."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def linear_shapes(name: str, num_out: int, num_in: int, has_bias: bool = True) -> dict[str, tuple[int, ...]]:
-    """Weights of a linear layer."""
+    """Shapes of the weights of a linear layer."""
     weight = {f"{name}.weight": (num_out, num_in)}
     return {**weight, f"{name}.bias": (num_out,)} if has_bias else {**weight}
 
 
 @dataclass(frozen=True)
 class LayerList:
-    """Equal layers, whose weights are named `PREFIX.NUMBER.NAME`."""
+    """List of layers with equal shapes, whose weights are named `PREFIX.NUMBER.NAME`."""
 
     key: str
-    """The key of config.json that says how many there are."""
+    """Key of config.json for the number of layers."""
     count: int
     shapes: Shapes
-    """Shapes of each layer's weights, by the name behind the number."""
+    """Shapes of one layer's weights, by the part of the name after the number."""
 
 
 @dataclass(frozen=True)
 class ExpectedWeights:
-    """Weights that follow from a component's config.json."""
+    """Names and shapes of weights that follow from a component's config.json."""
 
     shapes: Shapes
     layers: Mapping[str, LayerList] = field(default_factory=dict)
-    """By the prefix of their names."""
+    """Prefix of the weights' names -> layers."""
     anchor: str = ""
-    """End of the name of one weight, for checkpoints in which all names may begin with a prefix: what stands before it.
-    Empty: there is no prefix."""
+    """Name of one weight, for checkpoints whose names may all have a prefix: the prefix is the part before this name.
+    Empty: no prefix."""
     is_complete: bool = False
-    """Whether every weight of the component is among these."""
+    """Whether the component may have no other weights."""
 
     def check(self, component: str, stored: Mapping[str, StoredWeight]) -> None:
-        """Raise ConfigError, with the first difference, for weight files that do not hold these weights."""
+        """Raise ConfigError, with the first difference, if the stored weights differ from these."""
         prefix = self._prefix(component, stored)
         expected = {prefix + name: shape for name, shape in self.shapes.items()}
         for path, layers in self.layers.items():
@@ -69,7 +69,7 @@ class ExpectedWeights:
 
 
 def check_none_missing(component: str, missing: Sequence[str], owner: str = "model") -> None:
-    """Raise ConfigError, with the first names, if weights of the component are `missing`. owner: their module."""
+    """Raise ConfigError, with the first names, if `missing` has names. `owner`: the module that needs the weights."""
     if missing:
         raise ConfigError(
             f"{component}/ lacks {len(missing)} weights of the {owner}, among them {', '.join(missing[:3])}"
@@ -79,7 +79,7 @@ def check_none_missing(component: str, missing: Sequence[str], owner: str = "mod
 def _expected_layers(
     component: str, path: str, layers: LayerList, stored: Mapping[str, StoredWeight]
 ) -> dict[str, tuple[int, ...]]:
-    """Weights of all layers. Their number is compared first: a wrong one may be a billion."""
+    """Shapes of the weights of all layers. Compares their number first: a wrong one may be a billion."""
     numbers = {name.removeprefix(f"{path}.").partition(".")[0] for name in stored if name.startswith(f"{path}.")}
     if len(numbers) != layers.count:
         raise ConfigError(

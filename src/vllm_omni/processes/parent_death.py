@@ -1,4 +1,4 @@
-"""The bond of a child process to its parent."""
+"""End of a child process when its parent ends."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent_pid: int) -> None:
-    """Make the kernel kill this process when its parent ends, also while no thread of ours can run: stopped, or hung
-    with the interpreter's lock held.
+    """Make the kernel kill this process when its parent ends, even if this process is stopped or hangs.
 
-    The kernel watches the thread that started this process. Ends the process where the parent has ended already.
+    Precisely, when the thread that started this process ends. Ends this process at once if the parent has ended.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:

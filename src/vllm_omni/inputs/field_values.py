@@ -1,4 +1,4 @@
-"""Values as annotations ask for them: one check for the fields of every dataclass that a caller fills."""
+"""Conversion of a caller's values to the types of dataclass fields: the one check of all such fields."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 MAX_INTEGER_BITS = 63
-"""Larger integers cannot be sent to a worker."""
+"""Most bits of an integer; msgpack cannot send larger ones to a worker."""
 _MAX_SHOWN = 200
-"""Characters of a value that an error repeats."""
+"""Most characters of a value in an error message."""
 
 
-class MisfitError(ValueError):
-    """A value is of the wrong kind; the message says what is taken."""
+class WrongValueError(ValueError):
+    """A value has the wrong type; the message names the accepted values."""
 
 
 @cache
-def kinds_of(cls: Any) -> Mapping[str, Any]:
-    """The annotations of a dataclass by field."""
+def field_types(cls: Any) -> Mapping[str, Any]:
+    """Types of a dataclass's fields, by name."""
     return get_type_hints(cls)
 
 
-def fit(value: Any, kind: Any) -> Any:
-    """`value` as the plain Python value that the annotation `kind` asks for. Raises MisfitError.
+def coerce(value: Any, kind: Any) -> Any:
+    """Convert `value` to a plain Python value of the annotated type `kind`. Raises WrongValueError.
 
-    Numbers of other libraries become int and float, so do arrays and tensors without dimensions (NumPy, PyTorch), and
-    lists and one-dimensional arrays become tuples: nothing else can be sent to a worker. A bool is no number, and NaN
-    is none. Fields of dataclasses are fitted, too.
+    Numbers of other libraries, and arrays and tensors without dimensions, become int and float; lists and
+    one-dimensional arrays become tuples: only plain values can be sent to a worker. Neither a bool nor NaN is a
+    number. Fields of a dataclass are converted, too.
     """
     value = _without_array(value)
     origin, arguments = get_origin(kind), get_args(kind)
@@ -40,10 +40,10 @@ def fit(value: Any, kind: Any) -> Any:
         kinds = [argument for argument in arguments if argument is not NoneType]
         if value is None or (isinstance(value, bool) and bool in kinds):
             return value
-        return fit(value, next((argument for argument in kinds if argument is not bool), bool))
+        return coerce(value, next((argument for argument in kinds if argument is not bool), bool))
     if origin is Literal:
         if not isinstance(value, str) or value not in arguments:
-            raise MisfitError("one of " + ", ".join(map(str, arguments)))
+            raise WrongValueError("one of " + ", ".join(map(str, arguments)))
         return str(value)
     if origin in (tuple, Sequence):
         return _fit_items(value, arguments[0])
@@ -60,44 +60,44 @@ def fit(value: Any, kind: Any) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value as one line of an error repeats it."""
+    """Text of a value for an error message, in one line."""
     try:
         return f"{' '.join(repr(value).split()):.{_MAX_SHOWN}}"
-    except ValueError:  # an integer of so many digits that Python does not write them
+    except ValueError:  # an integer with more digits than Python writes
         return f"a huge {type(value).__name__}"
 
 
 def _without_array(value: Any) -> Any:
-    """The Python number in an array without dimensions; other values as they are."""
-    # By attributes: this module imports no PyTorch, and there are more such libraries.
+    """Python number in an array without dimensions; other values are returned unchanged."""
+    # Recognized by attributes: this module does not import PyTorch, and other libraries have such arrays too.
     if getattr(value, "ndim", None) != 0 or not hasattr(value, "item"):
         return value
     try:
         return value.item()
     except RuntimeError:  # a tensor of the meta device, which has no numbers
-        raise MisfitError("a value that has numbers") from None
+        raise WrongValueError("a value that has numbers") from None
 
 
 def _instance(value: Any, cls: Any, words: str, but_no: tuple[type, ...] | type = ()) -> Any:
     if not isinstance(value, cls) or isinstance(value, but_no):
-        raise MisfitError(words)
+        raise WrongValueError(words)
     return value
 
 
 def _fit_fields(value: Any) -> Any:
     plain, cls = {}, cast(Any, type(value))
-    for name, kind in kinds_of(cls).items():
+    for name, kind in field_types(cls).items():
         try:
-            plain[name] = fit(getattr(value, name), kind)
-        except MisfitError as error:
-            raise MisfitError(f"a {cls.__name__} whose {name} is {error}") from None
+            plain[name] = coerce(getattr(value, name), kind)
+        except WrongValueError as error:
+            raise WrongValueError(f"a {cls.__name__} whose {name} is {error}") from None
     return replace(value, **plain)
 
 
 def _fit_integer(value: Any) -> int:
     number = int(_instance(value, Integral, "an integer", but_no=bool))
     if number.bit_length() > MAX_INTEGER_BITS:
-        raise MisfitError(f"an integer of up to {MAX_INTEGER_BITS} bits")
+        raise WrongValueError(f"an integer of up to {MAX_INTEGER_BITS} bits")
     return number
 
 
@@ -106,17 +106,17 @@ def _fit_number(value: Any) -> float:
     try:
         number = float(real)
     except OverflowError:
-        raise MisfitError(f"a number of at most {sys.float_info.max:g}") from None
+        raise WrongValueError(f"a number of at most {sys.float_info.max:g}") from None
     if math.isnan(number):
-        raise MisfitError("a number")
+        raise WrongValueError("a number")
     return number
 
 
 def _fit_items(value: Any, kind: Any) -> tuple[Any, ...]:
     words = "a list of integers" if kind is int else "a list of numbers"
-    # Not an iterator: one object may be for many prompts, and the first would use it up.
+    # Not an iterator: one object may serve many prompts, and the first would exhaust it.
     but_no = (str, bytes, Mapping, Iterator)
     try:
-        return tuple(fit(item, kind) for item in _instance(value, Iterable, words, but_no=but_no))
-    except (MisfitError, TypeError):  # the second: an array without dimensions says that it can be iterated over
-        raise MisfitError(words) from None
+        return tuple(coerce(item, kind) for item in _instance(value, Iterable, words, but_no=but_no))
+    except (WrongValueError, TypeError):  # TypeError: an array without dimensions is not iterable
+        raise WrongValueError(words) from None

@@ -1,4 +1,4 @@
-"""Keywords of `Omni` and `AsyncOmni`, as type checkers and the constructors know them."""
+"""Keywords of `Omni` and `AsyncOmni`, and the `OmniDiffusionConfig` that they make."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vllm_omni.diffusion.data import (
     SchedulingPolicy,
 )
 from vllm_omni.errors import ConfigError
-from vllm_omni.foreign.constructors import without_none
+from vllm_omni.foreign.class_decorators import without_none
 from vllm_omni.foreign.keywords import drop_sequence_degree, ignored_keywords, log_ignored
 
 if TYPE_CHECKING:
@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 
 
 class OmniSettings(TypedDict, total=False):
-    """The fields of `OmniDiffusionConfig`, which explains them, and of `DiffusionParallelConfig`.
+    """Fields of `OmniDiffusionConfig` and `DiffusionParallelConfig` as keywords; those classes explain them.
 
-    `parallel_config` is the field `parallel`; its degrees may be given one by one instead. None is a field's default.
+    `parallel_config` sets the field `parallel`; its degrees may be given one by one instead. None stands for a
+    field's default.
     """
 
     model: str | os.PathLike[str]
@@ -81,12 +82,12 @@ _NONE = OmniSettings()
 _DEGREES = tuple(f.name for f in fields(DiffusionParallelConfig))
 
 
-def config_of(
+def make_config(
     config: OmniDiffusionConfig | str | os.PathLike[str] | None, settings: OmniSettings, defaults: OmniSettings = _NONE
 ) -> OmniDiffusionConfig:
-    """The config that a constructor's arguments mean: a config, or a model and keywords, before `defaults`.
+    """Config from a constructor's arguments: either a config, or a model and keywords.
 
-    Raises ConfigError.
+    `defaults`: values of keywords that are not given. Raises ConfigError.
     """
     given = without_none(DiffusionParallelConfig, without_none(OmniDiffusionConfig, settings))
     if isinstance(config, str | os.PathLike):
@@ -103,7 +104,7 @@ def config_of(
 
 
 def _from_keywords(given: dict[str, Any]) -> OmniDiffusionConfig:
-    """Keywords of the public vllm-omni package that change nothing here are ignored, with one line in the log."""
+    """Config from keywords; those of the public vllm-omni package without effect here are logged and ignored."""
     others = {name: given.pop(name) for name in list(given) if name not in ACCEPTED}
     degrees = {name: given.pop(name) for name in _DEGREES if name in given}
     parallel = given.pop("parallel_config", None)

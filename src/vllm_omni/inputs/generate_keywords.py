@@ -1,4 +1,4 @@
-"""Keywords of `generate` that scripts of the public vllm-omni package give: ignored, or told their place."""
+"""Keywords of the public vllm-omni package's `generate`: ignored here, or refused with what to use."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from vllm_omni.errors import InvalidRequestError
-from vllm_omni.foreign.constructors import asks_nothing
+from vllm_omni.foreign.class_decorators import has_no_effect
 from vllm_omni.foreign.keywords import log_ignored
 from vllm_omni.inputs.data import PARAMETERS, check_modalities
 from vllm_omni.inputs.foreign_params import FOREIGN_PARAMS, IN_PROMPT, PROMPT_FORM
 
 _IGNORED = ("arrival_time", "reasoning_ended", "reasoning_parser_kwargs", "session_id", "trace_headers", "use_tqdm")
-"""Without effect on the pictures. `use_tqdm` comes here from `AsyncOmni`, which has no bar of steps."""
+"""Keywords without effect on the pictures. `use_tqdm` is here for `AsyncOmni`, which shows no bar of steps."""
 _HERE = {
     "data_parallel_rank": "the copies of a model share the requests by their load",
     "prompt_text": "the prompt is the first argument",
@@ -24,20 +24,20 @@ _HERE = {
 
 
 def check_call(keywords: Mapping[str, Any], accepted: Collection[str]) -> None:
-    """Check keywords that `generate` does not have (`accepted`: those that it has).
+    """Check keywords that `generate` does not have; `accepted`: those that it has.
 
-    Those without effect are ignored, with one line in the log. Raises InvalidRequestError for the others, with what to
-    use, unless they ask for nothing; and always for one that no package has.
+    Keywords without effect are ignored and logged. Raises InvalidRequestError, with what to use, for the others unless
+    they ask for nothing, and for a keyword that no package has.
     """
     ignored = []
     for name, value in keywords.items():
         if name == "output_modalities":
             check_modalities(value, name)
         elif name in _IGNORED:
-            if not asks_nothing(value):
+            if not has_no_effect(value):
                 ignored.append(name)
         elif name in PARAMETERS or name in FOREIGN_PARAMS or name in _HERE:
-            harmless = asks_nothing(value) or (name == "priority" and value == 0)
+            harmless = has_no_effect(value) or (name == "priority" and value == 0)
             if not harmless:
                 here = _HERE.get(name, f"it is a sampling parameter: give OmniDiffusionSamplingParams({name}=...)")
                 raise InvalidRequestError(f"generate takes no {name!r}: {here}", param=name)

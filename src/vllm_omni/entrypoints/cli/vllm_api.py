@@ -1,9 +1,9 @@
-"""Everything we use of vLLM, named in one place: a new vLLM release is this file to check.
+"""Everything that the front end uses of vLLM: the file to check for a new vLLM release.
 
-Written against vLLM 0.32. Imports happen inside the functions: `import vllm` alone costs seconds (it loads torch's
-compiler), which `vllm serve` has paid before we are called and which nobody else should pay. Modules that import the
-language-model engine (`vllm.entrypoints.launchers.{cli_args,launcher}`, another eight seconds) are left out: our flags
-repeat vLLM's names and meaning, and a test compares them with vLLM's own.
+Written for vLLM 0.32. Imports are inside the functions, because `import vllm` takes seconds (it loads torch's
+compiler); under `vllm serve` they are spent before we are called. Modules that import the language-model engine
+(`vllm.entrypoints.launchers.{cli_args,launcher}`, another eight seconds) are not used: our flags repeat vLLM's names
+and meaning, and a test compares them with vLLM's parser.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vllm_omni.errors import ConfigError, fold
+from vllm_omni.errors import ConfigError, to_one_line
 from vllm_omni.logs import logging_level
 
 LOGGERS = ("vllm_omni", "vllm")
@@ -28,18 +28,18 @@ LOGGERS = ("vllm_omni", "vllm")
 def make_parser(
     prog: str, description: str, explain_unknown: Callable[[Sequence[str], Iterable[str]], str]
 ) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
-    """(top-level parser, parser of its `serve` command), both vLLM's FlexibleArgumentParser.
+    """(top-level parser, parser of its `serve` command), subclasses of vLLM's FlexibleArgumentParser.
 
-    It brings dashes or underscores, `--config FILE.yaml`, `--json-flag.key value`. Ours differ in that an error raises
-    ConfigError instead of printing the usage, that flags are never abbreviated, and that help is always complete.
+    That class accepts dashes or underscores, `--config FILE.yaml` and `--json-flag.key value`. Differences here: an
+    error raises ConfigError instead of printing the usage, flags cannot be abbreviated, and help is always complete.
 
-    `explain_unknown`: called with the words that no flag takes and with all known flags, returns the error's text.
+    `explain_unknown`: from the words that no flag takes and from all known flags to the error's text.
     """
     from vllm.utils.argparse_utils import FlexibleArgumentParser, SortedHelpFormatter
 
     class HelpFormatter(SortedHelpFormatter):  # type: ignore[misc]  # vLLM is not type-checked here
         def _get_help_string(self, action: argparse.Action) -> str | None:
-            # "(default: None)" says nothing; a switch is off by default. Not `in`: 0 is a default to show.
+            # "(default: None)" tells nothing; a switch is off by default. Not `in`: 0 is shown, and 0 == False.
             if action.default is None or action.default is False or action.default == "":
                 return (action.help or "").removesuffix(" (default: %(default)s)")
             text: str | None = super()._get_help_string(action)
@@ -47,8 +47,8 @@ def make_parser(
 
     class OmniArgumentParser(FlexibleArgumentParser):  # type: ignore[misc]  # as above
         def error(self, message: str) -> NoReturn:
-            # argparse says "argument --flag: takes ..."; the first word is noise in a one-line message
-            raise ConfigError(re.sub(r"^argument (\S+): ", r"\1 ", fold(message)))
+            # argparse writes "argument --flag: takes ..."; drop the first word
+            raise ConfigError(re.sub(r"^argument (\S+): ", r"\1 ", to_one_line(message)))
 
         def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
             known, unknown = super().parse_known_args(args, namespace)
@@ -57,7 +57,7 @@ def make_parser(
             return known, unknown
 
         def _get_option_tuples(self, option_string: str) -> list[Any]:
-            return []  # argparse would take -t for -tp: `allow_abbrev` is for flags with two dashes only
+            return []  # otherwise argparse takes -t for -tp: `allow_abbrev` covers flags with two dashes only
 
         def format_help(self) -> str:
             return argparse.ArgumentParser.format_help(self)
@@ -70,7 +70,7 @@ def make_parser(
 
 
 def serve_line(prog: str) -> str:
-    """The command that serves a model: under vLLM's name it needs `--omni`."""
+    """Command line that serves a model: with `--omni` if the program is vLLM's."""
     return f"{prog} serve MODEL --omni" if prog == "vllm" else f"{prog} serve MODEL"
 
 
@@ -81,7 +81,7 @@ def vllm_version() -> str:
 
 
 def swagger_ui_folder() -> Path | None:
-    """The folder of Swagger UI's script and style sheet in vLLM's package; None where there is none."""
+    """Folder of Swagger UI's script and style sheet in vLLM's package; None if it is missing."""
     package = find_spec("vllm")  # does not import it
     if package is None or package.origin is None:
         return None
@@ -90,7 +90,7 @@ def swagger_ui_folder() -> Path | None:
 
 
 def configured_api_key() -> str | None:
-    """The key that vLLM takes from its VLLM_API_KEY variable when `--api-key` is not given."""
+    """Key from vLLM's variable VLLM_API_KEY, for a command line without `--api-key`."""
     import vllm.envs as envs
 
     key: str | None = envs.VLLM_API_KEY
@@ -98,9 +98,9 @@ def configured_api_key() -> str | None:
 
 
 def log_config(quiet_paths: list[str], level: str) -> dict[str, Any]:
-    """uvicorn's `log_config` as vLLM makes it (no access lines for `quiet_paths`), with times, and for our loggers.
+    """vLLM's `log_config` for uvicorn, without access lines for `quiet_paths`, plus times and our loggers.
 
-    Their level is that of VLLM_LOGGING_LEVEL. Raises ConfigError for a wrong one.
+    The level of our loggers is VLLM_LOGGING_LEVEL. Raises ConfigError for an unknown level.
     """
     from vllm.logging_utils import create_uvicorn_log_config
 
@@ -113,17 +113,17 @@ def log_config(quiet_paths: list[str], level: str) -> dict[str, Any]:
 
 
 def start_certificate_refresher(context: ssl.SSLContext, keyfile: str, certfile: str, ca_certs: str | None) -> Any:
-    """Watch the certificate files and reload them into `context`; the result has `stop()`."""
+    """Start to reload changed certificate files into `context`; returns an object with `stop()`."""
     from vllm.entrypoints.launchers.utils.ssl import SSLCertRefresher
 
     return SSLCertRefresher(ssl_context=context, key_path=keyfile, cert_path=certfile, ca_path=ca_certs)
 
 
 class ApiKeyMiddleware:
-    """vLLM's AuthenticationMiddleware (it guards `/v1`), answering with OpenAI's error object.
+    """vLLM's AuthenticationMiddleware, which protects `/v1`, with OpenAI's error object in its response.
 
-    vLLM's answer is `{"error": "Unauthorized"}`, of which the OpenAI SDK shows the user nothing. No route answers 401
-    itself, so a 401 is always the middleware's.
+    vLLM's response is `{"error": "Unauthorized"}`, which the OpenAI SDK does not show to users. Routes never respond
+    401, so every 401 comes from the middleware.
     """
 
     def __init__(self, app: ASGIApp, tokens: list[str]) -> None:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def refusing(module: str, texts: Mapping[str, str], of_others: str | None = None) -> Callable[[str], Any]:
-    """A `__getattr__` for `module` that says what to use here.
+def refuse_names(module: str, texts: Mapping[str, str], of_others: str | None = None) -> Callable[[str], Any]:
+    """Make a `__getattr__` for `module` whose errors say what to use here.
 
-    `texts`: name to the text of the ImportError. `of_others`: the text for every other public name; None leaves these
-    to Python.
+    `texts`: name -> message of the ImportError. `of_others`: message for every other public name; None: Python's own
+    AttributeError.
     """
 
     def getattr_(name: str) -> Any:

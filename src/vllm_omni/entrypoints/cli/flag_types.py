@@ -1,4 +1,4 @@
-"""Types of flag values: each turns the text of a flag into a value, or says what the flag takes and what it got."""
+"""Types of flag values: functions that turn a flag's text into a value, or raise an error with the accepted values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _wrong(takes: str, got: str) -> argparse.ArgumentTypeError:
 
 
 def integer(least: int, most: int | None = None) -> Callable[[str], int]:
-    """An integer of at least `least` and, if given, at most `most`."""
+    """Type of integers of at least `least` and, if given, at most `most`."""
     takes = f"an integer of at least {least}" if most is None else f"an integer from {least} to {most}"
 
     def parse(text: str) -> int:
@@ -33,7 +33,7 @@ def integer(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def seconds(*, zero: bool) -> Callable[[str], float]:
-    """A finite number of seconds, zero included or not."""
+    """Type of finite numbers of seconds: from 0 on with `zero`, else above 0."""
     takes = "a finite number of seconds, 0 or more" if zero else "a finite number of seconds above 0"
 
     def parse(text: str) -> float:
@@ -75,7 +75,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def adapter(text: str) -> tuple[str, str]:
-    """(name, path) of a LoRA adapter, in either of vLLM's ways."""
+    """(name, path) of a LoRA adapter, in either of the two forms that vLLM accepts."""
     takes = 'NAME=PATH or {"name": NAME, "path": PATH}'
     if text.startswith("{"):
         fields = json_object(text)
@@ -88,7 +88,7 @@ def adapter(text: str) -> tuple[str, str]:
 
 
 def strings(text: str) -> list[str]:
-    """A JSON list of strings (vLLM's way), or one plain string."""
+    """Strings from a JSON list, the form that vLLM accepts, or from one plain string."""
     if not text.startswith("["):
         return [text]
     takes = "a JSON list of strings or plain strings"
@@ -108,7 +108,7 @@ def nonempty(text: str) -> str:
 
 
 def secret(text: str) -> str:
-    """A string that is not empty: an unset shell variable must not open the server."""
+    """A key. An empty one is refused: an unset shell variable must not leave the server without protection."""
     if not text.strip():
         raise argparse.ArgumentTypeError("takes a key, got an empty string")
     return text

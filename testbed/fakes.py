@@ -2,7 +2,7 @@
 
 `FakeRunner` keeps the rules of a worker strictly and makes noise for pictures; `FakeExecutor` runs it inside
 the event loop, at once or step by step, and fails on command. Both serve in worker processes too
-(`tests.fakes:FakeRunner`).
+(`testbed.fakes:FakeRunner`).
 """
 
 from __future__ import annotations

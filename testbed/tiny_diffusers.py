@@ -48,9 +48,9 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from tests.tiny_models import randomize, tiny_tokenizer
-from tests.tiny_text_encoders import clip_encoder, clip_tokenizer, t5_encoder, t5_fields, t5_tokenizer
-from tests.tiny_whole_models import (
+from testbed.tiny_models import randomize, tiny_tokenizer
+from testbed.tiny_text_encoders import clip_encoder, clip_tokenizer, t5_encoder, t5_fields, t5_tokenizer
+from testbed.tiny_whole_models import (
     cog_video_x,
     cog_view_4,
     hunyuan_dit,
@@ -60,7 +60,7 @@ from tests.tiny_whole_models import (
     sana,
     tiny_vae,
 )
-from tests.tiny_z_image import CHAT_TEMPLATE
+from testbed.tiny_z_image import CHAT_TEMPLATE
 
 
 def build_tiny_diffusers(class_name: str, path: Path, **defaults: object) -> Path:

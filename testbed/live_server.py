@@ -17,8 +17,8 @@ import numpy as np
 import uvicorn
 from fastapi import FastAPI
 
-from tests.fakes import FakeExecutor, FakeRunner, fake_image, make_request
-from tests.patience import GUARD_SECONDS, wait_for
+from testbed.fakes import FakeExecutor, FakeRunner, fake_image, make_request
+from testbed.patience import GUARD_SECONDS, wait_for
 from vllm_omni.diffusion.catalog.registry import ModelInfo, Shares
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import ItemError, StepPlan

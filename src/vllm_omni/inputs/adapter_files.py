@@ -1,0 +1,28 @@
+"""Files of LoRA adapters. No torch here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from vllm_omni.inputs.field_values import WrongValueError
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+"""Name that diffusers gives to the file in an adapter's folder."""
+
+
+def adapter_file(path: str | os.PathLike[str]) -> Path:
+    """Safetensors file of the adapter at `path`: the file itself, or the one in the folder.
+
+    Raises WrongValueError for anything else. Other formats are refused because reading a pickle can run code.
+    """
+    place = Path(path).expanduser()
+    if place.is_dir():
+        files = sorted(place.glob("*.safetensors"))
+        named = [file for file in files if file.name == WEIGHTS]
+        if len(found := named or files) != 1:
+            raise WrongValueError(f"a folder with {WEIGHTS} or one other safetensors file")
+        return found[0].resolve()
+    if place.suffix != ".safetensors" or not place.is_file():
+        raise WrongValueError("a safetensors file that exists, or a folder with one")
+    return place.resolve()
