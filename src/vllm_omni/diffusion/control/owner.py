@@ -16,7 +16,7 @@ class Killable(Protocol):
         """End at once. Called on the loop, or when the loop does not run."""
 
 
-class Home:
+class EngineOwner:
     """The place that an engine is bound to: its tasks run on one loop, its threads and sockets are one process's."""
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class Home:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._finalizer: weakref.finalize[..., Any] | None = None
 
-    def settle(self, owner: object, engine: Killable) -> None:
+    def bind(self, owner: object, engine: Killable) -> None:
         """Bind to this process and the running loop. The engine is killed when its owner is dropped.
 
         Raises UnavailableError the second time.
@@ -35,7 +35,7 @@ class Home:
         self._finalizer = weakref.finalize(owner, _kill, engine, self._loop, self._pid)
 
     @property
-    def is_settled(self) -> bool:
+    def is_bound(self) -> bool:
         return self._loop is not None
 
     @property
@@ -44,7 +44,7 @@ class Home:
         return self._pid is not None and self._pid != os.getpid()
 
     @property
-    def is_here(self) -> bool:
+    def is_on_own_loop(self) -> bool:
         """Whether the engine's own loop runs the caller."""
         return self._loop is not None and not self.is_fork and self._loop is _running_loop()
 
@@ -59,7 +59,7 @@ class Home:
     def check_loop(self) -> None:
         """Raise UnavailableError unless the engine's own loop runs the caller, or the engine has not started."""
         self.check_process()
-        if self.is_settled and not self.is_here:
+        if self.is_bound and not self.is_on_own_loop:
             place = "outside any loop" if _running_loop() is None else "on another loop"
             raise UnavailableError(
                 f"an AsyncOmni works on the event loop that ran its start(), and was called {place}: "
@@ -71,7 +71,7 @@ class Home:
         if self._finalizer is not None:
             self._finalizer()
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Leave the end of the engine to the caller: dropping the owner does nothing from now on."""
         if self._finalizer is not None:
             self._finalizer.detach()

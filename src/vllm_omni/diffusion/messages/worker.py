@@ -10,7 +10,7 @@ from msgspec import Struct
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
 
-BEAT_SECONDS = 1.0
+HEARTBEAT_SECONDS = 1.0
 
 
 class RankInfo(Struct, frozen=True):
@@ -65,7 +65,7 @@ class Start(Struct, tag=True):
     """The first message to a worker."""
 
     config: OmniDiffusionConfig
-    place: RankInfo
+    rank_info: RankInfo
     first: WorkerReady | None = None
     """Measurements of the first start, which a restarted worker keeps (`Runner.start`)."""
 
@@ -84,8 +84,8 @@ class Ready(Struct, tag=True):
     ready: WorkerReady
 
 
-class Beat(Struct, tag=True):
-    """The worker lives, said every `BEAT_SECONDS` from its start to its end, whatever it is doing."""
+class Heartbeat(Struct, tag=True):
+    """The worker lives, said every `HEARTBEAT_SECONDS` from its start to its end, whatever it is doing."""
 
 
 class Done(Struct, tag=True):
@@ -101,4 +101,4 @@ class Died(Struct, tag=True):
 
 
 ToWorker = Start | Execute | Abort
-FromWorker = Ready | Beat | Done | Died
+FromWorker = Ready | Heartbeat | Done | Died

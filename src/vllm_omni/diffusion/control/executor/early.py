@@ -10,7 +10,13 @@ from typing import Any
 
 from vllm_omni.diffusion.catalog.registry import DEMO_MODEL, DEMO_MODEL_PATH, family_of
 from vllm_omni.diffusion.compute.worker.main import DEFAULT_RUNNER, serve_parent
-from vllm_omni.diffusion.control.executor.launch import EarlyWorkers, LaunchedReplica, LaunchWorker, fork, interpreter
+from vllm_omni.diffusion.control.executor.launch import (
+    EarlyWorkers,
+    LaunchedReplica,
+    LaunchWorker,
+    fork_launcher,
+    interpreter_launcher,
+)
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 
 MOST_WORKERS = 8
@@ -56,8 +62,8 @@ def _launcher(modules: list[str]) -> LaunchWorker:
         from vllm_omni.diffusion.compute.device.kinds import can_use_gpus
 
         if not can_use_gpus():
-            return fork(partial(_serve, modules))
-    return interpreter(DEFAULT_RUNNER, modules)
+            return fork_launcher(partial(_serve, modules))
+    return interpreter_launcher(DEFAULT_RUNNER, modules)
 
 
 def _serve(modules: list[str], name: str, socket_fd: int, parent_pid: int) -> Any:

@@ -24,7 +24,7 @@ class InlineExecutor:
         self._runner: Runner | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._answers: ThreadPoolExecutor | None = None
-        self._under_way: list[Future[Any]] = []
+        self._in_flight: list[Future[Any]] = []
         self._first: WorkerReady | None = None
         """The answer of the first start."""
         self._results: asyncio.Queue[StepResult | WorkerDiedError] = asyncio.Queue()
@@ -59,7 +59,7 @@ class InlineExecutor:
         launched = self._thread.submit(self._runner.launch, plan)
         waits = self._answers if self._runner.launches_ahead else self._thread
         answered = waits.submit(self._answer, launched, self._results, asyncio.get_running_loop())
-        self._under_way = [*(part for part in self._under_way if not part.done()), launched, answered]
+        self._in_flight = [*(part for part in self._in_flight if not part.done()), launched, answered]
 
     def abort(self, request_ids: Sequence[str]) -> None:
         assert self._runner is not None, "the executor was not started"
@@ -78,17 +78,17 @@ class InlineExecutor:
             self._answers.shutdown(wait=False, cancel_futures=True)
             # The step that runs cannot be stopped; it must be over before the next runner loads. No waiting in a
             # thread: a program that never calls close() gets here when threads can no longer be started.
-            running = [asyncio.wrap_future(part) for part in self._under_way if not part.cancelled()]
+            running = [asyncio.wrap_future(part) for part in self._in_flight if not part.cancelled()]
             await asyncio.gather(*running, return_exceptions=True)
         self._thread = self._answers = self._runner = None
-        self._under_way = []
+        self._in_flight = []
 
     def kill(self) -> None:
         for thread in (self._thread, self._answers):
             if thread is not None:
                 thread.shutdown(wait=False, cancel_futures=True)
         self._thread = self._answers = self._runner = None
-        self._under_way = []
+        self._in_flight = []
 
     @staticmethod
     def _is_cancelled() -> bool:

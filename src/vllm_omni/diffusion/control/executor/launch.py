@@ -20,7 +20,7 @@ from vllm_omni.diffusion.messages.worker import RankInfo
 from vllm_omni.errors import WorkerDiedError
 from vllm_omni.logs import fill_standard_descriptors
 
-_LOOK_SECONDS = 0.01
+_POLL_SECONDS = 0.01
 
 
 class Process(Protocol):
@@ -72,7 +72,7 @@ class LaunchedReplica:
             for rank in range(size):
                 inherited = [self._store.fileno()] if self._store and rank == 0 else []
                 self.workers.append(launch(f"{prefix}rank {rank}", inherited))
-            self.places = [self._place(rank, size) for rank in range(size)]
+            self.rank_infos = [self._place(rank, size) for rank in range(size)]
         except BaseException:  # also an interrupt must leave no process behind
             self.close()
             raise
@@ -121,7 +121,7 @@ class EarlyWorkers:
             replica.close()
 
 
-def interpreter(runner_name: str, preload: Sequence[str] = ()) -> LaunchWorker:
+def interpreter_launcher(runner_name: str, preload: Sequence[str] = ()) -> LaunchWorker:
     """Launch by a new Python interpreter, which imports the modules `preload` at once."""
 
     def launch(name: str, inherited_fds: Sequence[int]) -> Launched:
@@ -153,7 +153,7 @@ def interpreter(runner_name: str, preload: Sequence[str] = ()) -> LaunchWorker:
     return launch
 
 
-def fork(serve: Callable[[str, int, int], NoReturn]) -> LaunchWorker:
+def fork_launcher(serve: Callable[[str, int, int], NoReturn]) -> LaunchWorker:
     """Launch by a fork, which has imported what this process has: `serve(name, socket_fd, parent_pid)` runs in it.
 
     For a process with a single Python thread and without an event loop or a GPU context.
@@ -217,7 +217,7 @@ class ForkedProcess:
             if end is not None and time.monotonic() >= end:
                 assert timeout is not None
                 raise subprocess.TimeoutExpired(f"fork {self.pid}", timeout)
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_SECONDS)
         assert self._code is not None
         return self._code
 

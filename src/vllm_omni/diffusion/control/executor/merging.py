@@ -43,7 +43,7 @@ def merge_results(results: Sequence[StepResult]) -> StepResult:
     )
 
 
-def merge_readies(readies: Sequence[WorkerReady]) -> WorkerReady:
+def merge_ready(readies: Sequence[WorkerReady]) -> WorkerReady:
     """What the workers are as one, given from rank 0 on. Of the rates, on which ranks agree, the first one's."""
     return replace(
         readies[0],

@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 
 from vllm_omni.diffusion.compute.worker.main import DEFAULT_RUNNER
-from vllm_omni.diffusion.control.executor.launch import LaunchedReplica, interpreter
-from vllm_omni.diffusion.control.executor.merging import merge_readies, merge_results
+from vllm_omni.diffusion.control.executor.launch import LaunchedReplica, interpreter_launcher
+from vllm_omni.diffusion.control.executor.merging import merge_ready, merge_results
 from vllm_omni.diffusion.control.executor.process import WorkerProcess
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
@@ -20,7 +20,7 @@ SILENCE_SECONDS = 10.0
 """A worker that sends nothing for so long is dead: a live one beats every second."""
 START_SILENCE_SECONDS = 120.0
 """The same before it is ready: importing libraries and reading weights may hold up its interpreter."""
-_LOOKS_PER_SILENCE = 10
+_CHECKS_PER_SILENCE = 10
 
 
 class WorkerGroup:
@@ -40,15 +40,17 @@ class WorkerGroup:
         """Seconds since each rank was heard, as counted by `_watch`."""
         self._tasks: list[asyncio.Task[None]] = []
 
-    def adopt(self, replica: LaunchedReplica, config: OmniDiffusionConfig, firsts: Mapping[int, WorkerReady]) -> None:
+    def adopt(
+        self, replica: LaunchedReplica, config: OmniDiffusionConfig, first_readies: Mapping[int, WorkerReady]
+    ) -> None:
         """Tell all processes to load, which they do at the same time, and watch them from now on.
 
-        firsts: by rank, the answer of its first start; none at the first.
+        first_readies: by rank, the answer of its first start; none at the first.
         """
-        places = replica.places
+        rank_infos = replica.rank_infos
         self.workers = [WorkerProcess(launched) for launched in replica.take()]
-        for worker, place in zip(self.workers, places, strict=True):
-            worker.send(Start(config, place, firsts.get(place.rank)))
+        for worker, rank_info in zip(self.workers, rank_infos, strict=True):
+            worker.send(Start(config, rank_info, first_readies.get(rank_info.rank)))
         size = len(self.workers)
         self._results = [deque() for _ in self.workers]
         self._silences = [0.0] * size
@@ -109,7 +111,7 @@ class WorkerGroup:
         if isinstance(message, Ready):
             self.readies[rank] = message.ready
             if len(self.readies) == len(self.workers):
-                self._outcomes.put_nowait(merge_readies([self.readies[r] for r in range(len(self.workers))]))
+                self._outcomes.put_nowait(merge_ready([self.readies[r] for r in range(len(self.workers))]))
         elif isinstance(message, Done):
             self._results[rank].append(message.result)
             if all(self._results):
@@ -121,7 +123,7 @@ class WorkerGroup:
         Looks are counted, not the clock: when this process was held up itself, the beats of that time are still
         to be read, and it counts as one look.
         """
-        seconds = self._silence_seconds / _LOOKS_PER_SILENCE
+        seconds = self._silence_seconds / _CHECKS_PER_SILENCE
         while True:
             await asyncio.sleep(seconds)
             for rank, worker in enumerate(self.workers):
@@ -159,7 +161,7 @@ class MultiprocExecutor:
         self._silence_seconds = silence_seconds
         self._start_silence_seconds = start_silence_seconds
         self._group: WorkerGroup | None = None
-        self._firsts: Mapping[int, WorkerReady] = {}
+        self._first_readies: Mapping[int, WorkerReady] = {}
         """By rank, the answer of the first start."""
         self._has_started = False
 
@@ -180,15 +182,15 @@ class MultiprocExecutor:
         try:
             replica, self._launched = self._launched, None
             if replica is None:
-                replica = LaunchedReplica(self._config, self._replica_index, interpreter(self._runner_name))
-            group.adopt(replica, self._config, self._firsts)
+                replica = LaunchedReplica(self._config, self._replica_index, interpreter_launcher(self._runner_name))
+            group.adopt(replica, self._config, self._first_readies)
             ready = await group.next_outcome()
         except BaseException:  # also where the start is cancelled
             if self._group is group:  # and not one of a later start, after a close during this one
                 await self._kill_workers()
             raise
         assert isinstance(ready, WorkerReady), "workers get no plan before all of them are ready"
-        self._firsts = self._firsts or group.readies
+        self._first_readies = self._first_readies or group.readies
         return ready
 
     def submit(self, plan: StepPlan) -> None:

@@ -19,7 +19,7 @@ _LAST_WORDS_SECONDS = 1.0
 """How long a process whose channel is closed may take to end, so that its exit code can be told."""
 _KILL_SECONDS = 5.0
 """How long a killed process is waited for: a device driver may hold it."""
-_LOOK_SECONDS = 0.01
+_POLL_SECONDS = 0.01
 
 
 class WorkerProcess:
@@ -90,5 +90,5 @@ class WorkerProcess:
         while self._process.poll() is None:
             if time.monotonic() >= end:
                 return False
-            await asyncio.sleep(_LOOK_SECONDS)
+            await asyncio.sleep(_POLL_SECONDS)
         return True
