@@ -95,7 +95,7 @@ class FakeRunner:
     def __init__(
         self,
         config: OmniDiffusionConfig | None = None,
-        place: RankInfo | None = None,
+        rank_info: RankInfo | None = None,
         ready: WorkerReady | None = None,
         errors: Callable[[str, str, int], ItemError | None] | None = None,
         cached: Callable[[str, int], float] | None = None,
@@ -103,7 +103,7 @@ class FakeRunner:
     ) -> None:
         self._image = image
         self.config = config or make_config()
-        self.place = place or RankInfo()
+        self.rank_info = rank_info or RankInfo()
         self._ready = ready or make_ready()
         self._cached = cached or (lambda request_id, step: 0.0)
         self._errors = errors or (lambda request_id, phase, step: None)
@@ -152,7 +152,7 @@ class FakeRunner:
                     self._run(request_id, phase, plan, result)
         for pictures in (result.images, result.previews):  # of several ranks, one delivers each picture
             for number, request_id in enumerate(sorted(pictures)):
-                if number % self.place.replica_size != self.place.rank:
+                if number % self.rank_info.replica_size != self.rank_info.rank:
                     del pictures[request_id]
         return result
 
@@ -200,12 +200,12 @@ class FakeExecutor:
         self._results: asyncio.Queue[StepResult | WorkerDiedError] = asyncio.Queue()
         self._pending: deque[StepPlan] = deque()
         """Submitted and not begun."""
-        self._num_under_way = 0
+        self._num_in_flight = 0
         self._dead = True
         self.runner: FakeRunner
         self.num_starts = 0
         self.num_plans = 0
-        self.max_under_way = 0
+        self.max_in_flight = 0
         self.aborted: list[str] = []
         self.closed = False
 
@@ -213,17 +213,17 @@ class FakeExecutor:
         self.num_starts += 1
         if error := self._start_errors.get(self.num_starts - 1):
             raise error
-        self.runner, self._dead, self._num_under_way = self._make_runner(), False, 0
+        self.runner, self._dead, self._num_in_flight = self._make_runner(), False, 0
         self._results, self._pending = asyncio.Queue(), deque()
         return self.runner.start()
 
     def submit(self, plan: StepPlan) -> None:
-        assert self._num_under_way < 2, "at most two plans are under way"
-        self._num_under_way += 1
+        assert self._num_in_flight < 2, "at most two plans are in flight"
+        self._num_in_flight += 1
         if self._dead:
             return
         number, self.num_plans = self.num_plans, self.num_plans + 1
-        self.max_under_way = max(self.max_under_way, self._num_under_way)
+        self.max_in_flight = max(self.max_in_flight, self._num_in_flight)
         self._pending.append(plan)
         if number in self._die_at:
             self.die()
@@ -254,7 +254,7 @@ class FakeExecutor:
         if isinstance(result, WorkerDiedError):
             self._results.put_nowait(result)
             raise result
-        self._num_under_way -= 1
+        self._num_in_flight -= 1
         return result
 
     async def close(self) -> None:

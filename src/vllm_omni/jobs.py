@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from vllm_omni.diffusion.control.events import EngineEvent, Failed, Finished, Preview
-from vllm_omni.diffusion.control.owner import Home
+from vllm_omni.diffusion.control.owner import EngineOwner
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.errors import RequestError
 from vllm_omni.outputs import OmniRequestOutput
@@ -100,11 +100,13 @@ class Job:
 class OutputStream:
     """Outputs of one `generate` call, as they arrive; `aclose()` before the end aborts its requests."""
 
-    def __init__(self, job: Job, events: asyncio.Queue[EngineEvent], end: Callable[[Job], None], home: Home) -> None:
+    def __init__(
+        self, job: Job, events: asyncio.Queue[EngineEvent], end: Callable[[Job], None], owner: EngineOwner
+    ) -> None:
         self._job = job
         self._events = events
         self._end = end
-        self._home = home
+        self._owner = owner
         self._finished = False
 
     def __aiter__(self) -> OutputStream:
@@ -113,7 +115,7 @@ class OutputStream:
     async def __anext__(self) -> OmniRequestOutput:
         if self._finished:
             raise StopAsyncIteration
-        self._home.check_loop()
+        self._owner.check_loop()
         if self._job.is_done:
             await self.aclose()
             return self._job.result()
@@ -130,7 +132,7 @@ class OutputStream:
         return self._job.progress(event)
 
     async def aclose(self) -> None:
-        self._home.check_loop()
+        self._owner.check_loop()
         self.stop()
 
     def stop(self) -> None:

@@ -25,9 +25,9 @@ from vllm_omni.diffusion.control.engine import DiffusionEngine
 from vllm_omni.diffusion.control.events import EngineObserver, EngineStatus
 from vllm_omni.diffusion.control.executor import make_executor
 from vllm_omni.diffusion.control.executor.launch import EarlyWorkers
-from vllm_omni.diffusion.control.owner import Home
+from vllm_omni.diffusion.control.owner import EngineOwner
 from vllm_omni.diffusion.control.replicas import Replicas
-from vllm_omni.diffusion.control.request_builder import Intake, check_default_prompt, check_defaults
+from vllm_omni.diffusion.control.request_builder import RequestBuilder, check_default_prompt, check_defaults
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import WorkerReady
 from vllm_omni.errors import InvalidRequestError, RequestError, UnavailableError
@@ -87,7 +87,7 @@ class AsyncOmni:
             logger.warning(remark)
         check_model_files(self.info, self.config)
         self.ready: WorkerReady | None = None
-        self._intake: Intake | None = None
+        self._builder: RequestBuilder | None = None
         self._engine: DiffusionEngine | Replicas
         make = partial(make_executor, self.config, self.info)
         if early_workers is not None:
@@ -97,7 +97,7 @@ class AsyncOmni:
         else:
             self._engine = Replicas(self.config, make, observer)
         self._jobs: dict[str, Job] = {}
-        self._home = Home()
+        self._owner = EngineOwner()
         self._has_warned = False
 
     def _check_settings(self, info: ModelInfo) -> None:
@@ -119,8 +119,8 @@ class AsyncOmni:
         await self.close()
 
     @property
-    def home(self) -> Home:
-        return self._home
+    def owner(self) -> EngineOwner:
+        return self._owner
 
     @property
     def default_sampling_params_list(self) -> list[OmniDiffusionSamplingParams]:
@@ -129,7 +129,7 @@ class AsyncOmni:
 
     async def start(self) -> None:
         """Load the weights, warm up and accept requests. Raises ConfigError or WorkerDiedError with the reason."""
-        self._home.settle(self, self._engine)
+        self._owner.bind(self, self._engine)
         # The first use of the tokenizer takes seconds of imports and loading: spend them now, not in the first request.
         check = asyncio.to_thread(check_default_prompt, self.config, self.info)
         # With `uni`, loading in another thread imports the same libraries, and some break when two threads import them
@@ -141,7 +141,7 @@ class AsyncOmni:
         else:
             ready, _ = await asyncio.gather(self._engine.start(), check)
         self.ready = ready
-        self._intake = Intake(self.config, self.info, ready)
+        self._builder = RequestBuilder(self.config, self.info, ready)
 
     def generate(
         self,
@@ -170,7 +170,7 @@ class AsyncOmni:
         request_id: str | None = None,
     ) -> Job:
         """Check a call and turn it into a job, without running it. Raises InvalidRequestError."""
-        intake = self._started_intake()
+        builder = self._started_builder()
         parsed = parse_prompt(prompt)
         params = OmniDiffusionSamplingParams() if sampling_params is None else sampling_params
         if not isinstance(params, OmniDiffusionSamplingParams):
@@ -178,7 +178,7 @@ class AsyncOmni:
                 f"sampling_params takes OmniDiffusionSamplingParams, got {params!r}", param="sampling_params"
             )
         request_id = request_id or f"omni-{uuid.uuid4().hex}"
-        requests = intake.resolve(parsed, params, request_id)
+        requests = builder.build(parsed, params, request_id)
         guides = len(requests[0].cost.branch_tokens) > 1
         ignored = "" if guides else self.info.guidance.missing_half(parsed.negative_prompt, params)
         return Job(request_id, parsed.prompt, params.output_type, requests, ignored)
@@ -190,25 +190,25 @@ class AsyncOmni:
             logger.warning("there is no guidance, and this has no effect: %s (said once)", job.ignored)
 
     def fit_images(self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams) -> OmniPrompt:
-        """See `Intake.fit_images`."""
-        return self._started_intake().fit_images(prompt, params)
+        """See `RequestBuilder.fit_images`."""
+        return self._started_builder().fit_images(prompt, params)
 
-    def _started_intake(self) -> Intake:
-        self._home.check_process()
-        if not self._home.is_settled:
+    def _started_builder(self) -> RequestBuilder:
+        self._owner.check_process()
+        if not self._owner.is_bound:
             raise UnavailableError("this AsyncOmni has not started: call `await start()`, or use `async with`")
-        if self._intake is None:
+        if self._builder is None:
             raise UnavailableError("the engine has not started", retry_after=1.0)
-        return self._intake
+        return self._builder
 
     def submit(self, job: Job) -> OutputStream:
         """Queue the requests of a job. Raises QueueFullError or UnavailableError."""
-        self._home.check_loop()
+        self._owner.check_loop()
         if job.request_id in self._jobs:
             raise InvalidRequestError(f"request id {job.request_id!r} is in use", param="request_id")
         events = self._engine.add(job.requests)
         self._jobs[job.request_id] = job
-        return OutputStream(job, events, self._end, self._home)
+        return OutputStream(job, events, self._end, self._owner)
 
     def _end(self, job: Job) -> None:
         if self._jobs.pop(job.request_id, None) and not job.is_done:
@@ -216,7 +216,7 @@ class AsyncOmni:
 
     def abort(self, request_id: str) -> None:
         """Stop a request at the next step; its iterator raises RequestAbortedError. Unknown ids are ignored."""
-        self._home.check_loop()
+        self._owner.check_loop()
         if job := self._jobs.get(request_id):
             self._engine.abort(job.pending)
 
@@ -229,15 +229,15 @@ class AsyncOmni:
 
     async def drain(self, timeout: float) -> bool:
         """Refuse new requests and wait for the running ones, at most `timeout` seconds; True when all ended."""
-        self._home.check_loop()
+        self._owner.check_loop()
         return await self._engine.drain(timeout)
 
     async def close(self) -> None:
         """Stop the workers; what still runs fails. Safe to call twice. Does nothing in a forked process."""
-        if self._home.is_settled and not self._home.is_here:
-            self._home.kill()
+        if self._owner.is_bound and not self._owner.is_on_own_loop:
+            self._owner.kill()
         else:
-            self._home.leave()
+            self._owner.release()
             await self._engine.close()
 
 
@@ -334,9 +334,9 @@ class Omni:
         return self._async.default_sampling_params_list
 
     def _call(self, coroutine: Any) -> Any:
-        if self._async.home.is_fork or not self._finalizer.alive:
+        if self._async.owner.is_fork or not self._finalizer.alive:
             coroutine.close()
-            self._async.home.check_process()
+            self._async.owner.check_process()
             raise UnavailableError("this Omni was closed")
         future: Future[Any] = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
@@ -392,7 +392,7 @@ async def _close(omni: AsyncOmni) -> None:
 
 
 def _shut_down(omni: AsyncOmni, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
-    if omni.home.is_fork:  # a fork has neither the thread nor the workers
+    if omni.owner.is_fork:  # a fork has neither the thread nor the workers
         return
 
     async def close_and_stop() -> None:

@@ -23,11 +23,11 @@ from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.plan import ItemError, StepPlan, StepResult
 from vllm_omni.diffusion.messages.worker import (
     Abort,
-    Beat,
     Died,
     Done,
     Execute,
     FromWorker,
+    Heartbeat,
     RankInfo,
     Ready,
     Start,
@@ -135,7 +135,7 @@ def test_pictures_that_requests_share_are_sent_once() -> None:
 
 def test_messages_from_a_worker_round_trip() -> None:
     with blocking_pair() as (ours, theirs):
-        for message in (Beat(), Ready(make_ready()), Died("no", "Traceback"), Done(StepResult(4))):
+        for message in (Heartbeat(), Ready(make_ready()), Died("no", "Traceback"), Done(StepResult(4))):
             theirs.send(message)
             assert_same(ours.receive(), message)
 
@@ -230,12 +230,12 @@ def test_two_threads_may_send_at_once() -> None:
         results = [Done(random_result(random.Random(seed))) for seed in range(50)]
         senders = [
             threading.Thread(target=lambda: [theirs.send(result) for result in results]),
-            threading.Thread(target=lambda: [theirs.send_if_free(Beat()) for _ in range(5000)]),
+            threading.Thread(target=lambda: [theirs.send_if_free(Heartbeat()) for _ in range(5000)]),
         ]
         for sender in senders:
             sender.start()
         for result in results:
-            while isinstance(message := ours.receive(), Beat):
+            while isinstance(message := ours.receive(), Heartbeat):
                 pass
             assert_same(message, result)
         for sender in senders:
@@ -247,20 +247,20 @@ def test_two_threads_may_send_at_once() -> None:
 def test_what_is_sent_if_free_never_waits() -> None:
     with blocking_pair() as (ours, theirs):
         for _ in range(100_000):  # nobody reads
-            theirs.send_if_free(Beat())
-        assert ours.receive() == Beat()
+            theirs.send_if_free(Heartbeat())
+        assert ours.receive() == Heartbeat()
         sending = threading.Thread(target=theirs.send, args=(Done(StepResult(1, advanced=["x" * 3_000_000])),))
         sending.start()
         while not theirs._sending.locked():
             assert sending.is_alive()
-        theirs.send_if_free(Beat())
-        while isinstance(message := ours.receive(), Beat):
+        theirs.send_if_free(Heartbeat())
+        while isinstance(message := ours.receive(), Heartbeat):
             pass
         assert message.result.step_id == 1
         sending.join()
         ours.close()
         with pytest.raises(OSError, match="Broken pipe"):
-            theirs.send_if_free(Beat())
+            theirs.send_if_free(Heartbeat())
 
 
 def test_silence_times_out_and_the_end_is_told() -> None:
@@ -360,8 +360,8 @@ def test_channels_on_descriptors_beyond_those_of_select() -> None:
         assert ours._sock.fileno() > SELECT_LIMIT
         with pytest.raises(TimeoutError):
             ours.receive(timeout=0.001)
-        theirs.send_if_free(Beat())
-        assert ours.receive() == Beat()
+        theirs.send_if_free(Heartbeat())
+        assert ours.receive() == Heartbeat()
 
 
 def test_only_what_is_declared_can_be_said() -> None:

@@ -43,21 +43,21 @@ class Simulation:
 
     def steps(self) -> Iterator[StepPlan]:
         waiting = sorted(self.arrivals, key=lambda arrival: arrival[0])
-        under_way: list[StepPlan] = []
+        in_flight: list[StepPlan] = []
         while True:
             while waiting and waiting[0][0] <= self.now:
                 at, request = waiting.pop(0)
                 self.scheduler.add([request])
                 self.arrived[request.request_id] = at
-            while len(under_way) < self.depth and (plan := self.scheduler.schedule()):
-                under_way.append(plan)
+            while len(in_flight) < self.depth and (plan := self.scheduler.schedule()):
+                in_flight.append(plan)
                 self.plans.append(plan)
-            if not under_way:
+            if not in_flight:
                 if not waiting:
                     return
                 self.now = waiting[0][0]
                 continue
-            plan = under_way.pop(0)
+            plan = in_flight.pop(0)
             result = self.runner.execute(plan)
             seconds = step_seconds(plan, self.requests)
             self.now += seconds

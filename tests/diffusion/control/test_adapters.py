@@ -12,7 +12,7 @@ import pytest
 
 from tests.diffusion.control.test_request_builder import INFO, READY, WHOLE
 from vllm_omni.diffusion.catalog.registry import ModelInfo
-from vllm_omni.diffusion.control.request_builder import Intake, check_defaults
+from vllm_omni.diffusion.control.request_builder import RequestBuilder, check_defaults
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest, LoRA
 from vllm_omni.errors import ConfigError, InvalidRequestError, NotAvailableError
@@ -31,8 +31,8 @@ def file(tmp_path: Path) -> Path:
 
 
 def resolve(info: ModelInfo, modules: dict[str, str], **params: Any) -> DiffusionRequest:
-    intake = Intake(OmniDiffusionConfig("demo", lora_modules=modules), info, READY)
-    (request,) = intake.resolve(OmniPrompt("x"), OmniDiffusionSamplingParams(**params), "r")
+    builder = RequestBuilder(OmniDiffusionConfig("demo", lora_modules=modules), info, READY)
+    (request,) = builder.build(OmniPrompt("x"), OmniDiffusionSamplingParams(**params), "r")
     return request
 
 
@@ -107,9 +107,9 @@ def test_a_server_may_have_an_adapter_for_requests_that_name_none(file: Path) ->
         )
 
     check_defaults(served("style"), TAKES_LORA)
-    intake = Intake(served("style"), TAKES_LORA, READY)
+    builder = RequestBuilder(served("style"), TAKES_LORA, READY)
     for asked, lora in ((None, LoRA("style", str(file), 0.5)), (LoRARequest("ink"), LoRA("ink", str(file), 1.0))):
-        (request,) = intake.resolve(OmniPrompt("x"), OmniDiffusionSamplingParams(lora_request=asked), "r")
+        (request,) = builder.build(OmniPrompt("x"), OmniDiffusionSamplingParams(lora_request=asked), "r")
         assert request.lora == lora
     with pytest.raises(ConfigError, match=r"^--default-sampling-params: there is no LoRA adapter 'x'; served: style"):
         check_defaults(served("x"), TAKES_LORA)

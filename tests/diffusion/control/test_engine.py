@@ -177,7 +177,7 @@ async def test_the_next_plan_is_sent_before_the_result_of_the_last() -> None:
             assert len(executor.runner.plans) == number
             executor.release_results()
         await read_until_done(events)
-    assert executor.max_under_way == 2
+    assert executor.max_in_flight == 2
 
 
 async def test_what_arrives_early_in_a_step_is_in_the_next() -> None:

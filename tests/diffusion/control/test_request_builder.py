@@ -1,4 +1,4 @@
-"""Intake: what is wrong is refused with the field's name; what is right is priced and seeded."""
+"""RequestBuilder: what is wrong is refused with the field's name; what is right is priced and seeded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ import torch
 from PIL import Image
 
 from vllm_omni.diffusion.catalog.registry import Guidance, ModelInfo, Shares, WholePipeline
-from vllm_omni.diffusion.control.request_builder import Intake, check_default_prompt, check_defaults, spread_previews
+from vllm_omni.diffusion.control.request_builder import (
+    RequestBuilder,
+    check_default_prompt,
+    check_defaults,
+    spread_previews,
+)
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import WorkerReady
 from vllm_omni.errors import ConfigError, InvalidRequestError
@@ -57,17 +62,17 @@ WHOLE = replace(
 """A pipeline of diffusers that has few parameters."""
 
 
-def intake(**settings: object) -> Intake:
-    return Intake(OmniDiffusionConfig("demo", max_pixels=512 * 512, **settings), INFO, READY)  # type: ignore[arg-type]
+def builder(**settings: object) -> RequestBuilder:
+    return RequestBuilder(OmniDiffusionConfig("demo", max_pixels=512 * 512, **settings), INFO, READY)  # type: ignore[arg-type]
 
 
 def test_defaults_of_the_model_are_filled_and_overridden_by_the_server() -> None:
-    (request,) = intake().resolve(OmniPrompt("a cat"), OmniDiffusionSamplingParams(seed=7), "r")
+    (request,) = builder().build(OmniPrompt("a cat"), OmniDiffusionSamplingParams(seed=7), "r")
     assert (request.request_id, request.height, request.width, request.num_inference_steps) == ("r-0", 64, 96, 20)
     assert request.seed == 7
     assert not request.has_guidance  # as in diffusers: no negative prompt, no guidance
-    served = intake(default_sampling_params={"num_inference_steps": 5, "negative_prompt": "bad"})
-    (request,) = served.resolve(OmniPrompt("a cat"), OmniDiffusionSamplingParams(), "r")
+    served = builder(default_sampling_params={"num_inference_steps": 5, "negative_prompt": "bad"})
+    (request,) = served.build(OmniPrompt("a cat"), OmniDiffusionSamplingParams(), "r")
     assert request.num_inference_steps == 5
     assert request.negative_prompt == "bad"
     assert request.has_guidance
@@ -80,16 +85,16 @@ def test_without_a_limit_the_model_sets_one(own_side: int, longest: int) -> None
     info = replace(INFO, default_sampling_params=defaults)
     largest = OmniDiffusionSamplingParams(height=longest, width=longest)
     for config in (OmniDiffusionConfig("demo"), OmniDiffusionConfig("demo", default_sampling_params={"height": 32})):
-        unlimited = Intake(config, info, READY)
-        assert unlimited.resolve(OmniPrompt("x"), largest, "r")[0].height == longest
+        unlimited = RequestBuilder(config, info, READY)
+        assert unlimited.build(OmniPrompt("x"), largest, "r")[0].height == longest
         with pytest.raises(InvalidRequestError, match=f"at most {longest**2} are accepted") as caught:
-            unlimited.resolve(OmniPrompt("x"), replace(largest, width=longest + 16), "r")
+            unlimited.build(OmniPrompt("x"), replace(largest, width=longest + 16), "r")
         assert caught.value.param == "width"
 
 
 def test_cost_counts_both_branches() -> None:
     params = OmniDiffusionSamplingParams(height=64, width=64)
-    (request,) = intake().resolve(OmniPrompt("a b c d", "e f"), params, "r")
+    (request,) = builder().build(OmniPrompt("a b c d", "e f"), params, "r")
     # 16 image tokens; 4 and 2 text tokens; n (1 + n / 100) a branch
     assert request.cost.tokens_per_step == 20 + 18
     assert request.cost.step == pytest.approx(20 * 1.2 + 18 * 1.18)
@@ -106,11 +111,11 @@ GUIDED_BY_GUIDANCE_SCALE = replace(
 
 
 def test_a_family_may_count_guidance_from_zero_and_know_a_negative_prompt() -> None:
-    other = Intake(OmniDiffusionConfig("demo"), GUIDED_BY_GUIDANCE_SCALE, READY)
-    (request,) = other.resolve(OmniPrompt("a b", "ignored"), OmniDiffusionSamplingParams(), "r")
+    other = RequestBuilder(OmniDiffusionConfig("demo"), GUIDED_BY_GUIDANCE_SCALE, READY)
+    (request,) = other.build(OmniPrompt("a b", "ignored"), OmniDiffusionSamplingParams(), "r")
     assert not request.has_guidance
     params = OmniDiffusionSamplingParams(guidance_scale=0.5, cfg_normalization=True, cfg_truncation=0.75)
-    (request,) = other.resolve(OmniPrompt("a b"), params, "r")
+    (request,) = other.build(OmniPrompt("a b"), params, "r")
     assert request.has_guidance
     assert (request.true_cfg_scale, request.negative_prompt) == (1.5, "")
     assert (request.cfg_normalization, request.cfg_truncation) == (1.0, 0.75)
@@ -128,14 +133,14 @@ def test_a_family_may_count_guidance_from_zero_and_know_a_negative_prompt() -> N
     ],
 )
 def test_wrong_parameters_of_such_a_family_are_named(params: dict, param: str, words: str) -> None:
-    other = Intake(OmniDiffusionConfig("demo"), GUIDED_BY_GUIDANCE_SCALE, READY)
+    other = RequestBuilder(OmniDiffusionConfig("demo"), GUIDED_BY_GUIDANCE_SCALE, READY)
     with pytest.raises(InvalidRequestError, match=words) as caught:
-        other.resolve(OmniPrompt("x"), OmniDiffusionSamplingParams(**params), "r")
+        other.build(OmniPrompt("x"), OmniDiffusionSamplingParams(**params), "r")
     assert caught.value.param == param
 
 
 def test_outputs_have_consecutive_seeds_and_a_missing_seed_is_drawn_once() -> None:
-    requests = intake().resolve(OmniPrompt("x"), OmniDiffusionSamplingParams(num_outputs_per_prompt=3), "r")
+    requests = builder().build(OmniPrompt("x"), OmniDiffusionSamplingParams(num_outputs_per_prompt=3), "r")
     assert [r.request_id for r in requests] == ["r-0", "r-1", "r-2"]
     first = requests[0].seed
     assert [r.seed for r in requests] == [first, first + 1, first + 2]
@@ -184,7 +189,7 @@ def test_outputs_have_consecutive_seeds_and_a_missing_seed_is_drawn_once() -> No
 )
 def test_wrong_parameters_are_named(params: dict, param: str, words: str) -> None:
     with pytest.raises(InvalidRequestError, match=words) as caught:
-        intake().resolve(OmniPrompt("x"), OmniDiffusionSamplingParams(**params), "r")
+        builder().build(OmniPrompt("x"), OmniDiffusionSamplingParams(**params), "r")
     assert caught.value.param == param
     assert caught.value.status == 400
 
@@ -200,12 +205,12 @@ def test_wrong_parameters_are_named(params: dict, param: str, words: str) -> Non
 )
 def test_wrong_prompts_are_named(prompt: OmniPrompt, param: str, words: str) -> None:
     with pytest.raises(InvalidRequestError, match=words) as caught:
-        intake().resolve(prompt, OmniDiffusionSamplingParams(), "r")
+        builder().build(prompt, OmniDiffusionSamplingParams(), "r")
     assert caught.value.param == param
 
 
 def test_custom_sigmas_set_the_number_of_steps() -> None:
-    (request,) = intake().resolve(OmniPrompt("x"), OmniDiffusionSamplingParams(sigmas=(1.0, 0.7, 0.2)), "r")
+    (request,) = builder().build(OmniPrompt("x"), OmniDiffusionSamplingParams(sigmas=(1.0, 0.7, 0.2)), "r")
     assert request.num_inference_steps == 3
 
 
@@ -306,10 +311,10 @@ def test_limits_that_fail_every_default_request_are_blamed(settings: dict[str, o
 @pytest.mark.parametrize(("strength", "share"), [(None, 1.0), (1.0, 1.0), (0.25, 0.25)])
 def test_steps_that_strength_leaves_out_cost_nothing(strength: float | None, share: float) -> None:
     info = replace(WHOLE, whole=replace(WHOLE.whole, parameters=(*WHOLE.whole.parameters, "strength")))  # type: ignore[union-attr, type-var]
-    price = Intake(OmniDiffusionConfig("demo"), info, READY)
+    price = RequestBuilder(OmniDiffusionConfig("demo"), info, READY)
     params = OmniDiffusionSamplingParams(strength=strength)
-    (request,) = price.resolve(OmniPrompt("x"), params, "r")
-    (whole,) = Intake(OmniDiffusionConfig("demo"), WHOLE, READY).resolve(
+    (request,) = price.build(OmniPrompt("x"), params, "r")
+    (whole,) = RequestBuilder(OmniDiffusionConfig("demo"), WHOLE, READY).build(
         OmniPrompt("x"), OmniDiffusionSamplingParams(), "r"
     )
     assert request.cost.step == pytest.approx(share * whole.cost.step)
@@ -322,9 +327,9 @@ def test_steps_that_strength_leaves_out_cost_nothing(strength: float | None, sha
 def test_pictures_share_the_price_of_a_prompt_that_each_replica_encodes(
     num_replicas: int, num_outputs: int, share: float
 ) -> None:
-    served = intake(parallel=DiffusionParallelConfig(data_parallel_size=num_replicas))
+    served = builder(parallel=DiffusionParallelConfig(data_parallel_size=num_replicas))
     params = OmniDiffusionSamplingParams(num_outputs_per_prompt=num_outputs)
-    requests = served.resolve(OmniPrompt("w w"), params, "r")
+    requests = served.build(OmniPrompt("w w"), params, "r")
     assert [request.cost.encode for request in requests] == [pytest.approx(share * 2 * 0.5)] * num_outputs
 
 
@@ -332,20 +337,20 @@ def test_pictures_share_the_price_of_a_prompt_that_each_replica_encodes(
 def test_seeds_leave_room_for_those_of_all_pictures(num_outputs: int) -> None:
     highest = 2**63 - 1 - num_outputs
     params = OmniDiffusionSamplingParams(seed=highest, num_outputs_per_prompt=num_outputs)
-    assert [r.seed for r in intake().resolve(OmniPrompt("x"), params, "r")] == [highest + i for i in range(num_outputs)]
+    assert [r.seed for r in builder().build(OmniPrompt("x"), params, "r")] == [highest + i for i in range(num_outputs)]
     with pytest.raises(InvalidRequestError, match=f"seed takes an integer from 0 to {highest}, got {highest + 1}"):
-        intake().resolve(OmniPrompt("x"), replace(params, seed=highest + 1), "r")
+        builder().build(OmniPrompt("x"), replace(params, seed=highest + 1), "r")
 
 
 @pytest.mark.parametrize(("limit", "most"), [(None, 64), (64, 64), (9, 9), (1, 1)])
 def test_prompts_may_be_as_long_as_the_limit(limit: int | None, most: int) -> None:
     params = OmniDiffusionSamplingParams(max_sequence_length=limit)
-    (request,) = intake().resolve(OmniPrompt("w " * most, "w " * most), params, "r")
+    (request,) = builder().build(OmniPrompt("w " * most, "w " * most), params, "r")
     assert request.num_prompt_tokens == most
     for prompt in (OmniPrompt("w " * (most + 1), "w"), OmniPrompt("w", "w " * (most + 1))):
         with pytest.raises(InvalidRequestError, match=rf"{most + 1} tokens, at most {most} "):
-            intake().resolve(prompt, params, "r")
-    intake().resolve(OmniPrompt("x" * 32_000), OmniDiffusionSamplingParams(), "r")
+            builder().build(prompt, params, "r")
+    builder().build(OmniPrompt("x" * 32_000), OmniDiffusionSamplingParams(), "r")
 
 
 def test_what_set_a_wrong_default_is_blamed_for_it(tmp_path: Path) -> None:
@@ -382,14 +387,14 @@ def test_numbers_of_other_libraries_become_plain_ones() -> None:
         num_outputs_per_prompt=np.int64(2),
         num_previews=np.int64(1),
     )
-    served = intake(default_sampling_params={"max_sequence_length": np.int64(8)})
-    requests = served.resolve(OmniPrompt(np.str_("x"), np.str_("y")), params, "r")
+    served = builder(default_sampling_params={"max_sequence_length": np.int64(8)})
+    requests = served.build(OmniPrompt(np.str_("x"), np.str_("y")), params, "r")
     plain = replace(params, height=64, width=96, num_inference_steps=3, true_cfg_scale=4.0, seed=7, priority=-1)
     plain = replace(plain, num_outputs_per_prompt=2, num_previews=1, sigmas=(1.0, 0.6, 0.2), max_sequence_length=8)
-    same = intake().resolve(OmniPrompt("x", "y"), plain, "r")
+    same = builder().build(OmniPrompt("x", "y"), plain, "r")
     assert [replace(r, arrival=0) for r in requests] == [replace(r, arrival=0) for r in same]
     msgspec.msgpack.encode(requests)
-    (request,) = intake().resolve(OmniPrompt("x"), OmniDiffusionSamplingParams(sigmas=np.linspace(1, 0.5, 2)), "r")
+    (request,) = builder().build(OmniPrompt("x"), OmniDiffusionSamplingParams(sigmas=np.linspace(1, 0.5, 2)), "r")
     assert request.sigmas == (1.0, 0.5)
 
 
@@ -402,7 +407,7 @@ def test_numbers_in_tensors_become_plain_ones() -> None:
         sigmas=torch.linspace(1, 0.5, 3),  # type: ignore[arg-type]
         cache=np.array(False),
     )
-    (request,) = intake().resolve(OmniPrompt("x", "y"), params, "r")
+    (request,) = builder().build(OmniPrompt("x", "y"), params, "r")
     assert (request.height, request.width, request.true_cfg_scale, request.seed) == (64, 96, 4.0, 7)
     assert (request.sigmas, request.num_inference_steps) == ((1.0, 0.75, 0.5), 3)
     msgspec.msgpack.encode(request)
@@ -431,7 +436,7 @@ NO_NUMBERS += [torch.empty((), device="meta"), iter([1.0])]
 @pytest.mark.parametrize("value", NO_NUMBERS)
 def test_what_is_no_number_is_refused(name: str, value: object) -> None:
     with pytest.raises(InvalidRequestError, match=f"^{name} takes a") as caught:
-        intake().resolve(OmniPrompt("x"), OmniDiffusionSamplingParams(**{name: value}), "r")
+        builder().build(OmniPrompt("x"), OmniDiffusionSamplingParams(**{name: value}), "r")
     assert caught.value.param == name
 
 
@@ -439,7 +444,7 @@ def test_what_is_no_number_is_refused(name: str, value: object) -> None:
 def test_prompts_are_text(text: object) -> None:
     for name, prompt in (("prompt", OmniPrompt(text)), ("negative_prompt", OmniPrompt("x", text))):
         with pytest.raises(InvalidRequestError, match=f"^{name} ") as caught:
-            intake().resolve(prompt, OmniDiffusionSamplingParams(), "r")
+            builder().build(prompt, OmniDiffusionSamplingParams(), "r")
         assert caught.value.param == name
 
 
@@ -461,16 +466,18 @@ def test_a_default_that_no_request_would_take_is_refused() -> None:
 )
 def test_what_a_whole_pipeline_does_not_take_is_named(prompt: OmniPrompt, params: dict, param: str) -> None:
     with pytest.raises(InvalidRequestError, match=param) as caught:
-        Intake(OmniDiffusionConfig("demo"), WHOLE, READY).resolve(prompt, OmniDiffusionSamplingParams(**params), "r")
+        RequestBuilder(OmniDiffusionConfig("demo"), WHOLE, READY).build(
+            prompt, OmniDiffusionSamplingParams(**params), "r"
+        )
     assert caught.value.param == param
     assert "it takes height, width, num_inference_steps, guidance_scale" in str(caught.value) or param == "num_previews"
 
 
 def test_guidance_without_a_negative_prompt_is_priced() -> None:
-    whole = Intake(OmniDiffusionConfig("demo"), WHOLE, READY)
-    (guided,) = whole.resolve(OmniPrompt("a cat"), OmniDiffusionSamplingParams(), "r")
-    (plain,) = whole.resolve(OmniPrompt("a cat"), OmniDiffusionSamplingParams(guidance_scale=1.0), "r")
-    (one_of_two, _) = whole.resolve(
+    whole = RequestBuilder(OmniDiffusionConfig("demo"), WHOLE, READY)
+    (guided,) = whole.build(OmniPrompt("a cat"), OmniDiffusionSamplingParams(), "r")
+    (plain,) = whole.build(OmniPrompt("a cat"), OmniDiffusionSamplingParams(guidance_scale=1.0), "r")
+    (one_of_two, _) = whole.build(
         OmniPrompt("a cat"), OmniDiffusionSamplingParams(guidance_scale=1.0, num_outputs_per_prompt=2), "r"
     )
     assert one_of_two.cost == plain.cost  # diffusers encodes for each
@@ -495,14 +502,14 @@ def test_a_default_negative_prompt_that_the_model_does_not_take_ends_the_start()
     ],
 )
 def test_a_request_may_opt_out_of_the_cache(backend: str, cache: bool | None, cached: bool) -> None:
-    requests = intake(cache_backend=backend).resolve(OmniPrompt("x"), OmniDiffusionSamplingParams(cache=cache), "r")
+    requests = builder(cache_backend=backend).build(OmniPrompt("x"), OmniDiffusionSamplingParams(cache=cache), "r")
     assert [request.cache for request in requests] == [cached]
 
 
 def test_a_server_may_leave_its_cache_to_those_that_ask_for_it() -> None:
     defaults = {"cache_backend": "tea_cache", "default_sampling_params": {"cache": False}}
     for asked, cached in ((None, False), (True, True)):
-        (request,) = intake(**defaults).resolve(OmniPrompt("x"), OmniDiffusionSamplingParams(cache=asked), "r")
+        (request,) = builder(**defaults).build(OmniPrompt("x"), OmniDiffusionSamplingParams(cache=asked), "r")
         assert request.cache is cached
 
 
@@ -522,9 +529,9 @@ class Halving:
         return height, width
 
 
-def editing(**settings: object) -> Intake:
+def editing(**settings: object) -> RequestBuilder:
     config = OmniDiffusionConfig("demo", max_pixels=512 * 512, **settings)  # type: ignore[arg-type]
-    return Intake(config, replace(INFO, image_input=Halving()), READY)
+    return RequestBuilder(config, replace(INFO, image_input=Halving()), READY)
 
 
 def black(width: int, height: int) -> Image.Image:
@@ -534,7 +541,7 @@ def black(width: int, height: int) -> Image.Image:
 def test_an_edit_is_as_large_as_its_last_picture_and_priced_with_all_of_them() -> None:
     params = OmniDiffusionSamplingParams(true_cfg_scale=2.0, num_outputs_per_prompt=2)
     prompt = OmniPrompt("two words", "bad", images=(black(64, 32), black(48, 80)))
-    first, second = editing().resolve(prompt, params, "r")
+    first, second = editing().build(prompt, params, "r")
     assert (first.height, first.width) == (80, 48)
     assert [image.condition.shape for image in first.images] == [(16, 32, 3), (40, 24, 3)]
     assert first.images is second.images
@@ -549,10 +556,10 @@ def test_an_edit_is_as_large_as_its_last_picture_and_priced_with_all_of_them() -
 
 def test_the_size_of_an_edit_may_be_given() -> None:
     prompt = OmniPrompt("x", images=(black(64, 32),))
-    (request,) = editing().resolve(prompt, OmniDiffusionSamplingParams(height=96), "r")
+    (request,) = editing().build(prompt, OmniDiffusionSamplingParams(height=96), "r")
     assert (request.height, request.width) == (96, 64)
     by_server = editing(default_sampling_params={"width": 128})
-    (request,) = by_server.resolve(prompt, OmniDiffusionSamplingParams(), "r")
+    (request,) = by_server.build(prompt, OmniDiffusionSamplingParams(), "r")
     assert (request.height, request.width) == (32, 128)
 
 
@@ -572,36 +579,36 @@ def test_a_size_that_nobody_asked_for_obeys_the_limit(
 ) -> None:
     """Sizes are (width, height). Nobody is told that a size is wrong that he did not send."""
     prompt = OmniPrompt("x", images=(black(*picture),))
-    (request,) = editing(default_sampling_params=served).resolve(prompt, OmniDiffusionSamplingParams(**asked), "r")
+    (request,) = editing(default_sampling_params=served).build(prompt, OmniDiffusionSamplingParams(**asked), "r")
     assert (request.width, request.height) == size
 
 
 def test_a_picture_is_blamed_for_proportions_that_the_limit_leaves_no_room_for() -> None:
     prompt = OmniPrompt("x", images=(black(32000, 16),))
     with pytest.raises(InvalidRequestError, match=r"proportions, as 32000x16 has them.*\(--max-pixels\)") as caught:
-        editing().resolve(prompt, OmniDiffusionSamplingParams(), "r")
+        editing().build(prompt, OmniDiffusionSamplingParams(), "r")
     assert caught.value.param == "image"
-    (request,) = editing().resolve(prompt, OmniDiffusionSamplingParams(height=64, width=64), "r")
+    (request,) = editing().build(prompt, OmniDiffusionSamplingParams(height=64, width=64), "r")
     assert (request.height, request.width) == (64, 64)
     with pytest.raises(InvalidRequestError, match="--max-pixels") as caught:
-        editing().resolve(prompt, OmniDiffusionSamplingParams(height=2**20), "r")
+        editing().build(prompt, OmniDiffusionSamplingParams(height=2**20), "r")
     assert caught.value.param == "height"
 
 
 def test_pictures_that_are_prepared_stay_as_they_are() -> None:
     image = prepare_image(black(32, 32), Halving().sizes)
-    (request,) = editing().resolve(OmniPrompt("x", images=(image,)), OmniDiffusionSamplingParams(), "r")
+    (request,) = editing().build(OmniPrompt("x", images=(image,)), OmniDiffusionSamplingParams(), "r")
     assert request.images[0] is image
 
 
 def test_pictures_may_be_fitted_before() -> None:
     """One side asked for, the other one the picture's: nothing is left to do, and the same request comes of it."""
     whole = replace(WHOLE, image_input=Halving(), whole=replace(WHOLE.whole, follows_input=True))  # type: ignore[type-var]
-    follower = Intake(OmniDiffusionConfig("demo"), whole, READY)
+    follower = RequestBuilder(OmniDiffusionConfig("demo"), whole, READY)
     prompt, params = OmniPrompt("x", images=(black(64, 32),)), OmniDiffusionSamplingParams(height=96, seed=1)
     fitted = follower.fit_images(prompt, params)
     assert [image.reference.shape for image in fitted.images] == [(96, 64, 3)]
-    (request,), (expected,) = (follower.resolve(given, params, "r") for given in (fitted, prompt))
+    (request,), (expected,) = (follower.build(given, params, "r") for given in (fitted, prompt))
     assert request.images[0] is fitted.images[0]
     assert replace(request, arrival=0.0) == replace(expected, arrival=0.0)
     with pytest.raises(InvalidRequestError, match="--max-pixels"):
@@ -619,5 +626,5 @@ def test_pictures_may_be_fitted_before() -> None:
 )
 def test_pictures_that_are_not_taken(images: tuple, words: str) -> None:
     with pytest.raises(InvalidRequestError, match=words) as caught:
-        editing().resolve(OmniPrompt("x", images=images), OmniDiffusionSamplingParams(), "r")
+        editing().build(OmniPrompt("x", images=images), OmniDiffusionSamplingParams(), "r")
     assert caught.value.param == "image"

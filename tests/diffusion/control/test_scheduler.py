@@ -50,7 +50,7 @@ def test_random_workloads_finish_within_budget(policy: str, depth: int) -> None:
         assert sorted(id for plan in simulation.plans for id in plan.encode) == sorted(requests)
         assert sorted(id for plan in simulation.plans for id in plan.release) == sorted(requests)
         assert simulation.runner.num_states == 0
-        assert scheduler.num_running == scheduler.num_waiting == scheduler.num_under_way == 0
+        assert scheduler.num_running == scheduler.num_waiting == scheduler.num_in_flight == 0
         assert scheduler.queue_seconds == 0
 
 
@@ -286,7 +286,7 @@ def test_abort_frees_the_place_at_the_next_plan() -> None:
         aborted: set[str] = set()
         plans: list[StepPlan] = []
         while True:
-            while scheduler.num_under_way < 2 and (plan := scheduler.schedule()):
+            while scheduler.num_in_flight < 2 and (plan := scheduler.schedule()):
                 assert not aborted & set(items_of(plan))
                 assert plan.release or len(items_of(plan)) >= min(2, len(alive) > 0)
                 plans.append(plan)
@@ -330,7 +330,7 @@ def test_one_failure_leaves_the_others_alone() -> None:
     finished: list[str] = []
     plans: list[StepPlan] = []
     while True:
-        while scheduler.num_under_way < 2 and (plan := scheduler.schedule()):
+        while scheduler.num_in_flight < 2 and (plan := scheduler.schedule()):
             plans.append(plan)
         if not plans:
             break

@@ -51,8 +51,8 @@ def test_a_photo_is_edited_within_the_models_own_area(
     edits = EditInput(Path("nowhere"), len, 1024 * 1024, is_plus=False)
     height, width = edits.output_size([prepare_image(Image.new("RGB", photo), edits.sizes)])
     assert (width, height) == own
-    assert SizeLimits(16, own[0] * own[1], 1184).shrunk(height, width) == (height, width)
-    assert MEGAPIXEL.shrunk(height, width) == (size[1], size[0])
+    assert SizeLimits(16, own[0] * own[1], 1184).fit(height, width) == (height, width)
+    assert MEGAPIXEL.fit(height, width) == (size[1], size[0])
 
 
 @pytest.mark.parametrize("limits", [LIMITS, SHORT])
@@ -61,9 +61,9 @@ def test_what_is_shrunk_is_valid_in_proportion_and_as_large_as_can_be(limits: Si
         ratio = max(rows, columns) / min(rows, columns)
         if limits is SHORT and ratio > 48:
             with pytest.raises(InvalidRequestError, match="and 768 a side"):
-                limits.shrunk(rows * 16, columns * 16)
+                limits.fit(rows * 16, columns * 16)
             continue
-        height, width = limits.shrunk(rows * 16, columns * 16)
+        height, width = limits.fit(rows * 16, columns * 16)
         limits.check(height, width)
         if height * width < rows * columns * 256:
             short, long = sorted((height, width))
@@ -77,19 +77,19 @@ def test_a_side_may_have_a_bound() -> None:
     with pytest.raises(InvalidRequestError, match=r"784x64: sides may have up to 768 pixels .* is 768x64$") as caught:
         SHORT.check(64, 784)
     assert caught.value.param == "width"
-    assert SHORT.beside(16, 1024) == 768
+    assert SHORT.fit_side(16, 1024) == 768
 
 
 def test_proportions_without_a_size_are_the_pictures_fault() -> None:
-    assert LIMITS.shrunk(16, 512 * 512 // 16) == (16, 512 * 512 // 16)
+    assert LIMITS.fit(16, 512 * 512 // 16) == (16, 512 * 512 // 16)
     with pytest.raises(InvalidRequestError, match="as 16400x16 has them") as caught:
-        LIMITS.shrunk(16, 16400)
+        LIMITS.fit(16, 16400)
     assert caught.value.param == "image"
 
 
 def test_a_side_beside_one_that_is_asked_for() -> None:
-    assert LIMITS.beside(1024, 512) == 256
-    assert LIMITS.beside(1000, 512) == 256
-    assert LIMITS.beside(64, 512) == 512
-    assert LIMITS.beside(10**400, 512) == LIMITS.beside(512 * 512, 512) == 16
-    assert LIMITS.beside(-1, 512) == 512
+    assert LIMITS.fit_side(1024, 512) == 256
+    assert LIMITS.fit_side(1000, 512) == 256
+    assert LIMITS.fit_side(64, 512) == 512
+    assert LIMITS.fit_side(10**400, 512) == LIMITS.fit_side(512 * 512, 512) == 16
+    assert LIMITS.fit_side(-1, 512) == 512

@@ -27,7 +27,7 @@ from testbed.tiny_models import photo
 from tests.entrypoints.openai.routes.test_image_edits import EDITS, data_url, file_of, pixels
 from tests.entrypoints.openai.routes.test_probes_and_metrics import read_metrics
 from vllm_omni.diffusion.catalog.registry import WholePipeline
-from vllm_omni.diffusion.control import request_builder as intake
+from vllm_omni.diffusion.control import request_builder
 from vllm_omni.inputs.images import InputImage, resize_image
 
 # diffusers' own schedules of Stable Diffusion XL.
@@ -140,7 +140,7 @@ def test_large_pictures_are_resized_in_a_thread_for_pictures(monkeypatch: pytest
         threads.append((threading.current_thread().name.partition("_")[0], same is image))
         return same
 
-    monkeypatch.setattr(intake, "resize_image", watched)
+    monkeypatch.setattr(request_builder, "resize_image", watched)
     info = replace(FAKE_EDIT_INFO, whole=WholePipeline("Any", ("height", "width"), "callback", 1, follows_input=True))
     large = file_of(Image.new("RGB", (1000, 800)))
     with live_server(info=info) as server, ThreadPoolExecutor(1) as pool:

@@ -1,7 +1,7 @@
-"""Check that packages compiled against PyTorch match the PyTorch that is installed, without importing any of them.
+"""Check, without importing them, that packages compiled against PyTorch match the installed PyTorch.
 
-transformers imports torchvision and torchaudio wherever they are installed. One that cannot be loaded ends the start
-late, with errors that do not name the cause (`operator torchvision::nms does not exist`).
+transformers imports torchvision and torchaudio wherever they are installed. If one of them cannot be loaded, the start
+fails late, with an error that does not name the cause (`operator torchvision::nms does not exist`).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from vllm_omni.errors import ConfigError
 
 NAMES = ("torchvision", "torchaudio")
 _TORCH_LIBRARY = re.compile(rb"\0(lib(?:torch|c10)\w*\.so)(?=\0)")
-"""A library of PyTorch's in the table of names that an ELF file has."""
+"""Name of a PyTorch library in the string table of an ELF file."""
 
 
 @dataclass(frozen=True)
 class Package:
-    """An installed package. `build`: its version with the label of its build, such as 0.28.0+cu130."""
+    """An installed package. `build`: version with build label, such as 0.28.0+cu130."""
 
     name: str
     build: str
@@ -39,17 +39,17 @@ class Package:
 
     @property
     def cuda(self) -> str | None:
-        """Major version of CUDA, by the build's label; None without one."""
+        """Major version of CUDA in the build label; None without a label."""
         label = re.search(r"\bcu(\d+)\d\b", self.build)
         return label[1] if label else None
 
 
 def check_compiled_packages() -> None:
-    """Raise ConfigError, which says what to do, when torchvision or torchaudio does not match this PyTorch."""
+    """Raise ConfigError, which names a remedy, when torchvision or torchaudio does not match this PyTorch."""
     torch = _find("torch")
     if torch is None:
         return
-    # A package that was imported already has been loaded.
+    # Packages that are imported already have loaded without error.
     others = [package for name in NAMES if name not in sys.modules and (package := _find(name))]
     faults = [(package, fault) for package in others if (fault := find_fault(package, torch))]
     if faults:
@@ -63,7 +63,7 @@ def check_compiled_packages() -> None:
 
 
 def find_fault(package: Package, torch: Package) -> str | None:
-    """Why `package` does not match `torch`, as far as their files tell; None without a known reason."""
+    """Reason why `package` does not match `torch`, read from their files; None when none is found."""
     if missing := _missing_libraries(package, torch):
         return f"it needs {', '.join(sorted(missing))}"
     for requirement in map(Requirement, package.requires):
@@ -86,17 +86,17 @@ def _find(name: str) -> Package | None:
     if spec is None or not spec.submodule_search_locations:
         return None
     folder = Path(spec.submodule_search_locations[0])
-    # Only this file has the build's label where the package index takes no labels.
+    # Some package indexes accept no build labels; then only this file has the label.
     written = folder / "version.py"
     label = re.search(r"^__version__ = '([^']+)'", written.read_text() if written.is_file() else "", re.MULTILINE)
     return Package(name, label[1] if label else installed.version, folder, installed.requires or ())
 
 
 def _missing_libraries(package: Package, torch: Package) -> set[str]:
-    """Libraries of PyTorch's that the package was linked with and `torch` lacks, as a CPU build lacks CUDA's."""
+    """PyTorch libraries that the package is linked with and `torch` lacks: CUDA's in a CPU build, for example."""
     present = {path.name for path in (torch.folder / "lib").glob("*.so")}
     if "libtorch_cpu.so" not in present:
-        return set()  # not PyTorch's own packaging, whose libraries may lie anywhere
+        return set()  # repackaged PyTorch: its libraries may be anywhere
     own = list(package.folder.rglob("*.so"))
     needed = {name.decode() for path in own for name in _TORCH_LIBRARY.findall(path.read_bytes())}
     return needed - present - {path.name for path in own}
@@ -104,6 +104,6 @@ def _missing_libraries(package: Package, torch: Package) -> set[str]:
 
 def _allows(specifier: Specifier, torch: Version) -> bool:
     if specifier.operator == "==":
-        # Compiled code fits every patch release of the minor release that it was compiled against.
+        # Compiled code works with all patch releases of its minor release.
         return Version(specifier.version.removesuffix(".*")).release[:2] == torch.release[:2]
     return specifier.contains(torch.base_version, prereleases=True)

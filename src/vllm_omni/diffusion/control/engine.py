@@ -26,10 +26,10 @@ from vllm_omni.diffusion.control.events import (
     NullObserver,
     Preview,
     StepDone,
-    telling_of_rejects,
+    reporting_rejects,
 )
 from vllm_omni.diffusion.control.executor.base import Executor
-from vllm_omni.diffusion.control.scheduler import MAX_PLANS_UNDER_WAY, Scheduler, Update
+from vllm_omni.diffusion.control.scheduler import MAX_PLANS_IN_FLIGHT, Scheduler, Update
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import ItemError, StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.messages.request import DiffusionRequest, check_sendable
@@ -177,7 +177,7 @@ class DiffusionEngine:
         Each request's last event is Finished or Failed. Raises QueueFullError and UnavailableError, both with
         `retry_after` in seconds, and InvalidRequestError for an id that is in use and what no worker can be sent.
         """
-        with telling_of_rejects(self._observer):
+        with reporting_rejects(self._observer):
             self.check_open()
             check_sendable(requests)
             self._live_scheduler.add(requests)
@@ -300,7 +300,7 @@ class DiffusionEngine:
         """The device is idle, or about to be."""
         if not self._submitted:
             return True
-        return len(self._submitted) < MAX_PLANS_UNDER_WAY and time.monotonic() >= self._send_at
+        return len(self._submitted) < MAX_PLANS_IN_FLIGHT and time.monotonic() >= self._send_at
 
     async def _wait(self, result: asyncio.Future[StepResult]) -> None:
         """For a result, a call of `add` or `abort`, the time to send the next plan, or a step that is overdue."""
@@ -340,7 +340,7 @@ class DiffusionEngine:
         self._observer.on_step(plan, result, seconds)
         self._count_stages(plan, result)
         for request_id, step in update.steps.items():
-            self._tell_step(request_id, step, result.previews.get(request_id))
+            self._publish_step(request_id, step, result.previews.get(request_id))
         for request_id in update.finished:
             self._end(request_id, result.images[request_id])
         self._apply(update)
@@ -413,7 +413,7 @@ class DiffusionEngine:
                 tracked.num_steps += result.num_made(request_id)
                 tracked.cached_steps += result.cached.get(request_id, 0.0)
 
-    def _tell_step(self, request_id: str, step: int, preview: np.ndarray | None) -> None:
+    def _publish_step(self, request_id: str, step: int, preview: np.ndarray | None) -> None:
         tracked = self._tracked[request_id]
         if step > tracked.last_step:
             tracked.last_step = step

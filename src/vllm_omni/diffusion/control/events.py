@@ -121,7 +121,7 @@ class Observers:
 
 
 @contextmanager
-def telling_of_rejects(observer: EngineObserver) -> Iterator[None]:
+def reporting_rejects(observer: EngineObserver) -> Iterator[None]:
     """Tell `observer` of a refusal for want of room or of workers; the error goes on."""
     try:
         yield

@@ -1,4 +1,4 @@
-"""The process and the event loop on which an engine was started, and the refusal of calls from anywhere else."""
+"""Process and event loop that an engine is bound to; calls from elsewhere are refused."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from vllm_omni.errors import UnavailableError
 
 class Killable(Protocol):
     def kill(self) -> None:
-        """End at once. Called on the loop, or when the loop does not run."""
+        """End the engine at once. Called on its loop, or while the loop does not run."""
 
 
-class Home:
-    """The place that an engine is bound to: its tasks run on one loop, its threads and sockets are one process's."""
+class EngineOwner:
+    """Process and event loop of an engine: its tasks run on one loop, its threads and sockets belong to one process."""
 
     def __init__(self) -> None:
         self._pid: int | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._finalizer: weakref.finalize[..., Any] | None = None
 
-    def settle(self, owner: object, engine: Killable) -> None:
-        """Bind to this process and the running loop. The engine is killed when its owner is dropped.
+    def bind(self, owner: object, engine: Killable) -> None:
+        """Bind the engine to this process and the running loop; it is killed when `owner` is garbage collected.
 
-        Raises UnavailableError the second time.
+        Raises UnavailableError at a second call.
         """
         if self._loop is not None:
             raise UnavailableError("this AsyncOmni was started before: make another one")
@@ -35,7 +35,7 @@ class Home:
         self._finalizer = weakref.finalize(owner, _kill, engine, self._loop, self._pid)
 
     @property
-    def is_settled(self) -> bool:
+    def is_bound(self) -> bool:
         return self._loop is not None
 
     @property
@@ -44,12 +44,12 @@ class Home:
         return self._pid is not None and self._pid != os.getpid()
 
     @property
-    def is_here(self) -> bool:
-        """Whether the engine's own loop runs the caller."""
+    def is_on_own_loop(self) -> bool:
+        """Whether the caller runs on the engine's own loop."""
         return self._loop is not None and not self.is_fork and self._loop is _running_loop()
 
     def check_process(self) -> None:
-        """Raise UnavailableError in a fork, where nothing runs the engine: a call would wait for ever."""
+        """Raise UnavailableError in a fork, where nothing runs the engine and a call would wait for ever."""
         if self.is_fork:
             raise UnavailableError(
                 f"an Omni or AsyncOmni works in the process that started it ({self._pid}), not in its forks "
@@ -57,9 +57,9 @@ class Home:
             )
 
     def check_loop(self) -> None:
-        """Raise UnavailableError unless the engine's own loop runs the caller, or the engine has not started."""
+        """Raise UnavailableError when the engine has started and the caller does not run on its loop."""
         self.check_process()
-        if self.is_settled and not self.is_here:
+        if self.is_bound and not self.is_on_own_loop:
             place = "outside any loop" if _running_loop() is None else "on another loop"
             raise UnavailableError(
                 f"an AsyncOmni works on the event loop that ran its start(), and was called {place}: "
@@ -67,21 +67,21 @@ class Home:
             )
 
     def kill(self) -> None:
-        """Kill the engine from wherever this is called; in a fork, nothing happens."""
+        """Kill the engine, from any thread. In a fork nothing happens."""
         if self._finalizer is not None:
             self._finalizer()
 
-    def leave(self) -> None:
-        """Leave the end of the engine to the caller: dropping the owner does nothing from now on."""
+    def release(self) -> None:
+        """Stop watching the owner: the caller ends the engine itself."""
         if self._finalizer is not None:
             self._finalizer.detach()
 
 
 def _kill(engine: Killable, loop: asyncio.AbstractEventLoop, pid: int) -> None:
-    if os.getpid() != pid:  # a fork, to which neither the loop nor the workers belong
+    if os.getpid() != pid:  # a fork owns neither the loop nor the workers
         return
-    if loop.is_running():  # be it on another thread
-        with contextlib.suppress(RuntimeError):  # closed since
+    if loop.is_running():  # possibly on another thread
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
             loop.call_soon_threadsafe(engine.kill)
             return
     engine.kill()

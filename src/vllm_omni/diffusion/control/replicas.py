@@ -15,10 +15,10 @@ from vllm_omni.diffusion.control.events import (
     EngineObserver,
     EngineStatus,
     NullObserver,
-    telling_of_rejects,
+    reporting_rejects,
 )
 from vllm_omni.diffusion.control.executor import Executor
-from vllm_omni.diffusion.control.executor.merging import merge_readies
+from vllm_omni.diffusion.control.executor.merging import merge_ready
 from vllm_omni.diffusion.control.scheduler import check_ids
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import WorkerReady
@@ -52,7 +52,7 @@ class Replicas:
         """Start all replicas at once. Raises what the first that fails raises; the others are stopped then."""
         starts = [asyncio.create_task(engine.start()) for engine in self._engines]
         try:
-            return merge_readies(await asyncio.gather(*starts))
+            return merge_ready(await asyncio.gather(*starts))
         except BaseException:  # also where the start is cancelled
             for start in starts:
                 start.cancel()
@@ -62,7 +62,7 @@ class Replicas:
 
     def add(self, requests: Sequence[DiffusionRequest]) -> asyncio.Queue[EngineEvent]:
         """Queue all of `requests`, on one replica or several, or none; see `DiffusionEngine.add`."""
-        with telling_of_rejects(self._observer):
+        with reporting_rejects(self._observer):
             self._check(requests)
             parts = self._place(requests)
             for engine, part in parts.items():

@@ -35,7 +35,7 @@ OPTIONAL_PARAMETERS = (*GUIDANCE_PARAMETERS, "strength", "sigmas", "max_sequence
 """A model takes some of them: `ModelInfo.parameters`."""
 
 
-class Intake:
+class RequestBuilder:
     """Turns what callers write into `DiffusionRequest`s, for one model on one engine."""
 
     def __init__(self, config: OmniDiffusionConfig, info: ModelInfo, ready: WorkerReady) -> None:
@@ -43,9 +43,7 @@ class Intake:
         self._info = info
         self._ready = ready
 
-    def resolve(
-        self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams, request_id: str
-    ) -> list[DiffusionRequest]:
+    def build(self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams, request_id: str) -> list[DiffusionRequest]:
         """One request an output, `{request_id}-{i}` with `seed + i`.
 
         Raises InvalidRequestError whose `param` is the field of `OmniDiffusionSamplingParams` or `OmniPrompt`.
@@ -106,10 +104,10 @@ class Intake:
         return [replace(first, request_id=f"{request_id}-{i}", seed=seed + i, cost=cost) for i in range(count)]
 
     def fit_images(self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams) -> OmniPrompt:
-        """The prompt with its pictures as a request has them, which `resolve` then leaves as they are.
+        """The prompt with its pictures as a request has them, which `build` then leaves as they are.
 
-        For callers that do not want to wait in `resolve`: it takes a second where pictures are large, and may run in
-        any thread. Raises InvalidRequestError as `resolve` does.
+        For callers that do not want to wait in `build`: it takes a second where pictures are large, and may run in
+        any thread. Raises InvalidRequestError as `build` does.
         """
         return self._checked(prompt, params)[0]
 
@@ -142,8 +140,8 @@ class Intake:
         assert self._info.image_input is not None
         sizes, own = SizeLimits.of(self._config, self._info), self._info.image_input.output_size(images)
         if width is None:
-            return sizes.shrunk(*own) if height is None else (height, sizes.beside(height, own[1]))
-        return sizes.beside(width, own[0]) if height is None else height, width
+            return sizes.fit(*own) if height is None else (height, sizes.fit_side(height, own[1]))
+        return sizes.fit_side(width, own[0]) if height is None else height, width
 
     def _price(self, request: DiffusionRequest, text_tokens: Sequence[int]) -> RequestCost:
         """text_tokens: of each branch, those of input pictures included. Making latents of pixels is taken to cost what

@@ -28,7 +28,7 @@ from vllm_omni.diffusion.messages.plan import ItemError, StepPlan, StepResult, W
 from vllm_omni.diffusion.messages.request import DiffusionRequest, check_number
 from vllm_omni.errors import InvalidRequestError, QueueFullError
 
-MAX_PLANS_UNDER_WAY = 2
+MAX_PLANS_IN_FLIGHT = 2
 MAX_DEATHS_OF_A_REQUEST = 3
 """A request that ran, the last time alone, when this many workers died is not run again."""
 _SMALL_SHARE = 0.25
@@ -38,7 +38,7 @@ _RATE_MEMORY = 0.95
 
 
 @dataclass(frozen=True)
-class _UnderWay:
+class _PlanInFlight:
     plan: StepPlan
     items: list[Item]
     steps: dict[str, int]
@@ -80,7 +80,7 @@ class Scheduler:
         """Requests whose encode was planned, by id."""
         self._order = EntryOrder(ORDERS[config.scheduling_policy])
         """Requests that still have steps to plan."""
-        self._under_way: deque[_UnderWay] = deque()
+        self._in_flight: deque[_PlanInFlight] = deque()
         self._last: tuple[list[tuple[str, Phase, bool]], float] = [], 0.0
         """Tasks of the plan that was done last, and the seconds that it took."""
         self._release: list[str] = []
@@ -133,7 +133,7 @@ class Scheduler:
         # Requests whose last step is planned leave the queue first.
         num_ending = len(self._entries) - len(self._order)
         first = islice(self._order, max(surplus - num_ending, 0))
-        work_ahead = self._work_under_way + sum(entry.remaining for entry in first)
+        work_ahead = self._work_in_flight + sum(entry.remaining for entry in first)
         retry_after = max(seconds_over, work_ahead * self.seconds_per_unit if surplus > 0 else 0.0)
         # No more than the whole queue can drain.
         raise QueueFullError(
@@ -145,7 +145,7 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next plan, or None when there is nothing to do."""
-        assert len(self._under_way) < MAX_PLANS_UNDER_WAY
+        assert len(self._in_flight) < MAX_PLANS_IN_FLIGHT
         items = self._select()
         if not items and not self._release:
             return None
@@ -155,13 +155,13 @@ class Scheduler:
         steps: dict[str, int] = {}
         for item in items:
             self._order.remove(item.entry)
-            self._put(item, plan, steps)
-        self._order.activate(item.entry for item in items)
+            self._add_to_plan(item, plan, steps)
+        self._order.set_active(item.entry for item in items)
         if self._num_rank_groups > 1:
             plan.placement = self._place([self._entries[id] for id in plan.denoise])
         work = sum(item.work for item in items)
         self._planned_work += work
-        self._under_way.append(_UnderWay(plan, items, steps, work))
+        self._in_flight.append(_PlanInFlight(plan, items, steps, work))
         return plan
 
     def _place(self, entries: Sequence[Entry]) -> Placement:
@@ -182,7 +182,7 @@ class Scheduler:
             chosen.append(entry.next_item())
             num_tokens += chosen[-1].tokens
             lead, limit = chosen[0].phase, self._tokens_left(num_tokens)
-            if entry.alone:
+            if entry.runs_alone:
                 break
         return chosen
 
@@ -197,7 +197,7 @@ class Scheduler:
             max(2 * num_tokens, _SMALL_SHARE * self._max_batch_tokens),
         )
 
-    def _put(self, item: Item, plan: StepPlan, steps: dict[str, int]) -> None:
+    def _add_to_plan(self, item: Item, plan: StepPlan, steps: dict[str, int]) -> None:
         entry, request_id = item.entry, item.entry.request.request_id
         if item.phase is Phase.ENCODE:
             entry.first_step_id = plan.step_id
@@ -217,24 +217,24 @@ class Scheduler:
 
     def update(self, result: StepResult, seconds: float) -> Update:
         """Apply the outcome of the oldest plan under way, which took the device `seconds`."""
-        under_way = self._under_way.popleft()
-        assert result.step_id == under_way.plan.step_id
-        if under_way.work > 0:
-            self._rate_work = _RATE_MEMORY * self._rate_work + under_way.work
+        in_flight = self._in_flight.popleft()
+        assert result.step_id == in_flight.plan.step_id
+        if in_flight.work > 0:
+            self._rate_work = _RATE_MEMORY * self._rate_work + in_flight.work
             self._rate_seconds = _RATE_MEMORY * self._rate_seconds + seconds
-        self._last = under_way.tasks, seconds
+        self._last = in_flight.tasks, seconds
         update = Update()
-        for item in under_way.items:
+        for item in in_flight.items:
             request_id = item.entry.request.request_id
             if self._entries.get(request_id) is not item.entry or item.entry.first_step_id > result.step_id:
                 continue  # aborted, failed or started again since
             if error := _error_of(item, result):
-                self._fail(item.entry, error, in_company=len(under_way.items) > 1, update=update)
+                self._fail(item.entry, error, in_company=len(in_flight.items) > 1, update=update)
                 continue
             if item.phase is Phase.DENOISE:
-                update.steps[request_id] = under_way.steps[request_id]
+                update.steps[request_id] = in_flight.steps[request_id]
                 if item.preview:
-                    item.entry.previews.discard(under_way.steps[request_id])
+                    item.entry.previews.discard(in_flight.steps[request_id])
             elif item.phase is Phase.DECODE:
                 update.finished.append(request_id)
                 self._end(request_id)
@@ -242,9 +242,9 @@ class Scheduler:
 
     def _fail(self, entry: Entry, error: ItemError, in_company: bool, update: Update) -> None:
         request_id = entry.request.request_id
-        if error.kind == "out_of_memory" and in_company and not entry.alone:
+        if error.kind == "out_of_memory" and in_company and not entry.runs_alone:
             self._order.remove(entry)
-            entry.alone = True
+            entry.runs_alone = True
             self._begin_again(entry)
             # Plans already sent count for the old run; the new one begins in a later plan.
             entry.first_step_id = self._next_step_id
@@ -257,12 +257,12 @@ class Scheduler:
     def reset(self) -> Update:
         """The worker died: what had begun begins again, from the seeds. Blames no request but a repeated suspect."""
         update = Update()
-        suspects = [item.entry for item in self._under_way[0].items] if self._under_way else []
-        self._under_way.clear()
+        suspects = [item.entry for item in self._in_flight[0].items] if self._in_flight else []
+        self._in_flight.clear()
         for entry in suspects:
             request_id = entry.request.request_id
             entry.num_deaths += 1
-            entry.alone = entry.alone or entry.num_deaths >= MAX_DEATHS_OF_A_REQUEST - 1
+            entry.runs_alone = entry.runs_alone or entry.num_deaths >= MAX_DEATHS_OF_A_REQUEST - 1
             if self._entries.get(request_id) is entry and entry.num_deaths >= MAX_DEATHS_OF_A_REQUEST:
                 message = f"{entry.num_deaths} workers died while they ran this request"
                 update.failed[request_id] = ItemError(message, "internal")
@@ -292,12 +292,12 @@ class Scheduler:
         return self._new_entry(request).remaining * self.seconds_per_unit
 
     @property
-    def _work_under_way(self) -> float:
-        return sum(under_way.work for under_way in self._under_way)
+    def _work_in_flight(self) -> float:
+        return sum(in_flight.work for in_flight in self._in_flight)
 
     @property
-    def num_under_way(self) -> int:
-        return len(self._under_way)
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
 
     @property
     def num_running(self) -> int:
@@ -315,14 +315,14 @@ class Scheduler:
     @property
     def queue_seconds(self) -> float:
         """Time until all work that is here is done."""
-        return (self._work_under_way + self._order.work) * self.seconds_per_unit
+        return (self._work_in_flight + self._order.work) * self.seconds_per_unit
 
     @property
     def plan_seconds(self) -> float:
         """Estimated duration of the oldest plan under way: that of the last if its tasks are the same; 0 for none."""
-        if not self._under_way:
+        if not self._in_flight:
             return 0.0
-        oldest, (last_tasks, last_seconds) = self._under_way[0], self._last
+        oldest, (last_tasks, last_seconds) = self._in_flight[0], self._last
         return last_seconds if oldest.tasks == last_tasks else oldest.work * self.seconds_per_unit
 
     def eta_seconds(self, requests: Sequence[DiffusionRequest]) -> float:
@@ -331,7 +331,7 @@ class Scheduler:
             return 0.0
         new = [self._new_entry(request) for request in requests if request.request_id not in self._entries]
         here = [self._entries[request.request_id] for request in requests if request.request_id in self._entries]
-        work = self._work_under_way + self._order.work_up_to(max(map(self._order.key, (*here, *new))))
+        work = self._work_in_flight + self._order.work_up_to(max(map(self._order.key, (*here, *new))))
         return (work + sum(entry.remaining for entry in new)) * self.seconds_per_unit
 
 

@@ -67,7 +67,7 @@ class SizeLimits:
                 rows = min(rows, most // columns)
         return rows * multiple, columns * multiple
 
-    def shrunk(self, height: int, width: int) -> tuple[int, int]:
+    def fit(self, height: int, width: int) -> tuple[int, int]:
         """A (height, width) that nobody asked for, or the largest one within the limits that has its proportions.
 
         Raises InvalidRequestError, whose `param` is `image`, where these leave one side less than a multiple.
@@ -89,7 +89,7 @@ class SizeLimits:
         rows, columns = (short, long) if height <= width else (long, short)
         return rows * self.multiple, columns * self.multiple
 
-    def beside(self, asked: int, side: int) -> int:
+    def fit_side(self, asked: int, side: int) -> int:
         """A side that nobody asked for, or the longest one within the limits beside the other, which is as asked."""
         room = min(self.max_pixels // max(asked, 1), self.max_side) // self.multiple * self.multiple
         return min(side, max(room, self.multiple))

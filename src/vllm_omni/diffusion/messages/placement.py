@@ -1,8 +1,7 @@
-"""Which rank group computes which sequence of a step. Arithmetic alone.
+"""Placement: choose the rank group that computes each sequence of a step.
 
-A placement may change from one step to the next: latents are replicated, so a rank group needs nothing of the one
-that computed a sequence before. What a step cache kept of it is lost, though, so sequences stay where they are for as
-long as that costs little.
+A placement may change between two steps, because every rank holds all latents. A step cache loses what it kept for a
+sequence that moves, so sequences keep their rank group while that makes the fullest group only a little fuller.
 """
 
 from __future__ import annotations
@@ -10,28 +9,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 Placement = dict[str, list[int]]
-"""Request id -> the rank group of each of its guidance branches."""
+"""Request id -> the rank group of each of its branches."""
 TOLERANCE = 1.1
-"""How much fuller the fullest group may be than it need be, for sequences to stay where they are."""
+"""Tokens of the fullest group, relative to the best balance, up to which sequences keep their groups."""
 
 
 def balance(
     branch_tokens: Mapping[str, Sequence[int]], num_groups: int, last: Mapping[str, Sequence[int]] | None = None
 ) -> Placement:
-    """Deals sequences to rank groups so that their token counts balance: the longest first, to the emptiest group.
+    """Assign sequences to rank groups so that token counts balance: longest first, each to the emptiest group.
 
-    branch_tokens: request id -> tokens of each of its guidance branches; last: the placement of the step before, whose
-    sequences keep their groups where the fullest group is then hardly fuller.
+    branch_tokens: request id -> tokens of each of its branches. last: placement of the previous step; these sequences
+    keep their groups where the fullest group then has at most `TOLERANCE` times the tokens that it needs to have.
     """
-    fresh, fullest = _deal(branch_tokens, num_groups, {})
-    kept, fullest_kept = _deal(branch_tokens, num_groups, last or {})
+    fresh, fullest = _assign(branch_tokens, num_groups, {})
+    kept, fullest_kept = _assign(branch_tokens, num_groups, last or {})
     return kept if fullest_kept <= TOLERANCE * fullest else fresh
 
 
-def _deal(
+def _assign(
     branch_tokens: Mapping[str, Sequence[int]], num_groups: int, last: Mapping[str, Sequence[int]]
 ) -> tuple[Placement, int]:
-    """A placement that keeps what `last` has, and the tokens of its fullest group."""
+    """Placement that keeps every group in `last`, and the number of tokens of its fullest group."""
     loads = [0] * num_groups
     placement = {id: list(last[id]) if id in last else [0] * len(tokens) for id, tokens in branch_tokens.items()}
     for id in branch_tokens.keys() & last.keys():

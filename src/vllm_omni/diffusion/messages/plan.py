@@ -1,4 +1,4 @@
-"""What the engine sends a worker for one step, and what comes back. Plain data, sent as msgpack."""
+"""Step plan that the engine sends to workers, and their result. Plain data, sent as msgpack."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from vllm_omni.diffusion.data import AttentionBackendName
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 
 EXCHANGES = ("all_to_all", "p2p", "all_gather", "all_reduce")
-"""What ranks say to each other: see `distributed.groups` and `distributed.ring`."""
+"""Kinds of exchanges between ranks: see `distributed.groups` and `distributed.ring`."""
 
 
 @dataclass
 class StepPlan:
-    """One step of the device. A request appears in at most one of `encode`, `denoise` and `decode`.
+    """Work of all ranks in one step. A request appears in at most one of `encode`, `denoise` and `decode`.
 
-    A worker takes the fields in this order: `release`, `new_requests`, `encode`, `denoise`, `decode`. So a
-    request that starts again is released and sent anew in one plan.
-    The ids refer to requests sent in this or an earlier plan. An id whose request failed or was aborted
-    in the meantime is skipped: plans are sent before the outcome of the last one is known.
+    A worker handles the fields in this order: `release`, `new_requests`, `encode`, `denoise`, `decode`. So one plan can
+    release a request and send it again.
+    Ids refer to requests sent in this plan or an earlier one. A plan is sent before the result of the previous one is
+    known, so workers skip ids of requests that failed or were aborted meanwhile.
     """
 
     step_id: int
@@ -29,30 +29,30 @@ class StepPlan:
     denoise: list[str] = field(default_factory=list)
     decode: list[str] = field(default_factory=list)
     placement: dict[str, list[int]] = field(default_factory=dict)
-    """Of `denoise`: the rank group that computes each of its guidance branches. Without an entry: the first group."""
+    """Rank group of each branch of the requests in `denoise`. Requests without an entry run on the first group."""
     preview: list[str] = field(default_factory=list)
-    """Of `denoise`: decode a prediction of the final picture after the step."""
+    """Requests in `denoise` whose preview is decoded after the step."""
     release: list[str] = field(default_factory=list)
-    """Requests that ended (done, failed or aborted): the worker drops their state."""
+    """Requests that ended (done, failed or aborted); the worker drops their state."""
 
 
 @dataclass
 class ItemError:
-    """Why one request failed while others went on."""
+    """Failure of one request; the other requests of the step are not affected."""
 
     message: str
     kind: str
     """`out_of_memory`, `invalid`, `blocked` (by the model's own safety checker), `not_finite` (latents or pixels are
     NaN or infinite) or `internal`."""
     traceback: str = ""
-    """Empty unless an exception of ours is the reason."""
+    """Traceback for the log; empty unless `kind` is `internal` or `out_of_memory`."""
     param: str | None = None
-    """Of an `invalid` request, the parameter that is wrong."""
+    """Wrong parameter of an `invalid` request."""
 
 
 @dataclass
 class StepResult:
-    """Outcome of the plan `step_id`. Arrays are uint8 [height, width, 3], of videos [frames, height, width, 3]."""
+    """Result of the plan `step_id`. Pictures are uint8 [height, width, 3], videos [frames, height, width, 3]."""
 
     step_id: int
     images: dict[str, np.ndarray] = field(default_factory=dict)
@@ -60,40 +60,40 @@ class StepResult:
     previews: dict[str, np.ndarray] = field(default_factory=dict)
     errors: dict[str, ItemError] = field(default_factory=dict)
     advanced: list[str] = field(default_factory=list)
-    """Requests that made a denoising step."""
+    """Requests whose denoising step succeeded."""
     made: dict[str, int] = field(default_factory=dict)
-    """Of `advanced`: steps that the model made for it; of others one. See `RequestState.num_made`."""
+    """Model steps run for a request of `advanced`, where it is not one. See `RequestState.num_made`."""
     encode_seconds: float = 0.0
     denoise_seconds: float = 0.0
     decode_seconds: float = 0.0
     num_sequences: int = 0
-    """Guidance branches in the pack."""
+    """Sequences in the pack."""
     num_tokens: int = 0
     cached: dict[str, float] = field(default_factory=dict)
-    """Of `advanced`: what part of the step came from a step cache, 1 if it was all guidance branches; others none."""
+    """Share of the step that a step cache supplied, up to 1 (all branches). No entry: nothing was cached."""
     cache_bytes: int = 0
-    """What step caches keep on a device."""
+    """Bytes that step caches hold on a device."""
     sent_bytes: dict[str, int] = field(default_factory=dict)
-    """Bytes that the ranks, all together, handed to each of `EXCHANGES`."""
+    """Bytes that all ranks together sent, by kind of exchange (`EXCHANGES`)."""
     peak_memory_bytes: int = 0
 
     def num_made(self, request_id: str) -> int:
-        """Steps that the model made for one of `advanced`."""
+        """Model steps run for a request of `advanced`."""
         return self.made.get(request_id, 1)
 
 
 @dataclass
 class WorkerReady:
-    """What a worker says once weights are loaded and a warm-up step ran; rates feed the scheduler."""
+    """Measurements of a worker that has loaded its weights and warmed up. The scheduler computes with the rates."""
 
     load_seconds: float
     load_bytes: int
     device: str
     dtype: str
     max_batch_tokens: int
-    """Tokens of a step beyond which packing more gains nothing (measured)."""
+    """Measured number of tokens beyond which a larger step does not compute a token faster."""
     seconds_per_unit: float
-    """Seconds of one unit of `RequestCost`."""
+    """Seconds that one unit of `RequestCost` takes."""
     step_overhead_seconds: float
     """Seconds of a denoising step that do not depend on its tokens."""
     encode_units_per_token: float
@@ -102,12 +102,12 @@ class WorkerReady:
     """Cost of decoding one image token, in units of `RequestCost`."""
     peak_memory_bytes: int = 0
     attention_backend: AttentionBackendName | None = None
-    """Its name; None where the model brings its own attention."""
+    """Name of the attention backend; None where the model brings its own attention."""
     max_num_seqs: int | None = None
-    """Most requests in a step that the model takes; None: any number."""
+    """Largest number of requests in one step; None: no limit."""
     max_running: int | None = None
-    """Most requests that the model holds begun and not done; None: any number."""
+    """Largest number of requests that have begun and not ended; None: no limit."""
     num_threads: int = 1
-    """CPU threads that share one operation of this rank."""
+    """CPU threads of this rank (PyTorch's intra-op threads)."""
     cache_bytes: int = 0
-    """Most bytes that step caches keep on the device of this rank."""
+    """Memory budget of step caches on the device of this rank, in bytes."""

@@ -1,4 +1,4 @@
-"""What a worker is made of and what is said to it and by it."""
+"""Messages between an executor and its workers, and the interface of the runner inside a worker."""
 
 from __future__ import annotations
 
@@ -10,90 +10,101 @@ from msgspec import Struct
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
 
-BEAT_SECONDS = 1.0
+HEARTBEAT_SECONDS = 1.0
+"""Pause between two heartbeats of a worker."""
 
 
 class RankInfo(Struct, frozen=True):
-    """Where a worker stands among the workers of the model."""
+    """Rank of a worker, its replica, and the store where the ranks of the replica meet."""
 
     rank: int = 0
-    """Within its replica."""
+    """Number of the worker within its replica, from 0."""
     replica_size: int = 1
     """Workers that hold one copy of the model together."""
     replica_index: int = 0
     store_port: int = 0
-    """Where the ranks of a replica meet, on 127.0.0.1; a fresh one at every start, 0 for a replica of one."""
+    """Port on 127.0.0.1 of the store where the ranks of a replica meet, new at every start; 0 for a replica of one."""
     store_fd: int | None = None
-    """The socket that listens there, inherited by rank 0; None elsewhere and for a replica of one."""
+    """Descriptor of the listening socket on `store_port`, which rank 0 inherits; None for all other workers."""
 
     @property
     def device_index(self) -> int:
-        """The device of this worker, counted over the machine."""
+        """Index of this worker's device on the machine."""
         return self.replica_index * self.replica_size + self.rank
 
 
 class Runner(Protocol):
-    """One device. `abort` may be called from another thread while `launch` runs."""
+    """Runs plans on one device. `abort` may be called from another thread while `launch` runs."""
 
     @property
     def launches_ahead(self) -> bool:
-        """Whether the device works on when `launch` has returned, so that its results are worth a thread that waits. It
-        would only be in the way of a host that computes."""
+        """Whether the device is still computing when `launch` returns, as a GPU is.
+
+        Then another thread waits for results. On a CPU that thread would only take time from the computation.
+        """
         ...
 
     def start(self, first: WorkerReady | None = None) -> WorkerReady:
         """Load the model and warm up.
 
-        first: the answer of this rank's first start, from which choices that change pixels are taken over; None: this
-        is the first start.
+        first: measurements of this rank's first start; a restart repeats its choices that change pixels. None: this is
+        the first start.
         """
         ...
 
     def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
-        """Give the device a step. The call that is returned waits for its result; it may be made in another thread,
-        while the next step is launched, and is made in the order of the steps."""
+        """Launch a step on the device; return a function that waits for the step's result.
+
+        The function may be called in another thread while the next step is launched. Calls keep the order of the steps.
+        """
         ...
 
     def abort(self, request_ids: Sequence[str]) -> None: ...
 
 
 MakeRunner = Callable[[OmniDiffusionConfig, RankInfo], Runner]
-"""What a worker is told to make its runner with."""
+"""Factory of a worker's runner; named as "module:function" when the worker is started."""
 
 
 class Start(Struct, tag=True):
-    """The first message to a worker."""
+    """First message to a worker: load the model and warm up."""
 
     config: OmniDiffusionConfig
-    place: RankInfo
+    rank_info: RankInfo
     first: WorkerReady | None = None
-    """Measurements of the first start, which a restarted worker keeps (`Runner.start`)."""
+    """Measurements of this rank's first start, for a restart (see `Runner.start`)."""
 
 
 class Execute(Struct, tag=True):
+    """Run a plan."""
+
     plan: StepPlan
 
 
 class Abort(Struct, tag=True):
+    """Skip these requests, also in plans that were sent and have not begun."""
+
     request_ids: list[str]
 
 
 class Ready(Struct, tag=True):
-    """All went well at the start."""
+    """Answer to `Start`: the worker is ready for plans."""
 
     ready: WorkerReady
 
 
-class Beat(Struct, tag=True):
-    """The worker lives, said every `BEAT_SECONDS` from its start to its end, whatever it is doing."""
+class Heartbeat(Struct, tag=True):
+    """Sign of life, sent every `HEARTBEAT_SECONDS` by a thread of its own, also while a step runs."""
 
 
 class Done(Struct, tag=True):
+    """Answer to `Execute`."""
+
     result: StepResult
 
 
 class Died(Struct, tag=True):
-    """A worker's last message."""
+    """Last message of a worker that fails: the reason."""
 
     message: str
     traceback: str
@@ -101,4 +112,4 @@ class Died(Struct, tag=True):
 
 
 ToWorker = Start | Execute | Abort
-FromWorker = Ready | Beat | Done | Died
+FromWorker = Ready | Heartbeat | Done | Died

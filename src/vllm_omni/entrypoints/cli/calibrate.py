@@ -149,7 +149,7 @@ def _measure(args: CalibrateArgs) -> tuple[list[Change], int]:
     from vllm_omni.diffusion.catalog.registry import load_model_info
     from vllm_omni.diffusion.compute.worker.calibration_run import measure_changes
     from vllm_omni.diffusion.compute.worker.runner import ModelRunner
-    from vllm_omni.diffusion.control.request_builder import Intake
+    from vllm_omni.diffusion.control.request_builder import RequestBuilder
 
     # Requests take part in caching only with a cache backend. It needs coefficients, which are not used.
     settings: dict[str, Any] = {
@@ -167,12 +167,12 @@ def _measure(args: CalibrateArgs) -> tuple[list[Change], int]:
     check_model_files(info, config)
     images = _read_images(args.images, info)
     runner = ModelRunner(config, info)
-    intake = Intake(config, info, runner.start())
+    builder = RequestBuilder(config, info, runner.start())
     try:
         requests = [
             request
             for i, prompt in enumerate(args.prompts)
-            for request in intake.resolve(
+            for request in builder.build(
                 OmniPrompt(prompt, negative_prompt=" ", images=images),
                 replace(args.params, seed=(args.params.seed or 0) + i),
                 f"{i}",

@@ -29,8 +29,8 @@ class Connecting(FakeRunner):
         from vllm_omni.diffusion.compute.coordination.ranks import connect
         from vllm_omni.diffusion.compute.device.kinds import Device
 
-        world = connect(self.config.parallel, self.place, Device("cpu"))
-        return make_ready(load_seconds=world.mesh.control.agree(float(self.place.rank)))
+        world = connect(self.config.parallel, self.rank_info, Device("cpu"))
+        return make_ready(load_seconds=world.mesh.control.agree(float(self.rank_info.rank)))
 
 
 @pytest.mark.parametrize(("num_ranks", "runner"), [(1, FakeRunner), (2, Meeting), (2, Connecting)])

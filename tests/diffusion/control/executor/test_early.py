@@ -17,7 +17,7 @@ from testbed.patience import wait_for
 from tests.diffusion.control.executor.workers import closing, is_alive, name_of
 from vllm_omni.diffusion.control.executor import early
 from vllm_omni.diffusion.control.executor.early import MOST_WORKERS, launch_early
-from vllm_omni.diffusion.control.executor.launch import Launched, LaunchedReplica, interpreter
+from vllm_omni.diffusion.control.executor.launch import Launched, LaunchedReplica, interpreter_launcher
 from vllm_omni.diffusion.control.executor.multiproc import MultiprocExecutor
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.plan import StepPlan
@@ -26,7 +26,7 @@ from vllm_omni.errors import ConfigError, WorkerDiedError
 
 async def test_an_executor_takes_over_the_workers_that_run_and_starts_new_ones_later() -> None:
     config = make_config(parallel=DiffusionParallelConfig(2))
-    replica = LaunchedReplica(config, 0, interpreter(name_of(FakeRunner)))
+    replica = LaunchedReplica(config, 0, interpreter_launcher(name_of(FakeRunner)))
     pids = [worker.process.pid for worker in replica.workers]
     async with closing(MultiprocExecutor(config, name_of(FakeRunner), launched=replica)) as executor:
         await executor.start()
@@ -40,7 +40,7 @@ async def test_an_executor_takes_over_the_workers_that_run_and_starts_new_ones_l
 def test_modules_are_imported_before_the_first_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tmp_path.joinpath("noted.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w').close()")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    replica = LaunchedReplica(make_config(), 0, interpreter(name_of(FakeRunner), ["noted"]))
+    replica = LaunchedReplica(make_config(), 0, interpreter_launcher(name_of(FakeRunner), ["noted"]))
     try:
         wait_for(tmp_path.joinpath("imported").exists)
     finally:
@@ -48,14 +48,14 @@ def test_modules_are_imported_before_the_first_message(tmp_path: Path, monkeypat
 
 
 async def test_a_failed_import_is_the_workers_last_words() -> None:
-    replica = LaunchedReplica(make_config(), 0, interpreter(name_of(FakeRunner), ["no_such_module"]))
+    replica = LaunchedReplica(make_config(), 0, interpreter_launcher(name_of(FakeRunner), ["no_such_module"]))
     async with closing(MultiprocExecutor(make_config(), name_of(FakeRunner), launched=replica)) as executor:
         with pytest.raises(WorkerDiedError, match="No module named 'no_such_module'"):
             await executor.start()
 
 
 async def test_closing_an_executor_that_never_started_ends_its_workers() -> None:
-    replica = LaunchedReplica(make_config(), 0, interpreter(name_of(FakeRunner)))
+    replica = LaunchedReplica(make_config(), 0, interpreter_launcher(name_of(FakeRunner)))
     (pid,) = [worker.process.pid for worker in replica.workers]
     await MultiprocExecutor(make_config(), name_of(FakeRunner), launched=replica).close()
     assert not is_alive(pid)
@@ -75,7 +75,7 @@ def test_workers_that_nobody_takes_end_with_the_context() -> None:
 
 
 def test_a_worker_that_cannot_be_started_leaves_none_of_other_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
-    launch, started = interpreter(name_of(FakeRunner)), []
+    launch, started = interpreter_launcher(name_of(FakeRunner)), []
 
     def launch_once(name: str, inherited_fds: Sequence[int]) -> Launched:
         if started:
@@ -116,7 +116,7 @@ from functools import partial
 from testbed.fakes import FakeRunner, make_config
 from testbed.patience import wait_for
 from vllm_omni.diffusion.data import DiffusionParallelConfig
-from vllm_omni.diffusion.control.executor.launch import LaunchedReplica, fork
+from vllm_omni.diffusion.control.executor.launch import LaunchedReplica, fork_launcher
 from vllm_omni.diffusion.control.executor.multiproc import MultiprocExecutor
 from vllm_omni.diffusion.messages.plan import StepPlan
 from vllm_omni.diffusion.compute.worker.main import serve_parent
@@ -129,7 +129,7 @@ def serve(name, socket_fd, parent_pid):
 
 async def main():
     config = make_config(parallel=DiffusionParallelConfig(2))
-    replica = LaunchedReplica(config, 0, fork(serve))
+    replica = LaunchedReplica(config, 0, fork_launcher(serve))
     executor = MultiprocExecutor(config, RUNNER, launched=replica)
     pids = [worker.process.pid for worker in replica.workers]
     await executor.start()
@@ -159,11 +159,11 @@ def tell_handlers(name, socket_fd, parent_pid):
     os._exit(0)
 
 signal.signal(signal.SIGTERM, lambda *_: None)
-replica = LaunchedReplica(make_config(), 0, fork(tell_handlers))
+replica = LaunchedReplica(make_config(), 0, fork_launcher(tell_handlers))
 assert replica.workers[0].channel.recv(3) == bytes([True, True]), "the parent's handlers end the parent's things"
 replica.close()
 
-replica = LaunchedReplica(make_config(), 0, fork(serve))
+replica = LaunchedReplica(make_config(), 0, fork_launcher(serve))
 pid = replica.workers[0].process.pid
 replica.close()
 assert not psutil.pid_exists(pid)

@@ -204,7 +204,7 @@ class Remembers(FakeRunner):
     """Its first answer is its rank's own; later ones, made from the first, are others."""
 
     def start(self, first: WorkerReady | None = None) -> WorkerReady:
-        own = 1000 * (1 + self.place.device_index)
+        own = 1000 * (1 + self.rank_info.device_index)
         if first is None:
             return make_ready(load_bytes=own, attention_backend="cudnn")
         assert first.load_bytes == own, "a start is told of the first one of its rank"

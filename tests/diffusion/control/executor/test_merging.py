@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from testbed.fakes import make_ready
-from vllm_omni.diffusion.control.executor.merging import merge_readies, merge_results
+from vllm_omni.diffusion.control.executor.merging import merge_ready, merge_results
 from vllm_omni.diffusion.messages.plan import ItemError, StepResult
 
 PICTURES = [np.full((2, 2, 3), value, np.uint8) for value in range(4)]
@@ -83,6 +83,6 @@ def test_workers_are_ready_as_one() -> None:
         make_ready(load_seconds=2.0, load_bytes=10, max_batch_tokens=512, peak_memory_bytes=3),
         make_ready(load_seconds=5.0, load_bytes=20, max_batch_tokens=256, peak_memory_bytes=4),
     ]
-    assert merge_readies(readies) == make_ready(
+    assert merge_ready(readies) == make_ready(
         load_seconds=5.0, load_bytes=30, max_batch_tokens=512, peak_memory_bytes=4
     )

@@ -28,14 +28,14 @@ from tests.diffusion.control.executor.workers import (
 )
 from vllm_omni.diffusion.control.engine import DiffusionEngine
 from vllm_omni.diffusion.control.events import EngineEvent, Failed, Finished
-from vllm_omni.diffusion.control.executor.launch import LaunchedReplica, interpreter
+from vllm_omni.diffusion.control.executor.launch import LaunchedReplica, interpreter_launcher
 from vllm_omni.diffusion.control.executor.multiproc import MultiprocExecutor, WorkerGroup
 from vllm_omni.diffusion.control.executor.process import WorkerProcess
 from vllm_omni.diffusion.control.replicas import Replicas
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.messages.request import DiffusionRequest
-from vllm_omni.diffusion.messages.worker import Abort, Beat, Done, Execute, Ready, Start
+from vllm_omni.diffusion.messages.worker import Abort, Done, Execute, Heartbeat, Ready, Start
 from vllm_omni.errors import ConfigError, WorkerDiedError
 
 SILENCE_SECONDS = 3.0
@@ -47,19 +47,19 @@ class Meeting(FakeRunner):
     """Rank 0 listens on the store's socket and the others come: all of them are up together."""
 
     def start(self, first: WorkerReady | None = None) -> WorkerReady:
-        assert (self.place.store_fd is None) == (self.place.rank > 0)
-        if self.place.store_fd is None:
-            with socket.create_connection(("127.0.0.1", self.place.store_port), GUARD_SECONDS) as peer:
-                peer.sendall(bytes([self.place.rank]))
+        assert (self.rank_info.store_fd is None) == (self.rank_info.rank > 0)
+        if self.rank_info.store_fd is None:
+            with socket.create_connection(("127.0.0.1", self.rank_info.store_port), GUARD_SECONDS) as peer:
+                peer.sendall(bytes([self.rank_info.rank]))
                 assert peer.recv(1) == b"!"
         else:
-            with socket.socket(fileno=self.place.store_fd) as store:
-                peers = [store.accept()[0] for _ in range(self.place.replica_size - 1)]
-                assert sorted(peer.recv(1)[0] for peer in peers) == [*range(1, self.place.replica_size)]
+            with socket.socket(fileno=self.rank_info.store_fd) as store:
+                peers = [store.accept()[0] for _ in range(self.rank_info.replica_size - 1)]
+                assert sorted(peer.recv(1)[0] for peer in peers) == [*range(1, self.rank_info.replica_size)]
                 for peer in peers:
                     peer.sendall(b"!")
                     peer.close()
-        return make_ready(load_bytes=1, load_seconds=float(self.place.rank))
+        return make_ready(load_bytes=1, load_seconds=float(self.rank_info.rank))
 
 
 class DiesInStep(FakeRunner):
@@ -67,7 +67,7 @@ class DiesInStep(FakeRunner):
 
     def execute(self, plan: StepPlan) -> StepResult:
         if plan.denoise:
-            if self.place.rank == 1:
+            if self.rank_info.rank == 1:
                 raise OSError("rank 1 has lost its device")
             Endless.execute(self, plan)
         return super().execute(plan)
@@ -77,21 +77,21 @@ class ClosesChannel(FakeRunner):
     """Rank 1 closes all that it has open, and lives on."""
 
     def execute(self, plan: StepPlan) -> StepResult:
-        if self.place.rank == 1:
+        if self.rank_info.rank == 1:
             os.closerange(3, 1000)
         return Endless.execute(self, plan)
 
 
 class WrongOnOneRank(FakeRunner):
     def start(self, first: WorkerReady | None = None) -> WorkerReady:
-        if self.place.rank != 2:
+        if self.rank_info.rank != 2:
             Endless.execute(self, StepPlan(0))
         raise ConfigError("--dtype float16: not on this device")
 
 
 class DiesAtStart(FakeRunner):
     def start(self, first: WorkerReady | None = None) -> WorkerReady:
-        if self.place.rank != 2:
+        if self.rank_info.rank != 2:
             Endless.execute(self, StepPlan(0))
         raise FileNotFoundError("rank 2 has no weights")
 
@@ -113,7 +113,7 @@ class HangsOnce(FakeRunner):
 
     def execute(self, plan: StepPlan) -> StepResult:
         marker = Path(self.config.model)
-        if plan.denoise and self.place.rank == self.place.replica_size - 1 and not marker.exists():
+        if plan.denoise and self.rank_info.rank == self.rank_info.replica_size - 1 and not marker.exists():
             marker.touch()
             Endless.execute(self, plan)
         return super().execute(plan)
@@ -274,7 +274,7 @@ async def test_the_rank_that_is_silent_is_named(monkeypatch: pytest.MonkeyPatch)
         if num_looks > 30:
             raise asyncio.CancelledError
         for rank in range(2):
-            group._take(rank, Beat())
+            group._take(rank, Heartbeat())
 
     with monkeypatch.context() as patched:
         patched.setattr("vllm_omni.diffusion.control.executor.multiproc.asyncio.sleep", look)
@@ -300,23 +300,23 @@ async def test_a_start_that_hangs_is_found_by_its_silence() -> None:
 
 
 async def test_a_worker_beats_while_it_loads() -> None:
-    replica = LaunchedReplica(make_config(), 0, interpreter(name_of(EndlessStart)))
+    replica = LaunchedReplica(make_config(), 0, interpreter_launcher(name_of(EndlessStart)))
     (worker,) = [WorkerProcess(launched) for launched in replica.take()]
     async with asyncio.timeout(GUARD_SECONDS):
         try:
-            worker.send(Start(make_config(), replica.places[0]))
-            assert [await worker.receive() for _ in range(2)] == [Beat(), Beat()]
+            worker.send(Start(make_config(), replica.rank_infos[0]))
+            assert [await worker.receive() for _ in range(2)] == [Heartbeat(), Heartbeat()]
         finally:
             await worker.kill()
 
 
 async def test_a_worker_beats_in_a_long_step() -> None:
     """The step lasts until the test has counted the beats."""
-    replica = LaunchedReplica(make_config(), 0, interpreter(name_of(Gated)))
+    replica = LaunchedReplica(make_config(), 0, interpreter_launcher(name_of(Gated)))
     (worker,) = [WorkerProcess(launched) for launched in replica.take()]
     async with asyncio.timeout(GUARD_SECONDS):
         try:
-            worker.send(Start(make_config(), replica.places[0]))
+            worker.send(Start(make_config(), replica.rank_infos[0]))
             while not isinstance(await worker.receive(), Ready):
                 pass
             worker.send(Execute(StepPlan(0, new_requests=[make_request("a")], encode=["a"])))
@@ -324,7 +324,7 @@ async def test_a_worker_beats_in_a_long_step() -> None:
             while not isinstance(message := await worker.receive(), Done):
                 pass
             assert message.result.step_id == 0
-            assert [await worker.receive() for _ in range(2)] == [Beat(), Beat()]
+            assert [await worker.receive() for _ in range(2)] == [Heartbeat(), Heartbeat()]
             worker.send(Abort(["a"]))
             while not isinstance(message := await worker.receive(), Done):
                 pass

@@ -66,8 +66,8 @@ class AskedLate(FakeRunner):
 
     launches_ahead = True
 
-    def __init__(self, config: OmniDiffusionConfig, place: RankInfo | None = None) -> None:
-        super().__init__(config, place)
+    def __init__(self, config: OmniDiffusionConfig, rank_info: RankInfo | None = None) -> None:
+        super().__init__(config, rank_info)
         self._launched = [threading.Event(), threading.Event()]
 
     def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
@@ -84,8 +84,8 @@ class AskedLate(FakeRunner):
 class Gated(FakeRunner):
     """A step with an id in `denoise` runs until that id is aborted."""
 
-    def __init__(self, config: OmniDiffusionConfig, place: RankInfo | None = None) -> None:
-        super().__init__(config, place)
+    def __init__(self, config: OmniDiffusionConfig, rank_info: RankInfo | None = None) -> None:
+        super().__init__(config, rank_info)
         self._aborted_any = threading.Event()
 
     def abort(self, request_ids: Any) -> None:

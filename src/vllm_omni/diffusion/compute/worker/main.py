@@ -26,12 +26,12 @@ from vllm_omni.diffusion.compute.startup.compile_cache import keep_compiled_code
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult
 from vllm_omni.diffusion.messages.worker import (
-    BEAT_SECONDS,
+    HEARTBEAT_SECONDS,
     Abort,
-    Beat,
     Died,
     Done,
     Execute,
+    Heartbeat,
     MakeRunner,
     RankInfo,
     Ready,
@@ -120,7 +120,7 @@ def run_worker(channel: BlockingChannel[ToWorker], runner_name: str, ending: End
     assert isinstance(start, Start)
     listener = Listener(channel, ending)
     listener.start()  # first: a rank that loads, or waits for others, must show that it lives, and end with the parent
-    runner = listener.runner = _load(runner_name)(start.config, start.place)
+    runner = listener.runner = _load(runner_name)(start.config, start.rank_info)
     channel.send(Ready(runner.start(start.first)))
     answerer = Answerer(channel, ending)
     if runner.launches_ahead:
@@ -178,8 +178,8 @@ class Listener(threading.Thread):
         beat_at = time.monotonic()
         while True:
             if (now := time.monotonic()) >= beat_at:
-                self._channel.send_if_free(Beat())
-                beat_at = now + BEAT_SECONDS
+                self._channel.send_if_free(Heartbeat())
+                beat_at = now + HEARTBEAT_SECONDS
             with contextlib.suppress(TimeoutError):
                 self._take(self._channel.receive(timeout=beat_at - now))
 

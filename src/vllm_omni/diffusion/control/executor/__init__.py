@@ -1,4 +1,4 @@
-"""Where the workers live: `uni` in this process, `mp` in processes of their own."""
+"""Executors: `uni` runs the worker in a thread of this process, `mp` in a process per rank."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["Executor", "make_executor"]
 def make_executor(
     config: OmniDiffusionConfig, info: ModelInfo, replica_index: int = 0, early: EarlyWorkers | None = None
 ) -> Executor:
-    """The executor that `config.distributed_executor_backend` names; imported only when chosen.
+    """Make the executor that `config.distributed_executor_backend` names; its module is imported only then.
 
-    `early`: workers that run already.
-    Raises ConfigError when this machine has not the devices that `config` asks for.
+    early: workers that were launched before the config was checked, of which this replica's are taken over.
+    Raises ConfigError when this machine lacks the devices that `config` asks for.
     """
     if config.parallel.world_size > 1 or config.device != "auto":
-        # Not for one device of any kind, which there is: it costs torch's import.
+        # One device of any kind is always there: no check, because the check imports PyTorch.
         from vllm_omni.diffusion.compute.device.kinds import check_world_size
 
         check_world_size(config.parallel, config.device)
@@ -33,4 +33,4 @@ def make_executor(
 
         launched = early.take(replica_index) if early else None
         return MultiprocExecutor(config.for_worker(str(info.path)), replica_index=replica_index, launched=launched)
-    raise AssertionError(f"the config lets no executor {config.distributed_executor_backend!r} through")
+    raise AssertionError(f"the config accepts no executor {config.distributed_executor_backend!r}")

@@ -1,4 +1,4 @@
-"""Workers that start before the command imports what it needs itself: their imports are the longest part of a start."""
+"""Launch workers before the command's own imports, because the workers' imports are the longest part of a start."""
 
 from __future__ import annotations
 
@@ -10,24 +10,30 @@ from typing import Any
 
 from vllm_omni.diffusion.catalog.registry import DEMO_MODEL, DEMO_MODEL_PATH, family_of
 from vllm_omni.diffusion.compute.worker.main import DEFAULT_RUNNER, serve_parent
-from vllm_omni.diffusion.control.executor.launch import EarlyWorkers, LaunchedReplica, LaunchWorker, fork, interpreter
+from vllm_omni.diffusion.control.executor.launch import (
+    EarlyWorkers,
+    LaunchedReplica,
+    LaunchWorker,
+    fork_launcher,
+    interpreter_launcher,
+)
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 
 MOST_WORKERS = 8
-"""Larger layouts start later, when it is known that this machine has so many devices."""
+"""Layouts with more workers start later, after the check that this machine has the devices."""
 _MODULES = (
     "vllm_omni.diffusion.compute.worker.runner",
     "diffusers.models.modeling_utils",
     "transformers.modeling_utils",
 )
-"""Slow imports that every model needs."""
+"""Modules that every model needs and that take long to import."""
 
 
 def launch_early(config: OmniDiffusionConfig) -> EarlyWorkers:
-    """Start the worker processes of `config`, to be taken over by its executor.
+    """Launch the worker processes of `config`; its executor takes them over.
 
-    None are started for other executors and for large layouts: those start when their turn comes. Raises ConfigError
-    for a model folder without a pipeline class, WorkerDiedError when the machine has no process to give.
+    Launches none for other executors than `mp` and for large layouts. Raises ConfigError for a model folder without a
+    pipeline class, WorkerDiedError when no process can be started.
     """
     parallel = config.parallel
     if config.distributed_executor_backend != "mp" or parallel.world_size > MOST_WORKERS:
@@ -44,24 +50,24 @@ def launch_early(config: OmniDiffusionConfig) -> EarlyWorkers:
 
 
 def _pipeline_module(model: str) -> list[str]:
-    """The module of the model's pipeline, where its folder is at hand."""
+    """Module of the model's pipeline, or nothing while the model is not in a local folder."""
     path = DEMO_MODEL_PATH if model == DEMO_MODEL else Path(model).expanduser()
     is_folder = (path / "model_index.json").is_file()
     return [f"vllm_omni.diffusion.compute.families.{family_of(path)}.pipeline"] if is_folder else []
 
 
 def _launcher(modules: list[str]) -> LaunchWorker:
-    """A fork where this process has imported PyTorch already and PyTorch uses no GPU, which no fork could use."""
+    """Choose how to launch: by a fork if this process has imported PyTorch and uses no GPU (a fork cannot use one)."""
     if "torch" in sys.modules and threading.active_count() == 1:
         from vllm_omni.diffusion.compute.device.kinds import can_use_gpus
 
         if not can_use_gpus():
-            return fork(partial(_serve, modules))
-    return interpreter(DEFAULT_RUNNER, modules)
+            return fork_launcher(partial(_serve, modules))
+    return interpreter_launcher(DEFAULT_RUNNER, modules)
 
 
 def _serve(modules: list[str], name: str, socket_fd: int, parent_pid: int) -> Any:
-    from setproctitle import setproctitle  # vLLM brings it: forks are made of processes that have imported vLLM
+    from setproctitle import setproctitle  # installed with vLLM, which every process that forks has imported
 
     setproctitle(f"python -m vllm_omni.diffusion.compute.worker.main --name={name}")
     serve_parent(name, socket_fd, parent_pid, preload=modules)

@@ -1,4 +1,4 @@
-"""`uni`: the model runner in a thread of this process."""
+"""Executor `uni`: the model runner in a thread of this process."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ _STOPPED = "the model runner was stopped"
 
 
 class InlineExecutor:
-    """Launches plans one after another in one thread and waits for their results in another; `abort` reaches the runner
-    while a plan runs."""
+    """Launches plans in one thread and waits for their results in another.
+
+    `abort` calls the runner directly, also while a plan runs.
+    """
 
     def __init__(self, make_runner: Callable[[], Runner]) -> None:
         self._make_runner = make_runner
         self._runner: Runner | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._answers: ThreadPoolExecutor | None = None
-        self._under_way: list[Future[Any]] = []
+        self._in_flight: list[Future[Any]] = []
         self._first: WorkerReady | None = None
-        """The answer of the first start."""
+        """Measurements of the first start, for restarts."""
         self._results: asyncio.Queue[StepResult | WorkerDiedError] = asyncio.Queue()
 
     async def start(self) -> WorkerReady:
@@ -42,10 +44,10 @@ class InlineExecutor:
         except asyncio.CancelledError:
             if self._is_cancelled():
                 raise
-            raise WorkerDiedError(_STOPPED) from None  # `close` came before the thread had begun
+            raise WorkerDiedError(_STOPPED) from None  # `close` was called before the thread began
         except ConfigError:
             raise
-        except Exception as error:  # as in `_execute`
+        except Exception as error:  # a worker process would have died: the engine restarts the same way
             raise WorkerDiedError(f"the model runner failed to start: {error}") from error
         if self._thread is not thread:
             raise WorkerDiedError(_STOPPED)
@@ -58,8 +60,8 @@ class InlineExecutor:
         assert self._runner is not None
         launched = self._thread.submit(self._runner.launch, plan)
         waits = self._answers if self._runner.launches_ahead else self._thread
-        answered = waits.submit(self._answer, launched, self._results, asyncio.get_running_loop())
-        self._under_way = [*(part for part in self._under_way if not part.done()), launched, answered]
+        answered = waits.submit(self._wait_for_result, launched, self._results, asyncio.get_running_loop())
+        self._in_flight = [*(part for part in self._in_flight if not part.done()), launched, answered]
 
     def abort(self, request_ids: Sequence[str]) -> None:
         assert self._runner is not None, "the executor was not started"
@@ -68,7 +70,7 @@ class InlineExecutor:
     async def next_result(self) -> StepResult:
         result = await self._results.get()
         if isinstance(result, WorkerDiedError):
-            self._results.put_nowait(result)  # dead for whoever asks again, too
+            self._results.put_nowait(result)  # later calls raise it, too
             raise result
         return result
 
@@ -76,36 +78,37 @@ class InlineExecutor:
         if self._thread is not None and self._answers is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
             self._answers.shutdown(wait=False, cancel_futures=True)
-            # The step that runs cannot be stopped; it must be over before the next runner loads. No waiting in a
-            # thread: a program that never calls close() gets here when threads can no longer be started.
-            running = [asyncio.wrap_future(part) for part in self._under_way if not part.cancelled()]
+            # A running step cannot be stopped, and it must end before the next runner loads. Waiting needs no new
+            # thread: a program that never calls close() gets here when no thread can be started any more.
+            running = [asyncio.wrap_future(part) for part in self._in_flight if not part.cancelled()]
             await asyncio.gather(*running, return_exceptions=True)
         self._thread = self._answers = self._runner = None
-        self._under_way = []
+        self._in_flight = []
 
     def kill(self) -> None:
         for thread in (self._thread, self._answers):
             if thread is not None:
                 thread.shutdown(wait=False, cancel_futures=True)
         self._thread = self._answers = self._runner = None
-        self._under_way = []
+        self._in_flight = []
 
     @staticmethod
     def _is_cancelled() -> bool:
-        """Whether the running task itself is cancelled, and not only what it waited for."""
+        """Whether the current task is cancelled, and not only the future that it awaits."""
         task = asyncio.current_task()
         return task is not None and task.cancelling() > 0
 
     @staticmethod
-    def _answer(
+    def _wait_for_result(
         launched: Future[Callable[[], StepResult]],
         results: asyncio.Queue[StepResult | WorkerDiedError],
         loop: asyncio.AbstractEventLoop,
     ) -> None:
+        """Put the result of a launched plan, or the failure, into `results`."""
         outcome: StepResult | WorkerDiedError
         try:
             outcome = launched.result()()
-        except Exception:  # a worker process would have died of it: the engine replays the same way
+        except Exception:  # a worker process would have died: the engine replays the same way
             outcome = WorkerDiedError(f"the model runner failed:\n{traceback.format_exc()}")
-        if not loop.is_closed():  # a script may end without close()
+        if not loop.is_closed():  # a program may end without close()
             loop.call_soon_threadsafe(results.put_nowait, outcome)

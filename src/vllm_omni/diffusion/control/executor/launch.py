@@ -1,4 +1,4 @@
-"""Starting the worker processes of one replica: new interpreters, or forks of a command that has only just begun."""
+"""Launch the worker processes of one replica, as new interpreters or as forks of this process."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from vllm_omni.diffusion.messages.worker import RankInfo
 from vllm_omni.errors import WorkerDiedError
 from vllm_omni.logs import fill_standard_descriptors
 
-_LOOK_SECONDS = 0.01
+_POLL_SECONDS = 0.01
 
 
 class Process(Protocol):
-    """A child process, as `subprocess.Popen` has it."""
+    """Child process with the methods of `subprocess.Popen` that we use."""
 
     @property
     def pid(self) -> int: ...
@@ -41,7 +41,7 @@ class Process(Protocol):
 
 @dataclass(frozen=True)
 class Launched:
-    """A process that runs, and this end of the channel to it."""
+    """A running worker process and the parent's end of the channel to it."""
 
     name: str
     process: Process
@@ -49,40 +49,40 @@ class Launched:
 
 
 LaunchWorker = Callable[[str, Sequence[int]], Launched]
-"""From a worker's name and the descriptors that it inherits under the same numbers. Raises WorkerDiedError."""
+"""Launch a worker, given its name and the descriptors that it inherits. Raises WorkerDiedError."""
 
 
 class LaunchedReplica:
-    """The workers of one replica, which import libraries until each is sent its Start.
+    """Running worker processes of one replica. Each imports libraries until it is sent `Start`.
 
-    Closing it ends those that nobody has taken over.
+    `close` ends the processes that nobody has taken over.
     """
 
     def __init__(self, config: OmniDiffusionConfig, replica_index: int, launch: LaunchWorker) -> None:
-        """Raises WorkerDiedError when the machine has no process or descriptor to give; none is left behind then."""
-        # Before any socket is opened for a worker: in it, the number of a closed one would be its output's.
+        """Launch all processes or none. Raises WorkerDiedError when the system has no process or descriptor left."""
+        # First: a socket that gets the number of a closed standard descriptor would be the worker's output.
         fill_standard_descriptors()
         size = config.parallel.replica_size
         self._index = replica_index
         self._store: socket.socket | None = None
         self.workers: list[Launched] = []
         try:
-            # The store by which the ranks of a replica meet; rank 0 serves it.
+            # Store where the ranks of the replica meet; rank 0 serves it.
             self._store = _listen() if size > 1 else None
             prefix = f"replica {replica_index} " if config.parallel.data_parallel_size > 1 else ""
             for rank in range(size):
                 inherited = [self._store.fileno()] if self._store and rank == 0 else []
                 self.workers.append(launch(f"{prefix}rank {rank}", inherited))
-            self.places = [self._place(rank, size) for rank in range(size)]
+            self.rank_infos = [self._rank_info(rank, size) for rank in range(size)]
         except BaseException:  # also an interrupt must leave no process behind
             self.close()
             raise
         finally:
             if self._store is not None:
-                self._store.close()  # rank 0 has it
+                self._store.close()  # rank 0 has inherited it
 
     def take(self) -> list[Launched]:
-        """Hand the processes over to the caller, who ends them."""
+        """Transfer the processes to the caller, who must end them."""
         workers, self.workers = self.workers, []
         return workers
 
@@ -93,7 +93,7 @@ class LaunchedReplica:
             worker.process.kill()
             worker.process.wait()
 
-    def _place(self, rank: int, size: int) -> RankInfo:
+    def _rank_info(self, rank: int, size: int) -> RankInfo:
         if self._store is None:
             return RankInfo(rank, size, self._index)
         fd = self._store.fileno() if rank == 0 else None
@@ -101,13 +101,13 @@ class LaunchedReplica:
 
 
 class EarlyWorkers:
-    """The replicas of a command that starts its workers before it imports what it needs itself, by replica index."""
+    """Replicas that a command launched before its own imports, by replica index."""
 
     def __init__(self, replicas: Sequence[LaunchedReplica] = ()) -> None:
         self._replicas = dict(enumerate(replicas))
 
     def take(self, replica_index: int) -> LaunchedReplica | None:
-        """The launched replica of this index, once."""
+        """Transfer the replica of this index to the caller; None when there is none or it was taken."""
         return self._replicas.pop(replica_index, None)
 
     def __enter__(self) -> Self:
@@ -117,18 +117,18 @@ class EarlyWorkers:
         self.close()
 
     def close(self) -> None:
-        """End those that were not taken."""
+        """End the replicas that were not taken."""
         for replica in self._replicas.values():
             replica.close()
 
 
-def interpreter(runner_name: str, preload: Sequence[str] = ()) -> LaunchWorker:
-    """Launch by a new Python interpreter, which imports the modules `preload` at once."""
+def interpreter_launcher(runner_name: str, preload: Sequence[str] = ()) -> LaunchWorker:
+    """Make a function that launches workers as new Python interpreters, which import the modules `preload` at once."""
 
     def launch(name: str, inherited_fds: Sequence[int]) -> Launched:
-        ours, theirs = _channel(name)
-        # An interpreter of its own: neither a fork nor another import of the user's script. `-P`: the current
-        # folder is not searched for modules. A new session: a terminal's Ctrl-C goes to the parent alone.
+        ours, theirs = _socket_pair(name)
+        # Not multiprocessing, which forks or imports the user's script again. `-P`: modules are not searched in the
+        # current folder. A new session: a terminal's Ctrl-C goes to the parent alone.
         command = [
             sys.executable,
             "-P",
@@ -154,18 +154,19 @@ def interpreter(runner_name: str, preload: Sequence[str] = ()) -> LaunchWorker:
     return launch
 
 
-def fork(serve: Callable[[str, int, int], NoReturn]) -> LaunchWorker:
-    """Launch by a fork, which has imported what this process has: `serve(name, socket_fd, parent_pid)` runs in it.
+def fork_launcher(serve: Callable[[str, int, int], NoReturn]) -> LaunchWorker:
+    """Make a function that launches workers as forks, which share the imports of this process.
 
-    For a process with a single Python thread and without an event loop or a GPU context.
+    serve: called in the fork as `serve(name, socket_fd, parent_pid)`.
+    This process must have a single Python thread, no event loop and no GPU context.
     """
     assert threading.active_count() == 1, "locks that other threads hold would stay locked in the child"
 
     def launch(name: str, inherited_fds: Sequence[int]) -> Launched:
-        ours, theirs = _channel(name)
+        ours, theirs = _socket_pair(name)
         for stream in (sys.stdout, sys.stderr):
-            if stream is not None:  # it is where its descriptor was closed
-                stream.flush()  # or both processes would write what is buffered
+            if stream is not None:  # None where the descriptor was closed
+                stream.flush()  # otherwise both processes would write the buffer
         parent = os.getpid()
         try:
             with theirs:
@@ -181,11 +182,11 @@ def fork(serve: Callable[[str, int, int], NoReturn]) -> LaunchWorker:
 
 
 def _be_child(kept_fds: set[int], serve: Callable[[], NoReturn]) -> NoReturn:
-    """Make a fork what a new interpreter would be: its own session, no input, no descriptors of the parent."""
+    """Give a fork its own session, no input and no descriptors of the parent, then call `serve`."""
     try:
         gc.freeze()  # a collection would visit the parent's objects and so copy their memory
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)  # the parent's handlers would end the parent's things
+            signal.signal(number, signal.SIG_DFL)  # the parent's handlers act on the parent's objects
         os.setsid()
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)
@@ -194,10 +195,10 @@ def _be_child(kept_fds: set[int], serve: Callable[[], NoReturn]) -> NoReturn:
                 with contextlib.suppress(OSError):
                     os.close(fd)
         serve()
-    except BaseException:  # whatever it was: nobody above is left to see it
+    except BaseException:  # nothing above this frame would report it
         traceback.print_exc()
     finally:
-        os._exit(1)  # never back into the parent's stack
+        os._exit(1)  # never return into the parent's stack
 
 
 class ForkedProcess:
@@ -207,7 +208,7 @@ class ForkedProcess:
         self.pid = pid
         self._code: int | None = None
         self._lock = threading.Lock()
-        """Held while the child may be reaped: its number can be another process's after that."""
+        """Held while the child may be reaped: afterwards another process may get its number."""
 
     def poll(self) -> int | None:
         with self._lock:
@@ -219,7 +220,7 @@ class ForkedProcess:
             if end is not None and time.monotonic() >= end:
                 assert timeout is not None
                 raise subprocess.TimeoutExpired(f"fork {self.pid}", timeout)
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_SECONDS)
         assert self._code is not None
         return self._code
 
@@ -232,14 +233,14 @@ class ForkedProcess:
         if self._code is None:
             try:
                 pid, status = os.waitpid(self.pid, os.WNOHANG)
-            except ChildProcessError:  # somebody else has reaped it, as an ignored SIGCHLD does
+            except ChildProcessError:  # reaped elsewhere, for example because SIGCHLD is ignored
                 self._code = 0
             else:
                 self._code = os.waitstatus_to_exitcode(status) if pid else None
         return self._code
 
 
-def _channel(name: str) -> tuple[socket.socket, socket.socket]:
+def _socket_pair(name: str) -> tuple[socket.socket, socket.socket]:
     try:
         return socket.socketpair()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""`mp`: worker processes on this machine, one a device, which make up one replica of the model."""
+"""Executor `mp`: the workers of one replica, one process per rank, all on this machine."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 
 from vllm_omni.diffusion.compute.worker.main import DEFAULT_RUNNER
-from vllm_omni.diffusion.control.executor.launch import LaunchedReplica, interpreter
-from vllm_omni.diffusion.control.executor.merging import merge_readies, merge_results
+from vllm_omni.diffusion.control.executor.launch import LaunchedReplica, interpreter_launcher
+from vllm_omni.diffusion.control.executor.merging import merge_ready, merge_results
 from vllm_omni.diffusion.control.executor.process import WorkerProcess
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
@@ -17,14 +17,15 @@ from vllm_omni.diffusion.messages.worker import Abort, Done, Execute, FromWorker
 from vllm_omni.errors import WorkerDiedError
 
 SILENCE_SECONDS = 10.0
-"""A worker that sends nothing for so long is dead: a live one beats every second."""
+"""Silence after which a worker counts as dead: a live one sends a heartbeat every second."""
 START_SILENCE_SECONDS = 120.0
-"""The same before it is ready: importing libraries and reading weights may hold up its interpreter."""
-_LOOKS_PER_SILENCE = 10
+"""Silence limit before a worker is ready: imports and reading of weights may block its interpreter."""
+_CHECKS_PER_SILENCE = 10
+"""Checks for silent workers within the shorter limit."""
 
 
 class WorkerGroup:
-    """The workers of one replica, from their launch to the first failure of any."""
+    """The workers of one replica, from their launch to the first failure of any of them."""
 
     def __init__(self, silence_seconds: float, start_silence_seconds: float) -> None:
         self._silence_seconds = silence_seconds
@@ -33,22 +34,24 @@ class WorkerGroup:
         self._outcomes: asyncio.Queue[WorkerReady | StepResult | Exception] = asyncio.Queue()
         self._has_failed = False
         self.readies: dict[int, WorkerReady] = {}
-        """The answer of each rank, as it comes."""
+        """Measurements of the ranks that are ready."""
         self._results: list[deque[StepResult]] = []
-        """Of each rank, those that some other rank has not answered yet."""
+        """By rank: results that wait for the same step's results of other ranks."""
         self._silences: list[float] = []
-        """Seconds since each rank was heard, as counted by `_watch`."""
+        """By rank: seconds since its last message, counted by `_watch`."""
         self._tasks: list[asyncio.Task[None]] = []
 
-    def adopt(self, replica: LaunchedReplica, config: OmniDiffusionConfig, firsts: Mapping[int, WorkerReady]) -> None:
-        """Tell all processes to load, which they do at the same time, and watch them from now on.
+    def adopt(
+        self, replica: LaunchedReplica, config: OmniDiffusionConfig, first_readies: Mapping[int, WorkerReady]
+    ) -> None:
+        """Send `Start` to all processes, which then load at the same time, and watch them.
 
-        firsts: by rank, the answer of its first start; none at the first.
+        first_readies: by rank, measurements of the first start; empty at the first start.
         """
-        places = replica.places
+        rank_infos = replica.rank_infos
         self.workers = [WorkerProcess(launched) for launched in replica.take()]
-        for worker, place in zip(self.workers, places, strict=True):
-            worker.send(Start(config, place, firsts.get(place.rank)))
+        for worker, rank_info in zip(self.workers, rank_infos, strict=True):
+            worker.send(Start(config, rank_info, first_readies.get(rank_info.rank)))
         size = len(self.workers)
         self._results = [deque() for _ in self.workers]
         self._silences = [0.0] * size
@@ -60,14 +63,15 @@ class WorkerGroup:
             worker.send(message)
 
     async def next_outcome(self) -> WorkerReady | StepResult:
-        """First of all ranks ready, then of all ranks' answers to the next plan. Raises what ended the group."""
+        """Merged `Ready` of all ranks, then the merged result of each plan. Raises the failure that ended the group."""
         outcome = await self._outcomes.get()
         if isinstance(outcome, Exception):
-            self._outcomes.put_nowait(outcome)  # for whoever asks again, too
+            self._outcomes.put_nowait(outcome)  # later calls raise it, too
             raise outcome
         return outcome
 
     async def kill(self) -> None:
+        """Kill all workers and wait until they have ended."""
         self._stop()
         for task in self._tasks:
             task.cancel()
@@ -75,7 +79,7 @@ class WorkerGroup:
         await asyncio.gather(*(worker.kill() for worker in self.workers))
 
     def kill_at_once(self) -> None:
-        """Kill all workers without waiting for their end: for callers that cannot await."""
+        """Kill all workers without awaiting anything."""
         if self._tasks and not self._tasks[0].get_loop().is_closed():
             self._stop()
             for task in self._tasks:
@@ -85,22 +89,23 @@ class WorkerGroup:
             worker.close_channel()
 
     def _stop(self) -> None:
-        """Make the stop the only outcome from now on: with the listeners ends all that a waiting caller would hear."""
+        """Make the stop the only outcome: callers that wait in `next_outcome` must wake up, and the listeners end."""
         self._has_failed = True
         while not self._outcomes.empty():
             self._outcomes.get_nowait()
         self._outcomes.put_nowait(WorkerDiedError("the workers were stopped"))
 
     async def _listen(self, rank: int) -> None:
+        """Take messages of one rank until it fails."""
         worker = self.workers[rank]
         try:
             while True:
                 self._take(rank, await worker.receive())
         except EOFError:
-            # Noted before the exit code is known: the others fail in turn, and they are not the cause.
+            # Noted before waiting for the exit code: other ranks fail because of this one and are not the cause.
             if self._note_failure():
                 self._outcomes.put_nowait(WorkerDiedError(f"{worker} {await worker.how_it_ended()}"))
-        except Exception as error:  # the worker's last words, or a bug of ours: whoever waits must hear of it
+        except Exception as error:  # `Died`, or a bug of ours: a caller that waits must get it
             if self._note_failure():
                 self._outcomes.put_nowait(error)
 
@@ -109,19 +114,19 @@ class WorkerGroup:
         if isinstance(message, Ready):
             self.readies[rank] = message.ready
             if len(self.readies) == len(self.workers):
-                self._outcomes.put_nowait(merge_readies([self.readies[r] for r in range(len(self.workers))]))
+                self._outcomes.put_nowait(merge_ready([self.readies[r] for r in range(len(self.workers))]))
         elif isinstance(message, Done):
             self._results[rank].append(message.result)
             if all(self._results):
                 self._outcomes.put_nowait(merge_results([results.popleft() for results in self._results]))
 
     async def _watch(self) -> None:
-        """Fail the group when a worker is silent.
+        """Fail the group when a worker is silent for too long.
 
-        Looks are counted, not the clock: when this process was held up itself, the beats of that time are still
-        to be read, and it counts as one look.
+        Counts checks instead of reading the clock: while this process was blocked itself, heartbeats queued up, so that
+        time counts as one check only.
         """
-        seconds = self._silence_seconds / _LOOKS_PER_SILENCE
+        seconds = self._silence_seconds / _CHECKS_PER_SILENCE
         while True:
             await asyncio.sleep(seconds)
             for rank, worker in enumerate(self.workers):
@@ -131,12 +136,14 @@ class WorkerGroup:
                     self._outcomes.put_nowait(WorkerDiedError(f"{worker} has been silent for {limit:g} s"))
 
     def _note_failure(self) -> bool:
-        """Whether this failure is the group's first: those that follow are of its making."""
+        """Note a failure; return whether it is the group's first. Later failures are its consequences."""
         first, self._has_failed = not self._has_failed, True
         return first
 
 
 class MultiprocExecutor:
+    """Starts, restarts and ends the worker processes of one replica."""
+
     def __init__(
         self,
         config: OmniDiffusionConfig,
@@ -147,10 +154,11 @@ class MultiprocExecutor:
         silence_seconds: float = SILENCE_SECONDS,
         start_silence_seconds: float = START_SILENCE_SECONDS,
     ) -> None:
-        """`runner_name`: "module:function", called in each worker with the config and its RankInfo, returns its Runner.
+        """Make an executor without starting workers.
 
-        `launched`: workers that run already; they are used by the first start.
-        A worker of which nothing is heard for `silence_seconds` (before it is ready: `start_silence_seconds`) is dead.
+        runner_name: "module:function"; called in each worker with the config and its RankInfo, returns its Runner.
+        launched: processes that run already, for the first start.
+        silence_seconds: silence after which a worker counts as dead; start_silence_seconds: before it is ready.
         """
         self._config = config
         self._runner_name = runner_name
@@ -159,36 +167,36 @@ class MultiprocExecutor:
         self._silence_seconds = silence_seconds
         self._start_silence_seconds = start_silence_seconds
         self._group: WorkerGroup | None = None
-        self._firsts: Mapping[int, WorkerReady] = {}
-        """By rank, the answer of the first start."""
+        self._first_readies: Mapping[int, WorkerReady] = {}
+        """By rank: measurements of the first start, for restarts."""
         self._has_started = False
 
     @property
     def worker_pids(self) -> list[int]:
-        """By rank."""
+        """Process ids by rank; empty when no workers run."""
         return [worker.pid for worker in self._group.workers] if self._group else []
 
     async def start(self) -> WorkerReady:
         """See `Executor.start`. Raises WorkerDiedError also when `close` or `kill` is called meanwhile."""
         await self._kill_workers()
         if not self._has_started:
-            # For programs that never call close(). Once, and not at every start: handlers run last registered first,
-            # and whoever closes this executor at exit must come before.
+            # For programs that never call close(). Registered once, not at every start: exit handlers run in reverse
+            # order, and one that closes this executor must run before this one.
             atexit.register(self._kill_at_exit)
             self._has_started = True
         self._group = group = WorkerGroup(self._silence_seconds, self._start_silence_seconds)
         try:
             replica, self._launched = self._launched, None
             if replica is None:
-                replica = LaunchedReplica(self._config, self._replica_index, interpreter(self._runner_name))
-            group.adopt(replica, self._config, self._firsts)
+                replica = LaunchedReplica(self._config, self._replica_index, interpreter_launcher(self._runner_name))
+            group.adopt(replica, self._config, self._first_readies)
             ready = await group.next_outcome()
         except BaseException:  # also where the start is cancelled
-            if self._group is group:  # and not one of a later start, after a close during this one
+            if self._group is group:  # not the group of a later start, after a close during this one
                 await self._kill_workers()
             raise
         assert isinstance(ready, WorkerReady), "workers get no plan before all of them are ready"
-        self._firsts = self._firsts or group.readies
+        self._first_readies = self._first_readies or group.readies
         return ready
 
     def submit(self, plan: StepPlan) -> None:
@@ -226,7 +234,7 @@ class MultiprocExecutor:
             await group.kill()
 
     def _kill_at_exit(self) -> None:
-        """Does nothing in a child that the program forked: a process kills only children of its own."""
+        """Kill the workers; in a fork of the program nothing happens, because a process kills only its own children."""
         if self._group:
             for worker in self._group.workers:
                 worker.kill_at_exit()

@@ -1,4 +1,4 @@
-"""A worker process, seen from its parent."""
+"""A worker process and its channel, as the parent holds them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from vllm_omni.processes.channel import AsyncChannel, ChannelBrokenError
 logger = logging.getLogger(__name__)
 
 _LAST_WORDS_SECONDS = 1.0
-"""How long a process whose channel is closed may take to end, so that its exit code can be told."""
+"""Time for a process with a closed channel to end, so that the error can name its exit code."""
 _KILL_SECONDS = 5.0
-"""How long a killed process is waited for: a device driver may hold it."""
-_LOOK_SECONDS = 0.01
+"""Time to wait for the end of a killed process: a device driver may hold it."""
+_POLL_SECONDS = 0.01
+"""Pause between two looks at a process that should end."""
 
 
 class WorkerProcess:
-    """One worker process and the channel to it. Made on a running event loop."""
+    """One worker process and the channel to it. Constructed on a running event loop."""
 
     def __init__(self, launched: Launched) -> None:
         self._name = launched.name
@@ -41,10 +42,10 @@ class WorkerProcess:
         self._channel.send(message)
 
     async def receive(self) -> FromWorker:
-        """The next message. Raises EOFError when the worker is gone; `how_it_ended` then says how.
+        """Next message of the worker.
 
-        Raises WorkerDiedError when it says that it dies or when a message was lost, ConfigError when it says that a
-        setting is at fault.
+        Raises EOFError when the worker has closed the channel (see `how_it_ended`), WorkerDiedError when it reports its
+        failure or when a message was lost, ConfigError when it reports a wrong setting.
         """
         try:
             message = await self._channel.receive()
@@ -57,23 +58,23 @@ class WorkerProcess:
         raise WorkerDiedError(f"{self} failed: {message.message}\n{message.traceback}")
 
     async def how_it_ended(self) -> str:
-        """For a worker whose channel is closed: what became of its process."""
+        """Describe the end of a worker whose channel is closed."""
         if not await self._ended_within(_LAST_WORDS_SECONDS):
             return "closed its channel"
         code = self._process.wait()
         return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
 
     async def kill(self) -> None:
-        """End the process whatever it does, and reap it: a worker has nothing to save."""
+        """Kill the process and reap it. A worker has nothing to save."""
         self._process.kill()
         self._channel.close()
         if await self._ended_within(_KILL_SECONDS):
             self._process.wait()
         else:
-            logger.error("%s was killed and does not end", self)
+            logger.error("%s was killed but has not ended", self)
 
     def kill_at_exit(self) -> None:
-        """The same without an event loop."""
+        """Kill the process and reap it without an event loop."""
         self._process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_KILL_SECONDS)
@@ -84,11 +85,11 @@ class WorkerProcess:
     async def _ended_within(self, seconds: float) -> bool:
         """Whether the process ends within `seconds`.
 
-        Looks again and again: needs no thread and no descriptor, of which there may be none left.
+        Polls, because waiting would need a thread or a descriptor, and there may be none left.
         """
         end = time.monotonic() + seconds
         while self._process.poll() is None:
             if time.monotonic() >= end:
                 return False
-            await asyncio.sleep(_LOOK_SECONDS)
+            await asyncio.sleep(_POLL_SECONDS)
         return True

@@ -35,12 +35,12 @@ class Entry:
     """Plan in which this run began: outcomes of older plans speak of an earlier run."""
     previews: set[int] = field(default_factory=set)
     """Steps whose preview is still to be delivered."""
-    served: float = 0.0
+    planned_work: float = 0.0
     """Units planned for it."""
     steps: int = 0
     encoded: bool = False
     decoded: bool = False
-    alone: bool = False
+    runs_alone: bool = False
     """Shares no step with others: it ran out of memory in company, or may have killed workers."""
     num_deaths: int = 0
     """Workers that died while they ran it."""
@@ -72,7 +72,7 @@ class Entry:
             self, Phase.DENOISE, cost.tokens_per_step + extra, cost.step + self.step_overhead + extra, preview=preview
         )
 
-    def tokens_beside(self, lead: Phase) -> float:
+    def tokens_to_join(self, lead: Phase) -> float:
         """Tokens that decide whether it may join a step that an item of `lead` leads; infinity where it may not.
 
         Denoising steps gain from company, encodes and decodes do not: a step that one of these leads takes
@@ -81,13 +81,13 @@ class Entry:
         An encode beside denoising counts as the steps that it leads to: where these would fit, waiting for
         the encode would keep the pack half empty. If it is long it exceeds the budget, and is the last to join.
         """
-        if self.alone or (lead is not Phase.DENOISE and self.phase is not lead):
+        if self.runs_alone or (lead is not Phase.DENOISE and self.phase is not lead):
             return math.inf
         joins_later = lead is Phase.DENOISE and self.phase is Phase.ENCODE
         return self.request.cost.tokens_per_step if joins_later else self.next_item().tokens
 
     def advance(self, item: Item) -> None:
-        self.served += item.work
+        self.planned_work += item.work
         if item.phase is Phase.ENCODE:
             self.encoded = True
         elif item.phase is Phase.DENOISE:
@@ -97,7 +97,7 @@ class Entry:
 
     def rewind(self) -> None:
         """Back to the start; previews that were delivered stay delivered, work that was lost counts as waiting."""
-        self.steps, self.served, self.encoded, self.decoded = 0, 0.0, False, False
+        self.steps, self.planned_work, self.encoded, self.decoded = 0, 0.0, False, False
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def fair_order(entry: Entry) -> Order:
     then is `done - arrival_work`, of which `served` was its own; `done` is the same for all and drops out.
     A request of R units is overtaken by none that arrives more than R / AGEING units of device work after it.
     """
-    return (entry.remaining + AGEING * (entry.arrival_work + entry.served),)
+    return (entry.remaining + AGEING * (entry.arrival_work + entry.planned_work),)
 
 
 def fcfs_order(entry: Entry) -> Order:

@@ -58,7 +58,7 @@ class EntryOrder:
         return (entry.request.priority, *self._policy_order(entry), entry.number)
 
     def add(self, entry: Entry) -> None:
-        tokens = tuple(entry.tokens_beside(lead) for lead in Phase)
+        tokens = tuple(entry.tokens_to_join(lead) for lead in Phase)
         self._tree_of(entry).add(self.key(entry), entry, entry.remaining, tokens)
 
     def remove(self, entry: Entry) -> None:
@@ -66,7 +66,7 @@ class EntryOrder:
         if self._active.pop(entry.number, None) is None and not entry.decoded:
             self._tree_of(entry).remove(self.key(entry))
 
-    def activate(self, entries: Iterable[Entry]) -> None:
+    def set_active(self, entries: Iterable[Entry]) -> None:
         """These are removed, were planned since, and take the place of the last plan's entries."""
         left_out, self._active = self._active, {entry.number: entry for entry in entries if not entry.decoded}
         for entry in left_out.values():
@@ -95,7 +95,7 @@ class Candidates:
     def next(self, lead: Phase, limit: float) -> Entry | None:
         """The next entry that may join a step led by `lead` with at most `limit` tokens; skips those that may not."""
         self._active = [pair for pair in self._active if self._last is None or pair[0] > self._last]
-        found = next((pair for pair in self._active if pair[1].tokens_beside(lead) <= limit), None)
+        found = next((pair for pair in self._active if pair[1].tokens_to_join(lead) <= limit), None)
         for first_key, tree in self._trees:
             if found is None or first_key < found[0]:
                 other = tree.first_after(self._last, lead, limit)

@@ -6,7 +6,7 @@ import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from vllm_omni.diffusion.control.events import EngineObserver, telling_of_rejects
+from vllm_omni.diffusion.control.events import EngineObserver, reporting_rejects
 from vllm_omni.errors import QueueFullError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 from vllm_omni.jobs import Job
@@ -30,7 +30,7 @@ class Resolver:
 
     async def resolve(self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams) -> Job:
         """As `AsyncOmni.make_job`. Raises QueueFullError where as many wait to be checked as the queue takes at all."""
-        with telling_of_rejects(self._observer):
+        with reporting_rejects(self._observer):
             if (number := self._num_waiting) >= self._max_waiting:
                 raise QueueFullError(
                     f"{number} requests wait for their prompts to be read", retry_after=number * self._seconds

@@ -14,7 +14,7 @@ from PIL import Image
 from testbed.runner_driver import Drive, psnr
 from tests.diffusion.compute.families.diffusers_fallback.conftest import ModelOf, PipelineOf, RunnerOf
 from vllm_omni.diffusion.catalog.registry import load_model_info
-from vllm_omni.diffusion.control.request_builder import Intake
+from vllm_omni.diffusion.control.request_builder import RequestBuilder
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import ItemError, StepPlan, WorkerReady
 from vllm_omni.diffusion.messages.request import DiffusionRequest
@@ -41,8 +41,8 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
 
 def resolve(model_of: ModelOf, name: str, images: tuple[Image.Image, ...], **params: Any) -> list[DiffusionRequest]:
     model = str(model_of(name))
-    intake = Intake(OmniDiffusionConfig(model), load_model_info(model), READY)
-    return intake.resolve(OmniPrompt(PROMPT, images=images), OmniDiffusionSamplingParams(**params), "r")
+    builder = RequestBuilder(OmniDiffusionConfig(model), load_model_info(model), READY)
+    return builder.build(OmniPrompt(PROMPT, images=images), OmniDiffusionSamplingParams(**params), "r")
 
 
 def drawn(pipeline: Any, seed: int, **arguments: Any) -> np.ndarray:

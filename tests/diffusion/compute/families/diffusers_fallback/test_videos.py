@@ -14,7 +14,7 @@ from testbed.runner_driver import Drive, make_request, psnr
 from tests.diffusion.compute.families.diffusers_fallback.conftest import ModelOf, PipelineOf, RunnerOf
 from vllm_omni import AsyncOmni, Omni
 from vllm_omni.diffusion.catalog.registry import load_model_info
-from vllm_omni.diffusion.control.request_builder import Intake
+from vllm_omni.diffusion.control.request_builder import RequestBuilder
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import WorkerReady
 from vllm_omni.errors import ConfigError, InvalidRequestError, RequestAbortedError
@@ -138,12 +138,12 @@ def test_frames_that_the_model_does_not_make_are_refused(omni: Omni, num_frames:
 
 def test_a_server_makes_as_many_frames_as_the_model_by_default(model_of: ModelOf) -> None:
     model = str(model_of(WAN))
-    intake = Intake(OmniDiffusionConfig(model), load_model_info(model), READY)
-    (request,) = intake.resolve(OmniPrompt(PROMPT), OmniDiffusionSamplingParams(guidance_scale=1.0), "r")
+    builder = RequestBuilder(OmniDiffusionConfig(model), load_model_info(model), READY)
+    (request,) = builder.build(OmniPrompt(PROMPT), OmniDiffusionSamplingParams(guidance_scale=1.0), "r")
     assert request.num_frames == 5
     assert request.cost.branch_tokens == (2 * 16 + request.num_prompt_tokens,)
     with pytest.raises(InvalidRequestError, match=r"1 to 5 \(--max-num-frames\)"):
-        intake.resolve(OmniPrompt(PROMPT), OmniDiffusionSamplingParams(num_frames=9), "r")
+        builder.build(OmniPrompt(PROMPT), OmniDiffusionSamplingParams(num_frames=9), "r")
 
 
 def test_fps_is_refused_where_the_pipeline_asks_for_none(omni: Omni) -> None:

@@ -14,7 +14,7 @@ from testbed.fakes import make_ready
 from testbed.runner_driver import Drive, make_request, psnr
 from tests.diffusion.compute.families.qwen_image.test_pictures import check, started
 from vllm_omni.diffusion.catalog.registry import load_model_info
-from vllm_omni.diffusion.control.request_builder import Intake
+from vllm_omni.diffusion.control.request_builder import RequestBuilder
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
@@ -106,8 +106,8 @@ def test_defaults_draw_what_diffusers_draws_with_its_own(model: str, request: py
     """Z-Image-Turbo without guidance in 8 steps, Z-Image as the pipeline's signature has it."""
     path: Path = request.getfixturevalue(model)
     runner = started(path)
-    intake = Intake(OmniDiffusionConfig(model=str(path)), load_model_info(str(path)), make_ready())
-    (resolved,) = intake.resolve(OmniPrompt("a red apple"), OmniDiffusionSamplingParams(seed=5), "r")
+    builder = RequestBuilder(OmniDiffusionConfig(model=str(path)), load_model_info(str(path)), make_ready())
+    (resolved,) = builder.build(OmniPrompt("a red apple"), OmniDiffusionSamplingParams(seed=5), "r")
     drive = Drive(runner).run({0: [resolved]})
     pipeline = reference(path)
     settings = {"num_inference_steps": 8, "guidance_scale": 0.0} if model == "turbo" else {}
