@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from vllm_omni.diffusion.catalog.hub import HubAccess
 from vllm_omni.diffusion.catalog.model_check import check_model_files
-from vllm_omni.diffusion.catalog.registry import ModelInfo, load_model_info
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
+from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.control.compiled_packages import check_compiled_packages
 from vllm_omni.diffusion.control.engine import DiffusionEngine
 from vllm_omni.diffusion.control.events import EngineObserver, EngineStatus

@@ -15,7 +15,7 @@ from tests.diffusion.compute.worker.driving import psnr
 from tests.gpu.pool import Pool
 from tests.tiny_models import build_tiny_qwen_image
 from tests.tiny_z_image import build_tiny_z_image
-from vllm_omni.diffusion.catalog.registry import DEMO_MODEL_PATH
+from vllm_omni.diffusion.catalog.find_folder import DEMO_MODEL_PATH
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 
 NUM_GPUS = torch.cuda.device_count()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.diffusion.control.test_request_builder import INFO, READY, WHOLE
-from vllm_omni.diffusion.catalog.registry import ModelInfo
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.control.request_builder import Intake, check_defaults
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest, LoRA

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vllm_omni.diffusion.catalog.registry import Guidance, ModelInfo, Shares, WholePipeline
+from vllm_omni.diffusion.catalog.model_info import Guidance, ModelInfo, Shares, WholePipeline
 from vllm_omni.diffusion.control.request_builder import Intake, check_default_prompt, check_defaults, spread_previews
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import WorkerReady

@@ -18,7 +18,7 @@ from fastapi import FastAPI
 
 from tests.fakes import FakeExecutor, FakeRunner, fake_image, make_request
 from tests.patience import GUARD_SECONDS, wait_for
-from vllm_omni.diffusion.catalog.registry import ModelInfo, Shares
+from vllm_omni.diffusion.catalog.model_info import ModelInfo, Shares
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import ItemError, StepPlan
 from vllm_omni.diffusion.messages.request import DiffusionRequest

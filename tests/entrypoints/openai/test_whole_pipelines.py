@@ -26,7 +26,7 @@ from tests.entrypoints.openai.routes.test_image_edits import EDITS, data_url, fi
 from tests.entrypoints.openai.routes.test_probes_and_metrics import read_metrics
 from tests.tiny_diffusers import build_tiny_diffusers, set_safety_checker
 from tests.tiny_models import photo
-from vllm_omni.diffusion.catalog.registry import WholePipeline
+from vllm_omni.diffusion.catalog.model_info import WholePipeline
 from vllm_omni.diffusion.control import request_builder as intake
 from vllm_omni.inputs.images import InputImage, resized
 

@@ -8,7 +8,7 @@ from typing import Any
 from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX, check_links, names_in, read_object, short
 from vllm_omni.diffusion.catalog.hub import blame_hub
 from vllm_omni.diffusion.catalog.model_index import DIFFUSERS_STEMS, Component, read_components
-from vllm_omni.diffusion.catalog.registry import ModelInfo
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.catalog.tokenizer_files import check_tokenizer
 from vllm_omni.diffusion.catalog.weight_files import CONFIG, choose_all, has_weights, other_configs
 from vllm_omni.diffusion.catalog.weight_headers import StoredWeight, check_types, stored_weights

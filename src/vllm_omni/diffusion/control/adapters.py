@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_omni.diffusion.catalog.registry import ModelInfo
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import LoRA
 from vllm_omni.errors import InvalidRequestError

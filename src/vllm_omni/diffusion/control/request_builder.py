@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from vllm_omni.diffusion.catalog.folder_files import DEFAULTS_FILE
-from vllm_omni.diffusion.catalog.registry import ModelInfo
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.control.adapters import resolve_lora
 from vllm_omni.diffusion.control.sizes import SizeLimits
 from vllm_omni.diffusion.data import OmniDiffusionConfig, flag_of

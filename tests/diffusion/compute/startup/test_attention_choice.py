@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_omni.diffusion.catalog.registry import ModelInfo, Shares, load_model_info
+from vllm_omni.diffusion.catalog.model_info import ModelInfo, Shares
+from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.attention import Setting
 from vllm_omni.diffusion.compute.attention.sdpa import SdpaAttention
 from vllm_omni.diffusion.compute.coordination.ranks import Ranks

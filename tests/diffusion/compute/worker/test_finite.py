@@ -17,7 +17,8 @@ from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
 from tests.diffusion.compute.worker.replica import merging, started
 from tests.tiny_models import SMALL, build_tiny_qwen_image
 from tests.tiny_z_image import build_tiny_z_image
-from vllm_omni.diffusion.catalog.registry import ModelInfo, load_model_info
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
+from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.step.finite import each_is_finite, is_finite
 from vllm_omni.diffusion.compute.step.pipeline import RequestState
 from vllm_omni.diffusion.compute.worker.item_errors import not_finite_error

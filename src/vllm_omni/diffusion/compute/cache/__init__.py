@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from vllm_omni.diffusion.catalog.registry import ModelInfo
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.compute.cache.base import NoCache, StepCache
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.data import CacheConfig, CacheDiTConfig, TeaCacheConfig

@@ -13,7 +13,7 @@ from itertools import zip_longest
 
 from torch import Tensor
 
-from vllm_omni.diffusion.catalog.registry import ModelInfo
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.compute.cache.base import (
     Blocks,
     Kept,

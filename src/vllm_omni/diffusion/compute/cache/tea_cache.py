@@ -12,7 +12,7 @@ from functools import reduce
 
 from torch import Tensor
 
-from vllm_omni.diffusion.catalog.registry import ModelInfo
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.compute.cache.base import (
     Blocks,
     Kept,

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from vllm_omni.diffusion.catalog.registry import ModelInfo
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.compute.attention import BACKENDS, AttentionBackend, Setting, backend_class
 from vllm_omni.diffusion.compute.coordination.ranks import Ranks
 from vllm_omni.diffusion.compute.device.kinds import Device

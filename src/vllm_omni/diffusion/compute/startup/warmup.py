@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_omni.diffusion.catalog.registry import ModelInfo
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.compute.coordination.ranks import PeerFailedError, Ranks
 from vllm_omni.diffusion.compute.device.kinds import Device, is_device_failure, is_out_of_memory
 from vllm_omni.diffusion.compute.step.pipeline import BasePipeline, RequestState

@@ -10,7 +10,7 @@ from typing import Generic, NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor
 
-from vllm_omni.diffusion.catalog.registry import ModelInfo
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.compute.cache.base import CacheSlot, SequenceStep, StepCache
 from vllm_omni.diffusion.compute.distributed.mesh import Mesh
 from vllm_omni.diffusion.compute.step.compiled import CompiledBlocks

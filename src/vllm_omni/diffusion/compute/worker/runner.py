@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_omni.diffusion.catalog.registry import ModelInfo
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.compute.coordination.ranks import PeerFailedError, Ranks, RanksLostError, connect
 from vllm_omni.diffusion.compute.device.kinds import Device, Stopwatch
 from vllm_omni.diffusion.compute.startup.attention_choice import choose_attention

@@ -19,7 +19,8 @@ from PIL import Image
 
 from tests.diffusion.compute.families.diffusers_fallback.conftest import ModelOf, RunnerOf
 from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
-from vllm_omni.diffusion.catalog.registry import WholePipeline, load_model_info
+from vllm_omni.diffusion.catalog.model_info import WholePipeline
+from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.families.diffusers_fallback.info import MAX_INTERLEAVED
 from vllm_omni.diffusion.compute.families.diffusers_fallback.pipeline import Pipeline, PipelineCall
 from vllm_omni.diffusion.compute.step.pipeline import Picture

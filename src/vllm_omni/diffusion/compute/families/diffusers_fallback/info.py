@@ -13,14 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm_omni.diffusion.catalog.configs import read_config
+from vllm_omni.diffusion.catalog.default_params import read_default_sampling_params
 from vllm_omni.diffusion.catalog.folder_files import DEFAULTS_FILE, MODEL_INDEX, read_object
-from vllm_omni.diffusion.catalog.registry import (
-    Guidance,
-    ModelInfo,
-    Shares,
-    WholePipeline,
-    read_default_sampling_params,
-)
+from vllm_omni.diffusion.catalog.model_info import Guidance, ModelInfo, Shares, WholePipeline
 from vllm_omni.diffusion.catalog.tokenizer_files import read_settings
 from vllm_omni.diffusion.compute.families.diffusers_fallback.components import component_classes, pipeline_class
 from vllm_omni.diffusion.compute.families.diffusers_fallback.config_sizes import (

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vllm_omni.diffusion.catalog.registry import ModelInfo, WholePipeline
+from vllm_omni.diffusion.catalog.model_info import ModelInfo, WholePipeline
 from vllm_omni.diffusion.compute.cache.base import NoCache
 from vllm_omni.diffusion.compute.device.transfers import HOST, is_host
 from vllm_omni.diffusion.compute.distributed.groups import Group

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from vllm_omni.diffusion.catalog.registry import SIZES
+from vllm_omni.diffusion.catalog.model_info import SIZES
 from vllm_omni.errors import ConfigError
 
 SAMPLING_PARAMETERS = (

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vllm_omni.diffusion.catalog.configs import read_config
 from vllm_omni.diffusion.catalog.model_index import DIFFUSERS_STEMS
-from vllm_omni.diffusion.catalog.registry import ModelInfo
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.compute.attention import create_attention
 from vllm_omni.diffusion.compute.attention.sharded import PackedAttention
 from vllm_omni.diffusion.compute.cache import create_step_cache

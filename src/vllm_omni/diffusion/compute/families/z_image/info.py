@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_omni.diffusion.catalog.configs import read_config, read_scheduler_config, refuse_variants
-from vllm_omni.diffusion.catalog.registry import Guidance, ModelInfo, Shares, read_default_sampling_params
+from vllm_omni.diffusion.catalog.default_params import read_default_sampling_params
+from vllm_omni.diffusion.catalog.model_info import Guidance, ModelInfo, Shares
 from vllm_omni.diffusion.catalog.tokenizer_files import TokenizerNeeds, check_chat_template
 from vllm_omni.diffusion.compute.families.z_image.config import PATCH_SIZE, TransformerConfig, VaeConfig
 from vllm_omni.diffusion.compute.text.language_config import LanguageModelConfig
