@@ -84,7 +84,7 @@ class AsyncOmni:
         self.info = load_model_info(
             self.config.model, self.config.load_format, HubAccess.of(self.config), self._check_settings
         )
-        for remark in () if self.info.whole is None else self.info.whole.remarks:
+        for remark in self.info.remarks:
             logger.warning(remark)
         check_model_files(self.info, self.config)
         self.ready: WorkerReady | None = None

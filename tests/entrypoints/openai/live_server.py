@@ -18,7 +18,8 @@ from fastapi import FastAPI
 
 from tests.fakes import FakeExecutor, FakeRunner, fake_image, make_request
 from tests.patience import GUARD_SECONDS, wait_for
-from vllm_omni.diffusion.catalog.model_info import ModelInfo, Shares
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
+from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo, Shares
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import ItemError, StepPlan
 from vllm_omni.diffusion.messages.request import DiffusionRequest
@@ -98,7 +99,7 @@ class FakeDevice(FakeExecutor):
         self.release_results(len(self._pending))
 
 
-FAKE_INFO = ModelInfo(
+FAKE_INFO = PackedModelInfo(
     path=Path("/nowhere"),
     family="fake",
     size_multiple=16,

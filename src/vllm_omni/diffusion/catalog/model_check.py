@@ -67,7 +67,7 @@ def _check_files(info: ModelInfo, name: str, component: Component) -> None:
         values = read_object(info.path, place)
         if component.kind == "scheduler":
             _check_scheduler(place, values)
-        if config == CONFIG and info.whole is not None and component.stems != DIFFUSERS_STEMS:
+        if config == CONFIG and info.served_by == "diffusers" and component.stems != DIFFUSERS_STEMS:
             _check_redirects(name, names, values)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from vllm_omni.diffusion.catalog.find_folder import find_folder
 from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX, read_object
@@ -14,16 +15,23 @@ from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.data import LoadFormat
 from vllm_omni.errors import ConfigError
 
-# `_class_name` in model_index.json -> package under vllm_omni.diffusion.compute.families. A family's package has
-# `info.py` (`describe(path) -> ModelInfo`, no torch) and `pipeline.py` (`Pipeline`).
+PACKAGE = "vllm_omni.diffusion.compute.families"
 FAMILIES: dict[str, str] = {
     "QwenImagePipeline": "qwen_image",
     "QwenImageEditPipeline": "qwen_image",
     "QwenImageEditPlusPipeline": "qwen_image",
     "ZImagePipeline": "z_image",
 }
+"""`_class_name` in model_index.json -> family, a package under `PACKAGE`. Its `info.py` has `describe(path)`, which
+returns a `ModelInfo` and imports no torch; its `pipeline.py` has the class that `PIPELINES` names."""
 FALLBACK_FAMILY = "diffusers_fallback"
 """Family of every other class."""
+PIPELINES: dict[str, str] = {
+    "qwen_image": "QwenImagePipeline",
+    "z_image": "ZImagePipeline",
+    FALLBACK_FAMILY: "DiffusersPipeline",
+}
+"""Family -> class in its `pipeline.py`, a subclass of `step.pipeline.Pipeline`."""
 
 
 def load_model_info(
@@ -45,13 +53,18 @@ def load_model_info(
 
 
 def _describe(path: Path) -> ModelInfo:
-    module = import_module(f"vllm_omni.diffusion.compute.families.{family_of(path)}.info")
+    module = import_module(f"{PACKAGE}.{family_of(path)}.info")
     info: ModelInfo = module.describe(path)
     return info
 
 
+def pipeline_class(family: str) -> Any:
+    """Class that loads and runs the models of a family. Imports torch."""
+    return getattr(import_module(f"{PACKAGE}.{family}.pipeline"), PIPELINES[family])
+
+
 def family_of(path: Path) -> str:
-    """Package under `vllm_omni.diffusion.compute.families` that serves the model folder `path`.
+    """Family that serves the model folder `path`.
 
     Raises ConfigError where model_index.json names no pipeline class.
     """

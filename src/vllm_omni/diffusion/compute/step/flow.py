@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
@@ -12,7 +13,7 @@ from torch import Tensor
 from vllm_omni.diffusion.compute.distributed.mesh import Mesh
 from vllm_omni.diffusion.compute.packing import MembershipCache
 from vllm_omni.diffusion.compute.step.cuda_graphs import CapturedGraphs
-from vllm_omni.diffusion.compute.step.pipeline import BasePipeline, Picture, RequestState
+from vllm_omni.diffusion.compute.step.pipeline import PackedPipeline, Picture, RequestState
 from vllm_omni.diffusion.compute.step.sampling import predict_clean
 from vllm_omni.diffusion.compute.step.schedule import with_one_step_schedules
 from vllm_omni.diffusion.compute.step.sharding import Sharding
@@ -49,7 +50,7 @@ class Decoder(Protocol):
         ...
 
 
-class FlowPipeline(BasePipeline[State], Generic[State, Forward]):
+class FlowPipeline(PackedPipeline[State], Generic[State, Forward]):
     def __init__(
         self, decoder: Decoder, scheduler: FlowMatchEulerDiscreteScheduler, pixels_per_token: int, mesh: Mesh
     ) -> None:
@@ -64,12 +65,20 @@ class FlowPipeline(BasePipeline[State], Generic[State, Forward]):
         """Rows and columns of tokens."""
         return request.height // self._pixels_per_token, request.width // self._pixels_per_token
 
-    def advance(self, state: State, velocity: Tensor) -> None:
+    def advance(self, state: State, branches: Sequence[Tensor], previews: bool = False) -> Tensor | None:
+        velocity = self.combine(state, branches)
+        clean = self.predict_clean(state, velocity) if previews else None
         timestep = state.scheduler.timesteps[state.step]
         state.latents = state.scheduler.step(velocity, timestep, state.latents, return_dict=False)[0]
         state.step += 1
+        return clean
+
+    @abstractmethod
+    def combine(self, state: State, branches: Sequence[Tensor]) -> Tensor:
+        """One velocity from those of the guidance branches."""
 
     def predict_clean(self, state: State, velocity: Tensor) -> Tensor:
+        """Final latents as foreseen from the velocity at the state's step."""
         return predict_clean(state.latents, velocity, float(state.scheduler.sigmas[state.step]))
 
     def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[Picture]:

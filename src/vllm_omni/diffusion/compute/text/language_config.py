@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_omni.diffusion.catalog.configs import from_values
 from vllm_omni.diffusion.catalog.folder_files import short
-from vllm_omni.diffusion.catalog.model_info import Shares
+from vllm_omni.diffusion.catalog.packed_info import Shares
 from vllm_omni.diffusion.catalog.weight_fit import ExpectedWeights, LayerList
 from vllm_omni.errors import ConfigError
 

@@ -15,8 +15,9 @@ from typing import Any
 from vllm_omni.diffusion.catalog.configs import read_config
 from vllm_omni.diffusion.catalog.default_params import read_default_sampling_params
 from vllm_omni.diffusion.catalog.folder_files import DEFAULTS_FILE, MODEL_INDEX, read_object
-from vllm_omni.diffusion.catalog.model_info import Guidance, ModelInfo, Shares, WholePipeline
+from vllm_omni.diffusion.catalog.model_info import Guidance
 from vllm_omni.diffusion.catalog.tokenizer_files import read_settings
+from vllm_omni.diffusion.catalog.whole_info import WholeModelInfo, WholePipeline
 from vllm_omni.diffusion.compute.families.diffusers_fallback.components import component_classes, pipeline_class
 from vllm_omni.diffusion.compute.families.diffusers_fallback.config_sizes import (
     check_index_sizes,
@@ -81,7 +82,7 @@ def count_words(prompt: str) -> int:
     return len(prompt.split())
 
 
-def describe(path: Path) -> ModelInfo:
+def describe(path: Path) -> WholeModelInfo:
     """Sizes, limits and defaults of the model in `path`.
 
     Raises ConfigError for a pipeline that cannot be served and for components that are not loaded.
@@ -119,7 +120,7 @@ def describe(path: Path) -> ModelInfo:
         raise ConfigError(f"{pipeline.__name__} has no default num_frames: write one to the model's {DEFAULTS_FILE}")
     side = vae_scale * _patch_side(configs)
     image_input = _image_input(pipeline.__name__, signature, side, defaults) if signature.takes_image else None
-    return ModelInfo(
+    return WholeModelInfo(
         path=path,
         family="diffusers_fallback",
         size_multiple=side,
@@ -127,13 +128,8 @@ def describe(path: Path) -> ModelInfo:
         max_prompt_tokens=longest or LONGEST_PROMPT,
         count_prompt_tokens=count_prompt_tokens,
         attention_tokens=ATTENTION_TOKENS,
-        num_heads=1,
-        head_dim=1,
-        num_blocks=1,
-        tensor_shares=Shares({"pipeline": 1}),
-        text_encoder_shares=Shares({"pipeline": 1}),
         guidance=_guidance(takes),
-        whole=_whole(pipeline, signature, takes, own, image_input, tuple(remarks)),
+        pipeline=_whole(pipeline, signature, takes, own, image_input, tuple(remarks)),
         image_input=image_input,
         latent_frames=latent_frames(configs.get("vae", {}), defaults.get("num_frames", 1)),
         default_sampling_params=defaults,

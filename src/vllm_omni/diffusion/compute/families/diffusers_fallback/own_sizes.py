@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from vllm_omni.diffusion.catalog.model_info import SizeBin
+from vllm_omni.diffusion.catalog.whole_info import SizeBin
 from vllm_omni.diffusion.compute.families.diffusers_fallback.config_sizes import longer_side
 
 DEFAULT_SIDE = 1024

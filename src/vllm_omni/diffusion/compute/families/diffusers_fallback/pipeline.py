@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vllm_omni.diffusion.catalog.model_info import ModelInfo, WholePipeline
+from vllm_omni.diffusion.catalog.whole_info import WholeModelInfo, WholePipeline
 from vllm_omni.diffusion.compute.cache.base import NoCache
 from vllm_omni.diffusion.compute.device.transfers import HOST, is_host
 from vllm_omni.diffusion.compute.distributed.groups import Group
@@ -26,9 +26,8 @@ from vllm_omni.diffusion.compute.families.diffusers_fallback.loading import load
 from vllm_omni.diffusion.compute.families.diffusers_fallback.lora import Adapters
 from vllm_omni.diffusion.compute.families.diffusers_fallback.progress_bars import StepBar
 from vllm_omni.diffusion.compute.families.diffusers_fallback.run import SteppedRun
-from vllm_omni.diffusion.compute.step.compiled import CompiledBlocks
 from vllm_omni.diffusion.compute.step.finite import keep_infinite_pixels_visible
-from vllm_omni.diffusion.compute.step.pipeline import BasePipeline, Picture, RequestState
+from vllm_omni.diffusion.compute.step.pipeline import Picture, Pipeline, RequestState
 from vllm_omni.diffusion.compute.step.schedule import check_schedule, with_one_step_schedules
 from vllm_omni.diffusion.data import OmniDiffusionConfig, flag_of
 from vllm_omni.diffusion.messages.request import DiffusionRequest
@@ -163,7 +162,7 @@ class WholeState(RequestState):
     call: PipelineCall | None = None
 
 
-class Pipeline(BasePipeline[WholeState]):
+class DiffusersPipeline(Pipeline[WholeState]):
     """A step of a request is a step of its call; requests of one plan make theirs one after another."""
 
     def __init__(self, pipeline: Any, whole: WholePipeline, adapters: Adapters, device: torch.device) -> None:
@@ -181,15 +180,14 @@ class Pipeline(BasePipeline[WholeState]):
     def load(
         cls,
         config: OmniDiffusionConfig,
-        info: ModelInfo,
+        info: WholeModelInfo,
         device: torch.device,
         dtype: torch.dtype,
         on_bytes: Callable[[int], object],
         mesh: Mesh,
-    ) -> Pipeline:
-        assert info.whole is not None
+    ) -> DiffusersPipeline:
         _refuse_offload_without_gpu(config, device)
-        pipeline = load_pipeline(info.path, info.whole.class_name, dtype, config.variant)
+        pipeline = load_pipeline(info.path, info.pipeline.class_name, dtype, config.variant)
         modules = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
         on_bytes(sum(parameter.nbytes for module in modules for parameter in module.parameters()))
         _configure_vae(pipeline, config)
@@ -203,10 +201,7 @@ class Pipeline(BasePipeline[WholeState]):
             pipeline.enable_group_offload(device, offload_type="leaf_level", use_stream=True)
         else:
             pipeline.to(device)
-        return cls(pipeline, info.whole, adapters, device)
-
-    def compile_blocks(self) -> CompiledBlocks:
-        raise AssertionError("whole pipelines run as diffusers has them")
+        return cls(pipeline, info.pipeline, adapters, device)
 
     def encode(self, request: DiffusionRequest) -> WholeState:
         self._give_turn(request)
@@ -220,20 +215,15 @@ class Pipeline(BasePipeline[WholeState]):
         return WholeState(request, self._nothing, lengths, call=call)
 
     def predict(self, states: Sequence[WholeState], groups: Sequence[int] | None = None) -> list[tuple[Tensor, ...]]:
-        """Nothing yet: the pipeline's step is one piece, made in `advance`."""
+        """An empty tensor for each branch: the pipeline's step is one piece, made in `advance`."""
         return [(state.latents,) * len(state.sequence_lengths) for state in states]
 
-    def combine(self, state: WholeState, branches: Sequence[Tensor]) -> Tensor:
-        return branches[0]
-
-    def advance(self, state: WholeState, velocity: Tensor) -> None:
+    def advance(self, state: WholeState, branches: Sequence[Tensor], previews: bool = False) -> None:
+        """Run the call to the end of the next planned step. The model gives no previews."""
         assert state.call is not None
         self._give_turn(state.request)
         state.num_made = state.call.advance(state.step + 1)
         state.step += 1
-
-    def predict_clean(self, state: WholeState, velocity: Tensor) -> Tensor:
-        raise AssertionError("requests for previews are refused")
 
     def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[Picture]:
         pictures = []

@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_omni.diffusion.catalog.configs import read_config, read_scheduler_config, refuse_variants
 from vllm_omni.diffusion.catalog.default_params import read_default_sampling_params
-from vllm_omni.diffusion.catalog.model_info import ModelInfo, Shares
+from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo, Shares
 from vllm_omni.diffusion.catalog.tokenizer_files import TokenizerNeeds
 from vllm_omni.diffusion.compute.families.qwen_image.config import TransformerConfig, VaeConfig, VisionConfig
 from vllm_omni.diffusion.compute.families.qwen_image.edit import (
@@ -65,7 +65,7 @@ class PromptTokenCounter:
         return len(self._tokenizer(self.template.format(prompt)).input_ids) - self.num_template_tokens
 
 
-def describe(path: Path) -> ModelInfo:
+def describe(path: Path) -> PackedModelInfo:
     """Sizes, limits and defaults of the model in `path`.
 
     Raises ConfigError for a component whose config cannot be read and for a variant that we cannot run.
@@ -96,7 +96,7 @@ def describe(path: Path) -> ModelInfo:
             area=int(defaults["height"]) * int(defaults["width"]),
             is_plus=class_name == EDIT_PLUS,
         )
-    return ModelInfo(
+    return PackedModelInfo(
         path=path,
         family="qwen_image",
         size_multiple=vae_scale * PATCH_SIZE,

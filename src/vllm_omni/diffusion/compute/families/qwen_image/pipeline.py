@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vllm_omni.diffusion.catalog.configs import read_config
 from vllm_omni.diffusion.catalog.model_index import DIFFUSERS_STEMS
-from vllm_omni.diffusion.catalog.model_info import ModelInfo
+from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo
 from vllm_omni.diffusion.compute.attention import create_attention
 from vllm_omni.diffusion.compute.attention.sharded import PackedAttention
 from vllm_omni.diffusion.compute.cache import create_step_cache
@@ -87,7 +87,7 @@ class Forward:
     timestep 0, for references, though other ranks may hold these; None: all have their sequence's."""
 
 
-class Pipeline(FlowPipeline[QwenImageState, Forward]):
+class QwenImagePipeline(FlowPipeline[QwenImageState, Forward]):
     def __init__(
         self,
         transformer: QwenImageTransformer,
@@ -119,12 +119,12 @@ class Pipeline(FlowPipeline[QwenImageState, Forward]):
     def load(
         cls,
         config: OmniDiffusionConfig,
-        info: ModelInfo,
+        info: PackedModelInfo,
         device: torch.device,
         dtype: torch.dtype,
         on_bytes: Callable[[int], object],
         mesh: Mesh,
-    ) -> Pipeline:
+    ) -> QwenImagePipeline:
         path = info.path
         encode_text = _load_text_encoder(info, device, dtype, on_bytes, mesh, config.load_format, config.variant)
         vae = load_autoencoder(
@@ -278,7 +278,7 @@ def _image_tokens(state: QwenImageState) -> Tensor:
 
 
 def _load_text_encoder(
-    info: ModelInfo,
+    info: PackedModelInfo,
     device: torch.device,
     dtype: torch.dtype,
     on_bytes: Callable[[int], object],

@@ -9,7 +9,8 @@ from typing import Any
 
 from vllm_omni.diffusion.catalog.configs import read_config, read_scheduler_config, refuse_variants
 from vllm_omni.diffusion.catalog.default_params import read_default_sampling_params
-from vllm_omni.diffusion.catalog.model_info import Guidance, ModelInfo, Shares
+from vllm_omni.diffusion.catalog.model_info import Guidance
+from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo, Shares
 from vllm_omni.diffusion.catalog.tokenizer_files import TokenizerNeeds, check_chat_template
 from vllm_omni.diffusion.compute.families.z_image.config import PATCH_SIZE, TransformerConfig, VaeConfig
 from vllm_omni.diffusion.compute.text.language_config import LanguageModelConfig
@@ -67,7 +68,7 @@ def _as_chat(tokenizer: Any, prompt: str) -> str:
     return text
 
 
-def describe(path: Path) -> ModelInfo:
+def describe(path: Path) -> PackedModelInfo:
     """Sizes, limits and defaults of the model in `path`.
 
     Raises ConfigError for a component whose config cannot be read and for a variant that we cannot run.
@@ -89,7 +90,7 @@ def describe(path: Path) -> ModelInfo:
         "max_sequence_length": 512,
     }
     check_chat_template(path, "tokenizer")
-    return ModelInfo(
+    return PackedModelInfo(
         path=path,
         family="z_image",
         size_multiple=side,

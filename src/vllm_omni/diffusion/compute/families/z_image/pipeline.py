@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vllm_omni.diffusion.catalog.configs import read_config
 from vllm_omni.diffusion.catalog.model_index import DIFFUSERS_STEMS
-from vllm_omni.diffusion.catalog.model_info import ModelInfo
+from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo
 from vllm_omni.diffusion.compute.attention import create_attention
 from vllm_omni.diffusion.compute.attention.sharded import Attend, PackedAttention
 from vllm_omni.diffusion.compute.cache import create_step_cache
@@ -91,7 +91,7 @@ class Forward:
     text: Tensor
 
 
-class Pipeline(FlowPipeline[ZImageState, Forward]):
+class ZImagePipeline(FlowPipeline[ZImageState, Forward]):
     def __init__(
         self,
         transformer: ZImageTransformer,
@@ -118,12 +118,12 @@ class Pipeline(FlowPipeline[ZImageState, Forward]):
     def load(
         cls,
         config: OmniDiffusionConfig,
-        info: ModelInfo,
+        info: PackedModelInfo,
         device: torch.device,
         dtype: torch.dtype,
         on_bytes: Callable[[int], object],
         mesh: Mesh,
-    ) -> Pipeline:
+    ) -> ZImagePipeline:
         path = info.path
         text_encoder = TextEncoder(path, device, dtype, mesh.text_encoder, on_bytes, config.load_format, config.variant)
         vae = load_autoencoder(AutoencoderKL, path / "vae", device, dtype, on_bytes, config.load_format, config.variant)
