@@ -15,15 +15,14 @@ from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.families.z_image.config import TransformerConfig
 from vllm_omni.diffusion.compute.families.z_image.transformer import (
     CHECKPOINT_NAMES,
-    StepBlocks,
-    StepContext,
     ZImageTransformer,
-    filled_up,
+    padded_length,
 )
 from vllm_omni.diffusion.compute.packing import Pack
 from vllm_omni.diffusion.compute.step.arrangement import Arrangement
 from vllm_omni.diffusion.compute.step.modulation import ModulationTable
 from vllm_omni.diffusion.compute.step.sampling import pack_latents
+from vllm_omni.diffusion.compute.step.transformer import StepBlocks, StepContext
 from vllm_omni.diffusion.compute.weights.loading import load_weights
 from vllm_omni.errors import ConfigError
 
@@ -48,19 +47,18 @@ def packed(
     attention = PackedAttention(create_attention(), Group.alone(), Group.alone())
     texts = []
     for caption in captions:
-        texts.append(model.refine_caption(caption, attention.over(Pack.build([filled_up(len(caption))], [0], CPU))))
-    lengths = [filled_up(len(x)) for x in latents]
+        texts.append(model.refine_caption(caption, attention.over(Pack.build([padded_length(len(caption))], [0], CPU))))
+    lengths = [padded_length(len(x)) for x in latents]
     pack = Pack.build([len(t) for t in texts], lengths, CPU)
     rotations = torch.cat([r for t, grid in zip(texts, grids) for r in model.rotations(len(t), grid)])
-    context = StepContext(
-        arrangement=Arrangement(pack, rotations, attention),
-        attend_images=attention.over(Pack.build([0] * len(latents), lengths, CPU)),
-        is_filling=torch.cat([torch.arange(n) >= len(x) for n, x in zip(lengths, latents)])[:, None],
-        modulation=ModulationTable(model.modulate, 2**20).rows_of(timesteps),
-    )
+    modulation = ModulationTable(model.modulate, 2**20).rows_of(timesteps)
+    context = StepContext(Arrangement(pack, rotations, attention), modulation)
+    attend_images = attention.over(Pack.build([0] * len(latents), lengths, CPU))
+    is_padding = torch.cat([torch.arange(n) >= len(x) for n, x in zip(lengths, latents)])[:, None]
     filled = torch.cat([F.pad(x, (0, 0, 0, n - len(x)), value=7.0) for n, x in zip(lengths, latents)])
     blocks = StepBlocks(model, context)
-    hidden = blocks.run(model.embed(filled, torch.cat(texts), context), range(blocks.num_blocks))
+    hidden = model.embed(filled, torch.cat(texts), context, is_padding, attend_images)
+    hidden = blocks.run(hidden, range(blocks.num_blocks))
     velocities = model.project(hidden, context).split(lengths)
     return [velocity[: len(x)] for velocity, x in zip(velocities, latents)]
 

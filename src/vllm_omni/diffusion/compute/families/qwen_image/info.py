@@ -1,4 +1,4 @@
-"""What the front end must know of a Qwen-Image folder, read from its configs alone (no torch at import)."""
+"""Facts of a Qwen-Image model, read from its configs (no torch at import)."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ PROMPT_TEMPLATE = (
     "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
     "<|im_start|>assistant\n"
 )
-"""What diffusers' QwenImagePipeline wraps a prompt in; the model was trained on it."""
+"""Template around a prompt, as in diffusers' QwenImagePipeline; the model was trained with it."""
 NUM_TEMPLATE_TOKENS = 34
-"""Tokens of the template before the prompt; their hidden states are dropped."""
+"""Tokens of the template before the prompt, whose hidden states are dropped."""
 MAX_PROMPT_TOKENS = 1024
-"""diffusers cuts a prompt (with the template's end) here, and takes no larger max_sequence_length."""
+"""Most tokens of a prompt with the end of the template: diffusers' limit, also of max_sequence_length."""
 TEA_CACHE_COEFFICIENTS = (-450.0, 280.0, -45.0, 3.2, -0.02)
-"""As the published TeaCache for Qwen-Image has them; not measured on other weights of this architecture."""
+"""Coefficients of the published TeaCache for Qwen-Image; not measured on other weights of this architecture."""
 PATCH_SIZE = 2
-"""Latent pixels a side that one token stands for."""
+"""Side of a token in latent pixels."""
 PROMPT_TOKENS = ("<|im_start|>", "<|im_end|>")
 EDIT_PROMPT_TOKENS = (*PROMPT_TOKENS, "<|vision_start|>", "<|vision_end|>", IMAGE_TOKEN)
 TEXT_TO_IMAGE, EDIT_PLUS = "QwenImagePipeline", "QwenImageEditPlusPipeline"
 DEFAULT_LATENT_SIDE = 128
-"""Latent pixels a side of the default picture."""
+"""Side of the default picture in latent pixels."""
 AVAILABLE = {
     "use_additional_t_cond": False,
     "use_layer3d_rope": False,
     "guidance_embeds": False,
     "patch_size": PATCH_SIZE,
 }
-"""Keys of transformer/config.json whose other values need more than this package computes."""
+"""Keys of transformer/config.json and the only value of each that this package computes."""
 
 
 @dataclass(frozen=True)
 class PromptTokenCounter:
-    """Counts the text tokens that the transformer sees: the prompt's and the end of the template's."""
+    """Counts the text tokens of the transformer: those of the prompt and of the end of the template."""
 
     tokenizer_path: Path
     template: str = PROMPT_TEMPLATE
@@ -66,9 +66,9 @@ class PromptTokenCounter:
 
 
 def describe(path: Path) -> PackedModelInfo:
-    """Sizes, limits and defaults of the model in `path`.
+    """Facts of the model in `path`.
 
-    Raises ConfigError for a component whose config cannot be read and for a variant that we cannot run.
+    Raises ConfigError for a component whose config cannot be read and for a variant that the family does not compute.
     """
     values = read_config(path, "transformer")
     refuse_variants(values, AVAILABLE)

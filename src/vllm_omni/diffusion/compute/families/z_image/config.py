@@ -11,14 +11,14 @@ from vllm_omni.diffusion.catalog.weight_fit import ExpectedWeights, LayerList, l
 from vllm_omni.errors import ConfigError
 
 PATCH_SIZE = 2
-"""Latent pixels a side that one token stands for."""
+"""Side of a token in latent pixels."""
 CONDITION_WIDTH = 256
 TIME_WIDTH = 1024
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """The keys of transformer/config.json that the architecture depends on."""
+    """Keys of transformer/config.json that the architecture depends on."""
 
     in_channels: int = 16
     dim: int = 3840
@@ -34,7 +34,7 @@ class TransformerConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TransformerConfig:
-        """Raises ConfigError for values of wrong types, and for such that do not fit one another."""
+        """Raises ConfigError for values of wrong types, and for values that contradict each other."""
         config = from_values(cls, values, "transformer/config.json")
         if sum(config.axes_dims) * config.n_heads != config.dim:
             raise ConfigError(
@@ -107,11 +107,11 @@ class VaeConfig:
 
     @property
     def scale(self) -> int:
-        """Pixels a side that one latent pixel stands for."""
+        """Side of a latent pixel in pixels."""
         return int(2 ** (len(self.block_out_channels) - 1))
 
     def expected_weights(self) -> ExpectedWeights:
-        """Weights that show the sizes, by their names in diffusers."""
+        """Weights whose shapes follow from these sizes, by their names in diffusers."""
         first, last = self.block_out_channels[0], self.block_out_channels[-1]
         return ExpectedWeights(
             {
