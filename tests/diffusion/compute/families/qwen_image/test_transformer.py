@@ -11,7 +11,7 @@ from tests.tiny_models import tiny_transformer
 from vllm_omni.diffusion.compute.attention import create_attention
 from vllm_omni.diffusion.compute.attention.sharded import PackedAttention
 from vllm_omni.diffusion.compute.distributed.groups import Group
-from vllm_omni.diffusion.compute.families.qwen_image.config import TransformerConfig
+from vllm_omni.diffusion.compute.families.qwen_image.config import QwenImageConfig
 from vllm_omni.diffusion.compute.families.qwen_image.transformer import (
     CHECKPOINT_NAMES,
     FLOAT8_LAYERS,
@@ -31,7 +31,7 @@ def load(
     path: Path, kernels: Kernels | None = None, float8: tuple[str, ...] = (), **config: object
 ) -> QwenImageTransformer:
     with torch.device("meta"):
-        model = QwenImageTransformer(TransformerConfig.from_dict(config), Group.alone(), kernels)
+        model = QwenImageTransformer(QwenImageConfig.from_dict(config), Group.alone(), kernels)
     load_weights(model, path, CHECKPOINT_NAMES, CPU, torch.float32, float8=float8)
     return model
 

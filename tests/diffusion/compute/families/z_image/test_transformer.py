@@ -12,7 +12,7 @@ from tests.tiny_z_image import tiny_z_image_transformer
 from vllm_omni.diffusion.compute.attention import create_attention
 from vllm_omni.diffusion.compute.attention.sharded import PackedAttention
 from vllm_omni.diffusion.compute.distributed.groups import Group
-from vllm_omni.diffusion.compute.families.z_image.config import TransformerConfig
+from vllm_omni.diffusion.compute.families.z_image.config import ZImageConfig
 from vllm_omni.diffusion.compute.families.z_image.transformer import (
     CHECKPOINT_NAMES,
     ZImageTransformer,
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 def load(path: Path, **config: object) -> ZImageTransformer:
     with torch.device("meta"):
-        model = ZImageTransformer(TransformerConfig.from_dict(config), Group.alone())
+        model = ZImageTransformer(ZImageConfig.from_dict(config), Group.alone())
     load_weights(model, path, CHECKPOINT_NAMES, CPU, torch.float32)
     return model
 
@@ -101,4 +101,4 @@ def test_what_fills_up_takes_part(tmp_path: Path) -> None:
 
 def test_sizes_that_do_not_fit_are_named() -> None:
     with pytest.raises(ConfigError, match=r"axes_dims \(4, 6, 6\) of 3 heads must add up to dim, 64"):
-        TransformerConfig.from_dict({"axes_dims": (4, 6, 6), "n_heads": 3, "dim": 64})
+        ZImageConfig.from_dict({"axes_dims": (4, 6, 6), "n_heads": 3, "dim": 64})

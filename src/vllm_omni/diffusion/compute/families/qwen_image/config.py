@@ -16,7 +16,7 @@ PATCHES = "patch_embed.proj.weight"
 
 
 @dataclass(frozen=True)
-class TransformerConfig:
+class QwenImageConfig:
     """Keys of transformer/config.json that the architecture depends on."""
 
     in_channels: int = 64
@@ -31,7 +31,7 @@ class TransformerConfig:
     """Whether tokens of reference pictures, which carry no noise, are modulated as at timestep 0."""
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TransformerConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> QwenImageConfig:
         """Raises ConfigError for values of wrong types, and for values that contradict each other."""
         config = from_values(cls, values, "transformer/config.json")
         if sum(config.axes_dims_rope) != config.attention_head_dim:
@@ -75,7 +75,7 @@ class TransformerConfig:
 
 
 @dataclass(frozen=True)
-class VaeConfig:
+class QwenImageVaeConfig:
     """Keys of vae/config.json that pictures and latents depend on."""
 
     base_dim: int = 96
@@ -87,7 +87,7 @@ class VaeConfig:
     latents_std: tuple[float, ...] = ()
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> VaeConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> QwenImageVaeConfig:
         """Raises ConfigError for values of wrong types, and for values that contradict each other."""
         config = from_values(cls, values, "vae/config.json")
         for key, numbers in (("latents_mean", config.latents_mean), ("latents_std", config.latents_std)):
@@ -122,7 +122,7 @@ class VaeConfig:
 
 
 @dataclass(frozen=True)
-class VisionConfig:
+class QwenImageVisionConfig:
     """Keys of the section vision_config of text_encoder/config.json that the vision tower depends on."""
 
     depth: int = 32
@@ -135,7 +135,7 @@ class VisionConfig:
     temporal_patch_size: int = 2
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> VisionConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> QwenImageVisionConfig:
         """values: all of text_encoder/config.json. Raises ConfigError for values of wrong types."""
         section = values.get("vision_config")
         if not isinstance(section, dict):

@@ -11,7 +11,11 @@ from vllm_omni.diffusion.catalog.configs import read_config, read_scheduler_conf
 from vllm_omni.diffusion.catalog.default_params import read_default_sampling_params
 from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo, Shares
 from vllm_omni.diffusion.catalog.tokenizer_files import TokenizerNeeds
-from vllm_omni.diffusion.compute.families.qwen_image.config import TransformerConfig, VaeConfig, VisionConfig
+from vllm_omni.diffusion.compute.families.qwen_image.config import (
+    QwenImageConfig,
+    QwenImageVaeConfig,
+    QwenImageVisionConfig,
+)
 from vllm_omni.diffusion.compute.families.qwen_image.edit import (
     EDIT_TEMPLATE,
     IMAGE_TOKEN,
@@ -50,7 +54,7 @@ AVAILABLE = {
 
 
 @dataclass(frozen=True)
-class PromptTokenCounter:
+class TemplateTokenCounter:
     """Counts the text tokens of the transformer: those of the prompt and of the end of the template."""
 
     tokenizer_path: Path
@@ -72,8 +76,8 @@ def describe(path: Path) -> PackedModelInfo:
     """
     values = read_config(path, "transformer")
     refuse_variants(values, AVAILABLE)
-    transformer = TransformerConfig.from_dict(values)
-    vae = VaeConfig.from_dict(read_config(path, "vae"))
+    transformer = QwenImageConfig.from_dict(values)
+    vae = QwenImageVaeConfig.from_dict(read_config(path, "vae"))
     text_encoder_values = read_config(path, "text_encoder")
     text_encoder = LanguageModelConfig.from_dict(text_encoder_values)
     read_scheduler_config(path)
@@ -86,10 +90,10 @@ def describe(path: Path) -> PackedModelInfo:
         "true_cfg_scale": 4.0,
         "max_sequence_length": 512,
     } | read_default_sampling_params(path)
-    count_prompt_tokens, image_input = PromptTokenCounter(path / "tokenizer"), None
+    count_prompt_tokens, image_input = TemplateTokenCounter(path / "tokenizer"), None
     if (class_name := read_config(path, "", "model_index.json").get("_class_name")) != TEXT_TO_IMAGE:
-        count_prompt_tokens = PromptTokenCounter(path / "tokenizer", EDIT_TEMPLATE, NUM_EDIT_TEMPLATE_TOKENS)
-        text_weights.append(VisionConfig.from_dict(text_encoder_values).expected_weights())
+        count_prompt_tokens = TemplateTokenCounter(path / "tokenizer", EDIT_TEMPLATE, NUM_EDIT_TEMPLATE_TOKENS)
+        text_weights.append(QwenImageVisionConfig.from_dict(text_encoder_values).expected_weights())
         image_input = EditInput(
             processor_path=path / "processor",
             count_text_tokens=count_prompt_tokens,

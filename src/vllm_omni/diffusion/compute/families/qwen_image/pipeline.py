@@ -16,16 +16,16 @@ from vllm_omni.diffusion.catalog.configs import read_config
 from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.families.component_loader import ComponentLoader
 from vllm_omni.diffusion.compute.families.flow_pipeline import FlowPipeline, FlowState, Forward, branch_prompts
-from vllm_omni.diffusion.compute.families.qwen_image.config import TransformerConfig
+from vllm_omni.diffusion.compute.families.qwen_image.config import QwenImageConfig
 from vllm_omni.diffusion.compute.families.qwen_image.edit import EditInput
-from vllm_omni.diffusion.compute.families.qwen_image.text import TextEncoder
+from vllm_omni.diffusion.compute.families.qwen_image.text import QwenImageTextEncoder
 from vllm_omni.diffusion.compute.families.qwen_image.transformer import (
     CHECKPOINT_NAMES,
     FLOAT8_LAYERS,
     QwenImageTransformer,
 )
-from vllm_omni.diffusion.compute.families.qwen_image.vae import PictureDecoder, PictureEncoder
-from vllm_omni.diffusion.compute.families.qwen_image.vision import EditEncoder
+from vllm_omni.diffusion.compute.families.qwen_image.vae import QwenImageDecoder, QwenImageEncoder
+from vllm_omni.diffusion.compute.families.qwen_image.vision import QwenImageEditEncoder
 from vllm_omni.diffusion.compute.packing import Hidden, Pack
 from vllm_omni.diffusion.compute.step.arrangement import Arrangement
 from vllm_omni.diffusion.compute.step.sampling import combine_guidance, draw_noise, pack_latents
@@ -80,9 +80,9 @@ class QwenImagePipeline(FlowPipeline[QwenImageState, QwenImageTransformer, QwenI
         self,
         loader: ComponentLoader,
         transformer: QwenImageTransformer,
-        decoder: PictureDecoder,
+        decoder: QwenImageDecoder,
         encode_text: Callable[[Instruction], Tensor],
-        encoder: PictureEncoder | None,
+        encoder: QwenImageEncoder | None,
     ) -> None:
         """encoder: makes latents of input pictures; None: the model takes none."""
         super().__init__(loader, transformer, decoder, MODULATION_BYTES)
@@ -102,10 +102,10 @@ class QwenImagePipeline(FlowPipeline[QwenImageState, QwenImageTransformer, QwenI
         if not takes_images:
             vae.encoder = torch.nn.Identity()  # frees its weights
         vae.to(loader.device)
-        config = TransformerConfig.from_dict(read_config(loader.info.path, "transformer"))
+        config = QwenImageConfig.from_dict(read_config(loader.info.path, "transformer"))
         transformer = loader.transformer(partial(QwenImageTransformer, config), CHECKPOINT_NAMES, FLOAT8_LAYERS)
-        encoder = PictureEncoder(vae) if takes_images else None
-        decoder = PictureDecoder(vae, loader.config.vae_use_slicing, loader.config.vae_use_tiling, loader.mesh.vae)
+        encoder = QwenImageEncoder(vae) if takes_images else None
+        decoder = QwenImageDecoder(vae, loader.config.vae_use_slicing, loader.config.vae_use_tiling, loader.mesh.vae)
         return cls(loader, transformer, decoder, encode_text, encoder)
 
     @classmethod
@@ -191,8 +191,8 @@ class QwenImagePipeline(FlowPipeline[QwenImageState, QwenImageTransformer, QwenI
 def _load_text_encoder(loader: ComponentLoader) -> Callable[[Instruction], Tensor]:
     edit = loader.info.image_input
     if edit is None:
-        text_encoder = loader.text_encoder(TextEncoder)
+        text_encoder = loader.text_encoder(QwenImageTextEncoder)
         return lambda instruction: text_encoder(instruction.prompt)
     assert isinstance(edit, EditInput)
-    edit_encoder = loader.text_encoder(EditEncoder, edit)
+    edit_encoder = loader.text_encoder(QwenImageEditEncoder, edit)
     return lambda instruction: edit_encoder(*instruction)

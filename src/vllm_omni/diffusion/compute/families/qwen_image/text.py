@@ -21,7 +21,7 @@ from vllm_omni.diffusion.compute.weights.loading import OnBytes
 from vllm_omni.diffusion.data import LoadFormat
 
 
-class TextEncoder:
+class QwenImageTextEncoder:
     """Encodes prompts; `vision.QwenImageEditEncoder` encodes pictures to edit with their prompt."""
 
     def __init__(

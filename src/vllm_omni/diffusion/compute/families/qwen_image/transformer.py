@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.distributed.groups import Group
-from vllm_omni.diffusion.compute.families.qwen_image.config import TransformerConfig
+from vllm_omni.diffusion.compute.families.qwen_image.config import QwenImageConfig
 from vllm_omni.diffusion.compute.layers.kernels import Kernels, Projected, TorchKernels
 from vllm_omni.diffusion.compute.layers.linear import ColumnLinear, RowLinear
 from vllm_omni.diffusion.compute.layers.norms import Scale, norm_modulate, rms_norm
@@ -53,7 +53,7 @@ FLOAT8_LAYERS = ("qkv", "out", "up", "down")
 once a timestep, and the layers outside the blocks keep the model's dtype."""
 
 
-class Stream(nn.Module):
+class QwenImageStream(nn.Module):
     """Layers of one block for one kind of token (text or image), before and after attention."""
 
     def __init__(self, dim: int, tensor: Group, kernels: Kernels) -> None:
@@ -93,18 +93,18 @@ class Stream(nn.Module):
         return kernels.gated_add(x, self.down.product(inner), mlp_gate, index, self.down.late_bias)
 
 
-class Block(nn.Module):
+class QwenImageBlock(nn.Module):
     """Joint attention of text and image between layers of their own (MMDiT).
 
     `before` and `after` take plain tensors, so that they can be compiled: see `CompiledPart`.
     """
 
-    def __init__(self, config: TransformerConfig, tensor: Group, kernels: Kernels) -> None:
+    def __init__(self, config: QwenImageConfig, tensor: Group, kernels: Kernels) -> None:
         super().__init__()
         self.kernels = kernels
         self.qk_norm = Scale(4 * config.attention_head_dim)
-        self.image = Stream(config.dim, tensor, kernels)
-        self.text = Stream(config.dim, tensor, kernels)
+        self.image = QwenImageStream(config.dim, tensor, kernels)
+        self.text = QwenImageStream(config.dim, tensor, kernels)
 
     def modulate(self, condition: Tensor) -> Tensor:
         """Rows of modulation [2, timesteps, 6 * D / P], image then text. condition: [timesteps, D]."""
@@ -176,7 +176,7 @@ class Block(nn.Module):
 class QwenImageTransformer(PackedTransformer):
     """Double-stream transformer: `embed_text` once a prompt; `embed`, the blocks and `project` at every step."""
 
-    def __init__(self, config: TransformerConfig, tensor: Group, kernels: Kernels | None = None) -> None:
+    def __init__(self, config: QwenImageConfig, tensor: Group, kernels: Kernels | None = None) -> None:
         """tensor: ranks that share every layer; their number divides the heads. kernels: implementation of the fused
         operations; None: plain PyTorch."""
         super().__init__()
@@ -188,7 +188,9 @@ class QwenImageTransformer(PackedTransformer):
         self.txt_norm = Scale(config.joint_attention_dim)
         self.img_in = nn.Linear(config.in_channels, dim)
         self.txt_in = nn.Linear(config.joint_attention_dim, dim)
-        self.transformer_blocks = nn.ModuleList(Block(config, tensor, kernels) for _ in range(config.num_layers))
+        self.transformer_blocks = nn.ModuleList(
+            QwenImageBlock(config, tensor, kernels) for _ in range(config.num_layers)
+        )
         self.output_modulation = nn.Linear(dim, 2 * dim)
         self.proj_out = nn.Linear(dim, config.patch_size**2 * config.out_channels)
 
@@ -213,7 +215,7 @@ class QwenImageTransformer(PackedTransformer):
         """
         waves = timestep_waves(torch.tensor(timesteps), scale=1000).to(self.proj_out.weight.dtype)
         condition = F.silu(self.time_embedder(to_device(waves, self.proj_out.weight.device)))
-        rows = torch.stack([cast(Block, block).modulate(condition) for block in self.transformer_blocks])
+        rows = torch.stack([cast(QwenImageBlock, block).modulate(condition) for block in self.transformer_blocks])
         blocks = torch.cat(self.tensor.all_gather(rows).unbind(), dim=-1).unflatten(-1, (6, -1))
         final = self.output_modulation(condition).unflatten(-1, (2, -1))
         for scale in (blocks[..., 1, :], blocks[..., 4, :], final[..., 0, :]):

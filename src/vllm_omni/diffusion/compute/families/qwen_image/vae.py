@@ -54,7 +54,7 @@ class FrameCoder(nn.Module):
         return out
 
 
-class PictureEncoder:
+class QwenImageEncoder:
     """Makes token latents of pictures: the mode of the VAE's distribution, normalized for the transformer."""
 
     def __init__(self, vae: AutoencoderKLQwenImage) -> None:
@@ -70,7 +70,7 @@ class PictureEncoder:
         return pack_latents(scaled[0, :, 0])
 
 
-class PictureDecoder:
+class QwenImageDecoder:
     """Decodes token latents with a Qwen-Image VAE; see `LatentDecoder` for the rest."""
 
     def __init__(self, vae: AutoencoderKLQwenImage, one_at_a_time: bool, tiled: bool, group: Group) -> None:

@@ -33,7 +33,7 @@ from vllm_omni.inputs.images import InputImage
 VISION_CACHE_BYTES = 256 * 2**20
 
 
-class EditEncoder:
+class QwenImageEditEncoder:
     """Encodes a prompt together with the pictures that it edits."""
 
     def __init__(

@@ -17,7 +17,7 @@ TIME_WIDTH = 1024
 
 
 @dataclass(frozen=True)
-class TransformerConfig:
+class ZImageConfig:
     """Keys of transformer/config.json that the architecture depends on."""
 
     in_channels: int = 16
@@ -33,7 +33,7 @@ class TransformerConfig:
     axes_lens: tuple[int, ...] = (1024, 512, 512)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TransformerConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> ZImageConfig:
         """Raises ConfigError for values of wrong types, and for values that contradict each other."""
         config = from_values(cls, values, "transformer/config.json")
         if sum(config.axes_dims) * config.n_heads != config.dim:
@@ -91,7 +91,7 @@ class TransformerConfig:
 
 
 @dataclass(frozen=True)
-class VaeConfig:
+class ZImageVaeConfig:
     """Keys of vae/config.json that pictures and latents depend on."""
 
     shift_factor: float
@@ -101,7 +101,7 @@ class VaeConfig:
     layers_per_block: int
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> VaeConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> ZImageVaeConfig:
         """Raises ConfigError for values of wrong types."""
         return from_values(cls, values, "vae/config.json")
 

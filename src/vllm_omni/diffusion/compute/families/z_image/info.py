@@ -12,7 +12,7 @@ from vllm_omni.diffusion.catalog.default_params import read_default_sampling_par
 from vllm_omni.diffusion.catalog.model_info import Guidance
 from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo, Shares
 from vllm_omni.diffusion.catalog.tokenizer_files import TokenizerNeeds, check_chat_template
-from vllm_omni.diffusion.compute.families.z_image.config import PATCH_SIZE, TransformerConfig, VaeConfig
+from vllm_omni.diffusion.compute.families.z_image.config import PATCH_SIZE, ZImageConfig, ZImageVaeConfig
 from vllm_omni.diffusion.compute.text.language_config import LanguageModelConfig
 from vllm_omni.diffusion.compute.text.tokenizers import load_tokenizer
 from vllm_omni.errors import ConfigError
@@ -75,8 +75,8 @@ def describe(path: Path) -> PackedModelInfo:
     """
     values = read_config(path, "transformer")
     refuse_variants(values, AVAILABLE)
-    transformer = TransformerConfig.from_dict(values)
-    vae = VaeConfig.from_dict(read_config(path, "vae"))
+    transformer = ZImageConfig.from_dict(values)
+    vae = ZImageVaeConfig.from_dict(read_config(path, "vae"))
     text_encoder = LanguageModelConfig.from_dict(read_config(path, "text_encoder"))
     side = PATCH_SIZE * vae.scale
     # The frame of a picture is the position after its caption, and axes_lens bounds positions.

@@ -18,15 +18,15 @@ from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.families.component_loader import ComponentLoader
 from vllm_omni.diffusion.compute.families.flow_pipeline import FlowPipeline, FlowState, Forward, branch_prompts
-from vllm_omni.diffusion.compute.families.z_image.config import TransformerConfig
-from vllm_omni.diffusion.compute.families.z_image.text import TextEncoder
+from vllm_omni.diffusion.compute.families.z_image.config import ZImageConfig
+from vllm_omni.diffusion.compute.families.z_image.text import ZImageTextEncoder
 from vllm_omni.diffusion.compute.families.z_image.transformer import (
     CHECKPOINT_NAMES,
     FLOAT8_LAYERS,
     ZImageTransformer,
     padded_length,
 )
-from vllm_omni.diffusion.compute.families.z_image.vae import PictureDecoder
+from vllm_omni.diffusion.compute.families.z_image.vae import ZImageDecoder
 from vllm_omni.diffusion.compute.packing import Hidden, Pack
 from vllm_omni.diffusion.compute.step.arrangement import Arrangement
 from vllm_omni.diffusion.compute.step.sampling import combine_bounded, draw_noise, pack_latents
@@ -77,7 +77,7 @@ class ZImagePipeline(FlowPipeline[ZImageState, ZImageTransformer, ZImageForward]
         self,
         loader: ComponentLoader,
         transformer: ZImageTransformer,
-        decoder: PictureDecoder,
+        decoder: ZImageDecoder,
         text_encoder: Callable[[str], Tensor],
     ) -> None:
         super().__init__(loader, transformer, decoder, MODULATION_BYTES)
@@ -87,12 +87,12 @@ class ZImagePipeline(FlowPipeline[ZImageState, ZImageTransformer, ZImageForward]
 
     @classmethod
     def build(cls, loader: ComponentLoader) -> ZImagePipeline:
-        text_encoder = loader.text_encoder(TextEncoder)
+        text_encoder = loader.text_encoder(ZImageTextEncoder)
         vae = loader.autoencoder(AutoencoderKL).to(loader.device)
-        config = TransformerConfig.from_dict(read_config(loader.info.path, "transformer"))
+        config = ZImageConfig.from_dict(read_config(loader.info.path, "transformer"))
         transformer = loader.transformer(partial(ZImageTransformer, config), CHECKPOINT_NAMES, FLOAT8_LAYERS)
         slicing, tiling = loader.config.vae_use_slicing, loader.config.vae_use_tiling
-        decoder = PictureDecoder(vae, slicing, tiling, loader.mesh.vae, loader.kernels)
+        decoder = ZImageDecoder(vae, slicing, tiling, loader.mesh.vae, loader.kernels)
         return cls(loader, transformer, decoder, text_encoder)
 
     def encode(self, request: DiffusionRequest) -> ZImageState:

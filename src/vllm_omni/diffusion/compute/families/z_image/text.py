@@ -19,7 +19,7 @@ from vllm_omni.diffusion.compute.weights.loading import OnBytes
 from vllm_omni.diffusion.data import LoadFormat
 
 
-class TextEncoder:
+class ZImageTextEncoder:
     """Encodes prompts."""
 
     def __init__(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vllm_omni.diffusion.compute.attention.sharded import Attend
 from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.distributed.groups import Group
-from vllm_omni.diffusion.compute.families.z_image.config import TIME_WIDTH, TransformerConfig
+from vllm_omni.diffusion.compute.families.z_image.config import TIME_WIDTH, ZImageConfig
 from vllm_omni.diffusion.compute.families.z_image.info import TOKEN_MULTIPLE
 from vllm_omni.diffusion.compute.layers.kernels import Kernels, Projected, TorchKernels
 from vllm_omni.diffusion.compute.layers.linear import ColumnLinear, RowLinear
@@ -58,13 +58,13 @@ FLOAT8_LAYERS = ("qkv", "out", "gate_up", "down")
 Modulation and the layers outside the blocks keep the model's dtype."""
 
 
-class Block(nn.Module):
+class ZImageBlock(nn.Module):
     """Attention and feed-forward, each between two norms.
 
     `before` and `after` attention take plain tensors, so that they can be compiled: see `CompiledPart`.
     """
 
-    def __init__(self, config: TransformerConfig, tensor: Group, kernels: Kernels, is_modulated: bool = True) -> None:
+    def __init__(self, config: ZImageConfig, tensor: Group, kernels: Kernels, is_modulated: bool = True) -> None:
         super().__init__()
         self.kernels = kernels
         dim, inner = config.dim, config.inner_width
@@ -111,7 +111,7 @@ class Block(nn.Module):
 class ZImageTransformer(PackedTransformer):
     """Single-stream transformer: `refine_caption` once a prompt; `embed`, the blocks and `project` at every step."""
 
-    def __init__(self, config: TransformerConfig, tensor: Group, kernels: Kernels | None = None) -> None:
+    def __init__(self, config: ZImageConfig, tensor: Group, kernels: Kernels | None = None) -> None:
         """tensor: ranks that share every layer; their number divides the heads and the feed-forward channels. kernels:
         implementation of the fused operations; None: plain PyTorch."""
         super().__init__()
@@ -127,11 +127,11 @@ class ZImageTransformer(PackedTransformer):
         self.caption_embedder = nn.Linear(config.cap_feat_dim, dim)
         self.x_pad_token = nn.Parameter(torch.zeros(1, dim))
         self.cap_pad_token = nn.Parameter(torch.zeros(1, dim))
-        self.noise_refiner = nn.ModuleList(Block(config, tensor, kernels) for _ in range(config.n_refiner_layers))
+        self.noise_refiner = nn.ModuleList(ZImageBlock(config, tensor, kernels) for _ in range(config.n_refiner_layers))
         self.context_refiner = nn.ModuleList(
-            Block(config, tensor, kernels, is_modulated=False) for _ in range(config.n_refiner_layers)
+            ZImageBlock(config, tensor, kernels, is_modulated=False) for _ in range(config.n_refiner_layers)
         )
-        self.layers = nn.ModuleList(Block(config, tensor, kernels) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(ZImageBlock(config, tensor, kernels) for _ in range(config.n_layers))
         self.output_modulation = nn.Linear(condition, dim)
         self.output = nn.Linear(dim, config.channels_per_token)
 
@@ -153,7 +153,7 @@ class ZImageTransformer(PackedTransformer):
         return Hidden(*pack.split(x))
 
     def signal(self, hidden: Hidden, context: StepContext) -> Tensor:
-        layer, rows = cast(Block, self.layers[0]), context.modulation.blocks[len(self.noise_refiner), 0]
+        layer, rows = cast(ZImageBlock, self.layers[0]), context.modulation.blocks[len(self.noise_refiner), 0]
         (scale,) = per_token(rows[:, :1], context.image_index)
         return rms_norm(hidden.image, layer.attention_norm1.weight * scale, layer.eps)
 
@@ -166,7 +166,7 @@ class ZImageTransformer(PackedTransformer):
         waves = timestep_waves(torch.tensor(timesteps, dtype=torch.float32) * self.config.t_scale)
         condition = self.time_embedder(to_device(waves.to(self.output.weight.dtype), self.output.weight.device))
         layers = chain(self.noise_refiner, self.layers)
-        rows = torch.stack([cast(Block, layer).modulation(condition) for layer in layers])
+        rows = torch.stack([cast(ZImageBlock, layer).modulation(condition) for layer in layers])
         parts = torch.cat(self.tensor.all_gather(rows).unbind(), dim=-1).unflatten(-1, (4, -1))
         scales, gates = 1 + parts[..., 0::2, :], parts[..., 1::2, :].tanh()
         return Modulation(

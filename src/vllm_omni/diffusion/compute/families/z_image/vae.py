@@ -18,7 +18,7 @@ from vllm_omni.diffusion.compute.vae.latent_decoder import LatentDecoder
 from vllm_omni.diffusion.compute.vae.tiles import Tiling
 
 
-class PictureDecoder:
+class ZImageDecoder:
     """Decodes token latents; see `LatentDecoder` for the rest."""
 
     def __init__(
