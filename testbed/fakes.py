@@ -10,10 +10,13 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
+from vllm_omni.diffusion.catalog.whole_info import WholeModelInfo, WholePipeline
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import ItemError, StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.messages.request import DiffusionRequest, RequestCost
@@ -21,6 +24,12 @@ from vllm_omni.diffusion.messages.worker import RankInfo
 from vllm_omni.errors import WorkerDiedError
 
 SECONDS_PER_UNIT = 1e-4
+
+
+def as_whole(info: ModelInfo, pipeline: WholePipeline, **changes: Any) -> WholeModelInfo:
+    """The same facts for a model that diffusers' `pipeline` serves, with some fields changed."""
+    values = {field.name: getattr(info, field.name) for field in fields(ModelInfo)}
+    return WholeModelInfo(**values | changes, pipeline=pipeline)
 
 
 def make_config(**settings: Any) -> OmniDiffusionConfig:

@@ -19,7 +19,8 @@ from fastapi import FastAPI
 
 from testbed.fakes import FakeExecutor, FakeRunner, fake_image, make_request
 from testbed.patience import GUARD_SECONDS, wait_for
-from vllm_omni.diffusion.catalog.registry import ModelInfo, Shares
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
+from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo, Shares
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import ItemError, StepPlan
 from vllm_omni.diffusion.messages.request import DiffusionRequest
@@ -102,7 +103,7 @@ class FakeDevice(FakeExecutor):
         self.release_results(len(self._pending))
 
 
-FAKE_INFO = ModelInfo(
+FAKE_INFO = PackedModelInfo(
     path=Path("/nowhere"),
     family="fake",
     size_multiple=16,

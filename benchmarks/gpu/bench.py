@@ -19,7 +19,8 @@ from benchmarks.roofline.costs import ONE_DEVICE, Branch, StepCost, Transformer,
 from benchmarks.roofline.measured import card_at_hand
 from benchmarks.timing import release_memory
 from vllm_omni import Omni
-from vllm_omni.diffusion.catalog.registry import ModelInfo, load_model_info
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
+from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 

@@ -22,7 +22,7 @@ from vllm_omni.diffusion.compute.attention.sharded import ShardedAttention
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.distributed.mesh import World
 from vllm_omni.diffusion.compute.distributed.ring import Ring
-from vllm_omni.diffusion.compute.families.qwen_image.vae import PictureDecoder, tiling_of
+from vllm_omni.diffusion.compute.families.qwen_image.vae import QwenImageDecoder, tiling_of
 from vllm_omni.diffusion.compute.packing import Offsets, Pack, cut
 from vllm_omni.diffusion.compute.vae import tiles
 from vllm_omni.diffusion.compute.weights.loading import load_autoencoder
@@ -196,7 +196,7 @@ def decodes(world: World, device: torch.device, folder: str, size: Size) -> Deco
     whole, tiled, shared = (
         together(world, device, lambda d=decoder: d([tokens], [grid]), warm_ups=1)  # type: ignore[misc]  # bound
         for decoder in (
-            PictureDecoder(vae, False, in_tiles, group)  # made one after another: tiling is the VAE's own setting
+            QwenImageDecoder(vae, False, in_tiles, group)  # made one after another: tiling is the VAE's own setting
             for in_tiles, group in ((False, Group.alone()), (True, Group.alone()), (True, world.mesh.world))
         )
     )

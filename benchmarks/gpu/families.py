@@ -17,7 +17,7 @@ from testbed import tiny_edit_models as editing
 from testbed.runner_driver import make_request
 from testbed.tiny_models import build_tiny_qwen_image, photo
 from testbed.tiny_z_image import build_tiny_z_image
-from vllm_omni.diffusion.catalog.registry import DEMO_MODEL_PATH
+from vllm_omni.diffusion.catalog.find_folder import DEMO_MODEL_PATH
 from vllm_omni.diffusion.compute.step.sampling import draw_noise, pack_latents
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 

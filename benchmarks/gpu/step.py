@@ -151,7 +151,7 @@ def stepper(bench: Bench, runner: ModelRunner, size: Size, model: str = MODEL) -
 
     def step() -> None:
         (branches,) = pipeline.predict([state])
-        pipeline.advance(state, pipeline.combine(state, branches))
+        pipeline.advance(state, branches)
         state.settle()
 
     return step

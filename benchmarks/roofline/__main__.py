@@ -55,9 +55,9 @@ def num_parameters(config: Mapping[str, Any]) -> int:
     import torch
 
     from vllm_omni.diffusion.compute.distributed.groups import Group
-    from vllm_omni.diffusion.compute.families.qwen_image.config import TransformerConfig as QwenImageConfig
+    from vllm_omni.diffusion.compute.families.qwen_image.config import QwenImageConfig
     from vllm_omni.diffusion.compute.families.qwen_image.transformer import QwenImageTransformer
-    from vllm_omni.diffusion.compute.families.z_image.config import TransformerConfig as ZImageConfig
+    from vllm_omni.diffusion.compute.families.z_image.config import ZImageConfig
     from vllm_omni.diffusion.compute.families.z_image.transformer import ZImageTransformer
 
     with torch.device("meta"):

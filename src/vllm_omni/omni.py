@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from vllm_omni.diffusion.catalog.hub import HubAccess
 from vllm_omni.diffusion.catalog.model_check import check_model_files
-from vllm_omni.diffusion.catalog.registry import ModelInfo, load_model_info
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
+from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.control.compiled_packages import check_compiled_packages
 from vllm_omni.diffusion.control.engine import DiffusionEngine
 from vllm_omni.diffusion.control.events import EngineObserver, EngineStatus
@@ -83,7 +84,7 @@ class AsyncOmni:
         self.info = load_model_info(
             self.config.model, self.config.load_format, HubAccess.of(self.config), self._check_settings
         )
-        for remark in () if self.info.whole is None else self.info.whole.remarks:
+        for remark in self.info.remarks:
             logger.warning(remark)
         check_model_files(self.info, self.config)
         self.ready: WorkerReady | None = None

@@ -11,7 +11,8 @@ import torch
 
 from testbed.runner_driver import Drive, psnr
 from tests.diffusion.compute.families.test_cuda_graphs import ARRIVALS, BUILDERS
-from vllm_omni.diffusion.catalog.registry import DEMO_MODEL_PATH, load_model_info
+from vllm_omni.diffusion.catalog.find_folder import DEMO_MODEL_PATH
+from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.device import kinds as device
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig

@@ -10,7 +10,7 @@ from torch import Tensor
 from testbed.runner_driver import psnr
 from tests.float8 import layer_of
 from vllm_omni import Omni
-from vllm_omni.diffusion.catalog.registry import DEMO_MODEL_PATH
+from vllm_omni.diffusion.catalog.find_folder import DEMO_MODEL_PATH
 from vllm_omni.diffusion.compute.layers.rounding import quantize
 from vllm_omni.errors import ConfigError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams

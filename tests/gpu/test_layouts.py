@@ -15,7 +15,7 @@ from testbed.tiny_models import build_tiny_qwen_image
 from testbed.tiny_z_image import build_tiny_z_image
 from tests.diffusion.compute.cache.test_layouts import Runs, compare
 from tests.gpu.pool import Pool
-from vllm_omni.diffusion.catalog.registry import DEMO_MODEL_PATH
+from vllm_omni.diffusion.catalog.find_folder import DEMO_MODEL_PATH
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 
 NUM_GPUS = torch.cuda.device_count()

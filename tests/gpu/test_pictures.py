@@ -17,7 +17,7 @@ from diffusers import QwenImagePipeline
 from testbed.runner_driver import psnr
 from testbed.tiny_models import build_tiny_qwen_image
 from vllm_omni import Omni
-from vllm_omni.diffusion.catalog.registry import DEMO_MODEL_PATH
+from vllm_omni.diffusion.catalog.find_folder import DEMO_MODEL_PATH
 from vllm_omni.diffusion.compute.step.sampling import draw_noise, pack_latents
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams

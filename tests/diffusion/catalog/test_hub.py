@@ -13,8 +13,8 @@ from huggingface_hub import constants
 
 from tests.broken_folders import Breakage, values
 from tests.fake_hub import COMMITS, REPOSITORY, FakeHub, fake_hub
+from vllm_omni.diffusion.catalog.find_folder import DEMO_MODEL_PATH, find_folder
 from vllm_omni.diffusion.catalog.hub import DEFAULT_ACCESS, HubAccess
-from vllm_omni.diffusion.catalog.registry import DEMO_MODEL_PATH, find_folder
 from vllm_omni.diffusion.data import LoadFormat
 from vllm_omni.errors import ConfigError
 from vllm_omni.omni import AsyncOmni

@@ -12,9 +12,10 @@ import safetensors
 from diffusers.pipelines.pipeline_loading_utils import variant_compatible_siblings
 from safetensors.numpy import save_file
 
+from vllm_omni.diffusion.catalog.default_params import read_default_sampling_params
 from vllm_omni.diffusion.catalog.folder_files import DEFAULTS_FILE
 from vllm_omni.diffusion.catalog.model_index import DIFFUSERS_STEMS, TRANSFORMERS_STEMS, Component
-from vllm_omni.diffusion.catalog.registry import family_of, read_default_sampling_params
+from vllm_omni.diffusion.catalog.registry import family_of
 from vllm_omni.diffusion.catalog.weight_files import (
     choose_names,
     component_variant,

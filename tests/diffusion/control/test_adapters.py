@@ -11,15 +11,14 @@ import numpy as np
 import pytest
 
 from tests.diffusion.control.test_request_builder import INFO, READY, WHOLE
-from vllm_omni.diffusion.catalog.registry import ModelInfo
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.control.request_builder import RequestBuilder, check_defaults
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest, LoRA
 from vllm_omni.errors import ConfigError, InvalidRequestError, NotAvailableError
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, OmniPrompt
 
-assert WHOLE.whole is not None
-TAKES_LORA = replace(WHOLE, whole=replace(WHOLE.whole, takes_lora=True))
+TAKES_LORA = replace(WHOLE, pipeline=replace(WHOLE.pipeline, takes_lora=True))
 
 
 @pytest.fixture

@@ -12,7 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from vllm_omni.diffusion.catalog.registry import Guidance, ModelInfo, Shares, WholePipeline
+from tests.fakes import as_whole
+from vllm_omni.diffusion.catalog.model_info import Guidance
+from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo, Shares
+from vllm_omni.diffusion.catalog.whole_info import WholePipeline
 from vllm_omni.diffusion.control.request_builder import (
     RequestBuilder,
     check_default_prompt,
@@ -25,7 +28,7 @@ from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, OmniPrompt, parse_prompt
 from vllm_omni.inputs.images import InputImage, ReaderSizes, prepare_image
 
-INFO = ModelInfo(
+INFO = PackedModelInfo(
     path=Path("model"),
     family="qwen_image",
     size_multiple=16,
@@ -53,10 +56,10 @@ READY = WorkerReady(
 )
 
 
-WHOLE = replace(
+WHOLE = as_whole(
     INFO,
+    WholePipeline("SomePipeline", ("height", "width", "num_inference_steps", "guidance_scale"), "callback", 1),
     guidance=Guidance("guidance_scale", needs_negative_prompt=False),
-    whole=WholePipeline("SomePipeline", ("height", "width", "num_inference_steps", "guidance_scale"), "callback", 1),
     default_sampling_params={"height": 64, "width": 64, "num_inference_steps": 4, "guidance_scale": 5.0},
 )
 """A pipeline of diffusers that has few parameters."""
@@ -310,7 +313,7 @@ def test_limits_that_fail_every_default_request_are_blamed(settings: dict[str, o
 
 @pytest.mark.parametrize(("strength", "share"), [(None, 1.0), (1.0, 1.0), (0.25, 0.25)])
 def test_steps_that_strength_leaves_out_cost_nothing(strength: float | None, share: float) -> None:
-    info = replace(WHOLE, whole=replace(WHOLE.whole, parameters=(*WHOLE.whole.parameters, "strength")))  # type: ignore[union-attr, type-var]
+    info = replace(WHOLE, pipeline=replace(WHOLE.pipeline, parameters=(*WHOLE.pipeline.parameters, "strength")))
     price = RequestBuilder(OmniDiffusionConfig("demo"), info, READY)
     params = OmniDiffusionSamplingParams(strength=strength)
     (request,) = price.build(OmniPrompt("x"), params, "r")
@@ -603,7 +606,7 @@ def test_pictures_that_are_prepared_stay_as_they_are() -> None:
 
 def test_pictures_may_be_fitted_before() -> None:
     """One side asked for, the other one the picture's: nothing is left to do, and the same request comes of it."""
-    whole = replace(WHOLE, image_input=Halving(), whole=replace(WHOLE.whole, follows_input=True))  # type: ignore[type-var]
+    whole = replace(WHOLE, image_input=Halving(), pipeline=replace(WHOLE.pipeline, follows_input=True))
     follower = RequestBuilder(OmniDiffusionConfig("demo"), whole, READY)
     prompt, params = OmniPrompt("x", images=(black(64, 32),)), OmniDiffusionSamplingParams(height=96, seed=1)
     fitted = follower.fit_images(prompt, params)

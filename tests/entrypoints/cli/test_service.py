@@ -18,7 +18,7 @@ from fastapi import FastAPI
 
 from testbed.live_server import FAKE_INFO
 from testbed.patience import GUARD_SECONDS, until
-from vllm_omni.diffusion.catalog.registry import ModelInfo
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.control.events import EngineStatus
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import WorkerReady

@@ -20,13 +20,14 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from testbed.fakes import as_whole
 from testbed.live_server import FAKE_EDIT_INFO, FAKE_INFO, MODEL_NAME, LiveServer, live_server
 from testbed.runner_driver import psnr
 from testbed.tiny_diffusers import build_tiny_diffusers, set_safety_checker
 from testbed.tiny_models import photo
 from tests.entrypoints.openai.routes.test_image_edits import EDITS, data_url, file_of, pixels
 from tests.entrypoints.openai.routes.test_probes_and_metrics import read_metrics
-from vllm_omni.diffusion.catalog.registry import WholePipeline
+from vllm_omni.diffusion.catalog.whole_info import WholePipeline
 from vllm_omni.diffusion.control import request_builder
 from vllm_omni.inputs.images import InputImage, resize_image
 
@@ -35,9 +36,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 GENERATIONS, CHAT = "/v1/images/generations", "/v1/chat/completions"
 PROMPT = "a red apple"
 PHOTO = photo(96, 64, 1)
-VIDEO_INFO = replace(
+VIDEO_INFO = as_whole(
     FAKE_INFO,
-    whole=WholePipeline("WanPipeline", ("num_inference_steps", "num_frames"), "callback_on_step_end", 1),
+    WholePipeline("WanPipeline", ("num_inference_steps", "num_frames"), "callback_on_step_end", 1),
     default_sampling_params={"height": 64, "width": 64, "num_inference_steps": 4, "num_frames": 5},
 )
 EITHER_INFO = replace(FAKE_EDIT_INFO, image_input=replace(FAKE_EDIT_INFO.image_input, min_images=0))
@@ -141,7 +142,7 @@ def test_large_pictures_are_resized_in_a_thread_for_pictures(monkeypatch: pytest
         return same
 
     monkeypatch.setattr(request_builder, "resize_image", watched)
-    info = replace(FAKE_EDIT_INFO, whole=WholePipeline("Any", ("height", "width"), "callback", 1, follows_input=True))
+    info = as_whole(FAKE_EDIT_INFO, WholePipeline("Any", ("height", "width"), "callback", 1, follows_input=True))
     large = file_of(Image.new("RGB", (1000, 800)))
     with live_server(info=info) as server, ThreadPoolExecutor(1) as pool:
         server.call(server.device.pause)
@@ -233,7 +234,7 @@ def test_a_model_of_videos_is_listed_and_says_where_it_is_used() -> None:
 
 
 def test_messages_have_the_names_of_http() -> None:
-    info = replace(FAKE_INFO, whole=WholePipeline("Any", ("num_inference_steps", "sigmas"), "callback", 1))
+    info = as_whole(FAKE_INFO, WholePipeline("Any", ("num_inference_steps", "sigmas"), "callback", 1))
     with live_server(info=info) as running, httpx.Client(base_url=running.url) as http:
         previews = refusal(http.post(GENERATIONS, json={"prompt": "x", "stream": True, "partial_images": 2}))
         assert previews == ("partial_images", "partial_images 2: this model gives no previews (partial images)")
@@ -247,7 +248,7 @@ def test_messages_have_the_names_of_http() -> None:
 def test_a_form_names_an_adapter_by_keys_or_in_json(tmp_path: Path) -> None:
     file = tmp_path / "ink.safetensors"
     file.touch()
-    info = replace(FAKE_EDIT_INFO, whole=WholePipeline("Any", ("height", "width"), "callback", 1, takes_lora=True))
+    info = as_whole(FAKE_EDIT_INFO, WholePipeline("Any", ("height", "width"), "callback", 1, takes_lora=True))
     with live_server(info=info, lora_modules={"ink": str(file)}) as running, httpx.Client(base_url=running.url) as http:
 
         def edit(**fields: str) -> httpx.Response:

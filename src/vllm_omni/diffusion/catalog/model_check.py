@@ -8,7 +8,7 @@ from typing import Any
 from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX, check_links, names_in, read_object, short
 from vllm_omni.diffusion.catalog.hub import add_hub_failure
 from vllm_omni.diffusion.catalog.model_index import DIFFUSERS_STEMS, Component, read_components
-from vllm_omni.diffusion.catalog.registry import ModelInfo
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.catalog.tokenizer_files import check_tokenizer
 from vllm_omni.diffusion.catalog.weight_files import CONFIG, choose_all, has_weights, other_configs
 from vllm_omni.diffusion.catalog.weight_headers import StoredWeight, check_types, stored_weights
@@ -67,7 +67,7 @@ def _check_files(info: ModelInfo, name: str, component: Component) -> None:
         values = read_object(info.path, place)
         if component.kind == "scheduler":
             _check_scheduler(place, values)
-        if config == CONFIG and info.whole is not None and component.stems != DIFFUSERS_STEMS:
+        if config == CONFIG and info.served_by == "diffusers" and component.stems != DIFFUSERS_STEMS:
             _check_redirects(name, names, values)
 
 

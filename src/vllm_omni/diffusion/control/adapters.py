@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_omni.diffusion.catalog.registry import ModelInfo
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import LoRA
 from vllm_omni.errors import InvalidRequestError
@@ -24,12 +24,8 @@ def resolve_lora(params: OmniDiffusionSamplingParams, config: OmniDiffusionConfi
         if scale is not None:
             raise InvalidRequestError(f"lora_scale {scale!r} needs a lora_request", param="lora_scale")
         return None
-    if info.whole is None:
-        raise InvalidRequestError(
-            "LoRA adapters are not available yet with a packed family, such as this model's", param="lora_request"
-        )
-    if not info.whole.takes_lora:
-        raise InvalidRequestError(f"a {info.whole.class_name} takes no LoRA adapters", param="lora_request")
+    if info.why_no_adapters:
+        raise InvalidRequestError(info.why_no_adapters, param="lora_request")
     scale = asked.scale if scale is None else scale
     if not -MAX_SCALE <= scale <= MAX_SCALE:
         raise InvalidRequestError(

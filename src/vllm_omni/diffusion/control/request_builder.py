@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from vllm_omni.diffusion.catalog.folder_files import DEFAULTS_FILE
-from vllm_omni.diffusion.catalog.registry import ModelInfo
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.control.adapters import resolve_lora
 from vllm_omni.diffusion.control.sizes import SizeLimits
 from vllm_omni.diffusion.data import OmniDiffusionConfig, flag_of
@@ -98,7 +98,7 @@ class RequestBuilder:
         branches = [num_tokens, num_negative or 0] if guides else [num_tokens]
         num_seen = self._info.count_image_prompt_tokens(images)
         cost, count = self._price(first, [n + num_seen for n in branches]), filled.num_outputs_per_prompt
-        if self._info.whole is None:  # which encodes a prompt once: with their parts of the price all begin together
+        if self._info.shares_encodings:  # which encodes a prompt once: with their parts of the price all begin together
             replicas = self._config.parallel.data_parallel_size  # each encodes it
             cost = replace(cost, encode=cost.encode * min(1, replicas / count))
         return [replace(first, request_id=f"{request_id}-{i}", seed=seed + i, cost=cost) for i in range(count)]
@@ -121,7 +121,7 @@ class RequestBuilder:
         images = tuple(_prepare(image, self._info) for image in prompt.images)
         defaults = self._defaults_of(images, params)
         filled = _check_values(_fill(params, defaults), self._config, self._info)
-        if self._info.whole is not None and self._info.whole.follows_input:
+        if self._info.follows_input:
             assert filled.height is not None
             assert filled.width is not None
             images = tuple(resize_image(image, filled.height, filled.width) for image in images)
@@ -147,8 +147,7 @@ class RequestBuilder:
         """text_tokens: of each branch, those of input pictures included. Making latents of pixels is taken to cost what
         the inverse does."""
         ready, num_references = self._ready, request.num_reference_tokens
-        follows_input = self._info.whole is not None and self._info.whole.follows_input
-        num_image_tokens = request.num_image_tokens + (0 if follows_input else num_references)
+        num_image_tokens = request.num_image_tokens + (0 if self._info.follows_input else num_references)
         share_of_steps = 1.0 if request.strength is None else request.strength
         lengths = [self._info.num_sequence_tokens(n, num_image_tokens) for n in text_tokens]
         return RequestCost(
@@ -308,7 +307,7 @@ def _check_supported(prompt: OmniPrompt, params: OmniDiffusionSamplingParams, in
     for name, value in given.items():
         if value is not None and name not in info.parameters:
             raise UnsupportedParameterError(name, value, info.parameters)
-    if params.num_previews and info.whole is not None:
+    if params.num_previews and not info.gives_previews:
         raise InvalidRequestError(
             f"num_previews {params.num_previews}: this model gives no previews (partial images)", param="num_previews"
         )

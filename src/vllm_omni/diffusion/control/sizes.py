@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from vllm_omni.diffusion.catalog.registry import ModelInfo
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.errors import InvalidRequestError
 

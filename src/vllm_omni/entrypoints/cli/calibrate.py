@@ -20,7 +20,7 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 if TYPE_CHECKING:
     from PIL import Image
 
-    from vllm_omni.diffusion.catalog.registry import ModelInfo
+    from vllm_omni.diffusion.catalog.model_info import ModelInfo
     from vllm_omni.diffusion.compute.cache.calibration import Change
 
 COMMAND = "calibrate-teacache"

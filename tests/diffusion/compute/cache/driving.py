@@ -37,13 +37,13 @@ def watch_skips(runner: ModelRunner) -> Skips:
     pipeline = runner.pipeline
     advance = pipeline.advance
 
-    def watched(state: Any, velocity: Any) -> None:
+    def watched(state: Any, *rest: Any) -> Any:
         branches = skips[state.request.request_id]
         branches += [[] for _ in range(len(state.cache_slots) - len(branches))]
         for branch, slot in zip(branches, state.cache_slots):
             if slot is not None and slot.skipped:
                 branch.append(state.step)
-        advance(state, velocity)
+        return advance(state, *rest)
 
     pipeline.advance = watched  # type: ignore[method-assign]
     return skips

@@ -26,7 +26,9 @@ from tests.float8 import round_linears
 from vllm_omni import Omni
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.families.qwen_image import transformer as qwen_image_model
+from vllm_omni.diffusion.compute.families.qwen_image.config import QwenImageConfig
 from vllm_omni.diffusion.compute.families.z_image import transformer as z_image_model
+from vllm_omni.diffusion.compute.families.z_image.config import ZImageConfig
 from vllm_omni.diffusion.compute.step.sampling import pack_latents
 from vllm_omni.diffusion.compute.weights.loading import load_weights
 from vllm_omni.diffusion.data import DiffusionParallelConfig
@@ -34,6 +36,10 @@ from vllm_omni.diffusion.messages.worker import RankInfo
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
 CPU = torch.device("cpu")
+CONFIGS: dict[type[nn.Module], Any] = {
+    qwen_image_model.QwenImageTransformer: QwenImageConfig,
+    z_image_model.ZImageTransformer: ZImageConfig,
+}
 GRIDS = [(4, 4), (8, 6), (3, 5)]
 LENGTHS = [9, 12, 40]
 TIMESTEPS = [0.9, 0.1, 0.5]
@@ -49,7 +55,7 @@ def load(
 ) -> Any:
     """float64, where sums do not differ enough to fall on the other side of a rounding."""
     with torch.device("meta"):
-        ours = cls(family.TransformerConfig.from_dict(config), Group.alone())
+        ours = cls(CONFIGS[cls].from_dict(config), Group.alone())
     layers = family.FLOAT8_LAYERS if float8 else ()
     load_weights(ours, folder, family.CHECKPOINT_NAMES, CPU, dtype, float8=layers)
     return ours

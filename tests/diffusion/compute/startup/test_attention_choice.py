@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_omni.diffusion.catalog.registry import ModelInfo, Shares, load_model_info
+from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo, Shares
+from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.attention import Setting
 from vllm_omni.diffusion.compute.attention.sdpa import SdpaAttention
 from vllm_omni.diffusion.compute.coordination.ranks import Ranks
@@ -181,7 +182,7 @@ def test_a_first_choice_that_does_not_run_any_more_is_not_replaced_in_silence(ra
     )
 
 
-def info(**values: Any) -> ModelInfo:
+def info(**values: Any) -> PackedModelInfo:
     fields: dict[str, Any] = {
         "path": Path("model"),
         "family": "fake",
@@ -197,7 +198,7 @@ def info(**values: Any) -> ModelInfo:
         "text_encoder_shares": Shares({"attention heads": 1}),
         "default_sampling_params": {"height": 512, "width": 256, "num_inference_steps": 50},
     }
-    return ModelInfo(**fields | values)
+    return PackedModelInfo(**fields | values)
 
 
 def test_the_task_is_what_a_rank_computes() -> None:

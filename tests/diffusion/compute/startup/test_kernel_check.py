@@ -75,7 +75,7 @@ def test_kernels_that_do_not_run_end_the_start_before_weights_are_read(
         raise RuntimeError("Failed to find C compiler.\nPlease specify one.")
 
     monkeypatch.setattr(fused.TritonKernels, "gated_add", fails)
-    monkeypatch.setattr(pipeline.Pipeline, "load", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(pipeline.QwenImagePipeline, "load", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(
         ConfigError,
         match=r"^--kernels triton does not run here: RuntimeError Failed to find C compiler\.; --kernels torch does$",

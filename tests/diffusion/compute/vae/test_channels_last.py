@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from testbed.tiny_models import randomize
 from vllm_omni.diffusion.compute.distributed.groups import Group
-from vllm_omni.diffusion.compute.families.z_image.vae import PictureDecoder
+from vllm_omni.diffusion.compute.families.z_image.vae import ZImageDecoder
 from vllm_omni.diffusion.compute.layers.kernels import TorchKernels, create_kernels
 from vllm_omni.diffusion.compute.vae.channels_last import put_channels_last
 
@@ -126,10 +126,10 @@ def test_weights_keep_their_names_and_values() -> None:
 def test_only_kernels_that_normalize_it_change_the_memory() -> None:
     for kernels in (None, TorchKernels()):
         vae = build()
-        PictureDecoder(vae, False, False, Group.alone(), kernels)
+        ZImageDecoder(vae, False, False, Group.alone(), kernels)
         assert vae.decoder.conv_in.weight.is_contiguous()
         assert isinstance(vae.decoder.conv_norm_out, nn.GroupNorm)
     vae = build()
-    PictureDecoder(vae, False, False, Group.alone(), create_kernels("triton"))
+    ZImageDecoder(vae, False, False, Group.alone(), create_kernels("triton"))
     assert vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     assert not any(isinstance(module, nn.GroupNorm) for module in vae.decoder.modules())

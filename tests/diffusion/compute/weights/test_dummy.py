@@ -73,7 +73,7 @@ def test_values_stay_finite_and_runs_repeat(bare: Path) -> None:
         state = pipeline.encode(guided(bare))
         for _ in range(50):
             (branches,) = pipeline.predict([state])
-            pipeline.advance(state, pipeline.combine(state, branches))
+            pipeline.advance(state, branches)
             state.settle()
         assert state.latents.isfinite().all()
         assert branches[0].std() > 0.01

@@ -36,8 +36,8 @@ def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 # Sizes of the published models, of which two layers show all weights.
 CASES: list[tuple[Any, type[nn.Module], Any]] = [
-    (qwen_image.TransformerConfig(num_layers=2), qwen_image_model.QwenImageTransformer, qwen_image_model),
-    (z_image.TransformerConfig(n_layers=2), z_image_model.ZImageTransformer, z_image_model),
+    (qwen_image.QwenImageConfig(num_layers=2), qwen_image_model.QwenImageTransformer, qwen_image_model),
+    (z_image.ZImageConfig(n_layers=2), z_image_model.ZImageTransformer, z_image_model),
 ]
 
 
@@ -77,4 +77,6 @@ def test_of_the_vision_tower() -> None:
     values = {"depth": 2, "hidden_size": 96, "intermediate_size": 160, "num_heads": 6, "out_hidden_size": 64}
     with torch.device("meta"):
         tower = Qwen2_5_VisionTransformerPretrainedModel(Qwen2_5_VLVisionConfig(**values))
-    assert flat(qwen_image.VisionConfig.from_dict({"vision_config": values}).expected_weights()) == shapes_of(tower)
+    assert flat(qwen_image.QwenImageVisionConfig.from_dict({"vision_config": values}).expected_weights()) == shapes_of(
+        tower
+    )

@@ -17,7 +17,8 @@ from testbed.tiny_models import SMALL, build_tiny_qwen_image
 from testbed.tiny_z_image import build_tiny_z_image
 from tests.diffusion.compute.distributed.ranks import run_places
 from tests.diffusion.compute.worker.replica import merging, started
-from vllm_omni.diffusion.catalog.registry import ModelInfo, load_model_info
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
+from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.step.finite import each_is_finite, is_finite
 from vllm_omni.diffusion.compute.step.pipeline import RequestState
 from vllm_omni.diffusion.compute.worker.item_errors import not_finite_error
@@ -63,11 +64,11 @@ def spoil(runner: ModelRunner, request_id: str, value: float, step: int) -> Call
     """Put `value` into the latents of a request before one of its steps. Returns what undoes it."""
     advance = runner.pipeline.advance
 
-    def spoiling(state: RequestState, velocity: torch.Tensor) -> None:
+    def spoiling(state: RequestState, *rest: Any) -> Any:
         if state.request.request_id == request_id and state.step == step:
             state.latents = state.latents.clone()
             state.latents[-1, -1] = value
-        advance(state, velocity)
+        return advance(state, *rest)
 
     runner.pipeline.advance = spoiling  # type: ignore[method-assign]
     return lambda: delattr(runner.pipeline, "advance")
@@ -225,10 +226,10 @@ def draw_spoiled(place: RankInfo, parallel: DiffusionParallelConfig, path: Path)
     late = make_request("late", seed=4, num_inference_steps=5, preview_steps=(2, 4))
     undo_late = runner.pipeline.advance
 
-    def spoiling(state: RequestState, velocity: torch.Tensor) -> None:
+    def spoiling(state: RequestState, *rest: Any) -> Any:
         if state.request.request_id == "late" and state.step == 2:
             state.latents = state.latents * NAN
-        undo_late(state, velocity)
+        return undo_late(state, *rest)
 
     runner.pipeline.advance = spoiling  # type: ignore[method-assign]
     drive = Drive(runner, merge=merging(runner)).run({0: REQUESTS, 1: [late]})

@@ -14,7 +14,7 @@ import pytest
 from testbed.live_server import FAKE_EDIT_INFO, FAKE_INFO, LiveServer, live_server
 from tests.entrypoints.openai.routes.test_image_edits import PHOTO, file_of
 from tests.entrypoints.openai.routes.test_image_errors import error_of
-from vllm_omni.diffusion.catalog.registry import ModelInfo
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.entrypoints.cli.vllm_api import swagger_ui_folder
 
 

@@ -25,7 +25,7 @@ from testbed.live_server import (
     expected_picture,
     live_server,
 )
-from vllm_omni.diffusion.catalog.registry import Guidance
+from vllm_omni.diffusion.catalog.model_info import Guidance
 from vllm_omni.entrypoints.openai.responses import encoding
 
 

@@ -13,7 +13,7 @@ from itertools import zip_longest
 
 from torch import Tensor
 
-from vllm_omni.diffusion.catalog.registry import ModelInfo
+from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo
 from vllm_omni.diffusion.compute.cache.base import (
     Blocks,
     Kept,
@@ -189,5 +189,5 @@ def _differences_at(places: Sequence[int], now: Tensor, before: Tensor, lengths:
     return differences([nows[i] for i in places], [befores[i] for i in places])
 
 
-def create(config: CacheDiTConfig, info: ModelInfo, rank_group: Group) -> DualBlockCache:
+def create(config: CacheDiTConfig, info: PackedModelInfo, rank_group: Group) -> DualBlockCache:
     return DualBlockCache(config, rank_group)

@@ -12,7 +12,7 @@ from functools import reduce
 
 from torch import Tensor
 
-from vllm_omni.diffusion.catalog.registry import ModelInfo
+from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo
 from vllm_omni.diffusion.compute.cache.base import (
     Blocks,
     Kept,
@@ -106,7 +106,7 @@ def evaluate(coefficients: Sequence[float], x: float) -> float:
     return reduce(lambda value, coefficient: value * x + coefficient, coefficients, 0.0)
 
 
-def create(config: TeaCacheConfig, info: ModelInfo, rank_group: Group) -> TeaCache:
+def create(config: TeaCacheConfig, info: PackedModelInfo, rank_group: Group) -> TeaCache:
     coefficients = info.tea_cache_coefficients if config.coefficients is None else config.coefficients
     assert coefficients is not None, "ModelInfo.check_cache comes first"
     return TeaCache(config.rel_l1_thresh, coefficients, rank_group)

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from vllm_omni.diffusion.catalog.registry import ModelInfo
+from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo
 from vllm_omni.diffusion.compute.attention import BACKENDS, AttentionBackend, Setting, backend_class
 from vllm_omni.diffusion.compute.coordination.ranks import Ranks
 from vllm_omni.diffusion.compute.device.kinds import Device
@@ -47,7 +47,7 @@ class Task:
     """By a request, all of the same lengths."""
 
     @classmethod
-    def of(cls, setting: Setting, info: ModelInfo, parallel: DiffusionParallelConfig) -> Task:
+    def of(cls, setting: Setting, info: PackedModelInfo, parallel: DiffusionParallelConfig) -> Task:
         """Two guidance branches of the model's default picture, capped."""
         defaults = info.default_sampling_params
         picture = min(info.num_image_tokens(defaults["height"], defaults["width"]), MAX_PICTURE_TOKENS)
@@ -82,7 +82,7 @@ class Choice:
 
 def choose_attention(
     config: OmniDiffusionConfig,
-    info: ModelInfo,
+    info: PackedModelInfo,
     device: Device,
     dtype: torch.dtype,
     ranks: Ranks,

@@ -10,13 +10,13 @@ from typing import Any
 
 from vllm_omni.diffusion.compute.coordination.ranks import PeerFailedError, Ranks, RanksLostError
 from vllm_omni.diffusion.compute.device.kinds import is_out_of_memory
-from vllm_omni.diffusion.compute.step.pipeline import BasePipeline, RequestState
+from vllm_omni.diffusion.compute.step.pipeline import PackedPipeline, RequestState
 from vllm_omni.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 
-def run_variants(pipeline: BasePipeline[Any], state: RequestState, ranks: Ranks) -> None:
+def run_variants(pipeline: PackedPipeline[Any], state: RequestState, ranks: Ranks) -> None:
     """Run a step of each kind: of one sequence, of several, of several at different timesteps.
 
     Every rank group computes all of them. state: of two steps.
@@ -26,7 +26,7 @@ def run_variants(pipeline: BasePipeline[Any], state: RequestState, ranks: Ranks)
         _run(pipeline, kind, ranks)
 
 
-def compile_variants(pipeline: BasePipeline[Any], state: RequestState, ranks: Ranks) -> None:
+def compile_variants(pipeline: PackedPipeline[Any], state: RequestState, ranks: Ranks) -> None:
     """`run_variants`, with blocks that are compiled from here on. Raises ConfigError when they do not compile."""
     start = time.perf_counter()
     compiled = pipeline.compile_blocks()
@@ -45,7 +45,7 @@ def compile_variants(pipeline: BasePipeline[Any], state: RequestState, ranks: Ra
     logger.info("compiled %s in %.1f s; all else runs eagerly", compiled, time.perf_counter() - start)
 
 
-def _run(pipeline: BasePipeline[Any], kind: Sequence[RequestState], ranks: Ranks) -> None:
+def _run(pipeline: PackedPipeline[Any], kind: Sequence[RequestState], ranks: Ranks) -> None:
     placed = [(replace(state), group) for state in kind for group in range(ranks.mesh.cfg_size)]
     states = [state for state, _ in placed]
     groups = [group for state, group in placed for _ in state.sequence_lengths]

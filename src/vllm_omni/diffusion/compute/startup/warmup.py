@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from vllm_omni.diffusion.catalog.registry import ModelInfo
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
+from vllm_omni.diffusion.catalog.whole_info import WholeModelInfo
 from vllm_omni.diffusion.compute.coordination.ranks import PeerFailedError, Ranks
 from vllm_omni.diffusion.compute.device.kinds import Device, is_device_failure, is_out_of_memory
-from vllm_omni.diffusion.compute.step.pipeline import BasePipeline, RequestState
+from vllm_omni.diffusion.compute.step.pipeline import PackedPipeline, Pipeline, RequestState
 from vllm_omni.diffusion.messages.placement import balance
 from vllm_omni.diffusion.messages.request import DiffusionRequest, RequestCost
 from vllm_omni.errors import ConfigError, error_line
@@ -51,7 +52,7 @@ KNEE = 1.18
 """A batch is large enough when a unit of work costs at most this times what it costs in the best batch."""
 
 
-RunVariants = Callable[[BasePipeline[Any], RequestState, Ranks], object]
+RunVariants = Callable[[PackedPipeline[Any], RequestState, Ranks], object]
 """Runs, from a state of two steps, every kind of step for which code is compiled."""
 
 
@@ -104,7 +105,7 @@ class Timer:
 
 
 def warm_up(
-    pipeline: BasePipeline[Any],
+    pipeline: PackedPipeline[Any],
     info: ModelInfo,
     device: Device,
     model_bytes: int,
@@ -147,7 +148,7 @@ def warm_up(
 
 
 def warm_up_whole(
-    pipeline: BasePipeline[Any], info: ModelInfo, device: Device, model_bytes: int, num_threads: int | None = None
+    pipeline: Pipeline[Any], info: WholeModelInfo, device: Device, model_bytes: int, num_threads: int | None = None
 ) -> Rates:
     """Measure a whole pipeline: make small pictures with the default guidance, or else one of the model's own size.
 
@@ -156,11 +157,10 @@ def warm_up_whole(
     num_threads: taken instead of a choice.
     Raises ConfigError, with the reason of each failure, for a pipeline that makes none of these pictures.
     """
-    assert info.whole is not None
     timer = Timer(device, Ranks())
     own = [_whole_request(info, None)] * 2
     small = [_whole_request(info, tokens) for tokens in WHOLE_PICTURE_TOKENS]
-    trials = [own] if info.whole.bins else [small, own]
+    trials = [own] if info.pipeline.bins else [small, own]
     failures: list[str] = []
     for requests in trials:
         try:
@@ -175,14 +175,12 @@ def warm_up_whole(
             failures.append(error_line(error))
             if is_device_failure(error) or len(failures) == len(trials):
                 reasons = "; before that, on a small one: ".join(dict.fromkeys(reversed(failures)))
-                raise ConfigError(f"the {info.whole.class_name} fails on a default request: {reasons}") from error
+                raise ConfigError(f"the {info.pipeline.class_name} fails on a default request: {reasons}") from error
             logger.info("a small trial request fails (%s); trying one of the model's own size", failures[-1])
     raise AssertionError("the last trial returns or raises")
 
 
-def _whole_rates(
-    pipeline: BasePipeline[Any], info: ModelInfo, timer: Timer, requests: Sequence[DiffusionRequest]
-) -> Rates:
+def _whole_rates(pipeline: Pipeline[Any], info: ModelInfo, timer: Timer, requests: Sequence[DiffusionRequest]) -> Rates:
     """Rates from complete runs of the requests; the time of the first is not counted."""
     runs = [_run_whole(pipeline, request, timer) for request in requests]
     samples = [Sample(r.num_image_tokens, _whole_units(info, r), run[1]) for r, run in zip(requests, runs)]
@@ -206,15 +204,13 @@ def _whole_units(info: ModelInfo, request: DiffusionRequest) -> float:
     return units + (info.sequence_cost(request.num_image_tokens) if guides else 0)
 
 
-def _run_whole(pipeline: BasePipeline[Any], request: DiffusionRequest, timer: Timer) -> tuple[float, float, float]:
+def _run_whole(pipeline: Pipeline[Any], request: DiffusionRequest, timer: Timer) -> tuple[float, float, float]:
     """Seconds of the encoding, of the fastest step and of the decode of `request`."""
     states: list[RequestState] = []
     encode = timer.least([lambda: states.append(pipeline.encode(request))])
     (state,) = states
     try:
-        step = min(
-            timer.least([lambda: pipeline.advance(state, state.latents)]) for _ in range(request.num_inference_steps)
-        )
+        step = min(timer.least([lambda: pipeline.advance(state, ())]) for _ in range(request.num_inference_steps))
         decode = timer.least([lambda: pipeline.decode([request], [state.latents])])
     finally:
         pipeline.forget(state)
@@ -243,7 +239,7 @@ def choose_num_threads(device: Device, timer: Timer, step: Callable[[], object])
     device.set_num_threads(chosen)
 
 
-def measure_steps(pipeline: BasePipeline[Any], state: RequestState, info: ModelInfo, timer: Timer) -> list[Sample]:
+def measure_steps(pipeline: PackedPipeline[Any], state: RequestState, info: ModelInfo, timer: Timer) -> list[Sample]:
     """Time the forward of 1, 2, 4, ... copies of `state`, as far as the budget and the memory reach."""
     budget = DEVICE_BUDGET_SECONDS if timer.device.works_ahead else BUDGET_SECONDS
     samples: list[Sample] = []
@@ -284,7 +280,7 @@ def _has_room(timer: Timer) -> bool:
 
 @contextmanager
 def _forward(
-    pipeline: BasePipeline[Any], state: RequestState, copies: int, ranks: Ranks
+    pipeline: PackedPipeline[Any], state: RequestState, copies: int, ranks: Ranks
 ) -> Iterator[Callable[[], object]]:
     """The forward of some copies of `state`, which the pipeline forgets in the end."""
     states = [replace(state) for _ in range(copies)]

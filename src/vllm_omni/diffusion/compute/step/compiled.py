@@ -1,4 +1,4 @@
-"""Parts of a transformer's blocks as compiled code: once for all blocks, and for packs of every size."""
+"""Compiled parts of a transformer's blocks: one compilation serves all blocks, and packs of every size."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from torch import Tensor, fx, nn
 logger = logging.getLogger(__name__)
 
 Backend = str | Callable[..., Any]
-"""Of torch.compile: its name, or from a graph and example inputs to what runs it."""
+"""Backend of torch.compile: its name, or a function from a graph and example inputs to a callable."""
 
 
 class CompiledPart:
-    """A method of a block; called as `method(block, rows, *tokens)`, with tensors alone.
+    """Compiled method of a block, called as `method(block, rows, *tokens)` with tensors alone.
 
-    rows: [streams, rows, parts, D], one row for all tokens or several; tokens: tensors whose first dim counts tokens,
-    or None; dense. The weights of the block are inputs of the code, and so are numbers of tokens, so there is one
-    compilation a *variant*: one row or several, and which of the tokens are None. PyTorch would take a size of 0 or 1
-    for a constant, and compile once more: with so few tokens (a rank may hold as few of a short text) the method runs
-    as it is.
+    rows: [streams, rows, parts, D], one row for all tokens or several. tokens: dense tensors whose first dim counts
+    tokens, or None. Weights and numbers of tokens are inputs of the compiled code, so that each *variant* is compiled
+    once: one row or several, and which of the tokens are None. PyTorch treats a size of 0 or 1 as a constant and would
+    compile again; with so few tokens (a rank may hold 0 or 1 of a short text) the method runs eagerly.
     """
 
     def __init__(self, method: Callable[..., Any], backend: Backend) -> None:
@@ -32,12 +31,12 @@ class CompiledPart:
         self.name = method.__qualname__
         self.num_compilations = 0
         self.is_warm = False
-        """From then on compiling is worth a warning: somebody waits."""
+        """Whether the warm-up is over: a compilation then delays requests, and is logged as a warning."""
         self._method = method
         self._backend: Callable[..., Any] = torch._dynamo.lookup_backend(backend)
-        # Compiled code hangs on the code object, and there is a limit to it: every model gets its own.
+        # torch.compile stores code by code object, up to a limit: every model gets a code object of its own.
         own = FunctionType(method.__code__.replace(), method.__globals__, method.__name__, closure=method.__closure__)
-        # With fullgraph, what cannot be compiled and the limit of compilations are errors, not detours.
+        # fullgraph: code that cannot be compiled, and more compilations than allowed, raise instead of running eagerly.
         self._compiled = torch.compile(own, fullgraph=True, dynamic=False, backend=self._compile)
 
     def __call__(self, block: nn.Module, rows: Tensor, *tokens: Tensor | None) -> Any:
@@ -63,18 +62,18 @@ class CompiledPart:
 
 
 def _sized_freely(x: Tensor) -> Tensor:
-    """x, whose first dim is not to be taken for a constant."""
-    if x.storage_offset():  # rare, and code compiled for it would be of no use to others
+    """x with its first dim marked as dynamic, so that its size is an input of the compiled code."""
+    if x.storage_offset():  # rare; code compiled for an offset would serve no other tensor
         x = x.clone()
     torch._dynamo.mark_dynamic(x, 0)
     return x
 
 
 class CompiledBlocks:
-    """The compiled parts of some blocks of one class, which use them from here on."""
+    """Compiled methods of blocks of one class; the blocks use them from construction on."""
 
     def __init__(self, blocks: Sequence[nn.Module], names: Sequence[str], backend: Backend) -> None:
-        """names: methods of the blocks, see `CompiledPart`; what else the blocks do runs as it is."""
+        """names: methods of the blocks to compile, see `CompiledPart`; the rest of a block runs eagerly."""
         self.parts = [CompiledPart(getattr(type(blocks[0]), name), backend) for name in names]
         for part, name in zip(self.parts, names):
             for block in blocks:

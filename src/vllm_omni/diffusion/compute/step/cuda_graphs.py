@@ -1,7 +1,7 @@
-"""The blocks of a small step given to the device at once, which a host that sends kernel by kernel cannot keep busy.
+"""Capture of the blocks of small steps as CUDA graphs: launching kernel by kernel would keep the GPU waiting.
 
-What a membership runs for the second time is recorded, and from then on the recording is played (on GPUs a CUDA graph).
-Blocks that a step cache runs by themselves are recorded by themselves.
+The second run of a membership is captured, and later runs replay the graph. Ranges of blocks that a step cache runs
+separately are captured separately.
 """
 
 from __future__ import annotations
@@ -20,56 +20,61 @@ from vllm_omni.diffusion.compute.packing import Hidden, Pack
 logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 10_000
-"""Of a step, on each rank. A larger one keeps a device busy for longer than a host takes to send it, and would take
-much memory."""
+"""Most tokens of a captured step on each rank. The kernels of a larger step take longer than their launches, and its
+graph would take much memory."""
 
 Output = TypeVar("Output")
 
 
 class Capturer(Protocol):
-    """Of a device, or of several that record alike. See `worker.device` and `worker.recording`."""
+    """Captures CUDA graphs on a device, or on several ranks that agree on success."""
 
     failure: str | None
-    """Why something could not be recorded, for another reason than memory; from then on nothing is."""
+    """Reason of a failed capture, other than a lack of memory; after a failure nothing is captured."""
 
     def capture(self, run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]:
-        """What `run` gives the device is not done, but recorded: its result, which each replay makes anew in place."""
+        """Capture `run` as a CUDA graph without executing it.
+
+        Returns its output tensors, which every replay overwrites, and the replay.
+        """
         ...
 
     def release(self) -> None:
-        """Give back the memory of graphs that are gone."""
+        """Free the memory of graphs that were dropped."""
         ...
 
 
 class CapturableBlocks(Blocks, Protocol):
+    """Blocks whose modulation can be read from another tensor, which a captured graph needs."""
+
     @property
     def rows(self) -> Tensor:
-        """The modulation of all blocks: [layers, streams, rows, parts, D]."""
+        """Rows of modulation of all blocks: [layers, streams, rows, parts, D]."""
         ...
 
     def with_rows(self, rows: Tensor) -> Self:
-        """The same blocks, which read their modulation here."""
+        """The same blocks with `rows` as their modulation."""
         ...
 
 
 class CapturedGraphs:
-    """Of one membership of sequences, whose tensors outlive them: by blocks and by number of rows of modulation."""
+    """Captured graphs of one membership, by range of blocks and number of rows of modulation."""
 
     def __init__(self) -> None:
         self._seen: set[tuple[range, int]] = set()
         self._made: dict[tuple[range, int], _CapturedGraph | None] = {}
 
     def run(self, hidden: Hidden, blocks: CapturableBlocks, which: range, capturer: Capturer) -> Hidden:
-        """`which` blocks. What cannot be recorded is sent as it is, with a warning."""
+        """Run the blocks `which`. Blocks that cannot be captured run eagerly, with a warning."""
         kind = which, blocks.rows.shape[2]
-        if kind not in self._seen:  # what libraries make for new shapes they make now
+        if kind not in self._seen:  # eagerly once: libraries allocate workspaces for new shapes
             output = blocks.run(hidden, which)
             self._seen.add(kind)
             return output
         if kind not in self._made:
             self._made[kind] = _capture(hidden, blocks, which, capturer)
-        recording = self._made[kind]
-        return blocks.run(hidden, which) if recording is None else recording.replay(hidden, blocks.rows)
+        graph = self._made[kind]
+        return blocks.run(hidden, which) if graph is None else graph.replay(hidden, blocks.rows)
 
 
 def _capture(hidden: Hidden, blocks: CapturableBlocks, which: range, capturer: Capturer) -> _CapturedGraph | None:
@@ -77,7 +82,7 @@ def _capture(hidden: Hidden, blocks: CapturableBlocks, which: range, capturer: C
         return None
     try:
         return _CapturedGraph(hidden, blocks, which, capturer)
-    except torch.OutOfMemoryError as error:  # for the recording's own; without it the step may have enough
+    except torch.OutOfMemoryError as error:  # for the graph; without one the step may have enough
         logger.warning("no memory to record a step of %d tokens: %s", blocks.pack.num_tokens, error)
     except Exception as error:
         logger.warning("a step of %d tokens cannot be recorded: %s", blocks.pack.num_tokens, error)
@@ -90,7 +95,7 @@ class _CapturedGraph:
         made: list[tuple[Hidden, CapturableBlocks]] = []
 
         def run() -> Hidden:
-            if not made:  # within the recording, where a lack of memory is a failure that all ranks hear of
+            if not made:  # within the capture, where all ranks learn of a lack of memory
                 inputs = Hidden(torch.empty_like(hidden.text), torch.empty_like(hidden.image))
                 made.append((inputs, blocks.with_rows(torch.empty_like(blocks.rows))))
             inputs, own_blocks = made[0]
@@ -104,13 +109,13 @@ class _CapturedGraph:
         self._inputs.image.copy_(hidden.image)
         self._blocks.rows.copy_(rows)
         self._again()
-        # Captured graphs share their memory: the next replay may write over this one's results.
+        # Captured graphs share their memory: the next replay may overwrite these results.
         return Hidden(self._output.text.clone(), self._output.image.clone())
 
 
 @dataclass(frozen=True)
 class CapturedBlocks:
-    """`blocks`, recorded where they run again and again."""
+    """Blocks that capture what a membership runs repeatedly."""
 
     blocks: CapturableBlocks
     captured_graphs: CapturedGraphs
@@ -131,12 +136,12 @@ class CapturedBlocks:
         return self.blocks.signal(hidden)
 
     def select(self, members: Sequence[int]) -> Self:
-        # A part of a membership seldom comes again.
+        # The same part of a membership seldom runs again.
         return type(self)(self.blocks.select(members), CapturedGraphs(), self.capturer)
 
 
 def captured(blocks: CapturableBlocks, captured_graphs: CapturedGraphs, capturer: Capturer | None) -> Blocks:
-    """`blocks` themselves where there is no capturer, or where recording does not pay."""
+    """`blocks` with capture; `blocks` themselves without a capturer, or for steps too large to gain from it."""
     if capturer is None or capturer.failure is not None or blocks.pack.most_tokens > MAX_TOKENS:
         return blocks
     return CapturedBlocks(blocks, captured_graphs, capturer)

@@ -1,4 +1,4 @@
-"""Checks for NaN and infinite values that run on the device: the host does not wait for them."""
+"""Checks for NaN and infinite values. They run on the device, and the host does not wait for them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 
 def is_finite(values: Tensor) -> Tensor:
-    """Bool []: whether no value is NaN or infinite; True for no values. One reduction: the largest magnitude, which is
-    NaN where any value is."""
+    """Bool []: whether no value is NaN or infinite; True for an empty tensor.
+
+    One reduction: the largest magnitude, which is NaN if any value is.
+    """
     if values.numel() == 0:
         return torch.ones((), dtype=torch.bool, device=values.device)
     largest: Tensor = torch.linalg.vector_norm(values, math.inf)
@@ -25,8 +27,10 @@ def each_is_finite(batch: Tensor) -> Tensor:
 
 
 def keep_infinite_pixels_visible(decoder: nn.Module) -> None:
-    """Make a VAE's decoder return NaN for infinite pixels: some VAEs clamp what it returns, and infinity would become
-    white. Finite pixels stay as they are."""
+    """Make a VAE's decoder return NaN for infinite pixels, and leave finite ones.
+
+    Some VAEs clamp the decoder's output, and infinity would become white.
+    """
     decoder.register_forward_hook(_infinite_as_nan)
 
 

@@ -1,7 +1,7 @@
-"""Shift, scale and gate of every block, kept by timestep.
+"""Rows of modulation (shift, scale and gate of every block), kept by timestep.
 
-They depend on the timestep alone, and their weights may be a third of the model's: a server that draws one picture
-after another with the same schedule computes them once.
+They depend on the timestep alone, and their weights may be a third of the model's: pictures with the same schedule
+share them.
 """
 
 from __future__ import annotations
@@ -16,36 +16,36 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Modulation:
-    """Rows for the sequences of one step; one row alone when all sequences are at the same timestep.
+    """Rows of modulation of one step: one a sequence, or a single row when all sequences have the same timestep.
 
-    What the parts of a row mean, and which kind of token a stream is, the model knows.
+    The family defines the parts of a row, and the streams (kinds of tokens).
     """
 
     blocks: Tensor
     """[layers, streams, rows, parts, D]."""
     final: Tensor
-    """Of the output layer: [rows, parts, D]."""
+    """[rows, parts, D], for the output layer."""
 
     def index(self, sequence: Tensor) -> Tensor | None:
-        """int64 [tokens], each token's row, from its sequence; None where all have the only row."""
+        """int64 [tokens]: row of each token. sequence: int64 [tokens]. None: there is a single row for all."""
         return None if self.final.shape[0] == 1 else sequence
 
     def of_output(self, sequence: Tensor) -> tuple[Tensor, ...]:
-        """A tensor a part, [1, D] or [tokens, D]."""
+        """Parts of the output layer's rows, each [1, D] or [tokens, D]."""
         return per_token(self.final, self.index(sequence))
 
     def of_members(self, numbers: Sequence[int]) -> Modulation:
-        """For some sequences, which keep these numbers; one alone has one row for all its tokens."""
+        """Rows for the sequences with these numbers; a sequence alone gets a modulation of one row."""
         if len(numbers) > 1 or self.final.shape[0] == 1:
             return self
         (row,) = numbers
-        # Laid out as any other single row, which compiled code asks for.
+        # Contiguous like every single row: compiled code depends on the strides.
         blocks = self.blocks[:, :, row : row + 1].clone(memory_format=torch.contiguous_format)
         return Modulation(blocks, self.final[row : row + 1])
 
 
 def per_token(rows: Tensor, index: Tensor | None) -> tuple[Tensor, ...]:
-    """rows: [rows, parts, D]; index: see `Modulation.index` -> a tensor a part, [1, D] or [tokens, D]."""
+    """Parts of the rows, each [1, D] or [tokens, D]. rows: [rows, parts, D]; index: from `Modulation.index`."""
     return (rows if index is None else rows.index_select(0, index)).unbind(1)
 
 
@@ -53,7 +53,7 @@ Compute = Callable[[Sequence[float]], Modulation]
 
 
 class ModulationTable:
-    """The rows last used, up to `max_bytes`; `compute` makes the rows of some timesteps."""
+    """Most recently used rows by timestep, up to `max_bytes`. compute: makes the rows of some timesteps."""
 
     def __init__(self, compute: Compute, max_bytes: int) -> None:
         self._compute = compute
@@ -62,7 +62,7 @@ class ModulationTable:
         self._row_bytes = 0
 
     def prefetch(self, timesteps: Sequence[float]) -> None:
-        """Make the rows of a whole schedule in few large products, where the table can hold them."""
+        """Compute the rows of a whole schedule in a few large matrix products, if the table can hold them."""
         missing = [t for t in dict.fromkeys(timesteps) if t not in self._rows]
         if not missing:
             return
@@ -72,7 +72,7 @@ class ModulationTable:
                 self._add(missing[start : start + 64])
 
     def rows_of(self, timesteps: Sequence[float]) -> Modulation:
-        """The rows of these timesteps, one for each, or a single one when they are all equal."""
+        """Rows of these timesteps, one for each; a single row when all timesteps are equal."""
         distinct = list(dict.fromkeys(timesteps))
         rows = {t: self._rows[t] for t in distinct if t in self._rows}
         if missing := [t for t in distinct if t not in rows]:
@@ -89,7 +89,7 @@ class ModulationTable:
 
     def _add(self, timesteps: Sequence[float]) -> dict[float, Modulation]:
         made = self._compute(timesteps)
-        # Each row owns its memory, so that dropping one frees it.
+        # Each row owns its memory, so that dropping a row frees it.
         rows = {
             t: Modulation(made.blocks[:, :, i : i + 1].clone(), made.final[i : i + 1].clone())
             for i, t in enumerate(timesteps)

@@ -1,16 +1,15 @@
-"""What a model family gives the runner. A family is a package with `info.py` and `pipeline.py` (class `Pipeline`)."""
+"""Interfaces of a loaded model: `Pipeline` for every family, `PackedPipeline` for those whose steps run on packs."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, Self, TypeVar
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from vllm_omni.diffusion.catalog.registry import ModelInfo
 from vllm_omni.diffusion.compute.cache.base import CacheSlot, SequenceStep, StepCache
 from vllm_omni.diffusion.compute.distributed.mesh import Mesh
 from vllm_omni.diffusion.compute.step.compiled import CompiledBlocks
@@ -21,34 +20,34 @@ from vllm_omni.diffusion.messages.request import DiffusionRequest
 
 @dataclass(eq=False)
 class RequestState:
-    """One request on the device, from its encoding to its release; families add what they need.
+    """Tensors and counters of one request, from its encoding to its release; families add fields.
 
-    A state equals itself alone, so that it can be part of a key.
+    Compared by identity, so that a state can be part of a dictionary key.
     """
 
     request: DiffusionRequest
     latents: Tensor
-    """The picture so far, in the family's layout."""
+    """Latents after `step` steps, in the family's layout."""
     sequence_lengths: tuple[int, ...]
-    """Tokens of each guidance branch, the conditional one first; a family may end guidance early and compute that one
-    alone."""
+    """Tokens of each guidance branch, the conditional branch first. A family may end guidance early; then a step
+    computes the first branch alone."""
     step: int = 0
     """Denoising steps done."""
     num_made: int = field(default=1, init=False)
-    """What the model made in the last of them: a whole pipeline spreads its own steps over those that were planned."""
+    """Steps that the model itself made in the last planned step: a whole pipeline may make none or several."""
     cache_slots: tuple[CacheSlot | None, ...] = field(init=False, repr=False)
-    """A branch each; None where the request takes no part in caching."""
+    """For each guidance branch, what a step cache keeps; None for requests that do not take part in caching."""
 
     def __post_init__(self) -> None:
         self.cache_slots = tuple(CacheSlot() if self.request.cache else None for _ in self.sequence_lengths)
 
     @property
     def sequence_steps(self) -> list[SequenceStep]:
-        """What a step cache must know of each branch."""
+        """For each guidance branch, what a step cache decides by."""
         return [SequenceStep(slot, self.step, self.request.num_inference_steps) for slot in self.cache_slots]
 
     def settle(self) -> int:
-        """After a step: how many of the branches that this rank computed came from a cache."""
+        """End the step in the cache slots. Returns how many branches that this rank computed reused blocks."""
         return sum([slot.settle() for slot in self.cache_slots if slot is not None])
 
 
@@ -58,7 +57,7 @@ class Picture(NamedTuple):
     pixels: Tensor
     """uint8 [height, width, 3], of a video [frames, height, width, 3]."""
     is_finite: Tensor
-    """Bool []: whether the pixels were numbers before they were rounded to bytes."""
+    """Bool []: whether all pixels were finite before they were rounded to bytes."""
     is_blocked: bool = False
     """Whether the model's own safety checker has replaced the picture."""
 
@@ -66,35 +65,74 @@ class Picture(NamedTuple):
 State = TypeVar("State", bound=RequestState)
 
 
-class BasePipeline(ABC, Generic[State]):
-    """One loaded model. Methods may raise anything: the runner turns it into that request's error.
+class Pipeline(ABC, Generic[State]):
+    """One loaded model. A family's `pipeline.py` has a subclass of this name.
 
-    A denoising step is `predict` for many requests at once, which changes no state (so it can be repeated
-    without the request that failed), then `combine` and `advance` for each.
+    A denoising step is `predict` for many requests at once, which changes no state (so it can be repeated without the
+    request that failed), then `advance` for each request. Methods may raise anything: the runner turns it into that
+    request's error.
 
-    Every rank of a replica has the same states and advances them alike; see `Mesh` for who computes what.
+    Every rank of a replica has the same states and advances them alike; see `Mesh` for which rank computes which part.
     """
 
     step_cache: StepCache
-    """Runs the transformer's blocks."""
-    capturer: Capturer | None = None
-    """Of the device, where it records the blocks of small steps."""
-
-    def release_memory(self) -> None:
-        """Drop what can be made again, for a step that ran out of memory."""
+    """Runs the transformer's blocks, and may skip some."""
 
     @classmethod
     @abstractmethod
     def load(
         cls,
         config: OmniDiffusionConfig,
-        info: ModelInfo,
+        info: Any,
         device: torch.device,
         dtype: torch.dtype,
         on_bytes: Callable[[int], object],
         mesh: Mesh,
     ) -> Self:
-        """Read the weights that this rank keeps; `on_bytes` is told how many bytes were read since its last call."""
+        """Read the weights that this rank keeps.
+
+        info: what the family's `describe` returned. on_bytes: called with the number of bytes read since its last call.
+        """
+
+    @abstractmethod
+    def encode(self, request: DiffusionRequest) -> State:
+        """State before the first step: text states and initial noise."""
+
+    @abstractmethod
+    def predict(self, states: Sequence[State], groups: Sequence[int] | None = None) -> list[tuple[Tensor, ...]]:
+        """For each state, the velocity of each guidance branch, shaped as the latents. All ranks take part.
+
+        A whole pipeline computes its step in `advance`, and returns empty tensors here.
+        groups: number of the rank group that computes each branch, state by state; None: group 0 computes all.
+        """
+
+    @abstractmethod
+    def advance(self, state: State, branches: Sequence[Tensor], previews: bool = False) -> Tensor | None:
+        """Make one step of the state's noise schedule. branches: the state's tuple from `predict`.
+
+        Returns the final latents as foreseen at this step, where `previews` asks for them and the model can.
+        """
+
+    @abstractmethod
+    def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[Picture]:
+        """Pixels of the latents of each request.
+
+        Of ranks that share a decode, the first one returns the pictures and the others return [].
+        """
+
+    @abstractmethod
+    def forget(self, state: State) -> None:
+        """Drop everything kept for this state."""
+
+    def release_memory(self) -> None:
+        """Drop what can be made again, after a step ran out of memory."""
+
+
+class PackedPipeline(Pipeline[State]):
+    """A loaded model whose transformer runs on packs: one forward for the sequences of many requests."""
+
+    capturer: Capturer | None = None
+    """Captures the blocks of small steps as CUDA graphs; None: all steps run eagerly."""
 
     @classmethod
     def gains_from_compiling(cls, config: OmniDiffusionConfig) -> bool:
@@ -103,38 +141,4 @@ class BasePipeline(ABC, Generic[State]):
 
     @abstractmethod
     def compile_blocks(self) -> CompiledBlocks:
-        """From here on the transformer's blocks run compiled. Not for whole pipelines."""
-
-    @abstractmethod
-    def encode(self, request: DiffusionRequest) -> State:
-        """Text and initial noise: the state before the first step."""
-
-    @abstractmethod
-    def predict(self, states: Sequence[State], groups: Sequence[int] | None = None) -> list[tuple[Tensor, ...]]:
-        """The velocity of each guidance branch, shaped as the latents; one forward of one pack. All ranks take part.
-
-        groups: the rank group that computes each branch, one state's branches after another's; None: the first.
-        """
-
-    @abstractmethod
-    def combine(self, state: State, branches: Sequence[Tensor]) -> Tensor:
-        """One velocity from those of the guidance branches."""
-
-    @abstractmethod
-    def advance(self, state: State, velocity: Tensor) -> None:
-        """One step of the state's noise schedule."""
-
-    @abstractmethod
-    def predict_clean(self, state: State, velocity: Tensor) -> Tensor:
-        """The final latents as foreseen from a velocity, before `advance`."""
-
-    @abstractmethod
-    def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[Picture]:
-        """Pixels of the latents, as the family's state holds them.
-
-        Of ranks that share a decode the first has them, the others get [].
-        """
-
-    @abstractmethod
-    def forget(self, state: State) -> None:
-        """Drop whatever is kept because of this state."""
+        """Replace the transformer's blocks by compiled ones."""

@@ -21,7 +21,7 @@ def draw_noise(shape: Sequence[int], seed: int, dtype: torch.dtype, device: torc
 
 
 def linear_sigmas(num_steps: int) -> list[float]:
-    """The unshifted schedule of flow matching: from 1 down to 1/num_steps."""
+    """Unshifted schedule of flow matching: from 1 down to 1/num_steps."""
     sigmas: list[float] = np.linspace(1.0, 1 / num_steps, num_steps).tolist()
     return sigmas
 
@@ -44,8 +44,9 @@ def combine_guidance(positive: Tensor, negative: Tensor, scale: float) -> Tensor
 
 
 def combine_bounded(positive: Tensor, negative: Tensor, scale: float, max_growth: float) -> Tensor:
-    """Classifier-free guidance of a whole picture; where max_growth is not 0, its norm is at most so many times that
-    of the conditional velocity. A norm that overflows makes the velocity NaN.
+    """Classifier-free guidance, with the norm over the picture bounded to max_growth times that of `positive`.
+
+    max_growth: 0 sets no bound. A norm that overflows makes the velocity NaN.
     """
     combined = negative + scale * (positive - negative)
     if max_growth == 0:
@@ -55,20 +56,23 @@ def combine_bounded(positive: Tensor, negative: Tensor, scale: float, max_growth
 
 
 def _unless_infinite(ratio: Tensor, divisor: Tensor) -> Tensor:
-    """`ratio`, and NaN where `divisor` is infinite: 0 would make a velocity of zero, and of the noise a result that
-    looks like a success. No read from the device: infinity * 0 is NaN."""
+    """`ratio`, and NaN where `divisor` is infinite.
+
+    A ratio of 0 would make a velocity of zero, and noise would pass as a result. infinity * 0 is NaN, without a read
+    from the device.
+    """
     return ratio + 0 * divisor
 
 
 def predict_clean(latents: Tensor, velocity: Tensor, sigma: float) -> Tensor:
-    """x_t = (1 - sigma) x_0 + sigma noise and velocity = noise - x_0, so x_0 = x_t - sigma velocity."""
+    """Predicted x_0: x_t = (1 - sigma) x_0 + sigma noise and velocity = noise - x_0, so x_0 = x_t - sigma velocity."""
     return latents - sigma * velocity
 
 
 def pack_latents(latents: Tensor, channels_last: bool = False) -> Tensor:
     """[channels, height, width] -> [height/2 * width/2, channels * 4]: a token is a patch of 2x2.
 
-    channels_last: within a token the channels of a pixel are neighbours, otherwise the pixels of a channel.
+    channels_last: the order within a token is pixel, channel; otherwise channel, pixel.
     """
     channels, height, width = latents.shape
     patches = latents.view(channels, height // 2, 2, width // 2, 2)

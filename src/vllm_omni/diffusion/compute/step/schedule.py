@@ -1,4 +1,4 @@
-"""Noise schedules by diffusers' schedulers; those of one request count its steps themselves."""
+"""Noise schedules of diffusers' schedulers. Each request has a scheduler of its own, which counts its steps."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from vllm_omni.errors import InvalidRequestError
 
 
 def with_one_step_schedules(scheduler: Any) -> Any:
-    """A scheduler like `scheduler` whose one-step schedules are numbers; `scheduler` where its class has no
-    `shift_terminal`.
+    """Copy of a diffusers scheduler whose one-step schedules are finite; `scheduler` itself without `shift_terminal`.
 
-    Such a scheduler stretches sigmas so that the last one is `shift_terminal`: 1 - (1 - sigma) / scale with
-    scale = (1 - last) / (1 - shift_terminal). A schedule of one step ends at sigma 1, which diffusers divides by zero:
+    With `shift_terminal`, sigmas are stretched to end there: 1 - (1 - sigma) / scale with
+    scale = (1 - last) / (1 - shift_terminal). A schedule of one step has last = 1, and diffusers divides by zero:
     here it stays a single step from noise to picture.
     """
     cls = type(scheduler)
@@ -37,7 +36,7 @@ def with_one_step_schedules(scheduler: Any) -> Any:
 
 
 def check_schedule(scheduler: Any, request: DiffusionRequest) -> None:
-    """Raises InvalidRequestError for a schedule with values that are not numbers. Waits for those on a device."""
+    """Raise InvalidRequestError for a schedule with NaN or infinite values. Waits for the device that holds them."""
     for name in ("sigmas", "timesteps"):
         values = getattr(scheduler, name, None)
         if isinstance(values, torch.Tensor) and not bool(values.isfinite().all()):
@@ -52,9 +51,9 @@ def check_schedule(scheduler: Any, request: DiffusionRequest) -> None:
 def make_schedule(
     template: FlowMatchEulerDiscreteScheduler, request: DiffusionRequest, num_image_tokens: int
 ) -> FlowMatchEulerDiscreteScheduler:
-    """A scheduler of the request alone, at its first step; `template`, one `with_one_step_schedules`, is not changed.
+    """Scheduler for one request, at its first step.
 
-    Raises InvalidRequestError for a schedule with values that are not numbers.
+    template: from `with_one_step_schedules`; not changed. Raises InvalidRequestError for NaN or infinite values.
     """
     scheduler = copy.deepcopy(template)
     config = scheduler.config
@@ -66,7 +65,7 @@ def make_schedule(
         config.get("max_shift", 1.15),
     )
     sigmas = request.sigmas or linear_sigmas(request.num_inference_steps)
-    # On the CPU: its values are scalars of the step's arithmetic, which so waits for no transfer.
+    # On the CPU: a step uses the values as scalars, without a transfer from the device.
     scheduler.set_timesteps(sigmas=list(sigmas), mu=mu)
     check_schedule(scheduler, request)
     scheduler.set_begin_index(0)

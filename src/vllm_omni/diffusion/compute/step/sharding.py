@@ -1,4 +1,4 @@
-"""Which part of which sequence this rank computes, and how the velocities come together again."""
+"""Shards of the sequences that this rank computes, and the exchange of velocities after the forward."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from vllm_omni.diffusion.compute.packing import part_of
 
 
 class Sharding:
-    """One membership of sequences, dealt to the rank groups of a replica and cut over the ranks of a group.
+    """Shards of one membership: rank groups compute different sequences, ranks of a group share each sequence.
 
-    Latents are replicated and activations are sharded: a rank takes its parts of the latents, and after the forward
-    every rank gets every sequence's whole velocity. A sequence's image tokens may be its target's and, after them,
-    those of reference pictures: all are cut, the target's alone have velocities.
+    Latents are replicated and activations are sharded: a rank takes its shards of the latents, and after the forward
+    every rank gets the whole velocity of every sequence. The first image tokens of a sequence, its targets, have
+    velocities; further ones (reference pictures) are sharded too and have none.
     """
 
     def __init__(
@@ -28,12 +28,12 @@ class Sharding:
         device: torch.device,
         targets: Sequence[int] | None = None,
     ) -> None:
-        """lengths: image tokens of each sequence; groups: the rank group that computes it; targets: how many of the
-        image tokens, the first ones, have a velocity (None: all)."""
+        """lengths: image tokens of each sequence. groups: number of the rank group that computes it. targets: number of
+        its image tokens, the first ones, that have a velocity; None: all."""
         targets = lengths if targets is None else targets
         assert len(lengths) == len(groups) == len(targets)
         self.mine = [i for i, group in enumerate(groups) if group == mesh.cfg_index]
-        """The sequences that this rank's group computes."""
+        """Indices of the sequences that this rank's group computes."""
         self.parts = mesh.sequence.size
         self.index = mesh.sequence.rank
         self._targets = list(targets)
@@ -43,13 +43,13 @@ class Sharding:
             self._order = to_device(rows, device)
 
     def part(self, tokens: Tensor) -> Tensor:
-        """The rows of one sequence (or of its text) that this rank holds."""
+        """Shard of this rank. tokens: [tokens, ...] of one sequence, or of its text or image."""
         return tokens[part_of(len(tokens), self.parts, self.index)]
 
     def gather(self, velocities: Tensor) -> list[Tensor]:
-        """[target tokens of this rank, channels] -> [target tokens, channels] of every sequence, whole."""
+        """[target tokens of this rank, channels] -> whole velocities [target tokens, channels], one a sequence."""
         if self._gather.size > 1:
-            # Rows differ from rank to rank; a velocity is small, so the shorter ones are filled up.
+            # Ranks hold different numbers of rows; a velocity is small, so the shorter ones are padded.
             padded = velocities.new_zeros((self._rows, velocities.shape[-1]))
             padded[: len(velocities)] = velocities
             velocities = self._gather.all_gather(padded).flatten(0, 1).index_select(0, self._order)
@@ -59,9 +59,9 @@ class Sharding:
 def _gathered_rows(
     lengths: Sequence[int], targets: Sequence[int], groups: Sequence[int], num_groups: int, parts: int
 ) -> tuple[Tensor, int]:
-    """Where each row of all sequences lies once all ranks' rows are gathered, and the rows that each rank sends.
+    """Index of each target row of all sequences in the gathered rows of all ranks; and the rows that each rank sends.
 
-    Rank `group * parts + part` holds that part of its group's sequences one after another, of each the target's rows.
+    Rank `group * parts + part` holds part `part` of the target rows of its group's sequences, sequence by sequence.
     """
     filled = [[0] * parts for _ in range(num_groups)]
     places: list[tuple[int, int, int]] = []  # rank, first row, rows

@@ -9,7 +9,7 @@ from typing import Any
 from vllm_omni.diffusion.catalog.configs import from_values
 from vllm_omni.diffusion.catalog.expected_weights import ExpectedWeights, LayerList
 from vllm_omni.diffusion.catalog.folder_files import short
-from vllm_omni.diffusion.catalog.registry import Shares
+from vllm_omni.diffusion.catalog.packed_info import Shares
 from vllm_omni.errors import ConfigError
 
 PLACE = "text_encoder/config.json"

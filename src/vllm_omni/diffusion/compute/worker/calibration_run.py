@@ -21,7 +21,7 @@ def measure_changes(runner: ModelRunner, requests: Sequence[DiffusionRequest]) -
         state = pipeline.encode(request)
         for _ in range(request.num_inference_steps):
             (branches,) = pipeline.predict([state])
-            pipeline.advance(state, pipeline.combine(state, branches))
+            pipeline.advance(state, branches)
             state.settle()
         pipeline.forget(state)
     return capturer.changes

@@ -6,7 +6,7 @@ import traceback
 
 import torch
 
-from vllm_omni.diffusion.catalog.registry import ModelInfo
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.compute.device.kinds import is_out_of_memory
 from vllm_omni.diffusion.messages.plan import ItemError
 from vllm_omni.diffusion.messages.request import DiffusionRequest
@@ -51,10 +51,10 @@ def not_finite_error(request: DiffusionRequest, info: ModelInfo, dtype: torch.dt
 
 def _scales(request: DiffusionRequest, info: ModelInfo) -> list[tuple[str, float, float]]:
     """Name, value and largest usual value of what multiplies the model's values, in the caller's terms."""
-    guidance, scales = info.guidance, []
-    if info.whole is not None or request.has_guidance:
+    guidance, scales, is_whole = info.guidance, [], info.served_by == "diffusers"
+    if is_whole or request.has_guidance:
         scales.append((guidance.parameter, request.true_cfg_scale - guidance.offset, LARGEST_USUAL_GUIDANCE))
-    if info.whole is not None and request.guidance_scale is not None:
+    if is_whole and request.guidance_scale is not None:
         scales.append(("guidance_scale", request.guidance_scale, LARGEST_USUAL_GUIDANCE))
     if request.lora is not None:
         scales.append(("lora_scale", request.lora.scale, LARGEST_USUAL_LORA_SCALE))

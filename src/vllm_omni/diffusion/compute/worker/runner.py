@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import import_module
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_omni.diffusion.catalog.registry import ModelInfo
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
+from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo
+from vllm_omni.diffusion.catalog.registry import pipeline_class
+from vllm_omni.diffusion.catalog.whole_info import WholeModelInfo
 from vllm_omni.diffusion.compute.coordination.ranks import PeerFailedError, Ranks, RanksLostError, connect
 from vllm_omni.diffusion.compute.device.kinds import Device, Stopwatch
 from vllm_omni.diffusion.compute.startup.attention_choice import choose_attention
@@ -20,7 +22,7 @@ from vllm_omni.diffusion.compute.startup.compiling import compile_variants, run_
 from vllm_omni.diffusion.compute.startup.kernel_check import check_kernels
 from vllm_omni.diffusion.compute.startup.warmup import Rates, warm_up, warm_up_whole
 from vllm_omni.diffusion.compute.step.finite import is_finite
-from vllm_omni.diffusion.compute.step.pipeline import BasePipeline, Picture, RequestState
+from vllm_omni.diffusion.compute.step.pipeline import PackedPipeline, Picture, Pipeline, RequestState
 from vllm_omni.diffusion.compute.weights.progress import WeightsBar
 from vllm_omni.diffusion.compute.worker.item_errors import item_error, not_finite_error
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -77,7 +79,7 @@ class ModelRunner:
         self._decodes = self._device.stream(beside=config.overlap_decode)
         self._compile_blocks = compile_blocks
         self._ranks = Ranks()
-        self._pipeline: BasePipeline[Any] | None = None
+        self._pipeline: Pipeline[Any] | None = None
         self._requests: dict[str, DiffusionRequest] = {}
         self._states: dict[str, RequestState] = {}
         self._aborted: set[str] = set()
@@ -86,7 +88,7 @@ class ModelRunner:
         """Whether the other ranks are to be asked to drop with this one what can be made again."""
 
     @property
-    def pipeline(self) -> BasePipeline[Any]:
+    def pipeline(self) -> Pipeline[Any]:
         assert self._pipeline is not None, "start() comes first"
         return self._pipeline
 
@@ -113,21 +115,20 @@ class ModelRunner:
             self._device.share_machine(num_processes)
         if self._place.replica_size > 1:
             self._ranks = Ranks(connect(self._config.parallel, self._place, self._device))
-        if (whole := self._info.whole) is None:
+        if isinstance(self._info, PackedModelInfo):
             check_kernels(self._config.kernels, self._device, dtype)
             attention = choose_attention(self._config, self._info, self._device, dtype, self._ranks, backend)
             self._config = replace(self._config, attention_backend=attention)
-        cls: type[BasePipeline[Any]] = import_module(
-            f"vllm_omni.diffusion.compute.families.{self._info.family}.pipeline"
-        ).Pipeline
+        cls: type[Pipeline[Any]] = pipeline_class(self._info.family)
         shown = self._config.progress_bar and self._place.device_index == 0
         with WeightsBar(self._info.path, shown) as bar:
             self._pipeline = cls.load(self._config, self._info, self._device.torch, dtype, bar.update, self._ranks.mesh)
         self._device.end_loading()
-        if whole is None:
+        if isinstance(self._pipeline, PackedPipeline):
             rates = self._warm_up(self._pipeline, bar.num_bytes, num_threads)
         else:
-            rates = self._try_whole(bar.num_bytes, num_threads)
+            assert isinstance(self._info, WholeModelInfo)
+            rates = self._try_whole(self._info, bar.num_bytes, num_threads)
         cache_bytes = int(CACHE_SHARE * self._device.free_memory_bytes()) if first is None else first.cache_bytes
         self._pipeline.step_cache.budget.max_bytes = cache_bytes
         return WorkerReady(
@@ -142,14 +143,13 @@ class ModelRunner:
             decode_units_per_token=rates.decode_units_per_token,
             peak_memory_bytes=self._device.peak_memory_bytes(),
             attention_backend=self._config.attention_backend,
-            # A step of a whole pipeline gains nothing from company, and an abort would wait for all of it.
-            max_num_seqs=None if whole is None else 1,
-            max_running=None if whole is None else whole.max_running,
+            max_num_seqs=self._info.max_num_seqs,
+            max_running=self._info.max_running,
             num_threads=self._device.num_threads,
             cache_bytes=cache_bytes,
         )
 
-    def _warm_up(self, pipeline: BasePipeline[Any], model_bytes: int, num_threads: int | None) -> Rates:
+    def _warm_up(self, pipeline: PackedPipeline[Any], model_bytes: int, num_threads: int | None) -> Rates:
         """Raises ConfigError where steps cannot be compiled, or recorded, as the config asks for."""
         if not self._config.enforce_eager:
             pipeline.capturer = self._ranks.capturer(self._device)
@@ -165,13 +165,13 @@ class ModelRunner:
             )
         return rates
 
-    def _try_whole(self, model_bytes: int, num_threads: int | None) -> Rates:
+    def _try_whole(self, info: WholeModelInfo, model_bytes: int, num_threads: int | None) -> Rates:
         """Rates of a whole pipeline. Raises ConfigError for one that does not make what its signature promises."""
-        defaults = {**self._info.default_sampling_params, **self._config.default_sampling_params}
-        info = replace(self._info, default_sampling_params=defaults)
+        defaults = {**info.default_sampling_params, **self._config.default_sampling_params}
+        info = replace(info, default_sampling_params=defaults)
         return warm_up_whole(self.pipeline, info, self._device, model_bytes, num_threads)
 
-    def _compiles(self, cls: type[BasePipeline[Any]]) -> bool:
+    def _compiles(self, cls: type[PackedPipeline[Any]]) -> bool:
         """Whether blocks run compiled."""
         if self._compile_blocks is not None:
             return self._compile_blocks
@@ -268,10 +268,9 @@ class ModelRunner:
 
         def finish(state: RequestState) -> None:
             request_id = _id_of_state(state)
-            velocity = self.pipeline.combine(state, branches[request_id])
-            if request_id in plan.preview:
-                clean[request_id] = self.pipeline.predict_clean(state, velocity)
-            self.pipeline.advance(state, velocity)
+            foreseen = self.pipeline.advance(state, branches[request_id], request_id in plan.preview)
+            if foreseen is not None:
+                clean[request_id] = foreseen
             if state.num_made != 1:
                 result.made[request_id] = state.num_made
             if (skipped := state.settle()) and self._ranks.mesh.rank_group.rank == 0:

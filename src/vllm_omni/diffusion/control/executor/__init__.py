@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_omni.diffusion.catalog.registry import ModelInfo
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.control.executor.base import Executor
 from vllm_omni.diffusion.control.executor.launch import EarlyWorkers
 from vllm_omni.diffusion.data import OmniDiffusionConfig

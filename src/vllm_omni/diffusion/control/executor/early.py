@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vllm_omni.diffusion.catalog.registry import DEMO_MODEL, DEMO_MODEL_PATH, family_of
+from vllm_omni.diffusion.catalog.find_folder import DEMO_MODEL, DEMO_MODEL_PATH
+from vllm_omni.diffusion.catalog.registry import family_of
 from vllm_omni.diffusion.compute.worker.main import DEFAULT_RUNNER, serve_parent
 from vllm_omni.diffusion.control.executor.launch import (
     EarlyWorkers,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_omni.diffusion.catalog.registry import ModelInfo
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.control.request_builder import MAX_PROMPT_CHARACTERS
 from vllm_omni.entrypoints.openai.requests.quotes import echo
 from vllm_omni.errors import InvalidRequestError

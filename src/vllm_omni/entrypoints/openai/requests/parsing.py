@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Collection, Sequence
 
-from vllm_omni.diffusion.catalog.registry import Guidance
+from vllm_omni.diffusion.catalog.model_info import Guidance
 from vllm_omni.entrypoints.openai.responses.encoding import ImageFormat
 from vllm_omni.entrypoints.openai.schema.images import RANDOM_SEED, ImageGenerationRequest, ImageOptions
 from vllm_omni.errors import InvalidRequestError, ModelNotFoundError

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
-from vllm_omni.diffusion.catalog.registry import ImageInput, ModelInfo
+from vllm_omni.diffusion.catalog.model_info import ImageInput, ModelInfo
 from vllm_omni.diffusion.control.request_builder import MAX_PROMPT_CHARACTERS, check_num_images
 from vllm_omni.entrypoints.openai.requests.chat_turns import Turn, last_user_turn
 from vllm_omni.entrypoints.openai.requests.fetching import MediaFetcher

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from vllm_omni.diffusion.catalog.registry import ModelInfo
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
 
 _PROMPT = "a red apple"
 _EDIT_PROMPT = "make it green"

@@ -12,6 +12,7 @@ import torch
 from testbed.runner_driver import Drive, make_request, psnr
 from tests.diffusion.compute.families.diffusers_fallback.conftest import ModelOf, PipelineOf, RunnerOf
 from vllm_omni.diffusion.catalog.registry import load_model_info
+from vllm_omni.diffusion.catalog.whole_info import WholeModelInfo
 from vllm_omni.diffusion.compute.families.diffusers_fallback.pipeline import PipelineCall
 from vllm_omni.diffusion.messages.plan import StepPlan
 
@@ -92,11 +93,11 @@ def test_the_own_size_is_the_pipelines(
 
 def test_a_size_that_is_rounded_costs_what_is_made(model_of: ModelOf) -> None:
     info = load_model_info(str(model_of("SanaPipeline")))
-    assert info.whole is not None
-    assert info.whole.made_size(32, 32) == (512, 512)
+    assert isinstance(info, WholeModelInfo)
+    assert info.pipeline.made_size(32, 32) == (512, 512)
     assert info.num_image_tokens(32, 32) == info.num_image_tokens(512, 512) == 16 * 16
-    height, width = info.whole.made_size(32, 64)
+    height, width = info.pipeline.made_size(32, 64)
     assert (height, width) == (352, 704)
     assert info.num_image_tokens(32, 64) == 11 * 22
-    exact = replace(info, whole=replace(info.whole, bins=()))
+    exact = replace(info, pipeline=replace(info.pipeline, bins=()))
     assert exact.num_image_tokens(32, 64) == 2

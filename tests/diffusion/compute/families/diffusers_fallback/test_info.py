@@ -24,6 +24,7 @@ from testbed.tiny_text_encoders import CLIP_TOKENS, T5_TOKENS
 from tests.diffusion.compute.families.diffusers_fallback.conftest import ModelOf
 from vllm_omni import AsyncOmni
 from vllm_omni.diffusion.catalog.registry import load_model_info
+from vllm_omni.diffusion.catalog.whole_info import WholeModelInfo
 from vllm_omni.diffusion.compute.families.diffusers_fallback.info import (
     PromptTokenCounter,
     latent_frames,
@@ -102,9 +103,9 @@ def test_only_pipelines_that_were_seen_interleaved_run_several_requests(
     copy_of: Callable[..., Path], name: str, most: int
 ) -> None:
     """Others may change the model for the time of a call, as those with another attention (PAG) do."""
-    whole = load_model_info(str(copy_of("FluxPipeline", _class_name=name))).whole
-    assert whole is not None
-    assert (whole.class_name, whole.max_running) == (name, most)
+    info = load_model_info(str(copy_of("FluxPipeline", _class_name=name)))
+    assert isinstance(info, WholeModelInfo)
+    assert (info.pipeline.class_name, info.max_running) == (name, most)
 
 
 def test_defaults_are_those_of_the_call(copy_of: Callable[..., Path]) -> None:
@@ -256,8 +257,8 @@ def test_frames_a_second_are_a_whole_number(copy_of: Callable[..., Path]) -> Non
     info = load_model_info(str(copy_of("FluxPipeline", _class_name="LTXI2VLongMultiPromptPipeline")))
     fps = info.default_sampling_params["fps"]
     assert (fps, type(fps)) == (25, int)
-    assert info.whole is not None
-    assert info.whole.fps_name == "frame_rate"
+    assert isinstance(info, WholeModelInfo)
+    assert info.pipeline.fps_name == "frame_rate"
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,10 @@ from PIL import Image
 
 from testbed.runner_driver import Drive, make_request, psnr
 from tests.diffusion.compute.families.diffusers_fallback.conftest import ModelOf, RunnerOf
-from vllm_omni.diffusion.catalog.registry import WholePipeline, load_model_info
+from vllm_omni.diffusion.catalog.registry import load_model_info
+from vllm_omni.diffusion.catalog.whole_info import WholePipeline
 from vllm_omni.diffusion.compute.families.diffusers_fallback.info import MAX_INTERLEAVED
-from vllm_omni.diffusion.compute.families.diffusers_fallback.pipeline import Pipeline, PipelineCall
+from vllm_omni.diffusion.compute.families.diffusers_fallback.pipeline import DiffusersPipeline, PipelineCall
 from vllm_omni.diffusion.compute.step.pipeline import Picture
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -98,7 +99,7 @@ def test_slicing_keeps_the_picture_and_tiles_are_those_of_diffusers(model_of: Mo
 
 def calls(runner: ModelRunner) -> dict[str, PipelineCall]:
     pipeline: Any = runner.pipeline
-    assert isinstance(pipeline, Pipeline)
+    assert isinstance(pipeline, DiffusersPipeline)
     return pipeline._calls
 
 

@@ -24,7 +24,7 @@ from testbed.tiny_edit_models import (
 from testbed.tiny_models import build_tiny_qwen_image, photo
 from tests.diffusion.compute.families.qwen_image.test_pictures import check, one_thread, started  # noqa: F401 (a fixture)
 from vllm_omni.diffusion.catalog.registry import load_model_info
-from vllm_omni.diffusion.compute.families.qwen_image.vae import PictureEncoder
+from vllm_omni.diffusion.compute.families.qwen_image.vae import QwenImageEncoder
 from vllm_omni.diffusion.compute.step.sampling import pack_latents
 from vllm_omni.inputs.images import prepare_image
 
@@ -99,7 +99,7 @@ def test_input_pictures_are_encoded_in_the_tiles_of_diffusers(tmp_path: Path) ->
     image = prepare_image(photo(300, 270, 1), edit.sizes)
     pipeline = reference(path)
     pixels = pipeline.image_processor.preprocess(Image.fromarray(image.reference)).unsqueeze(2)
-    encoder = PictureEncoder(AutoencoderKLQwenImage.from_pretrained(path / "vae"))
+    encoder = QwenImageEncoder(AutoencoderKLQwenImage.from_pretrained(path / "vae"))
     encoded = []
     for tiled in (False, True):
         if tiled:

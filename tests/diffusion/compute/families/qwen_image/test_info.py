@@ -13,7 +13,8 @@ import pytest
 from diffusers import QwenImagePipeline
 from transformers import AutoTokenizer
 
-from vllm_omni.diffusion.catalog.registry import DEMO_MODEL_PATH, load_model_info
+from vllm_omni.diffusion.catalog.find_folder import DEMO_MODEL_PATH
+from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.families.qwen_image.info import describe
 from vllm_omni.diffusion.data import DiffusionParallelConfig, parse_cache_config
 from vllm_omni.errors import ConfigError

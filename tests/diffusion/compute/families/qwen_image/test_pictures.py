@@ -12,7 +12,8 @@ import torch
 from diffusers import QwenImagePipeline
 
 from testbed.runner_driver import Drive, make_request, psnr
-from vllm_omni.diffusion.catalog.registry import DEMO_MODEL_PATH, load_model_info
+from vllm_omni.diffusion.catalog.find_folder import DEMO_MODEL_PATH
+from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest

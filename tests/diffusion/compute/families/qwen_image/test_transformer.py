@@ -11,18 +11,17 @@ from testbed.tiny_models import tiny_transformer
 from vllm_omni.diffusion.compute.attention import create_attention
 from vllm_omni.diffusion.compute.attention.sharded import PackedAttention
 from vllm_omni.diffusion.compute.distributed.groups import Group
-from vllm_omni.diffusion.compute.families.qwen_image.config import TransformerConfig
+from vllm_omni.diffusion.compute.families.qwen_image.config import QwenImageConfig
 from vllm_omni.diffusion.compute.families.qwen_image.transformer import (
     CHECKPOINT_NAMES,
     FLOAT8_LAYERS,
     QwenImageTransformer,
-    StepBlocks,
-    StepContext,
 )
 from vllm_omni.diffusion.compute.layers.kernels import Kernels, TorchKernels
 from vllm_omni.diffusion.compute.packing import Pack
 from vllm_omni.diffusion.compute.step.arrangement import Arrangement
 from vllm_omni.diffusion.compute.step.modulation import ModulationTable
+from vllm_omni.diffusion.compute.step.transformer import StepBlocks, StepContext
 from vllm_omni.diffusion.compute.weights.loading import load_weights
 
 CPU = torch.device("cpu")
@@ -32,7 +31,7 @@ def load(
     path: Path, kernels: Kernels | None = None, float8: tuple[str, ...] = (), **config: object
 ) -> QwenImageTransformer:
     with torch.device("meta"):
-        model = QwenImageTransformer(TransformerConfig.from_dict(config), Group.alone(), kernels)
+        model = QwenImageTransformer(QwenImageConfig.from_dict(config), Group.alone(), kernels)
     load_weights(model, path, CHECKPOINT_NAMES, CPU, torch.float32, float8=float8)
     return model
 
@@ -55,10 +54,14 @@ def packed(
     if model.config.zero_cond_t:
         image_rows = torch.where(is_target, image_rows, len(texts))
     modulation = ModulationTable(model.modulate, 2**20).rows_of([*timesteps, 0.0][: int(image_rows.max()) + 1])
-    context = StepContext(Arrangement(pack, rotations, attention), modulation, image_rows, is_target.nonzero()[:, 0])
+    context = StepContext(Arrangement(pack, rotations, attention, image_rows), modulation)
     hidden = model.embed(torch.cat(latents), torch.cat([model.embed_text(t) for t in texts]))
     blocks = StepBlocks(model, context)
-    return list(model.project(blocks.run(hidden, range(blocks.num_blocks)), context).split(num_targets))
+    return list(
+        model.project(blocks.run(hidden, range(blocks.num_blocks)), context, is_target.nonzero()[:, 0]).split(
+            num_targets
+        )
+    )
 
 
 class Picking(TorchKernels):

@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.diffusion.compute.distributed.ranks import run_ranks
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.distributed.mesh import World
-from vllm_omni.diffusion.compute.families.qwen_image.vae import FrameCoder, PictureDecoder, decode_frame, tiling_of
+from vllm_omni.diffusion.compute.families.qwen_image.vae import FrameCoder, QwenImageDecoder, decode_frame, tiling_of
 from vllm_omni.diffusion.compute.step.sampling import pack_latents
 from vllm_omni.diffusion.compute.vae.shared_decode import SharedDecoder
 from vllm_omni.diffusion.data import DiffusionParallelConfig
@@ -100,10 +100,10 @@ def test_a_picture_of_one_tile_needs_no_exchange(tiny_model: Path) -> None:
 
 
 def decode_pictures(world: World, path: Path, one_at_a_time: bool) -> list[np.ndarray]:
-    return arrays(PictureDecoder(load(path), one_at_a_time, False, world.mesh.vae))
+    return arrays(QwenImageDecoder(load(path), one_at_a_time, False, world.mesh.vae))
 
 
-def arrays(decode: PictureDecoder) -> list[np.ndarray]:
+def arrays(decode: QwenImageDecoder) -> list[np.ndarray]:
     return [picture.pixels.numpy() for picture in decode(tokens(), GRIDS)]
 
 
@@ -115,7 +115,7 @@ def tokens() -> list[Tensor]:
 def test_pictures_of_ranks_are_those_of_one_and_of_diffusers(tiny_model: Path, one_at_a_time: bool) -> None:
     first, *others = run_ranks(decode_pictures, shared_by(3), tiny_model, one_at_a_time)
     assert others == [[], []]
-    alone = arrays(PictureDecoder(load(tiny_model), one_at_a_time, True, Group.alone()))
+    alone = arrays(QwenImageDecoder(load(tiny_model), one_at_a_time, True, Group.alone()))
     vae = load(tiny_model)
     mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
     for picture, by_one, z in zip(first, alone, latents(GRIDS), strict=True):

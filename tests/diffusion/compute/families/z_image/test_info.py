@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_omni.diffusion.catalog.registry import ModelInfo, load_model_info
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
+from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.families.z_image.info import describe
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.errors import ConfigError

@@ -12,18 +12,17 @@ from testbed.tiny_z_image import tiny_z_image_transformer
 from vllm_omni.diffusion.compute.attention import create_attention
 from vllm_omni.diffusion.compute.attention.sharded import PackedAttention
 from vllm_omni.diffusion.compute.distributed.groups import Group
-from vllm_omni.diffusion.compute.families.z_image.config import TransformerConfig
+from vllm_omni.diffusion.compute.families.z_image.config import ZImageConfig
 from vllm_omni.diffusion.compute.families.z_image.transformer import (
     CHECKPOINT_NAMES,
-    StepBlocks,
-    StepContext,
     ZImageTransformer,
-    filled_up,
+    padded_length,
 )
 from vllm_omni.diffusion.compute.packing import Pack
 from vllm_omni.diffusion.compute.step.arrangement import Arrangement
 from vllm_omni.diffusion.compute.step.modulation import ModulationTable
 from vllm_omni.diffusion.compute.step.sampling import pack_latents
+from vllm_omni.diffusion.compute.step.transformer import StepBlocks, StepContext
 from vllm_omni.diffusion.compute.weights.loading import load_weights
 from vllm_omni.errors import ConfigError
 
@@ -32,7 +31,7 @@ CPU = torch.device("cpu")
 
 def load(path: Path, **config: object) -> ZImageTransformer:
     with torch.device("meta"):
-        model = ZImageTransformer(TransformerConfig.from_dict(config), Group.alone())
+        model = ZImageTransformer(ZImageConfig.from_dict(config), Group.alone())
     load_weights(model, path, CHECKPOINT_NAMES, CPU, torch.float32)
     return model
 
@@ -48,19 +47,18 @@ def packed(
     attention = PackedAttention(create_attention(), Group.alone(), Group.alone())
     texts = []
     for caption in captions:
-        texts.append(model.refine_caption(caption, attention.over(Pack.build([filled_up(len(caption))], [0], CPU))))
-    lengths = [filled_up(len(x)) for x in latents]
+        texts.append(model.refine_caption(caption, attention.over(Pack.build([padded_length(len(caption))], [0], CPU))))
+    lengths = [padded_length(len(x)) for x in latents]
     pack = Pack.build([len(t) for t in texts], lengths, CPU)
     rotations = torch.cat([r for t, grid in zip(texts, grids) for r in model.rotations(len(t), grid)])
-    context = StepContext(
-        arrangement=Arrangement(pack, rotations, attention),
-        attend_images=attention.over(Pack.build([0] * len(latents), lengths, CPU)),
-        is_filling=torch.cat([torch.arange(n) >= len(x) for n, x in zip(lengths, latents)])[:, None],
-        modulation=ModulationTable(model.modulate, 2**20).rows_of(timesteps),
-    )
+    modulation = ModulationTable(model.modulate, 2**20).rows_of(timesteps)
+    context = StepContext(Arrangement(pack, rotations, attention), modulation)
+    attend_images = attention.over(Pack.build([0] * len(latents), lengths, CPU))
+    is_padding = torch.cat([torch.arange(n) >= len(x) for n, x in zip(lengths, latents)])[:, None]
     filled = torch.cat([F.pad(x, (0, 0, 0, n - len(x)), value=7.0) for n, x in zip(lengths, latents)])
     blocks = StepBlocks(model, context)
-    hidden = blocks.run(model.embed(filled, torch.cat(texts), context), range(blocks.num_blocks))
+    hidden = model.embed(filled, torch.cat(texts), context, is_padding, attend_images)
+    hidden = blocks.run(hidden, range(blocks.num_blocks))
     velocities = model.project(hidden, context).split(lengths)
     return [velocity[: len(x)] for velocity, x in zip(velocities, latents)]
 
@@ -103,4 +101,4 @@ def test_what_fills_up_takes_part(tmp_path: Path) -> None:
 
 def test_sizes_that_do_not_fit_are_named() -> None:
     with pytest.raises(ConfigError, match=r"axes_dims \(4, 6, 6\) of 3 heads must add up to dim, 64"):
-        TransformerConfig.from_dict({"axes_dims": (4, 6, 6), "n_heads": 3, "dim": 64})
+        ZImageConfig.from_dict({"axes_dims": (4, 6, 6), "n_heads": 3, "dim": 64})

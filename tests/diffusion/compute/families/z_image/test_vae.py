@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.diffusion.compute.distributed.ranks import run_ranks
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.distributed.mesh import World
-from vllm_omni.diffusion.compute.families.z_image.vae import PictureDecoder
+from vllm_omni.diffusion.compute.families.z_image.vae import ZImageDecoder
 from vllm_omni.diffusion.compute.layers.kernels import create_kernels
 from vllm_omni.diffusion.compute.step.sampling import unpack_latents
 from vllm_omni.diffusion.data import DiffusionParallelConfig, KernelsName
@@ -30,7 +30,7 @@ def load(path: Path) -> AutoencoderKL:
     return AutoencoderKL.from_pretrained(path / "vae").eval().requires_grad_(False)
 
 
-def arrays(decode: PictureDecoder, grids: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+def arrays(decode: ZImageDecoder, grids: Sequence[tuple[int, int]]) -> list[np.ndarray]:
     return [picture.pixels.numpy() for picture in decode(tokens(grids), grids)]
 
 
@@ -42,7 +42,7 @@ def tokens(grids: Sequence[tuple[int, int]]) -> list[Tensor]:
 def decode(
     world: World, path: Path, one_at_a_time: bool, kernels: KernelsName, grids: Sequence[tuple[int, int]]
 ) -> tuple[list[np.ndarray], dict[str, int]]:
-    decoder = PictureDecoder(load(path), one_at_a_time, False, world.mesh.vae, create_kernels(kernels))
+    decoder = ZImageDecoder(load(path), one_at_a_time, False, world.mesh.vae, create_kernels(kernels))
     return arrays(decoder, grids), dict(world.sent)
 
 
@@ -55,7 +55,7 @@ def test_pictures_of_ranks_are_those_of_one_and_of_diffusers(
     (first, sent), *others = run_ranks(decode, parallel, turbo, one_at_a_time, kernels, grids)
     assert [pictures for pictures, _ in others] == [[], []]
     assert sent["all_to_all"] == 0, "only what other ranks decoded travels"
-    alone = arrays(PictureDecoder(load(turbo), one_at_a_time, True, Group.alone()), grids)
+    alone = arrays(ZImageDecoder(load(turbo), one_at_a_time, True, Group.alone()), grids)
     vae = load(turbo)
     vae.enable_tiling()
     for picture, by_one, latents, grid in zip(first, alone, tokens(grids), grids, strict=True):

@@ -1,8 +1,8 @@
-"""Whether an adapter is in the model as its file describes it.
+"""Check that a loaded adapter changes the model as its file describes.
 
-diffusers converts the keys of an adapter and may drop some, or their alphas, with no more than a line in the log. So
-what was loaded is compared with the file by a number that no renaming, splitting or reordering of a layer changes: the
-sum of the squares of the values that the adapter adds to its weight, its energy.
+diffusers converts the keys of an adapter and may drop some, or their alphas, with no more than a line in the log. The
+check compares energies: the energy of a change is the sum of the squares of the values that it adds to a weight, which
+stays the same when layers are renamed, split or reordered.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROUGH_TOLERANCE = 5e-3
 
 @dataclass
 class Energies:
-    """Changes that share one `down` are parts of one layer, and count as one."""
+    """Energy of the changes that share one `down`: they are parts of one layer."""
 
     energy: float = 0.0
     keys: list[str] = field(default_factory=list)
@@ -35,10 +35,10 @@ class Energies:
 
 @torch.inference_mode()
 def unplaced_keys(file: AdapterFile, models: Iterable[nn.Module], adapter: str) -> list[str]:
-    """Keys of `file` that have no place in the models, or not at their scale. Waits for the device.
+    """Keys of `file` that are not in the models, or at another scale. Waits for the device.
 
-    adapter: the name that it was loaded by. Energies that have no equal on the other side may be those of layers that
-    were split or joined: then their sums agree. A change of zeros has no effect, and is taken to be in its place.
+    adapter: the name under which it was loaded. Energies without an equal on the other side may belong to layers that
+    were split or joined: then their sums are equal. A change of zeros has no effect and counts as loaded.
     """
     layers = [module for model in models for module in model.modules() if isinstance(module, BaseTunerLayer)]
     changes, parameters = _loaded(layers, adapter)
@@ -63,7 +63,7 @@ def _grouped(changes: Sequence[Change]) -> list[Energies]:
 
 
 def _loaded(layers: Sequence[Any], adapter: str) -> tuple[list[float], list[Tensor]]:
-    """The energies of an adapter's changes in the model, and its further parameters."""
+    """Energies of the adapter's changes in the model, and all its parameters."""
     low_rank, energies, parameters = [], [], []
     for layer in layers:
         if isinstance(layer, LoraLayer) and adapter in layer.lora_A:
@@ -85,7 +85,7 @@ def _parameters_of(layer: Any, adapter: str) -> Iterator[Tensor]:
 def _unmatched(
     wanted: Sequence[Energies], found: Sequence[float], tolerance: float
 ) -> tuple[list[Energies], list[float]]:
-    """Members of both that have no equal in the other, each equal used once."""
+    """Energies of each list without an equal in the other list; each energy is matched once."""
     alone: list[Energies] = []
     left, rest = [], deque(sorted(found))
     for group in sorted(wanted, key=lambda group: group.energy):
@@ -99,7 +99,7 @@ def _unmatched(
 
 
 def _is_among(weight: Tensor, parameters: Sequence[Tensor], tolerance: float) -> bool:
-    """Whether some parameter holds the values of `weight`, in whatever shape."""
+    """Whether a parameter holds the values of `weight`, in any shape."""
     values = weight.flatten().double()
     return any(
         torch.allclose(parameter.flatten().double().to(values.device), values, rtol=tolerance, atol=tolerance * 1e-3)

@@ -1,4 +1,4 @@
-"""Adapter files: the changes of weights that they describe, whatever program has named their keys."""
+"""Adapter files: the changes of weights in them, with the names of any common program."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from torch import Tensor
 from vllm_omni.diffusion.compute.families.diffusers_fallback.adapter_names import find_layer
 
 METADATA_KEY = "lora_adapter_metadata"
-"""In a file's header: the peft settings that diffusers has saved, as JSON of `component.setting`."""
+"""Key of a file's header for the peft settings that diffusers saves, as JSON of `component.setting`."""
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-"""Files that peft saves: the weights, and beside them the settings."""
+"""Files that peft saves in one folder: the weights, and the settings."""
 PEFT_PREFIX = "base_model.model."
 LOW_RANK = re.compile(
     r"(?P<layer>.+?)(?P<mark>[._](?:lora\d?|lora_linear_layer))?[._](?P<part>lora_A|lora_B|lora_down|lora_up|down|up)"
     r"(?:\.\w+)?\.weight"
 )
-"""Names of peft, Kohya, OneTrainer, XLabs and older diffusers."""
+"""Keys of peft, Kohya, OneTrainer, XLabs and older diffusers."""
 KRONECKER = re.compile(r"(?P<layer>.+)\.lokr_w(?P<part>[12](?:_[ab])?)")
 DOWN_PARTS = ("lora_A", "lora_down", "down")
 
 
 class AdapterFileError(ValueError):
-    """A file that no adapter can be made of."""
+    """A file is no usable adapter."""
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """scale * up @ down, added to the weight of a layer."""
+    """Change scale * up @ down, added to the weight of a layer."""
 
     layer: str
     """Name of the layer in the file."""
@@ -49,11 +49,11 @@ class LowRank:
 
     @property
     def origin(self) -> float:
-        """Equal for changes that one `down` has been copied to."""
+        """Fingerprint of `down`: equal for changes that share one `down`."""
         return float(self.down.double().square().sum())
 
     def energy(self) -> float:
-        """The sum of the squares of all values of the change: tr(up^T up down down^T) scale^2."""
+        """Sum of the squares of all values of the change: tr(up^T up down down^T) scale^2."""
         down, up = (weight.flatten(1).double() for weight in (self.down, self.up))
         return self.scale**2 * float(((up.T @ up) * (down @ down.T)).sum())
 
@@ -64,7 +64,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Kronecker:
-    """scale * (w1 kron w2), each stored whole or as a product a @ b."""
+    """Change scale * (w1 kron w2); each factor is stored whole or as a product a @ b."""
 
     keys: tuple[str, ...]
     factors: tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
@@ -91,16 +91,16 @@ Change = LowRank | Kronecker
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """The weights of a file by key, and the peft settings that came with them by component ("": all)."""
+    """Weights of a file by key, and their peft settings by component ("": all components)."""
 
     weights: Mapping[str, Tensor]
     configs: Mapping[str, Mapping[str, Any]]
     file_keys: Mapping[str, str] = field(default_factory=dict)
-    """From keys that were changed to those of the file."""
+    """Renamed key -> key in the file."""
 
     @classmethod
     def read(cls, file: Path) -> AdapterFile:
-        """Raises AdapterFileError for what is no safetensors file, and for settings or values that cannot be used."""
+        """Raises AdapterFileError for a file that is no safetensors file, and for unusable settings or values."""
         try:
             with safe_open(file, framework="pt") as opened:
                 weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  # no dict
@@ -115,7 +115,7 @@ class AdapterFile:
 
     @cached_property
     def changes(self) -> list[Change]:
-        """Raises AdapterFileError for weights that lack a partner or do not fit together."""
+        """Changes in the file. Raises AdapterFileError for weights that lack a partner or do not fit together."""
         low_rank: dict[tuple[str, str], dict[str, str]] = {}
         kronecker: dict[str, dict[str, str]] = {}
         for key in self.weights:
@@ -131,7 +131,7 @@ class AdapterFile:
 
     @cached_property
     def others(self) -> dict[str, Tensor]:
-        """Weights that are no part of `changes` and no alpha: biases and magnitudes of layers, for example."""
+        """Weights that are neither part of `changes` nor an alpha: biases and magnitudes of layers, for example."""
         used = {key for change in self.changes for key in change.keys} | set(self._alphas)
         return {key: weight for key, weight in self.weights.items() if key not in used}
 
@@ -140,10 +140,9 @@ class AdapterFile:
         return any(change.scale != 1 for change in self.changes)
 
     def with_names_of(self, layers: Mapping[str, str]) -> AdapterFile | None:
-        """The same adapter under the names of the model's own layers, with a scale of 1 everywhere. Layers that are not
-        found keep their names; None where none is found, and where there are other weights than pairs.
+        """Adapter renamed to the model's layers, with a scale of 1 everywhere; layers not found keep their names.
 
-        layers: see `layers_by_flat_name`.
+        layers: from `layers_by_flat_name`. None: no layer is found, or the file has other weights than pairs.
         """
         if self.others:
             return None
@@ -159,7 +158,7 @@ class AdapterFile:
         return AdapterFile(weights, {}, file_keys) if file_keys else None
 
     def with_scales_in_weights(self) -> AdapterFile:
-        """The same adapter with a scale of 1 everywhere, which needs neither alphas nor settings."""
+        """Adapter with its scales multiplied into the weights, so that it needs neither alphas nor settings."""
         weights = {key: weight for change in self.changes for key, weight in change.scaled().items()}
         scales = {key.rpartition(".")[0]: change.scale for change in self.changes for key in change.keys}
         for key, weight in self.others.items():
@@ -169,7 +168,7 @@ class AdapterFile:
 
     @cached_property
     def _alphas(self) -> dict[str, float]:
-        """By key. Raises AdapterFileError for one that is no number."""
+        """Alphas by key. Raises AdapterFileError for an alpha that is not one number."""
         alphas = {}
         for key, weight in self.weights.items():
             if key.endswith(".alpha"):
@@ -201,12 +200,12 @@ class AdapterFile:
         factors = tuple(tuple(self.weights[key] for key in part) for part in names)
         ranks = [factor[0].shape[1] for factor in factors if len(factor) == 2]
         used = (*names[0], *names[1])
-        # The scale belongs to the rank: with both factors whole there is none.
+        # The scale is relative to the rank; two whole factors have no rank.
         scale = self._scale((layer,), ranks[-1]) if ranks else 1.0
         return Kronecker(used, (factors[0], factors[1]), scale)
 
     def _scale(self, layers: tuple[str, ...], rank: int) -> float:
-        """alpha / rank; 1 where nothing is said. layers: the names by which the file may call the layer."""
+        """alpha / rank; 1 without an alpha. layers: names that the file may use for the layer."""
         for layer in layers:
             if (alpha := self._alphas.get(f"{layer}.alpha")) is not None:
                 return alpha / rank
@@ -222,7 +221,7 @@ class AdapterFile:
 
 
 def _layers_of(key: str) -> Iterator[str]:
-    """The names by which an alpha may call the layer of a weight."""
+    """Names that an alpha may use for the layer of a weight."""
     if match := LOW_RANK.fullmatch(key):
         yield match["layer"]
         yield match["layer"] + (match["mark"] or "")
@@ -239,7 +238,7 @@ def _peft_scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
 
 
 def _read_configs(file: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """peft's settings by component. Raises ValueError for JSON that is none."""
+    """Settings of peft by component. Raises ValueError for invalid JSON."""
     configs: dict[str, dict[str, Any]] = {}
     for name, value in dict(json.loads(metadata.get(METADATA_KEY, "{}"))).items():
         component, _, setting = name.partition(".")

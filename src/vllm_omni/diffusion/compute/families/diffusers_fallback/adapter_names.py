@@ -1,4 +1,4 @@
-"""The layers that the keys of an adapter mean, found by the names of the model's own layers."""
+"""Search for the model's layers by the names in adapter files."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ PREFIXES = {
     "lora_te3_": ("text_encoder_3_",),
     "base_model_model_": ("unet_", "transformer_"),
 }
-"""How Kohya, OneTrainer and peft call the components of a pipeline, of which a model has one of several."""
+"""Prefix of Kohya, OneTrainer or peft -> components that it may stand for; a model has one of them."""
 OPTIONAL_PARTS = ("text_model_", "processor_")
 """Parts of names that only some versions of the libraries have."""
 
 
 def layers_by_flat_name(models: Mapping[str, nn.Module]) -> dict[str, str]:
-    """From the flat names of the layers that adapters can change to `component.layer`; ambiguous ones are left out.
+    """Flat name of a layer that adapters can change -> `component.layer`; ambiguous names are left out.
 
     models: components by their names. A flat name has an underscore for each dot and no `OPTIONAL_PARTS`.
     """
@@ -33,7 +33,7 @@ def layers_by_flat_name(models: Mapping[str, nn.Module]) -> dict[str, str]:
 
 
 def find_layer(name: str, layers: Mapping[str, str]) -> str | None:
-    """The `component.layer` that a file calls `name`; None where the model has none of that name."""
+    """The `component.layer` for a layer's `name` in a file; None: the model has no such layer."""
     flat = _flat(name)
     candidates = [flat]
     for prefix, components in PREFIXES.items():
@@ -43,7 +43,7 @@ def find_layer(name: str, layers: Mapping[str, str]) -> str | None:
 
 
 def _layers(module: nn.Module, path: str) -> Iterator[str]:
-    """Paths of the modules with a weight; one that carries adapters counts as one layer."""
+    """Paths of the modules with a weight; a module with adapters counts as one layer."""
     if isinstance(module, BaseTunerLayer) or isinstance(getattr(module, "weight", None), nn.Parameter):
         yield path
         return

@@ -1,4 +1,4 @@
-"""Checks of what a whole pipeline makes: whether its values are numbers, and whether its safety checker replaced it."""
+"""Checks of a whole pipeline's output: NaN or infinite values, and pictures that its safety checker replaced."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ from torch import Tensor
 from vllm_omni.diffusion.compute.step.finite import is_finite
 
 PROCESSORS = ("image_processor", "video_processor")
-"""Components of pipelines that turn decoded pixels into pictures: NaN becomes black there."""
+"""Components that turn decoded pixels into pictures, and NaN into black."""
 BLOCKED_FIELDS = ("nsfw_content_detected", "nsfw_detected", "watermark_detected")
-"""Fields of a pipeline's output: for each picture, whether the safety checker found something. A picture that it found
-is black."""
+"""Fields of a pipeline's output: for each picture, whether the safety checker found something and made it black."""
 
 
 class FiniteCheck:
-    """Sees the latents after each step and the pixels before they are rounded; changes neither."""
+    """Checks the latents after each step and the pixels before they are rounded, without changing them."""
 
     def __init__(self, pipeline: Any) -> None:
-        """pipeline: a copy that belongs to one call. Its processors are replaced by copies that tell their input."""
+        """pipeline: a copy that belongs to one call. Its processors are replaced by copies that report their input."""
         self._latents: Tensor | None = None
         """Latents after the last step."""
         self._pixels: list[Tensor] = []
-        """A flag for each call of a processor."""
+        """Bool []: for each call of a processor, whether its input was finite."""
         self._has_invalid_cast = False
         for name in PROCESSORS:
             if (processor := getattr(pipeline, name, None)) is not None:
@@ -34,16 +33,16 @@ class FiniteCheck:
 
     def see_latents(self, latents: Any) -> None:
         """Note the latents after a step."""
-        self._has_invalid_cast = False  # the scheduler's arithmetic: what it leads to is seen in the latents
+        self._has_invalid_cast = False  # NaN from the scheduler's arithmetic shows in the latents
         if isinstance(latents, Tensor):
             self._latents = latents
 
     def numpy_errors(self) -> np.errstate:
-        """A context for this thread that notes NaN rounded to bytes by numpy, for pipelines without a processor."""
+        """Context that notes when numpy rounds NaN to bytes in this thread, for pipelines without a processor."""
         return np.errstate(invalid="call", call=self._see_numpy_error)
 
     def is_finite(self) -> bool:
-        """Whether all that was seen are numbers. Waits for the device."""
+        """Whether all checked values were finite. Waits for the device."""
         latents = [] if self._latents is None else [is_finite(self._latents)]
         has_invalid_cast = self._has_invalid_cast and not self._pixels
         return not has_invalid_cast and all(map(bool, [*latents, *self._pixels]))

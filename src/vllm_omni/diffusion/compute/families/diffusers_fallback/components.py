@@ -1,4 +1,4 @@
-"""What model_index.json names: nothing but classes of diffusers and transformers is loaded (no torch at import)."""
+"""Classes that model_index.json names; only those of diffusers and transformers are loaded (no torch at import)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NO_REMOTE_CODE = "code that comes with a model is never run, also not with --tru
 
 
 def pipeline_class(path: Path) -> type[Any]:
-    """diffusers' class of the pipeline in `path`. Raises ConfigError when diffusers has none of that name."""
+    """diffusers' class of the pipeline in `path`. Raises ConfigError if diffusers has no such class."""
     import diffusers
 
     name = read_config(path, "", MODEL_INDEX).get("_class_name")
@@ -31,7 +31,7 @@ def pipeline_class(path: Path) -> type[Any]:
 
 
 def component_classes(path: Path) -> dict[str, type[Any]]:
-    """Component -> its class, of those that the model has.
+    """Component of the model -> its class.
 
     Raises ConfigError for a component of another library: loading it would run code that is not diffusers' own.
     """
@@ -40,10 +40,13 @@ def component_classes(path: Path) -> dict[str, type[Any]]:
 
 
 def _class_of(name: str, component: Component) -> type[Any]:
-    """The class of the component `name`. Raises ConfigError for what is no class that may be loaded."""
+    """Class of the component `name`. Raises ConfigError for a class that may not be loaded."""
     try:
         cls = getattr(_module_of(component.library), component.class_name, None)
-    except (ImportError, RuntimeError):  # the libraries import at first use, and some names need what is not installed
+    except (
+        ImportError,
+        RuntimeError,
+    ):  # lazy imports: some classes need packages that are not installed
         cls = None
     if inspect.isclass(cls) and issubclass(cls, _loadable()) and not issubclass(cls, _indirect()):
         return cls
@@ -54,7 +57,7 @@ def _class_of(name: str, component: Component) -> type[Any]:
 
 
 def _module_of(library: str) -> Any:
-    """None for what is no module of diffusers or transformers."""
+    """Module of diffusers or transformers; None for any other library."""
     from diffusers import pipelines
 
     if library in LIBRARIES:
@@ -64,14 +67,14 @@ def _module_of(library: str) -> Any:
 
 
 def _indirect() -> tuple[type[Any], ...]:
-    """Classes of diffusers that load a class which a further file names."""
+    """Classes of diffusers that load a class named in a further file."""
     import diffusers
 
     return (diffusers.AutoModel, diffusers.DiffusionPipeline)
 
 
 def _loadable() -> tuple[type[Any], ...]:
-    """What loads safetensors and JSON, and no code that lies beside them (transformers' Auto classes might)."""
+    """Base classes that load safetensors and JSON, and no code of the model (transformers' Auto classes might)."""
     import diffusers
     import transformers
 

@@ -1,4 +1,4 @@
-"""Check of the sizes that are read off the configs of a whole pipeline's models (no torch here)."""
+"""Checks of the sizes in the configs of a whole pipeline's components (no torch here)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX, short
 from vllm_omni.errors import ConfigError
 
 LONGEST_LIST = 16
-"""Items of a list of sizes: a model with more blocks would shrink any picture to nothing."""
+"""Most items of a list of sizes: each halves the picture, and more would leave nothing of it."""
 NUMBERS = (
     "in_channels",
     "latent_channels",
@@ -33,7 +33,7 @@ INDEX_NUMBERS = ("default_sample_size",)
 
 
 def check_sizes(component: str, values: Mapping[str, Any]) -> None:
-    """Raise ConfigError, with the key, for a size in the component's config.json that is none; null means no size."""
+    """Raise ConfigError, with the key, for an invalid size in the component's config.json; null means no size."""
     number, numbers = (
         f"a whole number from 1 to {MAX_SIZE}",
         f"a list of 1 to {LONGEST_LIST} whole numbers from 1 to {MAX_SIZE}",
@@ -58,12 +58,12 @@ def check_sizes(component: str, values: Mapping[str, Any]) -> None:
 
 
 def check_index_sizes(index: Mapping[str, Any]) -> None:
-    """Raise ConfigError, with the key, for a size in model_index.json that is none; null means no size."""
+    """Raise ConfigError, with the key, for an invalid size in model_index.json; null means no size."""
     _check(MODEL_INDEX, index, INDEX_NUMBERS, _is_size, f"a whole number from 1 to {MAX_SIZE}")
 
 
 def longer_side(size: int | list[int]) -> int:
-    """A checked size of `NUMBERS_OR_LISTS` as one number."""
+    """A checked size of `NUMBERS_OR_LISTS` as one number, the largest."""
     return size if isinstance(size, int) else max(size)
 
 

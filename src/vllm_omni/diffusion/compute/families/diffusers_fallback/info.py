@@ -1,6 +1,6 @@
-"""What the front end must know of a model that diffusers' own pipeline serves.
+"""Facts of a model that a whole pipeline serves, from its configs and the signature of the pipeline's `__call__`.
 
-Read from its configs and from the signature of its pipeline's `__call__`: `describe` imports diffusers, and so torch.
+`describe` imports diffusers, and so torch.
 """
 
 from __future__ import annotations
@@ -13,15 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from vllm_omni.diffusion.catalog.configs import read_config
+from vllm_omni.diffusion.catalog.default_params import read_default_sampling_params
 from vllm_omni.diffusion.catalog.folder_files import DEFAULTS_FILE, MODEL_INDEX, read_object
-from vllm_omni.diffusion.catalog.registry import (
-    Guidance,
-    ModelInfo,
-    Shares,
-    WholePipeline,
-    read_default_sampling_params,
-)
+from vllm_omni.diffusion.catalog.model_info import Guidance
 from vllm_omni.diffusion.catalog.tokenizer_files import read_settings
+from vllm_omni.diffusion.catalog.whole_info import WholeModelInfo, WholePipeline
 from vllm_omni.diffusion.compute.families.diffusers_fallback.components import component_classes, pipeline_class
 from vllm_omni.diffusion.compute.families.diffusers_fallback.config_sizes import (
     check_index_sizes,
@@ -44,30 +40,30 @@ INTERLEAVED = (
     "StableDiffusionXLPipeline",
     "WanPipeline",
 )
-"""Pipelines whose models keep nothing from one step to the next (the tests show it): several requests may be under way.
-Others might, as those do that change the model's attention for the time of a call: they run one after another."""
+"""Pipelines whose models keep nothing from one step to the next (tests show it), so that several requests may be under
+way. Requests of other pipelines run in turn: some change the model's attention during a call."""
 MAX_INTERLEAVED = 4
-"""Requests under way: each holds its latents and its prompt's embeddings on the device, and a thread."""
+"""Most requests under way. Each holds a thread, and its latents and text states on the device."""
 SQUARE_TABLES = ("CogView3PlusTransformer2DModel", "OmniGenTransformer2DModel", "SD3Transformer2DModel")
-"""Transformers whose positions are a table with `pos_embed_max_size` rows and columns."""
+"""Transformers with a table of positions of `pos_embed_max_size` rows and columns."""
 COUNTED_TABLES = ("AuraFlowTransformer2DModel",)
-"""Transformers in which `pos_embed_max_size` is the number of all positions of such a table."""
+"""Transformers whose `pos_embed_max_size` is the number of all positions of such a table."""
 ATTENTION_TOKENS = 2.0**14
 """`ModelInfo.attention_tokens` of a transformer of common width; the scheduler corrects estimates as it measures."""
 LONGEST_PROMPT = 32_000
-"""Tokens, where nothing sets a limit: no more than the characters that any prompt may have."""
+"""Most tokens of a prompt without another limit: the most characters of any prompt."""
 
 CLASS_PROMPT_READERS = {
     "HunyuanDiTPAGPipeline": ("tokenizer_2", 256),
     "HunyuanDiTPipeline": ("tokenizer_2", 256),
     "HunyuanVideo15Pipeline": ("tokenizer", 1000),
 }
-"""The tokenizer that reads most of a prompt, and the tokens that the class cuts it to, whatever the tokenizer takes."""
+"""Class -> the tokenizer that reads most of a prompt, and the tokens to which the class cuts the prompt."""
 
 
 @dataclass(frozen=True)
 class PromptTokenCounter:
-    """Counts as the tokenizer does that reads most of a prompt; the others get the beginning of a long one."""
+    """Counts tokens by the tokenizer that reads most of a prompt; others read only the beginning of a long prompt."""
 
     folder: Path
     tokenizer_class: type[Any]
@@ -77,17 +73,17 @@ class PromptTokenCounter:
         return load_tokenizer(self.folder, self.tokenizer_class)
 
     def __call__(self, prompt: str) -> int:
-        """With the tokens that it puts around the prompt."""
+        """Number of tokens, with those that the tokenizer adds around the prompt."""
         return len(self._tokenizer(prompt, verbose=False).input_ids)
 
 
 def count_words(prompt: str) -> int:
-    """Count the words, in place of tokens, where a pipeline has no tokenizer that can be read apart from it."""
+    """Count words instead of tokens, for pipelines without a separate tokenizer."""
     return len(prompt.split())
 
 
-def describe(path: Path) -> ModelInfo:
-    """Sizes, limits and defaults of the model in `path`.
+def describe(path: Path) -> WholeModelInfo:
+    """Facts of the model in `path`.
 
     Raises ConfigError for a pipeline that cannot be served and for components that are not loaded.
     """
@@ -102,7 +98,7 @@ def describe(path: Path) -> ModelInfo:
     scheduler = components.get("scheduler")
     takes = set(signature.defaults)
     if scheduler is None or not scheduler.__name__.startswith("FlowMatch"):
-        takes.discard("sigmas")  # in (0, 1] in flow matching alone
+        takes.discard("sigmas")  # only with flow matching are sigmas in (0, 1]
     longest, count_prompt_tokens = _prompt_reader(pipeline.__name__, path, components)
     vae_scale = latent_side(configs.get("vae", {}))
     index = read_object(path, MODEL_INDEX)
@@ -124,7 +120,7 @@ def describe(path: Path) -> ModelInfo:
         raise ConfigError(f"{pipeline.__name__} has no default num_frames: write one to the model's {DEFAULTS_FILE}")
     side = vae_scale * _patch_side(configs)
     image_input = _image_input(pipeline.__name__, signature, side, defaults) if signature.takes_image else None
-    return ModelInfo(
+    return WholeModelInfo(
         path=path,
         family="diffusers_fallback",
         size_multiple=side,
@@ -132,13 +128,8 @@ def describe(path: Path) -> ModelInfo:
         max_prompt_tokens=longest or LONGEST_PROMPT,
         count_prompt_tokens=count_prompt_tokens,
         attention_tokens=ATTENTION_TOKENS,
-        num_heads=1,
-        head_dim=1,
-        num_blocks=1,
-        tensor_shares=Shares({"pipeline": 1}),
-        text_encoder_shares=Shares({"pipeline": 1}),
         guidance=_guidance(takes),
-        whole=_whole(pipeline, signature, takes, own, image_input, tuple(remarks)),
+        pipeline=_whole(pipeline, signature, takes, own, image_input, tuple(remarks)),
         image_input=image_input,
         latent_frames=latent_frames(configs.get("vae", {}), defaults.get("num_frames", 1)),
         default_sampling_params=defaults,
@@ -147,7 +138,7 @@ def describe(path: Path) -> ModelInfo:
 
 
 def _call_defaults(signature: CallSignature, takes: set[str], own: OwnSize) -> dict[str, Any]:
-    """The defaults of the pipeline's call; where it has none, the model's own size and frames."""
+    """Defaults of the pipeline's call, and the model's own size and frames where the call has none."""
     defaults: dict[str, Any] = {"height": own.height, "width": own.width}
     if "num_frames" in takes and own.num_frames is not None:
         defaults["num_frames"] = own.num_frames
@@ -184,8 +175,10 @@ def _whole(
 
 
 def longest_side(components: Mapping[str, type[Any]], transformer: Mapping[str, Any], side: int) -> int | None:
-    """Pixels of the longest side that the table of positions of a transformer has entries for, `side` pixels each;
-    None: it has none."""
+    """Pixels of the longest side for which a transformer's table of positions has entries, each `side` pixels long.
+
+    None: the transformer has no table.
+    """
     name, size = getattr(components.get("transformer"), "__name__", ""), transformer.get("pos_embed_max_size")
     if size is None or name not in (*SQUARE_TABLES, *COUNTED_TABLES):
         return None
@@ -198,7 +191,7 @@ def _image_input(class_name: str, signature: CallSignature, side: int, defaults:
 
 
 def latent_frames(vae: Mapping[str, Any], num_frames: int) -> int:
-    """`ModelInfo.latent_frames`; 1 where the model's own number of frames shows that no first one stands alone."""
+    """`ModelInfo.latent_frames`; 1 if the default number of frames is no multiple plus one."""
     multiple = int(vae.get("temporal_compression_ratio") or vae.get("scale_factor_temporal") or 1)
     for key in ("spatio_temporal_scaling", "temperal_downsample"):
         if vae.get(key) and multiple == 1:
@@ -211,7 +204,7 @@ def latent_frames(vae: Mapping[str, Any], num_frames: int) -> int:
 def _prompt_reader(
     class_name: str, path: Path, components: Mapping[str, type[Any]]
 ) -> tuple[int | None, Callable[[str], int]]:
-    """The limit (None: there is none) and the counter of the tokenizer that takes the longest prompts."""
+    """Limit (None: no limit) and token counter of the tokenizer that takes the longest prompts."""
     limits = {
         name: read_settings(path, name).get("model_max_length") or LONGEST_PROMPT
         for name in components
@@ -227,7 +220,7 @@ def _prompt_reader(
 
 
 def latent_side(vae: Mapping[str, Any]) -> int:
-    """Pixels a side that one latent pixel stands for."""
+    """Side of a latent pixel in pixels."""
     if ratio := vae.get("spatial_compression_ratio") or vae.get("scale_factor_spatial"):
         return int(ratio)
     if scaling := vae.get("spatio_temporal_scaling"):
@@ -239,18 +232,21 @@ def latent_side(vae: Mapping[str, Any]) -> int:
 
 
 def _patch_side(configs: Mapping[str, Mapping[str, Any]]) -> int:
-    """Latent pixels a side that one token of a transformer stands for; 1 in a U-Net."""
+    """Side of a transformer's token in latent pixels; 1 for a U-Net."""
     transformer = configs.get("transformer", {})
     patch = longer_side(transformer.get("patch_size") or 1)
     channels = configs.get("vae", {}).get("latent_channels")
-    # Four latent pixels are the channels of one token.
+    # A token holds 2x2 latent pixels in its channels.
     packed = channels is not None and transformer.get("in_channels") == 4 * channels
     return (2 if packed else 1) * patch
 
 
 def _guidance(takes: set[str]) -> Guidance:
-    """diffusers' habit: where `true_cfg_scale` is, `guidance_scale` is a number that the model was trained to read; and
-    where a negative prompt may be left out, an empty one is meant."""
+    """Guidance by diffusers' convention.
+
+    In a call with `true_cfg_scale`, `guidance_scale` is an input of the model and no guidance. A missing negative
+    prompt means an empty one.
+    """
     if "true_cfg_scale" in takes or "negative_prompt" not in takes:
         return Guidance()
     return Guidance("guidance_scale", needs_negative_prompt=False)

@@ -1,4 +1,4 @@
-"""Loading of a whole pipeline, whose models must find all of their weights."""
+"""Loading of a whole pipeline; weights that are missing are an error."""
 
 from __future__ import annotations
 
@@ -41,30 +41,30 @@ def load_pipeline(path: Path, class_name: str, dtype: torch.dtype, variant: str 
             return diffusers.DiffusionPipeline.from_pretrained(
                 path, variant=variant, trust_remote_code=False, **common, **models
             )
-        except Exception as error:  # a config of wrong values ends in errors of any class
+        except Exception as error:  # wrong values in a config raise errors of any class
             raise ConfigError(f"{path}: diffusers cannot load the {class_name}: {error_line(error)}") from error
 
 
 def _load_model(folder: Path, cls: type[Any], stems: Stems, variant: str | None, common: dict[str, Any]) -> Any:
-    stored = stored_weights(folder, variant, stems)  # says more of files that are missing than the libraries do
+    stored = stored_weights(folder, variant, stems)  # names missing files more clearly than the libraries do
     check_stored_shapes(cls, folder, stored)
     variant = component_variant(folder, variant, stems)
     if issubclass(cls, transformers.PreTrainedModel):
-        common = {**common, "ignore_mismatched_sizes": True}  # or the log alone says which weights these are
+        common = {**common, "ignore_mismatched_sizes": True}  # otherwise only the log names these weights
     try:
         model, differences = cls.from_pretrained(folder, variant=variant, output_loading_info=True, **common)
     except Exception as error:  # as above
         raise ConfigError(f"{folder.name}/: the {cls.__name__} cannot be loaded: {error_line(error)}") from error
     for name, held, expected in differences["mismatched_keys"]:
         raise ConfigError(f"{folder.name}/: {name} has shape {tuple(held)}, by config.json it is {tuple(expected)}")
-    # The libraries leave weights that are not there random, and tell so in the log alone.
+    # The libraries initialize missing weights randomly, with no more than a line in the log.
     check_none_missing(folder.name, sorted(differences["missing_keys"]), cls.__name__)
     return model
 
 
 @contextmanager
 def _quiet_reports() -> Iterator[None]:
-    """Keep the libraries' tables of differing weights out of the log: an error says it in a line."""
+    """Keep the libraries' tables of differing weights out of the log: our error is one line."""
     libraries = (diffusers.utils.logging, transformers.utils.logging)
     levels = [library.get_verbosity() for library in libraries]
     for library in libraries:

@@ -1,4 +1,4 @@
-"""LoRA adapters in the models of a pipeline, by diffusers and peft: any number are loaded, one at most is active."""
+"""LoRA adapters in the models of a whole pipeline, by diffusers and peft: several are loaded, at most one is active."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from vllm_omni.diffusion.messages.request import LoRA
 from vllm_omni.errors import InvalidRequestError, to_one_line
 
 MAX_UNSERVED = 8
-"""Adapters kept beside the served ones: more than requests may be under way, so that one of them is always idle."""
+"""Adapters kept besides the served ones: more than requests may be under way, so that one is always idle."""
 MARKS = ("lora", "lokr", "alpha")
-"""One of them is in the name of each weight that belongs to an adapter. Others would replace the model's own."""
+"""Parts of names: an adapter's weight has one of them. Other weights would replace the model's own."""
 DOWN = ".lora_A.weight"
-"""The weight [rank, inputs of the layer] of one layer's adapter."""
+"""End of the name of a weight [rank, inputs of the layer]."""
 NUM_NAMED_KEYS = 3
-"""Keys that a refusal names; it counts the others."""
+"""Most keys that an error names; it counts the others."""
 
 
 class Adapters:
-    """Loads adapters and switches between them; the model's own weights stay as they are."""
+    """Loads adapters and switches between them; the model's own weights do not change."""
 
     def __init__(self, pipeline: Any, served: Iterable[str]) -> None:
-        """`served`: files that are loaded now and kept. Raises InvalidRequestError for one that does not fit."""
+        """served: files that are loaded now and kept. Raises InvalidRequestError for a file that does not fit."""
         self._pipeline = pipeline
         self._names: dict[str, str] = {}
-        """Of loaded files, as diffusers knows them; the one used last comes last."""
+        """File -> name of the loaded adapter in diffusers, least recently used first."""
         self._num_loaded = 0
         self._active: tuple[str, float] | None = None
         self._served = frozenset(served)
@@ -43,7 +43,7 @@ class Adapters:
             self._load(file)
 
     def use(self, lora: LoRA | None, under_way: Collection[str] = ()) -> None:
-        """Let what runs next run with this adapter alone, or with none; loads it first where need be.
+        """Activate this adapter alone, or none, and load it first if needed.
 
         under_way: files whose requests will go on. Raises InvalidRequestError for an adapter that does not fit.
         """
@@ -70,10 +70,10 @@ class Adapters:
             self._delete(self._names.pop(idle[0]))
 
     def _load(self, file: str) -> None:
-        """Load a file, all of whose keys have their place and scale then. Raises InvalidRequestError otherwise.
+        """Load a file. Raises InvalidRequestError unless the model has all of its weights at their scale.
 
-        Some keys diffusers drops, or their alphas: then the weights are scaled here, get the names of the model's own
-        layers where these are found, and are loaded again.
+        diffusers drops some keys or their alphas: then the weights are scaled here, renamed to the model's own layers
+        where these are found, and loaded again.
         """
         try:
             contents = AdapterFile.read(Path(file))
@@ -85,7 +85,7 @@ class Adapters:
         self._deactivate()
 
     def _attempts(self, contents: AdapterFile, file: Path) -> Iterator[tuple[AdapterFile, Path | dict[str, Tensor]]]:
-        """The file as it is, and a changed copy of its weights, which is made when it is asked for."""
+        """Contents to load in turn: the file, then a changed copy of its weights, made on demand."""
         yield contents, file
         if again := contents.with_names_of(layers_by_flat_name(self._models())):
             yield again, {key: again.weights[key] for key in again.file_keys}
@@ -94,8 +94,10 @@ class Adapters:
             yield again, dict(again.weights)
 
     def _load_first(self, attempts: Iterable[tuple[AdapterFile, Path | dict[str, Tensor]]]) -> str:
-        """The name of the first one that is whole in the model. Raises the AdapterFileError of the last one if none is:
-        its names are the most likely to be understood."""
+        """Name of the first attempt that the model has completely.
+
+        Raises the AdapterFileError of the last attempt if all fail: its error has the model's own names.
+        """
         errors: list[AdapterFileError] = []
         for contents, source in attempts:
             name = f"adapter_{self._num_loaded}"
@@ -113,7 +115,7 @@ class Adapters:
         raise errors[-1]
 
     def _load_as(self, name: str, source: Path | dict[str, Tensor]) -> None:
-        """Raises AdapterFileError for whatever diffusers and peft say against it."""
+        """Load under a name. Raises AdapterFileError for any error of diffusers and peft."""
         where: dict[str, Any] = {"pretrained_model_name_or_path_or_dict": source}
         if isinstance(source, Path):
             where = {"pretrained_model_name_or_path_or_dict": str(source.parent), "weight_name": source.name}
@@ -122,8 +124,8 @@ class Adapters:
                 self._pipeline.load_lora_weights(
                     **where, adapter_name=name, use_safetensors=True, local_files_only=True
                 )
-        except Exception as error:  # a file may hold anything, and each part of the libraries says so in its own way
-            # diffusers' own cleaning up may fail and hide the reason.
+        except Exception as error:  # a file may hold anything, and the libraries raise many classes
+            # The cleanup in diffusers may fail and hide the reason.
             reason = error.__context__ if isinstance(error, KeyError) and error.__context__ else error
             raise AdapterFileError(str(reason)) from error
 
@@ -132,7 +134,7 @@ class Adapters:
         return {name: component for name, component in components if isinstance(component, nn.Module)}
 
     def _check(self, contents: AdapterFile) -> None:
-        """Refuse what diffusers would write into the model itself, or widen its layers for, and alphas of no layer."""
+        """Raise AdapterFileError for weights that would replace or widen the model's own, and for unused alphas."""
         layers = {
             f"{component}.{layer}": module
             for component, model in self._models().items()
@@ -153,14 +155,14 @@ class Adapters:
         self._deactivate()
 
     def _deactivate(self) -> None:
-        """What diffusers has active now is another adapter in each layer."""
+        """Deactivate all adapters: after a load or delete, layers may have different ones active."""
         self._pipeline.disable_lora()
         self._active = None
 
 
 @contextmanager
 def _without_expected_warnings() -> Iterator[None]:
-    """Ignore the warnings about what is meant, or is checked afterwards."""
+    """Ignore warnings about intended effects, and about errors that are checked afterwards."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute in the model")
         warnings.filterwarnings("ignore", message=".*was active which is now deleted")

@@ -1,4 +1,4 @@
-"""Sizes that a pipeline makes by itself: its default size and frames, and the table that it rounds sizes to."""
+"""Sizes of a whole pipeline: its default size and frames, and the table to which it rounds sizes."""
 
 from __future__ import annotations
 
@@ -6,27 +6,29 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from vllm_omni.diffusion.catalog.registry import SizeBin
+from vllm_omni.diffusion.catalog.whole_info import SizeBin
 from vllm_omni.diffusion.compute.families.diffusers_fallback.config_sizes import longer_side
 
 DEFAULT_SIDE = 1024
 CLASS_SIZES = {"MochiPipeline": (480, 848)}
-"""(height, width) of classes that have their default size in their code."""
+"""Class -> its default (height, width), where only its code has it."""
 WIDE_SIZES = {640: (480, 848), 960: (720, 1280)}
-"""Target side of a HunyuanVideo 1.5 transformer -> (height, width) that its pipeline makes by default, 16:9."""
+"""Target side of a HunyuanVideo 1.5 transformer -> default (height, width) of its pipeline, 16:9."""
 
 
 class OwnSize(NamedTuple):
+    """Default size of a pipeline, in pixels."""
+
     height: int
     width: int
     num_frames: int | None
-    """None: the configs name none."""
+    """None: the configs name no number."""
 
 
 def own_size(class_name: str, index: Mapping[str, Any], configs: Mapping[str, Any], latent_side: int) -> OwnSize:
-    """The size that a pipeline makes when its call names none.
+    """Size that a pipeline makes for a call without a size.
 
-    index: model_index.json; configs: component -> config; latent_side: pixels a side that a latent pixel stands for.
+    index: model_index.json; configs: component -> config; latent_side: side of a latent pixel in pixels.
     """
     transformer = configs.get("transformer", {})
     num_frames = transformer.get("sample_frames")
@@ -45,15 +47,15 @@ def own_size(class_name: str, index: Mapping[str, Any], configs: Mapping[str, An
 
 
 def _sample_side(configs: Mapping[str, Any]) -> int:
-    """Latent pixels a side of the picture that the model was trained on; 0: it does not say."""
+    """Side in latent pixels of the pictures in training; 0: the configs do not say."""
     sizes = [configs[name].get("sample_size") for name in ("transformer", "unet") if name in configs]
     return longer_side(next((size for size in sizes if size), 0))
 
 
 def size_bins(pipeline: type[Any], side: int) -> tuple[SizeBin, ...]:
-    """The table to which a pipeline with `use_resolution_binning` rounds sizes, for a model of `side` pixels.
+    """Table to which a pipeline with `use_resolution_binning` rounds sizes, for a model of `side` pixels.
 
-    It makes one of these sizes and resizes the picture to the size that was asked for. Empty: its module has none.
+    The pipeline makes one of these sizes and resizes the picture to the requested size. Empty: it has no table.
     """
     table: dict[str, list[float]] = getattr(sys.modules[pipeline.__module__], f"ASPECT_RATIO_{side}_BIN", {})
     return tuple(SizeBin(float(ratio), int(height), int(width)) for ratio, (height, width) in table.items())

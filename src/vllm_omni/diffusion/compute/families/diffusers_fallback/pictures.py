@@ -1,4 +1,4 @@
-"""How pipelines of diffusers take input pictures (no torch)."""
+"""Input pictures of whole pipelines (no torch)."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ NUM_REFERENCES = {
     "QwenImage21Pipeline": (0, 16),
     "ZImageOmniPipeline": (0, 16),
 }
-"""Least and most pictures (16: as many as OpenAI's API takes, where the model names no bound) of classes that need
-none, or for which a list is one request's pictures and not a batch. Signatures say neither: `image` is None by default
-also where a call without it fails. All other classes take one."""
+"""Class -> least and most pictures of a request (16: the limit of OpenAI's API, for models without a limit). Listed are
+classes that need no picture, or that take a list as the pictures of one request instead of a batch. Signatures do not
+tell: `image` is None by default also in calls that fail without it. All other classes take one picture."""
 MAX_REFERENCE_PIXELS = 2048 * 2048
-"""More of a picture that is looked at, and not changed, no pipeline makes use of: they bring it to 1 million or so."""
+"""Most pixels kept of a picture that is a reference and not changed: pipelines resize it to about 1 million."""
 
 
 @dataclass(frozen=True)
 class WholeImageInput:
-    """The `ImageInput` of a pipeline that is called whole: it sees the pictures as they were sent."""
+    """`ImageInput` of a whole pipeline, which gets the pictures as they were sent."""
 
     min_images: int
     max_images: int
@@ -50,8 +50,8 @@ class WholeImageInput:
         return 0
 
     def output_size(self, images: Sequence[InputImage]) -> tuple[int, int]:
-        """That of the picture that is changed, rounded down as diffusers does; or else the model's own area in the
-        proportions of the last picture."""
+        """See `ImageInput.output_size`: the size of a picture that is changed, rounded down as in diffusers; otherwise
+        the proportions of the last picture at the model's own area."""
         height, width = images[-1].reference.shape[:2]
         multiple = self.size_multiple
         if self.follows_input:

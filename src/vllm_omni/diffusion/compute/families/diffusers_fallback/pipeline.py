@@ -1,5 +1,5 @@
-"""Any pipeline of diffusers that makes pictures or videos, called as it is: one call a request, which stops after
-each of its steps."""
+"""Whole pipelines: any pipeline class of diffusers that makes pictures or videos. A request is one call of the
+pipeline, which stops after each of its steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vllm_omni.diffusion.catalog.registry import ModelInfo, WholePipeline
+from vllm_omni.diffusion.catalog.whole_info import WholeModelInfo, WholePipeline
 from vllm_omni.diffusion.compute.cache.base import NoCache
 from vllm_omni.diffusion.compute.device.transfers import HOST, is_host
 from vllm_omni.diffusion.compute.distributed.groups import Group
@@ -26,9 +26,8 @@ from vllm_omni.diffusion.compute.families.diffusers_fallback.loading import load
 from vllm_omni.diffusion.compute.families.diffusers_fallback.lora import Adapters
 from vllm_omni.diffusion.compute.families.diffusers_fallback.progress_bars import StepBar
 from vllm_omni.diffusion.compute.families.diffusers_fallback.run import SteppedRun
-from vllm_omni.diffusion.compute.step.compiled import CompiledBlocks
 from vllm_omni.diffusion.compute.step.finite import keep_infinite_pixels_visible
-from vllm_omni.diffusion.compute.step.pipeline import BasePipeline, Picture, RequestState
+from vllm_omni.diffusion.compute.step.pipeline import Picture, Pipeline, RequestState
 from vllm_omni.diffusion.compute.step.schedule import check_schedule, with_one_step_schedules
 from vllm_omni.diffusion.data import OmniDiffusionConfig, flag_of
 from vllm_omni.diffusion.messages.request import DiffusionRequest
@@ -37,7 +36,7 @@ from vllm_omni.inputs.adapter_files import adapter_file
 
 
 class PipelineCall:
-    """One call of a pipeline for one request, on a copy that shares the weights and nothing that a call changes."""
+    """Call of a pipeline for one request, on a copy of the pipeline that shares only weights with other calls."""
 
     def __init__(self, pipeline: Any, whole: WholePipeline, request: DiffusionRequest, device: torch.device) -> None:
         self.lora = request.lora
@@ -60,7 +59,7 @@ class PipelineCall:
         self._strength = request.strength
         self._num_planned = request.num_inference_steps
         self._num_steps: int | None = None
-        """As the pipeline counts them: fewer than asked for where it begins late, more where a step takes two."""
+        """Steps as the pipeline counts them: fewer than requested with `strength`, more with some schedulers."""
         self._num_done = 0
         self._pause: Callable[[], None] = lambda: None
         self._run = SteppedRun(self._call)
@@ -70,18 +69,18 @@ class PipelineCall:
         return self._run.is_alive
 
     def encode(self) -> None:
-        """Up to the first step. Raises InvalidRequestError for what the pipeline itself refuses."""
+        """Run the call up to its first step. Raises InvalidRequestError for arguments that the pipeline refuses."""
         try:
             self._run.resume()
-        except InvalidRequestError:  # ours, with its `param`
+        except InvalidRequestError:  # our own, with its `param`
             raise
         except ValueError as error:
             raise InvalidRequestError(to_one_line(str(error))) from error
 
     def advance(self, step: int) -> int:
-        """Up to the end of the planned step `step`, counted from 1: the pipeline's own steps are spread evenly.
+        """Run the call up to the end of the planned step `step`, counted from 1. Returns the pipeline's own steps made.
 
-        Returns how many of these it made.
+        The pipeline's own steps are spread evenly over the planned ones.
         """
         before, num_steps = self._num_done, self._num_steps or self._num_planned
         due = -(-step * num_steps // self._num_planned)
@@ -90,7 +89,7 @@ class PipelineCall:
         return self._num_done - before
 
     def picture(self) -> Picture:
-        """The picture or video, on the host; runs the call to its end."""
+        """Run the call to its end. Returns the picture or video, on the host."""
         return self._run.result()
 
     def cancel(self) -> None:
@@ -99,7 +98,7 @@ class PipelineCall:
     @torch.inference_mode()
     def _call(self, pause: Callable[[], None]) -> Picture:
         self._pause = pause
-        # A thread begins with the first device as its current one, on which libraries put what names none.
+        # A new thread has device 0 as its current device, where libraries put tensors without a device.
         with torch.accelerator.device_index(self._device.index), self._check.numpy_errors():
             output = self._pipeline(**self._arguments)
         (made,) = getattr(output, self._output_name)
@@ -111,9 +110,9 @@ class PipelineCall:
         return Picture(torch.from_numpy(pixels), torch.tensor(finite), is_blocked=finite and is_blocked(output))
 
     def _begin_steps(self, iterable: Any = None, total: int | None = None) -> Any:
-        """The pipeline's `progress_bar`, which it asks for when all is ready for the first step."""
+        """The pipeline's `progress_bar`, which the call makes right before its first step."""
         if self._num_steps is None:
-            # Not every pipeline counts its steps, but each knows how long its bar is.
+            # Not every pipeline has `_num_timesteps`, but each gives its bar a length.
             counted = getattr(self._pipeline, "_num_timesteps", None)
             self._num_steps = counted or (len(iterable) if total is None else total)
             check_schedule(getattr(self._pipeline, "scheduler", None), self._request)
@@ -127,9 +126,9 @@ class PipelineCall:
         return tqdm(iterable, total=total, disable=True)
 
     def _end_step(self, *told: Any) -> dict[str, Any]:
-        """The pipeline's callback: nothing of what it computes is changed.
+        """Step callback of the pipeline; changes none of its values.
 
-        told: its last argument is the latents, or a mapping that holds them.
+        told: arguments of the callback, the last of them the latents or a mapping with them.
         """
         self._check.see_latents(told[-1].get("latents") if isinstance(told[-1], dict) else told[-1])
         self._count_step()
@@ -141,7 +140,7 @@ class PipelineCall:
 
 
 def arguments_of(request: DiffusionRequest, whole: WholePipeline) -> dict[str, Any]:
-    """Those parameters of a pipeline's call that the request sets; to others the pipeline gives its own meaning."""
+    """Arguments of a pipeline's call: parameters that the request sets. For others the call has defaults."""
     values = {whole.fps_name if name == "fps" else name: getattr(request, name) for name in whole.parameters}
     arguments = {name: value for name, value in values.items() if value is not None}
     if "sigmas" in arguments:
@@ -158,22 +157,22 @@ def arguments_of(request: DiffusionRequest, whole: WholePipeline) -> dict[str, A
 
 @dataclass(eq=False)
 class WholeState(RequestState):
-    """`latents` are the pipeline's own affair: empty here."""
+    """State of a request in a whole pipeline. `latents` is empty: the call holds them."""
 
     call: PipelineCall | None = None
 
 
-class Pipeline(BasePipeline[WholeState]):
-    """A step of a request is a step of its call; requests of one plan make theirs one after another."""
+class DiffusersPipeline(Pipeline[WholeState]):
+    """Loaded pipeline of diffusers. A step of a request is a step of its call; requests of one plan run in turn."""
 
     def __init__(self, pipeline: Any, whole: WholePipeline, adapters: Adapters, device: torch.device) -> None:
         self.pipeline = pipeline
         self._device = device
         self._adapters = adapters
         self._whole = whole
-        self.step_cache = NoCache(Group.alone())  # never run
+        self.step_cache = NoCache(Group.alone())  # never used
         self._calls: dict[str, PipelineCall] = {}
-        # A call that stands still would keep the weights for as long as the process lives.
+        # A paused call would keep the weights until the process ends.
         weakref.finalize(self, _cancel_all, self._calls).atexit = False
         self._nothing = torch.empty(0)
 
@@ -181,15 +180,14 @@ class Pipeline(BasePipeline[WholeState]):
     def load(
         cls,
         config: OmniDiffusionConfig,
-        info: ModelInfo,
+        info: WholeModelInfo,
         device: torch.device,
         dtype: torch.dtype,
         on_bytes: Callable[[int], object],
         mesh: Mesh,
-    ) -> Pipeline:
-        assert info.whole is not None
+    ) -> DiffusersPipeline:
         _refuse_offload_without_gpu(config, device)
-        pipeline = load_pipeline(info.path, info.whole.class_name, dtype, config.variant)
+        pipeline = load_pipeline(info.path, info.pipeline.class_name, dtype, config.variant)
         modules = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
         on_bytes(sum(parameter.nbytes for module in modules for parameter in module.parameters()))
         _configure_vae(pipeline, config)
@@ -203,37 +201,29 @@ class Pipeline(BasePipeline[WholeState]):
             pipeline.enable_group_offload(device, offload_type="leaf_level", use_stream=True)
         else:
             pipeline.to(device)
-        return cls(pipeline, info.whole, adapters, device)
-
-    def compile_blocks(self) -> CompiledBlocks:
-        raise AssertionError("whole pipelines run as diffusers has them")
+        return cls(pipeline, info.pipeline, adapters, device)
 
     def encode(self, request: DiffusionRequest) -> WholeState:
         self._give_turn(request)
         call = self._calls[request.request_id] = PipelineCall(self.pipeline, self._whole, request, self._device)
         try:
             call.encode()
-        except Exception:  # whatever it was, the runner tells it; a call that did not begin is not kept
+        except Exception:  # the runner reports it; a call that did not begin is dropped
             del self._calls[request.request_id]
             raise
         lengths = request.cost.branch_tokens or (request.num_image_tokens,)
         return WholeState(request, self._nothing, lengths, call=call)
 
     def predict(self, states: Sequence[WholeState], groups: Sequence[int] | None = None) -> list[tuple[Tensor, ...]]:
-        """Nothing yet: the pipeline's step is one piece, made in `advance`."""
+        """An empty tensor for each branch: the pipeline's step is one piece, made in `advance`."""
         return [(state.latents,) * len(state.sequence_lengths) for state in states]
 
-    def combine(self, state: WholeState, branches: Sequence[Tensor]) -> Tensor:
-        return branches[0]
-
-    def advance(self, state: WholeState, velocity: Tensor) -> None:
+    def advance(self, state: WholeState, branches: Sequence[Tensor], previews: bool = False) -> None:
+        """Run the call to the end of the next planned step. The model gives no previews."""
         assert state.call is not None
         self._give_turn(state.request)
         state.num_made = state.call.advance(state.step + 1)
         state.step += 1
-
-    def predict_clean(self, state: WholeState, velocity: Tensor) -> Tensor:
-        raise AssertionError("requests for previews are refused")
 
     def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[Picture]:
         pictures = []
@@ -249,13 +239,13 @@ class Pipeline(BasePipeline[WholeState]):
             call.cancel()
 
     def _give_turn(self, request: DiffusionRequest) -> None:
-        """Calls share the models, and an adapter changes these: before a call goes on, its own must be in them."""
+        """Activate the request's adapter: calls share the models, and an adapter changes the models."""
         under_way = {call.lora.path for call in self._calls.values() if call.lora is not None}
         self._adapters.use(request.lora, under_way)
 
 
 def _check_made(request: DiffusionRequest, pixels: Tensor) -> None:
-    """Raises InvalidRequestError for what the pipeline has rounded."""
+    """Raise InvalidRequestError for a size or a number of frames that the pipeline has rounded."""
     *frames, height, width, _ = pixels.shape
     if (height, width) != (request.height, request.width):
         made, asked = f"{width}x{height}", f"{request.width}x{request.height}"
@@ -285,7 +275,7 @@ def _load_adapters(pipeline: Any, config: OmniDiffusionConfig) -> Adapters:
 
 
 def _configure_vae(pipeline: Any, config: OmniDiffusionConfig) -> None:
-    """Set up the model's VAE. Raises ConfigError for what it cannot do."""
+    """Set up the model's VAE. Raises ConfigError for a setting that it does not have."""
     vae = getattr(pipeline, "vae", None)
     if isinstance(decoder := getattr(vae, "decoder", None), nn.Module):
         keep_infinite_pixels_visible(decoder)

@@ -1,4 +1,4 @@
-"""The libraries' own progress bars, which would run over ours."""
+"""Progress bars of diffusers and transformers, which would overwrite ours."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """Of the libraries that load: there is one bar for all weights already."""
+    """Hide the libraries' bars while weights load: one bar of ours counts all weights."""
     libraries = [lib for lib in (diffusers.utils.logging, transformers.utils.logging) if lib.is_progress_bar_enabled()]
     for library in libraries:
         library.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""A function that runs in a thread of its own and stands still at its pauses until it is told to go on."""
+"""Functions that run in a thread of their own and wait at their pauses until they are resumed."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ Result = TypeVar("Result")
 
 
 class _CancelledError(BaseException):
-    """Unwinds a run that nobody waits for; no `except Exception` on the way keeps it."""
+    """Unwinds a cancelled function; not an Exception, so that `except Exception` on the way does not stop it."""
 
 
 class SteppedRun(Generic[Result]):
-    """Either the caller of `resume` runs or the function, never both: they take turns, as coroutines do."""
+    """Function in a thread that takes turns with its caller, as a coroutine does: only one of them runs at a time."""
 
     def __init__(self, function: Callable[[Callable[[], None]], Result]) -> None:
-        """`function` is given what pauses it. It begins at the first `resume`."""
+        """function: called with a function that pauses it. It begins at the first `resume`."""
         self._function = function
         self._run_may_go = threading.Semaphore(0)
         self._caller_may_go = threading.Semaphore(0)
@@ -28,13 +28,13 @@ class SteppedRun(Generic[Result]):
 
     @property
     def is_alive(self) -> bool:
-        """Begun and not ended."""
+        """Whether the function has begun and not ended."""
         return self._thread.is_alive()
 
     def resume(self) -> bool:
-        """Let the function run to its next pause (True) or to its end (False; also when it has ended before).
+        """Run the function to its next pause (True) or to its end (False; also when it has ended before).
 
-        Raises what the function raises.
+        Raises the function's exception.
         """
         if not self._results and self._error is None:
             if self._thread.ident is None:
@@ -46,13 +46,13 @@ class SteppedRun(Generic[Result]):
         return not self._results
 
     def result(self) -> Result:
-        """What the function returns; runs it to its end. Raises what it raises."""
+        """Run the function to its end. Returns its result, or raises its exception."""
         while self.resume():
             pass
         return self._results[0]
 
     def cancel(self) -> None:
-        """End the function at its pause; what it holds is free when this returns. Nothing happens once it has ended."""
+        """End the function at its pause, and release what it holds. No effect on a function that has ended."""
         self._is_cancelled = True
         if self._thread.ident is not None:
             self._run_may_go.release()
@@ -64,13 +64,13 @@ class SteppedRun(Generic[Result]):
             if not self._is_cancelled:
                 self._results.append(self._function(self._pause))
         except Exception as error:
-            self._error = error  # the caller's, whatever it is
+            self._error = error  # raised again in the caller's thread
         except _CancelledError:
             pass
         self._caller_may_go.release()
 
     def _pause(self) -> None:
-        if not self._is_cancelled:  # a run that unwinds may come here again, and nobody would let it go on
+        if not self._is_cancelled:  # cleanup code of a cancelled function may pause again: nobody would resume it
             self._caller_may_go.release()
             self._run_may_go.acquire()
         if self._is_cancelled:

@@ -1,4 +1,4 @@
-"""Which of our parameters a pipeline's `__call__` has, and its defaults for them."""
+"""Parameters of a pipeline's `__call__` that we know, and their defaults."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from vllm_omni.diffusion.catalog.registry import SIZES
+from vllm_omni.diffusion.catalog.model_info import SIZES
 from vllm_omni.errors import ConfigError
 
 SAMPLING_PARAMETERS = (
@@ -23,11 +23,11 @@ SAMPLING_PARAMETERS = (
     "num_frames",
     "fps",
 )
-"""The names are the same on both sides, but for `FPS_NAMES`."""
+"""Sampling parameters with the same name in a pipeline's call; `fps` has one of `FPS_NAMES` there."""
 FPS_NAMES = ("fps", "frame_rate")
 REQUIRED = ("prompt", "generator", "num_inference_steps")
 STEP_CALLBACKS = ("callback_on_step_end", "callback")
-"""By either of them a pipeline tells its steps; the second is that of older ones."""
+"""Parameters for a step callback; the second is that of older pipelines."""
 UNSERVED_INPUTS = (
     "mask",
     "mask_image",
@@ -43,9 +43,9 @@ UNSERVED_INPUTS = (
     "audio",
     "audio_length_in_s",
 )
-"""What no route of ours brings, or takes back; nor what is required beyond `REQUIRED`."""
+"""Parameters that no route of ours can provide; calls with one of them are not served."""
 UNSERVED_COMPONENTS = ("controlnet", "adapter", "audio_vae", "vocoder")
-"""Beside them `image` is no picture to edit, or what is made is not pictures alone."""
+"""Components with which `image` is no picture to edit, or the output is not pictures alone."""
 _OWN_CHOICE = "it chooses the size of what it makes by its input, and its call takes none"
 UNSERVED_CLASSES = {
     "HunyuanVideo15ImageToVideoPipeline": _OWN_CHOICE,
@@ -55,41 +55,41 @@ UNSERVED_CLASSES = {
     "UniDiffuserPipeline": "it describes its input pictures and does not edit them",
     "VersatileDiffusionDualGuidedPipeline": "its prompt is a picture and its image a text",
 }
-"""Classes whose signature is like that of others, and means something else."""
+"""Class -> reason why it is not served, although its signature looks like that of others."""
 PICTURE_FIELDS, VIDEO_FIELDS = ("images", "image"), ("frames",)
-"""Fields of a pipeline's output that hold pictures, or a video."""
+"""Fields of a pipeline's output that hold pictures, and those that hold a video."""
 
 
 @dataclass(frozen=True)
 class CallSignature:
-    """What of a pipeline's `__call__` concerns us."""
+    """Facts of a pipeline's `__call__`."""
 
     defaults: Mapping[str, Any]
-    """Of those `SAMPLING_PARAMETERS` that it has."""
+    """Parameter of `SAMPLING_PARAMETERS` that the call has -> its default."""
     step_callback: str
-    """One of `STEP_CALLBACKS`; empty: it has none, and its progress bar tells its steps."""
+    """Its parameter of `STEP_CALLBACKS`; empty: it has none, and the progress bar counts steps."""
     takes_image: bool
     takes_size: bool
-    """False: what it makes is as large as its `image`."""
+    """False: the output has the size of `image`."""
     takes_max_area: bool
-    """Bounds what it makes by a number of pixels of its own, whatever the size that is asked for."""
+    """Whether the call has `max_area`, by default a number of pixels that bounds any requested size."""
     fps_name: str
-    """What it calls `fps`, if it takes one: of `FPS_NAMES`."""
+    """Its name for `fps`, one of `FPS_NAMES`."""
     output_name: str
-    """The field of its output: of `PICTURE_FIELDS` or `VIDEO_FIELDS`."""
+    """Field of its output with the pictures or the video."""
     has_binning: bool
-    """It rounds sizes to a table of its own."""
+    """Whether it can round sizes to a table of its own."""
 
     @property
     def follows_input(self) -> bool:
-        """Whether it changes its input picture, and so makes one of the same size."""
+        """Whether it changes its input picture, so that the output has the same size."""
         return self.takes_image and ("strength" in self.defaults or not self.takes_size)
 
     @classmethod
     def of(cls, pipeline: type[Any]) -> CallSignature:
-        """Raises ConfigError for a pipeline that does not make pictures or videos in steps that can be seen."""
+        """Raises ConfigError for a pipeline that does not make pictures or videos in countable steps."""
         parameters = dict(inspect.signature(pipeline.__call__).parameters)
-        parameters.pop("self", None)  # a class without a call of its own has none
+        parameters.pop("self", None)  # missing in a class without a call of its own
         takes_image, takes_size = "image" in parameters, all(name in parameters for name in SIZES)
         needed = REQUIRED if takes_image else (*REQUIRED, *SIZES)
         missing = [name for name in needed if name not in parameters]
@@ -125,9 +125,9 @@ def _is_unserved(name: str, parameter: inspect.Parameter) -> bool:
 
 
 def _output_name(pipeline: type[Any], makes_videos: bool) -> str:
-    """The field that holds what the pipeline makes, by the classes of outputs that its call names.
+    """Field with the pipeline's pictures or video, by the output classes that the code of its call names.
 
-    A call that names none hands on the output of another pipeline. Raises ConfigError for one that makes other things.
+    A call that names no output class returns the output of another pipeline. Raises ConfigError for other outputs.
     """
     wanted = VIDEO_FIELDS if makes_videos else PICTURE_FIELDS
     made = _output_fields(inspect.unwrap(pipeline.__call__))

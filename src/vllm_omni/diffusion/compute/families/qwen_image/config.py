@@ -12,12 +12,12 @@ from vllm_omni.diffusion.catalog.folder_files import short
 from vllm_omni.errors import ConfigError
 
 PATCHES = "patch_embed.proj.weight"
-"""Weight of the vision tower's first layer."""
+"""Name of the weight of the vision tower's first layer."""
 
 
 @dataclass(frozen=True)
-class TransformerConfig:
-    """The keys of transformer/config.json that the architecture depends on."""
+class QwenImageConfig:
+    """Keys of transformer/config.json that the architecture depends on."""
 
     in_channels: int = 64
     out_channels: int = 16
@@ -28,11 +28,11 @@ class TransformerConfig:
     axes_dims_rope: tuple[int, ...] = (16, 56, 56)
     patch_size: int = 2
     zero_cond_t: bool = False
-    """Tokens of reference pictures are modulated as at timestep 0: they carry no noise."""
+    """Whether tokens of reference pictures, which carry no noise, are modulated as at timestep 0."""
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TransformerConfig:
-        """Raises ConfigError for values of wrong types, and for such that do not fit one another."""
+    def from_dict(cls, values: Mapping[str, Any]) -> QwenImageConfig:
+        """Raises ConfigError for values of wrong types, and for values that contradict each other."""
         config = from_values(cls, values, "transformer/config.json")
         if sum(config.axes_dims_rope) != config.attention_head_dim:
             raise ConfigError(
@@ -75,7 +75,7 @@ class TransformerConfig:
 
 
 @dataclass(frozen=True)
-class VaeConfig:
+class QwenImageVaeConfig:
     """Keys of vae/config.json that pictures and latents depend on."""
 
     base_dim: int = 96
@@ -87,8 +87,8 @@ class VaeConfig:
     latents_std: tuple[float, ...] = ()
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> VaeConfig:
-        """Raises ConfigError for values of wrong types, and for such that do not fit one another."""
+    def from_dict(cls, values: Mapping[str, Any]) -> QwenImageVaeConfig:
+        """Raises ConfigError for values of wrong types, and for values that contradict each other."""
         config = from_values(cls, values, "vae/config.json")
         for key, numbers in (("latents_mean", config.latents_mean), ("latents_std", config.latents_std)):
             if key in values and len(numbers) != config.z_dim:
@@ -105,11 +105,11 @@ class VaeConfig:
 
     @property
     def scale(self) -> int:
-        """Pixels a side that one latent pixel stands for."""
+        """Side of a latent pixel in pixels."""
         return int(2 ** len(self.temperal_downsample))
 
     def expected_weights(self) -> ExpectedWeights:
-        """Weights that show the sizes, by their names in diffusers."""
+        """Weights whose shapes follow from these sizes, by their names in diffusers."""
         last = self.base_dim * self.dim_mult[-1]
         return ExpectedWeights(
             {
@@ -122,8 +122,8 @@ class VaeConfig:
 
 
 @dataclass(frozen=True)
-class VisionConfig:
-    """The keys of text_encoder/config.json, in its section vision_config, that the vision tower depends on."""
+class QwenImageVisionConfig:
+    """Keys of the section vision_config of text_encoder/config.json that the vision tower depends on."""
 
     depth: int = 32
     hidden_size: int = 3584
@@ -135,7 +135,7 @@ class VisionConfig:
     temporal_patch_size: int = 2
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> VisionConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> QwenImageVisionConfig:
         """values: all of text_encoder/config.json. Raises ConfigError for values of wrong types."""
         section = values.get("vision_config")
         if not isinstance(section, dict):
@@ -143,7 +143,7 @@ class VisionConfig:
         return from_values(cls, section, "text_encoder/config.json: vision_config")
 
     def expected_weights(self) -> ExpectedWeights:
-        """All weights of the tower, by their names in transformers behind `visual.`."""
+        """All weights of the tower, by their names in transformers after `visual.`."""
         width, inner, patch = self.hidden_size, self.intermediate_size, self.patch_size
         merged = width * self.spatial_merge_size**2
         block = (

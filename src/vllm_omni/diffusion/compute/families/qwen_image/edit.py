@@ -1,5 +1,5 @@
-"""How Qwen-Image-Edit takes the pictures that it edits (no torch at import). As diffusers' QwenImageEditPipeline (one
-picture) and QwenImageEditPlusPipeline (several)."""
+"""Input pictures of Qwen-Image-Edit, as in diffusers' QwenImageEditPipeline (one picture) and
+QwenImageEditPlusPipeline (several). No torch at import."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ EDIT_TEMPLATE = (
     "that meets the user's requirements while maintaining consistency with the original input where "
     "appropriate.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
-"""What the pipelines wrap pictures and prompt in; the model was trained on it."""
+"""Template around pictures and prompt; the model was trained with it."""
 NUM_EDIT_TEMPLATE_TOKENS = 64
-"""Tokens of the template before the pictures; their hidden states are dropped."""
+"""Tokens of the template before the pictures, whose hidden states are dropped."""
 IMAGE_TOKEN = "<|image_pad|>"
 MAX_IMAGES = 16
-"""Of Edit-Plus: as many as OpenAI's API takes; the model itself knows no bound."""
+"""Most pictures of Edit-Plus: the limit of OpenAI's API; the model itself has none."""
 CONDITION_AREA = 384 * 384
-"""Pixels of what the text encoder of Edit-Plus sees of a picture."""
+"""Pixels of a picture in the text encoder of Edit-Plus."""
 SIDE_MULTIPLE = 32
 MAX_RATIO = 200
-"""Of the sides of a picture; the text encoder's image processor takes no longer ones."""
+"""Largest ratio of a picture's sides: the limit of the text encoder's image processor."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class EditInput:
 
     processor_path: Path
     count_text_tokens: Callable[[str], int]
-    """Of a prompt, with what of the template is kept."""
+    """Number of tokens of a prompt, with the end of the template."""
     area: int
-    """Pixels that the VAE sees of a picture, about: those of the model's default size."""
+    """Approximate pixels of a picture in the VAE: those of the model's default size."""
     is_plus: bool
-    """Several pictures, which the prompt knows as Picture 1, 2, ...; the text encoder sees them smaller."""
+    """Whether the model takes several pictures, Picture 1, 2, ... in the prompt; its text encoder sees fewer pixels."""
 
     @property
     def min_images(self) -> int:
@@ -67,12 +67,12 @@ class EditInput:
         return self.count_text_tokens(self.written(counts, "")) - self.count_text_tokens("")
 
     def output_size(self, images: Sequence[InputImage]) -> tuple[int, int]:
-        """See `ImageInput.output_size`: that of the last picture, as diffusers has it."""
+        """See `ImageInput.output_size`: the size of the last picture, as in diffusers."""
         height, width = images[-1].reference.shape[:2]
         return height, width
 
     def written(self, image_tokens: Sequence[int], prompt: str) -> str:
-        """What comes in the place of the prompt: pictures of so many tokens each, then the prompt."""
+        """Text for the template: pictures of `image_tokens` tokens each, then the prompt."""
         pictures = [f"<|vision_start|>{IMAGE_TOKEN * count}<|vision_end|>" for count in image_tokens]
         if self.is_plus:
             pictures = [f"Picture {number}: {picture}" for number, picture in enumerate(pictures, 1)]
@@ -80,14 +80,14 @@ class EditInput:
 
     @cached_property
     def processor(self) -> Any:
-        """transformers' image processor of the text encoder; the one that needs no torchvision."""
-        # Lazy: transformers imports torch, and `--help` and validation must not.
+        """transformers' image processor of the text encoder, in the implementation without torchvision."""
+        # Imported here: transformers imports torch, and `--help` and validation must not.
         from transformers import Qwen2VLImageProcessorPil
 
         return Qwen2VLImageProcessorPil.from_pretrained(self.processor_path)
 
     def vision_grid(self, image: InputImage) -> tuple[int, int]:
-        """Rows and columns of the text encoder's tokens of a picture."""
+        """Rows and columns of a picture's tokens in the text encoder."""
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
         processor = self.processor
@@ -98,7 +98,7 @@ class EditInput:
 
 
 def _scaled(width: int, height: int, area: int) -> tuple[int, int]:
-    """(width, height) of about `area` pixels in the proportions of these sides."""
+    """(width, height) with the proportions of these sides and about `area` pixels."""
     ratio = width / height
     scaled_width = math.sqrt(area * ratio)
     return _rounded(scaled_width), _rounded(scaled_width / ratio)

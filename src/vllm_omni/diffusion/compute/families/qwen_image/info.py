@@ -1,4 +1,4 @@
-"""What the front end must know of a Qwen-Image folder, read from its configs alone (no torch at import)."""
+"""Facts of a Qwen-Image model, read from its configs (no torch at import)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from vllm_omni.diffusion.catalog.configs import check_config_values, read_config, read_scheduler_config
-from vllm_omni.diffusion.catalog.registry import ModelInfo, Shares, read_default_sampling_params
+from vllm_omni.diffusion.catalog.default_params import read_default_sampling_params
+from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo, Shares
 from vllm_omni.diffusion.catalog.tokenizer_files import TokenizerNeeds
-from vllm_omni.diffusion.compute.families.qwen_image.config import TransformerConfig, VaeConfig, VisionConfig
+from vllm_omni.diffusion.compute.families.qwen_image.config import (
+    QwenImageConfig,
+    QwenImageVaeConfig,
+    QwenImageVisionConfig,
+)
 from vllm_omni.diffusion.compute.families.qwen_image.edit import (
     EDIT_TEMPLATE,
     IMAGE_TOKEN,
@@ -25,32 +30,32 @@ PROMPT_TEMPLATE = (
     "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
     "<|im_start|>assistant\n"
 )
-"""What diffusers' QwenImagePipeline wraps a prompt in; the model was trained on it."""
+"""Template around a prompt, as in diffusers' QwenImagePipeline; the model was trained with it."""
 NUM_TEMPLATE_TOKENS = 34
-"""Tokens of the template before the prompt; their hidden states are dropped."""
+"""Tokens of the template before the prompt, whose hidden states are dropped."""
 MAX_PROMPT_TOKENS = 1024
-"""diffusers cuts a prompt (with the template's end) here, and takes no larger max_sequence_length."""
+"""Most tokens of a prompt with the end of the template: diffusers' limit, also of max_sequence_length."""
 TEA_CACHE_COEFFICIENTS = (-450.0, 280.0, -45.0, 3.2, -0.02)
-"""As the published TeaCache for Qwen-Image has them; not measured on other weights of this architecture."""
+"""Coefficients of the published TeaCache for Qwen-Image; not measured on other weights of this architecture."""
 PATCH_SIZE = 2
-"""Latent pixels a side that one token stands for."""
+"""Side of a token in latent pixels."""
 PROMPT_TOKENS = ("<|im_start|>", "<|im_end|>")
 EDIT_PROMPT_TOKENS = (*PROMPT_TOKENS, "<|vision_start|>", "<|vision_end|>", IMAGE_TOKEN)
 TEXT_TO_IMAGE, EDIT_PLUS = "QwenImagePipeline", "QwenImageEditPlusPipeline"
 DEFAULT_LATENT_SIDE = 128
-"""Latent pixels a side of the default picture."""
+"""Side of the default picture in latent pixels."""
 AVAILABLE = {
     "use_additional_t_cond": False,
     "use_layer3d_rope": False,
     "guidance_embeds": False,
     "patch_size": PATCH_SIZE,
 }
-"""Keys of transformer/config.json whose other values need more than this package computes."""
+"""Keys of transformer/config.json and the only value of each that this package computes."""
 
 
 @dataclass(frozen=True)
-class PromptTokenCounter:
-    """Counts the text tokens that the transformer sees: the prompt's and the end of the template's."""
+class TemplateTokenCounter:
+    """Counts the text tokens of the transformer: those of the prompt and of the end of the template."""
 
     tokenizer_path: Path
     template: str = PROMPT_TEMPLATE
@@ -64,15 +69,15 @@ class PromptTokenCounter:
         return len(self._tokenizer(self.template.format(prompt)).input_ids) - self.num_template_tokens
 
 
-def describe(path: Path) -> ModelInfo:
-    """Sizes, limits and defaults of the model in `path`.
+def describe(path: Path) -> PackedModelInfo:
+    """Facts of the model in `path`.
 
-    Raises ConfigError for a component whose config cannot be read and for a variant that we cannot run.
+    Raises ConfigError for a component whose config cannot be read and for a variant that the family does not compute.
     """
     values = read_config(path, "transformer")
     check_config_values(values, AVAILABLE)
-    transformer = TransformerConfig.from_dict(values)
-    vae = VaeConfig.from_dict(read_config(path, "vae"))
+    transformer = QwenImageConfig.from_dict(values)
+    vae = QwenImageVaeConfig.from_dict(read_config(path, "vae"))
     text_encoder_values = read_config(path, "text_encoder")
     text_encoder = LanguageModelConfig.from_dict(text_encoder_values)
     read_scheduler_config(path)
@@ -85,17 +90,17 @@ def describe(path: Path) -> ModelInfo:
         "true_cfg_scale": 4.0,
         "max_sequence_length": 512,
     } | read_default_sampling_params(path)
-    count_prompt_tokens, image_input = PromptTokenCounter(path / "tokenizer"), None
+    count_prompt_tokens, image_input = TemplateTokenCounter(path / "tokenizer"), None
     if (class_name := read_config(path, "", "model_index.json").get("_class_name")) != TEXT_TO_IMAGE:
-        count_prompt_tokens = PromptTokenCounter(path / "tokenizer", EDIT_TEMPLATE, NUM_EDIT_TEMPLATE_TOKENS)
-        text_weights.append(VisionConfig.from_dict(text_encoder_values).expected_weights())
+        count_prompt_tokens = TemplateTokenCounter(path / "tokenizer", EDIT_TEMPLATE, NUM_EDIT_TEMPLATE_TOKENS)
+        text_weights.append(QwenImageVisionConfig.from_dict(text_encoder_values).expected_weights())
         image_input = EditInput(
             processor_path=path / "processor",
             count_text_tokens=count_prompt_tokens,
             area=int(defaults["height"]) * int(defaults["width"]),
             is_plus=class_name == EDIT_PLUS,
         )
-    return ModelInfo(
+    return PackedModelInfo(
         path=path,
         family="qwen_image",
         size_multiple=vae_scale * PATCH_SIZE,

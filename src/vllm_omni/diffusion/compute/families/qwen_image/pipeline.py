@@ -1,50 +1,39 @@
-"""Qwen-Image, and Qwen-Image-Edit: encode -> packed denoising steps -> decode, as diffusers' QwenImagePipeline,
-QwenImageEditPipeline and QwenImageEditPlusPipeline."""
+"""Qwen-Image and Qwen-Image-Edit: the computation of diffusers' QwenImagePipeline, QwenImageEditPipeline and
+QwenImageEditPlusPipeline on packed tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKLQwenImage
 from torch import Tensor
 
 from vllm_omni.diffusion.catalog.configs import read_config
-from vllm_omni.diffusion.catalog.model_index import DIFFUSERS_STEMS
-from vllm_omni.diffusion.catalog.registry import ModelInfo
-from vllm_omni.diffusion.compute.attention import create_attention
-from vllm_omni.diffusion.compute.attention.sharded import PackedAttention
-from vllm_omni.diffusion.compute.cache import create_step_cache
-from vllm_omni.diffusion.compute.cache.base import StepCache
 from vllm_omni.diffusion.compute.device.transfers import to_device
-from vllm_omni.diffusion.compute.distributed.mesh import Mesh
-from vllm_omni.diffusion.compute.families.qwen_image.config import TransformerConfig
+from vllm_omni.diffusion.compute.families.component_loader import ComponentLoader
+from vllm_omni.diffusion.compute.families.flow_pipeline import FlowPipeline, FlowState, Forward, branch_prompts
+from vllm_omni.diffusion.compute.families.qwen_image.config import QwenImageConfig
 from vllm_omni.diffusion.compute.families.qwen_image.edit import EditInput
-from vllm_omni.diffusion.compute.families.qwen_image.text import TextEncoder
+from vllm_omni.diffusion.compute.families.qwen_image.text import QwenImageTextEncoder
 from vllm_omni.diffusion.compute.families.qwen_image.transformer import (
     CHECKPOINT_NAMES,
     FLOAT8_LAYERS,
     QwenImageTransformer,
-    StepBlocks,
-    StepContext,
 )
-from vllm_omni.diffusion.compute.families.qwen_image.vae import PictureDecoder, PictureEncoder
-from vllm_omni.diffusion.compute.families.qwen_image.vision import EditEncoder
-from vllm_omni.diffusion.compute.layers.kernels import create_kernels
-from vllm_omni.diffusion.compute.packing import Pack
+from vllm_omni.diffusion.compute.families.qwen_image.vae import QwenImageDecoder, QwenImageEncoder
+from vllm_omni.diffusion.compute.families.qwen_image.vision import QwenImageEditEncoder
+from vllm_omni.diffusion.compute.packing import Hidden, Pack
 from vllm_omni.diffusion.compute.step.arrangement import Arrangement
-from vllm_omni.diffusion.compute.step.compiled import CompiledBlocks
-from vllm_omni.diffusion.compute.step.cuda_graphs import captured
-from vllm_omni.diffusion.compute.step.flow import FlowPipeline, FlowState, Layout
-from vllm_omni.diffusion.compute.step.modulation import ModulationTable
 from vllm_omni.diffusion.compute.step.sampling import combine_guidance, draw_noise, pack_latents
 from vllm_omni.diffusion.compute.step.schedule import make_schedule
 from vllm_omni.diffusion.compute.step.sharding import Sharding
+from vllm_omni.diffusion.compute.step.transformer import StepContext
 from vllm_omni.diffusion.compute.text.prompt_cache import PromptCache
-from vllm_omni.diffusion.compute.weights.loading import load_autoencoder, load_weights
-from vllm_omni.diffusion.data import LoadFormat, OmniDiffusionConfig
+from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.inputs.images import InputImage
 
@@ -54,13 +43,13 @@ MODULATION_BYTES = 2**30
 
 
 class Instruction(NamedTuple):
-    """What a text encoding depends on."""
+    """Input of the text encoder."""
 
     prompt: str
     images: tuple[InputImage, ...]
 
     def key(self) -> tuple[str, ...]:
-        """The same without the pixels."""
+        """Cache key, without the pixels."""
         return self.prompt, *(image.digest for image in self.images)
 
 
@@ -68,129 +57,83 @@ class Instruction(NamedTuple):
 class QwenImageState(FlowState):
     """latents: [rows * columns, in_channels]."""
 
-    grids: tuple[tuple[int, int], ...] = ()
-    """Rows and columns of tokens of the picture, then of each reference picture."""
+    reference_grids: tuple[tuple[int, int], ...] = ()
+    """Rows and columns of tokens of each reference picture."""
     references: Tensor | None = None
     """Clean latents of the reference pictures, [tokens, in_channels]: further image tokens of every branch."""
 
+    @property
+    def num_image_tokens(self) -> int:
+        return self.num_tokens + (0 if self.references is None else len(self.references))
+
 
 @dataclass(frozen=True)
-class Forward:
-    """What this rank computes of them, in the order of `sharding.mine`."""
+class QwenImageForward(Forward):
+    """Tensors that the steps of some sequences share."""
 
-    arrangement: Arrangement
-    text: Tensor
     targets: Tensor | None
-    """int64 [target tokens]: the image tokens that are no reference's; None: all are not."""
-    own_rows: Tensor | None
-    """int64 [image tokens]: the row of modulation of each, its sequence's or the one after all sequences', which is of
-    timestep 0, for references, though other ranks may hold these; None: all have their sequence's."""
+    """int64 [velocity tokens]: positions of the image tokens of pictures, not of references; None: all are."""
 
 
-class Pipeline(FlowPipeline[QwenImageState, Forward]):
+class QwenImagePipeline(FlowPipeline[QwenImageState, QwenImageTransformer, QwenImageForward]):
     def __init__(
         self,
+        loader: ComponentLoader,
         transformer: QwenImageTransformer,
+        decoder: QwenImageDecoder,
         encode_text: Callable[[Instruction], Tensor],
-        encoder: PictureEncoder | None,
-        decoder: PictureDecoder,
-        scheduler: FlowMatchEulerDiscreteScheduler,
-        pixels_per_token: int,
-        attention: PackedAttention,
-        step_cache: StepCache,
-        mesh: Mesh,
+        encoder: QwenImageEncoder | None,
     ) -> None:
-        super().__init__(decoder, scheduler, pixels_per_token, mesh)
-        self.transformer = transformer
-        self.step_cache = step_cache
-        self._attention = attention
+        """encoder: makes latents of input pictures; None: the model takes none."""
+        super().__init__(loader, transformer, decoder, MODULATION_BYTES)
         self._prompts = PromptCache(encode_text, PROMPT_CACHE_BYTES, Instruction.key)
         self._references: PromptCache[InputImage] | None = None
-        """Latents of input pictures; None where the model takes none."""
+        """Latents of input pictures; None: the model takes none."""
         if encoder is not None:
             self._references = PromptCache(
                 lambda image: encoder(image.reference), REFERENCE_CACHE_BYTES, lambda image: image.digest
             )
-        self._modulations = ModulationTable(transformer.modulate, MODULATION_BYTES)
-        self._dtype = transformer.proj_out.weight.dtype
-        self._device = transformer.proj_out.weight.device
 
     @classmethod
-    def load(
-        cls,
-        config: OmniDiffusionConfig,
-        info: ModelInfo,
-        device: torch.device,
-        dtype: torch.dtype,
-        on_bytes: Callable[[int], object],
-        mesh: Mesh,
-    ) -> Pipeline:
-        path = info.path
-        encode_text = _load_text_encoder(info, device, dtype, on_bytes, mesh, config.load_format, config.variant)
-        vae = load_autoencoder(
-            AutoencoderKLQwenImage, path / "vae", device, dtype, on_bytes, config.load_format, config.variant
-        )
-        if info.image_input is None:
+    def build(cls, loader: ComponentLoader) -> QwenImagePipeline:
+        encode_text = _load_text_encoder(loader)
+        vae = loader.autoencoder(AutoencoderKLQwenImage)
+        takes_images = loader.info.image_input is not None
+        if not takes_images:
             vae.encoder = torch.nn.Identity()  # frees its weights
-        vae.to(device)
-        values = TransformerConfig.from_dict(read_config(path, "transformer"))
-        with torch.device("meta"):
-            transformer = QwenImageTransformer(values, mesh.tensor, create_kernels(config.kernels))
-        load_weights(
-            transformer,
-            path / "transformer",
-            CHECKPOINT_NAMES,
-            device,
-            dtype,
-            on_bytes,
-            float8=FLOAT8_LAYERS if config.quantization == "fp8" else (),
-            load_format=config.load_format,
-            variant=config.variant,
-            stems=DIFFUSERS_STEMS,
-        )
-        return cls(
-            transformer=transformer,
-            encode_text=encode_text,
-            encoder=None if info.image_input is None else PictureEncoder(vae),
-            decoder=PictureDecoder(vae, config.vae_use_slicing, config.vae_use_tiling, mesh.vae),
-            scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(path / "scheduler"),
-            pixels_per_token=info.pixels_per_token,
-            attention=PackedAttention(create_attention(config.attention_backend), mesh.ulysses, mesh.ring),
-            step_cache=create_step_cache(config.cache, info, mesh.rank_group),
-            mesh=mesh,
-        )
+        vae.to(loader.device)
+        config = QwenImageConfig.from_dict(read_config(loader.info.path, "transformer"))
+        transformer = loader.transformer(partial(QwenImageTransformer, config), CHECKPOINT_NAMES, FLOAT8_LAYERS)
+        encoder = QwenImageEncoder(vae) if takes_images else None
+        decoder = QwenImageDecoder(vae, loader.config.vae_use_slicing, loader.config.vae_use_tiling, loader.mesh.vae)
+        return cls(loader, transformer, decoder, encode_text, encoder)
 
     @classmethod
     def gains_from_compiling(cls, config: OmniDiffusionConfig) -> bool:
         # The fused kernels leave nothing to compile.
         return config.kernels == "torch"
 
-    def compile_blocks(self) -> CompiledBlocks:
-        return self.transformer.compile_blocks()
-
     def encode(self, request: DiffusionRequest) -> QwenImageState:
-        prompts = [request.prompt]
-        if request.has_guidance:
-            assert request.negative_prompt is not None
-            prompts.append(request.negative_prompt)
-        text = tuple(self.transformer.embed_text(self._encode_text(request, prompt)) for prompt in prompts)
-        side = self._pixels_per_token
-        reference_sizes = [image.reference.shape[:2] for image in request.images]
-        grids = (self._grid(request), *((height // side, width // side) for height, width in reference_sizes))
-        rows, columns = grids[0]
+        text = tuple(
+            self.transformer.embed_text(self._encode_text(request, prompt)) for prompt in branch_prompts(request)
+        )
+        side, reference_sizes = self._pixels_per_token, [image.reference.shape[:2] for image in request.images]
+        rows, columns = grid = self._grid(request)
         channels = self.transformer.config.in_channels // 4
         noise = draw_noise((channels, 2 * rows, 2 * columns), request.seed, self._dtype, self._device)
         scheduler = make_schedule(self._scheduler, request, rows * columns)
         timesteps = tuple((scheduler.timesteps.to(self._dtype) / 1000).tolist())
         references = self._encode_images(request.images)
+        num_reference_tokens = 0 if references is None else len(references)
         clean = [0.0] * (references is not None and self.transformer.config.zero_cond_t)
         self._modulations.prefetch([*timesteps, *clean])
         return QwenImageState(
             request=request,
             latents=pack_latents(noise),
-            sequence_lengths=tuple(sum(r * c for r, c in grids) + len(states) for states in text),
+            sequence_lengths=tuple(rows * columns + num_reference_tokens + len(states) for states in text),
             text=text,
-            grids=grids,
+            grid=grid,
+            reference_grids=tuple((height // side, width // side) for height, width in reference_sizes),
             references=references,
             scheduler=scheduler,
             timesteps=timesteps,
@@ -199,72 +142,45 @@ class Pipeline(FlowPipeline[QwenImageState, Forward]):
     def _encode_text(self, request: DiffusionRequest, prompt: str) -> Tensor:
         """[tokens, joint_attention_dim]"""
         states = self._prompts(Instruction(prompt, request.images))
-        # As in diffusers, which cuts no instruction that has pictures.
+        # As in diffusers, a prompt with pictures is not cut.
         return states if request.images else states[: request.max_sequence_length]
 
     def _encode_images(self, images: Sequence[InputImage]) -> Tensor | None:
-        """[reference tokens, in_channels]; None for none."""
+        """[reference tokens, in_channels]; None without pictures."""
         if not images:
             return None
         assert self._references is not None, "a model that takes no input pictures was sent some"
         return torch.cat([self._references(image) for image in images])
 
-    def predict(
-        self, states: Sequence[QwenImageState], groups: Sequence[int] | None = None
-    ) -> list[tuple[Tensor, ...]]:
-        groups = tuple(groups) if groups is not None else (0,) * sum(len(s.text) for s in states)
-        layout = self._layouts.get((*states, groups), lambda: self._lay_out(states, groups))
-        velocities = iter(layout.sharding.gather(self._forward(states, layout)))
-        return [tuple(next(velocities) for _ in state.text) for state in states]
+    def image_tokens(self, state: QwenImageState) -> Tensor:
+        return state.latents if state.references is None else torch.cat((state.latents, state.references))
 
-    def _forward(self, states: Sequence[QwenImageState], layout: Layout[Forward]) -> Tensor:
-        """Velocities [image tokens, channels] of what this rank computes."""
-        sharding, forward = layout.sharding, layout.forward
-        channels = self.transformer.config.in_channels
-        if forward is None:
-            return torch.empty((0, channels), dtype=self._dtype, device=self._device)
-        branches = [state for state in states for _ in state.text]
-        mine = [branches[i] for i in sharding.mine]
-        timesteps = [s.timesteps[s.step] for s in mine]
-        modulation = self._modulations.rows_of(timesteps + [0.0] * (forward.own_rows is not None))
-        latents = torch.cat([sharding.part(_image_tokens(s)) for s in mine])
-        context = StepContext(forward.arrangement, modulation, forward.own_rows, forward.targets)
-        steps = [step for state in states for step in state.sequence_steps]
-        hidden = self.transformer.embed(latents, forward.text)
-        blocks = captured(StepBlocks(self.transformer, context), layout.captured_graphs, self.capturer)
-        hidden = self.step_cache.run(hidden, blocks, [steps[i] for i in sharding.mine])
-        return self.transformer.project(hidden, context)
+    def row_timesteps(self, states: Sequence[QwenImageState], forward: QwenImageForward) -> list[float]:
+        timesteps = super().row_timesteps(states, forward)
+        return [*timesteps, 0.0] if forward.arrangement.has_own_rows else timesteps
 
-    def _lay_out(self, states: Sequence[QwenImageState], groups: Sequence[int]) -> Layout[Forward]:
-        text = [branch for state in states for branch in state.text]
-        grids = [state.grids for state in states for _ in state.text]
-        lengths = [sum(rows * columns for rows, columns in pictures) for pictures in grids]
-        targets = [pictures[0][0] * pictures[0][1] for pictures in grids]
-        sharding = Sharding(lengths, groups, self._mesh, self._device, targets)
-        if not sharding.mine:
-            return Layout(sharding, None)
-        sizes = [(len(text[i]), grids[i]) for i in sharding.mine]
-        rotations = [sharding.part(r) for size in sizes for r in self.transformer.rotations(*size)]
-        pack = Pack.build(
-            [n for n, _ in sizes],
-            [lengths[i] for i in sharding.mine],
-            self._device,
-            sharding.parts,
-            sharding.index,
+    def rotations(self, state: QwenImageState, num_text_tokens: int) -> tuple[Tensor, Tensor]:
+        return self.transformer.rotations(num_text_tokens, (state.grid, *state.reference_grids))
+
+    def lay_out(
+        self, states: Sequence[QwenImageState], text: Tensor, pack: Pack, rotations: Tensor, sharding: Sharding
+    ) -> QwenImageForward:
+        is_reference = torch.cat(
+            [sharding.part(torch.arange(state.num_image_tokens) >= state.num_tokens) for state in states]
         )
-        is_reference = torch.cat([sharding.part(torch.arange(lengths[i]) >= targets[i]) for i in sharding.mine])
-        has_references = bool(is_reference.any())
-        own_rows = None
-        if self.transformer.config.zero_cond_t and any(lengths[i] > targets[i] for i in sharding.mine):
-            own_rows = pack.image_sequence.masked_fill(to_device(is_reference, self._device), pack.num_sequences)
-        forward = Forward(
-            # Text and image of one sequence after another: that is the joint order.
-            arrangement=Arrangement(pack, to_device(torch.cat(rotations), self._device), self._attention),
-            text=torch.cat([sharding.part(text[i]) for i in sharding.mine]),
-            targets=to_device((~is_reference).nonzero()[:, 0], self._device) if has_references else None,
-            own_rows=own_rows,
-        )
-        return Layout(sharding, forward)
+        image_rows = targets = None
+        if self.transformer.config.zero_cond_t and any(state.references is not None for state in states):
+            # References are modulated at timestep 0: by the row after those of all sequences.
+            image_rows = pack.image_sequence.masked_fill(to_device(is_reference, self._device), pack.num_sequences)
+        if is_reference.any():
+            targets = to_device((~is_reference).nonzero()[:, 0], self._device)
+        return QwenImageForward(Arrangement(pack, rotations, self._attention, image_rows), text, targets)
+
+    def embed(self, latents: Tensor, context: StepContext, forward: QwenImageForward) -> Hidden:
+        return self.transformer.embed(latents, forward.text)
+
+    def project(self, hidden: Hidden, context: StepContext, forward: QwenImageForward) -> Tensor:
+        return self.transformer.project(hidden, context, forward.targets)
 
     def combine(self, state: QwenImageState, branches: Sequence[Tensor]) -> Tensor:
         if len(branches) == 1:
@@ -272,25 +188,11 @@ class Pipeline(FlowPipeline[QwenImageState, Forward]):
         return combine_guidance(branches[0], branches[1], state.request.true_cfg_scale)
 
 
-def _image_tokens(state: QwenImageState) -> Tensor:
-    """[tokens of the picture and of its references, in_channels]."""
-    return state.latents if state.references is None else torch.cat((state.latents, state.references))
-
-
-def _load_text_encoder(
-    info: ModelInfo,
-    device: torch.device,
-    dtype: torch.dtype,
-    on_bytes: Callable[[int], object],
-    mesh: Mesh,
-    load_format: LoadFormat,
-    variant: str | None,
-) -> Callable[[Instruction], Tensor]:
-    if info.image_input is None:
-        text_encoder = TextEncoder(info.path, device, dtype, mesh.text_encoder, on_bytes, load_format, variant)
+def _load_text_encoder(loader: ComponentLoader) -> Callable[[Instruction], Tensor]:
+    edit = loader.info.image_input
+    if edit is None:
+        text_encoder = loader.text_encoder(QwenImageTextEncoder)
         return lambda instruction: text_encoder(instruction.prompt)
-    assert isinstance(info.image_input, EditInput)
-    edit_encoder = EditEncoder(
-        info.path, info.image_input, device, dtype, mesh.text_encoder, on_bytes, load_format, variant
-    )
+    assert isinstance(edit, EditInput)
+    edit_encoder = loader.text_encoder(QwenImageEditEncoder, edit)
     return lambda instruction: edit_encoder(*instruction)

@@ -21,8 +21,8 @@ from vllm_omni.diffusion.compute.weights.loading import OnBytes
 from vllm_omni.diffusion.data import LoadFormat
 
 
-class TextEncoder:
-    """Of prompts alone; `vision.EditEncoder` is its like for pictures to edit."""
+class QwenImageTextEncoder:
+    """Encodes prompts; `vision.QwenImageEditEncoder` encodes pictures to edit with their prompt."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class TextEncoder:
         load_format: LoadFormat = "auto",
         variant: str | None = None,
     ) -> None:
-        """Reads this rank's share of the weights in `path`, a model folder; `on_bytes` is told how much that is.
+        """Read this rank's share of the weights in the model folder `path`; `on_bytes` is called with their size.
 
         Raises ConfigError for a checkpoint that does not fit.
         """
@@ -43,7 +43,7 @@ class TextEncoder:
         self._model = load_text_model(path / "text_encoder", device, dtype, group, on_bytes, load_format, variant)
 
     def __call__(self, prompt: str) -> Tensor:
-        """-> [tokens, hidden size]: the last hidden states without the template's beginning.
+        """Last hidden states [tokens, hidden size], without those of the beginning of the template.
 
         All ranks of the group must call with the same prompt; each gets the states.
         """
@@ -66,7 +66,7 @@ def load_text_model(
     load_format: LoadFormat,
     variant: str | None = None,
 ) -> Qwen2_5_VLTextModel:
-    """This rank's share of the language model in `folder`, a text encoder's."""
+    """This rank's share of the language model in a text encoder's `folder`."""
     config = Qwen2_5_VLConfig.from_pretrained(folder).text_config
     build = partial(Qwen2_5_VLTextModel, config)
     return load_language_model(build, folder, device, dtype, group, on_bytes, load_format=load_format, variant=variant)

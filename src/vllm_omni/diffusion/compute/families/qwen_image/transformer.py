@@ -7,7 +7,6 @@ tensor parallelism a rank has P-th parts: of the heads, of the inner MLP channel
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -16,16 +15,15 @@ from torch import Tensor, nn
 
 from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.distributed.groups import Group
-from vllm_omni.diffusion.compute.families.qwen_image.config import TransformerConfig
+from vllm_omni.diffusion.compute.families.qwen_image.config import QwenImageConfig
 from vllm_omni.diffusion.compute.layers.kernels import Kernels, Projected, TorchKernels
 from vllm_omni.diffusion.compute.layers.linear import ColumnLinear, RowLinear
 from vllm_omni.diffusion.compute.layers.norms import Scale, norm_modulate, rms_norm
 from vllm_omni.diffusion.compute.layers.rope import axis_rotations
 from vllm_omni.diffusion.compute.layers.timesteps import NUM_WAVES, timestep_waves
 from vllm_omni.diffusion.compute.packing import Hidden, Pack
-from vllm_omni.diffusion.compute.step.arrangement import Arrangement
-from vllm_omni.diffusion.compute.step.compiled import Backend, CompiledBlocks
 from vllm_omni.diffusion.compute.step.modulation import Modulation, per_token
+from vllm_omni.diffusion.compute.step.transformer import PackedTransformer, StepContext
 
 EPS = 1e-6
 IMAGE, TEXT = 0, 1
@@ -47,50 +45,16 @@ CHECKPOINT_NAMES: dict[str, tuple[str, ...]] = {
     "text.up": ("txt_mlp.net.0.proj",),
     "text.down": ("txt_mlp.net.2",),
 }
-"""Our module -> the modules of diffusers' checkpoint whose weights it holds, one after another along dim 0; within
-a block without its `transformer_blocks.N.`. Modules that are not listed have the same name in both."""
+"""Our module -> modules of diffusers' checkpoint whose weights it concatenates along dim 0. Names within a block have
+no `transformer_blocks.N.`. Modules that are not listed have the same name in both."""
 
 FLOAT8_LAYERS = ("qkv", "out", "up", "down")
-"""Of every block, what `--quantization fp8` keeps in float8: two thirds of the weights. Modulation, computed once a
-timestep, and what lies before and behind the blocks stay as they are."""
+"""Layers of every block that `--quantization fp8` keeps in float8: two thirds of the weights. Modulation, computed
+once a timestep, and the layers outside the blocks keep the model's dtype."""
 
 
-@dataclass(frozen=True)
-class StepContext:
-    """What the blocks of one step read besides: the arrangement and the modulation of its sequences."""
-
-    arrangement: Arrangement
-    """rotations: float32 [T + S, 1, 1, d / 2, 2]."""
-    modulation: Modulation
-    own_rows: Tensor | None = None
-    """int64 [S]: the row of `modulation` of each image token; None: its sequence's, which text tokens always have."""
-    targets: Tensor | None = None
-    """int64 [target tokens]: the image tokens whose velocity is wanted; None: all."""
-
-    @property
-    def pack(self) -> Pack:
-        return self.arrangement.pack
-
-    @property
-    def text_index(self) -> Tensor | None:
-        """See `Modulation.index`."""
-        return self.modulation.index(self.pack.text_sequence)
-
-    @property
-    def image_index(self) -> Tensor | None:
-        return self.modulation.index(self.pack.image_sequence if self.own_rows is None else self.own_rows)
-
-    def select(self, members: Sequence[int]) -> StepContext:
-        """The same of some of the sequences, for blocks alone."""
-        arrangement = self.arrangement.select(tuple(members))
-        if self.own_rows is None:
-            return StepContext(arrangement, self.modulation.of_members(arrangement.pack.numbers))
-        by_sequence = self.own_rows.split(self.pack.image.lengths)
-        return StepContext(arrangement, self.modulation, torch.cat([by_sequence[i] for i in members]))
-
-
-class Stream(nn.Module):
-    """The weights of one block for one kind of token (text or image), and what they do before and after attention."""
+class QwenImageStream(nn.Module):
+    """Layers of one block for one kind of token (text or image), before and after attention."""
 
     def __init__(self, dim: int, tensor: Group, kernels: Kernels) -> None:
         super().__init__()
@@ -102,8 +66,10 @@ class Stream(nn.Module):
         self.down = RowLinear(4 * dim, dim, tensor)
 
     def project(self, x: Tensor, rows: Tensor, index: Tensor | None, norms: Tensor) -> Projected:
-        """x: [tokens, D]; rows: [rows, 6, D]; norms: of queries and keys [2 * d] -> those and values of this rank's
-        heads."""
+        """Queries, keys and values of this rank's heads.
+
+        x: [tokens, D]; rows: [rows, 6, D]; norms: [2 * d], weights of the norms of queries and keys.
+        """
         shift, scale, *_ = rows.unbind(1)
         modulated = self.kernels.norm_modulate(x, shift, scale, index, EPS, self.qkv.is_float8)
         return Projected(self.qkv.product(modulated), norms, self.qkv.late_bias)
@@ -111,8 +77,10 @@ class Stream(nn.Module):
     def finish(
         self, x: Tensor, attended: Tensor, rows: Tensor, index: Tensor | None, places: Tensor | None = None
     ) -> Tensor:
-        """x: [tokens, D]; attended: [tokens, D / P], or more rows, of which `places` tells each token's; rows:
-        [rows, 6, D] -> [tokens, D]."""
+        """Output [tokens, D] of the block.
+
+        x: [tokens, D]; attended: [tokens, D / P], or more rows, of which `places` is each token's; rows: [rows, 6, D].
+        """
         *_, gate, mlp_shift, mlp_scale, mlp_gate = rows.unbind(1)
         kernels = self.kernels
         if self.out.is_float8:
@@ -125,25 +93,25 @@ class Stream(nn.Module):
         return kernels.gated_add(x, self.down.product(inner), mlp_gate, index, self.down.late_bias)
 
 
-class Block(nn.Module):
-    """Attention of text and image together, between what each does for itself.
+class QwenImageBlock(nn.Module):
+    """Joint attention of text and image between layers of their own (MMDiT).
 
     `before` and `after` take plain tensors, so that they can be compiled: see `CompiledPart`.
     """
 
-    def __init__(self, config: TransformerConfig, tensor: Group, kernels: Kernels) -> None:
+    def __init__(self, config: QwenImageConfig, tensor: Group, kernels: Kernels) -> None:
         super().__init__()
         self.kernels = kernels
         self.qk_norm = Scale(4 * config.attention_head_dim)
-        self.image = Stream(config.dim, tensor, kernels)
-        self.text = Stream(config.dim, tensor, kernels)
+        self.image = QwenImageStream(config.dim, tensor, kernels)
+        self.text = QwenImageStream(config.dim, tensor, kernels)
 
     def modulate(self, condition: Tensor) -> Tensor:
-        """[timesteps, D] -> [2, timesteps, 6 * D / P], image then text."""
+        """Rows of modulation [2, timesteps, 6 * D / P], image then text. condition: [timesteps, D]."""
         return torch.stack((self.image.modulation(condition), self.text.modulation(condition)))
 
     def forward(self, hidden: Hidden, rows: Tensor, context: StepContext) -> Hidden:
-        """rows: this block's of the modulation, [2, rows, 6, D]."""
+        """rows: [2, rows, 6, D], the block's rows of modulation."""
         pack, arrangement = context.pack, context.arrangement
         tokens = hidden.text, hidden.image, context.text_index, context.image_index
         q, k, v = self.before(rows, *tokens, pack.joint_order, pack.joint_is_image, arrangement.rotations)
@@ -152,13 +120,13 @@ class Block(nn.Module):
         return Hidden(text=text, image=image)
 
     def _of_streams(self, attended: Tensor, pack: Pack) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """[T + S, D / P] in joint order -> what `after` takes."""
+        """The last three arguments of `after`. attended: [T + S, D / P] in joint order."""
         if pack.num_sequences == 1:
             return attended, None, None
         if not self.kernels.picks_rows or pack.places is None:
             return *pack.split(attended), None
-        # The image's output projection then computes the text's rows as well, which are few; picking the image's before
-        # would copy them all.
+        # The image's output projection then computes the few rows of the text too: selecting the image's rows before
+        # it would copy nearly all of them.
         text_places, image_places = pack.places
         return attended.index_select(0, text_places), attended, image_places
 
@@ -173,7 +141,7 @@ class Block(nn.Module):
         joint_is_image: Tensor,
         rotations: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """-> q, k and v, [T + S, H / P, d] each, in joint order."""
+        """Queries, keys and values, [T + S, H / P, d] each, in joint order."""
         text_norms, image_norms = self.qk_norm.weight.chunk(2)
         streams = (
             self.text.project(text, rows[TEXT], text_index, text_norms),
@@ -192,10 +160,10 @@ class Block(nn.Module):
         image_attended: Tensor | None,
         image_places: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """attended: [T, D / P], and of the image [S, D / P]; None: `attended` has both, one after the other; or more
-        rows, of which `image_places`, int64 [S], tells each image token's.
+        """Text and image after the block: [T, D] and [S, D].
 
-        -> text and image, [T, D] and [S, D].
+        attended: [T, D / P]. image_attended: [S, D / P], or more rows, of which `image_places`, int64 [S], is each
+        image token's. image_attended None: `attended` is [T + S, D / P], text then image.
         """
         if image_attended is None:
             attended, image_attended = attended[: len(text)], attended[len(text) :]
@@ -205,12 +173,12 @@ class Block(nn.Module):
         )
 
 
-class QwenImageTransformer(nn.Module):
-    """`embed -> blocks -> project`: see `StepBlocks` for what runs the blocks."""
+class QwenImageTransformer(PackedTransformer):
+    """Double-stream transformer: `embed_text` once a prompt; `embed`, the blocks and `project` at every step."""
 
-    def __init__(self, config: TransformerConfig, tensor: Group, kernels: Kernels | None = None) -> None:
-        """tensor: the ranks that share every layer; their number divides the heads. kernels: of the blocks; None: plain
-        PyTorch."""
+    def __init__(self, config: QwenImageConfig, tensor: Group, kernels: Kernels | None = None) -> None:
+        """tensor: ranks that share every layer; their number divides the heads. kernels: implementation of the fused
+        operations; None: plain PyTorch."""
         super().__init__()
         self.config = config
         self.tensor = tensor
@@ -220,26 +188,34 @@ class QwenImageTransformer(nn.Module):
         self.txt_norm = Scale(config.joint_attention_dim)
         self.img_in = nn.Linear(config.in_channels, dim)
         self.txt_in = nn.Linear(config.joint_attention_dim, dim)
-        self.transformer_blocks = nn.ModuleList(Block(config, tensor, kernels) for _ in range(config.num_layers))
+        self.transformer_blocks = nn.ModuleList(
+            QwenImageBlock(config, tensor, kernels) for _ in range(config.num_layers)
+        )
         self.output_modulation = nn.Linear(dim, 2 * dim)
         self.proj_out = nn.Linear(dim, config.patch_size**2 * config.out_channels)
 
-    def compile_blocks(self, backend: Backend = "inductor") -> CompiledBlocks:
-        """From here on the blocks run compiled but for attention, and for `after` where it holds the exchanges of
-        tensor parallelism. Compiles at the first run of each variant: one row of modulation or several, one sequence or
-        several."""
-        parts = ["before", "after"] if self.tensor.size == 1 else ["before"]
-        return CompiledBlocks(list(self.transformer_blocks), parts, backend)
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return list(self.transformer_blocks)
+
+    def run(self, hidden: Hidden, which: range, context: StepContext) -> Hidden:
+        for number in which:
+            hidden = self.transformer_blocks[number](hidden, context.modulation.blocks[number], context)
+        return hidden
+
+    def signal(self, hidden: Hidden, context: StepContext) -> Tensor:
+        shift, scale = per_token(context.modulation.blocks[0, IMAGE, :, :2], context.image_index)
+        return norm_modulate(hidden.image, shift, scale, EPS)
 
     def modulate(self, timesteps: Sequence[float]) -> Modulation:
-        """The rows of modulation of these timesteps, each in [0, 1] and already rounded to the model's dtype.
+        """Rows of modulation of these timesteps, each in [0, 1] and already rounded to the model's dtype.
 
-        Parts of a block: shift, scale, gate of the attention, then of the MLP; of the output: scale and shift. Scales
-        have their 1 added.
+        Parts of a block: shift, scale, gate of the attention, then of the MLP. Parts of the output: scale, shift.
+        Scales include the added 1.
         """
         waves = timestep_waves(torch.tensor(timesteps), scale=1000).to(self.proj_out.weight.dtype)
         condition = F.silu(self.time_embedder(to_device(waves, self.proj_out.weight.device)))
-        rows = torch.stack([cast(Block, block).modulate(condition) for block in self.transformer_blocks])
+        rows = torch.stack([cast(QwenImageBlock, block).modulate(condition) for block in self.transformer_blocks])
         blocks = torch.cat(self.tensor.all_gather(rows).unbind(), dim=-1).unflatten(-1, (6, -1))
         final = self.output_modulation(condition).unflatten(-1, (2, -1))
         for scale in (blocks[..., 1, :], blocks[..., 4, :], final[..., 0, :]):
@@ -247,15 +223,15 @@ class QwenImageTransformer(nn.Module):
         return Modulation(blocks, final)
 
     def embed_text(self, states: Tensor) -> Tensor:
-        """The text encoder's [tokens, joint_attention_dim] -> [tokens, D]; the same at every step."""
+        """Text [tokens, D], the same at every step. states: [tokens, joint_attention_dim] of the text encoder."""
         embedded: Tensor = self.txt_in(rms_norm(states, self.txt_norm.weight, EPS))
         return embedded
 
     def rotations(self, num_text_tokens: int, grids: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """Of one sequence: float32 [text tokens, 1, 1, d / 2, 2] and [image tokens, 1, 1, d / 2, 2], on the CPU.
+        """RoPE of one sequence, on the CPU: float32 [text tokens, 1, 1, d / 2, 2] and [image tokens, 1, 1, d / 2, 2].
 
-        grids: rows and columns of the target and of each reference picture, frames 0, 1, ... of the sequence. Rows and
-        columns count from a picture's middle; text follows on the diagonal, past the edge of the largest.
+        grids: rows and columns of the picture and of each reference picture, which are frames 0, 1, ... Positions
+        count from a picture's middle; text continues on the diagonal, past the edge of the largest picture.
         """
         start = max(side // 2 for grid in grids for side in grid)
         text = torch.arange(start, start + num_text_tokens)[:, None].expand(-1, 3)
@@ -269,53 +245,17 @@ class QwenImageTransformer(nn.Module):
         return tuple(axis_rotations(p, axes)[:, None, None] for p in (text, image))  # type: ignore[return-value]  # two
 
     def embed(self, latents: Tensor, text: Tensor) -> Hidden:
-        """latents: [S, in_channels]; text: [T, D] from `embed_text`."""
+        """Input of the first block. latents: [S, in_channels]; text: [T, D] from `embed_text`."""
         return Hidden(text=text, image=self.img_in(latents))
 
-    def project(self, hidden: Hidden, context: StepContext) -> Tensor:
-        """-> velocity [target tokens, patch_size² * out_channels]."""
+    def project(self, hidden: Hidden, context: StepContext, targets: Tensor | None = None) -> Tensor:
+        """Velocity [velocity tokens, patch_size² * out_channels].
+
+        targets: int64 [velocity tokens], positions of the image tokens that have one; None: all have.
+        """
         image, sequence = hidden.image, context.pack.image_sequence
-        if context.targets is not None:
-            image, sequence = (x.index_select(0, context.targets) for x in (image, sequence))
+        if targets is not None:
+            image, sequence = (x.index_select(0, targets) for x in (image, sequence))
         scale, shift = context.modulation.of_output(sequence)
         velocity: Tensor = self.proj_out(norm_modulate(image, shift, scale, EPS))
         return velocity
-
-
-@dataclass(frozen=True)
-class StepBlocks:
-    """The transformer's blocks over the sequences of one step; all of them or some, from one to another."""
-
-    transformer: QwenImageTransformer
-    context: StepContext
-
-    @property
-    def num_blocks(self) -> int:
-        return len(self.transformer.transformer_blocks)
-
-    @property
-    def pack(self) -> Pack:
-        return self.context.pack
-
-    def run(self, hidden: Hidden, which: range) -> Hidden:
-        rows = self.context.modulation.blocks
-        for index in which:
-            hidden = self.transformer.transformer_blocks[index](hidden, rows[index], self.context)
-        return hidden
-
-    def signal(self, hidden: Hidden) -> Tensor:
-        """[S, D]: what the first block's attention projects."""
-        rows = self.context.modulation.blocks[0, IMAGE]
-        shift, scale = per_token(rows[:, :2], self.context.image_index)
-        return norm_modulate(hidden.image, shift, scale, EPS)
-
-    @property
-    def rows(self) -> Tensor:
-        return self.context.modulation.blocks
-
-    def with_rows(self, rows: Tensor) -> StepBlocks:
-        modulation = replace(self.context.modulation, blocks=rows)
-        return StepBlocks(self.transformer, replace(self.context, modulation=modulation))
-
-    def select(self, members: Sequence[int]) -> StepBlocks:
-        return StepBlocks(self.transformer, self.context.select(members))

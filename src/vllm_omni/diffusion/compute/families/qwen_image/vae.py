@@ -1,4 +1,4 @@
-"""Between latents and pixels, with diffusers' VAE cut down to what a single frame needs."""
+"""Qwen-Image's VAE for single pictures: diffusers' video VAE, reduced to one frame."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vllm_omni.diffusion.compute.vae.tiles import Tiling
 
 
 class FrameConv(nn.Module):
-    """A causal 3D convolution of one frame: the frames before it are zero, so only the last time slice counts."""
+    """Causal 3D convolution of one frame: the frames before it are zero, so only the last time slice has an effect."""
 
     def __init__(self, conv: QwenImageCausalConv3d) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class FrameConv(nn.Module):
 
 
 class FrameCoder(nn.Module):
-    """The VAE's encoder or decoder for pictures; it keeps no features for a next frame."""
+    """Encoder or decoder of the VAE for one frame; it keeps no features for a next frame."""
 
     def __init__(self, coder: nn.Module) -> None:
         super().__init__()
@@ -54,8 +54,8 @@ class FrameCoder(nn.Module):
         return out
 
 
-class PictureEncoder:
-    """Makes the token latents of pictures: the mode of what the VAE says, scaled as the transformer knows latents."""
+class QwenImageEncoder:
+    """Makes token latents of pictures: the mode of the VAE's distribution, normalized for the transformer."""
 
     def __init__(self, vae: AutoencoderKLQwenImage) -> None:
         vae.encoder = FrameCoder(vae.encoder)
@@ -63,14 +63,14 @@ class PictureEncoder:
         self._mean, self._std = _scaling(vae)
 
     def __call__(self, pixels: np.ndarray) -> Tensor:
-        """uint8 [height, width, 3], sides multiples of a token's -> [rows * columns, channels * 4]."""
+        """Latents [rows * columns, channels * 4]. pixels: uint8 [height, width, 3]; a token's side divides both."""
         values = torch.from_numpy(pixels).permute(2, 0, 1)[None, :, None].float() / 255 * 2 - 1
         distribution = self._vae.encode(to_device(values.to(self._vae.dtype), self._vae.device)).latent_dist
         scaled = (distribution.mode() - self._mean) / self._std
         return pack_latents(scaled[0, :, 0])
 
 
-class PictureDecoder:
+class QwenImageDecoder:
     """Decodes token latents with a Qwen-Image VAE; see `LatentDecoder` for the rest."""
 
     def __init__(self, vae: AutoencoderKLQwenImage, one_at_a_time: bool, tiled: bool, group: Group) -> None:
@@ -85,22 +85,22 @@ class PictureDecoder:
         self._inverse_std = 1.0 / std
 
     def __call__(self, latents: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> list[Picture]:
-        """latents: [rows * columns, channels * 4] and (rows, columns) of each picture -> uint8 [height, width, 3].
+        """Pictures, uint8 [height, width, 3]. latents: [rows * columns, channels * 4]; grids: (rows, columns).
 
-        All ranks of the group must call with the same latents; the pictures come on its first rank, [] on the others.
+        All ranks of the group must call with the same latents; the first gets the pictures, the others get [].
         """
         unpacked = [unpack_latents(tokens, *grid)[None, :, None] for tokens, grid in zip(latents, grids, strict=True)]
         return self._decode([x.to(self._dtype) / self._inverse_std + self._mean for x in unpacked])
 
 
 def decode_frame(vae: AutoencoderKLQwenImage, latents: Tensor) -> Tensor:
-    """A tile or a whole picture, [1, channels, 1, height, width] -> [1, 3, 1, height * 8, width * 8]."""
+    """Pixels [1, 3, 1, height * 8, width * 8] of a tile or a whole picture, [1, channels, 1, height, width]."""
     pixels: Tensor = vae.decoder(vae.post_quant_conv(latents))
     return pixels
 
 
 def tiling_of(vae: AutoencoderKLQwenImage) -> tuple[int, Tiling]:
-    """Pixels a side of a latent pixel, and the VAE's own tiles."""
+    """Side of a latent pixel in pixels, and the VAE's own tiling."""
     scale = 2 ** len(vae.temperal_downsample)
     tiling = Tiling(
         height=vae.tile_sample_min_height // scale,
@@ -112,7 +112,7 @@ def tiling_of(vae: AutoencoderKLQwenImage) -> tuple[int, Tiling]:
 
 
 def _scaling(vae: AutoencoderKLQwenImage) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of latents, [1, channels, 1, 1, 1]."""
+    """Mean and standard deviation of latents, [1, channels, 1, 1, 1] each."""
     mean, std = (
         torch.tensor(values).view(1, -1, 1, 1, 1).to(vae.device, vae.dtype)
         for values in (vae.config.latents_mean, vae.config.latents_std)

@@ -1,6 +1,6 @@
 """Qwen-Image-Edit's text encoder: all of Qwen2.5-VL but the scores over the vocabulary.
 
-The language model is shared by the ranks of a group as in `text`; the vision tower, a tenth of it, is on all of them.
+Ranks share the language model as in `text`; the vision tower, a tenth of its size, is on every rank.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ from vllm_omni.inputs.images import InputImage
 VISION_CACHE_BYTES = 256 * 2**20
 
 
-class EditEncoder:
+class QwenImageEditEncoder:
+    """Encodes a prompt together with the pictures that it edits."""
+
     def __init__(
         self,
         path: Path,
@@ -45,7 +47,7 @@ class EditEncoder:
         load_format: LoadFormat = "auto",
         variant: str | None = None,
     ) -> None:
-        """As `text.TextEncoder`. edit: how the model in `path` takes pictures."""
+        """edit: rules of the model for its input pictures. For the rest see `text.QwenImageTextEncoder`."""
         self._edit = edit
         self._device = device
         self._dtype = dtype
@@ -56,15 +58,15 @@ class EditEncoder:
         self._features: PromptCache[InputImage] = PromptCache(self._see, VISION_CACHE_BYTES, lambda image: image.digest)
 
     def __call__(self, prompt: str, images: Sequence[InputImage]) -> Tensor:
-        """-> [tokens, hidden size]: the last hidden states of pictures and prompt, without the template's beginning.
+        """Last hidden states [tokens, hidden size] of pictures and prompt, without the beginning of the template.
 
-        All ranks of the group must call with the same; each gets the states.
+        All ranks of the group must call with the same arguments; each gets the states.
         """
         features = [self._features(image) for image in images]
         grids = [self._edit.vision_grid(image) for image in images]
         text = EDIT_TEMPLATE.format(self._edit.written([len(f) for f in features], prompt))
         ids = self._tokenizer(text, return_tensors="pt").input_ids
-        # A prompt may spell the token too; ours come first.
+        # A prompt may contain the token too; the template's come first.
         is_image = (places := ids[0] == self._image_token) & (places.cumsum(0) <= sum(map(len, features)))
         embedded = self._model.embed_tokens(to_device(ids, self._device))
         if features:
@@ -75,10 +77,10 @@ class EditEncoder:
         return states[0, NUM_EDIT_TEMPLATE_TOKENS:]
 
     def _see(self, image: InputImage) -> Tensor:
-        """[tokens, hidden size]: a picture in the place of the embeddings of its tokens."""
+        """Embeddings [tokens, hidden size] of a picture."""
         inputs = self._edit.processor(images=[image.condition], return_tensors="pt")
         pixels = to_device(inputs["pixel_values"].to(self._dtype), self._device)
-        # Where the tower cuts its tokens is read at every layer: that stays on the host, what it indexes by does not.
+        # Every layer reads the window bounds on the host, so they stay there; index tensors go to the device.
         grid, tower = inputs["image_grid_thw"], self._tower
         window_index, cu_window_seqlens = get_vision_window_index(
             grid, tower.spatial_merge_size, tower.window_size, tower.patch_size
@@ -94,10 +96,10 @@ class EditEncoder:
 
 
 def vision_positions(is_image: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
-    """Frame, row and column of each token for the language model's RoPE: [3, tokens].
+    """Frame, row and column of each token for the language model's RoPE: int64 [3, tokens].
 
-    is_image: bool [tokens]; grids: rows and columns of the pictures in order. Text counts on along all three; a picture
-    starts where it stands and takes as many positions as its longer side has tokens (Qwen2-VL, arXiv 2409.12191).
+    is_image: bool [tokens]; grids: rows and columns of the pictures in order. A text token advances all three by one; a
+    picture starts at the current position and advances it by its longer side (Qwen2-VL, arXiv 2409.12191).
     """
     parts: list[Tensor] = []
     begin = position = 0
@@ -126,7 +128,7 @@ def _load_vision_tower(
     config = Qwen2_5_VLConfig.from_pretrained(folder).vision_config
     with torch.device("meta"):
         tower = Qwen2_5_VisionTransformerPretrainedModel(config)
-    # Checkpoints have been written with two names for the same module.
+    # Checkpoints have one of two names for the same module.
     names = weight_names(folder, variant, TRANSFORMERS_STEMS) if load_format == "auto" else ()
     prefix = "model.visual." if any(name.startswith("model.visual.") for name in names) else "visual."
     load_weights(
@@ -141,6 +143,6 @@ def _load_vision_tower(
         variant=variant,
         stems=TRANSFORMERS_STEMS,
     )
-    # Its frequencies are no weights, and stay in float32 whatever the model's dtype.
+    # Frequencies are not weights: they stay in float32, whatever the model's dtype.
     tower.rotary_pos_emb = type(tower.rotary_pos_emb)(config).to(device)
     return tower

@@ -11,14 +11,14 @@ from vllm_omni.diffusion.catalog.expected_weights import ExpectedWeights, LayerL
 from vllm_omni.errors import ConfigError
 
 PATCH_SIZE = 2
-"""Latent pixels a side that one token stands for."""
+"""Side of a token in latent pixels."""
 CONDITION_WIDTH = 256
 TIME_WIDTH = 1024
 
 
 @dataclass(frozen=True)
-class TransformerConfig:
-    """The keys of transformer/config.json that the architecture depends on."""
+class ZImageConfig:
+    """Keys of transformer/config.json that the architecture depends on."""
 
     in_channels: int = 16
     dim: int = 3840
@@ -33,8 +33,8 @@ class TransformerConfig:
     axes_lens: tuple[int, ...] = (1024, 512, 512)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TransformerConfig:
-        """Raises ConfigError for values of wrong types, and for such that do not fit one another."""
+    def from_dict(cls, values: Mapping[str, Any]) -> ZImageConfig:
+        """Raises ConfigError for values of wrong types, and for values that contradict each other."""
         config = from_values(cls, values, "transformer/config.json")
         if sum(config.axes_dims) * config.n_heads != config.dim:
             raise ConfigError(
@@ -91,7 +91,7 @@ class TransformerConfig:
 
 
 @dataclass(frozen=True)
-class VaeConfig:
+class ZImageVaeConfig:
     """Keys of vae/config.json that pictures and latents depend on."""
 
     shift_factor: float
@@ -101,17 +101,17 @@ class VaeConfig:
     layers_per_block: int
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> VaeConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> ZImageVaeConfig:
         """Raises ConfigError for values of wrong types."""
         return from_values(cls, values, "vae/config.json")
 
     @property
     def scale(self) -> int:
-        """Pixels a side that one latent pixel stands for."""
+        """Side of a latent pixel in pixels."""
         return int(2 ** (len(self.block_out_channels) - 1))
 
     def expected_weights(self) -> ExpectedWeights:
-        """Weights that show the sizes, by their names in diffusers."""
+        """Weights whose shapes follow from these sizes, by their names in diffusers."""
         first, last = self.block_out_channels[0], self.block_out_channels[-1]
         return ExpectedWeights(
             {

@@ -1,4 +1,4 @@
-"""What the front end must know of a Z-Image folder, read from its configs alone (no torch at import)."""
+"""Facts of a Z-Image model, read from its configs (no torch at import)."""
 
 from __future__ import annotations
 
@@ -8,35 +8,37 @@ from pathlib import Path
 from typing import Any
 
 from vllm_omni.diffusion.catalog.configs import check_config_values, read_config, read_scheduler_config
-from vllm_omni.diffusion.catalog.registry import Guidance, ModelInfo, Shares, read_default_sampling_params
+from vllm_omni.diffusion.catalog.default_params import read_default_sampling_params
+from vllm_omni.diffusion.catalog.model_info import Guidance
+from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo, Shares
 from vllm_omni.diffusion.catalog.tokenizer_files import TokenizerNeeds, check_chat_template
-from vllm_omni.diffusion.compute.families.z_image.config import PATCH_SIZE, TransformerConfig, VaeConfig
+from vllm_omni.diffusion.compute.families.z_image.config import PATCH_SIZE, ZImageConfig, ZImageVaeConfig
 from vllm_omni.diffusion.compute.text.language_config import LanguageModelConfig
 from vllm_omni.diffusion.compute.text.tokenizers import load_tokenizer
 from vllm_omni.errors import ConfigError
 
 TOKEN_MULTIPLE = 32
-"""Captions and pictures are filled up to a multiple of this many tokens, with learned tokens that attend."""
+"""Captions and pictures are padded to a multiple of this many tokens, with learned tokens that attend."""
 AVAILABLE = {
     "all_patch_size": [PATCH_SIZE],
     "all_f_patch_size": [1],
     "qk_norm": True,
     "siglip_feat_dim": None,
 }
-"""Keys of transformer/config.json whose other values need more than this package computes."""
+"""Keys of transformer/config.json and the only value of each that this package computes."""
 PROMPT_TOKENS = ("<|im_start|>", "<|im_end|>")
 DEFAULT_SIDE = 1024
 TEA_CACHE_COEFFICIENTS = (-450.0, 280.0, -45.0, 3.2, -0.02)
-"""Those published for Qwen-Image, as other servers take them for Z-Image; nobody has published any measured on it.
-`vllm-omni calibrate-teacache` measures the served model's."""
+"""Coefficients published for Qwen-Image, which other servers use for Z-Image too; none measured on Z-Image are
+published. `vllm-omni calibrate-teacache` measures them on the served model."""
 MOST_TENSOR_RANKS = 2
 DISTILLED_SHIFT = 3.0
-"""Of Z-Image-Turbo's schedule; Z-Image's is 6. Nothing else in the configs tells the two apart."""
+"""Shift of Z-Image-Turbo's schedule; Z-Image's is 6. No other value of the configs differs between the two."""
 
 
 @dataclass(frozen=True)
 class ChatTokenizer:
-    """A prompt as the only message of a chat, which is how the text encoder reads it."""
+    """Tokens of a prompt as the only message of a chat, the input of the text encoder."""
 
     path: Path
 
@@ -50,11 +52,11 @@ class ChatTokenizer:
         return tokenizer
 
     def ids(self, prompt: str) -> list[int]:
-        """As diffusers' ZImagePipeline asks for them."""
+        """Token ids of the prompt, as in diffusers' ZImagePipeline."""
         return list(self._tokenizer(_as_chat(self._tokenizer, prompt)).input_ids)
 
     def __call__(self, prompt: str) -> int:
-        """How many there are."""
+        """Number of tokens of the prompt."""
         return len(self.ids(prompt))
 
 
@@ -66,18 +68,18 @@ def _as_chat(tokenizer: Any, prompt: str) -> str:
     return text
 
 
-def describe(path: Path) -> ModelInfo:
-    """Sizes, limits and defaults of the model in `path`.
+def describe(path: Path) -> PackedModelInfo:
+    """Facts of the model in `path`.
 
-    Raises ConfigError for a component whose config cannot be read and for a variant that we cannot run.
+    Raises ConfigError for a component whose config cannot be read and for a variant that the family does not compute.
     """
     values = read_config(path, "transformer")
     check_config_values(values, AVAILABLE)
-    transformer = TransformerConfig.from_dict(values)
-    vae = VaeConfig.from_dict(read_config(path, "vae"))
+    transformer = ZImageConfig.from_dict(values)
+    vae = ZImageVaeConfig.from_dict(read_config(path, "vae"))
     text_encoder = LanguageModelConfig.from_dict(read_config(path, "text_encoder"))
     side = PATCH_SIZE * vae.scale
-    # A picture's frame comes after the last position of its caption, and must be one that the model knows.
+    # The frame of a picture is the position after its caption, and axes_lens bounds positions.
     longest = transformer.axes_lens[0] - 2
     is_distilled = read_scheduler_config(path).shift == DISTILLED_SHIFT
     defaults = {
@@ -88,7 +90,7 @@ def describe(path: Path) -> ModelInfo:
         "max_sequence_length": 512,
     }
     check_chat_template(path, "tokenizer")
-    return ModelInfo(
+    return PackedModelInfo(
         path=path,
         family="z_image",
         size_multiple=side,

@@ -1,6 +1,6 @@
-"""Z-Image's text encoder: a Qwen3 language model up to its last layer but one, as diffusers' ZImagePipeline uses it.
+"""Z-Image's text encoder: a Qwen3 language model without its last layer, as in diffusers' ZImagePipeline.
 
-Neither the last layer, nor the norm after it, nor the scores over the vocabulary are read.
+The last layer, the norm after it and the output layer are not read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from vllm_omni.diffusion.compute.weights.loading import OnBytes
 from vllm_omni.diffusion.data import LoadFormat
 
 
-class TextEncoder:
+class ZImageTextEncoder:
+    """Encodes prompts."""
+
     def __init__(
         self,
         path: Path,
@@ -30,7 +32,7 @@ class TextEncoder:
         load_format: LoadFormat = "auto",
         variant: str | None = None,
     ) -> None:
-        """Reads this rank's share of the weights in `path`, a model folder; `on_bytes` is told how much that is.
+        """Read this rank's share of the weights in the model folder `path`; `on_bytes` is called with their size.
 
         Raises ConfigError for a checkpoint that does not fit.
         """
@@ -49,12 +51,12 @@ class TextEncoder:
         )
 
     def __call__(self, prompt: str) -> Tensor:
-        """-> [tokens, hidden size]: what the last layer but one makes of the prompt as a chat.
+        """Hidden states [tokens, hidden size] of the prompt as a chat, after the last layer but one.
 
         All ranks of the group must call with the same prompt; each gets the states.
         """
         ids = to_device(torch.tensor([self._tokenizer.ids(prompt)]), self._device)
-        # One prompt needs no mask but the causal one; making it, transformers would look for others on the device.
+        # A single prompt needs only the causal mask. Without `masks` transformers would read the ids from the device.
         masks = {"full_attention": None}
         states: Tensor = self._model(input_ids=ids, attention_mask=masks, use_cache=False).last_hidden_state
         return states[0]

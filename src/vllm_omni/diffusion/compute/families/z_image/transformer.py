@@ -1,17 +1,16 @@
 """Z-Image's scalable single-stream transformer (S3-DiT, arXiv 2511.22699) on packed tokens.
 
-Captions and pictures pass refiner layers of their own, then one stream in which both are tokens alike. Each is filled
-up to a multiple of 32 tokens with learned tokens, which attend as the others do.
+Captions and pictures pass refiner layers of their own, then one stream of all tokens. Each is padded to a multiple of
+32 tokens with learned tokens, which attend like the others.
 
-Shapes: T text tokens and S image tokens over all sequences of the pack, with what fills them up; D the width, H heads
-of d channels, C the width of the timestep's embedding. Under tensor parallelism a rank has P-th parts: of the heads, of
-the feed-forward channels and of the modulation's rows.
+Shapes: T text tokens and S image tokens over all sequences of the pack, padding included; D the width, H heads of d
+channels, C the width of the timestep's embedding. Under tensor parallelism a rank has 1/P of the heads, of the
+feed-forward channels and of each row of modulation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from itertools import chain
 from typing import cast
 
@@ -22,17 +21,16 @@ from torch import Tensor, nn
 from vllm_omni.diffusion.compute.attention.sharded import Attend
 from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.distributed.groups import Group
-from vllm_omni.diffusion.compute.families.z_image.config import TIME_WIDTH, TransformerConfig
+from vllm_omni.diffusion.compute.families.z_image.config import TIME_WIDTH, ZImageConfig
 from vllm_omni.diffusion.compute.families.z_image.info import TOKEN_MULTIPLE
 from vllm_omni.diffusion.compute.layers.kernels import Kernels, Projected, TorchKernels
 from vllm_omni.diffusion.compute.layers.linear import ColumnLinear, RowLinear
 from vllm_omni.diffusion.compute.layers.norms import Scale, rms_norm
 from vllm_omni.diffusion.compute.layers.rope import axis_rotations
 from vllm_omni.diffusion.compute.layers.timesteps import NUM_WAVES, timestep_waves
-from vllm_omni.diffusion.compute.packing import Hidden, Pack
-from vllm_omni.diffusion.compute.step.arrangement import Arrangement
-from vllm_omni.diffusion.compute.step.compiled import Backend, CompiledBlocks
+from vllm_omni.diffusion.compute.packing import Hidden
 from vllm_omni.diffusion.compute.step.modulation import Modulation, per_token
+from vllm_omni.diffusion.compute.step.transformer import PackedTransformer, StepContext
 
 QK_EPS = 1e-5
 OUTPUT_EPS = 1e-6
@@ -52,38 +50,21 @@ CHECKPOINT_NAMES: dict[str, tuple[str, ...]] = {
     "gate_up": ("feed_forward.w1", "feed_forward.w3"),
     "down": ("feed_forward.w2",),
 }
-"""Our module -> the modules of diffusers' checkpoint whose weights it holds, one after another along dim 0; within
-a block without the names before it. Modules that are not listed have the same name in both."""
+"""Our module -> modules of diffusers' checkpoint whose weights it concatenates along dim 0. Names within a block have
+no prefix. Modules that are not listed have the same name in both."""
 
 FLOAT8_LAYERS = ("qkv", "out", "gate_up", "down")
-"""Of every block, the refiners' too, what `--quantization fp8` keeps in float8: nearly all of the weights. Modulation
-and what lies before and behind the blocks stay as they are."""
+"""Layers of every block, also of the refiners, that `--quantization fp8` keeps in float8: nearly all weights.
+Modulation and the layers outside the blocks keep the model's dtype."""
 
 
-@dataclass(frozen=True)
-class StepContext:
-    """What the layers of one step read besides."""
-
-    arrangement: Arrangement
-    """Of the stream: text before image, sequence by sequence; rotations are float32 [T + S, 1, 1, d / 2, 2]."""
-    attend_images: Attend
-    """Attention over the image tokens of each sequence alone."""
-    is_filling: Tensor
-    """bool [S, 1]: the image tokens that fill up."""
-    modulation: Modulation
-
-    @property
-    def pack(self) -> Pack:
-        return self.arrangement.pack
-
-
-class Block(nn.Module):
+class ZImageBlock(nn.Module):
     """Attention and feed-forward, each between two norms.
 
     `before` and `after` attention take plain tensors, so that they can be compiled: see `CompiledPart`.
     """
 
-    def __init__(self, config: TransformerConfig, tensor: Group, kernels: Kernels, is_modulated: bool = True) -> None:
+    def __init__(self, config: ZImageConfig, tensor: Group, kernels: Kernels, is_modulated: bool = True) -> None:
         super().__init__()
         self.kernels = kernels
         dim, inner = config.dim, config.inner_width
@@ -101,20 +82,23 @@ class Block(nn.Module):
         self.down = RowLinear(inner, dim, tensor, bias=False)
 
     def forward(self, x: Tensor, rows: Tensor, index: Tensor | None, rotations: Tensor, attend: Attend) -> Tensor:
-        """x: [tokens, D], of the tokens that `attend` and `rotations` are for; rows: [1, rows, 4, D], scale and gate of
-        the attention, then of the feed-forward; index: see `Modulation.index`."""
+        """Output [tokens, D] of the block.
+
+        x: [tokens, D], the tokens of `attend` and `rotations`; rows: [1, rows, 4, D], scale and gate of the attention,
+        then of the feed-forward; index: from `Modulation.index`.
+        """
         attended = attend(*self.before(rows, x, index, rotations))
         out: Tensor = self.after(rows, x, index, attended.flatten(1))
         return out
 
     def before(self, rows: Tensor, x: Tensor, index: Tensor | None, rotations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """-> q, k and v, [tokens, H / P, d] each."""
+        """Queries, keys and values, [tokens, H / P, d] each."""
         (scale,) = per_token(rows[0, :, :1], index)
         qkv = self.qkv(rms_norm(x, self.attention_norm1.weight * scale, self.eps))
         return self.kernels.heads([Projected(qkv, self.qk_norm.weight)], None, None, rotations, QK_EPS)
 
     def after(self, rows: Tensor, x: Tensor, index: Tensor | None, attended: Tensor) -> Tensor:
-        """attended: [tokens, D / P] -> [tokens, D]."""
+        """Output [tokens, D] of the block. attended: [tokens, D / P]."""
         _, gate, _, inner_gate = rows[0].unbind(1)
         (inner_scale,) = per_token(rows[0, :, 2:3], index)
         attended = rms_norm(self.out(attended), self.attention_norm2.weight, self.eps)
@@ -124,12 +108,12 @@ class Block(nn.Module):
         return self.kernels.gated_add(x, rms_norm(down, self.ffn_norm2.weight, self.eps), inner_gate, index)
 
 
-class ZImageTransformer(nn.Module):
-    """`embed`, `StepBlocks`, `project` at every step; `refine_caption` once before."""
+class ZImageTransformer(PackedTransformer):
+    """Single-stream transformer: `refine_caption` once a prompt; `embed`, the blocks and `project` at every step."""
 
-    def __init__(self, config: TransformerConfig, tensor: Group, kernels: Kernels | None = None) -> None:
-        """tensor: the ranks that share every layer; their number divides the heads and the feed-forward channels.
-        kernels: of the blocks; None: plain PyTorch."""
+    def __init__(self, config: ZImageConfig, tensor: Group, kernels: Kernels | None = None) -> None:
+        """tensor: ranks that share every layer; their number divides the heads and the feed-forward channels. kernels:
+        implementation of the fused operations; None: plain PyTorch."""
         super().__init__()
         kernels = kernels or TorchKernels()
         self.config = config
@@ -143,31 +127,46 @@ class ZImageTransformer(nn.Module):
         self.caption_embedder = nn.Linear(config.cap_feat_dim, dim)
         self.x_pad_token = nn.Parameter(torch.zeros(1, dim))
         self.cap_pad_token = nn.Parameter(torch.zeros(1, dim))
-        self.noise_refiner = nn.ModuleList(Block(config, tensor, kernels) for _ in range(config.n_refiner_layers))
+        self.noise_refiner = nn.ModuleList(ZImageBlock(config, tensor, kernels) for _ in range(config.n_refiner_layers))
         self.context_refiner = nn.ModuleList(
-            Block(config, tensor, kernels, is_modulated=False) for _ in range(config.n_refiner_layers)
+            ZImageBlock(config, tensor, kernels, is_modulated=False) for _ in range(config.n_refiner_layers)
         )
-        self.layers = nn.ModuleList(Block(config, tensor, kernels) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(ZImageBlock(config, tensor, kernels) for _ in range(config.n_layers))
         self.output_modulation = nn.Linear(condition, dim)
         self.output = nn.Linear(dim, config.channels_per_token)
 
-    def compile_blocks(self, backend: Backend = "inductor") -> CompiledBlocks:
-        """From here on the layers of a step run compiled but for attention, and for `after` where it holds the
-        exchanges of tensor parallelism. Compiles at the first run of each variant: one row of modulation or several.
-        """
-        parts = ["before", "after"] if self.tensor.size == 1 else ["before"]
-        return CompiledBlocks([*self.noise_refiner, *self.layers], parts, backend)
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return list(self.layers)
+
+    @property
+    def compilable_blocks(self) -> Sequence[nn.Module]:
+        return [*self.noise_refiner, *self.layers]
+
+    def run(self, hidden: Hidden, which: range, context: StepContext) -> Hidden:
+        pack, arrangement, modulation = context.pack, context.arrangement, context.modulation
+        x, sequence = pack.join(hidden.text, hidden.image), pack.join(pack.text_sequence, pack.image_sequence)
+        index = modulation.index(sequence)
+        for number in which:
+            rows = modulation.blocks[len(self.noise_refiner) + number]
+            x = self.layers[number](x, rows, index, arrangement.rotations, arrangement.attend)
+        return Hidden(*pack.split(x))
+
+    def signal(self, hidden: Hidden, context: StepContext) -> Tensor:
+        layer, rows = cast(ZImageBlock, self.layers[0]), context.modulation.blocks[len(self.noise_refiner), 0]
+        (scale,) = per_token(rows[:, :1], context.image_index)
+        return rms_norm(hidden.image, layer.attention_norm1.weight * scale, layer.eps)
 
     def modulate(self, timesteps: Sequence[float]) -> Modulation:
-        """The rows of modulation of these timesteps, which count from 0 (noise) to 1.
+        """Rows of modulation of these timesteps, from 0 (noise) to 1.
 
-        Layers are the noise refiner's, then the stream's. Parts of a layer: scale and gate of the attention, then of
-        the feed-forward; of the output: a scale. Scales have their 1 added.
+        Layers are those of the noise refiner, then those of the stream. Parts of a layer: scale and gate of the
+        attention, then of the feed-forward. Part of the output: a scale. Scales include the added 1.
         """
         waves = timestep_waves(torch.tensor(timesteps, dtype=torch.float32) * self.config.t_scale)
         condition = self.time_embedder(to_device(waves.to(self.output.weight.dtype), self.output.weight.device))
         layers = chain(self.noise_refiner, self.layers)
-        rows = torch.stack([cast(Block, layer).modulation(condition) for layer in layers])
+        rows = torch.stack([cast(ZImageBlock, layer).modulation(condition) for layer in layers])
         parts = torch.cat(self.tensor.all_gather(rows).unbind(), dim=-1).unflatten(-1, (4, -1))
         scales, gates = 1 + parts[..., 0::2, :], parts[..., 1::2, :].tanh()
         return Modulation(
@@ -176,12 +175,12 @@ class ZImageTransformer(nn.Module):
         )
 
     def refine_caption(self, states: Tensor, attend: Attend) -> Tensor:
-        """The text encoder's [tokens, cap_feat_dim] of one caption -> [tokens filled up, D]; the same at every step.
+        """Caption [tokens with padding, D] as the stream takes it, the same at every step.
 
-        attend: attention over as many tokens.
+        states: [tokens, cap_feat_dim] of the text encoder. attend: attention over the tokens with padding.
         """
         x: Tensor = self.caption_embedder(rms_norm(states, self.caption_norm.weight, self.config.norm_eps))
-        x = torch.cat((x, self.cap_pad_token.expand(filled_up(len(x)) - len(x), -1)))
+        x = torch.cat((x, self.cap_pad_token.expand(padded_length(len(x)) - len(x), -1)))
         rotations = to_device(self._caption_rotations(len(x)), x.device)
         unmodulated = x.new_ones(1, 1, 4, x.shape[1])
         for layer in self.context_refiner:
@@ -189,16 +188,15 @@ class ZImageTransformer(nn.Module):
         return x
 
     def rotations(self, num_text_tokens: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Of one sequence: float32 [text tokens, 1, 1, d / 2, 2] and [image tokens filled up, 1, 1, d / 2, 2], on the
-        CPU.
+        """RoPE of one sequence, on the CPU: float32 [text tokens, 1, 1, d / 2, 2] and [image tokens, 1, 1, d / 2, 2],
+        padding included.
 
-        num_text_tokens: filled up. Text counts along the first axis from 1, and the picture is the frame after it; what
-        fills it up lies at the origin.
+        Text counts from 1 along the first axis, and the picture is the frame after it; its padding is at the origin.
         """
         rows, columns = grid
         frame = torch.tensor([num_text_tokens + 1])
         image = torch.cartesian_prod(frame, torch.arange(rows), torch.arange(columns))
-        image = F.pad(image, (0, 0, 0, filled_up(len(image)) - len(image)))
+        image = F.pad(image, (0, 0, 0, padded_length(len(image)) - len(image)))
         return self._caption_rotations(num_text_tokens), self._rotations(image)
 
     def _caption_rotations(self, num_tokens: int) -> Tensor:
@@ -208,74 +206,25 @@ class ZImageTransformer(nn.Module):
         config = self.config
         return axis_rotations(positions, config.axes_dims, config.rope_theta, torch.float64)[:, None, None]
 
-    def embed(self, latents: Tensor, text: Tensor, context: StepContext) -> Hidden:
-        """latents: [S, channels_per_token], anything where they fill up; text: [T, D] from `refine_caption`."""
-        pack = context.pack
-        image = torch.where(context.is_filling, self.x_pad_token, self.image_embedder(latents))
-        _, rotations = pack.split(context.arrangement.rotations)
-        index = context.modulation.index(pack.image_sequence)
+    def embed(
+        self, latents: Tensor, text: Tensor, context: StepContext, is_padding: Tensor, attend_images: Attend
+    ) -> Hidden:
+        """Input of the stream. latents: [S, channels_per_token], any values in the padding; text: [T, D] from
+        `refine_caption`; is_padding: bool [S, 1]; attend_images: attention over each sequence's image tokens alone."""
+        image = torch.where(is_padding, self.x_pad_token, self.image_embedder(latents))
+        _, rotations = context.pack.split(context.arrangement.rotations)
         for layer, rows in zip(self.noise_refiner, context.modulation.blocks):
-            image = layer(image, rows, index, rotations, context.attend_images)
+            image = layer(image, rows, context.image_index, rotations, attend_images)
         return Hidden(text, image)
 
     def project(self, hidden: Hidden, context: StepContext) -> Tensor:
-        """-> what leads from noise to picture, [S, channels_per_token]."""
+        """Direction from noise to picture, [S, channels_per_token]."""
         (scale,) = context.modulation.of_output(context.pack.image_sequence)
         image = F.layer_norm(hidden.image, hidden.image.shape[-1:], eps=OUTPUT_EPS) * scale
         direction: Tensor = self.output(image)
         return direction
 
 
-@dataclass(frozen=True)
-class StepBlocks:
-    """The stream's layers over the sequences of one step; all of them or some, from one to another."""
-
-    transformer: ZImageTransformer
-    context: StepContext
-
-    @property
-    def num_blocks(self) -> int:
-        return len(self.transformer.layers)
-
-    @property
-    def pack(self) -> Pack:
-        return self.context.pack
-
-    def run(self, hidden: Hidden, which: range) -> Hidden:
-        pack, arrangement = self.pack, self.context.arrangement
-        x, sequence = pack.join(hidden.text, hidden.image), pack.join(pack.text_sequence, pack.image_sequence)
-        modulation = self.context.modulation
-        index = modulation.index(sequence)
-        for number in which:
-            rows = modulation.blocks[self._row(number)]
-            x = self.transformer.layers[number](x, rows, index, arrangement.rotations, arrangement.attend)
-        return Hidden(*pack.split(x))
-
-    def signal(self, hidden: Hidden) -> Tensor:
-        """[S, D]: what the first layer's attention projects."""
-        layer = cast(Block, self.transformer.layers[0])
-        modulation = self.context.modulation
-        (scale,) = per_token(modulation.blocks[self._row(0), 0, :, :1], modulation.index(self.pack.image_sequence))
-        return rms_norm(hidden.image, layer.attention_norm1.weight * scale, layer.eps)
-
-    @property
-    def rows(self) -> Tensor:
-        return self.context.modulation.blocks
-
-    def with_rows(self, rows: Tensor) -> StepBlocks:
-        modulation = replace(self.context.modulation, blocks=rows)
-        return StepBlocks(self.transformer, replace(self.context, modulation=modulation))
-
-    def select(self, members: Sequence[int]) -> StepBlocks:
-        arrangement = self.context.arrangement.select(tuple(members))
-        modulation = self.context.modulation.of_members(arrangement.pack.numbers)
-        return StepBlocks(self.transformer, replace(self.context, arrangement=arrangement, modulation=modulation))
-
-    def _row(self, index: int) -> int:
-        """Of a layer in the modulation, where the refiner's come first."""
-        return len(self.transformer.noise_refiner) + index
-
-
-def filled_up(num_tokens: int) -> int:
-    """The next multiple of what the model computes on."""
+def padded_length(num_tokens: int) -> int:
+    """The next multiple of TOKEN_MULTIPLE."""
     return -(-num_tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE

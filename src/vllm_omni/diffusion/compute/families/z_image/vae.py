@@ -1,4 +1,4 @@
-"""From latents to pixels, with FLUX's VAE: diffusers' AutoencoderKL."""
+"""Decoder of Z-Image's VAE, that of FLUX: diffusers' AutoencoderKL."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from vllm_omni.diffusion.compute.vae.latent_decoder import LatentDecoder
 from vllm_omni.diffusion.compute.vae.tiles import Tiling
 
 
-class PictureDecoder:
+class ZImageDecoder:
     """Decodes token latents; see `LatentDecoder` for the rest."""
 
     def __init__(
         self, vae: AutoencoderKL, one_at_a_time: bool, tiled: bool, group: Group, kernels: Kernels | None = None
     ) -> None:
-        """kernels: of the norms, which decide on the memory's order; None: plain PyTorch."""
+        """kernels: implementation of the norms, which also chooses the memory format; None: plain PyTorch."""
         vae.encoder = nn.Identity()  # frees its weights
         if kernels is not None and kernels.normalizes_channels_last:
             put_channels_last(vae.decoder, kernels)
@@ -37,9 +37,9 @@ class PictureDecoder:
         self._decode = LatentDecoder(vae, partial(decode_tile, vae), tiling, scale, one_at_a_time, group)
 
     def __call__(self, latents: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> list[Picture]:
-        """latents: [rows * columns, channels * 4] and (rows, columns) of each picture -> uint8 [height, width, 3].
+        """Pictures, uint8 [height, width, 3]. latents: [rows * columns, channels * 4]; grids: (rows, columns).
 
-        All ranks of the group must call with the same latents; the pictures come on its first rank, [] on the others.
+        All ranks of the group must call with the same latents; the first gets the pictures, the others get [].
         """
         unpacked = [
             unpack_latents(tokens, *grid, channels_last=True)[None] for tokens, grid in zip(latents, grids, strict=True)
@@ -48,7 +48,7 @@ class PictureDecoder:
 
 
 def decode_tile(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """A tile or a whole picture, [1, channels, height, width] -> [1, 3, height * 8, width * 8]."""
+    """Pixels [1, 3, height * 8, width * 8] of a tile or a whole picture, [1, channels, height, width]."""
     if vae.post_quant_conv is not None:
         latents = vae.post_quant_conv(latents)
     pixels: Tensor = vae.decoder(latents)
@@ -56,7 +56,7 @@ def decode_tile(vae: AutoencoderKL, latents: Tensor) -> Tensor:
 
 
 def tiling_of(vae: AutoencoderKL) -> tuple[int, Tiling]:
-    """Pixels a side of a latent pixel, and the VAE's own tiles."""
+    """Side of a latent pixel in pixels, and the VAE's own tiling."""
     side: int = vae.tile_latent_min_size
     stride = int(side * (1 - vae.tile_overlap_factor))
     return 2 ** (len(vae.config.block_out_channels) - 1), Tiling(side, side, stride, stride)

@@ -1,0 +1,205 @@
+"""Facts of a model that the front end and the scheduler use, read without its weights. No torch here.
+
+`packed_info.PackedModelInfo` is the kind of our own families, `whole_info.WholeModelInfo` that of diffusers' pipelines.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from vllm_omni.diffusion.catalog.expected_weights import ExpectedWeights
+from vllm_omni.diffusion.catalog.tokenizer_files import TokenizerNeeds
+from vllm_omni.diffusion.data import CacheConfig, DiffusionParallelConfig, OmniDiffusionConfig
+from vllm_omni.inputs.images import InputImage, ReaderSizes
+
+SIZES = ("height", "width")
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Sampling parameters by which a request asks for classifier-free guidance."""
+
+    parameter: str = "true_cfg_scale"
+    """Name of the sampling parameter that holds the scale."""
+    offset: float = 0.0
+    """Added to that parameter to get s of `unconditional + s (conditional - unconditional)`; s above 1 guides."""
+    negative_prompt: str | None = None
+    """Default negative prompt; None: a request without a negative prompt runs without guidance."""
+    options: tuple[str, ...] = ()
+    """Names of further sampling parameters that change guidance."""
+    needs_negative_prompt: bool = True
+    """False: the model also guides without a negative prompt."""
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return (self.parameter, *self.options)
+
+    def asked_by(self, negative_prompt: str | None, params: Any) -> list[str]:
+        """Names of the given parameters that have an effect only with guidance.
+
+        params: has each of `parameters` as an attribute. A scale that switches guidance off is not among the names.
+        """
+        asked = [] if negative_prompt is None else ["negative_prompt"]
+        for name in self.parameters:
+            value = getattr(params, name)
+            if value is not None and not (name == self.parameter and value + self.offset <= 1):
+                asked.append(name)
+        return asked
+
+    def missing_half(self, negative_prompt: str | None, params: Any) -> str:
+        """Warning for a request that gives only one of scale and negative prompt; empty for any other request.
+
+        Guidance needs both, unless the family has a default negative prompt.
+        """
+        asked = self.asked_by(negative_prompt, params)
+        if not asked:
+            return ""
+        has_scale = self.parameter in asked
+        missing = (
+            "a negative_prompt (an empty one will do)" if has_scale else f"{self.parameter} above {1 - self.offset:g}"
+        )
+        return f"{' and '.join(asked)} without {missing}"
+
+
+class ImageInput(Protocol):
+    """Rules of an editing model for its input pictures."""
+
+    @property
+    def min_images(self) -> int:
+        """Least pictures of one request: 1, or 0 for a model that also makes pictures from text alone."""
+
+    @property
+    def max_images(self) -> int:
+        """Most pictures of one request."""
+
+    def sizes(self, width: int, height: int) -> ReaderSizes:
+        """Sizes to which a picture of width x height pixels is resized for the model.
+
+        Raises InvalidRequestError for impossible proportions.
+        """
+
+    def count_prompt_tokens(self, images: Sequence[InputImage]) -> int:
+        """Tokens that these pictures add to the prompt that the transformer sees."""
+
+    def output_size(self, images: Sequence[InputImage]) -> tuple[int, int]:
+        """Default (height, width) of the output for these input pictures, at least one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo(ABC):
+    """Sizes, limits, prices and defaults of one model folder."""
+
+    path: Path
+    family: str
+    """Name of the package in `compute/families`."""
+    size_multiple: int
+    """Height and width must be multiples of this many pixels."""
+    pixels_per_token: int
+    """Side of the square of pixels that one image token stands for."""
+    max_prompt_tokens: int
+    """Longest prompt that the text encoder takes."""
+    count_prompt_tokens: Callable[[str], int]
+    """Number of tokens of a prompt, without the fixed template around it."""
+    attention_tokens: float
+    """Tokens at which attention costs as much as the linear layers: a sequence of n tokens costs n(1 + n/this)."""
+    tokenizer_needs: TokenizerNeeds = field(default_factory=TokenizerNeeds)
+    """Requirements on the tokenizer, which that of another model does not meet."""
+    expected_weights: Mapping[str, Sequence[ExpectedWeights]] = field(default_factory=dict)
+    """Component -> weights that its files must hold by its config; components that are not listed are not checked."""
+    guidance: Guidance = Guidance()
+    image_input: ImageInput | None = None
+    """None: the model makes pictures from text alone."""
+    latent_frames: int = 1
+    """Frames of a video for each latent frame after the first: the number of frames is a multiple of it, plus one."""
+    default_sampling_params: Mapping[str, Any] = field(default_factory=dict)
+    """The model folder's own defaults over the family's; may hold `negative_prompt`."""
+    max_side: int | None = None
+    """Pixels of the longest side that the model can make; None: it has no limit."""
+    hub_failure: str = ""
+    """Reason why `path` is an earlier download of a hub model; empty for any other folder."""
+
+    @property
+    @abstractmethod
+    def served_by(self) -> Literal["packed", "diffusers"]:
+        """Path that serves the model."""
+
+    @property
+    @abstractmethod
+    def parameters(self) -> tuple[str, ...]:
+        """Sampling parameters that have a meaning for the model."""
+
+    @property
+    @abstractmethod
+    def gives_previews(self) -> bool:
+        """Whether pictures can be decoded from the latents of an unfinished request."""
+
+    @property
+    @abstractmethod
+    def shares_encodings(self) -> bool:
+        """Whether requests with the same prompt encode it once."""
+
+    @property
+    @abstractmethod
+    def why_no_adapters(self) -> str:
+        """Reason why the model takes no LoRA adapters; empty: it takes them."""
+
+    @property
+    def makes_videos(self) -> bool:
+        return False
+
+    @property
+    def follows_input(self) -> bool:
+        """Whether the output has the input picture's size (img2img), so that the input is resized to the request's."""
+        return False
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Lines for the log at start."""
+        return ()
+
+    @property
+    def max_num_seqs(self) -> int | None:
+        """Most requests that gain from sharing a step; None: as many as the device has room for."""
+        return None
+
+    @property
+    def max_running(self) -> int | None:
+        """Most requests that may be under way at once; None: no limit of the model's own."""
+        return None
+
+    def num_image_tokens(self, height: int, width: int, num_frames: int = 1) -> int:
+        """Image tokens of a picture or video; height and width in pixels."""
+        num_latent_frames = 1 + (num_frames - 1) // self.latent_frames
+        return num_latent_frames * (height // self.pixels_per_token) * (width // self.pixels_per_token)
+
+    def num_reference_tokens(self, image: InputImage) -> int:
+        """Image tokens of an input picture."""
+        return self.num_image_tokens(*image.reference.shape[:2])
+
+    def num_sequence_tokens(self, num_text_tokens: int, num_image_tokens: int) -> int:
+        """Tokens of one guidance branch in the transformer, with the model's own padding."""
+        return num_text_tokens + num_image_tokens
+
+    def count_image_prompt_tokens(self, images: Sequence[InputImage]) -> int:
+        """Tokens that input pictures add to the prompt."""
+        return 0 if self.image_input is None else self.image_input.count_prompt_tokens(images)
+
+    def sequence_cost(self, num_tokens: int) -> float:
+        """Work of one forward of one sequence, in units of one token's linear layers."""
+        return num_tokens * (1 + num_tokens / self.attention_tokens)
+
+    @abstractmethod
+    def check_settings(self, config: OmniDiffusionConfig) -> None:
+        """Raise ConfigError for settings that the model does not take."""
+
+    @abstractmethod
+    def check_parallel(self, parallel: DiffusionParallelConfig) -> None:
+        """Raise ConfigError, with the valid degrees, for degrees that the model does not allow."""
+
+    @abstractmethod
+    def check_cache(self, cache: CacheConfig | None) -> None:
+        """Raise ConfigError for settings of a step cache that the model does not allow."""

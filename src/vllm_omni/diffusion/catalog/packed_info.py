@@ -1,0 +1,125 @@
+"""Facts of a model that a packed family serves: `ModelInfo` with the sizes of its transformer. No torch here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from vllm_omni.diffusion.catalog.model_info import SIZES, ModelInfo
+from vllm_omni.diffusion.data import (
+    CacheConfig,
+    CacheDiTConfig,
+    DiffusionParallelConfig,
+    OmniDiffusionConfig,
+    TeaCacheConfig,
+    flag_of,
+)
+from vllm_omni.errors import ConfigError, NotAvailableError
+
+PACKED_PARAMETERS = (*SIZES, "num_inference_steps", "negative_prompt", "sigmas", "max_sequence_length")
+"""Sampling parameters of every packed family, besides those of its guidance."""
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Numbers of ranks that can share the weights of a component evenly."""
+
+    counts: Mapping[str, int]
+    """Name of a dimension that the ranks divide, such as `attention heads` -> its length."""
+    most: int | None = None
+    """Most ranks that the family supports; None: only `counts` limit them."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Valid numbers of ranks, in ascending order."""
+        common = math.gcd(*self.counts.values())
+        most = common if self.most is None else min(common, self.most)
+        return tuple(size for size in range(1, most + 1) if common % size == 0)
+
+    def check(self, flag: str, component: str, size: int) -> None:
+        """Raise ConfigError, with the count that forbids it, where `size` ranks cannot share `component`."""
+        if size in self.sizes:
+            return
+        uneven = [f"{count} {name}" for name, count in self.counts.items() if count % size]
+        reason = f"cannot be divided by {size}" if uneven else f"are shared by at most {self.most} ranks"
+        named = " and ".join(uneven or (f"{count} {name}" for name, count in self.counts.items()))
+        valid = ", ".join(map(str, self.sizes))
+        raise ConfigError(f"{flag} takes {valid} with {component}, whose {named} {reason}, got {size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedModelInfo(ModelInfo):
+    """Facts of a model whose transformer runs on packs."""
+
+    num_heads: int
+    """Attention heads of the transformer."""
+    head_dim: int
+    """Channels of one attention head."""
+    num_blocks: int
+    """Blocks of the transformer."""
+    tensor_shares: Shares
+    """Numbers of ranks that can share the transformer's weights."""
+    text_encoder_shares: Shares
+    """Numbers of ranks that can share the text encoder's weights."""
+    tea_cache_coefficients: tuple[float, ...] | None = None
+    """TeaCache's polynomial, highest power first; None: nobody has measured it for this model."""
+    token_multiple: int = 1
+    """The model pads text and picture with tokens of its own, each to a multiple of this many tokens."""
+
+    @property
+    def served_by(self) -> Literal["packed"]:
+        return "packed"
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return (*self.guidance.parameters, *PACKED_PARAMETERS)
+
+    @property
+    def gives_previews(self) -> bool:
+        return True
+
+    @property
+    def shares_encodings(self) -> bool:
+        return True
+
+    @property
+    def why_no_adapters(self) -> str:
+        return "LoRA adapters are not available yet with a packed family, such as this model's"
+
+    def num_sequence_tokens(self, num_text_tokens: int, num_image_tokens: int) -> int:
+        return sum(-(-n // self.token_multiple) * self.token_multiple for n in (num_text_tokens, num_image_tokens))
+
+    def check_settings(self, config: OmniDiffusionConfig) -> None:
+        for name in ("enable_cpu_offload", "enable_layerwise_offload", "lora_modules"):
+            if getattr(config, name):
+                raise NotAvailableError(
+                    f"{flag_of(name)}: not available yet with a packed family, such as this model's"
+                )
+
+    def check_parallel(self, parallel: DiffusionParallelConfig) -> None:
+        heads, tensor, ulysses = self.num_heads, parallel.tensor_parallel_size, parallel.ulysses_degree
+        self.tensor_shares.check("--tensor-parallel-size", "this model's transformer", tensor)
+        self.text_encoder_shares.check(
+            "--text-encoder-tp-size", "this model's text encoder", parallel.text_encoder_tp_size
+        )
+        if ulysses > heads // tensor:
+            raise ConfigError(
+                f"--usp takes 1 to {heads // tensor}, the model's {heads} heads over --tensor-parallel-size {tensor}, "
+                f"got {ulysses}"
+            )
+
+    def check_cache(self, cache: CacheConfig | None) -> None:
+        if isinstance(cache, TeaCacheConfig) and cache.coefficients is None and self.tea_cache_coefficients is None:
+            raise ConfigError(
+                "--cache-backend tea_cache needs --cache-config coefficients for this model: nobody has measured them; "
+                "vllm-omni calibrate-teacache MODEL does"
+            )
+        if isinstance(cache, CacheDiTConfig):
+            first, last = cache.Fn_compute_blocks, cache.Bn_compute_blocks
+            if first + last >= self.num_blocks:
+                raise ConfigError(
+                    f"--cache-config: Fn_compute_blocks and Bn_compute_blocks take less than the model's "
+                    f"{self.num_blocks} blocks together, got {first} and {last}"
+                )

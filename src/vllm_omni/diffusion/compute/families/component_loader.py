@@ -1,0 +1,85 @@
+"""Loading of the components of a packed family's model folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import nn
+
+from vllm_omni.diffusion.catalog.model_index import DIFFUSERS_STEMS
+from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo
+from vllm_omni.diffusion.compute.distributed.groups import Group
+from vllm_omni.diffusion.compute.distributed.mesh import Mesh
+from vllm_omni.diffusion.compute.layers.kernels import Kernels, create_kernels
+from vllm_omni.diffusion.compute.weights.loading import load_autoencoder, load_weights
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+
+Loaded = TypeVar("Loaded")
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class ComponentLoader:
+    """Reads the components of one model, each with the weights that this rank keeps."""
+
+    config: OmniDiffusionConfig
+    info: PackedModelInfo
+    device: torch.device
+    dtype: torch.dtype
+    on_bytes: Callable[[int], object]
+    """Called with the number of bytes read since its last call."""
+    mesh: Mesh
+
+    @cached_property
+    def kernels(self) -> Kernels:
+        return create_kernels(self.config.kernels)
+
+    def text_encoder(self, cls: Callable[..., Loaded], *arguments: object) -> Loaded:
+        """`cls` for the model folder; `arguments` follow the folder in its call."""
+        config = self.config
+        return cls(
+            self.info.path,
+            *arguments,
+            self.device,
+            self.dtype,
+            self.mesh.text_encoder,
+            self.on_bytes,
+            config.load_format,
+            config.variant,
+        )
+
+    def autoencoder(self, cls: type[Any]) -> Any:
+        """diffusers' VAE class `cls`, on the CPU."""
+        path, config = self.info.path / "vae", self.config
+        return load_autoencoder(cls, path, self.device, self.dtype, self.on_bytes, config.load_format, config.variant)
+
+    def transformer(
+        self,
+        build: Callable[[Group, Kernels], Module],
+        checkpoint_names: Mapping[str, tuple[str, ...]],
+        float8_layers: tuple[str, ...],
+    ) -> Module:
+        """Module that `build` makes, with its weights. float8_layers: layers that `--quantization fp8` applies to."""
+        with torch.device("meta"):
+            module = build(self.mesh.tensor, self.kernels)
+        load_weights(
+            module,
+            self.info.path / "transformer",
+            checkpoint_names,
+            self.device,
+            self.dtype,
+            self.on_bytes,
+            float8=float8_layers if self.config.quantization == "fp8" else (),
+            load_format=self.config.load_format,
+            variant=self.config.variant,
+            stems=DIFFUSERS_STEMS,
+        )
+        return module
+
+    def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+        return FlowMatchEulerDiscreteScheduler.from_pretrained(self.info.path / "scheduler")

@@ -1,0 +1,115 @@
+"""Base of the packed families' transformers, and their blocks as step caches and captured graphs run them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from vllm_omni.diffusion.compute.distributed.groups import Group
+from vllm_omni.diffusion.compute.packing import Hidden, Pack
+from vllm_omni.diffusion.compute.step.arrangement import Arrangement
+from vllm_omni.diffusion.compute.step.compiled import Backend, CompiledBlocks
+from vllm_omni.diffusion.compute.step.modulation import Modulation
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """Input that all blocks of one step share: the order of the tokens, and the modulation of their sequences."""
+
+    arrangement: Arrangement
+    modulation: Modulation
+
+    @property
+    def pack(self) -> Pack:
+        return self.arrangement.pack
+
+    @property
+    def text_index(self) -> Tensor | None:
+        """int64 [T]: row of modulation of each text token; None: all have the only row."""
+        return self.modulation.index(self.pack.text_sequence)
+
+    @property
+    def image_index(self) -> Tensor | None:
+        """int64 [S]: row of modulation of each image token; None: all have the only row."""
+        return self.modulation.index(self.arrangement.image_rows)
+
+    def select(self, members: Sequence[int]) -> StepContext:
+        """Context of some of the sequences, in order."""
+        arrangement = self.arrangement.select(tuple(members))
+        if self.arrangement.has_own_rows:  # which are no sequence's numbers, so that the rows keep their places
+            return StepContext(arrangement, self.modulation)
+        return StepContext(arrangement, self.modulation.of_members(arrangement.pack.numbers))
+
+
+class PackedTransformer(nn.Module, ABC):
+    """Transformer on packed tokens. A step is the family's `embed`, then the blocks, then the family's `project`."""
+
+    tensor: Group
+    """Ranks that share every layer by tensor parallelism."""
+
+    @property
+    @abstractmethod
+    def blocks(self) -> Sequence[nn.Module]:
+        """Blocks between `embed` and `project`, which a step cache may skip."""
+
+    @property
+    def compilable_blocks(self) -> Sequence[nn.Module]:
+        """Blocks of one class that run at every step; each attends between its methods `before` and `after`."""
+        return self.blocks
+
+    @abstractmethod
+    def modulate(self, timesteps: Sequence[float]) -> Modulation:
+        """Rows of modulation of these timesteps, which are in [0, 1]."""
+
+    @abstractmethod
+    def run(self, hidden: Hidden, which: range, context: StepContext) -> Hidden:
+        """Run consecutive blocks, those with the numbers `which`."""
+
+    @abstractmethod
+    def signal(self, hidden: Hidden, context: StepContext) -> Tensor:
+        """[S, D]: image tokens after the first block's modulation, by which step caches compare steps."""
+
+    def compile_blocks(self, backend: Backend = "inductor") -> CompiledBlocks:
+        """Replace `before` and `after` of the blocks by compiled code; attention runs eagerly.
+
+        With tensor parallelism `after` holds exchanges between ranks, and runs eagerly too. Compiles at the first run
+        of each variant: one row of modulation or several, one sequence or several.
+        """
+        parts = ["before", "after"] if self.tensor.size == 1 else ["before"]
+        return CompiledBlocks(list(self.compilable_blocks), parts, backend)
+
+
+@dataclass(frozen=True)
+class StepBlocks:
+    """Blocks of a transformer over the sequences of one step: `cuda_graphs.CapturableBlocks`."""
+
+    transformer: PackedTransformer
+    context: StepContext
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.transformer.blocks)
+
+    @property
+    def pack(self) -> Pack:
+        return self.context.pack
+
+    @property
+    def rows(self) -> Tensor:
+        return self.context.modulation.blocks
+
+    def run(self, hidden: Hidden, which: range) -> Hidden:
+        return self.transformer.run(hidden, which, self.context)
+
+    def signal(self, hidden: Hidden) -> Tensor:
+        return self.transformer.signal(hidden, self.context)
+
+    def with_rows(self, rows: Tensor) -> StepBlocks:
+        modulation = replace(self.context.modulation, blocks=rows)
+        return replace(self, context=replace(self.context, modulation=modulation))
+
+    def select(self, members: Sequence[int]) -> StepBlocks:
+        return replace(self, context=self.context.select(members))
