@@ -104,7 +104,8 @@ class AsyncOmni:
         """Raise ConfigError for settings that the model does not take."""
         info.check_settings(self.config)
         info.check_parallel(self.config.parallel)
-        info.check_cache(self.config.cache)
+        if (cache := self.config.cache) is not None:
+            cache.check_model(info)
         check_defaults(self.config, info)
 
     async def __aenter__(self) -> Self:

@@ -14,15 +14,7 @@ from vllm_omni.diffusion.catalog.folder_files import DEFAULTS_FILE, MODEL_INDEX,
 from vllm_omni.diffusion.catalog.hub import DEFAULT_ACCESS, CheckConfigs, HubAccess, ModelFolder, blame_hub, download
 from vllm_omni.diffusion.catalog.tokenizer_files import TokenizerNeeds
 from vllm_omni.diffusion.catalog.weight_fit import ExpectedWeights
-from vllm_omni.diffusion.data import (
-    CacheConfig,
-    CacheDiTConfig,
-    DiffusionParallelConfig,
-    LoadFormat,
-    OmniDiffusionConfig,
-    TeaCacheConfig,
-    flag_of,
-)
+from vllm_omni.diffusion.data import DiffusionParallelConfig, LoadFormat, OmniDiffusionConfig, flag_of
 from vllm_omni.errors import ConfigError, NotAvailableError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.inputs.images import InputImage, ReaderSizes
@@ -345,21 +337,6 @@ class ModelInfo:
                 f"--usp takes 1 to {heads // tensor}, the model's {heads} heads over --tensor-parallel-size {tensor}, "
                 f"got {ulysses}"
             )
-
-    def check_cache(self, cache: CacheConfig | None) -> None:
-        """Raises ConfigError for settings of a step cache that make no sense with this model."""
-        if isinstance(cache, TeaCacheConfig) and cache.coefficients is None and self.tea_cache_coefficients is None:
-            raise ConfigError(
-                "--cache-backend tea_cache needs --cache-config coefficients for this model: nobody has measured them; "
-                "vllm-omni calibrate-teacache MODEL does"
-            )
-        if isinstance(cache, CacheDiTConfig):
-            first, last = cache.Fn_compute_blocks, cache.Bn_compute_blocks
-            if first + last >= self.num_blocks:
-                raise ConfigError(
-                    f"--cache-config: Fn_compute_blocks and Bn_compute_blocks take less than the model's "
-                    f"{self.num_blocks} blocks together, got {first} and {last}"
-                )
 
     def sequence_cost(self, num_tokens: int) -> float:
         """Work of one forward of one sequence, in units of one token's linear layers."""
