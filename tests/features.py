@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vllm_omni.diffusion.data import STEP_CACHES
+
 COLUMNS = (
     "Qwen-Image",
     "Qwen-Image-Edit, -2509, -2511",
@@ -70,6 +72,31 @@ DATA_PARALLEL = (
     f"{DIFFUSION}/control/executor/test_worker_groups.py::test_two_replicas_of_two_share_the_work_and_one_dies",
 )
 """Blind to families: whole engines side by side."""
+
+
+def step_caches_feature() -> Feature:
+    """Row of all registered step caches: each of them runs the tests that it names."""
+    names = ", ".join(f"`{name}`" for name in STEP_CACHES)
+    return Feature(
+        f"step caches ({names}), per sequence in mixed batches, with every kind of parallelism",
+        (
+            yes(
+                f"{CACHE}/test_company.py::test_decisions_and_pictures_are_those_of_the_request_alone",
+                f"{CACHE}/test_layouts.py::test_a_layout_decides_as_one_process",
+            ),
+            yes(
+                f"{CACHE}/test_families.py::test_decisions_and_pictures_are_those_of_the_request_alone[edits]",
+                f"{CACHE}/test_families.py::test_layouts_decide_as_one_process[edits]",
+            ),
+            yes(
+                f"{CACHE}/test_families.py::test_decisions_and_pictures_are_those_of_the_request_alone[z_images]",
+                f"{CACHE}/test_families.py::test_layouts_decide_as_one_process[z_images]",
+                text="yes (TeaCache: Qwen-Image's polynomial unless `coefficients` say better)",
+            ),
+            Cell("no: refused by name", (f"{WHOLE}/test_info.py::test_settings_of_packed_steps_are_refused",)),
+        ),
+    )
+
 
 FEATURES = (
     Feature(
@@ -253,25 +280,7 @@ FEATURES = (
             Cell("no", (f"{WHOLE}/test_info.py::test_only_data_parallelism_is_taken",)),
         ),
     ),
-    Feature(
-        "step caches (TeaCache, Cache-DiT), also in mixed batches and on several devices",
-        (
-            yes(
-                f"{CACHE}/test_company.py::test_decisions_and_pictures_are_those_of_the_request_alone",
-                f"{CACHE}/test_layouts.py::test_a_layout_decides_as_one_process",
-            ),
-            yes(
-                f"{CACHE}/test_families.py::test_decisions_and_pictures_are_those_of_the_request_alone[edits]",
-                f"{CACHE}/test_families.py::test_layouts_decide_as_one_process[edits]",
-            ),
-            yes(
-                f"{CACHE}/test_families.py::test_decisions_and_pictures_are_those_of_the_request_alone[z_images]",
-                f"{CACHE}/test_families.py::test_layouts_decide_as_one_process[z_images]",
-                text="yes (calibrate TeaCache first)",
-            ),
-            Cell("no", (f"{WHOLE}/test_info.py::test_settings_of_packed_steps_are_refused",)),
-        ),
-    ),
+    step_caches_feature(),
     Feature(
         "video",
         (

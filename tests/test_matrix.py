@@ -1,4 +1,4 @@
-"""README's matrix says what tests prove: the table is the generated one, and every test that it names is there."""
+"""Tables in README.md and docs/ are the generated ones, and every test that the feature table names exists."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from tools.matrix import README, table, with_table
+from tools.matrix import TABLES, TEXTS, feature_table, with_table, with_tables
 
 from tests.features import COLUMNS, FEATURES, Cell, Feature
 
@@ -17,9 +17,10 @@ ROOT = Path(__file__).parents[1]
 CELLS = {f"{feature.name} / {column}": cell for feature in FEATURES for column, cell in zip(COLUMNS, feature.cells)}
 
 
-def test_the_table_in_the_readme_is_the_generated_one() -> None:
-    text = README.read_text()
-    assert text == with_table(text, table(COLUMNS, FEATURES)), "run python -m tools.matrix"
+@pytest.mark.parametrize("begin", TABLES)
+def test_the_table_is_in_one_text_and_is_the_generated_one(begin: str) -> None:
+    (path,) = [path for path in TEXTS if begin in path.read_text()]
+    assert path.read_text() == with_tables(path.read_text()), "run python -m tools.matrix"
 
 
 @pytest.mark.parametrize("cell", CELLS.values(), ids=list(CELLS))
@@ -37,8 +38,8 @@ def test_the_tests_of_a_cell_exist(cell: Cell) -> None:
         (Cell("yes", ("tests/test_matrix.py::test_x",)), "tests/test_matrix.py has no test_x"),
         (Cell("yes", ("tests/test_matrix.py::flaws",)), "tests/test_matrix.py has no flaws"),
         (
-            Cell("yes", ("tests/test_matrix.py::test_the_table_in_the_readme_is_the_generated_one[a]",)),
-            "tests/test_matrix.py::test_the_table_in_the_readme_is_the_generated_one has no cases",
+            Cell("yes", ("tests/test_matrix.py::test_a_table_goes_between_its_markers[a]",)),
+            "tests/test_matrix.py::test_a_table_goes_between_its_markers has no cases",
         ),
         (
             Cell("yes", ("tests/test_matrix.py::test_the_tests_of_a_cell_exist[" + "other]",)),
@@ -57,12 +58,12 @@ def test_what_does_not_work_needs_no_proof(text: str) -> None:
 
 def test_a_feature_has_a_cell_a_column() -> None:
     with pytest.raises(ValueError, match="'x' needs 2 cells, got 1"):
-        table(("a", "b"), [Feature("x", (Cell("no"),))])
+        feature_table(("a", "b"), [Feature("x", (Cell("no"),))])
 
 
 def test_a_table_goes_between_its_markers() -> None:
     with pytest.raises(ValueError, match="the text lacks"):
-        with_table("no markers", "a table")
+        with_table("no markers", "<!-- x: written -->", "a table")
 
 
 def flaws(cell: Cell) -> Iterator[str]:

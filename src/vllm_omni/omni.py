@@ -105,7 +105,6 @@ class AsyncOmni:
         """Raise ConfigError for settings that the model does not take."""
         info.check_settings(self.config)
         info.check_parallel(self.config.parallel)
-        info.check_cache(self.config.cache)
         check_defaults(self.config, info)
 
     async def __aenter__(self) -> Self:

@@ -13,17 +13,19 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_omni.diffusion.compute.cache.cache_dit import CacheDiTConfig, StepsMaskPolicy
+from vllm_omni.diffusion.compute.cache.tea_cache import TeaCacheConfig
 from vllm_omni.diffusion.data import (
-    _CACHE_KEYS,
-    CacheDiTConfig,
+    STEP_CACHES,
     DiffusionParallelConfig,
     OmniDiffusionConfig,
-    StepsMaskPolicy,
-    TeaCacheConfig,
     parse_cache_config,
+    step_cache_config_class,
 )
 from vllm_omni.errors import ConfigError, NotAvailableError
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams
+
+CONFIGS: list[Any] = [OmniDiffusionConfig, DiffusionParallelConfig, *map(step_cache_config_class, STEP_CACHES)]
 
 
 @pytest.mark.parametrize(
@@ -201,11 +203,11 @@ STATIC = {**MASK, "steps_computation_policy": "static"}
         ),
         (
             {**MASK, "residual_diff_threshold": 0.0},
-            "steps_computation_mask (1, 1, 0, 1) has no effect beside residual_d",
+            "steps_computation_mask [1, 1, 0, 1] has no effect beside residual_d",
         ),
         (
             {"steps_computation_mask": [1, 1], "steps_computation_policy": "static"},
-            "steps_computation_mask (1, 1) has no effect beside steps_computation_policy 'static', which skips its",
+            "steps_computation_mask [1, 1] has no effect beside steps_computation_policy 'static', which skips its",
         ),
     ],
 )
@@ -233,14 +235,17 @@ def test_a_polynomial_for_a_threshold_of_zero_is_refused() -> None:
     assert parse_cache_config("tea_cache", {"rel_l1_thresh": 0}) == TeaCacheConfig(rel_l1_thresh=0.0)
 
 
-@pytest.mark.parametrize("name", _CACHE_KEYS)
+@pytest.mark.parametrize("name", CacheDiTConfig.key_aliases())
 @pytest.mark.parametrize("values", [("static", "dynamic"), ("dynamic", "dynamic")])
 def test_one_setting_under_two_names_is_refused(name: str, values: tuple[str, str]) -> None:
-    both = dict(zip((name, _CACHE_KEYS[name]), values))
+    both = dict(zip((name, CacheDiTConfig.key_aliases()[name]), values))
     for settings in (both, dict(reversed(both.items()))):
         with pytest.raises(ConfigError) as caught:
             parse_cache_config("cache_dit", settings)
-        assert str(caught.value) == f"--cache-config: give {name} or {_CACHE_KEYS[name]}, which mean the same: got both"
+        assert (
+            str(caught.value)
+            == f"--cache-config: give {name} or {CacheDiTConfig.key_aliases()[name]}, which mean the same: got both"
+        )
 
 
 def test_a_cache_has_one_mask() -> None:
@@ -252,7 +257,7 @@ def test_a_cache_has_one_mask() -> None:
     ("cls", "name"),
     [
         (cls, name)
-        for cls in (OmniDiffusionConfig, DiffusionParallelConfig, TeaCacheConfig, CacheDiTConfig)
+        for cls in CONFIGS
         for name, kind in get_type_hints(cls).items()
         if kind is int or int in get_args(kind)
     ],
@@ -285,7 +290,7 @@ def refusal_or_sent(cls: Any, values: dict[str, Any]) -> None:
     assert len(message) < 1000
 
 
-@pytest.mark.parametrize("cls", [OmniDiffusionConfig, DiffusionParallelConfig, TeaCacheConfig, CacheDiTConfig])
+@pytest.mark.parametrize("cls", CONFIGS)
 def test_a_field_refuses_an_odd_value_or_a_worker_gets_it(cls: Any) -> None:
     own = {"model": "demo"} if cls is OmniDiffusionConfig else {}
     for name in get_type_hints(cls):

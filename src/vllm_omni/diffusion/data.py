@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from vllm_omni.errors import ConfigError, InvalidRequestError, NotAvailableError
 from vllm_omni.foreign.class_decorators import convert_keywords
@@ -19,7 +20,11 @@ from vllm_omni.foreign.keywords import logger as logger  # scripts of the public
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams
 from vllm_omni.inputs.field_values import WrongValueError, coerce, field_types, shown
 
+if TYPE_CHECKING:
+    from vllm_omni.diffusion.compute.cache.config import StepCacheConfig
+
 CacheBackend = Literal["none", "tea_cache", "cache_dit"]
+"""Names of step caches. To register one, add its name here and its module `compute/cache/NAME.py`."""
 SchedulingPolicy = Literal["fair", "fcfs"]
 ExecutorBackend = Literal["mp", "ray", "uni"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -33,8 +38,6 @@ ALIASES: Mapping[str, Mapping[str, str]] = {
     "load_format": {"safetensors": "auto"},
 }
 """Field -> vLLM's other names of its values -> our names."""
-StepsMaskPolicy = Literal["slow", "medium", "fast", "ultra"]
-StepsComputationPolicy = Literal["dynamic", "static"]
 
 
 @convert_keywords(convert_degrees, ConfigError)
@@ -53,9 +56,9 @@ class DiffusionParallelConfig:
     """Ranks of a replica that share the text encoder; adds no devices."""
 
     def __post_init__(self) -> None:
-        _fit_fields(self, str)
+        fit_fields(self, str)
         for f in fields(self):
-            _require_at_least(1, getattr(self, f.name), f.name)
+            require_at_least(1, getattr(self, f.name), f.name)
         for name in ("vae_patch_parallel_size", "text_encoder_tp_size"):
             value = getattr(self, name)
             if self.replica_size % value:
@@ -84,163 +87,32 @@ class DiffusionParallelConfig:
         )
 
 
-@dataclass(frozen=True)
-class TeaCacheConfig:
-    """Skip a step while the accumulated change of the modulated input stays small (TeaCache, arXiv 2411.19108)."""
-
-    rel_l1_thresh: float = 0.2
-    """At 0 every step is computed."""
-    coefficients: tuple[float, ...] | None = None
-    """Polynomial, highest power first; None takes the model's own."""
-
-    def __post_init__(self) -> None:
-        _fit_fields(self, _cache_key)
-        _require_at_least(0, self.rel_l1_thresh, _cache_key("rel_l1_thresh"))
-        terms = self.coefficients
-        good = terms is None or (len(terms) > 0 and all(map(math.isfinite, terms)))
-        _require(
-            good, _cache_key("coefficients"), terms, "a list of at least one finite number, or none for the model's own"
-        )
-        if terms is not None and self.rel_l1_thresh == 0:
-            raise ConfigError(
-                f"{_cache_key('coefficients')} {list(terms)} has no effect beside rel_l1_thresh 0, at which every step "
-                "is computed"
-            )
+STEP_CACHES = {name: f"vllm_omni.diffusion.compute.cache.{name}" for name in get_args(CacheBackend) if name != "none"}
+"""Step cache -> its module, whose `CONFIG_CLASS` is a StepCacheConfig."""
 
 
-@dataclass(frozen=True)
-class CacheDiTConfig:
-    """Dual Block Cache: the first blocks decide, the middle is reused, the last refine (cache-dit)."""
-
-    Fn_compute_blocks: int = 1
-    Bn_compute_blocks: int = 0
-    residual_diff_threshold: float = 0.24
-    """At 0 every step is computed; from 1 on no change is too large."""
-    max_warmup_steps: int = 4
-    """A mask decides in place of this and of the interval."""
-    warmup_interval: int = 1
-    """During the warm-up every n-th step is computed in any case, from the first step on."""
-    max_cached_steps: int = -1
-    """-1: no limit; 0: every step is computed."""
-    max_continuous_cached_steps: int = 3
-    """-1: no limit; 0: every step is computed."""
-    max_accumulated_residual_diff_threshold: float | None = None
-    """Above 0; None: no limit."""
-    enable_taylorseer: bool = False
-    taylorseer_order: int = 1
-    scm_steps_mask_policy: StepsMaskPolicy | None = None
-    steps_computation_mask: tuple[int, ...] | None = None
-    """By step: 1 computes, 0 may take from the cache. Entries beyond a request's steps count for nothing."""
-    steps_computation_policy: StepsComputationPolicy = "dynamic"
-    """Treatment of the steps with a 0 in the mask. `dynamic`: a step is skipped if the other settings allow it, also
-    beyond the mask's end; `static`: all are skipped, and every step beyond the mask's end is computed."""
-
-    def __post_init__(self) -> None:
-        _fit_fields(self, _cache_key)
-        for name, least in (
-            ("Fn_compute_blocks", 1),
-            ("Bn_compute_blocks", 0),
-            ("residual_diff_threshold", 0),
-            ("max_warmup_steps", 0),
-            ("warmup_interval", 1),
-            ("max_cached_steps", -1),
-            ("max_continuous_cached_steps", -1),
-        ):
-            _require_at_least(least, getattr(self, name), _cache_key(name))
-        good = 1 <= self.taylorseer_order <= MAX_TAYLORSEER_ORDER
-        _require(good, _cache_key("taylorseer_order"), self.taylorseer_order, f"1 to {MAX_TAYLORSEER_ORDER}")
-        most, mask = self.max_accumulated_residual_diff_threshold, self.steps_computation_mask
-        good = most is None or 0 < most < math.inf
-        _require(good, _cache_key("max_accumulated_residual_diff_threshold"), most, "a finite number above 0, or none")
-        good = mask is None or (len(mask) > 0 and set(mask) <= {0, 1})
-        _require(good, _cache_key("steps_computation_mask"), mask, "a list of 0 and 1, one a step")
-        if mask is not None and self.scm_steps_mask_policy is not None:
-            raise ConfigError(
-                "--cache-config takes scm_steps_mask_policy or steps_computation_mask, got both: "
-                f"{self.scm_steps_mask_policy!r} and {list(mask)}"
-            )
-        for name, reason in self._without_effect():
-            raise ConfigError(f"{_cache_key(name)} {getattr(self, name)!r} has no effect {reason}")
-
-    def _without_effect(self) -> Iterator[tuple[str, str]]:
-        """Settings that ask for something and change nothing beside the others: name, and why."""
-        has_mask = self.scm_steps_mask_policy is not None or self.steps_computation_mask is not None
-        always = self.residual_diff_threshold >= 1
-        if has_mask:
-            for name in self._set_among("max_warmup_steps", "warmup_interval"):
-                yield name, "beside a mask, whose ones at its head are the warm-up"
-        if self._set_among("max_continuous_cached_steps") and (
-            0 <= self.max_cached_steps <= self.max_continuous_cached_steps
-        ):
-            yield "max_continuous_cached_steps", f"beside max_cached_steps {self.max_cached_steps}"
-        if self.taylorseer_order != type(self).taylorseer_order and not self.enable_taylorseer:
-            yield "taylorseer_order", "without enable_taylorseer"
-        if self.max_accumulated_residual_diff_threshold is not None and always:
-            yield "max_accumulated_residual_diff_threshold", "beside residual_diff_threshold from 1 on"
-        if self.warmup_interval > 1 and self.max_warmup_steps < 2:
-            yield "warmup_interval", "with max_warmup_steps below 2"
-        if self.steps_computation_policy != "static":
-            yield from self._without_cached_steps()
-            return
-        if not has_mask:
-            yield "steps_computation_policy", "without scm_steps_mask_policy or steps_computation_mask"
-        if self.steps_computation_mask is not None and 0 not in self.steps_computation_mask:
-            yield (
-                "steps_computation_mask",
-                "beside steps_computation_policy 'static', which skips its zeros: it has none",
-            )
-        harmless = {
-            "residual_diff_threshold": always,
-            "max_continuous_cached_steps": self.max_continuous_cached_steps < 0,
-        }
-        for name in self._set_among("residual_diff_threshold", *_LIMITS):
-            if not harmless.get(name, False):
-                yield name, "beside steps_computation_policy 'static', which skips all steps with a 0 in the mask"
-
-    def _without_cached_steps(self) -> Iterator[tuple[str, str]]:
-        """All other settings, where a zero among them has every step computed."""
-        zeros = ("residual_diff_threshold", "max_cached_steps", "max_continuous_cached_steps")
-        if cause := next((name for name in zeros if getattr(self, name) == 0), None):
-            for name in self._set_among(*(f.name for f in fields(self) if f.name != cause)):
-                yield name, f"beside {cause} 0, at which every step is computed"
-
-    def _set_among(self, *names: str) -> list[str]:
-        """Fields among `names` whose value is not the default."""
-        return [name for name in names if getattr(self, name) != getattr(type(self), name)]
+def step_cache_config_class(backend: str) -> type[StepCacheConfig]:
+    """Settings of a step cache, imported when first asked for; `backend` is a key of STEP_CACHES."""
+    config_class: type[StepCacheConfig] = import_module(STEP_CACHES[backend]).CONFIG_CLASS
+    return config_class
 
 
-_LIMITS = ("max_cached_steps", "max_continuous_cached_steps", "max_accumulated_residual_diff_threshold")
+def parse_cache_config(backend: str, values: Mapping[str, Any]) -> StepCacheConfig | None:
+    """Checked settings of a step cache from the keys of `--cache-config`; None if `backend` is `none`.
 
-
-def _cache_key(name: str) -> str:
-    return f"--cache-config: {name}"
-
-
-CacheConfig = TeaCacheConfig | CacheDiTConfig
-_CACHE_CONFIGS: dict[str, type[TeaCacheConfig] | type[CacheDiTConfig]] = {
-    "tea_cache": TeaCacheConfig,
-    "cache_dit": CacheDiTConfig,
-}
-
-
-_CACHE_KEYS = {"scm_steps_policy": "steps_computation_policy"}
-"""Names of the public vllm-omni package -> ours, which are cache-dit's."""
-
-
-def parse_cache_config(backend: str, values: Mapping[str, Any]) -> CacheConfig | None:
-    """The tagged config of a cache backend; None for no cache.
-
-    Raises ConfigError for unknown keys and wrong values.
+    Raises ConfigError for unknown backends and keys, and for wrong values.
     """
     if backend == "none":
         if values:
-            raise ConfigError(f"--cache-config {dict(values)!r} needs --cache-backend tea_cache or cache_dit")
+            raise ConfigError(f"--cache-config {dict(values)!r} needs --cache-backend {' or '.join(STEP_CACHES)}")
         return None
-    cls = _CACHE_CONFIGS[backend]
-    for name, ours in _CACHE_KEYS.items():
+    require(backend in STEP_CACHES, "--cache-backend", backend, f"one of {', '.join(('none', *STEP_CACHES))}")
+    cls = step_cache_config_class(backend)
+    aliases = cls.key_aliases()
+    for name, ours in aliases.items():
         if name in values and ours in values:
             raise ConfigError(f"--cache-config: give {name} or {ours}, which mean the same: got both")
-    values = {_CACHE_KEYS.get(name, name): value for name, value in values.items()}
+    values = {aliases.get(name, name): value for name, value in values.items()}
     accepted = [f.name for f in fields(cls)]
     if unknown := set(values) - set(accepted):
         raise ConfigError(
@@ -250,8 +122,8 @@ def parse_cache_config(backend: str, values: Mapping[str, Any]) -> CacheConfig |
     return cls(**values)
 
 
-def _fit_fields(config: Any, name_of: Callable[[str], str]) -> None:
-    """Convert the fields of a new frozen dataclass to plain values of their types. Raises ConfigError."""
+def fit_fields(config: Any, name_of: Callable[[str], str]) -> None:
+    """Convert the fields of a new frozen dataclass to plain values of their annotated types. Raises ConfigError."""
     cls: Any = type(config)
     for name, kind in field_types(cls).items():
         value = getattr(config, name)
@@ -265,19 +137,17 @@ def _fit_fields(config: Any, name_of: Callable[[str], str]) -> None:
 
 _SECRETS = ("hf_token",)
 """Fields whose values error messages do not repeat."""
-MAX_TAYLORSEER_ORDER = 8
-"""Each order keeps one more tensor of each guidance branch."""
 
 
-def _require(condition: bool, name: str, got: Any, expected: str) -> None:
+def require(condition: bool, name: str, got: Any, expected: str) -> None:
     if not condition:
         raise ConfigError(f"{name} takes {expected}, got {shown(got)}")
 
 
-def _require_at_least(least: int, value: float, name: str) -> None:
+def require_at_least(least: int, value: float, name: str) -> None:
     """Raise ConfigError for a number below `least`, and for an infinite one."""
     kind = "an integer" if isinstance(value, int) else "a finite number"
-    _require(least <= value < math.inf, name, value, f"{kind} of at least {least}")
+    require(least <= value < math.inf, name, value, f"{kind} of at least {least}")
 
 
 @convert_keywords(convert_settings, ConfigError)
@@ -288,9 +158,10 @@ class OmniDiffusionConfig:
     model: str
     """A folder in the diffusers layout, a hub name, or `demo`."""
     parallel: DiffusionParallelConfig = DiffusionParallelConfig()
-    cache_backend: CacheBackend = "none"
+    cache_backend: str = "none"
+    """A step cache of `CacheBackend`, or `none`."""
     cache_config: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of the cache backend as the user gave them; `cache` is their checked form."""
+    """Settings of the step cache by key; `cache` is their checked form."""
     enable_cpu_offload: bool = False
     enable_layerwise_offload: bool = False
     lora_modules: Mapping[str, str] = field(default_factory=dict)
@@ -353,20 +224,20 @@ class OmniDiffusionConfig:
             value = getattr(self, name)
             if isinstance(value, str) and value in aliases:
                 object.__setattr__(self, name, aliases[value])
-        _fit_fields(self, flag_of)
+        fit_fields(self, flag_of)
         for name, path in self.lora_modules.items():
             good = isinstance(name, str) and isinstance(path, str) and bool(name and path)
-            _require(good, "--lora-modules", {name: path}, "names and paths of adapters")
+            require(good, "--lora-modules", {name: path}, "names and paths of adapters")
         if not self.model:
             raise ConfigError("model must be a folder, a hub name or 'demo', got an empty string")
         for name in ("revision", "download_dir"):
-            _require(getattr(self, name) != "", flag_of(name), "", "a string that is not empty")
+            require(getattr(self, name) != "", flag_of(name), "", "a string that is not empty")
         if self.variant is not None and self.load_format == "dummy":
             raise ConfigError(
                 f"--variant {self.variant} has no effect with --load-format dummy, which reads no weight file"
             )
         good = self.variant is None or re.fullmatch(r"[A-Za-z0-9_-]+", self.variant) is not None
-        _require(good, "--variant", self.variant, "a name of letters, digits, - and _, such as fp16")
+        require(good, "--variant", self.variant, "a name of letters, digits, - and _, such as fp16")
         if isinstance(self.hf_token, str) and not re.fullmatch(r"[!-~]+", self.hf_token):
             raise ConfigError("--hf-token takes a token of ASCII characters without spaces, got something else")
         for name, least in (
@@ -375,15 +246,16 @@ class OmniDiffusionConfig:
             ("max_inference_steps", 1),
             ("max_worker_restarts", 0),
         ):
-            _require_at_least(least, getattr(self, name), flag_of(name))
+            require_at_least(least, getattr(self, name), flag_of(name))
         for name in ("max_batch_tokens", "max_pixels", "max_num_frames"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, flag_of(name), value, "an integer of at least 1")
-        _require(self.max_queue_seconds > 0, "--max-queue-seconds", self.max_queue_seconds, "a number above 0")
+            require(value is None or value >= 1, flag_of(name), value, "an integer of at least 1")
+        require(self.max_queue_seconds > 0, "--max-queue-seconds", self.max_queue_seconds, "a number above 0")
         object.__setattr__(self, "default_sampling_params", _fit_sampling_params(self.default_sampling_params))
         cache = parse_cache_config(self.cache_backend, self.cache_config)
-        keys = [_CACHE_KEYS.get(name, name) for name in self.cache_config]
-        object.__setattr__(self, "cache_config", {name: getattr(cache, name) for name in keys})
+        if cache is not None:
+            names = [cache.key_aliases().get(name, name) for name in self.cache_config]
+            object.__setattr__(self, "cache_config", {name: getattr(cache, name) for name in names})
         if self.distributed_executor_backend == "uni" and self.parallel.world_size > 1:
             raise ConfigError(
                 "--distributed-executor-backend uni runs the model in this process, on one device; "
@@ -408,7 +280,8 @@ class OmniDiffusionConfig:
             object.__setattr__(self, "lora_modules", paths)
 
     @property
-    def cache(self) -> CacheConfig | None:
+    def cache(self) -> StepCacheConfig | None:
+        """Checked settings of the step cache; None without one."""
         return parse_cache_config(self.cache_backend, self.cache_config)
 
     def for_worker(self, path: str) -> OmniDiffusionConfig:

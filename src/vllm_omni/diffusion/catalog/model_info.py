@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 from vllm_omni.diffusion.catalog.expected_weights import ExpectedWeights
 from vllm_omni.diffusion.catalog.tokenizer_files import TokenizerNeeds
-from vllm_omni.diffusion.data import CacheConfig, DiffusionParallelConfig, OmniDiffusionConfig
+from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.inputs.images import InputImage, ReaderSizes
 
 SIZES = ("height", "width")
@@ -199,7 +199,3 @@ class ModelInfo(ABC):
     @abstractmethod
     def check_parallel(self, parallel: DiffusionParallelConfig) -> None:
         """Raise ConfigError, with the valid degrees, for degrees that the model does not allow."""
-
-    @abstractmethod
-    def check_cache(self, cache: CacheConfig | None) -> None:
-        """Raise ConfigError for settings of a step cache that the model does not allow."""

@@ -9,11 +9,8 @@ from typing import Literal
 
 from vllm_omni.diffusion.catalog.model_info import SIZES, ModelInfo
 from vllm_omni.diffusion.data import (
-    CacheConfig,
-    CacheDiTConfig,
     DiffusionParallelConfig,
     OmniDiffusionConfig,
-    TeaCacheConfig,
     flag_of,
 )
 from vllm_omni.errors import ConfigError, NotAvailableError
@@ -97,6 +94,8 @@ class PackedModelInfo(ModelInfo):
                 raise NotAvailableError(
                     f"{flag_of(name)}: not available yet with a packed family, such as this model's"
                 )
+        if config.cache is not None:
+            config.cache.check_model(self)
 
     def check_parallel(self, parallel: DiffusionParallelConfig) -> None:
         heads, tensor, ulysses = self.num_heads, parallel.tensor_parallel_size, parallel.ulysses_degree
@@ -109,17 +108,3 @@ class PackedModelInfo(ModelInfo):
                 f"--usp takes 1 to {heads // tensor}, the model's {heads} heads over --tensor-parallel-size {tensor}, "
                 f"got {ulysses}"
             )
-
-    def check_cache(self, cache: CacheConfig | None) -> None:
-        if isinstance(cache, TeaCacheConfig) and cache.coefficients is None and self.tea_cache_coefficients is None:
-            raise ConfigError(
-                "--cache-backend tea_cache needs --cache-config coefficients for this model: nobody has measured them; "
-                "vllm-omni calibrate-teacache MODEL does"
-            )
-        if isinstance(cache, CacheDiTConfig):
-            first, last = cache.Fn_compute_blocks, cache.Bn_compute_blocks
-            if first + last >= self.num_blocks:
-                raise ConfigError(
-                    f"--cache-config: Fn_compute_blocks and Bn_compute_blocks take less than the model's "
-                    f"{self.num_blocks} blocks together, got {first} and {last}"
-                )

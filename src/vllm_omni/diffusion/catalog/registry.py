@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm_omni.diffusion.catalog.find_folder import find_folder
 from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX, read_object
-from vllm_omni.diffusion.catalog.hub import DEFAULT_ACCESS, HubAccess
+from vllm_omni.diffusion.catalog.hub import DEFAULT_ACCESS, HubAccess, add_hub_failure
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.data import LoadFormat
 from vllm_omni.errors import ConfigError

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
 from vllm_omni.diffusion.catalog.model_info import SIZES, ModelInfo
-from vllm_omni.diffusion.data import CacheConfig, DiffusionParallelConfig, OmniDiffusionConfig, flag_of
+from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig, flag_of
 from vllm_omni.errors import ConfigError
 from vllm_omni.inputs.adapter_files import adapter_file
 from vllm_omni.inputs.field_values import WrongValueError
@@ -161,6 +161,3 @@ class WholeModelInfo(ModelInfo):
                     f"{flag_of(axis.name)} takes 1 with a {self.pipeline.class_name}, which runs whole, on one device "
                     f"(more of them with --data-parallel-size), got {value}"
                 )
-
-    def check_cache(self, cache: CacheConfig | None) -> None:
-        """Accept every config: `check_settings` has refused the flag that chooses a cache."""

@@ -20,8 +20,8 @@ import yaml
 from vllm_omni import __version__
 from vllm_omni.diffusion.data import (
     ALIASES,
+    STEP_CACHES,
     AttentionBackendName,
-    CacheBackend,
     DeviceChoice,
     DiffusionParallelConfig,
     DType,
@@ -256,7 +256,7 @@ def _add_parallel_flags(group: Any) -> None:
 
 def _add_cache_and_memory_flags(group: Any) -> None:
     engine = _Flags(group, OmniDiffusionConfig)
-    engine.add("cache_backend", "cache that skips blocks between steps", choices=get_args(CacheBackend))
+    engine.add("cache_backend", "cache that skips blocks between steps", choices=("none", *STEP_CACHES))
     engine.add("cache_config", "the cache's settings as JSON", type=flag_types.json_object)
     engine.switch("enable_cpu_offload", "keep idle models in host memory")
     engine.switch("enable_layerwise_offload", "copy transformer layers to the device one by one")

@@ -1,4 +1,4 @@
-"""A model whose steps resemble each other, and one thread."""
+"""A model whose steps resemble each other, one thread, and a case for each registered step cache."""
 
 from __future__ import annotations
 
@@ -9,6 +9,13 @@ import pytest
 import torch
 
 from testbed.tiny_models import SMALL, build_tiny_qwen_image
+from vllm_omni.diffusion.data import STEP_CACHES
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run each test that has the argument `backend` with every registered step cache."""
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", list(STEP_CACHES))
 
 
 @pytest.fixture(autouse=True, scope="package")

@@ -15,15 +15,15 @@ from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 
 Skips = dict[str, list[list[int]]]
-"""By request, by guidance branch: the steps that were skipped."""
+"""Request -> for each guidance branch, the steps that were skipped."""
 
 
 def started(path: Path, backend: str, config: Mapping[str, Any] | None = None) -> ModelRunner:
-    """A runner after the shortest warm-up."""
+    """A runner with a step cache, after the shortest warm-up."""
     before = warmup.BUDGET_SECONDS, warmup.MIN_SAMPLES
     warmup.BUDGET_SECONDS, warmup.MIN_SAMPLES = 0.0, 1
     try:
-        settings = OmniDiffusionConfig(model=str(path), cache_backend=backend, cache_config=config or {})  # type: ignore[arg-type]  # checked
+        settings = OmniDiffusionConfig(model=str(path), cache_backend=backend, cache_config=config or {})
         runner = ModelRunner(settings, load_model_info(str(path)))
         runner.start()
     finally:
@@ -32,7 +32,7 @@ def started(path: Path, backend: str, config: Mapping[str, Any] | None = None) -
 
 
 def watch_skips(runner: ModelRunner) -> Skips:
-    """Filled while the runner works, with what this rank computes."""
+    """Skipped steps of the branches that this rank computes; filled while the runner works."""
     skips: Skips = defaultdict(list)
     pipeline = runner.pipeline
     advance = pipeline.advance
@@ -52,6 +52,7 @@ def watch_skips(runner: ModelRunner) -> Skips:
 def draw(
     path: Path, backend: str, config: Mapping[str, Any], arrivals: Mapping[int, Sequence[DiffusionRequest]]
 ) -> tuple[Drive, Skips]:
+    """Pictures and skipped steps of requests, which arrive at the given steps."""
     runner = started(path, backend, config)
     skips = watch_skips(runner)
     drive = Drive(runner).run(arrivals)

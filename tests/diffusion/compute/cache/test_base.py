@@ -1,4 +1,4 @@
-"""What caches share: forecasts, relative changes, slots and their budget."""
+"""Forecasts, relative changes, slots and the memory budget of step caches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_omni.diffusion.compute.cache.base import Budget, CacheSlot, Kept, relative_changes
+from vllm_omni.diffusion.compute.cache.base import Budget, CacheSlot, SlotContent, relative_changes
 from vllm_omni.diffusion.compute.cache.taylor import Forecast
 from vllm_omni.diffusion.compute.distributed.groups import Group
 
@@ -47,7 +47,7 @@ def test_changes_are_relative_to_what_was() -> None:
 
 
 @dataclass(frozen=True)
-class Some(Kept):
+class Some(SlotContent):
     values: tuple[Tensor, ...]
 
     @property
@@ -63,12 +63,12 @@ def test_a_slot_goes_on_from_the_last_step_alone() -> None:
     slot.put(shared, skipped=False)  # the step is repeated
     assert slot.settle() is False
     slot.put(Some((*shared.values[:1], first)), skipped=True)
-    assert slot.kept is shared, "until the step is done"
+    assert slot.content is shared, "until the step is done"
     assert budget.num_bytes == 4 * (10 + 5 + 3), "what both share counts once"
     assert slot.settle() is True
     assert budget.num_bytes == 4 * (10 + 3)
     assert slot.settle() is False, "another rank group computed it"
-    assert slot.kept is None
+    assert slot.content is None
     assert budget.num_bytes == 0
     slot.put(shared, skipped=False)
     del slot

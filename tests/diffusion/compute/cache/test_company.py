@@ -1,4 +1,4 @@
-"""A cached request in company decides and draws as alone; what it keeps dies with it, and costs no memory not there."""
+"""A cached request decides and draws in company as alone; its stored tensors are freed with it and fit the budget."""
 
 from __future__ import annotations
 
@@ -14,16 +14,13 @@ import torch
 
 from testbed.runner_driver import Drive, make_request, psnr
 from tests.diffusion.compute.cache.driving import Skips, draw, started, watch_skips
+from tests.diffusion.compute.cache.settings import settings_of
 from vllm_omni.diffusion.compute.cache.base import Budget
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.packing import Hidden
 from vllm_omni.diffusion.compute.step.arrangement import Arrangement
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 
-BACKENDS: dict[str, dict[str, Any]] = {
-    "cache_dit": {"residual_diff_threshold": 0.2, "max_warmup_steps": 2, "Bn_compute_blocks": 1},
-    "tea_cache": {"rel_l1_thresh": 0.25, "coefficients": [1.0, 0.0]},
-}
 LONG = make_request("long", negative_prompt="a blue car", num_inference_steps=16, seed=3, true_cfg_scale=3.0)
 WIDE = make_request("wide", "a photo", height=48, width=96, num_inference_steps=12, seed=4)
 SHORT = make_request("short", "", negative_prompt=" ", height=16, width=16, num_inference_steps=4, seed=5)
@@ -40,9 +37,8 @@ def plain(calm_model: Path) -> Drive:
     return drive
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_decisions_and_pictures_are_those_of_the_request_alone(calm_model: Path, backend: str) -> None:
-    runner = started(calm_model, backend, BACKENDS[backend])
+    runner = started(calm_model, backend, settings_of(backend))
     skips = watch_skips(runner)
     together = Drive(runner).run(ARRIVALS)
     assert max(together.pack_sizes) == 7
@@ -58,9 +54,8 @@ def test_decisions_and_pictures_are_those_of_the_request_alone(calm_model: Path,
         assert psnr(together.images[request.request_id], drive.images[request.request_id]) >= 60
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_request_that_opts_out_is_drawn_as_without_a_cache(calm_model: Path, plain: Drive, backend: str) -> None:
-    cached, _ = draw(calm_model, backend, BACKENDS[backend], ARRIVALS)
+    cached, _ = draw(calm_model, backend, settings_of(backend), ARRIVALS)
     assert psnr(cached.images["opted out"], plain.images["opted out"]) >= 60
     assert psnr(cached.images["long"], plain.images["long"]) < 60
 
@@ -71,9 +66,8 @@ def watch_results(drive: Drive) -> list[Any]:
     return results
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_results_tell_what_was_cached_and_what_is_kept(calm_model: Path, backend: str) -> None:
-    runner = started(calm_model, backend, BACKENDS[backend])
+    runner = started(calm_model, backend, settings_of(backend))
     skips = watch_skips(runner)
     drive = Drive(runner)
     results = watch_results(drive)
@@ -93,17 +87,26 @@ STATIC: dict[str, Any] = {
     "steps_computation_mask": [1, 1, 1, 0, 0, 1, 0, 1, 0, 0, 1, 0, 1, 0, 0, 1],
     "steps_computation_policy": "static",
 }
-BUDGETED: dict[str, tuple[str, dict[str, Any]]] = {
-    "tea_cache": ("tea_cache", BACKENDS["tea_cache"]),
-    "cache_dit": ("cache_dit", BACKENDS["cache_dit"]),
-    "TaylorSeer": ("cache_dit", {**BACKENDS["cache_dit"], "enable_taylorseer": True, "taylorseer_order": 2}),
-    "static mask": ("cache_dit", STATIC),
+MODES: dict[str, dict[str, Any]] = {
+    "without TaylorSeer": {**settings_of("cache_dit"), "enable_taylorseer": False},
+    "TaylorSeer of order 2": {**settings_of("cache_dit"), "taylorseer_order": 2},
+    "static mask": STATIC,
 }
+"""Settings of cache_dit that store other tensors or decide in another way than `settings_of`."""
 
 
-@pytest.mark.parametrize("name", BUDGETED)
-def test_what_does_not_fit_is_a_miss(calm_model: Path, plain: Drive, name: str) -> None:
-    runner = started(calm_model, *BUDGETED[name])
+def test_what_does_not_fit_is_a_miss(calm_model: Path, plain: Drive, backend: str) -> None:
+    check_misses(calm_model, plain, backend, settings_of(backend))
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_what_does_not_fit_is_a_miss_in_every_mode(calm_model: Path, plain: Drive, name: str) -> None:
+    check_misses(calm_model, plain, "cache_dit", MODES[name])
+
+
+def check_misses(path: Path, plain: Drive, cache: str, settings: dict[str, Any]) -> None:
+    """With a budget of 100 bytes no step is skipped and nothing is stored."""
+    runner = started(path, cache, settings)
     skips = watch_skips(runner)
     runner.pipeline.step_cache.budget.max_bytes = 100
     drive = Drive(runner)
@@ -117,7 +120,7 @@ def test_what_does_not_fit_is_a_miss(calm_model: Path, plain: Drive, name: str) 
 
 
 def tensors_in(value: object) -> Iterator[torch.Tensor]:
-    """Every tensor that dataclasses and tuples hold."""
+    """All tensors in nested dataclasses and tuples."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, tuple):
@@ -129,13 +132,13 @@ def tensors_in(value: object) -> Iterator[torch.Tensor]:
 
 
 def held_bytes(budget: Budget) -> int:
-    """The memory behind all that slots hold, counted without what caches say of themselves."""
+    """Memory behind all tensors in the slots, counted without the caches' own `tensors`."""
     storages = [x.untyped_storage() for slot in budget._slots for x in tensors_in(slot)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def watch_memory(runner: ModelRunner) -> list[int]:
-    """Filled with the bytes that are held after each run of the blocks, when the last step's are not dropped yet."""
+    """Bytes held after each run of the blocks, while the last step's content is still stored."""
     cache, held = runner.pipeline.step_cache, []
     run = cache.run
 
@@ -149,9 +152,18 @@ def watch_memory(runner: ModelRunner) -> list[int]:
     return held
 
 
-@pytest.mark.parametrize("name", BUDGETED)
-def test_the_budget_bounds_the_memory_that_is_held(calm_model: Path, name: str) -> None:
-    runner = started(calm_model, *BUDGETED[name])
+def test_the_budget_bounds_the_memory_that_is_held(calm_model: Path, backend: str) -> None:
+    check_budget(calm_model, backend, settings_of(backend))
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_the_budget_bounds_the_memory_that_is_held_in_every_mode(calm_model: Path, name: str) -> None:
+    check_budget(calm_model, "cache_dit", MODES[name])
+
+
+def check_budget(path: Path, cache: str, settings: dict[str, Any]) -> None:
+    """With a share of the memory that the cache would use, it stores less, and never more than the share."""
+    runner = started(path, cache, settings)
     skips, held = watch_skips(runner), watch_memory(runner)
     budget = runner.pipeline.step_cache.budget
 
@@ -169,10 +181,9 @@ def test_the_budget_bounds_the_memory_that_is_held(calm_model: Path, name: str) 
         assert 0 < bounded <= share * most
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_neighbour_that_fails_in_the_middle_of_a_step_changes_no_decision(calm_model: Path, backend: str) -> None:
-    wanted, wanted_skips = draw(calm_model, backend, BACKENDS[backend], {0: [LONG, WIDE]})
-    runner = started(calm_model, backend, BACKENDS[backend])
+    wanted, wanted_skips = draw(calm_model, backend, settings_of(backend), {0: [LONG, WIDE]})
+    runner = started(calm_model, backend, settings_of(backend))
     skips = watch_skips(runner)
     project = runner.pipeline.transformer.project  # type: ignore[attr-defined]  # Qwen-Image's
     calls = 0
@@ -207,12 +218,14 @@ class CountingGroup(Group):
         return x
 
 
-@pytest.mark.parametrize(("backend", "first", "last"), [("cache_dit", 2, 11), ("tea_cache", 1, 10)])
+@pytest.mark.parametrize(
+    ("cache", "more", "first", "last"),
+    [("cache_dit", {"max_continuous_cached_steps": -1}, 2, 11), ("tea_cache", {}, 1, 10)],
+)
 def test_one_exchange_a_step_for_all_sequences_and_none_where_none_can_skip(
-    calm_model: Path, backend: str, first: int, last: int
+    calm_model: Path, cache: str, more: dict[str, Any], first: int, last: int
 ) -> None:
-    config = {**BACKENDS["cache_dit"], "max_continuous_cached_steps": -1}
-    runner = started(calm_model, backend, config if backend == "cache_dit" else BACKENDS[backend])
+    runner = started(calm_model, cache, settings_of(cache) | more)
     group = runner.pipeline.step_cache._rank_group = CountingGroup()
     requests = [make_request(f"{i}", negative_prompt=" ", num_inference_steps=12, seed=i) for i in range(3)]
     drive = Drive(runner).run({0: requests})
@@ -221,7 +234,7 @@ def test_one_exchange_a_step_for_all_sequences_and_none_where_none_can_skip(
 
 
 def test_a_pack_of_those_that_go_on_is_made_once(calm_model: Path) -> None:
-    runner = started(calm_model, "cache_dit", BACKENDS["cache_dit"])
+    runner = started(calm_model, "cache_dit", settings_of("cache_dit"))
     selected: list[Any] = []
     part = Arrangement._part
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 
 from testbed.runner_driver import Drive, make_request, psnr
 from tests.diffusion.compute.cache.driving import Skips, watch_skips
+from tests.diffusion.compute.cache.settings import settings_of
 from tests.diffusion.compute.distributed.ranks import run_places
 from tests.diffusion.compute.worker.replica import merging, started
 from vllm_omni.diffusion.data import DiffusionParallelConfig
@@ -20,15 +21,6 @@ from vllm_omni.diffusion.messages.plan import StepResult
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.diffusion.messages.worker import RankInfo
 
-CACHES: dict[str, dict[str, Any]] = {
-    "cache_dit": {
-        "residual_diff_threshold": 0.2,
-        "max_warmup_steps": 2,
-        "Bn_compute_blocks": 1,
-        "enable_taylorseer": True,
-    },
-    "tea_cache": {"rel_l1_thresh": 0.25, "coefficients": [1.0, 0.0]},
-}
 LAYOUTS = {
     "ulysses": DiffusionParallelConfig(ulysses_degree=2),
     "ring": DiffusionParallelConfig(ring_degree=2),
@@ -77,7 +69,7 @@ def draw(
     place: RankInfo, parallel: DiffusionParallelConfig, path: Path, backend: str, seeds: Sequence[int], moving: bool
 ) -> Runs:
     """By seed the pictures and what this rank skipped."""
-    runner = started(place, parallel, path, cache_backend=backend, cache_config=CACHES[backend])
+    runner = started(place, parallel, path, cache_backend=backend, cache_config=settings_of(backend))
     skips = watch_skips(runner)
     runs = []
     for seed in seeds:
@@ -121,30 +113,28 @@ def compare(by_rank: Sequence[Runs], parallel: DiffusionParallelConfig, wanted: 
 
 
 @pytest.fixture(scope="module")
-def references(calm_model: Path) -> dict[str, Runs]:
-    return {backend: alone(calm_model, backend, range(4)) for backend in CACHES}
+def reference(calm_model: Path) -> Callable[[str], Runs]:
+    """Runs of a step cache in one process, made once for all layouts."""
+    return cache(lambda backend: alone(calm_model, backend, range(4)))
 
 
 @pytest.mark.parametrize(
     "layout",
     [*COMBINED, *(pytest.param(name, marks=pytest.mark.layouts) for name in LAYOUTS if name not in COMBINED)],
 )
-@pytest.mark.parametrize("backend", CACHES)
 def test_a_layout_decides_as_one_process(
-    calm_model: Path, references: dict[str, Runs], backend: str, layout: str
+    calm_model: Path, reference: Callable[[str], Runs], backend: str, layout: str
 ) -> None:
-    assert check(calm_model, backend, layout, range(4), references[backend]) > 10
+    assert check(calm_model, backend, layout, range(4), reference(backend)) > 10
 
 
 @pytest.mark.layouts
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("backend", CACHES)
 def test_many_random_batches_end_and_decide_as_one_process(calm_model: Path, backend: str, layout: str) -> None:
     seeds = range(100, 300)
     assert check(calm_model, backend, layout, seeds, alone(calm_model, backend, seeds)) > 500
 
 
-@pytest.mark.parametrize("backend", CACHES)
 def test_a_sequence_that_moves_between_rank_groups_has_a_miss(calm_model: Path, backend: str) -> None:
     one, parallel = DiffusionParallelConfig(), LAYOUTS["cfg"]
     (plain,) = run_places(draw_uncached, one, one, calm_model, range(2))
@@ -158,10 +148,17 @@ def test_a_sequence_that_moves_between_rank_groups_has_a_miss(calm_model: Path, 
 STATIC: dict[str, Any] = {"steps_computation_mask": [1, *[0] * 11], "steps_computation_policy": "static"}
 
 
-@pytest.mark.parametrize(("backend", "config"), [*CACHES.items(), ("cache_dit", STATIC)])
-def test_what_one_rank_has_no_room_for_is_a_miss_on_all(calm_model: Path, backend: str, config: dict[str, Any]) -> None:
+def test_what_one_rank_has_no_room_for_is_a_miss_on_all(calm_model: Path, backend: str) -> None:
+    check_one_room(calm_model, backend, settings_of(backend))
+
+
+def test_a_static_mask_skips_no_step_that_one_rank_had_no_room_for(calm_model: Path) -> None:
+    check_one_room(calm_model, "cache_dit", STATIC)
+
+
+def check_one_room(path: Path, backend: str, config: dict[str, Any]) -> None:
     parallel = LAYOUTS["ulysses"]
-    for skips in run_places(draw_with_one_room, parallel, parallel, calm_model, backend, config):
+    for skips in run_places(draw_with_one_room, parallel, parallel, path, backend, config):
         assert not any(steps for branches in skips.values() for steps in branches)
 
 
@@ -186,7 +183,7 @@ def test_a_reused_branch_is_told_once_whichever_ranks_reused_it(calm_model: Path
 
 def told_shares(place: RankInfo, parallel: DiffusionParallelConfig, path: Path) -> dict[str, float]:
     """By request: how many steps the executor says came from the cache."""
-    runner = started(place, parallel, path, cache_backend="cache_dit", cache_config=CACHES["cache_dit"])
+    runner = started(place, parallel, path, cache_backend="cache_dit", cache_config=settings_of("cache_dit"))
     merge, told = merging(runner), dict[str, float]()
 
     def note(result: StepResult) -> StepResult:

@@ -1,23 +1,20 @@
-"""Caches that skip blocks between steps. A new one is one module with `create`, and one line here."""
+"""Step caches: each is one module, registered by its name in `data.CacheBackend`. See docs/adding_a_cache.md."""
 
 from __future__ import annotations
 
-from importlib import import_module
+from typing import TYPE_CHECKING
 
-from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo
 from vllm_omni.diffusion.compute.cache.base import NoCache, StepCache
-from vllm_omni.diffusion.compute.distributed.groups import Group
-from vllm_omni.diffusion.data import CacheConfig, CacheDiTConfig, TeaCacheConfig
+from vllm_omni.diffusion.compute.cache.config import StepCacheConfig
 
-_MODULES: dict[type[CacheConfig], str] = {TeaCacheConfig: "tea_cache", CacheDiTConfig: "cache_dit"}
+if TYPE_CHECKING:
+    from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo
+    from vllm_omni.diffusion.compute.distributed.groups import Group
 
 
-def create_step_cache(config: CacheConfig | None, info: PackedModelInfo, rank_group: Group) -> StepCache:
-    """The cache of a checked config (see `ModelInfo.check_cache`); None computes every block.
+def create_step_cache(config: StepCacheConfig | None, info: PackedModelInfo, rank_group: Group) -> StepCache:
+    """Step cache for a config that its `check_model` accepted; None: a cache that computes every block.
 
     rank_group: the ranks that compute the same sequences.
     """
-    if config is None:
-        return NoCache(rank_group)
-    cache: StepCache = import_module(f"{__name__}.{_MODULES[type(config)]}").create(config, info, rank_group)
-    return cache
+    return NoCache(rank_group) if config is None else config.create(info, rank_group)

@@ -1,8 +1,10 @@
-"""What a step cache is: it runs a transformer's blocks, and may reuse what they did to a sequence at an earlier step.
+"""A step cache runs a transformer's blocks and may reuse what they added to a sequence at an earlier step.
 
-A cache decides sequence by sequence. Those that skip blocks leave the pack for these and come back behind them; the
-others go on as a smaller pack. What is kept belongs to a guidance branch of a request and dies with it. A cache knows
-no model family, and a model file knows no cache.
+A cache decides for each sequence. Sequences that skip blocks leave the pack for these blocks and return to it behind
+them; the others go on as a smaller pack. The stored tensors belong to one guidance branch of one request and are freed
+with it. A cache knows no model family, and a model file knows no cache.
+
+PyTorch is imported by the functions that need it: the front end reads the settings in a cache's module without PyTorch.
 """
 
 from __future__ import annotations
@@ -11,18 +13,18 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 from weakref import WeakSet
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from vllm_omni.diffusion.compute.distributed.groups import Group
-from vllm_omni.diffusion.compute.packing import Hidden, Pack
+    from vllm_omni.diffusion.compute.distributed.groups import Group
+    from vllm_omni.diffusion.compute.packing import Hidden, Pack
 
 
 class Blocks(Protocol):
-    """The blocks of a transformer over the sequences of one step. Behind the last one only image tokens matter."""
+    """Blocks of a transformer over the sequences of one step. Only image tokens are read after the last block."""
 
     @property
     def num_blocks(self) -> int: ...
@@ -31,129 +33,177 @@ class Blocks(Protocol):
     def pack(self) -> Pack: ...
 
     def run(self, hidden: Hidden, which: range) -> Hidden:
-        """Some consecutive blocks."""
+        """Run consecutive blocks."""
         ...
 
     def signal(self, hidden: Hidden) -> Tensor:
-        """[image tokens, D]: what the first block computes on, the image tokens after its modulation."""
+        """[image tokens, D]: modulated image tokens, the input of the first block's attention."""
         ...
 
     def select(self, members: Sequence[int]) -> Self:
-        """The same blocks over some of the sequences, in order."""
+        """The same blocks over some of the sequences, in the order of the pack."""
         ...
 
 
 @dataclass(frozen=True)
-class Kept(ABC):
-    """What a cache keeps of a sequence; never changed, so that a step that fails can be repeated."""
+class SlotContent(ABC):
+    """Tensors and counters that a cache stores for a sequence. Immutable, because a step that fails is repeated."""
 
     @property
     @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that counts in the budget."""
+        """All stored tensors; they count in the memory budget, so each must own its memory."""
 
 
 @dataclass(eq=False)
 class CacheSlot:
-    """The place for one guidance branch of one request, on each rank."""
+    """Storage of a step cache for one guidance branch of one request, on one rank."""
 
-    kept: Kept | None = None
-    """As of the last step; None where this rank did not compute the branch then."""
-    coming: Kept | None = None
-    """As of the step under way."""
+    content: SlotContent | None = None
+    """Content after the last step; None if this rank did not compute the branch in that step."""
+    next_content: SlotContent | None = None
+    """Content after the current step."""
     skipped: bool = False
-    """Whether the step under way reuses blocks."""
+    """Whether the current step reuses blocks."""
 
-    def put(self, coming: Kept, skipped: bool) -> None:
-        self.coming, self.skipped = coming, skipped
+    def put(self, next_content: SlotContent, skipped: bool) -> None:
+        self.next_content, self.skipped = next_content, skipped
 
     def settle(self) -> bool:
-        """The step is done; whether it reused blocks. A branch that another rank group computed leaves nothing here."""
+        """Finish the step; returns whether it reused blocks.
+
+        The slot becomes empty if another rank group computed the branch.
+        """
         skipped = self.skipped
-        self.kept, self.coming, self.skipped = self.coming, None, False
+        self.content, self.next_content, self.skipped = self.next_content, None, False
         return skipped
 
     @property
     def num_bytes(self) -> int:
-        tensors = {id(x): x.nbytes for kept in (self.kept, self.coming) if kept is not None for x in kept.tensors}
-        return sum(tensors.values())
+        contents = [content for content in (self.content, self.next_content) if content is not None]
+        return sum({id(x): x.nbytes for content in contents for x in content.tensors}.values())
 
 
 @dataclass(frozen=True)
 class SequenceStep:
-    """One sequence of a step, as a cache sees it."""
+    """One step of one sequence, as a cache sees it."""
 
     slot: CacheSlot | None
-    """None: its request takes no part in caching."""
+    """None: the request does not use the cache."""
     step: int
+    """From 0."""
     num_steps: int
 
     @property
-    def kept(self) -> Kept | None:
-        return None if self.slot is None else self.slot.kept
+    def content(self) -> SlotContent | None:
+        return None if self.slot is None else self.slot.content
+
+
+class Room:
+    """Bytes of a budget that are free in the current step."""
+
+    def __init__(self, num_bytes: float) -> None:
+        self._num_bytes = num_bytes
+
+    def take(self, num_bytes: int) -> bool:
+        """Reserve bytes; returns False if too few are free."""
+        if num_bytes > self._num_bytes:
+            return False
+        self._num_bytes -= num_bytes
+        return True
 
 
 class Budget:
-    """The memory for what caches keep on this device."""
+    """Memory for the stored tensors of all sequences on one device."""
 
     def __init__(self) -> None:
         self.max_bytes = math.inf
         self._slots: WeakSet[CacheSlot] = WeakSet()
 
     def watch(self, slot: CacheSlot) -> None:
+        """Count the slot's tensors from now on, until the slot is freed."""
         self._slots.add(slot)
 
     @property
     def num_bytes(self) -> int:
         return sum(slot.num_bytes for slot in self._slots)
 
+    def room(self) -> Room:
+        """Bytes that are free now. Reserve before computing tensors to store."""
+        return Room(self.max_bytes - self.num_bytes)
+
+    def enforce(self, slots: Sequence[CacheSlot]) -> None:
+        """Drop what the current step stores in `slots`, the last slot first, until the budget is kept."""
+        for slot in reversed(slots):
+            if self.num_bytes <= self.max_bytes:
+                return
+            slot.next_content = None
+
 
 class StepCache(ABC):
+    """Runs the blocks of one model for all requests of a device. A subclass implements `_run_blocks`."""
+
     def __init__(self, rank_group: Group) -> None:
-        """rank_group: the ranks that compute the same sequences, and so must decide alike."""
+        """rank_group: the ranks that compute the same sequences; all must take the same decisions."""
         self._rank_group = rank_group
         self.budget = Budget()
 
-    @abstractmethod
     def run(self, hidden: Hidden, blocks: Blocks, sequences: Sequence[SequenceStep]) -> Hidden:
-        """All blocks, or what stands for them."""
+        """Output of the last block, computed or reused. What does not fit into the budget is not stored."""
+        output = self._run_blocks(hidden, blocks, sequences)
+        self.budget.enforce([sequence.slot for sequence in sequences if sequence.slot is not None])
+        return output
 
-    def _keep(self, sequence: SequenceStep, kept: Kept, skipped: bool) -> None:
+    @abstractmethod
+    def _run_blocks(self, hidden: Hidden, blocks: Blocks, sequences: Sequence[SequenceStep]) -> Hidden:
+        """Compute or reuse all blocks; call `_store` for each sequence that has a slot.
+
+        Must not change `hidden` or stored contents. All ranks of the rank group must take the same decisions, also
+        where one rank had no room to store: `relative_changes` is infinite for such a sequence on every rank.
+        """
+
+    def _store(self, sequence: SequenceStep, content: SlotContent, skipped: bool) -> None:
+        """Store the content after this step. skipped: whether the step reused blocks."""
         assert sequence.slot is not None
-        sequence.slot.put(kept, skipped)
+        sequence.slot.put(content, skipped)
         self.budget.watch(sequence.slot)
 
 
 class NoCache(StepCache):
-    """Every block at every step."""
+    """Computes every block at every step."""
 
-    def run(self, hidden: Hidden, blocks: Blocks, sequences: Sequence[SequenceStep]) -> Hidden:
+    def _run_blocks(self, hidden: Hidden, blocks: Blocks, sequences: Sequence[SequenceStep]) -> Hidden:
         return blocks.run(hidden, range(blocks.num_blocks))
 
 
 def run_others(blocks: Blocks, hidden: Hidden, reused: Mapping[int, Hidden], which: range) -> Hidden:
-    """`which` blocks over the sequences that are not in `reused`, and what `reused` says of the others behind them."""
+    """Run `which` blocks over the sequences that are not in `reused`.
+
+    reused: number of a sequence in the pack -> its output. Returns the outputs of all sequences in the pack's order.
+    """
     if not reused:
         return blocks.run(hidden, which)
     parts = blocks.pack.sequences(hidden)
     others = [i for i in range(len(parts)) if i not in reused]
     outputs = dict(reused)
     if others:
-        some = blocks.select(others)
-        computed = some.run(Hidden.packed([parts[i] for i in others]), which)
-        outputs |= zip(others, some.pack.sequences(computed))
-    return Hidden.packed([outputs[i] for i in range(len(parts))])
+        selected = blocks.select(others)
+        computed = selected.run(hidden.packed([parts[i] for i in others]), which)
+        outputs |= zip(others, selected.pack.sequences(computed))
+    return hidden.packed([outputs[i] for i in range(len(parts))])
 
 
 def relative_changes(pairs: Sequence[tuple[Tensor, Tensor | None]], rank_group: Group) -> list[float]:
-    """mean|now - before| / mean|before| of each (now, before), over the parts of all ranks of the group.
+    """mean|now - before| / mean|before| of each pair (now, before), over the tokens of all ranks of the group.
 
-    Infinite where `before` is None on any rank. One exchange and one read from the device for all pairs together.
+    Infinite if `before` is None on any rank. One exchange and one read from the device for all pairs together.
     """
+    import torch
+
     if not pairs:
         return []
     present, missing = torch.tensor([0.0, 1.0], device=pairs[0][0].device)
-    # Where nothing is known from before, the sums are of no interest.
+    # Without a `before` the sums are not used, so any tensor of the same shape will do.
     nows, befores = [now for now, _ in pairs], [now if before is None else before for now, before in pairs]
     sums = [
         *torch._foreach_norm(differences(nows, befores), 1, dtype=torch.float32),
@@ -165,5 +215,7 @@ def relative_changes(pairs: Sequence[tuple[Tensor, Tensor | None]], rank_group: 
 
 
 def differences(now: Sequence[Tensor], before: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """now - before of each; every one owns its memory, so that dropping it frees that."""
+    """now - before of each pair. Every result owns its memory, so dropping one frees its bytes."""
+    import torch
+
     return tuple(torch._foreach_sub(list(now), list(before))) if now else ()

@@ -1,43 +1,169 @@
-"""Dual Block Cache, as the cache-dit library has it (its DBCache): the first blocks decide, the last refine.
+"""Dual Block Cache (DBCache), as in the cache-dit library: the first blocks decide, the last blocks refine.
 
-The first Fn blocks always run. Where their residual on the image differs little from that of the last step at which all
-blocks ran, the blocks between are replaced by what they added then, carried on by TaylorSeer's forecast if that is
-asked for; the last Bn blocks run on the outcome.
+The first Fn blocks always run. If the change that they make to the image tokens differs little from the one at the last
+computed step, the blocks between are replaced by the change that they made then, or by TaylorSeer's forecast of it. The
+last Bn blocks run on the result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import zip_longest
+from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
-
-from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo
 from vllm_omni.diffusion.compute.cache.base import (
     Blocks,
-    Kept,
     SequenceStep,
+    SlotContent,
     StepCache,
     differences,
     relative_changes,
     run_others,
 )
+from vllm_omni.diffusion.compute.cache.config import StepCacheConfig
 from vllm_omni.diffusion.compute.cache.step_masks import steps_mask
 from vllm_omni.diffusion.compute.cache.taylor import Forecast
-from vllm_omni.diffusion.compute.distributed.groups import Group
-from vllm_omni.diffusion.compute.packing import Hidden, Pack
-from vllm_omni.diffusion.data import CacheDiTConfig
+from vllm_omni.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo
+    from vllm_omni.diffusion.compute.distributed.groups import Group
+    from vllm_omni.diffusion.compute.packing import Hidden, Pack
+
+StepsMaskPolicy = Literal["slow", "medium", "fast", "ultra"]
+StepsComputationPolicy = Literal["dynamic", "static"]
+MAX_TAYLORSEER_ORDER = 8
+"""Each order stores one more tensor of each guidance branch."""
 
 
 @dataclass(frozen=True)
-class DualBlockKept(Kept):
+class CacheDiTConfig(StepCacheConfig):
+    """cache-dit's Dual Block Cache, step for step: the first blocks decide, the middle is reused, the last refine."""
+
+    Fn_compute_blocks: int = 1
+    Bn_compute_blocks: int = 0
+    residual_diff_threshold: float = 0.24
+    """At 0 every step is computed; from 1 on no change is too large."""
+    max_warmup_steps: int = 4
+    """Without a mask: steps that are computed at the start. A mask replaces this and the interval."""
+    warmup_interval: int = 1
+    """During the warm-up only every n-th step must be computed, from the first step on."""
+    max_cached_steps: int = -1
+    """-1: no limit; 0: every step is computed."""
+    max_continuous_cached_steps: int = 3
+    """-1: no limit; 0: every step is computed."""
+    max_accumulated_residual_diff_threshold: float | None = None
+    """Above 0; None: no limit."""
+    enable_taylorseer: bool = False
+    taylorseer_order: int = 1
+    scm_steps_mask_policy: StepsMaskPolicy | None = None
+    steps_computation_mask: tuple[int, ...] | None = None
+    """One entry a step: 1 is computed, 0 may be reused. Entries beyond a request's steps are ignored."""
+    steps_computation_policy: StepsComputationPolicy = "dynamic"
+    """Treatment of the steps with a 0 in the mask. `dynamic`: a step is skipped if the other settings allow it, also
+    beyond the mask's end; `static`: all are skipped, and every step beyond the mask's end is computed."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (
+            ("Fn_compute_blocks", 1),
+            ("Bn_compute_blocks", 0),
+            ("residual_diff_threshold", 0),
+            ("max_warmup_steps", 0),
+            ("warmup_interval", 1),
+            ("max_cached_steps", -1),
+            ("max_continuous_cached_steps", -1),
+        ):
+            self._require_at_least(least, name)
+        good = 1 <= self.taylorseer_order <= MAX_TAYLORSEER_ORDER
+        self._require(good, "taylorseer_order", f"1 to {MAX_TAYLORSEER_ORDER}")
+        most, mask = self.max_accumulated_residual_diff_threshold, self.steps_computation_mask
+        good = most is None or 0 < most < math.inf
+        self._require(good, "max_accumulated_residual_diff_threshold", "a finite number above 0, or none")
+        good = mask is None or (len(mask) > 0 and set(mask) <= {0, 1})
+        self._require(good, "steps_computation_mask", "a list of 0 and 1, one a step")
+        if mask is not None and self.scm_steps_mask_policy is not None:
+            raise ConfigError(
+                "--cache-config takes scm_steps_mask_policy or steps_computation_mask, got both: "
+                f"{self.scm_steps_mask_policy!r} and {list(mask)}"
+            )
+        for name, reason in self._without_effect():
+            self._refuse_useless(name, reason)
+
+    def _without_effect(self) -> Iterator[tuple[str, str]]:
+        """Settings that differ from their default and change nothing beside the others: name, reason."""
+        has_mask = self.scm_steps_mask_policy is not None or self.steps_computation_mask is not None
+        always = self.residual_diff_threshold >= 1
+        if has_mask:
+            for name in self._changed("max_warmup_steps", "warmup_interval"):
+                yield name, "beside a mask, whose ones at its head are the warm-up"
+        if self._changed("max_continuous_cached_steps") and (
+            0 <= self.max_cached_steps <= self.max_continuous_cached_steps
+        ):
+            yield "max_continuous_cached_steps", f"beside max_cached_steps {self.max_cached_steps}"
+        if self.taylorseer_order != type(self).taylorseer_order and not self.enable_taylorseer:
+            yield "taylorseer_order", "without enable_taylorseer"
+        if self.max_accumulated_residual_diff_threshold is not None and always:
+            yield "max_accumulated_residual_diff_threshold", "beside residual_diff_threshold from 1 on"
+        if self.warmup_interval > 1 and self.max_warmup_steps < 2:
+            yield "warmup_interval", "with max_warmup_steps below 2"
+        if self.steps_computation_policy != "static":
+            yield from self._without_cached_steps()
+            return
+        if not has_mask:
+            yield "steps_computation_policy", "without scm_steps_mask_policy or steps_computation_mask"
+        if self.steps_computation_mask is not None and 0 not in self.steps_computation_mask:
+            yield (
+                "steps_computation_mask",
+                "beside steps_computation_policy 'static', which skips its zeros: it has none",
+            )
+        harmless = {
+            "residual_diff_threshold": always,
+            "max_continuous_cached_steps": self.max_continuous_cached_steps < 0,
+        }
+        for name in self._changed("residual_diff_threshold", *_LIMITS):
+            if not harmless.get(name, False):
+                yield name, "beside steps_computation_policy 'static', which skips all steps with a 0 in the mask"
+
+    def _without_cached_steps(self) -> Iterator[tuple[str, str]]:
+        """All settings beside a 0 that has every step computed: name, reason."""
+        zeros = ("residual_diff_threshold", "max_cached_steps", "max_continuous_cached_steps")
+        if cause := next((name for name in zeros if getattr(self, name) == 0), None):
+            for name in self._changed(*(f.name for f in fields(self) if f.name != cause)):
+                yield name, f"beside {cause} 0, at which every step is computed"
+
+    @classmethod
+    def key_aliases(cls) -> Mapping[str, str]:
+        return {"scm_steps_policy": "steps_computation_policy"}  # the spelling of the public vllm-omni package
+
+    def check_model(self, info: PackedModelInfo) -> None:
+        first, last = self.Fn_compute_blocks, self.Bn_compute_blocks
+        if first + last >= info.num_blocks:
+            raise ConfigError(
+                f"--cache-config: Fn_compute_blocks and Bn_compute_blocks take less than the model's "
+                f"{info.num_blocks} blocks together, got {first} and {last}"
+            )
+
+    def create(self, info: PackedModelInfo, rank_group: Group) -> DualBlockCache:
+        return DualBlockCache(self, rank_group)
+
+
+CONFIG_CLASS = CacheDiTConfig
+_LIMITS = ("max_cached_steps", "max_continuous_cached_steps", "max_accumulated_residual_diff_threshold")
+
+
+@dataclass(frozen=True)
+class DualBlockContent(SlotContent):
     first: Tensor | None = None
-    """What the first blocks added to the image tokens at the last step that computed; None: there was no room."""
+    """Change of the image tokens over the first blocks at the last computed step; None: no room to store it."""
     image: Forecast | None = None
-    """What the blocks between added to the image tokens."""
+    """Change of the image tokens over the blocks between."""
     text: Forecast | None = None
-    """And to the text tokens, if blocks behind them want it."""
+    """Change of the text tokens over the blocks between; None if no blocks behind them read it."""
     num_reused: int = 0
     num_reused_in_a_row: int = 0
     accumulated_change: float = 0.0
@@ -55,139 +181,140 @@ class DualBlockCache(StepCache):
         self._order = config.taylorseer_order if config.enable_taylorseer else 0
         self._refines = config.Bn_compute_blocks > 0
 
-    def run(self, hidden: Hidden, blocks: Blocks, sequences: Sequence[SequenceStep]) -> Hidden:
+    def _run_blocks(self, hidden: Hidden, blocks: Blocks, sequences: Sequence[SequenceStep]) -> Hidden:
         first = self._config.Fn_compute_blocks
         last = blocks.num_blocks - self._config.Bn_compute_blocks
         lengths = blocks.pack.image.lengths
-        taking_part = [i for i, sequence in enumerate(sequences) if sequence.slot is not None]
+        caching = [i for i, sequence in enumerate(sequences) if sequence.slot is not None]
         entered = blocks.run(hidden, range(first))
         before, inside = hidden.image.split(lengths), entered.image.split(lengths)
-        added = differences([inside[i] for i in taking_part], [before[i] for i in taking_part])
-        first_added = dict(zip(taking_part, added))
+        added = differences([inside[i] for i in caching], [before[i] for i in caching])
+        first_added = dict(zip(caching, added))
         changes = self._changes(sequences, first_added)
         small = {i: change for i, change in changes.items() if self._is_small(change, sequences[i])}
         parts = blocks.pack.sequences(entered) if small else []
         reused = {i: self._reuse(sequences[i], parts[i], change) for i, change in small.items()}
-        left = run_others(blocks, entered, reused, range(first, last))
-        self._keep_computed(
-            [(i, sequences[i], first_added[i], changes.get(i, 0.0)) for i in taking_part if i not in reused],
+        output = run_others(blocks, entered, reused, range(first, last))
+        self._store_computed(
+            [(i, sequences[i], first_added[i], changes.get(i, 0.0)) for i in caching if i not in reused],
             entered,
-            left,
+            output,
             blocks.pack,
         )
-        return blocks.run(left, range(last, blocks.num_blocks))
+        return blocks.run(output, range(last, blocks.num_blocks))
 
-    def _keep_computed(
+    def _store_computed(
         self, computed: Sequence[tuple[int, SequenceStep, Tensor, float]], before: Hidden, after: Hidden, pack: Pack
     ) -> None:
-        """What the blocks between did. computed: place in the pack, sequence, first blocks' residual, its change."""
+        """Store the changes over the blocks between, for the sequences that computed them.
+
+        computed: number in the pack, sequence, change over the first blocks, its relative change since last computed.
+        """
         texts_before = before.text.split(pack.text.lengths)
-        spare = self.budget.max_bytes - self.budget.num_bytes
-        with_room = []
+        room = self.budget.room()
+        fitting = []
         for i, sequence, first, change in computed:
             text_bytes = texts_before[i].nbytes if self._refines else 0
-            if (num_bytes := first.nbytes + (1 + self._order) * (first.nbytes + text_bytes)) > spare:
-                self._keep(sequence, self._counters(sequence, change), skipped=False)
-                continue
-            spare -= num_bytes
-            with_room.append((i, sequence, first, change))
-        places = [i for i, *_ in with_room]
-        images = _differences_at(places, after.image, before.image, pack.image.lengths)
-        texts = _differences_at(places, after.text, before.text, pack.text.lengths) if self._refines else ()
-        for (_, sequence, first, change), image, text in zip_longest(with_room, images, texts):
-            was = sequence.kept if isinstance(sequence.kept, DualBlockKept) else DualBlockKept()
-            kept = replace(
+            if room.take(first.nbytes + (1 + self._order) * (first.nbytes + text_bytes)):
+                fitting.append((i, sequence, first, change))
+            else:
+                self._store(sequence, self._counters(sequence, change), skipped=False)
+        members = [i for i, *_ in fitting]
+        images = _differences_of(members, after.image, before.image, pack.image.lengths)
+        texts = _differences_of(members, after.text, before.text, pack.text.lengths) if self._refines else ()
+        for (_, sequence, first, change), image, text in zip_longest(fitting, images, texts):
+            last = sequence.content if isinstance(sequence.content, DualBlockContent) else DualBlockContent()
+            content = replace(
                 self._counters(sequence, change),
                 first=first,
-                image=self._carried_on(was.image, image, sequence.step),
-                text=None if text is None else self._carried_on(was.text, text, sequence.step),
+                image=self._continued(last.image, image, sequence.step),
+                text=None if text is None else self._continued(last.text, text, sequence.step),
             )
-            self._keep(sequence, kept, skipped=False)
+            self._store(sequence, content, skipped=False)
 
     def _changes(self, sequences: Sequence[SequenceStep], added: Mapping[int, Tensor]) -> dict[int, float]:
-        """Of the sequences that may reuse their blocks at this step: how much the first blocks' residual changed."""
+        """Relative change of the first blocks' residual, for each sequence that may reuse blocks at this step."""
         pairs = {}
         for i, now in added.items():
-            kept = sequences[i].kept
-            if isinstance(kept, DualBlockKept) and self._may_reuse(sequences[i], kept):
-                pairs[i] = (now, kept.first)
+            content = sequences[i].content
+            if isinstance(content, DualBlockContent) and self._may_reuse(sequences[i], content):
+                pairs[i] = (now, content.first)
         return dict(zip(pairs, relative_changes(list(pairs.values()), self._rank_group)))
 
-    def _may_reuse(self, sequence: SequenceStep, kept: DualBlockKept) -> bool:
-        """Of what all ranks know alike, without a look at any tensor."""
+    def _may_reuse(self, sequence: SequenceStep, content: DualBlockContent) -> bool:
+        """Whether mask and counters allow reuse. Host state only, identical on all ranks."""
         config, mask = self._config, self._mask(sequence.num_steps)
         if mask is None and sequence.step in self._warm_up():
             return False
         if mask is not None and sequence.step < len(mask) and mask[sequence.step] == 1:
             return False
         if mask is not None and self._is_static(mask):
-            return sequence.step < len(mask)  # the mask says nothing of later steps: they are computed
-        if 0 <= config.max_cached_steps <= kept.num_reused:
+            return sequence.step < len(mask)  # steps beyond the mask are computed
+        if 0 <= config.max_cached_steps <= content.num_reused:
             return False
-        if 0 <= config.max_continuous_cached_steps <= kept.num_reused_in_a_row:
+        if 0 <= config.max_continuous_cached_steps <= content.num_reused_in_a_row:
             return False
         most = config.max_accumulated_residual_diff_threshold
-        if most is not None and kept.accumulated_change >= most:
+        if most is not None and content.accumulated_change >= most:
             return False
         return config.residual_diff_threshold > 0
 
     def _is_small(self, change: float, sequence: SequenceStep) -> bool:
-        if change == float("inf"):
-            return False  # some rank has lost what was before
+        if change == math.inf:
+            return False  # a rank had no room to store the last change
         threshold = self._config.residual_diff_threshold
         return self._is_static(self._mask(sequence.num_steps)) or threshold >= 1 or change < threshold
 
     def _reuse(self, sequence: SequenceStep, inside: Hidden, change: float) -> Hidden:
-        kept = sequence.kept
-        assert isinstance(kept, DualBlockKept)
-        assert kept.image is not None
-        image = inside.image + kept.image.at(sequence.step)
-        text = inside.text if kept.text is None else inside.text + kept.text.at(sequence.step)
+        """Output of the blocks between from the stored changes. inside: output of the first blocks."""
+        content = sequence.content
+        assert isinstance(content, DualBlockContent)
+        assert content.image is not None
+        image = inside.image + content.image.at(sequence.step)
+        text = inside.text if content.text is None else inside.text + content.text.at(sequence.step)
         again = replace(
-            kept,
-            num_reused=kept.num_reused + 1,
-            num_reused_in_a_row=kept.num_reused_in_a_row + 1,
-            accumulated_change=kept.accumulated_change + self._counted(change, sequence),
+            content,
+            num_reused=content.num_reused + 1,
+            num_reused_in_a_row=content.num_reused_in_a_row + 1,
+            accumulated_change=content.accumulated_change + self._counted(change, sequence),
         )
-        self._keep(sequence, again, skipped=True)
-        return Hidden(text, image)
+        self._store(sequence, again, skipped=True)
+        return replace(inside, text=text, image=image)
 
-    def _counters(self, sequence: SequenceStep, change: float) -> DualBlockKept:
-        """The counters behind a step that computes."""
-        kept = sequence.kept
-        if not isinstance(kept, DualBlockKept):
-            return DualBlockKept()
-        return DualBlockKept(
-            num_reused=kept.num_reused,
-            accumulated_change=kept.accumulated_change + self._counted(change, sequence),
+    def _counters(self, sequence: SequenceStep, change: float) -> DualBlockContent:
+        """Counters after a step that computed all blocks."""
+        content = sequence.content
+        if not isinstance(content, DualBlockContent):
+            return DualBlockContent()
+        return DualBlockContent(
+            num_reused=content.num_reused,
+            accumulated_change=content.accumulated_change + self._counted(change, sequence),
         )
 
     def _counted(self, change: float, sequence: SequenceStep) -> float:
-        """What of a change is accumulated: nothing where the decision did not depend on it."""
+        """Share of a change that is accumulated: 0 if the decision did not depend on the change."""
         if self._is_static(self._mask(sequence.num_steps)) or self._config.residual_diff_threshold >= 1:
             return 0.0
-        return change if 0 < change < float("inf") else 0.0
+        return change if 0 < change < math.inf else 0.0
 
-    def _carried_on(self, forecast: Forecast | None, value: Tensor, step: int) -> Forecast:
+    def _continued(self, forecast: Forecast | None, value: Tensor, step: int) -> Forecast:
         return Forecast.begin(value, step) if forecast is None else forecast.updated(value, step, self._order)
 
     def _mask(self, num_steps: int) -> tuple[int, ...] | None:
+        """Mask for a request with this many steps; None: the settings have none."""
         if self._config.scm_steps_mask_policy is not None:
             return steps_mask(self._config.scm_steps_mask_policy, num_steps)
         return self._config.steps_computation_mask
 
     def _warm_up(self) -> range:
-        """Steps that compute in any case where no mask says it."""
+        """Steps that must be computed if there is no mask."""
         return range(0, self._config.max_warmup_steps, self._config.warmup_interval)
 
     def _is_static(self, mask: tuple[int, ...] | None) -> bool:
         return mask is not None and self._config.steps_computation_policy == "static"
 
 
-def _differences_at(places: Sequence[int], now: Tensor, before: Tensor, lengths: Sequence[int]) -> Sequence[Tensor]:
+def _differences_of(members: Sequence[int], now: Tensor, before: Tensor, lengths: Sequence[int]) -> Sequence[Tensor]:
+    """now - before of some sequences. now, before: [tokens, D]; lengths: tokens of each sequence."""
     nows, befores = now.split(list(lengths)), before.split(list(lengths))
-    return differences([nows[i] for i in places], [befores[i] for i in places])
-
-
-def create(config: CacheDiTConfig, info: PackedModelInfo, rank_group: Group) -> DualBlockCache:
-    return DualBlockCache(config, rank_group)
+    return differences([nows[i] for i in members], [befores[i] for i in members])

@@ -1,7 +1,7 @@
-"""Which steps must compute, by policy and number of steps (cache-dit's step computation masks, after LeMiCa).
+"""Masks of the steps that must be computed, by policy and number of steps (as in cache-dit, after LeMiCa).
 
-A policy alternates runs of steps that compute with runs that may be reused. It is given for 28 steps; a longer schedule
-stretches the runs in proportion, a shorter one cuts them, and a distilled model's few steps have tables of their own.
+A policy alternates runs of computed steps with runs of steps that may be reused. It is defined for 28 steps. More steps
+stretch the runs in proportion, fewer steps cut them, and the few steps of a distilled model have their own tables.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from functools import lru_cache
 from itertools import chain, zip_longest
 
 Runs = tuple[tuple[int, ...], tuple[int, ...]]
-"""Lengths of the runs that compute, and of those that may be reused behind each."""
+"""Lengths of the computed runs, and of the run that may be reused behind each."""
 
 _STEPS = 28
 _RUNS: dict[str, Runs] = {
@@ -46,9 +46,9 @@ _LEAST_STEPS = 8
 
 @lru_cache(maxsize=256)
 def steps_mask(policy: str, num_steps: int) -> tuple[int, ...]:
-    """By step: 1 must compute, 0 may be reused; the last step computes.
+    """Mask with one entry a step: 1 must be computed, 0 may be reused. The last step is computed.
 
-    Below 8 steps policies are defined for 4 and 6 alone: other numbers compute every step.
+    policy: a key of the tables above. Below 8 steps, policies exist for 4 and 6 only: other numbers compute every step.
     """
     if num_steps < _LEAST_STEPS and num_steps not in _EXACT_RUNS:
         return (1,) * num_steps
@@ -58,14 +58,14 @@ def steps_mask(policy: str, num_steps: int) -> tuple[int, ...]:
         runs = _FEW_STEPS_RUNS[policy]
     else:
         runs = _stretched(*_RUNS[policy], num_steps) if num_steps > _STEPS else _RUNS[policy]
-    compute, reuse = _cut(*runs, num_steps)
+    compute, reuse = _shortened(*runs, num_steps)
     both = chain.from_iterable(zip_longest(compute, reuse, fillvalue=0))
     mask = list(chain.from_iterable([1 - i % 2] * length for i, length in enumerate(both)))[:num_steps]
     return (*mask[:-1], 1)
 
 
 def _stretched(compute: tuple[int, ...], reuse: tuple[int, ...], num_steps: int) -> Runs:
-    """Runs that cover `num_steps`: each grows in turn by half of what the proportion asks for, until they do."""
+    """Runs that cover `num_steps` steps: each in turn grows by half of its share, until their sum is enough."""
     grown = [list(compute), list(reuse)]
     share = num_steps / _STEPS * 0.5
     while True:
@@ -79,8 +79,8 @@ def _stretched(compute: tuple[int, ...], reuse: tuple[int, ...], num_steps: int)
             return tuple(grown[0]), tuple(grown[1])
 
 
-def _cut(compute: tuple[int, ...], reuse: tuple[int, ...], num_steps: int) -> Runs:
-    """Runs of no more than `num_steps`: one step off the last run of each kind in turn."""
+def _shortened(compute: tuple[int, ...], reuse: tuple[int, ...], num_steps: int) -> Runs:
+    """Runs of at most `num_steps` steps: the last reused and the last computed run lose a step in turn."""
     left = [list(reuse), list(compute)]
     turn = 0
     while sum(map(sum, left)) > num_steps:

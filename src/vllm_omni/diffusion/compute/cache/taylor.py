@@ -1,30 +1,35 @@
-"""A tensor foreseen from the steps at which it was computed (TaylorSeer, arXiv 2503.06923)."""
+"""Forecast of a tensor from the steps at which it was computed (TaylorSeer, arXiv 2503.06923)."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NUM_STEADY_STEPS = 3
-"""Differences are taken from this many steps after the first on: before, they say nothing (as cache-dit has it)."""
+"""Finite differences are taken from this many steps after the first on, as in cache-dit."""
 
 
 @dataclass(frozen=True)
 class Forecast:
+    """A tensor and its finite differences at the last step that computed it."""
+
     terms: tuple[Tensor, ...]
-    """The value where it was last computed, and its derivatives by the step as finite differences."""
+    """The tensor, then its first, second, ... derivative by the step."""
     step: int
-    """Where that was."""
+    """Last step that computed the tensor."""
     first_step: int
+    """First step that computed it."""
 
     @classmethod
     def begin(cls, value: Tensor, step: int) -> Forecast:
         return cls((value,), step, step)
 
     def updated(self, value: Tensor, step: int, order: int) -> Forecast:
-        """With the value computed at `step`, and derivatives up to `order`."""
+        """Forecast after `value` was computed at `step`, with derivatives up to `order`."""
         terms = [value]
         if step - self.first_step >= NUM_STEADY_STEPS:
             for before in self.terms[:order]:
@@ -32,7 +37,7 @@ class Forecast:
         return Forecast(tuple(terms), step, self.first_step)
 
     def at(self, step: int) -> Tensor:
-        """Sum over i of derivative i * elapsed^i / i!."""
+        """Expected tensor at a later step: sum over i of derivative i * elapsed^i / i!."""
         elapsed = step - self.step
         value = self.terms[0]
         for i, term in enumerate(self.terms[1:], start=1):

@@ -1,39 +1,80 @@
-"""TeaCache (arXiv 2411.19108): the change of the first block's modulated input foretells that of the output.
+"""TeaCache (arXiv 2411.19108): the change of the first block's modulated input predicts the change of the output.
 
-A polynomial, measured for each model, turns the relative change from step to step into an estimate of the output's; the
-estimates add up while blocks are skipped, and once the sum reaches a threshold all blocks run and it starts again.
+A polynomial, measured for each model, maps the relative change of the input from step to step to an estimate of the
+output's change. While blocks are skipped the estimates add up. When their sum reaches the threshold, all blocks run and
+the sum starts again from 0.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo
 from vllm_omni.diffusion.compute.cache.base import (
     Blocks,
-    Kept,
     SequenceStep,
+    SlotContent,
     StepCache,
     differences,
     relative_changes,
     run_others,
 )
-from vllm_omni.diffusion.compute.distributed.groups import Group
-from vllm_omni.diffusion.compute.packing import Hidden
-from vllm_omni.diffusion.data import TeaCacheConfig
+from vllm_omni.diffusion.compute.cache.config import StepCacheConfig
+from vllm_omni.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo
+    from vllm_omni.diffusion.compute.distributed.groups import Group
+    from vllm_omni.diffusion.compute.packing import Hidden
 
 
 @dataclass(frozen=True)
-class TeaKept(Kept):
+class TeaCacheConfig(StepCacheConfig):
+    """TeaCache: skip a step while the accumulated change of the modulated input stays small."""
+
+    rel_l1_thresh: float = 0.2
+    """At 0 every step is computed."""
+    coefficients: tuple[float, ...] | None = None
+    """Polynomial, highest power first; None: the model's own."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_at_least(0, "rel_l1_thresh")
+        terms = self.coefficients
+        good = terms is None or (len(terms) > 0 and all(map(math.isfinite, terms)))
+        self._require(good, "coefficients", "a list of at least one finite number, or none for the model's own")
+        if terms is not None and self.rel_l1_thresh == 0:
+            self._refuse_useless("coefficients", "beside rel_l1_thresh 0, at which every step is computed")
+
+    def check_model(self, info: PackedModelInfo) -> None:
+        if self.coefficients is None and info.tea_cache_coefficients is None:
+            raise ConfigError(
+                "--cache-backend tea_cache needs --cache-config coefficients for this model: nobody has measured them; "
+                "vllm-omni calibrate-teacache MODEL does"
+            )
+
+    def create(self, info: PackedModelInfo, rank_group: Group) -> TeaCache:
+        coefficients = info.tea_cache_coefficients if self.coefficients is None else self.coefficients
+        assert coefficients is not None, "check_model comes first"
+        return TeaCache(self.rel_l1_thresh, coefficients, rank_group)
+
+
+CONFIG_CLASS = TeaCacheConfig
+
+
+@dataclass(frozen=True)
+class TeaCacheContent(SlotContent):
     signal: Tensor | None = None
-    """The modulated input of the last step; None: there was no room."""
+    """Modulated input of the last step; None: it did not fit into the budget."""
     added: Tensor | None = None
-    """What all blocks added to the image tokens at the last step that computed."""
+    """Change of the image tokens over all blocks at the last computed step."""
     accumulated_change: float = 0.0
+    """Sum of the estimates since the last computed step."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -42,71 +83,63 @@ class TeaKept(Kept):
 
 class TeaCache(StepCache):
     def __init__(self, threshold: float, coefficients: Sequence[float], rank_group: Group) -> None:
-        """coefficients: of the model's polynomial, highest power first."""
+        """coefficients: the model's polynomial, highest power first."""
         super().__init__(rank_group)
         self._threshold = threshold
         self._coefficients = coefficients
 
-    def run(self, hidden: Hidden, blocks: Blocks, sequences: Sequence[SequenceStep]) -> Hidden:
+    def _run_blocks(self, hidden: Hidden, blocks: Blocks, sequences: Sequence[SequenceStep]) -> Hidden:
         lengths = blocks.pack.image.lengths
-        # Each owns its memory, so that dropping one frees it.
+        # Each copy owns its memory, so dropping one frees its bytes.
         signals = [x.clone() for x in blocks.signal(hidden).split(lengths)]
         accumulated = self._accumulated(sequences, signals)
         small = {i: total for i, total in accumulated.items() if total < self._threshold}
         parts = blocks.pack.sequences(hidden) if small else []
-        spare = self.budget.max_bytes - self.budget.num_bytes
+        room = self.budget.room()
         reused = {}
         for i, total in small.items():
-            # Until the step is done the last step's signal is held as well, for the step may be repeated.
-            has_room = signals[i].nbytes <= spare
-            spare -= signals[i].nbytes if has_room else 0
-            reused[i] = self._reuse(sequences[i], parts[i], signals[i] if has_room else None, total)
-        left = run_others(blocks, hidden, reused, range(blocks.num_blocks))
+            # The last step's signal stays until the step is done, because the step may be repeated.
+            signal = signals[i] if room.take(signals[i].nbytes) else None
+            reused[i] = self._reuse(sequences[i], parts[i], signal, total)
+        output = run_others(blocks, hidden, reused, range(blocks.num_blocks))
         computed = [i for i, sequence in enumerate(sequences) if sequence.slot is not None and i not in reused]
-        before, after = hidden.image.split(lengths), left.image.split(lengths)
-        with_room = []
+        before, after = hidden.image.split(lengths), output.image.split(lengths)
+        fitting = [i for i in computed if room.take(2 * signals[i].nbytes)]
         for i in computed:
-            if (num_bytes := 2 * signals[i].nbytes) > spare:
-                self._keep(sequences[i], TeaKept(), skipped=False)
-                continue
-            spare -= num_bytes
-            with_room.append(i)
-        for i, added in zip(with_room, differences([after[i] for i in with_room], [before[i] for i in with_room])):
-            self._keep(sequences[i], TeaKept(signals[i], added), skipped=False)
-        return left
+            self._store(sequences[i], TeaCacheContent(), skipped=False)
+        for i, added in zip(fitting, differences([after[i] for i in fitting], [before[i] for i in fitting])):
+            self._store(sequences[i], TeaCacheContent(signals[i], added), skipped=False)
+        return output
 
     def _reuse(self, sequence: SequenceStep, before: Hidden, signal: Tensor | None, total: float) -> Hidden:
-        """The last change of the image once more. signal: None where it finds no room, a miss at the next step."""
-        kept = sequence.kept
-        assert isinstance(kept, TeaKept)
-        assert kept.added is not None
-        coming = TeaKept() if signal is None else TeaKept(signal, kept.added, total)
-        self._keep(sequence, coming, skipped=True)
-        return Hidden(before.text, before.image + kept.added)
+        """Add the last computed change of the image again.
+
+        signal: None if it does not fit into the budget; then the next step is computed.
+        """
+        content = sequence.content
+        assert isinstance(content, TeaCacheContent)
+        assert content.added is not None
+        coming = TeaCacheContent() if signal is None else TeaCacheContent(signal, content.added, total)
+        self._store(sequence, coming, skipped=True)
+        return replace(before, image=before.image + content.added)
 
     def _accumulated(self, sequences: Sequence[SequenceStep], signals: Sequence[Tensor]) -> dict[int, float]:
-        """The estimated change of the output since it was computed, of sequences that may skip this step."""
+        """Estimated change of the output since the last computed step, for each sequence that may skip this step."""
         pairs, totals = {}, []
         for i, (sequence, now) in enumerate(zip(sequences, signals)):
-            kept = sequence.kept
-            # Published code computes the first and the last step in any case.
-            if isinstance(kept, TeaKept) and 0 < sequence.step < sequence.num_steps - 1:
-                pairs[i] = (now, kept.signal)
-                totals.append(kept.accumulated_change)
+            content = sequence.content
+            # The published code always computes the first and the last step.
+            if isinstance(content, TeaCacheContent) and 0 < sequence.step < sequence.num_steps - 1:
+                pairs[i] = (now, content.signal)
+                totals.append(content.accumulated_change)
         changes = relative_changes(list(pairs.values()), self._rank_group)
         return {
             i: total + evaluate(self._coefficients, change)
             for i, total, change in zip(pairs, totals, changes)
-            if change != float("inf")  # some rank has lost what was before
+            if change != math.inf  # infinite: a rank had no room for the last step's signal
         }
 
 
 def evaluate(coefficients: Sequence[float], x: float) -> float:
-    """The polynomial at x, highest power first (Horner)."""
+    """Value of the polynomial at x by Horner's rule; coefficients: highest power first."""
     return reduce(lambda value, coefficient: value * x + coefficient, coefficients, 0.0)
-
-
-def create(config: TeaCacheConfig, info: PackedModelInfo, rank_group: Group) -> TeaCache:
-    coefficients = info.tea_cache_coefficients if config.coefficients is None else config.coefficients
-    assert coefficients is not None, "ModelInfo.check_cache comes first"
-    return TeaCache(config.rel_l1_thresh, coefficients, rank_group)

@@ -15,8 +15,10 @@ from transformers import AutoTokenizer
 
 from vllm_omni.diffusion.catalog.find_folder import DEMO_MODEL_PATH
 from vllm_omni.diffusion.catalog.registry import load_model_info
+from vllm_omni.diffusion.compute.cache.cache_dit import CacheDiTConfig
+from vllm_omni.diffusion.compute.cache.tea_cache import TeaCacheConfig
 from vllm_omni.diffusion.compute.families.qwen_image.info import describe
-from vllm_omni.diffusion.data import DiffusionParallelConfig, parse_cache_config
+from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.errors import ConfigError
 
 
@@ -128,12 +130,11 @@ def test_uneven_heads_are_allowed() -> None:
 )
 def test_a_cache_must_leave_something_to_skip(tiny_model: Path, values: dict, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        describe(tiny_model).check_cache(parse_cache_config("cache_dit", values))
+        CacheDiTConfig(**values).check_model(describe(tiny_model))
 
 
 def test_a_polynomial_that_nobody_has_measured_must_be_given(tiny_model: Path) -> None:
     info = dataclasses.replace(describe(tiny_model), tea_cache_coefficients=None)
-    info.check_cache(parse_cache_config("tea_cache", {"coefficients": [1.0, 0.0]}))
-    info.check_cache(None)
+    TeaCacheConfig(coefficients=(1.0, 0.0)).check_model(info)
     with pytest.raises(ConfigError, match="vllm-omni calibrate-teacache"):
-        info.check_cache(parse_cache_config("tea_cache", {}))
+        TeaCacheConfig().check_model(info)
