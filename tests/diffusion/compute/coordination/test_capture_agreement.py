@@ -18,7 +18,7 @@ from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
 from tests.diffusion.compute.worker.replica import merging, started
 from tests.diffusion.compute.worker.test_layouts import placed_in_turn
 from tests.tiny_models import build_tiny_qwen_image
-from vllm_omni.diffusion.compute.device.kinds import Device
+from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.plan import StepResult
 from vllm_omni.diffusion.messages.worker import RankInfo

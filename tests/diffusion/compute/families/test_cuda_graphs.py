@@ -15,7 +15,7 @@ from tests.diffusion.compute.worker.driving import Drive, make_request
 from tests.tiny_models import build_tiny_qwen_image
 from tests.tiny_z_image import build_tiny_z_image
 from vllm_omni.diffusion.catalog.registry import load_model_info
-from vllm_omni.diffusion.compute.device.kinds import Device
+from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.compute.packing import Hidden
 from vllm_omni.diffusion.compute.step import cuda_graphs
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner

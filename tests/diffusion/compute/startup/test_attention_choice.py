@@ -15,7 +15,7 @@ from vllm_omni.diffusion.catalog.registry import ModelInfo, Shares, load_model_i
 from vllm_omni.diffusion.compute.attention import Setting
 from vllm_omni.diffusion.compute.attention.sdpa import SdpaAttention
 from vllm_omni.diffusion.compute.coordination.ranks import Ranks
-from vllm_omni.diffusion.compute.device.kinds import Device
+from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.compute.packing import Offsets
 from vllm_omni.diffusion.compute.startup.attention_choice import (
     TIMED_RUNS,

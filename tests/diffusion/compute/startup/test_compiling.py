@@ -18,7 +18,7 @@ from tests.diffusion.compute.worker.replica import merging
 from tests.tiny_models import build_tiny_qwen_image, photo
 from tests.tiny_z_image import build_tiny_z_image
 from vllm_omni.diffusion.catalog.registry import load_model_info
-from vllm_omni.diffusion.compute.device.kinds import Device
+from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.compute.families.qwen_image.transformer import QwenImageTransformer
 from vllm_omni.diffusion.compute.families.z_image.transformer import ZImageTransformer
 from vllm_omni.diffusion.compute.startup import warmup

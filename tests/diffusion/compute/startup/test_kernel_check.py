@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vllm_omni.diffusion.catalog.registry import load_model_info
-from vllm_omni.diffusion.compute.device.kinds import Device
+from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.compute.families.qwen_image import pipeline
 from vllm_omni.diffusion.compute.layers.kernels import TorchKernels, fused
 from vllm_omni.diffusion.compute.layers.rounding import Rows
@@ -46,7 +46,7 @@ class Recording(TorchKernels):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Device, "kernels", lambda self, choice: "triton")
+    monkeypatch.setattr(Device, "choose_kernels", lambda self, choice: "triton")
     monkeypatch.setattr(warmup, "BUDGET_SECONDS", 0.0)
     monkeypatch.setattr(warmup, "MIN_SAMPLES", 1)
 

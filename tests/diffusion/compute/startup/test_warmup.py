@@ -199,7 +199,7 @@ class OneOfSome:
 class SmallDevice:
     """Has room for so many copies; the ranks beside it wait for ever for one that ran out of memory."""
 
-    works_ahead = False
+    is_asynchronous = False
     survive_failures = False
     mesh = SimpleNamespace(cfg_size=1)
     capturer = None
@@ -220,7 +220,7 @@ class SmallDevice:
     def synchronize(self) -> None:
         pass
 
-    def passing_memory_bytes(self) -> int:
+    def transient_memory_bytes(self) -> int:
         return BYTES_PER_COPY * max(self.tried)
 
     def free_memory_bytes(self) -> int:

@@ -15,7 +15,7 @@ from tests.tiny_diffusers import build_tiny_diffusers
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.attention import BACKENDS, Setting
 from vllm_omni.diffusion.compute.attention.sdpa import SdpaAttention
-from vllm_omni.diffusion.compute.device.kinds import Device
+from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.compute.packing import Offsets
 from vllm_omni.diffusion.compute.startup import attention_choice as attention
 from vllm_omni.diffusion.compute.startup import warmup

@@ -13,7 +13,7 @@ import torch
 from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.attention import BACKENDS
-from vllm_omni.diffusion.compute.device.kinds import Device
+from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.compute.step.pipeline import RequestState
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig

@@ -10,7 +10,7 @@ import torch
 from torch._C._distributed_c10d import TCPStore
 
 from vllm_omni.diffusion.compute.coordination.capture_agreement import RankGroupCapturer
-from vllm_omni.diffusion.compute.device.kinds import Device
+from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.compute.distributed.groups import GroupBrokenError
 from vllm_omni.diffusion.compute.distributed.mesh import COLLECTIVE_TIMEOUT, Mesh, World
 from vllm_omni.diffusion.compute.step.cuda_graphs import Capturer

@@ -15,7 +15,7 @@ import torch
 from vllm_omni.diffusion.catalog.registry import ModelInfo
 from vllm_omni.diffusion.compute.attention import BACKENDS, AttentionBackend, Setting, backend_class
 from vllm_omni.diffusion.compute.coordination.ranks import Ranks
-from vllm_omni.diffusion.compute.device.kinds import Device
+from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.compute.packing import Offsets, cut
 from vllm_omni.diffusion.data import AttentionBackendName, DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.errors import ConfigError

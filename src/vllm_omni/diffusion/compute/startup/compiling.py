@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from vllm_omni.diffusion.compute.coordination.ranks import PeerFailedError, Ranks, RanksLostError
-from vllm_omni.diffusion.compute.device.kinds import is_out_of_memory
+from vllm_omni.diffusion.compute.device.failures import is_out_of_memory
 from vllm_omni.diffusion.compute.step.pipeline import BasePipeline, RequestState
 from vllm_omni.errors import ConfigError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_omni.diffusion.compute.device.kinds import Device
+from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.compute.layers.kernels import create_kernels
 from vllm_omni.diffusion.data import KernelsName
 from vllm_omni.errors import ConfigError

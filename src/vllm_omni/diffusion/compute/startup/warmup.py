@@ -16,7 +16,8 @@ import numpy as np
 
 from vllm_omni.diffusion.catalog.registry import ModelInfo
 from vllm_omni.diffusion.compute.coordination.ranks import PeerFailedError, Ranks
-from vllm_omni.diffusion.compute.device.kinds import Device, is_device_failure, is_out_of_memory
+from vllm_omni.diffusion.compute.device.device import Device
+from vllm_omni.diffusion.compute.device.failures import is_device_failure, is_out_of_memory
 from vllm_omni.diffusion.compute.step.pipeline import BasePipeline, RequestState
 from vllm_omni.diffusion.messages.placement import balance
 from vllm_omni.diffusion.messages.request import DiffusionRequest, RequestCost
@@ -245,7 +246,7 @@ def choose_num_threads(device: Device, timer: Timer, step: Callable[[], object])
 
 def measure_steps(pipeline: BasePipeline[Any], state: RequestState, info: ModelInfo, timer: Timer) -> list[Sample]:
     """Time the forward of 1, 2, 4, ... copies of `state`, as far as the budget and the memory reach."""
-    budget = DEVICE_BUDGET_SECONDS if timer.device.works_ahead else BUDGET_SECONDS
+    budget = DEVICE_BUDGET_SECONDS if timer.device.is_asynchronous else BUDGET_SECONDS
     samples: list[Sample] = []
     spent = took = 0.0
     tokens = sum(state.sequence_lengths)
@@ -278,7 +279,7 @@ def _has_room(timer: Timer) -> bool:
     if timer.ranks.survive_failures:
         return True
     device = timer.device
-    lacks_memory = 2 * device.passing_memory_bytes() > device.free_memory_bytes()
+    lacks_memory = 2 * device.transient_memory_bytes() > device.free_memory_bytes()
     return timer.ranks.agree(float(lacks_memory)) == 0
 
 

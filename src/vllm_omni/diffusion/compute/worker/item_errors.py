@@ -7,7 +7,7 @@ import traceback
 import torch
 
 from vllm_omni.diffusion.catalog.registry import ModelInfo
-from vllm_omni.diffusion.compute.device.kinds import is_out_of_memory
+from vllm_omni.diffusion.compute.device.failures import is_out_of_memory
 from vllm_omni.diffusion.messages.plan import ItemError
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.errors import InvalidRequestError, ModerationBlockedError

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from vllm_omni.diffusion.catalog.registry import ModelInfo
 from vllm_omni.diffusion.compute.coordination.ranks import PeerFailedError, Ranks, RanksLostError, connect
-from vllm_omni.diffusion.compute.device.kinds import Device, Stopwatch
+from vllm_omni.diffusion.compute.device.device import Device
+from vllm_omni.diffusion.compute.device.timing import Stopwatch
 from vllm_omni.diffusion.compute.startup.attention_choice import choose_attention
 from vllm_omni.diffusion.compute.startup.compiling import compile_variants, run_variants
 from vllm_omni.diffusion.compute.startup.kernel_check import check_kernels
@@ -74,7 +75,7 @@ class ModelRunner:
         self._place = place or RankInfo()
         self._device = Device(config.device, self._place.device_index)
         self._dtype = self._device.dtype(config.dtype)
-        self._decodes = self._device.stream(beside=config.overlap_decode)
+        self._decodes = self._device.stream(separate=config.overlap_decode)
         self._compile_blocks = compile_blocks
         self._ranks = Ranks()
         self._pipeline: BasePipeline[Any] | None = None
@@ -92,7 +93,7 @@ class ModelRunner:
 
     @property
     def launches_ahead(self) -> bool:
-        return self._device.works_ahead
+        return self._device.is_asynchronous
 
     @torch.inference_mode()
     def start(self, first: WorkerReady | None = None) -> WorkerReady:
@@ -108,7 +109,7 @@ class ModelRunner:
             self._device.check_float8(dtype)
         if self._config.overlap_decode:
             self._device.check_overlap()
-        self._config = replace(self._config, kernels=self._device.kernels(self._config.kernels))
+        self._config = replace(self._config, kernels=self._device.choose_kernels(self._config.kernels))
         if (num_processes := self._config.parallel.world_size) > 1:
             self._device.share_machine(num_processes)
         if self._place.replica_size > 1:
@@ -193,7 +194,7 @@ class ModelRunner:
         Returns when the device has been given all of it. What is returned waits until it is done.
         """
         result = StepResult(plan.step_id)
-        watch = Stopwatch(self._device)
+        watch = Stopwatch(self._device.torch)
         self._release(plan.release)
         self._requests |= {request.request_id: request for request in plan.new_requests}
         live = self._agree(plan)
