@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from tests.diffusion.compute.distributed.ranks import run_places
-from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
+from tests.diffusion.compute.worker.driving import QUICK, Drive, make_request, psnr
 from tests.diffusion.compute.worker.replica import merging
 from tests.tiny_models import build_tiny_qwen_image, photo
 from tests.tiny_z_image import build_tiny_z_image
@@ -21,7 +22,6 @@ from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.compute.families.qwen_image.transformer import QwenImageTransformer
 from vllm_omni.diffusion.compute.families.z_image.transformer import ZImageTransformer
-from vllm_omni.diffusion.compute.startup import warmup
 from vllm_omni.diffusion.compute.startup.compile_cache import FOLDERS, keep_compiled_code
 from vllm_omni.diffusion.compute.step.compiled import Backend, CompiledBlocks
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
@@ -50,8 +50,6 @@ CACHES: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     logging.getLogger("torch.__trace").setLevel(logging.WARNING)
-    monkeypatch.setattr(warmup, "BUDGET_SECONDS", 0.0)
-    monkeypatch.setattr(warmup, "MIN_SAMPLES", 1)
     compile_with("aot_eager", monkeypatch)
 
 
@@ -77,7 +75,7 @@ def draw(
         cache_backend=cache,  # type: ignore[arg-type]  # checked
         cache_config=CACHES[cache] | cache_keys,
     )
-    runner = ModelRunner(config, load_model_info(str(path)), place, compile_blocks)
+    runner = ModelRunner(config, load_model_info(str(path)), place, replace(QUICK, compile_blocks=compile_blocks))
     runner.start()
     merge, skipped = merging(runner), 0.0
 
@@ -196,7 +194,8 @@ def test_the_device_and_enforce_eager_decide(tiny_model: Path, monkeypatch: pyte
 
     def start(**settings: Any) -> bool:
         compiled.clear()
-        ModelRunner(OmniDiffusionConfig(model=str(tiny_model), **settings), load_model_info(str(tiny_model))).start()
+        config = OmniDiffusionConfig(model=str(tiny_model), **settings)
+        ModelRunner(config, load_model_info(str(tiny_model)), options=QUICK).start()
         return bool(compiled)
 
     assert not Device("cpu").is_worth_compiling_for

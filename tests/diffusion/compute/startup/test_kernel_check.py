@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.diffusion.compute.worker.driving import QUICK
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.compute.families.qwen_image import pipeline
 from vllm_omni.diffusion.compute.layers.kernels import TorchKernels, fused
 from vllm_omni.diffusion.compute.layers.rounding import Rows
-from vllm_omni.diffusion.compute.startup import kernel_check as kernels
-from vllm_omni.diffusion.compute.startup import warmup
+from vllm_omni.diffusion.compute.startup import kernel_check
 from vllm_omni.diffusion.compute.startup.kernel_check import check_kernels
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -47,12 +47,10 @@ class Recording(TorchKernels):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Device, "choose_kernels", lambda self, choice: "triton")
-    monkeypatch.setattr(warmup, "BUDGET_SECONDS", 0.0)
-    monkeypatch.setattr(warmup, "MIN_SAMPLES", 1)
 
 
 def runner_of(path: Path) -> ModelRunner:
-    return ModelRunner(OmniDiffusionConfig(model=str(path)), load_model_info(str(path)))
+    return ModelRunner(OmniDiffusionConfig(model=str(path)), load_model_info(str(path)), options=QUICK)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
@@ -85,5 +83,5 @@ def test_kernels_that_do_not_run_end_the_start_before_weights_are_read(
 
 def test_kernels_that_run_are_let_through(monkeypatch: pytest.MonkeyPatch) -> None:
     check_kernels("triton", Device(), torch.float32)
-    monkeypatch.setattr(kernels, "create_kernels", lambda name: pytest.fail("Triton is not asked for"))
+    monkeypatch.setattr(kernel_check, "create_kernels", lambda name: pytest.fail("Triton is not asked for"))
     check_kernels("torch", Device(), torch.float32)

@@ -8,9 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from vllm_omni.diffusion.compute.startup.model_start import StartOptions
+from vllm_omni.diffusion.compute.startup.warmup import StepBudget
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.messages.plan import ItemError, StepPlan, StepResult
 from vllm_omni.diffusion.messages.request import DiffusionRequest, RequestCost
+
+QUICK = StartOptions(budget=StepBudget(cpu_seconds=0.0, gpu_seconds=0.0, min_samples=1))
+"""A start that measures one size of step only."""
 
 
 def make_request(request_id: str, prompt: str = "a red apple", **changes: Any) -> DiffusionRequest:

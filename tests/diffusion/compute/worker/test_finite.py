@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.diffusion.compute.distributed.ranks import run_places
-from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
+from tests.diffusion.compute.worker.driving import QUICK, Drive, make_request, psnr
 from tests.diffusion.compute.worker.replica import merging, started
 from tests.tiny_models import SMALL, build_tiny_qwen_image
 from tests.tiny_z_image import build_tiny_z_image
@@ -27,7 +27,7 @@ from vllm_omni.diffusion.messages.plan import ItemError, StepPlan
 from vllm_omni.diffusion.messages.request import LoRA
 from vllm_omni.diffusion.messages.worker import RankInfo
 
-pytestmark = pytest.mark.usefixtures("quick_warmup")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 UNKNOWN = ItemError("the model produced values that are not numbers (NaN or infinite)", "not_finite")
 OVERFLOWED = ItemError("float16 overflowed: use bfloat16 (--dtype bfloat16)", "not_finite")
@@ -40,7 +40,7 @@ REQUESTS = [
 
 
 def start(path: Path, **settings: Any) -> ModelRunner:
-    runner = ModelRunner(OmniDiffusionConfig(model=str(path), **settings), load_model_info(str(path)))
+    runner = ModelRunner(OmniDiffusionConfig(model=str(path), **settings), load_model_info(str(path)), options=QUICK)
     runner.start()
     return runner
 

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
+from tests.diffusion.compute.worker.driving import QUICK, Drive, make_request, psnr
 from tests.fake_gpu import FAKE_GPU, FakeGpu, FakeGpuDevice, HostWaitsError
 from tests.tiny_models import SMALL, photo
 from tests.tiny_z_image import BASE_SHIFT, build_tiny_z_image
@@ -24,7 +24,7 @@ from vllm_omni.diffusion.messages.plan import StepPlan
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.inputs.images import prepared
 
-pytestmark = pytest.mark.usefixtures("quick_warmup")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def tiny_z_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def started(path: Path, gpu: FakeGpu | None = None) -> ModelRunner:
-    runner = ModelRunner(OmniDiffusionConfig(model=str(path)), load_model_info(str(path)))
+    runner = ModelRunner(OmniDiffusionConfig(model=str(path)), load_model_info(str(path)), options=QUICK)
     if gpu is None:
         runner.start()
     else:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,22 +15,16 @@ from vllm_omni.diffusion.catalog.registry import ModelInfo
 from vllm_omni.diffusion.compute.coordination.ranks import PeerFailedError, Ranks, RanksLostError, connect
 from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.compute.device.timing import Stopwatch
-from vllm_omni.diffusion.compute.startup.attention_choice import choose_attention
-from vllm_omni.diffusion.compute.startup.compiling import compile_variants, run_variants
-from vllm_omni.diffusion.compute.startup.kernel_check import check_kernels
-from vllm_omni.diffusion.compute.startup.warmup import Rates, warm_up, warm_up_whole
+from vllm_omni.diffusion.compute.startup.model_start import StartOptions, start_model
+from vllm_omni.diffusion.compute.startup.resolved_config import check_device
 from vllm_omni.diffusion.compute.step.finite import is_finite
 from vllm_omni.diffusion.compute.step.pipeline import BasePipeline, Picture, RequestState
-from vllm_omni.diffusion.compute.weights.progress import WeightsBar
 from vllm_omni.diffusion.compute.worker.item_errors import item_error, not_finite_error
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.diffusion.messages.worker import RankInfo
-from vllm_omni.errors import ConfigError, InvalidRequestError, ModerationBlockedError
-
-CACHE_SHARE = 0.25
-"""Of the memory that is free after the warm-up, what step caches may keep; what does not fit is a miss."""
+from vllm_omni.errors import InvalidRequestError, ModerationBlockedError
 
 Item = TypeVar("Item")
 Output = TypeVar("Output")
@@ -65,18 +58,17 @@ class ModelRunner:
         self,
         config: OmniDiffusionConfig,
         info: ModelInfo,
-        place: RankInfo | None = None,
-        compile_blocks: bool | None = None,
+        rank_info: RankInfo | None = None,
+        options: StartOptions = StartOptions(),  # noqa: B008 - frozen
     ) -> None:
-        """`place`: which rank of its replica this is; None: the only one. `compile_blocks`: whether the transformer's
-        blocks run compiled; None: where the device is worth it, unless the config enforces eager."""
+        """rank_info: the rank of this worker; None: the only rank of its replica."""
         self._config = config
         self._info = info
-        self._place = place or RankInfo()
-        self._device = Device(config.device, self._place.device_index)
+        self._rank_info = rank_info or RankInfo()
+        self._options = options
+        self._device = Device(config.device, self._rank_info.device_index)
         self._dtype = self._device.dtype(config.dtype)
         self._decodes = self._device.stream(separate=config.overlap_decode)
-        self._compile_blocks = compile_blocks
         self._ranks = Ranks()
         self._pipeline: BasePipeline[Any] | None = None
         self._requests: dict[str, DiffusionRequest] = {}
@@ -84,7 +76,7 @@ class ModelRunner:
         self._aborted: set[str] = set()
         self._failed_elsewhere: list[str] = []
         self._lacks_memory = False
-        """Whether the other ranks are to be asked to drop with this one what can be made again."""
+        """Whether to ask the other ranks, in the next step, to free with this one what can be made again."""
 
     @property
     def pipeline(self) -> BasePipeline[Any]:
@@ -95,89 +87,23 @@ class ModelRunner:
     def launches_ahead(self) -> bool:
         return self._device.is_asynchronous
 
-    @torch.inference_mode()
     def start(self, first: WorkerReady | None = None) -> WorkerReady:
-        """Load the weights, run once, and measure. Raises ConfigError for a folder that cannot be served.
-
-        first: choices of an earlier start that a restart keeps, because they change pixels: the attention backend, the
-        CPU threads (they order sums) and the memory of step caches (it decides which steps are skipped).
-        """
-        dtype = self._dtype
-        backend = None if first is None else first.attention_backend
-        num_threads = None if first is None else first.num_threads
-        if self._config.quantization == "fp8":
-            self._device.check_float8(dtype)
-        if self._config.overlap_decode:
-            self._device.check_overlap()
-        self._config = replace(self._config, kernels=self._device.choose_kernels(self._config.kernels))
+        """Meet the other ranks, then load and warm up the model: see `start_model` for `first` and the errors."""
+        check_device(self._config, self._device)
         if (num_processes := self._config.parallel.world_size) > 1:
             self._device.share_machine(num_processes)
-        if self._place.replica_size > 1:
-            self._ranks = Ranks(connect(self._config.parallel, self._place, self._device))
-        if (whole := self._info.whole) is None:
-            check_kernels(self._config.kernels, self._device, dtype)
-            attention = choose_attention(self._config, self._info, self._device, dtype, self._ranks, backend)
-            self._config = replace(self._config, attention_backend=attention)
-        cls: type[BasePipeline[Any]] = import_module(
-            f"vllm_omni.diffusion.compute.families.{self._info.family}.pipeline"
-        ).Pipeline
-        shown = self._config.progress_bar and self._place.device_index == 0
-        with WeightsBar(self._info.path, shown) as bar:
-            self._pipeline = cls.load(self._config, self._info, self._device.torch, dtype, bar.update, self._ranks.mesh)
-        self._device.end_loading()
-        if whole is None:
-            rates = self._warm_up(self._pipeline, bar.num_bytes, num_threads)
-        else:
-            rates = self._try_whole(bar.num_bytes, num_threads)
-        cache_bytes = int(CACHE_SHARE * self._device.free_memory_bytes()) if first is None else first.cache_bytes
-        self._pipeline.step_cache.budget.max_bytes = cache_bytes
-        return WorkerReady(
-            load_seconds=bar.seconds,
-            load_bytes=bar.num_bytes,
-            device=self._device.name,
-            dtype=str(dtype).removeprefix("torch."),
-            max_batch_tokens=self._config.max_batch_tokens or rates.max_batch_tokens,
-            seconds_per_unit=rates.seconds_per_unit,
-            step_overhead_seconds=rates.step_overhead_seconds,
-            encode_units_per_token=rates.encode_units_per_token,
-            decode_units_per_token=rates.decode_units_per_token,
-            peak_memory_bytes=self._device.peak_memory_bytes(),
-            attention_backend=self._config.attention_backend,
-            # A step of a whole pipeline gains nothing from company, and an abort would wait for all of it.
-            max_num_seqs=None if whole is None else 1,
-            max_running=None if whole is None else whole.max_running,
-            num_threads=self._device.num_threads,
-            cache_bytes=cache_bytes,
+        if self._rank_info.replica_size > 1:
+            self._ranks = Ranks(connect(self._config.parallel, self._rank_info, self._device))
+        self._pipeline, ready = start_model(
+            self._config,
+            self._info,
+            self._device,
+            self._ranks,
+            first,
+            self._options,
+            shows_progress=self._rank_info.device_index == 0,
         )
-
-    def _warm_up(self, pipeline: BasePipeline[Any], model_bytes: int, num_threads: int | None) -> Rates:
-        """Raises ConfigError where steps cannot be compiled, or recorded, as the config asks for."""
-        if not self._config.enforce_eager:
-            pipeline.capturer = self._ranks.capturer(self._device)
-        variants = None
-        if self._compiles(type(pipeline)):
-            variants = compile_variants
-        elif self._config.kernels == "triton":  # whose kernels are compiled at their first run
-            variants = run_variants
-        rates = warm_up(pipeline, self._info, self._device, model_bytes, self._ranks, variants, num_threads)
-        if (capturer := pipeline.capturer) is not None and capturer.failure is not None:
-            raise ConfigError(
-                f"steps cannot be captured as CUDA graphs here: {capturer.failure}; --enforce-eager serves without"
-            )
-        return rates
-
-    def _try_whole(self, model_bytes: int, num_threads: int | None) -> Rates:
-        """Rates of a whole pipeline. Raises ConfigError for one that does not make what its signature promises."""
-        defaults = {**self._info.default_sampling_params, **self._config.default_sampling_params}
-        info = replace(self._info, default_sampling_params=defaults)
-        return warm_up_whole(self.pipeline, info, self._device, model_bytes, num_threads)
-
-    def _compiles(self, cls: type[BasePipeline[Any]]) -> bool:
-        """Whether blocks run compiled."""
-        if self._compile_blocks is not None:
-            return self._compile_blocks
-        is_worth_it = self._device.is_worth_compiling_for and cls.gains_from_compiling(self._config)
-        return is_worth_it and not self._config.enforce_eager
+        return ready
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Skip these in every plan executed from now on, until they are released."""
