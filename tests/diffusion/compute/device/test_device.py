@@ -60,3 +60,19 @@ def test_a_host_that_feeds_a_device_shares_no_operation(
         assert torch.get_num_threads() == num_threads
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_run_is_timed_until_the_device_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    class Slow(Device):
+        def synchronize(self) -> None:
+            nonlocal now
+            now += 10.0
+
+    def run() -> None:
+        nonlocal now
+        now += 1.0
+
+    monkeypatch.setattr("vllm_omni.diffusion.compute.device.device.time.perf_counter", lambda: now)
+    assert Slow("cpu").elapsed(run) == 11.0

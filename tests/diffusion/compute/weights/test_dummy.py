@@ -23,7 +23,7 @@ from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.layers.linear import ColumnLinear, RowLinear
 from vllm_omni.diffusion.compute.weights.dummy import dummy_weight
-from vllm_omni.diffusion.compute.weights.loading import checkpoint_slots, load_weights
+from vllm_omni.diffusion.compute.weights.loading import load_weights, weight_targets
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.diffusion.messages.worker import RankInfo
@@ -119,9 +119,9 @@ def test_modules_of_diffusers_get_the_same_weights(bare: Path) -> None:
         module = cls.from_config(cls.load_config(folder))
     load_weights(module, folder, {}, CPU, torch.float32, load_format="dummy")
     theirs = dict(module.named_parameters())
-    slots = checkpoint_slots(ours, names)
-    assert set(slots) == set(theirs)
-    assert all(torch.equal(slot.target, theirs[name]) for name, slot in slots.items())
+    targets = weight_targets(ours, names)
+    assert set(targets) == set(theirs)
+    assert all(torch.equal(target.tensor, theirs[name]) for name, target in targets.items())
 
 
 def test_without_the_format_weights_are_asked_for(bare: Path) -> None:

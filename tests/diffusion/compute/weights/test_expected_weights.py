@@ -19,7 +19,7 @@ from vllm_omni.diffusion.compute.families.qwen_image import transformer as qwen_
 from vllm_omni.diffusion.compute.families.z_image import config as z_image
 from vllm_omni.diffusion.compute.families.z_image import transformer as z_image_model
 from vllm_omni.diffusion.compute.text.language_config import LanguageModelConfig
-from vllm_omni.diffusion.compute.weights.loading import checkpoint_slots
+from vllm_omni.diffusion.compute.weights.loading import weight_targets
 
 
 def flat(expected: ExpectedWeights) -> dict[str, tuple[int, ...]]:
@@ -44,10 +44,10 @@ CASES: list[tuple[Any, type[nn.Module], Any]] = [
 @pytest.mark.parametrize(("config", "cls", "module"), CASES, ids=["qwen_image", "z_image"])
 def test_of_transformers(config: Any, cls: type[nn.Module], module: Any) -> None:
     with torch.device("meta"):
-        slots = checkpoint_slots(cls(config, Group.alone()), module.CHECKPOINT_NAMES)
+        targets = weight_targets(cls(config, Group.alone()), module.CHECKPOINT_NAMES)
     expected = config.expected_weights()
     assert expected.is_complete
-    assert flat(expected) == {name: slot.whole_shape for name, slot in slots.items()}
+    assert flat(expected) == {name: target.whole_shape for name, target in targets.items()}
 
 
 SIZES = LanguageModelConfig(

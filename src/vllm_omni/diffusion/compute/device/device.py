@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -94,6 +95,14 @@ class Device:
         """Wait until the device has done all launched work."""
         if self.kind == CUDA:
             torch.cuda.synchronize(self.torch)
+
+    def elapsed(self, run: Callable[[], object]) -> float:
+        """Seconds from the call of `run` until the device has done its work."""
+        self.synchronize()
+        start = time.perf_counter()
+        run()
+        self.synchronize()
+        return time.perf_counter() - start
 
     def stream(self, separate: bool) -> Stream:
         """The main stream, or a new separate one; a CPU has the main stream only."""

@@ -1,4 +1,4 @@
-"""Whether the fused kernels that are meant run here: asked before weights are read."""
+"""Check of the fused kernels, before weights are read."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from vllm_omni.errors import ConfigError
 
 
 def check_kernels(name: KernelsName, device: Device, dtype: torch.dtype) -> None:
-    """Raises ConfigError when Triton does not compile one of its kernels: it needs a C compiler, for one."""
+    """Raise ConfigError when Triton cannot compile a kernel: without a C compiler, for example."""
     if name != "triton":
         return
     x = torch.ones((2, 16), dtype=dtype, device=device.torch)
     try:
         create_kernels(name).gated_add(x, x, x[:1], None)
         device.synchronize()
-    except Exception as error:  # of an import, a compiler or a driver
+    except Exception as error:  # an import, a compiler or a driver may raise anything
         reason = " ".join([type(error).__name__, *str(error).splitlines()[:1]])
         raise ConfigError(f"--kernels triton does not run here: {reason}; --kernels torch does") from error

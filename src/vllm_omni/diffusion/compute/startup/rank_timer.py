@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,11 +24,7 @@ class RankTimer:
         """Seconds of the fastest of `runs`; the first is a warm-up. A slow call ends the series."""
         fastest = math.inf
         for run in runs:
-            self.device.synchronize()
-            start = time.perf_counter()
-            run()
-            self.device.synchronize()
-            fastest = min(fastest, self.ranks.agree(time.perf_counter() - start))
+            fastest = min(fastest, self.ranks.agree(self.device.elapsed(run)))
             if fastest > REPEAT_SECONDS:
                 break
         return fastest
