@@ -17,12 +17,12 @@ from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 
 
-def test_automatic_types_follow_the_device() -> None:
+def test_the_automatic_dtype_depends_on_the_device() -> None:
     cpu = Device("cpu")
     assert (cpu.dtype("auto"), cpu.dtype("float16")) == (torch.float32, torch.float16)
 
 
-def test_on_a_cpu_streams_marks_and_downloads_are_done_at_once() -> None:
+def test_on_a_cpu_streams_events_and_downloads_are_done_at_once() -> None:
     device = Device("cpu")
     x = torch.arange(12, dtype=torch.uint8).reshape(2, 2, 3)
     before = StreamEvent(device.torch)
@@ -47,7 +47,7 @@ def test_a_stopwatch_adds_up_by_stage() -> None:
 
 
 @pytest.mark.parametrize(("is_asynchronous", "num_threads"), [(True, 1), (False, 2)])
-def test_a_host_that_feeds_a_device_shares_no_operation(
+def test_a_cpu_that_launches_kernels_uses_one_thread(
     tiny_model: Path, is_asynchronous: bool, num_threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Device, "is_asynchronous", is_asynchronous)
@@ -62,7 +62,7 @@ def test_a_host_that_feeds_a_device_shares_no_operation(
         torch.set_num_threads(before)
 
 
-def test_a_run_is_timed_until_the_device_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_is_timed_until_the_device_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
 
     class Slow(Device):

@@ -21,7 +21,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Device:
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 9)])
-def test_a_gpu_that_does_not_multiply_float8_is_refused(
+def test_a_gpu_without_float8_is_refused(
     gpu: Device, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
@@ -33,7 +33,7 @@ def test_a_gpu_that_does_not_multiply_float8_is_refused(
 
 
 @pytest.mark.parametrize("capability", [(9, 0), (10, 0)])
-def test_a_gpu_multiplies_float8_into_bfloat16_alone(
+def test_float8_on_a_gpu_needs_bfloat16(
     gpu: Device, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
@@ -43,6 +43,6 @@ def test_a_gpu_multiplies_float8_into_bfloat16_alone(
             gpu.check_float8(dtype)
 
 
-def test_a_cpu_takes_every_dtype() -> None:
+def test_float8_on_a_cpu_takes_every_dtype() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         Device(CPU).check_float8(dtype)

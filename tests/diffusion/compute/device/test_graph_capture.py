@@ -15,7 +15,7 @@ from vllm_omni.diffusion.compute.device.graph_capture import CudaGraphCapturer, 
     "lacking", [torch.OutOfMemoryError("no room"), RuntimeError("CUDA error: out of memory\nSearch")]
 )
 @pytest.mark.parametrize("failures", [1, 2])
-def test_a_recording_that_lacks_memory_is_tried_once_more(
+def test_a_capture_without_memory_is_tried_once_more(
     monkeypatch: pytest.MonkeyPatch, lacking: Exception, failures: int
 ) -> None:
     capturer = CudaGraphCapturer.__new__(CudaGraphCapturer)  # without its stream, which the CPU does not have
@@ -36,7 +36,7 @@ def test_a_recording_that_lacks_memory_is_tried_once_more(
     assert len(attempts) == 2
 
 
-def test_a_recording_that_fails_otherwise_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_capture_that_fails_otherwise_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     capturer = CudaGraphCapturer.__new__(CudaGraphCapturer)
     errors = iter([RuntimeError("not permitted when stream is capturing")])
     monkeypatch.setattr(capturer, "_capture_in_pool", lambda run: (_ for _ in ()).throw(next(errors)))
@@ -45,7 +45,7 @@ def test_a_recording_that_fails_otherwise_is_not_tried_again(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_garbage_collection_is_paused_and_then_as_before(enabled: bool) -> None:
+def test_garbage_collection_is_paused_and_then_restored(enabled: bool) -> None:
     before = gc.isenabled()
     try:
         (gc.enable if enabled else gc.disable)()

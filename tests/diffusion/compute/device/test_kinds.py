@@ -29,7 +29,7 @@ MAY_NAME_DEVICES = {
 
 
 def names_of_devices(source: str) -> Iterator[str]:
-    """Literals of kinds of device, and uses of what is called `cuda`."""
+    """String literals of kinds of device, and attributes such as `.cuda`."""
     for node in ast.walk(ast.parse(source)):
         if (
             isinstance(node, ast.Constant)
@@ -41,7 +41,7 @@ def names_of_devices(source: str) -> Iterator[str]:
             yield f"line {node.lineno}: .{node.attr}"
 
 
-def test_one_package_names_kinds_of_device() -> None:
+def test_only_the_listed_modules_name_kinds_of_device() -> None:
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
         name = str(path.relative_to(PACKAGE))
@@ -51,7 +51,7 @@ def test_one_package_names_kinds_of_device() -> None:
 
 
 @pytest.mark.parametrize("source", ["x.cuda()", "x.to('cuda:1')", "torch.cuda.synchronize()", "f(device='cpu')"])
-def test_the_scan_finds_what_it_looks_for(source: str) -> None:
+def test_the_scan_finds_names_of_devices(source: str) -> None:
     assert list(names_of_devices(source))
 
 
@@ -59,9 +59,7 @@ def test_the_scan_finds_what_it_looks_for(source: str) -> None:
     ("choice", "has_gpu", "kind"),
     [("auto", True, "cuda"), ("auto", False, "cpu"), ("cpu", True, "cpu"), ("cuda", True, "cuda")],
 )
-def test_the_kind_that_is_chosen(
-    choice: DeviceChoice, has_gpu: bool, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_chosen_kind(choice: DeviceChoice, has_gpu: bool, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     assert kind_of(choice) == kind
 
@@ -72,7 +70,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_gpu")
-def test_a_gpu_that_is_not_there_is_refused_in_one_line() -> None:
+def test_a_missing_gpu_is_refused_in_one_line() -> None:
     with pytest.raises(
         ConfigError, match=r"^--device cuda: PyTorch finds no GPU on this machine; .* auto or cpu here$"
     ):
@@ -83,12 +81,12 @@ def test_a_gpu_that_is_not_there_is_refused_in_one_line() -> None:
 
 @pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize("backend", ["mp", "uni"])
-def test_so_is_an_engine_before_a_worker_starts(backend: str) -> None:
+def test_a_missing_gpu_is_refused_before_a_worker_starts(backend: str) -> None:
     with pytest.raises(ConfigError, match="--device cuda"):
         make_executor(make_config(device="cuda", distributed_executor_backend=backend), FAKE_INFO)
 
 
-def test_a_cpu_takes_as_many_workers_as_it_may_whatever_gpus_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_gpus_does_not_limit_cpu_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     check_world_size(DiffusionParallelConfig(ulysses_degree=2), "cpu")

@@ -79,7 +79,7 @@ def never(run: Callable[[], object]) -> float:
     raise AssertionError("nothing is to be timed")
 
 
-def test_the_fastest_that_runs_is_taken() -> None:
+def test_the_fastest_backend_that_runs_is_chosen() -> None:
     classes: Any = {
         "sdpa": backend(3.0),
         "torch_varlen": backend(2.0),
@@ -96,7 +96,7 @@ def test_the_fastest_that_runs_is_taken() -> None:
     )
 
 
-def test_all_ranks_take_what_is_fastest_on_the_slowest() -> None:
+def test_the_slowest_rank_decides_for_all() -> None:
     classes: Any = {
         "sdpa": backend(3.0),
         "torch_varlen": backend(1.0),
@@ -116,7 +116,7 @@ def test_a_lone_backend_is_not_timed() -> None:
     assert BackendTrial(classes, TASK, Ranks(), never).fastest().name == "sdpa"
 
 
-def test_a_machine_on_which_nothing_runs_is_told() -> None:
+def test_a_device_without_a_running_backend_is_refused() -> None:
     classes: Any = {"sdpa": backend(1.0, error="broken"), "cudnn": backend(1.0, error="broken too")}
     with pytest.raises(
         ConfigError, match=r"^no attention backend runs here: sdpa fails: broken; cudnn fails: broken too$"
@@ -132,7 +132,7 @@ def test_a_machine_on_which_nothing_runs_is_told() -> None:
         ("vllm_flash", "vllm_flash does not run on another rank"),
     ],
 )
-def test_what_does_not_run_is_refused_with_the_reason(asked: Any, refusal: str) -> None:
+def test_a_requested_backend_that_does_not_run_is_refused_with_the_reason(asked: Any, refusal: str) -> None:
     classes: Any = {
         "sdpa": backend(1.0),
         "torch_varlen": backend(1.0, error="no kernel image"),
@@ -147,7 +147,7 @@ def test_what_does_not_run_is_refused_with_the_reason(asked: Any, refusal: str) 
     assert message.endswith(f" here, got {asked}, which does not run: {refusal}")
 
 
-def test_what_is_asked_for_and_runs_is_taken_and_no_other_is_asked() -> None:
+def test_a_requested_backend_that_runs_is_chosen_without_asking_others() -> None:
     class NotToBeAsked(SdpaAttention):
         @classmethod
         def why_not(cls, setting: Setting) -> str | None:
@@ -168,7 +168,7 @@ def test_a_restart_keeps_the_first_choice_though_another_is_faster_now() -> None
     ("ranks", "reason"),
     [(Ranks(), "cudnn fails: no plan"), (TwoRanks([True], []), "cudnn does not run on another rank")],
 )
-def test_a_first_choice_that_does_not_run_any_more_is_not_replaced_in_silence(ranks: Ranks, reason: str) -> None:
+def test_a_first_choice_that_does_not_run_any_more_ends_the_start(ranks: Ranks, reason: str) -> None:
     classes: Any = {"sdpa": backend(1.0), "cudnn": backend(1.0, error="no plan")}
     with pytest.raises(ConfigError) as refused:
         BackendTrial(classes, TASK, ranks, Clock.timing).kept("cudnn")
@@ -197,7 +197,7 @@ def info(**values: Any) -> ModelInfo:
     return ModelInfo(**fields | values)
 
 
-def test_the_task_is_what_a_rank_computes() -> None:
+def test_the_timed_task_has_the_heads_and_tokens_of_one_rank() -> None:
     task = AttentionTask.of(SETTING, info(), DiffusionParallelConfig())
     assert (task.heads, task.lengths, task.with_lse) == (24, (512 + 64, 512 + 32), False)
     assert task.num_calls == 2 * 50
@@ -208,7 +208,7 @@ def test_the_task_is_what_a_rank_computes() -> None:
     assert AttentionTask.of(SETTING, huge, DiffusionParallelConfig()).lengths == (4096 + 64, 4096 + 32)
 
 
-def test_the_task_runs_what_the_layout_needs() -> None:
+def test_a_ring_times_attention_with_log_sum_exp() -> None:
     called = []
 
     class Fake(SdpaAttention):
@@ -230,13 +230,13 @@ def test_the_task_runs_what_the_layout_needs() -> None:
     ]
 
 
-def test_the_median_forgives_a_slow_start() -> None:
+def test_the_median_ignores_slow_first_calls() -> None:
     took = iter([90.0] * WARM_UP_RUNS + [1.0, 7.0, 2.0, 3.0, 50.0] + [3.0])
     assert TIMED_RUNS == 5
     assert measure(SdpaAttention(), TASK, lambda run: next(took)) == 3.0
 
 
-def test_what_new_lengths_cost_is_shared_by_the_calls_of_a_request() -> None:
+def test_the_extra_time_of_new_lengths_is_spread_over_the_calls_of_a_request() -> None:
     class Plans(SdpaAttention):
         """A backend whose call takes 1 second, and 50 more when the lengths are new."""
 
@@ -256,7 +256,7 @@ def test_what_new_lengths_cost_is_shared_by_the_calls_of_a_request() -> None:
         assert choice.seconds["cudnn"] == 1 + 50 / num_calls
 
 
-def test_a_cpu_takes_sdpa_alone(tiny_model: Path) -> None:
+def test_a_cpu_accepts_sdpa_only(tiny_model: Path) -> None:
     model = load_model_info(str(tiny_model))
 
     def choose(**settings: Any) -> str:

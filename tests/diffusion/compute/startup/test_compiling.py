@@ -1,4 +1,4 @@
-"""What the warm-up compiles is all that serving needs, with step caches, edits and ranks; a failure ends the start."""
+"""The warm-up compiles all code that serving needs, with step caches, edits and ranks; a failure ends the start."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def compile_with(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Instead of to machine code, which takes long."""
+    """Compile with a faster `backend` than the default, which makes machine code."""
     for cls in (QwenImageTransformer, ZImageTransformer):
         monkeypatch.setattr(cls.compile_blocks, "__defaults__", (backend,))
 
@@ -63,19 +63,19 @@ def draw(
     path: Path,
     arrivals: Arrivals,
     compile_blocks: bool,
-    place: RankInfo | None = None,
+    rank_info: RankInfo | None = None,
     parallel: DiffusionParallelConfig = DiffusionParallelConfig(),  # noqa: B008 - frozen
     cache: str = "none",
     **cache_keys: Any,
 ) -> tuple[Images, int]:
-    """Pictures, and the steps that a cache skipped."""
+    """Pictures, and the number of steps that a cache skipped."""
     config = OmniDiffusionConfig(
         model=str(path),
         parallel=parallel,
         cache_backend=cache,  # type: ignore[arg-type]  # checked
         cache_config=CACHES[cache] | cache_keys,
     )
-    runner = ModelRunner(config, load_model_info(str(path)), place, replace(QUICK, compile_blocks=compile_blocks))
+    runner = ModelRunner(config, load_model_info(str(path)), rank_info, replace(QUICK, compile_blocks=compile_blocks))
     runner.start()
     merge, skipped = merging(runner), 0.0
 
@@ -102,7 +102,7 @@ def check_log(caplog: pytest.LogCaptureFixture, wanted: str) -> None:
 
 
 @pytest.mark.parametrize("cache", CACHES)
-def test_serving_compiles_nothing(cache: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_serving_qwen_image_compiles_nothing(cache: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     model = build_tiny_qwen_image(tmp_path / "model", layers=4, heads=4, time_scale=0.1)
     compiled, skipped = draw(model, ARRIVALS, compile_blocks=True, cache=cache)
@@ -113,7 +113,7 @@ def test_serving_compiles_nothing(cache: str, tmp_path: Path, caplog: pytest.Log
     assert (skipped > 2) == (cache != "none"), "a cache that skips nothing proves nothing"
 
 
-def test_serving_compiles_nothing_of_z_image(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_serving_z_image_compiles_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     model = build_tiny_z_image(tmp_path / "model", heads=4, time_scale=0.02)
     compiled, skipped = draw(model, ARRIVALS, compile_blocks=True, cache="cache_dit", residual_diff_threshold=0.6)
@@ -123,7 +123,7 @@ def test_serving_compiles_nothing_of_z_image(tmp_path: Path, caplog: pytest.LogC
     assert skipped == skipped_eagerly > 2
 
 
-def test_serving_compiles_nothing_of_edits(tiny_edit_model: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_serving_edits_compiles_nothing(tiny_edit_model: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     edit = load_model_info(str(tiny_edit_model)).image_input
     assert edit is not None
@@ -137,7 +137,7 @@ def test_serving_compiles_nothing_of_edits(tiny_edit_model: Path, caplog: pytest
     check(compiled, draw(tiny_edit_model, arrivals, compile_blocks=False)[0])
 
 
-def draw_as_rank(place: RankInfo, path: Path, parallel: DiffusionParallelConfig) -> tuple[Images, list[str]]:
+def draw_as_rank(rank_info: RankInfo, path: Path, parallel: DiffusionParallelConfig) -> tuple[Images, list[str]]:
     torch.set_num_threads(1)
     lines: list[str] = []
     handler = logging.Handler()
@@ -145,7 +145,7 @@ def draw_as_rank(place: RankInfo, path: Path, parallel: DiffusionParallelConfig)
     logger = logging.getLogger("vllm_omni")
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
-    images, _ = draw(path, ARRIVALS, True, place, parallel)
+    images, _ = draw(path, ARRIVALS, True, rank_info, parallel)
     return images, lines
 
 
@@ -170,7 +170,7 @@ def test_ranks_compile_the_same(parallel: DiffusionParallelConfig, parts: str, t
         assert any(f"compiled Block.{parts} in " in line for line in lines)
 
 
-def test_a_failed_compilation_ends_the_start_with_the_way_out(
+def test_a_failed_compilation_ends_the_start_and_names_enforce_eager(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(graph: Any, inputs: Any) -> Any:

@@ -11,7 +11,7 @@ def samples(seconds_of: dict[int, float]) -> list[Sample]:
     return [Sample(tokens=t, units=2.0 * t, seconds=s) for t, s in seconds_of.items()]
 
 
-def test_a_line_is_found() -> None:
+def test_a_line_is_fitted() -> None:
     slope, overhead = fit_line(samples({t: 0.01 + 0.001 * t for t in (16, 32, 64, 128)}))
     assert slope == pytest.approx(0.0005)
     assert overhead == pytest.approx(0.01)

@@ -12,7 +12,7 @@ from vllm_omni.diffusion.compute.startup.thread_choice import choose_num_threads
 
 
 class Threads:
-    """A device with some threads; a step takes the seconds of the number in use."""
+    """A fake device. `seconds`: of a step, by number of threads in use."""
 
     def __init__(self, num_threads: int, seconds: dict[int, float]) -> None:
         self.num_threads = num_threads
@@ -34,7 +34,7 @@ class Threads:
         (1, {1: 1.0}, 1),
     ],
 )
-def test_threads_are_taken_while_they_help(most: int, seconds: dict[int, float], chosen: int) -> None:
+def test_threads_are_doubled_while_a_step_gains(most: int, seconds: dict[int, float], chosen: int) -> None:
     device = Threads(most, seconds)
 
     class FakeTimer:
@@ -45,7 +45,7 @@ def test_threads_are_taken_while_they_help(most: int, seconds: dict[int, float],
     assert device.num_threads == chosen
 
 
-def test_threads_are_those_from_before_a_step_that_fails() -> None:
+def test_a_failing_step_leaves_the_number_of_threads() -> None:
     device: Any = Threads(8, {})
     timer: Any = SimpleNamespace(mean=lambda run: run())
     for fails_at in (1, 4):

@@ -18,13 +18,13 @@ BYTES_PER_COPY = 100
 
 @dataclass
 class OneOfSome:
-    """A request's state."""
+    """A fake state of a request."""
 
     sequence_lengths: tuple[int, ...] = (7,)
 
 
 class SmallDevice:
-    """Has room for so many copies; the ranks beside it wait for ever for one that ran out of memory."""
+    """A fake device with memory for `most_copies`, and fake ranks that are lost when one runs out of memory."""
 
     is_asynchronous = False
     survive_failures = False
@@ -65,7 +65,7 @@ class SmallDevice:
 
 
 @pytest.mark.parametrize(("most", "tried"), [(1, [1]), (7, [1, 2, 4]), (8, [1, 2, 4, 8]), (15, [1, 2, 4, 8])])
-def test_ranks_that_would_be_lost_try_no_batch_that_may_not_fit(most: int, tried: list[int]) -> None:
+def test_ranks_that_cannot_survive_failures_try_no_step_that_may_not_fit(most: int, tried: list[int]) -> None:
     device: Any = SmallDevice(most)
     info: Any = SimpleNamespace(sequence_cost=float)
     found = measure_steps(device, OneOfSome(), info, RankTimer(device, device), StepBudget(60.0))  # type: ignore[arg-type]

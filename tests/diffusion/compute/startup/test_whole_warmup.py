@@ -18,7 +18,7 @@ from vllm_omni.errors import ConfigError
 
 
 class TrialOf:
-    """Trials of a whole pipeline of 64x64, whose small requests and those of its own size raise these errors."""
+    """Trials of a fake whole pipeline. small, own: errors of small requests and of requests of its own size."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, small: Exception | None, own: Exception | None) -> None:
         self.errors = {"small": small, "own": own}
@@ -88,7 +88,7 @@ def test_given_threads_are_kept_in_both_trials(monkeypatch: pytest.MonkeyPatch) 
         (RuntimeError("CUDA error: an illegal\naddress"), None, "RuntimeError: CUDA error: an illegal address", 1),
     ],
 )
-def test_a_failed_trial_says_every_reason_and_stops_with_the_device(
+def test_a_failed_trial_gives_every_reason_and_stops_at_a_device_failure(
     monkeypatch: pytest.MonkeyPatch, small: Exception, own: Exception | None, reasons: str, num_trials: int
 ) -> None:
     trial = TrialOf(monkeypatch, small, own)
@@ -101,7 +101,7 @@ def test_a_failed_trial_says_every_reason_and_stops_with_the_device(
 @pytest.mark.parametrize(
     "error", [MemoryError(), torch.OutOfMemoryError("x"), RuntimeError("CUDA error: out of memory")]
 )
-def test_a_trial_that_runs_out_of_memory_says_so(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_a_trial_without_memory_raises_the_memory_error(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     trial = TrialOf(monkeypatch, error, None)
     with pytest.raises(type(error)) as caught:
         trial.start(num_threads=1)

@@ -17,7 +17,7 @@ def test_a_picture_that_fits_is_one_tile() -> None:
     assert split_into_tiles(0, 1, 1, TILING) == [Tile(0, 0, 0, 0, 0, 1, 1)]
 
 
-def test_a_picture_larger_one_way_is_cut_both_ways_as_diffusers_does() -> None:
+def test_a_picture_with_one_long_side_is_cut_along_both_as_in_diffusers() -> None:
     assert split_into_tiles(0, 8, 7, TILING) == [
         Tile(0, 0, 0, 0, 0, 8, 6),
         Tile(0, 0, 1, 0, 4, 8, 3),
@@ -45,7 +45,7 @@ def test_tiles_cover_the_picture_and_overlap_their_neighbours(height: int, width
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(sides, sides), min_size=1, max_size=5), st.integers(1, 9))
-def test_every_tile_is_dealt_once_and_no_rank_has_much_more_than_another(
+def test_every_tile_is_assigned_once_and_ranks_get_similar_areas(
     pictures: list[tuple[int, int]], num_ranks: int
 ) -> None:
     tiles = [tile for index, size in enumerate(pictures) for tile in split_into_tiles(index, *size, TILING)]
@@ -58,7 +58,7 @@ def test_every_tile_is_dealt_once_and_no_rank_has_much_more_than_another(
     assert assign_tiles(tiles, num_ranks) == shares
 
 
-def test_large_tiles_are_dealt_first() -> None:
+def test_large_tiles_are_assigned_first() -> None:
     areas = [4, 4, 8, 16]
     shares = assign_tiles([Tile(i, 0, 0, 0, 0, 4, area // 4) for i, area in enumerate(areas)], 2)
     assert [sorted(tile.picture for tile in share) for share in shares] == [[3], [0, 1, 2]]
@@ -66,7 +66,7 @@ def test_large_tiles_are_dealt_first() -> None:
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
 def test_the_default_picture_of_the_real_model_is_shared_evenly(num_ranks: int) -> None:
-    """1024 x 1024 pixels in tiles of 256 x 256 at a distance of 192."""
+    """1024 x 1024 pixels, in tiles of 256 x 256 with a stride of 192."""
     tiles = split_into_tiles(0, 128, 128, Tiling(32, 32, 24, 24))
     assert len(tiles) == 36
     areas = [sum(tile.height * tile.width for tile in share) for share in assign_tiles(tiles, num_ranks)]

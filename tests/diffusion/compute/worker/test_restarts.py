@@ -1,4 +1,4 @@
-"""A worker that starts again makes the pixels of the first start, whatever it would measure now."""
+"""A restarted worker makes the same pixels as after its first start, although new measurements would differ."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REQUEST = make_request("r", negative_prompt="", seed=3)
 
 
 class FromTheLeft(SdpaAttention):
-    """A kernel whose pictures are visibly not those of `sdpa`."""
+    """A backend whose pictures differ visibly from those of `sdpa`."""
 
     @classmethod
     def why_not(cls, setting: Setting) -> str | None:
@@ -47,7 +47,7 @@ class Measurements:
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Measurements:
-    """The measurements of the next start; `cudnn` is a kernel that runs here."""
+    """Measurements of the next start. The backend `cudnn` is a fake that runs here."""
     measured = Measurements()
     monkeypatch.setitem(BACKENDS, "cudnn", f"{__name__}:{FromTheLeft.__name__}")
 
@@ -84,9 +84,7 @@ class Lives:
         return Drive(self.runner).run({0: [REQUEST]}).images["r"]
 
 
-async def test_a_restart_that_would_measure_otherwise_makes_the_same_picture(
-    tiny_model: Path, now: Measurements
-) -> None:
+async def test_a_restart_keeps_measured_choices_and_pixels(tiny_model: Path, now: Measurements) -> None:
     lives = Lives(tiny_model)
     first = await lives.start()
     assert (first.attention_backend, first.num_threads, first.cache_bytes) == ("cudnn", 2, 1000)

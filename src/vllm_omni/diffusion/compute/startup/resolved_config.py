@@ -1,15 +1,18 @@
-"""Resolution of a config on the device: every `auto` and every choice that is measured becomes a value."""
+"""Resolution of a config on the device: the kernels and the attention backend that the model runs with."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from vllm_omni.diffusion.catalog.registry import ModelInfo
 from vllm_omni.diffusion.compute.coordination.ranks import Ranks
 from vllm_omni.diffusion.compute.device.device import Device
+from vllm_omni.diffusion.compute.layers.kernels import create_kernels
 from vllm_omni.diffusion.compute.startup.attention_choice import choose_attention
-from vllm_omni.diffusion.compute.startup.kernel_check import check_kernels
-from vllm_omni.diffusion.data import AttentionBackendName, OmniDiffusionConfig
+from vllm_omni.diffusion.data import AttentionBackendName, KernelsName, OmniDiffusionConfig
+from vllm_omni.errors import ConfigError
 
 
 def check_device(config: OmniDiffusionConfig, device: Device) -> None:
@@ -41,3 +44,16 @@ def resolve(
     check_kernels(kernels, device, dtype)
     backend = choose_attention(config, info, device, dtype, ranks, first_backend)
     return replace(config, kernels=kernels, attention_backend=backend)
+
+
+def check_kernels(name: KernelsName, device: Device, dtype: torch.dtype) -> None:
+    """Raise ConfigError when Triton cannot compile a kernel: without a C compiler, for example."""
+    if name != "triton":
+        return
+    x = torch.ones((2, 16), dtype=dtype, device=device.torch)
+    try:
+        create_kernels(name).gated_add(x, x, x[:1], None)
+        device.synchronize()
+    except Exception as error:  # an import, a compiler or a driver may raise anything
+        reason = " ".join([type(error).__name__, *str(error).splitlines()[:1]])
+        raise ConfigError(f"--kernels triton does not run here: {reason}; --kernels torch does") from error

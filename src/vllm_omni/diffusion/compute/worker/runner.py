@@ -26,7 +26,7 @@ from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.diffusion.messages.worker import RankInfo
 from vllm_omni.errors import InvalidRequestError, ModerationBlockedError
 
-Item = TypeVar("Item")
+Item = TypeVar("Item", DiffusionRequest, RequestState)
 Output = TypeVar("Output")
 
 
@@ -181,24 +181,24 @@ class ModelRunner:
         requests = [self._requests[i] for i in request_ids]
         mesh = self._ranks.mesh
         on_all_ranks = mesh.tensor.size > 1 or mesh.text_encoder.size > 1
-        self._states |= self._run_each(requests, lambda r: r.request_id, self.pipeline.encode, result, on_all_ranks)
+        self._states |= self._run_each(requests, self.pipeline.encode, result, on_all_ranks)
 
     def _denoise(self, request_ids: Sequence[str], plan: StepPlan, result: StepResult) -> dict[str, Tensor]:
         """Advance each request by one step. Returns the predicted final latents of requests with a preview."""
         states = [self._states[i] for i in request_ids]
 
         def predict(batch: Sequence[RequestState]) -> list[tuple[Tensor, ...]]:
-            groups = [g for s in batch for g in plan.placement.get(_id_of_state(s), [0] * len(s.sequence_lengths))]
+            groups = [g for s in batch for g in plan.placement.get(_id_of(s), [0] * len(s.sequence_lengths))]
             return self.pipeline.predict(batch, groups)
 
-        branches = self._run_batch(states, _id_of_state, predict, result, self._ranks.size > 1)
-        computed = {_id_of_state(s): s.sequence_lengths[: len(branches.get(_id_of_state(s), ()))] for s in states}
+        branches = self._run_batch(states, predict, result, self._ranks.size > 1)
+        computed = {_id_of(s): s.sequence_lengths[: len(branches.get(_id_of(s), ()))] for s in states}
         result.num_sequences = sum(len(lengths) for lengths in computed.values())
         result.num_tokens = sum(sum(lengths) for lengths in computed.values())
         clean: dict[str, Tensor] = {}
 
         def finish(state: RequestState) -> None:
-            request_id = _id_of_state(state)
+            request_id = _id_of(state)
             velocity = self.pipeline.combine(state, branches[request_id])
             if request_id in plan.preview:
                 clean[request_id] = self.pipeline.predict_clean(state, velocity)
@@ -208,8 +208,8 @@ class ModelRunner:
             if (skipped := state.settle()) and self._ranks.mesh.rank_group.rank == 0:
                 result.cached[request_id] = skipped / len(branches[request_id])
 
-        advancing = [s for s in states if _id_of_state(s) in branches]
-        result.advanced = list(self._run_each(advancing, _id_of_state, finish, result, on_all_ranks=False))
+        advancing = [s for s in states if _id_of(s) in branches]
+        result.advanced = list(self._run_each(advancing, finish, result, on_all_ranks=False))
         return {i: latents for i, latents in clean.items() if i in result.advanced}
 
     def _decode(self, latents: dict[str, Tensor], result: StepResult) -> dict[str, CheckedPicture]:
@@ -232,7 +232,7 @@ class ModelRunner:
             return [CheckedPicture(r, p.pixels, flags) for r, p, flags in zip(batch, pictures, finite, strict=True)]
 
         requests = [self._requests[i] for i in mine]
-        decoded = self._run_batch(requests, lambda request: request.request_id, decode, result, mesh.vae.size > 1)
+        decoded = self._run_batch(requests, decode, result, mesh.vae.size > 1)
         return {request_id: picture for request_id, picture in decoded.items() if picture is not None}
 
     def _download(self, pictures: Mapping[str, CheckedPicture]) -> Callable[[], dict[str, DownloadedPicture]]:
@@ -273,7 +273,6 @@ class ModelRunner:
     def _run_batch(
         self,
         items: Sequence[Item],
-        id_of: Callable[[Item], str],
         run: Callable[[Sequence[Item]], Sequence[Output]],
         result: StepResult,
         on_all_ranks: bool,
@@ -284,34 +283,29 @@ class ModelRunner:
         if len(items) > 1:
             try:
                 outputs = self._run(lambda: run(items), on_all_ranks)
-                return {id_of(item): output for item, output in zip(items, outputs, strict=True)}
+                return {_id_of(item): output for item, output in zip(items, outputs, strict=True)}
             except RanksLostError:
                 raise
             except Exception as error:
                 # The cause, whatever it is, is one item or their number: the single runs tell.
                 self._release_memory(error)
-        return self._run_each(items, id_of, lambda item: run([item])[0], result, on_all_ranks)
+        return self._run_each(items, lambda item: run([item])[0], result, on_all_ranks)
 
     def _run_each(
-        self,
-        items: Sequence[Item],
-        id_of: Callable[[Item], str],
-        run: Callable[[Item], Output],
-        result: StepResult,
-        on_all_ranks: bool,
+        self, items: Sequence[Item], run: Callable[[Item], Output], result: StepResult, on_all_ranks: bool
     ) -> dict[str, Output]:
         """Outputs of `run` by request id; an item that raises gets an ItemError in `result` instead."""
         outputs = {}
         for item in items:
             try:
-                outputs[id_of(item)] = self._run(partial(run, item), on_all_ranks)
+                outputs[_id_of(item)] = self._run(partial(run, item), on_all_ranks)
             except RanksLostError:
                 raise
             except PeerFailedError:
-                self._failed_elsewhere.append(id_of(item))
+                self._failed_elsewhere.append(_id_of(item))
             except Exception as error:
                 # Any error of one request must not reach the other requests.
-                result.errors[id_of(item)] = item_error(error)
+                result.errors[_id_of(item)] = item_error(error)
                 self._release_memory(error)
         return outputs
 
@@ -328,5 +322,5 @@ class ModelRunner:
         return self._ranks.attempt(run) if on_all_ranks else run()
 
 
-def _id_of_state(state: RequestState) -> str:
-    return state.request.request_id
+def _id_of(item: DiffusionRequest | RequestState) -> str:
+    return item.request_id if isinstance(item, DiffusionRequest) else item.request.request_id
