@@ -8,9 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from vllm_omni.diffusion.compute.startup.model_start import StartOptions
+from vllm_omni.diffusion.compute.startup.warmup import StepBudget
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.messages.plan import ItemError, StepPlan, StepResult
 from vllm_omni.diffusion.messages.request import DiffusionRequest, RequestCost
+
+QUICK = StartOptions(budget=StepBudget(cpu_seconds=0.0, gpu_seconds=0.0, min_samples=1))
+"""A start that measures one size of step only."""
 
 
 def make_request(request_id: str, prompt: str = "a red apple", **changes: Any) -> DiffusionRequest:
@@ -36,7 +41,7 @@ def make_request(request_id: str, prompt: str = "a red apple", **changes: Any) -
 
 
 class Drive:
-    """Runs requests to their ends; `images`, `previews` (a list each) and `errors` by request id."""
+    """A run of requests to their ends. Results by request id: `images`, `previews` (lists) and `errors`."""
 
     def __init__(
         self,
@@ -56,7 +61,7 @@ class Drive:
         self.pack_sizes: list[int] = []
 
     def run(self, arrivals: Mapping[int, Sequence[DiffusionRequest]]) -> Drive:
-        """`arrivals`: engine step -> requests that join there. All active requests advance in every step."""
+        """`arrivals`: step -> requests that join in it. All active requests advance in every step."""
         steps: dict[str, int] = {}
         requests: dict[str, DiffusionRequest] = {}
         fresh: list[str] = []
@@ -94,6 +99,6 @@ class Drive:
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Of two uint8 pictures, in decibels; infinite when equal."""
+    """Peak signal-to-noise ratio of two uint8 pictures in decibels; infinite when they are equal."""
     mse = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
     return float("inf") if mse == 0 else float(10 * np.log10(255.0**2 / mse))

@@ -23,7 +23,8 @@ from torch.utils.backend_registration import (
     _setup_privateuseone_for_python_backend,
 )
 
-from vllm_omni.diffusion.compute.device.kinds import CPU, Device
+from vllm_omni.diffusion.compute.device.device import Device
+from vllm_omni.diffusion.compute.device.kinds import CPU
 
 if torch.cuda.is_available():
     # A process has one kind of accelerator; the real one is asked in tests/gpu.

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from tests.features import COLUMNS, FEATURES, Feature
-from vllm_omni.inputs.field_values import kinds_of
 
 from vllm_omni.diffusion.data import STEP_CACHES, step_cache_config_class
+from vllm_omni.inputs.field_values import field_types
 
 ROOT = Path(__file__).parent.parent
 TEXTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -52,7 +52,7 @@ def step_cache_table() -> str:
     rows = []
     for name in STEP_CACHES:
         cls: Any = step_cache_config_class(name)
-        settings = (f"`{f.name}` ({_default(f.default, kinds_of(cls)[f.name])})" for f in fields(cls))
+        settings = (f"`{f.name}` ({_default(f.default, field_types(cls)[f.name])})" for f in fields(cls))
         rows.append((f"`{name}`", f"{cls.__doc__.splitlines()[0]} {', '.join(settings)}"))
     return _markdown(("backend", "settings (defaults)"), rows)
 

@@ -201,6 +201,6 @@ def decodes(world: World, device: torch.device, folder: str, size: Size) -> Deco
         )
     )
     scale, tiling = tiling_of(vae)
-    shares = tiles.deal(tiles.cut(0, size[0] // scale, size[1] // scale, tiling), world.size)
+    shares = tiles.assign_tiles(tiles.split_into_tiles(0, size[0] // scale, size[1] // scale, tiling), world.size)
     areas = [sum(tile.height * tile.width for tile in share) for share in shares]
     return Decodes(whole, tiled, shared, largest_share=max(areas) / sum(areas))

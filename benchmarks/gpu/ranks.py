@@ -12,7 +12,8 @@ import torch
 import torch.multiprocessing as mp
 from torch._C._distributed_c10d import TCPStore
 
-from vllm_omni.diffusion.compute.device.kinds import CPU, Device
+from vllm_omni.diffusion.compute.device.device import Device
+from vllm_omni.diffusion.compute.device.kinds import CPU
 from vllm_omni.diffusion.compute.distributed.mesh import World
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 

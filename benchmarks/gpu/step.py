@@ -16,6 +16,7 @@ from benchmarks.published import UNGUIDED
 from benchmarks.timing import measure
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.attention import BACKENDS
+from vllm_omni.diffusion.compute.startup.model_start import StartOptions
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest, RequestCost
@@ -139,7 +140,7 @@ def started_runner(
     config = OmniDiffusionConfig(model=bench.model(model), load_format="dummy", **settings)
     info = load_model_info(config.model, config.load_format)
     info.check_settings(config)
-    runner = ModelRunner(config, info, compile_blocks=compile_blocks)
+    runner = ModelRunner(config, info, options=StartOptions(compile_blocks=compile_blocks))
     runner.start()
     return runner
 

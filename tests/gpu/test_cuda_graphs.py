@@ -13,7 +13,7 @@ from testbed.runner_driver import Drive, psnr
 from tests.diffusion.compute.families.test_cuda_graphs import ARRIVALS, BUILDERS
 from vllm_omni.diffusion.catalog.find_folder import DEMO_MODEL_PATH
 from vllm_omni.diffusion.catalog.registry import load_model_info
-from vllm_omni.diffusion.compute.device import kinds as device
+from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 
@@ -43,7 +43,7 @@ def test_cuda_graphs_steps_draw_the_same(
             num_replays[0] += 1
             super().replay()
 
-    monkeypatch.setattr(device.torch.cuda, "CUDAGraph", Counting)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Counting)
     dtype = "bfloat16" if quantization else "float32"
 
     def draw(**settings: bool) -> Drive:
@@ -82,7 +82,7 @@ def test_memory_of_recordings_is_given_back(tmp_path: Path) -> None:
 
 def test_garbage_is_not_collected_during_a_capture() -> None:
     """Destroying a CUDA graph while another one is captured makes the capture fail."""
-    capturer = device.Device("cuda").capturer()
+    capturer = Device("cuda").capturer()
     assert capturer is not None
 
     def leave_garbage() -> None:

@@ -13,7 +13,8 @@ from testbed.tiny_models import build_tiny_qwen_image, photo
 from testbed.tiny_z_image import BASE_SHIFT, build_tiny_z_image
 from tests.waiting import no_waits
 from vllm_omni.diffusion.catalog.registry import load_model_info
-from vllm_omni.diffusion.compute.device.kinds import Device, Mark
+from vllm_omni.diffusion.compute.device.device import Device
+from vllm_omni.diffusion.compute.device.streams import StreamEvent
 from vllm_omni.diffusion.compute.device.transfers import HOST, to_device
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -114,7 +115,7 @@ def test_a_download_waits_for_no_later_work() -> None:
     device = Device("cuda")
     x = to_device(torch.arange(12, dtype=torch.uint8).reshape(2, 2, 3), device.torch)
     wait = device.download({"x": x + 1})
-    made = Mark(device)
+    made = StreamEvent(device.torch)
     torch.cuda._sleep(LONG_CYCLES)
     made.wait()
     assert (wait()["x"] == np.arange(1, 13).reshape(2, 2, 3)).all()
@@ -123,7 +124,7 @@ def test_a_download_waits_for_no_later_work() -> None:
 
 def test_work_beside_comes_after_what_it_reads() -> None:
     device = Device("cuda")
-    beside = device.stream(beside=True)
+    beside = device.stream(separate=True)
     x = torch.zeros(1000, device=device.torch)
     torch.cuda._sleep(LONG_CYCLES)
     x.add_(1)

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from testbed.runner_driver import Drive
+from testbed.runner_driver import QUICK, Drive
 from vllm_omni.diffusion.catalog.registry import load_model_info
-from vllm_omni.diffusion.compute.startup import warmup
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest
@@ -20,14 +19,9 @@ Skips = dict[str, list[list[int]]]
 
 def started(path: Path, backend: str, config: Mapping[str, Any] | None = None) -> ModelRunner:
     """A runner with a step cache, after the shortest warm-up."""
-    before = warmup.BUDGET_SECONDS, warmup.MIN_SAMPLES
-    warmup.BUDGET_SECONDS, warmup.MIN_SAMPLES = 0.0, 1
-    try:
-        settings = OmniDiffusionConfig(model=str(path), cache_backend=backend, cache_config=config or {})
-        runner = ModelRunner(settings, load_model_info(str(path)))
-        runner.start()
-    finally:
-        warmup.BUDGET_SECONDS, warmup.MIN_SAMPLES = before
+    settings = OmniDiffusionConfig(model=str(path), cache_backend=backend, cache_config=config or {})
+    runner = ModelRunner(settings, load_model_info(str(path)), options=QUICK)
+    runner.start()
     return runner
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from tools.matrix import step_cache_table
 
+from testbed.runner_driver import Drive
 from tests.diffusion.compute.cache import test_company, test_families, test_layouts
 from tests.diffusion.compute.cache.driving import draw, started
 from tests.diffusion.compute.cache.example import example_source, registered
-from tests.diffusion.compute.worker.driving import Drive
 from tests.features import step_caches_feature
 from vllm_omni.diffusion.compute.cache.base import Budget
 from vllm_omni.diffusion.data import STEP_CACHES, OmniDiffusionConfig

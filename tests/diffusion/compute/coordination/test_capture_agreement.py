@@ -1,4 +1,4 @@
-"""Ranks that record their steps, exchanges and all, draw what one process draws: a capturer as on GPUs, on the CPU."""
+"""Ranks that capture steps with exchanges make the pictures of one process; a fake capturer replays on the CPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.diffusion.compute.distributed.ranks import run_places
 from tests.diffusion.compute.families.test_cuda_graphs import ARRIVALS, Capturer
 from tests.diffusion.compute.worker.replica import merging, started
 from tests.diffusion.compute.worker.test_layouts import placed_in_turn
-from vllm_omni.diffusion.compute.device.kinds import Device
+from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.plan import StepResult
 from vllm_omni.diffusion.messages.worker import RankInfo
@@ -32,7 +32,7 @@ LAYOUTS: dict[str, dict[str, int]] = {
 
 
 class SilentCapturer(Capturer):
-    """Nobody counts what a recording sends when it is played."""
+    """A fake capturer whose replays do not count the bytes that they send."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,21 +55,21 @@ class SilentCapturer(Capturer):
 
 
 def draw(
-    place: RankInfo,
+    rank_info: RankInfo,
     parallel: DiffusionParallelConfig,
     path: Path,
     capturer: SilentCapturer | None,
     error: Exception | None,
 ) -> tuple[dict[str, np.ndarray], dict[str, int], int, bool]:
-    """Pictures, bytes sent, replays, whether the capturer has failed. error: of rank 0's capturer after the start."""
+    """Pictures, bytes sent, replays, and a failure flag. error: raised by rank 0's capturer after the start."""
     Device.capturer = lambda self: capturer  # type: ignore[assignment,method-assign]  # in a process of its own
-    runner = started(place, parallel, path)
+    runner = started(rank_info, parallel, path)
     runner._ranks.take_sent_bytes()
     if capturer is not None:
         assert runner._ranks._world is not None
         capturer.sent = runner._ranks._world.sent
         capturer.num_replays = 0
-        capturer.late_error = error if place.rank == 0 else None
+        capturer.late_error = error if rank_info.rank == 0 else None
     sent: dict[str, int] = {}
     merge = merging(runner)
 
@@ -114,7 +114,9 @@ def check(drawn: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
         for name in LAYOUTS
     ],
 )
-def test_captured_exchanges_draw_and_count_the_same(path: Path, one: dict[str, np.ndarray], layout: str) -> None:
+def test_captured_exchanges_give_the_same_pictures_and_byte_counts(
+    path: Path, one: dict[str, np.ndarray], layout: str
+) -> None:
     sent_as_they_are = on_ranks(path, layout, None)
     for (pictures, sent, num_replays, has_failed), (_, wanted_sent, *_) in zip(
         on_ranks(path, layout, SilentCapturer()), sent_as_they_are, strict=True
@@ -129,7 +131,7 @@ def test_captured_exchanges_draw_and_count_the_same(path: Path, one: dict[str, n
 @pytest.mark.parametrize(
     ("error", "fails"), [(torch.OutOfMemoryError("no room"), False), (RuntimeError("not permitted"), True)]
 )
-def test_what_one_rank_cannot_record_none_plays(
+def test_a_failed_capture_on_one_rank_is_used_by_no_rank(
     path: Path, one: dict[str, np.ndarray], error: Exception, fails: bool
 ) -> None:
     for pictures, _, num_replays, has_failed in on_ranks(path, "ulysses 2", SilentCapturer(), error):
@@ -139,17 +141,17 @@ def test_what_one_rank_cannot_record_none_plays(
 
 
 def draw_with_a_failed_decode(
-    place: RankInfo, parallel: DiffusionParallelConfig, path: Path, capturer: SilentCapturer
+    rank_info: RankInfo, parallel: DiffusionParallelConfig, path: Path, capturer: SilentCapturer
 ) -> tuple[list[str], list[str], int]:
-    """Errors, pictures, how often captured graphs were dropped: "late" beside "early", whose decode fails on rank 0."""
+    """Errors, pictures, and how often captured graphs were dropped; the decode of "early" fails on rank 0."""
     Device.capturer = lambda self: capturer  # type: ignore[assignment,method-assign]  # in a process of its own
-    runner = started(place, parallel, path)
+    runner = started(rank_info, parallel, path)
     assert runner._ranks._world is not None
     capturer.sent = runner._ranks._world.sent
     decode = runner.pipeline.decode
 
     def failing(requests: Any, latents: Any) -> Any:
-        if requests and requests[0].request_id == "early" and place.rank == 0:
+        if requests and requests[0].request_id == "early" and rank_info.rank == 0:
             raise torch.OutOfMemoryError("no room")
         return decode(requests, latents)
 
@@ -160,7 +162,7 @@ def draw_with_a_failed_decode(
     return list(drive.errors), list(drive.images), capturer.num_releases
 
 
-def test_what_one_rank_lacks_memory_for_makes_all_drop_their_recordings_together(path: Path) -> None:
+def test_a_lack_of_memory_on_one_rank_drops_the_captured_graphs_of_all(path: Path) -> None:
     parallel = DiffusionParallelConfig(**LAYOUTS["ulysses 2"])
     for outcome in run_places(draw_with_a_failed_decode, parallel, parallel, path, SilentCapturer()):
         assert outcome == (["early"], ["late"], 1)

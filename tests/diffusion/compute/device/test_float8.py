@@ -1,27 +1,27 @@
-"""What a device does not compute is told at start."""
+"""GPUs and dtypes that `--quantization fp8` refuses."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from vllm_omni.diffusion.compute.device import kinds as device
-from vllm_omni.diffusion.compute.device.kinds import Device
+from vllm_omni.diffusion.compute.device.device import Device
+from vllm_omni.diffusion.compute.device.kinds import CPU, CUDA
 from vllm_omni.errors import ConfigError
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Device:
-    """A GPU in name."""
+    """A device of kind CUDA without a GPU behind it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Old Card")
-    return Device(device.CUDA)
+    return Device(CUDA)
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 9)])
-def test_a_gpu_that_does_not_multiply_float8_is_refused(
+def test_a_gpu_without_float8_is_refused(
     gpu: Device, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
@@ -33,7 +33,7 @@ def test_a_gpu_that_does_not_multiply_float8_is_refused(
 
 
 @pytest.mark.parametrize("capability", [(9, 0), (10, 0)])
-def test_a_gpu_multiplies_float8_into_bfloat16_alone(
+def test_float8_on_a_gpu_needs_bfloat16(
     gpu: Device, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
@@ -43,6 +43,6 @@ def test_a_gpu_multiplies_float8_into_bfloat16_alone(
             gpu.check_float8(dtype)
 
 
-def test_a_cpu_takes_every_dtype() -> None:
+def test_float8_on_a_cpu_takes_every_dtype() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        Device(device.CPU).check_float8(dtype)
+        Device(CPU).check_float8(dtype)

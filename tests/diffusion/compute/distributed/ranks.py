@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from vllm_omni.diffusion.compute.coordination.ranks import connect
-from vllm_omni.diffusion.compute.device.kinds import Device
+from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.worker import RankInfo
 

@@ -15,7 +15,7 @@ from testbed.runner_driver import Drive, make_request
 from testbed.tiny_models import build_tiny_qwen_image
 from testbed.tiny_z_image import build_tiny_z_image
 from vllm_omni.diffusion.catalog.registry import load_model_info
-from vllm_omni.diffusion.compute.device.kinds import Device
+from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.compute.packing import Hidden
 from vllm_omni.diffusion.compute.step import cuda_graphs
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner

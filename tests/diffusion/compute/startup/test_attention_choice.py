@@ -1,4 +1,4 @@
-"""Which attention backend is chosen: made-up backends, with the times that they say they take."""
+"""Choice of the attention backend, among fake backends that tell how long they take."""
 
 from __future__ import annotations
 
@@ -16,17 +16,14 @@ from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.attention import Setting
 from vllm_omni.diffusion.compute.attention.sdpa import SdpaAttention
 from vllm_omni.diffusion.compute.coordination.ranks import Ranks
-from vllm_omni.diffusion.compute.device.kinds import Device
+from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.compute.packing import Offsets
 from vllm_omni.diffusion.compute.startup.attention_choice import (
     TIMED_RUNS,
     WARM_UP_RUNS,
-    Task,
-    check,
+    AttentionTask,
+    BackendTrial,
     choose_attention,
-    elapsed,
-    find_fastest,
-    keep,
     measure,
 )
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
@@ -34,11 +31,11 @@ from vllm_omni.errors import ConfigError
 
 CPU = torch.device("cpu")
 SETTING = Setting(CPU, None, torch.float32, 8)
-TASK = Task(SETTING, heads=3, lengths=(5, 4), with_lse=False, num_calls=100)
+TASK = AttentionTask(SETTING, heads=3, lengths=(5, 4), with_lse=False, num_calls=100)
 
 
 def backend(seconds: float, lacks: str | None = None, error: str | None = None) -> type[Any]:
-    """A backend that adds to `Clock.now` what it takes."""
+    """A fake backend that adds `seconds` to `Clock.now` at each call."""
 
     class Fake(SdpaAttention):
         @classmethod
@@ -65,7 +62,7 @@ class Clock:
 
 
 class TwoRanks(Ranks):
-    """One rank of two; the other says `lacks` of the backends and takes `seconds`, in turn."""
+    """One rank of two. On the other rank the backends of `lacks` do not run, and the timed ones take `seconds`."""
 
     def __init__(self, lacks: Sequence[bool], seconds: Sequence[float]) -> None:
         super().__init__()
@@ -83,14 +80,14 @@ def never(run: Callable[[], object]) -> float:
     raise AssertionError("nothing is to be timed")
 
 
-def test_the_fastest_that_runs_is_taken() -> None:
+def test_the_fastest_backend_that_runs_is_chosen() -> None:
     classes: Any = {
         "sdpa": backend(3.0),
         "torch_varlen": backend(2.0),
         "cudnn": backend(0.5, error="no plan\nfor this graph"),
         "vllm_flash": backend(1.0, lacks="needs a CUDA GPU"),
     }
-    choice = find_fastest(classes, TASK, Ranks(), Clock.timing)
+    choice = BackendTrial(classes, TASK, Ranks(), Clock.timing).fastest()
     assert choice.name == "torch_varlen"
     assert choice.seconds == {"sdpa": 3.0, "torch_varlen": 2.0}
     assert choice.refusals == {"vllm_flash": "needs a CUDA GPU", "cudnn": "fails: no plan"}
@@ -100,7 +97,7 @@ def test_the_fastest_that_runs_is_taken() -> None:
     )
 
 
-def test_all_ranks_take_what_is_fastest_on_the_slowest() -> None:
+def test_the_slowest_rank_decides_for_all() -> None:
     classes: Any = {
         "sdpa": backend(3.0),
         "torch_varlen": backend(1.0),
@@ -109,7 +106,7 @@ def test_all_ranks_take_what_is_fastest_on_the_slowest() -> None:
     }
     infinity = float("inf")
     ranks = TwoRanks([False, False, True, False], [2.0, 4.0, infinity])
-    choice = find_fastest(classes, TASK, ranks, Clock.timing)
+    choice = BackendTrial(classes, TASK, ranks, Clock.timing).fastest()
     assert choice.name == "sdpa"
     assert choice.seconds == {"sdpa": 3.0, "torch_varlen": 4.0}
     assert choice.refusals == {"cudnn": "does not run on another rank", "vllm_flash": "fails on another rank"}
@@ -117,15 +114,15 @@ def test_all_ranks_take_what_is_fastest_on_the_slowest() -> None:
 
 def test_a_lone_backend_is_not_timed() -> None:
     classes: Any = {"sdpa": backend(1.0), "cudnn": backend(0.1, lacks="needs a CUDA GPU")}
-    assert find_fastest(classes, TASK, Ranks(), never).name == "sdpa"
+    assert BackendTrial(classes, TASK, Ranks(), never).fastest().name == "sdpa"
 
 
-def test_a_machine_on_which_nothing_runs_is_told() -> None:
+def test_a_device_without_a_running_backend_is_refused() -> None:
     classes: Any = {"sdpa": backend(1.0, error="broken"), "cudnn": backend(1.0, error="broken too")}
     with pytest.raises(
         ConfigError, match=r"^no attention backend runs here: sdpa fails: broken; cudnn fails: broken too$"
     ):
-        find_fastest(classes, TASK, Ranks(), Clock.timing)
+        BackendTrial(classes, TASK, Ranks(), Clock.timing).fastest()
 
 
 @pytest.mark.parametrize(
@@ -136,7 +133,7 @@ def test_a_machine_on_which_nothing_runs_is_told() -> None:
         ("vllm_flash", "vllm_flash does not run on another rank"),
     ],
 )
-def test_what_does_not_run_is_refused_with_the_reason(asked: Any, refusal: str) -> None:
+def test_a_requested_backend_that_does_not_run_is_refused_with_the_reason(asked: Any, refusal: str) -> None:
     classes: Any = {
         "sdpa": backend(1.0),
         "torch_varlen": backend(1.0, error="no kernel image"),
@@ -145,26 +142,26 @@ def test_what_does_not_run_is_refused_with_the_reason(asked: Any, refusal: str) 
     }
     ranks = TwoRanks([asked == "vllm_flash"], [])
     with pytest.raises(ConfigError) as refused:
-        check(asked, classes, TASK, ranks, Clock.timing)
+        BackendTrial(classes, TASK, ranks, Clock.timing).requested(asked)
     message = str(refused.value)
     assert message.startswith("--attention-backend takes sdpa")
     assert message.endswith(f" here, got {asked}, which does not run: {refusal}")
 
 
-def test_what_is_asked_for_and_runs_is_taken_and_no_other_is_asked() -> None:
+def test_a_requested_backend_that_runs_is_chosen_without_asking_others() -> None:
     class NotToBeAsked(SdpaAttention):
         @classmethod
         def why_not(cls, setting: Setting) -> str | None:
             raise AssertionError
 
     classes: Any = {"sdpa": NotToBeAsked, "cudnn": backend(1.0)}
-    assert check("cudnn", classes, TASK, Ranks(), Clock.timing).name == "cudnn"
+    assert BackendTrial(classes, TASK, Ranks(), Clock.timing).requested("cudnn").name == "cudnn"
 
 
 def test_a_restart_keeps_the_first_choice_though_another_is_faster_now() -> None:
     classes: Any = {"sdpa": backend(1.0), "cudnn": backend(2.0)}
-    assert find_fastest(classes, TASK, Ranks(), Clock.timing).name == "sdpa"
-    choice = keep("cudnn", classes, TASK, Ranks(), Clock.timing)
+    assert BackendTrial(classes, TASK, Ranks(), Clock.timing).fastest().name == "sdpa"
+    choice = BackendTrial(classes, TASK, Ranks(), Clock.timing).kept("cudnn")
     assert (choice.name, choice.seconds) == ("cudnn", {})
 
 
@@ -172,10 +169,10 @@ def test_a_restart_keeps_the_first_choice_though_another_is_faster_now() -> None
     ("ranks", "reason"),
     [(Ranks(), "cudnn fails: no plan"), (TwoRanks([True], []), "cudnn does not run on another rank")],
 )
-def test_a_first_choice_that_does_not_run_any_more_is_not_replaced_in_silence(ranks: Ranks, reason: str) -> None:
+def test_a_first_choice_that_does_not_run_any_more_ends_the_start(ranks: Ranks, reason: str) -> None:
     classes: Any = {"sdpa": backend(1.0), "cudnn": backend(1.0, error="no plan")}
     with pytest.raises(ConfigError) as refused:
-        keep("cudnn", classes, TASK, ranks, Clock.timing)
+        BackendTrial(classes, TASK, ranks, Clock.timing).kept("cudnn")
     name, _, why = reason.partition(" ")
     assert str(refused.value) == (
         f"the attention backend {name}, chosen at the first start, does not run any more: {why}"
@@ -201,18 +198,18 @@ def info(**values: Any) -> PackedModelInfo:
     return PackedModelInfo(**fields | values)
 
 
-def test_the_task_is_what_a_rank_computes() -> None:
-    task = Task.of(SETTING, info(), DiffusionParallelConfig())
+def test_the_timed_task_has_the_heads_and_tokens_of_one_rank() -> None:
+    task = AttentionTask.of(SETTING, info(), DiffusionParallelConfig())
     assert (task.heads, task.lengths, task.with_lse) == (24, (512 + 64, 512 + 32), False)
     assert task.num_calls == 2 * 50
     cut = DiffusionParallelConfig(tensor_parallel_size=2, ulysses_degree=5, ring_degree=2)
-    task = Task.of(SETTING, info(), cut)
+    task = AttentionTask.of(SETTING, info(), cut)
     assert (task.heads, task.lengths, task.with_lse) == (3, (288, 272), True)
     huge = info(default_sampling_params={"height": 8192, "width": 8192, "num_inference_steps": 8})
-    assert Task.of(SETTING, huge, DiffusionParallelConfig()).lengths == (4096 + 64, 4096 + 32)
+    assert AttentionTask.of(SETTING, huge, DiffusionParallelConfig()).lengths == (4096 + 64, 4096 + 32)
 
 
-def test_the_task_runs_what_the_layout_needs() -> None:
+def test_a_ring_times_attention_with_log_sum_exp() -> None:
     called = []
 
     class Fake(SdpaAttention):
@@ -234,15 +231,15 @@ def test_the_task_runs_what_the_layout_needs() -> None:
     ]
 
 
-def test_the_median_forgives_a_slow_start() -> None:
+def test_the_median_ignores_slow_first_calls() -> None:
     took = iter([90.0] * WARM_UP_RUNS + [1.0, 7.0, 2.0, 3.0, 50.0] + [3.0])
     assert TIMED_RUNS == 5
     assert measure(SdpaAttention(), TASK, lambda run: next(took)) == 3.0
 
 
-def test_what_new_lengths_cost_is_shared_by_the_calls_of_a_request() -> None:
+def test_the_extra_time_of_new_lengths_is_spread_over_the_calls_of_a_request() -> None:
     class Plans(SdpaAttention):
-        """Plans for 50 seconds whenever lengths are new, and then takes 1."""
+        """A backend whose call takes 1 second, and 50 more when the lengths are new."""
 
         planned: ClassVar[set[tuple[int, ...]]] = set()
 
@@ -255,28 +252,12 @@ def test_what_new_lengths_cost_is_shared_by_the_calls_of_a_request() -> None:
     for num_calls, chosen in ((40, "sdpa"), (60, "cudnn")):
         Plans.planned.clear()
         task = replace(TASK, num_calls=num_calls)
-        choice = find_fastest(classes, task, Ranks(), Clock.timing)
+        choice = BackendTrial(classes, task, Ranks(), Clock.timing).fastest()
         assert choice.name == chosen
         assert choice.seconds["cudnn"] == 1 + 50 / num_calls
 
 
-def test_a_run_is_timed_until_the_device_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-
-    class Slow(Device):
-        def synchronize(self) -> None:
-            nonlocal now
-            now += 10.0
-
-    def run() -> None:
-        nonlocal now
-        now += 1.0
-
-    monkeypatch.setattr("vllm_omni.diffusion.compute.startup.attention_choice.time.perf_counter", lambda: now)
-    assert elapsed(run, Slow("cpu")) == 11.0
-
-
-def test_a_cpu_takes_sdpa_alone(tiny_model: Path) -> None:
+def test_a_cpu_accepts_sdpa_only(tiny_model: Path) -> None:
     model = load_model_info(str(tiny_model))
 
     def choose(**settings: Any) -> str:

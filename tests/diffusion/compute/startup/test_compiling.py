@@ -1,10 +1,11 @@
-"""What the warm-up compiles is all that serving needs, with step caches, edits and ranks; a failure ends the start."""
+"""The warm-up compiles all code that serving needs, with step caches, edits and ranks; a failure ends the start."""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from testbed.runner_driver import Drive, make_request, psnr
+from testbed.runner_driver import QUICK, Drive, make_request, psnr
 from testbed.tiny_models import build_tiny_qwen_image, photo
 from testbed.tiny_z_image import build_tiny_z_image
 from tests.diffusion.compute.distributed.ranks import run_places
 from tests.diffusion.compute.worker.replica import merging
 from vllm_omni.diffusion.catalog.registry import load_model_info
-from vllm_omni.diffusion.compute.device.kinds import Device
+from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.compute.families.qwen_image.transformer import QwenImageTransformer
 from vllm_omni.diffusion.compute.families.z_image.transformer import ZImageTransformer
-from vllm_omni.diffusion.compute.startup import warmup
 from vllm_omni.diffusion.compute.startup.compile_cache import FOLDERS, keep_compiled_code
 from vllm_omni.diffusion.compute.step.compiled import Backend, CompiledBlocks
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
@@ -50,13 +50,11 @@ CACHES: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     logging.getLogger("torch.__trace").setLevel(logging.WARNING)
-    monkeypatch.setattr(warmup, "BUDGET_SECONDS", 0.0)
-    monkeypatch.setattr(warmup, "MIN_SAMPLES", 1)
     compile_with("aot_eager", monkeypatch)
 
 
 def compile_with(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Instead of to machine code, which takes long."""
+    """Compile with a faster `backend` than the default, which makes machine code."""
     for cls in (QwenImageTransformer, ZImageTransformer):
         monkeypatch.setattr(cls.compile_blocks, "__defaults__", (backend,))
 
@@ -65,19 +63,19 @@ def draw(
     path: Path,
     arrivals: Arrivals,
     compile_blocks: bool,
-    place: RankInfo | None = None,
+    rank_info: RankInfo | None = None,
     parallel: DiffusionParallelConfig = DiffusionParallelConfig(),  # noqa: B008 - frozen
     cache: str = "none",
     **cache_keys: Any,
 ) -> tuple[Images, int]:
-    """Pictures, and the steps that a cache skipped."""
+    """Pictures, and the number of steps that a cache skipped."""
     config = OmniDiffusionConfig(
         model=str(path),
         parallel=parallel,
         cache_backend=cache,  # type: ignore[arg-type]  # checked
         cache_config=CACHES[cache] | cache_keys,
     )
-    runner = ModelRunner(config, load_model_info(str(path)), place, compile_blocks)
+    runner = ModelRunner(config, load_model_info(str(path)), rank_info, replace(QUICK, compile_blocks=compile_blocks))
     runner.start()
     merge, skipped = merging(runner), 0.0
 
@@ -104,7 +102,7 @@ def check_log(caplog: pytest.LogCaptureFixture, wanted: str) -> None:
 
 
 @pytest.mark.parametrize("cache", [pytest.param("none", marks=pytest.mark.thorough), "cache_dit"])
-def test_serving_compiles_nothing(cache: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_serving_qwen_image_compiles_nothing(cache: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     model = build_tiny_qwen_image(tmp_path / "model", layers=4, heads=4, time_scale=0.1)
     compiled, skipped = draw(model, ARRIVALS, compile_blocks=True, cache=cache)
@@ -115,7 +113,7 @@ def test_serving_compiles_nothing(cache: str, tmp_path: Path, caplog: pytest.Log
     assert (skipped > 2) == (cache != "none"), "a cache that skips nothing proves nothing"
 
 
-def test_serving_compiles_nothing_of_z_image(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_serving_z_image_compiles_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     model = build_tiny_z_image(tmp_path / "model", heads=4, time_scale=0.02)
     compiled, skipped = draw(model, ARRIVALS, compile_blocks=True, cache="cache_dit", residual_diff_threshold=0.6)
@@ -125,7 +123,7 @@ def test_serving_compiles_nothing_of_z_image(tmp_path: Path, caplog: pytest.LogC
     assert skipped == skipped_eagerly > 2
 
 
-def test_serving_compiles_nothing_of_edits(tiny_edit_model: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_serving_edits_compiles_nothing(tiny_edit_model: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     edit = load_model_info(str(tiny_edit_model)).image_input
     assert edit is not None
@@ -139,7 +137,7 @@ def test_serving_compiles_nothing_of_edits(tiny_edit_model: Path, caplog: pytest
     check(compiled, draw(tiny_edit_model, arrivals, compile_blocks=False)[0])
 
 
-def draw_as_rank(place: RankInfo, path: Path, parallel: DiffusionParallelConfig) -> tuple[Images, list[str]]:
+def draw_as_rank(rank_info: RankInfo, path: Path, parallel: DiffusionParallelConfig) -> tuple[Images, list[str]]:
     torch.set_num_threads(1)
     lines: list[str] = []
     handler = logging.Handler()
@@ -147,7 +145,7 @@ def draw_as_rank(place: RankInfo, path: Path, parallel: DiffusionParallelConfig)
     logger = logging.getLogger("vllm_omni")
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
-    images, _ = draw(path, ARRIVALS, True, place, parallel)
+    images, _ = draw(path, ARRIVALS, True, rank_info, parallel)
     return images, lines
 
 
@@ -172,7 +170,7 @@ def test_ranks_compile_the_same(parallel: DiffusionParallelConfig, parts: str, t
         assert any(f"compiled Block.{parts} in " in line for line in lines)
 
 
-def test_a_failed_compilation_ends_the_start_with_the_way_out(
+def test_a_failed_compilation_ends_the_start_and_names_enforce_eager(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(graph: Any, inputs: Any) -> Any:
@@ -196,7 +194,8 @@ def test_the_device_and_enforce_eager_decide(tiny_model: Path, monkeypatch: pyte
 
     def start(**settings: Any) -> bool:
         compiled.clear()
-        ModelRunner(OmniDiffusionConfig(model=str(tiny_model), **settings), load_model_info(str(tiny_model))).start()
+        config = OmniDiffusionConfig(model=str(tiny_model), **settings)
+        ModelRunner(config, load_model_info(str(tiny_model)), options=QUICK).start()
         return bool(compiled)
 
     assert not Device("cpu").is_worth_compiling_for

@@ -5,7 +5,7 @@ import torch
 from vllm_omni.diffusion.compute.text.prompt_cache import PromptCache
 
 
-def test_the_prompt_used_longest_ago_makes_room() -> None:
+def test_the_least_recently_used_prompt_is_dropped() -> None:
     encoded: list[str] = []
 
     def encode(prompt: str) -> torch.Tensor:
@@ -21,7 +21,7 @@ def test_the_prompt_used_longest_ago_makes_room() -> None:
     assert cache.num_bytes <= 80
 
 
-def test_a_large_input_is_known_again_by_its_key() -> None:
+def test_a_large_input_is_found_by_its_key() -> None:
     seen: list[str] = []
 
     def encode(value: tuple[str, ...]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A decoder in channels-last memory against diffusers' own: the fused kernels, on a CPU in Triton's interpreter."""
+"""Decoder in channels-last memory compared with diffusers' decoder. On a CPU Triton's interpreter runs the kernels."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from vllm_omni.diffusion.compute.vae.channels_last import put_channels_last
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = [(6, 5), (9, 14)]
-"""Rows and columns of latents; a tile has 8 a side."""
+"""Height and width of latents; a tile is 8 x 8."""
 
 
 @pytest.fixture(autouse=True)
 def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On GPUs convolutions of float32 keep 10 bits by default, each algorithm in its own way."""
+    """On GPUs, compute float32 convolutions in full precision, not with the 10 bits of the default."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
@@ -69,7 +69,7 @@ def is_near(got: Tensor, expected: Tensor) -> bool:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("setting", [None, "enable_tiling", "enable_slicing"])
-def test_pictures_are_those_of_diffusers(size: tuple[int, int], setting: str | None) -> None:
+def test_pictures_equal_those_of_diffusers(size: tuple[int, int], setting: str | None) -> None:
     vae = build()
     ours = channels_last(vae)
     if setting is not None:
@@ -80,8 +80,8 @@ def test_pictures_are_those_of_diffusers(size: tuple[int, int], setting: str | N
 
 
 @pytest.mark.parametrize("config", [{"act_fn": "relu"}, {"mid_block_add_attention": False}])
-def test_other_decoders(config: dict[str, object]) -> None:
-    """The activation behind the last norm is SiLU, whatever the blocks have."""
+def test_decoders_with_other_activations(config: dict[str, object]) -> None:
+    """The activation after the last norm is SiLU, whatever activation the blocks have."""
     vae = build(**config)
     x = latents(*SIZES[0])
     assert is_near(decode(channels_last(vae), x), decode(vae, x))
@@ -97,8 +97,8 @@ def test_bfloat16_is_as_near_to_float32_as_diffusers() -> None:
     assert (got - exact).norm() <= 1.1 * (theirs - exact).norm()
 
 
-def test_every_picture_inside_is_channels_last() -> None:
-    """One that is not is copied at the next convolution, which costs what this gains."""
+def test_every_convolution_gets_channels_last_input() -> None:
+    """Another layout would be copied at the next convolution, which costs as much as channels-last gains."""
     ours = channels_last(build())
     seen: list[str] = []
 
@@ -123,7 +123,7 @@ def test_weights_keep_their_names_and_values() -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_only_kernels_that_normalize_it_change_the_memory() -> None:
+def test_only_kernels_with_such_a_norm_change_the_layout() -> None:
     for kernels in (None, TorchKernels()):
         vae = build()
         ZImageDecoder(vae, False, False, Group.alone(), kernels)

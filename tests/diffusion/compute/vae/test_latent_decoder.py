@@ -1,4 +1,4 @@
-"""How many pictures are decoded at a time. The VAE is a fake."""
+"""Number of pictures in a batch of the decoder, with a fake VAE."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from vllm_omni.diffusion.compute.vae.tiles import Tiling
 SCALE = 8
 TILING = Tiling(64, 64, 48, 48)
 SMALL, LARGE = (4, 6), (12, 12)
-"""Sides in latent pixels; of six times the area."""
+"""Height and width in latent pixels; the large picture has six times the area."""
 
 
 class NotedVae:
-    """Notes the shapes of the latents that it is given."""
+    """A fake VAE that notes the shapes of its latents."""
 
     def __init__(self) -> None:
         self.batches: list[tuple[int, ...]] = []
@@ -36,7 +36,7 @@ class NotedVae:
 
 
 def latents(sides: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """Each picture is of one colour, which tells its number."""
+    """Latents of pictures of one colour each, which identifies the picture."""
     return [torch.full((1, 4, *side), number / 10) for number, side in enumerate(sides)]
 
 
@@ -47,7 +47,7 @@ def latents(sides: Sequence[tuple[int, int]]) -> list[Tensor]:
         (True, [(1, *SMALL)] * 3 + [(1, *LARGE)] * 2 + [(1, *SMALL)] * 2),
     ],
 )
-def test_neighbours_of_one_size_are_decoded_together_up_to_a_number_of_pixels(
+def test_consecutive_pictures_of_one_size_are_a_batch_of_limited_pixels(
     monkeypatch: pytest.MonkeyPatch, one_at_a_time: bool, batches: list[tuple[int, ...]]
 ) -> None:
     monkeypatch.setattr(pictures, "MAX_BATCH_PIXELS", 2 * SMALL[0] * SMALL[1] * SCALE**2 + 1)
@@ -61,7 +61,7 @@ def test_neighbours_of_one_size_are_decoded_together_up_to_a_number_of_pixels(
 
 
 @pytest.mark.parametrize(("one_at_a_time", "calls"), [(False, [3]), (True, [1, 1, 1])])
-def test_ranks_that_share_decodes_hold_one_picture_where_that_is_asked_for(
+def test_ranks_that_share_a_decode_decode_one_picture_at_a_time_on_request(
     monkeypatch: pytest.MonkeyPatch, one_at_a_time: bool, calls: list[int]
 ) -> None:
     noted: list[int] = []

@@ -1,4 +1,4 @@
-"""Folders without weights: pictures all the same, the same on any layout, and nothing is read."""
+"""`--load-format dummy`: folders without weights make pictures, the same on any layout."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.layers.linear import ColumnLinear, RowLinear
 from vllm_omni.diffusion.compute.weights.dummy import dummy_weight
-from vllm_omni.diffusion.compute.weights.loading import checkpoint_slots, load_weights
+from vllm_omni.diffusion.compute.weights.loading import load_weights, weight_targets
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.diffusion.messages.worker import RankInfo
@@ -43,7 +43,7 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
 
 @pytest.fixture(scope="module", params=BUILDERS)
 def bare(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder of configs and tokenizer alone."""
+    """A model folder with configs and a tokenizer only."""
     folder = tmp_path_factory.mktemp("dummy")
     whole = BUILDERS[request.param](folder / "whole")
     path = folder / request.param
@@ -58,9 +58,9 @@ def guided(path: Path) -> DiffusionRequest:
     return make_request("a", negative_prompt="", num_inference_steps=50, images=images)
 
 
-def draw(place: RankInfo, parallel: DiffusionParallelConfig, path: Path) -> np.ndarray | None:
-    """The picture, on the rank that has it."""
-    runner = started(place, parallel, path, load_format="dummy")
+def draw(rank_info: RankInfo, parallel: DiffusionParallelConfig, path: Path) -> np.ndarray | None:
+    """The picture, on the rank that decoded it."""
+    runner = started(rank_info, parallel, path, load_format="dummy")
     drive = Drive(runner, merge=merging(runner)).run({0: [guided(path)]})
     assert not drive.errors
     return drive.images.get("a")
@@ -92,14 +92,14 @@ def shares_of(rank: int, num_ranks: int) -> dict[str, torch.Tensor]:
     return dict(module.named_parameters())
 
 
-def test_ranks_cut_their_shares_from_the_same_weights() -> None:
+def test_the_shards_of_ranks_are_parts_of_the_same_weights() -> None:
     whole, parts = shares_of(0, 1), [shares_of(rank, 2) for rank in range(2)]
     for name, dim in (("column.weight", 0), ("column.bias", 0), ("row.weight", 1)):
         assert torch.equal(torch.cat([part[name] for part in parts], dim), whole[name])
     assert all(torch.equal(part["row.bias"], whole["row.bias"]) for part in parts)
 
 
-def test_ranks_draw_what_one_draws(bare: Path) -> None:
+def test_ranks_and_one_process_make_the_same_picture(bare: Path) -> None:
     parallel = DiffusionParallelConfig(tensor_parallel_size=2)
     one = draw(RankInfo(), DiffusionParallelConfig(), bare)
     assert one is not None
@@ -108,7 +108,7 @@ def test_ranks_draw_what_one_draws(bare: Path) -> None:
 
 
 def test_modules_of_diffusers_get_the_same_weights(bare: Path) -> None:
-    """Speed is compared on equal weights, and so may pictures be."""
+    """Benchmarks compare speed, and tests pictures, on equal weights."""
     runner = started(RankInfo(), DiffusionParallelConfig(), bare, load_format="dummy")
     ours: nn.Module = runner.pipeline.transformer  # type: ignore[attr-defined]
     family = load_model_info(str(bare)).family
@@ -119,17 +119,17 @@ def test_modules_of_diffusers_get_the_same_weights(bare: Path) -> None:
         module = cls.from_config(cls.load_config(folder))
     load_weights(module, folder, {}, CPU, torch.float32, load_format="dummy")
     theirs = dict(module.named_parameters())
-    slots = checkpoint_slots(ours, names)
-    assert set(slots) == set(theirs)
-    assert all(torch.equal(slot.target, theirs[name]) for name, slot in slots.items())
+    targets = weight_targets(ours, names)
+    assert set(targets) == set(theirs)
+    assert all(torch.equal(target.tensor, theirs[name]) for name, target in targets.items())
 
 
-def test_without_the_format_weights_are_asked_for(bare: Path) -> None:
+def test_missing_weights_are_refused_without_the_dummy_format(bare: Path) -> None:
     with pytest.raises(ConfigError, match=r"no \.safetensors file"):
         started(RankInfo(), DiffusionParallelConfig(), bare)
 
 
-def test_a_weight_is_its_names() -> None:
+def test_a_weight_depends_on_its_name() -> None:
     kernel = dummy_weight("a.weight", (64, 32), torch.float32, CPU)
     assert torch.equal(kernel, dummy_weight("a.weight", (64, 32), torch.float32, CPU))
     assert not torch.equal(kernel, dummy_weight("b.weight", (64, 32), torch.float32, CPU))

@@ -1,4 +1,4 @@
-"""Weights that the front end expects by a config are those of the modules that are built from it."""
+"""Weights that a config promises are those of the modules built from it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from vllm_omni.diffusion.compute.families.qwen_image import transformer as qwen_
 from vllm_omni.diffusion.compute.families.z_image import config as z_image
 from vllm_omni.diffusion.compute.families.z_image import transformer as z_image_model
 from vllm_omni.diffusion.compute.text.language_config import LanguageModelConfig
-from vllm_omni.diffusion.compute.weights.loading import checkpoint_slots
+from vllm_omni.diffusion.compute.weights.loading import weight_targets
 
 
 def flat(expected: ExpectedWeights) -> dict[str, tuple[int, ...]]:
-    """Name -> shape, of all layers."""
+    """Name -> shape of all weights, with those of every layer."""
     shapes = dict(expected.shapes)
     for path, layers in expected.layers.items():
         shapes |= {f"{path}.{i}.{name}": shape for i in range(layers.count) for name, shape in layers.shapes.items()}
@@ -42,12 +42,12 @@ CASES: list[tuple[Any, type[nn.Module], Any]] = [
 
 
 @pytest.mark.parametrize(("config", "cls", "module"), CASES, ids=["qwen_image", "z_image"])
-def test_of_transformers(config: Any, cls: type[nn.Module], module: Any) -> None:
+def test_expected_weights_of_transformers(config: Any, cls: type[nn.Module], module: Any) -> None:
     with torch.device("meta"):
-        slots = checkpoint_slots(cls(config, Group.alone()), module.CHECKPOINT_NAMES)
+        targets = weight_targets(cls(config, Group.alone()), module.CHECKPOINT_NAMES)
     expected = config.expected_weights()
     assert expected.is_complete
-    assert flat(expected) == {name: slot.whole_shape for name, slot in slots.items()}
+    assert flat(expected) == {name: target.whole_shape for name, target in targets.items()}
 
 
 SIZES = LanguageModelConfig(
@@ -61,7 +61,7 @@ SIZES = LanguageModelConfig(
 )
 
 
-def test_of_language_models() -> None:
+def test_expected_weights_of_language_models() -> None:
     values = {name: getattr(SIZES, name) for name in SIZES.__dataclass_fields__}
     with torch.device("meta"):
         qwen3 = shapes_of(Qwen3Model(Qwen3Config(**values)))
@@ -73,7 +73,7 @@ def test_of_language_models() -> None:
     assert flat(without_head_dim.expected_weights(has_biases=True, has_head_norms=False)) == qwen2
 
 
-def test_of_the_vision_tower() -> None:
+def test_expected_weights_of_the_vision_tower() -> None:
     values = {"depth": 2, "hidden_size": 96, "intermediate_size": 160, "num_heads": 6, "out_hidden_size": 64}
     with torch.device("meta"):
         tower = Qwen2_5_VisionTransformerPretrainedModel(Qwen2_5_VLVisionConfig(**values))

@@ -1,4 +1,4 @@
-"""Weights reach their parameters, and a folder that does not fit is refused by name."""
+"""Weights reach their parameters; a folder that does not fit is refused with the name of the weight."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def tensors() -> dict[str, torch.Tensor]:
     return {f"blocks.0.{name}": torch.randn(shape) for name, shape in shapes.items()}
 
 
-def test_parts_are_put_together_from_shards(tmp_path: Path) -> None:
+def test_a_weight_is_read_from_several_files(tmp_path: Path) -> None:
     weights = tensors()
     shards = {"a.safetensors": ["blocks.0.right.bias", "blocks.0.left.weight"]}
     shards["b.safetensors"] = [name for name in weights if name not in shards["a.safetensors"]]
@@ -134,7 +134,7 @@ def test_an_autoencoder_that_does_not_fit_is_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_errors_of_the_libraries_are_one_line_with_their_class(
+def test_an_error_of_a_library_becomes_one_line_with_its_class(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing = Mock(side_effect=TypeError("first\n  second"))

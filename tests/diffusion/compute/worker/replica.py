@@ -8,8 +8,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from testbed.runner_driver import QUICK
 from vllm_omni.diffusion.catalog.registry import load_model_info
-from vllm_omni.diffusion.compute.startup import warmup
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.control.executor.merging import merge_results
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
@@ -17,17 +17,16 @@ from vllm_omni.diffusion.messages.plan import StepResult
 from vllm_omni.diffusion.messages.worker import RankInfo
 
 
-def started(place: RankInfo, parallel: DiffusionParallelConfig, path: Path, **settings: Any) -> ModelRunner:
+def started(rank_info: RankInfo, parallel: DiffusionParallelConfig, path: Path, **settings: Any) -> ModelRunner:
     """A runner after the shortest warm-up, in a process of its own."""
-    warmup.BUDGET_SECONDS, warmup.MIN_SAMPLES = 0.0, 1
     config = OmniDiffusionConfig(model=str(path), parallel=parallel, **settings)
-    runner = ModelRunner(config, load_model_info(str(path)), place)
+    runner = ModelRunner(config, load_model_info(str(path)), rank_info, QUICK)
     runner.start()
     return runner
 
 
 def merging(runner: ModelRunner) -> Callable[[StepResult], StepResult]:
-    """What the executor does with the results of all ranks, here on every rank."""
+    """A merge of the results of all ranks, like the executor's, on every rank."""
     group = runner._ranks.mesh.control
 
     def merge(result: StepResult) -> StepResult:

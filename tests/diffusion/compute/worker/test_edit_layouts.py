@@ -1,4 +1,4 @@
-"""Edits in every kind of layout: a picture's tokens and its references' are cut together, its velocities come out."""
+"""Edits in every kind of layout equal those of one process."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def arrivals(model: Path) -> Arrivals:
-    """Targets that are smaller than their references and larger, one reference and three."""
+    """Requests with targets smaller and larger than their references, and with one and three references."""
     edit = load_model_info(str(model)).image_input
     assert edit is not None
     one, two, three = (
@@ -65,7 +65,7 @@ def wanted(model: Path, arrivals: Arrivals) -> dict[str, np.ndarray]:
         *(pytest.param(*degrees, marks=pytest.mark.layouts) for degrees in ((1, 4, 1, 1), (2, 2, 1, 1), (2, 1, 2, 1))),
     ],
 )
-def test_a_layout_draws_what_one_process_draws(
+def test_edits_of_a_layout_equal_those_of_one_process(
     model: Path, arrivals: Arrivals, wanted: dict[str, np.ndarray], ulysses: int, ring: int, cfg: int, tensor: int
 ) -> None:
     parallel = DiffusionParallelConfig(
@@ -76,7 +76,7 @@ def test_a_layout_draws_what_one_process_draws(
         check_equal(drawn, wanted)
 
 
-def test_the_placement_may_change_and_the_text_encoder_be_shared(
+def test_edits_with_changing_placement_and_a_shared_text_encoder(
     model: Path, arrivals: Arrivals, wanted: dict[str, np.ndarray]
 ) -> None:
     parallel = DiffusionParallelConfig(

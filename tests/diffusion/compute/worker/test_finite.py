@@ -1,4 +1,4 @@
-"""A picture with values that are not numbers is no result: its request fails alone, with the cause if it is known."""
+"""Requests whose latents or pixels are not finite fail alone, with the cause if it is known."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from testbed.runner_driver import Drive, make_request, psnr
+from testbed.runner_driver import QUICK, Drive, make_request, psnr
 from testbed.tiny_models import SMALL, build_tiny_qwen_image
 from testbed.tiny_z_image import build_tiny_z_image
 from tests.diffusion.compute.distributed.ranks import run_places
@@ -28,7 +28,7 @@ from vllm_omni.diffusion.messages.plan import ItemError, StepPlan
 from vllm_omni.diffusion.messages.request import LoRA
 from vllm_omni.diffusion.messages.worker import RankInfo
 
-pytestmark = pytest.mark.usefixtures("quick_warmup")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 UNKNOWN = ItemError("the model produced values that are not numbers (NaN or infinite)", "not_finite")
 OVERFLOWED = ItemError("float16 overflowed: use bfloat16 (--dtype bfloat16)", "not_finite")
@@ -41,7 +41,7 @@ REQUESTS = [
 
 
 def start(path: Path, **settings: Any) -> ModelRunner:
-    runner = ModelRunner(OmniDiffusionConfig(model=str(path), **settings), load_model_info(str(path)))
+    runner = ModelRunner(OmniDiffusionConfig(model=str(path), **settings), load_model_info(str(path)), options=QUICK)
     runner.start()
     return runner
 
@@ -61,7 +61,7 @@ def kept(runner: ModelRunner) -> int:
 
 
 def spoil(runner: ModelRunner, request_id: str, value: float, step: int) -> Callable[[], None]:
-    """Put `value` into the latents of a request before one of its steps. Returns what undoes it."""
+    """Put `value` into the latents of a request before one of its steps. Returns a call that ends this."""
     advance = runner.pipeline.advance
 
     def spoiling(state: RequestState, *rest: Any) -> Any:
@@ -75,7 +75,7 @@ def spoil(runner: ModelRunner, request_id: str, value: float, step: int) -> Call
 
 
 @pytest.mark.parametrize("value", [NAN, INFINITY, -INFINITY])
-def test_latents_that_are_no_numbers_fail_their_request_alone(
+def test_latents_that_are_not_finite_fail_their_request_alone(
     runner: ModelRunner, alone: dict[str, np.ndarray], value: float
 ) -> None:
     undo = spoil(runner, "b", value, step=1)
@@ -88,7 +88,7 @@ def test_latents_that_are_no_numbers_fail_their_request_alone(
 
 
 def test_an_error_found_after_the_next_plan_began_ends_the_request(runner: ModelRunner) -> None:
-    """As on a GPU: results are waited for when later plans have been launched."""
+    """On a GPU a result is read after later plans were launched."""
     undo = spoil(runner, "b", NAN, step=0)
     request = replace(REQUESTS[1], num_inference_steps=3, preview_steps=(1,))
     encoded = runner.launch(StepPlan(0, new_requests=[request], encode=["b"]))
@@ -146,7 +146,7 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Non
 @pytest.mark.parametrize("tiled", [False, True])
 @pytest.mark.parametrize("value", [NAN, INFINITY])
 @pytest.mark.parametrize("family", BUILDERS)
-def test_pixels_that_are_no_numbers_are_no_picture(tmp_path: Path, family: str, value: float, tiled: bool) -> None:
+def test_pixels_that_are_not_finite_fail_the_request(tmp_path: Path, family: str, value: float, tiled: bool) -> None:
     """Infinite pixels too, which some VAEs clamp."""
     path = BUILDERS[family](tmp_path / "model")
 
@@ -159,7 +159,7 @@ def test_pixels_that_are_no_numbers_are_no_picture(tmp_path: Path, family: str, 
     assert (drive.errors, drive.images) == ({"a": UNKNOWN}, {})
 
 
-def test_float16_that_overflows_says_so(tmp_path: Path) -> None:
+def test_an_overflow_of_float16_is_reported(tmp_path: Path) -> None:
     path = BUILDERS["z_image"](tmp_path / "model")
 
     def enlarge(weights: dict[str, torch.Tensor]) -> None:
@@ -174,7 +174,7 @@ def test_float16_that_overflows_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scale", [1e30, 1e300])
-def test_guidance_that_overflows_is_the_callers_error(runner: ModelRunner, scale: float) -> None:
+def test_an_overflow_by_guidance_is_an_invalid_request(runner: ModelRunner, scale: float) -> None:
     """The first one overflows in the norm of the velocity alone."""
     request = make_request("a", negative_prompt="", true_cfg_scale=scale)
     expected = f"true_cfg_scale {scale:g} made values that are not numbers (NaN or infinite); up to 100 is usual"
@@ -186,7 +186,7 @@ def turbo_info(tmp_path_factory: pytest.TempPathFactory) -> ModelInfo:
     return load_model_info(str(BUILDERS["z_image"](tmp_path_factory.mktemp("models") / "z")))
 
 
-def test_the_cause_is_named_in_the_callers_terms(runner: ModelRunner, turbo_info: ModelInfo) -> None:
+def test_the_error_names_the_callers_parameter(runner: ModelRunner, turbo_info: ModelInfo) -> None:
     guided = make_request("a", negative_prompt="", true_cfg_scale=1001.0)
     error = not_finite_error(guided, turbo_info, torch.float16)
     assert (error.kind, error.param) == ("invalid", "guidance_scale")
@@ -199,16 +199,16 @@ def test_the_cause_is_named_in_the_callers_terms(runner: ModelRunner, turbo_info
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_a_single_value_is_seen_wherever_it_is(dtype: torch.dtype) -> None:
+def test_a_single_value_is_found_at_any_position(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     for size in (1, 7, 64, 1000, 5000):
         values = torch.randn((3, size), generator=generator).to(dtype)
         values[0, 0] = torch.finfo(dtype).max
         assert bool(is_finite(values))
         for bad in (NAN, INFINITY, -INFINITY):
-            for place in {0, size // 2, size - 1}:
+            for position in {0, size // 2, size - 1}:
                 spoiled = values.clone()
-                spoiled[1, place] = bad
+                spoiled[1, position] = bad
                 assert not bool(is_finite(spoiled))
                 assert each_is_finite(spoiled).tolist() == [True, False, True]
     assert bool(is_finite(values[:, :0]))
@@ -220,8 +220,8 @@ LAYOUTS = {
 }
 
 
-def draw_spoiled(place: RankInfo, parallel: DiffusionParallelConfig, path: Path) -> tuple[Any, Any, Any, int]:
-    runner = started(place, parallel, path)
+def draw_spoiled(rank_info: RankInfo, parallel: DiffusionParallelConfig, path: Path) -> tuple[Any, Any, Any, int]:
+    runner = started(rank_info, parallel, path)
     spoil(runner, "b", NAN, step=1)
     late = make_request("late", seed=4, num_inference_steps=5, preview_steps=(2, 4))
     undo_late = runner.pipeline.advance
@@ -237,7 +237,7 @@ def draw_spoiled(place: RankInfo, parallel: DiffusionParallelConfig, path: Path)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_what_one_rank_finds_ends_the_request_on_all(
+def test_values_not_finite_on_one_rank_end_the_request_on_all(
     tiny_model: Path, alone: dict[str, np.ndarray], layout: str
 ) -> None:
     for images, previews, errors, num_kept in run_places(draw_spoiled, LAYOUTS[layout], LAYOUTS[layout], tiny_model):

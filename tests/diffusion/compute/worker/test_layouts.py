@@ -1,4 +1,4 @@
-"""Every parallel layout draws what one process draws: whole runners on gloo ranks, mixed batches, odd sizes."""
+"""Pictures of parallel layouts equal those of one process: runners on gloo ranks, mixed batches, odd sizes."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ Arrivals = Mapping[int, Sequence[DiffusionRequest]]
 
 
 def draw(
-    place: RankInfo,
+    rank_info: RankInfo,
     parallel: DiffusionParallelConfig,
     path: Path,
     moving: bool = False,
     arrivals: Arrivals = ARRIVALS,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Pictures, previews and first velocities by id, and the errors; `moving`: another placement in every step."""
-    runner = started(place, parallel, path)
+    """Pictures, previews and first velocities by request id, and errors. moving: every step has another placement."""
+    runner = started(rank_info, parallel, path)
     placed = partial(placed_at_random if moving else placed_in_turn, parallel.cfg_parallel_size)
     velocities = first_velocities(runner, placed, arrivals)
     drive = Drive(runner, placed, merging(runner)).run(arrivals)
@@ -54,7 +54,7 @@ def draw(
 
 @torch.inference_mode()
 def first_velocities(runner: ModelRunner, placed: Any, arrivals: Arrivals) -> dict[str, np.ndarray]:
-    """What the transformer says of all requests in one pack, guidance branch by guidance branch."""
+    """Velocity of each guidance branch of all requests, from one pack."""
     states = [runner.pipeline.encode(request) for joining in arrivals.values() for request in joining]
     placement = placed(0, {s.request.request_id: len(s.sequence_lengths) for s in states})
     branches = runner.pipeline.predict(states, [g for groups in placement.values() for g in groups])
@@ -83,7 +83,7 @@ BUILDERS: dict[str, Callable[..., Path]] = {
 
 
 class Reference:
-    """Models by family and head count, and what one process draws with them."""
+    """Models by family and number of heads, and the pictures of one process with them."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -150,7 +150,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("family", "heads", "ulysses", "ring", "cfg", "tensor"), CASES)
-def test_a_layout_draws_what_one_process_draws(
+def test_pictures_of_a_layout_equal_those_of_one_process(
     reference: Reference, family: str, heads: int, ulysses: int, ring: int, cfg: int, tensor: int
 ) -> None:
     parallel = DiffusionParallelConfig(
@@ -170,10 +170,10 @@ def every_layout() -> list[tuple[Any, ...]]:
 
 @pytest.mark.layouts
 @pytest.mark.parametrize(("family", "heads", "ulysses", "ring", "cfg", "tensor"), every_layout())
-def test_every_layout_draws_what_one_process_draws(
+def test_pictures_of_every_layout_equal_those_of_one_process(
     reference: Reference, family: str, heads: int, ulysses: int, ring: int, cfg: int, tensor: int
 ) -> None:
-    test_a_layout_draws_what_one_process_draws(reference, family, heads, ulysses, ring, cfg, tensor)
+    test_pictures_of_a_layout_equal_those_of_one_process(reference, family, heads, ulysses, ring, cfg, tensor)
 
 
 @pytest.mark.parametrize("family", BUILDERS)

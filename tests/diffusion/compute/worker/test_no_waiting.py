@@ -1,4 +1,4 @@
-"""The host thread waits for the device nowhere in a step: seen by a GPU that is faked."""
+"""The CPU does not wait for the device inside a step, as a fake GPU detects."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from testbed.runner_driver import Drive, make_request, psnr
+from testbed.runner_driver import QUICK, Drive, make_request, psnr
 from testbed.tiny_models import SMALL, photo
 from testbed.tiny_z_image import BASE_SHIFT, build_tiny_z_image
 from tests.fake_gpu import FAKE_GPU, FakeGpu, FakeGpuDevice, HostWaitsError
@@ -24,7 +24,7 @@ from vllm_omni.diffusion.messages.plan import StepPlan
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.inputs.images import prepare_image
 
-pytestmark = pytest.mark.usefixtures("quick_warmup")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def tiny_z_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def started(path: Path, gpu: FakeGpu | None = None) -> ModelRunner:
-    runner = ModelRunner(OmniDiffusionConfig(model=str(path)), load_model_info(str(path)))
+    runner = ModelRunner(OmniDiffusionConfig(model=str(path)), load_model_info(str(path)), options=QUICK)
     if gpu is None:
         runner.start()
     else:
@@ -52,7 +52,7 @@ def started(path: Path, gpu: FakeGpu | None = None) -> ModelRunner:
 
 
 def texts(path: Path) -> dict[int, list[DiffusionRequest]]:
-    """With guidance and without, of several sizes, joining and leaving."""
+    """Requests with and without guidance, in several sizes, that join and leave."""
     return {
         0: [make_request("guided", negative_prompt="", preview_steps=(2,))],
         2: [make_request("wide", height=48, width=80, num_inference_steps=3, cfg_normalization=1.0)],
@@ -93,7 +93,7 @@ def test_a_step_neither_reads_nor_copies(
 
 
 @pytest.mark.parametrize(("model", "arrivals"), CASES, ids=[name for name, _ in CASES])
-def test_a_step_whose_members_stay_sends_nothing(
+def test_a_step_with_the_same_membership_uploads_nothing(
     model: str, arrivals: Arrivals, gpu: FakeGpu, request: pytest.FixtureRequest
 ) -> None:
     path = request.getfixturevalue(model)
@@ -109,7 +109,7 @@ def test_a_step_whose_members_stay_sends_nothing(
     assert encoded < laid_out == gpu.num_uploads
 
 
-def test_a_read_in_a_step_is_seen(tiny_model: Path, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_in_a_step_is_detected(tiny_model: Path, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = started(tiny_model, gpu)
     combine = runner.pipeline.combine
 
@@ -123,7 +123,7 @@ def test_a_read_in_a_step_is_seen(tiny_model: Path, gpu: FakeGpu, monkeypatch: p
 
 
 @pytest.mark.parametrize("model", ["tiny_model", "tiny_z_image"])
-def test_what_is_no_number_is_found_without_waiting(
+def test_values_not_finite_are_found_without_waiting(
     model: str, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     runner = started(request.getfixturevalue(model), gpu)
@@ -171,7 +171,7 @@ GOES_ON: list[Callable[[Tensor], object]] = [
 
 @pytest.mark.parametrize("act", [*WAITS, *GOES_ON])
 @torch.inference_mode()
-def test_the_fake_knows_what_waits(gpu: FakeGpu, act: Callable[[Tensor], object]) -> None:
+def test_the_fake_gpu_detects_waits(gpu: FakeGpu, act: Callable[[Tensor], object]) -> None:
     with gpu:
         x = to_device(torch.ones(3), FAKE_GPU)
         if act in WAITS:

@@ -1,4 +1,4 @@
-"""One rank fails at one request, in the middle of what all ranks do together: the others' pictures are as ever."""
+"""An error of one request on one rank, inside a common call of all ranks: the pictures of the others do not change."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LAYOUTS = {
 
 
 def fail_at(runner: Any, stage: str, request_id: str, error: Exception) -> None:
-    """From now on that stage raises on this rank whenever the request takes part in it."""
+    """Make `stage` raise on this rank whenever the request takes part in it."""
     pipeline = runner.pipeline
     if stage == "attention":  # half-way through a forward, and only once its sequence is there
         members: list[str] = []
@@ -78,10 +78,10 @@ def watch(pipeline: Any, stage: str, look: Callable[[list[str]], Any]) -> None:
 
 
 def draw(
-    place: RankInfo, parallel: DiffusionParallelConfig, path: Path, stage: str | None, error: Exception
+    rank_info: RankInfo, parallel: DiffusionParallelConfig, path: Path, stage: str | None, error: Exception
 ) -> tuple[dict[str, np.ndarray], dict[str, ItemError], int]:
-    runner = started(place, parallel, path)
-    if stage and place.rank == GUILTY_RANK % place.replica_size:
+    runner = started(rank_info, parallel, path)
+    if stage and rank_info.rank == GUILTY_RANK % rank_info.replica_size:
         fail_at(runner, stage, "b", error)
     drive = Drive(runner, merge=merging(runner)).run({0: REQUESTS[:2], 1: REQUESTS[2:]})
     return drive.images, drive.errors, len(runner._states) + len(runner._requests)
@@ -116,7 +116,7 @@ def four_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("ulysses", "decode", "internal"),
     ],
 )
-def test_only_the_guilty_request_fails(
+def test_an_error_on_one_rank_fails_one_request(
     tiny_model: Path, alone: dict[str, np.ndarray], layout: str, stage: str, kind: str
 ) -> None:
     error = torch.OutOfMemoryError("no room") if kind == "out_of_memory" else RuntimeError("poisoned")
@@ -124,7 +124,7 @@ def test_only_the_guilty_request_fails(
 
 
 @pytest.mark.parametrize("stage", ["encode", "attention"])
-def test_also_where_ranks_share_every_layer(four_heads: Path, stage: str) -> None:
+def test_an_error_under_tensor_parallelism_fails_one_request(four_heads: Path, stage: str) -> None:
     single = DiffusionParallelConfig()
     ((wanted, _, _),) = run_places(draw, single, single, four_heads, None, RuntimeError())
     error = RuntimeError("poisoned")
@@ -142,17 +142,17 @@ def check(results: list[Any], wanted: dict[str, np.ndarray], kind: str) -> None:
 
 
 def draw_with_aborts(
-    place: RankInfo, parallel: DiffusionParallelConfig, path: Path, rounds: int
+    rank_info: RankInfo, parallel: DiffusionParallelConfig, path: Path, rounds: int
 ) -> list[dict[str, Any]]:
-    """In each round the ranks hear of an abort before different steps."""
-    runner = started(place, parallel, path)
+    """In each round an abort reaches the ranks before different steps."""
+    runner = started(rank_info, parallel, path)
     pictures = []
     for number in range(rounds):
         dice = random.Random(number)
-        heard = [dice.randrange(3) for _ in range(place.replica_size)]
+        heard = [dice.randrange(3) for _ in range(rank_info.replica_size)]
 
         def hear(step_id: int, branches: Any, heard: Any = heard) -> dict[str, list[int]]:
-            if heard[place.rank] == step_id:
+            if heard[rank_info.rank] == step_id:
                 runner.abort(["b"])
             return {}
 
@@ -177,11 +177,11 @@ def test_an_abort_may_reach_the_ranks_at_different_steps(tiny_model: Path, alone
                 assert psnr(images[request_id], alone[request_id]) >= 60
 
 
-def lose(place: RankInfo, parallel: DiffusionParallelConfig, path: Path) -> str:
-    """Rank 1 fails in a step that the other does not reach: nothing can be saved, and both say so."""
-    runner = started(place, parallel, path)
+def lose(rank_info: RankInfo, parallel: DiffusionParallelConfig, path: Path) -> str:
+    """Rank 1 fails in a step that rank 0 does not reach: both raise RanksLostError."""
+    runner = started(rank_info, parallel, path)
     runner.execute(StepPlan(0, new_requests=[REQUESTS[0]], encode=["a"]))
-    if place.rank == GUILTY_RANK:
+    if rank_info.rank == GUILTY_RANK:
         fail_at(runner, "predict", "a", RuntimeError("poisoned"))
         try:
             runner.execute(StepPlan(1, denoise=["a"]))
@@ -195,13 +195,13 @@ def lose(place: RankInfo, parallel: DiffusionParallelConfig, path: Path) -> str:
     return "went on"
 
 
-def test_ranks_that_are_not_in_the_same_step_give_up(tiny_model: Path) -> None:
+def test_ranks_in_different_steps_give_up(tiny_model: Path) -> None:
     parallel = DiffusionParallelConfig(ulysses_degree=2)
     assert run_places(lose, parallel, parallel, tiny_model) == ["RanksLostError"] * 2
 
 
 def break_off(world: World, guilty: int | None, hindrance: str | None = None) -> str:
-    """Every rank's exchange breaks off; `guilty` says that it was the cause. hindrance: what keeps them apart then."""
+    """Break an exchange on every rank. guilty: this rank reports its own error. hindrance: prevents a reconnection."""
     if hindrance == "device":
         World.can_rebuild = property(lambda self: False)  # type: ignore[assignment,method-assign]  # in a process of its own
     elif hindrance == "connection":
@@ -217,20 +217,20 @@ def break_off(world: World, guilty: int | None, hindrance: str | None = None) ->
     return "went on"
 
 
-def test_an_exchange_that_breaks_off_by_no_ranks_fault_ends_all() -> None:
-    """Nobody would have an error to tell, and the request would vanish."""
+def test_a_broken_exchange_without_a_failed_rank_ends_all_ranks() -> None:
+    """No rank would report an error, and the request would never end."""
     parallel = DiffusionParallelConfig(ulysses_degree=2)
     assert run_ranks(break_off, parallel, None) == ["RanksLostError"] * 2
     assert run_ranks(break_off, parallel, 1) == ["PeerFailedError", "ValueError"]
 
 
 @pytest.mark.parametrize("hindrance", ["device", "connection"])
-def test_ranks_that_cannot_meet_again_give_up(hindrance: str) -> None:
-    """Where a kernel of the device waits for the rank that failed, or where connections fail."""
+def test_ranks_that_cannot_reconnect_give_up(hindrance: str) -> None:
+    """A kernel on the device waits for the failed rank, or the new connection fails."""
     assert run_ranks(break_off, DiffusionParallelConfig(ulysses_degree=2), 1, hindrance) == ["RanksLostError"] * 2
 
 
-def test_a_single_rank_asks_nobody() -> None:
+def test_a_single_rank_exchanges_nothing() -> None:
     ranks = Ranks()
     assert ranks.unite([True, False]) == [True, False]
     assert ranks.agree(2.5) == 2.5

@@ -1,4 +1,4 @@
-"""A worker that starts again makes the pixels of the first start, whatever it would measure now."""
+"""A restarted worker makes the same pixels as after its first start, although new measurements would differ."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from testbed.runner_driver import Drive, make_request, psnr
+from testbed.runner_driver import QUICK, Drive, make_request, psnr
 from testbed.tiny_diffusers import build_tiny_diffusers
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.attention import BACKENDS, Setting
 from vllm_omni.diffusion.compute.attention.sdpa import SdpaAttention
-from vllm_omni.diffusion.compute.device.kinds import Device
+from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.compute.packing import Offsets
-from vllm_omni.diffusion.compute.startup import attention_choice as attention
-from vllm_omni.diffusion.compute.startup import warmup
+from vllm_omni.diffusion.compute.startup import attention_choice, thread_choice
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.control.executor.inline import InlineExecutor
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -28,7 +27,7 @@ REQUEST = make_request("r", negative_prompt="", seed=3)
 
 
 class FromTheLeft(SdpaAttention):
-    """A kernel whose pictures are visibly not those of `sdpa`."""
+    """A backend whose pictures differ visibly from those of `sdpa`."""
 
     @classmethod
     def why_not(cls, setting: Setting) -> str | None:
@@ -47,19 +46,19 @@ class Measurements:
 
 
 @pytest.fixture
-def now(monkeypatch: pytest.MonkeyPatch, quick_warmup: None) -> Measurements:
-    """The measurements of the next start; `cudnn` is a kernel that runs here."""
+def now(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Measurements:
+    """Measurements of the next start. The backend `cudnn` is a fake that runs here."""
     measured = Measurements()
     monkeypatch.setitem(BACKENDS, "cudnn", f"{__name__}:{FromTheLeft.__name__}")
 
     def measure(backend: Any, *_: Any) -> float:
-        return 1.0 if isinstance(backend, attention.backend_class(measured.fastest)) else 2.0
+        return 1.0 if isinstance(backend, attention_choice.backend_class(measured.fastest)) else 2.0
 
     def choose_num_threads(device: Device, *_: Any) -> None:
         device.set_num_threads(measured.num_threads)
 
-    monkeypatch.setattr(attention, "measure", measure)
-    monkeypatch.setattr(warmup, "choose_num_threads", choose_num_threads)
+    monkeypatch.setattr(attention_choice, "measure", measure)
+    monkeypatch.setattr(thread_choice, "choose_num_threads", choose_num_threads)
     monkeypatch.setattr(Device, "free_memory_bytes", lambda self: measured.free_bytes)
     return measured
 
@@ -73,7 +72,7 @@ class Lives:
         self._executor = InlineExecutor(self._make)
 
     def _make(self) -> ModelRunner:
-        self.runner = ModelRunner(self._config, load_model_info(str(self._config.model)))
+        self.runner = ModelRunner(self._config, load_model_info(str(self._config.model)), options=QUICK)
         return self.runner
 
     async def start(self) -> WorkerReady:
@@ -85,9 +84,7 @@ class Lives:
         return Drive(self.runner).run({0: [REQUEST]}).images["r"]
 
 
-async def test_a_restart_that_would_measure_otherwise_makes_the_same_picture(
-    tiny_model: Path, now: Measurements
-) -> None:
+async def test_a_restart_keeps_measured_choices_and_pixels(tiny_model: Path, now: Measurements) -> None:
     lives = Lives(tiny_model)
     first = await lives.start()
     assert (first.attention_backend, first.num_threads, first.cache_bytes) == ("cudnn", 2, 1000)

@@ -1,4 +1,4 @@
-"""The runner: neighbours, faults, aborts, previews and what it keeps."""
+"""ModelRunner: mixed packs, errors, aborts, previews, and the state that it keeps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from testbed.runner_driver import Drive, make_request, psnr
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.attention import BACKENDS
-from vllm_omni.diffusion.compute.device.kinds import Device
+from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.compute.step.pipeline import RequestState
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -39,7 +39,7 @@ def runner(tiny_model: Path) -> Iterator[ModelRunner]:
 
 @pytest.fixture(scope="module")
 def alone(runner: ModelRunner) -> dict[str, np.ndarray]:
-    """Each picture made with nobody else around."""
+    """Each picture, made without other requests."""
     return {r.request_id: Drive(runner).run({0: [r]}).images[r.request_id] for r in REQUESTS}
 
 
@@ -48,20 +48,20 @@ def kept(runner: ModelRunner) -> int:
     return len(runner._requests) + len(runner._states) + len(runner.pipeline._layouts)  # type: ignore[attr-defined]
 
 
-def test_an_attention_that_does_not_run_here_ends_the_start(tiny_model: Path) -> None:
+def test_an_attention_backend_that_does_not_run_ends_the_start(tiny_model: Path) -> None:
     config = OmniDiffusionConfig(model=str(tiny_model), attention_backend="cudnn", dtype="float32")
     with pytest.raises(ConfigError, match=r"--attention-backend takes sdpa.* here, got cudnn"):
         ModelRunner(config, load_model_info(str(tiny_model))).start()
 
 
-def test_neighbours_do_not_change_a_picture(runner: ModelRunner, alone: dict[str, np.ndarray]) -> None:
+def test_other_requests_in_the_pack_do_not_change_a_picture(runner: ModelRunner, alone: dict[str, np.ndarray]) -> None:
     together = Drive(runner).run({0: REQUESTS[:1], 1: REQUESTS[1:2], 2: REQUESTS[2:]})
     for request_id, picture in alone.items():
         assert psnr(picture, together.images[request_id]) >= 60
     assert kept(runner) == 0
 
 
-def test_a_step_is_one_forward_whatever_its_requests(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_of_mixed_requests_is_one_forward(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     forwards: list[int] = []
     original = runner.pipeline.predict
 
@@ -89,16 +89,14 @@ def test_the_rates_are_measured(tiny_model: Path) -> None:
     assert ready.peak_memory_bytes > 2**20
 
 
-def test_step_caches_get_a_quarter_of_the_memory_that_is_free(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_step_caches_get_a_quarter_of_the_free_memory(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Device, "free_memory_bytes", lambda self: 2**32)
     cached = ModelRunner(OmniDiffusionConfig(model=str(tiny_model)), load_model_info(str(tiny_model)))
     cached.start()
     assert cached.pipeline.step_cache.budget.max_bytes == 2**30
 
 
-def test_previews_foresee_the_picture(runner: ModelRunner) -> None:
+def test_previews_come_near_the_picture(runner: ModelRunner) -> None:
     request = make_request("p", num_inference_steps=5, preview_steps=(2, 5))
     drive = Drive(runner).run({0: [request]})
     early, last = drive.previews["p"]
@@ -108,13 +106,13 @@ def test_previews_foresee_the_picture(runner: ModelRunner) -> None:
     assert psnr(early, drive.images["p"]) < psnr(last, drive.images["p"])
 
 
-def test_a_cpu_decodes_nothing_beside_a_step(tiny_model: Path) -> None:
+def test_overlapped_decode_is_refused_on_a_cpu(tiny_model: Path) -> None:
     config = OmniDiffusionConfig(model=str(tiny_model), device="cpu", overlap_decode=True)
     with pytest.raises(ConfigError, match=r"^--overlap-decode takes a GPU, got cpu, which decodes between steps$"):
         ModelRunner(config, load_model_info(str(tiny_model))).start()
 
 
-def test_a_result_may_be_asked_for_when_its_requests_are_gone(
+def test_a_result_may_be_read_after_its_requests_were_released(
     runner: ModelRunner, alone: dict[str, np.ndarray]
 ) -> None:
     steps = [StepPlan(i + 1, denoise=["b"]) for i in range(REQUESTS[1].num_inference_steps)]
@@ -130,7 +128,7 @@ Poison = Callable[[str, str, Exception], None]
 
 @pytest.fixture
 def poison(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> Poison:
-    """poison(stage, request id, error): that stage of the pipeline raises whenever the request takes part."""
+    """poison(stage, request id, error): make a stage of the pipeline raise whenever the request takes part."""
 
     def inject(stage: str, request_id: str, error: Exception) -> None:
         original = getattr(runner.pipeline, stage)
@@ -148,7 +146,7 @@ def poison(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> Poison:
 
 
 @pytest.mark.parametrize("stage", ["encode", "predict", "advance", "decode"])
-def test_a_poisoned_request_fails_alone(
+def test_a_failing_request_fails_alone(
     runner: ModelRunner, alone: dict[str, np.ndarray], poison: Poison, stage: str
 ) -> None:
     poison(stage, "b", RuntimeError("poisoned"))

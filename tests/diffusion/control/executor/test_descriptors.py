@@ -27,7 +27,7 @@ class Connecting(FakeRunner):
 
     def start(self, first: WorkerReady | None = None) -> WorkerReady:
         from vllm_omni.diffusion.compute.coordination.ranks import connect
-        from vllm_omni.diffusion.compute.device.kinds import Device
+        from vllm_omni.diffusion.compute.device.device import Device
 
         world = connect(self.config.parallel, self.rank_info, Device("cpu"))
         return make_ready(load_seconds=world.mesh.control.agree(float(self.rank_info.rank)))

@@ -1,4 +1,4 @@
-"""CUDA graphs of steps with exchanges: ranks that compute the same sequences all capture a step, or none does."""
+"""Capture of CUDA graphs with exchanges: all ranks of a rank group capture a step, or none does."""
 
 from __future__ import annotations
 
@@ -17,23 +17,27 @@ _DONE, _NO_MEMORY, _FAILED = 0.0, 1.0, 2.0
 
 
 class RankGroupCapturer:
-    """A device's capturer, as one of several ranks uses it that record the same at the same time.
+    """Capturer of one rank of a rank group, whose ranks all capture the same blocks at the same time.
 
-    What one rank cannot record none plays. An exchange counts as sent when it is played, not when it is recorded.
+    If the capture fails on one rank, no rank uses it. The bytes of an exchange count as sent at each replay, not at the
+    capture.
     """
 
     failure: str | None = None
-    """See `Capturer`; all ranks of the group have one, or none."""
+    """See `Capturer`; set on all ranks of the group or on none."""
 
     def __init__(self, capturer: Capturer, group: Group, sent: Counter[str], device: torch.device) -> None:
-        """group: those ranks, which exchange tensors on `device`; sent: where they count what they exchange."""
+        """group: the ranks, which exchange tensors on `device`; sent: counter of the bytes they exchange."""
         self._capturer = capturer
         self._group = group
         self._sent = sent
         self._device = device
 
     def capture(self, run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]:
-        """Capture, and wait for the other ranks to do the same. Raises OutOfMemoryError if memory alone was missing."""
+        """Capture `run`, then learn whether the other ranks did. See `Capturer.capture` for the result.
+
+        Raises torch.OutOfMemoryError when some rank lacked memory, RuntimeError when the capture failed otherwise.
+        """
         before = Counter(self._sent)
         cost: Counter[str] = Counter()
 
@@ -44,10 +48,10 @@ class RankGroupCapturer:
             cost = self._sent - start
             return output
 
-        recorded = None
+        captured = None
         outcome, reason = _DONE, "on another rank"
         try:
-            recorded = self._capturer.capture(counted)
+            captured = self._capturer.capture(counted)
         except torch.OutOfMemoryError as error:
             outcome, reason = _NO_MEMORY, str(error)
         except Exception as error:
@@ -57,12 +61,12 @@ class RankGroupCapturer:
         worst = float(self._group.all_max(torch.tensor(outcome, device=self._device)))
         if worst == _NO_MEMORY:
             raise torch.OutOfMemoryError(reason)
-        if recorded is None or worst == _FAILED:
+        if captured is None or worst == _FAILED:
             raise RuntimeError(reason)
-        output, play = recorded
+        output, replay_here = captured
 
         def replay() -> None:
-            play()
+            replay_here()
             self._sent.update(cost)
 
         return output, replay

@@ -1,4 +1,4 @@
-"""What a model runner asks of the other ranks of its replica: who skips what, and what to do when one of them fails."""
+"""The ranks of a replica: common decisions, and recovery after an error on one of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch._C._distributed_c10d import TCPStore
 
 from vllm_omni.diffusion.compute.coordination.capture_agreement import RankGroupCapturer
-from vllm_omni.diffusion.compute.device.kinds import Device
+from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.compute.distributed.groups import GroupBrokenError
 from vllm_omni.diffusion.compute.distributed.mesh import COLLECTIVE_TIMEOUT, Mesh, World
 from vllm_omni.diffusion.compute.step.cuda_graphs import Capturer
@@ -21,33 +21,35 @@ logger = logging.getLogger(__name__)
 
 Output = TypeVar("Output")
 
-_DISTURBED, _GUILTY = 0, 1
+_INTERRUPTED, _FAILED = 0, 1
 
 
 class PeerFailedError(Exception):
-    """Another rank failed at what all ranks did together; that one says why."""
+    """Another rank failed in a common call; that rank reports the reason."""
 
 
 class RanksLostError(Exception):
-    """The ranks do not know any more where the others are: they must all start again."""
+    """The ranks cannot go on together; all workers of the replica must start again."""
 
 
-def connect(parallel: DiffusionParallelConfig, place: RankInfo, device: Device) -> World:
-    """Meet the other ranks of the replica; each must call this."""
-    listens = place.store_fd is not None
+def connect(parallel: DiffusionParallelConfig, rank_info: RankInfo, device: Device) -> World:
+    """Connect to the other ranks of the replica, which all call this together."""
     store = TCPStore(
         "127.0.0.1",
-        place.store_port,
-        is_master=listens,
+        rank_info.store_port,
+        is_master=rank_info.store_fd is not None,
         timeout=COLLECTIVE_TIMEOUT,
         wait_for_workers=False,
-        master_listen_fd=place.store_fd,
+        master_listen_fd=rank_info.store_fd,
     )
-    return World(parallel, place.rank, device.torch, store)
+    return World(parallel, rank_info.rank, device.torch, store)
 
 
 class Ranks:
-    """The ranks of a replica, seen by one of them. A replica of one rank (`world` None) has nobody to ask."""
+    """The ranks of a replica, from the view of one. All ranks make the same calls in the same order.
+
+    A replica of one rank (`world` is None) exchanges nothing.
+    """
 
     def __init__(self, world: World | None = None) -> None:
         self.mesh = Mesh.single() if world is None else world.mesh
@@ -59,17 +61,17 @@ class Ranks:
         return self.mesh.world.size
 
     def unite(self, votes: Sequence[bool]) -> list[bool]:
-        """Of each vote, whether any rank casts it. All ranks must bring equally many."""
+        """Whether any rank votes True, for each vote. All ranks give the same number of votes."""
         if self.size == 1:
             return list(votes)
         return self.mesh.control.all_max(torch.tensor(votes, dtype=torch.int32)).bool().tolist()
 
     def agree(self, value: float) -> float:
-        """The largest of the ranks' values."""
+        """Largest value of all ranks."""
         return self.mesh.control.agree(value) if self.size > 1 else value
 
     def take_sent_bytes(self) -> dict[str, int]:
-        """Bytes handed to each kind of exchange since the last call."""
+        """Bytes that this rank sent in each kind of exchange since the last call."""
         if self._world is None:
             return {}
         sent = dict(self._world.sent)
@@ -77,7 +79,7 @@ class Ranks:
         return sent
 
     def capturer(self, device: Device) -> Capturer | None:
-        """The device's, for steps of all ranks."""
+        """Capturer for steps of all ranks; None where the device captures nothing."""
         capturer = device.capturer()
         if capturer is None or self._world is None:
             return capturer
@@ -85,14 +87,14 @@ class Ranks:
 
     @property
     def survive_failures(self) -> bool:
-        """Whether `attempt` leaves them able to go on."""
+        """Whether the ranks can go on after an error in `attempt`."""
         return self._world is None or self._world.can_rebuild
 
     def attempt(self, run: Callable[[], Output]) -> Output:
-        """`run`, which all ranks do together. If it fails on any rank it fails on all, and they meet again.
+        """Call `run`, as all ranks do together. After an error on any rank it fails on all, and they connect anew.
 
-        Raises what `run` raised here, PeerFailedError where it was another rank that failed, and RanksLostError
-        when going on is impossible.
+        Raises the error of `run` on the rank where it failed, PeerFailedError on the others, and RanksLostError when
+        the ranks cannot go on.
         """
         self._num_attempts += 1
         try:
@@ -100,21 +102,21 @@ class Ranks:
         except Exception as error:
             if self._world is None:
                 raise
-            disturbed = isinstance(error, GroupBrokenError)
-            self._meet_again(self._world, _DISTURBED if disturbed else _GUILTY, error)
-            if disturbed:
+            interrupted = isinstance(error, GroupBrokenError)
+            self._reconnect(self._world, _INTERRUPTED if interrupted else _FAILED, error)
+            if interrupted:
                 raise PeerFailedError("another rank failed") from error
             raise
 
-    def _meet_again(self, world: World, outcome: int, error: Exception) -> None:
-        """Leave, which frees those that wait for this rank, and connect anew. States are replicated: none is lost."""
+    def _reconnect(self, world: World, outcome: int, error: Exception) -> None:
+        """Disconnect, which frees ranks that wait for this one, and connect anew. All ranks hold all request states."""
         if not world.can_rebuild:
             raise RanksLostError(f"a rank failed in the middle of a step: {error}") from error
         logger.warning("a rank failed in the middle of a step (here: %s); the ranks connect anew", error)
         try:
             world.rebuild()
-            said = self.mesh.control.all_gather(torch.tensor([self._num_attempts, outcome])).tolist()
+            outcomes = self.mesh.control.all_gather(torch.tensor([self._num_attempts, outcome])).tolist()
         except RuntimeError as lost:
             raise RanksLostError(f"the ranks did not meet again: {lost}") from error
-        if len({num_attempts for num_attempts, _ in said}) > 1 or all(code == _DISTURBED for _, code in said):
+        if len({num_attempts for num_attempts, _ in outcomes}) > 1 or all(code == _INTERRUPTED for _, code in outcomes):
             raise RanksLostError(f"ranks failed in different steps, or none says why: {error}") from error

@@ -1,1 +1,1 @@
-"""Devices, and transfers between a device and the host."""
+"""Kinds of device, streams, CUDA graph capture, timing, and copies between a device and the host."""

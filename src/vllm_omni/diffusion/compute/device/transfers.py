@@ -1,4 +1,4 @@
-"""Between the memory of the host and that of a device, whatever kind of device it is."""
+"""Copies from the host's memory to a device."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ HOST = torch.device("cpu")
 
 
 def is_host(device: torch.device) -> bool:
-    """Whether what is on `device` can be read without waiting for anybody."""
+    """Whether tensors on `device` lie in the host's memory, so that reading them waits for nothing."""
     return device.type == HOST.type
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host, on `device`; the host does not wait for the copy.
+    """Copy a tensor from the host to `device` without waiting for the copy.
 
-    Memory that the operating system may move is copied while the host waits, so the way leads through pinned memory,
-    which PyTorch gives to nobody else before the copy is done. Rows must lie one behind the other: others would be
-    gathered in memory that is not pinned.
+    Only a copy from pinned memory is asynchronous; PyTorch reuses that memory after the copy is done. A tensor with
+    strides is made contiguous first, because PyTorch would gather it in memory that is not pinned.
     """
     return tensor if is_host(device) else tensor.contiguous().pin_memory().to(device, non_blocking=True)

@@ -1,1 +1,1 @@
-"""Measurements and choices at the start of a worker: attention, threads, rates, compiled code."""
+"""Start of a worker: resolve the config, choose, compile, warm up and measure. Entry point: `model_start`."""

@@ -1,21 +1,19 @@
-"""Which attention backend a model runs with: the one that was asked for, or the fastest here."""
+"""Choice of the attention backend: the requested one, that of the first start, or the fastest on this device."""
 
 from __future__ import annotations
 
 import logging
 import math
 import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 
 from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo
 from vllm_omni.diffusion.compute.attention import BACKENDS, AttentionBackend, Setting, backend_class
 from vllm_omni.diffusion.compute.coordination.ranks import Ranks
-from vllm_omni.diffusion.compute.device.kinds import Device
+from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.compute.packing import Offsets, cut
 from vllm_omni.diffusion.data import AttentionBackendName, DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.errors import ConfigError
@@ -23,32 +21,31 @@ from vllm_omni.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 MAX_PICTURE_TOKENS = 4096
+"""Most image tokens of a timed sequence."""
 TEXT_TOKENS = (64, 32)
-"""Of the two guidance branches that are timed: lengths of a pack are seldom equal."""
+"""Text tokens of the two timed sequences, which differ as in most packs."""
 TRIAL_LENGTHS = (16, 8)
+"""Tokens of the two sequences of a call that only shows whether a backend runs."""
 WARM_UP_RUNS = 2
 TIMED_RUNS = 5
 
-Classes = Mapping[AttentionBackendName, type[AttentionBackend]]
-Timing = Callable[[Callable[[], object]], float]
-"""Seconds that a call takes."""
-
 
 @dataclass(frozen=True)
-class Task:
-    """What the backends are timed with: the queries, and as many keys, of one rank."""
+class AttentionTask:
+    """Attention call that backends are timed with: the queries of one rank, and as many keys."""
 
     setting: Setting
     heads: int
     lengths: tuple[int, ...]
+    """Tokens of each sequence."""
     with_lse: bool
-    """Whether keys travel round a ring, whose blocks are merged by their log-sum-exp."""
+    """Whether the call returns the log-sum-exp, by which a ring merges the results of its blocks of keys."""
     num_calls: int
-    """By a request, all of the same lengths."""
+    """Calls of one request, all with the same lengths."""
 
     @classmethod
-    def of(cls, setting: Setting, info: PackedModelInfo, parallel: DiffusionParallelConfig) -> Task:
-        """Two guidance branches of the model's default picture, capped."""
+    def of(cls, setting: Setting, info: PackedModelInfo, parallel: DiffusionParallelConfig) -> AttentionTask:
+        """Two guidance branches of the model's default picture, or of a smaller one."""
         defaults = info.default_sampling_params
         picture = min(info.num_image_tokens(defaults["height"], defaults["width"]), MAX_PICTURE_TOKENS)
         ring = parallel.ring_degree
@@ -67,12 +64,14 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Choice:
+class AttentionChoice:
+    """The chosen backend, with the reasons for the choice."""
+
     name: AttentionBackendName
     seconds: Mapping[AttentionBackendName, float] = field(default_factory=dict)
-    """Of those that were timed."""
+    """Seconds of a call, for each timed backend."""
     refusals: Mapping[AttentionBackendName, str] = field(default_factory=dict)
-    """Why the others do not run here."""
+    """Why each of the other backends does not run here."""
 
     def __str__(self) -> str:
         timed = [f"{name} {1000 * seconds:.3f} ms" for name, seconds in self.seconds.items()]
@@ -88,107 +87,103 @@ def choose_attention(
     ranks: Ranks,
     first: AttentionBackendName | None = None,
 ) -> AttentionBackendName:
-    """The name of the backend that all ranks of the replica take; they must all call this.
+    """Name of the backend for all ranks of the replica, which call this together.
 
-    first: the choice of the first start, which a restart takes over: another kernel rounds differently, and a replayed
+    first: the choice of the first start. A restart keeps it, because another kernel rounds differently and a replayed
     request must give the same pixels.
-    Raises ConfigError when the one that was asked for, or chosen first, does not run here.
+    Raises ConfigError when the requested backend, or the first choice, does not run here.
     """
-    setting = Setting(device.torch, device.capability, dtype, info.head_dim)
-    task = Task.of(setting, info, config.parallel)
-    classes = {name: backend_class(name) for name in BACKENDS}
-    timing = partial(elapsed, device=device)
+    task = AttentionTask.of(Setting(device.torch, device.capability, dtype, info.head_dim), info, config.parallel)
+    trial = BackendTrial({name: backend_class(name) for name in BACKENDS}, task, ranks, device.elapsed)
     if config.attention_backend is not None:
-        choice = check(config.attention_backend, classes, task, ranks, timing)
+        choice = trial.requested(config.attention_backend)
     elif first is not None:
-        choice = keep(first, classes, task, ranks, timing)
+        choice = trial.kept(first)
     else:
-        choice = find_fastest(classes, task, ranks, timing)
+        choice = trial.fastest()
     if ranks.mesh.world.rank == 0:
         logger.info("%s", choice)
     return choice.name
 
 
-def check(name: AttentionBackendName, classes: Classes, task: Task, ranks: Ranks, timing: Timing) -> Choice:
-    """That backend, which has run once. Raises ConfigError when it cannot."""
-    reason = _why_not(name, classes, task, ranks, timing)
-    if reason is not None:
-        # The others are asked only now: an answer may take an import of seconds.
-        others = [other for other in classes if other != name and classes[other].why_not(task.setting) is None]
-        raise ConfigError(
-            f"--attention-backend takes {', '.join(others)} here, got {name}, which does not run: {name} {reason}"
-        )
-    return Choice(name)
+@dataclass(frozen=True)
+class BackendTrial:
+    """Trial of attention backends on all ranks of a replica, which make the same calls together."""
 
+    classes: Mapping[AttentionBackendName, type[AttentionBackend]]
+    task: AttentionTask
+    ranks: Ranks
+    elapsed: Callable[[Callable[[], object]], float]
+    """Seconds of a call."""
 
-def keep(name: AttentionBackendName, classes: Classes, task: Task, ranks: Ranks, timing: Timing) -> Choice:
-    """The choice of the first start, which has run once and is not timed. Raises ConfigError when it cannot run."""
-    reason = _why_not(name, classes, task, ranks, timing)
-    if reason is not None:
-        raise ConfigError(f"the attention backend {name}, chosen at the first start, does not run any more: {reason}")
-    return Choice(name)
+    def requested(self, name: AttentionBackendName) -> AttentionChoice:
+        """The requested backend, after a trial call. Raises ConfigError when it does not run."""
+        if (reason := self._failure(name)) is not None:
+            # Other backends are asked only now, because the answer may take an import of seconds.
+            backends = self.classes.items()
+            others = [n for n, backend in backends if n != name and backend.why_not(self.task.setting) is None]
+            raise ConfigError(
+                f"--attention-backend takes {', '.join(others)} here, got {name}, which does not run: {name} {reason}"
+            )
+        return AttentionChoice(name)
 
+    def kept(self, name: AttentionBackendName) -> AttentionChoice:
+        """The choice of the first start, after a trial call. Raises ConfigError when it does not run any more."""
+        if (reason := self._failure(name)) is not None:
+            raise ConfigError(
+                f"the attention backend {name}, chosen at the first start, does not run any more: {reason}"
+            )
+        return AttentionChoice(name)
 
-def find_fastest(classes: Classes, task: Task, ranks: Ranks, timing: Timing) -> Choice:
-    """Of the backends that run on all ranks, the one whose slowest rank is fastest. A lone one is not timed."""
-    refusals = _refusals(classes, task.setting, ranks)
-    candidates = [name for name in classes if name not in refusals]
-    if len(candidates) == 1:
-        return Choice(candidates[0])
-    seconds = {}
-    for name in candidates:
+    def fastest(self) -> AttentionChoice:
+        """The backend that is fastest on its slowest rank, among those that run on all ranks.
+
+        A single candidate is not timed. Raises ConfigError when no backend runs.
+        """
+        refusals = self._refusals(self.classes)
+        candidates = [name for name in self.classes if name not in refusals]
+        if len(candidates) == 1:
+            return AttentionChoice(candidates[0])
+        seconds = {}
+        for name in candidates:
+            try:
+                measured = measure(self.classes[name](), self.task, self.elapsed)
+            except Exception as error:  # a kernel may raise anything; the other ranks learn of it by the infinite time
+                refusals[name], measured = _reason(error), math.inf
+            seconds[name] = self.ranks.agree(measured)
+        running = {name: value for name, value in seconds.items() if value < math.inf}
+        for name in seconds.keys() - running.keys():
+            refusals.setdefault(name, "fails on another rank")
+        if not running:
+            raise ConfigError(f"no attention backend runs here: {'; '.join(f'{n} {r}' for n, r in refusals.items())}")
+        return AttentionChoice(min(running, key=lambda name: running[name]), running, refusals)
+
+    def _failure(self, name: AttentionBackendName) -> str | None:
+        """Why a backend does not run on all ranks, or fails at a trial call; None: it runs."""
+        if reason := self._refusals([name]).get(name):
+            return reason
         try:
-            measured = measure(classes[name](), task, timing)
-        except Exception as error:
-            # Whatever a kernel raises, it is this kernel that does not run; all ranks must hear of it.
-            refusals[name], measured = _reason(error), math.inf
-        seconds[name] = ranks.agree(measured)
-    running = {name: value for name, value in seconds.items() if value < math.inf}
-    for name in seconds.keys() - running.keys():
-        refusals.setdefault(name, "fails on another rank")
-    if not running:
-        raise ConfigError(f"no attention backend runs here: {'; '.join(f'{n} {r}' for n, r in refusals.items())}")
-    return Choice(min(running, key=lambda name: running[name]), running, refusals)
+            self.elapsed(replace(self.task, lengths=TRIAL_LENGTHS).prepare(self.classes[name]()))
+        except Exception as error:  # a kernel may raise anything
+            return _reason(error)
+        return None
+
+    def _refusals(self, names: Iterable[AttentionBackendName]) -> dict[AttentionBackendName, str]:
+        """Why each backend that does not run on all ranks does not; the others have no entry."""
+        reasons = {name: self.classes[name].why_not(self.task.setting) for name in names}
+        refused = self.ranks.unite([reason is not None for reason in reasons.values()])
+        return {n: reason or "does not run on another rank" for (n, reason), no in zip(reasons.items(), refused) if no}
 
 
-def measure(backend: AttentionBackend, task: Task, timing: Timing) -> float:
-    """Seconds of one of the calls that a request makes: the median of a few, and its share of what the first call with
-    new lengths takes longer. A library that plans for each shape may be fast only after that."""
+def measure(backend: AttentionBackend, task: AttentionTask, elapsed: Callable[[Callable[[], object]], float]) -> float:
+    """Seconds of one call of a request: the median of a few calls, plus its part of the extra time of the first call.
+
+    The first call with new lengths may take longer, in a library that makes a plan for each shape.
+    """
     run = task.prepare(backend)
-    steady = statistics.median([timing(run) for _ in range(WARM_UP_RUNS + TIMED_RUNS)][WARM_UP_RUNS:])
-    first = timing(replace(task, lengths=tuple(n + 1 for n in task.lengths)).prepare(backend))
+    steady = statistics.median([elapsed(run) for _ in range(WARM_UP_RUNS + TIMED_RUNS)][WARM_UP_RUNS:])
+    first = elapsed(replace(task, lengths=tuple(n + 1 for n in task.lengths)).prepare(backend))
     return steady + max(0.0, first - steady) / task.num_calls
-
-
-def elapsed(run: Callable[[], object], device: Device) -> float:
-    """Until the device is done with it."""
-    device.synchronize()
-    start = time.perf_counter()
-    run()
-    device.synchronize()
-    return time.perf_counter() - start
-
-
-def _why_not(name: AttentionBackendName, classes: Classes, task: Task, ranks: Ranks, timing: Timing) -> str | None:
-    """Why a backend does not run on all ranks, or not on a small task; None: it does."""
-    backend = classes[name]
-    return _refusals({name: backend}, task.setting, ranks).get(name) or _try(backend, task, timing)
-
-
-def _refusals(classes: Classes, setting: Setting, ranks: Ranks) -> dict[AttentionBackendName, str]:
-    """By backend that does not run on all ranks, why."""
-    reasons = [backend.why_not(setting) for backend in classes.values()]
-    refused = ranks.unite([reason is not None for reason in reasons])
-    return {name: reason or "does not run on another rank" for name, reason, no in zip(classes, reasons, refused) if no}
-
-
-def _try(backend: type[AttentionBackend], task: Task, timing: Timing) -> str | None:
-    """Why it fails on a small task; None: it does not."""
-    try:
-        timing(replace(task, lengths=TRIAL_LENGTHS).prepare(backend()))
-    except Exception as error:  # whatever a kernel raises
-        return _reason(error)
-    return None
 
 
 def _reason(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Have code compiled before the first request, in every variant that a step may need."""
+"""Compilation before the first request, in every variant that a step may need."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from vllm_omni.diffusion.compute.coordination.ranks import PeerFailedError, Ranks, RanksLostError
-from vllm_omni.diffusion.compute.device.kinds import is_out_of_memory
+from vllm_omni.diffusion.compute.device.failures import is_out_of_memory
 from vllm_omni.diffusion.compute.step.pipeline import PackedPipeline, RequestState
 from vllm_omni.errors import ConfigError
 
@@ -17,9 +17,9 @@ logger = logging.getLogger(__name__)
 
 
 def run_variants(pipeline: PackedPipeline[Any], state: RequestState, ranks: Ranks) -> None:
-    """Run a step of each kind: of one sequence, of several, of several at different timesteps.
+    """Run a step with one sequence, one with several, and one with several at different timesteps.
 
-    Every rank group computes all of them. state: of two steps.
+    Every rank group computes all three. state: a new state of a request of two steps.
     """
     later = replace(state, step=state.step + 1)
     for kind in ([state], [state, state], [state, later]):
@@ -27,7 +27,7 @@ def run_variants(pipeline: PackedPipeline[Any], state: RequestState, ranks: Rank
 
 
 def compile_variants(pipeline: PackedPipeline[Any], state: RequestState, ranks: Ranks) -> None:
-    """`run_variants`, with blocks that are compiled from here on. Raises ConfigError when they do not compile."""
+    """Compile the transformer's blocks by `run_variants`. Raises ConfigError when they do not compile."""
     start = time.perf_counter()
     compiled = pipeline.compile_blocks()
     try:
@@ -36,7 +36,7 @@ def compile_variants(pipeline: PackedPipeline[Any], state: RequestState, ranks: 
         if is_out_of_memory(error) or isinstance(error, (PeerFailedError, RanksLostError)):
             raise
         logger.warning("the first compiled step failed", exc_info=True)
-        # The first line may only say that a backend raised.
+        # The first line may only name the compiler backend that raised.
         reason = " ".join([type(error).__name__, *str(error).splitlines()[:2]])
         raise ConfigError(
             f"the transformer's blocks cannot be compiled here: {reason}; --enforce-eager serves without compiling"

@@ -1,4 +1,4 @@
-"""Sizes of a text encoder that is a Qwen language model, and the weights that follow from them (no torch here)."""
+"""Sizes of a Qwen text encoder, and the weights that it must have. No torch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from vllm_omni.diffusion.catalog.folder_files import short
 from vllm_omni.diffusion.catalog.packed_info import Shares
 from vllm_omni.errors import ConfigError
 
-PLACE = "text_encoder/config.json"
+CONFIG_FILE = "text_encoder/config.json"
 EMBEDDING = "embed_tokens.weight"
 
 
 @dataclass(frozen=True)
 class LanguageModelConfig:
-    """The keys of text_encoder/config.json, in its section text_config if it has one, that the weights depend on."""
+    """Keys of text_encoder/config.json, or of its section `text_config`, that decide the shapes of the weights."""
 
     vocab_size: int
     hidden_size: int
@@ -27,27 +27,27 @@ class LanguageModelConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int | None = None
-    """None: hidden_size, divided among the attention heads."""
+    """None: hidden_size / num_attention_heads."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LanguageModelConfig:
-        """Raises ConfigError for sizes that are missing, of wrong types or do not fit one another."""
-        # The language model's own section where there is one; older configs have its keys at the top.
+        """Read a parsed config.json. Raises ConfigError for sizes that are missing, not integers, or do not divide."""
+        # Older configs have the keys of the language model at the top level.
         section = values.get("text_config") or values
         if not isinstance(section, dict):
-            raise ConfigError(f"{PLACE}: text_config takes a JSON object, got {short(section)}")
-        config = from_values(cls, section, PLACE)
+            raise ConfigError(f"{CONFIG_FILE}: text_config takes a JSON object, got {short(section)}")
+        config = from_values(cls, section, CONFIG_FILE)
         for name, count in (("hidden_size", config.hidden_size), ("num_key_value_heads", config.num_key_value_heads)):
             larger, smaller = max(count, config.num_attention_heads), min(count, config.num_attention_heads)
             if larger % smaller and (name != "hidden_size" or config.head_dim is None):
                 raise ConfigError(
-                    f"{PLACE}: {name} {count} and num_attention_heads {config.num_attention_heads} do not divide"
+                    f"{CONFIG_FILE}: {name} {count} and num_attention_heads {config.num_attention_heads} do not divide"
                 )
         return config
 
     @property
     def shares(self) -> Shares:
-        """How many ranks can share the model."""
+        """Numbers that the number of ranks must divide."""
         return Shares(
             {
                 "attention heads": self.num_attention_heads,
@@ -57,10 +57,10 @@ class LanguageModelConfig:
         )
 
     def expected_weights(self, *, has_biases: bool, has_head_norms: bool) -> ExpectedWeights:
-        """Weights up to the last layer, by their names in transformers.
+        """Shapes of the weights up to the last layer, by their names in transformers.
 
-        has_biases: queries, keys and values have biases, as in Qwen2; has_head_norms: the heads of queries and keys are
-        normalized, as in Qwen3.
+        has_biases: queries, keys and values have biases (Qwen2); has_head_norms: the heads of queries and keys are
+        normalized (Qwen3).
         """
         width, inner = self.hidden_size, self.intermediate_size
         head = self.head_dim or width // self.num_attention_heads

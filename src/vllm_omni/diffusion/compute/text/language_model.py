@@ -1,7 +1,7 @@
-"""Text encoders that are the language model of a Qwen checkpoint, shared by the ranks of a group.
+"""Text encoders that are Qwen language models, sharded over the ranks of a group.
 
-Each rank holds some heads of every attention, some features of every MLP and of the embedding. Exchanges go through the
-group, not through process groups kept in the model, so the weights outlive a broken connection.
+Each rank holds some heads of every attention, and some features of every MLP and of the embedding. Exchanges use the
+group and no process group stored in the model, so the weights stay usable after a reconnection.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def load_language_model(
     load_format: LoadFormat = "auto",
     variant: str | None = None,
 ) -> Any:
-    """`build` makes transformers' model, of layers as Qwen2's; it is filled with this rank's share of the weights.
+    """Load this rank's shard of a model that `build` makes: a model of transformers with layers like Qwen2.
 
     unread, load_format, variant: see `load_weights`. Raises ConfigError for a checkpoint that does not fit.
     """
     with torch.device("meta"):
         model = build()
-        _share(model, group)
-    # Checkpoints have been written with several names for the same module; other parts of them are not read.
+        _shard(model, group)
+    # Checkpoints differ in the prefix of the language model's names; their other parts are not read.
     names = weight_names(folder, variant, TRANSFORMERS_STEMS) if load_format == "auto" else ()
     prefix = next((name.removesuffix(EMBEDDING) for name in names if name.endswith(EMBEDDING)), "")
     load_weights(
@@ -57,13 +57,13 @@ def load_language_model(
         variant=variant,
         stems=TRANSFORMERS_STEMS,
     )
-    # Its frequencies are no weights, and stay in float32 whatever the model's dtype.
+    # The rotary frequencies are not in the checkpoint, and stay in float32 for any dtype of the model.
     model.rotary_emb = type(model.rotary_emb)(model.config).to(device)
     return model
 
 
-def _share(model: Any, group: Group) -> None:
-    """Put layers that the ranks of `group` share in place of the whole ones."""
+def _shard(model: Any, group: Group) -> None:
+    """Replace the layers of `model` by layers that are sharded over `group`."""
     embedding = model.embed_tokens
     model.embed_tokens = ColumnEmbedding(embedding.num_embeddings, embedding.embedding_dim, group)
     for layer in model.layers:

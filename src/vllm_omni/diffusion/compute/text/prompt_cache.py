@@ -1,4 +1,4 @@
-"""Encodings last used: pictures of one prompt, everybody's negative prompt, and input pictures encode once."""
+"""Cache of recent encodings, so that repeated prompts, negative prompts and input pictures are encoded once."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def _itself(value: Hashable) -> Hashable:
 
 
 class PromptCache(Generic[Input]):
-    """Least recently used first out, bounded by the bytes of the tensors it holds.
+    """Cache that drops the least recently used encoding when its tensors exceed `max_bytes`.
 
-    key_of: what is kept to know an input again, where the input itself is large.
+    key_of: hashable key of an input, for inputs too large to keep.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class PromptCache(Generic[Input]):
         self.num_bytes = 0
 
     def __call__(self, value: Input) -> Tensor:
-        """The encoding of `value`, a prompt or what else `encode` takes; the caller must not change it."""
+        """Encoding of `value`, any input of `encode`; the caller must not change the tensor."""
         key = self._key_of(value)
         if key in self._entries:
             self._entries.move_to_end(key)

@@ -1,4 +1,4 @@
-"""Loading of a model's tokenizer, which transformers reads (no torch at import)."""
+"""Loading of a model's tokenizer with transformers. Importing this module imports no torch."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from vllm_omni.errors import ConfigError, error_line
 
 
 def load_tokenizer(folder: Path, cls: type[Any] | None = None) -> Any:
-    """transformers' tokenizer in `folder`, of the class `cls`; None: of the class that the folder names.
+    """Tokenizer in `folder`, of the class `cls`; None: the class that the folder names.
 
-    Raises ConfigError, with the reason, where it cannot be read and where its vocabulary is empty.
+    Raises ConfigError, with the reason, when it cannot be read or its vocabulary is empty.
     """
-    # Lazy: transformers imports torch, and `--help` and validation must not.
+    # Imported here because transformers imports torch, which `--help` and validation must not.
     from transformers import AutoTokenizer
 
     try:
         tokenizer = (cls or AutoTokenizer).from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # files that are wrong in another way end in errors of any class
+    except Exception as error:  # wrong files may raise anything
         raise ConfigError(f"{folder.name}/: transformers cannot load the tokenizer: {error_line(error)}") from error
     if len(tokenizer) == len(tokenizer.get_added_vocab()):
         raise ConfigError(f"{folder.name}/: the {type(tokenizer).__name__} has an empty vocabulary")

@@ -1,1 +1,1 @@
-"""Decoding of latents to pictures: tiles, sharing between ranks, memory layout."""
+"""Decode of latents to pictures: batches, tiles that ranks share, memory layout."""

@@ -1,7 +1,7 @@
-"""Decoders of diffusers' AutoencoderKL in channels-last memory, where convolutions are fastest.
+"""Channels-last memory for decoders of diffusers' AutoencoderKL; convolutions are fastest in it.
 
-PyTorch's group norm copies such memory there and back, which costs more than the convolutions gain: every norm is
-replaced by one that does not, and takes the SiLU behind it along.
+PyTorch's group norm copies a channels-last tensor to contiguous memory and back, which costs more than the convolutions
+gain. Therefore every norm is replaced by a fused one, which keeps the layout and includes the SiLU after it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vllm_omni.diffusion.compute.layers.kernels import Kernels
 
 
 class GroupNorm(nn.Module):
-    """`norm`, with its weights under their names, and SiLU of it."""
+    """Fused group norm with optional SiLU; its weights have the same names as those of `norm`."""
 
     def __init__(self, norm: nn.GroupNorm, kernels: Kernels, silu: bool) -> None:
         super().__init__()
@@ -24,12 +24,12 @@ class GroupNorm(nn.Module):
         self.kernels, self.silu = kernels, silu
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [N, C, ...] -> the same."""
+        """x: [N, C, ...] -> [N, C, ...] in the same memory layout."""
         return self.kernels.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, self.silu)
 
 
 def put_channels_last(decoder: Decoder, kernels: Kernels) -> None:
-    """In place. A convolution whose weights are channels-last reads and writes pictures so, whatever it is given."""
+    """Change `decoder` in place. A convolution with channels-last weights converts its input to that layout."""
     decoder.to(memory_format=torch.channels_last)
     for block in decoder.modules():
         if isinstance(block, ResnetBlock2D):

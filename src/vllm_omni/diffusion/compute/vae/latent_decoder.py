@@ -1,4 +1,4 @@
-"""From the latents of many pictures to pixels: batches of one size, or tiles that ranks share."""
+"""Decode of the latents of several pictures: in batches of one size, or in tiles that ranks share."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from vllm_omni.diffusion.compute.vae.shared_decode import SharedDecoder
 from vllm_omni.diffusion.compute.vae.tiles import Tiling
 
 MAX_BATCH_PIXELS = 2**20
-"""Pixels decoded as one batch; larger batches gain nothing and cost memory."""
+"""Most pixels of a batch of several pictures; larger batches gain nothing and cost memory."""
 
 
 class LatentDecoder:
-    """Decodes scaled latents with one of diffusers' VAEs; rounding follows its VaeImageProcessor.
+    """Decoder of scaled latents with a VAE of diffusers; pixels are rounded as in its VaeImageProcessor.
 
-    one_at_a_time: never hold more than one picture (less memory). group: its ranks share each call, which makes the
-    pictures that one rank makes with the VAE's tiling enabled.
+    one_at_a_time: decode each picture by itself (less memory). group: ranks that share each call; the pictures equal
+    those of one rank with the VAE's tiling enabled.
     """
 
     def __init__(
@@ -42,9 +42,9 @@ class LatentDecoder:
         self._shared = SharedDecoder(vae, decode_tile, tiling, scale, group) if group.size > 1 else None
 
     def __call__(self, latents: Sequence[Tensor]) -> list[Picture]:
-        """latents: [1, channels, ..., height / scale, width / scale] of each picture -> uint8 [height, width, 3].
+        """Decode [1, channels, ..., height / scale, width / scale] of each picture to uint8 [height, width, 3].
 
-        All ranks of the group must call with the same latents; the pictures come on its first rank, [] on the others.
+        All ranks of the group call this with the same latents; the first returns the pictures, the others [].
         """
         if self._shared is None:
             return [picture for batch in self._batches(latents) for picture in self._decode(batch)]
@@ -52,7 +52,7 @@ class LatentDecoder:
         return [picture for call in calls for pixels in self._shared(call) for picture in to_pictures(pixels)]
 
     def _batches(self, latents: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Neighbours of one size together."""
+        """Batches of consecutive latents of one size."""
         for (height, width), run in groupby(latents, key=lambda x: x.shape[-2:]):
             most = 1 if self._one_at_a_time else max(1, MAX_BATCH_PIXELS // (height * width * self._scale**2))
             yield from torch.cat(list(run)).split(most)
@@ -62,7 +62,7 @@ class LatentDecoder:
 
 
 def to_pictures(pixels: Tensor) -> list[Picture]:
-    """[pictures, 3, ..., height, width] in [-1, 1], with nothing or 1 in between -> uint8 [height, width, 3] each."""
+    """Convert [pictures, 3, (1,) height, width] in [-1, 1] to uint8 [height, width, 3] for each picture."""
     pixels = pixels.reshape(len(pixels), 3, *pixels.shape[-2:])
     finite = each_is_finite(pixels)
     pixels = (pixels * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float()

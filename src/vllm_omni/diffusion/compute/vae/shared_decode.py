@@ -1,4 +1,4 @@
-"""One VAE decode shared by ranks: each decodes some tiles, the first blends them, as diffusers' `tiled_decode` does."""
+"""A VAE decode shared by ranks: each decodes some tiles, and the first blends them like diffusers' `tiled_decode`."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ import torch
 from torch import Tensor
 
 from vllm_omni.diffusion.compute.distributed.groups import Group
-from vllm_omni.diffusion.compute.vae.tiles import Tile, Tiling, cut, deal
+from vllm_omni.diffusion.compute.vae.tiles import Tile, Tiling, assign_tiles, split_into_tiles
 
 RGB = 3
 
 
 class TiledVae(Protocol):
-    """What diffusers' VAEs that decode tiles have in common."""
+    """Common interface of diffusers' VAEs that decode tiles."""
 
     dtype: torch.dtype
     device: torch.device
 
     def blend_v(self, a: Tensor, b: Tensor, blend_extent: int) -> Tensor:
-        """Fade the top of `b`, in place, into the bottom of `a`."""
+        """Blend the top of `b`, in place, with the bottom of `a`."""
         ...
 
     def blend_h(self, a: Tensor, b: Tensor, blend_extent: int) -> Tensor:
-        """The same for the left of `b` and the right of `a`."""
+        """Blend the left side of `b`, in place, with the right side of `a`."""
         ...
 
 
 class SharedDecoder:
-    """Decodes tiles of the VAE's own size whatever the number of ranks, so that pixels do not depend on it.
+    """Decoder of tiles of the VAE's own tile size, so that pixels do not depend on the number of ranks.
 
-    A picture that fits one tile is decoded whole by one rank. Several pictures are dealt out together.
+    A picture that fits into one tile is decoded by one rank. The tiles of several pictures are shared together.
     """
 
     def __init__(
         self, vae: TiledVae, decode: Callable[[Tensor], Tensor], tiling: Tiling, scale: int, group: Group
     ) -> None:
-        """decode: from the latents of a tile to its pixels; scale: pixels a side of a latent pixel."""
+        """decode: converts the latents of a tile to pixels; scale: side of a latent pixel, in pixels."""
         self._vae = vae
         self._decode_tile = decode
         self._tiling = tiling
@@ -47,12 +47,12 @@ class SharedDecoder:
         self._group = group
 
     def __call__(self, latents: Sequence[Tensor]) -> list[Tensor]:
-        """latents: [1, channels, ..., height / scale, width / scale] of each picture, the same on all ranks.
+        """Decode [1, channels, ..., height / scale, width / scale] of each picture, the same on all ranks.
 
-        -> [1, 3, ..., height, width] of each on the group's first rank, nothing on the others.
+        Returns [1, 3, ..., height, width] of each picture on the group's first rank, [] on the others.
         """
-        pictures = [cut(index, z.shape[-2], z.shape[-1], self._tiling) for index, z in enumerate(latents)]
-        shares = deal([tile for tiles in pictures for tile in tiles], self._group.size)
+        pictures = [split_into_tiles(index, z.shape[-2], z.shape[-1], self._tiling) for index, z in enumerate(latents)]
+        shares = assign_tiles([tile for tiles in pictures for tile in tiles], self._group.size)
         mine = [self._decode_tile(_cut_out(latents[tile.picture], tile)) for tile in shares[self._group.rank]]
         decoded = self._collect(shares, mine, latents[0].shape[2:-2])
         return [self._blend(tiles, decoded) for tiles in pictures] if self._group.rank == 0 else []
@@ -60,9 +60,9 @@ class SharedDecoder:
     def _collect(
         self, shares: Sequence[Sequence[Tile]], mine: Sequence[Tensor], between: Sequence[int]
     ) -> dict[Tile, Tensor]:
-        """The pixels of all tiles on the first rank; of its own on another.
+        """Pixels of all tiles on the first rank; on the others, of their own tiles.
 
-        between: the latents' dims between channels and height.
+        between: dims of the latents between channels and height.
         """
         group = self._group
         decoded = dict(zip(shares[group.rank], mine, strict=True))
@@ -84,7 +84,7 @@ class SharedDecoder:
         return RGB * tile.height * tile.width * self._scale**2
 
     def _blend(self, tiles: Sequence[Tile], decoded: Mapping[Tile, Tensor]) -> Tensor:
-        """One picture. Each tile fades into the one above, then into the one on its left, over their overlap."""
+        """One picture: each tile is blended with the tile above, then with the tile on its left, where they overlap."""
         if len(tiles) == 1:
             return decoded[tiles[0]]
         vae, tiling, scale = self._vae, self._tiling, self._scale

@@ -1,4 +1,4 @@
-"""Pictures as overlapping tiles that ranks decode apart: the arithmetic, in latent pixels."""
+"""Overlapping tiles of a picture, and their assignment to ranks. All lengths are in latent pixels. No torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Tiling:
-    """Sides of a tile, and how far the next one below or to the right begins; what lies between overlaps."""
+    """Height and width of a tile, and the distances of neighbouring tiles; tiles overlap by the difference."""
 
     height: int
     width: int
@@ -18,7 +18,7 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Tile:
-    """A rectangle of a picture; those at the lower and right edge may be smaller than the tiling says."""
+    """A rectangle of a picture. At the lower and right edges tiles may be smaller than those of the tiling."""
 
     picture: int
     row: int
@@ -29,8 +29,8 @@ class Tile:
     width: int
 
 
-def cut(picture: int, height: int, width: int, tiling: Tiling) -> list[Tile]:
-    """The tiles of a picture of this size, row by row, as diffusers cuts it: one where it fits a tile."""
+def split_into_tiles(picture: int, height: int, width: int, tiling: Tiling) -> list[Tile]:
+    """Tiles of a picture of this size, row by row, as in diffusers; a picture that fits into a tile is one tile."""
     if height <= tiling.height and width <= tiling.width:
         return [Tile(picture, 0, 0, 0, 0, height, width)]
     return [
@@ -40,10 +40,10 @@ def cut(picture: int, height: int, width: int, tiling: Tiling) -> list[Tile]:
     ]
 
 
-def deal(tiles: Sequence[Tile], num_ranks: int) -> list[list[Tile]]:
-    """The tiles of each rank, of about the same area: the largest first, each to whoever has least.
+def assign_tiles(tiles: Sequence[Tile], num_ranks: int) -> list[list[Tile]]:
+    """Tiles of each rank, with about equal areas: each tile, the largest first, goes to the rank with the least area.
 
-    Ranks that find nothing left get none; the first rank always has one.
+    With fewer tiles than ranks the last ranks get none; the first rank always has a tile.
     """
     shares: list[list[Tile]] = [[] for _ in range(num_ranks)]
     areas = [0] * num_ranks

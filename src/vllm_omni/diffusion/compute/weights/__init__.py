@@ -1,1 +1,1 @@
-"""Loading of weights, and random weights in their place."""
+"""Loading of weights from safetensors files, and random weights."""

@@ -1,7 +1,7 @@
-"""Random weights in place of a checkpoint's (`--load-format dummy`): for measuring a model whose weights are not there.
+"""Random weights (`--load-format dummy`), to measure a model without its checkpoint.
 
-A weight depends on its name in the checkpoint, its whole shape, its dtype and the kind of device. So runs repeat, ranks
-agree on what all of them hold, and shares of a weight are cut from the same whole.
+A weight depends on its name in the checkpoint, its full shape, its dtype and the kind of device. So every run has the
+same weights, and the shards of all ranks are parts of the same weight.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ STD = 0.02
 
 
 def dummy_weight(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Normal, of deviation 0.02 around 0, or around 1 for the scales of norms."""
+    """Random normal weight with standard deviation 0.02 and mean 0; for the scale of a norm, mean 1."""
     seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest())
     noise = torch.empty(shape, dtype=dtype, device=device)
     noise.normal_(std=STD, generator=torch.Generator(device).manual_seed(seed))

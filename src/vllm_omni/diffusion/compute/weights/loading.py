@@ -1,5 +1,7 @@
-"""Weights from safetensors files into modules, one tensor at a time: nothing is held twice or unpickled, and of
-a module that ranks share each reads its part alone. Or random weights in their place."""
+"""Loading of safetensors files into modules, one tensor at a time, so that no weight is held twice.
+
+Each rank reads only its shard of a module that ranks share.
+"""
 
 from __future__ import annotations
 
@@ -26,43 +28,43 @@ from vllm_omni.diffusion.data import LoadFormat
 from vllm_omni.errors import ConfigError, error_line
 
 OnBytes = Callable[[int], object]
-"""Told how many bytes of weights were read since the last call."""
+"""Callback with the number of weight bytes read since its last call."""
 
 
 def weight_names(folder: Path, variant: str | None = None, stems: Stems = STEMS) -> list[str]:
-    """Names in a component's files, read from their headers."""
+    """Names of the weights in the files of a component, from the file headers."""
     return list(stored_weights(folder, variant, stems))
 
 
 @dataclass(frozen=True)
-class Slot:
-    """Where a tensor of the checkpoint goes, and which part of it."""
+class WeightTarget:
+    """Destination of a tensor of the checkpoint, and the shard of the tensor that goes there."""
 
-    target: Tensor
+    tensor: Tensor
     cut_dim: int | None = None
-    """The dim of which only the share `rank` of `num_ranks` equal ones is taken; None: all of the tensor."""
+    """Dim that is cut into `num_ranks` equal shards, of which `rank` is read; None: the whole tensor is read."""
     rank: int = 0
     num_ranks: int = 1
     scale: Tensor | None = None
-    """float32 [rows of the target, 1]: of a target in float8, that of each row; None: the target is as stored."""
+    """Destination of the scales when `tensor` is float8, float32 [rows of `tensor`, 1]; None: no float8."""
 
     @property
     def whole_shape(self) -> tuple[int, ...]:
-        """What the checkpoint must have."""
-        return tuple(n * self.num_ranks if dim == self.cut_dim else n for dim, n in enumerate(self.target.shape))
+        """Shape that the checkpoint must have."""
+        return tuple(n * self.num_ranks if dim == self.cut_dim else n for dim, n in enumerate(self.tensor.shape))
 
     def fill(self, stored: Any) -> int:
-        """Read from `stored`, a tensor or its slice of a safetensors file, what this slot takes -> its bytes."""
-        part: Tensor = stored[self._taken()]
+        """Read this shard of `stored`, a tensor or a slice of a safetensors file. Returns the bytes read."""
+        part: Tensor = stored[self._shard()]
         if self.scale is None:
-            self.target.copy_(part)
+            self.tensor.copy_(part)
         else:
-            for target, source in zip((self.target, self.scale), quantize(part), strict=True):
-                target.copy_(source)
+            for destination, source in zip((self.tensor, self.scale), quantize(part), strict=True):
+                destination.copy_(source)
         return part.nbytes
 
-    def _taken(self) -> tuple[slice, ...]:
-        share = [slice(self.rank * n, (self.rank + 1) * n) for n in self.target.shape]
+    def _shard(self) -> tuple[slice, ...]:
+        share = [slice(self.rank * n, (self.rank + 1) * n) for n in self.tensor.shape]
         return tuple(part if dim == self.cut_dim else slice(None) for dim, part in enumerate(share))
 
 
@@ -82,55 +84,55 @@ def load_weights(
 ) -> None:
     """Move `module`, built on the meta device, to `device` and fill it from the checkpoint in `folder`.
 
-    Modules that are `Sharded` read their rank's share alone. names: see `checkpoint_slots`. prefix: what the names of
-    the module's weights begin with in the checkpoint; weights of other names are not read. unread: nor are those whose
-    name goes on with one of these. float8: the last names of the layers whose weights are kept in float8, rounded as
-    they are read. With the format `dummy` no file is read. variant, stems: see `choose_names`.
-    Raises ConfigError when the checkpoint lacks a weight, has one too many, or one of another shape or of no
-    floating-point type, before it reads any; and when `device` does not compute the float8 layers.
+    `Sharded` modules read the shard of their rank. names: see `weight_targets`. prefix: start of the names of the
+    module's weights in the checkpoint; other weights are not read. unread: starts of names, after the prefix, of
+    further weights that are not read. float8: last names of the layers whose weights are rounded to float8 when they
+    are read. load_format: with `dummy` no file is read. variant, stems: see `choose_names`.
+    Raises ConfigError, before it reads a weight, when the checkpoint lacks a weight or has one that the module lacks,
+    or one with another shape or without a floating-point type; also when `device` does not support float8 layers.
     """
-    nn.Module.to(module, dtype)  # diffusers' own `to` warns of every dtype
+    nn.Module.to(module, dtype)  # the `to` of diffusers warns about any dtype
     keep_in_float8(module, float8, device)
     module.to_empty(device=device)
-    slots = checkpoint_slots(module, names)
+    targets = weight_targets(module, names)
     if load_format == "dummy":
-        for name, slot in slots.items():
-            on_bytes(slot.fill(dummy_weight(name, slot.whole_shape, dtype, device)))
+        for name, target in targets.items():
+            on_bytes(target.fill(dummy_weight(name, target.whole_shape, dtype, device)))
     else:
         stored = {
             name: weight
             for name, weight in stored_weights(folder, variant, stems).items()
             if name.startswith(prefix) and not name.removeprefix(prefix).startswith(unread)
         }
-        slots = {prefix + name: slot for name, slot in slots.items()}
-        _check_fit(slots, stored, folder)
-        _read_weights(slots, stored, folder.parent, on_bytes, device)
+        targets = {prefix + name: target for name, target in targets.items()}
+        _check_fit(targets, stored, folder)
+        _read_weights(targets, stored, folder.parent, on_bytes, device)
     module.requires_grad_(False).eval()
 
 
-def _check_fit(slots: Mapping[str, Slot], stored: Mapping[str, StoredWeight], folder: Path) -> None:
-    """Raise ConfigError, with the first difference, where `stored` is not what `slots` take."""
+def _check_fit(targets: Mapping[str, WeightTarget], stored: Mapping[str, StoredWeight], folder: Path) -> None:
+    """Raise ConfigError with the first difference between `stored` and `targets`."""
     for name, weight in stored.items():
-        if name not in slots:
+        if name not in targets:
             raise ConfigError(f"{weight.file} has a weight that the model does not take: {name}")
-        if weight.shape != (expected := slots[name].whole_shape):
+        if weight.shape != (expected := targets[name].whole_shape):
             raise ConfigError(f"{weight.file}: {name} has shape {weight.shape}, expected {expected}")
-    check_none_missing(folder.name, [name for name in slots if name not in stored])
+    check_none_missing(folder.name, [name for name in targets if name not in stored])
     check_types(folder.name, stored)
 
 
 def _read_weights(
-    slots: Mapping[str, Slot],
+    targets: Mapping[str, WeightTarget],
     stored: Mapping[str, StoredWeight],
     root: Path,
     on_bytes: OnBytes,
     device: torch.device,
 ) -> None:
-    """Fill `slots` from the files in the model folder `root`."""
+    """Fill `targets` from the files in the model folder `root`."""
     for file, names in groupby(stored, lambda name: stored[name].file):
         with safe_open(root / file, framework="pt", device=str(device)) as weights:
             for name in names:
-                on_bytes(slots[name].fill(weights.get_slice(name)))
+                on_bytes(targets[name].fill(weights.get_slice(name)))
 
 
 def load_autoencoder(
@@ -142,7 +144,7 @@ def load_autoencoder(
     load_format: LoadFormat,
     variant: str | None = None,
 ) -> Any:
-    """diffusers' autoencoder of the class `cls`; what of it is not needed can go before it is moved to `device`."""
+    """Load diffusers' autoencoder of class `cls`: on the CPU, or with `dummy` on `device`."""
     if load_format == "dummy":
         with torch.device("meta"):
             vae = cls.from_config(cls.load_config(folder))
@@ -156,9 +158,9 @@ def load_autoencoder(
         vae, differences = cls.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, variant=chosen, output_loading_info=True
         )
-    except Exception as error:  # a config of wrong values ends in errors of any class
+    except Exception as error:  # a config with wrong values may raise anything
         raise ConfigError(f"{folder.name}/: diffusers cannot load the {cls.__name__}: {error_line(error)}") from error
-    # diffusers leaves weights that are not there random, and tells so in the log alone.
+    # diffusers fills missing weights with random numbers and only logs a warning.
     check_none_missing(folder.name, sorted(differences["missing_keys"]))
     if unexpected := sorted(differences["unexpected_keys"]):
         raise ConfigError(f"{folder.name}/ has a weight that the model does not take: {unexpected[0]}")
@@ -166,16 +168,16 @@ def load_autoencoder(
     return vae.requires_grad_(False).eval()
 
 
-def checkpoint_slots(module: nn.Module, names: Mapping[str, tuple[str, ...]]) -> dict[str, Slot]:
-    """Checkpoint name -> the part of a parameter that holds it.
+def weight_targets(module: nn.Module, names: Mapping[str, tuple[str, ...]]) -> dict[str, WeightTarget]:
+    """Target of each weight, by its name in the checkpoint.
 
-    `names` maps a module's name, or the end of it, to the checkpoint's modules that it holds one after another
-    along dim 0 (of a `Sharded` one: the share of each); other modules have their own names in the checkpoint.
+    names: for a module that holds several modules of the checkpoint, concatenated along dim 0 (or their shards): the
+    end of its name -> their names. Other modules have the same name in the checkpoint.
     """
-    return dict(_slots(module, names))
+    return dict(_named_targets(module, names))
 
 
-def _slots(module: nn.Module, names: Mapping[str, tuple[str, ...]]) -> Iterator[tuple[str, Slot]]:
+def _named_targets(module: nn.Module, names: Mapping[str, tuple[str, ...]]) -> Iterator[tuple[str, WeightTarget]]:
     for full_name, parameter in module.named_parameters():
         path, _, kind = full_name.rpartition(".")
         ours = next((name for name in names if path == name or path.endswith("." + name)), path)
@@ -187,8 +189,8 @@ def _slots(module: nn.Module, names: Mapping[str, tuple[str, ...]]) -> Iterator[
             scales = owner.scale.chunk(len(theirs))
         for name, part, scale in zip(theirs, parameter.data.chunk(len(theirs)), scales, strict=True):
             if isinstance(owner, Sharded) and kind in owner.cut_dims:
-                slot = Slot(part, owner.cut_dims[kind], owner.group.rank, owner.group.size, scale)
+                target = WeightTarget(part, owner.cut_dims[kind], owner.group.rank, owner.group.size, scale)
             else:
-                slot = Slot(part, scale=scale)
-            # A parameter of the module itself has no path.
-            yield f"{prefix}{name}.{kind}".removeprefix("."), slot
+                target = WeightTarget(part, scale=scale)
+            # A parameter of `module` itself has an empty path.
+            yield f"{prefix}{name}.{kind}".removeprefix("."), target

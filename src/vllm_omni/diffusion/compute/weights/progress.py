@@ -1,4 +1,4 @@
-"""Progress of loading weights, on standard error."""
+"""Progress bar for the loading of weights, on standard error."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from vllm_omni.logs.bars import progress_bar
 
 
 class WeightsBar:
-    """Counts the bytes and seconds of loading a model folder while showing them."""
+    """Progress bar that also counts the bytes and seconds of loading a model folder."""
 
     def __init__(self, path: Path, shown: bool) -> None:
         self.num_bytes = 0
         self.seconds = 0.0
         self._start = time.perf_counter()
-        # At most: what the model does not use, or what other ranks hold, is not read.
+        # An upper bound: unused weights, and shards of other ranks, are not read.
         total = sum(file.stat().st_size for file in path.glob("*/*.safetensors"))
         self._bar = progress_bar(total, "loading weights", shown=shown, unit="B", unit_scale=True)
 

@@ -1,4 +1,4 @@
-"""Comparison of a library's model with its weight files before memory is spent on it."""
+"""Comparison of a diffusers or transformers model with its weight files, before memory is allocated for it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from vllm_omni.diffusion.catalog.weight_headers import StoredWeight
 from vllm_omni.errors import ConfigError
 
 MOST_PACKED = 8
-"""Numbers of a model that one stored number may hold: a quantized model keeps 8 of 4 bits in an int32."""
+"""Most parameters in one stored number: a quantized model packs 8 parameters of 4 bits into an int32."""
 MOST_TABLES = 2**28
-"""Numbers in tables that a model computes and no file holds, such as those of positions: 1 GiB in float32."""
+"""Most numbers in tables that a model computes, such as position tables; files do not hold them. 1 GiB in float32."""
 
 
 def check_stored_shapes(cls: type[Any], folder: Path, stored: Mapping[str, StoredWeight]) -> None:
-    """Raise ConfigError where the weights `stored` do not fit a model of the class `cls` with the folder's config.json.
+    """Raise ConfigError when the weights `stored` do not fit a model of class `cls` with the folder's config.json.
 
-    The model is built without memory, where its class allows that. Weights that are missing or have another name are
-    left to the loading, but a model that is far larger than its files is refused: the libraries would fill it with
+    The model is built without memory; a class that does not allow that is not checked. Missing and renamed weights are
+    reported by the loading. A model far larger than its files is refused here, because the libraries would fill it with
     random numbers.
     """
     built = _build_without_memory(cls, folder)
@@ -49,8 +49,8 @@ def check_stored_shapes(cls: type[Any], folder: Path, stored: Mapping[str, Store
 def _build_without_memory(cls: type[Any], folder: Path) -> tuple[nn.Module, bool] | None:
     """The model on the meta device, and whether its weights are stored quantized.
 
-    None: it cannot be built so. Some classes look at values of their tensors; of a config of wrong values the loading
-    says more. Raises ConfigError for a weight that is larger than any memory.
+    None: it cannot be built there, because its class reads tensor values or because config.json has wrong values, which
+    the loading reports better. Raises ConfigError for a weight that is larger than any memory.
     """
     try:
         if issubclass(cls, transformers.PreTrainedModel):
@@ -60,14 +60,14 @@ def _build_without_memory(cls: type[Any], folder: Path) -> tuple[nn.Module, bool
         values = cls.load_config(folder, local_files_only=True)
         with torch.device("meta"):
             return cls.from_config(values), "quantization_config" in values
-    except Exception as error:  # of any class, as the libraries do not check their configs
+    except Exception as error:  # the libraries do not check their configs and may raise anything
         if "overflow" in str(error):  # torch counts a tensor's bytes in 64 bits
             raise ConfigError(f"{folder.name}/config.json: no memory could hold the {cls.__name__}: {error}") from error
         return None
 
 
 def _fits(cls: type[Any], stored: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    """Whether a weight can be loaded: transformers transposes some of them on the way."""
+    """Whether a weight can be loaded; transformers transposes some weights while it loads them."""
     if issubclass(cls, transformers.PreTrainedModel):
         return sorted(stored) == sorted(expected)
     return stored == expected

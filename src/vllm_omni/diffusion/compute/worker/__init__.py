@@ -1,1 +1,1 @@
-"""Worker processes: one for each rank, which runs the steps that it is sent."""
+"""Worker processes: one for each rank. A worker executes the plans that the engine sends."""

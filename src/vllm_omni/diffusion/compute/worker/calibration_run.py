@@ -1,4 +1,4 @@
-"""Run requests on one device, step by step, and watch how much the steps differ."""
+"""Calibration of TeaCache: run requests step by step and record how much each step changes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from vllm_omni.diffusion.messages.request import DiffusionRequest
 
 @torch.inference_mode()
 def measure_changes(runner: ModelRunner, requests: Sequence[DiffusionRequest]) -> list[Change]:
-    """Of every guidance branch of every request, from step to step. Raises what the model raises."""
+    """Changes from step to step of every guidance branch of `requests`. Raises any error of the model."""
     pipeline = runner.pipeline
-    pipeline.step_cache = capturer = ChangeRecorder(Group.alone())
+    pipeline.step_cache = recorder = ChangeRecorder(Group.alone())
     for request in requests:
         state = pipeline.encode(request)
         for _ in range(request.num_inference_steps):
@@ -24,4 +24,4 @@ def measure_changes(runner: ModelRunner, requests: Sequence[DiffusionRequest]) -
             pipeline.advance(state, branches)
             state.settle()
         pipeline.forget(state)
-    return capturer.changes
+    return recorder.changes

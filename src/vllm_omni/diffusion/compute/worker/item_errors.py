@@ -1,4 +1,4 @@
-"""Why one request failed, as the engine is told."""
+"""Errors of single requests, in the form that the engine gets."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import traceback
 import torch
 
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
-from vllm_omni.diffusion.compute.device.kinds import is_out_of_memory
+from vllm_omni.diffusion.compute.device.failures import is_out_of_memory
 from vllm_omni.diffusion.messages.plan import ItemError
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.errors import InvalidRequestError, ModerationBlockedError
 
 LARGEST_USUAL_GUIDANCE = 100.0
-"""Guidance scales beyond this are taken for the cause of values that are not finite; models are used up to about 30."""
+"""A larger guidance scale is reported as the cause of values that are not finite. Usual scales are below 30."""
 LARGEST_USUAL_LORA_SCALE = 10.0
-"""Adapter scales beyond this are taken for the cause of values that are not finite; adapters are used up to about 2."""
+"""A larger adapter scale is reported as the cause of values that are not finite. Usual scales are below 2."""
 
 
 def item_error(error: Exception) -> ItemError:
-    """The ItemError for what was raised while one request ran."""
+    """The ItemError for an exception that was raised while one request ran; called while it is handled."""
     if is_out_of_memory(error):
         reason = str(error).partition("\n")[0]
         message = f"the device ran out of memory on this request: {reason}"
@@ -34,8 +34,7 @@ def item_error(error: Exception) -> ItemError:
 def not_finite_error(request: DiffusionRequest, info: ModelInfo, dtype: torch.dtype) -> ItemError:
     """The ItemError for a request whose latents or pixels are NaN or infinite.
 
-    A parameter far beyond what models are used with is taken for the cause, then float16, whose largest number is
-    65504; otherwise the cause is not known.
+    The reported cause is a guess: a parameter far above usual values, else float16, whose largest number is 65504.
     """
     for name, value, largest in _scales(request, info):
         if abs(value) > largest:
@@ -50,7 +49,7 @@ def not_finite_error(request: DiffusionRequest, info: ModelInfo, dtype: torch.dt
 
 
 def _scales(request: DiffusionRequest, info: ModelInfo) -> list[tuple[str, float, float]]:
-    """Name, value and largest usual value of what multiplies the model's values, in the caller's terms."""
+    """Name, value and largest usual value of each scale of the request, as the caller gave it."""
     guidance, scales, is_whole = info.guidance, [], info.served_by == "diffusers"
     if is_whole or request.has_guidance:
         scales.append((guidance.parameter, request.true_cfg_scale - guidance.offset, LARGEST_USUAL_GUIDANCE))

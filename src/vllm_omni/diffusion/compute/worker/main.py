@@ -1,9 +1,9 @@
 """A worker process: `python -m vllm_omni.diffusion.compute.worker.main --socket-fd N --parent-pid P`.
 
-The parent's end of the socket is also the lifeline: when it closes, for whatever reason, the worker ends. Where a
-child that the parent forked holds a copy of that end, the kernel ends the worker with its parent (`parent_death.py`).
-A thread of its own takes messages off the socket while a step runs, so an abort overtakes the plans that were
-sent before it, and says meanwhile that the worker lives.
+The worker ends when the parent's end of the socket closes. If a forked child of the parent keeps a copy of that end
+open, the kernel ends the worker with its parent (`parent_death.py`).
+A separate thread receives messages while a step runs, so an abort overtakes plans that were sent before it. The same
+thread sends beats, which show that the worker is alive.
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ from vllm_omni.processes.parent_death import die_with_parent
 DEFAULT_RUNNER = "vllm_omni.diffusion.compute.worker.main:make_model_runner"
 
 
-def make_model_runner(config: OmniDiffusionConfig, place: RankInfo) -> Runner:
+def make_model_runner(config: OmniDiffusionConfig, rank_info: RankInfo) -> Runner:
     from vllm_omni.diffusion.catalog.registry import load_model_info
     from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 
-    return ModelRunner(config, load_model_info(config.model, config.load_format), place)
+    return ModelRunner(config, load_model_info(config.model, config.load_format), rank_info)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="A worker process of the engine; not for use by hand.")
     parser.add_argument("--socket-fd", type=int, required=True, help="the worker's end of the channel")
-    parser.add_argument("--parent-pid", type=int, required=True, help="the worker ends when this process has")
+    parser.add_argument("--parent-pid", type=int, required=True, help="the worker ends when this process ends")
     parser.add_argument("--runner", default=DEFAULT_RUNNER, help="module:function that makes a Runner")
     parser.add_argument("--preload", action="append", default=[], help="module to import before the first message")
-    parser.add_argument("--name", default="worker", help="of this worker in its log lines")
+    parser.add_argument("--name", default="worker", help="name of this worker in its log lines")
     options = parser.parse_args(arguments)
     serve_parent(options.name, options.socket_fd, options.parent_pid, options.runner, options.preload)
 
@@ -68,83 +68,79 @@ def main(arguments: list[str] | None = None) -> None:
 def serve_parent(
     name: str, socket_fd: int, parent_pid: int, runner_name: str = DEFAULT_RUNNER, preload: Sequence[str] = ()
 ) -> NoReturn:
-    """Be a worker until the parent or the process ends.
+    """Run a worker in this process until the parent ends.
 
-    `preload`: modules to import before the parent's first message, which may come late.
+    preload: modules to import while the parent's first message has not come yet.
     """
     die_with_parent(parent_pid)
     fill_standard_descriptors()
     streams = QueuedStreams()
-    streams.install()  # before the libraries that keep sys.stderr
-    # The parent decides when a worker ends; a Ctrl-C or a service manager that signals the whole group must
-    # not take it from a parent that is finishing its requests.
+    streams.install()  # first: some libraries keep a reference to sys.stderr
+    # The parent ends its workers. A signal to the whole process group (Ctrl-C, a service manager) must not end them
+    # while the parent finishes its requests.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(format=f"%(levelname)s %(asctime)s [vllm-omni {name}] %(message)s")
     keep_compiled_code()
     channel: BlockingChannel[ToWorker] = BlockingChannel(socket.socket(fileno=socket_fd), ToWorker)
-    ending = Ending(channel, streams)
+    process_exit = ProcessExit(channel, streams)
     try:
         logging.getLogger("vllm_omni").setLevel(logging_level())
         for module in preload:
             import_module(module)
-        run_worker(channel, runner_name, ending)
-    except EOFError:  # the parent is gone before it said anything
+        run_worker(channel, runner_name, process_exit)
+    except EOFError:  # the parent ended before its first message
         streams.leave(0)
-    except Exception as error:  # whatever it was, the parent must hear of it
-        ending.die(error)
+    except Exception as error:  # the parent must learn of any error
+        process_exit.report(error)
 
 
-class Ending:
-    """The ways a worker process ends by itself. Queued log lines are written first."""
+class ProcessExit:
+    """Ways in which a worker process ends itself, after its queued log lines are written."""
 
     def __init__(self, channel: BlockingChannel[ToWorker], streams: QueuedStreams) -> None:
         self._channel = channel
         self._streams = streams
 
-    def die(self, error: Exception) -> NoReturn:
-        """Tell the parent of `error`, which is being handled, and end."""
-        with contextlib.suppress(OSError):  # the parent may be gone
+    def report(self, error: Exception) -> NoReturn:
+        """Send `error`, which is being handled, to the parent and end."""
+        with contextlib.suppress(OSError):  # the parent may have ended
             self._channel.send(Died(str(error), traceback.format_exc(), isinstance(error, ConfigError)))
         self._streams.leave(1)
 
-    def break_down(self) -> NoReturn:
-        """Log the exception that is being handled, and end."""
+    def log_error(self) -> NoReturn:
+        """Log the exception that is being handled and end."""
         traceback.print_exc()
         self._streams.leave(1)
 
 
-def run_worker(channel: BlockingChannel[ToWorker], runner_name: str, ending: Ending) -> NoReturn:
-    """Load, say so, then run plans as they come."""
+def run_worker(channel: BlockingChannel[ToWorker], runner_name: str, process_exit: ProcessExit) -> NoReturn:
+    """Load the model, send Ready, then execute plans as they come."""
     start = channel.receive()
     assert isinstance(start, Start)
-    listener = Listener(channel, ending)
-    listener.start()  # first: a rank that loads, or waits for others, must show that it lives, and end with the parent
-    runner = listener.runner = _load(runner_name)(start.config, start.rank_info)
+    receiver = MessageReceiver(channel, process_exit)
+    receiver.start()  # before loading: a rank that loads or waits for others must send beats and end with the parent
+    module, _, name = runner_name.partition(":")
+    make_runner: MakeRunner = getattr(import_module(module), name)
+    runner = receiver.runner = make_runner(start.config, start.rank_info)
     channel.send(Ready(runner.start(start.first)))
-    answerer = Answerer(channel, ending)
+    sender = ResultSender(channel, process_exit)
     if runner.launches_ahead:
-        answerer.start()
+        sender.start()
     while True:
-        step = runner.launch(listener.plans.get())
+        step = runner.launch(receiver.plans.get())
         if runner.launches_ahead:
-            answerer.steps.put(step)
+            sender.steps.put(step)
         else:
             channel.send(Done(step()))
 
 
-def _load(runner_name: str) -> MakeRunner:
-    module, _, name = runner_name.partition(":")
-    make_runner: MakeRunner = getattr(import_module(module), name)
-    return make_runner
+class ResultSender(threading.Thread):
+    """Thread that waits for launched steps and sends their results while the next step is launched."""
 
-
-class Answerer(threading.Thread):
-    """Waits for the steps that were launched and sends their results, while the next one is launched."""
-
-    def __init__(self, channel: BlockingChannel[ToWorker], ending: Ending) -> None:
-        super().__init__(daemon=True, name="answers")
-        self._ending = ending
+    def __init__(self, channel: BlockingChannel[ToWorker], process_exit: ProcessExit) -> None:
+        super().__init__(daemon=True, name="results")
+        self._process_exit = process_exit
         self.steps: queue.SimpleQueue[Callable[[], StepResult]] = queue.SimpleQueue()
         self._channel = channel
 
@@ -152,38 +148,38 @@ class Answerer(threading.Thread):
         try:
             while True:
                 self._channel.send(Done(self.steps.get()()))
-        except Exception as error:  # as in `main`
-            self._ending.die(error)
+        except Exception as error:  # the parent must learn of any error
+            self._process_exit.report(error)
 
 
-class Listener(threading.Thread):
-    """Takes the parent's messages off the channel and sends Beats; ends the process when the parent is gone."""
+class MessageReceiver(threading.Thread):
+    """Thread that receives the parent's messages and sends Beats; it ends the process when the parent ends."""
 
-    def __init__(self, channel: BlockingChannel[ToWorker], ending: Ending) -> None:
+    def __init__(self, channel: BlockingChannel[ToWorker], process_exit: ProcessExit) -> None:
         super().__init__(daemon=True, name="channel")
-        self._ending = ending
+        self._process_exit = process_exit
         self.plans: queue.SimpleQueue[StepPlan] = queue.SimpleQueue()
         self.runner: Runner | None = None
         self._channel = channel
 
     def run(self) -> None:
         try:
-            self._listen()
+            self._receive()
         except (EOFError, OSError):
             os._exit(0)
-        except BaseException:  # without this thread the worker would be deaf
-            self._ending.break_down()
+        except BaseException:  # without this thread the worker would get no message
+            self._process_exit.log_error()
 
-    def _listen(self) -> NoReturn:
+    def _receive(self) -> NoReturn:
         beat_at = time.monotonic()
         while True:
             if (now := time.monotonic()) >= beat_at:
                 self._channel.send_if_free(Heartbeat())
                 beat_at = now + HEARTBEAT_SECONDS
             with contextlib.suppress(TimeoutError):
-                self._take(self._channel.receive(timeout=beat_at - now))
+                self._handle(self._channel.receive(timeout=beat_at - now))
 
-    def _take(self, message: ToWorker) -> None:
+    def _handle(self, message: ToWorker) -> None:
         if isinstance(message, Execute):
             self.plans.put(message.plan)
         else:

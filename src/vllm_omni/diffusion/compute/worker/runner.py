@@ -1,9 +1,9 @@
-"""ModelRunner: owns the model, the states of the requests and every tensor of one device."""
+"""ModelRunner: owner of the model, the request states and all tensors of one device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -12,29 +12,21 @@ import torch
 from torch import Tensor
 
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
-from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo
-from vllm_omni.diffusion.catalog.registry import pipeline_class
-from vllm_omni.diffusion.catalog.whole_info import WholeModelInfo
 from vllm_omni.diffusion.compute.coordination.ranks import PeerFailedError, Ranks, RanksLostError, connect
-from vllm_omni.diffusion.compute.device.kinds import Device, Stopwatch
-from vllm_omni.diffusion.compute.startup.attention_choice import choose_attention
-from vllm_omni.diffusion.compute.startup.compiling import compile_variants, run_variants
-from vllm_omni.diffusion.compute.startup.kernel_check import check_kernels
-from vllm_omni.diffusion.compute.startup.warmup import Rates, warm_up, warm_up_whole
+from vllm_omni.diffusion.compute.device.device import Device
+from vllm_omni.diffusion.compute.device.timing import Stopwatch
+from vllm_omni.diffusion.compute.startup.model_start import StartOptions, start_model
+from vllm_omni.diffusion.compute.startup.resolved_config import check_device
 from vllm_omni.diffusion.compute.step.finite import is_finite
-from vllm_omni.diffusion.compute.step.pipeline import PackedPipeline, Picture, Pipeline, RequestState
-from vllm_omni.diffusion.compute.weights.progress import WeightsBar
+from vllm_omni.diffusion.compute.step.pipeline import Picture, Pipeline, RequestState
 from vllm_omni.diffusion.compute.worker.item_errors import item_error, not_finite_error
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.diffusion.messages.worker import RankInfo
-from vllm_omni.errors import ConfigError, InvalidRequestError, ModerationBlockedError
+from vllm_omni.errors import InvalidRequestError, ModerationBlockedError
 
-CACHE_SHARE = 0.25
-"""Of the memory that is free after the warm-up, what step caches may keep; what does not fit is a miss."""
-
-Item = TypeVar("Item")
+Item = TypeVar("Item", DiffusionRequest, RequestState)
 Output = TypeVar("Output")
 
 
@@ -45,12 +37,12 @@ class CheckedPicture:
     request: DiffusionRequest
     pixels: Tensor
     finite: Tensor
-    """Bool [2]: whether the latents of its request's state are numbers, and whether its pixels are."""
+    """Bool [2]: whether all latents of the request, and all pixels, are finite."""
 
 
 @dataclass(frozen=True)
 class DownloadedPicture:
-    """A decoded picture on the host, with the flags of its `CheckedPicture`."""
+    """A decoded picture on the host: uint8 pixels as in `Picture`, and the flags of its `CheckedPicture`."""
 
     request: DiffusionRequest
     pixels: np.ndarray
@@ -59,25 +51,26 @@ class DownloadedPicture:
 
 
 class ModelRunner:
-    """Executes step plans. `abort` may be called from another thread; so may what `launch` returns; the rest belongs to
-    one."""
+    """Executes step plans.
+
+    All calls come from one thread, except `abort` and the call that `launch` returns, which may come from another.
+    """
 
     def __init__(
         self,
         config: OmniDiffusionConfig,
         info: ModelInfo,
-        place: RankInfo | None = None,
-        compile_blocks: bool | None = None,
+        rank_info: RankInfo | None = None,
+        options: StartOptions = StartOptions(),  # noqa: B008 - frozen
     ) -> None:
-        """`place`: which rank of its replica this is; None: the only one. `compile_blocks`: whether the transformer's
-        blocks run compiled; None: where the device is worth it, unless the config enforces eager."""
+        """rank_info: the rank of this worker; None: the only rank of its replica."""
         self._config = config
         self._info = info
-        self._place = place or RankInfo()
-        self._device = Device(config.device, self._place.device_index)
+        self._rank_info = rank_info or RankInfo()
+        self._options = options
+        self._device = Device(config.device, self._rank_info.device_index)
         self._dtype = self._device.dtype(config.dtype)
-        self._decodes = self._device.stream(beside=config.overlap_decode)
-        self._compile_blocks = compile_blocks
+        self._decode_stream = self._device.stream(separate=config.overlap_decode)
         self._ranks = Ranks()
         self._pipeline: Pipeline[Any] | None = None
         self._requests: dict[str, DiffusionRequest] = {}
@@ -85,7 +78,7 @@ class ModelRunner:
         self._aborted: set[str] = set()
         self._failed_elsewhere: list[str] = []
         self._lacks_memory = False
-        """Whether the other ranks are to be asked to drop with this one what can be made again."""
+        """Whether to ask the other ranks, in the next step, to free with this one what can be made again."""
 
     @property
     def pipeline(self) -> Pipeline[Any]:
@@ -94,116 +87,52 @@ class ModelRunner:
 
     @property
     def launches_ahead(self) -> bool:
-        return self._device.works_ahead
+        return self._device.is_asynchronous
 
-    @torch.inference_mode()
     def start(self, first: WorkerReady | None = None) -> WorkerReady:
-        """Load the weights, run once, and measure. Raises ConfigError for a folder that cannot be served.
-
-        first: choices of an earlier start that a restart keeps, because they change pixels: the attention backend, the
-        CPU threads (they order sums) and the memory of step caches (it decides which steps are skipped).
-        """
-        dtype = self._dtype
-        backend = None if first is None else first.attention_backend
-        num_threads = None if first is None else first.num_threads
-        if self._config.quantization == "fp8":
-            self._device.check_float8(dtype)
-        if self._config.overlap_decode:
-            self._device.check_overlap()
-        self._config = replace(self._config, kernels=self._device.kernels(self._config.kernels))
+        """Meet the other ranks, then load and warm up the model: see `start_model` for `first` and the errors."""
+        check_device(self._config, self._device)
         if (num_processes := self._config.parallel.world_size) > 1:
             self._device.share_machine(num_processes)
-        if self._place.replica_size > 1:
-            self._ranks = Ranks(connect(self._config.parallel, self._place, self._device))
-        if isinstance(self._info, PackedModelInfo):
-            check_kernels(self._config.kernels, self._device, dtype)
-            attention = choose_attention(self._config, self._info, self._device, dtype, self._ranks, backend)
-            self._config = replace(self._config, attention_backend=attention)
-        cls: type[Pipeline[Any]] = pipeline_class(self._info.family)
-        shown = self._config.progress_bar and self._place.device_index == 0
-        with WeightsBar(self._info.path, shown) as bar:
-            self._pipeline = cls.load(self._config, self._info, self._device.torch, dtype, bar.update, self._ranks.mesh)
-        self._device.end_loading()
-        if isinstance(self._pipeline, PackedPipeline):
-            rates = self._warm_up(self._pipeline, bar.num_bytes, num_threads)
-        else:
-            assert isinstance(self._info, WholeModelInfo)
-            rates = self._try_whole(self._info, bar.num_bytes, num_threads)
-        cache_bytes = int(CACHE_SHARE * self._device.free_memory_bytes()) if first is None else first.cache_bytes
-        self._pipeline.step_cache.budget.max_bytes = cache_bytes
-        return WorkerReady(
-            load_seconds=bar.seconds,
-            load_bytes=bar.num_bytes,
-            device=self._device.name,
-            dtype=str(dtype).removeprefix("torch."),
-            max_batch_tokens=self._config.max_batch_tokens or rates.max_batch_tokens,
-            seconds_per_unit=rates.seconds_per_unit,
-            step_overhead_seconds=rates.step_overhead_seconds,
-            encode_units_per_token=rates.encode_units_per_token,
-            decode_units_per_token=rates.decode_units_per_token,
-            peak_memory_bytes=self._device.peak_memory_bytes(),
-            attention_backend=self._config.attention_backend,
-            max_num_seqs=self._info.max_num_seqs,
-            max_running=self._info.max_running,
-            num_threads=self._device.num_threads,
-            cache_bytes=cache_bytes,
+        if self._rank_info.replica_size > 1:
+            self._ranks = Ranks(connect(self._config.parallel, self._rank_info, self._device))
+        self._pipeline, ready = start_model(
+            self._config,
+            self._info,
+            self._device,
+            self._ranks,
+            first,
+            self._options,
+            shows_progress=self._rank_info.device_index == 0,
         )
-
-    def _warm_up(self, pipeline: PackedPipeline[Any], model_bytes: int, num_threads: int | None) -> Rates:
-        """Raises ConfigError where steps cannot be compiled, or recorded, as the config asks for."""
-        if not self._config.enforce_eager:
-            pipeline.capturer = self._ranks.capturer(self._device)
-        variants = None
-        if self._compiles(type(pipeline)):
-            variants = compile_variants
-        elif self._config.kernels == "triton":  # whose kernels are compiled at their first run
-            variants = run_variants
-        rates = warm_up(pipeline, self._info, self._device, model_bytes, self._ranks, variants, num_threads)
-        if (capturer := pipeline.capturer) is not None and capturer.failure is not None:
-            raise ConfigError(
-                f"steps cannot be captured as CUDA graphs here: {capturer.failure}; --enforce-eager serves without"
-            )
-        return rates
-
-    def _try_whole(self, info: WholeModelInfo, model_bytes: int, num_threads: int | None) -> Rates:
-        """Rates of a whole pipeline. Raises ConfigError for one that does not make what its signature promises."""
-        defaults = {**info.default_sampling_params, **self._config.default_sampling_params}
-        info = replace(info, default_sampling_params=defaults)
-        return warm_up_whole(self.pipeline, info, self._device, model_bytes, num_threads)
-
-    def _compiles(self, cls: type[PackedPipeline[Any]]) -> bool:
-        """Whether blocks run compiled."""
-        if self._compile_blocks is not None:
-            return self._compile_blocks
-        is_worth_it = self._device.is_worth_compiling_for and cls.gains_from_compiling(self._config)
-        return is_worth_it and not self._config.enforce_eager
+        return ready
 
     def abort(self, request_ids: Sequence[str]) -> None:
-        """Skip these in every plan executed from now on, until they are released."""
-        self._aborted.update(request_ids)  # no more than a mark: `execute` may be reading the states
+        """Skip these requests in every later plan, until they are released."""
+        self._aborted.update(request_ids)  # `launch` in the other thread may be reading the states: leave them alone
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step to its end."""
+        """Run one step and wait for its end."""
         return self.launch(plan)()
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
-        """Run one step, together with the other ranks. One request's fault becomes its ItemError; the others go on.
+        """Launch one step, together with the other ranks. An error of one request becomes its ItemError; others go on.
 
-        Returns when the device has been given all of it. What is returned waits until it is done.
+        Returns when all work is launched on the device. The returned call waits for the end and gives the result.
         """
         result = StepResult(plan.step_id)
-        watch = Stopwatch(self._device)
+        watch = Stopwatch(self._device.torch)
         self._release(plan.release)
         self._requests |= {request.request_id: request for request in plan.new_requests}
-        live = self._agree(plan)
+        live = self._agree_on_requests(plan)
         with watch.measure("encode"):
             self._encode([i for i in plan.encode if i in live], result)
         with watch.measure("denoise"):
             clean = self._denoise([i for i in plan.denoise if i in live], plan, result)
         latents = {i: self._states[i].latents for i in plan.decode if i in live}
         inputs = [*clean.values(), *latents.values(), *(self._states[i].latents for i in clean)]
-        with self._decodes.after(inputs), watch.measure("decode"):
+        with self._decode_stream.after(inputs), watch.measure("decode"):
             previews, images = (self._download(self._decode(x, result)) for x in (clean, latents))
         for request_id in [*result.errors, *self._failed_elsewhere]:
             self._drop(request_id)
@@ -223,9 +152,11 @@ class ModelRunner:
 
         return wait
 
-    def _agree(self, plan: StepPlan) -> set[str]:
-        """The requests of the plan that no rank skips: an abort reaches the ranks one after another, and a request may
-        have failed on one of them alone."""
+    def _agree_on_requests(self, plan: StepPlan) -> set[str]:
+        """Requests of the plan that no rank skips.
+
+        Ranks may skip different ones: an abort reaches them at different times, and a request may fail on one rank.
+        """
         ids = [*plan.encode, *plan.denoise, *plan.decode]
         known = [i in self._requests and (i in self._states or i in plan.encode) for i in ids]
         votes = [not k or i in self._aborted for i, k in zip(ids, known)]
@@ -249,41 +180,41 @@ class ModelRunner:
     def _encode(self, request_ids: Sequence[str], result: StepResult) -> None:
         requests = [self._requests[i] for i in request_ids]
         mesh = self._ranks.mesh
-        together = mesh.tensor.size > 1 or mesh.text_encoder.size > 1
-        self._states |= self._each(requests, lambda r: r.request_id, self.pipeline.encode, result, together)
+        on_all_ranks = mesh.tensor.size > 1 or mesh.text_encoder.size > 1
+        self._states |= self._run_each(requests, self.pipeline.encode, result, on_all_ranks)
 
     def _denoise(self, request_ids: Sequence[str], plan: StepPlan, result: StepResult) -> dict[str, Tensor]:
-        """One step of each; returns the predicted clean latents that previews are asked of."""
+        """Advance each request by one step. Returns the predicted final latents of requests with a preview."""
         states = [self._states[i] for i in request_ids]
 
         def predict(batch: Sequence[RequestState]) -> list[tuple[Tensor, ...]]:
-            groups = [g for s in batch for g in plan.placement.get(_id_of_state(s), [0] * len(s.sequence_lengths))]
+            groups = [g for s in batch for g in plan.placement.get(_id_of(s), [0] * len(s.sequence_lengths))]
             return self.pipeline.predict(batch, groups)
 
-        branches = self._together(states, _id_of_state, predict, result, self._ranks.size > 1)
-        computed = {_id_of_state(s): s.sequence_lengths[: len(branches.get(_id_of_state(s), ()))] for s in states}
+        branches = self._run_batch(states, predict, result, self._ranks.size > 1)
+        computed = {_id_of(s): s.sequence_lengths[: len(branches.get(_id_of(s), ()))] for s in states}
         result.num_sequences = sum(len(lengths) for lengths in computed.values())
         result.num_tokens = sum(sum(lengths) for lengths in computed.values())
         clean: dict[str, Tensor] = {}
 
         def finish(state: RequestState) -> None:
-            request_id = _id_of_state(state)
-            foreseen = self.pipeline.advance(state, branches[request_id], request_id in plan.preview)
-            if foreseen is not None:
-                clean[request_id] = foreseen
+            request_id = _id_of(state)
+            predicted = self.pipeline.advance(state, branches[request_id], request_id in plan.preview)
+            if predicted is not None:
+                clean[request_id] = predicted
             if state.num_made != 1:
                 result.made[request_id] = state.num_made
             if (skipped := state.settle()) and self._ranks.mesh.rank_group.rank == 0:
                 result.cached[request_id] = skipped / len(branches[request_id])
 
-        advancing = [s for s in states if _id_of_state(s) in branches]
-        result.advanced = list(self._each(advancing, _id_of_state, finish, result, together=False))
+        advancing = [s for s in states if _id_of(s) in branches]
+        result.advanced = list(self._run_each(advancing, finish, result, on_all_ranks=False))
         return {i: latents for i, latents in clean.items() if i in result.advanced}
 
     def _decode(self, latents: dict[str, Tensor], result: StepResult) -> dict[str, CheckedPicture]:
-        """Decodes are dealt to the ranks, or to the groups of ranks that share one; each returns what it made.
+        """Decode this rank's part of the pictures: ranks, or groups of ranks that share a decode, take turns.
 
-        The check of the latents is that of the request's state, of which `latents` may be a prediction.
+        latents: by request id; for a preview, a prediction. The finite flag describes the latents of the request state.
         """
         mesh = self._ranks.mesh
         num_groups = mesh.world.size // mesh.vae.size
@@ -294,17 +225,17 @@ class ModelRunner:
             pictures: Sequence[Picture] = self.pipeline.decode(batch, [latents[i] for i in ids])
             if any(picture.is_blocked for picture in pictures):
                 raise ModerationBlockedError("the model's safety checker blocked the picture")
-            if not pictures:  # another rank of the group has them
+            if not pictures:  # the first rank of the group has them
                 return [None] * len(batch)
             finite = [torch.stack((is_finite(self._states[i].latents), p.is_finite)) for i, p in zip(ids, pictures)]
             return [CheckedPicture(r, p.pixels, flags) for r, p, flags in zip(batch, pictures, finite, strict=True)]
 
         requests = [self._requests[i] for i in mine]
-        decoded = self._together(requests, lambda request: request.request_id, decode, result, mesh.vae.size > 1)
+        decoded = self._run_batch(requests, decode, result, mesh.vae.size > 1)
         return {request_id: picture for request_id, picture in decoded.items() if picture is not None}
 
     def _download(self, pictures: Mapping[str, CheckedPicture]) -> Callable[[], dict[str, DownloadedPicture]]:
-        """Begin to copy pictures with their flags; the call that is returned waits for the copies."""
+        """Start to copy pictures and flags to the host; the returned call waits for the copies."""
         arrays = self._device.download(
             {f"pixels {i}": picture.pixels for i, picture in pictures.items()}
             | {f"finite {i}": picture.finite for i, picture in pictures.items()}
@@ -320,7 +251,7 @@ class ModelRunner:
         return downloaded
 
     def _take_images(self, pictures: Mapping[str, DownloadedPicture], result: StepResult) -> None:
-        """A picture is the result only if all its values were numbers; otherwise its request fails."""
+        """Put finished pictures into `result`; a request with values that are not finite fails instead."""
         for request_id, picture in pictures.items():
             if picture.has_finite_latents and picture.has_finite_pixels:
                 result.images[request_id] = picture.pixels
@@ -328,70 +259,67 @@ class ModelRunner:
                 result.errors[request_id] = not_finite_error(picture.request, self._info, self._dtype)
 
     def _take_previews(self, pictures: Mapping[str, DownloadedPicture], result: StepResult) -> None:
-        """Latents that are not finite never become finite again, so their request fails now and not at its end. A
-        prediction alone may be beyond the VAE's range: it is skipped, and the picture is checked when it is done."""
+        """Put previews into `result`. Latents that are not finite stay so: the request fails now instead of at its end.
+
+        If only the pixels are not finite, the prediction was outside the VAE's range: its preview is skipped.
+        """
         for request_id, picture in pictures.items():
             if not picture.has_finite_latents:
                 result.errors[request_id] = not_finite_error(picture.request, self._info, self._dtype)
             elif picture.has_finite_pixels:
                 result.previews[request_id] = picture.pixels
 
-    def _together(
+    def _run_batch(
         self,
         items: Sequence[Item],
-        id_of: Callable[[Item], str],
         run: Callable[[Sequence[Item]], Sequence[Output]],
         result: StepResult,
-        together: bool,
+        on_all_ranks: bool,
     ) -> dict[str, Output]:
-        """All items in one go; when that fails, each alone, so that only the guilty one fails."""
+        """Outputs of `run` by request id: all items in one call; after an error each alone, so that only one fails."""
         if not items:
             return {}
         if len(items) > 1:
             try:
-                outputs = self._run(lambda: run(items), together)
-                return {id_of(item): output for item, output in zip(items, outputs, strict=True)}
+                outputs = self._run(lambda: run(items), on_all_ranks)
+                return {_id_of(item): output for item, output in zip(items, outputs, strict=True)}
             except RanksLostError:
                 raise
             except Exception as error:
-                # Whatever it was, it belongs to one of the items (or to their number): the retries tell which.
+                # The cause, whatever it is, is one item or their number: the single runs tell.
                 self._release_memory(error)
-        return self._each(items, id_of, lambda item: run([item])[0], result, together)
+        return self._run_each(items, lambda item: run([item])[0], result, on_all_ranks)
 
-    def _each(
-        self,
-        items: Sequence[Item],
-        id_of: Callable[[Item], str],
-        run: Callable[[Item], Output],
-        result: StepResult,
-        together: bool,
+    def _run_each(
+        self, items: Sequence[Item], run: Callable[[Item], Output], result: StepResult, on_all_ranks: bool
     ) -> dict[str, Output]:
+        """Outputs of `run` by request id; an item that raises gets an ItemError in `result` instead."""
         outputs = {}
         for item in items:
             try:
-                outputs[id_of(item)] = self._run(partial(run, item), together)
+                outputs[_id_of(item)] = self._run(partial(run, item), on_all_ranks)
             except RanksLostError:
                 raise
             except PeerFailedError:
-                self._failed_elsewhere.append(id_of(item))
+                self._failed_elsewhere.append(_id_of(item))
             except Exception as error:
-                # One request's fault, of whatever kind, must not reach its neighbours.
-                result.errors[id_of(item)] = item_error(error)
+                # Any error of one request must not reach the other requests.
+                result.errors[_id_of(item)] = item_error(error)
                 self._release_memory(error)
         return outputs
 
     def _release_memory(self, error: Exception) -> None:
-        """After a failure, which may have been a lack of it."""
+        """Free what can be made again: a lack of memory may be the cause of `error`."""
         if not isinstance(error, InvalidRequestError):
             if self._ranks.size == 1:
                 self.pipeline.release_memory()
-            else:  # what several have recorded they drop together, or one would record alone
+            else:  # ranks drop captured graphs in the same step; otherwise one rank would capture alone
                 self._lacks_memory = True
         self._device.release_memory()
 
-    def _run(self, run: Callable[[], Output], together: bool) -> Output:
-        return self._ranks.attempt(run) if together else run()
+    def _run(self, run: Callable[[], Output], on_all_ranks: bool) -> Output:
+        return self._ranks.attempt(run) if on_all_ranks else run()
 
 
-def _id_of_state(state: RequestState) -> str:
-    return state.request.request_id
+def _id_of(item: DiffusionRequest | RequestState) -> str:
+    return item.request_id if isinstance(item, DiffusionRequest) else item.request.request_id

@@ -14,8 +14,8 @@ from tests.diffusion.compute.families.diffusers_fallback.conftest import ModelOf
 from vllm_omni import Omni
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.families.diffusers_fallback.pipeline import PipelineCall
-from vllm_omni.diffusion.compute.startup import warmup
-from vllm_omni.diffusion.compute.startup.warmup import Sample
+from vllm_omni.diffusion.compute.startup import rates
+from vllm_omni.diffusion.compute.startup.rates import Sample
 from vllm_omni.diffusion.compute.step.pipeline import Picture
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -43,7 +43,7 @@ def test_rates_belong_to_the_size_that_is_made(model_of: ModelOf, monkeypatch: p
     """Sana makes a size of its table, whatever is asked for: trials of other sizes would all take as long."""
     asked: list[tuple[int, int]] = []
     measured: list[Sample] = []
-    picture, fit_line = PipelineCall.picture, warmup.fit_line
+    picture, fit_line = PipelineCall.picture, rates.fit_line
 
     def seen(call: PipelineCall) -> Picture:
         asked.append((call._request.height, call._request.width))
@@ -54,7 +54,7 @@ def test_rates_belong_to_the_size_that_is_made(model_of: ModelOf, monkeypatch: p
         return fit_line(samples)
 
     monkeypatch.setattr(PipelineCall, "picture", seen)
-    monkeypatch.setattr(warmup, "fit_line", fitted)
+    monkeypatch.setattr(rates, "fit_line", fitted)
     start(model_of("SanaPipeline"))
     assert set(asked) == {(64, 64)}  # its folder's default
     assert [sample.tokens for sample in measured] == [16 * 16]  # of 512x512

@@ -1,29 +1,32 @@
-"""Fused kernels are tried before weights are read, and compiled before the first request."""
+"""Resolved configs; fused kernels are tried before weights are read and compiled before the first request."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from testbed.runner_driver import QUICK
 from vllm_omni.diffusion.catalog.registry import load_model_info
-from vllm_omni.diffusion.compute.device.kinds import Device
+from vllm_omni.diffusion.compute.coordination.ranks import Ranks
+from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.compute.families.qwen_image import pipeline
 from vllm_omni.diffusion.compute.layers.kernels import TorchKernels, fused
 from vllm_omni.diffusion.compute.layers.rounding import Rows
-from vllm_omni.diffusion.compute.startup import kernel_check as kernels
-from vllm_omni.diffusion.compute.startup import warmup
-from vllm_omni.diffusion.compute.startup.kernel_check import check_kernels
+from vllm_omni.diffusion.compute.startup import resolved_config
+from vllm_omni.diffusion.compute.startup.resolved_config import check_device, check_kernels, resolve
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.errors import ConfigError
 
 
 class Recording(TorchKernels):
-    """Which kinds of arguments the kernels saw: Triton compiles for each."""
+    """Kernels that note the kinds of their arguments, for each of which Triton compiles code."""
 
     picks_rows = True
 
@@ -46,17 +49,15 @@ class Recording(TorchKernels):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Device, "kernels", lambda self, choice: "triton")
-    monkeypatch.setattr(warmup, "BUDGET_SECONDS", 0.0)
-    monkeypatch.setattr(warmup, "MIN_SAMPLES", 1)
+    monkeypatch.setattr(Device, "choose_kernels", lambda self, choice: "triton")
 
 
 def runner_of(path: Path) -> ModelRunner:
-    return ModelRunner(OmniDiffusionConfig(model=str(path)), load_model_info(str(path)))
+    return ModelRunner(OmniDiffusionConfig(model=str(path)), load_model_info(str(path)), options=QUICK)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
-def test_the_warm_up_runs_the_kernels_with_arguments_of_every_kind(
+def test_the_warm_up_runs_kernels_with_every_kind_of_arguments(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recording = Recording()
@@ -83,7 +84,33 @@ def test_kernels_that_do_not_run_end_the_start_before_weights_are_read(
         runner_of(tiny_model).start()
 
 
-def test_kernels_that_run_are_let_through(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_that_run_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     check_kernels("triton", Device(), torch.float32)
-    monkeypatch.setattr(kernels, "create_kernels", lambda name: pytest.fail("Triton is not asked for"))
+    monkeypatch.setattr(resolved_config, "create_kernels", lambda name: pytest.fail("Triton is not asked for"))
     check_kernels("torch", Device(), torch.float32)
+
+
+def test_a_packed_family_gets_kernels_and_an_attention_backend(tiny_model: Path) -> None:
+    config = OmniDiffusionConfig(model=str(tiny_model), device="cpu")
+    resolved = resolve(config, load_model_info(str(tiny_model)), Device("cpu"), Ranks(), None)
+    assert (resolved.kernels, resolved.attention_backend) == ("torch", "sdpa")
+    assert replace(resolved, kernels="auto", attention_backend=None) == config
+
+
+def test_a_whole_pipeline_keeps_the_attention_of_diffusers() -> None:
+    info: Any = SimpleNamespace(whole="any")
+    resolved = resolve(OmniDiffusionConfig(model="any", device="cpu"), info, Device("cpu"), Ranks(), "sdpa")
+    assert (resolved.kernels, resolved.attention_backend) == ("torch", None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "refusal"),
+    [
+        ({"kernels": "triton"}, "--kernels triton takes a GPU, got cpu; auto and torch run here"),
+        ({"overlap_decode": True}, "--overlap-decode takes a GPU, got cpu, which decodes between steps"),
+    ],
+)
+def test_settings_that_need_a_gpu_are_refused_on_a_cpu(settings: dict[str, Any], refusal: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check_device(OmniDiffusionConfig(model="any", device="cpu", **settings), Device("cpu"))
+    assert str(refused.value) == refusal

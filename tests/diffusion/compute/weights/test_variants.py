@@ -1,4 +1,4 @@
-"""Folders with weight files of a variant, beside those without or alone: pictures are those that diffusers makes."""
+"""Weight files of a variant, beside files without one or alone: pictures equal those of diffusers."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def drawn(folder: Path, variant: str | None, arguments: dict[str, Any]) -> np.nd
 
 
 @pytest.mark.parametrize(("build", "arguments"), CASES.values(), ids=CASES)
-def test_each_variant_draws_what_diffusers_draws_with_it(
+def test_pictures_of_each_variant_equal_those_of_diffusers(
     build: Callable[[Path], Path], arguments: dict[str, Any], tmp_path: Path
 ) -> None:
     both = build(tmp_path / "both")
