@@ -23,7 +23,7 @@ from vllm_omni.entrypoints.cli import serve
 from vllm_omni.entrypoints.cli.args import HttpOptions
 from vllm_omni.entrypoints.cli.serve import _http_server, _loop_factory
 from vllm_omni.entrypoints.server import connections
-from vllm_omni.entrypoints.server.listen import Listener
+from vllm_omni.entrypoints.server.listening_socket import ListeningSocket
 
 REQUEST = b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n"
 MOST = 3
@@ -48,7 +48,7 @@ async def serving(**options: Any) -> AsyncIterator[int]:
 
     http = HttpOptions(**{"host": "127.0.0.1", "port": 0, **options})
     server = _http_server(app, http)
-    with Listener(http) as listener:
+    with ListeningSocket(http) as listener:
         task = asyncio.create_task(server.serve(sockets=[listener.socket]))
         try:
             async with asyncio.timeout(GUARD_SECONDS):
@@ -152,7 +152,7 @@ async def assert_served_again(port: int) -> None:
 def test_far_too_many_clients_are_closed_at_once(
     loop_factory: LoopFactory | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serve, "Door", partial(connections.Door, most_lingering=2))
+    monkeypatch.setattr(serve, "Acceptor", partial(connections.Acceptor, most_lingering=2))
     on_loop(far_too_many_clients, loop_factory)
 
 
@@ -175,17 +175,17 @@ def test_handshakes_count_and_end_in_time(
 ) -> None:
     """Clients that never begin theirs take the places of others, until their time is over."""
     key, certificate = self_signed(tmp_path)
-    doors: list[connections.Door] = []
+    doors: list[connections.Acceptor] = []
 
-    def make_door(*args: Any, **settings: Any) -> connections.Door:
-        doors.append(connections.Door(*args, **settings, handshake_seconds=GUARD_SECONDS, most_lingering=0))
+    def make_acceptor(*args: Any, **settings: Any) -> connections.Acceptor:
+        doors.append(connections.Acceptor(*args, **settings, handshake_seconds=GUARD_SECONDS, most_lingering=0))
         return doors[0]
 
-    monkeypatch.setattr(serve, "Door", make_door)
+    monkeypatch.setattr(serve, "Acceptor", make_acceptor)
     on_loop(partial(handshakes, key, certificate, doors), loop_factory)
 
 
-async def handshakes(key: Path, certificate: Path, doors: list[connections.Door]) -> None:
+async def handshakes(key: Path, certificate: Path, doors: list[connections.Acceptor]) -> None:
     tls = ssl.create_default_context(cafile=certificate)
     async with serving(ssl_keyfile=str(key), ssl_certfile=str(certificate)) as port:
         silent = [await Client.connect(port) for _ in range(MOST)]
@@ -236,7 +236,7 @@ def test_accepting_goes_on_when_files_are_left_again(
             listener.errors = [errno.ECONNABORTED, errno.EMFILE, errno.ENFILE]
             listener.bind(("127.0.0.1", 0))
             listener.listen()
-            door = connections.Door(listener, lambda _: Made(), lambda: 0, None, most=1, pause_seconds=0.01)
+            door = connections.Acceptor(listener, lambda _: Made(), lambda: 0, None, most=1, pause_seconds=0.01)
             client = await Client.connect(listener.getsockname()[1])
             async with asyncio.timeout(GUARD_SECONDS):
                 await made.wait()

@@ -19,7 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 from tests.entrypoints.cli.test_serve import self_signed
 from tests.entrypoints.openai.live_server import LiveServer, PatientHttpProtocol, live_server
 from tests.patience import GUARD_SECONDS
-from vllm_omni.entrypoints.server.slow_readers import PIECE_BYTES, Pieces
+from vllm_omni.entrypoints.server.slow_readers import PIECE_BYTES, SendInPieces
 
 BODY = b"".join(i.to_bytes(4, "big") for i in range(4 * 2**20))
 """16 MiB, more than a connection's two ends keep by themselves."""
@@ -168,7 +168,7 @@ async def sent_by(app: Callable[[Scope, Receive, Send], object]) -> list[Message
     async def receive() -> Message:
         raise AssertionError("nobody asks")
 
-    await Pieces(app)({"type": "http"}, receive, send)  # type: ignore[arg-type]
+    await SendInPieces(app)({"type": "http"}, receive, send)  # type: ignore[arg-type]
     return sent
 
 

@@ -14,9 +14,9 @@ from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
 from vllm_omni.entrypoints.openai.middlewares.every_request import LimitBody, RequestId
 from vllm_omni.entrypoints.openai.middlewares.path_routing import CountLoad, IgnoreTrailingSlash, ServerLoad
 from vllm_omni.entrypoints.openai.requests.fetching import FetchPolicy, MediaFetcher
-from vllm_omni.entrypoints.openai.requests.pictures.pool import ImageDecoder
+from vllm_omni.entrypoints.openai.requests.pictures.pool import DecodePool
 from vllm_omni.entrypoints.openai.requests.pictures.process import DecodeLimits
-from vllm_omni.entrypoints.openai.requests.prompt_checks import Resolver
+from vllm_omni.entrypoints.openai.requests.prompt_checker import PromptChecker
 from vllm_omni.entrypoints.openai.requests.upload_budget import UploadBudget
 from vllm_omni.entrypoints.openai.requests.uploads import MAX_IMAGE_BYTES, UploadReader
 from vllm_omni.entrypoints.openai.responses.encoding import ImageEncoder
@@ -33,7 +33,7 @@ from vllm_omni.entrypoints.openai.routes.images import EDITS_PATH, GENERATIONS_P
 from vllm_omni.entrypoints.openai.routes.swagger import OPENAPI_PATH, make_docs_router, require_api_key
 from vllm_omni.entrypoints.openai.routes.unavailable import make_unavailable_router
 from vllm_omni.entrypoints.openai.settings import ServerSettings
-from vllm_omni.entrypoints.server.slow_readers import Pieces
+from vllm_omni.entrypoints.server.slow_readers import SendInPieces
 from vllm_omni.omni import AsyncOmni
 
 
@@ -54,8 +54,8 @@ def build_app(
     metrics.on_adapters(len(omni.config.lora_modules))
     files = FileStore(settings.media_ttl_seconds, settings.max_media_bytes)
     encoder = ImageEncoder(settings.num_encoding_threads, settings.num_band_threads, metrics.on_encoded)
-    resolver = Resolver(omni, metrics)
-    decoder = ImageDecoder(settings.num_encoding_threads, decode_limits)
+    resolver = PromptChecker(omni, metrics)
+    decoder = DecodePool(settings.num_encoding_threads, decode_limits)
     media = MediaFetcher(settings.allowed_media_domains, MAX_IMAGE_BYTES, fetch_policy)
 
     @asynccontextmanager
@@ -105,5 +105,5 @@ def build_app(
     app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes, except_paths=(EDITS_PATH, CHAT_PATH))
     app.add_middleware(IgnoreTrailingSlash)
     app.add_middleware(RequestId)
-    app.add_middleware(Pieces)
+    app.add_middleware(SendInPieces)
     return app

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_omni.diffusion.control.events import EngineObserver
-from vllm_omni.entrypoints.openai.requests.quotes import echo
+from vllm_omni.entrypoints.openai.quotes import quote
 from vllm_omni.entrypoints.openai.schema.images import ErrorBody, ErrorResponse, ImageOptions
 from vllm_omni.errors import RequestError, UnavailableError, UnsupportedParameterError
 
@@ -116,7 +116,7 @@ def _validation_body(error: RequestValidationError) -> ErrorBody:
         message = _MESSAGES.get(first["type"], message)
         if first["type"] == "string_pattern_mismatch":
             message = _PATTERNS.get(param, message)
-        message = f"{param}: {message[:1].lower()}{message[1:]}, got {echo(first.get('input'))}"
+        message = f"{param}: {message[:1].lower()}{message[1:]}, got {quote(first.get('input'))}"
     return _error_object(message, "invalid_request_error", param, code)
 
 

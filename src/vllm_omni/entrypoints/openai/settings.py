@@ -31,7 +31,7 @@ class ServerSettings:
     max_body_bytes: int = 2**20
     """Most bytes of a JSON request body."""
     upload_silence_seconds: float = 30.0
-    """Longest silence, or trickle, in the middle of an upload: see `Pace`."""
+    """Longest silence, or trickle, in the middle of an upload: see `UploadRate`."""
     keep_alive_seconds: float = 15.0
     """Silence after which an event stream sends a comment, so that proxies keep it open."""
     num_encoding_threads: int = 2

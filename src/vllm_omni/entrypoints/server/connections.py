@@ -31,13 +31,13 @@ _LOG_EVERY_SECONDS = 60.0
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
-def most_connections() -> int:
+def max_connections() -> int:
     """Three quarters of the files that may be open; the rest is for workers and for connections being refused."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return soft * 3 // 4
 
 
-class TurnedAway(HttpProtocol):
+class RefusedConnection(HttpProtocol):
     """A connection that is one too many: it is told so."""
 
     refusal = Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "too many open connections", code="unavailable", retry_after=1)
@@ -47,7 +47,7 @@ class TurnedAway(HttpProtocol):
         self.refuse(self.refusal)
 
 
-class Door:
+class Acceptor:
     """Accepts what comes to a listening socket; for uvicorn it is an asyncio server.
 
     make_protocol: with whether the connection is welcome. num_open: how many connections protocols hold. Beyond the

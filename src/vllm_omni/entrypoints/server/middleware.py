@@ -14,7 +14,7 @@ from vllm_omni.entrypoints.cli import vllm_surface
 from vllm_omni.entrypoints.cli.args import HttpOptions
 from vllm_omni.entrypoints.openai.errors import CatchErrors
 from vllm_omni.entrypoints.openai.middlewares.every_request import RequestId
-from vllm_omni.entrypoints.openai.requests.parsing import IGNORED_FIELDS_HEADER
+from vllm_omni.entrypoints.openai.requests.parameters import IGNORED_FIELDS_HEADER
 from vllm_omni.errors import ConfigError
 
 EXPOSED_HEADERS = (

@@ -19,7 +19,7 @@ class HttpProtocol(BoundedHttpProtocol):
     """A bounded connection that also ends when what was last written to it stays unread for `unread_seconds`.
 
     To the app it is a client that left. This is the place that can end it: closing waits for the reader.
-    With `Pieces` around the app, no more than a piece is ever written ahead of a client.
+    With `SendInPieces` around the app, no more than a piece is ever written ahead of a client.
     """
 
     unread_seconds = 60.0
@@ -52,7 +52,7 @@ class HttpProtocol(BoundedHttpProtocol):
         self._transport.abort()
 
 
-class Pieces:
+class SendInPieces:
     """Middleware: sends large bodies in pieces, each after the client has read the one before.
 
     uvicorn would copy the whole of a message into the connection's buffer. Messages sent at the same time (the comments

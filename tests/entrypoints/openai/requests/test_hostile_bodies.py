@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from tests.entrypoints.openai.live_server import LiveServer
 from tests.entrypoints.openai.routes.test_image_errors import error_of
-from vllm_omni.entrypoints.openai.requests import parsing, uploads
-from vllm_omni.entrypoints.openai.requests.quotes import MAX_ECHO, echo
+from vllm_omni.entrypoints.openai.quotes import MAX_QUOTE, quote
+from vllm_omni.entrypoints.openai.requests import parameters, uploads
 from vllm_omni.entrypoints.openai.schema.chat import MAX_MESSAGES, ChatCompletionRequest
 from vllm_omni.entrypoints.openai.schema.images import ImageEditRequest, ImageGenerationRequest, ImageOptions
 
@@ -65,7 +65,7 @@ def test_a_long_conversation_passes(http: httpx.Client) -> None:
 @pytest.mark.parametrize(
     ("path", "body", "name"),
     [
-        (CHAT, {"messages": [TURN]}, "last_user_turn"),
+        (CHAT, {"messages": [TURN]}, "last_user_message"),
         (CHAT, {"messages": [1]}, "validated"),
         (CHAT, {"messages": [TURN], "extra_body": {"seed": 1}}, "with_extra_body"),
         (GENERATIONS, {"prompt": 1}, "validated"),
@@ -87,13 +87,13 @@ def test_bodies_are_checked_off_the_loop(
 
 
 def test_of_many_unknown_fields_few_are_looked_at(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    printable, seen = parsing._printable, []
+    printable, seen = parameters._printable, []
 
     def watched(name: str) -> str:
         seen.append(name)
         return printable(name)
 
-    monkeypatch.setattr(parsing, "_printable", watched)
+    monkeypatch.setattr(parameters, "_printable", watched)
     response = http.post(GENERATIONS, json={"prompt": "a", **MANY_KEYS})
     assert response.status_code == 200
     *names, rest = response.headers["x-omni-ignored-fields"].split(",")
@@ -109,6 +109,6 @@ def test_an_object_is_quoted_without_a_look_at_its_end() -> None:
             Key.num_compared += 1
             return str(self) < other
 
-    assert len(echo([{Key(i): 0 for i in range(1000)}])) <= MAX_ECHO + 3
-    assert echo({"b": 1, "a": 2}) == "{'a': 2, 'b': 1}"
+    assert len(quote([{Key(i): 0 for i in range(1000)}])) <= MAX_QUOTE + 3
+    assert quote({"b": 1, "a": 2}) == "{'a': 2, 'b': 1}"
     assert Key.num_compared < 100

@@ -8,14 +8,14 @@ from contextlib import AbstractContextManager
 from vllm_omni.errors import QueueFullError
 from vllm_omni.inputs.images import InputImage
 
-MAX_HELD_BYTES = 2 * 2**30
+MAX_UPLOAD_BYTES = 2 * 2**30
 """A queue of 256 edits of a few pictures of a million pixels, or twenty pictures of 33 million."""
 
 
-class Holding(AbstractContextManager["Holding"]):
+class UploadReservation(AbstractContextManager["UploadReservation"]):
     """Bytes of one request's upload that are in memory now, and its pictures; leaving its block gives them back.
 
-    Nothing else refers to the pictures, for `replace` lets go of those that were sent.
+    Nothing else refers to the pictures, for `replace_images` lets go of those that were sent.
     """
 
     def __init__(self, budget: UploadBudget) -> None:
@@ -30,39 +30,39 @@ class Holding(AbstractContextManager["Holding"]):
         self.num_bytes += num_bytes
         self._budget.num_bytes += num_bytes
 
-    def drop(self, num_bytes: int) -> None:
+    def release(self, num_bytes: int) -> None:
         self.num_bytes -= num_bytes
         self._budget.num_bytes -= num_bytes
 
-    def keep(self, image: InputImage) -> None:
+    def keep_image(self, image: InputImage) -> None:
         """One picture more. Raises QueueFullError."""
         self.add(image.num_bytes)
         self.images += (image,)
 
-    def replace(self, images: Iterable[InputImage]) -> None:
+    def replace_images(self, images: Iterable[InputImage]) -> None:
         """These pictures instead. Raises QueueFullError."""
-        self.drop(sum(image.num_bytes for image in self.images))
+        self.release(sum(image.num_bytes for image in self.images))
         self.images = ()
         for image in images:
-            self.keep(image)
+            self.keep_image(image)
 
-    def moved(self) -> Holding:
+    def transfer(self) -> UploadReservation:
         """The same bytes, which are from now on not this one's to give back."""
-        other = Holding(self._budget)
+        other = UploadReservation(self._budget)
         other.num_bytes, self.num_bytes = self.num_bytes, 0
         return other
 
     def __exit__(self, *_: object) -> None:
-        self.drop(self.num_bytes)
+        self.release(self.num_bytes)
 
 
 class UploadBudget:
     """What the uploads of all requests may hold together, from their first byte until the request has ended, so that
     memory is bounded whatever comes."""
 
-    def __init__(self, max_bytes: int = MAX_HELD_BYTES) -> None:
+    def __init__(self, max_bytes: int = MAX_UPLOAD_BYTES) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
 
-    def holding(self) -> Holding:
-        return Holding(self)
+    def reserve(self) -> UploadReservation:
+        return UploadReservation(self)

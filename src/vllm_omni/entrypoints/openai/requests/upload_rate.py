@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-LEAST_BYTES_A_SECOND = 16 * 2**10
+MIN_BYTES_PER_SECOND = 16 * 2**10
 """Over the shortest time: links falter."""
-LEAST_LASTING_BYTES_A_SECOND = 64 * 2**10
-"""Over `LASTING` times as long. Half of 1 Mbit/s, at which a picture of 50 MB takes seven minutes."""
-LASTING = 10
+MIN_LASTING_BYTES_PER_SECOND = 64 * 2**10
+"""Over `LONG_FACTOR` times as long. Half of 1 Mbit/s, at which a picture of 50 MB takes seven minutes."""
+LONG_FACTOR = 10
 
 
-class Pace:
-    """Two allowances of waiting, in seconds, that bytes refill: `silence_seconds` and `LASTING` times as much.
+class UploadRate:
+    """Two allowances of waiting, in seconds, that bytes refill: `silence_seconds` and `LONG_FACTOR` times as much.
 
     A sender at a steady rate above both may go on for ever; below one of them, it ends after that allowance,
     or as much later as it was ahead. None saves more than it began with, so a fast beginning buys no hours.
     """
 
     def __init__(self, silence_seconds: float) -> None:
-        self._rates = (LEAST_BYTES_A_SECOND, LEAST_LASTING_BYTES_A_SECOND)
-        self._most = (silence_seconds, LASTING * silence_seconds)
+        self._rates = (MIN_BYTES_PER_SECOND, MIN_LASTING_BYTES_PER_SECOND)
+        self._most = (silence_seconds, LONG_FACTOR * silence_seconds)
         self._left: tuple[float, ...] = self._most
 
     @property
-    def patience(self) -> float:
+    def seconds_left(self) -> float:
         """Seconds until the next bytes must have come."""
         return min(self._left)
 

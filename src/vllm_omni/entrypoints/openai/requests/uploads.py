@@ -15,15 +15,15 @@ from starlette.requests import ClientDisconnect, Request
 
 from vllm_omni.diffusion.catalog.registry import ImageInput, ModelInfo
 from vllm_omni.diffusion.control.request_builder import MAX_PROMPT_CHARACTERS, check_num_images
-from vllm_omni.entrypoints.openai.requests.chat_turns import Turn, last_user_turn
+from vllm_omni.entrypoints.openai.disconnect import unless_disconnected
+from vllm_omni.entrypoints.openai.quotes import quote
+from vllm_omni.entrypoints.openai.requests.chat_messages import UserMessage, last_user_message
 from vllm_omni.entrypoints.openai.requests.fetching import MediaFetcher
 from vllm_omni.entrypoints.openai.requests.json_body import Body, parse_json, validated
 from vllm_omni.entrypoints.openai.requests.multipart import MultipartReader, Part
-from vllm_omni.entrypoints.openai.requests.pictures.pool import ImageDecoder
-from vllm_omni.entrypoints.openai.requests.quotes import echo
-from vllm_omni.entrypoints.openai.requests.upload_budget import Holding, UploadBudget
-from vllm_omni.entrypoints.openai.requests.upload_rate import Pace
-from vllm_omni.entrypoints.openai.responses.disconnect import unless_disconnected
+from vllm_omni.entrypoints.openai.requests.pictures.pool import DecodePool
+from vllm_omni.entrypoints.openai.requests.upload_budget import UploadBudget, UploadReservation
+from vllm_omni.entrypoints.openai.requests.upload_rate import UploadRate
 from vllm_omni.entrypoints.openai.schema.chat import ChatCompletionRequest, with_extra_body
 from vllm_omni.entrypoints.openai.schema.images import ImageEditRequest
 from vllm_omni.errors import InvalidRequestError, RequestAbortedError
@@ -53,46 +53,50 @@ class UploadReader:
     """Reads what one model is asked for. Edits are for a model that takes input pictures."""
 
     info: ModelInfo
-    decoder: ImageDecoder
+    decoder: DecodePool
     budget: UploadBudget
     media: MediaFetcher
     silence_seconds: float
     """See `ServerSettings.upload_silence_seconds`."""
 
-    async def read(self, request: Request, holding: Holding) -> ImageEditRequest:
-        """The pictures go to `holding`.
+    async def read(self, request: Request, reservation: UploadReservation) -> ImageEditRequest:
+        """The pictures go to `reservation`.
 
         Raises InvalidRequestError or RequestValidationError (400), HTTPException (408, 413), QueueFullError (429).
         """
         kind = _content_type(request)
         if kind == "multipart/form-data":
-            return await self._read_form(request, holding)
+            return await self._read_form(request, reservation)
         if kind == "application/json":
-            return await self._read_json_edit(request, holding)
+            return await self._read_json_edit(request, reservation)
         raise InvalidRequestError(
             f"the request's content-type takes multipart/form-data and application/json, got {kind[:64]!r}"
         )
 
-    async def _read_form(self, request: Request, holding: Holding) -> ImageEditRequest:
+    async def _read_form(self, request: Request, reservation: UploadReservation) -> ImageEditRequest:
         """Pictures are decoded while the rest is read: so a client that leaves is noticed, and its decode ended."""
         fields: dict[str, Any] = {}
         files: asyncio.Queue[Part | None] = asyncio.Queue()
         try:
             async with asyncio.TaskGroup() as tasks:
-                decoding = tasks.create_task(self._decode_files(files, holding))
-                await self._read_parts(request, holding, fields, files)
+                decoding = tasks.create_task(self._decode_files(files, reservation))
+                await self._read_parts(request, reservation, fields, files)
                 await unless_disconnected(request, _end_of(decoding))
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
         return validated(lambda: ImageEditRequest.model_validate_strings(fields, strict=False))
 
     async def _read_parts(
-        self, request: Request, holding: Holding, fields: dict[str, Any], files: asyncio.Queue[Part | None]
+        self,
+        request: Request,
+        reservation: UploadReservation,
+        fields: dict[str, Any],
+        files: asyncio.Queue[Part | None],
     ) -> None:
         """Read the form to its end; its pictures go to `files`, and None after the last one."""
         reader = MultipartReader(request.headers["content-type"], _FormLimits(self.info).limit_of)
         async for chunk in self._chunks(request):
-            holding.add(len(chunk))
+            reservation.add(len(chunk))
             for part in reader.feed(chunk):
                 if _IMAGE_FIELD.fullmatch(part.name):
                     files.put_nowait(part)
@@ -102,53 +106,56 @@ class UploadReader:
         _refuse_unsupported(fields)
         files.put_nowait(None)
 
-    async def _decode_files(self, files: asyncio.Queue[Part | None], holding: Holding) -> None:
+    async def _decode_files(self, files: asyncio.Queue[Part | None], reservation: UploadReservation) -> None:
         while (part := await files.get()) is not None:
-            await self._read_image_part(part, holding)
+            await self._read_image_part(part, reservation)
 
-    async def _read_json_edit(self, request: Request, holding: Holding) -> ImageEditRequest:
-        parsed = await self.read_json(request, holding, ImageEditRequest)
+    async def _read_json_edit(self, request: Request, reservation: UploadReservation) -> ImageEditRequest:
+        parsed = await self.read_json(request, reservation, ImageEditRequest)
         _refuse_unsupported(parsed.model_fields_set)
         if parsed.images and parsed.image:
             raise InvalidRequestError("image and images are two names of the same: give one of them", param="image")
         urls = parsed.image or [image["image_url"] for image in parsed.images or ()]
         if urls:
-            await unless_disconnected(request, self._read_urls(urls, holding))
+            await unless_disconnected(request, self._read_urls(urls, reservation))
         return parsed
 
-    async def fitted(self, fit: Callable[[], OmniPrompt], holding: Holding) -> OmniPrompt:
+    async def fitted(self, fit: Callable[[], OmniPrompt], reservation: UploadReservation) -> OmniPrompt:
         """`fit()` in a thread for pictures; those of its prompt are held instead. Raises what it raises, and
         QueueFullError."""
         prompt = await self.decoder.run(fit)
-        holding.replace(prompt.images)
+        reservation.replace_images(prompt.images)
         return prompt
 
     async def read_chat(
-        self, request: Request, holding: Holding, is_answered_empty: Callable[[Sequence[Mapping[str, Any]]], bool]
+        self,
+        request: Request,
+        reservation: UploadReservation,
+        is_answered_empty: Callable[[Sequence[Mapping[str, Any]]], bool],
     ) -> tuple[ChatCompletionRequest, str | None]:
-        """The body and the text of its last user message, whose pictures go to `holding`. Raises as `read` does.
+        """The body and the text of its last user message, whose pictures go to `reservation`. Raises as `read` does.
 
         None instead of the text where `is_answered_empty(messages)`.
         """
-        body, turn = await self._json(request, holding, lambda sent: _read_chat(sent, is_answered_empty))
+        body, turn = await self._json(request, reservation, lambda sent: _read_chat(sent, is_answered_empty))
         if turn is None:
             return body, None
         turn.check_images(self.info)
-        await unless_disconnected(request, self._read_urls(turn.urls, holding))
+        await unless_disconnected(request, self._read_urls(turn.urls, reservation))
         return body, turn.text
 
-    async def read_json(self, request: Request, holding: Holding, model: type[Body]) -> Body:
+    async def read_json(self, request: Request, reservation: UploadReservation, model: type[Body]) -> Body:
         """A body without pictures to decode. Raises as `read` does."""
-        return await self._json(request, holding, lambda sent: validated(lambda: model.model_validate(sent)))
+        return await self._json(request, reservation, lambda sent: validated(lambda: model.model_validate(sent)))
 
-    async def _json(self, request: Request, holding: Holding, read: Callable[[Any], Result]) -> Result:
+    async def _json(self, request: Request, reservation: UploadReservation, read: Callable[[Any], Result]) -> Result:
         """`read` of what the body says, in the thread that parses it. Raises what it raises."""
         kind = _content_type(request)
         if kind != "application/json":
             raise InvalidRequestError(f"the request's content-type takes application/json, got {kind[:64]!r}")
         data, num_items = bytearray(), 0
         async for chunk in self._chunks(request):
-            holding.add(len(chunk))
+            reservation.add(len(chunk))
             data += chunk
             num_items += sum(map(chunk.count, (b",", b"[", b"{")))  # at least; base64 has none of them
             if len(data) > MAX_JSON_BYTES:
@@ -164,54 +171,54 @@ class UploadReader:
     async def _chunks(self, request: Request) -> AsyncIterator[bytes]:
         """Raises HTTPException (408) where the next one does not come or bytes trickle, and RequestAbortedError."""
         stream, clock = aiter(request.stream()), asyncio.get_running_loop().time
-        pace = Pace(self.silence_seconds)
+        rate = UploadRate(self.silence_seconds)
         try:
             while True:
                 asked = clock()
-                async with asyncio.timeout(pace.patience):
+                async with asyncio.timeout(rate.seconds_left):
                     chunk = await anext(stream)
-                pace.count(len(chunk), clock() - asked)
+                rate.count(len(chunk), clock() - asked)
                 yield chunk
         except StopAsyncIteration:
             return
         except TimeoutError as error:
             # Whatever still comes would be read as the beginning of another request.
             headers = {"connection": "close"}
-            raise HTTPException(408, f"The request's body came with less than {pace}.", headers) from error
+            raise HTTPException(408, f"The request's body came with less than {rate}.", headers) from error
         except ClientDisconnect as error:
             raise RequestAbortedError("the client closed the connection") from error
 
-    async def _read_urls(self, urls: Sequence[str], holding: Holding) -> None:
+    async def _read_urls(self, urls: Sequence[str], reservation: UploadReservation) -> None:
         """One after the other: what is fetched is held one picture at a time."""
         check_num_images(len(urls), self.info)
         for url in urls:
-            await self._read_url(url, holding)
+            await self._read_url(url, reservation)
 
-    async def _read_url(self, url: str, holding: Holding) -> None:
+    async def _read_url(self, url: str, reservation: UploadReservation) -> None:
         """`url`: of a picture, or its base64 alone."""
         if _BARE_BASE64.match(url):
             url = f"data:;base64,{url}"
         if url.startswith("data:"):
-            with _naming_picture(holding):
+            with _naming_picture(reservation):
                 image = await self.decoder.data_url(url, self._image_input.sizes)
-            holding.keep(image)
+            reservation.keep_image(image)
         else:
-            await self._decode(await self.media.fetch(url, holding.add), holding)
+            await self._decode(await self.media.fetch(url, reservation.add), reservation)
 
-    async def _read_image_part(self, part: Part, holding: Holding) -> None:
+    async def _read_image_part(self, part: Part, reservation: UploadReservation) -> None:
         """A file, or a field with the text that JSON has in `image`. No picture's file is ASCII."""
         if part.is_file or not part.data.isascii():
-            await self._decode(part.data, holding)
+            await self._decode(part.data, reservation)
         elif part.data:
-            await self._read_url(part.data.decode("ascii"), holding)
-            holding.drop(len(part.data))
+            await self._read_url(part.data.decode("ascii"), reservation)
+            reservation.release(len(part.data))
 
-    async def _decode(self, data: bytearray, holding: Holding) -> None:
+    async def _decode(self, data: bytearray, reservation: UploadReservation) -> None:
         """Instead of its file, pixels are held from now on: these may be a thousand times as much."""
-        with _naming_picture(holding):
+        with _naming_picture(reservation):
             image = await self.decoder.file(data, self._image_input.sizes)
-        holding.drop(len(data))
-        holding.keep(image)
+        reservation.release(len(data))
+        reservation.keep_image(image)
 
     @property
     def _image_input(self) -> ImageInput:
@@ -243,12 +250,12 @@ class _FormLimits:
 
 
 @contextmanager
-def _naming_picture(holding: Holding) -> Iterator[None]:
+def _naming_picture(reservation: UploadReservation) -> Iterator[None]:
     """Errors say which picture of the request is wrong."""
     try:
         yield
     except InvalidRequestError as error:
-        number = len(holding.images) + 1
+        number = len(reservation.images) + 1
         raise InvalidRequestError(f"{error} (picture {number} of the request)", param=error.param) from error
 
 
@@ -258,9 +265,9 @@ async def _end_of(task: asyncio.Task[None]) -> None:
 
 def _read_chat(
     sent: Any, is_answered_empty: Callable[[Sequence[Mapping[str, Any]]], bool]
-) -> tuple[ChatCompletionRequest, Turn | None]:
+) -> tuple[ChatCompletionRequest, UserMessage | None]:
     body = validated(lambda: ChatCompletionRequest.model_validate(with_extra_body(sent)))
-    return body, None if is_answered_empty(body.messages) else last_user_turn(body.messages)
+    return body, None if is_answered_empty(body.messages) else last_user_message(body.messages)
 
 
 def _content_type(request: Request) -> str:
@@ -275,7 +282,7 @@ def _set_field(fields: dict[str, Any], part: Part) -> None:
     except UnicodeDecodeError as error:
         name, kind = part.name[:_MAX_NAME], "a file that is none: pictures go in image or image[]"
         raise InvalidRequestError(
-            f"{name} takes text in UTF-8, got {kind if part.is_file else echo(bytes(part.data[:_MAX_NAME]))}",
+            f"{name} takes text in UTF-8, got {kind if part.is_file else quote(bytes(part.data[:_MAX_NAME]))}",
             param=name or None,
         ) from error
     if not value and part.name != "prompt":
@@ -299,7 +306,7 @@ def _lora_fields(text: str) -> dict[str, Any]:
         value = None
     if not isinstance(value, dict):
         raise InvalidRequestError(
-            f'lora takes a JSON object such as {{"name": "ink", "scale": 0.8}}, got {echo(text)}', param="lora"
+            f'lora takes a JSON object such as {{"name": "ink", "scale": 0.8}}, got {quote(text)}', param="lora"
         )
     return {key: inner for key, inner in value.items() if inner is not None}
 

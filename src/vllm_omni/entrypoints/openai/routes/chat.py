@@ -106,8 +106,8 @@ class ChatService:
         service = self.images
         service.check_makes_pictures()
         is_answered_empty = is_text_task if service.settings.chat_text_tasks == "empty" else lambda _: False
-        with service.uploads.budget.holding() as holding:
-            body, prompt = await service.uploads.read_chat(request, holding, is_answered_empty)
+        with service.uploads.budget.reserve() as reservation:
+            body, prompt = await service.uploads.read_chat(request, reservation, is_answered_empty)
             envelope = ChatEnvelope.to(body, service.settings.served_model_names[0])
             if prompt is None:
                 return self._empty(body, envelope, request)
@@ -116,7 +116,7 @@ class ChatService:
                 return ChatAnswer(service.encoder, style, envelope)
 
             try:
-                return await service.run(body, prompt, request, holding, answer_in)
+                return await service.run(body, prompt, request, reservation, answer_in)
             except InvalidRequestError as error:
                 if error.param != "prompt":
                     raise

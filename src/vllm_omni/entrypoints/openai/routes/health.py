@@ -11,7 +11,7 @@ from vllm_omni import __version__
 from vllm_omni.entrypoints.openai.errors import ERROR_RESPONSES
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
 from vllm_omni.entrypoints.openai.middlewares.path_routing import ServerLoad
-from vllm_omni.entrypoints.openai.requests.parsing import check_model_name
+from vllm_omni.entrypoints.openai.requests.parameters import check_model_name
 from vllm_omni.entrypoints.openai.schema.images import (
     LoadResponse,
     LoRACard,

@@ -14,22 +14,22 @@ from fastapi import APIRouter, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from vllm_omni.entrypoints.openai.disconnect import unless_disconnected
 from vllm_omni.entrypoints.openai.errors import ERROR_RESPONSES
-from vllm_omni.entrypoints.openai.middlewares.arrivals import log_arrival
-from vllm_omni.entrypoints.openai.requests.parsing import (
+from vllm_omni.entrypoints.openai.requests.parameters import (
     check_model_name,
     ignored_fields,
     ignored_fields_header,
     parse_generation,
 )
-from vllm_omni.entrypoints.openai.requests.prompt_checks import Resolver
-from vllm_omni.entrypoints.openai.requests.upload_budget import Holding
+from vllm_omni.entrypoints.openai.requests.prompt_checker import PromptChecker
+from vllm_omni.entrypoints.openai.requests.upload_budget import UploadReservation
 from vllm_omni.entrypoints.openai.requests.uploads import UploadReader
-from vllm_omni.entrypoints.openai.responses.disconnect import unless_disconnected
 from vllm_omni.entrypoints.openai.responses.encoding import CONTENT_TYPES, ImageEncoder
 from vllm_omni.entrypoints.openai.responses.events import ImageEventStream, image_events
 from vllm_omni.entrypoints.openai.responses.images import Answer, AnswerStyle, base64_items, images_response, url_items
 from vllm_omni.entrypoints.openai.responses.stored_files import FileStore
+from vllm_omni.entrypoints.openai.routes.request_log import log_request
 from vllm_omni.entrypoints.openai.schema.examples import edit_example, edit_form_example, generation_example
 from vllm_omni.entrypoints.openai.schema.images import (
     MAX_INPUT_IMAGES,
@@ -76,7 +76,7 @@ class ImageService:
     settings: ServerSettings
     encoder: ImageEncoder
     files: FileStore
-    resolver: Resolver
+    resolver: PromptChecker
     uploads: UploadReader
 
     async def create(self, request: Request) -> Response:
@@ -84,9 +84,9 @@ class ImageService:
         self.check_makes_pictures()
         if (images := self.omni.info.image_input) is not None and images.min_images:
             raise InvalidRequestError("The served model edits pictures: use POST /v1/images/edits.", param="image")
-        with self.uploads.budget.holding() as holding:
-            body = await self.uploads.read_json(request, holding, ImageGenerationRequest)
-            return await self.generate(body, request, holding)
+        with self.uploads.budget.reserve() as reservation:
+            body = await self.uploads.read_json(request, reservation, ImageGenerationRequest)
+            return await self.generate(body, request, reservation)
 
     async def edit(self, request: Request) -> Response:
         """`generate` from pictures. Raises RequestError, also for bodies that are wrong or too large."""
@@ -96,16 +96,16 @@ class ImageService:
                 "The served model makes pictures from text and edits none: use POST /v1/images/generations.",
                 param="model",
             )
-        with self.uploads.budget.holding() as holding:
-            body = await self.uploads.read(request, holding)
-            if not holding.images:
+        with self.uploads.budget.reserve() as reservation:
+            body = await self.uploads.read(request, reservation)
+            if not reservation.images:
                 elsewhere = "" if images.min_images else "; without one use POST /v1/images/generations"
                 raise InvalidRequestError(
                     "image is required: files of that name in a form, or "
                     f'"images": [{{"image_url": "data:image/png;base64,..."}}] in JSON{elsewhere}',
                     param="image",
                 )
-            return await self.generate(body, request, holding)
+            return await self.generate(body, request, reservation)
 
     def check_makes_pictures(self) -> None:
         """Raises InvalidRequestError where the model makes videos."""
@@ -129,8 +129,10 @@ class ImageService:
             logger.info("%s: ignored fields: %s", request.url.path, ", ".join(names))
         return names, ignored_fields_header(names)
 
-    async def generate(self, body: ImageGenerationRequest, request: Request, holding: Holding) -> Response:
-        """`holding`: see `run`. Raises RequestError before anything runs, or when the engine fails on it."""
+    async def generate(
+        self, body: ImageGenerationRequest, request: Request, reservation: UploadReservation
+    ) -> Response:
+        """`reservation`: see `run`. Raises RequestError before anything runs, or when the engine fails on it."""
 
         response_format = body.response_format or self.settings.default_response_format
 
@@ -144,37 +146,37 @@ class ImageService:
         def url_of(file_id: str) -> str:
             return str(request.url_for(FILE_ROUTE, file_id=file_id))
 
-        return await self.run(body, body.prompt, request, holding, answer_in)
+        return await self.run(body, body.prompt, request, reservation, answer_in)
 
     async def run(
         self,
         body: ImageOptions,
         prompt: str,
         request: Request,
-        holding: Holding,
+        reservation: UploadReservation,
         answer_in: Callable[[AnswerStyle], Answer],
     ) -> Response:
         """The way of every request to its answer. Raises RequestError.
 
-        `holding`: its upload and the pictures to edit. It moves into a stream, which ends long after this returns.
+        `reservation`: its upload and the pictures to edit. It moves into a stream, which ends long after this returns.
         """
         self.check_makes_pictures()
         self.check_model_name(body)
         adapters = self.omni.config.lora_modules
-        omni_prompt, params, image_format = parse_generation(body, prompt, holding.images, adapters)
-        if holding.images:
-            omni_prompt = await self.uploads.fitted(partial(self.omni.fit_images, omni_prompt, params), holding)
+        omni_prompt, params, image_format = parse_generation(body, prompt, reservation.images, adapters)
+        if reservation.images:
+            omni_prompt = await self.uploads.fitted(partial(self.omni.fit_images, omni_prompt, params), reservation)
         job = await self.resolver.resolve(omni_prompt, params)
         ignored, headers = self.ignored_fields(body, request, len(job.requests[0].cost.branch_tokens) > 1)
         answer = answer_in(AnswerStyle.of(body, image_format, ignored))
         outputs = self.omni.submit(job)
         if self.settings.log_requests:
-            log_arrival(job.requests)
+            log_request(job.requests)
         if self.settings.log_prompts:
             logger.info("prompt %r, %s", omni_prompt, params)
         if body.stream:
             events = answer.events(outputs)
-            return ImageEventStream(outputs, events, self.settings.keep_alive_seconds, headers, holding.moved())
+            return ImageEventStream(outputs, events, self.settings.keep_alive_seconds, headers, reservation.transfer())
         async with aclosing(outputs):
             response = await unless_disconnected(request, _finish(outputs, answer))
         response.headers.update(headers)

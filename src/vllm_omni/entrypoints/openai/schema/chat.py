@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, FailFast, Field, WithJsonSchema
 
-from vllm_omni.entrypoints.openai.requests.quotes import MAX_ECHO, echo
+from vllm_omni.entrypoints.openai.quotes import MAX_QUOTE, quote
 from vllm_omni.entrypoints.openai.schema.images import ImageOptions, at_most, without_absent
 from vllm_omni.errors import InvalidRequestError
 
@@ -68,8 +68,8 @@ def with_extra_body(body: Any) -> Any:
     for name in outside.keys() & inside.keys():
         if not _is_same(outside[name], inside[name]):
             raise InvalidRequestError(
-                f"{echo(name)} is {echo(outside[name])} and, in extra_body, {echo(inside[name])}: give it once",
-                param=name[:MAX_ECHO],
+                f"{quote(name)} is {quote(outside[name])} and, in extra_body, {quote(inside[name])}: give it once",
+                param=name[:MAX_QUOTE],
             )
     return outside | inside
 

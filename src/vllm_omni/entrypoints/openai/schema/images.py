@@ -133,10 +133,10 @@ _ABOUT_A_FIELD = ("title", "description", "default", "examples")
 """Keywords of a property's schema that do not restrict its values."""
 
 
-class LoRA(RequestBody):
+class LoRAField(RequestBody):
     """An adapter by its name; no request brings a path."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", title="LoRA")
 
     name: Annotated[str, Field(min_length=1)]
     scale: float | None = None
@@ -197,7 +197,7 @@ class ImageOptions(RequestBody):
     """False: compute every block, although the server has a step cache."""
     max_sequence_length: Annotated[int, Field(ge=1)] | None = None
     """Longest prompt accepted, in tokens."""
-    lora: Annotated[LoRA, _FEW_KEYS] | None = None
+    lora: Annotated[LoRAField, _FEW_KEYS] | None = None
     """An adapter that the server was started with."""
     priority: int = 0
     """Smaller runs earlier."""

@@ -20,7 +20,7 @@ class Resize(msgspec.Struct, tag=True, frozen=True):
     """The two fields of `ReaderSizes`."""
 
 
-class Ready(msgspec.Struct, tag=True, frozen=True):
+class DecoderReady(msgspec.Struct, tag=True, frozen=True):
     """The process takes its first file."""
 
 
@@ -46,4 +46,4 @@ class Refused(msgspec.Struct, tag=True, frozen=True):
 
 
 ToDecoder = Decode | Resize
-FromDecoder = Ready | Opened | Pixels | Refused
+FromDecoder = DecoderReady | Opened | Pixels | Refused

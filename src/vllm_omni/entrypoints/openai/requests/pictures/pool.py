@@ -115,7 +115,7 @@ class _DecodeThread(threading.Thread):
             self.process = None
 
 
-class ImageDecoder:
+class DecodePool:
     """A bounded pool of decode processes, and threads for other work on pictures.
 
     Pictures are decoded in the order in which they come. A request waits for one picture before it brings the next, so

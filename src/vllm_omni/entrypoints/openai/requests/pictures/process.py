@@ -17,10 +17,10 @@ import numpy as np
 
 from vllm_omni.entrypoints.openai.requests.pictures.messages import (
     Decode,
+    DecoderReady,
     FromDecoder,
     Opened,
     Pixels,
-    Ready,
     Refused,
     Resize,
 )
@@ -112,7 +112,7 @@ class DecodeProcess:
             raise NoDecoderError(f"a decode process did not start in {self._limits.start_seconds:g} s") from error
         except (EOFError, OSError, ChannelBrokenError) as error:
             raise NoDecoderError(f"a decode process ended at its start: {self._how_it_ended()}") from error
-        assert isinstance(ready, Ready)
+        assert isinstance(ready, DecoderReady)
         self._is_ready = True
 
     def decode(self, data: bytes | bytearray, sizes_of: Callable[[int, int], ReaderSizes]) -> InputImage:

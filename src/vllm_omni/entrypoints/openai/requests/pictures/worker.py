@@ -22,10 +22,10 @@ import PIL.WebPImagePlugin  # noqa: F401
 from vllm_omni.entrypoints.openai.requests.pictures.decoding import OpenedImage, open_image
 from vllm_omni.entrypoints.openai.requests.pictures.messages import (
     Decode,
+    DecoderReady,
     FromDecoder,
     Opened,
     Pixels,
-    Ready,
     Refused,
     Resize,
     ToDecoder,
@@ -52,13 +52,13 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.simplefilter("ignore")
     channel: BlockingChannel[ToDecoder] = BlockingChannel(socket.socket(fileno=options.socket_fd), ToDecoder)
     with contextlib.suppress(EOFError, OSError):  # the parent is gone
-        channel.send(Ready())
-        decoder = Decoder(options.cpu_seconds)
+        channel.send(DecoderReady())
+        decoder = DecodeWorker(options.cpu_seconds)
         while True:
             channel.send(decoder.answer(channel.receive()))
 
 
-class Decoder:
+class DecodeWorker:
     """Answers messages. Between them it holds the picture that was opened last."""
 
     def __init__(self, cpu_seconds: float) -> None:

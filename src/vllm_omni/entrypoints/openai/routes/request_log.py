@@ -10,7 +10,7 @@ from vllm_omni.diffusion.messages.request import DiffusionRequest
 logger = logging.getLogger(__name__)
 
 
-def log_arrival(requests: Sequence[DiffusionRequest]) -> None:
+def log_request(requests: Sequence[DiffusionRequest]) -> None:
     """Log what a client asked for: its `n` pictures as requests to the engine, equal but for their seeds."""
     first = requests[0]
     adapter = "none" if first.lora is None else f"{first.lora.name} x {first.lora.scale:g}"

@@ -16,7 +16,7 @@ _MEMORY = 0.9
 """Weight that past checks keep, check by check, in the measured duration of one."""
 
 
-class Resolver:
+class PromptChecker:
     """One thread: counting the tokens of a long prompt takes tens of milliseconds; tokenizers take one at a time."""
 
     def __init__(self, omni: AsyncOmni, observer: EngineObserver) -> None:

@@ -6,7 +6,7 @@ from itertools import islice
 from reprlib import Repr
 from typing import Any
 
-MAX_ECHO = 60
+MAX_QUOTE = 60
 
 
 class _Short(Repr):
@@ -17,10 +17,10 @@ class _Short(Repr):
 
 _SHORT = _Short()
 _SHORT.maxlevel = 3
-_SHORT.maxstring = MAX_ECHO
+_SHORT.maxstring = MAX_QUOTE
 
 
-def echo(value: Any) -> str:
+def quote(value: Any) -> str:
     """The beginning of its `repr`; what is beyond that, or deep inside, is not even looked at."""
     text = _SHORT.repr(value)
-    return text if len(text) <= MAX_ECHO else text[:MAX_ECHO] + "..."
+    return text if len(text) <= MAX_QUOTE else text[:MAX_QUOTE] + "..."

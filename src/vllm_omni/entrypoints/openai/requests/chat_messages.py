@@ -8,12 +8,12 @@ from typing import Any
 
 from vllm_omni.diffusion.catalog.registry import ModelInfo
 from vllm_omni.diffusion.control.request_builder import MAX_PROMPT_CHARACTERS
-from vllm_omni.entrypoints.openai.requests.quotes import echo
+from vllm_omni.entrypoints.openai.quotes import quote
 from vllm_omni.errors import InvalidRequestError
 
 
 @dataclass(frozen=True)
-class Turn:
+class UserMessage:
     """A user's message: its text, and the URLs of its pictures."""
 
     text: str
@@ -29,7 +29,7 @@ class Turn:
             raise _invalid("this model edits pictures and got none: the last user message needs an image_url part")
 
 
-def last_user_turn(messages: Sequence[Mapping[str, Any]]) -> Turn:
+def last_user_message(messages: Sequence[Mapping[str, Any]]) -> UserMessage:
     """The last message of the role `user`; its text parts are lines of the prompt.
 
     System messages and earlier turns are not looked at, and no picture of theirs is edited.
@@ -42,7 +42,7 @@ def last_user_turn(messages: Sequence[Mapping[str, Any]]) -> Turn:
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list):
-        raise _invalid(f"the content of a user message is text or a list of parts, got {echo(content)}")
+        raise _invalid(f"the content of a user message is text or a list of parts, got {quote(content)}")
     texts: list[str] = []
     urls: list[str] = []
     for part in content:
@@ -54,14 +54,14 @@ def last_user_turn(messages: Sequence[Mapping[str, Any]]) -> Turn:
             case _:
                 raise _invalid(
                     'parts of a user message are {"type": "text", "text": ...} and '
-                    f'{{"type": "image_url", "image_url": {{"url": ...}}}}, got {echo(part)}'
+                    f'{{"type": "image_url", "image_url": {{"url": ...}}}}, got {quote(part)}'
                 )
     prompt = "\n".join(texts)
     if not prompt.strip():
         raise _invalid("the last user message has no text; its text is the prompt")
     if len(prompt) > MAX_PROMPT_CHARACTERS:
         raise _invalid(f"the prompt has {len(prompt)} characters, at most {MAX_PROMPT_CHARACTERS} are accepted")
-    return Turn(prompt, tuple(urls))
+    return UserMessage(prompt, tuple(urls))
 
 
 def _invalid(message: str) -> InvalidRequestError:

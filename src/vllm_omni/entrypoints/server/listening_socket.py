@@ -14,7 +14,7 @@ from vllm_omni.errors import ConfigError
 BACKLOG = 2048
 
 
-class Listener:
+class ListeningSocket:
     """A bound TCP or Unix socket; the context closes it and removes a Unix socket's file.
 
     Raises ConfigError when the address cannot be used.

@@ -13,7 +13,7 @@ from tests.entrypoints.openai.live_server import MODEL_NAME, live_server
 from tests.fakes import make_config
 from tests.patience import GUARD_SECONDS
 from vllm_omni.diffusion.control.events import NullObserver
-from vllm_omni.entrypoints.openai.requests.prompt_checks import Resolver
+from vllm_omni.entrypoints.openai.requests.prompt_checker import PromptChecker
 from vllm_omni.errors import QueueFullError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 
@@ -41,7 +41,7 @@ class Capturer(NullObserver):
 async def test_those_beyond_the_bound_are_told_to_come_back() -> None:
     omni: Any = SlowOmni(max_num_queued_reqs=2)
     observer = Capturer()
-    resolver = Resolver(omni, observer)
+    resolver = PromptChecker(omni, observer)
     params = OmniDiffusionSamplingParams()
     resolver._seconds = 3e6
     waiting = [asyncio.create_task(resolver.resolve(OmniPrompt(text), params)) for text in "ab"]
