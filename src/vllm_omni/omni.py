@@ -27,12 +27,12 @@ from vllm_omni.diffusion.control.executor import make_executor
 from vllm_omni.diffusion.control.executor.launch import EarlyWorkers
 from vllm_omni.diffusion.control.owner import Home
 from vllm_omni.diffusion.control.replicas import Replicas
-from vllm_omni.diffusion.control.request_builder import Intake, check_default_prompt, check_defaults
+from vllm_omni.diffusion.control.request_builder import CheckedPrompt, Intake, check_default_prompt, check_defaults
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import WorkerReady
 from vllm_omni.errors import InvalidRequestError, RequestError, UnavailableError
 from vllm_omni.foreign.constructors import explaining
-from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt, PromptLike, parse_prompt
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams, PromptLike, parse_prompt
 from vllm_omni.inputs.foreign_calls import check_call
 from vllm_omni.jobs import Job, OutputStream
 from vllm_omni.keywords import OmniSettings, config_of
@@ -170,6 +170,10 @@ class AsyncOmni:
         request_id: str | None = None,
     ) -> Job:
         """Check a request without running it. Raises InvalidRequestError."""
+        return self.resolve_checked(self.check(prompt, sampling_params), request_id)
+
+    def check(self, prompt: PromptLike, sampling_params: OmniDiffusionSamplingParams | None = None) -> CheckedPrompt:
+        """First part of `resolve`, for callers that run it in another thread: see `Intake.check`."""
         intake = self._started_intake()
         parsed = parse_prompt(prompt)
         params = OmniDiffusionSamplingParams() if sampling_params is None else sampling_params
@@ -177,21 +181,22 @@ class AsyncOmni:
             raise InvalidRequestError(
                 f"sampling_params takes OmniDiffusionSamplingParams, got {params!r}", param="sampling_params"
             )
+        return intake.check(parsed, params)
+
+    def resolve_checked(self, checked: CheckedPrompt, request_id: str | None = None) -> Job:
+        """Second part of `resolve`: count tokens, and make requests with a price."""
         request_id = request_id or f"omni-{uuid.uuid4().hex}"
-        requests = intake.resolve(parsed, params, request_id)
+        requests = self._started_intake().resolve_checked(checked, request_id)
         guides = len(requests[0].cost.branch_tokens) > 1
-        ignored = "" if guides else self.info.guidance.missing_half(parsed.negative_prompt, params)
-        return Job(request_id, parsed.prompt, params.output_type, requests, ignored)
+        prompt, given = checked.prompt, checked.given
+        ignored = "" if guides else self.info.guidance.missing_half(prompt.negative_prompt, given)
+        return Job(request_id, prompt.prompt, given.output_type, requests, ignored)
 
     def warn_of_ignored(self, job: Job) -> None:
         """Log, once for this engine, that a request asks for guidance and gets none."""
         if job.ignored and not self._has_warned:
             self._has_warned = True
             logger.warning("there is no guidance, and this has no effect: %s (said once)", job.ignored)
-
-    def fit_images(self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams) -> OmniPrompt:
-        """See `Intake.fit_images`."""
-        return self._started_intake().fit_images(prompt, params)
 
     def _started_intake(self) -> Intake:
         self._home.check_process()

@@ -1,4 +1,4 @@
-"""What a client sent, as an error message may quote it."""
+"""Quotes of a client's values in error messages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MAX_QUOTE = 60
 
 class _Short(Repr):
     def repr_dict(self, x: dict[Any, Any], level: int) -> str:
-        """Of the first few: reprlib sorts all keys before it takes some."""
+        """Take the first few entries before reprlib does: it would sort all keys."""
         return super().repr_dict(dict(islice(x.items(), self.maxdict + 1)), level)
 
 
@@ -21,6 +21,6 @@ _SHORT.maxstring = MAX_QUOTE
 
 
 def quote(value: Any) -> str:
-    """The beginning of its `repr`; what is beyond that, or deep inside, is not even looked at."""
+    """The beginning of the `repr` of `value`. Takes the same time for a value of any size or depth."""
     text = _SHORT.repr(value)
     return text if len(text) <= MAX_QUOTE else text[:MAX_QUOTE] + "..."

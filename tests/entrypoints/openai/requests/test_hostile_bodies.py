@@ -1,8 +1,9 @@
-"""Bodies of many wrong items: refused for the first one, and never on the loop that serves the others."""
+"""Bodies with many wrong items: refused for the first one, and checked outside the event loop."""
 
 from __future__ import annotations
 
 import threading
+from types import ModuleType
 from typing import Any
 
 import httpx
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 from tests.entrypoints.openai.live_server import LiveServer
 from tests.entrypoints.openai.routes.test_image_errors import error_of
 from vllm_omni.entrypoints.openai.quotes import MAX_QUOTE, quote
-from vllm_omni.entrypoints.openai.requests import parameters, uploads
+from vllm_omni.entrypoints.openai.requests import chat_body, ignored_fields, json_body
 from vllm_omni.entrypoints.openai.schema.chat import MAX_MESSAGES, ChatCompletionRequest
 from vllm_omni.entrypoints.openai.schema.images import ImageEditRequest, ImageGenerationRequest, ImageOptions
 
@@ -63,37 +64,43 @@ def test_a_long_conversation_passes(http: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "name"),
+    ("path", "body", "module", "name"),
     [
-        (CHAT, {"messages": [TURN]}, "last_user_message"),
-        (CHAT, {"messages": [1]}, "validated"),
-        (CHAT, {"messages": [TURN], "extra_body": {"seed": 1}}, "with_extra_body"),
-        (GENERATIONS, {"prompt": 1}, "validated"),
+        (CHAT, {"messages": [TURN]}, chat_body, "last_user_message"),
+        (CHAT, {"messages": [1]}, chat_body, "validated"),
+        (CHAT, {"messages": [TURN], "extra_body": {"seed": 1}}, chat_body, "with_extra_body"),
+        (GENERATIONS, {"prompt": 1}, json_body, "validated"),
     ],
 )
 def test_bodies_are_checked_off_the_loop(
-    server: LiveServer, http: httpx.Client, monkeypatch: pytest.MonkeyPatch, path: str, body: Any, name: str
+    server: LiveServer,
+    http: httpx.Client,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    body: Any,
+    module: ModuleType,
+    name: str,
 ) -> None:
-    check, threads = getattr(uploads, name), []
+    check, threads = getattr(module, name), []
 
     def watched(*args: Any) -> Any:
         threads.append(threading.get_ident())
         return check(*args)
 
-    monkeypatch.setattr(uploads, name, watched)
+    monkeypatch.setattr(module, name, watched)
     assert http.post(path, json=body).status_code in (200, 400)
     assert threads
     assert server.call(threading.get_ident) not in threads
 
 
 def test_of_many_unknown_fields_few_are_looked_at(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    printable, seen = parameters._printable, []
+    printable, seen = ignored_fields._printable, []
 
     def watched(name: str) -> str:
         seen.append(name)
         return printable(name)
 
-    monkeypatch.setattr(parameters, "_printable", watched)
+    monkeypatch.setattr(ignored_fields, "_printable", watched)
     response = http.post(GENERATIONS, json={"prompt": "a", **MANY_KEYS})
     assert response.status_code == 200
     *names, rest = response.headers["x-omni-ignored-fields"].split(",")

@@ -1,4 +1,4 @@
-"""The upload budget: counted to the byte, and given back when a request ends."""
+"""The upload budget: exact, and released when a request ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vllm_omni.inputs.images import InputImage
 
 
 def make_image(side: int) -> InputImage:
-    """3 side² bytes."""
+    """A picture of 3 * side² bytes."""
     pixels = np.zeros((side, side, 3), np.uint8)
     return InputImage.of(pixels, pixels)
 
@@ -43,12 +43,12 @@ def test_pictures_are_replaced_and_not_counted_twice() -> None:
     assert budget.num_bytes == 0
 
 
-def test_what_was_moved_is_given_back_once_by_its_new_holder() -> None:
+def test_transferred_bytes_are_released_once_by_the_new_reservation() -> None:
     budget = UploadBudget()
     with budget.reserve() as reservation:
         reservation.add(100)
-        moved = reservation.transfer()
+        transferred = reservation.transfer()
     assert budget.num_bytes == 100
-    with moved:
+    with transferred:
         pass
     assert budget.num_bytes == 0

@@ -1,4 +1,4 @@
-"""Which senders a body is read from, by the seconds that their bytes take."""
+"""Senders that are fast enough, and the time after which others are disconnected."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MIB = 2**20
 
 
 def seconds_until_cut(upload_rate: UploadRate, rate: float, num_bytes: float, piece: int = 64 * 2**10) -> float | None:
-    """Of a sender of `num_bytes` at `rate` bytes a second; None where it comes to its end."""
+    """Seconds until a sender of `num_bytes` at `rate` bytes a second is disconnected; None if it sends all of them."""
     seconds = 0.0
     for _ in range(int(num_bytes / piece)):
         if piece / rate > upload_rate.seconds_left:
@@ -21,7 +21,7 @@ def seconds_until_cut(upload_rate: UploadRate, rate: float, num_bytes: float, pi
 
 
 def test_slow_links_bring_all() -> None:
-    """1 Mbit/s: a picture of 50 MB, and sixteen, which take two hours."""
+    """At 1 Mbit/s, one picture of 50 MB passes, and sixteen, which take two hours."""
     for num_images in (1, 16):
         assert seconds_until_cut(UploadRate(30), 125_000, num_images * 50 * MIB) is None
 

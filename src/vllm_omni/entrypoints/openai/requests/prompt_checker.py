@@ -1,4 +1,4 @@
-"""Checking prompts off the event loop, and not more of them at once than the queue would take."""
+"""Checks of prompts off the event loop, bounded in number."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from vllm_omni.diffusion.control.events import EngineObserver, telling_of_rejects
+from vllm_omni.diffusion.control.request_builder import CheckedPrompt
+from vllm_omni.entrypoints.openai.requests.pictures.pool import DecodePool
 from vllm_omni.errors import QueueFullError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 from vllm_omni.jobs import Job
 from vllm_omni.omni import AsyncOmni
 
 _MEMORY = 0.9
-"""Weight that past checks keep, check by check, in the measured duration of one."""
+"""Weight of the past in the moving average of a check's duration."""
 
 
 class PromptChecker:
-    """One thread: counting the tokens of a long prompt takes tens of milliseconds; tokenizers take one at a time."""
+    """Counts prompt tokens in one thread: a long prompt takes tens of milliseconds, and a tokenizer is used by one
+    thread at a time."""
 
     def __init__(self, omni: AsyncOmni, observer: EngineObserver) -> None:
         self._omni = omni
@@ -25,11 +28,23 @@ class PromptChecker:
         self._max_waiting = omni.config.max_num_queued_reqs
         self._num_waiting = 0
         self._seconds = 0.0
-        """What a check takes."""
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="omni-resolve")
+        """Average duration of a check."""
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="omni-check-prompt")
 
-    async def resolve(self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams) -> Job:
-        """As `AsyncOmni.resolve`. Raises QueueFullError where as many wait to be checked as the queue takes at all."""
+    async def check(
+        self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams, decoder: DecodePool
+    ) -> CheckedPrompt:
+        """Run `AsyncOmni.check`, in a thread of `decoder` if there are pictures: resizing takes up to a second."""
+        with telling_of_rejects(self._observer):
+            if not prompt.images:
+                return self._omni.check(prompt, params)
+            return await decoder.run(lambda: self._omni.check(prompt, params))
+
+    async def resolve(self, checked: CheckedPrompt) -> Job:
+        """Run `AsyncOmni.resolve_checked` in the thread.
+
+        Raises QueueFullError if as many prompts wait for the thread as the engine's queue takes requests.
+        """
         with telling_of_rejects(self._observer):
             if (number := self._num_waiting) >= self._max_waiting:
                 raise QueueFullError(
@@ -37,14 +52,14 @@ class PromptChecker:
                 )
             self._num_waiting += 1
             try:
-                return await asyncio.get_running_loop().run_in_executor(self._thread, self._resolve, prompt, params)
+                return await asyncio.get_running_loop().run_in_executor(self._thread, self._resolve, checked)
             finally:
                 self._num_waiting -= 1
 
-    def _resolve(self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams) -> Job:
+    def _resolve(self, checked: CheckedPrompt) -> Job:
         start = time.monotonic()
         try:
-            return self._omni.resolve(prompt, params)
+            return self._omni.resolve_checked(checked)
         finally:
             self._seconds = _MEMORY * self._seconds + (1 - _MEMORY) * (time.monotonic() - start)
 

@@ -1,4 +1,4 @@
-"""Decode processes: the pixels of the calling process, limits, deaths, turns, and nothing left behind."""
+"""Decode processes: equal pixels, limits, deaths, the order of requests, and cleanup."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_a_process_is_small_and_has_nothing_of_its_parents(process: DecodeProces
 
 
 def test_what_takes_too_long_is_refused_and_its_process_replaced() -> None:
-    """A process that stands still takes too long for any picture."""
+    """A stopped process exceeds the time limit of any picture."""
     limits = replace(LIMITS, seconds=0.3, seconds_per_megapixel=1000.0)
 
     async def main(decoder: DecodePool) -> None:
@@ -266,11 +266,11 @@ async def test_who_leaves_takes_his_picture_out_of_the_queue_and_off_the_process
 
 
 class Bytes(bytearray):
-    """Can be referred to weakly."""
+    """Bytes that can be referenced weakly."""
 
 
 async def test_a_file_that_nobody_waits_for_is_let_go_of(decoder: DecodePool) -> None:
-    """Its place in the queue may be far behind."""
+    """The file is freed although its job is still in the queue."""
     await decoder.file(PNG, same)
     pid = pid_of(decoder)
     assert pid is not None
@@ -292,7 +292,7 @@ async def test_a_file_that_nobody_waits_for_is_let_go_of(decoder: DecodePool) ->
 
 
 async def test_requests_take_turns(decoder: DecodePool) -> None:
-    """One with many pictures brings the next when one is done: another waits for one of them at most."""
+    """A request sends its next picture when one is decoded: another request waits for one of them at most."""
     order: list[str] = []
 
     async def bring(name: str, count: int) -> None:
@@ -330,7 +330,7 @@ async def test_closing_ends_what_runs(decoder: DecodePool) -> None:
 
 
 def test_a_process_ends_with_its_parent() -> None:
-    """Also one that stands still."""
+    """A stopped process is killed too."""
     script = """
 import os, signal, sys, time
 from vllm_omni.entrypoints.openai.requests.pictures.process import DecodeLimits, DecodeProcess
