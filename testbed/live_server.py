@@ -64,7 +64,7 @@ MakeImage = Callable[[DiffusionRequest, int | None], np.ndarray]
 
 
 def expected_picture(seed: int, height: int = 64, width: int = 64, step: int | None = None) -> np.ndarray:
-    """What the fake device makes of a seed; with `step`, its preview after that step."""
+    """The picture that the fake device makes from a seed; with `step`, its preview after that step."""
     return fake_image(make_request(size=(height, width), seed=seed), step)
 
 
@@ -74,7 +74,7 @@ class FakeDevice(FakeExecutor):
     def __init__(self, image: MakeImage = fake_image) -> None:
         super().__init__(lambda: FakeRunner(errors=self._error, image=image))
         self.prompts: dict[str, str] = {}
-        """Of every request that reached the device, by its id."""
+        """Prompt of every request that reached the device, by request id."""
         self.images: dict[str, tuple[InputImage, ...]] = {}
 
     def _error(self, request_id: str, phase: str, step: int) -> ItemError | None:
@@ -88,11 +88,11 @@ class FakeDevice(FakeExecutor):
         super().submit(plan)
 
     def pause(self) -> None:
-        """Run no further plan. This and the next two: on the engine's loop."""
+        """Run no further plan. Must be called on the engine's loop, like `run_plans` and `resume`."""
         self._hold = True
 
     async def run_plans(self, count: int) -> None:
-        """While paused: run the next `count` plans, as they come."""
+        """While paused, run the next `count` plans when they arrive."""
         for _ in range(count):
             while not self._pending:  # noqa: ASYNC110 (a fake has no event for it)
                 await asyncio.sleep(0)
@@ -122,7 +122,7 @@ FAKE_INFO = PackedModelInfo(
 
 @dataclass(frozen=True)
 class FakeImageInput:
-    """Takes three pictures as they are, and at 48x32 a second time; a token of the prompt for each."""
+    """Takes up to three pictures, at their own size and at 48x32; each is one token of the prompt."""
 
     min_images: int = 1
     max_images: int = 3
@@ -160,7 +160,7 @@ class LiveServer:
         return asyncio.run_coroutine_threadsafe(invoke(), self.loop).result(GUARD_SECONDS)
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Until `condition()` holds on the server's loop."""
+        """Wait until `condition()` is true on the server's loop."""
         wait_for(lambda: self.call(condition))
 
     def num_unfinished(self) -> int:

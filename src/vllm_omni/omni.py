@@ -28,12 +28,17 @@ from vllm_omni.diffusion.control.executor import make_executor
 from vllm_omni.diffusion.control.executor.launch import EarlyWorkers
 from vllm_omni.diffusion.control.owner import EngineOwner
 from vllm_omni.diffusion.control.replicas import Replicas
-from vllm_omni.diffusion.control.request_builder import RequestBuilder, check_default_prompt, check_defaults
+from vllm_omni.diffusion.control.request_builder import (
+    CheckedPrompt,
+    RequestBuilder,
+    check_default_prompt,
+    check_defaults,
+)
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import WorkerReady
 from vllm_omni.errors import InvalidRequestError, RequestError, UnavailableError
 from vllm_omni.foreign.class_decorators import explain_attributes
-from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt, PromptLike, parse_prompt
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams, PromptLike, parse_prompt
 from vllm_omni.inputs.generate_keywords import check_call
 from vllm_omni.jobs import Job, OutputStream
 from vllm_omni.logs.bars import progress_bar
@@ -170,6 +175,10 @@ class AsyncOmni:
         request_id: str | None = None,
     ) -> Job:
         """Check a call and turn it into a job, without running it. Raises InvalidRequestError."""
+        return self.make_checked_job(self.check(prompt, sampling_params), request_id)
+
+    def check(self, prompt: PromptLike, sampling_params: OmniDiffusionSamplingParams | None = None) -> CheckedPrompt:
+        """First part of `make_job`, for callers that run it in another thread: see `RequestBuilder.check`."""
         builder = self._started_builder()
         parsed = parse_prompt(prompt)
         params = OmniDiffusionSamplingParams() if sampling_params is None else sampling_params
@@ -177,21 +186,22 @@ class AsyncOmni:
             raise InvalidRequestError(
                 f"sampling_params takes OmniDiffusionSamplingParams, got {params!r}", param="sampling_params"
             )
+        return builder.check(parsed, params)
+
+    def make_checked_job(self, checked: CheckedPrompt, request_id: str | None = None) -> Job:
+        """Second part of `make_job`: count tokens, and make requests with a price."""
         request_id = request_id or f"omni-{uuid.uuid4().hex}"
-        requests = builder.build(parsed, params, request_id)
+        requests = self._started_builder().build_checked(checked, request_id)
         guides = len(requests[0].cost.branch_tokens) > 1
-        ignored = "" if guides else self.info.guidance.missing_half(parsed.negative_prompt, params)
-        return Job(request_id, parsed.prompt, params.output_type, requests, ignored)
+        prompt, given = checked.prompt, checked.given
+        ignored = "" if guides else self.info.guidance.missing_half(prompt.negative_prompt, given)
+        return Job(request_id, prompt.prompt, given.output_type, requests, ignored)
 
     def warn_ignored(self, job: Job) -> None:
         """Log, once for this engine, that a job asks for guidance but lacks the other half of its settings."""
         if job.ignored and not self._has_warned:
             self._has_warned = True
             logger.warning("there is no guidance, and this has no effect: %s (said once)", job.ignored)
-
-    def fit_images(self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams) -> OmniPrompt:
-        """See `RequestBuilder.fit_images`."""
-        return self._started_builder().fit_images(prompt, params)
 
     def _started_builder(self) -> RequestBuilder:
         self._owner.check_process()

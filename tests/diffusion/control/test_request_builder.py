@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.fakes import as_whole
+from testbed.fakes import as_whole
 from vllm_omni.diffusion.catalog.model_info import Guidance
 from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo, Shares
 from vllm_omni.diffusion.catalog.whole_info import WholePipeline
@@ -604,18 +604,19 @@ def test_pictures_that_are_prepared_stay_as_they_are() -> None:
     assert request.images[0] is image
 
 
-def test_pictures_may_be_fitted_before() -> None:
-    """One side asked for, the other one the picture's: nothing is left to do, and the same request comes of it."""
+def test_a_prompt_may_be_checked_before() -> None:
+    """`check` resizes the picture to the given height and the width that follows from it, as `resolve` does."""
     whole = replace(WHOLE, image_input=Halving(), pipeline=replace(WHOLE.pipeline, follows_input=True))
     follower = RequestBuilder(OmniDiffusionConfig("demo"), whole, READY)
     prompt, params = OmniPrompt("x", images=(black(64, 32),)), OmniDiffusionSamplingParams(height=96, seed=1)
-    fitted = follower.fit_images(prompt, params)
+    checked = follower.check(prompt, params)
+    fitted = checked.prompt
     assert [image.reference.shape for image in fitted.images] == [(96, 64, 3)]
-    (request,), (expected,) = (follower.build(given, params, "r") for given in (fitted, prompt))
+    (request,), (expected,) = follower.build_checked(checked, "r"), follower.build(prompt, params, "r")
     assert request.images[0] is fitted.images[0]
     assert replace(request, arrival=0.0) == replace(expected, arrival=0.0)
     with pytest.raises(InvalidRequestError, match="--max-pixels"):
-        follower.fit_images(prompt, OmniDiffusionSamplingParams(height=2**20))
+        follower.check(prompt, OmniDiffusionSamplingParams(height=2**20))
 
 
 @pytest.mark.parametrize(

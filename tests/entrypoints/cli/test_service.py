@@ -25,7 +25,7 @@ from vllm_omni.diffusion.messages.plan import WorkerReady
 from vllm_omni.entrypoints.cli import serve
 from vllm_omni.entrypoints.cli.args import HttpOptions, ServeArgs
 from vllm_omni.entrypoints.openai.settings import ServerSettings
-from vllm_omni.entrypoints.server.listen import Listener
+from vllm_omni.entrypoints.server.listening_socket import ListeningSocket
 from vllm_omni.entrypoints.server.signals import StopSignals
 from vllm_omni.entrypoints.server.slow_readers import HttpProtocol
 from vllm_omni.errors import ConfigError, OmniError, WorkerDiedError
@@ -103,7 +103,7 @@ async def running(
     server = serve._Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=int(GUARD_SECONDS)))
     ended: list[int] = []
     deadlines: list[str] = []
-    with Listener(http) as listener, StopSignals(ended.append) as signals:
+    with ListeningSocket(http) as listener, StopSignals(ended.append) as signals:
         service = serve.Service(
             omni, server, listener, args, signals, lambda: deadlines.append("armed"), limits or PATIENT_LIMITS
         )
@@ -245,19 +245,19 @@ def test_a_port_in_use_is_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"--host 127.0.0.1 --port {port}: cannot listen there: Address already"):
-            Listener(HttpOptions(host="127.0.0.1", port=port))
+            ListeningSocket(HttpOptions(host="127.0.0.1", port=port))
 
 
 def test_a_host_of_another_machine_is_one_line() -> None:
     with pytest.raises(ConfigError, match=r"--host 192\.0\.2\.1 --port 0: cannot listen there"):
-        Listener(HttpOptions(host="192.0.2.1", port=0))
+        ListeningSocket(HttpOptions(host="192.0.2.1", port=0))
     with pytest.raises(ConfigError, match="--host takes an address of this machine, got 'no such host'"):
-        Listener(HttpOptions(host="no such host", port=0))
+        ListeningSocket(HttpOptions(host="no such host", port=0))
 
 
 @pytest.mark.parametrize("host", [None, "127.0.0.1", "localhost"])
 def test_the_address_can_be_opened(host: str | None) -> None:
-    with Listener(HttpOptions(host=host, port=0)) as listener:
+    with ListeningSocket(HttpOptions(host=host, port=0)) as listener:
         listener.socket.listen()
         url = httpx.URL(listener.address)
         socket.create_connection((url.host, url.port)).close()
@@ -268,15 +268,15 @@ def test_a_unix_socket_left_by_a_killed_server_is_replaced_and_removed(tmp_path:
     stale = socket.socket(socket.AF_UNIX)
     stale.bind(path)
     stale.close()
-    with Listener(HttpOptions(uds=path)) as listener:
+    with ListeningSocket(HttpOptions(uds=path)) as listener:
         assert listener.address == f"unix:{path}"
         listener.socket.listen()
         with pytest.raises(ConfigError, match=f"--uds {path}: cannot listen there"):
-            Listener(HttpOptions(uds=path))
+            ListeningSocket(HttpOptions(uds=path))
     assert not os.path.exists(path)
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot listen there"):
-        Listener(HttpOptions(uds=str(tmp_path / "file")))
+        ListeningSocket(HttpOptions(uds=str(tmp_path / "file")))
     assert (tmp_path / "file").exists()
 
 

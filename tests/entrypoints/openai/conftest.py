@@ -11,7 +11,7 @@ from testbed.live_server import LiveServer, live_server
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[LiveServer]:
-    """A server that the tests of a module share: for those that leave it as they found it."""
+    """A server shared by the tests of a module that do not change its state."""
     with live_server() as running:
         yield running
 

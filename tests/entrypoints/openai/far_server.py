@@ -1,4 +1,4 @@
-"""A web server of somebody else's, with pictures and with what goes wrong."""
+"""A foreign web server with pictures and with faulty responses."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from testbed.patience import GUARD_SECONDS
 
 @dataclass
 class FarServer:
-    """What it serves under /files, and what it saw."""
+    """Files that the server serves under /files, and the requests that it got."""
 
     port: int
     files: dict[str, bytes]
     requests: list[tuple[str, dict[str, str]]] = field(default_factory=list)
     """Paths and headers (their names in lower case)."""
     num_sent: int = 0
-    """Bytes of /endless."""
+    """Bytes sent as the response to /endless."""
     left: threading.Event = field(default_factory=threading.Event)
-    """Somebody who asked for /silent or /drip is gone."""
+    """Set when a client of /silent or /drip has disconnected."""
 
     def url(self, path: str, host: str = "photos.example", scheme: str = "http") -> str:
         return f"{scheme}://{host}:{self.port}{path}"

@@ -1,4 +1,4 @@
-"""The `param` of an error is a place in the body that was sent, whatever field has whatever wrong value."""
+"""The `param` of an error is a path in the body that was sent, for every field and kind of value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hypothesis through schemathesis: whatever the schema allows or forbids, no 500, and errors are error objects."""
+"""Fuzzing with schemathesis: no 500 for valid and invalid bodies, and errors are error objects."""
 
 from __future__ import annotations
 
@@ -91,12 +91,12 @@ def test_edits_on_a_model_that_edits(mode: GenerationMode) -> None:
 
 
 def is_absent_in_a_form(value: Any) -> bool:
-    """A form says nothing with an empty list, and an empty value is as good as none."""
+    """A form without empty lists and empty values, which mean that a field is absent."""
     return all(map(is_absent_in_a_form, value)) if isinstance(value, list) else value in ("", {})
 
 
 def fuzz(schema: schemathesis.schemas.BaseSchema, method: str, path: str, mode: GenerationMode) -> Counter[int]:
-    """How often each status came."""
+    """Number of responses with each status."""
     statuses: Counter[int] = Counter()
 
     @given(case=schema[path][method].as_strategy(generation_mode=mode))

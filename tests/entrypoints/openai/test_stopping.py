@@ -1,4 +1,4 @@
-"""A server that stops while requests hang: they hear it in OpenAI's words, and the log has no traceback."""
+"""A server that stops while requests hang: they get an error object, and the log has no traceback."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STOPPING_SECONDS = 0.05
 
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[LiveServer], pytest.LogCaptureFixture]]:
-    """Reads from now on also what uvicorn logs, which does not propagate, and lets it stop at once."""
+    """Capture uvicorn's log too, which does not propagate, and let uvicorn stop at once."""
     logger = logging.getLogger("uvicorn.error")
 
     def watch(server: LiveServer) -> pytest.LogCaptureFixture:
@@ -55,7 +55,7 @@ def tracebacks(caplog: pytest.LogCaptureFixture) -> list[Any]:
 
 
 async def passes_on(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-    """A user's middleware."""
+    """Middleware of a user."""
     if request.url.path == "/broken":
         raise ZeroDivisionError("secret")
     return await call_next(request)

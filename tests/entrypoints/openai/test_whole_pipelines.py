@@ -1,4 +1,4 @@
-"""Edits and videos of diffusers' own pipelines over HTTP: a small real model, and what others refuse."""
+"""Edits and videos of whole pipelines over HTTP: a small real model, and refusals of other models."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def server(model: Path) -> Iterator[LiveServer]:
 
 @pytest.fixture(scope="module")
 def expected(model: Path) -> np.ndarray:
-    """What diffusers makes of PHOTO with the seed 5 and the strength 0.75."""
+    """The picture that diffusers makes from PHOTO with seed 5 and strength 0.75."""
     pipeline = DiffusionPipeline.from_pretrained(model, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator("cpu").manual_seed(5)
@@ -67,7 +67,7 @@ def expected(model: Path) -> np.ndarray:
 
 
 def test_a_blocked_picture_is_openais_error(tmp_path: Path) -> None:
-    """One of `n` that is blocked fails the request; so does one of a stream."""
+    """One blocked picture of `n` fails the request, also in a stream."""
     path = build_tiny_diffusers("StableDiffusionPipeline", tmp_path / "sd")
     set_safety_checker(path, blocks=True)
     with live_server(model=path, distributed_executor_backend="uni") as running:
@@ -131,7 +131,7 @@ def test_bad_edits_are_refused_by_name(
 
 
 def test_large_pictures_are_resized_in_a_thread_for_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The thread that reads everybody's prompts only finds them of their size; from then on only that is held."""
+    """Not in the thread that counts tokens for everybody. From then on only the resized picture is in memory."""
     threads: list[tuple[str, bool]] = []
     sent: list[weakref.ref[InputImage]] = []
 
@@ -155,7 +155,7 @@ def test_large_pictures_are_resized_in_a_thread_for_pictures(monkeypatch: pytest
             server.call(server.device.resume)
         assert answer.result().status_code == 200
         ((image,),) = server.device.images.values()
-    assert threads == [("omni-resize", False), ("omni-resolve", True)]
+    assert threads == [("omni-resize", False)], "checked once"
     assert is_gone, "counted no longer, and still in memory"
     assert image.reference.shape == (48, 64, 3)
     assert image.num_bytes <= held < image.num_bytes + len(large) + 2**12

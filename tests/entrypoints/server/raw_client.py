@@ -1,4 +1,4 @@
-"""A client that sends bytes as a test gives them."""
+"""A client that sends the exact bytes of a test."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RawClient:
         self._received = b""
 
     def send(self, data: bytes) -> bool:
-        """Whether the server took it all."""
+        """Send `data`; whether the server accepted all of it."""
         try:
             self.socket.sendall(data)
         except (BrokenPipeError, ConnectionResetError):
@@ -38,7 +38,7 @@ class RawClient:
         return True
 
     def answer(self) -> Answer:
-        """The next answer, which has a content-length or is chunked in one piece."""
+        """The next response, which has a content-length or is a single chunk."""
         head, _, self._received = self._until(b"\r\n\r\n").partition(b"\r\n\r\n")
         status_line, *lines = head.decode("latin-1").split("\r\n")
         headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
@@ -50,7 +50,7 @@ class RawClient:
         return Answer(status, headers, body)
 
     def rest(self) -> bytes:
-        """Bytes that still come until the server closes the connection."""
+        """Remaining bytes until the server closes the connection."""
         try:
             while data := self.socket.recv(2**16):
                 self._received += data

@@ -1,4 +1,4 @@
-"""Log lines about the work, from an engine on a fake worker."""
+"""Log lines about requests, from an engine with a fake worker."""
 
 from __future__ import annotations
 

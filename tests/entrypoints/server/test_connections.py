@@ -1,4 +1,4 @@
-"""The door: more clients than the server may have open files, and TLS handshakes. Sockets and uvicorn are real."""
+"""The acceptor: more clients than the limit of open files allows, and TLS handshakes. Sockets and uvicorn are real."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vllm_omni.entrypoints.cli import serve
 from vllm_omni.entrypoints.cli.args import HttpOptions
 from vllm_omni.entrypoints.cli.serve import _http_server, _loop_factory
 from vllm_omni.entrypoints.server import connections
-from vllm_omni.entrypoints.server.listen import Listener
+from vllm_omni.entrypoints.server.listening_socket import ListeningSocket
 
 REQUEST = b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n"
 MOST = 3
@@ -38,7 +38,7 @@ def few_files(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @asynccontextmanager
 async def serving(**options: Any) -> AsyncIterator[int]:
-    """The port."""
+    """Serve with a limit of connections; yield the port."""
     app = FastAPI()
     app.get("/live")(lambda: "yes")
 
@@ -48,7 +48,7 @@ async def serving(**options: Any) -> AsyncIterator[int]:
 
     http = HttpOptions(**{"host": "127.0.0.1", "port": 0, **options})
     server = _http_server(app, http)
-    with Listener(http) as listener:
+    with ListeningSocket(http) as listener:
         task = asyncio.create_task(server.serve(sockets=[listener.socket]))
         try:
             async with asyncio.timeout(GUARD_SECONDS):
@@ -136,7 +136,7 @@ async def clients_at_once() -> None:
 
 
 async def assert_served_again(port: int) -> None:
-    """As soon as the server has seen that the others are gone."""
+    """A client is served as soon as the server has noticed that others disconnected."""
     while True:
         client = await Client.connect(port)
         try:
@@ -152,7 +152,7 @@ async def assert_served_again(port: int) -> None:
 def test_far_too_many_clients_are_closed_at_once(
     loop_factory: LoopFactory | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serve, "Door", partial(connections.Door, most_lingering=2))
+    monkeypatch.setattr(serve, "Acceptor", partial(connections.Acceptor, most_lingering=2))
     on_loop(far_too_many_clients, loop_factory)
 
 
@@ -173,19 +173,19 @@ async def far_too_many_clients() -> None:
 def test_handshakes_count_and_end_in_time(
     loop_factory: LoopFactory | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Clients that never begin theirs take the places of others, until their time is over."""
+    """Clients that never begin a handshake count as connections until their time is over."""
     key, certificate = self_signed(tmp_path)
-    doors: list[connections.Door] = []
+    acceptors: list[connections.Acceptor] = []
 
-    def make_door(*args: Any, **settings: Any) -> connections.Door:
-        doors.append(connections.Door(*args, **settings, handshake_seconds=GUARD_SECONDS, most_lingering=0))
-        return doors[0]
+    def make_acceptor(*args: Any, **settings: Any) -> connections.Acceptor:
+        acceptors.append(connections.Acceptor(*args, **settings, handshake_seconds=GUARD_SECONDS, most_lingering=0))
+        return acceptors[0]
 
-    monkeypatch.setattr(serve, "Door", make_door)
-    on_loop(partial(handshakes, key, certificate, doors), loop_factory)
+    monkeypatch.setattr(serve, "Acceptor", make_acceptor)
+    on_loop(partial(handshakes, key, certificate, acceptors), loop_factory)
 
 
-async def handshakes(key: Path, certificate: Path, doors: list[connections.Door]) -> None:
+async def handshakes(key: Path, certificate: Path, acceptors: list[connections.Acceptor]) -> None:
     tls = ssl.create_default_context(cafile=certificate)
     async with serving(ssl_keyfile=str(key), ssl_certfile=str(certificate)) as port:
         silent = [await Client.connect(port) for _ in range(MOST)]
@@ -193,13 +193,13 @@ async def handshakes(key: Path, certificate: Path, doors: list[connections.Door]
             await asyncio.open_connection("127.0.0.1", port, ssl=tls)
         for client in silent:
             await client.close()
-        await until(lambda: not doors[0]._opening)
-        doors[0]._handshake_seconds = 0.05
+        await until(lambda: not acceptors[0]._opening)
+        acceptors[0]._handshake_seconds = 0.05
         for client in [await Client.connect(port) for _ in range(MOST)]:
             assert await client._reader.read() == b""
             await client.close()
-        await until(lambda: not doors[0]._opening)
-        doors[0]._handshake_seconds = GUARD_SECONDS
+        await until(lambda: not acceptors[0]._opening)
+        acceptors[0]._handshake_seconds = GUARD_SECONDS
         client = Client(*await asyncio.open_connection("127.0.0.1", port, ssl=tls))
         assert await client.status() == 200
         await client.close()
@@ -210,7 +210,7 @@ async def handshakes(key: Path, certificate: Path, doors: list[connections.Door]
 
 
 class Exhausted(socket.socket):
-    """A listener for which no file is left at first, and whose first client leaves before it is accepted."""
+    """A socket whose `accept` first fails with `errors`."""
 
     errors: list[int]
 
@@ -236,13 +236,13 @@ def test_accepting_goes_on_when_files_are_left_again(
             listener.errors = [errno.ECONNABORTED, errno.EMFILE, errno.ENFILE]
             listener.bind(("127.0.0.1", 0))
             listener.listen()
-            door = connections.Door(listener, lambda _: Made(), lambda: 0, None, most=1, pause_seconds=0.01)
+            acceptor = connections.Acceptor(listener, lambda _: Made(), lambda: 0, None, most=1, pause_seconds=0.01)
             client = await Client.connect(listener.getsockname()[1])
             async with asyncio.timeout(GUARD_SECONDS):
                 await made.wait()
             await client.close()
-            door.close()
-            await door.wait_closed()
+            acceptor.close()
+            await acceptor.wait_closed()
         assert listener.errors == []
 
     on_loop(scenario, loop_factory)
@@ -266,7 +266,7 @@ PROXIED = b"GET /link HTTP/1.1\r\nhost: x.example\r\nx-forwarded-proto: https\r\
 def test_links_have_the_scheme_that_a_trusted_proxy_names(
     loop_factory: LoopFactory | None, host: str, proxies: tuple[str, ...], scheme: str
 ) -> None:
-    """Also where the socket is an IPv6 one, on which the proxy is ::ffff:127.0.0.1."""
+    """A trusted proxy is recognized on an IPv6 socket too, where it is ::ffff:127.0.0.1."""
 
     async def scenario() -> None:
         async with serving(host=host, forwarded_allow_ips=proxies) as port:

@@ -1,4 +1,4 @@
-"""Hostile and unusual HTTP on raw sockets: what it may cost, how it is answered, and that others do not notice."""
+"""Hostile and unusual HTTP on raw sockets: its cost, its response, and no effect on other clients."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LAST_CHUNK = b"0\r\n\r\n"
 
 
 class Routes:
-    """/echo: what arrived. /begun: begins an answer, then waits for the body."""
+    """Routes. /echo: responds with the received request. /begun: begins a response, then waits for the body."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -72,7 +72,7 @@ def server(shared_routes: Routes) -> Iterator[LiveServer]:
 
 @pytest.fixture
 def routes(shared_routes: Routes, server: LiveServer) -> Routes:
-    """Routes without a trace of the tests before: their requests may still run, and count themselves off later."""
+    """New routes for each test: requests of earlier tests may still run and change their counters."""
     server.wait_until(lambda: shared_routes.num_running == 0)
     shared_routes.asked.clear()
     shared_routes.headers.clear()
@@ -99,7 +99,7 @@ def connection_of(server: LiveServer, client: RawClient) -> Any:
 
 
 def refused(client: RawClient) -> Answer:
-    """The answer, which must be an error object, with an id, and the last of its connection."""
+    """The response, after a check that it is an error object with an id and ends its connection."""
     answer = client.answer()
     assert set(answer.error) == {"message", "type", "param", "code"}
     assert answer.headers["content-type"] == "application/json"
@@ -188,7 +188,7 @@ def test_bytes_that_trickle_in_do_not_set_the_clock_back(server: LiveServer) -> 
 
 
 def test_a_new_connection_that_sends_nothing_is_closed() -> None:
-    """Empty lines are no sign of life."""
+    """Empty lines do not begin a request."""
     with live_server(protocol=with_limits(first_byte_seconds=SHORT)) as server:
         for data in (b"", b"\r\n\r\n"):
             with raw_client(server) as client:
@@ -198,7 +198,7 @@ def test_a_new_connection_that_sends_nothing_is_closed() -> None:
 
 @pytest.mark.parametrize(("end", "late_body"), [(b"\r\n", b""), (b"content-length: 1\r\n\r\n", b"a")])
 def test_a_keep_alive_connection_is_closed_when_it_is_idle(end: bytes, late_body: bytes, routes: Routes) -> None:
-    """Also after a body that comes when its answer is out already."""
+    """The idle time begins after the response, or after a body that arrives later."""
     with live_server(wrap=routes.add) as server:
         server.http.config.timeout_keep_alive = SHORT  # type: ignore[assignment]  # as asyncio takes it
         with raw_client(server) as client:

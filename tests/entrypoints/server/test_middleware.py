@@ -1,4 +1,4 @@
-"""The order of the middlewares, and what scripts of allowed origins can read."""
+"""The order of the middleware, and the headers that scripts of allowed origins can read."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_browsers_can_read_our_headers_and_every_answer_has_an_id() -> None:
 
 
 def test_every_header_of_ours_is_exposed() -> None:
-    """All headers that the sources name are in the list, also new ones."""
+    """All headers that the sources name are in the list."""
     sources = Path(vllm_omni.__file__).parent.rglob("*.py")
     pattern = re.compile(
         r"""["']((?:x-omni|openai)-[a-z-]+|x-request-id|x-should-retry|retry-after|www-authenticate)["']""", re.I

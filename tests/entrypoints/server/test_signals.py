@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT before, during and after their first use."""
+"""SIGTERM and SIGINT before, at and after the first signal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vllm_omni.logs import QueuedStreams
 
 
 class EndedError(Exception):
-    """Stands for the end of the process."""
+    """Replacement of the end of the process."""
 
 
 def send(number: int) -> None:

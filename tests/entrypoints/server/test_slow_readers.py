@@ -1,4 +1,4 @@
-"""Answers that nobody reads end; those that are read slowly arrive whole and in order."""
+"""Responses that are not read end; responses that are read slowly arrive complete and in order."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from starlette.types import Message, Receive, Scope, Send
 from testbed.live_server import LiveServer, PatientHttpProtocol, live_server
 from testbed.patience import GUARD_SECONDS
 from tests.entrypoints.cli.test_serve import self_signed
-from vllm_omni.entrypoints.server.slow_readers import PIECE_BYTES, Pieces
+from vllm_omni.entrypoints.openai.middlewares.response_pieces import PIECE_BYTES, SendInPieces
 
 BODY = b"".join(i.to_bytes(4, "big") for i in range(4 * 2**20))
-"""16 MiB, more than a connection's two ends keep by themselves."""
+"""Body of 16 MiB: more than the socket buffers of both ends hold."""
 
 
 class Impatient(PatientHttpProtocol):
@@ -88,7 +88,7 @@ def tls(request: pytest.FixtureRequest, tmp_path: Path) -> Tls:
 
 @contextmanager
 def asking(server: LiveServer, path: str, tls: Tls = None) -> Iterator[socket.socket]:
-    """A client that has asked and not read."""
+    """A client that sent a request and does not read."""
     _, _, address = server.url.partition("://")
     host, port = address.split(":")
     with ExitStack() as closing:
@@ -104,7 +104,7 @@ def asking(server: LiveServer, path: str, tls: Tls = None) -> Iterator[socket.so
 
 
 def rest_of(client: socket.socket) -> int:
-    """How many bytes still come."""
+    """Number of bytes until the end of the connection."""
     num_bytes = 0
     try:
         while data := client.recv(2**20):
@@ -127,7 +127,7 @@ def test_a_client_that_never_reads_is_disconnected(path: str, tls: Tls) -> None:
 
 
 def test_a_client_that_reads_slowly_gets_all(tls: Tls) -> None:
-    """It reads a little whenever the server waits for it, many times; each time the server waits anew."""
+    """The client reads a little whenever the server waits for it; each time the server's timer starts again."""
     Counting.num_pauses, Counting.deadlines = 0, []
     routes = Routes()
     with live_server(protocol=Counting, wrap=routes.add, tls=tls) as server, asking(server, "/whole", tls) as client:
@@ -143,7 +143,7 @@ def test_a_client_that_reads_slowly_gets_all(tls: Tls) -> None:
 
 
 def test_little_is_written_ahead_of_a_client() -> None:
-    """The rest of a large answer waits where it is, uncopied."""
+    """The rest of a large response waits without a copy."""
     most = 0
 
     class Watching(Counting):
@@ -168,7 +168,7 @@ async def sent_by(app: Callable[[Scope, Receive, Send], object]) -> list[Message
     async def receive() -> Message:
         raise AssertionError("nobody asks")
 
-    await Pieces(app)({"type": "http"}, receive, send)  # type: ignore[arg-type]
+    await SendInPieces(app)({"type": "http"}, receive, send)  # type: ignore[arg-type]
     return sent
 
 

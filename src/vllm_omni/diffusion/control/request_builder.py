@@ -9,7 +9,7 @@ import os
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm_omni.diffusion.catalog.folder_files import DEFAULTS_FILE
@@ -35,6 +35,19 @@ OPTIONAL_PARAMETERS = (*GUIDANCE_PARAMETERS, "strength", "sigmas", "max_sequence
 """A model takes some of them: `ModelInfo.parameters`."""
 
 
+@dataclass(frozen=True)
+class CheckedPrompt:
+    """A prompt and its parameters, checked by `RequestBuilder.check`."""
+
+    prompt: OmniPrompt
+    """The prompt with its pictures at the sizes that the model takes."""
+    given: OmniDiffusionSamplingParams
+    """The parameters that the caller gave."""
+    params: OmniDiffusionSamplingParams
+    """`given`, filled from `defaults`."""
+    defaults: dict[str, Any]
+
+
 class RequestBuilder:
     """Turns what callers write into `DiffusionRequest`s, for one model on one engine."""
 
@@ -48,7 +61,11 @@ class RequestBuilder:
 
         Raises InvalidRequestError whose `param` is the field of `OmniDiffusionSamplingParams` or `OmniPrompt`.
         """
-        prompt, filled, defaults = self._checked(prompt, params)
+        return self.build_checked(self.check(prompt, params), request_id)
+
+    def build_checked(self, checked: CheckedPrompt, request_id: str) -> list[DiffusionRequest]:
+        """`build` without its first part, `check`. Raises as `build`."""
+        prompt, filled, defaults = checked.prompt, checked.params, checked.defaults
         images = tuple(prompt.images)
         assert filled.height is not None
         assert filled.width is not None
@@ -103,18 +120,11 @@ class RequestBuilder:
             cost = replace(cost, encode=cost.encode * min(1, replicas / count))
         return [replace(first, request_id=f"{request_id}-{i}", seed=seed + i, cost=cost) for i in range(count)]
 
-    def fit_images(self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams) -> OmniPrompt:
-        """The prompt with its pictures as a request has them, which `build` then leaves as they are.
+    def check(self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams) -> CheckedPrompt:
+        """Check everything but the lengths of the prompts, and resize the pictures to what the model takes.
 
-        For callers that do not want to wait in `build`: it takes a second where pictures are large, and may run in
-        any thread. Raises InvalidRequestError as `build` does.
+        May run in any thread; takes up to a second for large pictures. Raises as `build`.
         """
-        return self._checked(prompt, params)[0]
-
-    def _checked(
-        self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams
-    ) -> tuple[OmniPrompt, OmniDiffusionSamplingParams, dict[str, Any]]:
-        """The prompt with its pictures as a request has them, the filled parameters, and what they are filled from."""
         prompt, params = _fit_prompt(prompt), _fit_params(params)
         _check_supported(prompt, params, self._info)
         check_num_images(len(prompt.images), self._info)
@@ -125,7 +135,7 @@ class RequestBuilder:
             assert filled.height is not None
             assert filled.width is not None
             images = tuple(resize_image(image, filled.height, filled.width) for image in images)
-        return replace(prompt, images=images), filled, defaults
+        return CheckedPrompt(replace(prompt, images=images), params, filled, defaults)
 
     def _defaults_of(self, images: Sequence[InputImage], params: OmniDiffusionSamplingParams) -> dict[str, Any]:
         """The server's defaults over the model's; the size of an edited picture depends on its input pictures."""

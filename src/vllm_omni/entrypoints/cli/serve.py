@@ -24,8 +24,8 @@ from vllm_omni.entrypoints.cli.args import HttpOptions, ServeArgs
 from vllm_omni.entrypoints.openai.app import build_app
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
 from vllm_omni.entrypoints.server.activity import ActivityLog
-from vllm_omni.entrypoints.server.connections import Door, TurnedAway, most_connections
-from vllm_omni.entrypoints.server.listen import Listener
+from vllm_omni.entrypoints.server.connections import Acceptor, RefusedConnection, max_connections
+from vllm_omni.entrypoints.server.listening_socket import ListeningSocket
 from vllm_omni.entrypoints.server.middleware import add_middleware, api_keys
 from vllm_omni.entrypoints.server.signals import StopSignals
 from vllm_omni.entrypoints.server.slow_readers import HttpProtocol
@@ -76,7 +76,7 @@ def serve(
     """
     _raise_file_limit()
     # The socket first: a port in use is an error at once, not after the weights are read.
-    with Listener(args.http) as listener:
+    with ListeningSocket(args.http) as listener:
         signals.before_end(listener.close)
         runner = asyncio.Runner(loop_factory=_loop_factory())
         return runner.run(_serve(args, listener, signals, streams, workers, limits))
@@ -93,7 +93,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 async def _serve(
     args: ServeArgs,
-    listener: Listener,
+    listener: ListeningSocket,
     signals: StopSignals,
     streams: QueuedStreams,
     workers: EarlyWorkers | None,
@@ -136,13 +136,14 @@ class _Server(uvicorn.Server):
         state, tls = self.server_state, self.config.ssl
 
         def make_protocol(is_welcome: bool) -> asyncio.Protocol:
-            kind: Any = self.config.http_protocol_class if is_welcome else TurnedAway
+            kind: Any = self.config.http_protocol_class if is_welcome else RefusedConnection
             protocol: asyncio.Protocol = kind(self.config, state, self.lifespan.state)
             return protocol
 
-        most = most_connections()
+        most = max_connections()
         self.servers: list[Any] = [
-            Door(listener, make_protocol, lambda: len(state.connections), tls, most=most) for listener in sockets or ()
+            Acceptor(listener, make_protocol, lambda: len(state.connections), tls, most=most)
+            for listener in sockets or ()
         ]
         self.started = True
 
@@ -191,7 +192,7 @@ class Service:
         self,
         omni: AsyncOmni,
         server: uvicorn.Server,
-        listener: Listener,
+        listener: ListeningSocket,
         args: ServeArgs,
         signals: StopSignals,
         start_kill_timer: Callable[[], object] = lambda: None,

@@ -1,4 +1,4 @@
-"""The HTTP app: routes, errors and middlewares around an engine that somebody else starts and stops."""
+"""The HTTP app: routes, errors and middlewares around an engine that the caller starts and stops."""
 
 from __future__ import annotations
 
@@ -11,29 +11,28 @@ from fastapi import FastAPI
 from vllm_omni import __version__
 from vllm_omni.entrypoints.openai.errors import install_error_handlers
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
-from vllm_omni.entrypoints.openai.middlewares.every_request import LimitBody, RequestId
-from vllm_omni.entrypoints.openai.middlewares.path_routing import CountLoad, IgnoreTrailingSlash, ServerLoad
+from vllm_omni.entrypoints.openai.middlewares.request_id import RequestId
+from vllm_omni.entrypoints.openai.middlewares.response_pieces import SendInPieces
+from vllm_omni.entrypoints.openai.middlewares.server_load import CountLoad, ServerLoad
+from vllm_omni.entrypoints.openai.middlewares.trailing_slash import IgnoreTrailingSlash
+from vllm_omni.entrypoints.openai.requests.chat_body import ChatReader
+from vllm_omni.entrypoints.openai.requests.edit_body import EditReader
 from vllm_omni.entrypoints.openai.requests.fetching import FetchPolicy, MediaFetcher
-from vllm_omni.entrypoints.openai.requests.pictures.pool import ImageDecoder
+from vllm_omni.entrypoints.openai.requests.input_pictures import MAX_IMAGE_BYTES, PictureReader
+from vllm_omni.entrypoints.openai.requests.json_body import JsonReader
+from vllm_omni.entrypoints.openai.requests.pictures.pool import DecodePool
 from vllm_omni.entrypoints.openai.requests.pictures.process import DecodeLimits
-from vllm_omni.entrypoints.openai.requests.prompt_checks import Resolver
+from vllm_omni.entrypoints.openai.requests.prompt_checker import PromptChecker
 from vllm_omni.entrypoints.openai.requests.upload_budget import UploadBudget
-from vllm_omni.entrypoints.openai.requests.uploads import MAX_IMAGE_BYTES, UploadReader
 from vllm_omni.entrypoints.openai.responses.encoding import ImageEncoder
 from vllm_omni.entrypoints.openai.responses.stored_files import FileStore
 from vllm_omni.entrypoints.openai.routes.chat import CHAT_PATH, ChatService, make_chat_router
-from vllm_omni.entrypoints.openai.routes.health import (
-    make_load_router,
-    make_loras_router,
-    make_metrics_router,
-    make_models_router,
-    make_probes_router,
-)
+from vllm_omni.entrypoints.openai.routes.health import make_health_router, make_models_router
 from vllm_omni.entrypoints.openai.routes.images import EDITS_PATH, GENERATIONS_PATH, ImageService, make_images_router
+from vllm_omni.entrypoints.openai.routes.picture_service import PictureService
 from vllm_omni.entrypoints.openai.routes.swagger import OPENAPI_PATH, make_docs_router, require_api_key
 from vllm_omni.entrypoints.openai.routes.unavailable import make_unavailable_router
 from vllm_omni.entrypoints.openai.settings import ServerSettings
-from vllm_omni.entrypoints.server.slow_readers import Pieces
 from vllm_omni.omni import AsyncOmni
 
 
@@ -46,16 +45,16 @@ def build_app(
 ) -> FastAPI:
     """The app that serves `omni`. `metrics`: the observer given to `omni`; None leaves the engine's metrics empty.
 
-    Its lifespan owns the threads and the decode processes. It is for uvicorn with `HttpProtocol`, which ends what
-    nobody reads.
+    The lifespan of the app owns the threads and the decode processes. The app is for uvicorn with `HttpProtocol`, which
+    disconnects slow readers.
     """
     metrics = metrics or PrometheusObserver(settings.served_model_names[0])
     metrics.watch(omni.status)
     metrics.on_adapters(len(omni.config.lora_modules))
     files = FileStore(settings.media_ttl_seconds, settings.max_media_bytes)
     encoder = ImageEncoder(settings.num_encoding_threads, settings.num_band_threads, metrics.on_encoded)
-    resolver = Resolver(omni, metrics)
-    decoder = ImageDecoder(settings.num_encoding_threads, decode_limits)
+    checker = PromptChecker(omni, metrics)
+    decoder = DecodePool(settings.num_encoding_threads, decode_limits)
     media = MediaFetcher(settings.allowed_media_domains, MAX_IMAGE_BYTES, fetch_policy)
 
     @asynccontextmanager
@@ -67,7 +66,7 @@ def build_app(
             yield
         finally:
             sweeping.cancel()
-            resolver.close()
+            checker.close()
             encoder.close()
             decoder.close()
             await media.close()
@@ -83,17 +82,15 @@ def build_app(
         redoc_url=None,
     )
     budget = UploadBudget()
-    uploads = UploadReader(omni.info, decoder, budget, media, settings.upload_silence_seconds)
-    app.state.upload_budget, app.state.image_decoder = budget, decoder
-    service = ImageService(omni, settings, encoder, files, resolver, uploads)
+    app.state.upload_budget, app.state.decode_pool = budget, decoder
+    json, reader = JsonReader(settings.upload_silence_seconds), PictureReader(omni.info, decoder, media)
+    pictures = PictureService(omni, settings, budget, encoder, decoder, checker)
+    chat_reader = ChatReader(json, reader, finds_text_tasks=settings.chat_text_tasks == "empty")
     load = ServerLoad()
-    app.include_router(make_images_router(service))
-    app.include_router(make_chat_router(ChatService(service, metrics.on_text_task)))
+    app.include_router(make_images_router(ImageService(pictures, json, EditReader(json, reader), files)))
+    app.include_router(make_chat_router(ChatService(pictures, chat_reader, metrics)))
     app.include_router(make_models_router(omni, settings))
-    app.include_router(make_loras_router(omni))
-    app.include_router(make_probes_router(omni))
-    app.include_router(make_load_router(load))
-    app.include_router(make_metrics_router(metrics))
+    app.include_router(make_health_router(omni, load, metrics))
     app.include_router(make_unavailable_router())
     if not settings.disable_docs:
         app.include_router(make_docs_router(app.title, settings.swagger_ui_folder))
@@ -102,8 +99,7 @@ def build_app(
     install_error_handlers(app, metrics)
     # The last one added is the outermost.
     app.add_middleware(CountLoad, load=load, paths=(GENERATIONS_PATH, EDITS_PATH, CHAT_PATH))
-    app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes, except_paths=(EDITS_PATH, CHAT_PATH))
     app.add_middleware(IgnoreTrailingSlash)
     app.add_middleware(RequestId)
-    app.add_middleware(Pieces)
+    app.add_middleware(SendInPieces)
     return app

@@ -1,4 +1,4 @@
-"""Every failure as OpenAI's error object, in one place."""
+"""OpenAI's error object for every failure."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_omni.diffusion.control.events import EngineObserver
-from vllm_omni.entrypoints.openai.requests.quotes import echo
+from vllm_omni.entrypoints.openai.quotes import quote
 from vllm_omni.entrypoints.openai.schema.images import ErrorBody, ErrorResponse, ImageOptions
 from vllm_omni.errors import RequestError, UnavailableError, UnsupportedParameterError
 
 logger = logging.getLogger(__name__)
 
-# What the engine calls a parameter -> what the request calls it.
+# Name of a parameter in the engine -> name of the request's field.
 _FIELD_NAMES = {
     "height": "size",
     "width": "size",
@@ -31,9 +31,9 @@ _FIELD_NAMES = {
     "lora_request": "lora",
     "lora_scale": "lora.scale",
 }
-# What a field takes, where the validator could only quote a regular expression.
+# Accepted values of fields for which the validator would quote a regular expression.
 _PATTERNS = {"size": "takes auto or WIDTHxHEIGHT in pixels, such as 1024x1024"}
-# Kind of a validator's error -> words for clients, where its own are about Python.
+# Kind of a validator's error -> message for clients, where the validator's own message is about Python.
 _MESSAGES = {
     "dict_type": "takes a JSON object",
     "model_type": "takes a JSON object",
@@ -52,11 +52,11 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorResponse, "description": "The request is wrong or refused"},
     "5XX": {"model": ErrorResponse, "description": "The server cannot answer now, or failed"},
 }
-"""For the OpenAPI schema of each route."""
+"""Error responses in the OpenAPI schema of each route."""
 
 
 def error_response(error: Exception, request: Request | None = None) -> JSONResponse:
-    """The HTTP answer for any exception; one that we do not know is a 500 that tells nothing of our insides."""
+    """The HTTP response for any exception; an unknown exception is a 500 that reveals nothing about the server."""
     status, headers = 500, {"x-should-retry": "false"}
     body = _error_object("The server failed on this request.", "server_error")
     if isinstance(error, RequestError):
@@ -69,7 +69,7 @@ def error_response(error: Exception, request: Request | None = None) -> JSONResp
 
 
 def error_body(error: Exception) -> ErrorBody:
-    """The error object for a failure in the engine, also inside an event stream."""
+    """The error object of a response or of an event, for a failure in the engine."""
     if not isinstance(error, RequestError):
         return _error_object("The server failed on this request.", "server_error")
     message, param = str(error), error.param
@@ -82,7 +82,7 @@ def error_body(error: Exception) -> ErrorBody:
 
 
 def _error_object(message: str, kind: str, param: str | None = None, code: str | None = None) -> ErrorBody:
-    """Lone surrogates, which a client's text may have and UTF-8 has not, become escapes."""
+    """An error object in which lone surrogates, which UTF-8 cannot encode, are escaped."""
     return ErrorBody(
         message=_encodable(message), type=kind, param=None if param is None else _encodable(param), code=code
     )
@@ -93,7 +93,7 @@ def _encodable(text: str) -> str:
 
 
 def _retry_headers(error: RequestError) -> dict[str, str]:
-    """SDKs repeat 429 and 5xx by themselves: say when, or that it is useless."""
+    """Headers that tell an SDK when to retry, or not to retry: SDKs retry 429 and 5xx by themselves."""
     if not error.retryable:
         return {"x-should-retry": "false"}
     return {"Retry-After": str(max(1, math.ceil(error.retry_after or 1)))}
@@ -116,7 +116,7 @@ def _validation_body(error: RequestValidationError) -> ErrorBody:
         message = _MESSAGES.get(first["type"], message)
         if first["type"] == "string_pattern_mismatch":
             message = _PATTERNS.get(param, message)
-        message = f"{param}: {message[:1].lower()}{message[1:]}, got {echo(first.get('input'))}"
+        message = f"{param}: {message[:1].lower()}{message[1:]}, got {quote(first.get('input'))}"
     return _error_object(message, "invalid_request_error", param, code)
 
 
@@ -130,11 +130,10 @@ def _http_body(error: HTTPException, request: Request | None) -> ErrorBody:
 
 
 class CatchErrors:
-    """Innermost middleware: answers what no handler knew, inside the other middlewares (their headers are kept). It
-    stands outside of the user's too.
+    """Middleware: answers exceptions without a handler. It is the innermost one, so that the others add their headers.
 
-    Requests that a stopping server cancels end here, with a 503 or, in the middle of an answer, with the connection:
-    the task is theirs alone, and uvicorn writes a traceback and a plain 500 for whatever leaves it.
+    A second one is outside the user's middleware. A request that a stopping server cancels gets a 503; if its response
+    has begun, its connection ends. Otherwise uvicorn would log a traceback and respond with a plain 500.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -152,7 +151,7 @@ class CatchErrors:
 
         try:
             await self._app(scope, receive, watched_send)
-        except Exception as error:  # the one place where a bug of ours becomes a 500
+        except Exception as error:  # the only place where a bug becomes a 500
             if started:
                 raise
             logger.exception("%s %r failed", scope["method"], scope["path"])
@@ -165,7 +164,7 @@ class CatchErrors:
 
 
 def install_error_handlers(app: FastAPI, observer: EngineObserver) -> None:
-    """Answer every exception; `observer` is told of requests that were refused because they are wrong."""
+    """Add handlers for all exceptions; `observer` counts the requests that are refused as invalid."""
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
         response = error_response(error, request)

@@ -1,4 +1,4 @@
-"""Prometheus metrics: the engine tells the observer what happens, `/metrics` shows it."""
+"""Prometheus metrics: an observer counts what the engine reports, and `/metrics` shows the counts."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _ENGINE_STAGES = ("text_encode", "denoise", "vae_decode")
 
 
 class PrometheusObserver:
-    """An `EngineObserver` with a registry of its own.
+    """An `EngineObserver` with its own registry.
 
-    All metrics carry the label `model_name`, but for the `process_*` of the server's process.
+    All metrics have the label `model_name`, except `process_*`, which describe the server's process.
     """
 
     content_type = CONTENT_TYPE_LATEST
@@ -68,23 +68,20 @@ class PrometheusObserver:
             "communication_bytes", "Bytes that ranks handed to each kind of exchange", collective=EXCHANGES
         )
         self._restarts = self._counter("worker_restarts", "Worker restarts")
-        self._cache_bytes = Gauge(
-            "vllm_omni:cache_state_bytes", "Kept by step caches on one device", ("model_name",), registry=self._registry
-        ).labels(model_name)
-        self._adapters = Gauge(
-            "vllm_omni:lora_adapters", "Adapters that are served", ("model_name",), registry=self._registry
-        ).labels(model_name)
+        self._cache_bytes = self._gauge("cache_state_bytes", "Kept by step caches on one device")
+        self._adapters = self._gauge("lora_adapters", "Adapters that are served")
         self._most_memory = 0
-        self._peak_memory = Gauge(
-            "vllm_omni:peak_memory_bytes", "Most memory used on one device", ("model_name",), registry=self._registry
-        ).labels(model_name)
+        self._peak_memory = self._gauge("peak_memory_bytes", "Most memory used on one device")
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         metric = Histogram(f"vllm_omni:{name}", text, ("model_name",), registry=self._registry, buckets=buckets)
         return metric.labels(self._model_name)
 
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"vllm_omni:{name}", text, ("model_name",), registry=self._registry).labels(self._model_name)
+
     def _counter(self, name: str, text: str, **label: tuple[str, ...]) -> dict[str, Counter]:
-        """Counters by the values of at most one further label; all exist from the start, at 0."""
+        """Counters for the values of at most one further label; all exist from the start, at 0."""
         metric = Counter(f"vllm_omni:{name}", text, ("model_name", *label), registry=self._registry)
         if not label:
             return {"": metric.labels(self._model_name)}
@@ -104,13 +101,13 @@ class PrometheusObserver:
         self._cache_bytes.set(result.cache_bytes)
         for collective, num_bytes in result.sent_bytes.items():
             self._sent[collective].inc(num_bytes)
-        if result.peak_memory_bytes > self._most_memory:  # of several replicas, and over restarts
+        if result.peak_memory_bytes > self._most_memory:  # the maximum of all replicas, also over restarts
             self._most_memory = result.peak_memory_bytes
             self._peak_memory.set(self._most_memory)
 
     def on_finish(self, request: DiffusionRequest, timings: dict[str, float], outcome: str, reason: str) -> None:
         if outcome == "refused":
-            return  # counted with all that are answered so: see `on_reject`
+            return  # counted by `on_reject`
         if outcome != "completed":
             (self._aborted if outcome == "aborted" else self._failed)[""].inc()
             return
@@ -138,43 +135,25 @@ class PrometheusObserver:
         self._text_tasks[""].inc()
 
     def on_adapters(self, number: int) -> None:
-        """So many can be named by requests."""
+        """`number` adapters can be named by requests."""
         self._adapters.set(number)
 
     def watch_log(self, num_dropped: Callable[[], int]) -> None:
-        """Show how many log lines could not be written, read when the metrics are read."""
-        self._registry.register(_LogCollector(self._model_name, num_dropped))
+        """Show the number of log lines that could not be written; `num_dropped` is called at each scrape."""
+
+        def collect() -> Iterator[Metric]:
+            text = "Log lines of this process that could not be written"
+            lines = CounterMetricFamily("vllm_omni:log_lines_dropped", text, labels=("model_name",))
+            lines.add_metric((self._model_name,), num_dropped())
+            yield lines
+
+        self._registry.register(_Collector(collect))
 
     def watch(self, status: Callable[[], EngineStatus]) -> None:
-        """Show the engine's queue, read when the metrics are read."""
-        self._registry.register(_QueueCollector(self._model_name, status))
+        """Show the engine's queue; `status` is called at each scrape."""
+        self._registry.register(_Collector(lambda: self._engine_metrics(status())))
 
-    def render(self) -> bytes:
-        return bytes(generate_latest(_WithoutCreated(self._registry)))
-
-
-class _WithoutCreated:
-    """The metrics of `registry` without their `_created` series, which nobody reads and which double the counters.
-
-    prometheus_client's own switch for that changes every registry of the process, the user's too.
-    """
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._registry = registry
-
-    def collect(self) -> Iterator[Metric]:
-        for metric in self._registry.collect():
-            metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
-            yield metric
-
-
-class _QueueCollector:
-    def __init__(self, model_name: str, status: Callable[[], EngineStatus]) -> None:
-        self._model_name = model_name
-        self._status = status
-
-    def collect(self) -> Iterator[Metric]:
-        status = self._status()
+    def _engine_metrics(self, status: EngineStatus) -> Iterator[Metric]:
         for name, text, value in (
             ("vllm:num_requests_running", "Requests under way", status.num_running),
             ("vllm:num_requests_waiting", "Requests that wait", status.num_waiting),
@@ -190,15 +169,27 @@ class _QueueCollector:
             info.add_metric((self._model_name, name), 1)
         yield info
 
+    def render(self) -> bytes:
+        return bytes(generate_latest(_WithoutCreated(self._registry)))
 
-class _LogCollector:
-    def __init__(self, model_name: str, num_dropped: Callable[[], int]) -> None:
-        self._model_name = model_name
-        self._num_dropped = num_dropped
+
+class _WithoutCreated:
+    """The metrics of `registry` without their `_created` series, which double the number of series.
+
+    prometheus_client's own switch for them changes every registry of the process, also those of the user's middleware.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
 
     def collect(self) -> Iterator[Metric]:
-        family = CounterMetricFamily(
-            "vllm_omni:log_lines_dropped", "Log lines of this process that could not be written", labels=("model_name",)
-        )
-        family.add_metric((self._model_name,), self._num_dropped())
-        yield family
+        for metric in self._registry.collect():
+            metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
+            yield metric
+
+
+class _Collector:
+    """Metrics that `collect` makes anew at each scrape."""
+
+    def __init__(self, collect: Callable[[], Iterator[Metric]]) -> None:
+        self.collect = collect

@@ -1,4 +1,4 @@
-"""What the HTTP server needs to know beyond the engine's config."""
+"""Settings of the HTTP server, besides the engine's config."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ ChatTextTasks = Literal["empty", "generate"]
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """Frozen; checked by whoever parses the command line."""
+    """Settings of the HTTP server. The parser of the command line has checked them."""
 
     served_model_names: tuple[str, ...]
-    """Names that a request's `model` may have; the first is the one reported in metrics."""
+    """Names of the model in requests; metrics report the first one."""
     root_path: str = ""
-    """Path prefix that a proxy strips before it forwards to us; links to files carry it."""
+    """Path prefix that a proxy strips before it forwards a request; links to files include it."""
     media_ttl_seconds: float = 3600.0
-    """How long a picture asked for with `response_format=url` can be fetched."""
+    """Seconds for which a picture made with `response_format=url` can be fetched."""
     max_media_bytes: int = 2**30
-    """Most bytes of pictures kept in memory for fetching; beyond it the oldest go early."""
+    """Most bytes of pictures kept in memory for fetching; beyond it the oldest are removed early."""
     default_response_format: ResponseFormat = "b64_json"
-    """Form of the pictures where a request has no `response_format`; streams carry b64_json."""
+    """Form of the pictures if a request has no `response_format`; streams carry b64_json."""
     chat_text_tasks: ChatTextTasks = "empty"
     """Answer to text tasks of chat front ends, such as titles: `empty` text, or `generate` a picture from the task."""
     allowed_media_domains: tuple[str, ...] = ()
-    """Hosts from which pictures that requests name by URL are fetched; none: none is fetched."""
+    """Hosts from which pictures are fetched that requests name by URL; if empty, no picture is fetched."""
     max_body_bytes: int = 2**20
-    """Most bytes of a JSON request body."""
+    """Most bytes of a JSON body without pictures."""
     upload_silence_seconds: float = 30.0
-    """Longest silence, or trickle, in the middle of an upload: see `Pace`."""
+    """Longest pause in an upload, and the time for which it may be too slow: see `UploadRate`."""
     keep_alive_seconds: float = 15.0
-    """Silence after which an event stream sends a comment, so that proxies keep it open."""
+    """Seconds without an event after which a stream sends a comment, so that proxies keep it open."""
     num_encoding_threads: int = 2
-    """Threads that turn pixels into PNG, JPEG or WebP, and as many processes that read such files."""
+    """Number of threads that encode PNG, JPEG and WebP, and of processes that decode such files."""
     num_band_threads: int = 4
-    """Threads that share the work on PNG files, together for all of `num_encoding_threads`."""
+    """Threads that encode bands of PNG files, shared by all `num_encoding_threads`."""
     disable_docs: bool = False
-    """No /docs and /openapi.json."""
+    """Serve no /docs and no /openapi.json."""
     swagger_ui_folder: Path | None = None
-    """Folder with the two files of Swagger UI that /docs needs; None: /docs says that it is not available."""
+    """Folder with the two files of Swagger UI that /docs needs; None: /docs is a 404 with the reason."""
     requires_api_key: bool = False
-    """Whether /openapi.json says that routes under /v1 need a key; what checks the key is elsewhere."""
+    """Whether /openapi.json says that routes under /v1 need a key; a middleware checks the key."""
     log_prompts: bool = False
     log_requests: bool = False
-    """One log line for each request that arrives."""
+    """Log one line for each request that arrives."""

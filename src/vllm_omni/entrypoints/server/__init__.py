@@ -1,1 +1,1 @@
-"""Server plumbing below HTTP routes: sockets, connections, framing, slow clients, signals."""
+"""The server below the HTTP routes: sockets, connections, framing, slow clients, signals."""

@@ -1,4 +1,4 @@
-"""Log lines about the work: one for each request that ends, and one every few seconds while something runs."""
+"""Log lines about requests: one when a request ends, and a summary every few seconds while requests run."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ STATUS_SECONDS = 10.0
 
 
 class ActivityLog(NullObserver):
-    """An EngineObserver that logs. Its timer runs only while there are requests. Prompts are never logged."""
+    """An EngineObserver that logs. Its timer runs only while there are requests. It never logs prompts."""
 
     def __init__(self, status_seconds: float = STATUS_SECONDS) -> None:
-        """`status_seconds`: time between two lines about what runs."""
+        """`status_seconds`: time between two summaries."""
         self._status_seconds = status_seconds
         self._status: Callable[[], EngineStatus] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._since = 0.0
         self._num_steps = 0
-        """Denoising steps of all requests since then."""
+        """Denoising steps of all requests since the last summary."""
 
     def watch(self, status: Callable[[], EngineStatus]) -> None:
-        """Set the source of the numbers of requests; needed before the first one comes."""
+        """Set the source of the numbers of requests. Must be called before the first request."""
         self._status = status
 
     def on_add(self, requests: Sequence[DiffusionRequest]) -> None:

@@ -1,7 +1,7 @@
-"""The server's door: accepts connections, in a bounded number, and bounds the time of TLS handshakes.
+"""Acceptance of connections, with limits of their number and of the time of TLS handshakes.
 
-Each connection is an open file from the moment it is accepted, and workers cannot be replaced when none is left. So
-the handshakes under way count as well, which uvicorn and asyncio cannot tell.
+Each accepted connection is an open file, and without free file descriptors no worker can be restarted. So connections
+in a TLS handshake count too; uvicorn and asyncio do not count them.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ logger = logging.getLogger(__name__)
 
 HANDSHAKE_SECONDS = 10.0
 MOST_LINGERING = 64
-"""Connections beyond the limit that may stay open for a moment, so that their clients can read the refusal."""
+"""Number of refused connections that may stay open for a moment, so that their clients can read the refusal."""
 _ACCEPTS_AT_ONCE = 100
 PAUSE_SECONDS = 1.0
-"""How long nothing is accepted when no file or memory is left for it."""
+"""Seconds without accepting after no file descriptor or memory was left."""
 _LOG_EVERY_SECONDS = 60.0
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
-def most_connections() -> int:
-    """Three quarters of the files that may be open; the rest is for workers and for connections being refused."""
+def max_connections() -> int:
+    """Three quarters of the files that may be open; the rest is for workers and for refused connections."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return soft * 3 // 4
 
 
-class TurnedAway(HttpProtocol):
-    """A connection that is one too many: it is told so."""
+class RefusedConnection(HttpProtocol):
+    """A connection beyond the limit: it gets a 503 and ends."""
 
     refusal = Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "too many open connections", code="unavailable", retry_after=1)
 
@@ -47,11 +47,11 @@ class TurnedAway(HttpProtocol):
         self.refuse(self.refusal)
 
 
-class Door:
-    """Accepts what comes to a listening socket; for uvicorn it is an asyncio server.
+class Acceptor:
+    """Accepts connections of a listening socket. uvicorn uses it as an asyncio server.
 
-    make_protocol: with whether the connection is welcome. num_open: how many connections protocols hold. Beyond the
-    first `most`, `most_lingering` get an answer; others are closed at once.
+    make_protocol: called with whether the connection is within the limit. num_open: number of open connections.
+    `most` connections are served, `most_lingering` more get a refusal, others are closed at once.
     """
 
     def __init__(
@@ -82,13 +82,13 @@ class Door:
         self._loop.add_reader(listener, self._accept)
 
     def close(self) -> None:
-        """Accept nothing more; called before the socket is closed."""
+        """Accept no more connections; called before the socket is closed."""
         self._loop.remove_reader(self._listener)
         if self._pause is not None:
             self._pause.cancel()
 
     async def wait_closed(self) -> None:
-        """Wait for the handshakes under way, which are bounded in time."""
+        """Wait for the handshakes under way; their time is limited."""
         if self._opening:
             await asyncio.wait(self._opening)
 
@@ -100,13 +100,13 @@ class Door:
                 return
             except OSError as error:
                 if error.errno in _EXHAUSTED:
-                    self._rest(error)
+                    self._pause_accepting(error)
                     return
-                continue  # the client left meanwhile
+                continue  # the client has disconnected
             connection.setblocking(False)
             self._admit(connection)
 
-    def _rest(self, error: OSError) -> None:
+    def _pause_accepting(self, error: OSError) -> None:
         logger.error("Accepting no connection for %g s: %s", self._pause_seconds, error.strerror)
         self._loop.remove_reader(self._listener)
         self._pause = self._loop.call_later(self._pause_seconds, self._loop.add_reader, self._listener, self._accept)
@@ -114,7 +114,7 @@ class Door:
     def _admit(self, connection: socket.socket) -> None:
         num_others = self._num_open() + len(self._opening)
         if num_others >= self._most:
-            self._note_refusal()
+            self._log_refusal()
         if num_others >= self._most + self._most_lingering:
             connection.close()
             return
@@ -125,22 +125,22 @@ class Door:
     async def _open(self, connection: socket.socket, protocol: asyncio.Protocol) -> None:
         task = asyncio.current_task()
         assert task is not None
-        gate = _Gate(protocol, lambda: self._opening.discard(task))
+        opening = _OpeningProtocol(protocol, lambda: self._opening.discard(task))
         try:
             await self._loop.connect_accepted_socket(
-                lambda: gate, connection, ssl=self._tls, ssl_handshake_timeout=self._handshake_seconds
+                lambda: opening, connection, ssl=self._tls, ssl_handshake_timeout=self._handshake_seconds
             )
         except OSError as error:  # TLS errors and time-outs are OSErrors
             logger.debug("A TLS handshake failed: %s", error)
 
-    def _note_refusal(self) -> None:
+    def _log_refusal(self) -> None:
         if (now := time.monotonic()) >= self._log_at:
             self._log_at = now + _LOG_EVERY_SECONDS
             logger.warning("Refusing connections: %d are open, as many as the limit of open files allows", self._most)
 
 
-class _Gate(asyncio.Protocol):
-    """Calls `on_open` in the moment from which `protocol` counts as an open connection."""
+class _OpeningProtocol(asyncio.Protocol):
+    """Calls `on_open` at the moment when `protocol` begins to count as an open connection."""
 
     def __init__(self, protocol: asyncio.Protocol, on_open: Callable[[], None]) -> None:
         self._protocol = protocol

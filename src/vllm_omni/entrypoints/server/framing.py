@@ -1,7 +1,7 @@
-"""Limits of HTTP/1.1 messages, checked on their bytes before the parser makes objects of them.
+"""Limits of HTTP/1.1 messages, checked on the received bytes before they are parsed.
 
-A piece that goes to the parser never reaches beyond the end of a head or of a message, so one request is parsed at a
-time, however many a client sends ahead.
+The parser gets bytes up to the end of a head or of a message and no further. So one request is parsed at a time, even
+if a client sends several without waiting for responses.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from http import HTTPStatus
 from vllm_omni.entrypoints.server.refusals import Refusal
 
 END = b"\r\n\r\n"
-"""Ends a head, and a chunked body with its trailers."""
+"""End of a head, and of a chunked body with its trailers."""
 _METHOD = re.compile(rb"[A-Z-]+(?: |\Z)")
 _REQUEST_LINE = re.compile(rb"[A-Z-]+ [^\r\n]+ HTTP/1\.[01]\r\n")
 _IS_1_1 = re.compile(rb"[^\r\n]+ HTTP/1\.1\r\n")
@@ -26,22 +26,22 @@ _LEAST_CHUNK_BYTES = 64
 
 @dataclass(frozen=True)
 class HttpLimits:
-    """Bounds of what a connection may send and of how long it may take."""
+    """Limits of the bytes that a connection may send, and of the time that it may take."""
 
     head_bytes: int = 64 * 2**10
-    """Request line, headers and the empty line; with trailers and the framing that precedes them, together."""
+    """Most bytes of a head (request line, headers, empty line), together with trailers and the framing before them."""
     num_headers: int = 256
-    """Most headers of a request, and as many trailers."""
+    """Most headers of a request, and most trailers."""
     head_seconds: float = 10.0
-    """From a request's first byte until its head is complete."""
+    """Longest time from the first byte of a request until its head is complete."""
     first_byte_seconds: float = 30.0
-    """From a new connection until the first byte of its first request."""
+    """Longest time from the start of a connection until the first byte of its first request."""
     drain_seconds: float = 30.0
-    """From an answer that did not need the request's body until the body's end."""
+    """Longest time from a response that did not need the request's body until the end of the body."""
     linger_seconds: float = 2.0
-    """How long a refused client may go on sending, so that it can read the refusal."""
+    """Time for which a refused client may go on sending, so that it can read the refusal."""
     num_small_chunks: int = 4096
-    """Chunks that a body may have beyond one for each 64 bytes."""
+    """Most chunks of a body, besides one for each 64 bytes."""
 
 
 def check_beginning(head: bytes | bytearray, limits: HttpLimits) -> None:
@@ -56,11 +56,11 @@ def check_beginning(head: bytes | bytearray, limits: HttpLimits) -> None:
 
 
 def check_head(head: bytes, limits: HttpLimits) -> bytes:
-    """A complete head as the parser gets it. Raises Refusal.
+    """Check a complete head; return it without an `Upgrade` header. Raises Refusal.
 
-    An `Upgrade`, which a server may ignore, is taken out: the parser would ignore the request's body instead.
+    A server may ignore `Upgrade`, but the parser would ignore the body of such a request.
     """
-    if head.find(b" HTTP/1.", 0, head.find(b"\n")) < 0:  # the parser knows others as well
+    if head.find(b" HTTP/1.", 0, head.find(b"\n")) < 0:  # the parser accepts other protocols too
         raise _bad_request_line()
     if head.count(b"\n") - 2 > limits.num_headers:
         raise _large_head(limits)
@@ -72,9 +72,9 @@ def check_head(head: bytes, limits: HttpLimits) -> bytes:
 
 
 def expected_body(headers: Iterable[tuple[bytes, bytes]], head: bytes, limits: HttpLimits) -> Body | None:
-    """The body that follows `head`, whose parsed headers are `headers`. Raises Refusal.
+    """The body that follows `head`, or None if there is none. `headers`: the parsed headers. Raises Refusal.
 
-    The parser has refused lengths that are no numbers or contradict each other.
+    The parser has already refused lengths that are not numbers or that contradict each other.
     """
     body: Body | None = None
     num_hosts = 0
@@ -105,23 +105,23 @@ def _bad_request_line() -> Refusal:
 
 
 class FixedBody:
-    """A body of known length."""
+    """A body of known length, in bytes."""
 
     def __init__(self, num_bytes: int) -> None:
         self._num_left = num_bytes
 
     def next_piece(self, received: bytearray) -> int:
-        """How many of the received bytes are parsed next."""
+        """Number of received bytes to parse next."""
         num_bytes = min(len(received), self._num_left)
         self._num_left -= num_bytes
         return num_bytes
 
     def check(self, num_content: int, num_trailers: int) -> None:
-        """Nothing to check: the body has no framing."""
+        """Check nothing: such a body has no framing."""
 
 
 class ChunkedBody:
-    """A body in chunks: what is not content is bounded."""
+    """A body in chunks. Its framing (all bytes that are not content) is limited."""
 
     def __init__(self, num_head: int, limits: HttpLimits) -> None:
         self._limits = limits
@@ -134,7 +134,7 @@ class ChunkedBody:
         self._num_cuts = 0
 
     def next_piece(self, received: bytearray) -> int:
-        """How many of the received bytes are parsed next: up to what may be the end of the message."""
+        """Number of received bytes to parse next: up to the next possible end of the message."""
         window = self._tail + received[:_PIECE_BYTES]
         end = window.find(END)
         num_bytes = (len(window) if end < 0 else end + len(END)) - len(self._tail)
@@ -144,12 +144,12 @@ class ChunkedBody:
         return num_bytes
 
     def count_chunk(self) -> None:
-        """Called at each chunk's header, the last one's too. Raises Refusal."""
+        """Count a chunk; called at the header of each chunk, also of the last one. Raises Refusal."""
         self._num_chunks += 1
         self._check_count(self._num_chunks)
 
     def check(self, num_content: int, num_trailers: int) -> None:
-        """After each piece, with the totals of the request so far. Raises Refusal."""
+        """Check the limits after each piece. The arguments are totals of the request so far. Raises Refusal."""
         if num_content > self._num_content:
             self._num_content, self._num_bytes_at_content = num_content, self._num_bytes
         num_framing = self._num_bytes - self._num_content

@@ -1,4 +1,4 @@
-"""HTTP connections whose requests are bounded in bytes and in time, whoever sends them."""
+"""HTTP connections that limit the bytes and the time of requests."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """uvicorn's protocol on httptools, which has no limits of its own, with those of `limits`.
+    """uvicorn's protocol on httptools, which has no limits, with the limits of `limits`.
 
-    Received bytes wait in `_received` until they are parsed: a head until it is complete, what a client sends ahead
-    until its request before is answered. A request that breaks a limit gets the error object and the connection ends;
-    where an answer has begun, the connection just ends.
+    Received bytes wait in `_received` until they are parsed: a head until it is complete, a further request until the
+    request before it is answered. A request that breaks a limit gets the error object, and the connection ends; if the
+    response has begun, the connection ends without one.
     """
 
     limits = HttpLimits()
@@ -39,7 +39,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().__init__(*args, **settings)
         self._received = bytearray()
         self._num_searched = 0
-        """Received bytes of an incomplete head in which its end was not found."""
+        """Number of received bytes of an incomplete head that were searched for its end."""
         self._head = b""
         """Head of the request that is being parsed."""
         self._body: Body | None = None
@@ -53,10 +53,10 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self.client is not None:
             host, port = self.client
             self.client = (host.removeprefix("::ffff:") if "." in host else host, port)  # IPv4 on an IPv6 socket
-        self._wait(self.limits.first_byte_seconds, transport.close)
+        self._set_timer(self.limits.first_byte_seconds, transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_waiting()
+        self._cancel_timer()
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
 
@@ -65,7 +65,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             return
         try:
             if self._is_whole_head(data):  # the usual case, without the buffer
-                self._stop_waiting()
+                self._cancel_timer()
                 self._unset_keepalive_if_required()
                 self._parse_head(data)
             else:
@@ -75,7 +75,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._refuse_for(error)
 
     def _is_whole_head(self, data: bytes) -> bool:
-        """Whether `data` is one request without a body, and the first thing that waits to be parsed."""
+        """Whether `data` is exactly one head without a body, and no other bytes wait to be parsed."""
         cycle = self.cycle
         return (
             not self._received
@@ -90,7 +90,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             pass
 
     def _parse_piece(self) -> bool:
-        """Parse the next piece; False where it must wait for more bytes or for the answer before."""
+        """Parse the next piece; False if it must wait for more bytes or for the response of the request before."""
         if (body := self._body) is not None:
             self.parser.feed_data(self._take(body.next_piece(self._received)))
             body.check(self._num_content, len(self.headers))
@@ -107,7 +107,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._head, self._num_content = head, 0
         self.parser.feed_data(check_head(head, self.limits))
         if self._body is not None:
-            self.headers = []  # those of the app are complete; trailers are counted and dropped
+            self.headers = []  # the app has the headers already; trailers are counted and dropped
 
     def _take(self, num_bytes: int) -> bytes:
         taken = bytes(self._received[:num_bytes])
@@ -115,21 +115,21 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         return taken
 
     def _take_head(self) -> bytes | None:
-        """The next request's complete head, or None. Its deadline begins with its first byte."""
+        """The complete head of the next request, or None. The time limit of a head begins with its first byte."""
         if self._num_searched == 0:
-            if self._received[0] in b"\r\n":  # allowed before a request; no sign of life
+            if self._received[0] in b"\r\n":  # allowed before a request; does not end keep-alive
                 del self._received[: len(self._received) - len(self._received.lstrip(b"\r\n"))]
                 if not self._received:
                     return None
             self._unset_keepalive_if_required()
         end = self._received.find(END, max(0, self._num_searched - len(END) + 1), self.limits.head_bytes)
         if end >= 0:
-            self._stop_waiting()
+            self._cancel_timer()
             self._num_searched = 0
             return self._take(end + len(END))
         check_beginning(self._received, self.limits)
         if self._num_searched == 0:
-            self._wait(self.limits.head_seconds, self._refuse_slow_head)
+            self._set_timer(self.limits.head_seconds, self._refuse_slow_head)
         self._num_searched = len(self._received)
         return None
 
@@ -137,7 +137,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         seconds = f"{self.limits.head_seconds:g} seconds"
         self.refuse(Refusal(HTTPStatus.REQUEST_TIMEOUT, f"The request's headers were not complete after {seconds}."))
 
-    # Callbacks of the parser, and of the answer.
+    # Callbacks of the parser and of the response.
 
     def on_headers_complete(self) -> None:
         self._body = expected_body(self.headers, self._head, self.limits)
@@ -156,8 +156,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._body, self._head = None, b""
         super().on_message_complete()
-        if self.cycle.response_complete:  # the answer did not need the body
-            self._stop_waiting()
+        if self.cycle.response_complete:  # the response did not need the body
+            self._cancel_timer()
             self._await_next_request()
 
     def on_response_complete(self) -> None:
@@ -166,7 +166,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             return
         if self._body is not None:
             self._unset_keepalive_if_required()
-            self._wait(self.limits.drain_seconds, self.transport.close)
+            self._set_timer(self.limits.drain_seconds, self.transport.close)
         if self._received:
             try:
                 self._parse_received()
@@ -176,25 +176,25 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def _await_next_request(self) -> None:
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
-    # The end.
+    # Refusals and timers.
 
     def _refuse_for(self, error: Refusal | httptools.HttpParserError) -> None:
         if isinstance(error, httptools.HttpParserError):
-            cause = error.__context__  # raised by a callback: a limit of ours, or a URL that uvicorn cannot parse
+            cause = error.__context__  # raised by a callback: a Refusal, or a URL that uvicorn cannot parse
             reason = "its URL cannot be parsed" if isinstance(error, httptools.HttpParserCallbackError) else str(error)
             invalid = Refusal(HTTPStatus.BAD_REQUEST, f"The request is not valid HTTP/1.1: {reason}.")
             error = cause if isinstance(cause, Refusal) else invalid
         self.refuse(error)
 
     def refuse(self, refusal: Refusal) -> None:
-        """Answer with `refusal` where no answer has begun, and end the connection.
+        """Respond with `refusal`, unless a response has begun, and end the connection.
 
-        What the client still sends is read for a moment, because closing with unread bytes loses the answer.
+        The client's bytes are read for `linger_seconds` more: closing with unread bytes would lose the response.
         """
         self._refused = True
         head = self._head or bytes(self._received)
         self._received.clear()
-        self._stop_waiting()
+        self._cancel_timer()
         self._unset_keepalive_if_required()
         client = ":".join(map(str, self.client or ("a client",)))
         logger.info("%s - refused with %d: %s", client, refusal.status, refusal.message)
@@ -209,14 +209,14 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.flow.resume_reading()
-        self._wait(self.limits.linger_seconds, self.transport.close)
+        self._set_timer(self.limits.linger_seconds, self.transport.close)
 
-    def _wait(self, seconds: float, end: Callable[[], None]) -> None:
-        """Call `end` after `seconds`, instead of what was waited for before."""
-        self._stop_waiting()
+    def _set_timer(self, seconds: float, end: Callable[[], None]) -> None:
+        """Call `end` after `seconds`. Replaces the timer that was set before."""
+        self._cancel_timer()
         self._timer = self.loop.call_later(seconds, end)
 
-    def _stop_waiting(self) -> None:
+    def _cancel_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

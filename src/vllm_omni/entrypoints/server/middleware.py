@@ -1,4 +1,4 @@
-"""What stands between the sockets and the app: API keys, CORS, and the user's own middleware."""
+"""Middleware around the app that flags choose: API keys, CORS, and the user's own middleware."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from starlette.middleware.cors import CORSMiddleware
 from vllm_omni.entrypoints.cli import vllm_api
 from vllm_omni.entrypoints.cli.args import HttpOptions
 from vllm_omni.entrypoints.openai.errors import CatchErrors
-from vllm_omni.entrypoints.openai.middlewares.every_request import RequestId
-from vllm_omni.entrypoints.openai.requests.parsing import IGNORED_FIELDS_HEADER
+from vllm_omni.entrypoints.openai.middlewares.request_id import RequestId
+from vllm_omni.entrypoints.openai.requests.ignored_fields import IGNORED_FIELDS_HEADER
 from vllm_omni.errors import ConfigError
 
 EXPOSED_HEADERS = (
@@ -22,18 +22,19 @@ EXPOSED_HEADERS = (
     *("openai-model", "openai-organization", "openai-poll-after-ms", "openai-processing-ms", "openai-version"),
     *("accept-ranges", "content-disposition", "content-length", "content-range", "date", "etag"),
 )
-"""Response headers that scripts of allowed origins can read."""
+"""Response headers that scripts of allowed origins may read."""
 
 
 def api_keys(http: HttpOptions) -> list[str]:
-    """Keys that open `/v1`; none: no key is needed. `--api-key` goes before vLLM's variable, as in vLLM."""
+    """Keys for `/v1`; if empty, no key is needed. `--api-key` takes precedence over vLLM's variable, as in vLLM."""
     return list(http.api_key) or [key for key in [vllm_api.configured_api_key()] if key]
 
 
 def add_middleware(app: FastAPI, http: HttpOptions) -> None:
-    """Outermost first: request ids, the user's, CORS (so that browsers can read a 401), the app's own, the API key.
+    """Add middleware to `app`: request ids are outermost, then the user's, CORS, the app's own, the API key.
 
-    Raises ConfigError when a `--middleware` cannot be imported or is neither a class nor an async function.
+    CORS is outside the API key so that browsers can read a 401. Raises ConfigError if a `--middleware` cannot be
+    imported or is neither a class nor an async function.
     """
     if tokens := api_keys(http):
         # Inside the app's own middleware, so that a 401 has its x-request-id; outside every route.
@@ -56,8 +57,10 @@ def add_middleware(app: FastAPI, http: HttpOptions) -> None:
         else:
             raise ConfigError(f"--middleware takes a class or an async function, got {path!r}: {type(target).__name__}")
     if http.middleware:
-        app.add_middleware(CatchErrors)  # theirs, and a cancellation, which functions do not let us answer inside
-    # Outermost, so that what the others answer has its id as well; sorting keeps their order.
+        app.add_middleware(
+            CatchErrors
+        )  # errors of the user's middleware, and cancellations: functions prevent an answer inside
+    # Request ids are outermost, so that responses of other middleware have them too; sorting keeps the order.
     app.user_middleware.sort(key=lambda middleware: cast(Any, middleware.cls) is not RequestId)
 
 

@@ -1,4 +1,4 @@
-"""Errors that are answered before a request reaches the app: the error object as the bytes of an HTTP response."""
+"""Refusals before a request reaches the app: the error object as bytes of an HTTP response."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import re
 from collections.abc import Iterable
 from http import HTTPStatus
 
-from vllm_omni.entrypoints.openai.middlewares.every_request import REQUEST_ID_HEADER, request_id_for
+from vllm_omni.entrypoints.openai.middlewares.request_id import REQUEST_ID_HEADER, request_id_for
 from vllm_omni.entrypoints.openai.schema.images import ErrorBody, ErrorResponse
 
 _GIVEN_ID = re.compile(rb"\n%b:[ \t]*([^\r\n]*)" % REQUEST_ID_HEADER.encode(), re.IGNORECASE)
 
 
 class Refusal(Exception):
-    """An answer that ends its connection. `retry_after`: seconds after which the client may try again."""
+    """An error response that ends its connection. `retry_after`: seconds after which the client may try again."""
 
     def __init__(self, status: HTTPStatus, message: str, *, code: str | None = None, retry_after: int | None = None):
         super().__init__(message)
@@ -23,7 +23,7 @@ class Refusal(Exception):
         self.retry_after = retry_after
 
     def answer(self, head: bytes = b"", default_headers: Iterable[tuple[bytes, bytes]] = ()) -> bytes:
-        """The whole response. `head`: received bytes of the request's head, whose `x-request-id` is echoed."""
+        """Bytes of the whole response. `head`: bytes of the request's head, whose `x-request-id` is returned."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         error = ErrorBody(message=self.message, type=kind, param=None, code=self.code)
         body = ErrorResponse(error=error).model_dump_json().encode()

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the first asks the server to stop, the second ends the process."""
+"""Handling of SIGTERM and SIGINT: the first signal asks the server to stop, the second ends the process."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 KILLED_EXIT_CODE = 128
-"""Exit code of a process that a signal ended at once: this and the signal's number."""
+"""Exit code of a process that a signal ended at once is this number plus the signal's number."""
 
 
 class StopSignals:
     """Handlers of SIGTERM and SIGINT, installed while the context is open. They need no event loop.
 
-    Until `on_first` was called, and from the second signal on, a signal calls `end` with 128 + its number, whatever the
-    main thread is doing. The default action would not do in a container: the kernel keeps it from the first process.
+    Before `on_first` is called, and from the second signal on, a signal calls `end` with 128 + its number, even if the
+    main thread is busy. The default action would have no effect on the first process of a container.
     """
 
     def __init__(self, end: Callable[[int], object]) -> None:
@@ -38,9 +38,9 @@ class StopSignals:
             signal.signal(number, handler)
 
     def on_first(self, ask: Callable[[str], object]) -> None:
-        """Call `ask` with the name of the next signal instead of ending.
+        """Call `ask` with the name of the next signal instead of ending the process.
 
-        It is called in the main thread, between any two instructions.
+        `ask` is called in the main thread, between any two instructions.
         """
         self._ask = ask
 

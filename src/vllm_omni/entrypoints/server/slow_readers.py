@@ -1,25 +1,20 @@
-"""Clients that ask and do not read: their answers must not be kept for ever."""
+"""Disconnection of clients that do not read their response: it must not stay in memory for ever."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
 from vllm_omni.entrypoints.server.http_protocol import BoundedHttpProtocol
 
 logger = logging.getLogger(__name__)
 
-PIECE_BYTES = 256 * 2**10
-"""Bytes that a client must read within `HttpProtocol.unread_seconds` (about 4 KiB/s)."""
-
 
 class HttpProtocol(BoundedHttpProtocol):
-    """A bounded connection that also ends when what was last written to it stays unread for `unread_seconds`.
+    """A bounded connection that also ends when written bytes stay unread for `unread_seconds`.
 
-    To the app it is a client that left. This is the place that can end it: closing waits for the reader.
-    With `Pieces` around the app, no more than a piece is ever written ahead of a client.
+    The app sees a client that disconnected. The transport is aborted, because closing it would wait for the client.
+    `SendInPieces` around the app writes one piece at a time, so a client has `unread_seconds` for each piece.
     """
 
     unread_seconds = 60.0
@@ -28,7 +23,7 @@ class HttpProtocol(BoundedHttpProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         super().connection_made(transport)
-        transport.set_write_buffer_limits(high=1)  # what is unread counts, also the end of an answer; 0 stops TLS
+        transport.set_write_buffer_limits(high=1)  # every unread byte counts; with 0, TLS never resumes
         self._transport = transport
 
     def pause_writing(self) -> None:
@@ -48,32 +43,5 @@ class HttpProtocol(BoundedHttpProtocol):
             self._deadline.cancel()
 
     def _end(self) -> None:
-        logger.info("a client that did not read its answer for %g seconds was disconnected", self.unread_seconds)
+        logger.info("Disconnected a client that did not read its response for %g seconds", self.unread_seconds)
         self._transport.abort()
-
-
-class Pieces:
-    """Middleware: sends large bodies in pieces, each after the client has read the one before.
-
-    uvicorn would copy the whole of a message into the connection's buffer. Messages sent at the same time (the comments
-    of an event stream) keep their order.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        sending = asyncio.Lock()
-
-        async def send_pieces(message: Message) -> None:
-            async with sending:
-                body = message.get("body", b"")
-                *starts, last = range(0, max(1, len(body)), PIECE_BYTES)
-                for start in starts:
-                    piece = body[start : start + PIECE_BYTES]
-                    await send({"type": message["type"], "body": piece, "more_body": True})
-                await send({**message, "body": body[last:]} if starts else message)
-
-        await self._app(scope, receive, send_pieces)

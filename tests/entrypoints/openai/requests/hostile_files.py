@@ -1,4 +1,4 @@
-"""Picture files that are small and cost much, or that are valid and unusual."""
+"""Picture files that are small and expensive to decode, or valid and unusual."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.entrypoints.openai.routes.test_image_edits import file_of
 _SCAN = 0xDA
 _MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")
 PNG_HEADER_BYTES = 33
-"""Signature and IHDR."""
+"""Beginning of a PNG file: signature and IHDR."""
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -22,7 +22,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def with_chunks(png: bytes, *chunks: bytes) -> bytes:
-    """`png` with these behind its header."""
+    """`png` with more chunks after its header."""
     return png[:PNG_HEADER_BYTES] + b"".join(chunks) + png[PNG_HEADER_BYTES:]
 
 
@@ -38,12 +38,12 @@ def segment(marker: int, body: bytes) -> bytes:
 
 
 def with_segments(jpeg: bytes, *segments: bytes) -> bytes:
-    """`jpeg` with these behind its first marker."""
+    """`jpeg` with more segments after its first marker."""
     return jpeg[:2] + b"".join(segments) + jpeg[2:]
 
 
 def with_repeated_scan(side: int, count: int) -> bytes:
-    """A grey progressive JPEG whose last scan, a few bytes, comes `count` times more."""
+    """A grey progressive JPEG whose last scan, a few bytes, is repeated `count` times."""
     jpeg = file_of(Image.new("L", (side, side), 128), "JPEG", progressive=True)
     last = jpeg.rindex(bytes((0xFF, _SCAN)))
     end = jpeg.rindex(b"\xff\xd9")
@@ -52,6 +52,6 @@ def with_repeated_scan(side: int, count: int) -> bytes:
 
 
 def lying_exif(num_tags: int) -> bytes:
-    """TIFF of text tags that all claim to lie beyond its end."""
+    """TIFF whose text tags all point beyond its end."""
     tags = b"".join(struct.pack("<HHII", number + 1, 2, 1000, 0x7FFFFF00) for number in range(num_tags))
     return b"II*\0\x08\0\0\0" + struct.pack("<H", num_tags) + tags + bytes(4)

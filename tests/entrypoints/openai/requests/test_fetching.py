@@ -1,4 +1,4 @@
-"""Pictures by URL: fetched from allowed hosts at public addresses within limits, and from nowhere else."""
+"""Pictures by URL: fetched only from allowed hosts, at public addresses, within limits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.entrypoints.openai.far_server import FarServer, far_server
 from tests.entrypoints.openai.routes.test_image_edits import EDITS, data_url, file_of, newest
 from tests.entrypoints.openai.routes.test_image_errors import error_of
 from vllm_omni.entrypoints.openai.requests.fetching import FetchPolicy, IPAddress, MediaFetcher, is_public
-from vllm_omni.entrypoints.openai.requests.uploads import MAX_IMAGE_BYTES
+from vllm_omni.entrypoints.openai.requests.input_pictures import MAX_IMAGE_BYTES
 from vllm_omni.errors import InvalidRequestError, QueueFullError
 
 CHAT = "/v1/chat/completions"
@@ -126,7 +126,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("start", ["", "http://", "http://photos.example/", "https://photos.example:", "//", ":"])
 def test_whatever_is_no_url_is_refused(start: str) -> None:
-    """In a request and as a redirect; no address is asked for."""
+    """A refused URL, in a request and as a redirect, is not resolved."""
     asked: list[str] = []
 
     def resolve(host: str) -> list[str]:
@@ -249,7 +249,7 @@ def test_a_client_that_leaves_ends_the_fetch(server: LiveServer, far: FarServer,
     ids=["silence", "total", "total, bit by bit"],
 )
 async def test_deadlines(far: FarServer, path: str, limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a clock that goes fast once the far server was asked; /drip/ is never silent for long."""
+    """The clock jumps ahead once the far server has the request; /drip/ is never silent for long."""
     far.left.clear()
     num_before, loop, ahead = len(far.requests), asyncio.get_running_loop(), 0.0
     time = loop.time
@@ -274,7 +274,7 @@ async def test_a_name_is_resolved_once_and_its_addresses_are_tried_in_turn(far: 
 
 
 async def test_a_name_is_resolved_as_it_was_allowed(far: FarServer) -> None:
-    """xn--strae-oqa is the name with the letter ß, which a resolver would write as ss: another host."""
+    """xn--strae-oqa is a name with the letter ß, which a resolver would replace by ss: another host."""
     name = "xn--strae-oqa.example"
     fetcher = MediaFetcher([name], 2**20, replace(POLICY, resolve={name: ["127.0.0.1"]}.__getitem__))
     try:
@@ -307,7 +307,7 @@ async def test_a_name_without_an_address() -> None:
 
 
 async def test_certificates_are_checked_for_the_name(tmp_path: Path) -> None:
-    """Also where another name at the same address was found to be right before."""
+    """The name is checked even after another name at the same address had a valid certificate."""
     key, certificate = self_signed(tmp_path, x509.DNSName("photos.example"))
     tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     tls.load_cert_chain(certificate, key)
@@ -356,7 +356,7 @@ NOT_PUBLIC = [
 @pytest.mark.parametrize("address", NOT_PUBLIC)
 @pytest.mark.parametrize("company", [[], ["93.184.215.14"]], ids=["alone", "behind a public one"])
 async def test_an_allowed_name_at_an_address_that_is_not_public(address: str, company: list[str]) -> None:
-    """The rule that servers have: `is_public` is its default."""
+    """The default rule of a server is `is_public`."""
     policy = FetchPolicy(resolve=lambda _: [*company, address])
     with pytest.raises(InvalidRequestError, match=r"photos\.example is not at a public address$") as caught:
         await fetch("https://photos.example/a.png", policy)

@@ -1,8 +1,9 @@
-"""Bodies of many wrong items: refused for the first one, and never on the loop that serves the others."""
+"""Bodies with many wrong items: refused for the first one, and checked outside the event loop."""
 
 from __future__ import annotations
 
 import threading
+from types import ModuleType
 from typing import Any
 
 import httpx
@@ -11,8 +12,8 @@ from pydantic import ValidationError
 
 from testbed.live_server import LiveServer
 from tests.entrypoints.openai.routes.test_image_errors import error_of
-from vllm_omni.entrypoints.openai.requests import parsing, uploads
-from vllm_omni.entrypoints.openai.requests.quotes import MAX_ECHO, echo
+from vllm_omni.entrypoints.openai.quotes import MAX_QUOTE, quote
+from vllm_omni.entrypoints.openai.requests import chat_body, ignored_fields, json_body
 from vllm_omni.entrypoints.openai.schema.chat import MAX_MESSAGES, ChatCompletionRequest
 from vllm_omni.entrypoints.openai.schema.images import ImageEditRequest, ImageGenerationRequest, ImageOptions
 
@@ -63,37 +64,43 @@ def test_a_long_conversation_passes(http: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "name"),
+    ("path", "body", "module", "name"),
     [
-        (CHAT, {"messages": [TURN]}, "last_user_turn"),
-        (CHAT, {"messages": [1]}, "validated"),
-        (CHAT, {"messages": [TURN], "extra_body": {"seed": 1}}, "with_extra_body"),
-        (GENERATIONS, {"prompt": 1}, "validated"),
+        (CHAT, {"messages": [TURN]}, chat_body, "last_user_message"),
+        (CHAT, {"messages": [1]}, chat_body, "validated"),
+        (CHAT, {"messages": [TURN], "extra_body": {"seed": 1}}, chat_body, "with_extra_body"),
+        (GENERATIONS, {"prompt": 1}, json_body, "validated"),
     ],
 )
 def test_bodies_are_checked_off_the_loop(
-    server: LiveServer, http: httpx.Client, monkeypatch: pytest.MonkeyPatch, path: str, body: Any, name: str
+    server: LiveServer,
+    http: httpx.Client,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    body: Any,
+    module: ModuleType,
+    name: str,
 ) -> None:
-    check, threads = getattr(uploads, name), []
+    check, threads = getattr(module, name), []
 
     def watched(*args: Any) -> Any:
         threads.append(threading.get_ident())
         return check(*args)
 
-    monkeypatch.setattr(uploads, name, watched)
+    monkeypatch.setattr(module, name, watched)
     assert http.post(path, json=body).status_code in (200, 400)
     assert threads
     assert server.call(threading.get_ident) not in threads
 
 
 def test_of_many_unknown_fields_few_are_looked_at(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    printable, seen = parsing._printable, []
+    printable, seen = ignored_fields._printable, []
 
     def watched(name: str) -> str:
         seen.append(name)
         return printable(name)
 
-    monkeypatch.setattr(parsing, "_printable", watched)
+    monkeypatch.setattr(ignored_fields, "_printable", watched)
     response = http.post(GENERATIONS, json={"prompt": "a", **MANY_KEYS})
     assert response.status_code == 200
     *names, rest = response.headers["x-omni-ignored-fields"].split(",")
@@ -109,6 +116,6 @@ def test_an_object_is_quoted_without_a_look_at_its_end() -> None:
             Key.num_compared += 1
             return str(self) < other
 
-    assert len(echo([{Key(i): 0 for i in range(1000)}])) <= MAX_ECHO + 3
-    assert echo({"b": 1, "a": 2}) == "{'a': 2, 'b': 1}"
+    assert len(quote([{Key(i): 0 for i in range(1000)}])) <= MAX_QUOTE + 3
+    assert quote({"b": 1, "a": 2}) == "{'a': 2, 'b': 1}"
     assert Key.num_compared < 100

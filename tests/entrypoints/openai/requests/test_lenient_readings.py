@@ -1,4 +1,4 @@
-"""Spellings that clients send and that are read kindly, the same in JSON, forms and chats."""
+"""Lenient readings of clients' spellings, the same in JSON, forms and chats."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def send(request: pytest.FixtureRequest, server: LiveServer, editor: LiveServer)
 
 
 def pictures(response: httpx.Response) -> list[tuple[np.ndarray, int]]:
-    """(pixels, seed) of an answer, whatever its route."""
+    """(pixels, seed) of an answer of any route."""
     assert response.status_code == 200, response.text
     answer = response.json()
     if "data" in answer:
@@ -154,7 +154,7 @@ def test_base64_without_a_data_url(editor: LiveServer, where: str) -> None:
 
 
 def test_fields_of_a_form_that_hold_pictures(editor: LiveServer) -> None:
-    """Without a file name: a `data:` URL as in JSON, or the file's bytes."""
+    """A part without a file name has a `data:` URL as in JSON, or the bytes of a file."""
     for value in (data_url(PHOTO), file_of(PHOTO)):
         response = httpx.post(editor.url + EDITS, files={"image": (None, value), "prompt": (None, "x")})
         assert response.status_code == 200, response.text
@@ -167,7 +167,7 @@ def test_fields_of_a_form_that_hold_pictures(editor: LiveServer) -> None:
 
 
 def test_text_of_a_picture_is_not_held_longer_than_a_file() -> None:
-    """While a request runs, its uploads hold the pixels that the model reads and nothing else."""
+    """While a request runs, only the pixels that the model reads count against the upload budget."""
     held = []
     with live_server(info=FAKE_EDIT_INFO) as running:
         budget = running.app.state.upload_budget
@@ -224,7 +224,7 @@ def test_a_picture_in_a_text_field(editor: LiveServer, name: str) -> None:
 
 
 def test_a_text_field_may_come_as_a_file(editor: LiveServer) -> None:
-    """As `curl -F prompt=@prompt.txt` sends it."""
+    """A prompt as a file, as `curl -F prompt=@prompt.txt` sends it."""
     files = {"image": file_of(PHOTO), "prompt": ("prompt.txt", b"from a file")}
     assert httpx.post(editor.url + EDITS, files=files).status_code == 200
     assert list(editor.device.prompts.values())[-1] == "from a file"

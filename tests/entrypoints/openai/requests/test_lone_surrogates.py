@@ -95,7 +95,7 @@ def test_in_a_conversation(http: httpx.Client) -> None:
 
 
 def test_in_a_prompt(http: httpx.Client) -> None:
-    """Tokenizers take none."""
+    """Tokenizers do not accept lone surrogates."""
     for name in ("prompt", "negative_prompt"):
         response = post(http, EDITS, {**BODIES["edits"][1], name: HALF})
         assert (response.status_code, error_of(response)["param"]) == (400, name)

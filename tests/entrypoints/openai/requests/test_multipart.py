@@ -1,4 +1,4 @@
-"""The reader of forms: limits to the byte, and parts that come in pieces."""
+"""The parser of forms: exact limits, and parts that arrive in pieces."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_form_may_have_so_many_parts_and_not_one_more() -> None:
 
 @pytest.mark.parametrize("missing", [1, 3, 4, 6, 7, 30])
 def test_a_form_without_its_end_is_refused(missing: int) -> None:
-    """All but the line end behind the last boundary."""
+    """All bytes except the line end after the last boundary."""
     reader, whole = make_reader(), form_of(b"some value").removesuffix(b"\r\n")
     reader.feed(whole[:-missing])
     with pytest.raises(InvalidRequestError, match="ends in the middle"):

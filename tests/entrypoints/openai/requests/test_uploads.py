@@ -1,4 +1,4 @@
-"""Uploads that are wrong, broken, too large or cut off: error objects, bounded memory, neighbours unharmed."""
+"""Uploads that are wrong, broken, too large or incomplete: error objects, bounded memory, no effect on others."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ from testbed.live_server import (
 from testbed.tiny_models import photo
 from tests.entrypoints.openai.routes.test_image_edits import EDITS, data_url, file_of, pixels
 from tests.entrypoints.openai.routes.test_image_errors import error_of
-from vllm_omni.entrypoints.openai.requests.uploads import MAX_IMAGE_BYTES, MAX_JSON_BYTES
+from vllm_omni.entrypoints.openai.requests.input_pictures import MAX_IMAGE_BYTES
+from vllm_omni.entrypoints.openai.requests.json_body import MAX_JSON_BYTES
 
 PHOTO = photo(64, 48, 1)
 PNG, JPEG, WEBP = (file_of(PHOTO, kind) for kind in ("PNG", "JPEG", "WEBP"))
@@ -43,7 +44,7 @@ def server() -> Iterator[LiveServer]:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds next to nothing."""
+    """A PNG that declares a size and contains almost no data."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -200,7 +201,7 @@ def test_bodies_that_are_neither_form_nor_json(http: httpx.Client, content: byte
 
 @pytest.mark.parametrize("missing", [b"--\r\n", b"\r\n--x--\r\n"], ids=["end of the last boundary", "last boundary"])
 def test_a_form_that_ends_early_makes_no_picture(server: LiveServer, http: httpx.Client, missing: bytes) -> None:
-    """The client's length is that of what it sent: its upload was cut before it was counted."""
+    """The content-length equals the bytes sent: the client's file was cut before it was sent."""
     head = b'content-disposition: form-data; name="%s"%s\r\n\r\n'
     whole = b"--x\r\n" + head % (b"image", b'; filename="a.png"') + PNG
     whole += b"\r\n--x\r\n" + head % (b"prompt", b"") + b"a panda\r\n--x--\r\n"
@@ -256,7 +257,7 @@ def test_memory_is_given_back_and_a_full_server_says_so(server: LiveServer, http
 
 
 def test_pixels_count_while_the_rest_of_an_upload_is_awaited(server: LiveServer) -> None:
-    """A small file may be a large picture, and who sends it need not go on."""
+    """A small file can contain a large picture, even if the client sends nothing more."""
     budget = server.app.state.upload_budget
     flat = file_of(Image.new("RGB", (1000, 800)), "PNG")
     assert len(flat) < 10_000
@@ -291,7 +292,7 @@ def test_pixels_count_while_the_rest_of_an_upload_is_awaited(server: LiveServer)
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_pixels_count_until_the_request_has_ended(server: LiveServer, stream: bool) -> None:
-    """Also in the queue, of a stream as well, which is answered before it runs; and no longer the file."""
+    """A queued request holds the pixels and not the file; so does a stream, whose response begins before it runs."""
     budget, num_pixel_bytes = server.app.state.upload_budget, 400 * 300 * 3
     noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
     request = {
@@ -364,7 +365,7 @@ def test_a_client_that_leaves_in_the_middle_of_its_upload(server: LiveServer) ->
     ],
 )
 def test_a_body_that_stands_still_is_ended(path: str, content_type: str) -> None:
-    """The client is there and says nothing; what it has sent must not be held for it."""
+    """A connected client that sends nothing: its upload so far must not stay in memory."""
     info = FAKE_EDIT_INFO if path == EDITS else FAKE_INFO
     with live_server(info=info, settings={"upload_silence_seconds": 0.2}) as server:
         connection = HTTPConnection(server.url.removeprefix("http://"))
@@ -383,7 +384,7 @@ def test_a_body_that_stands_still_is_ended(path: str, content_type: str) -> None
 
 
 def test_an_upload_that_trickles_is_ended() -> None:
-    """Never silent for long, and never done."""
+    """A client that is never silent for long and never finishes."""
     with live_server(info=FAKE_EDIT_INFO, settings={"upload_silence_seconds": 0.5}) as server:
         host, port = server.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as client:
@@ -406,9 +407,9 @@ def test_an_upload_that_trickles_is_ended() -> None:
 
 
 def test_processes_are_there_for_models_that_take_pictures_alone(server: LiveServer) -> None:
-    assert all(thread.is_alive() for thread in server.app.state.image_decoder._threads)
+    assert all(thread.is_alive() for thread in server.app.state.decode_pool._threads)
     with live_server(info=FAKE_INFO) as other:
-        assert not any(thread.is_alive() for thread in other.app.state.image_decoder._threads)
+        assert not any(thread.is_alive() for thread in other.app.state.decode_pool._threads)
 
 
 def test_an_error_says_which_picture_is_wrong(http: httpx.Client) -> None:

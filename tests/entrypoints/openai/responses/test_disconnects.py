@@ -1,4 +1,4 @@
-"""A client that leaves frees the device at the next step; the others notice nothing."""
+"""A client that disconnects frees the device at the next step, without effect on others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from starlette.types import Message
 from testbed.live_server import FAKE_EDIT_INFO, LiveServer, live_server
 from testbed.tiny_models import photo
 from tests.entrypoints.openai.routes.test_image_edits import EDITS, file_of
-from vllm_omni.entrypoints.openai.responses.events import ImageEventStream
+from vllm_omni.entrypoints.openai.responses.event_stream import EventStream
 from vllm_omni.jobs import OutputStream
 
 
@@ -82,13 +82,13 @@ UPLOADS = {
 
 @pytest.mark.parametrize("name", UPLOADS)
 def test_client_leaves_while_its_picture_is_decoded(name: str) -> None:
-    """The process that decodes it is killed, and another client's picture is next."""
+    """The decode process of its picture is killed, and another client's picture is decoded."""
     path, kind, body, num_missing = UPLOADS[name]
     files = {"image": LARGE, "prompt": (None, "x")}
     server = live_server(info=FAKE_EDIT_INFO, settings={"num_encoding_threads": 1})
     with server as running, ThreadPoolExecutor(1) as pool:
         assert httpx.post(running.url + EDITS, files=files).status_code == 200
-        decoder = running.app.state.image_decoder
+        decoder = running.app.state.decode_pool
         pid = decoder._threads[0].process.pid
         os.kill(pid, signal.SIGSTOP)
         connection = HTTPConnection(running.url.removeprefix("http://"))
@@ -128,7 +128,7 @@ def test_stream_client_leaves_before_the_first_event(paused: LiveServer) -> None
 
 
 async def test_stream_client_leaves_while_the_first_bytes_are_sent() -> None:
-    """The events were never asked for then, and so cannot end the request themselves."""
+    """The events have not begun, so they cannot end the request themselves."""
 
     class Outputs:
         closed = False
@@ -147,8 +147,8 @@ async def test_stream_client_leaves_while_the_first_bytes_are_sent() -> None:
         await asyncio.Event().wait()  # a client that does not read
 
     outputs = Outputs()
-    stream = ImageEventStream(
-        cast(OutputStream, outputs), events(), keep_alive_seconds=15, headers={}, held=nullcontext()
+    stream = EventStream(
+        cast(OutputStream, outputs), events(), keep_alive_seconds=15, headers={}, reservation=nullcontext()
     )
     await stream({"type": "http", "method": "POST"}, receive, send)
     assert outputs.closed

@@ -1,4 +1,4 @@
-"""PNG files: valid to the byte, the pixels that Pillow reads, about as small as Pillow's."""
+"""The PNG encoder: valid files, with the right pixels, about as small as Pillow's."""
 
 from __future__ import annotations
 

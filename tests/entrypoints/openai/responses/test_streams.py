@@ -1,4 +1,4 @@
-"""`stream: true` by the SDK's iterator, and what the bytes look like."""
+"""`stream: true` by the SDK's iterator, and the format of the bytes."""
 
 from __future__ import annotations
 

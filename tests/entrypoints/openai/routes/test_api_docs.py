@@ -1,4 +1,4 @@
-"""/docs and /openapi.json: complete without the web, with examples that run as they are."""
+"""/docs and /openapi.json: complete without the web, with examples that run unchanged."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_every_example_runs_as_it_is(info: ModelInfo) -> None:
 
 
 def test_a_form_is_filled_with_its_example() -> None:
-    """Swagger UI writes each property's example into its form, or one of its own such as `string`."""
+    """Swagger UI fills its form with each property's example, or with a default such as `string`."""
     with live_server(info=FAKE_EDIT_INFO) as running:
         schema = httpx.get(f"{running.url}/openapi.json").json()
     form = schema["paths"]["/v1/images/edits"]["post"]["requestBody"]["content"]["multipart/form-data"]

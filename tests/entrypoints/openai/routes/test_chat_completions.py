@@ -1,4 +1,4 @@
-"""`POST /v1/chat/completions` by the OpenAI SDK: pictures in a chat's envelope."""
+"""`POST /v1/chat/completions` by the OpenAI SDK: pictures in a chat completion."""
 
 from __future__ import annotations
 
@@ -253,7 +253,7 @@ def test_edits_take_the_pictures_of_the_last_user_message(editor: LiveServer, ed
 
 
 def test_a_long_history_of_pictures_is_no_obstacle(http: httpx.Client) -> None:
-    """Front ends send every picture again, far more than other JSON bodies may hold."""
+    """Front ends send every earlier picture again: more bytes than other JSON bodies may have."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (900, 900, 3), dtype=np.uint8))
     body = {"messages": [{"role": "assistant", "content": [shows(noise)]}, says("x")]}
     assert len(json.dumps(body)) > 2 * 2**20
@@ -286,7 +286,7 @@ def test_metrics_count_its_pictures(http: httpx.Client) -> None:
 
 
 def test_a_real_model_end_to_end(tiny_model: Path) -> None:
-    """By both routes, from the SDK through a real pipeline: the same picture."""
+    """Both routes make the same picture, from the SDK through a real pipeline."""
     options = {"negative_prompt": "blue", "true_cfg_scale": 3, "num_inference_steps": 3}
     with (
         live_server(model=tiny_model, distributed_executor_backend="uni") as running,

@@ -1,4 +1,4 @@
-"""Chats that cannot be answered: OpenAI's error object, with the name of what is wrong."""
+"""Chats that cannot be answered: OpenAI's error object with the name of the wrong field."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from testbed.live_server import FAKE_EDIT_INFO, MODEL_NAME, LiveServer, live_server
 from tests.entrypoints.openai.routes.test_chat_completions import CHAT, PHOTO, says, shows, text
 from tests.entrypoints.openai.routes.test_image_errors import error_of
-from vllm_omni.entrypoints.openai.requests.uploads import MAX_JSON_BYTES, MAX_JSON_ITEMS
+from vllm_omni.entrypoints.openai.requests.json_body import MAX_JSON_BYTES, MAX_JSON_ITEMS
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def editor() -> Iterator[httpx.Client]:
 
 
 def refused(client: httpx.Client, body: Any, status: int = 400) -> tuple[str | None, str]:
-    """`param` and message of the refusal, which is not worth repeating."""
+    """`param` and message of a refusal that must not be retried."""
     response = client.post(CHAT, json=body)
     assert response.status_code == status, response.text
     assert response.headers["x-should-retry"] == "false"
@@ -187,7 +187,7 @@ def test_bodies_that_are_no_json_object(http: httpx.Client, content: bytes, cont
 @pytest.mark.parametrize("item", [b"{}", b"[]", b"1", b'"":0'])
 @pytest.mark.parametrize("path", [CHAT, "/v1/images/edits"])
 def test_a_body_of_too_many_items_is_not_parsed(editor: httpx.Client, path: str, item: bytes) -> None:
-    """Parsing and checking it would hold up everybody for seconds."""
+    """Parsing and checking such a body would block all requests for seconds."""
     items = b",".join([item] * MAX_JSON_ITEMS)
     content = b'{"messages": %s}' % (b"{%s}" % items if b":" in item else b"[%s]" % items)
     response = editor.post(path, content=content, headers={"content-type": "application/json"})
@@ -197,7 +197,7 @@ def test_a_body_of_too_many_items_is_not_parsed(editor: httpx.Client, path: str,
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/images/edits", "/v1/images/generations"])
 def test_what_is_nested_deeply_is_quoted_without_its_depth(editor: httpx.Client, path: str) -> None:
-    """Of each depth that the parser takes, and beyond."""
+    """For each depth that the parser accepts, and for greater ones."""
     for depth in range(900, 1000, 7):
         nested = b"[" * depth + b"]" * depth
         content = b'{"prompt": "x", "size": %s, "messages": [{"role": "user", "content": [%s]}]}' % (nested, nested)

@@ -1,4 +1,4 @@
-"""Whatever is wrong comes back as OpenAI's error object, with the status, `param` and headers that clients act on."""
+"""Every error is OpenAI's error object, with the status, `param` and headers that clients use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GENERATIONS = "/v1/images/generations"
 
 
 def error_of(response: httpx.Response) -> dict[str, Any]:
-    """The error object, after checking that the answer is nothing else."""
+    """The error object, after a check that the response contains nothing else."""
     assert response.headers["content-type"] == "application/json"
     body = response.json()
     assert set(body) == {"error"}
@@ -288,7 +288,7 @@ def test_routes_that_say_what_there_is_instead(http: httpx.Client, method: str, 
 
 
 def test_edits_say_where_to_go(sdk: openai.OpenAI) -> None:
-    """Also with an upload beyond the limit of JSON bodies."""
+    """The error names the other route, also for an upload beyond the limit of JSON bodies."""
     with pytest.raises(openai.BadRequestError, match="images/generations"):
         sdk.images.edit(image=("big.png", b"\0" * 3 * 2**20, "image/png"), prompt="x")
 

@@ -79,7 +79,7 @@ def test_lossy_formats(sdk: openai.OpenAI, name: Any) -> None:
 
 
 def by_pillow(seed: int, name: str, quality: int) -> np.ndarray:
-    """A 256x256 picture after a round through the format at a quality, colours at full resolution if they can be."""
+    """A 256x256 picture, encoded and decoded again; colours at full resolution if the format has it."""
     file = io.BytesIO()
     options = {"subsampling": 0} if (name, quality) == ("jpeg", 90) else {}
     Image.fromarray(expected_picture(seed, 256, 256)).save(file, name, quality=quality, **options)
@@ -147,9 +147,9 @@ def test_names_of_vllm_omni_for_size_and_n(http: httpx.Client, agreeing: dict[st
 
 
 def test_unknown_fields_are_named(http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
-    """In a header, in the answer and in the log."""
+    """The names are in a header, in the response and in the log."""
     body = {"prompt": "x", "cfg": 3, "bad\r\nname": 1, "partial_images": 2}
-    with caplog.at_level("INFO", logger="vllm_omni.entrypoints.openai.routes.images"):
+    with caplog.at_level("INFO", logger="vllm_omni.entrypoints.openai.routes.picture_service"):
         response = http.post("/v1/images/generations", json=body)
     assert response.status_code == 200
     assert response.headers["x-omni-ignored-fields"] == "cfg,bad??name,partial_images"
@@ -250,7 +250,7 @@ def test_prompts_are_counted_in_a_thread_of_their_own() -> None:
         assert num_before > 0, "warmed before the first request"
         httpx.post(f"{running.url}/v1/images/generations", json={"prompt": "x"})
     assert len(threads) == num_before + 1
-    assert threads[-1].startswith("omni-resolve")
+    assert threads[-1].startswith("omni-check-prompt")
 
 
 def test_cache_is_a_field_of_ours(http: httpx.Client) -> None:

@@ -1,4 +1,4 @@
-"""What Kubernetes, Prometheus and SDKs look at: /health, /ready, /version, /v1/models, /metrics."""
+"""Routes for Kubernetes, Prometheus and SDKs: /health, /ready, /version, /v1/models, /metrics."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def test_the_attention_of_each_replica_is_shown() -> None:
 
 
 def test_memory_is_the_most_of_any_device() -> None:
-    """Replicas report in turn, and a worker that starts again begins anew."""
+    """Replicas report in turn, and a restarted worker counts from 0."""
     observer = PrometheusObserver("m")
     for peak in (5, 9, 7, 0):
         observer.on_step(StepPlan(0), StepResult(0, peak_memory_bytes=peak), 0.1)

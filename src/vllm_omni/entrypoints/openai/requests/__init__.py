@@ -1,1 +1,1 @@
-"""From the bytes of a request to what the engine takes: bodies, uploads, fetched pictures."""
+"""Request bodies: from bytes to checked fields, prompts and decoded pictures."""

@@ -1,4 +1,4 @@
-"""Pictures that a request names by URL, fetched from the hosts that the server was told of, and from nowhere else."""
+"""Download of pictures that a request names by URL, from the allowed hosts only."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from vllm_omni.errors import InvalidRequestError, QueueFullError
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _RESOLVING_THREADS = 4
-_MAX_ECHO = 40
-# Raised by httpx, and by the codecs that it calls (UnicodeError is a ValueError), for what is no URL.
+_MAX_QUOTE = 40
+# Raised for an invalid URL by httpx, and by the codecs that it calls (UnicodeError is a ValueError).
 _URL_ERRORS = (httpx.InvalidURL, ValueError)
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
@@ -39,9 +39,9 @@ _NOT_PUBLIC = tuple(
 
 
 def is_public(address: IPAddress) -> bool:
-    """Whether anybody in the internet means the same machine by it: nothing private, local, reserved or multicast.
+    """Whether `address` is on the public internet: not private, local, reserved or multicast.
 
-    IPv6 addresses that stand for an IPv4 address (mapped, or translated by NAT64) are as public as that one.
+    An IPv6 address that contains an IPv4 address (mapped, or translated by NAT64) is as public as the IPv4 address.
     """
     if isinstance(address, ipaddress.IPv6Address):
         embedded = address.ipv4_mapped
@@ -55,37 +55,37 @@ def is_public(address: IPAddress) -> bool:
     return address.is_global and not address.is_multicast and not address.is_reserved
 
 
-def resolve(host: str) -> list[str]:
-    """The addresses of a host name, as the system knows them. Blocks. Raises OSError."""
+def resolve_host(host: str) -> list[str]:
+    """Addresses of a host name from the system's resolver. Blocks. Raises OSError."""
     found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
 @dataclass(frozen=True)
 class FetchPolicy:
-    """How pictures are fetched; the defaults are what a server does, others are for tests."""
+    """Rules and time limits of downloads. The server uses the defaults; tests use other values."""
 
-    resolve: Callable[[str], Sequence[str]] = resolve
+    resolve: Callable[[str], Sequence[str]] = resolve_host
     allows_address: Callable[[IPAddress], bool] = is_public
-    """Of every address of a host: one that may not be connected to refuses the host."""
+    """Called with every address of a host; the host is refused if one address is not allowed."""
     tls: ssl.SSLContext | bool = True
-    """True: certificates are checked by the usual authorities."""
+    """True: certificates are verified with the usual authorities."""
     connect_seconds: float = 5.0
     read_seconds: float = 10.0
-    """Longest silence."""
+    """Longest time without a byte."""
     total_seconds: float = 30.0
-    """For a picture, with its redirects."""
+    """Longest time for a picture, including redirects."""
     max_redirects: int = 3
     max_fetches: int = 64
-    """At the same time, so that nobody has this server flood the far ones."""
+    """Downloads at the same time, so that clients cannot make this server flood another one."""
 
 
 class MediaFetcher:
-    """Gets files by `http` and `https` from `allowed_domains`, exact host names in lower case; none: from nowhere.
+    """Downloads files by `http` and `https` from `allowed_domains`: exact host names in lower case.
 
     A name is resolved once, all its addresses are checked, and the connection goes to one of them, so a second answer
     of the name server changes nothing; TLS checks the certificate for the name. Every redirect is checked in the same
-    way. The bare transport follows none by itself, and knows no cookies and no proxies.
+    way. The bare transport follows no redirect by itself, and has no cookies and no proxies.
     """
 
     def __init__(self, allowed_domains: Sequence[str], max_bytes: int, policy: FetchPolicy) -> None:
@@ -97,14 +97,14 @@ class MediaFetcher:
         self._transport = httpx.AsyncHTTPTransport(
             verify=policy.tls, trust_env=False, limits=httpx.Limits(max_connections=None, max_keepalive_connections=0)
         )
-        # Not asyncio's own threads: a name server that does not answer must not hold up what else they do.
+        # Not asyncio's threads: a name server that does not answer must not delay their other work.
         self._threads = ThreadPoolExecutor(_RESOLVING_THREADS, thread_name_prefix="omni-resolve-host")
 
     async def fetch(self, url: str, hold: Callable[[int], None]) -> bytearray:
-        """The file at `url`; `hold` is told of its bytes as they come, and may raise.
+        """Download the file at `url`. `hold` is called with the size of each piece before it is kept, and may raise.
 
-        Raises InvalidRequestError for URLs that are not allowed, and where the far server does not give a file of at
-        most `max_bytes` in time; QueueFullError where too many are being fetched.
+        Raises InvalidRequestError for a URL that is not allowed, and if the host does not send a file of at most
+        `max_bytes` in time; QueueFullError if too many downloads are under way.
         """
         start = self._checked(url)
         if self._num_fetches >= self._policy.max_fetches:
@@ -127,20 +127,20 @@ class MediaFetcher:
         await self._transport.aclose()
 
     def _checked(self, text: str) -> httpx.URL:
-        echo = repr(text[:_MAX_ECHO])
+        given = repr(text[:_MAX_QUOTE])
         if not self._domains:
-            raise _refused(f"takes data: URLs, this server fetches none from elsewhere; got {echo}")
+            raise _refused(f"takes data: URLs, this server fetches none from elsewhere; got {given}")
         takes = f"takes data: URLs, and http and https URLs of {self._accepted}"
         try:
             url = httpx.URL(text)
         except _URL_ERRORS as error:
-            raise _refused(f"{takes}; got {echo}") from error
+            raise _refused(f"{takes}; got {given}") from error
         if url.scheme not in ("http", "https") or not (url.port is None or 0 < url.port < 2**16):
-            raise _refused(f"{takes}; got {echo}")
+            raise _refused(f"{takes}; got {given}")
         if url.userinfo:
             raise _refused(f"{takes}, without a user name and a password")
         if _host(url) not in self._domains:
-            raise _refused(f"{takes}; got the host {_host(url)[:_MAX_ECHO]!r}")
+            raise _refused(f"{takes}; got the host {_host(url)[:_MAX_QUOTE]!r}")
         return url
 
     async def _follow(self, url: httpx.URL, hold: Callable[[int], None]) -> bytearray:
@@ -154,11 +154,11 @@ class MediaFetcher:
     def _redirected(self, url: httpx.URL, location: str) -> httpx.URL:
         try:
             return self._checked(str(url.join(location)))
-        except _URL_ERRORS as error:  # where to is no business of the sender
+        except _URL_ERRORS as error:  # the client must not learn the target
             raise _failed(f"{_host(url)} redirects to what is no URL of {self._accepted}") from error
 
     async def _get(self, url: httpx.URL) -> httpx.Response:
-        """The answer of the first of the host's addresses that takes a connection; its body is not read yet."""
+        """Response of the first of the host's addresses that accepts a connection; its body is not read yet."""
         policy = self._policy
         timeout = httpx.Timeout(policy.read_seconds, connect=policy.connect_seconds, pool=None)
         failure: httpx.TransportError | None = None
@@ -186,12 +186,12 @@ class MediaFetcher:
         if response.status_code != 200:
             raise _failed(f"{host} answered {response.status_code}")
         encoding = response.headers.get("content-encoding", "identity")
-        if encoding != "identity":  # a few bytes of it could become any number
-            raise _failed(f"{host} sent the picture compressed, as {encoding[:_MAX_ECHO]!r}")
+        if encoding != "identity":  # a few compressed bytes can become very many
+            raise _failed(f"{host} sent the picture compressed, as {encoding[:_MAX_QUOTE]!r}")
         too_large = _failed(f"{host} sent a picture of more than {self._max_bytes} bytes")
         declared = response.headers.get("content-length", "0")
         if not declared.isdecimal():
-            raise _failed(f"{host} sent the content-length {declared[:_MAX_ECHO]!r}")
+            raise _failed(f"{host} sent the content-length {declared[:_MAX_QUOTE]!r}")
         if int(declared) > self._max_bytes:
             raise too_large
         data = bytearray()
@@ -204,8 +204,10 @@ class MediaFetcher:
 
 
 def _host(url: httpx.URL) -> str:
-    """In ASCII, as it was allowed: httpx's own reading of `xn--` fails for some, and resolving what it reads would
-    write other names."""
+    """Host name of `url` in ASCII, as in `allowed_domains`.
+
+    httpx decodes `xn--` names; for some that fails, and for some encoding the result again gives another name.
+    """
     return url.raw_host.decode()
 
 

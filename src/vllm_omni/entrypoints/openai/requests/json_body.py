@@ -1,30 +1,80 @@
-"""The text of a JSON body as a checked model. For a thread: a hostile body takes its sender's time, not the loop's."""
+"""JSON bodies: counted while they arrive, then parsed and validated in a thread.
+
+A hostile body takes time in that thread and not on the event loop.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from vllm_omni.entrypoints.openai.requests.body_stream import body_chunks, content_type
+from vllm_omni.entrypoints.openai.requests.upload_budget import UploadReservation
+from vllm_omni.errors import InvalidRequestError
+
+MAX_JSON_BYTES = 32 * 2**20
+"""Most bytes of a JSON body with pictures: it is parsed in one piece. Larger pictures come as multipart/form-data."""
+MAX_JSON_ITEMS = 2**17
+"""Most commas and brackets: the parser holds the interpreter lock, and its objects are many times as large as text."""
 
 Body = TypeVar("Body", bound=BaseModel)
+Result = TypeVar("Result")
 
 
-def parse_json(data: bytearray) -> Any:
-    """Raises RequestValidationError."""
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        reason = getattr(error, "msg", type(error).__name__)
-        raise _invalid({"type": "json_invalid", "loc": (), "msg": "", "input": {}, "ctx": {"error": reason}}) from error
+@dataclass(frozen=True)
+class JsonReader:
+    """Reads JSON bodies. The only place that limits their bytes and items."""
+
+    silence_seconds: float
+    """See `ServerSettings.upload_silence_seconds`."""
+
+    async def read(
+        self,
+        request: Request,
+        reservation: UploadReservation,
+        convert: Callable[[Any], Result],
+        max_bytes: int = MAX_JSON_BYTES,
+    ) -> Result:
+        """Result of `convert` for the parsed body; parsing and `convert` run in a thread.
+
+        Raises what `convert` raises; InvalidRequestError for another content type, RequestValidationError for invalid
+        JSON, HTTPException (413) for a body that is too large, and what `body_chunks` raises.
+        """
+        kind = content_type(request)
+        if kind != "application/json":
+            raise InvalidRequestError(f"the request's content-type takes application/json, got {kind[:64]!r}")
+        declared = request.headers.get("content-length", "")
+        _check_size(int(declared) if declared.isdecimal() else 0, max_bytes)
+        data, num_items = bytearray(), 0
+        async for chunk in body_chunks(request, reservation, self.silence_seconds):
+            _check_size(len(data) + len(chunk), max_bytes)
+            data += chunk
+            num_items += sum(map(chunk.count, (b",", b"[", b"{")))  # those inside strings too; base64 has none of them
+            if num_items > MAX_JSON_ITEMS:
+                raise HTTPException(413, f"A JSON body has at most {MAX_JSON_ITEMS} commas and brackets.")
+        return await asyncio.to_thread(lambda: convert(_parsed(data)))
+
+    async def read_model(
+        self, request: Request, reservation: UploadReservation, model: type[Body], max_bytes: int = MAX_JSON_BYTES
+    ) -> Body:
+        """The body as a validated `model`. Raises as `read`."""
+        return await self.read(
+            request, reservation, lambda value: validated(lambda: model.model_validate(value)), max_bytes
+        )
 
 
 def validated(validate: Callable[[], Body]) -> Body:
-    """`validate()`. Raises RequestValidationError with the first thing that is wrong: an answer names one.
+    """`validate()`. Raises RequestValidationError with the first error only: an error response names one field.
 
-    The models bound their lists and objects before they look into them, so that no body makes many errors.
+    The models bound their lists and objects before they look into them, so no body makes many errors.
     """
     try:
         return validate()
@@ -32,6 +82,25 @@ def validated(validate: Callable[[], Body]) -> Body:
         raise _invalid(error.errors(include_url=False, include_context=False)[0]) from error
 
 
+def _check_size(num_bytes: int, max_bytes: int) -> None:
+    """Raise HTTPException (413) if a body of `num_bytes` is too large."""
+    if num_bytes > max_bytes:
+        raise HTTPException(
+            413,
+            f"A JSON body has at most {max_bytes} bytes; larger pictures go as multipart/form-data to "
+            "/v1/images/edits.",
+        )
+
+
+def _parsed(data: bytearray) -> Any:
+    """Parse JSON. Raises RequestValidationError."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", type(error).__name__)
+        raise _invalid({"type": "json_invalid", "loc": (), "msg": "", "input": {}, "ctx": {"error": reason}}) from error
+
+
 def _invalid(error: Mapping[str, Any]) -> RequestValidationError:
-    """As FastAPI raises it for bodies that it reads itself."""
+    """The exception that FastAPI raises for bodies that it reads itself."""
     return RequestValidationError([{**error, "loc": ("body", *error["loc"])}])

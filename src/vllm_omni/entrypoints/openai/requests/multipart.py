@@ -1,4 +1,4 @@
-"""`multipart/form-data` cut into parts while it streams in: every part is counted, none is kept beyond its limit."""
+"""Parser of `multipart/form-data` that limits the size of each part while the body arrives."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Part:
 
 
 class MultipartReader:
-    """Fed with the body as it comes, gives the parts that are complete.
+    """Takes the body in pieces and returns the parts that are complete.
 
-    limit_of: from a part's name and whether it is a file to the most bytes that it may have.
+    limit_of: called with a part that has its name and no data yet; returns the most bytes of its data.
     """
 
     def __init__(self, content_type: str, limit_of: Callable[[Part], int]) -> None:
-        """Raises InvalidRequestError for a content type without a boundary."""
+        """Raises InvalidRequestError for a content type without a usable boundary."""
         boundary = parse_options_header(content_type)[1].get(b"boundary")
         if not boundary:
             raise InvalidRequestError("the request's multipart/form-data names no boundary")
@@ -59,9 +59,9 @@ class MultipartReader:
             raise InvalidRequestError(f"the request is not valid multipart/form-data: {error}") from error
 
     def feed(self, data: bytes) -> list[Part]:
-        """The parts that are complete now.
+        """Parse `data`; return the parts that are complete now.
 
-        Raises InvalidRequestError for what is no form, HTTPException (413) for a part beyond its limit.
+        Raises InvalidRequestError for an invalid form, HTTPException (413) for a part beyond its limit.
         """
         try:
             self._parser.write(data)
@@ -71,7 +71,7 @@ class MultipartReader:
         return complete
 
     def close(self) -> None:
-        """Raises InvalidRequestError for a form that was cut off."""
+        """End of the body. Raises InvalidRequestError if the form is incomplete."""
         if not self._ended:
             raise InvalidRequestError("the request's multipart/form-data ends in the middle")
 
@@ -95,7 +95,7 @@ class MultipartReader:
         _, options = parse_options_header(self._headers.get(b"content-disposition", b"").decode("latin-1"))
         # Names are sent as UTF-8 and parsed as Latin-1.
         name = options.get(b"name", b"").decode(errors="replace")
-        # A browser's form sends `filename=""` where no file was chosen: a field that is empty.
+        # A browser sends `filename=""` if no file was chosen: the field is then empty and no file.
         self._part = Part(name, is_file=bool(options.get(b"filename")))
         self._limit = self._limit_of(self._part)
 

@@ -1,4 +1,4 @@
-"""How much memory uploads take, counted while they come and until their requests have ended."""
+"""Memory for uploads, counted from the first byte of a body until its request has ended."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from contextlib import AbstractContextManager
 from vllm_omni.errors import QueueFullError
 from vllm_omni.inputs.images import InputImage
 
-MAX_HELD_BYTES = 2 * 2**30
-"""A queue of 256 edits of a few pictures of a million pixels, or twenty pictures of 33 million."""
+MAX_UPLOAD_BYTES = 2 * 2**30
+"""Room for a queue of 256 edits with a few pictures of a million pixels each, or for 20 pictures of 33 million."""
 
 
-class Holding(AbstractContextManager["Holding"]):
-    """Bytes of one request's upload that are in memory now, and its pictures; leaving its block gives them back.
+class UploadReservation(AbstractContextManager["UploadReservation"]):
+    """Bytes of the upload budget that one request holds, and its pictures; leaving the context releases the bytes.
 
-    Nothing else refers to the pictures, for `replace` lets go of those that were sent.
+    Nothing else may refer to the pictures, so that `replace_images` frees the memory of the old ones.
     """
 
     def __init__(self, budget: UploadBudget) -> None:
@@ -24,45 +24,44 @@ class Holding(AbstractContextManager["Holding"]):
         self.images: tuple[InputImage, ...] = ()
 
     def add(self, num_bytes: int) -> None:
-        """Raises QueueFullError where all requests together would hold too much."""
+        """Hold `num_bytes` more. Raises QueueFullError if the budget of all requests has no room for them."""
         if self._budget.num_bytes + num_bytes > self._budget.max_bytes:
             raise QueueFullError("the pictures of other requests leave no room for this one's", retry_after=1.0)
         self.num_bytes += num_bytes
         self._budget.num_bytes += num_bytes
 
-    def drop(self, num_bytes: int) -> None:
+    def release(self, num_bytes: int) -> None:
         self.num_bytes -= num_bytes
         self._budget.num_bytes -= num_bytes
 
-    def keep(self, image: InputImage) -> None:
-        """One picture more. Raises QueueFullError."""
+    def keep_image(self, image: InputImage) -> None:
+        """Hold one more picture. Raises QueueFullError."""
         self.add(image.num_bytes)
         self.images += (image,)
 
-    def replace(self, images: Iterable[InputImage]) -> None:
-        """These pictures instead. Raises QueueFullError."""
-        self.drop(sum(image.num_bytes for image in self.images))
+    def replace_images(self, images: Iterable[InputImage]) -> None:
+        """Hold `images` instead of the pictures so far. Raises QueueFullError."""
+        self.release(sum(image.num_bytes for image in self.images))
         self.images = ()
         for image in images:
-            self.keep(image)
+            self.keep_image(image)
 
-    def moved(self) -> Holding:
-        """The same bytes, which are from now on not this one's to give back."""
-        other = Holding(self._budget)
+    def transfer(self) -> UploadReservation:
+        """Transfer the bytes to a new reservation, which the caller must leave."""
+        other = UploadReservation(self._budget)
         other.num_bytes, self.num_bytes = self.num_bytes, 0
         return other
 
     def __exit__(self, *_: object) -> None:
-        self.drop(self.num_bytes)
+        self.release(self.num_bytes)
 
 
 class UploadBudget:
-    """What the uploads of all requests may hold together, from their first byte until the request has ended, so that
-    memory is bounded whatever comes."""
+    """Bytes that the uploads of all requests hold together, at most `max_bytes`."""
 
-    def __init__(self, max_bytes: int = MAX_HELD_BYTES) -> None:
+    def __init__(self, max_bytes: int = MAX_UPLOAD_BYTES) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
 
-    def holding(self) -> Holding:
-        return Holding(self)
+    def reserve(self) -> UploadReservation:
+        return UploadReservation(self)

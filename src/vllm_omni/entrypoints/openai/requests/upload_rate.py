@@ -1,33 +1,33 @@
-"""How slowly a body may come: what it has brought is held for it, and others wait for the room."""
+"""The slowest rate of an upload: a slow one occupies the upload budget that other requests need."""
 
 from __future__ import annotations
 
-LEAST_BYTES_A_SECOND = 16 * 2**10
-"""Over the shortest time: links falter."""
-LEAST_LASTING_BYTES_A_SECOND = 64 * 2**10
-"""Over `LASTING` times as long. Half of 1 Mbit/s, at which a picture of 50 MB takes seven minutes."""
-LASTING = 10
+MIN_BYTES_PER_SECOND = 16 * 2**10
+"""Minimum rate over `silence_seconds`. It is low, because links have short interruptions."""
+MIN_LASTING_BYTES_PER_SECOND = 64 * 2**10
+"""Minimum rate over `LONG_FACTOR * silence_seconds`: half of 1 Mbit/s, at which 50 MB take seven minutes."""
+LONG_FACTOR = 10
 
 
-class Pace:
-    """Two allowances of waiting, in seconds, that bytes refill: `silence_seconds` and `LASTING` times as much.
+class UploadRate:
+    """Two allowances of waiting time: one of `silence_seconds`, one of `LONG_FACTOR` times as much.
 
-    A sender at a steady rate above both may go on for ever; below one of them, it ends after that allowance,
-    or as much later as it was ahead. None saves more than it began with, so a fast beginning buys no hours.
+    Waiting uses up both allowances, and bytes refill them at their minimum rates, never above their first value. So a
+    sender above both rates may go on for ever, and a fast beginning does not allow a long pause later.
     """
 
     def __init__(self, silence_seconds: float) -> None:
-        self._rates = (LEAST_BYTES_A_SECOND, LEAST_LASTING_BYTES_A_SECOND)
-        self._most = (silence_seconds, LASTING * silence_seconds)
+        self._rates = (MIN_BYTES_PER_SECOND, MIN_LASTING_BYTES_PER_SECOND)
+        self._most = (silence_seconds, LONG_FACTOR * silence_seconds)
         self._left: tuple[float, ...] = self._most
 
     @property
-    def patience(self) -> float:
-        """Seconds until the next bytes must have come."""
+    def seconds_left(self) -> float:
+        """Seconds within which the next bytes must arrive."""
         return min(self._left)
 
     def count(self, num_bytes: int, seconds: float) -> None:
-        """These came after a wait of so many seconds."""
+        """Count `num_bytes` that arrived after a wait of `seconds`."""
         self._left = tuple(
             min(most, left + num_bytes / rate - seconds)
             for most, left, rate in zip(self._most, self._left, self._rates, strict=True)

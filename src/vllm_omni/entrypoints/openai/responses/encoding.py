@@ -1,4 +1,4 @@
-"""Encoding of pixels as PNG, JPEG or WebP and on to JSON, in threads: the event loop only hands bytes over."""
+"""Encoding of pixels as PNG, JPEG or WebP, and as base64 in JSON, in threads beside the event loop."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONTENT_TYPES: dict[OutputFormat, str] = {"png": "image/png", "jpeg": "image/jpe
 MAX_SIDES: dict[OutputFormat, int] = {"png": 2**31 - 1, "jpeg": 65_500, "webp": 16_383}
 """Longest side in pixels that each format can hold."""
 
-# From this quality on colour keeps its full resolution.
+# JPEG keeps the full resolution of colour from this quality on.
 _FULL_COLOUR_QUALITY = 90
 
 
@@ -31,14 +31,14 @@ _FULL_COLOUR_QUALITY = 90
 class ImageFormat:
     name: OutputFormat
     quality: int
-    """0-100, for jpeg and webp."""
+    """Quality of jpeg and webp, 0 to 100."""
 
     @property
     def content_type(self) -> str:
         return CONTENT_TYPES[self.name]
 
     def check_size(self, height: int, width: int) -> None:
-        """Raises InvalidRequestError for pictures that the format cannot hold."""
+        """Raise InvalidRequestError for a picture that the format cannot hold."""
         if max(height, width) > (longest := MAX_SIDES[self.name]):
             raise InvalidRequestError(
                 f"size {width}x{height}: {self.name} takes sides of at most {longest} pixels; use png", param="size"
@@ -61,7 +61,7 @@ def encode(pixels: np.ndarray, image_format: ImageFormat, map_bands: MapBands = 
 def json_around_image(fields: Mapping[str, Any]) -> tuple[bytes, bytes]:
     """JSON before and after the base64 in `{"b64_json": <base64>, **fields}`.
 
-    No JSON encoder then runs over megabytes of base64.
+    Joining these around the base64 is faster than a JSON encoder, which would scan megabytes of it.
     """
     assert fields
     rest = json.dumps(fields, separators=(",", ":")).encode()
@@ -74,9 +74,9 @@ def base64_between(before: bytes, data: bytes, after: bytes) -> bytes:
 
 
 class ImageEncoder:
-    """A bounded pool of encoding threads; `on_encoded` gets the seconds of each picture, on the event loop.
+    """A bounded pool of encoding threads. `on_encoded` is called on the event loop with the seconds of each picture.
 
-    `num_band_threads` others share the bands of all PNG files under way: an encoding thread waits for them.
+    `num_band_threads` other threads encode the bands of all PNG files; an encoding thread waits for its bands.
     """
 
     def __init__(self, num_threads: int, num_band_threads: int, on_encoded: Callable[[float], None]) -> None:
@@ -85,10 +85,11 @@ class ImageEncoder:
         self._on_encoded = on_encoded
 
     async def file(self, pixels: np.ndarray, image_format: ImageFormat) -> bytes:
+        """Encode uint8 `pixels` [height, width, 3] as a file."""
         return await self._timed(encode, pixels, image_format, self._bands.map)
 
     async def base64(self, pixels: np.ndarray, image_format: ImageFormat, before: bytes, after: bytes) -> bytes:
-        """The picture in base64 between `before` and `after`: an item or a whole event, joined in the thread."""
+        """Encode `pixels` as a file in base64 between `before` and `after`, which are joined in the thread too."""
         return await self._timed(lambda: base64_between(before, encode(pixels, image_format, self._bands.map), after))
 
     async def _timed(self, function: Callable[..., bytes], *args: Any) -> bytes:
@@ -99,4 +100,4 @@ class ImageEncoder:
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
-        self._bands.shutdown(wait=False)  # pictures under way may end
+        self._bands.shutdown(wait=False)  # encoding that has begun may finish

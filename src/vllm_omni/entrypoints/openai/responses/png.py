@@ -1,7 +1,7 @@
-"""PNG files: filters in numpy, Deflate by ISA-L (`isal`), which takes a tenth of zlib's time.
+"""PNG encoder: filters in numpy, Deflate by ISA-L (`isal`), which takes a tenth of zlib's time.
 
-A picture is encoded in bands of rows that do not depend on each other, so that threads can share them. The same pixels
-give the same bytes on the same kind of processor: ISA-L has code for several.
+A picture is encoded in independent bands of rows, so that several threads can work on it. The same pixels give the same
+bytes on the same kind of processor; ISA-L has different code for different kinds.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from isal import isal_zlib
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _RGB_8_BIT = (8, 2, 0, 0, 0)
-"""IHDR after the size: bits, colour type, compression, filter method, no interlace."""
+"""Bytes of IHDR after the size: bits, colour type, compression, filter method, no interlace."""
 _CHANNELS = 3
 _LEVEL = 1
 _ZLIB_HEADER = b"\x78\x01"
-"""Deflate, a window of 32 KiB, fastest level."""
+"""Header of a zlib stream: Deflate, a window of 32 KiB, fastest level."""
 _RAW_DEFLATE = -15
 _ADLER_MODULUS = 65521
 # Filter types of PNG: the row itself, minus the pixel to the left, minus the row above. Text needs the first one,
@@ -35,13 +35,13 @@ _BAND_ROWS, _SAMPLE_ROWS = 256, 32
 class _Band:
     deflated: bytes
     size: int
-    """Bytes before they were deflated."""
+    """Number of bytes before compression."""
     adler: int
-    """Adler-32 of those."""
+    """Adler-32 of the bytes before compression."""
 
 
 class MapBands(Protocol):
-    """The built-in `map`, or `Executor.map` of threads other than the caller's."""
+    """Signature of the built-in `map` and of `Executor.map`. The executor must not run on the calling thread."""
 
     def __call__(self, function: Callable[[int], _Band], starts: Iterable[int], /) -> Iterable[_Band]: ...
 
@@ -62,7 +62,7 @@ def encode_png(pixels: np.ndarray, map_bands: MapBands = map) -> bytes:
 
 
 def _encode_band(rows: np.ndarray, start: int) -> _Band:
-    """Filter and deflate the band that begins with row `start`, to a whole number of bytes."""
+    """Filter and compress the band that begins with row `start`; it ends at a byte boundary."""
     stop = min(len(rows), start + _BAND_ROWS)
     buffer = np.empty((stop - start, 1 + rows.shape[1]), np.uint8)
     filtered = _filter(_best_filter(rows, start, stop, buffer), rows, start, stop, buffer)
@@ -73,7 +73,7 @@ def _encode_band(rows: np.ndarray, start: int) -> _Band:
 
 
 def _best_filter(rows: np.ndarray, start: int, stop: int, buffer: np.ndarray) -> int:
-    """Return the filter that makes the sample of rows `start` to `stop` smallest."""
+    """Return the filter with which a sample of rows `start` to `stop` compresses best."""
     first = start + max(0, stop - start - _SAMPLE_ROWS) // 2
     last = min(stop, first + _SAMPLE_ROWS)
 
@@ -100,10 +100,10 @@ def _filter(kind: int, rows: np.ndarray, start: int, stop: int, buffer: np.ndarr
 
 
 def _joint_adler(bands: list[_Band]) -> int:
-    """Adler-32 of all bands' bytes one after another.
+    """Adler-32 of the concatenated bands, from the Adler-32 of each band.
 
-    Adler-32 is two sums: `a` of 1 and all bytes, `b` of all values of `a`. `num` bytes added behind therefore add `num`
-    times (a - 1) to `b`, besides their own sums, which began with a = 1.
+    Adler-32 is two sums: `a` is 1 plus all bytes, `b` is the sum of all values of `a`. Appending a band of `size` bytes
+    adds its own sums, which began with a = 1, and therefore `size * (a - 1)` more to `b`.
     """
     a, b = 1, 0
     for band in bands:

@@ -1,4 +1,4 @@
-"""Pictures kept for `response_format=url`: in memory, so that nothing outlives the server, however it ends."""
+"""Files of `response_format=url`, kept in memory: none outlives the server, however the server ends."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from fastapi import Request
+
+FILE_ROUTE = "image_file"
+"""Name of the route that serves stored files."""
 _MAX_SWEEP_SECONDS = 60.0
 
 
@@ -16,14 +20,14 @@ class StoredFile:
     data: bytes
     content_type: str
     expires_at: float
-    """On the store's clock."""
+    """Seconds on the clock of the store."""
 
 
 class FileStore:
     """Files under names that cannot be guessed.
 
-    A file goes after `ttl_seconds`, or earlier when all together exceed `max_bytes` (oldest first; the newest
-    always stays).
+    A file is removed after `ttl_seconds`. When all files together exceed `max_bytes`, the oldest go first; the newest
+    always stays.
     """
 
     def __init__(self, ttl_seconds: float, max_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -34,7 +38,7 @@ class FileStore:
         self._num_bytes = 0
 
     def put(self, data: bytes, content_type: str) -> str:
-        """Store `data`; its id, which ends in the file type's suffix."""
+        """Store `data`; return its id, which ends in the suffix of the file type."""
         file_id = f"{secrets.token_urlsafe(24)}.{content_type.partition('/')[2]}"
         self._files[file_id] = StoredFile(data, content_type, self._clock() + self._ttl_seconds)
         self._num_bytes += len(data)
@@ -42,12 +46,12 @@ class FileStore:
         return file_id
 
     def get(self, file_id: str) -> StoredFile | None:
-        """None for what is unknown or expired."""
+        """The file, or None if the id is unknown or the file has expired."""
         self.sweep()
         return self._files.get(file_id)
 
     def sweep(self) -> None:
-        """Remove what has expired or no longer fits."""
+        """Remove files that have expired or no longer fit."""
         now = self._clock()
         while self._files:
             file_id, oldest = next(iter(self._files.items()))
@@ -58,7 +62,19 @@ class FileStore:
             self._num_bytes -= len(oldest.data)
 
     async def sweep_forever(self) -> None:
-        """Sweep now and then, so that an idle server keeps nothing beyond its time."""
+        """Sweep at regular times, so that an idle server removes expired files too."""
         while True:
             await asyncio.sleep(min(self._ttl_seconds, _MAX_SWEEP_SECONDS))
             self.sweep()
+
+
+@dataclass(frozen=True)
+class FileLinks:
+    """Stores the pictures of one request and makes links to them."""
+
+    files: FileStore
+    request: Request
+
+    def store(self, data: bytes, content_type: str) -> str:
+        """Store `data`; return its URL."""
+        return str(self.request.url_for(FILE_ROUTE, file_id=self.files.put(data, content_type)))

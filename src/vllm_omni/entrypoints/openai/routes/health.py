@@ -1,4 +1,4 @@
-"""What probes, autoscalers and SDKs ask before they send work. Nothing here waits for anything."""
+"""Routes for probes, autoscalers and SDKs: health, models, load, metrics. None of them waits for anything."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from starlette.responses import PlainTextResponse, Response
 from vllm_omni import __version__
 from vllm_omni.entrypoints.openai.errors import ERROR_RESPONSES
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
-from vllm_omni.entrypoints.openai.middlewares.path_routing import ServerLoad
-from vllm_omni.entrypoints.openai.requests.parsing import check_model_name
+from vllm_omni.entrypoints.openai.middlewares.server_load import ServerLoad
+from vllm_omni.entrypoints.openai.requests.parameters import check_model_name
 from vllm_omni.entrypoints.openai.schema.images import (
     LoadResponse,
     LoRACard,
@@ -26,25 +26,25 @@ from vllm_omni.errors import UnavailableError
 from vllm_omni.omni import AsyncOmni
 
 
-def make_probes_router(omni: AsyncOmni) -> APIRouter:
+def make_health_router(omni: AsyncOmni, load: ServerLoad, metrics: PrometheusObserver) -> APIRouter:
     router = APIRouter(tags=["health"], responses=ERROR_RESPONSES)
 
     @router.head("/ping", include_in_schema=False)
     @router.post("/ping", include_in_schema=False)
     @router.get("/ping", include_in_schema=False)
     @router.head("/health", include_in_schema=False)
-    @router.get("/health", summary="Whether the workers live", response_model=StatusResponse)
+    @router.get("/health", summary="Whether the workers are alive", response_model=StatusResponse)
     async def health() -> StatusResponse:
-        """200 while every worker lives and the engine's loop moves; 503 also while one of several replicas restarts."""
+        """200 while every worker is alive and the engine's loop runs; 503 also while any replica restarts."""
         status = omni.status()
         if not status.healthy:
             raise UnavailableError(f"Not all workers are up; the engine is {status.state}.", retry_after=1.0)
         return StatusResponse(status=status.state)
 
     @router.head("/ready", include_in_schema=False)
-    @router.get("/ready", summary="Whether new requests are taken and run", response_model=StatusResponse)
+    @router.get("/ready", summary="Whether new requests are accepted and run", response_model=StatusResponse)
     async def ready() -> StatusResponse:
-        """200 while new requests are taken and run; 503 also while they are taken and wait for workers to restart."""
+        """200 while new requests are accepted and run; 503 also while accepted requests wait for workers to restart."""
         state = omni.status().state
         if state == "restarting":
             raise UnavailableError("The workers restart: requests are queued and answered after that.", retry_after=1.0)
@@ -56,11 +56,21 @@ def make_probes_router(omni: AsyncOmni) -> APIRouter:
     async def version() -> VersionResponse:
         return VersionResponse(version=__version__)
 
+    @router.get("/load", summary="Number of requests under way", response_model=LoadResponse)
+    async def show_load() -> LoadResponse:
+        """Requests for pictures whose response is not complete yet, as load balancers of vLLM read it."""
+        return LoadResponse(server_load=load.num_requests)
+
+    @router.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
+    async def show_metrics() -> Response:
+        """Prometheus's text format."""
+        return Response(metrics.render(), media_type=metrics.content_type)
+
     return router
 
 
 def make_models_router(omni: AsyncOmni, settings: ServerSettings) -> APIRouter:
-    router = APIRouter(prefix="/v1/models", tags=["models"], responses=ERROR_RESPONSES)
+    router = APIRouter(prefix="/v1", tags=["models"], responses=ERROR_RESPONSES)
     created = int(time.time())
     names, adapters = settings.served_model_names, omni.config.lora_modules
 
@@ -72,14 +82,14 @@ def make_models_router(omni: AsyncOmni, settings: ServerSettings) -> APIRouter:
         if omni.ready is None:
             raise UnavailableError("The model is still loading.", retry_after=1.0)
 
-    @router.get("", summary="List the served models", response_model=ModelList, response_model_exclude_none=True)
+    @router.get("/models", summary="List the served models", response_model=ModelList, response_model_exclude_none=True)
     async def list_models() -> ModelList:
-        """The served names and those of the adapters, once the model is warm."""
+        """Names of the model and of the adapters, once the model is warm."""
         require_warm()
         return ModelList(data=[card(name) for name in (*names, *adapters)])
 
     @router.get(
-        "/{model:path}",
+        "/models/{model:path}",
         summary="Describe one served model",
         response_model=ModelCard,
         response_model_exclude_none=True,
@@ -89,37 +99,9 @@ def make_models_router(omni: AsyncOmni, settings: ServerSettings) -> APIRouter:
         check_model_name(model, (*names, *adapters))
         return card(model)
 
-    return router
-
-
-def make_loras_router(omni: AsyncOmni) -> APIRouter:
-    router = APIRouter(prefix="/v1/loras", tags=["models"], responses=ERROR_RESPONSES)
-
-    @router.get("", summary="List the LoRA adapters", response_model=LoRAList)
+    @router.get("/loras", summary="List the LoRA adapters", response_model=LoRAList)
     async def list_loras() -> LoRAList:
         """The adapters that a request's `lora` may name."""
-        return LoRAList(data=[LoRACard(id=name) for name in omni.config.lora_modules])
-
-    return router
-
-
-def make_load_router(load: ServerLoad) -> APIRouter:
-    router = APIRouter(tags=["health"], responses=ERROR_RESPONSES)
-
-    @router.get("/load", summary="Number of requests under way", response_model=LoadResponse)
-    async def show_load() -> LoadResponse:
-        """Requests for pictures that are not yet answered to their end, as load balancers of vLLM read it."""
-        return LoadResponse(server_load=load.num_requests)
-
-    return router
-
-
-def make_metrics_router(metrics: PrometheusObserver) -> APIRouter:
-    router = APIRouter(tags=["health"], responses=ERROR_RESPONSES)
-
-    @router.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
-    async def show_metrics() -> Response:
-        """Prometheus's text format."""
-        return Response(metrics.render(), media_type=metrics.content_type)
+        return LoRAList(data=[LoRACard(id=name) for name in adapters])
 
     return router

@@ -1,4 +1,4 @@
-"""`/docs`: Swagger UI from files on this machine, and what the OpenAPI schema says about API keys."""
+"""`/docs`: Swagger UI from files on this machine, and API keys in the OpenAPI schema."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ OPENAPI_PATH = "/openapi.json"
 SCRIPT, STYLE = "swagger-ui-bundle.js", "swagger-ui.css"
 _CONTENT_TYPES = {SCRIPT: "text/javascript", STYLE: "text/css"}
 _NO_FAVICON = "data:,"
-"""Icon of the page: without one, FastAPI's page loads it from a web site."""
+"""Empty icon of the page: without one, FastAPI's page loads an icon from a web site."""
 _KEY_SCHEME = "ApiKey"
 
 
 def make_docs_router(title: str, folder: Path | None) -> APIRouter:
-    """The page and its two files. folder: where they are; None, or without them: the page is a 404 that says so."""
+    """Routes of the page and its two files. folder: their folder; if they are missing, the page is a 404."""
     router = APIRouter(include_in_schema=False)
 
     @router.get(DOCS_PATH)
@@ -47,7 +47,7 @@ def make_docs_router(title: str, folder: Path | None) -> APIRouter:
 
 
 def _file(folder: Path | None, name: str) -> Path:
-    """Raises HTTPException (404) where it is missing."""
+    """Path of a file in `folder`. Raises HTTPException (404) if the file is missing."""
     if folder is None or not (path := folder / name).is_file():
         raise HTTPException(
             404,
@@ -57,7 +57,7 @@ def _file(folder: Path | None, name: str) -> Path:
 
 
 def require_api_key(app: FastAPI) -> None:
-    """Say in the schema of `app` that routes under `/v1` take a bearer token: Swagger UI then asks for it."""
+    """Declare in the schema of `app` that routes under `/v1` take a bearer token: Swagger UI then asks for it."""
     make_schema = app.openapi
 
     def with_keys() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What clients of vllm-omni and vLLM know and this server does not do yet: a 501 that says what there is instead."""
+"""Routes of vllm-omni and vLLM that this server does not have yet: a 501 that names the alternative."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The JSON of chat completions that answer with pictures."""
+"""Request and response bodies of chat completions with pictures."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, FailFast, Field, WithJsonSchema
 
-from vllm_omni.entrypoints.openai.requests.quotes import MAX_ECHO, echo
+from vllm_omni.entrypoints.openai.quotes import MAX_QUOTE, quote
 from vllm_omni.entrypoints.openai.schema.images import ImageOptions, at_most, without_absent
 from vllm_omni.errors import InvalidRequestError
 
 MAX_MESSAGES = 10_000
-"""Of a conversation; more than a front end keeps."""
+"""Most messages of a conversation: more than a front end keeps."""
 _MAX_MODALITIES = 8
 
 _TEXT_PART = {
@@ -45,20 +45,20 @@ class ChatCompletionRequest(ImageOptions):
     messages: Annotated[
         list[dict[str, Any]], Field(min_length=1), FailFast(), at_most(MAX_MESSAGES), WithJsonSchema(_MESSAGES)
     ]
-    """The last one of the role `user` is the prompt; the others are not read."""
+    """The last message of the role `user` is the prompt; the others are not read."""
     stream_options: dict[str, Any] | None = None
-    """`{"include_usage": true}`: a stream ends with its usage."""
+    """`{"include_usage": true}`: the last chunk of a stream has the usage."""
     extra_body: dict[str, Any] | None = None
-    """Fields that mean the same here as beside `messages`, where the OpenAI SDK puts them."""
+    """Further fields; they have the same meaning as beside `messages`, where the OpenAI SDK puts them."""
 
     # Accepted for compatibility: the answer is pictures and nothing else.
     modalities: Annotated[list[str], Field(max_length=_MAX_MODALITIES), at_most(_MAX_MODALITIES)] | None = None
 
 
 def with_extra_body(body: Any) -> Any:
-    """`body` with the fields of its `extra_body` beside the others; `null` and `""` are the same as absent.
+    """`body` merged with the fields of its `extra_body`; `null` and `""` mean that a field is absent.
 
-    Raises InvalidRequestError for a field that has another value there.
+    Raises InvalidRequestError for a field that has different values in both.
     """
     if not isinstance(body, dict) or not isinstance(extra := body.get("extra_body"), dict):
         return body
@@ -68,8 +68,8 @@ def with_extra_body(body: Any) -> Any:
     for name in outside.keys() & inside.keys():
         if not _is_same(outside[name], inside[name]):
             raise InvalidRequestError(
-                f"{echo(name)} is {echo(outside[name])} and, in extra_body, {echo(inside[name])}: give it once",
-                param=name[:MAX_ECHO],
+                f"{quote(name)} is {quote(outside[name])} and, in extra_body, {quote(inside[name])}: give it once",
+                param=name[:MAX_QUOTE],
             )
     return outside | inside
 
@@ -82,7 +82,7 @@ def _is_same(one: Any, other: Any) -> bool:
 
 
 class ChatUsage(BaseModel):
-    """Tokens of the prompt and of its pictures, and latent patches of the answer's."""
+    """Number of tokens of the prompt and its pictures, and of latent patches of the finished pictures."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -103,7 +103,7 @@ class ChatMessage(BaseModel):
     role: Literal["assistant"]
     content: Literal[""]
     images: list[ImagePart] | None = None
-    """The picture; absent in the answer to a text task of a front end."""
+    """One picture; absent in the answer to a text task of a front end."""
 
 
 class ChatChoice(BaseModel):
@@ -120,7 +120,7 @@ class ChatCompletion(BaseModel):
     model: str
     usage: ChatUsage
     timings: dict[str, float] | None = None
-    """Timings like those of `ImagesResponse`; absent in the answer to a text task of a front end."""
+    """Timings as in `ImagesResponse`; absent in the answer to a text task of a front end."""
     safety_identifier: str | None = None
     ignored_fields: list[str]
     """Fields of the request that had no effect."""

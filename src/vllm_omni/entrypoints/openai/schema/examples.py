@@ -1,4 +1,4 @@
-"""Example bodies of the OpenAPI schema: each runs as it is on the model that is served."""
+"""Example bodies of the OpenAPI schema: the served model accepts them unchanged."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def generation_example(model_name: str) -> dict[str, Any]:
 
 
 def edit_example(model_name: str) -> dict[str, Any]:
-    """A JSON body; a form has the same fields and a file for `image`."""
+    """Example of a JSON body."""
     return edit_form_example(model_name) | {"image": _input_picture()}
 
 
 def edit_form_example(model_name: str) -> dict[str, Any]:
-    """The fields of a form without its file, which the client chooses."""
+    """Example of the fields of a form, without the file `image`, which the client chooses."""
     return {"model": model_name, "prompt": _EDIT_PROMPT, "size": "auto", "n": 1, "seed": 7}
 
 

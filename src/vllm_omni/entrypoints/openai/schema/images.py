@@ -1,4 +1,4 @@
-"""The JSON that goes in and out, as OpenAI's image API has it plus our extensions."""
+"""Request and response bodies of OpenAI's image API, with our extensions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vllm_omni.entrypoints.openai.settings import ResponseFormat
 
 MAX_INPUT_IMAGES = 16
 RANDOM_SEED = -1
-"""Value of `seed` with which other image servers ask for a random one."""
+"""Value of `seed` that means a random seed, as on other image servers."""
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 Quality = Literal["low", "medium", "high", "xhigh", "max", "auto", "standard", "hd"]
@@ -51,7 +51,7 @@ def _canonical_size(size: str) -> str:
 
 
 _ANY_CASE = BeforeValidator(_lower_case)
-"""Words are read in any case; answers and the schema have lower case."""
+"""Accepts words in any case; responses and the schema have lower case."""
 _FORMAT = (
     BeforeValidator(_canonical_format),
     WithJsonSchema({"type": "string", "enum": ["png", "jpeg", "webp", *_OUTPUT_FORMAT_ALIASES]}),
@@ -61,12 +61,12 @@ _URLS = {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems"
 
 
 def _listed(value: Any) -> Any:
-    """One URL as a list of one."""
+    """A single URL as a list."""
     return [value] if isinstance(value, str) else value
 
 
 def at_most(most: int) -> BeforeValidator:
-    """Refuses a list or an object of more entries by its length: pydantic makes an error for each one first."""
+    """Validator that refuses a list or an object by its length: pydantic would first make an error for each entry."""
 
     def check(value: Any) -> Any:
         if isinstance(value, list | dict) and len(value) > most:
@@ -80,7 +80,7 @@ _FEW_KEYS = at_most(8)
 
 
 def _number_or_flag(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
-    """Gives both kinds one error: pydantic's would name the first kind as a part of the field."""
+    """Validate a number or a flag with one error for both: pydantic's own would name `bool` as part of the field."""
     try:
         return validate(value)
     except ValidationError as error:
@@ -90,7 +90,7 @@ def _number_or_flag(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
 
 
 def without_absent(body: dict[str, Any], keep_empty: Collection[str] = ()) -> dict[str, Any]:
-    """The fields of `body` that say something: `null` and `""` mean that a field is absent.
+    """`body` without absent fields: `null` and `""` mean that a field is absent.
 
     keep_empty: fields for which `""` has a meaning or is an error.
     """
@@ -98,7 +98,7 @@ def without_absent(body: dict[str, Any], keep_empty: Collection[str] = ()) -> di
 
 
 class RequestBody(BaseModel):
-    """Base of the request bodies: `null`, and `""` in a field that is not required, is the same as absent."""
+    """Base of the request bodies: a field that is `null` is absent, and an optional field that is `""`."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
@@ -107,7 +107,7 @@ class RequestBody(BaseModel):
 
     @classmethod
     def keep_empty(cls) -> frozenset[str]:
-        """Fields whose `""` is kept: see `without_absent`."""
+        """Fields whose `""` is not absence: see `without_absent`."""
         required = {name for name, field in cls.model_fields.items() if field.is_required()}
         return cls.empty_has_meaning | required
 
@@ -118,7 +118,7 @@ class RequestBody(BaseModel):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """The schema with `null` and `""` as values of optional fields."""
+        """JSON schema in which optional fields may be `null` or `""`."""
         schema = handler.resolve_ref_schema(handler(core))
         for name, field in schema["properties"].items():
             if name not in schema.get("required", ()):
@@ -130,13 +130,13 @@ class RequestBody(BaseModel):
 
 
 _ABOUT_A_FIELD = ("title", "description", "default", "examples")
-"""Keywords of a property's schema that do not restrict its values."""
+"""Keywords of a property's schema that do not restrict its value."""
 
 
-class LoRA(RequestBody):
-    """An adapter by its name; no request brings a path."""
+class LoRAField(RequestBody):
+    """An adapter by its name; a request cannot give a path."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", title="LoRA")
 
     name: Annotated[str, Field(min_length=1)]
     scale: float | None = None
@@ -144,16 +144,16 @@ class LoRA(RequestBody):
 
 
 class ImageOptions(RequestBody):
-    """Fields that every request for pictures may have.
+    """Fields of every request for pictures.
 
-    Unknown fields are ignored, and named in `ignored_fields` of the answer and in the header `x-omni-ignored-fields`.
+    Unknown fields are ignored; `ignored_fields` of the response and the header `x-omni-ignored-fields` name them.
     """
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
     empty_has_meaning = frozenset({"negative_prompt"})
 
     model: str | None = None
-    """A name from `/v1/models`; absent: the served model."""
+    """A name from `/v1/models`; if absent, the served model."""
     n: Annotated[int, Field(ge=1, le=10)] = 1
     """Number of pictures."""
     size: Annotated[str, Field(pattern=_SIZE), AfterValidator(_canonical_size)] = "auto"
@@ -175,12 +175,12 @@ class ImageOptions(RequestBody):
 
     # Extensions.
     height: Annotated[int, Field(ge=1, le=999_999)] | None = None
-    """With `width`, another way to say `size`."""
+    """Height in pixels; `height` and `width` together are another form of `size`."""
     width: Annotated[int, Field(ge=1, le=999_999)] | None = None
     num_outputs_per_prompt: Annotated[int, Field(ge=1, le=10)] | None = None
     """Another name of `n`."""
     negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)] | None = None
-    """Description of things that the picture should not show. Guidance needs one; it may be empty."""
+    """Description of what the picture should not show. Guidance needs a negative prompt, which may be empty."""
     num_inference_steps: Annotated[int, Field(ge=1)] | None = None
     """Denoising steps."""
     guidance_scale: float | None = None
@@ -188,19 +188,19 @@ class ImageOptions(RequestBody):
     true_cfg_scale: float | None = None
     """Strength of the guidance, for models such as Qwen-Image."""
     strength: Annotated[float, Field(ge=0, le=1)] | None = None
-    """How far an edited picture may go from its input; of models that take it."""
+    """Strength of the change of an edited picture, for models that have this parameter."""
     cfg_normalization: Annotated[bool | float, WrapValidator(_number_or_flag)] | None = None
     cfg_truncation: float | None = None
     seed: Annotated[int, Field(ge=RANDOM_SEED)] | None = None
-    """Picture i of `n` uses `seed + i`; -1 is a random one, as if absent."""
+    """Seed of the first picture; picture i uses `seed + i`. -1: a random seed."""
     cache: bool | None = None
-    """False: compute every block, although the server has a step cache."""
+    """False: do not use the server's step cache; compute every block."""
     max_sequence_length: Annotated[int, Field(ge=1)] | None = None
     """Longest prompt accepted, in tokens."""
-    lora: Annotated[LoRA, _FEW_KEYS] | None = None
-    """An adapter that the server was started with."""
+    lora: Annotated[LoRAField, _FEW_KEYS] | None = None
+    """An adapter of `/v1/loras`."""
     priority: int = 0
-    """Smaller runs earlier."""
+    """Requests with a smaller number run earlier."""
 
 
 class ImageGenerationRequest(ImageOptions):
@@ -209,9 +209,9 @@ class ImageGenerationRequest(ImageOptions):
     prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)]
     """Description of the picture."""
     response_format: Annotated[ResponseFormat, _ANY_CASE] | None = None
-    """Absent: what the server was started with, `b64_json` unless told otherwise; streams carry `b64_json`."""
+    """Form of the pictures; if absent, the server's default, usually `b64_json`. Streams carry `b64_json`."""
     partial_images: Annotated[int, Field(ge=0, le=3)] = 0
-    """Previews of each picture in a stream."""
+    """Number of previews of each picture in a stream."""
 
 
 class ImageEditRequest(ImageGenerationRequest):
@@ -225,7 +225,7 @@ class ImageEditRequest(ImageGenerationRequest):
         ]
         | None
     ) = None
-    """In JSON: objects `{"image_url": "data:image/png;base64,..."}`, or with a URL of an allowed host."""
+    """Pictures in JSON: objects `{"image_url": "data:image/png;base64,..."}`, or with a URL of an allowed host."""
     image: (
         Annotated[
             list[str],
@@ -236,7 +236,7 @@ class ImageEditRequest(ImageGenerationRequest):
         ]
         | None
     ) = None
-    """In JSON, instead of `images`: the URL or the base64 text alone, or a list of them."""
+    """Pictures in JSON, instead of `images`: a URL or base64 text, or a list of them."""
     mask: Any = None
     """Not available."""
     markup: Any = None
@@ -247,7 +247,7 @@ class ImageEditRequest(ImageGenerationRequest):
 
 
 def body_schema(model: type[BaseModel]) -> dict[str, Any]:
-    """The JSON schema of `model` for a route that reads its bodies itself; models in it stand where they are used."""
+    """JSON schema of `model` without references, for a route that reads its bodies itself."""
     schema = model.model_json_schema()
     inner = schema.pop("$defs", {})
 
@@ -261,7 +261,7 @@ def body_schema(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def json_request_body(model: type[BaseModel], example: dict[str, Any]) -> dict[str, Any]:
-    """OpenAPI's `requestBody` of a route that reads JSON itself; `example` is a body that runs as it is."""
+    """OpenAPI's `requestBody` of a route that reads JSON itself. `example`: a complete body."""
     return {"required": True, "content": {"application/json": {"schema": body_schema(model), "example": example}}}
 
 
@@ -273,7 +273,7 @@ class ErrorBody(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """Every answer that is not a success."""
+    """Body of every response that is not a success."""
 
     error: ErrorBody
 
@@ -284,7 +284,7 @@ class TokenDetails(BaseModel):
 
 
 class Usage(BaseModel):
-    """Tokens of the prompt, and latent patches of the pictures."""
+    """Number of prompt tokens, and of latent patches of the pictures."""
 
     input_tokens: int
     output_tokens: int
@@ -307,8 +307,8 @@ class ImagesResponse(BaseModel):
     size: str
     usage: Usage
     timings: dict[str, float]
-    """Seconds: `queue`, `text_encode`, `denoise`, `vae_decode`, `media_encode`, `total`; `computed_steps` and
-    `cached_steps`, in which a step of which one guidance branch of two came from the cache counts half each."""
+    """Seconds: `queue`, `text_encode`, `denoise`, `vae_decode`, `media_encode`, `total`. Steps: `computed_steps` and
+    `cached_steps`; a step counts half in each if one of its two guidance branches came from the cache."""
     safety_identifier: str | None = None
     ignored_fields: list[str]
     """Fields of the request that had no effect."""
@@ -321,9 +321,9 @@ class ModelCard(BaseModel):
     created: int
     owned_by: str = "vllm-omni"
     served_by: Literal["packed", "diffusers"]
-    """Our packed transformer of the model's family, or diffusers' own pipeline."""
+    """`packed`: the family's packed transformer; `diffusers`: a pipeline of diffusers."""
     parent: str | None = None
-    """Of an adapter: the model that it is for."""
+    """Name of the model, if this is an adapter."""
 
 
 class ModelList(BaseModel):
@@ -343,7 +343,7 @@ class LoRAList(BaseModel):
 
 class LoadResponse(BaseModel):
     server_load: int
-    """Requests for pictures that are not yet answered to their end."""
+    """Number of requests for pictures whose response is not complete yet."""
 
 
 class StatusResponse(BaseModel):

@@ -1,4 +1,4 @@
-"""Picture files to pixels: as Pillow shows them, whatever else is in the file."""
+"""Decoding of picture files: the pixels equal Pillow's, with any metadata in the file."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PALETTE = file_of(PHOTO.quantize(64))
 
 
 def by_pillow(data: bytes) -> np.ndarray:
-    """The whole file read by Pillow, with all its metadata."""
+    """Pixels of the unchanged file, read by Pillow with all metadata."""
     image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
     turns = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -91,7 +91,7 @@ def test_pixels_are_those_that_pillow_reads(name: str) -> None:
 
 
 def test_a_jpeg_is_in_the_colours_that_its_segments_say() -> None:
-    """JFIF's means YCbCr; Adobe's says whether there is a transform; without both, names of components decide."""
+    """The JFIF segment means YCbCr; Adobe's contains the transform; without both, the component names decide."""
     end_of_jfif = 4 + struct.unpack_from(">H", JPEG, 4)[0]
     assert JPEG[6:11] == b"JFIF\0"
     bare = JPEG[:2] + JPEG[end_of_jfif:]
@@ -114,7 +114,7 @@ def test_a_jpeg_is_in_the_colours_that_its_segments_say() -> None:
 @pytest.mark.parametrize("orientation", range(10))
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_every_orientation_is_honoured(kind: str, orientation: int) -> None:
-    """In EXIF, and in XMP where there is no EXIF; also after the pixels and in both byte orders."""
+    """The orientation is in EXIF, or in XMP if there is no EXIF; also after the pixels and in both byte orders."""
     check(file_of(PHOTO, kind, exif=exif_of(orientation)))
     big_endian = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01" + struct.pack(">HHI", orientation, 0, 0)
     check(file_of(PHOTO, kind, exif=big_endian))

@@ -1,4 +1,4 @@
-"""`response_format=url`: the link works, expires, and cannot be guessed; what is kept stays small."""
+"""`response_format=url`: the link works, expires, and cannot be guessed; memory is bounded."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_head_tells_what_get_would_bring(http: httpx.Client) -> None:
 
 
 def test_pictures_never_touch_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that is killed could not remove them."""
+    """No temporary file is written: a killed server could not remove it."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with live_server() as running:
         body = {"prompt": "x", "response_format": "url"}

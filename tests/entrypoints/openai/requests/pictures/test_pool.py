@@ -1,4 +1,4 @@
-"""Decode processes: the pixels of the calling process, limits, deaths, turns, and nothing left behind."""
+"""Decode processes: equal pixels, limits, deaths, the order of requests, and cleanup."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.entrypoints.openai.requests.hostile_files import chunk, lying_exif, w
 from tests.entrypoints.openai.requests.pictures.test_decoding import FILES, exif_of, mutated
 from tests.entrypoints.openai.routes.test_image_edits import data_url, file_of
 from vllm_omni.entrypoints.openai.requests.pictures.decoding import decode_image
-from vllm_omni.entrypoints.openai.requests.pictures.pool import ImageDecoder
+from vllm_omni.entrypoints.openai.requests.pictures.pool import DecodePool
 from vllm_omni.entrypoints.openai.requests.pictures.process import DecodeLimits, DecodeProcess, NoDecoderError
 from vllm_omni.errors import InvalidRequestError, UnavailableError
 from vllm_omni.inputs.images import InputImage, ReaderSizes, prepare_image
@@ -54,8 +54,8 @@ def process() -> Iterator[DecodeProcess]:
 
 
 @pytest.fixture
-def decoder() -> Iterator[ImageDecoder]:
-    with_one = ImageDecoder(1, LIMITS)
+def decoder() -> Iterator[DecodePool]:
+    with_one = DecodePool(1, LIMITS)
     with_one.start()
     try:
         yield with_one
@@ -63,7 +63,7 @@ def decoder() -> Iterator[ImageDecoder]:
         with_one.close()
 
 
-def pid_of(decoder: ImageDecoder) -> int | None:
+def pid_of(decoder: DecodePool) -> int | None:
     process = decoder._threads[0].process
     return process.pid if process is not None and process.is_usable else None
 
@@ -132,12 +132,12 @@ def test_a_process_is_small_and_has_nothing_of_its_parents(process: DecodeProces
 
 
 def test_what_takes_too_long_is_refused_and_its_process_replaced() -> None:
-    """A process that stands still takes too long for any picture."""
+    """A stopped process exceeds the time limit of any picture."""
     limits = replace(LIMITS, seconds=0.3, seconds_per_megapixel=1000.0)
 
-    async def main(decoder: ImageDecoder) -> None:
+    async def main(decoder: DecodePool) -> None:
         await until(lambda: pid_of(decoder) is not None)
-        assert isinstance(await ImageDecoder.file(decoder, PNG, sizes_of), InputImage)
+        assert isinstance(await DecodePool.file(decoder, PNG, sizes_of), InputImage)
         pid = pid_of(decoder)
         assert pid is not None
         os.kill(pid, signal.SIGSTOP)
@@ -148,7 +148,7 @@ def test_what_takes_too_long_is_refused_and_its_process_replaced() -> None:
         assert isinstance(await decoder.file(PNG, sizes_of), InputImage)
 
     sizes_of = half
-    decoder = ImageDecoder(1, limits)
+    decoder = DecodePool(1, limits)
     decoder.start()
     try:
         asyncio.run(main(decoder))
@@ -206,7 +206,7 @@ def test_memory_is_bounded() -> None:
 
 async def test_a_process_that_cannot_be_started_is_a_503(tmp_path: Path) -> None:
     for python in ("/bin/false", str(tmp_path / "nothing")):
-        decoder = ImageDecoder(1, replace(LIMITS, python=python))
+        decoder = DecodePool(1, replace(LIMITS, python=python))
         decoder.start()
         try:
             for _ in range(2):
@@ -238,7 +238,7 @@ def test_a_server_without_descriptors_does_not_blame_the_sender() -> None:
             process.close()
 
 
-async def test_who_leaves_takes_his_picture_out_of_the_queue_and_off_the_process(decoder: ImageDecoder) -> None:
+async def test_who_leaves_takes_his_picture_out_of_the_queue_and_off_the_process(decoder: DecodePool) -> None:
     await decoder.file(PNG, same)
     pid = pid_of(decoder)
     assert pid is not None
@@ -266,11 +266,11 @@ async def test_who_leaves_takes_his_picture_out_of_the_queue_and_off_the_process
 
 
 class Bytes(bytearray):
-    """Can be referred to weakly."""
+    """Bytes that can be referenced weakly."""
 
 
-async def test_a_file_that_nobody_waits_for_is_let_go_of(decoder: ImageDecoder) -> None:
-    """Its place in the queue may be far behind."""
+async def test_a_file_that_nobody_waits_for_is_let_go_of(decoder: DecodePool) -> None:
+    """The file is freed although its job is still in the queue."""
     await decoder.file(PNG, same)
     pid = pid_of(decoder)
     assert pid is not None
@@ -291,8 +291,8 @@ async def test_a_file_that_nobody_waits_for_is_let_go_of(decoder: ImageDecoder) 
     await asyncio.wait((first,))
 
 
-async def test_requests_take_turns(decoder: ImageDecoder) -> None:
-    """One with many pictures brings the next when one is done: another waits for one of them at most."""
+async def test_requests_take_turns(decoder: DecodePool) -> None:
+    """A request sends its next picture when one is decoded: another request waits for one of them at most."""
     order: list[str] = []
 
     async def bring(name: str, count: int) -> None:
@@ -305,7 +305,7 @@ async def test_requests_take_turns(decoder: ImageDecoder) -> None:
     assert len(order) == 7
 
 
-async def test_a_process_that_died_while_idle_is_replaced_unseen(decoder: ImageDecoder) -> None:
+async def test_a_process_that_died_while_idle_is_replaced_unseen(decoder: DecodePool) -> None:
     await decoder.file(PNG, same)
     pid = pid_of(decoder)
     assert pid is not None
@@ -314,7 +314,7 @@ async def test_a_process_that_died_while_idle_is_replaced_unseen(decoder: ImageD
     assert isinstance(await decoder.file(PNG, same), InputImage)
 
 
-async def test_closing_ends_what_runs(decoder: ImageDecoder) -> None:
+async def test_closing_ends_what_runs(decoder: DecodePool) -> None:
     await decoder.file(PNG, same)
     pid = pid_of(decoder)
     assert pid is not None
@@ -330,7 +330,7 @@ async def test_closing_ends_what_runs(decoder: ImageDecoder) -> None:
 
 
 def test_a_process_ends_with_its_parent() -> None:
-    """Also one that stands still."""
+    """A stopped process is killed too."""
     script = """
 import os, signal, sys, time
 from vllm_omni.entrypoints.openai.requests.pictures.process import DecodeLimits, DecodeProcess

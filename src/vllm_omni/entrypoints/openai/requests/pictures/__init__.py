@@ -1,1 +1,1 @@
-"""Decoding of uploaded pictures in processes of their own."""
+"""Decoding of uploaded pictures in separate processes."""

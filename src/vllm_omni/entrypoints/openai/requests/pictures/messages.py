@@ -7,25 +7,25 @@ import numpy as np
 
 
 class Decode(msgspec.Struct, tag=True, frozen=True):
-    """Open this file; answered by `Opened` or `Refused`."""
+    """Command: read the header of a file. Answered by `Opened` or `Refused`."""
 
     file: np.ndarray
-    """uint8 [bytes]."""
+    """Content of the file: uint8 [bytes]."""
 
 
 class Resize(msgspec.Struct, tag=True, frozen=True):
-    """Decode what was opened last, and resize it; answered by `Pixels` or `Refused`."""
+    """Command: decode the picture that was opened last, and resize it. Answered by `Pixels` or `Refused`."""
 
     sizes: tuple[tuple[int, int], tuple[int, int]]
-    """The two fields of `ReaderSizes`."""
+    """The two fields of `ReaderSizes`: (width, height) in pixels."""
 
 
-class Ready(msgspec.Struct, tag=True, frozen=True):
-    """The process takes its first file."""
+class DecoderReady(msgspec.Struct, tag=True, frozen=True):
+    """The process has started and accepts files."""
 
 
 class Opened(msgspec.Struct, tag=True, frozen=True):
-    """The file's header is read."""
+    """Format and size of the picture that was opened."""
 
     format: str
     width: int
@@ -33,17 +33,17 @@ class Opened(msgspec.Struct, tag=True, frozen=True):
 
 
 class Pixels(msgspec.Struct, tag=True, frozen=True):
-    """uint8 [height, width, 3] for both readers, one array where their sizes are the same."""
+    """Pixels, uint8 [height, width, 3], for both readers; one array if their sizes are equal."""
 
     condition: np.ndarray
     reference: np.ndarray
 
 
 class Refused(msgspec.Struct, tag=True, frozen=True):
-    """The file, or what it takes, is not accepted."""
+    """The file is refused: for itself, or for the memory that it takes."""
 
     message: str
 
 
 ToDecoder = Decode | Resize
-FromDecoder = Ready | Opened | Pixels | Refused
+FromDecoder = DecoderReady | Opened | Pixels | Refused

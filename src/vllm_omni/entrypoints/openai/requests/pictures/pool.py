@@ -1,4 +1,4 @@
-"""Uploaded pictures to what the model takes, in processes that can be killed."""
+"""Pool of decode processes: from uploaded files to pixels at the sizes that the model takes."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _CLOSE_SECONDS = 5.0
 _RETRY_SECONDS = 1.0
 
 
-class NobodyWaitsError(Exception):
-    """A job was abandoned before it was begun."""
+class AbandonedError(Exception):
+    """A job was abandoned before it began."""
 
 
 class _Job:
-    """A picture to decode, for whoever waits for it and for the thread that does it."""
+    """A picture to decode, shared by the task that waits for it and the thread that decodes it."""
 
     def __init__(self, read: Callable[[], bytes | bytearray], sizes_of: Callable[[int, int], ReaderSizes]) -> None:
         self.future: Future[InputImage] = Future()
@@ -39,10 +39,10 @@ class _Job:
         self._process: DecodeProcess | None = None
 
     def run(self, process: DecodeProcess) -> InputImage:
-        """Raises InvalidRequestError, NoDecoderError and NobodyWaitsError."""
+        """Decode in `process`. Raises InvalidRequestError, NoDecoderError and AbandonedError."""
         with self._lock:
             if (read := self._read) is None:
-                raise NobodyWaitsError
+                raise AbandonedError
             self._process = process
         try:
             return process.decode(read(), self._sizes_of)
@@ -51,7 +51,7 @@ class _Job:
                 self._process = None
 
     def abandon(self) -> None:
-        """Nobody waits any more: let go of the file, and kill the process that works on it."""
+        """Free the file, and kill the process that decodes it: no task waits for the picture any more."""
         with self._lock:
             self._read = None
             if self._process is not None:
@@ -59,7 +59,7 @@ class _Job:
 
 
 class _DecodeThread(threading.Thread):
-    """Owns one decode process at a time, and replaces it where it was killed."""
+    """Owns one decode process at a time, and replaces it after it was killed."""
 
     def __init__(self, jobs: queue.SimpleQueue[_Job | None], limits: DecodeLimits, number: int) -> None:
         super().__init__(name=f"omni-decode-{number}", daemon=True)
@@ -72,7 +72,7 @@ class _DecodeThread(threading.Thread):
         while (job := self._jobs.get()) is not None:
             if job.future.set_running_or_notify_cancel():
                 self._do(job)
-            del job  # it holds the picture
+            del job  # free its picture
             self._replace()
         self._close_process()
 
@@ -88,7 +88,7 @@ class _DecodeThread(threading.Thread):
             job.future.set_exception(error)
 
     def _ready_process(self) -> DecodeProcess:
-        """Raises NoDecoderError."""
+        """A process that has started. Raises NoDecoderError."""
         if self.process is None or not self.process.is_usable:
             self._close_process()
             self.process = DecodeProcess(self._limits)
@@ -100,7 +100,7 @@ class _DecodeThread(threading.Thread):
         return self.process
 
     def _replace(self) -> None:
-        """Start a process where there is none, so that it is ready when the next picture comes."""
+        """Start a process if there is none, so that it is ready for the next picture."""
         if self.process is not None and self.process.is_usable:
             return
         self._close_process()
@@ -115,29 +115,29 @@ class _DecodeThread(threading.Thread):
             self.process = None
 
 
-class ImageDecoder:
-    """A bounded pool of decode processes, and threads for other work on pictures.
+class DecodePool:
+    """A bounded pool of decode processes, and of threads for other work on pictures.
 
-    Pictures are decoded in the order in which they come. A request waits for one picture before it brings the next, so
-    requests take turns: one with many pictures delays another by one picture at most.
+    Pictures are decoded in order of arrival. A request waits for each of its pictures before it sends the next, so
+    requests take turns: a request with many pictures delays another request by at most one picture.
     """
 
     def __init__(self, num_processes: int, limits: DecodeLimits = DecodeLimits()) -> None:  # noqa: B008 (frozen)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._threads = [_DecodeThread(self._jobs, limits, number) for number in range(num_processes)]
         self.num_pictures = 0
-        """Pictures that wait or are being decoded."""
+        """Number of pictures that wait or are being decoded."""
         self._resizing = ThreadPoolExecutor(num_processes, thread_name_prefix="omni-resize")
 
     def start(self) -> None:
-        """Start the processes. Does not wait for them."""
+        """Start the processes without waiting for them."""
         for thread in self._threads:
             thread.start()
 
     async def file(self, data: bytes | bytearray, sizes_of: Callable[[int, int], ReaderSizes]) -> InputImage:
-        """`sizes_of`: `ImageInput.sizes`. Cancelled, it leaves the queue, or kills the process that decodes.
+        """Decode a picture file. `sizes_of`: `ImageInput.sizes`. Cancelling removes the picture or kills its process.
 
-        Raises InvalidRequestError; UnavailableError where there is no process.
+        Raises InvalidRequestError; UnavailableError if no process can be started.
         """
         return await self._decode(_Job(lambda: data, sizes_of))
 
@@ -157,11 +157,11 @@ class ImageDecoder:
             self.num_pictures -= 1
 
     async def run(self, function: Callable[[], Result]) -> Result:
-        """The result of `function`, which works on pixels, in a thread."""
+        """Run `function`, which works on pixels, in a thread; return its result."""
         return await asyncio.get_running_loop().run_in_executor(self._resizing, function)
 
     def close(self) -> None:
-        """Kill the processes, whatever they do."""
+        """Kill all processes, also those that decode."""
         self._resizing.shutdown(wait=False, cancel_futures=True)
         with contextlib.suppress(queue.Empty):
             while (job := self._jobs.get_nowait()) is not None:

@@ -1,4 +1,4 @@
-"""A decode process, seen from the thread of the server that owns it."""
+"""Parent side of a decode process: start it, send it files, kill it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ import numpy as np
 
 from vllm_omni.entrypoints.openai.requests.pictures.messages import (
     Decode,
+    DecoderReady,
     FromDecoder,
     Opened,
     Pixels,
-    Ready,
     Refused,
     Resize,
 )
@@ -35,11 +35,11 @@ _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
 }
 _KILL_SECONDS = 5.0
-"""How long a killed process is waited for."""
+"""Seconds to wait for the end of a killed process."""
 
 
 class NoDecoderError(OmniError):
-    """There is no decode process: none could be started, or this process has no descriptor to reach it."""
+    """No decode process: it could not be started, or the server has no file descriptor left to reach it."""
 
 
 @dataclass(frozen=True)
@@ -47,34 +47,35 @@ class DecodeLimits:
     """Limits of decoding one picture; a process that reaches one is killed."""
 
     seconds: float = 5.0
-    """For a small picture. Decoders take a few milliseconds for a million pixels."""
+    """Time for a small picture. Decoders take a few milliseconds for a million pixels."""
     seconds_per_megapixel: float = 0.25
-    """In addition."""
+    """Time for each million pixels, added to `seconds`."""
     memory_bytes: int = 2 * 2**30
-    """Address space of a process. The largest picture that is accepted takes about 1 GiB."""
+    """Address space of a process. The largest accepted picture takes about 1 GiB."""
     start_seconds: float = 60.0
-    """For the start of a process, after which there is none."""
+    """Time for the start of a process; after it the start has failed."""
     python: str = sys.executable
-    """The interpreter of the processes."""
+    """Path of the Python interpreter of the processes."""
 
     def seconds_for(self, num_pixels: int) -> float:
+        """Time in seconds for a picture of `num_pixels`."""
         return self.seconds + self.seconds_per_megapixel * num_pixels / 1e6
 
 
 class DecodeProcess:
-    """One process. It ends with the thread that makes it, at the latest."""
+    """One decode process. It ends with the thread that started it, at the latest."""
 
     def __init__(self, limits: DecodeLimits) -> None:
-        """Returns before the process is ready. Raises NoDecoderError."""
+        """Start the process; returns before it is ready. Raises NoDecoderError."""
         self._limits = limits
         self._is_ready = self._is_killed = False
-        # Wall-clock time ends a decode; this is for a server that is stopped.
+        # Normally the wall-clock limit ends a decode. The CPU limit does while the server is suspended.
         cpu_seconds = 1 + limits.seconds_for(MAX_INPUT_PIXELS)
         try:
             ours, theirs = socket.socketpair()
         except OSError as error:
             raise NoDecoderError(f"a decode process cannot be started: {error}") from error
-        # An interpreter of its own, in a session of its own; see `executor.launch`.
+        # A new interpreter in its own session: see `executor.launch`.
         command = [limits.python, "-P", "-m", "vllm_omni.entrypoints.openai.requests.pictures.worker"]
         command += [f"--socket-fd={theirs.fileno()}", f"--parent-pid={os.getpid()}"]
         command += [f"--memory-bytes={limits.memory_bytes}", f"--cpu-seconds={cpu_seconds}"]
@@ -84,7 +85,7 @@ class DecodeProcess:
                     command,
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,  # what a sender's file says is not for the operator's log
+                    stderr=subprocess.DEVNULL,  # a client's file must not write to the log
                     env={**os.environ, **_ENVIRONMENT},
                     pass_fds=[theirs.fileno()],
                     start_new_session=True,
@@ -103,7 +104,7 @@ class DecodeProcess:
         return not self._is_killed and self._process.poll() is None
 
     def wait_until_ready(self) -> None:
-        """Raises NoDecoderError."""
+        """Wait until the process accepts files. Raises NoDecoderError."""
         if self._is_ready:
             return
         try:
@@ -112,13 +113,13 @@ class DecodeProcess:
             raise NoDecoderError(f"a decode process did not start in {self._limits.start_seconds:g} s") from error
         except (EOFError, OSError, ChannelBrokenError) as error:
             raise NoDecoderError(f"a decode process ended at its start: {self._how_it_ended()}") from error
-        assert isinstance(ready, Ready)
+        assert isinstance(ready, DecoderReady)
         self._is_ready = True
 
     def decode(self, data: bytes | bytearray, sizes_of: Callable[[int, int], ReaderSizes]) -> InputImage:
-        """`sizes_of`: `ImageInput.sizes`.
+        """Decode a picture file. `sizes_of`: `ImageInput.sizes`.
 
-        Raises InvalidRequestError and NoDecoderError, after which the process may have to be replaced: see `is_usable`.
+        Raises InvalidRequestError and NoDecoderError; the process may be unusable afterwards: see `is_usable`.
         """
         start = time.monotonic()
         opened = self._ask(Decode(np.frombuffer(data, np.uint8)), start, self._limits.seconds, "image")
@@ -128,13 +129,13 @@ class DecodeProcess:
         seconds = self._limits.seconds_for(opened.width * opened.height)
         pixels = self._ask(Resize((sizes.condition, sizes.reference)), start, seconds, name)
         assert isinstance(pixels, Pixels)
-        reference = np.array(pixels.reference)  # a copy: a map of the memory would keep a descriptor
+        reference = np.array(pixels.reference)  # a copy: the shared memory would keep a file descriptor
         if sizes.condition == sizes.reference:
             return InputImage.of(reference, reference)
         return InputImage.of(np.array(pixels.condition), reference)
 
     def _ask(self, message: Decode | Resize, start: float, seconds: float, name: str) -> FromDecoder:
-        """The answer, within `seconds` of `start`. `name`: of the picture, in errors. Raises as `decode`."""
+        """Send `message`; return the answer, due `seconds` after `start`. `name`: of the picture, in errors."""
         try:
             self._channel.send(message)
             answer = self._channel.receive(max(0.0, start + seconds - time.monotonic()))
@@ -152,12 +153,12 @@ class DecodeProcess:
         return answer
 
     def kill(self) -> None:
-        """End the process whatever it does. Any thread may call it; its own then sees the end in `decode`."""
+        """Kill the process. Any thread may call this; `decode` in the owning thread then raises."""
         self._is_killed = True
         self._process.kill()
 
     def close(self) -> None:
-        """Kill and reap the process. For its own thread."""
+        """Kill the process and wait for its end. Only the owning thread may call this."""
         self.kill()
         self._channel.close()
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,7 +1,7 @@
 """A decode process: `python -m vllm_omni.entrypoints.openai.requests.pictures.worker --socket-fd N --parent-pid P ...`.
 
-It reads files that anybody sent. It can be killed at any time, logs nothing, and has limits of its own that the kernel
-enforces. It ends with its parent.
+It reads untrusted files. It can be killed at any time, logs nothing, and has limits that the kernel enforces. It ends
+with its parent.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import signal
 import socket
 import warnings
 
-# Pillow's readers, which it would import at the first file.
+# Readers that Pillow would otherwise import at the first file.
 import PIL.JpegImagePlugin
 import PIL.PngImagePlugin
 import PIL.WebPImagePlugin  # noqa: F401
@@ -22,10 +22,10 @@ import PIL.WebPImagePlugin  # noqa: F401
 from vllm_omni.entrypoints.openai.requests.pictures.decoding import OpenedImage, open_image
 from vllm_omni.entrypoints.openai.requests.pictures.messages import (
     Decode,
+    DecoderReady,
     FromDecoder,
     Opened,
     Pixels,
-    Ready,
     Refused,
     Resize,
     ToDecoder,
@@ -44,22 +44,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cpu-seconds", type=float, required=True, help="limit of its CPU time for a picture")
     options = parser.parse_args(arguments)
     die_with_parent(options.parent_pid)
-    # The parent decides when the process ends, also where a signal goes to a whole group of processes.
+    # The parent ends this process; a signal to the whole process group must not.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (options.memory_bytes, options.memory_bytes))
     warnings.simplefilter("ignore")
     channel: BlockingChannel[ToDecoder] = BlockingChannel(socket.socket(fileno=options.socket_fd), ToDecoder)
-    with contextlib.suppress(EOFError, OSError):  # the parent is gone
-        channel.send(Ready())
-        decoder = Decoder(options.cpu_seconds)
+    with contextlib.suppress(EOFError, OSError):  # the parent has ended
+        channel.send(DecoderReady())
+        decoder = DecodeWorker(options.cpu_seconds)
         while True:
             channel.send(decoder.answer(channel.receive()))
 
 
-class Decoder:
-    """Answers messages. Between them it holds the picture that was opened last."""
+class DecodeWorker:
+    """Answers messages. Keeps the picture that was opened last until it is decoded."""
 
     def __init__(self, cpu_seconds: float) -> None:
         self._cpu_seconds = cpu_seconds
@@ -75,7 +75,7 @@ class Decoder:
 
     def _open(self, message: Decode) -> Opened:
         _limit_cpu(self._cpu_seconds)
-        self._opened = None  # before the next one takes memory
+        self._opened = None  # free the memory of the last picture first
         self._opened = opened = open_image(message.file.tobytes())
         return Opened(str(opened.image.format), *opened.size)
 
@@ -87,7 +87,7 @@ class Decoder:
 
 
 def _limit_cpu(seconds: float) -> None:
-    """From now on. Beyond it the kernel ends the process (SIGXCPU)."""
+    """Limit the CPU time from now on; beyond it the kernel ends the process (SIGXCPU)."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     limit = math.ceil(used.ru_utime + used.ru_stime + seconds)
     resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))

@@ -1,1 +1,1 @@
-"""Readers of the structure of picture files: what reaches an image decoder is bounded before."""
+"""Readers of the structure of picture files. They limit what reaches an image decoder."""

@@ -1,4 +1,4 @@
-"""JPEG files: only the segments that make the pixels are kept, and scans are bounded."""
+"""Reader of JPEG files: keeps only the segments that determine the pixels, and limits the scans."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ SIGNATURE = b"\xff\xd8\xff"
 MAX_SEGMENTS = 2**14
 MAX_SCANS = 1000
 MAX_SCANNED_PIXELS = 2**30
-"""Scans times pixels. A decoder visits every pixel in each scan (about a nanosecond), even if the scan is empty.
+"""Most scans times pixels. A decoder visits every pixel in each scan (about a nanosecond), even if the scan is empty.
 Encoders write about ten scans; this allows 32 for the largest picture."""
 MAX_TABLE_BYTES = 2**20
-"""Bytes of all tables and headers. A picture needs a few hundred, and as many again for each scan."""
+"""Most bytes of all tables and headers. A picture needs a few hundred, and as many for each further scan."""
 _MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")
-"""Not fill bytes, escaped bytes of compressed data and restart markers, which have no segment."""
+"""Marker of a segment. Fill bytes, escaped bytes of compressed data, and restart markers do not match."""
 _START, _END, _SCAN = 0xD8, 0xD9, 0xDA
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _TABLES = frozenset((0xC4, 0xCC, 0xDB, 0xDD))
-"""Huffman tables, arithmetic conditioning, quantization tables, restart interval."""
+"""Markers of Huffman tables, arithmetic conditioning, quantization tables, and the restart interval."""
 _APP0, _APP1, _APP14 = 0xE0, 0xE1, 0xEE
 _EXIF = b"Exif\0\0"
 _XMP = b"http://ns.adobe.com/xap/1.0/\0"
 
 
 def read_jpeg(data: bytes) -> PictureFile:
-    """Raises InvalidRequestError."""
+    """Read a JPEG file. Raises InvalidRequestError."""
     reader = _Reader(data)
     while reader.step():
         pass
@@ -49,7 +49,7 @@ class _Reader:
         self._num_segments = self._num_scans = self._num_table_bytes = 0
 
     def step(self) -> bool:
-        """Read the next segment; False at the end of the picture, or of a file that is cut off."""
+        """Read the next segment; False at the end of the picture or of an incomplete file."""
         found = _MARKER.search(self._data, self._position)
         if found is None:
             return False
@@ -84,7 +84,7 @@ class _Reader:
             self.xmp = self.xmp or body
 
     def _tells_colours(self, marker: int, body: bytes) -> bool:
-        """Whether the colour space is read off this segment."""
+        """Whether decoders read the colour space from this segment."""
         return (marker == _APP0 and body.startswith(b"JFIF\0")) or (marker == _APP14 and body.startswith(b"Adobe"))
 
     def _take_frame(self, body: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Orientation of a picture from its metadata, without reading the rest of it."""
+"""Orientation of a picture from its metadata, of which nothing else is read."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from vllm_omni.entrypoints.openai.requests.pictures.files.base import UPRIGHT
 _PREFIX = b"Exif\0\0"
 _ORDERS = {b"II": "<", b"MM": ">"}
 _TIFF_NUMBERS = (42, 42 << 8)
-"""The second one is written by faulty encoders, and read by most decoders."""
+"""Magic number of TIFF. Faulty encoders write the second value, which most decoders accept."""
 _TAG = 0x0112
 _FORMATS = {1: "B", 3: "H", 4: "I"}
-"""struct's letter for the TIFF types BYTE, SHORT and LONG."""
+"""Format character of `struct` for the TIFF types BYTE, SHORT and LONG."""
 _IN_XMP = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 MAX_XMP_BYTES = 2**20
 
 
 def orientation(exif: bytes | None, xmp: bytes | None) -> int:
-    """EXIF's orientation; XMP's where EXIF has none."""
+    """Orientation from EXIF, or from XMP if EXIF has none."""
     return _exif_orientation(exif or b"") or _xmp_orientation(xmp or b"") or UPRIGHT
 
 
 def _exif_orientation(exif: bytes) -> int | None:
-    """The tag in the first directory (IFD0). Reads no other tag, so what other tags claim does not matter."""
+    """Value of the orientation tag in the first directory (IFD0). Other tags are not read, so they may be invalid."""
     start = len(_PREFIX) if exif.startswith(_PREFIX) else 0
     order = _ORDERS.get(exif[start : start + 2])
     if order is None or len(exif) < start + 8:

@@ -1,4 +1,4 @@
-"""PNG files: only the chunks that make the pixels are kept."""
+"""Reader of PNG files: keeps only the chunks that determine the pixels."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _CHECKSUM = struct.Struct(">I")
 _SIZE = struct.Struct(">II")
 _OVERHEAD = _CHUNK.size + _CHECKSUM.size
 _KEPT = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
-"""All others describe the pixels (text, colour profile, resolution, time) or are other frames of an animation."""
+"""Chunks that are kept. All others are metadata (text, colour profile, ...) or further frames of an animation."""
 _TEXT = (b"tEXt", b"zTXt", b"iTXt")
 _RAW_EXIF = b"Raw profile type exif"
-"""Keyword of the text chunk in which ImageMagick wrote EXIF, as hexadecimal digits, before PNG had a chunk for it."""
+"""Keyword of the text chunk for EXIF in hexadecimal digits, which ImageMagick wrote before PNG had `eXIf`."""
 _XMP = b"XML:com.adobe.xmp"
 _RAW_EXIF_LINES = 3
-"""Lines of a raw profile before its digits: empty, name, length."""
+"""Number of lines of a raw profile before its digits: empty, name, length."""
 
 
 def read_png(data: bytes) -> PictureFile:
-    """Raises InvalidRequestError."""
+    """Read a PNG file. Raises InvalidRequestError."""
     pieces: list[bytes] = [SIGNATURE]
     exif: bytes | None = None
     texts: dict[bytes, bytes] = {}
@@ -37,18 +37,19 @@ def read_png(data: bytes) -> PictureFile:
         length, kind = _CHUNK.unpack_from(data, position)
         start, end = position + _CHUNK.size, position + _OVERHEAD + length
         if kind in _KEPT:
-            if (kind == b"IHDR") != (len(pieces) == 1):  # the first chunk, and the only one of its kind
+            if (kind == b"IHDR") != (len(pieces) == 1):  # IHDR must be the first chunk, and only the first
                 raise broken("PNG")
             if kind == b"IHDR":
                 _check_header(data[start:end])
             pieces.append(data[position:end])
-        elif not kind.isalpha():  # no chunk begins here; what comes after the pixels does not matter
+        elif not kind.isalpha():  # not a chunk; data after the pixels does not matter
             break
         elif kind == b"eXIf" and _is_intact(data, position, end):
             exif = data[start : end - _CHECKSUM.size]
         elif kind in _TEXT:
             for keyword in (_RAW_EXIF, _XMP):
-                if keyword not in texts and data.startswith(keyword + b"\0", start):  # one of each: it costs a megabyte
+                # Only the first text of each keyword: each may take a megabyte.
+                if keyword not in texts and data.startswith(keyword + b"\0", start):
                     texts[keyword] = _text(kind, data[start + len(keyword) + 1 : end - _CHECKSUM.size])
         if kind == b"IEND":
             break
@@ -61,7 +62,7 @@ def read_png(data: bytes) -> PictureFile:
 
 
 def _check_header(body: bytes) -> None:
-    """Raises InvalidRequestError."""
+    """Check the size in IHDR. Raises InvalidRequestError."""
     if len(body) < _SIZE.size:
         raise broken("PNG")
     check_size("PNG", *_SIZE.unpack_from(body))
@@ -73,15 +74,15 @@ def _is_intact(data: bytes, position: int, end: int) -> bool:
 
 
 def _text(kind: bytes, value: bytes) -> bytes:
-    """Beginning of the text of a chunk tEXt, zTXt or iTXt, from what follows its keyword.
+    """Beginning of the text of a chunk tEXt, zTXt or iTXt, which follows its keyword in `value`.
 
-    No more of it is decompressed.
+    The rest is not decompressed.
     """
     if kind == b"zTXt":
-        return _inflated(value[1:])  # behind a byte for the method, of which there is one
+        return _inflated(value[1:])  # after a byte for the compression method; there is only one
     if kind == b"iTXt":
         is_compressed = value[:1] == b"\1"
-        text = value[2:].partition(b"\0")[2].partition(b"\0")[2]  # behind language and translated keyword
+        text = value[2:].partition(b"\0")[2].partition(b"\0")[2]  # after the language and the translated keyword
         return _inflated(text) if is_compressed else text
     return value
 

@@ -1,4 +1,4 @@
-"""WebP files: only the chunks that make the pixels of the first frame are kept."""
+"""Reader of WebP files: keeps only the chunks that determine the pixels of the first frame."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from vllm_omni.entrypoints.openai.requests.pictures.files.orientation import ori
 
 MAX_CHUNKS = 2**14
 _HEADER_BYTES = 12
-"""`RIFF`, the length of what follows, `WEBP`."""
+"""Length of the header: `RIFF`, number of bytes that follow, `WEBP`."""
 _CHUNK = struct.Struct("<4sI")
 _KEPT = (b"VP8X", b"ANIM", b"ANMF", b"ALPH", b"VP8 ", b"VP8L")
-"""The first chunk of each of these; ANMF is a frame of an animation."""
+"""Kinds of chunks of which the first is kept. ANMF is a frame of an animation."""
 _SIZE_BYTES = {b"VP8X": 10, b"VP8 ": 10, b"VP8L": 5}
 """Bytes from the beginning of the first chunk's body to the end of the picture's size in it."""
 
@@ -22,7 +22,7 @@ def is_webp(data: bytes) -> bool:
 
 
 def read_webp(data: bytes) -> PictureFile:
-    """Raises InvalidRequestError."""
+    """Read a WebP file. Raises InvalidRequestError."""
     pieces: dict[bytes, bytes] = {}
     metadata: dict[bytes, bytes] = {}
     position, num_chunks = _HEADER_BYTES, 0
@@ -46,14 +46,14 @@ def read_webp(data: bytes) -> PictureFile:
 
 
 def _check_first(kind: bytes, body: bytes) -> None:
-    """The first chunk says how large the picture is. Raises InvalidRequestError."""
+    """Check the picture's size, which the first chunk contains. Raises InvalidRequestError."""
     if kind not in _SIZE_BYTES or len(body) < _SIZE_BYTES[kind]:
         raise broken("WebP")
-    if kind == b"VP8X":  # three bytes each, of the side less one
+    if kind == b"VP8X":  # 3 bytes for each side, which store the side minus 1
         width, height = (int.from_bytes(body[at : at + 3], "little") + 1 for at in (4, 7))
     elif kind == b"VP8 ":
         width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", body, 6))
-    else:  # 14 bits each, of the side less one, after a signature
+    else:  # 14 bits for each side, which store the side minus 1, after a signature
         bits = int.from_bytes(body[1:5], "little")
         width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
     check_size("WebP", width, height)

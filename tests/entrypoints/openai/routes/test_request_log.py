@@ -12,7 +12,7 @@ import pytest
 from testbed.fakes import make_request
 from testbed.live_server import live_server
 from vllm_omni.diffusion.messages.request import LoRA
-from vllm_omni.entrypoints.openai.middlewares.arrivals import log_arrival
+from vllm_omni.entrypoints.openai.routes.request_log import log_request
 
 BODY = {"prompt": "a secret garden", "size": "96x64", "n": 2, "num_inference_steps": 3, "seed": 7}
 
@@ -45,5 +45,5 @@ def test_nothing_is_logged_without_the_flag(caplog: pytest.LogCaptureFixture) ->
 def test_the_adapter_is_named(caplog: pytest.LogCaptureFixture) -> None:
     request = replace(make_request("omni-1-0", size=(64, 32), steps=5), lora=LoRA("ink", "/secret/ink", 0.8))
     with caplog.at_level(logging.INFO, "vllm_omni"):
-        log_arrival([request])
+        log_request([request])
     assert caplog.messages == ["request omni-1: size 32x64, steps 5, n 1, seed 0, adapter ink x 0.8"]

@@ -1,25 +1,21 @@
-"""From the body of a request to what the engine takes. Limits of the engine are checked by the engine."""
+"""Sampling parameters and image format from the fields of a body. The engine checks its own limits later."""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Collection, Sequence
 
-from vllm_omni.diffusion.catalog.model_info import Guidance
 from vllm_omni.entrypoints.openai.responses.encoding import ImageFormat
 from vllm_omni.entrypoints.openai.schema.images import RANDOM_SEED, ImageGenerationRequest, ImageOptions
 from vllm_omni.errors import InvalidRequestError, ModelNotFoundError
-from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, OmniPrompt
-from vllm_omni.inputs.images import InputImage
+from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams
 
-IGNORED_FIELDS_HEADER = "x-omni-ignored-fields"
-_MAX_LISTED_FIELDS = 20
 _MAX_NAME = 64
 _NUM_RANDOM_SEEDS = 2**32
 
 
 def check_model_name(model: str | None, served_names: Sequence[str]) -> None:
-    """Raises ModelNotFoundError unless `model` is absent or one of the names of the model and of its adapters."""
+    """Raise ModelNotFoundError unless `model` is absent or one of `served_names` (the model's and its adapters')."""
     if model is not None and model not in served_names:
         raise ModelNotFoundError(
             f"The model {model[:_MAX_NAME]!r} does not exist; served: {', '.join(served_names)}", param="model"
@@ -27,7 +23,7 @@ def check_model_name(model: str | None, served_names: Sequence[str]) -> None:
 
 
 def parse_size(size: str) -> tuple[int | None, int | None]:
-    """(height, width) of `WIDTHxHEIGHT`; (None, None) for `auto`, which is the model's own size."""
+    """(height, width) of `WIDTHxHEIGHT`; (None, None) for `auto`, the model's own size."""
     if size == "auto":
         return None, None
     width, height = size.split("x")
@@ -35,7 +31,10 @@ def parse_size(size: str) -> tuple[int | None, int | None]:
 
 
 def _size_of(body: ImageOptions) -> tuple[int | None, int | None]:
-    """(height, width), by whichever names: vllm-omni's clients send them apart."""
+    """(height, width) from `size`, or from `height` and `width`, which clients of vllm-omni send instead.
+
+    Raises InvalidRequestError if they contradict each other or one is missing.
+    """
     height, width = parse_size(body.size)
     if body.height is None and body.width is None:
         return height, width
@@ -59,18 +58,16 @@ def _num_outputs_of(body: ImageOptions) -> int:
 
 
 def _seed_of(body: ImageOptions) -> int | None:
-    """A random one where the client asks for that: None would be the server's default, which may be a fixed seed."""
+    """Seed of the first picture. A random one is drawn here: None is the server's default, which may be fixed."""
     return secrets.randbelow(_NUM_RANDOM_SEEDS) if body.seed == RANDOM_SEED else body.seed
 
 
-def parse_generation(
-    body: ImageOptions, prompt: str, images: tuple[InputImage, ...], adapters: Collection[str]
-) -> tuple[OmniPrompt, OmniDiffusionSamplingParams, ImageFormat]:
-    """The prompt with the pictures to edit, how to make the picture and how to encode it.
+def parse_parameters(body: ImageOptions, adapters: Collection[str]) -> tuple[OmniDiffusionSamplingParams, ImageFormat]:
+    """Sampling parameters of the pictures, and the format of their files.
 
-    adapters: the names of those that are served.
+    adapters: names of the served adapters.
 
-    Raises InvalidRequestError for what is well-formed but not possible here.
+    Raises InvalidRequestError for values that are well-formed but not available here.
     """
     height, width = _size_of(body)
     if body.background == "transparent":
@@ -108,40 +105,13 @@ def parse_generation(
         output_type="np",
         num_previews=num_previews,
     )
-    return OmniPrompt(prompt, body.negative_prompt, images), params, image_format
+    return params, image_format
 
 
 def _adapter(body: ImageOptions, adapters: Collection[str]) -> LoRARequest | None:
-    """The one that `lora` names or, for clients that can choose no more than a model, `model`."""
+    """The adapter that `lora` names or, for clients that can only choose a model, `model`."""
     chosen = body.model if body.model in adapters else None
     name = chosen if body.lora is None else body.lora.name
     if chosen not in (None, name):
         raise InvalidRequestError(f"lora: names {name!r:.{_MAX_NAME}}, and model names {chosen!r}", param="lora")
     return None if name is None else LoRARequest(name)
-
-
-def ignored_fields(body: ImageOptions, guidance: Guidance, has_guidance: bool) -> tuple[str, ...]:
-    """Names of the fields that had no effect, as they may stand in a header and in a log line.
-
-    These are unknown fields, and halves of a pair: guidance needs both a negative prompt and a scale. When there are
-    many, the last entry is the number of those left out (`+3 more`).
-    """
-    names = list(body.model_extra or ())
-    if isinstance(body, ImageGenerationRequest) and body.partial_images and not body.stream:
-        names.append("partial_images")
-    if not has_guidance:
-        names += guidance.asked_by(body.negative_prompt, body)
-    listed = [_printable(name) for name in names[:_MAX_LISTED_FIELDS]]
-    if (num_left_out := len(names) - len(listed)) > 0:
-        listed.append(f"+{num_left_out} more")
-    return tuple(listed)
-
-
-def ignored_fields_header(names: Sequence[str]) -> dict[str, str]:
-    """`x-omni-ignored-fields` with the result of `ignored_fields`; {} for none."""
-    return {IGNORED_FIELDS_HEADER: ",".join(names)} if names else {}
-
-
-def _printable(name: str) -> str:
-    """A client's field name as it may stand in a header."""
-    return "".join(c if c.isascii() and (c.isalnum() or c in "_.-") else "?" for c in name[:_MAX_NAME])

@@ -1,4 +1,4 @@
-"""The client may leave while its answer is being made."""
+"""Cancellation of work for a client that disconnects."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ T = TypeVar("T")
 
 
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`; when the client leaves first, `work` is cancelled and RequestAbortedError raised.
+    """The result of `work`. If the client disconnects first, cancel `work` and raise RequestAbortedError.
 
-    The request's body must have been read.
+    The body of the request must have been read.
     """
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(request))
     try:

@@ -1,4 +1,4 @@
-"""Prompts that wait to be read are bounded as the queue is: a crowd of long ones is refused, not queued without end."""
+"""The number of prompts that wait for their check is limited like the queue; further ones are refused."""
 
 from __future__ import annotations
 
@@ -13,21 +13,27 @@ from testbed.fakes import make_config
 from testbed.live_server import MODEL_NAME, live_server
 from testbed.patience import GUARD_SECONDS
 from vllm_omni.diffusion.control.events import NullObserver
-from vllm_omni.entrypoints.openai.requests.prompt_checks import Resolver
+from vllm_omni.diffusion.control.request_builder import CheckedPrompt
+from vllm_omni.entrypoints.openai.requests.prompt_checker import PromptChecker
 from vllm_omni.errors import QueueFullError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 
 
 class SlowOmni:
-    """Reads prompts when it is told to."""
+    """Resolves prompts once `go` is set."""
 
     def __init__(self, max_num_queued_reqs: int) -> None:
         self.config = make_config(max_num_queued_reqs=max_num_queued_reqs)
         self.go = threading.Event()
 
-    def resolve(self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams) -> str:
+    def make_checked_job(self, checked: CheckedPrompt) -> str:
         self.go.wait(GUARD_SECONDS)
-        return prompt.prompt
+        return checked.prompt.prompt
+
+
+def checked(text: str) -> CheckedPrompt:
+    params = OmniDiffusionSamplingParams()
+    return CheckedPrompt(OmniPrompt(text), params, params, {})
 
 
 class Capturer(NullObserver):
@@ -41,24 +47,23 @@ class Capturer(NullObserver):
 async def test_those_beyond_the_bound_are_told_to_come_back() -> None:
     omni: Any = SlowOmni(max_num_queued_reqs=2)
     observer = Capturer()
-    resolver = Resolver(omni, observer)
-    params = OmniDiffusionSamplingParams()
-    resolver._seconds = 3e6
-    waiting = [asyncio.create_task(resolver.resolve(OmniPrompt(text), params)) for text in "ab"]
+    checker = PromptChecker(omni, observer)
+    checker._seconds = 3e6
+    waiting = [asyncio.create_task(checker.resolve(checked(text))) for text in "ab"]
     await asyncio.sleep(0)
     with pytest.raises(QueueFullError, match="2 requests wait") as caught:
-        await resolver.resolve(OmniPrompt("c"), params)
+        await checker.resolve(checked("c"))
     assert caught.value.retry_after == 6e6, "until those that wait are read"
     assert observer.rejects == ["queue_full"]
     omni.go.set()
     assert await asyncio.gather(*waiting) == ["a", "b"]
-    assert await resolver.resolve(OmniPrompt("d"), params) == "d"  # there is room again
-    assert 0 < resolver._seconds < 3e6, "measured"
-    resolver.close()
+    assert await checker.resolve(checked("d")) == "d"  # there is room again
+    assert 0 < checker._seconds < 3e6, "measured"
+    checker.close()
 
 
 async def test_a_burst_that_the_queue_takes_is_taken() -> None:
-    """As many clients at once as the queue has places."""
+    """A burst as large as the queue is accepted."""
     with live_server(max_num_queued_reqs=100) as running:
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=running.url, limits=limits) as client:

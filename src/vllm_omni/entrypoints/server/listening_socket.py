@@ -1,4 +1,4 @@
-"""The socket that the server listens on."""
+"""The TCP or Unix socket on which the server listens."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from vllm_omni.errors import ConfigError
 BACKLOG = 2048
 
 
-class Listener:
-    """A bound TCP or Unix socket; the context closes it and removes a Unix socket's file.
+class ListeningSocket:
+    """A listening TCP or Unix socket; leaving the context closes it and removes the file of a Unix socket.
 
-    Raises ConfigError when the address cannot be used.
+    Raises ConfigError if the address cannot be used.
     """
 
     def __init__(self, http: HttpOptions) -> None:
         self._uds = http.uds
         self.socket = _bind_unix(http.uds) if http.uds else _bind_tcp(http.host, http.port)
-        # From here on a client waits to be accepted instead of being refused, so the address may be told.
+        # From here on a client waits to be accepted instead of being refused, so the address may be logged.
         self.socket.listen(BACKLOG)
         scheme = "https" if http.ssl_certfile else "http"
         self.address = f"unix:{http.uds}" if http.uds else _url(scheme, *self.socket.getsockname()[:2])
@@ -35,7 +35,7 @@ class Listener:
         self.close()
 
     def close(self) -> None:
-        """May be called twice."""
+        """Close the socket. A second call does nothing."""
         self.socket.close()
         if self._uds and os.path.exists(self._uds):
             os.unlink(self._uds)
@@ -73,7 +73,7 @@ def _bind_unix(path: str) -> socket.socket:
 
 
 def _is_stale(path: str) -> bool:
-    """Whether `path` is a socket that nobody listens on: left by a server that was killed."""
+    """Whether `path` is a socket that no process listens on: a killed server left it behind."""
     if not os.path.exists(path) or not stat.S_ISSOCK(os.stat(path).st_mode):
         return False
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:

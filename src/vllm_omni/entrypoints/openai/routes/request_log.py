@@ -1,4 +1,4 @@
-"""`--enable-log-requests`: one log line for each request that arrives, without its prompt."""
+"""`--enable-log-requests`: one log line for each HTTP request, without its prompt."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from vllm_omni.diffusion.messages.request import DiffusionRequest
 logger = logging.getLogger(__name__)
 
 
-def log_arrival(requests: Sequence[DiffusionRequest]) -> None:
-    """Log what a client asked for: its `n` pictures as requests to the engine, equal but for their seeds."""
+def log_request(requests: Sequence[DiffusionRequest]) -> None:
+    """Log one HTTP request. `requests`: the engine's requests for its `n` pictures, which differ in their seeds."""
     first = requests[0]
     adapter = "none" if first.lora is None else f"{first.lora.name} x {first.lora.scale:g}"
     logger.info(

@@ -1,4 +1,4 @@
-"""The envelope around encoded pictures."""
+"""JSON around encoded pictures, and its timings."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import json
 
 import pytest
 
+from vllm_omni.entrypoints.openai.responses.answers import ResponseOptions, encode_all, json_with_list
 from vllm_omni.entrypoints.openai.responses.encoding import ImageFormat
-from vllm_omni.entrypoints.openai.responses.images import AnswerStyle, json_around
 from vllm_omni.entrypoints.openai.schema.images import ImageGenerationRequest
-from vllm_omni.outputs import OmniRequestOutput
 
 
 @pytest.mark.parametrize(
@@ -19,7 +18,7 @@ from vllm_omni.outputs import OmniRequestOutput
 )
 def test_the_reported_quality_is_one_that_openai_knows(asked: str, reported: str) -> None:
     body = ImageGenerationRequest(prompt="x", quality=asked)
-    assert AnswerStyle.of(body, ImageFormat("png", 100), ()).quality == reported
+    assert ResponseOptions.of(body, ImageFormat("png", 100), ()).quality == reported
 
 
 async def test_the_total_time_includes_the_encoding() -> None:
@@ -27,8 +26,8 @@ async def test_the_total_time_includes_the_encoding() -> None:
         await asyncio.sleep(0.01)
         return data
 
-    output = OmniRequestOutput(request_id="r", prompt="x", images=[], timings={"queue": 1.0, "total": 5.0})
-    response = await json_around([item(b"1"), item(b"2")], "data", output, lambda timings: {"timings": timings})
+    items, measured = await encode_all([item(b"1"), item(b"2")], {"queue": 1.0, "total": 5.0})
+    response = json_with_list({"timings": measured}, "data", items)
     body = b"".join([piece async for piece in response.body_iterator])  # type: ignore[misc]
     assert int(response.headers["content-length"]) == len(body)
     answer = json.loads(body)

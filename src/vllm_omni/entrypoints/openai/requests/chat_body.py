@@ -1,0 +1,101 @@
+"""Bodies of `POST /v1/chat/completions`: the last user message is the prompt and brings the pictures to edit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request
+
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
+from vllm_omni.diffusion.control.request_builder import MAX_PROMPT_CHARACTERS
+from vllm_omni.entrypoints.openai.quotes import quote
+from vllm_omni.entrypoints.openai.requests.input_pictures import PictureReader
+from vllm_omni.entrypoints.openai.requests.json_body import JsonReader, validated
+from vllm_omni.entrypoints.openai.requests.text_tasks import is_text_task
+from vllm_omni.entrypoints.openai.requests.upload_budget import UploadReservation
+from vllm_omni.entrypoints.openai.schema.chat import ChatCompletionRequest, with_extra_body
+from vllm_omni.errors import InvalidRequestError
+
+
+@dataclass(frozen=True)
+class UserMessage:
+    """Text and picture URLs of a user message."""
+
+    text: str
+    urls: tuple[str, ...]
+
+    def check_images(self, info: ModelInfo) -> None:
+        """Raise InvalidRequestError for pictures that the model does not take, or for none where it needs some."""
+        if self.urls and info.image_input is None:
+            raise _invalid(
+                "this model makes pictures from text and takes none: leave image_url parts out of the last user message"
+            )
+        if not self.urls and info.image_input is not None and info.image_input.min_images:
+            raise _invalid("this model edits pictures and got none: the last user message needs an image_url part")
+
+
+@dataclass(frozen=True)
+class ChatReader:
+    """Reads chat requests."""
+
+    json: JsonReader
+    pictures: PictureReader
+    finds_text_tasks: bool
+    """Whether text tasks of front ends are told apart from prompts: see `is_text_task`."""
+
+    async def read(self, request: Request, reservation: UploadReservation) -> tuple[ChatCompletionRequest, str | None]:
+        """The body and its prompt, or None for a text task. The pictures of the prompt go into `reservation`.
+
+        Raises as `EditReader.read`.
+        """
+        body, message = await self.json.read(request, reservation, self._convert)
+        if message is None:
+            return body, None
+        message.check_images(self.pictures.info)
+        await self.pictures.read_urls(request, message.urls, reservation)
+        return body, message.text
+
+    def _convert(self, value: Any) -> tuple[ChatCompletionRequest, UserMessage | None]:
+        body = validated(lambda: ChatCompletionRequest.model_validate(with_extra_body(value)))
+        is_task = self.finds_text_tasks and is_text_task(body.messages)
+        return body, None if is_task else last_user_message(body.messages)
+
+
+def last_user_message(messages: Sequence[Mapping[str, Any]]) -> UserMessage:
+    """The last message of the role `user`; its text parts are lines of the prompt.
+
+    System messages and earlier messages are not read, and their pictures are not edited. Raises InvalidRequestError.
+    """
+    message = next((message for message in reversed(messages) if message.get("role") == "user"), None)
+    if message is None:
+        raise _invalid("one must have the role user; its text is the prompt")
+    content = message.get("content")
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, list):
+        raise _invalid(f"the content of a user message is text or a list of parts, got {quote(content)}")
+    texts: list[str] = []
+    urls: list[str] = []
+    for part in content:
+        match part:
+            case {"type": "text", "text": str(text)}:
+                texts.append(text)
+            case {"type": "image_url", "image_url": {"url": str(url)}}:
+                urls.append(url)
+            case _:
+                raise _invalid(
+                    'parts of a user message are {"type": "text", "text": ...} and '
+                    f'{{"type": "image_url", "image_url": {{"url": ...}}}}, got {quote(part)}'
+                )
+    prompt = "\n".join(texts)
+    if not prompt.strip():
+        raise _invalid("the last user message has no text; its text is the prompt")
+    if len(prompt) > MAX_PROMPT_CHARACTERS:
+        raise _invalid(f"the prompt has {len(prompt)} characters, at most {MAX_PROMPT_CHARACTERS} are accepted")
+    return UserMessage(prompt, tuple(urls))
+
+
+def _invalid(message: str) -> InvalidRequestError:
+    return InvalidRequestError(f"messages: {message}", param="messages")

@@ -1,0 +1,120 @@
+"""Parts that all answers share: options, usage, timings, and JSON around encoded pictures."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from starlette.responses import Response, StreamingResponse
+
+from vllm_omni.entrypoints.openai.responses.encoding import ImageFormat
+from vllm_omni.entrypoints.openai.schema.images import (
+    ImageEditRequest,
+    ImageOptions,
+    ReportedQuality,
+    TokenDetails,
+    Usage,
+)
+from vllm_omni.jobs import OutputStream
+from vllm_omni.outputs import OmniRequestOutput
+
+# Models here have one quality. OpenAI's response type has no `auto`, `standard` and `hd`, so their meaning is reported.
+_REPORTED_QUALITY: dict[str, ReportedQuality] = {"auto": "high", "hd": "high", "standard": "medium"}
+
+
+class Answer(Protocol):
+    """Form in which one route answers a request."""
+
+    def events(self, outputs: OutputStream) -> AsyncGenerator[bytes, None]:
+        """Server-sent events of a stream, framed."""
+
+    async def response(self, output: OmniRequestOutput) -> Response:
+        """Response in one piece, made of the last output."""
+
+
+@dataclass(frozen=True)
+class ResponseOptions:
+    """Options of a request that shape its answer and not its pixels."""
+
+    image_format: ImageFormat
+    quality: str
+    safety_identifier: str | None
+    event: str
+    """First part of the names of a stream's events."""
+    ignored_fields: tuple[str, ...]
+    """Names of the request's fields that had no effect."""
+
+    @classmethod
+    def of(cls, body: ImageOptions, image_format: ImageFormat, ignored_fields: tuple[str, ...]) -> ResponseOptions:
+        return cls(
+            image_format,
+            _REPORTED_QUALITY.get(body.quality, body.quality),
+            body.safety_identifier,
+            "image_edit" if isinstance(body, ImageEditRequest) else "image_generation",
+            ignored_fields,
+        )
+
+    def picture_fields(self, pixels: np.ndarray) -> dict[str, Any]:
+        """Fields of responses and events that describe a picture [height, width, 3]."""
+        return {
+            "background": "opaque",
+            "output_format": self.image_format.name,
+            "quality": self.quality,
+            "size": f"{pixels.shape[1]}x{pixels.shape[0]}",
+        }
+
+    def identifier_fields(self) -> dict[str, Any]:
+        """`safety_identifier` if the request has one."""
+        return {"safety_identifier": self.safety_identifier} if self.safety_identifier else {}
+
+
+def is_finished_picture(output: OmniRequestOutput) -> bool:
+    """Whether an output of a stream brings a finished picture and not a preview."""
+    return bool(output.images) and output.step == output.num_inference_steps
+
+
+def usage(output: OmniRequestOutput, *, has_input: bool = True) -> Usage:
+    """Tokens of the prompt and of its input pictures, counted once, and latent patches of the finished pictures.
+
+    has_input: False if an earlier event of the stream has counted the input.
+    """
+    num_text, num_images = (output.num_prompt_tokens, output.num_input_image_tokens) if has_input else (0, 0)
+    return Usage(
+        input_tokens=num_text + num_images,
+        output_tokens=output.num_output_tokens,
+        total_tokens=num_text + num_images + output.num_output_tokens,
+        input_tokens_details=TokenDetails(text_tokens=num_text, image_tokens=num_images),
+        output_tokens_details=TokenDetails(text_tokens=0, image_tokens=output.num_output_tokens),
+    )
+
+
+async def encode_all(
+    pictures: Iterable[Awaitable[bytes]], timings: Mapping[str, float]
+) -> tuple[list[bytes], dict[str, float]]:
+    """The encoded `pictures`, and `timings` with the seconds of the encoding: as `media_encode`, and in `total`."""
+    start = time.monotonic()
+    encoded = await asyncio.gather(*pictures)
+    seconds = time.monotonic() - start
+    return encoded, {**timings, "media_encode": seconds, "total": timings.get("total", 0.0) + seconds}
+
+
+def json_with_list(fields: Mapping[str, Any], name: str, items: Iterable[bytes]) -> StreamingResponse:
+    """A JSON response: `fields`, and `items`, which are JSON already, in the list `name`.
+
+    It is sent in pieces: pictures can be many megabytes, and nothing copies or scans them on the event loop.
+    """
+    first, *others = items
+    head = json.dumps(fields, separators=(",", ":")).encode()
+    pieces = [head[:-1], b',"%s":[' % name.encode(), first, *(b"," + item for item in others), b"]}"]
+    headers = {"content-length": str(sum(map(len, pieces)))}
+    return StreamingResponse(_each(pieces), media_type="application/json", headers=headers)
+
+
+async def _each(pieces: list[bytes]) -> AsyncIterator[bytes]:
+    for piece in pieces:
+        yield piece
