@@ -49,7 +49,8 @@ LAYOUTS: list[dict[str, int]] = [
 
 
 def sdpa_of_cpu(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
+    count: int = sdpa_flop_count(query, key, value)
+    return count
 
 
 def measure(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import random
 import signal
 from collections import Counter
@@ -66,7 +67,9 @@ def test_a_wrong_answer_breaks_a_promise(changes: dict[str, Any], promise: str) 
         ({"invalid": 3}, ["metrics: refused as invalid"]),
     ],
 )
-def test_metrics_that_differ_from_the_clients_count_break_a_promise(changes: dict, promises: list[str]) -> None:
+def test_metrics_that_differ_from_the_clients_count_break_a_promise(
+    changes: dict[str, int], promises: list[str]
+) -> None:
     assert broken(replace(EVIDENCE, after=replace(COUNTS, **changes))) == promises
 
 
@@ -125,7 +128,7 @@ async def test_a_fault_waits_for_a_worker_that_lives(monkeypatch: pytest.MonkeyP
             raise ProcessLookupError
         signals.append((pid, number))
 
-    monkeypatch.setattr(soak.os, "kill", kill)
+    monkeypatch.setattr(os, "kill", kill)
     server = SimpleNamespace(workers=lambda: [SimpleNamespace(pid=pid) for pid in looks.pop(0)])
     await soak.signal_a_worker(server, signal.SIGSTOP, random.Random(0))  # type: ignore[arg-type]
     assert (signals, looks) == ([(3, signal.SIGSTOP)], [])

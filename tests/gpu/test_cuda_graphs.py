@@ -42,7 +42,7 @@ def test_cuda_graphs_steps_draw_the_same(
             num_replays[0] += 1
             super().replay()
 
-    monkeypatch.setattr(device.torch.cuda, "CUDAGraph", Counting)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Counting)
     dtype = "bfloat16" if quantization else "float32"
 
     def draw(**settings: bool) -> Drive:
@@ -93,7 +93,7 @@ def test_garbage_is_not_collected_during_a_capture() -> None:
 
     def run() -> torch.Tensor:
         output = torch.ones(8, device="cuda")
-        kept = [[] for _ in range(10_000)]  # more objects than start a collection
+        kept: list[list[None]] = [[] for _ in range(10_000)]  # more objects than start a collection
         assert kept
         return output + 1
 
