@@ -330,10 +330,10 @@ def test_a_hub_model_in_another_layout_is_told(serve: Serve, model_folder: Path)
 
 def test_settings_of_the_engine_reach_the_hub(serve: Serve, tmp_path: Path) -> None:
     serve(TOKEN, DEMO_MODEL_PATH)
-    settings = {"revision": "v1", "download_dir": str(tmp_path / "mine"), "hf_token": TOKEN, "load_format": "dummy"}
-    path = AsyncOmni(model=REPOSITORY, **settings).info.path
+    mine = tmp_path / "mine"
+    path = AsyncOmni(REPOSITORY, revision="v1", download_dir=mine, hf_token=TOKEN, load_format="dummy").info.path
     assert path.name == COMMITS["v1"]
-    assert path.is_relative_to(tmp_path / "mine")
+    assert path.is_relative_to(mine)
 
 
 @pytest.mark.parametrize("shown", [True, False])

@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -217,7 +218,7 @@ async def test_ready_is_said_for_all() -> None:
     readies = [
         make_ready(load_bytes=n, load_seconds=n, attention_backend=name) for n, name in ((1, "sdpa"), (2, "cudnn"))
     ]
-    executors = [FakeExecutor(lambda ready=ready: FakeRunner(ready=ready)) for ready in readies]
+    executors = [FakeExecutor(partial(FakeRunner, ready=ready)) for ready in readies]
     replicas = make_replicas(executors)
     assert replicas.status().state == "starting"
     with pytest.raises(UnavailableError):

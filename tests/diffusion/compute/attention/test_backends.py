@@ -154,7 +154,7 @@ def test_no_value_is_read_on_the_way_to_the_kernels() -> None:
     q, k, v = random(torch.float32, 3, sum(lengths), 3, 64).unbind()
     offsets = offsets_of(lengths, [*lengths[:-1], 8])
     backend = create_attention("sdpa")
-    with NoReads():
+    with NoReads():  # type: ignore[no-untyped-call]
         backend.attend(q, k, v, *offsets)
         backend.attend_with_lse(q, k, v, *offsets)
 

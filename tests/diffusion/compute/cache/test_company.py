@@ -145,7 +145,7 @@ def watch_memory(runner: ModelRunner) -> list[int]:
         assert held[-1] == cache.budget.num_bytes
         return output
 
-    cache.run = watched  # type: ignore[method-assign]
+    cache.run = watched  # type: ignore[assignment,method-assign]
     return held
 
 

@@ -36,7 +36,7 @@ class SilentCapturer(Capturer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.sent = Counter()
+        self.sent: Counter[str] = Counter()
         self.late_error: Exception | None = None
         """Raised behind the exchanges, which the other ranks' recorders do meanwhile."""
 
@@ -62,7 +62,7 @@ def draw(
     error: Exception | None,
 ) -> tuple[dict[str, np.ndarray], dict[str, int], int, bool]:
     """Pictures, bytes sent, replays, whether the capturer has failed. error: of rank 0's capturer after the start."""
-    Device.capturer = lambda self: capturer  # type: ignore[assignment,method-assign]  # in a process of its own
+    Device.capturer = lambda self: capturer  # type: ignore[assignment,method-assign,return-value]  # in a process of its own
     runner = started(place, parallel, path)
     runner._ranks.take_sent_bytes()
     if capturer is not None:
@@ -136,7 +136,7 @@ def draw_with_a_failed_decode(
     place: RankInfo, parallel: DiffusionParallelConfig, path: Path, capturer: SilentCapturer
 ) -> tuple[list[str], list[str], int]:
     """Errors, pictures, how often captured graphs were dropped: "late" beside "early", whose decode fails on rank 0."""
-    Device.capturer = lambda self: capturer  # type: ignore[assignment,method-assign]  # in a process of its own
+    Device.capturer = lambda self: capturer  # type: ignore[assignment,method-assign,return-value]  # in a process of its own
     runner = started(place, parallel, path)
     assert runner._ranks._world is not None
     capturer.sent = runner._ranks._world.sent

@@ -65,6 +65,7 @@ def run_places(function: Callable[..., Any], parallel: DiffusionParallelConfig, 
 
 def _run(function: Callable[..., Any], place: RankInfo, results: Any, args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    outcome: tuple[int, Any, str | None]
     try:
         outcome = (place.rank, function(place, *args), None)
     except BaseException:

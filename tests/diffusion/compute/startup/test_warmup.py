@@ -139,7 +139,7 @@ def test_threads_are_those_from_before_a_step_that_fails() -> None:
         def step(most: int = fails_at) -> float:
             if device.num_threads == most:
                 raise ValueError("a step fails")
-            return 1 / device.num_threads
+            return 1 / int(device.num_threads)
 
         with pytest.raises(ValueError, match="a step fails"):
             choose_num_threads(device, timer, step)

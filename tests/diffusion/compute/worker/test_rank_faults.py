@@ -52,7 +52,8 @@ def fail_at(runner: Any, stage: str, request_id: str, error: Exception) -> None:
                 calls[0] += 1
                 if request_id in ids and calls[0] % 2 == 0:
                     raise error
-                return attend(*qkv)
+                attended: torch.Tensor = attend(*qkv)
+                return attended
 
             return failing
 
@@ -89,6 +90,7 @@ def draw(
 
 @pytest.fixture(scope="module")
 def alone(tiny_model: Path) -> dict[str, np.ndarray]:
+    images: dict[str, np.ndarray]
     ((images, _, _),) = run_places(
         draw, DiffusionParallelConfig(), DiffusionParallelConfig(), tiny_model, None, RuntimeError()
     )

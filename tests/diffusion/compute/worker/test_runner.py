@@ -199,7 +199,12 @@ def test_a_prompt_seen_before_is_not_encoded_again(runner: ModelRunner, monkeypa
     encoded: list[str] = []
     prompts = runner.pipeline._prompts  # type: ignore[attr-defined]
     original = prompts._encode
-    monkeypatch.setattr(prompts, "_encode", lambda prompt: encoded.append(prompt.prompt) or original(prompt))
+
+    def encode(prompt: Any) -> Any:
+        encoded.append(prompt.prompt)
+        return original(prompt)
+
+    monkeypatch.setattr(prompts, "_encode", encode)
     for seed in range(3):
         Drive(runner).run({0: [make_request("x", "a new prompt", negative_prompt="another new one", seed=seed)]})
     assert sorted(encoded) == ["a new prompt", "another new one"]

@@ -39,8 +39,13 @@ class LateStart(FakeRunner):
 
 def make_mp(index: int = 0, **degrees: int) -> MultiprocExecutor:
     config = make_config(parallel=DiffusionParallelConfig(**degrees))
-    limits = {"silence_seconds": GUARD_SECONDS, "start_silence_seconds": GUARD_SECONDS}
-    return MultiprocExecutor(config, name_of(EndlessStart), replica_index=index, **limits)
+    return MultiprocExecutor(
+        config,
+        name_of(EndlessStart),
+        replica_index=index,
+        silence_seconds=GUARD_SECONDS,
+        start_silence_seconds=GUARD_SECONDS,
+    )
 
 
 async def stop(stopped: Any, how: str) -> None:

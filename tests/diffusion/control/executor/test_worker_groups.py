@@ -19,8 +19,9 @@ from tests.diffusion.control.executor.workers import (
     Endless,
     EndlessStart,
     Gated,
-    HoldsTheLock,
     closing,
+    hang,
+    hang_with_the_lock,
     is_alive,
     name_of,
 )
@@ -69,7 +70,7 @@ class DiesInStep(FakeRunner):
         if plan.denoise:
             if self.place.rank == 1:
                 raise OSError("rank 1 has lost its device")
-            Endless.execute(self, plan)
+            hang()
         return super().execute(plan)
 
 
@@ -79,20 +80,20 @@ class ClosesChannel(FakeRunner):
     def execute(self, plan: StepPlan) -> StepResult:
         if self.place.rank == 1:
             os.closerange(3, 1000)
-        return Endless.execute(self, plan)
+        hang()
 
 
 class WrongOnOneRank(FakeRunner):
     def start(self, first: WorkerReady | None = None) -> WorkerReady:
         if self.place.rank != 2:
-            Endless.execute(self, StepPlan(0))
+            hang()
         raise ConfigError("--dtype float16: not on this device")
 
 
 class DiesAtStart(FakeRunner):
     def start(self, first: WorkerReady | None = None) -> WorkerReady:
         if self.place.rank != 2:
-            Endless.execute(self, StepPlan(0))
+            hang()
         raise FileNotFoundError("rank 2 has no weights")
 
 
@@ -104,8 +105,7 @@ class LongStart(FakeRunner):
 
 class HoldsTheLockAtStart(FakeRunner):
     def start(self, first: WorkerReady | None = None) -> WorkerReady:
-        HoldsTheLock.execute(self, StepPlan(0))
-        raise AssertionError
+        hang_with_the_lock()
 
 
 class HangsOnce(FakeRunner):
@@ -115,7 +115,7 @@ class HangsOnce(FakeRunner):
         marker = Path(self.config.model)
         if plan.denoise and self.place.rank == self.place.replica_size - 1 and not marker.exists():
             marker.touch()
-            Endless.execute(self, plan)
+            hang()
         return super().execute(plan)
 
 
@@ -400,7 +400,7 @@ async def test_two_replicas_of_two_share_the_work_and_one_dies() -> None:
 
 
 async def assert_all_done(events: asyncio.Queue[EngineEvent], requests: list[DiffusionRequest]) -> None:
-    pictures = {}
+    pictures: dict[str, np.ndarray] = {}
     while len(pictures) < len(requests):
         event = await events.get()
         assert not isinstance(event, Failed), event

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 
-from tests.diffusion.control.test_engine import Capturer, now_request, until
+from tests.diffusion.control.test_engine import NotedEvents, now_request, until
 from tests.diffusion.control.test_replicas import running
 from tests.fakes import FakeExecutor, FakeRunner, fake_image, make_config, make_ready, make_request
 from tests.operations import counting_operations
@@ -109,6 +109,7 @@ def test_a_step_of_which_most_of_the_queue_may_be_no_part() -> None:
                 plan = scheduler.schedule()
                 assert plan is not None
                 scheduler.update(runner.execute(plan), 0.01)
+        assert plan is not None
         assert plan.denoise == ["first", "last"]
     growth.check()
 
@@ -116,7 +117,7 @@ def test_a_step_of_which_most_of_the_queue_may_be_no_part() -> None:
 async def test_calls_of_replicas_and_a_step_of_their_engines() -> None:
     growth = Growth()
     for length in (FEW, MANY):
-        executors, observer = [FakeExecutor(hold=True), FakeExecutor(hold=True)], Capturer()
+        executors, observer = [FakeExecutor(hold=True), FakeExecutor(hold=True)], NotedEvents()
         settings = {"max_num_queued_reqs": length, "max_queue_seconds": math.inf}
         async with running(executors, observer, **settings) as replicas:
             first, second = replicas._engines

@@ -137,7 +137,12 @@ def test_a_plan_makes_one_step(runner_of: RunnerOf, monkeypatch: pytest.MonkeyPa
         hook = module.register_forward_pre_hook(lambda *_, name=name: work.append(name))
         monkeypatch.setattr(module, "_hook", hook, raising=False)
     decode = pipeline.pipeline.vae.decode
-    monkeypatch.setattr(pipeline.pipeline.vae, "decode", lambda *a, **k: work.append("decode") or decode(*a, **k))
+
+    def noted_decode(*args: Any, **keywords: Any) -> Any:
+        work.append("decode")
+        return decode(*args, **keywords)
+
+    monkeypatch.setattr(pipeline.pipeline.vae, "decode", noted_decode)
     seen = []
     for plan in (
         StepPlan(0, new_requests=[request_of("a", guidance_scale=1.0, num_inference_steps=2)], encode=["a"]),

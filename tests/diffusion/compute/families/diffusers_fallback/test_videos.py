@@ -23,7 +23,7 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 WAN, LTX = "WanPipeline", "LTXImageToVideoPipeline"
 PROMPT = "a red apple"
 READY = WorkerReady(1.0, 1, "cpu", "float32", 4096, 1e-6, 0.0, 0.5, 2.0)
-LIMITS = {"max_sequence_length": 64, "num_inference_steps": 3}
+LIMITS: dict[str, Any] = {"max_sequence_length": 64, "num_inference_steps": 3}
 
 
 def filmed(pipeline: Any, seed: int, **arguments: Any) -> np.ndarray:

@@ -55,6 +55,7 @@ def test_layer_norm_and_modulation(fused: Any, dtype: torch.dtype, num_tokens: i
     shift, scale = table[:, 1], table[:, 4]  # as views with a stride, which is how a model keeps them
     rows = rows_of(num_tokens, num_rows)
     exact = TorchKernels().norm_modulate(x.double(), shift.double(), scale.double(), rows, EPS)
+    assert isinstance(exact, Tensor)
     assert_near(fused.norm_modulate(x, shift, scale, rows, EPS), exact, dtype)
 
 
@@ -93,7 +94,7 @@ def test_results_rounded_for_the_product_behind(fused: Any, dtype: torch.dtype, 
     x, bias = random(9, 80, dtype=dtype), random(80, dtype=dtype, seed=1)
     table, rows = random(num_rows, 6, 80, dtype=dtype, seed=2), rows_of(9, num_rows)
     shift, scale = table[:, 1], table[:, 4]
-    plain = TorchKernels()
+    plain: Any = TorchKernels()
     exact = plain.norm_modulate(x.double(), shift.double(), scale.double(), rows, EPS)
     assert isinstance(exact, Tensor)
     for kernels in (fused, plain):
