@@ -17,8 +17,8 @@ from pathlib import Path
 import httpx
 import psutil
 
-from tests.entrypoints.cli.server_process import VLLM, num_running, start_generation, wait_for
-from tests.patience import GUARD_SECONDS
+from tests.entrypoints.cli.server_process import VLLM, num_running, start_generation
+from tests.patience import GUARD_SECONDS, wait_for
 
 ROOT = Path(__file__).parents[3]
 SMALLEST_PIPE = 4096

@@ -31,9 +31,8 @@ from tests.entrypoints.cli.server_process import (
     server_process,
     start_generation,
     stop,
-    wait_for,
 )
-from tests.patience import GUARD_SECONDS
+from tests.patience import GUARD_SECONDS, wait_for
 
 KEY = "correct horse"
 PATIENCE = f"{GUARD_SECONDS:g}"

@@ -21,7 +21,14 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from tests.diffusion.compute.worker.driving import psnr
-from tests.entrypoints.openai.live_server import FAKE_EDIT_INFO, FAKE_INFO, MODEL_NAME, LiveServer, live_server
+from tests.entrypoints.openai.live_server import (
+    FAKE_EDIT_INFO,
+    FAKE_INFO,
+    MODEL_NAME,
+    FakeImageInput,
+    LiveServer,
+    live_server,
+)
 from tests.entrypoints.openai.routes.test_image_edits import EDITS, data_url, file_of, pixels
 from tests.entrypoints.openai.routes.test_probes_and_metrics import read_metrics
 from tests.tiny_diffusers import build_tiny_diffusers, set_safety_checker
@@ -40,7 +47,7 @@ VIDEO_INFO = replace(
     whole=WholePipeline("WanPipeline", ("num_inference_steps", "num_frames"), "callback_on_step_end", 1),
     default_sampling_params={"height": 64, "width": 64, "num_inference_steps": 4, "num_frames": 5},
 )
-EITHER_INFO = replace(FAKE_EDIT_INFO, image_input=replace(FAKE_EDIT_INFO.image_input, min_images=0))
+EITHER_INFO = replace(FAKE_EDIT_INFO, image_input=FakeImageInput(min_images=0))
 
 
 @pytest.fixture(scope="module")

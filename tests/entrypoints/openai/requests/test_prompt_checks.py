@@ -30,7 +30,7 @@ class SlowOmni:
         return prompt.prompt
 
 
-class Capturer(NullObserver):
+class NotedRejects(NullObserver):
     def __init__(self) -> None:
         self.rejects: list[str] = []
 
@@ -40,8 +40,8 @@ class Capturer(NullObserver):
 
 async def test_those_beyond_the_bound_are_told_to_come_back() -> None:
     omni: Any = SlowOmni(max_num_queued_reqs=2)
-    observer = Capturer()
-    resolver = Resolver(omni, observer)
+    observer = NotedRejects()
+    resolver: Any = Resolver(omni, observer)  # whose jobs are the prompts here
     params = OmniDiffusionSamplingParams()
     resolver._seconds = 3e6
     waiting = [asyncio.create_task(resolver.resolve(OmniPrompt(text), params)) for text in "ab"]

@@ -124,7 +124,7 @@ def test_bad_fields_of_a_form(http: httpx.Client, fields: dict[str, Any], param:
 
 def test_an_edit_needs_a_picture(http: httpx.Client) -> None:
     for request in ({"files": {"prompt": (None, "x")}}, {"json": {"prompt": "x"}}):
-        response = http.post(EDITS, **request)  # type: ignore[arg-type]  # one of the two
+        response = http.post(EDITS, **request)
         assert (response.status_code, error_of(response)["param"]) == (400, "image")
         message = error_of(response)["message"]
         assert '"images": [{"image_url": "data:image/png;base64,..."}] in JSON' in message

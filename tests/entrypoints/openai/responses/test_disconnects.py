@@ -7,11 +7,11 @@ import base64
 import json
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from http.client import HTTPConnection
-from typing import cast
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -84,7 +84,7 @@ UPLOADS = {
 def test_client_leaves_while_its_picture_is_decoded(name: str) -> None:
     """The process that decodes it is killed, and another client's picture is next."""
     path, kind, body, num_missing = UPLOADS[name]
-    files = {"image": LARGE, "prompt": (None, "x")}
+    files: dict[str, Any] = {"image": LARGE, "prompt": (None, "x")}
     server = live_server(info=FAKE_EDIT_INFO, settings={"num_encoding_threads": 1})
     with server as running, ThreadPoolExecutor(1) as pool:
         assert httpx.post(running.url + EDITS, files=files).status_code == 200
@@ -136,7 +136,7 @@ async def test_stream_client_leaves_while_the_first_bytes_are_sent() -> None:
         async def aclose(self) -> None:
             self.closed = True
 
-    async def events() -> AsyncIterator[bytes]:
+    async def events() -> AsyncGenerator[bytes, None]:
         raise AssertionError("never asked for")
         yield b""
 

@@ -9,7 +9,7 @@ import pytest
 
 from vllm_omni.entrypoints.openai.responses.encoding import ImageFormat
 from vllm_omni.entrypoints.openai.responses.images import AnswerStyle, json_around
-from vllm_omni.entrypoints.openai.schema.images import ImageGenerationRequest
+from vllm_omni.entrypoints.openai.schema.images import ImageGenerationRequest, Quality
 from vllm_omni.outputs import OmniRequestOutput
 
 
@@ -17,7 +17,7 @@ from vllm_omni.outputs import OmniRequestOutput
     ("asked", "reported"),
     [("auto", "high"), ("hd", "high"), ("standard", "medium"), ("low", "low"), ("medium", "medium"), ("high", "high")],
 )
-def test_the_reported_quality_is_one_that_openai_knows(asked: str, reported: str) -> None:
+def test_the_reported_quality_is_one_that_openai_knows(asked: Quality, reported: str) -> None:
     body = ImageGenerationRequest(prompt="x", quality=asked)
     assert AnswerStyle.of(body, ImageFormat("png", 100), ()).quality == reported
 
