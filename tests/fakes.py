@@ -88,7 +88,7 @@ class FakeRunner:
 
     `errors(request_id, phase, step)` may return an ItemError; phases are encode, denoise and decode.
     `cached(request_id, step)` is the part of a step that a step cache made.
-    Of several ranks, each makes every step and delivers its share of the pictures.
+    With several ranks, each one makes every step and delivers its share of the pictures.
     `image(request, step)` makes a picture, or with a step its preview.
     """
 
@@ -240,7 +240,7 @@ class FakeExecutor:
             self._results.put_nowait(self.runner.execute(pending.popleft()))
 
     def die(self) -> None:
-        """As if the worker process had been killed now."""
+        """Behave as after a kill of the worker process."""
         self._dead = True
         self._results.put_nowait(WorkerDiedError("the fake worker was told to die"))
 

@@ -1,4 +1,4 @@
-"""What clients of every family see, on real (tiny) models: previews, cancels, replays."""
+"""Previews, cancels and replays as a client sees them, with a tiny real model of every family."""
 
 from __future__ import annotations
 

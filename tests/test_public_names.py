@@ -1,6 +1,6 @@
 """Scripts of the public vllm-omni package: import paths, keywords, parameters and outputs that mean the same run here.
 
-What means something else is refused in one line that says what to use.
+A name with another meaning is refused in one line that says which one to use.
 """
 
 from __future__ import annotations

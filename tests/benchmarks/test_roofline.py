@@ -1,4 +1,4 @@
-"""What the roofline counts is what the packed transformers run and say, rank by rank."""
+"""FLOPs and bytes that the roofline counts equal those of the packed transformers, rank by rank."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def serve(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def start(token: str | None = None, folder: Path = model_folder) -> FakeHub:
         hubs.append(fake_hub(folder, token))
         hub = hubs[-1].__enter__()
-        # As HF_ENDPOINT does it when the library is first imported.
+        # HF_ENDPOINT has the same effect when the library is first imported.
         template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

@@ -347,7 +347,7 @@ async def test_what_no_worker_can_be_sent_is_refused_alone() -> None:
 
 
 async def test_retry_after_while_draining_ends_with_the_drain() -> None:
-    """What is not done by then is given up, and a successor loads as long as this one did."""
+    """Work that is not done by then is given up, and the next server takes as long to load as this one took."""
     executor = FakeExecutor(lambda: FakeRunner(ready=make_ready(seconds_per_unit=1.0, load_seconds=7.0)), hold=True)
     async with running_engine(executor, max_queue_seconds=1e9) as engine:
         engine.add([now_request("a", 256, 40)])

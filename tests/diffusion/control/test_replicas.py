@@ -151,7 +151,7 @@ async def test_one_dies_and_its_requests_only_wait() -> None:
         await until(lambda: len(observer.outcomes) == 3 and not replicas.status().healthy)
         status = replicas.status()
         assert (status.state, status.num_running + status.num_waiting) == ("running", 3)
-        # What comes meanwhile goes to the one that works.
+        # Requests that arrive meanwhile go to the replica that works.
         other = await read_until_done(replicas.add([now_request("new")]))
         assert isinstance(other[-1], Finished)
         gate.set()

@@ -76,7 +76,7 @@ class ServerProcess:
         return self._output.wait_for(pattern)
 
     def address(self) -> str:
-        """As the server prints it, as soon as it listens."""
+        """Address that the server prints as soon as it listens."""
         return self.wait_for_line(r"Listening on (\S+)")[1]
 
     def wait_until_ready(self) -> None:

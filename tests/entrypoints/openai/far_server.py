@@ -16,7 +16,7 @@ from tests.patience import GUARD_SECONDS
 
 @dataclass
 class FarServer:
-    """What it serves under /files, and what it saw."""
+    """Files that the server serves under /files, and the requests that it saw."""
 
     port: int
     files: dict[str, bytes]

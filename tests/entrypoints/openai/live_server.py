@@ -59,7 +59,7 @@ MakeImage = Callable[[DiffusionRequest, int | None], np.ndarray]
 
 
 def expected_picture(seed: int, height: int = 64, width: int = 64, step: int | None = None) -> np.ndarray:
-    """What the fake device makes of a seed; with `step`, its preview after that step."""
+    """Picture that the fake device makes from a seed; with `step`, its preview after that step."""
     return fake_image(make_request(size=(height, width), seed=seed), step)
 
 
@@ -69,7 +69,7 @@ class FakeDevice(FakeExecutor):
     def __init__(self, image: MakeImage = fake_image) -> None:
         super().__init__(lambda: FakeRunner(errors=self._error, image=image))
         self.prompts: dict[str, str] = {}
-        """Of every request that reached the device, by its id."""
+        """Prompt of every request that reached the device, by request id."""
         self.images: dict[str, tuple[InputImage, ...]] = {}
 
     def _error(self, request_id: str, phase: str, step: int) -> ItemError | None:

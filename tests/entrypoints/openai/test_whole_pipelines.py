@@ -64,7 +64,7 @@ def server(model: Path) -> Iterator[LiveServer]:
 
 @pytest.fixture(scope="module")
 def expected(model: Path) -> np.ndarray:
-    """What diffusers makes of PHOTO with the seed 5 and the strength 0.75."""
+    """Picture that diffusers makes from PHOTO with seed 5 and strength 0.75."""
     pipeline = DiffusionPipeline.from_pretrained(model, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator("cpu").manual_seed(5)

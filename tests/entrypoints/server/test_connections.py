@@ -136,7 +136,7 @@ async def clients_at_once() -> None:
 
 
 async def assert_served_again(port: int) -> None:
-    """As soon as the server has seen that the others are gone."""
+    """Connect again until the server has noticed that the others are gone."""
     while True:
         client = await Client.connect(port)
         try:

@@ -92,7 +92,7 @@ def test_each_sequence_attends_to_itself_alone(
     backend = make(dtype, head_dim)
     lengths_q, lengths_k = PACKS[pack]
     q = random(dtype, sum(lengths_q), heads, head_dim)
-    # As after an exchange: keys and values lie side by side.
+    # Keys and values lie side by side, which is so after an exchange.
     k, v = random(dtype, sum(lengths_k), 2, heads, head_dim).unbind(1)
     offsets = offsets_of(lengths_q, lengths_k)
 

@@ -1,4 +1,4 @@
-"""What caches share: forecasts, relative changes, slots and their budget."""
+"""Parts that all step caches share: forecasts, relative changes, slots and their budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a device does not compute is told at start."""
+"""A device that cannot multiply float8 is refused at start."""
 
 from __future__ import annotations
 

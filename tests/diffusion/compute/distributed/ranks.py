@@ -35,7 +35,7 @@ def _in_world(place: RankInfo, function: Callable[..., Any], parallel: Diffusion
 
 
 def run_places(function: Callable[..., Any], parallel: DiffusionParallelConfig, *args: Any) -> list[Any]:
-    """As `run_ranks`, but `function(place, *args)` connects by itself."""
+    """Run `function(place, *args)` on every rank, like `run_ranks`, but the function connects by itself."""
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
     size = parallel.replica_size

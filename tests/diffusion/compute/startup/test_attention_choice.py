@@ -1,4 +1,4 @@
-"""Which attention backend is chosen: made-up backends, with the times that they say they take."""
+"""Choice of the attention backend, among made-up backends that report made-up times."""
 
 from __future__ import annotations
 

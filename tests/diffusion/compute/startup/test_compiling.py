@@ -1,4 +1,4 @@
-"""What the warm-up compiles is all that serving needs, with step caches, edits and ranks; a failure ends the start."""
+"""The warm-up compiles all variants that serving needs, with step caches, edits and ranks; a failure ends the start."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from vllm_omni.errors import ConfigError
 
 
 class Recording(TorchKernels):
-    """Which kinds of arguments the kernels saw: Triton compiles for each."""
+    """Kinds of arguments that the kernels saw: Triton compiles a kernel for each."""
 
     picks_rows = True
 

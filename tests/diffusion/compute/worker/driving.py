@@ -94,6 +94,6 @@ class Drive:
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Of two uint8 pictures, in decibels; infinite when equal."""
+    """Peak signal-to-noise ratio of two uint8 pictures, in decibels; infinite when they are equal."""
     mse = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
     return float("inf") if mse == 0 else float(10 * np.log10(255.0**2 / mse))

@@ -27,7 +27,7 @@ def started(place: RankInfo, parallel: DiffusionParallelConfig, path: Path, **se
 
 
 def merging(runner: ModelRunner) -> Callable[[StepResult], StepResult]:
-    """What the executor does with the results of all ranks, here on every rank."""
+    """Function that merges the results of all ranks, as the executor does, here on every rank."""
     group = runner._ranks.mesh.control
 
     def merge(result: StepResult) -> StepResult:

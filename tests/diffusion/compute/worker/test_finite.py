@@ -87,7 +87,7 @@ def test_latents_that_are_no_numbers_fail_their_request_alone(
 
 
 def test_an_error_found_after_the_next_plan_began_ends_the_request(runner: ModelRunner) -> None:
-    """As on a GPU: results are waited for when later plans have been launched."""
+    """Results are waited for after later plans were launched, which is the order on a GPU."""
     undo = spoil(runner, "b", NAN, step=0)
     request = replace(REQUESTS[1], num_inference_steps=3, preview_steps=(1,))
     encoded = runner.launch(StepPlan(0, new_requests=[request], encode=["b"]))

@@ -54,7 +54,7 @@ def draw(
 
 @torch.inference_mode()
 def first_velocities(runner: ModelRunner, placed: Any, arrivals: Arrivals) -> dict[str, np.ndarray]:
-    """What the transformer says of all requests in one pack, guidance branch by guidance branch."""
+    """Predictions of the transformer for all requests in one pack, branch by branch."""
     states = [runner.pipeline.encode(request) for joining in arrivals.values() for request in joining]
     placement = placed(0, {s.request.request_id: len(s.sequence_lengths) for s in states})
     branches = runner.pipeline.predict(states, [g for groups in placement.values() for g in groups])

@@ -228,7 +228,7 @@ def test_an_exchange_that_breaks_off_by_no_ranks_fault_ends_all() -> None:
 
 @pytest.mark.parametrize("hindrance", ["device", "connection"])
 def test_ranks_that_cannot_meet_again_give_up(hindrance: str) -> None:
-    """Where a kernel of the device waits for the rank that failed, or where connections fail."""
+    """A kernel on the device waits for the failed rank, or connections fail."""
     assert run_ranks(break_off, DiffusionParallelConfig(ulysses_degree=2), 1, hindrance) == ["RanksLostError"] * 2
 
 

@@ -224,7 +224,7 @@ def test_a_picture_in_a_text_field(editor: LiveServer, name: str) -> None:
 
 
 def test_a_text_field_may_come_as_a_file(editor: LiveServer) -> None:
-    """As `curl -F prompt=@prompt.txt` sends it."""
+    """`curl -F prompt=@prompt.txt` sends such a form."""
     files: dict[str, Any] = {"image": file_of(PHOTO), "prompt": ("prompt.txt", b"from a file")}
     assert httpx.post(editor.url + EDITS, files=files).status_code == 200
     assert list(editor.device.prompts.values())[-1] == "from a file"

@@ -58,7 +58,7 @@ async def test_those_beyond_the_bound_are_told_to_come_back() -> None:
 
 
 async def test_a_burst_that_the_queue_takes_is_taken() -> None:
-    """As many clients at once as the queue has places."""
+    """The queue has exactly as many places as there are clients."""
     with live_server(max_num_queued_reqs=100) as running:
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=running.url, limits=limits) as client:

@@ -1,4 +1,4 @@
-"""Which senders a body is read from, by the seconds that their bytes take."""
+"""Senders that are cut because they are too slow, by the seconds that their bytes take."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MIB = 2**20
 
 
 def seconds_until_cut(pace: Pace, rate: float, num_bytes: float, piece: int = 64 * 2**10) -> float | None:
-    """Of a sender of `num_bytes` at `rate` bytes a second; None where it comes to its end."""
+    """Seconds until a sender of `num_bytes` at `rate` bytes a second is cut; None if it may send all of them."""
     seconds = 0.0
     for _ in range(int(num_bytes / piece)):
         if piece / rate > pace.patience:

@@ -197,7 +197,7 @@ def test_a_body_of_too_many_items_is_not_parsed(editor: httpx.Client, path: str,
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/images/edits", "/v1/images/generations"])
 def test_what_is_nested_deeply_is_quoted_without_its_depth(editor: httpx.Client, path: str) -> None:
-    """Of each depth that the parser takes, and beyond."""
+    """Depths that the parser takes, and deeper ones."""
     for depth in range(900, 1000, 7):
         nested = b"[" * depth + b"]" * depth
         content = b'{"prompt": "x", "size": %s, "messages": [{"role": "user", "content": [%s]}]}' % (nested, nested)

@@ -54,7 +54,7 @@ PHOTO = photo(40, 30, 1)
 def test_one_file_by_the_sdk(server: LiveServer, sdk: openai.OpenAI) -> None:
     answer = sdk.images.edit(image=("photo.png", file_of(PHOTO)), prompt="a b", extra_body={"seed": 5})
     assert answer.data is not None
-    # Of the size of the last picture's reference, which the fake makes 48x32.
+    # The output has the size of the last picture's reference, which the fake makes 48x32.
     np.testing.assert_array_equal(pixels(answer.data[0].b64_json), expected_picture(5, 32, 48))
     (image,) = newest(server)
     np.testing.assert_array_equal(image.condition, np.asarray(PHOTO))

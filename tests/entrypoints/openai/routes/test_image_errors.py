@@ -1,4 +1,4 @@
-"""Whatever is wrong comes back as OpenAI's error object, with the status, `param` and headers that clients act on."""
+"""Every error has OpenAI's error object, and the status, `param` and headers that clients act on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Kubernetes, Prometheus and SDKs look at: /health, /ready, /version, /v1/models, /metrics."""
+"""Routes for Kubernetes, Prometheus and SDKs: /health, /ready, /version, /v1/models, /metrics."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ PIPELINES = ("FluxPipeline", "StableDiffusion3Pipeline", "StableDiffusionXLPipel
 PROMPT = "a red apple"
 CPU = torch.device("cpu")
 OLDER = WholePipeline("OlderPipeline", (), "callback", 1)
-# Of a request, the fields that a pipeline's call has too.
+# Fields of a request that are arguments of the pipeline's call, too.
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("FluxPipeline", {"guidance_scale": 3.5, "max_sequence_length": 64}),
     ("FluxPipeline", {"negative_prompt": "a blue car", "true_cfg_scale": 3.0, "width": 96, "max_sequence_length": 32}),

@@ -71,7 +71,7 @@ def test_videos_under_way_do_not_touch_one_another(
 
 
 def test_a_video_that_the_pipeline_rounds_is_not_delivered(model_of: ModelOf, runner_of: RunnerOf) -> None:
-    """Where nothing of its configs foretells it."""
+    """Nothing in the configs of this pipeline tells that it rounds."""
     request = make_request("a", PROMPT, num_frames=6, guidance_scale=1.0, **LIMITS)
     drive = Drive(runner_of(WAN)).run({0: [request]})
     assert "a" not in drive.images

@@ -135,7 +135,7 @@ def test_tiles_are_those_of_diffusers(tmp_path: Path) -> None:
 
 
 def test_in_half_precision(tmp_path: Path) -> None:
-    """That no tensor is of another dtype; what a picture loses is a matter of the weights."""
+    """No tensor may have another dtype. The loss in the picture depends on the weights and is not bounded here."""
     path = build(tmp_path / "plus", PLUS, zero_cond_t=True)
     request = request_of(path, "half", [photo(90, 60, 1), photo(31, 70, 3)], negative_prompt="")
     half, whole = (Drive(started(path, dtype=dtype)).run({0: [request]}) for dtype in ("bfloat16", "float32"))

@@ -83,7 +83,7 @@ def assert_rounded(got: Float8Rows, exact: Tensor, dtype: torch.dtype) -> None:
 
 
 def loses_a_carry(x: Tensor) -> Tensor:
-    """Where Triton's interpreter rounds wrongly to float8: what is rounded up to a power of 2 becomes its half."""
+    """Mask of values that Triton's interpreter rounds wrongly: one rounded up to a power of 2 becomes half of it."""
     mantissa, _ = torch.frexp(x)
     return (mantissa.abs() >= 1 - 2.0**-5) & (DEVICE.type == "cpu")
 
