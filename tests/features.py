@@ -37,19 +37,20 @@ def yes(*tests: str, text: str = "yes") -> Cell:
 
 NOT_YET, EMPTY = Cell("not yet"), Cell("")
 
-DIFFUSION = "tests/diffusion"
-CACHE = f"{DIFFUSION}/cache"
-FP8 = f"{DIFFUSION}/models/test_float8.py"
+COMPUTE = "tests/diffusion/compute"
+CONTROL = "tests/diffusion/control"
+CACHE = f"{COMPUTE}/cache"
+FP8 = f"{COMPUTE}/families/test_float8.py"
 OPENAI = "tests/entrypoints/openai"
 FAMILIES = "tests/test_families.py"
-COMPILING = f"{DIFFUSION}/worker/test_compiling.py"
-LAYOUTS = f"{DIFFUSION}/worker/test_layouts.py"
-EDIT_LAYOUTS = f"{DIFFUSION}/worker/test_edit_layouts.py"
-QWEN_IMAGE = f"{DIFFUSION}/models/qwen_image/test_pictures.py"
-QWEN_IMAGE_EDIT = f"{DIFFUSION}/models/qwen_image/test_edits.py"
-Z_IMAGE = f"{DIFFUSION}/models/z_image/test_pictures.py"
+COMPILING = f"{COMPUTE}/startup/test_compiling.py"
+LAYOUTS = f"{COMPUTE}/worker/test_layouts.py"
+EDIT_LAYOUTS = f"{COMPUTE}/worker/test_edit_layouts.py"
+QWEN_IMAGE = f"{COMPUTE}/families/qwen_image/test_pictures.py"
+QWEN_IMAGE_EDIT = f"{COMPUTE}/families/qwen_image/test_edits.py"
+Z_IMAGE = f"{COMPUTE}/families/z_image/test_pictures.py"
 
-WHOLE = f"{DIFFUSION}/models/diffusers_fallback"
+WHOLE = f"{COMPUTE}/families/diffusers_fallback"
 WHOLE_EDITS = f"{WHOLE}/test_edits.py"
 WHOLE_VIDEOS = f"{WHOLE}/test_videos.py"
 WHOLE_HTTP = f"{OPENAI}/test_whole_pipelines.py"
@@ -65,8 +66,8 @@ MIXED_BATCHES = (
 )
 """Batches of different sizes, steps, guidance and sigmas, compared with diffusers."""
 DATA_PARALLEL = (
-    f"{DIFFUSION}/test_replicas.py::test_pictures_of_one_call_spread_and_share_a_queue",
-    f"{DIFFUSION}/executor/test_worker_groups.py::test_two_replicas_of_two_share_the_work_and_one_dies",
+    f"{CONTROL}/test_replicas.py::test_pictures_of_one_call_spread_and_share_a_queue",
+    f"{CONTROL}/executor/test_worker_groups.py::test_two_replicas_of_two_share_the_work_and_one_dies",
 )
 """Blind to families: whole engines side by side."""
 
@@ -79,7 +80,7 @@ FEATURES = (
                 "no: edits",
                 (
                     "tests/test_edits_offline.py::test_what_the_model_cannot_take_is_refused_by_name",
-                    f"{OPENAI}/test_image_edits.py::test_generations_say_where_to_go",
+                    f"{OPENAI}/routes/test_image_edits.py::test_generations_say_where_to_go",
                 ),
             ),
             yes(
@@ -96,12 +97,12 @@ FEATURES = (
     Feature(
         "one input picture; several",
         (
-            Cell("no", (f"{OPENAI}/test_image_errors.py::test_edits_say_where_to_go",)),
+            Cell("no", (f"{OPENAI}/routes/test_image_errors.py::test_edits_say_where_to_go",)),
             yes(
                 SINGLE_EDITS,
                 SEVERAL_EDITS,
                 f"{QWEN_IMAGE_EDIT}::test_the_first_model_takes_one_picture_the_others_several",
-                f"{OPENAI}/test_image_edits.py::test_a_real_model_end_to_end",
+                f"{OPENAI}/routes/test_image_edits.py::test_a_real_model_end_to_end",
                 text="yes; yes (not the first one)",
             ),
             Cell("no"),
@@ -147,13 +148,13 @@ FEATURES = (
             yes(
                 *MIXED_BATCHES[0].tests,
                 f"{QWEN_IMAGE}::test_the_demo_model_draws_what_diffusers_draws",
-                f"{DIFFUSION}/models/qwen_image/test_transformer.py::test_a_pack_equals_one_forward_a_sequence",
+                f"{COMPUTE}/families/qwen_image/test_transformer.py::test_a_pack_equals_one_forward_a_sequence",
             ),
             yes(*MIXED_BATCHES[1].tests, text="yes ([one difference](docs/design.md#ideas))"),
             yes(
                 *MIXED_BATCHES[2].tests,
                 f"{Z_IMAGE}::test_defaults_draw_what_diffusers_draws_with_its_own",
-                f"{DIFFUSION}/models/z_image/test_transformer.py::test_a_pack_equals_one_forward_a_sequence",
+                f"{COMPUTE}/families/z_image/test_transformer.py::test_a_pack_equals_one_forward_a_sequence",
             ),
             yes(
                 WHOLE_PICTURES,
@@ -168,15 +169,15 @@ FEATURES = (
         (
             yes(
                 f"{FAMILIES}::test_previews_come_in_time_and_who_leaves_disturbs_nobody[qwen_image]",
-                f"{DIFFUSION}/worker/test_runner.py::test_previews_foresee_the_picture",
-                f"{DIFFUSION}/worker/test_runner.py::test_an_aborted_request_is_skipped_and_forgotten",
-                f"{OPENAI}/test_image_streams.py::test_partial_images_then_the_picture",
-                f"{OPENAI}/test_image_disconnects.py::test_stream_client_leaves",
+                f"{COMPUTE}/worker/test_runner.py::test_previews_foresee_the_picture",
+                f"{COMPUTE}/worker/test_runner.py::test_an_aborted_request_is_skipped_and_forgotten",
+                f"{OPENAI}/responses/test_streams.py::test_partial_images_then_the_picture",
+                f"{OPENAI}/responses/test_disconnects.py::test_stream_client_leaves",
             ),
             yes(
                 f"{FAMILIES}::test_previews_come_in_time_and_who_leaves_disturbs_nobody[edits]",
-                f"{OPENAI}/test_image_edits.py::test_a_stream_says_image_edit",
-                f"{OPENAI}/test_image_disconnects.py::test_client_of_an_edit_leaves",
+                f"{OPENAI}/routes/test_image_edits.py::test_a_stream_says_image_edit",
+                f"{OPENAI}/responses/test_disconnects.py::test_client_of_an_edit_leaves",
             ),
             yes(
                 f"{FAMILIES}::test_previews_come_in_time_and_who_leaves_disturbs_nobody[z_image]",
@@ -222,7 +223,7 @@ FEATURES = (
             yes(
                 f"{LAYOUTS}::test_a_layout_draws_what_one_process_draws[z_image]",
                 f"{LAYOUTS}::test_the_placement_may_change_at_every_step[z_image]",
-                f"{DIFFUSION}/models/z_image/test_info.py::test_degrees_that_the_model_does_not_allow_are_refused",
+                f"{COMPUTE}/families/z_image/test_info.py::test_degrees_that_the_model_does_not_allow_are_refused",
                 *DATA_PARALLEL,
                 text="yes (tensor: 1 or 2)",
             ),
@@ -236,15 +237,15 @@ FEATURES = (
         (
             yes(
                 f"{LAYOUTS}::test_ranks_may_share_decodes_and_the_text_encoder[qwen_image]",
-                f"{DIFFUSION}/models/qwen_image/test_vae.py::test_pictures_of_ranks_are_those_of_one_and_of_diffusers",
+                f"{COMPUTE}/families/qwen_image/test_vae.py::test_pictures_of_ranks_are_those_of_one_and_of_diffusers",
             ),
             yes(
                 f"{EDIT_LAYOUTS}::test_the_placement_may_change_and_the_text_encoder_be_shared",
-                f"{DIFFUSION}/models/qwen_image/test_vision.py::test_ranks_that_share_it_give_the_same_states",
+                f"{COMPUTE}/families/qwen_image/test_vision.py::test_ranks_that_share_it_give_the_same_states",
             ),
             yes(
                 f"{LAYOUTS}::test_ranks_may_share_decodes_and_the_text_encoder[z_image]",
-                f"{DIFFUSION}/models/z_image/test_vae.py::test_pictures_of_ranks_are_those_of_one_and_of_diffusers",
+                f"{COMPUTE}/families/z_image/test_vae.py::test_pictures_of_ranks_are_those_of_one_and_of_diffusers",
             ),
             Cell("no", (f"{WHOLE}/test_info.py::test_only_data_parallelism_is_taken",)),
         ),
