@@ -114,7 +114,7 @@ def test_a_failure_is_raised_once_the_others_have_ended(device: FakeExecutor, om
             finished.append(request_id)
         return ItemError("broken", "internal") if request_id == first[0] and step == 2 else None
 
-    device.runner._errors = fail_the_first
+    device.runner.errors = fail_the_first
     with pytest.raises(GenerationError, match="the device failed on this request"):
         omni.generate(["a", "b", "c"], SMALL)
     assert len(finished) == 2
@@ -227,7 +227,6 @@ def test_the_keyword_beside_a_config_decides_about_the_bar(
     ]:
         with Omni(config, progress_bar=keyword) as omni:
             omni.generate("x", SMALL)
-            assert omni._async.config.progress_bar is shown
         assert ("denoising" in capsys.readouterr().err) is shown
 
 
@@ -265,7 +264,7 @@ async def test_progress_previews_and_result(device: FakeExecutor) -> None:
 
 
 async def test_an_abandoned_or_aborted_request_leaves_the_engine(device: FakeExecutor) -> None:
-    device._hold = True
+    device.hold = True
     omni = AsyncOmni(model="demo")
     await omni.start()
     try:
@@ -284,7 +283,7 @@ async def test_an_abandoned_or_aborted_request_leaves_the_engine(device: FakeExe
 
 
 async def test_a_cancelled_reader_aborts_its_request(device: FakeExecutor) -> None:
-    device._hold = True
+    device.hold = True
     omni = AsyncOmni(model="demo")
     await omni.start()
     try:

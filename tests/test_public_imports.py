@@ -19,6 +19,7 @@ from tests.fakes import FakeExecutor, fake_image, make_request
 from tests.tiny_models import photo
 from vllm_omni.diffusion.utils.image_output import extract_images_from_outputs
 from vllm_omni.diffusion.utils.param_utils import apply_declared_extra_args
+from vllm_omni.entrypoints.async_omni import AsyncOmni
 from vllm_omni.entrypoints.omni import Omni
 from vllm_omni.entrypoints.openai.stage_params import clone_sampling_params
 from vllm_omni.errors import InvalidRequestError
@@ -121,7 +122,7 @@ def test_attributes_that_are_not_here_name_ours() -> None:
             (lambda: PARAMS.guidance_scale_2, "guidance_scale_2: one scale guides all steps"),  # type: ignore[attr-defined]
             (lambda: PARAMS.nothing, "'OmniDiffusionSamplingParams' object has no attribute 'nothing'"),  # type: ignore[attr-defined]
         ]
-        for owner in (omni, omni._async):
+        for owner in (omni, AsyncOmni("demo")):
             for name, message in (
                 ("start_profile", "start_profile: no profiler is started by requests"),
                 ("shutdown", "shutdown: here close()"),

@@ -76,10 +76,11 @@ def test_a_script_of_text_to_image(caplog: pytest.LogCaptureFixture) -> None:
         "stage_init_timeout": 600,
         "progress_bar": False,
     }
-    omni = Omni(**settings)
+    with patch("vllm_omni.omni.make_executor", return_value=FakeExecutor()) as make_executor:
+        omni = Omni(**settings)
     ignored = "ignored, as the pictures are the same without: ulysses_mode, mode, init_timeout, stage_init_timeout"
     assert [record.getMessage() for record in caplog.records] == [ignored]
-    assert omni._async.config == OmniDiffusionConfig(
+    assert make_executor.call_args.args[0] == OmniDiffusionConfig(
         "demo",
         cache_backend="cache_dit",
         cache_config={"Fn_compute_blocks": 1, "scm_steps_mask_policy": None, "steps_computation_policy": "dynamic"},
@@ -183,7 +184,7 @@ async def test_other_keywords_of_a_call_are_told_their_place(keywords: dict[str,
             omni.generate("a", **keywords)
         assert caught.value.param in keywords
         with pytest.raises(InvalidRequestError, match="^" + re.escape(message)):
-            omni._async.generate("a", **keywords)
+            AsyncOmni("demo").generate("a", **keywords)
         omni.generate("a", OmniDiffusionSamplingParams(**SMALL), py_generator=False)  # type: ignore[arg-type]
 
 
@@ -213,7 +214,7 @@ async def test_keywords_of_a_call_without_effect_are_ignored_and_named(caplog: p
                 "generate takes no 'num_steps'; accepted are prompt, sampling_params, request_id, sampling_params_list"
             )
             with pytest.raises(InvalidRequestError, match=message):
-                omni._async.generate("a", num_steps=value)  # type: ignore[arg-type]
+                AsyncOmni("demo").generate("a", num_steps=value)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -44,8 +44,6 @@ def test_pictures_are_diffusers_own_wherever_the_weights_lie(tmp_path: Path, nam
     for settings in choices:
         with Omni(model=str(model), dtype="float32", progress_bar=False, **settings) as omni:
             outputs = omni.generate(PROMPTS, PARAMS)  # both at once
-            assert omni._async.ready is not None
-            peak = omni._async.ready.peak_memory_bytes
         ratios = [psnr(output.images[0], picture) for output, picture in zip(outputs, expected, strict=True)]
-        print(name, settings, ratios, peak)
+        print(name, settings, ratios)
         assert min(ratios) >= 50

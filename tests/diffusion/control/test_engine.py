@@ -596,7 +596,7 @@ async def test_close_while_restarting() -> None:
 
 class HangsInFirstLife(FakeExecutor):
     async def start(self) -> WorkerReady:
-        self._hold = self.num_starts == 0
+        self.hold = self.num_starts == 0
         return await super().start()
 
 

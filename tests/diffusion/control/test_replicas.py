@@ -50,7 +50,7 @@ async def running(
 
 def ids_on(executor: FakeExecutor) -> set[str]:
     """Requests that its worker was sent."""
-    plans = [*executor.runner.plans, *executor._pending]
+    plans = [*executor.runner.plans, *executor.pending]
     return {request.request_id for plan in plans for request in plan.new_requests}
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import httpx
 import psutil
+from benchmarks.served import workers_among
 
 from tests.entrypoints.cli.server_process import VLLM, num_running, start_generation
 from tests.patience import GUARD_SECONDS, wait_for
@@ -55,7 +56,7 @@ def listens(server: psutil.Popen, path: Path) -> bool:
 
 
 def worker_of(server: psutil.Popen) -> psutil.Process:
-    (worker,) = [p for p in server.children() if "worker.main" in " ".join(p.cmdline())]
+    (worker,) = workers_among(server.children())
     return worker
 
 

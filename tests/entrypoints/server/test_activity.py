@@ -109,7 +109,7 @@ async def test_lines_while_something_runs_and_none_after(lines: Callable[[str], 
 
 async def release(executor: FakeExecutor) -> None:
     while True:
-        if executor._pending:
+        if executor.pending:
             executor.release_results()
         await asyncio.sleep(0)
 

@@ -19,6 +19,7 @@ from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.packing import Hidden
 from vllm_omni.diffusion.compute.step.arrangement import Arrangement
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
+from vllm_omni.diffusion.messages.plan import StepResult
 
 BACKENDS: dict[str, dict[str, Any]] = {
     "cache_dit": {"residual_diff_threshold": 0.2, "max_warmup_steps": 2, "Bn_compute_blocks": 1},
@@ -65,18 +66,22 @@ def test_a_request_that_opts_out_is_drawn_as_without_a_cache(calm_model: Path, p
     assert psnr(cached.images["long"], plain.images["long"]) < 60
 
 
-def watch_results(drive: Drive) -> list[Any]:
-    results: list[Any] = []
-    drive._merge = lambda result: results.append(result) or result  # type: ignore[func-returns-value]
-    return results
+def watched(runner: ModelRunner) -> tuple[Drive, list[StepResult]]:
+    """A drive, and the list that it fills with the results of its steps."""
+    results: list[StepResult] = []
+
+    def note(result: StepResult) -> StepResult:
+        results.append(result)
+        return result
+
+    return Drive(runner, merge=note), results
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_results_tell_what_was_cached_and_what_is_kept(calm_model: Path, backend: str) -> None:
     runner = started(calm_model, backend, BACKENDS[backend])
     skips = watch_skips(runner)
-    drive = Drive(runner)
-    results = watch_results(drive)
+    drive, results = watched(runner)
     drive.run(ARRIVALS)
 
     for request in REQUESTS:
@@ -106,8 +111,7 @@ def test_what_does_not_fit_is_a_miss(calm_model: Path, plain: Drive, name: str) 
     runner = started(calm_model, *BUDGETED[name])
     skips = watch_skips(runner)
     runner.pipeline.step_cache.budget.max_bytes = 100
-    drive = Drive(runner)
-    results = watch_results(drive)
+    drive, results = watched(runner)
     drive.run(ARRIVALS)
     assert drive.errors == {}
     assert not any(steps for branches in skips.values() for steps in branches)

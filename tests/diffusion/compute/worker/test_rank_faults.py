@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.diffusion.compute.distributed.ranks import run_places, run_ranks
-from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
+from tests.diffusion.compute.worker.driving import Drive, kept, make_request, psnr
 from tests.diffusion.compute.worker.replica import merging, started
 from vllm_omni.diffusion.compute.coordination.ranks import Ranks, RanksLostError
 from vllm_omni.diffusion.compute.distributed.groups import Group, GroupBrokenError
@@ -85,7 +85,7 @@ def draw(
     if stage and place.rank == GUILTY_RANK % place.replica_size:
         fail_at(runner, stage, "b", error)
     drive = Drive(runner, merge=merging(runner)).run({0: REQUESTS[:2], 1: REQUESTS[2:]})
-    return drive.images, drive.errors, len(runner._states) + len(runner._requests)
+    return drive.images, drive.errors, kept(runner)
 
 
 @pytest.fixture(scope="module")
