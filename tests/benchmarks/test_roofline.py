@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from tests.diffusion.compute.distributed.ranks import run_places
 from tests.diffusion.compute.worker.driving import make_request
-from tests.diffusion.compute.worker.replica import started
+from tests.diffusion.compute.worker.replica import ranks_of, started
 from tests.tiny_models import build_tiny_qwen_image
 from tests.tiny_z_image import build_tiny_z_image
 from vllm_omni.diffusion.data import DiffusionParallelConfig
@@ -65,7 +65,7 @@ def measure(
         groups = [group for groups in placed.values() for group in groups]
         pipeline.predict(states, groups)  # lays out
         for _ in range(steps):
-            runner._ranks.take_sent_bytes()
+            ranks_of(runner).take_sent_bytes()
             mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_of_cpu}
             with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
                 pipeline.predict(states, groups)
@@ -82,7 +82,7 @@ def measure(
         ]
         for state in states
     ]
-    return flops, dict(runner._ranks.take_sent_bytes()), sequences
+    return flops, dict(ranks_of(runner).take_sent_bytes()), sequences
 
 
 def model_of(path: Path) -> Any:

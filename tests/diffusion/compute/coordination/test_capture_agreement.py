@@ -15,7 +15,7 @@ import torch
 from tests.diffusion.compute.distributed.ranks import run_places
 from tests.diffusion.compute.families.test_cuda_graphs import ARRIVALS, Capturer
 from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
-from tests.diffusion.compute.worker.replica import merging, started
+from tests.diffusion.compute.worker.replica import merging, ranks_of, started, world_of
 from tests.diffusion.compute.worker.test_layouts import placed_in_turn
 from tests.tiny_models import build_tiny_qwen_image
 from vllm_omni.diffusion.compute.device.kinds import Device
@@ -64,10 +64,11 @@ def draw(
     """Pictures, bytes sent, replays, whether the capturer has failed. error: of rank 0's capturer after the start."""
     Device.capturer = lambda self: capturer  # type: ignore[assignment,method-assign,return-value]  # in a process of its own
     runner = started(place, parallel, path)
-    runner._ranks.take_sent_bytes()
+    ranks_of(runner).take_sent_bytes()
     if capturer is not None:
-        assert runner._ranks._world is not None
-        capturer.sent = runner._ranks._world.sent
+        world = world_of(runner)
+        assert world is not None
+        capturer.sent = world.sent
         capturer.num_replays = 0
         capturer.late_error = error if place.rank == 0 else None
     sent: dict[str, int] = {}
@@ -138,8 +139,9 @@ def draw_with_a_failed_decode(
     """Errors, pictures, how often captured graphs were dropped: "late" beside "early", whose decode fails on rank 0."""
     Device.capturer = lambda self: capturer  # type: ignore[assignment,method-assign,return-value]  # in a process of its own
     runner = started(place, parallel, path)
-    assert runner._ranks._world is not None
-    capturer.sent = runner._ranks._world.sent
+    world = world_of(runner)
+    assert world is not None
+    capturer.sent = world.sent
     decode = runner.pipeline.decode
 
     def failing(requests: Any, latents: Any) -> Any:

@@ -9,6 +9,8 @@ from typing import Any
 import torch.distributed as dist
 
 from vllm_omni.diffusion.catalog.registry import load_model_info
+from vllm_omni.diffusion.compute.coordination.ranks import Ranks
+from vllm_omni.diffusion.compute.distributed.mesh import World
 from vllm_omni.diffusion.compute.startup import warmup
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.control.executor.merging import merge_results
@@ -26,9 +28,19 @@ def started(place: RankInfo, parallel: DiffusionParallelConfig, path: Path, **se
     return runner
 
 
+def ranks_of(runner: ModelRunner) -> Ranks:
+    """The runner's ranks: private, but what they exchange shows nowhere else."""
+    return runner._ranks
+
+
+def world_of(runner: ModelRunner) -> World | None:
+    """The connections of the runner's ranks; None for a single rank."""
+    return ranks_of(runner)._world
+
+
 def merging(runner: ModelRunner) -> Callable[[StepResult], StepResult]:
     """Function that merges the results of all ranks, as the executor does, here on every rank."""
-    group = runner._ranks.mesh.control
+    group = ranks_of(runner).mesh.control
 
     def merge(result: StepResult) -> StepResult:
         if group.size == 1:

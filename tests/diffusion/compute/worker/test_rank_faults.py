@@ -14,7 +14,7 @@ import torch
 
 from tests.diffusion.compute.distributed.ranks import run_places, run_ranks
 from tests.diffusion.compute.worker.driving import Drive, kept, make_request, psnr
-from tests.diffusion.compute.worker.replica import merging, started
+from tests.diffusion.compute.worker.replica import merging, ranks_of, started
 from vllm_omni.diffusion.compute.coordination.ranks import Ranks, RanksLostError
 from vllm_omni.diffusion.compute.distributed.groups import Group, GroupBrokenError
 from vllm_omni.diffusion.compute.distributed.mesh import World
@@ -190,7 +190,7 @@ def lose(place: RankInfo, parallel: DiffusionParallelConfig, path: Path) -> str:
         except RanksLostError as error:
             return type(error).__name__
     try:
-        runner._ranks._num_attempts += 7
+        ranks_of(runner)._num_attempts += 7
         runner.execute(StepPlan(1, denoise=["a"]))
     except RanksLostError as error:
         return type(error).__name__

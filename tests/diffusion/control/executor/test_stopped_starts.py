@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.diffusion.control.executor.workers import EndlessStart, closing, is_alive, name_of
+from tests.diffusion.control.executor.workers import EndlessStart, closing, group_of, is_alive, name_of
 from tests.fakes import FakeExecutor, FakeRunner, make_config
 from tests.patience import GUARD_SECONDS, until
 from vllm_omni.diffusion.control.engine import DiffusionEngine
@@ -78,9 +78,7 @@ async def test_an_answer_that_nobody_has_taken_is_no_start_of_stopped_workers(ho
     async with closing(executor):
         starting = asyncio.create_task(executor.start())
         await until(lambda: executor.worker_pids)
-        group = executor._group
-        assert group is not None
-        group._outcomes.put_nowait(FakeRunner().start())
+        group_of(executor)._outcomes.put_nowait(FakeRunner().start())
         await stop(executor, how)
         with pytest.raises(WorkerDiedError, match=r"^the workers were stopped$"):
             await starting

@@ -20,6 +20,7 @@ from tests.diffusion.control.executor.workers import (
     EndlessStart,
     Gated,
     closing,
+    group_of,
     hang,
     hang_with_the_lock,
     is_alive,
@@ -182,7 +183,7 @@ async def test_a_killed_rank_ends_the_step_of_all() -> None:
         pids = executor.worker_pids
         os.kill(pids[1], signal.SIGKILL)
         await assert_dies_at_once(waiting, rf"^rank 1 \(pid {pids[1]}\) was killed by signal 9$")
-        listeners = executor._group._tasks[: len(pids)]  # type: ignore[union-attr]
+        listeners = group_of(executor)._tasks[: len(pids)]
         os.kill(pids[2], signal.SIGKILL)
         await asyncio.wait([listeners[2]])
         for _ in range(3):

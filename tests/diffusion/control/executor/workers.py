@@ -18,7 +18,7 @@ from tqdm import tqdm
 from tests.fakes import FakeRunner
 from tests.patience import GUARD_SECONDS
 from vllm_omni.diffusion.control.executor import Executor
-from vllm_omni.diffusion.control.executor.multiproc import MultiprocExecutor
+from vllm_omni.diffusion.control.executor.multiproc import MultiprocExecutor, WorkerGroup
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.messages.worker import RankInfo
@@ -160,6 +160,12 @@ async def closing(executor: AnyExecutor) -> AsyncIterator[AnyExecutor]:
             await executor.close()
             if isinstance(executor, MultiprocExecutor):
                 assert executor.worker_pids == []
+
+
+def group_of(executor: MultiprocExecutor) -> WorkerGroup:
+    """The workers of a started executor: private, but the order of their failures shows nowhere else."""
+    assert executor._group is not None
+    return executor._group
 
 
 def is_alive(pid: int) -> bool:

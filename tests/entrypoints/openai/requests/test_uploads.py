@@ -27,6 +27,7 @@ from tests.entrypoints.openai.live_server import (
     expected_picture,
     live_server,
 )
+from tests.entrypoints.openai.requests.pictures.decoders import num_threads
 from tests.entrypoints.openai.routes.test_image_edits import EDITS, data_url, file_of, pixels
 from tests.entrypoints.openai.routes.test_image_errors import error_of
 from tests.tiny_models import photo
@@ -406,9 +407,9 @@ def test_an_upload_that_trickles_is_ended() -> None:
 
 
 def test_processes_are_there_for_models_that_take_pictures_alone(server: LiveServer) -> None:
-    assert all(thread.is_alive() for thread in server.app.state.image_decoder._threads)
+    assert num_threads(server.app.state.image_decoder) > 0
     with live_server(info=FAKE_INFO) as other:
-        assert not any(thread.is_alive() for thread in other.app.state.image_decoder._threads)
+        assert num_threads(other.app.state.image_decoder) == 0
 
 
 def test_an_error_says_which_picture_is_wrong(http: httpx.Client) -> None:

@@ -18,6 +18,7 @@ import pytest
 from starlette.types import Message
 
 from tests.entrypoints.openai.live_server import FAKE_EDIT_INFO, LiveServer, live_server
+from tests.entrypoints.openai.requests.pictures.decoders import decode_pids, num_queued
 from tests.entrypoints.openai.routes.test_image_edits import EDITS, file_of
 from tests.tiny_models import photo
 from vllm_omni.entrypoints.openai.responses.events import ImageEventStream
@@ -89,17 +90,17 @@ def test_client_leaves_while_its_picture_is_decoded(name: str) -> None:
     with server as running, ThreadPoolExecutor(1) as pool:
         assert httpx.post(running.url + EDITS, files=files).status_code == 200
         decoder = running.app.state.image_decoder
-        pid = decoder._threads[0].process.pid
+        (pid,) = decode_pids(decoder)
         os.kill(pid, signal.SIGSTOP)
         connection = HTTPConnection(running.url.removeprefix("http://"))
         headers = {"content-type": kind, "content-length": str(len(body) + num_missing)}
         connection.request("POST", path, body, headers)
-        running.wait_until(lambda: decoder.num_pictures == 1 and decoder._jobs.qsize() == 0)
+        running.wait_until(lambda: decoder.num_pictures == 1 and num_queued(decoder) == 0)
         answer = pool.submit(httpx.post, running.url + EDITS, files=files)
         running.wait_until(lambda: decoder.num_pictures == 2)
         connection.close()
         assert answer.result().status_code == 200
-        assert decoder._threads[0].process.pid != pid
+        assert pid not in decode_pids(decoder)
         running.wait_until(lambda: running.app.state.upload_budget.num_bytes == 0)
 
 
