@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ class ProcessFamily:
 
     def workers(self) -> list[psutil.Process]:
         """The worker processes that live now."""
-        return [process for process in self.children() if WORKER in _command_of(process)]
+        return workers_among(self.children())
 
     def survivors(self, seconds: float) -> list[psutil.Process]:
         """Noted processes that do not end within `seconds`."""
@@ -126,6 +126,11 @@ def served_model(model: str, flags: Sequence[str], log: Path) -> Iterator[Served
         yield server
     finally:
         server.kill()
+
+
+def workers_among(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Those that run as workers."""
+    return [process for process in processes if WORKER in _command_of(process)]
 
 
 def _lives(process: psutil.Process) -> bool:

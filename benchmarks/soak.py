@@ -80,20 +80,22 @@ async def send_faults(
     return seconds
 
 
-async def signal_a_worker(server: ServedModel, number: int, rng: random.Random) -> None:
+async def signal_a_worker(
+    server: ServedModel, number: int, rng: random.Random, patience_seconds: float = PATIENCE_SECONDS
+) -> None:
     """Signal one of the workers that live.
 
     Waits for one where all have just died, and chooses again where the chosen one ends meanwhile. Raises RuntimeError
-    when there is none in PATIENCE_SECONDS.
+    when there is none in `patience_seconds`.
     """
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + patience_seconds
     while time.monotonic() < deadline:
         if workers := server.workers():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(rng.choice(workers).pid, number)
                 return
         await asyncio.sleep(LOOK_SECONDS)
-    raise RuntimeError(f"no worker lives, and none was started in {PATIENCE_SECONDS:g} s")
+    raise RuntimeError(f"no worker lives, and none was started in {patience_seconds:g} s")
 
 
 def _runs_again(before: Counts, now: Counts) -> bool:

@@ -97,7 +97,7 @@ class FakeRunner:
 
     `errors(request_id, phase, step)` may return an ItemError; phases are encode, denoise and decode.
     `cached(request_id, step)` is the part of a step that a step cache made.
-    Of several ranks, each makes every step and delivers its share of the pictures.
+    With several ranks, each one makes every step and delivers its share of the pictures.
     `image(request, step)` makes a picture, or with a step its preview.
     """
 
@@ -115,7 +115,7 @@ class FakeRunner:
         self.rank_info = rank_info or RankInfo()
         self._ready = ready or make_ready()
         self._cached = cached or (lambda request_id, step: 0.0)
-        self._errors = errors or (lambda request_id, phase, step: None)
+        self.errors = errors or (lambda request_id, phase, step: None)
         self._states: dict[str, tuple[DiffusionRequest, int]] = {}
         self._dropped: set[str] = set()
         """Failed or aborted here; plans may name them until they release them."""
@@ -167,7 +167,7 @@ class FakeRunner:
 
     def _run(self, request_id: str, phase: str, plan: StepPlan, result: StepResult) -> None:
         request, step = self._states[request_id]
-        if error := self._errors(request_id, phase, step + (phase == "denoise")):
+        if error := self.errors(request_id, phase, step + (phase == "denoise")):
             result.errors[request_id] = error
             self._dropped.add(request_id)
         elif phase == "denoise":
@@ -203,11 +203,11 @@ class FakeExecutor:
     ) -> None:
         self._make_runner = runner
         self._step_seconds = step_seconds
-        self._hold = hold
+        self.hold = hold
         self._die_at = die_at
         self._start_errors = start_errors or {}
         self._results: asyncio.Queue[StepResult | WorkerDiedError] = asyncio.Queue()
-        self._pending: deque[StepPlan] = deque()
+        self.pending: deque[StepPlan] = deque()
         """Submitted and not begun."""
         self._num_in_flight = 0
         self._dead = True
@@ -223,7 +223,7 @@ class FakeExecutor:
         if error := self._start_errors.get(self.num_starts - 1):
             raise error
         self.runner, self._dead, self._num_in_flight = self._make_runner(), False, 0
-        self._results, self._pending = asyncio.Queue(), deque()
+        self._results, self.pending = asyncio.Queue(), deque()
         return self.runner.start()
 
     def submit(self, plan: StepPlan) -> None:
@@ -233,23 +233,23 @@ class FakeExecutor:
             return
         number, self.num_plans = self.num_plans, self.num_plans + 1
         self.max_in_flight = max(self.max_in_flight, self._num_in_flight)
-        self._pending.append(plan)
+        self.pending.append(plan)
         if number in self._die_at:
             self.die()
-        elif not self._hold:
-            asyncio.get_running_loop().call_later(self._step_seconds, self._run_next, self._pending)
+        elif not self.hold:
+            asyncio.get_running_loop().call_later(self._step_seconds, self._run_next, self.pending)
 
     def release_results(self, count: int = 1) -> None:
         """With `hold`: run the next submitted plans and let their results go."""
         for _ in range(count):
-            self._run_next(self._pending)
+            self._run_next(self.pending)
 
     def _run_next(self, pending: deque[StepPlan]) -> None:
-        if pending is self._pending and not self._dead:
+        if pending is self.pending and not self._dead:
             self._results.put_nowait(self.runner.execute(pending.popleft()))
 
     def die(self) -> None:
-        """As if the worker process had been killed now."""
+        """Behave as after a kill of the worker process."""
         self._dead = True
         self._results.put_nowait(WorkerDiedError("the fake worker was told to die"))
 

@@ -89,18 +89,18 @@ class FakeDevice(FakeExecutor):
 
     def pause(self) -> None:
         """Run no further plan. Must be called on the engine's loop, like `run_plans` and `resume`."""
-        self._hold = True
+        self.hold = True
 
     async def run_plans(self, count: int) -> None:
         """While paused, run the next `count` plans when they arrive."""
         for _ in range(count):
-            while not self._pending:  # noqa: ASYNC110 (a fake has no event for it)
+            while not self.pending:  # noqa: ASYNC110 (a fake has no event for it)
                 await asyncio.sleep(0)
             self.release_results()
 
     def resume(self) -> None:
-        self._hold = False
-        self.release_results(len(self._pending))
+        self.hold = False
+        self.release_results(len(self.pending))
 
 
 FAKE_INFO = PackedModelInfo(

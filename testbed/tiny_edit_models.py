@@ -27,7 +27,7 @@ from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.inputs.images import prepare_image
 
 SIDE = 64
-"""Of the models' default pictures: what diffusers fixes at 1024."""
+"""Side of the models' default pictures; diffusers fixes it at 1024."""
 EDIT, PLUS = "QwenImageEditPipeline", "QwenImageEditPlusPipeline"
 
 
@@ -72,7 +72,7 @@ def reference(path: Path, dtype: torch.dtype = torch.float32) -> DiffusionPipeli
 
 
 def request_of(path: Path, request_id: str, pictures: list[Image.Image], **fields: Any) -> DiffusionRequest:
-    """As intake resolves it: of the size of the last picture where none is given."""
+    """Request as the server resolves it: without a size, it has that of the last picture."""
     edit = load_model_info(str(path)).image_input
     assert edit is not None
     images = tuple(prepare_image(picture, edit.sizes) for picture in pictures)

@@ -110,7 +110,7 @@ def sharded(component: str, stem: str, weight_map: Callable[[dict[str, str]], ob
         file.unlink()
         names = sorted(stored)
         halves = (names[: len(names) // 2], names[len(names) // 2 :])
-        index = {}
+        index: dict[str, str] = {}
         for number, half in enumerate(halves, 1):
             shard = f"{stem}-0000{number}-of-00002.safetensors"
             save_file({name: stored[name] for name in half}, file.with_name(shard), metadata={"format": "pt"})

@@ -70,7 +70,7 @@ class FakeTensor(Tensor):
         return tensor
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise AssertionError(f"{func} outside of a FakeGpu")
 
 
@@ -78,7 +78,7 @@ class FakeGpu(TorchDispatchMode):
     """See the module. `waiting_allowed`: for the time of loading."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.num_operations = 0
         self.num_uploads = 0
         self._may_wait = False
@@ -86,11 +86,11 @@ class FakeGpu(TorchDispatchMode):
     def __enter__(self) -> FakeGpu:
         self._before = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)  # so that torch.tensor(..., device=...) is seen to copy
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         torch._C._set_only_lift_cpu_tensors(self._before)
 
     @contextmanager
@@ -168,7 +168,7 @@ class FakeGpuDevice(Device):
     """A worker's device, for a runner whose steps run within a FakeGpu."""
 
     def __init__(self) -> None:
-        super().__init__(CPU)
+        super().__init__("cpu")
         self.torch = FAKE_GPU
 
     def download(self, tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, np.ndarray]]:

@@ -1,4 +1,4 @@
-"""What works with which family, and the tests that prove it: README's matrix is written from here by `tools/matrix.py`.
+"""Features of each family and the tests that prove them; `tools/matrix.py` writes README's table from this file.
 
 A test is named as pytest names it, without the cases that it is run with; `[word]` behind the name asks for the cases
 whose name has that word.
@@ -23,7 +23,7 @@ class Cell:
     text: str
     """Markdown: footnotes and links may stand in it."""
     tests: tuple[str, ...] = ()
-    """What proves the text; only "no", "not yet", what begins with them, and nothing at all may do without."""
+    """Tests that prove the text. Only an empty text, or one that begins with "no" or "not yet", needs none."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,9 @@ def yes(*tests: str, text: str = "yes") -> Cell:
 
 NOT_YET, EMPTY = Cell("not yet"), Cell("")
 
-DIFFUSION = "tests/diffusion"
-COMPUTE = f"{DIFFUSION}/compute"
+COMPUTE = "tests/diffusion/compute"
+CONTROL = "tests/diffusion/control"
+COMPUTE = f"{COMPUTE}/compute"
 CACHE = f"{COMPUTE}/cache"
 FP8 = f"{COMPUTE}/families/test_float8.py"
 OPENAI = "tests/entrypoints/openai"
@@ -66,10 +67,10 @@ MIXED_BATCHES = (
     yes(SINGLE_EDITS, SEVERAL_EDITS),
     yes(f"{Z_IMAGE}::test_a_mixed_batch_draws_what_diffusers_draws"),
 )
-"""Of all sizes, steps and guidance, with sigmas of the request's own, against diffusers."""
+"""Batches of different sizes, steps, guidance and sigmas, compared with diffusers."""
 DATA_PARALLEL = (
-    f"{DIFFUSION}/control/test_replicas.py::test_pictures_of_one_call_spread_and_share_a_queue",
-    f"{DIFFUSION}/control/executor/test_worker_groups.py::test_two_replicas_of_two_share_the_work_and_one_dies",
+    f"{CONTROL}/control/test_replicas.py::test_pictures_of_one_call_spread_and_share_a_queue",
+    f"{CONTROL}/control/executor/test_worker_groups.py::test_two_replicas_of_two_share_the_work_and_one_dies",
 )
 """Blind to families: whole engines side by side."""
 

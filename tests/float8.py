@@ -42,7 +42,8 @@ def layer_of(weight: Tensor, scale: Tensor, bias: Tensor | None) -> Fp8ColumnLin
         layer = Fp8ColumnLinear(ColumnLinear(inner, out, Group.alone(), bias=bias is not None))
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.scale = scale
-    layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
     return layer
 
 
@@ -52,7 +53,8 @@ class RoundedLinear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.weight = rounded(linear.weight.detach())
-        self.bias = None if linear.bias is None else linear.bias.detach().double()
+        bias: Tensor | None = linear.bias  # torch's stub lacks the None
+        self.bias = None if bias is None else bias.detach().double()
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(rounded(x), self.weight, self.bias).to(x.dtype)

@@ -1,4 +1,4 @@
-"""What clients of every family see, on real (tiny) models: previews, cancels, replays."""
+"""Previews, cancels and replays as a client sees them, with a tiny real model of every family."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import psutil
 import pytest
+from benchmarks.served import workers_among
 
 from testbed.patience import GUARD_SECONDS
 from testbed.tiny_diffusers import build_tiny_diffusers
 from testbed.tiny_models import build_tiny_qwen_image, photo
 from testbed.tiny_z_image import build_tiny_z_image
 from vllm_omni import AsyncOmni
-from vllm_omni.diffusion.control.engine import DiffusionEngine
-from vllm_omni.diffusion.control.executor.multiproc import MultiprocExecutor
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.outputs import OmniRequestOutput
 
@@ -76,11 +76,10 @@ async def started(path: Path, backend: Literal["mp", "uni"]) -> AsyncIterator[As
         await omni.close()
 
 
-def worker_of(omni: AsyncOmni) -> int:
-    assert isinstance(omni._engine, DiffusionEngine)
-    assert isinstance(omni._engine._executor, MultiprocExecutor)
-    (pid,) = omni._engine._executor.worker_pids
-    return pid
+def worker() -> int:
+    """Process id of the only worker."""
+    (process,) = workers_among(psutil.Process().children())
+    return int(process.pid)
 
 
 def picture(output: OmniRequestOutput) -> np.ndarray:
@@ -119,10 +118,10 @@ async def test_a_replay_draws_the_same_picture(family: tuple[Path, dict[str, Any
     path, prompt = family
     async with started(path, "mp") as omni:
         undisturbed = [output async for output in omni.generate(prompt, PARAMS)][-1]
-        pid = worker_of(omni)
+        pid = worker()
         async for output in omni.generate(prompt, PARAMS):
-            if output.step == 1 and worker_of(omni) == pid:
+            if output.step == 1 and worker() == pid:
                 os.kill(pid, signal.SIGKILL)
-        assert worker_of(omni) != pid
+        assert worker() != pid
         assert output.finished
         assert np.array_equal(picture(undisturbed), picture(output))

@@ -67,7 +67,7 @@ def test_a_table_goes_between_its_markers() -> None:
 
 
 def flaws(cell: Cell) -> Iterator[str]:
-    """What makes the cell's text unproven."""
+    """Reasons why the cell's text is not proven."""
     claims_nothing = re.match(r"(no|not yet)\b|$", cell.text)
     if not cell.tests and not claims_nothing:
         yield f"{cell.text!r} names no test"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import FrozenInstanceError, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from testbed.fakes import FakeExecutor, fake_image, make_request
 from testbed.tiny_models import photo
 from vllm_omni.diffusion.utils.image_output import extract_images_from_outputs
 from vllm_omni.diffusion.utils.param_utils import apply_declared_extra_args
+from vllm_omni.entrypoints.async_omni import AsyncOmni
 from vllm_omni.entrypoints.omni import Omni
 from vllm_omni.entrypoints.openai.stage_params import clone_sampling_params
 from vllm_omni.errors import InvalidRequestError
@@ -46,13 +48,13 @@ def _device() -> Iterator[None]:
 
 def run_script(omni: Omni, params: OmniDiffusionSamplingParams, prompt: dict[str, Any]) -> list[Image.Image]:
     """The calls of the public image examples around `generate`, less the line that changes `extra_args`."""
-    name = get_model_class_name(omni)
+    name: str | None = get_model_class_name(omni)  # type: ignore[func-returns-value]
     apply_declared_extra_args(params, get_extra_body_params(name), {"cfg_scale": 4.0, "use_norm": False})
     stages = [clone_sampling_params(stage) for stage in omni.default_sampling_params_list]
     assert [isinstance(stage, OmniDiffusionSamplingParams) for stage in stages] == [True]
     assert not should_init_extra_args_for_non_diffusion_stages(name)
-    assert get_ar_input_builder(name) is None
-    assert get_ar_tokenizer_validator(name) is None
+    stages_before: list[Callable[[str | None], object]] = [get_ar_input_builder, get_ar_tokenizer_validator]
+    assert [find(name) for find in stages_before] == [None, None]
     return extract_images_from_outputs(omni.generate(prompt, sampling_params_list=[params]))
 
 
@@ -120,13 +122,13 @@ def test_attributes_that_are_not_here_name_ours() -> None:
             (lambda: PARAMS.guidance_scale_2, "guidance_scale_2: one scale guides all steps"),  # type: ignore[attr-defined]
             (lambda: PARAMS.nothing, "'OmniDiffusionSamplingParams' object has no attribute 'nothing'"),  # type: ignore[attr-defined]
         ]
-        for owner in (omni, omni._async):
+        for owner in (omni, AsyncOmni("demo")):
             for name, message in (
                 ("start_profile", "start_profile: no profiler is started by requests"),
                 ("shutdown", "shutdown: here close()"),
                 ("nothing", f"'{type(owner).__name__}' object has no attribute 'nothing'"),
             ):
-                reads.append((lambda owner=owner, name=name: getattr(owner, name), message))
+                reads.append((partial(getattr, owner, name), message))
         for read, message in reads:
             with pytest.raises(AttributeError) as caught:
                 read()
@@ -167,10 +169,11 @@ def test_one_picture_is_a_list_of_one(images: Any) -> None:
 @pytest.mark.parametrize("image", ["a.png", b"png", bytearray(b"png"), Path("a.png")])
 def test_a_path_in_place_of_a_picture_is_told_to_be_opened(image: Any) -> None:
     for images in (image, [image], (PICTURE, image)):
-        for make in (
-            lambda images=images: OmniPrompt("a", images=images),
-            lambda images=images: parse_prompt({"prompt": "a", "multi_modal_data": {"image": images}}),
-        ):
+        makes: list[Callable[[], OmniPrompt]] = [
+            partial(OmniPrompt, "a", images=images),  # type: ignore[arg-type]
+            partial(parse_prompt, {"prompt": "a", "multi_modal_data": {"image": images}}),
+        ]
+        for make in makes:
             with pytest.raises(InvalidRequestError, match=r"^image takes PIL images: open it first, with ") as caught:
                 make()
             assert caught.value.param == "image"

@@ -1,6 +1,6 @@
 """Scripts of the public vllm-omni package: import paths, keywords, parameters and outputs that mean the same run here.
 
-What means something else is refused in one line that says what to use.
+A name with another meaning is refused in one line that says which one to use.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from vllm_omni.omni_settings import ACCEPTED, make_config
 from vllm_omni.outputs import OmniRequestOutput
 from vllm_omni.platforms import current_omni_platform
 
+Adapter: Any = LoRARequest  # called in ways that its types do not show
 SMALL: dict[str, Any] = {"height": 32, "width": 48, "num_inference_steps": 2}
 
 
@@ -75,10 +76,11 @@ def test_a_script_of_text_to_image(caplog: pytest.LogCaptureFixture) -> None:
         "stage_init_timeout": 600,
         "progress_bar": False,
     }
-    omni = Omni(**settings)
+    with patch("vllm_omni.omni.make_executor", return_value=FakeExecutor()) as make_executor:
+        omni = Omni(**settings)
     ignored = "ignored, as the pictures are the same without: ulysses_mode, mode, init_timeout, stage_init_timeout"
     assert [record.getMessage() for record in caplog.records] == [ignored]
-    assert omni._async.config == OmniDiffusionConfig(
+    assert make_executor.call_args.args[0] == OmniDiffusionConfig(
         "demo",
         cache_backend="cache_dit",
         cache_config={"Fn_compute_blocks": 1, "scm_steps_mask_policy": None, "steps_computation_policy": "dynamic"},
@@ -148,7 +150,7 @@ async def test_a_list_with_the_parameters_of_each_stage(capsys: pytest.CaptureFi
             {"sampling_params_list": [params], "sampling_params": params},
         ):
             with pytest.raises(InvalidRequestError, match="sampling_params_list takes the parameters of the one stage"):
-                omni.generate(["a", "b"], **wrong)  # type: ignore[arg-type]
+                omni.generate(["a", "b"], **wrong)
     asynchronous = AsyncOmni("demo")
     await asynchronous.start()
     outputs = [output async for output in asynchronous.generate("a", sampling_params_list=[params])]
@@ -182,7 +184,7 @@ async def test_other_keywords_of_a_call_are_told_their_place(keywords: dict[str,
             omni.generate("a", **keywords)
         assert caught.value.param in keywords
         with pytest.raises(InvalidRequestError, match="^" + re.escape(message)):
-            omni._async.generate("a", **keywords)
+            AsyncOmni("demo").generate("a", **keywords)
         omni.generate("a", OmniDiffusionSamplingParams(**SMALL), py_generator=False)  # type: ignore[arg-type]
 
 
@@ -212,7 +214,7 @@ async def test_keywords_of_a_call_without_effect_are_ignored_and_named(caplog: p
                 "generate takes no 'num_steps'; accepted are prompt, sampling_params, request_id, sampling_params_list"
             )
             with pytest.raises(InvalidRequestError, match=message):
-                omni._async.generate("a", num_steps=value)  # type: ignore[arg-type]
+                AsyncOmni("demo").generate("a", num_steps=value)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -262,7 +264,7 @@ def test_none_is_the_default(caplog: pytest.LogCaptureFixture) -> None:
     kinds = [OmniDiffusionConfig, DiffusionParallelConfig, OmniDiffusionSamplingParams, LoRARequest]
     for kind in kinds:
         required = {"model": "demo"} if kind is OmniDiffusionConfig else {"name": "ink"} if kind is LoRARequest else {}
-        optional = [f.name for f in fields(kind) if f.name not in required]  # type: ignore[arg-type]
+        optional = [f.name for f in fields(kind) if f.name not in required]
         assert kind(**required, **dict.fromkeys(optional)) == kind(**required), kind
     nothing: dict[str, Any] = dict.fromkeys(name for name in ACCEPTED if name != "model")
     assert make_config("demo", nothing) == OmniDiffusionConfig("demo")  # type: ignore[arg-type]
@@ -374,9 +376,9 @@ def test_adapters_by_their_public_names() -> None:
 def test_positions_are_fields_too() -> None:
     adapter = LoRARequest("ink", "/a")
     numbered: dict[str, Any] = {"lora_int_id": 3}
-    assert LoRARequest("ink", "/a", **numbered) == LoRARequest("ink", lora_path="/a", **numbered) == adapter
+    assert LoRARequest("ink", "/a", **numbered) == Adapter("ink", lora_path="/a", **numbered) == adapter
     vllm_order: Any = ("ink", 1, "/a")
-    assert LoRARequest(*vllm_order) == LoRARequest(*vllm_order[:2], lora_path=Path("/a")) == adapter
+    assert LoRARequest(*vllm_order) == Adapter(*vllm_order[:2], lora_path=Path("/a")) == adapter
     assert OmniDiffusionSamplingParams(64, eta=0.0) == OmniDiffusionSamplingParams(height=64)  # type: ignore[call-arg]
 
 
@@ -384,13 +386,13 @@ def test_positions_are_fields_too() -> None:
     ("make", "message"),
     [
         (LoRARequest, "LoRARequest needs a name; it takes name, path, scale"),
-        (partial(LoRARequest, lora_path="/a"), "LoRARequest needs a name"),
-        (partial(LoRARequest, "a", lora_name="b"), "lora_name and name differ: got 'b' and 'a'"),
-        (partial(LoRARequest, "a", name="b"), "LoRARequest: name is given twice, by its place and by its name"),
-        (partial(LoRARequest, "a", 1), "lora_request takes name, path and scale, got 1 as the path; vLLM's order is"),
-        (partial(LoRARequest, 1, 2, 3, 4), "LoRARequest takes name, path, scale: got 4 arguments"),
-        (partial(OmniDiffusionSamplingParams, 64, height=64), "OmniDiffusionSamplingParams: height is given twice"),
-        (partial(DiffusionParallelConfig, 2, ulysses_degree=2), "DiffusionParallelConfig: ulysses_degree is given tw"),
+        (partial(Adapter, lora_path="/a"), "LoRARequest needs a name"),
+        (partial(Adapter, "a", lora_name="b"), "lora_name and name differ: got 'b' and 'a'"),
+        (partial(Adapter, "a", name="b"), "LoRARequest: name is given twice, by its place and by its name"),
+        (partial(Adapter, "a", 1), "lora_request takes name, path and scale, got 1 as the path; vLLM's order is"),
+        (partial(Adapter, 1, 2, 3, 4), "LoRARequest takes name, path, scale: got 4 arguments"),
+        (partial(OmniDiffusionSamplingParams, 64, height=64), "OmniDiffusionSamplingParams: height is given twice"),  # type: ignore[misc]
+        (partial(DiffusionParallelConfig, 2, ulysses_degree=2), "DiffusionParallelConfig: ulysses_degree is given tw"),  # type: ignore[misc]
         (OmniDiffusionConfig, "OmniDiffusionConfig needs a model; it takes model, parallel, "),
     ],
 )

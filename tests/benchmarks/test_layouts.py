@@ -20,7 +20,7 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 from vllm_omni.outputs import OmniRequestOutput
 
 NUM_SKIPPED = 9
-"""Of 16 steps by the forced pattern."""
+"""Steps that the forced pattern skips out of 16."""
 STEP, SKIPPING_STEP = 0.5, 0.125
 """Seconds on one device."""
 

@@ -1,4 +1,4 @@
-"""What ranks measure together, in small: the bytes they count, and that a rank that fails ends the others' waiting."""
+"""Measurements that ranks make together, in small: bytes are counted, and a failed rank ends the others' wait."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vllm_omni.diffusion.data import DiffusionParallelConfig
 
 HEADS, HEAD_DIM = 3, 8
 BRANCHES = [Branch(5, 12), Branch(1, 12)]
-"""Of the first rank: 3 + 6 and 1 + 6 tokens, of the second 2 + 6 and 6."""
+"""The first rank holds 3 + 6 and 1 + 6 of their tokens, the second one 2 + 6 and 6."""
 FIRST, SECOND = 16, 14
 TOKEN_BYTES = HEAD_DIM * 4
 

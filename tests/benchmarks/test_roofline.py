@@ -1,4 +1,4 @@
-"""What the roofline counts is what the packed transformers run and say, rank by rank."""
+"""FLOPs and bytes that the roofline counts equal those of the packed transformers, rank by rank."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from testbed.runner_driver import make_request
 from testbed.tiny_models import build_tiny_qwen_image
 from testbed.tiny_z_image import build_tiny_z_image
 from tests.diffusion.compute.distributed.ranks import run_places
-from tests.diffusion.compute.worker.replica import started
+from tests.diffusion.compute.worker.replica import ranks_of, started
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.placement import balance
 from vllm_omni.diffusion.messages.worker import RankInfo
@@ -49,7 +49,8 @@ LAYOUTS: list[dict[str, int]] = [
 
 
 def sdpa_of_cpu(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
+    count: int = sdpa_flop_count(query, key, value)
+    return count
 
 
 def measure(
@@ -64,7 +65,7 @@ def measure(
         groups = [group for groups in placed.values() for group in groups]
         pipeline.predict(states, groups)  # lays out
         for _ in range(steps):
-            runner._ranks.take_sent_bytes()
+            ranks_of(runner).take_sent_bytes()
             mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_of_cpu}
             with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
                 pipeline.predict(states, groups)
@@ -81,7 +82,7 @@ def measure(
         ]
         for state in states
     ]
-    return flops, dict(runner._ranks.take_sent_bytes()), sequences
+    return flops, dict(ranks_of(runner).take_sent_bytes()), sequences
 
 
 def model_of(path: Path) -> Any:

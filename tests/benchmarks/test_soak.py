@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import random
 import signal
 from collections import Counter
@@ -66,7 +67,9 @@ def test_a_wrong_answer_breaks_a_promise(changes: dict[str, Any], promise: str) 
         ({"invalid": 3}, ["metrics: refused as invalid"]),
     ],
 )
-def test_metrics_that_differ_from_the_clients_count_break_a_promise(changes: dict, promises: list[str]) -> None:
+def test_metrics_that_differ_from_the_clients_count_break_a_promise(
+    changes: dict[str, int], promises: list[str]
+) -> None:
     assert broken(replace(EVIDENCE, after=replace(COUNTS, **changes))) == promises
 
 
@@ -116,7 +119,6 @@ def test_a_worker_is_killed_every_minute_and_one_is_stopped() -> None:
 
 async def test_a_fault_waits_for_a_worker_that_lives(monkeypatch: pytest.MonkeyPatch) -> None:
     """At first none does; the first one that does has ended when it is signalled."""
-    monkeypatch.setattr(soak, "LOOK_SECONDS", 0.0)
     looks = [[], [2], [], [3]]
     signals = []
 
@@ -125,13 +127,12 @@ async def test_a_fault_waits_for_a_worker_that_lives(monkeypatch: pytest.MonkeyP
             raise ProcessLookupError
         signals.append((pid, number))
 
-    monkeypatch.setattr(soak.os, "kill", kill)
-    server = SimpleNamespace(workers=lambda: [SimpleNamespace(pid=pid) for pid in looks.pop(0)])
-    await soak.signal_a_worker(server, signal.SIGSTOP, random.Random(0))  # type: ignore[arg-type]
+    monkeypatch.setattr(os, "kill", kill)
+    server: Any = SimpleNamespace(workers=lambda: [SimpleNamespace(pid=pid) for pid in looks.pop(0)])
+    await soak.signal_a_worker(server, signal.SIGSTOP, random.Random(0))
     assert (signals, looks) == ([(3, signal.SIGSTOP)], [])
-    monkeypatch.setattr(soak, "PATIENCE_SECONDS", 0.0)
     with pytest.raises(RuntimeError, match="no worker lives, and none was started in 0 s"):
-        await soak.signal_a_worker(server, signal.SIGSTOP, random.Random(0))  # type: ignore[arg-type]
+        await soak.signal_a_worker(server, signal.SIGSTOP, random.Random(0), patience_seconds=0.0)
 
 
 async def test_clients_are_answered_in_every_way_and_count_what_they_see(monkeypatch: pytest.MonkeyPatch) -> None:

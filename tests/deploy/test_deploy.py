@@ -23,7 +23,8 @@ def deployment() -> dict[str, Any]:
     kinds = {part["kind"]: part for part in yaml.safe_load_all((ROOT / "deploy/kubernetes.yaml").read_text())}
     assert kinds["Service"]["spec"]["selector"] == kinds["Deployment"]["spec"]["selector"]["matchLabels"]
     assert kinds["Deployment"]["spec"]["template"]["metadata"]["labels"] == kinds["Service"]["spec"]["selector"]
-    return kinds["Deployment"]["spec"]["template"]
+    template: dict[str, Any] = kinds["Deployment"]["spec"]["template"]
+    return template
 
 
 def test_the_pods_command_line_parses_and_its_ports_agree(deployment: dict[str, Any]) -> None:

@@ -76,7 +76,7 @@ CONFIGS: list[Any] = [OmniDiffusionConfig, DiffusionParallelConfig, *map(step_ca
         ({"attention_backend": "flash"}, ["--attention-backend", "sdpa, torch_varlen, cudnn", "'flash'"]),
     ],
 )
-def test_a_wrong_value_is_named(settings: dict, words: list[str]) -> None:
+def test_a_wrong_value_is_named(settings: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         OmniDiffusionConfig(**{"model": "demo", **settings})
     message = str(caught.value)
@@ -90,7 +90,7 @@ def test_a_wrong_value_is_named(settings: dict, words: list[str]) -> None:
         ({"distributed_executor_backend": "ray"}, "--distributed-executor-backend ray"),
     ],
 )
-def test_what_is_not_built_is_refused_by_flag(settings: dict, flag: str) -> None:
+def test_what_is_not_built_is_refused_by_flag(settings: dict[str, Any], flag: str) -> None:
     with pytest.raises(NotAvailableError, match="not available yet") as caught:
         OmniDiffusionConfig(model="demo", **settings)
     assert str(caught.value).startswith(flag)
@@ -140,12 +140,16 @@ def test_wrong_cache_values_are_named(key: str, value: object, expected: str) ->
 
 
 def test_cache_policies_are_the_librarys_own() -> None:
-    source = Path(importlib.util.find_spec("cache_dit").origin).with_name("caching") / "cache_interface.py"
+    spec = importlib.util.find_spec("cache_dit")
+    assert spec is not None
+    assert spec.origin is not None
+    source = Path(spec.origin).with_name("caching") / "cache_interface.py"
     known = re.search(r"predefined_policies = \{.*?\n  \}", source.read_text(), re.DOTALL)
     assert known
     assert re.findall(r'"(\w+)": \[', known[0]) == list(get_args(StepsMaskPolicy))
     for policy in get_args(StepsMaskPolicy):
-        assert parse_cache_config("cache_dit", {"scm_steps_mask_policy": policy}).scm_steps_mask_policy == policy
+        config = parse_cache_config("cache_dit", {"scm_steps_mask_policy": policy})
+        assert config == CacheDiTConfig(scm_steps_mask_policy=policy)
     none = {"scm_steps_mask_policy": None, "max_accumulated_residual_diff_threshold": None}
     assert parse_cache_config("cache_dit", none) == CacheDiTConfig()
 
@@ -211,7 +215,7 @@ STATIC = {**MASK, "steps_computation_policy": "static"}
         ),
     ],
 )
-def test_cache_settings_that_change_nothing_are_refused(settings: dict, refusal: str) -> None:
+def test_cache_settings_that_change_nothing_are_refused(settings: dict[str, Any], refusal: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_cache_config("cache_dit", settings)
     assert str(caught.value).startswith(f"--cache-config: {refusal}")
@@ -221,8 +225,12 @@ def test_cache_settings_that_repeat_a_default_or_ask_for_what_is_done_anyway_are
     defaults = {f.name: getattr(CacheDiTConfig, f.name) for f in fields(CacheDiTConfig)}
     assert parse_cache_config("cache_dit", defaults) == CacheDiTConfig()
     unlimited = {"max_continuous_cached_steps": -1, "residual_diff_threshold": 1.0}
-    zeros: list[dict] = [{"residual_diff_threshold": 0.0}, {"max_cached_steps": 0}, {"max_continuous_cached_steps": 0}]
-    fewer: dict = {"max_cached_steps": 2}  # than the default's 3 in a row
+    zeros: list[dict[str, Any]] = [
+        {"residual_diff_threshold": 0.0},
+        {"max_cached_steps": 0},
+        {"max_continuous_cached_steps": 0},
+    ]
+    fewer: dict[str, Any] = {"max_cached_steps": 2}  # than the default's 3 in a row
     for settings in ({**defaults, **STATIC}, {**STATIC, **unlimited}, {**defaults, **MASK}, fewer, *zeros):
         parse_cache_config("cache_dit", settings)
 
@@ -311,7 +319,7 @@ def test_world_size_is_the_product_of_the_axes() -> None:
         DiffusionParallelConfig(ring_degree=0)
     for wrong in (True, "2", 1.5):
         with pytest.raises(ConfigError, match="ring_degree takes an integer, got"):
-            DiffusionParallelConfig(ring_degree=wrong)
+            DiffusionParallelConfig(ring_degree=wrong)  # type: ignore[arg-type]
 
 
 def test_config_is_frozen_and_travels_as_msgpack() -> None:
@@ -326,8 +334,8 @@ def test_config_is_frozen_and_travels_as_msgpack() -> None:
 def test_numbers_of_other_libraries_are_settings_too() -> None:
     config = OmniDiffusionConfig(
         "demo",
-        DiffusionParallelConfig(ring_degree=np.int64(2)),
-        max_num_seqs=np.int64(3),
+        DiffusionParallelConfig(ring_degree=np.int64(2)),  # type: ignore[arg-type]
+        max_num_seqs=np.int64(3),  # type: ignore[arg-type]
         max_queue_seconds=5,
         default_sampling_params={"true_cfg_scale": np.float64(2.0)},
     )
@@ -347,7 +355,7 @@ def test_paths_and_types_of_pytorch_are_settings_too() -> None:
 
 
 @pytest.mark.parametrize("token", ["hf_a b", "hf_a\n", "hf_é", b"hf_bytes", ""])
-def test_a_token_is_in_no_error_and_in_no_repr(token: object) -> None:
+def test_a_token_is_in_no_error_and_in_no_repr(token: Any) -> None:
     with pytest.raises(ConfigError, match=r"^--hf-token takes a ") as caught:
         OmniDiffusionConfig("demo", hf_token=token)
     assert "hf_" not in str(caught.value)
@@ -355,6 +363,6 @@ def test_a_token_is_in_no_error_and_in_no_repr(token: object) -> None:
 
 
 def test_vllms_names_of_values_mean_ours() -> None:
-    named = OmniDiffusionConfig("demo", dtype="half", load_format="safetensors")
+    named = OmniDiffusionConfig("demo", dtype="half", load_format="safetensors")  # type: ignore[arg-type]
     assert named == OmniDiffusionConfig("demo", dtype="float16", load_format="auto")
-    assert OmniDiffusionConfig("demo", dtype="float").dtype == "float32"
+    assert OmniDiffusionConfig("demo", dtype="float").dtype == "float32"  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from benchmarks.gpu.ranks import RankProcesses, listening_store
 from testbed.runner_driver import Drive, make_request
 from tests.diffusion.compute.cache.driving import Skips, watch_skips
 from tests.diffusion.compute.cache.test_layouts import Runs, in_turn
-from tests.diffusion.compute.worker.replica import merging, started
+from tests.diffusion.compute.worker.replica import merging, started, world_of
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.worker import RankInfo
 
@@ -72,7 +72,7 @@ def _draw(
     merge: Callable[[Any], Any] = merging(runner)
     drive = Drive(runner, partial(in_turn, parallel.cfg_parallel_size), merge).run(ARRIVALS)
     assert drive.errors == {}
-    if (world := runner._ranks._world) is not None:
+    if (world := world_of(runner)) is not None:
         world.mesh.control.all_reduce(torch.zeros(1))  # nobody leaves while others still talk
         world.leave()
     seen: Skips = {request_id: [list(steps) for steps in branches] for request_id, branches in skips.items()}

@@ -94,7 +94,7 @@ def test_garbage_is_not_collected_during_a_capture() -> None:
 
     def run() -> torch.Tensor:
         output = torch.ones(8, device="cuda")
-        kept = [[] for _ in range(10_000)]  # more objects than start a collection
+        kept: list[list[None]] = [[] for _ in range(10_000)]  # more objects than start a collection
         assert kept
         return output + 1
 

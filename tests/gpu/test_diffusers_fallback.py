@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,11 +40,10 @@ def test_pictures_are_diffusers_own_wherever_the_weights_lie(tmp_path: Path, nam
         generator = torch.Generator("cpu").manual_seed(params.seed or 0)
         sizes = {"height": params.height or 64, "width": 64}
         expected.append(np.array(pipeline(prompt, generator=generator, **sizes, **arguments).images[0]))
-    for settings in ({}, {"enable_cpu_offload": True}, {"enable_layerwise_offload": True}):
+    choices: list[dict[str, Any]] = [{}, {"enable_cpu_offload": True}, {"enable_layerwise_offload": True}]
+    for settings in choices:
         with Omni(model=str(model), dtype="float32", progress_bar=False, **settings) as omni:
             outputs = omni.generate(PROMPTS, PARAMS)  # both at once
-            assert omni._async.ready is not None
-            peak = omni._async.ready.peak_memory_bytes
         ratios = [psnr(output.images[0], picture) for output, picture in zip(outputs, expected, strict=True)]
-        print(name, settings, ratios, peak)
+        print(name, settings, ratios)
         assert min(ratios) >= 50

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -95,7 +97,8 @@ def test_the_demo_model_draws_nearly_what_bfloat16_draws() -> None:
     params = [OmniDiffusionSamplingParams(num_inference_steps=20, seed=seed) for seed in range(4)]
     prompts = ["a red apple", "a panda on a pink background", "a lemon", "a rocket above a full moon"]
     drawn = []
-    for settings in ({}, {"quantization": "fp8"}):
+    choices: list[dict[str, Any]] = [{}, {"quantization": "fp8"}]
+    for settings in choices:
         with Omni(model=str(DEMO_MODEL_PATH), dtype="bfloat16", progress_bar=False, **settings) as omni:
             drawn.append([np.asarray(output.images[0]) for output in omni.generate(prompts, params)])
     found = [psnr(a, b) for a, b in zip(*drawn, strict=True)]

@@ -69,7 +69,7 @@ class Drawn:
         return self._of_one[model, cache]
 
     def demo(self, dtype: str, parallel: DiffusionParallelConfig = ONE) -> dict[str, np.ndarray]:
-        """Of trained weights: what random ones make of a rounding grows with every step."""
+        """Pictures of a trained model: with random weights a rounding error grows at every step."""
         (((pictures, _),), *_) = self.pool.draw(parallel, Path(DEMO_MODEL_PATH), {"dtype": dtype})
         return pictures
 

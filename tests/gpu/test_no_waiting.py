@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"),
 ]
 LONG_CYCLES = 2_000_000_000
-"""Of a kernel that only counts: about a second."""
+"""GPU clock cycles of a kernel that only counts: about a second."""
 
 
 @pytest.fixture(params=["qwen_image", "qwen_image_edit", "z_image"])

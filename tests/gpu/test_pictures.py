@@ -19,7 +19,7 @@ from testbed.tiny_models import build_tiny_qwen_image
 from vllm_omni import Omni
 from vllm_omni.diffusion.catalog.find_folder import DEMO_MODEL_PATH
 from vllm_omni.diffusion.compute.step.sampling import draw_noise, pack_latents
-from vllm_omni.diffusion.data import DiffusionParallelConfig
+from vllm_omni.diffusion.data import DiffusionParallelConfig, DType
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -37,7 +37,7 @@ PARAMS = [
 ]
 
 
-def draw(path: Path, dtype: str, **settings: Any) -> list[np.ndarray]:
+def draw(path: Path, dtype: DType, **settings: Any) -> list[np.ndarray]:
     with Omni(model=str(path), dtype=dtype, progress_bar=False, **settings) as omni:
         return pictures(omni)
 

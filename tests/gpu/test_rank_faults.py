@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
+from benchmarks.served import workers_among
 
 from testbed.runner_driver import psnr
 from testbed.tiny_models import build_tiny_qwen_image
@@ -20,7 +22,6 @@ from tests.gpu.faults import ERRORS, fault_file, make_runner
 from tests.gpu.test_pictures import PARAMS, PROMPTS
 from vllm_omni import AsyncOmni
 from vllm_omni.diffusion.compute.distributed.mesh import COLLECTIVE_TIMEOUT
-from vllm_omni.diffusion.control.engine import DiffusionEngine
 from vllm_omni.diffusion.control.executor.multiproc import MultiprocExecutor
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 
@@ -46,10 +47,9 @@ async def started(path: Path) -> AsyncIterator[AsyncOmni]:
         await omni.close()
 
 
-def workers_of(omni: AsyncOmni) -> set[int]:
-    assert isinstance(omni._engine, DiffusionEngine)
-    assert isinstance(omni._engine._executor, MultiprocExecutor)
-    return set(omni._engine._executor.worker_pids)
+def workers() -> set[int]:
+    """Process ids of both workers."""
+    return {process.pid for process in workers_among(psutil.Process().children())}
 
 
 async def draw(omni: AsyncOmni, number: int) -> list[np.ndarray]:
@@ -73,12 +73,12 @@ async def test_the_other_rank_does_not_wait_and_requests_replay(
     async with started(path) as omni:
         wanted = await draw(omni, len(PROMPTS))
         for number in (len(PROMPTS), 1):  # a batch, and one that is alone
-            workers = workers_of(omni)
+            before = workers()
             fault_file(path).write_text(kind)
             with_fault = await draw(omni, number)
             assert not fault_file(path).exists(), "the rank has failed"
-            assert workers_of(omni).isdisjoint(workers)
-            replaced, after = workers_of(omni), await draw(omni, len(PROMPTS))
-            assert workers_of(omni) == replaced
+            assert workers().isdisjoint(before)
+            replaced, after = workers(), await draw(omni, len(PROMPTS))
+            assert workers() == replaced
             for pictures in (with_fault, after):
                 assert min(psnr(a, b) for a, b in zip(pictures, wanted)) >= 60

@@ -114,7 +114,7 @@ def test_a_reader_that_left_is_no_error(pipe: tuple[int, int]) -> None:
 
 
 def test_a_signal_handler_may_write_inside_put(pipe: tuple[int, int]) -> None:
-    """As `put` does itself there: a lock that is not reentrant would wait for ever."""
+    """`put` holds its lock when the handler runs: with a lock that is not reentrant it would wait for ever."""
     writer = QueuedWriter(pipe[1])
     with writer._changed:
         writer.put(b"inner\n")

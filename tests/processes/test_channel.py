@@ -8,7 +8,7 @@ import os
 import random
 import socket
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
@@ -127,6 +127,7 @@ def test_pictures_that_requests_share_are_sent_once() -> None:
     assert fd is not None
     assert os.fstat(fd).st_size < 512 * 512 * 3 + 64 * 64 * 3 + 100
     (message,) = FrameReader[ToWorker](ToWorker).feed(body, [fd])
+    assert isinstance(message, Execute)
     for request in message.plan.new_requests:
         assert request.images == images
         np.testing.assert_array_equal(request.images[0].condition, images[0].condition)
@@ -212,11 +213,16 @@ async def test_arrays_go_through_the_backlog_too() -> None:
         ours.close()
 
 
+def for_each(send: Callable[[Any], None], messages: Sequence[object]) -> None:
+    for message in messages:
+        send(message)
+
+
 def test_threads_may_send_and_receive_at_once() -> None:
     with blocking_pair() as (ours, theirs):
         rng = random.Random(0)
         results = [Done(random_result(rng)) for _ in range(50)]
-        sender = threading.Thread(target=lambda: [theirs.send(result) for result in results])
+        sender = threading.Thread(target=for_each, args=(theirs.send, results))
         sender.start()
         for n, result in enumerate(results):
             ours.send(Abort([str(n)]))
@@ -229,8 +235,8 @@ def test_two_threads_may_send_at_once() -> None:
     with blocking_pair() as (ours, theirs):
         results = [Done(random_result(random.Random(seed))) for seed in range(50)]
         senders = [
-            threading.Thread(target=lambda: [theirs.send(result) for result in results]),
-            threading.Thread(target=lambda: [theirs.send_if_free(Heartbeat()) for _ in range(5000)]),
+            threading.Thread(target=for_each, args=(theirs.send, results)),
+            threading.Thread(target=for_each, args=(theirs.send_if_free, [Heartbeat()] * 5000)),
         ]
         for sender in senders:
             sender.start()

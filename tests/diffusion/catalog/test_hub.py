@@ -96,7 +96,7 @@ def serve(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def start(token: str | None = None, folder: Path = model_folder) -> FakeHub:
         hubs.append(fake_hub(folder, token))
         hub = hubs[-1].__enter__()
-        # As HF_ENDPOINT does it when the library is first imported.
+        # HF_ENDPOINT has the same effect when the library is first imported.
         template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -330,10 +330,10 @@ def test_a_hub_model_in_another_layout_is_told(serve: Serve, model_folder: Path)
 
 def test_settings_of_the_engine_reach_the_hub(serve: Serve, tmp_path: Path) -> None:
     serve(TOKEN, DEMO_MODEL_PATH)
-    settings = {"revision": "v1", "download_dir": str(tmp_path / "mine"), "hf_token": TOKEN, "load_format": "dummy"}
-    path = AsyncOmni(model=REPOSITORY, **settings).info.path
+    mine = tmp_path / "mine"
+    path = AsyncOmni(REPOSITORY, revision="v1", download_dir=mine, hf_token=TOKEN, load_format="dummy").info.path
     assert path.name == COMMITS["v1"]
-    assert path.is_relative_to(tmp_path / "mine")
+    assert path.is_relative_to(mine)
 
 
 @pytest.mark.parametrize("shown", [True, False])

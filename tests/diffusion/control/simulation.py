@@ -109,7 +109,7 @@ def random_arrivals(rng: random.Random, count: int, load: float = 1.2) -> list[t
 
 
 def step_work(plan: StepPlan, requests: dict[str, DiffusionRequest]) -> float:
-    """As the scheduler counts it: each denoising step with the overhead of a step."""
+    """Work of a plan by the scheduler's count: each denoising step carries the overhead of a whole step."""
     return step_seconds(plan, requests) / PER_TOKEN + OVERHEAD / PER_TOKEN * max(len(plan.denoise) - 1, 0)
 
 

@@ -1,4 +1,4 @@
-"""Which adapter a request gets, and what of one is refused before it costs anybody anything."""
+"""Choice of the adapter of a request, and adapters that are refused before any work is done."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class ServerProcess:
         return self._output.wait_for(pattern)
 
     def address(self) -> str:
-        """As the server prints it, as soon as it listens."""
+        """Address that the server prints as soon as it listens."""
         return self.wait_for_line(r"Listening on (\S+)")[1]
 
     def wait_until_ready(self) -> None:
@@ -125,20 +125,26 @@ def stop(server: ServerProcess) -> int:
     return server.wait()
 
 
-def start_generation(client: httpx.Client, num_steps: int) -> threading.Thread:
-    """A request under way in a thread; the thread's `response` is its answer in the end."""
+class Generation(threading.Thread):
+    """A request under way. `response` is its answer, once the thread has ended."""
 
-    class Generation(threading.Thread):
-        response: httpx.Response
+    response: httpx.Response
 
-        def run(self) -> None:
-            self.response = client.post(
-                "/v1/images/generations",
-                json={"prompt": "red apple", "num_inference_steps": num_steps, "seed": 1},
-                timeout=GUARD_SECONDS,
-            )
+    def __init__(self, client: httpx.Client, num_steps: int) -> None:
+        super().__init__()
+        self._client = client
+        self._num_steps = num_steps
 
-    generation = Generation()
+    def run(self) -> None:
+        self.response = self._client.post(
+            "/v1/images/generations",
+            json={"prompt": "red apple", "num_inference_steps": self._num_steps, "seed": 1},
+            timeout=GUARD_SECONDS,
+        )
+
+
+def start_generation(client: httpx.Client, num_steps: int) -> Generation:
+    generation = Generation(client, num_steps)
     generation.start()
     return generation
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib.util
 import re
@@ -121,10 +122,11 @@ def parse(*words: str) -> cli.ServeArgs:
     return cli.parse_args(["serve", "demo", "--omni", *words])
 
 
-def serve_parser() -> object:
-    top = cli.build_parser()
-    (commands,) = (a for a in top._actions if a.choices and "serve" in a.choices)
-    return commands.choices["serve"]
+def serve_parser() -> argparse.ArgumentParser:
+    commands = [action.choices for action in cli.build_parser()._actions if isinstance(action.choices, dict)]
+    (serve,) = (parsers["serve"] for parsers in commands)
+    assert isinstance(serve, argparse.ArgumentParser)
+    return serve
 
 
 def test_the_list_of_flags_is_frozen() -> None:
@@ -149,12 +151,15 @@ def test_every_engine_setting_has_a_flag() -> None:
 
 
 def test_http_flags_have_vllms_names_and_defaults() -> None:
-    source = Path(importlib.util.find_spec("vllm.entrypoints.launchers.cli_args").origin).read_text()
+    spec = importlib.util.find_spec("vllm.entrypoints.launchers.cli_args")
+    assert spec is not None
+    assert spec.origin is not None
+    source = Path(spec.origin).read_text()
     classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
     theirs = {
-        statement.target.id: ast.unparse(statement.value)
+        ast.unparse(statement.target): ast.unparse(statement.value)
         for statement in classes["FrontendArgs"].body
-        if isinstance(statement, ast.AnnAssign)
+        if isinstance(statement, ast.AnnAssign) and statement.value is not None
     }
     for f in fields(cli.HttpOptions):
         if f.name in NOT_VLLM_HTTP_FLAGS:

@@ -17,7 +17,10 @@ from vllm_omni.entrypoints.cli.main import main
 
 def vllm_commands() -> set[str]:
     """The names of vLLM's commands, from the modules that its `main` imports."""
-    folder = Path(importlib.util.find_spec("vllm.entrypoints.cli.main").origin).parent
+    spec = importlib.util.find_spec("vllm.entrypoints.cli.main")
+    assert spec is not None
+    assert spec.origin is not None
+    folder = Path(spec.origin).parent
     main_source = (folder / "main.py").read_text()
     modules = re.findall(r"^    import vllm\.entrypoints\.cli\.([\w.]+)$", main_source, re.MULTILINE)
     names = set()

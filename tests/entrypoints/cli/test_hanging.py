@@ -30,7 +30,7 @@ class FakeServer:
     """The process of `tests.entrypoints.cli.fake_server`."""
 
     def __init__(self, path: Path, shutdown_timeout: float, stop_seconds: float) -> None:
-        words = ["-m", "tests.entrypoints.cli.fake_server", path, str(shutdown_timeout), str(stop_seconds)]
+        words = ["-m", "tests.entrypoints.cli.fake_server", str(path), str(shutdown_timeout), str(stop_seconds)]
         self._process = subprocess.Popen(
             [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
         )

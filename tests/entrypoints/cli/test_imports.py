@@ -1,4 +1,4 @@
-"""What may not be imported, because it costs seconds where they hurt."""
+"""Packages that commands must not import, because each costs seconds at every start."""
 
 from __future__ import annotations
 

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import httpx
 import psutil
+from benchmarks.served import workers_among
 
-from testbed.patience import GUARD_SECONDS
-from tests.entrypoints.cli.server_process import VLLM, num_running, start_generation, wait_for
+from testbed.patience import GUARD_SECONDS, wait_for
+from tests.entrypoints.cli.server_process import VLLM, num_running, start_generation
 
 ROOT = Path(__file__).parents[3]
 SMALLEST_PIPE = 4096
@@ -55,7 +56,7 @@ def listens(server: psutil.Popen, path: Path) -> bool:
 
 
 def worker_of(server: psutil.Popen) -> psutil.Process:
-    (worker,) = [p for p in server.children() if "worker.main" in " ".join(p.cmdline())]
+    (worker,) = workers_among(server.children())
     return worker
 
 

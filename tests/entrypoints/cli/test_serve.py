@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from PIL import Image
 
-from testbed.patience import GUARD_SECONDS
+from testbed.patience import GUARD_SECONDS, wait_for
 from tests.entrypoints.cli.server_process import (
     VLLM,
     ServerProcess,
@@ -32,7 +32,6 @@ from tests.entrypoints.cli.server_process import (
     server_process,
     start_generation,
     stop,
-    wait_for,
 )
 
 KEY = "correct horse"

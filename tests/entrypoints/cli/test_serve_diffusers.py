@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -85,7 +86,9 @@ def test_the_sdk_gets_diffusers_own_pictures(served: Served) -> None:
         ({"model": "ink", "lora": {"name": "oil"}}, "lora", "names 'oil', and model names 'ink'"),
     ],
 )
-def test_a_wrong_parameter_is_a_400_that_names_it(served: Served, extra: dict, param: str, words: str) -> None:
+def test_a_wrong_parameter_is_a_400_that_names_it(
+    served: Served, extra: dict[str, Any], param: str, words: str
+) -> None:
     with served.sdk() as sdk, pytest.raises(openai.BadRequestError, match=words) as refused:
         sdk.images.generate(model="tiny", prompt=PROMPT, extra_body=extra)
     assert refused.value.body["param"] == param

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 import httpx
 import pytest
@@ -29,6 +30,7 @@ from vllm_omni.entrypoints.server.listening_socket import ListeningSocket
 from vllm_omni.entrypoints.server.signals import StopSignals
 from vllm_omni.entrypoints.server.slow_readers import HttpProtocol
 from vllm_omni.errors import ConfigError, OmniError, WorkerDiedError
+from vllm_omni.omni import AsyncOmni
 
 PATIENT_LIMITS = serve.StopLimits(close_seconds=GUARD_SECONDS, http_seconds=GUARD_SECONDS, log_seconds=GUARD_SECONDS)
 
@@ -105,7 +107,13 @@ async def running(
     deadlines: list[str] = []
     with ListeningSocket(http) as listener, StopSignals(ended.append) as signals:
         service = serve.Service(
-            omni, server, listener, args, signals, lambda: deadlines.append("armed"), limits or PATIENT_LIMITS
+            cast(AsyncOmni, omni),
+            server,
+            listener,
+            args,
+            signals,
+            lambda: deadlines.append("armed"),
+            limits or PATIENT_LIMITS,
         )
         task = asyncio.create_task(service.run())
         try:

@@ -7,11 +7,11 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tools.flags import PAGE, page
 
+from tests.entrypoints.cli.test_args import serve_parser
 from vllm_omni.entrypoints.cli import args as cli
 from vllm_omni.entrypoints.cli.foreign_flags import NARGS
 from vllm_omni.errors import ConfigError
@@ -34,22 +34,18 @@ def parse(*words: str) -> cli.ServeArgs:
     return cli.parse_args(["serve", "demo", "--omni", *words])
 
 
-def own_parser() -> Any:
-    (commands,) = (a for a in cli.build_parser()._actions if a.choices and "serve" in a.choices)
-    return commands.choices["serve"]
-
-
 @pytest.fixture(scope="module")
 def vllm_nargs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int | str | None]:
     """Flag -> argparse's `nargs`, from vLLM's own parser. In a process of its own: it imports vLLM's whole engine."""
     file = tmp_path_factory.mktemp("vllm") / "flags.json"
     subprocess.run([sys.executable, "-c", LIST_FLAGS, str(file)], check=True, capture_output=True)
-    return json.loads(file.read_text())
+    nargs: dict[str, int | str | None] = json.loads(file.read_text())
+    return nargs
 
 
 def test_every_flag_of_vllm_has_one_place(vllm_nargs: dict[str, int | str | None]) -> None:
     places = Counter([*SAME_HERE, *(name for flag in VLLM_FLAGS for name in flag.option_strings)])
-    ours = {flag for action in own_parser()._actions for flag in action.option_strings}
+    ours = {flag for action in serve_parser()._actions for flag in action.option_strings}
     aliases_of_ours = {"-h", "-tp", "-dp", "-q"}
     places.update(aliases_of_ours)
     negated = {f"--no-{name[2:]}" for name in SAME_HERE}

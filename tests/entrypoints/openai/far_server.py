@@ -76,7 +76,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(302)
 
     def _many(self, _: str) -> None:
-        self._answer(200, **{f"x{number}": "y" for number in range(100_000)})
+        headers = {f"x{number}": "y" for number in range(100_000)}
+        self._answer(200, b"", **headers)
 
     def _headers(self, _: str) -> None:
         self.send_response(200)
@@ -105,7 +106,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
         self.connection.settimeout(0.01)
-        for _ in range(int(GUARD_SECONDS / 0.01)):
+        for _tick in range(int(GUARD_SECONDS / 0.01)):
             self.connection.send(b"x")
             with suppress(TimeoutError):
                 if not self.connection.recv(1):

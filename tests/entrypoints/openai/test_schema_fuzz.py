@@ -70,7 +70,7 @@ def test_examples_that_the_schema_allows(schema: schemathesis.schemas.BaseSchema
 
 
 def test_event_streams_are_as_the_schema_says(schema: schemathesis.schemas.BaseSchema) -> None:
-    body = {"prompt": "x", "stream": True, "partial_images": 1}
+    body: dict[str, Any] = {"prompt": "x", "stream": True, "partial_images": 1}
     case = schema["/v1/images/generations"]["POST"].Case(body=body, media_type="application/json")
     response = case.call(timeout=GUARD_SECONDS)
     assert response.status_code == 200
@@ -107,7 +107,7 @@ def fuzz(schema: schemathesis.schemas.BaseSchema, method: str, path: str, mode: 
         database=None,
         suppress_health_check=list(HealthCheck),
     )
-    def send(case: schemathesis.Case) -> None:
+    def send(case: schemathesis.Case[Any]) -> None:
         if case.media_type == "multipart/form-data" and isinstance(case.body, dict):
             assume(not any(is_absent_in_a_form(value) for value in case.body.values()))
         response = case.call(timeout=GUARD_SECONDS)

@@ -21,7 +21,14 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from testbed.fakes import as_whole
-from testbed.live_server import FAKE_EDIT_INFO, FAKE_INFO, MODEL_NAME, LiveServer, live_server
+from testbed.live_server import (
+    FAKE_EDIT_INFO,
+    FAKE_INFO,
+    MODEL_NAME,
+    FakeImageInput,
+    LiveServer,
+    live_server,
+)
 from testbed.runner_driver import psnr
 from testbed.tiny_diffusers import build_tiny_diffusers, set_safety_checker
 from testbed.tiny_models import photo
@@ -41,7 +48,7 @@ VIDEO_INFO = as_whole(
     WholePipeline("WanPipeline", ("num_inference_steps", "num_frames"), "callback_on_step_end", 1),
     default_sampling_params={"height": 64, "width": 64, "num_inference_steps": 4, "num_frames": 5},
 )
-EITHER_INFO = replace(FAKE_EDIT_INFO, image_input=replace(FAKE_EDIT_INFO.image_input, min_images=0))
+EITHER_INFO = replace(FAKE_EDIT_INFO, image_input=FakeImageInput(min_images=0))
 
 
 @pytest.fixture(scope="module")

@@ -31,8 +31,8 @@ def request(request_id: str, **values: Any) -> DiffusionRequest:
 
 
 @asynccontextmanager
-async def running(executor: FakeExecutor, status_seconds: float = 3600.0) -> AsyncIterator[DiffusionEngine]:
-    log = ActivityLog(status_seconds)
+async def running(executor: FakeExecutor, log: ActivityLog | None = None) -> AsyncIterator[DiffusionEngine]:
+    log = log or ActivityLog(status_seconds=3600.0)
     engine = DiffusionEngine(make_config(), executor, Observers(NullObserver(), log))
     log.watch(engine.status)
     async with asyncio.timeout(GUARD_SECONDS):
@@ -90,8 +90,8 @@ async def test_aborted_and_cut_off_requests_too(lines: Callable[[str], list[str]
 
 
 async def test_lines_while_something_runs_and_none_after(lines: Callable[[str], list[str]]) -> None:
-    executor = FakeExecutor(hold=True)
-    async with running(executor, status_seconds=0.01) as engine:
+    executor, log = FakeExecutor(hold=True), ActivityLog(status_seconds=0.01)
+    async with running(executor, log) as engine:
         assert lines("Running") == []
         events = engine.add([request("a"), request("b")])
         await until(lambda: len(lines("Running")) >= 3)
@@ -99,8 +99,7 @@ async def test_lines_while_something_runs_and_none_after(lines: Callable[[str], 
         releasing = asyncio.create_task(release(executor))
         await end_of(events, 2)
         releasing.cancel()
-        timer = engine._observer._observers[1]
-        await until(lambda: timer._timer is None)
+        await until(lambda: log._timer is None)
         number = len(lines("Running"))
         await end_of_idle_seconds()
         assert len(lines("Running")) == number
@@ -110,7 +109,7 @@ async def test_lines_while_something_runs_and_none_after(lines: Callable[[str], 
 
 async def release(executor: FakeExecutor) -> None:
     while True:
-        if executor._pending:
+        if executor.pending:
             executor.release_results()
         await asyncio.sleep(0)
 

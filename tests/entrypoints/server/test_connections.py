@@ -60,7 +60,8 @@ async def serving(**options: Any) -> AsyncIterator[int]:
 
 class Client:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader, self._writer = reader, writer
+        self.reader = reader
+        self._writer = writer
 
     @classmethod
     async def connect(cls, port: int) -> Client:
@@ -75,9 +76,9 @@ class Client:
 
     async def told(self) -> int:
         """The status of the next answer."""
-        self.head = (await self._reader.readuntil(b"\r\n\r\n")).lower()
+        self.head = (await self.reader.readuntil(b"\r\n\r\n")).lower()
         length = int(self.head.partition(b"content-length: ")[2].split(b"\r\n")[0])
-        self.body = json.loads(await self._reader.readexactly(length))
+        self.body = json.loads(await self.reader.readexactly(length))
         return int(self.head.split()[1])
 
     async def close(self) -> None:
@@ -111,7 +112,7 @@ async def clients_beyond_the_limit() -> None:
             assert client.body["error"]["code"] == "unavailable"
             assert b"retry-after: 1" in client.head
             assert b"x-request-id: " in client.head
-            assert await client._reader.read() == b""  # closed
+            assert await client.reader.read() == b""  # closed
             await client.close()
         assert [await client.status() for client in held] == [200] * MOST
         for client in held:
@@ -163,7 +164,7 @@ async def far_too_many_clients() -> None:
             assert await client.told() == 503
         # The refused ones stay open: their clients have not read the end.
         last = await Client.connect(port)
-        assert await last._reader.read() == b""
+        assert await last.reader.read() == b""
         for client in [*clients, last]:
             await client.close()
         await assert_served_again(port)
@@ -196,7 +197,7 @@ async def handshakes(key: Path, certificate: Path, acceptors: list[connections.A
         await until(lambda: not acceptors[0]._opening)
         acceptors[0]._handshake_seconds = 0.05
         for client in [await Client.connect(port) for _ in range(MOST)]:
-            assert await client._reader.read() == b""
+            assert await client.reader.read() == b""
             await client.close()
         await until(lambda: not acceptors[0]._opening)
         acceptors[0]._handshake_seconds = GUARD_SECONDS
@@ -205,7 +206,7 @@ async def handshakes(key: Path, certificate: Path, acceptors: list[connections.A
         await client.close()
         words = await Client.connect(port)
         words.ask()
-        assert b"HTTP" not in await words._reader.read()
+        assert b"HTTP" not in await words.reader.read()
         await words.close()
 
 

@@ -92,7 +92,8 @@ def connection_of(server: LiveServer, client: RawClient) -> Any:
     address = client.socket.getsockname()
 
     def find() -> list[Any]:
-        return [one for one in server.http.server_state.connections if one.client == address]
+        connections: set[Any] = server.http.server_state.connections  # of our protocol
+        return [one for one in connections if one.client == address]
 
     server.wait_until(lambda: bool(find()))
     return server.call(find)[0]
@@ -182,7 +183,7 @@ def test_bytes_that_trickle_in_do_not_set_the_clock_back(server: LiveServer) -> 
         timer = connection._timer
         for end in range(1, 5):
             client.send(b"a")
-            server.wait_until(lambda end=end: connection._received == GET + b"a" * end)
+            server.wait_until(lambda end=end: connection._received == GET + b"a" * end)  # type: ignore[misc]
         assert connection._timer is timer
         assert 0 < timer.when() - server.call(server.loop.time) <= LIMITS.head_seconds
 

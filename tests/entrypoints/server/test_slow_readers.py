@@ -66,7 +66,8 @@ class Routes:
         return StreamingResponse(self._endless("/pieces"))
 
     async def events(self) -> Response:
-        return EventSourceResponse(self._endless("/events"))
+        events: Response = EventSourceResponse(self._endless("/events"))
+        return events
 
     async def _endless(self, path: str) -> AsyncIterator[bytes]:
         self.asked.append(path)

@@ -92,7 +92,7 @@ def test_each_sequence_attends_to_itself_alone(
     backend = make(dtype, head_dim)
     lengths_q, lengths_k = PACKS[pack]
     q = random(dtype, sum(lengths_q), heads, head_dim)
-    # As after an exchange: keys and values lie side by side.
+    # Keys and values lie side by side, which is so after an exchange.
     k, v = random(dtype, sum(lengths_k), 2, heads, head_dim).unbind(1)
     offsets = offsets_of(lengths_q, lengths_k)
 
@@ -154,7 +154,7 @@ def test_no_value_is_read_on_the_way_to_the_kernels() -> None:
     q, k, v = random(torch.float32, 3, sum(lengths), 3, 64).unbind()
     offsets = offsets_of(lengths, [*lengths[:-1], 8])
     backend = create_attention("sdpa")
-    with NoReads():
+    with NoReads():  # type: ignore[no-untyped-call]
         backend.attend(q, k, v, *offsets)
         backend.attend_with_lse(q, k, v, *offsets)
 

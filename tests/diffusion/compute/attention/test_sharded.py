@@ -27,7 +27,7 @@ def tensors(heads: int, head_dim: int = 8) -> torch.Tensor:
 
 
 def part(x: torch.Tensor, parts: int, index: int) -> torch.Tensor:
-    """What one rank holds of [tokens, ...], in joint order."""
+    """Shard of one rank of `x` [tokens, ...], in joint order."""
     pieces = x.split([n for pair in zip(TEXT, IMAGE) for n in pair])
     return torch.cat([piece[part_of(len(piece), parts, index)] for piece in pieces])
 
@@ -112,7 +112,7 @@ def test_blocks_travel_while_the_rank_computes(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("call", [1, 2])
 def test_a_call_that_fails_with_a_block_on_its_way_can_be_repeated(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
-    """As a recording does that finds too little memory: nothing has been sent, and the group is the same."""
+    """A capture that runs out of memory repeats the call: nothing has been sent, and the group is the same."""
     rank, size, qkv = 0, 3, tensors(2)
     blocks = blocks_that_come(qkv, rank, size)
     group, _ = fake_ring(monkeypatch, [*blocks[:call], *blocks], rank, size)

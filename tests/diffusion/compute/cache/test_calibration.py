@@ -35,7 +35,7 @@ class WatchedBlocks(nn.Module):
         self.seen: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        first = self.inner[0]
+        first: Any = self.inner[0]
         shift, scale, _ = first.img_mod(kwargs["temb"]).chunk(2, dim=-1)[0].chunk(3, dim=-1)
         modulated = first.img_norm1(hidden_states) * (1 + scale[:, None]) + shift[:, None]
         for block in self.inner:

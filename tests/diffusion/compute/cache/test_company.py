@@ -20,6 +20,7 @@ from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.packing import Hidden
 from vllm_omni.diffusion.compute.step.arrangement import Arrangement
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
+from vllm_omni.diffusion.messages.plan import StepResult
 
 LONG = make_request("long", negative_prompt="a blue car", num_inference_steps=16, seed=3, true_cfg_scale=3.0)
 WIDE = make_request("wide", "a photo", height=48, width=96, num_inference_steps=12, seed=4)
@@ -60,17 +61,21 @@ def test_a_request_that_opts_out_is_drawn_as_without_a_cache(calm_model: Path, p
     assert psnr(cached.images["long"], plain.images["long"]) < 60
 
 
-def watch_results(drive: Drive) -> list[Any]:
-    results: list[Any] = []
-    drive._merge = lambda result: results.append(result) or result  # type: ignore[func-returns-value]
-    return results
+def watched(runner: ModelRunner) -> tuple[Drive, list[StepResult]]:
+    """A drive, and the list that it fills with the results of its steps."""
+    results: list[StepResult] = []
+
+    def note(result: StepResult) -> StepResult:
+        results.append(result)
+        return result
+
+    return Drive(runner, merge=note), results
 
 
 def test_results_tell_what_was_cached_and_what_is_kept(calm_model: Path, backend: str) -> None:
     runner = started(calm_model, backend, settings_of(backend))
     skips = watch_skips(runner)
-    drive = Drive(runner)
-    results = watch_results(drive)
+    drive, results = watched(runner)
     drive.run(ARRIVALS)
 
     for request in REQUESTS:
@@ -109,8 +114,7 @@ def check_misses(path: Path, plain: Drive, cache: str, settings: dict[str, Any])
     runner = started(path, cache, settings)
     skips = watch_skips(runner)
     runner.pipeline.step_cache.budget.max_bytes = 100
-    drive = Drive(runner)
-    results = watch_results(drive)
+    drive, results = watched(runner)
     drive.run(ARRIVALS)
     assert drive.errors == {}
     assert not any(steps for branches in skips.values() for steps in branches)
@@ -148,7 +152,7 @@ def watch_memory(runner: ModelRunner) -> list[int]:
         assert held[-1] == cache.budget.num_bytes
         return output
 
-    cache.run = watched  # type: ignore[method-assign]
+    cache.run = watched  # type: ignore[assignment,method-assign]
     return held
 
 

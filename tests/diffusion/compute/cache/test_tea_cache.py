@@ -36,7 +36,7 @@ class PublishedLoop(nn.Module):
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         state = self.branches[self.calls % 2]
         self.calls += 1
-        first = self.inner[0]
+        first: Any = self.inner[0]
         shift, scale, _ = first.img_mod(kwargs["temb"]).chunk(2, dim=-1)[0].chunk(3, dim=-1)
         modulated_inp = first.img_norm1(hidden_states) * (1 + scale[:, None]) + shift[:, None]
         if state["cnt"] in (0, STEPS - 1):

@@ -16,7 +16,7 @@ from testbed.runner_driver import Drive, make_request, psnr
 from testbed.tiny_models import build_tiny_qwen_image
 from tests.diffusion.compute.distributed.ranks import run_places
 from tests.diffusion.compute.families.test_cuda_graphs import ARRIVALS, Capturer
-from tests.diffusion.compute.worker.replica import merging, started
+from tests.diffusion.compute.worker.replica import merging, ranks_of, started, world_of
 from tests.diffusion.compute.worker.test_layouts import placed_in_turn
 from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.data import DiffusionParallelConfig
@@ -36,7 +36,7 @@ class SilentCapturer(Capturer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.sent = Counter()
+        self.sent: Counter[str] = Counter()
         self.late_error: Exception | None = None
         """Raised behind the exchanges, which the other ranks' recorders do meanwhile."""
 
@@ -62,12 +62,13 @@ def draw(
     error: Exception | None,
 ) -> tuple[dict[str, np.ndarray], dict[str, int], int, bool]:
     """Pictures, bytes sent, replays, and a failure flag. error: raised by rank 0's capturer after the start."""
-    Device.capturer = lambda self: capturer  # type: ignore[assignment,method-assign]  # in a process of its own
+    Device.capturer = lambda self: capturer  # type: ignore[assignment,method-assign,return-value]  # in a process of its own
     runner = started(rank_info, parallel, path)
-    runner._ranks.take_sent_bytes()
+    ranks_of(runner).take_sent_bytes()
     if capturer is not None:
-        assert runner._ranks._world is not None
-        capturer.sent = runner._ranks._world.sent
+        world = world_of(runner)
+        assert world is not None
+        capturer.sent = world.sent
         capturer.num_replays = 0
         capturer.late_error = error if rank_info.rank == 0 else None
     sent: dict[str, int] = {}
@@ -144,10 +145,11 @@ def draw_with_a_failed_decode(
     rank_info: RankInfo, parallel: DiffusionParallelConfig, path: Path, capturer: SilentCapturer
 ) -> tuple[list[str], list[str], int]:
     """Errors, pictures, and how often captured graphs were dropped; the decode of "early" fails on rank 0."""
-    Device.capturer = lambda self: capturer  # type: ignore[assignment,method-assign]  # in a process of its own
+    Device.capturer = lambda self: capturer  # type: ignore[assignment,method-assign,return-value]  # in a process of its own
     runner = started(rank_info, parallel, path)
-    assert runner._ranks._world is not None
-    capturer.sent = runner._ranks._world.sent
+    world = world_of(runner)
+    assert world is not None
+    capturer.sent = world.sent
     decode = runner.pipeline.decode
 
     def failing(requests: Any, latents: Any) -> Any:

@@ -36,7 +36,7 @@ def _in_world(place: RankInfo, function: Callable[..., Any], parallel: Diffusion
 
 
 def run_places(function: Callable[..., Any], parallel: DiffusionParallelConfig, *args: Any) -> list[Any]:
-    """As `run_ranks`, but `function(place, *args)` connects by itself."""
+    """Run `function(place, *args)` on every rank, like `run_ranks`, but the function connects by itself."""
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
     size = parallel.replica_size
@@ -67,6 +67,7 @@ def run_places(function: Callable[..., Any], parallel: DiffusionParallelConfig, 
 def _run(function: Callable[..., Any], place: RankInfo, results: Any, args: tuple[Any, ...]) -> None:
     gc.freeze()  # a collection would look at all objects of the parent, and copy their pages
     torch.set_num_threads(1)
+    outcome: tuple[int, Any, str | None]
     try:
         outcome = (place.rank, function(place, *args), None)
     except BaseException:

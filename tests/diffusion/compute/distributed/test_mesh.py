@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -85,8 +86,15 @@ def test_blocks_of_any_length_go_round_the_ring() -> None:
 
 
 def misuse(world: World) -> list[str]:
-    ring, errors = Ring(world.mesh.ring), []
-    for wrong in (lambda: ring.wait(), lambda: [ring.post(torch.zeros(1), (1,)) for _ in range(2)]):
+    ring = Ring(world.mesh.ring)
+    errors: list[str] = []
+
+    def post_twice() -> None:
+        for _ in range(2):
+            ring.post(torch.zeros(1), (1,))
+
+    misuses: list[Callable[[], object]] = [ring.wait, post_twice]
+    for wrong in misuses:
         try:
             wrong()
         except RuntimeError as error:

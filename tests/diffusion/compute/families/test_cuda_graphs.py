@@ -22,7 +22,7 @@ from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.errors import ConfigError
 
-BUILDERS = {"qwen_image": build_tiny_qwen_image, "z_image": build_tiny_z_image}
+BUILDERS: dict[str, Callable[..., Path]] = {"qwen_image": build_tiny_qwen_image, "z_image": build_tiny_z_image}
 ARRIVALS = {
     0: [make_request("a", negative_prompt="", num_inference_steps=9, seed=1)],
     2: [make_request("b", "a blue car", height=48, width=80, num_inference_steps=8, true_cfg_scale=1.0, seed=2)],

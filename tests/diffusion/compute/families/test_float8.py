@@ -155,7 +155,8 @@ def test_edits_are_near(tiny_edit_model: Path) -> None:
     prompt = {"prompt": "a blue car", "multi_modal_data": {"image": photo(64, 48, seed=0)}}
     params = OmniDiffusionSamplingParams(seed=0)
     pictures = []
-    for settings in ({}, {"quantization": "fp8"}):
+    choices: list[dict[str, Any]] = [{}, {"quantization": "fp8"}]
+    for settings in choices:
         with Omni(
             model=str(tiny_edit_model), distributed_executor_backend="uni", progress_bar=False, **settings
         ) as omni:
@@ -167,7 +168,7 @@ class LiveBytes(TorchDispatchMode):
     """The most bytes that tensors held at once, of all that operations took or gave."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._alive: dict[int, weakref.ref[Tensor]] = {}
         self.peak = 0
 

@@ -103,7 +103,8 @@ def test_ranks_that_share_layers_compute_what_whole_layers_compute(tmp_path: Pat
 
 
 def test_a_group_of_one_holds_everything_and_asks_nobody(tmp_path: Path) -> None:
-    weights, counted = checkpoint(tmp_path), []
+    weights = checkpoint(tmp_path)
+    counted: list[int] = []
     network = load(tmp_path, Group.alone(), counted)
     for ours, wanted in zip(network(IDS), whole(weights, IDS), strict=True):
         assert (ours - wanted).abs().max() < 1e-6

@@ -46,7 +46,7 @@ def bare(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """A model folder with configs and a tokenizer only."""
     folder = tmp_path_factory.mktemp("dummy")
     whole = BUILDERS[request.param](folder / "whole")
-    path = folder / request.param
+    path: Path = folder / request.param
     shutil.copytree(whole, path, ignore=shutil.ignore_patterns("*.safetensors"))
     shutil.rmtree(whole)
     return path

@@ -51,6 +51,7 @@ def arrivals(model: Path) -> Arrivals:
 
 @pytest.fixture(scope="module")
 def wanted(model: Path, arrivals: Arrivals) -> dict[str, np.ndarray]:
+    pictures: dict[str, np.ndarray]
     ((pictures, errors),) = run_places(draw, ALONE, ALONE, model, False, arrivals)
     assert not errors
     return pictures

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from testbed.runner_driver import Drive, make_request, psnr
+from testbed.runner_driver import Drive, kept, make_request, psnr
 from tests.diffusion.compute.distributed.ranks import run_places, run_ranks
-from tests.diffusion.compute.worker.replica import merging, started
+from tests.diffusion.compute.worker.replica import merging, ranks_of, started
 from vllm_omni.diffusion.compute.coordination.ranks import Ranks, RanksLostError
 from vllm_omni.diffusion.compute.distributed.groups import Group, GroupBrokenError
 from vllm_omni.diffusion.compute.distributed.mesh import World
@@ -52,7 +52,8 @@ def fail_at(runner: Any, stage: str, request_id: str, error: Exception) -> None:
                 calls[0] += 1
                 if request_id in ids and calls[0] % 2 == 0:
                     raise error
-                return attend(*qkv)
+                attended: torch.Tensor = attend(*qkv)
+                return attended
 
             return failing
 
@@ -84,11 +85,12 @@ def draw(
     if stage and rank_info.rank == GUILTY_RANK % rank_info.replica_size:
         fail_at(runner, stage, "b", error)
     drive = Drive(runner, merge=merging(runner)).run({0: REQUESTS[:2], 1: REQUESTS[2:]})
-    return drive.images, drive.errors, len(runner._states) + len(runner._requests)
+    return drive.images, drive.errors, kept(runner)
 
 
 @pytest.fixture(scope="module")
 def alone(tiny_model: Path) -> dict[str, np.ndarray]:
+    images: dict[str, np.ndarray]
     ((images, _, _),) = run_places(
         draw, DiffusionParallelConfig(), DiffusionParallelConfig(), tiny_model, None, RuntimeError()
     )
@@ -188,7 +190,7 @@ def lose(rank_info: RankInfo, parallel: DiffusionParallelConfig, path: Path) -> 
         except RanksLostError as error:
             return type(error).__name__
     try:
-        runner._ranks._num_attempts += 7
+        ranks_of(runner)._num_attempts += 7
         runner.execute(StepPlan(1, denoise=["a"]))
     except RanksLostError as error:
         return type(error).__name__

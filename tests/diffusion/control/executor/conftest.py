@@ -1,4 +1,4 @@
-"""What tests with worker processes share."""
+"""Fixtures that tests with worker processes share."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from testbed.fakes import FakeRunner, fake_image, make_config, make_ready, make_
 from testbed.patience import GUARD_SECONDS
 from tests.descriptors import descriptors_left, low_descriptors_taken
 from tests.diffusion.control.executor.test_worker_groups import Meeting, assert_all_done, make
-from tests.diffusion.control.executor.workers import Endless, closing, is_alive
+from tests.diffusion.control.executor.workers import Endless, closing, group_of, is_alive
 from tests.diffusion.control.test_engine import until
 from vllm_omni.diffusion.control.engine import DiffusionEngine
 from vllm_omni.diffusion.data import DiffusionParallelConfig
@@ -76,7 +76,7 @@ async def test_a_worker_that_lives_is_waited_for_and_no_longer() -> None:
     executor = make(1, FakeRunner)
     async with closing(executor):
         await executor.start()
-        worker = executor._group.workers[0]  # type: ignore[union-attr]
+        worker = group_of(executor).workers[0]
         assert not await worker._ended_within(0.02)
 
 

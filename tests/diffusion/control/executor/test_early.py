@@ -75,7 +75,8 @@ def test_workers_that_nobody_takes_end_with_the_context() -> None:
 
 
 def test_a_worker_that_cannot_be_started_leaves_none_of_other_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
-    launch, started = interpreter_launcher(name_of(FakeRunner)), []
+    launch = interpreter_launcher(name_of(FakeRunner))
+    started: list[Launched] = []
 
     def launch_once(name: str, inherited_fds: Sequence[int]) -> Launched:
         if started:

@@ -24,6 +24,7 @@ def test_workers_get_the_folder_and_no_token() -> None:
         model="org/painter", revision="v1", download_dir="/models", hf_token="hf_secret", dtype="half"
     )
     executor = make_executor(hub_model, FAKE_INFO)
+    assert isinstance(executor, MultiprocExecutor)
     assert executor._config == make_config(model=str(FAKE_INFO.path), dtype="float16")
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from testbed.fakes import FakeExecutor, FakeRunner, make_config
 from testbed.patience import GUARD_SECONDS, until
-from tests.diffusion.control.executor.workers import EndlessStart, closing, is_alive, name_of
+from tests.diffusion.control.executor.workers import EndlessStart, closing, group_of, is_alive, name_of
 from vllm_omni.diffusion.control.engine import DiffusionEngine
 from vllm_omni.diffusion.control.executor import Executor
 from vllm_omni.diffusion.control.executor.inline import InlineExecutor
@@ -39,8 +39,13 @@ class LateStart(FakeRunner):
 
 def make_mp(index: int = 0, **degrees: int) -> MultiprocExecutor:
     config = make_config(parallel=DiffusionParallelConfig(**degrees))
-    limits = {"silence_seconds": GUARD_SECONDS, "start_silence_seconds": GUARD_SECONDS}
-    return MultiprocExecutor(config, name_of(EndlessStart), replica_index=index, **limits)
+    return MultiprocExecutor(
+        config,
+        name_of(EndlessStart),
+        replica_index=index,
+        silence_seconds=GUARD_SECONDS,
+        start_silence_seconds=GUARD_SECONDS,
+    )
 
 
 async def stop(stopped: Any, how: str) -> None:
@@ -73,9 +78,7 @@ async def test_an_answer_that_nobody_has_taken_is_no_start_of_stopped_workers(ho
     async with closing(executor):
         starting = asyncio.create_task(executor.start())
         await until(lambda: executor.worker_pids)
-        group = executor._group
-        assert group is not None
-        group._outcomes.put_nowait(FakeRunner().start())
+        group_of(executor)._outcomes.put_nowait(FakeRunner().start())
         await stop(executor, how)
         with pytest.raises(WorkerDiedError, match=r"^the workers were stopped$"):
             await starting

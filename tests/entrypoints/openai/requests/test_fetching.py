@@ -7,7 +7,7 @@ import ipaddress
 import json
 import resource
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from http.client import HTTPConnection
@@ -251,10 +251,11 @@ def test_a_client_that_leaves_ends_the_fetch(server: LiveServer, far: FarServer,
 async def test_deadlines(far: FarServer, path: str, limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock jumps ahead once the far server has the request; /drip/ is never silent for long."""
     far.left.clear()
+    seconds: dict[str, Any] = {limit: 10.0}
     num_before, loop, ahead = len(far.requests), asyncio.get_running_loop(), 0.0
     time = loop.time
     monkeypatch.setattr(loop, "time", lambda: time() + ahead)
-    fetching = asyncio.create_task(fetch(far.url(path), replace(POLICY, **{limit: 10.0})))
+    fetching = asyncio.create_task(fetch(far.url(path), replace(POLICY, **seconds)))
     await until(lambda: len(far.requests) > num_before)
     while not fetching.done():
         ahead += 1.0
@@ -301,7 +302,8 @@ async def test_a_name_without_an_address() -> None:
     def unknown(_: str) -> list[str]:
         raise OSError(-2, "Name or service not known")
 
-    for resolver in (unknown, lambda _: []):
+    resolvers: list[Callable[[str], list[str]]] = [unknown, lambda _: []]
+    for resolver in resolvers:
         with pytest.raises(InvalidRequestError, match=r"photos\.example (could not be reached|has no address)"):
             await fetch("http://photos.example/", FetchPolicy(resolver, is_public))
 

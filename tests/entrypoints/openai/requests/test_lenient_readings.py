@@ -225,7 +225,7 @@ def test_a_picture_in_a_text_field(editor: LiveServer, name: str) -> None:
 
 def test_a_text_field_may_come_as_a_file(editor: LiveServer) -> None:
     """A prompt as a file, as `curl -F prompt=@prompt.txt` sends it."""
-    files = {"image": file_of(PHOTO), "prompt": ("prompt.txt", b"from a file")}
+    files: dict[str, Any] = {"image": file_of(PHOTO), "prompt": ("prompt.txt", b"from a file")}
     assert httpx.post(editor.url + EDITS, files=files).status_code == 200
     assert list(editor.device.prompts.values())[-1] == "from a file"
 

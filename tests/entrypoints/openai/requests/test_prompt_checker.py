@@ -36,7 +36,7 @@ def checked(text: str) -> CheckedPrompt:
     return CheckedPrompt(OmniPrompt(text), params, params, {})
 
 
-class Capturer(NullObserver):
+class NotedRejects(NullObserver):
     def __init__(self) -> None:
         self.rejects: list[str] = []
 
@@ -46,10 +46,10 @@ class Capturer(NullObserver):
 
 async def test_those_beyond_the_bound_are_told_to_come_back() -> None:
     omni: Any = SlowOmni(max_num_queued_reqs=2)
-    observer = Capturer()
-    checker = PromptChecker(omni, observer)
+    observer = NotedRejects()
+    checker: Any = PromptChecker(omni, observer)
     checker._seconds = 3e6
-    waiting = [asyncio.create_task(checker.resolve(checked(text))) for text in "ab"]
+    waiting = [asyncio.create_task(checker.make_job(checked(text))) for text in "ab"]
     await asyncio.sleep(0)
     with pytest.raises(QueueFullError, match="2 requests wait") as caught:
         await checker.resolve(checked("c"))

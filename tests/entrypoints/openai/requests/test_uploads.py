@@ -28,6 +28,7 @@ from testbed.live_server import (
     live_server,
 )
 from testbed.tiny_models import photo
+from tests.entrypoints.openai.requests.pictures.decoders import num_threads
 from tests.entrypoints.openai.routes.test_image_edits import EDITS, data_url, file_of, pixels
 from tests.entrypoints.openai.routes.test_image_errors import error_of
 from vllm_omni.entrypoints.openai.requests.input_pictures import MAX_IMAGE_BYTES
@@ -125,7 +126,7 @@ def test_bad_fields_of_a_form(http: httpx.Client, fields: dict[str, Any], param:
 
 def test_an_edit_needs_a_picture(http: httpx.Client) -> None:
     for request in ({"files": {"prompt": (None, "x")}}, {"json": {"prompt": "x"}}):
-        response = http.post(EDITS, **request)  # type: ignore[arg-type]  # one of the two
+        response = http.post(EDITS, **request)
         assert (response.status_code, error_of(response)["param"]) == (400, "image")
         message = error_of(response)["message"]
         assert '"images": [{"image_url": "data:image/png;base64,..."}] in JSON' in message
@@ -407,9 +408,9 @@ def test_an_upload_that_trickles_is_ended() -> None:
 
 
 def test_processes_are_there_for_models_that_take_pictures_alone(server: LiveServer) -> None:
-    assert all(thread.is_alive() for thread in server.app.state.decode_pool._threads)
+    assert num_threads(server.app.state.decode_pool) > 0
     with live_server(info=FAKE_INFO) as other:
-        assert not any(thread.is_alive() for thread in other.app.state.decode_pool._threads)
+        assert num_threads(other.app.state.decode_pool) == 0
 
 
 def test_an_error_says_which_picture_is_wrong(http: httpx.Client) -> None:

@@ -9,14 +9,14 @@ import pytest
 
 from vllm_omni.entrypoints.openai.responses.answers import ResponseOptions, encode_all, json_with_list
 from vllm_omni.entrypoints.openai.responses.encoding import ImageFormat
-from vllm_omni.entrypoints.openai.schema.images import ImageGenerationRequest
+from vllm_omni.entrypoints.openai.schema.images import ImageGenerationRequest, Quality
 
 
 @pytest.mark.parametrize(
     ("asked", "reported"),
     [("auto", "high"), ("hd", "high"), ("standard", "medium"), ("low", "low"), ("medium", "medium"), ("high", "high")],
 )
-def test_the_reported_quality_is_one_that_openai_knows(asked: str, reported: str) -> None:
+def test_the_reported_quality_is_one_that_openai_knows(asked: Quality, reported: str) -> None:
     body = ImageGenerationRequest(prompt="x", quality=asked)
     assert ResponseOptions.of(body, ImageFormat("png", 100), ()).quality == reported
 

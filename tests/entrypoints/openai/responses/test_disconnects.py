@@ -7,11 +7,11 @@ import base64
 import json
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from http.client import HTTPConnection
-from typing import cast
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -19,6 +19,7 @@ from starlette.types import Message
 
 from testbed.live_server import FAKE_EDIT_INFO, LiveServer, live_server
 from testbed.tiny_models import photo
+from tests.entrypoints.openai.requests.pictures.decoders import decode_pids, num_queued
 from tests.entrypoints.openai.routes.test_image_edits import EDITS, file_of
 from vllm_omni.entrypoints.openai.responses.event_stream import EventStream
 from vllm_omni.jobs import OutputStream
@@ -84,22 +85,22 @@ UPLOADS = {
 def test_client_leaves_while_its_picture_is_decoded(name: str) -> None:
     """The decode process of its picture is killed, and another client's picture is decoded."""
     path, kind, body, num_missing = UPLOADS[name]
-    files = {"image": LARGE, "prompt": (None, "x")}
+    files: dict[str, Any] = {"image": LARGE, "prompt": (None, "x")}
     server = live_server(info=FAKE_EDIT_INFO, settings={"num_encoding_threads": 1})
     with server as running, ThreadPoolExecutor(1) as pool:
         assert httpx.post(running.url + EDITS, files=files).status_code == 200
         decoder = running.app.state.decode_pool
-        pid = decoder._threads[0].process.pid
+        (pid,) = decode_pids(decoder)
         os.kill(pid, signal.SIGSTOP)
         connection = HTTPConnection(running.url.removeprefix("http://"))
         headers = {"content-type": kind, "content-length": str(len(body) + num_missing)}
         connection.request("POST", path, body, headers)
-        running.wait_until(lambda: decoder.num_pictures == 1 and decoder._jobs.qsize() == 0)
+        running.wait_until(lambda: decoder.num_pictures == 1 and num_queued(decoder) == 0)
         answer = pool.submit(httpx.post, running.url + EDITS, files=files)
         running.wait_until(lambda: decoder.num_pictures == 2)
         connection.close()
         assert answer.result().status_code == 200
-        assert decoder._threads[0].process.pid != pid
+        assert pid not in decode_pids(decoder)
         running.wait_until(lambda: running.app.state.upload_budget.num_bytes == 0)
 
 
@@ -136,7 +137,7 @@ async def test_stream_client_leaves_while_the_first_bytes_are_sent() -> None:
         async def aclose(self) -> None:
             self.closed = True
 
-    async def events() -> AsyncIterator[bytes]:
+    async def events() -> AsyncGenerator[bytes, None]:
         raise AssertionError("never asked for")
         yield b""
 

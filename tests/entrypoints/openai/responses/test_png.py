@@ -138,7 +138,7 @@ async def test_the_event_loop_runs_on_beside_the_encoder() -> None:
             longest, last = max(longest, now - last), now
         return longest / (last - start)
 
-    shares = []
+    shares: list[float] = []
     while not shares or shares[-1] > 0.4:
         assert len(shares) < 50, shares
         shares.append(await longest_pause())

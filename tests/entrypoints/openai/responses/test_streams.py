@@ -27,7 +27,7 @@ def test_partial_images_then_the_picture(sdk: openai.OpenAI) -> None:
     stream = sdk.images.generate(prompt="a b", stream=True, partial_images=3, extra_body=body)
     *partial, completed = list(stream)
     assert [event.type for event in partial] == ["image_generation.partial_image"] * 3
-    assert [event.partial_image_index for event in partial] == [0, 1, 2]  # type: ignore[union-attr]
+    assert [event.partial_image_index for event in partial] == [0, 1, 2]
     for event, step in zip(partial, (2, 4, 6), strict=True):
         np.testing.assert_array_equal(pixels(event.b64_json), expected_picture(9, step=step))
     assert completed.type == "image_generation.completed"

@@ -94,7 +94,7 @@ async def test_async_client(server: LiveServer) -> None:
     async with openai.AsyncOpenAI(api_key="none", base_url=f"{server.url}/v1") as client:
         answer: Any = await client.chat.completions.create(
             model=MODEL_NAME,
-            messages=[says("x")],  # type: ignore[list-item]
+            messages=[says("x")],
             seed=3,
         )
     np.testing.assert_array_equal(picture(answer.choices[0].message.images[0]), expected_picture(3))
@@ -148,7 +148,7 @@ def test_what_vllm_omnis_clients_send(http: httpx.Client) -> None:
 
 
 def test_n_choices_have_consecutive_seeds(sdk: openai.OpenAI) -> None:
-    answer: Any = sdk.chat.completions.create(model=MODEL_NAME, messages=[says("x")], n=3, seed=40)  # type: ignore[list-item]
+    answer: Any = sdk.chat.completions.create(model=MODEL_NAME, messages=[says("x")], n=3, seed=40)
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
     assert [choice.seed for choice in answer.choices] == [40, 41, 42]
     for choice, seed in zip(answer.choices, (40, 41, 42), strict=True):
@@ -189,7 +189,7 @@ def test_fields_without_effect_are_named(http: httpx.Client) -> None:
 def test_a_stream_by_the_sdk(sdk: openai.OpenAI) -> None:
     stream: Any = sdk.chat.completions.create(
         model=MODEL_NAME,
-        messages=[says("a b")],  # type: ignore[list-item]
+        messages=[says("a b")],
         n=2,
         seed=5,
         stream=True,
@@ -211,7 +211,7 @@ def test_a_stream_by_the_sdk(sdk: openai.OpenAI) -> None:
 
 
 def test_the_sdks_accumulating_helper_takes_a_stream(sdk: openai.OpenAI) -> None:
-    with sdk.chat.completions.stream(model=MODEL_NAME, messages=[says("x")], seed=6) as stream:  # type: ignore[list-item]
+    with sdk.chat.completions.stream(model=MODEL_NAME, messages=[says("x")], seed=6) as stream:
         message: Any = stream.get_final_completion().choices[0].message
     np.testing.assert_array_equal(picture(message.images[0]), expected_picture(6))
 
@@ -294,7 +294,7 @@ def test_a_real_model_end_to_end(tiny_model: Path) -> None:
     ):
         chat: Any = client.chat.completions.create(
             model=MODEL_NAME,
-            messages=[says("a red apple")],  # type: ignore[list-item]
+            messages=[says("a red apple")],
             seed=7,
             extra_body=options,
         )

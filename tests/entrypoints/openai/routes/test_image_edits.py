@@ -178,7 +178,8 @@ def test_whatever_the_mode_the_model_sees_rgb_on_white(server: LiveServer, sdk: 
 
 def test_libre_chat_and_curl(http: httpx.Client) -> None:
     """Repeated `image[]`, every value a string, `auto` everywhere."""
-    parts = [("image[]", ("a.png", file_of(PHOTO), "image/png")), ("image[]", ("b.webp", file_of(PHOTO, "WEBP")))]
+    files = (("a.png", file_of(PHOTO), "image/png"), ("b.webp", file_of(PHOTO, "WEBP"), None))
+    parts = [("image[]", file) for file in files]
     fields = {"prompt": "x", "model": MODEL_NAME, "size": "auto", "quality": "auto", "background": "auto", "n": "1"}
     assert http.post(EDITS, files=parts, data=fields).status_code == 200
     assert http.post(EDITS, files={"image[0]": file_of(PHOTO)}, data=fields).status_code == 200

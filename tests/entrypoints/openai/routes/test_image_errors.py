@@ -21,7 +21,7 @@ GENERATIONS = "/v1/images/generations"
 def error_of(response: httpx.Response) -> dict[str, Any]:
     """The error object, after a check that the response contains nothing else."""
     assert response.headers["content-type"] == "application/json"
-    body = response.json()
+    body: dict[str, dict[str, Any]] = response.json()
     assert set(body) == {"error"}
     assert set(body["error"]) == {"message", "type", "param", "code"}
     return body["error"]

@@ -83,7 +83,7 @@ def test_a_streamed_task(sdk: openai.OpenAI, http: httpx.Client, include_usage: 
     assert stopped["choices"] == [{"index": 0, "finish_reason": "stop", "delta": {}}]
     assert stopped["ignored_fields"] == ["a"]
     assert [chunk["usage"]["total_tokens"] for chunk in usage] == [0] * include_usage
-    stream: Any = sdk.chat.completions.create(model=MODEL_NAME, messages=TASKS["title"], stream=True)  # type: ignore[arg-type]
+    stream: Any = sdk.chat.completions.create(model=MODEL_NAME, messages=TASKS["title"], stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == ""
 
 

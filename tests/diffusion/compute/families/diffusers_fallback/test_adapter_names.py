@@ -92,7 +92,7 @@ def layer_of(pipeline: Any, component: str, name: str) -> Any:
 
 def draw(pipeline: Any, layers: Mapping[str, tuple[str, ...]], seed: int, alphas: tuple[float, ...]) -> list[Layer]:
     generator = torch.Generator().manual_seed(seed)
-    drawn = []
+    drawn: list[Layer] = []
     for component, names in layers.items():
         for name in names:
             outputs, inputs = layer_of(pipeline, component, name).weight.shape

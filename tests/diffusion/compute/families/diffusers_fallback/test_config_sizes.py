@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ from vllm_omni.diffusion.control.request_builder import check_defaults
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.errors import ConfigError
 
-ODD = ["60", [], {}, None, -5, 0, 10**9, 1.5, True, float("nan"), [0, 0], [1], [10**9], [None]]
+ODD: list[Any] = ["60", [], {}, None, -5, 0, 10**9, 1.5, True, float("nan"), [0, 0], [1], [10**9], [None]]
 SIZE_KEYS = (*NUMBERS, *LISTS, *NUMBERS_OR_LISTS, *SWITCHES)
 
 

@@ -31,7 +31,7 @@ READY = WorkerReady(1.0, 1, "cpu", "float32", 4096, 1e-6, 0.0, 0.5, 2.0)
 
 @pytest.fixture(autouse=True)
 def small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Kontext brings its input to: a million pixels in its own list, which take long here."""
+    """Small sizes for Kontext, which resizes its input to one of a list: its own have a million pixels."""
     monkeypatch.setattr(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", [(64, 96), (64, 64), (96, 64)])
 
 
@@ -125,7 +125,7 @@ def test_without_a_picture_kontext_makes_one_from_text(
 def test_edits_under_way_do_not_touch_one_another(
     model_of: ModelOf, runner_of: RunnerOf, pipeline_of: PipelineOf, name: str
 ) -> None:
-    """Of other pictures and strengths, one begun while another stands between two steps; a third is aborted."""
+    """Requests with different pictures and strengths: one begins between two steps of another; a third is aborted."""
     images = [noise(64, 64, seed) for seed in range(3)]
     own = {} if name == SDXL else T5
     strengths: list[dict[str, Any]] = [{}] * 3 if name == KONTEXT else [{"strength": s} for s in (0.9, 0.5, 0.7)]
@@ -188,7 +188,7 @@ def test_a_picture_that_would_make_too_large_a_one_makes_the_largest_of_its_prop
 
 
 def test_positions_bound_the_sides(model_of: ModelOf, runner_of: RunnerOf) -> None:
-    """Of 32 rows and columns of 16 pixels. The longest one that is accepted is made."""
+    """The model has 32 rows and columns of 16 pixels. The longest picture that is accepted is made."""
     with pytest.raises(InvalidRequestError, match=r"1024x64: sides may have up to 512 pixels .* is 512x64") as caught:
         resolve(model_of, SD3, (noise(64, 64),), height=64, width=1024, **T5)
     assert caught.value.param == "width"

@@ -11,9 +11,9 @@ import torch
 
 from testbed.runner_driver import Drive, make_request, psnr
 from tests.diffusion.compute.families.diffusers_fallback.conftest import ModelOf, PipelineOf, RunnerOf
+from tests.diffusion.compute.families.diffusers_fallback.test_pictures import calls
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.catalog.whole_info import WholeModelInfo
-from vllm_omni.diffusion.compute.families.diffusers_fallback.pipeline import PipelineCall
 from vllm_omni.diffusion.messages.plan import StepPlan
 
 pytestmark = [
@@ -58,8 +58,7 @@ def test_a_picture_or_video_is_diffusers_own(runner_of: RunnerOf, pipeline_of: P
 def test_without_a_step_callback_a_call_pauses_and_ends(runner_of: RunnerOf, name: str) -> None:
     runner = runner_of(name)
     runner.execute(StepPlan(0, new_requests=[request_of(name)], encode=["a"]))
-    pipeline: Any = runner.pipeline
-    call: PipelineCall = pipeline._calls["a"]
+    call = calls(runner)["a"]
     for done in range(NUM_STEPS - 1):
         assert call._num_done == done
         assert runner.execute(StepPlan(1 + done, denoise=["a"])).advanced == ["a"]

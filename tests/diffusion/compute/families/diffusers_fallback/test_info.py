@@ -1,4 +1,4 @@
-"""What is read off a folder of diffusers', and what of it is not loaded."""
+"""Model info read from a folder in diffusers' layout, and components that are not loaded."""
 
 from __future__ import annotations
 
@@ -334,7 +334,7 @@ def test_a_pipeline_that_fails_on_a_trial_ends_the_start(
 def test_a_trial_that_fails_when_small_is_made_at_the_models_own_size(
     model_of: ModelOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As of pipelines that bin sizes. The default guidance is on: a model that cannot do it must not become ready."""
+    """Pipelines that round sizes fail when small. Guidance is on: a model without it must not become ready."""
     folder = model_of("StableDiffusion3Pipeline")
     info = load_model_info(str(folder))
     info = replace(info, default_sampling_params={**info.default_sampling_params, "height": 192, "width": 256})

@@ -101,10 +101,10 @@ def test_a_weight_that_cannot_be_counted_is_refused(model_of: ModelOf, tmp_path:
         load_pipeline(folder, PIPELINE, torch.float32, None)
 
 
-class LooksAtValues(AutoencoderKL):
+class LooksAtValues(AutoencoderKL):  # type: ignore[misc]
     """A class that cannot be built without memory."""
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, **sizes: Any) -> None:
         super().__init__(**sizes)
         assert torch.arange(3).sum().item() == 3

@@ -57,7 +57,7 @@ def start(model: Path, **settings: Any) -> ModelRunner:
 
 
 def oracle(model: Path, adapter: Path | None, scale: float, **fields: Any) -> np.ndarray:
-    """What diffusers alone makes."""
+    """Picture that diffusers makes without this project."""
     pipeline: Any = DiffusionPipeline.from_pretrained(model, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     if adapter is not None:

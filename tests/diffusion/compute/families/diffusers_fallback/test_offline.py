@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ MODEL = "StableDiffusionXLPipeline"
 PROMPT = "a red apple"
 
 
-async def finish(omni: AsyncOmni, **params: int) -> OmniRequestOutput:
+async def finish(omni: AsyncOmni, **params: Any) -> OmniRequestOutput:
     sampling = OmniDiffusionSamplingParams(output_type="np", **params)
     outputs = [output async for output in omni.generate(PROMPT, sampling)]
     return outputs[-1]
@@ -40,7 +41,7 @@ def test_requests_at_once_and_an_abort(model_of: ModelOf) -> None:
         stream = omni.generate(PROMPT, OmniDiffusionSamplingParams(num_inference_steps=200), "long")
         assert (await anext(stream)).step == 1
         pair = asyncio.gather(finish(omni, seed=1), finish(omni, seed=2, num_inference_steps=6, height=96))
-        outputs = await pair  # the long one has not kept them
+        outputs = [*await pair]  # the long one has not kept them
         omni.abort("long")
         with pytest.raises(RequestAbortedError):
             await exhaust(stream)

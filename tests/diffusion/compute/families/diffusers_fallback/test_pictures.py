@@ -35,7 +35,7 @@ PIPELINES = ("FluxPipeline", "StableDiffusion3Pipeline", "StableDiffusionXLPipel
 PROMPT = "a red apple"
 CPU = torch.device("cpu")
 OLDER = WholePipeline("OlderPipeline", (), "callback", 1)
-# Of a request, the fields that a pipeline's call has too.
+# Fields of a request that are arguments of the pipeline's call, too.
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("FluxPipeline", {"guidance_scale": 3.5, "max_sequence_length": 64}),
     ("FluxPipeline", {"negative_prompt": "a blue car", "true_cfg_scale": 3.0, "width": 96, "max_sequence_length": 32}),
@@ -138,7 +138,12 @@ def test_a_plan_makes_one_step(runner_of: RunnerOf, monkeypatch: pytest.MonkeyPa
         hook = module.register_forward_pre_hook(lambda *_, name=name: work.append(name))
         monkeypatch.setattr(module, "_hook", hook, raising=False)
     decode = pipeline.pipeline.vae.decode
-    monkeypatch.setattr(pipeline.pipeline.vae, "decode", lambda *a, **k: work.append("decode") or decode(*a, **k))
+
+    def noted_decode(*args: Any, **keywords: Any) -> Any:
+        work.append("decode")
+        return decode(*args, **keywords)
+
+    monkeypatch.setattr(pipeline.pipeline.vae, "decode", noted_decode)
     seen = []
     for plan in (
         StepPlan(0, new_requests=[request_of("a", guidance_scale=1.0, num_inference_steps=2)], encode=["a"]),

@@ -23,7 +23,7 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 WAN, LTX = "WanPipeline", "LTXImageToVideoPipeline"
 PROMPT = "a red apple"
 READY = WorkerReady(1.0, 1, "cpu", "float32", 4096, 1e-6, 0.0, 0.5, 2.0)
-LIMITS = {"max_sequence_length": 64, "num_inference_steps": 3}
+LIMITS: dict[str, Any] = {"max_sequence_length": 64, "num_inference_steps": 3}
 
 
 def filmed(pipeline: Any, seed: int, **arguments: Any) -> np.ndarray:
@@ -71,7 +71,7 @@ def test_videos_under_way_do_not_touch_one_another(
 
 
 def test_a_video_that_the_pipeline_rounds_is_not_delivered(model_of: ModelOf, runner_of: RunnerOf) -> None:
-    """Where nothing of its configs foretells it."""
+    """Nothing in the configs of this pipeline tells that it rounds."""
     request = make_request("a", PROMPT, num_frames=6, guidance_scale=1.0, **LIMITS)
     drive = Drive(runner_of(WAN)).run({0: [request]})
     assert "a" not in drive.images

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def small() -> Iterator[None]:
 def test_a_mixed_batch_of_single_pictures(tmp_path: Path) -> None:
     path = build(tmp_path / "edit", EDIT, heads=3)
     pictures = {"guided": photo(90, 60, 1), "sized": photo(64, 64, 2), "tall": photo(20, 50, 3)}
-    asked = {
+    asked: dict[str, dict[str, Any]] = {
         "guided": {"negative_prompt": "a blue car", "seed": 3},
         "sized": {"height": 32, "width": 96, "num_inference_steps": 7, "seed": 2**40},
         "tall": {"negative_prompt": "", "true_cfg_scale": 2.5, "num_inference_steps": 2},
@@ -134,7 +135,7 @@ def test_tiles_are_those_of_diffusers(tmp_path: Path) -> None:
 
 
 def test_in_half_precision(tmp_path: Path) -> None:
-    """That no tensor is of another dtype; what a picture loses is a matter of the weights."""
+    """No tensor may have another dtype. The loss in the picture depends on the weights and is not bounded here."""
     path = build(tmp_path / "plus", PLUS, zero_cond_t=True)
     request = request_of(path, "half", [photo(90, 60, 1), photo(31, 70, 3)], negative_prompt="")
     half, whole = (Drive(started(path, dtype=dtype)).run({0: [request]}) for dtype in ("bfloat16", "float32"))

@@ -1,4 +1,4 @@
-"""What is read off a model folder, and which folders are refused."""
+"""Model info read from a folder, and folders that are refused."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from diffusers import QwenImagePipeline
@@ -71,7 +72,7 @@ def test_variants_that_need_more_are_refused(tiny_model: Path, tmp_path: Path, k
 
 
 @pytest.mark.parametrize("changed", [{"stochastic_sampling": True}, {"_class_name": "UniPCMultistepScheduler"}])
-def test_schedules_that_we_do_not_follow_are_refused(tiny_model: Path, tmp_path: Path, changed: dict) -> None:
+def test_schedules_that_we_do_not_follow_are_refused(tiny_model: Path, tmp_path: Path, changed: dict[str, Any]) -> None:
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changed))
@@ -128,7 +129,7 @@ def test_uneven_heads_are_allowed() -> None:
         ({"Bn_compute_blocks": 1}, "less than the model's 2 blocks together, got 1 and 1"),
     ],
 )
-def test_a_cache_must_leave_something_to_skip(tiny_model: Path, values: dict, words: str) -> None:
+def test_a_cache_must_leave_something_to_skip(tiny_model: Path, values: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         CacheDiTConfig(**values).check_model(describe(tiny_model))
 

@@ -34,7 +34,7 @@ GRIDS = [(4, 3), (5, 7), (5, 7), (1, 9), (11, 2)]
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """As the ranks: with more the convolutions round differently."""
+    """One thread, as each rank has: with more, convolutions round differently."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

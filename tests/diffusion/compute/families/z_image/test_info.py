@@ -1,4 +1,4 @@
-"""What is read off a model folder, and which folders and degrees are refused."""
+"""Model info read from a folder, and folders and parallel degrees that are refused."""
 
 from __future__ import annotations
 

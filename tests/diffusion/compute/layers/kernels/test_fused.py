@@ -55,6 +55,7 @@ def test_layer_norm_and_modulation(fused: Any, dtype: torch.dtype, num_tokens: i
     shift, scale = table[:, 1], table[:, 4]  # as views with a stride, which is how a model keeps them
     rows = rows_of(num_tokens, num_rows)
     exact = TorchKernels().norm_modulate(x.double(), shift.double(), scale.double(), rows, EPS)
+    assert isinstance(exact, Tensor)
     assert_near(fused.norm_modulate(x, shift, scale, rows, EPS), exact, dtype)
 
 
@@ -82,7 +83,7 @@ def assert_rounded(got: Float8Rows, exact: Tensor, dtype: torch.dtype) -> None:
 
 
 def loses_a_carry(x: Tensor) -> Tensor:
-    """Where Triton's interpreter rounds wrongly to float8: what is rounded up to a power of 2 becomes its half."""
+    """Mask of values that Triton's interpreter rounds wrongly: one rounded up to a power of 2 becomes half of it."""
     mantissa, _ = torch.frexp(x)
     return (mantissa.abs() >= 1 - 2.0**-5) & (DEVICE.type == "cpu")
 
@@ -93,7 +94,7 @@ def test_results_rounded_for_the_product_behind(fused: Any, dtype: torch.dtype, 
     x, bias = random(9, 80, dtype=dtype), random(80, dtype=dtype, seed=1)
     table, rows = random(num_rows, 6, 80, dtype=dtype, seed=2), rows_of(9, num_rows)
     shift, scale = table[:, 1], table[:, 4]
-    plain = TorchKernels()
+    plain: Any = TorchKernels()
     exact = plain.norm_modulate(x.double(), shift.double(), scale.double(), rows, EPS)
     assert isinstance(exact, Tensor)
     for kernels in (fused, plain):

@@ -33,8 +33,8 @@ def fused() -> Any:
 
 
 def exact(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, silu: bool) -> Tensor:
-    wide = [None if values is None else values.double() for values in (weight, bias)]
-    return TorchKernels().group_norm(x.double(), num_groups, *wide, EPS, silu)
+    weight, bias = (None if values is None else values.double() for values in (weight, bias))
+    return TorchKernels().group_norm(x.double(), num_groups, weight, bias, EPS, silu)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -58,9 +58,10 @@ def check(data: bytes) -> None:
 
 
 def exif_of(orientation: int) -> bytes:
-    exif = Image.Exif()
+    exif: Any = Image.Exif()
     exif.update({0x010E: "a photo", 0x0112: orientation, 0x011A: 72.0})
-    return exif.tobytes()
+    data: bytes = exif.tobytes()
+    return data
 
 
 FILES: dict[str, tuple[Image.Image, str, dict[str, Any]]] = {
@@ -96,7 +97,8 @@ def test_a_jpeg_is_in_the_colours_that_its_segments_say() -> None:
     assert JPEG[6:11] == b"JFIF\0"
     bare = JPEG[:2] + JPEG[end_of_jfif:]
     adobe = [with_segments(bare, segment(0xEE, b"Adobe\0\x64\0\0\0\0" + bytes([transform]))) for transform in (0, 1)]
-    assert not np.array_equal(*map(by_pillow, adobe))
+    first, second = map(by_pillow, adobe)
+    assert not np.array_equal(first, second)
     frame = bare.index(b"\xff\xc0") + 10
     named = bytearray(JPEG)
     for component, name in enumerate(b"RGB"):

@@ -27,7 +27,7 @@ class Clock:
 def test_url_can_be_fetched(sdk: openai.OpenAI, output_format: str, content_type: str) -> None:
     response = sdk.images.generate(
         prompt="x", n=2, response_format="url", output_format=output_format, extra_body={"seed": 4}
-    )  # type: ignore[call-overload]
+    )
     urls = [image.url for image in response.data]
     assert len(set(urls)) == 2
     assert all(image.b64_json is None for image in response.data)
@@ -96,7 +96,7 @@ def test_store_keeps_to_its_bytes_and_time() -> None:
 
     def content(file_id: str) -> tuple[bytes, str] | None:
         file = store.get(file_id)
-        return file and (file.data, file.content_type)
+        return None if file is None else (file.data, file.content_type)
 
     first, second = store.put(b"a" * 60, "image/png"), store.put(b"b" * 40, "image/webp")
     assert first.endswith(".png")

@@ -23,6 +23,7 @@ from testbed.patience import until, wait_for
 from testbed.tiny_models import photo
 from tests.descriptors import descriptors_left
 from tests.entrypoints.openai.requests.hostile_files import chunk, lying_exif, with_chunks
+from tests.entrypoints.openai.requests.pictures.decoders import decode_pids, num_queued, num_threads
 from tests.entrypoints.openai.requests.pictures.test_decoding import FILES, exif_of, mutated
 from tests.entrypoints.openai.routes.test_image_edits import data_url, file_of
 from vllm_omni.entrypoints.openai.requests.pictures.decoding import decode_image
@@ -64,8 +65,7 @@ def decoder() -> Iterator[DecodePool]:
 
 
 def pid_of(decoder: DecodePool) -> int | None:
-    process = decoder._threads[0].process
-    return process.pid if process is not None and process.is_usable else None
+    return next(iter(decode_pids(decoder)), None)
 
 
 def is_stopped(pid: int) -> bool:
@@ -255,7 +255,7 @@ async def test_who_leaves_takes_his_picture_out_of_the_queue_and_off_the_process
     running, waiting, staying = (
         asyncio.create_task(decoder.file(PNG, watching(name))) for name in ("running", "waiting", "staying")
     )
-    await until(lambda: decoder._jobs.qsize() == 2)
+    await until(lambda: num_queued(decoder) == 2)
     for task in (waiting, running):
         task.cancel()
     assert await staying == prepare_image(decode_image(PNG), same)
@@ -285,7 +285,7 @@ async def test_a_file_that_nobody_waits_for_is_let_go_of(decoder: DecodePool) ->
     await asyncio.wait((second,))
     del second
     gc.collect()
-    assert decoder._jobs.qsize() >= 1
+    assert num_queued(decoder) >= 1
     assert is_there() is None
     first.cancel()
     await asyncio.wait((first,))
@@ -320,13 +320,13 @@ async def test_closing_ends_what_runs(decoder: DecodePool) -> None:
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
     tasks = [asyncio.create_task(decoder.file(PNG, same)) for _ in range(3)]
-    await until(lambda: decoder._jobs.qsize() == 2)
+    await until(lambda: num_queued(decoder) == 2)
     decoder.close()
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert all(isinstance(result, InvalidRequestError | asyncio.CancelledError) for result in results)
     assert has_ended(pid)
-    assert not decoder._threads[0].is_alive()
-    assert decoder._threads[0].process is None
+    assert decode_pids(decoder) == []
+    assert num_threads(decoder) == 0
 
 
 def test_a_process_ends_with_its_parent() -> None:
