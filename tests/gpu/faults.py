@@ -27,7 +27,7 @@ def fault_file(model: str | Path) -> Path:
 class FaultyRunner(ModelRunner):
     def start(self, first: WorkerReady | None = None) -> WorkerReady:
         ready = super().start(first)
-        if self._place.rank == GUILTY_RANK:
+        if self._rank_info.rank == GUILTY_RANK:
             pipeline: Any = self.pipeline
             # The exchanges of the blocks before it are done; the other ranks wait in that of the last one.
             pipeline.transformer.transformer_blocks[-1].register_forward_pre_hook(self._fail_once)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,8 +83,9 @@ def test_no_step_waits(model: Path, overlap_decode: bool) -> None:
 
 def test_a_read_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = started(build_tiny_qwen_image(tmp_path / "q"))
-    combine = runner.pipeline.combine
-    monkeypatch.setattr(runner.pipeline, "combine", lambda s, b: combine(s, b) * float(b[0].norm() > 0))
+    pipeline: Any = runner.pipeline
+    combine = pipeline.combine
+    monkeypatch.setattr(pipeline, "combine", lambda s, b: combine(s, b) * float(b[0].norm() > 0))
     drive = Drive(Launching(runner)).run({0: [make_request("a")]})  # type: ignore[arg-type]
     assert "synchroniz" in drive.errors["a"].message
 

@@ -39,7 +39,7 @@ def watch_skips(runner: ModelRunner) -> Skips:
                 branch.append(state.step)
         return advance(state, *rest)
 
-    pipeline.advance = watched  # type: ignore[method-assign]
+    pipeline.advance = watched  # type: ignore[method-assign,assignment]
     return skips
 
 

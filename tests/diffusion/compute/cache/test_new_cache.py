@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from tools.matrix import step_cache_table
 
-from testbed.runner_driver import Drive
 from tests.diffusion.compute.cache import test_company, test_families, test_layouts
 from tests.diffusion.compute.cache.driving import draw, started
 from tests.diffusion.compute.cache.example import example_source, registered
@@ -118,8 +117,7 @@ def test_a_cache_that_ignores_the_budget_is_held_to_it(
     monkeypatch.setattr("vllm_omni.diffusion.compute.cache.base.Room.take", lambda room, num_bytes: True)
     runner = started(calm_model, interval)
     runner.pipeline.step_cache.budget.max_bytes = limit = 20_000
-    drive = Drive(runner)
-    results = test_company.watch_results(drive)
+    drive, results = test_company.watched(runner)
     drive.run(test_company.ARRIVALS)
     assert drive.errors == {}
     assert 0 < max(result.cache_bytes for result in results) <= limit

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from vllm_omni.diffusion.compute.device.device import Device
-from vllm_omni.diffusion.compute.device.kinds import CPU, CUDA
 from vllm_omni.errors import ConfigError
 
 
@@ -17,7 +16,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Device:
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Old Card")
-    return Device(CUDA)
+    return Device("cuda")
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 9)])
@@ -45,4 +44,4 @@ def test_float8_on_a_gpu_needs_bfloat16(
 
 def test_float8_on_a_cpu_takes_every_dtype() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        Device(CPU).check_float8(dtype)
+        Device("cpu").check_float8(dtype)

@@ -173,15 +173,16 @@ def test_a_step_that_runs_out_of_memory_drops_all_recordings(tiny_model: Path, m
 
 
 def test_neither_a_cpu_nor_who_enforces_eager_records(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def start(**settings: Any) -> ModelRunner:
+    def capturer_of(**settings: Any) -> Any:
         runner = ModelRunner(OmniDiffusionConfig(str(tiny_model), **settings), load_model_info(str(tiny_model)))
         runner.start()
-        return runner
+        pipeline: Any = runner.pipeline
+        return pipeline.capturer
 
-    assert start().pipeline.capturer is None
+    assert capturer_of() is None
     monkeypatch.setattr(Device, "capturer", lambda self: Capturer())
-    assert start().pipeline.capturer is not None
-    assert start(enforce_eager=True).pipeline.capturer is None
+    assert capturer_of() is not None
+    assert capturer_of(enforce_eager=True) is None
 
 
 class Summing:

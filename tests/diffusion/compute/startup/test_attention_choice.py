@@ -259,6 +259,7 @@ def test_the_extra_time_of_new_lengths_is_spread_over_the_calls_of_a_request() -
 
 def test_a_cpu_accepts_sdpa_only(tiny_model: Path) -> None:
     model = load_model_info(str(tiny_model))
+    assert isinstance(model, PackedModelInfo)
 
     def choose(**settings: Any) -> str:
         config = OmniDiffusionConfig(str(tiny_model), **settings)

@@ -53,7 +53,7 @@ def test_a_failing_step_leaves_the_number_of_threads() -> None:
         def step(most: int = fails_at) -> float:
             if device.num_threads == most:
                 raise ValueError("a step fails")
-            return 1 / device.num_threads
+            return 1 / int(device.num_threads)
 
         with pytest.raises(ValueError, match="a step fails"):
             choose_num_threads(device, timer, step)

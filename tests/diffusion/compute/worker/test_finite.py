@@ -66,7 +66,7 @@ def spoil(runner: ModelRunner, request_id: str, value: float, step: int) -> Call
             state.latents[-1, -1] = value
         return advance(state, *rest)
 
-    runner.pipeline.advance = spoiling  # type: ignore[method-assign]
+    runner.pipeline.advance = spoiling  # type: ignore[method-assign,assignment]
     return lambda: delattr(runner.pipeline, "advance")
 
 
@@ -112,9 +112,10 @@ def test_a_broken_request_ends_at_its_preview(runner: ModelRunner) -> None:
 def test_a_preview_beyond_the_range_is_skipped(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     request = make_request("p", num_inference_steps=4, preview_steps=(1, 3))
     wanted = Drive(runner).run({0: [request]})
-    original = runner.pipeline.predict_clean
+    pipeline: Any = runner.pipeline
+    original = pipeline.predict_clean
     monkeypatch.setattr(
-        runner.pipeline,
+        pipeline,
         "predict_clean",
         lambda state, velocity: original(state, velocity) * (INFINITY if state.step == 0 else 1),
     )
@@ -227,7 +228,7 @@ def draw_spoiled(rank_info: RankInfo, parallel: DiffusionParallelConfig, path: P
             state.latents = state.latents * NAN
         return undo_late(state, *rest)
 
-    runner.pipeline.advance = spoiling  # type: ignore[method-assign]
+    runner.pipeline.advance = spoiling  # type: ignore[method-assign,assignment]
     drive = Drive(runner, merge=merging(runner)).run({0: REQUESTS, 1: [late]})
     return drive.images, {i: len(p) for i, p in drive.previews.items()}, drive.errors, kept(runner)
 

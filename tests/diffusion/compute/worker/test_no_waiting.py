@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,12 +112,13 @@ def test_a_step_with_the_same_membership_uploads_nothing(
 
 def test_a_read_in_a_step_is_detected(tiny_model: Path, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = started(tiny_model, gpu)
-    combine = runner.pipeline.combine
+    pipeline: Any = runner.pipeline
+    combine: Callable[[RequestState, Sequence[Tensor]], Tensor] = pipeline.combine
 
     def reading(state: RequestState, branches: Sequence[Tensor]) -> Tensor:
         return combine(state, branches) * float(branches[0].norm() > 0)
 
-    monkeypatch.setattr(runner.pipeline, "combine", reading)
+    monkeypatch.setattr(pipeline, "combine", reading)
     with gpu:
         drive = Drive(runner).run({0: [make_request("a")]})
     assert "HostWaitsError: item reads from the device" in drive.errors["a"].traceback
@@ -127,12 +129,13 @@ def test_values_not_finite_are_found_without_waiting(
     model: str, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     runner = started(request.getfixturevalue(model), gpu)
-    combine = runner.pipeline.combine
+    pipeline: Any = runner.pipeline
+    combine: Callable[[RequestState, Sequence[Tensor]], Tensor] = pipeline.combine
 
     def spoiling(state: RequestState, branches: Sequence[Tensor]) -> Tensor:
         return combine(state, branches) * (float("nan") if state.request.request_id == "bad" else 1.0)
 
-    monkeypatch.setattr(runner.pipeline, "combine", spoiling)
+    monkeypatch.setattr(pipeline, "combine", spoiling)
     previewed = make_request("bad", num_inference_steps=3, preview_steps=(2,))
     with gpu:
         drive = Drive(runner).run({0: [make_request("good"), previewed]})

@@ -13,7 +13,7 @@ from torch import Tensor
 from testbed.runner_driver import QUICK, Drive, make_request, psnr
 from testbed.tiny_diffusers import build_tiny_diffusers
 from vllm_omni.diffusion.catalog.registry import load_model_info
-from vllm_omni.diffusion.compute.attention import BACKENDS, Setting
+from vllm_omni.diffusion.compute.attention import BACKENDS, Setting, backend_class
 from vllm_omni.diffusion.compute.attention.sdpa import SdpaAttention
 from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.compute.packing import Offsets
@@ -52,7 +52,7 @@ def now(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Measurements:
     monkeypatch.setitem(BACKENDS, "cudnn", f"{__name__}:{FromTheLeft.__name__}")
 
     def measure(backend: Any, *_: Any) -> float:
-        return 1.0 if isinstance(backend, attention_choice.backend_class(measured.fastest)) else 2.0
+        return 1.0 if isinstance(backend, backend_class(measured.fastest)) else 2.0
 
     def choose_num_threads(device: Device, *_: Any) -> None:
         device.set_num_threads(measured.num_threads)

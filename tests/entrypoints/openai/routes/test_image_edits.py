@@ -193,8 +193,8 @@ def test_generations_say_where_to_go(sdk: openai.OpenAI) -> None:
 
 def test_a_real_model_end_to_end(tiny_edit_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the SDK through a worker process and back: the picture equals that of diffusers' pipeline."""
+    from testbed import tiny_edit_models as oracle
     from testbed.runner_driver import make_request
-    from tests.diffusion.compute.families.qwen_image import editing as oracle
     from tests.diffusion.compute.families.qwen_image.test_pictures import check
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

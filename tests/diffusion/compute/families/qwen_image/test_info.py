@@ -15,6 +15,7 @@ from diffusers import QwenImagePipeline
 from transformers import AutoTokenizer
 
 from vllm_omni.diffusion.catalog.find_folder import DEMO_MODEL_PATH
+from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.cache.cache_dit import CacheDiTConfig
 from vllm_omni.diffusion.compute.cache.tea_cache import TeaCacheConfig
@@ -112,6 +113,7 @@ def test_describing_imports_no_torch() -> None:
 )
 def test_degrees_that_the_heads_do_not_allow_are_refused(degrees: dict[str, int], message: str) -> None:
     info = load_model_info("demo")
+    assert isinstance(info, PackedModelInfo)
     assert (info.num_heads, info.head_dim) == (4, 48)
     with pytest.raises(ConfigError) as caught:
         info.check_parallel(DiffusionParallelConfig(**degrees))

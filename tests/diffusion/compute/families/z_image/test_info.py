@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_omni.diffusion.catalog.model_info import ModelInfo
+from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.families.z_image.info import describe
 from vllm_omni.diffusion.data import DiffusionParallelConfig
@@ -22,7 +22,7 @@ def changed(model: Path, tmp_path: Path, component: str, **values: object) -> Pa
     return folder
 
 
-def real(turbo: Path, tmp_path: Path) -> ModelInfo:
+def real(turbo: Path, tmp_path: Path) -> PackedModelInfo:
     """The sizes of the published models."""
     sizes = {"dim": 3840, "n_heads": 30, "axes_dims": [32, 48, 48], "axes_lens": [1536, 512, 512]}
     return describe(changed(turbo, tmp_path, "transformer", **sizes))
