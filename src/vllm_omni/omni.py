@@ -179,7 +179,7 @@ class AsyncOmni:
             )
         request_id = request_id or f"omni-{uuid.uuid4().hex}"
         requests = builder.build(parsed, params, request_id)
-        guides = len(requests[0].cost.branch_tokens) > 1
+        guides = requests[0].request.has_guidance
         ignored = "" if guides else self.info.guidance.missing_half(parsed.negative_prompt, params)
         return Job(request_id, parsed.prompt, params.output_type, requests, ignored)
 
@@ -309,7 +309,7 @@ class Omni:
             except InvalidRequestError as error:
                 raise error_of_prompt(error, index, len(prompts)) from error.__cause__
             self._async.warn_of_ignored(jobs[-1])
-        total = sum(r.num_inference_steps for job in jobs for r in job.requests)
+        total = sum(r.num_steps for job in jobs for r in job.requests)
         with progress_bar(total, "denoising", shown=shows_bar, unit="step") as bar:
             return await asyncio.gather(*(_last_output(stream, bar) for stream in self._submit_all(jobs)))
 

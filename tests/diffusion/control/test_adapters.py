@@ -33,7 +33,7 @@ def file(tmp_path: Path) -> Path:
 def resolve(info: ModelInfo, modules: dict[str, str], **params: Any) -> DiffusionRequest:
     builder = RequestBuilder(OmniDiffusionConfig("demo", lora_modules=modules), info, READY)
     (request,) = builder.build(OmniPrompt("x"), OmniDiffusionSamplingParams(**params), "r")
-    return request
+    return request.request
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_server_may_have_an_adapter_for_requests_that_name_none(file: Path) ->
     builder = RequestBuilder(served("style"), TAKES_LORA, READY)
     for asked, lora in ((None, LoRA("style", str(file), 0.5)), (LoRARequest("ink"), LoRA("ink", str(file), 1.0))):
         (request,) = builder.build(OmniPrompt("x"), OmniDiffusionSamplingParams(lora_request=asked), "r")
-        assert request.lora == lora
+        assert request.request.lora == lora
     with pytest.raises(ConfigError, match=r"^--default-sampling-params: there is no LoRA adapter 'x'; served: style"):
         check_defaults(served("x"), TAKES_LORA)
     with pytest.raises(ConfigError, match=r"^--default-sampling-params: LoRA adapters are not available yet"):

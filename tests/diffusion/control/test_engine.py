@@ -14,10 +14,11 @@ from unittest.mock import Mock, patch
 import numpy as np
 import pytest
 
-from tests.fakes import FakeExecutor, FakeRunner, fake_image, make_config, make_ready, make_request
+from tests.fakes import FakeExecutor, FakeRunner, fake_image, make_config, make_ready, make_scheduled
 from tests.patience import GUARD_SECONDS
 from vllm_omni.diffusion.control.engine import DiffusionEngine
 from vllm_omni.diffusion.control.events import EngineEvent, Failed, Finished, NullObserver, Preview, StepDone
+from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.diffusion.messages.plan import ItemError, StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.errors import (
@@ -86,8 +87,8 @@ async def running_engine(
             await engine.close()
 
 
-def now_request(request_id: str = "r", size: Any = 64, steps: int = 4, **values: Any) -> DiffusionRequest:
-    return make_request(request_id, size, steps, arrival=time.monotonic(), **values)
+def now_request(request_id: str = "r", size: Any = 64, steps: int = 4, **values: Any) -> ScheduledRequest:
+    return make_scheduled(request_id, size, steps, arrival=time.monotonic(), **values)
 
 
 async def read_until_done(events: asyncio.Queue[EngineEvent], count: int = 1) -> list[EngineEvent]:
@@ -114,7 +115,7 @@ async def test_events_come_in_order_with_the_picture_and_timings() -> None:
     observer = NotedEvents()
     async with running_engine(observer=observer) as engine:
         arrival = time.monotonic() - 100  # it waited elsewhere first
-        request = make_request(steps=4, seed=5, preview_steps=(2, 3), arrival=arrival)
+        request = make_scheduled(steps=4, seed=5, preview_steps=(2, 3), arrival=arrival)
         events = await read_until_done(engine.add([request]))
     kinds = [(type(event), getattr(event, "step", None)) for event in events]
     assert kinds == [
@@ -127,10 +128,12 @@ async def test_events_come_in_order_with_the_picture_and_timings() -> None:
         (Finished, None),
     ]
     previews = [event.image for event in events if isinstance(event, Preview)]
-    assert all(np.array_equal(image, fake_image(request, step)) for image, step in zip(previews, (2, 3), strict=True))
+    assert all(
+        np.array_equal(image, fake_image(request.request, step)) for image, step in zip(previews, (2, 3), strict=True)
+    )
     finished = events[-1]
     assert isinstance(finished, Finished)
-    assert np.array_equal(finished.image, fake_image(request))
+    assert np.array_equal(finished.image, fake_image(request.request))
     timings = finished.timings
     assert 100 <= timings["queue"] < timings["total"]
     assert timings["text_encode"] == pytest.approx(0.001)
@@ -163,9 +166,9 @@ async def test_several_requests_of_one_add() -> None:
     pictures = {event.request_id: event.image for event in events if isinstance(event, Finished)}
     assert pictures.keys() == {request.request_id for request in requests}
     for request in requests:
-        assert np.array_equal(pictures[request.request_id], fake_image(request))
+        assert np.array_equal(pictures[request.request_id], fake_image(request.request))
         steps = [e.step for e in events if isinstance(e, StepDone) and e.request_id == request.request_id]
-        assert steps == list(range(1, request.num_inference_steps + 1))
+        assert steps == list(range(1, request.num_steps + 1))
 
 
 async def test_the_next_plan_is_sent_before_the_result_of_the_last() -> None:
@@ -237,7 +240,7 @@ async def test_abort_in_each_phase(num_results: int) -> None:
             await asyncio.sleep(0)
         last = executor_done.result()[-1]
         assert isinstance(last, Finished)
-        assert np.array_equal(last.image, fake_image(make_request(seed=3)))
+        assert np.array_equal(last.image, fake_image(make_scheduled(seed=3).request))
         while executor.num_plans > len(executor.runner.plans):
             executor.release_results()
         assert victim.empty()
@@ -422,13 +425,11 @@ async def test_dead_workers_are_replaced_and_everything_is_replayed(seed: int) -
     assert len(observer.restarts) == 2
     for request in requests:
         mine = [event for event in events if event.request_id == request.request_id]
-        assert [event.step for event in mine if isinstance(event, StepDone)] == [
-            *range(1, request.num_inference_steps + 1)
-        ]
+        assert [event.step for event in mine if isinstance(event, StepDone)] == [*range(1, request.num_steps + 1)]
         assert [event.step for event in mine if isinstance(event, Preview)] == [1, 2]
         (finished,) = [event for event in mine if isinstance(event, Finished)]
-        assert np.array_equal(finished.image, fake_image(request))
-        assert finished.timings["computed_steps"] == request.num_inference_steps
+        assert np.array_equal(finished.image, fake_image(request.request))
+        assert finished.timings["computed_steps"] == request.num_steps
 
 
 async def test_too_many_deaths_fail_everything() -> None:
@@ -613,7 +614,7 @@ async def test_workers_whose_step_is_overdue_are_replaced() -> None:
         await engine.close()
     assert observer.restarts
     pictures = {event.request_id: event.image for event in events if isinstance(event, Finished)}
-    assert all(np.array_equal(pictures[request.request_id], fake_image(request)) for request in requests)
+    assert all(np.array_equal(pictures[request.request_id], fake_image(request.request)) for request in requests)
 
 
 @pytest.mark.parametrize("settings", [{"stall_seconds": 1e6}, {"stall_seconds": 0.0, "stall_factor": 1e6}])

@@ -72,7 +72,7 @@ async def test_pictures_of_one_call_spread_and_share_a_queue() -> None:
         requests = [now_request(f"r{n}", 64, 5, seed=n) for n in range(7)]
         events = await read_until_done(replicas.add(requests), 7)
     pictures = {event.request_id: event.image for event in events if isinstance(event, Finished)}
-    assert all(np.array_equal(pictures[request.request_id], fake_image(request)) for request in requests)
+    assert all(np.array_equal(pictures[request.request_id], fake_image(request.request)) for request in requests)
     assert sorted(len(ids_on(executor)) for executor in executors) == [2, 2, 3]
     assert sorted(observer.outcomes) == [(f"r{n}", "completed") for n in range(7)]
 
@@ -160,7 +160,7 @@ async def test_one_dies_and_its_requests_only_wait() -> None:
             for e in [events.get_nowait() for _ in range(events.qsize())]
             if isinstance(e, Finished)
         }
-        assert all(np.array_equal(pictures[request.request_id], fake_image(request)) for request in requests)
+        assert all(np.array_equal(pictures[request.request_id], fake_image(request.request)) for request in requests)
         assert observer.restarts == [3]
         assert replicas.status().healthy
         assert [executor.num_starts for executor in executors] == [1, 2]
@@ -194,7 +194,7 @@ async def test_random_deaths_lose_nothing(seed: int) -> None:
         requests = [now_request(f"r{n}", rng.choice([64, 128]), rng.choice([2, 9]), seed=n) for n in range(9)]
         events = await read_until_done(replicas.add(requests), 9)
     pictures = {event.request_id: event.image for event in events if isinstance(event, Finished)}
-    assert all(np.array_equal(pictures[request.request_id], fake_image(request)) for request in requests)
+    assert all(np.array_equal(pictures[request.request_id], fake_image(request.request)) for request in requests)
 
 
 @pytest.mark.parametrize("error", [ConfigError("--dtype float16: no"), WorkerDiedError("no device")])

@@ -68,14 +68,19 @@ def builder(**settings: object) -> RequestBuilder:
 
 def test_defaults_of_the_model_are_filled_and_overridden_by_the_server() -> None:
     (request,) = builder().build(OmniPrompt("a cat"), OmniDiffusionSamplingParams(seed=7), "r")
-    assert (request.request_id, request.height, request.width, request.num_inference_steps) == ("r-0", 64, 96, 20)
-    assert request.seed == 7
-    assert not request.has_guidance  # as in diffusers: no negative prompt, no guidance
+    assert (request.request_id, request.request.height, request.request.width, request.request.num_inference_steps) == (
+        "r-0",
+        64,
+        96,
+        20,
+    )
+    assert request.request.seed == 7
+    assert not request.request.has_guidance  # as in diffusers: no negative prompt, no guidance
     served = builder(default_sampling_params={"num_inference_steps": 5, "negative_prompt": "bad"})
     (request,) = served.build(OmniPrompt("a cat"), OmniDiffusionSamplingParams(), "r")
-    assert request.num_inference_steps == 5
-    assert request.negative_prompt == "bad"
-    assert request.has_guidance
+    assert request.request.num_inference_steps == 5
+    assert request.request.negative_prompt == "bad"
+    assert request.request.has_guidance
 
 
 @pytest.mark.parametrize(("own_side", "longest"), [(64, 1024), (1024, 2048)])
@@ -86,7 +91,7 @@ def test_without_a_limit_the_model_sets_one(own_side: int, longest: int) -> None
     largest = OmniDiffusionSamplingParams(height=longest, width=longest)
     for config in (OmniDiffusionConfig("demo"), OmniDiffusionConfig("demo", default_sampling_params={"height": 32})):
         unlimited = RequestBuilder(config, info, READY)
-        assert unlimited.build(OmniPrompt("x"), largest, "r")[0].height == longest
+        assert unlimited.build(OmniPrompt("x"), largest, "r")[0].request.height == longest
         with pytest.raises(InvalidRequestError, match=f"at most {longest**2} are accepted") as caught:
             unlimited.build(OmniPrompt("x"), replace(largest, width=longest + 16), "r")
         assert caught.value.param == "width"
@@ -113,12 +118,12 @@ GUIDED_BY_GUIDANCE_SCALE = replace(
 def test_a_family_may_count_guidance_from_zero_and_know_a_negative_prompt() -> None:
     other = RequestBuilder(OmniDiffusionConfig("demo"), GUIDED_BY_GUIDANCE_SCALE, READY)
     (request,) = other.build(OmniPrompt("a b", "ignored"), OmniDiffusionSamplingParams(), "r")
-    assert not request.has_guidance
+    assert not request.request.has_guidance
     params = OmniDiffusionSamplingParams(guidance_scale=0.5, cfg_normalization=True, cfg_truncation=0.75)
     (request,) = other.build(OmniPrompt("a b"), params, "r")
-    assert request.has_guidance
-    assert (request.true_cfg_scale, request.negative_prompt) == (1.5, "")
-    assert (request.cfg_normalization, request.cfg_truncation) == (1.0, 0.75)
+    assert request.request.has_guidance
+    assert (request.request.true_cfg_scale, request.request.negative_prompt) == (1.5, "")
+    assert (request.request.cfg_normalization, request.request.cfg_truncation) == (1.0, 0.75)
     # 16 image tokens, and 2 or no text tokens, each filled up to a multiple of 32
     assert request.cost.branch_tokens == (64, 32)
 
@@ -142,8 +147,8 @@ def test_wrong_parameters_of_such_a_family_are_named(params: dict, param: str, w
 def test_outputs_have_consecutive_seeds_and_a_missing_seed_is_drawn_once() -> None:
     requests = builder().build(OmniPrompt("x"), OmniDiffusionSamplingParams(num_outputs_per_prompt=3), "r")
     assert [r.request_id for r in requests] == ["r-0", "r-1", "r-2"]
-    first = requests[0].seed
-    assert [r.seed for r in requests] == [first, first + 1, first + 2]
+    first = requests[0].request.seed
+    assert [r.request.seed for r in requests] == [first, first + 1, first + 2]
 
 
 @pytest.mark.parametrize(
@@ -211,7 +216,7 @@ def test_wrong_prompts_are_named(prompt: OmniPrompt, param: str, words: str) -> 
 
 def test_custom_sigmas_set_the_number_of_steps() -> None:
     (request,) = builder().build(OmniPrompt("x"), OmniDiffusionSamplingParams(sigmas=(1.0, 0.7, 0.2)), "r")
-    assert request.num_inference_steps == 3
+    assert request.request.num_inference_steps == 3
 
 
 @pytest.mark.parametrize(
@@ -337,7 +342,9 @@ def test_pictures_share_the_price_of_a_prompt_that_each_replica_encodes(
 def test_seeds_leave_room_for_those_of_all_pictures(num_outputs: int) -> None:
     highest = 2**63 - 1 - num_outputs
     params = OmniDiffusionSamplingParams(seed=highest, num_outputs_per_prompt=num_outputs)
-    assert [r.seed for r in builder().build(OmniPrompt("x"), params, "r")] == [highest + i for i in range(num_outputs)]
+    assert [r.request.seed for r in builder().build(OmniPrompt("x"), params, "r")] == [
+        highest + i for i in range(num_outputs)
+    ]
     with pytest.raises(InvalidRequestError, match=f"seed takes an integer from 0 to {highest}, got {highest + 1}"):
         builder().build(OmniPrompt("x"), replace(params, seed=highest + 1), "r")
 
@@ -395,7 +402,7 @@ def test_numbers_of_other_libraries_become_plain_ones() -> None:
     assert [replace(r, arrival=0) for r in requests] == [replace(r, arrival=0) for r in same]
     msgspec.msgpack.encode(requests)
     (request,) = builder().build(OmniPrompt("x"), OmniDiffusionSamplingParams(sigmas=np.linspace(1, 0.5, 2)), "r")
-    assert request.sigmas == (1.0, 0.5)
+    assert request.request.sigmas == (1.0, 0.5)
 
 
 def test_numbers_in_tensors_become_plain_ones() -> None:
@@ -408,8 +415,13 @@ def test_numbers_in_tensors_become_plain_ones() -> None:
         cache=np.array(False),
     )
     (request,) = builder().build(OmniPrompt("x", "y"), params, "r")
-    assert (request.height, request.width, request.true_cfg_scale, request.seed) == (64, 96, 4.0, 7)
-    assert (request.sigmas, request.num_inference_steps) == ((1.0, 0.75, 0.5), 3)
+    assert (request.request.height, request.request.width, request.request.true_cfg_scale, request.request.seed) == (
+        64,
+        96,
+        4.0,
+        7,
+    )
+    assert (request.request.sigmas, request.request.num_inference_steps) == ((1.0, 0.75, 0.5), 3)
     msgspec.msgpack.encode(request)
 
 
@@ -482,7 +494,7 @@ def test_guidance_without_a_negative_prompt_is_priced() -> None:
     )
     assert one_of_two.cost == plain.cost  # diffusers encodes for each
     assert (len(guided.cost.branch_tokens), len(plain.cost.branch_tokens)) == (2, 1)
-    assert (guided.guidance_scale, guided.negative_prompt) == (5.0, None)
+    assert (guided.request.guidance_scale, guided.request.negative_prompt) == (5.0, None)
 
 
 def test_a_default_negative_prompt_that_the_model_does_not_take_ends_the_start() -> None:
@@ -503,14 +515,14 @@ def test_a_default_negative_prompt_that_the_model_does_not_take_ends_the_start()
 )
 def test_a_request_may_opt_out_of_the_cache(backend: str, cache: bool | None, cached: bool) -> None:
     requests = builder(cache_backend=backend).build(OmniPrompt("x"), OmniDiffusionSamplingParams(cache=cache), "r")
-    assert [request.cache for request in requests] == [cached]
+    assert [request.request.cache for request in requests] == [cached]
 
 
 def test_a_server_may_leave_its_cache_to_those_that_ask_for_it() -> None:
     defaults = {"cache_backend": "tea_cache", "default_sampling_params": {"cache": False}}
     for asked, cached in ((None, False), (True, True)):
         (request,) = builder(**defaults).build(OmniPrompt("x"), OmniDiffusionSamplingParams(cache=asked), "r")
-        assert request.cache is cached
+        assert request.request.cache is cached
 
 
 class Halving:
@@ -542,9 +554,9 @@ def test_an_edit_is_as_large_as_its_last_picture_and_priced_with_all_of_them() -
     params = OmniDiffusionSamplingParams(true_cfg_scale=2.0, num_outputs_per_prompt=2)
     prompt = OmniPrompt("two words", "bad", images=(black(64, 32), black(48, 80)))
     first, second = editing().build(prompt, params, "r")
-    assert (first.height, first.width) == (80, 48)
-    assert [image.condition.shape for image in first.images] == [(16, 32, 3), (40, 24, 3)]
-    assert first.images is second.images
+    assert (first.request.height, first.request.width) == (80, 48)
+    assert [image.condition.shape for image in first.request.images] == [(16, 32, 3), (40, 24, 3)]
+    assert first.request.images is second.request.images
     assert first.num_prompt_tokens == 2
     assert first.num_image_tokens == 15
     assert first.num_reference_tokens == 8 + 15
@@ -557,10 +569,10 @@ def test_an_edit_is_as_large_as_its_last_picture_and_priced_with_all_of_them() -
 def test_the_size_of_an_edit_may_be_given() -> None:
     prompt = OmniPrompt("x", images=(black(64, 32),))
     (request,) = editing().build(prompt, OmniDiffusionSamplingParams(height=96), "r")
-    assert (request.height, request.width) == (96, 64)
+    assert (request.request.height, request.request.width) == (96, 64)
     by_server = editing(default_sampling_params={"width": 128})
     (request,) = by_server.build(prompt, OmniDiffusionSamplingParams(), "r")
-    assert (request.height, request.width) == (32, 128)
+    assert (request.request.height, request.request.width) == (32, 128)
 
 
 @pytest.mark.parametrize(
@@ -580,7 +592,7 @@ def test_a_size_that_nobody_asked_for_obeys_the_limit(
     """Sizes are (width, height). Nobody is told that a size is wrong that he did not send."""
     prompt = OmniPrompt("x", images=(black(*picture),))
     (request,) = editing(default_sampling_params=served).build(prompt, OmniDiffusionSamplingParams(**asked), "r")
-    assert (request.width, request.height) == size
+    assert (request.request.width, request.request.height) == size
 
 
 def test_a_picture_is_blamed_for_proportions_that_the_limit_leaves_no_room_for() -> None:
@@ -589,7 +601,7 @@ def test_a_picture_is_blamed_for_proportions_that_the_limit_leaves_no_room_for()
         editing().build(prompt, OmniDiffusionSamplingParams(), "r")
     assert caught.value.param == "image"
     (request,) = editing().build(prompt, OmniDiffusionSamplingParams(height=64, width=64), "r")
-    assert (request.height, request.width) == (64, 64)
+    assert (request.request.height, request.request.width) == (64, 64)
     with pytest.raises(InvalidRequestError, match="--max-pixels") as caught:
         editing().build(prompt, OmniDiffusionSamplingParams(height=2**20), "r")
     assert caught.value.param == "height"
@@ -598,7 +610,7 @@ def test_a_picture_is_blamed_for_proportions_that_the_limit_leaves_no_room_for()
 def test_pictures_that_are_prepared_stay_as_they_are() -> None:
     image = prepared(black(32, 32), Halving().sizes)
     (request,) = editing().build(OmniPrompt("x", images=(image,)), OmniDiffusionSamplingParams(), "r")
-    assert request.images[0] is image
+    assert request.request.images[0] is image
 
 
 def test_pictures_may_be_fitted_before() -> None:
@@ -609,7 +621,7 @@ def test_pictures_may_be_fitted_before() -> None:
     fitted = follower.fit_images(prompt, params)
     assert [image.reference.shape for image in fitted.images] == [(96, 64, 3)]
     (request,), (expected,) = (follower.build(given, params, "r") for given in (fitted, prompt))
-    assert request.images[0] is fitted.images[0]
+    assert request.request.images[0] is fitted.images[0]
     assert replace(request, arrival=0.0) == replace(expected, arrival=0.0)
     with pytest.raises(InvalidRequestError, match="--max-pixels"):
         follower.fit_images(prompt, OmniDiffusionSamplingParams(height=2**20))

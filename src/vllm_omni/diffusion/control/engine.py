@@ -29,10 +29,11 @@ from vllm_omni.diffusion.control.events import (
     reporting_rejects,
 )
 from vllm_omni.diffusion.control.executor.base import Executor
+from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.diffusion.control.scheduler import MAX_PLANS_IN_FLIGHT, Scheduler, Update
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import ItemError, StepPlan, StepResult, WorkerReady
-from vllm_omni.diffusion.messages.request import DiffusionRequest, check_sendable
+from vllm_omni.diffusion.messages.request import check_sendable
 from vllm_omni.errors import (
     ConfigError,
     GenerationError,
@@ -63,7 +64,7 @@ a false alarm costs all requests their work so far, and again when they are repl
 class _Tracked:
     """A request between `add` and its last event."""
 
-    request: DiffusionRequest
+    request: ScheduledRequest
     events: asyncio.Queue[EngineEvent]
     started: float | None = None
     """When its first plan began to run."""
@@ -163,14 +164,14 @@ class DiffusionEngine:
         if self._draining or self._state not in ("running", "restarting"):
             raise UnavailableError(f"the engine is {self.status().state}", retry_after=self._retry_after())
 
-    def check(self, requests: Sequence[DiffusionRequest]) -> None:
+    def check(self, requests: Sequence[ScheduledRequest]) -> None:
         """Raise what `add` would raise for `requests`, and add nothing."""
         self.check_open()
-        check_sendable(requests)
+        check_sendable([scheduled.request for scheduled in requests])
         self._live_scheduler.check(requests)
 
     def add(
-        self, requests: Sequence[DiffusionRequest], events: asyncio.Queue[EngineEvent] | None = None
+        self, requests: Sequence[ScheduledRequest], events: asyncio.Queue[EngineEvent] | None = None
     ) -> asyncio.Queue[EngineEvent]:
         """Queue all of `requests`, or none; their events come by `events`, or by the new queue that is returned.
 
@@ -179,13 +180,13 @@ class DiffusionEngine:
         """
         with reporting_rejects(self._observer):
             self.check_open()
-            check_sendable(requests)
+            check_sendable([scheduled.request for scheduled in requests])
             self._live_scheduler.add(requests)
         events = asyncio.Queue() if events is None else events
         for request in requests:
             self._tracked[request.request_id] = _Tracked(request, events)
             self._idle.clear()
-        self._observer.on_add(requests)
+        self._observer.on_add([scheduled.request for scheduled in requests])
         self._wakeup.set()
         return events
 
@@ -217,7 +218,7 @@ class DiffusionEngine:
             self._failure,
         )
 
-    def eta_seconds(self, requests: Sequence[DiffusionRequest]) -> float:
+    def eta_seconds(self, requests: Sequence[ScheduledRequest]) -> float:
         """Estimated time until the last of `requests` is done, be they here or about to be added."""
         restart = self._load_seconds if self._state == "restarting" else 0.0
         return restart + self._live_scheduler.eta_seconds(requests)
@@ -427,10 +428,10 @@ class DiffusionEngine:
         timings = tracked.timings(time.monotonic())
         if isinstance(outcome, RequestError):
             tracked.events.put_nowait(Failed(request_id, outcome))
-            self._observer.on_finish(tracked.request, timings, *_outcome_of(outcome))
+            self._observer.on_finish(tracked.request.request, timings, *_outcome_of(outcome))
         else:
             tracked.events.put_nowait(Finished(request_id, outcome, timings))
-            self._observer.on_finish(tracked.request, timings, "completed", "")
+            self._observer.on_finish(tracked.request.request, timings, "completed", "")
         if not self._tracked:
             self._idle.set()
 

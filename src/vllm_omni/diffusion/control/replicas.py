@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 
+from vllm_omni.diffusion.control.admission import check_ids, check_number
 from vllm_omni.diffusion.control.engine import DiffusionEngine
 from vllm_omni.diffusion.control.events import (
     EngineEvent,
@@ -19,10 +20,9 @@ from vllm_omni.diffusion.control.events import (
 )
 from vllm_omni.diffusion.control.executor import Executor
 from vllm_omni.diffusion.control.executor.merging import merge_ready
-from vllm_omni.diffusion.control.scheduler import check_ids
+from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import WorkerReady
-from vllm_omni.diffusion.messages.request import DiffusionRequest, check_number
 from vllm_omni.errors import QueueFullError, RequestError
 
 STATES = ("failed", "starting", "stopped", "draining", "running", "restarting")
@@ -60,7 +60,7 @@ class Replicas:
             await self.close()
             raise
 
-    def add(self, requests: Sequence[DiffusionRequest]) -> asyncio.Queue[EngineEvent]:
+    def add(self, requests: Sequence[ScheduledRequest]) -> asyncio.Queue[EngineEvent]:
         """Queue all of `requests`, on one replica or several, or none; see `DiffusionEngine.add`."""
         with reporting_rejects(self._observer):
             self._check(requests)
@@ -89,7 +89,7 @@ class Replicas:
             failure=next((status.failure for status in statuses if status.failure), ""),
         )
 
-    def eta_seconds(self, requests: Sequence[DiffusionRequest]) -> float:
+    def eta_seconds(self, requests: Sequence[ScheduledRequest]) -> float:
         """Estimated time until the last of `requests` is done, be they here or about to be added."""
         return max((engine.eta_seconds(part) for engine, part in self._place(requests).items()), default=0.0)
 
@@ -109,7 +109,7 @@ class Replicas:
         for engine in self._engines:
             engine.kill()
 
-    def _check(self, requests: Sequence[DiffusionRequest]) -> None:
+    def _check(self, requests: Sequence[ScheduledRequest]) -> None:
         """What holds for all replicas together. Raises UnavailableError, InvalidRequestError and QueueFullError."""
         for engine in self._engines:
             engine.check_open()
@@ -124,16 +124,16 @@ class Replicas:
                 retry_after=status.queue_seconds * surplus / num_here,
             )
 
-    def _place(self, requests: Sequence[DiffusionRequest]) -> dict[DiffusionEngine, list[DiffusionRequest]]:
+    def _place(self, requests: Sequence[ScheduledRequest]) -> dict[DiffusionEngine, list[ScheduledRequest]]:
         """Each request's replica: the one that holds it, or else where it will be done first, of those with room."""
-        parts: dict[DiffusionEngine, list[DiffusionRequest]] = {}
+        parts: dict[DiffusionEngine, list[ScheduledRequest]] = {}
         for request in requests:
             engine = self._holder(request.request_id) or self._first_to_finish(request, parts)
             parts.setdefault(engine, []).append(request)
         return parts
 
     def _first_to_finish(
-        self, request: DiffusionRequest, parts: Mapping[DiffusionEngine, Sequence[DiffusionRequest]]
+        self, request: ScheduledRequest, parts: Mapping[DiffusionEngine, Sequence[ScheduledRequest]]
     ) -> DiffusionEngine:
         """`parts`: what is placed already and still to be added."""
         with_it = {engine: [*parts.get(engine, ()), request] for engine in self._engines}
@@ -144,7 +144,7 @@ class Replicas:
         return next((engine for engine in self._engines if engine.holds(request_id)), None)
 
 
-def _has_room(engine: DiffusionEngine, requests: Sequence[DiffusionRequest]) -> bool:
+def _has_room(engine: DiffusionEngine, requests: Sequence[ScheduledRequest]) -> bool:
     try:
         engine.check(requests)
     except RequestError:

@@ -15,10 +15,12 @@ from typing import Any
 from vllm_omni.diffusion.catalog.folder_files import DEFAULTS_FILE
 from vllm_omni.diffusion.catalog.registry import ModelInfo
 from vllm_omni.diffusion.control.adapters import resolve_lora
+from vllm_omni.diffusion.control.admission import check_number
+from vllm_omni.diffusion.control.scheduled_request import RequestCost, ScheduledRequest
 from vllm_omni.diffusion.control.sizes import SizeLimits
 from vllm_omni.diffusion.data import OmniDiffusionConfig, flag_of
 from vllm_omni.diffusion.messages.plan import WorkerReady
-from vllm_omni.diffusion.messages.request import DiffusionRequest, RequestCost, check_number
+from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.errors import ConfigError, InvalidRequestError, UnsupportedParameterError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 from vllm_omni.inputs.images import InputImage, prepared, resized
@@ -36,72 +38,78 @@ OPTIONAL_PARAMETERS = (*GUIDANCE_PARAMETERS, "strength", "sigmas", "max_sequence
 
 
 class RequestBuilder:
-    """Turns what callers write into `DiffusionRequest`s, for one model on one engine."""
+    """Builds the requests of callers' prompts and sampling parameters, for one model on one engine."""
 
     def __init__(self, config: OmniDiffusionConfig, info: ModelInfo, ready: WorkerReady) -> None:
         self._config = config
         self._info = info
         self._ready = ready
 
-    def build(self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams, request_id: str) -> list[DiffusionRequest]:
-        """One request an output, `{request_id}-{i}` with `seed + i`.
+    def build(self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams, request_id: str) -> list[ScheduledRequest]:
+        """Build one request per output: `{request_id}-{i}` with `seed + i`.
 
         Raises InvalidRequestError whose `param` is the field of `OmniDiffusionSamplingParams` or `OmniPrompt`.
         """
         prompt, filled, defaults = self._checked(prompt, params)
-        images = tuple(prompt.images)
+        if prompt.negative_prompt is None:
+            prompt = replace(prompt, negative_prompt=defaults.get("negative_prompt"))
+        request = self._first_request(prompt, filled, request_id)
+        scheduled = self._scheduled(request, filled)
+        return [
+            replace(scheduled, request=replace(request, request_id=f"{request_id}-{i}", seed=request.seed + i))
+            for i in range(filled.num_outputs_per_prompt)
+        ]
+
+    def _first_request(
+        self, prompt: OmniPrompt, filled: OmniDiffusionSamplingParams, request_id: str
+    ) -> DiffusionRequest:
+        """The request of the first output. `filled`: checked parameters with all defaults."""
         assert filled.height is not None
         assert filled.width is not None
         assert filled.num_inference_steps is not None
-        num_frames = filled.num_frames or 1
-        negative = prompt.negative_prompt
-        if negative is None:
-            negative = defaults.get("negative_prompt")
         guidance = self._info.guidance
-        scale = getattr(filled, guidance.parameter)
-        true_cfg_scale = 1.0 if scale is None else scale + guidance.offset
-        if negative is None and true_cfg_scale > 1:
-            negative = guidance.negative_prompt
-        limit = filled.max_sequence_length
-        num_tokens = _count_tokens("prompt", prompt.prompt, limit, self._info)
-        num_negative = None if negative is None else _count_tokens("negative_prompt", negative, limit, self._info)
-        seed = secrets.randbelow(2**32) if filled.seed is None else filled.seed
-        first = DiffusionRequest(
+        scale, negative = guidance.resolved(getattr(filled, guidance.parameter), prompt.negative_prompt)
+        return DiffusionRequest(
             request_id=f"{request_id}-0",
             prompt=prompt.prompt,
-            negative_prompt=negative,
             height=filled.height,
             width=filled.width,
             num_inference_steps=filled.num_inference_steps,
-            true_cfg_scale=true_cfg_scale,
-            guidance_scale=filled.guidance_scale,
-            seed=seed,
+            seed=secrets.randbelow(2**32) if filled.seed is None else filled.seed,
             max_sequence_length=filled.max_sequence_length or self._info.max_prompt_tokens,
-            sigmas=None if filled.sigmas is None else tuple(filled.sigmas),
-            priority=filled.priority,
-            preview_steps=spread_previews(filled.num_previews, filled.num_inference_steps),
-            cost=RequestCost(0, 0, 0, ()),
-            num_prompt_tokens=num_tokens,
-            num_image_tokens=self._info.num_image_tokens(filled.height, filled.width, num_frames),
-            cache=self._config.cache_backend != "none" and filled.cache is not False,
-            arrival=time.monotonic(),
+            negative_prompt=negative,
+            true_cfg_scale=scale,
+            guidance_scale=filled.guidance_scale,
             cfg_normalization=float(filled.cfg_normalization or 0),
             cfg_truncation=1.0 if filled.cfg_truncation is None else filled.cfg_truncation,
-            images=images,
-            num_reference_tokens=sum(self._info.num_reference_tokens(image) for image in images),
+            sigmas=None if filled.sigmas is None else tuple(filled.sigmas),
+            cache=self._config.cache_backend != "none" and filled.cache is not False,
+            images=tuple(prompt.images),
             strength=filled.strength,
             lora=resolve_lora(filled, self._config, self._info),
-            num_frames=num_frames,
+            num_frames=filled.num_frames or 1,
             fps=filled.fps,
         )
-        guides = true_cfg_scale > 1 and not (guidance.needs_negative_prompt and negative is None)
-        branches = [num_tokens, num_negative or 0] if guides else [num_tokens]
-        num_seen = self._info.count_image_prompt_tokens(images)
-        cost, count = self._price(first, [n + num_seen for n in branches]), filled.num_outputs_per_prompt
-        if self._info.whole is None:  # which encodes a prompt once: with their parts of the price all begin together
-            replicas = self._config.parallel.data_parallel_size  # each encodes it
-            cost = replace(cost, encode=cost.encode * min(1, replicas / count))
-        return [replace(first, request_id=f"{request_id}-{i}", seed=seed + i, cost=cost) for i in range(count)]
+
+    def _scheduled(self, request: DiffusionRequest, filled: OmniDiffusionSamplingParams) -> ScheduledRequest:
+        """Count the tokens of `request`, which must not exceed the model's limits, and price it."""
+        info, limit, negative = self._info, filled.max_sequence_length, request.negative_prompt
+        num_prompt_tokens = _count_tokens("prompt", request.prompt, limit, info)
+        num_negative = 0 if negative is None else _count_tokens("negative_prompt", negative, limit, info)
+        num_seen = info.count_image_prompt_tokens(request.images)
+        text_tokens = [num_prompt_tokens + num_seen, num_negative + num_seen][: 1 + request.has_guidance]
+        num_image_tokens = info.num_image_tokens(request.height, request.width, request.num_frames)
+        num_reference_tokens = sum(map(info.num_reference_tokens, request.images))
+        return ScheduledRequest(
+            request,
+            self._price(request, text_tokens, num_image_tokens, num_reference_tokens, filled.num_outputs_per_prompt),
+            num_prompt_tokens,
+            num_image_tokens,
+            num_reference_tokens,
+            priority=filled.priority,
+            preview_steps=spread_previews(filled.num_previews, request.num_inference_steps),
+            arrival=time.monotonic(),
+        )
 
     def fit_images(self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams) -> OmniPrompt:
         """The prompt with its pictures as a request has them, which `build` then leaves as they are.
@@ -143,19 +151,28 @@ class RequestBuilder:
             return sizes.fit(*own) if height is None else (height, sizes.fit_side(height, own[1]))
         return sizes.fit_side(width, own[0]) if height is None else height, width
 
-    def _price(self, request: DiffusionRequest, text_tokens: Sequence[int]) -> RequestCost:
-        """text_tokens: of each branch, those of input pictures included. Making latents of pixels is taken to cost what
-        the inverse does."""
-        ready, num_references = self._ready, request.num_reference_tokens
-        follows_input = self._info.whole is not None and self._info.whole.follows_input
-        num_image_tokens = request.num_image_tokens + (0 if follows_input else num_references)
-        share_of_steps = 1.0 if request.strength is None else request.strength
-        lengths = [self._info.num_sequence_tokens(n, num_image_tokens) for n in text_tokens]
+    def _price(
+        self,
+        request: DiffusionRequest,
+        text_tokens: Sequence[int],
+        num_image_tokens: int,
+        num_reference_tokens: int,
+        num_outputs: int,
+    ) -> RequestCost:
+        """Estimate the work of one of `num_outputs` requests that differ in their seeds alone.
+
+        text_tokens: of each branch, with those of input pictures. Encoding an input picture is priced as a decode.
+        """
+        info, ready = self._info, self._ready
+        lengths = info.branch_tokens(text_tokens, num_image_tokens, num_reference_tokens)
+        encode = ready.encode_units_per_token * sum(text_tokens) + ready.decode_units_per_token * num_reference_tokens
+        if info.whole is None:  # each replica encodes the prompt once; all outputs begin together
+            encode *= min(1, self._config.parallel.data_parallel_size / num_outputs)
         return RequestCost(
-            encode=ready.encode_units_per_token * sum(text_tokens) + ready.decode_units_per_token * num_references,
-            step=share_of_steps * sum(self._info.sequence_cost(n) for n in lengths),
-            decode=ready.decode_units_per_token * request.num_image_tokens,
-            branch_tokens=tuple(lengths),
+            encode=encode,
+            step=(1.0 if request.strength is None else request.strength) * sum(map(info.sequence_cost, lengths)),
+            decode=ready.decode_units_per_token * num_image_tokens,
+            branch_tokens=lengths,
         )
 
 

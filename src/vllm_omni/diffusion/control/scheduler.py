@@ -16,17 +16,18 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
+from vllm_omni.diffusion.control.admission import check_ids, check_number
 from vllm_omni.diffusion.control.queue.entries import ORDERS, Entry, Item, Phase
 from vllm_omni.diffusion.control.queue.order import EntryOrder
+from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.placement import Placement, balance
 from vllm_omni.diffusion.messages.plan import ItemError, StepPlan, StepResult, WorkerReady
-from vllm_omni.diffusion.messages.request import DiffusionRequest, check_number
-from vllm_omni.errors import InvalidRequestError, QueueFullError
+from vllm_omni.errors import QueueFullError
 
 MAX_PLANS_IN_FLIGHT = 2
 MAX_DEATHS_OF_A_REQUEST = 3
@@ -90,7 +91,7 @@ class Scheduler:
 
     # Requests ---------------------------------------------------------------------------------------------
 
-    def check(self, requests: Sequence[DiffusionRequest]) -> None:
+    def check(self, requests: Sequence[ScheduledRequest]) -> None:
         """Whether all of them would be taken now.
 
         Raises QueueFullError (with `retry_after`) and InvalidRequestError (an id twice, or more at once than
@@ -99,7 +100,7 @@ class Scheduler:
         self._check_ids(requests)
         self._check_room(requests)
 
-    def add(self, requests: Sequence[DiffusionRequest]) -> None:
+    def add(self, requests: Sequence[ScheduledRequest]) -> None:
         """Take all of them or none. Raises what `check` raises."""
         self.check(requests)
         for request in requests:
@@ -114,16 +115,16 @@ class Scheduler:
             self._end(request_id)
         return known
 
-    def _new_entry(self, request: DiffusionRequest) -> Entry:
+    def _new_entry(self, request: ScheduledRequest) -> Entry:
         previews = set(request.preview_steps)
         return Entry(request, self._next_number, self._planned_work, self._step_overhead, previews=previews)
 
-    def _check_ids(self, requests: Sequence[DiffusionRequest]) -> None:
+    def _check_ids(self, requests: Sequence[ScheduledRequest]) -> None:
         ids = [request.request_id for request in requests]
         check_ids(ids, self._entries.__contains__)
         check_number(len(ids), self._max_num_queued_reqs)
 
-    def _check_room(self, requests: Sequence[DiffusionRequest]) -> None:
+    def _check_room(self, requests: Sequence[ScheduledRequest]) -> None:
         if not self._entries:
             return  # a request longer than the whole queue may still run when nobody else is there
         surplus = len(self._entries) + len(requests) - self._max_num_queued_reqs
@@ -202,7 +203,7 @@ class Scheduler:
         if item.phase is Phase.ENCODE:
             entry.first_step_id = plan.step_id
             self._begun[request_id] = entry
-            plan.new_requests.append(entry.request)
+            plan.new_requests.append(entry.request.request)
             plan.encode.append(request_id)
         elif item.phase is Phase.DENOISE:
             plan.denoise.append(request_id)
@@ -288,7 +289,7 @@ class Scheduler:
 
     # Arithmetic -------------------------------------------------------------------------------------------
 
-    def _total_seconds(self, request: DiffusionRequest) -> float:
+    def _total_seconds(self, request: ScheduledRequest) -> float:
         return self._new_entry(request).remaining * self.seconds_per_unit
 
     @property
@@ -325,7 +326,7 @@ class Scheduler:
         oldest, (last_tasks, last_seconds) = self._in_flight[0], self._last
         return last_seconds if oldest.tasks == last_tasks else oldest.work * self.seconds_per_unit
 
-    def eta_seconds(self, requests: Sequence[DiffusionRequest]) -> float:
+    def eta_seconds(self, requests: Sequence[ScheduledRequest]) -> float:
         """Time until the last of `requests` is done, be they here already or about to be added."""
         if not requests:
             return 0.0
@@ -333,15 +334,6 @@ class Scheduler:
         here = [self._entries[request.request_id] for request in requests if request.request_id in self._entries]
         work = self._work_in_flight + self._order.work_up_to(max(map(self._order.key, (*here, *new))))
         return (work + sum(entry.remaining for entry in new)) * self.seconds_per_unit
-
-
-def check_ids(ids: Sequence[str], is_taken: Callable[[str], bool]) -> None:
-    """Raises InvalidRequestError for an id that is in use or comes twice."""
-    seen: set[str] = set()
-    for request_id in ids:
-        if request_id in seen or is_taken(request_id):
-            raise InvalidRequestError(f"request id {request_id!r} is in use", param="request_id")
-        seen.add(request_id)
 
 
 def _error_of(item: Item, result: StepResult) -> ItemError | None:

@@ -14,7 +14,7 @@ from tests.descriptors import descriptors_left, low_descriptors_taken
 from tests.diffusion.control.executor.test_worker_groups import Meeting, assert_all_done, make
 from tests.diffusion.control.executor.workers import Endless, closing, is_alive
 from tests.diffusion.control.test_engine import until
-from tests.fakes import FakeRunner, fake_image, make_config, make_ready, make_request
+from tests.fakes import FakeRunner, fake_image, make_config, make_ready, make_request, make_scheduled
 from tests.patience import GUARD_SECONDS
 from vllm_omni.diffusion.control.engine import DiffusionEngine
 from vllm_omni.diffusion.data import DiffusionParallelConfig
@@ -83,7 +83,7 @@ async def test_a_worker_that_lives_is_waited_for_and_no_longer() -> None:
 async def test_requests_whose_pictures_found_no_descriptor_are_replayed() -> None:
     config = make_config(parallel=DiffusionParallelConfig(), max_worker_restarts=10**6)
     engine = DiffusionEngine(config, make(1, FakeRunner), restart_backoff_seconds=0.001)
-    requests = [make_request(f"r{n}", 64, 5, seed=n, arrival=time.monotonic()) for n in range(3)]
+    requests = [make_scheduled(f"r{n}", 64, 5, seed=n, arrival=time.monotonic()) for n in range(3)]
     async with asyncio.timeout(GUARD_SECONDS):
         await engine.start()
         try:

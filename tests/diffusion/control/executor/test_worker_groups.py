@@ -24,7 +24,7 @@ from tests.diffusion.control.executor.workers import (
     is_alive,
     name_of,
 )
-from tests.fakes import FakeRunner, fake_image, make_config, make_ready, make_request
+from tests.fakes import FakeRunner, fake_image, make_config, make_ready, make_request, make_scheduled
 from tests.patience import GUARD_SECONDS, until
 from vllm_omni.diffusion.control.engine import DiffusionEngine
 from vllm_omni.diffusion.control.events import EngineEvent, Failed, Finished
@@ -32,9 +32,9 @@ from vllm_omni.diffusion.control.executor.launch import LaunchedReplica, interpr
 from vllm_omni.diffusion.control.executor.multiproc import MultiprocExecutor, WorkerGroup
 from vllm_omni.diffusion.control.executor.process import WorkerProcess
 from vllm_omni.diffusion.control.replicas import Replicas
+from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
-from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.diffusion.messages.worker import Abort, Done, Execute, Heartbeat, Ready, Start
 from vllm_omni.errors import ConfigError, WorkerDiedError
 
@@ -337,7 +337,7 @@ async def test_a_worker_beats_in_a_long_step() -> None:
 @pytest.mark.parametrize("num_ranks", [1, 3])
 async def test_the_engine_replays_when_a_worker_is_killed_or_stopped(num_ranks: int, number: int) -> None:
     executor = make(num_ranks, FakeRunner, silence_seconds=SILENCE_SECONDS)
-    requests = [make_request(f"r{n}", 64, 200, seed=n, arrival=time.monotonic()) for n in range(3)]
+    requests = [make_scheduled(f"r{n}", 64, 200, seed=n, arrival=time.monotonic()) for n in range(3)]
     # Restarts are for ever: a slow machine may make a live worker silent, too.
     engine = DiffusionEngine(make_config(max_worker_restarts=10**6), executor, restart_backoff_seconds=0.001)
     async with asyncio.timeout(GUARD_SECONDS):
@@ -362,7 +362,7 @@ async def test_the_engine_replaces_workers_that_hang(tmp_path: Path) -> None:
     # Restarts are for ever: a slow machine may make a live step overdue, too.
     config = make_config(model=str(tmp_path / "hung"), parallel=parallel, max_worker_restarts=10**6)
     executor = MultiprocExecutor(config, name_of(HangsOnce), silence_seconds=GUARD_SECONDS)
-    requests = [make_request(f"r{n}", 64, 3, seed=n, arrival=time.monotonic()) for n in range(3)]
+    requests = [make_scheduled(f"r{n}", 64, 3, seed=n, arrival=time.monotonic()) for n in range(3)]
     engine = DiffusionEngine(config, executor, restart_backoff_seconds=0.001, stall_seconds=1.0, stall_factor=0.0)
     async with asyncio.timeout(GUARD_SECONDS):
         await engine.start()
@@ -383,7 +383,7 @@ async def test_two_replicas_of_two_share_the_work_and_one_dies() -> None:
         )
         for index in range(2)
     ]
-    requests = [make_request(f"r{n}", 64, 200, seed=n, arrival=time.monotonic()) for n in range(6)]
+    requests = [make_scheduled(f"r{n}", 64, 200, seed=n, arrival=time.monotonic()) for n in range(6)]
     replicas = Replicas(make_config(parallel=parallel), executors.__getitem__, restart_backoff_seconds=0.001)
     async with asyncio.timeout(GUARD_SECONDS):
         await replicas.start()
@@ -399,11 +399,11 @@ async def test_two_replicas_of_two_share_the_work_and_one_dies() -> None:
             await replicas.close()
 
 
-async def assert_all_done(events: asyncio.Queue[EngineEvent], requests: list[DiffusionRequest]) -> None:
+async def assert_all_done(events: asyncio.Queue[EngineEvent], requests: list[ScheduledRequest]) -> None:
     pictures = {}
     while len(pictures) < len(requests):
         event = await events.get()
         assert not isinstance(event, Failed), event
         if isinstance(event, Finished):
             pictures[event.request_id] = event.image
-    assert all(np.array_equal(pictures[request.request_id], fake_image(request)) for request in requests)
+    assert all(np.array_equal(pictures[request.request_id], fake_image(request.request)) for request in requests)

@@ -19,7 +19,7 @@ from vllm_omni.diffusion.compute.coordination.ranks import PeerFailedError, Rank
 from vllm_omni.diffusion.compute.device.kinds import Device, is_device_failure, is_out_of_memory
 from vllm_omni.diffusion.compute.step.pipeline import BasePipeline, RequestState
 from vllm_omni.diffusion.messages.placement import balance
-from vllm_omni.diffusion.messages.request import DiffusionRequest, RequestCost
+from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.errors import ConfigError, in_one_line
 from vllm_omni.inputs.images import InputImage
 
@@ -135,13 +135,15 @@ def warm_up(
     # is not encoded again: that is priced as a decode.
     requests = [_request(info, f"warm-up number {i}", f"warm-up number {i}") for i in range(3)]
     encode = timer.least([lambda r=r: pipeline.encode(r) for r in requests])  # type: ignore[misc]  # r
-    num_prompt_tokens = requests[0].num_prompt_tokens + info.count_image_prompt_tokens(requests[0].images)
+    num_prompt_tokens = info.count_prompt_tokens(requests[0].prompt) + info.count_image_prompt_tokens(
+        requests[0].images
+    )
     decode = timer.least([lambda: pipeline.decode([state.request], [state.latents])] * 3)
     return Rates(
         seconds_per_unit=seconds_per_unit,
         step_overhead_seconds=overhead,
         encode_units_per_token=encode / num_prompt_tokens / seconds_per_unit,
-        decode_units_per_token=decode / state.request.num_image_tokens / seconds_per_unit,
+        decode_units_per_token=decode / _num_image_tokens(info, state.request) / seconds_per_unit,
         max_batch_tokens=max(MIN_BATCH_TOKENS, knee(samples)),
     )
 
@@ -185,25 +187,27 @@ def _whole_rates(
 ) -> Rates:
     """Rates from complete runs of the requests; the time of the first is not counted."""
     runs = [_run_whole(pipeline, request, timer) for request in requests]
-    samples = [Sample(r.num_image_tokens, _whole_units(info, r), run[1]) for r, run in zip(requests, runs)]
+    samples = [Sample(_num_image_tokens(info, r), _whole_units(info, r), run[1]) for r, run in zip(requests, runs)]
     seconds_per_unit, overhead = fit_line(samples[1:])
     encode, _, decode = runs[-1]
     return Rates(
         seconds_per_unit=seconds_per_unit,
         step_overhead_seconds=overhead,
-        encode_units_per_token=encode / requests[-1].num_prompt_tokens / seconds_per_unit,
-        decode_units_per_token=decode / requests[-1].num_image_tokens / seconds_per_unit,
+        encode_units_per_token=encode / info.count_prompt_tokens(requests[-1].prompt) / seconds_per_unit,
+        decode_units_per_token=decode / _num_image_tokens(info, requests[-1]) / seconds_per_unit,
         max_batch_tokens=MIN_BATCH_TOKENS,
     )
 
 
 def _whole_units(info: ModelInfo, request: DiffusionRequest) -> float:
     """Units of one step: a second sequence, without text, where the default request uses guidance."""
-    units = info.sequence_cost(request.num_image_tokens + request.num_prompt_tokens)
-    guides = request.true_cfg_scale > 1 and (
-        request.negative_prompt is not None or not info.guidance.needs_negative_prompt
-    )
-    return units + (info.sequence_cost(request.num_image_tokens) if guides else 0)
+    num_image_tokens = _num_image_tokens(info, request)
+    units = info.sequence_cost(num_image_tokens + info.count_prompt_tokens(request.prompt))
+    return units + (info.sequence_cost(num_image_tokens) if request.has_guidance else 0)
+
+
+def _num_image_tokens(info: ModelInfo, request: DiffusionRequest) -> int:
+    return info.num_image_tokens(request.height, request.width, request.num_frames)
 
 
 def _run_whole(pipeline: BasePipeline[Any], request: DiffusionRequest, timer: Timer) -> tuple[float, float, float]:
@@ -334,22 +338,12 @@ def _request(info: ModelInfo, request_id: str, prompt: str, most_tokens: int = M
     return DiffusionRequest(
         request_id=request_id,
         prompt=prompt,
-        negative_prompt=None,
         height=side,
         width=side,
         num_inference_steps=2,
-        true_cfg_scale=1.0,
         guidance_scale=1.0,
         seed=0,
         max_sequence_length=defaults.get("max_sequence_length", info.max_prompt_tokens),  # some models fill prompts up
-        sigmas=None,
-        priority=0,
-        preview_steps=(),
-        cost=RequestCost(0, 0, 0, ()),
-        num_prompt_tokens=info.count_prompt_tokens(prompt),
-        num_image_tokens=info.num_image_tokens(side, side, num_frames),
-        cache=False,
-        arrival=0.0,
         images=() if info.image_input is None or not info.image_input.min_images else (InputImage.of(black, black),),
         strength=1.0 if "strength" in info.parameters else None,  # all steps, so that they can be timed
         num_frames=num_frames,
@@ -362,12 +356,12 @@ def _whole_request(info: ModelInfo, most_tokens: int | None) -> DiffusionRequest
     Guidance and the negative prompt are the model's own, because that is what most requests will use.
     """
     defaults = info.default_sampling_params
-    scale = defaults.get(info.guidance.parameter)
+    scale, negative = info.guidance.resolved(defaults.get(info.guidance.parameter), defaults.get("negative_prompt"))
     request = replace(
         _request(info, "warm-up", WHOLE_PROMPT, most_tokens or MAX_PICTURE_TOKENS),
-        negative_prompt=defaults.get("negative_prompt"),
+        negative_prompt=negative,
         guidance_scale=defaults.get("guidance_scale"),
-        true_cfg_scale=1.0 if scale is None else scale + info.guidance.offset,
+        true_cfg_scale=scale,
     )
     if most_tokens is not None:
         return request
@@ -378,6 +372,5 @@ def _whole_request(info: ModelInfo, most_tokens: int | None) -> DiffusionRequest
         height=height,
         width=width,
         num_frames=num_frames,
-        num_image_tokens=info.num_image_tokens(height, width, num_frames),
         images=(InputImage.of(black, black),) if request.images else (),
     )

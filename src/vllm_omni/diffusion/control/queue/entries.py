@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.diffusion.data import SchedulingPolicy
-from vllm_omni.diffusion.messages.request import DiffusionRequest
 
 AGEING = 0.1
 """Units by which a waiting request moves forward for each unit done for others."""
@@ -24,7 +24,7 @@ class Phase(IntEnum):
 class Entry:
     """A request on its way, as far as plans have taken it (which may be ahead of the device)."""
 
-    request: DiffusionRequest
+    request: ScheduledRequest
     number: int
     """Order of arrival."""
     arrival_work: float
@@ -51,12 +51,12 @@ class Entry:
     def phase(self) -> Phase:
         if not self.encoded:
             return Phase.ENCODE
-        return Phase.DENOISE if self.steps < self.request.num_inference_steps else Phase.DECODE
+        return Phase.DENOISE if self.steps < self.request.num_steps else Phase.DECODE
 
     @property
     def remaining(self) -> float:
         """Units still to be planned."""
-        cost, steps = self.request.cost, self.request.num_inference_steps - self.steps
+        cost, steps = self.request.cost, self.request.num_steps - self.steps
         num_decodes = sum(step > self.steps for step in self.previews) + (not self.decoded)
         return (not self.encoded) * cost.encode + steps * (cost.step + self.step_overhead) + num_decodes * cost.decode
 

@@ -165,11 +165,11 @@ class ImageService:
         if holding.images:
             omni_prompt = await self.uploads.fitted(partial(self.omni.fit_images, omni_prompt, params), holding)
         job = await self.resolver.resolve(omni_prompt, params)
-        ignored, headers = self.ignored_fields(body, request, len(job.requests[0].cost.branch_tokens) > 1)
+        ignored, headers = self.ignored_fields(body, request, job.requests[0].request.has_guidance)
         answer = answer_in(AnswerStyle.of(body, image_format, ignored))
         outputs = self.omni.submit(job)
         if self.settings.log_requests:
-            log_arrival(job.requests)
+            log_arrival([scheduled.request for scheduled in job.requests])
         if self.settings.log_prompts:
             logger.info("prompt %r, %s", omni_prompt, params)
         if body.stream:
