@@ -9,7 +9,8 @@ from functools import cached_property
 
 from tests.fakes import FakeRunner, make_config, make_ready, make_scheduled
 from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
-from vllm_omni.diffusion.control.scheduler import Scheduler, Update
+from vllm_omni.diffusion.control.scheduler import Scheduler
+from vllm_omni.diffusion.control.updates import Update
 from vllm_omni.diffusion.messages.plan import StepPlan
 
 OVERHEAD = 0.010

@@ -9,7 +9,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
-from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -470,22 +469,6 @@ async def test_restarts_that_fail_count_as_deaths() -> None:
     async with running_engine(executor) as engine:
         assert isinstance((await read_until_done(engine.add([now_request()])))[-1], Finished)
     assert executor.num_starts == 4
-
-
-@pytest.mark.parametrize(
-    ("num_deaths", "seconds"), [(1, 0.0), (2, 0.5), (3, 1.5), (4, 3.5), (6, 15.5), (7, 30.0), (12, 30.0), (5000, 30.0)]
-)
-def test_the_pause_before_a_restart_grows_up_to_half_a_minute(num_deaths: int, seconds: float) -> None:
-    assert DiffusionEngine(make_config(), FakeExecutor())._backoff_seconds(num_deaths) == seconds
-
-
-def test_deaths_are_forgotten_after_ten_minutes() -> None:
-    engine = DiffusionEngine(make_config(), FakeExecutor())
-    counts = []
-    for now in (1000.0, 1300.0, 1599.0, 1601.0, 1901.0, 9999.0):
-        with patch("vllm_omni.diffusion.control.engine.time", Mock(monotonic=Mock(return_value=now))):
-            counts.append(engine._count_death())
-    assert counts == [1, 2, 3, 3, 3, 1]
 
 
 async def test_batches_are_of_the_size_that_the_first_start_measured() -> None:

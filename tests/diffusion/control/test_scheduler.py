@@ -22,7 +22,8 @@ from tests.diffusion.control.simulation import (
 )
 from tests.fakes import FakeRunner, make_config, make_ready, make_scheduled
 from vllm_omni.diffusion.control.scheduled_request import RequestCost, ScheduledRequest
-from vllm_omni.diffusion.control.scheduler import Scheduler, Update
+from vllm_omni.diffusion.control.scheduler import Scheduler
+from vllm_omni.diffusion.control.updates import Update
 from vllm_omni.diffusion.messages.plan import ItemError, StepPlan, StepResult
 from vllm_omni.errors import InvalidRequestError, QueueFullError
 
