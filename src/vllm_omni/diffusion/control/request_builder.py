@@ -1,6 +1,6 @@
-"""From a prompt and sampling parameters to fully resolved, checked and priced requests. No torch here.
+"""Build requests from prompts and sampling parameters: fill in defaults, check, count tokens, price.
 
-Everything that can be known to be wrong is refused here, before a request costs anybody anything.
+Everything that can be known to be wrong is refused here, before it takes time of other requests.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MAX_FPS = 1000
 OUTPUT_TYPES = ("pil", "np")
 GUIDANCE_PARAMETERS = ("true_cfg_scale", "guidance_scale", "cfg_normalization", "cfg_truncation")
 OPTIONAL_PARAMETERS = (*GUIDANCE_PARAMETERS, "strength", "sigmas", "max_sequence_length", "fps")
-"""A model takes some of them: `ModelInfo.parameters`."""
+"""Parameters that only some models take: see `ModelInfo.parameters`."""
 
 
 class RequestBuilder:
@@ -112,17 +112,17 @@ class RequestBuilder:
         )
 
     def fit_images(self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams) -> OmniPrompt:
-        """The prompt with its pictures as a request has them, which `build` then leaves as they are.
+        """Prepare and resize the input pictures of `prompt`; `build` then leaves them as they are.
 
-        For callers that do not want to wait in `build`: it takes a second where pictures are large, and may run in
-        any thread. Raises InvalidRequestError as `build` does.
+        For callers that must not block in `build`: large pictures take about a second. Runs in any thread. Raises
+        InvalidRequestError as `build` does.
         """
         return self._checked(prompt, params)[0]
 
     def _checked(
         self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams
     ) -> tuple[OmniPrompt, OmniDiffusionSamplingParams, dict[str, Any]]:
-        """The prompt with its pictures as a request has them, the filled parameters, and what they are filled from."""
+        """Check everything but token counts. Returns the prompt with prepared pictures, filled parameters, defaults."""
         prompt, params = _fit_prompt(prompt), _fit_params(params)
         _check_supported(prompt, params, self._info)
         check_num_images(len(prompt.images), self._info)
@@ -136,7 +136,7 @@ class RequestBuilder:
         return replace(prompt, images=images), filled, defaults
 
     def _defaults_of(self, images: Sequence[InputImage], params: OmniDiffusionSamplingParams) -> dict[str, Any]:
-        """The server's defaults over the model's; the size of an edited picture depends on its input pictures."""
+        """Defaults of the server over those of the model; the size of an edit follows from its input pictures."""
         defaults = {**self._info.default_sampling_params, **self._config.default_sampling_params}
         if images:
             asked = params.filled_from(self._config.default_sampling_params)
@@ -144,7 +144,7 @@ class RequestBuilder:
         return defaults
 
     def _edited_size(self, images: Sequence[InputImage], height: int | None, width: int | None) -> tuple[int, int]:
-        """What is asked for; a side that is not is the model's choice for these pictures, within the limits."""
+        """Size of an edit: the sides that were asked for, and the model's choice within the limits for others."""
         assert self._info.image_input is not None
         sizes, own = SizeLimits.of(self._config, self._info), self._info.image_input.output_size(images)
         if width is None:
@@ -177,9 +177,9 @@ class RequestBuilder:
 
 
 def check_defaults(config: OmniDiffusionConfig, info: ModelInfo) -> None:
-    """Refuse settings under which requests that rely on the defaults would fail. Raises ConfigError.
+    """Raise ConfigError for settings under which every request that relies on the defaults would fail.
 
-    See `check_default_prompt` for what only the tokenizer can tell.
+    The length of the default negative prompt needs the tokenizer: see `check_default_prompt`.
     """
     values = dict(config.default_sampling_params)
     prompt = OmniPrompt("", values.pop("negative_prompt", None))
@@ -193,7 +193,7 @@ def check_defaults(config: OmniDiffusionConfig, info: ModelInfo) -> None:
 
 
 def check_default_prompt(config: OmniDiffusionConfig, info: ModelInfo) -> None:
-    """The same for the length of the default negative prompt; loads the tokenizer, which takes seconds."""
+    """Raise ConfigError for a default negative prompt that is too long. Loads the tokenizer, which takes seconds."""
     defaults = {**info.default_sampling_params, **config.default_sampling_params}
     text, limit = defaults.get("negative_prompt"), defaults.get("max_sequence_length")
     try:
@@ -208,14 +208,14 @@ _LIMITS = {
     "num_inference_steps": "max_inference_steps",
     "num_frames": "max_num_frames",
 }
-"""Parameters with a limit that is a setting."""
+"""Parameter -> the setting that limits it."""
 
 
 def _blame(error: InvalidRequestError, config: OmniDiffusionConfig, info: ModelInfo) -> str:
-    """One line for a default that is refused: what set it, or else the limit that the model's own does not meet."""
+    """Message for a default that is refused: the place where it was set, or the limit that the model's own exceeds."""
     given = set(config.default_sampling_params)
     if "sigmas" in given:
-        given.add("num_inference_steps")  # their number
+        given.add("num_inference_steps")  # it follows from their number
     limit = _LIMITS.get(error.param or "")
     if error.param in given or (limit == "max_pixels" and given & {"height", "width"}):
         return f"--default-sampling-params: {error}"
@@ -227,14 +227,14 @@ def _blame(error: InvalidRequestError, config: OmniDiffusionConfig, info: ModelI
 
 
 def _count_tokens(name: str, text: str, limit: int | None, info: ModelInfo) -> int:
-    """Tokens of a prompt, of which at most `limit` are taken (None: as many as the model does)."""
+    """Count the tokens of a prompt. Raises InvalidRequestError above `limit` (None: the model's own limit)."""
     if len(text) > MAX_PROMPT_CHARACTERS:
         raise InvalidRequestError(
             f"{name} has {len(text)} characters, at most {MAX_PROMPT_CHARACTERS} are accepted", param=name
         )
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # a lone surrogate, on which tokenizers fail
+    except UnicodeEncodeError as error:  # a lone surrogate: tokenizers fail on it
         raise InvalidRequestError(f"{name} is not valid Unicode: {error}", param=name) from error
     longest = info.max_prompt_tokens
     limit = longest if limit is None else limit
@@ -247,6 +247,7 @@ def _count_tokens(name: str, text: str, limit: int | None, info: ModelInfo) -> i
 def _check_values(
     params: OmniDiffusionSamplingParams, config: OmniDiffusionConfig, info: ModelInfo
 ) -> OmniDiffusionSamplingParams:
+    """Check filled parameters against all limits; return them as plain Python values."""
     params = _fit_params(params)
     _check_params(params, info)
     check_number(params.num_outputs_per_prompt, config.max_num_queued_reqs)
@@ -287,7 +288,7 @@ def _check_frames(num_frames: int | None, config: OmniDiffusionConfig, info: Mod
 
 
 def spread_previews(num_previews: int, num_steps: int) -> tuple[int, ...]:
-    """The 1-based steps after which previews are due: evenly spread, never the last step."""
+    """Steps (1-based) after which previews are due: evenly spread, never the last step."""
     wanted = {round(num_steps * (i + 1) / (num_previews + 1)) for i in range(num_previews)}
     return tuple(sorted(step for step in wanted if 1 <= step < num_steps))
 
@@ -299,7 +300,7 @@ def _fill(params: OmniDiffusionSamplingParams, defaults: Mapping[str, Any]) -> O
 
 
 def check_num_images(num_images: int, info: ModelInfo) -> None:
-    """Raises InvalidRequestError for input pictures that the model does not take, or for none where it needs some."""
+    """Raise InvalidRequestError for more or fewer input pictures than the model takes."""
     if info.image_input is None:
         if num_images:
             raise InvalidRequestError("this model makes pictures from text and takes no input image", param="image")
@@ -312,7 +313,7 @@ def check_num_images(num_images: int, info: ModelInfo) -> None:
 
 
 def _prepare(image: Any, info: ModelInfo) -> InputImage:
-    """A picture as the model takes it; one that is so already stays as it is."""
+    """Prepare an input picture for the model, unless that was done before."""
     if isinstance(image, InputImage):
         return image
     assert info.image_input is not None
@@ -320,7 +321,7 @@ def _prepare(image: Any, info: ModelInfo) -> InputImage:
 
 
 def _check_supported(prompt: OmniPrompt, params: OmniDiffusionSamplingParams, info: ModelInfo) -> None:
-    """Refuse what this model has no meaning for, instead of dropping it."""
+    """Raise InvalidRequestError for parameters that have no meaning for this model."""
     given = {name: getattr(params, name) for name in OPTIONAL_PARAMETERS} | {"negative_prompt": prompt.negative_prompt}
     for name, value in given.items():
         if value is not None and name not in info.parameters:
@@ -340,7 +341,7 @@ def _check_supported(prompt: OmniPrompt, params: OmniDiffusionSamplingParams, in
 
 
 def _fit_prompt(prompt: OmniPrompt) -> OmniPrompt:
-    """The prompt as plain strings that can be written as UTF-8."""
+    """Check that prompts are strings that UTF-8 can encode; return them as plain strings."""
     return replace(
         prompt,
         prompt=_fit_text("prompt", prompt.prompt, str),
