@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from tests.diffusion.control.test_request_builder import INFO, READY, WHOLE
+from tests.diffusion.control.builders import INFO, READY, WHOLE
 from vllm_omni.diffusion.catalog.registry import ModelInfo
 from vllm_omni.diffusion.control.request_builder import RequestBuilder, check_defaults
 from vllm_omni.diffusion.data import OmniDiffusionConfig

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.diffusion.control.test_engine import NotedEvents, failures, now_request, read_until_done, until
+from tests.diffusion.control.engines import NotedEvents, failures, now_request, read_until_done, until
 from tests.fakes import FakeExecutor, FakeRunner, fake_image, make_config, make_ready
 from tests.patience import GUARD_SECONDS
 from vllm_omni.diffusion.control.events import Finished

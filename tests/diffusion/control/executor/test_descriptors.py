@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from tests.descriptors import descriptors_left, low_descriptors_taken
+from tests.diffusion.control.engines import until
 from tests.diffusion.control.executor.test_worker_groups import Meeting, assert_all_done, make
 from tests.diffusion.control.executor.workers import Endless, closing, is_alive
-from tests.diffusion.control.test_engine import until
 from tests.fakes import FakeRunner, fake_image, make_config, make_ready, make_request, make_scheduled
 from tests.patience import GUARD_SECONDS
 from vllm_omni.diffusion.control.engine import DiffusionEngine

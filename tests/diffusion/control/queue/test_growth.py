@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 
-from tests.diffusion.control.test_engine import NotedEvents, now_request, until
+from tests.diffusion.control.engines import NotedEvents, now_request, until
 from tests.diffusion.control.test_replicas import running
 from tests.fakes import FakeExecutor, FakeRunner, fake_image, make_config, make_ready, make_scheduled
 from tests.operations import counting_operations
