@@ -217,6 +217,22 @@ def test_a_picture_that_is_changed_costs_its_share_of_the_steps_and_no_tokens(mo
     assert seen.cost.branch_tokens == (2 * 16 + seen.num_prompt_tokens,)
 
 
+@pytest.mark.parametrize(("name", "scale"), [(SDXL, 3.0), (SDXL, 1.0), (KONTEXT, 3.0)])
+def test_a_worker_counts_the_tokens_that_a_request_was_priced_for(
+    model_of: ModelOf, runner_of: RunnerOf, name: str, scale: float
+) -> None:
+    limits = T5 if name == KONTEXT else {"strength": 1.0}
+    (scheduled,) = resolve(model_of, name, (noise(64, 64),), guidance_scale=scale, num_inference_steps=2, **limits)
+    runner = runner_of(name)
+    runner.execute(StepPlan(0, new_requests=[scheduled.request], encode=["r-0"]))
+    result = runner.execute(StepPlan(1, denoise=["r-0"]))
+    runner.execute(StepPlan(2, release=["r-0"]))
+    assert (result.num_tokens, result.num_sequences) == (
+        scheduled.cost.tokens_per_step,
+        len(scheduled.cost.branch_tokens),
+    )
+
+
 def test_a_large_picture_to_look_at_is_kept_smaller_and_priced_as_one_of_the_models_size(model_of: ModelOf) -> None:
     (request,) = resolve(model_of, KONTEXT, (Image.new("RGB", (4096, 2048)),))
     assert request.request.images[0].reference.shape == (1448, 2896, 3)
