@@ -15,7 +15,7 @@ from vllm_omni.diffusion.messages.plan import StepPlan
 
 OVERHEAD = 0.010
 PER_TOKEN = 0.00016
-"""Seconds, about those of a small model on two cores."""
+"""Seconds; about the speed of a small model on two cores."""
 
 
 def make_scheduler(max_batch_tokens: int = 512, **settings: object) -> Scheduler:
@@ -25,7 +25,7 @@ def make_scheduler(max_batch_tokens: int = 512, **settings: object) -> Scheduler
 
 @dataclass
 class Simulation:
-    """A device with a clock of its own: `depth` plans are under way, a step costs overhead and tokens."""
+    """A device with its own clock: `depth` plans in flight; a step takes time for its overhead and its tokens."""
 
     scheduler: Scheduler
     arrivals: list[tuple[float, ScheduledRequest]]
@@ -97,7 +97,7 @@ def num_items(request: ScheduledRequest) -> int:
 
 
 def random_arrivals(rng: random.Random, count: int, load: float = 1.2) -> list[tuple[float, ScheduledRequest]]:
-    """Mixed requests that come faster than the device works when `load` is above 1."""
+    """Mixed requests; with `load` above 1 they arrive faster than the device works."""
     arrivals, now = [], 0.0
     for n in range(count):
         steps = rng.choice([1, 2, 4, 10, 30])
@@ -110,7 +110,7 @@ def random_arrivals(rng: random.Random, count: int, load: float = 1.2) -> list[t
 
 
 def step_work(plan: StepPlan, requests: dict[str, ScheduledRequest]) -> float:
-    """As the scheduler counts it: each denoising step with the overhead of a step."""
+    """Units of a plan, counted like the scheduler: every denoising step includes the overhead of a step."""
     return step_seconds(plan, requests) / PER_TOKEN + OVERHEAD / PER_TOKEN * max(len(plan.denoise) - 1, 0)
 
 

@@ -1,4 +1,4 @@
-"""Which adapter a request gets, and what of one is refused before it costs anybody anything."""
+"""Adapters of requests: look-up, scales and refusals."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TAKES_LORA = replace(WHOLE, whole=replace(WHOLE.whole, takes_lora=True))
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """An adapter as far as can be seen without reading it."""
+    """A file with the name of an adapter; nobody reads it."""
     path = tmp_path / "style.safetensors"
     path.touch()
     return path

@@ -19,7 +19,7 @@ from vllm_omni.inputs.images import InputImage, ReaderSizes, prepared
 
 
 class Halving:
-    """An `ImageInput` whose model sees pictures as they are, and half as large a second time."""
+    """An `ImageInput` of a model that sees each picture twice: in full and in half size."""
 
     min_images, max_images = 1, 2
 
@@ -82,7 +82,7 @@ def test_the_size_of_an_edit_may_be_given() -> None:
 def test_a_size_that_nobody_asked_for_obeys_the_limit(
     picture: tuple[int, int], asked: dict[str, int], served: dict[str, int], size: tuple[int, int]
 ) -> None:
-    """Sizes are (width, height). Nobody is told that a size is wrong that he did not send."""
+    """Sizes are (width, height). A size that the client did not send is limited without an error."""
     prompt = OmniPrompt("x", images=(black(*picture),))
     (request,) = editing(default_sampling_params=served).build(prompt, OmniDiffusionSamplingParams(**asked), "r")
     assert (request.request.width, request.request.height) == size
@@ -107,7 +107,7 @@ def test_pictures_that_are_prepared_stay_as_they_are() -> None:
 
 
 def test_pictures_may_be_fitted_before() -> None:
-    """One side asked for, the other one the picture's: nothing is left to do, and the same request comes of it."""
+    """`build` gives the same request for prepared pictures and for raw ones."""
     whole = replace(WHOLE, image_input=Halving(), whole=replace(WHOLE.whole, follows_input=True))  # type: ignore[type-var]
     follower = RequestBuilder(OmniDiffusionConfig("demo"), whole, READY)
     prompt, params = OmniPrompt("x", images=(black(64, 32),)), OmniDiffusionSamplingParams(height=96, seed=1)

@@ -107,7 +107,7 @@ async def test_the_next_plan_is_sent_before_the_result_of_the_last() -> None:
 
 
 async def test_what_arrives_early_in_a_step_is_in_the_next() -> None:
-    """The second plan is held back until the running step is nearly over."""
+    """The second plan is sent only when the running step is nearly done."""
     slow = make_ready(seconds_per_unit=1.0)  # hours a step
     executor = FakeExecutor(lambda: FakeRunner(ready=slow), hold=True)
     async with running_engine(executor, max_queue_seconds=1e12) as engine:
@@ -136,7 +136,7 @@ async def test_what_arrives_early_in_a_step_is_in_the_next() -> None:
 
 @pytest.mark.parametrize("num_results", range(6))
 async def test_abort_in_each_phase(num_results: int) -> None:
-    """After `num_results` of: encode, three steps, decode; the neighbour notices nothing."""
+    """Abort after `num_results` of: encode, three steps, decode. The other request is not affected."""
     executor, observer = FakeExecutor(hold=True), NotedEvents()
     async with running_engine(executor, observer) as engine:
         victim = engine.add([now_request("victim", steps=3)])
@@ -200,7 +200,7 @@ async def test_one_failure_leaves_the_others_alone(caplog: pytest.LogCaptureFixt
 
 
 async def test_pictures_that_are_none_end_as_what_they_are(caplog: pytest.LogCaptureFixture) -> None:
-    """The decode's picture fails after its steps, a preview's before them; the client is told the cause."""
+    """A picture that is not finite fails at the decode or at a preview; the error names the cause."""
     overflowed = ItemError("float16 overflowed: use bfloat16 (--dtype bfloat16)", "not_finite")
     errors = {("late", "decode", 4): overflowed, ("early", "denoise", 2): overflowed}
     errors["blocked", "decode", 4] = ItemError("the safety checker blocked it", "blocked")
@@ -269,7 +269,7 @@ async def test_what_no_worker_can_be_sent_is_refused_alone() -> None:
 
 
 async def test_retry_after_while_draining_ends_with_the_drain() -> None:
-    """What is not done by then is given up, and a successor loads as long as this one did."""
+    """`retry_after` is the rest of the drain plus the load time of a new server."""
     executor = FakeExecutor(lambda: FakeRunner(ready=make_ready(seconds_per_unit=1.0, load_seconds=7.0)), hold=True)
     async with running_engine(executor, max_queue_seconds=1e9) as engine:
         engine.add([now_request("a", 256, 40)])

@@ -212,7 +212,7 @@ async def test_workers_whose_step_is_overdue_are_replaced() -> None:
 
 @pytest.mark.parametrize("settings", [{"stall_seconds": 1e6}, {"stall_seconds": 0.0, "stall_factor": 1e6}])
 async def test_a_step_within_either_limit_is_left_alone(settings: dict[str, float]) -> None:
-    """And no step is overdue while there is none."""
+    """An idle engine has no overdue step."""
     executor = FakeExecutor(hold=True)
     engine = DiffusionEngine(make_config(), executor, **settings)
     async with asyncio.timeout(GUARD_SECONDS):

@@ -34,7 +34,7 @@ def test_a_full_queue_says_when_to_come_back() -> None:
 
 
 def test_nobody_is_told_to_wait_longer_than_for_an_empty_queue() -> None:
-    """A request of more work than the queue ever takes runs when nobody else is there."""
+    """An empty queue accepts a request with more work than its limit."""
     scheduler = make_scheduler(max_queue_seconds=1.0)
     scheduler.add([make_scheduled("small", 64, 1)])
     with pytest.raises(QueueFullError) as full:
@@ -43,7 +43,7 @@ def test_nobody_is_told_to_wait_longer_than_for_an_empty_queue() -> None:
 
 
 def test_what_is_planned_to_its_end_makes_room_first() -> None:
-    """Also where others go before it: their next items are planned already, and its place is free after those."""
+    """A request whose last item is planned leaves the queue first, even if others precede it in the order."""
     scheduler, runner = make_scheduler(max_num_queued_reqs=2), FakeRunner()
     scheduler.add([make_scheduled("ending", 64, 1)])
     run_one(scheduler, runner)
@@ -103,7 +103,7 @@ def test_eta_is_arithmetic_on_the_measured_rate() -> None:
 
 
 def test_work_under_way_is_not_done() -> None:
-    """A plan that was sent changes no estimate; its result does."""
+    """Sending a plan changes no estimate; its result does."""
     scheduler, runner = make_scheduler(max_num_seqs=1), FakeRunner()
     request, new = make_scheduled("r", 64, 4), make_scheduled("new", 64, 9)
     scheduler.add([request])
@@ -146,7 +146,7 @@ def test_a_plan_is_expected_to_take_what_the_same_one_before_it_took() -> None:
 
 
 def test_eta_predicts_a_simulated_run() -> None:
-    """One request a step: the estimate at arrival is the latency, whoever is ahead."""
+    """With one request per step, the estimate at arrival equals the latency."""
     for seed in range(20):
         rng = random.Random(seed)
         scheduler = make_scheduler(300, max_num_seqs=1)

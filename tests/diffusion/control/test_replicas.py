@@ -1,4 +1,4 @@
-"""Whole replicas behind one front, on fake workers."""
+"""Data parallelism: replicas on fake workers."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ async def running(
 
 
 def ids_on(executor: FakeExecutor) -> set[str]:
-    """Requests that its worker was sent."""
+    """Ids of the requests that the replica's worker got."""
     plans = [*executor.runner.plans, *executor._pending]
     return {request.request_id for plan in plans for request in plan.new_requests}
 
 
 class RestartsLate(FakeExecutor):
-    """Starts again when `gate` is set."""
+    """Executor whose restart waits for `gate`."""
 
     def __init__(self, gate: asyncio.Event, **settings: Any) -> None:
         super().__init__(**settings)
@@ -122,7 +122,7 @@ async def test_the_queue_is_bounded_for_all_together_and_refuses_all_or_nothing(
 
 
 async def test_a_replica_without_room_is_passed_over() -> None:
-    """One whose queue is full of work would serve a short request first, but may not take it."""
+    """A replica with a full queue would finish a short request first, but cannot accept it."""
     ready = make_ready(seconds_per_unit=1.0)
     executors = [FakeExecutor(lambda: FakeRunner(ready=ready), hold=True) for _ in range(2)]
     async with running(executors, max_queue_seconds=70_000.0) as replicas:

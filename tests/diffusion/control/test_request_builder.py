@@ -44,7 +44,7 @@ def test_defaults_of_the_model_are_filled_and_overridden_by_the_server() -> None
 
 @pytest.mark.parametrize(("own_side", "longest"), [(64, 1024), (1024, 2048)])
 def test_without_a_limit_the_model_sets_one(own_side: int, longest: int) -> None:
-    """A step is never interrupted: one client's huge picture would keep all others waiting for minutes."""
+    """Steps cannot be interrupted, so without a default limit a huge picture would block all others for minutes."""
     defaults = {"height": own_side, "width": own_side, "num_inference_steps": 2}
     info = replace(INFO, default_sampling_params=defaults)
     largest = OmniDiffusionSamplingParams(height=longest, width=longest)
@@ -341,7 +341,7 @@ def test_good_defaults_pass() -> None:
 
 
 def test_numbers_of_other_libraries_become_plain_ones() -> None:
-    """Only plain ones can be sent to a worker."""
+    """NumPy's and other numbers become plain Python ones, which can be sent to a worker."""
     params = OmniDiffusionSamplingParams(
         height=np.int64(64),
         width=np.uint8(96),

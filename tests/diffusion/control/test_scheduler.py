@@ -28,7 +28,7 @@ from vllm_omni.diffusion.messages.plan import ItemError, StepPlan, StepResult
 
 OUT_OF_MEMORY = ItemError("no room", "out_of_memory")
 MOST_WORK_OF_OTHERS = 10.0
-"""A request of R units is overtaken by what arrives until so many times R units are done, and by nothing later."""
+"""Requests overtake one of R units only if they arrive before this many times R units are done."""
 
 
 @pytest.mark.parametrize("policy", ["fair", "fcfs"])
@@ -86,7 +86,7 @@ def test_nobody_starves() -> None:
 
 
 def flood(short_steps: int = 2) -> list[tuple[float, ScheduledRequest]]:
-    """One long request, and short ones that would keep the device busy for ever."""
+    """One long request, and enough short ones to keep the device busy without end."""
     short = make_scheduled("x", 64, short_steps)
     gap = PER_TOKEN * short.cost.total(short_steps) + OVERHEAD * short_steps
     return [(0.0, make_scheduled("long", 256, 20))] + [
@@ -141,7 +141,7 @@ def test_eight_small_requests_of_different_sizes_share_packs() -> None:
 
 @pytest.mark.parametrize("policy", ["fair", "fcfs"])
 def test_an_encode_does_not_wait_behind_a_whole_request(policy: str) -> None:
-    """Encodes that fill a budget of their own are done beside the steps of others, one a step."""
+    """Large encodes join steps of other requests, one per step."""
     cost = RequestCost(encode=1000.0, step=60.0, decode=100.0, branch_tokens=(60,))
     requests = [make_scheduled(f"r{n}", 64, 20, cost=cost) for n in range(8)]
     scheduler = make_scheduler(512, scheduling_policy=policy)
@@ -174,7 +174,7 @@ def test_fair_order_is_least_remaining_work() -> None:
 
 
 def test_work_done_for_a_request_does_not_age_it() -> None:
-    """Only work for others counts as waiting. Here none was done, so the least remaining work goes first."""
+    """Only work for other requests ages a request. Here there was none: least remaining work goes first."""
     scheduler, runner = make_scheduler(max_num_seqs=1), FakeRunner()
     scheduler.add([make_scheduled("first", 64, 40)])
     for _ in range(21):  # its encode and 20 steps
@@ -184,7 +184,7 @@ def test_work_done_for_a_request_does_not_age_it() -> None:
 
 
 def test_no_more_requests_are_begun_than_the_model_holds() -> None:
-    """A shorter one that comes later waits, whatever the policy says."""
+    """A shorter request that arrives later waits under every policy."""
     config = make_config(max_num_seqs=8)
     held = Scheduler(config, make_ready(max_num_seqs=1, max_running=1))
     runner = FakeRunner()
@@ -207,7 +207,7 @@ def test_an_aborted_request_makes_room_for_the_next() -> None:
 
 
 def test_a_finished_picture_does_not_wait_under_fcfs() -> None:
-    """Not even when its decode does not fit beside the step of the first."""
+    """The decode goes first even if it does not fit into the step of the first request."""
     scheduler = make_scheduler(600, scheduling_policy="fcfs")
     cost = RequestCost(encode=10.0, step=50.0, decode=300.0, branch_tokens=(50,))
     scheduler.add([make_scheduled("long", 256, 50), make_scheduled("small", 64, 2, cost=cost)])
@@ -248,7 +248,7 @@ def test_as_much_joins_a_step_as_keeps_it_short(lead: int, most: int) -> None:
 
 
 def test_decode_takes_of_the_budget() -> None:
-    """In a step that a long request leads, a decode leaves less room for denoising."""
+    """A decode in a step uses tokens of the budget."""
     scheduler = make_scheduler(300, scheduling_policy="fcfs")
     requests = [make_scheduled("lead", 128, 30, priority=-1), make_scheduled("a", 64, 1), make_scheduled("b", 128, 30)]
     scheduler.add(requests)
@@ -372,7 +372,7 @@ def test_delivered_previews_are_not_made_again() -> None:
 
 
 def test_a_request_that_kills_workers_is_singled_out() -> None:
-    """The first death blames nobody, after the second the suspects run alone, the third ends the culprit."""
+    """After the second death the suspects run alone, after the third the culprit fails."""
     scheduler = make_scheduler()
     scheduler.add([make_scheduled(id, 64, 4) for id in "abc"])
     failed: dict[str, ItemError] = {}
@@ -392,7 +392,7 @@ def test_a_request_that_kills_workers_is_singled_out() -> None:
 
 @pytest.mark.parametrize(("price", "together"), [(25.0, True), (100.0, False)])
 def test_pictures_that_share_the_price_of_their_prompt_begin_and_end_together(price: float, together: bool) -> None:
-    """All are encoded in one plan; at the full price of each there would be steps of some alone."""
+    """One plan encodes all of them. With the full price for each, some would begin later."""
     cost = replace(make_scheduled("r", 64, 4).cost, encode=price)
     requests = [make_scheduled(f"r-{i}", 64, 4, cost=cost) for i in range(4)]
     simulation = Simulation(make_scheduler(200), [(0.0, request) for request in requests])

@@ -23,7 +23,7 @@ from vllm_omni.errors import WorkerDiedError
 
 
 class Connecting(FakeRunner):
-    """The ranks meet as real ones do."""
+    """Runner whose ranks meet at the store, like real ones."""
 
     def start(self, first: WorkerReady | None = None) -> WorkerReady:
         from vllm_omni.diffusion.compute.coordination.ranks import connect
@@ -35,7 +35,7 @@ class Connecting(FakeRunner):
 
 @pytest.mark.parametrize(("num_ranks", "runner"), [(1, FakeRunner), (2, Meeting), (2, Connecting)])
 async def test_workers_of_a_parent_with_very_many_open_files(num_ranks: int, runner: type[FakeRunner]) -> None:
-    """The channel and the store's socket have in the worker the numbers that they have here."""
+    """A worker inherits the channel and the store's socket under the same descriptor numbers."""
     with low_descriptors_taken():
         async with closing(make(num_ranks, runner)) as executor:
             ready = await executor.start()

@@ -63,7 +63,7 @@ class Meeting(FakeRunner):
 
 
 class DiesInStep(FakeRunner):
-    """Rank 1 raises in a step with work, and the others wait in it for ever."""
+    """Runner of which rank 1 raises in a step; the other ranks wait in it for ever."""
 
     def execute(self, plan: StepPlan) -> StepResult:
         if plan.denoise:
@@ -74,7 +74,7 @@ class DiesInStep(FakeRunner):
 
 
 class ClosesChannel(FakeRunner):
-    """Rank 1 closes all that it has open, and lives on."""
+    """Runner of which rank 1 closes all its descriptors and lives on."""
 
     def execute(self, plan: StepPlan) -> StepResult:
         if self.rank_info.rank == 1:
@@ -120,7 +120,7 @@ class HangsOnce(FakeRunner):
 
 
 def make(num_ranks: int, runner: type[FakeRunner], **settings: Any) -> MultiprocExecutor:
-    """Ranks that no silence ends, unless `settings` say so: it would take longer than a test may."""
+    """Executor without a silence limit, unless `settings` have one."""
     config = make_config(parallel=DiffusionParallelConfig(ulysses_degree=num_ranks))
     limits = {"silence_seconds": GUARD_SECONDS, "start_silence_seconds": GUARD_SECONDS}
     return MultiprocExecutor(config, name_of(runner), **{**limits, **settings})
@@ -163,14 +163,14 @@ async def test_all_ranks_answer_as_one() -> None:
 
 
 async def begin_a_step(executor: MultiprocExecutor) -> asyncio.Task[StepResult]:
-    """Ranks that run a step with work."""
+    """Executor whose ranks are running a step."""
     await executor.start()
     executor.submit(StepPlan(0, new_requests=[make_request("a")], encode=["a"]))
     return asyncio.create_task(executor.next_result())
 
 
 async def assert_dies_at_once(waiting: asyncio.Task[StepResult], text: str) -> None:
-    """For ranks of `make` without `silence_seconds`, whose silence would end nothing within the test."""
+    """Wait for the end of a group that has no silence limit."""
     with pytest.raises(WorkerDiedError, match=text):
         await waiting
 
@@ -220,7 +220,7 @@ async def test_a_start_that_fails_on_one_rank(runner: type[FakeRunner], error: t
 
 
 async def test_a_rank_that_cannot_be_started_leaves_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They would wait for it for ever."""
+    """Other ranks are killed with a rank that died: they would wait for it for ever."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(*args: Any, **kwargs: Any) -> subprocess.Popen[bytes]:
@@ -247,7 +247,7 @@ async def test_a_rank_that_closes_its_channel_is_dead_to_us() -> None:
 
 
 async def test_a_stopped_rank_is_found_by_its_silence() -> None:
-    """And replaced without being asked: it would not answer."""
+    """A silent worker is killed and replaced; it is not asked to stop."""
     executor = make(3, Endless, silence_seconds=SILENCE_SECONDS)
     async with closing(executor):
         await start_patiently(executor.start)
@@ -261,7 +261,7 @@ async def test_a_stopped_rank_is_found_by_its_silence() -> None:
 
 
 async def test_the_rank_that_is_silent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The looks are the test's: one beat of ranks 0 and 1 comes before each."""
+    """The test makes the checks; before each, ranks 0 and 1 send a heartbeat."""
     group = WorkerGroup(silence_seconds=1.0, start_silence_seconds=2.0)
     group.workers = ["rank 0", "rank 1", "rank 2"]  # type: ignore[list-item]
     group._silences = [0.0] * 3
@@ -286,7 +286,7 @@ async def test_the_rank_that_is_silent_is_named(monkeypatch: pytest.MonkeyPatch)
 
 
 async def test_a_start_may_be_silent_for_longer_than_a_step() -> None:
-    """Imports and reading weights may hold up the interpreter that would send beats."""
+    """Imports and reading of weights may block the interpreter, so that it sends no heartbeats."""
     executor = make(1, LongStart, silence_seconds=0.1)
     async with closing(executor):
         await executor.start()
@@ -311,7 +311,7 @@ async def test_a_worker_beats_while_it_loads() -> None:
 
 
 async def test_a_worker_beats_in_a_long_step() -> None:
-    """The step lasts until the test has counted the beats."""
+    """Heartbeats come during a step; it lasts until the test has counted them."""
     replica = LaunchedReplica(make_config(), 0, interpreter_launcher(name_of(Gated)))
     (worker,) = [WorkerProcess(launched) for launched in replica.take()]
     async with asyncio.timeout(GUARD_SECONDS):
@@ -357,7 +357,7 @@ async def test_the_engine_replays_when_a_worker_is_killed_or_stopped(num_ranks: 
 
 
 async def test_the_engine_replaces_workers_that_hang(tmp_path: Path) -> None:
-    """They beat, so it is the step that is overdue."""
+    """Ranks that hang send heartbeats: the overdue step ends them."""
     parallel = DiffusionParallelConfig(ulysses_degree=3)
     # Restarts are for ever: a slow machine may make a live step overdue, too.
     config = make_config(model=str(tmp_path / "hung"), parallel=parallel, max_worker_restarts=10**6)

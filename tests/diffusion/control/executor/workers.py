@@ -48,7 +48,7 @@ class BrokenStep(FakeRunner):
 
 
 class BrokenResult(FakeRunner):
-    """The device fails at what it was given, as the host hears when it asks."""
+    """Runner whose device fails: the error is raised when the result is awaited."""
 
     launches_ahead = True
 
@@ -62,7 +62,7 @@ class BrokenResult(FakeRunner):
 
 
 class AskedLate(FakeRunner):
-    """The first step is not done before the second is launched."""
+    """Runner whose first step ends only after the second was launched."""
 
     launches_ahead = True
 
@@ -82,7 +82,7 @@ class AskedLate(FakeRunner):
 
 
 class Gated(FakeRunner):
-    """A step with an id in `denoise` runs until that id is aborted."""
+    """Runner whose denoising steps run until their request is aborted."""
 
     def __init__(self, config: OmniDiffusionConfig, rank_info: RankInfo | None = None) -> None:
         super().__init__(config, rank_info)
@@ -99,7 +99,7 @@ class Gated(FakeRunner):
 
 
 class Chatty(FakeRunner):
-    """Logs, prints and shows a bar, each more than a pipe takes that nobody reads."""
+    """Runner that writes more log lines, prints and progress bars than fit into a pipe."""
 
     def execute(self, plan: StepPlan) -> StepResult:
         logger = logging.getLogger("vllm_omni.chatty")
@@ -116,7 +116,7 @@ class Chatty(FakeRunner):
 
 
 class Endless(FakeRunner):
-    """A step that nothing but a kill ends, though the interpreter lives."""
+    """Runner with a step that never ends; other threads run on."""
 
     def execute(self, plan: StepPlan) -> StepResult:
         threading.Event().wait()
@@ -130,7 +130,7 @@ class EndlessStart(FakeRunner):
 
 
 class HoldsTheLock(FakeRunner):
-    """A step that nothing but a kill ends, and no other thread runs meanwhile."""
+    """Runner with a step that never ends and holds the interpreter lock."""
 
     def execute(self, plan: StepPlan) -> StepResult:
         ctypes.PyDLL(None).pause()  # of a PyDLL, so that the interpreter's lock is kept

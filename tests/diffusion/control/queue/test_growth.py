@@ -25,7 +25,7 @@ FEW, MANY = 100, 10_000
 
 
 class Growth:
-    """Operations of each call with a short and with a long queue."""
+    """Numbers of operations of each call, with a short and with a long queue."""
 
     def __init__(self) -> None:
         self._counts: dict[str, list[int]] = {}
@@ -96,7 +96,7 @@ def test_calls_of_the_scheduler(policy: str) -> None:
 
 
 def test_a_step_of_which_most_of_the_queue_may_be_no_part() -> None:
-    """The requests that fit beside the first are found without a look at those that do not."""
+    """The search for requests that fit beside the first does not visit those that do not fit."""
     growth = Growth()
     for length in (FEW, MANY):
         config = make_config(max_num_queued_reqs=length, max_queue_seconds=math.inf, scheduling_policy="fcfs")
@@ -131,7 +131,7 @@ async def test_calls_of_replicas_and_a_step_of_their_engines() -> None:
 
 
 def measure_calls(growth: Growth, replicas: Replicas) -> None:
-    """`replicas` have room for one request more."""
+    """Measure every call of `replicas`, which have room for exactly one more request."""
     metrics = PrometheusObserver("demo")
     metrics.watch(replicas.status)
     with growth.measured("add"):
