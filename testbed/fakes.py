@@ -17,13 +17,15 @@ import numpy as np
 
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.catalog.whole_info import WholeModelInfo, WholePipeline
+from vllm_omni.diffusion.control.scheduled_request import RequestCost, ScheduledRequest
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import ItemError, StepPlan, StepResult, WorkerReady
-from vllm_omni.diffusion.messages.request import DiffusionRequest, RequestCost
+from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.diffusion.messages.worker import RankInfo
 from vllm_omni.errors import WorkerDiedError
 
 SECONDS_PER_UNIT = 1e-4
+NUM_PROMPT_TOKENS = 8
 
 
 def as_whole(info: ModelInfo, pipeline: WholePipeline, **changes: Any) -> WholeModelInfo:
@@ -54,36 +56,49 @@ def make_ready(**values: Any) -> WorkerReady:
 def make_request(
     request_id: str = "r", size: int | tuple[int, int] = 64, steps: int = 4, **values: Any
 ) -> DiffusionRequest:
-    """A request of `size` pixels (side, or height and width), 16 pixels a token side, with two branches."""
+    """A request of `size` pixels (side, or height and width) with two branches."""
     height, width = size if isinstance(size, tuple) else (size, size)
-    num_image_tokens = (height // 16) * (width // 16)
-    num_tokens = 2 * (num_image_tokens + 8)
-    cost = RequestCost(
-        encode=20.0,
-        step=num_tokens * (1 + num_tokens / 2000),
-        decode=2.0 * num_image_tokens,
-        branch_tokens=(num_tokens // 2, num_tokens // 2),
-    )
     defaults: dict[str, Any] = {
         "prompt": "a red apple",
         "negative_prompt": " ",
         "height": height,
         "width": width,
         "num_inference_steps": steps,
-        "true_cfg_scale": 4.0,
-        "guidance_scale": None,
+        "true_cfg_scale": 1.0 if values.get("negative_prompt", "") is None else 4.0,
         "seed": 0,
         "max_sequence_length": 64,
-        "sigmas": None,
-        "priority": 0,
-        "preview_steps": (),
-        "cost": cost,
-        "num_prompt_tokens": 8,
-        "num_image_tokens": num_image_tokens,
         "cache": True,
-        "arrival": 0.0,
     }
     return DiffusionRequest(request_id=request_id, **{**defaults, **values})
+
+
+def make_scheduled(
+    request_id: str = "r", size: int | tuple[int, int] = 64, steps: int = 4, **values: Any
+) -> ScheduledRequest:
+    """A priced request. `values`: fields of ScheduledRequest or of DiffusionRequest."""
+    names = {field.name for field in fields(ScheduledRequest)}
+    request = make_request(
+        request_id, size, steps, **{name: value for name, value in values.items() if name not in names}
+    )
+    num_tokens = num_step_tokens(request)
+    num_image_tokens = num_tokens // 2 - NUM_PROMPT_TOKENS
+    defaults: dict[str, Any] = {
+        "cost": RequestCost(
+            encode=20.0,
+            step=num_tokens * (1 + num_tokens / 2000),
+            decode=2.0 * num_image_tokens,
+            branch_tokens=(num_tokens // 2, num_tokens // 2),
+        ),
+        "num_prompt_tokens": NUM_PROMPT_TOKENS,
+        "num_image_tokens": num_image_tokens,
+    }
+    scheduling = {name: value for name, value in values.items() if name in names}
+    return ScheduledRequest(request, **{**defaults, **scheduling})
+
+
+def num_step_tokens(request: DiffusionRequest) -> int:
+    """Tokens of one step: two branches, 16 pixels a token side."""
+    return 2 * ((request.height // 16) * (request.width // 16) + NUM_PROMPT_TOKENS)
 
 
 def fake_image(request: DiffusionRequest, step: int | None = None) -> np.ndarray:
@@ -177,7 +192,7 @@ class FakeRunner:
             if share := self._cached(request_id, step + 1):
                 result.cached[request_id] = share
             result.num_sequences += 1 + request.has_guidance
-            result.num_tokens += request.cost.tokens_per_step
+            result.num_tokens += num_step_tokens(request)
             if request_id in plan.preview:
                 result.previews[request_id] = self._image(request, step + 1)
         elif phase == "decode":

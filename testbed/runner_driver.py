@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,32 +13,31 @@ from vllm_omni.diffusion.compute.startup.model_start import StartOptions
 from vllm_omni.diffusion.compute.startup.warmup import StepBudget
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.messages.plan import ItemError, StepPlan, StepResult
-from vllm_omni.diffusion.messages.request import DiffusionRequest, RequestCost
+from vllm_omni.diffusion.messages.request import DiffusionRequest
 
 QUICK = StartOptions(budget=StepBudget(cpu_seconds=0.0, gpu_seconds=0.0, min_samples=1))
 """A start that measures one size of step only."""
 
 
-def make_request(request_id: str, prompt: str = "a red apple", **changes: Any) -> DiffusionRequest:
+@dataclass(frozen=True)
+class DrivenRequest(DiffusionRequest):
+    """A request and the steps after which `Drive` asks for a preview."""
+
+    preview_steps: tuple[int, ...] = ()
+
+
+def make_request(request_id: str, prompt: str = "a red apple", **changes: Any) -> DrivenRequest:
+    """A request without guidance, or with a scale of 4 where `changes` has a negative prompt and no scale."""
     fields: dict[str, Any] = {
-        "negative_prompt": None,
         "height": 64,
         "width": 64,
         "num_inference_steps": 4,
-        "true_cfg_scale": 4.0,
-        "guidance_scale": None,
+        "true_cfg_scale": 1.0 if changes.get("negative_prompt") is None else 4.0,
         "seed": 0,
         "max_sequence_length": 512,
-        "sigmas": None,
-        "priority": 0,
-        "preview_steps": (),
-        "cost": RequestCost(0, 0, 0, ()),
-        "num_prompt_tokens": 0,
-        "num_image_tokens": 0,
         "cache": True,
-        "arrival": 0.0,
     }
-    return DiffusionRequest(request_id=request_id, prompt=prompt, **(fields | changes))
+    return DrivenRequest(request_id=request_id, prompt=prompt, **(fields | changes))
 
 
 class Drive:
@@ -77,7 +77,7 @@ class Drive:
                 denoise=denoise,
                 decode=[i for i in steps if steps[i] == requests[i].num_inference_steps],
                 placement=self._place(step_id, {i: 1 + requests[i].has_guidance for i in denoise}),
-                preview=[i for i in denoise if steps[i] + 1 in requests[i].preview_steps],
+                preview=[i for i in denoise if steps[i] + 1 in getattr(requests[i], "preview_steps", ())],
                 release=release,
             )
             result = self._merge(self.runner.execute(plan))

@@ -19,7 +19,7 @@ from vllm_omni.diffusion.compute.attention import BACKENDS
 from vllm_omni.diffusion.compute.startup.model_start import StartOptions
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.messages.request import DiffusionRequest, RequestCost
+from vllm_omni.diffusion.messages.request import DiffusionRequest
 
 MODEL, Z_IMAGE = "qwen-image", "z-image"
 NUM_STEPS = 100
@@ -110,7 +110,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def request_of(bench: Bench, size: Size, model: str = MODEL, steps: int = NUM_STEPS) -> DiffusionRequest:
-    prompt, info = bench.prompt(model), bench.info(model)
+    prompt = bench.prompt(model)
     return DiffusionRequest(
         request_id="step",
         prompt=prompt.prompt,
@@ -119,17 +119,8 @@ def request_of(bench: Bench, size: Size, model: str = MODEL, steps: int = NUM_ST
         width=size[1],
         num_inference_steps=steps,
         true_cfg_scale=1.0 if model in UNGUIDED else 4.0,
-        guidance_scale=None,
         seed=1,
         max_sequence_length=512,
-        sigmas=None,
-        priority=0,
-        preview_steps=(),
-        cost=RequestCost(0, 0, 0, ()),
-        num_prompt_tokens=info.count_prompt_tokens(prompt.prompt),
-        num_image_tokens=info.num_image_tokens(*size),
-        cache=False,
-        arrival=0.0,
     )
 
 

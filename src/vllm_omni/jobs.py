@@ -12,7 +12,7 @@ from PIL import Image
 
 from vllm_omni.diffusion.control.events import EngineEvent, Failed, Finished, Preview
 from vllm_omni.diffusion.control.owner import EngineOwner
-from vllm_omni.diffusion.messages.request import DiffusionRequest
+from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.errors import RequestError
 from vllm_omni.outputs import OmniRequestOutput
 
@@ -24,7 +24,7 @@ class Job:
     request_id: str
     prompt: str
     output_type: str
-    requests: list[DiffusionRequest]
+    requests: list[ScheduledRequest]
     ignored: str = ""
     """Parameters that have no effect on these requests, and the setting that each of them needs; else empty."""
     images: dict[str, np.ndarray] = field(default_factory=dict)
@@ -50,11 +50,11 @@ class Job:
             request_id=self.request_id,
             prompt=self.prompt,
             images=[self._image(event.image)] if isinstance(event, Finished | Preview) else [],
-            seeds=[request.seed],
+            seeds=[request.request.seed],
             timings=event.timings if isinstance(event, Finished) else {},
             index=index,
-            step=request.num_inference_steps if done else getattr(event, "step", 0),
-            num_inference_steps=request.num_inference_steps,
+            step=request.num_steps if done else getattr(event, "step", 0),
+            num_inference_steps=request.num_steps,
             num_prompt_tokens=request.num_prompt_tokens,
             num_input_image_tokens=request.num_reference_tokens,
             num_output_tokens=request.num_image_tokens if done else 0,
@@ -62,12 +62,12 @@ class Job:
 
     def result(self) -> OmniRequestOutput:
         slowest = max(self.timings.values(), key=lambda timings: timings["total"])
-        steps = self.requests[0].num_inference_steps
+        steps = self.requests[0].num_steps
         return OmniRequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
             images=[self._image(self.images[r.request_id]) for r in self.requests],
-            seeds=[r.seed for r in self.requests],
+            seeds=[r.request.seed for r in self.requests],
             timings=slowest,
             finished=True,
             step=steps,
@@ -82,9 +82,9 @@ class Job:
         return OmniRequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
-            seeds=[r.seed for r in self.requests],
+            seeds=[r.request.seed for r in self.requests],
             finished=True,
-            num_inference_steps=self.requests[0].num_inference_steps,
+            num_inference_steps=self.requests[0].num_steps,
             num_prompt_tokens=self.requests[0].num_prompt_tokens,
             num_input_image_tokens=self.requests[0].num_reference_tokens,
             error=error,

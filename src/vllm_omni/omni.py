@@ -192,7 +192,7 @@ class AsyncOmni:
         """Second part of `make_job`: count tokens, and make requests with a price."""
         request_id = request_id or f"omni-{uuid.uuid4().hex}"
         requests = self._started_builder().build_checked(checked, request_id)
-        guides = len(requests[0].cost.branch_tokens) > 1
+        guides = requests[0].request.has_guidance
         prompt, given = checked.prompt, checked.given
         ignored = "" if guides else self.info.guidance.missing_half(prompt.negative_prompt, given)
         return Job(request_id, prompt.prompt, given.output_type, requests, ignored)
@@ -320,7 +320,7 @@ class Omni:
             except InvalidRequestError as error:
                 raise prompt_error(error, index, len(prompts)) from error.__cause__
             self._async.warn_ignored(jobs[-1])
-        total = sum(r.num_inference_steps for job in jobs for r in job.requests)
+        total = sum(r.num_steps for job in jobs for r in job.requests)
         with progress_bar(total, "denoising", shown=shows_bar, unit="step") as bar:
             return await asyncio.gather(*(_last_output(stream, bar) for stream in self._submit_all(jobs)))
 

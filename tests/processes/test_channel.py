@@ -79,7 +79,7 @@ TO_WORKER = [
     Start(
         make_config(parallel=DiffusionParallelConfig(), default_sampling_params={"seed": 3}), RankInfo(1, 4, 2, 8080)
     ),
-    Execute(StepPlan(1, [make_request("a", preview_steps=(1, 3), sigmas=(1.0, 0.5))], ["a"], release=["b"])),
+    Execute(StepPlan(1, [make_request("a", sigmas=(1.0, 0.5))], ["a"], release=["b"])),
     Abort(["a", "b"]),
 ]
 

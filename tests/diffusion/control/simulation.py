@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from testbed.fakes import FakeRunner, make_config, make_ready, make_request
-from vllm_omni.diffusion.control.scheduler import Scheduler, Update
+from testbed.fakes import FakeRunner, make_config, make_ready, make_scheduled
+from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
+from vllm_omni.diffusion.control.scheduler import Scheduler
+from vllm_omni.diffusion.control.updates import Update
 from vllm_omni.diffusion.messages.plan import StepPlan
-from vllm_omni.diffusion.messages.request import DiffusionRequest
 
 OVERHEAD = 0.010
 PER_TOKEN = 0.00016
-"""Seconds, about those of a small model on two cores."""
+"""Seconds; about the speed of a small model on two cores."""
 
 
 def make_scheduler(max_batch_tokens: int = 512, **settings: object) -> Scheduler:
@@ -24,10 +25,10 @@ def make_scheduler(max_batch_tokens: int = 512, **settings: object) -> Scheduler
 
 @dataclass
 class Simulation:
-    """A device with a clock of its own: `depth` plans are under way, a step costs overhead and tokens."""
+    """A device with its own clock: `depth` plans in flight; a step takes time for its overhead and its tokens."""
 
     scheduler: Scheduler
-    arrivals: list[tuple[float, DiffusionRequest]]
+    arrivals: list[tuple[float, ScheduledRequest]]
     depth: int = 1
     runner: FakeRunner = field(default_factory=FakeRunner)
     now: float = 0.0
@@ -67,21 +68,21 @@ class Simulation:
             yield plan
 
     @cached_property
-    def requests(self) -> dict[str, DiffusionRequest]:
+    def requests(self) -> dict[str, ScheduledRequest]:
         return {request.request_id: request for _, request in self.arrivals}
 
     def latency(self, request_id: str) -> float:
         return self.finished[request_id] - self.arrived[request_id]
 
 
-def step_seconds(plan: StepPlan, requests: dict[str, DiffusionRequest]) -> float:
+def step_seconds(plan: StepPlan, requests: dict[str, ScheduledRequest]) -> float:
     units = sum(requests[id].cost.encode for id in plan.encode)
     units += sum(requests[id].cost.step for id in plan.denoise)
     units += sum(requests[id].cost.decode for id in [*plan.decode, *plan.preview])
     return PER_TOKEN * units + OVERHEAD * bool(plan.denoise)
 
 
-def tokens_of(plan: StepPlan, requests: dict[str, DiffusionRequest]) -> float:
+def tokens_of(plan: StepPlan, requests: dict[str, ScheduledRequest]) -> float:
     tokens = sum(requests[id].cost.encode for id in plan.encode)
     tokens += sum(requests[id].cost.tokens_per_step for id in plan.denoise)
     return tokens + sum(requests[id].cost.decode for id in [*plan.decode, *plan.preview])
@@ -91,27 +92,27 @@ def items_of(plan: StepPlan) -> list[str]:
     return [*plan.encode, *plan.denoise, *plan.decode]
 
 
-def num_items(request: DiffusionRequest) -> int:
-    return request.num_inference_steps + 2
+def num_items(request: ScheduledRequest) -> int:
+    return request.num_steps + 2
 
 
-def random_arrivals(rng: random.Random, count: int, load: float = 1.2) -> list[tuple[float, DiffusionRequest]]:
-    """Mixed requests that come faster than the device works when `load` is above 1."""
+def random_arrivals(rng: random.Random, count: int, load: float = 1.2) -> list[tuple[float, ScheduledRequest]]:
+    """Mixed requests; with `load` above 1 they arrive faster than the device works."""
     arrivals, now = [], 0.0
     for n in range(count):
         steps = rng.choice([1, 2, 4, 10, 30])
         size = (rng.choice([64, 96, 128, 256]), rng.choice([64, 96, 128, 256]))
         previews = tuple(sorted(rng.sample(range(1, steps + 1), rng.randint(0, min(2, steps)))))
-        request = make_request(f"r{n}", size, steps, preview_steps=previews, priority=rng.choice([0, 0, 0, 1, -1]))
+        request = make_scheduled(f"r{n}", size, steps, preview_steps=previews, priority=rng.choice([0, 0, 0, 1, -1]))
         arrivals.append((now, request))
         now += rng.expovariate(load / (PER_TOKEN * request.cost.total(steps) + OVERHEAD * steps))
     return arrivals
 
 
-def step_work(plan: StepPlan, requests: dict[str, DiffusionRequest]) -> float:
-    """Work of a plan by the scheduler's count: each denoising step carries the overhead of a whole step."""
+def step_work(plan: StepPlan, requests: dict[str, ScheduledRequest]) -> float:
+    """Units of a plan, counted like the scheduler: every denoising step includes the overhead of a step."""
     return step_seconds(plan, requests) / PER_TOKEN + OVERHEAD / PER_TOKEN * max(len(plan.denoise) - 1, 0)
 
 
-def total_work(request: DiffusionRequest) -> float:
-    return request.cost.total(request.num_inference_steps) + request.num_inference_steps * OVERHEAD / PER_TOKEN
+def total_work(request: ScheduledRequest) -> float:
+    return request.cost.total(request.num_steps) + request.num_steps * OVERHEAD / PER_TOKEN

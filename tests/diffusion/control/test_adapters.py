@@ -1,4 +1,4 @@
-"""Choice of the adapter of a request, and adapters that are refused before any work is done."""
+"""Adapters of requests: look-up, scales and refusals."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from tests.diffusion.control.test_request_builder import INFO, READY, WHOLE
+from tests.diffusion.control.builders import INFO, READY, WHOLE
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.control.request_builder import RequestBuilder, check_defaults
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -18,12 +18,13 @@ from vllm_omni.diffusion.messages.request import DiffusionRequest, LoRA
 from vllm_omni.errors import ConfigError, InvalidRequestError, NotAvailableError
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, OmniPrompt
 
-TAKES_LORA = replace(WHOLE, pipeline=replace(WHOLE.pipeline, takes_lora=True))
+assert WHOLE.whole is not None
+TAKES_LORA = replace(WHOLE, whole=replace(WHOLE.whole, takes_lora=True))
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """An adapter as far as can be seen without reading it."""
+    """A file with the name of an adapter; nobody reads it."""
     path = tmp_path / "style.safetensors"
     path.touch()
     return path
@@ -32,7 +33,7 @@ def file(tmp_path: Path) -> Path:
 def resolve(info: ModelInfo, modules: dict[str, str], **params: Any) -> DiffusionRequest:
     builder = RequestBuilder(OmniDiffusionConfig("demo", lora_modules=modules), info, READY)
     (request,) = builder.build(OmniPrompt("x"), OmniDiffusionSamplingParams(**params), "r")
-    return request
+    return request.request
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,7 @@ def test_a_server_may_have_an_adapter_for_requests_that_name_none(file: Path) ->
     builder = RequestBuilder(served("style"), TAKES_LORA, READY)
     for asked, lora in ((None, LoRA("style", str(file), 0.5)), (LoRARequest("ink"), LoRA("ink", str(file), 1.0))):
         (request,) = builder.build(OmniPrompt("x"), OmniDiffusionSamplingParams(lora_request=asked), "r")
-        assert request.lora == lora
+        assert request.request.lora == lora
     with pytest.raises(ConfigError, match=r"^--default-sampling-params: there is no LoRA adapter 'x'; served: style"):
         check_defaults(served("x"), TAKES_LORA)
     with pytest.raises(ConfigError, match=r"^--default-sampling-params: LoRA adapters are not available yet"):

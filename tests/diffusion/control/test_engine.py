@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
-from typing import Any
-from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
 
-from testbed.fakes import FakeExecutor, FakeRunner, fake_image, make_config, make_ready, make_request
+from testbed.fakes import FakeExecutor, FakeRunner, fake_image, make_config, make_ready, make_scheduled
 from testbed.patience import GUARD_SECONDS
+from tests.diffusion.control.engines import (
+    NotedEvents,
+    failures,
+    iter_nowait,
+    now_request,
+    read_until_done,
+    running_engine,
+    until,
+)
 from vllm_omni.diffusion.control.engine import DiffusionEngine
-from vllm_omni.diffusion.control.events import EngineEvent, Failed, Finished, NullObserver, Preview, StepDone
-from vllm_omni.diffusion.messages.plan import ItemError, StepPlan, StepResult, WorkerReady
-from vllm_omni.diffusion.messages.request import DiffusionRequest
+from vllm_omni.diffusion.control.events import Failed, Finished, Preview, StepDone
+from vllm_omni.diffusion.messages.plan import ItemError, StepPlan, StepResult
 from vllm_omni.errors import (
     ConfigError,
     GenerationError,
@@ -28,93 +31,14 @@ from vllm_omni.errors import (
     QueueFullError,
     RequestAbortedError,
     UnavailableError,
-    WorkerDiedError,
 )
-
-
-class NotedEvents(NullObserver):
-    """Notes what the engine tells its observer."""
-
-    def __init__(self) -> None:
-        self.steps: list[tuple[StepPlan, StepResult]] = []
-        self.added: list[str] = []
-        self.outcomes: list[tuple[str, str]] = []
-        self.reasons: dict[str, str] = {}
-        self.rejects: list[str] = []
-        self.restarts: list[int] = []
-
-    def on_add(self, requests: Sequence[DiffusionRequest]) -> None:
-        self.added += [request.request_id for request in requests]
-
-    def on_step(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
-        assert plan.step_id == result.step_id
-        assert seconds >= 0
-        self.steps.append((plan, result))
-
-    def on_finish(self, request: DiffusionRequest, timings: dict[str, float], outcome: str, reason: str) -> None:
-        assert set(timings) == {
-            "queue",
-            "text_encode",
-            "denoise",
-            "vae_decode",
-            "total",
-            "computed_steps",
-            "cached_steps",
-        }
-        self.outcomes.append((request.request_id, outcome))
-        self.reasons[request.request_id] = reason
-
-    def on_reject(self, reason: str) -> None:
-        self.rejects.append(reason)
-
-    def on_worker_restart(self, num_replayed: int) -> None:
-        self.restarts.append(num_replayed)
-
-
-@asynccontextmanager
-async def running_engine(
-    executor: FakeExecutor | None = None, observer: NotedEvents | None = None, **settings: Any
-) -> AsyncIterator[DiffusionEngine]:
-    engine = DiffusionEngine(
-        make_config(**settings), executor or FakeExecutor(), observer, restart_backoff_seconds=0.001
-    )
-    async with asyncio.timeout(GUARD_SECONDS):
-        await engine.start()
-        try:
-            yield engine
-        finally:
-            await engine.close()
-
-
-def now_request(request_id: str = "r", size: Any = 64, steps: int = 4, **values: Any) -> DiffusionRequest:
-    return make_request(request_id, size, steps, arrival=time.monotonic(), **values)
-
-
-async def read_until_done(events: asyncio.Queue[EngineEvent], count: int = 1) -> list[EngineEvent]:
-    """All events until `count` requests ended."""
-    seen: list[EngineEvent] = []
-    while sum(isinstance(event, Finished | Failed) for event in seen) < count:
-        seen.append(await asyncio.wait_for(events.get(), GUARD_SECONDS))
-    assert events.empty()
-    return seen
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Let the engine work until `condition` holds."""
-    async with asyncio.timeout(GUARD_SECONDS):
-        while not condition():  # noqa: ASYNC110  (the conditions are of fakes that have no events)
-            await asyncio.sleep(0)
-
-
-def failures(events: Iterable[EngineEvent]) -> dict[str, type]:
-    return {event.request_id: type(event.error) for event in events if isinstance(event, Failed)}
 
 
 async def test_events_come_in_order_with_the_picture_and_timings() -> None:
     observer = NotedEvents()
     async with running_engine(observer=observer) as engine:
         arrival = time.monotonic() - 100  # it waited elsewhere first
-        request = make_request(steps=4, seed=5, preview_steps=(2, 3), arrival=arrival)
+        request = make_scheduled(steps=4, seed=5, preview_steps=(2, 3), arrival=arrival)
         events = await read_until_done(engine.add([request]))
     kinds = [(type(event), getattr(event, "step", None)) for event in events]
     assert kinds == [
@@ -127,10 +51,12 @@ async def test_events_come_in_order_with_the_picture_and_timings() -> None:
         (Finished, None),
     ]
     previews = [event.image for event in events if isinstance(event, Preview)]
-    assert all(np.array_equal(image, fake_image(request, step)) for image, step in zip(previews, (2, 3), strict=True))
+    assert all(
+        np.array_equal(image, fake_image(request.request, step)) for image, step in zip(previews, (2, 3), strict=True)
+    )
     finished = events[-1]
     assert isinstance(finished, Finished)
-    assert np.array_equal(finished.image, fake_image(request))
+    assert np.array_equal(finished.image, fake_image(request.request))
     timings = finished.timings
     assert 100 <= timings["queue"] < timings["total"]
     assert timings["text_encode"] == pytest.approx(0.001)
@@ -163,9 +89,9 @@ async def test_several_requests_of_one_add() -> None:
     pictures = {event.request_id: event.image for event in events if isinstance(event, Finished)}
     assert pictures.keys() == {request.request_id for request in requests}
     for request in requests:
-        assert np.array_equal(pictures[request.request_id], fake_image(request))
+        assert np.array_equal(pictures[request.request_id], fake_image(request.request))
         steps = [e.step for e in events if isinstance(e, StepDone) and e.request_id == request.request_id]
-        assert steps == list(range(1, request.num_inference_steps + 1))
+        assert steps == list(range(1, request.num_steps + 1))
 
 
 async def test_the_next_plan_is_sent_before_the_result_of_the_last() -> None:
@@ -173,7 +99,7 @@ async def test_the_next_plan_is_sent_before_the_result_of_the_last() -> None:
     async with running_engine(executor) as engine:
         events = engine.add([now_request(steps=3)])
         for number in range(5):  # encode, three steps, decode
-            await until(lambda n=number: executor.num_plans == min(n + 2, 5))  # type: ignore[misc]
+            await until(lambda n=number: executor.num_plans == min(n + 2, 5))
             assert len(executor.runner.plans) == number
             executor.release_results()
         await read_until_done(events)
@@ -181,7 +107,7 @@ async def test_the_next_plan_is_sent_before_the_result_of_the_last() -> None:
 
 
 async def test_what_arrives_early_in_a_step_is_in_the_next() -> None:
-    """The second plan is held back until the running step is nearly over."""
+    """The second plan is sent only when the running step is nearly done."""
     slow = make_ready(seconds_per_unit=1.0)  # hours a step
     executor = FakeExecutor(lambda: FakeRunner(ready=slow), hold=True)
     async with running_engine(executor, max_queue_seconds=1e12) as engine:
@@ -196,7 +122,7 @@ async def test_what_arrives_early_in_a_step_is_in_the_next() -> None:
         for _ in range(3):
             executor.release_results()
             plans = executor.num_plans
-            await until(lambda n=plans: executor.num_plans == n + 1)  # type: ignore[misc]
+            await until(lambda n=plans: executor.num_plans == n + 1)
         executor.release_results()
         await read_until_done(short)
         assert executor.runner.plans[1].denoise == ["long"]
@@ -208,18 +134,14 @@ async def test_what_arrives_early_in_a_step_is_in_the_next() -> None:
         assert not [event for event in iter_nowait(long) if not isinstance(event, StepDone)]
 
 
-def iter_nowait(events: asyncio.Queue[EngineEvent]) -> list[EngineEvent]:
-    return [events.get_nowait() for _ in range(events.qsize())]
-
-
 @pytest.mark.parametrize("num_results", range(6))
 async def test_abort_in_each_phase(num_results: int) -> None:
-    """After `num_results` of: encode, three steps, decode; the neighbour notices nothing."""
+    """Abort after `num_results` of: encode, three steps, decode. The other request is not affected."""
     executor, observer = FakeExecutor(hold=True), NotedEvents()
     async with running_engine(executor, observer) as engine:
         victim = engine.add([now_request("victim", steps=3)])
         for number in range(num_results):
-            await until(lambda n=number: executor.num_plans > n)  # type: ignore[misc]
+            await until(lambda n=number: executor.num_plans > n)
             executor.release_results()
         await until(lambda: len(observer.steps) == num_results and executor.num_plans > 0)
         neighbour = engine.add([now_request("neighbour", steps=3, seed=3)])
@@ -237,7 +159,7 @@ async def test_abort_in_each_phase(num_results: int) -> None:
             await asyncio.sleep(0)
         last = executor_done.result()[-1]
         assert isinstance(last, Finished)
-        assert np.array_equal(last.image, fake_image(make_request(seed=3)))
+        assert np.array_equal(last.image, fake_image(make_scheduled(seed=3).request))
         while executor.num_plans > len(executor.runner.plans):
             executor.release_results()
         assert victim.empty()
@@ -278,7 +200,7 @@ async def test_one_failure_leaves_the_others_alone(caplog: pytest.LogCaptureFixt
 
 
 async def test_pictures_that_are_none_end_as_what_they_are(caplog: pytest.LogCaptureFixture) -> None:
-    """The decode's picture fails after its steps, a preview's before them; the client is told the cause."""
+    """A picture that is not finite fails at the decode or at a preview; the error names the cause."""
     overflowed = ItemError("float16 overflowed: use bfloat16 (--dtype bfloat16)", "not_finite")
     errors = {("late", "decode", 4): overflowed, ("early", "denoise", 2): overflowed}
     errors["blocked", "decode", 4] = ItemError("the safety checker blocked it", "blocked")
@@ -347,7 +269,7 @@ async def test_what_no_worker_can_be_sent_is_refused_alone() -> None:
 
 
 async def test_retry_after_while_draining_ends_with_the_drain() -> None:
-    """Work that is not done by then is given up, and the next server takes as long to load as this one took."""
+    """`retry_after` is the rest of the drain plus the load time of a new server."""
     executor = FakeExecutor(lambda: FakeRunner(ready=make_ready(seconds_per_unit=1.0, load_seconds=7.0)), hold=True)
     async with running_engine(executor, max_queue_seconds=1e9) as engine:
         engine.add([now_request("a", 256, 40)])
@@ -356,7 +278,7 @@ async def test_retry_after_while_draining_ends_with_the_drain() -> None:
         await until(lambda: engine.status().state == "draining")
         with pytest.raises(UnavailableError) as unavailable:
             engine.add([now_request("b")])
-        assert 7.0 <= (unavailable.value.retry_after or 0.0) <= GUARD_SECONDS + 7.0
+        assert 7.0 <= unavailable.value.retry_after <= GUARD_SECONDS + 7.0
         engine.abort(["a"])
         assert await drained
 
@@ -408,165 +330,6 @@ async def test_a_start_that_fails_is_the_callers_to_hear() -> None:
     await engine.close()
 
 
-@pytest.mark.parametrize("seed", range(20))
-async def test_dead_workers_are_replaced_and_everything_is_replayed(seed: int) -> None:
-    rng = random.Random(seed)
-    executor, observer = FakeExecutor(die_at=set(rng.sample(range(11), 2))), NotedEvents()
-    async with running_engine(executor, observer, max_num_seqs=rng.choice([1, 4])) as engine:
-        requests = [
-            now_request(f"r{n}", rng.choice([64, 128]), rng.choice([2, 5, 9]), seed=n, preview_steps=(1, 2))
-            for n in range(6)
-        ]
-        events = await read_until_done(engine.add(requests), 6)
-    assert executor.num_starts == 3
-    assert len(observer.restarts) == 2
-    for request in requests:
-        mine = [event for event in events if event.request_id == request.request_id]
-        assert [event.step for event in mine if isinstance(event, StepDone)] == [
-            *range(1, request.num_inference_steps + 1)
-        ]
-        assert [event.step for event in mine if isinstance(event, Preview)] == [1, 2]
-        (finished,) = [event for event in mine if isinstance(event, Finished)]
-        assert np.array_equal(finished.image, fake_image(request))
-        assert finished.timings["computed_steps"] == request.num_inference_steps
-
-
-async def test_too_many_deaths_fail_everything() -> None:
-    executor, observer = FakeExecutor(die_at=range(1000)), NotedEvents()
-    async with running_engine(executor, observer, max_worker_restarts=2) as engine:
-        events = await read_until_done(engine.add([now_request("a"), now_request("b")]), 2)
-        assert failures(events) == {"a": GenerationError, "b": GenerationError}
-        assert executor.num_starts == 3
-        await until(lambda: executor.closed)
-        assert (engine.status().state, engine.status().healthy) == ("failed", False)
-        assert engine.status().failure == (
-            "worker deaths within 600 s: 3, --max-worker-restarts allows 2; "
-            "the last one: the fake worker was told to die"
-        )
-        assert observer.reasons["b"] == "the device failed too often"
-        with pytest.raises(UnavailableError) as unavailable:
-            engine.add([now_request("late")])
-        assert unavailable.value.retry_after is not None
-        assert engine.status().num_waiting == 0
-
-
-async def test_a_request_that_kills_workers_fails_and_the_others_go_on() -> None:
-    class Fragile(FakeExecutor):
-        def submit(self, plan: StepPlan) -> None:
-            super().submit(plan)
-            if "poison" in plan.denoise:
-                self.die()
-
-    async with running_engine(Fragile()) as engine:
-        events = await read_until_done(engine.add([now_request(id) for id in ("a", "poison", "b")]), 3)
-        assert failures(events) == {"poison": GenerationError}
-        assert engine.status().state == "running"
-
-
-async def test_restarts_that_fail_count_as_deaths() -> None:
-    errors = {1: WorkerDiedError("still no device"), 2: ConfigError("the folder is gone")}
-    executor = FakeExecutor(die_at={0}, start_errors=errors)
-    async with running_engine(executor) as engine:
-        assert isinstance((await read_until_done(engine.add([now_request()])))[-1], Finished)
-    assert executor.num_starts == 4
-
-
-@pytest.mark.parametrize(
-    ("num_deaths", "seconds"), [(1, 0.0), (2, 0.5), (3, 1.5), (4, 3.5), (6, 15.5), (7, 30.0), (12, 30.0), (5000, 30.0)]
-)
-def test_the_pause_before_a_restart_grows_up_to_half_a_minute(num_deaths: int, seconds: float) -> None:
-    assert DiffusionEngine(make_config(), FakeExecutor())._backoff_seconds(num_deaths) == seconds
-
-
-def test_deaths_are_forgotten_after_ten_minutes() -> None:
-    engine = DiffusionEngine(make_config(), FakeExecutor())
-    counts = []
-    for now in (1000.0, 1300.0, 1599.0, 1601.0, 1901.0, 9999.0):
-        with patch("vllm_omni.diffusion.control.engine.time", Mock(monotonic=Mock(return_value=now))):
-            counts.append(engine._count_death())
-    assert counts == [1, 2, 3, 3, 3, 1]
-
-
-async def test_batches_are_of_the_size_that_the_first_start_measured() -> None:
-    size = now_request().cost.tokens_per_step
-    measured = iter([2 * size, 100 * size, 100 * size])
-    executor, observer = (
-        FakeExecutor(lambda: FakeRunner(ready=make_ready(max_batch_tokens=next(measured)))),
-        NotedEvents(),
-    )
-    async with running_engine(executor, observer) as engine:
-        for num_deaths in (0, 1):
-            requests = [now_request(f"{num_deaths}-{i}") for i in range(6)]
-            await read_until_done(engine.add(requests), len(requests))
-            assert max(len(plan.denoise) for plan in executor.runner.plans) == 2
-            executor.die()
-            await until(lambda n=num_deaths: len(observer.restarts) == n + 1)  # type: ignore[misc]
-
-
-async def test_a_worker_that_dies_idle_is_replaced() -> None:
-    executor, observer = FakeExecutor(), NotedEvents()
-    async with running_engine(executor, observer) as engine:
-        executor.die()
-        await until(lambda: observer.restarts == [0])
-        assert isinstance((await read_until_done(engine.add([now_request()])))[-1], Finished)
-
-
-async def test_restarting_takes_work_and_aborts() -> None:
-    gate = asyncio.Event()
-
-    class Slow(FakeExecutor):
-        async def start(self) -> Any:
-            if self.num_starts:
-                await gate.wait()
-            return await super().start()
-
-    executor = Slow(die_at={1})
-    async with running_engine(executor) as engine:
-        old = engine.add([now_request("old"), now_request("gone")])
-        await until(lambda: engine.status().state == "restarting")
-        assert not engine.status().healthy
-        new = engine.add([now_request("new")])
-        engine.abort(["gone"])
-        gate.set()
-        assert isinstance((await read_until_done(new))[-1], Finished)
-        events = await read_until_done(old, 2)
-        assert failures(events) == {"gone": RequestAbortedError}
-
-
-async def test_a_replayed_request_waited_until_its_first_run() -> None:
-    gate = asyncio.Event()
-
-    class Slow(FakeExecutor):
-        async def start(self) -> WorkerReady:
-            if self.num_starts:
-                await gate.wait()
-            return await super().start()
-
-    async with running_engine(Slow(die_at={2})) as engine:
-        request = now_request()
-        events = engine.add([request])
-        await until(lambda: engine.status().state == "restarting")
-        died = time.monotonic()
-        gate.set()
-        finished = (await read_until_done(events))[-1]
-        assert isinstance(finished, Finished)
-        assert finished.timings["queue"] <= died - request.arrival
-
-
-async def test_what_had_not_begun_is_no_replay() -> None:
-    executor, observer = FakeExecutor(die_at={2}), NotedEvents()
-    async with running_engine(executor, observer, max_num_seqs=1) as engine:
-        await read_until_done(engine.add([now_request(id) for id in "abc"]), 3)
-    assert observer.restarts == [1]
-
-
-async def test_draining_survives_a_death() -> None:
-    async with running_engine(FakeExecutor(die_at={2})) as engine:
-        engine.add([now_request("a"), now_request("b")])
-        assert await engine.drain(GUARD_SECONDS)
-        assert engine.status().state == "draining"
-
-
 async def test_a_bug_in_the_loop_fails_everything_at_once() -> None:
     class Broken(NotedEvents):
         def on_step(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
@@ -578,57 +341,3 @@ async def test_a_bug_in_the_loop_fails_everything_at_once() -> None:
         assert failures(events) == {"a": GenerationError, "b": GenerationError}
         assert engine.status().state == "failed"
         await until(lambda: executor.closed)
-
-
-async def test_close_while_restarting() -> None:
-    class Stuck(FakeExecutor):
-        async def start(self) -> Any:
-            if self.num_starts:
-                await asyncio.Event().wait()
-            return await super().start()
-
-    async with running_engine(Stuck(die_at={0})) as engine:
-        events = engine.add([now_request()])
-        await until(lambda: engine.status().state == "restarting")
-        await engine.close()
-        assert failures(iter_nowait(events)) == {"r": UnavailableError}
-
-
-class HangsInFirstLife(FakeExecutor):
-    async def start(self) -> WorkerReady:
-        self.hold = self.num_starts == 0
-        return await super().start()
-
-
-async def test_workers_whose_step_is_overdue_are_replaced() -> None:
-    executor, observer = HangsInFirstLife(), NotedEvents()
-    # Restarts are for ever: a slow machine may make a live step overdue, too.
-    engine = DiffusionEngine(
-        make_config(max_worker_restarts=10**6), executor, observer, restart_backoff_seconds=0.0, stall_seconds=0.3
-    )
-    async with asyncio.timeout(GUARD_SECONDS):
-        await engine.start()
-        requests = [now_request("a", seed=1), now_request("b", seed=2)]
-        events = await read_until_done(engine.add(requests), 2)
-        await engine.close()
-    assert observer.restarts
-    pictures = {event.request_id: event.image for event in events if isinstance(event, Finished)}
-    assert all(np.array_equal(pictures[request.request_id], fake_image(request)) for request in requests)
-
-
-@pytest.mark.parametrize("settings", [{"stall_seconds": 1e6}, {"stall_seconds": 0.0, "stall_factor": 1e6}])
-async def test_a_step_within_either_limit_is_left_alone(settings: dict[str, Any]) -> None:
-    """And no step is overdue while there is none."""
-    executor = FakeExecutor(hold=True)
-    engine = DiffusionEngine(make_config(), executor, **settings)
-    async with asyncio.timeout(GUARD_SECONDS):
-        await engine.start()
-        events = engine.add([now_request(steps=2)])
-        for number in range(4):
-            await until(lambda n=number: executor.num_plans > n)  # type: ignore[misc]
-            await asyncio.sleep(0.01)  # longer than the estimate of the step
-            assert engine.status().healthy
-            assert executor.num_starts == 1
-            executor.release_results()
-        await read_until_done(events)
-        await engine.close()

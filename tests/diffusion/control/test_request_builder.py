@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from testbed.fakes import as_whole
+from tests.diffusion.control.builders import INFO, READY, WHOLE, builder
 from vllm_omni.diffusion.catalog.model_info import Guidance
-from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo, Shares
-from vllm_omni.diffusion.catalog.whole_info import WholePipeline
 from vllm_omni.diffusion.control.request_builder import (
     RequestBuilder,
     check_default_prompt,
@@ -24,73 +19,38 @@ from vllm_omni.diffusion.control.request_builder import (
     spread_previews,
 )
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
-from vllm_omni.diffusion.messages.plan import WorkerReady
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, OmniPrompt, parse_prompt
-from vllm_omni.inputs.images import InputImage, ReaderSizes, prepare_image
 
-INFO = PackedModelInfo(
-    path=Path("model"),
-    family="qwen_image",
-    size_multiple=16,
-    pixels_per_token=16,
-    max_prompt_tokens=64,
-    count_prompt_tokens=lambda text: len(text.split()),
-    attention_tokens=100.0,
-    num_heads=4,
-    head_dim=16,
-    num_blocks=2,
-    tensor_shares=Shares({"attention heads": 4}),
-    text_encoder_shares=Shares({"attention heads": 1}),
-    default_sampling_params={"height": 64, "width": 96, "num_inference_steps": 20, "true_cfg_scale": 4.0},
-)
-READY = WorkerReady(
-    load_seconds=0,
-    load_bytes=0,
-    device="cpu",
-    dtype="float32",
-    max_batch_tokens=256,
-    seconds_per_unit=1e-3,
-    step_overhead_seconds=0,
-    encode_units_per_token=0.5,
-    decode_units_per_token=2.0,
-)
-
-
-WHOLE = as_whole(
-    INFO,
-    WholePipeline("SomePipeline", ("height", "width", "num_inference_steps", "guidance_scale"), "callback", 1),
-    guidance=Guidance("guidance_scale", needs_negative_prompt=False),
-    default_sampling_params={"height": 64, "width": 64, "num_inference_steps": 4, "guidance_scale": 5.0},
-)
 """A pipeline of diffusers that has few parameters."""
-
-
-def builder(**settings: object) -> RequestBuilder:
-    return RequestBuilder(OmniDiffusionConfig("demo", max_pixels=512 * 512, **settings), INFO, READY)  # type: ignore[arg-type]
 
 
 def test_defaults_of_the_model_are_filled_and_overridden_by_the_server() -> None:
     (request,) = builder().build(OmniPrompt("a cat"), OmniDiffusionSamplingParams(seed=7), "r")
-    assert (request.request_id, request.height, request.width, request.num_inference_steps) == ("r-0", 64, 96, 20)
-    assert request.seed == 7
-    assert not request.has_guidance  # as in diffusers: no negative prompt, no guidance
+    assert (request.request_id, request.request.height, request.request.width, request.request.num_inference_steps) == (
+        "r-0",
+        64,
+        96,
+        20,
+    )
+    assert request.request.seed == 7
+    assert not request.request.has_guidance  # as in diffusers: no negative prompt, no guidance
     served = builder(default_sampling_params={"num_inference_steps": 5, "negative_prompt": "bad"})
     (request,) = served.build(OmniPrompt("a cat"), OmniDiffusionSamplingParams(), "r")
-    assert request.num_inference_steps == 5
-    assert request.negative_prompt == "bad"
-    assert request.has_guidance
+    assert request.request.num_inference_steps == 5
+    assert request.request.negative_prompt == "bad"
+    assert request.request.has_guidance
 
 
 @pytest.mark.parametrize(("own_side", "longest"), [(64, 1024), (1024, 2048)])
 def test_without_a_limit_the_model_sets_one(own_side: int, longest: int) -> None:
-    """A step is never interrupted: one client's huge picture would keep all others waiting for minutes."""
+    """Steps cannot be interrupted, so without a default limit a huge picture would block all others for minutes."""
     defaults = {"height": own_side, "width": own_side, "num_inference_steps": 2}
     info = replace(INFO, default_sampling_params=defaults)
     largest = OmniDiffusionSamplingParams(height=longest, width=longest)
     for config in (OmniDiffusionConfig("demo"), OmniDiffusionConfig("demo", default_sampling_params={"height": 32})):
         unlimited = RequestBuilder(config, info, READY)
-        assert unlimited.build(OmniPrompt("x"), largest, "r")[0].height == longest
+        assert unlimited.build(OmniPrompt("x"), largest, "r")[0].request.height == longest
         with pytest.raises(InvalidRequestError, match=f"at most {longest**2} are accepted") as caught:
             unlimited.build(OmniPrompt("x"), replace(largest, width=longest + 16), "r")
         assert caught.value.param == "width"
@@ -117,12 +77,12 @@ GUIDED_BY_GUIDANCE_SCALE = replace(
 def test_a_family_may_count_guidance_from_zero_and_know_a_negative_prompt() -> None:
     other = RequestBuilder(OmniDiffusionConfig("demo"), GUIDED_BY_GUIDANCE_SCALE, READY)
     (request,) = other.build(OmniPrompt("a b", "ignored"), OmniDiffusionSamplingParams(), "r")
-    assert not request.has_guidance
+    assert not request.request.has_guidance
     params = OmniDiffusionSamplingParams(guidance_scale=0.5, cfg_normalization=True, cfg_truncation=0.75)
     (request,) = other.build(OmniPrompt("a b"), params, "r")
-    assert request.has_guidance
-    assert (request.true_cfg_scale, request.negative_prompt) == (1.5, "")
-    assert (request.cfg_normalization, request.cfg_truncation) == (1.0, 0.75)
+    assert request.request.has_guidance
+    assert (request.request.true_cfg_scale, request.request.negative_prompt) == (1.5, "")
+    assert (request.request.cfg_normalization, request.request.cfg_truncation) == (1.0, 0.75)
     # 16 image tokens, and 2 or no text tokens, each filled up to a multiple of 32
     assert request.cost.branch_tokens == (64, 32)
 
@@ -136,7 +96,7 @@ def test_a_family_may_count_guidance_from_zero_and_know_a_negative_prompt() -> N
         ({"cfg_truncation": 1.5}, "cfg_truncation", "0 to 1"),
     ],
 )
-def test_wrong_parameters_of_such_a_family_are_named(params: dict[str, Any], param: str, words: str) -> None:
+def test_wrong_parameters_of_such_a_family_are_named(params: dict, param: str, words: str) -> None:
     other = RequestBuilder(OmniDiffusionConfig("demo"), GUIDED_BY_GUIDANCE_SCALE, READY)
     with pytest.raises(InvalidRequestError, match=words) as caught:
         other.build(OmniPrompt("x"), OmniDiffusionSamplingParams(**params), "r")
@@ -146,8 +106,8 @@ def test_wrong_parameters_of_such_a_family_are_named(params: dict[str, Any], par
 def test_outputs_have_consecutive_seeds_and_a_missing_seed_is_drawn_once() -> None:
     requests = builder().build(OmniPrompt("x"), OmniDiffusionSamplingParams(num_outputs_per_prompt=3), "r")
     assert [r.request_id for r in requests] == ["r-0", "r-1", "r-2"]
-    first = requests[0].seed
-    assert [r.seed for r in requests] == [first, first + 1, first + 2]
+    first = requests[0].request.seed
+    assert [r.request.seed for r in requests] == [first, first + 1, first + 2]
 
 
 @pytest.mark.parametrize(
@@ -191,7 +151,7 @@ def test_outputs_have_consecutive_seeds_and_a_missing_seed_is_drawn_once() -> No
         ({"cache": 1}, "cache", "true or false"),
     ],
 )
-def test_wrong_parameters_are_named(params: dict[str, Any], param: str, words: str) -> None:
+def test_wrong_parameters_are_named(params: dict, param: str, words: str) -> None:
     with pytest.raises(InvalidRequestError, match=words) as caught:
         builder().build(OmniPrompt("x"), OmniDiffusionSamplingParams(**params), "r")
     assert caught.value.param == param
@@ -215,7 +175,7 @@ def test_wrong_prompts_are_named(prompt: OmniPrompt, param: str, words: str) -> 
 
 def test_custom_sigmas_set_the_number_of_steps() -> None:
     (request,) = builder().build(OmniPrompt("x"), OmniDiffusionSamplingParams(sigmas=(1.0, 0.7, 0.2)), "r")
-    assert request.num_inference_steps == 3
+    assert request.request.num_inference_steps == 3
 
 
 @pytest.mark.parametrize(
@@ -314,7 +274,7 @@ def test_limits_that_fail_every_default_request_are_blamed(settings: dict[str, o
 
 @pytest.mark.parametrize(("strength", "share"), [(None, 1.0), (1.0, 1.0), (0.25, 0.25)])
 def test_steps_that_strength_leaves_out_cost_nothing(strength: float | None, share: float) -> None:
-    info = replace(WHOLE, pipeline=replace(WHOLE.pipeline, parameters=(*WHOLE.pipeline.parameters, "strength")))
+    info = replace(WHOLE, whole=replace(WHOLE.whole, parameters=(*WHOLE.whole.parameters, "strength")))  # type: ignore[union-attr, type-var]
     price = RequestBuilder(OmniDiffusionConfig("demo"), info, READY)
     params = OmniDiffusionSamplingParams(strength=strength)
     (request,) = price.build(OmniPrompt("x"), params, "r")
@@ -341,7 +301,9 @@ def test_pictures_share_the_price_of_a_prompt_that_each_replica_encodes(
 def test_seeds_leave_room_for_those_of_all_pictures(num_outputs: int) -> None:
     highest = 2**63 - 1 - num_outputs
     params = OmniDiffusionSamplingParams(seed=highest, num_outputs_per_prompt=num_outputs)
-    assert [r.seed for r in builder().build(OmniPrompt("x"), params, "r")] == [highest + i for i in range(num_outputs)]
+    assert [r.request.seed for r in builder().build(OmniPrompt("x"), params, "r")] == [
+        highest + i for i in range(num_outputs)
+    ]
     with pytest.raises(InvalidRequestError, match=f"seed takes an integer from 0 to {highest}, got {highest + 1}"):
         builder().build(OmniPrompt("x"), replace(params, seed=highest + 1), "r")
 
@@ -379,19 +341,18 @@ def test_good_defaults_pass() -> None:
 
 
 def test_numbers_of_other_libraries_become_plain_ones() -> None:
-    """Only plain ones can be sent to a worker."""
-    numbers: dict[str, Any] = {
-        "height": np.int64(64),
-        "width": np.uint8(96),
-        "num_inference_steps": np.int32(3),
-        "true_cfg_scale": np.float64(4.0),
-        "seed": np.int64(7),
-        "sigmas": list(np.linspace(1.0, 0.2, 3)),
-        "priority": np.int8(-1),
-        "num_outputs_per_prompt": np.int64(2),
-        "num_previews": np.int64(1),
-    }
-    params = OmniDiffusionSamplingParams(**numbers)
+    """NumPy's and other numbers become plain Python ones, which can be sent to a worker."""
+    params = OmniDiffusionSamplingParams(
+        height=np.int64(64),
+        width=np.uint8(96),
+        num_inference_steps=np.int32(3),
+        true_cfg_scale=np.float64(4.0),
+        seed=np.int64(7),
+        sigmas=list(np.linspace(1.0, 0.2, 3)),
+        priority=np.int8(-1),
+        num_outputs_per_prompt=np.int64(2),
+        num_previews=np.int64(1),
+    )
     served = builder(default_sampling_params={"max_sequence_length": np.int64(8)})
     requests = served.build(OmniPrompt(np.str_("x"), np.str_("y")), params, "r")
     plain = replace(params, height=64, width=96, num_inference_steps=3, true_cfg_scale=4.0, seed=7, priority=-1)
@@ -399,24 +360,27 @@ def test_numbers_of_other_libraries_become_plain_ones() -> None:
     same = builder().build(OmniPrompt("x", "y"), plain, "r")
     assert [replace(r, arrival=0) for r in requests] == [replace(r, arrival=0) for r in same]
     msgspec.msgpack.encode(requests)
-    sigmas: Any = np.linspace(1, 0.5, 2)
-    (request,) = builder().build(OmniPrompt("x"), OmniDiffusionSamplingParams(sigmas=sigmas), "r")
-    assert request.sigmas == (1.0, 0.5)
+    (request,) = builder().build(OmniPrompt("x"), OmniDiffusionSamplingParams(sigmas=np.linspace(1, 0.5, 2)), "r")
+    assert request.request.sigmas == (1.0, 0.5)
 
 
 def test_numbers_in_tensors_become_plain_ones() -> None:
-    numbers: dict[str, Any] = {
-        "height": torch.tensor(64),
-        "width": np.array(96),
-        "true_cfg_scale": torch.tensor(4.0, dtype=torch.bfloat16),
-        "seed": torch.tensor(7),
-        "sigmas": torch.linspace(1, 0.5, 3),
-        "cache": np.array(False),
-    }
-    params = OmniDiffusionSamplingParams(**numbers)
+    params = OmniDiffusionSamplingParams(
+        height=torch.tensor(64),
+        width=np.array(96),
+        true_cfg_scale=torch.tensor(4.0, dtype=torch.bfloat16),
+        seed=torch.tensor(7),
+        sigmas=torch.linspace(1, 0.5, 3),  # type: ignore[arg-type]
+        cache=np.array(False),
+    )
     (request,) = builder().build(OmniPrompt("x", "y"), params, "r")
-    assert (request.height, request.width, request.true_cfg_scale, request.seed) == (64, 96, 4.0, 7)
-    assert (request.sigmas, request.num_inference_steps) == ((1.0, 0.75, 0.5), 3)
+    assert (request.request.height, request.request.width, request.request.true_cfg_scale, request.request.seed) == (
+        64,
+        96,
+        4.0,
+        7,
+    )
+    assert (request.request.sigmas, request.request.num_inference_steps) == ((1.0, 0.75, 0.5), 3)
     msgspec.msgpack.encode(request)
 
 
@@ -442,14 +406,13 @@ NO_NUMBERS += [torch.empty((), device="meta"), iter([1.0])]
 )
 @pytest.mark.parametrize("value", NO_NUMBERS)
 def test_what_is_no_number_is_refused(name: str, value: object) -> None:
-    given: dict[str, Any] = {name: value}
     with pytest.raises(InvalidRequestError, match=f"^{name} takes a") as caught:
-        builder().build(OmniPrompt("x"), OmniDiffusionSamplingParams(**given), "r")
+        builder().build(OmniPrompt("x"), OmniDiffusionSamplingParams(**{name: value}), "r")
     assert caught.value.param == name
 
 
 @pytest.mark.parametrize("text", ["\ud800", 5, b"x"])
-def test_prompts_are_text(text: Any) -> None:
+def test_prompts_are_text(text: object) -> None:
     for name, prompt in (("prompt", OmniPrompt(text)), ("negative_prompt", OmniPrompt("x", text))):
         with pytest.raises(InvalidRequestError, match=f"^{name} ") as caught:
             builder().build(prompt, OmniDiffusionSamplingParams(), "r")
@@ -472,7 +435,7 @@ def test_a_default_that_no_request_would_take_is_refused() -> None:
         (OmniPrompt("x"), {"num_previews": 1}, "num_previews"),
     ],
 )
-def test_what_a_whole_pipeline_does_not_take_is_named(prompt: OmniPrompt, params: dict[str, Any], param: str) -> None:
+def test_what_a_whole_pipeline_does_not_take_is_named(prompt: OmniPrompt, params: dict, param: str) -> None:
     with pytest.raises(InvalidRequestError, match=param) as caught:
         RequestBuilder(OmniDiffusionConfig("demo"), WHOLE, READY).build(
             prompt, OmniDiffusionSamplingParams(**params), "r"
@@ -490,7 +453,7 @@ def test_guidance_without_a_negative_prompt_is_priced() -> None:
     )
     assert one_of_two.cost == plain.cost  # diffusers encodes for each
     assert (len(guided.cost.branch_tokens), len(plain.cost.branch_tokens)) == (2, 1)
-    assert (guided.guidance_scale, guided.negative_prompt) == (5.0, None)
+    assert (guided.request.guidance_scale, guided.request.negative_prompt) == (5.0, None)
 
 
 def test_a_default_negative_prompt_that_the_model_does_not_take_ends_the_start() -> None:
@@ -511,129 +474,11 @@ def test_a_default_negative_prompt_that_the_model_does_not_take_ends_the_start()
 )
 def test_a_request_may_opt_out_of_the_cache(backend: str, cache: bool | None, cached: bool) -> None:
     requests = builder(cache_backend=backend).build(OmniPrompt("x"), OmniDiffusionSamplingParams(cache=cache), "r")
-    assert [request.cache for request in requests] == [cached]
+    assert [request.request.cache for request in requests] == [cached]
 
 
 def test_a_server_may_leave_its_cache_to_those_that_ask_for_it() -> None:
     defaults = {"cache_backend": "tea_cache", "default_sampling_params": {"cache": False}}
     for asked, cached in ((None, False), (True, True)):
         (request,) = builder(**defaults).build(OmniPrompt("x"), OmniDiffusionSamplingParams(cache=asked), "r")
-        assert request.cache is cached
-
-
-class Halving:
-    """An `ImageInput` whose model sees pictures as they are, and half as large a second time."""
-
-    min_images, max_images = 1, 2
-
-    def sizes(self, width: int, height: int) -> ReaderSizes:
-        return ReaderSizes((width // 2, height // 2), (width, height))
-
-    def count_prompt_tokens(self, images: Sequence[InputImage]) -> int:
-        return 10 * len(images)
-
-    def output_size(self, images: Sequence[InputImage]) -> tuple[int, int]:
-        height, width = images[-1].reference.shape[:2]
-        return height, width
-
-
-def editing(**settings: object) -> RequestBuilder:
-    config = OmniDiffusionConfig("demo", max_pixels=512 * 512, **settings)  # type: ignore[arg-type]
-    return RequestBuilder(config, replace(INFO, image_input=Halving()), READY)
-
-
-def black(width: int, height: int) -> Image.Image:
-    return Image.new("RGB", (width, height))
-
-
-def test_an_edit_is_as_large_as_its_last_picture_and_priced_with_all_of_them() -> None:
-    params = OmniDiffusionSamplingParams(true_cfg_scale=2.0, num_outputs_per_prompt=2)
-    prompt = OmniPrompt("two words", "bad", images=(black(64, 32), black(48, 80)))
-    first, second = editing().build(prompt, params, "r")
-    assert (first.height, first.width) == (80, 48)
-    assert [image.condition.shape for image in first.images] == [(16, 32, 3), (40, 24, 3)]
-    assert first.images is second.images
-    assert first.num_prompt_tokens == 2
-    assert first.num_image_tokens == 15
-    assert first.num_reference_tokens == 8 + 15
-    assert first.cost.branch_tokens == (15 + 23 + 2 + 20, 15 + 23 + 1 + 20)
-    assert first.cost.encode == (0.5 * (22 + 21) + 2.0 * 23) / 2  # prompts and pictures are encoded once
-    assert first.cost == second.cost
-    assert first.cost.decode == 2.0 * 15
-
-
-def test_the_size_of_an_edit_may_be_given() -> None:
-    prompt = OmniPrompt("x", images=(black(64, 32),))
-    (request,) = editing().build(prompt, OmniDiffusionSamplingParams(height=96), "r")
-    assert (request.height, request.width) == (96, 64)
-    by_server = editing(default_sampling_params={"width": 128})
-    (request,) = by_server.build(prompt, OmniDiffusionSamplingParams(), "r")
-    assert (request.height, request.width) == (32, 128)
-
-
-@pytest.mark.parametrize(
-    ("picture", "asked", "served", "size"),
-    [
-        ((1024, 512), {}, {}, (704, 352)),
-        ((512, 512), {}, {}, (512, 512)),
-        ((528, 512), {}, {}, (512, 496)),
-        ((1024, 512), {"height": 512}, {}, (512, 512)),
-        ((1024, 512), {}, {"width": 2048}, (2048, 128)),
-        ((1024, 512), {"width": 1024}, {"height": 64}, (1024, 64)),
-    ],
-)
-def test_a_size_that_nobody_asked_for_obeys_the_limit(
-    picture: tuple[int, int], asked: dict[str, Any], served: dict[str, int], size: tuple[int, int]
-) -> None:
-    """Sizes are (width, height). Nobody is told that a size is wrong that he did not send."""
-    prompt = OmniPrompt("x", images=(black(*picture),))
-    (request,) = editing(default_sampling_params=served).build(prompt, OmniDiffusionSamplingParams(**asked), "r")
-    assert (request.width, request.height) == size
-
-
-def test_a_picture_is_blamed_for_proportions_that_the_limit_leaves_no_room_for() -> None:
-    prompt = OmniPrompt("x", images=(black(32000, 16),))
-    with pytest.raises(InvalidRequestError, match=r"proportions, as 32000x16 has them.*\(--max-pixels\)") as caught:
-        editing().build(prompt, OmniDiffusionSamplingParams(), "r")
-    assert caught.value.param == "image"
-    (request,) = editing().build(prompt, OmniDiffusionSamplingParams(height=64, width=64), "r")
-    assert (request.height, request.width) == (64, 64)
-    with pytest.raises(InvalidRequestError, match="--max-pixels") as caught:
-        editing().build(prompt, OmniDiffusionSamplingParams(height=2**20), "r")
-    assert caught.value.param == "height"
-
-
-def test_pictures_that_are_prepared_stay_as_they_are() -> None:
-    image = prepare_image(black(32, 32), Halving().sizes)
-    (request,) = editing().build(OmniPrompt("x", images=(image,)), OmniDiffusionSamplingParams(), "r")
-    assert request.images[0] is image
-
-
-def test_a_prompt_may_be_checked_before() -> None:
-    """`check` resizes the picture to the given height and the width that follows from it, as `resolve` does."""
-    whole = replace(WHOLE, image_input=Halving(), pipeline=replace(WHOLE.pipeline, follows_input=True))
-    follower = RequestBuilder(OmniDiffusionConfig("demo"), whole, READY)
-    prompt, params = OmniPrompt("x", images=(black(64, 32),)), OmniDiffusionSamplingParams(height=96, seed=1)
-    checked = follower.check(prompt, params)
-    fitted = checked.prompt
-    assert [image.reference.shape for image in fitted.images] == [(96, 64, 3)]
-    (request,), (expected,) = follower.build_checked(checked, "r"), follower.build(prompt, params, "r")
-    assert request.images[0] is fitted.images[0]
-    assert replace(request, arrival=0.0) == replace(expected, arrival=0.0)
-    with pytest.raises(InvalidRequestError, match="--max-pixels"):
-        follower.check(prompt, OmniDiffusionSamplingParams(height=2**20))
-
-
-@pytest.mark.parametrize(
-    ("images", "words"),
-    [
-        ((), "edits pictures and got none; it takes them as multi_modal_data"),
-        ((black(16, 16),) * 3, "at most 2 pictures on this model, got 3"),
-        ((3,), "PIL images, got int"),
-        ((Image.new("F", (16, 16)),), "modes .* got F"),
-    ],
-)
-def test_pictures_that_are_not_taken(images: tuple[Any, ...], words: str) -> None:
-    with pytest.raises(InvalidRequestError, match=words) as caught:
-        editing().build(OmniPrompt("x", images=images), OmniDiffusionSamplingParams(), "r")
-    assert caught.value.param == "image"
+        assert request.request.cache is cached

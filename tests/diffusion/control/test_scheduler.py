@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from testbed.fakes import FakeRunner, make_config, make_ready, make_request
+from testbed.fakes import FakeRunner, make_config, make_ready, make_scheduled
+from tests.diffusion.control.running import run_one, run_out
 from tests.diffusion.control.simulation import (
     OVERHEAD,
     PER_TOKEN,
@@ -16,19 +17,18 @@ from tests.diffusion.control.simulation import (
     make_scheduler,
     num_items,
     random_arrivals,
-    step_seconds,
     step_work,
     tokens_of,
     total_work,
 )
-from vllm_omni.diffusion.control.scheduler import Scheduler, Update
+from vllm_omni.diffusion.control.scheduled_request import RequestCost, ScheduledRequest
+from vllm_omni.diffusion.control.scheduler import Scheduler
+from vllm_omni.diffusion.control.updates import Update
 from vllm_omni.diffusion.messages.plan import ItemError, StepPlan, StepResult
-from vllm_omni.diffusion.messages.request import DiffusionRequest, RequestCost
-from vllm_omni.errors import InvalidRequestError, QueueFullError
 
 OUT_OF_MEMORY = ItemError("no room", "out_of_memory")
 MOST_WORK_OF_OTHERS = 10.0
-"""A request of R units is overtaken by what arrives until so many times R units are done, and by nothing later."""
+"""Requests overtake one of R units only if they arrive before this many times R units are done."""
 
 
 @pytest.mark.parametrize("policy", ["fair", "fcfs"])
@@ -63,7 +63,7 @@ def test_nobody_starves() -> None:
     for seed in range(60):
         rng = random.Random(1000 + seed)
         arrivals = [
-            (at, make_request(r.request_id, (r.height, r.width), r.num_inference_steps))
+            (at, make_scheduled(r.request_id, (r.request.height, r.request.width), r.num_steps))
             for at, r in random_arrivals(rng, 40, load=rng.choice([1.0, 2.0, 5.0]))
         ]
         scheduler = make_scheduler(rng.choice([100, 400, 2000]))
@@ -85,18 +85,18 @@ def test_nobody_starves() -> None:
             assert plans_at_end[request_id] - plans_at_arrival[request_id] <= sum(map(num_items, ahead))
 
 
-def flood(short_steps: int = 2) -> list[tuple[float, DiffusionRequest]]:
-    """One long request, and short ones that would keep the device busy for ever."""
-    short = make_request("x", 64, short_steps)
+def flood(short_steps: int = 2) -> list[tuple[float, ScheduledRequest]]:
+    """One long request, and enough short ones to keep the device busy without end."""
+    short = make_scheduled("x", 64, short_steps)
     gap = PER_TOKEN * short.cost.total(short_steps) + OVERHEAD * short_steps
-    return [(0.0, make_request("long", 256, 20))] + [
-        (n * gap, make_request(f"s{n}", 64, short_steps)) for n in range(2000)
+    return [(0.0, make_scheduled("long", 256, 20))] + [
+        (n * gap, make_scheduled(f"s{n}", 64, short_steps)) for n in range(2000)
     ]
 
 
 def test_a_flood_of_short_requests_does_not_starve_a_long_one() -> None:
     simulation = Simulation(make_scheduler(300), flood()).run()
-    alone = PER_TOKEN * total_work(make_request("long", 256, 20))
+    alone = PER_TOKEN * total_work(make_scheduled("long", 256, 20))
     slowdown = simulation.latency("long") / alone
     assert 2 < slowdown < MOST_WORK_OF_OTHERS + 2  # it yields, and not for ever
 
@@ -109,8 +109,8 @@ def test_fair_beats_fcfs_on_a_mixed_workload() -> None:
         total = 0.0
         for seed in range(10):
             rng = random.Random(seed)
-            arrivals = [(rng.uniform(0, 20), make_request(f"long{n}", 256, 50)) for n in range(4)]
-            arrivals += [(rng.uniform(0, 20), make_request(f"short{n}", 64, rng.choice([4, 10]))) for n in range(40)]
+            arrivals = [(rng.uniform(0, 20), make_scheduled(f"long{n}", 256, 50)) for n in range(4)]
+            arrivals += [(rng.uniform(0, 20), make_scheduled(f"short{n}", 64, rng.choice([4, 10]))) for n in range(40)]
             simulation = Simulation(make_scheduler(300, scheduling_policy=policy), arrivals).run()
             total += sum(map(simulation.latency, simulation.finished)) / len(simulation.finished)
             lasts[policy] = max(lasts[policy], simulation.now)
@@ -121,10 +121,10 @@ def test_fair_beats_fcfs_on_a_mixed_workload() -> None:
 
 @pytest.mark.parametrize("budget", [256, 400, 600])
 def test_a_short_request_beside_a_long_one_stays_within_three_times_its_time_alone(budget: int) -> None:
-    short = make_request("short", 64, 4)
+    short = make_scheduled("short", 64, 4)
     alone = Simulation(make_scheduler(budget), [(0.0, short)], depth=2).run().latency("short")
     for begin in (0.0, 0.33, 2.01, 5.7, 7.0):
-        arrivals = [(0.0, make_request("long", 256, 80)), (begin, short)]
+        arrivals = [(0.0, make_scheduled("long", 256, 80)), (begin, short)]
         simulation = Simulation(make_scheduler(budget), arrivals, depth=1).run()
         running_step = PER_TOKEN * arrivals[0][1].cost.step + OVERHEAD
         assert simulation.latency("short") < alone + 1.01 * running_step
@@ -133,7 +133,7 @@ def test_a_short_request_beside_a_long_one_stays_within_three_times_its_time_alo
 
 def test_eight_small_requests_of_different_sizes_share_packs() -> None:
     sizes = [(64, 64), (64, 96), (96, 64), (96, 96), (64, 128), (128, 64), (96, 128), (128, 128)]
-    requests = [make_request(f"r{n}", size, 10) for n, size in enumerate(sizes)]
+    requests = [make_scheduled(f"r{n}", size, 10) for n, size in enumerate(sizes)]
     simulation = Simulation(make_scheduler(512), [(0.0, request) for request in requests]).run()
     denoising = [plan for plan in simulation.plans if plan.denoise]
     assert len(denoising) <= 20  # of 80 steps; 680 tokens do not go into ten
@@ -141,9 +141,9 @@ def test_eight_small_requests_of_different_sizes_share_packs() -> None:
 
 @pytest.mark.parametrize("policy", ["fair", "fcfs"])
 def test_an_encode_does_not_wait_behind_a_whole_request(policy: str) -> None:
-    """Encodes that fill a budget of their own are done beside the steps of others, one a step."""
+    """Large encodes join steps of other requests, one per step."""
     cost = RequestCost(encode=1000.0, step=60.0, decode=100.0, branch_tokens=(60,))
-    requests = [make_request(f"r{n}", 64, 20, cost=cost) for n in range(8)]
+    requests = [make_scheduled(f"r{n}", 64, 20, cost=cost) for n in range(8)]
     scheduler = make_scheduler(512, scheduling_policy=policy)
     simulation = Simulation(scheduler, [(0.0, request) for request in requests]).run()
     assert all(len(plan.encode) <= 1 for plan in simulation.plans)
@@ -155,42 +155,42 @@ def test_an_encode_does_not_wait_behind_a_whole_request(policy: str) -> None:
 def test_priority_goes_before_policy() -> None:
     for policy in ("fair", "fcfs"):
         scheduler = make_scheduler(100, scheduling_policy=policy)
-        scheduler.add([make_request("short", 64, 1), make_request("long", 256, 20, priority=-1)])
-        scheduler.add([make_request("late", 128, 5, priority=-2)])
+        scheduler.add([make_scheduled("short", 64, 1), make_scheduled("long", 256, 20, priority=-1)])
+        scheduler.add([make_scheduled("late", 128, 5, priority=-2)])
         assert run_out(scheduler) == ["late", "long", "short"]
 
 
 def test_fcfs_order() -> None:
     scheduler = make_scheduler(100, scheduling_policy="fcfs", max_num_seqs=1)
-    requests = [make_request("a", 256, 9), make_request("b", 64, 1), make_request("c", 128, 3)]
+    requests = [make_scheduled("a", 256, 9), make_scheduled("b", 64, 1), make_scheduled("c", 128, 3)]
     scheduler.add(requests)
     assert run_out(scheduler) == ["a", "b", "c"]
 
 
 def test_fair_order_is_least_remaining_work() -> None:
     scheduler = make_scheduler(100, max_num_seqs=1)
-    scheduler.add([make_request("a", 256, 9), make_request("b", 64, 1), make_request("c", 128, 3)])
+    scheduler.add([make_scheduled("a", 256, 9), make_scheduled("b", 64, 1), make_scheduled("c", 128, 3)])
     assert run_out(scheduler) == ["b", "c", "a"]
 
 
 def test_work_done_for_a_request_does_not_age_it() -> None:
-    """Only work for others counts as waiting. Here none was done, so the least remaining work goes first."""
+    """Only work for other requests ages a request. Here there was none: least remaining work goes first."""
     scheduler, runner = make_scheduler(max_num_seqs=1), FakeRunner()
-    scheduler.add([make_request("first", 64, 40)])
+    scheduler.add([make_scheduled("first", 64, 40)])
     for _ in range(21):  # its encode and 20 steps
         run_one(scheduler, runner)
-    scheduler.add([make_request("shorter", 64, 19)])
+    scheduler.add([make_scheduled("shorter", 64, 19)])
     assert run_one(scheduler, runner).encode == ["shorter"]
 
 
 def test_no_more_requests_are_begun_than_the_model_holds() -> None:
-    """A shorter one that comes later waits, whatever the policy says."""
+    """A shorter request that arrives later waits under every policy."""
     config = make_config(max_num_seqs=8)
     held = Scheduler(config, make_ready(max_num_seqs=1, max_running=1))
     runner = FakeRunner()
-    held.add([make_request("long", 64, 9)])
+    held.add([make_scheduled("long", 64, 9)])
     run_one(held, runner)
-    held.add([make_request("short", 64, 1), make_request("other", 64, 1)])
+    held.add([make_scheduled("short", 64, 1), make_scheduled("other", 64, 1)])
     while held.num_running or held.num_waiting:
         plan = run_one(held, runner)
         assert len(items_of(plan)) <= 1
@@ -200,40 +200,25 @@ def test_no_more_requests_are_begun_than_the_model_holds() -> None:
 
 def test_an_aborted_request_makes_room_for_the_next() -> None:
     scheduler, runner = Scheduler(make_config(), make_ready(max_num_seqs=1, max_running=1)), FakeRunner()
-    scheduler.add([make_request("a", 64, 9), make_request("b", 64, 9)])
+    scheduler.add([make_scheduled("a", 64, 9), make_scheduled("b", 64, 9)])
     run_one(scheduler, runner)
     scheduler.abort(["a"])
     assert run_one(scheduler, runner).encode == ["b"]
 
 
-def run_out(scheduler: Scheduler, runner: FakeRunner | None = None) -> list[str]:
-    """Run until nothing is left; the order in which requests finished."""
-    runner, order = runner or FakeRunner(), []
-    while plan := scheduler.schedule():
-        order += scheduler.update(runner.execute(plan), 0.01).finished
-    return order
-
-
-def run_one(scheduler: Scheduler, runner: FakeRunner) -> StepPlan:
-    plan = scheduler.schedule()
-    assert plan is not None
-    scheduler.update(runner.execute(plan), 0.01)
-    return plan
-
-
 def test_a_finished_picture_does_not_wait_under_fcfs() -> None:
-    """Not even when its decode does not fit beside the step of the first."""
+    """The decode goes first even if it does not fit into the step of the first request."""
     scheduler = make_scheduler(600, scheduling_policy="fcfs")
     cost = RequestCost(encode=10.0, step=50.0, decode=300.0, branch_tokens=(50,))
-    scheduler.add([make_request("long", 256, 50), make_request("small", 64, 2, cost=cost)])
+    scheduler.add([make_scheduled("long", 256, 50), make_scheduled("small", 64, 2, cost=cost)])
     assert run_out(scheduler) == ["small", "long"]
 
 
 def test_a_step_led_by_an_encode_or_a_decode_holds_nothing_else() -> None:
     scheduler, runner = make_scheduler(1000), FakeRunner()
-    scheduler.add([make_request("long", 256, 30)])
+    scheduler.add([make_scheduled("long", 256, 30)])
     run_one(scheduler, runner)
-    scheduler.add([make_request("new", 64, 2)])
+    scheduler.add([make_scheduled("new", 64, 2)])
     plans = [run_one(scheduler, runner) for _ in range(4)]
     assert [(plan.encode, plan.denoise, plan.decode) for plan in plans] == [
         (["new"], [], []),
@@ -255,17 +240,17 @@ def test_as_much_joins_a_step_as_keeps_it_short(lead: int, most: int) -> None:
     for num_tokens, joins in ((most, True), (most + 1, False)):
         scheduler, runner = make_scheduler(2000, scheduling_policy="fcfs"), FakeRunner()
         cost = RequestCost(encode=1.0, step=1.0, decode=1.0, branch_tokens=(lead,))
-        scheduler.add([make_request("lead", 64, 5, cost=cost)])
-        scheduler.add([make_request("other", 64, 5, cost=replace(cost, branch_tokens=(num_tokens,)))])
+        scheduler.add([make_scheduled("lead", 64, 5, cost=cost)])
+        scheduler.add([make_scheduled("other", 64, 5, cost=replace(cost, branch_tokens=(num_tokens,)))])
         plans = [run_one(scheduler, runner) for _ in range(2)]
         assert plans[0].encode == ["lead", "other"]
         assert plans[1].denoise == (["lead", "other"] if joins else ["lead"])
 
 
 def test_decode_takes_of_the_budget() -> None:
-    """In a step that a long request leads, a decode leaves less room for denoising."""
+    """A decode in a step uses tokens of the budget."""
     scheduler = make_scheduler(300, scheduling_policy="fcfs")
-    requests = [make_request("lead", 128, 30, priority=-1), make_request("a", 64, 1), make_request("b", 128, 30)]
+    requests = [make_scheduled("lead", 128, 30, priority=-1), make_scheduled("a", 64, 1), make_scheduled("b", 128, 30)]
     scheduler.add(requests)
     by_id = {request.request_id: request for request in requests}
     runner = FakeRunner()
@@ -281,7 +266,7 @@ def test_abort_frees_the_place_at_the_next_plan() -> None:
     for seed in range(30):
         rng = random.Random(seed)
         scheduler = make_scheduler(300, max_num_seqs=2, scheduling_policy=rng.choice(["fair", "fcfs"]))
-        scheduler.add([make_request(f"r{n}", 64, rng.choice([3, 6, 9])) for n in range(6)])
+        scheduler.add([make_scheduled(f"r{n}", 64, rng.choice([3, 6, 9])) for n in range(6)])
         runner, alive, finished = FakeRunner(), {f"r{n}" for n in range(6)}, set()
         aborted: set[str] = set()
         plans: list[StepPlan] = []
@@ -310,11 +295,11 @@ def test_abort_frees_the_place_at_the_next_plan() -> None:
 
 def test_an_id_may_come_again_after_an_abort() -> None:
     scheduler, runner = make_scheduler(), FakeRunner()
-    scheduler.add([make_request("r", 64, 5)])
+    scheduler.add([make_scheduled("r", 64, 5)])
     plans = [scheduler.schedule(), scheduler.schedule()]
     scheduler.abort(["r"])
     runner.abort(["r"])
-    scheduler.add([make_request("r", 64, 3, seed=7)])
+    scheduler.add([make_scheduled("r", 64, 3, seed=7)])
     for plan in plans:
         assert plan is not None
         assert scheduler.update(runner.execute(plan), 0.01) == Update()
@@ -325,7 +310,7 @@ def test_one_failure_leaves_the_others_alone() -> None:
     bad = ItemError("broken", "internal")
     runner = FakeRunner(errors=lambda id, phase, step: bad if id == "b" and step == 2 else None)
     scheduler = make_scheduler()
-    scheduler.add([make_request(id, 64, 4) for id in "abc"])
+    scheduler.add([make_scheduled(id, 64, 4) for id in "abc"])
     failed: dict[str, ItemError] = {}
     finished: list[str] = []
     plans: list[StepPlan] = []
@@ -349,7 +334,7 @@ def test_out_of_memory_in_company_is_tried_again_alone(depth: int, always: bool)
         is_bad = request_id == "b" and phase == "denoise" and step == 2
         return OUT_OF_MEMORY if is_bad and (always or len(items_of(runner.plans[-1])) > 1) else None
 
-    arrivals = [(0.0, make_request(id, 64, steps)) for id, steps in (("a", 9), ("b", 4), ("c", 9))]
+    arrivals = [(0.0, make_scheduled(id, 64, steps)) for id, steps in (("a", 9), ("b", 4), ("c", 9))]
     runner = FakeRunner(errors=errors)
     simulation = Simulation(make_scheduler(), arrivals, depth, runner).run()
     assert [id for update in simulation.updates for id in update.replayed] == ["b"]
@@ -364,7 +349,7 @@ def test_out_of_memory_in_company_is_tried_again_alone(depth: int, always: bool)
 
 def test_a_request_that_the_worker_lost_fails_instead_of_hanging() -> None:
     scheduler = make_scheduler()
-    scheduler.add([make_request("r", 64, 2)])
+    scheduler.add([make_scheduled("r", 64, 2)])
     for _ in range(2):
         plan = scheduler.schedule()
         assert plan is not None
@@ -375,7 +360,7 @@ def test_a_request_that_the_worker_lost_fails_instead_of_hanging() -> None:
 
 def test_delivered_previews_are_not_made_again() -> None:
     scheduler = make_scheduler()
-    scheduler.add([make_request("r", 64, 6, preview_steps=(2, 4))])
+    scheduler.add([make_scheduled("r", 64, 6, preview_steps=(2, 4))])
     runner = FakeRunner()
     for _ in range(4):  # encode and three steps
         run_one(scheduler, runner)
@@ -387,9 +372,9 @@ def test_delivered_previews_are_not_made_again() -> None:
 
 
 def test_a_request_that_kills_workers_is_singled_out() -> None:
-    """The first death blames nobody, after the second the suspects run alone, the third ends the culprit."""
+    """After the second death the suspects run alone, after the third the culprit fails."""
     scheduler = make_scheduler()
-    scheduler.add([make_request(id, 64, 4) for id in "abc"])
+    scheduler.add([make_scheduled(id, 64, 4) for id in "abc"])
     failed: dict[str, ItemError] = {}
     finished: list[str] = []
     runner, deaths = FakeRunner(), 0
@@ -405,154 +390,11 @@ def test_a_request_that_kills_workers_is_singled_out() -> None:
     assert sorted(finished) == ["a", "c"]
 
 
-def test_a_full_queue_says_when_to_come_back() -> None:
-    scheduler = make_scheduler(max_num_queued_reqs=3)
-    scheduler.add([make_request("a", 64, 4), make_request("b", 64, 10), make_request("c", 256, 50)])
-    with pytest.raises(QueueFullError) as full:
-        scheduler.add([make_request("d", 64, 4)])
-    shortest = PER_TOKEN * total_work(make_request("a", 64, 4))
-    assert full.value.retry_after == pytest.approx(shortest)
-    with pytest.raises(QueueFullError) as full:
-        scheduler.add([make_request("d", 64, 4), make_request("e", 64, 4)])
-    assert full.value.retry_after == pytest.approx(shortest + PER_TOKEN * total_work(make_request("b", 64, 10)))
-    scheduler.abort(["b"])
-    scheduler.add([make_request("d", 64, 4)])
-
-
-def test_nobody_is_told_to_wait_longer_than_for_an_empty_queue() -> None:
-    """A request of more work than the queue ever takes runs when nobody else is there."""
-    scheduler = make_scheduler(max_queue_seconds=1.0)
-    scheduler.add([make_request("small", 64, 1)])
-    with pytest.raises(QueueFullError) as full:
-        scheduler.add([make_request("big", 256, 100)])
-    assert full.value.retry_after == pytest.approx(scheduler.queue_seconds)
-
-
-def test_what_is_planned_to_its_end_makes_room_first() -> None:
-    """Also where others go before it: their next items are planned already, and its place is free after those."""
-    scheduler, runner = make_scheduler(max_num_queued_reqs=2), FakeRunner()
-    scheduler.add([make_request("ending", 64, 1)])
-    run_one(scheduler, runner)
-    run_one(scheduler, runner)
-    assert scheduler.schedule() is not None  # its decode
-    scheduler.add([make_request("urgent", 256, 50, priority=-1)])
-    with pytest.raises(QueueFullError) as full:
-        scheduler.add([make_request("late", 64, 1)])
-    decode = make_request("ending", 64, 1).cost.decode
-    assert full.value.retry_after == pytest.approx(decode * scheduler.seconds_per_unit)
-
-
-def test_the_queue_is_bounded_by_work() -> None:
-    big, small = make_request("big", 256, 100), make_request("small", 64, 1)
-    seconds = PER_TOKEN * total_work(big)
-    scheduler = make_scheduler(max_queue_seconds=0.8 * seconds)
-    scheduler.add([big])  # nobody else is there: it may run, long as it is
-    with pytest.raises(QueueFullError) as full:
-        scheduler.add([small])
-    assert full.value.retry_after == pytest.approx(0.2 * seconds + PER_TOKEN * total_work(small))
-
-
-def test_ids_in_use_and_too_many_at_once_are_refused() -> None:
-    scheduler = make_scheduler(max_num_queued_reqs=3)
-    scheduler.add([make_request("a")])
-    for ids in ("a", "bb"):
-        with pytest.raises(InvalidRequestError) as wrong:
-            scheduler.add([make_request(id) for id in ids])
-        assert wrong.value.param == "request_id"
-    with pytest.raises(InvalidRequestError) as wrong:
-        scheduler.add([make_request(id) for id in "bcde"])
-    assert wrong.value.param == "n"
-    assert scheduler.num_waiting == 1
-
-
-def test_eta_is_arithmetic_on_the_measured_rate() -> None:
-    scheduler = make_scheduler(300, max_num_seqs=1)
-    short, long = make_request("short", 64, 4), make_request("long", 256, 50)
-    scheduler.add([long])
-    assert scheduler.eta_seconds([short]) == pytest.approx(PER_TOKEN * total_work(short))
-    assert scheduler.eta_seconds([long]) == pytest.approx(PER_TOKEN * total_work(long))
-    scheduler.add([short])
-    both = PER_TOKEN * (total_work(long) + total_work(short))
-    assert scheduler.eta_seconds([long]) == pytest.approx(both)
-    assert scheduler.queue_seconds == pytest.approx(both)
-    # The device turns out to be three times slower than it said, and is as fast as it said later: the rate follows
-    # within its memory.
-    endless = make_request("endless", 64, 500)
-    scheduler.add([endless])
-    runner, requests = FakeRunner(), {"short": short, "long": long, "endless": endless}
-    for factor, num_steps in ((3, 200), (1, 100)):
-        for _ in range(num_steps):
-            plan = scheduler.schedule()
-            assert plan is not None
-            scheduler.update(runner.execute(plan), factor * step_seconds(plan, requests))
-        assert scheduler.seconds_per_unit == pytest.approx(factor * PER_TOKEN, rel=0.05)
-
-
-def test_work_under_way_is_not_done() -> None:
-    """A plan that was sent changes no estimate; its result does."""
-    scheduler, runner = make_scheduler(max_num_seqs=1), FakeRunner()
-    request, new = make_request("r", 64, 4), make_request("new", 64, 9)
-    scheduler.add([request])
-    before = scheduler.eta_seconds([request]), scheduler.eta_seconds([new]), scheduler.queue_seconds
-    plan = scheduler.schedule()
-    assert plan is not None
-    sent = scheduler.eta_seconds([request]), scheduler.eta_seconds([new]), scheduler.queue_seconds
-    assert sent == pytest.approx(before)
-    scheduler.update(runner.execute(plan), PER_TOKEN * request.cost.encode)
-    done = scheduler.eta_seconds([request]), scheduler.eta_seconds([new]), scheduler.queue_seconds
-    assert done == pytest.approx([seconds - PER_TOKEN * request.cost.encode for seconds in before])
-
-
-def test_a_plan_that_only_releases_says_nothing_of_the_rate() -> None:
-    scheduler, runner = make_scheduler(), FakeRunner()
-    scheduler.add([make_request("r", 64, 4)])
-    run_one(scheduler, runner)
-    scheduler.abort(["r"])
-    rate, plan = scheduler.seconds_per_unit, scheduler.schedule()
-    assert plan is not None
-    assert (plan.release, items_of(plan)) == (["r"], [])
-    scheduler.update(runner.execute(plan), 5.0)
-    assert scheduler.seconds_per_unit == rate
-
-
 @pytest.mark.parametrize(("price", "together"), [(25.0, True), (100.0, False)])
 def test_pictures_that_share_the_price_of_their_prompt_begin_and_end_together(price: float, together: bool) -> None:
-    """All are encoded in one plan; at the full price of each there would be steps of some alone."""
-    one = make_request("r", 64, 4)
-    requests = [replace(one, request_id=f"r-{i}", cost=replace(one.cost, encode=price)) for i in range(4)]
+    """One plan encodes all of them. With the full price for each, some would begin later."""
+    cost = replace(make_scheduled("r", 64, 4).cost, encode=price)
+    requests = [make_scheduled(f"r-{i}", 64, 4, cost=cost) for i in range(4)]
     simulation = Simulation(make_scheduler(200), [(0.0, request) for request in requests])
     packs = [plan.denoise for plan in simulation.steps() if plan.denoise]
     assert (packs == [["r-0", "r-1", "r-2", "r-3"]] * 4) == together
-
-
-def test_a_plan_is_expected_to_take_what_the_same_one_before_it_took() -> None:
-    scheduler, runner, request = make_scheduler(), FakeRunner(), make_request("r", 64, 4)
-    scheduler.add([request])
-    expected = []
-    for seconds in (9.0, 5.0, 7.0, 8.0, 2.0, 0.0):  # encode, four steps, decode
-        plan = scheduler.schedule()
-        assert plan is not None
-        expected.append(scheduler.plan_seconds)
-        rate, work = scheduler.seconds_per_unit, step_work(plan, {"r": request})
-        if len(expected) in (1, 2, 6):  # the first of their kinds
-            assert expected[-1] == pytest.approx(rate * work)
-        scheduler.update(runner.execute(plan), seconds)
-    assert expected[2:5] == [5.0, 7.0, 8.0]
-    assert scheduler.plan_seconds == 0.0
-
-
-def test_eta_predicts_a_simulated_run() -> None:
-    """One request a step: the estimate at arrival is the latency, whoever is ahead."""
-    for seed in range(20):
-        rng = random.Random(seed)
-        scheduler = make_scheduler(300, max_num_seqs=1)
-        requests = [make_request(f"r{n}", rng.choice([64, 128]), rng.choice([2, 5, 9])) for n in range(8)]
-        scheduler.add(requests)
-        estimates = {request.request_id: scheduler.eta_seconds([request]) for request in requests}
-        by_id = {request.request_id: request for request in requests}
-        runner, now = FakeRunner(), 0.0
-        while plan := scheduler.schedule():
-            seconds = step_seconds(plan, by_id)
-            now += seconds
-            for request_id in scheduler.update(runner.execute(plan), seconds).finished:
-                assert estimates[request_id] == pytest.approx(now, rel=0.02)

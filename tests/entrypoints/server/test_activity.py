@@ -12,22 +12,22 @@ from typing import Any
 
 import pytest
 
-from testbed.fakes import FakeExecutor, FakeRunner, make_config, make_request
+from testbed.fakes import FakeExecutor, FakeRunner, make_config, make_scheduled
 from testbed.patience import GUARD_SECONDS, until
 from vllm_omni.diffusion.control.engine import DiffusionEngine
 from vllm_omni.diffusion.control.events import EngineStatus, Failed, Finished, NullObserver, Observers
 from vllm_omni.diffusion.control.replicas import Replicas
+from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.plan import ItemError, StepPlan, StepResult
-from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.entrypoints.server.activity import ActivityLog
 
 SECRET = "a secret prompt"
 TIMES = r"\d+\.\d\d s queued, \d+\.\d\d s running, \d+\.\d\d s in all"
 
 
-def request(request_id: str, **values: Any) -> DiffusionRequest:
-    return make_request(request_id, (96, 64), prompt=SECRET, arrival=time.monotonic(), **values)
+def request(request_id: str, **values: Any) -> ScheduledRequest:
+    return make_scheduled(request_id, (96, 64), prompt=SECRET, arrival=time.monotonic(), **values)
 
 
 @asynccontextmanager

@@ -38,6 +38,19 @@ class Guidance:
     def parameters(self) -> tuple[str, ...]:
         return (self.parameter, *self.options)
 
+    def resolved(self, scale: float | None, negative_prompt: str | None) -> tuple[float, str | None]:
+        """Scale s of `unconditional + s (conditional - unconditional)` and negative prompt that a request runs with.
+
+        The only rule for guidance: a request has it when this s is above 1. Without guidance for lack of a negative
+        prompt, s is 1.
+        """
+        s = 1.0 if scale is None else scale + self.offset
+        if s > 1 and negative_prompt is None:
+            negative_prompt = self.negative_prompt
+            if negative_prompt is None and self.needs_negative_prompt:
+                s = 1.0
+        return s, negative_prompt
+
     def asked_by(self, negative_prompt: str | None, params: Any) -> list[str]:
         """Names of the given parameters that have an effect only with guidance.
 
@@ -183,6 +196,15 @@ class ModelInfo(ABC):
     def num_sequence_tokens(self, num_text_tokens: int, num_image_tokens: int) -> int:
         """Tokens of one guidance branch in the transformer, with the model's own padding."""
         return num_text_tokens + num_image_tokens
+
+    def branch_tokens(self, text_tokens: Sequence[int], num_image_tokens: int, num_references: int) -> tuple[int, ...]:
+        """Tokens of each branch in the transformer. num_references: tokens of the input pictures.
+
+        text_tokens: text tokens of each branch.
+        """
+        if not self.follows_input:
+            num_image_tokens += num_references
+        return tuple(self.num_sequence_tokens(n, num_image_tokens) for n in text_tokens)
 
     def count_image_prompt_tokens(self, images: Sequence[InputImage]) -> int:
         """Tokens that input pictures add to the prompt."""

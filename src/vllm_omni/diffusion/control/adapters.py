@@ -1,4 +1,4 @@
-"""Which adapter a request asks for. No torch here."""
+"""Adapter that a request asks for."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _MAX_ECHO = 64
 
 
 def resolve_lora(params: OmniDiffusionSamplingParams, config: OmniDiffusionConfig, info: ModelInfo) -> LoRA | None:
-    """The adapter by its file, at `lora_scale` or else at its own scale; None: the model as it is.
+    """Find the adapter's file and its scale: `lora_scale`, or else its own. None: the request asks for no adapter.
 
-    Raises InvalidRequestError for an adapter that is neither served nor brings a path, and where the model takes none.
+    Raises InvalidRequestError for an adapter that is neither served nor has a path, and when the model takes none.
     """
     asked, scale = params.lora_request, params.lora_scale
     if asked is None:

@@ -1,4 +1,4 @@
-"""What an engine tells: events to whoever waits for a request, its status, and all that happens to an observer."""
+"""Events of requests, the status of an engine, and the observer that metrics and log lines are written by."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from vllm_omni.errors import QueueFullError, RequestError, UnavailableError
 
 @dataclass(frozen=True)
 class StepDone:
+    """A denoising step of a request is done."""
+
     request_id: str
     step: int
     """Denoising steps done."""
@@ -23,6 +25,8 @@ class StepDone:
 
 @dataclass(frozen=True)
 class Preview:
+    """Picture decoded from an unfinished request."""
+
     request_id: str
     step: int
     image: np.ndarray
@@ -31,14 +35,19 @@ class Preview:
 
 @dataclass(frozen=True)
 class Finished:
+    """Last event of a request that succeeded."""
+
     request_id: str
     image: np.ndarray
     """uint8 [height, width, 3], of a video [frames, height, width, 3]."""
     timings: dict[str, float]
+    """Seconds by stage, and numbers of computed and cached steps."""
 
 
 @dataclass(frozen=True)
 class Failed:
+    """Last event of a request that failed."""
+
     request_id: str
     error: RequestError
 
@@ -48,40 +57,44 @@ EngineEvent = StepDone | Preview | Finished | Failed
 
 @dataclass(frozen=True)
 class EngineStatus:
+    """State and load of an engine, or of all replicas together."""
+
     state: str
     """starting | running | restarting | draining | stopped | failed"""
     num_running: int
     num_waiting: int
     queue_seconds: float
     healthy: bool
-    """All workers live and run what they are sent."""
+    """Whether all workers are alive and run plans."""
     attention_backends: tuple[str, ...] = ()
-    """Those that replicas run with."""
+    """Names of the attention backends of all replicas."""
     failure: str = ""
-    """Why the engine is `failed`."""
+    """Reason of the state `failed`."""
 
 
 class EngineObserver(Protocol):
-    """Told what happens; metrics and log lines hang here."""
+    """Receives everything that metrics and log lines report."""
 
     def on_add(self, requests: Sequence[DiffusionRequest]) -> None: ...
 
     def on_step(self, plan: StepPlan, result: StepResult, seconds: float) -> None: ...
 
     def on_finish(self, request: DiffusionRequest, timings: dict[str, float], outcome: str, reason: str) -> None:
-        """`outcome`: completed | aborted | failed | refused, by the model itself, as wrong; `reason`: in a few words.
+        """`outcome`: completed | aborted | failed | refused (the model found the request invalid).
 
-        The reason is empty for a completed request. It never quotes what the client sent.
+        `reason`: a few words, empty for a completed request. It never quotes the client's text.
         """
 
     def on_reject(self, reason: str) -> None:
-        """`reason`: queue_full | unavailable, and of servers invalid."""
+        """`reason`: queue_full | unavailable; an HTTP server also reports invalid."""
 
     def on_worker_restart(self, num_replayed: int) -> None:
-        """`num_replayed`: requests that had begun when the worker died, and run again."""
+        """`num_replayed`: requests that had begun when the worker died and start again."""
 
 
 class NullObserver:
+    """Observer that ignores everything."""
+
     def on_add(self, requests: Sequence[DiffusionRequest]) -> None: ...
 
     def on_step(self, plan: StepPlan, result: StepResult, seconds: float) -> None: ...
@@ -94,7 +107,7 @@ class NullObserver:
 
 
 class Observers:
-    """Several observers as one, told in order."""
+    """Several observers as one, called in order."""
 
     def __init__(self, *observers: EngineObserver) -> None:
         self._observers = observers
@@ -122,7 +135,7 @@ class Observers:
 
 @contextmanager
 def reporting_rejects(observer: EngineObserver) -> Iterator[None]:
-    """Tell `observer` of a refusal for want of room or of workers; the error goes on."""
+    """Report QueueFullError and UnavailableError to `observer`, and raise them again."""
     try:
         yield
     except QueueFullError:

@@ -1,7 +1,7 @@
-"""Data parallelism: whole replicas of the model behind one front, with the interface of one DiffusionEngine.
+"""Data parallelism: several replicas of the model with the interface of one DiffusionEngine.
 
-A request goes to the replica where it will be done first, and stays there: when that replica's workers die it is
-replayed on their successors. Like an engine, all this belongs to one event loop.
+A request goes to the replica where it will be done first, and stays there: when that replica's workers die, it is
+replayed on the new ones. Everything here runs on one event loop.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 
+from vllm_omni.diffusion.control.admission import check_ids, check_number
 from vllm_omni.diffusion.control.engine import DiffusionEngine
 from vllm_omni.diffusion.control.events import (
     EngineEvent,
@@ -19,15 +20,14 @@ from vllm_omni.diffusion.control.events import (
 )
 from vllm_omni.diffusion.control.executor import Executor
 from vllm_omni.diffusion.control.executor.merging import merge_ready
-from vllm_omni.diffusion.control.scheduler import check_ids
+from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import WorkerReady
-from vllm_omni.diffusion.messages.request import DiffusionRequest, check_number
 from vllm_omni.errors import QueueFullError, RequestError
 
 STATES = ("failed", "starting", "stopped", "draining", "running", "restarting")
-"""The first of these that is the state of some replica is the state of all: one that runs takes requests while another
-restarts, and one that has failed for good takes the server down."""
+"""States by precedence: the first that any replica has is the state of all. A running replica accepts requests while
+another restarts; a failed one ends the server."""
 
 
 class Replicas:
@@ -40,7 +40,7 @@ class Replicas:
         observer: EngineObserver | None = None,
         **engine_settings: float,
     ) -> None:
-        """`make_executor` is called with the index of each replica; `engine_settings` are keywords of its engine."""
+        """`make_executor`: called with the index of each replica. `engine_settings`: keywords of `DiffusionEngine`."""
         self._max_num_queued_reqs = config.max_num_queued_reqs
         self._observer: EngineObserver = observer or NullObserver()
         self._engines = [
@@ -49,7 +49,7 @@ class Replicas:
         ]
 
     async def start(self) -> WorkerReady:
-        """Start all replicas at once. Raises what the first that fails raises; the others are stopped then."""
+        """Start all replicas at once. When one fails, the others are stopped and its error is raised."""
         starts = [asyncio.create_task(engine.start()) for engine in self._engines]
         try:
             return merge_ready(await asyncio.gather(*starts))
@@ -60,11 +60,11 @@ class Replicas:
             await self.close()
             raise
 
-    def add(self, requests: Sequence[DiffusionRequest]) -> asyncio.Queue[EngineEvent]:
-        """Queue all of `requests`, on one replica or several, or none; see `DiffusionEngine.add`."""
+    def add(self, requests: Sequence[ScheduledRequest]) -> asyncio.Queue[EngineEvent]:
+        """Queue all of `requests`, on one or several replicas, or none; see `DiffusionEngine.add`."""
         with reporting_rejects(self._observer):
             self._check(requests)
-            parts = self._place(requests)
+            parts = self._assign(requests)
             for engine, part in parts.items():
                 engine.check(part)
         events: asyncio.Queue[EngineEvent] = asyncio.Queue()
@@ -77,7 +77,7 @@ class Replicas:
             engine.abort(request_ids)
 
     def status(self) -> EngineStatus:
-        """Of all together; `queue_seconds`: until the last of them has nothing to do."""
+        """Status of all replicas together. `queue_seconds`: time until the last of them is idle."""
         statuses = [engine.status() for engine in self._engines]
         return EngineStatus(
             state=min((status.state for status in statuses), key=STATES.index),
@@ -89,16 +89,16 @@ class Replicas:
             failure=next((status.failure for status in statuses if status.failure), ""),
         )
 
-    def eta_seconds(self, requests: Sequence[DiffusionRequest]) -> float:
-        """Estimated time until the last of `requests` is done, be they here or about to be added."""
-        return max((engine.eta_seconds(part) for engine, part in self._place(requests).items()), default=0.0)
+    def eta_seconds(self, requests: Sequence[ScheduledRequest]) -> float:
+        """Estimated time until the last of `requests` is done. They may be in the queue or about to be added."""
+        return max((engine.eta_seconds(part) for engine, part in self._assign(requests).items()), default=0.0)
 
     def begin_drain(self) -> None:
         for engine in self._engines:
             engine.begin_drain()
 
     async def drain(self, timeout: float) -> bool:
-        """Take no new work; True when all that was here ended within `timeout` seconds."""
+        """Accept no new requests; return whether all requests ended within `timeout` seconds."""
         return all(await asyncio.gather(*(engine.drain(timeout) for engine in self._engines)))
 
     async def close(self) -> None:
@@ -109,12 +109,12 @@ class Replicas:
         for engine in self._engines:
             engine.kill()
 
-    def _check(self, requests: Sequence[DiffusionRequest]) -> None:
-        """What holds for all replicas together. Raises UnavailableError, InvalidRequestError and QueueFullError."""
+    def _check(self, requests: Sequence[ScheduledRequest]) -> None:
+        """Check the common limits. Raises UnavailableError, InvalidRequestError and QueueFullError."""
         for engine in self._engines:
             engine.check_open()
         ids = [request.request_id for request in requests]
-        check_ids(ids, lambda request_id: self._holder(request_id) is not None)
+        check_ids(ids, lambda request_id: self._engine_of(request_id) is not None)
         check_number(len(ids), self._max_num_queued_reqs)
         status = self.status()
         num_here = status.num_running + status.num_waiting
@@ -124,27 +124,27 @@ class Replicas:
                 retry_after=status.queue_seconds * surplus / num_here,
             )
 
-    def _place(self, requests: Sequence[DiffusionRequest]) -> dict[DiffusionEngine, list[DiffusionRequest]]:
-        """Each request's replica: the one that holds it, or else where it will be done first, of those with room."""
-        parts: dict[DiffusionEngine, list[DiffusionRequest]] = {}
+    def _assign(self, requests: Sequence[ScheduledRequest]) -> dict[DiffusionEngine, list[ScheduledRequest]]:
+        """Assign requests to replicas: the one that holds it, or else the one with room that will finish it first."""
+        parts: dict[DiffusionEngine, list[ScheduledRequest]] = {}
         for request in requests:
-            engine = self._holder(request.request_id) or self._first_to_finish(request, parts)
+            engine = self._engine_of(request.request_id) or self._first_to_finish(request, parts)
             parts.setdefault(engine, []).append(request)
         return parts
 
     def _first_to_finish(
-        self, request: DiffusionRequest, parts: Mapping[DiffusionEngine, Sequence[DiffusionRequest]]
+        self, request: ScheduledRequest, parts: Mapping[DiffusionEngine, Sequence[ScheduledRequest]]
     ) -> DiffusionEngine:
-        """`parts`: what is placed already and still to be added."""
+        """`parts`: requests that are assigned and not added yet."""
         with_it = {engine: [*parts.get(engine, ()), request] for engine in self._engines}
         ranked = sorted(self._engines, key=lambda engine: engine.eta_seconds(with_it[engine]))
         return next((engine for engine in ranked if _has_room(engine, with_it[engine])), ranked[0])
 
-    def _holder(self, request_id: str) -> DiffusionEngine | None:
+    def _engine_of(self, request_id: str) -> DiffusionEngine | None:
         return next((engine for engine in self._engines if engine.holds(request_id)), None)
 
 
-def _has_room(engine: DiffusionEngine, requests: Sequence[DiffusionRequest]) -> bool:
+def _has_room(engine: DiffusionEngine, requests: Sequence[ScheduledRequest]) -> bool:
     try:
         engine.check(requests)
     except RequestError:

@@ -1,6 +1,6 @@
-"""From a prompt and sampling parameters to fully resolved, checked and priced requests. No torch here.
+"""Build requests from prompts and sampling parameters: fill in defaults, check, count tokens, price.
 
-Everything that can be known to be wrong is refused here, before a request costs anybody anything.
+Everything that can be known to be wrong is refused here, before it takes time of other requests.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from typing import Any
 from vllm_omni.diffusion.catalog.folder_files import DEFAULTS_FILE
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.control.adapters import resolve_lora
+from vllm_omni.diffusion.control.admission import check_number
+from vllm_omni.diffusion.control.scheduled_request import RequestCost, ScheduledRequest
 from vllm_omni.diffusion.control.sizes import SizeLimits
 from vllm_omni.diffusion.data import OmniDiffusionConfig, flag_of
 from vllm_omni.diffusion.messages.plan import WorkerReady
-from vllm_omni.diffusion.messages.request import DiffusionRequest, RequestCost, check_number
+from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.errors import ConfigError, InvalidRequestError, UnsupportedParameterError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 from vllm_omni.inputs.field_values import WrongValueError, coerce, field_types, shown
@@ -32,7 +34,7 @@ MAX_FPS = 1000
 OUTPUT_TYPES = ("pil", "np")
 GUIDANCE_PARAMETERS = ("true_cfg_scale", "guidance_scale", "cfg_normalization", "cfg_truncation")
 OPTIONAL_PARAMETERS = (*GUIDANCE_PARAMETERS, "strength", "sigmas", "max_sequence_length", "fps")
-"""A model takes some of them: `ModelInfo.parameters`."""
+"""Parameters that only some models take: see `ModelInfo.parameters`."""
 
 
 @dataclass(frozen=True)
@@ -49,81 +51,87 @@ class CheckedPrompt:
 
 
 class RequestBuilder:
-    """Turns what callers write into `DiffusionRequest`s, for one model on one engine."""
+    """Builds the requests of callers' prompts and sampling parameters, for one model on one engine."""
 
     def __init__(self, config: OmniDiffusionConfig, info: ModelInfo, ready: WorkerReady) -> None:
         self._config = config
         self._info = info
         self._ready = ready
 
-    def build(self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams, request_id: str) -> list[DiffusionRequest]:
-        """One request an output, `{request_id}-{i}` with `seed + i`.
+    def build(self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams, request_id: str) -> list[ScheduledRequest]:
+        """Build one request per output: `{request_id}-{i}` with `seed + i`.
 
         Raises InvalidRequestError whose `param` is the field of `OmniDiffusionSamplingParams` or `OmniPrompt`.
         """
         return self.build_checked(self.check(prompt, params), request_id)
 
-    def build_checked(self, checked: CheckedPrompt, request_id: str) -> list[DiffusionRequest]:
-        """`build` without its first part, `check`. Raises as `build`."""
-        prompt, filled, defaults = checked.prompt, checked.params, checked.defaults
-        images = tuple(prompt.images)
+    def build_checked(self, checked: CheckedPrompt, request_id: str) -> list[ScheduledRequest]:
+        """Second part of `build`, after `check`. Raises as `build`."""
+        prompt, filled = checked.prompt, checked.params
+        if prompt.negative_prompt is None:
+            prompt = replace(prompt, negative_prompt=checked.defaults.get("negative_prompt"))
+        request = self._first_request(prompt, filled, request_id)
+        scheduled = self._scheduled(request, filled)
+        return [
+            replace(scheduled, request=replace(request, request_id=f"{request_id}-{i}", seed=request.seed + i))
+            for i in range(filled.num_outputs_per_prompt)
+        ]
+
+    def _first_request(
+        self, prompt: OmniPrompt, filled: OmniDiffusionSamplingParams, request_id: str
+    ) -> DiffusionRequest:
+        """The request of the first output. `filled`: checked parameters with all defaults."""
         assert filled.height is not None
         assert filled.width is not None
         assert filled.num_inference_steps is not None
-        num_frames = filled.num_frames or 1
-        negative = prompt.negative_prompt
-        if negative is None:
-            negative = defaults.get("negative_prompt")
         guidance = self._info.guidance
-        scale = getattr(filled, guidance.parameter)
-        true_cfg_scale = 1.0 if scale is None else scale + guidance.offset
-        if negative is None and true_cfg_scale > 1:
-            negative = guidance.negative_prompt
-        limit = filled.max_sequence_length
-        num_tokens = _count_tokens("prompt", prompt.prompt, limit, self._info)
-        num_negative = None if negative is None else _count_tokens("negative_prompt", negative, limit, self._info)
-        seed = secrets.randbelow(2**32) if filled.seed is None else filled.seed
-        first = DiffusionRequest(
+        scale, negative = guidance.resolved(getattr(filled, guidance.parameter), prompt.negative_prompt)
+        return DiffusionRequest(
             request_id=f"{request_id}-0",
             prompt=prompt.prompt,
-            negative_prompt=negative,
             height=filled.height,
             width=filled.width,
             num_inference_steps=filled.num_inference_steps,
-            true_cfg_scale=true_cfg_scale,
-            guidance_scale=filled.guidance_scale,
-            seed=seed,
+            seed=secrets.randbelow(2**32) if filled.seed is None else filled.seed,
             max_sequence_length=filled.max_sequence_length or self._info.max_prompt_tokens,
-            sigmas=None if filled.sigmas is None else tuple(filled.sigmas),
-            priority=filled.priority,
-            preview_steps=spread_previews(filled.num_previews, filled.num_inference_steps),
-            cost=RequestCost(0, 0, 0, ()),
-            num_prompt_tokens=num_tokens,
-            num_image_tokens=self._info.num_image_tokens(filled.height, filled.width, num_frames),
-            cache=self._config.cache_backend != "none" and filled.cache is not False,
-            arrival=time.monotonic(),
+            negative_prompt=negative,
+            true_cfg_scale=scale,
+            guidance_scale=filled.guidance_scale,
             cfg_normalization=float(filled.cfg_normalization or 0),
             cfg_truncation=1.0 if filled.cfg_truncation is None else filled.cfg_truncation,
-            images=images,
-            num_reference_tokens=sum(self._info.num_reference_tokens(image) for image in images),
+            sigmas=None if filled.sigmas is None else tuple(filled.sigmas),
+            cache=self._config.cache_backend != "none" and filled.cache is not False,
+            images=tuple(prompt.images),
             strength=filled.strength,
             lora=resolve_lora(filled, self._config, self._info),
-            num_frames=num_frames,
+            num_frames=filled.num_frames or 1,
             fps=filled.fps,
         )
-        guides = true_cfg_scale > 1 and not (guidance.needs_negative_prompt and negative is None)
-        branches = [num_tokens, num_negative or 0] if guides else [num_tokens]
-        num_seen = self._info.count_image_prompt_tokens(images)
-        cost, count = self._price(first, [n + num_seen for n in branches]), filled.num_outputs_per_prompt
-        if self._info.shares_encodings:  # which encodes a prompt once: with their parts of the price all begin together
-            replicas = self._config.parallel.data_parallel_size  # each encodes it
-            cost = replace(cost, encode=cost.encode * min(1, replicas / count))
-        return [replace(first, request_id=f"{request_id}-{i}", seed=seed + i, cost=cost) for i in range(count)]
+
+    def _scheduled(self, request: DiffusionRequest, filled: OmniDiffusionSamplingParams) -> ScheduledRequest:
+        """Count the tokens of `request`, which must not exceed the model's limits, and price it."""
+        info, limit, negative = self._info, filled.max_sequence_length, request.negative_prompt
+        num_prompt_tokens = _count_tokens("prompt", request.prompt, limit, info)
+        num_negative = 0 if negative is None else _count_tokens("negative_prompt", negative, limit, info)
+        num_seen = info.count_image_prompt_tokens(request.images)
+        text_tokens = [num_prompt_tokens + num_seen, num_negative + num_seen][: 1 + request.has_guidance]
+        num_image_tokens = info.num_image_tokens(request.height, request.width, request.num_frames)
+        num_reference_tokens = sum(map(info.num_reference_tokens, request.images))
+        return ScheduledRequest(
+            request,
+            self._price(request, text_tokens, num_image_tokens, num_reference_tokens, filled.num_outputs_per_prompt),
+            num_prompt_tokens,
+            num_image_tokens,
+            num_reference_tokens,
+            priority=filled.priority,
+            preview_steps=spread_previews(filled.num_previews, request.num_inference_steps),
+            arrival=time.monotonic(),
+        )
 
     def check(self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams) -> CheckedPrompt:
-        """Check everything but the lengths of the prompts, and resize the pictures to what the model takes.
+        """First part of `build`: check everything but token counts, and resize the pictures to what the model takes.
 
-        May run in any thread; takes up to a second for large pictures. Raises as `build`.
+        May run in any thread: large pictures take about a second. Raises as `build`.
         """
         prompt, params = _fit_prompt(prompt), _fit_params(params)
         _check_supported(prompt, params, self._info)
@@ -138,7 +146,7 @@ class RequestBuilder:
         return CheckedPrompt(replace(prompt, images=images), params, filled, defaults)
 
     def _defaults_of(self, images: Sequence[InputImage], params: OmniDiffusionSamplingParams) -> dict[str, Any]:
-        """The server's defaults over the model's; the size of an edited picture depends on its input pictures."""
+        """Defaults of the server over those of the model; the size of an edit follows from its input pictures."""
         defaults = {**self._info.default_sampling_params, **self._config.default_sampling_params}
         if images:
             asked = params.filled_from(self._config.default_sampling_params)
@@ -146,32 +154,42 @@ class RequestBuilder:
         return defaults
 
     def _edited_size(self, images: Sequence[InputImage], height: int | None, width: int | None) -> tuple[int, int]:
-        """What is asked for; a side that is not is the model's choice for these pictures, within the limits."""
+        """Size of an edit: the sides that were asked for, and the model's choice within the limits for others."""
         assert self._info.image_input is not None
         sizes, own = SizeLimits.of(self._config, self._info), self._info.image_input.output_size(images)
         if width is None:
             return sizes.fit(*own) if height is None else (height, sizes.fit_side(height, own[1]))
         return sizes.fit_side(width, own[0]) if height is None else height, width
 
-    def _price(self, request: DiffusionRequest, text_tokens: Sequence[int]) -> RequestCost:
-        """text_tokens: of each branch, those of input pictures included. Making latents of pixels is taken to cost what
-        the inverse does."""
-        ready, num_references = self._ready, request.num_reference_tokens
-        num_image_tokens = request.num_image_tokens + (0 if self._info.follows_input else num_references)
-        share_of_steps = 1.0 if request.strength is None else request.strength
-        lengths = [self._info.num_sequence_tokens(n, num_image_tokens) for n in text_tokens]
+    def _price(
+        self,
+        request: DiffusionRequest,
+        text_tokens: Sequence[int],
+        num_image_tokens: int,
+        num_reference_tokens: int,
+        num_outputs: int,
+    ) -> RequestCost:
+        """Estimate the work of one of `num_outputs` requests that differ in their seeds alone.
+
+        text_tokens: of each branch, with those of input pictures. Encoding an input picture is priced as a decode.
+        """
+        info, ready = self._info, self._ready
+        lengths = info.branch_tokens(text_tokens, num_image_tokens, num_reference_tokens)
+        encode = ready.encode_units_per_token * sum(text_tokens) + ready.decode_units_per_token * num_reference_tokens
+        if info.shares_encodings:  # each replica encodes the prompt once; all outputs begin together
+            encode *= min(1, self._config.parallel.data_parallel_size / num_outputs)
         return RequestCost(
-            encode=ready.encode_units_per_token * sum(text_tokens) + ready.decode_units_per_token * num_references,
-            step=share_of_steps * sum(self._info.sequence_cost(n) for n in lengths),
-            decode=ready.decode_units_per_token * request.num_image_tokens,
-            branch_tokens=tuple(lengths),
+            encode=encode,
+            step=(1.0 if request.strength is None else request.strength) * sum(map(info.sequence_cost, lengths)),
+            decode=ready.decode_units_per_token * num_image_tokens,
+            branch_tokens=lengths,
         )
 
 
 def check_defaults(config: OmniDiffusionConfig, info: ModelInfo) -> None:
-    """Refuse settings under which requests that rely on the defaults would fail. Raises ConfigError.
+    """Raise ConfigError for settings under which every request that relies on the defaults would fail.
 
-    See `check_default_prompt` for what only the tokenizer can tell.
+    The length of the default negative prompt needs the tokenizer: see `check_default_prompt`.
     """
     values = dict(config.default_sampling_params)
     prompt = OmniPrompt("", values.pop("negative_prompt", None))
@@ -185,7 +203,7 @@ def check_defaults(config: OmniDiffusionConfig, info: ModelInfo) -> None:
 
 
 def check_default_prompt(config: OmniDiffusionConfig, info: ModelInfo) -> None:
-    """The same for the length of the default negative prompt; loads the tokenizer, which takes seconds."""
+    """Raise ConfigError for a default negative prompt that is too long. Loads the tokenizer, which takes seconds."""
     defaults = {**info.default_sampling_params, **config.default_sampling_params}
     text, limit = defaults.get("negative_prompt"), defaults.get("max_sequence_length")
     try:
@@ -200,14 +218,14 @@ _LIMITS = {
     "num_inference_steps": "max_inference_steps",
     "num_frames": "max_num_frames",
 }
-"""Parameters with a limit that is a setting."""
+"""Parameter -> the setting that limits it."""
 
 
 def _blame(error: InvalidRequestError, config: OmniDiffusionConfig, info: ModelInfo) -> str:
-    """One line for a default that is refused: what set it, or else the limit that the model's own does not meet."""
+    """Message for a default that is refused: the place where it was set, or the limit that the model's own exceeds."""
     given = set(config.default_sampling_params)
     if "sigmas" in given:
-        given.add("num_inference_steps")  # their number
+        given.add("num_inference_steps")  # it follows from their number
     limit = _LIMITS.get(error.param or "")
     if error.param in given or (limit == "max_pixels" and given & {"height", "width"}):
         return f"--default-sampling-params: {error}"
@@ -219,14 +237,14 @@ def _blame(error: InvalidRequestError, config: OmniDiffusionConfig, info: ModelI
 
 
 def _count_tokens(name: str, text: str, limit: int | None, info: ModelInfo) -> int:
-    """Tokens of a prompt, of which at most `limit` are taken (None: as many as the model does)."""
+    """Count the tokens of a prompt. Raises InvalidRequestError above `limit` (None: the model's own limit)."""
     if len(text) > MAX_PROMPT_CHARACTERS:
         raise InvalidRequestError(
             f"{name} has {len(text)} characters, at most {MAX_PROMPT_CHARACTERS} are accepted", param=name
         )
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # a lone surrogate, on which tokenizers fail
+    except UnicodeEncodeError as error:  # a lone surrogate: tokenizers fail on it
         raise InvalidRequestError(f"{name} is not valid Unicode: {error}", param=name) from error
     longest = info.max_prompt_tokens
     limit = longest if limit is None else limit
@@ -239,6 +257,7 @@ def _count_tokens(name: str, text: str, limit: int | None, info: ModelInfo) -> i
 def _check_values(
     params: OmniDiffusionSamplingParams, config: OmniDiffusionConfig, info: ModelInfo
 ) -> OmniDiffusionSamplingParams:
+    """Check filled parameters against all limits; return them as plain Python values."""
     params = _fit_params(params)
     _check_params(params, info)
     check_number(params.num_outputs_per_prompt, config.max_num_queued_reqs)
@@ -279,7 +298,7 @@ def _check_frames(num_frames: int | None, config: OmniDiffusionConfig, info: Mod
 
 
 def spread_previews(num_previews: int, num_steps: int) -> tuple[int, ...]:
-    """The 1-based steps after which previews are due: evenly spread, never the last step."""
+    """Steps (1-based) after which previews are due: evenly spread, never the last step."""
     wanted = {round(num_steps * (i + 1) / (num_previews + 1)) for i in range(num_previews)}
     return tuple(sorted(step for step in wanted if 1 <= step < num_steps))
 
@@ -291,7 +310,7 @@ def _fill(params: OmniDiffusionSamplingParams, defaults: Mapping[str, Any]) -> O
 
 
 def check_num_images(num_images: int, info: ModelInfo) -> None:
-    """Raises InvalidRequestError for input pictures that the model does not take, or for none where it needs some."""
+    """Raise InvalidRequestError for more or fewer input pictures than the model takes."""
     if info.image_input is None:
         if num_images:
             raise InvalidRequestError("this model makes pictures from text and takes no input image", param="image")
@@ -304,7 +323,7 @@ def check_num_images(num_images: int, info: ModelInfo) -> None:
 
 
 def _prepare(image: Any, info: ModelInfo) -> InputImage:
-    """A picture as the model takes it; one that is so already stays as it is."""
+    """Prepare an input picture for the model, unless that was done before."""
     if isinstance(image, InputImage):
         return image
     assert info.image_input is not None
@@ -312,7 +331,7 @@ def _prepare(image: Any, info: ModelInfo) -> InputImage:
 
 
 def _check_supported(prompt: OmniPrompt, params: OmniDiffusionSamplingParams, info: ModelInfo) -> None:
-    """Refuse what this model has no meaning for, instead of dropping it."""
+    """Raise InvalidRequestError for parameters that have no meaning for this model."""
     given = {name: getattr(params, name) for name in OPTIONAL_PARAMETERS} | {"negative_prompt": prompt.negative_prompt}
     for name, value in given.items():
         if value is not None and name not in info.parameters:
@@ -332,7 +351,7 @@ def _check_supported(prompt: OmniPrompt, params: OmniDiffusionSamplingParams, in
 
 
 def _fit_prompt(prompt: OmniPrompt) -> OmniPrompt:
-    """The prompt as plain strings that can be written as UTF-8."""
+    """Check that prompts are strings that UTF-8 can encode; return them as plain strings."""
     return replace(
         prompt,
         prompt=_fit_text("prompt", prompt.prompt, str),

@@ -1,4 +1,4 @@
-"""Which sizes of pictures a server accepts. No torch here."""
+"""Sizes of pictures that a server accepts."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.errors import InvalidRequestError
 
 LEAST_MAX_PIXELS = 1024 * 1024
-"""Clients ask for sizes like 512x512 whatever the model: the default limit lets them."""
+"""Lower bound of the default limit: clients ask for common sizes like 512x512 from any model."""
 
 
 @dataclass(frozen=True)
 class SizeLimits:
-    """Of the pictures that requests may ask for, in pixels."""
+    """Limits of the sizes that requests may ask for, in pixels."""
 
     multiple: int
-    """Of which both sides are multiples."""
+    """Both sides are multiples of this."""
     max_pixels: int
     max_side: int
 
     @classmethod
     def of(cls, config: OmniDiffusionConfig, info: ModelInfo) -> SizeLimits:
-        """By default four times the model's own size, and never less than common sizes."""
+        """Limits of a server; the default is four times the model's own size and at least `LEAST_MAX_PIXELS`."""
         max_pixels, own = config.max_pixels, info.default_sampling_params
         if max_pixels is None:
             max_pixels = max(LEAST_MAX_PIXELS, 4 * int(own["height"]) * int(own["width"]))
         return cls(info.size_multiple, max_pixels, max_pixels if info.max_side is None else info.max_side)
 
     def check(self, height: int, width: int) -> None:
-        """Raises InvalidRequestError, whose `param` is one of the sides, with the nearest size that is accepted."""
+        """Raise InvalidRequestError for a size that is not accepted; it names the nearest one, `param` is a side."""
         multiple, most = self.multiple, self.max_pixels
         longer, shorter = ("height", "width") if height > width else ("width", "height")
         if min(height, width) < multiple:
@@ -51,9 +51,9 @@ class SizeLimits:
         raise InvalidRequestError(f"size {width}x{height}{reason}{advice}", param=param)
 
     def nearest(self, height: int, width: int) -> tuple[int, int]:
-        """The accepted (height, width) nearest to any given one. There must be room for one multiple a side."""
+        """Accepted (height, width) nearest to the given one. `max_pixels` must be at least `multiple` squared."""
         multiple = self.multiple
-        # In multiples, rounded in integers: a client's numbers may be too large for a float.
+        # Rounded to multiples in integers, because a client's numbers may be too large for a float.
         most = self.max_pixels // multiple**2
         longest = min(self.max_side // multiple, most)
         rows, columns = (min(max((2 * side + multiple) // (2 * multiple), 1), longest) for side in (height, width))
@@ -68,9 +68,9 @@ class SizeLimits:
         return rows * multiple, columns * multiple
 
     def fit(self, height: int, width: int) -> tuple[int, int]:
-        """A (height, width) that nobody asked for, or the largest one within the limits that has its proportions.
+        """Limit a (height, width) that follows from input pictures: the largest size of its proportions.
 
-        Raises InvalidRequestError, whose `param` is `image`, where these leave one side less than a multiple.
+        Raises InvalidRequestError, whose `param` is `image`, when a side would be shorter than one multiple.
         """
         shorter, longer = sorted((height, width))
         if height * width <= self.max_pixels and longer <= self.max_side:
@@ -83,13 +83,13 @@ class SizeLimits:
                 f"(--max-pixels) and {self.max_side} a side has a side of less than {self.multiple}; ask for a size",
                 param="image",
             )
-        # The longer side follows the shorter one as it was rounded.
+        # The longer side is computed from the rounded shorter one.
         room = min(self.max_pixels // self.multiple**2 // short, self.max_side // self.multiple)
         long = min(round(short * longer / shorter), room)
         rows, columns = (short, long) if height <= width else (long, short)
         return rows * self.multiple, columns * self.multiple
 
     def fit_side(self, asked: int, side: int) -> int:
-        """A side that nobody asked for, or the longest one within the limits beside the other, which is as asked."""
+        """Limit a side that follows from input pictures; the other side was asked for and stays."""
         room = min(self.max_pixels // max(asked, 1), self.max_side) // self.multiple * self.multiple
         return min(side, max(room, self.multiple))

@@ -170,9 +170,9 @@ def _measure(args: CalibrateArgs) -> tuple[list[Change], int]:
     builder = RequestBuilder(config, info, runner.start())
     try:
         requests = [
-            request
+            scheduled.request
             for i, prompt in enumerate(args.prompts)
-            for request in builder.build(
+            for scheduled in builder.build(
                 OmniPrompt(prompt, negative_prompt=" ", images=images),
                 replace(args.params, seed=(args.params.seed or 0) + i),
                 f"{i}",

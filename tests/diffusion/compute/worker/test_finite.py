@@ -188,7 +188,7 @@ def test_the_error_names_the_callers_parameter(runner: ModelRunner, turbo_info: 
     error = not_finite_error(guided, turbo_info, torch.float16)
     assert (error.kind, error.param) == ("invalid", "guidance_scale")
     assert error.message.startswith("guidance_scale 1000 made")
-    unguided = replace(guided, negative_prompt=None)
+    unguided = replace(guided, true_cfg_scale=1.0)
     assert not_finite_error(unguided, turbo_info, torch.float16) == OVERFLOWED
     assert not_finite_error(replace(guided, true_cfg_scale=30.0), turbo_info, torch.bfloat16) == UNKNOWN
     scaled = replace(unguided, lora=LoRA("ink", "/ink.safetensors", -50.0))

@@ -1,4 +1,4 @@
-"""Fixtures that tests with worker processes share."""
+"""Fixtures of tests with worker processes."""
 
 from __future__ import annotations
 

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from testbed.fakes import make_config, make_request
+from testbed.fakes import make_config, make_scheduled
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.control.engine import DiffusionEngine
 from vllm_omni.diffusion.control.events import Finished
 from vllm_omni.diffusion.control.executor import make_executor
 
 REQUESTS = [
-    make_request("a", 64, 3, prompt="red apple", seed=1),
-    make_request("b", (64, 96), 2, prompt="a panda on a pink background", seed=2, negative_prompt=None),
+    make_scheduled("a", 64, 3, prompt="red apple", seed=1),
+    make_scheduled("b", (64, 96), 2, prompt="a panda on a pink background", seed=2, negative_prompt=None),
 ]
 
 
@@ -50,7 +50,7 @@ async def test_both_executors_make_the_same_pixels(monkeypatch: pytest.MonkeyPat
     remote = await pictures("mp")
     for request in REQUESTS:
         image = inline[request.request_id]
-        assert image.shape == (request.height, request.width, 3)
+        assert image.shape == (request.request.height, request.request.width, 3)
         assert image.dtype == np.uint8
         assert image.std() > 5  # a picture, not a plain surface
         assert np.array_equal(image, remote[request.request_id])

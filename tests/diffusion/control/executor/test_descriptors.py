@@ -10,12 +10,12 @@ import time
 import numpy as np
 import pytest
 
-from testbed.fakes import FakeRunner, fake_image, make_config, make_ready, make_request
+from testbed.fakes import FakeRunner, fake_image, make_config, make_ready, make_request, make_scheduled
 from testbed.patience import GUARD_SECONDS
 from tests.descriptors import descriptors_left, low_descriptors_taken
+from tests.diffusion.control.engines import until
 from tests.diffusion.control.executor.test_worker_groups import Meeting, assert_all_done, make
-from tests.diffusion.control.executor.workers import Endless, closing, group_of, is_alive
-from tests.diffusion.control.test_engine import until
+from tests.diffusion.control.executor.workers import Endless, closing, is_alive
 from vllm_omni.diffusion.control.engine import DiffusionEngine
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.plan import StepPlan, WorkerReady
@@ -23,11 +23,11 @@ from vllm_omni.errors import WorkerDiedError
 
 
 class Connecting(FakeRunner):
-    """The ranks meet as real ones do."""
+    """Runner whose ranks meet at the store, like real ones."""
 
     def start(self, first: WorkerReady | None = None) -> WorkerReady:
         from vllm_omni.diffusion.compute.coordination.ranks import connect
-        from vllm_omni.diffusion.compute.device.device import Device
+        from vllm_omni.diffusion.compute.device.kinds import Device
 
         world = connect(self.config.parallel, self.rank_info, Device("cpu"))
         return make_ready(load_seconds=world.mesh.control.agree(float(self.rank_info.rank)))
@@ -35,7 +35,7 @@ class Connecting(FakeRunner):
 
 @pytest.mark.parametrize(("num_ranks", "runner"), [(1, FakeRunner), (2, Meeting), (2, Connecting)])
 async def test_workers_of_a_parent_with_very_many_open_files(num_ranks: int, runner: type[FakeRunner]) -> None:
-    """The channel and the store's socket have in the worker the numbers that they have here."""
+    """A worker inherits the channel and the store's socket under the same descriptor numbers."""
     with low_descriptors_taken():
         async with closing(make(num_ranks, runner)) as executor:
             ready = await executor.start()
@@ -76,14 +76,14 @@ async def test_a_worker_that_lives_is_waited_for_and_no_longer() -> None:
     executor = make(1, FakeRunner)
     async with closing(executor):
         await executor.start()
-        worker = group_of(executor).workers[0]
+        worker = executor._group.workers[0]  # type: ignore[union-attr]
         assert not await worker._ended_within(0.02)
 
 
 async def test_requests_whose_pictures_found_no_descriptor_are_replayed() -> None:
     config = make_config(parallel=DiffusionParallelConfig(), max_worker_restarts=10**6)
     engine = DiffusionEngine(config, make(1, FakeRunner), restart_backoff_seconds=0.001)
-    requests = [make_request(f"r{n}", 64, 5, seed=n, arrival=time.monotonic()) for n in range(3)]
+    requests = [make_scheduled(f"r{n}", 64, 5, seed=n, arrival=time.monotonic()) for n in range(3)]
     async with asyncio.timeout(GUARD_SECONDS):
         await engine.start()
         try:

@@ -135,7 +135,7 @@ class NotesThreads(FakeRunner):
 
 @pytest.mark.parametrize("launches_ahead", [False, True])
 async def test_a_host_that_computes_waits_in_the_thread_that_computes(launches_ahead: bool) -> None:
-    """A second thread would only be in its way."""
+    """A runner on the CPU gets one thread: a second one would take time from it."""
     runner = NotesThreads(launches_ahead)
     async with closing(InlineExecutor(lambda: runner)) as executor:
         await executor.start()
@@ -145,7 +145,7 @@ async def test_a_host_that_computes_waits_in_the_thread_that_computes(launches_a
 
 
 class Busy(Gated):
-    """Knows whether a step runs."""
+    """Runner that records whether a step runs."""
 
     is_busy = False
 
@@ -157,7 +157,7 @@ class Busy(Gated):
 
 
 async def test_the_step_that_runs_is_over_before_the_next_runner_is_made() -> None:
-    """Otherwise two models would be in the device's memory."""
+    """The old step ends before a new runner loads: two models would not fit into the device's memory."""
     runner, was_busy = Busy(make_config()), list[bool]()
 
     def make_next() -> FakeRunner:
@@ -201,7 +201,7 @@ async def test_start_again(backend: str) -> None:
 
 
 class Remembers(FakeRunner):
-    """Its first answer is its rank's own; later ones, made from the first, are others."""
+    """Runner whose measurements depend on its rank at the first start, and on `first` later."""
 
     def start(self, first: WorkerReady | None = None) -> WorkerReady:
         own = 1000 * (1 + self.rank_info.device_index)
@@ -223,7 +223,7 @@ async def test_every_later_start_is_told_of_the_first_one_of_its_rank() -> None:
 
 
 async def test_a_killed_worker_is_noticed_and_replaced() -> None:
-    """By its death: its silence would take longer than a test may."""
+    """The death is noticed by the closed channel, because the silence limit is too long for a test."""
     executor = MultiprocExecutor(make_config(), name_of(Endless), silence_seconds=GUARD_SECONDS)
     async with closing(executor):
         await executor.start()

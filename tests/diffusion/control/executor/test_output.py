@@ -74,7 +74,7 @@ def test_a_reader_that_left(tmp_path: Any) -> None:
 
 
 def test_closed_descriptors(tmp_path: Any) -> None:
-    """From the start; or later, when the next sockets get their numbers."""
+    """Descriptors 0 to 2 are closed from the start, or later, so that sockets would get their numbers."""
     run(f"{tmp_path}/done", command=("/bin/sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"))
     assert (tmp_path / "done").read_text().split() == [os.devnull] * 3
     run(f"{tmp_path}/done", "close")

@@ -15,16 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from testbed.fakes import FakeRunner, fake_image, make_config, make_ready, make_request
+from testbed.fakes import FakeRunner, fake_image, make_config, make_ready, make_request, make_scheduled
 from testbed.patience import GUARD_SECONDS, until
 from tests.diffusion.control.executor.workers import (
     Endless,
     EndlessStart,
     Gated,
+    HoldsTheLock,
     closing,
-    group_of,
-    hang,
-    hang_with_the_lock,
     is_alive,
     name_of,
 )
@@ -34,9 +32,9 @@ from vllm_omni.diffusion.control.executor.launch import LaunchedReplica, interpr
 from vllm_omni.diffusion.control.executor.multiproc import MultiprocExecutor, WorkerGroup
 from vllm_omni.diffusion.control.executor.process import WorkerProcess
 from vllm_omni.diffusion.control.replicas import Replicas
+from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
-from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.diffusion.messages.worker import Abort, Done, Execute, Heartbeat, Ready, Start
 from vllm_omni.errors import ConfigError, WorkerDiedError
 
@@ -65,36 +63,36 @@ class Meeting(FakeRunner):
 
 
 class DiesInStep(FakeRunner):
-    """Rank 1 raises in a step with work, and the others wait in it for ever."""
+    """Runner of which rank 1 raises in a step; the other ranks wait in it for ever."""
 
     def execute(self, plan: StepPlan) -> StepResult:
         if plan.denoise:
             if self.rank_info.rank == 1:
                 raise OSError("rank 1 has lost its device")
-            hang()
+            Endless.execute(self, plan)
         return super().execute(plan)
 
 
 class ClosesChannel(FakeRunner):
-    """Rank 1 closes all that it has open, and lives on."""
+    """Runner of which rank 1 closes all its descriptors and lives on."""
 
     def execute(self, plan: StepPlan) -> StepResult:
         if self.rank_info.rank == 1:
             os.closerange(3, 1000)
-        hang()
+        return Endless.execute(self, plan)
 
 
 class WrongOnOneRank(FakeRunner):
     def start(self, first: WorkerReady | None = None) -> WorkerReady:
         if self.rank_info.rank != 2:
-            hang()
+            Endless.execute(self, StepPlan(0))
         raise ConfigError("--dtype float16: not on this device")
 
 
 class DiesAtStart(FakeRunner):
     def start(self, first: WorkerReady | None = None) -> WorkerReady:
         if self.rank_info.rank != 2:
-            hang()
+            Endless.execute(self, StepPlan(0))
         raise FileNotFoundError("rank 2 has no weights")
 
 
@@ -106,7 +104,8 @@ class LongStart(FakeRunner):
 
 class HoldsTheLockAtStart(FakeRunner):
     def start(self, first: WorkerReady | None = None) -> WorkerReady:
-        hang_with_the_lock()
+        HoldsTheLock.execute(self, StepPlan(0))
+        raise AssertionError
 
 
 class HangsOnce(FakeRunner):
@@ -116,12 +115,12 @@ class HangsOnce(FakeRunner):
         marker = Path(self.config.model)
         if plan.denoise and self.rank_info.rank == self.rank_info.replica_size - 1 and not marker.exists():
             marker.touch()
-            hang()
+            Endless.execute(self, plan)
         return super().execute(plan)
 
 
 def make(num_ranks: int, runner: type[FakeRunner], **settings: Any) -> MultiprocExecutor:
-    """Ranks that no silence ends, unless `settings` say so: it would take longer than a test may."""
+    """Executor without a silence limit, unless `settings` have one."""
     config = make_config(parallel=DiffusionParallelConfig(ulysses_degree=num_ranks))
     limits = {"silence_seconds": GUARD_SECONDS, "start_silence_seconds": GUARD_SECONDS}
     return MultiprocExecutor(config, name_of(runner), **{**limits, **settings})
@@ -164,14 +163,14 @@ async def test_all_ranks_answer_as_one() -> None:
 
 
 async def begin_a_step(executor: MultiprocExecutor) -> asyncio.Task[StepResult]:
-    """Ranks that run a step with work."""
+    """Executor whose ranks are running a step."""
     await executor.start()
     executor.submit(StepPlan(0, new_requests=[make_request("a")], encode=["a"]))
     return asyncio.create_task(executor.next_result())
 
 
 async def assert_dies_at_once(waiting: asyncio.Task[StepResult], text: str) -> None:
-    """For ranks of `make` without `silence_seconds`, whose silence would end nothing within the test."""
+    """Wait for the end of a group that has no silence limit."""
     with pytest.raises(WorkerDiedError, match=text):
         await waiting
 
@@ -183,7 +182,7 @@ async def test_a_killed_rank_ends_the_step_of_all() -> None:
         pids = executor.worker_pids
         os.kill(pids[1], signal.SIGKILL)
         await assert_dies_at_once(waiting, rf"^rank 1 \(pid {pids[1]}\) was killed by signal 9$")
-        listeners = group_of(executor)._tasks[: len(pids)]
+        listeners = executor._group._tasks[: len(pids)]  # type: ignore[union-attr]
         os.kill(pids[2], signal.SIGKILL)
         await asyncio.wait([listeners[2]])
         for _ in range(3):
@@ -221,7 +220,7 @@ async def test_a_start_that_fails_on_one_rank(runner: type[FakeRunner], error: t
 
 
 async def test_a_rank_that_cannot_be_started_leaves_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They would wait for it for ever."""
+    """Other ranks are killed with a rank that died: they would wait for it for ever."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(*args: Any, **kwargs: Any) -> subprocess.Popen[bytes]:
@@ -248,7 +247,7 @@ async def test_a_rank_that_closes_its_channel_is_dead_to_us() -> None:
 
 
 async def test_a_stopped_rank_is_found_by_its_silence() -> None:
-    """And replaced without being asked: it would not answer."""
+    """A silent worker is killed and replaced; it is not asked to stop."""
     executor = make(3, Endless, silence_seconds=SILENCE_SECONDS)
     async with closing(executor):
         await start_patiently(executor.start)
@@ -262,7 +261,7 @@ async def test_a_stopped_rank_is_found_by_its_silence() -> None:
 
 
 async def test_the_rank_that_is_silent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The looks are the test's: one beat of ranks 0 and 1 comes before each."""
+    """The test makes the checks; before each, ranks 0 and 1 send a heartbeat."""
     group = WorkerGroup(silence_seconds=1.0, start_silence_seconds=2.0)
     group.workers = ["rank 0", "rank 1", "rank 2"]  # type: ignore[list-item]
     group._silences = [0.0] * 3
@@ -287,7 +286,7 @@ async def test_the_rank_that_is_silent_is_named(monkeypatch: pytest.MonkeyPatch)
 
 
 async def test_a_start_may_be_silent_for_longer_than_a_step() -> None:
-    """Imports and reading weights may hold up the interpreter that would send beats."""
+    """Imports and reading of weights may block the interpreter, so that it sends no heartbeats."""
     executor = make(1, LongStart, silence_seconds=0.1)
     async with closing(executor):
         await executor.start()
@@ -312,7 +311,7 @@ async def test_a_worker_beats_while_it_loads() -> None:
 
 
 async def test_a_worker_beats_in_a_long_step() -> None:
-    """The step lasts until the test has counted the beats."""
+    """Heartbeats come during a step; it lasts until the test has counted them."""
     replica = LaunchedReplica(make_config(), 0, interpreter_launcher(name_of(Gated)))
     (worker,) = [WorkerProcess(launched) for launched in replica.take()]
     async with asyncio.timeout(GUARD_SECONDS):
@@ -338,7 +337,7 @@ async def test_a_worker_beats_in_a_long_step() -> None:
 @pytest.mark.parametrize("num_ranks", [1, 3])
 async def test_the_engine_replays_when_a_worker_is_killed_or_stopped(num_ranks: int, number: int) -> None:
     executor = make(num_ranks, FakeRunner, silence_seconds=SILENCE_SECONDS)
-    requests = [make_request(f"r{n}", 64, 200, seed=n, arrival=time.monotonic()) for n in range(3)]
+    requests = [make_scheduled(f"r{n}", 64, 200, seed=n, arrival=time.monotonic()) for n in range(3)]
     # Restarts are for ever: a slow machine may make a live worker silent, too.
     engine = DiffusionEngine(make_config(max_worker_restarts=10**6), executor, restart_backoff_seconds=0.001)
     async with asyncio.timeout(GUARD_SECONDS):
@@ -358,12 +357,12 @@ async def test_the_engine_replays_when_a_worker_is_killed_or_stopped(num_ranks: 
 
 
 async def test_the_engine_replaces_workers_that_hang(tmp_path: Path) -> None:
-    """They beat, so it is the step that is overdue."""
+    """Ranks that hang send heartbeats: the overdue step ends them."""
     parallel = DiffusionParallelConfig(ulysses_degree=3)
     # Restarts are for ever: a slow machine may make a live step overdue, too.
     config = make_config(model=str(tmp_path / "hung"), parallel=parallel, max_worker_restarts=10**6)
     executor = MultiprocExecutor(config, name_of(HangsOnce), silence_seconds=GUARD_SECONDS)
-    requests = [make_request(f"r{n}", 64, 3, seed=n, arrival=time.monotonic()) for n in range(3)]
+    requests = [make_scheduled(f"r{n}", 64, 3, seed=n, arrival=time.monotonic()) for n in range(3)]
     engine = DiffusionEngine(config, executor, restart_backoff_seconds=0.001, stall_seconds=1.0, stall_factor=0.0)
     async with asyncio.timeout(GUARD_SECONDS):
         await engine.start()
@@ -384,7 +383,7 @@ async def test_two_replicas_of_two_share_the_work_and_one_dies() -> None:
         )
         for index in range(2)
     ]
-    requests = [make_request(f"r{n}", 64, 200, seed=n, arrival=time.monotonic()) for n in range(6)]
+    requests = [make_scheduled(f"r{n}", 64, 200, seed=n, arrival=time.monotonic()) for n in range(6)]
     replicas = Replicas(make_config(parallel=parallel), executors.__getitem__, restart_backoff_seconds=0.001)
     async with asyncio.timeout(GUARD_SECONDS):
         await replicas.start()
@@ -400,11 +399,11 @@ async def test_two_replicas_of_two_share_the_work_and_one_dies() -> None:
             await replicas.close()
 
 
-async def assert_all_done(events: asyncio.Queue[EngineEvent], requests: list[DiffusionRequest]) -> None:
-    pictures: dict[str, np.ndarray] = {}
+async def assert_all_done(events: asyncio.Queue[EngineEvent], requests: list[ScheduledRequest]) -> None:
+    pictures = {}
     while len(pictures) < len(requests):
         event = await events.get()
         assert not isinstance(event, Failed), event
         if isinstance(event, Finished):
             pictures[event.request_id] = event.image
-    assert all(np.array_equal(pictures[request.request_id], fake_image(request)) for request in requests)
+    assert all(np.array_equal(pictures[request.request_id], fake_image(request.request)) for request in requests)

@@ -11,21 +11,20 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
 from tqdm import tqdm
 
 from testbed.fakes import FakeRunner
 from testbed.patience import GUARD_SECONDS
 from vllm_omni.diffusion.control.executor import Executor
-from vllm_omni.diffusion.control.executor.multiproc import MultiprocExecutor, WorkerGroup
+from vllm_omni.diffusion.control.executor.multiproc import MultiprocExecutor
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.messages.worker import RankInfo
 from vllm_omni.errors import ConfigError
 
 ROOT = Path(__file__).parents[4]
-AnyExecutor = TypeVar("AnyExecutor", bound=Executor)
 
 
 class BrokenStart(FakeRunner):
@@ -49,7 +48,7 @@ class BrokenStep(FakeRunner):
 
 
 class BrokenResult(FakeRunner):
-    """The device fails at what it was given, as the host hears when it asks."""
+    """Runner whose device fails: the error is raised when the result is awaited."""
 
     launches_ahead = True
 
@@ -63,7 +62,7 @@ class BrokenResult(FakeRunner):
 
 
 class AskedLate(FakeRunner):
-    """The first step is not done before the second is launched."""
+    """Runner whose first step ends only after the second was launched."""
 
     launches_ahead = True
 
@@ -83,7 +82,7 @@ class AskedLate(FakeRunner):
 
 
 class Gated(FakeRunner):
-    """A step with an id in `denoise` runs until that id is aborted."""
+    """Runner whose denoising steps run until their request is aborted."""
 
     def __init__(self, config: OmniDiffusionConfig, rank_info: RankInfo | None = None) -> None:
         super().__init__(config, rank_info)
@@ -100,7 +99,7 @@ class Gated(FakeRunner):
 
 
 class Chatty(FakeRunner):
-    """Logs, prints and shows a bar, each more than a pipe takes that nobody reads."""
+    """Runner that writes more log lines, prints and progress bars than fit into a pipe."""
 
     def execute(self, plan: StepPlan) -> StepResult:
         logger = logging.getLogger("vllm_omni.chatty")
@@ -116,35 +115,26 @@ class Chatty(FakeRunner):
         return super().execute(plan)
 
 
-def hang() -> NoReturn:
-    """Wait until the process is killed; its other threads run on."""
-    threading.Event().wait()
-    raise AssertionError
-
-
-def hang_with_the_lock() -> NoReturn:
-    """Wait until the process is killed; no other thread of it runs meanwhile."""
-    ctypes.PyDLL(None).pause()  # a PyDLL keeps the interpreter's lock
-    raise AssertionError
-
-
 class Endless(FakeRunner):
-    """A step that hangs."""
+    """Runner with a step that never ends; other threads run on."""
 
     def execute(self, plan: StepPlan) -> StepResult:
-        hang()
+        threading.Event().wait()
+        raise AssertionError
 
 
 class EndlessStart(FakeRunner):
     def start(self, first: WorkerReady | None = None) -> WorkerReady:
-        hang()
+        Endless.execute(self, StepPlan(0))
+        raise AssertionError
 
 
 class HoldsTheLock(FakeRunner):
-    """A step that hangs and stops all other threads of its process."""
+    """Runner with a step that never ends and holds the interpreter lock."""
 
     def execute(self, plan: StepPlan) -> StepResult:
-        hang_with_the_lock()
+        ctypes.PyDLL(None).pause()  # of a PyDLL, so that the interpreter's lock is kept
+        raise AssertionError
 
 
 def name_of(runner: type[FakeRunner]) -> str:
@@ -152,7 +142,7 @@ def name_of(runner: type[FakeRunner]) -> str:
 
 
 @asynccontextmanager
-async def closing(executor: AnyExecutor) -> AsyncIterator[AnyExecutor]:
+async def closing(executor: Executor) -> AsyncIterator[Executor]:
     async with asyncio.timeout(GUARD_SECONDS):
         try:
             yield executor
@@ -160,12 +150,6 @@ async def closing(executor: AnyExecutor) -> AsyncIterator[AnyExecutor]:
             await executor.close()
             if isinstance(executor, MultiprocExecutor):
                 assert executor.worker_pids == []
-
-
-def group_of(executor: MultiprocExecutor) -> WorkerGroup:
-    """The workers of a started executor: private, but the order of their failures shows nowhere else."""
-    assert executor._group is not None
-    return executor._group
 
 
 def is_alive(pid: int) -> bool:

@@ -9,14 +9,14 @@ from functools import partial
 
 import pytest
 
-from testbed.fakes import FakeExecutor, FakeRunner, fake_image, make_config, make_ready, make_request
-from tests.diffusion.control.test_engine import NotedEvents, now_request, until
-from tests.diffusion.control.test_replicas import engines_of, running
+from testbed.fakes import FakeExecutor, FakeRunner, fake_image, make_config, make_ready, make_scheduled
+from tests.diffusion.control.engines import NotedEvents, now_request, until
+from tests.diffusion.control.test_replicas import running
 from tests.operations import counting_operations
 from vllm_omni.diffusion.control.events import Preview
 from vllm_omni.diffusion.control.replicas import Replicas
+from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.diffusion.control.scheduler import Scheduler
-from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
 from vllm_omni.errors import QueueFullError, UnavailableError
 from vllm_omni.jobs import Job
@@ -25,7 +25,7 @@ FEW, MANY = 100, 10_000
 
 
 class Growth:
-    """Operations of each call with a short and with a long queue."""
+    """Numbers of operations of each call, with a short and with a long queue."""
 
     def __init__(self) -> None:
         self._counts: dict[str, list[int]] = {}
@@ -43,8 +43,8 @@ class Growth:
             assert 0 < many <= 5 * few, f"{name}: {few} operations with {FEW} requests, {many} with {MANY}"
 
 
-def mixed_requests(prefix: str, count: int) -> list[DiffusionRequest]:
-    return [make_request(f"{prefix}{n}", (64, 96, 256)[n % 3], 3 + 7919 * n % 40) for n in range(count)]
+def mixed_requests(prefix: str, count: int) -> list[ScheduledRequest]:
+    return [make_scheduled(f"{prefix}{n}", (64, 96, 256)[n % 3], 3 + 7919 * n % 40) for n in range(count)]
 
 
 def refused(call: Callable[[], object]) -> None:
@@ -60,7 +60,7 @@ def test_calls_of_the_scheduler(policy: str) -> None:
         scheduler, runner = Scheduler(config, make_ready()), FakeRunner()
         scheduler.add(mixed_requests("r", length - 2))
         with growth.measured("add"):
-            scheduler.add([make_request("new", 96, 20)])
+            scheduler.add([make_scheduled("new", 96, 20)])
         for when in ("", " beside a running plan"):
             with growth.measured("refusal" + when):
                 refused(partial(scheduler.add, mixed_requests("late", 5)))
@@ -68,7 +68,7 @@ def test_calls_of_the_scheduler(policy: str) -> None:
                 assert scheduler.num_running + scheduler.num_waiting == length - 1
                 assert scheduler.queue_seconds > 0
             with growth.measured("ETA" + when):
-                scheduler.eta_seconds([make_request("other", 96, 20)])
+                scheduler.eta_seconds([make_scheduled("other", 96, 20)])
             with growth.measured("schedule" + when):
                 plan = scheduler.schedule()
             assert plan is not None
@@ -81,7 +81,7 @@ def test_calls_of_the_scheduler(policy: str) -> None:
                 assert plan is not None
                 scheduler.update(runner.execute(plan), 0.01)
         with growth.measured("add one before all others"):
-            scheduler.add([make_request("urgent", 96, 20, priority=-1)])
+            scheduler.add([make_scheduled("urgent", 96, 20, priority=-1)])
         with growth.measured("schedule one before all others"):
             plan = scheduler.schedule()
         assert plan is not None
@@ -96,20 +96,19 @@ def test_calls_of_the_scheduler(policy: str) -> None:
 
 
 def test_a_step_of_which_most_of_the_queue_may_be_no_part() -> None:
-    """The requests that fit beside the first are found without a look at those that do not."""
+    """The search for requests that fit beside the first does not visit those that do not fit."""
     growth = Growth()
     for length in (FEW, MANY):
         config = make_config(max_num_queued_reqs=length, max_queue_seconds=math.inf, scheduling_policy="fcfs")
         scheduler, runner = Scheduler(config, make_ready(max_batch_tokens=160)), FakeRunner()
-        scheduler.add([make_request("first", 64, 30)])
-        scheduler.add([make_request(f"large{n}", 256, 30) for n in range(length - 2)])
-        scheduler.add([make_request("last", 64, 30)])
+        scheduler.add([make_scheduled("first", 64, 30)])
+        scheduler.add([make_scheduled(f"large{n}", 256, 30) for n in range(length - 2)])
+        scheduler.add([make_scheduled("last", 64, 30)])
         with growth.measured("schedule"):
             for _ in range(5):
                 plan = scheduler.schedule()
                 assert plan is not None
                 scheduler.update(runner.execute(plan), 0.01)
-        assert plan is not None
         assert plan.denoise == ["first", "last"]
     growth.check()
 
@@ -120,7 +119,7 @@ async def test_calls_of_replicas_and_a_step_of_their_engines() -> None:
         executors, observer = [FakeExecutor(hold=True), FakeExecutor(hold=True)], NotedEvents()
         settings = {"max_num_queued_reqs": length, "max_queue_seconds": math.inf}
         async with running(executors, observer, **settings) as replicas:
-            first, second = engines_of(replicas)
+            first, second = replicas._engines
             first.add(mixed_requests("a", length // 2))
             second.add(mixed_requests("b", length // 2 - 1))
             await until(lambda both=executors: all(one.num_plans == 2 for one in both))  # type: ignore[misc]
@@ -132,7 +131,7 @@ async def test_calls_of_replicas_and_a_step_of_their_engines() -> None:
 
 
 def measure_calls(growth: Growth, replicas: Replicas) -> None:
-    """`replicas` have room for one request more."""
+    """Measure every call of `replicas`, which have room for exactly one more request."""
     metrics = PrometheusObserver("demo")
     metrics.watch(replicas.status)
     with growth.measured("add"):
@@ -159,6 +158,6 @@ def test_events_of_a_job_with_many_pictures() -> None:
         with growth.measured("is_done"):
             assert not job.is_done
         with growth.measured("progress"):
-            output = job.progress(Preview(f"job-{length - 1}", 1, fake_image(job.requests[-1])))
+            output = job.progress(Preview(f"job-{length - 1}", 1, fake_image(job.requests[-1].request)))
         assert output.index == length - 1
     growth.check()

@@ -57,7 +57,7 @@ def test_it_is_a_sorted_list(seed: int) -> None:
 
 
 def test_an_empty_tree_has_no_work_left_over() -> None:
-    """Sums do not drift: 0.1 + 0.2 - 0.1 - 0.2 is not 0."""
+    """Sums are recomputed, so rounding errors do not add up: 0.1 + 0.2 - 0.1 - 0.2 is not 0."""
     tree: WorkTree[str] = WorkTree()
     for number, work in enumerate((0.1, 0.2, 1e9, 0.3)):
         tree.add((float(number),), "", work, (0.0,))

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
-from vllm_omni.diffusion.messages.request import DiffusionRequest, RequestCost
+from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.inputs.images import InputImage
 
 MAX_PICTURE_TOKENS = 256
@@ -31,22 +31,12 @@ def warmup_request(info: ModelInfo, prompt: str, max_tokens: int | None = MAX_PI
     return DiffusionRequest(
         request_id=f"warm-up: {prompt}",
         prompt=prompt,
-        negative_prompt=None,
         height=height,
         width=width,
         num_inference_steps=2,
-        true_cfg_scale=1.0,
         guidance_scale=1.0,
         seed=0,
         max_sequence_length=defaults.get("max_sequence_length", info.max_prompt_tokens),  # some models pad prompts
-        sigmas=None,
-        priority=0,
-        preview_steps=(),
-        cost=RequestCost(0, 0, 0, ()),
-        num_prompt_tokens=info.count_prompt_tokens(prompt),
-        num_image_tokens=info.num_image_tokens(height, width, num_frames),
-        cache=False,
-        arrival=0.0,
         images=() if info.image_input is None or not info.image_input.min_images else (InputImage.of(black, black),),
         strength=1.0 if "strength" in info.parameters else None,  # all steps, so that they can be timed
         num_frames=num_frames,
@@ -56,10 +46,10 @@ def warmup_request(info: ModelInfo, prompt: str, max_tokens: int | None = MAX_PI
 def default_request(info: ModelInfo, max_tokens: int | None) -> DiffusionRequest:
     """`warmup_request` with the model's default guidance and negative prompt, as most requests have."""
     defaults = info.default_sampling_params
-    scale = defaults.get(info.guidance.parameter)
+    scale, negative = info.guidance.resolved(defaults.get(info.guidance.parameter), defaults.get("negative_prompt"))
     return replace(
         warmup_request(info, COMMON_PROMPT, max_tokens),
-        negative_prompt=defaults.get("negative_prompt"),
+        negative_prompt=negative,
         guidance_scale=defaults.get("guidance_scale"),
-        true_cfg_scale=1.0 if scale is None else scale + info.guidance.offset,
+        true_cfg_scale=scale,
     )

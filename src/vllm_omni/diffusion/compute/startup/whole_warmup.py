@@ -61,18 +61,24 @@ def _measure(
 ) -> Rates:
     """Rates from complete runs of the requests; the first run is a warm-up."""
     runs = [_run(pipeline, request, timer) for request in requests]
-    samples = [Sample(r.num_image_tokens, _step_units(info, r), step) for r, (_, step, _) in zip(requests, runs)]
+    samples = [
+        Sample(_num_image_tokens(info, r), _step_units(info, r), step) for r, (_, step, _) in zip(requests, runs)
+    ]
     last, (encode, _, decode) = requests[-1], runs[-1]
-    return Rates.from_times(samples[1:], encode / last.num_prompt_tokens, decode / last.num_image_tokens)
+    return Rates.from_times(
+        samples[1:], encode / info.count_prompt_tokens(last.prompt), decode / _num_image_tokens(info, last)
+    )
 
 
 def _step_units(info: WholeModelInfo, request: DiffusionRequest) -> float:
     """Units of one step. With guidance a second sequence is counted, without text."""
-    units = info.sequence_cost(request.num_image_tokens + request.num_prompt_tokens)
-    guides = request.true_cfg_scale > 1 and (
-        request.negative_prompt is not None or not info.guidance.needs_negative_prompt
-    )
-    return units + (info.sequence_cost(request.num_image_tokens) if guides else 0)
+    num_image_tokens = _num_image_tokens(info, request)
+    units = info.sequence_cost(num_image_tokens + info.count_prompt_tokens(request.prompt))
+    return units + (info.sequence_cost(num_image_tokens) if request.has_guidance else 0)
+
+
+def _num_image_tokens(info: WholeModelInfo, request: DiffusionRequest) -> int:
+    return info.num_image_tokens(request.height, request.width, request.num_frames)
 
 
 def _run(pipeline: Pipeline[Any], request: DiffusionRequest, timer: RankTimer) -> tuple[float, float, float]:

@@ -1,4 +1,4 @@
-"""A request on its way, its next item, and the policies that order requests."""
+"""Progress of a request, its next item, and the policies that order requests."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.diffusion.data import SchedulingPolicy
-from vllm_omni.diffusion.messages.request import DiffusionRequest
 
 AGEING = 0.1
-"""Units by which a waiting request moves forward for each unit done for others."""
+"""Units by which a waiting request moves forward for each unit of work done for others."""
 
 
 class Phase(IntEnum):
+    """Kind of an item."""
+
     ENCODE = 0
     DENOISE = 1
     DECODE = 2
@@ -22,41 +24,41 @@ class Phase(IntEnum):
 
 @dataclass(eq=False)
 class Entry:
-    """A request on its way, as far as plans have taken it (which may be ahead of the device)."""
+    """A request and its planned progress, which may be ahead of the device."""
 
-    request: DiffusionRequest
+    request: ScheduledRequest
     number: int
-    """Order of arrival."""
+    """Position in the order of arrival."""
     arrival_work: float
-    """Units planned for the device when it arrived."""
+    """Units that had been planned for all requests when this one arrived."""
     step_overhead: float
-    """Units that the fixed overhead of a step is worth."""
+    """Units that take as long as the fixed overhead of a step."""
     first_step_id: int = 0
-    """Plan in which this run began: outcomes of older plans speak of an earlier run."""
+    """Plan in which the current run began: results of older plans belong to an earlier run."""
     previews: set[int] = field(default_factory=set)
-    """Steps whose preview is still to be delivered."""
+    """Steps (1-based) whose preview was not delivered yet."""
     planned_work: float = 0.0
-    """Units planned for it."""
+    """Units planned for this request."""
     steps: int = 0
     encoded: bool = False
     decoded: bool = False
     runs_alone: bool = False
-    """Shares no step with others: it ran out of memory in company, or may have killed workers."""
+    """Whether it shares no step: it ran out of memory beside others, or may have killed workers."""
     num_deaths: int = 0
-    """Workers that died while they ran it."""
+    """Number of workers that died while they ran it."""
     groups: Sequence[int] = ()
-    """Numbers of the rank groups that computed its guidance branches last, one for each branch."""
+    """Rank group of each branch in the last step."""
 
     @property
     def phase(self) -> Phase:
         if not self.encoded:
             return Phase.ENCODE
-        return Phase.DENOISE if self.steps < self.request.num_inference_steps else Phase.DECODE
+        return Phase.DENOISE if self.steps < self.request.num_steps else Phase.DECODE
 
     @property
     def remaining(self) -> float:
         """Units still to be planned."""
-        cost, steps = self.request.cost, self.request.num_inference_steps - self.steps
+        cost, steps = self.request.cost, self.request.num_steps - self.steps
         num_decodes = sum(step > self.steps for step in self.previews) + (not self.decoded)
         return (not self.encoded) * cost.encode + steps * (cost.step + self.step_overhead) + num_decodes * cost.decode
 
@@ -73,13 +75,13 @@ class Entry:
         )
 
     def tokens_to_join(self, lead: Phase) -> float:
-        """Tokens that decide whether it may join a step that an item of `lead` leads; infinity where it may not.
+        """Tokens to compare with the budget left in a step whose first item is of phase `lead`; infinity: may not join.
 
-        Denoising steps gain from company, encodes and decodes do not: a step that one of these leads takes
-        no other kind, so that its outcome is not held up.
+        Denoising gets cheaper per token in larger steps, encodes and decodes do not. So a step led by an encode or a
+        decode contains no other phase, which would delay its result.
 
-        An encode beside denoising counts as the steps that it leads to: where these would fit, waiting for
-        the encode would keep the pack half empty. If it is long it exceeds the budget, and is the last to join.
+        An encode in a denoising step counts with the tokens of its later steps: where these fit, the request should
+        begin now. A long encode then exceeds the budget and is the last to join.
         """
         if self.runs_alone or (lead is not Phase.DENOISE and self.phase is not lead):
             return math.inf
@@ -87,6 +89,7 @@ class Entry:
         return self.request.cost.tokens_per_step if joins_later else self.next_item().tokens
 
     def advance(self, item: Item) -> None:
+        """Count `item` as planned."""
         self.planned_work += item.work
         if item.phase is Phase.ENCODE:
             self.encoded = True
@@ -96,37 +99,39 @@ class Entry:
             self.decoded = True
 
     def rewind(self) -> None:
-        """Back to the start; previews that were delivered stay delivered, work that was lost counts as waiting."""
+        """Return to the start. Delivered previews stay delivered; lost work does not count as planned."""
         self.steps, self.planned_work, self.encoded, self.decoded = 0, 0.0, False, False
 
 
 @dataclass(frozen=True)
 class Item:
-    """The next piece of work of one request."""
+    """Next piece of work of one request."""
 
     entry: Entry
     phase: Phase
     tokens: float
-    """Part of the plan's token budget that this piece uses."""
+    """Tokens of the plan's budget that this item uses."""
     work: float
+    """Units."""
     preview: bool = False
 
 
 Order = tuple[float, ...]
+"""Sort key of an entry."""
 
 
 def fair_order(entry: Entry) -> Order:
     """Least remaining work first, with ageing.
 
-    Effective work is `remaining - AGEING * (work done for others since it arrived)`. The device's work since
-    then is `done - arrival_work`, of which `served` was its own; `done` is the same for all and drops out.
-    A request of R units is overtaken by none that arrives more than R / AGEING units of device work after it.
+    The key is `remaining - AGEING * (work done for others since arrival)`. The device's work since arrival is
+    `done - arrival_work`, of which `planned_work` was this request's own; `done` is equal for all and is left out.
+    A request of R units is not overtaken by one that arrives more than R / AGEING units of device work later.
     """
     return (entry.remaining + AGEING * (entry.arrival_work + entry.planned_work),)
 
 
 def fcfs_order(entry: Entry) -> Order:
-    """First come, first served, but a picture that only needs its decode does not wait for longer ones."""
+    """First come, first served; but a request that only needs its decode goes first."""
     return (entry.phase is not Phase.DECODE, entry.number)
 
 

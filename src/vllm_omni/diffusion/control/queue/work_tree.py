@@ -1,4 +1,4 @@
-"""Values in the order of their keys, with sums of their work. Every operation visits O(log n) of n values."""
+"""Sorted values with sums of their work. Every operation visits O(log n) of n nodes."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class _Node(Generic[Value]):
         self.least_tokens = tokens
 
     def refreshed(self) -> _Node[Value]:
-        """This node, once its sums are those of its subtree.
+        """Recompute the sums of this subtree from the children; return this node.
 
-        They are computed from the children each time: a running total would drift, for floats do not subtract exactly.
+        Totals are not updated by differences, because rounding errors of floats would add up.
         """
         self.size, self.total_work, self.least_tokens = 1, self.work, self.tokens
         for child in (self.left, self.right):
@@ -40,9 +40,9 @@ class _Node(Generic[Value]):
 
 
 class WorkTree(Generic[Value]):
-    """A treap: a search tree by key that is a heap by a random rank, which keeps its depth near 2 ln n.
+    """Treap: a search tree by key and a heap by a random rank, with a depth near 2 ln n.
 
-    Each value has units of work, which are summed, and tuples of tokens of one length, by which it is found.
+    Each value has units of work, which are summed, and a tuple of token numbers, by which `first_after` searches.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class WorkTree(Generic[Value]):
         return 0 if self._root is None else self._root.size
 
     def __iter__(self) -> Iterator[tuple[Key, Value]]:
-        """All in order; the first of them come without a visit to the others."""
+        """Iterate in order, without visiting later nodes."""
         path: list[_Node[Value]] = []
         node = self._root
         while path or node is not None:
@@ -70,11 +70,11 @@ class WorkTree(Generic[Value]):
         return 0.0 if self._root is None else self._root.total_work
 
     def add(self, key: Key, value: Value, work: float, tokens: tuple[float, ...]) -> None:
-        """`key` is no other value's."""
+        """Add a value. `key` must be unique."""
         self._root = _insert(self._root, _Node(key, value, work, tokens, self._random.random()))
 
     def remove(self, key: Key) -> None:
-        """Raises KeyError where no value has this key."""
+        """Remove the value with this key. Raises KeyError when there is none."""
         self._root = _remove(self._root, key)
 
     def work_before(self, key: Key) -> float:
@@ -89,7 +89,7 @@ class WorkTree(Generic[Value]):
         return work
 
     def first_after(self, key: Key | None, index: int, limit: float) -> tuple[Key, Value] | None:
-        """The first value behind `key` (None: of all) whose `tokens[index]` are at most `limit`."""
+        """First value after `key` (None: from the start) whose `tokens[index]` is at most `limit`."""
         found = _first_after(self._root, key, index, limit)
         return None if found is None else (found.key, found.value)
 
@@ -109,7 +109,7 @@ def _insert(node: _Node[Value] | None, new: _Node[Value]) -> _Node[Value]:
 
 
 def _split(node: _Node[Value] | None, key: Key) -> tuple[_Node[Value] | None, _Node[Value] | None]:
-    """The subtrees of smaller and of larger keys."""
+    """Split into the subtrees of smaller and of larger keys."""
     if node is None:
         return None, None
     assert key != node.key
@@ -133,7 +133,7 @@ def _remove(node: _Node[Value] | None, key: Key) -> _Node[Value] | None:
 
 
 def _merge(smaller: _Node[Value] | None, larger: _Node[Value] | None) -> _Node[Value] | None:
-    """One tree of two; every key of the first is smaller than every key of the second."""
+    """Merge two trees; every key of the first is smaller than every key of the second."""
     if smaller is None or larger is None:
         return larger if smaller is None else smaller
     if smaller.rank > larger.rank:
@@ -144,7 +144,7 @@ def _merge(smaller: _Node[Value] | None, larger: _Node[Value] | None) -> _Node[V
 
 
 def _first_after(node: _Node[Value] | None, key: Key | None, index: int, limit: float) -> _Node[Value] | None:
-    """A subtree without a match is left at once, so one path to `key` and one to the match are visited."""
+    """Search one path to `key` and one to the match; subtrees without a match are skipped."""
     if node is None or node.least_tokens[index] > limit:
         return None
     if key is not None and node.key <= key:

@@ -86,7 +86,7 @@ class PictureService:
         )
         reservation.replace_images(checked.prompt.images)
         job = await self.checker.make_job(checked)
-        ignored, headers = self.ignored_fields(body, request, len(job.requests[0].cost.branch_tokens) > 1)
+        ignored, headers = self.ignored_fields(body, request, job.requests[0].request.has_guidance)
         return AcceptedRequest(job, checked, ResponseOptions.of(body, image_format, ignored), body.stream, headers)
 
     async def respond(

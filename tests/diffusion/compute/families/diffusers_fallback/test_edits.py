@@ -15,6 +15,7 @@ from testbed.runner_driver import Drive, psnr
 from tests.diffusion.compute.families.diffusers_fallback.conftest import ModelOf, PipelineOf, RunnerOf
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.control.request_builder import RequestBuilder
+from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import ItemError, StepPlan, WorkerReady
 from vllm_omni.diffusion.messages.request import DiffusionRequest
@@ -39,10 +40,15 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
-def resolve(model_of: ModelOf, name: str, images: tuple[Image.Image, ...], **params: Any) -> list[DiffusionRequest]:
+def resolve(model_of: ModelOf, name: str, images: tuple[Image.Image, ...], **params: Any) -> list[ScheduledRequest]:
     model = str(model_of(name))
     builder = RequestBuilder(OmniDiffusionConfig(model), load_model_info(model), READY)
     return builder.build(OmniPrompt(PROMPT, images=images), OmniDiffusionSamplingParams(**params), "r")
+
+
+def built(model_of: ModelOf, name: str, images: tuple[Image.Image, ...], **params: Any) -> list[DiffusionRequest]:
+    """Requests for a worker."""
+    return [scheduled.request for scheduled in resolve(model_of, name, images, **params)]
 
 
 def drawn(pipeline: Any, seed: int, **arguments: Any) -> np.ndarray:
@@ -76,7 +82,7 @@ def test_an_edit_is_diffusers_own(
     arguments: dict[str, Any],
 ) -> None:
     image = noise(*size)
-    (request,) = resolve(model_of, name, (image,), seed=3, **params)
+    (request,) = built(model_of, name, (image,), seed=3, **params)
     drive = Drive(runner_of(name)).run({0: [request]})
     assert not drive.errors
     strength = {"strength": params["strength"]} if "strength" in params else {}
@@ -91,8 +97,8 @@ def test_several_pictures_are_seen_in_their_order(
 ) -> None:
     """Two requests under way: of two pictures of other sizes, and of none."""
     images = (noise(96, 64, 1), Image.new("RGB", (64, 80)))
-    (both,) = resolve(model_of, KLEIN, images, seed=3, **SQUARE, **T5)
-    (none,) = resolve(model_of, KLEIN, (), seed=4, **T5)
+    (both,) = built(model_of, KLEIN, images, seed=3, **SQUARE, **T5)
+    (none,) = built(model_of, KLEIN, (), seed=4, **T5)
     drive = Drive(runner_of(KLEIN)).run({0: [both], 1: [replace(none, request_id="none")]})
     assert not drive.errors
     pipeline = pipeline_of(KLEIN)
@@ -106,7 +112,7 @@ def test_a_size_that_the_pipeline_cannot_be_told_is_that_of_its_picture(
     model_of: ModelOf, runner_of: RunnerOf, pipeline_of: PipelineOf
 ) -> None:
     image = noise(96, 80)
-    (request,) = resolve(model_of, SDXL, (image,), seed=3, height=64, width=72)
+    (request,) = built(model_of, SDXL, (image,), seed=3, height=64, width=72)
     drive = Drive(runner_of(SDXL)).run({0: [request]})
     resized = image.resize((72, 64), Image.Resampling.LANCZOS)
     assert psnr(drive.images["r-0"], drawn(pipeline_of(SDXL), 3, image=resized)) >= 60
@@ -115,7 +121,7 @@ def test_a_size_that_the_pipeline_cannot_be_told_is_that_of_its_picture(
 def test_without_a_picture_kontext_makes_one_from_text(
     model_of: ModelOf, runner_of: RunnerOf, pipeline_of: PipelineOf
 ) -> None:
-    (request,) = resolve(model_of, KONTEXT, (), seed=3, **T5)
+    (request,) = built(model_of, KONTEXT, (), seed=3, **T5)
     drive = Drive(runner_of(KONTEXT)).run({0: [request]})
     expected = drawn(pipeline_of(KONTEXT), 3, max_area=64 * 64, **SQUARE, **T5)
     assert psnr(drive.images["r-0"], expected) >= 60
@@ -131,7 +137,7 @@ def test_edits_under_way_do_not_touch_one_another(
     strengths: list[dict[str, Any]] = [{}] * 3 if name == KONTEXT else [{"strength": s} for s in (0.9, 0.5, 0.7)]
     requests = []
     for index, image in enumerate(images):
-        (request,) = resolve(model_of, name, (image,), seed=index, **own, **strengths[index])
+        (request,) = built(model_of, name, (image,), seed=index, **own, **strengths[index])
         requests.append(request)
     runner = runner_of(name)
     ids = ["a", "b", "c"]
@@ -150,7 +156,7 @@ def test_edits_under_way_do_not_touch_one_another(
 
 
 def test_a_strength_of_no_step_is_the_callers_mistake(model_of: ModelOf, runner_of: RunnerOf) -> None:
-    (request,) = resolve(model_of, SDXL, (noise(64, 64),), strength=0.2)
+    (request,) = built(model_of, SDXL, (noise(64, 64),), strength=0.2)
     errors = Drive(runner_of(SDXL)).run({0: [request]}).errors
     expected = ItemError("strength 0.2 of 4 steps leaves no step", "invalid", traceback="", param="strength")
     assert errors["r-0"] == expected
@@ -181,10 +187,10 @@ def test_what_cannot_be_edited_is_refused_by_name(
 
 def test_a_picture_that_would_make_too_large_a_one_makes_the_largest_of_its_proportions(model_of: ModelOf) -> None:
     (request,) = resolve(model_of, SDXL, (Image.new("RGB", (2048, 1024)),))
-    assert (request.width, request.height) == (1440, 720)
-    assert request.images[0].reference.shape == (720, 1440, 3)
+    assert (request.request.width, request.request.height) == (1440, 720)
+    assert request.request.images[0].reference.shape == (720, 1440, 3)
     (request,) = resolve(model_of, SDXL, (Image.new("RGB", (2048, 1024)),), height=64, width=128)
-    assert request.images[0].reference.shape == (64, 128, 3)  # nothing larger waits in the queue
+    assert request.request.images[0].reference.shape == (64, 128, 3)  # nothing larger waits in the queue
 
 
 def test_positions_bound_the_sides(model_of: ModelOf, runner_of: RunnerOf) -> None:
@@ -193,8 +199,8 @@ def test_positions_bound_the_sides(model_of: ModelOf, runner_of: RunnerOf) -> No
         resolve(model_of, SD3, (noise(64, 64),), height=64, width=1024, **T5)
     assert caught.value.param == "width"
     (request,) = resolve(model_of, SD3, (noise(1024, 64),), strength=0.5, **T5)
-    assert (request.width, request.height) == (512, 32)
-    drive = Drive(runner_of(SD3)).run({0: [request]})
+    assert (request.request.width, request.request.height) == (512, 32)
+    drive = Drive(runner_of(SD3)).run({0: [request.request]})
     assert not drive.errors
     assert drive.images["r-0"].shape == (32, 512, 3)
 
@@ -211,8 +217,24 @@ def test_a_picture_that_is_changed_costs_its_share_of_the_steps_and_no_tokens(mo
     assert seen.cost.branch_tokens == (2 * 16 + seen.num_prompt_tokens,)
 
 
+@pytest.mark.parametrize(("name", "scale"), [(SDXL, 3.0), (SDXL, 1.0), (KONTEXT, 3.0)])
+def test_a_worker_counts_the_tokens_that_a_request_was_priced_for(
+    model_of: ModelOf, runner_of: RunnerOf, name: str, scale: float
+) -> None:
+    limits = T5 if name == KONTEXT else {"strength": 1.0}
+    (scheduled,) = resolve(model_of, name, (noise(64, 64),), guidance_scale=scale, num_inference_steps=2, **limits)
+    runner = runner_of(name)
+    runner.execute(StepPlan(0, new_requests=[scheduled.request], encode=["r-0"]))
+    result = runner.execute(StepPlan(1, denoise=["r-0"]))
+    runner.execute(StepPlan(2, release=["r-0"]))
+    assert (result.num_tokens, result.num_sequences) == (
+        scheduled.cost.tokens_per_step,
+        len(scheduled.cost.branch_tokens),
+    )
+
+
 def test_a_large_picture_to_look_at_is_kept_smaller_and_priced_as_one_of_the_models_size(model_of: ModelOf) -> None:
     (request,) = resolve(model_of, KONTEXT, (Image.new("RGB", (4096, 2048)),))
-    assert request.images[0].reference.shape == (1448, 2896, 3)
-    assert (request.height, request.width) == (48, 96)
+    assert request.request.images[0].reference.shape == (1448, 2896, 3)
+    assert (request.request.height, request.request.width) == (48, 96)
     assert request.num_reference_tokens == 16

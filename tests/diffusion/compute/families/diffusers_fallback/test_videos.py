@@ -140,7 +140,7 @@ def test_a_server_makes_as_many_frames_as_the_model_by_default(model_of: ModelOf
     model = str(model_of(WAN))
     builder = RequestBuilder(OmniDiffusionConfig(model), load_model_info(model), READY)
     (request,) = builder.build(OmniPrompt(PROMPT), OmniDiffusionSamplingParams(guidance_scale=1.0), "r")
-    assert request.num_frames == 5
+    assert request.request.num_frames == 5
     assert request.cost.branch_tokens == (2 * 16 + request.num_prompt_tokens,)
     with pytest.raises(InvalidRequestError, match=r"1 to 5 \(--max-num-frames\)"):
         builder.build(OmniPrompt(PROMPT), OmniDiffusionSamplingParams(num_frames=9), "r")

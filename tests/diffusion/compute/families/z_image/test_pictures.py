@@ -108,7 +108,7 @@ def test_defaults_draw_what_diffusers_draws_with_its_own(model: str, request: py
     runner = started(path)
     builder = RequestBuilder(OmniDiffusionConfig(model=str(path)), load_model_info(str(path)), make_ready())
     (resolved,) = builder.build(OmniPrompt("a red apple"), OmniDiffusionSamplingParams(seed=5), "r")
-    drive = Drive(runner).run({0: [resolved]})
+    drive = Drive(runner).run({0: [resolved.request]})
     pipeline = reference(path)
     settings = {"num_inference_steps": 8, "guidance_scale": 0.0} if model == "turbo" else {}
     wanted = pipeline(
@@ -120,7 +120,7 @@ def test_defaults_draw_what_diffusers_draws_with_its_own(model: str, request: py
         **settings,
     ).images[0]
     check(drive.images["r-0"], wanted)
-    assert resolved.num_inference_steps == pipeline.num_timesteps == len(drive.pack_sizes) - 3
+    assert resolved.num_steps == pipeline.num_timesteps == len(drive.pack_sizes) - 3
     assert resolved.cost.branch_tokens == tuple([32 + 32] * (1 if model == "turbo" else 2))
 
 

@@ -165,11 +165,11 @@ class WholeState(RequestState):
 class DiffusersPipeline(Pipeline[WholeState]):
     """Loaded pipeline of diffusers. A step of a request is a step of its call; requests of one plan run in turn."""
 
-    def __init__(self, pipeline: Any, whole: WholePipeline, adapters: Adapters, device: torch.device) -> None:
+    def __init__(self, pipeline: Any, info: WholeModelInfo, adapters: Adapters, device: torch.device) -> None:
         self.pipeline = pipeline
         self._device = device
         self._adapters = adapters
-        self._whole = whole
+        self._info = info
         self.step_cache = NoCache(Group.alone())  # never used
         self._calls: dict[str, PipelineCall] = {}
         # A paused call would keep the weights until the process ends.
@@ -201,18 +201,27 @@ class DiffusersPipeline(Pipeline[WholeState]):
             pipeline.enable_group_offload(device, offload_type="leaf_level", use_stream=True)
         else:
             pipeline.to(device)
-        return cls(pipeline, info.pipeline, adapters, device)
+        return cls(pipeline, info, adapters, device)
 
     def encode(self, request: DiffusionRequest) -> WholeState:
         self._give_turn(request)
-        call = self._calls[request.request_id] = PipelineCall(self.pipeline, self._whole, request, self._device)
+        call = PipelineCall(self.pipeline, self._info.pipeline, request, self._device)
+        self._calls[request.request_id] = call
         try:
             call.encode()
         except Exception:  # the runner reports it; a call that did not begin is dropped
             del self._calls[request.request_id]
             raise
-        lengths = request.cost.branch_tokens or (request.num_image_tokens,)
-        return WholeState(request, self._nothing, lengths, call=call)
+        return WholeState(request, self._nothing, self._branch_tokens(request), call=call)
+
+    def _branch_tokens(self, request: DiffusionRequest) -> tuple[int, ...]:
+        info, num_seen = self._info, self._info.count_image_prompt_tokens(request.images)
+        prompts = (request.prompt, request.negative_prompt)[: 1 + request.has_guidance]
+        return info.branch_tokens(
+            [num_seen + (0 if prompt is None else info.count_prompt_tokens(prompt)) for prompt in prompts],
+            info.num_image_tokens(request.height, request.width, request.num_frames),
+            sum(map(info.num_reference_tokens, request.images)),
+        )
 
     def predict(self, states: Sequence[WholeState], groups: Sequence[int] | None = None) -> list[tuple[Tensor, ...]]:
         """An empty tensor for each branch: the pipeline's step is one piece, made in `advance`."""

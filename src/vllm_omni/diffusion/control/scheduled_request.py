@@ -1,0 +1,55 @@
+"""Request as the engine schedules it: the workers' part, its price, and how it is queued and reported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllm_omni.diffusion.messages.request import DiffusionRequest
+
+
+@dataclass(frozen=True)
+class RequestCost:
+    """Work of one request. A unit is the work of one token in the transformer's linear layers."""
+
+    encode: float
+    step: float
+    decode: float
+    branch_tokens: tuple[int, ...]
+    """Tokens of each branch: text, the picture's and its input pictures'."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one denoising step adds to the pack."""
+        return sum(self.branch_tokens)
+
+    def total(self, num_steps: int) -> float:
+        """Units of a whole request."""
+        return self.encode + num_steps * self.step + self.decode
+
+
+@dataclass(frozen=True)
+class ScheduledRequest:
+    """A request and everything that scheduling and reports need; workers get `request` alone."""
+
+    request: DiffusionRequest
+    cost: RequestCost
+    num_prompt_tokens: int
+    num_image_tokens: int
+    """Tokens of the picture that is made."""
+    num_reference_tokens: int = 0
+    """Tokens that the input pictures add to each branch."""
+    priority: int = 0
+    """Smaller runs earlier."""
+    preview_steps: tuple[int, ...] = ()
+    """Steps (1-based, ascending) after which a preview is delivered."""
+    arrival: float = 0.0
+    """`time.monotonic()` of this process."""
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def num_steps(self) -> int:
+        """Denoising steps from start to end."""
+        return self.request.num_inference_steps

@@ -1,0 +1,118 @@
+"""Requests between `DiffusionEngine.add` and their last event: their events, steps and times."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vllm_omni.diffusion.control.events import EngineEvent, EngineObserver, Failed, Finished, Preview, StepDone
+from vllm_omni.diffusion.control.request_errors import outcome_of
+from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
+from vllm_omni.diffusion.messages.plan import StepPlan, StepResult
+from vllm_omni.errors import RequestError
+
+STAGES = ("text_encode", "denoise", "vae_decode")
+
+
+@dataclass
+class _Tracked:
+    """A request and what is known of its progress."""
+
+    request: ScheduledRequest
+    events: asyncio.Queue[EngineEvent]
+    started: float | None = None
+    """Time at which its first plan began to run."""
+    stages: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    """Device seconds by stage, of the steps that it took part in."""
+    num_steps: int = 0
+    """Model steps run for it."""
+    cached_steps: float = 0.0
+    """Sum of the shares of these steps that a step cache supplied."""
+    last_step: int = 0
+    """Last step that was published: a replay does not publish it again."""
+
+    def timings(self, now: float) -> dict[str, float]:
+        """Seconds since its arrival by stage, and numbers of steps."""
+        arrival = self.request.arrival
+        queue = (now if self.started is None else self.started) - arrival
+        steps = {"computed_steps": self.num_steps - self.cached_steps, "cached_steps": self.cached_steps}
+        return {"queue": queue, **self.stages, "total": now - arrival, **steps}
+
+
+class TrackedRequests:
+    """Requests by id. Puts their events into their queues and reports their ends to the observer."""
+
+    def __init__(self, observer: EngineObserver) -> None:
+        self._observer = observer
+        self._tracked: dict[str, _Tracked] = {}
+        self._is_empty = asyncio.Event()
+        self._is_empty.set()
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._tracked
+
+    @property
+    def ids(self) -> list[str]:
+        return list(self._tracked)
+
+    async def wait_until_empty(self) -> None:
+        """Wait until every request has ended."""
+        await self._is_empty.wait()
+
+    def add(self, requests: Sequence[ScheduledRequest], events: asyncio.Queue[EngineEvent]) -> None:
+        """Track `requests`, whose events go into `events`."""
+        for request in requests:
+            self._tracked[request.request_id] = _Tracked(request, events)
+            self._is_empty.clear()
+
+    def note_started(self, request_ids: Iterable[str], now: float) -> None:
+        """The first plan of these requests began at `now`; a replay does not count."""
+        for request_id in request_ids:
+            if (tracked := self._tracked.get(request_id)) and tracked.started is None:
+                tracked.started = now
+
+    def count(self, plan: StepPlan, result: StepResult) -> None:
+        """Add the seconds and the steps of a plan to its requests."""
+        request_ids = (plan.encode, result.advanced, plan.decode)
+        seconds = (result.encode_seconds, result.denoise_seconds, result.decode_seconds)
+        for stage, ids, stage_seconds in zip(STAGES, request_ids, seconds, strict=True):
+            for tracked in self._known(ids):
+                tracked.stages[stage] += stage_seconds
+        for tracked in self._known(result.advanced):
+            tracked.num_steps += result.num_made(tracked.request.request_id)
+            tracked.cached_steps += result.cached.get(tracked.request.request_id, 0.0)
+
+    def publish_step(self, request_id: str, step: int, preview: np.ndarray | None) -> None:
+        """Put the events of a denoising step into the request's queue."""
+        tracked = self._tracked[request_id]
+        if step > tracked.last_step:
+            tracked.last_step = step
+            tracked.events.put_nowait(StepDone(request_id, step))
+        if preview is not None:
+            tracked.events.put_nowait(Preview(request_id, step, preview))
+
+    def start_again(self, request_ids: Iterable[str]) -> None:
+        """Forget the times and steps of requests that are replayed."""
+        for tracked in self._known(request_ids):
+            tracked.stages = dict.fromkeys(STAGES, 0.0)
+            tracked.num_steps, tracked.cached_steps = 0, 0.0
+
+    def end(self, request_id: str, outcome: np.ndarray | RequestError) -> None:
+        """Put the last event, a picture or an error, into the request's queue and forget the request."""
+        tracked = self._tracked.pop(request_id)
+        timings = tracked.timings(time.monotonic())
+        if isinstance(outcome, RequestError):
+            tracked.events.put_nowait(Failed(request_id, outcome))
+            self._observer.on_finish(tracked.request.request, timings, *outcome_of(outcome))
+        else:
+            tracked.events.put_nowait(Finished(request_id, outcome, timings))
+            self._observer.on_finish(tracked.request.request, timings, "completed", "")
+        if not self._tracked:
+            self._is_empty.set()
+
+    def _known(self, request_ids: Iterable[str]) -> list[_Tracked]:
+        return [self._tracked[request_id] for request_id in request_ids if request_id in self._tracked]

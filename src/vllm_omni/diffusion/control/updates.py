@@ -1,0 +1,31 @@
+"""Effects of a step's result, or of a worker's death, on requests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm_omni.diffusion.control.queue.entries import Item, Phase
+from vllm_omni.diffusion.messages.plan import ItemError, StepResult
+
+
+@dataclass
+class Update:
+    """Requests that advanced, ended or start again. Requests that were aborted meanwhile are not in it."""
+
+    steps: dict[str, int] = field(default_factory=dict)
+    """Request id -> denoising steps done, for each request that made one."""
+    finished: list[str] = field(default_factory=list)
+    failed: dict[str, ItemError] = field(default_factory=dict)
+    replayed: list[str] = field(default_factory=list)
+    """Requests that start again from their first step."""
+
+
+def error_of(item: Item, result: StepResult) -> ItemError | None:
+    """Error of `item` in `result`, also where the worker reports neither success nor failure; None for success."""
+    request_id = item.entry.request.request_id
+    if error := result.errors.get(request_id):
+        return error
+    done = {Phase.ENCODE: True, Phase.DENOISE: request_id in result.advanced, Phase.DECODE: request_id in result.images}
+    if done[item.phase]:
+        return None
+    return ItemError(f"the worker lost the request before its {item.phase.name.lower()}", "internal")
