@@ -12,14 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from vllm_omni.diffusion.catalog.expected_weights import ExpectedWeights
 from vllm_omni.diffusion.catalog.folder_files import DEFAULTS_FILE, MODEL_INDEX, read_object, short
-from vllm_omni.diffusion.catalog.hub import (
-    DEFAULT_ACCESS,
-    CheckConfigs,
-    HubAccess,
-    ModelFolder,
-    add_hub_failure,
-    download,
-)
+from vllm_omni.diffusion.catalog.hub import DEFAULT_ACCESS, CheckConfigs, HubAccess, ModelFolder, download, hub_reason
 from vllm_omni.diffusion.catalog.tokenizer_files import TokenizerNeeds
 from vllm_omni.diffusion.data import (
     CacheConfig,
@@ -407,7 +400,7 @@ def load_model_info(
     nothing here serves. Weights of a hub model are downloaded only after both.
     """
     folder = find_folder(model, load_format, access, lambda path: check(_describe(path)))
-    with add_hub_failure(*folder):
+    with hub_reason(*folder):
         info = _describe(folder.path)
     check(info)
     return replace(info, hub_failure=folder.hub_failure)
