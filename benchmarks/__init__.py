@@ -1,1 +1,1 @@
-"""Measurements: each prints ratios taken in one run, and leaves JSON and a picture."""
+"""Measurements. Each prints ratios from one run, and writes JSON and a picture."""

@@ -1,11 +1,11 @@
-"""Savings of step caches against their cost: time saved, PSNR and SSIM to the uncached picture, setting by setting.
+"""Time that step caches save, and their cost: PSNR and SSIM to the uncached picture, for each setting.
 
     python -m benchmarks.cache_quality --prompts 100
 
-One picture at a time, on the demo model (or `--model FOLDER` with `--prompt-file`), 50 steps with guidance. Time is
-that of the denoising steps: every second picture is drawn without the cache right after it, on the same engine, and the
-median of the ratios counts, so that a machine that drifts hits both alike. TeaCache's polynomial is measured first, as
-`vllm-omni calibrate-teacache` does.
+One picture at a time, on the demo model (or `--model FOLDER` with `--prompt-file`), 50 steps with guidance. Times are
+those of the denoising steps. Each cached picture is followed by the uncached one on the same engine, and the median of
+the ratios counts, so that a drifting machine affects both equally. TeaCache's polynomial is measured first, as in
+`vllm-omni calibrate-teacache`.
 """
 
 from __future__ import annotations
@@ -65,22 +65,22 @@ HIGHEST_PSNR = 100.0
 
 @dataclass
 class Row:
-    """One setting, over all prompts."""
+    """Results of one setting, over all prompts."""
 
     cache: str
     setting: str
     config: Config
     cached_steps: float
-    """Mean per picture."""
+    """Mean number of cached steps per picture."""
     saved: float
-    """Part of the denoising time, the median over pictures."""
+    """Fraction of the denoising time that is saved; median over pictures."""
     psnr_mean: float
     psnr_min: float
     ssim_mean: float
 
 
 def demo_prompts(count: int) -> list[str]:
-    """Things from all over the vocabulary, every second one on a coloured background."""
+    """Prompts with things from the whole vocabulary, every second one on a coloured background."""
     colours = list(BACKGROUNDS)
     things = [THINGS[i * len(THINGS) // count % len(THINGS)] for i in range(count)]
     return [t if i % 2 == 0 else f"{t} on a {colours[i % len(colours)]} background" for i, t in enumerate(things)]
@@ -107,7 +107,7 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
 
 
 class Drawer:
-    """Draws all prompts, one at a time."""
+    """Engine that draws all prompts, one at a time."""
 
     def __init__(self, args: argparse.Namespace, prompts: Sequence[str]) -> None:
         self._model = args.model
@@ -123,7 +123,7 @@ class Drawer:
     def measure(self, cache: str, setting: str, config: Config, references: Sequence[np.ndarray]) -> Row:
         pictures, cached_steps, ratios = [], [], []
         with self._omni(cache, config) as omni:
-            self._draw(omni, 0, cached=True)  # first uses, not counted
+            self._draw(omni, 0, cached=True)  # warm-up, not counted
             for i in tqdm(range(len(self._prompts)), desc=f"{cache} {setting}"):
                 picture, timing = self._draw(omni, i, cached=True)
                 pictures.append(picture)
@@ -154,7 +154,7 @@ class Drawer:
 
 
 def measure_polynomial(args: argparse.Namespace, prompts: Sequence[str]) -> list[float]:
-    """TeaCache's coefficients for the model; prompts other than those of the table would be as good."""
+    """TeaCache's coefficients for the model, measured on these prompts; any others would do as well."""
     out = args.out.with_name(args.out.name + "_teacache")
     params = OmniDiffusionSamplingParams(
         num_inference_steps=args.steps, true_cfg_scale=args.true_cfg_scale, seed=1_000_000
@@ -177,7 +177,7 @@ def print_table(rows: Sequence[Row], num_steps: int) -> None:
 
 
 def plot(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Up and to the right is better; bars go down to the worst picture."""
+    """Plot time saved against PSNR; up and right is better, bars reach down to the worst picture."""
     import matplotlib
 
     matplotlib.use("Agg")

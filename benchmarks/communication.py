@@ -1,10 +1,10 @@
-"""Bytes that ranks exchange in a denoising step, by layout, next to the theory. Bytes are exact; nothing is timed.
+"""Bytes that ranks exchange in a denoising step, by layout: counted, and in theory. Nothing is timed.
 
     python -m benchmarks.communication              # a random model of 4 layers, 8 heads of 16; gloo processes
 
-Per rank and layer, for t tokens of hidden size h: Ulysses 4 t h / P (q, k, v there, the output back), ring
-2 t h (P-1)/P (keys and values of all other blocks), together each on what the other leaves; tensor parallelism sums
-2 t h (attention and MLP). Besides, once a step, the velocities are gathered.
+In theory, per rank and layer, for t tokens of hidden size h on P ranks: Ulysses sends 4 t h / P (q, k and v, then the
+output), a ring 2 t h (P-1)/P (keys and values of the other blocks); combined, each works on the other's share. Tensor
+parallelism sums 2 t h (attention and MLP). Once a step, the velocities are gathered.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ LAYOUTS = (
 
 
 class Counting(NullObserver):
-    """Adds up what the steps that only denoise say."""
+    """Observer that adds up the exchanged bytes of steps that only denoise."""
 
     def __init__(self) -> None:
         self.sent: Counter[str] = Counter()
@@ -57,7 +57,7 @@ class Counting(NullObserver):
 
 
 async def measure(model: str, parallel: DiffusionParallelConfig) -> dict[str, Any]:
-    """Bytes per rank and step by kind of exchange: counted, and as theory says for the transformer's layers."""
+    """Bytes per rank and step by kind of exchange: counted, and in theory for the transformer's layers."""
     counting = Counting()
     omni = AsyncOmni(model=model, parallel_config=parallel, observer=counting)
     try:
@@ -72,7 +72,7 @@ async def measure(model: str, parallel: DiffusionParallelConfig) -> dict[str, An
 
 
 def theory(parallel: DiffusionParallelConfig, num_tokens: float) -> dict[str, float]:
-    """num_tokens: of the sequences of one rank group."""
+    """Bytes per rank and step by kind of exchange. `num_tokens`: tokens of one rank group's sequences."""
     ulysses, ring, tensor = parallel.ulysses_degree, parallel.ring_degree, parallel.tensor_parallel_size
     layer = LAYERS * num_tokens * HIDDEN * FLOAT_BYTES
     return {

@@ -1,4 +1,4 @@
-"""Encoders of pictures as the server calls them, in CPU time and size, beside Pillow's PNG: picture kind by kind.
+"""CPU time and size of the server's picture encoders against Pillow's PNG, for each kind of picture.
 
 python -m benchmarks.encoding
 python -m benchmarks.encoding --size 1536x1024 --kinds text,drawing
@@ -20,7 +20,7 @@ FORMATS = (ImageFormat("png", 100), ImageFormat("jpeg", 100), ImageFormat("jpeg"
 
 
 def cpu_milliseconds(run: Callable[[], object], repeats: int) -> float:
-    """The least CPU time of this thread: a busy machine changes it less than a clock's."""
+    """Least CPU time of `run` in this thread; a busy machine changes it less than wall-clock time."""
     run()
     best = float("inf")
     for _ in range(repeats):
@@ -31,7 +31,7 @@ def cpu_milliseconds(run: Callable[[], object], repeats: int) -> float:
 
 
 def rows_of(kind: str, size: tuple[int, int], repeats: int) -> list[tuple[str, float, int]]:
-    """Name, milliseconds and bytes of each encoder; the first is the one that others are compared with."""
+    """Name, milliseconds and bytes of each encoder; the first is the reference for the others."""
     pixels = picture(kind, *size)
 
     def pillow() -> bytes:

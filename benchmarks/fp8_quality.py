@@ -1,9 +1,9 @@
-"""Quality that float8 costs: pictures at `--quantization fp8` and in bfloat16 against float32's.
+"""Loss of quality by float8: pictures with `--quantization fp8` and in bfloat16, against float32.
 
     python -m benchmarks.fp8_quality --prompts 100
 
-On the demo model, 20 steps with guidance, all prompts in one call. PSNR is to float32's picture of the same seed;
-"right" are the pictures in which a search over all of the demo model's drawings finds the thing that was asked for.
+On the demo model, 20 steps with guidance, all prompts in one call. PSNR is to the float32 picture of the same seed.
+A picture is "right" if a search over all of the demo model's drawings finds the thing in its prompt.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DRAWINGS = Path("tests/demo_model/thumbnails.npz")
 
 
 def draw(prompts: Sequence[str], steps: int, settings: Mapping[str, Any]) -> np.ndarray:
-    """uint8 [pictures, height, width, 3]."""
+    """Draw all prompts in one call; uint8 [pictures, height, width, 3]."""
     params = [
         OmniDiffusionSamplingParams(num_inference_steps=steps, true_cfg_scale=3.0, seed=seed, output_type="np")
         for seed in range(len(prompts))
@@ -44,7 +44,7 @@ def draw(prompts: Sequence[str], steps: int, settings: Mapping[str, Any]) -> np.
 
 
 def right(pictures: np.ndarray, sprites: Sprites) -> int:
-    """How many show the thing of their prompt, as `demo_prompts` chose it."""
+    """Number of pictures that show the thing in their prompt, as `demo_prompts` chose it."""
     found = judge.best_fit(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255, sprites, pair=False).things.tolist()
     return sum(found[i] == i * len(THINGS) // len(found) % len(THINGS) for i in range(len(found)))
 

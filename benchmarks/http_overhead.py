@@ -1,10 +1,10 @@
-"""Time that HTTP adds to the engine for a picture: encoding, the server, the client's reading and parsing.
+"""Time that HTTP adds to the engine for a picture: encoding, the server, and the client's reading and parsing.
 
     python -m benchmarks.http_overhead
     python -m benchmarks.http_overhead --picture text --size 2048x2048
 
-The server runs in a process of its own. Its engine is real; its device is a fake that always makes the same picture.
-Each round asks the engine, then the server in each way, so that a busy machine slows all of them.
+The server runs in its own process. Its engine is real; its device is a fake that always makes the same picture. Each
+round calls the engine, then the server in each way, so that a busy machine slows all of them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STEPS = 4
 
 
 def serve(connection: Connection, kind: str, size: tuple[int, int]) -> None:
-    """Serve until told False; each True is answered with the seconds of one run of the engine."""
+    """Serve until False is received; answer each True with the seconds of one run of the engine."""
     pixels = picture(kind, *size)
 
     async def seconds_of(omni: AsyncOmni) -> float:
@@ -49,7 +49,7 @@ def serve(connection: Connection, kind: str, size: tuple[int, int]) -> None:
 
 
 def ways(http: httpx.Client, sdk: OpenAI, size: tuple[int, int]) -> dict[str, Callable[[], int]]:
-    """Each asks for one picture and returns the answer's size in bytes."""
+    """Name -> function that asks for one picture and returns the size of the response in bytes."""
     fields = {"prompt": "x", "size": f"{size[1]}x{size[0]}"}
 
     def post(**more: Any) -> int:
@@ -75,7 +75,7 @@ def ways(http: httpx.Client, sdk: OpenAI, size: tuple[int, int]) -> dict[str, Ca
 
 
 def measure(connection: Connection, size: tuple[int, int], rounds: int) -> None:
-    """Print the medians, and the least values: a busy machine changes those less."""
+    """Print medians, and least values, which a busy machine changes less."""
     url = connection.recv()
     seconds: dict[str, list[float]] = defaultdict(list)
     num_bytes: dict[str, int] = {}

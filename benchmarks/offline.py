@@ -1,12 +1,12 @@
-"""Our engine against plain diffusers in one run, on a tiny random model or any folder; ratios, not seconds, count.
+"""Our engine against plain diffusers in one run, on a tiny random model or any folder; only ratios count.
 
     python -m benchmarks.offline                    # 12 layers, 6 heads of 32, random weights
     python -m benchmarks.offline --model FOLDER
 
 1. One request of 4 steps at 64x64, with and without guidance: engine (in process, and in a worker process) / diffusers.
-2. Eight requests of different sizes, 10 steps, at once: against one after another, against diffusers, and against what
-   their token count explains (the scheduler's own price, measured at start).
-3. The neighbour: a 4-step 64x64 request alone, and while an 80-step 256x256 one runs.
+2. Eight requests of different sizes, 10 steps, at once: against one after another, against diffusers, and against the
+   scheduler's own price for their tokens, measured at start.
+3. Latency beside others: a 4-step 64x64 request alone, and while an 80-step 256x256 request runs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PLAIN, GUIDED = OmniPrompt("a red apple"), OmniPrompt("a red apple", " ")
 
 
 async def finish(omni: AsyncOmni, prompt: OmniPrompt, params: OmniDiffusionSamplingParams) -> float:
-    """Seconds from the call to the picture."""
+    """Wait for the picture; return the seconds since the call."""
     start = time.perf_counter()
     async for _ in omni.generate(prompt, params):
         pass
@@ -45,7 +45,7 @@ async def finish(omni: AsyncOmni, prompt: OmniPrompt, params: OmniDiffusionSampl
 
 
 def run_diffusers(pipe: Any, prompt: OmniPrompt, params: OmniDiffusionSamplingParams, num_threads: int) -> float:
-    """Seconds of one picture, with the threads that PyTorch gives a process by itself (the engine chooses its own)."""
+    """Seconds of one diffusers picture, with PyTorch's default number of threads (the engine chooses its own)."""
     engine_threads = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     start = time.perf_counter()
@@ -64,7 +64,7 @@ def run_diffusers(pipe: Any, prompt: OmniPrompt, params: OmniDiffusionSamplingPa
 
 
 async def median_in_turn(repeats: int, **contenders: Callable[[], Awaitable[float] | float]) -> dict[str, float]:
-    """Median seconds of each contender, run in turn A B C A B C ... so that a drifting machine hits all alike."""
+    """Median seconds of each contender, run in turn A B C A B C ..., so that a drifting machine affects all equally."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for repeat in range(repeats + 1):
         for name, run in contenders.items():
@@ -86,14 +86,14 @@ async def one_by_one(omni: AsyncOmni, all_params: Sequence[OmniDiffusionSampling
 
 
 async def beside_long(omni: AsyncOmni) -> float:
-    """Seconds of the short request while the long one is in its middle."""
+    """Seconds of the short request while the long one runs."""
     stream = omni.generate(GUIDED, LONG)
     async for output in stream:
         if output.step >= 3:
             break
     seconds = await finish(omni, GUIDED, SHORT)
     await stream.aclose()
-    while omni.status().queue_seconds:  # noqa: ASYNC110 - its last step may have begun; nobody tells of the end
+    while omni.status().queue_seconds:  # noqa: ASYNC110 - the long request may be in its last step; there is no event for its end
         await asyncio.sleep(0.001)
     return seconds
 

@@ -1,4 +1,4 @@
-"""Pictures of the kinds that encoders differ on, drawn from a seed."""
+"""Pictures of kinds that encoders compress differently, drawn from a seed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Picture = Callable[[int, int, np.random.Generator], np.ndarray]
 GRAIN = 4.0
 """Standard deviation of a photograph's noise, in levels."""
 OVERSAMPLING = 4
-"""Pixels a side of a drawing that make one, for smooth edges."""
+"""Factor by which drawings are larger before they are scaled down, for smooth edges."""
 NUM_SHAPES, NUM_CORNERS = 60, (3, 8)
 FONT_PIXELS, LINE_PIXELS, MARGIN = 14, 18, 8
 
@@ -80,5 +80,5 @@ PICTURES: dict[str, Picture] = {
 
 
 def picture(kind: str, height: int, width: int, seed: int = 0) -> np.ndarray:
-    """uint8 [height, width, 3]."""
+    """Picture of a kind, uint8 [height, width, 3]."""
     return PICTURES[kind](height, width, np.random.default_rng(seed))

@@ -1,4 +1,4 @@
-"""The published sizes of the models that are measured, as their folders have them: configs, no weights."""
+"""Configs of the measured models in their published sizes, without weights."""
 
 from __future__ import annotations
 
@@ -37,6 +37,6 @@ TRANSFORMERS: dict[str, Config] = {
         "axes_lens": [1536, 512, 512],
     },
 }
-"""Qwen/Qwen-Image and Tongyi-MAI/Z-Image-Turbo."""
+"""transformer/config.json of Qwen/Qwen-Image and Tongyi-MAI/Z-Image-Turbo."""
 UNGUIDED = ("z-image",)
-"""Distilled models, which run without guidance."""
+"""Distilled models; they run without guidance."""

@@ -1,4 +1,4 @@
-"""`vllm serve MODEL --omni` as a child process, seen from outside: its address, its log and what it holds."""
+"""`vllm serve MODEL --omni` as a child process: its address, its log, its memory and descriptors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ START_SECONDS = 600.0
 STOP_SECONDS = 120.0
 LOOK_SECONDS = 0.05
 WORKER = "vllm_omni.diffusion.compute.worker.main"
-"""Part of the command line of every worker process."""
+"""Text in the command line of every worker process."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Usage:
 
 
 class ProcessFamily:
-    """A process and all that it has started, also what has lost its parent since: noted at every look."""
+    """A process and all its descendants, including orphans; each call notes new ones."""
 
     def __init__(self, process: subprocess.Popen[Any]) -> None:
         self._process = process
         self._noted: dict[int, psutil.Process] = {}
 
     def children(self) -> list[psutil.Process]:
-        """Processes below the first one that live now."""
+        """Descendants that run now."""
         children: list[psutil.Process] = []
         with contextlib.suppress(psutil.NoSuchProcess):
             children = psutil.Process(self._process.pid).children(recursive=True)
@@ -55,7 +55,7 @@ class ProcessFamily:
         return list(psutil.wait_procs(list(self._noted.values()), timeout=seconds)[1])
 
     def kill(self) -> None:
-        """Kill all, whatever they do. The first process is left to be waited for."""
+        """Kill all noted processes. The caller must still wait for the first one."""
         self.children()
         for process in (self._process, *self._noted.values()):
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -63,14 +63,14 @@ class ProcessFamily:
 
 
 class ServedModel:
-    """The running command; `served_model` ends it with everything that it started."""
+    """Running server; `served_model` ends it and its descendants."""
 
     def __init__(self, model: str, flags: Sequence[str], log: Path) -> None:
-        """log: the file for the server's output, which is written anew."""
+        """`log`: file for the server's output, which is overwritten."""
         self._log = log
         command = [str(Path(sys.executable).with_name("vllm")), "serve", model, "--omni"]
         with log.open("w") as output:
-            # Its own session: Ctrl-C reaches this process alone, which then stops the server.
+            # Its own session: Ctrl-C reaches only this process, which then stops the server.
             self._process = subprocess.Popen(
                 [*command, "--host", "127.0.0.1", "--port", "0", *flags],
                 stdin=subprocess.DEVNULL,
@@ -82,11 +82,11 @@ class ServedModel:
 
     @property
     def log(self) -> str:
-        """The output so far."""
+        """Output so far."""
         return self._log.read_text(errors="replace")
 
     def wait_until_ready(self) -> str:
-        """The server's address, once it takes requests. Raises RuntimeError when it does not in START_SECONDS."""
+        """Wait until the server is ready; return its address. Raises RuntimeError after START_SECONDS."""
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self._process.poll() is None:
             address, is_ready = re.search(r"Listening on (\S+)", self.log), "Ready: " in self.log
@@ -104,17 +104,17 @@ class ServedModel:
         return Usage(process.memory_info().rss / 2**20, process.num_fds(), len(self._family.children()))
 
     def stop(self) -> int:
-        """Ask the server to end; its exit code. Raises subprocess.TimeoutExpired when it does not in STOP_SECONDS."""
+        """Ask the server to end; return its exit code. Raises subprocess.TimeoutExpired after STOP_SECONDS."""
         self._family.children()
         self._process.send_signal(signal.SIGTERM)
         return self._process.wait(STOP_SECONDS)
 
     def survivors(self) -> int:
-        """How many processes that it started still run some seconds after its end."""
+        """Number of its descendants that still run 10 s after its end."""
         return len(self._family.survivors(10.0))
 
     def kill(self) -> None:
-        """End the server and all that it started, whatever they do."""
+        """Kill the server and all its descendants."""
         self._family.kill()
         self._process.wait(STOP_SECONDS)
 

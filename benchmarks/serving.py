@@ -1,10 +1,10 @@
-"""Load on a running server, as clients see it: throughput, latency percentiles, stage times, picture by picture.
+"""Load on a running server, as clients see it: throughput, latency percentiles, stage times.
 
     python -m benchmarks.serving --base-url http://127.0.0.1:8000/v1 --concurrency 8 --num-requests 64
     python -m benchmarks.serving --rate 2 --sizes 64x64,96x128 --steps 4,20
 
-`--concurrency N` is a closed loop (N clients, each sends when its last answer came); `--rate R` is an open loop
-(Poisson arrivals, R a second, whether or not the server keeps up). The workload is drawn from `--seed`.
+`--concurrency N` is a closed loop: N clients, each sends after its last response. `--rate R` is an open loop: Poisson
+arrivals, R per second, even if the server is slower. The workload is drawn from `--seed`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ async def send(client: AsyncOpenAI, model: str, item: Item, start: float) -> Out
 async def run_load(args: argparse.Namespace, items: Sequence[Item]) -> list[Outcome]:
     async with AsyncOpenAI(base_url=args.base_url, api_key=args.api_key, max_retries=0, timeout=args.timeout) as client:
         model = args.model or (await client.models.list()).data[0].id
-        await send(client, model, items[0], time.perf_counter())  # connection and caches, not counted
+        await send(client, model, items[0], time.perf_counter())  # warm-up of connection and caches, not counted
         bar = tqdm(total=len(items), unit="picture", file=sys.stderr)
         outcomes = await play(items, partial(send, client, model), args.concurrency, bar.update)
         bar.close()
@@ -67,7 +67,7 @@ def print_table(summary: dict[str, Any]) -> None:
 
 
 def plot(outcomes: Sequence[Outcome], summary: dict[str, Any], path: Path) -> None:
-    """Left: every picture from sent to done, its wait in the queue pale. Right: latency distribution by kind."""
+    """Plot each picture from sent to done, with its time in the queue in pale colour; and latencies by kind."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,12 +1,12 @@
-"""A server under mixed load while its workers are killed and stopped: does it keep its promises?
+"""Soak: a server under mixed load while its workers are killed and stopped, and a check of its promises.
 
     python -m benchmarks.soak
     python -m benchmarks.soak --seconds 3600 --clients 16 -- --data-parallel-size 2
 
-Starts `vllm serve demo --omni` and draws a few pictures in a calm. For `--seconds` clients then ask for the same ones
-in every way: alone, several at once, as streams, in chats, by URL. Some clients leave early, some send bad requests.
-A worker is killed (SIGKILL) every `--fault-every` seconds, and one is stopped (SIGSTOP). Prints one table, and exits
-with an error when a promise is broken. What follows `--` are further flags of the server.
+Starts `vllm serve demo --omni` and draws a few pictures without load. Then, for `--seconds`, clients ask for the same
+pictures in every way: alone, several at once, as streams, in chats, by URL. Some clients leave early, some send bad
+requests. A worker is killed (SIGKILL) every `--fault-every` seconds, and one is stopped (SIGSTOP). Prints one table,
+and exits with an error if a promise is broken. Words after `--` are further flags of the server.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ from benchmarks.soak_load import Tally, ask_in_every_way, calm_pictures, play_cl
 from benchmarks.soak_promises import Counts, Evidence, Promise, judge, read_counts
 
 FLAGS = ("--max-worker-restarts", "100000", "--uvicorn-log-level", "warning")
-"""Every fault is a worker's death; the default allows three in ten minutes."""
+"""Flags of the server; every fault is a worker's death, and the default allows three in ten minutes."""
 PATIENCE_SECONDS = 600.0
-"""Longest time from a fault to fresh workers, and from the last answer to an idle server."""
+"""Limit from a fault to new workers, and from the last response to an idle server."""
 REQUEST_SECONDS = 900.0
 LOOK_SECONDS = 0.1
 MAX_DETAILS = 5
-"""Answers that break a promise of which the text is printed."""
+"""Most broken responses whose text is printed."""
 NUM_USAGES = 20
-"""Looks at what the server holds, LOOK_SECONDS apart."""
+"""Number of samples of the server's usage, LOOK_SECONDS apart."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A signal for a worker."""
+    """Signal to send to a worker."""
 
     at: float
-    """Seconds after the load's begin."""
+    """Time in seconds after the load's start."""
     number: signal.Signals
 
 
 def plan_faults(seconds: float, every: float) -> list[Fault]:
-    """A kill every so many seconds, and between the first two of them a stop; none where the load ends."""
+    """Plan a kill every so many seconds, and a stop between the first two; none near the load's end."""
     kills = [Fault(every * n, signal.SIGKILL) for n in range(1, math.ceil(seconds / every))]
     stop = Fault(1.5 * every, signal.SIGSTOP)
     return sorted([*kills, *([stop] if stop.at < seconds else [])], key=lambda fault: fault.at)
@@ -63,10 +63,10 @@ def plan_faults(seconds: float, every: float) -> list[Fault]:
 async def send_faults(
     faults: Sequence[Fault], server: ServedModel, client: httpx.AsyncClient, rng: random.Random
 ) -> list[float]:
-    """Signal a worker at each fault's time; by fault, the seconds until the server ran with fresh workers.
+    """Signal a worker at each fault's time; return the seconds until new workers ran, by fault.
 
-    A fault that is due before what the last one held up has ended waits for that: a request that sees workers die for
-    the third time is failed, as promised. After a fault from which the server does not recover there are no more.
+    A fault waits until the requests that the last one delayed have ended, because a request fails, as documented, when
+    workers die for the third time. After a fault from which the server does not recover there are no more.
     """
     start = time.monotonic()
     seconds = []
@@ -83,10 +83,10 @@ async def send_faults(
 async def signal_a_worker(
     server: ServedModel, number: int, rng: random.Random, patience_seconds: float = PATIENCE_SECONDS
 ) -> None:
-    """Signal one of the workers that live.
+    """Signal one of the running workers.
 
-    Waits for one where all have just died, and chooses again where the chosen one ends meanwhile. Raises RuntimeError
-    when there is none in `patience_seconds`.
+    Waits if all have just died, and chooses again if the chosen one has ended meanwhile. Raises RuntimeError after
+    `patience_seconds` without a worker.
     """
     deadline = time.monotonic() + patience_seconds
     while time.monotonic() < deadline:
@@ -103,12 +103,12 @@ def _runs_again(before: Counts, now: Counts) -> bool:
 
 
 def _has_caught_up(before: Counts, now: Counts) -> bool:
-    """Whether twice as many requests have ended as were under way: an old one is not overtaken for ever."""
+    """Whether twice as many requests have ended as ran before: ageing keeps the old ones from waiting longer."""
     return now.ended - before.ended >= 2 * before.under_way
 
 
 async def seconds_until(client: httpx.AsyncClient, condition: Callable[[Counts], bool]) -> float:
-    """Seconds until the server's counts meet a condition; infinite when they do not in PATIENCE_SECONDS."""
+    """Seconds until the server's counts meet a condition; infinite after PATIENCE_SECONDS."""
     start = time.monotonic()
     while not condition(await read_counts(client)):
         if time.monotonic() - start > PATIENCE_SECONDS:
@@ -118,12 +118,12 @@ async def seconds_until(client: httpx.AsyncClient, condition: Callable[[Counts],
 
 
 async def until_idle(client: httpx.AsyncClient) -> None:
-    """Until the requests of clients that left have ended, too; what has not ended then shows in the counts."""
+    """Wait until the requests of clients that left have ended; the counts show those that have not."""
     await seconds_until(client, lambda counts: not counts.under_way)
 
 
 async def usage_of(server: ServedModel) -> Usage:
-    """Memory, descriptors and processes of the server, once it has noticed that its clients have gone."""
+    """Memory, descriptors and processes of the server, after it has noticed that its clients are gone."""
     usages = []
     for _ in range(NUM_USAGES):
         usages.append(server.usage())
@@ -137,7 +137,9 @@ async def run_load(args: argparse.Namespace, server: ServedModel, url: str) -> E
     async with connected(url) as client:
         calm = await calm_pictures(client)
         before = await read_counts(client)
-        await ask_in_every_way(client, calm, tally)  # what a server makes once, threads for one, it has made then
+        await ask_in_every_way(
+            client, calm, tally
+        )  # then the server has made everything that it makes once, such as threads
         await until_idle(client)
     usage = await usage_of(server)
     async with connected(url) as client:
@@ -156,7 +158,7 @@ async def run_load(args: argparse.Namespace, server: ServedModel, url: str) -> E
 
 
 def connected(url: str) -> httpx.AsyncClient:
-    """A client that opens as many connections as it is asked to."""
+    """Client without a limit of connections."""
     return httpx.AsyncClient(base_url=url, timeout=REQUEST_SECONDS, limits=httpx.Limits(max_connections=None))
 
 

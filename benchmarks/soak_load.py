@@ -1,4 +1,4 @@
-"""Clients of a soak: the requests that they send, and their counts."""
+"""Clients of a soak: their requests and counts."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from PIL import Image
 GENERATIONS = "/v1/images/generations"
 CHAT = "/v1/chat/completions"
 PAUSE_SECONDS = 0.1
-"""Pause of a client after a wrong answer: a server that is gone refuses connections at once."""
+"""Pause of a client after a wrong response: a server that is gone refuses connections at once."""
 Pictures = list[np.ndarray]
-"""uint8 [height, width, 3] each."""
+"""Pictures of a response, uint8 [height, width, 3] each."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A request whose pictures are known from the calm."""
+    """Request whose pictures were drawn before the load."""
 
     prompt: str
     size: str
@@ -74,11 +74,11 @@ BAD_REQUESTS: tuple[tuple[str, str, dict[str, Any], int], ...] = (
     ("GET", GENERATIONS, {}, 405),
     ("GET", "/v1/nothing", {}, 404),
 )
-"""Method, path, body and the status of the answer."""
+"""Bad requests: method, path, body and the expected status."""
 
 
 class UnexpectedAnswerError(Exception):
-    """An answer that is not what the request asks for."""
+    """A response that does not fit its request."""
 
 
 @dataclass
@@ -86,19 +86,19 @@ class Tally:
     """Counts of all clients together."""
 
     answered: int = 0
-    """Good requests that got their pictures."""
+    """Number of good requests that got their pictures."""
     pictures: int = 0
-    """Pictures in those answers."""
+    """Number of pictures in those responses."""
     worst_psnr: float = float("inf")
-    """dB, of any of these pictures to the one of the calm."""
+    """Least PSNR, in dB, of a picture to the one drawn before the load."""
     seconds: list[float] = field(default_factory=list)
     """Latency of each good request."""
     left: int = 0
-    """Pictures that clients asked for who may have left before they were done."""
+    """Pictures requested by clients that may have left before the response."""
     refused: Counter[int] = field(default_factory=Counter)
-    """Bad requests by the status that they were answered with, as they should be."""
+    """Number of bad requests that were refused as expected, by status."""
     faults: list[str] = field(default_factory=list)
-    """Answers that were not as they should be."""
+    """Texts of wrong responses."""
 
 
 async def plain(client: httpx.AsyncClient, case: Case) -> Pictures:
@@ -121,7 +121,7 @@ async def in_chat(client: httpx.AsyncClient, case: Case) -> Pictures:
 
 
 async def streamed(client: httpx.AsyncClient, case: Case) -> Pictures:
-    """With previews; the pictures of a stream come as they are done, in any order."""
+    """Pictures of a stream with previews; they arrive in any order."""
     pictures = {}
     async with client.stream("POST", GENERATIONS, json={**case.body, "stream": True, "partial_images": 1}) as answer:
         if answer.status_code != 200:
@@ -142,12 +142,12 @@ Calm = Mapping[Case, Pictures]
 
 
 async def calm_pictures(client: httpx.AsyncClient) -> Calm:
-    """Each case's pictures, drawn with no other request around."""
+    """Pictures of each case, drawn without other requests."""
     return {case: await plain(client, case) for case in CASES}
 
 
 async def ask_in_every_way(client: httpx.AsyncClient, calm: Calm, tally: Tally) -> None:
-    """All ways at once, each bad request, and a client that leaves."""
+    """Send requests in all ways at once, each bad request, and one of a client that leaves."""
     await asyncio.gather(*(send_good(client, way, case, calm, tally) for way in WAYS for case in CASES))
     for number in range(len(BAD_REQUESTS)):
         await send_bad(client, number, tally)
@@ -157,7 +157,7 @@ async def ask_in_every_way(client: httpx.AsyncClient, calm: Calm, tally: Tally) 
 async def play_client(
     client: httpx.AsyncClient, rng: random.Random, calm: Calm, tally: Tally, over: asyncio.Event
 ) -> None:
-    """One request after another until it is over: seven of ten are good ones."""
+    """Send one request after another until the end; seven of ten are good."""
     while not over.is_set():
         kind, case = rng.random(), rng.choice(CASES)
         if kind < 0.7:
@@ -187,7 +187,7 @@ async def send_good(client: httpx.AsyncClient, way: Way, case: Case, calm: Calm,
 
 
 async def leave(client: httpx.AsyncClient, case: Case, seconds: float, tally: Tally) -> None:
-    """Ask for pictures and be gone after some seconds."""
+    """Ask for pictures, then disconnect after some seconds."""
     tally.left += case.n
     try:
         _checked(await asyncio.wait_for(client.post(GENERATIONS, json=case.body), seconds))
@@ -210,7 +210,7 @@ async def send_bad(client: httpx.AsyncClient, number: int, tally: Tally) -> None
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """dB between two uint8 pictures of one shape; infinite when equal."""
+    """PSNR in dB of two uint8 pictures of the same shape; infinite if equal."""
     error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
     return float("inf") if error == 0 else float(10 * np.log10(255.0**2 / error))
 

@@ -1,4 +1,4 @@
-"""Promises of a server under a soak, and the check of what was seen against them."""
+"""Promises of a server under a soak, and their check against the evidence."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from benchmarks.served import Usage
 from benchmarks.soak_load import Tally
 
 MOST_DESCRIPTORS = 8
-"""Allowed growth of the server's open descriptors: clients keep connections open."""
+"""Allowed growth in open descriptors of the server, because clients keep connections open."""
 _FAULTY_LINES = r"^Traceback|never retrieved|was never awaited"
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Counts that `/metrics` reports."""
+    """Counts from `/metrics`."""
 
     success: int
     failed: int
     aborted: int
     invalid: int
     turned_away: int
-    """Refused for want of room or of workers."""
+    """Requests refused because the queue was full or workers were missing."""
     restarts: int
     replayed: int
     under_way: int
-    """Requests that run or wait now."""
+    """Requests that run or are queued now."""
 
     @property
     def ended(self) -> int:
-        """Pictures that were delivered, failed or aborted."""
+        """Number of pictures delivered, failed or aborted."""
         return self.success + self.failed + self.aborted
 
     def since(self, before: Counts) -> Counts:
@@ -48,31 +48,31 @@ class Counts:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything that was seen of one run."""
+    """Evidence from one run."""
 
     tally: Tally
     before: Counts
     after: Counts
     usages: tuple[Usage, Usage]
-    """Before the load and after it."""
+    """Usage before and after the load."""
     num_faults: int
-    """Signals for workers that were planned."""
+    """Number of planned signals to workers."""
     healed: Sequence[float]
-    """Seconds from each fault that was sent until fresh workers ran; infinite: they never did."""
+    """Seconds from each sent fault until new workers ran; infinite if they never did."""
     health: int
-    """Status of `/health` in the end."""
+    """Status of `/health` at the end."""
 
 
 @dataclass(frozen=True)
 class Promise:
-    """One row of the table."""
+    """One row of the table: a promise and whether it was kept."""
 
     name: str
     found: str
     allowed: str
     is_kept: bool
     details: Sequence[str] = ()
-    """Texts of the answers that break the promise."""
+    """Texts of the responses that break the promise."""
 
 
 async def read_counts(client: httpx.AsyncClient) -> Counts:
@@ -99,7 +99,7 @@ async def read_counts(client: httpx.AsyncClient) -> Counts:
 def judge(
     evidence: Evidence, log: str, exit_code: int, survivors: int, least_psnr: float, most_megabytes: float
 ) -> list[Promise]:
-    """log: the server's output; survivors: processes that outlive it."""
+    """Check all promises. `log`: the server's output; `survivors`: number of processes that outlive it."""
     return [
         *_of_answers(evidence.tally, least_psnr),
         *_of_counts(evidence),

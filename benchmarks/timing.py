@@ -1,4 +1,4 @@
-"""Seconds of work on a device: repeated after a warm-up, the median and how far the repeats lie apart."""
+"""Timing of work on a device: repeats after a warm-up, their median and spread."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def measure(
     budget: float = BUDGET_SECONDS,
     agree: Callable[[float], float] = float,
 ) -> Spread:
-    """Seconds between the device's start and end of `run`, without the host's part where that is hidden.
+    """Seconds between the start and the end of `run` on the device; hidden time of the host does not count.
 
-    Repeats as often as the budget of seconds allows, within bounds; `agree` makes that of one rank everybody's.
+    Repeats as often as the budget of seconds allows, within limits; `agree` gives all ranks the number of one rank.
     """
     for _ in range(warm_ups):
         run()
@@ -71,7 +71,7 @@ def _host_seconds(run: Callable[[], object]) -> float:
 
 
 def release_memory(device: torch.device) -> None:
-    """Give back what the last measurement held, so that another process finds room; peaks count from here on."""
+    """Free the memory of the last measurement for other processes, and reset the peak of memory."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -79,5 +79,5 @@ def release_memory(device: torch.device) -> None:
 
 
 def here() -> torch.device:
-    """The first GPU, or the CPU."""
+    """Device of this machine: the first GPU, or the CPU."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

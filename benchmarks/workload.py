@@ -1,4 +1,4 @@
-"""Requests that arrive over time, what their senders saw, and the numbers that sum it up."""
+"""Workload: requests that arrive over time, their outcomes for clients, and a summary."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ class Outcome:
 
 
 Send = Callable[[Item, float], Awaitable[Outcome]]
-"""Sends a request and waits for its answer; the second argument is the start of the run, as `perf_counter` counts."""
+"""Function that sends a request and waits for its response; its second argument is `perf_counter()` at the start."""
 
 
 def draw_workload(
     num_requests: int, sizes: Sequence[str], steps: Sequence[int], rate: float | None, seed: int
 ) -> list[Item]:
-    """The same seed gives the same requests at the same times. rate: Poisson arrivals a second; None: all at once."""
+    """Draw requests from a seed. `rate`: Poisson arrivals per second; None: all at once."""
     rng = random.Random(seed)
     arrival, items = 0.0, []
     for index in range(num_requests):
@@ -77,7 +77,7 @@ def draw_workload(
 async def play(
     items: Sequence[Item], send: Send, concurrency: int | None = None, on_done: Callable[[], object] = lambda: None
 ) -> list[Outcome]:
-    """Every request at its time, or once one of `concurrency` clients is free for it."""
+    """Send each request at its time, or when one of `concurrency` clients is free."""
     start = time.perf_counter()
     clients = asyncio.Semaphore(concurrency or len(items))
 

@@ -1,4 +1,4 @@
-"""Write docs/flags.md: what becomes of the flags of other servers, from the tables of the command line.
+"""Write docs/flags.md, the treatment of other servers' flags, from the tables in `vllm_omni/foreign`.
 
 .venv/bin/python -m tools.flags
 """
@@ -25,10 +25,10 @@ answers, also from a `--config` file, with underscores for dashes, and as `--jso
 - it is ignored, because the pictures, limits, addresses and devices are the same without it: one line in the log names
   all flags that were ignored;
 - it has another name here: the program ends and says which;
-- it is refused, because without it the user would get something else: the program ends and says why.
+- it is refused, because the user would get another result without it: the program ends and says why.
 
-A flag that nobody knows ends the program too, with the nearest known one. Values in the last column ask for what is
-done anyway; with them, and as `--no-flag`, a renamed or refused flag is ignored.
+An unknown flag ends the program too; the error suggests the most similar known flag. A renamed or refused flag is
+ignored with a value in the last column, because this server does the same without it, and as `--no-flag`.
 """
 _VALUES: dict[Arity, str] = {"switch": "", "one": " X", "several": " X ...", "optional": " [X]"}
 
@@ -45,7 +45,7 @@ def page() -> str:
         f"The same here: {', '.join(f'`{name}`' for name in SAME_HERE)}.\n",
         *_tables(VLLM_FLAGS),
         "## vllm-omni 0.30, the public package\n",
-        "Those that are the same here are in `--help`: `--usp`, `--ring`, `--cache-backend`, `--vae-use-tiling`, ...\n",
+        "The same here: `--usp`, `--ring`, `--cache-backend`, `--vae-use-tiling` and others in `--help`.\n",
         *_tables(VLLM_OMNI_FLAGS),
         "## SGLang Diffusion\n",
         "The same here: `--ulysses-degree`, `--ring-degree`, `--revision`, `--host`, `--port`.\n",
@@ -55,7 +55,7 @@ def page() -> str:
 
 
 def _tables(flags: Sequence[ForeignFlag]) -> Iterator[str]:
-    """A table for each treatment, one row for neighbours of the same text."""
+    """Table for each treatment, with one row for neighbours of the same text."""
     headings: dict[Treatment, tuple[str, ...]] = {
         "ignored": ("ignored", "flags"),
         "renamed": ("here", "flags", "ignored with"),

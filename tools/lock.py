@@ -1,4 +1,4 @@
-"""Write requirements/cpu.txt anew: the newest versions that pyproject.toml's `cpu` and `dev` extras allow.
+"""Rewrite requirements/cpu.txt with the newest versions that pyproject.toml's extras `cpu` and `dev` allow.
 
 .venv/bin/python tools/lock.py      (installs nothing)
 """
@@ -23,7 +23,7 @@ def main() -> None:
         subprocess.run([sys.executable, *command], cwd=LOCK.parent.parent, check=True)
         items = json.load(report)["install"]
     versions = {re.sub(r"[-_.]+", "-", i["metadata"]["name"]).lower(): i["metadata"]["version"] for i in items}
-    # CUDA's libraries belong to torch's ordinary build, which brings them itself where it is used.
+    # CUDA's libraries belong to the CUDA build of torch, which requires them itself.
     pins = [f"{n}=={v}" for n, v in versions.items() if n not in LEFT_OUT and not n.startswith(("nvidia-", "cuda-"))]
     LOCK.write_text("\n".join([*comments, *sorted(pins)]) + "\n")
     print(f"{LOCK}: {len(pins)} packages")

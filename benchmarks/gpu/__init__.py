@@ -1,1 +1,1 @@
-"""All measurements of a GPU in one command, next to what the roofline predicts: `python -m benchmarks.gpu`."""
+"""All measurements of a GPU in one command, next to the roofline's predictions: `python -m benchmarks.gpu`."""

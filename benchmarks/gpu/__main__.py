@@ -1,13 +1,13 @@
-"""Everything that is measured on a GPU, with random weights of the published sizes: no download.
+"""All measurements of a GPU, with random weights of the published sizes: no download.
 
     python -m benchmarks.gpu --out out/gpu.json                             # everything, under 8 minutes a call
-    python -m benchmarks.gpu --sections ceilings,step --out out/gpu.json    # goes on where the file ends
+    python -m benchmarks.gpu --sections ceilings,step --out out/gpu.json    # continues where the file ends
     python -m benchmarks.gpu --sections step --only default "diffusers, eager"   # cases whose names have one of these
     python -m benchmarks.gpu --tiny                                         # the same code, small, on any machine
 
-Each case prints what the roofline predicts and then what was measured: the median of repeats after a warm-up. Rows are
-written as they come; a call that runs out of its minutes says so, and the next one skips what is there. Options that
-this version or this machine has not give a row that says why. Needs torch, diffusers and transformers; no vllm.
+Each case prints the roofline's prediction, then the measurement: the median of repeats after a warm-up. Rows are
+written at once. A call that runs out of its minutes says so; the next one skips the rows that exist. An option that
+this version or machine lacks gives a row with the reason. Needs torch, diffusers and transformers, but not vllm.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SECTIONS: dict[str, Callable[[Bench], Iterator[Case]]] = {
     "layouts": layouts.section_layouts,
     "load": load.section_load,
 }
-"""In the order in which they run: predictions use the measured ceilings."""
+"""Name -> section, in the order in which they run: predictions use the measured ceilings."""
 LAYOUTS = ("ulysses=2", "ring=2", "cfg=2", "tensor=2")
 
 
@@ -62,8 +62,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run_sections(bench: Bench, sections: Sequence[str], only: Sequence[str], seconds: float) -> bool:
-    """Every case that has no rows yet and one of `only` in its name, the section before it; False when the time ran
-    out before the last one."""
+    """Run every case without rows whose name, section included, has one of `only`; False if time ran out before the
+    last one."""
     deadline = time.monotonic() + seconds
     for section in sections:
         bench.start_afresh()
@@ -77,7 +77,7 @@ def run_sections(bench: Bench, sections: Sequence[str], only: Sequence[str], sec
             predicted = "nothing" if case.predicted is None else f"{case.predicted:.4g} ms"
             print(f"{name}: predicted {predicted}", flush=True)
             rows = run_case(case)
-            release_memory(bench.device)  # in the case itself its own variables would still hold it
+            release_memory(bench.device)  # not inside the case, whose variables still hold the memory
             bench.report.add(section, case.name, rows)
             for row in rows:
                 print(row.line(), flush=True)
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         chosen = tuple(layouts.parse_layout(text) for text in args.layouts)
     except ValueError as error:
         sys.exit(str(error))
-    if args.tiny:  # on a busy machine threads that wait for one another take longer than the work
+    if args.tiny:  # on a busy machine, threads wait for each other longer than they work
         torch.set_num_threads(1)
     bench = Bench(report, args.models, here(), args.tiny, args.quick, chosen, args.enforce_eager)
     is_done = run_sections(bench, sections, args.only, 60 * args.minutes)

@@ -15,7 +15,7 @@ MIXED_SIZES: dict[int, tuple[Size, ...]] = {
     512: ((512, 512), (448, 576), (640, 384), (512, 448), (384, 640), (576, 512), (480, 480)),
     256: ((256, 256), (224, 288), (320, 192), (256, 224), (192, 320), (288, 256), (240, 240)),
 }
-"""By the side that they have about, in pixels; each takes its turn."""
+"""Approximate side in pixels -> sizes of the pictures, used in turn."""
 BATCHES = {512: (1, 4, 8, 16), 256: (1, 8, 16)}
 
 
@@ -33,7 +33,7 @@ def section_batching(bench: Bench) -> Iterator[Case]:
 def _together(
     bench: Bench, engine: Lazy[Started], case: str, sizes: list[Size], predicted: float | None, alone: dict[Size, float]
 ) -> list[Row]:
-    """`alone`: seconds of one picture of a size, added to."""
+    """Time of mixed sizes at once. `alone`: seconds of one picture by size, which this fills in."""
     started = engine.get()
     params = {size: bench.params(NAME, size, STEPS) for size in sizes}
     measure = partial(generate_seconds, started.omni, bench.prompt(NAME), warm_up_steps=WARM_UP_STEPS)

@@ -1,4 +1,4 @@
-"""Shared parts of all sections: models, sizes, engines, and the card that predictions are made with."""
+"""Shared parts of all sections: models, sizes, engines, and the card for predictions."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ Size = tuple[int, int]
 class Bench:
     report: Report
     models: Path
-    """Where model folders are written."""
+    """Folder for model folders."""
     device: torch.device
     tiny: bool
-    """The same code on small shapes, to try it."""
+    """Run the same code on small shapes, to try it."""
     quick: bool
-    """Fewer steps; whole pictures are not as long as asked for, and rows say how long."""
+    """Fewer steps per picture; rows say how many."""
     layouts: tuple[dict[str, int], ...]
     enforce_eager: bool = False
     """Setting of all engines: neither compile nor capture CUDA graphs."""
@@ -55,7 +55,7 @@ class Bench:
         return transformer_of(transformer_config(name, self.tiny))
 
     def size(self, height: int, width: int | None = None) -> Size:
-        """Scaled down where all is tiny."""
+        """Size of a square picture; scaled down for `tiny`."""
         sides = (height, width or height)
         if not self.tiny:
             return sides
@@ -81,12 +81,12 @@ class Bench:
         )
 
     def start_afresh(self) -> None:
-        """Before a model is loaded: as if there had been none."""
-        torch.compiler.reset()  # which compiles a function for a limited number of shapes
+        """Free the memory and compiled code of earlier models, before the next is loaded."""
+        torch.compiler.reset()  # otherwise the limit of shapes that a function is compiled for is reached
         release_memory(self.device)
 
     def omni(self, name: str, **settings: Any) -> Omni:
-        """An engine with random weights, in worker processes."""
+        """Engine with random weights, in worker processes."""
         return Omni(
             model=self.model(name),
             load_format="dummy",
@@ -95,7 +95,7 @@ class Bench:
         )
 
     def branches(self, name: str, sizes: Sequence[Size]) -> list[list[Branch]]:
-        """The sequences of one request of each size."""
+        """Sequences of one request of each size."""
         info = self.info(name)
         prompt = self.prompt(name)
         texts = [prompt.prompt] if prompt.negative_prompt is None else [prompt.prompt, prompt.negative_prompt]
@@ -113,7 +113,7 @@ class Bench:
 
     @property
     def card(self) -> Card | None:
-        """With the rates that the section `ceilings` measured, or those that are promised; None: nothing is known."""
+        """Card with the rates that section `ceilings` measured, or else its data sheet's; None for an unknown card."""
         rates = {row.case: row.measured for row in self.report.rows("ceilings")}
         gemm, fp8, attention, copy = (
             rates.get(f"qwen-image {kind}, all shapes") for kind in ("gemm", "fp8", "attention", "copy")
@@ -132,7 +132,7 @@ class Bench:
         blocks: float | None = None,
         fp8: bool = False,
     ) -> float | None:
-        """Milliseconds of a step."""
+        """Predicted milliseconds of a step; None for an unknown card."""
         card = self.card
         if card is None:
             return None
@@ -143,7 +143,7 @@ Subject = TypeVar("Subject")
 
 
 class Lazy(Generic[Subject]):
-    """Object that several cases share: made when first asked for, closed at the end; a refusal is kept."""
+    """Object that several cases share: made at first use, closed at the end; an error at its making is kept."""
 
     def __init__(self, make: Callable[[], Subject], close: Callable[[Subject], object]) -> None:
         self._make = make

@@ -1,4 +1,4 @@
-"""Section `caches`: Cache-DiT and TeaCache with skips that are forced, against the same engine without them."""
+"""Section `caches`: Cache-DiT and TeaCache with forced skips, against the same engine without skips."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from benchmarks.roofline.costs import computed_blocks
 NAME = "qwen-image"
 STEPS = 50
 PLAIN_STEPS = 8
-"""Enough to know what a step takes that computes."""
+"""Steps without a cache; enough to time a computed step."""
 WARM_UP_STEPS = COMPUTED_FIRST + 2
-"""Some of them skipping."""
+"""Warm-up steps, some of which skip."""
 KEPT_BLOCKS = {"cache_dit": 1, "tea_cache": 0}
-"""Blocks that a skipping step computes."""
+"""Number of blocks that a skipping step computes."""
 PLAIN = f"uncached, {PLAIN_STEPS} steps"
 
 
@@ -48,15 +48,15 @@ class Cached:
         return [row, self._skipping(timings)]
 
     def predicted(self, steps: int) -> float | None:
-        """Milliseconds of a picture; the skips of all patterns are about those of the forced mask."""
+        """Predicted milliseconds of a picture; all patterns skip about as much as the forced mask."""
         skipped = forced_cache(steps)["cache_config"]["steps_computation_mask"].count(0) / steps
         blocks = computed_blocks(self.bench.shape(NAME), skipped, KEPT_BLOCKS[self.backend])
         step = self.bench.predict(NAME, [self.bench.size(1024)], blocks=blocks)
         return step and step * steps
 
     def _skipping(self, timings: dict[str, float]) -> Row:
-        """A skipping step alone: what is left of the denoising when the computed steps are taken off, what keeping
-        and forecasting add to those included."""
+        """Measure a skipping step: the time of denoising minus that of computed steps without a cache, divided by the
+        skips. So it includes the time that the cache adds to computed steps."""
         case, skipped = f"{self.backend}, a skipping step", timings["cached_steps"]
         plain = next((r for r in self.bench.report.rows("caches") if r.case == PLAIN and r.measured), None)
         if plain is None or not skipped:

@@ -1,4 +1,4 @@
-"""Section `communication`: exchanges between ranks against the link, what of them hides, decodes that ranks share."""
+"""Section `communication`: exchanges between ranks against the link, how much of them is hidden, shared decodes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LINK = "link, both ways at once"
 
 
 def section_communication(bench: Bench) -> Iterator[Case]:
-    """Among as many ranks as the largest layout has. Predicted: bytes at the data sheet's rate of the link."""
+    """Measure on as many ranks as the largest layout has. Prediction: bytes at the link's rate by the data sheet."""
     count = max((DiffusionParallelConfig(**degrees).replica_size for degrees in bench.layouts), default=1)
     store = listening_store()
     with Lazy(lambda: _start(bench, count, store.port), RankProcesses.close) as ranks:
@@ -60,7 +60,7 @@ class Communication:
 
     @property
     def link_rate(self) -> float | None:
-        """Bytes a second each way, by the data sheet."""
+        """Bytes per second of the link in each direction, by the data sheet."""
         card = card_at_hand()
         return card.link_bytes if card else None
 
@@ -73,7 +73,7 @@ class Communication:
         return self.link_rate and 1e3 * self.link_bytes / self.link_rate
 
     def exchange_predicted(self, kind: str, size: Size) -> float | None:
-        """Milliseconds of a layer's exchanges, nothing of them hidden."""
+        """Predicted milliseconds of a layer's exchanges, none of them hidden."""
         if self.link_rate is None:
             return None
         parallel = parallel_of(kind, self.count)
@@ -90,7 +90,7 @@ class Communication:
         ]
 
     def attention(self, kind: str, size: Size) -> list[Row]:
-        """Its exchanges as rates; the layer's attention as milliseconds, over the floors of its parts."""
+        """Rows of a layer: rates of its exchanges, and milliseconds of its attention against the floor."""
         shape = self.bench.shape(MODEL)
         (branches,) = self.bench.branches(MODEL, [size])
         function = {"ulysses": exchanges.ulysses, "ring": exchanges.ring}[kind]
@@ -113,7 +113,7 @@ class Communication:
         return rows
 
     def _layer_floor(self, kind: str, size: Size) -> float | None:
-        """Ulysses: attention, then the exchanges. A ring: the longer of the two."""
+        """Least milliseconds of a layer: attention plus exchanges for Ulysses, the longer of the two for a ring."""
         exchange, card = self.exchange_predicted(kind, size), self.bench.card
         if exchange is None or card is None:
             return None
@@ -122,14 +122,14 @@ class Communication:
         return max(attention, exchange) if kind == "ring" else attention + exchange
 
     def sums(self, size: Size) -> list[Row]:
-        """The sum behind a row layer: every token of both branches, whole."""
+        """All-reduce after a row-parallel layer, over all tokens of both branches."""
         (branches,) = self.bench.branches(MODEL, [size])
         rows = sum(branch.text + branch.image for branch in branches)
         found = self.ranks.get().run(exchanges.all_reduce, rows, self.bench.shape(MODEL).dim)
         return [self._rate_row(f"tensor {self.count}, {size[1]}x{size[0]}, sum of {rows} tokens", self._slowest(found))]
 
     def decode(self, size: Size) -> list[Row]:
-        """Predicted of the shared one: what one rank takes for all tiles, by the area of the rank that has most."""
+        """Rows of a decode. Prediction for the shared one: one rank's time, scaled by the largest share of the area."""
         found: Decodes = self.ranks.get().run(exchanges.decodes, self.bench.model(MODEL), size)[0]
         case = f"decode, {size[1]}x{size[0]}"
         gains = {"over tiled": found.tiled / found.shared, "over whole": found.whole / found.shared}
@@ -153,5 +153,5 @@ class Communication:
         return Row(case, rate / 1e9, "GB/s", self.link_rate and self.link_rate / 1e9, detail=detail)
 
     def _slowest(self, found: list[Exchange]) -> Exchange:
-        """Ranks agree on the time; bytes are those of the rank that moves most."""
+        """Result of the rank with the most bytes; the time is the same for all ranks."""
         return max(found, key=lambda exchange: exchange.wire_bytes)

@@ -1,4 +1,4 @@
-"""Section `end_to_end`: whole pictures through the engine; and what sections with engines share."""
+"""Section `end_to_end`: whole pictures through the engine; and functions for other sections with engines."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from vllm_omni import Omni
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 
 PICTURES = (("qwen-image", 50, 1), ("z-image", 9, 3))
-"""Model, steps, repeats."""
+"""(model, steps, repeats) of each case."""
 WARM_UP_STEPS = 4
-"""Steps of the picture that is drawn first and not counted."""
+"""Steps of the warm-up picture."""
 README_CACHE = {"enable_taylorseer": True, "taylorseer_order": 2}
-"""The setting that docs/caches.md recommends."""
+"""Setting of Cache-DiT that docs/caches.md recommends."""
 COMPUTED_FIRST, RUN_OF_SKIPS = 4, 3
-"""The forced pattern: as many steps computed, then so many skipped before each that is computed. With that setting
-the demo model skips 35 of 50 steps in each guidance branch, which is this pattern."""
+"""Forced pattern: number of steps computed first, then number of skipped steps before each computed one. It is the
+pattern of the demo model with the recommended setting of docs/caches.md, which skips 35 of 50 steps in each guidance branch."""
 
 
 def generate_seconds(
@@ -32,9 +32,9 @@ def generate_seconds(
     repeats: int = 1,
     warm_up_steps: int = WARM_UP_STEPS,
 ) -> tuple[Spread, dict[str, float]]:
-    """Wall-clock of a picture for each of `params`, all at once, and the slowest picture's timings of the last run.
+    """Wall-clock seconds of one picture for each of `params`, all at once, and the last run's slowest timings.
 
-    Pictures of the same sizes in fewer steps warm up.
+    Pictures of the same sizes with fewer steps are the warm-up.
     """
     omni.generate([prompt] * len(params), [replace(p, num_inference_steps=warm_up_steps) for p in params])
     seconds = []
@@ -46,7 +46,7 @@ def generate_seconds(
 
 
 def stages(timings: dict[str, float]) -> dict[str, float]:
-    """Milliseconds of each, for a row; `rest` is the engine around them: queue, plans, the picture's way home."""
+    """Milliseconds by stage, for a row; `rest` is the engine's own time: queue, plans, transfer of the picture."""
     parts = {name: timings[name] for name in ("text_encode", "denoise", "vae_decode")}
     parts["rest"] = timings["total"] - sum(parts.values())
     return {f"{name} ms": 1e3 * seconds for name, seconds in parts.items()}
@@ -54,7 +54,7 @@ def stages(timings: dict[str, float]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Started:
-    """An engine, and how long its start took."""
+    """Started engine, and the seconds that its start took."""
 
     omni: Omni
     seconds: float
@@ -84,14 +84,14 @@ class Started:
 
 
 def section_end_to_end(bench: Bench) -> Iterator[Case]:
-    """1024x1024: Qwen-Image with guidance, Z-Image-Turbo, both also in fp8. Predicted is the denoising alone."""
+    """Measure 1024x1024 pictures: Qwen-Image with guidance, Z-Image-Turbo, both also in fp8. Predicts denoising."""
     for name, count, repeats in PICTURES:
         steps = bench.steps(count)
         for fp8 in (False, True):
             label = f"{name}{', fp8' * fp8}"
             step = bench.predict(name, [bench.size(1024)], fp8=fp8)
             predicted = step and step * steps
-            # A server's worker is a process of its own; in this one an engine starts sooner.
+            # A server's worker is a process of its own; an engine in this process starts faster.
             settings = {"quantization": "fp8", "distributed_executor_backend": "uni"} if fp8 else {}
             with Lazy(partial(Started.of, bench, name, **settings), Started.close) as engine:
                 case = f"{label}, {steps} steps"
@@ -119,19 +119,19 @@ def _draw(
 
 
 def _over_http(bench: Bench, engine: Lazy[Started], name: str) -> list[Row]:
-    from benchmarks.gpu.http import over_http  # the server's packages, which no other section needs
+    from benchmarks.gpu.http import over_http  # late: it needs the server's packages, which no other section needs
 
     return over_http(bench, engine.get().omni, name)
 
 
 def forced_mask(steps: int) -> list[int]:
-    """By step: 1 computes, 0 skips."""
+    """Mask of a cache by step: 1 computes, 0 skips."""
     cycle = [0] * RUN_OF_SKIPS + [1]
     return [1] * min(steps, COMPUTED_FIRST) + [cycle[i % len(cycle)] for i in range(steps - COMPUTED_FIRST)]
 
 
 def forced_cache(steps: int) -> dict[str, Any]:
-    """Engine settings of the forced pattern: with random weights steps are not alike, and no cache would skip any."""
+    """Engine settings for the forced pattern: with random weights steps differ, and a cache would skip none."""
     return {
         "cache_backend": "cache_dit",
         "cache_config": {
@@ -144,7 +144,7 @@ def forced_cache(steps: int) -> dict[str, Any]:
 
 
 def forced_tea_cache() -> dict[str, Any]:
-    """The same for TeaCache, which computes the first and the last step in any case: a polynomial that takes every
-    change for 1, and a threshold that as many reach."""
+    """Engine settings that force TeaCache to skip regularly: its polynomial takes every change for 1, and the threshold
+    is the number of steps. It always computes the first and the last step."""
     config = {"rel_l1_thresh": RUN_OF_SKIPS + 0.5, "coefficients": [1.0]}
     return {"cache_backend": "tea_cache", "cache_config": config}

@@ -1,6 +1,6 @@
-"""Measurements that ranks make together: exchanges of a step's sizes, attention around them, shared decodes.
+"""Measurements on several ranks: exchanges of a step's sizes, attention with them, shared decodes.
 
-Seconds of the slowest rank; every rank must call the same functions in the same order.
+Times are seconds of the slowest rank. All ranks must call the same functions in the same order.
 """
 
 from __future__ import annotations
@@ -35,38 +35,38 @@ NUM_LATENT_CHANNELS = 16
 
 @dataclass(frozen=True)
 class Exchange:
-    """One kind of exchange, as one rank does it."""
+    """One kind of exchange on one rank."""
 
     seconds: float
     wire_bytes: float
-    """Bytes that leave the rank or reach it, whichever are more."""
+    """Bytes that leave or reach the rank, whichever is more."""
 
 
 @dataclass(frozen=True)
 class AttentionParts:
-    """The attention of a layer over sequences that ranks share."""
+    """Attention of a layer over sequences that ranks share."""
 
     layer: float
     attention: float
-    """The same attention, with nothing exchanged."""
+    """Seconds of the same attention without exchanges."""
     exchanges: tuple[Exchange, ...]
-    """Alone: in Ulysses to q, k and v and back to the output, in a ring all turns of keys and values."""
+    """Exchanges without attention: for Ulysses q, k, v and the output, for a ring all turns of keys and values."""
 
 
 @dataclass(frozen=True)
 class Decodes:
-    """Seconds of a picture."""
+    """Seconds of a picture's decode."""
 
     whole: float
     tiled: float
     shared: float
-    """The tiles dealt to all ranks."""
+    """Seconds with the tiles shared by all ranks."""
     largest_share: float
-    """Share of the area of all tiles that the rank with the most of it decodes."""
+    """Largest fraction of the tiles' area that one rank decodes."""
 
 
 def together(world: World, device: torch.device, run: Callable[[], object], warm_ups: int = WARM_UPS) -> float:
-    """The median of repeats, as many on every rank, after a warm-up."""
+    """Median of repeats after a warm-up; all ranks repeat equally often."""
     agree = world.mesh.control.agree
     return agree(measure(run, device, warm_ups=warm_ups, budget=BUDGET_SECONDS, agree=agree).median)
 
@@ -76,7 +76,7 @@ def dtype_on(device: torch.device) -> torch.dtype:
 
 
 def one_way(world: World, device: torch.device, num_bytes: int) -> Exchange:
-    """From the first rank to the second."""
+    """Exchange from the first rank to the second."""
     group = world.mesh.world
     block = torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
@@ -91,7 +91,7 @@ def one_way(world: World, device: torch.device, num_bytes: int) -> Exchange:
 
 
 def both_ways(world: World, device: torch.device, num_bytes: int) -> Exchange:
-    """Every rank to the next one, all at once."""
+    """Exchange from every rank to the next one at the same time."""
     ring = Ring(world.mesh.world)
     block = torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
@@ -118,7 +118,7 @@ def ulysses(
     parts, tokens = cut(heads, group.size), [sum(lengths) for lengths in pack.joint_lengths]
     mine, here, there = parts[group.rank], tokens[group.rank], sum(tokens)
     exchanges = []
-    for factor in (3, 1):  # q, k and v there; the output back
+    for factor in (3, 1):  # q, k and v; then the output
         width = factor * head_dim
         by_heads, by_tokens = [here * width * h for h in parts], [n * width * mine for n in tokens]
         send, receive = (by_heads, by_tokens) if factor == 3 else (by_tokens, by_heads)
@@ -158,7 +158,7 @@ def ring(world: World, device: torch.device, branches: Sequence[Branch], heads: 
 
 
 class StandingRing(Ring):
-    """Nothing travels: what comes is anything of the right shape."""
+    """Ring without transfers; it returns tensors of the right shape."""
 
     def post(self, block: Tensor, incoming_shape: Sequence[int]) -> None:
         self._incoming = block.new_empty(tuple(incoming_shape))
@@ -170,7 +170,7 @@ class StandingRing(Ring):
 def _shares(
     world: World, device: torch.device, branches: Sequence[Branch], heads: int, head_dim: int
 ) -> tuple[Group, Pack, Tensor]:
-    """This rank's tokens of the sequences: their pack, and q, k, v [3, tokens, heads, head_dim]."""
+    """Pack of this rank's tokens of the sequences, and q, k, v [3, tokens, heads, head_dim]."""
     group = world.mesh.world
     pack = Pack.build([b.text for b in branches], [b.image for b in branches], device, group.size, group.rank)
     qkv = torch.randn(3, pack.num_tokens, heads, head_dim, dtype=dtype_on(device), device=device)
@@ -178,7 +178,7 @@ def _shares(
 
 
 def fastest_attention(device: torch.device, head_dim: int) -> AttentionBackendName:
-    """Fastest backend on this device, the same on every rank; on a GPU cuDNN's where it runs, as workers measure."""
+    """Fastest backend of this device, the same on all ranks; on a GPU cuDNN's if it runs, as workers choose."""
     if device.type == "cpu":
         return "sdpa"
     setting = Setting(device, torch.cuda.get_device_capability(device), dtype_on(device), head_dim)

@@ -1,4 +1,4 @@
-"""Small models of each family and what diffusers makes of the same requests: for section `parity`."""
+"""Small models of each family, and diffusers' pictures for the same requests: for section `parity`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vllm_omni.diffusion.messages.request import DiffusionRequest
 STEPS = 6
 SIZES = ((64, 64), (96, 64), (80, 112))
 PHOTOS = ((64, 64), (90, 60), (31, 70))
-"""Width and height in pixels of what is edited; sizes of the pictures follow from them."""
+"""Width and height in pixels of the pictures to edit, which determine the sizes of the outputs."""
 TEXTS: dict[str, Any] = {"prompt": "a red apple", "negative_prompt": "a blue car"}
 SCALE = 4.0
 Fields = dict[str, Any]
@@ -33,18 +33,18 @@ Fields = dict[str, Any]
 @dataclass(frozen=True)
 class Family:
     build: Callable[[Path], object] | None
-    """None: the model that the package brings."""
+    """Function that writes the model; None: the embedded demo model."""
     fields: Fields
     """Fields of the requests."""
     arguments: Fields
-    """The same for diffusers."""
+    """Arguments for the same requests in diffusers."""
     edits: int = 0
-    """Pictures that a request brings."""
+    """Number of pictures to edit per request."""
     packs_latents: bool = False
-    """diffusers takes noise as Qwen-Image's transformer does."""
+    """Whether diffusers takes noise in the packed form of Qwen-Image's transformer."""
 
     def model(self, path: Path) -> Path:
-        """Its folder, written to `path` unless it is there."""
+        """Folder of the model, written to `path` unless it exists."""
         if self.build is None:
             return DEMO_MODEL_PATH
         if not (path / "model_index.json").is_file():
@@ -52,7 +52,7 @@ class Family:
         return path
 
     def requests(self, path: Path) -> list[DiffusionRequest]:
-        """Requests of several sizes, to be drawn at once."""
+        """Requests of several sizes, to run at once."""
         common = {"num_inference_steps": STEPS, **self.fields}
         if self.edits:
             return [
@@ -67,7 +67,7 @@ class Family:
         return [photo(*PHOTOS[(index + k) % len(PHOTOS)], index + k) for k in range(self.edits)]
 
     def load(self, path: Path, dtype: torch.dtype, device: torch.device) -> Any:
-        """diffusers' pipeline."""
+        """Load diffusers' pipeline."""
         if self.edits:
             return editing.reference(path, dtype).to(device)
         pipeline = DiffusionPipeline.from_pretrained(path, dtype=dtype).to(device)
@@ -75,7 +75,7 @@ class Family:
         return pipeline
 
     def draw(self, pipeline: Any, request: DiffusionRequest, noise: torch.dtype | None = None) -> np.ndarray:
-        """uint8 [height, width, 3]. `noise`: the dtype in which it is drawn; None: the pipeline's own way."""
+        """Picture by diffusers, uint8 [height, width, 3]. `noise`: dtype of the noise; None: the pipeline draws it."""
         more: Fields = {"height": request.height, "width": request.width}
         if noise is not None and self.packs_latents:
             shape = (16, request.height // 8, request.width // 8)
@@ -96,13 +96,13 @@ class Family:
 
 
 def _build_whole(path: Path, class_name: str) -> None:
-    from testbed.tiny_diffusers import build_tiny_diffusers  # which needs peft, as nothing else here does
+    from testbed.tiny_diffusers import build_tiny_diffusers  # late: only this needs peft
 
     build_tiny_diffusers(class_name, path)
 
 
 _QWEN_IMAGE = {**TEXTS, "true_cfg_scale": SCALE}
-# A whole pipeline runs as diffusers has it; its scale is told as `guidance_scale`.
+# A whole pipeline takes its scale as `guidance_scale`.
 _WHOLE = {"prompt": TEXTS["prompt"], "guidance_scale": SCALE, "max_sequence_length": 64}
 FAMILIES: dict[str, Family] = {
     "demo": Family(None, _QWEN_IMAGE, _QWEN_IMAGE, packs_latents=True),
@@ -121,4 +121,4 @@ FAMILIES: dict[str, Family] = {
     "sd3": Family(partial(_build_whole, class_name="StableDiffusion3Pipeline"), _WHOLE, _WHOLE),
     "flux": Family(partial(_build_whole, class_name="FluxPipeline"), _WHOLE, _WHOLE),
 }
-"""The one that is trained first; diffusers serves the last two."""
+"""Families: first the demo model, which is trained; the last two are whole pipelines of diffusers."""

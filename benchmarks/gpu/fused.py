@@ -1,4 +1,4 @@
-"""Sections `kernels` and `profile`: what is between the products of a block; where a step spends its time."""
+"""Sections `kernels` and `profile`: fused elementwise operations and norms; kernels by time in a step."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ EPS = 1e-6
 NUM_KERNELS = 14
 NAME_WIDTH = 60
 ROUNDS = 3
-"""Ways of the same work take turns, for a card is faster after a rest."""
+"""Rounds in which ways of the same work take turns, because a card is faster after a rest."""
 
 
 def section_kernels(bench: Bench) -> Iterator[Case]:
-    """Each operation of a 1024x1024 step with two branches: plain, compiled and fused in Triton. Predicted: its bytes
-    at the rate of a copy."""
+    """Measure each operation of a 1024x1024 step with two branches: plain, compiled, and fused in Triton. Prediction:
+    its bytes at the rate of a copy."""
     for name, (num_bytes, operation) in operations(bench).items():
         predicted = None if bench.card is None else 1e3 * num_bytes / bench.card.memory_bytes
         for way in ("plain", "compiled", "fused"):
@@ -49,7 +49,7 @@ def section_kernels(bench: Bench) -> Iterator[Case]:
 
 
 def operations(bench: Bench) -> dict[str, tuple[int, Callable[[Any], Any]]]:
-    """Name -> bytes read and written, and the call, given kernels."""
+    """Name of an operation -> bytes read and written, and a function of the kernels that runs it."""
     shape = bench.shape(MODEL)
     (branches,) = bench.branches(MODEL, [bench.size(1024)])
     image, text = sum(b.image for b in branches), sum(b.text for b in branches)
@@ -84,7 +84,7 @@ def operations(bench: Bench) -> dict[str, tuple[int, Callable[[Any], Any]]]:
 
 
 def _products(bench: Bench) -> list[Row]:
-    """The product of the feed-forward with GELU behind it: as two kernels, compiled, and as cuBLAS's epilogue."""
+    """Measure the MLP's product with GELU: as two kernels, compiled, and with GELU as cuBLAS's epilogue."""
     if bench.device.type != "cuda":
         raise ConfigError("needs a GPU")
     width = bench.shape(MODEL).dim
@@ -118,7 +118,7 @@ def _products(bench: Bench) -> list[Row]:
 
 
 def section_profile(bench: Bench) -> Iterator[Case]:
-    """The kernels that a compiled 1024x1024 step spends most time in."""
+    """Kernels with the most time in a compiled 1024x1024 step."""
     yield Case("kernels of a step", lambda: _longest(bench))
 
 

@@ -1,4 +1,4 @@
-"""Extra time that a client of the HTTP app waits beside a caller of the engine, picture by picture."""
+"""Time that the HTTP app adds to the engine, for each picture."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CLOSE_SECONDS, POLL_SECONDS = 10.0, 0.01
 
 
 def over_http(bench: Bench, omni: Omni, name: str) -> list[Row]:
-    """The same pictures from the engine and as PNG in `b64_json`, in turns, one at a time."""
+    """Time the same pictures from the engine and as PNG in `b64_json`, in turn, one at a time."""
     size, prompt = bench.size(1024), bench.prompt(name)
     body = {
         "prompt": prompt.prompt,
@@ -45,7 +45,7 @@ def over_http(bench: Bench, omni: Omni, name: str) -> list[Row]:
             response = client.post("/v1/images/generations", json={**body, "seed": seed})
             end = time.perf_counter()
             response.raise_for_status()
-            if seed:  # the first one warms up
+            if seed:  # the first picture is a warm-up
                 direct.append(between - start)
                 served.append(end - between)
                 encoded.append(response.json()["timings"]["media_encode"])
@@ -64,7 +64,7 @@ def over_http(bench: Bench, omni: Omni, name: str) -> list[Row]:
 
 @contextmanager
 def _server(omni: Omni) -> Iterator[str]:
-    """The app on the engine's own loop, as `vllm serve --omni` has it; its address."""
+    """Serve the app on the engine's loop, as `vllm serve --omni` does; yields its address."""
 
     async def make() -> uvicorn.Server:
         app = build_app(omni._async, ServerSettings(served_model_names=(MODEL_NAME,)))
@@ -85,7 +85,7 @@ def _server(omni: Omni) -> Iterator[str]:
 
 
 def _check(answer: dict[str, Any], size: tuple[int, int]) -> None:
-    """Raises ValueError where the answer is not a picture of that size."""
+    """Raise ValueError unless the response is a picture of that size."""
     picture = Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"])))
     if picture.size != (size[1], size[0]):
         raise ValueError(f"the server sent a picture of {picture.size}")

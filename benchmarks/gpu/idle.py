@@ -1,4 +1,4 @@
-"""Section `idle`: what is not arithmetic: gaps on the device, files."""
+"""Section `idle`: time outside of arithmetic: gaps between kernels, work of the host, PNG files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.timing import Spread, measure
 NUM_STEPS, WARM_UPS = 5, 3
 HOST_SIDES = (1024, 512, 256)
 GRAIN = 20
-"""Noise of the picture that is encoded: as much as a photograph has."""
+"""Noise of the picture to encode, in levels: as much as in a photograph."""
 
 
 def section_idle(bench: Bench) -> Iterator[Case]:
@@ -29,7 +29,7 @@ def section_idle(bench: Bench) -> Iterator[Case]:
 
 @torch.inference_mode()
 def _gaps(bench: Bench) -> list[Row]:
-    """Time within consecutive steps in which the device ran no kernel."""
+    """Measure the time in consecutive steps in which the device runs no kernel."""
     case = "device idle within steps"
     if bench.device.type != "cuda":
         return [Row(case, refused="needs a GPU")]
@@ -49,7 +49,7 @@ def _gaps(bench: Bench) -> list[Row]:
 
 
 def covered(spans: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
-    """From the first start to the last end; how much of it lies in a span; the longest gap."""
+    """(total time from the first start to the last end, time covered by spans, longest gap)."""
     ordered = sorted(spans)
     first, reach = ordered[0]
     busy, longest = reach - first, 0.0
@@ -62,7 +62,7 @@ def covered(spans: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
 
 @torch.inference_mode()
 def _host(bench: Bench) -> list[Row]:
-    """Until the host has sent a step, with nothing before it; and until the device has done it."""
+    """Measure the time until the host has launched a step, and until the device has finished it."""
     step_of = partial(stepper, bench, started_runner(bench, {}))
     rows = []
     for side in HOST_SIDES:
@@ -87,8 +87,10 @@ def _wait(device: torch.device) -> None:
 
 
 def _png(bench: Bench) -> list[Row]:
-    """Time of a PNG as the server encodes it."""
-    from vllm_omni.entrypoints.openai.responses.png import encode_png  # isal, which no other section needs
+    """Measure the time of a PNG by the server's encoder."""
+    from vllm_omni.entrypoints.openai.responses.png import (
+        encode_png,
+    )  # late: it needs isal, which no other section needs
 
     height, width = bench.size(1024)
     y, x = np.mgrid[:height, :width]

@@ -1,4 +1,4 @@
-"""Sections `ceilings` and `parity`: what the card gives at the models' shapes; whether the pictures are right."""
+"""Sections `ceilings` and `parity`: measured rates at the models' shapes; correctness of the pictures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HIGHEST_PSNR = 120.0
 
 
 def section_ceilings(bench: Bench) -> Iterator[Case]:
-    """T/s (FLOPs or bytes) of each product, attention backend and copy of a 1024x1024 step."""
+    """Measure T/s (FLOPs or bytes) of each product, attention backend and copy of a 1024x1024 step."""
     for name in ("qwen-image", "z-image"):
 
         def run(name: str = name) -> list[Row]:
@@ -49,13 +49,15 @@ def _row(case: str, ceiling: Ceiling) -> Row:
 
 
 def section_parity(bench: Bench) -> Iterator[Case]:
-    """PSNR of our pictures, made in one batch of several sizes, to diffusers' on the same device and to our own made
-    alone; of small random models of every packed family and of two that diffusers serves."""
+    """Measure the PSNR of our pictures, made in one batch of several sizes, to diffusers' and to ours made alone.
+
+    For small random models of every packed family and of two whole pipelines, on the same device.
+    """
     for name, family in FAMILIES.items():
         for dtype in (torch.float32, torch.bfloat16):
             case = f"{name} {_name(dtype)}"
             yield Case(case, partial(_parity, bench, case, name, family, dtype))
-    # What float8 costs shows in a trained model alone.
+    # The loss by float8 is visible only in a trained model.
     yield Case("demo fp8", partial(_parity, bench, "demo fp8", "demo", FAMILIES["demo"], torch.bfloat16, "fp8"))
 
 
@@ -92,7 +94,7 @@ def started_at(model: str, **settings: Any) -> ModelRunner:
 
 
 def pictures(runner: ModelRunner, requests: Sequence[DiffusionRequest]) -> dict[str, np.ndarray]:
-    """By request id, all of them made at once. Raises RuntimeError for one that fails."""
+    """Pictures by request id, made in one batch. Raises RuntimeError if one fails."""
     drive = Drive(runner).run({0: requests})
     for error in drive.errors.values():
         raise RuntimeError(error.message)
@@ -100,5 +102,5 @@ def pictures(runner: ModelRunner, requests: Sequence[DiffusionRequest]) -> dict[
 
 
 def worst(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> float:
-    """The least PSNR of any picture."""
+    """Least PSNR of the pictures."""
     return min(min(HIGHEST_PSNR, psnr(ours[i], theirs[i])) for i in ours)

@@ -1,4 +1,4 @@
-"""Section `layouts`: steps and whole pictures over several GPUs against one, by size, with and without a step cache."""
+"""Section `layouts`: steps and pictures on several GPUs against one, by size, with and without a step cache."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ SIZES = (1024, 1536, 2048)
 WARM_UP_STEPS, NUM_STEPS, CACHED_STEPS = 4, 20, 50
 REPEATS = 2
 REPEATED_SECONDS = 4.0
-"""Longest time of a measurement that is repeated; a longer one is made once."""
+"""Seconds up to which a measurement is repeated; a longer one is made once."""
 LONG_TEXT_TOKENS = 500
 
 
 def parse_layout(text: str) -> dict[str, int]:
-    """`ulysses=2,cfg=2` -> degrees by field. Raises ValueError with the names that are taken."""
+    """Degrees by field from `ulysses=2,cfg=2`. Raises ValueError with the accepted names."""
     names = {f.name.split("_")[0]: f.name for f in fields(DiffusionParallelConfig)[:5]}
     layout = {}
     for part in text.split(","):
@@ -53,13 +53,13 @@ ONE = "one device"
 
 
 def check_devices(bench: Bench, count: int) -> None:
-    """Raises ConfigError where GPUs are measured and there are fewer."""
+    """Raise ConfigError if GPUs are measured and fewer than `count` are present."""
     if bench.device.type == "cuda" and count > (there := torch.cuda.device_count()):
         raise ConfigError(f"needs {count} GPUs, this machine has {there}")
 
 
 def section_layouts(bench: Bench) -> Iterator[Case]:
-    """Measure each layout: the steps of every size, then a long prompt's, then whole pictures with the cache forced."""
+    """Measure each layout: steps of every size, steps with a long prompt, then pictures with the forced cache."""
     sizes = [bench.size(side) for side in (SIZES[:1] if bench.tiny else SIZES)]
     for degrees in ({}, *bench.layouts):
         layout = Layout(bench, name_of(degrees), DiffusionParallelConfig(**degrees))
@@ -74,7 +74,7 @@ def section_layouts(bench: Bench) -> Iterator[Case]:
 
 @dataclass(frozen=True)
 class Layout:
-    """The cases of one. Predictions are floors: exchanges are counted as if nothing hid them."""
+    """Cases of one layout. Predictions are floors, with no exchange hidden."""
 
     bench: Bench
     name: str
@@ -86,7 +86,7 @@ class Layout:
 
     @property
     def num_cached_steps(self) -> int:
-        """Steps of a picture with the cache; at least as many as the pattern needs to skip one."""
+        """Steps of a picture with the cache; enough for the pattern to skip one."""
         return max(16, self.bench.steps(CACHED_STEPS))
 
     def case(self, size: Size, name: str | None = None) -> str:
@@ -102,7 +102,7 @@ class Layout:
         return self.bench.predict(MODEL, [size], self.parallel)
 
     def predicted_picture(self, size: Size) -> float | None:
-        """Milliseconds of the denoising of a cached picture."""
+        """Predicted milliseconds of denoising a cached picture."""
         count = self.num_cached_steps
         blocks = computed_blocks(self.bench.shape(MODEL), forced_mask(count).count(0) / count)
         step = self.bench.predict(MODEL, [size], self.parallel, blocks)
@@ -118,7 +118,7 @@ class Layout:
         return 1e3 * floor_of(cost, card, self.parallel).total
 
     def steps(self, omni: Lazy[Omni], size: Size) -> list[Row]:
-        """Rows of a picture without a cache: milliseconds a step, and how far its pixels are from one device's."""
+        """Rows of a picture without a cache: milliseconds per step, and PSNR to one device's picture."""
         seconds, output = self._step_seconds(omni.get(), size, OmniPrompt(PROMPT, NEGATIVE))
         cost = self.bench.cost(MODEL, [size], self.parallel)
         detail: dict[str, Any] = {"steps": NUM_STEPS}
@@ -129,7 +129,7 @@ class Layout:
         return [Row.milliseconds(self.case(size), seconds, self.predicted(size), **detail)]
 
     def long_text(self, omni: Lazy[Omni], size: Size) -> list[Row]:
-        """A step whose branches have long prompts, against one with short ones: what the text stream costs."""
+        """Rows of a step with long prompts against one with short prompts: the cost of text tokens."""
         text, tokens = long_prompt(self.bench)
         seconds, _ = self._step_seconds(omni.get(), size, OmniPrompt(text, text))
         detail: dict[str, Any] = {"text tokens of each branch": tokens}
@@ -140,7 +140,7 @@ class Layout:
         return [Row.milliseconds(self.long_case(size), seconds, self.predicted_long(), **detail)]
 
     def cached(self, omni: Lazy[Omni], size: Size) -> list[Row]:
-        """Denoising of one whole picture with the forced pattern, against one device without a cache and with one."""
+        """Rows of denoising a picture with the forced pattern, against one device without and with the cache."""
         count, case = self.num_cached_steps, self.cached_case(size)
         timings = self._picture(omni.get(), size, OmniPrompt(PROMPT, NEGATIVE), count, cache=True).timings
         total, skipped = 1e3 * timings["denoise"], timings["cached_steps"]
@@ -155,7 +155,7 @@ class Layout:
         return [Row(case, total, "ms", self.predicted_picture(size), detail=detail)]
 
     def _step_seconds(self, omni: Omni, size: Size, prompt: OmniPrompt) -> tuple[Spread, OmniRequestOutput]:
-        """Mean seconds of a picture's steps, and the last picture. A shorter picture warms up."""
+        """Mean seconds per step of a picture, and the last picture; a shorter picture warms up."""
         self._picture(omni, size, prompt, WARM_UP_STEPS, cache=False)
         outputs: list[OmniRequestOutput] = []
         while len(outputs) < REPEATS:
@@ -175,7 +175,7 @@ class Layout:
         return {f"speed-up{over}": gain, f"efficiency{over}": gain / self.parallel.world_size}
 
     def _compared(self, size: Size, picture: np.ndarray) -> dict[str, float]:
-        """PSNR to one device's picture, which is kept beside the rows."""
+        """PSNR to the picture of one device, which is stored beside the rows."""
         file = self.bench.report.folder / "pictures" / f"{MODEL}-{size[1]}x{size[0]}.npy"
         if self.name == ONE:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +185,7 @@ class Layout:
 
 
 def long_prompt(bench: Bench) -> tuple[str, int]:
-    """As many words as make no more than LONG_TEXT_TOKENS, and how many tokens those are."""
+    """Prompt of at most LONG_TEXT_TOKENS tokens, and its number of tokens."""
     count = bench.info(MODEL).count_prompt_tokens
     fewest, most = 1, LONG_TEXT_TOKENS
     while fewest < most:

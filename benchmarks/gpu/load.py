@@ -1,4 +1,4 @@
-"""Section `load`: copies of the model against one that all GPUs share, while requests arrive; no HTTP between."""
+"""Section `load`: several copies of the model against one that all GPUs share, under load; without HTTP."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from vllm_omni.inputs.data import OmniPrompt
 
 SIDE, NUM_STEPS = 512, 10
 PARTS_OF_CAPACITY = (0.25, 0.5, 0.75)
-"""Arrivals a second, of what the copies could do by the roofline, which leaves out encode and decode."""
+"""Arrival rates, as fractions of the copies' capacity by the roofline, which ignores encode and decode."""
 UNKNOWN_CAPACITY = 20.0
-"""Pictures a second, where no roofline is known: in small on a CPU."""
+"""Capacity in pictures per second where no roofline is known: small shapes on a CPU."""
 RATE_SECONDS = 8.0
 MIN_REQUESTS = 6
 
 
 def section_load(bench: Bench) -> Iterator[Case]:
-    """The same arrivals for both, at three rates. Predicted of a latency: the steps alone, without company."""
+    """Measure both with the same arrivals, at three rates. Prediction of a latency: the steps of a request alone."""
     count = max((DiffusionParallelConfig(**degrees).world_size for degrees in bench.layouts), default=1)
     steps = bench.steps(NUM_STEPS)
     for degrees in contenders(count):
@@ -37,13 +37,13 @@ def section_load(bench: Bench) -> Iterator[Case]:
 
 
 def contenders(count: int) -> tuple[dict[str, int], dict[str, int]]:
-    """A copy on each GPU, and one copy whose guidance branches, and tokens, are shared out."""
+    """Layouts: one copy on each GPU, and one copy whose guidance branches and tokens are shared by all."""
     ulysses = {"ulysses_degree": count // 2} if count > 2 else {}
     return {"data_parallel_size": count}, {"cfg_parallel_size": 2, **ulysses}
 
 
 def rates(bench: Bench, count: int) -> list[float]:
-    """Arrivals a second."""
+    """Arrivals per second."""
     step = bench.predict(MODEL, [bench.size(SIDE)])
     capacity = 1e3 * count / (step * bench.steps(NUM_STEPS)) if step else UNKNOWN_CAPACITY
     return [part * capacity for part in PARTS_OF_CAPACITY]
@@ -59,7 +59,7 @@ def _run(bench: Bench, degrees: Mapping[str, int], count: int, predicted: float 
 async def _rows(
     bench: Bench, degrees: Mapping[str, int], arrivals: Sequence[float], predicted: float | None
 ) -> list[Row]:
-    """One for each rate: the median latency, and the rest as detail."""
+    """One row per rate: the median latency, with other numbers as details."""
     parallel = DiffusionParallelConfig(**degrees)
     omni = AsyncOmni(
         model=bench.model(MODEL), load_format="dummy", parallel_config=parallel, enforce_eager=bench.enforce_eager
@@ -90,7 +90,7 @@ def _row(case: str, found: Mapping[str, Any], predicted: float | None) -> Row:
 
 
 async def _send(bench: Bench, omni: AsyncOmni, item: Item, start: float) -> Outcome:
-    """To the engine of this process, instead of `benchmarks.serving`'s server."""
+    """Send function for the engine in this process, in place of a server."""
     sent = time.perf_counter() - start
     outcome = Outcome(item.index, item.kind, sent, sent)
     params = bench.params(MODEL, bench.size(SIDE), item.steps, seed=item.seed)

@@ -1,4 +1,4 @@
-"""Model folders of the published sizes, without weights: `--load-format dummy` makes those on the device."""
+"""Model folders of the published sizes without weights, for `--load-format dummy`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TINY_TRANSFORMERS: dict[str, Config] = {
         "axes_dims": [4, 6, 6],
     },
 }
-"""For trying the benchmarks themselves."""
+"""Small configs for trying the benchmarks."""
 
 
 def transformer_config(name: str, tiny: bool) -> Config:
@@ -41,7 +41,7 @@ def transformer_config(name: str, tiny: bool) -> Config:
 
 
 def write_model(name: str, path: Path, tiny: bool) -> Path:
-    """Write the folder of `qwen-image` or `z-image` to `path` and return it; nothing if it is there."""
+    """Write the folder of `qwen-image` or `z-image` to `path` unless it exists; return it."""
     if (path / "model_index.json").is_file():
         return path
     write = {"qwen-image": _qwen_image, "z-image": _z_image}[name]
@@ -54,7 +54,7 @@ def write_model(name: str, path: Path, tiny: bool) -> Path:
 
 
 def _qwen_image(path: Path, tiny: bool) -> dict[str, Any]:
-    """Qwen/Qwen-Image: Qwen2.5-VL-7B reads the prompt."""
+    """Write Qwen/Qwen-Image, with Qwen2.5-VL-7B as text encoder; return its components."""
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(path / "tokenizer")
     width, layers, heads, kv_heads, inner = (32, 2, 2, 1, 64) if tiny else (3584, 28, 28, 4, 18944)
@@ -85,7 +85,7 @@ def _qwen_image(path: Path, tiny: bool) -> dict[str, Any]:
 
 
 def _z_image(path: Path, tiny: bool) -> dict[str, Any]:
-    """Tongyi-MAI/Z-Image-Turbo: Qwen3-4B reads the prompt, FLUX's VAE draws."""
+    """Write Tongyi-MAI/Z-Image-Turbo, with Qwen3-4B as text encoder and FLUX's VAE; return its components."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(path / "tokenizer")

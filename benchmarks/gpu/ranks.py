@@ -1,4 +1,4 @@
-"""Processes, one a device, that run functions at the same time: ranks on GPUs or, with gloo, on a CPU."""
+"""Processes, one per device, that run functions at the same time: ranks on GPUs or, with gloo, on a CPU."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from vllm_omni.diffusion.compute.distributed.mesh import World
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 
 PATIENCE_SECONDS = 180.0
-"""For all that one function does."""
+"""Seconds that one function may take."""
 _LOOK_SECONDS = 1.0
 
 
 class RankProcesses:
-    """They start at once and wait for functions. When one fails all are ended, for the others may wait for it."""
+    """Rank processes, started at once, that wait for functions. If one fails, all are ended: others may wait for it."""
 
     def __init__(
         self,
@@ -32,8 +32,8 @@ class RankProcesses:
         prepare: Callable[[int], tuple[Any, ...]],
         patience_seconds: float = PATIENCE_SECONDS,
     ) -> None:
-        """kind: of the devices, as `Device.kind`; prepare: what a rank makes once, for all functions to begin with."""
-        # What a process knows of a GPU is of no use to a fork of it; without one, a fork need not import all again.
+        """`kind`: `Device.kind` of the devices. `prepare`: makes the first arguments of functions, once per rank."""
+        # CUDA does not work in a fork of a process that uses it; without CUDA, a fork saves the imports.
         context: Any = mp.get_context("fork" if kind == CPU else "spawn")
         self._outbox = context.Queue()
         self._inboxes = [context.SimpleQueue() for _ in range(size)]
@@ -47,9 +47,9 @@ class RankProcesses:
         self._failure = ""
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """`function(*prepared, *args)` on every rank -> what each returned. All of it is pickled.
+        """Run `function(*prepared, *args)` on every rank; return the results by rank. Everything is pickled.
 
-        Raises RuntimeError with what a rank raised, or said of an earlier function.
+        Raises RuntimeError with a rank's error, also one of an earlier function.
         """
         if not self._failure:
             for inbox in self._inboxes:
@@ -83,13 +83,13 @@ class RankProcesses:
 
 
 def in_world(parallel: DiffusionParallelConfig, kind: str, port: int, rank: int) -> tuple[World, torch.device]:
-    """To prepare ranks that talk: the process groups of a replica, which meet at a `listening_store`."""
+    """`prepare` for ranks that communicate: process groups of a replica, which connect through a `listening_store`."""
     device = Device(kind, rank)  # type: ignore[arg-type]  # a kind is a choice
     return World(parallel, rank, device.torch, TCPStore("127.0.0.1", port, is_master=False)), device.torch
 
 
 def listening_store() -> TCPStore:
-    """Where ranks meet, at its port, for as long as it is kept."""
+    """TCP store through which ranks find each other, on a free port, until it is deleted."""
     return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
@@ -105,4 +105,4 @@ def _serve(rank: int, kind: str, prepare: Callable[[int], tuple[Any, ...]], inbo
     except Exception as error:
         traceback.print_exc()
         outbox.put((rank, None, f"{type(error).__name__}: {error}"))
-        time.sleep(PATIENCE_SECONDS)  # until the parent, which has heard of it, ends all of them
+        time.sleep(PATIENCE_SECONDS)  # until the parent, which has the error, ends all ranks

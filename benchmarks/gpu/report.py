@@ -1,4 +1,4 @@
-"""Rows of measurements: written to a file as soon as each is there, so that a run that ends early goes on later."""
+"""Rows of measurements, each written to a file at once, so that a later run continues one that ended early."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ class Row:
     measured: float | None = None
     unit: str = "ms"
     predicted: float | None = None
-    """In the same unit; None: nothing predicts it."""
+    """Prediction in the same unit; None: there is none."""
     spread: tuple[float, float] | None = None
-    """Least and most of the repeats."""
+    """Least and greatest value of the repeats."""
     refused: str = ""
-    """Why there is no measurement."""
+    """Reason why there is no measurement; empty if there is one."""
     detail: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def milliseconds(cls, case: str, seconds: Spread, predicted: float | None = None, **detail: Any) -> Row:
-        """predicted: milliseconds."""
+        """Row in milliseconds from seconds. `predicted`: in milliseconds."""
         spread = (1e3 * seconds.least, 1e3 * seconds.most)
         return cls(case, 1e3 * seconds.median, "ms", predicted, spread, detail={"repeats": seconds.repeats, **detail})
 
     def line(self) -> str:
-        """Row of a Markdown table."""
+        """Line of a Markdown table."""
         predicted = "" if self.predicted is None else f"{self.predicted:.4g}"
         if self.measured is None:
             return f"| {self.case} | {predicted} | refused: {self.refused} | | |"
@@ -42,17 +42,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Case:
-    """Something to measure, unless its rows are there."""
+    """A measurement, to be run unless its rows exist."""
 
     name: str
     run: Callable[[], list[Row]]
     predicted: float | None = None
-    """Milliseconds, printed before it runs."""
+    """Predicted milliseconds, printed before the case runs."""
 
 
 class Report:
     def __init__(self, file: Path, environment: Mapping[str, Any]) -> None:
-        """Goes on with `file` where it exists. Raises ValueError when that was measured elsewhere."""
+        """Continue `file` if it exists. Raises ValueError if it was measured on another machine."""
         self._file = file
         self._content: dict[str, Any] = {"environment": dict(environment), "cases": {}}
         if file.is_file():
@@ -62,7 +62,7 @@ class Report:
 
     @property
     def folder(self) -> Path:
-        """Where the file lies, and what belongs to its rows."""
+        """Folder of the file and of the files that belong to its rows."""
         return self._file.parent
 
     def has(self, section: str, case: str) -> bool:

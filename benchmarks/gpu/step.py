@@ -1,4 +1,4 @@
-"""Section `step`: one denoising step of Qwen-Image (guided) and of Z-Image-Turbo, ours and diffusers' transformers."""
+"""Section `step`: one denoising step of Qwen-Image (guided) and Z-Image-Turbo, with our and diffusers' code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vllm_omni.diffusion.messages.request import DiffusionRequest
 
 MODEL, Z_IMAGE = "qwen-image", "z-image"
 NUM_STEPS = 100
-"""Steps of the request that is timed; more than the number of repeats."""
+"""Steps of the timed request; more than the number of repeats."""
 WARM_UPS = 4
 BUDGET_SECONDS = 2.5
 
@@ -32,7 +32,7 @@ BUDGET_SECONDS = 2.5
 class Variant:
     settings: dict[str, Any] = field(default_factory=dict)
     compiled: bool | None = None
-    """None: as the settings have it by default."""
+    """Whether blocks are compiled; None: the default of the settings."""
 
 
 VARIANTS: dict[str, Variant] = {
@@ -45,9 +45,9 @@ VARIANTS: dict[str, Variant] = {
     "fp8, fused, eager": Variant({"quantization": "fp8", "enforce_eager": True}),
     "fp8, torch, compiled": Variant({"quantization": "fp8", "kernels": "torch"}, compiled=True),
 }
-"""By the kernels between products (`fused`: Triton's). Those that are not eager are sent as CUDA graphs, too."""
+"""Variants by implementation of the elementwise operations (`fused`: Triton). All but eager use CUDA graphs."""
 SMALL = (256, 512, 1024)
-"""Where a host that sends kernel by kernel may be the slower one."""
+"""Sides of pictures at which launching kernel by kernel may be slower than the device."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Contender:
 
 
 def contenders(bench: Bench) -> Iterator[Contender]:
-    """The most wanted first."""
+    """Contenders, the most important first."""
     sides = {MODEL: (1024, 512, 256, 2048), Z_IMAGE: (1024, 512, 256)}
     small = {"fused, eager": SMALL}
     for model in (MODEL, Z_IMAGE):
@@ -99,7 +99,7 @@ def _measure(
 
 
 def start_ours(bench: Bench, variant: Variant, model: str = MODEL) -> StepOf:
-    # Also where it is no gain, which is what is to be seen; on a CPU it would only take long.
+    # Also where compiling gains nothing, to show that; not on a CPU, where it takes long.
     compile_blocks = True if variant.compiled and bench.device.type == "cuda" else None
     runner = started_runner(bench, variant.settings, model, compile_blocks)
     return lambda size: stepper(bench, runner, size, model)
@@ -137,7 +137,7 @@ def started_runner(
 
 
 def stepper(bench: Bench, runner: ModelRunner, size: Size, model: str = MODEL) -> Any:
-    """A function that makes the next step of a request: predict, combine the branches, advance."""
+    """Function that runs the next step of a request: predict, combine the branches, advance."""
     pipeline = runner.pipeline
     state = pipeline.encode(request_of(bench, size, model))
 

@@ -1,4 +1,4 @@
-"""diffusers' transformers with the weights that ours have, stepping as their pipelines do."""
+"""Steps of diffusers' transformers, with the same weights as ours."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ StepOf = Callable[[Size], Callable[[], object]]
 
 
 def start_diffusers(bench: Bench, model: str, compiled: bool) -> StepOf:
-    """Eager, or with its repeated blocks compiled as diffusers recommends."""
+    """Load a diffusers transformer, eager or with its repeated blocks compiled as diffusers recommends."""
     cls, step_of = {
         "qwen-image": (QwenImageTransformer2DModel, _qwen_image_step),
         "z-image": (ZImageTransformer2DModel, _z_image_step),
@@ -31,13 +31,13 @@ def start_diffusers(bench: Bench, model: str, compiled: bool) -> StepOf:
         transformer = cls.from_config(cls.load_config(folder))
     # Named as in the checkpoint, so the weights are the same as ours.
     load_weights(transformer, folder, {}, bench.device, _dtype(bench), load_format="dummy")
-    if compiled and bench.device.type == "cuda":  # on a CPU it would only take long
+    if compiled and bench.device.type == "cuda":  # on a CPU compiling takes too long
         transformer.compile_repeated_blocks()
     return partial(step_of, bench, transformer)
 
 
 def _qwen_image_step(bench: Bench, transformer: Any, size: Size) -> Callable[[], object]:
-    """A forward for each branch, which are then combined."""
+    """Function of a guided step: one forward for each branch, then their combination."""
     (branches,) = bench.branches("qwen-image", [size])
     width, channels = transformer.config.joint_attention_dim, transformer.config.in_channels
     latents = _random(bench, 1, branches[0].image, channels)
@@ -63,7 +63,7 @@ def _qwen_image_step(bench: Bench, transformer: Any, size: Size) -> Callable[[],
 
 
 def _z_image_step(bench: Bench, transformer: Any, size: Size) -> Callable[[], object]:
-    """One forward, for there is no guidance; pictures and texts come in lists."""
+    """Function of a step without guidance: one forward; pictures and texts are lists."""
     ((branch,),) = bench.branches("z-image", [size])
     latents = [_random(bench, transformer.config.in_channels, 1, size[0] // 8, size[1] // 8)]
     texts = [_random(bench, branch.text, transformer.config.cap_feat_dim)]

@@ -1,1 +1,1 @@
-"""Theoretical cost of a denoising step, and how near a card comes to it: `python -m benchmarks.roofline`."""
+"""Theoretical cost of a denoising step, and a card's measured rates: `python -m benchmarks.roofline`."""

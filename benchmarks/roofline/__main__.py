@@ -1,11 +1,11 @@
-"""The least that a denoising step can take, from a transformer's config alone; no weights, no GPU.
+"""Least time that a denoising step can take, from a transformer's config; without weights and GPU.
 
     python -m benchmarks.roofline                                   # Qwen-Image and Z-Image on an H100 and an H200
     python -m benchmarks.roofline --model FOLDER --ulysses 2 --cfg 2 --size 2048x2048 --fp8
-    python -m benchmarks.roofline --measure                         # and what the card at hand gives at these shapes
+    python -m benchmarks.roofline --measure                         # and this card's rates at these shapes
 
 TFLOP: products and attention of one step of one rank, all guidance branches. GB: weights, inputs and outputs of the
-products, each once. Pointwise: an estimate of what the rest moves (costs.py). A floor is what the data sheet allows.
+products, each once. Pointwise: estimated bytes of the other operations (costs.py). A floor follows from the data sheet.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def read_transformer(model: str) -> Mapping[str, Any]:
-    """A published config, or that of a folder."""
+    """Transformer of a published config, or of a model folder."""
     if model in TRANSFORMERS:
         return TRANSFORMERS[model]
     config: Mapping[str, Any] = json.loads((Path(model) / "transformer" / "config.json").read_text())

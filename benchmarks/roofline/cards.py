@@ -1,4 +1,4 @@
-"""Data sheets of cards, and the least time that a step takes on one."""
+"""Data sheets of cards, and the least time of a step on a card."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class Card:
 
     name: str
     bf16_flops: float
-    """A second."""
+    """FLOPs per second."""
     fp8_flops: float
     memory_bytes: float
-    """A second."""
+    """Bytes per second of its memory."""
     link_bytes: float
-    """A second to other cards, in each direction."""
+    """Bytes per second to other cards, in each direction."""
     attention_flops: float | None = None
-    """A second, where it was measured apart; None: those of bf16."""
+    """FLOPs per second of attention, if measured separately; None: `bf16_flops`."""
 
 
 CARDS = {
@@ -33,7 +33,7 @@ CARDS = {
 
 @dataclass(frozen=True)
 class Floor:
-    """Seconds that one rank cannot do without. A product takes what its arithmetic or its bytes take, the longer."""
+    """Least seconds of one rank in a step. A product takes the longer of its arithmetic and its bytes."""
 
     gemms: float
     attention: float
@@ -46,12 +46,12 @@ class Floor:
 
     @property
     def total(self) -> float:
-        """One after another; an exchange that runs beside the arithmetic takes less."""
+        """Sum of all parts; an exchange in parallel with arithmetic takes less."""
         return self.gemms + self.attention + self.pointwise + self.exchanges
 
 
 def floor_of(cost: StepCost, card: Card, parallel: DiffusionParallelConfig = ONE_DEVICE, fp8: bool = False) -> Floor:
-    """fp8: of the products in the blocks; attention stays in bf16."""
+    """Floor of a step on a card. `fp8`: for the products in the blocks; attention stays in bf16."""
     attention_flops = card.attention_flops or card.bf16_flops
     gemms = 0.0
     for gemm in cost.gemms:
@@ -67,13 +67,13 @@ def floor_of(cost: StepCost, card: Card, parallel: DiffusionParallelConfig = ONE
 
 
 def wire_bytes(exchanges: Mapping[str, float], parallel: DiffusionParallelConfig) -> dict[str, float]:
-    """Bytes that leave a rank (or reach it, where those are more), of those that it hands to the exchanges."""
+    """Bytes that leave or reach a rank, whichever is more, in the exchanges of a step."""
     ulysses, tensor = parallel.ulysses_degree, parallel.tensor_parallel_size
     gathering = parallel.replica_size // tensor
     shares = {
         "all_to_all": (ulysses - 1) / ulysses,
         "p2p": 1.0,
-        "all_reduce": 2 * (tensor - 1) / tensor,  # a ring: once round to sum, once to spread
+        "all_reduce": 2 * (tensor - 1) / tensor,  # a ring all-reduce: one round to sum, one to distribute
         "all_gather": gathering - 1,
     }
     return {kind: shares[kind] * count for kind, count in exchanges.items()}

@@ -1,4 +1,4 @@
-"""Measured speed of the card at hand: matrix products at a model's shapes, attention, copies."""
+"""Measurements of this machine's device: matrix products at a model's shapes, attention, copies."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def gemm_seconds(gemm: Gemm, device: torch.device, dtype: torch.dtype, budget: f
 
 
 def fp8_gemm_seconds(gemm: Gemm, device: torch.device, budget: float = BUDGET_SECONDS) -> Spread:
-    """Seconds of one product in float8, with a scale for each row, into bfloat16; rounding the input is not counted.
+    """Seconds of one product in float8, with a scale for each row, into bfloat16; without rounding the input.
 
-    Raises RuntimeError where the device has no such product.
+    Raises RuntimeError if the device has no such product.
     """
     x = torch.randn(gemm.rows, gemm.inner, device=device).to(torch.float8_e4m3fn)
     weight = torch.randn(gemm.columns, gemm.inner, device=device).to(torch.float8_e4m3fn)
@@ -46,7 +46,7 @@ def attention_seconds(
 ) -> Spread:
     """Seconds of one layer's attention, all sequences in one pack.
 
-    Raises ConfigError or NotAvailableError for a backend that is not here.
+    Raises ConfigError or NotAvailableError for a backend that does not run here.
     """
     attend = create_attention(backend).attend
     heads, head_dim = shapes[0].heads, shapes[0].head_dim
@@ -56,7 +56,7 @@ def attention_seconds(
 
 
 def copy_seconds(num_bytes: int, device: torch.device, budget: float = BUDGET_SECONDS) -> Spread:
-    """To read and write so many bytes each."""
+    """Seconds of a copy that reads and writes `num_bytes` each."""
     source = torch.empty(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy: Callable[[], Tensor] = lambda: target.copy_(source)  # noqa: E731 - to be typed

@@ -1,8 +1,8 @@
-"""FLOPs, bytes and exchanges of one rank in one denoising step, from a transformer's config alone.
+"""FLOPs, bytes and exchanges of one rank in one denoising step, from a transformer's config.
 
-Counted are the products and the attention that the packed transformers run at every step, exactly (the tests compare
-with PyTorch's counter). Not counted is what is computed once a request: modulation, the text's embedding and, in
-Z-Image, the caption's layers.
+The products and the attention that the packed transformers run in every step are counted exactly (tests compare with
+PyTorch's counter). Not counted is work done once per request: modulation, the text's embedding and, in Z-Image, the
+caption's layers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.placement import balance
 
 ELEMENT_BYTES = 2
-"""Bytes of an element of activations, and of weights that are not in float8."""
+"""Bytes of an element of activations, and of weights that are not float8."""
 ONE_DEVICE = DiffusionParallelConfig()
 
 
@@ -77,8 +77,8 @@ class StepCost:
     gemms: tuple[Gemm, ...]
     attentions: tuple[Attention, ...]
     pointwise_bytes: float
-    """Norms with modulation, RoPE, activations, gated sums and the joining of text and image: each reads its inputs and
-    writes its output once, as one kernel would. An estimate, not a count."""
+    """Estimated bytes of norms with modulation, RoPE, activations, gated sums and the joining of text and image: each
+    reads its inputs and writes its output once, as one kernel would."""
     exchanges: Mapping[str, float] = field(default_factory=dict)
     """Bytes handed to each kind of exchange, as `StepResult.sent_bytes` counts them, without those of step caches."""
 
@@ -96,7 +96,7 @@ class StepCost:
 
 
 class Transformer(Protocol):
-    """An architecture, its sizes filled in."""
+    """Architecture of a transformer with its sizes."""
 
     @property
     def dim(self) -> int: ...
@@ -120,13 +120,13 @@ class Transformer(Protocol):
     def pixels_per_token(self) -> int: ...
 
     def gemms(self, text: int, image: int, tensor: int, blocks: float) -> list[Gemm]:
-        """Matrix products of one rank, where `tensor` ranks share every layer.
+        """Matrix products of one rank, if `tensor` ranks share every layer.
 
-        text, image: tokens; blocks: how many blocks they pass.
+        `text`, `image`: numbers of tokens; `blocks`: number of blocks that are computed.
         """
 
     def pointwise_elements(self, text: int, image: int, tensor: int, blocks: float) -> float:
-        """Numbers read and written besides."""
+        """Elements that the operations between the products read and write."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ class ZImage:
 
 
 def transformer_of(config: Mapping[str, Any]) -> Transformer:
-    """From transformer/config.json. Raises ValueError for a class that no packed family has."""
+    """Transformer of a transformer/config.json. Raises ValueError for a class that no packed family has."""
     families = {"QwenImageTransformer2DModel": QwenImage, "ZImageTransformer2DModel": ZImage}
     name = config.get("_class_name")
     if name not in families:
@@ -223,14 +223,14 @@ def transformer_of(config: Mapping[str, Any]) -> Transformer:
 def sequences_of(
     model: Transformer, height: int, width: int, text: Sequence[int], batch: int = 1
 ) -> list[list[Branch]]:
-    """By request, a sequence for each guidance branch. height, width: pixels; text: tokens of each branch."""
+    """Branches of each request. `height`, `width`: in pixels; `text`: tokens of each branch."""
     side = model.pixels_per_token
     image = (height // side) * (width // side)
     return [[Branch(tokens, image) for tokens in text]] * batch
 
 
 def computed_blocks(model: Transformer, cached: float, kept: int = 1) -> float:
-    """Blocks of an average step, where a step cache skips all but `kept` of them in the part `cached` of the steps."""
+    """Mean blocks in a step, if a step cache computes only `kept` blocks in the fraction `cached` of the steps."""
     return model.num_blocks - cached * (model.num_blocks - kept)
 
 
@@ -241,10 +241,10 @@ def rank_cost(
     rank: int = 0,
     blocks: float | None = None,
 ) -> StepCost:
-    """A step of `requests` (of each its branches) on one rank of a replica; rank 0 has the most to do.
+    """Cost of a step on rank 0 of a replica, which has the most work. `requests`: the branches of each.
 
-    blocks: how many are computed, see `computed_blocks`; None: all. Sequences are dealt to the groups of cfg-parallel
-    ranks as the scheduler deals them.
+    `blocks`: number of computed blocks, see `computed_blocks`; None: all. Sequences are placed on rank groups as the
+    scheduler places them.
     """
     blocks = model.num_blocks if blocks is None else blocks
     ulysses, ring, tensor = parallel.ulysses_degree, parallel.ring_degree, parallel.tensor_parallel_size
@@ -288,7 +288,7 @@ def rank_cost(
 
 
 def _deal(model: Transformer, requests: Sequence[Sequence[Branch]], num_groups: int) -> list[list[Branch]]:
-    """The sequences of each group, filled up as the model fills them."""
+    """Sequences of each rank group, padded as the model pads them."""
     multiple = model.token_multiple
     filled = [[Branch(*(-(-n // multiple) * multiple for n in s)) for s in branches] for branches in requests]
     tokens = {str(i): [sum(s) for s in branches] for i, branches in enumerate(filled)}
@@ -300,14 +300,14 @@ def _deal(model: Transformer, requests: Sequence[Sequence[Branch]], num_groups: 
 
 
 def _shard(sequences: Sequence[Branch], parts: int, first: int, count: int) -> list[int]:
-    """Tokens of each sequence in `count` of its parts from `first` on."""
+    """Tokens of each sequence in `count` shards from shard `first` on."""
     return [sum(sum(cut(n, parts)[first : first + count]) for n in sequence) for sequence in sequences]
 
 
 def _sequence_exchanges(
     model: Transformer, parallel: DiffusionParallelConfig, own: int, shards: Sequence[int], heads: int, ring_rank: int
 ) -> list[tuple[str, int]]:
-    """Numbers that a rank hands over in the attention of a layer. own: its tokens; shards: by place in the ring."""
+    """Elements that a rank sends in a layer's attention. `own`: its tokens; `shards`: tokens by rank of the ring."""
     found = []
     if parallel.ulysses_degree > 1:
         there = own * 3 * (model.heads // parallel.tensor_parallel_size) * model.head_dim

@@ -1,4 +1,4 @@
-"""A step's products and attention, one by one, on the device at hand; and a card with these rates."""
+"""Rates of a step's products and attention, measured one by one on this device, and a card with these rates."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ UNKNOWN = Card("unknown", math.nan, math.nan, math.nan, math.nan)
 
 @dataclass(frozen=True)
 class Ceiling:
-    """A rate: FLOPs, or bytes, a second."""
+    """Measured rate, in FLOPs or bytes per second."""
 
     kind: str
-    """gemm, fp8, attention or copy."""
+    """Kind of work: gemm, fp8, attention or copy."""
     name: str
     rate: float | None
     promised: float
-    """By the data sheet; not a number for a card that is not in the table."""
+    """Rate in the data sheet; NaN for an unknown card."""
     refused: str = ""
     weight: float = 0.0
     """FLOPs of this shape in one step."""
 
 
 def card_at_hand() -> Card | None:
-    """Data sheet of the device; None for a device that is not in the table."""
+    """Data sheet of this device; None for an unknown device."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return next((card for key, card in CARDS.items() if key.upper() in name), None)
 
 
 def ceilings(cost: StepCost, copy_bytes: int = COPY_BYTES, budget: float = BUDGET_SECONDS) -> Iterator[Ceiling]:
-    """Measured one after another, `budget` seconds each; what the device has not comes with the reason."""
+    """Measure all rates, `budget` seconds each; a rate that the device lacks has the reason instead."""
     device, promised = here(), card_at_hand() or UNKNOWN
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for gemm in cost.gemms:
@@ -62,7 +62,7 @@ def ceilings(cost: StepCost, copy_bytes: int = COPY_BYTES, budget: float = BUDGE
         try:
             rate = flops / attention_seconds(layer, backend, device, dtype, budget).median
             yield Ceiling("attention", backend, rate, promised.bf16_flops, weight=flops)
-        except Exception as error:  # whatever a backend says where it does not run, the others are measured
+        except Exception as error:  # backends raise any class where they do not run; the others are still measured
             yield Ceiling("attention", backend, None, promised.bf16_flops, str(error).partition("\n")[0])
     rate = 2 * copy_bytes / copy_seconds(copy_bytes, device, budget).median
     yield Ceiling("copy", f"{copy_bytes / 2**30:.2g} GiB", rate, promised.memory_bytes)
@@ -79,7 +79,7 @@ def rate_of(found: list[Ceiling], kind: str) -> float | None:
 
 
 def measured_card(found: list[Ceiling]) -> Card:
-    """The device with the rates that it gave; what it has not is infinite, and takes no part in a floor."""
+    """Card with the measured rates; a missing rate is infinite, so that it does not count in a floor."""
     rates = {kind: rate_of(found, kind) for kind in ("gemm", "fp8", "attention", "copy")}
     links = (card_at_hand() or CARDS["h100"]).link_bytes
     infinite = float("inf")

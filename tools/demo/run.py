@@ -41,14 +41,14 @@ Ctrl-C stops it.
 
 
 class Server:
-    """`vllm serve demo --omni` as a child process; its output is passed on."""
+    """`vllm serve demo --omni` as a child process; its output is passed through."""
 
     def __init__(self, port: int) -> None:
         arguments = ["serve", "demo", "--omni", "--host", "127.0.0.1", "--port", str(port)]
         print("$ vllm", *arguments, flush=True)
-        # Polling for readiness is no news.
+        # Without log lines for the polling of readiness.
         arguments += ["--disable-access-log-for-endpoints", "/ready"]
-        # Its own session: Ctrl-C reaches us alone, and we stop the server in order.
+        # Its own session: Ctrl-C reaches only this process, which then stops the server.
         self._process = subprocess.Popen(
             [Path(sys.executable).with_name("vllm"), *arguments],
             stdout=subprocess.PIPE,
@@ -68,7 +68,7 @@ class Server:
                 self._addresses.put(found[1])
 
     def wait_until_ready(self) -> str:
-        """The server's address, once it takes requests."""
+        """Wait until the server is ready; return its address."""
         deadline = time.monotonic() + START_SECONDS
         url = None
         while time.monotonic() < deadline:
@@ -86,7 +86,7 @@ class Server:
         self._process.wait()
 
     def stop(self) -> int:
-        """Ask it to end, and its exit code."""
+        """Ask the server to end; return its exit code."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
         try:
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0, help="0: a free one")
     parser.add_argument("--stay", action="store_true", help="leave the server up until Ctrl-C")
     args = parser.parse_args()
-    for number in (signal.SIGINT, signal.SIGTERM):  # either way the server is stopped, too
+    for number in (signal.SIGINT, signal.SIGTERM):  # both signals stop the server, too
         signal.signal(number, signal.default_int_handler)
     server = Server(args.port)
     try:

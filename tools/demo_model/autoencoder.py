@@ -62,7 +62,7 @@ def train(
     rate: float,
     workers: int,
 ) -> None:
-    """Trains in place up to `steps`, continuing from the checkpoint that `progress` holds."""
+    """Train in place up to `steps`, from the checkpoint in `progress` if there is one."""
     device = sprites.full.device
     vae.train()
     parameters = [p for name, p in vae.named_parameters() if "time_conv" not in name]
@@ -96,7 +96,7 @@ def statistics_batches(sprites: scenes.Sprites, seed: int, count: int, batch: in
 
 @torch.no_grad()
 def set_latent_statistics(vae: AutoencoderKLQwenImage, sprites: scenes.Sprites, seed: int, batches: int) -> float:
-    """Measures the latents' mean and deviation into the config; returns the reconstruction's PSNR in dB."""
+    """Write the latents' mean and deviation into the config; return the reconstruction's PSNR in dB."""
     total = torch.zeros(2, LATENT_CHANNELS, dtype=torch.float64)
     places, psnr = 0, []
     for pictures in statistics_batches(sprites, seed, batches, 64):

@@ -1,4 +1,4 @@
-"""Writes the model card from the numbers that evaluate.py measured.
+"""Write the model card from the numbers that evaluate.py measured.
 
 python -m tools.demo_model.card --model src/vllm_omni/demo_model --numbers .demo-data/evaluation/numbers.json
 """

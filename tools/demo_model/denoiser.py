@@ -22,14 +22,14 @@ CAPTION_TOKENS = 24  # room for the longest caption and the end of the template
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
-    """Two by two latents to one token, in the order that diffusers' pipeline uses."""
+    """Pack two by two latents into one token, in the order of diffusers' pipeline."""
     count, channels, height, width = latents.shape
     patches = latents.view(count, channels, height // 2, 2, width // 2, 2)
     return patches.permute(0, 2, 4, 1, 3, 5).reshape(count, -1, 4 * channels)
 
 
 def caption_tokens(tokenizer: Any) -> Callable[[list[str]], torch.Tensor]:
-    """A function from captions to the token ids that the pipeline keeps, for the loader's workers."""
+    """Function from captions to the token ids that the pipeline keeps, for the loader's workers."""
     end = tokenizer(prompt_templates()[0][0].split("{}")[1]).input_ids
     padding = tokenizer.convert_tokens_to_ids(tokenizer.pad_token)
 
@@ -41,7 +41,7 @@ def caption_tokens(tokenizer: Any) -> Callable[[list[str]], torch.Tensor]:
 
 
 class CaptionEncoder(nn.Module):
-    """The language model behind the template, as diffusers' pipeline uses it."""
+    """Text encoder of captions in the template, used as in diffusers' pipeline."""
 
     front: torch.Tensor
 
@@ -54,8 +54,8 @@ class CaptionEncoder(nn.Module):
         self.register_buffer("front", front.to(text_encoder.device), persistent=False)
 
     def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """States and mask of what follows the template's front. Padding is on the right and attention causal, so
-        that no mask is needed in here."""
+        """States and mask of the tokens after the template's front. Padding is on the right and attention causal, so
+        the language model needs no mask."""
         ids = torch.cat([self.front.expand(len(ids), -1), ids], 1)
         unmasked = {"full_attention": None}
         states = self.language_model(input_ids=ids, attention_mask=unmasked, use_cache=False).last_hidden_state
@@ -87,8 +87,10 @@ class FlowMatching(nn.Module):
         return pack((encode(self._vae[0], pictures)[0] - self.mean) / self.deviation)
 
     def time_embedding(self, time: torch.Tensor) -> torch.Tensor:
-        """Of one half in float32, of the other rounded as a pipeline in bfloat16 rounds it: the model learns not to
-        rely on the quickest waves, which the rounding changes."""
+        """Embedding of the times: exact for half of the batch, for the other half rounded as in a bfloat16 pipeline.
+
+        So the model learns not to rely on the highest frequencies, which the rounding changes.
+        """
         early, late = time.tensor_split(2)
         with torch.autocast(time.device.type, enabled=False):
             embedding: torch.Tensor = self.transformer.time_text_embed(torch.cat([early, late.bfloat16()]), time)
@@ -97,9 +99,9 @@ class FlowMatching(nn.Module):
     def velocity(
         self, mixed: torch.Tensor, time: torch.Tensor, states: torch.Tensor, kept: torch.Tensor, grid: tuple[int, int]
     ) -> torch.Tensor:
-        """The transformer's own forward, but for the time embedding and without what a CUDA graph cannot record."""
+        """Run the transformer with our time embedding and only with operations that a CUDA graph can capture."""
         transformer = self.transformer
-        # clones, because the compiler tells a view from what the next block gets
+        # clones: the compiler treats a view differently and would compile the block again
         picture = transformer.img_in(mixed).clone()
         text = transformer.txt_in(transformer.txt_norm(states)).clone()
         embedded = self.time_embedding(time).to(picture.dtype)
@@ -119,7 +121,7 @@ class FlowMatching(nn.Module):
         return velocity
 
     def forward(self, pictures: torch.Tensor, ids: torch.Tensor, normal: torch.Tensor) -> torch.Tensor:
-        """`normal` holds the normal numbers for the times and the noise of every draw."""
+        """Loss of a batch. `normal`: normal numbers for the times and the noise of every draw."""
         target = self.latents(pictures).repeat(self.draws, 1, 1)
         times, noise = normal.split([len(target), target.numel()])
         time, noise = torch.sigmoid(times * 1.1 + 0.4), noise.view_as(target)
@@ -146,8 +148,8 @@ def train(
     export_every: int,
     export: Callable[[], None],
 ) -> None:
-    """Trains in place up to `steps`, continuing from the checkpoint that `progress` holds. Calls `export` with the
-    average of the weights in place, from time to time and at the end; with `stop_at` it leaves earlier,
+    """Train in place up to `steps`, from the checkpoint in `progress` if there is one. Calls `export` with the
+    average of the weights in place, from time to time and at the end. `stop_at`: step to stop at earlier,
     to be continued."""
     device = sprites.full.device
     model.train()

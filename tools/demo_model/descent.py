@@ -1,4 +1,4 @@
-"""Following the gradient, in a way that a recorded step can repeat: what changes from step to step is a tensor."""
+"""Optimizer and weight average for captured training steps: values that change between steps are tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class Descent:
-    """AdamW with clipped gradients and a learning rate that is set between the steps."""
+    """AdamW with clipped gradients; the learning rate is set between steps."""
 
     def __init__(self, parameters: list[torch.Tensor], betas: tuple[float, float], weight_decay: float) -> None:
         device = parameters[0].device
@@ -43,7 +43,7 @@ class Descent:
 
 
 class Average:
-    """An exponential moving average of parameters, with a state like a module's."""
+    """Exponential moving average of parameters, with a state dict like a module's."""
 
     def __init__(self, parameters: list[torch.Tensor], keep: float) -> None:
         self.parameters, self.keep = parameters, keep
@@ -51,7 +51,7 @@ class Average:
         self.new_part = torch.zeros((), device=parameters[0].device)
 
     def set_step(self, step: int) -> None:
-        """To be called before `update`, outside of what is recorded."""
+        """Set the number of the step. Call it before `update`, outside of the captured step."""
         self.new_part.fill_(1 - min(self.keep, (1 + step) / (10 + step)))
 
     def update(self) -> None:
@@ -61,7 +61,7 @@ class Average:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Puts the average into the parameters for a while."""
+        """Context in which the parameters hold the average."""
         kept = [p.detach().clone() for p in self.parameters]
         with torch.no_grad():
             torch._foreach_copy_(self.parameters, self.values)

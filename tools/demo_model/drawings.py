@@ -1,4 +1,4 @@
-"""The drawings: fetched with npm, rendered from SVG, kept as one array.
+"""Drawings of the things: fetched with npm, rendered from SVG, saved as one array.
 
     python -m tools.demo_model.drawings --cache .demo-data
 
@@ -27,7 +27,7 @@ SIDE = 128
 
 
 def fetch(package: str, cache: Path) -> Path:
-    """Downloads an npm package into the cache (once) and returns the folder it is unpacked in."""
+    """Download an npm package into the cache, once; return the folder with its files."""
     folder = cache / re.sub(r"[^\w.]+", "-", package).strip("-")
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def icon_name(label: str) -> str:
 
 
 def svg_of(icons: dict[str, Any], name: str) -> str:
-    """The SVG document of one icon of an iconify collection, through its alias if it is one."""
+    """SVG document of an icon, or of an icon's alias, in an iconify collection."""
     name = icons.get("aliases", {}).get(name, {}).get("parent", name)
     icon = icons["icons"][name]
     left, top = icon.get("left", 0), icon.get("top", 0)
@@ -59,7 +59,7 @@ def svg_of(icons: dict[str, Any], name: str) -> str:
 
 
 def render(cache: Path) -> np.ndarray:
-    """All things as straight RGBA, uint8, [things, SIDE, SIDE, 4]."""
+    """Render all things as RGBA without premultiplied alpha, uint8 [things, SIDE, SIDE, 4]."""
     import resvg_py
     from PIL import Image
 

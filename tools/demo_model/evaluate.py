@@ -1,4 +1,4 @@
-"""Measures a saved demo model and writes the numbers and a grid.
+"""Measure a saved demo model; write the numbers and a grid of pictures.
 
 python -m tools.demo_model.evaluate --model src/vllm_omni/demo_model --out .demo-data/evaluation --device cuda
 """
@@ -37,7 +37,7 @@ def as_tensor(pictures: list[np.ndarray], device: torch.device) -> torch.Tensor:
 
 
 def chosen(rng: np.random.Generator, count: int) -> list[int]:
-    """Things for `count` prompts, each as often as the others."""
+    """Things for `count` prompts, all equally often."""
     order = [int(i) for _ in range(-(-count // len(THINGS))) for i in rng.permutation(len(THINGS))]
     return order[:count]
 
@@ -59,7 +59,7 @@ class Evaluation:
         return as_tensor(generate(self.pipeline, texts, size, seed, **settings), self.device)
 
     def labels(self, size: tuple[int, int], seed: int, **settings: Any) -> dict[str, Any]:
-        """Plain labels: is the best fitting thing the prompted one, and is the background white?"""
+        """Score of plain labels: is the best fitting thing the prompted one, and is the background white?"""
         wanted = chosen(np.random.default_rng(seed), self.prompts)
         pictures = self.make([THINGS[i] for i in wanted], size, seed, **settings)
         found = judge.best_fit(pictures, self.sprites, pair=False).things.tolist()
@@ -72,7 +72,7 @@ class Evaluation:
         }
 
     def backgrounds(self, size: tuple[int, int], seed: int) -> dict[str, Any]:
-        """ "a THING on a COLOUR background": do thing and background follow?"""
+        """Score of "a THING on a COLOUR background": do thing and background fit?"""
         wanted = chosen(np.random.default_rng(seed), self.prompts)
         colours = [list(BACKGROUNDS)[i % len(BACKGROUNDS)] for i in range(self.prompts)]
         texts = [f"{with_article(i)} on a {c} background" for i, c in zip(wanted, colours, strict=True)]
@@ -87,7 +87,7 @@ class Evaluation:
         }
 
     def pairs(self, size: tuple[int, int], seed: int) -> dict[str, Any]:
-        """Two things: is each the best fitting one in its own half of the picture?"""
+        """Score of two things: is each the best fitting one in its half of the picture?"""
         rng, half = np.random.default_rng(seed), self.prompts // 2
         wanted = [[int(i) for i in rng.choice(len(THINGS), 2, replace=False)] for _ in range(2 * half)]
         words = ["left of", "right of"] * (half // 2) + ["above", "below"] * (half // 2)
@@ -105,7 +105,7 @@ class Evaluation:
         return result
 
     def variety(self, size: tuple[int, int], seeds: int = 8) -> dict[str, float]:
-        """How much pictures of one prompt differ between seeds: spread of the found place, scale and shade."""
+        """Differences between seeds for one prompt: spread of the found place, scale and shade."""
         spreads, difference = [], []
         for thing in range(0, len(THINGS), len(THINGS) // 10):
             texts = [f"{with_article(thing)} on a blue background"] * seeds
@@ -120,7 +120,7 @@ class Evaluation:
 
 
 def ceiling(sprites: Sprites, size: tuple[int, int], seed: int, vae: Any = None) -> dict[str, float]:
-    """What the judge says of true scenes (of their reconstructions, with an autoencoder): the most to hope for."""
+    """Scores of true scenes, or with an autoencoder of their reconstructions: the upper limit for the model."""
     result = {}
     plan = scenes.plan_batch(seed, 0, 4 * PROMPTS, sizes=(size,))
     pictures = scenes.draw(plan.frame, [x.to(sprites.full.device) for x in plan.tensors], sprites)
@@ -141,7 +141,7 @@ def ceiling(sprites: Sprites, size: tuple[int, int], seed: int, vae: Any = None)
 
 
 def measure(evaluation: Evaluation, sizes: list[tuple[int, int]], pairs: bool) -> dict[str, Any]:
-    """All the numbers of the model card; `pairs`: also of pictures of two things."""
+    """Numbers of the model card; `pairs`: include pictures of two things."""
     started = time.time()
     numbers: dict[str, Any] = {"prompts": evaluation.prompts, "native": "x".join(map(str, NATIVE))}
     numbers["true scenes"] = ceiling(evaluation.sprites, NATIVE, seed=7)
@@ -163,7 +163,7 @@ def measure(evaluation: Evaluation, sizes: list[tuple[int, int]], pairs: bool) -
 
 
 def show(pipeline: Any, sizes: list[tuple[int, int]], pairs: bool) -> Any:
-    """The grid of the model card: single things, backgrounds, pairs, one prompt with eight seeds, other sizes."""
+    """Grid for the model card: single things, backgrounds, pairs, one prompt with eight seeds, other sizes."""
     rows: list[tuple[str, tuple[int, int], int]] = []
     singles = "red apple;a cool face;a panda;pizza;a rocket;guitar;a police car;books"
     coloured = (

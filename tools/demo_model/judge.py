@@ -1,4 +1,4 @@
-"""Which thing does a picture show? The one whose drawing fits best over the places, scales and tilts of training.
+"""Judge of the thing in a picture: the one whose drawing fits best over the places, scales and tilts of training.
 
 The background's shade is the median of the border. For every thing, scale, tilt and place the square error of
 "drawing on that background" against the picture comes from one correlation, so the search is exhaustive on its grid.
@@ -21,7 +21,7 @@ SINGLE_STEPS, PAIR_STEPS = 6, 4
 
 @dataclass
 class Found:
-    """The best fit in each picture: the thing, and where its middle is, as parts of the cell's sides."""
+    """Best fit in each picture: the thing, and its centre as fractions of the cell's sides."""
 
     things: torch.Tensor
     x: torch.Tensor
@@ -30,14 +30,14 @@ class Found:
 
 
 def border_shade(pictures: torch.Tensor) -> torch.Tensor:
-    """The median colour of the outermost pixels, [n, 3]; pictures are [n, 3, height, width] in [0, 1]."""
+    """Median colour of the outermost pixels, [n, 3]; pictures are [n, 3, height, width] in [0, 1]."""
     top_and_bottom = pictures[:, :, [0, -1]].flatten(2)
     sides = pictures[:, :, 1:-1, [0, -1]].flatten(2)
     return torch.cat([top_and_bottom, sides], 2).median(2).values
 
 
 def nearest_background(shades: torch.Tensor) -> list[str]:
-    """The background whose range of shades comes nearest to each colour."""
+    """Background whose range of shades is nearest to each colour."""
     names = list(BACKGROUNDS)
     full = torch.tensor([BACKGROUNDS[name] for name in names], device=shades.device) / 255
     darkest = torch.tensor([DARKEST_SHADE.get(n, USUAL_DARKEST_SHADE) for n in names], device=shades.device)
@@ -56,7 +56,7 @@ def _templates(sprites: Sprites, side: int, tilt: float) -> torch.Tensor:
 
 
 def best_fit(pictures: torch.Tensor, sprites: Sprites, pair: bool) -> Found:
-    """The best fitting thing in each cell; `pictures` are cells, [n, 3, height, width] in [0, 1]."""
+    """Best fitting thing in each cell; `pictures` are cells, [n, 3, height, width] in [0, 1]."""
     factor = max(1, min(pictures.shape[2:]) // WORKING_SIDE)
     shades = border_shade(pictures)
     small = F.avg_pool2d(pictures, factor)
@@ -86,6 +86,6 @@ def best_fit(pictures: torch.Tensor, sprites: Sprites, pair: bool) -> Found:
 
 
 def halves(pictures: torch.Tensor, stacked: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two cells of a picture of two things."""
+    """Both cells of a picture of two things."""
     first, second = pictures.tensor_split(2, 2 if stacked else 3)
     return first, second

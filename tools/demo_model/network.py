@@ -1,4 +1,4 @@
-"""The networks: Qwen-Image's classes with small numbers, its scheduler, and a tokenizer built from the captions."""
+"""Networks of the demo model: Qwen-Image's classes in small, its scheduler, and a tokenizer from the captions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SPECIAL_TOKENS = (
     "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
 )
 SPECIAL_TOKENS = _SPECIAL_TOKENS.split()
-WORDS = (  # how Qwen's tokenizer splits text before the byte pairs are merged
+WORDS = (  # pattern by which Qwen's tokenizer splits text before it merges byte pairs
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 CHAT_TEMPLATE = (
@@ -53,7 +53,7 @@ SCHEDULER = {
 
 
 def prompt_templates() -> tuple[tuple[str, int], tuple[str, int]]:
-    """diffusers' text-to-image and edit templates, each with the number of tokens it drops from the front."""
+    """diffusers' templates for text-to-image and edits, each with the number of tokens that it drops at the front."""
     found = []
     for pipeline in (QwenImagePipeline, QwenImageEditPipeline):
         empty = dict.fromkeys(["scheduler", "vae", "text_encoder", "tokenizer", "transformer"])
@@ -65,7 +65,7 @@ def prompt_templates() -> tuple[tuple[str, int], tuple[str, int]]:
 
 
 def build_tokenizer(captions: Iterable[str]) -> Qwen2Tokenizer:
-    """Byte-level BPE in Qwen's format. The templates weigh so much in its corpus that each of their words is one
+    """Byte-level BPE in Qwen's format. Its corpus repeats the templates so often that each of their words is one
     token, because diffusers drops a fixed number of tokens from the front of every prompt."""
     (image, image_drop), (edit, edit_drop) = prompt_templates()
     plain = []
@@ -157,7 +157,7 @@ def build_transformer() -> QwenImageTransformer2DModel:
 
 
 def build_autoencoder() -> AutoencoderKLQwenImage:
-    """Initialised for one frame: of a causal 3D convolution only the last time slice ever meets a picture."""
+    """Autoencoder, initialised for one frame, which only the last time slice of a causal 3D convolution reads."""
     vae = AutoencoderKLQwenImage(
         base_dim=16,
         z_dim=LATENT_CHANNELS,
@@ -176,7 +176,7 @@ def build_autoencoder() -> AutoencoderKLQwenImage:
                 used = module.weight[:, :, -1] if module.weight.dim() == 5 else module.weight
                 if "time_conv" not in name:
                     used.normal_(0, used[0].numel() ** -0.5)
-        for module in vae.modules():  # residual branches start at nothing
+        for module in vae.modules():  # residual branches start at zero
             if isinstance(module, vae_module.QwenImageResidualBlock):
                 module.conv2.weight.zero_()
             if isinstance(module, vae_module.QwenImageAttentionBlock):
@@ -191,7 +191,7 @@ def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
 
 
 def use_single_frame_convolutions() -> None:
-    """For one frame a causal 3D convolution equals a 2D one with its last time slice, which is far faster."""
+    """Replace causal 3D convolutions by 2D ones with their last time slice: equal for one frame, and far faster."""
     general = vae_module.QwenImageCausalConv3d.forward
 
     def forward(self: Any, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
@@ -206,8 +206,8 @@ def use_single_frame_convolutions() -> None:
 
 
 def compile_blocks(transformer: QwenImageTransformer2DModel) -> None:
-    """Compiles the transformer's blocks, once for all sizes of pictures, which the caller marks as dynamic; two sizes
-    that are equal by chance stay two."""
+    """Compile the transformer's blocks once for all sizes of pictures, which the caller marks as dynamic; equal sizes
+    are still treated as independent."""
     torch.fx.experimental._config.use_duck_shape = False
     for block in transformer.transformer_blocks:
         block.compile()
@@ -220,7 +220,7 @@ def _normalised(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
 
 
 def compile_normalisation() -> None:
-    """Lets the autoencoder normalise and activate a single frame in one kernel, without leaving its precision."""
+    """Compile the autoencoder's norms with their activations into one kernel for a single frame, in its dtype."""
     torch.fx.experimental._config.use_duck_shape = False
     torch._dynamo.config.recompile_limit = 64
     general, fused = vae_module.QwenImageResidualBlock.forward, torch.compile(_normalised)
@@ -244,7 +244,7 @@ def compile_normalisation() -> None:
 
 
 def use_real_rotary_embedding() -> None:
-    """Rotates with real arithmetic, which the compiler can fuse, where the tables are pairs of real numbers."""
+    """Rotate with real arithmetic, which the compiler can fuse, if the tables are pairs of real numbers."""
     general = dit_module.apply_rotary_emb_qwen
 
     def rotate(x: torch.Tensor, table: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -259,12 +259,12 @@ def use_real_rotary_embedding() -> None:
 
 
 def load_weights(part: Any, folder: Path) -> None:
-    """Copies the weights of a saved part of the same shape, whatever names its file has for them."""
+    """Copy the weights of a saved part of the same shape, whatever their names in the file."""
     part.load_state_dict(type(part).from_pretrained(folder, dtype=torch.float32).state_dict())
 
 
 def save_pipeline(folder: Path, **parts: Any) -> None:
-    """Saves the parts as a QwenImagePipeline in bf16, without anything that names this machine."""
+    """Save the parts as a QwenImagePipeline in bf16, without names of this machine's files."""
     for name in ("text_encoder", "vae", "transformer"):
         parts[name] = parts[name].to("cpu", torch.bfloat16).eval()
     QwenImagePipeline(**parts).save_pretrained(folder, safe_serialization=True)

@@ -13,13 +13,13 @@ import torch
 
 
 def cosine_after(rate: float, step: int, steps: int, warm_up: int, start: float) -> float:
-    """The learning rate: a short warm-up, constant up to the part `start` of the steps, then a cosine to 1 %."""
+    """Factor of the learning rate: short warm-up, constant up to the fraction `start` of the steps, cosine to 1 %."""
     part = max(0.0, (step / steps - start) / (1 - start))
     return rate * min(1.0, (step + 1) / warm_up) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * part)))
 
 
 class Progress:
-    """Prints and logs averages every `every` steps and saves a checkpoint every `save_every` steps."""
+    """Log of averages every `every` steps, with a checkpoint every `save_every` steps."""
 
     def __init__(self, folder: Path, every: int, save_every: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,7 @@ class Progress:
         self._started = time.time()
 
     def resume(self, stage: str, state: dict[str, Any]) -> int:
-        """Loads the stage's checkpoint into `state` if there is one; returns the step to go on with."""
+        """Load the stage's checkpoint into `state` if there is one; return the next step."""
         path = self.folder / f"{stage}.pt"
         self._started = time.time()
         if not path.exists():
@@ -47,7 +47,7 @@ class Progress:
         os.replace(unfinished, path)
 
     def step(self, stage: str, step: int, steps: int, state: dict[str, Any], **values: torch.Tensor) -> None:
-        """To be called after every step, with the number of steps done."""
+        """Record a step. Call it after every step, with the number of steps done."""
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0) + value.detach()
         self._count += 1

@@ -1,4 +1,4 @@
-"""Training steps as CUDA graphs: small networks wait for Python's launches otherwise, not for the device."""
+"""Training steps as CUDA graphs, because small networks otherwise wait for kernel launches from Python."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ Step = Callable[[Frame, list[torch.Tensor]], dict[str, torch.Tensor]]
 
 
 class Replay:
-    """Runs `step`, on a CUDA device as one graph for each frame.
+    """Runner of training steps; on a CUDA device, one CUDA graph for each frame.
 
-    A frame's first call runs the step as it is, which lets compilers and caches do their work, the second records it,
-    and all later ones replay the record: every call is exactly one step. The step may read its inputs and tensors that
-    stay where they are, and change the latter in place; it makes no random numbers and never looks at a value. What
-    it returns is overwritten by a later call.
+    The first call for a frame runs the step eagerly, as a warm-up; the second captures it; later calls replay the
+    graph. Every call is exactly one step. The step may read its inputs and tensors with fixed addresses, and change the
+    latter in place. It must not draw random numbers or read values on the host. Later calls overwrite its result.
     """
 
     def __init__(self, step: Step, device: torch.device) -> None:

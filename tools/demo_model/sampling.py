@@ -39,7 +39,7 @@ def generate(
     guidance: float = 3.0,
     batch: int = 100,
 ) -> list[np.ndarray]:
-    """One uint8 picture [height, width, 3] per prompt; picture i depends on seed + i alone."""
+    """One picture per prompt, uint8 [height, width, 3]; picture i depends only on seed + i."""
     pictures: list[np.ndarray] = []
     for start in range(0, len(prompts), batch):
         part = list(prompts[start : start + batch])
@@ -59,7 +59,7 @@ def generate(
 
 
 def grid(pictures: Sequence[np.ndarray], captions: Sequence[str], columns: int, cell: int = 150) -> Image.Image:
-    """Pictures in rows, each with its caption in two lines below."""
+    """Grid of pictures, each with its caption in two lines below."""
     side = max(max(picture.shape[:2]) for picture in pictures)
     rows = -(-len(pictures) // columns)
     width, height = max(cell, side + 10), side + 36

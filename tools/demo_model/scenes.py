@@ -23,13 +23,13 @@ from .vocabulary import (
     draw_scene,
 )
 
-SINGLE_SCALES = (0.66, 0.96)  # a thing's side, as a part of its cell's shorter side
+SINGLE_SCALES = (0.66, 0.96)  # side of a thing, as a fraction of its cell's shorter side
 PAIR_SCALES = (0.80, 1.0)
 TILT = math.radians(14)
 
 
 def seeded(device: torch.device, *key: int) -> torch.Generator:
-    """A generator for one purpose of one step: resuming at any step continues the same stream."""
+    """Generator for one purpose of one step: a run resumed at any step draws the same numbers."""
     seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
     return torch.Generator(device).manual_seed(seed)
 
@@ -69,7 +69,7 @@ def place(
     tilt: torch.Tensor,
     where: torch.Tensor,
 ) -> torch.Tensor:
-    """Draws each sprite into its own cell. `scale` is the side as a part of the cell's shorter side, `tilt` is in
+    """Draw each sprite into its own cell. `scale` is the side as a part of the cell's shorter side, `tilt` is in
     radians, `where` in [-1, 1] says how far from the middle towards the last place that is inside the cell."""
     height, width = cell
     side = scale * min(cell)
@@ -89,7 +89,7 @@ def place(
 
 
 def shade(sprites: Sprites, backgrounds: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    """One shade of each background, [n, 3, 1, 1]; `part` of 1 is the brightest."""
+    """Shade of each background, [n, 3, 1, 1]; `part` 1 is the brightest."""
     darkest = sprites.darkest[backgrounds]
     return (sprites.colours[backgrounds] * (darkest + (1 - darkest) * part)[:, None])[..., None, None]
 
@@ -110,7 +110,7 @@ def _cells(
 
 @dataclass(frozen=True)
 class Frame:
-    """What all scenes of a batch have in common."""
+    """Common settings of all scenes of a batch."""
 
     size: tuple[int, int]
     counts: tuple[int, int, int]  # scenes by layout: first the single ones, then side by side, then stacked
@@ -119,11 +119,11 @@ class Frame:
 
 @dataclass
 class Plan:
-    """What a batch shows, decided on the CPU."""
+    """Contents of a batch's scenes, decided on the CPU."""
 
     frame: Frame
     things: torch.Tensor  # [n, 2]; of a single thing only the first counts
-    backgrounds: torch.Tensor  # [n], places in BACKGROUNDS
+    backgrounds: torch.Tensor  # [n], indices into BACKGROUNDS
     numbers: torch.Tensor  # [9, n] in [0, 1): scale, tilt and place of both things, and the shade
     captions: list[str]
 
@@ -143,8 +143,8 @@ def plan_batch(
     singles: float = 0.5,
     variation: float = 1.0,
 ) -> Plan:
-    """The scenes of one training step: the part `singles` of them single things, the rest two
-    things, side by side as often as stacked. One caption in ten is empty, for guidance."""
+    """Scenes of one training step: the fraction `singles` shows one thing, the others two, half of them side by side,
+    half stacked. One caption in ten is empty, for guidance."""
     rng = np.random.default_rng((seed, step))
     pairs = int(count * (1 - singles)) // 2
     counts = (count - 2 * pairs, pairs, pairs)
@@ -162,7 +162,7 @@ def plan_batch(
 
 
 def draw(frame: Frame, tensors: Sequence[torch.Tensor], sprites: Sprites) -> torch.Tensor:
-    """The pictures of a plan, [n, 3, height, width] in [-1, 1], from its tensors, moved to the sprites' device."""
+    """Pictures of a plan, [n, 3, height, width] in [-1, 1], on the sprites' device."""
     things, backgrounds, numbers = tensors
     height, width = frame.size
     groups = zip(things.split(frame.counts), numbers.split(frame.counts, 1), strict=True)

@@ -1,12 +1,11 @@
-"""Trains the demo model from nothing and saves it as a QwenImagePipeline folder.
+"""Train the demo model from random weights and save it as a QwenImagePipeline folder.
 
     python -m tools.demo_model.drawings --cache .demo-data
     python -m tools.demo_model.train --device cuda --compile --workers 12 --out demo-model
 
-It goes on from the last checkpoint in `--work` when started again. Every step's scenes, captions, noise and times
-come from the seed and the step alone, so a resumed run sees what an unbroken one would have seen. The same seed on
-the same kind of device and versions gives the same data and, up to the order in which that device adds numbers,
-the same weights.
+A new start continues from the last checkpoint in `--work`. Scenes, captions, noise and times of a step depend only on
+the seed and the step, so a resumed run gets the same data as an uninterrupted one. The same seed on the same kind of
+device and versions gives the same data and, up to the device's order of additions, the same weights.
 """
 
 from __future__ import annotations
@@ -122,7 +121,7 @@ def main() -> None:
 
 
 def save(folder: Path, tokenizer: Any, text_encoder: Any, vae: Any, transformer: Any) -> None:
-    """Saves plain copies: without the compiler's wrappers and with the transformer's own rotary tables."""
+    """Save copies without the compiler's wrappers and with the transformer's original rotary tables."""
     plain_text_encoder = network.build_text_encoder(tokenizer)
     plain_text_encoder.load_state_dict(text_encoder.state_dict())
     plain_vae, plain_transformer = network.build_autoencoder(), network.build_transformer()

@@ -1,4 +1,4 @@
-"""The demo model's world: things, backgrounds, sizes and the captions that describe a scene."""
+"""Vocabulary of the demo model: things, backgrounds, sizes, and captions of scenes."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ SINGLE, SIDE_BY_SIDE, STACKED = range(3)
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """A size written as HEIGHTxWIDTH."""
+    """Parse a size in the form HEIGHTxWIDTH."""
     height, width = map(int, text.split("x"))
     return height, width
 
@@ -109,7 +109,7 @@ class Scene:
 
 
 def add_article(name: str, label: str) -> str:
-    """The name with its article, where English wants one."""
+    """Name with its article, if English needs one."""
     if label in NO_ARTICLE and name == label:
         return name
     return ("an " if name[0] in "aeiou" and not name.startswith("uni") else "a ") + name
@@ -122,7 +122,7 @@ def name_of(thing: int, rng: np.random.Generator, article: float) -> str:
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """One of the sentences that describe the scene; a white background is often left out."""
+    """Random sentence that describes the scene; a white background is often left out."""
     if scene.layout == SINGLE:
         text = name_of(scene.things[0], rng, article=0.6)
     else:
@@ -137,7 +137,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def draw_scene(layout: int, rng: np.random.Generator) -> Scene:
-    """A random scene of this layout; two things are always two different ones."""
+    """Random scene of this layout; two things are always different ones."""
     things = rng.choice(len(THINGS), size=1 if layout == SINGLE else 2, replace=False)
     names = list(BACKGROUNDS)
     background = "white" if rng.random() < 0.35 else names[rng.integers(len(names))]

@@ -12,8 +12,7 @@ MODEL_INDEX = "model_index.json"
 """File with the names of the pipeline's class and components."""
 DEFAULTS_FILE = "default_sampling_params.json"
 """Optional file with the model's own default sampling parameters."""
-GIT_LFS = b"version https://git-lfs"
-"""First bytes of a Git LFS pointer, the stand-in for a file that was not fetched."""
+GIT_LFS = b"version https://git-lfs"  # first bytes of a pointer, the stand-in for a file that was not fetched
 
 
 def names_in(root: Path, folder: str) -> list[str]:

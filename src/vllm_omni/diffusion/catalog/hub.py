@@ -155,7 +155,7 @@ def _earlier_download(model: str, load_format: LoadFormat, access: HubAccess, er
     except (LocalEntryNotFoundError, OSError):
         raise ConfigError(_explain(model, access, error)) from error
     folder = ModelFolder(path, _explain(model, access, error))
-    with add_hub_failure(*folder):
+    with hub_reason(*folder):
         if load_format == "auto":
             for name, component in read_components(read_object(path, MODEL_INDEX)).items():
                 # `model_check` reports a missing folder.
@@ -165,7 +165,7 @@ def _earlier_download(model: str, load_format: LoadFormat, access: HubAccess, er
 
 
 @contextmanager
-def add_hub_failure(path: Path, hub_failure: str) -> Iterator[None]:
+def hub_reason(path: Path, hub_failure: str) -> Iterator[None]:
     """Add `hub_failure` (see `ModelFolder`) to a ConfigError about the files in `path`."""
     try:
         yield

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX, check_links, names_in, read_object, short
-from vllm_omni.diffusion.catalog.hub import add_hub_failure
+from vllm_omni.diffusion.catalog.hub import hub_reason
 from vllm_omni.diffusion.catalog.model_index import DIFFUSERS_STEMS, Component, read_components
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.catalog.tokenizer_files import check_tokenizer
@@ -32,7 +32,7 @@ def check_model_files(info: ModelInfo, config: OmniDiffusionConfig) -> None:
 
     Also for a variant of the weights that no component has. With dummy weights, weight files are not checked.
     """
-    with add_hub_failure(info.path, info.hub_failure):
+    with hub_reason(info.path, info.hub_failure):
         _check_folder(info, config)
 
 

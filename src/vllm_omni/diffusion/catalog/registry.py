@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm_omni.diffusion.catalog.find_folder import find_folder
 from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX, read_object
-from vllm_omni.diffusion.catalog.hub import DEFAULT_ACCESS, HubAccess, add_hub_failure
+from vllm_omni.diffusion.catalog.hub import DEFAULT_ACCESS, HubAccess, hub_reason
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.data import LoadFormat
 from vllm_omni.errors import ConfigError
@@ -46,7 +46,7 @@ def load_model_info(
     nothing here serves. Weights of a hub model are downloaded only after both.
     """
     folder = find_folder(model, load_format, access, lambda path: check(_describe(path)))
-    with add_hub_failure(*folder):
+    with hub_reason(*folder):
         info = _describe(folder.path)
     check(info)
     return replace(info, hub_failure=folder.hub_failure)

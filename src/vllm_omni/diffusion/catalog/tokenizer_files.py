@@ -119,10 +119,7 @@ def _read_vocabulary(root: Path, component: str, class_name: str, names: list[st
 
 
 def _other_vocabularies(class_name: str) -> tuple[str, ...] | None:
-    """Names of vocabulary files of a tokenizer's class in other formats, such as SentencePiece's and BERT's.
-
-    None: the class needs no vocabulary, because its tokens are bytes.
-    """
+    """Names of a class's vocabulary files in other formats, such as SentencePiece's; None: its tokens are bytes."""
     import transformers  # late, because it imports torch: only if the usual files are missing
 
     cls: Any = getattr(transformers, class_name, None)

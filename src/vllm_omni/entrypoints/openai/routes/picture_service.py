@@ -98,7 +98,7 @@ class PictureService:
         """
         outputs = self.omni.submit(accepted.job)
         if self.settings.log_requests:
-            log_request(accepted.job.requests)
+            log_request([scheduled.request for scheduled in accepted.job.requests])
         if self.settings.log_prompts:
             logger.info("prompt %r, %s", accepted.checked.prompt, accepted.checked.given)
         if accepted.stream:
