@@ -36,7 +36,7 @@ def checked(text: str) -> CheckedPrompt:
     return CheckedPrompt(OmniPrompt(text), params, params, {})
 
 
-class Capturer(NullObserver):
+class NotedRejects(NullObserver):
     def __init__(self) -> None:
         self.rejects: list[str] = []
 
@@ -46,7 +46,7 @@ class Capturer(NullObserver):
 
 async def test_those_beyond_the_bound_are_told_to_come_back() -> None:
     omni: Any = SlowOmni(max_num_queued_reqs=2)
-    observer = Capturer()
+    observer = NotedRejects()
     checker = PromptChecker(omni, observer)
     checker._seconds = 3e6
     waiting = [asyncio.create_task(checker.resolve(checked(text))) for text in "ab"]
