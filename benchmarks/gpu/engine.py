@@ -22,7 +22,7 @@ README_CACHE = {"enable_taylorseer": True, "taylorseer_order": 2}
 """Setting of Cache-DiT that docs/caches.md recommends."""
 COMPUTED_FIRST, RUN_OF_SKIPS = 4, 3
 """Forced pattern: number of steps computed first, then number of skipped steps before each computed one. It is the
-pattern of the demo model with the recommended setting of docs/caches.md, which skips 35 of 50 steps in each guidance branch."""
+pattern of the demo model with the recommended setting of docs/caches.md: 35 of 50 steps skipped in each branch."""
 
 
 def generate_seconds(

@@ -8,7 +8,7 @@ import pytest
 from fastapi.exceptions import RequestValidationError
 
 from vllm_omni.entrypoints.openai.errors import error_response
-from vllm_omni.entrypoints.openai.requests.json_body import validated
+from vllm_omni.entrypoints.openai.requests.body_reader import validated
 from vllm_omni.entrypoints.openai.schema.chat import ChatCompletionRequest
 from vllm_omni.entrypoints.openai.schema.images import (
     ErrorResponse,

@@ -15,11 +15,11 @@ from vllm_omni.entrypoints.openai.middlewares.request_id import RequestId
 from vllm_omni.entrypoints.openai.middlewares.response_pieces import SendInPieces
 from vllm_omni.entrypoints.openai.middlewares.server_load import CountLoad, ServerLoad
 from vllm_omni.entrypoints.openai.middlewares.trailing_slash import IgnoreTrailingSlash
+from vllm_omni.entrypoints.openai.requests.body_reader import BodyReader
 from vllm_omni.entrypoints.openai.requests.chat_body import ChatReader
 from vllm_omni.entrypoints.openai.requests.edit_body import EditReader
 from vllm_omni.entrypoints.openai.requests.fetching import FetchPolicy, MediaFetcher
 from vllm_omni.entrypoints.openai.requests.input_pictures import MAX_IMAGE_BYTES, PictureReader
-from vllm_omni.entrypoints.openai.requests.json_body import JsonReader
 from vllm_omni.entrypoints.openai.requests.pictures.pool import DecodePool
 from vllm_omni.entrypoints.openai.requests.pictures.process import DecodeLimits
 from vllm_omni.entrypoints.openai.requests.prompt_checker import PromptChecker
@@ -83,11 +83,11 @@ def build_app(
     )
     budget = UploadBudget()
     app.state.upload_budget, app.state.decode_pool = budget, decoder
-    json, reader = JsonReader(settings.upload_silence_seconds), PictureReader(omni.info, decoder, media)
+    bodies, reader = BodyReader(settings.upload_silence_seconds), PictureReader(omni.info, decoder, media)
     pictures = PictureService(omni, settings, budget, encoder, decoder, checker)
-    chat_reader = ChatReader(json, reader, finds_text_tasks=settings.chat_text_tasks == "empty")
+    chat_reader = ChatReader(bodies, reader, finds_text_tasks=settings.chat_text_tasks == "empty")
     load = ServerLoad()
-    app.include_router(make_images_router(ImageService(pictures, json, EditReader(json, reader), files)))
+    app.include_router(make_images_router(ImageService(pictures, bodies, EditReader(bodies, reader), files)))
     app.include_router(make_chat_router(ChatService(pictures, chat_reader, metrics)))
     app.include_router(make_models_router(omni, settings))
     app.include_router(make_health_router(omni, load, metrics))

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from testbed.live_server import LiveServer
 from tests.entrypoints.openai.routes.test_image_errors import error_of
 from vllm_omni.entrypoints.openai.quotes import MAX_QUOTE, quote
-from vllm_omni.entrypoints.openai.requests import chat_body, ignored_fields, json_body
+from vllm_omni.entrypoints.openai.requests import body_reader, chat_body, ignored_fields
 from vllm_omni.entrypoints.openai.schema.chat import MAX_MESSAGES, ChatCompletionRequest
 from vllm_omni.entrypoints.openai.schema.images import ImageEditRequest, ImageGenerationRequest, ImageOptions
 
@@ -69,7 +69,7 @@ def test_a_long_conversation_passes(http: httpx.Client) -> None:
         (CHAT, {"messages": [TURN]}, chat_body, "last_user_message"),
         (CHAT, {"messages": [1]}, chat_body, "validated"),
         (CHAT, {"messages": [TURN], "extra_body": {"seed": 1}}, chat_body, "with_extra_body"),
-        (GENERATIONS, {"prompt": 1}, json_body, "validated"),
+        (GENERATIONS, {"prompt": 1}, body_reader, "validated"),
     ],
 )
 def test_bodies_are_checked_off_the_loop(

@@ -31,8 +31,8 @@ from testbed.tiny_models import photo
 from tests.entrypoints.openai.requests.pictures.decoders import num_threads
 from tests.entrypoints.openai.routes.test_image_edits import EDITS, data_url, file_of, pixels
 from tests.entrypoints.openai.routes.test_image_errors import error_of
+from vllm_omni.entrypoints.openai.requests.body_reader import MAX_JSON_BYTES
 from vllm_omni.entrypoints.openai.requests.input_pictures import MAX_IMAGE_BYTES
-from vllm_omni.entrypoints.openai.requests.json_body import MAX_JSON_BYTES
 
 PHOTO = photo(64, 48, 1)
 PNG, JPEG, WEBP = (file_of(PHOTO, kind) for kind in ("PNG", "JPEG", "WEBP"))

@@ -12,7 +12,7 @@ import pytest
 from testbed.live_server import FAKE_EDIT_INFO, MODEL_NAME, LiveServer, live_server
 from tests.entrypoints.openai.routes.test_chat_completions import CHAT, PHOTO, says, shows, text
 from tests.entrypoints.openai.routes.test_image_errors import error_of
-from vllm_omni.entrypoints.openai.requests.json_body import MAX_JSON_BYTES, MAX_JSON_ITEMS
+from vllm_omni.entrypoints.openai.requests.body_reader import MAX_JSON_BYTES, MAX_JSON_ITEMS
 
 
 @pytest.fixture(scope="module")

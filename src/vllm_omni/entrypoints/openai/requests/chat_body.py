@@ -11,8 +11,8 @@ from fastapi import Request
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.control.request_builder import MAX_PROMPT_CHARACTERS
 from vllm_omni.entrypoints.openai.quotes import quote
+from vllm_omni.entrypoints.openai.requests.body_reader import BodyReader, validated
 from vllm_omni.entrypoints.openai.requests.input_pictures import PictureReader
-from vllm_omni.entrypoints.openai.requests.json_body import JsonReader, validated
 from vllm_omni.entrypoints.openai.requests.text_tasks import is_text_task
 from vllm_omni.entrypoints.openai.requests.upload_budget import UploadReservation
 from vllm_omni.entrypoints.openai.schema.chat import ChatCompletionRequest, with_extra_body
@@ -40,7 +40,7 @@ class UserMessage:
 class ChatReader:
     """Reads chat requests."""
 
-    json: JsonReader
+    bodies: BodyReader
     pictures: PictureReader
     finds_text_tasks: bool
     """Whether text tasks of front ends are told apart from prompts: see `is_text_task`."""
@@ -50,7 +50,7 @@ class ChatReader:
 
         Raises as `EditReader.read`.
         """
-        body, message = await self.json.read(request, reservation, self._convert)
+        body, message = await self.bodies.json(request, reservation, self._convert)
         if message is None:
             return body, None
         message.check_images(self.pictures.info)

@@ -9,10 +9,9 @@ from typing import Any
 from fastapi import Request
 
 from vllm_omni.entrypoints.openai.disconnect import unless_disconnected
-from vllm_omni.entrypoints.openai.requests.body_stream import body_chunks, content_type
+from vllm_omni.entrypoints.openai.requests.body_reader import BodyReader, content_type, validated
 from vllm_omni.entrypoints.openai.requests.edit_form import IMAGE_FIELD, FormLimits, refuse_unsupported, set_field
 from vllm_omni.entrypoints.openai.requests.input_pictures import PictureReader
-from vllm_omni.entrypoints.openai.requests.json_body import JsonReader, validated
 from vllm_omni.entrypoints.openai.requests.multipart import MultipartReader, Part
 from vllm_omni.entrypoints.openai.requests.upload_budget import UploadReservation
 from vllm_omni.entrypoints.openai.schema.images import ImageEditRequest
@@ -23,7 +22,7 @@ from vllm_omni.errors import InvalidRequestError
 class EditReader:
     """Reads edits, for a model that takes input pictures."""
 
-    json: JsonReader
+    bodies: BodyReader
     pictures: PictureReader
 
     async def read(self, request: Request, reservation: UploadReservation) -> ImageEditRequest:
@@ -59,7 +58,7 @@ class EditReader:
         """Read the form to its end; return its fields. Pictures go into `files`, followed by None."""
         fields: dict[str, Any] = {}
         reader = MultipartReader(request.headers["content-type"], FormLimits(self.pictures.info).limit_of)
-        async for chunk in body_chunks(request, reservation, self.json.silence_seconds):
+        async for chunk in self.bodies.chunks(request, reservation):
             for part in reader.feed(chunk):
                 if IMAGE_FIELD.fullmatch(part.name):
                     files.put_nowait(part)
@@ -79,7 +78,7 @@ class EditReader:
                 reservation.release(len(part.data))
 
     async def _read_json(self, request: Request, reservation: UploadReservation) -> ImageEditRequest:
-        body = await self.json.read_model(request, reservation, ImageEditRequest)
+        body = await self.bodies.model(request, reservation, ImageEditRequest)
         refuse_unsupported(body.model_fields_set)
         if body.images and body.image:
             raise InvalidRequestError("image and images are two names of the same: give one of them", param="image")

@@ -10,8 +10,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from vllm_omni.entrypoints.openai.errors import ERROR_RESPONSES
+from vllm_omni.entrypoints.openai.requests.body_reader import BodyReader
 from vllm_omni.entrypoints.openai.requests.edit_body import EditReader
-from vllm_omni.entrypoints.openai.requests.json_body import JsonReader
 from vllm_omni.entrypoints.openai.requests.upload_budget import UploadReservation
 from vllm_omni.entrypoints.openai.responses.encoding import CONTENT_TYPES
 from vllm_omni.entrypoints.openai.responses.images import ImagesAnswer
@@ -37,7 +37,7 @@ class ImageService:
     """Answers the requests of `/v1/images`."""
 
     pictures: PictureService
-    json: JsonReader
+    bodies: BodyReader
     edits: EditReader
     files: FileStore
 
@@ -51,7 +51,7 @@ class ImageService:
             raise InvalidRequestError("The served model edits pictures: use POST /v1/images/edits.", param="image")
         max_bytes = self.pictures.settings.max_body_bytes
         with self.pictures.budget.reserve() as reservation:
-            body = await self.json.read_model(request, reservation, ImageGenerationRequest, max_bytes)
+            body = await self.bodies.model(request, reservation, ImageGenerationRequest, max_bytes)
             return await self._answer(body, request, reservation)
 
     async def edit(self, request: Request) -> Response:

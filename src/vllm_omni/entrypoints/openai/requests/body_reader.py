@@ -1,24 +1,24 @@
-"""JSON bodies: counted while they arrive, then parsed and validated in a thread.
+"""Request bodies as they arrive: bounded in time and in memory; JSON is parsed and validated in a thread.
 
-A hostile body takes time in that thread and not on the event loop.
+A hostile JSON body takes time in that thread and not on the event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
-from vllm_omni.entrypoints.openai.requests.body_stream import body_chunks, content_type
 from vllm_omni.entrypoints.openai.requests.upload_budget import UploadReservation
-from vllm_omni.errors import InvalidRequestError
+from vllm_omni.entrypoints.openai.requests.upload_rate import UploadRate
+from vllm_omni.errors import InvalidRequestError, RequestAbortedError
 
 MAX_JSON_BYTES = 32 * 2**20
 """Most bytes of a JSON body with pictures: it is parsed in one piece. Larger pictures come as multipart/form-data."""
@@ -30,23 +30,48 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class JsonReader:
-    """Reads JSON bodies. The only place that limits their bytes and items."""
+class BodyReader:
+    """Reads bodies. The only place that limits the bytes and items of JSON."""
 
     silence_seconds: float
     """See `ServerSettings.upload_silence_seconds`."""
 
-    async def read(
+    async def chunks(self, request: Request, reservation: UploadReservation) -> AsyncIterator[bytes]:
+        """Chunks of the body; the bytes of each are added to `reservation`.
+
+        Raises HTTPException (408) for a sender that is too slow, RequestAbortedError for one that disconnects, and
+        QueueFullError when the upload budget is used up.
+        """
+        stream, clock = aiter(request.stream()), asyncio.get_running_loop().time
+        rate = UploadRate(self.silence_seconds)
+        try:
+            while True:
+                asked = clock()
+                async with asyncio.timeout(rate.seconds_left):
+                    chunk = await anext(stream)
+                rate.count(len(chunk), clock() - asked)
+                reservation.add(len(chunk))
+                yield chunk
+        except StopAsyncIteration:
+            return
+        except TimeoutError as error:
+            # The rest of the body would be parsed as the beginning of another request.
+            headers = {"connection": "close"}
+            raise HTTPException(408, f"The request's body came with less than {rate}.", headers) from error
+        except ClientDisconnect as error:
+            raise RequestAbortedError("the client closed the connection") from error
+
+    async def json(
         self,
         request: Request,
         reservation: UploadReservation,
         convert: Callable[[Any], Result],
         max_bytes: int = MAX_JSON_BYTES,
     ) -> Result:
-        """Result of `convert` for the parsed body; parsing and `convert` run in a thread.
+        """Result of `convert` for a JSON body; parsing and `convert` run in a thread.
 
-        Raises what `convert` raises; InvalidRequestError for another content type, RequestValidationError for invalid
-        JSON, HTTPException (413) for a body that is too large, and what `body_chunks` raises.
+        Raises what `convert` and `chunks` raise; InvalidRequestError for another content type, RequestValidationError
+        for invalid JSON, HTTPException (413) for a body that is too large.
         """
         kind = content_type(request)
         if kind != "application/json":
@@ -54,7 +79,7 @@ class JsonReader:
         declared = request.headers.get("content-length", "")
         _check_size(int(declared) if declared.isdecimal() else 0, max_bytes)
         data, num_items = bytearray(), 0
-        async for chunk in body_chunks(request, reservation, self.silence_seconds):
+        async for chunk in self.chunks(request, reservation):
             _check_size(len(data) + len(chunk), max_bytes)
             data += chunk
             num_items += sum(map(chunk.count, (b",", b"[", b"{")))  # those inside strings too; base64 has none of them
@@ -62,13 +87,18 @@ class JsonReader:
                 raise HTTPException(413, f"A JSON body has at most {MAX_JSON_ITEMS} commas and brackets.")
         return await asyncio.to_thread(lambda: convert(_parsed(data)))
 
-    async def read_model(
+    async def model(
         self, request: Request, reservation: UploadReservation, model: type[Body], max_bytes: int = MAX_JSON_BYTES
     ) -> Body:
-        """The body as a validated `model`. Raises as `read`."""
-        return await self.read(
+        """A JSON body as a validated `model`. Raises as `json`."""
+        return await self.json(
             request, reservation, lambda value: validated(lambda: model.model_validate(value)), max_bytes
         )
+
+
+def content_type(request: Request) -> str:
+    """The media type of the body in lower case, without parameters; empty if the request has none."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def validated(validate: Callable[[], Body]) -> Body:

@@ -11,7 +11,7 @@ import pytest
 
 from testbed.live_server import FAKE_EDIT_INFO, FakeImageInput, LiveServer, live_server
 from tests.entrypoints.server.raw_client import raw_client
-from vllm_omni.entrypoints.openai.requests.json_body import MAX_JSON_BYTES
+from vllm_omni.entrypoints.openai.requests.body_reader import MAX_JSON_BYTES
 from vllm_omni.entrypoints.openai.settings import ServerSettings
 
 MAX_BYTES = {
