@@ -23,12 +23,12 @@ from torch import Tensor
 from vllm_omni.diffusion.compute.device.transfers import to_device
 
 
-def cut(length: int, parts: int) -> list[int]:
+def shard_lengths(length: int, parts: int) -> list[int]:
     """Lengths of an even cut into `parts`; they differ by at most one."""
     return [length // parts + (i < length % parts) for i in range(parts)]
 
 
-def part_of(length: int, parts: int, index: int) -> slice:
+def shard_slice(length: int, parts: int, index: int) -> slice:
     """Part `index` of an even cut of `length` rows."""
     short, longer = divmod(length, parts)
     start = index * short + min(index, longer)
@@ -103,11 +103,11 @@ class Pack:
     ) -> Pack:
         """Of whole sequences with these lengths, each cut over `parts` ranks; this rank holds part `index`."""
         assert len(text_lengths) == len(image_lengths) > 0
-        whole = zip([cut(n, parts) for n in text_lengths], [cut(n, parts) for n in image_lengths])
+        whole = zip([shard_lengths(n, parts) for n in text_lengths], [shard_lengths(n, parts) for n in image_lengths])
         joint_lengths = tuple(zip(*([t + i for t, i in zip(*cuts)] for cuts in whole)))
         return cls._of(
-            [cut(n, parts)[index] for n in text_lengths],
-            [cut(n, parts)[index] for n in image_lengths],
+            [shard_lengths(n, parts)[index] for n in text_lengths],
+            [shard_lengths(n, parts)[index] for n in image_lengths],
             joint_lengths,
             range(len(text_lengths)),
             device,
@@ -163,7 +163,7 @@ class Pack:
         )
 
     @cached_property
-    def places(self) -> tuple[Tensor, Tensor] | None:
+    def positions(self) -> tuple[Tensor, Tensor] | None:
         """int64 [text tokens] and [image tokens]: where each is in joint order; None where all lie in order."""
         if self.joint_order is None:
             return None

@@ -18,7 +18,7 @@ from torch import Tensor
 from vllm_omni.diffusion.compute.attention.base import AttentionBackend
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.distributed.ring import Ring
-from vllm_omni.diffusion.compute.packing import Offsets, Pack, cut
+from vllm_omni.diffusion.compute.packing import Offsets, Pack, shard_lengths
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q, k, v: [tokens of this rank in joint order, heads, head_dim] each -> the same shape."""
@@ -69,7 +69,7 @@ class ShardedAttention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self._ulysses.size == 1:
             return self._attend(q, k, v)
-        heads = cut(q.shape[1], self._ulysses.size)
+        heads = shard_lengths(q.shape[1], self._ulysses.size)
         return self._gather_heads(self._attend(*self._scatter_heads((q, k, v), heads)), heads)
 
     def _scatter_heads(self, qkv: Sequence[Tensor], heads: Sequence[int]) -> tuple[Tensor, ...]:

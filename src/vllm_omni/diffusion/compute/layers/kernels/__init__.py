@@ -31,12 +31,12 @@ class Kernels(Protocol):
         gate: Tensor,
         rows: Tensor | None,
         bias: Tensor | None = None,
-        places: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor: ...
 
     def gelu(self, x: Tensor, bias: Tensor | None, float8: bool = False) -> Rows: ...
 
-    def round_rows(self, x: Tensor, places: Tensor | None = None) -> Float8Rows: ...
+    def round_rows(self, x: Tensor, positions: Tensor | None = None) -> Float8Rows: ...
 
     def heads(
         self, streams: Sequence[Projected], order: Tensor | None, stream: Tensor | None, rotations: Tensor, eps: float

@@ -50,14 +50,14 @@ class TritonKernels:
         gate: Tensor,
         rows: Tensor | None,
         bias: Tensor | None = None,
-        places: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         x, y = x.contiguous(), y.contiguous()
         out = torch.empty_like(x)
         if len(x):
             _gated_add[(len(x),)](
-                x, y, gate, rows, bias, places, out, x.shape[1], gate.stride(0),
-                HAS_ROWS=rows is not None, HAS_BIAS=bias is not None, HAS_PLACES=places is not None,
+                x, y, gate, rows, bias, positions, out, x.shape[1], gate.stride(0),
+                HAS_ROWS=rows is not None, HAS_BIAS=bias is not None, HAS_POSITIONS=positions is not None,
                 IS_FLOAT16=out.dtype == torch.float16, BLOCK=triton.next_power_of_2(x.shape[1]), num_warps=8,
             )  # fmt: skip
         return out
@@ -72,13 +72,13 @@ class TritonKernels:
             )  # fmt: skip
         return _rows(out, scales, x)
 
-    def round_rows(self, x: Tensor, places: Tensor | None = None) -> Float8Rows:
+    def round_rows(self, x: Tensor, positions: Tensor | None = None) -> Float8Rows:
         x = x.contiguous()
-        num_rows = len(x) if places is None else len(places)
+        num_rows = len(x) if positions is None else len(positions)
         out, scales = _results(x, num_rows, float8=True)
         if num_rows:
             _round_rows[(num_rows,)](
-                x, places, out, scales, x.shape[1], HAS_PLACES=places is not None,
+                x, positions, out, scales, x.shape[1], HAS_POSITIONS=positions is not None,
                 BLOCK=triton.next_power_of_2(x.shape[1]), num_warps=8,
             )  # fmt: skip
         return Float8Rows(out, scales, x.dtype)
@@ -143,19 +143,19 @@ def _norm_modulate(
     _store(out_ptr, scales_ptr, token, normed * scale + shift, columns, width, inside, IS_FLOAT8)
 
 
-@triton.jit(do_not_specialize_on_alignment=["places_ptr"])  # a view that may begin at any number
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr"])  # a view that may begin at any number
 def _gated_add(
-    x_ptr, y_ptr, gate_ptr, rows_ptr, bias_ptr, places_ptr, out_ptr, width, gate_stride,
-    HAS_ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PLACES: tl.constexpr, IS_FLOAT16: tl.constexpr,
+    x_ptr, y_ptr, gate_ptr, rows_ptr, bias_ptr, positions_ptr, out_ptr, width, gate_stride,
+    HAS_ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_POSITIONS: tl.constexpr, IS_FLOAT16: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     row = tl.load(rows_ptr + token) if HAS_ROWS else 0
-    place = tl.load(places_ptr + token) if HAS_PLACES else token
+    position = tl.load(positions_ptr + token) if HAS_POSITIONS else token
     x = tl.load(x_ptr + token * width + columns, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(y_ptr + place * width + columns, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr + position * width + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         y += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
@@ -180,13 +180,13 @@ def _gelu(
     _store(out_ptr, scales_ptr, token, x, columns, width, inside, IS_FLOAT8)
 
 
-@triton.jit(do_not_specialize_on_alignment=["places_ptr"])
-def _round_rows(x_ptr, places_ptr, out_ptr, scales_ptr, width, HAS_PLACES: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr"])
+def _round_rows(x_ptr, positions_ptr, out_ptr, scales_ptr, width, HAS_POSITIONS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    place = tl.load(places_ptr + row) if HAS_PLACES else row
-    x = tl.load(x_ptr + place * width + columns, mask=inside, other=0.0).to(tl.float32)
+    position = tl.load(positions_ptr + row) if HAS_POSITIONS else row
+    x = tl.load(x_ptr + position * width + columns, mask=inside, other=0.0).to(tl.float32)
     _store(out_ptr, scales_ptr, row, x, columns, width, inside, True)
 
 
@@ -214,10 +214,10 @@ def _heads(
     heads = tl.arange(0, HEADS)[:, None]
     channels = tl.arange(0, 2 * HALF)[None, :]
     inside = (heads < num_heads) & (channels < half * 2)
-    places = heads * half * 2 + channels
-    x = tl.load(from_ptr + places, mask=inside, other=0.0)
+    offsets = heads * half * 2 + channels
+    x = tl.load(from_ptr + offsets, mask=inside, other=0.0)
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + places, mask=inside, other=0.0)
+        bias = tl.load(bias_ptr + offsets, mask=inside, other=0.0)
         x = (x.to(tl.float32) + bias.to(tl.float32)).to(x.dtype)
     to_ptr = out_ptr + (part * tl.num_programs(0) + token) * width
     if part < 2:
@@ -231,4 +231,4 @@ def _heads(
         sine = tl.load(turn + 1, mask=pairs < half, other=0.0)
         turned = tl.join(real * cosine - imaginary * sine, real * sine + imaginary * cosine)
         x = tl.reshape(turned, (HEADS, 2 * HALF)).to(x.dtype)
-    tl.store(to_ptr + places, x, mask=inside)
+    tl.store(to_ptr + offsets, x, mask=inside)

@@ -78,9 +78,9 @@ def _block_statistics(
     center = tl.sum(mean * count, axis=0)[None, :] / total
     center += tl.sum((mean - center) * count, axis=0)[None, :] / total  # what the first sum has rounded off
     deviation = tl.sum(deviation + (mean - center) * (mean - center) * count, axis=0)[None, :]
-    places = tl.program_id(0).to(tl.int64) * width + channels
-    tl.store(means_ptr + places, center, mask=channels < width)
-    tl.store(deviations_ptr + places, deviation, mask=channels < width)
+    offsets = tl.program_id(0).to(tl.int64) * width + channels
+    tl.store(means_ptr + offsets, center, mask=channels < width)
+    tl.store(deviations_ptr + offsets, deviation, mask=channels < width)
 
 
 @triton.jit(do_not_specialize=["num_pixels", "num_blocks", "block_pixels"])
@@ -101,8 +101,8 @@ def _combine(
         part = start + lanes
         block = part // group_width
         count = tl.minimum(num_pixels - block * block_pixels, block_pixels).to(tl.float32)
-        place = offset + block * width + part % group_width
-        sums += tl.load(means_ptr + place, mask=part < num_parts, other=0.0) * count
+        source = offset + block * width + part % group_width
+        sums += tl.load(means_ptr + source, mask=part < num_parts, other=0.0) * count
     mean = tl.sum(sums) / total
     rests = tl.zeros((BLOCK,), tl.float32)
     squares = tl.zeros((BLOCK,), tl.float32)
@@ -110,10 +110,10 @@ def _combine(
         part = start + lanes
         block = part // group_width
         count = tl.minimum(num_pixels - block * block_pixels, block_pixels).to(tl.float32)
-        place = offset + block * width + part % group_width
-        rest = tl.load(means_ptr + place, mask=part < num_parts, other=mean) - mean
+        source = offset + block * width + part % group_width
+        rest = tl.load(means_ptr + source, mask=part < num_parts, other=mean) - mean
         rests += rest * count
-        squares += tl.load(deviations_ptr + place, mask=part < num_parts, other=0.0) + rest * rest * count
+        squares += tl.load(deviations_ptr + source, mask=part < num_parts, other=0.0) + rest * rest * count
     rest = tl.sum(rests) / total  # what the first sum has rounded off
     variance = tl.sum(squares) / total - rest * rest
     moments_ptr += tl.program_id(0) * 2
@@ -134,8 +134,8 @@ def _apply(
     has_channel = channels < width
     inside = (first + pixels < num_pixels) & has_channel
     offset = (sample.to(tl.int64) * num_pixels + first) * width
-    places = pixels * width + channels
-    x = tl.load(x_ptr + offset + places, mask=inside, other=0.0).to(tl.float32)
+    offsets = pixels * width + channels
+    x = tl.load(x_ptr + offset + offsets, mask=inside, other=0.0).to(tl.float32)
     moments_ptr += (sample * num_groups + channels // (width // num_groups)) * 2
     scale = tl.load(moments_ptr + 1, mask=has_channel, other=0.0)
     if HAS_WEIGHT:
@@ -145,4 +145,4 @@ def _apply(
         x += tl.load(bias_ptr + channels, mask=has_channel, other=0.0).to(tl.float32)
     if SILU:
         x /= 1 + tl.exp(-x)
-    tl.store(out_ptr + offset + places, x, mask=inside)
+    tl.store(out_ptr + offset + offsets, x, mask=inside)

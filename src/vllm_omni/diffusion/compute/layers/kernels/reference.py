@@ -33,7 +33,7 @@ class TorchKernels:
     """A bias is one that the product before has left out; float8: the result is rounded for the product behind."""
 
     picks_rows = False
-    """Whether `places` cost nothing."""
+    """Whether `positions` cost nothing."""
     normalizes_channels_last = False
     """Whether `group_norm` reads and writes channels-last memory as it is."""
 
@@ -50,21 +50,21 @@ class TorchKernels:
         gate: Tensor,
         rows: Tensor | None,
         bias: Tensor | None = None,
-        places: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """x + gate * (y + bias). x: [tokens, D]; gate: [R, D]; bias: [D].
 
-        y: [tokens, D], or more rows, of which `places`, int64 [tokens], tells each token's.
+        y: [tokens, D], or more rows, of which `positions`, int64 [tokens], tells each token's.
         """
-        return gated_add(x, _biased(_picked(y, places), bias), _of_tokens(gate, rows))
+        return gated_add(x, _biased(_picked(y, positions), bias), _of_tokens(gate, rows))
 
     def gelu(self, x: Tensor, bias: Tensor | None, float8: bool = False) -> Rows:
         """GELU(x + bias) by its approximation with tanh. x: [tokens, D]; bias: [D] -> [tokens, D]."""
         return _rounded(F.gelu(_biased(x, bias), approximate="tanh"), float8)
 
-    def round_rows(self, x: Tensor, places: Tensor | None = None) -> Float8Rows:
-        """[rows, D] -> all of them in float8; or those of `places`, int64 [tokens]."""
-        return Float8Rows.of(_picked(x, places))
+    def round_rows(self, x: Tensor, positions: Tensor | None = None) -> Float8Rows:
+        """[rows, D] -> all of them in float8; or those of `positions`, int64 [tokens]."""
+        return Float8Rows.of(_picked(x, positions))
 
     def heads(
         self, streams: Sequence[Projected], order: Tensor | None, stream: Tensor | None, rotations: Tensor, eps: float
@@ -101,8 +101,8 @@ def _biased(x: Tensor, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias
 
 
-def _picked(x: Tensor, places: Tensor | None) -> Tensor:
-    return x if places is None else x.index_select(0, places)
+def _picked(x: Tensor, positions: Tensor | None) -> Tensor:
+    return x if positions is None else x.index_select(0, positions)
 
 
 def _of_tokens(values: Tensor, rows: Tensor | None) -> Tensor:
