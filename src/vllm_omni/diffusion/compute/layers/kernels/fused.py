@@ -1,7 +1,7 @@
-"""The kernels of `reference` in Triton: one pass over the tokens each, sums in float32.
+"""Triton kernels of the operations in `reference`: one pass over the tokens each, sums in float32.
 
-A program computes one token. What PyTorch would write between two operations (the normed tokens, a row of modulation
-for each token, the streams one after another) never leaves the chip.
+A program computes one token. Intermediate results that PyTorch would write to memory (normed tokens, a row of
+modulation for each token, concatenated streams) stay on the chip.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TWICE_ROOT_OF_2_OVER_PI = tl.constexpr(2 * math.sqrt(2 / math.pi))
 
 
 class TritonKernels:
-    """See `TorchKernels` for what each computes."""
+    """Operations by fused kernels; `TorchKernels` documents each."""
 
     picks_rows = True
     normalizes_channels_last = True
@@ -107,18 +107,19 @@ class TritonKernels:
 
 
 def _results(x: Tensor, num_rows: int, float8: bool) -> tuple[Tensor, Tensor]:
-    """Where a kernel writes rows as wide as x's, and their scales, if they are to have some."""
+    """Empty outputs of a kernel: rows as wide as those of x, and one scale for each row in float8 (otherwise none)."""
     out = x.new_empty((num_rows, x.shape[1]), dtype=FLOAT8 if float8 else x.dtype)
     return out, x.new_empty((num_rows if float8 else 0, 1), dtype=torch.float32)
 
 
 def _rows(out: Tensor, scales: Tensor, x: Tensor) -> Rows:
+    """Outputs of a kernel as the result of an operation on x."""
     return Float8Rows(out, scales, x.dtype) if out.dtype == FLOAT8 else out
 
 
 @triton.jit
 def _store(out_ptr, scales_ptr, row, x, columns, width, inside, IS_FLOAT8: tl.constexpr):
-    """Row `row` of the result; in float8 as `quantize` rounds. x: float32, 0 where not `inside`."""
+    """Store row `row` of the result; in float8, rounded as by `quantize`. x: float32, 0 where not `inside`."""
     if IS_FLOAT8:
         scale = tl.maximum(tl.max(tl.abs(x)) / LARGEST_FLOAT8, LEAST_SCALE)
         tl.store(scales_ptr + row, scale)
@@ -143,7 +144,7 @@ def _norm_modulate(
     _store(out_ptr, scales_ptr, token, normed * scale + shift, columns, width, inside, IS_FLOAT8)
 
 
-@triton.jit(do_not_specialize_on_alignment=["positions_ptr"])  # a view that may begin at any number
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr"])  # a view, whose first element may be at any offset
 def _gated_add(
     x_ptr, y_ptr, gate_ptr, rows_ptr, bias_ptr, positions_ptr, out_ptr, width, gate_stride,
     HAS_ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_POSITIONS: tl.constexpr, IS_FLOAT16: tl.constexpr,
@@ -190,7 +191,7 @@ def _round_rows(x_ptr, positions_ptr, out_ptr, scales_ptr, width, HAS_POSITIONS:
     _store(out_ptr, scales_ptr, row, x, columns, width, inside, True)
 
 
-@triton.jit(do_not_specialize=["num_first"])  # which differs from prompt to prompt: somebody waits for a compilation
+@triton.jit(do_not_specialize=["num_first"])  # differs from prompt to prompt: a request would wait for each compilation
 def _heads(
     first_ptr, first_weight_ptr, first_bias_ptr, last_ptr, last_weight_ptr, last_bias_ptr, order_ptr, rotations_ptr,
     out_ptr, num_first, num_heads, half, eps,
