@@ -1,4 +1,4 @@
-"""What works with which family, and the tests that prove it: README's matrix is written from here by `tools/matrix.py`.
+"""Features of each family, and the tests that prove them; `tools/matrix.py` writes README's table from here.
 
 A test is named as pytest names it, without the cases that it is run with; `[word]` behind the name asks for the cases
 whose name has that word.
@@ -21,16 +21,16 @@ COLUMNS = (
 @dataclass(frozen=True)
 class Cell:
     text: str
-    """Markdown: footnotes and links may stand in it."""
+    """Markdown; may have footnotes and links."""
     tests: tuple[str, ...] = ()
-    """What proves the text; only "no", "not yet", what begins with them, and nothing at all may do without."""
+    """Tests that prove the text. Only an empty text and texts that begin with "no" or "not yet" need none."""
 
 
 @dataclass(frozen=True)
 class Feature:
     name: str
     cells: tuple[Cell, ...]
-    """A column each."""
+    """One cell a column."""
 
 
 def yes(*tests: str, text: str = "yes") -> Cell:
@@ -66,12 +66,12 @@ MIXED_BATCHES = (
     yes(SINGLE_EDITS, SEVERAL_EDITS),
     yes(f"{Z_IMAGE}::test_a_mixed_batch_draws_what_diffusers_draws"),
 )
-"""Of all sizes, steps and guidance, with sigmas of the request's own, against diffusers."""
+"""Batches of all sizes, steps and guidance, with sigmas of the request's own, against diffusers."""
 DATA_PARALLEL = (
     f"{DIFFUSION}/control/test_replicas.py::test_pictures_of_one_call_spread_and_share_a_queue",
     f"{DIFFUSION}/control/executor/test_worker_groups.py::test_two_replicas_of_two_share_the_work_and_one_dies",
 )
-"""Blind to families: whole engines side by side."""
+"""The same for every family: whole engines side by side."""
 
 
 def step_caches_feature() -> Feature:

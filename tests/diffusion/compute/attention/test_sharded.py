@@ -1,4 +1,4 @@
-"""Attention over cut sequences against plain attention, for head and token counts that do not divide."""
+"""Attention over sharded sequences against plain attention, for numbers of heads and tokens that do not divide."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tensors(heads: int, head_dim: int = 8) -> torch.Tensor:
 
 
 def part(x: torch.Tensor, parts: int, index: int) -> torch.Tensor:
-    """What one rank holds of [tokens, ...], in joint order."""
+    """Shard of one rank of [tokens, ...], in joint order."""
     pieces = x.split([n for pair in zip(TEXT, IMAGE) for n in pair])
     return torch.cat([piece[shard_slice(len(piece), parts, index)] for piece in pieces])
 

@@ -19,7 +19,7 @@ from vllm_omni.diffusion.messages.worker import RankInfo
 
 
 def run_ranks(function: Callable[..., Any], parallel: DiffusionParallelConfig, *args: Any) -> list[Any]:
-    """`function(world, *args)` on every rank of a replica -> their results by rank. Raises what a rank raised.
+    """Run `function(world, *args)` on every rank of a replica; returns the results by rank. Raises if a rank raised.
 
     Results travel by pickle (tensors as numpy arrays). Processes are forked.
     """
@@ -35,7 +35,7 @@ def _in_world(place: RankInfo, function: Callable[..., Any], parallel: Diffusion
 
 
 def run_places(function: Callable[..., Any], parallel: DiffusionParallelConfig, *args: Any) -> list[Any]:
-    """As `run_ranks`, but `function(place, *args)` connects by itself."""
+    """Run `function(place, *args)` on every rank, which connects by itself; otherwise as `run_ranks`."""
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
     size = parallel.replica_size

@@ -74,7 +74,7 @@ def draw(
     config = OmniDiffusionConfig(
         model=str(path),
         parallel=parallel,
-        cache_backend=cache,  # type: ignore[arg-type]  # checked
+        cache_backend=cache,
         cache_config=CACHES[cache] | cache_keys,
     )
     runner = ModelRunner(config, load_model_info(str(path)), place, compile_blocks)
