@@ -17,7 +17,8 @@ NAME = "interval"
 
 def example_source() -> str:
     """The guide's first Python block: a whole module."""
-    return re.findall(r"^```python\n(.*?)^```$", GUIDE.read_text(), re.DOTALL | re.MULTILINE)[0]
+    blocks: list[str] = re.findall(r"^```python\n(.*?)^```$", GUIDE.read_text(), re.DOTALL | re.MULTILINE)
+    return blocks[0]
 
 
 @contextmanager
