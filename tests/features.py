@@ -21,7 +21,7 @@ COLUMNS = (
 @dataclass(frozen=True)
 class Cell:
     text: str
-    """Markdown: footnotes and links may stand in it."""
+    """Markdown; may have footnotes and links."""
     tests: tuple[str, ...] = ()
     """Tests that prove the text. Only an empty text, or one that begins with "no" or "not yet", needs none."""
 
@@ -30,7 +30,7 @@ class Cell:
 class Feature:
     name: str
     cells: tuple[Cell, ...]
-    """A column each."""
+    """One cell a column."""
 
 
 def yes(*tests: str, text: str = "yes") -> Cell:
@@ -72,7 +72,7 @@ DATA_PARALLEL = (
     f"{CONTROL}/control/test_replicas.py::test_pictures_of_one_call_spread_and_share_a_queue",
     f"{CONTROL}/control/executor/test_worker_groups.py::test_two_replicas_of_two_share_the_work_and_one_dies",
 )
-"""Blind to families: whole engines side by side."""
+"""The same for every family: whole engines side by side."""
 
 
 def step_caches_feature() -> Feature:

@@ -98,7 +98,7 @@ def find_tests(path: str) -> dict[str, bool]:
 
 @cache
 def words_of(path: str) -> set[str]:
-    """The strings and names of a file: what pytest makes the names of cases of."""
+    """Strings and names of a file, of which pytest makes the names of cases."""
     nodes = list(ast.walk(tree_of(path)))
     strings = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
     return strings | {n.id for n in nodes if isinstance(n, ast.Name)}

@@ -23,7 +23,7 @@ from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.distributed.mesh import World
 from vllm_omni.diffusion.compute.distributed.ring import Ring
 from vllm_omni.diffusion.compute.families.qwen_image.vae import QwenImageDecoder, tiling_of
-from vllm_omni.diffusion.compute.packing import Offsets, Pack, cut
+from vllm_omni.diffusion.compute.packing import Offsets, Pack, shard_lengths
 from vllm_omni.diffusion.compute.vae import tiles
 from vllm_omni.diffusion.compute.weights.loading import load_autoencoder
 from vllm_omni.diffusion.data import AttentionBackendName
@@ -115,7 +115,7 @@ def ulysses(
     group, pack, qkv = _shares(world, device, branches, heads, head_dim)
     backend = create_attention(fastest_attention(device, head_dim))
     layer = ShardedAttention(backend, group, Group.alone(), pack)
-    parts, tokens = cut(heads, group.size), [sum(lengths) for lengths in pack.joint_lengths]
+    parts, tokens = shard_lengths(heads, group.size), [sum(lengths) for lengths in pack.joint_lengths]
     mine, here, there = parts[group.rank], tokens[group.rank], sum(tokens)
     exchanges = []
     for factor in (3, 1):  # q, k and v; then the output

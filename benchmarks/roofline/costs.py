@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 from vllm_omni.diffusion.compute.families.z_image.config import PATCH_SIZE, inner_width
 from vllm_omni.diffusion.compute.families.z_image.info import TOKEN_MULTIPLE
-from vllm_omni.diffusion.compute.packing import cut
+from vllm_omni.diffusion.compute.packing import shard_lengths
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.placement import balance
 
@@ -253,9 +253,10 @@ def rank_cost(
     by_group = _deal(model, requests, parallel.cfg_parallel_size)
     mine = by_group[group]
     text, image = (
-        sum(cut(n, parts)[part] for n in column) for column in ([s.text for s in mine], [s.image for s in mine])
+        sum(shard_lengths(n, parts)[part] for n in column)
+        for column in ([s.text for s in mine], [s.image for s in mine])
     )
-    heads = cut(model.heads // tensor, ulysses)[part % ulysses]
+    heads = shard_lengths(model.heads // tensor, ulysses)[part % ulysses]
 
     attentions = []
     exchanged: dict[str, float] = {}
@@ -268,7 +269,7 @@ def rank_cost(
         attentions += [
             Attention(queries, s.text + s.image, heads, model.head_dim, count) for queries, s in zip(held, sequences)
         ]
-        own = sum(cut(s.text, parts)[part] + cut(s.image, parts)[part] for s in sequences)
+        own = sum(shard_lengths(s.text, parts)[part] + shard_lengths(s.image, parts)[part] for s in sequences)
         for kind, elements in _sequence_exchanges(
             model, parallel, own, [sum(s) for s in shards], heads, part // ulysses
         ):
@@ -277,7 +278,7 @@ def rank_cost(
         summed = 2 * model.dim * ((text + image) * blocks + image * model.num_image_layers)
         exchanged["all_reduce"] = ELEMENT_BYTES * summed
     if parts * parallel.cfg_parallel_size > 1:
-        rows = max(sum(cut(s.image, parts)[0] for s in sequences) for sequences in by_group)
+        rows = max(sum(shard_lengths(s.image, parts)[0] for s in sequences) for sequences in by_group)
         exchanged["all_gather"] = ELEMENT_BYTES * rows * model.channels
     return StepCost(
         gemms=tuple(model.gemms(text, image, tensor, blocks)),
@@ -301,7 +302,7 @@ def _deal(model: Transformer, requests: Sequence[Sequence[Branch]], num_groups: 
 
 def _shard(sequences: Sequence[Branch], parts: int, first: int, count: int) -> list[int]:
     """Tokens of each sequence in `count` shards from shard `first` on."""
-    return [sum(sum(cut(n, parts)[first : first + count]) for n in sequence) for sequence in sequences]
+    return [sum(sum(shard_lengths(n, parts)[first : first + count]) for n in sequence) for sequence in sequences]
 
 
 def _sequence_exchanges(

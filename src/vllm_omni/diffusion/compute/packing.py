@@ -1,11 +1,11 @@
-"""The layout of a step batch: the tokens of all sequences in one flat run, without padding.
+"""Packs: the tokens of all sequences of a step in flat tensors, without padding.
 
-A sequence is one guidance branch of one request: its text tokens and its image tokens. Two runs are kept, all
-text tokens and all image tokens, each in sequence order; attention sees them in joint order, where each
-sequence's text comes right before its image.
+A sequence is one guidance branch of one request: its text tokens and its image tokens. Text tokens of all sequences are
+one tensor, image tokens another, both in the order of the sequences. Attention reads them in joint order: the text of a
+sequence, then its image, then the next sequence.
 
-Where several ranks share a sequence, each holds an even cut of its text and of its image, and packs its cuts the
-same way: lengths are arbitrary, a rank may even hold nothing of a short text.
+If several ranks share a sequence, each holds a shard of its text and a shard of its image, and packs its shards in the
+same way. Lengths are arbitrary; a rank may hold no token of a short text.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch import Tensor
 from vllm_omni.diffusion.compute.device.transfers import to_device
 
 
-def cut(length: int, parts: int) -> list[int]:
-    """Lengths of an even cut into `parts`; they differ by at most one."""
+def shard_lengths(length: int, parts: int) -> list[int]:
+    """Lengths of the shards of `length` rows over `parts` ranks; they differ by at most one."""
     return [length // parts + (i < length % parts) for i in range(parts)]
 
 
-def part_of(length: int, parts: int, index: int) -> slice:
-    """Part `index` of an even cut of `length` rows."""
+def shard_slice(length: int, parts: int, index: int) -> slice:
+    """Rows of shard `index` of `parts`."""
     short, longer = divmod(length, parts)
     start = index * short + min(index, longer)
     return slice(start, start + short + (index < longer))
@@ -37,12 +37,12 @@ def part_of(length: int, parts: int, index: int) -> slice:
 
 @dataclass(frozen=True)
 class Offsets:
-    """Where each sequence begins in a run of tokens; the last value is the run's length."""
+    """Token offsets of the sequences in a flat tensor; the last value is the number of tokens."""
 
     values: tuple[int, ...]
-    """N + 1 integers from 0."""
+    """N + 1 integers; the first is 0."""
     cu_seqlens: Tensor
-    """The same as int32 [N + 1] on the device, for varlen kernels."""
+    """`values` as int32 [N + 1] on the device, for variable-length kernels."""
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> Offsets:
@@ -60,37 +60,37 @@ class Offsets:
 
 @dataclass(frozen=True)
 class Hidden:
-    """What flows through the blocks of a transformer: text [text tokens, D] and image [image tokens, D]."""
+    """Hidden states between the blocks of a transformer: text [text tokens, D] and image [image tokens, D]."""
 
     text: Tensor
     image: Tensor
 
     @classmethod
     def packed(cls, parts: Sequence[Hidden]) -> Hidden:
-        """Of sequences one after another; the inverse of `Pack.sequences`."""
+        """Concatenate sequences; the inverse of `Pack.sequences`."""
         return cls(torch.cat([part.text for part in parts]), torch.cat([part.image for part in parts]))
 
 
 @dataclass(frozen=True)
 class Pack:
-    """Indices of one membership of sequences; depends on lengths only, so it outlives a step."""
+    """Offsets and indices of the sequences of a step. They depend on the lengths alone and serve several steps."""
 
     text: Offsets
     image: Offsets
     joint: Offsets
     text_sequence: Tensor
-    """int64 [text tokens]: the sequence a text token belongs to, as the whole pack counts (see `select`)."""
+    """int64 [text tokens]: number of each text token's sequence, in the whole pack (see `select`)."""
     image_sequence: Tensor
-    """int64 [image tokens]."""
+    """int64 [image tokens]: number of each image token's sequence, in the whole pack."""
     joint_order: Tensor | None
-    """int64 [tokens]: row j of the joint order is row `joint_order[j]` of [all text, all image]; None when
-    the two are the same (one sequence)."""
+    """int64 [tokens]: row j of the joint order is row `joint_order[j]` of [all text, all image]; None for one sequence,
+    where both orders are the same."""
     joint_is_image: Tensor
     """int64 [tokens], in joint order: 1 for image tokens, 0 for text tokens."""
     joint_lengths: tuple[tuple[int, ...], ...]
-    """By rank of those that share the sequences: how many tokens of each sequence it holds."""
+    """For each rank that shares the sequences: its number of tokens of each sequence."""
     numbers: tuple[int, ...]
-    """What the whole pack calls each sequence."""
+    """Number of each sequence in the whole pack."""
 
     @classmethod
     def build(
@@ -101,13 +101,13 @@ class Pack:
         parts: int = 1,
         index: int = 0,
     ) -> Pack:
-        """Of whole sequences with these lengths, each cut over `parts` ranks; this rank holds part `index`."""
+        """Pack of sequences with these lengths, each sharded over `parts` ranks; this rank holds shard `index`."""
         assert len(text_lengths) == len(image_lengths) > 0
-        whole = zip([cut(n, parts) for n in text_lengths], [cut(n, parts) for n in image_lengths])
+        whole = zip([shard_lengths(n, parts) for n in text_lengths], [shard_lengths(n, parts) for n in image_lengths])
         joint_lengths = tuple(zip(*([t + i for t, i in zip(*cuts)] for cuts in whole)))
         return cls._of(
-            [cut(n, parts)[index] for n in text_lengths],
-            [cut(n, parts)[index] for n in image_lengths],
+            [shard_lengths(n, parts)[index] for n in text_lengths],
+            [shard_lengths(n, parts)[index] for n in image_lengths],
             joint_lengths,
             range(len(text_lengths)),
             device,
@@ -122,7 +122,7 @@ class Pack:
         numbers: Sequence[int],
         device: torch.device,
     ) -> Pack:
-        """From what this rank holds of each sequence, and what the whole pack calls it."""
+        """Pack from the lengths of this rank's shards and the numbers of the sequences in the whole pack."""
         num_text = sum(text_lengths)
         text, image = (Offsets.of(lengths, device) for lengths in (text_lengths, image_lengths))
         order = list(
@@ -149,10 +149,10 @@ class Pack:
         )
 
     def select(self, members: Sequence[int]) -> Pack:
-        """Of some of these sequences, in order.
+        """Pack of some of the sequences, in order.
 
-        `text_sequence` and `image_sequence` keep the numbers of the whole pack, so that what is kept by sequence
-        (the rows of modulation) serves the part as it is.
+        `text_sequence` and `image_sequence` keep the numbers of the whole pack, so its rows of modulation serve the
+        selected sequences too.
         """
         return Pack._of(
             [self.text.lengths[i] for i in members],
@@ -163,8 +163,11 @@ class Pack:
         )
 
     @cached_property
-    def places(self) -> tuple[Tensor, Tensor] | None:
-        """int64 [text tokens] and [image tokens]: where each is in joint order; None where all lie in order."""
+    def positions(self) -> tuple[Tensor, Tensor] | None:
+        """Positions of the text and the image tokens in joint order: int64 [text tokens], [image tokens].
+
+        None for one sequence, where the joint order is [text, image].
+        """
         if self.joint_order is None:
             return None
         text, image = self.joint_order.argsort().split([self.text.values[-1], self.image.values[-1]])
@@ -180,7 +183,7 @@ class Pack:
 
     @property
     def most_tokens(self) -> int:
-        """Of any rank of those that share the sequences; all of them know it."""
+        """Tokens of the rank that holds most, among the ranks that share the sequences; the same on all of them."""
         return max(sum(lengths) for lengths in self.joint_lengths)
 
     def join(self, text: Tensor, image: Tensor) -> Tensor:
@@ -195,7 +198,7 @@ class Pack:
         return torch.cat(parts[::2]), torch.cat(parts[1::2])
 
     def sequences(self, hidden: Hidden) -> list[Hidden]:
-        """Sequence by sequence, as views."""
+        """Views of each sequence."""
         texts, images = hidden.text.split(self.text.lengths), hidden.image.split(self.image.lengths)
         return [Hidden(text, image) for text, image in zip(texts, images)]
 
@@ -208,10 +211,10 @@ Built = TypeVar("Built")
 
 
 class MembershipCache(Generic[Built]):
-    """What was built for the last few memberships; a step whose members stay the same builds nothing.
+    """Values built for the last few memberships; a step with the same members builds nothing.
 
-    More than one is kept because a scheduler may alternate between groups. The members are part of the key, by
-    identity: nobody else can be taken for a member that is gone.
+    Several are kept because the scheduler may alternate between memberships. The members are part of the key and are
+    compared by identity, so a new member is never taken for a former one.
     """
 
     def __init__(self, capacity: int = 4) -> None:
@@ -219,6 +222,7 @@ class MembershipCache(Generic[Built]):
         self._entries: OrderedDict[tuple[object, ...], Built] = OrderedDict()
 
     def get(self, key: tuple[object, ...], build: Callable[[], Built]) -> Built:
+        """Value of the membership `key`, built if it is new."""
         if key in self._entries:
             self._entries.move_to_end(key)
             return self._entries[key]
@@ -228,7 +232,7 @@ class MembershipCache(Generic[Built]):
         return entry
 
     def forget(self, member: object) -> None:
-        """Drop every entry that `member` is part of."""
+        """Drop all entries with this member."""
         for key in [key for key in self._entries if member in key]:
             del self._entries[key]
 

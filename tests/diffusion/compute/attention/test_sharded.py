@@ -1,4 +1,4 @@
-"""Attention over cut sequences against plain attention, for head and token counts that do not divide."""
+"""Attention over sharded sequences against plain attention, for numbers of heads and tokens that do not divide."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vllm_omni.diffusion.compute.attention.sdpa import SdpaAttention
 from vllm_omni.diffusion.compute.attention.sharded import Merged, PackedAttention
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.distributed.mesh import World
-from vllm_omni.diffusion.compute.packing import Offsets, Pack, part_of
+from vllm_omni.diffusion.compute.packing import Offsets, Pack, shard_slice
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 
 TEXT, IMAGE = [5, 1, 40, 2, 7], [37, 4, 64, 1, 21]
@@ -29,7 +29,7 @@ def tensors(heads: int, head_dim: int = 8) -> torch.Tensor:
 def part(x: torch.Tensor, parts: int, index: int) -> torch.Tensor:
     """Shard of one rank of `x` [tokens, ...], in joint order."""
     pieces = x.split([n for pair in zip(TEXT, IMAGE) for n in pair])
-    return torch.cat([piece[part_of(len(piece), parts, index)] for piece in pieces])
+    return torch.cat([piece[shard_slice(len(piece), parts, index)] for piece in pieces])
 
 
 def whole_attention(qkv: torch.Tensor) -> torch.Tensor:
@@ -68,7 +68,7 @@ def test_cut_sequences_attend_as_whole_ones(ulysses: int, ring: int, heads: int)
         torch.testing.assert_close(torch.from_numpy(out), mine, atol=1e-5, rtol=1e-5)
         if ring == 1:
             # q, k and v there, the output back.
-            sent_back = len(whole) * 8 * 4 * len(range(heads)[part_of(heads, ulysses, index)])
+            sent_back = len(whole) * 8 * 4 * len(range(heads)[shard_slice(heads, ulysses, index)])
             assert sent == {"all_to_all": 3 * len(mine) * hidden_bytes + sent_back}
         elif ulysses == 1:
             # k and v of every block but the one that the next rank began with.

@@ -20,7 +20,7 @@ from vllm_omni.diffusion.messages.worker import RankInfo
 
 
 def run_ranks(function: Callable[..., Any], parallel: DiffusionParallelConfig, *args: Any) -> list[Any]:
-    """`function(world, *args)` on every rank of a replica -> their results by rank. Raises what a rank raised.
+    """Run `function(world, *args)` on every rank of a replica; returns the results by rank. Raises if a rank raised.
 
     Results travel by pickle (tensors as numpy arrays). Processes are forked.
     """

@@ -38,8 +38,8 @@ class Recording(TorchKernels):
         return super().norm_modulate(x, shift, scale, rows, *rest)
 
     def gated_add(self, x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None, *rest: Any) -> Tensor:
-        _, places = rest if len(rest) == 2 else (None, None)
-        self.kinds |= {("gated_add", rows is None), ("picking", places is None)}
+        _, positions = rest if len(rest) == 2 else (None, None)
+        self.kinds |= {("gated_add", rows is None), ("picking", positions is None)}
         return super().gated_add(x, y, gate, rows, *rest)
 
     def heads(self, streams: Any, order: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:

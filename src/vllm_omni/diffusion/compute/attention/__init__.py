@@ -1,4 +1,4 @@
-"""Attention backends by name. A backend is one file and one entry here, imported only when asked about."""
+"""Attention backends by name. A backend is one module and one entry here; its module is imported when first used."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ BACKENDS: dict[AttentionBackendName, str] = {
 
 
 def backend_class(name: AttentionBackendName) -> type[AttentionBackend]:
+    """Class of a backend, imported when first used."""
     module, _, cls = BACKENDS[name].partition(":")
     backend: type[AttentionBackend] = getattr(import_module(module), cls)
     return backend
 
 
 def create_attention(name: AttentionBackendName | None = None) -> AttentionBackend:
-    """The backend of that name; None takes `sdpa`, which runs everywhere."""
+    """Backend by name; None: `sdpa`, which runs on every device."""
     return backend_class(name or "sdpa")()

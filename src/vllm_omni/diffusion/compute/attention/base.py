@@ -1,4 +1,4 @@
-"""What every attention backend does, and what it says of itself before it is chosen."""
+"""Interface of attention backends."""
 
 from __future__ import annotations
 
@@ -13,34 +13,35 @@ from vllm_omni.diffusion.compute.packing import Offsets
 
 @dataclass(frozen=True)
 class Setting:
-    """Where attention is to run, and on what."""
+    """Device and tensors that a backend is asked to support."""
 
     device: torch.device
     capability: tuple[int, int] | None
-    """CUDA compute capability of the device; None: it is no GPU."""
+    """CUDA compute capability; None: the device is no GPU."""
     dtype: torch.dtype
     head_dim: int
+    """Channels of one attention head."""
 
 
 class AttentionBackend(Protocol):
-    """Full (not causal) attention within each sequence of a packed run of tokens.
+    """Full (not causal) attention within each sequence of a pack.
 
-    q: [query tokens, heads, head_dim]; k, v: [key tokens, heads, head_dim]. Sequence i owns the rows between
-    `offsets.values[i]` and `[i + 1]`; queries and keys have the same number of sequences, and any of them may be empty.
+    q: [query tokens, heads, head_dim]; k, v: [key tokens, heads, head_dim]. Sequence i has the rows from
+    `offsets.values[i]` to `offsets.values[i + 1]`. Queries and keys have as many sequences; each may be empty.
     The scale is 1/sqrt(head_dim). The host does not wait for the device.
     """
 
     @classmethod
     def why_not(cls, setting: Setting) -> str | None:
-        """In one line, what this backend lacks in `setting`; None: it runs there."""
+        """Reason in one line why this backend cannot run in `setting`; None: it can."""
         ...
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, offsets_q: Offsets, offsets_k: Offsets) -> Tensor:
-        """-> [query tokens, heads, head_dim]; 0 for queries whose sequence has no keys."""
+        """Attention output [query tokens, heads, head_dim]; 0 for queries whose sequence has no keys."""
         ...
 
     def attend_with_lse(
         self, q: Tensor, k: Tensor, v: Tensor, offsets_q: Offsets, offsets_k: Offsets
     ) -> tuple[Tensor, Tensor]:
-        """-> (as `attend`, log-sum-exp of the scores [query tokens, heads] in float32; -inf without keys)."""
+        """Output of `attend`, and the log-sum-exp of the scores: float32 [query tokens, heads], -inf without keys."""
         ...

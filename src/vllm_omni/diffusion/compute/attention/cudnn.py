@@ -1,4 +1,4 @@
-"""cuDNN's fused attention, as PyTorch ships it."""
+"""cuDNN's fused attention, called through PyTorch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from vllm_omni.diffusion.compute.attention.limits import why_no_flash
 from vllm_omni.diffusion.compute.attention.sdpa import SdpaAttention, sdpa_params
 
 MAX_HEAD_DIM = 128
+"""Channels of the widest head that cuDNN takes."""
 
 
 class CudnnAttention(DenseAttention):
-    """cuDNN plans once for each shape, and takes long for it. It may refuse single shapes (on some versions, sequences
-    of one token): those go the way of `sdpa`."""
+    """Attention by cuDNN, which makes a slow plan once for each shape.
+
+    Some versions refuse some shapes, such as sequences of one token; the `sdpa` backend computes those.
+    """
 
     def __init__(self) -> None:
         self._others = SdpaAttention()

@@ -1,4 +1,4 @@
-"""Attention by kernels that take sequences of equal length: one call for each run of neighbours that are."""
+"""Base of backends whose kernels take a batch of equally long sequences: one call for neighbours of equal length."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor
 from vllm_omni.diffusion.compute.packing import Offsets
 
 Batch = tuple[Tensor, Tensor, Tensor]
-"""q, k and v: [batch, heads, length, head_dim], none of them empty."""
+"""q, k and v: [batch, heads, length, head_dim] each, not empty."""
 
 
 class DenseAttention(ABC):
-    """See `AttentionBackend`."""
+    """An `AttentionBackend` by a kernel for batches."""
 
     @abstractmethod
     def attend_batch(self, batch: Batch) -> Tensor:
-        """-> as q."""
+        """Attention output, in the shape of q."""
 
     @abstractmethod
     def attend_batch_with_lse(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """-> as q, and float32 [batch, heads, length]."""
+        """Output in the shape of q, and the log-sum-exp: float32 [batch, heads, length]."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, offsets_q: Offsets, offsets_k: Offsets) -> Tensor:
         outs = [
@@ -47,18 +47,18 @@ def _is_empty(batch: Batch) -> bool:
 
 
 def _nothing(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention to no keys: of a short text a rank may hold nothing."""
+    """Output and log-sum-exp without keys: a rank may hold no token of a short text."""
     return torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
 
 
 def _in_order(parts: list[Tensor]) -> Tensor:
-    """[batch, heads, length, ...] each -> [tokens, heads, ...]."""
+    """Join batches [batch, heads, length, ...] to [tokens, heads, ...]."""
     rows = [part.transpose(1, 2).flatten(0, 1) for part in parts]
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def _batches(q: Tensor, k: Tensor, v: Tensor, offsets_q: Offsets, offsets_k: Offsets) -> Iterator[Batch]:
-    """Views of q, k and v, a batch being a run of equal lengths."""
+    """Views of q, k and v: one batch for each run of neighbours of equal length."""
     assert len(offsets_q.values) == len(offsets_k.values)
     start_q = start_k = 0
     for (len_q, len_k), run in groupby(zip(offsets_q.lengths, offsets_k.lengths)):

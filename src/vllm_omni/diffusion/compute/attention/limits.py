@@ -1,4 +1,4 @@
-"""What kernels of the FlashAttention kind take."""
+"""Limits of FlashAttention kernels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_HEAD_DIM = 256
 
 
 def why_no_flash(setting: Setting, max_head_dim: int = MAX_HEAD_DIM) -> str | None:
-    """What such a kernel lacks in `setting`, in one line; None: nothing."""
+    """Reason in one line why a FlashAttention kernel cannot run in `setting`; None: it can."""
     if setting.capability is None:
         return "needs a CUDA GPU"
     if setting.capability < LEAST_CAPABILITY:

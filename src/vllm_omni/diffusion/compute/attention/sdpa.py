@@ -1,4 +1,4 @@
-"""PyTorch's scaled_dot_product_attention: runs everywhere."""
+"""PyTorch's scaled_dot_product_attention, which runs on every device."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from vllm_omni.diffusion.compute.attention.base import Setting
 from vllm_omni.diffusion.compute.attention.dense import Batch, DenseAttention
 
 HEAD_DIM_MULTIPLE = 8
-"""Of what the flash and the efficient kernel take; `scaled_dot_product_attention` fills up, its kernels do not."""
+"""Head sizes that the flash and the memory-efficient kernel take. The public function pads other sizes."""
 
 
 class SdpaAttention(DenseAttention):
-    """PyTorch's own choice among its kernels. With the log-sum-exp, which its public function does not return, the
-    flash kernel where it takes the tensors, or else the memory-efficient one (float32 too)."""
+    """Attention by the kernel that PyTorch chooses.
+
+    The public function does not return the log-sum-exp. With it, the flash kernel runs if it takes the tensors,
+    otherwise the memory-efficient kernel, which also takes float32.
+    """
 
     @classmethod
     def why_not(cls, setting: Setting) -> str | None:
@@ -37,17 +40,17 @@ class SdpaAttention(DenseAttention):
                 return out, lse
             if can_use_efficient_attention(params):
                 out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)
-                return out, lse[..., : q.shape[2]]  # filled up to a multiple of 32
+                return out, lse[..., : q.shape[2]]  # the kernel pads the length to a multiple of 32
         return attend_by_definition(batch)
 
 
 def attend_by_definition(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Forms the scores in float32: right for every head_dim on every device, but slow and large."""
+    """Attention from the scores in float32: for every head_dim and device, but slow and with much memory."""
     q, k, v = batch
     scores = (q.float() @ k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5
     return (scores.softmax(-1) @ v.float()).to(q.dtype), scores.logsumexp(-1)
 
 
 def sdpa_params(batch: Batch) -> SDPAParams:
-    """What PyTorch's questions about its kernels take: no mask, no dropout, not causal, no grouped heads."""
+    """Arguments of PyTorch's `can_use_..._attention`: no mask, no dropout, not causal, no grouped heads."""
     return SDPAParams(*batch, None, 0.0, False, False)

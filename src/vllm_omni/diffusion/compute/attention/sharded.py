@@ -1,9 +1,10 @@
-"""Attention over sequences whose tokens are cut over ranks: Ulysses inside, ring outside.
+"""Attention over sequences whose tokens are sharded over ranks: Ulysses inside, ring outside.
 
-Attention within a sequence does not depend on the order of its tokens once they are rotated, so ranks may hold any
-part of them. Ulysses (arXiv 2309.14509) turns (my tokens, all heads) into (all tokens, my heads) and back, each with
-one all-to-all; the ring (arXiv 2310.01889) lets keys and values travel past the queries. Neither tokens nor heads need
-to divide: every rank knows every rank's share, so no shape is exchanged and nothing is padded.
+After the rotary embedding, attention does not depend on the order of a sequence's tokens, so a rank may hold any shard
+of them. Ulysses (arXiv 2309.14509) converts (tokens of this rank, all heads) to (all tokens, heads of this rank) with
+one all-to-all, and back with another. The ring (arXiv 2310.01889) passes keys and values from rank to rank. Numbers of
+tokens and heads need not be multiples of the ranks: every rank computes the shard sizes of all ranks, so no size is
+exchanged and nothing is padded.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from torch import Tensor
 from vllm_omni.diffusion.compute.attention.base import AttentionBackend
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.distributed.ring import Ring
-from vllm_omni.diffusion.compute.packing import Offsets, Pack, cut
+from vllm_omni.diffusion.compute.packing import Offsets, Pack, shard_lengths
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""q, k, v: [tokens of this rank in joint order, heads, head_dim] each -> the same shape."""
+"""Attention of one pack. q, k, v: [tokens of this rank in joint order, heads, head_dim] each -> the same shape."""
 
 
 class PackedAttention:
-    """Attention for packs; `over` prepares what a membership of sequences shares over its steps and layers."""
+    """Attention for packs, on one rank or several."""
 
     def __init__(self, backend: AttentionBackend, ulysses: Group, ring: Group) -> None:
         self._backend = backend
@@ -33,6 +34,7 @@ class PackedAttention:
         self._ring = ring
 
     def over(self, pack: Pack) -> Attend:
+        """Attention for one pack; serves all layers, and all steps of the same membership."""
         if self._ulysses.size * self._ring.size > 1:
             return ShardedAttention(self._backend, self._ulysses, self._ring, pack)
         backend, offsets = self._backend, pack.joint
@@ -40,7 +42,10 @@ class PackedAttention:
 
 
 class ShardedAttention:
-    """The exchange of one pack. T: tokens of this rank; S: those of all ranks of its Ulysses group; H, h: heads."""
+    """Attention of one pack over several ranks.
+
+    T: tokens of this rank; S: tokens of all ranks of its Ulysses group; H: all heads; h: heads of this rank.
+    """
 
     def __init__(
         self,
@@ -50,30 +55,30 @@ class ShardedAttention:
         pack: Pack,
         make_ring: Callable[[Group], Ring] = Ring,
     ) -> None:
-        """make_ring: makes the Ring of one call."""
+        """make_ring: constructor of the Ring of one call."""
         self._backend = backend
         self._ulysses = ulysses
         self._ring = ring
         self._make_ring = make_ring
         device = pack.text_sequence.device
-        # The rank that is `u` in its Ulysses group and `r` in its ring holds part r * ulysses + u of every sequence.
+        # Rank `u` of a Ulysses group and `r` of a ring holds shard r * ulysses + u of every sequence.
         shards = [pack.joint_lengths[r * ulysses.size : (r + 1) * ulysses.size] for r in range(ring.size)]
         mine = shards[ring.rank]
         self._tokens = [sum(lengths) for lengths in mine]
-        """By rank of the Ulysses group."""
+        """Tokens of each rank of the Ulysses group."""
         self._by_rank = _Runs(list(chain.from_iterable(mine)), len(mine[0]))
         self._by_sequence = _Runs(list(chain.from_iterable(zip(*mine))), len(mine))
         self._offsets = [Offsets.of([sum(column) for column in zip(*shard)], device) for shard in shards]
-        """By rank of the ring: where each sequence begins in its S tokens."""
+        """Offsets of the sequences in the S tokens of each rank of the ring."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self._ulysses.size == 1:
             return self._attend(q, k, v)
-        heads = cut(q.shape[1], self._ulysses.size)
+        heads = shard_lengths(q.shape[1], self._ulysses.size)
         return self._gather_heads(self._attend(*self._scatter_heads((q, k, v), heads)), heads)
 
     def _scatter_heads(self, qkv: Sequence[Tensor], heads: Sequence[int]) -> tuple[Tensor, ...]:
-        """[T, H, d] each -> [S, h, d] each, in sequence order."""
+        """All-to-all: [T, H, d] each -> [S, h, d] each, sequence after sequence."""
         num_tokens, _, head_dim = qkv[0].shape
         mine, width = heads[self._ulysses.rank], 3 * head_dim
         sizes = [num_tokens * width * h for h in heads]
@@ -84,7 +89,7 @@ class ShardedAttention:
         return self._by_rank.transposed(received.view(-1, 3, mine, head_dim)).unbind(1)
 
     def _gather_heads(self, out: Tensor, heads: Sequence[int]) -> Tensor:
-        """The way back: [S, h, d] in sequence order -> [T, H, d]."""
+        """All-to-all, the inverse of `_scatter_heads`: [S, h, d] -> [T, H, d]."""
         _, mine, width = out.shape
         num_tokens = self._tokens[self._ulysses.rank]
         sizes = [num_tokens * h * width for h in heads]
@@ -94,19 +99,19 @@ class ShardedAttention:
         return torch.cat([part.view(num_tokens, h, width) for part, h in zip(parts, heads)], dim=1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[S, h, d] each -> the same: my queries over the keys and values of the whole ring."""
+        """[S, h, d] each -> [S, h, d]: this rank's queries attend to the keys of all ranks of the ring."""
         group, offsets = self._ring, self._offsets
         mine = offsets[group.rank]
         if group.size == 1:
             return self._backend.attend(q, k, v, mine, mine)
-        # A new one for each call: a call that fails (on a rank that runs out of memory, or while it is recorded as a
-        # CUDA graph) may leave a block on its way, and is repeated.
+        # A new Ring for each call: a call that fails (out of memory, in the capture of a CUDA graph) may leave a block
+        # in transfer, and is repeated.
         ring = self._make_ring(group)
         merged = Merged()
         kv = torch.stack((k, v))
         for step in range(ring.size):
             held = offsets[(ring.rank - step) % ring.size]
-            if step + 1 < ring.size:  # on its way while this rank computes on the block that it holds
+            if step + 1 < ring.size:  # the transfer overlaps the attention to the held block
                 coming = offsets[(ring.rank - step - 1) % ring.size]
                 ring.post(kv, (2, coming.values[-1], *k.shape[1:]))
             merged.add(*self._backend.attend_with_lse(q, kv[0], kv[1], mine, held))
@@ -116,19 +121,21 @@ class ShardedAttention:
 
 
 class Merged:
-    """Attention over several blocks of keys, from the attention over each and its log-sum-exp, in float32."""
+    """Attention to several blocks of keys, merged from the output and log-sum-exp of each block, in float32."""
 
     out: Tensor
-    """float32 [tokens, heads, head_dim], once there is a block."""
+    """float32 [tokens, heads, head_dim]; set by the first `add`."""
     _lse: Tensor | None = None
 
     def add(self, out: Tensor, lse: Tensor) -> None:
-        """out: [tokens, heads, head_dim]; lse: float32 [tokens, heads], -inf where the block has no key of the token's
-        sequence, and `out` is finite."""
+        """Merge one block. out: [tokens, heads, head_dim], finite; lse: float32 [tokens, heads].
+
+        `lse` is -inf where the block has no key of the token's sequence.
+        """
         if self._lse is None:
             self.out, self._lse = out.float(), lse
             return
-        # -inf - -inf: no key seen so far, nothing to weigh.
+        # share = exp(lse) / (exp(lse) + exp(self._lse)); NaN from -inf - -inf: no keys so far.
         share = (lse - self._lse).sigmoid().nan_to_num_(nan=0.0)
         self.out = torch.lerp(self.out, out.float(), share[..., None])
         self._lse = torch.logaddexp(self._lse, lse)
@@ -136,15 +143,15 @@ class Merged:
 
 @dataclass(frozen=True)
 class _Runs:
-    """How rows lie: rank after rank, each rank's by sequence; or sequence after sequence, each one's by rank."""
+    """Order of rows: by rank, then by sequence, or the reverse. A run has the rows of one sequence on one rank."""
 
     lengths: list[int]
-    """Of each run of rows, in this order."""
+    """Rows of each run, in this order."""
     inner: int
-    """Runs of one rank, or of one sequence."""
+    """Runs of one rank, or of one sequence: the inner loop of the order."""
 
     def transposed(self, x: Tensor) -> Tensor:
-        """The rows in the other order; they are as they were where there is one sequence."""
+        """Rows in the other order; `x` itself if there is one sequence or one rank."""
         if self.inner == 1 or self.inner == len(self.lengths):
             return x
         pieces = x.split(self.lengths)

@@ -1,4 +1,4 @@
-"""The variable-length FlashAttention that PyTorch ships."""
+"""Variable-length FlashAttention of PyTorch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm_omni.diffusion.compute.packing import Offsets
 
 
 class TorchVarlenAttention(VarlenAttention):
-    """`torch.nn.attention.varlen`, FlashAttention 2."""
+    """Attention by `torch.nn.attention.varlen`, which is FlashAttention 2."""
 
     @classmethod
     def why_not(cls, setting: Setting) -> str | None:
@@ -28,7 +28,7 @@ class TorchVarlenAttention(VarlenAttention):
     def attend_packed_with_lse(
         self, q: Tensor, k: Tensor, v: Tensor, offsets_q: Offsets, offsets_k: Offsets
     ) -> tuple[Tensor, Tensor]:
-        # Its documentation says [tokens, heads]; the kernel writes [heads, tokens].
+        # PyTorch documents lse as [tokens, heads]; the kernel returns [heads, tokens].
         out, lse = varlen_attn(
             q,
             k,

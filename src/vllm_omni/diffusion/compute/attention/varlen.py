@@ -1,4 +1,4 @@
-"""Attention by kernels that take sequences of any lengths in one call, by cumulative lengths on the device."""
+"""Base of backends whose kernels take sequences of any lengths in one call, with their offsets on the device."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from vllm_omni.diffusion.compute.packing import Offsets
 
 
 class VarlenAttention(ABC):
-    """See `AttentionBackend`. Kernels differ in what they say of a sequence without keys: here it is said for them."""
+    """An `AttentionBackend` by a variable-length kernel.
+
+    Kernels differ in their output for a sequence without keys, so this class writes it.
+    """
 
     @abstractmethod
     def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, offsets_q: Offsets, offsets_k: Offsets) -> Tensor:
-        """-> as q. At least one query and one key."""
+        """Output in the shape of q, for at least one query and one key."""
 
     @abstractmethod
     def attend_packed_with_lse(
         self, q: Tensor, k: Tensor, v: Tensor, offsets_q: Offsets, offsets_k: Offsets
     ) -> tuple[Tensor, Tensor]:
-        """-> as q, and float32 [heads, query tokens], as these kernels have it."""
+        """Output in the shape of q, and the log-sum-exp in the kernels' layout: float32 [heads, query tokens]."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, offsets_q: Offsets, offsets_k: Offsets) -> Tensor:
         if len(q) == 0 or len(k) == 0:

@@ -1,6 +1,6 @@
-"""The variable-length FlashAttention that vLLM ships: version 3 on Hopper, 2 elsewhere.
+"""Variable-length FlashAttention of vLLM: version 3 on Hopper, version 2 on other GPUs.
 
-The only module of the core that imports vLLM, and only when this backend is asked about.
+The only module of the engine core that imports vLLM, inside of functions.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from vllm_omni.diffusion.compute.attention.varlen import VarlenAttention
 from vllm_omni.diffusion.compute.packing import Offsets
 
 HOPPER = 9
+"""Major compute capability."""
 
 
 class VllmFlashAttention(VarlenAttention):
-    """For the current CUDA device."""
+    """Attention by vLLM's kernel for the current CUDA device."""
 
     def __init__(self) -> None:
-        # Raises ImportError where `why_not` says so.
+        # Raises ImportError if `why_not` gives that as its reason.
         from vllm.vllm_flash_attn import flash_attn_varlen_func
 
         self._kernel: Callable[..., Any] = flash_attn_varlen_func
@@ -65,7 +66,7 @@ class VllmFlashAttention(VarlenAttention):
 
 
 def _version(capability: tuple[int, int]) -> int | None:
-    """The version of FlashAttention to ask vLLM for; None: it has none. Raises ImportError without vLLM."""
+    """FlashAttention version for a GPU; None: vLLM has none for it. Raises ImportError without vLLM."""
     from vllm.vllm_flash_attn import FA2_AVAILABLE, FA3_AVAILABLE
 
     if FA3_AVAILABLE and capability[0] == HOPPER:

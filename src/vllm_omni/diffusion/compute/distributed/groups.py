@@ -1,4 +1,4 @@
-"""Groups of ranks and what they say to each other. A group of one says nothing, so the same code runs on one device."""
+"""Groups of ranks and their exchanges. A group of one rank exchanges nothing, so the same code runs on one device."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 
 class GroupBrokenError(RuntimeError):
-    """An exchange ended because another rank left it: that one failed, not this one."""
+    """An exchange failed because another rank left it. The cause is on that rank."""
 
 
 @contextmanager
 def unbroken() -> Iterator[None]:
-    """Around an exchange: what the backend raises becomes GroupBrokenError."""
+    """Convert the errors of an exchange to GroupBrokenError."""
     try:
         yield
     except RuntimeError as error:
@@ -25,22 +25,27 @@ def unbroken() -> Iterator[None]:
 
 
 class Group:
-    """Some ranks of the world, in order, seen by one of them.
+    """Ordered ranks of one replica, seen from one of them.
 
-    The process group behind it may be replaced (see `World.rebuild`), so a Group can be given to constructors and
-    kept. `sent` counts the bytes that this rank handed to each kind of exchange. Exchanges raise GroupBrokenError.
+    `World.rebuild` replaces the process group behind it, so constructors may keep a Group. Exchanges raise
+    GroupBrokenError.
     """
 
     def __init__(self, ranks: Sequence[int], rank: int, sent: Counter[str]) -> None:
-        """`ranks`: members, as ranks of the world; `rank`: this process, one of them."""
+        """Group without a process group; `bind` connects it.
+
+        ranks: members, as ranks of the world. rank: this process, a member. sent: kind of exchange -> bytes that this
+        rank has sent; the group adds to it.
+        """
         self.ranks = tuple(ranks)
         self.rank = self.ranks.index(rank)
-        """The place of this process within the group."""
+        """Index of this process within the group."""
         self._process_group: dist.ProcessGroup | None = None
         self._sent = sent
 
     @classmethod
     def alone(cls) -> Group:
+        """Group of one rank."""
         return cls((0,), 0, Counter())
 
     @property
@@ -56,11 +61,11 @@ class Group:
         self._process_group = process_group
 
     def count(self, kind: str, x: Tensor) -> None:
-        """Note that `x` is handed to an exchange."""
+        """Add the bytes of `x` to those sent by this kind of exchange."""
         self._sent[kind] += x.nbytes
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over the ranks, in place."""
+        """Sum over the ranks, in place."""
         if self.size > 1:
             self.count("all_reduce", x)
             with unbroken():
@@ -68,7 +73,7 @@ class Group:
         return x
 
     def all_max(self, x: Tensor) -> Tensor:
-        """The largest value over the ranks, in place."""
+        """Maximum over the ranks, in place."""
         if self.size > 1:
             self.count("all_reduce", x)
             with unbroken():
@@ -76,7 +81,7 @@ class Group:
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """[...] of every rank, all of one shape -> [size, ...]."""
+        """[...] on every rank, in equal shapes -> [size, ...]."""
         if self.size == 1:
             return x[None]
         self.count("all_gather", x)
@@ -86,7 +91,10 @@ class Group:
         return out
 
     def all_to_all(self, send: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int]) -> Tensor:
-        """Flat `send`, its parts for rank 0, 1, ... one after another -> the parts from rank 0, 1, ..., flat."""
+        """Flat tensor of the parts for rank 0, 1, ... -> flat tensor of the parts from rank 0, 1, ...
+
+        send_sizes, receive_sizes: numbers in each part.
+        """
         if self.size == 1:
             return send
         self.count("all_to_all", send)
@@ -96,5 +104,5 @@ class Group:
         return received
 
     def agree(self, value: float) -> float:
-        """The largest of the ranks' values (a group of CPU tensors)."""
+        """Maximum of the ranks' values; only for a group that exchanges CPU tensors."""
         return float(self.all_max(torch.tensor(value, dtype=torch.float64)))

@@ -1,7 +1,7 @@
-"""Where a rank stands: one coordinate an axis, and the groups that it belongs to.
+"""Mesh of a replica: one axis for each kind of parallelism, and the groups of each rank.
 
-Axes of one replica from the outermost: cfg, ring, ulysses, tensor (neighbours in a tensor group are neighbours on the
-machine). Replicas (the data axis) do not talk to each other at all.
+Axes from the outermost: cfg, ring, ulysses, tensor, so ranks of a tensor group have neighbouring devices. Replicas (the
+data axis) exchange nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=120)
-"""Nobody waits longer for another rank. A dead rank is noticed long before: its connections close."""
+"""Longest wait for another rank. A dead rank is noticed long before, because its connections close."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class Mesh:
     world: Group
     """All ranks of the replica."""
     control: Group
-    """The same ranks, for small tensors on the CPU whatever the device."""
+    """All ranks of the replica, for small tensors on the CPU."""
     gather: Group
-    """The ranks of the same tensor coordinate: together they hold the tokens of all sequences."""
+    """Ranks with the same tensor coordinate: together they hold the tokens of all sequences."""
     sequence: Group
-    """The ranks that share a sequence's tokens, ring outside, ulysses inside."""
+    """Ranks that share the tokens of a sequence, ring outside, ulysses inside."""
     rank_group: Group
-    """The ranks that compute the same sequences: those of `sequence`, and of each the ones that share its layers."""
+    """Ranks that compute the same sequences: the product of `sequence` and `tensor`."""
     ulysses: Group
     ring: Group
     tensor: Group
@@ -45,18 +45,19 @@ class Mesh:
     text_encoder: Group
     """Ranks that share the text encoder."""
     cfg_index: int = 0
-    """Which of the rank groups that a placement names."""
+    """Number of this rank's rank group in a placement."""
     cfg_size: int = 1
+    """Number of rank groups."""
 
     @classmethod
     def single(cls) -> Mesh:
-        """Of a replica of one rank."""
+        """Mesh of a replica of one rank."""
         one = Group.alone()
         return cls(one, one, one, one, one, one, one, one, one, one)
 
 
 def rank_groups(parallel: DiffusionParallelConfig) -> dict[str, list[list[int]]]:
-    """Every group of a replica by its kind; each kind divides the ranks among its groups."""
+    """Ranks of all groups of a replica by kind (a field of Mesh); the groups of a kind are disjoint and complete."""
     c, r, u, t = (
         parallel.cfg_parallel_size,
         parallel.ring_degree,
@@ -80,14 +81,14 @@ def rank_groups(parallel: DiffusionParallelConfig) -> dict[str, list[list[int]]]
 
 
 class World:
-    """The process groups of one rank of a replica, and their replacement after one broke."""
+    """Process groups of one rank of a replica; they can be replaced after an exchange broke."""
 
     def __init__(self, parallel: DiffusionParallelConfig, rank: int, device: torch.device, store: Store) -> None:
-        """Connects; every rank of the replica must do so. `store`: where they meet."""
+        """Connect to the other ranks; every rank of the replica must do so. store: where the ranks find each other."""
         self.rank = rank
         self.size = parallel.replica_size
         self.sent: Counter[str] = Counter()
-        """Bytes handed to each kind of exchange by this rank."""
+        """Kind of exchange -> bytes that this rank has sent."""
         self._device = device
         self._store = store
         self._epoch = 0
@@ -120,25 +121,25 @@ class World:
             for ranks in groups:
                 key = (tuple(ranks), backend)
                 if len(ranks) > 1 and key not in made:
-                    # Every rank makes every group, in the same order.
+                    # torch requires that every rank makes every group in the same order.
                     made[key] = dist.new_group(ranks, backend=backend, timeout=COLLECTIVE_TIMEOUT)
             group: Group = getattr(self.mesh, kind)
             group.bind(made.get((group.ranks, backend)))
 
     @property
     def can_rebuild(self) -> bool:
-        """Whether a rank that leaves frees the others: sockets do, NCCL's kernels wait on."""
+        """Whether the other ranks get an error when a rank leaves: with sockets, yes; NCCL's kernels keep waiting."""
         return is_host(self._device)
 
     def leave(self) -> None:
-        """Break every connection: whoever waits for this rank gets an error at once."""
+        """Close all connections; ranks that wait for this rank get an error at once."""
         for kind in self._rank_groups:
             getattr(self.mesh, kind).bind(None)
         if dist.is_initialized():
             dist.destroy_process_group()
 
     def rebuild(self) -> None:
-        """New process groups behind the same Groups; every rank must come."""
+        """Connect again, with new process groups behind the same Groups; every rank must do so."""
         self.leave()
         self._epoch += 1
         self._connect()

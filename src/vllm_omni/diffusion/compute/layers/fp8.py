@@ -1,7 +1,7 @@
-"""Linear layers in float8: weights with a scale an output channel, inputs with one a token.
+"""Linear layers in float8: weights with one scale for each output channel, inputs with one for each token.
 
-A GPU multiplies the float8 values as they are (`torch._scaled_mm`); a CPU rounds alike and multiplies in float32, or
-in the inputs' dtype where that is wider.
+A GPU multiplies float8 values (`torch._scaled_mm`). A CPU rounds in the same way and multiplies in float32, or in the
+dtype of the inputs if that is wider.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from vllm_omni.diffusion.compute.layers.rounding import FLOAT8, Float8Rows, Rows
 from vllm_omni.errors import ConfigError
 
 GPU_MULTIPLE = 16
-"""What both sizes of a weight must be a multiple of for a GPU's product."""
+"""Both sizes of a weight must be multiples of this for the product on a GPU."""
 
 
 def fp8_product(x: Rows, weight: Tensor, scale: Tensor) -> Tensor:
-    """x W^T. [tokens, in] -> [tokens, out], in x's dtype, which is bfloat16 on a GPU.
+    """x W^T: [tokens, in] -> [tokens, out], in the dtype of x, which is bfloat16 on a GPU.
 
-    weight: float8 [out, in]; scale: float32 [out, 1]. What a token becomes depends on no other token, up to the
-    rounding of sums.
+    weight: float8 [out, in]; scale: float32 [out, 1].
+    The result for a token depends on no other token, up to the rounding of sums.
     """
     values, scales, dtype = Float8Rows.of(x) if isinstance(x, Tensor) else x
     if not is_host(values.device):
@@ -36,24 +36,24 @@ def fp8_product(x: Rows, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 class Fp8ColumnLinear(nn.Module):
-    """A `ColumnLinear` in float8. weight: float8 [out / size, in]; scale: float32 [out / size, 1]."""
+    """`ColumnLinear` in float8. weight: float8 [out / size, in]; scale: float32 [out / size, 1]."""
 
     cut_dims: ClassVar[Mapping[str, int]] = ColumnLinear.cut_dims
     is_float8: ClassVar[bool] = True
 
     def __init__(self, linear: ColumnLinear | RowLinear) -> None:
-        """The sizes, the bias and the ranks of `linear`; the weight is not taken over, but loaded."""
+        """Layer with the sizes, bias and group of `linear`; the weight is loaded later."""
         super().__init__()
         self.group = linear.group
         self.weight = nn.Parameter(torch.empty_like(linear.weight, dtype=FLOAT8), requires_grad=False)
         self.scale: Tensor
-        # No parameter: a checkpoint has none.
+        # A buffer and no parameter: a checkpoint has no scales.
         self.register_buffer("scale", linear.weight.new_empty((linear.out_features, 1), dtype=torch.float32))
         self.bias = linear.bias
 
     @property
     def late_bias(self) -> Tensor | None:
-        """cuBLAS has no product with a bias for a few tokens and long rows."""
+        """The bias. `product` leaves it out: cuBLAS has no product with a bias for few tokens and long rows."""
         return self.bias
 
     def product(self, x: Rows) -> Tensor:
@@ -65,10 +65,10 @@ class Fp8ColumnLinear(nn.Module):
 
 
 class Fp8RowLinear(Fp8ColumnLinear):
-    """A `RowLinear` in float8. weight: float8 [out, in / size]; scale: float32 [out, 1].
+    """`RowLinear` in float8. weight: float8 [out, in / size]; scale: float32 [out, 1].
 
-    Scales are those of the rank's own share of a row, of weights and inputs alike: they need no exchange and round no
-    coarser than a whole row's, but the sum is not, to the last bit, what one rank alone computes.
+    Scales of weights and inputs are those of this rank's share of a row. They need no exchange and round no coarser
+    than the scale of the whole row, but the sum differs in its last bits from the result of one rank.
     """
 
     cut_dims: ClassVar[Mapping[str, int]] = RowLinear.cut_dims
@@ -78,9 +78,9 @@ class Fp8RowLinear(Fp8ColumnLinear):
 
 
 def keep_in_float8(module: nn.Module, names: Sequence[str], device: torch.device) -> None:
-    """Put float8 layers in place of those of `module`, on the meta device, whose names end with one of `names`.
+    """Replace the linear layers of `module` whose last name is in `names` by float8 layers, on the meta device.
 
-    device: that it will be moved to. Raises ConfigError for sizes whose product that one does not compute.
+    device: where the module will be moved. Raises ConfigError for sizes that this device cannot multiply in float8.
     """
     for path, linear in list(module.named_modules()):
         if path.rpartition(".")[2] not in names:

@@ -1,8 +1,8 @@
-"""Tensor parallel layers: each rank of a group holds a slice of the weights and never sees the rest.
+"""Tensor parallel layers: each rank of a group holds a shard of the weights.
 
 A column layer followed by a row layer costs one exchange: x -> column -> (this rank's features) -> row -> sum.
 
-What follows a layer may add the bias itself, where it passes over the features anyway: `y = product(x) + late_bias`.
+A fused operation behind a layer may add the bias: `y = product(x) + late_bias`.
 """
 
 from __future__ import annotations
@@ -19,27 +19,28 @@ from vllm_omni.diffusion.compute.layers.rounding import Rows
 
 @runtime_checkable
 class Sharded(Protocol):
-    """A module whose parameters are slices of a checkpoint's."""
+    """A module whose parameters are shards of those in a checkpoint."""
 
     cut_dims: ClassVar[Mapping[str, int]]
-    """Parameter -> the dim of which this rank holds its share; parameters that are not listed are whole."""
+    """Parameter -> its sharded dim; parameters that are not listed are whole."""
     group: Group
-    """The ranks that hold the shares, in order."""
+    """Ranks that hold the shards, in order."""
 
 
 class ColumnLinear(nn.Linear):
-    """y = x W^T + b, of whose features each rank has its share. [..., in] -> [..., out / size].
+    """y = x W^T + b; each rank computes its share of the features of y. [..., in] -> [..., out / size].
 
     weight: [out / size, in]; bias: [out / size].
     """
 
     cut_dims: ClassVar[Mapping[str, int]] = {"weight": 0, "bias": 0}
     is_float8: ClassVar[bool] = False
-    """Whether `product` rounds its input to float8, unless it comes so."""
+    """Whether `product` rounds its input to float8, unless it is in float8 already."""
     late_bias: None = None
+    """Bias that `product` leaves out; None: none is left out."""
 
     def __init__(self, in_features: int, out_features: int, group: Group, bias: bool = True) -> None:
-        """Sizes of the whole layer. Raises ValueError when the ranks cannot share out_features equally."""
+        """Layer from the sizes over all ranks. Raises ValueError if the ranks cannot share out_features equally."""
         super().__init__(in_features, _share("out_features", out_features, group), bias=bias)
         self.group = group
 
@@ -50,17 +51,17 @@ class ColumnLinear(nn.Linear):
 
 
 class RowLinear(nn.Linear):
-    """y = x W^T + b, where each rank has its share of x's features and every rank gets all of y.
+    """y = x W^T + b; each rank has its share of the features of x, and every rank gets all of y.
 
     [..., in / size] -> [..., out].
-    weight: [out, in / size]; bias: [out], the same on all ranks and added once, after the sum.
+    weight: [out, in / size]; bias: [out], the same on all ranks, added once after the sum.
     """
 
     cut_dims: ClassVar[Mapping[str, int]] = {"weight": 1}
     is_float8: ClassVar[bool] = False
 
     def __init__(self, in_features: int, out_features: int, group: Group, bias: bool = True) -> None:
-        """Sizes of the whole layer. Raises ValueError when the ranks cannot share in_features equally."""
+        """Layer from the sizes over all ranks. Raises ValueError if the ranks cannot share in_features equally."""
         super().__init__(_share("in_features", in_features, group), out_features, bias=bias)
         self.group = group
 
@@ -80,7 +81,7 @@ class RowLinear(nn.Linear):
 
 
 class ColumnEmbedding(nn.Embedding):
-    """An embedding of whose features each rank holds its share; every rank gets all. [...] -> [..., features].
+    """Embedding; each rank holds its share of the features, and every rank gets all. [...] -> [..., features].
 
     weight: [entries, features / size].
     """
@@ -88,7 +89,7 @@ class ColumnEmbedding(nn.Embedding):
     cut_dims: ClassVar[Mapping[str, int]] = {"weight": 1}
 
     def __init__(self, num_embeddings: int, embedding_dim: int, group: Group) -> None:
-        """Sizes of the whole layer. Raises ValueError when the ranks cannot share embedding_dim equally."""
+        """Layer from the sizes over all ranks. Raises ValueError if the ranks cannot share embedding_dim equally."""
         super().__init__(num_embeddings, _share("embedding_dim", embedding_dim, group))
         self.group = group
 
@@ -97,6 +98,7 @@ class ColumnEmbedding(nn.Embedding):
 
 
 def _share(name: str, features: int, group: Group) -> int:
+    """Features of one rank."""
     if features % group.size:
         raise ValueError(f"{name} must be a multiple of the group's {group.size} ranks, got {features}")
     return features // group.size

@@ -1,4 +1,4 @@
-"""Normalisation that carries what follows it: modulation after LayerNorm, learned weights after RMSNorm."""
+"""Norms with the operation behind them: LayerNorm with modulation, RMSNorm with learned weights."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 
 def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """LayerNorm(x) * scale + shift, with the caller's 1 already added to `scale`.
+    """LayerNorm(x) * scale + shift; `scale` includes the 1 of 1 + scale.
 
-    x: [tokens, dim]; shift, scale: [1, dim] for all tokens or [tokens, dim].
+    x: [tokens, dim]; shift, scale: [1, dim] for all tokens, or [tokens, dim].
     """
     if shift.shape[0] == 1:
         return F.layer_norm(x, x.shape[-1:], scale[0], shift[0], eps)
@@ -18,7 +18,7 @@ def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor
 
 
 def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + gate * y; gate: [1, dim] or [tokens, dim]. In float16 the sum is kept finite."""
+    """x + gate * y; gate: [1, dim] or [tokens, dim]. In float16 the sum is clamped to finite numbers."""
     out = torch.addcmul(x, y, gate)
     return out.clamp_(-65504, 65504) if out.dtype == torch.float16 else out
 
@@ -29,7 +29,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class Scale(nn.Module):
-    """A learned scale."""
+    """Learned scale, the weight of an RMSNorm."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Rotary position embedding: neighbouring pairs of channels, as complex numbers, are turned."""
+"""Rotary position embedding: neighbouring pairs of channels are rotated as complex numbers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 def axis_rotations(
     positions: Tensor, axes_dim: Sequence[int], theta: float = 10000.0, precision: torch.dtype = torch.float32
 ) -> Tensor:
-    """The cosine and sine by which each pair of channels is turned.
+    """Cosine and sine of the angle that rotates each pair of channels.
 
-    positions: [tokens, axes], integers; axes_dim: channels that each axis turns, all even; precision: in which angles
-    are computed. Returns float32 [tokens, sum(axes_dim) / 2, 2].
+    positions: integers [tokens, axes]; axes_dim: channels that each axis rotates, even numbers; precision: dtype of the
+    angles. Returns float32 [tokens, sum(axes_dim) / 2, 2].
     """
     angles = []
     for axis, dim in enumerate(axes_dim):
@@ -25,11 +25,14 @@ def axis_rotations(
 
 
 def rotate(x: Tensor, rotations: Tensor) -> Tensor:
-    """x: [tokens, ..., head_dim]; rotations: float32 [tokens, ..., head_dim / 2, 2], broadcast over the middle."""
+    """Rotate pairs of channels.
+
+    x: [tokens, ..., head_dim]; rotations: float32 [tokens, ..., head_dim / 2, 2], broadcast over the dims between.
+    """
     pairs = x.float().unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():  # which fuses real numbers, but has no complex ones
+    if torch.compiler.is_compiling():  # the compiler fuses real operations and does not compile complex ones
         (real, imaginary), (cos, sin) = pairs.unbind(-1), rotations.unbind(-1)
-        turned = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)
-    else:  # a single pass over the memory
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotations))
-    return turned.flatten(-2).to(x.dtype)
+        rotated = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)
+    else:  # one pass over the memory
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotations))
+    return rotated.flatten(-2).to(x.dtype)

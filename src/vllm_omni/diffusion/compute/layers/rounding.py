@@ -1,4 +1,4 @@
-"""Rows of numbers in float8 (e4m3fn, arXiv 2209.05433) with a scale each."""
+"""Rounding of rows to float8 (e4m3fn, arXiv 2209.05433), with one scale for each row."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ from torch import Tensor
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max
+"""Largest float8 number."""
 LEAST_SCALE = torch.finfo(torch.float32).tiny
-"""A row of zeros has a scale, too, and it is no subnormal number, which devices may take for zero."""
+"""Scale of a row of zeros: the least normal number, because devices may flush subnormal numbers to zero."""
 
 
 class Float8Rows(NamedTuple):
-    """What `values * scale` is, up to rounding."""
+    """Rows rounded to float8; `values * scale` are the rows up to rounding."""
 
     values: Tensor
     """float8 [rows, n]."""
     scale: Tensor
     """float32 [rows, 1]."""
     dtype: torch.dtype
-    """Of what was rounded, and of products with it."""
+    """dtype of the rows before rounding, and of products with them."""
 
     @classmethod
     def of(cls, x: Tensor) -> Float8Rows:
+        """Round [rows, n]."""
         return cls(*quantize(x), x.dtype)
 
 
@@ -32,9 +34,9 @@ Rows = Tensor | Float8Rows
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[rows, n] -> float8 [rows, n] and the scale that each row is multiplied with, float32 [rows, 1].
+    """Round [rows, n] to float8 [rows, n] with scales float32 [rows, 1].
 
-    The largest magnitude of a row becomes float8's largest. A row with an infinity or a NaN is NaN, others are not.
+    The largest magnitude of a row becomes the largest float8 number. Only a row with an infinity or a NaN becomes NaN.
     """
     x = x.float()
     scale = (x.abs().amax(dim=-1, keepdim=True) / LARGEST).clamp(min=LEAST_SCALE)

@@ -1,4 +1,4 @@
-"""Timesteps as the sines and cosines that transformers are told them by (as in DDPM and DiT)."""
+"""Sinusoidal embedding of timesteps, as in DDPM and DiT."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 NUM_WAVES = 256
+"""Channels of the embedding."""
 
 
 def timestep_waves(timesteps: Tensor, scale: float = 1.0) -> Tensor:
-    """[n] -> float32 [n, 256]: cosines, then sines, at 128 frequencies from 1 down to nearly 1/10000.
+    """Embed timesteps: [n] -> float32 [n, 256], cosines then sines at 128 frequencies from 1 down to nearly 1/10000.
 
-    scale: what the angles are multiplied by, after the frequencies.
+    scale: factor of the angles.
     """
     half = NUM_WAVES // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)

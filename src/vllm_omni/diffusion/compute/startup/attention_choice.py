@@ -14,7 +14,7 @@ from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo
 from vllm_omni.diffusion.compute.attention import BACKENDS, AttentionBackend, Setting, backend_class
 from vllm_omni.diffusion.compute.coordination.ranks import Ranks
 from vllm_omni.diffusion.compute.device.device import Device
-from vllm_omni.diffusion.compute.packing import Offsets, cut
+from vllm_omni.diffusion.compute.packing import Offsets, shard_lengths
 from vllm_omni.diffusion.data import AttentionBackendName, DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.errors import ConfigError
 
@@ -49,8 +49,8 @@ class AttentionTask:
         defaults = info.default_sampling_params
         picture = min(info.num_image_tokens(defaults["height"], defaults["width"]), MAX_PICTURE_TOKENS)
         ring = parallel.ring_degree
-        lengths = tuple(cut(info.num_sequence_tokens(text, picture), ring)[0] for text in TEXT_TOKENS)
-        heads = cut(info.num_heads // parallel.tensor_parallel_size, parallel.ulysses_degree)[0]
+        lengths = tuple(shard_lengths(info.num_sequence_tokens(text, picture), ring)[0] for text in TEXT_TOKENS)
+        heads = shard_lengths(info.num_heads // parallel.tensor_parallel_size, parallel.ulysses_degree)[0]
         num_calls = info.num_blocks * defaults["num_inference_steps"]
         return cls(setting, heads, lengths, ring > 1, num_calls)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.distributed.mesh import Mesh
-from vllm_omni.diffusion.compute.packing import part_of
+from vllm_omni.diffusion.compute.packing import shard_slice
 
 
 class Sharding:
@@ -44,7 +44,7 @@ class Sharding:
 
     def part(self, tokens: Tensor) -> Tensor:
         """Shard of this rank. tokens: [tokens, ...] of one sequence, or of its text or image."""
-        return tokens[part_of(len(tokens), self.parts, self.index)]
+        return tokens[shard_slice(len(tokens), self.parts, self.index)]
 
     def gather(self, velocities: Tensor) -> list[Tensor]:
         """[target tokens of this rank, channels] -> whole velocities [target tokens, channels], one a sequence."""
@@ -67,7 +67,7 @@ def _gathered_rows(
     places: list[tuple[int, int, int]] = []  # rank, first row, rows
     for length, target, group in zip(lengths, targets, groups):
         for part in range(parts):
-            held = part_of(length, parts, part)
+            held = shard_slice(length, parts, part)
             rows = max(0, min(held.stop, target) - held.start)
             places.append((group * parts + part, filled[group][part], rows))
             filled[group][part] += rows

@@ -103,10 +103,10 @@ def test_results_rounded_for_the_product_behind(fused: Any, dtype: torch.dtype, 
     assert isinstance(exact, Tensor)
     for kernels in (fused, plain):
         assert_rounded(kernels.gelu(x, bias, float8=True), exact, dtype)
-    places = torch.tensor([4, 0, 8, 8], device=DEVICE)
+    positions = torch.tensor([4, 0, 8, 8], device=DEVICE)
     for kernels in (fused, plain):
         assert_rounded(kernels.round_rows(x), x.double(), dtype)
-        assert_rounded(kernels.round_rows(x, places), x.double()[places], dtype)
+        assert_rounded(kernels.round_rows(x, positions), x.double()[positions], dtype)
 
 
 def test_rows_are_rounded_to_the_same_values_with_zeros_and_what_is_no_number(fused: Any) -> None:
@@ -129,10 +129,10 @@ def test_rows_are_rounded_to_the_same_values_with_zeros_and_what_is_no_number(fu
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_residual_of_picked_rows_with_the_bias_that_was_left_out(fused: Any, dtype: torch.dtype) -> None:
     x, y, bias = random(3, 40, dtype=dtype), random(8, 40, dtype=dtype, seed=1), random(40, dtype=dtype)
-    gate, places = random(1, 40, dtype=dtype, seed=2), torch.tensor([7, 2, 5], device=DEVICE)
-    exact = x.double() + gate.double() * (y.double()[places] + bias.double())
+    gate, positions = random(1, 40, dtype=dtype, seed=2), torch.tensor([7, 2, 5], device=DEVICE)
+    exact = x.double() + gate.double() * (y.double()[positions] + bias.double())
     for kernels in (fused, TorchKernels()):
-        assert_near(kernels.gated_add(x, y, gate, None, bias, places), exact, dtype)
+        assert_near(kernels.gated_add(x, y, gate, None, bias, positions), exact, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

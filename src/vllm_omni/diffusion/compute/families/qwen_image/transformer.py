@@ -75,19 +75,19 @@ class QwenImageStream(nn.Module):
         return Projected(self.qkv.product(modulated), norms, self.qkv.late_bias)
 
     def finish(
-        self, x: Tensor, attended: Tensor, rows: Tensor, index: Tensor | None, places: Tensor | None = None
+        self, x: Tensor, attended: Tensor, rows: Tensor, index: Tensor | None, positions: Tensor | None = None
     ) -> Tensor:
         """Output [tokens, D] of the block.
 
-        x: [tokens, D]; attended: [tokens, D / P], or more rows, of which `places` is each token's; rows: [rows, 6, D].
+        x: [tokens, D]; attended: [tokens, D / P], or more rows, of which `positions` is each token's; rows: [rows, 6, D].
         """
         *_, gate, mlp_shift, mlp_scale, mlp_gate = rows.unbind(1)
         kernels = self.kernels
         if self.out.is_float8:
-            out, places = self.out.product(kernels.round_rows(attended, places)), None
+            out, positions = self.out.product(kernels.round_rows(attended, positions)), None
         else:
             out = self.out.product(attended)
-        x = kernels.gated_add(x, out, gate, index, self.out.late_bias, places)
+        x = kernels.gated_add(x, out, gate, index, self.out.late_bias, positions)
         modulated = kernels.norm_modulate(x, mlp_shift, mlp_scale, index, EPS, self.up.is_float8)
         inner = kernels.gelu(self.up.product(modulated), self.up.late_bias, self.down.is_float8)
         return kernels.gated_add(x, self.down.product(inner), mlp_gate, index, self.down.late_bias)
@@ -123,12 +123,12 @@ class QwenImageBlock(nn.Module):
         """The last three arguments of `after`. attended: [T + S, D / P] in joint order."""
         if pack.num_sequences == 1:
             return attended, None, None
-        if not self.kernels.picks_rows or pack.places is None:
+        if not self.kernels.picks_rows or pack.positions is None:
             return *pack.split(attended), None
         # The image's output projection then computes the few rows of the text too: selecting the image's rows before
         # it would copy nearly all of them.
-        text_places, image_places = pack.places
-        return attended.index_select(0, text_places), attended, image_places
+        text_positions, image_positions = pack.positions
+        return attended.index_select(0, text_positions), attended, image_positions
 
     def before(
         self,
@@ -158,7 +158,7 @@ class QwenImageBlock(nn.Module):
         image_index: Tensor | None,
         attended: Tensor,
         image_attended: Tensor | None,
-        image_places: Tensor | None,
+        image_positions: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Text and image after the block: [T, D] and [S, D].
 
@@ -169,7 +169,7 @@ class QwenImageBlock(nn.Module):
             attended, image_attended = attended[: len(text)], attended[len(text) :]
         return (
             self.text.finish(text, attended, rows[TEXT], text_index),
-            self.image.finish(image, image_attended, rows[IMAGE], image_index, image_places),
+            self.image.finish(image, image_attended, rows[IMAGE], image_index, image_positions),
         )
 
 

@@ -1,4 +1,4 @@
-"""Operations between the products of a block, or a VAE's convolutions: plain PyTorch, or fused in Triton."""
+"""Operations between the matrix products of a block or the convolutions of a VAE: plain PyTorch, or fused in Triton."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Kernels", "Projected", "TorchKernels", "create_kernels"]
 
 
 class Kernels(Protocol):
-    """See `TorchKernels` for what each computes."""
+    """Interface of the operations; `TorchKernels` documents each."""
 
     picks_rows: bool
     normalizes_channels_last: bool
@@ -31,12 +31,12 @@ class Kernels(Protocol):
         gate: Tensor,
         rows: Tensor | None,
         bias: Tensor | None = None,
-        places: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor: ...
 
     def gelu(self, x: Tensor, bias: Tensor | None, float8: bool = False) -> Rows: ...
 
-    def round_rows(self, x: Tensor, places: Tensor | None = None) -> Float8Rows: ...
+    def round_rows(self, x: Tensor, positions: Tensor | None = None) -> Float8Rows: ...
 
     def heads(
         self, streams: Sequence[Projected], order: Tensor | None, stream: Tensor | None, rotations: Tensor, eps: float
@@ -48,7 +48,7 @@ class Kernels(Protocol):
 
 
 def create_kernels(name: KernelsName) -> Kernels:
-    """`triton`: fused; Triton is imported only then, and runs on GPUs. Otherwise plain PyTorch."""
+    """Operations by name. `triton`: fused kernels for GPUs, which import Triton; otherwise plain PyTorch."""
     if name != "triton":
         return TorchKernels()
     from vllm_omni.diffusion.compute.layers.kernels.fused import TritonKernels

@@ -1,7 +1,7 @@
-"""The kernels of `reference` in Triton: one pass over the tokens each, sums in float32.
+"""Triton kernels of the operations in `reference`: one pass over the tokens each, sums in float32.
 
-A program computes one token. What PyTorch would write between two operations (the normed tokens, a row of modulation
-for each token, the streams one after another) never leaves the chip.
+A program computes one token. Intermediate results that PyTorch would write to memory (normed tokens, a row of
+modulation for each token, concatenated streams) stay on the chip.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TWICE_ROOT_OF_2_OVER_PI = tl.constexpr(2 * math.sqrt(2 / math.pi))
 
 
 class TritonKernels:
-    """See `TorchKernels` for what each computes."""
+    """Operations by fused kernels; `TorchKernels` documents each."""
 
     picks_rows = True
     normalizes_channels_last = True
@@ -50,14 +50,14 @@ class TritonKernels:
         gate: Tensor,
         rows: Tensor | None,
         bias: Tensor | None = None,
-        places: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         x, y = x.contiguous(), y.contiguous()
         out = torch.empty_like(x)
         if len(x):
             _gated_add[(len(x),)](
-                x, y, gate, rows, bias, places, out, x.shape[1], gate.stride(0),
-                HAS_ROWS=rows is not None, HAS_BIAS=bias is not None, HAS_PLACES=places is not None,
+                x, y, gate, rows, bias, positions, out, x.shape[1], gate.stride(0),
+                HAS_ROWS=rows is not None, HAS_BIAS=bias is not None, HAS_POSITIONS=positions is not None,
                 IS_FLOAT16=out.dtype == torch.float16, BLOCK=triton.next_power_of_2(x.shape[1]), num_warps=8,
             )  # fmt: skip
         return out
@@ -72,13 +72,13 @@ class TritonKernels:
             )  # fmt: skip
         return _rows(out, scales, x)
 
-    def round_rows(self, x: Tensor, places: Tensor | None = None) -> Float8Rows:
+    def round_rows(self, x: Tensor, positions: Tensor | None = None) -> Float8Rows:
         x = x.contiguous()
-        num_rows = len(x) if places is None else len(places)
+        num_rows = len(x) if positions is None else len(positions)
         out, scales = _results(x, num_rows, float8=True)
         if num_rows:
             _round_rows[(num_rows,)](
-                x, places, out, scales, x.shape[1], HAS_PLACES=places is not None,
+                x, positions, out, scales, x.shape[1], HAS_POSITIONS=positions is not None,
                 BLOCK=triton.next_power_of_2(x.shape[1]), num_warps=8,
             )  # fmt: skip
         return Float8Rows(out, scales, x.dtype)
@@ -107,18 +107,19 @@ class TritonKernels:
 
 
 def _results(x: Tensor, num_rows: int, float8: bool) -> tuple[Tensor, Tensor]:
-    """Where a kernel writes rows as wide as x's, and their scales, if they are to have some."""
+    """Empty outputs of a kernel: rows as wide as those of x, and one scale for each row in float8 (otherwise none)."""
     out = x.new_empty((num_rows, x.shape[1]), dtype=FLOAT8 if float8 else x.dtype)
     return out, x.new_empty((num_rows if float8 else 0, 1), dtype=torch.float32)
 
 
 def _rows(out: Tensor, scales: Tensor, x: Tensor) -> Rows:
+    """Outputs of a kernel as the result of an operation on x."""
     return Float8Rows(out, scales, x.dtype) if out.dtype == FLOAT8 else out
 
 
 @triton.jit
 def _store(out_ptr, scales_ptr, row, x, columns, width, inside, IS_FLOAT8: tl.constexpr):
-    """Row `row` of the result; in float8 as `quantize` rounds. x: float32, 0 where not `inside`."""
+    """Store row `row` of the result; in float8, rounded as by `quantize`. x: float32, 0 where not `inside`."""
     if IS_FLOAT8:
         scale = tl.maximum(tl.max(tl.abs(x)) / LARGEST_FLOAT8, LEAST_SCALE)
         tl.store(scales_ptr + row, scale)
@@ -143,19 +144,19 @@ def _norm_modulate(
     _store(out_ptr, scales_ptr, token, normed * scale + shift, columns, width, inside, IS_FLOAT8)
 
 
-@triton.jit(do_not_specialize_on_alignment=["places_ptr"])  # a view that may begin at any number
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr"])  # a view, whose first element may be at any offset
 def _gated_add(
-    x_ptr, y_ptr, gate_ptr, rows_ptr, bias_ptr, places_ptr, out_ptr, width, gate_stride,
-    HAS_ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PLACES: tl.constexpr, IS_FLOAT16: tl.constexpr,
+    x_ptr, y_ptr, gate_ptr, rows_ptr, bias_ptr, positions_ptr, out_ptr, width, gate_stride,
+    HAS_ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_POSITIONS: tl.constexpr, IS_FLOAT16: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     row = tl.load(rows_ptr + token) if HAS_ROWS else 0
-    place = tl.load(places_ptr + token) if HAS_PLACES else token
+    position = tl.load(positions_ptr + token) if HAS_POSITIONS else token
     x = tl.load(x_ptr + token * width + columns, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(y_ptr + place * width + columns, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr + position * width + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         y += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
@@ -180,17 +181,17 @@ def _gelu(
     _store(out_ptr, scales_ptr, token, x, columns, width, inside, IS_FLOAT8)
 
 
-@triton.jit(do_not_specialize_on_alignment=["places_ptr"])
-def _round_rows(x_ptr, places_ptr, out_ptr, scales_ptr, width, HAS_PLACES: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr"])
+def _round_rows(x_ptr, positions_ptr, out_ptr, scales_ptr, width, HAS_POSITIONS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    place = tl.load(places_ptr + row) if HAS_PLACES else row
-    x = tl.load(x_ptr + place * width + columns, mask=inside, other=0.0).to(tl.float32)
+    position = tl.load(positions_ptr + row) if HAS_POSITIONS else row
+    x = tl.load(x_ptr + position * width + columns, mask=inside, other=0.0).to(tl.float32)
     _store(out_ptr, scales_ptr, row, x, columns, width, inside, True)
 
 
-@triton.jit(do_not_specialize=["num_first"])  # which differs from prompt to prompt: somebody waits for a compilation
+@triton.jit(do_not_specialize=["num_first"])  # differs from prompt to prompt: a request would wait for each compilation
 def _heads(
     first_ptr, first_weight_ptr, first_bias_ptr, last_ptr, last_weight_ptr, last_bias_ptr, order_ptr, rotations_ptr,
     out_ptr, num_first, num_heads, half, eps,
@@ -214,10 +215,10 @@ def _heads(
     heads = tl.arange(0, HEADS)[:, None]
     channels = tl.arange(0, 2 * HALF)[None, :]
     inside = (heads < num_heads) & (channels < half * 2)
-    places = heads * half * 2 + channels
-    x = tl.load(from_ptr + places, mask=inside, other=0.0)
+    offsets = heads * half * 2 + channels
+    x = tl.load(from_ptr + offsets, mask=inside, other=0.0)
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + places, mask=inside, other=0.0)
+        bias = tl.load(bias_ptr + offsets, mask=inside, other=0.0)
         x = (x.to(tl.float32) + bias.to(tl.float32)).to(x.dtype)
     to_ptr = out_ptr + (part * tl.num_programs(0) + token) * width
     if part < 2:
@@ -231,4 +232,4 @@ def _heads(
         sine = tl.load(turn + 1, mask=pairs < half, other=0.0)
         turned = tl.join(real * cosine - imaginary * sine, real * sine + imaginary * cosine)
         x = tl.reshape(turned, (HEADS, 2 * HALF)).to(x.dtype)
-    tl.store(to_ptr + places, x, mask=inside)
+    tl.store(to_ptr + offsets, x, mask=inside)

@@ -1,6 +1,6 @@
-"""What the fused kernels compute, in plain PyTorch: the path of every device, and the oracle of the kernels' tests.
+"""Reference of the fused kernels in plain PyTorch. It runs on every device, and the kernels' tests compare with it.
 
-R: rows of modulation; `rows` [tokens] tells each token's, None: all have row 0. H heads of d channels.
+R: rows of modulation; rows: int64 [tokens], the row of each token, None: row 0. H: heads; d: channels of a head.
 """
 
 from __future__ import annotations
@@ -19,28 +19,31 @@ from vllm_omni.diffusion.compute.layers.rounding import Float8Rows, Rows
 
 @dataclass(frozen=True)
 class Projected:
-    """What a stream's projection made, and the norms of its queries and keys."""
+    """Output of a stream's projection to queries, keys and values, and the weights of their norms."""
 
     qkv: Tensor
     """[tokens, 3 * H * d]: queries, keys and values of all heads."""
     weight: Tensor
-    """[2 * d]: of the queries' norm, then of the keys'."""
+    """[2 * d]: weight of the queries' norm, then of the keys' norm."""
     bias: Tensor | None = None
-    """[3 * H * d]: still to be added to `qkv`."""
+    """[3 * H * d]: bias that is not added to `qkv` yet."""
 
 
 class TorchKernels:
-    """A bias is one that the product before has left out; float8: the result is rounded for the product behind."""
+    """Operations in plain PyTorch.
+
+    bias: the bias that the matrix product before has left out. float8: round the result for the matrix product behind.
+    """
 
     picks_rows = False
-    """Whether `places` cost nothing."""
+    """Whether reading rows at `positions` costs no extra pass over memory."""
     normalizes_channels_last = False
-    """Whether `group_norm` reads and writes channels-last memory as it is."""
+    """Whether `group_norm` reads and writes channels-last memory without a copy."""
 
     def norm_modulate(
         self, x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None, eps: float, float8: bool = False
     ) -> Rows:
-        """LayerNorm(x) * scale + shift. x: [tokens, D]; shift, scale (with its 1 added): [R, D] -> [tokens, D]."""
+        """LayerNorm(x) * scale + shift: [tokens, D] -> [tokens, D]. shift, scale: [R, D]; `scale` includes the 1."""
         return _rounded(norm_modulate(x, _of_tokens(shift, rows), _of_tokens(scale, rows), eps), float8)
 
     def gated_add(
@@ -50,30 +53,30 @@ class TorchKernels:
         gate: Tensor,
         rows: Tensor | None,
         bias: Tensor | None = None,
-        places: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """x + gate * (y + bias). x: [tokens, D]; gate: [R, D]; bias: [D].
 
-        y: [tokens, D], or more rows, of which `places`, int64 [tokens], tells each token's.
+        y: [tokens, D]; or with `positions`, int64 [tokens], more rows: token i has row positions[i].
         """
-        return gated_add(x, _biased(_picked(y, places), bias), _of_tokens(gate, rows))
+        return gated_add(x, _biased(_picked(y, positions), bias), _of_tokens(gate, rows))
 
     def gelu(self, x: Tensor, bias: Tensor | None, float8: bool = False) -> Rows:
-        """GELU(x + bias) by its approximation with tanh. x: [tokens, D]; bias: [D] -> [tokens, D]."""
+        """GELU(x + bias), approximated with tanh. x: [tokens, D]; bias: [D] -> [tokens, D]."""
         return _rounded(F.gelu(_biased(x, bias), approximate="tanh"), float8)
 
-    def round_rows(self, x: Tensor, places: Tensor | None = None) -> Float8Rows:
-        """[rows, D] -> all of them in float8; or those of `places`, int64 [tokens]."""
-        return Float8Rows.of(_picked(x, places))
+    def round_rows(self, x: Tensor, positions: Tensor | None = None) -> Float8Rows:
+        """Round [rows, D] to float8: all rows, or those at `positions`, int64 [tokens]."""
+        return Float8Rows.of(_picked(x, positions))
 
     def heads(
         self, streams: Sequence[Projected], order: Tensor | None, stream: Tensor | None, rotations: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """RMSNorm and rotation of queries and keys, in the order of attention -> q, k, v [tokens, H, d].
+        """Queries and keys after RMSNorm and rotation, and values: q, k, v [tokens, H, d] in the order of attention.
 
-        streams: one or two; order: int64 [tokens], the row of their concatenation that each row of attention is, None:
-        the same; stream: int64 [tokens], which of two each row of attention comes from; rotations: float32
-        [tokens, 1, 1, d / 2, 2], in the order of attention.
+        streams: one or two. order: int64 [tokens], row of the concatenated streams for each row of attention; None: the
+        same order. stream: int64 [tokens], number of the stream that each row of attention comes from. rotations:
+        float32 [tokens, 1, 1, d / 2, 2], in the order of attention.
         """
         weight = torch.stack([s.weight.view(2, 1, -1) for s in streams])
         parts = [_biased(s.qkv, s.bias) for s in streams]
@@ -88,7 +91,7 @@ class TorchKernels:
     def group_norm(
         self, x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool = False
     ) -> Tensor:
-        """GroupNorm, and SiLU of it. x: [N, C, ...]; weight, bias: [C], None: 1 and 0 -> as x."""
+        """GroupNorm, then SiLU if asked for. x: [N, C, ...] -> the same shape; weight, bias: [C], None: 1 and 0."""
         out = F.group_norm(x, num_groups, weight, bias, eps)
         return F.silu(out) if silu else out
 
@@ -101,8 +104,8 @@ def _biased(x: Tensor, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias
 
 
-def _picked(x: Tensor, places: Tensor | None) -> Tensor:
-    return x if places is None else x.index_select(0, places)
+def _picked(x: Tensor, positions: Tensor | None) -> Tensor:
+    return x if positions is None else x.index_select(0, positions)
 
 
 def _of_tokens(values: Tensor, rows: Tensor | None) -> Tensor:
