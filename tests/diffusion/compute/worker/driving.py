@@ -98,6 +98,11 @@ class Drive:
         raise AssertionError("unreachable")
 
 
+def kept(runner: ModelRunner) -> int:
+    """Number of requests, states and layouts that the runner holds."""
+    return len(runner._requests) + len(runner._states) + len(runner.pipeline._layouts)  # type: ignore[attr-defined]
+
+
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
     """Peak signal-to-noise ratio of two uint8 pictures in decibels; infinite when they are equal."""
     mse = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)

@@ -27,7 +27,7 @@ def started(rank_info: RankInfo, parallel: DiffusionParallelConfig, path: Path, 
 
 def merging(runner: ModelRunner) -> Callable[[StepResult], StepResult]:
     """A merge of the results of all ranks, like the executor's, on every rank."""
-    group = runner._ranks.mesh.control
+    group = runner.ranks.mesh.control
 
     def merge(result: StepResult) -> StepResult:
         if group.size == 1:

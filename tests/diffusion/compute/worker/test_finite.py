@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.diffusion.compute.distributed.ranks import run_places
-from tests.diffusion.compute.worker.driving import QUICK, Drive, make_request, psnr
+from tests.diffusion.compute.worker.driving import QUICK, Drive, kept, make_request, psnr
 from tests.diffusion.compute.worker.replica import merging, started
 from tests.tiny_models import SMALL, build_tiny_qwen_image
 from tests.tiny_z_image import build_tiny_z_image
@@ -53,10 +53,6 @@ def runner(tiny_model: Path) -> ModelRunner:
 @pytest.fixture(scope="module")
 def alone(runner: ModelRunner) -> dict[str, np.ndarray]:
     return {r.request_id: Drive(runner).run({0: [r]}).images[r.request_id] for r in REQUESTS}
-
-
-def kept(runner: ModelRunner) -> int:
-    return len(runner._requests) + len(runner._states) + len(runner.pipeline._layouts)  # type: ignore[attr-defined]
 
 
 def spoil(runner: ModelRunner, request_id: str, value: float, step: int) -> Callable[[], None]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
+from tests.diffusion.compute.worker.driving import Drive, kept, make_request, psnr
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.attention import BACKENDS
 from vllm_omni.diffusion.compute.device.device import Device
@@ -41,11 +41,6 @@ def runner(tiny_model: Path) -> Iterator[ModelRunner]:
 def alone(runner: ModelRunner) -> dict[str, np.ndarray]:
     """Each picture, made without other requests."""
     return {r.request_id: Drive(runner).run({0: [r]}).images[r.request_id] for r in REQUESTS}
-
-
-def kept(runner: ModelRunner) -> int:
-    """Requests, states and layouts that the runner holds."""
-    return len(runner._requests) + len(runner._states) + len(runner.pipeline._layouts)  # type: ignore[attr-defined]
 
 
 def test_an_attention_backend_that_does_not_run_ends_the_start(tiny_model: Path) -> None:
