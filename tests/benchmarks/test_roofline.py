@@ -65,7 +65,7 @@ def measure(
         groups = [group for groups in placed.values() for group in groups]
         pipeline.predict(states, groups)  # lays out
         for _ in range(steps):
-            ranks_of(runner).take_sent_bytes()
+            runner.ranks.take_sent_bytes()
             mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_of_cpu}
             with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
                 pipeline.predict(states, groups)
@@ -82,7 +82,7 @@ def measure(
         ]
         for state in states
     ]
-    return flops, dict(ranks_of(runner).take_sent_bytes()), sequences
+    return flops, dict(runner.ranks.take_sent_bytes()), sequences
 
 
 def model_of(path: Path) -> Any:

@@ -72,7 +72,7 @@ def _draw(
     merge: Callable[[Any], Any] = merging(runner)
     drive = Drive(runner, partial(in_turn, parallel.cfg_parallel_size), merge).run(ARRIVALS)
     assert drive.errors == {}
-    if (world := world_of(runner)) is not None:
+    if (world := runner.ranks.world) is not None:
         world.mesh.control.all_reduce(torch.zeros(1))  # nobody leaves while others still talk
         world.leave()
     seen: Skips = {request_id: [list(steps) for steps in branches] for request_id, branches in skips.items()}

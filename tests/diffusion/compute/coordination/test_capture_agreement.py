@@ -64,11 +64,10 @@ def draw(
     """Pictures, bytes sent, replays, and a failure flag. error: raised by rank 0's capturer after the start."""
     Device.capturer = lambda self: capturer  # type: ignore[assignment,method-assign,return-value]  # in a process of its own
     runner = started(rank_info, parallel, path)
-    ranks_of(runner).take_sent_bytes()
+    runner.ranks.take_sent_bytes()
     if capturer is not None:
-        world = world_of(runner)
-        assert world is not None
-        capturer.sent = world.sent
+        assert runner.ranks.world is not None
+        capturer.sent = runner.ranks.world.sent
         capturer.num_replays = 0
         capturer.late_error = error if rank_info.rank == 0 else None
     sent: dict[str, int] = {}
@@ -147,9 +146,8 @@ def draw_with_a_failed_decode(
     """Errors, pictures, and how often captured graphs were dropped; the decode of "early" fails on rank 0."""
     Device.capturer = lambda self: capturer  # type: ignore[assignment,method-assign,return-value]  # in a process of its own
     runner = started(rank_info, parallel, path)
-    world = world_of(runner)
-    assert world is not None
-    capturer.sent = world.sent
+    assert runner.ranks.world is not None
+    capturer.sent = runner.ranks.world.sent
     decode = runner.pipeline.decode
 
     def failing(requests: Any, latents: Any) -> Any:

@@ -39,7 +39,7 @@ def world_of(runner: ModelRunner) -> World | None:
 
 def merging(runner: ModelRunner) -> Callable[[StepResult], StepResult]:
     """A merge of the results of all ranks, like the executor's, on every rank."""
-    group = ranks_of(runner).mesh.control
+    group = runner.ranks.mesh.control
 
     def merge(result: StepResult) -> StepResult:
         if group.size == 1:

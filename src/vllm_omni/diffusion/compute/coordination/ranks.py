@@ -53,7 +53,7 @@ class Ranks:
 
     def __init__(self, world: World | None = None) -> None:
         self.mesh = Mesh.single() if world is None else world.mesh
-        self._world = world
+        self.world = world
         self._num_attempts = 0
 
     @property
@@ -72,23 +72,23 @@ class Ranks:
 
     def take_sent_bytes(self) -> dict[str, int]:
         """Bytes that this rank sent in each kind of exchange since the last call."""
-        if self._world is None:
+        if self.world is None:
             return {}
-        sent = dict(self._world.sent)
-        self._world.sent.clear()
+        sent = dict(self.world.sent)
+        self.world.sent.clear()
         return sent
 
     def capturer(self, device: Device) -> Capturer | None:
         """Capturer for steps of all ranks; None where the device captures nothing."""
         capturer = device.capturer()
-        if capturer is None or self._world is None:
+        if capturer is None or self.world is None:
             return capturer
-        return RankGroupCapturer(capturer, self.mesh.rank_group, self._world.sent, device.torch)
+        return RankGroupCapturer(capturer, self.mesh.rank_group, self.world.sent, device.torch)
 
     @property
     def survive_failures(self) -> bool:
         """Whether the ranks can go on after an error in `attempt`."""
-        return self._world is None or self._world.can_rebuild
+        return self.world is None or self.world.can_rebuild
 
     def attempt(self, run: Callable[[], Output]) -> Output:
         """Call `run`, as all ranks do together. After an error on any rank it fails on all, and they connect anew.
@@ -100,10 +100,10 @@ class Ranks:
         try:
             return run()
         except Exception as error:
-            if self._world is None:
+            if self.world is None:
                 raise
             interrupted = isinstance(error, GroupBrokenError)
-            self._reconnect(self._world, _INTERRUPTED if interrupted else _FAILED, error)
+            self._reconnect(self.world, _INTERRUPTED if interrupted else _FAILED, error)
             if interrupted:
                 raise PeerFailedError("another rank failed") from error
             raise

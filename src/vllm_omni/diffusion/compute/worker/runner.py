@@ -71,7 +71,8 @@ class ModelRunner:
         self._device = Device(config.device, self._rank_info.device_index)
         self._dtype = self._device.dtype(config.dtype)
         self._decode_stream = self._device.stream(separate=config.overlap_decode)
-        self._ranks = Ranks()
+        self.ranks = Ranks()
+        """The ranks of the replica; `start` connects them."""
         self._pipeline: Pipeline[Any] | None = None
         self._requests: dict[str, DiffusionRequest] = {}
         self._states: dict[str, RequestState] = {}
@@ -95,12 +96,12 @@ class ModelRunner:
         if (num_processes := self._config.parallel.world_size) > 1:
             self._device.share_machine(num_processes)
         if self._rank_info.replica_size > 1:
-            self._ranks = Ranks(connect(self._config.parallel, self._rank_info, self._device))
+            self.ranks = Ranks(connect(self._config.parallel, self._rank_info, self._device))
         self._pipeline, ready = start_model(
             self._config,
             self._info,
             self._device,
-            self._ranks,
+            self.ranks,
             first,
             self._options,
             shows_progress=self._rank_info.device_index == 0,
@@ -138,7 +139,7 @@ class ModelRunner:
             self._drop(request_id)
         self._failed_elsewhere.clear()
         result.cache_bytes = self.pipeline.step_cache.budget.num_bytes
-        result.sent_bytes = self._ranks.take_sent_bytes()
+        result.sent_bytes = self.ranks.take_sent_bytes()
         result.peak_memory_bytes = self._device.peak_memory_bytes()
 
         def wait() -> StepResult:
@@ -160,7 +161,7 @@ class ModelRunner:
         ids = [*plan.encode, *plan.denoise, *plan.decode]
         known = [i in self._requests and (i in self._states or i in plan.encode) for i in ids]
         votes = [not k or i in self._aborted for i, k in zip(ids, known)]
-        *skipped, lacks_memory = self._ranks.unite([*votes, self._lacks_memory])
+        *skipped, lacks_memory = self.ranks.unite([*votes, self._lacks_memory])
         if lacks_memory:
             self._lacks_memory = False
             self.pipeline.release_memory()
@@ -179,7 +180,7 @@ class ModelRunner:
 
     def _encode(self, request_ids: Sequence[str], result: StepResult) -> None:
         requests = [self._requests[i] for i in request_ids]
-        mesh = self._ranks.mesh
+        mesh = self.ranks.mesh
         on_all_ranks = mesh.tensor.size > 1 or mesh.text_encoder.size > 1
         self._states |= self._run_each(requests, self.pipeline.encode, result, on_all_ranks)
 
@@ -191,7 +192,7 @@ class ModelRunner:
             groups = [g for s in batch for g in plan.placement.get(_id_of(s), [0] * len(s.sequence_lengths))]
             return self.pipeline.predict(batch, groups)
 
-        branches = self._run_batch(states, predict, result, self._ranks.size > 1)
+        branches = self._run_batch(states, predict, result, self.ranks.size > 1)
         computed = {_id_of(s): s.sequence_lengths[: len(branches.get(_id_of(s), ()))] for s in states}
         result.num_sequences = sum(len(lengths) for lengths in computed.values())
         result.num_tokens = sum(sum(lengths) for lengths in computed.values())
@@ -204,7 +205,7 @@ class ModelRunner:
                 clean[request_id] = predicted
             if state.num_made != 1:
                 result.made[request_id] = state.num_made
-            if (skipped := state.settle()) and self._ranks.mesh.rank_group.rank == 0:
+            if (skipped := state.settle()) and self.ranks.mesh.rank_group.rank == 0:
                 result.cached[request_id] = skipped / len(branches[request_id])
 
         advancing = [s for s in states if _id_of(s) in branches]
@@ -216,7 +217,7 @@ class ModelRunner:
 
         latents: by request id; for a preview, a prediction. The finite flag describes the latents of the request state.
         """
-        mesh = self._ranks.mesh
+        mesh = self.ranks.mesh
         num_groups = mesh.world.size // mesh.vae.size
         mine = list(latents)[mesh.world.rank // mesh.vae.size :: num_groups]
 
@@ -311,14 +312,14 @@ class ModelRunner:
     def _release_memory(self, error: Exception) -> None:
         """Free what can be made again: a lack of memory may be the cause of `error`."""
         if not isinstance(error, InvalidRequestError):
-            if self._ranks.size == 1:
+            if self.ranks.size == 1:
                 self.pipeline.release_memory()
             else:  # ranks drop captured graphs in the same step; otherwise one rank would capture alone
                 self._lacks_memory = True
         self._device.release_memory()
 
     def _run(self, run: Callable[[], Output], on_all_ranks: bool) -> Output:
-        return self._ranks.attempt(run) if on_all_ranks else run()
+        return self.ranks.attempt(run) if on_all_ranks else run()
 
 
 def _id_of(item: DiffusionRequest | RequestState) -> str:

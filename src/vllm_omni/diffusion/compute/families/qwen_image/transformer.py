@@ -162,7 +162,7 @@ class QwenImageBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Text and image after the block: [T, D] and [S, D].
 
-        attended: [T, D / P]. image_attended: [S, D / P], or more rows, of which `image_places`, int64 [S], is each
+        attended: [T, D / P]. image_attended: [S, D / P], or more rows, of which `image_positions`, int64 [S], is each
         image token's. image_attended None: `attended` is [T + S, D / P], text then image.
         """
         if image_attended is None:
