@@ -80,8 +80,8 @@ def draw(
 
     drive = Drive(runner, partial(placed_in_turn, parallel.cfg_parallel_size), count).run(ARRIVALS)
     assert drive.errors == {}
-    has_failed = capturer is not None and runner.pipeline.capturer is not None
-    has_failed = has_failed and runner.pipeline.capturer.failure is not None  # type: ignore[union-attr]
+    pipeline: Any = runner.pipeline
+    has_failed = capturer is not None and pipeline.capturer is not None and pipeline.capturer.failure is not None
     return drive.images, sent, 0 if capturer is None else capturer.num_replays, has_failed
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from tests.diffusion.compute.distributed.ranks import run_places
 from tests.diffusion.compute.worker.driving import Drive, make_request, psnr
@@ -64,11 +65,11 @@ def spoil(runner: ModelRunner, request_id: str, value: float, step: int) -> Call
     """Put `value` into the latents of a request before one of its steps. Returns what undoes it."""
     advance = runner.pipeline.advance
 
-    def spoiling(state: RequestState, *rest: Any) -> Any:
+    def spoiling(state: RequestState, branches: Sequence[Tensor], previews: bool = False) -> Tensor | None:
         if state.request.request_id == request_id and state.step == step:
             state.latents = state.latents.clone()
             state.latents[-1, -1] = value
-        return advance(state, *rest)
+        return advance(state, branches, previews)
 
     runner.pipeline.advance = spoiling  # type: ignore[method-assign]
     return lambda: delattr(runner.pipeline, "advance")
@@ -116,9 +117,10 @@ def test_a_broken_request_ends_at_its_preview(runner: ModelRunner) -> None:
 def test_a_preview_beyond_the_range_is_skipped(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     request = make_request("p", num_inference_steps=4, preview_steps=(1, 3))
     wanted = Drive(runner).run({0: [request]})
-    original = runner.pipeline.predict_clean
+    pipeline: Any = runner.pipeline
+    original = pipeline.predict_clean
     monkeypatch.setattr(
-        runner.pipeline,
+        pipeline,
         "predict_clean",
         lambda state, velocity: original(state, velocity) * (INFINITY if state.step == 0 else 1),
     )
@@ -226,10 +228,10 @@ def draw_spoiled(place: RankInfo, parallel: DiffusionParallelConfig, path: Path)
     late = make_request("late", seed=4, num_inference_steps=5, preview_steps=(2, 4))
     undo_late = runner.pipeline.advance
 
-    def spoiling(state: RequestState, *rest: Any) -> Any:
+    def spoiling(state: RequestState, branches: Sequence[Tensor], previews: bool = False) -> Tensor | None:
         if state.request.request_id == "late" and state.step == 2:
             state.latents = state.latents * NAN
-        return undo_late(state, *rest)
+        return undo_late(state, branches, previews)
 
     runner.pipeline.advance = spoiling  # type: ignore[method-assign]
     drive = Drive(runner, merge=merging(runner)).run({0: REQUESTS, 1: [late]})

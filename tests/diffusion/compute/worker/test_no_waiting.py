@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,12 +112,13 @@ def test_a_step_whose_members_stay_sends_nothing(
 
 def test_a_read_in_a_step_is_seen(tiny_model: Path, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = started(tiny_model, gpu)
-    combine = runner.pipeline.combine
+    pipeline: Any = runner.pipeline
+    combine = pipeline.combine
 
-    def reading(state: RequestState, branches: Sequence[Tensor]) -> Tensor:
+    def reading(state: RequestState, branches: Sequence[Tensor]) -> Any:
         return combine(state, branches) * float(branches[0].norm() > 0)
 
-    monkeypatch.setattr(runner.pipeline, "combine", reading)
+    monkeypatch.setattr(pipeline, "combine", reading)
     with gpu:
         drive = Drive(runner).run({0: [make_request("a")]})
     assert "HostWaitsError: item reads from the device" in drive.errors["a"].traceback
@@ -127,12 +129,13 @@ def test_what_is_no_number_is_found_without_waiting(
     model: str, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     runner = started(request.getfixturevalue(model), gpu)
-    combine = runner.pipeline.combine
+    pipeline: Any = runner.pipeline
+    combine = pipeline.combine
 
-    def spoiling(state: RequestState, branches: Sequence[Tensor]) -> Tensor:
+    def spoiling(state: RequestState, branches: Sequence[Tensor]) -> Any:
         return combine(state, branches) * (float("nan") if state.request.request_id == "bad" else 1.0)
 
-    monkeypatch.setattr(runner.pipeline, "combine", spoiling)
+    monkeypatch.setattr(pipeline, "combine", spoiling)
     previewed = make_request("bad", num_inference_steps=3, preview_steps=(2,))
     with gpu:
         drive = Drive(runner).run({0: [make_request("good"), previewed]})
