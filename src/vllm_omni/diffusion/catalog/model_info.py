@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from vllm_omni.diffusion.catalog.expected_weights import ExpectedWeights
 from vllm_omni.diffusion.catalog.tokenizer_files import TokenizerNeeds
@@ -106,6 +106,15 @@ class ImageInput(Protocol):
 class ModelInfo(ABC):
     """Sizes, limits, prices and defaults of one model folder."""
 
+    served_by: ClassVar[Literal["packed", "diffusers"]]
+    """Path that serves the model."""
+    gives_previews: ClassVar[bool]
+    """Whether pictures can be decoded from the latents of an unfinished request."""
+    shares_encodings: ClassVar[bool]
+    """Whether requests with the same prompt encode it once."""
+    max_num_seqs: ClassVar[int | None] = None
+    """Most requests that gain from sharing a step; None: as many as the device has room for."""
+
     path: Path
     family: str
     """Name of the package in `compute/families`."""
@@ -137,23 +146,8 @@ class ModelInfo(ABC):
 
     @property
     @abstractmethod
-    def served_by(self) -> Literal["packed", "diffusers"]:
-        """Path that serves the model."""
-
-    @property
-    @abstractmethod
     def parameters(self) -> tuple[str, ...]:
         """Sampling parameters that have a meaning for the model."""
-
-    @property
-    @abstractmethod
-    def gives_previews(self) -> bool:
-        """Whether pictures can be decoded from the latents of an unfinished request."""
-
-    @property
-    @abstractmethod
-    def shares_encodings(self) -> bool:
-        """Whether requests with the same prompt encode it once."""
 
     @property
     @abstractmethod
@@ -173,11 +167,6 @@ class ModelInfo(ABC):
     def remarks(self) -> tuple[str, ...]:
         """Lines for the log at start."""
         return ()
-
-    @property
-    def max_num_seqs(self) -> int | None:
-        """Most requests that gain from sharing a step; None: as many as the device has room for."""
-        return None
 
     @property
     def max_running(self) -> int | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from vllm_omni.diffusion.catalog.model_info import SIZES, ModelInfo
 from vllm_omni.diffusion.data import (
@@ -50,6 +49,10 @@ class Shares:
 class PackedModelInfo(ModelInfo):
     """Facts of a model whose transformer runs on packs."""
 
+    served_by = "packed"
+    gives_previews = True
+    shares_encodings = True
+
     num_heads: int
     """Attention heads of the transformer."""
     head_dim: int
@@ -66,20 +69,8 @@ class PackedModelInfo(ModelInfo):
     """The model pads text and picture with tokens of its own, each to a multiple of this many tokens."""
 
     @property
-    def served_by(self) -> Literal["packed"]:
-        return "packed"
-
-    @property
     def parameters(self) -> tuple[str, ...]:
         return (*self.guidance.parameters, *PACKED_PARAMETERS)
-
-    @property
-    def gives_previews(self) -> bool:
-        return True
-
-    @property
-    def shares_encodings(self) -> bool:
-        return True
 
     @property
     def why_no_adapters(self) -> str:

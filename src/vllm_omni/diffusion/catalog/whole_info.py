@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from vllm_omni.diffusion.catalog.model_info import SIZES, ModelInfo
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig, flag_of
@@ -67,23 +67,17 @@ class WholePipeline:
 class WholeModelInfo(ModelInfo):
     """Facts of a model that a whole pipeline serves."""
 
-    pipeline: WholePipeline
+    served_by = "diffusers"
+    gives_previews = False
+    shares_encodings = False
+    max_num_seqs = 1
+    """A step gains nothing from company, and an abort would wait for all of it."""
 
-    @property
-    def served_by(self) -> Literal["diffusers"]:
-        return "diffusers"
+    pipeline: WholePipeline
 
     @property
     def parameters(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys((*SIZES, *self.pipeline.parameters)))
-
-    @property
-    def gives_previews(self) -> bool:
-        return False
-
-    @property
-    def shares_encodings(self) -> bool:
-        return False
 
     @property
     def why_no_adapters(self) -> str:
@@ -100,11 +94,6 @@ class WholeModelInfo(ModelInfo):
     @property
     def remarks(self) -> tuple[str, ...]:
         return self.pipeline.remarks
-
-    @property
-    def max_num_seqs(self) -> int:
-        """1: a step of a whole pipeline gains nothing from company, and an abort would wait for all of it."""
-        return 1
 
     @property
     def max_running(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from testbed.runner_driver import QUICK, Drive, kept, make_request, psnr
 from testbed.tiny_models import SMALL, build_tiny_qwen_image
@@ -60,11 +61,11 @@ def spoil(runner: ModelRunner, request_id: str, value: float, step: int) -> Call
     """Put `value` into the latents of a request before one of its steps. Returns a call that ends this."""
     advance = runner.pipeline.advance
 
-    def spoiling(state: RequestState, *rest: Any) -> Any:
+    def spoiling(state: RequestState, branches: Sequence[Tensor], previews: bool = False) -> Tensor | None:
         if state.request.request_id == request_id and state.step == step:
             state.latents = state.latents.clone()
             state.latents[-1, -1] = value
-        return advance(state, *rest)
+        return advance(state, branches, previews)
 
     runner.pipeline.advance = spoiling  # type: ignore[method-assign,assignment]
     return lambda: delattr(runner.pipeline, "advance")
@@ -223,10 +224,10 @@ def draw_spoiled(rank_info: RankInfo, parallel: DiffusionParallelConfig, path: P
     late = make_request("late", seed=4, num_inference_steps=5, preview_steps=(2, 4))
     undo_late = runner.pipeline.advance
 
-    def spoiling(state: RequestState, *rest: Any) -> Any:
+    def spoiling(state: RequestState, branches: Sequence[Tensor], previews: bool = False) -> Tensor | None:
         if state.request.request_id == "late" and state.step == 2:
             state.latents = state.latents * NAN
-        return undo_late(state, *rest)
+        return undo_late(state, branches, previews)
 
     runner.pipeline.advance = spoiling  # type: ignore[method-assign,assignment]
     drive = Drive(runner, merge=merging(runner)).run({0: REQUESTS, 1: [late]})

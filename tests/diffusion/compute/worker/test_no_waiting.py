@@ -115,7 +115,7 @@ def test_a_read_in_a_step_is_detected(tiny_model: Path, gpu: FakeGpu, monkeypatc
     pipeline: Any = runner.pipeline
     combine: Callable[[RequestState, Sequence[Tensor]], Tensor] = pipeline.combine
 
-    def reading(state: RequestState, branches: Sequence[Tensor]) -> Tensor:
+    def reading(state: RequestState, branches: Sequence[Tensor]) -> Any:
         return combine(state, branches) * float(branches[0].norm() > 0)
 
     monkeypatch.setattr(pipeline, "combine", reading)
@@ -132,7 +132,7 @@ def test_values_not_finite_are_found_without_waiting(
     pipeline: Any = runner.pipeline
     combine: Callable[[RequestState, Sequence[Tensor]], Tensor] = pipeline.combine
 
-    def spoiling(state: RequestState, branches: Sequence[Tensor]) -> Tensor:
+    def spoiling(state: RequestState, branches: Sequence[Tensor]) -> Any:
         return combine(state, branches) * (float("nan") if state.request.request_id == "bad" else 1.0)
 
     monkeypatch.setattr(pipeline, "combine", spoiling)

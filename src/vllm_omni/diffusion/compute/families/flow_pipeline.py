@@ -128,7 +128,7 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         self._dtype = loader.dtype
         self._pixels_per_token = loader.info.pixels_per_token
         self._attention = PackedAttention(create_attention(loader.config.attention_backend), mesh.ulysses, mesh.ring)
-        self._modulations = ModulationTable(transformer.modulate, modulation_bytes)
+        self._modulations: ModulationTable[Any] = ModulationTable(transformer.modulate, modulation_bytes)
         self._scheduler = with_one_step_schedules(loader.scheduler())
         """Template of every request's scheduler."""
         self._layouts: MembershipCache[Layout[AnyForward]] = MembershipCache()
@@ -170,8 +170,11 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         """[num_image_tokens, channels]: input of the transformer for one whole sequence."""
         return state.latents
 
-    def row_timesteps(self, states: Sequence[State], forward: AnyForward) -> list[float]:
-        """Timestep of each row of modulation: one row a sequence, then rows that `Arrangement.image_rows` names."""
+    def conditions(self, states: Sequence[State], forward: AnyForward) -> list[Any]:
+        """Condition of each row of modulation, see `PackedTransformer.modulate`: the timestep, unless overridden.
+
+        One row a sequence, then rows that only `Arrangement.image_rows` names.
+        """
         return [state.timesteps[state.step] for state in states]
 
     @abstractmethod
@@ -205,7 +208,7 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
             channels = branches[0].state.latents.shape[1]
             return torch.empty((0, channels), dtype=self._dtype, device=self._device)
         states = [branches[i].state for i in sharding.mine]
-        modulation = self._modulations.rows_of(self.row_timesteps(states, forward))
+        modulation = self._modulations.rows_of(self.conditions(states, forward))
         latents = torch.cat([sharding.part(self.image_tokens(state)) for state in states]).to(self._dtype)
         context = StepContext(forward.arrangement, modulation)
         hidden = self.embed(latents, context, forward)

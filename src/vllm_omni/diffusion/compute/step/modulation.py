@@ -1,14 +1,15 @@
-"""Rows of modulation (shift, scale and gate of every block), kept by timestep.
+"""Rows of modulation (shift, scale and gate of every block), kept by condition.
 
-They depend on the timestep alone, and their weights may be a third of the model's: pictures with the same schedule
-share them.
+A condition is all that a row depends on: the timestep alone, or also a guidance scale or pooled text. The layers that
+make rows may hold a third of the model's weights: pictures with the same conditions share the rows.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,13 +17,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Modulation:
-    """Rows of modulation of one step: one a sequence, or a single row when all sequences have the same timestep.
+    """Rows of modulation of one step: one a sequence, or a single row when all sequences have the same condition.
 
     The family defines the parts of a row, and the streams (kinds of tokens).
     """
 
     blocks: Tensor
-    """[layers, streams, rows, parts, D]."""
+    """[layers, streams, rows, parts, D]; one layer alone where all blocks share their modulation."""
     final: Tensor
     """[rows, parts, D], for the output layer."""
 
@@ -49,21 +50,22 @@ def per_token(rows: Tensor, index: Tensor | None) -> tuple[Tensor, ...]:
     return (rows if index is None else rows.index_select(0, index)).unbind(1)
 
 
-Compute = Callable[[Sequence[float]], Modulation]
+Condition = TypeVar("Condition", bound=Hashable)
 
 
-class ModulationTable:
-    """Most recently used rows by timestep, up to `max_bytes`. compute: makes the rows of some timesteps."""
+class ModulationTable(Generic[Condition]):
+    """Most recently used rows by condition, up to `max_bytes`."""
 
-    def __init__(self, compute: Compute, max_bytes: int) -> None:
+    def __init__(self, compute: Callable[[Sequence[Condition]], Modulation], max_bytes: int) -> None:
+        """compute: makes the rows of some conditions."""
         self._compute = compute
         self._max_bytes = max_bytes
-        self._rows: OrderedDict[float, Modulation] = OrderedDict()
+        self._rows: OrderedDict[Condition, Modulation] = OrderedDict()
         self._row_bytes = 0
 
-    def prefetch(self, timesteps: Sequence[float]) -> None:
+    def prefetch(self, conditions: Sequence[Condition]) -> None:
         """Compute the rows of a whole schedule in a few large matrix products, if the table can hold them."""
-        missing = [t for t in dict.fromkeys(timesteps) if t not in self._rows]
+        missing = [c for c in dict.fromkeys(conditions) if c not in self._rows]
         if not missing:
             return
         self._add(missing[:1])
@@ -71,30 +73,30 @@ class ModulationTable:
             for start in range(1, len(missing), 64):
                 self._add(missing[start : start + 64])
 
-    def rows_of(self, timesteps: Sequence[float]) -> Modulation:
-        """Rows of these timesteps, one for each; a single row when all timesteps are equal."""
-        distinct = list(dict.fromkeys(timesteps))
-        rows = {t: self._rows[t] for t in distinct if t in self._rows}
-        if missing := [t for t in distinct if t not in rows]:
+    def rows_of(self, conditions: Sequence[Condition]) -> Modulation:
+        """Rows of these conditions, one for each; a single row when all conditions are equal."""
+        distinct = list(dict.fromkeys(conditions))
+        rows = {c: self._rows[c] for c in distinct if c in self._rows}
+        if missing := [c for c in distinct if c not in rows]:
             rows |= self._add(missing)
-        for t in distinct:
-            if t in self._rows:
-                self._rows.move_to_end(t)
+        for c in distinct:
+            if c in self._rows:
+                self._rows.move_to_end(c)
         if len(distinct) == 1:
             return rows[distinct[0]]
         return Modulation(
-            blocks=torch.cat([rows[t].blocks for t in timesteps], dim=2),
-            final=torch.cat([rows[t].final for t in timesteps]),
+            blocks=torch.cat([rows[c].blocks for c in conditions], dim=2),
+            final=torch.cat([rows[c].final for c in conditions]),
         )
 
-    def _add(self, timesteps: Sequence[float]) -> dict[float, Modulation]:
-        made = self._compute(timesteps)
+    def _add(self, conditions: Sequence[Condition]) -> dict[Condition, Modulation]:
+        made = self._compute(conditions)
         # Each row owns its memory, so that dropping a row frees it.
         rows = {
-            t: Modulation(made.blocks[:, :, i : i + 1].clone(), made.final[i : i + 1].clone())
-            for i, t in enumerate(timesteps)
+            c: Modulation(made.blocks[:, :, i : i + 1].clone(), made.final[i : i + 1].clone())
+            for i, c in enumerate(conditions)
         }
-        self._row_bytes = (made.blocks.nbytes + made.final.nbytes) // len(timesteps)
+        self._row_bytes = (made.blocks.nbytes + made.final.nbytes) // len(conditions)
         self._rows |= rows
         while len(self._rows) * self._row_bytes > self._max_bytes:
             self._rows.popitem(last=False)

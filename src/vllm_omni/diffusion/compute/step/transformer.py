@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -61,8 +62,8 @@ class PackedTransformer(nn.Module, ABC):
         return self.blocks
 
     @abstractmethod
-    def modulate(self, timesteps: Sequence[float]) -> Modulation:
-        """Rows of modulation of these timesteps, which are in [0, 1]."""
+    def modulate(self, conditions: Sequence[Any]) -> Modulation:
+        """Rows of modulation of these conditions: hashable values, such as timesteps in [0, 1]."""
 
     @abstractmethod
     def run(self, hidden: Hidden, which: range, context: StepContext) -> Hidden:

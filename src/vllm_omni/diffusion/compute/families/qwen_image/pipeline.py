@@ -155,8 +155,8 @@ class QwenImagePipeline(FlowPipeline[QwenImageState, QwenImageTransformer, QwenI
     def image_tokens(self, state: QwenImageState) -> Tensor:
         return state.latents if state.references is None else torch.cat((state.latents, state.references))
 
-    def row_timesteps(self, states: Sequence[QwenImageState], forward: QwenImageForward) -> list[float]:
-        timesteps = super().row_timesteps(states, forward)
+    def conditions(self, states: Sequence[QwenImageState], forward: QwenImageForward) -> list[float]:
+        timesteps = super().conditions(states, forward)
         return [*timesteps, 0.0] if forward.arrangement.has_own_rows else timesteps
 
     def rotations(self, state: QwenImageState, num_text_tokens: int) -> tuple[Tensor, Tensor]:

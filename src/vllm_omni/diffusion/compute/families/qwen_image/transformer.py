@@ -207,13 +207,13 @@ class QwenImageTransformer(PackedTransformer):
         shift, scale = per_token(context.modulation.blocks[0, IMAGE, :, :2], context.image_index)
         return norm_modulate(hidden.image, shift, scale, EPS)
 
-    def modulate(self, timesteps: Sequence[float]) -> Modulation:
+    def modulate(self, conditions: Sequence[float]) -> Modulation:
         """Rows of modulation of these timesteps, each in [0, 1] and already rounded to the model's dtype.
 
         Parts of a block: shift, scale, gate of the attention, then of the MLP. Parts of the output: scale, shift.
         Scales include the added 1.
         """
-        waves = timestep_waves(torch.tensor(timesteps), scale=1000).to(self.proj_out.weight.dtype)
+        waves = timestep_waves(torch.tensor(conditions), scale=1000).to(self.proj_out.weight.dtype)
         condition = F.silu(self.time_embedder(to_device(waves, self.proj_out.weight.device)))
         rows = torch.stack([cast(QwenImageBlock, block).modulate(condition) for block in self.transformer_blocks])
         blocks = torch.cat(self.tensor.all_gather(rows).unbind(), dim=-1).unflatten(-1, (6, -1))

@@ -157,13 +157,13 @@ class ZImageTransformer(PackedTransformer):
         (scale,) = per_token(rows[:, :1], context.image_index)
         return rms_norm(hidden.image, layer.attention_norm1.weight * scale, layer.eps)
 
-    def modulate(self, timesteps: Sequence[float]) -> Modulation:
+    def modulate(self, conditions: Sequence[float]) -> Modulation:
         """Rows of modulation of these timesteps, from 0 (noise) to 1.
 
         Layers are those of the noise refiner, then those of the stream. Parts of a layer: scale and gate of the
         attention, then of the feed-forward. Part of the output: a scale. Scales include the added 1.
         """
-        waves = timestep_waves(torch.tensor(timesteps, dtype=torch.float32) * self.config.t_scale)
+        waves = timestep_waves(torch.tensor(conditions, dtype=torch.float32) * self.config.t_scale)
         condition = self.time_embedder(to_device(waves.to(self.output.weight.dtype), self.output.weight.device))
         layers = chain(self.noise_refiner, self.layers)
         rows = torch.stack([cast(ZImageBlock, layer).modulation(condition) for layer in layers])
