@@ -21,7 +21,6 @@ from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.device.kinds import Device
 from vllm_omni.diffusion.compute.families.qwen_image.transformer import QwenImageTransformer
 from vllm_omni.diffusion.compute.families.z_image.transformer import ZImageTransformer
-from vllm_omni.diffusion.compute.startup import warmup
 from vllm_omni.diffusion.compute.startup.compile_cache import FOLDERS, keep_compiled_code
 from vllm_omni.diffusion.compute.step.compiled import Backend, CompiledBlocks
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
@@ -48,10 +47,8 @@ CACHES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(autouse=True)
-def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+def quickly(monkeypatch: pytest.MonkeyPatch, quick_warmup: None) -> None:
     logging.getLogger("torch.__trace").setLevel(logging.WARNING)
-    monkeypatch.setattr(warmup, "BUDGET_SECONDS", 0.0)
-    monkeypatch.setattr(warmup, "MIN_SAMPLES", 1)
     compile_with("aot_eager", monkeypatch)
 
 

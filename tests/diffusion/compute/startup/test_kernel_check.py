@@ -15,7 +15,6 @@ from vllm_omni.diffusion.compute.families.qwen_image import pipeline
 from vllm_omni.diffusion.compute.layers.kernels import TorchKernels, fused
 from vllm_omni.diffusion.compute.layers.rounding import Rows
 from vllm_omni.diffusion.compute.startup import kernel_check as kernels
-from vllm_omni.diffusion.compute.startup import warmup
 from vllm_omni.diffusion.compute.startup.kernel_check import check_kernels
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -45,10 +44,8 @@ class Recording(TorchKernels):
 
 
 @pytest.fixture
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, quick_warmup: None) -> None:
     monkeypatch.setattr(Device, "kernels", lambda self, choice: "triton")
-    monkeypatch.setattr(warmup, "BUDGET_SECONDS", 0.0)
-    monkeypatch.setattr(warmup, "MIN_SAMPLES", 1)
 
 
 def runner_of(path: Path) -> ModelRunner:
