@@ -48,7 +48,7 @@ class Recording(TorchKernels):
 
 
 @pytest.fixture
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, quick_warmup: None) -> None:
     monkeypatch.setattr(Device, "choose_kernels", lambda self, choice: "triton")
 
 
