@@ -28,7 +28,7 @@ from testbed.runner_driver import make_request
 from testbed.tiny_models import build_tiny_qwen_image
 from testbed.tiny_z_image import build_tiny_z_image
 from tests.diffusion.compute.distributed.ranks import run_places
-from tests.diffusion.compute.worker.replica import ranks_of, started
+from tests.diffusion.compute.worker.replica import started
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.placement import balance
 from vllm_omni.diffusion.messages.worker import RankInfo

@@ -16,7 +16,7 @@ from benchmarks.gpu.ranks import RankProcesses, listening_store
 from testbed.runner_driver import Drive, make_request
 from tests.diffusion.compute.cache.driving import Skips, watch_skips
 from tests.diffusion.compute.cache.test_layouts import Runs, in_turn
-from tests.diffusion.compute.worker.replica import merging, started, world_of
+from tests.diffusion.compute.worker.replica import merging, started
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.worker import RankInfo
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
-from vllm_omni.diffusion.catalog.model_info import Guidance, ModelInfo
-from vllm_omni.diffusion.catalog.packed_info import Shares
+from testbed.fakes import as_whole
+from vllm_omni.diffusion.catalog.model_info import Guidance
+from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo, Shares
 from vllm_omni.diffusion.catalog.whole_info import WholePipeline
-from vllm_omni.diffusion.control.request_builder import (
-    RequestBuilder,
-)
+from vllm_omni.diffusion.control.request_builder import RequestBuilder
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import WorkerReady
 
-INFO = ModelInfo(
+INFO = PackedModelInfo(
     path=Path("model"),
     family="qwen_image",
     size_multiple=16,
@@ -44,10 +42,10 @@ READY = WorkerReady(
 )
 
 
-WHOLE = replace(
+WHOLE = as_whole(
     INFO,
+    WholePipeline("SomePipeline", ("height", "width", "num_inference_steps", "guidance_scale"), "callback", 1),
     guidance=Guidance("guidance_scale", needs_negative_prompt=False),
-    whole=WholePipeline("SomePipeline", ("height", "width", "num_inference_steps", "guidance_scale"), "callback", 1),
     default_sampling_params={"height": 64, "width": 64, "num_inference_steps": 4, "guidance_scale": 5.0},
 )
 

@@ -18,8 +18,7 @@ from vllm_omni.diffusion.messages.request import DiffusionRequest, LoRA
 from vllm_omni.errors import ConfigError, InvalidRequestError, NotAvailableError
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, OmniPrompt
 
-assert WHOLE.whole is not None
-TAKES_LORA = replace(WHOLE, whole=replace(WHOLE.whole, takes_lora=True))
+TAKES_LORA = replace(WHOLE, pipeline=replace(WHOLE.pipeline, takes_lora=True))
 
 
 @pytest.fixture

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from tests.diffusion.control.builders import INFO, READY, WHOLE
-from vllm_omni.diffusion.control.request_builder import (
-    RequestBuilder,
-)
+from vllm_omni.diffusion.control.request_builder import RequestBuilder
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
-from vllm_omni.inputs.images import InputImage, ReaderSizes, prepared
+from vllm_omni.inputs.images import InputImage, ReaderSizes, prepare_image
 
 
 class Halving:
@@ -80,7 +79,7 @@ def test_the_size_of_an_edit_may_be_given() -> None:
     ],
 )
 def test_a_size_that_nobody_asked_for_obeys_the_limit(
-    picture: tuple[int, int], asked: dict[str, int], served: dict[str, int], size: tuple[int, int]
+    picture: tuple[int, int], asked: dict[str, Any], served: dict[str, int], size: tuple[int, int]
 ) -> None:
     """Sizes are (width, height). A size that the client did not send is limited without an error."""
     prompt = OmniPrompt("x", images=(black(*picture),))
@@ -101,23 +100,24 @@ def test_a_picture_is_blamed_for_proportions_that_the_limit_leaves_no_room_for()
 
 
 def test_pictures_that_are_prepared_stay_as_they_are() -> None:
-    image = prepared(black(32, 32), Halving().sizes)
+    image = prepare_image(black(32, 32), Halving().sizes)
     (request,) = editing().build(OmniPrompt("x", images=(image,)), OmniDiffusionSamplingParams(), "r")
     assert request.request.images[0] is image
 
 
-def test_pictures_may_be_fitted_before() -> None:
-    """`build` gives the same request for prepared pictures and for raw ones."""
-    whole = replace(WHOLE, image_input=Halving(), whole=replace(WHOLE.whole, follows_input=True))  # type: ignore[type-var]
+def test_a_prompt_may_be_checked_before() -> None:
+    """`check` resizes the picture to the given height and the width that follows from it, as `build` does."""
+    whole = replace(WHOLE, image_input=Halving(), pipeline=replace(WHOLE.pipeline, follows_input=True))
     follower = RequestBuilder(OmniDiffusionConfig("demo"), whole, READY)
     prompt, params = OmniPrompt("x", images=(black(64, 32),)), OmniDiffusionSamplingParams(height=96, seed=1)
-    fitted = follower.fit_images(prompt, params)
+    checked = follower.check(prompt, params)
+    fitted = checked.prompt
     assert [image.reference.shape for image in fitted.images] == [(96, 64, 3)]
-    (request,), (expected,) = (follower.build(given, params, "r") for given in (fitted, prompt))
+    (request,), (expected,) = follower.build_checked(checked, "r"), follower.build(prompt, params, "r")
     assert request.request.images[0] is fitted.images[0]
     assert replace(request, arrival=0.0) == replace(expected, arrival=0.0)
     with pytest.raises(InvalidRequestError, match="--max-pixels"):
-        follower.fit_images(prompt, OmniDiffusionSamplingParams(height=2**20))
+        follower.check(prompt, OmniDiffusionSamplingParams(height=2**20))
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_pictures_may_be_fitted_before() -> None:
         ((Image.new("F", (16, 16)),), "modes .* got F"),
     ],
 )
-def test_pictures_that_are_not_taken(images: tuple, words: str) -> None:
+def test_pictures_that_are_not_taken(images: tuple[Any, ...], words: str) -> None:
     with pytest.raises(InvalidRequestError, match=words) as caught:
         editing().build(OmniPrompt("x", images=images), OmniDiffusionSamplingParams(), "r")
     assert caught.value.param == "image"

@@ -107,7 +107,7 @@ async def test_batches_are_of_the_size_that_the_first_start_measured() -> None:
             await read_until_done(engine.add(requests), len(requests))
             assert max(len(plan.denoise) for plan in executor.runner.plans) == 2
             executor.die()
-            await until(lambda n=num_deaths: len(observer.restarts) == n + 1)
+            await until(lambda n=num_deaths: len(observer.restarts) == n + 1)  # type: ignore[misc]
 
 
 async def test_a_worker_that_dies_idle_is_replaced() -> None:
@@ -190,7 +190,7 @@ async def test_close_while_restarting() -> None:
 
 class HangsInFirstLife(FakeExecutor):
     async def start(self) -> WorkerReady:
-        self._hold = self.num_starts == 0
+        self.hold = self.num_starts == 0
         return await super().start()
 
 
@@ -211,7 +211,7 @@ async def test_workers_whose_step_is_overdue_are_replaced() -> None:
 
 
 @pytest.mark.parametrize("settings", [{"stall_seconds": 1e6}, {"stall_seconds": 0.0, "stall_factor": 1e6}])
-async def test_a_step_within_either_limit_is_left_alone(settings: dict[str, float]) -> None:
+async def test_a_step_within_either_limit_is_left_alone(settings: dict[str, Any]) -> None:
     """An idle engine has no overdue step."""
     executor = FakeExecutor(hold=True)
     engine = DiffusionEngine(make_config(), executor, **settings)
@@ -219,7 +219,7 @@ async def test_a_step_within_either_limit_is_left_alone(settings: dict[str, floa
         await engine.start()
         events = engine.add([now_request(steps=2)])
         for number in range(4):
-            await until(lambda n=number: executor.num_plans > n)
+            await until(lambda n=number: executor.num_plans > n)  # type: ignore[misc]
             await asyncio.sleep(0.01)  # longer than the estimate of the step
             assert engine.status().healthy
             assert executor.num_starts == 1

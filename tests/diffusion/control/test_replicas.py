@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from testbed.fakes import FakeExecutor, FakeRunner, fake_image, make_config, make_ready
 from testbed.patience import GUARD_SECONDS
 from tests.diffusion.control.engines import NotedEvents, failures, now_request, read_until_done, until
+from vllm_omni.diffusion.control.engine import DiffusionEngine
 from vllm_omni.diffusion.control.events import Finished
 from vllm_omni.diffusion.control.replicas import Replicas
 from vllm_omni.diffusion.data import DiffusionParallelConfig
@@ -47,9 +49,14 @@ async def running(
             await replicas.close()
 
 
+def engines_of(replicas: Replicas) -> list[DiffusionEngine]:
+    """The engine of each replica: private, but which of them holds a request shows nowhere else."""
+    return replicas._engines
+
+
 def ids_on(executor: FakeExecutor) -> set[str]:
     """Ids of the requests that the replica's worker got."""
-    plans = [*executor.runner.plans, *executor._pending]
+    plans = [*executor.runner.plans, *executor.pending]
     return {request.request_id for plan in plans for request in plan.new_requests}
 
 
@@ -84,15 +91,15 @@ async def test_a_request_goes_where_it_is_done_first() -> None:
             [("long", 50, 0), ("a", 4, 1), ("b", 4, 1), ("c", 4, 1), ("huge", 100, 1), ("d", 4, 0)]
         ):
             replicas.add([now_request(request_id, 64, steps)])
-            held = [engine.holds(request_id) for engine in replicas._engines]
+            held = [engine.holds(request_id) for engine in engines_of(replicas)]
             assert held == [home == 0, home == 1], request_id
             assert replicas.status().num_waiting + replicas.status().num_running == number + 1
-        queues = [engine.status().queue_seconds for engine in replicas._engines]
+        queues = [engine.status().queue_seconds for engine in engines_of(replicas)]
         assert replicas.status().queue_seconds == max(queues) > min(queues) > 0
         new = now_request("e")
-        assert replicas.eta_seconds([new]) == min(engine.eta_seconds([new]) for engine in replicas._engines)
+        assert replicas.eta_seconds([new]) == min(engine.eta_seconds([new]) for engine in engines_of(replicas))
         there = now_request("huge", 64, 100)
-        assert replicas.eta_seconds([there, new]) == replicas._engines[1].eta_seconds([there])
+        assert replicas.eta_seconds([there, new]) == engines_of(replicas)[1].eta_seconds([there])
         assert replicas.eta_seconds([]) == 0
 
 
@@ -126,7 +133,7 @@ async def test_a_replica_without_room_is_passed_over() -> None:
     ready = make_ready(seconds_per_unit=1.0)
     executors = [FakeExecutor(lambda: FakeRunner(ready=ready), hold=True) for _ in range(2)]
     async with running(executors, max_queue_seconds=70_000.0) as replicas:
-        full, other = replicas._engines
+        full, other = engines_of(replicas)
         replicas.add([now_request("long", 256, 100)])
         assert full.holds("long")
         assert full.status().queue_seconds < 70_000.0
@@ -150,7 +157,7 @@ async def test_one_dies_and_its_requests_only_wait() -> None:
         await until(lambda: len(observer.outcomes) == 3 and not replicas.status().healthy)
         status = replicas.status()
         assert (status.state, status.num_running + status.num_waiting) == ("running", 3)
-        # What comes meanwhile goes to the one that works.
+        # Requests that arrive meanwhile go to the replica that works.
         other = await read_until_done(replicas.add([now_request("new")]))
         assert isinstance(other[-1], Finished)
         gate.set()
@@ -169,7 +176,7 @@ async def test_one_dies_and_its_requests_only_wait() -> None:
 async def test_a_busy_replica_is_better_than_one_that_loads() -> None:
     executors = [FakeExecutor(hold=True), RestartsLate(asyncio.Event())]
     async with running(executors) as replicas:
-        busy, loading = replicas._engines
+        busy, loading = engines_of(replicas)
         executors[1].die()
         await until(lambda: loading.status().state == "restarting")
         for name in ("a", "b", "c"):
@@ -217,7 +224,7 @@ async def test_ready_is_said_for_all() -> None:
     readies = [
         make_ready(load_bytes=n, load_seconds=n, attention_backend=name) for n, name in ((1, "sdpa"), (2, "cudnn"))
     ]
-    executors = [FakeExecutor(lambda ready=ready: FakeRunner(ready=ready)) for ready in readies]
+    executors = [FakeExecutor(partial(FakeRunner, ready=ready)) for ready in readies]
     replicas = make_replicas(executors)
     assert replicas.status().state == "starting"
     with pytest.raises(UnavailableError):
@@ -232,7 +239,7 @@ async def test_ready_is_said_for_all() -> None:
 async def test_all_begin_to_drain_at_once() -> None:
     async with running([FakeExecutor(), FakeExecutor()]) as replicas:
         replicas.begin_drain()
-        assert [engine.status().state for engine in replicas._engines] == ["draining"] * 2
+        assert [engine.status().state for engine in engines_of(replicas)] == ["draining"] * 2
         with pytest.raises(UnavailableError):
             replicas.add([now_request()])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -96,7 +97,7 @@ def test_a_family_may_count_guidance_from_zero_and_know_a_negative_prompt() -> N
         ({"cfg_truncation": 1.5}, "cfg_truncation", "0 to 1"),
     ],
 )
-def test_wrong_parameters_of_such_a_family_are_named(params: dict, param: str, words: str) -> None:
+def test_wrong_parameters_of_such_a_family_are_named(params: dict[str, Any], param: str, words: str) -> None:
     other = RequestBuilder(OmniDiffusionConfig("demo"), GUIDED_BY_GUIDANCE_SCALE, READY)
     with pytest.raises(InvalidRequestError, match=words) as caught:
         other.build(OmniPrompt("x"), OmniDiffusionSamplingParams(**params), "r")
@@ -151,7 +152,7 @@ def test_outputs_have_consecutive_seeds_and_a_missing_seed_is_drawn_once() -> No
         ({"cache": 1}, "cache", "true or false"),
     ],
 )
-def test_wrong_parameters_are_named(params: dict, param: str, words: str) -> None:
+def test_wrong_parameters_are_named(params: dict[str, Any], param: str, words: str) -> None:
     with pytest.raises(InvalidRequestError, match=words) as caught:
         builder().build(OmniPrompt("x"), OmniDiffusionSamplingParams(**params), "r")
     assert caught.value.param == param
@@ -274,7 +275,8 @@ def test_limits_that_fail_every_default_request_are_blamed(settings: dict[str, o
 
 @pytest.mark.parametrize(("strength", "share"), [(None, 1.0), (1.0, 1.0), (0.25, 0.25)])
 def test_steps_that_strength_leaves_out_cost_nothing(strength: float | None, share: float) -> None:
-    info = replace(WHOLE, whole=replace(WHOLE.whole, parameters=(*WHOLE.whole.parameters, "strength")))  # type: ignore[union-attr, type-var]
+    parameters = (*WHOLE.pipeline.parameters, "strength")
+    info = replace(WHOLE, pipeline=replace(WHOLE.pipeline, parameters=parameters))
     price = RequestBuilder(OmniDiffusionConfig("demo"), info, READY)
     params = OmniDiffusionSamplingParams(strength=strength)
     (request,) = price.build(OmniPrompt("x"), params, "r")
@@ -342,17 +344,18 @@ def test_good_defaults_pass() -> None:
 
 def test_numbers_of_other_libraries_become_plain_ones() -> None:
     """NumPy's and other numbers become plain Python ones, which can be sent to a worker."""
-    params = OmniDiffusionSamplingParams(
-        height=np.int64(64),
-        width=np.uint8(96),
-        num_inference_steps=np.int32(3),
-        true_cfg_scale=np.float64(4.0),
-        seed=np.int64(7),
-        sigmas=list(np.linspace(1.0, 0.2, 3)),
-        priority=np.int8(-1),
-        num_outputs_per_prompt=np.int64(2),
-        num_previews=np.int64(1),
-    )
+    numbers: dict[str, Any] = {
+        "height": np.int64(64),
+        "width": np.uint8(96),
+        "num_inference_steps": np.int32(3),
+        "true_cfg_scale": np.float64(4.0),
+        "seed": np.int64(7),
+        "sigmas": list(np.linspace(1.0, 0.2, 3)),
+        "priority": np.int8(-1),
+        "num_outputs_per_prompt": np.int64(2),
+        "num_previews": np.int64(1),
+    }
+    params = OmniDiffusionSamplingParams(**numbers)
     served = builder(default_sampling_params={"max_sequence_length": np.int64(8)})
     requests = served.build(OmniPrompt(np.str_("x"), np.str_("y")), params, "r")
     plain = replace(params, height=64, width=96, num_inference_steps=3, true_cfg_scale=4.0, seed=7, priority=-1)
@@ -360,19 +363,21 @@ def test_numbers_of_other_libraries_become_plain_ones() -> None:
     same = builder().build(OmniPrompt("x", "y"), plain, "r")
     assert [replace(r, arrival=0) for r in requests] == [replace(r, arrival=0) for r in same]
     msgspec.msgpack.encode(requests)
-    (request,) = builder().build(OmniPrompt("x"), OmniDiffusionSamplingParams(sigmas=np.linspace(1, 0.5, 2)), "r")
+    sigmas: Any = np.linspace(1, 0.5, 2)
+    (request,) = builder().build(OmniPrompt("x"), OmniDiffusionSamplingParams(sigmas=sigmas), "r")
     assert request.request.sigmas == (1.0, 0.5)
 
 
 def test_numbers_in_tensors_become_plain_ones() -> None:
-    params = OmniDiffusionSamplingParams(
-        height=torch.tensor(64),
-        width=np.array(96),
-        true_cfg_scale=torch.tensor(4.0, dtype=torch.bfloat16),
-        seed=torch.tensor(7),
-        sigmas=torch.linspace(1, 0.5, 3),  # type: ignore[arg-type]
-        cache=np.array(False),
-    )
+    numbers: dict[str, Any] = {
+        "height": torch.tensor(64),
+        "width": np.array(96),
+        "true_cfg_scale": torch.tensor(4.0, dtype=torch.bfloat16),
+        "seed": torch.tensor(7),
+        "sigmas": torch.linspace(1, 0.5, 3),
+        "cache": np.array(False),
+    }
+    params = OmniDiffusionSamplingParams(**numbers)
     (request,) = builder().build(OmniPrompt("x", "y"), params, "r")
     assert (request.request.height, request.request.width, request.request.true_cfg_scale, request.request.seed) == (
         64,
@@ -384,7 +389,7 @@ def test_numbers_in_tensors_become_plain_ones() -> None:
     msgspec.msgpack.encode(request)
 
 
-NO_NUMBERS: list[object] = [True, np.True_, "1", 1j, float("nan"), [True], np.zeros((1, 1)), torch.tensor(True)]
+NO_NUMBERS: list[Any] = [True, np.True_, "1", 1j, float("nan"), [True], np.zeros((1, 1)), torch.tensor(True)]
 NO_NUMBERS += [torch.empty((), device="meta"), iter([1.0])]
 
 
@@ -405,14 +410,14 @@ NO_NUMBERS += [torch.empty((), device="meta"), iter([1.0])]
     ],
 )
 @pytest.mark.parametrize("value", NO_NUMBERS)
-def test_what_is_no_number_is_refused(name: str, value: object) -> None:
+def test_what_is_no_number_is_refused(name: str, value: Any) -> None:
     with pytest.raises(InvalidRequestError, match=f"^{name} takes a") as caught:
         builder().build(OmniPrompt("x"), OmniDiffusionSamplingParams(**{name: value}), "r")
     assert caught.value.param == name
 
 
 @pytest.mark.parametrize("text", ["\ud800", 5, b"x"])
-def test_prompts_are_text(text: object) -> None:
+def test_prompts_are_text(text: Any) -> None:
     for name, prompt in (("prompt", OmniPrompt(text)), ("negative_prompt", OmniPrompt("x", text))):
         with pytest.raises(InvalidRequestError, match=f"^{name} ") as caught:
             builder().build(prompt, OmniDiffusionSamplingParams(), "r")
@@ -435,7 +440,7 @@ def test_a_default_that_no_request_would_take_is_refused() -> None:
         (OmniPrompt("x"), {"num_previews": 1}, "num_previews"),
     ],
 )
-def test_what_a_whole_pipeline_does_not_take_is_named(prompt: OmniPrompt, params: dict, param: str) -> None:
+def test_what_a_whole_pipeline_does_not_take_is_named(prompt: OmniPrompt, params: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidRequestError, match=param) as caught:
         RequestBuilder(OmniDiffusionConfig("demo"), WHOLE, READY).build(
             prompt, OmniDiffusionSamplingParams(**params), "r"

@@ -49,8 +49,7 @@ def edits(folder: Path) -> tuple[Path, list[DiffusionRequest]]:
     noise = np.random.default_rng(0).integers(0, 255, (3, 64, 64, 3), dtype=np.uint8)
     images = [prepare_image(Image.fromarray(pixels), edit.sizes) for pixels in noise]
     pictures = [(images[0], images[1]), (images[1],), (images[2],)]
-    requests = [make_request(f"r-{i}", images=p, **fields) for i, (p, fields) in enumerate(zip(pictures, FIELDS))]
-    return path, requests
+    return path, [make_request(f"r-{i}", images=p, **fields) for i, (p, fields) in enumerate(zip(pictures, FIELDS))]
 
 
 def z_images(folder: Path) -> tuple[Path, list[DiffusionRequest]]:

@@ -16,7 +16,7 @@ from testbed.runner_driver import Drive, make_request, psnr
 from testbed.tiny_models import build_tiny_qwen_image
 from tests.diffusion.compute.distributed.ranks import run_places
 from tests.diffusion.compute.families.test_cuda_graphs import ARRIVALS, Capturer
-from tests.diffusion.compute.worker.replica import merging, ranks_of, started, world_of
+from tests.diffusion.compute.worker.replica import merging, started
 from tests.diffusion.compute.worker.test_layouts import placed_in_turn
 from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.data import DiffusionParallelConfig

@@ -10,8 +10,6 @@ import torch.distributed as dist
 
 from testbed.runner_driver import QUICK
 from vllm_omni.diffusion.catalog.registry import load_model_info
-from vllm_omni.diffusion.compute.coordination.ranks import Ranks
-from vllm_omni.diffusion.compute.distributed.mesh import World
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.control.executor.merging import merge_results
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
@@ -25,16 +23,6 @@ def started(rank_info: RankInfo, parallel: DiffusionParallelConfig, path: Path, 
     runner = ModelRunner(config, load_model_info(str(path)), rank_info, QUICK)
     runner.start()
     return runner
-
-
-def ranks_of(runner: ModelRunner) -> Ranks:
-    """The runner's ranks: private, but what they exchange shows nowhere else."""
-    return runner._ranks
-
-
-def world_of(runner: ModelRunner) -> World | None:
-    """The connections of the runner's ranks; None for a single rank."""
-    return ranks_of(runner)._world
 
 
 def merging(runner: ModelRunner) -> Callable[[StepResult], StepResult]:

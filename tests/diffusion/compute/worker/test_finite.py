@@ -67,7 +67,7 @@ def spoil(runner: ModelRunner, request_id: str, value: float, step: int) -> Call
             state.latents[-1, -1] = value
         return advance(state, branches, previews)
 
-    runner.pipeline.advance = spoiling  # type: ignore[method-assign,assignment]
+    runner.pipeline.advance = spoiling  # type: ignore[method-assign]
     return lambda: delattr(runner.pipeline, "advance")
 
 
@@ -229,7 +229,7 @@ def draw_spoiled(rank_info: RankInfo, parallel: DiffusionParallelConfig, path: P
             state.latents = state.latents * NAN
         return undo_late(state, branches, previews)
 
-    runner.pipeline.advance = spoiling  # type: ignore[method-assign,assignment]
+    runner.pipeline.advance = spoiling  # type: ignore[method-assign]
     drive = Drive(runner, merge=merging(runner)).run({0: REQUESTS, 1: [late]})
     return drive.images, {i: len(p) for i, p in drive.previews.items()}, drive.errors, kept(runner)
 

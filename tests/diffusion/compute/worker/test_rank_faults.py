@@ -14,7 +14,7 @@ import torch
 
 from testbed.runner_driver import Drive, kept, make_request, psnr
 from tests.diffusion.compute.distributed.ranks import run_places, run_ranks
-from tests.diffusion.compute.worker.replica import merging, ranks_of, started
+from tests.diffusion.compute.worker.replica import merging, started
 from vllm_omni.diffusion.compute.coordination.ranks import Ranks, RanksLostError
 from vllm_omni.diffusion.compute.distributed.groups import Group, GroupBrokenError
 from vllm_omni.diffusion.compute.distributed.mesh import World

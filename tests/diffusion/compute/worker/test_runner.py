@@ -164,7 +164,7 @@ def test_running_out_of_memory_is_recognised(runner: ModelRunner, poison: Poison
 
 
 def test_an_aborted_request_is_skipped_and_forgotten(runner: ModelRunner, alone: dict[str, np.ndarray]) -> None:
-    runner.execute(StepPlan(0, new_requests=REQUESTS[:2], encode=["a", "b"]))
+    runner.execute(StepPlan(0, new_requests=list(REQUESTS[:2]), encode=["a", "b"]))
     runner.execute(StepPlan(1, denoise=["a", "b"]))
     runner.abort(["b", "never seen"])
     result = runner.execute(StepPlan(2, denoise=["a", "b"], preview=["b"]))

@@ -15,7 +15,7 @@ from testbed.patience import GUARD_SECONDS
 from tests.descriptors import descriptors_left, low_descriptors_taken
 from tests.diffusion.control.engines import until
 from tests.diffusion.control.executor.test_worker_groups import Meeting, assert_all_done, make
-from tests.diffusion.control.executor.workers import Endless, closing, is_alive
+from tests.diffusion.control.executor.workers import Endless, closing, group_of, is_alive
 from vllm_omni.diffusion.control.engine import DiffusionEngine
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.plan import StepPlan, WorkerReady
@@ -27,7 +27,7 @@ class Connecting(FakeRunner):
 
     def start(self, first: WorkerReady | None = None) -> WorkerReady:
         from vllm_omni.diffusion.compute.coordination.ranks import connect
-        from vllm_omni.diffusion.compute.device.kinds import Device
+        from vllm_omni.diffusion.compute.device.device import Device
 
         world = connect(self.config.parallel, self.rank_info, Device("cpu"))
         return make_ready(load_seconds=world.mesh.control.agree(float(self.rank_info.rank)))
@@ -76,7 +76,7 @@ async def test_a_worker_that_lives_is_waited_for_and_no_longer() -> None:
     executor = make(1, FakeRunner)
     async with closing(executor):
         await executor.start()
-        worker = executor._group.workers[0]  # type: ignore[union-attr]
+        worker = group_of(executor).workers[0]
         assert not await worker._ended_within(0.02)
 
 

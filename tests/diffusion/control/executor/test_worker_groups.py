@@ -21,8 +21,10 @@ from tests.diffusion.control.executor.workers import (
     Endless,
     EndlessStart,
     Gated,
-    HoldsTheLock,
     closing,
+    group_of,
+    hang,
+    hang_with_the_lock,
     is_alive,
     name_of,
 )
@@ -69,7 +71,7 @@ class DiesInStep(FakeRunner):
         if plan.denoise:
             if self.rank_info.rank == 1:
                 raise OSError("rank 1 has lost its device")
-            Endless.execute(self, plan)
+            hang()
         return super().execute(plan)
 
 
@@ -79,20 +81,20 @@ class ClosesChannel(FakeRunner):
     def execute(self, plan: StepPlan) -> StepResult:
         if self.rank_info.rank == 1:
             os.closerange(3, 1000)
-        return Endless.execute(self, plan)
+        hang()
 
 
 class WrongOnOneRank(FakeRunner):
     def start(self, first: WorkerReady | None = None) -> WorkerReady:
         if self.rank_info.rank != 2:
-            Endless.execute(self, StepPlan(0))
+            hang()
         raise ConfigError("--dtype float16: not on this device")
 
 
 class DiesAtStart(FakeRunner):
     def start(self, first: WorkerReady | None = None) -> WorkerReady:
         if self.rank_info.rank != 2:
-            Endless.execute(self, StepPlan(0))
+            hang()
         raise FileNotFoundError("rank 2 has no weights")
 
 
@@ -104,8 +106,7 @@ class LongStart(FakeRunner):
 
 class HoldsTheLockAtStart(FakeRunner):
     def start(self, first: WorkerReady | None = None) -> WorkerReady:
-        HoldsTheLock.execute(self, StepPlan(0))
-        raise AssertionError
+        hang_with_the_lock()
 
 
 class HangsOnce(FakeRunner):
@@ -115,7 +116,7 @@ class HangsOnce(FakeRunner):
         marker = Path(self.config.model)
         if plan.denoise and self.rank_info.rank == self.rank_info.replica_size - 1 and not marker.exists():
             marker.touch()
-            Endless.execute(self, plan)
+            hang()
         return super().execute(plan)
 
 
@@ -182,7 +183,7 @@ async def test_a_killed_rank_ends_the_step_of_all() -> None:
         pids = executor.worker_pids
         os.kill(pids[1], signal.SIGKILL)
         await assert_dies_at_once(waiting, rf"^rank 1 \(pid {pids[1]}\) was killed by signal 9$")
-        listeners = executor._group._tasks[: len(pids)]  # type: ignore[union-attr]
+        listeners = group_of(executor)._tasks[: len(pids)]
         os.kill(pids[2], signal.SIGKILL)
         await asyncio.wait([listeners[2]])
         for _ in range(3):
@@ -400,7 +401,7 @@ async def test_two_replicas_of_two_share_the_work_and_one_dies() -> None:
 
 
 async def assert_all_done(events: asyncio.Queue[EngineEvent], requests: list[ScheduledRequest]) -> None:
-    pictures = {}
+    pictures: dict[str, np.ndarray] = {}
     while len(pictures) < len(requests):
         event = await events.get()
         assert not isinstance(event, Failed), event

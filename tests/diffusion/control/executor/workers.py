@@ -11,20 +11,21 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 from tqdm import tqdm
 
 from testbed.fakes import FakeRunner
 from testbed.patience import GUARD_SECONDS
 from vllm_omni.diffusion.control.executor import Executor
-from vllm_omni.diffusion.control.executor.multiproc import MultiprocExecutor
+from vllm_omni.diffusion.control.executor.multiproc import MultiprocExecutor, WorkerGroup
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.messages.worker import RankInfo
 from vllm_omni.errors import ConfigError
 
 ROOT = Path(__file__).parents[4]
+AnyExecutor = TypeVar("AnyExecutor", bound=Executor)
 
 
 class BrokenStart(FakeRunner):
@@ -115,26 +116,35 @@ class Chatty(FakeRunner):
         return super().execute(plan)
 
 
+def hang() -> NoReturn:
+    """Wait until the process is killed; its other threads run on."""
+    threading.Event().wait()
+    raise AssertionError
+
+
+def hang_with_the_lock() -> NoReturn:
+    """Wait until the process is killed; no other thread of it runs meanwhile."""
+    ctypes.PyDLL(None).pause()  # a PyDLL keeps the interpreter's lock
+    raise AssertionError
+
+
 class Endless(FakeRunner):
     """Runner with a step that never ends; other threads run on."""
 
     def execute(self, plan: StepPlan) -> StepResult:
-        threading.Event().wait()
-        raise AssertionError
+        hang()
 
 
 class EndlessStart(FakeRunner):
     def start(self, first: WorkerReady | None = None) -> WorkerReady:
-        Endless.execute(self, StepPlan(0))
-        raise AssertionError
+        hang()
 
 
 class HoldsTheLock(FakeRunner):
     """Runner with a step that never ends and holds the interpreter lock."""
 
     def execute(self, plan: StepPlan) -> StepResult:
-        ctypes.PyDLL(None).pause()  # of a PyDLL, so that the interpreter's lock is kept
-        raise AssertionError
+        hang_with_the_lock()
 
 
 def name_of(runner: type[FakeRunner]) -> str:
@@ -142,7 +152,7 @@ def name_of(runner: type[FakeRunner]) -> str:
 
 
 @asynccontextmanager
-async def closing(executor: Executor) -> AsyncIterator[Executor]:
+async def closing(executor: AnyExecutor) -> AsyncIterator[AnyExecutor]:
     async with asyncio.timeout(GUARD_SECONDS):
         try:
             yield executor
@@ -150,6 +160,12 @@ async def closing(executor: Executor) -> AsyncIterator[Executor]:
             await executor.close()
             if isinstance(executor, MultiprocExecutor):
                 assert executor.worker_pids == []
+
+
+def group_of(executor: MultiprocExecutor) -> WorkerGroup:
+    """The workers of a started executor: private, but the order of their failures shows nowhere else."""
+    assert executor._group is not None
+    return executor._group
 
 
 def is_alive(pid: int) -> bool:

@@ -11,7 +11,7 @@ import pytest
 
 from testbed.fakes import FakeExecutor, FakeRunner, fake_image, make_config, make_ready, make_scheduled
 from tests.diffusion.control.engines import NotedEvents, now_request, until
-from tests.diffusion.control.test_replicas import running
+from tests.diffusion.control.test_replicas import engines_of, running
 from tests.operations import counting_operations
 from vllm_omni.diffusion.control.events import Preview
 from vllm_omni.diffusion.control.replicas import Replicas
@@ -109,6 +109,7 @@ def test_a_step_of_which_most_of_the_queue_may_be_no_part() -> None:
                 plan = scheduler.schedule()
                 assert plan is not None
                 scheduler.update(runner.execute(plan), 0.01)
+        assert plan is not None
         assert plan.denoise == ["first", "last"]
     growth.check()
 
@@ -119,7 +120,7 @@ async def test_calls_of_replicas_and_a_step_of_their_engines() -> None:
         executors, observer = [FakeExecutor(hold=True), FakeExecutor(hold=True)], NotedEvents()
         settings = {"max_num_queued_reqs": length, "max_queue_seconds": math.inf}
         async with running(executors, observer, **settings) as replicas:
-            first, second = replicas._engines
+            first, second = engines_of(replicas)
             first.add(mixed_requests("a", length // 2))
             second.add(mixed_requests("b", length // 2 - 1))
             await until(lambda both=executors: all(one.num_plans == 2 for one in both))  # type: ignore[misc]

@@ -79,7 +79,8 @@ class QwenImageStream(nn.Module):
     ) -> Tensor:
         """Output [tokens, D] of the block.
 
-        x: [tokens, D]; attended: [tokens, D / P], or more rows, of which `positions` is each token's; rows: [rows, 6, D].
+        x: [tokens, D]; attended: [tokens, D / P], or more rows, of which `positions` has each token's;
+        rows: [rows, 6, D].
         """
         *_, gate, mlp_shift, mlp_scale, mlp_gate = rows.unbind(1)
         kernels = self.kernels
