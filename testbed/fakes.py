@@ -174,7 +174,7 @@ class FakeRunner:
             for request_id in request_ids:
                 if request_id not in self._dropped:
                     self._run(request_id, phase, plan, result)
-        for pictures in (result.images, result.previews):  # of several ranks, one delivers each picture
+        for pictures in (result.images, result.previews):  # only one rank delivers a picture
             for number, request_id in enumerate(sorted(pictures)):
                 if number % self.rank_info.replica_size != self.rank_info.rank:
                     del pictures[request_id]

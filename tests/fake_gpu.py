@@ -96,7 +96,7 @@ class FakeGpu(TorchDispatchMode):
     @contextmanager
     def waiting_allowed(self) -> Iterator[None]:
         self._may_wait = True
-        torch.__future__.set_overwrite_module_params_on_conversion(True)  # what is moved is of another class then
+        torch.__future__.set_overwrite_module_params_on_conversion(True)  # a moved tensor has another class then
         try:
             yield
         finally:

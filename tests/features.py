@@ -1,4 +1,4 @@
-"""Features of each family and the tests that prove them; `tools/matrix.py` writes README's table from this file.
+"""What works with which family, and the tests that prove it: README's matrix is written from here by `tools/matrix.py`.
 
 A test is named as pytest names it, without the cases that it is run with; `[word]` behind the name asks for the cases
 whose name has that word.
@@ -21,16 +21,16 @@ COLUMNS = (
 @dataclass(frozen=True)
 class Cell:
     text: str
-    """Markdown; may have footnotes and links."""
+    """Markdown: footnotes and links may stand in it."""
     tests: tuple[str, ...] = ()
-    """Tests that prove the text. Only an empty text, or one that begins with "no" or "not yet", needs none."""
+    """What proves the text; only "no", "not yet", what begins with them, and nothing at all may do without."""
 
 
 @dataclass(frozen=True)
 class Feature:
     name: str
     cells: tuple[Cell, ...]
-    """One cell a column."""
+    """A column each."""
 
 
 def yes(*tests: str, text: str = "yes") -> Cell:
@@ -39,9 +39,8 @@ def yes(*tests: str, text: str = "yes") -> Cell:
 
 NOT_YET, EMPTY = Cell("not yet"), Cell("")
 
-COMPUTE = "tests/diffusion/compute"
-CONTROL = "tests/diffusion/control"
-COMPUTE = f"{COMPUTE}/compute"
+DIFFUSION = "tests/diffusion"
+COMPUTE = f"{DIFFUSION}/compute"
 CACHE = f"{COMPUTE}/cache"
 FP8 = f"{COMPUTE}/families/test_float8.py"
 OPENAI = "tests/entrypoints/openai"
@@ -67,19 +66,19 @@ MIXED_BATCHES = (
     yes(SINGLE_EDITS, SEVERAL_EDITS),
     yes(f"{Z_IMAGE}::test_a_mixed_batch_draws_what_diffusers_draws"),
 )
-"""Batches of different sizes, steps, guidance and sigmas, compared with diffusers."""
+"""Of all sizes, steps and guidance, with sigmas of the request's own, against diffusers."""
 DATA_PARALLEL = (
-    f"{CONTROL}/control/test_replicas.py::test_pictures_of_one_call_spread_and_share_a_queue",
-    f"{CONTROL}/control/executor/test_worker_groups.py::test_two_replicas_of_two_share_the_work_and_one_dies",
+    f"{DIFFUSION}/control/test_replicas.py::test_pictures_of_one_call_spread_and_share_a_queue",
+    f"{DIFFUSION}/control/executor/test_worker_groups.py::test_two_replicas_of_two_share_the_work_and_one_dies",
 )
-"""The same for every family: whole engines side by side."""
+"""Blind to families: whole engines side by side."""
 
 
 def step_caches_feature() -> Feature:
     """Row of all registered step caches: each of them runs the tests that it names."""
     names = ", ".join(f"`{name}`" for name in STEP_CACHES)
     return Feature(
-        f"step caches ({names}), per sequence in mixed batches, with every kind of parallelism",
+        f"step caches ({names}), also in mixed batches and on several devices",
         (
             yes(
                 f"{CACHE}/test_company.py::test_decisions_and_pictures_are_those_of_the_request_alone",
@@ -92,9 +91,9 @@ def step_caches_feature() -> Feature:
             yes(
                 f"{CACHE}/test_families.py::test_decisions_and_pictures_are_those_of_the_request_alone[z_images]",
                 f"{CACHE}/test_families.py::test_layouts_decide_as_one_process[z_images]",
-                text="yes (TeaCache: Qwen-Image's polynomial unless `coefficients` say better)",
+                text="yes (calibrate TeaCache first)",
             ),
-            Cell("no: refused by name", (f"{WHOLE}/test_info.py::test_settings_of_packed_steps_are_refused",)),
+            Cell("no", (f"{WHOLE}/test_info.py::test_settings_of_packed_steps_are_refused",)),
         ),
     )
 
@@ -202,7 +201,7 @@ FEATURES = (
         (
             yes(
                 f"{FAMILIES}::test_previews_come_in_time_and_who_leaves_disturbs_nobody[qwen_image]",
-                f"{COMPUTE}/worker/test_runner.py::test_previews_foresee_the_picture",
+                f"{COMPUTE}/worker/test_runner.py::test_previews_come_near_the_picture",
                 f"{COMPUTE}/worker/test_runner.py::test_an_aborted_request_is_skipped_and_forgotten",
                 f"{OPENAI}/responses/test_streams.py::test_partial_images_then_the_picture",
                 f"{OPENAI}/responses/test_disconnects.py::test_stream_client_leaves",
@@ -244,17 +243,17 @@ FEATURES = (
         "Ulysses, ring, CFG, tensor and data parallelism, combined; same pixels",
         (
             yes(
-                f"{LAYOUTS}::test_a_layout_draws_what_one_process_draws[qwen_image]",
+                f"{LAYOUTS}::test_pictures_of_a_layout_equal_those_of_one_process[qwen_image]",
                 f"{LAYOUTS}::test_the_placement_may_change_at_every_step[qwen_image]",
                 *DATA_PARALLEL,
             ),
             yes(
-                f"{EDIT_LAYOUTS}::test_a_layout_draws_what_one_process_draws",
-                f"{EDIT_LAYOUTS}::test_the_placement_may_change_and_the_text_encoder_be_shared",
+                f"{EDIT_LAYOUTS}::test_edits_of_a_layout_equal_those_of_one_process",
+                f"{EDIT_LAYOUTS}::test_edits_with_changing_placement_and_a_shared_text_encoder",
                 *DATA_PARALLEL,
             ),
             yes(
-                f"{LAYOUTS}::test_a_layout_draws_what_one_process_draws[z_image]",
+                f"{LAYOUTS}::test_pictures_of_a_layout_equal_those_of_one_process[z_image]",
                 f"{LAYOUTS}::test_the_placement_may_change_at_every_step[z_image]",
                 f"{COMPUTE}/families/z_image/test_info.py::test_degrees_that_the_model_does_not_allow_are_refused",
                 *DATA_PARALLEL,
@@ -271,7 +270,7 @@ FEATURES = (
                 f"{COMPUTE}/families/qwen_image/test_vae.py::test_pictures_of_ranks_are_those_of_one_and_of_diffusers",
             ),
             yes(
-                f"{EDIT_LAYOUTS}::test_the_placement_may_change_and_the_text_encoder_be_shared",
+                f"{EDIT_LAYOUTS}::test_edits_with_changing_placement_and_a_shared_text_encoder",
                 f"{COMPUTE}/families/qwen_image/test_vision.py::test_ranks_that_share_it_give_the_same_states",
             ),
             yes(
@@ -332,10 +331,10 @@ FEATURES = (
         (
             Cell(
                 "with `--kernels torch` only",
-                (f"{COMPILING}::test_serving_compiles_nothing", f"{COMPILING}::test_ranks_compile_the_same"),
+                (f"{COMPILING}::test_serving_qwen_image_compiles_nothing", f"{COMPILING}::test_ranks_compile_the_same"),
             ),
-            Cell("with `--kernels torch` only", (f"{COMPILING}::test_serving_compiles_nothing_of_edits",)),
-            yes(f"{COMPILING}::test_serving_compiles_nothing_of_z_image"),
+            Cell("with `--kernels torch` only", (f"{COMPILING}::test_serving_edits_compiles_nothing",)),
+            yes(f"{COMPILING}::test_serving_z_image_compiles_nothing"),
             Cell("no"),
         ),
     ),

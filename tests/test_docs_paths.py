@@ -29,7 +29,7 @@ OTHER_PROGRAMS = {"docs/flags.md", "docs/performance.md", "docs/cache_quality.md
 """Pages whose flags are those of other servers and of benchmarks."""
 FLAGS_ELSEWHERE = {"--omni", "--images"}
 """`--omni` is vLLM's to read; `--images` is a flag of `vllm-omni calibrate-teacache`."""
-PLACEHOLDERS = re.compile(r"[*<{]|yours|\.\.\.")
+PLACEHOLDERS = re.compile(r"[*<{]|yours|NAME|interval|\.\.\.")
 """Parts of a path that stand for many, or for files that the reader is to write."""
 
 

@@ -40,7 +40,7 @@ def test_pictures_in_pictures_out(tiny_edit_model: Path) -> None:
             [params, params, params, OmniDiffusionSamplingParams(width=48, height=32, num_inference_steps=1), params],
         )
     assert one.images[0].size == (64, 64)  # 90:60 in about 64 * 64 pixels, of sides that are multiples of 32
-    assert two.images[0].size == (32, 96)  # that of the last picture
+    assert two.images[0].size == (32, 96)  # the size of the last picture
     assert sized.images[0].size == (48, 32)
     assert np.array_equal(pixels(one.images[0]), pixels(again.images[0]))
     assert np.array_equal(pixels(one.images[0]), pixels(clear.images[0])), "an alpha of full cover changes nothing"

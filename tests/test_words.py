@@ -17,38 +17,6 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("benchmarks", "src", "testbed", "tests", "tools")
 RIDDLE = re.compile(r"(of|what|that)\b", re.IGNORECASE)
 """First word of a text that only a reader of the code beside it can complete."""
-NOT_YET_CLEAN: tuple[str, ...] = (
-    "src/vllm_omni/diffusion/catalog/registry.py",
-    "src/vllm_omni/diffusion/compute",
-    "src/vllm_omni/diffusion/control",
-    "src/vllm_omni/diffusion/messages",
-    "src/vllm_omni/entrypoints/openai",
-    "src/vllm_omni/entrypoints/server",
-    "testbed",
-    "tests",
-)
-"""Files and folders whose texts are not checked yet."""
-SHARED_CLASS_NAMES: frozenset[str] = frozenset(
-    {
-        "Block",
-        "Decoder",
-        "Forward",
-        "Listener",
-        "LoRA",
-        "PictureDecoder",
-        "Pipeline",
-        "PromptTokenCounter",
-        "Ready",
-        "StepBlocks",
-        "StepContext",
-        "Stream",
-        "TextEncoder",
-        "TransformerConfig",
-        "VaeConfig",
-        "_UnderWay",
-    }
-)
-"""Class names that several modules of `src` define still."""
 
 
 class Text(NamedTuple):
@@ -100,11 +68,8 @@ def python_files(*folders: str) -> list[Path]:
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_docstrings_and_comments_begin_with_a_noun_or_a_verb(folder: str) -> None:
-    skipped = tuple(ROOT / name for name in NOT_YET_CLEAN)
     found = []
     for file in python_files(folder):
-        if any(file.is_relative_to(name) for name in skipped):
-            continue
         found += [f"{file.relative_to(ROOT)}:{line}: {text:.60}" for line, text in riddles(file.read_text())]
     assert not found, "\n".join(found)
 
@@ -155,5 +120,5 @@ def test_a_class_name_is_defined_once() -> None:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ClassDef):
                 modules[node.name].append(str(file.relative_to(ROOT)))
-    shared = {name: files for name, files in modules.items() if len(files) > 1 and name not in SHARED_CLASS_NAMES}
+    shared = {name: files for name, files in modules.items() if len(files) > 1}
     assert not shared, shared

@@ -219,7 +219,7 @@ async def test_pictures_that_are_none_end_as_what_they_are(caplog: pytest.LogCap
     assert (told["blocked"].status, told["blocked"].code) == (400, "moderation_blocked")
     assert told["blocked"].type == "image_generation_user_error"
     logged = sorted(record.getMessage().split()[1] for record in caplog.records)
-    assert logged == ["early", "late"]  # what is blocked is no fault
+    assert logged == ["early", "late"]  # a blocked plan is no fault
     outcomes = [("a", "completed"), ("blocked", "refused"), ("early", "failed"), ("late", "failed")]
     assert sorted(observer.outcomes) == outcomes
 

@@ -136,7 +136,7 @@ def test_eight_small_requests_of_different_sizes_share_packs() -> None:
     requests = [make_scheduled(f"r{n}", size, 10) for n, size in enumerate(sizes)]
     simulation = Simulation(make_scheduler(512), [(0.0, request) for request in requests]).run()
     denoising = [plan for plan in simulation.plans if plan.denoise]
-    assert len(denoising) <= 20  # of 80 steps; 680 tokens do not go into ten
+    assert len(denoising) <= 20  # not all 80 steps: ten do not hold 680 tokens
 
 
 @pytest.mark.parametrize("policy", ["fair", "fcfs"])
@@ -233,7 +233,7 @@ def test_a_step_led_by_an_encode_or_a_decode_holds_nothing_else() -> None:
     [
         (300, 600),  # nobody more than triples the step
         (10, 500),  # but for a quarter of the budget
-        (1600, 400),  # what is left of the budget
+        (1600, 400),  # the rest of the budget
     ],
 )
 def test_as_much_joins_a_step_as_keeps_it_short(lead: int, most: int) -> None:

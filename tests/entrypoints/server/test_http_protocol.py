@@ -92,7 +92,7 @@ def connection_of(server: LiveServer, client: RawClient) -> Any:
     address = client.socket.getsockname()
 
     def find() -> list[Any]:
-        connections: set[Any] = server.http.server_state.connections  # of our protocol
+        connections: set[Any] = server.http.server_state.connections  # objects of our protocol
         return [one for one in connections if one.client == address]
 
     server.wait_until(lambda: bool(find()))

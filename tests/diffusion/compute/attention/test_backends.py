@@ -113,7 +113,7 @@ def test_each_sequence_attends_to_itself_alone(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_blocks_of_keys_merge_to_the_whole(make: Make, dtype: torch.dtype) -> None:
     backend = make(dtype, 64)
-    lengths, firsts = [90, 7, 40], [30, 0, 40]  # of the keys of each sequence, those in the first block
+    lengths, firsts = [90, 7, 40], [30, 0, 40]  # keys of each sequence, and keys in the first block
     q, k, v = random(dtype, 3, sum(lengths), 3, 64).unbind()
     (whole,) = offsets_of(lengths)
     merged = Merged()

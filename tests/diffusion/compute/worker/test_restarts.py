@@ -77,7 +77,7 @@ class Lives:
 
     async def start(self) -> WorkerReady:
         ready = await self._executor.start()
-        torch.set_num_threads(1)  # what the next start finds, whatever this one chose
+        torch.set_num_threads(1)  # the next start begins with one thread
         return ready
 
     def picture(self) -> np.ndarray:

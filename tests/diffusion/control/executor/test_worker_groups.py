@@ -187,7 +187,7 @@ async def test_a_killed_rank_ends_the_step_of_all() -> None:
         os.kill(pids[2], signal.SIGKILL)
         await asyncio.wait([listeners[2]])
         for _ in range(3):
-            with pytest.raises(WorkerDiedError, match=r"^rank 1 "):  # what comes later is of its making
+            with pytest.raises(WorkerDiedError, match=r"^rank 1 "):  # later failures follow from this one
                 await executor.next_result()
         await executor.start()
         assert not any(map(is_alive, pids))

@@ -131,7 +131,7 @@ def test_whatever_is_no_url_is_refused(start: str) -> None:
 
     def resolve(host: str) -> list[str]:
         asked.append(host)
-        raise UnicodeError("label too long")  # of the system's own codec
+        raise UnicodeError("label too long")  # from the system's own codec
 
     fetcher = MediaFetcher(DOMAINS, 2**20, replace(POLICY, resolve=resolve, tls=False))
 

@@ -110,6 +110,6 @@ def test_stream_ends_in_peace_when_the_server_is_told_to_stop() -> None:
             assert response.status_code == 200
             running.call(running.http.handle_exit, signal.SIGTERM, None)
             running.wait_until(lambda: not running.http.servers[0].is_serving())
-            assert not AppStatus.should_exit  # what sse-starlette's watcher ends streams by, half a second later
+            assert not AppStatus.should_exit  # sse-starlette's watcher ends streams by it
             running.call(running.device.resume)
             assert next(response.iter_lines()) == "event: image_generation.completed"

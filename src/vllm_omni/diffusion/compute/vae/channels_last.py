@@ -42,5 +42,5 @@ def put_channels_last(decoder: Decoder, kernels: Kernels) -> None:
     decoder.conv_act = nn.Identity()
     for module in list(decoder.modules()):
         for name, child in module.named_children():
-            if isinstance(child, nn.GroupNorm):  # of attention
+            if isinstance(child, nn.GroupNorm):  # the norm of an attention block
                 setattr(module, name, GroupNorm(child, kernels, silu=False))

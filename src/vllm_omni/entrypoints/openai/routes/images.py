@@ -119,7 +119,9 @@ def make_images_router(service: ImageService) -> APIRouter:
     edits_pictures = not info.makes_videos and info.image_input is not None
 
     event = {"type": "object", "properties": {"event": {"type": "string"}, "data": {"type": "string"}}}
-    event_stream = {"content": {"text/event-stream": {"schema": {**event, "required": ["data"]}}}}  # of each event
+    event_stream = {
+        "content": {"text/event-stream": {"schema": {**event, "required": ["data"]}}}
+    }  # schema of each event
 
     @router.post(
         "/generations",

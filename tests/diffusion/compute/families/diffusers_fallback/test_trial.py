@@ -57,7 +57,7 @@ def test_rates_belong_to_the_size_that_is_made(model_of: ModelOf, monkeypatch: p
     monkeypatch.setattr(rates, "fit_line", fitted)
     start(model_of("SanaPipeline"))
     assert set(asked) == {(64, 64)}  # its folder's default
-    assert [sample.tokens for sample in measured] == [16 * 16]  # of 512x512
+    assert [sample.tokens for sample in measured] == [16 * 16]  # for 512x512
 
 
 def test_a_default_that_the_tokenizers_cannot_take_is_told(model_of: ModelOf, caplog: pytest.LogCaptureFixture) -> None:
