@@ -1,4 +1,4 @@
-"""What works with which family, and the tests that prove it: README's matrix is written from here by `tools/matrix.py`.
+"""Features of each family and the tests that prove them; `tools/matrix.py` writes README's table from this file.
 
 A test is named as pytest names it, without the cases that it is run with; `[word]` behind the name asks for the cases
 whose name has that word.
@@ -23,7 +23,7 @@ class Cell:
     text: str
     """Markdown: footnotes and links may stand in it."""
     tests: tuple[str, ...] = ()
-    """What proves the text; only "no", "not yet", what begins with them, and nothing at all may do without."""
+    """Tests that prove the text; only "no", "not yet", texts that begin with them, and nothing at all may do without."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ MIXED_BATCHES = (
     yes(SINGLE_EDITS, SEVERAL_EDITS),
     yes(f"{Z_IMAGE}::test_a_mixed_batch_draws_what_diffusers_draws"),
 )
-"""Of all sizes, steps and guidance, with sigmas of the request's own, against diffusers."""
+"""Batches of all sizes, steps and guidance, with sigmas of the request's own, against diffusers."""
 DATA_PARALLEL = (
     f"{DIFFUSION}/control/test_replicas.py::test_pictures_of_one_call_spread_and_share_a_queue",
     f"{DIFFUSION}/control/executor/test_worker_groups.py::test_two_replicas_of_two_share_the_work_and_one_dies",

@@ -106,7 +106,7 @@ def test_serving_qwen_image_compiles_nothing(cache: str, tmp_path: Path, caplog:
     caplog.set_level(logging.INFO)
     model = build_tiny_qwen_image(tmp_path / "model", layers=4, heads=4, time_scale=0.1)
     compiled, skipped = draw(model, ARRIVALS, compile_blocks=True, cache=cache)
-    check_log(caplog, "compiled Block.before (3 variants), Block.after (3 variants) in ")
+    check_log(caplog, "compiled QwenImageBlock.before (3 variants), QwenImageBlock.after (3 variants) in ")
     eager, skipped_eagerly = draw(model, ARRIVALS, compile_blocks=False, cache=cache)
     check(compiled, eager)
     assert skipped == skipped_eagerly
@@ -117,7 +117,7 @@ def test_serving_z_image_compiles_nothing(tmp_path: Path, caplog: pytest.LogCapt
     caplog.set_level(logging.INFO)
     model = build_tiny_z_image(tmp_path / "model", heads=4, time_scale=0.02)
     compiled, skipped = draw(model, ARRIVALS, compile_blocks=True, cache="cache_dit", residual_diff_threshold=0.6)
-    check_log(caplog, "compiled Block.before (2 variants), Block.after (2 variants) in ")
+    check_log(caplog, "compiled ZImageBlock.before (2 variants), ZImageBlock.after (2 variants) in ")
     eager, skipped_eagerly = draw(model, ARRIVALS, compile_blocks=False, cache="cache_dit", residual_diff_threshold=0.6)
     check(compiled, eager)
     assert skipped == skipped_eagerly > 2
@@ -133,7 +133,7 @@ def test_serving_edits_compiles_nothing(tiny_edit_model: Path, caplog: pytest.Lo
         1: [make_request("two", negative_prompt="", height=32, images=(two, one))],
     }
     compiled, _ = draw(tiny_edit_model, arrivals, compile_blocks=True)
-    check_log(caplog, "compiled Block.before (2 variants), Block.after (2 variants) in ")
+    check_log(caplog, "compiled QwenImageBlock.before (2 variants), QwenImageBlock.after (2 variants) in ")
     check(compiled, draw(tiny_edit_model, arrivals, compile_blocks=False)[0])
 
 
@@ -154,7 +154,7 @@ def draw_as_rank(rank_info: RankInfo, path: Path, parallel: DiffusionParallelCon
     [
         pytest.param(
             DiffusionParallelConfig(ulysses_degree=2, cfg_parallel_size=2),
-            "before (3 variants), Block.after (3 variants)",
+            "before (3 variants), QwenImageBlock.after (3 variants)",
             marks=pytest.mark.layouts,
         ),
         # Under tensor parallelism what comes after attention holds exchanges between ranks.
@@ -167,7 +167,7 @@ def test_ranks_compile_the_same(parallel: DiffusionParallelConfig, parts: str, t
     for images, lines in run_places(draw_as_rank, parallel, model, parallel):
         check(images, eager)
         assert [line for line in lines if line.startswith("WARNING")] == []
-        assert any(f"compiled Block.{parts} in " in line for line in lines)
+        assert any(f"compiled QwenImageBlock.{parts} in " in line for line in lines)
 
 
 def test_a_failed_compilation_ends_the_start_and_names_enforce_eager(
