@@ -192,7 +192,7 @@ class FakeRunner:
             if share := self._cached(request_id, step + 1):
                 result.cached[request_id] = share
             result.num_sequences += 1 + request.has_guidance
-            result.num_tokens += num_step_tokens(request)
+            result.num_tokens += num_step_tokens(request) * (1 + request.has_guidance) // 2
             if request_id in plan.preview:
                 result.previews[request_id] = self._image(request, step + 1)
         elif phase == "decode":

@@ -23,7 +23,7 @@ class Cell:
     text: str
     """Markdown: footnotes and links may stand in it."""
     tests: tuple[str, ...] = ()
-    """Tests that prove the text; only "no", "not yet", texts that begin with them, and nothing at all may do without."""
+    """Tests that prove the text. Only an empty text, or one that begins with "no" or "not yet", needs none."""
 
 
 @dataclass(frozen=True)

@@ -192,12 +192,12 @@ def test_a_neighbour_that_fails_in_the_middle_of_a_step_changes_no_decision(calm
     project = runner.pipeline.transformer.project  # type: ignore[attr-defined]  # Qwen-Image's
     calls = 0
 
-    def failing(hidden: Any, context: Any) -> torch.Tensor:
+    def failing(hidden: Any, context: Any, *rest: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if context.pack.num_sequences > 2 and calls % 3 == 0:
             raise RuntimeError("poisoned")
-        velocity: torch.Tensor = project(hidden, context)
+        velocity: torch.Tensor = project(hidden, context, *rest)
         return velocity
 
     runner.pipeline.transformer.project = failing  # type: ignore[attr-defined]

@@ -88,7 +88,9 @@ def test_fifty_sizes_are_compiled_once_a_variant(family: Family, tmp_path: Path)
     for seed in range(50):
         family.check(compiled, eager, some_sequences(rng), seed)
     assert [part.num_compilations for part in blocks.parts] == [family.variants] * 2
-    assert str(blocks) == f"Block.before ({family.variants} variants), Block.after ({family.variants} variants)"
+    block, variants = family.module.__name__.split(".")[-2], f"({family.variants} variants)"
+    name = {"qwen_image": "QwenImageBlock", "z_image": "ZImageBlock"}[block]
+    assert str(blocks) == f"{name}.before {variants}, {name}.after {variants}"
 
 
 @needs_compiler

@@ -48,7 +48,7 @@ CACHES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(autouse=True)
-def quickly(monkeypatch: pytest.MonkeyPatch, quick_warmup: None) -> None:
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     logging.getLogger("torch.__trace").setLevel(logging.WARNING)
     compile_with("aot_eager", monkeypatch)
 

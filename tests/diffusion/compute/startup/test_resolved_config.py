@@ -15,6 +15,7 @@ from testbed.runner_driver import QUICK
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.coordination.ranks import Ranks
 from vllm_omni.diffusion.compute.device.device import Device
+from vllm_omni.diffusion.compute.families import component_loader
 from vllm_omni.diffusion.compute.families.qwen_image import pipeline
 from vllm_omni.diffusion.compute.layers.kernels import TorchKernels, fused
 from vllm_omni.diffusion.compute.layers.rounding import Rows
@@ -48,7 +49,7 @@ class Recording(TorchKernels):
 
 
 @pytest.fixture
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, quick_warmup: None) -> None:
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Device, "choose_kernels", lambda self, choice: "triton")
 
 
@@ -61,7 +62,7 @@ def test_the_warm_up_runs_kernels_with_every_kind_of_arguments(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recording = Recording()
-    monkeypatch.setattr(pipeline, "create_kernels", lambda name: recording)
+    monkeypatch.setattr(component_loader, "create_kernels", lambda name: recording)
     runner_of(tiny_model).start()
     assert recording.kinds == {
         (name, is_none) for name in ("norm_modulate", "gated_add", "picking", "heads") for is_none in (0, 1)

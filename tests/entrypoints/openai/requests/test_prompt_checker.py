@@ -52,12 +52,12 @@ async def test_those_beyond_the_bound_are_told_to_come_back() -> None:
     waiting = [asyncio.create_task(checker.make_job(checked(text))) for text in "ab"]
     await asyncio.sleep(0)
     with pytest.raises(QueueFullError, match="2 requests wait") as caught:
-        await checker.resolve(checked("c"))
+        await checker.make_job(checked("c"))
     assert caught.value.retry_after == 6e6, "until those that wait are read"
     assert observer.rejects == ["queue_full"]
     omni.go.set()
     assert await asyncio.gather(*waiting) == ["a", "b"]
-    assert await checker.resolve(checked("d")) == "d"  # there is room again
+    assert await checker.make_job(checked("d")) == "d"  # there is room again
     assert 0 < checker._seconds < 3e6, "measured"
     checker.close()
 

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 import vllm_omni
+from testbed.fakes import NUM_PROMPT_TOKENS
 from testbed.live_server import ALIAS, MODEL_NAME, STEPS, LiveServer, live_server
 from testbed.patience import wait_for
 from vllm_omni.diffusion.control.events import EngineStatus
@@ -153,7 +154,7 @@ def test_metrics_exist_at_zero_and_count() -> None:
         "vllm_omni:stage_time_seconds_count{stage=vae_decode}": 3,
         "vllm_omni:stage_time_seconds_count{stage=media_encode}": 3,
         "vllm_omni:step_batch_sequences_sum": 3 * STEPS + 1,
-        "vllm_omni:step_batch_tokens_sum": 3 * STEPS * (32 + 1) + 17,
+        "vllm_omni:step_batch_tokens_sum": 3 * STEPS * (32 + NUM_PROMPT_TOKENS) + 16 + NUM_PROMPT_TOKENS,
         "vllm:num_requests_running": 0,
         "vllm:num_requests_waiting": 0,
         "vllm_omni:queue_work_seconds": 0,

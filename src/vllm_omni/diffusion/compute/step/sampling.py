@@ -58,8 +58,8 @@ def combine_bounded(positive: Tensor, negative: Tensor, scale: float, max_growth
 def _unless_infinite(ratio: Tensor, divisor: Tensor) -> Tensor:
     """`ratio`, and NaN where `divisor` is infinite.
 
-    A ratio of 0 would make a velocity of zero, and noise would pass as a result. infinity * 0 is NaN, without a read
-    from the device.
+    A ratio of 0 would make a velocity of zero, and noise would pass as a result. The product infinity * 0 is NaN; it
+    needs no read from the device.
     """
     return ratio + 0 * divisor
 
