@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -76,15 +76,6 @@ def rate_of(found: list[Ceiling], kind: str) -> float | None:
     if kind in ("attention", "copy"):
         return max(c.rate or 0.0 for c in known)
     return sum(c.weight for c in known) / sum(c.weight / (c.rate or 1.0) for c in known)
-
-
-def measured_card(found: list[Ceiling]) -> Card:
-    """Card with the measured rates; a missing rate is infinite, so that it does not count in a floor."""
-    rates = {kind: rate_of(found, kind) for kind in ("gemm", "fp8", "attention", "copy")}
-    links = (card_at_hand() or CARDS["h100"]).link_bytes
-    infinite = float("inf")
-    card = Card("measured", rates["gemm"] or infinite, rates["fp8"] or infinite, rates["copy"] or infinite, links)
-    return replace(card, attention_flops=rates["attention"])
 
 
 def print_ceilings(cost: StepCost) -> None:

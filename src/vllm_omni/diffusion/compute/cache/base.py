@@ -60,7 +60,7 @@ class CacheSlot:
     """Storage of a step cache for one guidance branch of one request, on one rank."""
 
     content: SlotContent | None = None
-    """Content after the last step; None if this rank did not compute the branch in that step."""
+    """Content after the last step; None if this rank did not compute the branch in that step, or stored nothing."""
     next_content: SlotContent | None = None
     """Content after the current step."""
     skipped: bool = False

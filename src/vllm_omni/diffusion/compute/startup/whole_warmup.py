@@ -37,6 +37,7 @@ def warm_up_whole(
     num_threads: CPU threads to use; None: choose them.
     Raises ConfigError with the reason of each failure when no trial succeeds.
     """
+    info.count_prompt_tokens("")  # loads the tokenizer, which must not count as the time of an encode
     own_size = [default_request(info, None)] * 2
     small = [default_request(info, tokens) for tokens in SMALL_PICTURE_TOKENS]
     trials = [own_size] if info.pipeline.bins else [small, own_size]

@@ -83,9 +83,9 @@ def _capture(hidden: Hidden, blocks: CapturableBlocks, which: range, capturer: C
     try:
         return _CapturedGraph(hidden, blocks, which, capturer)
     except torch.OutOfMemoryError as error:  # for the graph; without one the step may have enough
-        logger.warning("no memory to record a step of %d tokens: %s", blocks.pack.num_tokens, error)
+        logger.warning("no memory to capture a step of %d tokens: %s", blocks.pack.num_tokens, error)
     except Exception as error:
-        logger.warning("a step of %d tokens cannot be recorded: %s", blocks.pack.num_tokens, error)
+        logger.warning("a step of %d tokens cannot be captured: %s", blocks.pack.num_tokens, error)
         capturer.failure = str(error)
     return None
 

@@ -66,7 +66,7 @@ State = TypeVar("State", bound=RequestState)
 
 
 class Pipeline(ABC, Generic[State]):
-    """One loaded model. A family's `pipeline.py` has a subclass of this name.
+    """One loaded model. The registry's `PIPELINES` names the subclass of each family.
 
     A denoising step is `predict` for many requests at once, which changes no state (so it can be repeated without the
     request that failed), then `advance` for each request. Methods may raise anything: the runner turns it into that

@@ -3,7 +3,7 @@
 The worker ends when the parent's end of the socket closes. If a forked child of the parent keeps a copy of that end
 open, the kernel ends the worker with its parent (`parent_death.py`).
 A separate thread receives messages while a step runs, so an abort overtakes plans that were sent before it. The same
-thread sends beats, which show that the worker is alive.
+thread sends heartbeats, which show that the worker is alive.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def run_worker(channel: BlockingChannel[ToWorker], runner_name: str, process_exi
     start = channel.receive()
     assert isinstance(start, Start)
     receiver = MessageReceiver(channel, process_exit)
-    receiver.start()  # before loading: a rank that loads or waits for others must send beats and end with the parent
+    receiver.start()  # before loading: a rank that loads must send heartbeats and end with the parent
     module, _, name = runner_name.partition(":")
     make_runner: MakeRunner = getattr(import_module(module), name)
     runner = receiver.runner = make_runner(start.config, start.rank_info)
@@ -153,7 +153,7 @@ class ResultSender(threading.Thread):
 
 
 class MessageReceiver(threading.Thread):
-    """Thread that receives the parent's messages and sends Beats; it ends the process when the parent ends."""
+    """Thread that receives the parent's messages and sends heartbeats; it ends the process when the parent ends."""
 
     def __init__(self, channel: BlockingChannel[ToWorker], process_exit: ProcessExit) -> None:
         super().__init__(daemon=True, name="channel")

@@ -66,10 +66,11 @@ class BodyReader:
         request: Request,
         reservation: UploadReservation,
         convert: Callable[[Any], Result],
-        max_bytes: int = MAX_JSON_BYTES,
+        max_bytes: int | None = None,
     ) -> Result:
         """Result of `convert` for a JSON body; parsing and `convert` run in a thread.
 
+        max_bytes: limit of the route, for bodies without pictures; None: MAX_JSON_BYTES alone.
         Raises what `convert` and `chunks` raise; InvalidRequestError for another content type, RequestValidationError
         for invalid JSON, HTTPException (413) for a body that is too large.
         """
@@ -88,7 +89,7 @@ class BodyReader:
         return await asyncio.to_thread(lambda: convert(_parsed(data)))
 
     async def model(
-        self, request: Request, reservation: UploadReservation, model: type[Body], max_bytes: int = MAX_JSON_BYTES
+        self, request: Request, reservation: UploadReservation, model: type[Body], max_bytes: int | None = None
     ) -> Body:
         """A JSON body as a validated `model`. Raises as `json`."""
         return await self.json(
@@ -112,12 +113,14 @@ def validated(validate: Callable[[], Body]) -> Body:
         raise _invalid(error.errors(include_url=False, include_context=False)[0]) from error
 
 
-def _check_size(num_bytes: int, max_bytes: int) -> None:
+def _check_size(num_bytes: int, max_bytes: int | None) -> None:
     """Raise HTTPException (413) if a body of `num_bytes` is too large."""
-    if num_bytes > max_bytes:
+    if max_bytes is not None and num_bytes > max_bytes:
+        raise HTTPException(413, f"The request body is larger than {max_bytes} bytes.")
+    if num_bytes > MAX_JSON_BYTES:
         raise HTTPException(
             413,
-            f"A JSON body has at most {max_bytes} bytes; larger pictures go as multipart/form-data to "
+            f"A JSON body has at most {MAX_JSON_BYTES} bytes; larger pictures go as multipart/form-data to "
             "/v1/images/edits.",
         )
 

@@ -7,6 +7,7 @@ import copy
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -170,6 +171,7 @@ class DiffusersPipeline(Pipeline[WholeState]):
         self._device = device
         self._adapters = adapters
         self._info = info
+        self._count_tokens = lru_cache(64)(info.count_prompt_tokens)  # pictures of one call have one prompt
         self.step_cache = NoCache(Group.alone())  # never used
         self._calls: dict[str, PipelineCall] = {}
         # A paused call would keep the weights until the process ends.
@@ -205,6 +207,7 @@ class DiffusersPipeline(Pipeline[WholeState]):
 
     def encode(self, request: DiffusionRequest) -> WholeState:
         self._give_turn(request)
+        branch_tokens = self._branch_tokens(request)
         call = PipelineCall(self.pipeline, self._info.pipeline, request, self._device)
         self._calls[request.request_id] = call
         try:
@@ -212,13 +215,13 @@ class DiffusersPipeline(Pipeline[WholeState]):
         except Exception:  # the runner reports it; a call that did not begin is dropped
             del self._calls[request.request_id]
             raise
-        return WholeState(request, self._nothing, self._branch_tokens(request), call=call)
+        return WholeState(request, self._nothing, branch_tokens, call=call)
 
     def _branch_tokens(self, request: DiffusionRequest) -> tuple[int, ...]:
         info, num_seen = self._info, self._info.count_image_prompt_tokens(request.images)
         prompts = (request.prompt, request.negative_prompt)[: 1 + request.has_guidance]
         return info.branch_tokens(
-            [num_seen + (0 if prompt is None else info.count_prompt_tokens(prompt)) for prompt in prompts],
+            [num_seen + (0 if prompt is None else self._count_tokens(prompt)) for prompt in prompts],
             info.num_image_tokens(request.height, request.width, request.num_frames),
             sum(map(info.num_reference_tokens, request.images)),
         )
