@@ -123,7 +123,7 @@ def test_steps_for_whose_recording_memory_is_missing_are_sent(
 ) -> None:
     caplog.set_level(logging.WARNING)
     drawn = draw(tiny_model, Capturer(torch.OutOfMemoryError("no room")), monkeypatch)
-    assert "no memory to record a step of" in caplog.text
+    assert "no memory to capture a step of" in caplog.text
     assert_equal(drawn, draw(tiny_model, None, monkeypatch))
 
 
@@ -143,7 +143,7 @@ def test_what_cannot_be_recorded_later_is_sent_and_nothing_is_recorded_any_more(
     for _ in range(2):
         drive = Drive(runner).run(ARRIVALS)
         assert not drive.errors
-    assert sum("cannot be recorded: not permitted" in r.getMessage() for r in caplog.records) == 1
+    assert sum("cannot be captured: not permitted" in r.getMessage() for r in caplog.records) == 1
     assert_equal(drive, draw(tiny_model, None, monkeypatch))
 
 
