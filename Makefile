@@ -10,7 +10,7 @@ help:
 	@echo "make serve   set up, serve the demo model until Ctrl-C (PORT=8000 for a fixed port)"
 	@echo "make test    set up, run the linters and the tests (PROCESSES=2, more on a large machine)"
 	@echo "make test-layouts   the tests of every parallel layout, up to 8 processes (some minutes)"
-	@echo "make test-thorough  slow tests of what the default run sees in another way"
+	@echo "make test-thorough  slow tests: whole servers, replays, benchmarks (about 5 minutes)"
 	@echo "make test-soak      a minute of load on a real server while its workers are killed and stopped"
 	@echo "make check   the linters alone"
 
@@ -38,7 +38,7 @@ test-layouts: $(SETUP)
 	$(BIN)/python -m pytest -m layouts --timeout 1800
 
 test-thorough: $(SETUP)
-	$(BIN)/python -m pytest -m thorough
+	$(BIN)/python -m pytest -m thorough --numprocesses $(or $(PROCESSES),2) --dist loadfile
 
 test-soak: $(SETUP)
 	$(BIN)/python -m pytest -m soak

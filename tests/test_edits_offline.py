@@ -25,6 +25,7 @@ def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image)
 
 
+@pytest.mark.thorough
 def test_pictures_in_pictures_out(tiny_edit_model: Path) -> None:
     params = OmniDiffusionSamplingParams(num_inference_steps=3, true_cfg_scale=4.0, seed=1)
     edit = {"prompt": "make it sunset", "negative_prompt": "blurry", "multi_modal_data": {"image": PHOTO}}

@@ -111,9 +111,8 @@ async def test_previews_come_in_time_and_who_leaves_disturbs_nobody(family: tupl
         assert np.abs(picture(company).astype(int) - picture(outputs[-1])).max() <= 1
 
 
-@pytest.mark.parametrize(
-    "family", ["edits", pytest.param("z_image", marks=pytest.mark.thorough), "by_diffusers"], indirect=True
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("family", ["edits", "z_image", "by_diffusers"], indirect=True)
 async def test_a_replay_draws_the_same_picture(family: tuple[Path, dict[str, Any]]) -> None:
     path, prompt = family
     async with started(path, "mp") as omni:

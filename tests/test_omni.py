@@ -389,6 +389,7 @@ print(*[pid for engine in omni._async._engine._engines for pid in engine._execut
 """
 
 
+@pytest.mark.thorough
 def test_a_script_with_many_workers_ends_by_itself_and_leaves_nothing() -> None:
     command = [sys.executable, "-W", "error::ResourceWarning", "-c", MANY_WORKERS]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}

@@ -16,6 +16,8 @@ from benchmarks.gpu.engine import forced_mask
 from benchmarks.gpu.idle import covered
 from benchmarks.gpu.layouts import parse_layout
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

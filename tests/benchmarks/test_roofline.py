@@ -33,6 +33,8 @@ from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.placement import balance
 from vllm_omni.diffusion.messages.worker import RankInfo
 
+pytestmark = pytest.mark.thorough
+
 BUILDERS: dict[str, Callable[..., Path]] = {"qwen_image": build_tiny_qwen_image, "z_image": build_tiny_z_image}
 REQUESTS = [
     make_request("a", "a red apple and a blue car", negative_prompt="", height=96, width=80),

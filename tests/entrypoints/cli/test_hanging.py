@@ -99,6 +99,7 @@ def picture() -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.thorough
 def test_no_pool_holds_up_the_end(path: Path) -> None:
     with fake_server(path, shutdown_timeout=1e15, stop_seconds=30.0) as server:
         far = {"prompt": "x", "images": [{"image_url": f"http://{FAR_HOST}/picture.png"}]}

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import httpx
 import psutil
+import pytest
 from benchmarks.served import workers_among
 
 from testbed.patience import GUARD_SECONDS, wait_for
@@ -77,6 +78,7 @@ def kill_a_worker(server: psutil.Popen, client: httpx.Client) -> None:
     assert generation.response.status_code == 200
 
 
+@pytest.mark.thorough
 def test_a_pipe_that_nobody_reads_and_then_a_reader_that_leaves(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, SMALLEST_PIPE)

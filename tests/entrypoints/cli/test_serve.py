@@ -246,6 +246,7 @@ def test_sigterm_finishes_what_runs_and_refuses_the_rest(server: Shared, client:
     assert server.process.survivors() == []
 
 
+@pytest.mark.thorough
 def test_a_second_signal_on_a_unix_socket_ends_at_once(tmp_path: Path) -> None:
     path = tmp_path / "omni.sock"
     with server_process("--uds", str(path), "--shutdown-timeout", PATIENCE, "--disable-uvicorn-access-log") as server:
@@ -271,6 +272,7 @@ def test_a_second_signal_on_a_unix_socket_ends_at_once(tmp_path: Path) -> None:
     assert "SIGTERM: ending at once" in lines[0]
 
 
+@pytest.mark.thorough
 def test_the_model_in_the_servers_own_process() -> None:
     flags = ("--host", "127.0.0.1", "--port", "0", "--distributed-executor-backend", "uni")
     with server_process(*flags) as server:
@@ -298,6 +300,7 @@ def test_a_server_that_loads_says_so_and_a_signal_ends_it_in_good_order() -> Non
         assert server.survivors() == []
 
 
+@pytest.mark.thorough
 def test_too_many_deaths_end_the_server_with_an_error() -> None:
     with server_process("--host", "127.0.0.1", "--port", "0", "--max-worker-restarts", "0") as server:
         server.wait_until_ready()

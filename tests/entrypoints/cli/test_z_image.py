@@ -8,6 +8,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import pytest
 import torch
 from diffusers import ZImagePipeline
 from PIL import Image
@@ -15,6 +16,8 @@ from PIL import Image
 from testbed.runner_driver import psnr
 from testbed.tiny_z_image import BASE_SHIFT, build_tiny_z_image
 from tests.entrypoints.cli.server_process import server_process
+
+pytestmark = pytest.mark.thorough
 
 
 def test_the_server_draws_what_diffusers_draws(tmp_path: Path) -> None:

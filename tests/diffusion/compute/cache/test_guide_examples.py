@@ -11,6 +11,8 @@ from vllm_omni import Omni
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
+pytestmark = pytest.mark.thorough
+
 DUAL_BLOCK = {
     "Fn_compute_blocks": 1,
     "Bn_compute_blocks": 0,

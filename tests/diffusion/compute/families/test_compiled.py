@@ -93,6 +93,7 @@ def test_fifty_sizes_are_compiled_once_a_variant(family: Family, tmp_path: Path)
     assert str(blocks) == f"{name}.before {variants}, {name}.after {variants}"
 
 
+@pytest.mark.thorough
 @needs_compiler
 def test_compiled_to_machine_code(family: Family, tmp_path: Path) -> None:
     compiled, eager = family.models(tmp_path)

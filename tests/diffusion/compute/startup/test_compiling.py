@@ -113,6 +113,7 @@ def test_serving_qwen_image_compiles_nothing(cache: str, tmp_path: Path, caplog:
     assert (skipped > 2) == (cache != "none"), "a cache that skips nothing proves nothing"
 
 
+@pytest.mark.thorough
 def test_serving_z_image_compiles_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     model = build_tiny_z_image(tmp_path / "model", heads=4, time_scale=0.02)

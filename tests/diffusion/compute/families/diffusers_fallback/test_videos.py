@@ -34,6 +34,7 @@ def filmed(pipeline: Any, seed: int, **arguments: Any) -> np.ndarray:
     return np.stack([np.array(frame) for frame in frames])
 
 
+@pytest.mark.thorough
 def test_frames_are_diffusers_own(model_of: ModelOf, pipeline_of: PipelineOf) -> None:
     """Out of a worker process, as PIL pictures, two requests of other sizes and lengths at once."""
     params = [
