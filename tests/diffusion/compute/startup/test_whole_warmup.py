@@ -35,7 +35,9 @@ class TrialOf:
         return (1.0, 1.0, 1.0)
 
     def start(self, bins: tuple[Any, ...] = (), num_threads: int | None = None) -> None:
-        info: Any = SimpleNamespace(pipeline=SimpleNamespace(class_name="SomePipeline", bins=bins))
+        info: Any = SimpleNamespace(
+            pipeline=SimpleNamespace(class_name="SomePipeline", bins=bins), count_prompt_tokens=len
+        )
         device: Any = self.device
         warm_up_whole(SimpleNamespace(), info, RankTimer(device, Ranks()), 1, num_threads)  # type: ignore[arg-type]
 
