@@ -361,7 +361,8 @@ print(outputs[0].images[0].size)
 """
 
 
-@pytest.mark.parametrize("backend", [pytest.param("uni", marks=pytest.mark.thorough), "mp"])
+@pytest.mark.thorough
+@pytest.mark.parametrize("backend", ["uni", "mp"])
 def test_a_script_without_guard_and_close_ends_by_itself(backend: str) -> None:
     command = [sys.executable, "-W", "error::ResourceWarning", "-c", SCRIPT.format(backend=backend)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -66,6 +66,7 @@ def importable_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("importable_tests")
 def test_a_forked_process_is_refused_and_leaves_the_engine_to_its_parent() -> None:
     command = [sys.executable, "-W", "error::ResourceWarning", "-c", FORKS]

@@ -135,6 +135,7 @@ def test_a_second_signal_while_the_loop_hangs(path: Path) -> None:
     assert not path.exists()
 
 
+@pytest.mark.thorough
 def test_a_loop_that_hangs_ends_with_the_bound(path: Path) -> None:
     with fake_server(path, shutdown_timeout=0.1, stop_seconds=0.1) as server:
         server.send("/hang/loop")

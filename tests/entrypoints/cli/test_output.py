@@ -116,6 +116,7 @@ def test_a_full_pipe_does_not_hold_up_the_end(tmp_path: Path) -> None:
         os.close(writer)
 
 
+@pytest.mark.thorough
 def test_closed_descriptors(tmp_path: Path) -> None:
     with serving(tmp_path / "omni.sock", None) as (server, client):
         for process in (server, worker_of(server)):

@@ -197,7 +197,8 @@ def test_the_users_middleware_and_request_ids(client: httpx.Client) -> None:
     assert client.get("/health", headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.thorough), signal.SIGSTOP])
+@pytest.mark.thorough
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_worker_that_is_killed_or_stopped_is_replaced(server: Shared, client: httpx.Client, number: int) -> None:
     """Its request takes longer, and nothing else."""
     num_replayed = replayed(client)

@@ -39,6 +39,7 @@ async def pictures(backend: str) -> dict[str, np.ndarray]:
             await engine.close()
 
 
+@pytest.mark.thorough
 async def test_both_executors_make_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     num_threads = torch.get_num_threads()
