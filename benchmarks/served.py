@@ -129,7 +129,7 @@ def served_model(model: str, flags: Sequence[str], log: Path) -> Iterator[Served
 
 
 def workers_among(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
-    """Those that run as workers."""
+    """Child processes that run as workers."""
     return [process for process in processes if WORKER in _command_of(process)]
 
 

@@ -62,7 +62,7 @@ def choose_names(names: Iterable[str], variant: str | None, stems: Stems = STEMS
 
 
 def _stems_in(names: Iterable[str], stems: Stems) -> list[str]:
-    """Those of `stems` that have safetensors files or an index in `names`."""
+    """Stems with safetensors files or an index in `names`."""
     found = {match["stem"] for name in names if (match := _WEIGHT_FILE.fullmatch(name)) is not None}
     return [stem for stem in stems if stem in found]
 

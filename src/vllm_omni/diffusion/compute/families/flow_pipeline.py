@@ -127,7 +127,8 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         self._device = loader.device
         self._dtype = loader.dtype
         self._pixels_per_token = loader.info.pixels_per_token
-        self._attention = PackedAttention(create_attention(loader.config.attention_backend), mesh.ulysses, mesh.ring)
+        self._backend = create_attention(loader.config.attention_backend)
+        self._attention = PackedAttention(self._backend, mesh.ulysses, mesh.ring)
         self._modulations: ModulationTable[Any] = ModulationTable(transformer.modulate, modulation_bytes)
         self._scheduler = with_one_step_schedules(loader.scheduler())
         """Template of every request's scheduler."""

@@ -12,7 +12,6 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from vllm_omni.diffusion.catalog.configs import read_config
-from vllm_omni.diffusion.compute.attention import create_attention
 from vllm_omni.diffusion.compute.attention.sharded import Attend, PackedAttention
 from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.distributed.groups import Group
@@ -82,17 +81,16 @@ class ZImagePipeline(FlowPipeline[ZImageState, ZImageTransformer, ZImageForward]
     ) -> None:
         super().__init__(loader, transformer, decoder, MODULATION_BYTES)
         self._prompts = PromptCache(text_encoder, PROMPT_CACHE_BYTES)
-        backend = create_attention(loader.config.attention_backend)
-        self._caption_attention = PackedAttention(backend, Group.alone(), Group.alone())
+        self._caption_attention = PackedAttention(self._backend, Group.alone(), Group.alone())
 
     @classmethod
     def build(cls, loader: ComponentLoader) -> ZImagePipeline:
         text_encoder = loader.text_encoder(ZImageTextEncoder)
-        vae = loader.autoencoder(AutoencoderKL).to(loader.device)
+        vae = loader.autoencoder(AutoencoderKL)
         config = ZImageConfig.from_dict(read_config(loader.info.path, "transformer"))
         transformer = loader.transformer(partial(ZImageTransformer, config), CHECKPOINT_NAMES, FLOAT8_LAYERS)
         slicing, tiling = loader.config.vae_use_slicing, loader.config.vae_use_tiling
-        decoder = ZImageDecoder(vae, slicing, tiling, loader.mesh.vae, loader.kernels)
+        decoder = ZImageDecoder(vae.to(loader.device), slicing, tiling, loader.mesh.vae, loader.kernels)
         return cls(loader, transformer, decoder, text_encoder)
 
     def encode(self, request: DiffusionRequest) -> ZImageState:
