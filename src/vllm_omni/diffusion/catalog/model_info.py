@@ -141,6 +141,8 @@ class ModelInfo(ABC):
     """The model folder's own defaults over the family's; may hold `negative_prompt`."""
     max_side: int | None = None
     """Pixels of the longest side that the model can make; None: it has no limit."""
+    remarks: tuple[str, ...] = ()
+    """Lines for the log at start: defaults that differ from those of diffusers."""
     hub_failure: str = ""
     """Reason why `path` is an earlier download of a hub model; empty for any other folder."""
 
@@ -162,11 +164,6 @@ class ModelInfo(ABC):
     def follows_input(self) -> bool:
         """Whether the output has the input picture's size (img2img), so that the input is resized to the request's."""
         return False
-
-    @property
-    def remarks(self) -> tuple[str, ...]:
-        """Lines for the log at start."""
-        return ()
 
     @property
     def max_running(self) -> int | None:

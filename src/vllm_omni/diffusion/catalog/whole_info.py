@@ -48,8 +48,6 @@ class WholePipeline:
     """Sizes that it makes: it takes the one nearest in shape and resizes the picture; empty: it makes any size."""
     declines_binning: bool = False
     """Whether its call must be told to make the requested size; otherwise it makes another size, without resizing."""
-    remarks: tuple[str, ...] = ()
-    """Lines for the log at start: defaults that differ from those of diffusers."""
 
     @property
     def makes_videos(self) -> bool:
@@ -90,10 +88,6 @@ class WholeModelInfo(ModelInfo):
     @property
     def follows_input(self) -> bool:
         return self.pipeline.follows_input
-
-    @property
-    def remarks(self) -> tuple[str, ...]:
-        return self.pipeline.remarks
 
     @property
     def max_running(self) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import diffusers
 
-from vllm_omni.diffusion.compute.families.diffusers_fallback.own_sizes import size_bins
+from vllm_omni.diffusion.compute.families.diffusers_fallback.config_sizes import size_bins
 from vllm_omni.diffusion.compute.families.diffusers_fallback.pictures import NUM_REFERENCES
 from vllm_omni.diffusion.compute.families.diffusers_fallback.signature import CallSignature
 from vllm_omni.errors import ConfigError
@@ -26,7 +26,7 @@ def outcome(pipeline: type) -> str:
     except ConfigError as error:
         return str(error).removeprefix(pipeline.__name__).strip()
     kind = "video" if "num_frames" in signature.defaults else "picture"
-    notes = [] if signature.step_callback else ["without step callback"]
+    notes = [] if signature.whole.step_callback else ["without step callback"]
     if signature.takes_image:
         least, most = NUM_REFERENCES.get(pipeline.__name__, (1, 1))
         notes.append(f"input pictures: {least} to {most}" if least < most else f"input pictures: {least}")
@@ -65,7 +65,7 @@ def test_pipelines_that_round_sizes_and_resize_have_a_table() -> None:
 
 def test_the_field_of_the_output_is_read_off_its_class() -> None:
     for name, field in (("Kandinsky5T2IPipeline", "image"), ("FluxPipeline", "images"), ("WanPipeline", "frames")):
-        assert CallSignature.of(getattr(diffusers, name)).output_name == field
+        assert CallSignature.of(getattr(diffusers, name)).whole.output_name == field
 
 
 if __name__ == "__main__":

@@ -25,13 +25,13 @@ from tests.diffusion.compute.families.diffusers_fallback.conftest import ModelOf
 from vllm_omni import AsyncOmni
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.catalog.whole_info import WholeModelInfo
-from vllm_omni.diffusion.compute.families.diffusers_fallback.info import (
-    PromptTokenCounter,
+from vllm_omni.diffusion.compute.families.diffusers_fallback.config_sizes import (
     latent_frames,
     latent_side,
     longest_side,
+    own_size,
 )
-from vllm_omni.diffusion.compute.families.diffusers_fallback.own_sizes import own_size
+from vllm_omni.diffusion.compute.families.diffusers_fallback.info import PromptTokenCounter
 from vllm_omni.diffusion.compute.families.diffusers_fallback.pipeline import PipelineCall
 from vllm_omni.diffusion.compute.step.pipeline import Picture
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner

@@ -21,8 +21,8 @@ from testbed.runner_driver import Drive, make_request, psnr
 from tests.diffusion.compute.families.diffusers_fallback.conftest import ModelOf, RunnerOf
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.catalog.whole_info import WholePipeline
-from vllm_omni.diffusion.compute.families.diffusers_fallback.info import MAX_INTERLEAVED
 from vllm_omni.diffusion.compute.families.diffusers_fallback.pipeline import DiffusersPipeline, PipelineCall
+from vllm_omni.diffusion.compute.families.diffusers_fallback.signature import MAX_INTERLEAVED
 from vllm_omni.diffusion.compute.step.pipeline import Picture
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig

@@ -1,4 +1,4 @@
-"""Classes that model_index.json names; only those of diffusers and transformers are loaded (no torch at import)."""
+"""Classes that model_index.json names; only those of diffusers and transformers are loaded."""
 
 from __future__ import annotations
 
@@ -7,20 +7,31 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from vllm_omni.diffusion.catalog.configs import read_config
-from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX
+import diffusers
+import transformers
+
+from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX, read_object
 from vllm_omni.diffusion.catalog.model_index import Component, read_components
 from vllm_omni.errors import ConfigError
 
 LIBRARIES = ("diffusers", "transformers")
+LOADABLE = (
+    diffusers.ConfigMixin,
+    transformers.PreTrainedModel,
+    transformers.PreTrainedTokenizerBase,
+    transformers.FeatureExtractionMixin,
+    transformers.ImageProcessingMixin,
+    transformers.ProcessorMixin,
+)
+"""Base classes that load safetensors and JSON, and no code of the model (transformers' Auto classes might)."""
+INDIRECT = (diffusers.AutoModel, diffusers.DiffusionPipeline)
+"""Classes of diffusers that load a class named in a further file."""
 NO_REMOTE_CODE = "code that comes with a model is never run, also not with --trust-remote-code"
 
 
 def pipeline_class(path: Path) -> type[Any]:
     """diffusers' class of the pipeline in `path`. Raises ConfigError if diffusers has no such class."""
-    import diffusers
-
-    name = read_config(path, "", MODEL_INDEX).get("_class_name")
+    name = read_object(path, MODEL_INDEX).get("_class_name")
     cls = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if not (inspect.isclass(cls) and issubclass(cls, diffusers.DiffusionPipeline)):
         raise ConfigError(
@@ -35,7 +46,7 @@ def component_classes(path: Path) -> dict[str, type[Any]]:
 
     Raises ConfigError for a component of another library: loading it would run code that is not diffusers' own.
     """
-    components = read_components(read_config(path, "", MODEL_INDEX))
+    components = read_components(read_object(path, MODEL_INDEX))
     return {name: _class_of(name, component) for name, component in components.items()}
 
 
@@ -43,12 +54,9 @@ def _class_of(name: str, component: Component) -> type[Any]:
     """Class of the component `name`. Raises ConfigError for a class that may not be loaded."""
     try:
         cls = getattr(_module_of(component.library), component.class_name, None)
-    except (
-        ImportError,
-        RuntimeError,
-    ):  # lazy imports: some classes need packages that are not installed
+    except (ImportError, RuntimeError):  # lazy imports: some classes need packages that are not installed
         cls = None
-    if inspect.isclass(cls) and issubclass(cls, _loadable()) and not issubclass(cls, _indirect()):
+    if inspect.isclass(cls) and issubclass(cls, LOADABLE) and not issubclass(cls, INDIRECT):
         return cls
     raise ConfigError(
         f"model_index.json: {name} is {[component.library, component.class_name]}; only models, schedulers, "
@@ -58,31 +66,8 @@ def _class_of(name: str, component: Component) -> type[Any]:
 
 def _module_of(library: str) -> Any:
     """Module of diffusers or transformers; None for any other library."""
-    from diffusers import pipelines
-
     if library in LIBRARIES:
         return import_module(library)
+    pipelines = diffusers.pipelines
     module = getattr(pipelines, library, None)
     return module if inspect.ismodule(module) and module.__name__.startswith(f"{pipelines.__name__}.") else None
-
-
-def _indirect() -> tuple[type[Any], ...]:
-    """Classes of diffusers that load a class named in a further file."""
-    import diffusers
-
-    return (diffusers.AutoModel, diffusers.DiffusionPipeline)
-
-
-def _loadable() -> tuple[type[Any], ...]:
-    """Base classes that load safetensors and JSON, and no code of the model (transformers' Auto classes might)."""
-    import diffusers
-    import transformers
-
-    return (
-        diffusers.ConfigMixin,
-        transformers.PreTrainedModel,
-        transformers.PreTrainedTokenizerBase,
-        transformers.FeatureExtractionMixin,
-        transformers.ImageProcessingMixin,
-        transformers.ProcessorMixin,
-    )

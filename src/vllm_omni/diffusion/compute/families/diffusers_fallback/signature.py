@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
+from diffusers.utils import BaseOutput
+
 from vllm_omni.diffusion.catalog.model_info import SIZES
+from vllm_omni.diffusion.catalog.whole_info import WholePipeline
 from vllm_omni.errors import ConfigError
 
 SAMPLING_PARAMETERS = (
@@ -56,6 +59,20 @@ UNSERVED_CLASSES = {
     "VersatileDiffusionDualGuidedPipeline": "its prompt is a picture and its image a text",
 }
 """Class -> reason why it is not served, although its signature looks like that of others."""
+INTERLEAVED = (
+    "Flux2KleinPipeline",
+    "FluxKontextPipeline",
+    "FluxPipeline",
+    "StableDiffusion3Img2ImgPipeline",
+    "StableDiffusion3Pipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionXLPipeline",
+    "WanPipeline",
+)
+"""Pipelines whose models keep nothing from one step to the next (tests show it), so that several requests may be under
+way. Requests of other pipelines run in turn: some change the model's attention during a call."""
+MAX_INTERLEAVED = 4
+"""Most requests under way. Each holds a thread, and its latents and text states on the device."""
 PICTURE_FIELDS, VIDEO_FIELDS = ("images", "image"), ("frames",)
 """Fields of a pipeline's output that hold pictures, and those that hold a video."""
 
@@ -66,24 +83,11 @@ class CallSignature:
 
     defaults: Mapping[str, Any]
     """Parameter of `SAMPLING_PARAMETERS` that the call has -> its default."""
-    step_callback: str
-    """Its parameter of `STEP_CALLBACKS`; empty: it has none, and the progress bar counts steps."""
     takes_image: bool
-    takes_size: bool
-    """False: the output has the size of `image`."""
-    takes_max_area: bool
-    """Whether the call has `max_area`, by default a number of pixels that bounds any requested size."""
-    fps_name: str
-    """Its name for `fps`, one of `FPS_NAMES`."""
-    output_name: str
-    """Field of its output with the pictures or the video."""
     has_binning: bool
     """Whether it can round sizes to a table of its own."""
-
-    @property
-    def follows_input(self) -> bool:
-        """Whether it changes its input picture, so that the output has the same size."""
-        return self.takes_image and ("strength" in self.defaults or not self.takes_size)
+    whole: WholePipeline
+    """The call, without the facts that depend on a model's configs."""
 
     @classmethod
     def of(cls, pipeline: type[Any]) -> CallSignature:
@@ -93,7 +97,6 @@ class CallSignature:
         takes_image, takes_size = "image" in parameters, all(name in parameters for name in SIZES)
         needed = REQUIRED if takes_image else (*REQUIRED, *SIZES)
         missing = [name for name in needed if name not in parameters]
-        step_callback = next((name for name in STEP_CALLBACKS if name in parameters), "")
         if missing:
             raise ConfigError(f"{pipeline.__name__} is not available: its call has no {', '.join(missing)}")
         if reason := UNSERVED_CLASSES.get(pipeline.__name__):
@@ -104,19 +107,21 @@ class CallSignature:
             raise ConfigError(f"{pipeline.__name__} is not available yet: it takes {', '.join(unserved)}")
         if unserved := [name for name in inspect.signature(pipeline).parameters if name in UNSERVED_COMPONENTS]:
             raise ConfigError(f"{pipeline.__name__} is not available yet: it has {', '.join(unserved)}")
-        output_name = _output_name(pipeline, "num_frames" in parameters)
         fps_name = next((name for name in FPS_NAMES if name in parameters), "fps")
         names = {name: fps_name if name == "fps" else name for name in SAMPLING_PARAMETERS}
-        return cls(
-            defaults={ours: parameters[name].default for ours, name in names.items() if name in parameters},
-            step_callback=step_callback,
-            takes_image=takes_image,
-            takes_size=takes_size,
+        defaults = {ours: parameters[name].default for ours, name in names.items() if name in parameters}
+        whole = WholePipeline(
+            class_name=pipeline.__name__,
+            parameters=tuple(defaults),
+            step_callback=next((name for name in STEP_CALLBACKS if name in parameters), ""),
+            max_running=MAX_INTERLEAVED if pipeline.__name__ in INTERLEAVED else 1,
+            takes_lora=hasattr(pipeline, "load_lora_weights"),
+            follows_input=takes_image and ("strength" in defaults or not takes_size),
             takes_max_area="max_area" in parameters,
             fps_name=fps_name,
-            output_name=output_name,
-            has_binning="use_resolution_binning" in parameters,
+            output_name=_output_name(pipeline, "num_frames" in parameters),
         )
+        return cls(defaults, takes_image, "use_resolution_binning" in parameters, whole)
 
 
 def _is_unserved(name: str, parameter: inspect.Parameter) -> bool:
@@ -138,8 +143,6 @@ def _output_name(pipeline: type[Any], makes_videos: bool) -> str:
 
 
 def _output_fields(call: Any) -> list[str]:
-    from diffusers.utils import BaseOutput
-
     named = [call.__globals__.get(name) for name in call.__code__.co_names]
     outputs = [cls for cls in named if inspect.isclass(cls) and issubclass(cls, BaseOutput) and is_dataclass(cls)]
     return [field.name for output in outputs for field in fields(output)]
