@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 Value = TypeVar("Value")
 Key = tuple[float, ...]
 
 
+@dataclass(slots=True)
 class _Node(Generic[Value]):
-    __slots__ = ("key", "least_tokens", "left", "rank", "right", "size", "tokens", "total_work", "value", "work")
-
-    def __init__(self, key: Key, value: Value, work: float, tokens: tuple[float, ...], rank: float) -> None:
-        self.key = key
-        self.value = value
-        self.work = work
-        self.tokens = tokens
-        self.rank = rank
-        self.left: _Node[Value] | None = None
-        self.right: _Node[Value] | None = None
-        self.size = 1
-        self.total_work = work
-        self.least_tokens = tokens
+    key: Key
+    value: Value
+    work: float
+    tokens: tuple[float, ...]
+    rank: float
+    left: _Node[Value] | None = None
+    right: _Node[Value] | None = None
+    size: int = 1
+    total_work: float = 0.0
+    """Units of this subtree."""
+    least_tokens: tuple[float, ...] = ()
+    """Smallest of each of the `tokens` of this subtree."""
 
     def refreshed(self) -> _Node[Value]:
         """Recompute the sums of this subtree from the children; return this node.
@@ -71,11 +72,17 @@ class WorkTree(Generic[Value]):
 
     def add(self, key: Key, value: Value, work: float, tokens: tuple[float, ...]) -> None:
         """Add a value. `key` must be unique."""
-        self._root = _insert(self._root, _Node(key, value, work, tokens, self._random.random()))
+        node = _Node(key, value, work, tokens, self._random.random())
+        smaller, larger = _split(self._root, key)
+        self._root = _merge(_merge(smaller, node.refreshed()), larger)
 
     def remove(self, key: Key) -> None:
         """Remove the value with this key. Raises KeyError when there is none."""
-        self._root = _remove(self._root, key)
+        smaller, others = _split(self._root, key)
+        found, larger = _split(others, (*key, 0.0))  # sorts directly after `key`
+        self._root = _merge(smaller, larger)
+        if found is None:
+            raise KeyError(key)
 
     def work_before(self, key: Key) -> float:
         """Units of all values with smaller keys."""
@@ -94,42 +101,15 @@ class WorkTree(Generic[Value]):
         return None if found is None else (found.key, found.value)
 
 
-def _insert(node: _Node[Value] | None, new: _Node[Value]) -> _Node[Value]:
-    if node is None:
-        return new
-    if new.rank > node.rank:
-        new.left, new.right = _split(node, new.key)
-        return new.refreshed()
-    assert new.key != node.key
-    if new.key < node.key:
-        node.left = _insert(node.left, new)
-    else:
-        node.right = _insert(node.right, new)
-    return node.refreshed()
-
-
 def _split(node: _Node[Value] | None, key: Key) -> tuple[_Node[Value] | None, _Node[Value] | None]:
-    """Split into the subtrees of smaller and of larger keys."""
+    """Split into the subtree of keys smaller than `key`, and that of the others."""
     if node is None:
         return None, None
-    assert key != node.key
     if node.key < key:
         node.right, larger = _split(node.right, key)
         return node.refreshed(), larger
     smaller, node.left = _split(node.left, key)
     return smaller, node.refreshed()
-
-
-def _remove(node: _Node[Value] | None, key: Key) -> _Node[Value] | None:
-    if node is None:
-        raise KeyError(key)
-    if node.key == key:
-        return _merge(node.left, node.right)
-    if key < node.key:
-        node.left = _remove(node.left, key)
-    else:
-        node.right = _remove(node.right, key)
-    return node.refreshed()
 
 
 def _merge(smaller: _Node[Value] | None, larger: _Node[Value] | None) -> _Node[Value] | None:
