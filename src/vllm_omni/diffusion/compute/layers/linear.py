@@ -28,10 +28,7 @@ class Sharded(Protocol):
 
 
 class ColumnLinear(nn.Linear):
-    """y = x W^T + b; each rank computes its share of the features of y. [..., in] -> [..., out / size].
-
-    weight: [out / size, in]; bias: [out / size].
-    """
+    """y = x W^T + b: [..., in] -> [..., out / size]. weight: [out / size, in]; bias: [out / size]."""
 
     cut_dims: ClassVar[Mapping[str, int]] = {"weight": 0, "bias": 0}
     is_float8: ClassVar[bool] = False
@@ -81,10 +78,7 @@ class RowLinear(nn.Linear):
 
 
 class ColumnEmbedding(nn.Embedding):
-    """Embedding; each rank holds its share of the features, and every rank gets all. [...] -> [..., features].
-
-    weight: [entries, features / size].
-    """
+    """Embedding whose features the ranks share; every rank gets all. weight: [entries, features / size]."""
 
     cut_dims: ClassVar[Mapping[str, int]] = {"weight": 1}
 

@@ -25,10 +25,7 @@ def axis_rotations(
 
 
 def rotate(x: Tensor, rotations: Tensor) -> Tensor:
-    """Rotate pairs of channels.
-
-    x: [tokens, ..., head_dim]; rotations: float32 [tokens, ..., head_dim / 2, 2], broadcast over the dims between.
-    """
+    """Rotate pairs of channels. x: [tokens, ..., d]; rotations: float32 [tokens, ..., d / 2, 2], broadcast."""
     pairs = x.float().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # the compiler fuses real operations and does not compile complex ones
         (real, imaginary), (cos, sin) = pairs.unbind(-1), rotations.unbind(-1)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vllm_omni.diffusion.compute.layers import rounding
 from vllm_omni.diffusion.compute.layers.kernels.group_norm import group_norm
-from vllm_omni.diffusion.compute.layers.kernels.reference import Projected
+from vllm_omni.diffusion.compute.layers.kernels.reference import Projected, TorchKernels
 from vllm_omni.diffusion.compute.layers.rounding import FLOAT8, LARGEST, Float8Rows, Rows
 
 MAX_FLOAT16 = tl.constexpr(65504.0)
@@ -25,8 +25,8 @@ LEAST_SCALE = tl.constexpr(rounding.LEAST_SCALE)
 TWICE_ROOT_OF_2_OVER_PI = tl.constexpr(2 * math.sqrt(2 / math.pi))
 
 
-class TritonKernels:
-    """Operations by fused kernels; `TorchKernels` documents each."""
+class TritonKernels(TorchKernels):
+    """Operations by fused kernels."""
 
     picks_rows = True
     normalizes_channels_last = True

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_omni.diffusion.compute.layers.norms import gated_add, norm_modulate, rms_norm
+from vllm_omni.diffusion.compute.layers.norms import norm_modulate, rms_norm
 from vllm_omni.diffusion.compute.layers.rope import rotate
 from vllm_omni.diffusion.compute.layers.rounding import Float8Rows, Rows
 
@@ -55,11 +55,12 @@ class TorchKernels:
         bias: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """x + gate * (y + bias). x: [tokens, D]; gate: [R, D]; bias: [D].
+        """x + gate * (y + bias); in float16 clamped to finite numbers. x: [tokens, D]; gate: [R, D]; bias: [D].
 
         y: [tokens, D]; or with `positions`, int64 [tokens], more rows: token i has row positions[i].
         """
-        return gated_add(x, _biased(_picked(y, positions), bias), _of_tokens(gate, rows))
+        out = torch.addcmul(x, _biased(_picked(y, positions), bias), _of_tokens(gate, rows))
+        return out.clamp_(-65504, 65504) if out.dtype == torch.float16 else out
 
     def gelu(self, x: Tensor, bias: Tensor | None, float8: bool = False) -> Rows:
         """GELU(x + bias), approximated with tanh. x: [tokens, D]; bias: [D] -> [tokens, D]."""
