@@ -22,10 +22,10 @@ def test_a_forecast_continues_polynomials_by_finite_differences(order: int) -> N
     def value(step: int) -> Tensor:
         return torch.tensor([0.5 * step**2 - step + 2, 3.0 * step], dtype=torch.float64)
 
-    forecast = Forecast.begin(value(0), 0)
+    forecast = Forecast.after(None, value(0), 0, 2)
     terms = [value(0)]
     for before, step in pairwise(steps):
-        forecast = forecast.updated(value(step), step, order)
+        forecast = Forecast.after(forecast, value(step), step, order)
         now = [value(step)]
         if step >= 3:
             for i in range(min(order, len(terms))):

@@ -173,6 +173,45 @@ def draw_with_one_room(
     return dict(skips)
 
 
+def test_ranks_decide_alike_where_one_of_them_has_less_room(calm_model: Path, backend: str) -> None:
+    check_less_room(calm_model, backend, settings_of(backend))
+
+
+def test_counters_outlive_what_one_rank_has_no_room_for(calm_model: Path) -> None:
+    """A rank that counted the reused steps anew would reuse a step that the other one computes."""
+    check_less_room(calm_model, "cache_dit", {**settings_of("cache_dit"), "max_cached_steps": 4})
+
+
+def check_less_room(path: Path, backend: str, config: dict[str, Any]) -> None:
+    parallel = LAYOUTS["ulysses"]
+    first, second = run_places(draw_with_less_room, parallel, parallel, path, backend, config)
+    assert first == second
+    with_room, with_less = first
+    assert 0 < with_less < with_room
+
+
+def draw_with_less_room(
+    place: RankInfo, parallel: DiffusionParallelConfig, path: Path, backend: str, config: dict[str, Any]
+) -> list[int]:
+    """Number of skipped steps with enough room on both ranks, then with a part of it on rank 1."""
+    runner = started(place, parallel, path, cache_backend=backend, cache_config=config)
+    skips, merge, budget = watch_skips(runner), merging(runner), runner.pipeline.step_cache.budget
+    counts, held = [], [0]
+    arrivals = {0: [make_request(i, "", negative_prompt="a car", num_inference_steps=12, seed=1) for i in "ab"]}
+
+    def note(result: StepResult) -> StepResult:
+        held.append(result.cache_bytes)
+        return merge(result)
+
+    for share in (1.0, 0.7):
+        if place.rank == 1 and share < 1:
+            budget.max_bytes = share * max(held)
+        skips.clear()
+        assert Drive(runner, merge=note).run(arrivals).errors == {}
+        counts.append(sum(len(steps) for branches in skips.values() for steps in branches))
+    return counts
+
+
 def test_a_reused_branch_is_told_once_whichever_ranks_reused_it(calm_model: Path) -> None:
     one, parallel = DiffusionParallelConfig(), LAYOUTS["cfg x ulysses"]
     (wanted,) = run_places(told_shares, one, one, calm_model)

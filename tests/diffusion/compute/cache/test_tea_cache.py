@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from testbed.runner_driver import make_request, psnr
 from tests.diffusion.compute.cache.driving import draw
-from vllm_omni.diffusion.compute.cache.tea_cache import evaluate
 
 STEPS = 20
 REQUEST = make_request(
@@ -100,7 +99,3 @@ def test_the_models_own_polynomial_is_taken_where_none_is_given(calm_model: Path
     _, given = draw(calm_model, "tea_cache", {"coefficients": QUARTIC}, {0: [REQUEST]})
     _, own = draw(calm_model, "tea_cache", {}, {0: [REQUEST]})
     assert own == given
-
-
-def test_polynomials_are_evaluated_highest_power_first() -> None:
-    assert evaluate((2.0, -1.0, 5.0), 3.0) == 2 * 9 - 3 + 5

@@ -13,8 +13,5 @@ if TYPE_CHECKING:
 
 
 def create_step_cache(config: StepCacheConfig | None, info: PackedModelInfo, rank_group: Group) -> StepCache:
-    """Step cache for a config that its `check_model` accepted; None: a cache that computes every block.
-
-    rank_group: the ranks that compute the same sequences.
-    """
+    """Step cache of an accepted config, or one that computes all. rank_group: ranks that share sequences."""
     return NoCache(rank_group) if config is None else config.create(info, rank_group)

@@ -54,6 +54,10 @@ class SlotContent(ABC):
     def tensors(self) -> tuple[Tensor, ...]:
         """All stored tensors; they count in the memory budget, so each must own its memory."""
 
+    def without_tensors(self) -> Self | None:
+        """Content to keep where the tensors exceed the memory budget: counters that decisions depend on, if any."""
+        return None
+
 
 @dataclass(eq=False)
 class CacheSlot:
@@ -70,10 +74,7 @@ class CacheSlot:
         self.next_content, self.skipped = next_content, skipped
 
     def settle(self) -> bool:
-        """Finish the step; returns whether it reused blocks.
-
-        The slot becomes empty if another rank group computed the branch.
-        """
+        """Finish the step; returns whether it reused blocks. A branch computed elsewhere leaves no content."""
         skipped = self.skipped
         self.content, self.next_content, self.skipped = self.next_content, None, False
         return skipped
@@ -99,20 +100,6 @@ class SequenceStep:
         return None if self.slot is None else self.slot.content
 
 
-class Room:
-    """Bytes of a budget that are free in the current step."""
-
-    def __init__(self, num_bytes: float) -> None:
-        self._num_bytes = num_bytes
-
-    def take(self, num_bytes: int) -> bool:
-        """Reserve bytes; returns False if too few are free."""
-        if num_bytes > self._num_bytes:
-            return False
-        self._num_bytes -= num_bytes
-        return True
-
-
 class Budget:
     """Memory for the stored tensors of all sequences on one device."""
 
@@ -128,16 +115,18 @@ class Budget:
     def num_bytes(self) -> int:
         return sum(slot.num_bytes for slot in self._slots)
 
-    def room(self) -> Room:
-        """Bytes that are free now. Reserve before computing tensors to store."""
-        return Room(self.max_bytes - self.num_bytes)
-
     def enforce(self, slots: Sequence[CacheSlot]) -> None:
-        """Drop what the current step stores in `slots`, the last slot first, until the budget is kept."""
+        """Drop the tensors that the current step stores in `slots`, the last slot first, until the budget is kept."""
+        excess = self.num_bytes - self.max_bytes
         for slot in reversed(slots):
-            if self.num_bytes <= self.max_bytes:
-                return
-            slot.next_content = None
+            if excess <= 0 or slot.next_content is None:
+                continue
+            kept, num_bytes = slot.next_content, slot.num_bytes
+            slot.next_content = kept.without_tensors()
+            freed = num_bytes - slot.num_bytes
+            excess -= freed
+            if not freed:  # tensors of the last step, which may be repeated
+                slot.next_content = kept
 
 
 class StepCache(ABC):
@@ -159,7 +148,8 @@ class StepCache(ABC):
         """Compute or reuse all blocks; call `_store` for each sequence that has a slot.
 
         Must not change `hidden` or stored contents. All ranks of the rank group must take the same decisions, also
-        where one rank had no room to store: `relative_changes` is infinite for such a sequence on every rank.
+        where one rank had no memory to store: its content is None or `without_tensors`, and `relative_changes` with a
+        missing tensor is infinite on every rank. So no decision may depend on a content or tensor being there.
         """
 
     def _store(self, sequence: SequenceStep, content: SlotContent, skipped: bool) -> None:
@@ -177,10 +167,7 @@ class NoCache(StepCache):
 
 
 def run_others(blocks: Blocks, hidden: Hidden, reused: Mapping[int, Hidden], which: range) -> Hidden:
-    """Run `which` blocks over the sequences that are not in `reused`.
-
-    reused: number of a sequence in the pack -> its output. Returns the outputs of all sequences in the pack's order.
-    """
+    """Outputs of all sequences in the pack's order: those in `reused`, by number, and computed by `which` blocks."""
     if not reused:
         return blocks.run(hidden, which)
     parts = blocks.pack.sequences(hidden)

@@ -8,7 +8,7 @@ last Bn blocks run on the result.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Literal
@@ -91,50 +91,42 @@ class CacheDiTConfig(StepCacheConfig):
                 "--cache-config takes scm_steps_mask_policy or steps_computation_mask, got both: "
                 f"{self.scm_steps_mask_policy!r} and {list(mask)}"
             )
-        for name, reason in self._without_effect():
-            self._refuse_useless(name, reason)
+        for name, is_useless, reason in self._useless():
+            if is_useless and self._is_changed(name):
+                self._refuse_useless(name, reason)
 
-    def _without_effect(self) -> Iterator[tuple[str, str]]:
-        """Settings that differ from their default and change nothing beside the others: name, reason."""
+    def _useless(self) -> list[tuple[str, bool, str]]:
+        """Settings that may change nothing beside the others: name, whether that is so, reason."""
         has_mask = self.scm_steps_mask_policy is not None or self.steps_computation_mask is not None
+        is_capped = 0 <= self.max_cached_steps <= self.max_continuous_cached_steps
         always = self.residual_diff_threshold >= 1
-        if has_mask:
-            for name in self._changed("max_warmup_steps", "warmup_interval"):
-                yield name, "beside a mask, whose ones at its head are the warm-up"
-        if self._changed("max_continuous_cached_steps") and (
-            0 <= self.max_cached_steps <= self.max_continuous_cached_steps
-        ):
-            yield "max_continuous_cached_steps", f"beside max_cached_steps {self.max_cached_steps}"
-        if self.taylorseer_order != type(self).taylorseer_order and not self.enable_taylorseer:
-            yield "taylorseer_order", "without enable_taylorseer"
-        if self.max_accumulated_residual_diff_threshold is not None and always:
-            yield "max_accumulated_residual_diff_threshold", "beside residual_diff_threshold from 1 on"
-        if self.warmup_interval > 1 and self.max_warmup_steps < 2:
-            yield "warmup_interval", "with max_warmup_steps below 2"
-        if self.steps_computation_policy != "static":
-            yield from self._without_cached_steps()
-            return
-        if not has_mask:
-            yield "steps_computation_policy", "without scm_steps_mask_policy or steps_computation_mask"
-        if self.steps_computation_mask is not None and 0 not in self.steps_computation_mask:
-            yield (
-                "steps_computation_mask",
-                "beside steps_computation_policy 'static', which skips its zeros: it has none",
-            )
-        harmless = {
-            "residual_diff_threshold": always,
-            "max_continuous_cached_steps": self.max_continuous_cached_steps < 0,
-        }
-        for name in self._changed("residual_diff_threshold", *_LIMITS):
-            if not harmless.get(name, False):
-                yield name, "beside steps_computation_policy 'static', which skips all steps with a 0 in the mask"
-
-    def _without_cached_steps(self) -> Iterator[tuple[str, str]]:
-        """All settings beside a 0 that has every step computed: name, reason."""
+        warm_up = "beside a mask, whose ones at its head are the warm-up"
+        rules = [
+            ("max_warmup_steps", has_mask, warm_up),
+            ("warmup_interval", has_mask, warm_up),
+            ("max_continuous_cached_steps", is_capped, f"beside max_cached_steps {self.max_cached_steps}"),
+            ("taylorseer_order", not self.enable_taylorseer, "without enable_taylorseer"),
+            ("max_accumulated_residual_diff_threshold", always, "beside residual_diff_threshold from 1 on"),
+            ("warmup_interval", self.max_warmup_steps < 2, "with max_warmup_steps below 2"),
+        ]
+        if self.steps_computation_policy == "static":
+            no_zeros = self.steps_computation_mask is not None and 0 not in self.steps_computation_mask
+            beside = "beside steps_computation_policy 'static', which skips"
+            steps = f"{beside} all steps with a 0 in the mask"
+            rules += [
+                ("steps_computation_policy", not has_mask, "without scm_steps_mask_policy or steps_computation_mask"),
+                ("steps_computation_mask", no_zeros, f"{beside} its zeros: it has none"),
+                ("residual_diff_threshold", not always, steps),
+                ("max_cached_steps", True, steps),
+                ("max_continuous_cached_steps", self.max_continuous_cached_steps >= 0, steps),
+                ("max_accumulated_residual_diff_threshold", True, steps),
+            ]
+            return rules
         zeros = ("residual_diff_threshold", "max_cached_steps", "max_continuous_cached_steps")
         if cause := next((name for name in zeros if getattr(self, name) == 0), None):
-            for name in self._changed(*(f.name for f in fields(self) if f.name != cause)):
-                yield name, f"beside {cause} 0, at which every step is computed"
+            computed = f"beside {cause} 0, at which every step is computed"
+            rules += [(f.name, f.name != cause, computed) for f in fields(self)]
+        return rules
 
     @classmethod
     def key_aliases(cls) -> Mapping[str, str]:
@@ -153,13 +145,12 @@ class CacheDiTConfig(StepCacheConfig):
 
 
 CONFIG_CLASS = CacheDiTConfig
-_LIMITS = ("max_cached_steps", "max_continuous_cached_steps", "max_accumulated_residual_diff_threshold")
 
 
 @dataclass(frozen=True)
 class DualBlockContent(SlotContent):
     first: Tensor | None = None
-    """Change of the image tokens over the first blocks at the last computed step; None: no room to store it."""
+    """Change of the image tokens over the first blocks at the last computed step; None: no memory to store it."""
     image: Forecast | None = None
     """Change of the image tokens over the blocks between."""
     text: Forecast | None = None
@@ -172,6 +163,9 @@ class DualBlockContent(SlotContent):
     def tensors(self) -> tuple[Tensor, ...]:
         forecasts = [forecast.terms for forecast in (self.image, self.text) if forecast is not None]
         return (*(() if self.first is None else (self.first,)), *(term for terms in forecasts for term in terms))
+
+    def without_tensors(self) -> DualBlockContent:
+        return replace(self, first=None, image=None, text=None)
 
 
 class DualBlockCache(StepCache):
@@ -206,29 +200,18 @@ class DualBlockCache(StepCache):
     def _store_computed(
         self, computed: Sequence[tuple[int, SequenceStep, Tensor, float]], before: Hidden, after: Hidden, pack: Pack
     ) -> None:
-        """Store the changes over the blocks between, for the sequences that computed them.
-
-        computed: number in the pack, sequence, change over the first blocks, its relative change since last computed.
-        """
-        texts_before = before.text.split(pack.text.lengths)
-        room = self.budget.room()
-        fitting = []
-        for i, sequence, first, change in computed:
-            text_bytes = texts_before[i].nbytes if self._refines else 0
-            if room.take(first.nbytes + (1 + self._order) * (first.nbytes + text_bytes)):
-                fitting.append((i, sequence, first, change))
-            else:
-                self._store(sequence, self._counters(sequence, change), skipped=False)
-        members = [i for i, *_ in fitting]
+        """Store the changes over the blocks between. computed: number, sequence, first change, its size."""
+        members = [i for i, *_ in computed]
         images = _differences_of(members, after.image, before.image, pack.image.lengths)
         texts = _differences_of(members, after.text, before.text, pack.text.lengths) if self._refines else ()
-        for (_, sequence, first, change), image, text in zip_longest(fitting, images, texts):
+        for (_, sequence, first, change), image, text in zip_longest(computed, images, texts):
             last = sequence.content if isinstance(sequence.content, DualBlockContent) else DualBlockContent()
-            content = replace(
-                self._counters(sequence, change),
-                first=first,
-                image=self._continued(last.image, image, sequence.step),
-                text=None if text is None else self._continued(last.text, text, sequence.step),
+            content = DualBlockContent(
+                first,
+                image=Forecast.after(last.image, image, sequence.step, self._order),
+                text=None if text is None else Forecast.after(last.text, text, sequence.step, self._order),
+                num_reused=last.num_reused,
+                accumulated_change=last.accumulated_change + self._counted(change, sequence),
             )
             self._store(sequence, content, skipped=False)
 
@@ -244,7 +227,7 @@ class DualBlockCache(StepCache):
     def _may_reuse(self, sequence: SequenceStep, content: DualBlockContent) -> bool:
         """Whether mask and counters allow reuse. Host state only, identical on all ranks."""
         config, mask = self._config, self._mask(sequence.num_steps)
-        if mask is None and sequence.step in self._warm_up():
+        if mask is None and sequence.step in range(0, config.max_warmup_steps, config.warmup_interval):
             return False
         if mask is not None and sequence.step < len(mask) and mask[sequence.step] == 1:
             return False
@@ -261,7 +244,7 @@ class DualBlockCache(StepCache):
 
     def _is_small(self, change: float, sequence: SequenceStep) -> bool:
         if change == math.inf:
-            return False  # a rank had no room to store the last change
+            return False  # a rank had no memory to store the last change
         threshold = self._config.residual_diff_threshold
         return self._is_static(self._mask(sequence.num_steps)) or threshold >= 1 or change < threshold
 
@@ -281,34 +264,17 @@ class DualBlockCache(StepCache):
         self._store(sequence, again, skipped=True)
         return replace(inside, text=text, image=image)
 
-    def _counters(self, sequence: SequenceStep, change: float) -> DualBlockContent:
-        """Counters after a step that computed all blocks."""
-        content = sequence.content
-        if not isinstance(content, DualBlockContent):
-            return DualBlockContent()
-        return DualBlockContent(
-            num_reused=content.num_reused,
-            accumulated_change=content.accumulated_change + self._counted(change, sequence),
-        )
-
     def _counted(self, change: float, sequence: SequenceStep) -> float:
         """Share of a change that is accumulated: 0 if the decision did not depend on the change."""
         if self._is_static(self._mask(sequence.num_steps)) or self._config.residual_diff_threshold >= 1:
             return 0.0
         return change if 0 < change < math.inf else 0.0
 
-    def _continued(self, forecast: Forecast | None, value: Tensor, step: int) -> Forecast:
-        return Forecast.begin(value, step) if forecast is None else forecast.updated(value, step, self._order)
-
     def _mask(self, num_steps: int) -> tuple[int, ...] | None:
         """Mask for a request with this many steps; None: the settings have none."""
         if self._config.scm_steps_mask_policy is not None:
             return steps_mask(self._config.scm_steps_mask_policy, num_steps)
         return self._config.steps_computation_mask
-
-    def _warm_up(self) -> range:
-        """Steps that must be computed if there is no mask."""
-        return range(0, self._config.max_warmup_steps, self._config.warmup_interval)
 
     def _is_static(self, mask: tuple[int, ...] | None) -> bool:
         return mask is not None and self._config.steps_computation_policy == "static"

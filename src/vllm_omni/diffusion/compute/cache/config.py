@@ -38,10 +38,7 @@ class StepCacheConfig(ABC):
 
     @abstractmethod
     def create(self, info: PackedModelInfo, rank_group: Group) -> StepCache:
-        """Cache for a model that `check_model` accepted.
-
-        rank_group: the ranks that compute the same sequences.
-        """
+        """Cache for an accepted model. rank_group: the ranks that compute the same sequences."""
 
     def _require(self, condition: bool, name: str, accepted: str) -> None:
         require(condition, cache_key(name), getattr(self, name), accepted)
@@ -55,9 +52,9 @@ class StepCacheConfig(ABC):
         value = list(value) if isinstance(value, tuple) else value
         raise ConfigError(f"{cache_key(name)} {value!r} has no effect {reason}")
 
-    def _changed(self, *names: str) -> list[str]:
-        """Fields among `names` whose value is not the default."""
-        return [name for name in names if getattr(self, name) != getattr(type(self), name)]
+    def _is_changed(self, name: str) -> bool:
+        """Whether a field's value is not the default."""
+        return bool(getattr(self, name) != getattr(type(self), name))
 
 
 def cache_key(name: str) -> str:

@@ -24,17 +24,14 @@ class Forecast:
     first_step: int
     """First step that computed it."""
 
-    @classmethod
-    def begin(cls, value: Tensor, step: int) -> Forecast:
-        return cls((value,), step, step)
-
-    def updated(self, value: Tensor, step: int, order: int) -> Forecast:
-        """Forecast after `value` was computed at `step`, with derivatives up to `order`."""
-        terms = [value]
-        if step - self.first_step >= NUM_STEADY_STEPS:
-            for before in self.terms[:order]:
-                terms.append((terms[-1] - before) / (step - self.step))
-        return Forecast(tuple(terms), step, self.first_step)
+    @staticmethod
+    def after(last: Forecast | None, value: Tensor, step: int, order: int) -> Forecast:
+        """Forecast after `value` was computed at `step`, with derivatives up to `order`. last: None at first."""
+        terms, first_step = [value], step if last is None else last.first_step
+        if last is not None and step - first_step >= NUM_STEADY_STEPS:
+            for before in last.terms[:order]:
+                terms.append((terms[-1] - before) / (step - last.step))
+        return Forecast(tuple(terms), step, first_step)
 
     def at(self, step: int) -> Tensor:
         """Expected tensor at a later step: sum over i of derivative i * elapsed^i / i!."""

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from vllm_omni.diffusion.compute.cache.base import (
     Blocks,
@@ -69,16 +70,16 @@ CONFIG_CLASS = TeaCacheConfig
 
 @dataclass(frozen=True)
 class TeaCacheContent(SlotContent):
-    signal: Tensor | None = None
-    """Modulated input of the last step; None: it did not fit into the budget."""
-    added: Tensor | None = None
+    signal: Tensor
+    """Modulated input of the last step."""
+    added: Tensor
     """Change of the image tokens over all blocks at the last computed step."""
     accumulated_change: float = 0.0
     """Sum of the estimates since the last computed step."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(x for x in (self.signal, self.added) if x is not None)
+        return self.signal, self.added
 
 
 class TeaCache(StepCache):
@@ -95,51 +96,34 @@ class TeaCache(StepCache):
         accumulated = self._accumulated(sequences, signals)
         small = {i: total for i, total in accumulated.items() if total < self._threshold}
         parts = blocks.pack.sequences(hidden) if small else []
-        room = self.budget.room()
-        reused = {}
-        for i, total in small.items():
-            # The last step's signal stays until the step is done, because the step may be repeated.
-            signal = signals[i] if room.take(signals[i].nbytes) else None
-            reused[i] = self._reuse(sequences[i], parts[i], signal, total)
+        reused = {i: self._reuse(sequences[i], parts[i], signals[i], total) for i, total in small.items()}
         output = run_others(blocks, hidden, reused, range(blocks.num_blocks))
         computed = [i for i, sequence in enumerate(sequences) if sequence.slot is not None and i not in reused]
         before, after = hidden.image.split(lengths), output.image.split(lengths)
-        fitting = [i for i in computed if room.take(2 * signals[i].nbytes)]
-        for i in computed:
-            self._store(sequences[i], TeaCacheContent(), skipped=False)
-        for i, added in zip(fitting, differences([after[i] for i in fitting], [before[i] for i in fitting])):
+        for i, added in zip(computed, differences([after[i] for i in computed], [before[i] for i in computed])):
             self._store(sequences[i], TeaCacheContent(signals[i], added), skipped=False)
         return output
 
-    def _reuse(self, sequence: SequenceStep, before: Hidden, signal: Tensor | None, total: float) -> Hidden:
-        """Add the last computed change of the image again.
-
-        signal: None if it does not fit into the budget; then the next step is computed.
-        """
+    def _reuse(self, sequence: SequenceStep, before: Hidden, signal: Tensor, total: float) -> Hidden:
+        """Add the last computed change of the image again."""
         content = sequence.content
         assert isinstance(content, TeaCacheContent)
-        assert content.added is not None
-        coming = TeaCacheContent() if signal is None else TeaCacheContent(signal, content.added, total)
-        self._store(sequence, coming, skipped=True)
+        self._store(sequence, TeaCacheContent(signal, content.added, total), skipped=True)
         return replace(before, image=before.image + content.added)
 
     def _accumulated(self, sequences: Sequence[SequenceStep], signals: Sequence[Tensor]) -> dict[int, float]:
         """Estimated change of the output since the last computed step, for each sequence that may skip this step."""
-        pairs, totals = {}, []
+        pairs: dict[int, tuple[Tensor, Tensor | None]] = {}
+        totals = []
         for i, (sequence, now) in enumerate(zip(sequences, signals)):
-            content = sequence.content
             # The published code always computes the first and the last step.
-            if isinstance(content, TeaCacheContent) and 0 < sequence.step < sequence.num_steps - 1:
-                pairs[i] = (now, content.signal)
-                totals.append(content.accumulated_change)
+            if sequence.slot is not None and 0 < sequence.step < sequence.num_steps - 1:
+                last = sequence.content if isinstance(sequence.content, TeaCacheContent) else None
+                pairs[i] = (now, last.signal if last else None)
+                totals.append(last.accumulated_change if last else 0.0)
         changes = relative_changes(list(pairs.values()), self._rank_group)
         return {
-            i: total + evaluate(self._coefficients, change)
+            i: total + float(np.polyval(self._coefficients, change))
             for i, total, change in zip(pairs, totals, changes)
-            if change != math.inf  # infinite: a rank had no room for the last step's signal
+            if change != math.inf  # infinite: a rank has not stored the last step's signal
         }
-
-
-def evaluate(coefficients: Sequence[float], x: float) -> float:
-    """Value of the polynomial at x by Horner's rule; coefficients: highest power first."""
-    return reduce(lambda value, coefficient: value * x + coefficient, coefficients, 0.0)
