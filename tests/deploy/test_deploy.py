@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from vllm_omni.diffusion.compute.startup.compile_cache import FOLDERS, keep_compiled_code
+from vllm_omni.diffusion.compute.worker.main import CODE_FOLDERS, keep_compiled_code
 from vllm_omni.entrypoints.cli import serve
 from vllm_omni.entrypoints.cli.args import parse_args
 
@@ -61,10 +61,10 @@ def test_the_images_command_line_parses_and_its_files_exist() -> None:
 
 def test_the_pod_keeps_what_it_compiled(deployment: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     (container,) = deployment["spec"]["containers"]
-    for name in ("XDG_CACHE_HOME", "VLLM_CACHE_ROOT", *FOLDERS):
+    for name in ("XDG_CACHE_HOME", "VLLM_CACHE_ROOT", *CODE_FOLDERS):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "/home/omni")
     keep_compiled_code()
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     volumes = [volume["name"] for volume in deployment["spec"]["volumes"]]
-    assert all(mounts[str(Path(os.environ.pop(variable)).parent)] in volumes for variable in FOLDERS)
+    assert all(mounts[str(Path(os.environ.pop(variable)).parent)] in volumes for variable in CODE_FOLDERS)

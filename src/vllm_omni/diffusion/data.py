@@ -98,10 +98,7 @@ def step_cache_config_class(backend: str) -> type[StepCacheConfig]:
 
 
 def parse_cache_config(backend: str, values: Mapping[str, Any]) -> StepCacheConfig | None:
-    """Checked settings of a step cache from the keys of `--cache-config`; None if `backend` is `none`.
-
-    Raises ConfigError for unknown backends and keys, and for wrong values.
-    """
+    """Checked settings of a step cache, from the keys of `--cache-config`; None for `none`. Raises ConfigError."""
     if backend == "none":
         if values:
             raise ConfigError(f"--cache-config {dict(values)!r} needs --cache-backend {' or '.join(STEP_CACHES)}")
@@ -240,13 +237,9 @@ class OmniDiffusionConfig:
         require(good, "--variant", self.variant, "a name of letters, digits, - and _, such as fp16")
         if isinstance(self.hf_token, str) and not re.fullmatch(r"[!-~]+", self.hf_token):
             raise ConfigError("--hf-token takes a token of ASCII characters without spaces, got something else")
-        for name, least in (
-            ("max_num_seqs", 1),
-            ("max_num_queued_reqs", 1),
-            ("max_inference_steps", 1),
-            ("max_worker_restarts", 0),
-        ):
-            require_at_least(least, getattr(self, name), flag_of(name))
+        for name in ("max_num_seqs", "max_num_queued_reqs", "max_inference_steps"):
+            require_at_least(1, getattr(self, name), flag_of(name))
+        require_at_least(0, self.max_worker_restarts, "--max-worker-restarts")
         for name in ("max_batch_tokens", "max_pixels", "max_num_frames"):
             value = getattr(self, name)
             require(value is None or value >= 1, flag_of(name), value, "an integer of at least 1")
@@ -266,11 +259,13 @@ class OmniDiffusionConfig:
                 f"--overlap-decode decodes on one device; --vae-patch-parallel-size {ranks} has ranks exchange tiles "
                 "while others exchange a step's tokens"
             )
-        _refuse_unavailable(self)
+        if self.distributed_executor_backend == "ray":
+            raise NotAvailableError("--distributed-executor-backend ray: not available yet, mp and uni are")
 
     def _write_as_text(self) -> None:
         """Replace values of scripts by strings: PyTorch's dtypes, and `Path` objects."""
-        if _is_torch_dtype(self.dtype):
+        cls = type(self.dtype)
+        if (cls.__module__, cls.__name__) == ("torch", "dtype"):  # not compared with the class: no PyTorch here
             object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
         for name in ("model", "download_dir"):
             if isinstance(value := getattr(self, name), os.PathLike):
@@ -289,12 +284,6 @@ class OmniDiffusionConfig:
         return replace(self, model=path, revision=None, download_dir=None, hf_token=None)
 
 
-def _is_torch_dtype(value: Any) -> bool:
-    # Recognized by the name of its class: this module does not import PyTorch.
-    cls = type(value)
-    return (cls.__module__, cls.__name__) == ("torch", "dtype")
-
-
 def flag_of(name: str) -> str:
     """Name of a config field for users: its command-line flag, or its keyword if it has no flag."""
     return _NAMES.get(name, "--" + name.replace("_", "-"))
@@ -309,14 +298,18 @@ _NAMES = {
 }
 
 
+DEFAULT_PARAMS = sorted(
+    {"negative_prompt"} | {f.name for f in fields(OmniDiffusionSamplingParams) if f.default is None}
+)
+"""Sampling parameters that may have other defaults; a field whose default is not None needs none."""
+
+
 def _fit_sampling_params(values: Mapping[str, Any]) -> dict[str, Any]:
     """Default sampling parameters, converted to plain values of their types. Raises ConfigError."""
-    # A field whose default is not None needs no other default.
-    accepted = {f.name for f in fields(OmniDiffusionSamplingParams) if f.default is None} | {"negative_prompt"}
-    if unknown := set(values) - accepted:
+    if unknown := set(values) - set(DEFAULT_PARAMS):
         raise ConfigError(
             f"--default-sampling-params: unknown keys {sorted(map(str, unknown))}, "
-            f"accepted are {', '.join(sorted(accepted))}"
+            f"accepted are {', '.join(DEFAULT_PARAMS)}"
         )
     kinds = {**field_types(OmniDiffusionSamplingParams), "negative_prompt": str | None}
     plain = {}
@@ -336,11 +329,3 @@ def _lora_request(value: Any) -> Any:
         return LoRARequest(**value)
     except (TypeError, InvalidRequestError):  # an unknown field, or no name
         raise WrongValueError('an adapter, as {"name": ..., "scale": ...}') from None
-
-
-_AVAILABLE_EXECUTORS = ("mp", "uni")
-
-
-def _refuse_unavailable(config: OmniDiffusionConfig) -> None:
-    if (backend := config.distributed_executor_backend) not in _AVAILABLE_EXECUTORS:
-        raise NotAvailableError(f"--distributed-executor-backend {backend}: not available yet, mp and uni are")

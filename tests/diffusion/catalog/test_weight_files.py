@@ -20,10 +20,11 @@ from vllm_omni.diffusion.catalog.weight_files import (
     choose_names,
     component_variant,
     has_weights,
+    read_header,
     safetensors_files,
+    stored_weights,
     variants_in,
 )
-from vllm_omni.diffusion.catalog.weight_headers import read_header, stored_weights
 from vllm_omni.errors import ConfigError
 
 PLAIN, HALF = "model.safetensors", "model.fp16.safetensors"

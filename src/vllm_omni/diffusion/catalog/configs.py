@@ -64,10 +64,7 @@ def _converted(value: Any, kind: Any, place: str) -> Any:
 
 
 def check_config_values(transformer: Mapping[str, Any], only: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a transformer config with values that the family does not compute.
-
-    `only`: key -> the one value that the family computes, which is also the meaning of an absent key.
-    """
+    """Raise ConfigError if a key has another value than in `only`, which is also the meaning of an absent key."""
     for key, available in only.items():
         if (value := transformer.get(key, available)) != available:
             raise ConfigError(f"transformer/config.json has {key}={value!r}: not available yet, only {available!r} is")
@@ -89,10 +86,7 @@ class SchedulerConfig:
 
 
 def read_scheduler_config(path: Path) -> SchedulerConfig:
-    """Config of the scheduler of the model in `path`.
-
-    Raises ConfigError for other schedulers, for one that draws noise at every step, and for values of wrong types.
-    """
+    """Config of the scheduler. Raises ConfigError for other schedulers, or with noise at every step, or wrong types."""
     place = "scheduler/scheduler_config.json"
     values = read_object(path, place)
     name, only = values.get("_class_name"), "FlowMatchEulerDiscreteScheduler"

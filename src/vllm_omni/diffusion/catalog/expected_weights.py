@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from vllm_omni.diffusion.catalog.weight_headers import StoredWeight
+from vllm_omni.diffusion.catalog.weight_files import StoredWeight
 from vllm_omni.errors import ConfigError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -44,7 +44,10 @@ class ExpectedWeights:
 
     def check(self, component: str, stored: Mapping[str, StoredWeight]) -> None:
         """Raise ConfigError, with the first difference, if the stored weights differ from these."""
-        prefix = self._prefix(component, stored)
+        anchor = next((name for name in stored if name.endswith(self.anchor)), None) if self.anchor else ""
+        if anchor is None:
+            raise ConfigError(f"{component}/ lacks the weight {self.anchor} of the model")
+        prefix = anchor.removesuffix(self.anchor)
         expected = {prefix + name: shape for name, shape in self.shapes.items()}
         for path, layers in self.layers.items():
             expected |= _expected_layers(component, prefix + path, layers, stored)
@@ -58,14 +61,6 @@ class ExpectedWeights:
             elif self.is_complete or name.startswith(lists):
                 raise ConfigError(f"{weight.file} has a weight that the model does not take: {name}")
         check_none_missing(component, [name for name in expected if name not in stored])
-
-    def _prefix(self, component: str, stored: Mapping[str, StoredWeight]) -> str:
-        if not self.anchor:
-            return ""
-        found = next((name for name in stored if name.endswith(self.anchor)), None)
-        if found is None:
-            raise ConfigError(f"{component}/ lacks the weight {self.anchor} of the model")
-        return found.removesuffix(self.anchor)
 
 
 def check_none_missing(component: str, missing: Sequence[str], owner: str = "model") -> None:

@@ -14,22 +14,16 @@ DEMO_MODEL_PATH = Path(__file__).parents[2] / "demo_model"
 
 
 def find_folder(model: str, load_format: LoadFormat, access: HubAccess, check: CheckConfigs) -> ModelFolder:
-    """The local folder of `model`: `demo`, a folder, or a hub name (downloaded: safetensors only).
-
-    With `dummy` no weights are downloaded, and with `auto` only after `check` accepts the configs. Raises ConfigError
-    when there is no such folder and the hub has no answer.
-    """
+    """Local folder of `model`: `demo`, a folder, or else a `download`. Raises ConfigError if there is none."""
     path = DEMO_MODEL_PATH if model == DEMO_MODEL else Path(model).expanduser()
     if path.is_dir():
         if access.revision is not None:
             raise ConfigError(f"--revision {access.revision} is for hub models; {model!r} is a folder, which has none")
-        return _in_diffusers_layout(ModelFolder(path), model)
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:  # no name that the hub could have
+        folder = ModelFolder(path)
+    elif model.startswith((".", "/", "~")) or model.count("/") > 1:  # no name that the hub could have
         raise ConfigError(f"model {model!r}: there is no such folder")
-    return _in_diffusers_layout(download(model, load_format, access, check), model)
-
-
-def _in_diffusers_layout(folder: ModelFolder, model: str) -> ModelFolder:
+    else:
+        folder = download(model, load_format, access, check)
     if not (folder.path / MODEL_INDEX).is_file():
         raise ConfigError(f"model {model!r} is not in the diffusers layout: it has no model_index.json")
     return folder

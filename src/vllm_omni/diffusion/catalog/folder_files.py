@@ -24,10 +24,9 @@ def names_in(root: Path, folder: str) -> list[str]:
 
 
 def open_file(root: Path, name: str) -> BinaryIO:
-    """Open the file `name`, a path relative to the model folder `root`, for reading.
+    """Open the file `name` of the model folder `root`. Raises ConfigError if it is not readable or lies outside.
 
-    Raises ConfigError, with the name and the reason, if it is no readable file or lies outside of `root`. A link into
-    the hub's cache is allowed, because the cache's folders consist of such links.
+    A link into the hub's cache is allowed, because the cache's folders consist of such links.
     """
     target = regular_file(root, name)
     try:
@@ -81,16 +80,11 @@ def _resolve_inside(root: Path, name: str) -> Path:
         is_inside = target.is_relative_to(root.resolve())
     except (OSError, RuntimeError) as error:  # the class for a loop of links depends on the release of Python
         raise ConfigError(f"cannot read {name}: its links lead nowhere ({error})") from error
-    if not is_inside and not _is_in_hub_cache(target):
+    # A file or folder of a model in the hub's cache.
+    is_cached = any(p.name in ("blobs", "snapshots") and p.parent.name.startswith("models--") for p in target.parents)
+    if not is_inside and not is_cached:
         raise ConfigError(f"cannot read {name}: it is a link to {target}, outside of the model's folder")
     return target
-
-
-def _is_in_hub_cache(target: Path) -> bool:
-    """Whether `target` is a file or folder of a model in the hub's cache."""
-    return any(
-        place.name in ("blobs", "snapshots") and place.parent.name.startswith("models--") for place in target.parents
-    )
 
 
 def read_object(root: Path, name: str) -> dict[str, Any]:

@@ -11,16 +11,13 @@ from typing import Any, NamedTuple
 
 from vllm_omni.diffusion.catalog.folder_files import DEFAULTS_FILE, MODEL_INDEX, names_in, read_object
 from vllm_omni.diffusion.catalog.model_index import read_components
-from vllm_omni.diffusion.catalog.weight_files import choose_all, has_weights, read_weight_map, safetensors_files
+from vllm_omni.diffusion.catalog.weight_files import choose_all, has_weights, read_shards, safetensors_files
 from vllm_omni.diffusion.data import LoadFormat, OmniDiffusionConfig
 from vllm_omni.errors import ConfigError
 from vllm_omni.logs.bars import HiddenBar
 
 CONFIG_SUFFIXES = (".json", ".txt", ".jinja", ".model")
 """Suffixes of a component's files that hold no weights."""
-
-ReadObject = Callable[[str], dict[str, Any]]
-"""Function from the name of a file in the repository to its JSON object."""
 
 
 @dataclass(frozen=True)
@@ -90,13 +87,8 @@ def _download(model: str, load_format: LoadFormat, access: HubAccess, names: lis
     """Fetch the needed ones of the repository's files `names`. Raises ConfigError, and errors of the hub's client."""
     from huggingface_hub import hf_hub_download, snapshot_download
 
-    repository: dict[str, Any] = {
-        "repo_id": model,
-        "revision": access.revision,
-        "cache_dir": access.download_dir,
-        "token": access.token,
-        "tqdm_class": None if access.progress_bar else HiddenBar,
-    }
+    repository: dict[str, Any] = {"repo_id": model, "revision": access.revision, "cache_dir": access.download_dir}
+    repository |= {"token": access.token, "tqdm_class": None if access.progress_bar else HiddenBar}
     if MODEL_INDEX not in names:
         raise ConfigError(f"model {model!r} is not in the diffusers layout: it has no {MODEL_INDEX}")
 
@@ -108,11 +100,10 @@ def _download(model: str, load_format: LoadFormat, access: HubAccess, names: lis
     return Path(snapshot_download(allow_patterns=[glob.escape(name) for name in needed], **repository))
 
 
-def needed_files(names: Iterable[str], load_format: LoadFormat, variant: str | None, read: ReadObject) -> list[str]:
-    """Files to load among the files `names` of a repository: configs, and one set of weights for each component.
-
-    Raises ConfigError for a component whose weights are missing.
-    """
+def needed_files(
+    names: Iterable[str], load_format: LoadFormat, variant: str | None, read: Callable[[str], dict[str, Any]]
+) -> list[str]:
+    """Configs among `names`, and one set of weights for each component. Raises ConfigError for missing weights."""
     present = set(names)
     components = read_components(read(MODEL_INDEX))
     needed = {name for name in (MODEL_INDEX, DEFAULTS_FILE) if name in present}
@@ -129,10 +120,7 @@ def needed_files(names: Iterable[str], load_format: LoadFormat, variant: str | N
             files = set(chosen.files)
             if chosen.index is not None:
                 place = f"{component}/{chosen.index}"
-                files = set(read_weight_map(read(place), place).values())
-                if missing := sorted(files - set(folders[component])):
-                    raise ConfigError(f"{component}/ lacks {', '.join(missing)}, which {chosen.index} names")
-                files.add(chosen.index)
+                files = {chosen.index, *read_shards(read(place), place, folders[component])}
             needed |= {f"{component}/{file}" for file in files}
     return sorted(needed)
 
@@ -142,16 +130,10 @@ def _earlier_download(model: str, load_format: LoadFormat, access: HubAccess, er
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    repository: dict[str, Any] = {"repo_id": model, "revision": access.revision, "cache_dir": access.download_dir}
     try:
-        path = Path(
-            snapshot_download(
-                model,
-                revision=access.revision,
-                cache_dir=access.download_dir,
-                allow_patterns=[MODEL_INDEX],  # not more: for other files, the checks below name those that are missing
-                local_files_only=True,
-            )
-        )
+        # No other files: the checks below name those that are missing.
+        path = Path(snapshot_download(allow_patterns=[MODEL_INDEX], local_files_only=True, **repository))
     except (LocalEntryNotFoundError, OSError):
         raise ConfigError(_explain(model, access, error)) from error
     folder = ModelFolder(path, _explain(model, access, error))

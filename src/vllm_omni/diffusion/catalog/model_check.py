@@ -10,8 +10,15 @@ from vllm_omni.diffusion.catalog.hub import hub_reason
 from vllm_omni.diffusion.catalog.model_index import DIFFUSERS_STEMS, Component, read_components
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.catalog.tokenizer_files import check_tokenizer
-from vllm_omni.diffusion.catalog.weight_files import CONFIG, choose_all, has_weights, other_configs
-from vllm_omni.diffusion.catalog.weight_headers import StoredWeight, check_types, stored_weights
+from vllm_omni.diffusion.catalog.weight_files import (
+    CONFIG,
+    StoredWeight,
+    check_types,
+    choose_all,
+    has_weights,
+    other_configs,
+    stored_weights,
+)
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.errors import ConfigError
 
@@ -33,27 +40,23 @@ def check_model_files(info: ModelInfo, config: OmniDiffusionConfig) -> None:
     Also for a variant of the weights that no component has. With dummy weights, weight files are not checked.
     """
     with hub_reason(info.path, info.hub_failure):
-        _check_folder(info, config)
-
-
-def _check_folder(info: ModelInfo, config: OmniDiffusionConfig) -> None:
-    path = info.path
-    components = read_components(read_object(path, MODEL_INDEX))
-    for component, entry in components.items():
-        if not (path / component).is_dir():
-            raise ConfigError(f"{MODEL_INDEX} names {component}, but the model has no folder {component}/")
-        check_links(path, component)
-        _check_files(info, component, entry)
-    if config.load_format != "auto":
-        return
-    for component in choose_all(components, {name: names_in(path, name) for name in components}, config.variant):
-        weights = stored_weights(path / component, config.variant, components[component].stems)
-        values = read_object(path, f"{component}/{CONFIG}")
-        _check_counts(component, values, weights)
-        if "quantization_config" not in values:
-            check_types(component, weights)
-        for expected in info.expected_weights.get(component, ()):
-            expected.check(component, weights)
+        path = info.path
+        components = read_components(read_object(path, MODEL_INDEX))
+        for component, entry in components.items():
+            if not (path / component).is_dir():
+                raise ConfigError(f"{MODEL_INDEX} names {component}, but the model has no folder {component}/")
+            check_links(path, component)
+            _check_files(info, component, entry)
+        if config.load_format != "auto":
+            return
+        for component in choose_all(components, {name: names_in(path, name) for name in components}, config.variant):
+            weights = stored_weights(path / component, config.variant, components[component].stems)
+            values = read_object(path, f"{component}/{CONFIG}")
+            _check_counts(component, values, weights)
+            if "quantization_config" not in values:
+                check_types(component, weights)
+            for expected in info.expected_weights.get(component, ()):
+                expected.check(component, weights)
 
 
 def _check_files(info: ModelInfo, name: str, component: Component) -> None:
@@ -65,10 +68,18 @@ def _check_files(info: ModelInfo, name: str, component: Component) -> None:
     for config in _configs(name, component, names):
         place = f"{name}/{config}"
         values = read_object(info.path, place)
-        if component.kind == "scheduler":
-            _check_scheduler(place, values)
+        steps = values.get("num_train_timesteps")
+        is_count = type(steps) is int and 1 <= steps <= MAX_TIMESTEPS
+        if component.kind == "scheduler" and steps is not None and not is_count:
+            raise ConfigError(
+                f"{place}: num_train_timesteps takes a whole number from 1 to {MAX_TIMESTEPS}, got {short(steps)}"
+            )
+        # Settings that make transformers read other weights than the checked ones.
         if config == CONFIG and info.served_by == "diffusers" and component.stems != DIFFUSERS_STEMS:
-            _check_redirects(name, names, values)
+            if ADAPTER_CONFIG in names:
+                raise ConfigError(f"{name}/ has an {ADAPTER_CONFIG}: adapters inside a component are not loaded")
+            if (file := values.get("transformers_weights")) is not None:
+                raise ConfigError(f"{name}/{CONFIG}: transformers_weights must be left out, got {short(file)}")
 
 
 def _configs(name: str, component: Component, names: list[str]) -> list[str]:
@@ -85,23 +96,6 @@ def _configs(name: str, component: Component, names: list[str]) -> list[str]:
     if present := [file for file in accepted if file in names]:
         return present
     raise ConfigError(f"{name}/ lacks {accepted[0]}")
-
-
-def _check_redirects(component: str, names: list[str], values: Mapping[str, Any]) -> None:
-    """Raise ConfigError for settings that make transformers read other weights than the checked ones."""
-    if ADAPTER_CONFIG in names:
-        raise ConfigError(f"{component}/ has an {ADAPTER_CONFIG}: adapters inside a component are not loaded")
-    if (file := values.get("transformers_weights")) is not None:
-        raise ConfigError(f"{component}/{CONFIG}: transformers_weights must be left out, got {short(file)}")
-
-
-def _check_scheduler(place: str, values: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a number of training steps so large that the scheduler would fill the memory."""
-    steps = values.get("num_train_timesteps")
-    if steps is not None and not (type(steps) is int and 1 <= steps <= MAX_TIMESTEPS):
-        raise ConfigError(
-            f"{place}: num_train_timesteps takes a whole number from 1 to {MAX_TIMESTEPS}, got {short(steps)}"
-        )
 
 
 def _check_counts(component: str, values: Mapping[str, Any], weights: Mapping[str, StoredWeight]) -> None:

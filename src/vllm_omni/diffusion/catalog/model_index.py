@@ -49,10 +49,7 @@ class Component:
 
 
 def read_components(index: Mapping[str, Any]) -> dict[str, Component]:
-    """Components of a model by name, from the JSON of its model_index.json.
-
-    Raises ConfigError for an entry that is no pair of a library and a class, or whose name is no folder's.
-    """
+    """Components by name, from the JSON of model_index.json. Raises ConfigError for a malformed entry."""
     components = {}
     for name, value in index.items():
         if name.startswith("_") or not isinstance(value, list) or all(part is None for part in value):

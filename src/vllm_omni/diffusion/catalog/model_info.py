@@ -52,10 +52,7 @@ class Guidance:
         return s, negative_prompt
 
     def asked_by(self, negative_prompt: str | None, params: Any) -> list[str]:
-        """Names of the given parameters that have an effect only with guidance.
-
-        params: has each of `parameters` as an attribute. A scale that switches guidance off is not among the names.
-        """
+        """Names of the parameters that are given and have an effect only with guidance."""
         asked = [] if negative_prompt is None else ["negative_prompt"]
         for name in self.parameters:
             value = getattr(params, name)
@@ -64,10 +61,7 @@ class Guidance:
         return asked
 
     def missing_half(self, negative_prompt: str | None, params: Any) -> str:
-        """Warning for a request that gives only one of scale and negative prompt; empty for any other request.
-
-        Guidance needs both, unless the family has a default negative prompt.
-        """
+        """Warning about a scale without negative prompt, or the reverse, where guidance needs both; else empty."""
         asked = self.asked_by(negative_prompt, params)
         if not asked:
             return ""
@@ -90,10 +84,7 @@ class ImageInput(Protocol):
         """Most pictures of one request."""
 
     def sizes(self, width: int, height: int) -> ReaderSizes:
-        """Sizes to which a picture of width x height pixels is resized for the model.
-
-        Raises InvalidRequestError for impossible proportions.
-        """
+        """Sizes to which a picture is resized for the model. Raises InvalidRequestError for odd proportions."""
 
     def count_prompt_tokens(self, images: Sequence[InputImage]) -> int:
         """Tokens that these pictures add to the prompt that the transformer sees."""
@@ -184,10 +175,7 @@ class ModelInfo(ABC):
         return num_text_tokens + num_image_tokens
 
     def branch_tokens(self, text_tokens: Sequence[int], num_image_tokens: int, num_references: int) -> tuple[int, ...]:
-        """Tokens of each branch in the transformer. num_references: tokens of the input pictures.
-
-        text_tokens: text tokens of each branch.
-        """
+        """Tokens of each branch, from its text tokens and those of the output and of the input pictures."""
         if not self.follows_input:
             num_image_tokens += num_references
         return tuple(self.num_sequence_tokens(n, num_image_tokens) for n in text_tokens)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from vllm_omni.diffusion.catalog.find_folder import find_folder
 from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX, read_object
@@ -40,11 +39,7 @@ def load_model_info(
     access: HubAccess = DEFAULT_ACCESS,
     check: Callable[[ModelInfo], object] = lambda info: None,
 ) -> ModelInfo:
-    """Find the folder and family of `model`.
-
-    check: raises ConfigError for settings that the model does not take. Raises ConfigError for a pipeline class that
-    nothing here serves. Weights of a hub model are downloaded only after both.
-    """
+    """Find folder and family of `model`. `check` may raise ConfigError, too, before weights are downloaded."""
     folder = find_folder(model, load_format, access, lambda path: check(_describe(path)))
     with hub_reason(*folder):
         info = _describe(folder.path)
@@ -58,16 +53,13 @@ def _describe(path: Path) -> ModelInfo:
     return info
 
 
-def pipeline_class(family: str) -> Any:
-    """Class that loads and runs the models of a family. Imports torch."""
-    return getattr(import_module(f"{PACKAGE}.{family}.pipeline"), PIPELINES[family])
+def pipeline_module(family: str) -> str:
+    """Name of the module with the class that loads and runs a family's models; importing it imports torch."""
+    return f"{PACKAGE}.{family}.pipeline"
 
 
 def family_of(path: Path) -> str:
-    """Family that serves the model folder `path`.
-
-    Raises ConfigError where model_index.json names no pipeline class.
-    """
+    """Family that serves the model folder `path`. Raises ConfigError if model_index.json names no class."""
     class_name = read_object(path, MODEL_INDEX).get("_class_name")
     if class_name is None:
         raise ConfigError(f"model {str(path)!r}: model_index.json names no _class_name")

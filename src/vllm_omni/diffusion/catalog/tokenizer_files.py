@@ -34,18 +34,19 @@ class TokenizerNeeds:
 
 
 def check_tokenizer(root: Path, component: str, class_name: str, needs: TokenizerNeeds = TokenizerNeeds()) -> None:
-    """Raise ConfigError, with the file and the reason, for files of a tokenizer that are missing or broken.
-
-    `root`: the model folder; `component`: the tokenizer's folder in it; `class_name`: its class in transformers;
-    `needs`: a tokenizer that lacks these is refused, too.
-    """
+    """Raise ConfigError, with the reason, for broken files of a tokenizer, or one that lacks the `needs`."""
     names = names_in(root, component)
     objects = {name: read_object(root, f"{component}/{name}") for name in OBJECTS if name in names}
     settings = read_settings(root, component) if SETTINGS in names else {}
     vocabulary = _read_vocabulary(root, component, class_name, names)
     if vocabulary is None:
         return
-    ids = vocabulary | objects.get(ADDED, {}) | _added_in_settings(settings)
+    added = {
+        token["content"]: int(number) if number.isdecimal() else number
+        for number, token in (settings.get("added_tokens_decoder") or {}).items()
+        if isinstance(token, dict) and isinstance(token.get("content"), str)
+    }
+    ids = vocabulary | objects.get(ADDED, {}) | added
     if missing := [token for token in needs.tokens if token not in ids]:
         raise ConfigError(f"{component}/ lacks the token {missing[0]!r}, which the model's prompts consist of")
     for token, number in ids.items():
@@ -57,10 +58,7 @@ def check_tokenizer(root: Path, component: str, class_name: str, needs: Tokenize
 
 
 def read_settings(root: Path, component: str) -> dict[str, Any]:
-    """JSON of the tokenizer's tokenizer_config.json; a null stands for a missing key.
-
-    Raises ConfigError, with the key, for values with which the tokenizer cannot be built.
-    """
+    """JSON of a tokenizer_config.json. Raises ConfigError for values with which no tokenizer can be built."""
     place = f"{component}/{SETTINGS}"
     settings = read_object(root, place)
     for key, kind, accepted in (("tokenizer_class", str, "a text"), ("added_tokens_decoder", dict, "a JSON object")):
@@ -140,12 +138,3 @@ def _readable(root: Path, name: str) -> str:
         if not stream.read(1):
             raise ConfigError(f"cannot read {name}: it is empty")
     return str(root / name)
-
-
-def _added_in_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    added = settings.get("added_tokens_decoder") or {}
-    return {
-        token["content"]: int(number) if number.isdecimal() else number
-        for number, token in added.items()
-        if isinstance(token, dict) and isinstance(token.get("content"), str)
-    }

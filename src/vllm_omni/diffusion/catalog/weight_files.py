@@ -1,14 +1,15 @@
-"""Choice of a component's weight files by name, the same as in diffusers and transformers. No torch here."""
+"""A component's weight files: their choice, as in diffusers and transformers, and their headers. No torch here."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from vllm_omni.diffusion.catalog.folder_files import names_in, read_object, short
+from vllm_omni.diffusion.catalog.folder_files import names_in, open_file, read_object, regular_file, short
 from vllm_omni.diffusion.catalog.model_index import STEMS, TRANSFORMERS_STEMS, Component, Stems
 from vllm_omni.errors import ConfigError
 
@@ -21,6 +22,12 @@ _WEIGHT_FILE = re.compile(rf"(?P<stem>{'|'.join(STEMS)})(?:[.-].*)?\.safetensors
 _VARIANT_FILE = re.compile(
     rf"(?P<stem>{'|'.join(STEMS)})(?:\.(?P<new>[^.]+?)(?:{_SHARD})?|{_SHARD}\.(?P<old>[^.]+))\.safetensors"
 )
+
+
+MAX_HEADER_BYTES = 100_000_000
+"""Bytes of the largest header that the safetensors library reads."""
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+"""Types in which a weight may be stored."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +56,7 @@ def other_configs(names: Iterable[str]) -> list[str]:
 
 
 def choose_names(names: Iterable[str], variant: str | None, stems: Stems = STEMS) -> WeightNames | None:
-    """Weight files to load among the files `names` of a component; None: there are none, or files of several `stems`.
-
-    A component without files of `variant` is loaded from the files without variant, as diffusers does.
-    """
+    """Weight files of one stem among `names`, or None. Without files of `variant`: those without variant."""
     present = set(names)
     there = _stems_in(present, stems)
     if len(there) != 1:
@@ -85,10 +89,7 @@ def _choose_stem(present: set[str], stem: str, variant: str | None) -> WeightNam
 def choose_all(
     components: Mapping[str, Component], folders: Mapping[str, Collection[str]], variant: str | None
 ) -> dict[str, WeightNames]:
-    """Weight files to load of each component that has weights. `folders`: component -> names of its files.
-
-    Raises ConfigError for a component without files to load, and for a variant that no component has.
-    """
+    """Weight files by component, among its files in `folders`. Raises ConfigError, also for an unknown variant."""
     chosen: dict[str, WeightNames] = {}
     models = {name: names for name, names in folders.items() if has_weights(components[name], names)}
     for name, names in models.items():
@@ -137,25 +138,101 @@ def safetensors_files(folder: Path, variant: str | None = None, stems: Stems = S
     if chosen.index is None:
         return [folder / name for name in chosen.files]
     place = f"{component}/{chosen.index}"
-    shards = sorted(set(read_weight_map(read_object(root, place), place).values()))
-    if missing := [name for name in shards if name not in names]:
-        raise ConfigError(f"{component}/ lacks {', '.join(missing)}, which {chosen.index} names")
-    return [folder / name for name in shards]
+    return [folder / name for name in read_shards(read_object(root, place), place, names)]
 
 
-def read_weight_map(index: Mapping[str, Any], place: str) -> dict[str, str]:
-    """Name of a weight -> name of its file, from the JSON of an index. `place`: the index file, for errors.
+def read_shards(index: Mapping[str, Any], place: str, present: Collection[str]) -> list[str]:
+    """Names of the files that hold the weights, sorted, from the JSON of an index.
 
-    Raises ConfigError for a name that is not a safetensors file in the same folder.
+    place: the index file, for errors; present: names of the files in its folder. Raises ConfigError for a name that is
+    not a safetensors file among them.
     """
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ConfigError(f"{place}: weight_map must be a JSON object of names of files, got {short(weight_map)}")
     if not weight_map:
         raise ConfigError(f"{place}: weight_map is empty")
-    for name in sorted(set(weight_map.values())):
+    shards = sorted(set(weight_map.values()))
+    for name in shards:
         if name != Path(name).name or name in (".", ".."):
             raise ConfigError(f"{place} names {name!r}, which is not a file of the same folder")
         if not name.endswith(".safetensors"):
             raise ConfigError(f"{place} names {name!r}, which is no safetensors file")
-    return weight_map
+    if missing := [name for name in shards if name not in present]:
+        component, _, file = place.partition("/")
+        raise ConfigError(f"{component}/ lacks {', '.join(missing)}, which {file} names")
+    return shards
+
+
+class StoredWeight(NamedTuple):
+    """Description of a tensor in the header of a file."""
+
+    file: str
+    """Path of the file relative to the model folder."""
+    dtype: str
+    """Name of the type in the safetensors format, such as F32."""
+    shape: tuple[int, ...]
+
+
+def stored_weights(folder: Path, variant: str | None = None, stems: Stems = STEMS) -> dict[str, StoredWeight]:
+    """Name -> description of each weight in the weight files of the component in `folder`.
+
+    As in diffusers and transformers, the files' headers count, not their index; for a weight in two shards the last
+    shard counts. Raises ConfigError, with the file and the reason, for files that are missing or broken.
+    """
+    weights: dict[str, StoredWeight] = {}
+    for file in safetensors_files(folder, variant, stems):
+        weights |= read_header(folder.parent, f"{folder.name}/{file.name}")
+    return weights
+
+
+def read_header(root: Path, name: str) -> dict[str, StoredWeight]:
+    """Name -> description of each weight in a safetensors file. Raises ConfigError with the file and the reason."""
+    from safetensors import SafetensorError, safe_open
+
+    path = regular_file(root, name)
+    try:
+        with safe_open(path, framework="np") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  # it is no mapping
+            return {key: StoredWeight(name, part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(_why_unreadable(root, name, error)) from error
+
+
+def _why_unreadable(root: Path, name: str, error: Exception) -> str:
+    """Reason, in one line, why the safetensors library refused a file with `error`."""
+    with open_file(root, name) as stream:
+        try:
+            size = stream.seek(0, 2)
+            stream.seek(0)
+            start = stream.read(8)
+            length = int.from_bytes(start, "little")
+            if size < 8 or length > MAX_HEADER_BYTES:
+                begin = f", begins with {start!r} and has no header" if start else ""
+                return f"{name} is no safetensors file: it has {size} bytes{begin}"
+            header = stream.read(length)
+        except OSError as failure:
+            return f"cannot read {name}: {failure.strerror}"
+    if len(header) < length:
+        return f"{name} is truncated: it has {size} bytes, its header alone needs {8 + length}"
+    try:
+        tensors = json.loads(header)
+        tensors.pop("__metadata__", None)
+        needed = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+        is_truncated = size < needed
+    except (ValueError, RecursionError, AttributeError, KeyError, TypeError, IndexError) as failure:
+        return f"{name} is no safetensors file: its header cannot be read ({failure!r})"
+    if is_truncated:
+        return f"{name} is truncated: it has {size} bytes and needs {needed}"
+    return f"{name} is no safetensors file: {error}"
+
+
+def check_types(component: str, weights: Mapping[str, StoredWeight]) -> None:
+    """Raise ConfigError for a component without weights, or with some that are not floating point."""
+    if not weights:
+        raise ConfigError(f"the weight files of {component}/ hold no weights")
+    for name, weight in weights.items():
+        if name.endswith((".weight", ".bias")) and weight.dtype not in FLOATS:
+            raise ConfigError(
+                f"{weight.file}: {name} is stored as {weight.dtype}; weights are read from {', '.join(FLOATS)}"
+            )

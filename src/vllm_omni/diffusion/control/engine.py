@@ -21,7 +21,7 @@ from vllm_omni.diffusion.control.events import (
     NullObserver,
     reporting_rejects,
 )
-from vllm_omni.diffusion.control.executor.base import Executor
+from vllm_omni.diffusion.control.executor import Executor
 from vllm_omni.diffusion.control.plans_in_flight import MAX_PLANS_IN_FLIGHT
 from vllm_omni.diffusion.control.request_errors import request_error
 from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest

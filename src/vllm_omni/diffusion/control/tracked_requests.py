@@ -12,10 +12,8 @@ import numpy as np
 from vllm_omni.diffusion.control.events import EngineEvent, EngineObserver, Failed, Finished, Preview, StepDone
 from vllm_omni.diffusion.control.request_errors import outcome_of
 from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
-from vllm_omni.diffusion.messages.plan import StepPlan, StepResult
+from vllm_omni.diffusion.messages.plan import STAGES, StepPlan, StepResult
 from vllm_omni.errors import RequestError
-
-STAGES = ("text_encode", "denoise", "vae_decode")
 
 
 @dataclass

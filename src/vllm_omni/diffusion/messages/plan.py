@@ -11,6 +11,8 @@ from vllm_omni.diffusion.messages.request import DiffusionRequest
 
 EXCHANGES = ("all_to_all", "p2p", "all_gather", "all_reduce")
 """Kinds of exchanges between ranks: see `distributed.groups` and `distributed.ring`."""
+STAGES = ("text_encode", "denoise", "vae_decode")
+"""Names of the stages of a request for users: encode, denoise, decode."""
 
 
 @dataclass

@@ -38,25 +38,15 @@ class Runner(Protocol):
 
     @property
     def launches_ahead(self) -> bool:
-        """Whether the device is still computing when `launch` returns, as a GPU is.
-
-        Then another thread waits for results. On a CPU that thread would only take time from the computation.
-        """
+        """Whether the device still computes when `launch` returns; then another thread waits for results."""
         ...
 
     def start(self, first: WorkerReady | None = None) -> WorkerReady:
-        """Load the model and warm up.
-
-        first: measurements of this rank's first start; a restart repeats its choices that change pixels. None: this is
-        the first start.
-        """
+        """Load the model and warm up. A restart repeats the choices of its `first` start that change pixels."""
         ...
 
     def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
-        """Launch a step on the device; return a function that waits for the step's result.
-
-        The function may be called in another thread while the next step is launched. Calls keep the order of the steps.
-        """
+        """Launch a step; return a function, for any thread, that waits for its result. Calls keep the order."""
         ...
 
     def abort(self, request_ids: Sequence[str]) -> None: ...

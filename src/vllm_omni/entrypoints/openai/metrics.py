@@ -16,7 +16,7 @@ from prometheus_client import (
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from vllm_omni.diffusion.messages.plan import EXCHANGES, StepPlan, StepResult
+from vllm_omni.diffusion.messages.plan import EXCHANGES, STAGES, StepPlan, StepResult
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ _LATENCY_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 6
 _STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _SEQUENCE_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 _TOKEN_BUCKETS = tuple(2**i for i in range(6, 19))
-_ENGINE_STAGES = ("text_encode", "denoise", "vae_decode")
 
 
 class PrometheusObserver:
@@ -50,7 +49,7 @@ class PrometheusObserver:
             registry=self._registry,
             buckets=_LATENCY_BUCKETS,
         )
-        for stage in (*_ENGINE_STAGES, "media_encode"):
+        for stage in (*STAGES, "media_encode"):
             self._stage_time.labels(model_name, stage)
         self._step_time = self._histogram("denoise_step_seconds", "One denoising step of the device", _STEP_BUCKETS)
         self._step_sequences = self._histogram("step_batch_sequences", "Sequences in one step", _SEQUENCE_BUCKETS)
@@ -116,7 +115,7 @@ class PrometheusObserver:
         self._pixels[""].inc(request.height * request.width)
         self._latency.observe(timings["total"])
         self._queue_time.observe(timings["queue"])
-        for stage in _ENGINE_STAGES:
+        for stage in STAGES:
             self._stage_time.labels(self._model_name, stage).observe(timings[stage])
 
     def on_reject(self, reason: str) -> None:

@@ -12,7 +12,7 @@ from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.compute.device.streams import StreamEvent
 from vllm_omni.diffusion.compute.device.timing import Stopwatch
-from vllm_omni.diffusion.compute.startup import thread_choice
+from vllm_omni.diffusion.compute.startup import rank_timer
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 
@@ -51,7 +51,7 @@ def test_a_cpu_that_launches_kernels_uses_one_thread(
     tiny_model: Path, is_asynchronous: bool, num_threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Device, "is_asynchronous", is_asynchronous)
-    monkeypatch.setattr(thread_choice, "choose_num_threads", lambda *_: None)
+    monkeypatch.setattr(rank_timer, "choose_num_threads", lambda *_: None)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

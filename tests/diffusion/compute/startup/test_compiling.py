@@ -22,8 +22,8 @@ from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.compute.families.qwen_image.transformer import QwenImageTransformer
 from vllm_omni.diffusion.compute.families.z_image.transformer import ZImageTransformer
-from vllm_omni.diffusion.compute.startup.compile_cache import FOLDERS, keep_compiled_code
 from vllm_omni.diffusion.compute.step.compiled import Backend, CompiledBlocks
+from vllm_omni.diffusion.compute.worker.main import CODE_FOLDERS, keep_compiled_code
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest
@@ -222,7 +222,7 @@ def test_the_device_and_enforce_eager_decide(tiny_model: Path, monkeypatch: pyte
 def test_compiled_code_is_kept_beside_vllms(
     environment: dict[str, str], folders: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("XDG_CACHE_HOME", "VLLM_CACHE_ROOT", *FOLDERS):
+    for name in ("XDG_CACHE_HOME", "VLLM_CACHE_ROOT", *CODE_FOLDERS):
         monkeypatch.delenv(name, raising=False)
     for name, value in (environment | {"HOME": "/home/omni"}).items():
         monkeypatch.setenv(name, value)

@@ -19,8 +19,8 @@ from vllm_omni.diffusion.compute.families import component_loader
 from vllm_omni.diffusion.compute.families.qwen_image import pipeline
 from vllm_omni.diffusion.compute.layers.kernels import TorchKernels, fused
 from vllm_omni.diffusion.compute.layers.rounding import Rows
-from vllm_omni.diffusion.compute.startup import resolved_config
-from vllm_omni.diffusion.compute.startup.resolved_config import check_device, check_kernels, resolve
+from vllm_omni.diffusion.compute.startup import model_start
+from vllm_omni.diffusion.compute.startup.model_start import check_device, check_kernels, resolve
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.errors import ConfigError
@@ -87,7 +87,7 @@ def test_kernels_that_do_not_run_end_the_start_before_weights_are_read(
 
 def test_kernels_that_run_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     check_kernels("triton", Device(), torch.float32)
-    monkeypatch.setattr(resolved_config, "create_kernels", lambda name: pytest.fail("Triton is not asked for"))
+    monkeypatch.setattr(model_start, "create_kernels", lambda name: pytest.fail("Triton is not asked for"))
     check_kernels("torch", Device(), torch.float32)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vllm_omni.diffusion.compute.startup.thread_choice import choose_num_threads
+from vllm_omni.diffusion.compute.startup.rank_timer import choose_num_threads
 
 
 class Threads:

@@ -22,8 +22,7 @@ from tests.diffusion.compute.worker.replica import merging, started
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.layers.linear import ColumnLinear, RowLinear
-from vllm_omni.diffusion.compute.weights.dummy import dummy_weight
-from vllm_omni.diffusion.compute.weights.loading import load_weights, weight_targets
+from vllm_omni.diffusion.compute.weights.loading import dummy_weight, load_weights, weight_targets
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.diffusion.messages.worker import RankInfo

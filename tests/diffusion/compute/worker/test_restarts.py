@@ -17,7 +17,7 @@ from vllm_omni.diffusion.compute.attention import BACKENDS, Setting, backend_cla
 from vllm_omni.diffusion.compute.attention.sdpa import SdpaAttention
 from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.compute.packing import Offsets
-from vllm_omni.diffusion.compute.startup import attention_choice, thread_choice
+from vllm_omni.diffusion.compute.startup import attention_choice, rank_timer
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.control.executor.inline import InlineExecutor
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -58,7 +58,7 @@ def now(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Measurements:
         device.set_num_threads(measured.num_threads)
 
     monkeypatch.setattr(attention_choice, "measure", measure)
-    monkeypatch.setattr(thread_choice, "choose_num_threads", choose_num_threads)
+    monkeypatch.setattr(rank_timer, "choose_num_threads", choose_num_threads)
     monkeypatch.setattr(Device, "free_memory_bytes", lambda self: measured.free_bytes)
     return measured
 

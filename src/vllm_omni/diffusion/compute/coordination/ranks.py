@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 from torch._C._distributed_c10d import TCPStore
 
-from vllm_omni.diffusion.compute.coordination.capture_agreement import RankGroupCapturer
 from vllm_omni.diffusion.compute.device.device import Device
-from vllm_omni.diffusion.compute.distributed.groups import GroupBrokenError
+from vllm_omni.diffusion.compute.distributed.groups import Group, GroupBrokenError
 from vllm_omni.diffusion.compute.distributed.mesh import COLLECTIVE_TIMEOUT, Mesh, World
 from vllm_omni.diffusion.compute.step.cuda_graphs import Capturer
 from vllm_omni.diffusion.data import DiffusionParallelConfig
@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 Output = TypeVar("Output")
 
 _INTERRUPTED, _FAILED = 0, 1
+_CAPTURED, _NO_MEMORY, _NOT_CAPTURED = 0.0, 1.0, 2.0
+"""Outcomes of a capture; the largest one on any rank counts."""
 
 
 class PeerFailedError(Exception):
@@ -46,10 +48,7 @@ def connect(parallel: DiffusionParallelConfig, rank_info: RankInfo, device: Devi
 
 
 class Ranks:
-    """The ranks of a replica, from the view of one. All ranks make the same calls in the same order.
-
-    A replica of one rank (`world` is None) exchanges nothing.
-    """
+    """The ranks of a replica, from the view of one; all make the same calls in order. `world` None: one rank."""
 
     def __init__(self, world: World | None = None) -> None:
         self.mesh = Mesh.single() if world is None else world.mesh
@@ -68,7 +67,7 @@ class Ranks:
 
     def agree(self, value: float) -> float:
         """Largest value of all ranks."""
-        return self.mesh.control.agree(value) if self.size > 1 else value
+        return self.mesh.control.agree(value)
 
     def take_sent_bytes(self) -> dict[str, int]:
         """Bytes that this rank sent in each kind of exchange since the last call."""
@@ -120,3 +119,59 @@ class Ranks:
             raise RanksLostError(f"the ranks did not meet again: {lost}") from error
         if len({num_attempts for num_attempts, _ in outcomes}) > 1 or all(code == _INTERRUPTED for _, code in outcomes):
             raise RanksLostError(f"ranks failed in different steps, or none says why: {error}") from error
+
+
+class RankGroupCapturer:
+    """Capturer of one rank of a rank group, whose ranks all capture the same blocks at the same time.
+
+    If the capture fails on one rank, no rank uses it. The bytes of an exchange count as sent at each replay, not at the
+    capture.
+    """
+
+    failure: str | None = None
+    """See `Capturer`; set on all ranks of the group or on none."""
+
+    def __init__(self, capturer: Capturer, group: Group, sent: Counter[str], device: torch.device) -> None:
+        """group: the ranks, which exchange tensors on `device`; sent: counter of the bytes they exchange."""
+        self._capturer = capturer
+        self._group = group
+        self._sent = sent
+        self._device = device
+
+    def capture(self, run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]:
+        """Capture `run` on all ranks or none; see `Capturer.capture`. Raises its errors, other ranks' too."""
+        before = Counter(self._sent)
+        cost: Counter[str] = Counter()
+
+        def counted() -> Output:
+            nonlocal cost
+            start = Counter(self._sent)
+            output = run()
+            cost = self._sent - start
+            return output
+
+        captured = None
+        outcome, reason = _CAPTURED, "on another rank"
+        try:
+            captured = self._capturer.capture(counted)
+        except torch.OutOfMemoryError as error:
+            outcome, reason = _NO_MEMORY, str(error)
+        except Exception as error:
+            outcome, reason = _NOT_CAPTURED, str(error)
+        self._sent.clear()
+        self._sent.update(before)
+        worst = float(self._group.all_max(torch.tensor(outcome, device=self._device)))
+        if worst == _NO_MEMORY:
+            raise torch.OutOfMemoryError(reason)
+        if captured is None or worst == _NOT_CAPTURED:
+            raise RuntimeError(reason)
+        output, replay_here = captured
+
+        def replay() -> None:
+            replay_here()
+            self._sent.update(cost)
+
+        return output, replay
+
+    def release(self) -> None:
+        self._capturer.release()

@@ -61,20 +61,12 @@ class Device:
         return self.kind == CUDA
 
     def choose_kernels(self, choice: KernelsName) -> KernelsName:
-        """Kernels for `--kernels`; for `auto`, Triton on a GPU and PyTorch on a CPU.
-
-        Raises ConfigError for `triton` on a CPU.
-        """
+        """Kernels for `--kernels`; `auto`: by the device. Raises ConfigError for `triton` on a CPU."""
         if choice == "triton" and self.kind != CUDA:
             raise ConfigError(f"--kernels triton takes a GPU, got {self.name}; auto and torch run here")
         if choice == "auto":
             return "triton" if self.kind == CUDA else "torch"
         return choice
-
-    def check_overlap(self) -> None:
-        """Raise ConfigError for a CPU, which cannot decode during a step."""
-        if not self.is_asynchronous:
-            raise ConfigError(f"--overlap-decode takes a GPU, got {self.name}, which decodes between steps")
 
     def check_float8(self, dtype: torch.dtype) -> None:
         """Raise ConfigError for a GPU that cannot multiply float8 weights with activations of `dtype`."""

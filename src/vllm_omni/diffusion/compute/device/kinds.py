@@ -13,10 +13,7 @@ MAX_CPU_WORKERS = 16
 
 
 def kind_of(choice: DeviceChoice) -> str:
-    """Kind of the chosen device; for `auto`, CUDA where PyTorch finds a GPU, else the CPU.
-
-    Raises ConfigError when CUDA is asked for and PyTorch finds no GPU.
-    """
+    """Kind of the chosen device; `auto`: CUDA if PyTorch finds a GPU. Raises ConfigError for CUDA without one."""
     if choice == CUDA and not torch.cuda.is_available():
         raise ConfigError(f"--device {CUDA}: PyTorch finds no GPU on this machine; --device takes auto or {CPU} here")
     if choice == "auto":

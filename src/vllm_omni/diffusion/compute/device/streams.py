@@ -22,10 +22,7 @@ class Stream:
 
     @contextmanager
     def after(self, inputs: Iterable[Tensor]) -> Iterator[None]:
-        """Launch work on this stream within the context; it starts when the work launched before it is done.
-
-        inputs: tensors that the work reads; their memory is not reused before the work is done.
-        """
+        """Launch work on this stream, after all earlier work. inputs: tensors that it reads and so keeps in memory."""
         if self._stream is None:
             yield
             return

@@ -25,18 +25,13 @@ def unbroken() -> Iterator[None]:
 
 
 class Group:
-    """Ordered ranks of one replica, seen from one of them.
+    """Ordered ranks of a replica, seen from one. `World.rebuild` replaces the process group behind it.
 
-    `World.rebuild` replaces the process group behind it, so constructors may keep a Group. Exchanges raise
-    GroupBrokenError.
+    Exchanges raise GroupBrokenError.
     """
 
     def __init__(self, ranks: Sequence[int], rank: int, sent: Counter[str]) -> None:
-        """Group without a process group; `bind` connects it.
-
-        ranks: members, as ranks of the world. rank: this process, a member. sent: kind of exchange -> bytes that this
-        rank has sent; the group adds to it.
-        """
+        """Group that `bind` connects. ranks: of the world; rank: this one; sent: its sent bytes by exchange."""
         self.ranks = tuple(ranks)
         self.rank = self.ranks.index(rank)
         """Index of this process within the group."""
@@ -91,10 +86,7 @@ class Group:
         return out
 
     def all_to_all(self, send: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int]) -> Tensor:
-        """Flat tensor of the parts for rank 0, 1, ... -> flat tensor of the parts from rank 0, 1, ...
-
-        send_sizes, receive_sizes: numbers in each part.
-        """
+        """Flat tensor of the parts for rank 0, 1, ... -> the parts from rank 0, 1, ..., of these sizes."""
         if self.size == 1:
             return send
         self.count("all_to_all", send)

@@ -58,12 +58,8 @@ class Mesh:
 
 def rank_groups(parallel: DiffusionParallelConfig) -> dict[str, list[list[int]]]:
     """Ranks of all groups of a replica by kind (a field of Mesh); the groups of a kind are disjoint and complete."""
-    c, r, u, t = (
-        parallel.cfg_parallel_size,
-        parallel.ring_degree,
-        parallel.ulysses_degree,
-        parallel.tensor_parallel_size,
-    )
+    c, r = parallel.cfg_parallel_size, parallel.ring_degree
+    u, t = parallel.ulysses_degree, parallel.tensor_parallel_size
     ranks = torch.arange(c * r * u * t).view(c, r, u, t)
     size = ranks.numel()
     return {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch import Tensor
@@ -12,14 +11,12 @@ from vllm_omni.diffusion.compute.distributed.groups import Group, unbroken
 
 
 class Ring:
-    """One pass of blocks around a group: `post` a block to the next rank, compute, `wait` for the last rank's block.
-
-    One block is in transfer at a time. After a failure, make a new Ring: it does not know the lost blocks.
-    """
+    """One pass of blocks around a group: `post`, compute, `wait`. After a failure, make a new Ring: blocks are lost."""
 
     def __init__(self, group: Group) -> None:
         self._group = group
-        self._transfer: _Transfer | None = None
+        self._transfer: tuple[dist.Work, Tensor, Tensor] | None = None
+        """Work, outgoing block (so that its memory is not reused while it is sent) and incoming block."""
 
     @property
     def size(self) -> int:
@@ -30,10 +27,7 @@ class Ring:
         return self._group.rank
 
     def post(self, block: Tensor, incoming_shape: Sequence[int]) -> None:
-        """Start to send `block`, which must not change until `wait`, and to receive one of `incoming_shape`.
-
-        Raises RuntimeError if a block is in transfer, or in a ring of one rank.
-        """
+        """Start to send `block`, which must not change until `wait`, and to receive one. Raises RuntimeError."""
         group = self._group
         if group.size == 1:
             raise RuntimeError("Ring.post: a ring of one rank has nobody to send to")
@@ -55,21 +49,13 @@ class Ring:
                 group=group.process_group,
                 async_op=True,
             )
-        self._transfer = _Transfer(work, outgoing, incoming)
+        self._transfer = (work, outgoing, incoming)
 
     def wait(self) -> Tensor:
         """Received block. Raises RuntimeError without a `post`, GroupBrokenError if the transfer failed."""
         if self._transfer is None:
             raise RuntimeError("Ring.wait was called without a post()")
-        transfer, self._transfer = self._transfer, None
+        (work, _, incoming), self._transfer = self._transfer, None
         with unbroken():
-            transfer.work.wait()
-        return transfer.incoming
-
-
-@dataclass(frozen=True)
-class _Transfer:
-    work: dist.Work
-    outgoing: Tensor
-    """Referenced so that its memory is not reused while it is sent."""
-    incoming: Tensor
+            work.wait()
+        return incoming

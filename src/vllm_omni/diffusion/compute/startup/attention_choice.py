@@ -136,10 +136,7 @@ class BackendTrial:
         return AttentionChoice(name)
 
     def fastest(self) -> AttentionChoice:
-        """The backend that is fastest on its slowest rank, among those that run on all ranks.
-
-        A single candidate is not timed. Raises ConfigError when no backend runs.
-        """
+        """Backend that is fastest on its slowest rank; a lone one is not timed. Raises ConfigError without any."""
         refusals = self._refusals(self.classes)
         candidates = [name for name in self.classes if name not in refusals]
         if len(candidates) == 1:
@@ -176,10 +173,7 @@ class BackendTrial:
 
 
 def measure(backend: AttentionBackend, task: AttentionTask, elapsed: Callable[[Callable[[], object]], float]) -> float:
-    """Seconds of one call of a request: the median of a few calls, plus its part of the extra time of the first call.
-
-    The first call with new lengths may take longer, in a library that makes a plan for each shape.
-    """
+    """Seconds of a call: the median, plus its part of the first call's extra time for new lengths."""
     run = task.prepare(backend)
     steady = statistics.median([elapsed(run) for _ in range(WARM_UP_RUNS + TIMED_RUNS)][WARM_UP_RUNS:])
     first = elapsed(replace(task, lengths=tuple(n + 1 for n in task.lengths)).prepare(backend))

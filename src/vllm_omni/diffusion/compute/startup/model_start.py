@@ -1,28 +1,38 @@
-"""Start of the model on one rank: load the weights, warm up, measure, and report the result to the engine."""
+"""Start of the model on one rank: resolve the config, load the weights, warm up, and report to the engine."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any
+import time
+from dataclasses import asdict, dataclass, field, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
-from vllm_omni.diffusion.catalog.registry import pipeline_class
+from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo
+from vllm_omni.diffusion.catalog.registry import PIPELINES, pipeline_module
 from vllm_omni.diffusion.catalog.whole_info import WholeModelInfo
 from vllm_omni.diffusion.compute.coordination.ranks import Ranks
 from vllm_omni.diffusion.compute.device.device import Device
-from vllm_omni.diffusion.compute.startup.compiling import compile_variants, run_variants
+from vllm_omni.diffusion.compute.layers.kernels import create_kernels
+from vllm_omni.diffusion.compute.startup.attention_choice import choose_attention
 from vllm_omni.diffusion.compute.startup.rank_timer import RankTimer
 from vllm_omni.diffusion.compute.startup.rates import Rates
-from vllm_omni.diffusion.compute.startup.resolved_config import resolve
-from vllm_omni.diffusion.compute.startup.warmup import RunVariants, StepBudget, warm_up
+from vllm_omni.diffusion.compute.startup.warmup import (
+    RunVariants,
+    StepBudget,
+    compile_variants,
+    run_variants,
+    warm_up,
+)
 from vllm_omni.diffusion.compute.startup.whole_warmup import warm_up_whole
 from vllm_omni.diffusion.compute.step.pipeline import PackedPipeline, Pipeline
-from vllm_omni.diffusion.compute.weights.progress import WeightsBar
-from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.data import AttentionBackendName, KernelsName, OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import WorkerReady
 from vllm_omni.errors import ConfigError
+from vllm_omni.logs.bars import progress_bar
 
 CACHE_SHARE = 0.25
 """Share of the memory free after the warm-up that step caches may keep; beyond it a sequence misses the cache."""
@@ -55,7 +65,7 @@ def start_model(
     """
     config = resolve(config, info, device, ranks, None if first is None else first.attention_backend)
     dtype = device.dtype(config.dtype)
-    cls: type[Pipeline[Any]] = pipeline_class(info.family)
+    cls: type[Pipeline[Any]] = getattr(import_module(pipeline_module(info.family)), PIPELINES[info.family])
     with WeightsBar(info.path, shows_progress and config.progress_bar) as bar:
         pipeline = cls.load(config, info, device.torch, dtype, bar.update, ranks.mesh)
     device.end_loading()
@@ -67,6 +77,8 @@ def start_model(
         defaults = {**info.default_sampling_params, **config.default_sampling_params}
         info_with_defaults = replace(info, default_sampling_params=defaults)
         rates = warm_up_whole(pipeline, info_with_defaults, timer, bar.num_bytes, num_threads)
+    if config.max_batch_tokens is not None:
+        rates = replace(rates, max_batch_tokens=config.max_batch_tokens)
     cache_bytes = int(CACHE_SHARE * device.free_memory_bytes()) if first is None else first.cache_bytes
     pipeline.step_cache.budget.max_bytes = cache_bytes
     return pipeline, WorkerReady(
@@ -74,11 +86,7 @@ def start_model(
         load_bytes=bar.num_bytes,
         device=device.name,
         dtype=str(dtype).removeprefix("torch."),
-        max_batch_tokens=config.max_batch_tokens or rates.max_batch_tokens,
-        seconds_per_unit=rates.seconds_per_unit,
-        step_overhead_seconds=rates.step_overhead_seconds,
-        encode_units_per_token=rates.encode_units_per_token,
-        decode_units_per_token=rates.decode_units_per_token,
+        **asdict(rates),
         peak_memory_bytes=device.peak_memory_bytes(),
         attention_backend=config.attention_backend,
         max_num_seqs=info.max_num_seqs,
@@ -115,3 +123,70 @@ def _warm_up(
             f"steps cannot be captured as CUDA graphs here: {capturer.failure}; --enforce-eager serves without"
         )
     return rates
+
+
+def check_device(config: OmniDiffusionConfig, device: Device) -> None:
+    """Raise ConfigError for settings that `device` does not support. Measures nothing and asks no other rank."""
+    if config.quantization == "fp8":
+        device.check_float8(device.dtype(config.dtype))
+    if config.overlap_decode and not device.is_asynchronous:
+        raise ConfigError(f"--overlap-decode takes a GPU, got {device.name}, which decodes between steps")
+    device.choose_kernels(config.kernels)
+
+
+def resolve(
+    config: OmniDiffusionConfig,
+    info: ModelInfo,
+    device: Device,
+    ranks: Ranks,
+    first_backend: AttentionBackendName | None,
+) -> OmniDiffusionConfig:
+    """The config with the kernels and the attention backend that the model runs with. All ranks call this together.
+
+    A whole pipeline uses diffusers' attention: its backend stays None. first_backend: see `choose_attention`.
+    Raises ConfigError for kernels or a backend that do not run here.
+    """
+    kernels = device.choose_kernels(config.kernels)
+    if not isinstance(info, PackedModelInfo):
+        return replace(config, kernels=kernels)
+    dtype = device.dtype(config.dtype)
+    check_kernels(kernels, device, dtype)
+    backend = choose_attention(config, info, device, dtype, ranks, first_backend)
+    return replace(config, kernels=kernels, attention_backend=backend)
+
+
+def check_kernels(name: KernelsName, device: Device, dtype: torch.dtype) -> None:
+    """Raise ConfigError when Triton cannot compile a kernel: without a C compiler, for example."""
+    if name != "triton":
+        return
+    x = torch.ones((2, 16), dtype=dtype, device=device.torch)
+    try:
+        create_kernels(name).gated_add(x, x, x[:1], None)
+        device.synchronize()
+    except Exception as error:  # an import, a compiler or a driver may raise anything
+        reason = " ".join([type(error).__name__, *str(error).splitlines()[:1]])
+        raise ConfigError(f"--kernels triton does not run here: {reason}; --kernels torch does") from error
+
+
+class WeightsBar:
+    """Progress bar that also counts the bytes and seconds of loading a model folder."""
+
+    def __init__(self, path: Path, shown: bool) -> None:
+        self.num_bytes = 0
+        self.seconds = 0.0
+        self._start = time.perf_counter()
+        # An upper bound: unused weights, and shards of other ranks, are not read.
+        total = sum(file.stat().st_size for file in path.glob("*/*.safetensors"))
+        self._bar = progress_bar(total, "loading weights", shown=shown, unit="B", unit_scale=True)
+
+    def update(self, num_bytes: int) -> None:
+        self.num_bytes += num_bytes
+        self._bar.update(num_bytes)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = time.perf_counter() - self._start
+        self._bar.total = self.num_bytes
+        self._bar.close()

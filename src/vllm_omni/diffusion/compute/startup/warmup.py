@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
-from vllm_omni.diffusion.compute.coordination.ranks import PeerFailedError, Ranks
+from vllm_omni.diffusion.compute.coordination.ranks import PeerFailedError, Ranks, RanksLostError
 from vllm_omni.diffusion.compute.device.failures import is_out_of_memory
-from vllm_omni.diffusion.compute.startup.rank_timer import RankTimer
+from vllm_omni.diffusion.compute.startup.rank_timer import RankTimer, set_threads
 from vllm_omni.diffusion.compute.startup.rates import Rates, Sample, knee
-from vllm_omni.diffusion.compute.startup.thread_choice import set_threads
 from vllm_omni.diffusion.compute.startup.warmup_requests import COMMON_PROMPT, warmup_request
 from vllm_omni.diffusion.compute.step.pipeline import PackedPipeline, RequestState
 from vllm_omni.diffusion.messages.placement import balance
+from vllm_omni.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 2**15
 """Most tokens of a step that the warm-up tries."""
@@ -56,7 +59,7 @@ def warm_up(
     """
     ranks = timer.ranks
     state = pipeline.encode(warmup_request(info, "warm-up"))
-    with _forward(pipeline, state, 4, ranks) as step:
+    with _copies(pipeline, state, 4, ranks) as step:
         set_threads(timer, model_bytes, num_threads, step)
     if run_variants is not None:  # after the choice of threads, for which the code is compiled
         # A prompt so long that every rank has some of its tokens.
@@ -89,7 +92,7 @@ def measure_steps(
             break
         start = time.perf_counter()
         try:
-            with _forward(pipeline, state, copies, timer.ranks) as step:
+            with _copies(pipeline, state, copies, timer.ranks) as step:
                 seconds = timer.fastest([step] * (REPEATS if pipeline.capturer is None else CAPTURED_REPEATS))
         except Exception as error:
             # PeerFailedError: if the other rank did not run out of memory, that rank ends the start.
@@ -105,10 +108,7 @@ def measure_steps(
 
 
 def _has_room(timer: RankTimer) -> bool:
-    """Whether a step twice as large as the largest so far may be tried.
-
-    Ranks that could not go on after a lack of memory must each have free what that step will need.
-    """
+    """Whether a step of twice the size may be tried: ranks that cannot go on after an error need memory for it."""
     if timer.ranks.survive_failures:
         return True
     device = timer.device
@@ -116,16 +116,54 @@ def _has_room(timer: RankTimer) -> bool:
     return timer.ranks.agree(float(lacks_memory)) == 0
 
 
+def run_variants(pipeline: PackedPipeline[Any], state: RequestState, ranks: Ranks) -> None:
+    """Run a step with one sequence, one with several, and one with several at different timesteps.
+
+    Every rank group computes all three. state: a new state of a request of two steps.
+    """
+    later = replace(state, step=state.step + 1)
+    for variant in ([state], [state, state], [state, later]):
+        placed = [(replace(state), group) for state in variant for group in range(ranks.mesh.cfg_size)]
+        groups = [group for state, group in placed for _ in state.sequence_lengths]
+        with _forward(pipeline, [state for state, _ in placed], groups, ranks) as step:
+            step()
+
+
+def compile_variants(pipeline: PackedPipeline[Any], state: RequestState, ranks: Ranks) -> None:
+    """Compile the transformer's blocks by `run_variants`. Raises ConfigError when they do not compile."""
+    start = time.perf_counter()
+    compiled = pipeline.compile_blocks()
+    try:
+        run_variants(pipeline, state, ranks)
+    except Exception as error:
+        if is_out_of_memory(error) or isinstance(error, (PeerFailedError, RanksLostError)):
+            raise
+        logger.warning("the first compiled step failed", exc_info=True)
+        # The first line may only name the compiler backend that raised.
+        reason = " ".join([type(error).__name__, *str(error).splitlines()[:2]])
+        raise ConfigError(
+            f"the transformer's blocks cannot be compiled here: {reason}; --enforce-eager serves without compiling"
+        ) from error
+    compiled.end_warm_up()
+    logger.info("compiled %s in %.1f s; all else runs eagerly", compiled, time.perf_counter() - start)
+
+
+def _copies(
+    pipeline: PackedPipeline[Any], state: RequestState, count: int, ranks: Ranks
+) -> AbstractContextManager[Callable[[], object]]:
+    """`_forward` of copies of `state`, placed as the scheduler would."""
+    states = [replace(state) for _ in range(count)]
+    placement = balance({str(i): s.sequence_lengths for i, s in enumerate(states)}, ranks.mesh.cfg_size)
+    return _forward(pipeline, states, list(chain.from_iterable(placement.values())), ranks)
+
+
 @contextmanager
 def _forward(
-    pipeline: PackedPipeline[Any], state: RequestState, copies: int, ranks: Ranks
+    pipeline: PackedPipeline[Any], states: Sequence[RequestState], groups: Sequence[int], ranks: Ranks
 ) -> Iterator[Callable[[], object]]:
-    """Call that runs the forward of some copies of `state`; at its end the pipeline forgets the copies."""
-    states = [replace(state) for _ in range(copies)]
-    placement = balance({str(i): s.sequence_lengths for i, s in enumerate(states)}, ranks.mesh.cfg_size)
-    groups = list(chain.from_iterable(placement.values()))
+    """Call that runs the forward of `states`; at the end the pipeline forgets them. groups: see `Pipeline.predict`."""
     try:
         yield lambda: ranks.attempt(lambda: pipeline.predict(states, groups))
     finally:
-        for copy in states:
-            pipeline.forget(copy)
+        for state in states:
+            pipeline.forget(state)

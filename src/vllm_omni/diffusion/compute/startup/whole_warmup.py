@@ -9,9 +9,8 @@ from typing import Any
 
 from vllm_omni.diffusion.catalog.whole_info import WholeModelInfo
 from vllm_omni.diffusion.compute.device.failures import is_device_failure, is_out_of_memory
-from vllm_omni.diffusion.compute.startup.rank_timer import RankTimer
+from vllm_omni.diffusion.compute.startup.rank_timer import RankTimer, set_threads
 from vllm_omni.diffusion.compute.startup.rates import Rates, Sample
-from vllm_omni.diffusion.compute.startup.thread_choice import set_threads
 from vllm_omni.diffusion.compute.startup.warmup_requests import default_request
 from vllm_omni.diffusion.compute.step.pipeline import Pipeline, RequestState
 from vllm_omni.diffusion.messages.request import DiffusionRequest

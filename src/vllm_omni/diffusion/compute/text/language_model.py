@@ -34,29 +34,15 @@ def load_language_model(
     load_format: LoadFormat = "auto",
     variant: str | None = None,
 ) -> Any:
-    """Load this rank's shard of a model that `build` makes: a model of transformers with layers like Qwen2.
-
-    unread, load_format, variant: see `load_weights`. Raises ConfigError for a checkpoint that does not fit.
-    """
+    """This rank's shard of a model like Qwen2 that `build` makes; see `load_weights`. Raises ConfigError."""
     with torch.device("meta"):
         model = build()
         _shard(model, group)
     # Checkpoints differ in the prefix of the language model's names; their other parts are not read.
     names = weight_names(folder, variant, TRANSFORMERS_STEMS) if load_format == "auto" else ()
     prefix = next((name.removesuffix(EMBEDDING) for name in names if name.endswith(EMBEDDING)), "")
-    load_weights(
-        model,
-        folder,
-        {},
-        device,
-        dtype,
-        on_bytes,
-        prefix,
-        unread,
-        load_format=load_format,
-        variant=variant,
-        stems=TRANSFORMERS_STEMS,
-    )
+    settings: dict[str, Any] = {"load_format": load_format, "variant": variant, "stems": TRANSFORMERS_STEMS}
+    load_weights(model, folder, {}, device, dtype, on_bytes, prefix, unread, **settings)
     # The rotary frequencies are not in the checkpoint, and stay in float32 for any dtype of the model.
     model.rotary_emb = type(model.rotary_emb)(model.config).to(device)
     return model

@@ -11,18 +11,14 @@ from torch import Tensor
 Input = TypeVar("Input", bound=Hashable)
 
 
-def _itself(value: Hashable) -> Hashable:
-    return value
-
-
 class PromptCache(Generic[Input]):
-    """Cache that drops the least recently used encoding when its tensors exceed `max_bytes`.
-
-    key_of: hashable key of an input, for inputs too large to keep.
-    """
+    """Most recently used encodings, up to `max_bytes`. key_of: hashable key of an input too large to keep."""
 
     def __init__(
-        self, encode: Callable[[Input], Tensor], max_bytes: int, key_of: Callable[[Input], Hashable] = _itself
+        self,
+        encode: Callable[[Input], Tensor],
+        max_bytes: int,
+        key_of: Callable[[Input], Hashable] = lambda value: value,
     ) -> None:
         self._encode = encode
         self._max_bytes = max_bytes

@@ -9,10 +9,7 @@ from vllm_omni.errors import ConfigError, error_line
 
 
 def load_tokenizer(folder: Path, cls: type[Any] | None = None) -> Any:
-    """Tokenizer in `folder`, of the class `cls`; None: the class that the folder names.
-
-    Raises ConfigError, with the reason, when it cannot be read or its vocabulary is empty.
-    """
+    """Tokenizer in `folder`, of `cls` or of the class that the folder names. Raises ConfigError with the reason."""
     # Imported here because transformers imports torch, which `--help` and validation must not.
     from transformers import AutoTokenizer
 

@@ -5,7 +5,8 @@ Each rank reads only its shard of a module that ranks share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -17,16 +18,22 @@ from torch import Tensor, nn
 
 from vllm_omni.diffusion.catalog.expected_weights import check_none_missing
 from vllm_omni.diffusion.catalog.model_index import DIFFUSERS_STEMS, STEMS, Stems
-from vllm_omni.diffusion.catalog.weight_files import component_variant, safetensors_files
-from vllm_omni.diffusion.catalog.weight_headers import StoredWeight, check_types, stored_weights
+from vllm_omni.diffusion.catalog.weight_files import (
+    StoredWeight,
+    check_types,
+    component_variant,
+    safetensors_files,
+    stored_weights,
+)
 from vllm_omni.diffusion.compute.layers.fp8 import Fp8ColumnLinear, keep_in_float8
 from vllm_omni.diffusion.compute.layers.linear import Sharded
 from vllm_omni.diffusion.compute.layers.rounding import quantize
-from vllm_omni.diffusion.compute.weights.dummy import dummy_weight
 from vllm_omni.diffusion.compute.weights.stored_shapes import check_stored_shapes
 from vllm_omni.diffusion.data import LoadFormat
 from vllm_omni.errors import ConfigError, error_line
 
+DUMMY_STD = 0.02
+"""Standard deviation of dummy weights."""
 OnBytes = Callable[[int], object]
 """Callback with the number of weight bytes read since its last call."""
 
@@ -55,17 +62,14 @@ class WeightTarget:
 
     def fill(self, stored: Any) -> int:
         """Read this shard of `stored`, a tensor or a slice of a safetensors file. Returns the bytes read."""
-        part: Tensor = stored[self._shard()]
+        share = [slice(self.rank * n, (self.rank + 1) * n) for n in self.tensor.shape]
+        part: Tensor = stored[tuple(cut if dim == self.cut_dim else slice(None) for dim, cut in enumerate(share))]
         if self.scale is None:
             self.tensor.copy_(part)
         else:
             for destination, source in zip((self.tensor, self.scale), quantize(part), strict=True):
                 destination.copy_(source)
         return part.nbytes
-
-    def _shard(self) -> tuple[slice, ...]:
-        share = [slice(self.rank * n, (self.rank + 1) * n) for n in self.tensor.shape]
-        return tuple(part if dim == self.cut_dim else slice(None) for dim, part in enumerate(share))
 
 
 def load_weights(
@@ -106,7 +110,10 @@ def load_weights(
         }
         targets = {prefix + name: target for name, target in targets.items()}
         _check_fit(targets, stored, folder)
-        _read_weights(targets, stored, folder.parent, on_bytes, device)
+        for file, members in groupby(stored, lambda name: stored[name].file):
+            with safe_open(folder.parent / file, framework="pt", device=str(device)) as weights:
+                for name in members:
+                    on_bytes(targets[name].fill(weights.get_slice(name)))
     module.requires_grad_(False).eval()
 
 
@@ -119,20 +126,6 @@ def _check_fit(targets: Mapping[str, WeightTarget], stored: Mapping[str, StoredW
             raise ConfigError(f"{weight.file}: {name} has shape {weight.shape}, expected {expected}")
     check_none_missing(folder.name, [name for name in targets if name not in stored])
     check_types(folder.name, stored)
-
-
-def _read_weights(
-    targets: Mapping[str, WeightTarget],
-    stored: Mapping[str, StoredWeight],
-    root: Path,
-    on_bytes: OnBytes,
-    device: torch.device,
-) -> None:
-    """Fill `targets` from the files in the model folder `root`."""
-    for file, names in groupby(stored, lambda name: stored[name].file):
-        with safe_open(root / file, framework="pt", device=str(device)) as weights:
-            for name in names:
-                on_bytes(targets[name].fill(weights.get_slice(name)))
 
 
 def load_autoencoder(
@@ -174,10 +167,7 @@ def weight_targets(module: nn.Module, names: Mapping[str, tuple[str, ...]]) -> d
     names: for a module that holds several modules of the checkpoint, concatenated along dim 0 (or their shards): the
     end of its name -> their names. Other modules have the same name in the checkpoint.
     """
-    return dict(_named_targets(module, names))
-
-
-def _named_targets(module: nn.Module, names: Mapping[str, tuple[str, ...]]) -> Iterator[tuple[str, WeightTarget]]:
+    targets = {}
     for full_name, parameter in module.named_parameters():
         path, _, kind = full_name.rpartition(".")
         ours = next((name for name in names if path == name or path.endswith("." + name)), path)
@@ -193,4 +183,18 @@ def _named_targets(module: nn.Module, names: Mapping[str, tuple[str, ...]]) -> I
             else:
                 target = WeightTarget(part, scale=scale)
             # A parameter of `module` itself has an empty path.
-            yield f"{prefix}{name}.{kind}".removeprefix("."), target
+            targets[f"{prefix}{name}.{kind}".removeprefix(".")] = target
+    return targets
+
+
+def dummy_weight(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Random weight of `--load-format dummy`: normal, with mean 0, but 1 for the scale of a norm.
+
+    It depends on its name in the checkpoint, its full shape, its dtype and the kind of device. So every run has the
+    same weights, and the shards of all ranks are parts of the same weight.
+    """
+    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest())
+    noise = torch.empty(shape, dtype=dtype, device=device)
+    noise.normal_(std=DUMMY_STD, generator=torch.Generator(device).manual_seed(seed))
+    is_vector = max(shape, default=1) == noise.numel()
+    return noise.add_(1.0) if is_vector and name.endswith((".weight", ".gamma")) else noise

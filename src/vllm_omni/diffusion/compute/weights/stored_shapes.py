@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from vllm_omni.diffusion.catalog.weight_headers import StoredWeight
+from vllm_omni.diffusion.catalog.weight_files import StoredWeight
 from vllm_omni.errors import ConfigError
 
 MOST_PACKED = 8
@@ -27,14 +27,15 @@ def check_stored_shapes(cls: type[Any], folder: Path, stored: Mapping[str, Store
     reported by the loading. A model far larger than its files is refused here, because the libraries would fill it with
     random numbers.
     """
-    built = _build_without_memory(cls, folder)
-    if built is None:
+    if (built := _build_without_memory(cls, folder)) is None:
         return
     model, is_quantized = built
     expected = {} if is_quantized else model.state_dict()
+    # transformers transposes some weights while it loads them.
+    order = sorted if issubclass(cls, transformers.PreTrainedModel) else list
     for name, tensor in expected.items():
         shape = tuple(tensor.shape)
-        if name in stored and not _fits(cls, stored[name].shape, shape):
+        if name in stored and order(stored[name].shape) != order(shape):
             raise ConfigError(
                 f"{stored[name].file}: {name} has shape {stored[name].shape}, by config.json it is {shape}"
             )
@@ -64,10 +65,3 @@ def _build_without_memory(cls: type[Any], folder: Path) -> tuple[nn.Module, bool
         if "overflow" in str(error):  # torch counts a tensor's bytes in 64 bits
             raise ConfigError(f"{folder.name}/config.json: no memory could hold the {cls.__name__}: {error}") from error
         return None
-
-
-def _fits(cls: type[Any], stored: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    """Whether a weight can be loaded; transformers transposes some weights while it loads them."""
-    if issubclass(cls, transformers.PreTrainedModel):
-        return sorted(stored) == sorted(expected)
-    return stored == expected

@@ -20,9 +20,9 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import NoReturn
 
-from vllm_omni.diffusion.compute.startup.compile_cache import keep_compiled_code
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult
 from vllm_omni.diffusion.messages.worker import (
@@ -44,6 +44,9 @@ from vllm_omni.logs import QueuedStreams, fill_standard_descriptors, logging_lev
 from vllm_omni.processes.channel import BlockingChannel
 from vllm_omni.processes.parent_death import die_with_parent
 
+CODE_FOLDERS = {"TORCHINDUCTOR_CACHE_DIR": "omni_torch_compile", "TRITON_CACHE_DIR": "omni_triton"}
+"""Environment variable -> default name of the folder. PyTorch and Triton read these variables when they compile; no
+other setting covers all files that they keep."""
 DEFAULT_RUNNER = "vllm_omni.diffusion.compute.worker.main:make_model_runner"
 
 
@@ -68,10 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
 def serve_parent(
     name: str, socket_fd: int, parent_pid: int, runner_name: str = DEFAULT_RUNNER, preload: Sequence[str] = ()
 ) -> NoReturn:
-    """Run a worker in this process until the parent ends.
-
-    preload: modules to import while the parent's first message has not come yet.
-    """
+    """Run a worker in this process until the parent ends. preload: modules to import before its first message."""
     die_with_parent(parent_pid)
     fill_standard_descriptors()
     streams = QueuedStreams()
@@ -83,109 +83,95 @@ def serve_parent(
     logging.basicConfig(format=f"%(levelname)s %(asctime)s [vllm-omni {name}] %(message)s")
     keep_compiled_code()
     channel: BlockingChannel[ToWorker] = BlockingChannel(socket.socket(fileno=socket_fd), ToWorker)
-    process_exit = ProcessExit(channel, streams)
+    worker = Worker(channel, streams)
     try:
         logging.getLogger("vllm_omni").setLevel(logging_level())
         for module in preload:
             import_module(module)
-        run_worker(channel, runner_name, process_exit)
+        worker.run(runner_name)
     except EOFError:  # the parent ended before its first message
         streams.leave(0)
     except Exception as error:  # the parent must learn of any error
-        process_exit.report(error)
+        worker.report(error)
 
 
-class ProcessExit:
-    """Ways in which a worker process ends itself, after its queued log lines are written."""
+def keep_compiled_code() -> None:
+    """Make this process keep compiled code in vLLM's cache folder. Variables that are set already do not change."""
+    # vLLM's rule for its cache folder, so that both keep their code in one place.
+    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    root = Path(os.environ.get("VLLM_CACHE_ROOT") or Path(user_cache, "vllm"))
+    for variable, folder in CODE_FOLDERS.items():
+        os.environ.setdefault(variable, str(root.expanduser() / folder))
+
+
+class Worker:
+    """The runner of this process, and the threads that exchange messages with the parent."""
 
     def __init__(self, channel: BlockingChannel[ToWorker], streams: QueuedStreams) -> None:
+        """streams: write the queued log lines before the process ends."""
         self._channel = channel
         self._streams = streams
+        self._runner: Runner | None = None
+        self._plans: queue.SimpleQueue[StepPlan] = queue.SimpleQueue()
+        self._steps: queue.SimpleQueue[Callable[[], StepResult]] = queue.SimpleQueue()
+        """Launched steps, whose results are not sent yet."""
+
+    def run(self, runner_name: str) -> NoReturn:
+        """Load the model, send Ready, then execute plans as they come."""
+        start = self._channel.receive()
+        assert isinstance(start, Start)
+        # Before loading: a rank that loads must send heartbeats and end with the parent.
+        threading.Thread(target=self._receive, daemon=True, name="channel").start()
+        module, _, name = runner_name.partition(":")
+        make_runner: MakeRunner = getattr(import_module(module), name)
+        runner = self._runner = make_runner(start.config, start.rank_info)
+        self._channel.send(Ready(runner.start(start.first)))
+        if runner.launches_ahead:
+            threading.Thread(target=self._send_results, daemon=True, name="results").start()
+        while True:
+            step = runner.launch(self._plans.get())
+            if runner.launches_ahead:
+                self._steps.put(step)
+            else:
+                self._channel.send(Done(step()))
 
     def report(self, error: Exception) -> NoReturn:
-        """Send `error`, which is being handled, to the parent and end."""
+        """Send `error`, which is being handled, to the parent and end the process."""
         with contextlib.suppress(OSError):  # the parent may have ended
             self._channel.send(Died(str(error), traceback.format_exc(), isinstance(error, ConfigError)))
         self._streams.leave(1)
 
-    def log_error(self) -> NoReturn:
-        """Log the exception that is being handled and end."""
-        traceback.print_exc()
-        self._streams.leave(1)
-
-
-def run_worker(channel: BlockingChannel[ToWorker], runner_name: str, process_exit: ProcessExit) -> NoReturn:
-    """Load the model, send Ready, then execute plans as they come."""
-    start = channel.receive()
-    assert isinstance(start, Start)
-    receiver = MessageReceiver(channel, process_exit)
-    receiver.start()  # before loading: a rank that loads must send heartbeats and end with the parent
-    module, _, name = runner_name.partition(":")
-    make_runner: MakeRunner = getattr(import_module(module), name)
-    runner = receiver.runner = make_runner(start.config, start.rank_info)
-    channel.send(Ready(runner.start(start.first)))
-    sender = ResultSender(channel, process_exit)
-    if runner.launches_ahead:
-        sender.start()
-    while True:
-        step = runner.launch(receiver.plans.get())
-        if runner.launches_ahead:
-            sender.steps.put(step)
-        else:
-            channel.send(Done(step()))
-
-
-class ResultSender(threading.Thread):
-    """Thread that waits for launched steps and sends their results while the next step is launched."""
-
-    def __init__(self, channel: BlockingChannel[ToWorker], process_exit: ProcessExit) -> None:
-        super().__init__(daemon=True, name="results")
-        self._process_exit = process_exit
-        self.steps: queue.SimpleQueue[Callable[[], StepResult]] = queue.SimpleQueue()
-        self._channel = channel
-
-    def run(self) -> None:
+    def _send_results(self) -> None:
+        """Wait for launched steps and send their results, while the next step is launched."""
         try:
             while True:
-                self._channel.send(Done(self.steps.get()()))
+                self._channel.send(Done(self._steps.get()()))
         except Exception as error:  # the parent must learn of any error
-            self._process_exit.report(error)
+            self.report(error)
 
-
-class MessageReceiver(threading.Thread):
-    """Thread that receives the parent's messages and sends heartbeats; it ends the process when the parent ends."""
-
-    def __init__(self, channel: BlockingChannel[ToWorker], process_exit: ProcessExit) -> None:
-        super().__init__(daemon=True, name="channel")
-        self._process_exit = process_exit
-        self.plans: queue.SimpleQueue[StepPlan] = queue.SimpleQueue()
-        self.runner: Runner | None = None
-        self._channel = channel
-
-    def run(self) -> None:
+    def _receive(self) -> None:
+        """Receive the parent's messages and send heartbeats; end the process when the parent ends."""
+        beat_at = time.monotonic()
         try:
-            self._receive()
+            while True:
+                if (now := time.monotonic()) >= beat_at:
+                    self._channel.send_if_free(Heartbeat())
+                    beat_at = now + HEARTBEAT_SECONDS
+                with contextlib.suppress(TimeoutError):
+                    self._handle(self._channel.receive(timeout=beat_at - now))
         except (EOFError, OSError):
             os._exit(0)
         except BaseException:  # without this thread the worker would get no message
-            self._process_exit.log_error()
-
-    def _receive(self) -> NoReturn:
-        beat_at = time.monotonic()
-        while True:
-            if (now := time.monotonic()) >= beat_at:
-                self._channel.send_if_free(Heartbeat())
-                beat_at = now + HEARTBEAT_SECONDS
-            with contextlib.suppress(TimeoutError):
-                self._handle(self._channel.receive(timeout=beat_at - now))
+            traceback.print_exc()
+            self._streams.leave(1)
 
     def _handle(self, message: ToWorker) -> None:
         if isinstance(message, Execute):
-            self.plans.put(message.plan)
+            self._plans.put(message.plan)
         else:
             assert isinstance(message, Abort)
-            assert self.runner is not None, "aborts follow plans, and plans follow Ready"
-            self.runner.abort(message.request_ids)
+            assert self._runner is not None, "aborts follow plans, and plans follow Ready"
+            self._runner.abort(message.request_ids)
 
 
 if __name__ == "__main__":

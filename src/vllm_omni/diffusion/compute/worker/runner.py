@@ -15,8 +15,7 @@ from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.compute.coordination.ranks import PeerFailedError, Ranks, RanksLostError, connect
 from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.compute.device.timing import Stopwatch
-from vllm_omni.diffusion.compute.startup.model_start import StartOptions, start_model
-from vllm_omni.diffusion.compute.startup.resolved_config import check_device
+from vllm_omni.diffusion.compute.startup.model_start import StartOptions, check_device, start_model
 from vllm_omni.diffusion.compute.step.finite import is_finite
 from vllm_omni.diffusion.compute.step.pipeline import Picture, Pipeline, RequestState
 from vllm_omni.diffusion.compute.worker.item_errors import item_error, not_finite_error

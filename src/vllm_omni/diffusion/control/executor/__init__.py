@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
-from vllm_omni.diffusion.control.executor.base import Executor
 from vllm_omni.diffusion.control.executor.launch import EarlyWorkers
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
 
-__all__ = ["Executor", "make_executor"]
+
+class Executor(Protocol):
+    """Workers of one replica, in a thread of this process or in processes of their own."""
+
+    async def start(self) -> WorkerReady:
+        """Start workers; after a death, new ones (see `Runner.start`). Raises ConfigError or WorkerDiedError."""
+
+    def submit(self, plan: StepPlan) -> None:
+        """Send a plan without waiting; at most two plans are in flight."""
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """Skip these requests, also in plans that were sent and have not begun."""
+
+    async def next_result(self) -> StepResult:
+        """Result of the oldest plan in flight. Raises WorkerDiedError, also while no plan is in flight."""
+
+    async def close(self) -> None:
+        """End the workers. May be called twice."""
+
+    def kill(self) -> None:
+        """End the workers at once, without awaiting anything: for callers whose event loop may have ended."""
 
 
 def make_executor(
@@ -28,9 +51,7 @@ def make_executor(
         from vllm_omni.diffusion.control.executor.inline import InlineExecutor
 
         return InlineExecutor(lambda: ModelRunner(config, info))
-    if config.distributed_executor_backend == "mp":
-        from vllm_omni.diffusion.control.executor.multiproc import MultiprocExecutor
+    from vllm_omni.diffusion.control.executor.multiproc import MultiprocExecutor
 
-        launched = early.take(replica_index) if early else None
-        return MultiprocExecutor(config.for_worker(str(info.path)), replica_index=replica_index, launched=launched)
-    raise AssertionError(f"the config accepts no executor {config.distributed_executor_backend!r}")
+    launched = early.take(replica_index) if early else None
+    return MultiprocExecutor(config.for_worker(str(info.path)), replica_index=replica_index, launched=launched)

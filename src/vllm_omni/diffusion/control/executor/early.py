@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_omni.diffusion.catalog.find_folder import DEMO_MODEL, DEMO_MODEL_PATH
-from vllm_omni.diffusion.catalog.registry import family_of
+from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX
+from vllm_omni.diffusion.catalog.registry import family_of, pipeline_module
 from vllm_omni.diffusion.compute.worker.main import DEFAULT_RUNNER, serve_parent
 from vllm_omni.diffusion.control.executor.launch import (
     EarlyWorkers,
@@ -31,15 +32,13 @@ _MODULES = (
 
 
 def launch_early(config: OmniDiffusionConfig) -> EarlyWorkers:
-    """Launch the worker processes of `config`; its executor takes them over.
-
-    Launches none for other executors than `mp` and for large layouts. Raises ConfigError for a model folder without a
-    pipeline class, WorkerDiedError when no process can be started.
-    """
+    """Launch the workers of `config`, if they are few processes. Raises ConfigError or WorkerDiedError."""
     parallel = config.parallel
     if config.distributed_executor_backend != "mp" or parallel.world_size > MOST_WORKERS:
         return EarlyWorkers()
-    launch = _launcher([*_MODULES, *_pipeline_module(config.model)])
+    path = DEMO_MODEL_PATH if config.model == DEMO_MODEL else Path(config.model).expanduser()
+    is_folder = (path / MODEL_INDEX).is_file()  # otherwise nothing is known of the model yet
+    launch = _launcher([*_MODULES, *([pipeline_module(family_of(path))] if is_folder else ())])
     replicas: list[LaunchedReplica] = []
     try:
         for index in range(parallel.data_parallel_size):
@@ -48,13 +47,6 @@ def launch_early(config: OmniDiffusionConfig) -> EarlyWorkers:
         EarlyWorkers(replicas).close()
         raise
     return EarlyWorkers(replicas)
-
-
-def _pipeline_module(model: str) -> list[str]:
-    """Module of the model's pipeline, or nothing while the model is not in a local folder."""
-    path = DEMO_MODEL_PATH if model == DEMO_MODEL else Path(model).expanduser()
-    is_folder = (path / "model_index.json").is_file()
-    return [f"vllm_omni.diffusion.compute.families.{family_of(path)}.pipeline"] if is_folder else []
 
 
 def _launcher(modules: list[str]) -> LaunchWorker:

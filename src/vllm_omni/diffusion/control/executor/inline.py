@@ -16,10 +16,7 @@ _STOPPED = "the model runner was stopped"
 
 
 class InlineExecutor:
-    """Launches plans in one thread and waits for their results in another.
-
-    `abort` calls the runner directly, also while a plan runs.
-    """
+    """Launches plans in one thread and waits for their results in another; `abort` needs neither."""
 
     def __init__(self, make_runner: Callable[[], Runner]) -> None:
         self._make_runner = make_runner
@@ -42,8 +39,8 @@ class InlineExecutor:
             loop = asyncio.get_running_loop()
             ready = await loop.run_in_executor(thread, self._runner.start, self._first)
         except asyncio.CancelledError:
-            if self._is_cancelled():
-                raise
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                raise  # the task was cancelled, and not only the future that it awaits
             raise WorkerDiedError(_STOPPED) from None  # `close` was called before the thread began
         except ConfigError:
             raise
@@ -75,28 +72,22 @@ class InlineExecutor:
         return result
 
     async def close(self) -> None:
-        if self._thread is not None and self._answers is not None:
-            self._thread.shutdown(wait=False, cancel_futures=True)
-            self._answers.shutdown(wait=False, cancel_futures=True)
-            # A running step cannot be stopped, and it must end before the next runner loads. Waiting needs no new
-            # thread: a program that never calls close() gets here when no thread can be started any more.
-            running = [asyncio.wrap_future(part) for part in self._in_flight if not part.cancelled()]
-            await asyncio.gather(*running, return_exceptions=True)
+        self._stop_threads()
+        # A running step cannot be stopped, and it must end before the next runner loads. Waiting needs no new thread:
+        # a program that never calls close() gets here when no thread can be started any more.
+        running = [asyncio.wrap_future(part) for part in self._in_flight if not part.cancelled()]
+        await asyncio.gather(*running, return_exceptions=True)
+        self.kill()
+
+    def kill(self) -> None:
+        self._stop_threads()
         self._thread = self._answers = self._runner = None
         self._in_flight = []
 
-    def kill(self) -> None:
+    def _stop_threads(self) -> None:
         for thread in (self._thread, self._answers):
             if thread is not None:
                 thread.shutdown(wait=False, cancel_futures=True)
-        self._thread = self._answers = self._runner = None
-        self._in_flight = []
-
-    @staticmethod
-    def _is_cancelled() -> bool:
-        """Whether the current task is cancelled, and not only the future that it awaits."""
-        task = asyncio.current_task()
-        return task is not None and task.cancelling() > 0
 
     @staticmethod
     def _wait_for_result(

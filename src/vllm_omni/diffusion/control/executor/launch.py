@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NoReturn, Protocol, Self
+from typing import NoReturn, Self
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.worker import RankInfo
@@ -24,27 +24,12 @@ from vllm_omni.logs import fill_standard_descriptors
 _POLL_SECONDS = 0.01
 
 
-class Process(Protocol):
-    """Child process with the methods of `subprocess.Popen` that we use."""
-
-    @property
-    def pid(self) -> int: ...
-
-    def poll(self) -> int | None:
-        """Exit code, negative for a signal; None while the process runs."""
-
-    def wait(self, timeout: float | None = None) -> int:
-        """Exit code. Raises subprocess.TimeoutExpired."""
-
-    def kill(self) -> None: ...
-
-
 @dataclass(frozen=True)
 class Launched:
     """A running worker process and the parent's end of the channel to it."""
 
     name: str
-    process: Process
+    process: subprocess.Popen[bytes] | ForkedProcess
     channel: socket.socket
 
 
@@ -53,33 +38,33 @@ LaunchWorker = Callable[[str, Sequence[int]], Launched]
 
 
 class LaunchedReplica:
-    """Running worker processes of one replica. Each imports libraries until it is sent `Start`.
-
-    `close` ends the processes that nobody has taken over.
-    """
+    """Running worker processes of a replica. Each imports libraries until it is sent `Start`."""
 
     def __init__(self, config: OmniDiffusionConfig, replica_index: int, launch: LaunchWorker) -> None:
         """Launch all processes or none. Raises WorkerDiedError when the system has no process or descriptor left."""
         # First: a socket that gets the number of a closed standard descriptor would be the worker's output.
         fill_standard_descriptors()
         size = config.parallel.replica_size
-        self._index = replica_index
-        self._store: socket.socket | None = None
         self.workers: list[Launched] = []
+        self.rank_infos: list[RankInfo] = []
         try:
             # Store where the ranks of the replica meet; rank 0 serves it.
-            self._store = _listen() if size > 1 else None
+            store = socket.create_server(("127.0.0.1", 0)) if size > 1 else None
+        except OSError as error:
+            raise WorkerDiedError(f"the ranks' meeting point cannot be opened: {error}") from error
+        try:
+            port = store.getsockname()[1] if store else 0
             prefix = f"replica {replica_index} " if config.parallel.data_parallel_size > 1 else ""
             for rank in range(size):
-                inherited = [self._store.fileno()] if self._store and rank == 0 else []
-                self.workers.append(launch(f"{prefix}rank {rank}", inherited))
-            self.rank_infos = [self._rank_info(rank, size) for rank in range(size)]
+                fd = store.fileno() if store and rank == 0 else None
+                self.workers.append(launch(f"{prefix}rank {rank}", [] if fd is None else [fd]))
+                self.rank_infos.append(RankInfo(rank, size, replica_index, port, fd))
         except BaseException:  # also an interrupt must leave no process behind
             self.close()
             raise
         finally:
-            if self._store is not None:
-                self._store.close()  # rank 0 has inherited it
+            if store is not None:
+                store.close()  # rank 0 has inherited it
 
     def take(self) -> list[Launched]:
         """Transfer the processes to the caller, who must end them."""
@@ -92,12 +77,6 @@ class LaunchedReplica:
             worker.channel.close()
             worker.process.kill()
             worker.process.wait()
-
-    def _rank_info(self, rank: int, size: int) -> RankInfo:
-        if self._store is None:
-            return RankInfo(rank, size, self._index)
-        fd = self._store.fileno() if rank == 0 else None
-        return RankInfo(rank, size, self._index, self._store.getsockname()[1], fd)
 
 
 class EarlyWorkers:
@@ -126,30 +105,18 @@ def interpreter_launcher(runner_name: str, preload: Sequence[str] = ()) -> Launc
     """Make a function that launches workers as new Python interpreters, which import the modules `preload` at once."""
 
     def launch(name: str, inherited_fds: Sequence[int]) -> Launched:
-        ours, theirs = _socket_pair(name)
         # Not multiprocessing, which forks or imports the user's script again. `-P`: modules are not searched in the
         # current folder. A new session: a terminal's Ctrl-C goes to the parent alone.
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "vllm_omni.diffusion.compute.worker.main",
-            f"--socket-fd={theirs.fileno()}",
-        ]
-        command += [f"--parent-pid={os.getpid()}", f"--runner={runner_name}", f"--name={name}"]
-        command += [f"--preload={module}" for module in preload]
-        try:
-            with theirs:
-                process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    pass_fds=[theirs.fileno(), *inherited_fds],
-                    start_new_session=True,
-                )
-        except OSError as error:
-            ours.close()
-            raise WorkerDiedError(f"{name} cannot be started: {error}") from error
-        return Launched(name, process, ours)
+        command = [sys.executable, "-P", "-m", "vllm_omni.diffusion.compute.worker.main", f"--parent-pid={os.getpid()}"]
+        command += [f"--runner={runner_name}", f"--name={name}", *(f"--preload={module}" for module in preload)]
+
+        def start(fd: int) -> subprocess.Popen[bytes]:
+            fds = [fd, *inherited_fds]
+            return subprocess.Popen(
+                [*command, f"--socket-fd={fd}"], stdin=subprocess.DEVNULL, pass_fds=fds, start_new_session=True
+            )
+
+        return _with_channel(name, start)
 
     return launch
 
@@ -163,22 +130,32 @@ def fork_launcher(serve: Callable[[str, int, int], NoReturn]) -> LaunchWorker:
     assert threading.active_count() == 1, "locks that other threads hold would stay locked in the child"
 
     def launch(name: str, inherited_fds: Sequence[int]) -> Launched:
-        ours, theirs = _socket_pair(name)
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:  # None where the descriptor was closed
                 stream.flush()  # otherwise both processes would write the buffer
         parent = os.getpid()
-        try:
-            with theirs:
-                pid = os.fork()
-                if pid == 0:
-                    _be_child({theirs.fileno(), *inherited_fds}, lambda: serve(name, theirs.fileno(), parent))
-        except OSError as error:
-            ours.close()
-            raise WorkerDiedError(f"{name} cannot be started: {error}") from error
-        return Launched(name, ForkedProcess(pid), ours)
+
+        def start(fd: int) -> ForkedProcess:
+            if (pid := os.fork()) == 0:
+                _be_child({fd, *inherited_fds}, lambda: serve(name, fd, parent))
+            return ForkedProcess(pid)
+
+        return _with_channel(name, start)
 
     return launch
+
+
+def _with_channel(name: str, start: Callable[[int], subprocess.Popen[bytes] | ForkedProcess]) -> Launched:
+    """Worker that `start` launches with the descriptor of its end of the channel. Raises WorkerDiedError."""
+    try:
+        ours, theirs = socket.socketpair()
+        with theirs, contextlib.ExitStack() as on_failure:
+            on_failure.callback(ours.close)
+            process = start(theirs.fileno())
+            on_failure.pop_all()
+    except OSError as error:
+        raise WorkerDiedError(f"{name} cannot be started: {error}") from error
+    return Launched(name, process, ours)
 
 
 def _be_child(kept_fds: set[int], serve: Callable[[], NoReturn]) -> NoReturn:
@@ -207,12 +184,19 @@ class ForkedProcess:
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self._code: int | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         """Held while the child may be reaped: afterwards another process may get its number."""
 
     def poll(self) -> int | None:
         with self._lock:
-            return self._poll()
+            if self._code is None:
+                try:
+                    pid, status = os.waitpid(self.pid, os.WNOHANG)
+                except ChildProcessError:  # reaped elsewhere, for example because SIGCHLD is ignored
+                    self._code = 0
+                else:
+                    self._code = os.waitstatus_to_exitcode(status) if pid else None
+            return self._code
 
     def wait(self, timeout: float | None = None) -> int:
         end = None if timeout is None else time.monotonic() + timeout
@@ -226,29 +210,5 @@ class ForkedProcess:
 
     def kill(self) -> None:
         with self._lock:
-            if self._poll() is None:
+            if self.poll() is None:
                 os.kill(self.pid, signal.SIGKILL)
-
-    def _poll(self) -> int | None:
-        if self._code is None:
-            try:
-                pid, status = os.waitpid(self.pid, os.WNOHANG)
-            except ChildProcessError:  # reaped elsewhere, for example because SIGCHLD is ignored
-                self._code = 0
-            else:
-                self._code = os.waitstatus_to_exitcode(status) if pid else None
-        return self._code
-
-
-def _socket_pair(name: str) -> tuple[socket.socket, socket.socket]:
-    try:
-        return socket.socketpair()
-    except OSError as error:
-        raise WorkerDiedError(f"{name} cannot be started: {error}") from error
-
-
-def _listen() -> socket.socket:
-    try:
-        return socket.create_server(("127.0.0.1", 0))
-    except OSError as error:
-        raise WorkerDiedError(f"the ranks' meeting point cannot be opened: {error}") from error

@@ -44,10 +44,7 @@ class WorkerGroup:
     def adopt(
         self, replica: LaunchedReplica, config: OmniDiffusionConfig, first_readies: Mapping[int, WorkerReady]
     ) -> None:
-        """Send `Start` to all processes, which then load at the same time, and watch them.
-
-        first_readies: by rank, measurements of the first start; empty at the first start.
-        """
+        """Send `Start` to all processes, and watch them. first_readies: by rank, see `Runner.start`."""
         rank_infos = replica.rank_infos
         self.workers = [WorkerProcess(launched) for launched in replica.take()]
         for worker, rank_info in zip(self.workers, rank_infos, strict=True):
@@ -154,9 +151,8 @@ class MultiprocExecutor:
         silence_seconds: float = SILENCE_SECONDS,
         start_silence_seconds: float = START_SILENCE_SECONDS,
     ) -> None:
-        """Make an executor without starting workers.
+        """runner_name: "module:function"; called in each worker with the config and its RankInfo, returns its Runner.
 
-        runner_name: "module:function"; called in each worker with the config and its RankInfo, returns its Runner.
         launched: processes that run already, for the first start.
         silence_seconds: silence after which a worker counts as dead; start_silence_seconds: before it is ready.
         """

@@ -83,10 +83,7 @@ class WorkerProcess:
         self._channel.close()
 
     async def _ended_within(self, seconds: float) -> bool:
-        """Whether the process ends within `seconds`.
-
-        Polls, because waiting would need a thread or a descriptor, and there may be none left.
-        """
+        """Whether the process ends in time. Polls: there may be no thread or descriptor left to wait with."""
         end = time.monotonic() + seconds
         while self._process.poll() is None:
             if time.monotonic() >= end:

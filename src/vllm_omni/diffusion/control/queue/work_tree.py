@@ -27,10 +27,7 @@ class _Node(Generic[Value]):
     """Smallest of each of the `tokens` of this subtree."""
 
     def refreshed(self) -> _Node[Value]:
-        """Recompute the sums of this subtree from the children; return this node.
-
-        Totals are not updated by differences, because rounding errors of floats would add up.
-        """
+        """Recompute the sums of this subtree: differences would add up rounding errors. Returns this node."""
         self.size, self.total_work, self.least_tokens = 1, self.work, self.tokens
         for child in (self.left, self.right):
             if child is not None:

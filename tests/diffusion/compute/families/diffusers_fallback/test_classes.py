@@ -13,7 +13,7 @@ from pathlib import Path
 import diffusers
 
 from vllm_omni.diffusion.compute.families.diffusers_fallback.config_sizes import size_bins
-from vllm_omni.diffusion.compute.families.diffusers_fallback.pictures import NUM_REFERENCES
+from vllm_omni.diffusion.compute.families.diffusers_fallback.info import NUM_REFERENCES
 from vllm_omni.diffusion.compute.families.diffusers_fallback.signature import CallSignature
 from vllm_omni.errors import ConfigError
 

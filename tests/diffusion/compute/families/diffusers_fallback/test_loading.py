@@ -14,7 +14,7 @@ from diffusers.configuration_utils import register_to_config
 
 from tests.broken_folders import Breakage, values, weights
 from tests.diffusion.compute.families.diffusers_fallback.conftest import ModelOf
-from vllm_omni.diffusion.catalog.weight_headers import stored_weights
+from vllm_omni.diffusion.catalog.weight_files import stored_weights
 from vllm_omni.diffusion.compute.families.diffusers_fallback.loading import load_pipeline
 from vllm_omni.diffusion.compute.weights.stored_shapes import check_stored_shapes
 from vllm_omni.errors import ConfigError

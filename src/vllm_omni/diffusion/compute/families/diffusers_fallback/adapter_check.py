@@ -8,16 +8,15 @@ stays the same when layers are renamed, split or reordered.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from vllm_omni.diffusion.compute.families.diffusers_fallback.adapter_file import AdapterFile, Change, LowRank
+from vllm_omni.diffusion.compute.families.diffusers_fallback.adapter_file import AdapterFile, LowRank, WeightChange
 
 TOLERANCE = 1e-4
 """Largest relative difference of two energies that are equal, in float32."""
@@ -25,12 +24,11 @@ ROUGH_TOLERANCE = 5e-3
 """Largest relative difference of two equal energies where the model holds 16 bits a value."""
 
 
-@dataclass
-class Energies:
+class Energies(NamedTuple):
     """Energy of the changes that share one `down`: they are parts of one layer."""
 
-    energy: float = 0.0
-    keys: list[str] = field(default_factory=list)
+    energy: float
+    keys: list[str]
 
 
 @torch.inference_mode()
@@ -53,33 +51,31 @@ def unplaced_keys(file: AdapterFile, models: Iterable[nn.Module], adapter: str) 
     return [file.file_keys.get(key, key) for key in file.weights if key in missing]
 
 
-def _grouped(changes: Sequence[Change]) -> list[Energies]:
-    groups: dict[float, Energies] = {}
+def _grouped(changes: Sequence[WeightChange]) -> list[Energies]:
+    groups: dict[float, list[WeightChange]] = {}
     for change in changes:
-        group = groups.setdefault(change.origin, Energies())
-        group.energy += change.energy()
-        group.keys.extend(change.keys)
-    return list(groups.values())
+        groups.setdefault(change.origin, []).append(change)
+    return [
+        Energies(sum(c.energy() for c in group), [key for c in group for key in c.keys]) for group in groups.values()
+    ]
 
 
 def _loaded(layers: Sequence[Any], adapter: str) -> tuple[list[float], list[Tensor]]:
     """Energies of the adapter's changes in the model, and all its parameters."""
-    low_rank, energies, parameters = [], [], []
+    low_rank: list[WeightChange] = []
+    energies: list[float] = []
+    parameters: list[Tensor] = []
     for layer in layers:
         if isinstance(layer, LoraLayer) and adapter in layer.lora_A:
             down, up = (holder[adapter].get_parameter("weight") for holder in (layer.lora_A, layer.lora_B))
-            low_rank.append(LowRank("", ("", ""), down, up, layer.scaling[adapter]))
+            low_rank.append(LowRank("", ("", ""), (down, up), layer.scaling[adapter]))
         elif any(adapter in getattr(layer, name) for name in layer.adapter_layer_names):
             energies.append(float(layer.get_delta_weight(adapter).double().square().sum()))
-        parameters += list(_parameters_of(layer, adapter))
+        for name in layer.adapter_layer_names:
+            if adapter in (holder := getattr(layer, name)):
+                held = holder[adapter]
+                parameters += held.parameters() if isinstance(held, nn.Module) else [held]
     return energies + [group.energy for group in _grouped(low_rank)], parameters
-
-
-def _parameters_of(layer: Any, adapter: str) -> Iterator[Tensor]:
-    for name in layer.adapter_layer_names:
-        holder = getattr(layer, name)
-        if adapter in holder:
-            yield from holder[adapter].parameters() if isinstance(holder[adapter], nn.Module) else [holder[adapter]]
 
 
 def _unmatched(

@@ -1,21 +1,23 @@
-"""Adapter files: the changes of weights in them, with the names of any common program."""
+"""Adapter files: the changes of weights in them, and the model's layers by the names of any common program."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
+from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
-
-from vllm_omni.diffusion.compute.families.diffusers_fallback.adapter_names import find_layer
+from torch import Tensor, nn
 
 METADATA_KEY = "lora_adapter_metadata"
 """Key of a file's header for the peft settings that diffusers saves, as JSON of `component.setting`."""
@@ -28,6 +30,18 @@ LOW_RANK = re.compile(
 )
 """Keys of peft, Kohya, OneTrainer, XLabs and older diffusers."""
 KRONECKER = re.compile(r"(?P<layer>.+)\.lokr_w(?P<part>[12](?:_[ab])?)")
+PREFIXES = {
+    "lora_unet_": ("unet_", "transformer_"),
+    "lora_transformer_": ("transformer_",),
+    "lora_te_": ("text_encoder_",),
+    "lora_te1_": ("text_encoder_",),
+    "lora_te2_": ("text_encoder_2_",),
+    "lora_te3_": ("text_encoder_3_",),
+    "base_model_model_": ("unet_", "transformer_"),
+}
+"""Prefix of Kohya, OneTrainer or peft -> components that it may stand for; a model has one of them."""
+OPTIONAL_PARTS = ("text_model_", "processor_")
+"""Parts of names that only some versions of the libraries have."""
 DOWN_PARTS = ("lora_A", "lora_down", "down")
 
 
@@ -36,57 +50,57 @@ class AdapterFileError(ValueError):
 
 
 @dataclass(frozen=True)
-class LowRank:
-    """Change scale * up @ down, added to the weight of a layer."""
+class WeightChange(ABC):
+    """Change of the weight of a layer, stored as factors."""
 
     layer: str
     """Name of the layer in the file."""
-    keys: tuple[str, str]
-    """Keys of `down` and `up` in the file."""
-    down: Tensor
-    up: Tensor
+    keys: tuple[str, ...]
+    """Keys of the `weights` in the file."""
+    weights: tuple[Tensor, ...]
     scale: float
 
     @property
     def origin(self) -> float:
-        """Fingerprint of `down`: equal for changes that share one `down`."""
-        return float(self.down.double().square().sum())
+        """Fingerprint of the first weight: equal for changes that share it."""
+        return _energy(self.weights[0].double())
 
+    @abstractmethod
     def energy(self) -> float:
-        """Sum of the squares of all values of the change: tr(up^T up down down^T) scale^2."""
-        down, up = (weight.flatten(1).double() for weight in (self.down, self.up))
-        return self.scale**2 * float(((up.T @ up) * (down @ down.T)).sum())
+        """Sum of the squares of all values of the change."""
 
     def scaled(self) -> dict[str, Tensor]:
         """Weights of the same change with scale 1."""
-        return dict(zip(self.keys, (self.down, self.up.float() * self.scale), strict=True))
+        *others, last = self.weights
+        return dict(zip(self.keys, (*others, last.float() * self.scale), strict=True))
+
+
+class LowRank(WeightChange):
+    """Change scale * up @ down; weights: down, up."""
+
+    def energy(self) -> float:
+        # tr(up^T up down down^T) is the energy of up @ down.
+        down, up = (weight.flatten(1).double() for weight in self.weights)
+        return self.scale**2 * float(((up.T @ up) * (down @ down.T)).sum())
 
 
 @dataclass(frozen=True)
-class Kronecker:
+class Kronecker(WeightChange):
     """Change scale * (w1 kron w2); each factor is stored whole or as a product a @ b."""
 
-    keys: tuple[str, ...]
-    factors: tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
-    scale: float
-
-    @property
-    def origin(self) -> float:
-        return float(self.factors[0][0].double().square().sum())
+    num_first: int
+    """Number of weights of w1, 1 or 2; the others are those of w2."""
 
     def energy(self) -> float:
-        sizes = [
-            float((factor[0].double() if len(factor) == 1 else factor[0].double() @ factor[1].double()).square().sum())
-            for factor in self.factors
-        ]
-        return self.scale**2 * math.prod(sizes)
-
-    def scaled(self) -> dict[str, Tensor]:
-        weights = [weight for factor in self.factors for weight in factor]
-        return dict(zip(self.keys, (weights[0].float() * self.scale, *weights[1:]), strict=True))
+        weights = [weight.double() for weight in self.weights]
+        factors = weights[: self.num_first], weights[self.num_first :]
+        return self.scale**2 * math.prod(
+            _energy(factor[0] if len(factor) == 1 else torch.matmul(*factor)) for factor in factors
+        )
 
 
-Change = LowRank | Kronecker
+def _energy(values: Tensor) -> float:
+    return float(values.square().sum())
 
 
 @dataclass(frozen=True)
@@ -114,7 +128,7 @@ class AdapterFile:
         return cls(weights, configs)
 
     @cached_property
-    def changes(self) -> list[Change]:
+    def changes(self) -> list[WeightChange]:
         """Changes in the file. Raises AdapterFileError for weights that lack a partner or do not fit together."""
         low_rank: dict[tuple[str, str], dict[str, str]] = {}
         kronecker: dict[str, dict[str, str]] = {}
@@ -188,7 +202,7 @@ class AdapterFile:
             )
         if (rank := down.shape[0]) == 0:
             raise AdapterFileError(f"{keys['down']} has rank 0")
-        return LowRank(layer, (keys["down"], keys["up"]), down, up, self._scale((layer, layer + mark), rank))
+        return LowRank(layer, (keys["down"], keys["up"]), (down, up), self._scale((layer, layer + mark), rank))
 
     def _kronecker(self, layer: str, keys: Mapping[str, str]) -> Kronecker:
         names: list[tuple[str, ...]] = []
@@ -197,12 +211,11 @@ class AdapterFile:
             names.append((whole,) if whole is not None else tuple(part for part in parts if part is not None))
             if whole is None and len(names[-1]) < 2:
                 raise AdapterFileError(f"{layer}.lokr_w{number} is missing, or half of it")
-        factors = tuple(tuple(self.weights[key] for key in part) for part in names)
+        factors = [[self.weights[key] for key in part] for part in names]
         ranks = [factor[0].shape[1] for factor in factors if len(factor) == 2]
-        used = (*names[0], *names[1])
         # The scale is relative to the rank; two whole factors have no rank.
         scale = self._scale((layer,), ranks[-1]) if ranks else 1.0
-        return Kronecker(used, (factors[0], factors[1]), scale)
+        return Kronecker(layer, (*names[0], *names[1]), (*factors[0], *factors[1]), scale, len(names[0]))
 
     def _scale(self, layers: tuple[str, ...], rank: int) -> float:
         """alpha / rank; 1 without an alpha. layers: names that the file may use for the layer."""
@@ -216,17 +229,11 @@ class AdapterFile:
 
     def unused_alphas(self) -> list[str]:
         """Keys of alphas that belong to no change."""
-        layers = {layer for change in self.changes for key in change.keys for layer in _layers_of(key)}
+        layers = {change.layer for change in self.changes}
+        for match in map(LOW_RANK.fullmatch, self.weights):
+            if match is not None:
+                layers.add(match["layer"] + (match["mark"] or ""))
         return [key for key in self._alphas if key.removesuffix(".alpha") not in layers]
-
-
-def _layers_of(key: str) -> Iterator[str]:
-    """Names that an alpha may use for the layer of a weight."""
-    if match := LOW_RANK.fullmatch(key):
-        yield match["layer"]
-        yield match["layer"] + (match["mark"] or "")
-    elif match := KRONECKER.fullmatch(key):
-        yield match["layer"]
 
 
 def _peft_scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
@@ -247,3 +254,39 @@ def _read_configs(file: Path, metadata: Mapping[str, str]) -> dict[str, dict[str
     if not configs and file.name == PEFT_FILE and beside.is_file():
         configs[""] = dict(json.loads(beside.read_text()))
     return configs
+
+
+def layers_by_flat_name(models: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Flat name of a layer that adapters can change -> `component.layer`; ambiguous names are left out.
+
+    models: components by their names. A flat name has an underscore for each dot and no `OPTIONAL_PARTS`.
+    """
+    paths = [f"{component}.{layer}" for component, model in models.items() for layer in _layers(model, "")]
+    counts = Counter(map(_flat, paths))
+    return {flat: path for path in paths if counts[flat := _flat(path)] == 1}
+
+
+def find_layer(name: str, layers: Mapping[str, str]) -> str | None:
+    """The `component.layer` for a layer's `name` in a file; None: the model has no such layer."""
+    flat = _flat(name)
+    candidates = [flat]
+    for prefix, components in PREFIXES.items():
+        if flat.startswith(prefix):
+            candidates += [component + flat.removeprefix(prefix) for component in components]
+    return next((layers[candidate] for candidate in candidates if candidate in layers), None)
+
+
+def _layers(module: nn.Module, path: str) -> Iterator[str]:
+    """Paths of the modules with a weight; a module with adapters counts as one layer."""
+    if isinstance(module, BaseTunerLayer) or isinstance(getattr(module, "weight", None), nn.Parameter):
+        yield path
+        return
+    for name, child in module.named_children():
+        yield from _layers(child, f"{path}.{name}" if path else name)
+
+
+def _flat(name: str) -> str:
+    flat = name.replace(".", "_")
+    for part in OPTIONAL_PARTS:
+        flat = flat.replace(part, "")
+    return flat

@@ -39,7 +39,11 @@ class FiniteCheck:
 
     def numpy_errors(self) -> np.errstate:
         """Context that notes when numpy rounds NaN to bytes in this thread, for pipelines without a processor."""
-        return np.errstate(invalid="call", call=self._see_numpy_error)
+
+        def note(kind: str, flag: int) -> None:
+            self._has_invalid_cast = True
+
+        return np.errstate(invalid="call", call=note)
 
     def is_finite(self) -> bool:
         """Whether all checked values were finite. Waits for the device."""
@@ -57,9 +61,6 @@ class FiniteCheck:
 
         telling.postprocess = postprocess
         return telling
-
-    def _see_numpy_error(self, kind: str, flag: int) -> None:
-        self._has_invalid_cast = True
 
 
 def is_blocked(output: Any) -> bool:

@@ -11,7 +11,7 @@ import diffusers
 import transformers
 
 from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX, read_object
-from vllm_omni.diffusion.catalog.model_index import Component, read_components
+from vllm_omni.diffusion.catalog.model_index import read_components
 from vllm_omni.errors import ConfigError
 
 LIBRARIES = ("diffusers", "transformers")
@@ -42,26 +42,21 @@ def pipeline_class(path: Path) -> type[Any]:
 
 
 def component_classes(path: Path) -> dict[str, type[Any]]:
-    """Component of the model -> its class.
-
-    Raises ConfigError for a component of another library: loading it would run code that is not diffusers' own.
-    """
-    components = read_components(read_object(path, MODEL_INDEX))
-    return {name: _class_of(name, component) for name, component in components.items()}
-
-
-def _class_of(name: str, component: Component) -> type[Any]:
-    """Class of the component `name`. Raises ConfigError for a class that may not be loaded."""
-    try:
-        cls = getattr(_module_of(component.library), component.class_name, None)
-    except (ImportError, RuntimeError):  # lazy imports: some classes need packages that are not installed
-        cls = None
-    if inspect.isclass(cls) and issubclass(cls, LOADABLE) and not issubclass(cls, INDIRECT):
-        return cls
-    raise ConfigError(
-        f"model_index.json: {name} is {[component.library, component.class_name]}; only models, schedulers, "
-        f"tokenizers and processors of diffusers and transformers are loaded; {NO_REMOTE_CODE}"
-    )
+    """Class of each component. Raises ConfigError for other libraries, whose code would come with the model."""
+    classes = {}
+    for name, component in read_components(read_object(path, MODEL_INDEX)).items():
+        library, class_name = component.library, component.class_name
+        try:
+            cls = getattr(_module_of(library), class_name, None)
+        except (ImportError, RuntimeError):  # lazy imports: some classes need packages that are not installed
+            cls = None
+        if not inspect.isclass(cls) or not issubclass(cls, LOADABLE) or issubclass(cls, INDIRECT):
+            raise ConfigError(
+                f"model_index.json: {name} is {[library, class_name]}; only models, schedulers, tokenizers and "
+                f"processors of diffusers and transformers are loaded; {NO_REMOTE_CODE}"
+            )
+        classes[name] = cls
+    return classes
 
 
 def _module_of(library: str) -> Any:

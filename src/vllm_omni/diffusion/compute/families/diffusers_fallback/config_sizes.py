@@ -16,19 +16,10 @@ LONGEST_LIST = 16
 """Most items of a list of sizes: each halves the picture, and more would leave nothing of it."""
 NUMBER = f"a whole number from 1 to {MAX_SIZE}"
 NUMBERS = (
-    "in_channels",
-    "latent_channels",
-    "patch_size_t",
-    "pos_embed_max_size",
-    "sample_frames",
-    "sample_height",
-    "sample_width",
-    "scale_factor_spatial",
-    "scale_factor_temporal",
-    "spatial_compression_ratio",
-    "target_size",
+    "in_channels", "latent_channels", "patch_size_t", "pos_embed_max_size", "sample_frames", "sample_height",
+    "sample_width", "scale_factor_spatial", "scale_factor_temporal", "spatial_compression_ratio", "target_size",
     "temporal_compression_ratio",
-)
+)  # fmt: skip
 LISTS = ("block_out_channels", "encoder_block_out_channels", "temporal_expansions")
 NUMBERS_OR_LISTS = ("patch_size", "sample_size")
 SWITCHES = ("spatio_temporal_scaling", "temperal_downsample")
@@ -98,10 +89,7 @@ class OwnSize(NamedTuple):
 
 
 def own_size(class_name: str, index: Mapping[str, Any], configs: Mapping[str, Any], latent_side: int) -> OwnSize:
-    """Size that a pipeline makes for a call without a size.
-
-    index: model_index.json; configs: component -> config; latent_side: side of a latent pixel in pixels.
-    """
+    """Size for a call without a size. index: model_index.json; latent_side: side of a latent pixel in pixels."""
     transformer = configs.get("transformer", {})
     num_frames = transformer.get("sample_frames")
     if num_frames is not None and class_name == "AllegroPipeline":  # counts latent frames there
@@ -125,19 +113,13 @@ def _sample_side(configs: Mapping[str, Any]) -> int:
 
 
 def size_bins(pipeline: type[Any], side: int) -> tuple[SizeBin, ...]:
-    """Table to which a pipeline with `use_resolution_binning` rounds sizes, for a model of `side` pixels.
-
-    The pipeline makes one of these sizes and resizes the picture to the requested size. Empty: it has no table.
-    """
+    """Sizes that a pipeline with `use_resolution_binning` makes, for a model of `side` pixels; may be empty."""
     table: dict[str, list[float]] = getattr(sys.modules[pipeline.__module__], f"ASPECT_RATIO_{side}_BIN", {})
     return tuple(SizeBin(float(ratio), int(height), int(width)) for ratio, (height, width) in table.items())
 
 
 def longest_side(components: Mapping[str, type[Any]], transformer: Mapping[str, Any], side: int) -> int | None:
-    """Pixels of the longest side for which a transformer's table of positions has entries, each `side` pixels long.
-
-    None: the transformer has no table.
-    """
+    """Pixels of the longest side that a transformer's table of positions allows; None: it has no such table."""
     name, size = getattr(components.get("transformer"), "__name__", ""), transformer.get("pos_embed_max_size")
     if size is None or name not in (*SQUARE_TABLES, *COUNTED_TABLES):
         return None

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,10 +30,10 @@ from vllm_omni.diffusion.compute.families.diffusers_fallback.config_sizes import
     patch_side,
     size_bins,
 )
-from vllm_omni.diffusion.compute.families.diffusers_fallback.pictures import NUM_REFERENCES, WholeImageInput
 from vllm_omni.diffusion.compute.families.diffusers_fallback.signature import CallSignature
 from vllm_omni.diffusion.compute.text.tokenizers import load_tokenizer
 from vllm_omni.errors import ConfigError
+from vllm_omni.inputs.images import InputImage, ReaderSizes
 
 ATTENTION_TOKENS = 2.0**14
 """`ModelInfo.attention_tokens` of a transformer of common width; the scheduler corrects estimates as it measures."""
@@ -45,6 +46,56 @@ CLASS_PROMPT_READERS = {
     "HunyuanVideo15Pipeline": ("tokenizer", 1000),
 }
 """Class -> the tokenizer that reads most of a prompt, and the tokens to which the class cuts the prompt."""
+
+
+NUM_REFERENCES = {
+    "DreamLiteMobilePipeline": (0, 1),
+    "DreamLitePipeline": (0, 1),
+    "Flux2KleinKVPipeline": (0, 4),
+    "Flux2KleinPipeline": (0, 4),
+    "Flux2Pipeline": (0, 10),
+    "FluxKontextPipeline": (0, 1),
+    "GlmImagePipeline": (0, 16),
+    "QwenImage21Pipeline": (0, 16),
+    "ZImageOmniPipeline": (0, 16),
+}
+"""Class -> least and most pictures of a request (16: the limit of OpenAI's API, for models without a limit). Listed are
+classes that need no picture, or that take a list as the pictures of one request instead of a batch. Signatures do not
+tell: `image` is None by default also in calls that fail without it. All other classes take one picture."""
+MAX_REFERENCE_PIXELS = 2048 * 2048
+"""Most pixels kept of a picture that is a reference and not changed: pipelines resize it to about 1 million."""
+
+
+@dataclass(frozen=True)
+class WholeImageInput:
+    """`ImageInput` of a whole pipeline, which gets the pictures as they were sent."""
+
+    min_images: int
+    max_images: int
+    follows_input: bool
+    """See `WholePipeline.follows_input`."""
+    size_multiple: int
+    area: int
+    """Pixels of the model's own size."""
+
+    def sizes(self, width: int, height: int) -> ReaderSizes:
+        if not self.follows_input and width * height > MAX_REFERENCE_PIXELS:
+            scale = math.sqrt(MAX_REFERENCE_PIXELS / (width * height))
+            width, height = max(1, int(width * scale)), max(1, int(height * scale))
+        return ReaderSizes((width, height), (width, height))
+
+    def count_prompt_tokens(self, images: Sequence[InputImage]) -> int:
+        return 0
+
+    def output_size(self, images: Sequence[InputImage]) -> tuple[int, int]:
+        """See `ImageInput.output_size`: the size of a picture that is changed, rounded down as in diffusers; otherwise
+        the proportions of the last picture at the model's own area."""
+        height, width = images[-1].reference.shape[:2]
+        multiple = self.size_multiple
+        if self.follows_input:
+            return max(multiple, height - height % multiple), max(multiple, width - width % multiple)
+        scale = math.sqrt(self.area / (height * width)) / multiple
+        return max(1, round(height * scale)) * multiple, max(1, round(width * scale)) * multiple
 
 
 @dataclass(frozen=True)
@@ -63,16 +114,8 @@ class PromptTokenCounter:
         return len(self._tokenizer(prompt, verbose=False).input_ids)
 
 
-def count_words(prompt: str) -> int:
-    """Count words instead of tokens, for pipelines without a separate tokenizer."""
-    return len(prompt.split())
-
-
 def describe(path: Path) -> WholeModelInfo:
-    """Facts of the model in `path`.
-
-    Raises ConfigError for a pipeline that cannot be served and for components that are not loaded.
-    """
+    """Facts of the model in `path`. Raises ConfigError for a pipeline or component that is not served."""
     pipeline = pipeline_class(path)
     signature = CallSignature.of(pipeline)
     components = component_classes(path)
@@ -156,7 +199,7 @@ def _prompt_reader(
         if name.startswith("tokenizer")
     }
     if not limits:
-        return None, count_words
+        return None, lambda prompt: len(prompt.split())  # words
     name, most = CLASS_PROMPT_READERS.get(class_name, ("", LONGEST_PROMPT))
     if name not in limits:
         name = max(limits, key=lambda name: limits[name])

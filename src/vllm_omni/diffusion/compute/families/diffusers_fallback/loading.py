@@ -14,20 +14,16 @@ import transformers
 from vllm_omni.diffusion.catalog.expected_weights import check_none_missing
 from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX, names_in, read_object
 from vllm_omni.diffusion.catalog.model_index import Stems, read_components
-from vllm_omni.diffusion.catalog.weight_files import component_variant, has_weights
-from vllm_omni.diffusion.catalog.weight_headers import stored_weights
+from vllm_omni.diffusion.catalog.weight_files import component_variant, has_weights, stored_weights
 from vllm_omni.diffusion.compute.families.diffusers_fallback.components import component_classes
-from vllm_omni.diffusion.compute.families.diffusers_fallback.progress_bars import without_progress_bars
 from vllm_omni.diffusion.compute.weights.stored_shapes import check_stored_shapes
 from vllm_omni.errors import ConfigError, error_line
 
+LOGGING = (diffusers.utils.logging, transformers.utils.logging)
+
 
 def load_pipeline(path: Path, class_name: str, dtype: torch.dtype, variant: str | None) -> Any:
-    """diffusers' pipeline in the model folder `path`, its models on the CPU.
-
-    Raises ConfigError, with the component and the reason, for what cannot be loaded, for weights that are missing, and
-    for components that are not the libraries' own classes.
-    """
+    """diffusers' pipeline in the model folder `path`, on the CPU. Raises ConfigError with the component."""
     common = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
     classes = component_classes(path)
     components = read_components(read_object(path, MODEL_INDEX))
@@ -63,14 +59,26 @@ def _load_model(folder: Path, cls: type[Any], stems: Stems, variant: str | None,
 
 
 @contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Hide the libraries' bars while weights load: one bar of ours counts all weights."""
+    libraries = [library for library in LOGGING if library.is_progress_bar_enabled()]
+    for library in libraries:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in libraries:
+            library.enable_progress_bar()
+
+
+@contextmanager
 def _quiet_reports() -> Iterator[None]:
     """Keep the libraries' tables of differing weights out of the log: our error is one line."""
-    libraries = (diffusers.utils.logging, transformers.utils.logging)
-    levels = [library.get_verbosity() for library in libraries]
-    for library in libraries:
+    levels = [library.get_verbosity() for library in LOGGING]
+    for library in LOGGING:
         library.set_verbosity_error()
     try:
         yield
     finally:
-        for library, level in zip(libraries, levels):
+        for library, level in zip(LOGGING, levels):
             library.set_verbosity(level)

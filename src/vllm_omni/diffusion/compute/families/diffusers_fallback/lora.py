@@ -12,9 +12,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from vllm_omni.diffusion.compute.families.diffusers_fallback.adapter_check import unplaced_keys
-from vllm_omni.diffusion.compute.families.diffusers_fallback.adapter_file import AdapterFile, AdapterFileError
-from vllm_omni.diffusion.compute.families.diffusers_fallback.adapter_names import layers_by_flat_name
-from vllm_omni.diffusion.compute.families.diffusers_fallback.progress_bars import without_progress_bars
+from vllm_omni.diffusion.compute.families.diffusers_fallback.adapter_file import (
+    AdapterFile,
+    AdapterFileError,
+    layers_by_flat_name,
+)
+from vllm_omni.diffusion.compute.families.diffusers_fallback.loading import without_progress_bars
 from vllm_omni.diffusion.messages.request import LoRA
 from vllm_omni.errors import InvalidRequestError, to_one_line
 
@@ -43,10 +46,7 @@ class Adapters:
             self._load(file)
 
     def use(self, lora: LoRA | None, under_way: Collection[str] = ()) -> None:
-        """Activate this adapter alone, or none, and load it first if needed.
-
-        under_way: files whose requests will go on. Raises InvalidRequestError for an adapter that does not fit.
-        """
+        """Activate this adapter alone, or none; load it first. under_way: files in use. Raises InvalidRequestError."""
         wanted = None if lora is None else (self._name_of(lora.path, under_way), lora.scale)
         if wanted == self._active:
             return
@@ -59,15 +59,12 @@ class Adapters:
 
     def _name_of(self, file: str, under_way: Collection[str]) -> str:
         if file not in self._names:
-            self._make_room(under_way)
+            idle = [file for file in self._names if file not in self._served and file not in under_way]
+            if len(self._names) - len(self._served) >= MAX_UNSERVED:
+                self._delete(self._names.pop(idle[0]))
             self._load(file)
         name = self._names[file] = self._names.pop(file)
         return name
-
-    def _make_room(self, under_way: Collection[str]) -> None:
-        idle = [file for file in self._names if file not in self._served and file not in under_way]
-        if len(self._names) - len(self._served) >= MAX_UNSERVED:
-            self._delete(self._names.pop(idle[0]))
 
     def _load(self, file: str) -> None:
         """Load a file. Raises InvalidRequestError unless the model has all of its weights at their scale.
@@ -80,7 +77,9 @@ class Adapters:
             self._check(contents)
             name = self._load_first(self._attempts(contents, Path(file)))
         except AdapterFileError as error:
-            raise _misfit(file, str(error)) from error
+            raise InvalidRequestError(
+                f"the LoRA adapter {file} does not fit this model: {to_one_line(str(error))}", param="lora_request"
+            ) from error
         self._names[file] = name
         self._deactivate()
 
@@ -94,10 +93,7 @@ class Adapters:
             yield again, dict(again.weights)
 
     def _load_first(self, attempts: Iterable[tuple[AdapterFile, Path | dict[str, Tensor]]]) -> str:
-        """Name of the first attempt that the model has completely.
-
-        Raises the AdapterFileError of the last attempt if all fail: its error has the model's own names.
-        """
+        """Name of the first attempt that the model has completely. Raises the last attempt's AdapterFileError."""
         errors: list[AdapterFileError] = []
         for contents, source in attempts:
             name = f"adapter_{self._num_loaded}"
@@ -173,9 +169,3 @@ def _without_expected_warnings() -> Iterator[None]:
 def _say_unplaced(keys: Sequence[str]) -> str:
     named, more = ", ".join(keys[:NUM_NAMED_KEYS]), len(keys) - NUM_NAMED_KEYS
     return f"no layer here takes these of its weights with their alphas: {named}" + f" and {more} more" * (more > 0)
-
-
-def _misfit(file: str, reason: str) -> InvalidRequestError:
-    return InvalidRequestError(
-        f"the LoRA adapter {file} does not fit this model: {to_one_line(reason)}", param="lora_request"
-    )

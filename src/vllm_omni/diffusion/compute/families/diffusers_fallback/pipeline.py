@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -25,7 +25,6 @@ from vllm_omni.diffusion.compute.distributed.mesh import Mesh
 from vllm_omni.diffusion.compute.families.diffusers_fallback.checks import FiniteCheck, is_blocked
 from vllm_omni.diffusion.compute.families.diffusers_fallback.loading import load_pipeline
 from vllm_omni.diffusion.compute.families.diffusers_fallback.lora import Adapters
-from vllm_omni.diffusion.compute.families.diffusers_fallback.progress_bars import StepBar
 from vllm_omni.diffusion.compute.families.diffusers_fallback.run import SteppedRun
 from vllm_omni.diffusion.compute.step.finite import keep_infinite_pixels_visible
 from vllm_omni.diffusion.compute.step.pipeline import Picture, Pipeline, RequestState
@@ -50,15 +49,11 @@ class PipelineCall:
         self._check = FiniteCheck(self._pipeline)
         self._request = request
         self._arguments = arguments_of(request, whole)
-        self._has_callback = bool(whole.step_callback)
-        if self._has_callback:
+        if whole.step_callback:
             self._arguments[whole.step_callback] = self._end_step
         if whole.step_callback == "callback":
             self._arguments["callback_steps"] = 1
-        self._makes_videos = whole.makes_videos
-        self._output_name = whole.output_name
-        self._strength = request.strength
-        self._num_planned = request.num_inference_steps
+        self._whole = whole
         self._num_steps: int | None = None
         """Steps as the pipeline counts them: fewer than requested with `strength`, more with some schedulers."""
         self._num_done = 0
@@ -83,8 +78,8 @@ class PipelineCall:
 
         The pipeline's own steps are spread evenly over the planned ones.
         """
-        before, num_steps = self._num_done, self._num_steps or self._num_planned
-        due = -(-step * num_steps // self._num_planned)
+        before, num_steps = self._num_done, self._num_steps or self._request.num_inference_steps
+        due = -(-step * num_steps // self._request.num_inference_steps)
         while self._num_done < due and self._run.resume():
             pass
         return self._num_done - before
@@ -102,8 +97,8 @@ class PipelineCall:
         # A new thread has device 0 as its current device, where libraries put tensors without a device.
         with torch.accelerator.device_index(self._device.index), self._check.numpy_errors():
             output = self._pipeline(**self._arguments)
-        (made,) = getattr(output, self._output_name)
-        if self._makes_videos:
+        (made,) = getattr(output, self._whole.output_name)
+        if self._whole.makes_videos:
             pixels = np.stack([np.array(frame.convert("RGB")) for frame in made])
         else:
             pixels = np.array(made.convert("RGB"))
@@ -117,20 +112,18 @@ class PipelineCall:
             counted = getattr(self._pipeline, "_num_timesteps", None)
             self._num_steps = counted or (len(iterable) if total is None else total)
             check_schedule(getattr(self._pipeline, "scheduler", None), self._request)
-            if not self._num_steps and self._strength is not None:
+            if not self._num_steps and self._request.strength is not None:
                 raise InvalidRequestError(
-                    f"strength {self._strength} of {self._num_planned} steps leaves no step", param="strength"
+                    f"strength {self._request.strength} of {self._request.num_inference_steps} steps leaves no step",
+                    param="strength",
                 )
             self._pause()
-        if not self._has_callback:
+        if not self._whole.step_callback:
             return StepBar(iterable, total, self._count_step)
         return tqdm(iterable, total=total, disable=True)
 
     def _end_step(self, *told: Any) -> dict[str, Any]:
-        """Step callback of the pipeline; changes none of its values.
-
-        told: arguments of the callback, the last of them the latents or a mapping with them.
-        """
+        """Step callback; changes nothing. told: its arguments, at the end the latents or a mapping with them."""
         self._check.see_latents(told[-1].get("latents") if isinstance(told[-1], dict) else told[-1])
         self._count_step()
         return {}
@@ -138,6 +131,23 @@ class PipelineCall:
     def _count_step(self) -> None:
         self._num_done += 1
         self._pause()
+
+
+class StepBar(tqdm):  # type: ignore[misc]  # tqdm has no types
+    """Hidden progress bar that calls `on_step` after each step, for pipelines without a step callback."""
+
+    def __init__(self, iterable: Any, total: int | None, on_step: Callable[[], object]) -> None:
+        super().__init__(iterable, total=total, disable=True)
+        self._on_step = on_step
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self.iterable:
+            yield item
+            self._on_step()
+
+    def update(self, n: float | None = 1) -> bool | None:
+        self._on_step()
+        return None
 
 
 def arguments_of(request: DiffusionRequest, whole: WholePipeline) -> dict[str, Any]:
@@ -188,7 +198,9 @@ class DiffusersPipeline(Pipeline[WholeState]):
         on_bytes: Callable[[int], object],
         mesh: Mesh,
     ) -> DiffusersPipeline:
-        _refuse_offload_without_gpu(config, device)
+        for name in ("enable_cpu_offload", "enable_layerwise_offload"):
+            if getattr(config, name) and is_host(device):
+                raise ConfigError(f"{flag_of(name)} needs a GPU to bring the weights to, this machine has none")
         pipeline = load_pipeline(info.path, info.pipeline.class_name, dtype, config.variant)
         modules = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
         on_bytes(sum(parameter.nbytes for module in modules for parameter in module.parameters()))
@@ -196,7 +208,10 @@ class DiffusersPipeline(Pipeline[WholeState]):
         for name, component in pipeline.components.items():
             if isinstance(component, SchedulerMixin):
                 setattr(pipeline, name, with_one_step_schedules(component))
-        adapters = _load_adapters(pipeline, config)
+        try:
+            adapters = Adapters(pipeline, [str(adapter_file(path)) for path in config.lora_modules.values()])
+        except InvalidRequestError as error:
+            raise ConfigError(f"--lora-modules: {error}") from error
         if config.enable_cpu_offload:
             pipeline.enable_model_cpu_offload(device=device)
         elif config.enable_layerwise_offload:
@@ -271,19 +286,6 @@ def _check_made(request: DiffusionRequest, pixels: Tensor) -> None:
 def _cancel_all(calls: dict[str, PipelineCall]) -> None:
     while calls:
         calls.popitem()[1].cancel()
-
-
-def _refuse_offload_without_gpu(config: OmniDiffusionConfig, device: torch.device) -> None:
-    for name in ("enable_cpu_offload", "enable_layerwise_offload"):
-        if getattr(config, name) and is_host(device):
-            raise ConfigError(f"{flag_of(name)} needs a GPU to bring the weights to, this machine has none")
-
-
-def _load_adapters(pipeline: Any, config: OmniDiffusionConfig) -> Adapters:
-    try:
-        return Adapters(pipeline, [str(adapter_file(path)) for path in config.lora_modules.values()])
-    except InvalidRequestError as error:
-        raise ConfigError(f"--lora-modules: {error}") from error
 
 
 def _configure_vae(pipeline: Any, config: OmniDiffusionConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Generic, TypeVar
 
 Result = TypeVar("Result")
@@ -23,8 +24,7 @@ class SteppedRun(Generic[Result]):
         self._caller_may_go = threading.Semaphore(0)
         self._thread = threading.Thread(target=self._run, daemon=True, name="pipeline-run")
         self._is_cancelled = False
-        self._error: Exception | None = None
-        self._results: list[Result] = []
+        self._outcome: Future[Result] = Future()
 
     @property
     def is_alive(self) -> bool:
@@ -32,24 +32,21 @@ class SteppedRun(Generic[Result]):
         return self._thread.is_alive()
 
     def resume(self) -> bool:
-        """Run the function to its next pause (True) or to its end (False; also when it has ended before).
-
-        Raises the function's exception.
-        """
-        if not self._results and self._error is None:
+        """Run the function to its next pause (True) or its end (False). Raises its exception."""
+        if not self._outcome.done():
             if self._thread.ident is None:
                 self._thread.start()
             self._run_may_go.release()
             self._caller_may_go.acquire()
-        if self._error is not None:
-            raise self._error
-        return not self._results
+        if self._outcome.done():
+            self._outcome.result()
+        return not self._outcome.done()
 
     def result(self) -> Result:
         """Run the function to its end. Returns its result, or raises its exception."""
         while self.resume():
             pass
-        return self._results[0]
+        return self._outcome.result()
 
     def cancel(self) -> None:
         """End the function at its pause, and release what it holds. No effect on a function that has ended."""
@@ -62,9 +59,9 @@ class SteppedRun(Generic[Result]):
         self._run_may_go.acquire()
         try:
             if not self._is_cancelled:
-                self._results.append(self._function(self._pause))
+                self._outcome.set_result(self._function(self._pause))
         except Exception as error:
-            self._error = error  # raised again in the caller's thread
+            self._outcome.set_exception(error)
         except _CancelledError:
             pass
         self._caller_may_go.release()

@@ -14,38 +14,18 @@ from vllm_omni.diffusion.catalog.whole_info import WholePipeline
 from vllm_omni.errors import ConfigError
 
 SAMPLING_PARAMETERS = (
-    "height",
-    "width",
-    "num_inference_steps",
-    "negative_prompt",
-    "guidance_scale",
-    "true_cfg_scale",
-    "strength",
-    "sigmas",
-    "max_sequence_length",
-    "num_frames",
-    "fps",
-)
+    "height", "width", "num_inference_steps", "negative_prompt", "guidance_scale", "true_cfg_scale", "strength",
+    "sigmas", "max_sequence_length", "num_frames", "fps",
+)  # fmt: skip
 """Sampling parameters with the same name in a pipeline's call; `fps` has one of `FPS_NAMES` there."""
 FPS_NAMES = ("fps", "frame_rate")
 REQUIRED = ("prompt", "generator", "num_inference_steps")
 STEP_CALLBACKS = ("callback_on_step_end", "callback")
 """Parameters for a step callback; the second is that of older pipelines."""
 UNSERVED_INPUTS = (
-    "mask",
-    "mask_image",
-    "images",
-    "original_image",
-    "source_embeds",
-    "c2w",
-    "control_image",
-    "control_video",
-    "video",
-    "frames",
-    "video_length",
-    "audio",
-    "audio_length_in_s",
-)
+    "mask", "mask_image", "images", "original_image", "source_embeds", "c2w", "control_image", "control_video",
+    "video", "frames", "video_length", "audio", "audio_length_in_s",
+)  # fmt: skip
 """Parameters that no route of ours can provide; calls with one of them are not served."""
 UNSERVED_COMPONENTS = ("controlnet", "adapter", "audio_vae", "vocoder")
 """Components with which `image` is no picture to edit, or the output is not pictures alone."""
@@ -60,15 +40,9 @@ UNSERVED_CLASSES = {
 }
 """Class -> reason why it is not served, although its signature looks like that of others."""
 INTERLEAVED = (
-    "Flux2KleinPipeline",
-    "FluxKontextPipeline",
-    "FluxPipeline",
-    "StableDiffusion3Img2ImgPipeline",
-    "StableDiffusion3Pipeline",
-    "StableDiffusionXLImg2ImgPipeline",
-    "StableDiffusionXLPipeline",
-    "WanPipeline",
-)
+    "Flux2KleinPipeline", "FluxKontextPipeline", "FluxPipeline", "StableDiffusion3Img2ImgPipeline",
+    "StableDiffusion3Pipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLPipeline", "WanPipeline",
+)  # fmt: skip
 """Pipelines whose models keep nothing from one step to the next (tests show it), so that several requests may be under
 way. Requests of other pipelines run in turn: some change the model's attention during a call."""
 MAX_INTERLEAVED = 4
@@ -130,10 +104,7 @@ def _is_unserved(name: str, parameter: inspect.Parameter) -> bool:
 
 
 def _output_name(pipeline: type[Any], makes_videos: bool) -> str:
-    """Field with the pipeline's pictures or video, by the output classes that the code of its call names.
-
-    A call that names no output class returns the output of another pipeline. Raises ConfigError for other outputs.
-    """
+    """Field with the pictures or video, by the output classes that the call's code names. Raises ConfigError."""
     wanted = VIDEO_FIELDS if makes_videos else PICTURE_FIELDS
     made = _output_fields(inspect.unwrap(pipeline.__call__))
     name = next((name for name in wanted if name in made), wanted[0])
