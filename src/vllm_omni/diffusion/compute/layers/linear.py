@@ -29,14 +29,14 @@ class Sharded(Protocol):
 
 @runtime_checkable
 class KeepsFloat32(Protocol):
-    """A module with parameters that stay in float32, whatever the dtype of the model."""
+    """A module with parameters that are in float32 at least, whatever the dtype of the model."""
 
     float32_parameters: ClassVar[tuple[str, ...]]
     """Names of these parameters, which the module itself owns."""
 
 
 class Float32Linear(nn.Linear):
-    """y = x W^T + b in float32, whatever the dtype of the model."""
+    """y = x W^T + b in float32 at least, whatever the dtype of the model."""
 
     float32_parameters: ClassVar[tuple[str, ...]] = ("weight", "bias")
 

@@ -76,7 +76,7 @@ class ColumnScale(Scale):
 
 
 class AffineNorm(nn.Module):
-    """Weight and bias [dim] of a LayerNorm, in float32 whatever the model's dtype."""
+    """Weight and bias [dim] of a LayerNorm, in float32 at least, whatever the model's dtype."""
 
     float32_parameters: ClassVar[tuple[str, ...]] = ("weight", "bias")
 

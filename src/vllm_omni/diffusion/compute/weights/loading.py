@@ -112,12 +112,12 @@ def load_weights(
 
 
 def _widen_float32(module: nn.Module) -> None:
-    """Convert the parameters that `KeepsFloat32` names; `module` is on the meta device."""
+    """Widen the parameters that `KeepsFloat32` names; `module` is on the meta device."""
     for owner in module.modules():
         if isinstance(owner, KeepsFloat32):
             for name in owner.float32_parameters:
                 parameter: nn.Parameter = getattr(owner, name)
-                parameter.data = parameter.data.float()
+                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 def _check_fit(targets: Mapping[str, WeightTarget], stored: Mapping[str, StoredWeight], folder: Path) -> None:
