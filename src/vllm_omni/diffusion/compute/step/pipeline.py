@@ -17,6 +17,9 @@ from vllm_omni.diffusion.compute.step.cuda_graphs import Capturer
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 
+DecoderFeatures = dict[Any, list[Any]]
+"""Features that a VAE's decoder keeps of the latent frames of a video that it has decoded, for each tile."""
+
 
 @dataclass(eq=False)
 class RequestState:
@@ -37,6 +40,8 @@ class RequestState:
     """Steps that the model itself made in the last planned step: a whole pipeline may make none or several."""
     cache_slots: tuple[CacheSlot | None, ...] = field(init=False, repr=False)
     """For each guidance branch, what a step cache keeps; None for requests that do not take part in caching."""
+    decoder_features: DecoderFeatures = field(default_factory=dict, init=False, repr=False)
+    """Features of a video whose decode is under way, on the ranks that decode it."""
 
     def __post_init__(self) -> None:
         self.cache_slots = tuple(CacheSlot() if self.request.cache else None for _ in self.sequence_lengths)
