@@ -84,10 +84,6 @@ class WholeModelInfo(ModelInfo):
         return "" if self.pipeline.takes_lora else f"a {self.pipeline.class_name} takes no LoRA adapters"
 
     @property
-    def makes_videos(self) -> bool:
-        return self.pipeline.makes_videos
-
-    @property
     def follows_input(self) -> bool:
         return self.pipeline.follows_input
 

@@ -293,7 +293,7 @@ def _check_frames(num_frames: int | None, config: OmniDiffusionConfig, info: Mod
     if most is None:
         most = int(info.default_sampling_params["num_frames"])
     _require(1 <= num_frames <= most, "num_frames", num_frames, f"1 to {most} (--max-num-frames)")
-    multiple = info.latent_frames
+    multiple = info.frame_multiple or 1
     _require((num_frames - 1) % multiple == 0, "num_frames", num_frames, f"1 more than a multiple of {multiple}")
 
 

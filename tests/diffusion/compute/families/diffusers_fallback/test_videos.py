@@ -116,7 +116,7 @@ def test_an_abort_ends_a_video_and_the_next_one_is_made(model_of: ModelOf, pipel
 def test_a_video_is_priced_by_its_latent_frames(model_of: ModelOf) -> None:
     info = load_model_info(str(model_of(WAN)))
     assert info.makes_videos
-    assert info.latent_frames == 4
+    assert info.frame_multiple == 4
     assert [info.num_image_tokens(64, 64, frames) for frames in (1, 5, 81)] == [16, 32, 21 * 16]
 
 
