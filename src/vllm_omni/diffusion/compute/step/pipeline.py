@@ -36,6 +36,8 @@ class RequestState:
     computes the first branch alone."""
     step: int = 0
     """Denoising steps done."""
+    first_step: int = field(default=0, init=False)
+    """First step of the transformer that computes the present one; a model may change its transformer between steps."""
     num_made: int = field(default=1, init=False)
     """Steps that the model itself made in the last planned step: a whole pipeline may make none or several."""
     cache_slots: tuple[CacheSlot | None, ...] = field(init=False, repr=False)
@@ -48,12 +50,24 @@ class RequestState:
 
     @property
     def sequence_steps(self) -> list[SequenceStep]:
-        """For each guidance branch, what a step cache decides by."""
-        return [SequenceStep(slot, self.step, self.request.num_inference_steps) for slot in self.cache_slots]
+        """For each guidance branch, what a step cache decides by; steps count from `first_step`."""
+        step, num_steps = (n - self.first_step for n in (self.step, self.request.num_inference_steps))
+        return [SequenceStep(slot, step, num_steps) for slot in self.cache_slots]
+
+    def change_transformer(self) -> None:
+        """Let another transformer compute from the present step on: what the caches would keep is of no use to it."""
+        self.first_step = self.step
+        for slot in self.cache_slots:
+            if slot is not None:
+                slot.next_content = None
 
     def settle(self) -> int:
         """End the step in the cache slots. Returns how many branches that this rank computed reused blocks."""
         return sum([slot.settle() for slot in self.cache_slots if slot is not None])
+
+
+Grid = tuple[int, int, int]
+"""Latent frames, rows and columns of the tokens of a picture (one frame) or a video."""
 
 
 class Picture(NamedTuple):

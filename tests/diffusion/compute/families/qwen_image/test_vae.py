@@ -104,7 +104,7 @@ def decode_pictures(world: World, path: Path, one_at_a_time: bool) -> list[np.nd
 
 
 def arrays(decode: QwenImageDecoder) -> list[np.ndarray]:
-    return [picture.pixels.numpy() for picture in decode(tokens(), GRIDS)]
+    return [picture.pixels.numpy() for picture in decode(tokens(), [(1, *grid) for grid in GRIDS])]
 
 
 def tokens() -> list[Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.step.finite import keep_infinite_pixels_visible
-from vllm_omni.diffusion.compute.step.pipeline import Picture
+from vllm_omni.diffusion.compute.step.pipeline import Grid, Picture
 from vllm_omni.diffusion.compute.step.sampling import pack_latents, unpack_latents
 from vllm_omni.diffusion.compute.vae.latent_decoder import LatentDecoder
 from vllm_omni.diffusion.compute.vae.scaling import latents_mean_and_std
@@ -85,12 +85,14 @@ class QwenImageDecoder:
         self._mean, std = latents_mean_and_std(vae, vae.dtype)
         self._inverse_std = 1.0 / std
 
-    def __call__(self, latents: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> list[Picture]:
-        """Pictures, uint8 [height, width, 3]. latents: [rows * columns, channels * 4]; grids: (rows, columns).
+    def __call__(self, latents: Sequence[Tensor], grids: Sequence[Grid]) -> list[Picture]:
+        """Pictures, uint8 [height, width, 3]. latents: [rows * columns, channels * 4]; grids: (1, rows, columns).
 
         All ranks of the group must call with the same latents; the first gets the pictures, the others get [].
         """
-        unpacked = [unpack_latents(tokens, *grid)[None, :, None] for tokens, grid in zip(latents, grids, strict=True)]
+        unpacked = [
+            unpack_latents(tokens, *grid[1:])[None, :, None] for tokens, grid in zip(latents, grids, strict=True)
+        ]
         return self._decode([x.to(self._dtype) / self._inverse_std + self._mean for x in unpacked])
 
 
