@@ -21,7 +21,7 @@ class DecodeGroups:
     """
 
     def __init__(self, num_groups: int) -> None:
-        self._num_groups = num_groups
+        self.num_groups = num_groups
         self._videos: dict[str, int] = {}
         """Request id -> number of its group, for videos whose decode has begun."""
 
@@ -34,7 +34,7 @@ class DecodeGroups:
         group = self._videos.get(request_id)
         if group is None:
             counts = Counter(self._videos.values())
-            free = [group for group in range(self._num_groups) if group not in busy]
+            free = [group for group in range(self.num_groups) if group not in busy]
             group = min(free, key=counts.__getitem__, default=None)
         if group is None or group in busy:
             return False

@@ -167,8 +167,22 @@ class Scheduler:
             num_tokens += item.tokens
             lead, limit = chosen[0].lead, self._tokens_left(num_tokens)
             if entry.runs_alone:
-                break
+                return chosen
+        self._fill_decode_groups(chosen, busy)
         return chosen
+
+    def _fill_decode_groups(self, chosen: list[Item], busy: set[int]) -> None:
+        """Add pieces of videos for groups of ranks that would idle during a piece of the plan: they take no time."""
+        longest = max((item.tokens for item in chosen if item.is_piece), default=0.0)
+        candidates = self._order.candidates(begun_only=True)
+        while (
+            0 < len(busy) < self._decode_groups.num_groups
+            and len(chosen) < self._max_num_seqs
+            and (entry := candidates.next(Phase.DECODE, longest))
+        ):
+            item = entry.next_item()
+            if item.is_piece and self._decode_groups.take(entry.request.request_id, busy):
+                chosen.append(item)
 
     def _tokens_left(self, num_tokens: float) -> float:
         """Largest number of tokens that may join a step of `num_tokens`.

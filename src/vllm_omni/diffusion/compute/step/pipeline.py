@@ -139,6 +139,10 @@ class Pipeline(ABC, Generic[State]):
         Of ranks that share a decode, the first one returns the pictures and the others return [].
         """
 
+    def decode_preview(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[Picture]:
+        """Pictures for previews of the requests; latents: what `advance` returned. Ranks share them as in `decode`."""
+        return self.decode(requests, latents)
+
     @abstractmethod
     def forget(self, state: State) -> None:
         """Drop everything kept for this state."""
@@ -157,6 +161,14 @@ class PackedPipeline(Pipeline[State]):
     def gains_from_compiling(cls, config: OmniDiffusionConfig) -> bool:
         """Whether compiled blocks are faster with these settings, on a device that is worth compiling for."""
         return True
+
+    @abstractmethod
+    def decode_next(self, state: State, frames: range) -> Picture | None:
+        """Pixels [frames, height, width, 3] of the next latent frames of a video whose denoising is done.
+
+        Pieces come in order; the state keeps what the next one needs. Of ranks that share a decode, the first one
+        returns the pixels and the others return None.
+        """
 
     @abstractmethod
     def compile_blocks(self) -> CompiledBlocks:

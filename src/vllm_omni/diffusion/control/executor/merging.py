@@ -16,8 +16,9 @@ Number = TypeVar("Number", int, float)
 def merge_results(results: Sequence[StepResult]) -> StepResult:
     """Merge the results of all ranks, rank 0 first, into the result of one step.
 
-    Pictures, frames and errors are collected from all ranks. A request has advanced only when it advanced on every rank; only
-    then its cached share counts. Times are those of the slowest rank. Sequences and tokens are equal on all ranks.
+    Pictures, frames and errors are collected from all ranks. A request has advanced only when it advanced on every
+    rank; only then its cached share counts. Times are those of the slowest rank. Sequences and tokens are equal on all
+    ranks.
     """
     first = results[0]
     assert all(result.step_id == first.step_id for result in results), "ranks answer every plan, in order"

@@ -20,7 +20,7 @@ from torch import Tensor
 from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.step.finite import is_finite, keep_infinite_pixels_visible
-from vllm_omni.diffusion.compute.step.pipeline import DecoderFeatures, Picture
+from vllm_omni.diffusion.compute.step.pipeline import DecoderFeatures, Grid, Picture
 from vllm_omni.diffusion.compute.step.sampling import unpack_latents
 from vllm_omni.diffusion.compute.vae.latent_decoder import to_bytes
 from vllm_omni.diffusion.compute.vae.scaling import latents_mean_and_std
@@ -47,7 +47,7 @@ class WanDecoder:
         self._mean, std = latents_mean_and_std(vae, vae.dtype)
         self._inverse_std = 1.0 / std
 
-    def __call__(self, latents: Sequence[Tensor], grids: Sequence[tuple[int, int, int]]) -> list[Picture]:
+    def __call__(self, latents: Sequence[Tensor], grids: Sequence[Grid]) -> list[Picture]:
         """Whole pictures, uint8 [height, width, 3], and whole videos, uint8 [frames, height, width, 3].
 
         latents: [frames * rows * columns, channels * 4]; grids: (latent frames, rows, columns), pictures have 1 frame.
@@ -59,7 +59,7 @@ class WanDecoder:
                 made.append(video._replace(pixels=video.pixels[0]) if grid[0] == 1 else video)
         return made
 
-    def decode_next(self, latents: Tensor, grid: tuple[int, int, int], features: DecoderFeatures) -> Picture | None:
+    def decode_next(self, latents: Tensor, grid: Grid, features: DecoderFeatures) -> Picture | None:
         """Video frames of the next latent frames of a video, uint8 [frames, height, width, 3].
 
         latents, grid: of these latent frames alone. features: those of this video on this rank, which the call updates;
