@@ -19,8 +19,8 @@ def read_default_sampling_params(path: Path) -> dict[str, Any]:
     if not os.path.lexists(path / DEFAULTS_FILE):  # a link to nothing is told
         return {}
     values = read_object(path, DEFAULTS_FILE)
-    if unknown := sorted(set(values) - set(DEFAULT_PARAMS)):
-        raise ConfigError(f"{DEFAULTS_FILE} has unknown keys {unknown}, accepted are {', '.join(DEFAULT_PARAMS)}")
+    if unknown := sorted(set(values) - set(accepted := [name for name in DEFAULT_PARAMS if name != "seconds"])):
+        raise ConfigError(f"{DEFAULTS_FILE} has unknown keys {unknown}, accepted are {', '.join(accepted)}")
     for key, value in values.items():
         is_side = type(value) is int and 1 <= value <= MOST_PIXELS_A_SIDE
         if value is None or (key in SIZES and not is_side):

@@ -65,7 +65,7 @@ def start_model(
     """
     config = resolve(config, info, device, ranks, None if first is None else first.attention_backend)
     dtype = device.dtype(config.dtype)
-    cls: type[Pipeline[Any]] = getattr(import_module(pipeline_module(info.family)), PIPELINES[info.family])
+    cls = pipeline_class(info.family)
     with WeightsBar(info.path, shows_progress and config.progress_bar) as bar:
         pipeline = cls.load(config, info, device.torch, dtype, bar.update, ranks.mesh)
     device.end_loading()
@@ -94,6 +94,12 @@ def start_model(
         num_threads=device.num_threads,
         cache_bytes=cache_bytes,
     )
+
+
+def pipeline_class(family: str) -> type[Pipeline[Any]]:
+    """Class that loads and runs the models of a family."""
+    cls: type[Pipeline[Any]] = getattr(import_module(pipeline_module(family)), PIPELINES[family])
+    return cls
 
 
 def _warm_up(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -27,8 +28,11 @@ MAX_TOKENS = 2**15
 REPEATS, CAPTURED_REPEATS = 3, 4
 """Timed runs per step; one more with CUDA graphs, because capture happens on run 2."""
 
+VARIANT_STEPS = 3
+"""Steps of the request that code is compiled with: one of two transformers computes at least two of them."""
+
 RunVariants = Callable[[PackedPipeline[Any], RequestState, Ranks], object]
-"""Runs every kind of step for which code is compiled, from a state of two steps."""
+"""Runs every kind of step for which code is compiled, from a state of `VARIANT_STEPS` steps."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,8 @@ def warm_up(
     if run_variants is not None:  # after the choice of threads, for which the code is compiled
         # A prompt so long that every rank has some of its tokens.
         prompt = " ".join([COMMON_PROMPT] * ranks.mesh.sequence.size)
-        run_variants(pipeline, pipeline.encode(warmup_request(info, prompt)), ranks)
+        request = replace(warmup_request(info, prompt), num_inference_steps=VARIANT_STEPS)
+        run_variants(pipeline, pipeline.encode(request), ranks)
     samples = measure_steps(pipeline, state, info, timer, budget)
     # The prompts differ, because the embedding of a repeated prompt is cached. The input picture is the same and is
     # encoded once: its cost is counted as a decode.
@@ -74,8 +79,9 @@ def warm_up(
         requests[0].images
     )
     decode = timer.fastest([lambda: pipeline.decode([state.request], [state.latents])] * 3)
-    num_image_tokens = info.num_image_tokens(state.request.height, state.request.width, state.request.num_frames)
-    return Rates.from_times(samples, encode / num_prompt_tokens, decode / num_image_tokens, knee(samples))
+    request = state.request
+    num_decoded_tokens = info.num_decoded_tokens(request.height, request.width, request.num_frames)
+    return Rates.from_times(samples, encode / num_prompt_tokens, decode / num_decoded_tokens, knee(samples))
 
 
 def measure_steps(
@@ -119,10 +125,15 @@ def _has_room(timer: RankTimer) -> bool:
 def run_variants(pipeline: PackedPipeline[Any], state: RequestState, ranks: Ranks) -> None:
     """Run a step with one sequence, one with several, and one with several at different timesteps.
 
-    Every rank group computes all three. state: a new state of a request of two steps.
+    Every rank group computes all three, with one transformer: others have the same shapes and share the compiled code.
+    state: a new state of a request of more steps than there are transformers.
     """
-    later = replace(state, step=state.step + 1)
-    for variant in ([state], [state, state], [state, later]):
+    steps = defaultdict(list)
+    for number in range(state.request.num_inference_steps):
+        at = replace(state, step=number)
+        steps[pipeline.transformer_index(at)].append(at)
+    first, later, *_ = max(steps.values(), key=len)
+    for variant in ([first], [first, first], [first, later]):
         placed = [(replace(state), group) for state in variant for group in range(ranks.mesh.cfg_size)]
         groups = [group for state, group in placed for _ in state.sequence_lengths]
         with _forward(pipeline, [state for state, _ in placed], groups, ranks) as step:

@@ -26,7 +26,7 @@ from vllm_omni.diffusion.catalog.weight_files import (
     stored_weights,
 )
 from vllm_omni.diffusion.compute.layers.fp8 import Fp8ColumnLinear, keep_in_float8
-from vllm_omni.diffusion.compute.layers.linear import Sharded
+from vllm_omni.diffusion.compute.layers.linear import KeepsFloat32, Sharded
 from vllm_omni.diffusion.compute.layers.rounding import quantize
 from vllm_omni.diffusion.compute.weights.stored_shapes import check_stored_shapes
 from vllm_omni.diffusion.data import LoadFormat
@@ -96,6 +96,7 @@ def load_weights(
     or one with another shape or without a floating-point type; also when `device` does not support float8 layers.
     """
     nn.Module.to(module, dtype)  # the `to` of diffusers warns about any dtype
+    _widen_float32(module)
     keep_in_float8(module, float8, device)
     module.to_empty(device=device)
     targets = weight_targets(module, names)
@@ -115,6 +116,15 @@ def load_weights(
                 for name in members:
                     on_bytes(targets[name].fill(weights.get_slice(name)))
     module.requires_grad_(False).eval()
+
+
+def _widen_float32(module: nn.Module) -> None:
+    """Widen the parameters that `KeepsFloat32` names; `module` is on the meta device."""
+    for owner in module.modules():
+        if isinstance(owner, KeepsFloat32):
+            for name in owner.float32_parameters:
+                parameter: nn.Parameter = getattr(owner, name)
+                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 def _check_fit(targets: Mapping[str, WeightTarget], stored: Mapping[str, StoredWeight], folder: Path) -> None:

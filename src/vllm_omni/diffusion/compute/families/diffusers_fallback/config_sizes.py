@@ -126,8 +126,8 @@ def longest_side(components: Mapping[str, type[Any]], transformer: Mapping[str, 
     return side * (math.isqrt(size) if name in COUNTED_TABLES else int(size))
 
 
-def latent_frames(vae: Mapping[str, Any], num_frames: int) -> int:
-    """`ModelInfo.latent_frames`; 1 if the default number of frames is no multiple plus one."""
+def frame_multiple(vae: Mapping[str, Any], num_frames: int) -> int:
+    """`ModelInfo.frame_multiple` of a video model; 1 if the default number of frames is no multiple plus one."""
     multiple = int(vae.get("temporal_compression_ratio") or vae.get("scale_factor_temporal") or 1)
     for key in ("spatio_temporal_scaling", "temperal_downsample"):
         if vae.get(key) and multiple == 1:

@@ -23,7 +23,7 @@ from vllm_omni.diffusion.compute.families.diffusers_fallback.config_sizes import
     OwnSize,
     check_index_sizes,
     check_sizes,
-    latent_frames,
+    frame_multiple,
     latent_side,
     longest_side,
     own_size,
@@ -166,7 +166,9 @@ def describe(path: Path) -> WholeModelInfo:
         guidance=_guidance(taken),
         pipeline=whole,
         image_input=image_input,
-        latent_frames=latent_frames(configs.get("vae", {}), defaults.get("num_frames", 1)),
+        frame_multiple=frame_multiple(configs.get("vae", {}), defaults["num_frames"])
+        if "num_frames" in taken
+        else None,
         default_sampling_params=defaults,
         remarks=tuple(remarks),
         max_side=longest_side(components, configs.get("transformer", {}), side),

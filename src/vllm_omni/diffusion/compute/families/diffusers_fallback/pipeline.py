@@ -100,6 +100,8 @@ class PipelineCall:
         (made,) = getattr(output, self._whole.output_name)
         if self._whole.makes_videos:
             pixels = np.stack([np.array(frame.convert("RGB")) for frame in made])
+            if len(pixels) == self._request.num_frames == 1:  # a picture
+                (pixels,) = pixels
         else:
             pixels = np.array(made.convert("RGB"))
         finite = self._check.is_finite()
