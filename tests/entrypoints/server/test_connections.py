@@ -20,10 +20,10 @@ from fastapi import FastAPI, Request
 from testbed.patience import GUARD_SECONDS, until
 from tests.entrypoints.cli.test_serve import self_signed
 from vllm_omni.entrypoints.cli import serve
-from vllm_omni.entrypoints.cli.args import HttpOptions
 from vllm_omni.entrypoints.cli.serve import _http_server, _loop_factory
 from vllm_omni.entrypoints.server import connections
 from vllm_omni.entrypoints.server.listening_socket import ListeningSocket
+from vllm_omni.entrypoints.server.options import HttpOptions
 
 REQUEST = b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n"
 MOST = 3

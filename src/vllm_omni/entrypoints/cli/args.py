@@ -37,8 +37,9 @@ from vllm_omni.entrypoints.cli.commands import check_command
 from vllm_omni.entrypoints.cli.foreign_flags import DEST as FOREIGN_DEST
 from vllm_omni.entrypoints.cli.foreign_flags import add_foreign_flags, check_foreign_flags
 from vllm_omni.entrypoints.cli.suggestions import explain_unknown
-from vllm_omni.entrypoints.cli.vllm_api import make_parser, serve_line, vllm_version
 from vllm_omni.entrypoints.openai.settings import ChatTextTasks, ResponseFormat, ServerSettings
+from vllm_omni.entrypoints.server.options import EVERY, HttpOptions
+from vllm_omni.entrypoints.vllm_api import make_parser, serve_line, vllm_version
 from vllm_omni.errors import ConfigError, NotAvailableError
 from vllm_omni.foreign.diffusion_server_flags import SGLANG_FLAGS, VLLM_OMNI_FLAGS
 from vllm_omni.foreign.vllm_flags import VLLM_FLAGS
@@ -52,37 +53,7 @@ EXAMPLES = """examples:
 docs/flags.md lists the flags of vLLM and other servers, and which of them are accepted."""
 MAX_DEFAULT_SEED = 2**32 - 1
 """Largest seed, as for seeds that the server draws; the seeds of further pictures then fit 63 bits."""
-EVERY = "*"
-"""CORS value for any origin, method or header."""
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
-
-
-@dataclass(frozen=True)
-class HttpOptions:
-    """Settings of the HTTP server: addresses, TLS, keys, CORS, logging and shutdown."""
-
-    host: str | None = None
-    port: int = 8000
-    uds: str | None = None
-    api_key: tuple[str, ...] = ()
-    allow_credentials: bool = False
-    allowed_origins: tuple[str, ...] = ()
-    allowed_methods: tuple[str, ...] = (EVERY,)
-    allowed_headers: tuple[str, ...] = (EVERY,)
-    ssl_keyfile: str | None = None
-    ssl_certfile: str | None = None
-    ssl_ca_certs: str | None = None
-    ssl_cert_reqs: int = int(ssl.CERT_NONE)
-    ssl_ciphers: str | None = None
-    enable_ssl_refresh: bool = False
-    forwarded_allow_ips: tuple[str, ...] = ()
-    """Proxies whose X-Forwarded-Proto and -For are trusted; none: FORWARDED_ALLOW_IPS, or 127.0.0.1 and ::1."""
-    middleware: tuple[str, ...] = ()
-    uvicorn_log_level: str = "info"
-    disable_uvicorn_access_log: bool = False
-    disable_access_log_for_endpoints: tuple[str, ...] = ()
-    shutdown_timeout: float = 25.0
-    """Seconds that running requests have after SIGTERM; below the 30 s after which Kubernetes kills by default."""
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,15 @@ from fastapi import FastAPI
 
 from vllm_omni.diffusion.control.events import Observers
 from vllm_omni.diffusion.control.executor.launch import EarlyWorkers
-from vllm_omni.entrypoints.cli import vllm_api
-from vllm_omni.entrypoints.cli.args import HttpOptions, ServeArgs
+from vllm_omni.entrypoints import vllm_api
+from vllm_omni.entrypoints.cli.args import ServeArgs
 from vllm_omni.entrypoints.openai.app import build_app
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
 from vllm_omni.entrypoints.server.activity import ActivityLog
 from vllm_omni.entrypoints.server.connections import Acceptor, RefusedConnection, max_connections
 from vllm_omni.entrypoints.server.listening_socket import ListeningSocket
 from vllm_omni.entrypoints.server.middleware import add_middleware, api_keys
+from vllm_omni.entrypoints.server.options import HttpOptions
 from vllm_omni.entrypoints.server.signals import StopSignals
 from vllm_omni.entrypoints.server.slow_readers import HttpProtocol
 from vllm_omni.errors import ConfigError, OmniError

@@ -8,7 +8,7 @@ import socket
 import stat
 from typing import Self
 
-from vllm_omni.entrypoints.cli.args import HttpOptions
+from vllm_omni.entrypoints.server.options import HttpOptions
 from vllm_omni.errors import ConfigError
 
 BACKLOG = 2048
