@@ -22,8 +22,7 @@ from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.entrypoints.cli import serve
 from vllm_omni.entrypoints.cli.args import ServeArgs
 from vllm_omni.entrypoints.openai.responses import encoding
-from vllm_omni.entrypoints.openai.settings import ServerSettings
-from vllm_omni.entrypoints.server.options import HttpOptions
+from vllm_omni.entrypoints.openai.settings import HttpOptions, ServerSettings
 from vllm_omni.entrypoints.server.signals import StopSignals
 from vllm_omni.inputs.images import ReaderSizes
 from vllm_omni.logs import QueuedStreams, fill_standard_descriptors

@@ -15,10 +15,9 @@ import pytest
 
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.entrypoints.cli import args as cli
-from vllm_omni.entrypoints.cli.foreign_flags import DEST as FOREIGN_DEST
+from vllm_omni.entrypoints.cli.commands import DEST as FOREIGN_DEST
 from vllm_omni.entrypoints.cli.main import main
-from vllm_omni.entrypoints.openai.settings import ServerSettings
-from vllm_omni.entrypoints.server.options import HttpOptions
+from vllm_omni.entrypoints.openai.settings import HttpOptions, ServerSettings
 from vllm_omni.errors import ConfigError, NotAvailableError
 
 # The outside contract: change it knowingly. `--no-x` forms of switches are left out.

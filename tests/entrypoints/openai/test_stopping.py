@@ -15,8 +15,8 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from testbed.live_server import LiveServer, live_server
+from vllm_omni.entrypoints.openai.settings import HttpOptions
 from vllm_omni.entrypoints.server.middleware import add_middleware
-from vllm_omni.entrypoints.server.options import HttpOptions
 
 GENERATIONS = "/v1/images/generations"
 STOPPING_SECONDS = 0.05

@@ -11,10 +11,9 @@ from fastapi import Request
 
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.control.request_builder import check_num_images
-from vllm_omni.entrypoints.openai.disconnect import unless_disconnected
+from vllm_omni.entrypoints.openai.requests.body_reader import UploadReservation, unless_disconnected
 from vllm_omni.entrypoints.openai.requests.fetching import MediaFetcher
 from vllm_omni.entrypoints.openai.requests.pictures.pool import DecodePool
-from vllm_omni.entrypoints.openai.requests.upload_budget import UploadReservation
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.images import ReaderSizes
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +14,12 @@ from starlette.responses import Response
 from vllm_omni.entrypoints.openai.responses.answers import (
     ResponseOptions,
     encode_all,
+    frame_around,
     is_finished_picture,
     json_with_list,
     usage,
 )
 from vllm_omni.entrypoints.openai.responses.encoding import ImageEncoder, json_around_image
-from vllm_omni.entrypoints.openai.responses.event_stream import frame_around
-from vllm_omni.entrypoints.openai.responses.stored_files import FileLinks
 from vllm_omni.entrypoints.openai.schema.images import ImageData, ImagesResponse, Usage
 from vllm_omni.jobs import OutputStream
 from vllm_omni.outputs import OmniRequestOutput
@@ -32,8 +31,8 @@ class ImagesAnswer:
 
     encoder: ImageEncoder
     options: ResponseOptions
-    links: FileLinks | None
-    """Links instead of base64 in `response`; streams carry base64."""
+    store: Callable[[bytes, str], str] | None = None
+    """Stores a file of a content type and returns its URL; without it, and in streams, pictures are base64."""
 
     async def response(self, output: OmniRequestOutput) -> Response:
         pictures = [self._item(pixels, seed) for pixels, seed in zip(output.images, output.seeds, strict=True)]
@@ -52,10 +51,10 @@ class ImagesAnswer:
     async def _item(self, pixels: np.ndarray, seed: int) -> bytes:
         """One entry of `data` as JSON."""
         image_format = self.options.image_format
-        if self.links is None:
+        if self.store is None:
             return await self.encoder.base64(pixels, image_format, *json_around_image({"seed": seed}))
         data = await self.encoder.file(pixels, image_format)
-        url = self.links.store(data, image_format.content_type)
+        url = self.store(data, image_format.content_type)
         return ImageData(url=url, seed=seed).model_dump_json(exclude_none=True).encode()
 
     async def events(self, outputs: OutputStream) -> AsyncGenerator[bytes, None]:
