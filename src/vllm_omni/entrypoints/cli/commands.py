@@ -66,14 +66,11 @@ def explain_unknown(words: Sequence[str], known: Iterable[str], own: Collection[
     flags = list(dict.fromkeys(word.partition("=")[0] for word in words if word.startswith("-")))
     if not flags:
         return f"unrecognized {' '.join(words)!r}: a flag before it takes fewer values, or MODEL is given twice"
-    known = list(known)
-    said = [f"unrecognized {flag}{_advice(flag, known, own)}" for flag in flags]
+    known, said = list(known), []
+    for flag in flags:
+        names = nearest(flag, known, own)
+        said.append(f"unrecognized {flag}" + (f": did you mean {' or '.join(names)}?" if names else ""))
     return "; ".join(said) + f" (`{help_command}` lists the flags)"
-
-
-def _advice(flag: str, known: Sequence[str], own: Collection[str]) -> str:
-    names = nearest(flag, known, own)
-    return f": did you mean {' or '.join(names)}?" if names else ""
 
 
 def nearest(flag: str, known: Sequence[str], own: Collection[str]) -> list[str]:

@@ -77,38 +77,27 @@ def serve(
     loop, which is not closed: the caller ends the process.
     """
     _raise_file_limit()
-    # The socket first: a port in use is an error at once, not after the weights are read.
-    with ListeningSocket(args.http) as listener:
-        signals.before_end(listener.close)
-        runner = asyncio.Runner(loop_factory=auto_loop_factory())
-        return runner.run(_serve(args, listener, signals, streams, workers, limits))
-
-
-async def _serve(
-    args: ServeArgs,
-    listener: ListeningSocket,
-    signals: StopSignals,
-    streams: QueuedStreams,
-    workers: EarlyWorkers | None,
-    limits: StopLimits,
-) -> int:
-    metrics = PrometheusObserver(args.settings.served_model_names[0])
+    metrics, activity = PrometheusObserver(args.settings.served_model_names[0]), ActivityLog()
     metrics.watch_log(lambda: streams.num_dropped)
-    activity = ActivityLog()
-    omni = AsyncOmni(args.config, observer=Observers(metrics, activity), early_workers=workers)
-    activity.watch(omni.status)
-    settings = replace(
-        args.settings,
-        swagger_ui_folder=vllm_api.swagger_ui_folder(),
-        requires_api_key=bool(api_keys(args.http)),
-    )
-    app = build_app(omni, settings, metrics)
-    add_middleware(app, args.http)
     # Works without the event loop and the interpreter's lock: prints where threads hang and ends the process.
     start_kill_timer = partial(
         faulthandler.dump_traceback_later, limits.total(min(args.http.shutdown_timeout, MAX_TIMER_SECONDS)), exit=True
     )
-    return await Service(omni, _http_server(app, args.http), listener, args, signals, start_kill_timer, limits).run()
+
+    async def run(listener: ListeningSocket) -> int:
+        omni = AsyncOmni(args.config, observer=Observers(metrics, activity), early_workers=workers)
+        activity.watch(omni.status)
+        folder, requires_key = vllm_api.swagger_ui_folder(), bool(api_keys(args.http))
+        settings = replace(args.settings, swagger_ui_folder=folder, requires_api_key=requires_key)
+        app = build_app(omni, settings, metrics)
+        add_middleware(app, args.http)
+        server = _http_server(app, args.http)
+        return await Service(omni, server, listener, args, signals, start_kill_timer, limits).run()
+
+    # The socket first: a port in use is an error at once, not after the weights are read.
+    with ListeningSocket(args.http) as listener:
+        signals.before_end(listener.close)
+        return asyncio.Runner(loop_factory=auto_loop_factory()).run(run(listener))
 
 
 def _raise_file_limit() -> None:

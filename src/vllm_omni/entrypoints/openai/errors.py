@@ -54,7 +54,9 @@ def error_response(error: Exception, request: Request | None = None) -> JSONResp
     """The HTTP response for any exception; an unknown exception is a 500 that reveals nothing about the server."""
     status, headers, body = 500, {"x-should-retry": "false"}, error_body(error)
     if isinstance(error, RequestError):
-        status, headers = error.status, _retry_headers(error)
+        status = error.status
+        if error.retryable:  # SDKs retry 429 and 5xx by themselves
+            headers = {"Retry-After": str(max(1, math.ceil(error.retry_after or 1)))}
     elif isinstance(error, RequestValidationError):
         status, body = 400, _validation_body(error)
     elif isinstance(error, HTTPException):
@@ -84,13 +86,6 @@ def _error_object(message: str, kind: str, param: str | None = None, code: str |
 
 def _encodable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
-
-
-def _retry_headers(error: RequestError) -> dict[str, str]:
-    """Headers that tell an SDK when to retry, or not to retry: SDKs retry 429 and 5xx by themselves."""
-    if not error.retryable:
-        return {"x-should-retry": "false"}
-    return {"Retry-After": str(max(1, math.ceil(error.retry_after or 1)))}
 
 
 def _validation_body(error: RequestValidationError) -> ErrorBody:

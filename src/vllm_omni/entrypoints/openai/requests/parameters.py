@@ -63,11 +63,6 @@ def _num_outputs_of(body: ImageOptions) -> int:
     return count
 
 
-def _seed_of(body: ImageOptions) -> int | None:
-    """Seed of the first picture. A random one is drawn here: None is the server's default, which may be fixed."""
-    return secrets.randbelow(_NUM_RANDOM_SEEDS) if body.seed == RANDOM_SEED else body.seed
-
-
 def parse_parameters(body: ImageOptions, adapters: Collection[str]) -> tuple[OmniDiffusionSamplingParams, ImageFormat]:
     """Sampling parameters of the pictures, and the format of their files.
 
@@ -96,7 +91,8 @@ def parse_parameters(body: ImageOptions, adapters: Collection[str]) -> tuple[Omn
     different = {
         "height": height,
         "width": width,
-        "seed": _seed_of(body),
+        # A random seed is drawn here: None is the server's default, which may be fixed.
+        "seed": secrets.randbelow(_NUM_RANDOM_SEEDS) if body.seed == RANDOM_SEED else body.seed,
         "num_outputs_per_prompt": _num_outputs_of(body),
         "lora_request": _adapter(body, adapters),
         "lora_scale": None if body.lora is None else body.lora.scale,

@@ -20,7 +20,7 @@ from vllm_omni.entrypoints.openai.responses.answers import (
     usage,
 )
 from vllm_omni.entrypoints.openai.responses.encoding import ImageEncoder, json_around_image
-from vllm_omni.entrypoints.openai.schema.images import ImageData, ImagesResponse, Usage
+from vllm_omni.entrypoints.openai.schema.images import ImageData, ImagesResponse
 from vllm_omni.jobs import OutputStream
 from vllm_omni.outputs import OmniRequestOutput
 
@@ -65,22 +65,24 @@ class ImagesAnswer:
         """
         num_partial: Counter[int] = Counter()
         num_finished = 0
+        fields: dict[str, Any]
         async for output in outputs:
             if output.finished:
                 return  # every picture has had its event
             if is_finished_picture(output):
-                yield await self._completed(output, usage(output, has_input=num_finished == 0))
+                used = usage(output, has_input=num_finished == 0).model_dump()
                 num_finished += 1
+                fields = {"usage": used, "timings": output.timings, **self.options.identifier_fields()}
+                fields |= {
+                    "ignored_fields": self.options.ignored_fields,
+                    "seed": output.seeds[0],
+                    "index": output.index,
+                }
+                yield await self._event("completed", output.images[0], fields)
             elif output.images:
                 fields = {"partial_image_index": num_partial[output.index], "index": output.index}
                 num_partial[output.index] += 1
                 yield await self._event("partial_image", output.images[0], fields)
-
-    async def _completed(self, output: OmniRequestOutput, used: Usage) -> bytes:
-        fields: dict[str, Any] = {"usage": used.model_dump(), "timings": output.timings}
-        fields |= self.options.identifier_fields()
-        fields |= {"ignored_fields": self.options.ignored_fields, "seed": output.seeds[0], "index": output.index}
-        return await self._event("completed", output.images[0], fields)
 
     async def _event(self, name: str, pixels: np.ndarray, fields: Mapping[str, Any]) -> bytes:
         kind = f"{self.options.event}.{name}"
