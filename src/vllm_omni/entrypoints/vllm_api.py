@@ -13,14 +13,16 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import uvicorn
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_omni.errors import ConfigError, to_one_line
 from vllm_omni.logs import logging_level
+
+if TYPE_CHECKING:
+    import uvicorn
 
 LOGGERS = ("vllm_omni", "vllm")
 

@@ -79,12 +79,12 @@ class UploadReservation(AbstractContextManager["UploadReservation"]):
         self.release(self.num_bytes)
 
 
+@dataclass(eq=False)
 class UploadBudget:
     """Bytes that the uploads of all requests hold together, at most `max_bytes`."""
 
-    def __init__(self, max_bytes: int = MAX_UPLOAD_BYTES) -> None:
-        self.max_bytes = max_bytes
-        self.num_bytes = 0
+    max_bytes: int = MAX_UPLOAD_BYTES
+    num_bytes: int = 0
 
     def reserve(self) -> UploadReservation:
         return UploadReservation(self)
