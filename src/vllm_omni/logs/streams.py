@@ -18,7 +18,6 @@ _PIPE_BUF = 4096
 """Bytes of the largest write to a pipe that the kernel keeps in one piece."""
 _LINE_OVERHEAD = 64
 """Bytes of memory that a queued line takes besides its text."""
-_FLUSH_SECONDS = 1.0
 STDIN, STDOUT, STDERR = 0, 1, 2
 
 
@@ -153,7 +152,10 @@ class QueuedStreams:
     After `install`, everything that Python code writes goes through queues: logging, print, bars, tracebacks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_bytes: int = 2**20, flush_seconds: float = 1.0) -> None:
+        """`max_bytes`: limit of each queue. `flush_seconds`: longest time that `flush` waits."""
+        self._max_bytes = max_bytes
+        self._flush_seconds = flush_seconds
         self._writers: dict[tuple[int, int], QueuedWriter] = {}
         """Writer by the file's device and inode: two streams into one file share a writer, which keeps their order."""
 
@@ -167,8 +169,8 @@ class QueuedStreams:
         return sum(writer.num_dropped for writer in self._writers.values())
 
     def flush(self) -> None:
-        """Wait until all lines are written, at most `_FLUSH_SECONDS`: the reader may have stopped reading."""
-        end = time.monotonic() + _FLUSH_SECONDS
+        """Wait until all lines are written, at most `flush_seconds`: the reader may have stopped reading."""
+        end = time.monotonic() + self._flush_seconds
         for writer in self._writers.values():
             writer.flush(max(0.0, end - time.monotonic()))
 
@@ -187,7 +189,7 @@ class QueuedStreams:
         status = os.fstat(fd)
         key = (status.st_dev, status.st_ino)
         if key not in self._writers:
-            self._writers[key] = QueuedWriter(fd)
+            self._writers[key] = QueuedWriter(fd, self._max_bytes)
         encoding = getattr(stream, "encoding", None) or "utf-8"
         sink: Any = _Sink(self._writers[key], fd, getattr(stream, "name", os.devnull))
         return io.TextIOWrapper(sink, encoding=encoding, errors="backslashreplace", line_buffering=True)
