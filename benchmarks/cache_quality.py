@@ -159,9 +159,8 @@ def measure_polynomial(args: argparse.Namespace, prompts: Sequence[str]) -> list
     params = OmniDiffusionSamplingParams(
         num_inference_steps=args.steps, true_cfg_scale=args.true_cfg_scale, seed=1_000_000
     )
-    calibrate.calibrate(
-        calibrate.CalibrateArgs(args.model, tuple(prompts[:NUM_CALIBRATION_PROMPTS]), params, "auto", out)
-    )
+    config = calibrate.calibration_config(model=args.model)
+    calibrate.calibrate(calibrate.CalibrateArgs(config, tuple(prompts[:NUM_CALIBRATION_PROMPTS]), params, out))
     coefficients: list[float] = json.loads(out.with_suffix(".json").read_text())["coefficients"]
     return coefficients
 

@@ -30,7 +30,7 @@ from vllm_omni.entrypoints.openai.requests.fetching import FetchPolicy
 from vllm_omni.entrypoints.openai.requests.pictures.process import DecodeLimits
 from vllm_omni.entrypoints.openai.settings import ServerSettings
 from vllm_omni.entrypoints.server.framing import HttpLimits
-from vllm_omni.entrypoints.server.slow_readers import HttpProtocol
+from vllm_omni.entrypoints.server.http_protocol import HttpProtocol
 from vllm_omni.inputs.images import InputImage, ReaderSizes
 from vllm_omni.omni import AsyncOmni
 

@@ -47,53 +47,43 @@ class Job:
         index = self._indices[event.request_id]
         request, done = self.requests[index], isinstance(event, Finished)
         frames = event if isinstance(event, Frames) else None
-        return OmniRequestOutput(
-            request_id=self.request_id,
-            prompt=self.prompt,
+        return self._output(
             images=[self._image(event.image)] if isinstance(event, Finished | Preview) else [],
             seeds=[request.request.seed],
             fps=self._fps,
             timings=event.timings if isinstance(event, Finished) else {},
             index=index,
             step=request.num_steps if done or frames else getattr(event, "step", 0),
-            num_inference_steps=request.num_steps,
-            num_prompt_tokens=request.num_prompt_tokens,
-            num_input_image_tokens=request.num_reference_tokens,
             num_output_tokens=request.num_image_tokens if done else 0,
             first_frame=frames.first if frames else 0,
             frames=frames.pixels if frames else None,
         )
 
     def result(self) -> OmniRequestOutput:
-        slowest = max(self.timings.values(), key=lambda timings: timings["total"])
-        steps = self.requests[0].num_steps
-        return OmniRequestOutput(
-            request_id=self.request_id,
-            prompt=self.prompt,
+        return self._output(
             images=[self._image(self.images[r.request_id]) for r in self.requests],
-            seeds=[r.request.seed for r in self.requests],
             fps=self._fps,
-            timings=slowest,
+            timings=max(self.timings.values(), key=lambda timings: timings["total"]),
             finished=True,
-            step=steps,
-            num_inference_steps=steps,
-            num_prompt_tokens=self.requests[0].num_prompt_tokens,
-            num_input_image_tokens=self.requests[0].num_reference_tokens,
+            step=self.requests[0].num_steps,
             num_output_tokens=sum(r.num_image_tokens for r in self.requests),
         )
 
     def failure(self, error: RequestError) -> OmniRequestOutput:
         """Output that holds `error` in place of images."""
-        return OmniRequestOutput(
-            request_id=self.request_id,
-            prompt=self.prompt,
-            seeds=[r.request.seed for r in self.requests],
-            finished=True,
-            num_inference_steps=self.requests[0].num_steps,
-            num_prompt_tokens=self.requests[0].num_prompt_tokens,
-            num_input_image_tokens=self.requests[0].num_reference_tokens,
-            error=error,
-        )
+        return self._output(finished=True, error=error)
+
+    def _output(self, **fields: Any) -> OmniRequestOutput:
+        """Output with what is the same for all requests of the job, and `fields`."""
+        shared = {
+            "request_id": self.request_id,
+            "prompt": self.prompt,
+            "seeds": [r.request.seed for r in self.requests],
+            "num_inference_steps": self.requests[0].num_steps,
+            "num_prompt_tokens": self.requests[0].num_prompt_tokens,
+            "num_input_image_tokens": self.requests[0].num_reference_tokens,
+        }
+        return OmniRequestOutput(**{**shared, **fields})
 
     @property
     def _fps(self) -> int | None:
@@ -107,17 +97,15 @@ class Job:
         return [Image.fromarray(frame) for frame in pixels] if pixels.ndim == 4 else Image.fromarray(pixels)
 
 
+@dataclass(eq=False)
 class OutputStream:
     """Outputs of one `generate` call, as they arrive; `aclose()` before the end aborts its requests."""
 
-    def __init__(
-        self, job: Job, events: asyncio.Queue[EngineEvent], end: Callable[[Job], None], owner: EngineOwner
-    ) -> None:
-        self._job = job
-        self._events = events
-        self._end = end
-        self._owner = owner
-        self._finished = False
+    _job: Job
+    _events: asyncio.Queue[EngineEvent]
+    _end: Callable[[Job], None]
+    _owner: EngineOwner
+    _finished: bool = False
 
     def __aiter__(self) -> OutputStream:
         return self

@@ -103,7 +103,7 @@ class AsyncOmni:
         else:
             self._engine = Replicas(self.config, make, observer)
         self._jobs: dict[str, Job] = {}
-        self._owner = EngineOwner()
+        self.owner = EngineOwner()
         self._has_warned = False
 
     def _check_settings(self, info: ModelInfo) -> None:
@@ -124,17 +124,13 @@ class AsyncOmni:
         await self.close()
 
     @property
-    def owner(self) -> EngineOwner:
-        return self._owner
-
-    @property
     def default_sampling_params_list(self) -> list[OmniDiffusionSamplingParams]:
         """Parameters of a request that gives none, in a list of one stage: all None, which means the defaults."""
         return [OmniDiffusionSamplingParams()]
 
     async def start(self) -> None:
         """Load the weights, warm up and accept requests. Raises ConfigError or WorkerDiedError with the reason."""
-        self._owner.bind(self, self._engine)
+        self.owner.bind(self, self._engine)
         # The first use of the tokenizer takes seconds of imports and loading: spend them now, not in the first request.
         check = asyncio.to_thread(check_default_prompt, self.config, self.info)
         # With `uni`, loading in another thread imports the same libraries, and some break when two threads import them
@@ -204,8 +200,8 @@ class AsyncOmni:
             logger.warning("there is no guidance, and this has no effect: %s (said once)", job.ignored)
 
     def _started_builder(self) -> RequestBuilder:
-        self._owner.check_process()
-        if not self._owner.is_bound:
+        self.owner.check_process()
+        if not self.owner.is_bound:
             raise UnavailableError("this AsyncOmni has not started: call `await start()`, or use `async with`")
         if self._builder is None:
             raise UnavailableError("the engine has not started", retry_after=1.0)
@@ -213,12 +209,12 @@ class AsyncOmni:
 
     def submit(self, job: Job) -> OutputStream:
         """Queue the requests of a job. Raises QueueFullError or UnavailableError."""
-        self._owner.check_loop()
+        self.owner.check_loop()
         if job.request_id in self._jobs:
             raise InvalidRequestError(f"request id {job.request_id!r} is in use", param="request_id")
         events = self._engine.add(job.requests)
         self._jobs[job.request_id] = job
-        return OutputStream(job, events, self._end, self._owner)
+        return OutputStream(job, events, self._end, self.owner)
 
     def _end(self, job: Job) -> None:
         if self._jobs.pop(job.request_id, None) and not job.is_done:
@@ -226,7 +222,7 @@ class AsyncOmni:
 
     def abort(self, request_id: str) -> None:
         """Stop a request at the next step; its iterator raises RequestAbortedError. Unknown ids are ignored."""
-        self._owner.check_loop()
+        self.owner.check_loop()
         if job := self._jobs.get(request_id):
             self._engine.abort(job.pending)
 
@@ -239,15 +235,15 @@ class AsyncOmni:
 
     async def drain(self, timeout: float) -> bool:
         """Refuse new requests and wait for the running ones, at most `timeout` seconds; True when all ended."""
-        self._owner.check_loop()
+        self.owner.check_loop()
         return await self._engine.drain(timeout)
 
     async def close(self) -> None:
         """Stop the workers; what still runs fails. Safe to call twice. Does nothing in a forked process."""
-        if self._owner.is_bound and not self._owner.is_on_own_loop:
-            self._owner.kill()
+        if self.owner.is_bound and not self.owner.is_on_own_loop:
+            self.owner.kill()
         else:
-            self._owner.release()
+            self.owner.release()
             await self._engine.close()
 
 
@@ -392,22 +388,18 @@ def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
         loop.close()
 
 
-async def _close(omni: AsyncOmni) -> None:
-    """Close `omni` and cancel the loop's other tasks: a cancelled start may still be stopping its workers."""
-    await omni.close()
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
-
-
 def _shut_down(omni: AsyncOmni, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
     if omni.owner.is_fork:  # a fork has neither the thread nor the workers
         return
 
     async def close_and_stop() -> None:
         try:
-            await _close(omni)
+            await omni.close()
+            # A cancelled start may still be stopping its workers.
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
         finally:
             loop.call_soon(loop.stop)  # later: the loop must still deliver the end of this coroutine
 

@@ -22,7 +22,7 @@ from vllm_omni.diffusion.data import (
 )
 from vllm_omni.errors import ConfigError
 from vllm_omni.foreign.class_decorators import without_none
-from vllm_omni.foreign.keywords import drop_sequence_degree, ignored_keywords, log_ignored
+from vllm_omni.foreign.keywords import ignore_keywords
 
 if TYPE_CHECKING:
     import torch
@@ -112,7 +112,6 @@ def _from_keywords(given: dict[str, Any]) -> OmniDiffusionConfig:
         raise ConfigError(f"give parallel_config or its fields as keywords, not both: got both and {sorted(degrees)}")
     if parallel is None:
         parallel = DiffusionParallelConfig(**degrees)
-    drop_sequence_degree(others, parallel)
-    log_ignored(ignored_keywords(others, ACCEPTED))
+    ignore_keywords(others, parallel, ACCEPTED)
     given.setdefault("model", "")
     return OmniDiffusionConfig(**given, parallel=parallel)

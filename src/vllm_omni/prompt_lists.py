@@ -42,17 +42,13 @@ def params_per_prompt(params: Any, num_prompts: int) -> list[Any]:
             param="sampling_params",
         )
     for one in listed:
-        _refuse_previews(one)
+        if isinstance(one, OmniDiffusionSamplingParams) and one.num_previews:
+            raise InvalidRequestError(
+                f"num_previews takes 0 here, got {one.num_previews}: Omni returns finished pictures alone, "
+                "AsyncOmni delivers previews",
+                param="num_previews",
+            )
     return listed
-
-
-def _refuse_previews(params: Any) -> None:
-    if isinstance(params, OmniDiffusionSamplingParams) and params.num_previews:
-        raise InvalidRequestError(
-            f"num_previews takes 0 here, got {params.num_previews}: Omni returns finished pictures alone, "
-            "AsyncOmni delivers previews",
-            param="num_previews",
-        )
 
 
 def single_stage_params(sampling_params: Any, sampling_params_list: Any) -> Any:

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from testbed.patience import GUARD_SECONDS
-from vllm_omni.logs.descriptors import make_pipe_nonblocking
-from vllm_omni.logs.writer import QueuedWriter
+from vllm_omni.logs.streams import QueuedWriter, make_pipe_nonblocking
 
 PIPE_BYTES = 4096
 OVERHEAD = 64

@@ -1,14 +1,14 @@
 """Flags of other servers: how many values each takes, and whether it is ignored, renamed or refused here.
 
 The tables are `vllm_flags.py` and `diffusion_server_flags.py`. Their readers are the command line's parser
-(`entrypoints/cli/foreign_flags.py`) and the keywords of scripts (`foreign/keywords.py`).
+(`entrypoints/cli/commands.py`) and the keywords of scripts (`foreign/keywords.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Treatment = Literal["ignored", "renamed", "refused"]
 Arity = Literal["switch", "one", "several", "optional"]
@@ -57,22 +57,21 @@ class ForeignFlag:
 
 def ignored(topic: str, specs: str) -> tuple[ForeignFlag, ...]:
     """Flags that have no effect here. `specs`: see `parse_spec`."""
-    return tuple(ForeignFlag(*parse_spec(spec), "ignored", topic) for spec in words(specs))
+    return _flags("ignored", topic, specs)
 
 
-def renamed(here: str, specs: str, *harmless: str, harmless_from: float | None = None) -> tuple[ForeignFlag, ...]:
+def renamed(here: str, specs: str, *harmless: str) -> tuple[ForeignFlag, ...]:
     """Flags that are named `here` in this server."""
-    return tuple(
-        ForeignFlag(*parse_spec(spec), "renamed", here, harmless, harmless_from=harmless_from) for spec in words(specs)
-    )
+    return _flags("renamed", here, specs, harmless)
 
 
 def refused(reason: str, specs: str, *harmless: str, harmless_from: float | None = None) -> tuple[ForeignFlag, ...]:
     """Flags that cannot be ignored, because the user would get another result."""
-    return tuple(
-        ForeignFlag(*parse_spec(spec), "refused", reason, harmless, harmless_from=harmless_from)
-        for spec in words(specs)
-    )
+    return _flags("refused", reason, specs, harmless, harmless_from)
+
+
+def _flags(treatment: Treatment, text: str, specs: str, *harmless: Any) -> tuple[ForeignFlag, ...]:
+    return tuple(ForeignFlag(*parse_spec(spec), treatment, text, *harmless) for spec in words(specs))
 
 
 def words(text: str) -> tuple[str, ...]:

@@ -78,19 +78,27 @@ def log_ignored(keywords: Sequence[str]) -> None:
 
 def convert_degrees(keywords: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
     """Fields of `DiffusionParallelConfig` (`names`) for keywords that are not all fields. Raises ConfigError."""
-    ours = {name: value for name, value in keywords.items() if name in names}
-    others = {name: value for name, value in keywords.items() if name not in names}
-    drop_sequence_degree(others, SimpleNamespace(**ours))
-    log_ignored(ignored_keywords(others, names))
+    ours, others = _split(keywords, names)
+    ignore_keywords(others, SimpleNamespace(**ours), names)
     return ours
 
 
-def drop_sequence_degree(others: dict[str, Any], parallel: Any) -> None:
-    """Drop `sequence_parallel_size` from `others` if it equals Ulysses degree x ring degree of `parallel`."""
+def _split(keywords: Mapping[str, Any], names: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keywords among `names`, and the others."""
+    ours = {name: value for name, value in keywords.items() if name in names}
+    return ours, {name: value for name, value in keywords.items() if name not in names}
+
+
+def ignore_keywords(others: dict[str, Any], parallel: Any, accepted: Collection[str]) -> None:
+    """Ignore and log the keywords `others`; see `ignored_keywords`.
+
+    `sequence_parallel_size` is accepted if it equals Ulysses degree x ring degree of `parallel`.
+    """
     degrees = [getattr(parallel, name, None) for name in ("ulysses_degree", "ring_degree")]
     sequence = [1 if degree is None else degree for degree in degrees]
     if all(isinstance(d, int) for d in sequence) and others.get("sequence_parallel_size") == math.prod(sequence):
         del others["sequence_parallel_size"]
+    log_ignored(ignored_keywords(others, accepted))
 
 
 def convert_settings(keywords: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
@@ -98,14 +106,12 @@ def convert_settings(keywords: dict[str, Any], names: Collection[str]) -> dict[s
 
     `parallel_config`, the keyword of `Omni`, is accepted for `parallel`.
     """
-    ours = {name: value for name, value in keywords.items() if name in names}
-    others = {name: value for name, value in keywords.items() if name not in names}
+    ours, others = _split(keywords, names)
     if "parallel_config" in others:
         if "parallel" in ours:
             raise ConfigError("give parallel or parallel_config, which mean the same: got both")
         ours["parallel"] = others.pop("parallel_config")
-    drop_sequence_degree(others, ours.get("parallel"))
-    log_ignored(ignored_keywords(others, names))
+    ignore_keywords(others, ours.get("parallel"), names)
     return ours
 
 

@@ -22,111 +22,113 @@ SAME_HERE = words(
 )
 """vLLM's flags that are ours too; values that only vLLM takes are refused like any wrong value."""
 
-_TEXT = ignored(
-    "text: tokenizer, prompt templates, tools, reasoning, sampling of tokens",
-    """
-    --tokenizer= --tokenizer-mode= --tokenizer-revision= --skip-tokenizer-init --max-model-len= --generation-config=
-    --override-generation-config= --runner= --convert= --model-impl= --pooler-config= --io-processor-plugin=
-    --chat-template= --chat-template-content-format= --default-chat-template-kwargs= --trust-request-chat-template
-    --response-role= --enable-auto-tool-choice --exclude-tools-when-tool-choice-none --tool-call-parser=
-    --tool-parser-plugin= --tool-strict-level= --tool-server= --reasoning-parser= --reasoning-parser-plugin=
-    --reasoning-config= --structured-outputs-config= --cohere-is-reasoning-model --cohere-format=
-    --anthropic-disabled-thinking-effort= --return-tokens-as-token-ids --enable-tokenizer-info-endpoint
-    --max-logprobs= --logprobs-mode= --use-fp64-gumbel --return-sampling-mask --logits-processors=+
-    --enable-return-routed-experts --enable-trace-replay --enable-prompt-embeds --renderer-num-workers=
-    --language-model-only --fingerprint-mode= --fingerprint-value= --aux-output-config=
-    --speculative-config/-sc= --spec-method= --spec-model= --spec-tokens= --stream-interval= --engram-config=
-    """,
-)
-_REMOTE_CODE = ignored(
-    "code beside the weights: never run, and a model that needs it is refused", "--trust-remote-code --code-revision="
-)
-_INPUTS = ignored(
-    "pictures, videos and sound that a language model reads",
-    """
-    --trust-request-mm-kwargs --media-io-kwargs= --mm-processor-kwargs= --mm-processor-cache-gb=
-    --mm-processor-cache-type= --mm-processor-device= --mm-hasher-algorithm= --mm-shm-cache-max-object-size-mb=
-    --mm-encoder-only --mm-encoder-tp-mode= --mm-encoder-attn-backend= --mm-encoder-attn-dtype=
-    --mm-encoder-fp8-scale-path= --mm-encoder-fp8-scale-save-path= --mm-encoder-fp8-scale-save-margin=
-    --mm-tensor-ipc= --mm-ipc-gpu-memory-gb= --mm-device-do-normalize --enable-mm-embeds --interleave-mm-strings
-    --skip-mm-profiling --video-pruning-rate= --video-pruning-method= --enable-flash-late-interaction
-    """,
-)
-_KV_CACHE = ignored(
-    "KV cache and state-space caches",
-    """
-    --block-size= --kv-cache-memory-bytes= --kv-cache-dtype= --kv-cache-dtype-skip-layers=+ --num-gpu-blocks-override=
-    --enable-prefix-caching --prefix-caching-hash-algo= --prefix-cache-retention-interval= --prefix-match-unit=
-    --kv-sharing-fast-prefill --swa-bounded-replay --kv-offloading-size= --kv-offloading-backend=
-    --kv-transfer-config= --kv-events-config= --ec-manager-config= --disable-hybrid-kv-cache-manager
-    --disable-sliding-window --disable-cascade-attn --gdn-prefill-backend= --kda-prefill-backend= --kda-decode-backend=
-    --mamba-backend= --mamba-ssu-algorithm= --mamba-cache-dtype= --mamba-ssm-cache-dtype= --mamba-block-size=
-    --mamba-cache-mode= --mamba-cache-philox-rounds= --enable-mamba-cache-stochastic-rounding
-    --enable-mamba-shared-prefix-checkpoint --replayssm-buffer-len= --use-replayssm --sparse-indexer-topk-backend=
-    """,
-)
-_SCHEDULING = ignored(
-    "prefill and decode: how tokens of a text are scheduled",
-    """
-    --long-prefill-token-threshold= --long-prefill-token-threshold-adaptive --enable-chunked-prefill
-    --disable-chunked-mm-input --scheduler-reserve-full-isl --watermark= --prefill-schedule-interval=
-    --async-scheduling
-    """,
-)
-_SPEED = ignored(
-    "kernels, compilation and loading: the same pictures at another speed; ours are chosen by measurement, or with "
-    "`--kernels`, `--attention-backend` and `--enforce-eager`",
-    """
-    --compilation-config/-cc= --optimization-level= -O= --cudagraph-capture-sizes=+ --max-cudagraph-capture-size=
-    --performance-mode= --ir-op-priority= --kernel-config= --linear-backend= --moe-backend=
-    --enable-flashinfer-autotune --disable-custom-all-reduce --allow-deprecated-quantization
-    --safetensors-load-strategy= --safetensors-prefetch-num-threads= --safetensors-prefetch-block-size=
-    --model-loader-extra-config= --use-tqdm-on-load --max-parallel-loading-workers= --pt-load-map-location=
-    --ignore-patterns=+ --additional-config= --numa-bind --numa-bind-nodes=+ --numa-bind-cpus=+
-    --enable-cumem-allocator --enable-nccl-comm-suspend --sleep-mode-offload-cudagraph
-    --sleep-preserve-parameter-names=+ --enable-shm-tensor-arena
-    """,
-)
-_EXPERTS = ignored(
-    "mixture of experts, and ranks that split the context of a text",
-    """
-    --enable-expert-parallel/-ep --enable-ep-weight-filter --all2all-backend= --enable-eplb --eplb-config=
-    --expert-placement-strategy= --elastic-ep-max-dp-size= --enable-dbo --ubatch-size= --dbo-decode-token-threshold=
-    --dbo-prefill-token-threshold= --dp-sync-interval= --disable-nccl-for-dp-synchronization
-    --enable-batch-sharded-sampling --enable-hc-sp --dcp-comm-backend= --dcp-q-replicate
-    --dcp-kv-cache-interleave-size= --cp-kv-cache-interleave-size=
-    """,
-)
-_PROCESSES = ignored(
-    "processes: workers find each other, and dead ones are always restarted (`--max-worker-restarts`)",
-    """
-    --master-addr= --master-port= --data-parallel-rpc-port/-dpp= --data-parallel-supervisor-port=
-    --dp-supervisor-probe-interval-s= --dp-supervisor-probe-timeout-s= --dp-supervisor-probe-failure-threshold=
-    --distributed-timeout-seconds= --cpu-distributed-timeout-seconds= --enable-fault-tolerance
-    --ray-workers-use-nsight --fail-on-environ-validation
-    """,
-)
-_ADAPTERS = ignored(
-    "room for LoRA adapters: those of `--lora-modules` are served without it",
-    """
-    --enable-lora --max-loras= --max-lora-rank= --max-cpu-loras= --lora-dtype= --fully-sharded-loras
-    --enable-tower-connector-lora --specialize-active-lora --enable-mixed-moe-lora-format --enable-moe-shared-loras
-    --max-lora-cls-labels=
-    """,
-)
-_OBSERVING = ignored(
-    "log lines, metrics and answers: `/metrics`, `timings` and `usage` are always given; prompts are logged only with "
-    "`--log-prompts`, pictures never",
-    """
-    --disable-log-stats --aggregate-engine-logging --max-log-len= --enable-log-outputs --enable-log-deltas
-    --log-error-stack --enable-per-request-metrics --enable-prompt-tokens-details --enable-force-include-usage
-    --enable-server-load-tracking --enable-offline-docs --show-hidden-metrics-for-version=
-    --collect-detailed-traces=+ --per-request-spec-decode-metrics= --kv-cache-metrics --kv-cache-metrics-sample=
-    --custom-histogram-buckets= --cudagraph-metrics --enable-layerwise-nvtx-tracing --enable-mfu-metrics
-    --enable-logging-iteration-details --jit-monitor-mode= --jit-monitor-verbose
-    """,
-)
-_RENAMED = (
+VLLM_FLAGS: tuple[ForeignFlag, ...] = (
+    *ignored(
+        "text: tokenizer, prompt templates, tools, reasoning, sampling of tokens",
+        """
+        --tokenizer= --tokenizer-mode= --tokenizer-revision= --skip-tokenizer-init --max-model-len= --generation-config=
+        --override-generation-config= --runner= --convert= --model-impl= --pooler-config= --io-processor-plugin=
+        --chat-template= --chat-template-content-format= --default-chat-template-kwargs= --trust-request-chat-template
+        --response-role= --enable-auto-tool-choice --exclude-tools-when-tool-choice-none --tool-call-parser=
+        --tool-parser-plugin= --tool-strict-level= --tool-server= --reasoning-parser= --reasoning-parser-plugin=
+        --reasoning-config= --structured-outputs-config= --cohere-is-reasoning-model --cohere-format=
+        --anthropic-disabled-thinking-effort= --return-tokens-as-token-ids --enable-tokenizer-info-endpoint
+        --max-logprobs= --logprobs-mode= --use-fp64-gumbel --return-sampling-mask --logits-processors=+
+        --enable-return-routed-experts --enable-trace-replay --enable-prompt-embeds --renderer-num-workers=
+        --language-model-only --fingerprint-mode= --fingerprint-value= --aux-output-config= --speculative-config/-sc=
+        --spec-method= --spec-model= --spec-tokens= --stream-interval= --engram-config=
+        """,
+    ),
+    *ignored(
+        "code beside the weights: never run, and a model that needs it is refused",
+        "--trust-remote-code --code-revision=",
+    ),
+    *ignored(
+        "pictures, videos and sound that a language model reads",
+        """
+        --trust-request-mm-kwargs --media-io-kwargs= --mm-processor-kwargs= --mm-processor-cache-gb=
+        --mm-processor-cache-type= --mm-processor-device= --mm-hasher-algorithm= --mm-shm-cache-max-object-size-mb=
+        --mm-encoder-only --mm-encoder-tp-mode= --mm-encoder-attn-backend= --mm-encoder-attn-dtype=
+        --mm-encoder-fp8-scale-path= --mm-encoder-fp8-scale-save-path= --mm-encoder-fp8-scale-save-margin=
+        --mm-tensor-ipc= --mm-ipc-gpu-memory-gb= --mm-device-do-normalize --enable-mm-embeds --interleave-mm-strings
+        --skip-mm-profiling --video-pruning-rate= --video-pruning-method= --enable-flash-late-interaction
+        """,
+    ),
+    *ignored(
+        "KV cache and state-space caches",
+        """
+        --block-size= --kv-cache-memory-bytes= --kv-cache-dtype= --kv-cache-dtype-skip-layers=+
+        --num-gpu-blocks-override= --enable-prefix-caching --prefix-caching-hash-algo=
+        --prefix-cache-retention-interval= --prefix-match-unit= --kv-sharing-fast-prefill --swa-bounded-replay
+        --kv-offloading-size= --kv-offloading-backend= --kv-transfer-config= --kv-events-config= --ec-manager-config=
+        --disable-hybrid-kv-cache-manager --disable-sliding-window --disable-cascade-attn --gdn-prefill-backend=
+        --kda-prefill-backend= --kda-decode-backend= --mamba-backend= --mamba-ssu-algorithm= --mamba-cache-dtype=
+        --mamba-ssm-cache-dtype= --mamba-block-size= --mamba-cache-mode= --mamba-cache-philox-rounds=
+        --enable-mamba-cache-stochastic-rounding --enable-mamba-shared-prefix-checkpoint --replayssm-buffer-len=
+        --use-replayssm --sparse-indexer-topk-backend=
+        """,
+    ),
+    *ignored(
+        "prefill and decode: how tokens of a text are scheduled",
+        """
+        --long-prefill-token-threshold= --long-prefill-token-threshold-adaptive --enable-chunked-prefill
+        --disable-chunked-mm-input --scheduler-reserve-full-isl --watermark= --prefill-schedule-interval=
+        --async-scheduling
+        """,
+    ),
+    *ignored(
+        "kernels, compilation and loading: the same pictures at another speed; ours are chosen by measurement, or with "
+        "`--kernels`, `--attention-backend` and `--enforce-eager`",
+        """
+        --compilation-config/-cc= --optimization-level= -O= --cudagraph-capture-sizes=+ --max-cudagraph-capture-size=
+        --performance-mode= --ir-op-priority= --kernel-config= --linear-backend= --moe-backend=
+        --enable-flashinfer-autotune --disable-custom-all-reduce --allow-deprecated-quantization
+        --safetensors-load-strategy= --safetensors-prefetch-num-threads= --safetensors-prefetch-block-size=
+        --model-loader-extra-config= --use-tqdm-on-load --max-parallel-loading-workers= --pt-load-map-location=
+        --ignore-patterns=+ --additional-config= --numa-bind --numa-bind-nodes=+ --numa-bind-cpus=+
+        --enable-cumem-allocator --enable-nccl-comm-suspend --sleep-mode-offload-cudagraph
+        --sleep-preserve-parameter-names=+ --enable-shm-tensor-arena
+        """,
+    ),
+    *ignored(
+        "mixture of experts, and ranks that split the context of a text",
+        """
+        --enable-expert-parallel/-ep --enable-ep-weight-filter --all2all-backend= --enable-eplb --eplb-config=
+        --expert-placement-strategy= --elastic-ep-max-dp-size= --enable-dbo --ubatch-size= --dbo-decode-token-threshold=
+        --dbo-prefill-token-threshold= --dp-sync-interval= --disable-nccl-for-dp-synchronization
+        --enable-batch-sharded-sampling --enable-hc-sp --dcp-comm-backend= --dcp-q-replicate
+        --dcp-kv-cache-interleave-size= --cp-kv-cache-interleave-size=
+        """,
+    ),
+    *ignored(
+        "processes: workers find each other, and dead ones are always restarted (`--max-worker-restarts`)",
+        """
+        --master-addr= --master-port= --data-parallel-rpc-port/-dpp= --data-parallel-supervisor-port=
+        --dp-supervisor-probe-interval-s= --dp-supervisor-probe-timeout-s= --dp-supervisor-probe-failure-threshold=
+        --distributed-timeout-seconds= --cpu-distributed-timeout-seconds= --enable-fault-tolerance
+        --ray-workers-use-nsight --fail-on-environ-validation
+        """,
+    ),
+    *ignored(
+        "room for LoRA adapters: those of `--lora-modules` are served without it",
+        """
+        --enable-lora --max-loras= --max-lora-rank= --max-cpu-loras= --lora-dtype= --fully-sharded-loras
+        --enable-tower-connector-lora --specialize-active-lora --enable-mixed-moe-lora-format --enable-moe-shared-loras
+        --max-lora-cls-labels=
+        """,
+    ),
+    *ignored(
+        "log lines, metrics and answers: `/metrics`, `timings` and `usage` are always given; prompts are logged only "
+        "with `--log-prompts`, pictures never",
+        """
+        --disable-log-stats --aggregate-engine-logging --max-log-len= --enable-log-outputs --enable-log-deltas
+        --log-error-stack --enable-per-request-metrics --enable-prompt-tokens-details --enable-force-include-usage
+        --enable-server-load-tracking --enable-offline-docs --show-hidden-metrics-for-version=
+        --collect-detailed-traces=+ --per-request-spec-decode-metrics= --kv-cache-metrics --kv-cache-metrics-sample=
+        --custom-histogram-buckets= --cudagraph-metrics --enable-layerwise-nvtx-tracing --enable-mfu-metrics
+        --enable-logging-iteration-details --jit-monitor-mode= --jit-monitor-verbose
+        """,
+    ),
     *renamed("--max-batch-tokens", "--max-num-batched-tokens= --max-num-scheduled-tokens="),
     *renamed("--max-num-seqs", "--max-num-active-seqs="),
     *renamed("--max-queue-seconds", "--max-num-queued-tokens="),
@@ -144,8 +146,6 @@ _RENAMED = (
         "--offload-backend= --cpu-offload-params=+ --offload-params=+ --offload-num-in-group= --offload-prefetch-step=",
         "auto",
     ),
-)
-_REFUSED = (
     *refused(
         "a model's layers are shared with --tensor-parallel-size, its sequence with --usp and --ring; this takes 1",
         "--pipeline-parallel-size/-pp= --decode-context-parallel-size/-dcp= --prefill-context-parallel-size/-pcp=",
@@ -196,19 +196,4 @@ _REFUSED = (
     *refused(
         "the limits of HTTP headers are uvicorn's own", "--h11-max-incomplete-event-size= --h11-max-header-count="
     ),
-)
-
-VLLM_FLAGS: tuple[ForeignFlag, ...] = (
-    *_TEXT,
-    *_REMOTE_CODE,
-    *_INPUTS,
-    *_KV_CACHE,
-    *_SCHEDULING,
-    *_SPEED,
-    *_EXPERTS,
-    *_PROCESSES,
-    *_ADAPTERS,
-    *_OBSERVING,
-    *_RENAMED,
-    *_REFUSED,
 )

@@ -52,7 +52,8 @@ def convert_params(keywords: dict[str, Any], names: Collection[str]) -> dict[str
         if name not in _REPLACED:
             raise InvalidRequestError(f"unknown parameter {name!r}; accepted are {', '.join(names)}", param=name)
         text, harmless = _REPLACED[name]
-        if not has_no_effect(value) and not (name == "extra_args" and _is_empty(value)) and not _is_in(value, harmless):
+        is_empty = name == "extra_args" and isinstance(value, dict) and all(map(has_no_effect, value.values()))
+        if not (has_no_effect(value) or is_empty or _is_in(value, harmless)):
             raise InvalidRequestError(f"{name}: {text}, got {shown(value)}", param=name)
     if (generator := keywords.get("generator")) is not None:
         _put(ours, "seed", seed_of(generator), "generator")
@@ -60,10 +61,6 @@ def convert_params(keywords: dict[str, Any], names: Collection[str]) -> dict[str
         if not has_no_effect(values := keywords.get(name)):
             _put(ours, ours_name, _only(name, values), name)
     return ours
-
-
-def _is_empty(values: Any) -> bool:
-    return isinstance(values, dict) and all(map(has_no_effect, values.values()))
 
 
 def _is_in(value: Any, harmless: tuple[Any, ...]) -> bool:

@@ -36,7 +36,7 @@ class ChannelBrokenError(Exception):
 
 def encode_frame(message: object) -> tuple[bytes, int | None]:
     """Bytes of a message and the descriptor of its arrays, which the caller closes; None without arrays."""
-    arrays: list[np.ndarray] = []
+    arrays: list[tuple[int, np.ndarray]] = []
     starts: dict[int, int] = {}  # by id(array): an array that several objects share is sent once
     end = 0
 
@@ -47,7 +47,7 @@ def encode_frame(message: object) -> tuple[bytes, int | None]:
         if id(value) not in starts:
             start = starts[id(value)] = -(-end // _ALIGNMENT) * _ALIGNMENT
             end = start + value.nbytes
-            arrays.append(np.ascontiguousarray(value))
+            arrays.append((start, np.ascontiguousarray(value)))
         return [value.dtype.str, list(value.shape), starts[id(value)]]
 
     body = msgspec.msgpack.encode(message, enc_hook=add_array)
@@ -55,13 +55,11 @@ def encode_frame(message: object) -> tuple[bytes, int | None]:
     return frame, _write_arrays(arrays, end) if arrays else None
 
 
-def _write_arrays(arrays: list[np.ndarray], num_bytes: int) -> int:
+def _write_arrays(arrays: list[tuple[int, np.ndarray]], num_bytes: int) -> int:
     fd = os.memfd_create("vllm-omni-arrays", os.MFD_CLOEXEC)
     os.ftruncate(fd, max(num_bytes, 1))
-    end = 0
-    for array in arrays:
-        start = -(-end // _ALIGNMENT) * _ALIGNMENT
-        data, end = memoryview(array.reshape(-1).view(np.uint8).data), start + array.nbytes
+    for start, array in arrays:
+        data = memoryview(array.reshape(-1).view(np.uint8).data)
         while data:  # one call writes at most 2 GiB
             written = os.pwrite(fd, data, start)
             data, start = data[written:], start + written

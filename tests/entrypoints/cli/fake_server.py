@@ -20,9 +20,9 @@ from starlette.responses import Response
 from testbed.live_server import FAKE_INFO, FakeDevice, FakeImageInput
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.entrypoints.cli import serve
-from vllm_omni.entrypoints.cli.args import HttpOptions, ServeArgs
+from vllm_omni.entrypoints.cli.args import ServeArgs
 from vllm_omni.entrypoints.openai.responses import encoding
-from vllm_omni.entrypoints.openai.settings import ServerSettings
+from vllm_omni.entrypoints.openai.settings import HttpOptions, ServerSettings
 from vllm_omni.entrypoints.server.signals import StopSignals
 from vllm_omni.inputs.images import ReaderSizes
 from vllm_omni.logs import QueuedStreams, fill_standard_descriptors

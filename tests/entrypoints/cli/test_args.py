@@ -15,9 +15,9 @@ import pytest
 
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.entrypoints.cli import args as cli
-from vllm_omni.entrypoints.cli.foreign_flags import DEST as FOREIGN_DEST
+from vllm_omni.entrypoints.cli.commands import DEST as FOREIGN_DEST
 from vllm_omni.entrypoints.cli.main import main
-from vllm_omni.entrypoints.openai.settings import ServerSettings
+from vllm_omni.entrypoints.openai.settings import HttpOptions, ServerSettings
 from vllm_omni.errors import ConfigError, NotAvailableError
 
 # The outside contract: change it knowingly. `--no-x` forms of switches are left out.
@@ -143,7 +143,7 @@ def test_defaults_are_the_dataclasses_own() -> None:
 
 def test_every_engine_setting_has_a_flag() -> None:
     dests = {action.dest for action in serve_parser()._actions}
-    wanted = {f.name for cls in (OmniDiffusionConfig, DiffusionParallelConfig, cli.HttpOptions) for f in fields(cls)}
+    wanted = {f.name for cls in (OmniDiffusionConfig, DiffusionParallelConfig, HttpOptions) for f in fields(cls)}
     assert wanted - dests == {
         "parallel",
         "progress_bar",
@@ -161,7 +161,7 @@ def test_http_flags_have_vllms_names_and_defaults() -> None:
         for statement in classes["FrontendArgs"].body
         if isinstance(statement, ast.AnnAssign) and statement.value is not None
     }
-    for f in fields(cli.HttpOptions):
+    for f in fields(HttpOptions):
         if f.name in NOT_VLLM_HTTP_FLAGS:
             continue
         default = theirs[f.name]
@@ -238,7 +238,7 @@ def test_server_flags(tmp_path: Path) -> None:
         *("--default-response-format", "url", "--chat-text-tasks", "generate"),
         *("--forwarded-allow-ips", "10.0.0.0/8, ::1", "192.0.2.7"),
     )
-    assert parsed.http == cli.HttpOptions(
+    assert parsed.http == HttpOptions(
         host="::1",
         port=0,
         api_key=("one", "two"),
@@ -291,7 +291,7 @@ def test_a_config_file_gives_what_the_command_line_leaves_open(tmp_path: Path) -
     assert parsed.config == OmniDiffusionConfig(
         model="demo", max_num_seqs=3, enforce_eager=True, default_sampling_params={"num_inference_steps": 8}
     )
-    assert parsed.http == cli.HttpOptions(
+    assert parsed.http == HttpOptions(
         port=99,
         allowed_origins=("https://a", "https://b"),
         api_key=("k1", "k2"),

@@ -24,11 +24,11 @@ from vllm_omni.diffusion.control.events import EngineStatus
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import WorkerReady
 from vllm_omni.entrypoints.cli import serve
-from vllm_omni.entrypoints.cli.args import HttpOptions, ServeArgs
-from vllm_omni.entrypoints.openai.settings import ServerSettings
+from vllm_omni.entrypoints.cli.args import ServeArgs
+from vllm_omni.entrypoints.openai.settings import HttpOptions, ServerSettings
+from vllm_omni.entrypoints.server.http_protocol import HttpProtocol
 from vllm_omni.entrypoints.server.listening_socket import ListeningSocket
 from vllm_omni.entrypoints.server.signals import StopSignals
-from vllm_omni.entrypoints.server.slow_readers import HttpProtocol
 from vllm_omni.errors import ConfigError, OmniError, WorkerDiedError
 from vllm_omni.omni import AsyncOmni
 

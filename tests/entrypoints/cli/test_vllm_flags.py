@@ -13,7 +13,7 @@ from tools.flags import PAGE, page
 
 from tests.entrypoints.cli.test_args import serve_parser
 from vllm_omni.entrypoints.cli import args as cli
-from vllm_omni.entrypoints.cli.foreign_flags import NARGS
+from vllm_omni.entrypoints.cli.commands import NARGS
 from vllm_omni.errors import ConfigError
 from vllm_omni.foreign.diffusion_server_flags import SGLANG_FLAGS, VLLM_OMNI_FLAGS
 from vllm_omni.foreign.flags import ForeignFlag, parse_spec

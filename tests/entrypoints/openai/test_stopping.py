@@ -15,7 +15,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from testbed.live_server import LiveServer, live_server
-from vllm_omni.entrypoints.cli.args import HttpOptions
+from vllm_omni.entrypoints.openai.settings import HttpOptions
 from vllm_omni.entrypoints.server.middleware import add_middleware
 
 GENERATIONS = "/v1/images/generations"

@@ -16,19 +16,20 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI, Request
+from uvicorn.loops.auto import auto_loop_factory
 
 from testbed.patience import GUARD_SECONDS, until
 from tests.entrypoints.cli.test_serve import self_signed
 from vllm_omni.entrypoints.cli import serve
-from vllm_omni.entrypoints.cli.args import HttpOptions
-from vllm_omni.entrypoints.cli.serve import _http_server, _loop_factory
+from vllm_omni.entrypoints.cli.serve import _http_server
+from vllm_omni.entrypoints.openai.settings import HttpOptions
 from vllm_omni.entrypoints.server import connections
 from vllm_omni.entrypoints.server.listening_socket import ListeningSocket
 
 REQUEST = b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n"
 MOST = 3
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
-loops = pytest.mark.parametrize("loop_factory", [None, _loop_factory()], ids=["asyncio", "served"])
+loops = pytest.mark.parametrize("loop_factory", [None, auto_loop_factory()], ids=["asyncio", "served"])
 
 
 @pytest.fixture(autouse=True)
@@ -195,12 +196,12 @@ async def handshakes(key: Path, certificate: Path, acceptors: list[connections.A
         for client in silent:
             await client.close()
         await until(lambda: not acceptors[0]._opening)
-        acceptors[0]._handshake_seconds = 0.05
+        acceptors[0].handshake_seconds = 0.05
         for client in [await Client.connect(port) for _ in range(MOST)]:
             assert await client.reader.read() == b""
             await client.close()
         await until(lambda: not acceptors[0]._opening)
-        acceptors[0]._handshake_seconds = GUARD_SECONDS
+        acceptors[0].handshake_seconds = GUARD_SECONDS
         client = Client(*await asyncio.open_connection("127.0.0.1", port, ssl=tls))
         assert await client.status() == 200
         await client.close()

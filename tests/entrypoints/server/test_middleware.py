@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 import vllm_omni
 from testbed.live_server import live_server
-from vllm_omni.entrypoints.cli.args import HttpOptions
+from vllm_omni.entrypoints.openai.settings import HttpOptions
 from vllm_omni.entrypoints.server.middleware import EXPOSED_HEADERS, add_middleware
 
 ORIGIN = "https://app.example"

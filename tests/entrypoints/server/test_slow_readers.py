@@ -19,7 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 from testbed.live_server import LiveServer, PatientHttpProtocol, live_server
 from testbed.patience import GUARD_SECONDS
 from tests.entrypoints.cli.test_serve import self_signed
-from vllm_omni.entrypoints.openai.middlewares.response_pieces import PIECE_BYTES, SendInPieces
+from vllm_omni.entrypoints.openai.middlewares import PIECE_BYTES, SendInPieces
 
 BODY = b"".join(i.to_bytes(4, "big") for i in range(4 * 2**20))
 """Body of 16 MiB: more than the socket buffers of both ends hold."""
@@ -36,10 +36,10 @@ class Counting(PatientHttpProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        assert self._deadline is not None
+        assert self._unread_timer is not None
         Counting.num_pauses += 1
         Counting.waits = True
-        Counting.deadlines.append(self._deadline)
+        Counting.deadlines.append(self._unread_timer)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -151,7 +151,7 @@ def test_little_is_written_ahead_of_a_client() -> None:
         def pause_writing(self) -> None:
             nonlocal most
             super().pause_writing()
-            most = max(most, self._transport.get_write_buffer_size())
+            most = max(most, self.transport.get_write_buffer_size())
 
     Counting.num_pauses, Counting.deadlines = 0, []
     with live_server(protocol=Watching, wrap=Routes().add) as server:

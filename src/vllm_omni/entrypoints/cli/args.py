@@ -13,35 +13,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 import yaml
 
 from vllm_omni import __version__
-from vllm_omni.diffusion.data import (
-    ALIASES,
-    STEP_CACHES,
-    AttentionBackendName,
-    DeviceChoice,
-    DiffusionParallelConfig,
-    DType,
-    ExecutorBackend,
-    KernelsName,
-    LoadFormat,
-    OmniDiffusionConfig,
-    Quantization,
-    SchedulingPolicy,
+from vllm_omni.diffusion.data import ALIASES, STEP_CACHES, DiffusionParallelConfig, OmniDiffusionConfig
+from vllm_omni.entrypoints.cli import flag_types
+from vllm_omni.entrypoints.cli.commands import (
+    CALIBRATE,
+    add_foreign_flags,
+    check_command,
+    check_foreign_flags,
+    explain_unknown,
 )
-from vllm_omni.entrypoints.cli import calibrate, flag_types
-from vllm_omni.entrypoints.cli.commands import check_command
-from vllm_omni.entrypoints.cli.foreign_flags import DEST as FOREIGN_DEST
-from vllm_omni.entrypoints.cli.foreign_flags import add_foreign_flags, check_foreign_flags
-from vllm_omni.entrypoints.cli.suggestions import explain_unknown
-from vllm_omni.entrypoints.cli.vllm_api import make_parser, serve_line, vllm_version
-from vllm_omni.entrypoints.openai.settings import ChatTextTasks, ResponseFormat, ServerSettings
+from vllm_omni.entrypoints.cli.commands import DEST as FOREIGN_DEST
+from vllm_omni.entrypoints.openai.settings import EVERY, HttpOptions, ServerSettings
+from vllm_omni.entrypoints.vllm_api import make_parser, serve_line, vllm_version
 from vllm_omni.errors import ConfigError, NotAvailableError
 from vllm_omni.foreign.diffusion_server_flags import SGLANG_FLAGS, VLLM_OMNI_FLAGS
 from vllm_omni.foreign.vllm_flags import VLLM_FLAGS
+from vllm_omni.inputs.field_values import field_types
+
+T = TypeVar("T")
 
 DESCRIPTION = "Serve a diffusion model with an OpenAI-compatible image API."
 EXAMPLES = """examples:
@@ -52,37 +47,7 @@ EXAMPLES = """examples:
 docs/flags.md lists the flags of vLLM and other servers, and which of them are accepted."""
 MAX_DEFAULT_SEED = 2**32 - 1
 """Largest seed, as for seeds that the server draws; the seeds of further pictures then fit 63 bits."""
-EVERY = "*"
-"""CORS value for any origin, method or header."""
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
-
-
-@dataclass(frozen=True)
-class HttpOptions:
-    """Settings of the HTTP server: addresses, TLS, keys, CORS, logging and shutdown."""
-
-    host: str | None = None
-    port: int = 8000
-    uds: str | None = None
-    api_key: tuple[str, ...] = ()
-    allow_credentials: bool = False
-    allowed_origins: tuple[str, ...] = ()
-    allowed_methods: tuple[str, ...] = (EVERY,)
-    allowed_headers: tuple[str, ...] = (EVERY,)
-    ssl_keyfile: str | None = None
-    ssl_certfile: str | None = None
-    ssl_ca_certs: str | None = None
-    ssl_cert_reqs: int = int(ssl.CERT_NONE)
-    ssl_ciphers: str | None = None
-    enable_ssl_refresh: bool = False
-    forwarded_allow_ips: tuple[str, ...] = ()
-    """Proxies whose X-Forwarded-Proto and -For are trusted; none: FORWARDED_ALLOW_IPS, or 127.0.0.1 and ::1."""
-    middleware: tuple[str, ...] = ()
-    uvicorn_log_level: str = "info"
-    disable_uvicorn_access_log: bool = False
-    disable_access_log_for_endpoints: tuple[str, ...] = ()
-    shutdown_timeout: float = 25.0
-    """Seconds that running requests have after SIGTERM; below the 30 s after which Kubernetes kills by default."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +95,7 @@ def build_parser(prog: str = "vllm") -> argparse.ArgumentParser:
     help_command = serve_line(prog).replace(" MODEL", "") + " --help"
     top, serve = make_parser(prog, DESCRIPTION, partial(explain_unknown, own=own, help_command=help_command))
     serve.epilog = EXAMPLES.format(serve=serve_line(prog).replace("MODEL", "Qwen/Qwen-Image"))
-    top.epilog = f"vllm-omni {calibrate.COMMAND} MODEL measures the polynomial for --cache-backend tea_cache."
+    top.epilog = f"vllm-omni {CALIBRATE} MODEL measures the polynomial for --cache-backend tea_cache."
     top.add_argument("-v", "--version", action="version", version=f"vllm-omni {__version__}, vLLM {vllm_version()}")
     serve.add_argument("model_tag", nargs="?", metavar="MODEL", help="a folder, a hub name, or `demo`")
     serve.add_argument("--model", type=flag_types.nonempty, help="the same as MODEL, for config files")
@@ -148,23 +113,40 @@ def build_parser(prog: str = "vllm") -> argparse.ArgumentParser:
     return top
 
 
-class _Flags:
-    """Adds flags to a group, each with the default of a field of the dataclass `owner`."""
+class FlagGroup:
+    """Adds flags to a group; the fields of the dataclass `owner` have their defaults and the types of their values.
+
+    Keywords of argparse replace those that follow from the field's type.
+    """
 
     def __init__(self, group: Any, owner: type) -> None:
         self._group = group
-        self._defaults = {
-            f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(owner)
-        }
+        self._fields = {f.name: f for f in fields(owner)}
+        self._types = field_types(owner)
 
     def add(self, name: str, help: str, *flags: str, **kwargs: Any) -> None:
-        default = self._defaults[name]
-        kwargs.setdefault("default", None if default in ((), {}) else default)
-        self._group.add_argument(*(flags or [_dashed(name)]), dest=name, help=help, **kwargs)
+        f = self._fields[name]
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        kwargs = kwargs or _keywords_for(name, self._types[name])
+        if kwargs.get("action") is argparse.BooleanOptionalAction:
+            assert default is False, "a config file cannot switch off what is on by default"
+        default = None if default in (MISSING, (), {}) else default
+        self._group.add_argument(*(flags or [_dashed(name)]), dest=name, help=help, default=default, **kwargs)
 
-    def switch(self, name: str, help: str, *flags: str) -> None:
-        assert self._defaults[name] is False, "a config file cannot switch off what is on by default"
-        self.add(name, help, *flags, action=argparse.BooleanOptionalAction)
+
+def _keywords_for(name: str, kind: Any) -> dict[str, Any]:
+    """argparse's keywords for the flag of a field of the type `kind`."""
+    origin = get_origin(kind)
+    if origin in (UnionType, Union):
+        return _keywords_for(name, next(part for part in get_args(kind) if part is not NoneType))
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if origin is Literal:
+        return {"choices": (*get_args(kind), *ALIASES.get(name, ()))}
+    if origin is tuple:
+        return {"nargs": "+", "type": flag_types.nonempty}
+    types = {int: flag_types.integer(1), float: flag_types.seconds(zero=False), Mapping: flag_types.json_object}
+    return {"type": types.get(origin or kind, flag_types.nonempty)}
 
 
 def _dashed(name: str) -> str:
@@ -172,46 +154,36 @@ def _dashed(name: str) -> str:
 
 
 def _add_server_flags(group: Any) -> None:
-    http, settings = _Flags(group, HttpOptions), _Flags(group, ServerSettings)
-    http.add("host", "address to listen on; none: all addresses of this machine", type=flag_types.nonempty)
+    http, settings = FlagGroup(group, HttpOptions), FlagGroup(group, ServerSettings)
+    http.add("host", "address to listen on; none: all addresses of this machine")
     http.add("port", "TCP port; 0: a free port", type=flag_types.integer(0, 65535))
-    http.add("uds", "Unix socket to listen on instead of host and port", type=flag_types.nonempty)
+    http.add("uds", "Unix socket to listen on instead of host and port")
     names_help = "model names that requests may use; responses report the first; none: MODEL"
-    settings.add(
-        "served_model_names", names_help, "--served-model-name", default=None, nargs="+", type=flag_types.nonempty
-    )
+    settings.add("served_model_names", names_help, "--served-model-name")
     settings.add("root_path", "path prefix of this server behind a proxy, such as /omni", type=flag_types.root_path)
-    ttl_help = "seconds for which the url of a picture works"
-    settings.add("media_ttl_seconds", ttl_help, "--media-ttl", type=flag_types.seconds(zero=False))
-    format_help = "response_format of requests that give none; url: a link to this server"
-    settings.add("default_response_format", format_help, choices=get_args(ResponseFormat))
+    settings.add("media_ttl_seconds", "seconds for which the url of a picture works", "--media-ttl")
+    settings.add("default_response_format", "response_format of requests that give none; url: a link to this server")
     tasks_help = "text tasks of chat front ends (titles, tags): answer with empty text, or with a picture"
-    settings.add("chat_text_tasks", tasks_help, choices=get_args(ChatTextTasks))
-    settings.add(
-        "allowed_media_domains",
-        "exact names of hosts from which pictures are fetched that requests give by URL; none: only data: URLs",
-        nargs="+",
-        type=flag_types.host_name,
+    settings.add("chat_text_tasks", tasks_help)
+    domains_help = (
+        "exact names of hosts from which pictures are fetched that requests give by URL; none: only data: URLs"
     )
+    settings.add("allowed_media_domains", domains_help, nargs="+", type=flag_types.host_name)
     timeout_help = "seconds that running requests have after SIGTERM; 0: abort them at once"
     http.add("shutdown_timeout", timeout_help, type=flag_types.seconds(zero=True))
     middleware_help = "import paths of ASGI middlewares; repeatable"
     http.add("middleware", middleware_help, nargs="+", action="extend", type=flag_types.import_path)
     http.add("uvicorn_log_level", "log level of the HTTP server", choices=LOG_LEVELS)
-    http.switch("disable_uvicorn_access_log", "no log line for each HTTP request")
+    http.add("disable_uvicorn_access_log", "no log line for each HTTP request")
     quiet_paths_help = "paths whose requests are not logged, such as /health,/metrics"
     http.add("disable_access_log_for_endpoints", quiet_paths_help, nargs="+", type=flag_types.comma_list)
     request_ids_help = "without effect: every response has an x-request-id, the request's own or a new one"
     group.add_argument("--enable-request-id-headers", action=argparse.BooleanOptionalAction, help=request_ids_help)
-    settings.switch("disable_docs", "no /docs and /openapi.json", "--disable-fastapi-docs")
-    settings.add(
-        "keep_alive_seconds",
-        "seconds without an event after which a stream sends a comment, so that proxies keep it open",
-        "--sse-keep-alive-interval",
-        type=flag_types.seconds(zero=False),
-    )
-    settings.switch("log_prompts", "write prompts to the log")
-    settings.switch("log_requests", "write a log line for each request that arrives", "--enable-log-requests")
+    settings.add("disable_docs", "no /docs and /openapi.json", "--disable-fastapi-docs")
+    keep_alive_help = "seconds without an event after which a stream sends a comment, so that proxies keep it open"
+    settings.add("keep_alive_seconds", keep_alive_help, "--sse-keep-alive-interval")
+    settings.add("log_prompts", "write prompts to the log")
+    settings.add("log_requests", "write a log line for each request that arrives", "--enable-log-requests")
     off_help = "older name of --no-enable-log-requests, the default"
     settings.add("log_requests", off_help, "--disable-log-requests", action="store_false")
     for name, help in UNAVAILABLE.items():
@@ -219,119 +191,112 @@ def _add_server_flags(group: Any) -> None:
 
 
 def _add_http_flags(group: Any) -> None:
-    http = _Flags(group, HttpOptions)
+    http = FlagGroup(group, HttpOptions)
     http.add("api_key", "keys for /v1; none: that of VLLM_API_KEY, or no key needed", nargs="+", type=flag_types.secret)
     http.add("allowed_origins", "CORS: origins that browsers may call from", nargs="+", type=flag_types.strings)
     http.add("allowed_methods", "CORS: methods", nargs="+", type=flag_types.strings)
     http.add("allowed_headers", "CORS: request headers", nargs="+", type=flag_types.strings)
-    http.add(
-        "forwarded_allow_ips",
+    proxies_help = (
         "proxies whose X-Forwarded-Proto and X-Forwarded-For are trusted: addresses, networks, or * for all; none: "
-        "FORWARDED_ALLOW_IPS, or 127.0.0.1 and ::1",
-        nargs="+",
-        type=flag_types.proxies,
+        "FORWARDED_ALLOW_IPS, or 127.0.0.1 and ::1"
     )
-    http.switch("allow_credentials", "CORS: let browsers send credentials")
+    http.add("forwarded_allow_ips", proxies_help, nargs="+", type=flag_types.proxies)
+    http.add("allow_credentials", "CORS: let browsers send credentials")
     http.add("ssl_keyfile", "TLS key file", type=flag_types.existing_file)
     http.add("ssl_certfile", "TLS certificate file", type=flag_types.existing_file)
     http.add("ssl_ca_certs", "certificates of the authorities for client certificates", type=flag_types.existing_file)
     http.add("ssl_cert_reqs", "client certificates: 0 none, 1 optional, 2 required", type=int, choices=(0, 1, 2))
-    http.add("ssl_ciphers", "OpenSSL cipher list (TLS 1.2 and below)", type=flag_types.nonempty)
-    http.switch("enable_ssl_refresh", "reload the certificate when its files change")
+    http.add("ssl_ciphers", "OpenSSL cipher list (TLS 1.2 and below)")
+    http.add("enable_ssl_refresh", "reload the certificate when its files change")
 
 
 def _add_parallel_flags(group: Any) -> None:
-    parallel = _Flags(group, DiffusionParallelConfig)
-    degree = flag_types.integer(1)
+    parallel = FlagGroup(group, DiffusionParallelConfig)
     ulysses_help = "devices that share a sequence; in attention each computes some of the heads"
-    parallel.add("ulysses_degree", ulysses_help, "--usp", "--ulysses-degree", type=degree)
+    parallel.add("ulysses_degree", ulysses_help, "--usp", "--ulysses-degree")
     ring_help = "devices that share a sequence; in attention keys and values go around a ring"
-    parallel.add("ring_degree", ring_help, "--ring", "--ring-degree", type=degree)
-    parallel.add("cfg_parallel_size", "devices that share the guidance branches", type=degree)
-    parallel.add("tensor_parallel_size", "devices that share each weight", "--tensor-parallel-size", "-tp", type=degree)
-    parallel.add("data_parallel_size", "copies of the model", "--data-parallel-size", "-dp", type=degree)
-    parallel.add("vae_patch_parallel_size", "devices that share one VAE decode", type=degree)
-    parallel.add("text_encoder_tp_size", "devices that share the text encoder", type=degree)
+    parallel.add("ring_degree", ring_help, "--ring", "--ring-degree")
+    parallel.add("cfg_parallel_size", "devices that share the guidance branches")
+    parallel.add("tensor_parallel_size", "devices that share each weight", "--tensor-parallel-size", "-tp")
+    parallel.add("data_parallel_size", "copies of the model", "--data-parallel-size", "-dp")
+    parallel.add("vae_patch_parallel_size", "devices that share one VAE decode")
+    parallel.add("text_encoder_tp_size", "devices that share the text encoder")
 
 
 def _add_cache_and_memory_flags(group: Any) -> None:
-    engine = _Flags(group, OmniDiffusionConfig)
+    engine = FlagGroup(group, OmniDiffusionConfig)
     engine.add("cache_backend", "cache that skips blocks between steps", choices=("none", *STEP_CACHES))
-    engine.add("cache_config", "the cache's settings as JSON", type=flag_types.json_object)
-    engine.switch("enable_cpu_offload", "keep idle models in host memory")
-    engine.switch("enable_layerwise_offload", "copy transformer layers to the device one by one")
+    engine.add("cache_config", "the cache's settings as JSON")
+    engine.add("enable_cpu_offload", "keep idle models in host memory")
+    engine.add("enable_layerwise_offload", "copy transformer layers to the device one by one")
     lora_modules_help = "LoRA adapters to serve, as NAME=PATH"
     engine.add("lora_modules", lora_modules_help, nargs="+", action="extend", type=flag_types.adapter)
-    engine.switch("vae_use_slicing", "decode one picture at a time")
-    engine.switch("vae_use_tiling", "decode a picture in overlapping tiles")
-    engine.switch("overlap_decode", "on a GPU: decode in parallel with the next step of other requests")
+    engine.add("vae_use_slicing", "decode one picture at a time")
+    engine.add("vae_use_tiling", "decode a picture in overlapping tiles")
+    engine.add("overlap_decode", "on a GPU: decode in parallel with the next step of other requests")
 
 
 def _add_scheduling_flags(group: Any) -> None:
-    engine = _Flags(group, OmniDiffusionConfig)
-    count = flag_types.integer(1)
-    engine.add("max_num_seqs", "most requests that advance in one step", type=count)
-    engine.add("max_batch_tokens", "most tokens of one step, over all branches; none: measured at start", type=count)
-    policy_help = "fair: least remaining work first, with ageing; fcfs: first come, first served"
-    engine.add("scheduling_policy", policy_help, choices=get_args(SchedulingPolicy))
-    engine.add("max_num_queued_reqs", "most pictures queued or running; further ones get status 429", type=count)
-    work_help = "most seconds of work queued or running; more gets status 429"
-    engine.add("max_queue_seconds", work_help, type=flag_types.seconds(zero=False))
+    engine = FlagGroup(group, OmniDiffusionConfig)
+    engine.add("max_num_seqs", "most requests that advance in one step")
+    engine.add("max_batch_tokens", "most tokens of one step, over all branches; none: measured at start")
+    engine.add("scheduling_policy", "fair: least remaining work first, with ageing; fcfs: first come, first served")
+    engine.add("max_num_queued_reqs", "most pictures queued or running; further ones get status 429")
+    engine.add("max_queue_seconds", "most seconds of work queued or running; more gets status 429")
     pixels_help = "most pixels of a picture; none: four times the model's default size, at least 1024x1024"
-    engine.add("max_pixels", pixels_help, type=count)
-    engine.add("max_inference_steps", "most denoising steps of a request", type=count)
-    engine.add("max_num_frames", "most frames of a video", type=count)
+    engine.add("max_pixels", pixels_help)
+    engine.add("max_inference_steps", "most denoising steps of a request")
+    engine.add("max_num_frames", "most frames of a video")
     engine.add("max_worker_restarts", "restarts of dead workers within ten minutes", type=flag_types.integer(0))
-    engine.add("default_sampling_params", "defaults for requests, as JSON", type=flag_types.json_object)
-    group.add_argument(
-        "--seed",
-        type=flag_types.integer(0, MAX_DEFAULT_SEED),
-        help="seed of requests that give none (picture i of a request has seed + i): the same request then gives the "
-        "same picture; none: a random seed for each request",
+    engine.add("default_sampling_params", "defaults for requests, as JSON")
+    seed_help = (
+        "seed of requests that give none (picture i of a request has seed + i): the same request then gives the same "
+        "picture; none: a random seed for each request"
     )
+    group.add_argument("--seed", type=flag_types.integer(0, MAX_DEFAULT_SEED), help=seed_help)
+
+
+def add_hub_flags(engine: FlagGroup) -> None:
+    """Flags of a model on the hub."""
+    engine.add("revision", "branch, tag or commit of a hub model; none: main")
+    engine.add("variant", "variant of the weight files, such as fp16; none: the files without variant")
+    engine.add("download_dir", "folder for downloads; none: the hub's cache (HF_HOME)")
+    token_help = (
+        "token for private and gated hub models; without a value: the token of `hf auth login`; none: the variable "
+        "HF_TOKEN (not visible in the list of processes), or the token of `hf auth login`"
+    )
+    engine.add("hf_token", token_help, nargs="?", const=True)
+
+
+def add_dtype_flag(engine: FlagGroup) -> None:
+    dtype_help = (
+        "type of weights and activations; auto: bfloat16 on CUDA, float32 on CPU; half: float16; float: float32"
+    )
+    engine.add("dtype", dtype_help)
 
 
 def _add_loading_flags(group: Any) -> None:
-    engine = _Flags(group, OmniDiffusionConfig)
-    engine.add("revision", "branch, tag or commit of a hub model; none: main", type=flag_types.nonempty)
-    variant_help = "variant of the weight files, such as fp16; none: the files without variant"
-    engine.add("variant", variant_help, type=flag_types.nonempty)
-    engine.add("download_dir", "folder for downloads; none: the hub's cache (HF_HOME)", type=flag_types.nonempty)
-    engine.add(
-        "hf_token",
-        "token for private and gated hub models; without a value: the token of `hf auth login`; none: the variable "
-        "HF_TOKEN (not visible in the list of processes), or the token of `hf auth login`",
-        nargs="?",
-        const=True,
-    )
+    engine = FlagGroup(group, OmniDiffusionConfig)
+    add_hub_flags(engine)
     load_format_help = "auto, safetensors: read safetensors files; dummy: random weights, no weight file is read"
-    engine.add("load_format", load_format_help, choices=(*get_args(LoadFormat), *ALIASES["load_format"]))
+    engine.add("load_format", load_format_help)
 
 
 def _add_compute_flags(group: Any) -> None:
-    engine = _Flags(group, OmniDiffusionConfig)
-    device_help = "device of the model; auto: CUDA if there is one, else the CPU"
-    engine.add("device", device_help, choices=get_args(DeviceChoice))
-    engine.add(
-        "dtype",
-        "type of weights and activations; auto: bfloat16 on CUDA, float32 on CPU; half: float16; float: float32",
-        choices=(*get_args(DType), *ALIASES["dtype"]),
-    )
+    engine = FlagGroup(group, OmniDiffusionConfig)
+    engine.add("device", "device of the model; auto: CUDA if there is one, else the CPU")
+    add_dtype_flag(engine)
     quantization_help = "type of the matrix products in the transformer's blocks; none: that of --dtype"
-    engine.add("quantization", quantization_help, "--quantization", "-q", choices=get_args(Quantization))
-    attention_help = "attention kernel; none: the fastest one, measured at start"
-    engine.add("attention_backend", attention_help, choices=get_args(AttentionBackendName))
-    engine.switch(
-        "enforce_eager", "on a GPU: neither compile the transformer's blocks nor capture small steps as CUDA graphs"
-    )
-    engine.add(
-        "kernels",
+    engine.add("quantization", quantization_help, "--quantization", "-q")
+    engine.add("attention_backend", "attention kernel; none: the fastest one, measured at start")
+    eager_help = "on a GPU: neither compile the transformer's blocks nor capture small steps as CUDA graphs"
+    engine.add("enforce_eager", eager_help)
+    kernels_help = (
         "implementation of the transformer's fused elementwise operations and norms, and of the norms in Z-Image's "
-        "VAE; auto: triton on CUDA, torch on a CPU",
-        choices=get_args(KernelsName),
+        "VAE; auto: triton on CUDA, torch on a CPU"
     )
-    distributed_executor_backend_help = "mp: worker processes; uni: in this process"
-    engine.add("distributed_executor_backend", distributed_executor_backend_help, choices=get_args(ExecutorBackend))
+    engine.add("kernels", kernels_help)
+    engine.add("distributed_executor_backend", "mp: worker processes; uni: in this process")
 
 
 def _settings(namespace: argparse.Namespace, serve_line: str) -> ServeArgs:
@@ -354,11 +319,11 @@ def _settings(namespace: argparse.Namespace, serve_line: str) -> ServeArgs:
     given["model"] = model
     given["lora_modules"] = _adapters(given["lora_modules"] or [], given["served_model_names"])
     given["default_sampling_params"] = _with_seed(given["default_sampling_params"] or {}, given["seed"])
-    parallel = _make(DiffusionParallelConfig, given)
+    parallel = make_settings(DiffusionParallelConfig, given)
     return ServeArgs(
-        config=_make(OmniDiffusionConfig, {**given, "parallel": parallel}),
-        settings=_make(ServerSettings, given),
-        http=_make(HttpOptions, given),
+        config=make_settings(OmniDiffusionConfig, {**given, "parallel": parallel}),
+        settings=make_settings(ServerSettings, given),
+        http=make_settings(HttpOptions, given),
         ignored_flags=ignored_flags,
     )
 
@@ -396,9 +361,9 @@ def _adapters(pairs: Sequence[tuple[str, str]], model_names: Sequence[str]) -> d
     return dict(pairs)
 
 
-def _make(cls: type[Any], given: dict[str, Any]) -> Any:
+def make_settings(cls: type[T], given: Mapping[str, Any]) -> T:
     """Instance of the dataclass `cls` from the parsed values of its fields; None leaves the field's default."""
-    own = {f.name: given[f.name] for f in fields(cls) if given.get(f.name) is not None}
+    own = {f.name: given[f.name] for f in fields(cast(Any, cls)) if given.get(f.name) is not None}
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in own.items()})
 
 

@@ -9,11 +9,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from vllm_omni.diffusion.catalog.hub import DEFAULT_ACCESS, HubAccess
-from vllm_omni.diffusion.data import ALIASES, DType, OmniDiffusionConfig
+from vllm_omni.diffusion.catalog.hub import HubAccess
+from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.entrypoints.cli import flag_types
+from vllm_omni.entrypoints.cli.args import FlagGroup, add_dtype_flag, add_hub_flags, make_settings
+from vllm_omni.entrypoints.cli.commands import CALIBRATE
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from vllm_omni.diffusion.catalog.model_info import ModelInfo
     from vllm_omni.diffusion.compute.cache.calibration import Change
 
-COMMAND = "calibrate-teacache"
 DEFAULT_PROMPTS = (
     "a red apple",
     "a panda on a pink background",
@@ -38,14 +39,19 @@ DEFAULT_PROMPTS = (
 
 @dataclass(frozen=True)
 class CalibrateArgs:
-    model: str
+    config: OmniDiffusionConfig
+    """Has a cache backend: see `calibration_config`."""
     prompts: tuple[str, ...]
     params: OmniDiffusionSamplingParams
-    dtype: str
     out: Path
-    access: HubAccess = DEFAULT_ACCESS
     images: tuple[Path, ...] = ()
     """Pictures that every prompt edits."""
+
+
+def calibration_config(**settings: Any) -> OmniDiffusionConfig:
+    """Config with a cache backend, without which no request takes part in caching; its coefficients are not used."""
+    cache_config = {"coefficients": (1.0, 0.0)}
+    return make_settings(OmniDiffusionConfig, settings | {"cache_backend": "tea_cache", "cache_config": cache_config})
 
 
 class _Parser(argparse.ArgumentParser):
@@ -55,39 +61,24 @@ class _Parser(argparse.ArgumentParser):
 
 def parse_args(argv: Sequence[str]) -> CalibrateArgs:
     """Parse the words after the command's name. Raises ConfigError."""
-    parser = _Parser(prog=f"vllm-omni {COMMAND}", description=__doc__, allow_abbrev=False)
+    parser = _Parser(prog=f"vllm-omni {CALIBRATE}", description=__doc__, allow_abbrev=False)
     parser.add_argument("model", metavar="MODEL", help="a folder, a hub name, or `demo`")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt per line; none: built-in prompts")
-    parser.add_argument(
-        "--images",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="for an editing model: the pictures that every prompt edits",
-    )
+    images_help = "for an editing model: the pictures that every prompt edits"
+    parser.add_argument("--images", type=Path, nargs="+", default=[], metavar="FILE", help=images_help)
     parser.add_argument("--size", type=flag_types.picture_size, metavar="WxH", help="pixels; none: the model's default")
     parser.add_argument("--num-inference-steps", type=flag_types.integer(3), help="steps; none: the model's default")
     parser.add_argument("--true-cfg-scale", type=float, help="scale of guidance; none: the model's default")
     parser.add_argument("--seed", type=flag_types.integer(0), default=0, help="seed; prompt i has seed + i")
-    parser.add_argument("--dtype", choices=(*get_args(DType), *ALIASES["dtype"]), default="auto")
-    parser.add_argument("--revision", help="branch, tag or commit of a hub model; none: main")
-    parser.add_argument("--variant", help="variant of the weight files, such as fp16; none: those without variant")
-    parser.add_argument("--download-dir", help="folder for downloads; none: the hub's cache")
-    parser.add_argument("--hf-token", nargs="?", const=True, help="token for private and gated hub models, as in serve")
     parser.add_argument("--out", type=Path, default=Path("teacache"), help="path of the .json and .png, without suffix")
+    engine = FlagGroup(parser, OmniDiffusionConfig)
+    add_dtype_flag(engine)
+    add_hub_flags(engine)
     args = parser.parse_args(list(argv))
-    width, height = args.size or (None, None)
-    params = OmniDiffusionSamplingParams(
-        height=height,
-        width=width,
-        num_inference_steps=args.num_inference_steps,
-        true_cfg_scale=args.true_cfg_scale,
-        seed=args.seed,
-    )
+    given = vars(args) | dict(zip(("width", "height"), args.size or ()))
     prompts = DEFAULT_PROMPTS if args.prompts is None else _read_prompts(args.prompts)
-    access = HubAccess(args.revision, args.download_dir, args.hf_token, args.variant)
-    return CalibrateArgs(args.model, prompts, params, args.dtype, args.out, access, tuple(args.images))
+    params = make_settings(OmniDiffusionSamplingParams, given)
+    return CalibrateArgs(calibration_config(**given), prompts, params, args.out, tuple(args.images))
 
 
 def _read_prompts(path: Path) -> tuple[str, ...]:
@@ -121,14 +112,14 @@ def _read_images(paths: Sequence[Path], info: ModelInfo) -> tuple[Image.Image, .
 def calibrate(args: CalibrateArgs) -> None:
     """Measure, write `{out}.json` and `{out}.png`, and print how to use them. Raises ConfigError."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError(f"{COMMAND} draws a plot and needs matplotlib: pip install matplotlib")
+        raise ConfigError(f"{CALIBRATE} draws a plot and needs matplotlib: pip install matplotlib")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     changes, num_steps = _measure(args)
     from vllm_omni.diffusion.compute.cache.calibration import fit_polynomial, root_mean_square_error
 
     coefficients = fit_polynomial(changes)
     report: dict[str, Any] = {
-        "model": args.model,
+        "model": args.config.model,
         "coefficients": coefficients,
         "root_mean_square_error": root_mean_square_error(coefficients, changes),
         "num_prompts": len(args.prompts),
@@ -136,7 +127,7 @@ def calibrate(args: CalibrateArgs) -> None:
         "changes": [[c.step, c.signal, c.output] for c in changes],
     }
     Path(f"{args.out}.json").write_text(json.dumps(report, indent=1))
-    _plot(changes, coefficients, args.model, Path(f"{args.out}.png"))
+    _plot(changes, coefficients, args.config.model, Path(f"{args.out}.png"))
     print(f"{len(changes)} changes, root mean square error {report['root_mean_square_error']:.4f}")
     print(f"wrote {args.out}.json and {args.out}.png; use them with")
     print(f"--cache-backend tea_cache --cache-config '{json.dumps({'coefficients': coefficients})}'")
@@ -151,18 +142,9 @@ def _measure(args: CalibrateArgs) -> tuple[list[Change], int]:
     from vllm_omni.diffusion.compute.worker.runner import ModelRunner
     from vllm_omni.diffusion.control.request_builder import RequestBuilder
 
-    # Requests take part in caching only with a cache backend. It needs coefficients, which are not used.
-    settings: dict[str, Any] = {
-        "dtype": args.dtype,
-        "cache_config": {"coefficients": (1.0, 0.0)},
-        "revision": args.access.revision,
-        "download_dir": args.access.download_dir,
-        "hf_token": args.access.token,
-        "variant": args.access.variant,
-    }
-    config = OmniDiffusionConfig(model=args.model, cache_backend="tea_cache", **settings)
+    config = args.config
     info = load_model_info(
-        args.model, config.load_format, HubAccess.of(config), lambda info: info.check_settings(config)
+        config.model, config.load_format, HubAccess.of(config), lambda info: info.check_settings(config)
     )
     check_model_files(info, config)
     images = _read_images(args.images, info)
@@ -179,7 +161,7 @@ def _measure(args: CalibrateArgs) -> tuple[list[Change], int]:
             )
         ]
     except InvalidRequestError as error:
-        raise ConfigError(f"{COMMAND}: {error}") from error
+        raise ConfigError(f"{CALIBRATE}: {error}") from error
     return measure_changes(runner, requests), requests[0].num_inference_steps
 
 

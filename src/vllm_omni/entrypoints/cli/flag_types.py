@@ -8,44 +8,56 @@ import json
 import math
 import re
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def _wrong(takes: str, got: str) -> argparse.ArgumentTypeError:
     return argparse.ArgumentTypeError(f"takes {takes}, got {got!r}")
 
 
+def _type(takes: str, convert: Callable[[str], T], is_right: Callable[[T], object]) -> Callable[[str], T]:
+    """Type of the values that `convert` accepts and `is_right` approves; others raise an error with `takes`."""
+
+    def parse(text: str) -> T:
+        with suppress(ValueError):
+            if is_right(value := convert(text)):
+                return value
+        raise _wrong(takes, text)
+
+    return parse
+
+
 def integer(least: int, most: int | None = None) -> Callable[[str], int]:
     """Type of integers of at least `least` and, if given, at most `most`."""
     takes = f"an integer of at least {least}" if most is None else f"an integer from {least} to {most}"
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise _wrong(takes, text) from None
-        if value < least or (most is not None and value > most):
-            raise _wrong(takes, text)
-        return value
-
-    return parse
+    return _type(takes, int, lambda value: least <= value <= (value if most is None else most))
 
 
 def seconds(*, zero: bool) -> Callable[[str], float]:
     """Type of finite numbers of seconds: from 0 on with `zero`, else above 0."""
-    takes = "a finite number of seconds, 0 or more" if zero else "a finite number of seconds above 0"
+    takes = f"a finite number of seconds{', 0 or more' if zero else ' above 0'}"
+    return _type(takes, float, lambda value: math.isfinite(value) and (value > 0 or (value == 0 and zero)))
 
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            raise _wrong(takes, text) from None
-        if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-            raise _wrong(takes, text)
-        return value
 
-    return parse
+nonempty = _type("a string that is not empty", str, str.strip)
+existing_file = _type("a file that exists", str, lambda text: Path(text).is_file())
+import_path = _type(
+    "an import path such as package.module.Middleware",
+    str,
+    lambda text: "." in text and all(part.isidentifier() for part in text.split(".")),
+)
+_LABEL = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
+host_name = _type(
+    "an exact host name such as images.example.com (xn--... where it is not ASCII)",
+    str.lower,
+    re.compile(rf"{_LABEL}(\.{_LABEL})*").fullmatch,
+)
+"""A host name in lower case, without scheme, port and wildcard."""
 
 
 def picture_size(text: str) -> tuple[int, int]:
@@ -56,22 +68,21 @@ def picture_size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def json_object(text: str) -> dict[str, Any]:
-    takes = 'a JSON object such as {"key": 1}'
-    try:
-        value = json.loads(text, object_pairs_hook=_unique_keys)
-    except ValueError:
-        raise _wrong(takes, text) from None
-    if not isinstance(value, dict):
-        raise _wrong(takes, text)
-    return value
-
-
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     if twice := [name for name in names if names.count(name) > 1]:
         raise argparse.ArgumentTypeError(f"takes each key once, got {twice[0]!r} twice")
     return dict(pairs)
+
+
+json_object: Callable[[str], dict[str, Any]] = _type(
+    'a JSON object such as {"key": 1}',
+    partial(json.loads, object_pairs_hook=_unique_keys),
+    lambda value: isinstance(value, dict),
+)
+_json_strings: Callable[[str], list[str]] = _type(
+    "a JSON list of strings or plain strings", json.loads, lambda items: all(isinstance(item, str) for item in items)
+)
 
 
 def adapter(text: str) -> tuple[str, str]:
@@ -89,22 +100,7 @@ def adapter(text: str) -> tuple[str, str]:
 
 def strings(text: str) -> list[str]:
     """Strings from a JSON list, the form that vLLM accepts, or from one plain string."""
-    if not text.startswith("["):
-        return [text]
-    takes = "a JSON list of strings or plain strings"
-    try:
-        value = json.loads(text)
-    except ValueError:
-        raise _wrong(takes, text) from None
-    if not all(isinstance(item, str) for item in value):
-        raise _wrong(takes, text)
-    return list(value)
-
-
-def nonempty(text: str) -> str:
-    if not text.strip():
-        raise _wrong("a string that is not empty", text)
-    return text
+    return _json_strings(text) if text.startswith("[") else [text]
 
 
 def secret(text: str) -> str:
@@ -112,14 +108,6 @@ def secret(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("takes a key, got an empty string")
     return text
-
-
-def host_name(text: str) -> str:
-    """A host name in lower case, without scheme, port and wildcard."""
-    label = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
-    if not re.fullmatch(rf"{label}(\.{label})*", text.lower()):
-        raise _wrong("an exact host name such as images.example.com (xn--... where it is not ASCII)", text)
-    return text.lower()
 
 
 def proxies(text: str) -> list[str]:
@@ -133,12 +121,6 @@ def proxies(text: str) -> list[str]:
     return parts
 
 
-def existing_file(text: str) -> str:
-    if not Path(text).is_file():
-        raise _wrong("a file that exists", text)
-    return text
-
-
 def root_path(text: str) -> str:
     """A URL path prefix without its last slash: `/omni`."""
     if text in ("", "/"):
@@ -146,12 +128,6 @@ def root_path(text: str) -> str:
     if not text.startswith("/") or "//" in text or "?" in text or "#" in text:
         raise _wrong("a path that begins with /, such as /omni", text)
     return text.rstrip("/")
-
-
-def import_path(text: str) -> str:
-    if not all(part.isidentifier() for part in text.split(".")) or "." not in text:
-        raise _wrong("an import path such as package.module.Middleware", text)
-    return text
 
 
 def comma_list(text: str) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 from vllm_omni.diffusion.control.compiled_packages import check_compiled_packages
 from vllm_omni.entrypoints.cli import calibrate
 from vllm_omni.entrypoints.cli.args import ServeArgs, parse_args
-from vllm_omni.entrypoints.cli.commands import program_name
+from vllm_omni.entrypoints.cli.commands import CALIBRATE, program_name
 from vllm_omni.entrypoints.server.signals import StopSignals
 from vllm_omni.errors import ConfigError, to_one_line
 from vllm_omni.logs import QueuedStreams, fill_standard_descriptors, logging_level
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     fill_standard_descriptors()
     try:
         words = [word for word in words if word != "--omni"]  # vLLM's command has read it
-        if words[:1] == [calibrate.COMMAND]:
+        if words[:1] == [CALIBRATE]:
             calibrate_args = calibrate.parse_args(words[1:])
             check_compiled_packages()
             calibrate.calibrate(calibrate_args)

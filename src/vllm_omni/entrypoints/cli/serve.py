@@ -10,25 +10,27 @@ import socket
 import ssl
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.loops.auto import auto_loop_factory
 
 from vllm_omni.diffusion.control.events import Observers
 from vllm_omni.diffusion.control.executor.launch import EarlyWorkers
-from vllm_omni.entrypoints.cli import vllm_api
-from vllm_omni.entrypoints.cli.args import HttpOptions, ServeArgs
+from vllm_omni.entrypoints import vllm_api
+from vllm_omni.entrypoints.cli.args import ServeArgs
 from vllm_omni.entrypoints.openai.app import build_app
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
+from vllm_omni.entrypoints.openai.settings import HttpOptions
 from vllm_omni.entrypoints.server.activity import ActivityLog
 from vllm_omni.entrypoints.server.connections import Acceptor, RefusedConnection, max_connections
+from vllm_omni.entrypoints.server.http_protocol import HttpProtocol
 from vllm_omni.entrypoints.server.listening_socket import ListeningSocket
 from vllm_omni.entrypoints.server.middleware import add_middleware, api_keys
 from vllm_omni.entrypoints.server.signals import StopSignals
-from vllm_omni.entrypoints.server.slow_readers import HttpProtocol
 from vllm_omni.errors import ConfigError, OmniError
 from vllm_omni.logs import QueuedStreams
 from vllm_omni.omni import AsyncOmni
@@ -75,47 +77,27 @@ def serve(
     loop, which is not closed: the caller ends the process.
     """
     _raise_file_limit()
-    # The socket first: a port in use is an error at once, not after the weights are read.
-    with ListeningSocket(args.http) as listener:
-        signals.before_end(listener.close)
-        runner = asyncio.Runner(loop_factory=_loop_factory())
-        return runner.run(_serve(args, listener, signals, streams, workers, limits))
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return factory
-
-
-async def _serve(
-    args: ServeArgs,
-    listener: ListeningSocket,
-    signals: StopSignals,
-    streams: QueuedStreams,
-    workers: EarlyWorkers | None,
-    limits: StopLimits,
-) -> int:
-    metrics = PrometheusObserver(args.settings.served_model_names[0])
+    metrics, activity = PrometheusObserver(args.settings.served_model_names[0]), ActivityLog()
     metrics.watch_log(lambda: streams.num_dropped)
-    activity = ActivityLog()
-    omni = AsyncOmni(args.config, observer=Observers(metrics, activity), early_workers=workers)
-    activity.watch(omni.status)
-    settings = replace(
-        args.settings,
-        swagger_ui_folder=vllm_api.swagger_ui_folder(),
-        requires_api_key=bool(api_keys(args.http)),
-    )
-    app = build_app(omni, settings, metrics)
-    add_middleware(app, args.http)
     # Works without the event loop and the interpreter's lock: prints where threads hang and ends the process.
     start_kill_timer = partial(
         faulthandler.dump_traceback_later, limits.total(min(args.http.shutdown_timeout, MAX_TIMER_SECONDS)), exit=True
     )
-    return await Service(omni, _http_server(app, args.http), listener, args, signals, start_kill_timer, limits).run()
+
+    async def run(listener: ListeningSocket) -> int:
+        omni = AsyncOmni(args.config, observer=Observers(metrics, activity), early_workers=workers)
+        activity.watch(omni.status)
+        folder, requires_key = vllm_api.swagger_ui_folder(), bool(api_keys(args.http))
+        settings = replace(args.settings, swagger_ui_folder=folder, requires_api_key=requires_key)
+        app = build_app(omni, settings, metrics)
+        add_middleware(app, args.http)
+        server = _http_server(app, args.http)
+        return await Service(omni, server, listener, args, signals, start_kill_timer, limits).run()
+
+    # The socket first: a port in use is an error at once, not after the weights are read.
+    with ListeningSocket(args.http) as listener:
+        signals.before_end(listener.close)
+        return asyncio.Runner(loop_factory=auto_loop_factory()).run(run(listener))
 
 
 def _raise_file_limit() -> None:
@@ -181,6 +163,7 @@ def _http_server(app: FastAPI, http: HttpOptions) -> uvicorn.Server:
     return _Server(config)
 
 
+@dataclass(eq=False)
 class Service:
     """One engine and one HTTP server, from start to exit code.
 
@@ -188,31 +171,23 @@ class Service:
     SIGTERM or SIGINT drains; the second ends the process at once: see StopSignals.
     """
 
-    def __init__(
-        self,
-        omni: AsyncOmni,
-        server: uvicorn.Server,
-        listener: ListeningSocket,
-        args: ServeArgs,
-        signals: StopSignals,
-        start_kill_timer: Callable[[], object] = lambda: None,
-        limits: StopLimits = StopLimits(),
-    ) -> None:
-        """`start_kill_timer`: called at the first signal; ends the process after all limits."""
-        self._omni = omni
-        self._server = server
-        self._listener = listener
-        self._args = args
-        self._signals = signals
-        self._start_kill_timer = start_kill_timer
-        self._limits = limits
-        self._stop = asyncio.Event()
+    _omni: AsyncOmni
+    _server: uvicorn.Server
+    _listener: ListeningSocket
+    _args: ServeArgs
+    _signals: StopSignals
+    _start_kill_timer: Callable[[], object]
+    """Called at the first signal; ends the process after all limits."""
+    _limits: StopLimits
+    _stop: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self) -> int:
         self._signals.on_first(partial(self._on_signal, asyncio.get_running_loop()))
         http = asyncio.create_task(self._server.serve(sockets=[self._listener.socket]))
         engine = asyncio.create_task(self._run_engine())
-        refresher = self._watch_certificate()
+        refresher = (
+            vllm_api.start_certificate_refresher(self._server.config) if self._args.http.enable_ssl_refresh else None
+        )
         logger.info("Listening on %s", self._listener.address)
         if ignored := self._args.ignored_flags:
             logger.warning("Without effect on a diffusion model, ignored (see docs/flags.md): %s", ", ".join(ignored))
@@ -286,16 +261,6 @@ class Service:
         await _first_of(http, asyncio.sleep(self._limits.http_seconds))
         if http.done():
             http.result()
-
-    def _watch_certificate(self) -> Any:
-        http = self._args.http
-        if not http.enable_ssl_refresh:
-            return None
-        context = self._server.config.ssl
-        assert context is not None
-        assert http.ssl_keyfile is not None
-        assert http.ssl_certfile is not None
-        return vllm_api.start_certificate_refresher(context, http.ssl_keyfile, http.ssl_certfile, http.ssl_ca_certs)
 
 
 async def _first_of(*awaitables: Coroutine[Any, Any, Any] | asyncio.Task[Any]) -> None:

@@ -11,19 +11,21 @@ from fastapi import FastAPI
 from vllm_omni import __version__
 from vllm_omni.entrypoints.openai.errors import install_error_handlers
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
-from vllm_omni.entrypoints.openai.middlewares.request_id import RequestId
-from vllm_omni.entrypoints.openai.middlewares.response_pieces import SendInPieces
-from vllm_omni.entrypoints.openai.middlewares.server_load import CountLoad, ServerLoad
-from vllm_omni.entrypoints.openai.middlewares.trailing_slash import IgnoreTrailingSlash
-from vllm_omni.entrypoints.openai.requests.body_reader import BodyReader
-from vllm_omni.entrypoints.openai.requests.chat_body import ChatReader
+from vllm_omni.entrypoints.openai.middlewares import (
+    CatchErrors,
+    CountLoad,
+    IgnoreTrailingSlash,
+    RequestId,
+    SendInPieces,
+    ServerLoad,
+)
+from vllm_omni.entrypoints.openai.requests.body_reader import BodyReader, UploadBudget
 from vllm_omni.entrypoints.openai.requests.edit_body import EditReader
 from vllm_omni.entrypoints.openai.requests.fetching import FetchPolicy, MediaFetcher
 from vllm_omni.entrypoints.openai.requests.input_pictures import MAX_IMAGE_BYTES, PictureReader
 from vllm_omni.entrypoints.openai.requests.pictures.pool import DecodePool
 from vllm_omni.entrypoints.openai.requests.pictures.process import DecodeLimits
 from vllm_omni.entrypoints.openai.requests.prompt_checker import PromptChecker
-from vllm_omni.entrypoints.openai.requests.upload_budget import UploadBudget
 from vllm_omni.entrypoints.openai.responses.encoding import ImageEncoder
 from vllm_omni.entrypoints.openai.responses.stored_files import FileStore
 from vllm_omni.entrypoints.openai.routes.chat import CHAT_PATH, ChatService, make_chat_router
@@ -85,10 +87,9 @@ def build_app(
     app.state.upload_budget, app.state.decode_pool = budget, decoder
     bodies, reader = BodyReader(settings.upload_silence_seconds), PictureReader(omni.info, decoder, media)
     pictures = PictureService(omni, settings, budget, encoder, decoder, checker)
-    chat_reader = ChatReader(bodies, reader, finds_text_tasks=settings.chat_text_tasks == "empty")
     load = ServerLoad()
     app.include_router(make_images_router(ImageService(pictures, bodies, EditReader(bodies, reader), files)))
-    app.include_router(make_chat_router(ChatService(pictures, chat_reader, metrics)))
+    app.include_router(make_chat_router(ChatService(pictures, bodies, reader, metrics)))
     app.include_router(make_models_router(omni, settings))
     app.include_router(make_health_router(omni, load, metrics))
     app.include_router(make_unavailable_router())
@@ -98,6 +99,7 @@ def build_app(
             require_api_key(app)
     install_error_handlers(app, metrics)
     # The last one added is the outermost.
+    app.add_middleware(CatchErrors)
     app.add_middleware(CountLoad, load=load, paths=(GENERATIONS_PATH, EDITS_PATH, CHAT_PATH))
     app.add_middleware(IgnoreTrailingSlash)
     app.add_middleware(RequestId)

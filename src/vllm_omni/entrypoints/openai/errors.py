@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import math
 import re
 from http import HTTPStatus
@@ -13,14 +11,11 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_omni.diffusion.control.events import EngineObserver
 from vllm_omni.entrypoints.openai.quotes import quote
 from vllm_omni.entrypoints.openai.schema.images import ErrorBody, ErrorResponse, ImageOptions
-from vllm_omni.errors import RequestError, UnavailableError, UnsupportedParameterError
-
-logger = logging.getLogger(__name__)
+from vllm_omni.errors import RequestError, UnsupportedParameterError
 
 # Name of a parameter in the engine -> name of the request's field.
 _FIELD_NAMES = {
@@ -57,10 +52,11 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 def error_response(error: Exception, request: Request | None = None) -> JSONResponse:
     """The HTTP response for any exception; an unknown exception is a 500 that reveals nothing about the server."""
-    status, headers = 500, {"x-should-retry": "false"}
-    body = _error_object("The server failed on this request.", "server_error")
+    status, headers, body = 500, {"x-should-retry": "false"}, error_body(error)
     if isinstance(error, RequestError):
-        status, headers, body = error.status, _retry_headers(error), error_body(error)
+        status = error.status
+        if error.retryable:  # SDKs retry 429 and 5xx by themselves
+            headers = {"Retry-After": str(max(1, math.ceil(error.retry_after or 1)))}
     elif isinstance(error, RequestValidationError):
         status, body = 400, _validation_body(error)
     elif isinstance(error, HTTPException):
@@ -90,13 +86,6 @@ def _error_object(message: str, kind: str, param: str | None = None, code: str |
 
 def _encodable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
-
-
-def _retry_headers(error: RequestError) -> dict[str, str]:
-    """Headers that tell an SDK when to retry, or not to retry: SDKs retry 429 and 5xx by themselves."""
-    if not error.retryable:
-        return {"x-should-retry": "false"}
-    return {"Retry-After": str(max(1, math.ceil(error.retry_after or 1)))}
 
 
 def _validation_body(error: RequestValidationError) -> ErrorBody:
@@ -129,40 +118,6 @@ def _http_body(error: HTTPException, request: Request | None) -> ErrorBody:
     return _error_object(message, kind, code=code)
 
 
-class CatchErrors:
-    """Middleware: answers exceptions without a handler. It is the innermost one, so that the others add their headers.
-
-    A second one is outside the user's middleware. A request that a stopping server cancels gets a 503; if its response
-    has begun, its connection ends. Otherwise uvicorn would log a traceback and respond with a plain 500.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        started = False
-
-        async def watched_send(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
-        try:
-            await self._app(scope, receive, watched_send)
-        except Exception as error:  # the only place where a bug becomes a 500
-            if started:
-                raise
-            logger.exception("%s %r failed", scope["method"], scope["path"])
-            await error_response(error)(scope, receive, send)
-        except asyncio.CancelledError:
-            if not started:
-                answer = error_response(UnavailableError("The server is stopping.", retry_after=1.0))
-                answer.headers["connection"] = "close"
-                await answer(scope, receive, send)
-
-
 def install_error_handlers(app: FastAPI, observer: EngineObserver) -> None:
     """Add handlers for all exceptions; `observer` counts the requests that are refused as invalid."""
 
@@ -174,4 +129,3 @@ def install_error_handlers(app: FastAPI, observer: EngineObserver) -> None:
 
     for kind in (RequestError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, answer)
-    app.add_middleware(CatchErrors)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -16,11 +15,9 @@ from prometheus_client import (
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from vllm_omni.diffusion.control.events import EngineStatus, NullObserver
 from vllm_omni.diffusion.messages.plan import EXCHANGES, STAGES, StepPlan, StepResult
 from vllm_omni.diffusion.messages.request import DiffusionRequest
-
-if TYPE_CHECKING:
-    from vllm_omni.diffusion.control.events import EngineStatus
 
 _LATENCY_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600, 1800)
 _STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -28,7 +25,7 @@ _SEQUENCE_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 _TOKEN_BUCKETS = tuple(2**i for i in range(6, 19))
 
 
-class PrometheusObserver:
+class PrometheusObserver(NullObserver):
     """An `EngineObserver` with its own registry.
 
     All metrics have the label `model_name`, except `process_*`, which describe the server's process.
@@ -39,6 +36,9 @@ class PrometheusObserver:
     def __init__(self, model_name: str) -> None:
         self._model_name = model_name
         self._registry = CollectorRegistry()
+        self._registry.register(self)
+        self._status: Callable[[], EngineStatus] | None = None
+        self._num_dropped: Callable[[], int] | None = None
         ProcessCollector(registry=self._registry)
         self._latency = self._histogram("e2e_request_latency_seconds", "From arrival to pixels", _LATENCY_BUCKETS)
         self._queue_time = self._histogram("request_queue_time_seconds", "Waiting before work", _LATENCY_BUCKETS)
@@ -86,8 +86,6 @@ class PrometheusObserver:
             return {"": metric.labels(self._model_name)}
         (values,) = label.values()
         return {value: metric.labels(self._model_name, value) for value in values}
-
-    def on_add(self, requests: Sequence[DiffusionRequest]) -> None: ...
 
     def on_step(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
         if result.advanced:
@@ -139,20 +137,22 @@ class PrometheusObserver:
 
     def watch_log(self, num_dropped: Callable[[], int]) -> None:
         """Show the number of log lines that could not be written; `num_dropped` is called at each scrape."""
-
-        def collect() -> Iterator[Metric]:
-            text = "Log lines of this process that could not be written"
-            lines = CounterMetricFamily("vllm_omni:log_lines_dropped", text, labels=("model_name",))
-            lines.add_metric((self._model_name,), num_dropped())
-            yield lines
-
-        self._registry.register(_Collector(collect))
+        self._num_dropped = num_dropped
 
     def watch(self, status: Callable[[], EngineStatus]) -> None:
         """Show the engine's queue; `status` is called at each scrape."""
-        self._registry.register(_Collector(lambda: self._engine_metrics(status())))
+        self._status = status
 
-    def _engine_metrics(self, status: EngineStatus) -> Iterator[Metric]:
+    def collect(self) -> Iterator[Metric]:
+        """Metrics that are read at each scrape: prometheus_client calls this."""
+        if self._num_dropped is not None:
+            text = "Log lines of this process that could not be written"
+            lines = CounterMetricFamily("vllm_omni:log_lines_dropped", text, labels=("model_name",))
+            lines.add_metric((self._model_name,), self._num_dropped())
+            yield lines
+        if self._status is None:
+            return
+        status = self._status()
         for name, text, value in (
             ("vllm:num_requests_running", "Requests under way", status.num_running),
             ("vllm:num_requests_waiting", "Requests that wait", status.num_waiting),
@@ -185,10 +185,3 @@ class _WithoutCreated:
         for metric in self._registry.collect():
             metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
             yield metric
-
-
-class _Collector:
-    """Metrics that `collect` makes anew at each scrape."""
-
-    def __init__(self, collect: Callable[[], Iterator[Metric]]) -> None:
-        self.collect = collect

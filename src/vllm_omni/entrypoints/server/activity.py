@@ -40,12 +40,13 @@ class ActivityLog(NullObserver):
         self._num_steps += sum(map(result.num_made, result.advanced))
 
     def on_finish(self, request: DiffusionRequest, timings: dict[str, float], outcome: str, reason: str) -> None:
+        size = f"{request.width}x{request.height}"
         logger.info(
             "Request %s %s%s: %s, %g of %d steps computed, %g cached; %.2f s queued, %.2f s running, %.2f s in all",
             request.request_id,
             outcome,
             f" ({reason})" if reason else "",
-            _size(request),
+            size if request.num_frames == 1 else f"{size}, {request.num_frames} frames",
             round(timings["computed_steps"], 2),
             request.num_inference_steps,
             round(timings["cached_steps"], 2),
@@ -72,8 +73,3 @@ class ActivityLog(NullObserver):
             status.queue_seconds,
         )
         self._start_timer()
-
-
-def _size(request: DiffusionRequest) -> str:
-    size = f"{request.width}x{request.height}"
-    return size if request.num_frames == 1 else f"{size}, {request.num_frames} frames"

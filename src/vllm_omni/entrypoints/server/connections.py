@@ -14,10 +14,11 @@ import socket
 import ssl
 import time
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 from http import HTTPStatus
 
-from vllm_omni.entrypoints.server.refusals import Refusal
-from vllm_omni.entrypoints.server.slow_readers import HttpProtocol
+from vllm_omni.entrypoints.server.framing import Refusal
+from vllm_omni.entrypoints.server.http_protocol import HttpProtocol
 
 logger = logging.getLogger(__name__)
 
@@ -47,43 +48,35 @@ class RefusedConnection(HttpProtocol):
         self.refuse(self.refusal)
 
 
+@dataclass(eq=False)
 class Acceptor:
-    """Accepts connections of a listening socket. uvicorn uses it as an asyncio server.
+    """Accepts connections of a listening socket. uvicorn uses it as an asyncio server."""
 
-    make_protocol: called with whether the connection is within the limit. num_open: number of open connections.
-    `most` connections are served, `most_lingering` more get a refusal, others are closed at once.
-    """
+    listener: socket.socket
+    make_protocol: Callable[[bool], asyncio.Protocol]
+    """Called with whether the connection is within the limit."""
+    num_open: Callable[[], int]
+    """Returns the number of open connections."""
+    tls: ssl.SSLContext | None
+    _: KW_ONLY
+    most: int
+    """Number of connections that are served."""
+    most_lingering: int = MOST_LINGERING
+    """Number of further connections that get a refusal; others are closed at once."""
+    handshake_seconds: float = HANDSHAKE_SECONDS
+    pause_seconds: float = PAUSE_SECONDS
 
-    def __init__(
-        self,
-        listener: socket.socket,
-        make_protocol: Callable[[bool], asyncio.Protocol],
-        num_open: Callable[[], int],
-        tls: ssl.SSLContext | None,
-        *,
-        most: int,
-        handshake_seconds: float = HANDSHAKE_SECONDS,
-        most_lingering: int = MOST_LINGERING,
-        pause_seconds: float = PAUSE_SECONDS,
-    ) -> None:
-        self._listener = listener
-        self._make_protocol = make_protocol
-        self._num_open = num_open
-        self._tls = tls
-        self._handshake_seconds = handshake_seconds if tls else None
-        self._most = most
-        self._most_lingering = most_lingering
-        self._pause_seconds = pause_seconds
+    def __post_init__(self) -> None:
         self._opening: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._pause: asyncio.TimerHandle | None = None
         self._log_at = 0.0
-        listener.setblocking(False)
-        self._loop.add_reader(listener, self._accept)
+        self.listener.setblocking(False)
+        self._loop.add_reader(self.listener, self._accept)
 
     def close(self) -> None:
         """Accept no more connections; called before the socket is closed."""
-        self._loop.remove_reader(self._listener)
+        self._loop.remove_reader(self.listener)
         if self._pause is not None:
             self._pause.cancel()
 
@@ -95,7 +88,7 @@ class Acceptor:
     def _accept(self) -> None:
         for _ in range(_ACCEPTS_AT_ONCE):
             try:
-                connection, _address = self._listener.accept()
+                connection, _address = self.listener.accept()
             except BlockingIOError:
                 return
             except OSError as error:
@@ -107,18 +100,18 @@ class Acceptor:
             self._admit(connection)
 
     def _pause_accepting(self, error: OSError) -> None:
-        logger.error("Accepting no connection for %g s: %s", self._pause_seconds, error.strerror)
-        self._loop.remove_reader(self._listener)
-        self._pause = self._loop.call_later(self._pause_seconds, self._loop.add_reader, self._listener, self._accept)
+        logger.error("Accepting no connection for %g s: %s", self.pause_seconds, error.strerror)
+        self._loop.remove_reader(self.listener)
+        self._pause = self._loop.call_later(self.pause_seconds, self._loop.add_reader, self.listener, self._accept)
 
     def _admit(self, connection: socket.socket) -> None:
-        num_others = self._num_open() + len(self._opening)
-        if num_others >= self._most:
+        num_others = self.num_open() + len(self._opening)
+        if num_others >= self.most:
             self._log_refusal()
-        if num_others >= self._most + self._most_lingering:
+        if num_others >= self.most + self.most_lingering:
             connection.close()
             return
-        task = self._loop.create_task(self._open(connection, self._make_protocol(num_others < self._most)))
+        task = self._loop.create_task(self._open(connection, self.make_protocol(num_others < self.most)))
         self._opening.add(task)
         task.add_done_callback(self._opening.discard)
 
@@ -126,9 +119,10 @@ class Acceptor:
         task = asyncio.current_task()
         assert task is not None
         opening = _OpeningProtocol(protocol, lambda: self._opening.discard(task))
+        handshake_seconds = self.handshake_seconds if self.tls else None
         try:
             await self._loop.connect_accepted_socket(
-                lambda: opening, connection, ssl=self._tls, ssl_handshake_timeout=self._handshake_seconds
+                lambda: opening, connection, ssl=self.tls, ssl_handshake_timeout=handshake_seconds
             )
         except OSError as error:  # TLS errors and time-outs are OSErrors
             logger.debug("A TLS handshake failed: %s", error)
@@ -136,7 +130,7 @@ class Acceptor:
     def _log_refusal(self) -> None:
         if (now := time.monotonic()) >= self._log_at:
             self._log_at = now + _LOG_EVERY_SECONDS
-            logger.warning("Refusing connections: %d are open, as many as the limit of open files allows", self._most)
+            logger.warning("Refusing connections: %d are open, as many as the limit of open files allows", self.most)
 
 
 class _OpeningProtocol(asyncio.Protocol):

@@ -1,4 +1,4 @@
-"""Limits of HTTP/1.1 messages, checked on the received bytes before they are parsed.
+"""Limits of HTTP/1.1 messages, checked on the received bytes before they are parsed, and the response of a refusal.
 
 The parser gets bytes up to the end of a head or of a message and no further. So one request is parsed at a time, even
 if a client sends several without waiting for responses.
@@ -11,8 +11,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from http import HTTPStatus
 
-from vllm_omni.entrypoints.server.refusals import Refusal
+from starlette.responses import JSONResponse
 
+from vllm_omni.entrypoints.openai.middlewares import REQUEST_ID_HEADER, request_id_for
+from vllm_omni.entrypoints.openai.schema.images import ErrorBody, ErrorResponse
+
+_GIVEN_ID = re.compile(rb"\n%b:[ \t]*([^\r\n]*)" % REQUEST_ID_HEADER.encode(), re.IGNORECASE)
 END = b"\r\n\r\n"
 """End of a head, and of a chunked body with its trailers."""
 _METHOD = re.compile(rb"[A-Z-]+(?: |\Z)")
@@ -22,6 +26,29 @@ _UPGRADE = re.compile(rb"\r\nupgrade:([^\r\n]*)", re.IGNORECASE)
 _PIECE_BYTES = 16 * 2**10
 """Bytes of a chunked body that are parsed before its limits are checked again."""
 _LEAST_CHUNK_BYTES = 64
+
+
+class Refusal(Exception):
+    """An error response that ends its connection. `retry_after`: seconds after which the client may try again."""
+
+    def __init__(self, status: HTTPStatus, message: str, *, code: str | None = None, retry_after: int | None = None):
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code or status.name.lower()
+        self.retry_after = retry_after
+
+    def answer(self, head: bytes = b"", default_headers: Iterable[tuple[bytes, bytes]] = ()) -> bytes:
+        """Bytes of the whole response. `head`: bytes of the request's head, whose `x-request-id` is returned."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        error = ErrorBody(message=self.message, type=kind, param=None, code=self.code)
+        given = found[1].decode("latin-1") if (found := _GIVEN_ID.search(head)) else ""
+        retry = ("x-should-retry", "false") if self.retry_after is None else ("retry-after", str(self.retry_after))
+        own = {REQUEST_ID_HEADER: request_id_for(given), retry[0]: retry[1], "connection": "close"}
+        response = JSONResponse(ErrorResponse(error=error).model_dump(), self.status, own)
+        lines = [b"HTTP/1.1 %d %b" % (self.status, self.status.phrase.encode())]
+        lines += [b"%b: %b" % header for header in (*default_headers, *response.raw_headers)]
+        return b"\r\n".join([*lines, b"", bytes(response.body)])
 
 
 @dataclass(frozen=True)

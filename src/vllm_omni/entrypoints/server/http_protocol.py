@@ -1,4 +1,4 @@
-"""HTTP connections that limit the bytes and the time of requests."""
+"""HTTP connections that limit the bytes and the time of requests, and disconnect slow readers."""
 
 from __future__ import annotations
 
@@ -16,24 +16,29 @@ from vllm_omni.entrypoints.server.framing import (
     Body,
     ChunkedBody,
     HttpLimits,
+    Refusal,
     check_beginning,
     check_head,
     expected_body,
 )
-from vllm_omni.entrypoints.server.refusals import Refusal
 
 logger = logging.getLogger(__name__)
 
 
-class BoundedHttpProtocol(HttpToolsProtocol):
+class HttpProtocol(HttpToolsProtocol):
     """uvicorn's protocol on httptools, which has no limits, with the limits of `limits`.
 
     Received bytes wait in `_received` until they are parsed: a head until it is complete, a further request until the
     request before it is answered. A request that breaks a limit gets the error object, and the connection ends; if the
     response has begun, the connection ends without one.
+
+    A response that nobody reads must not stay in memory for ever: when written bytes stay unread for `unread_seconds`,
+    the transport is aborted, because closing it would wait for the client. The app sees a client that disconnected.
+    `SendInPieces` around the app writes one piece at a time, so a client has `unread_seconds` for each piece.
     """
 
     limits = HttpLimits()
+    unread_seconds = 60.0
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -46,10 +51,12 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """Body that the parsed head announced, until it is complete."""
         self._num_content = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._unread_timer: asyncio.TimerHandle | None = None
         self._refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=1)  # every unread byte counts; with 0, TLS never resumes
         if self.client is not None:
             host, port = self.client
             self.client = (host.removeprefix("::ffff:") if "." in host else host, port)  # IPv4 on an IPv6 socket
@@ -57,8 +64,25 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_timer()
+        self._cancel_unread_timer()
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread_timer = self.loop.call_later(self.unread_seconds, self._abort_unread)
+
+    def resume_writing(self) -> None:
+        self._cancel_unread_timer()
+        super().resume_writing()
+
+    def _cancel_unread_timer(self) -> None:
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+
+    def _abort_unread(self) -> None:
+        logger.info("Disconnected a client that did not read its response for %g seconds", self.unread_seconds)
+        self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         if self._refused:
@@ -158,7 +182,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().on_message_complete()
         if self.cycle.response_complete:  # the response did not need the body
             self._cancel_timer()
-            self._await_next_request()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -172,9 +198,6 @@ class BoundedHttpProtocol(HttpToolsProtocol):
                 self._parse_received()
             except (Refusal, httptools.HttpParserError) as error:
                 self._refuse_for(error)
-
-    def _await_next_request(self) -> None:
-        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     # Refusals and timers.
 

@@ -6,15 +6,15 @@ import errno
 import os
 import socket
 import stat
-from typing import Self
+from contextlib import AbstractContextManager
 
-from vllm_omni.entrypoints.cli.args import HttpOptions
+from vllm_omni.entrypoints.openai.settings import HttpOptions
 from vllm_omni.errors import ConfigError
 
 BACKLOG = 2048
 
 
-class ListeningSocket:
+class ListeningSocket(AbstractContextManager["ListeningSocket"]):
     """A listening TCP or Unix socket; leaving the context closes it and removes the file of a Unix socket.
 
     Raises ConfigError if the address cannot be used.
@@ -27,9 +27,6 @@ class ListeningSocket:
         self.socket.listen(BACKLOG)
         scheme = "https" if http.ssl_certfile else "http"
         self.address = f"unix:{http.uds}" if http.uds else _url(scheme, *self.socket.getsockname()[:2])
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

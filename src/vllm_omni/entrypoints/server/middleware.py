@@ -10,11 +10,10 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from vllm_omni.entrypoints.cli import vllm_api
-from vllm_omni.entrypoints.cli.args import HttpOptions
-from vllm_omni.entrypoints.openai.errors import CatchErrors
-from vllm_omni.entrypoints.openai.middlewares.request_id import RequestId
-from vllm_omni.entrypoints.openai.requests.ignored_fields import IGNORED_FIELDS_HEADER
+from vllm_omni.entrypoints import vllm_api
+from vllm_omni.entrypoints.openai.middlewares import CatchErrors, RequestId
+from vllm_omni.entrypoints.openai.requests.parameters import IGNORED_FIELDS_HEADER
+from vllm_omni.entrypoints.openai.settings import HttpOptions
 from vllm_omni.errors import ConfigError
 
 EXPOSED_HEADERS = (

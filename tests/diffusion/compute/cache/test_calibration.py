@@ -20,6 +20,7 @@ from testbed.tiny_models import SMALL, build_tiny_qwen_image
 from vllm_omni.diffusion.catalog.hub import HubAccess
 from vllm_omni.diffusion.compute.cache.calibration import Change, fit_polynomial, root_mean_square_error
 from vllm_omni.entrypoints.cli import calibrate
+from vllm_omni.entrypoints.cli.commands import CALIBRATE
 from vllm_omni.entrypoints.cli.main import main
 from vllm_omni.errors import ConfigError
 
@@ -73,7 +74,7 @@ def test_the_command_measures_and_fits(calm_model: Path, tmp_path: Path, capsys:
     words = ["--prompts", str(prompts), "--size", "64x48", "--num-inference-steps", str(STEPS)]
     words += ["--true-cfg-scale", "3", "--seed", "5", "--out", str(tmp_path / "out" / "tiny")]
     with pytest.raises(SystemExit) as ended:
-        main([calibrate.COMMAND, str(calm_model), *words])
+        main([CALIBRATE, str(calm_model), *words])
 
     assert ended.value.code == 0
     report = json.loads((tmp_path / "out" / "tiny.json").read_text())
@@ -117,7 +118,7 @@ def test_wrong_flags_are_named(words: list[str], message: str) -> None:
 def test_a_hub_model_is_named_as_in_serve() -> None:
     words = ["org/painter", "--revision", "v1", "--download-dir", "/models", "--hf-token", "hf_x", "--variant", "fp16"]
     args = calibrate.parse_args([*words, "--dtype", "half"])
-    assert (args.access, args.dtype) == (HubAccess("v1", "/models", "hf_x", "fp16"), "half")
+    assert (HubAccess.of(args.config), args.config.dtype) == (HubAccess("v1", "/models", "hf_x", "fp16"), "float16")
     with pytest.raises(ConfigError, match=r"^--revision v1 is for hub models; 'demo' is a folder"):
         calibrate._measure(calibrate.parse_args(["demo", "--revision", "v1"]))
 
@@ -126,7 +127,7 @@ def test_what_the_model_does_not_take_ends_the_command(
     calm_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        main([calibrate.COMMAND, str(calm_model), "--size", "70x64", "--out", str(tmp_path / "x")])
+        main([CALIBRATE, str(calm_model), "--size", "70x64", "--out", str(tmp_path / "x")])
     assert ended.value.code == 2
     assert "nearest valid size is 64x64" in capsys.readouterr().err
 
@@ -139,7 +140,7 @@ def test_files_are_chosen_and_checked_as_in_serve(
         file.rename(file.with_suffix(".fp16.safetensors"))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a photo\n")
-    command = [calibrate.COMMAND, str(folder), "--prompts", str(prompts), "--size", "32x32"]
+    command = [CALIBRATE, str(folder), "--prompts", str(prompts), "--size", "32x32"]
     command += ["--num-inference-steps", str(STEPS), "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as ended:
         main(command)
@@ -169,7 +170,7 @@ def test_an_editing_model_is_measured_on_pictures(tmp_path: Path) -> None:
     )
     words = ["--images", picture(tmp_path), "--num-inference-steps", "4", "--out", str(tmp_path / "tea.v2")]
     with pytest.raises(SystemExit) as ended:
-        main([calibrate.COMMAND, str(model), *words])
+        main([CALIBRATE, str(model), *words])
     assert ended.value.code == 0
     report = json.loads((tmp_path / "tea.v2.json").read_text())
     assert {step for step, _, _ in report["changes"]} == {1, 2, 3}
@@ -198,6 +199,6 @@ def test_models_that_cannot_be_measured_so_are_refused(
 ) -> None:
     images = ["--images", picture(tmp_path)] if with_picture else []
     with pytest.raises(SystemExit) as ended:
-        main([calibrate.COMMAND, str(build(tmp_path / "model")), *images, "--out", str(tmp_path / "x")])
+        main([CALIBRATE, str(build(tmp_path / "model")), *images, "--out", str(tmp_path / "x")])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err

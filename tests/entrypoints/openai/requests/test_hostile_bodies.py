@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from testbed.live_server import LiveServer
 from tests.entrypoints.openai.routes.test_image_errors import error_of
 from vllm_omni.entrypoints.openai.quotes import MAX_QUOTE, quote
-from vllm_omni.entrypoints.openai.requests import body_reader, chat_body, ignored_fields
+from vllm_omni.entrypoints.openai.requests import body_reader, chat_body, parameters
 from vllm_omni.entrypoints.openai.schema.chat import MAX_MESSAGES, ChatCompletionRequest
 from vllm_omni.entrypoints.openai.schema.images import ImageEditRequest, ImageGenerationRequest, ImageOptions
 
@@ -94,13 +94,13 @@ def test_bodies_are_checked_off_the_loop(
 
 
 def test_of_many_unknown_fields_few_are_looked_at(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    printable, seen = ignored_fields._printable, []
+    printable, seen = parameters._printable, []
 
     def watched(name: str) -> str:
         seen.append(name)
         return printable(name)
 
-    monkeypatch.setattr(ignored_fields, "_printable", watched)
+    monkeypatch.setattr(parameters, "_printable", watched)
     response = http.post(GENERATIONS, json={"prompt": "a", **MANY_KEYS})
     assert response.status_code == 200
     *names, rest = response.headers["x-omni-ignored-fields"].split(",")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vllm_omni.entrypoints.openai.requests.upload_budget import UploadBudget
+from vllm_omni.entrypoints.openai.requests.body_reader import UploadBudget
 from vllm_omni.errors import QueueFullError
 from vllm_omni.inputs.images import InputImage
 

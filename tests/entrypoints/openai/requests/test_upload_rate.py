@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_omni.entrypoints.openai.requests.upload_rate import UploadRate
+from vllm_omni.entrypoints.openai.requests.body_reader import UploadRate
 
 MIB = 2**20
 

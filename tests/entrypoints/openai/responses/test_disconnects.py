@@ -21,7 +21,7 @@ from testbed.live_server import FAKE_EDIT_INFO, LiveServer, live_server
 from testbed.tiny_models import photo
 from tests.entrypoints.openai.requests.pictures.decoders import decode_pids, num_queued
 from tests.entrypoints.openai.routes.test_image_edits import EDITS, file_of
-from vllm_omni.entrypoints.openai.responses.event_stream import EventStream
+from vllm_omni.entrypoints.openai.responses.answers import EventStream
 from vllm_omni.jobs import OutputStream
 
 

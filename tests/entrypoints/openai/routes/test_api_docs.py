@@ -15,7 +15,7 @@ from testbed.live_server import FAKE_EDIT_INFO, FAKE_INFO, LiveServer, live_serv
 from tests.entrypoints.openai.routes.test_image_edits import PHOTO, file_of
 from tests.entrypoints.openai.routes.test_image_errors import error_of
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
-from vllm_omni.entrypoints.cli.vllm_api import swagger_ui_folder
+from vllm_omni.entrypoints.vllm_api import swagger_ui_folder
 
 
 class Links(HTMLParser):

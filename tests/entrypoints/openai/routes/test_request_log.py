@@ -12,7 +12,7 @@ import pytest
 from testbed.fakes import make_request
 from testbed.live_server import live_server
 from vllm_omni.diffusion.messages.request import LoRA
-from vllm_omni.entrypoints.openai.routes.request_log import log_request
+from vllm_omni.entrypoints.openai.routes.picture_service import log_request
 
 BODY = {"prompt": "a secret garden", "size": "96x64", "n": 2, "num_inference_steps": 3, "seed": 7}
 

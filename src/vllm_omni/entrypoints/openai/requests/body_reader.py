@@ -1,13 +1,14 @@
-"""Request bodies as they arrive: bounded in time and in memory; JSON is parsed and validated in a thread.
+"""Request bodies as they arrive, bounded in time and in memory, and work that ends when its client disconnects.
 
-A hostile JSON body takes time in that thread and not on the event loop.
+JSON is parsed and validated in a thread: a hostile body takes time there and not on the event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,17 +17,106 @@ from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
-from vllm_omni.entrypoints.openai.requests.upload_budget import UploadReservation
-from vllm_omni.entrypoints.openai.requests.upload_rate import UploadRate
-from vllm_omni.errors import InvalidRequestError, RequestAbortedError
+from vllm_omni.errors import InvalidRequestError, QueueFullError, RequestAbortedError
+from vllm_omni.inputs.images import InputImage
 
+MAX_UPLOAD_BYTES = 2 * 2**30
+"""Room for a queue of 256 edits with a few pictures of a million pixels each, or for 20 pictures of 33 million."""
+MIN_BYTES_PER_SECOND = 16 * 2**10
+"""Minimum rate over `silence_seconds`. It is low, because links have short interruptions."""
+MIN_LASTING_BYTES_PER_SECOND = 64 * 2**10
+"""Minimum rate over `LONG_FACTOR * silence_seconds`: half of 1 Mbit/s, at which 50 MB take seven minutes."""
+LONG_FACTOR = 10
 MAX_JSON_BYTES = 32 * 2**20
 """Most bytes of a JSON body with pictures: it is parsed in one piece. Larger pictures come as multipart/form-data."""
 MAX_JSON_ITEMS = 2**17
 """Most commas and brackets: the parser holds the interpreter lock, and its objects are many times as large as text."""
-
 Body = TypeVar("Body", bound=BaseModel)
 Result = TypeVar("Result")
+
+
+class UploadReservation(AbstractContextManager["UploadReservation"]):
+    """Bytes of the upload budget that one request holds, and its pictures; leaving the context releases the bytes.
+
+    Nothing else may refer to the pictures, so that `replace_images` frees the memory of the old ones.
+    """
+
+    def __init__(self, budget: UploadBudget) -> None:
+        self._budget = budget
+        self.num_bytes = 0
+        self.images: tuple[InputImage, ...] = ()
+
+    def add(self, num_bytes: int) -> None:
+        """Hold `num_bytes` more. Raises QueueFullError if the budget of all requests has no room for them."""
+        if self._budget.num_bytes + num_bytes > self._budget.max_bytes:
+            raise QueueFullError("the pictures of other requests leave no room for this one's", retry_after=1.0)
+        self.num_bytes += num_bytes
+        self._budget.num_bytes += num_bytes
+
+    def release(self, num_bytes: int) -> None:
+        self.num_bytes -= num_bytes
+        self._budget.num_bytes -= num_bytes
+
+    def keep_image(self, image: InputImage) -> None:
+        """Hold one more picture. Raises QueueFullError."""
+        self.add(image.num_bytes)
+        self.images += (image,)
+
+    def replace_images(self, images: Iterable[InputImage]) -> None:
+        """Hold `images` instead of the pictures so far. Raises QueueFullError."""
+        self.release(sum(image.num_bytes for image in self.images))
+        self.images = ()
+        for image in images:
+            self.keep_image(image)
+
+    def transfer(self) -> UploadReservation:
+        """Transfer the bytes to a new reservation, which the caller must leave."""
+        other = UploadReservation(self._budget)
+        other.num_bytes, self.num_bytes = self.num_bytes, 0
+        return other
+
+    def __exit__(self, *_: object) -> None:
+        self.release(self.num_bytes)
+
+
+@dataclass(eq=False)
+class UploadBudget:
+    """Bytes that the uploads of all requests hold together, at most `max_bytes`."""
+
+    max_bytes: int = MAX_UPLOAD_BYTES
+    num_bytes: int = 0
+
+    def reserve(self) -> UploadReservation:
+        return UploadReservation(self)
+
+
+class UploadRate:
+    """Two allowances of waiting time: one of `silence_seconds`, one of `LONG_FACTOR` times as much.
+
+    Waiting uses up both allowances, and bytes refill them at their minimum rates, never above their first value. So a
+    sender above both rates may go on for ever, and a fast beginning does not allow a long pause later.
+    """
+
+    def __init__(self, silence_seconds: float) -> None:
+        self._rates = (MIN_BYTES_PER_SECOND, MIN_LASTING_BYTES_PER_SECOND)
+        self._most = (silence_seconds, LONG_FACTOR * silence_seconds)
+        self._left: tuple[float, ...] = self._most
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds within which the next bytes must arrive."""
+        return min(self._left)
+
+    def count(self, num_bytes: int, seconds: float) -> None:
+        """Count `num_bytes` that arrived after a wait of `seconds`."""
+        self._left = tuple(
+            min(most, left + num_bytes / rate - seconds)
+            for most, left, rate in zip(self._most, self._left, self._rates, strict=True)
+        )
+
+    def __str__(self) -> str:
+        (short, lasting), (rate, lasting_rate) = self._most, self._rates
+        return f"{rate} bytes a second for {short:g} seconds, or than {lasting_rate} for {lasting:g}"
 
 
 @dataclass(frozen=True)
@@ -137,3 +227,25 @@ def _parsed(data: bytearray) -> Any:
 def _invalid(error: Mapping[str, Any]) -> RequestValidationError:
     """The exception that FastAPI raises for bodies that it reads itself."""
     return RequestValidationError([{**error, "loc": ("body", *error["loc"])}])
+
+
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of `work`. If the client disconnects first, cancel `work` and raise RequestAbortedError.
+
+    The body of the request must have been read.
+    """
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(request))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise RequestAbortedError("the client closed the connection")
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

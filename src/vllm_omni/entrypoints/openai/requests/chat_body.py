@@ -11,12 +11,27 @@ from fastapi import Request
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.control.request_builder import MAX_PROMPT_CHARACTERS
 from vllm_omni.entrypoints.openai.quotes import quote
-from vllm_omni.entrypoints.openai.requests.body_reader import BodyReader, validated
+from vllm_omni.entrypoints.openai.requests.body_reader import BodyReader, UploadReservation, validated
 from vllm_omni.entrypoints.openai.requests.input_pictures import PictureReader
-from vllm_omni.entrypoints.openai.requests.text_tasks import is_text_task
-from vllm_omni.entrypoints.openai.requests.upload_budget import UploadReservation
 from vllm_omni.entrypoints.openai.schema.chat import ChatCompletionRequest, with_extra_body
 from vllm_omni.errors import InvalidRequestError
+
+TASK_OPENING = "### Task:"
+"""Opening of Open WebUI's tasks: title, tags, follow-up questions, search queries, image prompt, autocompletion."""
+OPENINGS = (
+    TASK_OPENING,
+    # Open WebUI: emoji of a voice call, merging the answers of several models.
+    "Your task is to reflect the speaker's likely facial expression through a fitting emoji.",
+    "You have been provided with a set of responses from various models to the latest user query:",
+    # LibreChat: titles.
+    "Provide a concise, 5-word-or-less title for the conversation",
+    "Analyze this conversation and provide:\n1. The detected language of the conversation",
+)
+RETRIEVAL_OPENING = "Respond to the user query"
+"""After `TASK_OPENING`: a user's own message, which Open WebUI wrapped in retrieved text. It is no text task."""
+TOOLS_OPENING = "Available Tools:"
+"""Opening of the system message with which Open WebUI chooses a tool; the user message has one of `QUERY_OPENINGS`."""
+QUERY_OPENINGS = ("Query:", "History:")
 
 
 @dataclass(frozen=True)
@@ -36,31 +51,31 @@ class UserMessage:
             raise _invalid("this model edits pictures and got none: the last user message needs an image_url part")
 
 
-@dataclass(frozen=True)
-class ChatReader:
-    """Reads chat requests."""
+async def read_chat(
+    request: Request,
+    reservation: UploadReservation,
+    bodies: BodyReader,
+    pictures: PictureReader,
+    *,
+    finds_text_tasks: bool,
+) -> tuple[ChatCompletionRequest, str | None]:
+    """The body of a chat and its prompt, or None for a text task. The pictures of the prompt go into `reservation`.
 
-    bodies: BodyReader
-    pictures: PictureReader
-    finds_text_tasks: bool
-    """Whether text tasks of front ends are told apart from prompts: see `is_text_task`."""
+    finds_text_tasks: whether text tasks of front ends are told apart from prompts: see `is_text_task`.
+    Raises as `EditReader.read`.
+    """
 
-    async def read(self, request: Request, reservation: UploadReservation) -> tuple[ChatCompletionRequest, str | None]:
-        """The body and its prompt, or None for a text task. The pictures of the prompt go into `reservation`.
-
-        Raises as `EditReader.read`.
-        """
-        body, message = await self.bodies.json(request, reservation, self._convert)
-        if message is None:
-            return body, None
-        message.check_images(self.pictures.info)
-        await self.pictures.read_urls(request, message.urls, reservation)
-        return body, message.text
-
-    def _convert(self, value: Any) -> tuple[ChatCompletionRequest, UserMessage | None]:
+    def convert(value: Any) -> tuple[ChatCompletionRequest, UserMessage | None]:
         body = validated(lambda: ChatCompletionRequest.model_validate(with_extra_body(value)))
-        is_task = self.finds_text_tasks and is_text_task(body.messages)
+        is_task = finds_text_tasks and is_text_task(body.messages)
         return body, None if is_task else last_user_message(body.messages)
+
+    body, message = await bodies.json(request, reservation, convert)
+    if message is None:
+        return body, None
+    message.check_images(pictures.info)
+    await pictures.read_urls(request, message.urls, reservation)
+    return body, message.text
 
 
 def last_user_message(messages: Sequence[Mapping[str, Any]]) -> UserMessage:
@@ -99,3 +114,27 @@ def last_user_message(messages: Sequence[Mapping[str, Any]]) -> UserMessage:
 
 def _invalid(message: str) -> InvalidRequestError:
     return InvalidRequestError(f"messages: {message}", param="messages")
+
+
+def is_text_task(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a front end sent `messages` by itself to get text, such as a title. One with pictures is a user's own.
+
+    Front ends send such requests to the same model after each answer; a model that makes pictures would make one for
+    each. The openings are those of the front ends' default prompts.
+    """
+    text = _text_of_last(messages, "user")
+    if text.startswith(TASK_OPENING):
+        return not text.removeprefix(TASK_OPENING).lstrip().startswith(RETRIEVAL_OPENING)
+    if text.startswith(OPENINGS):
+        return True
+    return text.startswith(QUERY_OPENINGS) and _text_of_last(messages, "system").startswith(TOOLS_OPENING)
+
+
+def _text_of_last(messages: Sequence[Mapping[str, Any]], role: str) -> str:
+    """Text of the last message of `role`; empty if there is none, and for a message with several parts."""
+    content = next((message.get("content") for message in reversed(messages) if message.get("role") == role), None)
+    match content:
+        case str(text) | [{"type": "text", "text": str(text)}]:
+            return text.lstrip()
+        case _:
+            return ""

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from fastapi import Request
 
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.control.request_builder import check_num_images
-from vllm_omni.entrypoints.openai.disconnect import unless_disconnected
+from vllm_omni.entrypoints.openai.requests.body_reader import UploadReservation, unless_disconnected
 from vllm_omni.entrypoints.openai.requests.fetching import MediaFetcher
 from vllm_omni.entrypoints.openai.requests.pictures.pool import DecodePool
-from vllm_omni.entrypoints.openai.requests.upload_budget import UploadReservation
 from vllm_omni.errors import InvalidRequestError
-from vllm_omni.inputs.images import ReaderSizes
+from vllm_omni.inputs.images import InputImage, ReaderSizes
 
 MAX_IMAGE_BYTES = 50 * 2**20
 _BARE_BASE64 = re.compile(r"[A-Za-z0-9+/]{40}")
@@ -49,9 +47,7 @@ class PictureReader:
         if _BARE_BASE64.match(url):
             url = f"data:;base64,{url}"
         if url.startswith("data:"):
-            with _naming_picture(reservation):
-                image = await self.decoder.data_url(url, self._sizes)
-            reservation.keep_image(image)
+            await self._keep(self.decoder.data_url(url, self._sizes), reservation)
         else:
             await self.read_file(await self.media.fetch(url, reservation.add), reservation)
 
@@ -60,22 +56,19 @@ class PictureReader:
 
         Raises InvalidRequestError and QueueFullError.
         """
-        with _naming_picture(reservation):
-            image = await self.decoder.file(data, self._sizes)
-        reservation.release(len(data))
+        await self._keep(self.decoder.file(data, self._sizes), reservation, len(data))
+
+    async def _keep(self, decoding: Awaitable[InputImage], reservation: UploadReservation, num_file: int = 0) -> None:
+        """Hold a decoded picture in place of the `num_file` bytes of its file; errors name the picture's number."""
+        try:
+            image = await decoding
+        except InvalidRequestError as error:
+            number = len(reservation.images) + 1
+            raise InvalidRequestError(f"{error} (picture {number} of the request)", param=error.param) from error
+        reservation.release(num_file)
         reservation.keep_image(image)
 
     @property
     def _sizes(self) -> Callable[[int, int], ReaderSizes]:
         assert self.info.image_input is not None, "pictures are refused earlier for a model that takes none"
         return self.info.image_input.sizes
-
-
-@contextmanager
-def _naming_picture(reservation: UploadReservation) -> Iterator[None]:
-    """Add the number of the picture that is being read to InvalidRequestErrors."""
-    try:
-        yield
-    except InvalidRequestError as error:
-        number = len(reservation.images) + 1
-        raise InvalidRequestError(f"{error} (picture {number} of the request)", param=error.param) from error

@@ -1,17 +1,23 @@
-"""Sampling parameters and image format from the fields of a body. The engine checks its own limits later."""
+"""Sampling parameters and image format from the fields of a body, and the fields without effect.
+
+The engine checks its own limits later.
+"""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Collection, Sequence
 
+from vllm_omni.diffusion.catalog.model_info import Guidance
 from vllm_omni.entrypoints.openai.responses.encoding import ImageFormat
 from vllm_omni.entrypoints.openai.schema.images import RANDOM_SEED, ImageGenerationRequest, ImageOptions
 from vllm_omni.errors import InvalidRequestError, ModelNotFoundError
-from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams
+from vllm_omni.inputs.data import PARAMETERS, LoRARequest, OmniDiffusionSamplingParams
 
 _MAX_NAME = 64
 _NUM_RANDOM_SEEDS = 2**32
+IGNORED_FIELDS_HEADER = "x-omni-ignored-fields"
+_MAX_LISTED_FIELDS = 20
 
 
 def check_model_name(model: str | None, served_names: Sequence[str]) -> None:
@@ -57,11 +63,6 @@ def _num_outputs_of(body: ImageOptions) -> int:
     return count
 
 
-def _seed_of(body: ImageOptions) -> int | None:
-    """Seed of the first picture. A random one is drawn here: None is the server's default, which may be fixed."""
-    return secrets.randbelow(_NUM_RANDOM_SEEDS) if body.seed == RANDOM_SEED else body.seed
-
-
 def parse_parameters(body: ImageOptions, adapters: Collection[str]) -> tuple[OmniDiffusionSamplingParams, ImageFormat]:
     """Sampling parameters of the pictures, and the format of their files.
 
@@ -86,26 +87,19 @@ def parse_parameters(body: ImageOptions, adapters: Collection[str]) -> tuple[Omn
     image_format = ImageFormat(body.output_format, body.output_compression)
     if height is not None and width is not None:
         image_format.check_size(height, width)
-    params = OmniDiffusionSamplingParams(
-        height=height,
-        width=width,
-        num_inference_steps=body.num_inference_steps,
-        guidance_scale=body.guidance_scale,
-        true_cfg_scale=body.true_cfg_scale,
-        strength=body.strength,
-        cfg_normalization=body.cfg_normalization,
-        cfg_truncation=body.cfg_truncation,
-        seed=_seed_of(body),
-        num_outputs_per_prompt=_num_outputs_of(body),
-        cache=body.cache,
-        max_sequence_length=body.max_sequence_length,
-        lora_request=_adapter(body, adapters),
-        lora_scale=None if body.lora is None else body.lora.scale,
-        priority=body.priority,
-        output_type="np",
-        num_previews=num_previews,
-    )
-    return params, image_format
+    same = {name: getattr(body, name) for name in PARAMETERS if name in type(body).model_fields}
+    different = {
+        "height": height,
+        "width": width,
+        # A random seed is drawn here: None is the server's default, which may be fixed.
+        "seed": secrets.randbelow(_NUM_RANDOM_SEEDS) if body.seed == RANDOM_SEED else body.seed,
+        "num_outputs_per_prompt": _num_outputs_of(body),
+        "lora_request": _adapter(body, adapters),
+        "lora_scale": None if body.lora is None else body.lora.scale,
+        "output_type": "np",
+        "num_previews": num_previews,
+    }
+    return OmniDiffusionSamplingParams(**{**same, **different}), image_format
 
 
 def _adapter(body: ImageOptions, adapters: Collection[str]) -> LoRARequest | None:
@@ -115,3 +109,25 @@ def _adapter(body: ImageOptions, adapters: Collection[str]) -> LoRARequest | Non
     if chosen not in (None, name):
         raise InvalidRequestError(f"lora: names {name!r:.{_MAX_NAME}}, and model names {chosen!r}", param="lora")
     return None if name is None else LoRARequest(name)
+
+
+def ignored_fields(body: ImageOptions, guidance: Guidance, has_guidance: bool) -> tuple[str, ...]:
+    """Names of the fields of `body` that have no effect, safe for a header and a log line.
+
+    They are unknown fields, and one half of a pair: guidance needs both a negative prompt and a scale. If there are
+    many, the last entry is the number of the omitted names (`+3 more`).
+    """
+    names = list(body.model_extra or ())
+    if isinstance(body, ImageGenerationRequest) and body.partial_images and not body.stream:
+        names.append("partial_images")
+    if not has_guidance:
+        names += guidance.asked_by(body.negative_prompt, body)
+    listed = [_printable(name) for name in names[:_MAX_LISTED_FIELDS]]
+    if (num_left_out := len(names) - len(listed)) > 0:
+        listed.append(f"+{num_left_out} more")
+    return tuple(listed)
+
+
+def _printable(name: str) -> str:
+    """The beginning of a client's field name with characters that a header can hold."""
+    return "".join(c if c.isascii() and (c.isalnum() or c in "_.-") else "?" for c in name[:_MAX_NAME])

@@ -1,27 +1,39 @@
-"""Parts that all answers share: options, usage, timings, and JSON around encoded pictures."""
+"""Parts that all answers share: options, usage, timings, JSON around encoded pictures, and server-sent events."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable, Mapping
+from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from sse_starlette.sse import AppStatus, EventSourceResponse
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
+from vllm_omni.entrypoints.openai.errors import error_body
 from vllm_omni.entrypoints.openai.responses.encoding import ImageFormat
 from vllm_omni.entrypoints.openai.schema.images import (
+    ErrorResponse,
     ImageEditRequest,
     ImageOptions,
     ReportedQuality,
     TokenDetails,
     Usage,
 )
+from vllm_omni.errors import RequestError
 from vllm_omni.jobs import OutputStream
 from vllm_omni.outputs import OmniRequestOutput
+
+logger = logging.getLogger(__name__)
+
+# sse-starlette ends every stream when uvicorn gets SIGTERM. Here the server finishes running requests first.
+AppStatus.disable_automatic_graceful_drain()
 
 # Models here have one quality. OpenAI's response type has no `auto`, `standard` and `hd`, so their meaning is reported.
 _REPORTED_QUALITY: dict[str, ReportedQuality] = {"auto": "high", "hd": "high", "standard": "medium"}
@@ -118,3 +130,51 @@ def json_with_list(fields: Mapping[str, Any], name: str, items: Iterable[bytes])
 async def _each(pieces: list[bytes]) -> AsyncIterator[bytes]:
     for piece in pieces:
         yield piece
+
+
+class EventStream(EventSourceResponse):  # type: ignore[misc]  # mypy is told to skip sse_starlette
+    """Sends `events` as they come; a failure becomes the last event.
+
+    However the response ends, even before its first event, it closes `outputs`, which aborts the request, and leaves
+    `reservation`.
+    """
+
+    def __init__(
+        self,
+        outputs: OutputStream,
+        events: AsyncGenerator[bytes, None],
+        keep_alive_seconds: float,
+        headers: Mapping[str, str],
+        reservation: AbstractContextManager[object],
+    ) -> None:
+        super().__init__(_with_failure(events), ping=keep_alive_seconds, headers=headers)
+        self._outputs = outputs
+        self._reservation = reservation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._reservation:
+            async with aclosing(self._outputs):
+                await super().__call__(scope, receive, send)
+
+
+async def _with_failure(events: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
+    """`events`, and an event with the error object if they fail."""
+    try:
+        async with aclosing(events):
+            async for event in events:
+                yield event
+    except Exception as error:  # the status line is sent already, so any failure must become the last event
+        if not isinstance(error, RequestError):
+            logger.exception("An event stream failed")
+        yield frame(ErrorResponse(error=error_body(error)).model_dump_json().encode())
+
+
+def frame(data: bytes) -> bytes:
+    """One event as bytes, which sse-starlette sends unchanged; it would search a string for line ends."""
+    return data.join(frame_around())
+
+
+def frame_around(kind: str | None = None) -> tuple[bytes, bytes]:
+    """Bytes before and after the data of an event. `kind`: name of the event, if it has one."""
+    name = b"" if kind is None else b"event: %s\r\n" % kind.encode()
+    return name + b"data: ", b"\r\n\r\n"

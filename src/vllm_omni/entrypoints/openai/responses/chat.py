@@ -14,12 +14,13 @@ from starlette.responses import JSONResponse, Response
 from vllm_omni.entrypoints.openai.responses.answers import (
     ResponseOptions,
     encode_all,
+    frame,
+    frame_around,
     is_finished_picture,
     json_with_list,
     usage,
 )
 from vllm_omni.entrypoints.openai.responses.encoding import ImageEncoder
-from vllm_omni.entrypoints.openai.responses.event_stream import frame, frame_around
 from vllm_omni.entrypoints.openai.schema.chat import ChatCompletionRequest, ChatUsage
 from vllm_omni.jobs import OutputStream
 from vllm_omni.outputs import OmniRequestOutput
@@ -124,18 +125,17 @@ def empty_completion(
     """Answer to a text task: a chat completion with empty text, or its chunks."""
     usage = ChatUsage(prompt_tokens=0, completion_tokens=0, total_tokens=0)
     ignored = {"ignored_fields": list(ignored_fields)}
+    message = {"role": "assistant", "content": ""}
     if not stream:
-        message = {"role": "assistant", "content": ""}
         choices = [{"index": i, "finish_reason": "stop", "message": message} for i in range(num_choices)]
         return JSONResponse(envelope.completion(usage) | ignored | {"choices": choices}, headers=headers)
-    events = []
+    chunks = []
     for i in range(num_choices):
-        delta = {"role": "assistant", "content": ""}
-        events.append(_event(envelope.chunk({"index": i, "finish_reason": None, "delta": delta})))
-        events.append(_event(envelope.chunk({"index": i, "finish_reason": "stop", "delta": {}}) | ignored))
+        chunks.append(envelope.chunk({"index": i, "finish_reason": None, "delta": message}))
+        chunks.append(envelope.chunk({"index": i, "finish_reason": "stop", "delta": {}}) | ignored)
     if envelope.include_usage:
-        events.append(_event(envelope.chunk() | {"usage": usage.model_dump()} | ignored))
-    return Response(b"".join([*events, _DONE]), media_type="text/event-stream", headers=headers)
+        chunks.append(envelope.chunk() | {"usage": usage.model_dump()} | ignored)
+    return Response(b"".join([*map(_event, chunks), _DONE]), media_type="text/event-stream", headers=headers)
 
 
 def _as_json(value: dict[str, Any]) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +14,13 @@ from starlette.responses import Response
 from vllm_omni.entrypoints.openai.responses.answers import (
     ResponseOptions,
     encode_all,
+    frame_around,
     is_finished_picture,
     json_with_list,
     usage,
 )
 from vllm_omni.entrypoints.openai.responses.encoding import ImageEncoder, json_around_image
-from vllm_omni.entrypoints.openai.responses.event_stream import frame_around
-from vllm_omni.entrypoints.openai.responses.stored_files import FileLinks
-from vllm_omni.entrypoints.openai.schema.images import ImageData, ImagesResponse, Usage
+from vllm_omni.entrypoints.openai.schema.images import ImageData, ImagesResponse
 from vllm_omni.jobs import OutputStream
 from vllm_omni.outputs import OmniRequestOutput
 
@@ -32,8 +31,8 @@ class ImagesAnswer:
 
     encoder: ImageEncoder
     options: ResponseOptions
-    links: FileLinks | None
-    """Links instead of base64 in `response`; streams carry base64."""
+    store: Callable[[bytes, str], str] | None = None
+    """Stores a file of a content type and returns its URL; without it, and in streams, pictures are base64."""
 
     async def response(self, output: OmniRequestOutput) -> Response:
         pictures = [self._item(pixels, seed) for pixels, seed in zip(output.images, output.seeds, strict=True)]
@@ -52,10 +51,10 @@ class ImagesAnswer:
     async def _item(self, pixels: np.ndarray, seed: int) -> bytes:
         """One entry of `data` as JSON."""
         image_format = self.options.image_format
-        if self.links is None:
+        if self.store is None:
             return await self.encoder.base64(pixels, image_format, *json_around_image({"seed": seed}))
         data = await self.encoder.file(pixels, image_format)
-        url = self.links.store(data, image_format.content_type)
+        url = self.store(data, image_format.content_type)
         return ImageData(url=url, seed=seed).model_dump_json(exclude_none=True).encode()
 
     async def events(self, outputs: OutputStream) -> AsyncGenerator[bytes, None]:
@@ -66,22 +65,24 @@ class ImagesAnswer:
         """
         num_partial: Counter[int] = Counter()
         num_finished = 0
+        fields: dict[str, Any]
         async for output in outputs:
             if output.finished:
                 return  # every picture has had its event
             if is_finished_picture(output):
-                yield await self._completed(output, usage(output, has_input=num_finished == 0))
+                used = usage(output, has_input=num_finished == 0).model_dump()
                 num_finished += 1
+                fields = {"usage": used, "timings": output.timings, **self.options.identifier_fields()}
+                fields |= {
+                    "ignored_fields": self.options.ignored_fields,
+                    "seed": output.seeds[0],
+                    "index": output.index,
+                }
+                yield await self._event("completed", output.images[0], fields)
             elif output.images:
                 fields = {"partial_image_index": num_partial[output.index], "index": output.index}
                 num_partial[output.index] += 1
                 yield await self._event("partial_image", output.images[0], fields)
-
-    async def _completed(self, output: OmniRequestOutput, used: Usage) -> bytes:
-        fields: dict[str, Any] = {"usage": used.model_dump(), "timings": output.timings}
-        fields |= self.options.identifier_fields()
-        fields |= {"ignored_fields": self.options.ignored_fields, "seed": output.seeds[0], "index": output.index}
-        return await self._event("completed", output.images[0], fields)
 
     async def _event(self, name: str, pixels: np.ndarray, fields: Mapping[str, Any]) -> bytes:
         kind = f"{self.options.event}.{name}"

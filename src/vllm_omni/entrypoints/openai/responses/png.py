@@ -10,7 +10,6 @@ import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 from isal import isal_zlib
@@ -40,10 +39,8 @@ class _Band:
     """Adler-32 of the bytes before compression."""
 
 
-class MapBands(Protocol):
-    """Signature of the built-in `map` and of `Executor.map`. The executor must not run on the calling thread."""
-
-    def __call__(self, function: Callable[[int], _Band], starts: Iterable[int], /) -> Iterable[_Band]: ...
+MapBands = Callable[[Callable[[int], _Band], Iterable[int]], Iterable[_Band]]
+"""Type of the built-in `map` and of `Executor.map`. The executor must not run on the calling thread."""
 
 
 def encode_png(pixels: np.ndarray, map_bands: MapBands = map) -> bytes:

@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fastapi import Request
-
 FILE_ROUTE = "image_file"
 """Name of the route that serves stored files."""
 _MAX_SWEEP_SECONDS = 60.0
@@ -66,15 +64,3 @@ class FileStore:
         while True:
             await asyncio.sleep(min(self._ttl_seconds, _MAX_SWEEP_SECONDS))
             self.sweep()
-
-
-@dataclass(frozen=True)
-class FileLinks:
-    """Stores the pictures of one request and makes links to them."""
-
-    files: FileStore
-    request: Request
-
-    def store(self, data: bytes, content_type: str) -> str:
-        """Store `data`; return its URL."""
-        return str(self.request.url_for(FILE_ROUTE, file_id=self.files.put(data, content_type)))

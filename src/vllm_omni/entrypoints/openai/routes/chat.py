@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from vllm_omni.entrypoints.openai.errors import ERROR_RESPONSES
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
-from vllm_omni.entrypoints.openai.requests.chat_body import ChatReader
+from vllm_omni.entrypoints.openai.requests.body_reader import BodyReader
+from vllm_omni.entrypoints.openai.requests.chat_body import read_chat
+from vllm_omni.entrypoints.openai.requests.input_pictures import PictureReader
 from vllm_omni.entrypoints.openai.responses.chat import ChatAnswer, ChatEnvelope, empty_completion
 from vllm_omni.entrypoints.openai.routes.picture_service import PictureService
 from vllm_omni.entrypoints.openai.schema.chat import ChatCompletion, ChatCompletionRequest
@@ -25,7 +28,8 @@ class ChatService:
     """Answers chat completions."""
 
     pictures: PictureService
-    reader: ChatReader
+    bodies: BodyReader
+    reader: PictureReader
     metrics: PrometheusObserver
 
     async def complete(self, request: Request) -> Response:
@@ -35,14 +39,16 @@ class ChatService:
         """
         self.pictures.check_makes_pictures()
         with self.pictures.budget.reserve() as reservation:
-            body, prompt = await self.reader.read(request, reservation)
+            finds_text_tasks = self.pictures.settings.chat_text_tasks == "empty"
+            body, prompt = await read_chat(
+                request, reservation, self.bodies, self.reader, finds_text_tasks=finds_text_tasks
+            )
             envelope = ChatEnvelope.of(body, self.pictures.settings.served_model_names[0])
             if prompt is None:
                 return self._empty(body, envelope, request)
             try:
-                accepted = await self.pictures.accept(body, prompt, request, reservation)
-                answer = ChatAnswer(self.pictures.encoder, accepted.options, envelope)
-                return await self.pictures.respond(accepted, answer, request, reservation)
+                make_answer = partial(ChatAnswer, self.pictures.encoder, envelope=envelope)
+                return await self.pictures.answer(body, prompt, make_answer, request, reservation)
             except InvalidRequestError as error:
                 if error.param != "prompt":
                     raise

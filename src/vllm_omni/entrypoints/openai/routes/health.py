@@ -10,7 +10,7 @@ from starlette.responses import PlainTextResponse, Response
 from vllm_omni import __version__
 from vllm_omni.entrypoints.openai.errors import ERROR_RESPONSES
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
-from vllm_omni.entrypoints.openai.middlewares.server_load import ServerLoad
+from vllm_omni.entrypoints.openai.middlewares import ServerLoad
 from vllm_omni.entrypoints.openai.requests.parameters import check_model_name
 from vllm_omni.entrypoints.openai.schema.images import (
     LoadResponse,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -10,14 +11,13 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from vllm_omni.entrypoints.openai.errors import ERROR_RESPONSES
-from vllm_omni.entrypoints.openai.requests.body_reader import BodyReader
+from vllm_omni.entrypoints.openai.requests.body_reader import BodyReader, UploadReservation
 from vllm_omni.entrypoints.openai.requests.edit_body import EditReader
-from vllm_omni.entrypoints.openai.requests.upload_budget import UploadReservation
 from vllm_omni.entrypoints.openai.responses.encoding import CONTENT_TYPES
 from vllm_omni.entrypoints.openai.responses.images import ImagesAnswer
-from vllm_omni.entrypoints.openai.responses.stored_files import FILE_ROUTE, FileLinks, FileStore
+from vllm_omni.entrypoints.openai.responses.stored_files import FILE_ROUTE, FileStore
 from vllm_omni.entrypoints.openai.routes.picture_service import PictureService
-from vllm_omni.entrypoints.openai.schema.examples import edit_example, edit_form_example, generation_example
+from vllm_omni.entrypoints.openai.schema.examples import EDIT_PROMPT, edit_example, form_example
 from vllm_omni.entrypoints.openai.schema.images import (
     MAX_INPUT_IMAGES,
     ImageEditRequest,
@@ -74,11 +74,12 @@ class ImageService:
             return await self._answer(body, request, reservation)
 
     async def _answer(self, body: ImageGenerationRequest, request: Request, reservation: UploadReservation) -> Response:
-        accepted = await self.pictures.accept(body, body.prompt, request, reservation)
+        def store(data: bytes, content_type: str) -> str:
+            return str(request.url_for(FILE_ROUTE, file_id=self.files.put(data, content_type)))
+
         response_format = body.response_format or self.pictures.settings.default_response_format
-        links = FileLinks(self.files, request) if response_format == "url" else None
-        answer = ImagesAnswer(self.pictures.encoder, accepted.options, links)
-        return await self.pictures.respond(accepted, answer, request, reservation)
+        make_answer = partial(ImagesAnswer, self.pictures.encoder, store=store if response_format == "url" else None)
+        return await self.pictures.answer(body, body.prompt, make_answer, request, reservation)
 
     def file(self, file_id: str) -> Response:
         """A stored picture. Raises HTTPException (404) if it is unknown or has expired."""
@@ -90,10 +91,10 @@ class ImageService:
 
 def _edit_bodies(model_name: str) -> dict[str, Any]:
     """OpenAPI's `content` of `/edits`, a route that reads its bodies itself. Swagger UI shows the first entry."""
-    in_json, form_example = body_schema(ImageEditRequest), edit_form_example(model_name)
+    in_json, example = body_schema(ImageEditRequest), form_example(model_name, EDIT_PROMPT)
     # Swagger UI fills a form field without an example from its type: it would send "string" as the model.
     in_form = {
-        name: {**schema, "example": form_example.get(name, "")}
+        name: {**schema, "example": example.get(name, "")}
         for name, schema in in_json["properties"].items()
         if name not in ("image", "images", "mask", "markup")
     }
@@ -106,7 +107,7 @@ def _edit_bodies(model_name: str) -> dict[str, Any]:
         },
         "multipart/form-data": {
             "schema": {**in_json, "properties": in_form, "required": ["image", "prompt"]},
-            "example": form_example,
+            "example": example,
         },
     }
 
@@ -128,7 +129,7 @@ def make_images_router(service: ImageService) -> APIRouter:
         summary="Make pictures from a prompt",
         response_model=ImagesResponse,
         responses={200: event_stream},
-        openapi_extra={"requestBody": json_request_body(ImageGenerationRequest, generation_example(model_name))},
+        openapi_extra={"requestBody": json_request_body(ImageGenerationRequest, form_example(model_name))},
         include_in_schema=makes_from_text,
     )
     async def generations(request: Request) -> Response:

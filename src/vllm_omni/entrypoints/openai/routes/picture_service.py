@@ -3,43 +3,33 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
 from fastapi import Request
 from starlette.responses import Response
 
-from vllm_omni.diffusion.control.request_builder import CheckedPrompt
-from vllm_omni.entrypoints.openai.disconnect import unless_disconnected
-from vllm_omni.entrypoints.openai.requests.ignored_fields import ignored_fields, ignored_fields_header
-from vllm_omni.entrypoints.openai.requests.parameters import check_model_name, parse_parameters
+from vllm_omni.diffusion.messages.request import DiffusionRequest
+from vllm_omni.entrypoints.openai.requests.body_reader import UploadBudget, UploadReservation, unless_disconnected
+from vllm_omni.entrypoints.openai.requests.parameters import (
+    IGNORED_FIELDS_HEADER,
+    check_model_name,
+    ignored_fields,
+    parse_parameters,
+)
 from vllm_omni.entrypoints.openai.requests.pictures.pool import DecodePool
 from vllm_omni.entrypoints.openai.requests.prompt_checker import PromptChecker
-from vllm_omni.entrypoints.openai.requests.upload_budget import UploadBudget, UploadReservation
-from vllm_omni.entrypoints.openai.responses.answers import Answer, ResponseOptions
+from vllm_omni.entrypoints.openai.responses.answers import Answer, EventStream, ResponseOptions
 from vllm_omni.entrypoints.openai.responses.encoding import ImageEncoder
-from vllm_omni.entrypoints.openai.responses.event_stream import EventStream
-from vllm_omni.entrypoints.openai.routes.request_log import log_request
 from vllm_omni.entrypoints.openai.schema.images import ImageOptions
 from vllm_omni.entrypoints.openai.settings import ServerSettings
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.data import OmniPrompt
-from vllm_omni.jobs import Job, OutputStream
+from vllm_omni.jobs import OutputStream
 from vllm_omni.omni import AsyncOmni
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class AcceptedRequest:
-    """A request that is checked and priced, and does not run yet."""
-
-    job: Job
-    checked: CheckedPrompt
-    options: ResponseOptions
-    stream: bool
-    headers: dict[str, str]
-    """Headers of the response."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +61,24 @@ class PictureService:
     ) -> tuple[tuple[str, ...], dict[str, str]]:
         """Names of the fields of `body` that have no effect, and the header with them; logs the names."""
         names = ignored_fields(body, self.omni.info.guidance, has_guidance)
-        if names:
-            logger.info("%s: ignored fields: %s", request.url.path, ", ".join(names))
-        return names, ignored_fields_header(names)
+        if not names:
+            return (), {}
+        logger.info("%s: ignored fields: %s", request.url.path, ", ".join(names))
+        return names, {IGNORED_FIELDS_HEADER: ",".join(names)}
 
-    async def accept(
-        self, body: ImageOptions, prompt: str, request: Request, reservation: UploadReservation
-    ) -> AcceptedRequest:
-        """Check a request whose pictures to edit are in `reservation`. Raises RequestError."""
+    async def answer(
+        self,
+        body: ImageOptions,
+        prompt: str,
+        make_answer: Callable[[ResponseOptions], Answer],
+        request: Request,
+        reservation: UploadReservation,
+    ) -> Response:
+        """Run a request whose pictures to edit are in `reservation`, which is transferred to a stream.
+
+        A stream ends long after this returns. Raises RequestError when the request is refused or fails, and when the
+        client disconnects.
+        """
         self.check_model_name(body)
         params, image_format = parse_parameters(body, self.omni.config.lora_modules)
         checked = await self.checker.check(
@@ -87,26 +87,18 @@ class PictureService:
         reservation.replace_images(checked.prompt.images)
         job = await self.checker.make_job(checked)
         ignored, headers = self.ignored_fields(body, request, job.requests[0].request.has_guidance)
-        return AcceptedRequest(job, checked, ResponseOptions.of(body, image_format, ignored), body.stream, headers)
-
-    async def respond(
-        self, accepted: AcceptedRequest, answer: Answer, request: Request, reservation: UploadReservation
-    ) -> Response:
-        """Run a request. `reservation` is transferred to a stream, which ends long after this returns.
-
-        Raises RequestError when the engine refuses the request or fails on it, and when the client disconnects.
-        """
-        outputs = self.omni.submit(accepted.job)
+        answer = make_answer(ResponseOptions.of(body, image_format, ignored))
+        outputs = self.omni.submit(job)
         if self.settings.log_requests:
-            log_request([scheduled.request for scheduled in accepted.job.requests])
+            log_request([scheduled.request for scheduled in job.requests])
         if self.settings.log_prompts:
-            logger.info("prompt %r, %s", accepted.checked.prompt, accepted.checked.given)
-        if accepted.stream:
+            logger.info("prompt %r, %s", checked.prompt, checked.given)
+        if body.stream:
             events, silence = answer.events(outputs), self.settings.keep_alive_seconds
-            return EventStream(outputs, events, silence, accepted.headers, reservation.transfer())
+            return EventStream(outputs, events, silence, headers, reservation.transfer())
         async with aclosing(outputs):
             response = await unless_disconnected(request, _finish(outputs, answer))
-        response.headers.update(accepted.headers)
+        response.headers.update(headers)
         return response
 
 
@@ -115,3 +107,19 @@ async def _finish(outputs: OutputStream, answer: Answer) -> Response:
         if output.finished:
             return await answer.response(output)
     raise AssertionError("a stream of outputs ends with its result or an error")
+
+
+def log_request(requests: Sequence[DiffusionRequest]) -> None:
+    """Log one HTTP request. `requests`: the engine's requests for its `n` pictures, which differ in their seeds."""
+    first = requests[0]
+    adapter = "none" if first.lora is None else f"{first.lora.name} x {first.lora.scale:g}"
+    logger.info(
+        "request %s: size %dx%d, steps %d, n %d, seed %d, adapter %s",
+        first.request_id.removesuffix("-0"),
+        first.width,
+        first.height,
+        first.num_inference_steps,
+        len(requests),
+        first.seed,
+        adapter,
+    )

@@ -11,29 +11,24 @@ from PIL import Image
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
 
 _PROMPT = "a red apple"
-_EDIT_PROMPT = "make it green"
+EDIT_PROMPT = "make it green"
 _INPUT_SIDE = 64
 
 
-def generation_example(model_name: str) -> dict[str, Any]:
-    return {"model": model_name, "prompt": _PROMPT, "size": "auto", "n": 1, "seed": 7}
+def form_example(model_name: str, prompt: str = _PROMPT) -> dict[str, Any]:
+    """Example of a body without input pictures; in a form of an edit the client chooses the file `image`."""
+    return {"model": model_name, "prompt": prompt, "size": "auto", "n": 1, "seed": 7}
 
 
 def edit_example(model_name: str) -> dict[str, Any]:
-    """Example of a JSON body."""
-    return edit_form_example(model_name) | {"image": _input_picture()}
-
-
-def edit_form_example(model_name: str) -> dict[str, Any]:
-    """Example of the fields of a form, without the file `image`, which the client chooses."""
-    return {"model": model_name, "prompt": _EDIT_PROMPT, "size": "auto", "n": 1, "seed": 7}
+    return form_example(model_name, EDIT_PROMPT) | {"image": _input_picture()}
 
 
 def chat_example(model_name: str, info: ModelInfo) -> dict[str, Any]:
     content: str | list[dict[str, Any]] = _PROMPT
     if info.image_input is not None and info.image_input.min_images:
         picture = {"type": "image_url", "image_url": {"url": _input_picture()}}
-        content = [{"type": "text", "text": _EDIT_PROMPT}, picture]
+        content = [{"type": "text", "text": EDIT_PROMPT}, picture]
     return {"model": model_name, "messages": [{"role": "user", "content": content}], "seed": 7}
 
 

@@ -24,7 +24,7 @@ from tests.entrypoints.openai.requests.hostile_files import (
     without_chunk,
 )
 from tests.entrypoints.openai.routes.test_image_edits import file_of
-from vllm_omni.entrypoints.openai.requests.pictures.decoding import decode_image, open_image, read_file
+from vllm_omni.entrypoints.openai.requests.pictures.worker import open_image, read_file
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.images import to_rgb
 
@@ -53,7 +53,7 @@ def by_pillow(data: bytes) -> np.ndarray:
 
 def check(data: bytes) -> None:
     expected = by_pillow(data)
-    np.testing.assert_array_equal(np.asarray(decode_image(data)), expected)
+    np.testing.assert_array_equal(np.asarray(open_image(data).decoded()), expected)
     assert open_image(data).size == expected.shape[1::-1]
 
 
@@ -163,14 +163,14 @@ def test_metadata_that_nobody_reads_does_not_decide() -> None:
         chunk(b"zTXt", b"XML:com.adobe.xmp\0\0broken"),
         chunk(b"tEXt", b"Raw profile type exif\0\nexif\n2\nzz"),
     ):
-        np.testing.assert_array_equal(np.asarray(decode_image(with_chunks(PNG, extra))), np.asarray(PHOTO))
-    expected = np.asarray(decode_image(JPEG))
+        np.testing.assert_array_equal(np.asarray(open_image(with_chunks(PNG, extra)).decoded()), np.asarray(PHOTO))
+    expected = np.asarray(open_image(JPEG).decoded())
     for extra in (
         segment(0xE2, b"MPF\0" + bytes(20)),
         segment(0xE1, b"Exif\0\0II*\0\xff"),
         segment(0xFE, b"x" * 65533),
     ):
-        np.testing.assert_array_equal(np.asarray(decode_image(with_segments(JPEG, *[extra] * 50))), expected)
+        np.testing.assert_array_equal(np.asarray(open_image(with_segments(JPEG, *[extra] * 50)).decoded()), expected)
 
 
 BROKEN = {
@@ -193,7 +193,7 @@ BROKEN = {
 def test_whatever_pillow_makes_of_a_file_it_is_broken(name: str) -> None:
     kind = {b"\x89P": "PNG", b"\xff\xd8": "JPEG", b"RI": "W"}[BROKEN[name][:2]]
     with pytest.raises(InvalidRequestError, match=f"^image is a broken {kind}") as raised:
-        decode_image(BROKEN[name])
+        open_image(BROKEN[name]).decoded()
     assert raised.value.param == "image"
 
 
@@ -217,7 +217,7 @@ def test_what_costs_much_is_refused_before_it_is_decoded() -> None:
 def test_lies_in_exif_are_neither_read_nor_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     for data in (with_chunks(PNG, chunk(b"eXIf", lying_exif(65_000))), with_segments(JPEG, segment(0xE1, b"Exif\0\0"))):
-        decode_image(data)
+        open_image(data).decoded()
     assert sum(len(record.getMessage()) for record in caplog.records) < 4000
 
 
@@ -253,7 +253,7 @@ def test_whatever_breaks_in_a_file_is_the_senders_fault(name: str) -> None:
     num_refused = 0
     for _ in range(400):
         try:
-            assert decode_image(mutated(whole, dice)).mode == "RGB"
+            assert open_image(mutated(whole, dice)).decoded().mode == "RGB"
         except InvalidRequestError:
             num_refused += 1
     assert num_refused > 50

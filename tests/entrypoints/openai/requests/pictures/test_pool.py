@@ -26,9 +26,9 @@ from tests.entrypoints.openai.requests.hostile_files import chunk, lying_exif, w
 from tests.entrypoints.openai.requests.pictures.decoders import decode_pids, num_queued, num_threads
 from tests.entrypoints.openai.requests.pictures.test_decoding import FILES, exif_of, mutated
 from tests.entrypoints.openai.routes.test_image_edits import data_url, file_of
-from vllm_omni.entrypoints.openai.requests.pictures.decoding import decode_image
 from vllm_omni.entrypoints.openai.requests.pictures.pool import DecodePool
 from vllm_omni.entrypoints.openai.requests.pictures.process import DecodeLimits, DecodeProcess, NoDecoderError
+from vllm_omni.entrypoints.openai.requests.pictures.worker import open_image
 from vllm_omni.errors import InvalidRequestError, UnavailableError
 from vllm_omni.inputs.images import InputImage, ReaderSizes, prepare_image
 
@@ -84,7 +84,7 @@ def test_a_process_makes_the_same_of_a_file(process: DecodeProcess, name: str) -
     image, kind, options = FILES[name]
     data = file_of(image, kind, exif=exif_of(6), **options)
     for sizes_of in (half, same):
-        got, expected = process.decode(data, sizes_of), prepare_image(decode_image(data), sizes_of)
+        got, expected = process.decode(data, sizes_of), prepare_image(open_image(data).decoded(), sizes_of)
         assert got == expected
         np.testing.assert_array_equal(got.condition, expected.condition)
         np.testing.assert_array_equal(got.reference, expected.reference)
@@ -107,7 +107,7 @@ def test_a_process_outlives_broken_files_and_refusals(process: DecodeProcess) ->
 
     with pytest.raises(InvalidRequestError, match="not 61x43"):
         process.decode(PNG, none)
-    assert process.decode(PNG, same) == prepare_image(decode_image(PNG), same)
+    assert process.decode(PNG, same) == prepare_image(open_image(PNG).decoded(), same)
     assert process.is_usable
 
 
@@ -258,7 +258,7 @@ async def test_who_leaves_takes_his_picture_out_of_the_queue_and_off_the_process
     await until(lambda: num_queued(decoder) == 2)
     for task in (waiting, running):
         task.cancel()
-    assert await staying == prepare_image(decode_image(PNG), same)
+    assert await staying == prepare_image(open_image(PNG).decoded(), same)
     assert asked == ["staying"]
     assert running.cancelled()
     assert waiting.cancelled()

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import binascii
 import contextlib
 import logging
 import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from vllm_omni.entrypoints.openai.requests.pictures.decoding import data_url_bytes
 from vllm_omni.entrypoints.openai.requests.pictures.process import DecodeLimits, DecodeProcess, NoDecoderError
-from vllm_omni.errors import UnavailableError
+from vllm_omni.errors import InvalidRequestError, UnavailableError
 from vllm_omni.inputs.images import InputImage, ReaderSizes
 
 logger = logging.getLogger(__name__)
@@ -22,10 +22,9 @@ Result = TypeVar("Result")
 
 _CLOSE_SECONDS = 5.0
 _RETRY_SECONDS = 1.0
-
-
-class AbandonedError(Exception):
-    """A job was abandoned before it began."""
+_MAX_URL_QUOTE = 40
+# Decoding one chunk holds the interpreter lock for about a millisecond; a multiple of 4.
+_BASE64_CHUNK = 2**20
 
 
 class _Job:
@@ -39,10 +38,10 @@ class _Job:
         self._process: DecodeProcess | None = None
 
     def run(self, process: DecodeProcess) -> InputImage:
-        """Decode in `process`. Raises InvalidRequestError, NoDecoderError and AbandonedError."""
+        """Decode in `process`. Raises InvalidRequestError, NoDecoderError, and CancelledError if it was abandoned."""
         with self._lock:
             if (read := self._read) is None:
-                raise AbandonedError
+                raise CancelledError
             self._process = process
         try:
             return process.decode(read(), self._sizes_of)
@@ -89,23 +88,25 @@ class _DecodeThread(threading.Thread):
 
     def _ready_process(self) -> DecodeProcess:
         """A process that has started. Raises NoDecoderError."""
-        if self.process is None or not self.process.is_usable:
-            self._close_process()
-            self.process = DecodeProcess(self._limits)
+        process = self._usable_process()
         try:
-            self.process.wait_until_ready()
+            process.wait_until_ready()
         except NoDecoderError:
             self._close_process()
             raise
+        return process
+
+    def _usable_process(self) -> DecodeProcess:
+        """The process, or a new one if it was killed. Raises NoDecoderError."""
+        if self.process is None or not self.process.is_usable:
+            self._close_process()
+            self.process = DecodeProcess(self._limits)
         return self.process
 
     def _replace(self) -> None:
         """Start a process if there is none, so that it is ready for the next picture."""
-        if self.process is not None and self.process.is_usable:
-            return
-        self._close_process()
         try:
-            self.process = DecodeProcess(self._limits)
+            self._usable_process()
         except NoDecoderError as error:
             logger.error("%s", error)
 
@@ -174,3 +175,17 @@ class DecodePool:
                 process.kill()
         for thread in started:
             thread.join(_CLOSE_SECONDS)
+
+
+def data_url_bytes(url: str) -> bytes:
+    """The file in a `data:` URL. Raises InvalidRequestError."""
+    head, comma, body = url.partition(",")
+    if not comma or not head.endswith(";base64"):
+        raise InvalidRequestError(
+            f"image_url takes data:TYPE;base64,... URLs, got {url[:_MAX_URL_QUOTE]!r}", param="image_url"
+        )
+    try:
+        chunks = (body[i : i + _BASE64_CHUNK] for i in range(0, len(body), _BASE64_CHUNK))
+        return b"".join(binascii.a2b_base64(chunk, strict_mode=True) for chunk in chunks)
+    except ValueError as error:  # from binascii, or for text that is not ASCII
+        raise InvalidRequestError(f"image_url is not valid base64: {error}", param="image_url") from error

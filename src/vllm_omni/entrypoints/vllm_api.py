@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import argparse
 import re
-import ssl
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_omni.errors import ConfigError, to_one_line
 from vllm_omni.logs import logging_level
+
+if TYPE_CHECKING:
+    import uvicorn
 
 LOGGERS = ("vllm_omni", "vllm")
 
@@ -112,11 +114,13 @@ def log_config(quiet_paths: list[str], level: str) -> dict[str, Any]:
     return config
 
 
-def start_certificate_refresher(context: ssl.SSLContext, keyfile: str, certfile: str, ca_certs: str | None) -> Any:
-    """Start to reload changed certificate files into `context`; returns an object with `stop()`."""
+def start_certificate_refresher(config: uvicorn.Config) -> Any:
+    """Start to reload changed certificate files into the TLS context of `config`; returns an object with `stop()`."""
     from vllm.entrypoints.launchers.utils.ssl import SSLCertRefresher
 
-    return SSLCertRefresher(ssl_context=context, key_path=keyfile, cert_path=certfile, ca_path=ca_certs)
+    return SSLCertRefresher(
+        ssl_context=config.ssl, key_path=config.ssl_keyfile, cert_path=config.ssl_certfile, ca_path=config.ssl_ca_certs
+    )
 
 
 class ApiKeyMiddleware:

@@ -1,1 +1,0 @@
-"""ASGI middlewares around all routes."""
