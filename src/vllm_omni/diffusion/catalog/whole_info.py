@@ -71,7 +71,7 @@ class WholeModelInfo(ModelInfo):
     gives_previews = False
     shares_encodings = False
     max_num_seqs = 1
-    """A step gains nothing from company, and an abort would wait for all of it."""
+    """One request a step: several would take turns in it, and an abort would wait for all of them."""
 
     pipeline: WholePipeline
 

@@ -55,7 +55,7 @@ class ShardedAttention:
         pack: Pack,
         make_ring: Callable[[Group], Ring] = Ring,
     ) -> None:
-        """make_ring: constructor of the Ring of one call."""
+        """Attention of one pack. make_ring: constructor of the Ring of one call."""
         self._backend = backend
         self._ulysses = ulysses
         self._ring = ring

@@ -71,5 +71,5 @@ class Ring:
 class _Transfer:
     work: dist.Work
     outgoing: Tensor
-    """Referenced so that its memory is not reused while it is sent."""
+    """Block that is sent, referenced so that its memory is not reused before the end."""
     incoming: Tensor

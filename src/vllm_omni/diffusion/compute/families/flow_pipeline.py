@@ -37,7 +37,7 @@ class FlowState(RequestState):
     """State of a request whose latents are tokens: [rows * columns, channels]."""
 
     text: tuple[Tensor, ...] = ()
-    """For each guidance branch, the conditional one first: [tokens, D], as the blocks take it."""
+    """Text of each guidance branch, the conditional one first: [tokens, D], as the blocks take it."""
     grid: tuple[int, int] = (0, 0)
     """Rows and columns of tokens of the picture."""
     scheduler: Any = None
@@ -82,7 +82,7 @@ class Forward:
 
     arrangement: Arrangement
     text: Tensor
-    """[T, D]"""
+    """Text tokens of these sequences: [T, D]."""
 
 
 State = TypeVar("State", bound=FlowState)
@@ -96,7 +96,7 @@ class Layout(Generic[AnyForward]):
 
     sharding: Sharding
     forward: AnyForward | None
-    """For the sequences `sharding.mine`, in order; None where this rank's group computes none."""
+    """Tensors of the sequences `sharding.mine`, in order; None if this rank's group computes none."""
     captured_graphs: CapturedGraphs = field(default_factory=CapturedGraphs)
 
 
@@ -261,7 +261,7 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
             self.capturer.release()
 
     def _grid(self, request: DiffusionRequest) -> tuple[int, int]:
-        """Rows and columns of tokens."""
+        """Rows and columns of tokens of the request's picture."""
         return request.height // self._pixels_per_token, request.width // self._pixels_per_token
 
 

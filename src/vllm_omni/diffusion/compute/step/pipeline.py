@@ -36,14 +36,14 @@ class RequestState:
     num_made: int = field(default=1, init=False)
     """Steps that the model itself made in the last planned step: a whole pipeline may make none or several."""
     cache_slots: tuple[CacheSlot | None, ...] = field(init=False, repr=False)
-    """For each guidance branch, what a step cache keeps; None for requests that do not take part in caching."""
+    """Slot of a step cache for each guidance branch; None for requests that do not take part in caching."""
 
     def __post_init__(self) -> None:
         self.cache_slots = tuple(CacheSlot() if self.request.cache else None for _ in self.sequence_lengths)
 
     @property
     def sequence_steps(self) -> list[SequenceStep]:
-        """For each guidance branch, what a step cache decides by."""
+        """Step of each guidance branch, as a step cache sees it."""
         return [SequenceStep(slot, self.step, self.request.num_inference_steps) for slot in self.cache_slots]
 
     def settle(self) -> int:

@@ -27,7 +27,7 @@ class LanguageModelConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int | None = None
-    """None: hidden_size / num_attention_heads."""
+    """Channels of one attention head; None: hidden_size / num_attention_heads."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LanguageModelConfig:

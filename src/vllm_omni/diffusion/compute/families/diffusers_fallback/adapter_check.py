@@ -27,7 +27,7 @@ ROUGH_TOLERANCE = 5e-3
 
 @dataclass
 class Energies:
-    """Energy of the changes that share one `down`: they are parts of one layer."""
+    """Energy of all changes with the same matrix `down`: parts of one layer, such as queries, keys and values."""
 
     energy: float = 0.0
     keys: list[str] = field(default_factory=list)

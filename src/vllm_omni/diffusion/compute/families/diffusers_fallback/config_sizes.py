@@ -63,7 +63,7 @@ def check_index_sizes(index: Mapping[str, Any]) -> None:
 
 
 def longer_side(size: int | list[int]) -> int:
-    """A checked size of `NUMBERS_OR_LISTS` as one number, the largest."""
+    """Largest number of a size in a config, which is one number or a list of [height, width]."""
     return size if isinstance(size, int) else max(size)
 
 

@@ -22,7 +22,7 @@ class OwnSize(NamedTuple):
     height: int
     width: int
     num_frames: int | None
-    """None: the configs name no number."""
+    """Default number of frames; None: the configs name no number."""
 
 
 def own_size(class_name: str, index: Mapping[str, Any], configs: Mapping[str, Any], latent_side: int) -> OwnSize:

@@ -70,7 +70,7 @@ class CallSignature:
     """Its parameter of `STEP_CALLBACKS`; empty: it has none, and the progress bar counts steps."""
     takes_image: bool
     takes_size: bool
-    """False: the output has the size of `image`."""
+    """Whether the call has `height` and `width`; without them the output has the size of `image`."""
     takes_max_area: bool
     """Whether the call has `max_area`, by default a number of pixels that bounds any requested size."""
     fps_name: str
@@ -82,12 +82,12 @@ class CallSignature:
 
     @property
     def follows_input(self) -> bool:
-        """Whether it changes its input picture, so that the output has the same size."""
+        """Whether the pipeline changes its input picture (img2img), so that the output has the same size."""
         return self.takes_image and ("strength" in self.defaults or not self.takes_size)
 
     @classmethod
     def of(cls, pipeline: type[Any]) -> CallSignature:
-        """Raises ConfigError for a pipeline that does not make pictures or videos in countable steps."""
+        """Facts of the class `pipeline`. Raises ConfigError unless it makes pictures or videos in countable steps."""
         parameters = dict(inspect.signature(pipeline.__call__).parameters)
         parameters.pop("self", None)  # missing in a class without a call of its own
         takes_image, takes_size = "image" in parameters, all(name in parameters for name in SIZES)
