@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX, check_links, names_in, read_object, short
+from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX, check_links, names_in, read_object
 from vllm_omni.diffusion.catalog.hub import hub_reason
 from vllm_omni.diffusion.catalog.model_index import DIFFUSERS_STEMS, Component, read_components
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
@@ -14,6 +14,7 @@ from vllm_omni.diffusion.catalog.weight_files import CONFIG, choose_all, has_wei
 from vllm_omni.diffusion.catalog.weight_headers import StoredWeight, check_types, stored_weights
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.errors import ConfigError
+from vllm_omni.inputs.field_values import shown
 
 ADAPTER_CONFIG = "adapter_config.json"
 GUIDER_CONFIG = "guider_config.json"
@@ -92,7 +93,7 @@ def _check_redirects(component: str, names: list[str], values: Mapping[str, Any]
     if ADAPTER_CONFIG in names:
         raise ConfigError(f"{component}/ has an {ADAPTER_CONFIG}: adapters inside a component are not loaded")
     if (file := values.get("transformers_weights")) is not None:
-        raise ConfigError(f"{component}/{CONFIG}: transformers_weights must be left out, got {short(file)}")
+        raise ConfigError(f"{component}/{CONFIG}: transformers_weights must be left out, got {shown(file)}")
 
 
 def _check_scheduler(place: str, values: Mapping[str, Any]) -> None:
@@ -100,7 +101,7 @@ def _check_scheduler(place: str, values: Mapping[str, Any]) -> None:
     steps = values.get("num_train_timesteps")
     if steps is not None and not (type(steps) is int and 1 <= steps <= MAX_TIMESTEPS):
         raise ConfigError(
-            f"{place}: num_train_timesteps takes a whole number from 1 to {MAX_TIMESTEPS}, got {short(steps)}"
+            f"{place}: num_train_timesteps takes a whole number from 1 to {MAX_TIMESTEPS}, got {shown(steps)}"
         )
 
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_omni.diffusion.catalog.folder_files import names_in, read_object, short
+from vllm_omni.diffusion.catalog.folder_files import names_in, read_object
 from vllm_omni.diffusion.catalog.model_index import STEMS, TRANSFORMERS_STEMS, Component, Stems
 from vllm_omni.errors import ConfigError
+from vllm_omni.inputs.field_values import shown
 
 CONFIG = "config.json"
 """Config file of a model; other components have files named *_config.json."""
@@ -150,7 +151,7 @@ def read_weight_map(index: Mapping[str, Any], place: str) -> dict[str, str]:
     """
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ConfigError(f"{place}: weight_map must be a JSON object of names of files, got {short(weight_map)}")
+        raise ConfigError(f"{place}: weight_map must be a JSON object of names of files, got {shown(weight_map)}")
     if not weight_map:
         raise ConfigError(f"{place}: weight_map is empty")
     for name in sorted(set(weight_map.values())):

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm_omni.diffusion.catalog.configs import MAX_SIZE
-from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX, short
+from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX
 from vllm_omni.errors import ConfigError
+from vllm_omni.inputs.field_values import shown
 
 LONGEST_LIST = 16
 """Most items of a list of sizes: each halves the picture, and more would leave nothing of it."""
@@ -72,7 +73,7 @@ def _check(
 ) -> None:
     for key in keys:
         if (value := values.get(key)) is not None and not is_good(value):
-            raise ConfigError(f"{place}: {key} takes {accepted}, got {short(value)}")
+            raise ConfigError(f"{place}: {key} takes {accepted}, got {shown(value)}")
 
 
 def _is_size(value: Any) -> bool:

@@ -8,8 +8,8 @@ from typing import Any
 
 from vllm_omni.diffusion.catalog.configs import TIMESTEP_CHANNELS, from_values
 from vllm_omni.diffusion.catalog.expected_weights import ExpectedWeights, LayerList, linear_shapes
-from vllm_omni.diffusion.catalog.folder_files import short
 from vllm_omni.errors import ConfigError
+from vllm_omni.inputs.field_values import shown
 
 PATCHES = "patch_embed.proj.weight"
 """Name of the weight of the vision tower's first layer."""
@@ -139,7 +139,7 @@ class QwenImageVisionConfig:
         """Read `values`, all of text_encoder/config.json. Raises ConfigError for values of wrong types."""
         section = values.get("vision_config")
         if not isinstance(section, dict):
-            raise ConfigError(f"text_encoder/config.json: vision_config takes a JSON object, got {short(section)}")
+            raise ConfigError(f"text_encoder/config.json: vision_config takes a JSON object, got {shown(section)}")
         return from_values(cls, section, "text_encoder/config.json: vision_config")
 
     def expected_weights(self) -> ExpectedWeights:
