@@ -15,7 +15,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from testbed.runner_driver import Drive, psnr
 from tests.diffusion.compute.families.diffusers_fallback.conftest import ModelOf
@@ -384,7 +384,7 @@ def test_models_of_16_bits_take_adapters_by_their_rounded_weights(
     layers[0] = replace(layers[0], alpha=1.1 * layers[0].alpha)
     other = AdapterFile.read(save(layers, naming, tmp_path / "other.safetensors"))
     runner: Any = start(model_of(name), dtype=dtype, lora_modules={"style": str(file)})
-    models = runner.pipeline._adapters._models().values()
+    models = [part for part in runner.pipeline.pipeline.components.values() if isinstance(part, nn.Module)]
     assert unplaced_keys(AdapterFile.read(file), models, "adapter_0") == []
     assert unplaced_keys(other, models, "adapter_0") == list(naming(layers[0]))
 
