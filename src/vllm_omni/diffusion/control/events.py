@@ -30,7 +30,7 @@ class Preview:
     request_id: str
     step: int
     image: np.ndarray
-    """uint8 [height, width, 3]."""
+    """Pixels: uint8 [height, width, 3]."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Finished:
 
     request_id: str
     image: np.ndarray
-    """uint8 [height, width, 3], of a video [frames, height, width, 3]."""
+    """Pixels: uint8 [height, width, 3], of a video [frames, height, width, 3]."""
     timings: dict[str, float]
     """Seconds by stage, and numbers of computed and cached steps."""
 

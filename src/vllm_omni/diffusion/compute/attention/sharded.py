@@ -151,7 +151,7 @@ class _Runs:
     """Runs of one rank, or of one sequence: the inner loop of the order."""
 
     def transposed(self, x: Tensor) -> Tensor:
-        """Rows in the other order; `x` itself if there is one sequence or one rank."""
+        """Rows of x in the other of the two orders; `x` itself if there is one sequence or one rank."""
         if self.inner == 1 or self.inner == len(self.lengths):
             return x
         pieces = x.split(self.lengths)

@@ -55,7 +55,7 @@ class Picture(NamedTuple):
     """One decoded picture or video, on the device."""
 
     pixels: Tensor
-    """uint8 [height, width, 3], of a video [frames, height, width, 3]."""
+    """Pixels: uint8 [height, width, 3], of a video [frames, height, width, 3]."""
     is_finite: Tensor
     """Bool []: whether all pixels were finite before they were rounded to bytes."""
     is_blocked: bool = False
