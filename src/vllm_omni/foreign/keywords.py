@@ -77,7 +77,7 @@ def log_ignored(keywords: Sequence[str]) -> None:
 
 
 def convert_degrees(keywords: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Fields of `DiffusionParallelConfig` (`names`) for keywords that are not all fields. Raises ConfigError."""
+    """Fields of `DiffusionParallelConfig` (`names`) from keywords of ours and of other packages. Raises ConfigError."""
     ours = {name: value for name, value in keywords.items() if name in names}
     others = {name: value for name, value in keywords.items() if name not in names}
     drop_sequence_degree(others, SimpleNamespace(**ours))
@@ -94,7 +94,7 @@ def drop_sequence_degree(others: dict[str, Any], parallel: Any) -> None:
 
 
 def convert_settings(keywords: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Fields of `OmniDiffusionConfig` (`names`) for keywords that are not all fields. Raises ConfigError.
+    """Fields of `OmniDiffusionConfig` (`names`) from keywords of ours and of other packages. Raises ConfigError.
 
     `parallel_config`, the keyword of `Omni`, is accepted for `parallel`.
     """
