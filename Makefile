@@ -10,7 +10,7 @@ help:
 	@echo "make serve   set up, serve the demo model until Ctrl-C (PORT=8000 for a fixed port)"
 	@echo "make test    set up, run the linters and the tests (PROCESSES=2, more on a large machine)"
 	@echo "make test-layouts   the tests of every parallel layout, up to 8 processes (some minutes)"
-	@echo "make test-thorough  slow tests: whole servers, replays, benchmarks (about 5 minutes)"
+	@echo "make test-thorough  slow tests: whole servers, replays, benchmarks, every combination (about 7 minutes)"
 	@echo "make test-soak      a minute of load on a real server while its workers are killed and stopped"
 	@echo "make check   the linters alone"
 
@@ -31,14 +31,17 @@ check: $(SETUP)
 	$(BIN)/lint-imports
 
 # Two processes, each with whole files, whose tests share servers and models: one computes while the other waits.
+# The files go in the order of tests/conftest.py, the longest first, so that both processes end at about the same time.
+IN_PARALLEL := --numprocesses $(or $(PROCESSES),2) --dist loadfile --no-loadscope-reorder
+
 test: check
-	$(BIN)/python -m pytest --numprocesses $(or $(PROCESSES),2) --dist loadfile
+	$(BIN)/python -m pytest $(IN_PARALLEL)
 
 test-layouts: $(SETUP)
 	$(BIN)/python -m pytest -m layouts --timeout 1800
 
 test-thorough: $(SETUP)
-	$(BIN)/python -m pytest -m thorough --numprocesses $(or $(PROCESSES),2) --dist loadfile
+	$(BIN)/python -m pytest -m thorough $(IN_PARALLEL)
 
 test-soak: $(SETUP)
 	$(BIN)/python -m pytest -m soak

@@ -17,8 +17,40 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+TESTS = Path(__file__).parent
+
 # HTTP clients read all certificate authorities of the world when they are made, which takes 30 ms. No test asks one.
-os.environ.setdefault("SSL_CERT_DIR", str(Path(__file__).parent))
+os.environ.setdefault("SSL_CERT_DIR", str(TESTS))
+
+
+LONGEST_FILES = {
+    TESTS / name
+    for name in (
+        "benchmarks/test_gpu.py",
+        "diffusion/compute/cache/test_families.py",
+        "diffusion/compute/cache/test_guide_examples.py",
+        "diffusion/compute/cache/test_layouts.py",
+        "diffusion/compute/families/diffusers_fallback/test_adapter_names.py",
+        "diffusion/compute/families/test_compiled.py",
+        "diffusion/compute/families/test_cuda_graphs.py",
+        "diffusion/compute/worker/test_layouts.py",
+        "diffusion/compute/worker/test_no_waiting.py",
+        "diffusion/compute/worker/test_rank_faults.py",
+        "diffusion/control/executor/test_executors.py",
+        "diffusion/control/executor/test_worker_groups.py",
+        "entrypoints/cli/test_output.py",
+        "entrypoints/cli/test_serve.py",
+        "test_families.py",
+        "test_omni.py",
+    )
+}
+"""Files whose tests take longest together, in the default run or the thorough one."""
+assert all(file.exists() for file in LONGEST_FILES)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first: one that begins last would run while the other processes have nothing to do."""
+    items.sort(key=lambda item: item.path not in LONGEST_FILES)
 
 
 def pytest_collection_finish() -> None:

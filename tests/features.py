@@ -117,7 +117,7 @@ FEATURES = (
             ),
             yes(
                 WHOLE_PICTURES,
-                "tests/entrypoints/cli/test_serve_diffusers.py::test_the_sdk_gets_diffusers_own_pictures",
+                f"{OPENAI}/test_whole_adapters.py::test_the_sdk_gets_diffusers_own_pictures",
             ),
         ),
     ),
@@ -152,7 +152,7 @@ FEATURES = (
             ),
             Cell(
                 "the pipeline's own",
-                ("tests/entrypoints/cli/test_serve_diffusers.py::test_a_wrong_parameter_is_a_400_that_names_it",),
+                (f"{OPENAI}/test_whole_adapters.py::test_a_wrong_parameter_is_a_400_that_names_it",),
             ),
         ),
     ),
@@ -304,7 +304,7 @@ FEATURES = (
             yes(
                 f"{WHOLE}/test_lora.py::test_pictures_with_adapters_are_diffusers_own_alone_and_together",
                 f"{WHOLE}/test_lora.py::test_a_script_brings_names_or_paths",
-                "tests/entrypoints/cli/test_serve_diffusers.py::test_a_request_names_an_adapter",
+                f"{OPENAI}/test_whole_adapters.py::test_a_request_names_an_adapter",
             ),
         ),
     ),

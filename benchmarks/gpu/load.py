@@ -72,7 +72,7 @@ async def _rows(
         send = partial(_send, bench, omni)
         await play(draw(2 * parallel.world_size, rate=None, seed=0), send)  # kernels of these sizes, caches
         for rate in arrivals:
-            seconds = RATE_SECONDS / 8 if bench.tiny else RATE_SECONDS
+            seconds = RATE_SECONDS / (80 if bench.tiny else 1)
             found = summarise(await play(draw(max(MIN_REQUESTS, round(rate * seconds)), rate=rate, seed=1), send))
             rows.append(_row(f"{name_of(dict(degrees))}, {rate:.3g} a second", found, predicted))
     finally:

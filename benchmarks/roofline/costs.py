@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
-from vllm_omni.diffusion.compute.families.z_image.config import PATCH_SIZE, inner_width
+from vllm_omni.diffusion.compute.families.qwen_image.config import QwenImageConfig
+from vllm_omni.diffusion.compute.families.z_image.config import ZImageConfig
 from vllm_omni.diffusion.compute.families.z_image.info import TOKEN_MULTIPLE
 from vllm_omni.diffusion.compute.packing import shard_lengths
 from vllm_omni.diffusion.data import DiffusionParallelConfig
@@ -131,26 +132,34 @@ class Transformer(Protocol):
 
 @dataclass(frozen=True)
 class QwenImage:
-    num_blocks: int = 60
-    heads: int = 24
-    head_dim: int = 128
-    channels: int = 64
+    config: QwenImageConfig = field(default_factory=QwenImageConfig)
     token_multiple: int = 1
     num_image_layers: int = 0
     pixels_per_token: int = 16
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> QwenImage:
-        return cls(
-            num_blocks=config.get("num_layers", 60),
-            heads=config.get("num_attention_heads", 24),
-            head_dim=config.get("attention_head_dim", 128),
-            channels=config.get("in_channels", 64),
-        )
+        return cls(QwenImageConfig.from_dict(config))
+
+    @property
+    def num_blocks(self) -> int:
+        return self.config.num_layers
+
+    @property
+    def heads(self) -> int:
+        return self.config.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.config.attention_head_dim
+
+    @property
+    def channels(self) -> int:
+        return self.config.in_channels
 
     @property
     def dim(self) -> int:
-        return self.heads * self.head_dim
+        return self.config.dim
 
     def gemms(self, text: int, image: int, tensor: int, blocks: float) -> list[Gemm]:
         dim = self.dim
@@ -171,30 +180,40 @@ class QwenImage:
 
 @dataclass(frozen=True)
 class ZImage:
-    num_blocks: int = 30
-    heads: int = 30
-    dim: int = 3840
-    channels: int = 64
-    num_image_layers: int = 2
+    config: ZImageConfig = field(default_factory=ZImageConfig)
     token_multiple: int = TOKEN_MULTIPLE
     pixels_per_token: int = 16
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ZImage:
-        return cls(
-            num_blocks=config.get("n_layers", 30),
-            heads=config.get("n_heads", 30),
-            dim=config.get("dim", 3840),
-            channels=PATCH_SIZE**2 * config.get("in_channels", 16),
-            num_image_layers=config.get("n_refiner_layers", 2),
-        )
+        return cls(ZImageConfig.from_dict(config))
+
+    @property
+    def num_blocks(self) -> int:
+        return self.config.n_layers
+
+    @property
+    def num_image_layers(self) -> int:
+        return self.config.n_refiner_layers
+
+    @property
+    def heads(self) -> int:
+        return self.config.n_heads
 
     @property
     def head_dim(self) -> int:
-        return self.dim // self.heads
+        return self.config.head_dim
+
+    @property
+    def channels(self) -> int:
+        return self.config.channels_per_token
+
+    @property
+    def dim(self) -> int:
+        return self.config.dim
 
     def gemms(self, text: int, image: int, tensor: int, blocks: float) -> list[Gemm]:
-        dim, inner = self.dim, inner_width(self.dim)
+        dim, inner = self.dim, self.config.inner_width
         layers = (("refiner", image, self.num_image_layers), ("layers", text + image, blocks))
         return [
             Gemm("image_embedder", image, dim, self.channels),
@@ -207,7 +226,7 @@ class ZImage:
 
     def pointwise_elements(self, text: int, image: int, tensor: int, blocks: float) -> float:
         # Norms 4 x 2, gated sums 2 x 3; of a rank's own channels: norm and RoPE of q and k 4, the gated unit 3 x inner.
-        a_token = self.dim * 14 + (4 * self.dim + 3 * inner_width(self.dim)) / tensor
+        a_token = self.dim * 14 + (4 * self.dim + 3 * self.config.inner_width) / tensor
         return a_token * (image * self.num_image_layers + (text + image) * blocks)
 
 

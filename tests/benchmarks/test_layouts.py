@@ -105,7 +105,6 @@ class KnownAsyncOmni:
 
 def test_load_is_latencies_at_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "AsyncOmni", KnownAsyncOmni)
-    monkeypatch.setattr(load, "RATE_SECONDS", 0.8)
     rows = measure(tmp_path, "load", "--layouts", "cfg=2")
     for rate in (5, 10, 15):
         copies, shared = (rows[f"{name}, {rate} a second"] for name in ("data 2", "cfg 2"))

@@ -135,12 +135,11 @@ async def test_a_fault_waits_for_a_worker_that_lives(monkeypatch: pytest.MonkeyP
         await soak.signal_a_worker(server, signal.SIGSTOP, random.Random(0), patience_seconds=0.0)
 
 
-async def test_clients_are_answered_in_every_way_and_count_what_they_see(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(soak_load, "CASES", CASES[:3])
+async def test_clients_are_answered_in_every_way_and_count_what_they_see() -> None:
     tally, over = Tally(), asyncio.Event()
     with live_server() as server:
         async with connected(server.url) as client:
-            calm = await calm_pictures(client)
+            calm = await calm_pictures(client, CASES[:3])
             before = await read_counts(client)
             await ask_in_every_way(client, calm, tally)
             playing = [asyncio.create_task(play_client(client, random.Random(n), calm, tally, over)) for n in range(3)]

@@ -77,7 +77,7 @@ def log_ignored(keywords: Sequence[str]) -> None:
 
 
 def convert_degrees(keywords: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Fields of `DiffusionParallelConfig` (`names`) for keywords that are not all fields. Raises ConfigError."""
+    """Fields of `DiffusionParallelConfig` (`names`) from keywords of ours and of other packages. Raises ConfigError."""
     ours, others = _split(keywords, names)
     ignore_keywords(others, SimpleNamespace(**ours), names)
     return ours
@@ -102,7 +102,7 @@ def ignore_keywords(others: dict[str, Any], parallel: Any, accepted: Collection[
 
 
 def convert_settings(keywords: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Fields of `OmniDiffusionConfig` (`names`) for keywords that are not all fields. Raises ConfigError.
+    """Fields of `OmniDiffusionConfig` (`names`) from keywords of ours and of other packages. Raises ConfigError.
 
     `parallel_config`, the keyword of `Omni`, is accepted for `parallel`.
     """

@@ -52,9 +52,9 @@ class OmniDiffusionSamplingParams:
     """
 
     height: int | None = None
-    """Pixels."""
+    """Height in pixels."""
     width: int | None = None
-    """Pixels."""
+    """Width in pixels."""
     num_frames: int | None = None
     """Length of a video, in frames; 1: a picture."""
     seconds: float | None = None

@@ -41,7 +41,7 @@ NO_FIELDS = {name: text for name, (text, _) in _REPLACED.items()}
 
 
 def convert_params(keywords: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Fields of `OmniDiffusionSamplingParams` (`names`) for keywords that are not all fields.
+    """Fields of `OmniDiffusionSamplingParams` (`names`) from keywords of ours and of other packages.
 
     Raises InvalidRequestError.
     """

@@ -39,7 +39,7 @@ class InputImage:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its pixels; for most models both readers share one array."""
+        """Bytes of its pixels; for most models the text encoder and the VAE share one array."""
         return self.condition.nbytes + (0 if self.reference is self.condition else self.reference.nbytes)
 
     @classmethod
@@ -72,7 +72,7 @@ def prepare_image(image: Image.Image, sizes_of: Callable[[int, int], ReaderSizes
 
 
 def resize_image(image: InputImage, height: int, width: int) -> InputImage:
-    """Resize a picture to one size, in pixels, for both readers."""
+    """Resize a picture to one size, in pixels, which the text encoder and the VAE then share."""
     if image.reference.shape[:2] == (height, width):
         return image
     pixels = np.array(Image.fromarray(image.reference).resize((width, height), Image.Resampling.LANCZOS))

@@ -7,6 +7,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from tests.broken_folders import Breakage, both, cut, sharded, values
 from tests.entrypoints.cli.server_process import VLLM
 
@@ -21,6 +23,7 @@ BROKEN: dict[str, tuple[Breakage, str]] = {
 }
 
 
+@pytest.mark.thorough
 def test_each_ends_the_command_with_one_line(tiny_model: Path, tmp_path: Path) -> None:
     # All at once: nearly all of the time goes into imports, and waits for the machine's other work.
     ended: dict[str, subprocess.Popen[str]] = {}

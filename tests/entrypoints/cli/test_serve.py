@@ -289,6 +289,7 @@ def test_the_model_in_the_servers_own_process() -> None:
         assert stop(server) == 0
 
 
+@pytest.mark.thorough
 def test_a_server_that_loads_says_so_and_a_signal_ends_it_in_good_order() -> None:
     with server_process("--host", "127.0.0.1", "--port", "0") as server:
         (worker,) = wait_for(server.workers)

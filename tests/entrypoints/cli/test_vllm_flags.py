@@ -43,6 +43,7 @@ def vllm_nargs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int | str 
     return nargs
 
 
+@pytest.mark.thorough
 def test_every_flag_of_vllm_has_one_place(vllm_nargs: dict[str, int | str | None]) -> None:
     places = Counter([*SAME_HERE, *(name for flag in VLLM_FLAGS for name in flag.option_strings)])
     ours = {flag for action in serve_parser()._actions for flag in action.option_strings}
@@ -56,6 +57,7 @@ def test_every_flag_of_vllm_has_one_place(vllm_nargs: dict[str, int | str | None
     assert sorted((set(SAME_HERE) | aliases_of_ours) - ours) == []
 
 
+@pytest.mark.thorough
 def test_flags_take_as_many_values_as_in_vllm(vllm_nargs: dict[str, int | str | None]) -> None:
     mine = {name: NARGS[flag.arity] for flag in VLLM_FLAGS for name in flag.names if name != "-O"}
     assert mine == {name: vllm_nargs[name] for name in mine}

@@ -29,11 +29,11 @@ CHECKS = [
     negative_data_rejection,
 ]
 OPERATIONS = {
-    ("POST", "/v1/images/generations"): 100,
-    ("POST", "/v1/chat/completions"): 50,
-    ("GET", "/v1/images/files/{file_id}"): 30,
+    ("POST", "/v1/images/generations"): 40,
+    ("POST", "/v1/chat/completions"): 20,
+    ("GET", "/v1/images/files/{file_id}"): 15,
     ("GET", "/v1/models"): 1,
-    ("GET", "/v1/models/{model}"): 30,
+    ("GET", "/v1/models/{model}"): 15,
     ("GET", "/v1/loras"): 1,
     ("GET", "/health"): 1,
     ("GET", "/load"): 1,
@@ -43,7 +43,14 @@ OPERATIONS = {
 }
 """Operations of a model that makes pictures from text, each with its number of examples in each mode."""
 EDITS = ("POST", "/v1/images/edits")
-NUM_EDIT_EXAMPLES = 40
+NUM_EDIT_EXAMPLES = 20
+
+
+@pytest.fixture(params=[1, pytest.param(3, marks=pytest.mark.thorough)], ids=["few", "many"])
+def times(request: pytest.FixtureRequest) -> int:
+    """Factor of the number of examples."""
+    factor: int = request.param
+    return factor
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +63,16 @@ def test_every_operation_is_fuzzed(http: httpx.Client) -> None:
     assert {(method.upper(), path) for path, methods in paths.items() for method in methods} == set(OPERATIONS)
 
 
-def test_examples_that_the_schema_forbids(schema: schemathesis.schemas.BaseSchema) -> None:
-    statuses = fuzz(schema, "POST", "/v1/images/generations", GenerationMode.NEGATIVE)
+def test_examples_that_the_schema_forbids(schema: schemathesis.schemas.BaseSchema, times: int) -> None:
+    statuses = fuzz(schema, "POST", "/v1/images/generations", GenerationMode.NEGATIVE, times)
     assert set(statuses) == {400}
 
 
 @pytest.mark.parametrize(("method", "path"), OPERATIONS, ids=lambda part: part)
-def test_examples_that_the_schema_allows(schema: schemathesis.schemas.BaseSchema, method: str, path: str) -> None:
-    statuses = fuzz(schema, method, path, GenerationMode.POSITIVE)
+def test_examples_that_the_schema_allows(
+    schema: schemathesis.schemas.BaseSchema, method: str, path: str, times: int
+) -> None:
+    statuses = fuzz(schema, method, path, GenerationMode.POSITIVE, times)
     assert set(statuses) <= {200, 400, 404}
     if path == "/v1/images/generations":
         assert statuses[200] > 0, "some example makes a picture"
@@ -78,7 +87,7 @@ def test_event_streams_are_as_the_schema_says(schema: schemathesis.schemas.BaseS
 
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=lambda mode: mode.value)
-def test_edits_on_a_model_that_edits(mode: GenerationMode) -> None:
+def test_edits_on_a_model_that_edits(mode: GenerationMode, times: int) -> None:
     with live_server(info=FAKE_EDIT_INFO) as running:
         schema = schemathesis.openapi.from_url(f"{running.url}/openapi.json")
         paths = schema.raw_schema["paths"]
@@ -86,7 +95,7 @@ def test_edits_on_a_model_that_edits(mode: GenerationMode) -> None:
             *(operation for operation in OPERATIONS if operation[1] != "/v1/images/generations"),
             EDITS,
         }
-        statuses = fuzz(schema, *EDITS, mode)
+        statuses = fuzz(schema, *EDITS, mode, times)
     assert set(statuses) <= ({400} if mode is GenerationMode.NEGATIVE else {200, 400, 404})
 
 
@@ -95,13 +104,15 @@ def is_absent_in_a_form(value: Any) -> bool:
     return all(map(is_absent_in_a_form, value)) if isinstance(value, list) else value in ("", {})
 
 
-def fuzz(schema: schemathesis.schemas.BaseSchema, method: str, path: str, mode: GenerationMode) -> Counter[int]:
+def fuzz(
+    schema: schemathesis.schemas.BaseSchema, method: str, path: str, mode: GenerationMode, times: int
+) -> Counter[int]:
     """Number of responses with each status."""
     statuses: Counter[int] = Counter()
 
     @given(case=schema[path][method].as_strategy(generation_mode=mode))
     @settings(
-        max_examples=OPERATIONS.get((method, path), NUM_EDIT_EXAMPLES),
+        max_examples=times * OPERATIONS.get((method, path), NUM_EDIT_EXAMPLES),
         deadline=None,
         derandomize=True,
         database=None,

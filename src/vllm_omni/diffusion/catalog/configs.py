@@ -8,8 +8,9 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
-from vllm_omni.diffusion.catalog.folder_files import read_object, short
+from vllm_omni.diffusion.catalog.folder_files import read_object
 from vllm_omni.errors import ConfigError
+from vllm_omni.inputs.field_values import shown
 
 MAX_SIZE = 2**20
 """Largest whole number in a config; no device holds wider layers."""
@@ -50,19 +51,19 @@ def _converted(value: Any, kind: Any, place: str) -> Any:
     options = get_args(kind)
     if get_origin(kind) is tuple:
         if not isinstance(value, list | tuple) or not value:
-            raise ConfigError(f"{place} takes a list that is not empty, got {short(value)}")
+            raise ConfigError(f"{place} takes a list that is not empty, got {shown(value)}")
         return tuple(_converted(item, options[0], place) for item in value)
     if NoneType in options:
         return None if value is None else _converted(value, options[0], place)
     if kind is int:
         most = MAX_LAYERS if "layers" in place or place.endswith(("depth", "res_blocks")) else MAX_SIZE
         if type(value) is not int or not 1 <= value <= most:
-            raise ConfigError(f"{place} takes a whole number from 1 to {most}, got {short(value)}")
+            raise ConfigError(f"{place} takes a whole number from 1 to {most}, got {shown(value)}")
     elif kind is float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
-            raise ConfigError(f"{place} takes a number, got {short(value)}")
+            raise ConfigError(f"{place} takes a number, got {shown(value)}")
     elif not isinstance(value, kind):
-        raise ConfigError(f"{place} takes {'true or false' if kind is bool else 'a text'}, got {short(value)}")
+        raise ConfigError(f"{place} takes {'true or false' if kind is bool else 'a text'}, got {shown(value)}")
     return value
 
 
@@ -166,7 +167,7 @@ def read_own_schedule(path: Path) -> SchedulerConfig | UniPCConfig:
     for key, accepted in _UNIPC_VALUES.items():
         _check_among(key, getattr(unipc, key), accepted)
     if values.get("solver_p") is not None:
-        raise ConfigError(f"{SCHEDULER_PLACE}: solver_p must be left out, got {short(values['solver_p'])}")
+        raise ConfigError(f"{SCHEDULER_PLACE}: solver_p must be left out, got {shown(values['solver_p'])}")
     if unipc.flow_shift <= 0:
         raise ConfigError(f"{SCHEDULER_PLACE}: flow_shift takes a number above 0, got {unipc.flow_shift:g}")
     return unipc

@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vllm_omni.diffusion.catalog.folder_files import DEFAULTS_FILE, read_object, short
+from vllm_omni.diffusion.catalog.folder_files import DEFAULTS_FILE, read_object
 from vllm_omni.diffusion.catalog.model_info import SIZES
 from vllm_omni.diffusion.data import DEFAULT_PARAMS
 from vllm_omni.errors import ConfigError
+from vllm_omni.inputs.field_values import shown
 
 MOST_PIXELS_A_SIDE = 2**16
 
@@ -25,5 +26,5 @@ def read_default_sampling_params(path: Path) -> dict[str, Any]:
         is_side = type(value) is int and 1 <= value <= MOST_PIXELS_A_SIDE
         if value is None or (key in SIZES and not is_side):
             takes = f"pixels, 1 to {MOST_PIXELS_A_SIDE}" if key in SIZES else "a value, or is left out"
-            raise ConfigError(f"{DEFAULTS_FILE}: {key} takes {takes}, got {short(value)}")
+            raise ConfigError(f"{DEFAULTS_FILE}: {key} takes {takes}, got {shown(value)}")
     return values

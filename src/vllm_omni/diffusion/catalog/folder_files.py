@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from vllm_omni.errors import ConfigError
+from vllm_omni.inputs.field_values import shown
 
 MODEL_INDEX = "model_index.json"
 """File with the names of the pipeline's class and components."""
@@ -97,11 +98,5 @@ def read_object(root: Path, name: str) -> dict[str, Any]:
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"cannot read {name}: no valid JSON ({error})") from error
     if not isinstance(value, dict):
-        raise ConfigError(f"cannot read {name}: it must hold a JSON object, got {short(value)}")
+        raise ConfigError(f"cannot read {name}: it must hold a JSON object, got {shown(value)}")
     return value
-
-
-def short(value: object) -> str:
-    """Text of `value` for an error message, at most 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX, check_links, names_in, read_object, short
+from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX, check_links, names_in, read_object
 from vllm_omni.diffusion.catalog.hub import hub_reason
 from vllm_omni.diffusion.catalog.model_index import DIFFUSERS_STEMS, Component, read_components
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
@@ -21,6 +21,7 @@ from vllm_omni.diffusion.catalog.weight_files import (
 )
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.errors import ConfigError
+from vllm_omni.inputs.field_values import shown
 
 ADAPTER_CONFIG = "adapter_config.json"
 GUIDER_CONFIG = "guider_config.json"
@@ -72,14 +73,14 @@ def _check_files(info: ModelInfo, name: str, component: Component) -> None:
         is_count = type(steps) is int and 1 <= steps <= MAX_TIMESTEPS
         if component.kind == "scheduler" and steps is not None and not is_count:
             raise ConfigError(
-                f"{place}: num_train_timesteps takes a whole number from 1 to {MAX_TIMESTEPS}, got {short(steps)}"
+                f"{place}: num_train_timesteps takes a whole number from 1 to {MAX_TIMESTEPS}, got {shown(steps)}"
             )
         # Settings that make transformers read other weights than the checked ones.
         if config == CONFIG and info.served_by == "diffusers" and component.stems != DIFFUSERS_STEMS:
             if ADAPTER_CONFIG in names:
                 raise ConfigError(f"{name}/ has an {ADAPTER_CONFIG}: adapters inside a component are not loaded")
             if (file := values.get("transformers_weights")) is not None:
-                raise ConfigError(f"{name}/{CONFIG}: transformers_weights must be left out, got {short(file)}")
+                raise ConfigError(f"{name}/{CONFIG}: transformers_weights must be left out, got {shown(file)}")
 
 
 def _configs(name: str, component: Component, names: list[str]) -> list[str]:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX, short
+from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX
 from vllm_omni.errors import ConfigError
+from vllm_omni.inputs.field_values import shown
 
 Stems = tuple[str, ...]
 """Names of weight files, without variant and suffix, that a component may be read from."""
@@ -55,7 +56,7 @@ def read_components(index: Mapping[str, Any]) -> dict[str, Component]:
         if name.startswith("_") or not isinstance(value, list) or all(part is None for part in value):
             continue  # a setting of diffusers or of the pipeline, or a component that the model does without
         if len(value) != 2 or not all(isinstance(part, str) for part in value):
-            raise ConfigError(f"{MODEL_INDEX}: {name} must be a list of a library and a class, got {short(value)}")
+            raise ConfigError(f"{MODEL_INDEX}: {name} must be a list of a library and a class, got {shown(value)}")
         if name != Path(name).name or name in (".", ".."):
             raise ConfigError(f"{MODEL_INDEX} names {name!r}, which is not a folder of the model")
         components[name] = Component(*value)

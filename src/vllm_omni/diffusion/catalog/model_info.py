@@ -98,7 +98,7 @@ class ModelInfo(ABC):
     """Sizes, limits, prices and defaults of one model folder."""
 
     served_by: ClassVar[Literal["packed", "diffusers"]]
-    """Path that serves the model."""
+    """Code that runs the model: our packed families, or a pipeline of diffusers."""
     gives_previews: ClassVar[bool]
     """Whether pictures can be decoded from the latents of an unfinished request."""
     shares_encodings: ClassVar[bool]
@@ -127,7 +127,7 @@ class ModelInfo(ABC):
     """Component -> weights that its files must hold by its config; components that are not listed are not checked."""
     guidance: Guidance = Guidance()
     image_input: ImageInput | None = None
-    """None: the model makes pictures from text alone."""
+    """Rules for input pictures; None: the model makes pictures from text alone."""
     frame_multiple: int | None = None
     """Frames of a video for each latent frame after the first: the number of frames is a multiple of it, plus one.
     None: the model makes single pictures."""

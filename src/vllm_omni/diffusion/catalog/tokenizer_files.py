@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_omni.diffusion.catalog.folder_files import names_in, open_file, read_object, short
+from vllm_omni.diffusion.catalog.folder_files import names_in, open_file, read_object
 from vllm_omni.errors import ConfigError
+from vllm_omni.inputs.field_values import shown
 
 TOKENIZER_FILE = "tokenizer.json"
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
@@ -52,7 +53,7 @@ def check_tokenizer(root: Path, component: str, class_name: str, needs: Tokenize
     for token, number in ids.items():
         if type(number) is not int or not 0 <= number < (needs.num_ids or MAX_IDS):
             raise ConfigError(
-                f"{component}/ has the token {token!r} with the id {short(number)}; the text encoder's vocab_size "
+                f"{component}/ has the token {token!r} with the id {shown(number)}; the text encoder's vocab_size "
                 f"allows 0 to {(needs.num_ids or MAX_IDS) - 1}"
             )
 
@@ -63,11 +64,11 @@ def read_settings(root: Path, component: str) -> dict[str, Any]:
     settings = read_object(root, place)
     for key, kind, accepted in (("tokenizer_class", str, "a text"), ("added_tokens_decoder", dict, "a JSON object")):
         if not isinstance(value := settings.get(key), kind | None):
-            raise ConfigError(f"{place}: {key} takes {accepted}, got {short(value)}")
+            raise ConfigError(f"{place}: {key} takes {accepted}, got {shown(value)}")
     limit = settings.get("model_max_length")
     is_number = isinstance(limit, int | float) and not isinstance(limit, bool)
     if limit is not None and not (is_number and limit >= 1):
-        raise ConfigError(f"{place}: model_max_length takes a number from 1, got {short(limit)}")
+        raise ConfigError(f"{place}: model_max_length takes a number from 1, got {shown(limit)}")
     return settings
 
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vllm_omni.diffusion.catalog.folder_files import names_in, open_file, read_object, regular_file, short
+from vllm_omni.diffusion.catalog.folder_files import names_in, open_file, read_object, regular_file
 from vllm_omni.diffusion.catalog.model_index import STEMS, TRANSFORMERS_STEMS, Component, Stems
 from vllm_omni.errors import ConfigError
+from vllm_omni.inputs.field_values import shown
 
 CONFIG = "config.json"
 """Config file of a model; other components have files named *_config.json."""
@@ -149,7 +150,7 @@ def read_shards(index: Mapping[str, Any], place: str, present: Collection[str]) 
     """
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ConfigError(f"{place}: weight_map must be a JSON object of names of files, got {short(weight_map)}")
+        raise ConfigError(f"{place}: weight_map must be a JSON object of names of files, got {shown(weight_map)}")
     if not weight_map:
         raise ConfigError(f"{place}: weight_map is empty")
     shards = sorted(set(weight_map.values()))

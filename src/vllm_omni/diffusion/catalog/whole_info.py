@@ -70,7 +70,7 @@ class WholeModelInfo(ModelInfo):
     shares_encodings = False
     decodes_in_pieces = False
     max_num_seqs = 1
-    """A step gains nothing from company, and an abort would wait for all of it."""
+    """One request a step: several would take turns in it, and an abort would wait for all of them."""
 
     pipeline: WholePipeline
 

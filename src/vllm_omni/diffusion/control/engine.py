@@ -273,7 +273,7 @@ class DiffusionEngine:
             self._note_begin()
 
     def _note_begin(self) -> None:
-        """The oldest submitted plan begins to run now."""
+        """Note that the oldest plan in flight begins to run now."""
         now = time.monotonic()
         self._timer.begin(now, self._live_scheduler.plan_seconds)
         self._tracked.note_started(self._submitted[0].encode, now)

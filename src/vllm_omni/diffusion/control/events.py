@@ -30,7 +30,7 @@ class Preview:
     request_id: str
     step: int
     image: np.ndarray
-    """uint8 [height, width, 3]."""
+    """Pixels: uint8 [height, width, 3]."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Finished:
 
     request_id: str
     image: np.ndarray
-    """uint8 [height, width, 3], of a video [frames, height, width, 3]."""
+    """Pixels: uint8 [height, width, 3], of a video [frames, height, width, 3]."""
     timings: dict[str, float]
     """Seconds by stage, and numbers of computed and cached steps."""
 
@@ -91,16 +91,17 @@ class EngineObserver(Protocol):
     def on_step(self, plan: StepPlan, result: StepResult, seconds: float) -> None: ...
 
     def on_finish(self, request: DiffusionRequest, timings: dict[str, float], outcome: str, reason: str) -> None:
-        """`outcome`: completed | aborted | failed | refused (the model found the request invalid).
+        """Note the end of a request.
 
+        `outcome`: completed | aborted | failed | refused (the model found the request invalid).
         `reason`: a few words, empty for a completed request. It never quotes the client's text.
         """
 
     def on_reject(self, reason: str) -> None:
-        """`reason`: queue_full | unavailable; an HTTP server also reports invalid."""
+        """Note a refused request. `reason`: queue_full | unavailable; an HTTP server also reports invalid."""
 
     def on_worker_restart(self, num_replayed: int) -> None:
-        """`num_replayed`: requests that had begun when the worker died and start again."""
+        """Note a restart of the workers. `num_replayed`: requests that had begun and start again."""
 
 
 class NullObserver:

@@ -28,7 +28,7 @@ class PlanInFlight:
 
     @property
     def tasks(self) -> Tasks:
-        """Plans with equal tasks take equally long, except for blocks that a step cache skips."""
+        """Identity of each item. Plans with equal tasks take equally long, unless a step cache skips blocks."""
         return [(item.entry.request.request_id, item.phase, item.work) for item in self.items]
 
 
@@ -73,7 +73,7 @@ class PlansInFlight:
 
     @property
     def seconds_per_unit(self) -> float:
-        """Measured over the last steps."""
+        """Seconds that a unit of work takes, measured over the last steps."""
         return self._rate_seconds / self._rate_work
 
     @property

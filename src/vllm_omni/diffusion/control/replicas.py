@@ -135,7 +135,7 @@ class Replicas:
     def _first_to_finish(
         self, request: ScheduledRequest, parts: Mapping[DiffusionEngine, Sequence[ScheduledRequest]]
     ) -> DiffusionEngine:
-        """`parts`: requests that are assigned and not added yet."""
+        """Replica with room that will finish `request` first. `parts`: requests assigned to each and not added."""
         with_it = {engine: [*parts.get(engine, ()), request] for engine in self._engines}
         ranked = sorted(self._engines, key=lambda engine: engine.eta_seconds(with_it[engine]))
         return next((engine for engine in ranked if _has_room(engine, with_it[engine])), ranked[0])

@@ -81,7 +81,7 @@ class RequestBuilder:
         return self.build_checked(self.check(prompt, params), request_id)
 
     def build_checked(self, checked: CheckedPrompt, request_id: str) -> list[ScheduledRequest]:
-        """Second part of `build`, after `check`. Raises as `build`."""
+        """Second part of `build`: count tokens, draw the seed and price, after `check`. Raises as `build`."""
         prompt, filled = checked.prompt, checked.params
         if prompt.negative_prompt is None:
             prompt = replace(prompt, negative_prompt=checked.defaults.get("negative_prompt"))

@@ -45,7 +45,7 @@ class ScheduledRequest:
     preview_steps: tuple[int, ...] = ()
     """Steps (1-based, ascending) after which a preview is delivered."""
     arrival: float = 0.0
-    """`time.monotonic()` of this process."""
+    """Time of arrival: `time.monotonic()` of this process."""
 
     @property
     def frame_cost(self) -> float:

@@ -307,7 +307,7 @@ class Scheduler:
 
     @property
     def seconds_per_unit(self) -> float:
-        """Measured over the last steps."""
+        """Seconds that a unit of work takes, measured over the last steps."""
         return self._in_flight.seconds_per_unit
 
     @property

@@ -24,7 +24,7 @@ class StepTimer:
         self._overdue_at = 0.0
 
     def begin(self, now: float, estimate: float) -> None:
-        """The step begins at `now` and is expected to take `estimate` seconds."""
+        """Note that a step begins at `now` and is expected to take `estimate` seconds."""
         self.began = now
         self.next_due = now + (1 - _SEND_AHEAD_SHARE) * estimate - _SEND_AHEAD_SECONDS
         self._overdue_at = now + max(self._stall_seconds, self._stall_factor * estimate)

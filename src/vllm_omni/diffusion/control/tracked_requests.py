@@ -94,7 +94,7 @@ class TrackedRequests:
             self._is_empty.clear()
 
     def note_started(self, request_ids: Iterable[str], now: float) -> None:
-        """The first plan of these requests began at `now`; a replay does not count."""
+        """Note that the first plan of these requests began at `now`; a replay does not count."""
         for request_id in request_ids:
             if (tracked := self._tracked.get(request_id)) and tracked.started is None:
                 tracked.started = now

@@ -1,4 +1,7 @@
-"""Recent deaths of workers, and the pause before the next start that follows from them."""
+"""Recent deaths of workers, and the pause before the next start that follows from them.
+
+Executors notice a death (`executor/multiproc.py`), and `DiffusionEngine._restart` acts on it.
+"""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class DiffusionRequest:
     true_cfg_scale: float = 1.0
     """s of `unconditional + s (conditional - unconditional)`, whatever the family calls its scale; 1: no guidance."""
     guidance_scale: float | None = None
-    """Parameter of this name of a whole pipeline: its scale of guidance, or a number that its model reads."""
+    """`guidance_scale` of a whole pipeline's call: its scale of guidance, or a number that its model reads."""
     cfg_normalization: float = 0.0
     """Upper limit of a guided velocity's norm, relative to the conditional one; 0: no limit."""
     cfg_truncation: float = 1.0

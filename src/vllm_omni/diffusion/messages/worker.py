@@ -88,7 +88,7 @@ class Heartbeat(Struct, tag=True):
 
 
 class Done(Struct, tag=True):
-    """Answer to `Execute`."""
+    """Answer to `Execute`: the result of the step."""
 
     result: StepResult
 

@@ -38,7 +38,9 @@ from vllm_omni.inputs.field_values import field_types
 
 T = TypeVar("T")
 
-DESCRIPTION = "Serve a diffusion model with an OpenAI-compatible image API."
+DESCRIPTION = (
+    "Serve a diffusion model with an OpenAI-compatible image API. 'none: ...' says what holds without the flag."
+)
 EXAMPLES = """examples:
   {serve} --port 8091
   {serve} --revision main --dtype bfloat16 --max-num-seqs 8 --api-key KEY
@@ -246,7 +248,7 @@ def _add_scheduling_flags(group: Any) -> None:
     pixels_help = "most pixels of a picture; none: four times the model's default size, at least 1024x1024"
     engine.add("max_pixels", pixels_help)
     engine.add("max_inference_steps", "most denoising steps of a request")
-    engine.add("max_num_frames", "most frames of a video")
+    engine.add("max_num_frames", "most frames of a video; none: the model's default")
     engine.add("max_worker_restarts", "restarts of dead workers within ten minutes", type=flag_types.integer(0))
     engine.add("default_sampling_params", "defaults for requests, as JSON")
     seed_help = (

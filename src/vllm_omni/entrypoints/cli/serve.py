@@ -264,7 +264,7 @@ class Service:
 
 
 async def _first_of(*awaitables: Coroutine[Any, Any, Any] | asyncio.Task[Any]) -> None:
-    """Wait until one of them is done; then cancel the coroutines that are not, but not the tasks."""
+    """Wait until one of `awaitables` is done, then cancel the other coroutines; tasks go on."""
     tasks = [a if isinstance(a, asyncio.Task) else asyncio.create_task(a) for a in awaitables]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -75,9 +75,13 @@ CASES: dict[str, tuple[dict[str, Any], int | None]] = {
     "accumulated": ({"max_accumulated_residual_diff_threshold": 1.0, "residual_diff_threshold": 0.2}, None),
     "always": ({"residual_diff_threshold": 1.0}, None),
 }
+THOROUGH = ("plain", "order 1", "order 2", "policy", "always")
+"""Cases whose settings are also parts of the others."""
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.thorough if name in THOROUGH else ()) for name in CASES]
+)
 def test_the_library_skips_the_same_steps_and_draws_the_same_picture(
     calm_model: Path, uncached: np.ndarray, name: str
 ) -> None:

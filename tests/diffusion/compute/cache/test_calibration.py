@@ -120,7 +120,7 @@ def test_a_hub_model_is_named_as_in_serve() -> None:
     args = calibrate.parse_args([*words, "--dtype", "half"])
     assert (HubAccess.of(args.config), args.config.dtype) == (HubAccess("v1", "/models", "hf_x", "fp16"), "float16")
     with pytest.raises(ConfigError, match=r"^--revision v1 is for hub models; 'demo' is a folder"):
-        calibrate._measure(calibrate.parse_args(["demo", "--revision", "v1"]))
+        calibrate.calibrate(calibrate.parse_args(["demo", "--revision", "v1"]))
 
 
 def test_what_the_model_does_not_take_ends_the_command(

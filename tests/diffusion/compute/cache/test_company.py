@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -15,11 +16,14 @@ import torch
 from testbed.runner_driver import Drive, make_request, psnr
 from tests.diffusion.compute.cache.driving import Skips, draw, started, watch_skips
 from tests.diffusion.compute.cache.settings import settings_of
-from vllm_omni.diffusion.compute.cache.base import Budget
+from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo
+from vllm_omni.diffusion.catalog.registry import load_model_info
+from vllm_omni.diffusion.compute.cache import create_step_cache
+from vllm_omni.diffusion.compute.cache.base import CacheSlot
 from vllm_omni.diffusion.compute.distributed.groups import Group
-from vllm_omni.diffusion.compute.packing import Hidden
-from vllm_omni.diffusion.compute.step.arrangement import Arrangement
+from vllm_omni.diffusion.compute.packing import Hidden, Pack
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
+from vllm_omni.diffusion.data import parse_cache_config
 from vllm_omni.diffusion.messages.plan import StepResult
 
 LONG = make_request("long", negative_prompt="a blue car", num_inference_steps=16, seed=3, true_cfg_scale=3.0)
@@ -135,24 +139,29 @@ def tensors_in(value: object) -> Iterator[torch.Tensor]:
             yield from tensors_in(getattr(value, field.name))
 
 
-def held_bytes(budget: Budget) -> int:
+def held_bytes(slots: Iterable[CacheSlot]) -> int:
     """Memory behind all tensors in the slots, counted without the caches' own `tensors`."""
-    storages = [x.untyped_storage() for slot in budget._slots for x in tensors_in(slot)]
+    storages = [x.untyped_storage() for slot in slots for x in tensors_in(slot)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def watch_memory(runner: ModelRunner) -> list[int]:
     """Bytes held after each run of the blocks, while the last step's content is still stored."""
-    cache, held = runner.pipeline.step_cache, []
-    run = cache.run
+    cache, held, slots = runner.pipeline.step_cache, [], WeakSet[CacheSlot]()
+    run, watch = cache.run, cache.budget.watch
+
+    def noted(slot: CacheSlot) -> None:
+        slots.add(slot)
+        watch(slot)
 
     def watched(*args: Any) -> Hidden:
         output = run(*args)
-        held.append(held_bytes(cache.budget))
+        held.append(held_bytes(slots))
         assert held[-1] == cache.budget.num_bytes
         return output
 
     cache.run = watched  # type: ignore[assignment,method-assign]
+    cache.budget.watch = noted  # type: ignore[method-assign]
     return held
 
 
@@ -230,29 +239,29 @@ def test_one_exchange_a_step_for_all_sequences_and_none_where_none_can_skip(
     calm_model: Path, cache: str, more: dict[str, Any], first: int, last: int
 ) -> None:
     runner = started(calm_model, cache, settings_of(cache) | more)
-    group = runner.pipeline.step_cache._rank_group = CountingGroup()
+    group, config = CountingGroup(), parse_cache_config(cache, settings_of(cache) | more)
+    info = load_model_info(str(calm_model))
+    assert isinstance(info, PackedModelInfo)
+    runner.pipeline.step_cache = create_step_cache(config, info, group)
     requests = [make_request(f"{i}", negative_prompt=" ", num_inference_steps=12, seed=i) for i in range(3)]
     drive = Drive(runner).run({0: requests})
     assert drive.errors == {}
     assert group.shapes == [(3, 6)] * (last + 1 - first), "changes, sizes and misses of six sequences"
 
 
-def test_a_pack_of_those_that_go_on_is_made_once(calm_model: Path) -> None:
+def test_a_pack_of_those_that_go_on_is_made_once(calm_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = started(calm_model, "cache_dit", settings_of("cache_dit"))
-    selected: list[Any] = []
-    part = Arrangement._part
+    selected: list[tuple[Pack, tuple[int, ...]]] = []
+    select = Pack.select
 
-    def counted(self: Arrangement, members: tuple[int, ...]) -> Arrangement:
-        selected.append((id(self), members))
-        return part(self, members)
+    def counted(self: Pack, members: Sequence[int]) -> Pack:
+        selected.append((self, tuple(members)))
+        return select(self, members)
 
-    Arrangement._part = counted  # type: ignore[method-assign]
-    try:
-        Drive(runner).run({0: [LONG, WIDE, TALL]})
-    finally:
-        Arrangement._part = part  # type: ignore[method-assign]
+    monkeypatch.setattr(Pack, "select", counted)
+    Drive(runner).run({0: [LONG, WIDE, TALL]})
     assert selected
-    assert len(selected) == len(set(selected))
+    assert len(selected) == len({(id(pack), members) for pack, members in selected})
 
 
 def test_pictures_are_worth_comparing(plain: Drive) -> None:

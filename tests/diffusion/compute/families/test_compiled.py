@@ -68,7 +68,7 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=["qwen_image", pytest.param("z_image", marks=pytest.mark.thorough)])
 def family(request: pytest.FixtureRequest) -> Family:
     return FAMILIES[request.param]
 

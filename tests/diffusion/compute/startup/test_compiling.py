@@ -124,6 +124,7 @@ def test_serving_z_image_compiles_nothing(tmp_path: Path, caplog: pytest.LogCapt
     assert skipped == skipped_eagerly > 2
 
 
+@pytest.mark.thorough
 def test_serving_edits_compiles_nothing(tiny_edit_model: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     edit = load_model_info(str(tiny_edit_model)).image_input

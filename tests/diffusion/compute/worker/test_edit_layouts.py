@@ -61,7 +61,7 @@ def wanted(model: Path, arrivals: Arrivals) -> dict[str, np.ndarray]:
     ("ulysses", "ring", "cfg", "tensor"),
     [
         (3, 1, 1, 1),
-        (1, 2, 2, 1),
+        pytest.param(1, 2, 2, 1, marks=pytest.mark.thorough),
         (1, 1, 2, 2),
         *(pytest.param(*degrees, marks=pytest.mark.layouts) for degrees in ((1, 4, 1, 1), (2, 2, 1, 1), (2, 1, 2, 1))),
     ],

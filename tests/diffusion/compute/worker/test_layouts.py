@@ -130,8 +130,6 @@ def check_equal(drawn: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray
 
 LAYOUTS = [
     # heads, ulysses, ring, cfg, tensor: together they cover every pair of degrees
-    (3, 2, 1, 1, 1),
-    (3, 1, 2, 1, 1),
     (5, 3, 1, 2, 1),
     (8, 4, 1, 1, 2),
     (6, 3, 2, 1, 1),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -42,13 +43,15 @@ def tiny_z_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def started(path: Path, gpu: FakeGpu | None = None) -> ModelRunner:
-    runner = ModelRunner(OmniDiffusionConfig(model=str(path)), load_model_info(str(path)), options=QUICK)
+    config, info = OmniDiffusionConfig(model=str(path)), load_model_info(str(path))
     if gpu is None:
+        runner = ModelRunner(config, info, options=QUICK)
         runner.start()
-    else:
-        runner._device = FakeGpuDevice()
-        with gpu, gpu.waiting_allowed():
-            runner.start()
+        return runner
+    with patch("vllm_omni.diffusion.compute.worker.runner.Device", lambda *_: FakeGpuDevice()):
+        runner = ModelRunner(config, info, options=QUICK)
+    with gpu, gpu.waiting_allowed():
+        runner.start()
     return runner
 
 

@@ -15,6 +15,7 @@ import torch
 from testbed.runner_driver import Drive, kept, make_request, psnr
 from tests.diffusion.compute.distributed.ranks import run_places, run_ranks
 from tests.diffusion.compute.worker.replica import merging, started
+from vllm_omni.diffusion.compute.attention.sharded import PackedAttention
 from vllm_omni.diffusion.compute.coordination.ranks import Ranks, RanksLostError
 from vllm_omni.diffusion.compute.distributed.groups import Group, GroupBrokenError
 from vllm_omni.diffusion.compute.distributed.mesh import World
@@ -43,10 +44,10 @@ def fail_at(runner: Any, stage: str, request_id: str, error: Exception) -> None:
     if stage == "attention":  # half-way through a forward, and only once its sequence is there
         members: list[str] = []
         watch(pipeline, "predict", lambda ids: members.__setitem__(slice(None), ids))
-        original_over = pipeline._attention.over
+        original_over = PackedAttention.over
 
-        def over(pack: Any) -> Callable[..., Any]:
-            attend, calls, ids = original_over(pack), [0], list(members)
+        def over(attention: PackedAttention, pack: Any) -> Callable[..., Any]:
+            attend, calls, ids = original_over(attention, pack), [0], list(members)
 
             def failing(*qkv: torch.Tensor) -> torch.Tensor:
                 calls[0] += 1
@@ -57,7 +58,7 @@ def fail_at(runner: Any, stage: str, request_id: str, error: Exception) -> None:
 
             return failing
 
-        pipeline._attention.over = over
+        PackedAttention.over = over  # type: ignore[assignment,method-assign]  # in a process of its own
     else:
 
         def check(ids: list[str]) -> None:

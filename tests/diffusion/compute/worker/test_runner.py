@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from testbed.runner_driver import Drive, kept, make_request, psnr
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.attention import BACKENDS
 from vllm_omni.diffusion.compute.device.device import Device
+from vllm_omni.diffusion.compute.families.qwen_image.text import QwenImageTextEncoder
 from vllm_omni.diffusion.compute.step.pipeline import RequestState
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -173,8 +175,9 @@ def test_an_aborted_request_is_skipped_and_forgotten(runner: ModelRunner, alone:
     assert (result.previews, result.errors) == ({}, {})
     assert runner.execute(StepPlan(3, decode=["b"])).images == {}
     # The plan that announces a request may come after its abort.
+    num_kept = kept(runner)
     assert runner.execute(StepPlan(4, new_requests=[make_request("never seen")], encode=["never seen"])).errors == {}
-    assert "never seen" not in runner._states
+    assert kept(runner) == num_kept + 1, "the request, and no state"
     assert runner.execute(StepPlan(5, denoise=["never seen"])).advanced == []
     runner.execute(StepPlan(6, release=["a", "b", "never seen"]))
     assert kept(runner) == 0
@@ -190,14 +193,13 @@ def test_unknown_ids_are_skipped(runner: ModelRunner) -> None:
 
 def test_a_prompt_seen_before_is_not_encoded_again(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[str] = []
-    prompts = runner.pipeline._prompts  # type: ignore[attr-defined]
-    original = prompts._encode
+    original = QwenImageTextEncoder.__call__
 
-    def encode(prompt: Any) -> Any:
-        encoded.append(prompt.prompt)
-        return original(prompt)
+    def encode(encoder: QwenImageTextEncoder, prompt: str) -> Tensor:
+        encoded.append(prompt)
+        return original(encoder, prompt)
 
-    monkeypatch.setattr(prompts, "_encode", encode)
+    monkeypatch.setattr(QwenImageTextEncoder, "__call__", encode)
     for seed in range(3):
         Drive(runner).run({0: [make_request("x", "a new prompt", negative_prompt="another new one", seed=seed)]})
     assert sorted(encoded) == ["a new prompt", "another new one"]

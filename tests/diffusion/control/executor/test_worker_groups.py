@@ -334,8 +334,15 @@ async def test_a_worker_beats_in_a_long_step() -> None:
             await worker.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("num_ranks", [1, 3])
+@pytest.mark.parametrize(
+    ("num_ranks", "number"),
+    [
+        (1, signal.SIGKILL),
+        (3, signal.SIGKILL),
+        (3, signal.SIGSTOP),
+        pytest.param(1, signal.SIGSTOP, marks=pytest.mark.thorough),
+    ],
+)
 async def test_the_engine_replays_when_a_worker_is_killed_or_stopped(num_ranks: int, number: int) -> None:
     executor = make(num_ranks, FakeRunner, silence_seconds=SILENCE_SECONDS)
     requests = [make_scheduled(f"r{n}", 64, 200, seed=n, arrival=time.monotonic()) for n in range(3)]

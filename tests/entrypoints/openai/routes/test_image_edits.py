@@ -191,16 +191,15 @@ def test_generations_say_where_to_go(sdk: openai.OpenAI) -> None:
     assert refused.value.param == "image"
 
 
-def test_a_real_model_end_to_end(tiny_edit_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the SDK through a worker process and back: the picture equals that of diffusers' pipeline."""
+def test_a_real_model_end_to_end(tiny_edit_model: Path) -> None:
+    """From the SDK through the engine and back: the picture equals that of diffusers' pipeline."""
     from testbed import tiny_edit_models as oracle
     from testbed.runner_driver import make_request
     from tests.diffusion.compute.families.qwen_image.test_pictures import check
 
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     pictures = [photo(90, 60, 1), photo(31, 70, 3)]
     with (
-        live_server(model=tiny_edit_model) as running,
+        live_server(model=tiny_edit_model, distributed_executor_backend="uni") as running,
         openai.OpenAI(api_key="none", base_url=f"{running.url}/v1", max_retries=0) as client,
     ):
         answer = client.images.edit(

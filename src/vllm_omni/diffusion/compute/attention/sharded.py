@@ -59,7 +59,7 @@ class ShardedAttention:
         pack: Pack,
         make_ring: Callable[[Group], Ring] = Ring,
     ) -> None:
-        """make_ring: constructor of the Ring of one call."""
+        """Attention of one pack. make_ring: constructor of the Ring of one call."""
         self._backend = backend
         self._ulysses = ulysses
         self._ring = ring
@@ -167,7 +167,7 @@ class _Runs:
     """Runs of one rank, or of one sequence: the inner loop of the order."""
 
     def transposed(self, x: Tensor) -> Tensor:
-        """Rows in the other order; `x` itself if there is one sequence or one rank."""
+        """Rows of x in the other of the two orders; `x` itself if there is one sequence or one rank."""
         if self.inner == 1 or self.inner == len(self.lengths):
             return x
         pieces = x.split(self.lengths)

@@ -90,9 +90,9 @@ class SequenceStep:
     """One step of one sequence, as a cache sees it."""
 
     slot: CacheSlot | None
-    """None: the request does not use the cache."""
+    """Slot of the sequence; None: the request does not use the cache."""
     step: int
-    """From 0."""
+    """Number of the step, from 0."""
     num_steps: int
 
     @property

@@ -47,17 +47,17 @@ class CacheDiTConfig(StepCacheConfig):
     Fn_compute_blocks: int = 1
     Bn_compute_blocks: int = 0
     residual_diff_threshold: float = 0.24
-    """At 0 every step is computed; from 1 on no change is too large."""
+    """Largest relative change at which a step is skipped. 0 computes every step; from 1 on no change is too large."""
     max_warmup_steps: int = 4
     """Without a mask: steps that are computed at the start. A mask replaces this and the interval."""
     warmup_interval: int = 1
     """During the warm-up only every n-th step must be computed, from the first step on."""
     max_cached_steps: int = -1
-    """-1: no limit; 0: every step is computed."""
+    """Most skipped steps of a request; -1: no limit; 0: every step is computed."""
     max_continuous_cached_steps: int = 3
-    """-1: no limit; 0: every step is computed."""
+    """Most skipped steps in a row; -1: no limit; 0: every step is computed."""
     max_accumulated_residual_diff_threshold: float | None = None
-    """Above 0; None: no limit."""
+    """Largest sum of the changes of skipped steps, above 0; None: no limit."""
     enable_taylorseer: bool = False
     taylorseer_order: int = 1
     scm_steps_mask_policy: StepsMaskPolicy | None = None

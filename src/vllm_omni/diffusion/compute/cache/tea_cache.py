@@ -39,7 +39,7 @@ class TeaCacheConfig(StepCacheConfig):
     """TeaCache: skip a step while the accumulated change of the modulated input stays small."""
 
     rel_l1_thresh: float = 0.2
-    """At 0 every step is computed."""
+    """Largest accumulated change at which a step is skipped; at 0 every step is computed."""
     coefficients: tuple[float, ...] | None = None
     """Polynomial, highest power first; None: the model's own."""
 

@@ -39,7 +39,7 @@ class FlowState(RequestState):
     """State of a request whose latents are tokens: [frames * rows * columns, channels]."""
 
     text: tuple[Tensor, ...] = ()
-    """For each guidance branch, the conditional one first: [tokens, D], as the blocks take it."""
+    """Text of each guidance branch, the conditional one first: [tokens, D], as the blocks take it."""
     grid: Grid = (0, 0, 0)
     scheduler: Any = None
     """diffusers' scheduler, of this request alone."""
@@ -94,7 +94,7 @@ class Forward(Generic[Transformer]):
     """Transformer of all sequences of the pack."""
     arrangement: Arrangement
     text: Tensor
-    """[T, D]"""
+    """Text tokens of these sequences: [T, D]."""
 
 
 AnyForward = TypeVar("AnyForward", bound=Forward[Any])
@@ -110,7 +110,7 @@ class Layout(Generic[AnyForward]):
 
     sharding: Sharding
     forward: AnyForward | None
-    """For the sequences `sharding.mine`, in order; None where this rank's group computes none."""
+    """Tensors of the sequences `sharding.mine`, in order; None if this rank's group computes none."""
     captured_graphs: CapturedGraphs = field(default_factory=CapturedGraphs)
 
 
@@ -376,7 +376,7 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
             self.capturer.release()
 
     def grid(self, request: DiffusionRequest) -> Grid:
-        """Grid of the request's tokens."""
+        """Grid of the request's tokens of the request's picture."""
         side = self._info.pixels_per_token
         return self._info.latent_frames(request.num_frames), request.height // side, request.width // side
 

@@ -18,15 +18,15 @@ class Float8Rows(NamedTuple):
     """Rows rounded to float8; `values * scale` are the rows up to rounding."""
 
     values: Tensor
-    """float8 [rows, n]."""
+    """Rounded rows: float8 [rows, n]."""
     scale: Tensor
-    """float32 [rows, 1]."""
+    """Scale of each row: float32 [rows, 1]."""
     dtype: torch.dtype
     """dtype of the rows before rounding, and of products with them."""
 
     @classmethod
     def of(cls, x: Tensor) -> Float8Rows:
-        """Round [rows, n]."""
+        """Round the rows of x, [rows, n]."""
         return cls(*quantize(x), x.dtype)
 
 

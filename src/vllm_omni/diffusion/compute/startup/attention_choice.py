@@ -45,7 +45,7 @@ class AttentionTask:
 
     @classmethod
     def of(cls, setting: Setting, info: PackedModelInfo, parallel: DiffusionParallelConfig) -> AttentionTask:
-        """Two guidance branches of the model's default picture, or of a smaller one."""
+        """Task of two guidance branches of the model's default picture, or of a smaller one."""
         defaults = info.default_sampling_params
         picture = min(info.num_image_tokens(defaults["height"], defaults["width"]), MAX_PICTURE_TOKENS)
         ring = parallel.ring_degree

@@ -41,9 +41,9 @@ class StepBudget:
 
     cpu_seconds: float = 0.8
     gpu_seconds: float = 4.0
-    """Longer than on a CPU: the best steps of a GPU are larger, and its start takes long anyway."""
+    """More than on a CPU: the best steps of a GPU are larger, and its start takes long anyway."""
     min_samples: int = 3
-    """Sizes of step that are tried beyond the budget, unless one of them alone takes longer than the budget."""
+    """Step sizes that are measured even if together they exceed the budget, unless one of them alone does."""
 
 
 def warm_up(

@@ -41,7 +41,7 @@ class RequestState:
     num_made: int = field(default=1, init=False)
     """Steps that the model itself made in the last planned step: a whole pipeline may make none or several."""
     cache_slots: tuple[CacheSlot | None, ...] = field(init=False, repr=False)
-    """For each guidance branch, what a step cache keeps; None for requests that do not take part in caching."""
+    """Slot of a step cache for each guidance branch; None for requests that do not take part in caching."""
     decoder_features: DecoderFeatures = field(default_factory=dict, init=False, repr=False)
     """Features of a video whose decode is under way, on the ranks that decode it."""
 
@@ -50,7 +50,7 @@ class RequestState:
 
     @property
     def sequence_steps(self) -> list[SequenceStep]:
-        """For each guidance branch, what a step cache decides by; steps count from `first_step`."""
+        """Step of each guidance branch, as a step cache sees it; steps count from `first_step`."""
         step, num_steps = (n - self.first_step for n in (self.step, self.request.num_inference_steps))
         return [SequenceStep(slot, step, num_steps) for slot in self.cache_slots]
 
@@ -74,7 +74,7 @@ class Picture(NamedTuple):
     """One decoded picture or video, on the device."""
 
     pixels: Tensor
-    """uint8 [height, width, 3], of a video [frames, height, width, 3]."""
+    """Pixels: uint8 [height, width, 3], of a video [frames, height, width, 3]."""
     is_finite: Tensor
     """Bool []: whether all pixels were finite before they were rounded to bytes."""
     is_blocked: bool = False

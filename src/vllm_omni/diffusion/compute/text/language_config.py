@@ -8,9 +8,9 @@ from typing import Any
 
 from vllm_omni.diffusion.catalog.configs import from_values
 from vllm_omni.diffusion.catalog.expected_weights import ExpectedWeights, LayerList
-from vllm_omni.diffusion.catalog.folder_files import short
 from vllm_omni.diffusion.catalog.packed_info import Shares
 from vllm_omni.errors import ConfigError
+from vllm_omni.inputs.field_values import shown
 
 CONFIG_FILE = "text_encoder/config.json"
 EMBEDDING = "embed_tokens.weight"
@@ -27,7 +27,7 @@ class LanguageModelConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int | None = None
-    """None: hidden_size / num_attention_heads."""
+    """Channels of one attention head; None: hidden_size / num_attention_heads."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LanguageModelConfig:
@@ -35,7 +35,7 @@ class LanguageModelConfig:
         # Older configs have the keys of the language model at the top level.
         section = values.get("text_config") or values
         if not isinstance(section, dict):
-            raise ConfigError(f"{CONFIG_FILE}: text_config takes a JSON object, got {short(section)}")
+            raise ConfigError(f"{CONFIG_FILE}: text_config takes a JSON object, got {shown(section)}")
         config = from_values(cls, section, CONFIG_FILE)
         for name, count in (("hidden_size", config.hidden_size), ("num_key_value_heads", config.num_key_value_heads)):
             larger, smaller = max(count, config.num_attention_heads), min(count, config.num_attention_heads)

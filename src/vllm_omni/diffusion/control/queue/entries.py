@@ -15,7 +15,7 @@ AGEING = 0.1
 
 
 class Phase(IntEnum):
-    """Kind of an item."""
+    """Kind of an item: encode, denoising step or decode."""
 
     ENCODE = 0
     DENOISE = 1
@@ -125,7 +125,7 @@ class Item:
     tokens: float
     """Tokens of the plan's budget that this item uses."""
     work: float
-    """Units."""
+    """Work in units of `RequestCost`."""
     preview: bool = False
     frames: range = range(0)
     """Latent frames of a decode."""

@@ -124,7 +124,7 @@ class BodyReader:
     """Reads bodies. The only place that limits the bytes and items of JSON."""
 
     silence_seconds: float
-    """See `ServerSettings.upload_silence_seconds`."""
+    """Longest pause of an upload in seconds; see `UploadRate`."""
 
     async def chunks(self, request: Request, reservation: UploadReservation) -> AsyncIterator[bytes]:
         """Chunks of the body; the bytes of each are added to `reservation`.

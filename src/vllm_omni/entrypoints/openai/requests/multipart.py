@@ -30,7 +30,7 @@ class MultipartReader:
     """
 
     def __init__(self, content_type: str, limit_of: Callable[[Part], int]) -> None:
-        """Raises InvalidRequestError for a content type without a usable boundary."""
+        """Make a reader for one body. Raises InvalidRequestError for a content type without a usable boundary."""
         boundary = parse_options_header(content_type)[1].get(b"boundary")
         if not boundary:
             raise InvalidRequestError("the request's multipart/form-data names no boundary")

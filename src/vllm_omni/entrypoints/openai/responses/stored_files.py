@@ -18,7 +18,7 @@ class StoredFile:
     data: bytes
     content_type: str
     expires_at: float
-    """Seconds on the clock of the store."""
+    """Time at which the file is removed, in seconds on the clock of the store."""
 
 
 class FileStore:

@@ -63,7 +63,7 @@ def make_health_router(omni: AsyncOmni, load: ServerLoad, metrics: PrometheusObs
 
     @router.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
     async def show_metrics() -> Response:
-        """Prometheus's text format."""
+        """Metrics of the server in Prometheus's text format."""
         return Response(metrics.render(), media_type=metrics.content_type)
 
     return router

@@ -140,7 +140,7 @@ class LoRAField(RequestBody):
 
     name: Annotated[str, Field(min_length=1)]
     scale: float | None = None
-    """None: 1."""
+    """Factor of the adapter's change of the model; null: 1."""
 
 
 class ImageOptions(RequestBody):

@@ -59,12 +59,12 @@ def test_without_a_step_callback_a_call_pauses_and_ends(runner_of: RunnerOf, nam
     runner = runner_of(name)
     runner.execute(StepPlan(0, new_requests=[request_of(name)], encode=["a"]))
     call = calls(runner)["a"]
-    for done in range(NUM_STEPS - 1):
-        assert call._num_done == done
-        assert runner.execute(StepPlan(1 + done, denoise=["a"])).advanced == ["a"]
-    assert (call._num_done, call.is_alive) == (NUM_STEPS - 1, True)
+    for step in range(1, NUM_STEPS):
+        result = runner.execute(StepPlan(step, denoise=["a"]))
+        assert (result.advanced, result.num_made("a")) == (["a"], 1)
+    assert call.is_alive
     runner.execute(StepPlan(NUM_STEPS, release=["a"]))
-    assert (call._num_done, call.is_alive) == (NUM_STEPS - 1, False)
+    assert not call.is_alive
 
 
 @pytest.mark.parametrize(

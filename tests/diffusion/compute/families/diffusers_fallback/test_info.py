@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,11 @@ from vllm_omni.diffusion.compute.families.diffusers_fallback.config_sizes import
     own_size,
 )
 from vllm_omni.diffusion.compute.families.diffusers_fallback.info import PromptTokenCounter
-from vllm_omni.diffusion.compute.families.diffusers_fallback.pipeline import PipelineCall
+from vllm_omni.diffusion.compute.families.diffusers_fallback.pipeline import DiffusersPipeline, PipelineCall
 from vllm_omni.diffusion.compute.step.pipeline import Picture
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
+from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.errors import ConfigError
 
 SIZES = ("height", "width", "num_inference_steps")
@@ -338,16 +339,16 @@ def test_a_trial_that_fails_when_small_is_made_at_the_models_own_size(
     folder = model_of("StableDiffusion3Pipeline")
     info = load_model_info(str(folder))
     info = replace(info, default_sampling_params={**info.default_sampling_params, "height": 192, "width": 256})
-    real, asked = PipelineCall.picture, []
+    real, asked = DiffusersPipeline.decode, []
 
-    def picture(call: PipelineCall) -> Picture:
-        request = call._request
+    def decode(pipeline: DiffusersPipeline, requests: Sequence[DiffusionRequest], latents: Any) -> list[Picture]:
+        (request,) = requests
         asked.append((request.height, request.width, request.guidance_scale))
         if (request.height, request.width) != (192, 256):
             raise ValueError("makes other sizes alone")
-        return real(call)
+        return real(pipeline, requests, latents)
 
-    monkeypatch.setattr(PipelineCall, "picture", picture)
+    monkeypatch.setattr(DiffusersPipeline, "decode", decode)
     ready = ModelRunner(OmniDiffusionConfig(model=str(folder)), info).start()
     assert asked[:3] == [(128, 128, 7.0), (192, 256, 7.0), (192, 256, 7.0)]
     assert set(asked[3:]) <= {(192, 256, 7.0)}  # more where the threads are chosen

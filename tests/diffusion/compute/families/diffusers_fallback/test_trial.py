@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from testbed.tiny_whole_models import cog_view_4
 from tests.diffusion.compute.families.diffusers_fallback.conftest import ModelOf
 from vllm_omni import Omni
 from vllm_omni.diffusion.catalog.registry import load_model_info
-from vllm_omni.diffusion.compute.families.diffusers_fallback.pipeline import PipelineCall
+from vllm_omni.diffusion.compute.families.diffusers_fallback.pipeline import DiffusersPipeline
 from vllm_omni.diffusion.compute.startup import rates
 from vllm_omni.diffusion.compute.startup.rates import Sample
 from vllm_omni.diffusion.compute.step.pipeline import Picture
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.errors import ConfigError
 
 
@@ -43,17 +45,17 @@ def test_rates_belong_to_the_size_that_is_made(model_of: ModelOf, monkeypatch: p
     """Sana makes a size of its table, whatever is asked for: trials of other sizes would all take as long."""
     asked: list[tuple[int, int]] = []
     measured: list[Sample] = []
-    picture, fit_line = PipelineCall.picture, rates.fit_line
+    decode, fit_line = DiffusersPipeline.decode, rates.fit_line
 
-    def seen(call: PipelineCall) -> Picture:
-        asked.append((call._request.height, call._request.width))
-        return picture(call)
+    def seen(pipeline: DiffusersPipeline, requests: Sequence[DiffusionRequest], latents: Any) -> list[Picture]:
+        asked.extend((request.height, request.width) for request in requests)
+        return decode(pipeline, requests, latents)
 
     def fitted(samples: Any) -> tuple[float, float]:
         measured.extend(samples)
         return fit_line(samples)
 
-    monkeypatch.setattr(PipelineCall, "picture", seen)
+    monkeypatch.setattr(DiffusersPipeline, "decode", seen)
     monkeypatch.setattr(rates, "fit_line", fitted)
     start(model_of("SanaPipeline"))
     assert set(asked) == {(64, 64)}  # its folder's default

@@ -100,12 +100,13 @@ def test_input_pictures_are_encoded_in_the_tiles_of_diffusers(tmp_path: Path) ->
     image = prepare_image(photo(300, 270, 1), edit.sizes)
     pipeline = reference(path)
     pixels = pipeline.image_processor.preprocess(Image.fromarray(image.reference)).unsqueeze(2)
-    encoder = QwenImageEncoder(AutoencoderKLQwenImage.from_pretrained(path / "vae"))
+    vae = AutoencoderKLQwenImage.from_pretrained(path / "vae")
+    encoder = QwenImageEncoder(vae)
     encoded = []
     for tiled in (False, True):
         if tiled:
             pipeline.vae.enable_tiling()
-            encoder._vae.enable_tiling()
+            vae.enable_tiling()
         wanted = pipeline._encode_vae_image(pixels, None)[0, :, 0]
         encoded.append(encoder(image.reference))
         torch.testing.assert_close(encoded[-1], pack_latents(wanted), atol=1e-3, rtol=1e-3)

@@ -46,7 +46,10 @@ def decode(
     return arrays(decoder, grids), dict(world.sent)
 
 
-@pytest.mark.parametrize(("one_at_a_time", "kernels"), [(False, "torch"), (True, "torch"), (False, "triton")])
+@pytest.mark.parametrize(
+    ("one_at_a_time", "kernels"),
+    [(False, "torch"), (True, "torch"), pytest.param(False, "triton", marks=pytest.mark.thorough)],
+)
 def test_pictures_of_ranks_are_those_of_one_and_of_diffusers(
     turbo: Path, one_at_a_time: bool, kernels: KernelsName
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -37,9 +39,16 @@ def exact(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None
     return TorchKernels().group_norm(x.double(), num_groups, weight, bias, EPS, silu)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("silu", [False, True])
-@pytest.mark.parametrize(("shape", "num_groups"), SHAPES)
+def cases() -> Iterator[Any]:
+    """Every shape, each with one dtype, with or without SiLU; the other combinations are thorough."""
+    kinds = list(itertools.product(DTYPES, (False, True)))
+    for number, (shape, num_groups) in enumerate(SHAPES):
+        for kind, (dtype, silu) in enumerate(kinds):
+            marks = () if kind == number % len(kinds) else (pytest.mark.thorough,)
+            yield pytest.param(dtype, silu, shape, num_groups, marks=marks)
+
+
+@pytest.mark.parametrize(("dtype", "silu", "shape", "num_groups"), list(cases()))
 def test_values_and_memory(
     fused: Any, dtype: torch.dtype, silu: bool, shape: tuple[int, int, int, int], num_groups: int
 ) -> None:

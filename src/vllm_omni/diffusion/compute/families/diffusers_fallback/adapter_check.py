@@ -25,7 +25,7 @@ ROUGH_TOLERANCE = 5e-3
 
 
 class Energies(NamedTuple):
-    """Energy of the changes that share one `down`: they are parts of one layer."""
+    """Energy of all changes with the same matrix `down`: parts of one layer, such as queries, keys and values."""
 
     energy: float
     keys: list[str]

@@ -114,7 +114,7 @@ class AdapterFile:
 
     @classmethod
     def read(cls, file: Path) -> AdapterFile:
-        """Raises AdapterFileError for a file that is no safetensors file, and for unusable settings or values."""
+        """Read `file`. Raises AdapterFileError if it is no safetensors file, or for unusable settings or values."""
         try:
             with safe_open(file, framework="pt") as opened:
                 weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  # no dict

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from vllm_omni.diffusion.catalog.configs import MAX_SIZE
-from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX, short
+from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX
 from vllm_omni.diffusion.catalog.whole_info import SizeBin
 from vllm_omni.errors import ConfigError
+from vllm_omni.inputs.field_values import shown
 
 LONGEST_LIST = 16
 """Most items of a list of sizes: each halves the picture, and more would leave nothing of it."""
@@ -51,7 +52,7 @@ def check_index_sizes(index: Mapping[str, Any]) -> None:
 
 
 def longer_side(size: int | list[int]) -> int:
-    """A checked size of `NUMBERS_OR_LISTS` as one number, the largest."""
+    """Largest number of a size in a config, which is one number or a list of [height, width]."""
     return size if isinstance(size, int) else max(size)
 
 
@@ -60,7 +61,7 @@ def _check(
 ) -> None:
     for key in keys:
         if (value := values.get(key)) is not None and not is_good(value):
-            raise ConfigError(f"{place}: {key} takes {accepted}, got {short(value)}")
+            raise ConfigError(f"{place}: {key} takes {accepted}, got {shown(value)}")
 
 
 def _is_size(value: Any) -> bool:

@@ -65,7 +65,7 @@ class CallSignature:
 
     @classmethod
     def of(cls, pipeline: type[Any]) -> CallSignature:
-        """Raises ConfigError for a pipeline that does not make pictures or videos in countable steps."""
+        """Facts of the class `pipeline`. Raises ConfigError unless it makes pictures or videos in countable steps."""
         parameters = dict(inspect.signature(pipeline.__call__).parameters)
         parameters.pop("self", None)  # missing in a class without a call of its own
         takes_image, takes_size = "image" in parameters, all(name in parameters for name in SIZES)

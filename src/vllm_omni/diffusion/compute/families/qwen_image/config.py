@@ -8,8 +8,8 @@ from typing import Any
 
 from vllm_omni.diffusion.catalog.configs import TIMESTEP_CHANNELS, from_values
 from vllm_omni.diffusion.catalog.expected_weights import ExpectedWeights, LayerList, linear_shapes
-from vllm_omni.diffusion.catalog.folder_files import short
 from vllm_omni.errors import ConfigError
+from vllm_omni.inputs.field_values import shown
 
 PATCHES = "patch_embed.proj.weight"
 """Name of the weight of the vision tower's first layer."""
@@ -32,7 +32,7 @@ class QwenImageConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QwenImageConfig:
-        """Raises ConfigError for values of wrong types, and for values that contradict each other."""
+        """Read a parsed config.json. Raises ConfigError for values of wrong types or that contradict each other."""
         config = from_values(cls, values, "transformer/config.json")
         if sum(config.axes_dims_rope) != config.attention_head_dim:
             raise ConfigError(
@@ -88,7 +88,7 @@ class QwenImageVaeConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QwenImageVaeConfig:
-        """Raises ConfigError for values of wrong types, and for values that contradict each other."""
+        """Read a parsed config.json. Raises ConfigError for values of wrong types or that contradict each other."""
         config = from_values(cls, values, "vae/config.json")
         for key, numbers in (("latents_mean", config.latents_mean), ("latents_std", config.latents_std)):
             if key in values and len(numbers) != config.z_dim:
@@ -136,10 +136,10 @@ class QwenImageVisionConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QwenImageVisionConfig:
-        """values: all of text_encoder/config.json. Raises ConfigError for values of wrong types."""
+        """Read `values`, all of text_encoder/config.json. Raises ConfigError for values of wrong types."""
         section = values.get("vision_config")
         if not isinstance(section, dict):
-            raise ConfigError(f"text_encoder/config.json: vision_config takes a JSON object, got {short(section)}")
+            raise ConfigError(f"text_encoder/config.json: vision_config takes a JSON object, got {shown(section)}")
         return from_values(cls, section, "text_encoder/config.json: vision_config")
 
     def expected_weights(self) -> ExpectedWeights:

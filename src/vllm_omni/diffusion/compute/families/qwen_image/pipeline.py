@@ -54,7 +54,7 @@ class Instruction(NamedTuple):
 
 @dataclass(eq=False)
 class QwenImageState(FlowState):
-    """latents: [rows * columns, in_channels]."""
+    """State of a Qwen-Image request. latents: [rows * columns, in_channels]."""
 
     reference_grids: tuple[tuple[int, int], ...] = ()
     """Rows and columns of tokens of each reference picture."""
@@ -133,13 +133,13 @@ class QwenImagePipeline(FlowPipeline[QwenImageState, QwenImageTransformer, QwenI
         return tuple((scheduler.timesteps.to(self._dtype) / 1000).tolist())
 
     def _encode_text(self, request: DiffusionRequest, prompt: str) -> Tensor:
-        """[tokens, joint_attention_dim]"""
+        """Output of the text encoder for one prompt and the pictures to edit: [tokens, joint_attention_dim]."""
         states = self._prompts(Instruction(prompt, request.images))
         # As in diffusers, a prompt with pictures is not cut.
         return states if request.images else states[: request.max_sequence_length]
 
     def _encode_images(self, images: Sequence[InputImage]) -> Tensor | None:
-        """[reference tokens, in_channels]; None without pictures."""
+        """Latents of the pictures to edit: [reference tokens, in_channels]; None without pictures."""
         if not images:
             return None
         assert self._references is not None, "a model that takes no input pictures was sent some"

@@ -8,9 +8,9 @@ from typing import Any
 
 from vllm_omni.diffusion.catalog.configs import from_values
 from vllm_omni.diffusion.catalog.expected_weights import ExpectedWeights, LayerList, Shapes, linear_shapes
-from vllm_omni.diffusion.catalog.folder_files import short
 from vllm_omni.diffusion.catalog.packed_info import Shares
 from vllm_omni.errors import ConfigError
+from vllm_omni.inputs.field_values import shown
 
 PATCH_SIZE = 2
 """Rows and columns of latent pixels in a token; a token has one latent frame."""
@@ -47,8 +47,8 @@ class WanConfig:
         seen = config.dim if config.sees_image else None
         if config.added_kv_proj_dim != seen:
             raise ConfigError(
-                f"{place}: added_kv_proj_dim takes {short(seen)} with image_dim {short(config.image_dim)}, "
-                f"got {short(config.added_kv_proj_dim)}"
+                f"{place}: added_kv_proj_dim takes {shown(seen)} with image_dim {shown(config.image_dim)}, "
+                f"got {shown(config.added_kv_proj_dim)}"
             )
         if config.pos_embed_seq_len and (not config.sees_image or config.pos_embed_seq_len % 2):
             raise ConfigError(
@@ -167,7 +167,7 @@ class WanVaeConfig:
         if config.in_channels != config.out_channels or config.out_channels != 3 * (config.patch_size or 1) ** 2:
             raise ConfigError(
                 f"{place}: in_channels and out_channels take {3 * (config.patch_size or 1) ** 2} with patch_size "
-                f"{short(config.patch_size)}, got {config.in_channels} and {config.out_channels}"
+                f"{shown(config.patch_size)}, got {config.in_channels} and {config.out_channels}"
             )
         return config
 
@@ -201,7 +201,7 @@ class UMT5Config:
         """Raises ConfigError for values of wrong types, and for another kind of feed-forward layer."""
         if (kind := values.get("feed_forward_proj", "gated-gelu")) != "gated-gelu":
             raise ConfigError(
-                f"text_encoder/config.json has feed_forward_proj={short(kind)}: not available yet, only 'gated-gelu' is"
+                f"text_encoder/config.json has feed_forward_proj={shown(kind)}: not available yet, only 'gated-gelu' is"
             )
         return from_values(cls, values, "text_encoder/config.json")
 

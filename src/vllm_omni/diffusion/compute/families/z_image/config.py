@@ -34,7 +34,7 @@ class ZImageConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ZImageConfig:
-        """Raises ConfigError for values of wrong types, and for values that contradict each other."""
+        """Read a parsed config.json. Raises ConfigError for values of wrong types or that contradict each other."""
         config = from_values(cls, values, "transformer/config.json")
         if sum(config.axes_dims) * config.n_heads != config.dim:
             raise ConfigError(
@@ -102,7 +102,7 @@ class ZImageVaeConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ZImageVaeConfig:
-        """Raises ConfigError for values of wrong types."""
+        """Read a parsed config.json. Raises ConfigError for values of wrong types."""
         return from_values(cls, values, "vae/config.json")
 
     @property

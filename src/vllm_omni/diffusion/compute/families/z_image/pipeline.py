@@ -41,7 +41,7 @@ MODULATION_BYTES = 2**28
 
 @dataclass(eq=False)
 class ZImageState(FlowState):
-    """latents: float32 [rows * columns, channels * 4], whatever the model's dtype.
+    """State of a Z-Image request. latents: float32 [rows * columns, channels * 4], whatever the model's dtype.
 
     text: refined and padded. timesteps: elapsed time of the schedule, from 0 (noise) to 1.
     """
@@ -56,7 +56,7 @@ class ZImageState(FlowState):
 
     @property
     def branches(self) -> tuple[Tensor, ...]:
-        """The first branch alone after `cfg_truncation`, where guidance ends."""
+        """Texts of the branches that the next step computes: the first alone after `cfg_truncation` ended guidance."""
         has_ended = self.timesteps[self.step] > self.request.cfg_truncation
         return self.text[:1] if has_ended else self.text
 
@@ -105,7 +105,7 @@ class ZImagePipeline(FlowPipeline[ZImageState, ZImageTransformer, ZImageForward]
         return tuple(((1000 - scheduler.timesteps) / 1000).tolist())
 
     def _refined(self, states: Tensor) -> Tensor:
-        """[tokens, D]: a caption as the blocks take it. It is short, so every rank computes all of it."""
+        """Caption as the blocks take it, [tokens, D]. It is short, so every rank computes all of it."""
         attend = self._caption_attention.over(Pack.build([padded_length(len(states))], [0], self._device))
         return self.transformer.refine_caption(states, attend)
 

@@ -33,7 +33,7 @@ class Opened(msgspec.Struct, tag=True, frozen=True):
 
 
 class Pixels(msgspec.Struct, tag=True, frozen=True):
-    """Pixels, uint8 [height, width, 3], for both readers; one array if their sizes are equal."""
+    """Pixels, uint8 [height, width, 3], for the text encoder and the VAE; one array if their sizes are equal."""
 
     condition: np.ndarray
     reference: np.ndarray
