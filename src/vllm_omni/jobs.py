@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vllm_omni.diffusion.control.events import EngineEvent, Failed, Finished, Preview
+from vllm_omni.diffusion.control.events import EngineEvent, Failed, Finished, Frames, Preview
 from vllm_omni.diffusion.control.owner import EngineOwner
 from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.errors import RequestError
@@ -46,6 +46,7 @@ class Job:
     def progress(self, event: EngineEvent) -> OmniRequestOutput:
         index = self._indices[event.request_id]
         request, done = self.requests[index], isinstance(event, Finished)
+        frames = event if isinstance(event, Frames) else None
         return OmniRequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
@@ -54,11 +55,13 @@ class Job:
             fps=self._fps,
             timings=event.timings if isinstance(event, Finished) else {},
             index=index,
-            step=request.num_steps if done else getattr(event, "step", 0),
+            step=request.num_steps if done or frames else getattr(event, "step", 0),
             num_inference_steps=request.num_steps,
             num_prompt_tokens=request.num_prompt_tokens,
             num_input_image_tokens=request.num_reference_tokens,
             num_output_tokens=request.num_image_tokens if done else 0,
+            first_frame=frames.first if frames else 0,
+            frames=frames.pixels if frames else None,
         )
 
     def result(self) -> OmniRequestOutput:

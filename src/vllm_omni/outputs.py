@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 from PIL import Image
 
 from vllm_omni.errors import RequestError
@@ -40,6 +41,11 @@ class OmniRequestOutput:
     """Image tokens (latent patches) of the pictures to edit."""
     num_output_tokens: int = 0
     """Image tokens (latent patches) over all outputs."""
+    first_frame: int = 0
+    """Number of the first of `frames`, from 0."""
+    frames: np.ndarray | None = None
+    """In a progress message: the next finished frames of the video of output `index`, while the rest is decoded. uint8
+    [frames, height, width, 3]; None in all other messages."""
     error: RequestError | None = None
     """Failure of this prompt, which then has no images; see `Omni.generate`."""
     fps: int | None = None

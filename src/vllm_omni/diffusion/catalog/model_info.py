@@ -112,6 +112,8 @@ class ModelInfo(ABC):
     """Whether pictures can be decoded from the latents of an unfinished request."""
     shares_encodings: ClassVar[bool]
     """Whether requests with the same prompt encode it once."""
+    decodes_in_pieces: ClassVar[bool]
+    """Whether the decode of a video is cut into latent frames, so that other requests run between them."""
     max_num_seqs: ClassVar[int | None] = None
     """Most requests that gain from sharing a step; None: as many as the device has room for."""
 

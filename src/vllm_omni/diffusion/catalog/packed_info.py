@@ -54,6 +54,7 @@ class PackedModelInfo(ModelInfo):
     served_by = "packed"
     gives_previews = True
     shares_encodings = True
+    decodes_in_pieces = True
 
     num_heads: int
     """Attention heads of the transformer."""

@@ -70,6 +70,7 @@ class WholeModelInfo(ModelInfo):
     served_by = "diffusers"
     gives_previews = False
     shares_encodings = False
+    decodes_in_pieces = False
     max_num_seqs = 1
     """A step gains nothing from company, and an abort would wait for all of it."""
 

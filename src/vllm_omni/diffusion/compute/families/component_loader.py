@@ -68,13 +68,14 @@ class ComponentLoader:
         build: Callable[[Group, Kernels], Module],
         checkpoint_names: Mapping[str, tuple[str, ...]],
         float8_layers: tuple[str, ...],
+        component: str = "transformer",
     ) -> Module:
         """Module that `build` makes, with its weights. float8_layers: layers that `--quantization fp8` applies to."""
         with torch.device("meta"):
             module = build(self.mesh.tensor, self.kernels)
         load_weights(
             module,
-            self.info.path / "transformer",
+            self.info.path / component,
             checkpoint_names,
             self.device,
             self.dtype,
