@@ -112,6 +112,8 @@ class ModelInfo(ABC):
     """Whether pictures can be decoded from the latents of an unfinished request."""
     shares_encodings: ClassVar[bool]
     """Whether requests with the same prompt encode it once."""
+    decodes_in_pieces: ClassVar[bool]
+    """Whether the decode of a video is cut into latent frames, so that other requests run between them."""
     max_num_seqs: ClassVar[int | None] = None
     """Most requests that gain from sharing a step; None: as many as the device has room for."""
 
@@ -184,6 +186,14 @@ class ModelInfo(ABC):
         """Image tokens of a picture or video; height and width in pixels."""
         rows, columns = height // self.pixels_per_token, width // self.pixels_per_token
         return self.latent_frames(num_frames) * rows * columns
+
+    def num_decoded_tokens(self, height: int, width: int, num_frames: int = 1) -> int:
+        """Image tokens of all frames, by which a decode is priced.
+
+        Most of a decode's work is at the resolution of the frames, and a latent frame after the first becomes
+        `frame_multiple` of them.
+        """
+        return num_frames * self.num_image_tokens(height, width)
 
     def num_reference_tokens(self, image: InputImage) -> int:
         """Image tokens of an input picture."""

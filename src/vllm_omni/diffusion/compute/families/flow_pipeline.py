@@ -7,7 +7,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from vllm_omni.diffusion.compute.step.arrangement import Arrangement
 from vllm_omni.diffusion.compute.step.compiled import CompiledBlocks
 from vllm_omni.diffusion.compute.step.cuda_graphs import CapturedGraphs, captured
 from vllm_omni.diffusion.compute.step.modulation import ModulationTable
-from vllm_omni.diffusion.compute.step.pipeline import Grid, PackedPipeline, Picture, RequestState
+from vllm_omni.diffusion.compute.step.pipeline import DecoderFeatures, Grid, PackedPipeline, Picture, RequestState
 from vllm_omni.diffusion.compute.step.sampling import predict_clean
 from vllm_omni.diffusion.compute.step.schedule import make_schedule, with_one_step_schedules
 from vllm_omni.diffusion.compute.step.sharding import Sharding
@@ -121,6 +121,20 @@ class Decoder(Protocol):
         """Pixels uint8 [height, width, 3] of pictures and [frames, height, width, 3] of videos.
 
         latents: [tokens, channels] of each picture or video; grids: its latent frames, rows and columns.
+        """
+        ...
+
+
+@runtime_checkable
+class VideoDecoder(Decoder, Protocol):
+    """Decoder that also makes the frames of a video piece by piece; a family that makes videos has one."""
+
+    def decode_next(self, latents: Tensor, grid: Grid, features: DecoderFeatures) -> Picture | None:
+        """Pixels uint8 [frames, height, width, 3] of the next latent frames of a video.
+
+        latents, grid: of these latent frames alone. features: those that this decoder keeps of earlier latent frames of
+        the video, which the call updates; empty before the first one. The first of the ranks that share the decode gets
+        the pixels, the others get None.
         """
         ...
 
@@ -334,6 +348,26 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
     def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[Picture]:
         return self.decoder(latents, [self.grid(request) for request in requests])
 
+    def decode_preview(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[Picture]:
+        """Pictures for previews. Of a video, the middle latent frame is decoded alone, as if it were the first.
+
+        That costs one latent frame instead of all up to the middle. Details differ a little from those of the finished
+        frame, because a decoder of videos expects the features of earlier frames.
+        """
+        grids = [self.grid(request) for request in requests]
+        middles = [
+            _latent_frames(tokens, grid, range(grid[0] // 2, grid[0] // 2 + 1)) for tokens, grid in zip(latents, grids)
+        ]
+        return self.decoder(middles, [(1, *grid[1:]) for grid in grids])
+
+    def decode_next(self, state: State, frames: range) -> Picture | None:
+        assert isinstance(self.decoder, VideoDecoder), "only the decode of a video is cut"
+        latents = _latent_frames(state.latents, state.grid, frames)
+        made = self.decoder.decode_next(latents, (len(frames), *state.grid[1:]), state.decoder_features)
+        if frames.stop == state.grid[0]:
+            state.decoder_features.clear()  # gigabytes for a large video
+        return made
+
     def forget(self, state: State) -> None:
         self._layouts.forget(state)
 
@@ -357,6 +391,12 @@ def _branches(states: Sequence[FlowState], groups: Sequence[int] | None) -> Iter
         its = [next(left) for _ in state.text]
         for number, (text, group) in enumerate(zip(state.branches, its)):
             yield Branch(state, text, group, number)
+
+
+def _latent_frames(latents: Tensor, grid: Grid, frames: range) -> Tensor:
+    """Tokens of some latent frames. latents: [frames * rows * columns, channels]."""
+    _, rows, columns = grid
+    return latents[frames.start * rows * columns : frames.stop * rows * columns]
 
 
 def branch_prompts(request: DiffusionRequest) -> list[str]:

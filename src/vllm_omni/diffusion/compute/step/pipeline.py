@@ -17,6 +17,9 @@ from vllm_omni.diffusion.compute.step.cuda_graphs import Capturer
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 
+DecoderFeatures = dict[Any, list[Any]]
+"""Features that a VAE's decoder keeps of the latent frames of a video that it has decoded, for each tile."""
+
 
 @dataclass(eq=False)
 class RequestState:
@@ -39,6 +42,8 @@ class RequestState:
     """Steps that the model itself made in the last planned step: a whole pipeline may make none or several."""
     cache_slots: tuple[CacheSlot | None, ...] = field(init=False, repr=False)
     """For each guidance branch, what a step cache keeps; None for requests that do not take part in caching."""
+    decoder_features: DecoderFeatures = field(default_factory=dict, init=False, repr=False)
+    """Features of a video whose decode is under way, on the ranks that decode it."""
 
     def __post_init__(self) -> None:
         self.cache_slots = tuple(CacheSlot() if self.request.cache else None for _ in self.sequence_lengths)
@@ -134,6 +139,10 @@ class Pipeline(ABC, Generic[State]):
         Of ranks that share a decode, the first one returns the pictures and the others return [].
         """
 
+    def decode_preview(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[Picture]:
+        """Pictures for previews of the requests; latents: what `advance` returned. Ranks share them as in `decode`."""
+        return self.decode(requests, latents)
+
     @abstractmethod
     def forget(self, state: State) -> None:
         """Drop everything kept for this state."""
@@ -152,6 +161,14 @@ class PackedPipeline(Pipeline[State]):
     def gains_from_compiling(cls, config: OmniDiffusionConfig) -> bool:
         """Whether compiled blocks are faster with these settings, on a device that is worth compiling for."""
         return True
+
+    @abstractmethod
+    def decode_next(self, state: State, frames: range) -> Picture | None:
+        """Pixels [frames, height, width, 3] of the next latent frames of a video whose denoising is done.
+
+        Pieces come in order; the state keeps what the next one needs. Of ranks that share a decode, the first one
+        returns the pixels and the others return None.
+        """
 
     @abstractmethod
     def compile_blocks(self) -> CompiledBlocks:
