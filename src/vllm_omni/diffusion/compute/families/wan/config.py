@@ -18,6 +18,8 @@ PATCH_SIZE = 2
 """Rows and columns of latent pixels in a token; a token has one latent frame."""
 PATCH_PIXELS = PATCH_SIZE**2
 ROPE_THETA = 10000.0
+UNREAD_ENDS = (".norm_added_q.weight",)
+"""Ends of the names of weights that published checkpoints have and neither diffusers nor we read."""
 CLIP_ANCHOR = "embeddings.class_embedding"
 """A weight of CLIP's vision tower; the part of its name before this is a prefix of all names."""
 
@@ -139,7 +141,7 @@ class WanConfig:
         if self.image_dim is not None:
             shapes |= _image_embedder_shapes(f"{embedder}.image_embedder", self.image_dim, dim, self.pos_embed_seq_len)
         layers = {"blocks": LayerList("num_layers", self.num_layers, self._block_shapes())}
-        return ExpectedWeights(shapes, layers, is_complete=True)
+        return ExpectedWeights(shapes, layers, is_complete=True, unread=UNREAD_ENDS)
 
     def _block_shapes(self) -> Shapes:
         dim = self.dim
