@@ -41,7 +41,7 @@ UNSERVED_CLASSES = {
 """Class -> reason why it is not served, although its signature looks like that of others."""
 INTERLEAVED = (
     "Flux2KleinPipeline", "FluxKontextPipeline", "FluxPipeline", "StableDiffusion3Img2ImgPipeline",
-    "StableDiffusion3Pipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLPipeline", "WanPipeline",
+    "SkyReelsV2Pipeline", "StableDiffusion3Pipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLPipeline",
 )  # fmt: skip
 """Pipelines whose models keep nothing from one step to the next (tests show it), so that several requests may be under
 way. Requests of other pipelines run in turn: some change the model's attention during a call."""
