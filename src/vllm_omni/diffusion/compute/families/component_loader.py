@@ -58,6 +58,11 @@ class ComponentLoader:
             config.variant,
         )
 
+    def image_encoder(self, cls: Callable[..., Loaded]) -> Loaded:
+        """`cls` for the model folder: the encoder of the input pictures that the transformer sees."""
+        config = self.config
+        return cls(self.info.path, self.device, self.dtype, self.on_bytes, config.load_format, config.variant)
+
     def autoencoder(self, cls: type[Any]) -> Any:
         """diffusers' VAE class `cls`, on the CPU."""
         path, config = self.info.path / "vae", self.config
