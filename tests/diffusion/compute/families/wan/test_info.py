@@ -82,7 +82,7 @@ def test_guidance_needs_no_negative_prompt(wan_model: Callable[[str], Path]) -> 
     [
         ("t2v-2.1", None, []),
         ("t2v-a14b", None, ["transformer_2"]),
-        ("ti2v-5b", None, []),
+        ("ti2v-5b", (0, 1), []),
         ("i2v-2.1", (1, 1), ["image_encoder"]),
         ("flf2v-2.1", (2, 2), ["image_encoder"]),
         ("i2v-a14b", (1, 2), ["transformer_2"]),

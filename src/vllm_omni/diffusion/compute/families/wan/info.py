@@ -156,9 +156,10 @@ def _image_input(
     pipeline: WanPipelineConfig, transformer: WanConfig, defaults: dict[str, Any], side: int
 ) -> WanImageInput | None:
     area = defaults["height"] * defaults["width"]
+    if pipeline.expand_timesteps:  # one model for text and for a first frame, whose timestep marks it as given
+        return WanImageInput(int(pipeline.from_image), 1, area, side)
     if not pipeline.from_image:
         return None
     if transformer.sees_image:
         return WanImageInput(transformer.num_seen_images, transformer.num_seen_images, area, side)
-    # A timestep per token marks the first frame as given, and no other.
-    return WanImageInput(1, 1 if pipeline.expand_timesteps else 2, area, side)
+    return WanImageInput(1, 2, area, side)
