@@ -18,7 +18,7 @@ from vllm_omni.diffusion.compute.attention.static_keys import StaticKeys
 from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.families.component_loader import ComponentLoader
 from vllm_omni.diffusion.compute.families.flow_pipeline import Branch, FlowPipeline, FlowState, Forward, branch_prompts
-from vllm_omni.diffusion.compute.families.wan.config import PATCH_SIZE, UNREAD_ENDS, WanConfig, WanPipelineConfig
+from vllm_omni.diffusion.compute.families.wan.config import PATCH_SIZE, WanConfig, WanPipelineConfig
 from vllm_omni.diffusion.compute.families.wan.image import WanImageEncoder
 from vllm_omni.diffusion.compute.families.wan.text import WanTextEncoder
 from vllm_omni.diffusion.compute.families.wan.transformer import (
@@ -99,7 +99,7 @@ class WanPipeline(FlowPipeline[WanState, WanTransformer, Forward[WanTransformer]
         sizes = WanConfig.from_dict(read_config(path, "transformer"))
         image_encoder = loader.image_encoder(WanImageEncoder) if sizes.sees_image else None
         transformers = [
-            loader.transformer(partial(WanTransformer, sizes), CHECKPOINT_NAMES, FLOAT8_LAYERS, component, UNREAD_ENDS)
+            loader.transformer(partial(WanTransformer, sizes), CHECKPOINT_NAMES, FLOAT8_LAYERS, component)
             for component in config.transformers
         ]
         return cls(loader, config, transformers, vae.to(loader.device), text_encoder, image_encoder)
