@@ -20,7 +20,7 @@ from vllm_omni.diffusion.catalog.model_index import DIFFUSERS_STEMS, STEMS, Stem
 from vllm_omni.diffusion.catalog.weight_files import component_variant, safetensors_files
 from vllm_omni.diffusion.catalog.weight_headers import StoredWeight, check_types, stored_weights
 from vllm_omni.diffusion.compute.layers.fp8 import Fp8ColumnLinear, keep_in_float8
-from vllm_omni.diffusion.compute.layers.linear import Sharded
+from vllm_omni.diffusion.compute.layers.linear import KeepsFloat32, Sharded
 from vllm_omni.diffusion.compute.layers.rounding import quantize
 from vllm_omni.diffusion.compute.weights.dummy import dummy_weight
 from vllm_omni.diffusion.compute.weights.stored_shapes import check_stored_shapes
@@ -92,6 +92,7 @@ def load_weights(
     or one with another shape or without a floating-point type; also when `device` does not support float8 layers.
     """
     nn.Module.to(module, dtype)  # the `to` of diffusers warns about any dtype
+    _widen_float32(module)
     keep_in_float8(module, float8, device)
     module.to_empty(device=device)
     targets = weight_targets(module, names)
@@ -108,6 +109,15 @@ def load_weights(
         _check_fit(targets, stored, folder)
         _read_weights(targets, stored, folder.parent, on_bytes, device)
     module.requires_grad_(False).eval()
+
+
+def _widen_float32(module: nn.Module) -> None:
+    """Widen the parameters that `KeepsFloat32` names; `module` is on the meta device."""
+    for owner in module.modules():
+        if isinstance(owner, KeepsFloat32):
+            for name in owner.float32_parameters:
+                parameter: nn.Parameter = getattr(owner, name)
+                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 def _check_fit(targets: Mapping[str, WeightTarget], stored: Mapping[str, StoredWeight], folder: Path) -> None:
