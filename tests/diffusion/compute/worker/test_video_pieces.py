@@ -27,7 +27,7 @@ from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.control.scheduled_request import RequestCost, ScheduledRequest
 from vllm_omni.diffusion.control.scheduler import Scheduler
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
-from vllm_omni.diffusion.messages.plan import DecodePiece, ItemError, StepPlan, StepResult
+from vllm_omni.diffusion.messages.plan import DecodePiece, ItemError, StepPlan
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.diffusion.messages.worker import RankInfo
 
@@ -103,6 +103,8 @@ class Replica:
         self.images: dict[str, np.ndarray] = {}
         self.previews: dict[str, np.ndarray] = {}
         self.errors: dict[str, ItemError] = {}
+        self.made_here: set[str] = set()
+        """Videos of which this rank gave frames."""
 
     def add(self, requests: Sequence[DiffusionRequest], **values: Any) -> None:
         self.scheduler.add([scheduled(request, **values) for request in requests])
@@ -112,7 +114,9 @@ class Replica:
         if (plan := self.scheduler.schedule()) is None:
             return False
         self.plans.append(plan)
-        result: StepResult = self._merge(self.runner.execute(plan))
+        own = self.runner.execute(plan)
+        self.made_here |= own.frames.keys()
+        result = self._merge(own)
         update = self.scheduler.update(result, 0.01)
         for request_id in update.frames:
             self.frames.setdefault(request_id, []).append(result.frames[request_id])
@@ -249,20 +253,20 @@ def test_a_preview_is_the_middle_latent_frame_alone(replica: Replica) -> None:
 
 def run_on_rank(
     place: RankInfo, parallel: DiffusionParallelConfig, path: Path
-) -> tuple[dict[str, np.ndarray], list[dict[str, DecodePiece]], int]:
+) -> tuple[dict[str, np.ndarray], list[dict[str, DecodePiece]], set[str], int]:
     replica = Replica(start(path, place, parallel), parallel)
     replica.add([REQUESTS[0], replace(REQUESTS[0], request_id="second"), *REQUESTS[1:]])
     made = replica.run()
-    return made, [dict(plan.pieces) for plan in replica.plans], kept(replica.runner)
+    return made, [dict(plan.pieces) for plan in replica.plans], replica.made_here, kept(replica.runner)
 
 
 @pytest.mark.parametrize("shared_by", [1, 2])
 def test_ranks_decode_videos_in_turn_or_together(tmp_path: Path, whole: dict[str, np.ndarray], shared_by: int) -> None:
     parallel = DiffusionParallelConfig(ulysses_degree=2, vae_patch_parallel_size=shared_by)
     first, second = run_places(run_on_rank, parallel, parallel, tmp_path)
-    made, plans, num_kept = first
+    made, plans, of_first, num_kept = first
     assert (num_kept, plans) == (0, second[1])
+    videos = {"long", "second", "short"}
+    assert (of_first, second[2]) == ((videos - {"second"}, {"second"}) if shared_by == 1 else (videos, set()))
     assert made.keys() == {*whole, "second"}
     assert_same(made, whole | {"second": whole["long"]})
-    groups = {i: {piece.group for plan in plans for j, piece in plan.items() if j == i} for i in ("long", "second")}
-    assert groups == ({"long": {0}, "second": {1}} if shared_by == 1 else {"long": {0}, "second": {0}})
