@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,15 +20,19 @@ from testbed.runner_driver import QUICK, kept, make_request
 from testbed.toy_video import ToyPipeline, ToyState, ToyTransformer, toy_info
 from tests.diffusion.compute.distributed.ranks import run_places
 from tests.diffusion.compute.worker.replica import merging
+from tests.diffusion.control.engines import NotedEvents, read_until_done
 from vllm_omni.diffusion.compute.families.component_loader import ComponentLoader
 from vllm_omni.diffusion.compute.families.wan.vae import WanDecoder
 from vllm_omni.diffusion.compute.startup import model_start
 from vllm_omni.diffusion.compute.step.pipeline import DecoderFeatures, Grid, Picture, RequestState
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
+from vllm_omni.diffusion.control.engine import DiffusionEngine
+from vllm_omni.diffusion.control.events import Finished, Frames
+from vllm_omni.diffusion.control.executor.inline import InlineExecutor
 from vllm_omni.diffusion.control.scheduled_request import RequestCost, ScheduledRequest
 from vllm_omni.diffusion.control.scheduler import Scheduler
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
-from vllm_omni.diffusion.messages.plan import DecodePiece, ItemError, StepPlan
+from vllm_omni.diffusion.messages.plan import DecodePiece, ItemError, StepPlan, StepResult
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.diffusion.messages.worker import RankInfo
 
@@ -270,3 +275,42 @@ def test_ranks_decode_videos_in_turn_or_together(tmp_path: Path, whole: dict[str
     assert (of_first, second[2]) == ((videos - {"second"}, {"second"}) if shared_by == 1 else (videos, set()))
     assert made.keys() == {*whole, "second"}
     assert_same(made, whole | {"second": whole["long"]})
+
+
+class DyingRunner(ModelRunner):
+    """Dies once, before the second piece of a video."""
+
+    has_died = False
+
+    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+        if not DyingRunner.has_died and any(piece.first == 1 for piece in plan.pieces.values()):
+            DyingRunner.has_died = True
+            raise RuntimeError("told to die")
+        return super().launch(plan)
+
+
+async def test_a_death_between_pieces_repeats_no_frame(
+    tmp_path: Path, whole: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_start, "pipeline_class", lambda family: VideoPipeline)
+    monkeypatch.setattr(DyingRunner, "has_died", False)
+    config, info = OmniDiffusionConfig(str(tmp_path)), toy_info(tmp_path)
+    observer = NotedEvents()
+    executor = InlineExecutor(lambda: DyingRunner(config, info, options=QUICK))
+    engine = DiffusionEngine(config, executor, observer, restart_backoff_seconds=0.001)
+    await engine.start()
+    try:
+        # So long a decode that each piece has one latent frame.
+        cost = RequestCost(1.0, 10.0, 1e9, (10,))
+        requests = [replace(scheduled(one, arrival=time.monotonic()), cost=cost) for one in REQUESTS]
+        events = await read_until_done(engine.add(requests), len(requests))
+    finally:
+        await engine.close()
+    assert len(observer.restarts) == 1
+    finished = {event.request_id: event.image for event in events if isinstance(event, Finished)}
+    assert finished.keys() == whole.keys()
+    assert_same(finished, whole)
+    for request_id, starts in (("long", [0, 1, 5]), ("short", [0, 1])):
+        frames = [event for event in events if isinstance(event, Frames) and event.request_id == request_id]
+        assert [event.first for event in frames] == starts
+        assert np.array_equal(np.concatenate([event.pixels for event in frames]), finished[request_id])
