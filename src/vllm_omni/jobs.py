@@ -52,6 +52,7 @@ class Job:
             prompt=self.prompt,
             images=[self._image(event.image)] if isinstance(event, Finished | Preview) else [],
             seeds=[request.request.seed],
+            fps=self._fps,
             timings=event.timings if isinstance(event, Finished) else {},
             index=index,
             step=request.num_steps if done or frames else getattr(event, "step", 0),
@@ -71,6 +72,7 @@ class Job:
             prompt=self.prompt,
             images=[self._image(self.images[r.request_id]) for r in self.requests],
             seeds=[r.request.seed for r in self.requests],
+            fps=self._fps,
             timings=slowest,
             finished=True,
             step=steps,
@@ -92,6 +94,11 @@ class Job:
             num_input_image_tokens=self.requests[0].num_reference_tokens,
             error=error,
         )
+
+    @property
+    def _fps(self) -> int | None:
+        request = self.requests[0].request
+        return request.fps if request.num_frames > 1 else None
 
     def _image(self, pixels: np.ndarray) -> Any:
         """Pixels in the form of `output_type`; as PIL images, a video [frames, height, width, 3] becomes a list."""

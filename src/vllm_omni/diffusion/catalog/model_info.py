@@ -187,6 +187,14 @@ class ModelInfo(ABC):
         rows, columns = height // self.pixels_per_token, width // self.pixels_per_token
         return self.latent_frames(num_frames) * rows * columns
 
+    def num_decoded_tokens(self, height: int, width: int, num_frames: int = 1) -> int:
+        """Image tokens of all frames, by which a decode is priced.
+
+        Most of a decode's work is at the resolution of the frames, and a latent frame after the first becomes
+        `frame_multiple` of them.
+        """
+        return num_frames * self.num_image_tokens(height, width)
+
     def num_reference_tokens(self, image: InputImage) -> int:
         """Image tokens of an input picture."""
         return self.num_image_tokens(*image.reference.shape[:2])

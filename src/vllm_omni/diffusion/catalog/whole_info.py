@@ -78,7 +78,10 @@ class WholeModelInfo(ModelInfo):
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*SIZES, *self.pipeline.parameters)))
+        names = dict.fromkeys((*SIZES, *self.pipeline.parameters))
+        if self.makes_videos and "fps" in names:
+            names["seconds"] = None
+        return tuple(names)
 
     @property
     def why_no_adapters(self) -> str:

@@ -114,7 +114,7 @@ class WorkerReady:
     encode_units_per_token: float
     """Cost of encoding one prompt token, in units of `RequestCost`."""
     decode_units_per_token: float
-    """Cost of decoding one image token, in units of `RequestCost`."""
+    """Cost of decoding one image token of one frame, in units of `RequestCost`; see `ModelInfo.num_decoded_tokens`."""
     peak_memory_bytes: int = 0
     attention_backend: AttentionBackendName | None = None
     """Name of the attention backend; None where the model brings its own attention."""

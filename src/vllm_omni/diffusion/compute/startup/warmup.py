@@ -75,8 +75,9 @@ def warm_up(
         requests[0].images
     )
     decode = timer.fastest([lambda: pipeline.decode([state.request], [state.latents])] * 3)
-    num_image_tokens = info.num_image_tokens(state.request.height, state.request.width, state.request.num_frames)
-    return Rates.from_times(samples, encode / num_prompt_tokens, decode / num_image_tokens, knee(samples))
+    request = state.request
+    num_decoded_tokens = info.num_decoded_tokens(request.height, request.width, request.num_frames)
+    return Rates.from_times(samples, encode / num_prompt_tokens, decode / num_decoded_tokens, knee(samples))
 
 
 def measure_steps(

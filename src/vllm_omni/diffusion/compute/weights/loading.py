@@ -81,13 +81,15 @@ def load_weights(
     load_format: LoadFormat = "auto",
     variant: str | None = None,
     stems: Stems = STEMS,
+    unread_ends: tuple[str, ...] = (),
 ) -> None:
     """Move `module`, built on the meta device, to `device` and fill it from the checkpoint in `folder`.
 
     `Sharded` modules read the shard of their rank. names: see `weight_targets`. prefix: start of the names of the
     module's weights in the checkpoint; other weights are not read. unread: starts of names, after the prefix, of
-    further weights that are not read. float8: last names of the layers whose weights are rounded to float8 when they
-    are read. load_format: with `dummy` no file is read. variant, stems: see `choose_names`.
+    further weights that are not read; unread_ends: ends of their names. float8: last names of the layers whose weights
+    are rounded to float8 when they are read. load_format: with `dummy` no file is read. variant, stems: see
+    `choose_names`.
     Raises ConfigError, before it reads a weight, when the checkpoint lacks a weight or has one that the module lacks,
     or one with another shape or without a floating-point type; also when `device` does not support float8 layers.
     """
@@ -103,7 +105,9 @@ def load_weights(
         stored = {
             name: weight
             for name, weight in stored_weights(folder, variant, stems).items()
-            if name.startswith(prefix) and not name.removeprefix(prefix).startswith(unread)
+            if name.startswith(prefix)
+            and not name.removeprefix(prefix).startswith(unread)
+            and not name.endswith(unread_ends)
         }
         targets = {prefix + name: target for name, target in targets.items()}
         _check_fit(targets, stored, folder)

@@ -16,7 +16,7 @@ from vllm_omni.diffusion.compute.attention import create_attention
 from vllm_omni.diffusion.compute.attention.sharded import PackedAttention
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.distributed.mesh import World
-from vllm_omni.diffusion.compute.families.wan.config import WanConfig
+from vllm_omni.diffusion.compute.families.wan.config import UNREAD_ENDS, WanConfig
 from vllm_omni.diffusion.compute.families.wan.transformer import (
     CHECKPOINT_NAMES,
     FLOAT8_LAYERS,
@@ -92,7 +92,8 @@ def load(
     """Our transformer with the weights in `path`. config: that of diffusers' class."""
     with torch.device("meta"):
         model = WanTransformer(WanConfig.from_dict(config), tensor or Group.alone(), kernels)
-    load_weights(model, path, CHECKPOINT_NAMES, CPU, dtype, float8=FLOAT8_LAYERS if float8 else ())
+    float8_layers = FLOAT8_LAYERS if float8 else ()
+    load_weights(model, path, CHECKPOINT_NAMES, CPU, dtype, float8=float8_layers, unread_ends=UNREAD_ENDS)
     return model
 
 

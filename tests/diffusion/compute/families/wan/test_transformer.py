@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from testbed.tiny_wan import KINDS, LATENTS, LATENTS_5B, TinyWan, tiny_wan_transformer
 from tests.diffusion.compute.distributed.ranks import run_ranks
 from tests.diffusion.compute.families.wan.packing import Video, load, make_videos, of_diffusers, packed, packed_on_rank
 from tests.float8 import round_linears
+from vllm_omni.diffusion.catalog.weight_headers import stored_weights
 from vllm_omni.diffusion.compute.families.wan.config import WanConfig
 from vllm_omni.diffusion.compute.layers.kernels import create_kernels
 from vllm_omni.diffusion.data import DiffusionParallelConfig
@@ -152,6 +154,17 @@ def test_float8_rounds_the_layers_of_the_blocks_that_run_at_every_step(tmp_path:
         want = of_diffusers(theirs, video)
         assert (unrounded - want).norm() > 0.003 * want.norm()
         assert_equal(got, want)
+
+
+def test_a_weight_that_diffusers_ignores_is_not_read(tmp_path: Path) -> None:
+    """Published image-to-video checkpoints have a norm of queries that no layer uses."""
+    theirs = models(tmp_path, KINDS["i2v-2.1"], heads=3)
+    file = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = dict(theirs.state_dict()) | {"blocks.0.attn2.norm_added_q.weight": torch.ones(48)}
+    file.parent.mkdir()
+    save_file(weights, file)
+    WanConfig.from_dict(theirs.config).expected_weights().check("transformer", stored_weights(file.parent))
+    load(file.parent, theirs.config)
 
 
 def test_modulation_is_in_float32_in_a_model_of_bfloat16(tmp_path: Path) -> None:

@@ -8,14 +8,54 @@ from typing import Any
 
 from vllm_omni.diffusion.catalog.configs import from_values
 from vllm_omni.diffusion.catalog.expected_weights import ExpectedWeights, LayerList, Shapes, linear_shapes
-from vllm_omni.diffusion.catalog.folder_files import short
+from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX, short
+from vllm_omni.diffusion.catalog.model_index import read_components
 from vllm_omni.diffusion.catalog.packed_info import Shares
 from vllm_omni.errors import ConfigError
 
+IMAGE_TO_VIDEO = "WanImageToVideoPipeline"
 PATCH_SIZE = 2
 """Rows and columns of latent pixels in a token; a token has one latent frame."""
 PATCH_PIXELS = PATCH_SIZE**2
 ROPE_THETA = 10000.0
+UNREAD_ENDS = (".norm_added_q.weight",)
+"""Ends of the names of weights that published checkpoints have and neither diffusers nor we read."""
+CLIP_ANCHOR = "embeddings.class_embedding"
+"""A weight of CLIP's vision tower; the part of its name before this is a prefix of all names."""
+
+
+@dataclass(frozen=True)
+class WanPipelineConfig:
+    """Keys of model_index.json in which Wan's models differ."""
+
+    boundary_ratio: float | None = None
+    """Share of the training timesteps below which `transformer_2` computes the steps; None: it has none."""
+    expand_timesteps: bool = False
+    """Whether each token has a timestep of its own, so that a given first frame is at 0 (Wan 2.2 5B)."""
+    from_image: bool = False
+    """Whether a video begins with a given picture. Follows from the pipeline's class."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> WanPipelineConfig:
+        """Raises ConfigError for values of wrong types, and for a `boundary_ratio` that does not fit the components."""
+        read = {key: values[key] for key in ("boundary_ratio", "expand_timesteps") if key in values}
+        read["from_image"] = values.get("_class_name") == IMAGE_TO_VIDEO
+        config = from_values(cls, read, MODEL_INDEX)
+        components = read_components(values)
+        if "transformer" not in components:
+            raise ConfigError(f"{MODEL_INDEX} has no transformer")
+        has_boundary, has_second = config.boundary_ratio is not None, "transformer_2" in components
+        if has_boundary != has_second or not 0 < (config.boundary_ratio or 0.5) < 1:
+            raise ConfigError(
+                f"{MODEL_INDEX}: boundary_ratio takes a number between 0 and 1 with a transformer_2, and null without, "
+                f"got {short(config.boundary_ratio)} {'with' if has_second else 'without'} a transformer_2"
+            )
+        return config
+
+    @property
+    def transformers(self) -> tuple[str, ...]:
+        """Components that are transformers, in the order of the steps that they compute."""
+        return ("transformer",) if self.boundary_ratio is None else ("transformer", "transformer_2")
 
 
 @dataclass(frozen=True)
@@ -101,7 +141,7 @@ class WanConfig:
         if self.image_dim is not None:
             shapes |= _image_embedder_shapes(f"{embedder}.image_embedder", self.image_dim, dim, self.pos_embed_seq_len)
         layers = {"blocks": LayerList("num_layers", self.num_layers, self._block_shapes())}
-        return ExpectedWeights(shapes, layers, is_complete=True)
+        return ExpectedWeights(shapes, layers, is_complete=True, unread=UNREAD_ENDS)
 
     def _block_shapes(self) -> Shapes:
         dim = self.dim
@@ -227,4 +267,56 @@ class UMT5Config:
         return ExpectedWeights(
             {"encoder.final_layer_norm.weight": (width,)},
             {"encoder.block": LayerList("num_layers", self.num_layers, layer)},
+        )
+
+
+@dataclass(frozen=True)
+class ClipVisionConfig:
+    """Keys of image_encoder/config.json that decide the shapes of the weights."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    image_size: int
+    patch_size: int
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], transformer: WanConfig) -> ClipVisionConfig:
+        """Raises ConfigError for values of wrong types, and for sizes that `transformer` does not take."""
+        place = "image_encoder/config.json"
+        config = from_values(cls, values, place)
+        if config.hidden_size != transformer.image_dim:
+            raise ConfigError(
+                f"{place}: hidden_size takes {transformer.image_dim}, the image_dim of transformer/config.json, "
+                f"got {config.hidden_size}"
+            )
+        if (seen := transformer.pos_embed_seq_len) not in (None, transformer.num_seen_images * config.num_tokens):
+            raise ConfigError(
+                f"transformer/config.json: pos_embed_seq_len takes {transformer.num_seen_images * config.num_tokens}, "
+                f"the tokens of two pictures in image_encoder/, got {seen}"
+            )
+        return config
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a picture: its patches, and one for all of it."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+    def expected_weights(self) -> ExpectedWeights:
+        """Weights of the embedding and of all layers, by their names in transformers."""
+        width, inner = self.hidden_size, self.intermediate_size
+        layer: dict[str, tuple[int, ...]] = {}
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            layer |= linear_shapes(f"self_attn.{name}", width, width)
+        layer |= linear_shapes("mlp.fc1", inner, width) | linear_shapes("mlp.fc2", width, inner)
+        for name in ("layer_norm1", "layer_norm2"):
+            layer |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+        return ExpectedWeights(
+            {
+                CLIP_ANCHOR: (width,),
+                "embeddings.patch_embedding.weight": (width, 3, self.patch_size, self.patch_size),
+                "embeddings.position_embedding.weight": (self.num_tokens, width),
+            },
+            {"encoder.layers": LayerList("num_hidden_layers", self.num_hidden_layers, layer)},
+            anchor=CLIP_ANCHOR,
         )
