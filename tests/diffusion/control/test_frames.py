@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from testbed.fakes import as_whole
-from tests.diffusion.control.builders import INFO, READY
+from tests.diffusion.control.builders import INFO, READY, VIDEO
 from vllm_omni.diffusion.catalog.model_info import Guidance
 from vllm_omni.diffusion.catalog.whole_info import WholePipeline
 from vllm_omni.diffusion.control.frames import FrameLimits
@@ -19,22 +19,12 @@ from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 
 LIMITS = FrameLimits(4, 83)
-DEFAULTS = {"height": 64, "width": 96, "num_inference_steps": 4, "num_frames": 17, "guidance_scale": 5.0}
-VIDEO = replace(
-    INFO,
-    frame_multiple=4,
-    default_fps=16,
-    guidance=Guidance("guidance_scale", negative_prompt="", options=("guidance_scale_2",)),
-    further_parameters=("flow_shift",),
-    cross_attention_tokens=20,
-    default_sampling_params=DEFAULTS,
-)
 WHOLE_VIDEO = as_whole(
     VIDEO,
     WholePipeline("SomePipeline", ("num_inference_steps", "num_frames", "fps", "guidance_scale"), "callback", 1),
     guidance=Guidance("guidance_scale", needs_negative_prompt=False),
     default_fps=None,
-    default_sampling_params={**DEFAULTS, "fps": 8},
+    default_sampling_params={**VIDEO.default_sampling_params, "fps": 8},
 )
 
 
