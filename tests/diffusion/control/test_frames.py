@@ -163,6 +163,7 @@ def test_prices_of_a_video() -> None:
     assert video.num_image_tokens == 5 * 24
     assert video.cost.branch_tokens == (120, 120)
     assert video.cost.step == pytest.approx(2 * 120 * (1 + (120 + 20) / 100))
+    assert video.cost.encode == 0.5 * 2 * 20, "with padding"
     assert video.cost.decode == 2.0 * 17 * 24
     assert picture.cost.branch_tokens == (24, 24)
     assert picture.cost.decode == 2.0 * 24
