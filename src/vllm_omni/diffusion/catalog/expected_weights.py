@@ -41,6 +41,8 @@ class ExpectedWeights:
     Empty: no prefix."""
     is_complete: bool = False
     """Whether the component may have no other weights."""
+    unread: tuple[str, ...] = ()
+    """Ends of the names of further weights that some checkpoints have and the model does not read."""
 
     def check(self, component: str, stored: Mapping[str, StoredWeight]) -> None:
         """Raise ConfigError, with the first difference, if the stored weights differ from these."""
@@ -55,7 +57,7 @@ class ExpectedWeights:
                     raise ConfigError(
                         f"{weight.file}: {name} has shape {weight.shape}, by config.json it is {expected[name]}"
                     )
-            elif self.is_complete or name.startswith(lists):
+            elif (self.is_complete or name.startswith(lists)) and not name.endswith(self.unread):
                 raise ConfigError(f"{weight.file} has a weight that the model does not take: {name}")
         check_none_missing(component, [name for name in expected if name not in stored])
 

@@ -21,6 +21,8 @@ FAMILIES: dict[str, str] = {
     "QwenImageEditPipeline": "qwen_image",
     "QwenImageEditPlusPipeline": "qwen_image",
     "ZImagePipeline": "z_image",
+    "WanPipeline": "wan",
+    "WanImageToVideoPipeline": "wan",
 }
 """`_class_name` in model_index.json -> family, a package under `PACKAGE`. Its `info.py` has `describe(path)`, which
 returns a `ModelInfo` and imports no torch; its `pipeline.py` has the class that `PIPELINES` names."""
@@ -29,6 +31,7 @@ FALLBACK_FAMILY = "diffusers_fallback"
 PIPELINES: dict[str, str] = {
     "qwen_image": "QwenImagePipeline",
     "z_image": "ZImagePipeline",
+    "wan": "WanPipeline",
     FALLBACK_FAMILY: "DiffusersPipeline",
 }
 """Family -> class in its `pipeline.py`, a subclass of `step.pipeline.Pipeline`."""

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from tests.broken_folders import Breakage, values, weights
 from vllm_omni.diffusion.catalog.weight_files import safetensors_files
+from vllm_omni.diffusion.compute.layers.norms import AffineNorm
 from vllm_omni.diffusion.compute.text.tokenizers import load_tokenizer
 from vllm_omni.diffusion.compute.weights.loading import load_autoencoder, load_weights
 from vllm_omni.errors import ConfigError
@@ -91,6 +92,18 @@ def test_only_safetensors_are_read(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
     with pytest.raises(ConfigError, match=r"lacks gone\.safetensors"):
         safetensors_files(tmp_path)
+
+
+def test_parameters_that_keep_float32_are_not_rounded(tmp_path: Path) -> None:
+    weights = {"norm.weight": torch.rand(4), "norm.bias": torch.rand(4), "plain.weight": torch.rand(2, 4)}
+    save_file(weights, tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        module = nn.ModuleDict({"norm": AffineNorm(4), "plain": nn.Linear(4, 2, bias=False)})
+    load_weights(module, tmp_path, {}, CPU, torch.bfloat16)
+    loaded = dict(module.named_parameters())
+    for name in ("norm.weight", "norm.bias"):
+        torch.testing.assert_close(loaded[name].data, weights[name], rtol=0, atol=0)
+    torch.testing.assert_close(loaded["plain.weight"].data, weights["plain.weight"].bfloat16(), rtol=0, atol=0)
 
 
 def test_weights_outside_the_prefix_are_not_read(tmp_path: Path) -> None:

@@ -58,6 +58,11 @@ class ComponentLoader:
             config.variant,
         )
 
+    def image_encoder(self, cls: Callable[..., Loaded]) -> Loaded:
+        """`cls` for the model folder: the encoder of the input pictures that the transformer sees."""
+        config = self.config
+        return cls(self.info.path, self.device, self.dtype, self.on_bytes, config.load_format, config.variant)
+
     def autoencoder(self, cls: type[Any]) -> Any:
         """diffusers' VAE class `cls`, on the CPU."""
         path, config = self.info.path / "vae", self.config
@@ -69,8 +74,12 @@ class ComponentLoader:
         checkpoint_names: Mapping[str, tuple[str, ...]],
         float8_layers: tuple[str, ...],
         component: str = "transformer",
+        unread_ends: tuple[str, ...] = (),
     ) -> Module:
-        """Module that `build` makes, with its weights. float8_layers: layers that `--quantization fp8` applies to."""
+        """Module that `build` makes, with its weights. float8_layers: layers that `--quantization fp8` applies to.
+
+        unread_ends: see `load_weights`.
+        """
         with torch.device("meta"):
             module = build(self.mesh.tensor, self.kernels)
         load_weights(
@@ -84,6 +93,7 @@ class ComponentLoader:
             load_format=self.config.load_format,
             variant=self.config.variant,
             stems=DIFFUSERS_STEMS,
+            unread_ends=unread_ends,
         )
         return module
 

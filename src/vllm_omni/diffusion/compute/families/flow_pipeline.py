@@ -7,7 +7,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -146,6 +146,9 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
     `project` and `combine`. The hooks of a step take and return tensors of this rank's shards, sequence after sequence.
     """
 
+    shifts_by_size: ClassVar[bool] = True
+    """Whether the noise schedule depends on the number of tokens of the output; False: the scheduler's own schedule."""
+
     def __init__(
         self, loader: ComponentLoader, transformers: Sequence[Transformer], decoder: Decoder, modulation_bytes: int
     ) -> None:
@@ -192,10 +195,6 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         """The first transformer, which most families have alone."""
         return self.transformers[0]
 
-    def transformer_index(self, state: State) -> int:
-        """Number of the transformer that computes the state's step: 0, unless overridden."""
-        return 0
-
     @abstractmethod
     def rotations(self, state: State, num_text_tokens: int) -> tuple[Tensor, Tensor]:
         """RoPE of one whole sequence, on the CPU: float32 [tokens, 1, 1, head_dim / 2, 2], of text and of image."""
@@ -222,7 +221,7 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         Raises InvalidRequestError for a schedule with NaN or infinite values.
         """
         grid = self.grid(request)
-        scheduler = make_schedule(self._scheduler, request, math.prod(grid))
+        scheduler = make_schedule(self._scheduler, request, math.prod(grid) if self.shifts_by_size else None)
         state = cls(
             request=request,
             latents=latents,
@@ -379,9 +378,7 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
     def grid(self, request: DiffusionRequest) -> Grid:
         """Grid of the request's tokens."""
         side = self._info.pixels_per_token
-        rows, columns = request.height // side, request.width // side
-        num_tokens = self._info.num_image_tokens(request.height, request.width, request.num_frames)
-        return num_tokens // (rows * columns), rows, columns
+        return self._info.latent_frames(request.num_frames), request.height // side, request.width // side
 
 
 def _branches(states: Sequence[FlowState], groups: Sequence[int] | None) -> Iterator[Branch]:

@@ -27,6 +27,20 @@ class Sharded(Protocol):
     """Ranks that hold the shards, in order."""
 
 
+@runtime_checkable
+class KeepsFloat32(Protocol):
+    """A module with parameters that are in float32 at least, whatever the dtype of the model."""
+
+    float32_parameters: ClassVar[tuple[str, ...]]
+    """Names of these parameters, which the module itself owns."""
+
+
+class Float32Linear(nn.Linear):
+    """y = x W^T + b in float32 at least, whatever the dtype of the model."""
+
+    float32_parameters: ClassVar[tuple[str, ...]] = ("weight", "bias")
+
+
 class ColumnLinear(nn.Linear):
     """y = x W^T + b; each rank computes its share of the features of y. [..., in] -> [..., out / size].
 

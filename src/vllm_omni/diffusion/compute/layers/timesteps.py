@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 NUM_WAVES = 256
-"""Channels of the embedding."""
+"""Channels of the embedding, in most models."""
 
 
-def timestep_waves(timesteps: Tensor, scale: float = 1.0) -> Tensor:
-    """Embed timesteps: [n] -> float32 [n, 256], cosines then sines at 128 frequencies from 1 down to nearly 1/10000.
+def timestep_waves(timesteps: Tensor, scale: float = 1.0, num_waves: int = NUM_WAVES) -> Tensor:
+    """Embed timesteps: [n] -> float32 [n, num_waves], cosines then sines at frequencies from 1 down to nearly 1/10000.
 
-    scale: factor of the angles.
+    scale: factor of the angles. num_waves: an even number.
     """
-    half = NUM_WAVES // 2
+    half = num_waves // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
     angles = scale * (timesteps.float()[:, None] * frequencies)
     return torch.cat((angles.cos(), angles.sin()), dim=-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,10 +20,15 @@ logger = logging.getLogger(__name__)
 def run_variants(pipeline: PackedPipeline[Any], state: RequestState, ranks: Ranks) -> None:
     """Run a step with one sequence, one with several, and one with several at different timesteps.
 
-    Every rank group computes all three. state: a new state of a request of two steps.
+    Every rank group computes all three, with one transformer: others have the same shapes and share the compiled code.
+    state: a new state of a request of more steps than there are transformers.
     """
-    later = replace(state, step=state.step + 1)
-    for kind in ([state], [state, state], [state, later]):
+    steps = defaultdict(list)
+    for step in range(state.request.num_inference_steps):
+        at = replace(state, step=step)
+        steps[pipeline.transformer_index(at)].append(at)
+    first, later, *_ = max(steps.values(), key=len)
+    for kind in ([first], [first, first], [first, later]):
         _run(pipeline, kind, ranks)
 
 

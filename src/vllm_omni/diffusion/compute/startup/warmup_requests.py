@@ -20,7 +20,8 @@ COMMON_PROMPT = "a photo of a red apple on a wooden table, in the style of an ol
 def warmup_request(info: ModelInfo, prompt: str, max_tokens: int | None = MAX_PICTURE_TOKENS) -> DiffusionRequest:
     """Request of two steps for a square picture of at most `max_tokens` image tokens; a video has two latent frames.
 
-    max_tokens None: the model's default size and number of frames. Editing models get a black picture of the same size.
+    max_tokens None: the model's default size and number of frames. Models that need input pictures get black ones of
+    the same size.
     """
     defaults = info.default_sampling_params
     height, width, num_frames = defaults["height"], defaults["width"], defaults.get("num_frames", 1)
@@ -37,7 +38,7 @@ def warmup_request(info: ModelInfo, prompt: str, max_tokens: int | None = MAX_PI
         guidance_scale=1.0,
         seed=0,
         max_sequence_length=defaults.get("max_sequence_length", info.max_prompt_tokens),  # some models pad prompts
-        images=() if info.image_input is None or not info.image_input.min_images else (InputImage.of(black, black),),
+        images=() if info.image_input is None else (InputImage.of(black, black),) * info.image_input.min_images,
         strength=1.0 if "strength" in info.parameters else None,  # all steps, so that they can be timed
         num_frames=num_frames,
     )

@@ -172,4 +172,8 @@ class PackedPipeline(Pipeline[State]):
 
     @abstractmethod
     def compile_blocks(self) -> CompiledBlocks:
-        """Replace the transformer's blocks by compiled ones."""
+        """Replace the blocks of all transformers by compiled ones."""
+
+    def transformer_index(self, state: State) -> int:
+        """Number of the transformer that computes the state's step: 0, unless overridden."""
+        return 0

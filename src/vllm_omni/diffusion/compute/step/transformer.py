@@ -73,18 +73,21 @@ class PackedTransformer(nn.Module, ABC):
     def signal(self, hidden: Hidden, context: StepContext) -> Tensor:
         """[S, D]: image tokens after the first block's modulation, by which step caches compare steps."""
 
+    @property
+    def compiled_parts(self) -> tuple[str, ...]:
+        """Methods of a block to compile: those that hold no exchange between ranks."""
+        return ("before", "after") if self.tensor.size == 1 else ("before",)
+
     def compile_blocks(
         self, backend: Backend = "inductor", *, others: Sequence[PackedTransformer] = ()
     ) -> CompiledBlocks:
-        """Replace `before` and `after` of the blocks by compiled code; attention runs eagerly.
+        """Replace the `compiled_parts` of the blocks by compiled code; all else runs eagerly, such as attention.
 
-        With tensor parallelism `after` holds exchanges between ranks, and runs eagerly too. Compiles at the first run
-        of each variant: one row of modulation or several, one sequence or several. others: transformers of the same
-        class, which share the code.
+        Compiles at the first run of each variant: one row of modulation or several, one sequence or several. others:
+        transformers of the same class, which share the code.
         """
-        parts = ["before", "after"] if self.tensor.size == 1 else ["before"]
         blocks = [block for transformer in (self, *others) for block in transformer.compilable_blocks]
-        return CompiledBlocks(blocks, parts, backend)
+        return CompiledBlocks(blocks, self.compiled_parts, backend)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from vllm_omni.diffusion.catalog.model_index import DIFFUSERS_STEMS, STEMS, Stem
 from vllm_omni.diffusion.catalog.weight_files import component_variant, safetensors_files
 from vllm_omni.diffusion.catalog.weight_headers import StoredWeight, check_types, stored_weights
 from vllm_omni.diffusion.compute.layers.fp8 import Fp8ColumnLinear, keep_in_float8
-from vllm_omni.diffusion.compute.layers.linear import Sharded
+from vllm_omni.diffusion.compute.layers.linear import KeepsFloat32, Sharded
 from vllm_omni.diffusion.compute.layers.rounding import quantize
 from vllm_omni.diffusion.compute.weights.dummy import dummy_weight
 from vllm_omni.diffusion.compute.weights.stored_shapes import check_stored_shapes
@@ -81,17 +81,20 @@ def load_weights(
     load_format: LoadFormat = "auto",
     variant: str | None = None,
     stems: Stems = STEMS,
+    unread_ends: tuple[str, ...] = (),
 ) -> None:
     """Move `module`, built on the meta device, to `device` and fill it from the checkpoint in `folder`.
 
     `Sharded` modules read the shard of their rank. names: see `weight_targets`. prefix: start of the names of the
     module's weights in the checkpoint; other weights are not read. unread: starts of names, after the prefix, of
-    further weights that are not read. float8: last names of the layers whose weights are rounded to float8 when they
-    are read. load_format: with `dummy` no file is read. variant, stems: see `choose_names`.
+    further weights that are not read; unread_ends: ends of their names. float8: last names of the layers whose weights
+    are rounded to float8 when they are read. load_format: with `dummy` no file is read. variant, stems: see
+    `choose_names`.
     Raises ConfigError, before it reads a weight, when the checkpoint lacks a weight or has one that the module lacks,
     or one with another shape or without a floating-point type; also when `device` does not support float8 layers.
     """
     nn.Module.to(module, dtype)  # the `to` of diffusers warns about any dtype
+    _widen_float32(module)
     keep_in_float8(module, float8, device)
     module.to_empty(device=device)
     targets = weight_targets(module, names)
@@ -102,12 +105,23 @@ def load_weights(
         stored = {
             name: weight
             for name, weight in stored_weights(folder, variant, stems).items()
-            if name.startswith(prefix) and not name.removeprefix(prefix).startswith(unread)
+            if name.startswith(prefix)
+            and not name.removeprefix(prefix).startswith(unread)
+            and not name.endswith(unread_ends)
         }
         targets = {prefix + name: target for name, target in targets.items()}
         _check_fit(targets, stored, folder)
         _read_weights(targets, stored, folder.parent, on_bytes, device)
     module.requires_grad_(False).eval()
+
+
+def _widen_float32(module: nn.Module) -> None:
+    """Widen the parameters that `KeepsFloat32` names; `module` is on the meta device."""
+    for owner in module.modules():
+        if isinstance(owner, KeepsFloat32):
+            for name in owner.float32_parameters:
+                parameter: nn.Parameter = getattr(owner, name)
+                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 def _check_fit(targets: Mapping[str, WeightTarget], stored: Mapping[str, StoredWeight], folder: Path) -> None:

@@ -196,6 +196,64 @@ def test_heads_in_the_order_of_attention(
         assert_near(part, whole.double(), dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("has_squares", [False, True])
+@pytest.mark.parametrize(("num_heads", "axes"), [(3, (2, 4, 2)), (5, (8, 4, 4)), (1, (10, 10, 12))])
+def test_heads_normed_together(
+    fused: Any, dtype: torch.dtype, num_heads: int, axes: tuple[int, ...], has_bias: bool, has_squares: bool
+) -> None:
+    width = num_heads * sum(axes)
+    qkv, weight = random(6, 3 * width, dtype=dtype), random(2 * width, dtype=dtype, seed=1)
+    bias = random(3 * width, dtype=dtype, seed=2) if has_bias else None
+    squares = random(6, 2, seed=3).abs() + 0.5 if has_squares else None
+    positions = torch.randint(0, 40, (6, 3), generator=torch.Generator().manual_seed(0))
+    rotations = axis_rotations(positions, axes)[:, None, None].to(DEVICE)
+    exact = Projected(qkv.double(), weight.double(), None if bias is None else bias.double())
+    # `rotate` computes in float32, whatever it is given.
+    expected = TorchKernels().wide_heads(exact, rotations, EPS, squares)
+    for kernels in (fused, TorchKernels()):
+        got = kernels.wide_heads(Projected(qkv, weight, bias), rotations, EPS, squares)
+        for part, whole in zip(got, expected, strict=True):
+            assert part.shape == (6, num_heads, sum(axes))
+            assert_near(part, whole.double(), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_norm_over_all_heads(fused: Any, dtype: torch.dtype, has_bias: bool) -> None:
+    x, weight = random(5, 2, 33, dtype=dtype)[:, 1], random(33, dtype=dtype, seed=1)
+    bias = random(33, dtype=dtype, seed=2) if has_bias else None
+    y = x.double() if bias is None else x.double() + bias.double()
+    squares = y.square().mean(dim=-1)
+    for kernels in (fused, TorchKernels()):
+        for factor in (None, 1.0, 4.0):
+            known = None if factor is None else (factor * squares).float()
+            exact = y * torch.rsqrt((factor or 1.0) * squares + EPS)[:, None] * weight.double()
+            assert_near(kernels.wide_norm(x, weight, bias, EPS, known), exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_rows_of_a_wider_dtype_keep_theirs(fused: Any, dtype: torch.dtype, num_rows: int) -> None:
+    """Modulation in float32 is not rounded to the dtype of the tokens before it is used."""
+    rows = rows_of(9, num_rows)
+    shift, scale, gate = (64 + 1e-2 * random(num_rows, 3, 96)).unbind(1)  # the dtypes would round it by more
+    ones = torch.ones(9, 96, dtype=dtype, device=DEVICE)
+    signs = ones.clone()
+    signs[:, ::2] = -1  # normed: the same
+    picked = [0] * 9 if rows is None else rows.tolist()
+    for kernels in (fused, TorchKernels()):
+        normed, added = (
+            kernels.norm_modulate(signs, shift, scale, rows, EPS),
+            kernels.gated_add(-64 * ones, ones, gate, rows),
+        )
+        assert isinstance(normed, Tensor)
+        assert normed.dtype == added.dtype == dtype
+        torch.testing.assert_close(normed.float()[:, ::2], (shift - scale)[picked, ::2], rtol=1e-2, atol=2e-4)
+        torch.testing.assert_close(added.float(), (gate - 64)[picked], rtol=1e-2, atol=2e-4)
+
+
 def test_no_tokens_are_no_work(fused: Any) -> None:
     none = random(0, 8)
     table = random(1, 8)
@@ -207,3 +265,6 @@ def test_no_tokens_are_no_work(fused: Any) -> None:
     rotations = torch.ones(0, 1, 1, 2, 2, device=DEVICE)
     q, k, v = fused.heads([Projected(random(0, 24), random(8))], None, None, rotations, EPS)
     assert q.shape == k.shape == v.shape == (0, 2, 4)
+    q, k, v = fused.wide_heads(Projected(random(0, 24), random(16)), rotations, EPS)
+    assert q.shape == k.shape == v.shape == (0, 2, 4)
+    assert fused.wide_norm(none, random(8), None, EPS).shape == (0, 8)

@@ -42,6 +42,14 @@ class Kernels(Protocol):
         self, streams: Sequence[Projected], order: Tensor | None, stream: Tensor | None, rotations: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
+    def wide_heads(
+        self, projected: Projected, rotations: Tensor, eps: float, squares: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def wide_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, squares: Tensor | None = None
+    ) -> Tensor: ...
+
     def group_norm(
         self, x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool = False
     ) -> Tensor: ...

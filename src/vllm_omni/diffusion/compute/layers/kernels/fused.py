@@ -100,6 +100,24 @@ class TritonKernels:
         q, k, v = out.unbind()
         return q, k, v
 
+    def wide_heads(
+        self, projected: Projected, rotations: Tensor, eps: float, squares: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        qkv, weight, bias = projected.qkv.contiguous(), projected.weight, projected.bias
+        half, width = rotations.shape[-2], qkv.shape[1] // 3
+        q, k = (
+            _wide_norm_rows(qkv, weight, bias, eps, squares, rotations.contiguous(), half, 2)
+            .unflatten(2, (-1, 2 * half))
+            .unbind()
+        )
+        v = qkv[:, 2 * width :] if bias is None else qkv[:, 2 * width :] + bias[2 * width :]
+        return q, k, v.unflatten(1, q.shape[1:])
+
+    def wide_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, squares: Tensor | None = None
+    ) -> Tensor:
+        return _wide_norm_rows(x.contiguous(), weight, bias, eps, squares, None, 1, 1)[0]
+
     def group_norm(
         self, x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool = False
     ) -> Tensor:
@@ -115,6 +133,25 @@ def _results(x: Tensor, num_rows: int, float8: bool) -> tuple[Tensor, Tensor]:
 def _rows(out: Tensor, scales: Tensor, x: Tensor) -> Rows:
     """Outputs of a kernel as the result of an operation on x."""
     return Float8Rows(out, scales, x.dtype) if out.dtype == FLOAT8 else out
+
+
+def _wide_norm_rows(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, squares: Tensor | None, rotations: Tensor | None,
+    half: int, parts: int,
+) -> Tensor:  # fmt: skip
+    """The first `parts` parts of the rows of x, normed and rotated: [tokens, ...] -> [parts, tokens, width].
+
+    weight: [parts * width]; squares: float32, one for each token and part. The other arguments: see `_wide_norm`.
+    """
+    width = weight.shape[0] // parts
+    out = x.new_empty((parts, len(x), width))
+    if len(x):
+        _wide_norm[(len(x), parts)](
+            x, weight, bias, squares, rotations, out, x.shape[1], width, half, eps,
+            HAS_BIAS=bias is not None, HAS_SQUARES=squares is not None, HAS_ROTATIONS=rotations is not None,
+            PAIRS=triton.next_power_of_2(width) // 2, num_warps=8,
+        )  # fmt: skip
+    return out
 
 
 @triton.jit
@@ -233,3 +270,34 @@ def _heads(
         turned = tl.join(real * cosine - imaginary * sine, real * sine + imaginary * cosine)
         x = tl.reshape(turned, (HEADS, 2 * HALF)).to(x.dtype)
     tl.store(to_ptr + offsets, x, mask=inside)
+
+
+@triton.jit
+def _wide_norm(
+    x_ptr, weight_ptr, bias_ptr, squares_ptr, rotations_ptr, out_ptr, stride, width, half, eps,
+    HAS_BIAS: tl.constexpr, HAS_SQUARES: tl.constexpr, HAS_ROTATIONS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """Program (token, part): RMSNorm over all heads of one part of a row, and rotation of its pairs of channels."""
+    token = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    columns = tl.arange(0, 2 * PAIRS)
+    inside = columns < width
+    x = tl.load(x_ptr + token * stride + part * width + columns, mask=inside, other=0.0)
+    wide = x.to(tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + part * width + columns, mask=inside, other=0.0)
+        wide = (wide + bias.to(tl.float32)).to(x.dtype).to(tl.float32)
+    square = tl.sum(wide * wide) / width
+    if HAS_SQUARES:
+        square = tl.load(squares_ptr + token * tl.num_programs(1) + part)
+    weight = tl.load(weight_ptr + part * width + columns, mask=inside, other=0.0).to(tl.float32)
+    normed = wide * tl.rsqrt(square + eps) * weight
+    if HAS_ROTATIONS:
+        real, imaginary = tl.split(tl.reshape(normed, (PAIRS, 2)))
+        pairs = tl.arange(0, PAIRS)
+        turn = rotations_ptr + token * half * 2 + (pairs % half) * 2
+        cosine = tl.load(turn)
+        sine = tl.load(turn + 1)
+        turned = tl.join(real * cosine - imaginary * sine, real * sine + imaginary * cosine)
+        normed = tl.reshape(turned, (2 * PAIRS,))
+    tl.store(out_ptr + (part * tl.num_programs(0) + token) * width + columns, normed, mask=inside)

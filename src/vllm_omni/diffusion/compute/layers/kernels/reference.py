@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_omni.diffusion.compute.layers.norms import gated_add, norm_modulate, rms_norm
+from vllm_omni.diffusion.compute.layers.norms import gated_add, norm_modulate, rms_norm, wide_rms_norm
 from vllm_omni.diffusion.compute.layers.rope import rotate
 from vllm_omni.diffusion.compute.layers.rounding import Float8Rows, Rows
 
@@ -24,7 +24,7 @@ class Projected:
     qkv: Tensor
     """[tokens, 3 * H * d]: queries, keys and values of all heads."""
     weight: Tensor
-    """[2 * d]: weight of the queries' norm, then of the keys' norm."""
+    """[2 * d]: weight of the queries' norm, then of the keys' norm. Norms over all heads at once: [2 * H * d]."""
     bias: Tensor | None = None
     """[3 * H * d]: bias that is not added to `qkv` yet."""
 
@@ -87,6 +87,28 @@ class TorchKernels:
         scale = weight[0] if stream is None else weight.index_select(0, stream)
         q, k = rotate(rms_norm(qkv[:, :2], scale, eps), rotations).unbind(1)
         return q, k, qkv[:, 2]
+
+    def wide_heads(
+        self, projected: Projected, rotations: Tensor, eps: float, squares: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys after RMSNorm over all heads and rotation, and values: q, k, v [tokens, H, d] of this rank.
+
+        rotations: float32 [tokens, 1, 1, d / 2, 2]. squares: float32 [tokens, 2], mean square of the queries and of the
+        keys over the heads of all ranks (`norms.shared_squares`); None: this rank has all heads.
+        """
+        qkv = _biased(projected.qkv, projected.bias).unflatten(1, (3, -1))
+        normed = wide_rms_norm(qkv[:, :2], projected.weight.view(2, -1), eps, squares)
+        q, k = rotate(normed.unflatten(-1, (-1, 2 * rotations.shape[-2])), rotations).unbind(1)
+        return q, k, qkv[:, 2].unflatten(-1, q.shape[1:])
+
+    def wide_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, squares: Tensor | None = None
+    ) -> Tensor:
+        """RMSNorm of x + bias over all heads: [tokens, H * d] -> the same shape. weight, bias: [H * d].
+
+        squares: float32 [tokens], mean square over the heads of all ranks; None: this rank has all heads.
+        """
+        return wide_rms_norm(_biased(x, bias), weight, eps, squares)
 
     def group_norm(
         self, x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool = False

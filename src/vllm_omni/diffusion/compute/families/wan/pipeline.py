@@ -1,0 +1,236 @@
+"""Wan 2.1 and 2.2: the computation of diffusers' WanPipeline and WanImageToVideoPipeline on packed tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from vllm_omni.diffusion.catalog.configs import read_config
+from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX
+from vllm_omni.diffusion.compute.attention.static_keys import StaticKeys
+from vllm_omni.diffusion.compute.device.transfers import to_device
+from vllm_omni.diffusion.compute.families.component_loader import ComponentLoader
+from vllm_omni.diffusion.compute.families.flow_pipeline import Branch, FlowPipeline, FlowState, Forward, branch_prompts
+from vllm_omni.diffusion.compute.families.wan.config import PATCH_SIZE, UNREAD_ENDS, WanConfig, WanPipelineConfig
+from vllm_omni.diffusion.compute.families.wan.image import WanImageEncoder
+from vllm_omni.diffusion.compute.families.wan.text import WanTextEncoder
+from vllm_omni.diffusion.compute.families.wan.transformer import (
+    CHECKPOINT_NAMES,
+    FLOAT8_LAYERS,
+    IMAGE,
+    TEXT,
+    WanTransformer,
+)
+from vllm_omni.diffusion.compute.families.wan.vae import WanDecoder, WanEncoder
+from vllm_omni.diffusion.compute.packing import Hidden, Pack
+from vllm_omni.diffusion.compute.step.arrangement import Arrangement
+from vllm_omni.diffusion.compute.step.sampling import combine_bounded, draw_noise, pack_latents
+from vllm_omni.diffusion.compute.step.sharding import Sharding
+from vllm_omni.diffusion.compute.step.transformer import StepContext
+from vllm_omni.diffusion.compute.text.prompt_cache import PromptCache
+from vllm_omni.diffusion.messages.request import DiffusionRequest
+from vllm_omni.errors import InvalidRequestError
+from vllm_omni.inputs.images import InputImage, resize_image
+
+PROMPT_CACHE_BYTES = 256 * 2**20
+MODULATION_BYTES = 2**28
+
+
+class PaddedPrompt(NamedTuple):
+    """Input of the text encoder."""
+
+    prompt: str
+    num_tokens: int
+    """Tokens with padding."""
+
+
+@dataclass(eq=False)
+class WanState(FlowState):
+    """latents: float32 [frames * rows * columns, channels * 4], whatever the model's dtype. text: without tokens."""
+
+    static_keys: tuple[tuple[dict[str, StaticKeys], ...], ...] = ()
+    """For each transformer and guidance branch, by name: keys and values of the text, and of the input pictures."""
+    given: Tensor | None = None
+    """Tokens of the input pictures: [tokens, channels] beside the latents, or those of the first frame in its place."""
+
+    @property
+    def num_given(self) -> int:
+        return 0 if self.given is None else len(self.given)
+
+
+class WanPipeline(FlowPipeline[WanState, WanTransformer, Forward[WanTransformer]]):
+    shifts_by_size = False
+
+    def __init__(
+        self,
+        loader: ComponentLoader,
+        config: WanPipelineConfig,
+        transformers: Sequence[WanTransformer],
+        vae: AutoencoderKLWan,
+        text_encoder: WanTextEncoder,
+        image_encoder: WanImageEncoder | None,
+    ) -> None:
+        """image_encoder: makes embeddings of input pictures; None: the transformers do not see any."""
+        decoder = WanDecoder(vae, loader.config.vae_use_tiling, loader.mesh.vae)
+        super().__init__(loader, transformers, decoder, MODULATION_BYTES)
+        self._config = config
+        self._num_channels: int = vae.config.z_dim
+        self._encoder = WanEncoder(vae)
+        self._image_encoder = image_encoder
+        self._prompts = PromptCache[PaddedPrompt](lambda padded: text_encoder(*padded), PROMPT_CACHE_BYTES)
+        self._static_keys: WeakValueDictionary[Any, StaticKeys] = WeakValueDictionary()
+        """By transformer and input, of the running requests: those with the same text share them."""
+
+    @classmethod
+    def build(cls, loader: ComponentLoader) -> WanPipeline:
+        path = loader.info.path
+        config = WanPipelineConfig.from_dict(read_config(path, "", MODEL_INDEX))
+        text_encoder = loader.text_encoder(WanTextEncoder)
+        vae = loader.autoencoder(AutoencoderKLWan)
+        if loader.info.image_input is None:
+            vae.encoder = torch.nn.Identity()  # frees its weights
+        sizes = WanConfig.from_dict(read_config(path, "transformer"))
+        image_encoder = loader.image_encoder(WanImageEncoder) if sizes.sees_image else None
+        transformers = [
+            loader.transformer(partial(WanTransformer, sizes), CHECKPOINT_NAMES, FLOAT8_LAYERS, component, UNREAD_ENDS)
+            for component in config.transformers
+        ]
+        return cls(loader, config, transformers, vae.to(loader.device), text_encoder, image_encoder)
+
+    def encode(self, request: DiffusionRequest) -> WanState:
+        shape = self._num_channels, *self._latent_shape(request)
+        noise = draw_noise(shape, request.seed, torch.float32, self._device)
+        prompts = [PaddedPrompt(prompt, request.max_sequence_length) for prompt in branch_prompts(request)]
+        static_keys = tuple(
+            tuple({TEXT: self._text_keys(index, p)} | self._image_keys(index, request.images) for p in prompts)
+            for index in range(len(self.transformers))
+        )
+        text = torch.empty((0, self.transformer.config.dim), dtype=self._dtype, device=self._device)
+        return self.new_state(
+            WanState,
+            request,
+            (text,) * len(prompts),
+            to_tokens(noise),
+            static_keys=static_keys,
+            given=self._given(request) if request.images else None,
+        )
+
+    def _latent_shape(self, request: DiffusionRequest) -> tuple[int, int, int]:
+        """Latent frames, and rows and columns of latent pixels."""
+        frames, rows, columns = self.grid(request)
+        return frames, PATCH_SIZE * rows, PATCH_SIZE * columns
+
+    def _text_keys(self, index: int, prompt: PaddedPrompt) -> StaticKeys:
+        key = index, prompt
+        if (made := self._static_keys.get(key)) is None:
+            made = self._static_keys[key] = self.transformers[index].text_keys(self._prompts(prompt))
+        return made
+
+    def _image_keys(self, index: int, images: Sequence[InputImage]) -> dict[str, StaticKeys]:
+        """Keys of what the transformer sees of the input pictures; empty if it sees none."""
+        if self._image_encoder is None:
+            return {}
+        key = index, *(image.digest for image in images)
+        if (made := self._static_keys.get(key)) is None:
+            made = self._static_keys[key] = self.transformers[index].image_keys(self._image_encoder(images))
+        return {IMAGE: made}
+
+    def _given(self, request: DiffusionRequest) -> Tensor:
+        """See `WanState.given`. Raises InvalidRequestError for more pictures than latent frames."""
+        frames = self.grid(request)[0]
+        if len(request.images) > frames:
+            raise InvalidRequestError(
+                f"image takes a first and a last picture with num_frames from {1 + self._frame_multiple}, got "
+                f"{len(request.images)} pictures with num_frames {request.num_frames}",
+                param="image",
+            )
+        first, *last = (resize_image(image, request.height, request.width).reference for image in request.images)
+        if self._config.expand_timesteps:
+            return to_tokens(self._encoder(first, 1))
+        latents = self._encoder(first, request.num_frames, *last)
+        is_given = torch.zeros((self._frame_multiple, *latents.shape[1:]))
+        is_given[:, 0] = 1
+        if last:
+            is_given[-1, -1] = 1
+        return to_tokens(torch.cat((to_device(is_given, self._device), latents)))
+
+    @property
+    def _frame_multiple(self) -> int:
+        multiple = self._info.frame_multiple
+        assert multiple is not None, "the family makes videos"
+        return multiple
+
+    def transformer_index(self, state: WanState) -> int:
+        ratio = self._config.boundary_ratio
+        if ratio is None:
+            return 0
+        return int(state.timesteps[state.step] < ratio * state.scheduler.config.num_train_timesteps)
+
+    def image_tokens(self, state: WanState) -> Tensor:
+        if state.given is None or self._config.expand_timesteps:
+            return self._with_given(state, state.latents)
+        return torch.cat((state.latents, state.given), dim=1)
+
+    def further_conditions(self, state: WanState) -> tuple[float, ...]:
+        # A given first frame has no noise.
+        return (0.0,) if self._config.expand_timesteps and state.given is not None else ()
+
+    def rotations(self, state: WanState, num_text_tokens: int) -> tuple[Tensor, Tensor]:
+        of_image = self.transformer.rotations(state.grid)
+        return of_image[:num_text_tokens], of_image
+
+    def lay_out(
+        self, branches: Sequence[Branch], text: Tensor, pack: Pack, rotations: Tensor, sharding: Sharding
+    ) -> Forward[WanTransformer]:
+        states = [branch.state for branch in branches]
+        index = self.transformer_index(states[0])
+        keys = [branch.state.static_keys[index][branch.number] for branch in branches]
+        image_rows = None
+        if any(map(self.further_conditions, states)):
+            is_given = [sharding.part(torch.arange(state.num_tokens) < state.num_given) for state in states]
+            image_rows = pack.image_sequence.masked_fill(
+                to_device(torch.cat(is_given), self._device), pack.num_sequences
+            )
+        static_keys = {name: [its[name] for its in keys] for name in keys[0]}
+        arrangement = Arrangement(pack, rotations, self._attention, image_rows, static_keys)
+        return Forward(self.transformers[index], arrangement, text)
+
+    def embed(self, latents: Tensor, context: StepContext, forward: Forward[WanTransformer]) -> Hidden:
+        return forward.transformer.embed(latents, forward.text)
+
+    def project(self, hidden: Hidden, context: StepContext, forward: Forward[WanTransformer]) -> Tensor:
+        return forward.transformer.project(hidden, context)
+
+    def combine(self, state: WanState, branches: Sequence[Tensor]) -> Tensor:
+        if len(branches) == 1:
+            return branches[0]
+        request = state.request
+        scale = request.guidance_scale_2 if self.transformer_index(state) else None
+        return combine_bounded(branches[0], branches[1], request.true_cfg_scale if scale is None else scale, 0)
+
+    def advance(self, state: WanState, branches: Sequence[Tensor], previews: bool = False) -> Tensor | None:
+        clean = super().advance(state, branches, previews)
+        if state.step == len(state.timesteps):
+            state.latents = self._with_given(state, state.latents)
+        return clean
+
+    def predict_clean(self, state: WanState, velocity: Tensor) -> Tensor:
+        return self._with_given(state, super().predict_clean(state, velocity))
+
+    def _with_given(self, state: WanState, latents: Tensor) -> Tensor:
+        """Latents whose first frame is the given one, where a model keeps it."""
+        if state.given is None or not self._config.expand_timesteps:
+            return latents
+        return torch.cat((state.given, latents[state.num_given :]))
+
+
+def to_tokens(latents: Tensor) -> Tensor:
+    """[channels, frames, height, width] -> [frames * height / 2 * width / 2, channels * 4]."""
+    return torch.cat([pack_latents(frame) for frame in latents.unbind(1)])

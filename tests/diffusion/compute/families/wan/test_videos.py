@@ -1,0 +1,126 @@
+"""Whole videos against diffusers' WanPipeline and WanImageToVideoPipeline, made in one mixed batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanPipeline
+from PIL import Image
+
+from testbed.runner_driver import QUICK, Drive, kept, make_request, psnr
+from testbed.tiny_models import photo
+from testbed.tiny_wan import KINDS, build_tiny_wan
+from vllm_omni.diffusion.catalog.registry import load_model_info
+from vllm_omni.diffusion.compute.worker.runner import ModelRunner
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.messages.request import DiffusionRequest
+from vllm_omni.inputs.images import prepare_image
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SMALL: dict[str, object] = {"height": 32, "width": 32, "num_frames": 5}
+
+
+def started(path: Path, **settings: Any) -> ModelRunner:
+    runner = ModelRunner(OmniDiffusionConfig(model=str(path), **settings), load_model_info(str(path)), options=QUICK)
+    runner.start()
+    return runner
+
+
+def request(request_id: str, prompt: str, **changes: Any) -> DiffusionRequest:
+    fields = {"num_frames": 9, "height": 32, "width": 64}
+    return make_request(request_id, prompt, **(fields | changes))
+
+
+def arrivals_of(path: Path, kind: str) -> dict[int, list[DiffusionRequest]]:
+    """Videos and pictures of several lengths, sizes, steps and kinds of guidance, which join and leave."""
+    # Where the transformer sees pictures, diffusers takes all tokens but the last 512 for theirs.
+    padded: dict[str, Any] = {} if KINDS[kind].sees_image else {"max_sequence_length": 24}
+    images = pictures_of(path, kind)
+    common = padded if kind == "ti2v-5b" else padded | images
+    second = {"guidance_scale_2": 2.5} if KINDS[kind].has_two_experts else {}
+    return {
+        0: [
+            request("guided", "a red apple", negative_prompt="a blue car", seed=3, num_inference_steps=5, **common),
+            request("long", "a car &amp; a  photo", num_frames=13, width=32, num_inference_steps=6, seed=1, **common),
+        ],
+        2: [
+            request("scales", "blue", negative_prompt="", seed=2**40, num_inference_steps=4, **second, **common),
+            request("wide", "apple " * 40, height=64, num_frames=5, flow_shift=5.0, num_inference_steps=3, **common),
+            request("one step", "red", height=64, num_frames=5, num_inference_steps=1, **common),
+        ]
+        + [request("picture", "a photo", num_frames=1, height=64, seed=7, **common)] * (KINDS[kind].sees_image < 2)
+        + [request("animated", "apple", num_inference_steps=3, seed=5, **padded, **images)] * (kind == "ti2v-5b"),
+    }
+
+
+def pictures_of(path: Path, kind: str) -> dict[str, Any]:
+    image_input = load_model_info(str(path)).image_input
+    if image_input is None:
+        return {}
+    photos = [photo(80, 60, 1), photo(50, 70, 2)][: max(1, KINDS[kind].sees_image)]
+    return {"images": tuple(prepare_image(picture, image_input.sizes) for picture in photos)}
+
+
+def reference(path: Path) -> Any:
+    pipeline = DiffusionPipeline.from_pretrained(path, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(pipeline: Any, request: DiffusionRequest) -> np.ndarray:
+    """float32 [frames, height, width, 3] in [0, 1]."""
+    own = pipeline.scheduler
+    if request.flow_shift is not None:
+        pipeline.scheduler = type(own).from_config({**own.config, "flow_shift": request.flow_shift})
+    images = [Image.fromarray(image.reference) for image in request.images]
+    more: dict[str, Any] = dict(zip(("image", "last_image"), images))
+    if request.guidance_scale_2 is not None:
+        more["guidance_scale_2"] = request.guidance_scale_2
+    call = pipeline
+    if images and isinstance(pipeline, WanPipeline):  # the model of 5B parameters does both
+        call = WanImageToVideoPipeline(**pipeline.components, expand_timesteps=True)
+        call.set_progress_bar_config(disable=True)
+    frames: np.ndarray = call(
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        height=request.height,
+        width=request.width,
+        num_frames=request.num_frames,
+        num_inference_steps=request.num_inference_steps,
+        guidance_scale=request.true_cfg_scale,
+        max_sequence_length=request.max_sequence_length,
+        generator=torch.Generator().manual_seed(request.seed),
+        output_type="np",
+        **more,
+    ).frames[0]
+    pipeline.scheduler = own
+    return frames
+
+
+def check(images: Mapping[str, np.ndarray], requests: Sequence[DiffusionRequest], path: Path) -> None:
+    pipeline = reference(path)
+    assert set(images) == {request.request_id for request in requests}
+    for request in requests:
+        frames, wanted = images[request.request_id], draw(pipeline, request)
+        assert frames.dtype == np.uint8
+        assert frames.shape == (wanted.shape if request.num_frames > 1 else wanted.shape[1:])
+        assert wanted.std() > 0.02, "a flat video proves nothing"
+        score = psnr(frames.reshape(wanted.shape), (wanted * 255).round().astype(np.uint8))
+        assert score >= 60, f"{request.request_id}: {score:.1f} dB"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mixed_batch_draws_what_diffusers_draws(tmp_path: Path, kind: str) -> None:
+    path = build_tiny_wan(tmp_path / "model", kind, default_sampling_params=SMALL)
+    arrivals = arrivals_of(path, kind)
+    runner = started(path)
+    drive = Drive(runner).run(arrivals)
+    assert not drive.errors
+    check(drive.images, [request for joining in arrivals.values() for request in joining], path)
+    assert kept(runner) == 0
