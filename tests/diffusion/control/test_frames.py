@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 
-from testbed.fakes import as_whole
+from testbed.fakes import as_whole, make_config
 from tests.diffusion.control.builders import INFO, READY, VIDEO
 from vllm_omni.diffusion.catalog.model_info import Guidance
 from vllm_omni.diffusion.catalog.whole_info import WholePipeline
 from vllm_omni.diffusion.control.frames import FrameLimits
 from vllm_omni.diffusion.control.request_builder import RequestBuilder, check_defaults
 from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
+from vllm_omni.diffusion.control.scheduler import Scheduler
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.errors import ConfigError, InvalidRequestError
+from vllm_omni.errors import ConfigError, InvalidRequestError, QueueFullError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 
 LIMITS = FrameLimits(4, 83)
@@ -168,3 +169,17 @@ def test_prices_of_a_video() -> None:
     assert picture.cost.branch_tokens == (24, 24)
     assert picture.cost.decode == 2.0 * 24
     assert [VIDEO.latent_frames(n) for n in (1, 5, 17, 81)] == [1, 2, 5, 21]
+
+
+def test_the_price_of_a_video_decides_about_its_admission() -> None:
+    video, picture = built({}), replace(built({"num_frames": 1}), request=replace(built({}).request, request_id="p"))
+    seconds = READY.seconds_per_unit * video.cost.total(video.num_steps)
+    scheduler = Scheduler(make_config(max_queue_seconds=0.9 * seconds), READY)
+    scheduler.add([picture])
+    with pytest.raises(QueueFullError):
+        scheduler.add([video])
+    scheduler = Scheduler(make_config(max_queue_seconds=2.0 * seconds), READY)
+    scheduler.add([picture])
+    before = scheduler.queue_seconds
+    scheduler.add([video])
+    assert scheduler.queue_seconds - before == pytest.approx(seconds, rel=0.01)
