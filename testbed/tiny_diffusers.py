@@ -1,5 +1,5 @@
-"""Tiny random models that no packed family serves: Flux, Stable Diffusion 1, 3 and XL, what edits with them, Wan
-and LTX."""
+"""Tiny random models that no packed family serves: Flux, Stable Diffusion 1, 3 and XL, what edits with them,
+SkyReels and LTX."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from diffusers import (
     LTXImageToVideoPipeline,
     LTXVideoTransformer3DModel,
     SD3Transformer2DModel,
+    SkyReelsV2Pipeline,
+    SkyReelsV2Transformer3DModel,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -31,8 +33,6 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
-    WanPipeline,
-    WanTransformer3DModel,
 )
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from peft import LoraConfig, get_peft_model_state_dict
@@ -255,9 +255,9 @@ def _adapter_weights(model: Any, seed: int, layers: list[str]) -> dict[str, torc
     return {name: 0.5 * torch.randn(weight.shape, generator=generator) for name, weight in weights.items()}
 
 
-def _wan() -> DiffusionPipeline:
+def _sky_reels() -> DiffusionPipeline:
     tokenizer = t5_tokenizer()
-    transformer = WanTransformer3DModel(
+    transformer = SkyReelsV2Transformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=3,
         attention_head_dim=24,
@@ -278,7 +278,7 @@ def _wan() -> DiffusionPipeline:
         num_res_blocks=1,
         temperal_downsample=[False, True, True],
     )
-    return WanPipeline(
+    return SkyReelsV2Pipeline(
         tokenizer=tokenizer,
         text_encoder=UMT5EncoderModel(UMT5Config(**t5_fields(tokenizer, 32))),
         transformer=transformer,
@@ -331,7 +331,7 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "StableDiffusionXLImg2ImgPipeline": lambda: StableDiffusionXLImg2ImgPipeline(
         **_stable_diffusion_xl().components, add_watermarker=False
     ),
-    "WanPipeline": _wan,
+    "SkyReelsV2Pipeline": _sky_reels,
     "FluxPipeline": _flux,
     "StableDiffusion3Pipeline": _stable_diffusion_3,
     "StableDiffusionPipeline": _stable_diffusion,

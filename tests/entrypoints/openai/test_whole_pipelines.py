@@ -45,7 +45,7 @@ PROMPT = "a red apple"
 PHOTO = photo(96, 64, 1)
 VIDEO_INFO = as_whole(
     FAKE_INFO,
-    WholePipeline("WanPipeline", ("num_inference_steps", "num_frames"), "callback_on_step_end", 1),
+    WholePipeline("SkyReelsV2Pipeline", ("num_inference_steps", "num_frames"), "callback_on_step_end", 1),
     frame_multiple=4,
     default_sampling_params={"height": 64, "width": 64, "num_inference_steps": 4, "num_frames": 5},
 )

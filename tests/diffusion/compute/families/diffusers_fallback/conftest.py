@@ -23,7 +23,7 @@ DEFAULTS: dict[str, dict[str, object]] = {
     "HunyuanVideo15Pipeline": {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2},
     "LTXImageToVideoPipeline": {"num_frames": 9},
     "MochiPipeline": {"height": 32, "width": 32, "num_frames": 7, "num_inference_steps": 2},
-    "WanPipeline": {"num_frames": 5},
+    "SkyReelsV2Pipeline": {"num_frames": 5},
 }
 """Over those of `build_tiny_diffusers`."""
 PipelineOf = Callable[[str], Any]

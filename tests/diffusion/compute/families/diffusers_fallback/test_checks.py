@@ -34,7 +34,7 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.inputs.images import InputImage
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
-SD, WAN, LTX = "StableDiffusionPipeline", "WanPipeline", "LTXImageToVideoPipeline"
+SD, SKY_REELS, LTX = "StableDiffusionPipeline", "SkyReelsV2Pipeline", "LTXImageToVideoPipeline"
 UNKNOWN = ItemError("the model produced values that are not numbers (NaN or infinite)", "not_finite")
 BLOCKED = ItemError("the model's safety checker blocked the picture", "blocked")
 NAN, INFINITY = float("nan"), float("inf")
@@ -72,7 +72,9 @@ def video_request(name: str) -> Any:
 
 
 @pytest.mark.parametrize("value", [NAN, INFINITY])
-@pytest.mark.parametrize(("name", "weight"), [("FluxPipeline", "conv_out"), (WAN, "conv_out"), (LTX, "conv_out.conv")])
+@pytest.mark.parametrize(
+    ("name", "weight"), [("FluxPipeline", "conv_out"), (SKY_REELS, "conv_out"), (LTX, "conv_out.conv")]
+)
 def test_pixels_that_are_no_numbers_are_no_picture(copy_of: CopyOf, name: str, weight: str, value: float) -> None:
     """A picture and videos; infinite pixels too, which some VAEs clamp."""
     model = copy_of(name)

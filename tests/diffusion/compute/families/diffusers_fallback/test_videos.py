@@ -20,7 +20,7 @@ from vllm_omni.diffusion.messages.plan import WorkerReady
 from vllm_omni.errors import ConfigError, InvalidRequestError, RequestAbortedError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 
-WAN, LTX = "WanPipeline", "LTXImageToVideoPipeline"
+SKY_REELS, LTX = "SkyReelsV2Pipeline", "LTXImageToVideoPipeline"
 PROMPT = "a red apple"
 READY = WorkerReady(1.0, 1, "cpu", "float32", 4096, 1e-6, 0.0, 0.5, 2.0)
 LIMITS: dict[str, Any] = {"max_sequence_length": 64, "num_inference_steps": 3}
@@ -41,11 +41,11 @@ def test_frames_are_diffusers_own(model_of: ModelOf, pipeline_of: PipelineOf) ->
         OmniDiffusionSamplingParams(seed=1, num_outputs_per_prompt=2, **LIMITS),
         OmniDiffusionSamplingParams(seed=7, num_frames=9, width=96, guidance_scale=1.0, **LIMITS),
     ]
-    with Omni(model=str(model_of(WAN)), progress_bar=False) as omni:
+    with Omni(model=str(model_of(SKY_REELS)), progress_bar=False) as omni:
         first, second = omni.generate([PROMPT, PROMPT], params)
     assert all(isinstance(frame, Image.Image) for frame in first.images[0])
     assert [len(frames) for frames in first.images] == [5, 5]
-    pipeline = pipeline_of(WAN)
+    pipeline = pipeline_of(SKY_REELS)
     expected = [
         (first.images[0], filmed(pipeline, 1)),
         (first.images[1], filmed(pipeline, 2)),
@@ -60,21 +60,21 @@ def test_frames_are_diffusers_own(model_of: ModelOf, pipeline_of: PipelineOf) ->
 def test_videos_under_way_do_not_touch_one_another(
     model_of: ModelOf, runner_of: RunnerOf, pipeline_of: PipelineOf
 ) -> None:
-    fields: dict[str, Any] = {"guidance_scale": 5.0, "true_cfg_scale": 5.0, **LIMITS}
+    fields: dict[str, Any] = {"guidance_scale": 6.0, "true_cfg_scale": 6.0, **LIMITS}
     requests = [
         make_request("a", PROMPT, seed=1, num_frames=9, **fields),
         make_request("b", PROMPT, seed=2, num_frames=5, width=96, **fields),
     ]
-    drive = Drive(runner_of(WAN)).run({0: [requests[0]], 1: [requests[1]]})
+    drive = Drive(runner_of(SKY_REELS)).run({0: [requests[0]], 1: [requests[1]]})
     assert not drive.errors
-    assert psnr(drive.images["a"], filmed(pipeline_of(WAN), 1, num_frames=9)) >= 60
-    assert psnr(drive.images["b"], filmed(pipeline_of(WAN), 2, width=96)) >= 60
+    assert psnr(drive.images["a"], filmed(pipeline_of(SKY_REELS), 1, num_frames=9)) >= 60
+    assert psnr(drive.images["b"], filmed(pipeline_of(SKY_REELS), 2, width=96)) >= 60
 
 
 def test_a_video_that_the_pipeline_rounds_is_not_delivered(model_of: ModelOf, runner_of: RunnerOf) -> None:
     """Nothing in the configs of this pipeline tells that it rounds."""
     request = make_request("a", PROMPT, num_frames=6, guidance_scale=1.0, **LIMITS)
-    drive = Drive(runner_of(WAN)).run({0: [request]})
+    drive = Drive(runner_of(SKY_REELS)).run({0: [request]})
     assert "a" not in drive.images
     assert drive.errors["a"].message == "the pipeline makes 5 frames of num_frames 6"
 
@@ -96,7 +96,7 @@ def test_a_picture_becomes_a_video(model_of: ModelOf, pipeline_of: PipelineOf) -
 
 def test_an_abort_ends_a_video_and_the_next_one_is_made(model_of: ModelOf, pipeline_of: PipelineOf) -> None:
     async def run() -> np.ndarray:
-        omni = AsyncOmni(model=str(model_of(WAN)), distributed_executor_backend="uni")
+        omni = AsyncOmni(model=str(model_of(SKY_REELS)), distributed_executor_backend="uni")
         await omni.start()
         long = omni.generate(PROMPT, OmniDiffusionSamplingParams(seed=1, num_inference_steps=50), "long")
         short = omni.generate(PROMPT, OmniDiffusionSamplingParams(seed=2, output_type="np", **LIMITS))
@@ -110,11 +110,11 @@ def test_an_abort_ends_a_video_and_the_next_one_is_made(model_of: ModelOf, pipel
         frames: np.ndarray = last.images[0]
         return frames
 
-    assert psnr(asyncio.run(run()), filmed(pipeline_of(WAN), 2)) >= 60
+    assert psnr(asyncio.run(run()), filmed(pipeline_of(SKY_REELS), 2)) >= 60
 
 
 def test_a_video_is_priced_by_its_latent_frames(model_of: ModelOf) -> None:
-    info = load_model_info(str(model_of(WAN)))
+    info = load_model_info(str(model_of(SKY_REELS)))
     assert info.makes_videos
     assert info.frame_multiple == 4
     assert [info.num_image_tokens(64, 64, frames) for frames in (1, 5, 81)] == [16, 32, 21 * 16]
@@ -123,7 +123,7 @@ def test_a_video_is_priced_by_its_latent_frames(model_of: ModelOf) -> None:
 @pytest.fixture(scope="module")
 def omni(model_of: ModelOf) -> Any:
     """With the server's limits, which are not those of `Omni`."""
-    with Omni(model=str(model_of(WAN)), distributed_executor_backend="uni", max_num_frames=9) as omni:
+    with Omni(model=str(model_of(SKY_REELS)), distributed_executor_backend="uni", max_num_frames=9) as omni:
         yield omni
 
 
@@ -142,7 +142,7 @@ def test_frames_that_the_model_does_not_make_are_refused(omni: Omni, num_frames:
 
 
 def test_a_server_makes_as_many_frames_as_the_model_by_default(model_of: ModelOf) -> None:
-    model = str(model_of(WAN))
+    model = str(model_of(SKY_REELS))
     builder = RequestBuilder(OmniDiffusionConfig(model), load_model_info(model), READY)
     (request,) = builder.build(OmniPrompt(PROMPT), OmniDiffusionSamplingParams(guidance_scale=1.0), "r")
     assert request.request.num_frames == 5
@@ -159,4 +159,4 @@ def test_fps_is_refused_where_the_pipeline_asks_for_none(omni: Omni) -> None:
 
 def test_a_limit_below_the_models_own_number_ends_the_start(model_of: ModelOf) -> None:
     with pytest.raises(ConfigError, match="--max-num-frames 1 refuses the model's own default"):
-        AsyncOmni(model=str(model_of(WAN)), max_num_frames=1)
+        AsyncOmni(model=str(model_of(SKY_REELS)), max_num_frames=1)

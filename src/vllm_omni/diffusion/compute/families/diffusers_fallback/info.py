@@ -34,11 +34,11 @@ INTERLEAVED = (
     "Flux2KleinPipeline",
     "FluxKontextPipeline",
     "FluxPipeline",
+    "SkyReelsV2Pipeline",
     "StableDiffusion3Img2ImgPipeline",
     "StableDiffusion3Pipeline",
     "StableDiffusionXLImg2ImgPipeline",
     "StableDiffusionXLPipeline",
-    "WanPipeline",
 )
 """Pipelines whose models keep nothing from one step to the next (tests show it), so that several requests may be under
 way. Requests of other pipelines run in turn: some change the model's attention during a call."""
