@@ -131,7 +131,7 @@ def track_of(motions: torch.Tensor, numbers: torch.Tensor, frames: int) -> Track
     fade = strength["fade"]
     opacity = torch.where(fade > 0, shown, torch.where(fade < 0, shown.flip(1), torch.ones_like(t)))
 
-    height = (((t - 0.125) / 0.75).clamp(0, 1) * 2 - 1).square()  # of a jump: 1 on the ground, 0 at the top
+    height = (((t - 0.125) / 0.75).clamp(0, 1) * 2 - 1).square()  # 1 on the ground, 0 at the top of a jump
     falls = 1 - 2 * (1 - 0.4 * t) * torch.cos(2 * math.pi * t).abs()
     x = strength["right"] * (2 * t - 1)
     y = strength["down"] * (2 * t - 1) + strength["jump"] * (2 * height - 1) + strength["bounce"] * falls

@@ -22,7 +22,7 @@ DENOISER_STREAM = 14
 AVERAGING = 0.9995
 EMPTY_CAPTIONS = 0.1  # part of the captions that are left out, for guidance
 TRAIN_STEPS = 1000  # timesteps of the scheduler: a time of 1 is this timestep
-TIME_SPREAD, TIME_MIDDLE = 1.1, 0.7  # of the logit of the times; the scheduler's shift asks for late ones
+TIME_SPREAD, TIME_MIDDLE = 1.1, 0.7  # logit of the times; the scheduler's shift asks for late ones
 WARM_UP, HELD = 200, 0.4
 
 

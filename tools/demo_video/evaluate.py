@@ -38,7 +38,7 @@ MEASURED = tuple(name for name in MOTIONS if name != STILL)
 class Wanted:
     """One prompt, and what its clip has to show."""
 
-    things: tuple[int, int]  # of two crossing things the upper one first; else the same one twice
+    things: tuple[int, int]  # upper and lower of two crossing things; else the same one twice
     motion: str
     background: str
 
