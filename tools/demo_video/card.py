@@ -12,7 +12,7 @@ from typing import Any
 
 from ..demo_model.card import hashes, listed, vocabulary
 from ..demo_model.vocabulary import BACKGROUNDS, THINGS
-from .motions import FRAMES, FRAMES_PER_SECOND, MOTIONS, SIDE
+from .motions import FRAMES, FRAMES_PER_SECOND, MOTIONS, OTHER_NAMES_HERE, SIDE
 
 CARD = """---
 license: mit
@@ -121,7 +121,7 @@ def card(model: Path, numbers: dict[str, Any], training: str, weak: str) -> str:
         weak=weak,
         motion_words=motion_words(),
         colours=", ".join(BACKGROUNDS),
-        vocabulary=vocabulary(),
+        vocabulary=vocabulary(OTHER_NAMES_HERE),
         training=training.strip(),
         hashes=hashes(model),
     )

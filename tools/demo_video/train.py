@@ -55,7 +55,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only-autoencoder", action="store_true", help="leave after it, to go on later")
     parser.add_argument("--every", type=int, default=100, help="steps between two lines of progress")
     parser.add_argument("--save-every", type=int, default=1000, help="steps between two checkpoints")
-    parser.add_argument("--export-every", type=int, default=5000, help="steps between two sample sheets")
+    parser.add_argument("--export-every", type=int, default=10000, help="steps between two sample sheets")
     return parser.parse_args()
 
 
