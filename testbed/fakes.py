@@ -19,7 +19,7 @@ from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.catalog.whole_info import WholeModelInfo, WholePipeline
 from vllm_omni.diffusion.control.scheduled_request import RequestCost, ScheduledRequest
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.messages.plan import ItemError, StepPlan, StepResult, WorkerReady
+from vllm_omni.diffusion.messages.plan import DecodePiece, ItemError, StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.diffusion.messages.worker import RankInfo
 from vllm_omni.errors import WorkerDiedError
@@ -107,6 +107,17 @@ def fake_image(request: DiffusionRequest, step: int | None = None) -> np.ndarray
     return np.random.default_rng(seed).integers(0, 256, (request.height, request.width, 3), dtype=np.uint8)
 
 
+def fake_video(request: DiffusionRequest) -> np.ndarray:
+    """uint8 [frames, height, width, 3]: noise that depends on the seed."""
+    shape = (request.num_frames, request.height, request.width, 3)
+    return np.random.default_rng([request.seed]).integers(0, 256, shape, dtype=np.uint8)
+
+
+def frame_index(latent_frame: int) -> int:
+    """Number of the first frame that a latent frame becomes: the first one becomes 1 frame, each further one 4."""
+    return max(0, 4 * latent_frame - 3)
+
+
 class FakeRunner:
     """Runs plans as a worker must, and asserts that the plans keep their side of the contract.
 
@@ -132,6 +143,8 @@ class FakeRunner:
         self._cached = cached or (lambda request_id, step: 0.0)
         self.errors = errors or (lambda request_id, phase, step: None)
         self._states: dict[str, tuple[DiffusionRequest, int]] = {}
+        self._pieces: dict[str, DecodePiece] = {}
+        """Last decoded piece of each video."""
         self._dropped: set[str] = set()
         """Failed or aborted here; plans may name them until they release them."""
         self.plans: list[StepPlan] = []
@@ -162,9 +175,11 @@ class FakeRunner:
         assert len(items) == len(set(items)), "a request has one item in a plan"
         assert [request.request_id for request in plan.new_requests] == plan.encode
         assert set(plan.preview) <= set(plan.denoise)
+        assert set(plan.pieces) <= set(plan.decode)
         self.plans.append(plan)
         for request_id in plan.release:
             self._states.pop(request_id, None)
+            self._pieces.pop(request_id, None)
             self._dropped.discard(request_id)
         for request in plan.new_requests:
             assert request.request_id not in self._states
@@ -197,7 +212,19 @@ class FakeRunner:
                 result.previews[request_id] = self._image(request, step + 1)
         elif phase == "decode":
             assert step == request.num_inference_steps
-            result.images[request_id] = self._image(request, None)
+            if (piece := plan.pieces.get(request_id)) is None:
+                result.images[request_id] = self._image(request, None)
+            else:
+                self._run_piece(request, piece, result)
+
+    def _run_piece(self, request: DiffusionRequest, piece: DecodePiece, result: StepResult) -> None:
+        last = self._pieces.get(request.request_id, DecodePiece(0, 0, piece.group))
+        assert (piece.first, piece.group) == (last.end, last.group), "the group that has the earlier frames goes on"
+        assert frame_index(piece.first) < frame_index(piece.end) <= request.num_frames
+        self._pieces[request.request_id] = piece
+        if piece.group == self.rank_info.rank:
+            frames = slice(frame_index(piece.first), frame_index(piece.end))
+            result.frames[request.request_id] = fake_video(request)[frames]
 
 
 class FakeExecutor:

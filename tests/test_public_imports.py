@@ -119,7 +119,7 @@ def test_attributes_that_are_not_here_name_ours() -> None:
     with Omni("demo", progress_bar=False) as omni:
         reads: list[tuple[Callable[[], Any], str]] = [
             (lambda: PARAMS.extra_args, "extra_args: parameters have fields of their own here"),  # type: ignore[attr-defined]
-            (lambda: PARAMS.guidance_scale_2, "guidance_scale_2: one scale guides all steps"),  # type: ignore[attr-defined]
+            (lambda: PARAMS.guidance_rescale, "guidance_rescale: guidance is not rescaled"),  # type: ignore[attr-defined]
             (lambda: PARAMS.nothing, "'OmniDiffusionSamplingParams' object has no attribute 'nothing'"),  # type: ignore[attr-defined]
         ]
         for owner in (omni, AsyncOmni("demo")):

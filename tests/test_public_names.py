@@ -21,6 +21,7 @@ import torch
 from testbed.fakes import FakeExecutor, fake_image, make_request
 from testbed.tiny_models import photo
 from testbed.tiny_z_image import build_tiny_z_image
+from vllm_omni import outputs
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig, parse_cache_config
 from vllm_omni.diffusion.data import logger as public_logger
 from vllm_omni.entrypoints.async_omni import AsyncOmni
@@ -260,6 +261,11 @@ def test_texts_for_keywords_name_no_flags() -> None:
     assert [text for text in texts if re.search(r"--|\bflags?\b|FILE|NAME=|quantization fp8|\"lora\":", text)] == []
 
 
+def test_names_of_the_module_of_outputs() -> None:
+    assert outputs.__all__ == ["OmniRequestOutput", "write_video"]
+    assert all(hasattr(outputs, name) for name in outputs.__all__)
+
+
 def test_none_is_the_default(caplog: pytest.LogCaptureFixture) -> None:
     kinds = [OmniDiffusionConfig, DiffusionParallelConfig, OmniDiffusionSamplingParams, LoRARequest]
     for kind in kinds:
@@ -327,7 +333,7 @@ def test_degrees_that_mean_the_same(caplog: pytest.LogCaptureFixture) -> None:
     ("params", "message"),
     [
         ({"heigth": None}, "unknown parameter 'heigth'; accepted are height, width, "),
-        ({"guidance_scale_2": 3.0}, "guidance_scale_2: one scale guides all steps, got 3.0"),
+        ({"guidance_rescale": 3.0}, "guidance_rescale: guidance is not rescaled, got 3.0"),
         (
             {"extra_args": {"shift": 1.0}},
             "extra_args: parameters have fields of their own here, and no model takes others, got {'shift': 1.0}",
@@ -339,7 +345,7 @@ def test_degrees_that_mean_the_same(caplog: pytest.LogCaptureFixture) -> None:
         ({"generator": [fresh_generator(1), fresh_generator(2)]}, "generator takes one torch.Generator"),
         ({"generator": fresh_generator(1), "seed": 2}, "generator and seed differ: got 1 and 2"),
         ({"lora_requests": ["a", "b"]}, "lora_requests takes a list of one: a request has at most one adapter"),
-        ({"guidance_scale_2": np.array([1.0, 2.0])}, "guidance_scale_2: one scale guides all steps, got array"),
+        ({"guidance_rescale": np.array([1.0, 2.0])}, "guidance_rescale: guidance is not rescaled, got array"),
         ({"eta": torch.zeros(3)}, "eta: the model's own noise scheduler is used, got tensor"),
         ({"generator": fresh_generator(1), "seed": np.array([1, 2])}, "generator and seed differ: got 1 and array"),
         ({"latents": torch.zeros(99, 99)}, "latents: noise is drawn from the seed, got tensor([[0., 0., 0."),

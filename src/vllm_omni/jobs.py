@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vllm_omni.diffusion.control.events import EngineEvent, Failed, Finished, Preview
+from vllm_omni.diffusion.control.events import EngineEvent, Failed, Finished, Frames, Preview
 from vllm_omni.diffusion.control.owner import EngineOwner
 from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.errors import RequestError
@@ -46,18 +46,22 @@ class Job:
     def progress(self, event: EngineEvent) -> OmniRequestOutput:
         index = self._indices[event.request_id]
         request, done = self.requests[index], isinstance(event, Finished)
+        frames = event if isinstance(event, Frames) else None
         return OmniRequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
             images=[self._image(event.image)] if isinstance(event, Finished | Preview) else [],
             seeds=[request.request.seed],
+            fps=self._fps,
             timings=event.timings if isinstance(event, Finished) else {},
             index=index,
-            step=request.num_steps if done else getattr(event, "step", 0),
+            step=request.num_steps if done or frames else getattr(event, "step", 0),
             num_inference_steps=request.num_steps,
             num_prompt_tokens=request.num_prompt_tokens,
             num_input_image_tokens=request.num_reference_tokens,
             num_output_tokens=request.num_image_tokens if done else 0,
+            first_frame=frames.first if frames else 0,
+            frames=frames.pixels if frames else None,
         )
 
     def result(self) -> OmniRequestOutput:
@@ -68,6 +72,7 @@ class Job:
             prompt=self.prompt,
             images=[self._image(self.images[r.request_id]) for r in self.requests],
             seeds=[r.request.seed for r in self.requests],
+            fps=self._fps,
             timings=slowest,
             finished=True,
             step=steps,
@@ -89,6 +94,11 @@ class Job:
             num_input_image_tokens=self.requests[0].num_reference_tokens,
             error=error,
         )
+
+    @property
+    def _fps(self) -> int | None:
+        request = self.requests[0].request
+        return request.fps if request.num_frames > 1 else None
 
     def _image(self, pixels: np.ndarray) -> Any:
         """Pixels in the form of `output_type`; as PIL images, a video [frames, height, width, 3] becomes a list."""

@@ -1,23 +1,28 @@
-"""Outputs of `generate`."""
+"""Outputs of `generate`, and the writer of their videos."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 from PIL import Image
 
 from vllm_omni.errors import RequestError
+from vllm_omni.video_file import write_video
+
+__all__ = ["OmniRequestOutput", "write_video"]
 
 
 @dataclass(frozen=True, slots=True)
 class OmniRequestOutput:
     """Progress (`finished` False) or the result (`finished` True) of one prompt.
 
-    `images`: in the result, one PIL image per output (a list of frames per video; with `output_type="np"` uint8 arrays
-    [height, width, 3], or [frames, height, width, 3]). In a progress message: the preview of output `index`, its
-    finished picture once `step` equals `num_inference_steps`, or nothing. `seeds`: seed of each output. `timings`:
-    seconds by stage (`queue`, `text_encode`, `denoise`, `vae_decode`, `total`), and `computed_steps` and
-    `cached_steps` (the part of the steps that came from the step cache), of the slowest output.
+    `images`: in the result, one PIL image per output, and a list of frames per video (with `output_type="np"` uint8
+    arrays [height, width, 3] and [frames, height, width, 3]); a video of one frame is a picture. In a progress message:
+    the preview of output `index` (of a video one frame), its finished picture or video once `step` equals
+    `num_inference_steps`, or nothing. `seeds`: seed of each output. `timings`: seconds by stage (`queue`,
+    `text_encode`, `denoise`, `vae_decode`, `total`), and `computed_steps` and `cached_steps` (the part of the steps
+    that came from the step cache), of the slowest output.
     """
 
     request_id: str
@@ -36,8 +41,15 @@ class OmniRequestOutput:
     """Image tokens (latent patches) of the pictures to edit."""
     num_output_tokens: int = 0
     """Image tokens (latent patches) over all outputs."""
+    first_frame: int = 0
+    """Number of the first of `frames`, from 0."""
+    frames: np.ndarray | None = None
+    """In a progress message: the next finished frames of the video of output `index`, while the rest is decoded. uint8
+    [frames, height, width, 3]; None in all other messages."""
     error: RequestError | None = None
     """Failure of this prompt, which then has no images; see `Omni.generate`."""
+    fps: int | None = None
+    """Frames a second at which the videos are to be played; None: pictures, or the model does not say."""
 
     @property
     def request_output(self) -> OmniRequestOutput:

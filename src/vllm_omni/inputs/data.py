@@ -56,12 +56,16 @@ class OmniDiffusionSamplingParams:
     width: int | None = None
     """Pixels."""
     num_frames: int | None = None
-    """Length of a video, in frames."""
+    """Length of a video, in frames; 1: a picture."""
+    seconds: float | None = None
+    """Length of a video from its first frame to its last one, in place of `num_frames`."""
     fps: int | None = None
-    """Frames a second of a video, for models that take them as an input."""
+    """Frames a second of a video, by which `seconds` are counted. Some models also read it."""
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     """Classifier-free guidance of Z-Image; above 0 it doubles the work."""
+    guidance_scale_2: float | None = None
+    """`guidance_scale` of the steps that a model's second transformer computes (Wan 2.2); None: the same."""
     true_cfg_scale: float | None = None
     """Classifier-free guidance of Qwen-Image; above 1 and with a negative prompt it doubles the work."""
     cfg_normalization: bool | float | None = None
@@ -73,6 +77,8 @@ class OmniDiffusionSamplingParams:
     num_outputs_per_prompt: int = 1
     sigmas: Sequence[float] | None = None
     """Custom noise schedule: one value per step, descending, in (0, 1]."""
+    flow_shift: float | None = None
+    """Shift of the noise schedule towards its noisy end, for models whose scheduler takes one (Wan)."""
     max_sequence_length: int | None = None
     """Most tokens of the prompt; a longer one is refused."""
     strength: float | None = None

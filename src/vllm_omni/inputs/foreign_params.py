@@ -20,7 +20,6 @@ _REPLACED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "extra_args": ("parameters have fields of their own here, and no model takes others", ()),
     "frame_rate": ("here fps", ()),
     "guidance_rescale": ("guidance is not rescaled", (0.0,)),
-    "guidance_scale_2": ("one scale guides all steps", (1.0,)),
     "latents": ("noise is drawn from the seed", ()),
     "layers": ("a picture has one layer", (4,)),
     "num_images_per_prompt": ("here num_outputs_per_prompt", ()),

@@ -78,14 +78,21 @@ class Simulation:
 def step_seconds(plan: StepPlan, requests: dict[str, ScheduledRequest]) -> float:
     units = sum(requests[id].cost.encode for id in plan.encode)
     units += sum(requests[id].cost.step for id in plan.denoise)
-    units += sum(requests[id].cost.decode for id in [*plan.decode, *plan.preview])
+    units += decode_units(plan, requests)
     return PER_TOKEN * units + OVERHEAD * bool(plan.denoise)
 
 
 def tokens_of(plan: StepPlan, requests: dict[str, ScheduledRequest]) -> float:
     tokens = sum(requests[id].cost.encode for id in plan.encode)
     tokens += sum(requests[id].cost.tokens_per_step for id in plan.denoise)
-    return tokens + sum(requests[id].cost.decode for id in [*plan.decode, *plan.preview])
+    return tokens + decode_units(plan, requests)
+
+
+def decode_units(plan: StepPlan, requests: dict[str, ScheduledRequest]) -> float:
+    """Units of the pictures, previews and pieces of videos that a plan decodes."""
+    whole = sum(requests[id].cost.decode for id in plan.decode if id not in plan.pieces)
+    previews = sum(requests[id].frame_cost for id in plan.preview)
+    return whole + previews + sum((p.end - p.first) * requests[id].frame_cost for id, p in plan.pieces.items())
 
 
 def items_of(plan: StepPlan) -> list[str]:
@@ -103,7 +110,16 @@ def random_arrivals(rng: random.Random, count: int, load: float = 1.2) -> list[t
         steps = rng.choice([1, 2, 4, 10, 30])
         size = (rng.choice([64, 96, 128, 256]), rng.choice([64, 96, 128, 256]))
         previews = tuple(sorted(rng.sample(range(1, steps + 1), rng.randint(0, min(2, steps)))))
-        request = make_scheduled(f"r{n}", size, steps, preview_steps=previews, priority=rng.choice([0, 0, 0, 1, -1]))
+        num_latent_frames = rng.choice([1, 1, 5])
+        request = make_scheduled(
+            f"r{n}",
+            size,
+            steps,
+            preview_steps=previews,
+            priority=rng.choice([0, 0, 0, 1, -1]),
+            num_latent_frames=num_latent_frames,
+            num_frames=4 * num_latent_frames - 3,
+        )
         arrivals.append((now, request))
         now += rng.expovariate(load / (PER_TOKEN * request.cost.total(steps) + OVERHEAD * steps))
     return arrivals

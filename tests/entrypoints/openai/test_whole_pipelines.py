@@ -46,6 +46,7 @@ PHOTO = photo(96, 64, 1)
 VIDEO_INFO = as_whole(
     FAKE_INFO,
     WholePipeline("WanPipeline", ("num_inference_steps", "num_frames"), "callback_on_step_end", 1),
+    frame_multiple=4,
     default_sampling_params={"height": 64, "width": 64, "num_inference_steps": 4, "num_frames": 5},
 )
 EITHER_INFO = replace(FAKE_EDIT_INFO, image_input=FakeImageInput(min_images=0))

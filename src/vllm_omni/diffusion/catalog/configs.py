@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import NoneType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 from vllm_omni.diffusion.catalog.folder_files import read_object, short
 from vllm_omni.errors import ConfigError
@@ -16,6 +16,9 @@ MAX_SIZE = 2**20
 MAX_LAYERS = 10_000
 TIMESTEP_CHANNELS = 256
 """Length of the sinusoidal embedding of a timestep: see `layers/timesteps.py`."""
+
+EULER, UNIPC = "FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"
+"""diffusers' classes of the noise schedulers that packed families step with."""
 
 Values = TypeVar("Values")
 
@@ -87,19 +90,91 @@ class SchedulerConfig:
     use_dynamic_shifting: bool = False
     time_shift_type: str = "exponential"
 
+    @property
+    def takes_flow_shift(self) -> bool:
+        """Whether a request may set `flow_shift`: the size of the picture does not determine the shift."""
+        return not self.use_dynamic_shifting
+
+
+@dataclass(frozen=True)
+class UniPCConfig:
+    """Keys of scheduler/scheduler_config.json that diffusers' UniPCMultistepScheduler uses for flow matching."""
+
+    takes_flow_shift: ClassVar[bool] = True
+
+    num_train_timesteps: int = 1000
+    solver_order: int = 2
+    solver_type: str = "bh2"
+    flow_shift: float = 1.0
+    shift_terminal: float | None = None
+    prediction_type: str = "epsilon"
+    use_flow_sigmas: bool = False
+    predict_x0: bool = True
+    thresholding: bool = False
+    lower_order_final: bool = True
+    use_karras_sigmas: bool = False
+    use_exponential_sigmas: bool = False
+    use_beta_sigmas: bool = False
+    use_dynamic_shifting: bool = False
+    final_sigmas_type: str = "zero"
+
+
+_UNIPC_VALUES: Mapping[str, tuple[Any, ...]] = {
+    "solver_order": (1, 2, 3),
+    "solver_type": ("bh2",),  # with bh1 the last step divides infinity by infinity
+    "prediction_type": ("flow_prediction",),
+    "use_flow_sigmas": (True,),
+    "predict_x0": (True,),
+    "thresholding": (False,),
+    "lower_order_final": (True,),
+    "use_karras_sigmas": (False,),
+    "use_exponential_sigmas": (False,),
+    "use_beta_sigmas": (False,),
+    "use_dynamic_shifting": (False,),
+    "final_sigmas_type": ("zero",),
+}
+"""Keys of a UniPCConfig and the values of each that packed families step with."""
+SCHEDULER_PLACE = "scheduler/scheduler_config.json"
+
 
 def read_scheduler_config(path: Path) -> SchedulerConfig:
-    """Config of the scheduler of the model in `path`.
+    """Config of the scheduler of the model in `path`, whose shift the family computes from the size of the picture.
 
     Raises ConfigError for other schedulers, for one that draws noise at every step, and for values of wrong types.
     """
-    place = "scheduler/scheduler_config.json"
-    values = read_object(path, place)
-    name, only = values.get("_class_name"), "FlowMatchEulerDiscreteScheduler"
-    if name != only or values.get("stochastic_sampling"):
+    values = read_object(path, SCHEDULER_PLACE)
+    name = values.get("_class_name")
+    if name != EULER or values.get("stochastic_sampling"):
         drawn = " with stochastic_sampling" if values.get("stochastic_sampling") else ""
-        raise ConfigError(f"{place} has {name}{drawn}: not available yet, only {only} without is")
-    config = from_values(SchedulerConfig, values, place)
-    if config.time_shift_type not in (kinds := ("exponential", "linear")):
-        raise ConfigError(f"{place}: time_shift_type takes {' or '.join(kinds)}, got {config.time_shift_type!r}")
+        raise ConfigError(f"{SCHEDULER_PLACE} has {name}{drawn}: not available yet, only {EULER} without is")
+    config = from_values(SchedulerConfig, values, SCHEDULER_PLACE)
+    _check_among("time_shift_type", config.time_shift_type, ("exponential", "linear"))
     return config
+
+
+def read_own_schedule(path: Path) -> SchedulerConfig | UniPCConfig:
+    """Config of the scheduler of the model in `path`, which makes its noise schedule by itself.
+
+    Raises ConfigError for other schedulers, for variants that packed families do not step with, and for a shift that
+    depends on the size of the picture.
+    """
+    values = read_object(path, SCHEDULER_PLACE)
+    if (name := values.get("_class_name")) not in (EULER, UNIPC):
+        raise ConfigError(f"{SCHEDULER_PLACE} has {name}: not available yet, only {EULER} and {UNIPC} are")
+    if name == EULER:
+        config = read_scheduler_config(path)
+        _check_among("use_dynamic_shifting", config.use_dynamic_shifting, (False,))
+        return config
+    unipc = from_values(UniPCConfig, values, SCHEDULER_PLACE)
+    for key, accepted in _UNIPC_VALUES.items():
+        _check_among(key, getattr(unipc, key), accepted)
+    if values.get("solver_p") is not None:
+        raise ConfigError(f"{SCHEDULER_PLACE}: solver_p must be left out, got {short(values['solver_p'])}")
+    if unipc.flow_shift <= 0:
+        raise ConfigError(f"{SCHEDULER_PLACE}: flow_shift takes a number above 0, got {unipc.flow_shift:g}")
+    return unipc
+
+
+def _check_among(key: str, value: Any, accepted: tuple[Any, ...]) -> None:
+    if value not in accepted:
+        raise ConfigError(f"{SCHEDULER_PLACE}: {key} takes {' or '.join(map(str, accepted))}, got {value!r}")

@@ -24,6 +24,7 @@ def read_default_sampling_params(path: Path) -> dict[str, Any]:
         return {}
     values = read_object(path, DEFAULTS_FILE)
     accepted = {f.name for f in fields(OmniDiffusionSamplingParams) if f.default is None} | {"negative_prompt"}
+    accepted -= {"seconds"}  # a model's own length is its num_frames
     if unknown := sorted(set(values) - accepted):
         raise ConfigError(f"{DEFAULTS_FILE} has unknown keys {unknown}, accepted are {', '.join(sorted(accepted))}")
     for key, value in values.items():

@@ -112,6 +112,8 @@ class ModelInfo(ABC):
     """Whether pictures can be decoded from the latents of an unfinished request."""
     shares_encodings: ClassVar[bool]
     """Whether requests with the same prompt encode it once."""
+    decodes_in_pieces: ClassVar[bool]
+    """Whether the decode of a video is cut into latent frames, so that other requests run between them."""
     max_num_seqs: ClassVar[int | None] = None
     """Most requests that gain from sharing a step; None: as many as the device has room for."""
 
@@ -135,8 +137,11 @@ class ModelInfo(ABC):
     guidance: Guidance = Guidance()
     image_input: ImageInput | None = None
     """None: the model makes pictures from text alone."""
-    latent_frames: int = 1
-    """Frames of a video for each latent frame after the first: the number of frames is a multiple of it, plus one."""
+    frame_multiple: int | None = None
+    """Frames of a video for each latent frame after the first: the number of frames is a multiple of it, plus one.
+    None: the model makes single pictures."""
+    default_fps: int | None = None
+    """Frames a second at which a video of the model is played; None: the model does not say."""
     default_sampling_params: Mapping[str, Any] = field(default_factory=dict)
     """The model folder's own defaults over the family's; may hold `negative_prompt`."""
     max_side: int | None = None
@@ -156,7 +161,7 @@ class ModelInfo(ABC):
 
     @property
     def makes_videos(self) -> bool:
-        return False
+        return self.frame_multiple is not None
 
     @property
     def follows_input(self) -> bool:
@@ -173,10 +178,22 @@ class ModelInfo(ABC):
         """Most requests that may be under way at once; None: no limit of the model's own."""
         return None
 
+    def latent_frames(self, num_frames: int) -> int:
+        """Latent frames of a video: one for the first frame, and one for each further `frame_multiple` frames."""
+        return 1 + (num_frames - 1) // (self.frame_multiple or 1)
+
     def num_image_tokens(self, height: int, width: int, num_frames: int = 1) -> int:
         """Image tokens of a picture or video; height and width in pixels."""
-        num_latent_frames = 1 + (num_frames - 1) // self.latent_frames
-        return num_latent_frames * (height // self.pixels_per_token) * (width // self.pixels_per_token)
+        rows, columns = height // self.pixels_per_token, width // self.pixels_per_token
+        return self.latent_frames(num_frames) * rows * columns
+
+    def num_decoded_tokens(self, height: int, width: int, num_frames: int = 1) -> int:
+        """Image tokens of all frames, by which a decode is priced.
+
+        Most of a decode's work is at the resolution of the frames, and a latent frame after the first becomes
+        `frame_multiple` of them.
+        """
+        return num_frames * self.num_image_tokens(height, width)
 
     def num_reference_tokens(self, image: InputImage) -> int:
         """Image tokens of an input picture."""
@@ -198,6 +215,10 @@ class ModelInfo(ABC):
     def count_image_prompt_tokens(self, images: Sequence[InputImage]) -> int:
         """Tokens that input pictures add to the prompt."""
         return 0 if self.image_input is None else self.image_input.count_prompt_tokens(images)
+
+    def num_encoded_tokens(self, num_prompt_tokens: int) -> int:
+        """Tokens that the text encoder reads for a prompt of `num_prompt_tokens`, with its padding."""
+        return num_prompt_tokens
 
     def sequence_cost(self, num_tokens: int) -> float:
         """Work of one forward of one sequence, in units of one token's linear layers."""

@@ -16,6 +16,8 @@ from vllm_omni.errors import ConfigError, NotAvailableError
 
 PACKED_PARAMETERS = (*SIZES, "num_inference_steps", "negative_prompt", "sigmas", "max_sequence_length")
 """Sampling parameters of every packed family, besides those of its guidance."""
+VIDEO_PARAMETERS = ("num_frames", "seconds", "fps")
+"""Sampling parameters of every packed family that makes videos."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class PackedModelInfo(ModelInfo):
     served_by = "packed"
     gives_previews = True
     shares_encodings = True
+    decodes_in_pieces = True
 
     num_heads: int
     """Attention heads of the transformer."""
@@ -67,17 +70,33 @@ class PackedModelInfo(ModelInfo):
     """TeaCache's polynomial, highest power first; None: nobody has measured it for this model."""
     token_multiple: int = 1
     """The model pads text and picture with tokens of its own, each to a multiple of this many tokens."""
+    cross_attention_tokens: int | None = None
+    """Text tokens, with padding, to which each image token attends by cross-attention; a sequence has no text tokens
+    then. None: text tokens are part of the sequence."""
+    further_parameters: tuple[str, ...] = ()
+    """Names of sampling parameters that only some families take, such as `flow_shift`."""
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        return (*self.guidance.parameters, *PACKED_PARAMETERS)
+        video = VIDEO_PARAMETERS if self.makes_videos else ()
+        return (*self.guidance.parameters, *PACKED_PARAMETERS, *self.further_parameters, *video)
 
     @property
     def why_no_adapters(self) -> str:
         return "LoRA adapters are not available yet with a packed family, such as this model's"
 
     def num_sequence_tokens(self, num_text_tokens: int, num_image_tokens: int) -> int:
+        if self.cross_attention_tokens is not None:
+            num_text_tokens = 0
         return sum(-(-n // self.token_multiple) * self.token_multiple for n in (num_text_tokens, num_image_tokens))
+
+    def num_encoded_tokens(self, num_prompt_tokens: int) -> int:
+        return num_prompt_tokens if self.cross_attention_tokens is None else self.cross_attention_tokens
+
+    def sequence_cost(self, num_tokens: int) -> float:
+        return (
+            super().sequence_cost(num_tokens) + num_tokens * (self.cross_attention_tokens or 0) / self.attention_tokens
+        )
 
     def check_settings(self, config: OmniDiffusionConfig) -> None:
         for name in ("enable_cpu_offload", "enable_layerwise_offload", "lora_modules"):

@@ -70,6 +70,7 @@ class WholeModelInfo(ModelInfo):
     served_by = "diffusers"
     gives_previews = False
     shares_encodings = False
+    decodes_in_pieces = False
     max_num_seqs = 1
     """A step gains nothing from company, and an abort would wait for all of it."""
 
@@ -77,15 +78,14 @@ class WholeModelInfo(ModelInfo):
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*SIZES, *self.pipeline.parameters)))
+        names = dict.fromkeys((*SIZES, *self.pipeline.parameters))
+        if self.makes_videos and "fps" in names:
+            names["seconds"] = None
+        return tuple(names)
 
     @property
     def why_no_adapters(self) -> str:
         return "" if self.pipeline.takes_lora else f"a {self.pipeline.class_name} takes no LoRA adapters"
-
-    @property
-    def makes_videos(self) -> bool:
-        return self.pipeline.makes_videos
 
     @property
     def follows_input(self) -> bool:

@@ -288,8 +288,10 @@ class DiffusionEngine:
         self._tracked.count(plan, result)
         for request_id, step in update.steps.items():
             self._tracked.publish_step(request_id, step, result.previews.get(request_id))
+        for request_id in update.frames:
+            self._tracked.publish_frames(request_id, result.frames[request_id])
         for request_id in update.finished:
-            self._tracked.end(request_id, result.images[request_id])
+            self._tracked.finish(request_id, result.images.get(request_id))
         self._apply(update)
 
     def _apply(self, update: Update) -> None:

@@ -34,6 +34,17 @@ class Preview:
 
 
 @dataclass(frozen=True)
+class Frames:
+    """Finished frames of a video whose further frames are still decoded; `Finished` has them all."""
+
+    request_id: str
+    first: int
+    """Number of the first of these frames, from 0."""
+    pixels: np.ndarray
+    """uint8 [frames, height, width, 3]."""
+
+
+@dataclass(frozen=True)
 class Finished:
     """Last event of a request that succeeded."""
 
@@ -52,7 +63,7 @@ class Failed:
     error: RequestError
 
 
-EngineEvent = StepDone | Preview | Finished | Failed
+EngineEvent = StepDone | Preview | Frames | Finished | Failed
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ MAX_PLANS_IN_FLIGHT = 2
 _RATE_MEMORY = 0.95
 """Weight that past steps keep in the measured rate at each new step."""
 
-Tasks = list[tuple[str, Phase, bool]]
-"""(request id, phase, with a preview) of each item of a plan."""
+Tasks = list[tuple[str, Phase, float]]
+"""(request id, phase, units) of each item of a plan."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class PlanInFlight:
     @property
     def tasks(self) -> Tasks:
         """Plans with equal tasks take equally long, except for blocks that a step cache skips."""
-        return [(item.entry.request.request_id, item.phase, item.preview) for item in self.items]
+        return [(item.entry.request.request_id, item.phase, item.work) for item in self.items]
 
 
 class PlansInFlight:

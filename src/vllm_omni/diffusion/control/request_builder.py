@@ -5,10 +5,11 @@ Everything that can be known to be wrong is refused here, before it takes time o
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from vllm_omni.diffusion.catalog.folder_files import DEFAULTS_FILE
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.control.adapters import resolve_lora
 from vllm_omni.diffusion.control.admission import check_number
+from vllm_omni.diffusion.control.frames import FrameLimits
 from vllm_omni.diffusion.control.scheduled_request import RequestCost, ScheduledRequest
 from vllm_omni.diffusion.control.sizes import SizeLimits
 from vllm_omni.diffusion.data import OmniDiffusionConfig, flag_of
@@ -25,16 +27,29 @@ from vllm_omni.errors import ConfigError, InvalidRequestError, UnsupportedParame
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 from vllm_omni.inputs.field_values import WrongValueError, coerce, field_types, shown
 from vllm_omni.inputs.images import InputImage, prepare_image, resize_image
+from vllm_omni.video_file import MAX_FPS
 
 MAX_PROMPT_CHARACTERS = 32_000
 MAX_SEED = 2**63 - 1
 MAX_GUIDANCE = 100.0
 MAX_PREVIEWS = 3
-MAX_FPS = 1000
+MAX_FLOW_SHIFT = 100.0
 OUTPUT_TYPES = ("pil", "np")
-GUIDANCE_PARAMETERS = ("true_cfg_scale", "guidance_scale", "cfg_normalization", "cfg_truncation")
-OPTIONAL_PARAMETERS = (*GUIDANCE_PARAMETERS, "strength", "sigmas", "max_sequence_length", "fps")
+GUIDANCE_PARAMETERS = ("true_cfg_scale", "guidance_scale", "guidance_scale_2", "cfg_normalization", "cfg_truncation")
+OPTIONAL_PARAMETERS = (
+    *GUIDANCE_PARAMETERS,
+    "strength",
+    "sigmas",
+    "flow_shift",
+    "max_sequence_length",
+    "seconds",
+    "fps",
+)
 """Parameters that only some models take: see `ModelInfo.parameters`."""
+HARMLESS = {"guidance_scale_2": 1.0}
+"""Parameter -> value that asks for nothing: scripts of the public package give it to every model."""
+LENGTHS = {"num_frames", "seconds"}
+"""Parameters of which a request has one."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +120,14 @@ class RequestBuilder:
             strength=filled.strength,
             lora=resolve_lora(filled, self._config, self._info),
             num_frames=filled.num_frames or 1,
-            fps=filled.fps,
+            fps=self._info.default_fps if filled.fps is None else filled.fps,
+            guidance_scale_2=self._second_scale(filled.guidance_scale_2),
+            flow_shift=filled.flow_shift,
         )
+
+    def _second_scale(self, scale: float | None) -> float | None:
+        guidance = self._info.guidance
+        return None if scale is None or "guidance_scale_2" not in guidance.options else scale + guidance.offset
 
     def _scheduled(self, request: DiffusionRequest, filled: OmniDiffusionSamplingParams) -> ScheduledRequest:
         """Count the tokens of `request`, which must not exceed the model's limits, and price it."""
@@ -122,7 +143,8 @@ class RequestBuilder:
             self._price(request, text_tokens, num_image_tokens, num_reference_tokens, filled.num_outputs_per_prompt),
             num_prompt_tokens,
             num_image_tokens,
-            num_reference_tokens,
+            num_latent_frames=info.latent_frames(request.num_frames) if info.decodes_in_pieces else 1,
+            num_reference_tokens=num_reference_tokens,
             priority=filled.priority,
             preview_steps=spread_previews(filled.num_previews, request.num_inference_steps),
             arrival=time.monotonic(),
@@ -147,9 +169,10 @@ class RequestBuilder:
 
     def _defaults_of(self, images: Sequence[InputImage], params: OmniDiffusionSamplingParams) -> dict[str, Any]:
         """Defaults of the server over those of the model; the size of an edit follows from its input pictures."""
-        defaults = {**self._info.default_sampling_params, **self._config.default_sampling_params}
+        server = self._config.default_sampling_params
+        defaults = {**_beneath(server, self._info.default_sampling_params), **server}
         if images:
-            asked = params.filled_from(self._config.default_sampling_params)
+            asked = params.filled_from(server)
             defaults["height"], defaults["width"] = self._edited_size(images, asked.height, asked.width)
         return defaults
 
@@ -173,15 +196,17 @@ class RequestBuilder:
 
         text_tokens: of each branch, with those of input pictures. Encoding an input picture is priced as a decode.
         """
+        num_decoded_tokens = self._info.num_decoded_tokens(request.height, request.width, request.num_frames)
         info, ready = self._info, self._ready
         lengths = info.branch_tokens(text_tokens, num_image_tokens, num_reference_tokens)
-        encode = ready.encode_units_per_token * sum(text_tokens) + ready.decode_units_per_token * num_reference_tokens
+        num_encoded = sum(map(info.num_encoded_tokens, text_tokens))
+        encode = ready.encode_units_per_token * num_encoded + ready.decode_units_per_token * num_reference_tokens
         if info.shares_encodings:  # each replica encodes the prompt once; all outputs begin together
             encode *= min(1, self._config.parallel.data_parallel_size / num_outputs)
         return RequestCost(
             encode=encode,
             step=(1.0 if request.strength is None else request.strength) * sum(map(info.sequence_cost, lengths)),
-            decode=ready.decode_units_per_token * num_image_tokens,
+            decode=ready.decode_units_per_token * num_decoded_tokens,
             branch_tokens=lengths,
         )
 
@@ -217,6 +242,7 @@ _LIMITS = {
     "width": "max_pixels",
     "num_inference_steps": "max_inference_steps",
     "num_frames": "max_num_frames",
+    "seconds": "max_num_frames",
 }
 """Parameter -> the setting that limits it."""
 
@@ -266,7 +292,7 @@ def _check_values(
     SizeLimits.of(config, info).check(params.height, params.width)
     _check_steps(params, config.max_inference_steps)
     if info.makes_videos:
-        _check_frames(params.num_frames, config, info)
+        params = _with_frames(params, FrameLimits.of(config, info), info.default_fps)
     if params.cache and config.cache_backend == "none":
         raise InvalidRequestError("cache takes false or null here: the server has no --cache-backend", param="cache")
     return params
@@ -287,14 +313,24 @@ def _check_steps(params: OmniDiffusionSamplingParams, most: int) -> None:
         )
 
 
-def _check_frames(num_frames: int | None, config: OmniDiffusionConfig, info: ModelInfo) -> None:
-    assert num_frames is not None
-    most = config.max_num_frames
-    if most is None:
-        most = int(info.default_sampling_params["num_frames"])
-    _require(1 <= num_frames <= most, "num_frames", num_frames, f"1 to {most} (--max-num-frames)")
-    multiple = info.latent_frames
-    _require((num_frames - 1) % multiple == 0, "num_frames", num_frames, f"1 more than a multiple of {multiple}")
+def _with_frames(
+    params: OmniDiffusionSamplingParams, limits: FrameLimits, default_fps: int | None
+) -> OmniDiffusionSamplingParams:
+    """Parameters of a video with its number of frames, which may follow from `seconds`. Raises InvalidRequestError."""
+    if (seconds := params.seconds) is not None:
+        if (fps := params.fps or default_fps) is None:
+            raise InvalidRequestError(f"seconds {seconds:g} needs fps: this model has none of its own", param="fps")
+        num_frames = limits.of_seconds(seconds, fps)
+        if params.num_frames not in (None, num_frames):
+            raise InvalidRequestError(
+                f"num_frames {params.num_frames} and seconds {seconds:g}, which are {num_frames} frames at {fps} a "
+                "second, differ: give one of them",
+                param="num_frames",
+            )
+        params = replace(params, num_frames=num_frames)
+    assert params.num_frames is not None
+    limits.check(params.num_frames)
+    return params
 
 
 def spread_previews(num_previews: int, num_steps: int) -> tuple[int, ...]:
@@ -306,7 +342,14 @@ def spread_previews(num_previews: int, num_steps: int) -> tuple[int, ...]:
 def _fill(params: OmniDiffusionSamplingParams, defaults: Mapping[str, Any]) -> OmniDiffusionSamplingParams:
     if params.sigmas is not None and params.num_inference_steps is None:
         params = replace(params, num_inference_steps=len(params.sigmas))
-    return params.filled_from(defaults)
+    given = {name for name in LENGTHS if getattr(params, name) is not None}
+    return params.filled_from(_beneath(given, defaults))
+
+
+def _beneath(given: Collection[str], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults under values with the names `given`: a length in frames or seconds replaces the default length."""
+    hidden = LENGTHS if LENGTHS & set(given) else ()
+    return {name: value for name, value in defaults.items() if name not in hidden}
 
 
 def check_num_images(num_images: int, info: ModelInfo) -> None:
@@ -334,7 +377,7 @@ def _check_supported(prompt: OmniPrompt, params: OmniDiffusionSamplingParams, in
     """Raise InvalidRequestError for parameters that have no meaning for this model."""
     given = {name: getattr(params, name) for name in OPTIONAL_PARAMETERS} | {"negative_prompt": prompt.negative_prompt}
     for name, value in given.items():
-        if value is not None and name not in info.parameters:
+        if value is not None and name not in info.parameters and value != HARMLESS.get(name):
             raise UnsupportedParameterError(name, value, info.parameters)
     if params.num_previews and not info.gives_previews:
         raise InvalidRequestError(
@@ -393,6 +436,10 @@ def _check_params(params: OmniDiffusionSamplingParams, info: ModelInfo) -> None:
         _require(0 < strength <= 1, "strength", strength, "a number above 0 and at most 1 (at 0 no step is left)")
     if (fps := params.fps) is not None:
         _require(1 <= fps <= MAX_FPS, "fps", fps, f"1 to {MAX_FPS}")
+    if (seconds := params.seconds) is not None:
+        _require(0 <= seconds < math.inf, "seconds", seconds, "a number of at least 0")
+    if (shift := params.flow_shift) is not None:
+        _require(0 < shift <= MAX_FLOW_SHIFT, "flow_shift", shift, f"a number above 0, up to {MAX_FLOW_SHIFT:g}")
     for name in GUIDANCE_PARAMETERS:
         most = 1.0 if name == "cfg_truncation" else MAX_GUIDANCE
         if (value := getattr(params, name)) is not None:

@@ -36,6 +36,8 @@ class ScheduledRequest:
     num_prompt_tokens: int
     num_image_tokens: int
     """Tokens of the picture that is made."""
+    num_latent_frames: int = 1
+    """Latent frames of a video, whose decode is cut into pieces; 1: the request is decoded whole."""
     num_reference_tokens: int = 0
     """Tokens that the input pictures add to each branch."""
     priority: int = 0
@@ -44,6 +46,11 @@ class ScheduledRequest:
     """Steps (1-based, ascending) after which a preview is delivered."""
     arrival: float = 0.0
     """`time.monotonic()` of this process."""
+
+    @property
+    def frame_cost(self) -> float:
+        """Units to decode one latent frame."""
+        return self.cost.decode / self.num_latent_frames
 
     @property
     def request_id(self) -> str:

@@ -1,8 +1,9 @@
 """Scheduler: choose the requests that advance in the next step. Plain Python, no clock, no tasks.
 
-A request is a sequence of items: one encode, N denoising steps, one decode. `schedule` fills a plan with the next items
-of the first requests in order, up to a budget of tokens. `update` applies the result. Entries advance when they are
-planned, so a second plan can be made before the result of the first is known.
+A request is a sequence of items: one encode, N denoising steps, one decode; the decode of a video is cut into items of
+a few latent frames, so that other requests run between them. `schedule` fills a plan with the next items of the first
+requests in order, up to a budget of tokens. `update` applies the result. Entries advance when they are planned, so a
+second plan can be made before the result of the first is known.
 
 Work is counted in units of `RequestCost`. A denoising step also counts the units that the fixed overhead of a step is
 worth. An encode or a decode takes as many tokens of the budget as it costs units, because a unit is the work of one
@@ -18,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 
 from vllm_omni.diffusion.control.admission import check_ids, check_number
+from vllm_omni.diffusion.control.decode_groups import DecodeGroups, frames_of_piece
 from vllm_omni.diffusion.control.plans_in_flight import MAX_PLANS_IN_FLIGHT, PlanInFlight, PlansInFlight
 from vllm_omni.diffusion.control.queue.entries import ORDERS, Entry, Item, Phase
 from vllm_omni.diffusion.control.queue.order import EntryOrder
@@ -25,7 +27,7 @@ from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.diffusion.control.updates import Update, error_of
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.placement import Placement, balance
-from vllm_omni.diffusion.messages.plan import ItemError, StepPlan, StepResult, WorkerReady
+from vllm_omni.diffusion.messages.plan import DecodePiece, ItemError, StepPlan, StepResult, WorkerReady
 from vllm_omni.errors import QueueFullError
 
 MAX_DEATHS_OF_A_REQUEST = 3
@@ -42,6 +44,9 @@ class Scheduler:
         self._max_num_seqs = min(config.max_num_seqs, ready.max_num_seqs or config.max_num_seqs)
         self._max_running = ready.max_running
         self._num_rank_groups = config.parallel.cfg_parallel_size
+        self._decode_groups = DecodeGroups(config.parallel.replica_size // config.parallel.vae_patch_parallel_size)
+        self._decode_rate = ready.seconds_per_unit
+        """Seconds of one unit of a decode: measured at the start, with the number of units."""
         self._max_num_queued_reqs = config.max_num_queued_reqs
         self._max_queue_seconds = config.max_queue_seconds
         self._step_overhead = ready.step_overhead_seconds / ready.seconds_per_unit
@@ -89,8 +94,14 @@ class Scheduler:
         return known
 
     def _new_entry(self, request: ScheduledRequest) -> Entry:
-        previews = set(request.preview_steps)
-        return Entry(request, self._next_number, self._planned_work, self._step_overhead, previews=previews)
+        return Entry(
+            request,
+            self._next_number,
+            self._planned_work,
+            self._step_overhead,
+            previews=set(request.preview_steps),
+            frames_per_piece=frames_of_piece(request.frame_cost * self._decode_rate),
+        )
 
     def _check_room(self, requests: Sequence[ScheduledRequest]) -> None:
         if not self._entries:
@@ -146,14 +157,32 @@ class Scheduler:
         is_full = self._max_running is not None and self._order.num_begun >= self._max_running
         candidates = self._order.candidates(begun_only=is_full)
         chosen: list[Item] = []
+        busy: set[int] = set()
         num_tokens, lead, limit = 0.0, Phase.ENCODE, math.inf
         while len(chosen) < self._max_num_seqs and (entry := candidates.next(lead, limit)):
-            chosen.append(entry.next_item())
-            num_tokens += chosen[-1].tokens
-            lead, limit = chosen[0].phase, self._tokens_left(num_tokens)
+            item = entry.next_item()
+            if item.is_piece and not self._decode_groups.take(entry.request.request_id, busy):
+                continue
+            chosen.append(item)
+            num_tokens += item.tokens
+            lead, limit = chosen[0].lead, self._tokens_left(num_tokens)
             if entry.runs_alone:
-                break
+                return chosen
+        self._fill_decode_groups(chosen, busy)
         return chosen
+
+    def _fill_decode_groups(self, chosen: list[Item], busy: set[int]) -> None:
+        """Add pieces of videos for groups of ranks that would idle during a piece of the plan: they take no time."""
+        longest = max((item.tokens for item in chosen if item.is_piece), default=0.0)
+        candidates = self._order.candidates(begun_only=True)
+        while (
+            0 < len(busy) < self._decode_groups.num_groups
+            and len(chosen) < self._max_num_seqs
+            and (entry := candidates.next(Phase.DECODE, longest))
+        ):
+            item = entry.next_item()
+            if item.is_piece and self._decode_groups.take(entry.request.request_id, busy):
+                chosen.append(item)
 
     def _tokens_left(self, num_tokens: float) -> float:
         """Largest number of tokens that may join a step of `num_tokens`.
@@ -180,6 +209,9 @@ class Scheduler:
                 plan.preview.append(request_id)
         else:
             plan.decode.append(request_id)
+            if item.is_piece:
+                group = self._decode_groups.group_of(request_id)
+                plan.pieces[request_id] = DecodePiece(item.frames.start, item.frames.stop, group)
         entry.advance(item)
 
     # Results ----------------------------------------------------------------------------------------------
@@ -194,11 +226,14 @@ class Scheduler:
                 continue  # aborted, failed or started again meanwhile
             if error := error_of(item, result):
                 self._fail(entry, error, len(finished.items) > 1, update)
-            elif item.phase is Phase.DENOISE:
+                continue
+            if item.phase is Phase.DENOISE:
                 update.steps[request_id] = finished.steps[request_id]
                 if item.preview:
                     entry.previews.discard(finished.steps[request_id])
-            elif item.phase is Phase.DECODE:
+            elif item.is_piece:
+                update.frames.append(request_id)
+            if item.is_last:
                 update.finished.append(request_id)
                 self._end(request_id)
         return update
@@ -242,12 +277,14 @@ class Scheduler:
     def _end(self, request_id: str) -> None:
         entry = self._entries.pop(request_id)
         self._order.remove(entry)
+        self._decode_groups.release(request_id)
         if self._begun.pop(request_id, None):
             self._release.append(request_id)
 
     def _begin_again(self, entry: Entry) -> None:
         """Rewind an entry that was removed from the order, and add it again."""
         del self._begun[entry.request.request_id]
+        self._decode_groups.release(entry.request.request_id)
         entry.rewind()
         self._order.add(entry)
 

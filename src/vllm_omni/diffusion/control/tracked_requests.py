@@ -9,7 +9,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vllm_omni.diffusion.control.events import EngineEvent, EngineObserver, Failed, Finished, Preview, StepDone
+from vllm_omni.diffusion.control.events import (
+    EngineEvent,
+    EngineObserver,
+    Failed,
+    Finished,
+    Frames,
+    Preview,
+    StepDone,
+)
 from vllm_omni.diffusion.control.request_errors import outcome_of
 from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult
@@ -34,6 +42,24 @@ class _Tracked:
     """Sum of the shares of these steps that a step cache supplied."""
     last_step: int = 0
     """Last step that was published: a replay does not publish it again."""
+    video: np.ndarray | None = None
+    """uint8 [all frames, height, width, 3]: the frames that were published; None before the first of them."""
+    num_decoded: int = 0
+    """Frames decoded in this run."""
+    num_published: int = 0
+    """Frames published, also by an earlier run: a replay does not publish them again."""
+
+    def add_frames(self, pixels: np.ndarray) -> Frames | None:
+        """Add the next decoded frames to the video; returns the event for those that were not published before."""
+        if self.video is None:
+            self.video = np.empty((self.request.request.num_frames, *pixels.shape[1:]), np.uint8)
+        start, end = self.num_decoded, self.num_decoded + len(pixels)
+        first, self.num_decoded = max(start, self.num_published), end
+        if first >= end:
+            return None
+        self.video[first:end] = pixels[first - start :]
+        self.num_published = end
+        return Frames(self.request.request_id, first, self.video[first:end])
 
     def timings(self, now: float) -> dict[str, float]:
         """Seconds since its arrival by stage, and numbers of steps."""
@@ -95,14 +121,26 @@ class TrackedRequests:
         if preview is not None:
             tracked.events.put_nowait(Preview(request_id, step, preview))
 
+    def publish_frames(self, request_id: str, pixels: np.ndarray) -> None:
+        """Put the next frames of a video into the request's queue."""
+        tracked = self._tracked[request_id]
+        if (frames := tracked.add_frames(pixels)) is not None:
+            tracked.events.put_nowait(frames)
+
     def start_again(self, request_ids: Iterable[str]) -> None:
-        """Forget the times and steps of requests that are replayed."""
+        """Forget the times, steps and decoded frames of requests that are replayed."""
         for tracked in self._known(request_ids):
             tracked.stages = dict.fromkeys(STAGES, 0.0)
-            tracked.num_steps, tracked.cached_steps = 0, 0.0
+            tracked.num_steps, tracked.cached_steps, tracked.num_decoded = 0, 0.0, 0
+
+    def finish(self, request_id: str, image: np.ndarray | None) -> None:
+        """End a request with its picture, or with the video whose frames were published (None)."""
+        pixels = self._tracked[request_id].video if image is None else image
+        assert pixels is not None, "a request is finished after its last decode"
+        self.end(request_id, pixels)
 
     def end(self, request_id: str, outcome: np.ndarray | RequestError) -> None:
-        """Put the last event, a picture or an error, into the request's queue and forget the request."""
+        """Put the last event, pixels or an error, into the request's queue and forget the request."""
         tracked = self._tracked.pop(request_id)
         timings = tracked.timings(time.monotonic())
         if isinstance(outcome, RequestError):

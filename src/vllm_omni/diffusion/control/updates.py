@@ -14,6 +14,8 @@ class Update:
 
     steps: dict[str, int] = field(default_factory=dict)
     """Request id -> denoising steps done, for each request that made one."""
+    frames: list[str] = field(default_factory=list)
+    """Requests of which a piece of the video was decoded."""
     finished: list[str] = field(default_factory=list)
     failed: dict[str, ItemError] = field(default_factory=dict)
     replayed: list[str] = field(default_factory=list)
@@ -25,7 +27,8 @@ def error_of(item: Item, result: StepResult) -> ItemError | None:
     request_id = item.entry.request.request_id
     if error := result.errors.get(request_id):
         return error
-    done = {Phase.ENCODE: True, Phase.DENOISE: request_id in result.advanced, Phase.DECODE: request_id in result.images}
+    decoded = result.frames if item.is_piece else result.images
+    done = {Phase.ENCODE: True, Phase.DENOISE: request_id in result.advanced, Phase.DECODE: request_id in decoded}
     if done[item.phase]:
         return None
     return ItemError(f"the worker lost the request before its {item.phase.name.lower()}", "internal")

@@ -13,6 +13,17 @@ EXCHANGES = ("all_to_all", "p2p", "all_gather", "all_reduce")
 """Kinds of exchanges between ranks: see `distributed.groups` and `distributed.ring`."""
 
 
+@dataclass(frozen=True)
+class DecodePiece:
+    """Latent frames of a video that one plan decodes, in order from the first frame to the last."""
+
+    first: int
+    end: int
+    """Number of the latent frame after the last one of the piece."""
+    group: int
+    """Number of the group of ranks (`Mesh.vae`) that decodes the video: it holds the features of earlier frames."""
+
+
 @dataclass
 class StepPlan:
     """Work of all ranks in one step. A request appears in at most one of `encode`, `denoise` and `decode`.
@@ -28,6 +39,8 @@ class StepPlan:
     encode: list[str] = field(default_factory=list)
     denoise: list[str] = field(default_factory=list)
     decode: list[str] = field(default_factory=list)
+    pieces: dict[str, DecodePiece] = field(default_factory=dict)
+    """Part of the decode of requests in `decode`; those without an entry are decoded whole."""
     placement: dict[str, list[int]] = field(default_factory=dict)
     """Rank group of each branch of the requests in `denoise`. Requests without an entry run on the first group."""
     preview: list[str] = field(default_factory=list)
@@ -56,7 +69,9 @@ class StepResult:
 
     step_id: int
     images: dict[str, np.ndarray] = field(default_factory=dict)
-    """Finished pictures by request id."""
+    """Finished pictures, and videos that were decoded whole, by request id."""
+    frames: dict[str, np.ndarray] = field(default_factory=dict)
+    """Frames of the plan's `pieces` by request id: uint8 [frames, height, width, 3]."""
     previews: dict[str, np.ndarray] = field(default_factory=dict)
     errors: dict[str, ItemError] = field(default_factory=dict)
     advanced: list[str] = field(default_factory=list)
@@ -97,9 +112,9 @@ class WorkerReady:
     step_overhead_seconds: float
     """Seconds of a denoising step that do not depend on its tokens."""
     encode_units_per_token: float
-    """Cost of encoding one prompt token, in units of `RequestCost`."""
+    """Cost of encoding one prompt token, in units of `RequestCost`; see `ModelInfo.num_encoded_tokens`."""
     decode_units_per_token: float
-    """Cost of decoding one image token, in units of `RequestCost`."""
+    """Cost of decoding one image token of one frame, in units of `RequestCost`; see `ModelInfo.num_decoded_tokens`."""
     peak_memory_bytes: int = 0
     attention_backend: AttentionBackendName | None = None
     """Name of the attention backend; None where the model brings its own attention."""

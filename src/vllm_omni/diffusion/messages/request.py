@@ -55,7 +55,11 @@ class DiffusionRequest:
     num_frames: int = 1
     """Frames of a video; 1 for a picture."""
     fps: int | None = None
-    """Frames per second that a video model is told."""
+    """Frames a second of a video; some models are told."""
+    guidance_scale_2: float | None = None
+    """s of the steps that a model's second transformer computes; None: `true_cfg_scale`."""
+    flow_shift: float | None = None
+    """Shift of the noise schedule towards its noisy end; None: the checkpoint's own."""
 
     @property
     def has_guidance(self) -> bool:

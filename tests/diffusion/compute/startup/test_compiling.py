@@ -187,8 +187,8 @@ def test_the_device_and_enforce_eager_decide(tiny_model: Path, monkeypatch: pyte
     compiled: list[CompiledBlocks] = []
     compile_blocks = QwenImageTransformer.compile_blocks
 
-    def watched(self: QwenImageTransformer) -> CompiledBlocks:
-        compiled.append(compile_blocks(self))
+    def watched(self: QwenImageTransformer, **others: Any) -> CompiledBlocks:
+        compiled.append(compile_blocks(self, **others))
         return compiled[-1]
 
     monkeypatch.setattr(QwenImageTransformer, "compile_blocks", watched)

@@ -70,7 +70,7 @@ def test_ranks_that_share_a_decode_decode_one_picture_at_a_time_on_request(
         def __init__(self, *_: Any) -> None:
             pass
 
-        def __call__(self, latents: Sequence[Tensor]) -> list[Tensor]:
+        def __call__(self, latents: Sequence[Tensor], decode: Any) -> list[Tensor]:
             noted.append(len(latents))
             return [torch.zeros(1, 3, 8, 8) for _ in latents]
 

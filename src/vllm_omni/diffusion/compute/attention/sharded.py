@@ -17,12 +17,15 @@ import torch
 from torch import Tensor
 
 from vllm_omni.diffusion.compute.attention.base import AttentionBackend
+from vllm_omni.diffusion.compute.attention.static_keys import StaticAttention, StaticKeys
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.distributed.ring import Ring
-from vllm_omni.diffusion.compute.packing import Offsets, Pack, shard_lengths
+from vllm_omni.diffusion.compute.packing import Offsets, Pack, shard_lengths, shard_slice
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention of one pack. q, k, v: [tokens of this rank in joint order, heads, head_dim] each -> the same shape."""
+Further = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Attention of the same queries to further keys: q -> output, and log-sum-exp as `AttentionBackend` has it."""
 
 
 class PackedAttention:
@@ -33,12 +36,13 @@ class PackedAttention:
         self._ulysses = ulysses
         self._ring = ring
 
-    def over(self, pack: Pack) -> Attend:
+    def over(self, pack: Pack) -> ShardedAttention:
         """Attention for one pack; serves all layers, and all steps of the same membership."""
-        if self._ulysses.size * self._ring.size > 1:
-            return ShardedAttention(self._backend, self._ulysses, self._ring, pack)
-        backend, offsets = self._backend, pack.joint
-        return lambda q, k, v: backend.attend(q, k, v, offsets, offsets)
+        return ShardedAttention(self._backend, self._ulysses, self._ring, pack)
+
+    def to_static(self, pack: Pack, sequences: Sequence[StaticKeys]) -> StaticAttention:
+        """Attention of this rank's image tokens to static keys. Each rank has all keys, so nothing is exchanged."""
+        return StaticAttention(self._backend, sequences, pack.image.lengths)
 
 
 class ShardedAttention:
@@ -71,11 +75,18 @@ class ShardedAttention:
         self._offsets = [Offsets.of([sum(column) for column in zip(*shard)], device) for shard in shards]
         """Offsets of the sequences in the S tokens of each rank of the ring."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def to_prefix(self, sequences: Sequence[StaticKeys]) -> StaticAttention:
+        """Attention to a prefix of each sequence, for `further`: of the S tokens and h heads that this rank attends."""
+        heads = shard_slice(sequences[0].keys.shape[2], self._ulysses.size, self._ulysses.rank)
+        return StaticAttention(self._backend, sequences, self._offsets[self._ring.rank].lengths, heads)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, further: Further | None = None) -> Tensor:
+        """[T, H, d] each -> [T, H, d]. further: attention [S, h, d] to keys beside those of the pack."""
         if self._ulysses.size == 1:
-            return self._attend(q, k, v)
+            return self._attend(q, k, v, further=further)
         heads = shard_lengths(q.shape[1], self._ulysses.size)
-        return self._gather_heads(self._attend(*self._scatter_heads((q, k, v), heads)), heads)
+        attended = self._attend(*self._scatter_heads((q, k, v), heads), further=further)
+        return self._gather_heads(attended, heads)
 
     def _scatter_heads(self, qkv: Sequence[Tensor], heads: Sequence[int]) -> tuple[Tensor, ...]:
         """All-to-all: [T, H, d] each -> [S, h, d] each, sequence after sequence."""
@@ -98,16 +109,21 @@ class ShardedAttention:
         parts = received.split(sizes)
         return torch.cat([part.view(num_tokens, h, width) for part, h in zip(parts, heads)], dim=1)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, *, further: Further | None) -> Tensor:
         """[S, h, d] each -> [S, h, d]: this rank's queries attend to the keys of all ranks of the ring."""
         group, offsets = self._ring, self._offsets
         mine = offsets[group.rank]
-        if group.size == 1:
+        if group.size == 1 and further is None:
             return self._backend.attend(q, k, v, mine, mine)
+        merged = Merged()
+        if further is not None:
+            merged.add(*further(q))
+        if group.size == 1:
+            merged.add(*self._backend.attend_with_lse(q, k, v, mine, mine))
+            return merged.out.to(q.dtype)
         # A new Ring for each call: a call that fails (out of memory, in the capture of a CUDA graph) may leave a block
         # in transfer, and is repeated.
         ring = self._make_ring(group)
-        merged = Merged()
         kv = torch.stack((k, v))
         for step in range(ring.size):
             held = offsets[(ring.rank - step) % ring.size]

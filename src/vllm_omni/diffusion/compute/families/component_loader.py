@@ -8,17 +8,22 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import nn
 
+from vllm_omni.diffusion.catalog.configs import EULER, SCHEDULER_PLACE, UNIPC
+from vllm_omni.diffusion.catalog.folder_files import read_object
 from vllm_omni.diffusion.catalog.model_index import DIFFUSERS_STEMS
 from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.distributed.mesh import Mesh
 from vllm_omni.diffusion.compute.layers.kernels import Kernels, create_kernels
+from vllm_omni.diffusion.compute.step.unipc import FlowUniPC
 from vllm_omni.diffusion.compute.weights.loading import load_autoencoder, load_weights
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 
+SCHEDULERS = {EULER: FlowMatchEulerDiscreteScheduler, UNIPC: FlowUniPC}
+"""Class that a scheduler's config names -> class of the scheduler; `catalog.configs` refuses others."""
 Loaded = TypeVar("Loaded")
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -63,13 +68,14 @@ class ComponentLoader:
         build: Callable[[Group, Kernels], Module],
         checkpoint_names: Mapping[str, tuple[str, ...]],
         float8_layers: tuple[str, ...],
+        component: str = "transformer",
     ) -> Module:
         """Module that `build` makes, with its weights. float8_layers: layers that `--quantization fp8` applies to."""
         with torch.device("meta"):
             module = build(self.mesh.tensor, self.kernels)
         load_weights(
             module,
-            self.info.path / "transformer",
+            self.info.path / component,
             checkpoint_names,
             self.device,
             self.dtype,
@@ -81,5 +87,7 @@ class ComponentLoader:
         )
         return module
 
-    def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
-        return FlowMatchEulerDiscreteScheduler.from_pretrained(self.info.path / "scheduler")
+    def scheduler(self) -> SchedulerMixin:
+        """Scheduler of the class that the checkpoint names."""
+        values = read_object(self.info.path, SCHEDULER_PLACE)
+        return SCHEDULERS[values["_class_name"]].from_config(values)

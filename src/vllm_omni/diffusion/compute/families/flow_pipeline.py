@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,9 +25,9 @@ from vllm_omni.diffusion.compute.step.arrangement import Arrangement
 from vllm_omni.diffusion.compute.step.compiled import CompiledBlocks
 from vllm_omni.diffusion.compute.step.cuda_graphs import CapturedGraphs, captured
 from vllm_omni.diffusion.compute.step.modulation import ModulationTable
-from vllm_omni.diffusion.compute.step.pipeline import PackedPipeline, Picture, RequestState
+from vllm_omni.diffusion.compute.step.pipeline import DecoderFeatures, Grid, PackedPipeline, Picture, RequestState
 from vllm_omni.diffusion.compute.step.sampling import predict_clean
-from vllm_omni.diffusion.compute.step.schedule import with_one_step_schedules
+from vllm_omni.diffusion.compute.step.schedule import make_schedule, with_one_step_schedules
 from vllm_omni.diffusion.compute.step.sharding import Sharding
 from vllm_omni.diffusion.compute.step.transformer import PackedTransformer, StepBlocks, StepContext
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -34,26 +36,28 @@ from vllm_omni.diffusion.messages.request import DiffusionRequest
 
 @dataclass(eq=False)
 class FlowState(RequestState):
-    """State of a request whose latents are tokens: [rows * columns, channels]."""
+    """State of a request whose latents are tokens: [frames * rows * columns, channels]."""
 
     text: tuple[Tensor, ...] = ()
     """For each guidance branch, the conditional one first: [tokens, D], as the blocks take it."""
-    grid: tuple[int, int] = (0, 0)
-    """Rows and columns of tokens of the picture."""
+    grid: Grid = (0, 0, 0)
     scheduler: Any = None
     """diffusers' scheduler, of this request alone."""
     timesteps: tuple[float, ...] = ()
-    """Timestep of each step as the transformer takes it, in [0, 1]."""
+    """Timestep of each step as the transformer takes it."""
+
+    def __post_init__(self) -> None:
+        self.sequence_lengths = tuple(self.num_image_tokens + len(text) for text in self.text)
+        super().__post_init__()
 
     @property
     def num_tokens(self) -> int:
-        """Image tokens of the picture."""
-        rows, columns = self.grid
-        return rows * columns
+        """Image tokens of the picture or video."""
+        return math.prod(self.grid)
 
     @property
     def num_image_tokens(self) -> int:
-        """Image tokens in the transformer: those of the picture first, then reference pictures or padding."""
+        """Image tokens in the transformer: those of the output first, then reference pictures or padding."""
         return self.num_tokens
 
     @property
@@ -74,20 +78,30 @@ class Branch(NamedTuple):
     text: Tensor
     group: int
     """Number of the rank group that computes it."""
+    number: int
+    """Number of the guidance branch within its request; 0: the conditional one."""
+
+
+State = TypeVar("State", bound=FlowState)
+Transformer = TypeVar("Transformer", bound=PackedTransformer)
 
 
 @dataclass(frozen=True)
-class Forward:
+class Forward(Generic[Transformer]):
     """Tensors of the sequences that this rank computes, the same at every step; families add fields."""
 
+    transformer: Transformer
+    """Transformer of all sequences of the pack."""
     arrangement: Arrangement
     text: Tensor
     """[T, D]"""
 
 
-State = TypeVar("State", bound=FlowState)
-Transformer = TypeVar("Transformer", bound=PackedTransformer)
-AnyForward = TypeVar("AnyForward", bound=Forward)
+AnyForward = TypeVar("AnyForward", bound=Forward[Any])
+
+
+KEPT_LAYOUTS = 4
+"""Layouts kept for each transformer: the scheduler may alternate between memberships."""
 
 
 @dataclass(frozen=True)
@@ -103,36 +117,55 @@ class Layout(Generic[AnyForward]):
 class Decoder(Protocol):
     """Makes pixels of token latents."""
 
-    def __call__(self, latents: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> list[Picture]:
-        """latents: [rows * columns, channels] and (rows, columns) of each picture -> uint8 [height, width, 3]."""
+    def __call__(self, latents: Sequence[Tensor], grids: Sequence[Grid]) -> list[Picture]:
+        """Pixels uint8 [height, width, 3] of pictures and [frames, height, width, 3] of videos.
+
+        latents: [tokens, channels] of each picture or video; grids: its latent frames, rows and columns.
+        """
+        ...
+
+
+@runtime_checkable
+class VideoDecoder(Decoder, Protocol):
+    """Decoder that also makes the frames of a video piece by piece; a family that makes videos has one."""
+
+    def decode_next(self, latents: Tensor, grid: Grid, features: DecoderFeatures) -> Picture | None:
+        """Pixels uint8 [frames, height, width, 3] of the next latent frames of a video.
+
+        latents, grid: of these latent frames alone. features: those that this decoder keeps of earlier latent frames of
+        the video, which the call updates; empty before the first one. The first of the ranks that share the decode gets
+        the pixels, the others get None.
+        """
         ...
 
 
 class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward]):
-    """Loaded model of a packed family.
+    """Loaded model of a packed family, with one or several transformers.
 
-    A family loads its components in `build`, and has `encode`, `rotations`, `lay_out`, `embed`, `project` and
-    `combine`. The hooks of a step take and return tensors of this rank's shards, sequence after sequence.
+    A family loads its components in `build`, and has `encode` (by `new_state`), `rotations`, `lay_out`, `embed`,
+    `project` and `combine`. The hooks of a step take and return tensors of this rank's shards, sequence after sequence.
     """
 
     def __init__(
-        self, loader: ComponentLoader, transformer: Transformer, decoder: Decoder, modulation_bytes: int
+        self, loader: ComponentLoader, transformers: Sequence[Transformer], decoder: Decoder, modulation_bytes: int
     ) -> None:
         """modulation_bytes: most memory for rows of modulation that are kept for further requests."""
         mesh = loader.mesh
-        self.transformer = transformer
+        self.transformers = tuple(transformers)
         self.decoder = decoder
         self.step_cache = create_step_cache(loader.config.cache, loader.info, mesh.rank_group)
         self._mesh = mesh
         self._device = loader.device
         self._dtype = loader.dtype
-        self._pixels_per_token = loader.info.pixels_per_token
+        self._info = loader.info
         self._backend = create_attention(loader.config.attention_backend)
         self._attention = PackedAttention(self._backend, mesh.ulysses, mesh.ring)
-        self._modulations: ModulationTable[Any] = ModulationTable(transformer.modulate, modulation_bytes)
+        bytes_of_one = modulation_bytes // len(self.transformers)
+        self._modulations = [ModulationTable[Any](t.modulate, bytes_of_one) for t in self.transformers]
+        """One table for each transformer."""
         self._scheduler = with_one_step_schedules(loader.scheduler())
         """Template of every request's scheduler."""
-        self._layouts: MembershipCache[Layout[AnyForward]] = MembershipCache()
+        self._layouts: MembershipCache[Layout[AnyForward]] = MembershipCache(KEPT_LAYOUTS * len(self.transformers))
 
     @classmethod
     @abstractmethod
@@ -152,7 +185,16 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         return cls.build(ComponentLoader(config, info, device, dtype, on_bytes, mesh))
 
     def compile_blocks(self) -> CompiledBlocks:
-        return self.transformer.compile_blocks()
+        return self.transformer.compile_blocks(others=self.transformers[1:])
+
+    @property
+    def transformer(self) -> Transformer:
+        """The first transformer, which most families have alone."""
+        return self.transformers[0]
+
+    def transformer_index(self, state: State) -> int:
+        """Number of the transformer that computes the state's step: 0, unless overridden."""
+        return 0
 
     @abstractmethod
     def rotations(self, state: State, num_text_tokens: int) -> tuple[Tensor, Tensor]:
@@ -160,23 +202,60 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
 
     @abstractmethod
     def lay_out(
-        self, states: Sequence[State], text: Tensor, pack: Pack, rotations: Tensor, sharding: Sharding
+        self, branches: Sequence[Branch], text: Tensor, pack: Pack, rotations: Tensor, sharding: Sharding
     ) -> AnyForward:
-        """Tensors that the steps of these sequences share. states: the state of each sequence that this rank computes.
+        """Tensors that the steps of these sequences share. branches: those that this rank computes, of one transformer.
 
         text: [T, D] and rotations: [T + S, ...] in joint order, both of this rank's shards, on the device.
         """
+
+    def timesteps(self, scheduler: Any) -> tuple[float, ...]:
+        """Timestep of each step of a schedule, as the transformer takes it: the scheduler's own, unless overridden."""
+        return tuple(scheduler.timesteps.tolist())
+
+    def new_state(
+        self, cls: type[State], request: DiffusionRequest, text: tuple[Tensor, ...], latents: Tensor, **own: Any
+    ) -> State:
+        """State before the first step, for `encode`. Computes the rows of modulation of the whole schedule.
+
+        text: see `FlowState.text`; latents: [tokens, channels], the noise; own: the family's fields of the state.
+        Raises InvalidRequestError for a schedule with NaN or infinite values.
+        """
+        grid = self.grid(request)
+        scheduler = make_schedule(self._scheduler, request, math.prod(grid))
+        state = cls(
+            request=request,
+            latents=latents,
+            sequence_lengths=(),
+            text=text,
+            grid=grid,
+            scheduler=scheduler,
+            timesteps=self.timesteps(scheduler),
+            **own,
+        )
+        at = copy.copy(state)
+        conditions: list[list[Any]] = [[] for _ in self.transformers]
+        for at.step in range(len(state.timesteps)):
+            conditions[self.transformer_index(at)].append(self.condition(at))
+        for table, of_steps in zip(self._modulations, conditions):
+            table.prefetch([*of_steps, *(self.further_conditions(state) if of_steps else ())])
+        return state
 
     def image_tokens(self, state: State) -> Tensor:
         """[num_image_tokens, channels]: input of the transformer for one whole sequence."""
         return state.latents
 
-    def conditions(self, states: Sequence[State], forward: AnyForward) -> list[Any]:
-        """Condition of each row of modulation, see `PackedTransformer.modulate`: the timestep, unless overridden.
+    def condition(self, state: State) -> Any:
+        """Condition of the state's sequences, see `PackedTransformer.modulate`: the timestep, unless overridden."""
+        return state.timesteps[state.step]
 
-        One row a sequence, then rows that only `Arrangement.image_rows` names.
+    def further_conditions(self, state: State) -> tuple[Any, ...]:
+        """Conditions of the further rows of modulation that image tokens of this state have: none, unless overridden.
+
+        A pack's rows are those of its sequences, then the distinct further ones of its states, in order.
+        `Arrangement(image_rows=...)` gives them to image tokens.
         """
-        return [state.timesteps[state.step] for state in states]
+        return ()
 
     @abstractmethod
     def embed(self, latents: Tensor, context: StepContext, forward: AnyForward) -> Hidden:
@@ -191,29 +270,39 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         """One velocity from those of the guidance branches."""
 
     def predict(self, states: Sequence[State], groups: Sequence[int] | None = None) -> list[tuple[Tensor, ...]]:
-        groups_left = iter(groups if groups is not None else [0] * sum(len(s.text) for s in states))
-        branches: list[Branch] = []
-        for state in states:
-            groups_of_state = [next(groups_left) for _ in state.text]
-            branches += [Branch(state, text, group) for text, group in zip(state.branches, groups_of_state)]
-        key = (*(branch.state for branch in branches), tuple(branch.group for branch in branches))
-        layout = self._layouts.get(key, lambda: self._lay_out(branches))
+        branches = list(_branches(states, groups))
         steps = [step for state in states for step, _ in zip(state.sequence_steps, state.branches)]
-        velocities = iter(layout.sharding.gather(self._forward(branches, steps, layout)))
-        return [tuple(next(velocities)[: state.num_tokens] for _ in state.branches) for state in states]
+        indices = [self.transformer_index(branch.state) for branch in branches]
+        velocities: dict[int, Tensor] = {}
+        for index in sorted(set(indices)):  # a pack for each transformer
+            members = [i for i, its in enumerate(indices) if its == index]
+            velocities |= zip(
+                members, self._predict(index, [branches[i] for i in members], [steps[i] for i in members])
+            )
+        ordered = (velocities[i] for i in range(len(branches)))
+        return [tuple(next(ordered)[: state.num_tokens] for _ in state.branches) for state in states]
 
-    def _forward(self, branches: Sequence[Branch], steps: Sequence[SequenceStep], layout: Layout[AnyForward]) -> Tensor:
+    def _predict(self, index: int, branches: Sequence[Branch], steps: Sequence[SequenceStep]) -> list[Tensor]:
+        """Velocity of each of these sequences, all of the transformer `index`."""
+        key = (index, tuple(branch.group for branch in branches), *(branch.state for branch in branches))
+        layout = self._layouts.get(key, lambda: self._lay_out(branches))
+        return layout.sharding.gather(self._forward(index, branches, steps, layout))
+
+    def _forward(
+        self, index: int, branches: Sequence[Branch], steps: Sequence[SequenceStep], layout: Layout[AnyForward]
+    ) -> Tensor:
         """Velocities [velocity tokens, channels] of the sequences that this rank computes."""
         sharding, forward = layout.sharding, layout.forward
         if forward is None:
             channels = branches[0].state.latents.shape[1]
             return torch.empty((0, channels), dtype=self._dtype, device=self._device)
         states = [branches[i].state for i in sharding.mine]
-        modulation = self._modulations.rows_of(self.conditions(states, forward))
+        further = dict.fromkeys(condition for state in states for condition in self.further_conditions(state))
+        modulation = self._modulations[index].rows_of([*map(self.condition, states), *further])
         latents = torch.cat([sharding.part(self.image_tokens(state)) for state in states]).to(self._dtype)
         context = StepContext(forward.arrangement, modulation)
         hidden = self.embed(latents, context, forward)
-        blocks = captured(StepBlocks(self.transformer, context), layout.captured_graphs, self.capturer)
+        blocks = captured(StepBlocks(forward.transformer, context), layout.captured_graphs, self.capturer)
         hidden = self.step_cache.run(hidden, blocks, [steps[i] for i in sharding.mine])
         return self.project(hidden, context, forward)
 
@@ -229,7 +318,7 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         # Text and image of one sequence after another: the joint order.
         rotations = [sharding.part(r) for branch in mine for r in self.rotations(branch.state, len(branch.text))]
         forward = self.lay_out(
-            [branch.state for branch in mine],
+            mine,
             torch.cat([sharding.part(branch.text) for branch in mine]),
             pack,
             to_device(torch.cat(rotations), self._device),
@@ -237,12 +326,19 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         )
         return Layout(sharding, forward)
 
+    def transformer_of(self, branches: Sequence[Branch]) -> Transformer:
+        """Transformer of the sequences of one pack."""
+        return self.transformers[self.transformer_index(branches[0].state)]
+
     def advance(self, state: State, branches: Sequence[Tensor], previews: bool = False) -> Tensor | None:
         velocity = self.combine(state, branches)
         clean = self.predict_clean(state, velocity) if previews else None
         timestep = state.scheduler.timesteps[state.step]
         state.latents = state.scheduler.step(velocity, timestep, state.latents, return_dict=False)[0]
+        index = self.transformer_index(state)
         state.step += 1
+        if state.step < len(state.timesteps) and self.transformer_index(state) != index:
+            state.change_transformer()
         return clean
 
     def predict_clean(self, state: State, velocity: Tensor) -> Tensor:
@@ -250,7 +346,27 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         return predict_clean(state.latents, velocity, float(state.scheduler.sigmas[state.step]))
 
     def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[Picture]:
-        return self.decoder(latents, [self._grid(request) for request in requests])
+        return self.decoder(latents, [self.grid(request) for request in requests])
+
+    def decode_preview(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[Picture]:
+        """Pictures for previews. Of a video, the middle latent frame is decoded alone, as if it were the first.
+
+        That costs one latent frame instead of all up to the middle. Details differ a little from those of the finished
+        frame, because a decoder of videos expects the features of earlier frames.
+        """
+        grids = [self.grid(request) for request in requests]
+        middles = [
+            _latent_frames(tokens, grid, range(grid[0] // 2, grid[0] // 2 + 1)) for tokens, grid in zip(latents, grids)
+        ]
+        return self.decoder(middles, [(1, *grid[1:]) for grid in grids])
+
+    def decode_next(self, state: State, frames: range) -> Picture | None:
+        assert isinstance(self.decoder, VideoDecoder), "only the decode of a video is cut"
+        latents = _latent_frames(state.latents, state.grid, frames)
+        made = self.decoder.decode_next(latents, (len(frames), *state.grid[1:]), state.decoder_features)
+        if frames.stop == state.grid[0]:
+            state.decoder_features.clear()  # gigabytes for a large video
+        return made
 
     def forget(self, state: State) -> None:
         self._layouts.forget(state)
@@ -260,9 +376,27 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         if self.capturer is not None:
             self.capturer.release()
 
-    def _grid(self, request: DiffusionRequest) -> tuple[int, int]:
-        """Rows and columns of tokens."""
-        return request.height // self._pixels_per_token, request.width // self._pixels_per_token
+    def grid(self, request: DiffusionRequest) -> Grid:
+        """Grid of the request's tokens."""
+        side = self._info.pixels_per_token
+        rows, columns = request.height // side, request.width // side
+        num_tokens = self._info.num_image_tokens(request.height, request.width, request.num_frames)
+        return num_tokens // (rows * columns), rows, columns
+
+
+def _branches(states: Sequence[FlowState], groups: Sequence[int] | None) -> Iterator[Branch]:
+    """Sequences of a step. groups: see `Pipeline.predict`; they also count branches that the step does not compute."""
+    left = iter(groups if groups is not None else [0] * sum(len(state.text) for state in states))
+    for state in states:
+        its = [next(left) for _ in state.text]
+        for number, (text, group) in enumerate(zip(state.branches, its)):
+            yield Branch(state, text, group, number)
+
+
+def _latent_frames(latents: Tensor, grid: Grid, frames: range) -> Tensor:
+    """Tokens of some latent frames. latents: [frames * rows * columns, channels]."""
+    _, rows, columns = grid
+    return latents[frames.start * rows * columns : frames.stop * rows * columns]
 
 
 def branch_prompts(request: DiffusionRequest) -> list[str]:

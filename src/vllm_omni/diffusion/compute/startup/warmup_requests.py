@@ -26,7 +26,7 @@ def warmup_request(info: ModelInfo, prompt: str, max_tokens: int | None = MAX_PI
     height, width, num_frames = defaults["height"], defaults["width"], defaults.get("num_frames", 1)
     if max_tokens is not None:
         height = width = min(height, width, math.isqrt(max_tokens) * info.pixels_per_token)
-        num_frames = min(num_frames, 1 + info.latent_frames)
+        num_frames = min(num_frames, 1 + (info.frame_multiple or 0))
     black = np.zeros((height, width, 3), np.uint8)
     return DiffusionRequest(
         request_id=f"warm-up: {prompt}",

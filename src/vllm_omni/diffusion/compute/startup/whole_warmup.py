@@ -67,7 +67,9 @@ def _measure(
     ]
     last, (encode, _, decode) = requests[-1], runs[-1]
     return Rates.from_times(
-        samples[1:], encode / info.count_prompt_tokens(last.prompt), decode / _num_image_tokens(info, last)
+        samples[1:],
+        encode / info.count_prompt_tokens(last.prompt),
+        decode / info.num_decoded_tokens(last.height, last.width, last.num_frames),
     )
 
 

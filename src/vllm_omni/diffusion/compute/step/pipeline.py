@@ -17,6 +17,9 @@ from vllm_omni.diffusion.compute.step.cuda_graphs import Capturer
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 
+DecoderFeatures = dict[Any, list[Any]]
+"""Features that a VAE's decoder keeps of the latent frames of a video that it has decoded, for each tile."""
+
 
 @dataclass(eq=False)
 class RequestState:
@@ -33,22 +36,38 @@ class RequestState:
     computes the first branch alone."""
     step: int = 0
     """Denoising steps done."""
+    first_step: int = field(default=0, init=False)
+    """First step of the transformer that computes the present one; a model may change its transformer between steps."""
     num_made: int = field(default=1, init=False)
     """Steps that the model itself made in the last planned step: a whole pipeline may make none or several."""
     cache_slots: tuple[CacheSlot | None, ...] = field(init=False, repr=False)
     """For each guidance branch, what a step cache keeps; None for requests that do not take part in caching."""
+    decoder_features: DecoderFeatures = field(default_factory=dict, init=False, repr=False)
+    """Features of a video whose decode is under way, on the ranks that decode it."""
 
     def __post_init__(self) -> None:
         self.cache_slots = tuple(CacheSlot() if self.request.cache else None for _ in self.sequence_lengths)
 
     @property
     def sequence_steps(self) -> list[SequenceStep]:
-        """For each guidance branch, what a step cache decides by."""
-        return [SequenceStep(slot, self.step, self.request.num_inference_steps) for slot in self.cache_slots]
+        """For each guidance branch, what a step cache decides by; steps count from `first_step`."""
+        step, num_steps = (n - self.first_step for n in (self.step, self.request.num_inference_steps))
+        return [SequenceStep(slot, step, num_steps) for slot in self.cache_slots]
+
+    def change_transformer(self) -> None:
+        """Let another transformer compute from the present step on: what the caches would keep is of no use to it."""
+        self.first_step = self.step
+        for slot in self.cache_slots:
+            if slot is not None:
+                slot.next_content = None
 
     def settle(self) -> int:
         """End the step in the cache slots. Returns how many branches that this rank computed reused blocks."""
         return sum([slot.settle() for slot in self.cache_slots if slot is not None])
+
+
+Grid = tuple[int, int, int]
+"""Latent frames, rows and columns of the tokens of a picture (one frame) or a video."""
 
 
 class Picture(NamedTuple):
@@ -120,6 +139,10 @@ class Pipeline(ABC, Generic[State]):
         Of ranks that share a decode, the first one returns the pictures and the others return [].
         """
 
+    def decode_preview(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[Picture]:
+        """Pictures for previews of the requests; latents: what `advance` returned. Ranks share them as in `decode`."""
+        return self.decode(requests, latents)
+
     @abstractmethod
     def forget(self, state: State) -> None:
         """Drop everything kept for this state."""
@@ -138,6 +161,14 @@ class PackedPipeline(Pipeline[State]):
     def gains_from_compiling(cls, config: OmniDiffusionConfig) -> bool:
         """Whether compiled blocks are faster with these settings, on a device that is worth compiling for."""
         return True
+
+    @abstractmethod
+    def decode_next(self, state: State, frames: range) -> Picture | None:
+        """Pixels [frames, height, width, 3] of the next latent frames of a video whose denoising is done.
+
+        Pieces come in order; the state keeps what the next one needs. Of ranks that share a decode, the first one
+        returns the pixels and the others return None.
+        """
 
     @abstractmethod
     def compile_blocks(self) -> CompiledBlocks:

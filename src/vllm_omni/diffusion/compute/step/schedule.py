@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 
 from vllm_omni.diffusion.compute.step.sampling import linear_sigmas, resolution_shift
+from vllm_omni.diffusion.compute.step.unipc import FlowUniPC
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.errors import InvalidRequestError
 
@@ -48,25 +48,47 @@ def check_schedule(scheduler: Any, request: DiffusionRequest) -> None:
             )
 
 
-def make_schedule(
-    template: FlowMatchEulerDiscreteScheduler, request: DiffusionRequest, num_image_tokens: int
-) -> FlowMatchEulerDiscreteScheduler:
-    """Scheduler for one request, at its first step.
+def make_schedule(template: Any, request: DiffusionRequest, num_image_tokens: int | None = None) -> Any:
+    """diffusers' scheduler for one request, at its first step.
 
-    template: from `with_one_step_schedules`; not changed. Raises InvalidRequestError for NaN or infinite values.
+    template: from `with_one_step_schedules`; not changed. num_image_tokens: the schedule is linear before its shift,
+    which may depend on the size of the picture; None: the schedule that the scheduler makes by itself.
+    Raises InvalidRequestError for a `flow_shift` that the scheduler does not take, and for NaN or infinite values.
     """
-    scheduler = copy.deepcopy(template)
-    config = scheduler.config
-    mu = resolution_shift(
+    scheduler = copy.deepcopy(template) if request.flow_shift is None else _with_shift(template, request.flow_shift)
+    sigmas: Any = request.sigmas
+    if sigmas is None and num_image_tokens is not None:
+        sigmas = linear_sigmas(request.num_inference_steps)
+    # On the CPU: a step uses the values as scalars, without a transfer from the device.
+    scheduler.set_timesteps(
+        None if sigmas is not None else request.num_inference_steps,
+        sigmas=None if sigmas is None else np.array(sigmas),
+        mu=None if num_image_tokens is None else _shift_of_size(scheduler.config, num_image_tokens),
+    )
+    check_schedule(scheduler, request)
+    if isinstance(scheduler, FlowUniPC) and not scheduler.has_distinct_levels():
+        param, value = ("flow_shift", request.flow_shift) if request.sigmas is None else ("sigmas", request.sigmas)
+        raise InvalidRequestError(f"{param} {value} makes a noise schedule with two equal noise levels", param=param)
+    scheduler.set_begin_index(0)
+    return scheduler
+
+
+def _with_shift(template: Any, shift: float) -> Any:
+    """Copy of a scheduler with another shift of its sigmas. Raises InvalidRequestError if it takes none."""
+    config = template.config
+    if config.get("use_dynamic_shifting"):
+        raise InvalidRequestError(
+            f"flow_shift {shift:g}: this model's noise schedule is shifted by the size of the picture alone",
+            param="flow_shift",
+        )
+    return type(template).from_config(config, **{"flow_shift" if "flow_shift" in config else "shift": shift})
+
+
+def _shift_of_size(config: Any, num_image_tokens: int) -> float:
+    return resolution_shift(
         num_image_tokens,
         config.get("base_image_seq_len", 256),
         config.get("max_image_seq_len", 4096),
         config.get("base_shift", 0.5),
         config.get("max_shift", 1.15),
     )
-    sigmas = request.sigmas or linear_sigmas(request.num_inference_steps)
-    # On the CPU: a step uses the values as scalars, without a transfer from the device.
-    scheduler.set_timesteps(sigmas=list(sigmas), mu=mu)
-    check_schedule(scheduler, request)
-    scheduler.set_begin_index(0)
-    return scheduler

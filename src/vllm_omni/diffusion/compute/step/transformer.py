@@ -73,14 +73,18 @@ class PackedTransformer(nn.Module, ABC):
     def signal(self, hidden: Hidden, context: StepContext) -> Tensor:
         """[S, D]: image tokens after the first block's modulation, by which step caches compare steps."""
 
-    def compile_blocks(self, backend: Backend = "inductor") -> CompiledBlocks:
+    def compile_blocks(
+        self, backend: Backend = "inductor", *, others: Sequence[PackedTransformer] = ()
+    ) -> CompiledBlocks:
         """Replace `before` and `after` of the blocks by compiled code; attention runs eagerly.
 
         With tensor parallelism `after` holds exchanges between ranks, and runs eagerly too. Compiles at the first run
-        of each variant: one row of modulation or several, one sequence or several.
+        of each variant: one row of modulation or several, one sequence or several. others: transformers of the same
+        class, which share the code.
         """
         parts = ["before", "after"] if self.tensor.size == 1 else ["before"]
-        return CompiledBlocks(list(self.compilable_blocks), parts, backend)
+        blocks = [block for transformer in (self, *others) for block in transformer.compilable_blocks]
+        return CompiledBlocks(blocks, parts, backend)
 
 
 @dataclass(frozen=True)

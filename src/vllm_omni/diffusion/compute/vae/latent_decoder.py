@@ -12,7 +12,7 @@ from torch import Tensor
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.step.finite import each_is_finite
 from vllm_omni.diffusion.compute.step.pipeline import Picture
-from vllm_omni.diffusion.compute.vae.shared_decode import SharedDecoder
+from vllm_omni.diffusion.compute.vae.shared_decode import DecodeTile, SharedDecoder
 from vllm_omni.diffusion.compute.vae.tiles import Tiling
 
 MAX_BATCH_PIXELS = 2**20
@@ -35,11 +35,15 @@ class LatentDecoder:
         one_at_a_time: bool,
         group: Group,
     ) -> None:
-        """vae: a `TiledVae` with diffusers' `decode`; decode_tile, tiling, scale: see `SharedDecoder`."""
+        """vae: a `TiledVae` with diffusers' `decode`; decode_tile: converts the latents of a tile to pixels.
+
+        tiling, scale: see `SharedDecoder`.
+        """
         self._vae = vae
         self._scale = scale
         self._one_at_a_time = one_at_a_time
-        self._shared = SharedDecoder(vae, decode_tile, tiling, scale, group) if group.size > 1 else None
+        self._decode_tile: DecodeTile = lambda latents, tile: decode_tile(latents)
+        self._shared = SharedDecoder(vae, tiling, scale, group) if group.size > 1 else None
 
     def __call__(self, latents: Sequence[Tensor]) -> list[Picture]:
         """Decode [1, channels, ..., height / scale, width / scale] of each picture to uint8 [height, width, 3].
@@ -49,7 +53,12 @@ class LatentDecoder:
         if self._shared is None:
             return [picture for batch in self._batches(latents) for picture in self._decode(batch)]
         calls = [[x] for x in latents] if self._one_at_a_time else [latents]
-        return [picture for call in calls for pixels in self._shared(call) for picture in to_pictures(pixels)]
+        return [
+            picture
+            for call in calls
+            for pixels in self._shared(call, self._decode_tile)
+            for picture in to_pictures(pixels)
+        ]
 
     def _batches(self, latents: Sequence[Tensor]) -> Iterator[Tensor]:
         """Batches of consecutive latents of one size."""
@@ -65,6 +74,10 @@ def to_pictures(pixels: Tensor) -> list[Picture]:
     """Convert [pictures, 3, (1,) height, width] in [-1, 1] to uint8 [height, width, 3] for each picture."""
     pixels = pixels.reshape(len(pixels), 3, *pixels.shape[-2:])
     finite = each_is_finite(pixels)
-    pixels = (pixels * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float()
-    rounded = (pixels * 255).round().to(torch.uint8).contiguous()
-    return [Picture(*picture) for picture in zip(rounded, finite, strict=True)]
+    return [Picture(*picture) for picture in zip(to_bytes(pixels.permute(0, 2, 3, 1)), finite, strict=True)]
+
+
+def to_bytes(pixels: Tensor) -> Tensor:
+    """Round pixels in [-1, 1] to uint8 of the same shape, contiguous; values outside are clamped."""
+    scaled = (pixels * 0.5 + 0.5).clamp(0, 1).float()
+    return (scaled * 255).round().to(torch.uint8).contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Protocol
@@ -12,7 +13,8 @@ from torch import Tensor
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.vae.tiles import Tile, Tiling, assign_tiles, split_into_tiles
 
-RGB = 3
+DecodeTile = Callable[[Tensor, Tile], Tensor]
+"""Converts the latents of a tile to pixels, [1, colours, (frames,) tile height * scale, tile width * scale]."""
 
 
 class TiledVae(Protocol):
@@ -36,52 +38,45 @@ class SharedDecoder:
     A picture that fits into one tile is decoded by one rank. The tiles of several pictures are shared together.
     """
 
-    def __init__(
-        self, vae: TiledVae, decode: Callable[[Tensor], Tensor], tiling: Tiling, scale: int, group: Group
-    ) -> None:
-        """decode: converts the latents of a tile to pixels; scale: side of a latent pixel, in pixels."""
+    def __init__(self, vae: TiledVae, tiling: Tiling, scale: int, group: Group) -> None:
+        """scale: side of a latent pixel, in pixels of a decoded tile."""
         self._vae = vae
-        self._decode_tile = decode
         self._tiling = tiling
         self._scale = scale
         self._group = group
 
-    def __call__(self, latents: Sequence[Tensor]) -> list[Tensor]:
+    def __call__(self, latents: Sequence[Tensor], decode: DecodeTile) -> list[Tensor]:
         """Decode [1, channels, ..., height / scale, width / scale] of each picture, the same on all ranks.
 
-        Returns [1, 3, ..., height, width] of each picture on the group's first rank, [] on the others.
+        Returns [1, colours, ..., height, width] of each picture on the group's first rank, [] on the others. Tiles of
+        all pictures have the same number of colours and of frames.
         """
         pictures = [split_into_tiles(index, z.shape[-2], z.shape[-1], self._tiling) for index, z in enumerate(latents)]
         shares = assign_tiles([tile for tiles in pictures for tile in tiles], self._group.size)
-        mine = [self._decode_tile(_cut_out(latents[tile.picture], tile)) for tile in shares[self._group.rank]]
-        decoded = self._collect(shares, mine, latents[0].shape[2:-2])
+        mine = [decode(_cut_out(latents[tile.picture], tile), tile) for tile in shares[self._group.rank]]
+        decoded = self._collect(shares, mine)
         return [self._blend(tiles, decoded) for tiles in pictures] if self._group.rank == 0 else []
 
-    def _collect(
-        self, shares: Sequence[Sequence[Tile]], mine: Sequence[Tensor], between: Sequence[int]
-    ) -> dict[Tile, Tensor]:
-        """Pixels of all tiles on the first rank; on the others, of their own tiles.
-
-        between: dims of the latents between channels and height.
-        """
+    def _collect(self, shares: Sequence[Sequence[Tile]], mine: Sequence[Tensor]) -> dict[Tile, Tensor]:
+        """Pixels of all tiles on the first rank; on the others, of their own tiles."""
         group = self._group
         decoded = dict(zip(shares[group.rank], mine, strict=True))
-        lengths = [0, *(sum(map(self._num_values, share)) for share in shares[1:])]
-        if not any(lengths):
+        if not any(shares[1:]):
             return decoded
         nothing = torch.empty(0, dtype=self._vae.dtype, device=self._vae.device)
-        sent = torch.cat([nothing, *(pixels.flatten() for pixels in mine if group.rank > 0)])
         silent = [0] * (group.size - 1)
-        received = group.all_to_all(sent, [len(sent), *silent], lengths if group.rank == 0 else [0, *silent])
-        if group.rank == 0:
-            tiles = [tile for share in shares[1:] for tile in share]
-            for tile, pixels in zip(tiles, received.split(list(map(self._num_values, tiles))), strict=True):
-                height, width = tile.height * self._scale, tile.width * self._scale
-                decoded[tile] = pixels.view(1, RGB, *between, height, width)
-        return decoded
-
-    def _num_values(self, tile: Tile) -> int:
-        return RGB * tile.height * tile.width * self._scale**2
+        if group.rank > 0:
+            sent = torch.cat([nothing, *(pixels.flatten() for pixels in mine)])
+            group.all_to_all(sent, [len(sent), *silent], [0, *silent])
+            return decoded
+        head = mine[0].shape[:-2]  # the first rank always has a tile
+        shapes = {
+            tile: (*head, tile.height * self._scale, tile.width * self._scale) for share in shares[1:] for tile in share
+        }
+        lengths = [sum(math.prod(shapes[tile]) for tile in share) for share in shares[1:]]
+        received = group.all_to_all(nothing, [0, *silent], [0, *lengths])
+        parts = received.split([math.prod(shape) for shape in shapes.values()])
+        return decoded | {tile: part.view(shape) for (tile, shape), part in zip(shapes.items(), parts, strict=True)}
 
     def _blend(self, tiles: Sequence[Tile], decoded: Mapping[Tile, Tensor]) -> Tensor:
         """One picture: each tile is blended with the tile above, then with the tile on its left, where they overlap."""

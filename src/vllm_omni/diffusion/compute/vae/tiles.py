@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,16 @@ class Tiling:
     width: int
     row_stride: int
     column_stride: int
+
+    @classmethod
+    def of_samples(cls, vae: Any, scale: int) -> Self:
+        """Tiling of a diffusers VAE whose tile sizes are attributes in pixels; scale: side of a latent pixel."""
+        return cls(
+            height=vae.tile_sample_min_height // scale,
+            width=vae.tile_sample_min_width // scale,
+            row_stride=vae.tile_sample_stride_height // scale,
+            column_stride=vae.tile_sample_stride_width // scale,
+        )
 
 
 @dataclass(frozen=True)

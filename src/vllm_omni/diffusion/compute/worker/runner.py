@@ -18,10 +18,10 @@ from vllm_omni.diffusion.compute.device.timing import Stopwatch
 from vllm_omni.diffusion.compute.startup.model_start import StartOptions, start_model
 from vllm_omni.diffusion.compute.startup.resolved_config import check_device
 from vllm_omni.diffusion.compute.step.finite import is_finite
-from vllm_omni.diffusion.compute.step.pipeline import Picture, Pipeline, RequestState
+from vllm_omni.diffusion.compute.step.pipeline import PackedPipeline, Picture, Pipeline, RequestState
 from vllm_omni.diffusion.compute.worker.item_errors import item_error, not_finite_error
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
+from vllm_omni.diffusion.messages.plan import DecodePiece, StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.diffusion.messages.worker import RankInfo
 from vllm_omni.errors import InvalidRequestError, ModerationBlockedError
@@ -131,10 +131,14 @@ class ModelRunner:
             self._encode([i for i in plan.encode if i in live], result)
         with watch.measure("denoise"):
             clean = self._denoise([i for i in plan.denoise if i in live], plan, result)
-        latents = {i: self._states[i].latents for i in plan.decode if i in live}
-        inputs = [*clean.values(), *latents.values(), *(self._states[i].latents for i in clean)]
+        decoding = [i for i in plan.decode if i in live]
+        whole = {i: self._states[i].latents for i in decoding if i not in plan.pieces}
+        pieces = {i: plan.pieces[i] for i in decoding if i in plan.pieces}
+        inputs = [*clean.values(), *(self._states[i].latents for i in (*clean, *decoding))]
         with self._decode_stream.after(inputs), watch.measure("decode"):
-            previews, images = (self._download(self._decode(x, result)) for x in (clean, latents))
+            previews = self._download(self._decode(clean, self.pipeline.decode_preview, result))
+            images = self._download(self._decode(whole, self.pipeline.decode, result))
+            frames = self._download(self._decode_pieces(pieces, result))
         for request_id in [*result.errors, *self._failed_elsewhere]:
             self._drop(request_id)
         self._failed_elsewhere.clear()
@@ -144,7 +148,8 @@ class ModelRunner:
 
         def wait() -> StepResult:
             self._take_previews(previews(), result)
-            self._take_images(images(), result)
+            self._take(images(), result.images, result)
+            self._take(frames(), result.frames, result)
             seconds = watch.seconds()
             result.encode_seconds = seconds["encode"]
             result.denoise_seconds = seconds["denoise"]
@@ -212,28 +217,52 @@ class ModelRunner:
         result.advanced = list(self._run_each(advancing, finish, result, on_all_ranks=False))
         return {i: latents for i, latents in clean.items() if i in result.advanced}
 
-    def _decode(self, latents: dict[str, Tensor], result: StepResult) -> dict[str, CheckedPicture]:
+    @property
+    def _decode_group(self) -> int:
+        """Number of the group of ranks, which share each decode, that this rank is in."""
+        return self.ranks.mesh.world.rank // self.ranks.mesh.vae.size
+
+    def _decode(
+        self,
+        latents: Mapping[str, Tensor],
+        decode: Callable[[Sequence[DiffusionRequest], Sequence[Tensor]], Sequence[Picture]],
+        result: StepResult,
+    ) -> dict[str, CheckedPicture]:
         """Decode this rank's part of the pictures: ranks, or groups of ranks that share a decode, take turns.
 
-        latents: by request id; for a preview, a prediction. The finite flag describes the latents of the request state.
+        latents: by request id; for a preview, a prediction.
         """
         mesh = self.ranks.mesh
-        num_groups = mesh.world.size // mesh.vae.size
-        mine = list(latents)[mesh.world.rank // mesh.vae.size :: num_groups]
+        mine = list(latents)[self._decode_group :: mesh.world.size // mesh.vae.size]
 
-        def decode(batch: Sequence[DiffusionRequest]) -> Sequence[CheckedPicture | None]:
-            ids = [request.request_id for request in batch]
-            pictures: Sequence[Picture] = self.pipeline.decode(batch, [latents[i] for i in ids])
+        def run(batch: Sequence[DiffusionRequest]) -> Sequence[CheckedPicture | None]:
+            pictures = decode(batch, [latents[request.request_id] for request in batch])
             if any(picture.is_blocked for picture in pictures):
                 raise ModerationBlockedError("the model's safety checker blocked the picture")
             if not pictures:  # the first rank of the group has them
                 return [None] * len(batch)
-            finite = [torch.stack((is_finite(self._states[i].latents), p.is_finite)) for i, p in zip(ids, pictures)]
-            return [CheckedPicture(r, p.pixels, flags) for r, p, flags in zip(batch, pictures, finite, strict=True)]
+            return [self._checked(request, picture) for request, picture in zip(batch, pictures, strict=True)]
 
-        requests = [self._requests[i] for i in mine]
-        decoded = self._run_batch(requests, decode, result, mesh.vae.size > 1)
+        decoded = self._run_batch([self._requests[i] for i in mine], run, result, mesh.vae.size > 1)
         return {request_id: picture for request_id, picture in decoded.items() if picture is not None}
+
+    def _decode_pieces(self, pieces: Mapping[str, DecodePiece], result: StepResult) -> dict[str, CheckedPicture]:
+        """Decode the pieces of videos that belong to this rank's group. A piece that fails cannot be repeated."""
+        mine = [self._states[i] for i, piece in pieces.items() if piece.group == self._decode_group]
+
+        def run(state: RequestState) -> CheckedPicture | None:
+            assert isinstance(self.pipeline, PackedPipeline)
+            piece = pieces[_id_of(state)]
+            frames = self.pipeline.decode_next(state, range(piece.first, piece.end))
+            return None if frames is None else self._checked(state.request, frames)
+
+        decoded = self._run_each(mine, run, result, self.ranks.mesh.vae.size > 1)
+        return {request_id: frames for request_id, frames in decoded.items() if frames is not None}
+
+    def _checked(self, request: DiffusionRequest, picture: Picture) -> CheckedPicture:
+        """Add the finite flags. That of the latents describes the request's state, also for a preview."""
+        latents = self._states[request.request_id].latents
+        return CheckedPicture(request, picture.pixels, torch.stack((is_finite(latents), picture.is_finite)))
 
     def _download(self, pictures: Mapping[str, CheckedPicture]) -> Callable[[], dict[str, DownloadedPicture]]:
         """Start to copy pictures and flags to the host; the returned call waits for the copies."""
@@ -251,11 +280,11 @@ class ModelRunner:
 
         return downloaded
 
-    def _take_images(self, pictures: Mapping[str, DownloadedPicture], result: StepResult) -> None:
-        """Put finished pictures into `result`; a request with values that are not finite fails instead."""
+    def _take(self, pictures: Mapping[str, DownloadedPicture], made: dict[str, np.ndarray], result: StepResult) -> None:
+        """Put finished pictures or frames into `made`; a request with values that are not finite fails instead."""
         for request_id, picture in pictures.items():
             if picture.has_finite_latents and picture.has_finite_pixels:
-                result.images[request_id] = picture.pixels
+                made[request_id] = picture.pixels
             else:
                 result.errors[request_id] = not_finite_error(picture.request, self._info, self._dtype)
 

@@ -16,8 +16,9 @@ Number = TypeVar("Number", int, float)
 def merge_results(results: Sequence[StepResult]) -> StepResult:
     """Merge the results of all ranks, rank 0 first, into the result of one step.
 
-    Pictures and errors are collected from all ranks. A request has advanced only when it advanced on every rank; only
-    then its cached share counts. Times are those of the slowest rank. Sequences and tokens are equal on all ranks.
+    Pictures, frames and errors are collected from all ranks. A request has advanced only when it advanced on every
+    rank; only then its cached share counts. Times are those of the slowest rank. Sequences and tokens are equal on all
+    ranks.
     """
     first = results[0]
     assert all(result.step_id == first.step_id for result in results), "ranks answer every plan, in order"
@@ -26,6 +27,7 @@ def merge_results(results: Sequence[StepResult]) -> StepResult:
     return StepResult(
         step_id=first.step_id,
         images=_union([result.images for result in results]),
+        frames=_union([result.frames for result in results]),
         previews=_union([result.previews for result in results]),
         errors=_union([result.errors for result in results]),
         advanced=advanced,

@@ -39,9 +39,12 @@ class Entry:
     """Steps (1-based) whose preview was not delivered yet."""
     planned_work: float = 0.0
     """Units planned for this request."""
+    frames_per_piece: int = 1
+    """Latent frames of a video that one item decodes."""
     steps: int = 0
     encoded: bool = False
-    decoded: bool = False
+    decoded_frames: int = 0
+    """Latent frames whose decode is planned."""
     runs_alone: bool = False
     """Whether it shares no step: it ran out of memory beside others, or may have killed workers."""
     num_deaths: int = 0
@@ -56,20 +59,30 @@ class Entry:
         return Phase.DENOISE if self.steps < self.request.num_steps else Phase.DECODE
 
     @property
+    def decoded(self) -> bool:
+        """Whether all items are planned."""
+        return self.decoded_frames == self.request.num_latent_frames
+
+    @property
     def remaining(self) -> float:
         """Units still to be planned."""
         cost, steps = self.request.cost, self.request.num_steps - self.steps
-        num_decodes = sum(step > self.steps for step in self.previews) + (not self.decoded)
-        return (not self.encoded) * cost.encode + steps * (cost.step + self.step_overhead) + num_decodes * cost.decode
+        num_previews = sum(step > self.steps for step in self.previews)  # each is the decode of one latent frame
+        num_frames = self.request.num_latent_frames - self.decoded_frames + num_previews
+        encode = 0.0 if self.encoded else cost.encode
+        return encode + steps * (cost.step + self.step_overhead) + num_frames * self.request.frame_cost
 
     def next_item(self) -> Item:
         cost = self.request.cost
         if self.phase is Phase.ENCODE:
             return Item(self, Phase.ENCODE, cost.encode, cost.encode)
         if self.phase is Phase.DECODE:
-            return Item(self, Phase.DECODE, cost.decode, cost.decode)
+            end = min(self.decoded_frames + self.frames_per_piece, self.request.num_latent_frames)
+            frames = range(self.decoded_frames, end)
+            work = len(frames) * self.request.frame_cost
+            return Item(self, Phase.DECODE, work, work, frames=frames)
         preview = self.steps + 1 in self.previews
-        extra = cost.decode if preview else 0.0
+        extra = self.request.frame_cost if preview else 0.0
         return Item(
             self, Phase.DENOISE, cost.tokens_per_step + extra, cost.step + self.step_overhead + extra, preview=preview
         )
@@ -96,11 +109,11 @@ class Entry:
         elif item.phase is Phase.DENOISE:
             self.steps += 1
         else:
-            self.decoded = True
+            self.decoded_frames = item.frames.stop
 
     def rewind(self) -> None:
         """Return to the start. Delivered previews stay delivered; lost work does not count as planned."""
-        self.steps, self.planned_work, self.encoded, self.decoded = 0, 0.0, False, False
+        self.steps, self.planned_work, self.encoded, self.decoded_frames = 0, 0.0, False, 0
 
 
 @dataclass(frozen=True)
@@ -114,6 +127,27 @@ class Item:
     work: float
     """Units."""
     preview: bool = False
+    frames: range = range(0)
+    """Latent frames of a decode."""
+
+    @property
+    def is_piece(self) -> bool:
+        """Whether it decodes a piece of a video."""
+        return self.phase is Phase.DECODE and self.entry.request.num_latent_frames > 1
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the request is done after it."""
+        return self.phase is Phase.DECODE and self.frames.stop == self.entry.request.num_latent_frames
+
+    @property
+    def lead(self) -> Phase:
+        """Phase of the item as the first of a step, for `Entry.tokens_to_join`.
+
+        A decode that is not the last piece of a video delays no result, so others may join as they join a denoising
+        step.
+        """
+        return Phase.DENOISE if self.phase is Phase.DECODE and not self.is_last else self.phase
 
 
 Order = tuple[float, ...]

@@ -27,7 +27,7 @@ from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.catalog.whole_info import WholeModelInfo
 from vllm_omni.diffusion.compute.families.diffusers_fallback.info import (
     PromptTokenCounter,
-    latent_frames,
+    frame_multiple,
     latent_side,
     longest_side,
 )
@@ -309,7 +309,7 @@ def test_the_own_size_of_published_models(
     ],
 )
 def test_what_a_latent_pixel_stands_for(vae: dict[str, Any], num_frames: int, side: int, frames: int) -> None:
-    assert (latent_side(vae), latent_frames(vae, num_frames)) == (side, frames)
+    assert (latent_side(vae), frame_multiple(vae, num_frames)) == (side, frames)
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_an_abort_ends_a_video_and_the_next_one_is_made(model_of: ModelOf, pipel
 def test_a_video_is_priced_by_its_latent_frames(model_of: ModelOf) -> None:
     info = load_model_info(str(model_of(WAN)))
     assert info.makes_videos
-    assert info.latent_frames == 4
+    assert info.frame_multiple == 4
     assert [info.num_image_tokens(64, 64, frames) for frames in (1, 5, 81)] == [16, 32, 21 * 16]
 
 
@@ -129,7 +129,11 @@ def omni(model_of: ModelOf) -> Any:
 
 @pytest.mark.parametrize(
     ("num_frames", "words"),
-    [(13, r"1 to 9 \(--max-num-frames\)"), (0, "1 to 9"), (6, "1 more than a multiple of 4")],
+    [
+        (13, r"is more than 9 \(--max-num-frames\); the nearest valid number is 9"),
+        (0, "not at least 1; the nearest valid number is 1"),
+        (6, "1 more than a multiple of 4; the nearest valid number is 5"),
+    ],
 )
 def test_frames_that_the_model_does_not_make_are_refused(omni: Omni, num_frames: int, words: str) -> None:
     with pytest.raises(InvalidRequestError, match=words) as caught:
@@ -143,7 +147,7 @@ def test_a_server_makes_as_many_frames_as_the_model_by_default(model_of: ModelOf
     (request,) = builder.build(OmniPrompt(PROMPT), OmniDiffusionSamplingParams(guidance_scale=1.0), "r")
     assert request.request.num_frames == 5
     assert request.cost.branch_tokens == (2 * 16 + request.num_prompt_tokens,)
-    with pytest.raises(InvalidRequestError, match=r"1 to 5 \(--max-num-frames\)"):
+    with pytest.raises(InvalidRequestError, match=r"num_frames 9 is more than 5 \(--max-num-frames\)"):
         builder.build(OmniPrompt(PROMPT), OmniDiffusionSamplingParams(num_frames=9), "r")
 
 

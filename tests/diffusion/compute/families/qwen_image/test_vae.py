@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +61,8 @@ def latents(grids: Sequence[tuple[int, int]]) -> list[Tensor]:
 def decode_tiles(world: World, path: Path, grids: Sequence[tuple[int, int]]) -> tuple[list[np.ndarray], dict[str, int]]:
     vae = load_for_frames(path)
     scale, tiling = tiling_of(vae)
-    pictures = SharedDecoder(vae, partial(decode_frame, vae), tiling, scale, world.mesh.vae)(latents(grids))
+    shared = SharedDecoder(vae, tiling, scale, world.mesh.vae)
+    pictures = shared(latents(grids), lambda z, tile: decode_frame(vae, z))
     return [pixels.numpy() for pixels in pictures], dict(world.sent)
 
 
@@ -104,7 +104,7 @@ def decode_pictures(world: World, path: Path, one_at_a_time: bool) -> list[np.nd
 
 
 def arrays(decode: QwenImageDecoder) -> list[np.ndarray]:
-    return [picture.pixels.numpy() for picture in decode(tokens(), GRIDS)]
+    return [picture.pixels.numpy() for picture in decode(tokens(), [(1, *grid) for grid in GRIDS])]
 
 
 def tokens() -> list[Tensor]:

@@ -31,7 +31,7 @@ def load(path: Path) -> AutoencoderKL:
 
 
 def arrays(decode: ZImageDecoder, grids: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-    return [picture.pixels.numpy() for picture in decode(tokens(grids), grids)]
+    return [picture.pixels.numpy() for picture in decode(tokens(grids), [(1, *grid) for grid in grids])]
 
 
 def tokens(grids: Sequence[tuple[int, int]]) -> list[Tensor]:

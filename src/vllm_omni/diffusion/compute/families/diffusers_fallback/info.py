@@ -131,7 +131,9 @@ def describe(path: Path) -> WholeModelInfo:
         guidance=_guidance(takes),
         pipeline=_whole(pipeline, signature, takes, own, image_input, tuple(remarks)),
         image_input=image_input,
-        latent_frames=latent_frames(configs.get("vae", {}), defaults.get("num_frames", 1)),
+        frame_multiple=frame_multiple(configs.get("vae", {}), defaults["num_frames"])
+        if "num_frames" in takes
+        else None,
         default_sampling_params=defaults,
         max_side=longest_side(components, configs.get("transformer", {}), side),
     )
@@ -190,8 +192,8 @@ def _image_input(class_name: str, signature: CallSignature, side: int, defaults:
     return WholeImageInput(least, most, signature.follows_input, side, int(defaults["height"]) * int(defaults["width"]))
 
 
-def latent_frames(vae: Mapping[str, Any], num_frames: int) -> int:
-    """`ModelInfo.latent_frames`; 1 if the default number of frames is no multiple plus one."""
+def frame_multiple(vae: Mapping[str, Any], num_frames: int) -> int:
+    """`ModelInfo.frame_multiple` of a video model; 1 if the default number of frames is no multiple plus one."""
     multiple = int(vae.get("temporal_compression_ratio") or vae.get("scale_factor_temporal") or 1)
     for key in ("spatio_temporal_scaling", "temperal_downsample"):
         if vae.get(key) and multiple == 1:

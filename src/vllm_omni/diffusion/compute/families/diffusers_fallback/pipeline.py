@@ -105,6 +105,8 @@ class PipelineCall:
         (made,) = getattr(output, self._output_name)
         if self._makes_videos:
             pixels = np.stack([np.array(frame.convert("RGB")) for frame in made])
+            if len(pixels) == self._request.num_frames == 1:  # a picture
+                (pixels,) = pixels
         else:
             pixels = np.array(made.convert("RGB"))
         finite = self._check.is_finite()

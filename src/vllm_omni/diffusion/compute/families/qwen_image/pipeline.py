@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKLQwenImage
@@ -15,7 +15,7 @@ from torch import Tensor
 from vllm_omni.diffusion.catalog.configs import read_config
 from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.families.component_loader import ComponentLoader
-from vllm_omni.diffusion.compute.families.flow_pipeline import FlowPipeline, FlowState, Forward, branch_prompts
+from vllm_omni.diffusion.compute.families.flow_pipeline import Branch, FlowPipeline, FlowState, Forward, branch_prompts
 from vllm_omni.diffusion.compute.families.qwen_image.config import QwenImageConfig
 from vllm_omni.diffusion.compute.families.qwen_image.edit import EditInput
 from vllm_omni.diffusion.compute.families.qwen_image.text import QwenImageTextEncoder
@@ -29,7 +29,6 @@ from vllm_omni.diffusion.compute.families.qwen_image.vision import QwenImageEdit
 from vllm_omni.diffusion.compute.packing import Hidden, Pack
 from vllm_omni.diffusion.compute.step.arrangement import Arrangement
 from vllm_omni.diffusion.compute.step.sampling import combine_guidance, draw_noise, pack_latents
-from vllm_omni.diffusion.compute.step.schedule import make_schedule
 from vllm_omni.diffusion.compute.step.sharding import Sharding
 from vllm_omni.diffusion.compute.step.transformer import StepContext
 from vllm_omni.diffusion.compute.text.prompt_cache import PromptCache
@@ -68,7 +67,7 @@ class QwenImageState(FlowState):
 
 
 @dataclass(frozen=True)
-class QwenImageForward(Forward):
+class QwenImageForward(Forward[QwenImageTransformer]):
     """Tensors that the steps of some sequences share."""
 
     targets: Tensor | None
@@ -85,7 +84,7 @@ class QwenImagePipeline(FlowPipeline[QwenImageState, QwenImageTransformer, QwenI
         encoder: QwenImageEncoder | None,
     ) -> None:
         """encoder: makes latents of input pictures; None: the model takes none."""
-        super().__init__(loader, transformer, decoder, MODULATION_BYTES)
+        super().__init__(loader, [transformer], decoder, MODULATION_BYTES)
         self._prompts = PromptCache(encode_text, PROMPT_CACHE_BYTES, Instruction.key)
         self._references: PromptCache[InputImage] | None = None
         """Latents of input pictures; None: the model takes none."""
@@ -117,27 +116,21 @@ class QwenImagePipeline(FlowPipeline[QwenImageState, QwenImageTransformer, QwenI
         text = tuple(
             self.transformer.embed_text(self._encode_text(request, prompt)) for prompt in branch_prompts(request)
         )
-        side, reference_sizes = self._pixels_per_token, [image.reference.shape[:2] for image in request.images]
-        rows, columns = grid = self._grid(request)
+        _, rows, columns = self.grid(request)
         channels = self.transformer.config.in_channels // 4
         noise = draw_noise((channels, 2 * rows, 2 * columns), request.seed, self._dtype, self._device)
-        scheduler = make_schedule(self._scheduler, request, rows * columns)
-        timesteps = tuple((scheduler.timesteps.to(self._dtype) / 1000).tolist())
-        references = self._encode_images(request.images)
-        num_reference_tokens = 0 if references is None else len(references)
-        clean = [0.0] * (references is not None and self.transformer.config.zero_cond_t)
-        self._modulations.prefetch([*timesteps, *clean])
-        return QwenImageState(
-            request=request,
-            latents=pack_latents(noise),
-            sequence_lengths=tuple(rows * columns + num_reference_tokens + len(states) for states in text),
-            text=text,
-            grid=grid,
+        side, reference_sizes = self._info.pixels_per_token, [image.reference.shape[:2] for image in request.images]
+        return self.new_state(
+            QwenImageState,
+            request,
+            text,
+            pack_latents(noise),
             reference_grids=tuple((height // side, width // side) for height, width in reference_sizes),
-            references=references,
-            scheduler=scheduler,
-            timesteps=timesteps,
+            references=self._encode_images(request.images),
         )
+
+    def timesteps(self, scheduler: Any) -> tuple[float, ...]:
+        return tuple((scheduler.timesteps.to(self._dtype) / 1000).tolist())
 
     def _encode_text(self, request: DiffusionRequest, prompt: str) -> Tensor:
         """[tokens, joint_attention_dim]"""
@@ -155,32 +148,33 @@ class QwenImagePipeline(FlowPipeline[QwenImageState, QwenImageTransformer, QwenI
     def image_tokens(self, state: QwenImageState) -> Tensor:
         return state.latents if state.references is None else torch.cat((state.latents, state.references))
 
-    def conditions(self, states: Sequence[QwenImageState], forward: QwenImageForward) -> list[float]:
-        timesteps = super().conditions(states, forward)
-        return [*timesteps, 0.0] if forward.arrangement.has_own_rows else timesteps
+    def further_conditions(self, state: QwenImageState) -> tuple[float, ...]:
+        # References are modulated at timestep 0.
+        return (0.0,) if self.transformer.config.zero_cond_t and state.references is not None else ()
 
     def rotations(self, state: QwenImageState, num_text_tokens: int) -> tuple[Tensor, Tensor]:
-        return self.transformer.rotations(num_text_tokens, (state.grid, *state.reference_grids))
+        return self.transformer.rotations(num_text_tokens, (state.grid[1:], *state.reference_grids))
 
     def lay_out(
-        self, states: Sequence[QwenImageState], text: Tensor, pack: Pack, rotations: Tensor, sharding: Sharding
+        self, branches: Sequence[Branch], text: Tensor, pack: Pack, rotations: Tensor, sharding: Sharding
     ) -> QwenImageForward:
+        states = [branch.state for branch in branches]
         is_reference = torch.cat(
             [sharding.part(torch.arange(state.num_image_tokens) >= state.num_tokens) for state in states]
         )
         image_rows = targets = None
-        if self.transformer.config.zero_cond_t and any(state.references is not None for state in states):
-            # References are modulated at timestep 0: by the row after those of all sequences.
+        if any(map(self.further_conditions, states)):
             image_rows = pack.image_sequence.masked_fill(to_device(is_reference, self._device), pack.num_sequences)
         if is_reference.any():
             targets = to_device((~is_reference).nonzero()[:, 0], self._device)
-        return QwenImageForward(Arrangement(pack, rotations, self._attention, image_rows), text, targets)
+        arrangement = Arrangement(pack, rotations, self._attention, image_rows)
+        return QwenImageForward(self.transformer, arrangement, text, targets)
 
     def embed(self, latents: Tensor, context: StepContext, forward: QwenImageForward) -> Hidden:
-        return self.transformer.embed(latents, forward.text)
+        return forward.transformer.embed(latents, forward.text)
 
     def project(self, hidden: Hidden, context: StepContext, forward: QwenImageForward) -> Tensor:
-        return self.transformer.project(hidden, context, forward.targets)
+        return forward.transformer.project(hidden, context, forward.targets)
 
     def combine(self, state: QwenImageState, branches: Sequence[Tensor]) -> Tensor:
         if len(branches) == 1:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.step.finite import keep_infinite_pixels_visible
-from vllm_omni.diffusion.compute.step.pipeline import Picture
+from vllm_omni.diffusion.compute.step.pipeline import Grid, Picture
 from vllm_omni.diffusion.compute.step.sampling import pack_latents, unpack_latents
 from vllm_omni.diffusion.compute.vae.latent_decoder import LatentDecoder
+from vllm_omni.diffusion.compute.vae.scaling import latents_mean_and_std
 from vllm_omni.diffusion.compute.vae.tiles import Tiling
 
 
@@ -60,7 +61,7 @@ class QwenImageEncoder:
     def __init__(self, vae: AutoencoderKLQwenImage) -> None:
         vae.encoder = FrameCoder(vae.encoder)
         self._vae = vae
-        self._mean, self._std = _scaling(vae)
+        self._mean, self._std = latents_mean_and_std(vae, vae.dtype)
 
     def __call__(self, pixels: np.ndarray) -> Tensor:
         """Latents [rows * columns, channels * 4]. pixels: uint8 [height, width, 3]; a token's side divides both."""
@@ -81,15 +82,17 @@ class QwenImageDecoder:
         self._dtype: torch.dtype = vae.dtype
         scale, tiling = tiling_of(vae)
         self._decode = LatentDecoder(vae, partial(decode_frame, vae), tiling, scale, one_at_a_time, group)
-        self._mean, std = _scaling(vae)
+        self._mean, std = latents_mean_and_std(vae, vae.dtype)
         self._inverse_std = 1.0 / std
 
-    def __call__(self, latents: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> list[Picture]:
-        """Pictures, uint8 [height, width, 3]. latents: [rows * columns, channels * 4]; grids: (rows, columns).
+    def __call__(self, latents: Sequence[Tensor], grids: Sequence[Grid]) -> list[Picture]:
+        """Pictures, uint8 [height, width, 3]. latents: [rows * columns, channels * 4]; grids: (1, rows, columns).
 
         All ranks of the group must call with the same latents; the first gets the pictures, the others get [].
         """
-        unpacked = [unpack_latents(tokens, *grid)[None, :, None] for tokens, grid in zip(latents, grids, strict=True)]
+        unpacked = [
+            unpack_latents(tokens, *grid[1:])[None, :, None] for tokens, grid in zip(latents, grids, strict=True)
+        ]
         return self._decode([x.to(self._dtype) / self._inverse_std + self._mean for x in unpacked])
 
 
@@ -102,19 +105,4 @@ def decode_frame(vae: AutoencoderKLQwenImage, latents: Tensor) -> Tensor:
 def tiling_of(vae: AutoencoderKLQwenImage) -> tuple[int, Tiling]:
     """Side of a latent pixel in pixels, and the VAE's own tiling."""
     scale = 2 ** len(vae.temperal_downsample)
-    tiling = Tiling(
-        height=vae.tile_sample_min_height // scale,
-        width=vae.tile_sample_min_width // scale,
-        row_stride=vae.tile_sample_stride_height // scale,
-        column_stride=vae.tile_sample_stride_width // scale,
-    )
-    return scale, tiling
-
-
-def _scaling(vae: AutoencoderKLQwenImage) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of latents, [1, channels, 1, 1, 1] each."""
-    mean, std = (
-        torch.tensor(values).view(1, -1, 1, 1, 1).to(vae.device, vae.dtype)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
-    return mean, std
+    return scale, Tiling.of_samples(vae, scale)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from vllm_omni.diffusion.compute.attention.sharded import Attend, PackedAttentio
 from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.families.component_loader import ComponentLoader
-from vllm_omni.diffusion.compute.families.flow_pipeline import FlowPipeline, FlowState, Forward, branch_prompts
+from vllm_omni.diffusion.compute.families.flow_pipeline import Branch, FlowPipeline, FlowState, Forward, branch_prompts
 from vllm_omni.diffusion.compute.families.z_image.config import ZImageConfig
 from vllm_omni.diffusion.compute.families.z_image.text import ZImageTextEncoder
 from vllm_omni.diffusion.compute.families.z_image.transformer import (
@@ -29,7 +30,6 @@ from vllm_omni.diffusion.compute.families.z_image.vae import ZImageDecoder
 from vllm_omni.diffusion.compute.packing import Hidden, Pack
 from vllm_omni.diffusion.compute.step.arrangement import Arrangement
 from vllm_omni.diffusion.compute.step.sampling import combine_bounded, draw_noise, pack_latents
-from vllm_omni.diffusion.compute.step.schedule import make_schedule
 from vllm_omni.diffusion.compute.step.sharding import Sharding
 from vllm_omni.diffusion.compute.step.transformer import StepContext
 from vllm_omni.diffusion.compute.text.prompt_cache import PromptCache
@@ -62,7 +62,7 @@ class ZImageState(FlowState):
 
 
 @dataclass(frozen=True)
-class ZImageForward(Forward):
+class ZImageForward(Forward[ZImageTransformer]):
     """Tensors that the steps of some sequences share."""
 
     attend_images: Attend
@@ -79,7 +79,7 @@ class ZImagePipeline(FlowPipeline[ZImageState, ZImageTransformer, ZImageForward]
         decoder: ZImageDecoder,
         text_encoder: Callable[[str], Tensor],
     ) -> None:
-        super().__init__(loader, transformer, decoder, MODULATION_BYTES)
+        super().__init__(loader, [transformer], decoder, MODULATION_BYTES)
         self._prompts = PromptCache(text_encoder, PROMPT_CACHE_BYTES)
         self._caption_attention = PackedAttention(self._backend, Group.alone(), Group.alone())
 
@@ -96,21 +96,13 @@ class ZImagePipeline(FlowPipeline[ZImageState, ZImageTransformer, ZImageForward]
     def encode(self, request: DiffusionRequest) -> ZImageState:
         length = request.max_sequence_length
         text = tuple(self._refined(self._prompts(prompt)[:length]) for prompt in branch_prompts(request))
-        rows, columns = grid = self._grid(request)
+        _, rows, columns = self.grid(request)
         channels = self.transformer.config.in_channels
         noise = draw_noise((channels, 2 * rows, 2 * columns), request.seed, torch.float32, self._device)
-        scheduler = make_schedule(self._scheduler, request, rows * columns)
-        timesteps = tuple(((1000 - scheduler.timesteps) / 1000).tolist())
-        self._modulations.prefetch(timesteps)
-        return ZImageState(
-            request=request,
-            latents=pack_latents(noise, channels_last=True),
-            sequence_lengths=tuple(padded_length(rows * columns) + len(states) for states in text),
-            text=text,
-            grid=grid,
-            scheduler=scheduler,
-            timesteps=timesteps,
-        )
+        return self.new_state(ZImageState, request, text, pack_latents(noise, channels_last=True))
+
+    def timesteps(self, scheduler: Any) -> tuple[float, ...]:
+        return tuple(((1000 - scheduler.timesteps) / 1000).tolist())
 
     def _refined(self, states: Tensor) -> Tensor:
         """[tokens, D]: a caption as the blocks take it. It is short, so every rank computes all of it."""
@@ -122,15 +114,17 @@ class ZImagePipeline(FlowPipeline[ZImageState, ZImageTransformer, ZImageForward]
         return F.pad(state.latents, (0, 0, 0, state.num_image_tokens - state.num_tokens))
 
     def rotations(self, state: ZImageState, num_text_tokens: int) -> tuple[Tensor, Tensor]:
-        return self.transformer.rotations(num_text_tokens, state.grid)
+        return self.transformer.rotations(num_text_tokens, state.grid[1:])
 
     def lay_out(
-        self, states: Sequence[ZImageState], text: Tensor, pack: Pack, rotations: Tensor, sharding: Sharding
+        self, branches: Sequence[Branch], text: Tensor, pack: Pack, rotations: Tensor, sharding: Sharding
     ) -> ZImageForward:
+        states = [branch.state for branch in branches]
         lengths = [state.num_image_tokens for state in states]
         images = Pack.build([0] * len(states), lengths, self._device, sharding.parts, sharding.index)
         is_padding = [sharding.part(torch.arange(n) >= state.num_tokens) for n, state in zip(lengths, states)]
         return ZImageForward(
+            self.transformer,
             Arrangement(pack, rotations, self._attention),
             text,
             attend_images=self._attention.over(images),
@@ -138,11 +132,11 @@ class ZImagePipeline(FlowPipeline[ZImageState, ZImageTransformer, ZImageForward]
         )
 
     def embed(self, latents: Tensor, context: StepContext, forward: ZImageForward) -> Hidden:
-        return self.transformer.embed(latents, forward.text, context, forward.is_padding, forward.attend_images)
+        return forward.transformer.embed(latents, forward.text, context, forward.is_padding, forward.attend_images)
 
     def project(self, hidden: Hidden, context: StepContext, forward: ZImageForward) -> Tensor:
         # The model predicts the direction from noise to picture; the schedule's velocity is the opposite.
-        return -self.transformer.project(hidden, context)
+        return -forward.transformer.project(hidden, context)
 
     def combine(self, state: ZImageState, branches: Sequence[Tensor]) -> Tensor:
         if len(branches) == 1:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.layers.kernels import Kernels
-from vllm_omni.diffusion.compute.step.pipeline import Picture
+from vllm_omni.diffusion.compute.step.pipeline import Grid, Picture
 from vllm_omni.diffusion.compute.step.sampling import unpack_latents
 from vllm_omni.diffusion.compute.vae.channels_last import put_channels_last
 from vllm_omni.diffusion.compute.vae.latent_decoder import LatentDecoder
@@ -36,13 +36,14 @@ class ZImageDecoder:
         scale, tiling = tiling_of(vae)
         self._decode = LatentDecoder(vae, partial(decode_tile, vae), tiling, scale, one_at_a_time, group)
 
-    def __call__(self, latents: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> list[Picture]:
-        """Pictures, uint8 [height, width, 3]. latents: [rows * columns, channels * 4]; grids: (rows, columns).
+    def __call__(self, latents: Sequence[Tensor], grids: Sequence[Grid]) -> list[Picture]:
+        """Pictures, uint8 [height, width, 3]. latents: [rows * columns, channels * 4]; grids: (1, rows, columns).
 
         All ranks of the group must call with the same latents; the first gets the pictures, the others get [].
         """
         unpacked = [
-            unpack_latents(tokens, *grid, channels_last=True)[None] for tokens, grid in zip(latents, grids, strict=True)
+            unpack_latents(tokens, *grid[1:], channels_last=True)[None]
+            for tokens, grid in zip(latents, grids, strict=True)
         ]
         return self._decode([x.to(self._dtype) / self._scaling + self._shift for x in unpacked])
 

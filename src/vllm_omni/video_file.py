@@ -1,0 +1,97 @@
+"""Video files: MP4 with H.264, which browsers and players show."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from fractions import Fraction
+from numbers import Real
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vllm_omni.inputs.field_values import shown
+
+MAX_FPS = 1000
+MAX_SIDE = 16384
+"""Longest side, in pixels, of the encoder's pictures."""
+_QUALITY = {"crf": "18", "preset": "medium"}
+"""Constant quality: differences are hardly visible."""
+_TAKES = "frames take uint8 arrays [frames, height, width, 3] (NumPy or torch), or a list of PIL images or of arrays"
+
+
+def write_video(frames: Any, path: str | os.PathLike[str], fps: float) -> None:
+    """Write an MP4 file: H.264, yuv420p, with its index in front, so that it plays while it is loaded.
+
+    frames: one video, such as `output.images[0]`: an array or tensor uint8 [frames, height, width, 3], or several PIL
+    images, arrays or tensors [height, width, 3], all of one size. A side with an odd number of pixels gets one more, a
+    copy of its edge. fps: frames a second, above 0 and up to 1000.
+    Raises ValueError for other frames and rates, before the file is opened, and OSError for a path that cannot be
+    written.
+    """
+    if not isinstance(fps, Real) or isinstance(fps, bool) or not 0 < fps <= MAX_FPS:
+        raise ValueError(f"fps takes a number above 0, up to {MAX_FPS}, got {shown(fps)}")
+    pictures = _pictures(frames)
+    path = os.fspath(path)
+    with open(path, "wb"):  # an error that names the path; FFmpeg's does not
+        pass
+    try:
+        _encode(pictures, path, Fraction(float(fps)).limit_denominator(1001))
+    except BaseException:
+        os.unlink(path)  # no part of a file stays
+        raise
+
+
+def _encode(pictures: list[np.ndarray], path: str, rate: Fraction) -> None:
+    """Write uint8 [height, width, 3] pictures with even sides, in the colour space of HD video (BT.709)."""
+    import av  # takes a fifth of a second, which a server without videos need not spend
+    from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+
+    height, width, _ = pictures[0].shape
+    with av.open(path, "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        stream = container.add_stream("libx264", rate=rate, options=_QUALITY)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        context = stream.codec_context
+        context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
+        context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        for number, picture in enumerate(pictures):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(
+                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+            )
+            frame.pts, frame.time_base = number, 1 / rate
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def _pictures(frames: Any) -> list[np.ndarray]:
+    """Frames as uint8 [height, width, 3] with even sides. Raises ValueError."""
+    if isinstance(frames, str | bytes | Image.Image) or not isinstance(frames, Iterable):
+        raise ValueError(f"{_TAKES}, got {type(frames).__name__}")
+    if getattr(frames, "ndim", 4) != 4:
+        raise ValueError(f"{_TAKES}, got the shape {list(frames.shape)}")  # type: ignore[attr-defined]
+    pictures = [_picture(frame, number) for number, frame in enumerate(frames)]
+    if not pictures:
+        raise ValueError(f"{_TAKES}, got no frame")
+    height, width, _ = pictures[0].shape
+    for number, picture in enumerate(pictures):
+        if picture.shape != pictures[0].shape:
+            raise ValueError(
+                f"frames have one size, got {width}x{height} and, as frame {number}, "
+                f"{picture.shape[1]}x{picture.shape[0]}"
+            )
+    if not 1 <= min(height, width) <= max(height, width) <= MAX_SIDE:
+        raise ValueError(f"frames have sides of 1 to {MAX_SIDE} pixels, got {width}x{height}")
+    return [np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), "edge") for picture in pictures]
+
+
+def _picture(frame: Any, number: int) -> np.ndarray:
+    """One frame as uint8 [height, width, 3]. Raises ValueError."""
+    if isinstance(frame, Image.Image):
+        return np.asarray(frame.convert("RGB"))
+    if hasattr(frame, "detach"):  # a tensor, recognized by its methods: this module does not import PyTorch
+        frame = frame.detach().cpu()
+    if getattr(frame, "ndim", None) != 3 or frame.shape[2] != 3 or str(frame.dtype).rpartition(".")[2] != "uint8":
+        got = f"{frame.dtype} {list(frame.shape)}" if hasattr(frame, "dtype") else type(frame).__name__
+        raise ValueError(f"{_TAKES}, got {got} as frame {number}")
+    return np.asarray(frame)

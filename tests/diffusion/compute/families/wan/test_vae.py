@@ -1,0 +1,168 @@
+"""Wan's VAE piece by piece and by several ranks, against diffusers' AutoencoderKLWan in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.video_processor import VideoProcessor
+from torch import Tensor
+
+from tests.diffusion.compute.distributed.ranks import run_ranks
+from vllm_omni.diffusion.compute.distributed.groups import Group
+from vllm_omni.diffusion.compute.distributed.mesh import World
+from vllm_omni.diffusion.compute.families.wan.vae import WanDecoder, WanEncoder
+from vllm_omni.diffusion.compute.step.pipeline import DecoderFeatures
+from vllm_omni.diffusion.compute.step.sampling import pack_latents
+from vllm_omni.diffusion.data import DiffusionParallelConfig
+
+CHANNELS = 4
+HIGH_COMPRESSION = {
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+}
+"""Differences of the VAE of TI2V-5B from that of Wan 2.1, at a small size."""
+KINDS = pytest.mark.parametrize("further", [{}, HIGH_COMPRESSION], ids=["wan21", "high compression"])
+Grid = tuple[int, int, int]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread, as each rank has: with more, convolutions round differently."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_vae(further: dict[str, Any], tiled: bool = False) -> AutoencoderKLWan:
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(
+        base_dim=4,
+        z_dim=CHANNELS,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.1, -0.2, 0.3, 0.4],
+        latents_std=[1.5, 2.0, 0.7, 1.1],
+        **further,
+    )
+    if tiled:
+        side: int = vae.spatial_compression_ratio
+        # 4 x 6 latent pixels, which overlap by 1 downwards and 2 to the right.
+        vae.enable_tiling(4 * side, 6 * side, 3 * side, 4 * side)
+    return vae.eval().requires_grad_(False)
+
+
+def token_latents(grid: Grid, seed: int) -> Tensor:
+    """[frames * rows * columns, channels * 4]: frame after frame, as in `FlowState`."""
+    frames, rows, columns = grid
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn((frames, CHANNELS, 2 * rows, 2 * columns), generator=generator)
+    return torch.cat([pack_latents(frame) for frame in z])
+
+
+def by_diffusers(vae: AutoencoderKLWan, grid: Grid, seed: int) -> np.ndarray:
+    """uint8 [frames, height, width, 3] as WanPipeline makes them in one call."""
+    frames, rows, columns = grid
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn((frames, CHANNELS, 2 * rows, 2 * columns), generator=generator).transpose(0, 1)[None]
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+    video = vae.decode(z / (1.0 / std) + mean, return_dict=False)[0]
+    values: np.ndarray = VideoProcessor().postprocess_video(video, output_type="np")[0]
+    return (values * 255).round().astype(np.uint8)
+
+
+def decode_piece(decode: WanDecoder, grid: Grid, seed: int, part: slice, features: DecoderFeatures) -> Any:
+    _, rows, columns = grid
+    tokens = token_latents(grid, seed).view(grid[0], rows * columns, -1)[part]
+    return decode.decode_next(tokens.flatten(0, 1), (len(tokens), rows, columns), features)
+
+
+def in_pieces(decode: WanDecoder, grid: Grid, seed: int, cuts: Sequence[int]) -> np.ndarray | None:
+    features: DecoderFeatures = {}
+    pieces = [decode_piece(decode, grid, seed, slice(*cut), features) for cut in pairwise(cuts)]
+    return None if pieces[0] is None else np.concatenate([piece.pixels.numpy() for piece in pieces])
+
+
+@KINDS
+@pytest.mark.parametrize("tiled", [False, True], ids=["whole", "tiled"])
+def test_pieces_of_several_videos_in_turns_are_the_video_of_one_call(further: dict[str, Any], tiled: bool) -> None:
+    vae = make_vae(further, tiled)
+    wide, tall = (3, 2, 4), (3, 2, 1)
+    wanted = [by_diffusers(vae, wide, 1), by_diffusers(vae, tall, 2)]
+    decode = WanDecoder(vae, tiled, Group.alone())
+    kept: list[DecoderFeatures] = [{}, {}]
+    first = [decode_piece(decode, wide, 1, slice(0, 1), kept[0])]
+    second = [decode_piece(decode, tall, 2, slice(0, 2), kept[1])]
+    first.append(decode_piece(decode, wide, 1, slice(1, 3), kept[0]))
+    second.append(decode_piece(decode, tall, 2, slice(2, 3), kept[1]))
+    assert [len(piece.pixels) for piece in (*first, *second)] == [1, 8, 5, 4]
+    for pieces, video in zip((first, second), wanted, strict=True):
+        assert (np.concatenate([piece.pixels.numpy() for piece in pieces]) == video).all()
+    assert len(kept[0]) == (4 if tiled else 1)
+
+
+@KINDS
+def test_a_call_decodes_pictures_and_whole_videos(further: dict[str, Any]) -> None:
+    vae, grids = make_vae(further), [(1, 2, 3), (2, 1, 2)]
+    wanted = [by_diffusers(vae, grid, seed) for seed, grid in enumerate(grids)]
+    decode = WanDecoder(vae, False, Group.alone())
+    picture, video = decode([token_latents(grid, seed) for seed, grid in enumerate(grids)], grids)
+    side = 2 * vae.spatial_compression_ratio
+    assert picture.pixels.shape == (2 * side, 3 * side, 3)
+    assert video.pixels.shape == (5, side, 2 * side, 3)
+    assert (picture.pixels.numpy() == wanted[0][0]).all()
+    assert (video.pixels.numpy() == wanted[1]).all()
+
+
+def test_values_that_are_not_finite_show_in_their_piece() -> None:
+    decode, grid = WanDecoder(make_vae({}), False, Group.alone()), (3, 1, 1)
+    tokens = token_latents(grid, 0)
+    features: DecoderFeatures = {}
+    assert decode.decode_next(tokens[:1], (1, 1, 1), features).is_finite  # type: ignore[union-attr]
+    tokens[1, 3] = torch.inf
+    for frame in (1, 2):  # later frames depend on it
+        assert not decode.decode_next(tokens[frame : frame + 1], (1, 1, 1), features).is_finite  # type: ignore[union-attr]
+
+
+def decode_on_rank(world: World, further: dict[str, Any], grid: Grid) -> tuple[np.ndarray | None, int]:
+    decode = WanDecoder(make_vae(further, tiled=True), False, world.mesh.vae)
+    return in_pieces(decode, grid, 3, (0, 1, 2)), world.sent["all_to_all"]
+
+
+@KINDS
+def test_ranks_share_the_tiles_of_each_piece(further: dict[str, Any]) -> None:
+    grid = (2, 2, 4)  # four tiles of 4 x 8 latent pixels
+    wanted = by_diffusers(make_vae(further, tiled=True), grid, 3)
+    shared = DiffusionParallelConfig(ulysses_degree=2, vae_patch_parallel_size=2)
+    (video, _), (nothing, num_bytes) = run_ranks(decode_on_rank, shared, further, grid)
+    assert (video == wanted).all()
+    assert nothing is None
+    assert num_bytes > 0
+
+
+@KINDS
+@pytest.mark.parametrize(("num_frames", "has_last"), [(1, False), (5, False), (5, True)])
+def test_input_pictures_are_encoded_as_in_the_pipeline(
+    further: dict[str, Any], num_frames: int, has_last: bool
+) -> None:
+    vae = make_vae(further)
+    side = 2 * vae.spatial_compression_ratio
+    first, last = np.random.default_rng(0).integers(0, 256, (2, side, 2 * side, 3), dtype=np.uint8)
+    video = torch.zeros(1, 3, num_frames, side, 2 * side)
+    video[0, :, 0] = torch.from_numpy(first).permute(2, 0, 1) / 255 * 2 - 1
+    if has_last:
+        video[0, :, -1] = torch.from_numpy(last).permute(2, 0, 1) / 255 * 2 - 1
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+    wanted = (vae.encode(video).latent_dist.mode() - mean) * (1.0 / std)
+    made = WanEncoder(vae)(first, num_frames, last if has_last else None)
+    assert made.shape == (CHANNELS, 1 + (num_frames - 1) // 4, 2, 4)
+    assert torch.equal(made, wanted[0])
