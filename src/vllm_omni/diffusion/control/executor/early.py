@@ -5,10 +5,9 @@ from __future__ import annotations
 import sys
 import threading
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from vllm_omni.diffusion.catalog.find_folder import DEMO_MODEL, DEMO_MODEL_PATH
+from vllm_omni.diffusion.catalog.find_folder import local_path
 from vllm_omni.diffusion.catalog.registry import family_of
 from vllm_omni.diffusion.compute.worker.main import DEFAULT_RUNNER, serve_parent
 from vllm_omni.diffusion.control.executor.launch import (
@@ -52,7 +51,7 @@ def launch_early(config: OmniDiffusionConfig) -> EarlyWorkers:
 
 def _pipeline_module(model: str) -> list[str]:
     """Module of the model's pipeline, or nothing while the model is not in a local folder."""
-    path = DEMO_MODEL_PATH if model == DEMO_MODEL else Path(model).expanduser()
+    path = local_path(model)
     is_folder = (path / "model_index.json").is_file()
     return [f"vllm_omni.diffusion.compute.families.{family_of(path)}.pipeline"] if is_folder else []
 
