@@ -36,19 +36,26 @@ def differences(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
 
 
+def reconstruction_loss(drawn: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
+    """L1 at two scales, picture gradients and square error of pictures [n, 3, height, width]."""
+    error = drawn - pictures
+    edges = sum(x.abs().mean() for x in differences(error))
+    return error.abs().mean() + F.avg_pool2d(error, 4).abs().mean() + 0.5 * edges + 2 * error.square().mean()
+
+
+def divergence(mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
+    """Kullback-Leibler divergence of the latents' distribution from the normal one, per number."""
+    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+
+
 def loss_of(
     vae: AutoencoderKLQwenImage, pictures: torch.Tensor, noise: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The training loss and the plain mean square error of one batch."""
     mean, log_variance = encode(vae, pictures)
     drawn = decode(vae, mean + noise.view_as(mean) * (0.5 * log_variance).exp())
-    error = drawn - pictures
-    edges = sum((a - b).abs().mean() for a, b in zip(differences(drawn), differences(pictures), strict=True))
-    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    loss = (
-        error.abs().mean() + F.avg_pool2d(error, 4).abs().mean() + 0.5 * edges + 2 * error.square().mean() + 1e-4 * kl
-    )
-    return loss, error.detach().square().mean()
+    loss = reconstruction_loss(drawn, pictures) + 1e-4 * divergence(mean, log_variance)
+    return loss, (drawn - pictures).detach().square().mean()
 
 
 def train(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,8 @@ under the MIT licence too; NOTICE in the source carries both notices.
 """
 
 
-def vocabulary() -> str:
-    return ", ".join(f"{label} ({OTHER_NAMES[label]})" if label in OTHER_NAMES else label for label in THINGS)
+def vocabulary(other_names: Mapping[str, str]) -> str:
+    return ", ".join(f"{label} ({other_names[label]})" if label in other_names else label for label in THINGS)
 
 
 PAIR_PROMPTS = (
@@ -131,7 +132,7 @@ def main() -> None:
         **{name: numbers["variety"][name] for name in ("x", "y", "scale")},
         weak=args.weak.read_text(),
         colours=", ".join(BACKGROUNDS),
-        vocabulary=vocabulary(),
+        vocabulary=vocabulary(OTHER_NAMES),
         training=args.training.read_text().strip(),
         hashes=hashes(args.model),
     )

@@ -6,6 +6,7 @@ The background's shade is the median of the border. For every thing, scale, tilt
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,17 @@ class Found:
     """Best fit in each picture: the thing, and its centre as fractions of the cell's sides."""
 
     things: torch.Tensor
+    x: torch.Tensor
+    y: torch.Tensor
+    scale: torch.Tensor
+
+
+@dataclass
+class Fits:
+    """Best fit of every thing in each picture, [n, things]: the square error less the picture's own energy, the
+    centre as fractions of the cell's sides, and the scale."""
+
+    score: torch.Tensor
     x: torch.Tensor
     y: torch.Tensor
     scale: torch.Tensor
@@ -55,34 +67,51 @@ def _templates(sprites: Sprites, side: int, tilt: float) -> torch.Tensor:
     return place(drawings, (side, side), ones, ones * tilt, torch.zeros(count, 2, device=device))
 
 
-def best_fit(pictures: torch.Tensor, sprites: Sprites, pair: bool) -> Found:
-    """Best fitting thing in each cell; `pictures` are cells, [n, 3, height, width] in [0, 1]."""
-    factor = max(1, min(pictures.shape[2:]) // WORKING_SIDE)
-    shades = border_shade(pictures)
+def fit_things(
+    pictures: torch.Tensor,
+    sprites: Sprites,
+    scales: Sequence[float],
+    tilts: Sequence[float],
+    shades: torch.Tensor,
+    working_side: int = WORKING_SIDE,
+) -> Fits:
+    """Best place, scale and tilt of every thing in each cell; `pictures` are cells, [n, 3, height, width] in [0, 1], on
+    backgrounds of these shades, [n, 3]."""
+    factor = max(1, min(pictures.shape[2:]) // working_side)
     small = F.avg_pool2d(pictures, factor)
     height, width = small.shape[2:]
     difference = small - shades[..., None, None]
     on_background = (difference * shades[..., None, None]).sum(1, keepdim=True)
     signal = torch.cat([difference, -on_background], 1)
-    low, high = PAIR_SCALES if pair else SINGLE_SCALES
-    best = torch.full((len(pictures),), torch.inf, device=pictures.device)
-    found = torch.zeros(4, len(pictures), device=pictures.device)
-    for scale in torch.linspace(low, high, PAIR_STEPS if pair else SINGLE_STEPS).tolist():
+    things = len(sprites.full)
+    score = torch.full((len(pictures), things), torch.inf, device=pictures.device)
+    found = torch.zeros(3, len(pictures), things, device=pictures.device)
+    for scale in scales:
         side = min(round(scale * min(height, width)), height, width)
-        for tilt in torch.linspace(-TILT, TILT, TILTS).tolist():
+        for tilt in tilts:
             templates = _templates(sprites, side, tilt)
             colour, alpha = templates[:, :3], templates[:, 3:]
             own = colour.square().sum((1, 2, 3)) + shades.square().sum(1)[:, None] * alpha.square().sum((1, 2, 3))
             own = own - 2 * shades @ (colour * alpha).sum((2, 3)).T
-            score = own[..., None, None] - 2 * F.conv2d(signal, templates)
-            lowest, where = score.flatten(1).min(1)
-            columns, rows = score.shape[3], score.shape[2]
-            thing, y, x = where // (rows * columns), where // columns % rows, where % columns
-            place_found = torch.stack([thing, (x + side / 2) / width, (y + side / 2) / height, 0 * thing + scale])
-            better = lowest < best
-            best = torch.where(better, lowest, best)
+            fitted = own[..., None, None] - 2 * F.conv2d(signal, templates)
+            lowest, where = fitted.flatten(2).min(2)
+            y, x = where // fitted.shape[3], where % fitted.shape[3]
+            place_found = torch.stack([(x + side / 2) / width, (y + side / 2) / height, 0 * lowest + scale])
+            better = lowest < score
+            score = torch.where(better, lowest, score)
             found = torch.where(better, place_found, found)
-    return Found(found[0].long(), found[1], found[2], found[3])
+    return Fits(score, *found)
+
+
+def best_fit(pictures: torch.Tensor, sprites: Sprites, pair: bool) -> Found:
+    """Best fitting thing in each cell; `pictures` are cells, [n, 3, height, width] in [0, 1]."""
+    low, high = PAIR_SCALES if pair else SINGLE_SCALES
+    scales = torch.linspace(low, high, PAIR_STEPS if pair else SINGLE_STEPS).tolist()
+    tilts = torch.linspace(-TILT, TILT, TILTS).tolist()
+    fits = fit_things(pictures, sprites, scales, tilts, border_shade(pictures))
+    things = fits.score.argmin(1)
+    x, y, scale = (values.gather(1, things[:, None])[:, 0] for values in (fits.x, fits.y, fits.scale))
+    return Found(things, x, y, scale)
 
 
 def halves(pictures: torch.Tensor, stacked: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -169,21 +169,27 @@ def build_autoencoder() -> AutoencoderKLQwenImage:
     )
     with torch.no_grad():
         for name, module in vae.named_modules():
-            if isinstance(module, nn.Conv2d | vae_module.QwenImageCausalConv3d):
+            if isinstance(module, nn.Conv2d | nn.Conv3d):
                 module.weight.zero_()
                 if module.bias is not None:
                     module.bias.zero_()
                 used = module.weight[:, :, -1] if module.weight.dim() == 5 else module.weight
                 if "time_conv" not in name:
                     used.normal_(0, used[0].numel() ** -0.5)
-        for module in vae.modules():  # residual branches start at zero
-            if isinstance(module, vae_module.QwenImageResidualBlock):
-                module.conv2.weight.zero_()
-            if isinstance(module, vae_module.QwenImageAttentionBlock):
-                module.proj.weight.zero_()
-        vae.quant_conv.weight[LATENT_CHANNELS:] = 0
-        vae.quant_conv.bias[LATENT_CHANNELS:] = -5
+    close_residual_branches(vae, vae_module.QwenImageResidualBlock, vae_module.QwenImageAttentionBlock)
     return vae
+
+
+@torch.no_grad()
+def close_residual_branches(vae: Any, residual_block: Any, attention_block: Any) -> None:
+    """Let a fresh autoencoder start without its residual branches, and with latents that have little noise."""
+    for module in vae.modules():
+        if isinstance(module, residual_block):
+            module.conv2.weight.zero_()
+        if isinstance(module, attention_block):
+            module.proj.weight.zero_()
+    vae.quant_conv.weight[LATENT_CHANNELS:] = 0
+    vae.quant_conv.bias[LATENT_CHANNELS:] = -5
 
 
 def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
@@ -263,11 +269,11 @@ def load_weights(part: Any, folder: Path) -> None:
     part.load_state_dict(type(part).from_pretrained(folder, dtype=torch.float32).state_dict())
 
 
-def save_pipeline(folder: Path, **parts: Any) -> None:
-    """Save the parts as a QwenImagePipeline in bf16, without names of this machine's files."""
+def save_pipeline(folder: Path, pipeline: Any, **parts: Any) -> None:
+    """Save the parts as this class of pipeline in bf16, without names of this machine's files."""
     for name in ("text_encoder", "vae", "transformer"):
         parts[name] = parts[name].to("cpu", torch.bfloat16).eval()
-    QwenImagePipeline(**parts).save_pretrained(folder, safe_serialization=True)
+    pipeline(**parts).save_pretrained(folder, safe_serialization=True)
     for config in [folder / "model_index.json", *folder.glob("*/config.json")]:
         values = json.loads(config.read_text())
         values.pop("_name_or_path", None)

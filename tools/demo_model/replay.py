@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, Generic, TypeVar
 
 import torch
 
-from .scenes import Frame
-
-Step = Callable[[Frame, list[torch.Tensor]], dict[str, torch.Tensor]]
+Frame = TypeVar("Frame", bound=Hashable)
 
 
-class Replay:
-    """Runner of training steps; on a CUDA device, one CUDA graph for each frame.
+class Replay(Generic[Frame]):
+    """Runner of training steps; on a CUDA device, one CUDA graph for each frame: the settings that shapes depend on.
 
     The first call for a frame runs the step eagerly, as a warm-up; the second captures it; later calls replay the
     graph. Every call is exactly one step. The step may read its inputs and tensors with fixed addresses, and change the
     latter in place. It must not draw random numbers or read values on the host. Later calls overwrite its result.
     """
 
-    def __init__(self, step: Step, device: torch.device) -> None:
+    def __init__(
+        self, step: Callable[[Frame, list[torch.Tensor]], dict[str, torch.Tensor]], device: torch.device
+    ) -> None:
         self._step, self._device = step, device
         self._stream: Any = torch.cuda.Stream() if device.type == "cuda" else None
         self._pool: Any = None

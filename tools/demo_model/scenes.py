@@ -74,6 +74,16 @@ def place(
     height, width = cell
     side = scale * min(cell)
     x, y = where[:, 0] * (width - side) / 2, where[:, 1] * (height - side) / 2
+    grid = sampling_grid(cell, side, tilt, x, y)
+    return F.grid_sample(sprites, grid, padding_mode="zeros", align_corners=False)
+
+
+def sampling_grid(
+    cell: tuple[int, int], side: torch.Tensor, tilt: torch.Tensor, x: torch.Tensor, y: torch.Tensor
+) -> torch.Tensor:
+    """Where each pixel of a cell lies in its sprite, for grid_sample, [n, height, width, 2]. `side` is the sprite's
+    and `x`, `y` its centre's distance from the middle, in pixels."""
+    height, width = cell
     cos, sin = torch.cos(tilt), torch.sin(tilt)
     rows = [
         cos * width,
@@ -84,8 +94,7 @@ def place(
         -2 * (cos * y - sin * x),
     ]
     theta = torch.stack(rows, 1).view(-1, 2, 3) / side.view(-1, 1, 1)
-    grid = F.affine_grid(theta, [len(sprites), 4, height, width], align_corners=False)
-    return F.grid_sample(sprites, grid, padding_mode="zeros", align_corners=False)
+    return F.affine_grid(theta, [len(theta), 4, height, width], align_corners=False)
 
 
 def shade(sprites: Sprites, backgrounds: torch.Tensor, part: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import QwenImagePipeline
 from transformers import AutoTokenizer
 
 from . import autoencoder, denoiser, drawings, network
@@ -130,6 +131,7 @@ def save(folder: Path, tokenizer: Any, text_encoder: Any, vae: Any, transformer:
     plain_transformer.load_state_dict(transformer.state_dict())
     network.save_pipeline(
         folder,
+        QwenImagePipeline,
         tokenizer=tokenizer,
         text_encoder=plain_text_encoder,
         vae=plain_vae,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,14 +116,21 @@ def add_article(name: str, label: str) -> str:
     return ("an " if name[0] in "aeiou" and not name.startswith("uni") else "a ") + name
 
 
-def name_of(thing: int, rng: np.random.Generator, article: float) -> str:
+def name_of(thing: int, rng: np.random.Generator, article: float, other_names: Mapping[str, str] = OTHER_NAMES) -> str:
     label = THINGS[thing]
-    name = OTHER_NAMES[label] if label in OTHER_NAMES and rng.random() < 0.5 else label
+    name = other_names[label] if label in other_names and rng.random() < 0.5 else label
     return add_article(name, label) if rng.random() < article else name
 
 
+def on_background(text: str, background: str, rng: np.random.Generator) -> str:
+    """Text with the background's name; a white background is often left out."""
+    if background == "white" and rng.random() < 0.75:
+        return text
+    return f"{text} on {add_article(background, background)} background"
+
+
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Random sentence that describes the scene; a white background is often left out."""
+    """Random sentence that describes the scene."""
     if scene.layout == SINGLE:
         text = name_of(scene.things[0], rng, article=0.6)
     else:
@@ -131,9 +139,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         first, second = scene.things[::-1] if turned else scene.things
         article = float(rng.random() < 0.75)
         text = f"{name_of(first, rng, article)} {words[turned]} {name_of(second, rng, article)}"
-    if scene.background == "white" and rng.random() < 0.75:
-        return text
-    return f"{text} on a{'n' if scene.background == 'orange' else ''} {scene.background} background"
+    return on_background(text, scene.background, rng)
 
 
 def draw_scene(layout: int, rng: np.random.Generator) -> Scene:

@@ -226,7 +226,7 @@ class OmniDiffusionConfig:
             good = isinstance(name, str) and isinstance(path, str) and bool(name and path)
             require(good, "--lora-modules", {name: path}, "names and paths of adapters")
         if not self.model:
-            raise ConfigError("model must be a folder, a hub name or 'demo', got an empty string")
+            raise ConfigError("model must be a folder, a hub name, 'demo' or 'demo-video', got an empty string")
         for name in ("revision", "download_dir"):
             require(getattr(self, name) != "", flag_of(name), "", "a string that is not empty")
         if self.variant is not None and self.load_format == "dummy":

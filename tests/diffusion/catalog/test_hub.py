@@ -13,7 +13,7 @@ from huggingface_hub import constants
 
 from tests.broken_folders import Breakage, values
 from tests.fake_hub import COMMITS, REPOSITORY, FakeHub, fake_hub
-from vllm_omni.diffusion.catalog.find_folder import DEMO_MODEL_PATH, find_folder
+from vllm_omni.diffusion.catalog.find_folder import DEMO_MODEL_PATH, EMBEDDED_MODELS, find_folder
 from vllm_omni.diffusion.catalog.hub import DEFAULT_ACCESS, HubAccess
 from vllm_omni.diffusion.data import LoadFormat
 from vllm_omni.errors import ConfigError
@@ -321,6 +321,17 @@ def test_a_hub_that_does_not_answer_is_one_line(serve: Serve, monkeypatch: pytes
         resolve_model_path(REPOSITORY)
 
 
+@pytest.mark.parametrize("name", EMBEDDED_MODELS)
+def test_an_embedded_model_is_never_looked_up_at_the_hub(
+    name: str, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = serve()
+    monkeypatch.setitem(EMBEDDED_MODELS, name, tmp_path / "missing")
+    with pytest.raises(ConfigError, match=f"^model '{name}' is not in the diffusers layout"):
+        resolve_model_path(name)
+    assert not hub.num_bytes
+
+
 def test_a_hub_model_in_another_layout_is_told(serve: Serve, model_folder: Path) -> None:
     (model_folder / "model_index.json").unlink()
     serve()
@@ -355,7 +366,7 @@ def test_a_model_of_the_hub_passes_all_checks(serve: Serve, monkeypatch: pytest.
     assert AsyncOmni(model=REPOSITORY).info.path == path
 
 
-@pytest.mark.parametrize("as_name", [str, lambda path: "demo"])
+@pytest.mark.parametrize("as_name", [str, lambda path: "demo", lambda path: "demo-video"])
 def test_a_folder_has_no_revision(as_name: Callable[[Path], str], model_folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"^--revision v1 is for hub models; '.*' is a folder, which has none"):
         resolve_model_path(as_name(model_folder), "auto", HubAccess("v1"))

@@ -165,8 +165,8 @@ def _explain(model: str, access: HubAccess, error: Exception) -> str:
         return f"model {model!r} is gated: accept its terms at the hub, then give a token by --hf-token or HF_TOKEN"
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
-            f"model {model!r} is neither a folder, 'demo', nor a model that the hub shows; a private one needs a token "
-            "by --hf-token or HF_TOKEN that may read it"
+            f"model {model!r} is neither a folder, 'demo', 'demo-video', nor a model that the hub shows; a private one "
+            "needs a token by --hf-token or HF_TOKEN that may read it"
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return f"--revision takes a branch, tag or commit of {model!r}, got {access.revision!r}"
@@ -176,4 +176,4 @@ def _explain(model: str, access: HubAccess, error: Exception) -> str:
     is_local = isinstance(error, OSError) and error.filename is not None
     if is_local and not isinstance(error, errors.LocalEntryNotFoundError):
         return f"--download-dir takes a folder that can be written, got {access.download_dir!r}: {reason}"
-    return f"model {model!r} is neither a folder, 'demo', nor a hub model: {reason}"
+    return f"model {model!r} is neither a folder, 'demo', 'demo-video', nor a hub model: {reason}"

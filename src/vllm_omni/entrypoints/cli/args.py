@@ -309,7 +309,7 @@ def _settings(namespace: argparse.Namespace, serve_line: str) -> ServeArgs:
             raise NotAvailableError(f"{_dashed(name)} {' '.join(given[name])}: not available yet")
     model = namespace.model_tag or namespace.model
     if not model:
-        raise ConfigError(f"MODEL is missing: {serve_line}, with a folder, a hub name or 'demo'")
+        raise ConfigError(f"MODEL is missing: {serve_line}, with a folder, a hub name, 'demo' or 'demo-video'")
     if bool(namespace.ssl_keyfile) != bool(namespace.ssl_certfile):
         raise ConfigError("--ssl-keyfile and --ssl-certfile need each other, got only one of them")
     _check_companions(given)

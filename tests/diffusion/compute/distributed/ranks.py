@@ -7,11 +7,13 @@ import multiprocessing
 import os
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from vllm_omni.diffusion.compute.coordination.ranks import connect
 from vllm_omni.diffusion.compute.device.device import Device
@@ -66,6 +68,7 @@ def run_places(function: Callable[..., Any], parallel: DiffusionParallelConfig, 
 
 def _run(function: Callable[..., Any], place: RankInfo, results: Any, args: tuple[Any, ...]) -> None:
     gc.freeze()  # a collection would look at all objects of the parent, and copy their pages
+    tqdm.set_lock(threading.RLock())  # killed while it holds the inherited lock, a rank would block its parent
     torch.set_num_threads(1)
     outcome: tuple[int, Any, str | None]
     try:

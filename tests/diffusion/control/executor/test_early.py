@@ -114,6 +114,7 @@ def test_a_folder_without_a_pipeline_class_is_refused_before_a_process_starts(tm
 FORK = f"""
 import asyncio, json, os, psutil, signal, socket
 from functools import partial
+from tqdm import tqdm
 from testbed.fakes import FakeRunner, make_config
 from testbed.patience import wait_for
 from vllm_omni.diffusion.data import DiffusionParallelConfig
@@ -156,13 +157,17 @@ async def main():
 
 def tell_handlers(name, socket_fd, parent_pid):
     defaults = [signal.getsignal(number) is signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)]
+    tqdm.get_lock().acquire()  # and die with it
     socket.socket(fileno=socket_fd).send(bytes(defaults))
     os._exit(0)
 
 signal.signal(signal.SIGTERM, lambda *_: None)
+lock = tqdm.get_lock()
 replica = LaunchedReplica(make_config(), 0, fork_launcher(tell_handlers))
 assert replica.workers[0].channel.recv(3) == bytes([True, True]), "the parent's handlers end the parent's things"
 replica.close()
+assert lock.mp_lock.acquire(False), "the child's death keeps the lock of the parent's progress bars"
+lock.mp_lock.release()
 
 replica = LaunchedReplica(make_config(), 0, fork_launcher(serve))
 pid = replica.workers[0].process.pid

@@ -5,10 +5,9 @@ from __future__ import annotations
 import sys
 import threading
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from vllm_omni.diffusion.catalog.find_folder import DEMO_MODEL, DEMO_MODEL_PATH
+from vllm_omni.diffusion.catalog.find_folder import local_path
 from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX
 from vllm_omni.diffusion.catalog.registry import family_of, pipeline_module
 from vllm_omni.diffusion.compute.worker.main import DEFAULT_RUNNER, serve_parent
@@ -36,7 +35,7 @@ def launch_early(config: OmniDiffusionConfig) -> EarlyWorkers:
     parallel = config.parallel
     if config.distributed_executor_backend != "mp" or parallel.world_size > MOST_WORKERS:
         return EarlyWorkers()
-    path = DEMO_MODEL_PATH if config.model == DEMO_MODEL else Path(config.model).expanduser()
+    path = local_path(config.model)
     is_folder = (path / MODEL_INDEX).is_file()  # otherwise nothing is known of the model yet
     launch = _launcher([*_MODULES, *([pipeline_module(family_of(path))] if is_folder else ())])
     replicas: list[LaunchedReplica] = []

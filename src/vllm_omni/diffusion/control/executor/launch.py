@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, Self
 
+from tqdm import tqdm
+
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.worker import RankInfo
 from vllm_omni.errors import WorkerDiedError
@@ -164,6 +166,8 @@ def _be_child(kept_fds: set[int], serve: Callable[[], NoReturn]) -> NoReturn:
         gc.freeze()  # a collection would visit the parent's objects and so copy their memory
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)  # the parent's handlers act on the parent's objects
+        # The inherited lock is in shared memory: a child that is killed while it holds it would block the parent.
+        tqdm.set_lock(threading.RLock())
         os.setsid()
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from vllm_omni.diffusion.catalog.weight_headers import stored_weights
 
 from testbed.tiny_wan import KINDS
 from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo
+from vllm_omni.diffusion.catalog.weight_files import stored_weights
 from vllm_omni.diffusion.compute.families.wan.config import UMT5Config, WanConfig
 from vllm_omni.diffusion.compute.families.wan.info import describe
 from vllm_omni.diffusion.data import DiffusionParallelConfig

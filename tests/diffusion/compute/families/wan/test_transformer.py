@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from vllm_omni.diffusion.catalog.weight_headers import stored_weights
 
 from testbed.tiny_wan import KINDS, LATENTS, LATENTS_5B, TinyWan, tiny_wan_transformer
 from tests.diffusion.compute.distributed.ranks import run_ranks
 from tests.diffusion.compute.families.wan.packing import Video, load, make_videos, of_diffusers, packed, packed_on_rank
 from tests.float8 import round_linears
+from vllm_omni.diffusion.catalog.weight_files import stored_weights
 from vllm_omni.diffusion.compute.families.wan.config import WanConfig
 from vllm_omni.diffusion.compute.layers.kernels import create_kernels
 from vllm_omni.diffusion.data import DiffusionParallelConfig
