@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 
 from testbed.runner_driver import Drive, make_request, psnr
 from testbed.tiny_models import SMALL, build_tiny_qwen_image
+from testbed.tiny_wan import build_tiny_wan
 from testbed.tiny_z_image import build_tiny_z_image
 from tests.diffusion.compute.distributed.ranks import run_places
 from tests.diffusion.compute.worker.replica import merging, started
@@ -33,6 +35,10 @@ ARRIVALS: dict[int, list[DiffusionRequest]] = {
 }
 
 
+VIDEO_ARRIVALS = {
+    step: [replace(request, num_frames=frames, max_sequence_length=24) for request, frames in zip(joining, (5, 9))]
+    for step, joining in ARRIVALS.items()
+}
 Arrivals = Mapping[int, Sequence[DiffusionRequest]]
 
 
@@ -76,10 +82,17 @@ def placed_at_random(groups: int, step_id: int, branches: Mapping[str, int]) -> 
     return {i: [dice.randrange(groups) for _ in range(count)] for i, count in branches.items()}
 
 
+def build_wan(path: Path, *, text_kv_heads: int = 2, **sizes: Any) -> Path:
+    """With two transformers."""
+    return build_tiny_wan(path, "t2v-a14b", text_heads=text_kv_heads, default_sampling_params=SMALL, **sizes)
+
+
 BUILDERS: dict[str, Callable[..., Path]] = {
     "qwen_image": partial(build_tiny_qwen_image, default_sampling_params=SMALL),
     "z_image": partial(build_tiny_z_image, default_sampling_params=SMALL),
+    "wan": build_wan,
 }
+ARRIVALS_OF: dict[str, Arrivals] = {"qwen_image": ARRIVALS, "z_image": ARRIVALS, "wan": VIDEO_ARRIVALS}
 
 
 class Reference:
@@ -96,7 +109,8 @@ class Reference:
     def pictures(self, family: str, heads: int) -> dict[str, np.ndarray]:
         if (family, heads) not in self._pictures:
             threads = torch.get_num_threads()
-            pictures, errors = draw(RankInfo(), DiffusionParallelConfig(), self.path(family, heads))
+            path, arrivals = self.path(family, heads), ARRIVALS_OF[family]
+            pictures, errors = draw(RankInfo(), DiffusionParallelConfig(), path, arrivals=arrivals)
             torch.set_num_threads(threads)
             assert not errors
             self._pictures[family, heads] = pictures
@@ -111,8 +125,8 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 def check(
     reference: Reference, family: str, heads: int, parallel: DiffusionParallelConfig, moving: bool = False
 ) -> None:
-    wanted = reference.pictures(family, heads)
-    for drawn, errors in run_places(draw, parallel, parallel, reference.path(family, heads), moving):
+    wanted, path = reference.pictures(family, heads), reference.path(family, heads)
+    for drawn, errors in run_places(draw, parallel, parallel, path, moving, ARRIVALS_OF[family]):
         assert not errors
         check_equal(drawn, wanted)
 
@@ -142,9 +156,14 @@ Z_IMAGE_LAYOUTS = [
     (5, 2, 2, 2, 1),
     (6, 1, 2, 1, 2),
 ]
+WAN_LAYOUTS = [
+    (5, 2, 2, 1, 1),
+    (6, 3, 1, 1, 2),
+    (6, 1, 2, 2, 2),
+]
 CASES = [
     (family, *layout)
-    for family, layouts in (("qwen_image", LAYOUTS), ("z_image", Z_IMAGE_LAYOUTS))
+    for family, layouts in (("qwen_image", LAYOUTS), ("z_image", Z_IMAGE_LAYOUTS), ("wan", WAN_LAYOUTS))
     for layout in layouts
 ]
 
@@ -187,9 +206,10 @@ def test_ranks_may_share_decodes_and_the_text_encoder(family: str, tmp_path: Pat
         ulysses_degree=2, tensor_parallel_size=2, vae_patch_parallel_size=2, text_encoder_tp_size=2
     )
     path = BUILDERS[family](tmp_path / "model", heads=4, text_kv_heads=2)
-    ((wanted, errors),) = run_places(draw, DiffusionParallelConfig(), DiffusionParallelConfig(), path)
+    one, arrivals = DiffusionParallelConfig(), ARRIVALS_OF[family]
+    ((wanted, errors),) = run_places(draw, one, one, path, False, arrivals)
     assert not errors
-    for drawn, errors in run_places(draw, parallel, parallel, path):
+    for drawn, errors in run_places(draw, parallel, parallel, path, False, arrivals):
         assert not errors
         assert set(drawn) == set(wanted)
         assert all(psnr(drawn[i], wanted[i]) >= 60 for i in wanted if "velocity" not in i)
