@@ -16,6 +16,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from testbed.tiny_models import randomize
@@ -110,6 +111,8 @@ def build_tiny_wan(
     pipeline = WanImageToVideoPipeline if parts.from_image else WanPipeline
     boundary = BOUNDARY if parts.has_two_experts else None
     pipeline(**components, boundary_ratio=boundary, expand_timesteps=parts.is_5b).save_pretrained(path)
+    if parts.sees_image:
+        _add_unread_norms(path / "transformer" / "diffusion_pytorch_model.safetensors", layers, heads * HEAD_DIM)
     if default_sampling_params is not None:
         (path / "default_sampling_params.json").write_text(json.dumps(default_sampling_params))
     torch.set_rng_state(generator_state)
@@ -173,6 +176,12 @@ def tiny_wan_vae(is_5b: bool = False) -> AutoencoderKLWan:
         patch_size=2,
         scale_factor_spatial=16,
     )
+
+
+def _add_unread_norms(file: Path, layers: int, width: int) -> None:
+    """Add the weights that published checkpoints have and nothing reads."""
+    norms = {f"blocks.{i}.attn2.norm_added_q.weight": torch.randn(width) for i in range(layers)}
+    save_file(load_file(file) | norms, file, {"format": "pt"})
 
 
 def _scheduler(flow_shift: float, is_euler: bool) -> Any:

@@ -74,12 +74,8 @@ class ComponentLoader:
         checkpoint_names: Mapping[str, tuple[str, ...]],
         float8_layers: tuple[str, ...],
         component: str = "transformer",
-        unread_ends: tuple[str, ...] = (),
     ) -> Module:
-        """Module that `build` makes, with its weights. float8_layers: layers that `--quantization fp8` applies to.
-
-        unread_ends: see `load_weights`.
-        """
+        """Module that `build` makes, with its weights. float8_layers: layers that `--quantization fp8` applies to."""
         with torch.device("meta"):
             module = build(self.mesh.tensor, self.kernels)
         load_weights(
@@ -93,7 +89,9 @@ class ComponentLoader:
             load_format=self.config.load_format,
             variant=self.config.variant,
             stems=DIFFUSERS_STEMS,
-            unread_ends=unread_ends,
+            unread_ends=tuple(
+                end for weights in self.info.expected_weights.get(component, ()) for end in weights.unread
+            ),
         )
         return module
 

@@ -18,7 +18,7 @@ from vllm_omni.diffusion.compute.attention.static_keys import StaticKeys
 from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.families.component_loader import ComponentLoader
 from vllm_omni.diffusion.compute.families.flow_pipeline import Branch, FlowPipeline, FlowState, Forward, branch_prompts
-from vllm_omni.diffusion.compute.families.wan.config import PATCH_SIZE, UNREAD_ENDS, WanConfig, WanPipelineConfig
+from vllm_omni.diffusion.compute.families.wan.config import PATCH_SIZE, WanConfig, WanPipelineConfig
 from vllm_omni.diffusion.compute.families.wan.image import WanImageEncoder
 from vllm_omni.diffusion.compute.families.wan.text import WanTextEncoder
 from vllm_omni.diffusion.compute.families.wan.transformer import (
@@ -35,6 +35,7 @@ from vllm_omni.diffusion.compute.step.sampling import combine_bounded, draw_nois
 from vllm_omni.diffusion.compute.step.sharding import Sharding
 from vllm_omni.diffusion.compute.step.transformer import StepContext
 from vllm_omni.diffusion.compute.text.prompt_cache import PromptCache
+from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.images import InputImage, resize_image
@@ -99,10 +100,15 @@ class WanPipeline(FlowPipeline[WanState, WanTransformer, Forward[WanTransformer]
         sizes = WanConfig.from_dict(read_config(path, "transformer"))
         image_encoder = loader.image_encoder(WanImageEncoder) if sizes.sees_image else None
         transformers = [
-            loader.transformer(partial(WanTransformer, sizes), CHECKPOINT_NAMES, FLOAT8_LAYERS, component, UNREAD_ENDS)
+            loader.transformer(partial(WanTransformer, sizes), CHECKPOINT_NAMES, FLOAT8_LAYERS, component)
             for component in config.transformers
         ]
         return cls(loader, config, transformers, vae.to(loader.device), text_encoder, image_encoder)
+
+    @classmethod
+    def gains_from_compiling(cls, config: OmniDiffusionConfig) -> bool:
+        # The fused kernels leave nothing to compile, nor do exchanges in every part of a block.
+        return config.kernels == "torch" and config.parallel.tensor_parallel_size == 1
 
     def encode(self, request: DiffusionRequest) -> WanState:
         shape = self._num_channels, *self._latent_shape(request)
