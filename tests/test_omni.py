@@ -134,8 +134,9 @@ def test_the_bar_counts_every_step_of_every_picture(device: FakeExecutor, num_pi
             height=32, width=48, num_inference_steps=3, num_outputs_per_prompt=num_pictures
         )
         omni.generate(["a", "b"], params)
-    (bar,) = bars
+    bar, frames_bar = bars
     assert bar.n == bar.total == 2 * num_pictures * 3
+    assert frames_bar.disable, "pictures have no frames to decode"
 
 
 @pytest.mark.parametrize("params", [{"height": 64}, {}, "fast", 3, [{"height": 64}]])

@@ -320,9 +320,13 @@ class Omni:
             except InvalidRequestError as error:
                 raise prompt_error(error, index, len(prompts)) from error.__cause__
             self._async.warn_ignored(jobs[-1])
-        total = sum(r.num_steps for job in jobs for r in job.requests)
-        with progress_bar(total, "denoising", shown=shows_bar, unit="step") as bar:
-            return await asyncio.gather(*(_last_output(stream, bar) for stream in self._submit_all(jobs)))
+        requests = [request for job in jobs for request in job.requests]
+        num_frames = sum(r.request.num_frames for r in requests if r.num_latent_frames > 1)
+        with (
+            progress_bar(sum(r.num_steps for r in requests), "denoising", shown=shows_bar, unit="step") as steps,
+            progress_bar(num_frames, "decoding", shown=shows_bar and num_frames > 0, unit="frame") as frames,
+        ):
+            return await asyncio.gather(*(_last_output(stream, steps, frames) for stream in self._submit_all(jobs)))
 
     def _submit_all(self, jobs: list[Job]) -> list[OutputStream]:
         """Queue all jobs; if one is refused, abort the others and raise its error."""
@@ -369,15 +373,20 @@ class Omni:
         self.close()
 
 
-async def _last_output(stream: OutputStream, bar: tqdm) -> OmniRequestOutput:
-    """Final output of a stream: the result, or an output that holds the error."""
+async def _last_output(stream: OutputStream, steps_bar: tqdm, frames_bar: tqdm) -> OmniRequestOutput:
+    """Final output of a stream: the result, or an output that holds the error.
+
+    The bars count denoising steps, and frames of videos that are decoded in pieces.
+    """
     steps: dict[int, int] = {}
     try:
         async for output in stream:
             if output.finished:
                 return output
-            bar.update(output.step - steps.get(output.index, 0))
+            steps_bar.update(output.step - steps.get(output.index, 0))
             steps[output.index] = output.step
+            if output.frames is not None:
+                frames_bar.update(len(output.frames))
     except RequestError as error:
         return stream.failure(error)
     finally:

@@ -43,11 +43,11 @@ VLLM_OMNI_FLAGS: tuple[ForeignFlag, ...] = (
     *renamed("--usp and --ring", "--allgather-degree=", "1"),
     *renamed("--distributed-executor-backend", "--worker-backend=", "multi_process"),
     *renamed("--default-sampling-params", "--diffusers-call-kwargs=", "{}"),
+    *renamed("flow_shift of a request, or --default-sampling-params with it", "--flow-shift="),
     *refused(_OWN_FOLDER, "--diffusers-load-kwargs=", "{}"),
     *refused(
         _OWN_FOLDER,
-        "--model-class-name= --custom-pipeline-args= --auxiliary-text-encoder= --task-type= --boundary-ratio= "
-        "--flow-shift=",
+        "--model-class-name= --custom-pipeline-args= --auxiliary-text-encoder= --task-type= --boundary-ratio=",
     ),
     *refused("adapters are chosen by request and never fused into the weights", "--lora-backend=", "peft"),
     *refused(_NO_STAGES, "--deploy-config= --strategy-config= --stage-configs-path= --stage-overrides= --stage-id="),

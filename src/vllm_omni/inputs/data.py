@@ -63,7 +63,7 @@ class OmniDiffusionSamplingParams:
     """Frames a second of a video, by which `seconds` are counted. Some models also read it."""
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
-    """Classifier-free guidance of Z-Image; above 0 it doubles the work."""
+    """Classifier-free guidance of Z-Image (above 0) and of Wan (above 1); it doubles the work."""
     guidance_scale_2: float | None = None
     """`guidance_scale` of the steps that a model's second transformer computes (Wan 2.2); None: the same."""
     true_cfg_scale: float | None = None

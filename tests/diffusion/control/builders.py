@@ -1,7 +1,8 @@
-"""Request builders for a made-up model, packed or whole."""
+"""Request builders for made-up models, packed or whole, of pictures and of videos."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from testbed.fakes import as_whole
@@ -27,6 +28,24 @@ INFO = PackedModelInfo(
     text_encoder_shares=Shares({"attention heads": 1}),
     default_sampling_params={"height": 64, "width": 96, "num_inference_steps": 20, "true_cfg_scale": 4.0},
 )
+
+
+VIDEO = replace(
+    INFO,
+    frame_multiple=4,
+    default_fps=16,
+    guidance=Guidance("guidance_scale", negative_prompt="", options=("guidance_scale_2",)),
+    further_parameters=("flow_shift",),
+    cross_attention_tokens=20,
+    default_sampling_params={
+        "height": 64,
+        "width": 96,
+        "num_inference_steps": 4,
+        "num_frames": 17,
+        "guidance_scale": 5.0,
+    },
+)
+"""A packed family that makes videos, such as Wan."""
 
 
 READY = WorkerReady(

@@ -7,34 +7,25 @@ from typing import Any
 
 import pytest
 
-from testbed.fakes import as_whole
-from tests.diffusion.control.builders import INFO, READY
+from testbed.fakes import as_whole, make_config
+from tests.diffusion.control.builders import INFO, READY, VIDEO
 from vllm_omni.diffusion.catalog.model_info import Guidance
 from vllm_omni.diffusion.catalog.whole_info import WholePipeline
 from vllm_omni.diffusion.control.frames import FrameLimits
 from vllm_omni.diffusion.control.request_builder import RequestBuilder, check_defaults
 from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
+from vllm_omni.diffusion.control.scheduler import Scheduler
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.errors import ConfigError, InvalidRequestError
+from vllm_omni.errors import ConfigError, InvalidRequestError, QueueFullError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 
 LIMITS = FrameLimits(4, 83)
-DEFAULTS = {"height": 64, "width": 96, "num_inference_steps": 4, "num_frames": 17, "guidance_scale": 5.0}
-VIDEO = replace(
-    INFO,
-    frame_multiple=4,
-    default_fps=16,
-    guidance=Guidance("guidance_scale", negative_prompt="", options=("guidance_scale_2",)),
-    further_parameters=("flow_shift",),
-    cross_attention_tokens=20,
-    default_sampling_params=DEFAULTS,
-)
 WHOLE_VIDEO = as_whole(
     VIDEO,
     WholePipeline("SomePipeline", ("num_inference_steps", "num_frames", "fps", "guidance_scale"), "callback", 1),
     guidance=Guidance("guidance_scale", needs_negative_prompt=False),
     default_fps=None,
-    default_sampling_params={**DEFAULTS, "fps": 8},
+    default_sampling_params={**VIDEO.default_sampling_params, "fps": 8},
 )
 
 
@@ -173,7 +164,22 @@ def test_prices_of_a_video() -> None:
     assert video.num_image_tokens == 5 * 24
     assert video.cost.branch_tokens == (120, 120)
     assert video.cost.step == pytest.approx(2 * 120 * (1 + (120 + 20) / 100))
+    assert video.cost.encode == 0.5 * 2 * 20, "with padding"
     assert video.cost.decode == 2.0 * 17 * 24
     assert picture.cost.branch_tokens == (24, 24)
     assert picture.cost.decode == 2.0 * 24
     assert [VIDEO.latent_frames(n) for n in (1, 5, 17, 81)] == [1, 2, 5, 21]
+
+
+def test_the_price_of_a_video_decides_about_its_admission() -> None:
+    video, picture = built({}), replace(built({"num_frames": 1}), request=replace(built({}).request, request_id="p"))
+    seconds = READY.seconds_per_unit * video.cost.total(video.num_steps)
+    scheduler = Scheduler(make_config(max_queue_seconds=0.9 * seconds), READY)
+    scheduler.add([picture])
+    with pytest.raises(QueueFullError):
+        scheduler.add([video])
+    scheduler = Scheduler(make_config(max_queue_seconds=2.0 * seconds), READY)
+    scheduler.add([picture])
+    before = scheduler.queue_seconds
+    scheduler.add([video])
+    assert scheduler.queue_seconds - before == pytest.approx(seconds, rel=0.01)

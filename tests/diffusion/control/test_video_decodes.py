@@ -36,6 +36,7 @@ from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.plan import ItemError, StepPlan, StepResult
 from vllm_omni.diffusion.messages.worker import RankInfo
 from vllm_omni.errors import RequestAbortedError
+from vllm_omni.jobs import Job
 
 PIECE_UNITS = PIECE_SECONDS / SECONDS_PER_UNIT
 LATENT_FRAMES = 5
@@ -153,6 +154,30 @@ def test_each_group_of_ranks_decodes_videos_of_its_own(shared_by: int) -> None:
     assert sorted(run_out(scheduler, runner)) == [f"v{n}" for n in range(2 * num_groups)]
     groups = [sorted(piece.group for piece in plan.pieces.values()) for plan in runner.plans if plan.pieces]
     assert groups == [list(range(num_groups))] * (2 * LATENT_FRAMES)
+
+
+@pytest.mark.parametrize("ends", ["finished", "aborted", "replayed"])
+def test_a_video_begins_on_the_group_with_the_fewest(ends: str) -> None:
+    scheduler = make_scheduler(parallel=DiffusionParallelConfig(ulysses_degree=2))
+    runner = FakeReplica(2)
+    for request in (video("a", num_latent_frames=9), video("b", priority=-1)):
+        scheduler.add([request])
+        while not pieces_of(runner.plans, request.request_id):
+            run_one(scheduler, runner)
+    assert [runner.plans[-1].pieces[i].group for i in ("a", "b")] == [0, 1]
+    if ends == "finished":
+        while (4, 5) not in pieces_of(runner.plans, "b"):
+            run_one(scheduler, runner)
+        assert len(pieces_of(runner.plans, "a")) < 9
+    elif ends == "aborted":
+        scheduler.abort(["b"])
+    else:
+        scheduler.reset()
+        scheduler.abort(["b"])
+        runner = FakeReplica(2)
+    scheduler.add([video("c", priority=-2)])
+    run_out(scheduler, runner)
+    assert {plan.pieces["c"].group for plan in runner.plans if "c" in plan.pieces} == {0 if ends == "replayed" else 1}
 
 
 def test_an_abort_takes_effect_between_two_pieces() -> None:
@@ -274,3 +299,16 @@ async def test_a_death_at_any_plan_repeats_no_frame(plan_number: int) -> None:
     assert observer.restarts
     for request in requests:
         check_frames(events, request)
+
+
+def test_a_stream_of_outputs_brings_the_frames_before_the_video() -> None:
+    request = video()
+    job = Job("job", "a red apple", "np", [request])
+    pixels = fake_video(request.request)
+    piece = job.progress(Frames(request.request_id, 1, pixels[1:5]))
+    assert (piece.images, piece.step, piece.first_frame) == ([], STEPS, 1)
+    assert piece.frames is not None
+    assert np.array_equal(piece.frames, pixels[1:5])
+    done = job.progress(Finished(request.request_id, pixels, {}))
+    assert (done.frames, done.step) == (None, STEPS)
+    assert np.array_equal(done.images[0], pixels)

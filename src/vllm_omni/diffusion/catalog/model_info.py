@@ -216,6 +216,10 @@ class ModelInfo(ABC):
         """Tokens that input pictures add to the prompt."""
         return 0 if self.image_input is None else self.image_input.count_prompt_tokens(images)
 
+    def num_encoded_tokens(self, num_prompt_tokens: int) -> int:
+        """Tokens that the text encoder reads for a prompt of `num_prompt_tokens`, with its padding."""
+        return num_prompt_tokens
+
     def sequence_cost(self, num_tokens: int) -> float:
         """Work of one forward of one sequence, in units of one token's linear layers."""
         return num_tokens * (1 + num_tokens / self.attention_tokens)

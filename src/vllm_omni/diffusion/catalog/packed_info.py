@@ -71,8 +71,8 @@ class PackedModelInfo(ModelInfo):
     token_multiple: int = 1
     """The model pads text and picture with tokens of its own, each to a multiple of this many tokens."""
     cross_attention_tokens: int | None = None
-    """Text tokens to which each image token attends by cross-attention; a sequence has no text tokens then. None: text
-    tokens are part of the sequence."""
+    """Text tokens, with padding, to which each image token attends by cross-attention; a sequence has no text tokens
+    then. None: text tokens are part of the sequence."""
     further_parameters: tuple[str, ...] = ()
     """Names of sampling parameters that only some families take, such as `flow_shift`."""
 
@@ -89,6 +89,9 @@ class PackedModelInfo(ModelInfo):
         if self.cross_attention_tokens is not None:
             num_text_tokens = 0
         return sum(-(-n // self.token_multiple) * self.token_multiple for n in (num_text_tokens, num_image_tokens))
+
+    def num_encoded_tokens(self, num_prompt_tokens: int) -> int:
+        return num_prompt_tokens if self.cross_attention_tokens is None else self.cross_attention_tokens
 
     def sequence_cost(self, num_tokens: int) -> float:
         return (

@@ -199,7 +199,8 @@ class RequestBuilder:
         num_decoded_tokens = self._info.num_decoded_tokens(request.height, request.width, request.num_frames)
         info, ready = self._info, self._ready
         lengths = info.branch_tokens(text_tokens, num_image_tokens, num_reference_tokens)
-        encode = ready.encode_units_per_token * sum(text_tokens) + ready.decode_units_per_token * num_reference_tokens
+        num_encoded = sum(map(info.num_encoded_tokens, text_tokens))
+        encode = ready.encode_units_per_token * num_encoded + ready.decode_units_per_token * num_reference_tokens
         if info.shares_encodings:  # each replica encodes the prompt once; all outputs begin together
             encode *= min(1, self._config.parallel.data_parallel_size / num_outputs)
         return RequestCost(

@@ -112,7 +112,7 @@ class WorkerReady:
     step_overhead_seconds: float
     """Seconds of a denoising step that do not depend on its tokens."""
     encode_units_per_token: float
-    """Cost of encoding one prompt token, in units of `RequestCost`."""
+    """Cost of encoding one prompt token, in units of `RequestCost`; see `ModelInfo.num_encoded_tokens`."""
     decode_units_per_token: float
     """Cost of decoding one image token of one frame, in units of `RequestCost`; see `ModelInfo.num_decoded_tokens`."""
     peak_memory_bytes: int = 0

@@ -280,7 +280,7 @@ def _add_scheduling_flags(group: Any) -> None:
     pixels_help = "most pixels of a picture; none: four times the model's default size, at least 1024x1024"
     engine.add("max_pixels", pixels_help, type=count)
     engine.add("max_inference_steps", "most denoising steps of a request", type=count)
-    engine.add("max_num_frames", "most frames of a video", type=count)
+    engine.add("max_num_frames", "most frames of a video; none: the model's default number", type=count)
     engine.add("max_worker_restarts", "restarts of dead workers within ten minutes", type=flag_types.integer(0))
     engine.add("default_sampling_params", "defaults for requests, as JSON", type=flag_types.json_object)
     group.add_argument(

@@ -67,6 +67,8 @@ def parse_args(argv: Sequence[str]) -> CalibrateArgs:
         help="for an editing model: the pictures that every prompt edits",
     )
     parser.add_argument("--size", type=flag_types.picture_size, metavar="WxH", help="pixels; none: the model's default")
+    frames_help = "frames of a video; none: the model's default"
+    parser.add_argument("--num-frames", type=flag_types.integer(1), help=frames_help)
     parser.add_argument("--num-inference-steps", type=flag_types.integer(3), help="steps; none: the model's default")
     parser.add_argument("--true-cfg-scale", type=float, help="scale of guidance; none: the model's default")
     parser.add_argument("--seed", type=flag_types.integer(0), default=0, help="seed; prompt i has seed + i")
@@ -81,6 +83,7 @@ def parse_args(argv: Sequence[str]) -> CalibrateArgs:
     params = OmniDiffusionSamplingParams(
         height=height,
         width=width,
+        num_frames=args.num_frames,
         num_inference_steps=args.num_inference_steps,
         true_cfg_scale=args.true_cfg_scale,
         seed=args.seed,

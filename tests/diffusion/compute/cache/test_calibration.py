@@ -103,6 +103,7 @@ def test_the_fit_is_exact_where_it_can_be() -> None:
     ("words", "message"),
     [
         (["demo", "--size", "64"], "--size takes WIDTHxHEIGHT in pixels, got '64'"),
+        (["demo", "--num-frames", "0"], "--num-frames takes an integer of at least 1, got '0'"),
         (["demo", "--num-inference-steps", "2"], "--num-inference-steps takes an integer of at least 3, got '2'"),
         (["demo", "--prompts", "/nowhere/prompts"], "--prompts: cannot read /nowhere/prompts"),
         (["demo", "--magic"], "unrecognized arguments: --magic"),
@@ -112,6 +113,11 @@ def test_the_fit_is_exact_where_it_can_be() -> None:
 def test_wrong_flags_are_named(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         calibrate.parse_args(words)
+
+
+def test_a_length_of_videos_reaches_the_requests() -> None:
+    args = calibrate.parse_args(["demo", "--num-frames", "9", "--size", "64x48"])
+    assert (args.params.num_frames, args.params.width, args.params.height) == (9, 64, 48)
 
 
 def test_a_hub_model_is_named_as_in_serve() -> None:

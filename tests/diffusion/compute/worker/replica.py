@@ -35,7 +35,9 @@ def merging(runner: ModelRunner) -> Callable[[StepResult], StepResult]:
         results: list[StepResult | None] = [None] * group.size
         dist.all_gather_object(results, result, group=group.process_group)
         found = [r for r in results if r is not None]
-        made = [request_id for r in found for request_id in [*r.images, *(f"{i}/preview" for i in r.previews)]]
+        made = [
+            request_id for r in found for request_id in [*r.images, *r.frames, *(f"{i}/preview" for i in r.previews)]
+        ]
         assert len(made) == len(set(made)), "each picture is decoded once"
         return merge_results(found)
 

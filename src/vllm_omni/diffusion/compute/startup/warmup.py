@@ -71,13 +71,12 @@ def warm_up(
     # encoded once: its cost is counted as a decode.
     requests = [warmup_request(info, f"warm-up number {i}") for i in range(3)]
     encode = timer.fastest([lambda r=r: pipeline.encode(r) for r in requests])  # type: ignore[misc]  # r
-    num_prompt_tokens = info.count_prompt_tokens(requests[0].prompt) + info.count_image_prompt_tokens(
-        requests[0].images
-    )
+    num_prompt_tokens = info.count_prompt_tokens(requests[0].prompt)
+    num_encoded_tokens = info.num_encoded_tokens(num_prompt_tokens + info.count_image_prompt_tokens(requests[0].images))
     decode = timer.fastest([lambda: pipeline.decode([state.request], [state.latents])] * 3)
     request = state.request
     num_decoded_tokens = info.num_decoded_tokens(request.height, request.width, request.num_frames)
-    return Rates.from_times(samples, encode / num_prompt_tokens, decode / num_decoded_tokens, knee(samples))
+    return Rates.from_times(samples, encode / num_encoded_tokens, decode / num_decoded_tokens, knee(samples))
 
 
 def measure_steps(

@@ -14,6 +14,8 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
 from tests.diffusion.compute.distributed.ranks import run_ranks
+from tests.fake_gpu import FAKE_GPU, FakeGpu
+from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.distributed.mesh import World
 from vllm_omni.diffusion.compute.families.wan.vae import WanDecoder, WanEncoder
@@ -147,6 +149,26 @@ def test_ranks_share_the_tiles_of_each_piece(further: dict[str, Any]) -> None:
     assert (video == wanted).all()
     assert nothing is None
     assert num_bytes > 0
+
+
+@KINDS
+@torch.inference_mode()
+def test_the_host_waits_for_neither_frames_nor_latents(further: dict[str, Any]) -> None:
+    grid, gpu, picture = (2, 1, 4), FakeGpu(), np.full((32, 32, 3), 99, np.uint8)
+    vae = make_vae(further, tiled=True)
+    wanted = in_pieces(WanDecoder(vae, True, Group.alone()), grid, 1, (0, 1, 2)), WanEncoder(vae)(picture, 5)
+    with gpu:
+        with gpu.waiting_allowed():
+            vae = make_vae(further, tiled=True).to(FAKE_GPU)
+            decode, encode = WanDecoder(vae, True, Group.alone()), WanEncoder(vae)
+        features: DecoderFeatures = {}
+        tokens = to_device(token_latents(grid, 1), FAKE_GPU).chunk(2)
+        pieces = [decode.decode_next(part, (1, *grid[1:]), features) for part in tokens]
+        latents = encode(picture, 5)
+        with gpu.waiting_allowed():
+            made = np.concatenate([piece.pixels.cpu().numpy() for piece in pieces if piece is not None]), latents.cpu()
+    assert (made[0] == wanted[0]).all()
+    assert torch.equal(made[1], wanted[1])
 
 
 @KINDS
