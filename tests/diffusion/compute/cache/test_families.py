@@ -60,7 +60,7 @@ def z_images(folder: Path) -> tuple[Path, list[DiffusionRequest]]:
 
 
 def videos(folder: Path) -> tuple[Path, list[DiffusionRequest]]:
-    """Of two transformers, and several frames."""
+    """Two transformers, and several frames."""
     path = build_tiny_wan(
         folder, "t2v-a14b", heads=4, layers=3, time_scale=0.05, flow_shift=5.0, default_sampling_params=SMALL
     )
