@@ -14,6 +14,7 @@ COLUMNS = (
     "Qwen-Image",
     "Qwen-Image-Edit, -2509, -2511",
     "Z-Image, Z-Image-Turbo",
+    "Wan 2.1, 2.2",
     "whole pipelines",
 )
 
@@ -51,6 +52,8 @@ EDIT_LAYOUTS = f"{COMPUTE}/worker/test_edit_layouts.py"
 QWEN_IMAGE = f"{COMPUTE}/families/qwen_image/test_pictures.py"
 QWEN_IMAGE_EDIT = f"{COMPUTE}/families/qwen_image/test_edits.py"
 Z_IMAGE = f"{COMPUTE}/families/z_image/test_pictures.py"
+WAN = f"{COMPUTE}/families/wan"
+WAN_BATCHES = f"{WAN}/test_videos.py::test_a_mixed_batch_draws_what_diffusers_draws"
 
 WHOLE = f"{COMPUTE}/families/diffusers_fallback"
 WHOLE_EDITS = f"{WHOLE}/test_edits.py"
@@ -93,6 +96,11 @@ def step_caches_feature() -> Feature:
                 f"{CACHE}/test_families.py::test_layouts_decide_as_one_process[z_images]",
                 text="yes (calibrate TeaCache first)",
             ),
+            yes(
+                f"{CACHE}/test_families.py::test_decisions_and_pictures_are_those_of_the_request_alone[videos]",
+                f"{CACHE}/test_families.py::test_layouts_decide_as_one_process[videos]",
+                text="yes (calibrate TeaCache first)",
+            ),
             Cell("no", (f"{WHOLE}/test_info.py::test_settings_of_packed_steps_are_refused",)),
         ),
     )
@@ -115,6 +123,7 @@ FEATURES = (
                 f"{Z_IMAGE}::test_defaults_draw_what_diffusers_draws_with_its_own",
                 "tests/entrypoints/cli/test_z_image.py::test_the_server_draws_what_diffusers_draws",
             ),
+            yes(WAN_BATCHES, text="yes (one frame)"),
             yes(
                 WHOLE_PICTURES,
                 f"{OPENAI}/test_whole_adapters.py::test_the_sdk_gets_diffusers_own_pictures",
@@ -133,6 +142,7 @@ FEATURES = (
                 text="yes; yes (not the first one)",
             ),
             Cell("no"),
+            yes(WAN_BATCHES, text="yes; first and last frame"),
             yes(
                 f"{WHOLE_EDITS}::test_an_edit_is_diffusers_own",
                 f"{WHOLE_EDITS}::test_several_pictures_are_seen_in_their_order",
@@ -150,6 +160,7 @@ FEATURES = (
                 "`guidance_scale`, `cfg_normalization`, `cfg_truncation`",
                 (f"{Z_IMAGE}::test_guidance_is_truncated_and_normalised_as_in_diffusers",),
             ),
+            Cell("`guidance_scale`, `guidance_scale_2`", (WAN_BATCHES,)),
             Cell(
                 "the pipeline's own",
                 (f"{OPENAI}/test_whole_adapters.py::test_a_wrong_parameter_is_a_400_that_names_it",),
@@ -162,6 +173,7 @@ FEATURES = (
             MIXED_BATCHES[0],
             yes(SEVERAL_EDITS),
             MIXED_BATCHES[2],
+            yes(f"{COMPUTE}/step/test_schedule.py::test_shift_and_sigmas_of_a_request"),
             yes(WHOLE_PICTURES, text="where the pipeline has them"),
         ),
     ),
@@ -171,6 +183,7 @@ FEATURES = (
             MIXED_BATCHES[0],
             yes(*MIXED_BATCHES[1].tests, text="yes, and any number of pictures"),
             MIXED_BATCHES[2],
+            yes(WAN_BATCHES, text="yes, and any number of frames"),
             Cell("no: requests take turns", (TAKING_TURNS,)),
         ),
     ),
@@ -188,6 +201,7 @@ FEATURES = (
                 f"{Z_IMAGE}::test_defaults_draw_what_diffusers_draws_with_its_own",
                 f"{COMPUTE}/families/z_image/test_transformer.py::test_a_pack_equals_one_forward_a_sequence",
             ),
+            yes(WAN_BATCHES, f"{WAN}/test_transformer.py::test_a_pack_equals_one_forward_a_sequence"),
             yes(
                 WHOLE_PICTURES,
                 TAKING_TURNS,
@@ -215,6 +229,7 @@ FEATURES = (
                 f"{FAMILIES}::test_previews_come_in_time_and_who_leaves_disturbs_nobody[z_image]",
                 f"{Z_IMAGE}::test_previews_are_predictions_of_the_picture",
             ),
+            yes(f"{FAMILIES}::test_previews_come_in_time_and_who_leaves_disturbs_nobody[wan]"),
             yes(f"{WHOLE}/test_pictures.py::test_an_abort_ends_a_request_at_its_next_step", text="cancel; no previews"),
         ),
     ),
@@ -225,6 +240,7 @@ FEATURES = (
                 yes(f"{file}::test_slicing_keeps_the_picture", f"{file}::test_tiles_are_those_of_diffusers")
                 for file in (QWEN_IMAGE, QWEN_IMAGE_EDIT, Z_IMAGE)
             ),
+            yes(f"{WAN}/test_vae.py::test_pieces_of_several_videos_in_turns_are_the_video_of_one_call", text="tiling"),
             yes(f"{WHOLE}/test_pictures.py::test_slicing_keeps_the_picture_and_tiles_are_those_of_diffusers"),
         ),
     ),
@@ -236,6 +252,7 @@ FEATURES = (
             ),
             yes(f"{FAMILIES}::test_a_replay_draws_the_same_picture[edits]"),
             yes(f"{FAMILIES}::test_a_replay_draws_the_same_picture[z_image]"),
+            yes(f"{FAMILIES}::test_a_replay_draws_the_same_picture[wan]"),
             yes(f"{FAMILIES}::test_a_replay_draws_the_same_picture[by_diffusers]"),
         ),
     ),
@@ -259,6 +276,11 @@ FEATURES = (
                 *DATA_PARALLEL,
                 text="yes (tensor: 1 or 2)",
             ),
+            yes(
+                f"{LAYOUTS}::test_pictures_of_a_layout_equal_those_of_one_process[wan]",
+                f"{LAYOUTS}::test_the_placement_may_change_at_every_step[wan]",
+                *DATA_PARALLEL,
+            ),
             yes(f"{WHOLE}/test_info.py::test_only_data_parallelism_is_taken", *DATA_PARALLEL, text="data only"),
         ),
     ),
@@ -277,6 +299,10 @@ FEATURES = (
                 f"{LAYOUTS}::test_ranks_may_share_decodes_and_the_text_encoder[z_image]",
                 f"{COMPUTE}/families/z_image/test_vae.py::test_pictures_of_ranks_are_those_of_one_and_of_diffusers",
             ),
+            yes(
+                f"{LAYOUTS}::test_ranks_may_share_decodes_and_the_text_encoder[wan]",
+                f"{WAN}/test_vae.py::test_ranks_share_the_tiles_of_each_piece",
+            ),
             Cell("no", (f"{WHOLE}/test_info.py::test_only_data_parallelism_is_taken",)),
         ),
     ),
@@ -284,9 +310,10 @@ FEATURES = (
     Feature(
         "video",
         (
-            NOT_YET,
             EMPTY,
             EMPTY,
+            EMPTY,
+            yes(WAN_BATCHES, text="offline"),
             yes(
                 f"{WHOLE_VIDEOS}::test_frames_are_diffusers_own",
                 f"{WHOLE_VIDEOS}::test_a_picture_becomes_a_video",
@@ -298,6 +325,7 @@ FEATURES = (
     Feature(
         "LoRA adapters, one per request, several in a batch",
         (
+            NOT_YET,
             NOT_YET,
             NOT_YET,
             NOT_YET,
@@ -323,6 +351,10 @@ FEATURES = (
                 f"{FP8}::test_ranks_say_what_one_says_as_nearly_as_float8_does[z_image]",
                 f"{FP8}::test_weights_are_rounded_one_by_one_as_they_are_read[z_image]",
             ),
+            yes(
+                f"{WAN}/test_transformer.py::test_float8_rounds_the_layers_of_the_blocks_that_run_at_every_step",
+                f"{FP8}::test_ranks_say_what_one_says_as_nearly_as_float8_does",
+            ),
             Cell("no", (f"{WHOLE}/test_info.py::test_settings_of_packed_steps_are_refused",)),
         ),
     ),
@@ -335,12 +367,14 @@ FEATURES = (
             ),
             Cell("with `--kernels torch` only", (f"{COMPILING}::test_serving_edits_compiles_nothing",)),
             yes(f"{COMPILING}::test_serving_z_image_compiles_nothing"),
+            Cell("with `--kernels torch` only", (f"{COMPILING}::test_serving_wan_compiles_nothing",)),
             Cell("no"),
         ),
     ),
     Feature(
         "CPU offload",
         (
+            NOT_YET,
             NOT_YET,
             NOT_YET,
             NOT_YET,

@@ -23,9 +23,15 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
         "max_warmup_steps": 1,
         "max_continuous_cached_steps": 2,
     },
+    ("cache_dit", "videos"): {
+        "residual_diff_threshold": 0.2,
+        "max_warmup_steps": 1,
+        "max_continuous_cached_steps": 2,
+    },
     ("tea_cache", "calm"): {"rel_l1_thresh": 0.25, "coefficients": [1.0, 0.0]},
     ("tea_cache", "edits"): {"rel_l1_thresh": 0.1, "coefficients": [1.0, 0.0]},
     ("tea_cache", "z_images"): {"rel_l1_thresh": 0.3, "coefficients": [1.0, 0.0]},
+    ("tea_cache", "videos"): {"rel_l1_thresh": 0.2, "coefficients": [1.0, 0.0]},
 }
 """(step cache, model) -> settings; a cache without an entry is tested with its defaults."""
 

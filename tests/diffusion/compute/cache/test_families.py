@@ -13,6 +13,7 @@ from PIL import Image
 
 from testbed.runner_driver import Drive, make_request, psnr
 from testbed.tiny_models import SMALL, build_tiny_qwen_image
+from testbed.tiny_wan import build_tiny_wan
 from testbed.tiny_z_image import build_tiny_z_image
 from tests.diffusion.compute.cache.driving import started, watch_skips
 from tests.diffusion.compute.cache.settings import settings_of
@@ -58,7 +59,18 @@ def z_images(folder: Path) -> tuple[Path, list[DiffusionRequest]]:
     ]
 
 
-@pytest.mark.parametrize("family", [edits, z_images])
+def videos(folder: Path) -> tuple[Path, list[DiffusionRequest]]:
+    """Two transformers, and several frames."""
+    path = build_tiny_wan(
+        folder, "t2v-a14b", heads=4, layers=3, time_scale=0.05, flow_shift=5.0, default_sampling_params=SMALL
+    )
+    return path, [
+        make_request(f"r-{i}", num_frames=frames, max_sequence_length=24, **fields)
+        for i, (frames, fields) in enumerate(zip((5, 9, 1), FIELDS))
+    ]
+
+
+@pytest.mark.parametrize("family", [edits, z_images, videos])
 def test_decisions_and_pictures_are_those_of_the_request_alone(tmp_path: Path, backend: str, family: Any) -> None:
     path, requests = family(tmp_path)
     runner = started(path, backend, settings_of(backend, family.__name__))
@@ -98,8 +110,10 @@ def draw(
     [
         pytest.param(edits, COMBINED[:1], id="edits"),
         pytest.param(z_images, COMBINED[1:], id="z_images"),
+        pytest.param(videos, COMBINED[1:], id="videos"),
         pytest.param(edits, COMBINED[1:], id="edits, another layout", marks=pytest.mark.layouts),
         pytest.param(z_images, COMBINED[:1], id="z_images, another layout", marks=pytest.mark.layouts),
+        pytest.param(videos, COMBINED[:1], id="videos, another layout", marks=pytest.mark.layouts),
     ],
 )
 def test_layouts_decide_as_one_process(tmp_path: Path, backend: str, family: Any, layouts: Sequence[str]) -> None:

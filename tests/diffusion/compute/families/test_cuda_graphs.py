@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from testbed.runner_driver import Drive, make_request
 from testbed.tiny_models import build_tiny_qwen_image
+from testbed.tiny_wan import build_tiny_wan
 from testbed.tiny_z_image import build_tiny_z_image
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.device.device import Device
@@ -22,7 +24,11 @@ from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.errors import ConfigError
 
-BUILDERS: dict[str, Callable[..., Path]] = {"qwen_image": build_tiny_qwen_image, "z_image": build_tiny_z_image}
+BUILDERS: dict[str, Callable[..., Path]] = {
+    "qwen_image": build_tiny_qwen_image,
+    "z_image": build_tiny_z_image,
+    "wan": partial(build_tiny_wan, default_sampling_params={"height": 64, "width": 64, "num_frames": 1}),
+}
 ARRIVALS = {
     0: [make_request("a", negative_prompt="", num_inference_steps=9, seed=1)],
     2: [make_request("b", "a blue car", height=48, width=80, num_inference_steps=8, true_cfg_scale=1.0, seed=2)],

@@ -15,6 +15,7 @@ import torch
 
 from testbed.runner_driver import QUICK, Drive, make_request, psnr
 from testbed.tiny_models import build_tiny_qwen_image, photo
+from testbed.tiny_wan import build_tiny_wan
 from testbed.tiny_z_image import build_tiny_z_image
 from tests.diffusion.compute.distributed.ranks import run_places
 from tests.diffusion.compute.worker.replica import merging
@@ -120,6 +121,32 @@ def test_serving_z_image_compiles_nothing(tmp_path: Path, caplog: pytest.LogCapt
     compiled, skipped = draw(model, ARRIVALS, compile_blocks=True, cache="cache_dit", residual_diff_threshold=0.6)
     check_log(caplog, "compiled ZImageBlock.before (2 variants), ZImageBlock.after (2 variants) in ")
     eager, skipped_eagerly = draw(model, ARRIVALS, compile_blocks=False, cache="cache_dit", residual_diff_threshold=0.6)
+    check(compiled, eager)
+    assert skipped == skipped_eagerly > 2
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", ["t2v-a14b", "ti2v-5b"])
+def test_serving_wan_compiles_nothing(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Two transformers share the code; a given first frame is a second row of its sequence."""
+    caplog.set_level(logging.INFO)
+    defaults: dict[str, object] = {"height": 64, "width": 64, "num_frames": 5}
+    model = build_tiny_wan(
+        tmp_path / "model", kind, heads=4, layers=4, time_scale=0.02, default_sampling_params=defaults
+    )
+    common: dict[str, Any] = {"num_frames": 5, "max_sequence_length": 16}
+    arrivals: dict[int, list[DiffusionRequest]] = {
+        0: [make_request("long", negative_prompt="a blue car", num_inference_steps=12, **common)],
+        2: [make_request("picture", true_cfg_scale=1.0, num_inference_steps=9, max_sequence_length=16)],
+    }
+    if (image_input := load_model_info(str(model)).image_input) is not None:
+        images = (prepare_image(photo(90, 60, 0), image_input.sizes),)
+        arrivals[4] = [make_request("animated", negative_prompt="", images=images, num_inference_steps=6, **common)]
+    settings: dict[str, Any] = {"cache": "cache_dit", "residual_diff_threshold": 0.6}
+    compiled, skipped = draw(model, arrivals, compile_blocks=True, **settings)
+    parts = ", ".join(f"WanBlock.{part} (2 variants)" for part in ("before", "between", "after"))
+    check_log(caplog, f"compiled {parts} in ")
+    eager, skipped_eagerly = draw(model, arrivals, compile_blocks=False, **settings)
     check(compiled, eager)
     assert skipped == skipped_eagerly > 2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from testbed.runner_driver import QUICK, Drive, make_request, psnr
 from testbed.tiny_models import SMALL, photo
+from testbed.tiny_wan import build_tiny_wan
 from testbed.tiny_z_image import BASE_SHIFT, build_tiny_z_image
 from tests.fake_gpu import FAKE_GPU, FakeGpu, FakeGpuDevice, HostWaitsError
 from vllm_omni.diffusion.catalog.registry import load_model_info
@@ -40,6 +42,16 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
 def tiny_z_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "z"
     return build_tiny_z_image(path, heads=5, shift=BASE_SHIFT, default_sampling_params=SMALL)
+
+
+@pytest.fixture(scope="session")
+def tiny_wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_wan(tmp_path_factory.mktemp("models") / "wan", "t2v-a14b", default_sampling_params=SMALL)
+
+
+@pytest.fixture(scope="session")
+def tiny_animation(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_wan(tmp_path_factory.mktemp("models") / "wan", "i2v-5b", default_sampling_params=SMALL)
 
 
 def started(path: Path, gpu: FakeGpu | None = None) -> ModelRunner:
@@ -74,8 +86,29 @@ def edits(path: Path) -> dict[int, list[DiffusionRequest]]:
     }
 
 
+def videos(path: Path) -> dict[int, list[DiffusionRequest]]:
+    fields: dict[str, Any] = {"num_frames": 5, "max_sequence_length": 24, "num_inference_steps": 5}
+    return {
+        0: [make_request("guided", negative_prompt="", preview_steps=(2,), guidance_scale_2=2.0, **fields)],
+        2: [make_request("wide", height=32, width=96, **(fields | {"num_frames": 9}))],
+    }
+
+
+def animations(path: Path) -> dict[int, list[DiffusionRequest]]:
+    image_input = load_model_info(str(path)).image_input
+    assert image_input is not None
+    images = (prepare_image(photo(90, 60, 1), image_input.sizes),)
+    return {i: [replace(request, images=images) for request in joining] for i, joining in videos(path).items()}
+
+
 Arrivals = Callable[[Path], dict[int, list[DiffusionRequest]]]
-CASES: list[tuple[str, Arrivals]] = [("tiny_model", texts), ("tiny_edit_model", edits), ("tiny_z_image", texts)]
+CASES: list[tuple[str, Arrivals]] = [
+    ("tiny_model", texts),
+    ("tiny_edit_model", edits),
+    ("tiny_z_image", texts),
+    ("tiny_wan", videos),
+    ("tiny_animation", animations),
+]
 
 
 @pytest.mark.parametrize(("model", "arrivals"), CASES, ids=[name for name, _ in CASES])

@@ -35,6 +35,7 @@ from vllm_omni.diffusion.compute.step.sampling import combine_bounded, draw_nois
 from vllm_omni.diffusion.compute.step.sharding import Sharding
 from vllm_omni.diffusion.compute.step.transformer import StepContext
 from vllm_omni.diffusion.compute.text.prompt_cache import PromptCache
+from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.images import InputImage, resize_image
@@ -103,6 +104,11 @@ class WanPipeline(FlowPipeline[WanState, WanTransformer, Forward[WanTransformer]
             for component in config.transformers
         ]
         return cls(loader, config, transformers, vae.to(loader.device), text_encoder, image_encoder)
+
+    @classmethod
+    def gains_from_compiling(cls, config: OmniDiffusionConfig) -> bool:
+        # The fused kernels leave nothing to compile, nor do exchanges in every part of a block.
+        return config.kernels == "torch" and config.parallel.tensor_parallel_size == 1
 
     def encode(self, request: DiffusionRequest) -> WanState:
         shape = self._num_channels, *self._latent_shape(request)
