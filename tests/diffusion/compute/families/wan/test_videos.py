@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,15 +57,18 @@ def arrivals_of(path: Path, kind: str) -> dict[int, list[DiffusionRequest]]:
             request("one step", "red", height=64, num_frames=5, num_inference_steps=1, **common),
         ]
         + [request("picture", "a photo", num_frames=1, height=64, seed=7, **common)] * (KINDS[kind].sees_image < 2)
-        + [request("animated", "apple", num_inference_steps=3, seed=5, **padded, **images)] * (kind == "ti2v-5b"),
+        + [request("animated", "apple", num_inference_steps=3, seed=5, **padded, **images)] * (kind == "ti2v-5b")
+        + [request("last", "red", num_inference_steps=2, **padded, **pictures_of(path, kind, 2))]
+        * (kind == "i2v-a14b"),
     }
 
 
-def pictures_of(path: Path, kind: str) -> dict[str, Any]:
+def pictures_of(path: Path, kind: str, count: int | None = None) -> dict[str, Any]:
+    """Input pictures: `count` of them, or as few as the kind takes."""
     image_input = load_model_info(str(path)).image_input
     if image_input is None:
         return {}
-    photos = [photo(80, 60, 1), photo(50, 70, 2)][: max(1, KINDS[kind].sees_image)]
+    photos = [photo(80, 60, 1), photo(50, 70, 2)][: count or max(1, KINDS[kind].sees_image)]
     return {"images": tuple(prepare_image(picture, image_input.sizes) for picture in photos)}
 
 
@@ -124,3 +129,33 @@ def test_a_mixed_batch_draws_what_diffusers_draws(tmp_path: Path, kind: str) -> 
     assert not drive.errors
     check(drive.images, [request for joining in arrivals.values() for request in joining], path)
     assert kept(runner) == 0
+
+
+def test_two_pictures_need_two_latent_frames(tmp_path: Path) -> None:
+    path = build_tiny_wan(tmp_path / "model", "i2v-a14b", default_sampling_params=SMALL)
+    images = pictures_of(path, "i2v-a14b", 2)
+    good = request("good", "apple", num_inference_steps=1, num_frames=5, **images)
+    drive = Drive(started(path)).run({0: [good, request("bad", "apple", num_frames=1, **images)]})
+    assert set(drive.images) == {"good"}
+    error = drive.errors["bad"]
+    assert (error.kind, error.param) == ("invalid", "image")
+    assert error.message.endswith("num_frames from 5, got 2 pictures with num_frames 1")
+
+
+@torch.inference_mode()
+def test_requests_with_the_same_text_share_its_keys_while_they_run(tmp_path: Path) -> None:
+    pipeline: Any = started(build_tiny_wan(tmp_path / "model", "t2v-a14b", default_sampling_params=SMALL)).pipeline
+    first, second = (
+        pipeline.encode(request(name, name, negative_prompt="", max_sequence_length=24)) for name in ("red", "blue")
+    )
+    for keys, others in zip(first.static_keys, second.static_keys, strict=True):
+        assert keys[0]["text"] is not others[0]["text"]
+        assert keys[1]["text"] is others[1]["text"], "the empty negative prompt"
+    assert first.static_keys[0][1]["text"] is not first.static_keys[1][1]["text"], "another transformer"
+    kept_keys = weakref.ref(first.static_keys[0][1]["text"])
+    del first, keys, others
+    gc.collect()
+    assert kept_keys() is not None
+    del second
+    gc.collect()
+    assert kept_keys() is None
