@@ -81,6 +81,7 @@ def build_transformer() -> WanTransformer3DModel:
 
 @torch.no_grad()
 def build_autoencoder() -> AutoencoderKLWan:
+    """Autoencoder whose decoder starts by showing each latent frame several times, nearly alike."""
     vae = AutoencoderKLWan(
         base_dim=16,
         z_dim=LATENT_CHANNELS,
@@ -95,6 +96,11 @@ def build_autoencoder() -> AutoencoderKLWan:
             module.weight.normal_(0, module.weight[0].numel() ** -0.5)
             if module.bias is not None:
                 module.bias.zero_()
+    for module in vae.modules():
+        if isinstance(module, vae_module.WanResample) and module.mode == "upsample3d":
+            weight = module.time_conv.weight  # [2 * channels, channels, 3, 1, 1]
+            weight.mul_(0.3)
+            weight[:, :, -1, 0, 0] += torch.eye(weight.shape[1]).repeat(2, 1)
     close_residual_branches(vae, vae_module.WanResidualBlock, vae_module.WanAttentionBlock)
     return vae
 
