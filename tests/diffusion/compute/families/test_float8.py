@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from testbed.runner_driver import Drive, make_request, psnr
 from testbed.tiny_models import photo, tiny_transformer
+from testbed.tiny_wan import tiny_wan_transformer
 from testbed.tiny_z_image import tiny_z_image_transformer
 from tests.diffusion.compute.distributed.ranks import run_places
 from tests.diffusion.compute.families.qwen_image import test_transformer as qwen_image
@@ -27,6 +28,8 @@ from vllm_omni import Omni
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.families.qwen_image import transformer as qwen_image_model
 from vllm_omni.diffusion.compute.families.qwen_image.config import QwenImageConfig
+from vllm_omni.diffusion.compute.families.wan import transformer as wan_model
+from vllm_omni.diffusion.compute.families.wan.config import WanConfig
 from vllm_omni.diffusion.compute.families.z_image import transformer as z_image_model
 from vllm_omni.diffusion.compute.families.z_image.config import ZImageConfig
 from vllm_omni.diffusion.compute.step.sampling import pack_latents
@@ -39,6 +42,7 @@ CPU = torch.device("cpu")
 CONFIGS: dict[type[nn.Module], Any] = {
     qwen_image_model.QwenImageTransformer: QwenImageConfig,
     z_image_model.ZImageTransformer: ZImageConfig,
+    wan_model.WanTransformer: WanConfig,
 }
 GRIDS = [(4, 4), (8, 6), (3, 5)]
 LENGTHS = [9, 12, 40]
@@ -189,6 +193,7 @@ class LiveBytes(TorchDispatchMode):
 FAMILIES: dict[str, tuple[Callable[[], Any], Any, str]] = {
     "qwen_image": (lambda: tiny_transformer(heads=8, layers=4), qwen_image_model, "QwenImageTransformer"),
     "z_image": (lambda: tiny_z_image_transformer(heads=8, layers=4), z_image_model, "ZImageTransformer"),
+    "wan": (lambda: tiny_wan_transformer(heads=8, layers=4), wan_model, "WanTransformer"),
 }
 
 
