@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from testbed.fakes import make_config, make_ready
 from testbed.runner_driver import QUICK, kept, make_request
 from testbed.toy_video import ToyPipeline, ToyState, ToyTransformer, toy_info
 from tests.diffusion.compute.distributed.ranks import run_places
-from tests.diffusion.compute.worker.replica import merging
+from tests.diffusion.compute.worker.scheduled_replica import Replica, scheduled
 from tests.diffusion.control.engines import NotedEvents, read_until_done
 from vllm_omni.diffusion.compute.families.component_loader import ComponentLoader
 from vllm_omni.diffusion.compute.families.wan.vae import WanDecoder
@@ -29,10 +28,9 @@ from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.control.engine import DiffusionEngine
 from vllm_omni.diffusion.control.events import Finished, Frames
 from vllm_omni.diffusion.control.executor.inline import InlineExecutor
-from vllm_omni.diffusion.control.scheduled_request import RequestCost, ScheduledRequest
-from vllm_omni.diffusion.control.scheduler import Scheduler
+from vllm_omni.diffusion.control.scheduled_request import RequestCost
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
-from vllm_omni.diffusion.messages.plan import DecodePiece, ItemError, StepPlan, StepResult
+from vllm_omni.diffusion.messages.plan import DecodePiece, StepPlan, StepResult
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.diffusion.messages.worker import RankInfo
 
@@ -92,55 +90,6 @@ def replica(runner: ModelRunner) -> Iterator[Replica]:
     replica = Replica(runner, ONE_RANK)
     yield replica
     assert kept(runner) == 0
-
-
-class Replica:
-    """A scheduler and the runner of one rank; all ranks of a replica make the same plans."""
-
-    def __init__(self, runner: ModelRunner, parallel: DiffusionParallelConfig) -> None:
-        self.runner = runner
-        config = make_config(scheduling_policy="fcfs", parallel=parallel)
-        # One latent frame in each piece.
-        self.scheduler = Scheduler(config, make_ready(max_batch_tokens=10**6, seconds_per_unit=1.0))
-        self._merge = merging(self.runner)
-        self.plans: list[StepPlan] = []
-        self.frames: dict[str, list[np.ndarray]] = {}
-        self.images: dict[str, np.ndarray] = {}
-        self.previews: dict[str, np.ndarray] = {}
-        self.errors: dict[str, ItemError] = {}
-        self.made_here: set[str] = set()
-        """Videos of which this rank gave frames."""
-
-    def add(self, requests: Sequence[DiffusionRequest], **values: Any) -> None:
-        self.scheduler.add([scheduled(request, **values) for request in requests])
-
-    def step(self) -> bool:
-        """Run the next plan; False when there is none."""
-        if (plan := self.scheduler.schedule()) is None:
-            return False
-        self.plans.append(plan)
-        own = self.runner.execute(plan)
-        self.made_here |= own.frames.keys()
-        result = self._merge(own)
-        update = self.scheduler.update(result, 0.01)
-        for request_id in update.frames:
-            self.frames.setdefault(request_id, []).append(result.frames[request_id])
-        self.images |= result.images
-        self.previews |= result.previews
-        self.errors |= update.failed
-        return True
-
-    def run(self) -> dict[str, np.ndarray]:
-        """Run all plans; pixels of each request that succeeded."""
-        while self.step():
-            pass
-        return self.images | {i: np.concatenate(parts) for i, parts in self.frames.items() if i not in self.errors}
-
-
-def scheduled(request: DiffusionRequest, **values: Any) -> ScheduledRequest:
-    num_latent_frames = 1 + (request.num_frames - 1) // 4
-    cost = RequestCost(1.0, 10.0, float(num_latent_frames), (10,))
-    return ScheduledRequest(request, cost, 1, 10, num_latent_frames=num_latent_frames, **values)
 
 
 @pytest.fixture(scope="module")
