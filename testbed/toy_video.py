@@ -194,10 +194,11 @@ class ToyPipeline(FlowPipeline[ToyState, ToyTransformer, Forward[ToyTransformer]
     def lay_out(
         self, branches: Sequence[Branch], text: Tensor, pack: Pack, rotations: Tensor, sharding: Sharding
     ) -> Forward[ToyTransformer]:
-        keys = [branch.state.keys[self.transformer_index(branch.state)][branch.number] for branch in branches]
+        index = self.transformer_index(branches[0].state)
+        keys = [branch.state.keys[index][branch.number] for branch in branches]
         static_keys = {name: [of_branch[name] for of_branch in keys] for name in ("text", "prefix")}
         arrangement = Arrangement(pack, rotations, self._attention, static_keys=static_keys)
-        return Forward(self.transformer_of(branches), arrangement, text)
+        return Forward(self.transformers[index], arrangement, text)
 
     def embed(self, latents: Tensor, context: StepContext, forward: Forward[ToyTransformer]) -> Hidden:
         return Hidden(forward.text, forward.transformer.embedder(latents))

@@ -325,10 +325,6 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         )
         return Layout(sharding, forward)
 
-    def transformer_of(self, branches: Sequence[Branch]) -> Transformer:
-        """Transformer of the sequences of one pack."""
-        return self.transformers[self.transformer_index(branches[0].state)]
-
     def advance(self, state: State, branches: Sequence[Tensor], previews: bool = False) -> Tensor | None:
         velocity = self.combine(state, branches)
         clean = self.predict_clean(state, velocity) if previews else None

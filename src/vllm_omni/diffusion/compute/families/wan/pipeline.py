@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -86,6 +86,7 @@ class WanPipeline(FlowPipeline[WanState, WanTransformer, Forward[WanTransformer]
         self._encoder = WanEncoder(vae)
         self._image_encoder = image_encoder
         self._prompts = PromptCache[PaddedPrompt](lambda padded: text_encoder(*padded), PROMPT_CACHE_BYTES)
+        self._shares_keys = loader.mesh.tensor.size == loader.mesh.text_encoder.size == 1
         self._static_keys: WeakValueDictionary[Any, StaticKeys] = WeakValueDictionary()
         """By transformer and input, of the running requests: those with the same text share them."""
 
@@ -134,19 +135,24 @@ class WanPipeline(FlowPipeline[WanState, WanTransformer, Forward[WanTransformer]
         return frames, PATCH_SIZE * rows, PATCH_SIZE * columns
 
     def _text_keys(self, index: int, prompt: PaddedPrompt) -> StaticKeys:
-        key = index, prompt
-        if (made := self._static_keys.get(key)) is None:
-            made = self._static_keys[key] = self.transformers[index].text_keys(self._prompts(prompt))
-        return made
+        return self._shared((index, prompt), lambda: self.transformers[index].text_keys(self._prompts(prompt)))
 
     def _image_keys(self, index: int, images: Sequence[InputImage]) -> dict[str, StaticKeys]:
         """Keys of what the transformer sees of the input pictures; empty if it sees none."""
-        if self._image_encoder is None:
+        encoder = self._image_encoder
+        if encoder is None:
             return {}
         key = index, *(image.digest for image in images)
-        if (made := self._static_keys.get(key)) is None:
-            made = self._static_keys[key] = self.transformers[index].image_keys(self._image_encoder(images))
-        return {IMAGE: made}
+        return {IMAGE: self._shared(key, lambda: self.transformers[index].image_keys(encoder(images)))}
+
+    def _shared(self, key: Hashable, make: Callable[[], StaticKeys]) -> StaticKeys:
+        """Keys that a running request has, or new ones."""
+        # Objects may live longer on one rank than on another, for example in a traceback. Where ranks exchange tensors
+        # to make keys, all must make them.
+        made = self._static_keys.get(key) if self._shares_keys else None
+        if made is None:
+            made = self._static_keys[key] = make()
+        return made
 
     def _given(self, request: DiffusionRequest) -> Tensor:
         """See `WanState.given`. Raises InvalidRequestError for more pictures than latent frames."""
