@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_omni import AsyncOmni
-from vllm_omni.diffusion.control.events import NullObserver
+from vllm_omni.diffusion.control.events import EngineObserver
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.plan import EXCHANGES, StepPlan, StepResult
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
@@ -42,7 +42,7 @@ LAYOUTS = (
 )
 
 
-class Counting(NullObserver):
+class Counting(EngineObserver):
     """Observer that adds up the exchanged bytes of steps that only denoise."""
 
     def __init__(self) -> None:

@@ -48,9 +48,8 @@ class Job:
         request, done = self.requests[index], isinstance(event, Finished)
         frames = event if isinstance(event, Frames) else None
         return self._output(
+            [request],
             images=[self._image(event.image)] if isinstance(event, Finished | Preview) else [],
-            seeds=[request.request.seed],
-            fps=self._fps,
             timings=event.timings if isinstance(event, Finished) else {},
             index=index,
             step=request.num_steps if done or frames else getattr(event, "step", 0),
@@ -61,8 +60,8 @@ class Job:
 
     def result(self) -> OmniRequestOutput:
         return self._output(
+            self.requests,
             images=[self._image(self.images[r.request_id]) for r in self.requests],
-            fps=self._fps,
             timings=max(self.timings.values(), key=lambda timings: timings["total"]),
             finished=True,
             step=self.requests[0].num_steps,
@@ -71,24 +70,21 @@ class Job:
 
     def failure(self, error: RequestError) -> OmniRequestOutput:
         """Output that holds `error` in place of images."""
-        return self._output(finished=True, error=error)
+        return self._output(self.requests, finished=True, error=error)
 
-    def _output(self, **fields: Any) -> OmniRequestOutput:
-        """Output with what is the same for all requests of the job, and `fields`."""
-        shared = {
-            "request_id": self.request_id,
-            "prompt": self.prompt,
-            "seeds": [r.request.seed for r in self.requests],
-            "num_inference_steps": self.requests[0].num_steps,
-            "num_prompt_tokens": self.requests[0].num_prompt_tokens,
-            "num_input_image_tokens": self.requests[0].num_reference_tokens,
-        }
-        return OmniRequestOutput(**{**shared, **fields})
-
-    @property
-    def _fps(self) -> int | None:
-        request = self.requests[0].request
-        return request.fps if request.num_frames > 1 else None
+    def _output(self, requests: list[ScheduledRequest], **fields: Any) -> OmniRequestOutput:
+        """Output about some requests of the job, with what is the same for all of them."""
+        first = requests[0]
+        return OmniRequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            seeds=[r.request.seed for r in requests],
+            fps=first.request.fps if first.request.num_frames > 1 else None,
+            num_inference_steps=first.num_steps,
+            num_prompt_tokens=first.num_prompt_tokens,
+            num_input_image_tokens=first.num_reference_tokens,
+            **fields,
+        )
 
     def _image(self, pixels: np.ndarray) -> Any:
         """Pixels in the form of `output_type`; as PIL images, a video [frames, height, width, 3] becomes a list."""

@@ -11,13 +11,13 @@ from typing import Any
 from testbed.fakes import FakeExecutor, make_config, make_scheduled
 from testbed.patience import GUARD_SECONDS
 from vllm_omni.diffusion.control.engine import DiffusionEngine
-from vllm_omni.diffusion.control.events import EngineEvent, Failed, Finished, NullObserver
+from vllm_omni.diffusion.control.events import EngineEvent, EngineObserver, Failed, Finished
 from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 
 
-class NotedEvents(NullObserver):
+class NotedEvents(EngineObserver):
     """Notes what the engine tells its observer."""
 
     def __init__(self) -> None:

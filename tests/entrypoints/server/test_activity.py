@@ -15,7 +15,7 @@ import pytest
 from testbed.fakes import FakeExecutor, FakeRunner, make_config, make_scheduled
 from testbed.patience import GUARD_SECONDS, until
 from vllm_omni.diffusion.control.engine import DiffusionEngine
-from vllm_omni.diffusion.control.events import EngineStatus, Failed, Finished, NullObserver, Observers
+from vllm_omni.diffusion.control.events import EngineObserver, EngineStatus, Failed, Finished, Observers
 from vllm_omni.diffusion.control.replicas import Replicas
 from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.diffusion.data import DiffusionParallelConfig
@@ -33,7 +33,7 @@ def request(request_id: str, **values: Any) -> ScheduledRequest:
 @asynccontextmanager
 async def running(executor: FakeExecutor, log: ActivityLog | None = None) -> AsyncIterator[DiffusionEngine]:
     log = log or ActivityLog(status_seconds=3600.0)
-    engine = DiffusionEngine(make_config(), executor, Observers(NullObserver(), log))
+    engine = DiffusionEngine(make_config(), executor, Observers(EngineObserver(), log))
     log.watch(engine.status)
     async with asyncio.timeout(GUARD_SECONDS):
         await engine.start()

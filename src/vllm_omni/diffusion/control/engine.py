@@ -18,7 +18,6 @@ from vllm_omni.diffusion.control.events import (
     EngineEvent,
     EngineObserver,
     EngineStatus,
-    NullObserver,
     reporting_rejects,
 )
 from vllm_omni.diffusion.control.executor import Executor
@@ -71,7 +70,7 @@ class DiffusionEngine:
         """
         self._config = config
         self._executor = executor
-        self._observer: EngineObserver = observer or NullObserver()
+        self._observer: EngineObserver = observer or EngineObserver()
         self._state = "starting"
         self._failure = ""
         self._draining = False

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -83,8 +82,8 @@ class EngineStatus:
     """Reason of the state `failed`."""
 
 
-class EngineObserver(Protocol):
-    """Receives everything that metrics and log lines report."""
+class EngineObserver:
+    """Receives everything that metrics and log lines report; this base class ignores it."""
 
     def on_add(self, requests: Sequence[DiffusionRequest]) -> None: ...
 
@@ -104,21 +103,7 @@ class EngineObserver(Protocol):
         """Note a restart of the workers. `num_replayed`: requests that had begun and start again."""
 
 
-class NullObserver:
-    """Observer that ignores everything."""
-
-    def on_add(self, requests: Sequence[DiffusionRequest]) -> None: ...
-
-    def on_step(self, plan: StepPlan, result: StepResult, seconds: float) -> None: ...
-
-    def on_finish(self, request: DiffusionRequest, timings: dict[str, float], outcome: str, reason: str) -> None: ...
-
-    def on_reject(self, reason: str) -> None: ...
-
-    def on_worker_restart(self, num_replayed: int) -> None: ...
-
-
-class Observers:
+class Observers(EngineObserver):
     """Several observers as one, called in order."""
 
     def __init__(self, *observers: EngineObserver) -> None:

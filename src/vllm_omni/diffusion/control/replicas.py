@@ -15,7 +15,6 @@ from vllm_omni.diffusion.control.events import (
     EngineEvent,
     EngineObserver,
     EngineStatus,
-    NullObserver,
     reporting_rejects,
 )
 from vllm_omni.diffusion.control.executor import Executor
@@ -42,7 +41,7 @@ class Replicas:
     ) -> None:
         """`make_executor`: called with the index of each replica. `engine_settings`: keywords of `DiffusionEngine`."""
         self._max_num_queued_reqs = config.max_num_queued_reqs
-        self._observer: EngineObserver = observer or NullObserver()
+        self._observer: EngineObserver = observer or EngineObserver()
         self._engines = [
             DiffusionEngine(config, make_executor(index), self._observer, **engine_settings)
             for index in range(config.parallel.data_parallel_size)

@@ -15,7 +15,7 @@ from prometheus_client import (
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from vllm_omni.diffusion.control.events import EngineStatus, NullObserver
+from vllm_omni.diffusion.control.events import EngineObserver, EngineStatus
 from vllm_omni.diffusion.messages.plan import EXCHANGES, STAGES, StepPlan, StepResult
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 
@@ -25,7 +25,7 @@ _SEQUENCE_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 _TOKEN_BUCKETS = tuple(2**i for i in range(6, 19))
 
 
-class PrometheusObserver(NullObserver):
+class PrometheusObserver(EngineObserver):
     """An `EngineObserver` with its own registry.
 
     All metrics have the label `model_name`, except `process_*`, which describe the server's process.

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-from vllm_omni.diffusion.control.events import EngineStatus, NullObserver
+from vllm_omni.diffusion.control.events import EngineObserver, EngineStatus
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 STATUS_SECONDS = 10.0
 
 
-class ActivityLog(NullObserver):
+class ActivityLog(EngineObserver):
     """An EngineObserver that logs. Its timer runs only while there are requests. It never logs prompts."""
 
     def __init__(self, status_seconds: float = STATUS_SECONDS) -> None:

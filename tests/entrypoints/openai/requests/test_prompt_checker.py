@@ -12,7 +12,7 @@ import pytest
 from testbed.fakes import make_config
 from testbed.live_server import MODEL_NAME, live_server
 from testbed.patience import GUARD_SECONDS
-from vllm_omni.diffusion.control.events import NullObserver
+from vllm_omni.diffusion.control.events import EngineObserver
 from vllm_omni.diffusion.control.request_builder import CheckedPrompt
 from vllm_omni.entrypoints.openai.requests.prompt_checker import PromptChecker
 from vllm_omni.errors import QueueFullError
@@ -36,7 +36,7 @@ def checked(text: str) -> CheckedPrompt:
     return CheckedPrompt(OmniPrompt(text), params, params, {})
 
 
-class NotedRejects(NullObserver):
+class NotedRejects(EngineObserver):
     def __init__(self) -> None:
         self.rejects: list[str] = []
 
