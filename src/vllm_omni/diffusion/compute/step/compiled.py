@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from itertools import chain
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -15,15 +16,18 @@ logger = logging.getLogger(__name__)
 
 Backend = str | Callable[..., Any]
 """Backend of torch.compile: its name, or a function from a graph and example inputs to a callable."""
+Tokens = Tensor | tuple[Any, ...] | None
+"""Argument of a compiled part: a tensor, a named tuple of tensors, or None."""
 
 
 class CompiledPart:
-    """Compiled method of a block, called as `method(block, rows, *tokens)` with tensors alone.
+    """Compiled method of a block, called as `method(block, rows, *tokens)` with tensors and named tuples of them.
 
     rows: [streams, rows, parts, D], one row for all tokens or several. tokens: dense tensors whose first dim counts
-    tokens, or None. Weights and numbers of tokens are inputs of the compiled code, so that each *variant* is compiled
-    once: one row or several, and which of the tokens are None. PyTorch treats a size of 0 or 1 as a constant and would
-    compile again; with so few tokens (a rank may hold 0 or 1 of a short text) the method runs eagerly.
+    tokens, None, or named tuples of these. Weights and numbers of tokens are inputs of the compiled code, so that each
+    *variant* is compiled once: one row or several, and which of the tokens are None. PyTorch treats a size of 0 or 1 as
+    a constant and would compile again; with so few tokens (a rank may hold 0 or 1 of a short text) the method runs
+    eagerly.
     """
 
     def __init__(self, method: Callable[..., Any], backend: Backend) -> None:
@@ -39,12 +43,12 @@ class CompiledPart:
         # fullgraph: code that cannot be compiled, and more compilations than allowed, raise instead of running eagerly.
         self._compiled = torch.compile(own, fullgraph=True, dynamic=False, backend=self._compile)
 
-    def __call__(self, block: nn.Module, rows: Tensor, *tokens: Tensor | None) -> Any:
-        if any(x is not None and len(x) < 2 for x in tokens):
+    def __call__(self, block: nn.Module, rows: Tensor, *tokens: Tokens) -> Any:
+        if any(len(x) < 2 for x in _tensors(tokens)):
             return self._method(block, rows, *tokens)
         if rows.shape[1] > 1:
             torch._dynamo.mark_dynamic(rows, 1)
-        return self._compiled(block, rows, *(None if x is None else _sized_freely(x) for x in tokens))
+        return self._compiled(block, rows, *map(_sized_freely, tokens))
 
     def _compile(self, graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Any:
         start = time.perf_counter()
@@ -61,8 +65,19 @@ class CompiledPart:
         return code
 
 
-def _sized_freely(x: Tensor) -> Tensor:
-    """x with its first dim marked as dynamic, so that its size is an input of the compiled code."""
+def _tensors(tokens: Sequence[Tokens]) -> list[Tensor]:
+    """All tensors in the arguments of a part."""
+    nested = (x if isinstance(x, tuple) else (x,) for x in tokens)
+    return [x for x in chain.from_iterable(nested) if x is not None]
+
+
+def _sized_freely(x: Tokens) -> Tokens:
+    """x with the first dim of each tensor marked as dynamic, so that its size is an input of the compiled code."""
+    if x is None:
+        return None
+    if isinstance(x, tuple):
+        marked: tuple[Any, ...] = x._make(map(_sized_freely, x))  # type: ignore[attr-defined]  # a named tuple
+        return marked
     if x.storage_offset():  # rare; code compiled for an offset would serve no other tensor
         x = x.clone()
     torch._dynamo.mark_dynamic(x, 0)

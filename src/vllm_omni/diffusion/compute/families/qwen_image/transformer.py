@@ -7,7 +7,7 @@ tensor parallelism a rank has P-th parts: of the heads, of the inner MLP channel
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -94,10 +94,43 @@ class QwenImageStream(nn.Module):
         return kernels.gated_add(x, self.down.product(inner), mlp_gate, index, self.down.late_bias)
 
 
+class StreamTokens(NamedTuple):
+    """Tokens of both streams, and the row of modulation of each token; None: all have the only row."""
+
+    text: Tensor
+    """[T, D]"""
+    image: Tensor
+    """[S, D]"""
+    text_index: Tensor | None
+    """int64 [T]"""
+    image_index: Tensor | None
+    """int64 [S]"""
+
+
+class JointOrder(NamedTuple):
+    """Joint order of all tokens: see `Pack.joint_order` and `Pack.joint_is_image`."""
+
+    order: Tensor | None
+    is_image: Tensor
+    rotations: Tensor
+    """RoPE: float32 [T + S, 1, 1, d / 2, 2]."""
+
+
+class Attended(NamedTuple):
+    """Output of attention for both streams."""
+
+    text: Tensor
+    """[T, D / P]; [T + S, D / P] of both streams, text first, if `image` is None."""
+    image: Tensor | None = None
+    """[S, D / P], or more rows, of which `image_positions` selects those of the image."""
+    image_positions: Tensor | None = None
+    """int64 [S]"""
+
+
 class QwenImageBlock(nn.Module):
     """Joint attention of text and image between layers of their own (MMDiT).
 
-    `before` and `after` take plain tensors, so that they can be compiled: see `CompiledPart`.
+    `before` and `after` take tuples of tensors, so that they can be compiled: see `CompiledPart`.
     """
 
     def __init__(self, config: QwenImageConfig, tensor: Group, kernels: Kernels) -> None:
@@ -114,63 +147,40 @@ class QwenImageBlock(nn.Module):
     def forward(self, hidden: Hidden, rows: Tensor, context: StepContext) -> Hidden:
         """rows: [2, rows, 6, D], the block's rows of modulation."""
         pack, arrangement = context.pack, context.arrangement
-        tokens = hidden.text, hidden.image, context.text_index, context.image_index
-        q, k, v = self.before(rows, *tokens, pack.joint_order, pack.joint_is_image, arrangement.rotations)
-        attended = arrangement.attend(q, k, v).flatten(1)
-        text, image = self.after(rows, *tokens, *self._of_streams(attended, pack))
+        tokens = StreamTokens(hidden.text, hidden.image, context.text_index, context.image_index)
+        joint = JointOrder(pack.joint_order, pack.joint_is_image, arrangement.rotations)
+        attended = arrangement.attend(*self.before(rows, tokens, joint)).flatten(1)
+        text, image = self.after(rows, tokens, self._of_streams(attended, pack))
         return Hidden(text=text, image=image)
 
-    def _of_streams(self, attended: Tensor, pack: Pack) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The last three arguments of `after`. attended: [T + S, D / P] in joint order."""
+    def _of_streams(self, attended: Tensor, pack: Pack) -> Attended:
+        """Attention of both streams. attended: [T + S, D / P] in joint order."""
         if pack.num_sequences == 1:
-            return attended, None, None
+            return Attended(attended)
         if not self.kernels.picks_rows or pack.positions is None:
-            return *pack.split(attended), None
+            return Attended(*pack.split(attended))
         # The image's output projection then computes the few rows of the text too: selecting the image's rows before
         # it would copy nearly all of them.
         text_positions, image_positions = pack.positions
-        return attended.index_select(0, text_positions), attended, image_positions
+        return Attended(attended.index_select(0, text_positions), attended, image_positions)
 
-    def before(
-        self,
-        rows: Tensor,
-        text: Tensor,
-        image: Tensor,
-        text_index: Tensor | None,
-        image_index: Tensor | None,
-        joint_order: Tensor | None,
-        joint_is_image: Tensor,
-        rotations: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def before(self, rows: Tensor, tokens: StreamTokens, joint: JointOrder) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, [T + S, H / P, d] each, in joint order."""
         text_norms, image_norms = self.qk_norm.weight.chunk(2)
         streams = (
-            self.text.project(text, rows[TEXT], text_index, text_norms),
-            self.image.project(image, rows[IMAGE], image_index, image_norms),
+            self.text.project(tokens.text, rows[TEXT], tokens.text_index, text_norms),
+            self.image.project(tokens.image, rows[IMAGE], tokens.image_index, image_norms),
         )
-        return self.kernels.heads(streams, joint_order, joint_is_image, rotations, EPS)
+        return self.kernels.heads(streams, joint.order, joint.is_image, joint.rotations, EPS)
 
-    def after(
-        self,
-        rows: Tensor,
-        text: Tensor,
-        image: Tensor,
-        text_index: Tensor | None,
-        image_index: Tensor | None,
-        attended: Tensor,
-        image_attended: Tensor | None,
-        image_positions: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Text and image after the block: [T, D] and [S, D].
-
-        attended: [T, D / P]. image_attended: [S, D / P], or more rows, of which `image_positions`, int64 [S], is each
-        image token's. image_attended None: `attended` is [T + S, D / P], text then image.
-        """
-        if image_attended is None:
-            attended, image_attended = attended[: len(text)], attended[len(text) :]
+    def after(self, rows: Tensor, tokens: StreamTokens, attended: Attended) -> tuple[Tensor, Tensor]:
+        """Text and image after the block: [T, D] and [S, D]."""
+        text, image, positions = attended
+        if image is None:
+            text, image = text[: len(tokens.text)], text[len(tokens.text) :]
         return (
-            self.text.finish(text, attended, rows[TEXT], text_index),
-            self.image.finish(image, image_attended, rows[IMAGE], image_index, image_positions),
+            self.text.finish(tokens.text, text, rows[TEXT], tokens.text_index),
+            self.image.finish(tokens.image, image, rows[IMAGE], tokens.image_index, positions),
         )
 
 
