@@ -25,6 +25,11 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def exact_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # the rounding of TF32 would hide other differences
+
+
 def arrivals(path: Path, kind: str) -> dict[int, list[DiffusionRequest]]:
     image_input = load_model_info(str(path)).image_input
     photos = [photo(80, 60, 1), photo(50, 70, 2)][: max(1, KINDS[kind].sees_image)]
