@@ -371,6 +371,9 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
 
     def forget(self, state: State) -> None:
         self._layouts.forget(state)
+        for slot in state.cache_slots:
+            if slot is not None:
+                slot.clear()  # a state may live longer on one rank, in a traceback, and would count in its budget
 
     def release_memory(self) -> None:
         self._layouts.clear()
