@@ -160,6 +160,10 @@ class FakeRunner:
     def num_states(self) -> int:
         return len(self._states)
 
+    def holds_states_of_others(self, request_id: str) -> bool:
+        """Whether other requests than this one have states here."""
+        return bool(self._states.keys() - {request_id})
+
     def prompt_of(self, request_id: str) -> str:
         return self._states[request_id][0].prompt
 

@@ -99,9 +99,10 @@ class Drive:
 
 
 def kept(runner: ModelRunner) -> int:
-    """Requests, states and layouts that the runner holds: private, but a leak shows nowhere else."""
+    """Requests, states, layouts and static keys that the runner holds: private, but a leak shows nowhere else."""
     pipeline: Any = runner.pipeline
-    return len(runner._requests) + len(runner._states) + len(pipeline._layouts)
+    num_static_keys = len(getattr(pipeline, "_static_keys", ()))
+    return len(runner._requests) + len(runner._states) + len(pipeline._layouts) + num_static_keys
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.diffusion.control.builders import INFO, READY, WHOLE
+from tests.diffusion.control.builders import INFO, READY, VIDEO, WHOLE
 from vllm_omni.diffusion.control.request_builder import RequestBuilder
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.errors import InvalidRequestError
@@ -118,6 +118,18 @@ def test_a_prompt_may_be_checked_before() -> None:
     assert replace(request, arrival=0.0) == replace(expected, arrival=0.0)
     with pytest.raises(InvalidRequestError, match="--max-pixels"):
         follower.check(prompt, OmniDiffusionSamplingParams(height=2**20))
+
+
+def test_the_first_and_the_last_picture_of_a_video_are_frames_of_their_own() -> None:
+    video = RequestBuilder(OmniDiffusionConfig("demo"), replace(VIDEO, image_input=Halving()), READY)
+    prompt = OmniPrompt("x", images=(black(64, 64),) * 2)
+    (built,) = video.build(prompt, OmniDiffusionSamplingParams(num_frames=5), "r")
+    assert built.request.num_frames == 5
+    words = "^image takes 2 pictures with num_frames from 5, got num_frames 1$"
+    with pytest.raises(InvalidRequestError, match=words) as caught:
+        video.build(prompt, OmniDiffusionSamplingParams(num_frames=1), "r")
+    assert caught.value.param == "image"
+    video.build(replace(prompt, images=prompt.images[:1]), OmniDiffusionSamplingParams(num_frames=1), "r")
 
 
 @pytest.mark.parametrize(

@@ -347,6 +347,27 @@ def test_out_of_memory_in_company_is_tried_again_alone(depth: int, always: bool)
         assert "b" not in items_of(plan) or items_of(plan) == ["b"]
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("always", [False, True])
+def test_a_request_without_memory_begins_again_when_the_others_have_ended(depth: int, always: bool) -> None:
+    """Requests hold memory between their steps: one that is alone in its plan may lack it all the same."""
+
+    def errors(request_id: str, phase: str, step: int) -> ItemError | None:
+        is_bad = (request_id, phase) == ("b", "encode")
+        return OUT_OF_MEMORY if is_bad and (always or runner.holds_states_of_others("b")) else None
+
+    runner = FakeRunner(errors=errors)
+    long = [(0.0, make_scheduled("a", 64, 9)), (OVERHEAD, make_scheduled("b", 64, 4))]
+    later = [(8 * OVERHEAD, make_scheduled("c", 64, 9))]
+    simulation = Simulation(make_scheduler(10), [*long, *later], depth, runner).run()
+    encodes = [plan for plan in simulation.plans if "b" in plan.encode]
+    assert [items_of(plan) for plan in encodes] == [["b"], ["b"]]
+    assert [id for update in simulation.updates for id in update.replayed] == ["b"]
+    assert [id for update in simulation.updates for id in update.failed] == (["b"] if always else [])
+    assert sorted(simulation.finished) == (["a", "c"] if always else ["a", "b", "c"])
+    assert runner.num_states == 0
+
+
 def test_a_request_that_the_worker_lost_fails_instead_of_hanging() -> None:
     scheduler = make_scheduler()
     scheduler.add([make_scheduled("r", 64, 2)])

@@ -25,6 +25,8 @@ class PlanInFlight:
     steps: dict[str, int]
     """Request id -> denoising steps done after this plan."""
     work: float
+    num_begun: int
+    """Requests under way when it was made: its own, and others that hold memory meanwhile."""
 
     @property
     def tasks(self) -> Tasks:

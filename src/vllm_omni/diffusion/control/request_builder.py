@@ -161,6 +161,7 @@ class RequestBuilder:
         images = tuple(_prepare(image, self._info) for image in prompt.images)
         defaults = self._defaults_of(images, params)
         filled = _check_values(_fill(params, defaults), self._config, self._info)
+        _check_frames_for(len(images), filled.num_frames, self._info)
         if self._info.follows_input:
             assert filled.height is not None
             assert filled.width is not None
@@ -363,6 +364,17 @@ def check_num_images(num_images: int, info: ModelInfo) -> None:
         )
     elif num_images > (most := info.image_input.max_images):
         raise InvalidRequestError(f"image takes at most {most} pictures on this model, got {num_images}", param="image")
+
+
+def _check_frames_for(num_images: int, num_frames: int | None, info: ModelInfo) -> None:
+    """Raise InvalidRequestError for a video with fewer latent frames than the pictures that it begins and ends with."""
+    if info.frame_multiple is None or num_images <= info.latent_frames(num_frames or 1):
+        return
+    raise InvalidRequestError(
+        f"image takes {num_images} pictures with num_frames from {1 + (num_images - 1) * info.frame_multiple}, got "
+        f"num_frames {num_frames}",
+        param="image",
+    )
 
 
 def _prepare(image: Any, info: ModelInfo) -> InputImage:

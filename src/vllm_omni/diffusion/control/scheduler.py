@@ -141,7 +141,7 @@ class Scheduler:
             plan.placement = self._placement([self._entries[id] for id in plan.denoise])
         work = sum(item.work for item in items)
         self._planned_work += work
-        self._in_flight.append(PlanInFlight(plan, items, steps, work))
+        self._in_flight.append(PlanInFlight(plan, items, steps, work, len(self._begun)))
         return plan
 
     def _placement(self, entries: Sequence[Entry]) -> Placement:
@@ -160,6 +160,9 @@ class Scheduler:
         busy: set[int] = set()
         num_tokens, lead, limit = 0.0, Phase.ENCODE, math.inf
         while len(chosen) < self._max_num_seqs and (entry := candidates.next(lead, limit)):
+            if entry.runs_alone and not entry.encoded and self._begun:
+                candidates = self._order.candidates(begun_only=True)  # it begins when these have freed their memory
+                continue
             item = entry.next_item()
             if item.is_piece and not self._decode_groups.take(entry.request.request_id, busy):
                 continue
@@ -225,7 +228,7 @@ class Scheduler:
             if self._entries.get(request_id) is not entry or entry.first_step_id > result.step_id:
                 continue  # aborted, failed or started again meanwhile
             if error := error_of(item, result):
-                self._fail(entry, error, len(finished.items) > 1, update)
+                self._fail(entry, error, finished.num_begun > 1, update)
                 continue
             if item.phase is Phase.DENOISE:
                 update.steps[request_id] = finished.steps[request_id]
@@ -239,7 +242,10 @@ class Scheduler:
         return update
 
     def _fail(self, entry: Entry, error: ItemError, in_company: bool, update: Update) -> None:
-        """End a request, or run it again alone when it ran out of memory beside others."""
+        """End a request, or run it again alone when it ran out of memory beside others.
+
+        in_company: whether other requests were under way, in the same plan or not; each holds memory until it ends.
+        """
         request_id = entry.request.request_id
         if error.kind == "out_of_memory" and in_company and not entry.runs_alone:
             self._order.remove(entry)

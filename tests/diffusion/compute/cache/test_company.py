@@ -24,7 +24,7 @@ from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.packing import Hidden, Pack
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import parse_cache_config
-from vllm_omni.diffusion.messages.plan import StepResult
+from vllm_omni.diffusion.messages.plan import StepPlan, StepResult
 
 LONG = make_request("long", negative_prompt="a blue car", num_inference_steps=16, seed=3, true_cfg_scale=3.0)
 WIDE = make_request("wide", "a photo", height=48, width=96, num_inference_steps=12, seed=4)
@@ -89,6 +89,19 @@ def test_results_tell_what_was_cached_and_what_is_kept(calm_model: Path, backend
     assert all(set(result.cached) <= set(result.advanced) for result in results)
     assert max(result.cache_bytes for result in results) > 2 * 16 * 64 * 4
     assert results[-1].cache_bytes == runner.pipeline.step_cache.budget.num_bytes == 0
+
+
+def test_an_ended_request_leaves_the_budget_where_its_state_lives_on(calm_model: Path, backend: str) -> None:
+    """A traceback may hold the state on one rank alone; ranks with other budgets would drop other tensors."""
+    runner = started(calm_model, backend, settings_of(backend))
+    budget = runner.pipeline.step_cache.budget
+    runner.execute(StepPlan(0, new_requests=[make_request("r")], encode=["r"]))
+    state = runner._states["r"]
+    runner.execute(StepPlan(1, denoise=["r"]))
+    assert budget.num_bytes > 0
+    runner.execute(StepPlan(2, release=["r"]))
+    assert state.step == 1
+    assert budget.num_bytes == 0
 
 
 # Zeros are steps that may be reused, whatever has changed.

@@ -16,6 +16,8 @@ from tests.diffusion.compute.cache.driving import Skips, watch_skips
 from tests.diffusion.compute.cache.settings import settings_of
 from tests.diffusion.compute.distributed.ranks import run_places
 from tests.diffusion.compute.worker.replica import merging, started
+from vllm_omni.diffusion.compute.device.device import Device
+from vllm_omni.diffusion.compute.startup.model_start import CACHE_SHARE
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.plan import StepResult
 from vllm_omni.diffusion.messages.request import DiffusionRequest
@@ -210,6 +212,34 @@ def draw_with_less_room(
         assert Drive(runner, merge=note).run(arrivals).errors == {}
         counts.append(sum(len(steps) for branches in skips.values() for steps in branches))
     return counts
+
+
+def test_ranks_of_a_tensor_group_drop_alike(calm_model: Path) -> None:
+    """Else their forecasts, and with them the hidden states that all of them hold, would differ."""
+    one, tensor, room = DiffusionParallelConfig(), LAYOUTS["tensor"], 2**32
+    ((_, all_kept),) = run_places(draw_with_memory, one, one, calm_model, [room])
+    less = int(0.7 * max(all_kept) / CACHE_SHARE)
+    ((wanted, wanted_kept),) = run_places(draw_with_memory, one, one, calm_model, [less])
+    assert 0 < max(wanted_kept) < max(all_kept)
+    for images, num_kept in run_places(draw_with_memory, tensor, tensor, calm_model, [room, less]):
+        assert num_kept == wanted_kept
+        assert min(psnr(images[i], wanted[i]) for i in wanted) >= 60
+
+
+def draw_with_memory(
+    place: RankInfo, parallel: DiffusionParallelConfig, path: Path, free: Sequence[int]
+) -> tuple[dict[str, np.ndarray], list[int]]:
+    """Pictures, and the bytes that the step cache kept after each step. free: bytes on each rank after the warm-up."""
+    Device.free_memory_bytes = lambda self: free[place.rank]  # type: ignore[method-assign]  # in a process of its own
+    runner = started(place, parallel, path, cache_backend="cache_dit", cache_config=settings_of("cache_dit"))
+    merge, num_kept = merging(runner), list[int]()
+
+    def note(result: StepResult) -> StepResult:
+        num_kept.append(result.cache_bytes)
+        return merge(result)
+
+    arrivals = {0: [make_request(i, "", negative_prompt="a car", num_inference_steps=12, seed=1) for i in "ab"]}
+    return Drive(runner, merge=note).run(arrivals).images, num_kept
 
 
 def test_a_reused_branch_is_told_once_whichever_ranks_reused_it(calm_model: Path) -> None:

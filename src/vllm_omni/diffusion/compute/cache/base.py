@@ -79,6 +79,10 @@ class CacheSlot:
         self.content, self.next_content, self.skipped = self.next_content, None, False
         return skipped
 
+    def clear(self) -> None:
+        """Drop everything, at the end of the request."""
+        self.content, self.next_content = None, None
+
     @property
     def num_bytes(self) -> int:
         contents = [content for content in (self.content, self.next_content) if content is not None]

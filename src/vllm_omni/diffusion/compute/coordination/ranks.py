@@ -69,6 +69,10 @@ class Ranks:
         """Largest value of all ranks."""
         return self.mesh.control.agree(value)
 
+    def least(self, value: float) -> float:
+        """Smallest value of all ranks."""
+        return -self.mesh.control.agree(-value)
+
     def take_sent_bytes(self) -> dict[str, int]:
         """Bytes that this rank sent in each kind of exchange since the last call."""
         if self.world is None:

@@ -212,22 +212,28 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         """Timestep of each step of a schedule, as the transformer takes it: the scheduler's own, unless overridden."""
         return tuple(scheduler.timesteps.tolist())
 
+    def check(self, request: DiffusionRequest) -> None:
+        self._schedule(request)
+
+    def _schedule(self, request: DiffusionRequest) -> Any:
+        """Scheduler of the request, at its first step. Raises InvalidRequestError: see `make_schedule`."""
+        num_tokens = math.prod(self.grid(request)) if self.shifts_by_size else None
+        return make_schedule(self._scheduler, request, num_tokens)
+
     def new_state(
         self, cls: type[State], request: DiffusionRequest, text: tuple[Tensor, ...], latents: Tensor, **own: Any
     ) -> State:
         """State before the first step, for `encode`. Computes the rows of modulation of the whole schedule.
 
         text: see `FlowState.text`; latents: [tokens, channels], the noise; own: the family's fields of the state.
-        Raises InvalidRequestError for a schedule with NaN or infinite values.
         """
-        grid = self.grid(request)
-        scheduler = make_schedule(self._scheduler, request, math.prod(grid) if self.shifts_by_size else None)
+        scheduler = self._schedule(request)
         state = cls(
             request=request,
             latents=latents,
             sequence_lengths=(),
             text=text,
-            grid=grid,
+            grid=self.grid(request),
             scheduler=scheduler,
             timesteps=self.timesteps(scheduler),
             **own,
@@ -365,6 +371,9 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
 
     def forget(self, state: State) -> None:
         self._layouts.forget(state)
+        for slot in state.cache_slots:
+            if slot is not None:
+                slot.clear()  # a state may live longer on one rank, in a traceback, and would count in its budget
 
     def release_memory(self) -> None:
         self._layouts.clear()

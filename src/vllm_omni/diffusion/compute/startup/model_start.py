@@ -35,7 +35,8 @@ from vllm_omni.errors import ConfigError
 from vllm_omni.logs.bars import progress_bar
 
 CACHE_SHARE = 0.25
-"""Share of the memory free after the warm-up that step caches may keep; beyond it a sequence misses the cache."""
+"""Share of the memory free after the warm-up, on the rank with least, that step caches may keep on each rank; beyond it
+a sequence misses the cache."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def start_model(
         rates = warm_up_whole(pipeline, info_with_defaults, timer, bar.num_bytes, num_threads)
     if config.max_batch_tokens is not None:
         rates = replace(rates, max_batch_tokens=config.max_batch_tokens)
-    cache_bytes = int(CACHE_SHARE * device.free_memory_bytes()) if first is None else first.cache_bytes
+    # Ranks of a tensor group hold tensors of equal sizes. With equal budgets they drop the same ones and stay alike.
+    cache_bytes = int(CACHE_SHARE * ranks.least(device.free_memory_bytes())) if first is None else first.cache_bytes
     pipeline.step_cache.budget.max_bytes = cache_bytes
     return pipeline, WorkerReady(
         load_seconds=bar.seconds,

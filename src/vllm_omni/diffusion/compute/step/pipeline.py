@@ -113,6 +113,12 @@ class Pipeline(ABC, Generic[State]):
         info: what the family's `describe` returned. on_bytes: called with the number of bytes read since its last call.
         """
 
+    def check(self, request: DiffusionRequest) -> None:
+        """Raise InvalidRequestError for a request that the model cannot run. Exchanges nothing with other ranks.
+
+        Called before `encode`, which should raise it no more: an error there may cost all ranks a restart.
+        """
+
     @abstractmethod
     def encode(self, request: DiffusionRequest) -> State:
         """State before the first step: text states and initial noise."""

@@ -125,7 +125,8 @@ class ModelRunner:
         watch = Stopwatch(self._device.torch)
         self._release(plan.release)
         self._requests |= {request.request_id: request for request in plan.new_requests}
-        live = self._agree_on_requests(plan)
+        self._check(plan, result)
+        live = self._agree_on_requests(plan, result)
         with watch.measure("encode"):
             self._encode([i for i in plan.encode if i in live], result)
         with watch.measure("denoise"):
@@ -157,14 +158,20 @@ class ModelRunner:
 
         return wait
 
-    def _agree_on_requests(self, plan: StepPlan) -> set[str]:
-        """Requests of the plan that no rank skips.
+    def _check(self, plan: StepPlan, result: StepResult) -> None:
+        """Give an error to each new request that cannot run."""
+        # An error in the encode, where ranks exchange tensors, may cost all of them a restart.
+        new = [request for request in plan.new_requests if request.request_id not in self._aborted]
+        self._run_each(new, self.pipeline.check, result, on_all_ranks=False)
+
+    def _agree_on_requests(self, plan: StepPlan, result: StepResult) -> set[str]:
+        """Requests of the plan that no rank skips. result: holds the errors that this rank has found.
 
         Ranks may skip different ones: an abort reaches them at different times, and a request may fail on one rank.
         """
         ids = [*plan.encode, *plan.denoise, *plan.decode]
         known = [i in self._requests and (i in self._states or i in plan.encode) for i in ids]
-        votes = [not k or i in self._aborted for i, k in zip(ids, known)]
+        votes = [not k or i in self._aborted or i in result.errors for i, k in zip(ids, known)]
         *skipped, lacks_memory = self.ranks.unite([*votes, self._lacks_memory])
         if lacks_memory:
             self._lacks_memory = False

@@ -46,7 +46,8 @@ class Entry:
     decoded_frames: int = 0
     """Latent frames whose decode is planned."""
     runs_alone: bool = False
-    """Whether it shares no step: it ran out of memory beside others, or may have killed workers."""
+    """Whether it begins when no other request is under way, and shares no step: it ran out of memory beside others, or
+    may have killed workers."""
     num_deaths: int = 0
     """Number of workers that died while they ran it."""
     groups: Sequence[int] = ()

@@ -131,17 +131,6 @@ def test_a_mixed_batch_draws_what_diffusers_draws(tmp_path: Path, kind: str) -> 
     assert kept(runner) == 0
 
 
-def test_two_pictures_need_two_latent_frames(tmp_path: Path) -> None:
-    path = build_tiny_wan(tmp_path / "model", "i2v-a14b", default_sampling_params=SMALL)
-    images = pictures_of(path, "i2v-a14b", 2)
-    good = request("good", "apple", num_inference_steps=1, num_frames=5, **images)
-    drive = Drive(started(path)).run({0: [good, request("bad", "apple", num_frames=1, **images)]})
-    assert set(drive.images) == {"good"}
-    error = drive.errors["bad"]
-    assert (error.kind, error.param) == ("invalid", "image")
-    assert error.message.endswith("num_frames from 5, got 2 pictures with num_frames 1")
-
-
 @torch.inference_mode()
 def test_requests_with_the_same_text_share_its_keys_while_they_run(tmp_path: Path) -> None:
     pipeline: Any = started(build_tiny_wan(tmp_path / "model", "t2v-a14b", default_sampling_params=SMALL)).pipeline

@@ -37,7 +37,6 @@ from vllm_omni.diffusion.compute.step.transformer import StepContext
 from vllm_omni.diffusion.compute.text.prompt_cache import PromptCache
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest
-from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.images import InputImage, resize_image
 
 PROMPT_CACHE_BYTES = 256 * 2**20
@@ -155,14 +154,7 @@ class WanPipeline(FlowPipeline[WanState, WanTransformer, Forward[WanTransformer]
         return made
 
     def _given(self, request: DiffusionRequest) -> Tensor:
-        """See `WanState.given`. Raises InvalidRequestError for more pictures than latent frames."""
-        frames = self.grid(request)[0]
-        if len(request.images) > frames:
-            raise InvalidRequestError(
-                f"image takes a first and a last picture with num_frames from {1 + self._frame_multiple}, got "
-                f"{len(request.images)} pictures with num_frames {request.num_frames}",
-                param="image",
-            )
+        """See `WanState.given`."""
         first, *last = (resize_image(image, request.height, request.width).reference for image in request.images)
         if self._config.expand_timesteps:
             return to_tokens(self._encoder(first, 1))
