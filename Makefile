@@ -6,7 +6,7 @@ SETUP := $(VENV)/.set-up
 .PHONY: help demo serve test test-layouts test-thorough test-soak check
 
 help:
-	@echo "make demo    set up, serve the demo model, write out/demo.png, stop"
+	@echo "make demo    set up, serve the demo model, write out/demo.png, stop; make out/demo.mp4 without a server"
 	@echo "make serve   set up, serve the demo model until Ctrl-C (PORT=8000 for a fixed port)"
 	@echo "make test    set up, run the linters and the tests (PROCESSES=2, more on a large machine)"
 	@echo "make test-layouts   the tests of every parallel layout, up to 8 processes (some minutes)"
@@ -20,6 +20,7 @@ $(SETUP): requirements/cpu.txt pyproject.toml tools/setup.sh
 
 demo: $(SETUP)
 	$(BIN)/python tools/demo/run.py
+	$(BIN)/python tools/demo/video.py
 
 serve: $(SETUP)
 	$(BIN)/python tools/demo/run.py --stay --port $(or $(PORT),0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,14 @@ def tiny_edit_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         zero_cond_t=True,
         default_sampling_params={"height": 64, "width": 64, "num_inference_steps": 4},
     )
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Let PyTorch use one CPU thread during the test."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -21,6 +21,7 @@ TOP_FILES = ("LICENSE", "MANIFEST.in", "Makefile", "NOTICE", "README.md", "pypro
 FOLDERS = (".ci", "benchmarks", "deploy", "docs", "requirements", "src", "testbed", "tests", "tools")
 CACHED = "module.cpython-311.pyc"
 LARGE_BYTES = 1_000_000
+MODELS = ("demo_model", "demo_video")
 BROUGHT_BY = {
     "PIL": "pillow",
     "pydantic_core": "pydantic",
@@ -97,7 +98,8 @@ def files_of(*folders: str) -> set[str]:
 def test_the_wheel_carries_the_package_and_nothing_else(wheel: Path) -> None:
     assert wheel.name == f"vllm_omni-{__version__}-py3-none-any.whl"
     package = {name.removeprefix("src/") for name in files_of("src")}
-    assert {"vllm_omni/py.typed", "vllm_omni/demo_model/transformer/diffusion_pytorch_model.safetensors"} <= package
+    weights = {f"vllm_omni/{name}/transformer/diffusion_pytorch_model.safetensors" for name in MODELS}
+    assert {"vllm_omni/py.typed"} | weights <= package
     about = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "licenses/NOTICE", "top_level.txt")
     with ZipFile(wheel) as archive:
         assert set(archive.namelist()) == package | {f"vllm_omni-{__version__}.dist-info/{name}" for name in about}
@@ -110,7 +112,8 @@ def test_the_source_archive_is_a_checkout(sdist: Path) -> None:
 
 
 def test_what_the_readme_and_the_docs_link_to_is_in_the_source_archive(sdist: Path) -> None:
-    pages = [sdist / "README.md", *sdist.glob("docs/**/*.md"), sdist / "src/vllm_omni/demo_model/README.md"]
+    cards = [sdist / "src/vllm_omni" / name / "README.md" for name in MODELS]
+    pages = [sdist / "README.md", *sdist.glob("docs/**/*.md"), *cards]
     links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#]+)", page.read_text())]
     assert len(links) > 10
     assert [f"{page}: {link}" for page, link in links if not (page.parent / link).exists()] == []

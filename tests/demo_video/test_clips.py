@@ -223,12 +223,13 @@ def test_the_card_has_the_numbers(tmp_path: Path) -> None:
         (tmp_path / folder / "config.json").write_text(json.dumps(config))
     (tmp_path / "default_sampling_params.json").write_text(json.dumps(network.DEFAULTS))
     (tmp_path / "vae.safetensors").write_bytes(b"weights")
-    scores = {"thing": 97.0, "motion": 93.4, "background": 100.0, "motions": {"jumping": 88.0}}
+    scores = {"clips": 100, "thing": 97.0, "motion": 93.4, "background": 100.0, "motions": {"jumping": 88.0}}
     numbers = {"prompts": 100, "true clips": scores, "reconstructions": scores | {"psnr": 29.5}, "labels": scores}
     numbers |= {"steps": {"8": scores}, "guidance": {"1.0": scores}, "variety": 0.05}
     text = card.card(tmp_path, numbers, "One command.\n", "- Eyes are smudged.\n")
-    assert "| **prompts, 20 steps, guidance 3.0** | 97 % | 93 % | 100 % |" in text
+    assert "| **prompts, 20 steps, guidance 3.0** | 100 | 97 % | 93 % | 100 % |" in text
     assert "jumping 88 %" in text
+    assert "(deviation 5% of the width)" in text
     assert "29.5 dB" in text
     assert "- Eyes are smudged." in text
     assert hashes(tmp_path) in text

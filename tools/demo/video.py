@@ -13,7 +13,7 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.omni import Omni
 from vllm_omni.outputs import write_video
 
-PROMPT = "a panda jumping on a pink background"
+PROMPT = "a rocket moving up on a black background"
 
 
 def main() -> None:

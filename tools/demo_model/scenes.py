@@ -81,8 +81,8 @@ def place(
 def sampling_grid(
     cell: tuple[int, int], side: torch.Tensor, tilt: torch.Tensor, x: torch.Tensor, y: torch.Tensor
 ) -> torch.Tensor:
-    """Where each pixel of a cell lies in its sprite, for grid_sample, [n, height, width, 2]. `side` is the sprite's
-    and `x`, `y` its centre's distance from the middle, in pixels."""
+    """Sprite position of each pixel of a cell, for grid_sample, [n, height, width, 2]. `side` is the sprite's side and
+    `x`, `y` are the distances of its centre from the cell's middle, in pixels. `tilt` is in radians."""
     height, width = cell
     cos, sin = torch.cos(tilt), torch.sin(tilt)
     rows = [

@@ -40,14 +40,13 @@ Measured by `tools/demo_video/evaluate.py` with diffusers' own pipeline: {prompt
 "Right thing" means that of all {things} drawings the prompted one fits the first, middle and last frame best; "right
 motion" that the thing's track, measured in the pixels of every frame, is the prompted motion's.
 
-| clips | right thing | right motion | right background |
-| --- | --- | --- | --- |
+| what | clips | right thing | right motion | right background |
+| --- | --- | --- | --- | --- |
 {rows}
 
 - By motion: {by_motion}.
 - The autoencoder's reconstructions: {psnr} dB PSNR.
-- Seeds differ in place (deviation {variety:.0%} of the width), size and shade.
-{weak}
+{seeds}{weak}
 ## Vocabulary
 
 Motions, with other words for them in brackets: {motion_words}.
@@ -80,7 +79,8 @@ def motion_words() -> str:
 
 
 def row(name: str, scores: dict[str, Any]) -> str:
-    return f"| {name} | {scores['thing']:.0f} % | {scores['motion']:.0f} % | {scores['background']:.0f} % |"
+    percents = " | ".join(f"{scores[key]:.0f} %" for key in ("thing", "motion", "background"))
+    return f"| {name} | {scores['clips']} | {percents} |"
 
 
 def rows(numbers: dict[str, Any], steps: int, guidance: float) -> str:
@@ -90,6 +90,13 @@ def rows(numbers: dict[str, Any], steps: int, guidance: float) -> str:
     lines += [row(f"{count} steps", scores) for count, scores in numbers["steps"].items()]
     lines += [row(f"guidance {scale}", scores) for scale, scores in numbers["guidance"].items()]
     return "\n".join(lines)
+
+
+def seeds(variety: float | None) -> str:
+    """Line on the difference between seeds; empty where it was not measured."""
+    if variety is None:
+        return ""
+    return f"- Seeds differ in place (deviation {variety:.0%} of the width), size and shade.\n"
 
 
 def card(model: Path, numbers: dict[str, Any], training: str, weak: str) -> str:
@@ -117,7 +124,7 @@ def card(model: Path, numbers: dict[str, Any], training: str, weak: str) -> str:
         rows=rows(numbers, steps, guidance),
         by_motion=listed(numbers["labels"]["motions"], ""),
         psnr=numbers["reconstructions"]["psnr"],
-        variety=numbers["variety"],
+        seeds=seeds(numbers.get("variety")),
         weak=weak,
         motion_words=motion_words(),
         colours=", ".join(BACKGROUNDS),

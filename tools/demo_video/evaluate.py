@@ -83,7 +83,7 @@ def as_clips(pixels: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def score(clips: torch.Tensor, wanted: Sequence[Wanted], sprites: Sprites) -> dict[str, Any]:
-    """Percent of right things, motions and backgrounds, and the wrong ones; clips in [0, 1]."""
+    """Number of clips, percent of right things, motions and backgrounds, and the wrong ones; clips in [0, 1]."""
     things: list[bool] = []
     motions: list[bool] = []
     wrong: list[str] = []
@@ -108,6 +108,7 @@ def score(clips: torch.Tensor, wanted: Sequence[Wanted], sprites: Sprites) -> di
                 wrong.append(f"{wanted[i].prompt} -> {', '.join(THINGS[k] for k in dict.fromkeys(shown))} {motion}")
     backgrounds = nearest_background(judge.clip_shade(clips))
     return {
+        "clips": len(wanted),
         "thing": share(things),
         "motion": share(motions),
         "background": share([name == clip.background for name, clip in zip(backgrounds, wanted, strict=True)]),

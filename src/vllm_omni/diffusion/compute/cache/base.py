@@ -105,7 +105,11 @@ class SequenceStep:
 
 
 class Budget:
-    """Memory for the stored tensors of all sequences on one device."""
+    """Limit on the bytes that the sequences of one device hold between two steps.
+
+    It does not bound the peak of a step: a step first stores all its tensors, beside those of the step before, and
+    `enforce` then drops what is too much.
+    """
 
     def __init__(self) -> None:
         self.max_bytes = math.inf
@@ -154,6 +158,9 @@ class StepCache(ABC):
         Must not change `hidden` or stored contents. All ranks of the rank group must take the same decisions, also
         where one rank had no memory to store: its content is None or `without_tensors`, and `relative_changes` with a
         missing tensor is infinite on every rank. So no decision may depend on a content or tensor being there.
+
+        `relative_changes` is an exchange: all ranks must call it with pairs of the same sequences. Choose these by
+        counters, never by whether a tensor is stored on this rank.
         """
 
     def _store(self, sequence: SequenceStep, content: SlotContent, skipped: bool) -> None:

@@ -381,7 +381,7 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
             self.capturer.release()
 
     def grid(self, request: DiffusionRequest) -> Grid:
-        """Grid of the request's tokens of the request's picture."""
+        """Numbers of latent frames, token rows and token columns of the request's picture or video."""
         side = self._info.pixels_per_token
         return self._info.latent_frames(request.num_frames), request.height // side, request.width // side
 
