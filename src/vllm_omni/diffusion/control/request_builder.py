@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from vllm_omni.diffusion.catalog.configs import MIN_FLOW_SHIFT
 from vllm_omni.diffusion.catalog.folder_files import DEFAULTS_FILE
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.control.adapters import resolve_lora
@@ -439,7 +440,8 @@ def _check_params(params: OmniDiffusionSamplingParams, info: ModelInfo) -> None:
     if (seconds := params.seconds) is not None:
         _require(0 <= seconds < math.inf, "seconds", seconds, "a number of at least 0")
     if (shift := params.flow_shift) is not None:
-        _require(0 < shift <= MAX_FLOW_SHIFT, "flow_shift", shift, f"a number above 0, up to {MAX_FLOW_SHIFT:g}")
+        expected = f"a number from {MIN_FLOW_SHIFT} to {MAX_FLOW_SHIFT:g}"
+        _require(MIN_FLOW_SHIFT <= shift <= MAX_FLOW_SHIFT, "flow_shift", shift, expected)
     for name in GUIDANCE_PARAMETERS:
         most = 1.0 if name == "cfg_truncation" else MAX_GUIDANCE
         if (value := getattr(params, name)) is not None:
