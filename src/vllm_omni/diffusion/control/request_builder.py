@@ -197,17 +197,18 @@ class RequestBuilder:
 
         text_tokens: of each branch, with those of input pictures. Encoding an input picture is priced as a decode.
         """
-        num_decoded_tokens = self._info.num_decoded_tokens(request.height, request.width, request.num_frames)
         info, ready = self._info, self._ready
+        video = request.height, request.width, request.num_frames
         lengths = info.branch_tokens(text_tokens, num_image_tokens, num_reference_tokens)
         num_encoded = sum(map(info.num_encoded_tokens, text_tokens))
-        encode = ready.encode_units_per_token * num_encoded + ready.decode_units_per_token * num_reference_tokens
-        if info.shares_encodings:  # each replica encodes the prompt once; all outputs begin together
+        num_encoded_image = info.num_encoded_image_tokens(request.images, *video)
+        encode = ready.encode_units_per_token * num_encoded + ready.decode_units_per_token * num_encoded_image
+        if info.shares_encodings:  # each replica encodes prompt and pictures once; all outputs begin together
             encode *= min(1, self._config.parallel.data_parallel_size / num_outputs)
         return RequestCost(
             encode=encode,
             step=(1.0 if request.strength is None else request.strength) * sum(map(info.sequence_cost, lengths)),
-            decode=ready.decode_units_per_token * num_decoded_tokens,
+            decode=ready.decode_units_per_token * info.num_decoded_tokens(*video),
             branch_tokens=lengths,
         )
 

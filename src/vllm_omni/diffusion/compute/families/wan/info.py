@@ -39,7 +39,9 @@ DEFAULTS = {
     "guidance_scale": 5.0,
     "max_sequence_length": MAX_PROMPT_TOKENS,
 }
-"""Defaults of diffusers' pipelines, the same for all models."""
+"""Defaults of diffusers' pipelines."""
+DEFAULTS_5B = DEFAULTS | {"height": 704, "width": 1280, "num_frames": 121}
+"""Defaults on the published card of the model of 5B parameters."""
 AVAILABLE = {
     "patch_size": [1, PATCH_SIZE, PATCH_SIZE],
     "cross_attn_norm": True,
@@ -57,13 +59,14 @@ class WanModelInfo(PackedModelInfo):
     """Whether the VAE encodes the input picture with empty frames up to the length of the video."""
 
     def num_reference_tokens(self, image: InputImage) -> int:
-        """Tokens by which the encoding of an input picture is priced: those of a video of the default size."""
-        defaults = self.default_sampling_params
-        num_frames = defaults["num_frames"] if self.encodes_whole_video else 1
-        return self.num_image_tokens(defaults["height"], defaults["width"], num_frames)
+        return 0
 
-    def branch_tokens(self, text_tokens: Sequence[int], num_image_tokens: int, num_references: int) -> tuple[int, ...]:
-        return super().branch_tokens(text_tokens, num_image_tokens, 0)
+    def num_encoded_image_tokens(
+        self, images: Sequence[InputImage], height: int, width: int, num_frames: int = 1
+    ) -> int:
+        if self.encodes_whole_video:  # one encode, with all pictures in their places
+            return self.num_decoded_tokens(height, width, num_frames) if images else 0
+        return len(images) * self.num_decoded_tokens(height, width)
 
 
 def describe(path: Path) -> PackedModelInfo:
@@ -84,7 +87,8 @@ def describe(path: Path) -> PackedModelInfo:
     if transformer.sees_image:
         clip = ClipVisionConfig.from_dict(read_config(path, "image_encoder"), transformer)
         expected_weights["image_encoder"] = [clip.expected_weights()]
-    defaults: dict[str, Any] = DEFAULTS | read_default_sampling_params(path)
+    family_defaults: dict[str, Any] = DEFAULTS_5B if pipeline.expand_timesteps else DEFAULTS
+    defaults = family_defaults | read_default_sampling_params(path)
     side = PATCH_SIZE * vae.scale_factor_spatial
     return WanModelInfo(
         path=path,
