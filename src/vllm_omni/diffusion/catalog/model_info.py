@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Protocol
 from vllm_omni.diffusion.catalog.expected_weights import ExpectedWeights
 from vllm_omni.diffusion.catalog.tokenizer_files import TokenizerNeeds
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
-from vllm_omni.inputs.images import InputImage, ReaderSizes
+from vllm_omni.inputs.images import InputImage, ReaderSizes, resize_image
 
 SIZES = ("height", "width")
 
@@ -182,6 +182,10 @@ class ModelInfo(ABC):
         `frame_multiple` of them.
         """
         return num_frames * self.num_image_tokens(height, width)
+
+    def fit_image(self, image: InputImage, height: int, width: int) -> InputImage:
+        """Input picture with no more pixels than the model reads for an output of this size, in pixels."""
+        return resize_image(image, height, width) if self.follows_input else image
 
     def num_reference_tokens(self, image: InputImage) -> int:
         """Image tokens of an input picture; 0 for a model that makes none of it."""

@@ -27,7 +27,7 @@ from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.errors import ConfigError, InvalidRequestError, UnsupportedParameterError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 from vllm_omni.inputs.field_values import WrongValueError, coerce, field_types, shown
-from vllm_omni.inputs.images import InputImage, prepare_image, resize_image
+from vllm_omni.inputs.images import InputImage, prepare_image
 from vllm_omni.video_file import MAX_FPS
 
 MAX_PROMPT_CHARACTERS = 32_000
@@ -162,11 +162,10 @@ class RequestBuilder:
         images = tuple(_prepare(image, self._info) for image in prompt.images)
         defaults = self._defaults_of(images, params)
         filled = _check_values(_fill(params, defaults), self._config, self._info)
-        if self._info.follows_input:
-            assert filled.height is not None
-            assert filled.width is not None
-            images = tuple(resize_image(image, filled.height, filled.width) for image in images)
-        return CheckedPrompt(replace(prompt, images=images), params, filled, defaults)
+        assert filled.height is not None
+        assert filled.width is not None
+        fitted = tuple(self._info.fit_image(image, filled.height, filled.width) for image in images)
+        return CheckedPrompt(replace(prompt, images=fitted), params, filled, defaults)
 
     def _defaults_of(self, images: Sequence[InputImage], params: OmniDiffusionSamplingParams) -> dict[str, Any]:
         """Defaults of the server over those of the model; the size of an edit follows from its input pictures."""

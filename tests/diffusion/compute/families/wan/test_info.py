@@ -136,6 +136,8 @@ def test_pictures_are_no_tokens_and_their_encode_is_priced_by_the_request(
     assert first.cost == second.cost
     assert first.cost.encode == (prompts + READY.decode_units_per_token * encoded_frames * tokens) / 2
     assert first.num_reference_tokens == 0
+    assert [image.reference.shape for image in first.request.images] == [(64, 96, 3)] * count
+    assert first.request.images is second.request.images
     assert first.cost.branch_tokens == (first.num_image_tokens,) * 2
 
 
@@ -169,6 +171,10 @@ def test_degrees_follow_from_the_sizes(wan_model: Callable[[str], Path], tmp_pat
         ("t2v-2.1", "transformer/config.json", {"image_dim": 32, "added_kv_proj_dim": 48}, "image_dim takes null"),
         ("flf2v-2.1", "transformer/config.json", {"pos_embed_seq_len": 12}, "pos_embed_seq_len takes 10, .*, got 12"),
         ("i2v-2.1", "image_encoder/config.json", {"hidden_size": 64}, "hidden_size takes 32, .*, got 64"),
+        ("i2v-2.1", "image_processor/preprocessor_config.json", {"resample": 2}, "resample=2: not avail.*, only 3 is"),
+        ("i2v-2.1", "image_processor/preprocessor_config.json", {"do_resize": False}, "do_resize=False: not avail"),
+        ("i2v-2.1", "image_processor/preprocessor_config.json", {"size": {"height": 8, "width": 8}}, "size takes"),
+        ("i2v-2.1", "image_processor/preprocessor_config.json", {"size": "x"}, "size takes .*, got 'x'"),
         ("t2v-2.1", "model_index.json", {"boundary_ratio": 0.9}, "got 0.9 without a transformer_2"),
         ("t2v-a14b", "model_index.json", {"boundary_ratio": None}, "got None with a transformer_2"),
         ("t2v-a14b", "model_index.json", {"boundary_ratio": 1.5}, "got 1.5 with a transformer_2"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanPipeline
-from PIL import Image
 
 from testbed.runner_driver import QUICK, Drive, kept, make_request, psnr
 from testbed.tiny_models import photo
 from testbed.tiny_wan import KINDS, build_tiny_wan
 from vllm_omni.diffusion.catalog.registry import load_model_info
+from vllm_omni.diffusion.compute.families.wan.image import WanImageEncoder
+from vllm_omni.diffusion.compute.families.wan.vae import WanEncoder
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest
@@ -25,6 +28,7 @@ from vllm_omni.inputs.images import prepare_image
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+PHOTOS = [photo(80, 60, 1), photo(50, 70, 2)]
 SMALL: dict[str, object] = {"height": 32, "width": 32, "num_frames": 5}
 
 
@@ -37,6 +41,13 @@ def started(path: Path, **settings: Any) -> ModelRunner:
 def request(request_id: str, prompt: str, **changes: Any) -> DiffusionRequest:
     fields = {"num_frames": 9, "height": 32, "width": 64}
     return make_request(request_id, prompt, **(fields | changes))
+
+
+def fitted(request: DiffusionRequest, path: Path) -> DiffusionRequest:
+    """The request with its pictures as the front end sends them."""
+    info = load_model_info(str(path))
+    images = (info.fit_image(image, request.height, request.width) for image in request.images)
+    return replace(request, images=tuple(images))
 
 
 def arrivals_of(path: Path, kind: str) -> dict[int, list[DiffusionRequest]]:
@@ -68,7 +79,7 @@ def pictures_of(path: Path, kind: str, count: int | None = None) -> dict[str, An
     image_input = load_model_info(str(path)).image_input
     if image_input is None:
         return {}
-    photos = [photo(80, 60, 1), photo(50, 70, 2)][: count or max(1, KINDS[kind].sees_image)]
+    photos = PHOTOS[: count or max(1, KINDS[kind].sees_image)]
     return {"images": tuple(prepare_image(picture, image_input.sizes) for picture in photos)}
 
 
@@ -83,7 +94,7 @@ def draw(pipeline: Any, request: DiffusionRequest) -> np.ndarray:
     own = pipeline.scheduler
     if request.flow_shift is not None:
         pipeline.scheduler = type(own).from_config({**own.config, "flow_shift": request.flow_shift})
-    images = [Image.fromarray(image.reference) for image in request.images]
+    images = PHOTOS[: len(request.images)]
     more: dict[str, Any] = dict(zip(("image", "last_image"), images))
     if request.guidance_scale_2 is not None:
         more["guidance_scale_2"] = request.guidance_scale_2
@@ -123,7 +134,9 @@ def check(images: Mapping[str, np.ndarray], requests: Sequence[DiffusionRequest]
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mixed_batch_draws_what_diffusers_draws(tmp_path: Path, kind: str) -> None:
     path = build_tiny_wan(tmp_path / "model", kind, default_sampling_params=SMALL)
-    arrivals = arrivals_of(path, kind)
+    arrivals = {
+        step: [fitted(request, path) for request in joining] for step, joining in arrivals_of(path, kind).items()
+    }
     runner = started(path)
     drive = Drive(runner).run(arrivals)
     assert not drive.errors
@@ -135,11 +148,46 @@ def test_two_pictures_need_two_latent_frames(tmp_path: Path) -> None:
     path = build_tiny_wan(tmp_path / "model", "i2v-a14b", default_sampling_params=SMALL)
     images = pictures_of(path, "i2v-a14b", 2)
     good = request("good", "apple", num_inference_steps=1, num_frames=5, **images)
-    drive = Drive(started(path)).run({0: [good, request("bad", "apple", num_frames=1, **images)]})
+    bad = request("bad", "apple", num_frames=1, **images)
+    drive = Drive(started(path)).run({0: [fitted(good, path), fitted(bad, path)]})
     assert set(drive.images) == {"good"}
     error = drive.errors["bad"]
     assert (error.kind, error.param) == ("invalid", "image")
     assert error.message.endswith("num_frames from 5, got 2 pictures with num_frames 1")
+
+
+@pytest.mark.parametrize("kind", ["i2v-a14b", "flf2v-2.1", "ti2v-5b"])
+@torch.inference_mode()
+def test_pictures_are_encoded_once_for_all_outputs(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = build_tiny_wan(tmp_path / "model", kind, default_sampling_params=SMALL)
+    pipeline: Any = started(path).pipeline
+    calls = Counter[str]()
+    for cls in (WanEncoder, WanImageEncoder):
+        monkeypatch.setattr(cls, "__call__", counted(cls, calls))
+    images = pictures_of(path, kind)
+    padded = {} if KINDS[kind].sees_image else {"max_sequence_length": 24}
+    first = fitted(request("first", "red", seed=1, negative_prompt="", **padded, **images), path)
+    again = pipeline.encode(replace(first, seed=2))
+    assert torch.equal(again.given, pipeline.encode(first).given)
+    seen = int(bool(KINDS[kind].sees_image))
+    assert (calls["WanEncoder"], calls["WanImageEncoder"]) == (1, seen)
+    longer = pipeline.encode(replace(first, num_frames=13))
+    pipeline.encode(fitted(replace(first, width=32, **images), path))
+    # The 5B model encodes a first frame alone, whatever the length of the video.
+    assert calls["WanEncoder"] == (2 if kind == "ti2v-5b" else 3)
+    assert calls["WanImageEncoder"] <= 2 * seen
+    assert len(longer.given) == len(again.given) * (1 if kind == "ti2v-5b" else 4 / 3)
+
+
+def counted(cls: type[Any], calls: Counter[str]) -> Callable[..., Any]:
+    """`cls.__call__` that counts its calls."""
+    original = cls.__call__
+
+    def call(self: Any, *arguments: Any) -> Any:
+        calls[cls.__name__] += 1
+        return original(self, *arguments)
+
+    return call
 
 
 @torch.inference_mode()

@@ -16,11 +16,13 @@ from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo, Shares
 from vllm_omni.diffusion.catalog.tokenizer_files import TokenizerNeeds
 from vllm_omni.diffusion.compute.families.wan.config import (
     PATCH_SIZE,
+    PROCESSOR_FILE,
     ClipVisionConfig,
     UMT5Config,
     WanConfig,
     WanPipelineConfig,
     WanVaeConfig,
+    clip_side,
 )
 from vllm_omni.diffusion.compute.families.wan.image_input import WanImageInput
 from vllm_omni.diffusion.compute.families.wan.prompts import WanTokenizer
@@ -57,6 +59,10 @@ class WanModelInfo(PackedModelInfo):
 
     encodes_whole_video: bool
     """Whether the VAE encodes the input picture with empty frames up to the length of the video."""
+
+    def fit_image(self, image: InputImage, height: int, width: int) -> InputImage:
+        assert isinstance(self.image_input, WanImageInput), "a model that takes no input pictures was sent some"
+        return self.image_input.fit(image, height, width)
 
     def num_reference_tokens(self, image: InputImage) -> int:
         return 0
@@ -109,7 +115,7 @@ def describe(path: Path) -> PackedModelInfo:
         expected_weights=expected_weights,
         guidance=Guidance("guidance_scale", 0.0, "", () if pipeline.boundary_ratio is None else ("guidance_scale_2",)),
         further_parameters=("flow_shift",) if schedule.takes_flow_shift else (),
-        image_input=_image_input(pipeline, transformer, defaults, side),
+        image_input=_image_input(path, pipeline, transformer, defaults, side),
         encodes_whole_video=pipeline.from_image and not pipeline.expand_timesteps,
         frame_multiple=vae.scale_factor_temporal,
         default_fps=FPS_5B if pipeline.expand_timesteps else FPS,
@@ -157,7 +163,7 @@ def _check_sizes(
 
 
 def _image_input(
-    pipeline: WanPipelineConfig, transformer: WanConfig, defaults: dict[str, Any], side: int
+    path: Path, pipeline: WanPipelineConfig, transformer: WanConfig, defaults: dict[str, Any], side: int
 ) -> WanImageInput | None:
     area = defaults["height"] * defaults["width"]
     if pipeline.expand_timesteps:  # one model for text and for a first frame, whose timestep marks it as given
@@ -165,5 +171,6 @@ def _image_input(
     if not pipeline.from_image:
         return None
     if transformer.sees_image:
-        return WanImageInput(transformer.num_seen_images, transformer.num_seen_images, area, side)
+        clip = clip_side(read_config(path, "image_processor", PROCESSOR_FILE))
+        return WanImageInput(transformer.num_seen_images, transformer.num_seen_images, area, side, clip)
     return WanImageInput(1, 2, area, side)
