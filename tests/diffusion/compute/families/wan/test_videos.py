@@ -13,14 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanPipeline
+from diffusers import AutoencoderKLWan, DiffusionPipeline, WanImageToVideoPipeline, WanPipeline
 
-from testbed.runner_driver import QUICK, Drive, kept, make_request, psnr
+from testbed.runner_driver import QUICK, Drive, fitted, kept, make_request, psnr
 from testbed.tiny_models import photo
 from testbed.tiny_wan import KINDS, build_tiny_wan
 from vllm_omni.diffusion.catalog.registry import load_model_info
+from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.families.wan.image import WanImageEncoder
-from vllm_omni.diffusion.compute.families.wan.vae import WanEncoder
+from vllm_omni.diffusion.compute.families.wan.pipeline import to_tokens
+from vllm_omni.diffusion.compute.families.wan.vae import WanDecoder, WanEncoder
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest
@@ -41,13 +43,6 @@ def started(path: Path, **settings: Any) -> ModelRunner:
 def request(request_id: str, prompt: str, **changes: Any) -> DiffusionRequest:
     fields = {"num_frames": 9, "height": 32, "width": 64}
     return make_request(request_id, prompt, **(fields | changes))
-
-
-def fitted(request: DiffusionRequest, path: Path) -> DiffusionRequest:
-    """The request with its pictures as the front end sends them."""
-    info = load_model_info(str(path))
-    images = (info.fit_image(image, request.height, request.width) for image in request.images)
-    return replace(request, images=tuple(images))
 
 
 def arrivals_of(path: Path, kind: str) -> dict[int, list[DiffusionRequest]]:
@@ -134,8 +129,9 @@ def check(images: Mapping[str, np.ndarray], requests: Sequence[DiffusionRequest]
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mixed_batch_draws_what_diffusers_draws(tmp_path: Path, kind: str) -> None:
     path = build_tiny_wan(tmp_path / "model", kind, default_sampling_params=SMALL)
+    info = load_model_info(str(path))
     arrivals = {
-        step: [fitted(request, path) for request in joining] for step, joining in arrivals_of(path, kind).items()
+        step: [fitted(request, info) for request in joining] for step, joining in arrivals_of(path, kind).items()
     }
     runner = started(path)
     drive = Drive(runner).run(arrivals)
@@ -149,7 +145,8 @@ def test_two_pictures_need_two_latent_frames(tmp_path: Path) -> None:
     images = pictures_of(path, "i2v-a14b", 2)
     good = request("good", "apple", num_inference_steps=1, num_frames=5, **images)
     bad = request("bad", "apple", num_frames=1, **images)
-    drive = Drive(started(path)).run({0: [fitted(good, path), fitted(bad, path)]})
+    info = load_model_info(str(path))
+    drive = Drive(started(path)).run({0: [fitted(good, info), fitted(bad, info)]})
     assert set(drive.images) == {"good"}
     error = drive.errors["bad"]
     assert (error.kind, error.param) == ("invalid", "image")
@@ -161,22 +158,41 @@ def test_two_pictures_need_two_latent_frames(tmp_path: Path) -> None:
 def test_pictures_are_encoded_once_for_all_outputs(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = build_tiny_wan(tmp_path / "model", kind, default_sampling_params=SMALL)
     pipeline: Any = started(path).pipeline
+    info = load_model_info(str(path))
     calls = Counter[str]()
     for cls in (WanEncoder, WanImageEncoder):
         monkeypatch.setattr(cls, "__call__", counted(cls, calls))
     images = pictures_of(path, kind)
     padded = {} if KINDS[kind].sees_image else {"max_sequence_length": 24}
-    first = fitted(request("first", "red", seed=1, negative_prompt="", **padded, **images), path)
+    first = fitted(request("first", "red", seed=1, negative_prompt="", **padded, **images), info)
     again = pipeline.encode(replace(first, seed=2))
     assert torch.equal(again.given, pipeline.encode(first).given)
     seen = int(bool(KINDS[kind].sees_image))
     assert (calls["WanEncoder"], calls["WanImageEncoder"]) == (1, seen)
     longer = pipeline.encode(replace(first, num_frames=13))
-    pipeline.encode(fitted(replace(first, width=32, **images), path))
+    pipeline.encode(fitted(replace(first, width=32, **images), info))
     # The 5B model encodes a first frame alone, whatever the length of the video.
     assert calls["WanEncoder"] == (2 if kind == "ti2v-5b" else 3)
     assert calls["WanImageEncoder"] <= 2 * seen
     assert len(longer.given) == len(again.given) * (1 if kind == "ti2v-5b" else 4 / 3)
+
+
+@pytest.mark.parametrize("kind", ["i2v-2.1", "ti2v-5b"])
+@torch.inference_mode()
+def test_pictures_are_encoded_and_decoded_in_float32(tmp_path: Path, kind: str) -> None:
+    """As in the published examples, beside a transformer in bfloat16."""
+    path = build_tiny_wan(tmp_path / "model", kind, default_sampling_params=SMALL)
+    pipeline: Any = started(path, dtype="bfloat16").pipeline
+    assert pipeline.transformer.patch_embedding.weight.dtype == torch.bfloat16
+    vae = AutoencoderKLWan.from_pretrained(path / "vae", dtype=torch.float32)
+    one = fitted(request("one", "red", width=32, **pictures_of(path, kind, 1)), load_model_info(str(path)))
+    whole = 1 if kind == "ti2v-5b" else one.num_frames
+    expected = to_tokens(WanEncoder(vae)(one.images[0].reference, whole))
+    state = pipeline.encode(one)
+    assert torch.equal(state.given[:, -expected.shape[1] :], expected)
+    (picture,) = pipeline.decode([one], [state.latents])
+    (wanted,) = WanDecoder(vae, False, Group.alone())([state.latents], [state.grid])
+    assert torch.equal(picture.pixels, wanted.pixels)
 
 
 def counted(cls: type[Any], calls: Counter[str]) -> Callable[..., Any]:

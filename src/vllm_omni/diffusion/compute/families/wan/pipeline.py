@@ -44,6 +44,8 @@ PROMPT_CACHE_BYTES = 256 * 2**20
 PICTURE_CACHE_BYTES = 256 * 2**20
 CLIP_CACHE_BYTES = 32 * 2**20
 MODULATION_BYTES = 2**28
+PICTURE_DTYPE = torch.float32
+"""Type of the VAE and of CLIP beside a transformer of any type, as in the published examples."""
 
 
 class PaddedPrompt(NamedTuple):
@@ -112,11 +114,11 @@ class WanPipeline(FlowPipeline[WanState, WanTransformer, Forward[WanTransformer]
         path = loader.info.path
         config = WanPipelineConfig.from_dict(read_config(path, "", MODEL_INDEX))
         text_encoder = loader.text_encoder(WanTextEncoder)
-        vae = loader.autoencoder(AutoencoderKLWan)
+        vae = loader.autoencoder(AutoencoderKLWan, PICTURE_DTYPE)
         if loader.info.image_input is None:
             vae.encoder = torch.nn.Identity()  # frees its weights
         sizes = WanConfig.from_dict(read_config(path, "transformer"))
-        image_encoder = loader.image_encoder(WanImageEncoder) if sizes.sees_image else None
+        image_encoder = loader.image_encoder(WanImageEncoder, PICTURE_DTYPE) if sizes.sees_image else None
         transformers = [
             loader.transformer(partial(WanTransformer, sizes), CHECKPOINT_NAMES, FLOAT8_LAYERS, component)
             for component in config.transformers
@@ -159,8 +161,8 @@ class WanPipeline(FlowPipeline[WanState, WanTransformer, Forward[WanTransformer]
         seen = self._seen
         if seen is None:
             return {}
-        key = index, *digests(images)
-        return {IMAGE: self._shared(key, lambda: self.transformers[index].image_keys(seen(images)))}
+        key, transformer = (index, *digests(images)), self.transformers[index]
+        return {IMAGE: self._shared(key, lambda: transformer.image_keys(seen(images).to(self._dtype)))}
 
     def _shared(self, key: Hashable, make: Callable[[], StaticKeys]) -> StaticKeys:
         """Keys that a running request has, or new ones."""
