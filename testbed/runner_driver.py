@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.compute.startup.model_start import StartOptions
 from vllm_omni.diffusion.compute.startup.warmup import StepBudget
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.messages.plan import ItemError, StepPlan, StepResult
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 
+Requested = TypeVar("Requested", bound=DiffusionRequest)
 QUICK = StartOptions(budget=StepBudget(cpu_seconds=0.0, gpu_seconds=0.0, min_samples=1))
 """A start that measures one size of step only."""
+
+
+def fitted(request: Requested, info: ModelInfo) -> Requested:
+    """The request with its pictures as the front end sends them."""
+    images = (info.fit_image(image, request.height, request.width) for image in request.images)
+    return replace(request, images=tuple(images))
 
 
 @dataclass(frozen=True)

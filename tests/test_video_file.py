@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def test_an_odd_side_gets_one_more_pixel_and_nothing_is_stretched(height: int, w
         assert np.abs(frame[-1, -1].astype(int) - expected[-1, -1]).max() <= 8, "a copy of the edge"
 
 
-@pytest.mark.parametrize("fps", [1, 7.5, 23.976, 29.97, Fraction(24000, 1001), np.float32(8), 1000])
+@pytest.mark.parametrize("fps", [0.01, 1, 7.5, 23.976, 29.97, Fraction(24000, 1001), np.float32(8), 1000])
 def test_any_rate(fps: Any, tmp_path: Path) -> None:
     write_video(two_colours(2), tmp_path / "out.mp4", fps)
     stream, _ = read(tmp_path / "out.mp4")
@@ -115,7 +116,8 @@ WRONG: dict[str, tuple[Any, Any, str]] = {
     "sizes": ([PICTURE, PICTURE[:6]], 8, "frames have one size, got 8x8 and, as frame 1, 8x6"),
     "empty": (np.zeros((2, 0, 8, 3), np.uint8), 8, "sides of 1 to 16384 pixels, got 8x0"),
     "wide": (np.zeros((1, 2, 16386, 3), np.uint8), 8, "sides of 1 to 16384 pixels, got 16386x2"),
-    "still": (two_colours(), 0, "fps takes a number above 0, up to 1000, got 0"),
+    "still": (two_colours(), 0, "fps takes a number from 0.01 to 1000, got 0"),
+    "slow": (two_colours(), 0.0004, "got 0.0004"),
     "backwards": (two_colours(), -8, "got -8"),
     "fast": (two_colours(), 1001, "got 1001"),
     "nan": (two_colours(), float("nan"), "got nan"),
@@ -142,8 +144,36 @@ def test_a_path_that_cannot_be_written(tmp_path: Path) -> None:
     assert tmp_path.is_dir()
 
 
+def test_something_else_than_a_file_is_left_alone(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="a video is written to a file"):
+        write_video(two_colours(), pipe, 8)
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
 def test_a_failure_of_the_encoder_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(av.VideoFrame, "from_ndarray", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_video(two_colours(), tmp_path / "out.mp4", 8)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_replaced_by_a_whole_video_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, link = tmp_path / "out.mp4", tmp_path / "link.mp4"
+    path.write_bytes(b"earlier")
+    path.chmod(0o640)
+    link.symlink_to(path)
+    with monkeypatch.context() as broken:
+        broken.setattr(av.VideoFrame, "from_ndarray", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            write_video(two_colours(), path, 8)
+    with pytest.raises(ValueError, match="fps takes"):
+        write_video(two_colours(), path, 0.0004)
+    assert path.read_bytes() == b"earlier"
+    write_video(two_colours(), link, 8)
+    assert link.is_symlink()
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert len(read(path)[1]) == 5
+    assert sorted(tmp_path.iterdir()) == [link, path]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import secrets
+import shutil
 from collections.abc import Iterable
 from fractions import Fraction
 from numbers import Real
@@ -13,7 +15,7 @@ from PIL import Image
 
 from vllm_omni.inputs.field_values import shown
 
-MAX_FPS = 1000
+MIN_FPS, MAX_FPS = 0.01, 1000
 MAX_SIDE = 16384
 """Longest side, in pixels, of the encoder's pictures."""
 _QUALITY = {"crf": "18", "preset": "medium"}
@@ -26,21 +28,36 @@ def write_video(frames: Any, path: str | os.PathLike[str], fps: float) -> None:
 
     frames: one video, such as `output.images[0]`: an array or tensor uint8 [frames, height, width, 3], or several PIL
     images, arrays or tensors [height, width, 3], all of one size. A side with an odd number of pixels gets one more, a
-    copy of its edge. fps: frames a second, above 0 and up to 1000.
-    Raises ValueError for other frames and rates, before the file is opened, and OSError for a path that cannot be
-    written.
+    copy of its edge. fps: frames a second, from 0.01 to 1000. A file that exists is replaced once the new one is
+    whole; it stays as it was if an error comes before.
+    Raises ValueError for other frames and rates, and OSError for a path that is no file or cannot be written.
     """
-    if not isinstance(fps, Real) or isinstance(fps, bool) or not 0 < fps <= MAX_FPS:
-        raise ValueError(f"fps takes a number above 0, up to {MAX_FPS}, got {shown(fps)}")
+    if not isinstance(fps, Real) or isinstance(fps, bool) or not MIN_FPS <= fps <= MAX_FPS:
+        raise ValueError(f"fps takes a number from {MIN_FPS} to {MAX_FPS}, got {shown(fps)}")
     pictures = _pictures(frames)
-    path = os.fspath(path)
-    with open(path, "wb"):  # an error that names the path; FFmpeg's does not
+    path = os.path.realpath(os.fsdecode(path))  # a link stays a link
+    exists = os.path.exists(path)
+    if exists:
+        _check_file(path)
+    part = os.path.join(os.path.dirname(path), f".{secrets.token_hex(8)}.part")
+    with open(part, "xb"):  # an error that names the folder; FFmpeg's does not
         pass
     try:
-        _encode(pictures, path, Fraction(float(fps)).limit_denominator(1001))
+        _encode(pictures, part, Fraction(float(fps)).limit_denominator(1001))
+        if exists:
+            shutil.copymode(path, part)
+        os.replace(part, path)
     except BaseException:
-        os.unlink(path)  # no part of a file stays
+        os.unlink(part)  # no part of a file stays
         raise
+
+
+def _check_file(path: str) -> None:
+    """Raise OSError for a folder, a device, and a file that may not be written."""
+    if not os.path.isfile(path) and not os.path.isdir(path):
+        raise OSError(f"a video is written to a file, got {path}, which is something else")
+    with open(path, "r+b"):
+        pass
 
 
 def _encode(pictures: list[np.ndarray], path: str, rate: Fraction) -> None:

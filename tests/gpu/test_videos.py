@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from testbed.runner_driver import QUICK, Drive, make_request, psnr
+from testbed.runner_driver import QUICK, Drive, fitted, make_request, psnr
 from testbed.tiny_models import photo
 from testbed.tiny_wan import KINDS, build_tiny_wan
 from vllm_omni.diffusion.catalog.registry import load_model_info
@@ -31,17 +31,19 @@ def exact_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def arrivals(path: Path, kind: str) -> dict[int, list[DiffusionRequest]]:
-    image_input = load_model_info(str(path)).image_input
+    info = load_model_info(str(path))
+    image_input = info.image_input
     photos = [photo(80, 60, 1), photo(50, 70, 2)][: max(1, KINDS[kind].sees_image)]
     images = () if image_input is None else tuple(prepare_image(picture, image_input.sizes) for picture in photos)
     common: dict[str, Any] = {"height": 64, "images": images}
-    return {
+    joining: dict[int, list[DiffusionRequest]] = {
         0: [
             make_request("guided", negative_prompt="a blue car", num_frames=9, num_inference_steps=8, **common),
             make_request("long", num_frames=13, width=96, num_inference_steps=6, seed=1, **common),
         ],
         2: [make_request("short", num_frames=5, width=32, num_inference_steps=5, seed=2, **common)],
     }
+    return {step: [fitted(request, info) for request in requests] for step, requests in joining.items()}
 
 
 def draw(path: Path, requests: dict[int, list[DiffusionRequest]], **settings: Any) -> dict[str, np.ndarray]:

@@ -153,7 +153,7 @@ class OmniDiffusionConfig:
     """Settings of the engine; those of the HTTP server are `ServerSettings` and `HttpOptions`."""
 
     model: str
-    """A folder in the diffusers layout, a hub name, or `demo`."""
+    """A folder in the diffusers layout, a hub name, `demo` or `demo-video`."""
     parallel: DiffusionParallelConfig = DiffusionParallelConfig()
     cache_backend: str = "none"
     """A step cache of `CacheBackend`, or `none`."""

@@ -75,8 +75,17 @@ def resize_image(image: InputImage, height: int, width: int) -> InputImage:
     """Resize a picture to one size, in pixels, which the text encoder and the VAE then share."""
     if image.reference.shape[:2] == (height, width):
         return image
-    pixels = np.array(Image.fromarray(image.reference).resize((width, height), Image.Resampling.LANCZOS))
+    pixels = resize_pixels(image.reference, height, width)
     return InputImage.of(pixels, pixels)
+
+
+def resize_pixels(
+    pixels: np.ndarray, height: int, width: int, method: Image.Resampling = Image.Resampling.LANCZOS
+) -> np.ndarray:
+    """Resize uint8 [height, width, 3]."""
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    return np.array(Image.fromarray(pixels).resize((width, height), method))
 
 
 def check_input_image(image: Image.Image) -> None:

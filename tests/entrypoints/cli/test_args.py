@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from vllm_omni.diffusion.catalog.find_folder import EMBEDDED_MODELS
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.entrypoints.cli import args as cli
 from vllm_omni.entrypoints.cli.commands import DEST as FOREIGN_DEST
@@ -504,6 +505,7 @@ def test_help_has_examples_and_no_empty_defaults(capsys: pytest.CaptureFixture[s
     (text,) = helps
     one_line = " ".join(text.split())
     assert [word for word in ("default: None", "default: False", "default: )") if word in one_line] == []
+    assert [name for name in EMBEDDED_MODELS if f"`{name}`" not in one_line] == []
     assert "devices that share the guidance branches (default: 1)" in one_line
     assert "1 optional, 2 required (default: 0)" in one_line
     _, _, examples = text.partition("examples:\n")

@@ -132,6 +132,8 @@ _UNIPC_VALUES: Mapping[str, tuple[Any, ...]] = {
     "final_sigmas_type": ("zero",),
 }
 """Keys of a UniPCConfig and the values of each that packed families step with."""
+MIN_FLOW_SHIFT = 0.01
+"""Least shift of a noise schedule; with far less, noise levels are equal in float32."""
 SCHEDULER_PLACE = "scheduler/scheduler_config.json"
 
 
@@ -168,8 +170,10 @@ def read_own_schedule(path: Path) -> SchedulerConfig | UniPCConfig:
         _check_among(key, getattr(unipc, key), accepted)
     if values.get("solver_p") is not None:
         raise ConfigError(f"{SCHEDULER_PLACE}: solver_p must be left out, got {shown(values['solver_p'])}")
-    if unipc.flow_shift <= 0:
-        raise ConfigError(f"{SCHEDULER_PLACE}: flow_shift takes a number above 0, got {unipc.flow_shift:g}")
+    if unipc.flow_shift < MIN_FLOW_SHIFT:
+        raise ConfigError(
+            f"{SCHEDULER_PLACE}: flow_shift takes a number from {MIN_FLOW_SHIFT}, got {unipc.flow_shift:g}"
+        )
     return unipc
 
 

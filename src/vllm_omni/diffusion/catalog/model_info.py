@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Protocol
 from vllm_omni.diffusion.catalog.expected_weights import ExpectedWeights
 from vllm_omni.diffusion.catalog.tokenizer_files import TokenizerNeeds
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
-from vllm_omni.inputs.images import InputImage, ReaderSizes
+from vllm_omni.inputs.images import InputImage, ReaderSizes, resize_image
 
 SIZES = ("height", "width")
 
@@ -183,9 +183,22 @@ class ModelInfo(ABC):
         """
         return num_frames * self.num_image_tokens(height, width)
 
+    def fit_image(self, image: InputImage, height: int, width: int) -> InputImage:
+        """Input picture with no more pixels than the model reads for an output of this size, in pixels."""
+        return resize_image(image, height, width) if self.follows_input else image
+
     def num_reference_tokens(self, image: InputImage) -> int:
-        """Image tokens of an input picture."""
+        """Image tokens of an input picture; 0 for a model that makes none of it."""
         return self.num_image_tokens(*image.reference.shape[:2])
+
+    def num_encoded_image_tokens(
+        self, images: Sequence[InputImage], height: int, width: int, num_frames: int = 1
+    ) -> int:
+        """Image tokens of one frame each, by which encoding `images` is priced as a decode.
+
+        height, width, num_frames: of the request.
+        """
+        return sum(map(self.num_reference_tokens, images))
 
     def num_sequence_tokens(self, num_text_tokens: int, num_image_tokens: int) -> int:
         """Tokens of one guidance branch in the transformer, with the model's own padding."""

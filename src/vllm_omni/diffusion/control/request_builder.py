@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from vllm_omni.diffusion.catalog.configs import MIN_FLOW_SHIFT
 from vllm_omni.diffusion.catalog.folder_files import DEFAULTS_FILE
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.control.adapters import resolve_lora
@@ -26,7 +27,7 @@ from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.errors import ConfigError, InvalidRequestError, UnsupportedParameterError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 from vllm_omni.inputs.field_values import WrongValueError, coerce, field_types, shown
-from vllm_omni.inputs.images import InputImage, prepare_image, resize_image
+from vllm_omni.inputs.images import InputImage, prepare_image
 from vllm_omni.video_file import MAX_FPS
 
 MAX_PROMPT_CHARACTERS = 32_000
@@ -162,11 +163,10 @@ class RequestBuilder:
         defaults = self._defaults_of(images, params)
         filled = _check_values(_fill(params, defaults), self._config, self._info)
         _check_frames_for(len(images), filled.num_frames, self._info)
-        if self._info.follows_input:
-            assert filled.height is not None
-            assert filled.width is not None
-            images = tuple(resize_image(image, filled.height, filled.width) for image in images)
-        return CheckedPrompt(replace(prompt, images=images), params, filled, defaults)
+        assert filled.height is not None
+        assert filled.width is not None
+        fitted = tuple(self._info.fit_image(image, filled.height, filled.width) for image in images)
+        return CheckedPrompt(replace(prompt, images=fitted), params, filled, defaults)
 
     def _defaults_of(self, images: Sequence[InputImage], params: OmniDiffusionSamplingParams) -> dict[str, Any]:
         """Defaults of the server over those of the model; the size of an edit follows from its input pictures."""
@@ -197,17 +197,18 @@ class RequestBuilder:
 
         text_tokens: of each branch, with those of input pictures. Encoding an input picture is priced as a decode.
         """
-        num_decoded_tokens = self._info.num_decoded_tokens(request.height, request.width, request.num_frames)
         info, ready = self._info, self._ready
+        video = request.height, request.width, request.num_frames
         lengths = info.branch_tokens(text_tokens, num_image_tokens, num_reference_tokens)
         num_encoded = sum(map(info.num_encoded_tokens, text_tokens))
-        encode = ready.encode_units_per_token * num_encoded + ready.decode_units_per_token * num_reference_tokens
-        if info.shares_encodings:  # each replica encodes the prompt once; all outputs begin together
+        num_encoded_image = info.num_encoded_image_tokens(request.images, *video)
+        encode = ready.encode_units_per_token * num_encoded + ready.decode_units_per_token * num_encoded_image
+        if info.shares_encodings:  # each replica encodes prompt and pictures once; all outputs begin together
             encode *= min(1, self._config.parallel.data_parallel_size / num_outputs)
         return RequestCost(
             encode=encode,
             step=(1.0 if request.strength is None else request.strength) * sum(map(info.sequence_cost, lengths)),
-            decode=ready.decode_units_per_token * num_decoded_tokens,
+            decode=ready.decode_units_per_token * info.num_decoded_tokens(*video),
             branch_tokens=lengths,
         )
 
@@ -451,7 +452,8 @@ def _check_params(params: OmniDiffusionSamplingParams, info: ModelInfo) -> None:
     if (seconds := params.seconds) is not None:
         _require(0 <= seconds < math.inf, "seconds", seconds, "a number of at least 0")
     if (shift := params.flow_shift) is not None:
-        _require(0 < shift <= MAX_FLOW_SHIFT, "flow_shift", shift, f"a number above 0, up to {MAX_FLOW_SHIFT:g}")
+        expected = f"a number from {MIN_FLOW_SHIFT} to {MAX_FLOW_SHIFT:g}"
+        _require(MIN_FLOW_SHIFT <= shift <= MAX_FLOW_SHIFT, "flow_shift", shift, expected)
     for name in GUIDANCE_PARAMETERS:
         most = 1.0 if name == "cfg_truncation" else MAX_GUIDANCE
         if (value := getattr(params, name)) is not None:

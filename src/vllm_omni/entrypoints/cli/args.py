@@ -99,7 +99,7 @@ def build_parser(prog: str = "vllm") -> argparse.ArgumentParser:
     serve.epilog = EXAMPLES.format(serve=serve_line(prog).replace("MODEL", "Qwen/Qwen-Image"))
     top.epilog = f"vllm-omni {CALIBRATE} MODEL measures the polynomial for --cache-backend tea_cache."
     top.add_argument("-v", "--version", action="version", version=f"vllm-omni {__version__}, vLLM {vllm_version()}")
-    serve.add_argument("model_tag", nargs="?", metavar="MODEL", help="a folder, a hub name, or `demo`")
+    serve.add_argument("model_tag", nargs="?", metavar="MODEL", help="a folder, a hub name, `demo` or `demo-video`")
     serve.add_argument("--model", type=flag_types.nonempty, help="the same as MODEL, for config files")
     serve.add_argument("--omni", action="store_true", help="serve a diffusion model (without it: vLLM's own server)")
     serve.add_argument("--config", metavar="FILE.yaml", help="read flags from a YAML file; the command line wins")

@@ -62,7 +62,7 @@ class _Parser(argparse.ArgumentParser):
 def parse_args(argv: Sequence[str]) -> CalibrateArgs:
     """Parse the words after the command's name. Raises ConfigError."""
     parser = _Parser(prog=f"vllm-omni {CALIBRATE}", description=__doc__, allow_abbrev=False)
-    parser.add_argument("model", metavar="MODEL", help="a folder, a hub name, or `demo`")
+    parser.add_argument("model", metavar="MODEL", help="a folder, a hub name, `demo` or `demo-video`")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt per line; none: built-in prompts")
     images_help = "for an editing model: the pictures that every prompt edits"
     parser.add_argument("--images", type=Path, nargs="+", default=[], metavar="FILE", help=images_help)

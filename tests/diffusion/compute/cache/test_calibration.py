@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from testbed.tiny_diffusers import build_tiny_diffusers
 from testbed.tiny_models import SMALL, build_tiny_qwen_image
+from vllm_omni.diffusion.catalog.find_folder import EMBEDDED_MODELS
 from vllm_omni.diffusion.catalog.hub import HubAccess
 from vllm_omni.diffusion.compute.cache.calibration import Change, fit_polynomial, root_mean_square_error
 from vllm_omni.entrypoints.cli import calibrate
@@ -114,6 +115,13 @@ def test_the_fit_is_exact_where_it_can_be() -> None:
 def test_wrong_flags_are_named(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         calibrate.parse_args(words)
+
+
+def test_the_help_names_the_embedded_models(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        calibrate.parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert [name for name in EMBEDDED_MODELS if f"`{name}`" not in text] == []
 
 
 def test_a_length_of_videos_reaches_the_requests() -> None:

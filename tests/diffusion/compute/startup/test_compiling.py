@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from testbed.runner_driver import QUICK, Drive, make_request, psnr
+from testbed.runner_driver import QUICK, Drive, fitted, make_request, psnr
 from testbed.tiny_models import build_tiny_qwen_image, photo
 from testbed.tiny_wan import build_tiny_wan
 from testbed.tiny_z_image import build_tiny_z_image
@@ -139,9 +139,11 @@ def test_serving_wan_compiles_nothing(kind: str, tmp_path: Path, caplog: pytest.
         0: [make_request("long", negative_prompt="a blue car", num_inference_steps=12, **common)],
         2: [make_request("picture", true_cfg_scale=1.0, num_inference_steps=9, max_sequence_length=16)],
     }
-    if (image_input := load_model_info(str(model)).image_input) is not None:
-        images = (prepare_image(photo(90, 60, 0), image_input.sizes),)
-        arrivals[4] = [make_request("animated", negative_prompt="", images=images, num_inference_steps=6, **common)]
+    info = load_model_info(str(model))
+    if info.image_input is not None:
+        images = (prepare_image(photo(90, 60, 0), info.image_input.sizes),)
+        animated = make_request("animated", negative_prompt="", images=images, num_inference_steps=6, **common)
+        arrivals[4] = [fitted(animated, info)]
     settings: dict[str, Any] = {"cache": "cache_dit", "residual_diff_threshold": 0.6}
     compiled, skipped = draw(model, arrivals, compile_blocks=True, **settings)
     parts = ", ".join(f"WanBlock.{part} (2 variants)" for part in ("before", "between", "after"))

@@ -16,12 +16,13 @@ from torch import Tensor
 from testbed.fakes import make_config, make_request
 from tests.diffusion.control.builders import INFO
 from tests.fake_gpu import FAKE_GPU, FakeGpu
-from vllm_omni.diffusion.catalog.configs import SchedulerConfig, UniPCConfig, read_own_schedule
+from vllm_omni.diffusion.catalog.configs import MIN_FLOW_SHIFT, SchedulerConfig, UniPCConfig, read_own_schedule
 from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.families.component_loader import ComponentLoader
 from vllm_omni.diffusion.compute.step.sampling import predict_clean
 from vllm_omni.diffusion.compute.step.schedule import make_schedule, with_one_step_schedules
 from vllm_omni.diffusion.compute.step.unipc import FlowUniPC
+from vllm_omni.diffusion.control.request_builder import MAX_FLOW_SHIFT
 from vllm_omni.errors import ConfigError, InvalidRequestError
 
 UNIPC: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
@@ -103,11 +104,37 @@ def test_what_a_scheduler_does_not_take_is_refused() -> None:
     with pytest.raises(InvalidRequestError, match=r"^flow_shift 5: .* by the size of the picture alone$") as caught:
         make_schedule(dynamic, make_request(flow_shift=5.0), 16)
     assert caught.value.param == "flow_shift"
-    equal = make_request(steps=2, sigmas=(0.5, 0.5 - 1e-12))
-    with pytest.raises(InvalidRequestError, match=r"^sigmas .* two equal noise levels$") as caught:
-        make_schedule(FlowUniPC(**UNIPC), equal)
-    assert caught.value.param == "sigmas"
-    make_schedule(FlowMatchEulerDiscreteScheduler(), equal)
+
+
+@pytest.mark.parametrize(
+    ("given", "param", "message"),
+    [
+        ({"sigmas": (0.5, 0.5 - 1e-12)}, "sigmas", r"sigmas \(.*\) makes .* noise levels that do not fall"),
+        ({"sigmas": (1.0, 0.9999999)}, "sigmas", r"sigmas \(.*\) makes .* noise levels that do not fall"),
+        ({"flow_shift": 1e-20}, "flow_shift", "flow_shift 1e-20 makes .* values that are not numbers, by FlowUniPC"),
+        (
+            {"flow_shift": 5.0, "sigmas": (0.5, 0.5 - 1e-12)},
+            "sigmas",
+            r"sigmas \(.*\) and flow_shift 5\.0 make .* noise levels that do not fall",
+        ),
+    ],
+)
+def test_a_schedule_that_cannot_be_stepped_names_what_decided_it(
+    given: dict[str, Any], param: str, message: str
+) -> None:
+    with pytest.raises(InvalidRequestError, match=f"^{message}$") as caught:
+        make_schedule(FlowUniPC(**UNIPC), make_request(steps=2, **given))
+    assert caught.value.param == param
+
+
+def test_euler_takes_equal_levels() -> None:
+    make_schedule(FlowMatchEulerDiscreteScheduler(), make_request(steps=2, sigmas=(0.5, 0.5 - 1e-12)))
+
+
+@pytest.mark.parametrize("shift", [MIN_FLOW_SHIFT, MAX_FLOW_SHIFT])
+def test_the_bounds_of_the_shift_make_schedules_that_can_be_stepped(shift: float) -> None:
+    for steps in (1, 2, 50, 100):
+        make_schedule(FlowUniPC(**UNIPC), make_request(steps=steps, flow_shift=shift))
 
 
 @torch.inference_mode()
@@ -156,6 +183,7 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "karras": {"use_karras_sigmas": True},
     "threshold": {"thresholding": True},
     "shift": {"flow_shift": -1.0},
+    "tiny shift": {"flow_shift": 1e-20},
     "solver": {"solver_p": {"_class_name": "DDIMScheduler"}},
     "last": {"final_sigmas_type": "sigma_min"},
     "size": {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True},

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from testbed.runner_driver import QUICK, Drive, make_request, psnr
+from testbed.runner_driver import QUICK, Drive, fitted, make_request, psnr
 from testbed.tiny_models import SMALL, photo
 from testbed.tiny_wan import build_tiny_wan
 from testbed.tiny_z_image import BASE_SHIFT, build_tiny_z_image
@@ -95,10 +95,12 @@ def videos(path: Path) -> dict[int, list[DiffusionRequest]]:
 
 
 def animations(path: Path) -> dict[int, list[DiffusionRequest]]:
-    image_input = load_model_info(str(path)).image_input
-    assert image_input is not None
-    images = (prepare_image(photo(90, 60, 1), image_input.sizes),)
-    return {i: [replace(request, images=images) for request in joining] for i, joining in videos(path).items()}
+    info = load_model_info(str(path))
+    assert info.image_input is not None
+    images = (prepare_image(photo(90, 60, 1), info.image_input.sizes),)
+    return {
+        i: [fitted(replace(request, images=images), info) for request in joining] for i, joining in videos(path).items()
+    }
 
 
 Arrivals = Callable[[Path], dict[int, list[DiffusionRequest]]]

@@ -58,15 +58,16 @@ class ComponentLoader:
             config.variant,
         )
 
-    def image_encoder(self, cls: Callable[..., Loaded]) -> Loaded:
+    def image_encoder(self, cls: Callable[..., Loaded], dtype: torch.dtype) -> Loaded:
         """`cls` for the model folder: the encoder of the input pictures that the transformer sees."""
         config = self.config
-        return cls(self.info.path, self.device, self.dtype, self.on_bytes, config.load_format, config.variant)
+        return cls(self.info.path, self.device, dtype, self.on_bytes, config.load_format, config.variant)
 
-    def autoencoder(self, cls: type[Any]) -> Any:
-        """diffusers' VAE class `cls`, on the CPU."""
+    def autoencoder(self, cls: type[Any], dtype: torch.dtype | None = None) -> Any:
+        """diffusers' VAE class `cls`, on the CPU. dtype: None for the model's."""
         path, config = self.info.path / "vae", self.config
-        return load_autoencoder(cls, path, self.device, self.dtype, self.on_bytes, config.load_format, config.variant)
+        dtype = dtype or self.dtype
+        return load_autoencoder(cls, path, self.device, dtype, self.on_bytes, config.load_format, config.variant)
 
     def transformer(
         self,

@@ -40,12 +40,7 @@ def check_schedule(scheduler: Any, request: DiffusionRequest) -> None:
     for name in ("sigmas", "timesteps"):
         values = getattr(scheduler, name, None)
         if isinstance(values, torch.Tensor) and not bool(values.isfinite().all()):
-            param = "num_inference_steps" if request.sigmas is None else "sigmas"
-            raise InvalidRequestError(
-                f"{param} {request.sigmas or request.num_inference_steps} makes a noise schedule with values that are "
-                f"not numbers, by {type(scheduler).__name__}",
-                param=param,
-            )
+            raise _refusal(request, f"values that are not numbers, by {type(scheduler).__name__}")
 
 
 def make_schedule(template: Any, request: DiffusionRequest, num_image_tokens: int | None = None) -> Any:
@@ -60,17 +55,27 @@ def make_schedule(template: Any, request: DiffusionRequest, num_image_tokens: in
     if sigmas is None and num_image_tokens is not None:
         sigmas = linear_sigmas(request.num_inference_steps)
     # On the CPU: a step uses the values as scalars, without a transfer from the device.
-    scheduler.set_timesteps(
-        None if sigmas is not None else request.num_inference_steps,
-        sigmas=None if sigmas is None else np.array(sigmas),
-        mu=None if num_image_tokens is None else _shift_of_size(scheduler.config, num_image_tokens),
-    )
+    with np.errstate(all="ignore"):  # the values are checked below
+        scheduler.set_timesteps(
+            None if sigmas is not None else request.num_inference_steps,
+            sigmas=None if sigmas is None else np.array(sigmas),
+            mu=None if num_image_tokens is None else _shift_of_size(scheduler.config, num_image_tokens),
+        )
     check_schedule(scheduler, request)
-    if isinstance(scheduler, FlowUniPC) and not scheduler.has_distinct_levels():
-        param, value = ("flow_shift", request.flow_shift) if request.sigmas is None else ("sigmas", request.sigmas)
-        raise InvalidRequestError(f"{param} {value} makes a noise schedule with two equal noise levels", param=param)
+    if isinstance(scheduler, FlowUniPC) and not scheduler.has_falling_levels():
+        raise _refusal(request, "noise levels that do not fall")
     scheduler.set_begin_index(0)
     return scheduler
+
+
+def _refusal(request: DiffusionRequest, fault: str) -> InvalidRequestError:
+    """Error for a schedule with `fault`; names the parameter that decided it."""
+    given = {"sigmas": request.sigmas, "flow_shift": request.flow_shift}
+    named = {name: value for name, value in given.items() if value is not None}
+    named = named or {"num_inference_steps": request.num_inference_steps}
+    text = " and ".join(f"{name} {value}" for name, value in named.items())
+    verb = "makes" if len(named) == 1 else "make"
+    return InvalidRequestError(f"{text} {verb} a noise schedule with {fault}", param=next(iter(named)))
 
 
 def _with_shift(template: Any, shift: float) -> Any:

@@ -27,8 +27,8 @@ class FlowUniPC(UniPCMultistepScheduler):  # type: ignore[misc]  # diffusers has
         levels = [self._sigma_to_alpha_sigma_t(sigma) for sigma in self.sigmas]
         self._lambdas = [torch.log(alpha) - torch.log(sigma) for alpha, sigma in levels]
 
-    def has_distinct_levels(self) -> bool:
-        """Whether all steps have a length in lambda; a step without length would divide by zero."""
+    def has_falling_levels(self) -> bool:
+        """Whether noise falls at every step, so that lambda rises; a step without length would divide by zero."""
         return all(bool(a < b) for a, b in pairwise(self._lambdas))
 
     def multistep_uni_p_bh_update(self, model_output: Tensor, *_: Any, sample: Tensor, order: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,20 +16,23 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessorPil, CLIPVisionModel
 
 from testbed.tiny_models import photo
-from testbed.tiny_wan import IMAGE_DIM, IMAGE_TOKENS
+from testbed.tiny_wan import IMAGE_DIM, IMAGE_SIDE, IMAGE_TOKENS
 from vllm_omni.diffusion.compute.families.wan.image import WanImageEncoder
 from vllm_omni.diffusion.compute.families.wan.image_input import WanImageInput
+from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.images import InputImage, prepare_image
 
 CPU = torch.device("cpu")
 RULES = WanImageInput(1, 2, 480 * 832, 16)
+CLIP_RULES = replace(RULES, clip_side=IMAGE_SIDE)
 
 
 def prepared(image: Image.Image) -> InputImage:
-    return prepare_image(image, RULES.sizes)
+    """The picture for a video of 32x48 pixels."""
+    return CLIP_RULES.fit(prepare_image(image, CLIP_RULES.sizes), 32, 48)
 
 
-@pytest.mark.parametrize("sizes", [((64, 48),), ((33, 90), (120, 31))])
+@pytest.mark.parametrize("sizes", [((64, 48),), ((33, 90), (121, 31)), ((9, 20), (400, 13))])
 @pytest.mark.parametrize("prefix", ["", "vision_model."])
 @torch.inference_mode()
 def test_embeddings_are_those_of_diffusers(
@@ -66,3 +70,23 @@ def test_a_video_has_the_proportions_of_its_first_picture(width: int, height: in
     pixels, other = (np.zeros((*size, 3), np.uint8) for size in ((height, width), (7, 9)))
     assert RULES.output_size([InputImage.of(pixels, pixels), InputImage.of(other, other)]) == output
     assert RULES.sizes(width, height).reference == (width, height)
+
+
+def test_a_picture_is_resized_to_what_the_model_reads() -> None:
+    original = photo(1600, 1200, 1)
+    without = RULES.fit(prepare_image(original, RULES.sizes), 64, 96)
+    assert without.condition is without.reference
+    assert np.array_equal(without.reference, np.array(original.resize((96, 64), Image.Resampling.LANCZOS)))
+    seen = prepared(original)
+    assert seen.condition.shape == (IMAGE_SIDE, IMAGE_SIDE * 1600 // 1200, 3)
+    assert seen.reference.shape == (32, 48, 3)
+    assert seen.digest != CLIP_RULES.fit(prepare_image(original, CLIP_RULES.sizes), 32, 64).digest
+
+
+def test_clip_takes_no_strip() -> None:
+    RULES.sizes(3, 3000)
+    CLIP_RULES.sizes(60, 3000)
+    for size in ((3, 3000), (3000, 3)):
+        with pytest.raises(InvalidRequestError, match=r"a ratio up to 50, got \d+x\d+$") as caught:
+            CLIP_RULES.sizes(*size)
+        assert caught.value.param == "image"

@@ -11,17 +11,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
+from testbed.tiny_models import photo
 from testbed.tiny_wan import KINDS
+from tests.diffusion.control.builders import READY
 from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo
 from vllm_omni.diffusion.catalog.weight_files import stored_weights
 from vllm_omni.diffusion.compute.families.wan.config import UMT5Config, WanConfig
 from vllm_omni.diffusion.compute.families.wan.info import describe
-from vllm_omni.diffusion.data import DiffusionParallelConfig
+from vllm_omni.diffusion.control.frames import FrameLimits
+from vllm_omni.diffusion.control.request_builder import RequestBuilder, check_defaults
+from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.errors import ConfigError
-from vllm_omni.inputs.images import InputImage
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 
 FULL_SIZE = {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40, "freq_dim": 256}
 """Sizes of the published 14B models."""
@@ -70,6 +73,18 @@ def test_sizes_and_defaults_of_the_published_model(wan_model: Callable[[str], Pa
     assert "guidance_scale_2" not in info.parameters
 
 
+@pytest.mark.parametrize("kind", ["ti2v-5b", "i2v-5b"])
+def test_defaults_of_the_model_of_5b_parameters_are_those_of_its_card(
+    wan_model: Callable[[str], Path], kind: str
+) -> None:
+    info, config = describe(wan_model(kind)), OmniDiffusionConfig("model")
+    defaults = info.default_sampling_params
+    assert (defaults["width"], defaults["height"], defaults["num_frames"]) == (1280, 704, 121)
+    assert (defaults["num_inference_steps"], defaults["guidance_scale"], info.default_fps) == (50, 5.0, 24)
+    assert FrameLimits.of(config, info).most == 121
+    check_defaults(config, info)
+
+
 def test_guidance_needs_no_negative_prompt(wan_model: Callable[[str], Path]) -> None:
     guidance = describe(wan_model("t2v-a14b")).guidance
     assert guidance.resolved(5.0, None) == (5.0, "")
@@ -104,14 +119,26 @@ def test_every_kind_of_model(
             weights.check(component, stored_weights(path / component))
 
 
-def test_pictures_become_channels_and_no_tokens(wan_model: Callable[[str], Path]) -> None:
-    pixels = np.zeros((3000, 4000, 3), np.uint8)
-    image = InputImage.of(pixels, pixels)
-    for kind, num_frames in (("i2v-2.1", 81), ("i2v-5b", 1)):
-        info = describe(wan_model(kind))
-        # The VAE encodes the picture at the size of the video, which is not known here.
-        assert info.num_reference_tokens(image) == info.num_image_tokens(480, 832, num_frames)
-        assert info.branch_tokens((7, 9), 1000, info.num_reference_tokens(image)) == (1000, 1000)
+@pytest.mark.parametrize(
+    ("kind", "count", "frames", "encoded_frames"),
+    [("i2v-2.1", 1, 9, 9), ("flf2v-2.1", 2, 9, 9), ("i2v-a14b", 2, 5, 5), ("i2v-5b", 1, 9, 1), ("ti2v-5b", 1, 9, 1)],
+)
+def test_pictures_are_no_tokens_and_their_encode_is_priced_by_the_request(
+    wan_model: Callable[[str], Path], kind: str, count: int, frames: int, encoded_frames: int
+) -> None:
+    info = describe(wan_model(kind))
+    builder = RequestBuilder(OmniDiffusionConfig("model"), info, READY)
+    params = OmniDiffusionSamplingParams(height=64, width=96, num_frames=frames, num_outputs_per_prompt=2)
+    with_images = OmniPrompt("red", images=(photo(80, 60, 1), photo(50, 70, 2))[:count])
+    first, second = builder.build(with_images, params, "r")
+    tokens = 64 * 96 // info.pixels_per_token**2
+    prompts = READY.encode_units_per_token * 2 * 512
+    assert first.cost == second.cost
+    assert first.cost.encode == (prompts + READY.decode_units_per_token * encoded_frames * tokens) / 2
+    assert first.num_reference_tokens == 0
+    assert [image.reference.shape for image in first.request.images] == [(64, 96, 3)] * count
+    assert first.request.images is second.request.images
+    assert first.cost.branch_tokens == (first.num_image_tokens,) * 2
 
 
 def test_a_folders_own_defaults_come_first(wan_model: Callable[[str], Path], tmp_path: Path) -> None:
@@ -144,6 +171,10 @@ def test_degrees_follow_from_the_sizes(wan_model: Callable[[str], Path], tmp_pat
         ("t2v-2.1", "transformer/config.json", {"image_dim": 32, "added_kv_proj_dim": 48}, "image_dim takes null"),
         ("flf2v-2.1", "transformer/config.json", {"pos_embed_seq_len": 12}, "pos_embed_seq_len takes 10, .*, got 12"),
         ("i2v-2.1", "image_encoder/config.json", {"hidden_size": 64}, "hidden_size takes 32, .*, got 64"),
+        ("i2v-2.1", "image_processor/preprocessor_config.json", {"resample": 2}, "resample=2: not avail.*, only 3 is"),
+        ("i2v-2.1", "image_processor/preprocessor_config.json", {"do_resize": False}, "do_resize=False: not avail"),
+        ("i2v-2.1", "image_processor/preprocessor_config.json", {"size": {"height": 8, "width": 8}}, "size takes"),
+        ("i2v-2.1", "image_processor/preprocessor_config.json", {"size": "x"}, "size takes .*, got 'x'"),
         ("t2v-2.1", "model_index.json", {"boundary_ratio": 0.9}, "got 0.9 without a transformer_2"),
         ("t2v-a14b", "model_index.json", {"boundary_ratio": None}, "got None with a transformer_2"),
         ("t2v-a14b", "model_index.json", {"boundary_ratio": 1.5}, "got 1.5 with a transformer_2"),

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanPipeline
-from PIL import Image
+from diffusers import AutoencoderKLWan, DiffusionPipeline, WanImageToVideoPipeline, WanPipeline
 
-from testbed.runner_driver import QUICK, Drive, kept, make_request, psnr
+from testbed.runner_driver import QUICK, Drive, fitted, kept, make_request, psnr
 from testbed.tiny_models import photo
 from testbed.tiny_wan import KINDS, build_tiny_wan
 from vllm_omni.diffusion.catalog.registry import load_model_info
+from vllm_omni.diffusion.compute.distributed.groups import Group
+from vllm_omni.diffusion.compute.families.wan.image import WanImageEncoder
+from vllm_omni.diffusion.compute.families.wan.pipeline import to_tokens
+from vllm_omni.diffusion.compute.families.wan.vae import WanDecoder, WanEncoder
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest
@@ -25,6 +30,7 @@ from vllm_omni.inputs.images import prepare_image
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+PHOTOS = [photo(80, 60, 1), photo(50, 70, 2)]
 SMALL: dict[str, object] = {"height": 32, "width": 32, "num_frames": 5}
 
 
@@ -68,7 +74,7 @@ def pictures_of(path: Path, kind: str, count: int | None = None) -> dict[str, An
     image_input = load_model_info(str(path)).image_input
     if image_input is None:
         return {}
-    photos = [photo(80, 60, 1), photo(50, 70, 2)][: count or max(1, KINDS[kind].sees_image)]
+    photos = PHOTOS[: count or max(1, KINDS[kind].sees_image)]
     return {"images": tuple(prepare_image(picture, image_input.sizes) for picture in photos)}
 
 
@@ -83,7 +89,7 @@ def draw(pipeline: Any, request: DiffusionRequest) -> np.ndarray:
     own = pipeline.scheduler
     if request.flow_shift is not None:
         pipeline.scheduler = type(own).from_config({**own.config, "flow_shift": request.flow_shift})
-    images = [Image.fromarray(image.reference) for image in request.images]
+    images = PHOTOS[: len(request.images)]
     more: dict[str, Any] = dict(zip(("image", "last_image"), images))
     if request.guidance_scale_2 is not None:
         more["guidance_scale_2"] = request.guidance_scale_2
@@ -123,12 +129,68 @@ def check(images: Mapping[str, np.ndarray], requests: Sequence[DiffusionRequest]
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mixed_batch_draws_what_diffusers_draws(tmp_path: Path, kind: str) -> None:
     path = build_tiny_wan(tmp_path / "model", kind, default_sampling_params=SMALL)
-    arrivals = arrivals_of(path, kind)
+    info = load_model_info(str(path))
+    arrivals = {
+        step: [fitted(request, info) for request in joining] for step, joining in arrivals_of(path, kind).items()
+    }
     runner = started(path)
     drive = Drive(runner).run(arrivals)
     assert not drive.errors
     check(drive.images, [request for joining in arrivals.values() for request in joining], path)
     assert kept(runner) == 0
+
+
+@pytest.mark.parametrize("kind", ["i2v-a14b", "flf2v-2.1", "ti2v-5b"])
+@torch.inference_mode()
+def test_pictures_are_encoded_once_for_all_outputs(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = build_tiny_wan(tmp_path / "model", kind, default_sampling_params=SMALL)
+    pipeline: Any = started(path).pipeline
+    info = load_model_info(str(path))
+    calls = Counter[str]()
+    for cls in (WanEncoder, WanImageEncoder):
+        monkeypatch.setattr(cls, "__call__", counted(cls, calls))
+    images = pictures_of(path, kind)
+    padded = {} if KINDS[kind].sees_image else {"max_sequence_length": 24}
+    first = fitted(request("first", "red", seed=1, negative_prompt="", **padded, **images), info)
+    again = pipeline.encode(replace(first, seed=2))
+    assert torch.equal(again.given, pipeline.encode(first).given)
+    seen = int(bool(KINDS[kind].sees_image))
+    assert (calls["WanEncoder"], calls["WanImageEncoder"]) == (1, seen)
+    longer = pipeline.encode(replace(first, num_frames=13))
+    pipeline.encode(fitted(replace(first, width=32, **images), info))
+    # The 5B model encodes a first frame alone, whatever the length of the video.
+    assert calls["WanEncoder"] == (2 if kind == "ti2v-5b" else 3)
+    assert calls["WanImageEncoder"] <= 2 * seen
+    assert len(longer.given) == len(again.given) * (1 if kind == "ti2v-5b" else 4 / 3)
+
+
+@pytest.mark.parametrize("kind", ["i2v-2.1", "ti2v-5b"])
+@torch.inference_mode()
+def test_pictures_are_encoded_and_decoded_in_float32(tmp_path: Path, kind: str) -> None:
+    """As in the published examples, beside a transformer in bfloat16."""
+    path = build_tiny_wan(tmp_path / "model", kind, default_sampling_params=SMALL)
+    pipeline: Any = started(path, dtype="bfloat16").pipeline
+    assert pipeline.transformer.patch_embedding.weight.dtype == torch.bfloat16
+    vae = AutoencoderKLWan.from_pretrained(path / "vae", dtype=torch.float32)
+    one = fitted(request("one", "red", width=32, **pictures_of(path, kind, 1)), load_model_info(str(path)))
+    whole = 1 if kind == "ti2v-5b" else one.num_frames
+    expected = to_tokens(WanEncoder(vae)(one.images[0].reference, whole))
+    state = pipeline.encode(one)
+    assert torch.equal(state.given[:, -expected.shape[1] :], expected)
+    (picture,) = pipeline.decode([one], [state.latents])
+    (wanted,) = WanDecoder(vae, False, Group.alone())([state.latents], [state.grid])
+    assert torch.equal(picture.pixels, wanted.pixels)
+
+
+def counted(cls: type[Any], calls: Counter[str]) -> Callable[..., Any]:
+    """`cls.__call__` that counts its calls."""
+    original = cls.__call__
+
+    def call(self: Any, *arguments: Any) -> Any:
+        calls[cls.__name__] += 1
+        return original(self, *arguments)
+
+    return call
 
 
 @torch.inference_mode()

@@ -21,6 +21,10 @@ PATCH_PIXELS = PATCH_SIZE**2
 ROPE_THETA = 10000.0
 UNREAD_ENDS = (".norm_added_q.weight",)
 """Ends of the names of weights that published checkpoints have and neither diffusers nor we read."""
+PROCESSOR_FILE = "preprocessor_config.json"
+BICUBIC = 3
+"""Pillow's number of the method by which CLIP's processor resizes."""
+MAX_CLIP_SIDE = 1024
 CLIP_ANCHOR = "embeddings.class_embedding"
 """A weight of CLIP's vision tower; the part of its name before this is a prefix of all names."""
 
@@ -321,3 +325,21 @@ class ClipVisionConfig:
             {"encoder.layers": LayerList("num_hidden_layers", self.num_hidden_layers, layer)},
             anchor=CLIP_ANCHOR,
         )
+
+
+def clip_side(values: Mapping[str, Any]) -> int:
+    """Pixels of the shorter side to which CLIP's processor resizes a picture, from its config.
+
+    Raises ConfigError for another way to resize.
+    """
+    place = f"image_processor/{PROCESSOR_FILE}"
+    for key, available in (("do_resize", True), ("resample", BICUBIC)):
+        if (value := values.get(key, available)) != available:
+            raise ConfigError(f"{place} has {key}={shown(value)}: not available yet, only {available} is")
+    size = values.get("size", {"shortest_edge": 224})
+    side = size.get("shortest_edge") if isinstance(size, Mapping) and len(size) == 1 else size
+    if type(side) is not int or not 1 <= side <= MAX_CLIP_SIDE:
+        raise ConfigError(
+            f'{place}: size takes {{"shortest_edge": pixels}} of 1 to {MAX_CLIP_SIDE} pixels, got {shown(size)}'
+        )
+    return side

@@ -6,7 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_omni.inputs.images import InputImage, ReaderSizes
+from PIL import Image
+
+from vllm_omni.errors import InvalidRequestError
+from vllm_omni.inputs.images import InputImage, ReaderSizes, resize_image, resize_pixels
+
+MAX_RATIO = 50
+"""Largest ratio of a picture's sides for CLIP, which resizes the shorter side and cuts the centre out later."""
 
 
 @dataclass(frozen=True)
@@ -18,11 +24,28 @@ class WanImageInput:
     area: int
     """Pixels of a frame of the model's default size."""
     size_multiple: int
+    clip_side: int | None = None
+    """Pixels of the shorter side at which CLIP reads a picture; None: the model has no CLIP."""
 
     def sizes(self, width: int, height: int) -> ReaderSizes:
-        """See `ImageInput.sizes`. The pipeline reads the original pixels: CLIP resizes them in its own way, and the VAE
-        gets them at the size of the video."""
+        """See `ImageInput.sizes`: the original ones, until the size of the video is known (see `fit`)."""
+        if self.clip_side is not None and max(width, height) > MAX_RATIO * min(width, height):
+            raise InvalidRequestError(
+                f"image takes sides of a ratio up to {MAX_RATIO}, got {width}x{height}", param="image"
+            )
         return ReaderSizes((width, height), (width, height))
+
+    def fit(self, image: InputImage, height: int, width: int) -> InputImage:
+        """Resize a picture for a video of this size, in pixels: for the VAE as diffusers, for CLIP as its processor."""
+        if self.clip_side is None:
+            return resize_image(image, height, width)
+        rows, columns = image.condition.shape[:2]
+        shorter = min(rows, columns)
+        clip_size = self.clip_side * rows // shorter, self.clip_side * columns // shorter
+        return InputImage.of(
+            resize_pixels(image.condition, *clip_size, Image.Resampling.BICUBIC),
+            resize_pixels(image.reference, height, width),
+        )
 
     def count_prompt_tokens(self, images: Sequence[InputImage]) -> int:
         """See `ImageInput.count_prompt_tokens`: none, because pictures are no part of the text."""

@@ -16,11 +16,13 @@ from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo, Shares
 from vllm_omni.diffusion.catalog.tokenizer_files import TokenizerNeeds
 from vllm_omni.diffusion.compute.families.wan.config import (
     PATCH_SIZE,
+    PROCESSOR_FILE,
     ClipVisionConfig,
     UMT5Config,
     WanConfig,
     WanPipelineConfig,
     WanVaeConfig,
+    clip_side,
 )
 from vllm_omni.diffusion.compute.families.wan.image_input import WanImageInput
 from vllm_omni.diffusion.compute.families.wan.prompts import WanTokenizer
@@ -39,7 +41,9 @@ DEFAULTS = {
     "guidance_scale": 5.0,
     "max_sequence_length": MAX_PROMPT_TOKENS,
 }
-"""Defaults of diffusers' pipelines, the same for all models."""
+"""Defaults of diffusers' pipelines."""
+DEFAULTS_5B = DEFAULTS | {"height": 704, "width": 1280, "num_frames": 121}
+"""Defaults on the published card of the model of 5B parameters."""
 AVAILABLE = {
     "patch_size": [1, PATCH_SIZE, PATCH_SIZE],
     "cross_attn_norm": True,
@@ -56,14 +60,19 @@ class WanModelInfo(PackedModelInfo):
     encodes_whole_video: bool
     """Whether the VAE encodes the input picture with empty frames up to the length of the video."""
 
-    def num_reference_tokens(self, image: InputImage) -> int:
-        """Tokens by which the encoding of an input picture is priced: those of a video of the default size."""
-        defaults = self.default_sampling_params
-        num_frames = defaults["num_frames"] if self.encodes_whole_video else 1
-        return self.num_image_tokens(defaults["height"], defaults["width"], num_frames)
+    def fit_image(self, image: InputImage, height: int, width: int) -> InputImage:
+        assert isinstance(self.image_input, WanImageInput), "a model that takes no input pictures was sent some"
+        return self.image_input.fit(image, height, width)
 
-    def branch_tokens(self, text_tokens: Sequence[int], num_image_tokens: int, num_references: int) -> tuple[int, ...]:
-        return super().branch_tokens(text_tokens, num_image_tokens, 0)
+    def num_reference_tokens(self, image: InputImage) -> int:
+        return 0
+
+    def num_encoded_image_tokens(
+        self, images: Sequence[InputImage], height: int, width: int, num_frames: int = 1
+    ) -> int:
+        if self.encodes_whole_video:  # one encode, with all pictures in their places
+            return self.num_decoded_tokens(height, width, num_frames) if images else 0
+        return len(images) * self.num_decoded_tokens(height, width)
 
 
 def describe(path: Path) -> PackedModelInfo:
@@ -84,7 +93,8 @@ def describe(path: Path) -> PackedModelInfo:
     if transformer.sees_image:
         clip = ClipVisionConfig.from_dict(read_config(path, "image_encoder"), transformer)
         expected_weights["image_encoder"] = [clip.expected_weights()]
-    defaults: dict[str, Any] = DEFAULTS | read_default_sampling_params(path)
+    family_defaults: dict[str, Any] = DEFAULTS_5B if pipeline.expand_timesteps else DEFAULTS
+    defaults = family_defaults | read_default_sampling_params(path)
     side = PATCH_SIZE * vae.scale_factor_spatial
     return WanModelInfo(
         path=path,
@@ -105,7 +115,7 @@ def describe(path: Path) -> PackedModelInfo:
         expected_weights=expected_weights,
         guidance=Guidance("guidance_scale", 0.0, "", () if pipeline.boundary_ratio is None else ("guidance_scale_2",)),
         further_parameters=("flow_shift",) if schedule.takes_flow_shift else (),
-        image_input=_image_input(pipeline, transformer, defaults, side),
+        image_input=_image_input(path, pipeline, transformer, defaults, side),
         encodes_whole_video=pipeline.from_image and not pipeline.expand_timesteps,
         frame_multiple=vae.scale_factor_temporal,
         default_fps=FPS_5B if pipeline.expand_timesteps else FPS,
@@ -153,7 +163,7 @@ def _check_sizes(
 
 
 def _image_input(
-    pipeline: WanPipelineConfig, transformer: WanConfig, defaults: dict[str, Any], side: int
+    path: Path, pipeline: WanPipelineConfig, transformer: WanConfig, defaults: dict[str, Any], side: int
 ) -> WanImageInput | None:
     area = defaults["height"] * defaults["width"]
     if pipeline.expand_timesteps:  # one model for text and for a first frame, whose timestep marks it as given
@@ -161,5 +171,6 @@ def _image_input(
     if not pipeline.from_image:
         return None
     if transformer.sees_image:
-        return WanImageInput(transformer.num_seen_images, transformer.num_seen_images, area, side)
+        clip = clip_side(read_config(path, "image_processor", PROCESSOR_FILE))
+        return WanImageInput(transformer.num_seen_images, transformer.num_seen_images, area, side, clip)
     return WanImageInput(1, 2, area, side)

@@ -37,10 +37,14 @@ from vllm_omni.diffusion.compute.step.transformer import StepContext
 from vllm_omni.diffusion.compute.text.prompt_cache import PromptCache
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest
-from vllm_omni.inputs.images import InputImage, resize_image
+from vllm_omni.inputs.images import InputImage
 
 PROMPT_CACHE_BYTES = 256 * 2**20
+PICTURE_CACHE_BYTES = 256 * 2**20
+CLIP_CACHE_BYTES = 32 * 2**20
 MODULATION_BYTES = 2**28
+PICTURE_DTYPE = torch.float32
+"""Type of the VAE and of CLIP beside a transformer of any type, as in the published examples."""
 
 
 class PaddedPrompt(NamedTuple):
@@ -49,6 +53,17 @@ class PaddedPrompt(NamedTuple):
     prompt: str
     num_tokens: int
     """Tokens with padding."""
+
+
+class GivenPictures(NamedTuple):
+    """Input of the VAE's encoder. The pictures have the size of the video."""
+
+    images: tuple[InputImage, ...]
+    num_frames: int
+    """Frames of the video that is encoded."""
+
+    def key(self) -> Hashable:
+        return (*digests(self.images), self.num_frames)
 
 
 @dataclass(eq=False)
@@ -83,7 +98,11 @@ class WanPipeline(FlowPipeline[WanState, WanTransformer, Forward[WanTransformer]
         self._config = config
         self._num_channels: int = vae.config.z_dim
         self._encoder = WanEncoder(vae)
-        self._image_encoder = image_encoder
+        self._given_tokens = PromptCache(self._encode_given, PICTURE_CACHE_BYTES, GivenPictures.key)
+        self._seen: PromptCache[Sequence[InputImage]] | None = None
+        """CLIP's embeddings of input pictures; None: the transformers do not see any."""
+        if image_encoder is not None:
+            self._seen = PromptCache(image_encoder, CLIP_CACHE_BYTES, digests)
         self._prompts = PromptCache[PaddedPrompt](lambda padded: text_encoder(*padded), PROMPT_CACHE_BYTES)
         self._shares_keys = loader.mesh.tensor.size == loader.mesh.text_encoder.size == 1
         self._static_keys: WeakValueDictionary[Any, StaticKeys] = WeakValueDictionary()
@@ -94,11 +113,11 @@ class WanPipeline(FlowPipeline[WanState, WanTransformer, Forward[WanTransformer]
         path = loader.info.path
         config = WanPipelineConfig.from_dict(read_config(path, "", MODEL_INDEX))
         text_encoder = loader.text_encoder(WanTextEncoder)
-        vae = loader.autoencoder(AutoencoderKLWan)
+        vae = loader.autoencoder(AutoencoderKLWan, PICTURE_DTYPE)
         if loader.info.image_input is None:
             vae.encoder = torch.nn.Identity()  # frees its weights
         sizes = WanConfig.from_dict(read_config(path, "transformer"))
-        image_encoder = loader.image_encoder(WanImageEncoder) if sizes.sees_image else None
+        image_encoder = loader.image_encoder(WanImageEncoder, PICTURE_DTYPE) if sizes.sees_image else None
         transformers = [
             loader.transformer(partial(WanTransformer, sizes), CHECKPOINT_NAMES, FLOAT8_LAYERS, component)
             for component in config.transformers
@@ -138,11 +157,11 @@ class WanPipeline(FlowPipeline[WanState, WanTransformer, Forward[WanTransformer]
 
     def _image_keys(self, index: int, images: Sequence[InputImage]) -> dict[str, StaticKeys]:
         """Keys of what the transformer sees of the input pictures; empty if it sees none."""
-        encoder = self._image_encoder
-        if encoder is None:
+        seen = self._seen
+        if seen is None:
             return {}
-        key = index, *(image.digest for image in images)
-        return {IMAGE: self._shared(key, lambda: self.transformers[index].image_keys(encoder(images)))}
+        key, transformer = (index, *digests(images)), self.transformers[index]
+        return {IMAGE: self._shared(key, lambda: transformer.image_keys(seen(images).to(self._dtype)))}
 
     def _shared(self, key: Hashable, make: Callable[[], StaticKeys]) -> StaticKeys:
         """Keys that a running request has, or new ones."""
@@ -155,10 +174,14 @@ class WanPipeline(FlowPipeline[WanState, WanTransformer, Forward[WanTransformer]
 
     def _given(self, request: DiffusionRequest) -> Tensor:
         """See `WanState.given`."""
-        first, *last = (resize_image(image, request.height, request.width).reference for image in request.images)
+        num_frames = 1 if self._config.expand_timesteps else request.num_frames
+        return self._given_tokens(GivenPictures(request.images, num_frames))
+
+    def _encode_given(self, given: GivenPictures) -> Tensor:
+        first, *last = (image.reference for image in given.images)
+        latents = self._encoder(first, given.num_frames, *last)
         if self._config.expand_timesteps:
-            return to_tokens(self._encoder(first, 1))
-        latents = self._encoder(first, request.num_frames, *last)
+            return to_tokens(latents)
         is_given = torch.zeros((self._frame_multiple, *latents.shape[1:]))
         is_given[:, 0] = 1
         if last:
@@ -233,6 +256,10 @@ class WanPipeline(FlowPipeline[WanState, WanTransformer, Forward[WanTransformer]
         if state.given is None or not self._config.expand_timesteps:
             return latents
         return torch.cat((state.given, latents[state.num_given :]))
+
+
+def digests(images: Sequence[InputImage]) -> tuple[str, ...]:
+    return tuple(image.digest for image in images)
 
 
 def to_tokens(latents: Tensor) -> Tensor:
