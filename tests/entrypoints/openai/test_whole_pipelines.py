@@ -34,8 +34,8 @@ from testbed.tiny_diffusers import build_tiny_diffusers, set_safety_checker
 from testbed.tiny_models import photo
 from tests.entrypoints.openai.routes.test_image_edits import EDITS, data_url, file_of, pixels
 from tests.entrypoints.openai.routes.test_probes_and_metrics import read_metrics
+from vllm_omni.diffusion.catalog import model_info
 from vllm_omni.diffusion.catalog.whole_info import WholePipeline
-from vllm_omni.diffusion.control import request_builder
 from vllm_omni.inputs.images import InputImage, resize_image
 
 # diffusers' own schedules of Stable Diffusion XL.
@@ -149,7 +149,7 @@ def test_large_pictures_are_resized_in_a_thread_for_pictures(monkeypatch: pytest
         threads.append((threading.current_thread().name.partition("_")[0], same is image))
         return same
 
-    monkeypatch.setattr(request_builder, "resize_image", watched)
+    monkeypatch.setattr(model_info, "resize_image", watched)
     info = as_whole(FAKE_EDIT_INFO, WholePipeline("Any", ("height", "width"), "callback", 1, follows_input=True))
     large = file_of(Image.new("RGB", (1000, 800)))
     with live_server(info=info) as server, ThreadPoolExecutor(1) as pool:
