@@ -5,6 +5,7 @@ Times are seconds of the slowest rank. All ranks must call the same functions in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,8 +192,8 @@ def decodes(world: World, device: torch.device, folder: str, size: Size) -> Deco
     vae = load_autoencoder(
         AutoencoderKLQwenImage, Path(folder) / "vae", device, dtype_on(device), lambda count: None, "dummy"
     )
-    grid = (size[0] // 16, size[1] // 16)
-    tokens = torch.randn(grid[0] * grid[1], 4 * NUM_LATENT_CHANNELS, dtype=dtype_on(device), device=device)
+    grid = 1, size[0] // 16, size[1] // 16
+    tokens = torch.randn(math.prod(grid), 4 * NUM_LATENT_CHANNELS, dtype=dtype_on(device), device=device)
     whole, tiled, shared = (
         together(world, device, lambda d=decoder: d([tokens], [grid]), warm_ups=1)  # type: ignore[misc]  # bound
         for decoder in (
