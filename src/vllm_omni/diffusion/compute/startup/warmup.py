@@ -74,7 +74,7 @@ def warm_up(
     # The prompts differ, because the embedding of a repeated prompt is cached. The input picture is the same and is
     # encoded once: its cost is counted as a decode.
     requests = [warmup_request(info, f"warm-up number {i}") for i in range(3)]
-    encode = timer.fastest([lambda r=r: pipeline.encode(r) for r in requests])  # type: ignore[misc]  # r
+    encode = timer.fastest([lambda r=r: pipeline.encode(r) for r in requests])  # type: ignore[misc]  # r is bound
     num_prompt_tokens = info.count_prompt_tokens(requests[0].prompt)
     num_encoded_tokens = info.num_encoded_tokens(num_prompt_tokens + info.count_image_prompt_tokens(requests[0].images))
     decode = timer.fastest([lambda: pipeline.decode([state.request], [state.latents])] * 3)

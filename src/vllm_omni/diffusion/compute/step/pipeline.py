@@ -116,7 +116,7 @@ class Pipeline(ABC, Generic[State]):
     def check(self, request: DiffusionRequest) -> None:
         """Raise InvalidRequestError for a request that the model cannot run. Exchanges nothing with other ranks.
 
-        Called before `encode`, which should raise it no more: an error there may cost all ranks a restart.
+        Called before an `encode` in which ranks exchange tensors: an error in it may cost all ranks a restart.
         """
 
     @abstractmethod

@@ -159,8 +159,9 @@ class ModelRunner:
         return wait
 
     def _check(self, plan: StepPlan, result: StepResult) -> None:
-        """Give an error to each new request that cannot run."""
-        # An error in the encode, where ranks exchange tensors, may cost all of them a restart.
+        """Give an error to each new request that cannot run, where an error in the encode could restart all ranks."""
+        if not self._ranks_share_encodes:
+            return
         new = [request for request in plan.new_requests if request.request_id not in self._aborted]
         self._run_each(new, self.pipeline.check, result, on_all_ranks=False)
 
@@ -191,9 +192,13 @@ class ModelRunner:
 
     def _encode(self, request_ids: Sequence[str], result: StepResult) -> None:
         requests = [self._requests[i] for i in request_ids]
+        self._states |= self._run_each(requests, self.pipeline.encode, result, self._ranks_share_encodes)
+
+    @property
+    def _ranks_share_encodes(self) -> bool:
+        """Whether ranks exchange tensors in an encode."""
         mesh = self.ranks.mesh
-        on_all_ranks = mesh.tensor.size > 1 or mesh.text_encoder.size > 1
-        self._states |= self._run_each(requests, self.pipeline.encode, result, on_all_ranks)
+        return mesh.tensor.size > 1 or mesh.text_encoder.size > 1
 
     def _denoise(self, request_ids: Sequence[str], plan: StepPlan, result: StepResult) -> dict[str, Tensor]:
         """Advance each request by one step. Returns the predicted final latents of requests with a preview."""
