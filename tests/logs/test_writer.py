@@ -25,9 +25,9 @@ def pipe() -> Iterator[tuple[int, int]]:
     fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
     os.set_blocking(writer, False)
     yield reader, writer
-    for fd in (reader, writer):
-        if fd_is_open(fd):
-            os.close(fd)
+    if fd_is_open(reader):
+        os.close(reader)
+    # The end to write stays open: the writer's thread may still hold its number, which another file would get.
 
 
 def fd_is_open(fd: int) -> bool:
