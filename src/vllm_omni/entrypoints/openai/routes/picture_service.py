@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastapi import Request
 from starlette.responses import Response
@@ -24,7 +24,6 @@ from vllm_omni.entrypoints.openai.responses.answers import Answer, EventStream, 
 from vllm_omni.entrypoints.openai.responses.encoding import ImageEncoder
 from vllm_omni.entrypoints.openai.schema.images import ImageOptions
 from vllm_omni.entrypoints.openai.settings import ServerSettings
-from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.data import OmniPrompt
 from vllm_omni.jobs import OutputStream
 from vllm_omni.omni import AsyncOmni
@@ -42,15 +41,6 @@ class PictureService:
     encoder: ImageEncoder
     decoder: DecodePool
     checker: PromptChecker
-
-    def check_makes_pictures(self) -> None:
-        """Raise InvalidRequestError if the model makes videos. Called once a request, before its body is read."""
-        if self.omni.info.makes_videos:
-            raise InvalidRequestError(
-                "The served model makes videos, which are made offline only yet, by vllm_omni.Omni: this server has no "
-                "route for them.",
-                param="model",
-            )
 
     def check_model_name(self, body: ImageOptions) -> None:
         """Raise ModelNotFoundError unless `body` names the served model, one of its adapters, or nothing."""
@@ -81,6 +71,8 @@ class PictureService:
         """
         self.check_model_name(body)
         params, image_format = parse_parameters(body, self.omni.config.lora_modules)
+        if self.omni.info.makes_videos:  # the default is the length of a video
+            params = replace(params, num_frames=1, seconds=None)
         checked = await self.checker.check(
             OmniPrompt(prompt, body.negative_prompt, reservation.images), params, self.decoder
         )

@@ -187,6 +187,14 @@ class ImageOptions(RequestBody):
     """Strength of the guidance, for models such as Z-Image."""
     true_cfg_scale: float | None = None
     """Strength of the guidance, for models such as Qwen-Image."""
+    guidance_scale_2: float | None = None
+    """`guidance_scale` of the steps of a model's second transformer (Wan 2.2); null: the same."""
+    flow_shift: float | None = None
+    """Shift of the noise schedule towards its noisy end, for models such as Wan."""
+    num_frames: Annotated[int, Field(ge=1)] | None = None
+    """Number of frames: 1 is a picture; a model that makes videos takes more in a chat."""
+    seconds: Annotated[float, Field(ge=0)] | None = None
+    """Length of a video from its first frame to its last one, instead of `num_frames`; 0 is a picture."""
     strength: Annotated[float, Field(ge=0, le=1)] | None = None
     """Strength of the change of an edited picture, for models that have this parameter."""
     cfg_normalization: Annotated[bool | float, WrapValidator(_number_or_flag)] | None = None
@@ -320,6 +328,10 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "vllm-omni"
+    input_modalities: list[Literal["text", "image"]]
+    """Media that requests may bring. An adapter has those of its model."""
+    output_modalities: list[Literal["image", "video"]]
+    """Media that the model makes: `image` by `/v1/images`, `video` by `/v1/videos`, and all of them in chats."""
     served_by: Literal["packed", "diffusers"]
     """`packed`: the family's packed transformer; `diffusers`: a pipeline of diffusers."""
     parent: str | None = None
