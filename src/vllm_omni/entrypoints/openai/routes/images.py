@@ -12,7 +12,8 @@ from starlette.responses import Response
 
 from vllm_omni.entrypoints.openai.errors import ERROR_RESPONSES
 from vllm_omni.entrypoints.openai.requests.body_reader import BodyReader, UploadReservation
-from vllm_omni.entrypoints.openai.requests.edit_body import EditReader
+from vllm_omni.entrypoints.openai.requests.edit_body import EDIT_BODY
+from vllm_omni.entrypoints.openai.requests.picture_body import PictureBodyReader
 from vllm_omni.entrypoints.openai.responses.encoding import CONTENT_TYPES
 from vllm_omni.entrypoints.openai.responses.images import ImagesAnswer
 from vllm_omni.entrypoints.openai.responses.stored_files import FILE_ROUTE, FileStore
@@ -38,7 +39,7 @@ class ImageService:
 
     pictures: PictureService
     bodies: BodyReader
-    edits: EditReader
+    uploads: PictureBodyReader
     files: FileStore
 
     async def create(self, request: Request) -> Response:
@@ -63,7 +64,7 @@ class ImageService:
                 param="model",
             )
         with self.pictures.budget.reserve() as reservation:
-            body = await self.edits.read(request, reservation)
+            body = await self.uploads.read(EDIT_BODY, request, reservation)
             if not reservation.images:
                 elsewhere = "" if images.min_images else "; without one use POST /v1/images/generations"
                 raise InvalidRequestError(
