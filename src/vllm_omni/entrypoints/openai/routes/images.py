@@ -13,7 +13,8 @@ from starlette.responses import Response
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.entrypoints.openai.errors import ERROR_RESPONSES
 from vllm_omni.entrypoints.openai.requests.body_reader import BodyReader, UploadReservation
-from vllm_omni.entrypoints.openai.requests.edit_body import EditReader
+from vllm_omni.entrypoints.openai.requests.edit_body import EDIT_BODY
+from vllm_omni.entrypoints.openai.requests.picture_body import PictureBodyReader
 from vllm_omni.entrypoints.openai.responses.encoding import CONTENT_TYPES
 from vllm_omni.entrypoints.openai.responses.images import ImagesAnswer
 from vllm_omni.entrypoints.openai.responses.stored_files import FILE_ROUTE, FileStore
@@ -41,7 +42,7 @@ class ImageService:
 
     pictures: PictureService
     bodies: BodyReader
-    edits: EditReader
+    uploads: PictureBodyReader
     files: FileStore
 
     async def create(self, request: Request) -> Response:
@@ -66,7 +67,7 @@ class ImageService:
         if not info.edits_pictures:  # before megabytes are read
             raise InvalidRequestError(_why_no_edits(info), param="model")
         with self.pictures.budget.reserve() as reservation:
-            body = await self.edits.read(request, reservation)
+            body = await self.uploads.read(EDIT_BODY, request, reservation)
             if not reservation.images:
                 elsewhere = "" if info.needs_image else f"; without one use POST {GENERATIONS_PATH}"
                 raise InvalidRequestError(

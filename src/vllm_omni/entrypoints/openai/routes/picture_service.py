@@ -22,7 +22,7 @@ from vllm_omni.entrypoints.openai.requests.pictures.pool import DecodePool
 from vllm_omni.entrypoints.openai.requests.prompt_checker import PromptChecker
 from vllm_omni.entrypoints.openai.responses.answers import Answer, EventStream, ResponseOptions
 from vllm_omni.entrypoints.openai.responses.encoding import ImageEncoder
-from vllm_omni.entrypoints.openai.schema.images import ImageOptions
+from vllm_omni.entrypoints.openai.schema.images import GenerationOptions, ImageOptions
 from vllm_omni.entrypoints.openai.settings import ServerSettings
 from vllm_omni.inputs.data import OmniPrompt
 from vllm_omni.jobs import OutputStream
@@ -42,12 +42,12 @@ class PictureService:
     decoder: DecodePool
     checker: PromptChecker
 
-    def check_model_name(self, body: ImageOptions) -> None:
+    def check_model_name(self, body: GenerationOptions) -> None:
         """Raise ModelNotFoundError unless `body` names the served model, one of its adapters, or nothing."""
         check_model_name(body.model, (*self.settings.served_model_names, *self.omni.config.lora_modules))
 
     def ignored_fields(
-        self, body: ImageOptions, request: Request, has_guidance: bool
+        self, body: GenerationOptions, request: Request, has_guidance: bool
     ) -> tuple[tuple[str, ...], dict[str, str]]:
         """Names of the fields of `body` that have no effect, and the header with them; logs the names."""
         names = ignored_fields(body, self.omni.info.guidance, has_guidance)
