@@ -139,6 +139,13 @@ class FakeImageInput:
 
 
 FAKE_EDIT_INFO = replace(FAKE_INFO, image_input=FakeImageInput())
+FAKE_VIDEO_INFO = replace(
+    FAKE_INFO,
+    frame_multiple=4,
+    default_fps=8,
+    default_sampling_params={**FAKE_INFO.default_sampling_params, "num_frames": 9},
+)
+"""Makes videos from text; with an `image_input`, from pictures."""
 
 
 @dataclass

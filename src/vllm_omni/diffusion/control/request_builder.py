@@ -358,10 +358,12 @@ def check_num_images(num_images: int, info: ModelInfo) -> None:
     """Raise InvalidRequestError for more or fewer input pictures than the model takes."""
     if info.image_input is None:
         if num_images:
-            raise InvalidRequestError("this model makes pictures from text and takes no input image", param="image")
+            made = "videos" if info.makes_videos else "pictures"
+            raise InvalidRequestError(f"this model makes {made} from text and takes no input image", param="image")
     elif num_images < info.image_input.min_images:
+        does = "makes videos from pictures" if info.makes_videos else "edits pictures"
         raise InvalidRequestError(
-            'this model edits pictures and got none; it takes them as multi_modal_data={"image": ...}', param="image"
+            f'this model {does} and got none; it takes them as multi_modal_data={{"image": ...}}', param="image"
         )
     elif num_images > (most := info.image_input.max_images):
         raise InvalidRequestError(f"image takes at most {most} pictures on this model, got {num_images}", param="image")

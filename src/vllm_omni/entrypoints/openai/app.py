@@ -20,9 +20,9 @@ from vllm_omni.entrypoints.openai.middlewares import (
     ServerLoad,
 )
 from vllm_omni.entrypoints.openai.requests.body_reader import BodyReader, UploadBudget
-from vllm_omni.entrypoints.openai.requests.edit_body import EditReader
 from vllm_omni.entrypoints.openai.requests.fetching import FetchPolicy, MediaFetcher
 from vllm_omni.entrypoints.openai.requests.input_pictures import MAX_IMAGE_BYTES, PictureReader
+from vllm_omni.entrypoints.openai.requests.picture_body import PictureBodyReader
 from vllm_omni.entrypoints.openai.requests.pictures.pool import DecodePool
 from vllm_omni.entrypoints.openai.requests.pictures.process import DecodeLimits
 from vllm_omni.entrypoints.openai.requests.prompt_checker import PromptChecker
@@ -88,7 +88,7 @@ def build_app(
     bodies, reader = BodyReader(settings.upload_silence_seconds), PictureReader(omni.info, decoder, media)
     pictures = PictureService(omni, settings, budget, encoder, decoder, checker)
     load = ServerLoad()
-    app.include_router(make_images_router(ImageService(pictures, bodies, EditReader(bodies, reader), files)))
+    app.include_router(make_images_router(ImageService(pictures, bodies, PictureBodyReader(bodies, reader), files)))
     app.include_router(make_chat_router(ChatService(pictures, bodies, reader, metrics)))
     app.include_router(make_models_router(omni, settings))
     app.include_router(make_health_router(omni, load, metrics))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastapi import Request
 from starlette.responses import Response
@@ -22,9 +22,8 @@ from vllm_omni.entrypoints.openai.requests.pictures.pool import DecodePool
 from vllm_omni.entrypoints.openai.requests.prompt_checker import PromptChecker
 from vllm_omni.entrypoints.openai.responses.answers import Answer, EventStream, ResponseOptions
 from vllm_omni.entrypoints.openai.responses.encoding import ImageEncoder
-from vllm_omni.entrypoints.openai.schema.images import ImageOptions
+from vllm_omni.entrypoints.openai.schema.images import GenerationOptions, ImageOptions
 from vllm_omni.entrypoints.openai.settings import ServerSettings
-from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.data import OmniPrompt
 from vllm_omni.jobs import OutputStream
 from vllm_omni.omni import AsyncOmni
@@ -43,21 +42,12 @@ class PictureService:
     decoder: DecodePool
     checker: PromptChecker
 
-    def check_makes_pictures(self) -> None:
-        """Raise InvalidRequestError if the model makes videos. Called once a request, before its body is read."""
-        if self.omni.info.makes_videos:
-            raise InvalidRequestError(
-                "The served model makes videos, which are made offline only yet, by vllm_omni.Omni: this server has no "
-                "route for them.",
-                param="model",
-            )
-
-    def check_model_name(self, body: ImageOptions) -> None:
+    def check_model_name(self, body: GenerationOptions) -> None:
         """Raise ModelNotFoundError unless `body` names the served model, one of its adapters, or nothing."""
         check_model_name(body.model, (*self.settings.served_model_names, *self.omni.config.lora_modules))
 
     def ignored_fields(
-        self, body: ImageOptions, request: Request, has_guidance: bool
+        self, body: GenerationOptions, request: Request, has_guidance: bool
     ) -> tuple[tuple[str, ...], dict[str, str]]:
         """Names of the fields of `body` that have no effect, and the header with them; logs the names."""
         names = ignored_fields(body, self.omni.info.guidance, has_guidance)
@@ -81,6 +71,8 @@ class PictureService:
         """
         self.check_model_name(body)
         params, image_format = parse_parameters(body, self.omni.config.lora_modules)
+        if self.omni.info.makes_videos:  # the default is the length of a video
+            params = replace(params, num_frames=1, seconds=None)
         checked = await self.checker.check(
             OmniPrompt(prompt, body.negative_prompt, reservation.images), params, self.decoder
         )

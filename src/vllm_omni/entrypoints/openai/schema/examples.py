@@ -26,7 +26,7 @@ def edit_example(model_name: str) -> dict[str, Any]:
 
 def chat_example(model_name: str, info: ModelInfo) -> dict[str, Any]:
     content: str | list[dict[str, Any]] = _PROMPT
-    if info.image_input is not None and info.image_input.min_images:
+    if info.needs_image:
         picture = {"type": "image_url", "image_url": {"url": _input_picture()}}
         content = [{"type": "text", "text": EDIT_PROMPT}, picture]
     return {"model": model_name, "messages": [{"role": "user", "content": content}], "seed": 7}
