@@ -18,6 +18,7 @@ from vllm_omni.entrypoints.openai.responses.answers import (
     frame_around,
     is_finished_picture,
     json_with_list,
+    last_output,
     usage,
 )
 from vllm_omni.entrypoints.openai.responses.encoding import ImageEncoder
@@ -66,7 +67,8 @@ class ChatAnswer:
     options: ResponseOptions
     envelope: ChatEnvelope
 
-    async def response(self, output: OmniRequestOutput) -> Response:
+    async def response(self, outputs: OutputStream) -> Response:
+        output = await last_output(outputs)
         choices = [
             self._encoded({"index": i, "finish_reason": "stop", "seed": seed, "message": _picture_message()}, output, i)
             for i, seed in enumerate(output.seeds)
