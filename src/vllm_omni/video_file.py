@@ -14,12 +14,9 @@ import numpy as np
 from PIL import Image
 
 from vllm_omni.inputs.field_values import shown
+from vllm_omni.video_writer import MAX_SIDE, OUTPUT_FORMATS, VideoFileWriter
 
 MIN_FPS, MAX_FPS = 0.01, 1000
-MAX_SIDE = 16384
-"""Longest side, in pixels, of the encoder's pictures."""
-_QUALITY = {"crf": "18", "preset": "medium"}
-"""Constant quality: differences are hardly visible."""
 _TAKES = "frames take uint8 arrays [frames, height, width, 3] (NumPy or torch), or a list of PIL images or of arrays"
 
 
@@ -32,8 +29,7 @@ def write_video(frames: Any, path: str | os.PathLike[str], fps: float) -> None:
     whole; it stays as it was if an error comes before.
     Raises ValueError for other frames and rates, and OSError for a path that is no file or cannot be written.
     """
-    if not isinstance(fps, Real) or isinstance(fps, bool) or not MIN_FPS <= fps <= MAX_FPS:
-        raise ValueError(f"fps takes a number from {MIN_FPS} to {MAX_FPS}, got {shown(fps)}")
+    rate = frame_rate(fps)
     pictures = _pictures(frames)
     path = os.path.realpath(os.fsdecode(path))  # a link stays a link
     exists = os.path.exists(path)
@@ -43,13 +39,23 @@ def write_video(frames: Any, path: str | os.PathLike[str], fps: float) -> None:
     with open(part, "xb"):  # an error that names the folder; FFmpeg's does not
         pass
     try:
-        _encode(pictures, part, Fraction(float(fps)).limit_denominator(1001))
+        height, width, _ = pictures[0].shape
+        with VideoFileWriter(part, OUTPUT_FORMATS["mp4"], rate, height, width) as writer:
+            for picture in pictures:
+                writer.write(picture)
         if exists:
             shutil.copymode(path, part)
         os.replace(part, path)
     except BaseException:
         os.unlink(part)  # no part of a file stays
         raise
+
+
+def frame_rate(fps: Any, largest: int = MAX_FPS) -> Fraction:
+    """Frames a second as a fraction that video files can hold. Raises ValueError."""
+    if not isinstance(fps, Real) or isinstance(fps, bool) or not MIN_FPS <= float(fps) <= largest:
+        raise ValueError(f"fps takes a number from {MIN_FPS} to {largest}, got {shown(fps)}")
+    return Fraction(float(fps)).limit_denominator(1001)
 
 
 def _check_file(path: str) -> None:
@@ -60,29 +66,8 @@ def _check_file(path: str) -> None:
         pass
 
 
-def _encode(pictures: list[np.ndarray], path: str, rate: Fraction) -> None:
-    """Write uint8 [height, width, 3] pictures with even sides, in the colour space of HD video (BT.709)."""
-    import av  # takes a fifth of a second, which a server without videos need not spend
-    from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
-
-    height, width, _ = pictures[0].shape
-    with av.open(path, "w", format="mp4", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream("libx264", rate=rate, options=_QUALITY)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        context = stream.codec_context
-        context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
-        context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-        for number, picture in enumerate(pictures):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(
-                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
-            )
-            frame.pts, frame.time_base = number, 1 / rate
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-
-
 def _pictures(frames: Any) -> list[np.ndarray]:
-    """Frames as uint8 [height, width, 3] with even sides. Raises ValueError."""
+    """Frames as uint8 [height, width, 3] of one size. Raises ValueError."""
     if isinstance(frames, str | bytes | Image.Image) or not isinstance(frames, Iterable):
         raise ValueError(f"{_TAKES}, got {type(frames).__name__}")
     if getattr(frames, "ndim", 4) != 4:
@@ -99,7 +84,7 @@ def _pictures(frames: Any) -> list[np.ndarray]:
             )
     if not 1 <= min(height, width) <= max(height, width) <= MAX_SIDE:
         raise ValueError(f"frames have sides of 1 to {MAX_SIDE} pixels, got {width}x{height}")
-    return [np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), "edge") for picture in pictures]
+    return pictures
 
 
 def _picture(frame: Any, number: int) -> np.ndarray:
