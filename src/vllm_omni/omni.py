@@ -260,6 +260,14 @@ class AsyncOmni:
     def status(self) -> EngineStatus:
         return self._engine.status()
 
+    def eta_seconds(self, job: Job) -> float:
+        """Estimated time until `job`, which was submitted or is about to be, is done."""
+        return self._engine.eta_seconds(job.requests)
+
+    def work_seconds(self, job: Job) -> float:
+        """Estimated time that `job` takes when nothing else runs."""
+        return self._engine.work_seconds(job.requests)
+
     def begin_drain(self) -> None:
         """Refuse new requests from now on (UnavailableError)."""
         self._engine.begin_drain()

@@ -100,7 +100,10 @@ async def running(
     app.get("/hangs")(asyncio.Event().wait)
     http = HttpOptions(host="127.0.0.1", port=0, shutdown_timeout=shutdown_timeout)
     args = ServeArgs(
-        OmniDiffusionConfig(model="demo"), ServerSettings(served_model_names=("demo",)), http, ignored_flags
+        OmniDiffusionConfig(model="demo"),
+        ServerSettings(served_model_names=("demo",)),
+        http,
+        ignored_flags=ignored_flags,
     )
     server = serve._Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=int(GUARD_SECONDS)))
     ended: list[int] = []

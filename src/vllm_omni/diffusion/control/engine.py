@@ -186,6 +186,10 @@ class DiffusionEngine:
         restart = self._load_seconds if self._state == "restarting" else 0.0
         return restart + self._live_scheduler.eta_seconds(requests)
 
+    def work_seconds(self, requests: Sequence[ScheduledRequest]) -> float:
+        """Estimated time that `requests` take when nothing else runs."""
+        return self._live_scheduler.work_seconds(requests)
+
     def holds(self, request_id: str) -> bool:
         """Whether a request with this id was added and has not ended."""
         return request_id in self._tracked

@@ -96,6 +96,10 @@ class Replicas:
         """Estimated time until the last of `requests` is done. They may be in the queue or about to be added."""
         return max((engine.eta_seconds(part) for engine, part in self._assign(requests).items()), default=0.0)
 
+    def work_seconds(self, requests: Sequence[ScheduledRequest]) -> float:
+        """Estimated time that `requests` take on one replica when nothing else runs."""
+        return self._engines[0].work_seconds(requests)
+
     def begin_drain(self) -> None:
         for engine in self._engines:
             engine.begin_drain()

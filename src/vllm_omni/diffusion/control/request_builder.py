@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import secrets
+import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -73,6 +74,8 @@ class RequestBuilder:
         self._config = config
         self._info = info
         self._ready = ready
+        self._tokenizing = threading.Lock()
+        """Held while tokens are counted: a tokenizer is used by one thread at a time."""
 
     def build(self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams, request_id: str) -> list[ScheduledRequest]:
         """Build one request per output: `{request_id}-{i}` with `seed + i`.
@@ -82,12 +85,16 @@ class RequestBuilder:
         return self.build_checked(self.check(prompt, params), request_id)
 
     def build_checked(self, checked: CheckedPrompt, request_id: str) -> list[ScheduledRequest]:
-        """Second part of `build`: count tokens, draw the seed and price, after `check`. Raises as `build`."""
+        """Second part of `build`: count tokens, draw the seed and price, after `check`. May run in any thread.
+
+        Raises as `build`.
+        """
         prompt, filled = checked.prompt, checked.params
         if prompt.negative_prompt is None:
             prompt = replace(prompt, negative_prompt=checked.defaults.get("negative_prompt"))
         request = self._first_request(prompt, filled, request_id)
-        scheduled = self._scheduled(request, filled)
+        with self._tokenizing:
+            scheduled = self._scheduled(request, filled)
         return [
             replace(scheduled, request=replace(request, request_id=f"{request_id}-{i}", seed=request.seed + i))
             for i in range(filled.num_outputs_per_prompt)

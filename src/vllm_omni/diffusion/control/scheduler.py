@@ -131,8 +131,7 @@ class Scheduler:
         if not self._entries:
             return  # an empty server accepts a request that takes longer than `max_queue_seconds`
         surplus = len(self._entries) + len(requests) - self._max_num_queued_reqs
-        seconds = sum(self._new_entry(request).remaining for request in requests) * self.seconds_per_unit
-        seconds_over = self.queue_seconds + seconds - self._max_queue_seconds
+        seconds_over = self.queue_seconds + self.work_seconds(requests) - self._max_queue_seconds
         if surplus <= 0 and seconds_over <= 0:
             return
         # Requests whose last item is planned leave the queue first.
@@ -383,6 +382,10 @@ class Scheduler:
     def plan_seconds(self) -> float:
         """Estimated duration of the oldest plan in flight; 0 without one."""
         return self._in_flight.oldest_seconds
+
+    def work_seconds(self, requests: Sequence[ScheduledRequest]) -> float:
+        """Estimated time that `requests` take from start to end when nothing else runs."""
+        return sum(self._new_entry(request).remaining for request in requests) * self.seconds_per_unit
 
     def eta_seconds(self, requests: Sequence[ScheduledRequest]) -> float:
         """Estimated time until the last of `requests` is done. They may be in the queue or about to be added."""

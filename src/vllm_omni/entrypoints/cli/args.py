@@ -35,6 +35,7 @@ from vllm_omni.errors import ConfigError, NotAvailableError
 from vllm_omni.foreign.diffusion_server_flags import SGLANG_FLAGS, VLLM_OMNI_FLAGS
 from vllm_omni.foreign.vllm_flags import VLLM_FLAGS
 from vllm_omni.inputs.field_values import field_types
+from vllm_omni.video_jobs.settings import VideoJobSettings
 
 T = TypeVar("T")
 
@@ -59,6 +60,7 @@ class ServeArgs:
     config: OmniDiffusionConfig
     settings: ServerSettings
     http: HttpOptions = field(default_factory=HttpOptions)
+    videos: VideoJobSettings = field(default_factory=VideoJobSettings)
     ignored_flags: tuple[str, ...] = ()
     """Given flags of other servers that have no effect here."""
 

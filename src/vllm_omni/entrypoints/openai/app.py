@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
@@ -37,6 +38,9 @@ from vllm_omni.entrypoints.openai.routes.unavailable import make_unavailable_rou
 from vllm_omni.entrypoints.openai.settings import ServerSettings
 from vllm_omni.omni import AsyncOmni
 
+if TYPE_CHECKING:  # a server for pictures needs neither databases nor encoders of videos
+    from vllm_omni.video_jobs.service import VideoJobs
+
 
 def build_app(
     omni: AsyncOmni,
@@ -44,11 +48,12 @@ def build_app(
     metrics: PrometheusObserver | None = None,
     fetch_policy: FetchPolicy = FetchPolicy(),  # noqa: B008 (frozen)
     decode_limits: DecodeLimits = DecodeLimits(),  # noqa: B008 (frozen)
+    jobs: VideoJobs | None = None,
 ) -> FastAPI:
     """The app that serves `omni`. `metrics`: the observer given to `omni`; None leaves the engine's metrics empty.
 
-    The lifespan of the app owns the threads and the decode processes. The app is for uvicorn with `HttpProtocol`, which
-    disconnects slow readers.
+    `jobs`: video jobs of a model that makes videos. The lifespan of the app starts and closes them, and owns the
+    threads and the decode processes. The app is for uvicorn with `HttpProtocol`, which disconnects slow readers.
     """
     metrics = metrics or PrometheusObserver(settings.served_model_names[0])
     metrics.watch(omni.status)
@@ -64,10 +69,14 @@ def build_app(
         if omni.info.image_input is not None:
             decoder.start()
         sweeping = asyncio.create_task(files.sweep_forever())
+        if jobs is not None:
+            await jobs.start()
         try:
             yield
         finally:
             sweeping.cancel()
+            if jobs is not None:
+                await jobs.close()
             checker.close()
             encoder.close()
             decoder.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sqlite3
 import time
 from collections.abc import Callable
 from functools import partial
@@ -68,7 +69,7 @@ class Database:
             if not self._is_postgres:
                 _use_write_ahead_log(engine)
             self._transaction(self._writes, upgrade)
-        except (DBAPIError, ConfigError) as error:
+        except (DBAPIError, sqlite3.Error, ConfigError) as error:
             engine.dispose()
             reason = str(error) if isinstance(error, ConfigError) else error_line(_cause(error))
             raise ConfigError(f"--job-store {without_password(url)}: {reason}") from error
@@ -89,25 +90,19 @@ class Database:
         self._reads.dispose()
 
     def _run(self, engine: Engine, work: Work[Result]) -> Result:
-        try:
-            return self._transaction(engine, work)
-        except _UnknownOutcomeError as error:
-            raise _to_request_error(error.error) from error.error
-        except _OUR_BUGS:
-            raise
-        except DBAPIError as error:
-            first = _to_request_error(error)
-            if isinstance(first, StoreFullError):
-                raise first from error
-        # Nothing was committed, so that another try is safe.
-        try:
-            return self._transaction(engine, work)
-        except _UnknownOutcomeError as error:
-            raise _to_request_error(error.error) from error.error
-        except _OUR_BUGS:
-            raise
-        except DBAPIError as error:
-            raise _to_request_error(error) from error
+        is_retry = False
+        while True:
+            try:
+                return self._transaction(engine, work)
+            except _OUR_BUGS:
+                raise
+            except _CommitError as error:
+                raise _to_request_error(error.cause) from error.cause
+            except DBAPIError as error:
+                # Nothing was committed: another try is safe. A full disk needs more than that.
+                if is_retry or _is_full(error):
+                    raise _to_request_error(error) from error
+                is_retry = True
 
     def _transaction(self, engine: Engine, work: Work[Result]) -> Result:
         with Session(engine) as session:
@@ -117,7 +112,7 @@ class Database:
             try:
                 session.commit()
             except DBAPIError as error:
-                raise _UnknownOutcomeError(error) from error
+                raise _CommitError(error) from error
             return result
 
     def _start(self, session: Session) -> float:
@@ -126,12 +121,12 @@ class Database:
         return self._clock() if self._clock else float(time_of_database)
 
 
-class _UnknownOutcomeError(Exception):
-    """A commit failed; its changes may have been made."""
+class _CommitError(Exception):
+    """A commit failed, and its changes may have been made."""
 
-    def __init__(self, error: DBAPIError) -> None:
-        super().__init__(str(error))
-        self.error = error
+    def __init__(self, cause: DBAPIError) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
 
 
 def _begin_transactions_as_asked(engine: Engine) -> None:
@@ -160,12 +155,17 @@ def _use_write_ahead_log(engine: Engine) -> None:
 
 def _to_request_error(error: DBAPIError) -> RequestError:
     """Error for callers. The cause goes to the log alone, because it may name hosts and users."""
-    cause = _cause(error)
-    logger.warning("job store: %s", error_line(cause))
-    if getattr(cause, "sqlite_errorname", None) in _FULL or getattr(cause, "sqlstate", None) in _FULL:
+    logger.warning("job store: %s", error_line(_cause(error)))
+    if _is_full(error):
         return StoreFullError("The store of video jobs is full: its disk has no room.")
     return UnavailableError("The store of video jobs does not answer now; try again later.", retry_after=5.0)
 
 
-def _cause(error: DBAPIError) -> BaseException:
-    return error if error.orig is None else error.orig
+def _is_full(error: DBAPIError) -> bool:
+    cause = _cause(error)
+    return getattr(cause, "sqlite_errorname", None) in _FULL or getattr(cause, "sqlstate", None) in _FULL
+
+
+def _cause(error: Exception) -> BaseException:
+    """Error of the driver: SQLAlchemy's own also quotes the statement."""
+    return error.orig if isinstance(error, DBAPIError) and error.orig is not None else error

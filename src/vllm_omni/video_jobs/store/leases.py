@@ -34,7 +34,7 @@ def claim(
             break
         for row in rows:
             if row.num_attempts >= MAX_ATTEMPTS:
-                set_values(row, failure(now, limits, "server_error", _too_many_attempts(row)))
+                set_values(row, failure(now, limits, "too_many_attempts", _too_many_attempts(row)))
                 continue
             row.server, row.fence, row.num_attempts = server, row.fence + 1, row.num_attempts + 1
             row.lease_ends_at, row.expires_at = now + limits.lease_seconds, now + limits.job_ttl_seconds
