@@ -81,8 +81,12 @@ class ResponseOptions:
         }
 
     def identifier_fields(self) -> dict[str, Any]:
-        """`safety_identifier` if the request has one."""
-        return {"safety_identifier": self.safety_identifier} if self.safety_identifier else {}
+        return identifier_fields(self.safety_identifier)
+
+
+def identifier_fields(safety_identifier: str | None) -> dict[str, Any]:
+    """`safety_identifier` if the request has one."""
+    return {"safety_identifier": safety_identifier} if safety_identifier else {}
 
 
 async def last_output(outputs: OutputStream) -> OmniRequestOutput:
