@@ -89,7 +89,8 @@ class VideoFileWriter:
             assert isinstance(stream, av.VideoStream)
             stream.height, stream.width, stream.pix_fmt = height, width, video_format.pixel_format
             stream.codec_context.thread_count = num_threads
-            self._stream, self._convert = stream, _palette_frame
+            self._stream = stream
+            self._convert: Callable[[np.ndarray], VideoFrame] = _palette_frame
             if video_format.pixel_format == "yuv420p":
                 stream.height, stream.width = height + height % 2, width + width % 2
                 self._convert = _yuv_conversion(stream)
@@ -162,4 +163,5 @@ def _palette_frame(picture: np.ndarray) -> VideoFrame:
     palette[:, 0] = 255
     chosen = np.reshape(colours.getpalette(), (-1, 3))
     palette[: len(chosen), 1:] = chosen
-    return VideoFrame.from_ndarray((np.asarray(indices), palette), format="pal8")
+    # PyAV's types lack the pair that pal8 takes.
+    return VideoFrame.from_ndarray((np.asarray(indices), palette), format="pal8")  # type: ignore[arg-type]
