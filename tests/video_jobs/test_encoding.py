@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from testbed.patience import until
 from tests.videos import LEFT, RIGHT, read, two_colours
@@ -83,6 +84,21 @@ async def test_frames_come_back_with_their_number_rate_size_and_colours(
         frame, edge = frames[number].astype(int), min(8 + 8 * number, width)
         assert np.abs(frame[:, : edge - 3] - LEFT).max() <= 12
         assert np.abs(frame[:, edge + 3 :] - RIGHT).max(initial=0) <= 12
+
+
+@pytest.mark.parametrize("fps", [0.5, 7.5, 16, 24, 50])
+async def test_a_gif_shows_its_frames_at_their_rate_and_begins_again(
+    fps: float, pool: VideoEncoderPool, tmp_path: Path
+) -> None:
+    encoded = await encode(pool, tmp_path, two_colours(17), "gif", fps)
+    with Image.open(encoded.video) as image:
+        assert image.info["loop"] == 0
+        starts = [0]
+        for number in range(image.n_frames):
+            image.seek(number)
+            starts.append(starts[-1] + image.info["duration"])
+    # GIF counts hundredths of a second, which add up: no frame begins 10 ms too early or too late.
+    assert np.abs(np.array(starts) - 1000 / fps * np.arange(18)).max() <= 10
 
 
 async def test_files_are_in_a_folder_of_their_own_until_they_are_removed(
