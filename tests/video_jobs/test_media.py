@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import secrets
+import stat
 import sys
 import threading
 import time
@@ -103,8 +104,7 @@ async def test_a_job_is_deleted_as_one_tree(media: MediaStore) -> None:
 
 async def test_access_is_checked_without_a_trace(media: MediaStore) -> None:
     await media.check_access()
-    with pytest.raises(MediaNotFoundError):
-        await media.get("access/file")
+    assert not media._files.exists(media._root) or not media._files.ls(media._root)
 
 
 async def test_delete_removes_one_file_and_may_come_twice(media: MediaStore) -> None:
@@ -259,4 +259,18 @@ async def test_files_are_read_by_their_owner_alone(tmp_path: Path) -> None:
     media = MediaStore.open(str(tmp_path / "media"))
     await media.put("video_1/inputs/0.png", b"a picture")
     assert (tmp_path / "media").stat().st_mode & 0o777 == 0o700
+    await media.close()
+
+
+async def test_a_stored_file_outlasts_a_loss_of_power(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is on the disk before it has its name, and its name before `put` ends."""
+    media, kinds, sync = MediaStore.open(str(tmp_path)), [], os.fsync
+
+    def noted(descriptor: int) -> None:
+        kinds.append(stat.S_IFMT(os.fstat(descriptor).st_mode))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    await media.put("video_1/1/video.mp4", b"a video")
+    assert kinds == [stat.S_IFREG, stat.S_IFDIR]
     await media.close()
