@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -76,9 +77,7 @@ class Server:
 
 async def until_next_turn() -> None:
     """Let other tasks and threads run."""
-    import asyncio
-
-    await asyncio.sleep(0.002)
+    await asyncio.sleep(0.005)
 
 
 def store_settings(folder: Path, **changes: Any) -> VideoJobSettings:
