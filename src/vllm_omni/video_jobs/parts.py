@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+ENCODINGS_PER_THREAD = 2
+"""Videos that wait for an encoding thread with all their frames, before the server claims no further jobs."""
 CLOSE_SECONDS = 5.0
 """Time in which `close` stores checkpoints of jobs that still run."""
 
@@ -53,7 +55,8 @@ class ServiceParts:
         self._encoders = VideoEncoderPool(
             settings.num_encoding_threads, lambda seconds, num_frames: observer.on_video_encoded(seconds)
         )
-        self.claimer = JobClaimer(omni, store, served_model, settings.poll_seconds)
+        max_encoding = ENCODINGS_PER_THREAD * settings.num_encoding_threads
+        self.claimer = JobClaimer(omni, store, served_model, settings.poll_seconds, max_encoding)
         self.maker = VideoMaker(omni, self._encoders, self._folder)
         self.views = JobViews(omni, store, self.claimer.live)
         self.watcher = JobWatcher(store, self.views, self.claimer.live, settings.poll_seconds)
