@@ -34,7 +34,7 @@ from vllm_omni.video_jobs.media import MediaNotFoundError, MediaStore, MediaStor
 from vllm_omni.video_jobs.observer import VideoObserver
 from vllm_omni.video_jobs.progress import WRITING_PERCENT, JobProgress
 from vllm_omni.video_jobs.retrying import retrying
-from vllm_omni.video_jobs.video_maker import VideoMaker
+from vllm_omni.video_jobs.video_maker import VideoMaker, is_whole_output
 
 if TYPE_CHECKING:
     from vllm_omni.video_jobs.store.job_store import JobStore
@@ -169,7 +169,7 @@ class JobRunner:
             live.checkpointed.set()
         if output.images and output.step < output.num_inference_steps:
             live.preview, live.num_previews = output.images[0], live.num_previews + 1
-        live.is_made = output.finished
+        live.is_made = live.is_made or output.finished or is_whole_output(output)
         progress.note(output)
         self._note_percent(live, progress.percent)
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
 
 from vllm_omni.diffusion.control.request_builder import CheckedPrompt
 from vllm_omni.errors import InvalidRequestError, RequestError, UnavailableError
+from vllm_omni.jobs import Job, OutputStream
 from vllm_omni.omni import AsyncOmni
 from vllm_omni.outputs import OmniRequestOutput
 from vllm_omni.video_jobs.content import MediaFile, open_content
@@ -76,19 +80,47 @@ class VideoJobs:
         if self._is_draining:
             raise UnavailableError("the server is draining", retry_after=1.0)
         job = await asyncio.to_thread(self._omni.make_checked_job, new.checked)
-        row = new_job(
-            new, job, self._served_model, self._omni.work_seconds(job), shows_previews=self._omni.info.gives_previews
-        )
+        row = self._row(new, job)
+        await self._add(row, dict(zip(row.inputs, new.input_files)))
+        parts.claimer.wake()
+        return row
+
+    def encode(
+        self, job: Job, outputs: OutputStream, output_format: str
+    ) -> AsyncGenerator[tuple[OmniRequestOutput, EncodedVideo | None], None]:
+        """Encode the videos of a request that runs without a job in the store: see `VideoMaker.encode`."""
+        return self._running_parts().maker.encode(job, outputs, output_format)
+
+    async def keep(self, new: NewVideo, job: Job, encoded: EncodedVideo) -> VideoJob:
+        """Store a video that was made without a job: as a completed one, whose content can be fetched.
+
+        `job`: the engine's job for this video alone. The caller removes the files. Raises as `create`, and
+        MediaStoreError.
+        """
+        row = self._row(new, job)
+        files = {"video": encoded.video, "thumbnail": encoded.thumbnail, "spritesheet": encoded.spritesheet}
+        outputs = {variant: f"{row.id}/0/{file.name}" for variant, file in files.items()}
+        row = replace(row, status="completed", progress=100, outputs=outputs)
+        row = replace(row, started_at=row.created_at, completed_at=time.time())
+        contents: dict[str, bytes | Path] = {outputs[variant]: file for variant, file in files.items()}
+        await self._add(row, contents | dict(zip(row.inputs, new.input_files)))
+        return row
+
+    def _row(self, new: NewVideo, job: Job) -> VideoJob:
+        shows_previews = self._omni.info.gives_previews
+        return new_job(new, job, self._served_model, self._omni.work_seconds(job), shows_previews=shows_previews)
+
+    async def _add(self, row: VideoJob, files: Mapping[str, bytes | Path]) -> None:
+        """Add a row and its files (key -> content), or nothing."""
+        parts = self._running_parts()
         await parts.store.add(row)
         try:
-            for key, data in zip(row.inputs, new.input_files):
-                await parts.media.put(key, data)
+            for key, content in files.items():
+                await parts.media.put(key, content)
             await parts.store.publish(row.id)
         except RequestError:
             await parts.delete(row.id, row.owner)
             raise
-        parts.claimer.wake()
-        return row
 
     async def get(self, job_id: str, owner: str) -> VideoView:
         """A job of `owner` with its newest progress. Raises JobNotFoundError."""

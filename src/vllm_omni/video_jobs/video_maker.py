@@ -1,13 +1,14 @@
-"""Make one video: run its request on the engine, and encode its frames while later ones are decoded."""
+"""Make videos: run requests on the engine, and encode their frames while later ones are decoded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from pathlib import Path
 
 import numpy as np
 
+from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.jobs import Job, OutputStream
 from vllm_omni.omni import AsyncOmni
 from vllm_omni.outputs import OmniRequestOutput
@@ -27,39 +28,74 @@ class VideoMaker:
     async def make(
         self, job: Job, output_format: str, on_output: Callable[[OmniRequestOutput], None] = lambda output: None
     ) -> EncodedVideo:
-        """Run `job` and encode its video; the caller removes the files. A caller that is cancelled stops both.
+        """Run a `job` of one video and encode it; the caller removes the files. A caller that is cancelled stops both.
 
         `on_output`: called with each output of the engine. Raises RequestError.
         """
-        request = job.requests[0].request
-        stream = self._omni.submit(job)
-        async with aclosing(stream):
-            encoding = self._encoders.begin(
-                output_format,
-                request.num_frames,
-                request.height,
-                request.width,
-                request.fps or DEFAULT_FPS,
-                self._folder,
-            )
-            try:
-                await _feed(encoding, stream, on_output)
-                return await encoding.finish()
-            except BaseException:
-                encoding.cancel()
-                raise
+        outputs, encoded = self._omni.submit(job), None
+        async with aclosing(outputs), aclosing(self.encode(job, outputs, output_format, on_output)) as videos:
+            async for _, files in videos:
+                encoded = files or encoded
+        assert encoded is not None, "a request ends with its video or an error"
+        return encoded
+
+    async def encode(
+        self,
+        job: Job,
+        outputs: OutputStream,
+        output_format: str,
+        on_output: Callable[[OmniRequestOutput], None] = lambda output: None,
+    ) -> AsyncGenerator[tuple[OmniRequestOutput, EncodedVideo | None], None]:
+        """Encode the videos of a submitted `job`, whose `outputs` these are, while later frames are decoded.
+
+        Yields each output that completes a video, with its files, which the caller removes; last the result, with None.
+        Closing it early cancels what is not encoded. `on_output`: see `make`. Raises RequestError.
+        """
+        feeds = [Feed(self._begin(scheduled.request, output_format)) for scheduled in job.requests]
+        try:
+            async for output in outputs:
+                on_output(output)
+                if output.finished:
+                    yield output, None
+                elif (encoded := await feeds[output.index].take(output)) is not None:
+                    yield output, encoded
+        finally:
+            for feed in feeds:
+                feed.cancel()
+
+    def _begin(self, request: DiffusionRequest, output_format: str) -> VideoEncoding:
+        fps = request.fps or DEFAULT_FPS
+        return self._encoders.begin(output_format, request.num_frames, request.height, request.width, fps, self._folder)
 
 
-async def _feed(encoding: VideoEncoding, stream: OutputStream, on_output: Callable[[OmniRequestOutput], None]) -> None:
-    """Hand all frames of a stream to the encoder as they come."""
-    num_frames = 0
-    async for output in stream:
-        on_output(output)
+class Feed:
+    """Hands the frames of one video to its encoder as they come."""
+
+    def __init__(self, encoding: VideoEncoding) -> None:
+        self._encoding = encoding
+        self._num_frames = 0
+        self._is_finished = False
+
+    async def take(self, output: OmniRequestOutput) -> EncodedVideo | None:
+        """Take the frames of an output of this video; return the files once the video is whole."""
         if output.frames is not None:
-            encoding.add(output.frames)
-            num_frames += len(output.frames)
-        if output.finished:
-            video = np.asarray(output.images[0])
-            rest = (video if video.ndim == 4 else video[None])[num_frames:]
-            if len(rest):  # a video of one frame comes as a picture
-                encoding.add(rest)
+            self._encoding.add(output.frames)
+            self._num_frames += len(output.frames)
+        if not is_whole_output(output):
+            return None
+        video = np.asarray(output.images[0])
+        rest = (video if video.ndim == 4 else video[None])[self._num_frames :]
+        if len(rest):  # of a whole pipeline, whose frames come all at once, or a video of one frame
+            self._encoding.add(rest)
+        encoded = await self._encoding.finish()
+        self._is_finished = True
+        return encoded
+
+    def cancel(self) -> None:
+        if not self._is_finished:
+            self._encoding.cancel()
+
+
+def is_whole_output(output: OmniRequestOutput) -> bool:
+    """Whether a progress message brings a whole video, or picture, and not a preview."""
+    return bool(output.images) and output.step == output.num_inference_steps

@@ -45,8 +45,8 @@ class Answer(Protocol):
     def events(self, outputs: OutputStream) -> AsyncGenerator[bytes, None]:
         """Server-sent events of a stream, framed."""
 
-    async def response(self, output: OmniRequestOutput) -> Response:
-        """Response in one piece, made of the last output."""
+    async def response(self, outputs: OutputStream) -> Response:
+        """Response in one piece, when the last output has come."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,20 @@ class ResponseOptions:
         }
 
     def identifier_fields(self) -> dict[str, Any]:
-        """`safety_identifier` if the request has one."""
-        return {"safety_identifier": self.safety_identifier} if self.safety_identifier else {}
+        return identifier_fields(self.safety_identifier)
+
+
+def identifier_fields(safety_identifier: str | None) -> dict[str, Any]:
+    """`safety_identifier` if the request has one."""
+    return {"safety_identifier": safety_identifier} if safety_identifier else {}
+
+
+async def last_output(outputs: OutputStream) -> OmniRequestOutput:
+    """The result of a request, which is the last of its outputs."""
+    async for output in outputs:
+        if output.finished:
+            return output
+    raise AssertionError("a stream of outputs ends with its result or an error")
 
 
 def is_finished_picture(output: OmniRequestOutput) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from fastapi import Request
 from starlette.responses import Response
 
+from vllm_omni.diffusion.control.request_builder import CheckedPrompt
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.entrypoints.openai.requests.body_reader import UploadBudget, UploadReservation, unless_disconnected
 from vllm_omni.entrypoints.openai.requests.parameters import (
@@ -22,10 +23,10 @@ from vllm_omni.entrypoints.openai.requests.pictures.pool import DecodePool
 from vllm_omni.entrypoints.openai.requests.prompt_checker import PromptChecker
 from vllm_omni.entrypoints.openai.responses.answers import Answer, EventStream, ResponseOptions
 from vllm_omni.entrypoints.openai.responses.encoding import ImageEncoder
-from vllm_omni.entrypoints.openai.schema.images import GenerationOptions, ImageOptions
+from vllm_omni.entrypoints.openai.schema.images import GenerationOptions, ImageOptions, StreamOptions
 from vllm_omni.entrypoints.openai.settings import ServerSettings
-from vllm_omni.inputs.data import OmniPrompt
-from vllm_omni.jobs import OutputStream
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
+from vllm_omni.jobs import Job
 from vllm_omni.omni import AsyncOmni
 
 logger = logging.getLogger(__name__)
@@ -73,13 +74,32 @@ class PictureService:
         params, image_format = parse_parameters(body, self.omni.config.lora_modules)
         if self.omni.info.makes_videos:  # the default is the length of a video
             params = replace(params, num_frames=1, seconds=None)
+
+        def make(checked: CheckedPrompt, job: Job, ignored: tuple[str, ...]) -> Answer:
+            return make_answer(ResponseOptions.of(body, image_format, ignored))
+
+        return await self.run(body, prompt, params, make, request, reservation)
+
+    async def run(
+        self,
+        body: StreamOptions,
+        prompt: str,
+        params: OmniDiffusionSamplingParams,
+        make_answer: Callable[[CheckedPrompt, Job, tuple[str, ...]], Answer],
+        request: Request,
+        reservation: UploadReservation,
+    ) -> Response:
+        """Run a request with the given parameters; see `answer`.
+
+        make_answer: gets the checked prompt, the engine's requests for it, and the names of fields without effect.
+        """
         checked = await self.checker.check(
             OmniPrompt(prompt, body.negative_prompt, reservation.images), params, self.decoder
         )
         reservation.replace_images(checked.prompt.images)
         job = await self.checker.make_job(checked)
         ignored, headers = self.ignored_fields(body, request, job.requests[0].request.has_guidance)
-        answer = make_answer(ResponseOptions.of(body, image_format, ignored))
+        answer = make_answer(checked, job, ignored)
         outputs = self.omni.submit(job)
         if self.settings.log_requests:
             log_request([scheduled.request for scheduled in job.requests])
@@ -89,16 +109,9 @@ class PictureService:
             events, silence = answer.events(outputs), self.settings.keep_alive_seconds
             return EventStream(outputs, events, silence, headers, reservation.transfer())
         async with aclosing(outputs):
-            response = await unless_disconnected(request, _finish(outputs, answer))
+            response = await unless_disconnected(request, answer.response(outputs))
         response.headers.update(headers)
         return response
-
-
-async def _finish(outputs: OutputStream, answer: Answer) -> Response:
-    async for output in outputs:
-        if output.finished:
-            return await answer.response(output)
-    raise AssertionError("a stream of outputs ends with its result or an error")
 
 
 def log_request(requests: Sequence[DiffusionRequest]) -> None:

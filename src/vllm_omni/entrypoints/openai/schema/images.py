@@ -202,14 +202,19 @@ class GenerationOptions(RequestBody):
     """Requests with a smaller number run earlier."""
 
 
-class ImageOptions(GenerationOptions):
+class StreamOptions(GenerationOptions):
+    """Fields of every request whose answer may be a stream."""
+
+    stream: bool = False
+    """Answer with server-sent events."""
+
+
+class ImageOptions(StreamOptions):
     """Fields of every request for pictures."""
 
     output_format: Annotated[OutputFormat, *_FORMAT] = "png"
     output_compression: Annotated[int, Field(ge=0, le=100)] = 100
     """Quality of jpeg and webp in percent; png is lossless and takes only 100."""
-    stream: bool = False
-    """Answer with server-sent events."""
     num_frames: Annotated[int, Field(ge=1)] | None = None
     """Number of frames: 1, which is a picture."""
     seconds: Annotated[float, Field(ge=0)] | None = None
