@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from vllm_omni.errors import InvalidRequestError, JobNotFoundError
@@ -28,7 +28,7 @@ class MediaFile:
     _key: str
     _media: MediaStore
 
-    def read(self, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
+    def read(self, start: int = 0, end: int | None = None) -> AsyncGenerator[bytes, None]:
         """Bytes from `start` up to `end` (exclusive; None: the file's end), in pieces. Raises MediaStoreError."""
         return self._media.read(self._key, start, end)
 

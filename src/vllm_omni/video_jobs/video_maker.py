@@ -85,7 +85,7 @@ class Feed:
             return None
         video = np.asarray(output.images[0])
         rest = (video if video.ndim == 4 else video[None])[self._num_frames :]
-        if len(rest):  # frames that no piece brought: a whole pipeline gives all at once, and one frame is a picture
+        if len(rest):  # frames of a whole pipeline come all at once; a video of one frame is a picture
             self._encoding.add(rest)
         encoded = await self._encoding.finish()
         self._is_finished = True

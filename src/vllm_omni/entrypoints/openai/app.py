@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 
 from vllm_omni import __version__
 from vllm_omni.entrypoints.openai.errors import install_error_handlers
@@ -34,12 +34,15 @@ from vllm_omni.entrypoints.openai.routes.health import make_health_router, make_
 from vllm_omni.entrypoints.openai.routes.images import EDITS_PATH, GENERATIONS_PATH, ImageService, make_images_router
 from vllm_omni.entrypoints.openai.routes.picture_service import PictureService
 from vllm_omni.entrypoints.openai.routes.swagger import OPENAPI_PATH, make_docs_router, require_api_key
-from vllm_omni.entrypoints.openai.routes.unavailable import make_unavailable_router
+from vllm_omni.entrypoints.openai.routes.unavailable import make_no_videos_router, make_unavailable_router
 from vllm_omni.entrypoints.openai.settings import ServerSettings
 from vllm_omni.omni import AsyncOmni
 
 if TYPE_CHECKING:  # a server for pictures needs neither databases nor encoders of videos
     from vllm_omni.video_jobs.service import VideoJobs
+
+WORK_PATHS = (GENERATIONS_PATH, EDITS_PATH, CHAT_PATH, "/v1/videos", "/v1/videos/sync", "/remix")
+"""Ends of the paths of POST requests that make something."""
 
 
 def build_app(
@@ -95,13 +98,15 @@ def build_app(
     budget = UploadBudget()
     app.state.upload_budget, app.state.decode_pool = budget, decoder
     bodies, reader = BodyReader(settings.upload_silence_seconds), PictureReader(omni.info, decoder, media)
+    uploads = PictureBodyReader(bodies, reader)
     pictures = PictureService(omni, settings, budget, encoder, decoder, checker)
     load = ServerLoad()
-    app.include_router(make_images_router(ImageService(pictures, bodies, PictureBodyReader(bodies, reader), files)))
+    app.include_router(make_images_router(ImageService(pictures, bodies, uploads, files)))
     app.include_router(make_chat_router(ChatService(pictures, bodies, reader, metrics)))
     app.include_router(make_models_router(omni, settings))
     app.include_router(make_health_router(omni, load, metrics))
     app.include_router(make_unavailable_router())
+    app.include_router(_videos_router(pictures, bodies, uploads, jobs))
     if not settings.disable_docs:
         app.include_router(make_docs_router(app.title, settings.swagger_ui_folder))
         if settings.requires_api_key:
@@ -109,8 +114,20 @@ def build_app(
     install_error_handlers(app, metrics)
     # The last one added is the outermost.
     app.add_middleware(CatchErrors)
-    app.add_middleware(CountLoad, load=load, paths=(GENERATIONS_PATH, EDITS_PATH, CHAT_PATH))
+    app.add_middleware(CountLoad, load=load, paths=WORK_PATHS)
     app.add_middleware(IgnoreTrailingSlash)
     app.add_middleware(RequestId)
     app.add_middleware(SendInPieces)
     return app
+
+
+def _videos_router(
+    pictures: PictureService, bodies: BodyReader, uploads: PictureBodyReader, jobs: VideoJobs | None
+) -> APIRouter:
+    if jobs is None:
+        return make_no_videos_router()
+    # Here, because these import databases and encoders of videos.
+    from vllm_omni.entrypoints.openai.routes.video_service import VideoService
+    from vllm_omni.entrypoints.openai.routes.videos import make_videos_router
+
+    return make_videos_router(VideoService(pictures, bodies, uploads, jobs))

@@ -15,6 +15,7 @@ from vllm_omni.entrypoints.openai.schema.images import (
     GenerationOptions,
     ImageGenerationRequest,
     ImageOptions,
+    RequestBody,
 )
 from vllm_omni.errors import InvalidRequestError, ModelNotFoundError
 from vllm_omni.inputs.data import PARAMETERS, LoRARequest, OmniDiffusionSamplingParams
@@ -135,6 +136,15 @@ def ignored_fields(body: GenerationOptions, guidance: Guidance, has_guidance: bo
         names.append("partial_images")
     if not has_guidance:
         names += guidance.asked_by(body.negative_prompt, body)
+    return _listed(names)
+
+
+def unknown_fields(body: RequestBody) -> tuple[str, ...]:
+    """Names of the unknown fields of `body`, in the form of `ignored_fields`."""
+    return _listed(list(body.model_extra or ()))
+
+
+def _listed(names: Sequence[str]) -> tuple[str, ...]:
     listed = [_printable(name) for name in names[:_MAX_LISTED_FIELDS]]
     if (num_left_out := len(names) - len(listed)) > 0:
         listed.append(f"+{num_left_out} more")

@@ -147,13 +147,13 @@ async def _each(pieces: list[bytes]) -> AsyncIterator[bytes]:
 class EventStream(EventSourceResponse):  # type: ignore[misc]  # mypy is told to skip sse_starlette
     """Sends `events` as they come; a failure becomes the last event.
 
-    However the response ends, even before its first event, it closes `outputs`, which aborts the request, and leaves
-    `reservation`.
+    However the response ends, even before its first event, it closes `outputs`, the source of `events`, and leaves
+    `reservation`. Closing the outputs of a request aborts it.
     """
 
     def __init__(
         self,
-        outputs: OutputStream,
+        outputs: OutputStream | AsyncGenerator[Any, None],
         events: AsyncGenerator[bytes, None],
         keep_alive_seconds: float,
         headers: Mapping[str, str],

@@ -51,7 +51,10 @@ class PictureService:
         self, body: GenerationOptions, request: Request, has_guidance: bool
     ) -> tuple[tuple[str, ...], dict[str, str]]:
         """Names of the fields of `body` that have no effect, and the header with them; logs the names."""
-        names = ignored_fields(body, self.omni.info.guidance, has_guidance)
+        return self.note_ignored(ignored_fields(body, self.omni.info.guidance, has_guidance), request)
+
+    def note_ignored(self, names: tuple[str, ...], request: Request) -> tuple[tuple[str, ...], dict[str, str]]:
+        """`names` of fields without effect, and the header with them; logs the names."""
         if not names:
             return (), {}
         logger.info("%s: ignored fields: %s", request.url.path, ", ".join(names))
