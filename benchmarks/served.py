@@ -113,6 +113,12 @@ class ServedModel:
         """Number of its descendants that still run 10 s after its end."""
         return len(self._family.survivors(10.0))
 
+    def crash(self) -> None:
+        """Kill the server's process alone. Its descendants notice and end: see `survivors`."""
+        self._family.children()
+        self._process.kill()
+        self._process.wait(STOP_SECONDS)
+
     def kill(self) -> None:
         """Kill the server and all its descendants."""
         self._family.kill()

@@ -171,11 +171,16 @@ def soak(args: argparse.Namespace) -> list[Promise]:
         return judge(evidence, server.log, code, server.survivors(), args.least_psnr, args.most_megabytes)
 
 
-def print_table(promises: Sequence[Promise]) -> None:
+def report(promises: Sequence[Promise], logs: str) -> None:
+    """Print the table. Raises SystemExit, with what was seen and where the `logs` are, for a broken promise."""
     print(f"{'promise':<36}{'found':<32}{'allowed':<16}")
     for promise in promises:
         verdict = "" if promise.is_kept else "BROKEN"
         print(f"{promise.name:<36}{promise.found:<32}{promise.allowed:<16}{verdict}".rstrip())
+    if broken := [promise for promise in promises if not promise.is_kept]:
+        names = ", ".join(promise.name for promise in broken)
+        details = [detail for promise in broken for detail in promise.details[:MAX_DETAILS]]
+        sys.exit("\n".join([f"broken promises: {names}; {logs}", *details]))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -198,11 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         promises = soak(args)
     except (httpx.HTTPError, RuntimeError, subprocess.TimeoutExpired) as error:
         sys.exit(f"the server is gone, or does not end: {type(error).__name__}: {error}; see {args.out}")
-    print_table(promises)
-    if broken := [promise for promise in promises if not promise.is_kept]:
-        names = ", ".join(promise.name for promise in broken)
-        details = [detail for promise in broken for detail in promise.details[:MAX_DETAILS]]
-        sys.exit("\n".join([f"broken promises: {names}; the server's log: {args.out}", *details]))
+    report(promises, f"the server's log: {args.out}")
 
 
 if __name__ == "__main__":

@@ -103,8 +103,8 @@ def judge(
     return [
         *_of_answers(evidence.tally, least_psnr),
         *_of_counts(evidence),
-        *_of_usage(*evidence.usages, most_megabytes),
-        *_of_the_process(log, exit_code, survivors),
+        *usage_promises(*evidence.usages, most_megabytes),
+        *process_promises(log, exit_code, survivors),
     ]
 
 
@@ -166,7 +166,8 @@ def _within(number: int, spread: str) -> bool:
     return least <= number <= most
 
 
-def _of_usage(before: Usage, after: Usage, most_megabytes: float) -> list[Promise]:
+def usage_promises(before: Usage, after: Usage, most_megabytes: float) -> list[Promise]:
+    """Promises about what a server keeps after a load."""
     grown = after.megabytes - before.megabytes
     opened = after.descriptors - before.descriptors
     return [
@@ -191,7 +192,8 @@ def _of_usage(before: Usage, after: Usage, most_megabytes: float) -> list[Promis
     ]
 
 
-def _of_the_process(log: str, exit_code: int, survivors: int) -> list[Promise]:
+def process_promises(log: str, exit_code: int, survivors: int) -> list[Promise]:
+    """Promises about a server's log and its end."""
     faulty = re.findall(_FAULTY_LINES, log, re.MULTILINE)
     return [
         Promise("the log has no traceback", str(len(faulty)), "0", not faulty),

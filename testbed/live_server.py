@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import tempfile
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import numpy as np
@@ -33,6 +34,10 @@ from vllm_omni.entrypoints.server.framing import HttpLimits
 from vllm_omni.entrypoints.server.http_protocol import HttpProtocol
 from vllm_omni.inputs.images import InputImage, ReaderSizes
 from vllm_omni.omni import AsyncOmni
+from vllm_omni.video_jobs.settings import VideoJobSettings
+
+if TYPE_CHECKING:
+    from vllm_omni.video_jobs.service import VideoJobs
 
 MODEL_NAME = "painter"
 ALIAS = "org/painter"
@@ -139,6 +144,13 @@ class FakeImageInput:
 
 
 FAKE_EDIT_INFO = replace(FAKE_INFO, image_input=FakeImageInput())
+FAKE_VIDEO_INFO = replace(
+    FAKE_INFO,
+    frame_multiple=4,
+    default_fps=8,
+    default_sampling_params={**FAKE_INFO.default_sampling_params, "num_frames": 9},
+)
+"""Makes videos from text; with an `image_input`, from pictures."""
 
 
 @dataclass
@@ -149,6 +161,8 @@ class LiveServer:
     app: FastAPI
     http: uvicorn.Server
     loop: asyncio.AbstractEventLoop
+    jobs: VideoJobs | None
+    """Jobs of a model that makes videos."""
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """The result of `function(*args)` on the server's loop."""
@@ -169,6 +183,22 @@ class LiveServer:
 
 
 @contextmanager
+def video_jobs_for(
+    omni: AsyncOmni, settings: VideoJobSettings | None, observer: PrometheusObserver
+) -> Iterator[VideoJobs | None]:
+    """Video jobs of a model that makes videos; without `settings` in a folder that is removed at the end."""
+    if not omni.info.makes_videos:
+        yield None
+        return
+    from vllm_omni.video_jobs.service import VideoJobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        yield VideoJobs(
+            omni, settings or VideoJobSettings(job_store=f"sqlite:///{folder}/jobs.sqlite"), MODEL_NAME, observer
+        )
+
+
+@contextmanager
 def live_server(
     *,
     info: ModelInfo = FAKE_INFO,
@@ -176,6 +206,7 @@ def live_server(
     start_engine: bool = True,
     wrap: Callable[[FastAPI], None] | None = None,
     settings: dict[str, Any] | None = None,
+    videos: VideoJobSettings | None = None,
     fetch_policy: FetchPolicy | None = None,
     decode_limits: DecodeLimits | None = None,
     protocol: type[asyncio.Protocol] = PatientHttpProtocol,
@@ -184,7 +215,8 @@ def live_server(
     **config: Any,
 ) -> Iterator[LiveServer]:
     """Serve until the block ends. `settings`: of the server; `config`: of the engine; `wrap` changes the app;
-    `model`: a real one, without the fakes; `tls`: files of the key and the certificate; `image`: see `FakeRunner`.
+    `model`: a real one, without the fakes; `tls`: files of the key and the certificate; `image`: see `FakeRunner`;
+    `videos`: stores of the jobs of a model that makes videos.
     Limits of time that are not given are the suite's. Raises what the server's start raised."""
     started: Future[LiveServer] = Future()
 
@@ -202,12 +234,22 @@ def live_server(
                 omni = AsyncOmni(OmniDiffusionConfig(model="fake", **config), observer=observer)
         if start_engine:
             await omni.start()
+        try:
+            with video_jobs_for(omni, videos, observer) as jobs:
+                await serve_app(omni, device, observer, jobs)
+        finally:
+            await omni.close()
+
+    async def serve_app(
+        omni: AsyncOmni, device: FakeDevice, observer: PrometheusObserver, jobs: VideoJobs | None
+    ) -> None:
         app = build_app(
             omni,
             ServerSettings(**{"served_model_names": (MODEL_NAME, ALIAS), **PATIENT_SETTINGS, **(settings or {})}),
             observer,
             fetch_policy or PATIENT_FETCH_POLICY,
             decode_limits or PATIENT_DECODE_LIMITS,
+            jobs,
         )
         if wrap is not None:
             wrap(app)
@@ -227,17 +269,14 @@ def live_server(
             )
         )
         serving = asyncio.ensure_future(server.serve())
-        try:
-            while not server.started and not serving.done():  # noqa: ASYNC110 (uvicorn has no event for it)
-                await asyncio.sleep(0.002)
-            if serving.done():
-                await serving
-            port = server.servers[0].sockets[0].getsockname()[1]
-            url = f"{'https' if tls else 'http'}://127.0.0.1:{port}"
-            started.set_result(LiveServer(url, omni, device, app, server, asyncio.get_running_loop()))
+        while not server.started and not serving.done():  # noqa: ASYNC110 (uvicorn has no event for it)
+            await asyncio.sleep(0.002)
+        if serving.done():
             await serving
-        finally:
-            await omni.close()
+        port = server.servers[0].sockets[0].getsockname()[1]
+        url = f"{'https' if tls else 'http'}://127.0.0.1:{port}"
+        started.set_result(LiveServer(url, omni, device, app, server, asyncio.get_running_loop(), jobs))
+        await serving
 
     def run() -> None:
         try:

@@ -123,7 +123,11 @@ FEATURES = (
                 f"{Z_IMAGE}::test_defaults_draw_what_diffusers_draws_with_its_own",
                 "tests/entrypoints/cli/test_z_image.py::test_the_server_draws_what_diffusers_draws",
             ),
-            yes(WAN_BATCHES, text="yes (one frame)"),
+            yes(
+                WAN_BATCHES,
+                f"{OPENAI}/routes/test_pictures_of_video_models.py::test_the_sdk_gets_diffusers_own_pictures",
+                text="yes (one frame)",
+            ),
             yes(
                 WHOLE_PICTURES,
                 f"{OPENAI}/test_whole_adapters.py::test_the_sdk_gets_diffusers_own_pictures",
@@ -317,7 +321,7 @@ FEATURES = (
             yes(
                 f"{WHOLE_VIDEOS}::test_frames_are_diffusers_own",
                 f"{WHOLE_VIDEOS}::test_a_picture_becomes_a_video",
-                f"{WHOLE_HTTP}::test_a_model_of_videos_is_listed_and_says_where_it_is_used",
+                f"{OPENAI}/routes/test_pictures_of_video_models.py::test_text_becomes_pictures_of_the_default_size[whole]",
                 text="offline",
             ),
         ),

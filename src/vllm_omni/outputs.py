@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from vllm_omni.errors import RequestError
 from vllm_omni.video_file import write_video
+
+if TYPE_CHECKING:
+    from vllm_omni.diffusion.messages.checkpoint import Checkpoint
 
 __all__ = ["OmniRequestOutput", "write_video"]
 
@@ -31,6 +35,9 @@ class OmniRequestOutput:
     seeds: list[int] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     finished: bool = False
+    started: bool = False
+    """Whether the first plan of output `index` has begun to run, as far as this message knows; the first message of an
+    output says only this."""
     index: int = 0
     """Number of the output that a progress message is about, from 0."""
     step: int = 0
@@ -46,6 +53,11 @@ class OmniRequestOutput:
     frames: np.ndarray | None = None
     """In a progress message: the next finished frames of the video of output `index`, while the rest is decoded. uint8
     [frames, height, width, 3]; None in all other messages."""
+    checkpoint: Checkpoint | None = None
+    """In a progress message: a new checkpoint of output `index`; `generate(resume=...)` goes on from it."""
+    checkpointed: bool = False
+    """Whether a progress message brings a checkpoint, or answers `AsyncOmni.request_checkpoint`: `checkpoint` is None
+    in an answer where nothing has run."""
     error: RequestError | None = None
     """Failure of this prompt, which then has no images; see `Omni.generate`."""
     fps: int | None = None

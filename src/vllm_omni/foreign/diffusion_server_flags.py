@@ -61,7 +61,10 @@ VLLM_OMNI_FLAGS: tuple[ForeignFlag, ...] = (
         "--diffusion-kv-cache-dtype= --diffusion-kv-cache-skip-steps= --diffusion-kv-cache-skip-layers=",
     ),
     *refused("a decode is shared by tiles", "--vae-parallel-mode=", "tile"),
-    *refused("this server has no route for videos yet", "--diffusion-streaming-output --video-output-transport="),
+    *refused(
+        "a video is one file, encoded in this process; GET /v1/videos/{id}/events streams its progress and previews",
+        "--diffusion-streaming-output --video-output-transport=",
+    ),
 )
 
 SGLANG_FLAGS: tuple[ForeignFlag, ...] = (

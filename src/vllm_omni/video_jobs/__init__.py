@@ -1,1 +1,1 @@
-"""Video jobs: their store, their media files, and the service that runs them."""
+"""Video jobs: records, their store, their media files, and the service that runs them."""

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +144,7 @@ class MediaStore:
         """Size, entity tag and time of a file. Raises MediaNotFoundError."""
         return await self._run(self._info, self._path(key), key=key)
 
-    async def read(self, key: str, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
+    async def read(self, key: str, start: int = 0, end: int | None = None) -> AsyncGenerator[bytes, None]:
         """Bytes from `start` up to `end` (exclusive; None: the file's end), in pieces of 256 KiB.
 
         Raises MediaNotFoundError at the first piece.

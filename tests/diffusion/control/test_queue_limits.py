@@ -88,7 +88,7 @@ def test_eta_is_arithmetic_on_the_measured_rate() -> None:
     scheduler.add([short])
     both = PER_TOKEN * (total_work(long) + total_work(short))
     assert scheduler.eta_seconds([long]) == pytest.approx(both)
-    assert scheduler.queue_seconds == pytest.approx(both)
+    assert scheduler.queue_seconds == scheduler.work_seconds([long, short]) == pytest.approx(both)
     # The device turns out to be three times slower than it said, and is as fast as it said later: the rate follows
     # within its memory.
     endless = make_scheduled("endless", 64, 500)

@@ -1,4 +1,4 @@
-"""Edits and videos of whole pipelines over HTTP: a small real model, and refusals of other models."""
+"""Edits of whole pipelines over HTTP: a small real model, and refusals of other models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from testbed.fakes import as_whole
 from testbed.live_server import (
     FAKE_EDIT_INFO,
     FAKE_INFO,
-    MODEL_NAME,
     FakeImageInput,
     LiveServer,
     live_server,
@@ -43,12 +42,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 GENERATIONS, CHAT = "/v1/images/generations", "/v1/chat/completions"
 PROMPT = "a red apple"
 PHOTO = photo(96, 64, 1)
-VIDEO_INFO = as_whole(
-    FAKE_INFO,
-    WholePipeline("SkyReelsV2Pipeline", ("num_inference_steps", "num_frames"), "callback_on_step_end", 1),
-    frame_multiple=4,
-    default_sampling_params={"height": 64, "width": 64, "num_inference_steps": 4, "num_frames": 5},
-)
 EITHER_INFO = replace(FAKE_EDIT_INFO, image_input=FakeImageInput(min_images=0))
 
 
@@ -225,20 +218,6 @@ def test_a_model_of_both_takes_both_and_edits_need_a_picture() -> None:
             param, message = refusal(http.post(EDITS, **none))
             assert param == "image"
             assert "/v1/images/generations" in message
-
-
-def test_a_model_of_videos_is_listed_and_says_where_it_is_used() -> None:
-    with live_server(info=VIDEO_INFO) as running, httpx.Client(base_url=running.url) as http:
-        assert http.get(f"/v1/models/{MODEL_NAME}").status_code == 200
-        for response in (
-            http.post(GENERATIONS, json={"prompt": "x"}),
-            http.post(EDITS, files={"image": file_of(PHOTO)}, data={"prompt": "x"}),
-            http.post(CHAT, json={"messages": [{"role": "user", "content": "x"}]}),
-        ):
-            param, message = refusal(response)
-            assert param == "model"
-            assert "makes videos" in message
-            assert "\n" not in message
 
 
 def test_messages_have_the_names_of_http() -> None:

@@ -101,6 +101,8 @@ class ModelInfo(ABC):
     """Code that runs the model: our packed families, or a pipeline of diffusers."""
     gives_previews: ClassVar[bool]
     """Whether pictures can be decoded from the latents of an unfinished request."""
+    gives_checkpoints: ClassVar[bool]
+    """Whether the state of an unfinished request can be saved, and the request resumed from it."""
     shares_encodings: ClassVar[bool]
     """Whether requests with the same prompt encode it once."""
     decodes_in_pieces: ClassVar[bool]
@@ -155,6 +157,28 @@ class ModelInfo(ABC):
     @property
     def makes_videos(self) -> bool:
         return self.frame_multiple is not None
+
+    @property
+    def needs_image(self) -> bool:
+        """Whether every request needs an input picture."""
+        return self.image_input is not None and self.image_input.min_images > 0
+
+    @property
+    def edits_pictures(self) -> bool:
+        """Whether pictures are made from input pictures; a model that makes videos makes videos from them."""
+        return self.image_input is not None and not self.makes_videos
+
+    @property
+    def input_modalities(self) -> list[Literal["text", "image"]]:
+        """Media that a request may bring."""
+        return ["text"] if self.image_input is None else ["text", "image"]
+
+    @property
+    def output_modalities(self) -> list[Literal["image", "video"]]:
+        """Media that the model makes. A picture of a model that makes videos is a video of one frame, from text."""
+        if not self.makes_videos:
+            return ["image"]
+        return ["video"] if self.needs_image else ["image", "video"]
 
     @property
     def follows_input(self) -> bool:

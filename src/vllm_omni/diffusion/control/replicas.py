@@ -75,6 +75,10 @@ class Replicas:
         for engine in self._engines:
             engine.abort(request_ids)
 
+    def request_checkpoint(self, request_ids: Sequence[str]) -> None:
+        for engine in self._engines:
+            engine.request_checkpoint(request_ids)
+
     def status(self) -> EngineStatus:
         """Status of all replicas together. `queue_seconds`: time until the last of them is idle."""
         statuses = [engine.status() for engine in self._engines]
@@ -91,6 +95,10 @@ class Replicas:
     def eta_seconds(self, requests: Sequence[ScheduledRequest]) -> float:
         """Estimated time until the last of `requests` is done. They may be in the queue or about to be added."""
         return max((engine.eta_seconds(part) for engine, part in self._assign(requests).items()), default=0.0)
+
+    def work_seconds(self, requests: Sequence[ScheduledRequest]) -> float:
+        """Estimated time that `requests` take on one replica when nothing else runs."""
+        return self._engines[0].work_seconds(requests)
 
     def begin_drain(self) -> None:
         for engine in self._engines:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import secrets
+import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -73,6 +74,8 @@ class RequestBuilder:
         self._config = config
         self._info = info
         self._ready = ready
+        self._tokenizing = threading.Lock()
+        """Held while tokens are counted: a tokenizer is used by one thread at a time."""
 
     def build(self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams, request_id: str) -> list[ScheduledRequest]:
         """Build one request per output: `{request_id}-{i}` with `seed + i`.
@@ -82,12 +85,16 @@ class RequestBuilder:
         return self.build_checked(self.check(prompt, params), request_id)
 
     def build_checked(self, checked: CheckedPrompt, request_id: str) -> list[ScheduledRequest]:
-        """Second part of `build`: count tokens, draw the seed and price, after `check`. Raises as `build`."""
+        """Second part of `build`: count tokens, draw the seed and price, after `check`. May run in any thread.
+
+        Raises as `build`.
+        """
         prompt, filled = checked.prompt, checked.params
         if prompt.negative_prompt is None:
             prompt = replace(prompt, negative_prompt=checked.defaults.get("negative_prompt"))
         request = self._first_request(prompt, filled, request_id)
-        scheduled = self._scheduled(request, filled)
+        with self._tokenizing:
+            scheduled = self._scheduled(request, filled)
         return [
             replace(scheduled, request=replace(request, request_id=f"{request_id}-{i}", seed=request.seed + i))
             for i in range(filled.num_outputs_per_prompt)
@@ -358,10 +365,12 @@ def check_num_images(num_images: int, info: ModelInfo) -> None:
     """Raise InvalidRequestError for more or fewer input pictures than the model takes."""
     if info.image_input is None:
         if num_images:
-            raise InvalidRequestError("this model makes pictures from text and takes no input image", param="image")
+            made = "videos" if info.makes_videos else "pictures"
+            raise InvalidRequestError(f"this model makes {made} from text and takes no input image", param="image")
     elif num_images < info.image_input.min_images:
+        does = "makes videos from pictures" if info.makes_videos else "edits pictures"
         raise InvalidRequestError(
-            'this model edits pictures and got none; it takes them as multi_modal_data={"image": ...}', param="image"
+            f'this model {does} and got none; it takes them as multi_modal_data={{"image": ...}}', param="image"
         )
     elif num_images > (most := info.image_input.max_images):
         raise InvalidRequestError(f"image takes at most {most} pictures on this model, got {num_images}", param="image")

@@ -35,11 +35,13 @@ from vllm_omni.errors import ConfigError, NotAvailableError
 from vllm_omni.foreign.diffusion_server_flags import SGLANG_FLAGS, VLLM_OMNI_FLAGS
 from vllm_omni.foreign.vllm_flags import VLLM_FLAGS
 from vllm_omni.inputs.field_values import field_types
+from vllm_omni.video_jobs.settings import VideoJobSettings
 
 T = TypeVar("T")
 
 DESCRIPTION = (
-    "Serve a diffusion model with an OpenAI-compatible image API. 'none: ...' says what holds without the flag."
+    "Serve a diffusion model with OpenAI-compatible APIs of images and videos. 'none: ...' says what holds without the "
+    "flag."
 )
 EXAMPLES = """examples:
   {serve} --port 8091
@@ -59,6 +61,7 @@ class ServeArgs:
     config: OmniDiffusionConfig
     settings: ServerSettings
     http: HttpOptions = field(default_factory=HttpOptions)
+    videos: VideoJobSettings = field(default_factory=VideoJobSettings)
     ignored_flags: tuple[str, ...] = ()
     """Given flags of other servers that have no effect here."""
 
@@ -67,8 +70,6 @@ class ServeArgs:
 UNAVAILABLE = {
     "allowed_local_media_path": "folder of media files that requests may name",
     "otlp_traces_endpoint": "OpenTelemetry collector for traces",
-    "job_store": "SQLAlchemy URL of the video jobs",
-    "media_store": "fsspec URL of the finished videos",
 }
 
 
@@ -108,6 +109,7 @@ def build_parser(prog: str = "vllm") -> argparse.ArgumentParser:
     _add_parallel_flags(serve.add_argument_group("parallelism"))
     _add_cache_and_memory_flags(serve.add_argument_group("step caches and memory"))
     _add_scheduling_flags(serve.add_argument_group("scheduling and limits"))
+    _add_video_flags(serve.add_argument_group("jobs of videos, for models that make them"))
     _add_loading_flags(serve.add_argument_group("loading"))
     _add_compute_flags(serve.add_argument_group("compute"))
     own.update(flag for action in serve._actions for flag in action.option_strings)
@@ -258,6 +260,26 @@ def _add_scheduling_flags(group: Any) -> None:
     group.add_argument("--seed", type=flag_types.integer(0, MAX_DEFAULT_SEED), help=seed_help)
 
 
+def _add_video_flags(group: Any) -> None:
+    jobs = FlagGroup(group, VideoJobSettings)
+    store_help = (
+        "database of the jobs, shared by all servers that name it: sqlite:////PATH or postgresql://USER@HOST/NAME; "
+        "none: an SQLite file in $XDG_STATE_HOME/vllm-omni, by default ~/.local/state/vllm-omni"
+    )
+    jobs.add("job_store", store_help)
+    media_help = (
+        "files of the jobs: a folder or s3://BUCKET/PREFIX, shared by the same servers; none: a folder beside the "
+        "SQLite file"
+    )
+    jobs.add("media_store", media_help)
+    jobs.add("job_ttl_seconds", "seconds for which an ended job and its video are kept", "--job-ttl")
+    keys_help = "most unfinished jobs of one API key, without keys of all clients; further ones get status 429"
+    jobs.add("max_jobs_per_key", keys_help)
+    jobs.add("max_jobs", "most jobs that are kept, ended ones included; further ones get status 507")
+    checkpoint_help = "seconds of a job's work after which its state is stored, from which any server can go on"
+    jobs.add("checkpoint_seconds", checkpoint_help)
+
+
 def add_hub_flags(engine: FlagGroup) -> None:
     """Flags of a model on the hub."""
     engine.add("revision", "branch, tag or commit of a hub model; none: main")
@@ -326,6 +348,7 @@ def _settings(namespace: argparse.Namespace, serve_line: str) -> ServeArgs:
         config=make_settings(OmniDiffusionConfig, {**given, "parallel": parallel}),
         settings=make_settings(ServerSettings, given),
         http=make_settings(HttpOptions, given),
+        videos=make_settings(VideoJobSettings, given),
         ignored_flags=ignored_flags,
     )
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -34,6 +34,10 @@ from vllm_omni.entrypoints.server.signals import StopSignals
 from vllm_omni.errors import ConfigError, OmniError
 from vllm_omni.logs import QueuedStreams
 from vllm_omni.omni import AsyncOmni
+from vllm_omni.video_jobs.observer import VideoObserver
+
+if TYPE_CHECKING:
+    from vllm_omni.video_jobs.service import VideoJobs
 
 logger = logging.getLogger(__name__)
 
@@ -89,15 +93,27 @@ def serve(
         activity.watch(omni.status)
         folder, requires_key = vllm_api.swagger_ui_folder(), bool(api_keys(args.http))
         settings = replace(args.settings, swagger_ui_folder=folder, requires_api_key=requires_key)
-        app = build_app(omni, settings, metrics)
+        jobs = _video_jobs(omni, args, metrics)
+        app = build_app(omni, settings, metrics, jobs=jobs)
         add_middleware(app, args.http)
         server = _http_server(app, args.http)
-        return await Service(omni, server, listener, args, signals, start_kill_timer, limits).run()
+        return await Service(omni, server, listener, args, signals, start_kill_timer, limits, jobs).run()
 
     # The socket first: a port in use is an error at once, not after the weights are read.
     with ListeningSocket(args.http) as listener:
         signals.before_end(listener.close)
         return asyncio.Runner(loop_factory=auto_loop_factory()).run(run(listener))
+
+
+def _video_jobs(omni: AsyncOmni, args: ServeArgs, observer: VideoObserver) -> VideoJobs | None:
+    """Video jobs of a model that makes videos. Raises ConfigError, before any weight is read, for wrong stores."""
+    if not omni.info.makes_videos:
+        return None
+    # Here, because a server for pictures needs neither databases nor encoders of videos.
+    from vllm_omni.video_jobs.service import VideoJobs, check_stores
+
+    check_stores(args.videos)
+    return VideoJobs(omni, args.videos, args.settings.served_model_names[0], observer)
 
 
 def _raise_file_limit() -> None:
@@ -179,6 +195,7 @@ class Service:
     _start_kill_timer: Callable[[], object]
     """Called at the first signal; ends the process after all limits."""
     _limits: StopLimits
+    _jobs: VideoJobs | None = None
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self) -> int:
@@ -245,8 +262,12 @@ class Service:
         if self._omni.ready is None:
             return  # still loading: nothing runs
         self._omni.begin_drain()
+        # Pictures are finished, while video jobs go back to the store with checkpoints of their newest steps.
+        giving_back = asyncio.create_task(self._jobs.drain(timeout)) if self._jobs is not None else None
         if not await self._omni.drain(timeout):
             logger.warning("--shutdown-timeout: aborting what still runs after %g s", timeout)
+        if giving_back is not None:
+            await giving_back  # files of videos are written after the engine's part
 
     async def _close(self, http: asyncio.Task[None]) -> None:
         """Stop the workers, which fails running requests; send finished responses; stop listening."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -18,6 +18,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from vllm_omni.diffusion.control.events import EngineObserver, EngineStatus
 from vllm_omni.diffusion.messages.plan import EXCHANGES, STAGES, StepPlan, StepResult
 from vllm_omni.diffusion.messages.request import DiffusionRequest
+from vllm_omni.video_jobs.observer import VideoObserver
+from vllm_omni.video_jobs.records import JobStatus
 
 _LATENCY_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600, 1800)
 _STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -25,8 +27,8 @@ _SEQUENCE_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 _TOKEN_BUCKETS = tuple(2**i for i in range(6, 19))
 
 
-class PrometheusObserver(EngineObserver):
-    """An `EngineObserver` with its own registry.
+class PrometheusObserver(EngineObserver, VideoObserver):
+    """An `EngineObserver` and `VideoObserver` with its own registry.
 
     All metrics have the label `model_name`, except `process_*`, which describe the server's process.
     """
@@ -61,6 +63,14 @@ class PrometheusObserver(EngineObserver):
         self._replayed = self._counter("requests_replayed", "Run again after a worker died")
         self._images = self._counter("images", "Pictures made")
         self._pixels = self._counter("image_pixels", "Pixels of pictures made")
+        self._video_frames = self._counter("video_frames", "Frames of videos made")
+        self._video_jobs = Gauge(
+            "vllm_omni:video_jobs", "Video jobs in the store", ("model_name", "status"), registry=self._registry
+        )
+        self._checkpoint_time = self._histogram(
+            "checkpoint_store_seconds", "Writing one checkpoint of a video to the media store", _LATENCY_BUCKETS
+        )
+        self._checkpoint_bytes = self._counter("checkpoint_bytes", "Bytes of checkpoints written to the media store")
         self._steps = self._counter("inference_steps", "Denoising steps of requests", kind=("computed", "cached"))
         self._text_tasks = self._counter("chat_text_tasks", "Text tasks of chat front ends answered with empty text")
         self._sent = self._counter(
@@ -109,8 +119,11 @@ class PrometheusObserver(EngineObserver):
             (self._aborted if outcome == "aborted" else self._failed)[""].inc()
             return
         self._success["completed"].inc()
-        self._images[""].inc()
-        self._pixels[""].inc(request.height * request.width)
+        if request.num_frames > 1:
+            self._video_frames[""].inc(request.num_frames)
+        else:
+            self._images[""].inc()
+            self._pixels[""].inc(request.height * request.width)
         self._latency.observe(timings["total"])
         self._queue_time.observe(timings["queue"])
         for stage in STAGES:
@@ -126,6 +139,17 @@ class PrometheusObserver(EngineObserver):
     def on_encoded(self, seconds: float) -> None:
         """A picture was encoded for its answer."""
         self._stage_time.labels(self._model_name, "media_encode").observe(seconds)
+
+    def on_video_encoded(self, seconds: float) -> None:
+        self.on_encoded(seconds)
+
+    def on_checkpoint_stored(self, seconds: float, num_bytes: int) -> None:
+        self._checkpoint_time.observe(seconds)
+        self._checkpoint_bytes[""].inc(num_bytes)
+
+    def on_job_counts(self, counts: Mapping[JobStatus, int]) -> None:
+        for status, number in counts.items():
+            self._video_jobs.labels(self._model_name, status).set(number)
 
     def on_text_task(self) -> None:
         """A text task of a chat front end was answered with empty text."""

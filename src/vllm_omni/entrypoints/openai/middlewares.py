@@ -77,7 +77,7 @@ class ServerLoad:
 class CountLoad(HttpMiddleware):
     """Middleware: counts requests in `load`, from their first byte until their response is sent.
 
-    paths: only requests whose path ends with one of these are counted.
+    paths: only POST requests whose path ends with one of these are counted.
     """
 
     def __init__(self, app: ASGIApp, load: ServerLoad, paths: tuple[str, ...]) -> None:
@@ -86,7 +86,7 @@ class CountLoad(HttpMiddleware):
         self._paths = paths
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not scope["path"].endswith(self._paths):
+        if scope["method"] != "POST" or not scope["path"].endswith(self._paths):
             return await self._app(scope, receive, send)
         self._load.num_requests += 1
         try:

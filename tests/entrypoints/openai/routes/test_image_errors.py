@@ -267,12 +267,6 @@ def test_routes_that_are_not_there(http: httpx.Client, method: str, path: str, s
 @pytest.mark.parametrize(
     ("method", "path", "words"),
     [
-        ("POST", "/v1/videos", "Videos are not served over HTTP yet; vllm_omni.Omni makes them offline"),
-        ("GET", "/v1/videos", "not served over HTTP yet"),
-        ("GET", "/v1/videos/video_1", "not served over HTTP yet"),
-        ("DELETE", "/v1/videos/video_1", "not served over HTTP yet"),
-        ("GET", "/v1/videos/video_1/content", "not served over HTTP yet"),
-        ("POST", "/v1/videos/sync", "not served over HTTP yet"),
         ("POST", "/v1/load_lora_adapter", "--lora-modules"),
         ("POST", "/v1/unload_lora_adapter", "--lora-modules"),
     ],
@@ -371,7 +365,7 @@ def test_every_answer_has_a_request_id(http: httpx.Client) -> None:
         ("DELETE", "/health", {}, 405),
         ("POST", "/v1/images/generations", {"content": b"{"}, 400),
         ("POST", "/v1/images/generations", stream, 200),
-        ("POST", "/v1/videos", {}, 501),
+        ("POST", "/v1/load_lora_adapter", {}, 501),
     ]
     answers = [http.request(method, path, **arguments) for method, path, arguments, _ in calls]
     assert [answer.status_code for answer in answers] == [status for *_, status in calls]

@@ -62,7 +62,7 @@ async def read_chat(
     """The body of a chat and its prompt, or None for a text task. The pictures of the prompt go into `reservation`.
 
     finds_text_tasks: whether text tasks of front ends are told apart from prompts: see `is_text_task`.
-    Raises as `EditReader.read`.
+    Raises as `PictureBodyReader.read`.
     """
 
     def convert(value: Any) -> tuple[ChatCompletionRequest, UserMessage | None]:

@@ -1,4 +1,4 @@
-"""Sampling parameters and image format from the fields of a body, and the fields without effect.
+"""Sampling parameters and file format from the fields of a body, and the fields without effect.
 
 The engine checks its own limits later.
 """
@@ -10,7 +10,13 @@ from collections.abc import Collection, Sequence
 
 from vllm_omni.diffusion.catalog.model_info import Guidance
 from vllm_omni.entrypoints.openai.responses.encoding import ImageFormat
-from vllm_omni.entrypoints.openai.schema.images import RANDOM_SEED, ImageGenerationRequest, ImageOptions
+from vllm_omni.entrypoints.openai.schema.images import (
+    RANDOM_SEED,
+    GenerationOptions,
+    ImageGenerationRequest,
+    ImageOptions,
+    RequestBody,
+)
 from vllm_omni.errors import InvalidRequestError, ModelNotFoundError
 from vllm_omni.inputs.data import PARAMETERS, LoRARequest, OmniDiffusionSamplingParams
 
@@ -36,7 +42,7 @@ def parse_size(size: str) -> tuple[int | None, int | None]:
     return int(height), int(width)
 
 
-def _size_of(body: ImageOptions) -> tuple[int | None, int | None]:
+def _size_of(body: GenerationOptions) -> tuple[int | None, int | None]:
     """(height, width) from `size`, or from `height` and `width`, which clients of vllm-omni send instead.
 
     Raises InvalidRequestError if they contradict each other or one is missing.
@@ -54,7 +60,7 @@ def _size_of(body: ImageOptions) -> tuple[int | None, int | None]:
     return body.height, body.width
 
 
-def _num_outputs_of(body: ImageOptions) -> int:
+def _num_outputs_of(body: GenerationOptions) -> int:
     count = body.num_outputs_per_prompt
     if count is None:
         return body.n
@@ -63,30 +69,18 @@ def _num_outputs_of(body: ImageOptions) -> int:
     return count
 
 
-def parse_parameters(body: ImageOptions, adapters: Collection[str]) -> tuple[OmniDiffusionSamplingParams, ImageFormat]:
-    """Sampling parameters of the pictures, and the format of their files.
+def sampling_params(
+    body: GenerationOptions, adapters: Collection[str], num_previews: int = 0
+) -> OmniDiffusionSamplingParams:
+    """Sampling parameters of the pictures or videos that `body` asks for.
 
-    adapters: names of the served adapters.
+    adapters: names of the served adapters; num_previews: previews of each output.
 
     Raises InvalidRequestError for values that are well-formed but not available here.
     """
     height, width = _size_of(body)
     if body.background == "transparent":
-        raise InvalidRequestError("background: this model makes opaque pictures only", param="background")
-    if body.output_format == "png" and body.output_compression != 100:
-        raise InvalidRequestError(
-            "output_compression: png is lossless and takes only 100; choose jpeg or webp", param="output_compression"
-        )
-    num_previews = 0
-    if isinstance(body, ImageGenerationRequest) and body.stream:
-        if body.response_format == "url":
-            raise InvalidRequestError(
-                "response_format: a stream carries its pictures as b64_json", param="response_format"
-            )
-        num_previews = body.partial_images
-    image_format = ImageFormat(body.output_format, body.output_compression)
-    if height is not None and width is not None:
-        image_format.check_size(height, width)
+        raise InvalidRequestError("background: this model's output is opaque", param="background")
     same = {name: getattr(body, name) for name in PARAMETERS if name in type(body).model_fields}
     different = {
         "height": height,
@@ -99,10 +93,30 @@ def parse_parameters(body: ImageOptions, adapters: Collection[str]) -> tuple[Omn
         "output_type": "np",
         "num_previews": num_previews,
     }
-    return OmniDiffusionSamplingParams(**{**same, **different}), image_format
+    return OmniDiffusionSamplingParams(**{**same, **different})
 
 
-def _adapter(body: ImageOptions, adapters: Collection[str]) -> LoRARequest | None:
+def parse_parameters(body: ImageOptions, adapters: Collection[str]) -> tuple[OmniDiffusionSamplingParams, ImageFormat]:
+    """Sampling parameters of the pictures, and the format of their files. adapters, errors: see `sampling_params`."""
+    if body.output_format == "png" and body.output_compression != 100:
+        raise InvalidRequestError(
+            "output_compression: png is lossless and takes only 100; choose jpeg or webp", param="output_compression"
+        )
+    num_previews = 0
+    if isinstance(body, ImageGenerationRequest) and body.stream:
+        if body.response_format == "url":
+            raise InvalidRequestError(
+                "response_format: a stream carries its pictures as b64_json", param="response_format"
+            )
+        num_previews = body.partial_images
+    image_format = ImageFormat(body.output_format, body.output_compression)
+    params = sampling_params(body, adapters, num_previews)
+    if params.height is not None and params.width is not None:
+        image_format.check_size(params.height, params.width)
+    return params, image_format
+
+
+def _adapter(body: GenerationOptions, adapters: Collection[str]) -> LoRARequest | None:
     """The adapter that `lora` names or, for clients that can only choose a model, `model`."""
     chosen = body.model if body.model in adapters else None
     name = chosen if body.lora is None else body.lora.name
@@ -111,7 +125,7 @@ def _adapter(body: ImageOptions, adapters: Collection[str]) -> LoRARequest | Non
     return None if name is None else LoRARequest(name)
 
 
-def ignored_fields(body: ImageOptions, guidance: Guidance, has_guidance: bool) -> tuple[str, ...]:
+def ignored_fields(body: GenerationOptions, guidance: Guidance, has_guidance: bool) -> tuple[str, ...]:
     """Names of the fields of `body` that have no effect, safe for a header and a log line.
 
     They are unknown fields, and one half of a pair: guidance needs both a negative prompt and a scale. If there are
@@ -122,6 +136,15 @@ def ignored_fields(body: ImageOptions, guidance: Guidance, has_guidance: bool) -
         names.append("partial_images")
     if not has_guidance:
         names += guidance.asked_by(body.negative_prompt, body)
+    return _listed(names)
+
+
+def unknown_fields(body: RequestBody) -> tuple[str, ...]:
+    """Names of the unknown fields of `body`, in the form of `ignored_fields`."""
+    return _listed(list(body.model_extra or ()))
+
+
+def _listed(names: Sequence[str]) -> tuple[str, ...]:
     listed = [_printable(name) for name in names[:_MAX_LISTED_FIELDS]]
     if (num_left_out := len(names) - len(listed)) > 0:
         listed.append(f"+{num_left_out} more")

@@ -45,8 +45,8 @@ class Answer(Protocol):
     def events(self, outputs: OutputStream) -> AsyncGenerator[bytes, None]:
         """Server-sent events of a stream, framed."""
 
-    async def response(self, output: OmniRequestOutput) -> Response:
-        """Response in one piece, made of the last output."""
+    async def response(self, outputs: OutputStream) -> Response:
+        """Response in one piece, when the last output has come."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,20 @@ class ResponseOptions:
         }
 
     def identifier_fields(self) -> dict[str, Any]:
-        """`safety_identifier` if the request has one."""
-        return {"safety_identifier": self.safety_identifier} if self.safety_identifier else {}
+        return identifier_fields(self.safety_identifier)
+
+
+def identifier_fields(safety_identifier: str | None) -> dict[str, Any]:
+    """`safety_identifier` if the request has one."""
+    return {"safety_identifier": safety_identifier} if safety_identifier else {}
+
+
+async def last_output(outputs: OutputStream) -> OmniRequestOutput:
+    """The result of a request, which is the last of its outputs."""
+    async for output in outputs:
+        if output.finished:
+            return output
+    raise AssertionError("a stream of outputs ends with its result or an error")
 
 
 def is_finished_picture(output: OmniRequestOutput) -> bool:
@@ -135,13 +147,13 @@ async def _each(pieces: list[bytes]) -> AsyncIterator[bytes]:
 class EventStream(EventSourceResponse):  # type: ignore[misc]  # mypy is told to skip sse_starlette
     """Sends `events` as they come; a failure becomes the last event.
 
-    However the response ends, even before its first event, it closes `outputs`, which aborts the request, and leaves
-    `reservation`.
+    However the response ends, even before its first event, it closes `outputs`, the source of `events`, and leaves
+    `reservation`. Closing the outputs of a request aborts it.
     """
 
     def __init__(
         self,
-        outputs: OutputStream,
+        outputs: OutputStream | AsyncGenerator[Any, None],
         events: AsyncGenerator[bytes, None],
         keep_alive_seconds: float,
         headers: Mapping[str, str],

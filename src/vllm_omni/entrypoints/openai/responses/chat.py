@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from starlette.responses import JSONResponse, Response
 
@@ -18,6 +18,7 @@ from vllm_omni.entrypoints.openai.responses.answers import (
     frame_around,
     is_finished_picture,
     json_with_list,
+    last_output,
     usage,
 )
 from vllm_omni.entrypoints.openai.responses.encoding import ImageEncoder
@@ -25,9 +26,9 @@ from vllm_omni.entrypoints.openai.schema.chat import ChatCompletionRequest, Chat
 from vllm_omni.jobs import OutputStream
 from vllm_omni.outputs import OmniRequestOutput
 
-_URL = "<url>"
-"""Placeholder of a picture's URL, replaced in the encoded JSON."""
-_DONE = frame(b"[DONE]")
+URL_PLACEHOLDER = b"<url>"
+"""Placeholder of the URL of a picture or video, replaced in the encoded JSON."""
+DONE = frame(b"[DONE]")
 """Last event of a stream."""
 
 
@@ -54,6 +55,14 @@ class ChatEnvelope:
     def chunk(self, *choices: dict[str, Any]) -> dict[str, Any]:
         return self._fields("chat.completion.chunk") | {"choices": list(choices)}
 
+    def output_chunk(
+        self, output: OmniRequestOutput, delta: dict[str, Any], finish_reason: str | None
+    ) -> dict[str, Any]:
+        """A chunk about one output of the request."""
+        return self.chunk(
+            {"index": output.index, "finish_reason": finish_reason, "seed": output.seeds[0], "delta": delta}
+        )
+
     def _fields(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
@@ -66,13 +75,11 @@ class ChatAnswer:
     options: ResponseOptions
     envelope: ChatEnvelope
 
-    async def response(self, output: OmniRequestOutput) -> Response:
-        choices = [
-            self._encoded({"index": i, "finish_reason": "stop", "seed": seed, "message": _picture_message()}, output, i)
-            for i, seed in enumerate(output.seeds)
-        ]
+    async def response(self, outputs: OutputStream) -> Response:
+        output = await last_output(outputs)
+        choices = [self._encoded(choice(i, seed, "image"), output, i) for i, seed in enumerate(output.seeds)]
         items, timings = await encode_all(choices, output.timings)
-        fields = self.envelope.completion(_usage(output)) | {"timings": timings} | self.options.identifier_fields()
+        fields = self.envelope.completion(chat_usage(output)) | {"timings": timings} | self.options.identifier_fields()
         return json_with_list(fields | {"ignored_fields": self.options.ignored_fields}, "choices", items)
 
     async def events(self, outputs: OutputStream) -> AsyncGenerator[bytes, None]:
@@ -84,35 +91,40 @@ class ChatAnswer:
         async for output in outputs:
             if output.finished:
                 if self.envelope.include_usage:
-                    yield _event(self.envelope.chunk() | {"usage": _usage(output).model_dump()} | ignored)
-                yield _DONE
+                    yield event(self.envelope.chunk() | {"usage": chat_usage(output).model_dump()} | ignored)
+                yield DONE
                 return
             if is_finished_picture(output):
-                yield await self._encoded(self._chunk(output, _picture_message(), None), output, 0, frame_around())
-                yield _event(self._chunk(output, {}, "stop") | ignored)
-
-    def _chunk(self, output: OmniRequestOutput, delta: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-        return self.envelope.chunk(
-            {"index": output.index, "finish_reason": finish_reason, "seed": output.seeds[0], "delta": delta}
-        )
+                chunk = self.envelope.output_chunk(output, media_message("image"), None)
+                yield await self._encoded(chunk, output, 0, frame_around())
+                yield event(self.envelope.output_chunk(output, {}, "stop") | ignored)
 
     async def _encoded(
         self, value: dict[str, Any], output: OmniRequestOutput, index: int, around: tuple[bytes, bytes] = (b"", b"")
     ) -> bytes:
-        """`value` as JSON between `around`; picture `index` of the output replaces the placeholder `_URL`."""
+        """`value` as JSON between `around`; picture `index` of the output replaces `URL_PLACEHOLDER`."""
         image_format = self.options.image_format
-        before, _, after = _as_json(value).rpartition(_URL.encode())
+        before, _, after = as_json(value).rpartition(URL_PLACEHOLDER)
         before += b"data:%s;base64," % image_format.content_type.encode()
         return await self.encoder.base64(output.images[index], image_format, around[0] + before, after + around[1])
 
 
-def _picture_message() -> dict[str, Any]:
-    """A message, or the delta of one, with a picture. Clients rely on `content` being a string, as OpenAI has it."""
-    picture = {"type": "image_url", "image_url": {"url": _URL}, "index": 0}
-    return {"role": "assistant", "content": "", "images": [picture]}
+def choice(index: int, seed: int, kind: Literal["image", "video"]) -> dict[str, Any]:
+    """A choice of a completion, whose message is `media_message`."""
+    return {"index": index, "finish_reason": "stop", "seed": seed, "message": media_message(kind)}
 
 
-def _usage(output: OmniRequestOutput) -> ChatUsage:
+def media_message(kind: Literal["image", "video"]) -> dict[str, Any]:
+    """A message, or the delta of one, with a picture or video whose URL is `URL_PLACEHOLDER`.
+
+    Clients rely on `content` being a string, as OpenAI has it.
+    """
+    part = {"type": f"{kind}_url", f"{kind}_url": {"url": URL_PLACEHOLDER.decode()}, "index": 0}
+    return {"role": "assistant", "content": "", f"{kind}s": [part]}
+
+
+def chat_usage(output: OmniRequestOutput) -> ChatUsage:
+    """Usage of a request, from its result."""
     tokens = usage(output)
     return ChatUsage(
         prompt_tokens=tokens.input_tokens, completion_tokens=tokens.output_tokens, total_tokens=tokens.total_tokens
@@ -135,13 +147,14 @@ def empty_completion(
         chunks.append(envelope.chunk({"index": i, "finish_reason": "stop", "delta": {}}) | ignored)
     if envelope.include_usage:
         chunks.append(envelope.chunk() | {"usage": usage.model_dump()} | ignored)
-    return Response(b"".join([*map(_event, chunks), _DONE]), media_type="text/event-stream", headers=headers)
+    return Response(b"".join([*map(event, chunks), DONE]), media_type="text/event-stream", headers=headers)
 
 
-def _as_json(value: dict[str, Any]) -> bytes:
+def as_json(value: dict[str, Any]) -> bytes:
+    """`value` as JSON without spaces."""
     return json.dumps(value, separators=(",", ":")).encode()
 
 
-def _event(value: dict[str, Any]) -> bytes:
+def event(value: dict[str, Any]) -> bytes:
     """`value` as a server-sent event."""
-    return frame(_as_json(value))
+    return frame(as_json(value))

@@ -17,12 +17,12 @@ from vllm_omni.entrypoints.openai.responses.answers import (
     frame_around,
     is_finished_picture,
     json_with_list,
+    last_output,
     usage,
 )
 from vllm_omni.entrypoints.openai.responses.encoding import ImageEncoder, json_around_image
 from vllm_omni.entrypoints.openai.schema.images import ImageData, ImagesResponse
 from vllm_omni.jobs import OutputStream
-from vllm_omni.outputs import OmniRequestOutput
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class ImagesAnswer:
     store: Callable[[bytes, str], str] | None = None
     """Stores a file of a content type and returns its URL; without it, and in streams, pictures are base64."""
 
-    async def response(self, output: OmniRequestOutput) -> Response:
+    async def response(self, outputs: OutputStream) -> Response:
+        output = await last_output(outputs)
         pictures = [self._item(pixels, seed) for pixels, seed in zip(output.images, output.seeds, strict=True)]
         items, timings = await encode_all(pictures, output.timings)
         fields = ImagesResponse(

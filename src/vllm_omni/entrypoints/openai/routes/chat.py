@@ -37,7 +37,8 @@ class ChatService:
 
         Raises RequestError or RequestValidationError; HTTPException (408, 413) for slow and for large bodies.
         """
-        self.pictures.check_makes_pictures()
+        if self.pictures.omni.info.makes_videos:
+            raise InvalidRequestError("The served model makes videos: use POST /v1/videos.", param="model")
         with self.pictures.budget.reserve() as reservation:
             finds_text_tasks = self.pictures.settings.chat_text_tasks == "empty"
             body, prompt = await read_chat(

@@ -75,8 +75,15 @@ def make_models_router(omni: AsyncOmni, settings: ServerSettings) -> APIRouter:
     names, adapters = settings.served_model_names, omni.config.lora_modules
 
     def card(name: str) -> ModelCard:
-        parent = names[0] if name in adapters else None
-        return ModelCard(id=name, created=created, served_by=omni.info.served_by, parent=parent)
+        info = omni.info
+        return ModelCard(
+            id=name,
+            created=created,
+            input_modalities=info.input_modalities,
+            output_modalities=info.output_modalities,
+            served_by=info.served_by,
+            parent=names[0] if name in adapters else None,
+        )
 
     def require_warm() -> None:
         if omni.ready is None:

@@ -10,9 +10,11 @@ from fastapi import APIRouter, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.entrypoints.openai.errors import ERROR_RESPONSES
 from vllm_omni.entrypoints.openai.requests.body_reader import BodyReader, UploadReservation
-from vllm_omni.entrypoints.openai.requests.edit_body import EditReader
+from vllm_omni.entrypoints.openai.requests.edit_body import EDIT_BODY
+from vllm_omni.entrypoints.openai.requests.picture_body import PictureBodyReader
 from vllm_omni.entrypoints.openai.responses.encoding import CONTENT_TYPES
 from vllm_omni.entrypoints.openai.responses.images import ImagesAnswer
 from vllm_omni.entrypoints.openai.responses.stored_files import FILE_ROUTE, FileStore
@@ -22,6 +24,7 @@ from vllm_omni.entrypoints.openai.schema.images import (
     MAX_INPUT_IMAGES,
     ImageEditRequest,
     ImageGenerationRequest,
+    ImageOptions,
     ImagesResponse,
     body_schema,
     json_request_body,
@@ -30,6 +33,7 @@ from vllm_omni.errors import InvalidRequestError
 
 EDITS_PATH = "/v1/images/edits"
 GENERATIONS_PATH = "/v1/images/generations"
+VIDEOS_PATH = "/v1/videos"
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class ImageService:
 
     pictures: PictureService
     bodies: BodyReader
-    edits: EditReader
+    uploads: PictureBodyReader
     files: FileStore
 
     async def create(self, request: Request) -> Response:
@@ -46,9 +50,12 @@ class ImageService:
 
         Raises RequestError or RequestValidationError; HTTPException (408, 413) for slow and for large bodies.
         """
-        self.pictures.check_makes_pictures()
-        if (images := self.pictures.omni.info.image_input) is not None and images.min_images:
-            raise InvalidRequestError("The served model edits pictures: use POST /v1/images/edits.", param="image")
+        info = self.pictures.omni.info
+        if info.needs_image:
+            does, route = ("edits pictures", EDITS_PATH)
+            if info.makes_videos:
+                does, route = ("makes videos from pictures", VIDEOS_PATH)
+            raise InvalidRequestError(f"The served model {does}: use POST {route}.", param="image")
         max_bytes = self.pictures.settings.max_body_bytes
         with self.pictures.budget.reserve() as reservation:
             body = await self.bodies.model(request, reservation, ImageGenerationRequest, max_bytes)
@@ -56,16 +63,13 @@ class ImageService:
 
     async def edit(self, request: Request) -> Response:
         """Make pictures from pictures and a prompt. Raises as `create`."""
-        self.pictures.check_makes_pictures()
-        if (images := self.pictures.omni.info.image_input) is None:  # before megabytes are read
-            raise InvalidRequestError(
-                "The served model makes pictures from text and edits none: use POST /v1/images/generations.",
-                param="model",
-            )
+        info = self.pictures.omni.info
+        if not info.edits_pictures:  # before megabytes are read
+            raise InvalidRequestError(_why_no_edits(info), param="model")
         with self.pictures.budget.reserve() as reservation:
-            body = await self.edits.read(request, reservation)
+            body = await self.uploads.read(EDIT_BODY, request, reservation)
             if not reservation.images:
-                elsewhere = "" if images.min_images else "; without one use POST /v1/images/generations"
+                elsewhere = "" if info.needs_image else f"; without one use POST {GENERATIONS_PATH}"
                 raise InvalidRequestError(
                     "image is required: files of that name in a form, or "
                     f'"images": [{{"image_url": "data:image/png;base64,..."}}] in JSON{elsewhere}',
@@ -77,6 +81,7 @@ class ImageService:
         def store(data: bytes, content_type: str) -> str:
             return str(request.url_for(FILE_ROUTE, file_id=self.files.put(data, content_type)))
 
+        _check_is_picture(body, self.pictures.omni.info)
         response_format = body.response_format or self.pictures.settings.default_response_format
         make_answer = partial(ImagesAnswer, self.pictures.encoder, store=store if response_format == "url" else None)
         return await self.pictures.answer(body, body.prompt, make_answer, request, reservation)
@@ -87,6 +92,27 @@ class ImageService:
             raise HTTPException(404, "There is no such file, or its time has passed.")
         headers = {"cache-control": "private, immutable", "x-content-type-options": "nosniff"}
         return Response(found.data, media_type=found.content_type, headers=headers)
+
+
+def _why_no_edits(info: ModelInfo) -> str:
+    """Message for an edit that the model cannot make: the routes that make what it makes."""
+    pictures = f"POST {GENERATIONS_PATH}"
+    if not info.makes_videos:
+        return f"The served model makes pictures from text and edits none: use {pictures}."
+    videos = f"The served model makes videos and edits no pictures: POST {VIDEOS_PATH} makes videos"
+    if info.needs_image:
+        return f"{videos} from pictures."
+    also = "" if info.image_input is None else ", also from pictures"
+    return f"{videos}{also}, and {pictures} pictures from text."
+
+
+def _check_is_picture(body: ImageOptions, info: ModelInfo) -> None:
+    """Raise InvalidRequestError for the length of a video. Models that make no videos refuse it themselves."""
+    for name, length in (("num_frames", 1), ("seconds", 0)):
+        if info.makes_videos and (value := getattr(body, name)) not in (None, length):
+            raise InvalidRequestError(
+                f"{name} takes {length} for a picture, got {value}: POST {VIDEOS_PATH} makes videos", param=name
+            )
 
 
 def _edit_bodies(model_name: str) -> dict[str, Any]:
@@ -116,8 +142,6 @@ def make_images_router(service: ImageService) -> APIRouter:
     """The routes. The schema shows those that the served model can answer; the others name the route to use instead."""
     router = APIRouter(prefix="/v1/images", tags=["images"], responses=ERROR_RESPONSES)
     model_name, info = service.pictures.settings.served_model_names[0], service.pictures.omni.info
-    makes_from_text = not info.makes_videos and (info.image_input is None or not info.image_input.min_images)
-    edits_pictures = not info.makes_videos and info.image_input is not None
 
     event = {"type": "object", "properties": {"event": {"type": "string"}, "data": {"type": "string"}}}
     event_stream = {
@@ -130,7 +154,7 @@ def make_images_router(service: ImageService) -> APIRouter:
         response_model=ImagesResponse,
         responses={200: event_stream},
         openapi_extra={"requestBody": json_request_body(ImageGenerationRequest, form_example(model_name))},
-        include_in_schema=makes_from_text,
+        include_in_schema=not info.needs_image,
     )
     async def generations(request: Request) -> Response:
         """Make pictures from a prompt; server-sent events with `stream`."""
@@ -156,7 +180,7 @@ def make_images_router(service: ImageService) -> APIRouter:
         response_model=ImagesResponse,
         responses={200: event_stream},
         openapi_extra={"requestBody": {"required": True, "content": _edit_bodies(model_name)}},
-        include_in_schema=edits_pictures,
+        include_in_schema=info.edits_pictures,
     )
     async def edits(request: Request) -> Response:
         """Make pictures from pictures and a prompt; server-sent events with `stream`."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastapi import Request
 from starlette.responses import Response
 
+from vllm_omni.diffusion.control.request_builder import CheckedPrompt
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.entrypoints.openai.requests.body_reader import UploadBudget, UploadReservation, unless_disconnected
 from vllm_omni.entrypoints.openai.requests.parameters import (
@@ -22,11 +23,10 @@ from vllm_omni.entrypoints.openai.requests.pictures.pool import DecodePool
 from vllm_omni.entrypoints.openai.requests.prompt_checker import PromptChecker
 from vllm_omni.entrypoints.openai.responses.answers import Answer, EventStream, ResponseOptions
 from vllm_omni.entrypoints.openai.responses.encoding import ImageEncoder
-from vllm_omni.entrypoints.openai.schema.images import ImageOptions
+from vllm_omni.entrypoints.openai.schema.images import GenerationOptions, ImageOptions, StreamOptions
 from vllm_omni.entrypoints.openai.settings import ServerSettings
-from vllm_omni.errors import InvalidRequestError
-from vllm_omni.inputs.data import OmniPrompt
-from vllm_omni.jobs import OutputStream
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
+from vllm_omni.jobs import Job
 from vllm_omni.omni import AsyncOmni
 
 logger = logging.getLogger(__name__)
@@ -43,24 +43,18 @@ class PictureService:
     decoder: DecodePool
     checker: PromptChecker
 
-    def check_makes_pictures(self) -> None:
-        """Raise InvalidRequestError if the model makes videos. Called once a request, before its body is read."""
-        if self.omni.info.makes_videos:
-            raise InvalidRequestError(
-                "The served model makes videos, which are made offline only yet, by vllm_omni.Omni: this server has no "
-                "route for them.",
-                param="model",
-            )
-
-    def check_model_name(self, body: ImageOptions) -> None:
+    def check_model_name(self, body: GenerationOptions) -> None:
         """Raise ModelNotFoundError unless `body` names the served model, one of its adapters, or nothing."""
         check_model_name(body.model, (*self.settings.served_model_names, *self.omni.config.lora_modules))
 
     def ignored_fields(
-        self, body: ImageOptions, request: Request, has_guidance: bool
+        self, body: GenerationOptions, request: Request, has_guidance: bool
     ) -> tuple[tuple[str, ...], dict[str, str]]:
         """Names of the fields of `body` that have no effect, and the header with them; logs the names."""
-        names = ignored_fields(body, self.omni.info.guidance, has_guidance)
+        return self.note_ignored(ignored_fields(body, self.omni.info.guidance, has_guidance), request)
+
+    def note_ignored(self, names: tuple[str, ...], request: Request) -> tuple[tuple[str, ...], dict[str, str]]:
+        """`names` of fields without effect, and the header with them; logs the names."""
         if not names:
             return (), {}
         logger.info("%s: ignored fields: %s", request.url.path, ", ".join(names))
@@ -81,13 +75,34 @@ class PictureService:
         """
         self.check_model_name(body)
         params, image_format = parse_parameters(body, self.omni.config.lora_modules)
+        if self.omni.info.makes_videos:  # the default is the length of a video
+            params = replace(params, num_frames=1, seconds=None)
+
+        def make(checked: CheckedPrompt, job: Job, ignored: tuple[str, ...]) -> Answer:
+            return make_answer(ResponseOptions.of(body, image_format, ignored))
+
+        return await self.run(body, prompt, params, make, request, reservation)
+
+    async def run(
+        self,
+        body: StreamOptions,
+        prompt: str,
+        params: OmniDiffusionSamplingParams,
+        make_answer: Callable[[CheckedPrompt, Job, tuple[str, ...]], Answer],
+        request: Request,
+        reservation: UploadReservation,
+    ) -> Response:
+        """Run a request with the given parameters; see `answer`.
+
+        make_answer: gets the checked prompt, the engine's requests for it, and the names of fields without effect.
+        """
         checked = await self.checker.check(
             OmniPrompt(prompt, body.negative_prompt, reservation.images), params, self.decoder
         )
         reservation.replace_images(checked.prompt.images)
         job = await self.checker.make_job(checked)
         ignored, headers = self.ignored_fields(body, request, job.requests[0].request.has_guidance)
-        answer = make_answer(ResponseOptions.of(body, image_format, ignored))
+        answer = make_answer(checked, job, ignored)
         outputs = self.omni.submit(job)
         if self.settings.log_requests:
             log_request([scheduled.request for scheduled in job.requests])
@@ -97,16 +112,9 @@ class PictureService:
             events, silence = answer.events(outputs), self.settings.keep_alive_seconds
             return EventStream(outputs, events, silence, headers, reservation.transfer())
         async with aclosing(outputs):
-            response = await unless_disconnected(request, _finish(outputs, answer))
+            response = await unless_disconnected(request, answer.response(outputs))
         response.headers.update(headers)
         return response
-
-
-async def _finish(outputs: OutputStream, answer: Answer) -> Response:
-    async for output in outputs:
-        if output.finished:
-            return await answer.response(output)
-    raise AssertionError("a stream of outputs ends with its result or an error")
 
 
 def log_request(requests: Sequence[DiffusionRequest]) -> None:

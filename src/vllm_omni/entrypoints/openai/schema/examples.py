@@ -24,9 +24,19 @@ def edit_example(model_name: str) -> dict[str, Any]:
     return form_example(model_name, EDIT_PROMPT) | {"image": _input_picture()}
 
 
+def video_form_example(model_name: str) -> dict[str, Any]:
+    """Example of a request for a video without a picture; in a form the client chooses the file `input_reference`."""
+    return {"model": model_name, "prompt": _PROMPT, "seed": 7}
+
+
+def video_example(model_name: str, needs_image: bool) -> dict[str, Any]:
+    picture = {"input_reference": {"image_url": _input_picture()}} if needs_image else {}
+    return video_form_example(model_name) | picture
+
+
 def chat_example(model_name: str, info: ModelInfo) -> dict[str, Any]:
     content: str | list[dict[str, Any]] = _PROMPT
-    if info.image_input is not None and info.image_input.min_images:
+    if info.needs_image:
         picture = {"type": "image_url", "image_url": {"url": _input_picture()}}
         content = [{"type": "text", "text": EDIT_PROMPT}, picture]
     return {"model": model_name, "messages": [{"role": "user", "content": content}], "seed": 7}

@@ -50,7 +50,7 @@ def _canonical_size(size: str) -> str:
     return size.lower().replace(" ", "").replace("*", "x").replace("\u00d7", "x")
 
 
-_ANY_CASE = BeforeValidator(_lower_case)
+ANY_CASE = BeforeValidator(_lower_case)
 """Accepts words in any case; responses and the schema have lower case."""
 _FORMAT = (
     BeforeValidator(_canonical_format),
@@ -76,7 +76,7 @@ def at_most(most: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-_FEW_KEYS = at_most(8)
+FEW_KEYS = at_most(8)
 
 
 def _number_or_flag(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
@@ -143,8 +143,8 @@ class LoRAField(RequestBody):
     """Factor of the adapter's change of the model; null: 1."""
 
 
-class ImageOptions(RequestBody):
-    """Fields of every request for pictures.
+class GenerationOptions(RequestBody):
+    """Fields of every request for pictures and for videos.
 
     Unknown fields are ignored; `ignored_fields` of the response and the header `x-omni-ignored-fields` name them.
     """
@@ -155,21 +155,16 @@ class ImageOptions(RequestBody):
     model: str | None = None
     """A name from `/v1/models`; if absent, the served model."""
     n: Annotated[int, Field(ge=1, le=10)] = 1
-    """Number of pictures."""
+    """Number of pictures or videos."""
     size: Annotated[str, Field(pattern=_SIZE), AfterValidator(_canonical_size)] = "auto"
     """`auto` (the model's own) or `WIDTHxHEIGHT` in pixels."""
-    output_format: Annotated[OutputFormat, *_FORMAT] = "png"
-    output_compression: Annotated[int, Field(ge=0, le=100)] = 100
-    """Quality of jpeg and webp in percent; png is lossless and takes only 100."""
-    background: Annotated[Literal["auto", "opaque", "transparent"], _ANY_CASE] = "auto"
-    stream: bool = False
-    """Answer with server-sent events."""
+    background: Annotated[Literal["auto", "opaque", "transparent"], ANY_CASE] = "auto"
 
-    # Accepted for compatibility, without effect on the picture.
-    quality: Annotated[Quality, _ANY_CASE] = "auto"
-    style: Annotated[Literal["vivid", "natural"], _ANY_CASE] | None = None
-    moderation: Annotated[Literal["low", "auto"], _ANY_CASE] | None = None
-    complexity: Annotated[Literal["low", "medium", "high"], _ANY_CASE] | None = None
+    # Accepted for compatibility, without effect on the result.
+    quality: Annotated[Quality, ANY_CASE] = "auto"
+    style: Annotated[Literal["vivid", "natural"], ANY_CASE] | None = None
+    moderation: Annotated[Literal["low", "auto"], ANY_CASE] | None = None
+    complexity: Annotated[Literal["low", "medium", "high"], ANY_CASE] | None = None
     user: str | None = None
     safety_identifier: str | None = None
 
@@ -187,6 +182,10 @@ class ImageOptions(RequestBody):
     """Strength of the guidance, for models such as Z-Image."""
     true_cfg_scale: float | None = None
     """Strength of the guidance, for models such as Qwen-Image."""
+    guidance_scale_2: float | None = None
+    """`guidance_scale` of the steps of a model's second transformer (Wan 2.2); null: the same."""
+    flow_shift: float | None = None
+    """Shift of the noise schedule towards its noisy end, for models such as Wan."""
     strength: Annotated[float, Field(ge=0, le=1)] | None = None
     """Strength of the change of an edited picture, for models that have this parameter."""
     cfg_normalization: Annotated[bool | float, WrapValidator(_number_or_flag)] | None = None
@@ -197,10 +196,29 @@ class ImageOptions(RequestBody):
     """False: do not use the server's step cache; compute every block."""
     max_sequence_length: Annotated[int, Field(ge=1)] | None = None
     """Longest prompt accepted, in tokens."""
-    lora: Annotated[LoRAField, _FEW_KEYS] | None = None
+    lora: Annotated[LoRAField, FEW_KEYS] | None = None
     """An adapter of `/v1/loras`."""
     priority: int = 0
     """Requests with a smaller number run earlier."""
+
+
+class StreamOptions(GenerationOptions):
+    """Fields of every request whose answer may be a stream."""
+
+    stream: bool = False
+    """Answer with server-sent events."""
+
+
+class ImageOptions(StreamOptions):
+    """Fields of every request for pictures."""
+
+    output_format: Annotated[OutputFormat, *_FORMAT] = "png"
+    output_compression: Annotated[int, Field(ge=0, le=100)] = 100
+    """Quality of jpeg and webp in percent; png is lossless and takes only 100."""
+    num_frames: Annotated[int, Field(ge=1)] | None = None
+    """Number of frames: 1, which is a picture."""
+    seconds: Annotated[float, Field(ge=0)] | None = None
+    """Length from the first frame to the last one, instead of `num_frames`: 0, which is a picture."""
 
 
 class ImageGenerationRequest(ImageOptions):
@@ -208,7 +226,7 @@ class ImageGenerationRequest(ImageOptions):
 
     prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)]
     """Description of the picture."""
-    response_format: Annotated[ResponseFormat, _ANY_CASE] | None = None
+    response_format: Annotated[ResponseFormat, ANY_CASE] | None = None
     """Form of the pictures; if absent, the server's default, usually `b64_json`. Streams carry `b64_json`."""
     partial_images: Annotated[int, Field(ge=0, le=3)] = 0
     """Number of previews of each picture in a stream."""
@@ -219,7 +237,7 @@ class ImageEditRequest(ImageGenerationRequest):
 
     images: (
         Annotated[
-            list[Annotated[dict[Literal["image_url"], str], Field(min_length=1), _FEW_KEYS]],
+            list[Annotated[dict[Literal["image_url"], str], Field(min_length=1), FEW_KEYS]],
             Field(min_length=1, max_length=MAX_INPUT_IMAGES),
             at_most(MAX_INPUT_IMAGES),
         ]
@@ -243,7 +261,7 @@ class ImageEditRequest(ImageGenerationRequest):
     """Not available."""
 
     # Accepted for compatibility, without effect on the picture.
-    input_fidelity: Annotated[Literal["high", "low"], _ANY_CASE] | None = None
+    input_fidelity: Annotated[Literal["high", "low"], ANY_CASE] | None = None
 
 
 def body_schema(model: type[BaseModel]) -> dict[str, Any]:
@@ -320,6 +338,10 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "vllm-omni"
+    input_modalities: list[Literal["text", "image"]]
+    """Media that requests may bring. An adapter has those of its model."""
+    output_modalities: list[Literal["image", "video"]]
+    """Media that the model makes: `image` by `/v1/images`, `video` by `/v1/videos`, and all of them in chats."""
     served_by: Literal["packed", "diffusers"]
     """`packed`: the family's packed transformer; `diffusers`: a pipeline of diffusers."""
     parent: str | None = None

@@ -1,0 +1,223 @@
+"""The path of requests for videos from their bodies to the jobs' service, and back."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+
+import numpy as np
+from fastapi import Request
+from starlette.responses import JSONResponse, Response
+
+from vllm_omni.entrypoints.openai.requests.body_reader import (
+    BodyReader,
+    UploadReservation,
+    unless_disconnected,
+    validated,
+)
+from vllm_omni.entrypoints.openai.requests.parameters import sampling_params, unknown_fields
+from vllm_omni.entrypoints.openai.requests.picture_body import PictureBodyReader
+from vllm_omni.entrypoints.openai.requests.video_body import VIDEO_BODY
+from vllm_omni.entrypoints.openai.responses.answers import EventStream
+from vllm_omni.entrypoints.openai.responses.encoding import ImageFormat
+from vllm_omni.entrypoints.openai.responses.ranges import RangedFile, respond
+from vllm_omni.entrypoints.openai.responses.videos import is_live, sent_events, video_fields, video_list
+from vllm_omni.entrypoints.openai.routes.picture_service import PictureService, log_request
+from vllm_omni.entrypoints.openai.schema.videos import (
+    ContentQuery,
+    CreatedVideo,
+    DeletedVideo,
+    RemixRequest,
+    VideoListQuery,
+    VideoRequest,
+)
+from vllm_omni.errors import InvalidRequestError, JobNotFoundError, RequestError, UnsupportedParameterError
+from vllm_omni.inputs.data import OmniPrompt
+from vllm_omni.inputs.images import InputImage
+from vllm_omni.video_jobs.job_requests import NewVideo
+from vllm_omni.video_jobs.records import is_job_id
+from vllm_omni.video_jobs.service import VideoJobs
+from vllm_omni.video_jobs.views import VideoView
+
+POLL_HEADER = "openai-poll-after-ms"
+"""Milliseconds after which the SDK's poll helper asks again."""
+_PNG = ImageFormat("png", 100)
+
+
+@dataclass(frozen=True)
+class VideoService:
+    """Answers the requests of `/v1/videos`, for a model that makes videos."""
+
+    pictures: PictureService
+    bodies: BodyReader
+    uploads: PictureBodyReader
+    jobs: VideoJobs
+
+    async def create(self, request: Request) -> Response:
+        """Make a job, and answer with it. Everything that can be wrong with the request is refused here.
+
+        Raises RequestError or RequestValidationError; HTTPException (408, 413) for slow and for large bodies.
+        """
+        with self.pictures.budget.reserve() as reservation, _own_field_names():
+            new, ignored, headers = await self._read(request, reservation)
+            job = await self.jobs.create(new)
+        return await self._created(job.id, request, ignored, headers)
+
+    async def make_now(self, request: Request) -> Response:
+        """Make a video without a job, and answer with its file; stop when the client leaves. Raises as `create`."""
+        with self.pictures.budget.reserve() as reservation, _own_field_names():
+            new, _, headers = await self._read(request, reservation)
+            return await unless_disconnected(request, self._file(new, headers))
+
+    async def _file(self, new: NewVideo, headers: dict[str, str]) -> Response:
+        async with self.jobs.make_now(new) as encoded:
+            data = await asyncio.to_thread(encoded.video.read_bytes)
+            headers = {**headers, **_file_headers(encoded.video.name)}
+            return Response(data, media_type=encoded.content_type, headers=headers)
+
+    async def _read(
+        self, request: Request, reservation: UploadReservation
+    ) -> tuple[NewVideo, tuple[str, ...], dict[str, str]]:
+        """A checked request, the names of its fields without effect, and the header with them."""
+        pictures = self.pictures
+        body = await self.uploads.read(VIDEO_BODY, request, reservation)
+        pictures.check_model_name(body)
+        if (images := pictures.omni.info.image_input) is not None and images.min_images > len(reservation.images):
+            raise InvalidRequestError(
+                "input_reference is required: the served model makes videos that begin with a picture, a file of that "
+                'name in a form, or {"image_url": "data:image/png;base64,..."} in JSON',
+                param="input_reference",
+            )
+        params = sampling_params(body, pictures.omni.config.lora_modules, body.partial_images)
+        uploads = reservation.images
+        prompt = OmniPrompt(body.prompt, body.negative_prompt, uploads)
+        checked = await pictures.checker.check(prompt, params, pictures.decoder)
+        if checked.params.num_frames == 1:
+            asked = "num_frames" if body.seconds is None else "seconds"
+            raise InvalidRequestError(
+                f"{asked}: the video would have one frame; POST /v1/images/generations makes pictures", param=asked
+            )
+        job = await pictures.checker.make_job(checked)  # counts the tokens of the prompt
+        first = job.requests[0].request
+        checked = replace(checked, params=replace(checked.params, seed=first.seed))
+        ignored, headers = pictures.ignored_fields(body, request, first.has_guidance)
+        if pictures.settings.log_requests:
+            log_request([scheduled.request for scheduled in job.requests])
+        files = [await pictures.encoder.file(_larger(image), _PNG) for image in uploads]
+        new = NewVideo(
+            owner=self._owner(request),
+            model=body.model or pictures.settings.served_model_names[0],
+            prompt=prompt,
+            checked=checked,
+            input_files=tuple(files),
+            output_format=body.output_format,
+        )
+        return new, ignored, headers
+
+    async def retrieve(self, video_id: str, request: Request) -> Response:
+        """One job. Raises JobNotFoundError, as all methods with an id do."""
+        view = await self._view(video_id, request)
+        return JSONResponse(video_fields(view), headers=_poll_headers(view))
+
+    async def list(self, request: Request) -> Response:
+        """One page of the client's jobs. Raises RequestValidationError, and InvalidRequestError for `after`."""
+        query = validated(lambda: VideoListQuery.model_validate_strings(dict(request.query_params), strict=False))
+        newest_first = query.order == "desc"
+        try:
+            if query.after is not None:
+                _check_id(query.after)
+            page = await self.jobs.list(self._owner(request), query.after, query.limit, newest_first)
+        except JobNotFoundError as error:
+            raise InvalidRequestError(f"after takes the id of a video: {error}", param="after") from error
+        return JSONResponse(video_list(*page))
+
+    async def delete(self, video_id: str, request: Request) -> Response:
+        """Remove a job and its files; one that runs is stopped."""
+        _check_id(video_id)
+        await self.jobs.delete(video_id, self._owner(request))
+        return JSONResponse(DeletedVideo(id=video_id).model_dump())
+
+    async def remix(self, video_id: str, request: Request) -> Response:
+        """Make a job with another prompt and the other parameters of a completed one. Raises as `create`."""
+        _check_id(video_id)
+        with self.pictures.budget.reserve() as reservation, _own_field_names():
+            body = await self.bodies.model(request, reservation, RemixRequest, self.pictures.settings.max_body_bytes)
+            job = await self.jobs.remix(video_id, self._owner(request), body.prompt)
+        ignored, headers = self.pictures.note_ignored(unknown_fields(body), request)
+        return await self._created(job.id, request, ignored, headers)
+
+    async def content(self, video_id: str, request: Request) -> Response:
+        """A file of a completed job, or a range of it. Raises HTTPException (416) for a range behind its end."""
+        query = validated(lambda: ContentQuery.model_validate_strings(dict(request.query_params), strict=False))
+        _check_id(video_id)
+        found = await self.jobs.content(video_id, self._owner(request), query.variant)
+        file = RangedFile(found.size, found.etag, found.content_type, found.read)
+        return respond(file, request, _file_headers(found.file_name))
+
+    async def events(self, video_id: str, request: Request) -> Response:
+        """Events of a job until it has ended."""
+        await self._view(video_id, request)  # an unknown id is a 404 and not an event
+        events = self.jobs.events(video_id, self._owner(request))
+        sent = sent_events(events, self.pictures.encoder)
+        return EventStream(events, sent, self.pictures.settings.keep_alive_seconds, {}, nullcontext())
+
+    async def _created(
+        self, video_id: str, request: Request, ignored: tuple[str, ...], headers: dict[str, str]
+    ) -> Response:
+        view = await self._view(video_id, request)
+        answer = CreatedVideo(**video_fields(view), ignored_fields=[*ignored])
+        return JSONResponse(answer.model_dump(), headers={**headers, **_poll_headers(view)})
+
+    async def _view(self, video_id: str, request: Request) -> VideoView:
+        _check_id(video_id)
+        return await self.jobs.get(video_id, self._owner(request))
+
+    def _owner(self, request: Request) -> str:
+        """SHA-256, in hex, of the API key of a request; empty if the server has no keys. The key was checked before."""
+        if not self.pictures.settings.requires_api_key:
+            return ""
+        key = request.headers.get("authorization", "").partition(" ")[2]
+        return hashlib.sha256(key.encode()).hexdigest()
+
+
+def _larger(image: InputImage) -> np.ndarray:
+    """Pixels that are nearest to the upload: a job is prepared again from them, for whatever server runs it."""
+    return image.condition if image.condition.size > image.reference.size else image.reference
+
+
+def _check_id(video_id: str) -> None:
+    """Raise JobNotFoundError for an id that no job can have; it may hold characters that a database refuses."""
+    if not is_job_id(video_id):
+        raise JobNotFoundError(f"There is no video {video_id[:64]!r}.")
+
+
+def _poll_headers(view: VideoView) -> dict[str, str]:
+    return {POLL_HEADER: str(view.poll_after_ms)} if is_live(view) else {}
+
+
+def _file_headers(file_name: str) -> dict[str, str]:
+    return {
+        "content-disposition": f'inline; filename="{file_name}"',
+        "cache-control": "private",
+        "x-content-type-options": "nosniff",
+    }
+
+
+@contextmanager
+def _own_field_names() -> Iterator[None]:
+    """Name the fields of a request for a video in the errors of the block."""
+    try:
+        yield
+    except UnsupportedParameterError as error:
+        raise InvalidRequestError(error.message_among(VideoRequest.model_fields), param=error.param) from error
+    except RequestError as error:
+        if error.param not in ("image", "image_url"):
+            raise
+        renamed = error.copy()
+        renamed.param = "input_reference"
+        renamed.args = (re.sub(r"^image(_url)?\b", renamed.param, str(error)),)
+        raise renamed from error

@@ -1,0 +1,127 @@
+"""Video jobs from checked prompts, and the prompts of stored jobs. A row has everything that the frames depend on."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from PIL import Image
+
+from vllm_omni.diffusion.control.request_builder import MAX_PREVIEWS, CheckedPrompt
+from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, OmniPrompt
+from vllm_omni.jobs import Job
+from vllm_omni.video_jobs.records import VideoJob, new_job_id
+
+MAX_PREVIEW_SHARE = 0.1
+"""Most of a job's work that goes into previews: short jobs have fewer, or none."""
+DEFAULT_FPS = 16
+"""Frames a second of the file of a model that says none."""
+_NOT_STORED = ("output_type", "num_outputs_per_prompt", "seconds")
+"""Parameters that follow from others or are the same for every job."""
+
+
+@dataclass(frozen=True)
+class NewVideo:
+    """A checked request for a video, as a route hands it over."""
+
+    owner: str
+    """See `VideoJob.owner`."""
+    model: str
+    """Name of the model in the request, or else the first served name."""
+    prompt: OmniPrompt
+    """Prompt with its decoded pictures."""
+    checked: CheckedPrompt
+    """Result of `AsyncOmni.check` for `prompt`."""
+    input_files: tuple[bytes, ...] = ()
+    """PNG files of the pictures: the job is run from these."""
+    output_format: str = "mp4"
+    """One of `OUTPUT_FORMATS`."""
+    remixed_from: str | None = None
+
+
+def new_job(new: NewVideo, job: Job, served_model: str, work_seconds: float, shows_previews: bool) -> VideoJob:
+    """Row of a new job. `job`: the same request as the engine would run it, with its seed drawn and its price."""
+    job_id, request = new_job_id(), job.requests[0].request
+    params = replace(new.checked.params, seed=request.seed, num_frames=request.num_frames, fps=request.fps)
+    if new.checked.given.lora_request is None:  # the default of the server that runs it: its path is on that server
+        params = replace(params, lora_request=None)
+    if shows_previews and not params.num_previews:
+        params = replace(params, num_previews=num_affordable_previews(job))
+    negative = new.checked.prompt.negative_prompt
+    fps = request.fps or DEFAULT_FPS
+    return VideoJob(
+        id=job_id,
+        owner=new.owner,
+        model=new.model,
+        served_model=served_model,
+        status="queued",
+        progress=0,
+        created_at=time.time(),
+        started_at=None,
+        completed_at=None,
+        expires_at=None,
+        request={
+            "prompt": new.checked.prompt.prompt,
+            "negative_prompt": new.checked.defaults.get("negative_prompt") if negative is None else negative,
+            "params": params_to_json(params),
+            "output_format": new.output_format,
+        },
+        shown={
+            "size": f"{request.width}x{request.height}",
+            "seconds": f"{(request.num_frames - 1) / fps:.6g}",  # from the first frame to the last, as requests count
+            "num_frames": request.num_frames,
+            "fps": fps,
+            "seed": request.seed,
+            "num_inference_steps": request.num_inference_steps,
+        },
+        priority=params.priority,
+        work_seconds=work_seconds,
+        inputs=tuple(f"{job_id}/inputs/{number}.png" for number in range(len(new.input_files))),
+        outputs={},
+        checkpoint=None,
+        remixed_from=new.remixed_from,
+        error_code=None,
+        error_message=None,
+        num_attempts=0,
+    )
+
+
+def num_affordable_previews(job: Job) -> int:
+    """Number of previews that take at most `MAX_PREVIEW_SHARE` of the work; each decodes one latent frame."""
+    scheduled = job.requests[0]
+    work = scheduled.cost.total(scheduled.num_steps)
+    return min(MAX_PREVIEWS, int(MAX_PREVIEW_SHARE * work / scheduled.frame_cost)) if scheduled.frame_cost else 0
+
+
+def params_to_json(params: OmniDiffusionSamplingParams) -> dict[str, Any]:
+    """Fields of `params` that differ from their defaults, as JSON values. An adapter is stored by its name."""
+    defaults, values = OmniDiffusionSamplingParams(), {}
+    for field in fields(params):
+        value = getattr(params, field.name)
+        if field.name in _NOT_STORED or value == getattr(defaults, field.name):
+            continue
+        if isinstance(value, LoRARequest):
+            value = {"name": value.name, "scale": value.scale}
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            value = list(value)
+        values[field.name] = value
+    return values
+
+
+def params_from_json(values: Mapping[str, Any]) -> OmniDiffusionSamplingParams:
+    """Parameters from the values of `params_to_json`."""
+    lora = values.get("lora_request")
+    adapter = None if lora is None else LoRARequest(lora["name"], scale=lora["scale"])
+    return OmniDiffusionSamplingParams(**{**values, "lora_request": adapter, "output_type": "np"})
+
+
+def stored_prompt(job: VideoJob, input_files: Sequence[bytes], prompt: str | None = None) -> OmniPrompt:
+    """Prompt of a stored job with its pictures decoded, which takes time: for a thread. `prompt`: another text."""
+    text = job.request["prompt"] if prompt is None else prompt
+    pictures = [Image.open(io.BytesIO(data), formats=["PNG"]) for data in input_files]
+    for picture in pictures:
+        picture.load()
+    return OmniPrompt(text, job.request["negative_prompt"], tuple(pictures))

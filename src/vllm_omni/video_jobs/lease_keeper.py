@@ -1,0 +1,100 @@
+"""Renewal of the leases of claimed jobs, in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from vllm_omni.errors import error_line
+
+if TYPE_CHECKING:
+    from vllm_omni.video_jobs.store.job_store import JobStore
+
+logger = logging.getLogger(__name__)
+
+RENEWALS_PER_LEASE = 3
+PROGRESS_SECONDS = 1.0
+"""Shortest time between two renewals that report new progress to clients of other servers."""
+
+
+class LeaseKeeper:
+    """Renews leases and reports progress, from a thread that a busy event loop does not delay."""
+
+    def __init__(self, store: JobStore, lease_seconds: float, on_gone: Callable[[set[str]], None]) -> None:
+        """`on_gone`: called on the event loop that calls `start`, with ids of jobs that are lost or deleted."""
+        self._store = store
+        self._interval = lease_seconds / RENEWALS_PER_LEASE
+        self._on_gone = on_gone
+        self._lock = threading.Lock()
+        self._fences: dict[str, int] = {}
+        self._progress: dict[str, int] = {}
+        self._wake, self._closing = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="omni-video-leases", daemon=True)
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def hold(self, job_id: str, fence: int) -> None:
+        """Renew the lease of a job from now on."""
+        with self._lock:
+            self._fences[job_id] = fence
+
+    def note_progress(self, job_id: str, fence: int, percent: int) -> None:
+        """Report the progress of a job with the next renewal, which comes soon."""
+        with self._lock:
+            if self._fences.get(job_id) == fence:
+                self._progress[job_id] = percent
+        self._wake.set()
+
+    def drop(self, job_id: str, fence: int) -> None:
+        """Renew the lease of a job no more, unless it was claimed again meanwhile."""
+        with self._lock:
+            if self._fences.get(job_id) == fence:
+                del self._fences[job_id]
+                self._progress.pop(job_id, None)
+
+    async def close(self) -> None:
+        """Stop the thread. Leases that are still held end by themselves."""
+        self._closing.set()
+        self._wake.set()
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
+
+    def _run(self) -> None:
+        pause = min(PROGRESS_SECONDS, self._interval)
+        wait_seconds = self._interval
+        with asyncio.Runner() as runner:
+            while not self._closing.is_set():
+                self._wake.wait(wait_seconds)
+                is_renewed = runner.run(self._renew())
+                self._closing.wait(pause)  # also when progress came meanwhile: it must not become frequent writes
+                wait_seconds = self._interval - pause if is_renewed else 0.0
+
+    async def _renew(self) -> bool:
+        """Renew all leases; return whether that succeeded."""
+        self._wake.clear()
+        with self._lock:
+            fences, progress = dict(self._fences), dict(self._progress)
+            self._progress.clear()
+        if not fences:
+            return True
+        try:
+            gone = await self._store.renew(fences, progress)
+        except Exception as error:  # a store may be away for a while, and this thread must outlive every error
+            # Jobs go on: the store refuses writes of a claim that ended meanwhile.
+            logger.warning("the leases of %d video jobs cannot be renewed: %s", len(fences), error_line(error))
+            with self._lock:
+                self._progress = {**progress, **self._progress}
+            return False
+        with self._lock:
+            # A job that was claimed again meanwhile has another fence.
+            gone = {job_id for job_id in gone if self._fences.get(job_id) == fences[job_id]}
+        if gone:
+            with contextlib.suppress(RuntimeError):  # the loop was closed
+                self._loop.call_soon_threadsafe(self._on_gone, gone)
+        return True

@@ -1,0 +1,34 @@
+"""Calls of stores that may be away for a while."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+Result = TypeVar("Result")
+
+FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.1, 5.0
+
+
+async def retrying(
+    call: Callable[[], Awaitable[Result]],
+    error: type[Exception],
+    seconds: float,
+    *,
+    never: type[Exception] | None = None,
+) -> Result:
+    """Result of `call`, which is repeated after each `error`, with growing pauses, for about `seconds`.
+
+    never: subclass of `error` that is raised at once. Raises the last error.
+    """
+    end, pause = time.monotonic() + seconds, FIRST_PAUSE_SECONDS
+    while True:
+        try:
+            return await call()
+        except error as failure:
+            if (never is not None and isinstance(failure, never)) or time.monotonic() + pause > end:
+                raise
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, MAX_PAUSE_SECONDS)

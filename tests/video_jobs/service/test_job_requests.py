@@ -1,0 +1,86 @@
+"""Rows of jobs: they hold everything that the frames depend on."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.diffusion.control.builders import READY, VIDEO
+from vllm_omni.diffusion.control.request_builder import RequestBuilder
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, OmniPrompt
+from vllm_omni.jobs import Job
+from vllm_omni.video_jobs.job_requests import NewVideo, new_job, params_from_json, params_to_json, stored_prompt
+from vllm_omni.video_jobs.records import VideoJob
+
+
+def builder(**settings: object) -> RequestBuilder:
+    return RequestBuilder(OmniDiffusionConfig("video", **settings), VIDEO, READY)  # type: ignore[arg-type]
+
+
+def row(prompt: OmniPrompt, params: OmniDiffusionSamplingParams, requests: RequestBuilder) -> tuple[VideoJob, Job]:
+    checked = requests.check(prompt, params)
+    job = Job("r", prompt.prompt, "np", requests.build_checked(checked, "r"))
+    return new_job(NewVideo("", "m", prompt, checked), job, "m", 1.0, shows_previews=True), job
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        OmniDiffusionSamplingParams(),
+        OmniDiffusionSamplingParams(seconds=0.5, fps=8, seed=5, guidance_scale=3.0, priority=2, cache=False),
+        OmniDiffusionSamplingParams(num_frames=9, sigmas=(1.0, 0.5), height=32, width=48, flow_shift=2.0),
+    ],
+)
+def test_another_server_makes_the_same_request_from_a_row(params: OmniDiffusionSamplingParams) -> None:
+    here = builder(default_sampling_params={"negative_prompt": "blurry", "guidance_scale": 7.0})
+    elsewhere = builder(default_sampling_params={"num_frames": 5, "height": 128, "negative_prompt": "red"})
+    job, made = row(OmniPrompt("a panda"), params, here)
+    stored = json.loads(json.dumps(job.request))
+    assert stored == job.request
+    prompt = OmniPrompt(stored["prompt"], stored["negative_prompt"])
+    (again,) = elsewhere.build(prompt, params_from_json(stored["params"]), "r")
+    assert again.request == made.requests[0].request
+    assert again.priority == job.priority == params.priority
+
+
+def test_a_row_shows_size_length_and_seed() -> None:
+    job, made = row(OmniPrompt("a panda"), OmniDiffusionSamplingParams(seconds=1.0, fps=8), builder())
+    assert job.shown == {
+        "size": "96x64",
+        "seconds": "1",
+        "num_frames": 9,
+        "fps": 8,
+        "seed": made.requests[0].request.seed,
+        "num_inference_steps": 4,
+    }
+
+
+def test_an_adapter_is_stored_by_name_and_scale() -> None:
+    params = OmniDiffusionSamplingParams(lora_request=LoRARequest("style", "/adapters/style", 0.5))
+    stored = json.loads(json.dumps(params_to_json(params)))
+    assert stored == {"lora_request": {"name": "style", "scale": 0.5}}
+    assert params_from_json(stored).lora_request == LoRARequest("style", None, 0.5)
+
+
+def test_previews_take_a_tenth_of_the_work_at_most() -> None:
+    many, _ = row(OmniPrompt("a panda"), OmniDiffusionSamplingParams(num_inference_steps=200), builder())
+    few, _ = row(OmniPrompt("a panda"), OmniDiffusionSamplingParams(num_inference_steps=1), builder())
+    asked, _ = row(OmniPrompt("a panda"), OmniDiffusionSamplingParams(num_inference_steps=2, num_previews=1), builder())
+    assert many.request["params"]["num_previews"] == 3
+    assert "num_previews" not in few.request["params"]
+    assert asked.request["params"]["num_previews"] == 1
+
+
+def test_pictures_are_read_from_the_stored_files() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    job, _ = row(OmniPrompt("a panda"), OmniDiffusionSamplingParams(), builder())
+    prompt = stored_prompt(job, [file.getvalue()], "a bear")
+    assert prompt.prompt == "a bear"
+    assert np.array_equal(np.asarray(prompt.images[0]), pixels)
