@@ -31,6 +31,7 @@ from vllm_omni.entrypoints.server.listening_socket import ListeningSocket
 from vllm_omni.entrypoints.server.signals import StopSignals
 from vllm_omni.errors import ConfigError, OmniError, WorkerDiedError
 from vllm_omni.omni import AsyncOmni
+from vllm_omni.video_jobs.service import VideoJobs
 
 PATIENT_LIMITS = serve.StopLimits(close_seconds=GUARD_SECONDS, http_seconds=GUARD_SECONDS, log_seconds=GUARD_SECONDS)
 
@@ -75,6 +76,18 @@ class FakeOmni:
 
 
 @dataclass
+class FakeJobs:
+    """Video jobs that are given back when the test says so."""
+
+    omni: FakeOmni
+    given_back: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def drain(self, timeout: float) -> None:
+        self.omni.calls.append("give_back")
+        await asyncio.wait_for(self.given_back.wait(), timeout)
+
+
+@dataclass
 class Running:
     task: asyncio.Task[int]
     address: str
@@ -94,6 +107,7 @@ async def running(
     shutdown_timeout: float = GUARD_SECONDS,
     ignored_flags: tuple[str, ...] = (),
     limits: serve.StopLimits | None = None,
+    jobs: FakeJobs | None = None,
 ) -> AsyncIterator[Running]:
     app = FastAPI()
     app.get("/live")(lambda: "yes")
@@ -117,6 +131,7 @@ async def running(
             signals,
             lambda: deadlines.append("armed"),
             limits or PATIENT_LIMITS,
+            cast(VideoJobs | None, jobs),
         )
         task = asyncio.create_task(service.run())
         try:
@@ -167,6 +182,24 @@ async def test_the_first_signal_drains_then_closes_and_exits_0(number: int) -> N
         assert omni.calls == ["begin_drain", "drain", "close"]
         with pytest.raises(httpx.ConnectError):
             await client.get(f"{server.address}/live")
+
+
+async def test_video_jobs_are_given_back_while_pictures_are_finished() -> None:
+    omni = FakeOmni()
+    omni.start_gate.set()
+    jobs = FakeJobs(omni)
+    async with running(omni, jobs=jobs) as server:
+        await until(lambda: omni.ready)
+        send(signal.SIGTERM)
+        await until(lambda: {"give_back", "drain"} <= {*omni.calls})
+        omni.work_done.set()
+        await asyncio.sleep(0)
+        assert not server.task.done()
+        assert "close" not in omni.calls, "files of videos are written after the engine's part"
+        jobs.given_back.set()
+        assert await server.code() == 0
+    assert omni.calls[0] == "begin_drain"
+    assert omni.calls[-1] == "close"
 
 
 async def test_draining_ends_at_the_timeout(caplog: pytest.LogCaptureFixture) -> None:

@@ -10,11 +10,11 @@ from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 import vllm_omni
-from testbed.fakes import NUM_PROMPT_TOKENS
+from testbed.fakes import NUM_PROMPT_TOKENS, make_request
 from testbed.live_server import ALIAS, MODEL_NAME, STEPS, LiveServer, live_server
 from testbed.patience import wait_for
 from vllm_omni.diffusion.control.events import EngineStatus
-from vllm_omni.diffusion.messages.plan import StepPlan, StepResult
+from vllm_omni.diffusion.messages.plan import STAGES, StepPlan, StepResult
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
 
 
@@ -204,6 +204,28 @@ def test_worker_restarts_are_counted() -> None:
     text = observer.render().decode()
     assert 'vllm_omni:worker_restarts_total{model_name="m"} 1.0' in text
     assert 'vllm_omni:requests_replayed_total{model_name="m"} 5.0' in text
+
+
+def test_video_jobs_frames_and_checkpoints_are_shown() -> None:
+    observer = PrometheusObserver("m")
+    timings = {**dict.fromkeys(STAGES, 1.0), "total": 4.0, "queue": 1.0}
+    observer.on_finish(make_request(num_frames=17), timings, "completed", "")
+    observer.on_finish(make_request(), timings, "completed", "")
+    observer.on_job_counts({"queued": 2, "in_progress": 1, "completed": 0, "failed": 0})
+    observer.on_job_counts({"queued": 0, "in_progress": 1, "completed": 1, "failed": 0})
+    observer.on_video_encoded(0.5)
+    observer.on_checkpoint_stored(0.25, 1000)
+    text = observer.render().decode()
+    for line in (
+        'vllm_omni:video_frames_total{model_name="m"} 17.0',
+        'vllm_omni:images_total{model_name="m"} 1.0',
+        'vllm_omni:video_jobs{model_name="m",status="queued"} 0.0',
+        'vllm_omni:video_jobs{model_name="m",status="completed"} 1.0',
+        'vllm_omni:stage_time_seconds_sum{model_name="m",stage="media_encode"} 0.5',
+        'vllm_omni:checkpoint_store_seconds_sum{model_name="m"} 0.25',
+        'vllm_omni:checkpoint_bytes_total{model_name="m"} 1000.0',
+    ):
+        assert line in text.splitlines()
 
 
 def test_the_attention_of_each_replica_is_shown() -> None:
