@@ -29,6 +29,8 @@ Variant = Literal["video", "thumbnail", "spritesheet"]
 VideoStatus = Literal["queued", "in_progress", "completed", "failed"]
 
 _NUMBER = re.compile(r" *[0-9]{1,9}(\.[0-9]{0,9})? *")
+_MAX_REFERENCE_ITEMS = 8
+"""Most commas and brackets of a reference as JSON text: it is parsed on the event loop."""
 _REFERENCE = {
     "anyOf": [
         {"type": "string"},
@@ -50,7 +52,7 @@ def reference_url(value: Any) -> str:
 
     Raises PydanticCustomError, whose message takes the name of the field before it.
     """
-    if isinstance(value, str) and value.lstrip()[:1] == "{":
+    if _is_object(value) and sum(map(value.count, ",[{")) <= _MAX_REFERENCE_ITEMS:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
@@ -62,9 +64,14 @@ def reference_url(value: Any) -> str:
         if "file_id" in given:
             raise PydanticCustomError("file_id", "takes image_url: this server keeps no files that file_id could name")
         value = given.get("image_url") if given.keys() == {"image_url"} else value
-    if not isinstance(value, str) or not value or value.lstrip()[:1] == "{":
+    if not isinstance(value, str) or not value or _is_object(value):
         raise PydanticCustomError("reference", 'takes a picture\'s URL or {"image_url": URL}')
     return value
+
+
+def _is_object(value: Any) -> bool:
+    """Whether `value` is the text of a JSON object."""
+    return isinstance(value, str) and value[:_MAX_REFERENCE_ITEMS].lstrip()[:1] == "{"
 
 
 def _reference_urls(value: Any) -> list[str]:
