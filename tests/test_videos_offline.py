@@ -73,14 +73,14 @@ def test_each_output_is_a_list_of_frames_an_array_or_a_picture() -> None:
 async def test_steps_previews_and_frames_are_streamed() -> None:
     *progress, last = await outputs_of(num_previews=1, output_type="np")
     steps = [output.step for output in progress if not output.images and output.frames is None]
-    assert steps == [1, 2, 3, 4]
+    assert steps == [0, 1, 2, 3, 4]
     (preview,) = [output for output in progress if output.images and output.step < NUM_STEPS]
     assert preview.images[0].shape == (64, 96, 3), "one frame"
     pieces = [output for output in progress if output.frames is not None]
     assert [piece.first_frame for piece in pieces] == [0, 1, 5, 9, 13]
     assert all((piece.step, piece.num_inference_steps) == (NUM_STEPS, NUM_STEPS) for piece in pieces)
     has_frames = [output.frames is not None for output in progress]
-    assert has_frames == [False] * (NUM_STEPS + 1) + [True] * 5 + [False], "steps and the preview, pieces, the video"
+    assert has_frames == [False] * (NUM_STEPS + 2) + [True] * 5 + [False], "begin, steps, preview, pieces, the video"
     decoded: list[Any] = [piece.frames for piece in pieces]
     assert np.array_equal(np.concatenate(decoded), expected(3))
     assert last.finished

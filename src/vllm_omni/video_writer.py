@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
+from PIL import Image
 
 if TYPE_CHECKING:
     from av import VideoFrame
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 MAX_SIDE = 16384
 """Longest side, in pixels, of the encoders' pictures."""
+_SAMPLE_PIXELS = 40_000
+"""Pixels of a frame from which the colours of a GIF are chosen."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,6 @@ class VideoFileWriter:
         import av  # takes a fifth of a second, which a server without videos need not spend
 
         self._size = (height, width)
-        is_yuv = video_format.pixel_format == "yuv420p"
-        self._padding = (height % 2, width % 2) if is_yuv else (0, 0)
         self._time_base = 1 / rate
         self._num_written = 0
         self._container = av.open(
@@ -85,32 +87,28 @@ class VideoFileWriter:
         try:
             stream = self._container.add_stream(video_format.codec, rate=rate, options=dict(video_format.options))
             assert isinstance(stream, av.VideoStream)
-            stream.height, stream.width = height + self._padding[0], width + self._padding[1]
-            stream.pix_fmt = video_format.pixel_format
+            stream.height, stream.width, stream.pix_fmt = height, width, video_format.pixel_format
             stream.codec_context.thread_count = num_threads
             self._stream = stream
-            self._convert = _YuvFrames(stream) if is_yuv else _PaletteFrames(stream, self._time_base)
+            self._convert: Callable[[np.ndarray], VideoFrame] = _palette_frame
+            if video_format.pixel_format == "yuv420p":
+                stream.height, stream.width = height + height % 2, width + width % 2
+                self._convert = _yuv_conversion(stream)
         except BaseException:
             self._container.close()
             raise
 
     def write(self, picture: np.ndarray) -> None:
         """Append one frame: uint8 [height, width, 3]."""
-        import av
-
         assert picture.shape == (*self._size, 3), (picture.shape, self._size)
-        below, right = self._padding
-        if below or right:
-            picture = np.pad(picture, ((0, below), (0, right), (0, 0)), "edge")
-        frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        frame = self._convert(picture)
         frame.pts, frame.time_base = self._num_written, self._time_base
         self._num_written += 1
-        self._encode(self._convert(frame))
+        self._container.mux(self._stream.encode(frame))
 
     def finish(self) -> None:
         """Write the frames that the encoder still holds and the file's index, and close the file."""
         try:
-            self._encode(self._convert(None))
             self._container.mux(self._stream.encode(None))
         finally:
             self.close()
@@ -118,10 +116,6 @@ class VideoFileWriter:
     def close(self) -> None:
         """Close the file; without `finish` it is not valid."""
         self._container.close()
-
-    def _encode(self, frames: Iterable[VideoFrame]) -> None:
-        for frame in frames:
-            self._container.mux(self._stream.encode(frame))
 
     def __enter__(self) -> Self:
         return self
@@ -133,57 +127,41 @@ class VideoFileWriter:
             self.close()
 
 
-class _YuvFrames:
-    """Conversion of rgb24 frames to yuv420p in the colour space of HD video (BT.709)."""
+def _yuv_conversion(stream: VideoStream) -> Callable[[np.ndarray], VideoFrame]:
+    """Conversion to yuv420p in the colour space of HD video (BT.709), which is noted in the file."""
+    from av import VideoFrame
+    from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
-    def __init__(self, stream: VideoStream) -> None:
-        from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+    context = stream.codec_context
+    context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
+    context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
 
-        context = stream.codec_context
-        context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
-        context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-        self._target: Any = {
-            "format": "yuv420p",
-            "dst_colorspace": Colorspace.ITU709,
-            "dst_color_range": ColorRange.MPEG,
-        }
+    def convert(picture: np.ndarray) -> VideoFrame:
+        height, width, _ = picture.shape
+        if height % 2 or width % 2:
+            picture = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), "edge")
+        return VideoFrame.from_ndarray(picture, format="rgb24").reformat(
+            format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+        )
 
-    def __call__(self, frame: VideoFrame | None) -> Iterator[VideoFrame]:
-        """Converted frames that are ready; None: there is no further frame."""
-        if frame is not None:
-            converted = frame.reformat(**self._target)
-            converted.pts, converted.time_base = frame.pts, frame.time_base
-            yield converted
+    return convert
 
 
-class _PaletteFrames:
-    """Conversion of rgb24 frames to 256 colours, which are chosen for each frame: no later frame has to be known."""
+def _palette_frame(picture: np.ndarray) -> VideoFrame:
+    """A frame of 256 colours, which are chosen for it alone: no later frame has to be known.
 
-    def __init__(self, stream: VideoStream, time_base: Fraction) -> None:
-        from av import VideoFormat
-        from av.filter import Graph
+    Pillow chooses them, because FFmpeg's filter takes seconds for a frame of 1280x720.
+    """
+    from av import VideoFrame
 
-        graph = self._graph = Graph()
-        rgb = VideoFormat("rgb24", stream.width, stream.height)
-        source = graph.add_buffer(width=rgb.width, height=rgb.height, format=rgb, time_base=time_base)
-        split, sink = graph.add("split"), graph.add("buffersink")
-        palette = graph.add("palettegen", "stats_mode=single:reserve_transparent=0")
-        # An ordered pattern stays where it is from frame to frame; one of error diffusion would flicker.
-        use = graph.add("paletteuse", "new=1:dither=bayer:bayer_scale=4")
-        source.link_to(split)
-        split.link_to(use, 0, 0)
-        split.link_to(palette, 1, 0)
-        palette.link_to(use, 0, 1)
-        use.link_to(sink)
-        graph.configure()
-
-    def __call__(self, frame: VideoFrame | None) -> Iterator[VideoFrame]:
-        """Converted frames that are ready; None: there is no further frame."""
-        from av.error import BlockingIOError, EOFError
-
-        self._graph.vpush(frame)
-        while True:
-            try:
-                yield self._graph.vpull()
-            except (BlockingIOError, EOFError):  # no further frame now, or at all
-                return
+    height, width, _ = picture.shape
+    apart = max(1, round(math.sqrt(height * width / _SAMPLE_PIXELS)))
+    sample = Image.fromarray(np.ascontiguousarray(picture[::apart, ::apart]))
+    colours = sample.quantize(256, Image.Quantize.MEDIANCUT)
+    indices = Image.fromarray(picture).quantize(palette=colours, dither=Image.Dither.FLOYDSTEINBERG)
+    palette = np.zeros((256, 4), np.uint8)  # alpha, red, green, blue
+    palette[:, 0] = 255
+    chosen = np.reshape(colours.getpalette(), (-1, 3))
+    palette[: len(chosen), 1:] = chosen
+    # PyAV's types lack the pair that pal8 takes.
+    return VideoFrame.from_ndarray((np.asarray(indices), palette), format="pal8")  # type: ignore[arg-type]

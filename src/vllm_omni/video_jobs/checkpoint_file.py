@@ -2,37 +2,62 @@
 
 from __future__ import annotations
 
-import json
+from typing import Any
 
+import msgspec
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from vllm_omni.diffusion.messages.checkpoint import Checkpoint
+from vllm_omni.diffusion.messages.checkpoint import Checkpoint, CheckpointValue
 from vllm_omni.errors import InvalidRequestError, error_line
 
-_HEADER_LENGTH_BYTES = 8
-_METADATA = "__metadata__"
+_LENGTH_BYTES = 8
+"""Bytes of the header's length, which a safetensors file begins with."""
+_ENTRY = "checkpoint"
+"""Name of the JSON in the metadata."""
+
+
+class _Facts(msgspec.Struct):
+    """Everything in a file but its arrays."""
+
+    key: str
+    step: int
+    dtypes: dict[str, str]
+    values: dict[str, CheckpointValue]
+
+
+class _Metadata(msgspec.Struct):
+    checkpoint: str
+
+
+class _Header(msgspec.Struct):
+    metadata: _Metadata = msgspec.field(name="__metadata__")
 
 
 def to_bytes(checkpoint: Checkpoint, key: str) -> bytes:
-    """File of a checkpoint. `key` names model and request: a file with another one is refused when it is read."""
-    facts = {"key": key, "step": checkpoint.step, "dtypes": checkpoint.dtypes, "values": checkpoint.values}
-    return bytes(save(checkpoint.arrays, metadata={"checkpoint": json.dumps(facts, allow_nan=False)}))
+    """File of a checkpoint.
+
+    key: names the model and the request; a file with another key is refused when it is read.
+    """
+    facts = _Facts(key, checkpoint.step, checkpoint.dtypes, checkpoint.values)
+    arrays = {name: np.ascontiguousarray(array) for name, array in checkpoint.arrays.items()}  # strides are not saved
+    return bytes(save(arrays, metadata={_ENTRY: msgspec.json.encode(facts).decode()}))
 
 
 def from_bytes(data: bytes, key: str) -> Checkpoint:
-    """Checkpoint in a file of `to_bytes`. Raises InvalidRequestError for other files, and for another `key`."""
+    """Checkpoint of a file that `to_bytes` made.
+
+    Raises InvalidRequestError for a file of another kind, a damaged one, and one with another key. Whether the
+    checkpoint fits the request is checked later, where the request resumes from it.
+    """
     try:
-        arrays = load(data)
-        length = int.from_bytes(data[:_HEADER_LENGTH_BYTES], "little")
-        header = json.loads(data[_HEADER_LENGTH_BYTES : _HEADER_LENGTH_BYTES + length])
-        facts = json.loads(header[_METADATA]["checkpoint"])
-        if facts["key"] != key:
-            raise InvalidRequestError(
-                f"the checkpoint is of {facts['key']!r:.120}, not of {key!r:.120}", param="resume"
-            )
-        return Checkpoint(int(facts["step"]), arrays, dict(facts["dtypes"]), dict(facts["values"]))
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, InvalidRequestError):
-            raise
+        arrays: dict[str, Any] = load(data)
+        end = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little")
+        header = msgspec.json.decode(data[_LENGTH_BYTES:end], type=_Header)
+        facts = msgspec.json.decode(header.metadata.checkpoint, type=_Facts)
+    except (SafetensorError, msgspec.MsgspecError, ValueError, KeyError) as error:  # KeyError: a dtype NumPy lacks
         raise InvalidRequestError(f"the checkpoint cannot be read: {error_line(error)}", param="resume") from error
+    if facts.key != key:
+        raise InvalidRequestError(f"the checkpoint is of {facts.key!r:.120}, not of {key!r:.120}", param="resume")
+    return Checkpoint(facts.step, arrays, facts.dtypes, facts.values)

@@ -31,11 +31,20 @@ class JobClaimer:
     A job that would only wait here could run on another server of the same store.
     """
 
-    def __init__(self, omni: AsyncOmni, store: JobStore, served_model: str, poll_seconds: float) -> None:
+    def __init__(
+        self, omni: AsyncOmni, store: JobStore, served_model: str, poll_seconds: float, max_encoding: int
+    ) -> None:
+        """Make a claimer that claims nothing yet.
+
+        poll_seconds: interval at which an idle server looks for jobs that came to other servers, or whose servers died.
+        max_encoding: videos that are made and not written, each of which holds all its frames; with as many, no further
+        job is claimed.
+        """
         self._omni = omni
         self._store = store
         self._served_model = served_model
         self._poll_seconds = poll_seconds
+        self._max_encoding = max_encoding
         self.server = uuid.uuid4().hex
         """Name of this server in the store; a restarted server has another one."""
         self.live: dict[str, LiveJob] = {}
@@ -71,6 +80,9 @@ class JobClaimer:
                 logger.warning("no video jobs can be claimed until the store answers: %s", error)
             self._is_failing = True
             return False
+        except Exception:  # a bug of ours must not stop all further jobs
+            logger.exception("video jobs cannot be claimed")
+            return False
         self._is_failing = False
         for claim in claims:
             self._start(claim, start)
@@ -93,6 +105,8 @@ class JobClaimer:
         """Number of jobs to claim now."""
         ready, config, status = self._omni.ready, self._omni.config, self._omni.status()
         if ready is None or status.state != "running" or time.monotonic() < self._full_until:
+            return 0
+        if sum(live.is_made for live in self.live.values()) >= self._max_encoding:
             return 0
         num_replicas = config.parallel.data_parallel_size
         num_waiting = sum(not live.has_started for live in self.live.values())

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import hashlib
+import logging
 import os
 import re
 import secrets
@@ -19,6 +20,8 @@ from vllm_omni.errors import ConfigError, RequestError, error_line
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
+
 PIECE_BYTES = 256 * 1024
 """Bytes that `MediaStore.read` yields at a time."""
 _READ_AHEAD_BYTES = 4 * 1024 * 1024
@@ -26,7 +29,9 @@ _READ_AHEAD_BYTES = 4 * 1024 * 1024
 _NUM_THREADS = 8
 _KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*")
 """Segments of ASCII letters, digits, `_`, `-` and `.`, none of which begins with a dot."""
-_TAKES = "--media-store takes a folder or s3://BUCKET/PREFIX"
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk, a quota and a limit of file sizes."""
 
 
 class MediaStoreError(RequestError):
@@ -63,8 +68,9 @@ class MediaInfo:
 class MediaStore:
     """Files under keys such as `video_1/inputs/0.png`, in a folder, a bucket, or (for tests) in memory.
 
-    Methods run in threads and raise ValueError for a key that is none, MediaStoreFullError when no space is left, and
-    MediaStoreError, whose message names --media-store, when the store cannot be reached or permits no access.
+    Methods run in threads. They raise ValueError for a key that is none, MediaStoreFullError when no space is left, and
+    MediaStoreError when the store cannot be reached or permits no access. S3's address and credentials come from the
+    variables and files that all AWS libraries read, such as AWS_ENDPOINT_URL_S3 and AWS_ACCESS_KEY_ID.
     """
 
     def __init__(self, file_system: Any, root: str, url: str) -> None:
@@ -80,25 +86,49 @@ class MediaStore:
         """
         import fsspec
 
-        scheme, separator, _ = url.partition("://")
+        name = f"--media-store {_without_secrets(url)!r:.200}"
+        scheme, separator, rest = url.partition("://")
         scheme = scheme if separator else "file"
-        if scheme not in ("file", "s3", "memory") or "::" in url:
-            raise ConfigError(f"{_TAKES}, got {_without_secrets(url)!r:.200}")
+        if scheme not in ("file", "s3", "memory") or "::" in url or not url:
+            raise ConfigError(f"{name}: takes a folder or s3://BUCKET/PREFIX")
+        if scheme == "s3" and not _BUCKET.fullmatch(rest.partition("/")[0]):
+            raise ConfigError(f"{name} has no bucket: s3://BUCKET/PREFIX")
         try:
             # Other servers write to the store too: listings and instances that fsspec keeps would be out of date.
             files, root = fsspec.core.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True)
         except ImportError:
-            raise ConfigError(f"--media-store {url!r:.200} needs a package: pip install 'vllm-omni[s3]'") from None
+            raise ConfigError(f"{name} needs the package s3fs: pip install 'vllm-omni[s3]'") from None
         if scheme == "file":
             try:
                 os.makedirs(root, mode=0o700, exist_ok=True)
             except OSError as error:
-                raise ConfigError(f"--media-store {url!r:.200} cannot be created: {error.strerror}") from None
+                raise ConfigError(f"{name} cannot be created: {error.strerror}") from None
+            if not os.access(root, os.R_OK | os.W_OK | os.X_OK):
+                raise ConfigError(f"{name} cannot be read and written by this user")
         return cls(files, root, _without_secrets(url))
 
+    async def check_access(self) -> None:
+        """Write, read and delete a small file. Raises ConfigError, which names --media-store and the reason."""
+        key = f"access-{secrets.token_hex(8)}/file"
+        try:
+            await self.put(key, b"access")
+            await self.get(key)
+            await self.delete(key)
+        except MediaStoreError as error:
+            raise ConfigError(f"--media-store {self._url}: {error_line(error.__cause__ or error)}") from error
+
     async def put(self, key: str, content: bytes | Path) -> None:
-        """Store bytes or a copy of a file. A file of this key is replaced once the new one is whole."""
-        await self._run(self._put, self._path(key), content, key=key)
+        """Store bytes or a copy of a file. A file of this key is replaced once the new one is whole.
+
+        A caller that is cancelled waits until the file is written: nothing is written after `put` has ended.
+        """
+        writing = asyncio.ensure_future(self._run(self._put, self._path(key), content, key=key))
+        try:
+            await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            # The thread goes on. A caller that deletes the job next must not be overtaken by this file.
+            await asyncio.wait([writing])
+            raise
 
     async def get(self, key: str) -> bytes:
         """The whole file. Raises MediaNotFoundError."""
@@ -124,7 +154,10 @@ class MediaStore:
                 left -= len(piece)
                 yield piece
         finally:
-            self._threads.submit(file.close)
+            try:
+                self._threads.submit(file.close)  # in a thread, because it waits for a read that was given up
+            except RuntimeError:  # the threads have ended, and all reads with them
+                file.close()
 
     async def delete_tree(self, prefix: str) -> None:
         """Remove all files whose key begins with `prefix` and a slash, if there are any."""
@@ -174,12 +207,15 @@ class MediaStore:
         """Call a blocking function in a thread, with its errors translated."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
-        except FileNotFoundError:
-            raise MediaNotFoundError(f"the media store has no file {key}") from None
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise MediaStoreFullError(f"the media store is full (--media-store {self._url})") from error
-            raise MediaStoreError(f"the media store failed (--media-store {self._url}): {error_line(error)}") from error
+            # Where a file is written, what is missing is the bucket.
+            if isinstance(error, FileNotFoundError | IsADirectoryError) and function != self._put:
+                raise MediaNotFoundError(f"the media store has no file {key}") from None
+            # Clients may see the message. Names of folders and buckets are for the log.
+            logger.warning("--media-store %s: %s failed: %s", self._url, key, error_line(error))
+            if isinstance(error, OSError) and error.errno in _FULL:
+                raise MediaStoreFullError("the server's media store is full") from error
+            raise MediaStoreError("the server's media store failed; the server's log has the reason") from error
 
 
 def _write_to_folder(path: str, content: bytes | Path) -> None:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from vllm_omni.errors import RequestError
+from vllm_omni.errors import ConfigError, RequestError
 from vllm_omni.omni import AsyncOmni
 from vllm_omni.video_jobs.claimer import JobClaimer
 from vllm_omni.video_jobs.encoding import VideoEncoderPool
@@ -18,6 +15,7 @@ from vllm_omni.video_jobs.live_job import StopReason
 from vllm_omni.video_jobs.media import MediaStore
 from vllm_omni.video_jobs.observer import VideoObserver
 from vllm_omni.video_jobs.runner import JobRunner
+from vllm_omni.video_jobs.scratch import ScratchFolder
 from vllm_omni.video_jobs.settings import VideoJobSettings
 from vllm_omni.video_jobs.store import open_store
 from vllm_omni.video_jobs.sweeper import Sweeper
@@ -30,6 +28,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+ENCODINGS_PER_THREAD = 2
+"""Videos that wait for an encoding thread with all their frames, before the server claims no further jobs."""
 CLOSE_SECONDS = 5.0
 """Time in which `close` stores checkpoints of jobs that still run."""
 
@@ -45,16 +45,18 @@ class ServiceParts:
         observer: VideoObserver,
         store: JobStore,
         media: MediaStore,
+        scratch: ScratchFolder,
     ) -> None:
         """Start the tasks and threads; the stores are open."""
         self.store = store
         self.media = media
-        self._folder = Path(tempfile.mkdtemp(prefix="vllm-omni-videos-"))
+        self._scratch = scratch
         self._encoders = VideoEncoderPool(
             settings.num_encoding_threads, lambda seconds, num_frames: observer.on_video_encoded(seconds)
         )
-        self.claimer = JobClaimer(omni, store, served_model, settings.poll_seconds)
-        self.maker = VideoMaker(omni, self._encoders, self._folder)
+        max_encoding = ENCODINGS_PER_THREAD * settings.num_encoding_threads
+        self.claimer = JobClaimer(omni, store, served_model, settings.poll_seconds, max_encoding)
+        self.maker = VideoMaker(omni, self._encoders, scratch.path)
         self.views = JobViews(omni, store, self.claimer.live)
         self.watcher = JobWatcher(store, self.views, self.claimer.live, settings.poll_seconds)
         self.leases = LeaseKeeper(store, settings.lease_seconds, self._stop_gone)
@@ -67,6 +69,7 @@ class ServiceParts:
             observer=observer,
             checkpoint_seconds=settings.checkpoint_seconds,
             on_queue_full=self.claimer.note_queue_full,
+            on_room=self.claimer.wake,
         )
         self._sweeper = Sweeper(store, media, observer, settings.sweep_seconds)
         self.leases.start()
@@ -88,10 +91,11 @@ class ServiceParts:
         )
         try:
             media = await asyncio.to_thread(MediaStore.open, settings.media_store_url)
+            scratch = await asyncio.to_thread(_open_scratch, settings)
         except BaseException:
             await store.close()
             raise
-        return cls(omni, settings, served_model, observer, store, media)
+        return cls(omni, settings, served_model, observer, store, media, scratch)
 
     async def delete(self, job_id: str, owner: str) -> None:
         """Delete a job; its files go at once where that is possible, else by a sweep. Raises JobNotFoundError."""
@@ -133,6 +137,17 @@ class ServiceParts:
         await asyncio.wait([self._sweeping])
         await self.leases.close()
         await self._encoders.close()
-        await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
+        await asyncio.to_thread(self._scratch.close)
         await self.media.close()
         await self.store.close()
+
+
+def _open_scratch(settings: VideoJobSettings) -> ScratchFolder:
+    """Folder for the files that this process writes. Blocks. Raises ConfigError."""
+    try:
+        return ScratchFolder.open(settings.scratch_folder)
+    except OSError as error:
+        raise ConfigError(
+            f"--job-store: its folder takes the files that are being written, and {settings.scratch_folder} cannot be "
+            f"made: {error.strerror}"
+        ) from error

@@ -58,6 +58,8 @@ class JobRunner:
     checkpoint_seconds: float
     on_queue_full: Callable[[float], None]
     """Called with the seconds after which the engine's queue may have room."""
+    on_room: Callable[[], None]
+    """Called when the engine may have room for another job."""
 
     async def run(self, live: LiveJob) -> None:
         """Run a claimed job to its end, or until the task is cancelled; see `LiveJob.stop_reason`.
@@ -162,6 +164,7 @@ class JobRunner:
         """Pass on what an output of the engine says: start, progress, preview, checkpoint."""
         if output.started and not live.has_started:
             live.has_started = True
+            self.on_room()
             live.start_note = asyncio.create_task(self._note_started(live))
         if output.checkpoint is not None and live.checkpoints is not None:
             live.checkpoints.add(output.checkpoint)
@@ -169,7 +172,9 @@ class JobRunner:
             live.checkpointed.set()
         if output.images and output.step < output.num_inference_steps:
             live.preview, live.num_previews = output.images[0], live.num_previews + 1
-        live.is_made = live.is_made or output.finished or is_whole_output(output)
+        if not live.is_made and is_whole_output(output):
+            live.is_made = True
+            self.on_room()
         progress.note(output)
         self._note_percent(live, progress.percent)
 

@@ -49,6 +49,7 @@ class VideoJobs:
         self._served_model = served_model
         self._observer: VideoObserver = observer or VideoObserver()
         self._parts: ServiceParts | None = None
+        self._is_draining = False
 
     async def start(self) -> None:
         """Open the stores; claim and run jobs from now on, as soon as the engine is ready. Raises ConfigError."""
@@ -59,8 +60,9 @@ class VideoJobs:
         """Claim no further job; give those that run here back to the store with checkpoints of their newest steps.
 
         A job whose frames are all made is completed. What is not done within `timeout` seconds is given back without
-        a further checkpoint. Jobs can still be made, read and deleted.
+        a further checkpoint. Jobs can still be read and deleted, but not made.
         """
+        self._is_draining = True
         if self._parts is not None:
             await self._parts.stop_jobs(timeout)
 
@@ -75,6 +77,8 @@ class VideoJobs:
     async def create(self, new: NewVideo) -> VideoJob:
         """Make a job. Raises TooManyJobsError, StoreFullError, and whatever the engine raises for the request."""
         parts = self._running_parts()
+        if self._is_draining:
+            raise UnavailableError("the server is draining", retry_after=1.0)
         job = await asyncio.to_thread(self._omni.make_checked_job, new.checked)
         row = self._row(new, job)
         await self._add(row, dict(zip(row.inputs, new.input_files)))

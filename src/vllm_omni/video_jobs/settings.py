@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vllm_omni.errors import ConfigError
 
-JOB_FILE, MEDIA_FOLDER = "jobs.sqlite", "media"
+JOB_FILE, MEDIA_FOLDER, SCRATCH_FOLDER = "jobs.sqlite", "media", "scratch"
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,18 @@ class VideoJobSettings:
     @property
     def media_store_url(self) -> str:
         """URL or folder of the files, with the default filled in."""
-        if self.media_store is not None:
-            return self.media_store
-        _, _, file = self.job_store_url.partition(":///")
-        return str(Path(file).absolute().parent / MEDIA_FOLDER)
+        return self.media_store if self.media_store is not None else str(self._folder / MEDIA_FOLDER)
+
+    @property
+    def scratch_folder(self) -> Path:
+        """Folder of this host for files that are being written."""
+        return self._folder / SCRATCH_FOLDER
+
+    @property
+    def _folder(self) -> Path:
+        """Folder of the SQLite file; with a database server, that of jobs by default."""
+        backend, _, file = self.job_store_url.partition(":///")
+        return Path(file).absolute().parent if backend.startswith("sqlite") else default_folder()
 
 
 def default_folder() -> Path:

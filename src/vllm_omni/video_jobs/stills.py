@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 
@@ -12,6 +13,8 @@ THUMBNAIL_SIDE = 512
 """Longest side of a thumbnail in pixels; a smaller frame keeps its size."""
 TILE_SIDE = 256
 """Longest side of a spritesheet's tile in pixels."""
+_QUALITY = 85
+"""Quality of both files, 0 to 100."""
 MAX_COLUMNS = 5
 """Most columns and most rows of a spritesheet."""
 
@@ -61,12 +64,12 @@ class Stills:
         columns, rows = self._grid
         assert self._thumbnail is not None
         assert len(self._tiles) == columns * rows
-        self._thumbnail.save(thumbnail, "WEBP", quality=85)
+        _write(self._thumbnail, thumbnail, "WEBP")
         width, height = self._tiles[0].size
         sheet = Image.new("RGB", (columns * width, rows * height))
         for number, tile in enumerate(self._tiles):
             sheet.paste(tile, (number % columns * width, number // columns * height))
-        sheet.save(spritesheet, "JPEG", quality=85)
+        _write(sheet, spritesheet, "JPEG")
 
 
 def _fitted(frame: np.ndarray, side: int) -> Image.Image:
@@ -75,3 +78,9 @@ def _fitted(frame: np.ndarray, side: int) -> Image.Image:
     scale = min(1.0, side / max(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     return Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+
+
+def _write(image: Image.Image, path: Path, kind: str) -> None:
+    file = io.BytesIO()  # Pillow's own error for a full disk has no reason
+    image.save(file, kind, quality=_QUALITY)
+    path.write_bytes(file.getvalue())

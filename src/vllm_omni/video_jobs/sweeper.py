@@ -36,6 +36,8 @@ class Sweeper:
                 if not is_failing:
                     logger.warning("deleted and expired video jobs wait until the stores answer: %s", error)
                 is_failing = True
+            except Exception:  # a bug of ours must not end all further sweeps
+                logger.exception("deleted and expired video jobs cannot be removed")
             await asyncio.sleep(self._sweep_seconds)
 
     async def sweep(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -71,14 +73,16 @@ class Server:
 
     def files(self) -> list[str]:
         """Names of all stored files, within the media store."""
-        return sorted(str(file.relative_to(self.media)) for file in self.media.rglob("*") if file.is_file())
+        return sorted(
+            os.path.relpath(os.path.join(folder, name), self.media)
+            for folder, _, names in os.walk(self.media)  # which passes over folders that are removed meanwhile
+            for name in names
+        )
 
 
 async def until_next_turn() -> None:
     """Let other tasks and threads run."""
-    import asyncio
-
-    await asyncio.sleep(0.002)
+    await asyncio.sleep(0.005)
 
 
 def store_settings(folder: Path, **changes: Any) -> VideoJobSettings:

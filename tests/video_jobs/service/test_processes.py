@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 
-from testbed.patience import until
 from tests.entrypoints.cli.server_process import OutputReader
 from tests.video_jobs.service.server_process import LEASE_SECONDS
-from tests.video_jobs.service.servers import OWNER, store_settings
+from tests.video_jobs.service.servers import OWNER, store_settings, until_next_turn
 from vllm_omni.video_jobs.media import MediaStore
-from vllm_omni.video_jobs.records import VideoJob
+from vllm_omni.video_jobs.records import VideoJob, new_job_id
 from vllm_omni.video_jobs.store import open_store
+from vllm_omni.video_jobs.store.job_store import JobStore
 
 NUM_STEPS = 60
 
@@ -45,6 +47,8 @@ def server(folder: Path, num_steps: int | None = None) -> Iterator[tuple[subproc
         process.kill()
         process.wait()
         output.join()
+        if process.stdin is not None:
+            process.stdin.close()
 
 
 def frames_of(path: Path) -> np.ndarray:
@@ -53,50 +57,60 @@ def frames_of(path: Path) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
+@asynccontextmanager
+async def stores_of(folder: Path) -> AsyncIterator[tuple[JobStore, MediaStore]]:
+    settings = store_settings(folder)
+    store = open_store(settings.job_store_url, lease_seconds=LEASE_SECONDS, job_ttl_seconds=3600)
+    media = MediaStore.open(settings.media_store_url)
+    yield store, media
+    await media.close()
+    await store.close()
+
+
+async def until_job(store: JobStore, job_id: str, holds: Callable[[VideoJob], bool]) -> VideoJob:
+    """The job once `holds(job)`."""
+    while not holds(job := await store.get(job_id, OWNER)):
+        await until_next_turn()
+    return job
+
+
+def has_ended(job: VideoJob) -> bool:
+    return job.completed_at is not None
+
+
+async def add_again(store: JobStore, job: VideoJob) -> str:
+    """Add a job like `job`; return its id."""
+    again = replace(job, id=new_job_id(), status="queued", progress=0, completed_at=None, outputs={}, num_attempts=0)
+    await store.add(again)
+    await store.publish(again.id)
+    return again.id
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("is_killed", [True, False], ids=["killed", "drained"])
 async def test_a_job_of_a_process_that_ends_is_completed_by_another_with_the_same_frames(
     tmp_path: Path, is_killed: bool
 ) -> None:
-    settings = store_settings(tmp_path, lease_seconds=LEASE_SECONDS)
-    store = open_store(settings.job_store_url, lease_seconds=LEASE_SECONDS, job_ttl_seconds=3600)
-    media = MediaStore.open(settings.media_store_url)
-
-    async def job(job_id: str) -> VideoJob:
-        return await store.get(job_id, OWNER)
-
-    async def until_ended(job_id: str) -> VideoJob:
-        while (found := await job(job_id)).completed_at is None:
-            await until(lambda: True)
-        return found
-
-    with server(tmp_path, NUM_STEPS) as (first, first_output), server(tmp_path) as (_, second_output):
-        job_id = first_output.wait_for(r"job (video_\S+)")[1]
-        # Whichever server has claimed it: the other one is to complete it.
-        while (begun := await job(job_id)).checkpoint is None and begun.completed_at is None:
-            await until(lambda: True)
-        assert begun.completed_at is None, "the job is too short for this test"
-        claimed_by_first = "attempt 1 begins" in first_output.text
-        if claimed_by_first:
+    async with stores_of(tmp_path) as (store, media):
+        with server(tmp_path, NUM_STEPS) as (first, first_output):
+            job_id = await asyncio.to_thread(lambda: first_output.wait_for(r"job (video_\S+)")[1])
+            begun = await until_job(store, job_id, lambda job: has_ended(job) or job.checkpoint is not None)
+            assert not has_ended(begun), "the job is too short for this test"
             if is_killed:
                 first.send_signal(signal.SIGKILL)
             else:
                 assert first.stdin is not None
                 first.stdin.close()
-        ended = await until_ended(job_id)
-        assert ended.status == "completed"
-        if claimed_by_first:
-            assert "goes on after step" in second_output.text
-            assert ended.num_attempts == (2 if is_killed else 1)
-    with server(tmp_path, NUM_STEPS) as (_, output):
-        calm = await until_ended(output.wait_for(r"job (video_\S+)")[1])
-    for number, video in enumerate((ended, calm)):
-        (tmp_path / f"{number}.mp4").write_bytes(await media.get(video.outputs["video"]))
-    made, expected = frames_of(tmp_path / "0.mp4"), frames_of(tmp_path / "1.mp4")
-    assert made.shape == expected.shape
-    # The servers may use different numbers of threads, which round differently.
-    assert np.abs(made.astype(int) - expected).mean() < 1
-    stored = sorted(str(file.relative_to(tmp_path / "media")) for file in (tmp_path / "media").rglob("*.*"))
-    assert stored == sorted((*ended.outputs.values(), *calm.outputs.values()))
-    await media.close()
-    await store.close()
+            with server(tmp_path) as (_, second_output):
+                ended = await until_job(store, job_id, has_ended)
+                calm = await until_job(store, await add_again(store, ended), has_ended)
+                assert f"{job_id} goes on after step" in second_output.text
+        assert (ended.status, ended.num_attempts) == ("completed", 2 if is_killed else 1)
+        for number, video in enumerate((ended, calm)):
+            (tmp_path / f"{number}.mp4").write_bytes(await media.get(video.outputs["video"]))
+        made, expected = frames_of(tmp_path / "0.mp4"), frames_of(tmp_path / "1.mp4")
+        assert made.shape == expected.shape
+        # The servers may use different numbers of threads, which round differently.
+        assert np.abs(made.astype(int) - expected).mean() < 1
+        stored = sorted(str(file.relative_to(tmp_path / "media")) for file in (tmp_path / "media").rglob("*.*"))
+        assert stored == sorted((*ended.outputs.values(), *calm.outputs.values()))

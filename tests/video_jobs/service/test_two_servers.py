@@ -12,6 +12,7 @@ from testbed.fakes import FakeExecutor, FakeRunner
 from testbed.patience import until
 from tests.video_jobs.service.servers import OWNER, SLOW_DECODE, Server, running_server
 from tests.video_jobs.service.test_life_of_a_job import all_jobs, held_device, run_until
+from vllm_omni.diffusion.control.plans_in_flight import MAX_PLANS_IN_FLIGHT
 from vllm_omni.video_jobs.records import VideoJob
 
 SHORT_LEASE = 0.3
@@ -50,7 +51,7 @@ async def test_a_drained_job_goes_on_elsewhere_from_its_newest_step(tmp_path: Pa
             ended = await second.ended(job.id)
             assert (ended.status, ended.num_attempts) == ("completed", 1), "a drain is no attempt"
             num_repeated = num_steps_run(second.device) - (MANY_STEPS - steps_of_first)
-            assert 0 <= num_repeated <= 1, "at most the step that ran after the checkpoint"
+            assert 0 <= num_repeated <= MAX_PLANS_IN_FLIGHT, "plans that were sent before the checkpoint came"
             assert await video_of(second, ended) == await calm_video(tmp_path / "calm")
             assert second.files() == sorted(ended.outputs.values())
 

@@ -194,3 +194,5 @@ async def test_a_store_closes_while_calls_are_under_way(store_url: str, clock: C
     await asyncio.sleep(0)
     await store.close()
     await asyncio.gather(*adds)
+    with pytest.raises(UnavailableError, match="closed"):
+        await store.counts()

@@ -57,6 +57,7 @@ def test_a_store_makes_its_folder_and_only_its_user_reads_it(tmp_path: Path) -> 
     check_job_store(f"sqlite:///{tmp_path}/a/b/jobs.db")
     assert (tmp_path / "a/b/jobs.db").is_file()
     assert (tmp_path / "a/b").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "a/b/jobs.db").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_relative_path_is_taken_from_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +68,7 @@ def test_a_relative_path_is_taken_from_the_working_folder(tmp_path: Path, monkey
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    assert f"cannot make the folder {tmp_path}/file: " in refusal(f"sqlite:///{tmp_path}/file/jobs.db")
+    assert f"cannot make {tmp_path}/file: " in refusal(f"sqlite:///{tmp_path}/file/jobs.db")
 
 
 def test_a_file_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:

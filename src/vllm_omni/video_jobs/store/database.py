@@ -127,8 +127,11 @@ class _CommitError(Exception):
 def _make_engine(url: URL) -> Engine:
     is_postgres = url.get_backend_name() == "postgresql"
     settings = _POSTGRES_CONNECTION if is_postgres else {"timeout": _BUSY_SECONDS}
+    # Each statement sees what was committed before it: `add` counts rows after it has waited for its lock.
+    isolation: dict[str, Any] = {"isolation_level": "READ COMMITTED"} if is_postgres else {}
     return create_engine(
         url,
+        **isolation,
         connect_args={name: value for name, value in settings.items() if name not in url.query},
         json_serializer=partial(json.dumps, allow_nan=False),
         pool_size=NUM_CONNECTIONS,
