@@ -43,7 +43,10 @@ class JobStore:
         await self._write(partial(lifetimes.add, job=job, limits=self._limits))
 
     async def publish(self, job_id: str) -> None:
-        """Make the job visible and claimable. Raises JobNotFoundError if it was deleted as abandoned."""
+        """Make the job visible, and claimable unless it was added as completed.
+
+        Raises JobNotFoundError if it was deleted as abandoned.
+        """
         await self._write(partial(lifetimes.publish, job_id=job_id))
 
     async def get(self, job_id: str, owner: str) -> VideoJob:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import case, delete, func, select, update
 from sqlalchemy.orm import Session
 
 from vllm_omni.errors import StoreFullError, TooManyJobsError
@@ -39,8 +39,9 @@ def add(session: Session, now: float, *, job: VideoJob, limits: StoreLimits) -> 
 
 
 def publish(session: Session, now: float, *, job_id: str) -> None:
-    """Make a created job visible and claimable. Raises JobNotFoundError."""
-    if not _move(session, job_id, ("creating",), {"stage": "live", "lease_ends_at": 0.0}):
+    """Make a created job visible, and claimable unless it was added as completed. Raises JobNotFoundError."""
+    stage = case((JobRow.completed_at.is_(None), "live"), else_="ended")
+    if not _move(session, job_id, ("creating",), {"stage": stage, "lease_ends_at": 0.0}):
         raise not_found(job_id)
 
 
