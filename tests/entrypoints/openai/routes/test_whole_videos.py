@@ -48,4 +48,5 @@ def test_a_job_and_a_chat_have_diffusers_own_frames(tmp_path: Path) -> None:
 
 def luma(frames: np.ndarray) -> np.ndarray:
     """Brightness [frames, height, width] of frames; files halve the resolution of colours."""
-    return frames @ np.array([0.2126, 0.7152, 0.0722])
+    brightness: np.ndarray = frames @ np.array([0.2126, 0.7152, 0.0722])
+    return brightness
