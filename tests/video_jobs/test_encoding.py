@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from testbed.patience import until
 from tests.videos import LEFT, RIGHT, read, two_colours
-from vllm_omni.errors import RequestAbortedError
+from vllm_omni.errors import InvalidRequestError, RequestAbortedError
 from vllm_omni.video_jobs.encoding import (
     OUTPUT_FORMATS,
     SLICE_FRAMES,
@@ -83,6 +84,21 @@ async def test_frames_come_back_with_their_number_rate_size_and_colours(
         frame, edge = frames[number].astype(int), min(8 + 8 * number, width)
         assert np.abs(frame[:, : edge - 3] - LEFT).max() <= 12
         assert np.abs(frame[:, edge + 3 :] - RIGHT).max(initial=0) <= 12
+
+
+@pytest.mark.parametrize("fps", [0.5, 7.5, 16, 24, 50])
+async def test_a_gif_shows_its_frames_at_their_rate_and_begins_again(
+    fps: float, pool: VideoEncoderPool, tmp_path: Path
+) -> None:
+    encoded = await encode(pool, tmp_path, two_colours(17), "gif", fps)
+    with Image.open(encoded.video) as image:
+        assert image.info["loop"] == 0
+        starts = [0]
+        for number in range(image.n_frames):
+            image.seek(number)
+            starts.append(starts[-1] + image.info["duration"])
+    # GIF counts hundredths of a second, which add up: no frame begins 10 ms too early or too late.
+    assert np.abs(np.array(starts) - 1000 / fps * np.arange(18)).max() <= 10
 
 
 async def test_files_are_in_a_folder_of_their_own_until_they_are_removed(
@@ -213,29 +229,22 @@ async def test_closing_the_pool_cancels_what_runs_and_waits(tmp_path: Path) -> N
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "format": ({"output_format": "avi"}, "output_format takes mp4, webm, gif, got 'avi'"),
-    "rate": ({"fps": 0}, "fps takes a number from 0.01 to 1000, got 0"),
-    "rate of a GIF": ({"output_format": "gif", "fps": 60}, "fps takes a number from 0.01 to 50, got 60"),
-    "frames": ({"num_frames": 0}, "got 0 of 64x48"),
-    "size": ({"width": 16400}, "sides of 1 to 16384 pixels, got 5 of 16400x48"),
+    "output_format": ({"output_format": "avi"}, "output_format takes mp4, webm, gif, got 'avi'"),
+    "fps": ({"output_format": "gif", "fps": 60}, "gif: fps takes a number from 0.01 to 50, got 60"),
+    "num_frames": ({"num_frames": 0}, "a video has at least 1 frame, got 0"),
+    "size": ({"width": 16400}, "a video has sides of 1 to 16384 pixels, got 16400x48"),
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("param", WRONG)
 async def test_a_video_that_no_file_can_hold_is_refused_at_once(
-    name: str, pool: VideoEncoderPool, tmp_path: Path
+    param: str, pool: VideoEncoderPool, tmp_path: Path
 ) -> None:
-    changes, words = WRONG[name]
-    announced: dict[str, Any] = {
-        "output_format": "mp4",
-        "num_frames": 5,
-        "height": 48,
-        "width": 64,
-        "fps": 8,
-        "folder": tmp_path,
-    }
-    with pytest.raises(ValueError, match=words):
-        pool.begin(**announced | changes)
+    changes, words = WRONG[param]
+    announced: dict[str, Any] = {"output_format": "mp4", "num_frames": 5, "height": 48, "width": 64, "fps": 8}
+    with pytest.raises(InvalidRequestError, match=words) as caught:
+        pool.begin(**announced | changes, folder=tmp_path)
+    assert caught.value.param == param
     assert not pool._encodings
 
 

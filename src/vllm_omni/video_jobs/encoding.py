@@ -19,12 +19,19 @@ from pathlib import Path
 
 import numpy as np
 
-from vllm_omni.errors import GenerationError, RequestAbortedError, RequestError, error_line
+from vllm_omni.errors import GenerationError, InvalidRequestError, RequestAbortedError, RequestError, error_line
 from vllm_omni.video_file import frame_rate
 from vllm_omni.video_jobs.stills import Stills
 from vllm_omni.video_writer import MAX_SIDE, OUTPUT_FORMATS, VideoFileFormat, VideoFileWriter
 
-__all__ = ["OUTPUT_FORMATS", "EncodedVideo", "VideoEncoderPool", "VideoEncoding", "VideoWriteError"]
+__all__ = [
+    "OUTPUT_FORMATS",
+    "EncodedVideo",
+    "VideoEncoderPool",
+    "VideoEncoding",
+    "VideoWriteError",
+    "check_video_file",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +45,21 @@ class VideoWriteError(GenerationError):
     """A video's file cannot be written."""
 
     code = "video_write_failed"
+
+
+def check_video_file(output_format: str, num_frames: int, height: int, width: int, fps: float) -> Fraction:
+    """The frame rate as a fraction. Raises InvalidRequestError for a video that no file of the format can hold."""
+    if output_format not in OUTPUT_FORMATS:
+        accepted = ", ".join(OUTPUT_FORMATS)
+        raise InvalidRequestError(f"output_format takes {accepted}, got {output_format!r:.60}", param="output_format")
+    if num_frames < 1:
+        raise InvalidRequestError(f"a video has at least 1 frame, got {num_frames}", param="num_frames")
+    if not 1 <= min(height, width) <= max(height, width) <= MAX_SIDE:
+        raise InvalidRequestError(f"a video has sides of 1 to {MAX_SIDE} pixels, got {width}x{height}", param="size")
+    try:
+        return frame_rate(fps, OUTPUT_FORMATS[output_format].max_fps)
+    except ValueError as error:
+        raise InvalidRequestError(f"{output_format}: {error}", param="fps") from None
 
 
 @dataclass(frozen=True)
@@ -81,16 +103,10 @@ class VideoEncoderPool:
     ) -> VideoEncoding:
         """Begin a video, whose files are written in a new folder inside `folder`. Nothing blocks.
 
-        Raises ValueError for a format, size or rate that no file can have.
+        Raises InvalidRequestError as `check_video_file` does.
         """
-        if output_format not in OUTPUT_FORMATS:
-            raise ValueError(f"output_format takes {', '.join(OUTPUT_FORMATS)}, got {output_format!r:.60}")
+        rate = check_video_file(output_format, num_frames, height, width, fps)
         video_format = OUTPUT_FORMATS[output_format]
-        rate = frame_rate(fps, video_format.max_fps)
-        if num_frames < 1 or not 1 <= min(height, width) <= max(height, width) <= MAX_SIDE:
-            raise ValueError(
-                f"a video has frames, and sides of 1 to {MAX_SIDE} pixels, got {num_frames} of {width}x{height}"
-            )
         encoding = VideoEncoding(self, video_format, num_frames, (height, width), rate, folder)
         self._encodings.add(encoding)
         return encoding
