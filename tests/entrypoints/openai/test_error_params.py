@@ -16,6 +16,7 @@ from vllm_omni.entrypoints.openai.schema.images import (
     ImageGenerationRequest,
     RequestBody,
 )
+from vllm_omni.entrypoints.openai.schema.videos import VideoRequest
 
 VALUES: list[Any] = [
     3,
@@ -53,7 +54,7 @@ def has_place(body: Any, param: str) -> bool:
 
 
 @pytest.mark.parametrize("is_form", [False, True])
-@pytest.mark.parametrize("model", [ImageGenerationRequest, ImageEditRequest, ChatCompletionRequest])
+@pytest.mark.parametrize("model", [ImageGenerationRequest, ImageEditRequest, ChatCompletionRequest, VideoRequest])
 def test_a_param_is_a_place_in_the_body(model: type[RequestBody], is_form: bool) -> None:
     num_refused = 0
     for field in model.model_fields:

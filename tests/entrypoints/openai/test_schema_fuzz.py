@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import httpx
@@ -105,14 +106,19 @@ def is_absent_in_a_form(value: Any) -> bool:
 
 
 def fuzz(
-    schema: schemathesis.schemas.BaseSchema, method: str, path: str, mode: GenerationMode, times: int
+    schema: schemathesis.schemas.BaseSchema,
+    method: str,
+    path: str,
+    mode: GenerationMode,
+    times: int,
+    operations: Mapping[tuple[str, str], int] = OPERATIONS,
 ) -> Counter[int]:
-    """Number of responses with each status."""
+    """Number of responses with each status. `operations`: numbers of examples, to be multiplied by `times`."""
     statuses: Counter[int] = Counter()
 
     @given(case=schema[path][method].as_strategy(generation_mode=mode))
     @settings(
-        max_examples=times * OPERATIONS.get((method, path), NUM_EDIT_EXAMPLES),
+        max_examples=times * operations.get((method, path), NUM_EDIT_EXAMPLES),
         deadline=None,
         derandomize=True,
         database=None,

@@ -15,14 +15,15 @@ from tests.entrypoints.openai.routes.test_image_errors import error_of
 from vllm_omni.entrypoints.openai.quotes import MAX_QUOTE, quote
 from vllm_omni.entrypoints.openai.requests import body_reader, chat_body, parameters
 from vllm_omni.entrypoints.openai.schema.chat import MAX_MESSAGES, ChatCompletionRequest
-from vllm_omni.entrypoints.openai.schema.images import ImageEditRequest, ImageGenerationRequest, ImageOptions
+from vllm_omni.entrypoints.openai.schema.images import ImageEditRequest, ImageGenerationRequest, RequestBody
+from vllm_omni.entrypoints.openai.schema.videos import VideoRequest
 
 CHAT, GENERATIONS = "/v1/chat/completions", "/v1/images/generations"
 TURN = {"role": "user", "content": "a"}
 MANY = 60_000
 MANY_KEYS = {str(i): 0 for i in range(MANY)}
 
-HOSTILE: list[tuple[type[ImageOptions], dict[str, Any], str]] = [
+HOSTILE: list[tuple[type[RequestBody], dict[str, Any], str]] = [
     (ChatCompletionRequest, {"messages": [TURN], "modalities": [1] * MANY}, "modalities"),
     (ChatCompletionRequest, {"messages": [1] * MANY}, "messages"),
     (ChatCompletionRequest, {"messages": [1] * MAX_MESSAGES}, "messages.0"),
@@ -35,20 +36,23 @@ HOSTILE: list[tuple[type[ImageOptions], dict[str, Any], str]] = [
     (ImageEditRequest, {"prompt": "a", "images": [1] * MANY}, "images"),
     (ImageEditRequest, {"prompt": "a", "images": [MANY_KEYS] * 16}, "images.0"),
     (ImageEditRequest, {"prompt": "a", "image": [1] * MANY}, "image"),
+    (VideoRequest, {"prompt": "a", "input_reference": [1] * MANY}, "input_reference"),
+    (VideoRequest, {"prompt": "a", "input_reference": MANY_KEYS}, "input_reference"),
+    (VideoRequest, {"prompt": "a", "input_reference": f'{{"image_url": [{"1," * MANY}1]}}'}, "input_reference"),
 ]
 
 
 @pytest.mark.parametrize(("model", "body", "param"), HOSTILE)
-def test_many_wrong_items_are_few_errors(model: type[ImageOptions], body: dict[str, Any], param: str) -> None:
+def test_many_wrong_items_are_few_errors(model: type[RequestBody], body: dict[str, Any], param: str) -> None:
     with pytest.raises(ValidationError) as caught:
         model.model_validate(body)
     assert caught.value.error_count() <= 16
     assert ".".join(map(str, caught.value.errors()[0]["loc"])) == param
 
 
-@pytest.mark.parametrize(("model", "body", "param"), HOSTILE[:-3])
+@pytest.mark.parametrize(("model", "body", "param"), HOSTILE[:9])
 def test_the_answer_names_the_first(
-    http: httpx.Client, model: type[ImageOptions], body: dict[str, Any], param: str
+    http: httpx.Client, model: type[RequestBody], body: dict[str, Any], param: str
 ) -> None:
     response = http.post(CHAT if model is ChatCompletionRequest else GENERATIONS, json=body)
     assert (response.status_code, error_of(response)["param"]) == (400, param)

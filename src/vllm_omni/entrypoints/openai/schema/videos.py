@@ -29,6 +29,8 @@ Variant = Literal["video", "thumbnail", "spritesheet"]
 VideoStatus = Literal["queued", "in_progress", "completed", "failed"]
 
 _NUMBER = re.compile(r" *[0-9]{1,9}(\.[0-9]{0,9})? *")
+_MAX_REFERENCE_ITEMS = 8
+"""Most commas and brackets of a reference as JSON text: it is parsed on the event loop."""
 _REFERENCE = {
     "anyOf": [
         {"type": "string"},
@@ -50,7 +52,7 @@ def reference_url(value: Any) -> str:
 
     Raises PydanticCustomError, whose message takes the name of the field before it.
     """
-    if isinstance(value, str) and value.lstrip()[:1] == "{":
+    if _is_object(value) and sum(map(value.count, ",[{")) <= _MAX_REFERENCE_ITEMS:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
@@ -62,9 +64,14 @@ def reference_url(value: Any) -> str:
         if "file_id" in given:
             raise PydanticCustomError("file_id", "takes image_url: this server keeps no files that file_id could name")
         value = given.get("image_url") if given.keys() == {"image_url"} else value
-    if not isinstance(value, str) or not value or value.lstrip()[:1] == "{":
+    if not isinstance(value, str) or not value or _is_object(value):
         raise PydanticCustomError("reference", 'takes a picture\'s URL or {"image_url": URL}')
     return value
+
+
+def _is_object(value: Any) -> bool:
+    """Whether `value` is the text of a JSON object."""
+    return isinstance(value, str) and value[:_MAX_REFERENCE_ITEMS].lstrip()[:1] == "{"
 
 
 def _reference_urls(value: Any) -> list[str]:
@@ -80,15 +87,9 @@ References = Annotated[
 ]
 
 
-class VideoRequest(GenerationOptions):
-    """Body of `POST /v1/videos` and of `/v1/videos/sync`; in a form, the pictures are the files `input_reference`."""
+class VideoOptions(GenerationOptions):
+    """Fields of every request for videos."""
 
-    prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)]
-    """Description of the video."""
-    n: Annotated[int, Field(ge=1, le=1)] = 1
-    """Number of videos: a job makes one."""
-    num_outputs_per_prompt: Annotated[int, Field(ge=1, le=1)] | None = None
-    """Another name of `n`."""
     seconds: (
         Annotated[
             float,
@@ -110,12 +111,19 @@ class VideoRequest(GenerationOptions):
     """Length in frames. One frame is a picture: see `/v1/images/generations`."""
     fps: Annotated[int, Field(ge=1)] | None = None
     """Frames a second; if absent, the model's own."""
-    guidance_scale_2: float | None = None
-    """`guidance_scale` of the steps of a model's second transformer (Wan 2.2); null: the same."""
-    flow_shift: float | None = None
-    """Shift of the noise schedule towards its noisy end, for models such as Wan."""
     output_format: Annotated[VideoFormat, ANY_CASE] = "mp4"
     """mp4: H.264; webm: VP9; gif."""
+
+
+class VideoRequest(VideoOptions):
+    """Body of `POST /v1/videos` and of `/v1/videos/sync`; in a form, the pictures are the files `input_reference`."""
+
+    prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)]
+    """Description of the video."""
+    n: Annotated[int, Field(ge=1, le=1)] = 1
+    """Number of videos: a job makes one."""
+    num_outputs_per_prompt: Annotated[int, Field(ge=1, le=1)] | None = None
+    """Another name of `n`."""
     partial_images: Annotated[int, Field(ge=0, le=3)] = 0
     """Number of previews in `/v1/videos/{video_id}/events`; 0: as many as take little time."""
     input_reference: References | None = None
