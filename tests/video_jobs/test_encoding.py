@@ -19,7 +19,7 @@ from PIL import Image
 
 from testbed.patience import until
 from tests.videos import LEFT, RIGHT, read, two_colours
-from vllm_omni.errors import InvalidRequestError, RequestAbortedError
+from vllm_omni.errors import InvalidRequestError, RequestAbortedError, UnavailableError
 from vllm_omni.video_jobs.encoding import (
     OUTPUT_FORMATS,
     SLICE_FRAMES,
@@ -226,6 +226,50 @@ async def test_closing_the_pool_cancels_what_runs_and_waits(tmp_path: Path) -> N
     with pytest.raises((RequestAbortedError, ValueError)):
         await waiter
     encoding.cancel()  # has no effect, and raises nothing
+    with pytest.raises(UnavailableError, match="shutting down"):
+        pool.begin("mp4", 5, 48, 64, 8, tmp_path)
+
+
+async def test_a_cancellation_at_any_moment_leaves_no_file(tmp_path: Path) -> None:
+    """Cancel after each number of iterations of the loop, while the threads encode, finish or have ended."""
+    pool = VideoEncoderPool(2)
+    for num_waits in range(40):
+        encoding = pool.begin("gif", 3, 8, 8, 8, tmp_path)
+        encoding.add(two_colours(3, 8, 8))
+        for _ in range(num_waits):
+            await asyncio.sleep(0.0002)
+        encoding.cancel()
+    await pool.close()
+    assert not os.listdir(tmp_path)
+
+
+async def test_a_video_that_is_cancelled_while_its_file_is_finished_leaves_none(
+    pool: VideoEncoderPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoding = pool.begin("mp4", 5, 48, 64, 8, tmp_path)
+    finish = VideoFileWriter.finish
+
+    def cancelled(self: VideoFileWriter) -> None:
+        encoding.cancel()
+        finish(self)
+
+    monkeypatch.setattr(VideoFileWriter, "finish", cancelled)
+    encoding.add(two_colours())
+    await until(lambda: not pool._encodings)
+    assert not os.listdir(tmp_path)
+
+
+async def test_frames_may_be_views_in_any_order_of_memory(pool: VideoEncoderPool, tmp_path: Path) -> None:
+    frames = two_colours()
+    wide = np.repeat(frames, 2, axis=2)[:, :, ::2]
+    planar = np.ascontiguousarray(frames.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)
+    assert not wide.flags.c_contiguous
+    assert not planar.flags.c_contiguous
+    for output_format in OUTPUT_FORMATS:
+        _, expected = read((await encode(pool, tmp_path, frames, output_format)).video)
+        for views in (wide, planar):
+            _, got = read((await encode(pool, tmp_path, views, output_format)).video)
+            assert np.array_equal(got, expected)
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import secrets
+import stat
 import sys
 import threading
 import time
@@ -102,9 +103,18 @@ async def test_a_job_is_deleted_as_one_tree(media: MediaStore) -> None:
 
 
 async def test_access_is_checked_without_a_trace(media: MediaStore) -> None:
-    await media.check_access()
-    with pytest.raises(MediaNotFoundError):
-        await media.get("access/file")
+    media.check_access()
+    assert not media._files.exists(media._root) or not media._files.ls(media._root)
+
+
+def test_a_folder_without_space_fails_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    media = MediaStore.open(str(tmp_path))
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(ConfigError, match=f"^--media-store {tmp_path}: OSError: .* No space left on device$"):
+        media.check_access()
 
 
 async def test_delete_removes_one_file_and_may_come_twice(media: MediaStore) -> None:
@@ -186,20 +196,18 @@ def test_a_bucket_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch
         MediaStore.open("s3://videos/x")
 
 
-async def test_a_bucket_that_does_not_exist_fails_the_check(s3: None) -> None:
+def test_a_bucket_that_does_not_exist_fails_the_check(s3: None) -> None:
     media = MediaStore.open("s3://nobody-made-this/x")
     with pytest.raises(ConfigError, match=r"^--media-store s3://nobody-made-this/x: .*does not exist"):
-        await media.check_access()
-    await media.close()
+        media.check_access()
 
 
-async def test_missing_credentials_fail_the_check(s3: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_credentials_fail_the_check(s3: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     media = MediaStore.open("s3://videos/x")
     with pytest.raises(ConfigError, match=r"^--media-store s3://videos/x: NoCredentialsError"):
-        await media.check_access()
-    await media.close()
+        media.check_access()
 
 
 @pytest.mark.parametrize(
@@ -259,4 +267,18 @@ async def test_files_are_read_by_their_owner_alone(tmp_path: Path) -> None:
     media = MediaStore.open(str(tmp_path / "media"))
     await media.put("video_1/inputs/0.png", b"a picture")
     assert (tmp_path / "media").stat().st_mode & 0o777 == 0o700
+    await media.close()
+
+
+async def test_a_stored_file_outlasts_a_loss_of_power(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is on the disk before it has its name, and its name before `put` ends."""
+    media, kinds, sync = MediaStore.open(str(tmp_path)), [], os.fsync
+
+    def noted(descriptor: int) -> None:
+        kinds.append(stat.S_IFMT(os.fstat(descriptor).st_mode))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    await media.put("video_1/1/video.mp4", b"a video")
+    assert kinds == [stat.S_IFREG, stat.S_IFDIR]
     await media.close()

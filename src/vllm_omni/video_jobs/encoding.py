@@ -19,7 +19,14 @@ from pathlib import Path
 
 import numpy as np
 
-from vllm_omni.errors import GenerationError, InvalidRequestError, RequestAbortedError, RequestError, error_line
+from vllm_omni.errors import (
+    GenerationError,
+    InvalidRequestError,
+    RequestAbortedError,
+    RequestError,
+    UnavailableError,
+    error_line,
+)
 from vllm_omni.video_file import frame_rate
 from vllm_omni.video_jobs.stills import Stills
 from vllm_omni.video_writer import MAX_SIDE, OUTPUT_FORMATS, VideoFileFormat, VideoFileWriter
@@ -37,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 SLICE_FRAMES = 4
 """Frames that a thread encodes of one video before it turns to the next video that waits."""
-ENCODER_THREADS = min(4, os.cpu_count() or 1)
+ENCODER_THREADS = min(4, len(os.sched_getaffinity(0)))
 """Threads of one encoder. More of them would hold more frames, and compete with the threads that feed the device."""
 
 
@@ -103,8 +110,10 @@ class VideoEncoderPool:
     ) -> VideoEncoding:
         """Begin a video, whose files are written in a new folder inside `folder`. Nothing blocks.
 
-        Raises InvalidRequestError as `check_video_file` does.
+        Raises InvalidRequestError as `check_video_file` does, and UnavailableError after `close`.
         """
+        if self._is_closed:
+            raise UnavailableError("the server is shutting down")
         rate = check_video_file(output_format, num_frames, height, width, fps)
         video_format = OUTPUT_FORMATS[output_format]
         encoding = VideoEncoding(self, video_format, num_frames, (height, width), rate, folder)
@@ -153,7 +162,6 @@ class VideoEncoding:
         self._writer: VideoFileWriter | None = None
         self._num_encoded = 0
         self._seconds = 0.0
-        self._is_discarded = False
         # Shared with the event loop, under the lock.
         self._lock = threading.Lock()
         self._waiting: deque[np.ndarray] = deque()
@@ -211,21 +219,24 @@ class VideoEncoding:
 
     def _advance(self) -> None:
         """Encode a few frames, in a thread; then wait behind the other videos."""
+        error: RequestError | None = None
         try:
             self._encode_slice()
             if self._num_encoded == self._num_frames and not self._result.done():
                 self._result.set_result(self._finish())
-        except Exception as error:
-            self._discard(_write_error(error))
-        if self._is_cancelled:
-            self._discard(RequestAbortedError("the video was cancelled"))
+        except Exception as failure:
+            error = _write_error(failure)
+        with self._lock:
+            if self._is_cancelled and error is None:
+                error = RequestAbortedError("the video was cancelled")
+            if error is None:  # else this is the last time
+                self._is_scheduled = False
+                if self._waiting:
+                    self._schedule()
+        if error is not None:
+            self._discard(error)
         if self._result.done():
             self._pool.ended(self)
-        with self._lock:
-            self._is_scheduled = False
-            # A cancellation may have come after it was looked for above.
-            if self._waiting or (self._is_cancelled and not self._is_discarded):
-                self._schedule()
 
     def _encode_slice(self) -> None:
         start = time.perf_counter()
@@ -256,7 +267,6 @@ class VideoEncoding:
 
     def _discard(self, error: RequestError) -> None:
         """Close and remove the files; end with `error` unless the video has ended."""
-        self._is_discarded = True
         with self._lock:
             self._waiting.clear()
             if not self._result.done():

@@ -27,6 +27,8 @@ PIECE_BYTES = 256 * 1024
 _READ_AHEAD_BYTES = 4 * 1024 * 1024
 """Bytes that one request to a bucket reads."""
 _NUM_THREADS = 8
+_OPTIONS: dict[str, dict[str, Any]] = {"s3": {"config_kwargs": {"connect_timeout": 10, "read_timeout": 60}}}
+"""Options of fsspec's file systems. Seconds: an address that does not answer is reported at start, not much later."""
 _KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*")
 """Segments of ASCII letters, digits, `_`, `-` and `.`, none of which begins with a dot."""
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -95,7 +97,9 @@ class MediaStore:
             raise ConfigError(f"{name} has no bucket: s3://BUCKET/PREFIX")
         try:
             # Other servers write to the store too: listings and instances that fsspec keeps would be out of date.
-            files, root = fsspec.core.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True)
+            files, root = fsspec.core.url_to_fs(
+                url, use_listings_cache=False, skip_instance_cache=True, **_OPTIONS.get(scheme, {})
+            )
         except ImportError:
             raise ConfigError(f"{name} needs the package s3fs: pip install 'vllm-omni[s3]'") from None
         if scheme == "file":
@@ -107,15 +111,15 @@ class MediaStore:
                 raise ConfigError(f"{name} cannot be read and written by this user")
         return cls(files, root, _without_secrets(url))
 
-    async def check_access(self) -> None:
-        """Write, read and delete a small file. Raises ConfigError, which names --media-store and the reason."""
-        key = f"access-{secrets.token_hex(8)}/file"
+    def check_access(self) -> None:
+        """Write, read and delete a small file. Blocks. Raises ConfigError, which names --media-store and the reason."""
+        folder = self._path(f"access-{secrets.token_hex(8)}")
         try:
-            await self.put(key, b"access")
-            await self.get(key)
-            await self.delete(key)
-        except MediaStoreError as error:
-            raise ConfigError(f"--media-store {self._url}: {error_line(error.__cause__ or error)}") from error
+            self._put(f"{folder}/file", b"access")
+            self._files.cat_file(f"{folder}/file")
+            self._delete_tree(folder)
+        except Exception as error:
+            raise ConfigError(f"--media-store {self._url}: {error_line(error)}") from error
 
     async def put(self, key: str, content: bytes | Path) -> None:
         """Store bytes or a copy of a file. A file of this key is replaced once the new one is whole.
@@ -234,10 +238,20 @@ def _write_to_folder(path: str, content: bytes | Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+        _sync_folder(folder)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(part)
         raise
+
+
+def _sync_folder(path: str) -> None:
+    """Make a rename in a folder outlast a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _without_secrets(url: str) -> str:
