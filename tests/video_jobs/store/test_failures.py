@@ -209,3 +209,9 @@ async def test_a_store_closes_while_calls_are_under_way(store_url: str, clock: C
     await asyncio.gather(*adds)
     with pytest.raises(UnavailableError, match="closed"):
         await store.counts()
+
+
+async def test_calls_may_come_from_several_event_loops(store: JobStore) -> None:
+    job = await publish(store)
+    elsewhere = await asyncio.to_thread(lambda: asyncio.run(store.get(job.id, OWNER)))
+    assert elsewhere == await store.get(job.id, OWNER)
