@@ -55,7 +55,7 @@ class PostgresServer:
 
     def stop(self) -> None:
         """End the server at once; its connections break."""
-        self._process.send_signal(signal.SIGINT)
+        self._process.send_signal(signal.SIGQUIT)
         self._process.wait()
 
     def url(self, database: str) -> str:

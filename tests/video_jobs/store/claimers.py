@@ -12,10 +12,10 @@ NUM_PROCESSES = 8
 
 
 async def claim_all(url: str) -> list[str]:
-    """Ids of the jobs that this process has claimed, a few at a time."""
+    """Ids of the jobs that this process has claimed, one at a time."""
     store = open_test_store(url, Clock())
     ids: list[str] = []
-    while claimed := await store.claim(f"server {os.getpid()}", MODEL, 3):
+    while claimed := await store.claim(f"server {os.getpid()}", MODEL, 1):
         ids += [each.job.id for each in claimed]
     await store.close()
     return ids

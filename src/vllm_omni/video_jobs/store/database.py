@@ -10,11 +10,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Engine, create_engine, event, text
-from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError
+from sqlalchemy import URL, Connection, Engine, create_engine, event, text
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, ProgrammingError
 from sqlalchemy.orm import Session
 
-from vllm_omni.errors import ConfigError, RequestError, StoreFullError, UnavailableError, error_line
+from vllm_omni.errors import ConfigError, RequestError, StoreFullError, UnavailableError, error_line, to_one_line
 from vllm_omni.video_jobs.store.migrations import upgrade
 from vllm_omni.video_jobs.store.urls import parse_store_url, without_password
 
@@ -51,16 +51,10 @@ class Database:
         parsed = parse_store_url(url)
         self._is_postgres = parsed.get_backend_name() == "postgresql"
         self._clock = clock if clock or self._is_postgres else time.time
-        options: dict[str, Any] = {"pool_pre_ping": True} if self._is_postgres else {}
-        given = _POSTGRES_CONNECTION if self._is_postgres else {"timeout": _BUSY_SECONDS}
-        engine = create_engine(
-            parsed,
-            connect_args={name: value for name, value in given.items() if name not in parsed.query},
-            json_serializer=partial(json.dumps, allow_nan=False),
-            pool_size=NUM_CONNECTIONS,
-            max_overflow=0,
-            **options,
-        )
+        try:
+            engine = _make_engine(parsed)
+        except (ArgumentError, ValueError) as error:  # a wrong option in the URL
+            raise ConfigError(f"--job-store {without_password(url)}: {to_one_line(str(error))}") from error
         self._reads = engine.execution_options(begin="BEGIN")
         self._writes = engine.execution_options(begin="BEGIN IMMEDIATE")
         if not self._is_postgres:
@@ -116,8 +110,9 @@ class Database:
             return result
 
     def _start(self, session: Session) -> float:
-        """Time of the transaction; on PostgreSQL its statements get a time limit."""
-        time_of_database = session.execute(_POSTGRES_START).one()[0] if self._is_postgres else 0.0
+        """Begin the transaction and return its time; on PostgreSQL its statements get a time limit."""
+        connection = session.connection()  # on SQLite a write has the file to itself from here on
+        time_of_database = connection.execute(_POSTGRES_START).one()[0] if self._is_postgres else 0.0
         return self._clock() if self._clock else float(time_of_database)
 
 
@@ -127,6 +122,22 @@ class _CommitError(Exception):
     def __init__(self, cause: DBAPIError) -> None:
         super().__init__(str(cause))
         self.cause = cause
+
+
+def _make_engine(url: URL) -> Engine:
+    is_postgres = url.get_backend_name() == "postgresql"
+    settings = _POSTGRES_CONNECTION if is_postgres else {"timeout": _BUSY_SECONDS}
+    # Each statement sees what was committed before it: `add` counts rows after it has waited for its lock.
+    isolation: dict[str, Any] = {"isolation_level": "READ COMMITTED"} if is_postgres else {}
+    return create_engine(
+        url,
+        **isolation,
+        connect_args={name: value for name, value in settings.items() if name not in url.query},
+        json_serializer=partial(json.dumps, allow_nan=False),
+        pool_size=NUM_CONNECTIONS,
+        max_overflow=0,
+        pool_pre_ping=is_postgres,  # a server that was restarted is connected again
+    )
 
 
 def _begin_transactions_as_asked(engine: Engine) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
-from vllm_omni.errors import LeaseLostError, RequestError
+from vllm_omni.errors import LeaseLostError, RequestError, UnavailableError
 from vllm_omni.video_jobs.records import ClaimedJob, JobStatus, VideoJob
 from vllm_omni.video_jobs.store import leases, lifetimes, visible
-from vllm_omni.video_jobs.store.database import NUM_CONNECTIONS, Database
+from vllm_omni.video_jobs.store.database import NUM_CONNECTIONS, Database, Work
 from vllm_omni.video_jobs.store.limits import StoreLimits
 
 Result = TypeVar("Result")
@@ -24,9 +25,10 @@ Ids = list[str]
 class JobStore:
     """Store of video jobs.
 
-    Each method is one transaction, which runs in a thread. A method raises UnavailableError if the database does not
-    answer, and StoreFullError if its disk is full; then nothing has changed, unless the connection was lost during
-    the commit. A method with a `fence` raises LeaseLostError if the claim does not hold any more.
+    Each method is one transaction, which runs in a thread; any event loop may call it. A method raises UnavailableError
+    if the database does not answer, and StoreFullError if its disk is full; then nothing has changed, unless the
+    connection was lost during the commit. A method with a `fence` raises LeaseLostError if the claim does not hold any
+    more.
     """
 
     def __init__(self, database: Database, limits: StoreLimits) -> None:
@@ -42,7 +44,10 @@ class JobStore:
         await self._write(partial(lifetimes.add, job=job, limits=self._limits))
 
     async def publish(self, job_id: str) -> None:
-        """Make the job visible and claimable. Raises JobNotFoundError if it was deleted as abandoned."""
+        """Make the job visible, and claimable unless it was added as completed.
+
+        Raises JobNotFoundError if it was deleted as abandoned.
+        """
         await self._write(partial(lifetimes.publish, job_id=job_id))
 
     async def get(self, job_id: str, owner: str) -> VideoJob:
@@ -63,11 +68,11 @@ class JobStore:
         Claims of a call that is cancelled are released.
         """
         call = partial(leases.claim, server=server, served_model=served_model, limit=limit, limits=self._limits)
-        running = self._threads.submit(self._database.write, call)
+        running = self._submit(self._database.write, call)
         try:
             return await asyncio.wrap_future(running)
         except asyncio.CancelledError:
-            self._threads.submit(self._release_claims, running)
+            running.add_done_callback(self._release_claims)  # in the thread that claims
             raise
 
     async def renew(self, claims: Mapping[str, int], progress: Mapping[str, int]) -> set[str]:
@@ -153,22 +158,23 @@ class JobStore:
         await asyncio.to_thread(self._threads.shutdown)
         self._database.close()
 
-    async def _read(self, work: Callable[..., Result]) -> Result:
-        return await asyncio.wrap_future(self._threads.submit(self._database.read, work))
+    async def _read(self, work: Work[Result]) -> Result:
+        return await asyncio.wrap_future(self._submit(self._database.read, work))
 
-    async def _write(self, work: Callable[..., Result]) -> Result:
-        return await asyncio.wrap_future(self._threads.submit(self._database.write, work))
+    async def _write(self, work: Work[Result]) -> Result:
+        return await asyncio.wrap_future(self._submit(self._database.write, work))
+
+    def _submit(self, run: Callable[[Work[Result]], Result], work: Work[Result]) -> Future[Result]:
+        try:
+            return self._threads.submit(run, work)
+        except RuntimeError as error:
+            raise UnavailableError("The store of video jobs is closed: the server is shutting down.") from error
 
     def _release_claims(self, running: Future[Claims]) -> None:
         """Release the claims of a call that nobody waits for any more."""
-        if running.cancelled():
+        if running.cancelled() or running.exception() is not None:
             return
-        try:
-            claimed = running.result()
-        except RequestError:
-            return
-        for one in claimed:
-            try:
-                self._database.write(partial(leases.release, job_id=one.job.id, fence=one.fence))
-            except (LeaseLostError, RequestError):
-                continue  # the lease ends by itself
+        for claimed in running.result():
+            # Where this fails, the lease ends by itself.
+            with contextlib.suppress(LeaseLostError, RequestError):
+                self._database.write(partial(leases.release, job_id=claimed.job.id, fence=claimed.fence))

@@ -35,14 +35,13 @@ def parse_store_url(text: str) -> URL:
 
 
 def without_password(text: str) -> str:
-    """`text` in one line, in which `***` stands for the password of a URL."""
-    return re.sub(
-        r":[^:@/]*@|(?<=password=)[^&]*", lambda found: ":***@" if "@" in found[0] else "***", to_one_line(text)
-    )
+    """`text` in one line, in which `***` stands for the password of a URL, whatever characters it has."""
+    without = re.sub(r":(?!//).*@", ":***@", to_one_line(text))
+    return re.sub(r"(?<=password=)[^&]*", "***", without)
 
 
 def _sqlite_url(url: URL) -> URL:
-    """URL with an absolute path; the folder is made. Raises ConfigError."""
+    """URL with an absolute path; the folder and an empty file are made. Raises ConfigError."""
     shown = without_password(str(url))
     if url.database in (None, "", ":memory:") or url.query or url.host:
         raise ConfigError(f"--job-store {_TAKES}: a file without options, got {shown!r}")
@@ -50,6 +49,7 @@ def _sqlite_url(url: URL) -> URL:
     try:
         # Prompts and pictures are the users' own: nobody else reads them.
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.touch(mode=0o600)
     except OSError as error:
-        raise ConfigError(f"--job-store {shown}: cannot make the folder {path.parent}: {error.strerror}") from error
+        raise ConfigError(f"--job-store {shown}: cannot make {error.filename}: {error.strerror}") from error
     return url.set(drivername="sqlite+pysqlite", database=str(path))
