@@ -175,7 +175,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--deletes", type=float, default=0.25, help="share of the jobs that are deleted early")
     parser.add_argument("--fault-every", type=float, default=10.0, help="seconds between two kills")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--least-psnr", type=float, default=40.0, help="dB of decoded frames to those of the calm")
+    # A lossy file enlarges differences in the last bit; a video of another seed has less than 20 dB.
+    parser.add_argument("--least-psnr", type=float, default=35.0, help="dB of decoded frames to those of the calm")
     parser.add_argument("--most-megabytes", type=float, default=64.0, help="by which the first server may grow")
     parser.add_argument("--out", type=Path, default=Path("out/soak_videos"), help="folder for the store and the logs")
     parser.add_argument("flags", nargs="*", metavar="-- FLAG ...", help="further flags of the servers")

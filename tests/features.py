@@ -46,6 +46,7 @@ CACHE = f"{COMPUTE}/cache"
 FP8 = f"{COMPUTE}/families/test_float8.py"
 OPENAI = "tests/entrypoints/openai"
 FAMILIES = "tests/test_families.py"
+RESUME = f"{DIFFUSION}/compute/worker/test_resume.py"
 COMPILING = f"{COMPUTE}/startup/test_compiling.py"
 LAYOUTS = f"{COMPUTE}/worker/test_layouts.py"
 EDIT_LAYOUTS = f"{COMPUTE}/worker/test_edit_layouts.py"
@@ -261,6 +262,19 @@ FEATURES = (
         ),
     ),
     Feature(
+        "checkpoints: a request resumes on any worker and layout; same pixels",
+        (
+            yes(f"{RESUME}::test_a_resumed_request_gives_the_pixels_of_the_undisturbed_run[qwen_image]"),
+            yes(f"{FAMILIES}::test_a_killed_worker_costs_the_steps_since_the_newest_checkpoint[edits]"),
+            yes(f"{RESUME}::test_a_resumed_request_gives_the_pixels_of_the_undisturbed_run[z_image]"),
+            yes(
+                f"{RESUME}::test_a_resumed_request_gives_the_pixels_of_the_undisturbed_run[two experts]",
+                f"{RESUME}::test_a_request_resumes_on_another_layout",
+            ),
+            Cell("no: replayed from the start"),
+        ),
+    ),
+    Feature(
         "Ulysses, ring, CFG, tensor and data parallelism, combined; same pixels",
         (
             yes(
@@ -317,12 +331,17 @@ FEATURES = (
             EMPTY,
             EMPTY,
             EMPTY,
-            yes(WAN_BATCHES, text="offline"),
+            yes(
+                WAN_BATCHES,
+                f"{OPENAI}/routes/test_video_chats.py::test_a_real_model_makes_the_frames_of_the_videos_route",
+                text="yes",
+            ),
             yes(
                 f"{WHOLE_VIDEOS}::test_frames_are_diffusers_own",
                 f"{WHOLE_VIDEOS}::test_a_picture_becomes_a_video",
                 f"{OPENAI}/routes/test_pictures_of_video_models.py::test_text_becomes_pictures_of_the_default_size[whole]",
-                text="offline",
+                f"{OPENAI}/routes/test_whole_videos.py::test_a_job_and_a_chat_have_diffusers_own_frames",
+                text="yes",
             ),
         ),
     ),

@@ -42,6 +42,8 @@ class Job:
         self._indices = {request.request_id: index for index, request in enumerate(self.requests)}
         self._steps = [0 if request.resume is None else request.resume.step for request in self.requests]
         """Denoising steps done, of each request."""
+        self._begun: set[int] = set()
+        """Numbers of the requests whose first plan has begun."""
 
     @property
     def is_done(self) -> bool:
@@ -57,6 +59,8 @@ class Job:
         index = self._indices[event.request_id]
         request, done = self.requests[index], isinstance(event, Finished)
         frames = event if isinstance(event, Frames) else None
+        if not isinstance(event, Checkpointed):  # one that is asked for may come before the first plan
+            self._begun.add(index)
         if isinstance(event, StepDone | Preview):
             self._steps[index] = max(self._steps[index], event.step)  # a replay may deliver a late preview
         return self._output(
@@ -64,7 +68,7 @@ class Job:
             images=[self._image(event.image)] if isinstance(event, Finished | Preview) else [],
             timings=event.timings if isinstance(event, Finished) else {},
             index=index,
-            started=True,
+            started=index in self._begun,
             step=request.num_steps if done or frames else self._steps[index],
             num_output_tokens=request.num_image_tokens if done else 0,
             first_frame=frames.first if frames else 0,

@@ -35,9 +35,6 @@ class OmniRequestOutput:
     seeds: list[int] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     finished: bool = False
-    started: bool = False
-    """Whether the first plan of output `index` has begun to run, as far as this message knows; the first message of an
-    output says only this."""
     index: int = 0
     """Number of the output that a progress message is about, from 0."""
     step: int = 0
@@ -53,15 +50,17 @@ class OmniRequestOutput:
     frames: np.ndarray | None = None
     """In a progress message: the next finished frames of the video of output `index`, while the rest is decoded. uint8
     [frames, height, width, 3]; None in all other messages."""
+    error: RequestError | None = None
+    """Failure of this prompt, which then has no images; see `Omni.generate`."""
+    fps: int | None = None
+    """Frames a second at which the videos are to be played; None: pictures, or the model does not say."""
+    started: bool = False
+    """Whether the first plan of output `index` has begun to run; the first message after that says only this."""
     checkpoint: Checkpoint | None = None
     """In a progress message: a new checkpoint of output `index`; `generate(resume=...)` goes on from it."""
     checkpointed: bool = False
     """Whether a progress message brings a checkpoint, or answers `AsyncOmni.request_checkpoint`: `checkpoint` is None
     in an answer where nothing has run."""
-    error: RequestError | None = None
-    """Failure of this prompt, which then has no images; see `Omni.generate`."""
-    fps: int | None = None
-    """Frames a second at which the videos are to be played; None: pictures, or the model does not say."""
 
     @property
     def request_output(self) -> OmniRequestOutput:

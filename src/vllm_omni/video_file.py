@@ -14,9 +14,8 @@ import numpy as np
 from PIL import Image
 
 from vllm_omni.inputs.field_values import shown
-from vllm_omni.video_writer import MAX_SIDE, OUTPUT_FORMATS, VideoFileWriter
+from vllm_omni.video_writer import MAX_FPS, MAX_SIDE, MIN_FPS, OUTPUT_FORMATS, VideoFileWriter
 
-MIN_FPS, MAX_FPS = 0.01, 1000
 _TAKES = "frames take uint8 arrays [frames, height, width, 3] (NumPy or torch), or a list of PIL images or of arrays"
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from av import VideoFrame
     from av.video.stream import VideoStream
 
+MIN_FPS, MAX_FPS = 0.01, 1000
 MAX_SIDE = 16384
 """Longest side, in pixels, of the encoders' pictures."""
 _SAMPLE_PIXELS = 40_000
@@ -35,7 +36,7 @@ class VideoFileFormat:
     """Settings of the encoder."""
     container_options: Mapping[str, str] = field(default_factory=dict)
     pixel_format: str = "yuv420p"
-    max_fps: int = 1000
+    max_fps: int = MAX_FPS
     """Largest frame rate that players show."""
 
 

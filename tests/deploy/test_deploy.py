@@ -18,9 +18,9 @@ from vllm_omni.entrypoints.cli.args import parse_args
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def deployment() -> dict[str, Any]:
-    kinds = {part["kind"]: part for part in yaml.safe_load_all((ROOT / "deploy/kubernetes.yaml").read_text())}
+@pytest.fixture(scope="module", params=["kubernetes", "videos"])
+def deployment(request: pytest.FixtureRequest) -> dict[str, Any]:
+    kinds = {part["kind"]: part for part in yaml.safe_load_all((ROOT / f"deploy/{request.param}.yaml").read_text())}
     assert kinds["Service"]["spec"]["selector"] == kinds["Deployment"]["spec"]["selector"]["matchLabels"]
     assert kinds["Deployment"]["spec"]["template"]["metadata"]["labels"] == kinds["Service"]["spec"]["selector"]
     template: dict[str, Any] = kinds["Deployment"]["spec"]["template"]
@@ -30,7 +30,9 @@ def deployment() -> dict[str, Any]:
 def test_the_pods_command_line_parses_and_its_ports_agree(deployment: dict[str, Any]) -> None:
     (container,) = deployment["spec"]["containers"]
     args = parse_args(["serve", *container["args"]])
-    assert args.config.model == "demo"
+    is_shared = args.videos.job_store is not None
+    assert args.config.model == ("demo-video" if is_shared else "demo")
+    assert is_shared == (args.videos.media_store is not None) == ("envFrom" in container)
     assert {"name": "http", "containerPort": args.http.port} in container["ports"]
     assert deployment["metadata"]["annotations"]["prometheus.io/port"] == str(args.http.port)
 

@@ -103,8 +103,18 @@ async def test_a_job_is_deleted_as_one_tree(media: MediaStore) -> None:
 
 
 async def test_access_is_checked_without_a_trace(media: MediaStore) -> None:
-    await media.check_access()
+    media.check_access()
     assert not media._files.exists(media._root) or not media._files.ls(media._root)
+
+
+def test_a_folder_without_space_fails_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    media = MediaStore.open(str(tmp_path))
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(ConfigError, match=f"^--media-store {tmp_path}: OSError: .* No space left on device$"):
+        media.check_access()
 
 
 async def test_delete_removes_one_file_and_may_come_twice(media: MediaStore) -> None:
@@ -186,20 +196,18 @@ def test_a_bucket_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch
         MediaStore.open("s3://videos/x")
 
 
-async def test_a_bucket_that_does_not_exist_fails_the_check(s3: None) -> None:
+def test_a_bucket_that_does_not_exist_fails_the_check(s3: None) -> None:
     media = MediaStore.open("s3://nobody-made-this/x")
     with pytest.raises(ConfigError, match=r"^--media-store s3://nobody-made-this/x: .*does not exist"):
-        await media.check_access()
-    await media.close()
+        media.check_access()
 
 
-async def test_missing_credentials_fail_the_check(s3: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_credentials_fail_the_check(s3: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     media = MediaStore.open("s3://videos/x")
     with pytest.raises(ConfigError, match=r"^--media-store s3://videos/x: NoCredentialsError"):
-        await media.check_access()
-    await media.close()
+        media.check_access()
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from PIL import Image
 from vllm_omni.diffusion.control.request_builder import MAX_PREVIEWS, CheckedPrompt
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, OmniPrompt
 from vllm_omni.jobs import Job
+from vllm_omni.video_jobs.encoding import check_video_file
 from vllm_omni.video_jobs.records import VideoJob, new_job_id
 
 MAX_PREVIEW_SHARE = 0.1
@@ -43,7 +44,10 @@ class NewVideo:
 
 
 def new_job(new: NewVideo, job: Job, served_model: str, work_seconds: float, shows_previews: bool) -> VideoJob:
-    """Row of a new job. `job`: the same request as the engine would run it, with its seed drawn and its price."""
+    """Row of a new job. `job`: the same request as the engine would run it, with its seed drawn and its price.
+
+    Raises InvalidRequestError for a video that no file of the format can hold.
+    """
     job_id, request = new_job_id(), job.requests[0].request
     params = replace(new.checked.params, seed=request.seed, num_frames=request.num_frames, fps=request.fps)
     if new.checked.given.lora_request is None:  # the default of the server that runs it: its path is on that server
@@ -52,6 +56,7 @@ def new_job(new: NewVideo, job: Job, served_model: str, work_seconds: float, sho
         params = replace(params, num_previews=num_affordable_previews(job))
     negative = new.checked.prompt.negative_prompt
     fps = request.fps or DEFAULT_FPS
+    check_video_file(new.output_format, request.num_frames, request.height, request.width, fps)
     return VideoJob(
         id=job_id,
         owner=new.owner,

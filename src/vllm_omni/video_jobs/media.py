@@ -111,16 +111,15 @@ class MediaStore:
                 raise ConfigError(f"{name} cannot be read and written by this user")
         return cls(files, root, _without_secrets(url))
 
-    async def check_access(self) -> None:
-        """Write, read and delete a small file. Raises ConfigError, which names --media-store and the reason."""
-        folder = f"access-{secrets.token_hex(8)}"
-        key = f"{folder}/file"
+    def check_access(self) -> None:
+        """Write, read and delete a small file. Blocks. Raises ConfigError, which names --media-store and the reason."""
+        folder = self._path(f"access-{secrets.token_hex(8)}")
         try:
-            await self.put(key, b"access")
-            await self.get(key)
-            await self.delete_tree(folder)
-        except MediaStoreError as error:
-            raise ConfigError(f"--media-store {self._url}: {error_line(error.__cause__ or error)}") from error
+            self._put(f"{folder}/file", b"access")
+            self._files.cat_file(f"{folder}/file")
+            self._delete_tree(folder)
+        except Exception as error:
+            raise ConfigError(f"--media-store {self._url}: {error_line(error)}") from error
 
     async def put(self, key: str, content: bytes | Path) -> None:
         """Store bytes or a copy of a file. A file of this key is replaced once the new one is whole.

@@ -28,7 +28,7 @@ JobStatus = Literal["queued", "in_progress", "completed", "failed"]
 JOB_STATUSES: tuple[JobStatus, ...] = ("queued", "in_progress", "completed", "failed")
 
 MAX_ATTEMPTS = 3
-"""Claims of a job whose servers died; then it fails, because the job itself may be the reason."""
+"""Servers in a row that die with a job, without a checkpoint of it between; then it fails, as the job may be why."""
 
 
 @dataclass(frozen=True)

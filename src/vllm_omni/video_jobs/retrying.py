@@ -1,11 +1,11 @@
-"""Calls of stores that may be away for a while."""
+"""Calls of stores that may be away for a while, and calls that end although their caller is cancelled."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 
@@ -32,3 +32,13 @@ async def retrying(
                 raise
         await asyncio.sleep(pause)
         pause = min(2 * pause, MAX_PAUSE_SECONDS)
+
+
+async def uninterrupted(call: Coroutine[Any, Any, Result]) -> Result:
+    """Result of `call`, whose thread cannot be stopped: a caller that is cancelled waits for its end first."""
+    task = asyncio.create_task(call)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.gather(task, return_exceptions=True)
+        raise

@@ -33,7 +33,7 @@ from vllm_omni.video_jobs.live_job import LiveJob, StopReason
 from vllm_omni.video_jobs.media import MediaNotFoundError, MediaStore, MediaStoreError, MediaStoreFullError
 from vllm_omni.video_jobs.observer import VideoObserver
 from vllm_omni.video_jobs.progress import WRITING_PERCENT, JobProgress
-from vllm_omni.video_jobs.retrying import retrying
+from vllm_omni.video_jobs.retrying import retrying, uninterrupted
 from vllm_omni.video_jobs.video_maker import VideoMaker, is_whole_output
 
 if TYPE_CHECKING:
@@ -201,13 +201,12 @@ class JobRunner:
             await asyncio.to_thread(encoded.remove)
         if live.start_note is not None:
             await live.start_note  # a late one must not come after the end
-        call = partial(self.store.complete, live.id, live.claim.fence, outputs)
+        complete = partial(self.store.complete, live.id, live.claim.fence, outputs)
         try:
-            await self._persist(call)
+            await self._persist(lambda: uninterrupted(complete()))
         except LeaseLostError:
             # A commit whose answer was lost is refused when it is repeated.
-            job = await self.store.get(live.id, live.claim.job.owner)
-            if dict(job.outputs) != outputs:
+            if not await self._has_recorded(live):
                 raise
         live.unrecorded.clear()
         await self._discard_checkpoint(live)
@@ -217,19 +216,22 @@ class JobRunner:
         outputs = {variant: f"{live.folder}/{file.name}" for variant, file in files.items()}
         for variant, file in files.items():
             live.unrecorded.add(outputs[variant])
-            await self._put(outputs[variant], file)
+            await retrying(
+                # A file must not appear after its removal.
+                partial(self._put, outputs[variant], file),
+                MediaStoreError,
+                MEDIA_SECONDS,
+                never=MediaStoreFullError,
+            )
         return outputs
 
     async def _put(self, key: str, file: Path) -> None:
-        """Store a file. A cancelled call waits for its end: a file must not appear after its removal."""
-        writing = asyncio.create_task(
-            retrying(partial(self.media.put, key, file), MediaStoreError, MEDIA_SECONDS, never=MediaStoreFullError)
-        )
-        try:
-            await asyncio.shield(writing)
-        except asyncio.CancelledError:
-            await asyncio.wait([writing])
-            raise
+        await uninterrupted(self.media.put(key, file))
+
+    async def _has_recorded(self, live: LiveJob) -> bool:
+        """Whether the job's row names the files of this claim. Raises JobNotFoundError and UnavailableError."""
+        job = await self.store.get(live.id, live.claim.job.owner)
+        return bool(job.outputs) and {*job.outputs.values()} == live.unrecorded
 
     async def _end_failed(self, live: LiveJob, error: RequestError) -> None:
         if self.omni.status().state == "failed":
@@ -251,6 +253,14 @@ class JobRunner:
 
     async def _give_back(self, live: LiveJob) -> None:
         """End the claim, so that any server may go on, or the deletion of the job can end."""
+        try:
+            if live.unrecorded and await self._has_recorded(live):
+                return  # it was completed while its task was cancelled
+        except JobNotFoundError:
+            pass
+        except RequestError as error:  # the files go with the job
+            logger.warning("video job %s is free when its lease ends: %s", live.id, error)
+            return
         await self._discard(*live.unrecorded)
         try:
             await self.store.release(live.id, live.claim.fence)

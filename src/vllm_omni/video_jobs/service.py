@@ -28,9 +28,9 @@ from vllm_omni.video_jobs.watching import VideoEvent
 
 
 def check_stores(settings: VideoJobSettings) -> None:
-    """Raise ConfigError unless both stores can be opened; their folders and tables are made. Blocks."""
+    """Raise ConfigError unless both stores can be read and written; their folders and tables are made. Blocks."""
     check_job_store(settings.job_store_url)
-    MediaStore.open(settings.media_store_url)
+    MediaStore.open(settings.media_store_url).check_access()
 
 
 class VideoJobs:
@@ -75,7 +75,7 @@ class VideoJobs:
     # Calls of clients ---------------------------------------------------------------------------------------
 
     async def create(self, new: NewVideo) -> VideoJob:
-        """Make a job. Raises TooManyJobsError, StoreFullError, and whatever the engine raises for the request."""
+        """Make a job. Raises TooManyJobsError, StoreFullError, and as `new_job` and the engine do."""
         parts = self._running_parts()
         if self._is_draining:
             raise UnavailableError("the server is draining", retry_after=1.0)

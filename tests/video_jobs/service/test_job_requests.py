@@ -12,6 +12,7 @@ from PIL import Image
 from tests.diffusion.control.builders import READY, VIDEO
 from vllm_omni.diffusion.control.request_builder import RequestBuilder
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, OmniPrompt
 from vllm_omni.jobs import Job
 from vllm_omni.video_jobs.job_requests import NewVideo, new_job, params_from_json, params_to_json, stored_prompt
@@ -22,10 +23,12 @@ def builder(**settings: object) -> RequestBuilder:
     return RequestBuilder(OmniDiffusionConfig("video", **settings), VIDEO, READY)  # type: ignore[arg-type]
 
 
-def row(prompt: OmniPrompt, params: OmniDiffusionSamplingParams, requests: RequestBuilder) -> tuple[VideoJob, Job]:
+def row(
+    prompt: OmniPrompt, params: OmniDiffusionSamplingParams, requests: RequestBuilder, output_format: str = "mp4"
+) -> tuple[VideoJob, Job]:
     checked = requests.check(prompt, params)
     job = Job("r", prompt.prompt, "np", requests.build_checked(checked, "r"))
-    return new_job(NewVideo("", "m", prompt, checked), job, "m", 1.0, shows_previews=True), job
+    return new_job(NewVideo("", "m", prompt, checked, (), output_format), job, "m", 1.0, shows_previews=True), job
 
 
 @pytest.mark.parametrize(
@@ -84,3 +87,16 @@ def test_pictures_are_read_from_the_stored_files() -> None:
     prompt = stored_prompt(job, [file.getvalue()], "a bear")
     assert prompt.prompt == "a bear"
     assert np.array_equal(np.asarray(prompt.images[0]), pixels)
+
+
+@pytest.mark.parametrize(
+    ("output_format", "fps", "param", "words"),
+    [
+        ("avi", 8, "output_format", "takes mp4, webm, gif"),
+        ("gif", 60, "fps", "gif: fps takes a number from 0.01 to 50"),
+    ],
+)
+def test_a_video_that_no_file_can_hold_becomes_no_row(output_format: str, fps: int, param: str, words: str) -> None:
+    with pytest.raises(InvalidRequestError, match=words) as caught:
+        row(OmniPrompt("a panda"), OmniDiffusionSamplingParams(fps=fps), builder(), output_format)
+    assert caught.value.param == param

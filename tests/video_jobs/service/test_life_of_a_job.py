@@ -127,7 +127,7 @@ async def test_a_full_disk_fails_one_job_and_no_other(tmp_path: Path, monkeypatc
 
     async def put_or_fail(media: MediaStore, key: str, content: bytes | Path) -> None:
         if key.partition("/")[0] in full and key.endswith(("webp", "jpg")):
-            raise MediaStoreFullError("the media store is full (--media-store media)")
+            raise MediaStoreFullError("the server's media store is full")
         await put(media, key, content)
 
     monkeypatch.setattr(MediaStore, "put", put_or_fail)
@@ -231,7 +231,7 @@ async def test_a_job_whose_pictures_cannot_be_stored_leaves_nothing(
     from vllm_omni.video_jobs.media import MediaStore
 
     async def fail(media: MediaStore, key: str, content: bytes) -> None:
-        raise MediaStoreFullError("the media store is full (--media-store media)")
+        raise MediaStoreFullError("the server's media store is full")
 
     async with running_server(tmp_path) as server:
         monkeypatch.setattr(MediaStore, "put", fail)

@@ -89,7 +89,7 @@ async def test_a_job_whose_checkpoint_is_lost_begins_from_the_start(tmp_path: Pa
         ended = await server.ended(job.id)
         assert ended.status == "completed"
         assert num_steps_run(server.device) == NUM_STEPS
-        assert server.files() == sorted(ended.outputs.values())
+        await until(lambda: server.files() == sorted(ended.outputs.values()))
 
 
 async def test_an_engine_that_gives_up_counts_as_an_attempt(tmp_path: Path) -> None:

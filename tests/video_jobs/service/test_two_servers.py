@@ -14,6 +14,7 @@ from tests.video_jobs.service.servers import OWNER, SLOW_DECODE, Server, running
 from tests.video_jobs.service.test_life_of_a_job import all_jobs, held_device, run_until
 from vllm_omni.diffusion.control.plans_in_flight import MAX_PLANS_IN_FLIGHT
 from vllm_omni.video_jobs.records import VideoJob
+from vllm_omni.video_jobs.store.job_store import JobStore
 
 SHORT_LEASE = 0.3
 MANY_STEPS = 20
@@ -53,7 +54,7 @@ async def test_a_drained_job_goes_on_elsewhere_from_its_newest_step(tmp_path: Pa
             num_repeated = num_steps_run(second.device) - (MANY_STEPS - steps_of_first)
             assert 0 <= num_repeated <= MAX_PLANS_IN_FLIGHT, "plans that were sent before the checkpoint came"
             assert await video_of(second, ended) == await calm_video(tmp_path / "calm")
-            assert second.files() == sorted(ended.outputs.values())
+            await until(lambda: second.files() == sorted(ended.outputs.values()))  # without the checkpoint
 
 
 async def test_a_drain_completes_a_job_whose_frames_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,6 +76,29 @@ async def test_a_drain_completes_a_job_whose_frames_are_made(tmp_path: Path, mon
         may_write.set()
         await draining
         assert (await server.view(job.id)).job.status == "completed"
+
+
+async def test_a_drain_that_comes_while_a_job_is_completed_keeps_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete, completing, may_go_on = JobStore.complete, asyncio.Event(), asyncio.Event()
+
+    async def slow_complete(store: JobStore, *args: Any) -> None:
+        await complete(store, *args)
+        completing.set()
+        await may_go_on.wait()
+
+    monkeypatch.setattr(JobStore, "complete", slow_complete)
+    async with running_server(tmp_path) as server:
+        job = await server.create()
+        await completing.wait()
+        draining = asyncio.create_task(server.videos.drain(0.0))
+        await asyncio.sleep(0.02)
+        may_go_on.set()
+        await draining
+        ended = (await server.view(job.id)).job
+        assert ended.status == "completed"
+        assert server.files() == sorted(ended.outputs.values())
 
 
 async def test_a_drain_ends_in_time_and_gives_back_what_waits(tmp_path: Path) -> None:

@@ -49,6 +49,11 @@ class Failing:
         return "done"
 
 
+def close_connections(postgres: PostgresServer) -> None:
+    """Close all connections of stores, which notice it at their next statement."""
+    postgres.execute("SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity WHERE datname LIKE 'test_%'")
+
+
 @pytest.fixture
 def database(store_url: str) -> Iterator[Database]:
     database = Database(store_url)
@@ -144,9 +149,17 @@ async def test_connections_that_postgres_closed_are_made_again(
     store = open_test_store(postgres_url, clock)
     job = await publish(store)
     for _ in range(3):
-        postgres.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname LIKE 'test_%'")
+        close_connections(postgres)
         assert await store.get(job.id, OWNER) == job
     await store.close()
+
+
+@pytest.mark.thorough
+def test_a_closed_connection_does_not_count_as_a_failure(postgres: PostgresServer, postgres_url: str) -> None:
+    database = Database(postgres_url)
+    close_connections(postgres)
+    assert database.write(Failing(1)) == "done"
+    database.close()
 
 
 @pytest.mark.thorough
@@ -196,3 +209,9 @@ async def test_a_store_closes_while_calls_are_under_way(store_url: str, clock: C
     await asyncio.gather(*adds)
     with pytest.raises(UnavailableError, match="closed"):
         await store.counts()
+
+
+async def test_calls_may_come_from_several_event_loops(store: JobStore) -> None:
+    job = await publish(store)
+    elsewhere = await asyncio.to_thread(lambda: asyncio.run(store.get(job.id, OWNER)))
+    assert elsewhere == await store.get(job.id, OWNER)

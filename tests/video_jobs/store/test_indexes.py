@@ -77,6 +77,7 @@ def fill(url: str) -> None:
             "status": "queued" if number % 10 == 0 else "completed",
             "expires_at": 1e9 + number,
             "fence": 0,
+            "num_stalled_attempts": 0,
             "lease_ends_at": 1e9 if number % 1000 == 0 else 0.0,
         }
         for number in range(NUM_JOBS)

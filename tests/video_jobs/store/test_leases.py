@@ -192,7 +192,23 @@ async def test_a_job_that_its_servers_do_not_survive_fails(store: JobStore, cloc
     assert (await claim_one(store)).job.id == waiting.id
     failed = await store.get(job.id, OWNER)
     assert (failed.status, failed.error_code, failed.completed_at) == ("failed", "too_many_attempts", clock.now)
-    assert failed.error_message == "3 servers ended while they made this video; it is not tried again."
+    assert failed.error_message == "3 servers in a row ended while they made this video; it is not tried again."
+
+
+async def test_a_long_job_may_lose_any_number_of_servers_while_it_makes_progress(store: JobStore, clock: Clock) -> None:
+    job = await publish(store)
+    for attempt in range(3 * MAX_ATTEMPTS):
+        claimed = await claim_one(store)
+        if attempt % 2:
+            await store.note_checkpoint(job.id, claimed.fence, f"checkpoint-{attempt}")
+        clock.advance(LEASE_SECONDS)
+    # From the last checkpoint on, the number is the same as for any job.
+    for _ in range(MAX_ATTEMPTS - 2):
+        await claim_one(store)
+        clock.advance(LEASE_SECONDS)
+    assert await store.claim("a server", MODEL, 1) == []
+    failed = await store.get(job.id, OWNER)
+    assert (failed.error_code, failed.num_attempts) == ("too_many_attempts", 4 * MAX_ATTEMPTS - 2)
 
 
 async def test_releases_do_not_count_as_attempts(store: JobStore) -> None:

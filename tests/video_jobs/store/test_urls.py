@@ -32,6 +32,8 @@ def refusal(url: str) -> str:
         "jobs.db",
         "s3://bucket/jobs",
         "mysql://user:secret@host/jobs",
+        "mysql://user:a@secret:b/secret@host/jobs",
+        "mysql://host/jobs?password=secret",
         "postgresql+asyncpg://user:secret@host/jobs",
         "postgresql//user:secret@host/jobs",
         "postgresql://user:secret@host:port/jobs",

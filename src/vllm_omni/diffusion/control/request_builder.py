@@ -29,7 +29,7 @@ from vllm_omni.errors import ConfigError, InvalidRequestError, UnsupportedParame
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 from vllm_omni.inputs.field_values import WrongValueError, coerce, field_types, shown
 from vllm_omni.inputs.images import InputImage, prepare_image
-from vllm_omni.video_file import MAX_FPS
+from vllm_omni.video_writer import MAX_FPS
 
 MAX_PROMPT_CHARACTERS = 32_000
 MAX_SEED = 2**63 - 1

@@ -39,6 +39,7 @@ from vllm_omni.entrypoints.openai.settings import ServerSettings
 from vllm_omni.omni import AsyncOmni
 
 if TYPE_CHECKING:  # a server for pictures needs neither databases nor encoders of videos
+    from vllm_omni.entrypoints.openai.routes.video_chat import VideoChat
     from vllm_omni.video_jobs.service import VideoJobs
 
 WORK_PATHS = (GENERATIONS_PATH, EDITS_PATH, CHAT_PATH, "/v1/videos", "/v1/videos/sync", "/remix")
@@ -102,7 +103,8 @@ def build_app(
     pictures = PictureService(omni, settings, budget, encoder, decoder, checker)
     load = ServerLoad()
     app.include_router(make_images_router(ImageService(pictures, bodies, uploads, files)))
-    app.include_router(make_chat_router(ChatService(pictures, bodies, reader, metrics)))
+    chat = ChatService(pictures, bodies, reader, metrics, _video_chat(pictures, jobs))
+    app.include_router(make_chat_router(chat))
     app.include_router(make_models_router(omni, settings))
     app.include_router(make_health_router(omni, load, metrics))
     app.include_router(make_unavailable_router())
@@ -131,3 +133,11 @@ def _videos_router(
     from vllm_omni.entrypoints.openai.routes.videos import make_videos_router
 
     return make_videos_router(VideoService(pictures, bodies, uploads, jobs))
+
+
+def _video_chat(pictures: PictureService, jobs: VideoJobs | None) -> VideoChat | None:
+    if jobs is None:
+        return None
+    from vllm_omni.entrypoints.openai.routes.video_chat import VideoChat
+
+    return VideoChat(pictures, jobs)

@@ -25,9 +25,10 @@ Ids = list[str]
 class JobStore:
     """Store of video jobs.
 
-    Each method is one transaction, which runs in a thread. A method raises UnavailableError if the database does not
-    answer, and StoreFullError if its disk is full; then nothing has changed, unless the connection was lost during
-    the commit. A method with a `fence` raises LeaseLostError if the claim does not hold any more.
+    Each method is one transaction, which runs in a thread; any event loop may call it. A method raises UnavailableError
+    if the database does not answer, and StoreFullError if its disk is full; then nothing has changed, unless the
+    connection was lost during the commit. A method with a `fence` raises LeaseLostError if the claim does not hold any
+    more.
     """
 
     def __init__(self, database: Database, limits: StoreLimits) -> None:

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from vllm_omni.errors import LeaseLostError
 from vllm_omni.video_jobs.records import MAX_ATTEMPTS, ClaimedJob
 from vllm_omni.video_jobs.store.limits import StoreLimits
-from vllm_omni.video_jobs.store.tables import JobRow, to_claim
+from vllm_omni.video_jobs.store.tables import JobRow, changes_row, to_claim
 
 
 def claim(
@@ -19,7 +19,7 @@ def claim(
 ) -> list[ClaimedJob]:
     """Claim at most `limit` jobs that wait or whose lease has ended: smallest priority first, then oldest.
 
-    A job that `MAX_ATTEMPTS` servers have left unfinished fails instead.
+    A job fails instead if `MAX_ATTEMPTS` servers died one after the other without storing a checkpoint of it.
     """
     claimed: list[JobRow] = []
     while len(claimed) < limit:
@@ -33,10 +33,11 @@ def claim(
         if not rows:
             break
         for row in rows:
-            if row.num_attempts >= MAX_ATTEMPTS:
+            if row.num_stalled_attempts >= MAX_ATTEMPTS:
                 set_values(row, failure(now, limits, "too_many_attempts", _too_many_attempts(row)))
                 continue
-            row.server, row.fence, row.num_attempts = server, row.fence + 1, row.num_attempts + 1
+            row.server, row.fence = server, row.fence + 1
+            row.num_attempts, row.num_stalled_attempts = row.num_attempts + 1, row.num_stalled_attempts + 1
             row.lease_ends_at, row.expires_at = now + limits.lease_seconds, now + limits.job_ttl_seconds
             claimed.append(row)
         session.flush()
@@ -71,13 +72,14 @@ def note_started(session: Session, now: float, *, job_id: str, fence: int) -> No
 
 
 def note_checkpoint(session: Session, now: float, *, job_id: str, fence: int, key: str) -> str | None:
-    """Store the media key of the newest checkpoint and return the one before."""
+    """Store the media key of the newest checkpoint and return the one before. The job has made progress."""
     row = session.scalars(
         select(JobRow).where(JobRow.id == job_id, JobRow.fence == fence, JobRow.stage == "live").with_for_update()
     ).one_or_none()
     if row is None:
         raise _lost(job_id)
     old, row.checkpoint = row.checkpoint, key
+    row.num_stalled_attempts = 1  # this one, until it is over
     return None if old == key else old
 
 
@@ -111,14 +113,10 @@ def write_claimed(session: Session, job_id: str, fence: int, values: Mapping[str
 
 def release(session: Session, now: float, *, job_id: str, fence: int) -> None:
     """End a claim so that it counts neither as an attempt nor for later writes. A job under deletion is let go."""
-    changed = session.scalars(
-        update(JobRow)
-        .where(JobRow.id == job_id, JobRow.fence == fence, JobRow.stage.in_(("live", "deleting")))
-        .values(fence=JobRow.fence + 1, num_attempts=JobRow.num_attempts - 1, lease_ends_at=0.0)
-        .returning(JobRow.id)
-        .execution_options(synchronize_session=False)
-    )
-    if changed.one_or_none() is None:
+    held = update(JobRow).where(JobRow.id == job_id, JobRow.fence == fence, JobRow.stage.in_(("live", "deleting")))
+    values = {"fence": JobRow.fence + 1, "lease_ends_at": 0.0}
+    attempts = {name: getattr(JobRow, name) - 1 for name in ("num_attempts", "num_stalled_attempts")}
+    if not changes_row(session, held.values(**values, **attempts)):
         raise _lost(job_id)
 
 
@@ -140,14 +138,8 @@ def set_values(row: JobRow, values: Mapping[str, Any]) -> None:
 
 
 def _update_claimed(session: Session, job_id: str, fence: int, values: Mapping[str, Any]) -> bool:
-    changed = session.scalars(
-        update(JobRow)
-        .where(JobRow.id == job_id, JobRow.fence == fence, JobRow.stage == "live")
-        .values(**values)
-        .returning(JobRow.id)
-        .execution_options(synchronize_session=False)
-    )
-    return changed.one_or_none() is not None
+    held = update(JobRow).where(JobRow.id == job_id, JobRow.fence == fence, JobRow.stage == "live")
+    return changes_row(session, held.values(**values))
 
 
 def _lost(job_id: str) -> LeaseLostError:
@@ -155,4 +147,4 @@ def _lost(job_id: str) -> LeaseLostError:
 
 
 def _too_many_attempts(row: JobRow) -> str:
-    return f"{row.num_attempts} servers ended while they made this video; it is not tried again."
+    return f"{row.num_stalled_attempts} servers in a row ended while they made this video; it is not tried again."

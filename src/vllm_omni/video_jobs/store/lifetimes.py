@@ -12,7 +12,7 @@ from vllm_omni.video_jobs.records import VideoJob, is_job_id
 from vllm_omni.video_jobs.store.leases import failure
 from vllm_omni.video_jobs.store.limits import StoreLimits
 from vllm_omni.video_jobs.store.migrations import lock_store
-from vllm_omni.video_jobs.store.tables import JobRow, to_job, to_row
+from vllm_omni.video_jobs.store.tables import JobRow, changes_row, to_job, to_row
 from vllm_omni.video_jobs.store.visible import not_found
 
 CREATION_SECONDS = 600.0
@@ -30,7 +30,8 @@ def add(session: Session, now: float, *, job: VideoJob, limits: StoreLimits) -> 
         unfinished = _count(session, JobRow.owner == job.owner, JobRow.stage.in_(("creating", "live")))
         if unfinished >= limits.max_jobs_per_key:
             raise TooManyJobsError(
-                f"{unfinished} videos of this API key are unfinished, at most {limits.max_jobs_per_key} may be",
+                f"Got {unfinished} unfinished videos already; an API key may have {limits.max_jobs_per_key}. "
+                "Wait until one ends, or delete one.",
                 retry_after=5.0,
             )
     row = to_row(job, "creating", now + CREATION_SECONDS)
@@ -41,7 +42,8 @@ def add(session: Session, now: float, *, job: VideoJob, limits: StoreLimits) -> 
 def publish(session: Session, now: float, *, job_id: str) -> None:
     """Make a created job visible, and claimable unless it was added as completed. Raises JobNotFoundError."""
     stage = case((JobRow.completed_at.is_(None), "live"), else_="ended")
-    if not _move(session, job_id, ("creating",), {"stage": stage, "lease_ends_at": 0.0}):
+    creating = update(JobRow).where(JobRow.id == job_id, JobRow.stage == "creating")
+    if not changes_row(session, creating.values(stage=stage, lease_ends_at=0.0)):
         raise not_found(job_id)
 
 
@@ -58,13 +60,8 @@ def begin_delete(session: Session, now: float, *, job_id: str, owner: str) -> Vi
 
 def end_delete(session: Session, now: float, *, job_id: str) -> bool:
     """Remove the row, unless a server may still write files of the job: until its lease ends or is released."""
-    removed = session.scalars(
-        delete(JobRow)
-        .where(JobRow.id == job_id, JobRow.stage == "deleting", JobRow.lease_ends_at <= now)
-        .returning(JobRow.id)
-        .execution_options(synchronize_session=False)
-    )
-    return removed.one_or_none() is not None
+    conditions = (JobRow.id == job_id, JobRow.stage == "deleting", JobRow.lease_ends_at <= now)
+    return changes_row(session, delete(JobRow).where(*conditions))
 
 
 def unfinished_deletes(session: Session, now: float, *, limits: StoreLimits) -> list[str]:
@@ -84,14 +81,3 @@ def _count(session: Session, *conditions: Any) -> int:
 def _change(session: Session, conditions: tuple[Any, ...], values: dict[str, Any]) -> None:
     statement = update(JobRow).where(*conditions).values(**values)
     session.execute(statement.execution_options(synchronize_session=False))
-
-
-def _move(session: Session, job_id: str, stages: tuple[str, ...], values: dict[str, Any]) -> bool:
-    changed = session.scalars(
-        update(JobRow)
-        .where(JobRow.id == job_id, JobRow.stage.in_(stages))
-        .values(**values)
-        .returning(JobRow.id)
-        .execution_options(synchronize_session=False)
-    )
-    return changed.one_or_none() is not None

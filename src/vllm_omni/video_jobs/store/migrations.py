@@ -12,7 +12,10 @@ from vllm_omni.video_jobs.store.tables import JobRow, StoreTable, VersionRow
 
 VERSION = 1
 MIGRATIONS: Mapping[int, Sequence[str]] = {}
-"""Version -> SQL statements, valid on SQLite and PostgreSQL, that turn its tables into those of the next version."""
+"""Version -> SQL statements, valid on SQLite and PostgreSQL, that turn its tables into those of the next version.
+
+They add: servers of the version before may go on with the store during a rolling update.
+"""
 _LOCK = 0x766964656F  # any number that other programs are unlikely to use
 
 

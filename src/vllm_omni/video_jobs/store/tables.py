@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any, Literal, cast
 
-from sqlalchemy import JSON, BigInteger, Double, Index, Text
+from sqlalchemy import JSON, BigInteger, Delete, Double, Index, Text, Update
 from sqlalchemy.engine import Dialect
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.types import TypeDecorator
 
 from vllm_omni.video_jobs.records import ClaimedJob, JobStatus, VideoJob
@@ -72,6 +72,9 @@ class JobRow(StoreTable):
     lease_ends_at: Mapped[float]
     """End of the claim, or of the time in which the creator of a `creating` row publishes it; 0 without a claim."""
 
+    num_stalled_attempts: Mapped[int]
+    """Claims since the newest checkpoint, the one that stored it included, without those that a server gave back."""
+
     __table_args__ = (
         # The order of claims. The last two columns let `queued_before` read the index alone.
         Index(
@@ -108,7 +111,7 @@ def to_row(job: VideoJob, stage: Stage, lease_ends_at: float) -> JobRow:
     for name in ("request", "shown", "outputs"):
         values[name] = dict(values[name])
     values["inputs"] = list(job.inputs)
-    return JobRow(**values, stage=stage, server=None, fence=0, lease_ends_at=lease_ends_at)
+    return JobRow(**values, stage=stage, server=None, fence=0, lease_ends_at=lease_ends_at, num_stalled_attempts=0)
 
 
 def to_job(row: JobRow) -> VideoJob:
@@ -122,3 +125,9 @@ def to_job(row: JobRow) -> VideoJob:
 def to_claim(row: JobRow) -> ClaimedJob:
     """Claim of a row."""
     return ClaimedJob(to_job(row), row.fence)
+
+
+def changes_row(session: Session, statement: Update | Delete) -> bool:
+    """Execute a statement on the row of one job, and return whether the row met its conditions."""
+    statement = statement.execution_options(synchronize_session=False)
+    return session.scalars(statement.returning(JobRow.id)).one_or_none() is not None

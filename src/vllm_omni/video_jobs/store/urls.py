@@ -35,10 +35,9 @@ def parse_store_url(text: str) -> URL:
 
 
 def without_password(text: str) -> str:
-    """`text` in one line, in which `***` stands for the password of a URL."""
-    return re.sub(
-        r":[^:@/]*@|(?<=password=)[^&]*", lambda found: ":***@" if "@" in found[0] else "***", to_one_line(text)
-    )
+    """`text` in one line, in which `***` stands for the password of a URL, whatever characters it has."""
+    without = re.sub(r":(?!//).*@", ":***@", to_one_line(text))
+    return re.sub(r"(?<=password=)[^&]*", "***", without)
 
 
 def _sqlite_url(url: URL) -> URL:

@@ -7,16 +7,15 @@ from sqlalchemy.orm import Session
 
 from vllm_omni.errors import InvalidRequestError, JobNotFoundError
 from vllm_omni.video_jobs.records import JOB_STATUSES, JobStatus, VideoJob, is_job_id
-from vllm_omni.video_jobs.store.tables import JobRow, to_job
+from vllm_omni.video_jobs.store.tables import JobRow, Stage, to_job
 
-# Not `IN ("live", "ended")`: that would tempt planners to read an index on stages and sort what it finds.
-_IS_VISIBLE = JobRow.stage.not_in(("creating", "deleting"))
+_VISIBLE: tuple[Stage, ...] = ("live", "ended")
 
 
 def get(session: Session, now: float, *, job_id: str, owner: str) -> VideoJob:
     """Visible job of an owner. Raises JobNotFoundError."""
     row = session.get(JobRow, job_id) if is_job_id(job_id) else None
-    if row is None or row.owner != owner or row.stage in ("creating", "deleting"):
+    if row is None or row.owner != owner or row.stage not in _VISIBLE:
         raise not_found(job_id)
     return to_job(row)
 
@@ -26,7 +25,7 @@ def page(
 ) -> tuple[list[VideoJob], bool]:
     """At most `limit` jobs behind the job `after`, and whether more follow. Raises InvalidRequestError."""
     place = tuple_(JobRow.created_at, JobRow.id)
-    query = select(JobRow).where(JobRow.owner == owner, _IS_VISIBLE)
+    query = select(JobRow).where(JobRow.owner == owner, JobRow.stage.in_(_VISIBLE))
     if after is not None:
         start = session.get(JobRow, after) if is_job_id(after) else None
         if start is None or start.owner != owner:
@@ -41,7 +40,7 @@ def page(
 
 def counts(session: Session, now: float) -> dict[JobStatus, int]:
     """Number of visible jobs of each status."""
-    query = select(JobRow.status, func.count()).where(JobRow.stage.in_(("live", "ended"))).group_by(JobRow.status)
+    query = select(JobRow.status, func.count()).where(JobRow.stage.in_(_VISIBLE)).group_by(JobRow.status)
     found: dict[str, int] = {status: number for status, number in session.execute(query)}  # noqa: C416  (rows, not pairs)
     return {status: found.get(status, 0) for status in JOB_STATUSES}
 

@@ -199,7 +199,8 @@ def changed(checkpoint: Checkpoint, name: str, array: np.ndarray, dtype: str = "
 
 
 def without(checkpoint: Checkpoint, name: str) -> Checkpoint:
-    arrays, dtypes = ({k: v for k, v in part.items() if k != name} for part in (checkpoint.arrays, checkpoint.dtypes))
+    arrays, dtypes = dict(checkpoint.arrays), dict(checkpoint.dtypes)
+    del arrays[name], dtypes[name]
     return replace(checkpoint, arrays=arrays, dtypes=dtypes)
 
 

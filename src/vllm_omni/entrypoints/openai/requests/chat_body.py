@@ -13,7 +13,12 @@ from vllm_omni.diffusion.control.request_builder import MAX_PROMPT_CHARACTERS
 from vllm_omni.entrypoints.openai.quotes import quote
 from vllm_omni.entrypoints.openai.requests.body_reader import BodyReader, UploadReservation, validated
 from vllm_omni.entrypoints.openai.requests.input_pictures import PictureReader
-from vllm_omni.entrypoints.openai.schema.chat import ChatCompletionRequest, with_extra_body
+from vllm_omni.entrypoints.openai.schema.chat import (
+    ChatCompletionRequest,
+    ChatRequest,
+    VideoChatRequest,
+    with_extra_body,
+)
 from vllm_omni.errors import InvalidRequestError
 
 TASK_OPENING = "### Task:"
@@ -44,11 +49,13 @@ class UserMessage:
     def check_images(self, info: ModelInfo) -> None:
         """Raise InvalidRequestError for pictures that the model does not take, or for none where it needs some."""
         if self.urls and info.image_input is None:
-            raise _invalid(
-                "this model makes pictures from text and takes none: leave image_url parts out of the last user message"
+            made = (
+                "videos from text and takes no pictures" if info.makes_videos else "pictures from text and takes none"
             )
-        if not self.urls and info.image_input is not None and info.image_input.min_images:
-            raise _invalid("this model edits pictures and got none: the last user message needs an image_url part")
+            raise _invalid(f"this model makes {made}: leave image_url parts out of the last user message")
+        if not self.urls and info.needs_image:
+            does = "makes videos from pictures" if info.makes_videos else "edits pictures"
+            raise _invalid(f"this model {does} and got none: the last user message needs an image_url part")
 
 
 async def read_chat(
@@ -56,17 +63,18 @@ async def read_chat(
     reservation: UploadReservation,
     bodies: BodyReader,
     pictures: PictureReader,
+    model: type[ChatCompletionRequest] | type[VideoChatRequest],
     *,
     finds_text_tasks: bool,
-) -> tuple[ChatCompletionRequest, str | None]:
+) -> tuple[ChatRequest, str | None]:
     """The body of a chat and its prompt, or None for a text task. The pictures of the prompt go into `reservation`.
 
-    finds_text_tasks: whether text tasks of front ends are told apart from prompts: see `is_text_task`.
+    model: fields of the body. finds_text_tasks: whether text tasks of front ends are told apart: see `is_text_task`.
     Raises as `PictureBodyReader.read`.
     """
 
-    def convert(value: Any) -> tuple[ChatCompletionRequest, UserMessage | None]:
-        body = validated(lambda: ChatCompletionRequest.model_validate(with_extra_body(value)))
+    def convert(value: Any) -> tuple[ChatRequest, UserMessage | None]:
+        body = validated(lambda: model.model_validate(with_extra_body(value)))
         is_task = finds_text_tasks and is_text_task(body.messages)
         return body, None if is_task else last_user_message(body.messages)
 

@@ -22,7 +22,7 @@ from vllm_omni.entrypoints.openai.responses.answers import (
     usage,
 )
 from vllm_omni.entrypoints.openai.responses.encoding import ImageEncoder
-from vllm_omni.entrypoints.openai.schema.chat import ChatCompletionRequest, ChatUsage
+from vllm_omni.entrypoints.openai.schema.chat import ChatRequest, ChatUsage
 from vllm_omni.jobs import OutputStream
 from vllm_omni.outputs import OmniRequestOutput
 
@@ -43,7 +43,7 @@ class ChatEnvelope:
     """Whether a stream ends with a chunk that has the usage."""
 
     @classmethod
-    def of(cls, body: ChatCompletionRequest, served_name: str) -> ChatEnvelope:
+    def of(cls, body: ChatRequest, served_name: str) -> ChatEnvelope:
         """Envelope of the answer to `body`. served_name: name of the model if `body` has none."""
         include_usage = bool((body.stream_options or {}).get("include_usage"))
         return cls(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), body.model or served_name, include_usage)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -13,6 +13,7 @@ import numpy as np
 from fastapi import Request
 from starlette.responses import JSONResponse, Response
 
+from vllm_omni.diffusion.control.request_builder import CheckedPrompt
 from vllm_omni.entrypoints.openai.requests.body_reader import (
     BodyReader,
     UploadReservation,
@@ -23,7 +24,7 @@ from vllm_omni.entrypoints.openai.requests.parameters import sampling_params, un
 from vllm_omni.entrypoints.openai.requests.picture_body import PictureBodyReader
 from vllm_omni.entrypoints.openai.requests.video_body import VIDEO_BODY
 from vllm_omni.entrypoints.openai.responses.answers import EventStream
-from vllm_omni.entrypoints.openai.responses.encoding import ImageFormat
+from vllm_omni.entrypoints.openai.responses.encoding import ImageEncoder, ImageFormat
 from vllm_omni.entrypoints.openai.responses.ranges import RangedFile, respond
 from vllm_omni.entrypoints.openai.responses.videos import is_live, sent_events, video_fields, video_list
 from vllm_omni.entrypoints.openai.routes.picture_service import PictureService, log_request
@@ -33,8 +34,10 @@ from vllm_omni.entrypoints.openai.schema.videos import (
     DeletedVideo,
     RemixRequest,
     VideoListQuery,
+    VideoOptions,
     VideoRequest,
 )
+from vllm_omni.entrypoints.openai.settings import ServerSettings
 from vllm_omni.errors import InvalidRequestError, JobNotFoundError, RequestError, UnsupportedParameterError
 from vllm_omni.inputs.data import OmniPrompt
 from vllm_omni.inputs.images import InputImage
@@ -96,24 +99,19 @@ class VideoService:
         uploads = reservation.images
         prompt = OmniPrompt(body.prompt, body.negative_prompt, uploads)
         checked = await pictures.checker.check(prompt, params, pictures.decoder)
-        if checked.params.num_frames == 1:
-            asked = "num_frames" if body.seconds is None else "seconds"
-            raise InvalidRequestError(
-                f"{asked}: the video would have one frame; POST /v1/images/generations makes pictures", param=asked
-            )
+        check_is_video(checked, body)
         job = await pictures.checker.make_job(checked)  # counts the tokens of the prompt
         first = job.requests[0].request
         checked = replace(checked, params=replace(checked.params, seed=first.seed))
         ignored, headers = pictures.ignored_fields(body, request, first.has_guidance)
         if pictures.settings.log_requests:
             log_request([scheduled.request for scheduled in job.requests])
-        files = [await pictures.encoder.file(_larger(image), _PNG) for image in uploads]
         new = NewVideo(
-            owner=self._owner(request),
+            owner=owner_of(request, self.pictures.settings),
             model=body.model or pictures.settings.served_model_names[0],
             prompt=prompt,
             checked=checked,
-            input_files=tuple(files),
+            input_files=await png_files(pictures.encoder, uploads),
             output_format=body.output_format,
         )
         return new, ignored, headers
@@ -130,7 +128,9 @@ class VideoService:
         try:
             if query.after is not None:
                 _check_id(query.after)
-            page = await self.jobs.list(self._owner(request), query.after, query.limit, newest_first)
+            page = await self.jobs.list(
+                owner_of(request, self.pictures.settings), query.after, query.limit, newest_first
+            )
         except JobNotFoundError as error:
             raise InvalidRequestError(f"after takes the id of a video: {error}", param="after") from error
         return JSONResponse(video_list(*page))
@@ -138,7 +138,7 @@ class VideoService:
     async def delete(self, video_id: str, request: Request) -> Response:
         """Remove a job and its files; one that runs is stopped."""
         _check_id(video_id)
-        await self.jobs.delete(video_id, self._owner(request))
+        await self.jobs.delete(video_id, owner_of(request, self.pictures.settings))
         return JSONResponse(DeletedVideo(id=video_id).model_dump())
 
     async def remix(self, video_id: str, request: Request) -> Response:
@@ -146,7 +146,7 @@ class VideoService:
         _check_id(video_id)
         with self.pictures.budget.reserve() as reservation, _own_field_names():
             body = await self.bodies.model(request, reservation, RemixRequest, self.pictures.settings.max_body_bytes)
-            job = await self.jobs.remix(video_id, self._owner(request), body.prompt)
+            job = await self.jobs.remix(video_id, owner_of(request, self.pictures.settings), body.prompt)
         ignored, headers = self.pictures.note_ignored(unknown_fields(body), request)
         return await self._created(job.id, request, ignored, headers)
 
@@ -154,14 +154,14 @@ class VideoService:
         """A file of a completed job, or a range of it. Raises HTTPException (416) for a range behind its end."""
         query = validated(lambda: ContentQuery.model_validate_strings(dict(request.query_params), strict=False))
         _check_id(video_id)
-        found = await self.jobs.content(video_id, self._owner(request), query.variant)
+        found = await self.jobs.content(video_id, owner_of(request, self.pictures.settings), query.variant)
         file = RangedFile(found.size, found.etag, found.content_type, found.read)
         return respond(file, request, _file_headers(found.file_name))
 
     async def events(self, video_id: str, request: Request) -> Response:
         """Events of a job until it has ended."""
         await self._view(video_id, request)  # an unknown id is a 404 and not an event
-        events = self.jobs.events(video_id, self._owner(request))
+        events = self.jobs.events(video_id, owner_of(request, self.pictures.settings))
         sent = sent_events(events, self.pictures.encoder)
         return EventStream(events, sent, self.pictures.settings.keep_alive_seconds, {}, nullcontext())
 
@@ -174,14 +174,29 @@ class VideoService:
 
     async def _view(self, video_id: str, request: Request) -> VideoView:
         _check_id(video_id)
-        return await self.jobs.get(video_id, self._owner(request))
+        return await self.jobs.get(video_id, owner_of(request, self.pictures.settings))
 
-    def _owner(self, request: Request) -> str:
-        """SHA-256, in hex, of the API key of a request; empty if the server has no keys. The key was checked before."""
-        if not self.pictures.settings.requires_api_key:
-            return ""
-        key = request.headers.get("authorization", "").partition(" ")[2]
-        return hashlib.sha256(key.encode()).hexdigest()
+
+def owner_of(request: Request, settings: ServerSettings) -> str:
+    """SHA-256, in hex, of the API key of a request; empty if the server has no keys. The key was checked before."""
+    if not settings.requires_api_key:
+        return ""
+    key = request.headers.get("authorization", "").partition(" ")[2]
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def check_is_video(checked: CheckedPrompt, body: VideoOptions) -> None:
+    """Raise InvalidRequestError for a video of one frame."""
+    if checked.params.num_frames == 1:
+        asked = "num_frames" if body.seconds is None else "seconds"
+        raise InvalidRequestError(
+            f"{asked}: the video would have one frame; POST /v1/images/generations makes pictures", param=asked
+        )
+
+
+async def png_files(encoder: ImageEncoder, images: Sequence[InputImage]) -> tuple[bytes, ...]:
+    """Input pictures as files, from which a job is run."""
+    return tuple([await encoder.file(_larger(image), _PNG) for image in images])
 
 
 def _larger(image: InputImage) -> np.ndarray:

@@ -25,6 +25,9 @@ from vllm_omni.entrypoints.openai.schema.videos import (
     query_parameters,
 )
 
+CONTENT_ROUTE = "video_content"
+"""Name of the route that answers with the file of a video."""
+
 _FILE = {"type": "string", "format": "binary"}
 _VIDEO_TYPES = ("video/mp4", "video/webm", "image/gif")
 _STILL_TYPES = ("image/webp", "image/jpeg")
@@ -91,6 +94,7 @@ def _add_routes_of_one_video(router: APIRouter, service: VideoService) -> None:
     @router.head("/{video_id}/content", include_in_schema=False)
     @router.get(
         "/{video_id}/content",
+        name=CONTENT_ROUTE,
         summary="Fetch a video's file",
         response_class=Response,
         responses={200: {"content": _files(_VIDEO_TYPES + _STILL_TYPES)}, 206: {"content": _files(_VIDEO_TYPES)}},

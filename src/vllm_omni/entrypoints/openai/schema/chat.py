@@ -1,4 +1,4 @@
-"""Request and response bodies of chat completions with pictures."""
+"""Request and response bodies of chat completions with pictures or videos."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, FailFast, Field, WithJsonSchema
 
 from vllm_omni.entrypoints.openai.quotes import MAX_QUOTE, quote
-from vllm_omni.entrypoints.openai.schema.images import ImageOptions, at_most, without_absent
+from vllm_omni.entrypoints.openai.schema.images import (
+    ImageOptions,
+    RequestBody,
+    StreamOptions,
+    at_most,
+    without_absent,
+)
+from vllm_omni.entrypoints.openai.schema.videos import VideoOptions
 from vllm_omni.errors import InvalidRequestError
 
 MAX_MESSAGES = 10_000
@@ -39,8 +46,8 @@ _MESSAGES = {
 }
 
 
-class ChatCompletionRequest(ImageOptions):
-    """Body of `POST /v1/chat/completions`."""
+class ChatMessages(RequestBody):
+    """Fields of every chat."""
 
     messages: Annotated[
         list[dict[str, Any]], Field(min_length=1), FailFast(), at_most(MAX_MESSAGES), WithJsonSchema(_MESSAGES)
@@ -51,8 +58,19 @@ class ChatCompletionRequest(ImageOptions):
     extra_body: dict[str, Any] | None = None
     """Further fields; they have the same meaning as beside `messages`, where the OpenAI SDK puts them."""
 
-    # Accepted for compatibility: the answer is pictures and nothing else.
+    # Accepted for compatibility: the answer is pictures or videos and nothing else.
     modalities: Annotated[list[str], Field(max_length=_MAX_MODALITIES), at_most(_MAX_MODALITIES)] | None = None
+
+
+class ChatCompletionRequest(ChatMessages, ImageOptions):
+    """Body of `POST /v1/chat/completions` with a model that makes pictures."""
+
+
+class VideoChatRequest(ChatMessages, VideoOptions, StreamOptions):
+    """Body of `POST /v1/chat/completions` with a model that makes videos."""
+
+
+ChatRequest = ChatCompletionRequest | VideoChatRequest
 
 
 def with_extra_body(body: Any) -> Any:
@@ -62,7 +80,7 @@ def with_extra_body(body: Any) -> Any:
     """
     if not isinstance(body, dict) or not isinstance(extra := body.get("extra_body"), dict):
         return body
-    keep_empty = ChatCompletionRequest.keep_empty()
+    keep_empty = ChatCompletionRequest.keep_empty()  # the same as those of a video's
     inside, outside = without_absent(extra, keep_empty), without_absent(body, keep_empty)
     del outside["extra_body"]
     for name in outside.keys() & inside.keys():
@@ -99,11 +117,24 @@ class ImagePart(BaseModel):
     index: int
 
 
+class VideoUrl(BaseModel):
+    url: str
+    """A `data:` URL; of a file above 20 MB a link to the content of a video job."""
+
+
+class VideoPart(BaseModel):
+    type: Literal["video_url"]
+    video_url: VideoUrl
+    index: int
+
+
 class ChatMessage(BaseModel):
     role: Literal["assistant"]
     content: Literal[""]
     images: list[ImagePart] | None = None
-    """One picture; absent in the answer to a text task of a front end."""
+    """One picture; absent in the answer of a model that makes videos, and to a text task of a front end."""
+    videos: list[VideoPart] | None = None
+    """One video; absent in the answer of a model that makes pictures, and to a text task of a front end."""
 
 
 class ChatChoice(BaseModel):

@@ -87,15 +87,9 @@ References = Annotated[
 ]
 
 
-class VideoRequest(GenerationOptions):
-    """Body of `POST /v1/videos` and of `/v1/videos/sync`; in a form, the pictures are the files `input_reference`."""
+class VideoOptions(GenerationOptions):
+    """Fields of every request for videos."""
 
-    prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)]
-    """Description of the video."""
-    n: Annotated[int, Field(ge=1, le=1)] = 1
-    """Number of videos: a job makes one."""
-    num_outputs_per_prompt: Annotated[int, Field(ge=1, le=1)] | None = None
-    """Another name of `n`."""
     seconds: (
         Annotated[
             float,
@@ -117,12 +111,19 @@ class VideoRequest(GenerationOptions):
     """Length in frames. One frame is a picture: see `/v1/images/generations`."""
     fps: Annotated[int, Field(ge=1)] | None = None
     """Frames a second; if absent, the model's own."""
-    guidance_scale_2: float | None = None
-    """`guidance_scale` of the steps of a model's second transformer (Wan 2.2); null: the same."""
-    flow_shift: float | None = None
-    """Shift of the noise schedule towards its noisy end, for models such as Wan."""
     output_format: Annotated[VideoFormat, ANY_CASE] = "mp4"
     """mp4: H.264; webm: VP9; gif."""
+
+
+class VideoRequest(VideoOptions):
+    """Body of `POST /v1/videos` and of `/v1/videos/sync`; in a form, the pictures are the files `input_reference`."""
+
+    prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)]
+    """Description of the video."""
+    n: Annotated[int, Field(ge=1, le=1)] = 1
+    """Number of videos: a job makes one."""
+    num_outputs_per_prompt: Annotated[int, Field(ge=1, le=1)] | None = None
+    """Another name of `n`."""
     partial_images: Annotated[int, Field(ge=0, le=3)] = 0
     """Number of previews in `/v1/videos/{video_id}/events`; 0: as many as take little time."""
     input_reference: References | None = None
