@@ -118,8 +118,6 @@ def test_every_example_of_videos_runs_as_it_is(image_input: FakeImageInput | Non
         )
         for method, path, operation in operations(client.get("/openapi.json").json()):
             for kind, content in operation.get("requestBody", {}).get("content", {}).items():
-                if not path.startswith(VIDEOS):
-                    continue
                 arguments: dict[str, Any] = {"json": content["example"]}
                 if kind != "application/json":
                     form = {name: str(value) for name, value in content["example"].items()}
@@ -130,7 +128,9 @@ def test_every_example_of_videos_runs_as_it_is(image_input: FakeImageInput | Non
                 sent.append((path, kind))
     kinds = ("application/json", "multipart/form-data")
     paths = [(path, kind) for path in (VIDEOS, SYNC) for kind in kinds]
-    assert sent == [*paths, (f"{VIDEOS}/{{video_id}}/remix", "application/json")]
+    pictures = [("/v1/images/generations", "application/json")] if image_input is None else []
+    chat, remix = ("/v1/chat/completions", "application/json"), (f"{VIDEOS}/{{video_id}}/remix", "application/json")
+    assert sent == [*pictures, chat, *paths, remix]
 
 
 @pytest.mark.parametrize(
