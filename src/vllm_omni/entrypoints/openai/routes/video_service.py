@@ -44,7 +44,6 @@ from vllm_omni.inputs.data import OmniPrompt
 from vllm_omni.inputs.images import InputImage
 from vllm_omni.jobs import Job
 from vllm_omni.video_jobs.job_requests import NewVideo
-from vllm_omni.video_jobs.records import is_job_id
 from vllm_omni.video_jobs.service import VideoJobs
 from vllm_omni.video_jobs.views import VideoView
 
@@ -150,8 +149,6 @@ class VideoService:
         query = validated(lambda: VideoListQuery.model_validate_strings(dict(request.query_params), strict=False))
         newest_first = query.order == "desc"
         try:
-            if query.after is not None:
-                _check_id(query.after)
             page = await self.jobs.list(
                 owner_of(request, self.pictures.settings), query.after, query.limit, newest_first
             )
@@ -161,13 +158,11 @@ class VideoService:
 
     async def delete(self, video_id: str, request: Request) -> Response:
         """Remove a job and its files; one that runs is stopped."""
-        _check_id(video_id)
         await self.jobs.delete(video_id, owner_of(request, self.pictures.settings))
         return JSONResponse(DeletedVideo(id=video_id).model_dump())
 
     async def remix(self, video_id: str, request: Request) -> Response:
         """Make a job with another prompt and the other parameters of a completed one. Raises as `create`."""
-        _check_id(video_id)
         with self.pictures.budget.reserve() as reservation, _own_field_names():
             body = await self.bodies.model(request, reservation, RemixRequest, self.pictures.settings.max_body_bytes)
             job = await self.jobs.remix(video_id, owner_of(request, self.pictures.settings), body.prompt)
@@ -177,7 +172,6 @@ class VideoService:
     async def content(self, video_id: str, request: Request) -> Response:
         """A file of a completed job, or a range of it. Raises HTTPException (416) for a range behind its end."""
         query = validated(lambda: ContentQuery.model_validate_strings(dict(request.query_params), strict=False))
-        _check_id(video_id)
         found = await self.jobs.content(video_id, owner_of(request, self.pictures.settings), query.variant)
         file = RangedFile(found.size, found.etag, found.content_type, found.read)
         return respond(file, request, _file_headers(found.file_name))
@@ -197,7 +191,6 @@ class VideoService:
         return JSONResponse(answer.model_dump(), headers={**headers, **_poll_headers(view)})
 
     async def _view(self, video_id: str, request: Request) -> VideoView:
-        _check_id(video_id)
         return await self.jobs.get(video_id, owner_of(request, self.pictures.settings))
 
 
@@ -226,12 +219,6 @@ async def png_files(encoder: ImageEncoder, images: Sequence[InputImage]) -> tupl
 def _larger(image: InputImage) -> np.ndarray:
     """Pixels that are nearest to the upload: a job is prepared again from them, for whatever server runs it."""
     return image.condition if image.condition.size > image.reference.size else image.reference
-
-
-def _check_id(video_id: str) -> None:
-    """Raise JobNotFoundError for an id that no job can have; it may hold characters that a database refuses."""
-    if not is_job_id(video_id):
-        raise JobNotFoundError(f"There is no video {video_id[:64]!r}.")
 
 
 def _poll_headers(view: VideoView) -> dict[str, str]:
