@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from vllm_omni.video_jobs.scratch import ScratchFolder
 
@@ -42,3 +46,22 @@ def test_the_folder_of_a_killed_process_is_removed_at_the_next_start_and_others_
     first.close()
     second.close()
     assert os.listdir(tmp_path) == ["other"]
+
+
+def test_a_process_forked_meanwhile_keeps_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[int] = []
+    real_open = os.open
+
+    def copied(*args: Any, **kwargs: Any) -> int:
+        descriptor = real_open(*args, **kwargs)
+        copies.append(os.dup(descriptor))  # shares the lock, as a forked process' descriptor does
+        return descriptor
+
+    with monkeypatch.context() as forks:
+        forks.setattr(os, "open", copied)
+        first = ScratchFolder.open(tmp_path)
+    parent = real_open(tmp_path, os.O_RDONLY)
+    fcntl.flock(parent, fcntl.LOCK_EX | fcntl.LOCK_NB)  # does not raise
+    for descriptor in (parent, *copies):
+        os.close(descriptor)
+    first.close()

@@ -44,7 +44,7 @@ class ScratchFolder:
     def close(self) -> None:
         """Remove the folder with its files. Blocks."""
         shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._lock)
+        _unlock(self._lock)
 
 
 def _remove_abandoned(path: Path) -> None:
@@ -52,7 +52,7 @@ def _remove_abandoned(path: Path) -> None:
     with contextlib.suppress(BlockingIOError, FileNotFoundError):
         lock = _lock(path, blocking=False)
         shutil.rmtree(path, ignore_errors=True)
-        os.close(lock)
+        _unlock(lock)
 
 
 @contextmanager
@@ -61,11 +61,11 @@ def _held(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        os.close(lock)
+        _unlock(lock)
 
 
 def _lock(folder: Path, *, blocking: bool) -> int:
-    """Lock `folder`; closing the returned descriptor unlocks it. Raises BlockingIOError if another process has it."""
+    """Lock `folder` and return its descriptor. Raises BlockingIOError if another process has the lock."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if blocking else fcntl.LOCK_NB))
@@ -73,3 +73,9 @@ def _lock(folder: Path, *, blocking: bool) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def _unlock(descriptor: int) -> None:
+    """Unlock first: a process that was forked meanwhile has the descriptor too, and would keep the lock."""
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)

@@ -94,9 +94,14 @@ def test_a_job_is_queued_until_the_scheduler_admits_it() -> None:
         assert client.videos.poll(second.id).status == "completed"
 
 
-def test_a_list_has_pages(sdk: openai.OpenAI, http: httpx.Client) -> None:
+def delete_all(sdk: openai.OpenAI) -> None:
+    """Delete the jobs of earlier tests."""
     for video in sdk.videos.list():
         sdk.videos.delete(video.id)
+
+
+def test_a_list_has_pages(sdk: openai.OpenAI, http: httpx.Client) -> None:
+    delete_all(sdk)
     assert http.get(VIDEOS).json() == {
         "object": "list",
         "data": [],
@@ -114,6 +119,8 @@ def test_a_list_has_pages(sdk: openai.OpenAI, http: httpx.Client) -> None:
 
 
 def test_delete_stops_a_job_that_runs(server: LiveServer, sdk: openai.OpenAI) -> None:
+    delete_all(sdk)
+    server.wait_until(lambda: server.num_unfinished() == 0)
     with Paused(server):
         video = sdk.videos.create(prompt="x")
         server.wait_until(lambda: len(server.device.pending) > 0)
