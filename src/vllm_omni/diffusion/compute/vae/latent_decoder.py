@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_omni.diffusion.compute.distributed.groups import Group
+from vllm_omni.diffusion.compute.distributed.groups import DecodeGroup
 from vllm_omni.diffusion.compute.step.finite import each_is_finite
 from vllm_omni.diffusion.compute.step.pipeline import Picture
 from vllm_omni.diffusion.compute.vae.shared_decode import DecodeTile, SharedDecoder
@@ -33,7 +33,7 @@ class LatentDecoder:
         tiling: Tiling,
         scale: int,
         one_at_a_time: bool,
-        group: Group,
+        group: DecodeGroup,
     ) -> None:
         """vae: a `TiledVae` with diffusers' `decode`; decode_tile: converts the latents of a tile to pixels.
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
-from vllm_omni.diffusion.compute.coordination.ranks import PeerFailedError, Ranks, RanksLostError, connect
+from vllm_omni.diffusion.compute.coordination.ranks import Ranks, RanksLostError, connect
 from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.compute.device.timing import Stopwatch
+from vllm_omni.diffusion.compute.distributed.groups import PeerFailedError
 from vllm_omni.diffusion.compute.startup.model_start import StartOptions, check_device, start_model
 from vllm_omni.diffusion.compute.step.finite import is_finite
 from vllm_omni.diffusion.compute.step.pipeline import PackedPipeline, Picture, Pipeline, RequestState
@@ -27,6 +28,8 @@ from vllm_omni.errors import InvalidRequestError, ModerationBlockedError
 
 Item = TypeVar("Item", DiffusionRequest, RequestState)
 Output = TypeVar("Output")
+Attempt = Callable[[Callable[[], Any]], Any]
+"""Calls work of one or several requests, on this rank or on several together."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,7 @@ class ModelRunner:
         if not self._ranks_share_encodes:
             return
         new = [request for request in plan.new_requests if request.request_id not in self._aborted]
-        self._run_each(new, self.pipeline.check, result, on_all_ranks=False)
+        self._run_each(new, self.pipeline.check, result, run_alone)
 
     def _agree_on_requests(self, plan: StepPlan, result: StepResult) -> set[str]:
         """Requests of the plan that no rank skips. result: holds the errors that this rank has found.
@@ -192,7 +195,9 @@ class ModelRunner:
 
     def _encode(self, request_ids: Sequence[str], result: StepResult) -> None:
         requests = [self._requests[i] for i in request_ids]
-        self._states |= self._run_each(requests, self.pipeline.encode, result, self._ranks_share_encodes)
+        self._states |= self._run_each(
+            requests, self.pipeline.encode, result, self._together(self._ranks_share_encodes)
+        )
 
     @property
     def _ranks_share_encodes(self) -> bool:
@@ -208,7 +213,7 @@ class ModelRunner:
             groups = [g for s in batch for g in plan.placement.get(_id_of(s), [0] * len(s.sequence_lengths))]
             return self.pipeline.predict(batch, groups)
 
-        branches = self._run_batch(states, predict, result, self.ranks.size > 1)
+        branches = self._run_batch(states, predict, result, self._together(self.ranks.size > 1))
         computed = {_id_of(s): s.sequence_lengths[: len(branches.get(_id_of(s), ()))] for s in states}
         result.num_sequences = sum(len(lengths) for lengths in computed.values())
         result.num_tokens = sum(sum(lengths) for lengths in computed.values())
@@ -225,7 +230,7 @@ class ModelRunner:
                 result.cached[request_id] = skipped / len(branches[request_id])
 
         advancing = [s for s in states if _id_of(s) in branches]
-        result.advanced = list(self._run_each(advancing, finish, result, on_all_ranks=False))
+        result.advanced = list(self._run_each(advancing, finish, result, run_alone))
         return {i: latents for i, latents in clean.items() if i in result.advanced}
 
     @property
@@ -254,7 +259,7 @@ class ModelRunner:
                 return [None] * len(batch)
             return [self._checked(request, picture) for request, picture in zip(batch, pictures, strict=True)]
 
-        decoded = self._run_batch([self._requests[i] for i in mine], run, result, mesh.vae.size > 1)
+        decoded = self._run_batch([self._requests[i] for i in mine], run, result, self.ranks.attempt_decode)
         return {request_id: picture for request_id, picture in decoded.items() if picture is not None}
 
     def _decode_pieces(self, pieces: Mapping[str, DecodePiece], result: StepResult) -> dict[str, CheckedPicture]:
@@ -267,7 +272,7 @@ class ModelRunner:
             frames = self.pipeline.decode_next(state, range(piece.first, piece.end))
             return None if frames is None else self._checked(state.request, frames)
 
-        decoded = self._run_each(mine, run, result, self.ranks.mesh.vae.size > 1)
+        decoded = self._run_each(mine, run, result, self.ranks.attempt_decode)
         return {request_id: frames for request_id, frames in decoded.items() if frames is not None}
 
     def _checked(self, request: DiffusionRequest, picture: Picture) -> CheckedPicture:
@@ -315,30 +320,30 @@ class ModelRunner:
         items: Sequence[Item],
         run: Callable[[Sequence[Item]], Sequence[Output]],
         result: StepResult,
-        on_all_ranks: bool,
+        attempt: Attempt,
     ) -> dict[str, Output]:
         """Outputs of `run` by request id: all items in one call; after an error each alone, so that only one fails."""
         if not items:
             return {}
         if len(items) > 1:
             try:
-                outputs = self._run(lambda: run(items), on_all_ranks)
+                outputs = attempt(lambda: run(items))
                 return {_id_of(item): output for item, output in zip(items, outputs, strict=True)}
             except RanksLostError:
                 raise
             except Exception as error:
                 # The cause, whatever it is, is one item or their number: the single runs tell.
                 self._release_memory(error)
-        return self._run_each(items, lambda item: run([item])[0], result, on_all_ranks)
+        return self._run_each(items, lambda item: run([item])[0], result, attempt)
 
     def _run_each(
-        self, items: Sequence[Item], run: Callable[[Item], Output], result: StepResult, on_all_ranks: bool
+        self, items: Sequence[Item], run: Callable[[Item], Output], result: StepResult, attempt: Attempt
     ) -> dict[str, Output]:
         """Outputs of `run` by request id; an item that raises gets an ItemError in `result` instead."""
         outputs = {}
         for item in items:
             try:
-                outputs[_id_of(item)] = self._run(partial(run, item), on_all_ranks)
+                outputs[_id_of(item)] = attempt(partial(run, item))
             except RanksLostError:
                 raise
             except PeerFailedError:
@@ -358,8 +363,14 @@ class ModelRunner:
                 self._lacks_memory = True
         self._device.release_memory()
 
-    def _run(self, run: Callable[[], Output], on_all_ranks: bool) -> Output:
-        return self.ranks.attempt(run) if on_all_ranks else run()
+    def _together(self, shared: bool) -> Attempt:
+        """Call of work that all ranks share, or that each does alone."""
+        return self.ranks.attempt if shared else run_alone
+
+
+def run_alone(run: Callable[[], Output]) -> Output:
+    """Call of work in which ranks exchange nothing."""
+    return run()
 
 
 def _id_of(item: DiffusionRequest | RequestState) -> str:
