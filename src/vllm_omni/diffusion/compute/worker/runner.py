@@ -78,8 +78,10 @@ class ModelRunner:
         self._pipeline: Pipeline[Any] | None = None
         self._requests: dict[str, DiffusionRequest] = {}
         self._states: dict[str, RequestState] = {}
-        self._aborted: set[str] = set()
-        self._failed_elsewhere: list[str] = []
+        self._skipped: set[str] = set()
+        """Requests that were aborted, or failed here while other ranks go on with them; skipped until released."""
+        self._failed: list[str] = []
+        """Requests that failed in the plan that runs, as all ranks know."""
         self._lacks_memory = False
         """Whether to ask the other ranks, in the next step, to free with this one what can be made again."""
 
@@ -112,7 +114,7 @@ class ModelRunner:
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Skip these requests in every later plan, until they are released."""
-        self._aborted.update(request_ids)  # `launch` in the other thread may be reading the states: leave them alone
+        self._skipped.update(request_ids)  # `launch` in the other thread may be reading the states: leave them alone
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step and wait for its end."""
@@ -142,9 +144,9 @@ class ModelRunner:
             previews = self._download(self._decode(clean, self.pipeline.decode_preview, result))
             images = self._download(self._decode(whole, self.pipeline.decode, result))
             frames = self._download(self._decode_pieces(pieces, result))
-        for request_id in [*result.errors, *self._failed_elsewhere]:
+        for request_id in self._failed:
             self._drop(request_id)
-        self._failed_elsewhere.clear()
+        self._failed.clear()
         result.cache_bytes = self.pipeline.step_cache.budget.num_bytes
         result.sent_bytes = self.ranks.take_sent_bytes()
         result.peak_memory_bytes = self._device.peak_memory_bytes()
@@ -165,7 +167,7 @@ class ModelRunner:
         """Give an error to each new request that cannot run, where an error in the encode could restart all ranks."""
         if not self._ranks_share_encodes:
             return
-        new = [request for request in plan.new_requests if request.request_id not in self._aborted]
+        new = [request for request in plan.new_requests if request.request_id not in self._skipped]
         self._run_each(new, self.pipeline.check, result, run_alone)
 
     def _agree_on_requests(self, plan: StepPlan, result: StepResult) -> set[str]:
@@ -175,7 +177,7 @@ class ModelRunner:
         """
         ids = [*plan.encode, *plan.denoise, *plan.decode]
         known = [i in self._requests and (i in self._states or i in plan.encode) for i in ids]
-        votes = [not k or i in self._aborted or i in result.errors for i, k in zip(ids, known)]
+        votes = [not k or i in self._skipped or i in result.errors for i, k in zip(ids, known)]
         *skipped, lacks_memory = self.ranks.unite([*votes, self._lacks_memory])
         if lacks_memory:
             self._lacks_memory = False
@@ -186,7 +188,7 @@ class ModelRunner:
     def _release(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
             self._drop(request_id)
-        self._aborted.difference_update(request_ids)
+        self._skipped.difference_update(request_ids)
 
     def _drop(self, request_id: str) -> None:
         self._requests.pop(request_id, None)
@@ -211,7 +213,12 @@ class ModelRunner:
 
         def predict(batch: Sequence[RequestState]) -> list[tuple[Tensor, ...]]:
             groups = [g for s in batch for g in plan.placement.get(_id_of(s), [0] * len(s.sequence_lengths))]
-            return self.pipeline.predict(batch, groups)
+            try:
+                return self.pipeline.predict(batch, groups)
+            except Exception:
+                for state in batch:
+                    state.discard()
+                raise
 
         branches = self._run_batch(states, predict, result, self._together(self.ranks.size > 1))
         computed = {_id_of(s): s.sequence_lengths[: len(branches.get(_id_of(s), ()))] for s in states}
@@ -221,12 +228,15 @@ class ModelRunner:
 
         def finish(state: RequestState) -> None:
             request_id = _id_of(state)
-            predicted = self.pipeline.advance(state, branches[request_id], request_id in plan.preview)
+            try:
+                predicted = self.pipeline.advance(state, branches[request_id], request_id in plan.preview)
+            finally:
+                skipped = state.settle()  # also after an error: step caches of all ranks keep and drop alike
             if predicted is not None:
                 clean[request_id] = predicted
             if state.num_made != 1:
                 result.made[request_id] = state.num_made
-            if (skipped := state.settle()) and self.ranks.mesh.rank_group.rank == 0:
+            if skipped and self.ranks.mesh.rank_group.rank == 0:
                 result.cached[request_id] = skipped / len(branches[request_id])
 
         advancing = [s for s in states if _id_of(s) in branches]
@@ -347,12 +357,23 @@ class ModelRunner:
             except RanksLostError:
                 raise
             except PeerFailedError:
-                self._failed_elsewhere.append(_id_of(item))
+                self._end(_id_of(item), attempt)
             except Exception as error:
                 # Any error of one request must not reach the other requests.
                 result.errors[_id_of(item)] = item_error(error)
+                self._end(_id_of(item), attempt)
                 self._release_memory(error)
         return outputs
+
+    def _end(self, request_id: str, attempt: Attempt) -> None:
+        """End a request that failed in `attempt`. It is dropped when all ranks drop it: now, or when it is released.
+
+        If one rank had more of the step cache's budget left than another, they would drop different tensors of others.
+        """
+        if self.ranks.size == 1 or attempt == self.ranks.attempt:
+            self._failed.append(request_id)
+        else:
+            self._skipped.add(request_id)
 
     def _release_memory(self, error: Exception) -> None:
         """Free what can be made again: a lack of memory may be the cause of `error`."""
