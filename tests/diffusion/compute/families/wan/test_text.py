@@ -53,13 +53,14 @@ def wanted(wan_model: Callable[[str], Path]) -> list[torch.Tensor]:
 
 def assert_wanted(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
     for (_, length), states, want in zip(PROMPTS, got, wanted, strict=True):
-        assert states.shape == (length, 32)
+        assert states.shape[0] <= length
         assert want.abs().max() > 0.5
-        torch.testing.assert_close(states, want, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(states, want[: len(states)], atol=1e-5, rtol=1e-5)
+        assert not want[len(states) :].any(), "the rest is padding"
 
 
 @torch.inference_mode()
-def test_states_and_their_padding_are_those_of_diffusers(
+def test_states_without_padding_are_those_of_diffusers(
     wan_model: Callable[[str], Path], wanted: list[torch.Tensor]
 ) -> None:
     encoder = encoder_of(wan_model("t2v-2.1"))

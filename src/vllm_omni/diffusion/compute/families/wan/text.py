@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import UMT5Config
 from transformers.models.umt5.modeling_umt5 import UMT5Stack
@@ -87,13 +86,13 @@ class WanTextEncoder:
         self._embedding, self._encoder = embedding, encoder
 
     def __call__(self, prompt: str, max_tokens: int) -> Tensor:
-        """Hidden states [max_tokens, d_model] of the prompt, cut to so many tokens, with zeros behind them.
+        """Hidden states [tokens, d_model] of the prompt, cut to `max_tokens` tokens.
 
         All ranks of the group must call with the same arguments; each gets the states.
         """
         ids = to_device(torch.tensor([self._tokenizer.ids(prompt, max_tokens)]), self._device)
         states: Tensor = self._encoder(inputs_embeds=self._embedding(ids)).last_hidden_state[0]
-        return F.pad(states, (0, 0, 0, max_tokens - len(states)))
+        return states
 
 
 def _share(encoder: UMT5Stack, group: Group) -> None:
