@@ -19,6 +19,7 @@ from testbed.tiny_diffusers import build_tiny_diffusers
 from testbed.tiny_models import SMALL, build_tiny_qwen_image
 from vllm_omni.diffusion.catalog.find_folder import EMBEDDED_MODELS
 from vllm_omni.diffusion.catalog.hub import HubAccess
+from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.cache.calibration import Change, fit_polynomial, root_mean_square_error
 from vllm_omni.entrypoints.cli import calibrate
 from vllm_omni.entrypoints.cli.commands import CALIBRATE
@@ -122,6 +123,13 @@ def test_the_help_names_the_embedded_models(capsys: pytest.CaptureFixture[str]) 
         calibrate.parse_args(["--help"])
     text = capsys.readouterr().out
     assert [name for name in EMBEDDED_MODELS if f"`{name}`" not in text] == []
+
+
+@pytest.mark.parametrize("model", EMBEDDED_MODELS)
+def test_an_embedded_model_accepts_the_built_in_prompts(model: str) -> None:
+    info = load_model_info(model)
+    most = info.default_sampling_params.get("max_sequence_length", info.max_prompt_tokens)
+    assert [p for p in calibrate.DEFAULT_PROMPTS if info.count_prompt_tokens(p) > most] == []
 
 
 def test_a_length_of_videos_reaches_the_requests() -> None:
