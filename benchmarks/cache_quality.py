@@ -27,6 +27,7 @@ from tools.demo_video.evaluate import wanted_clips
 from tqdm import tqdm
 
 from vllm_omni import Omni
+from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.entrypoints.cli import calibrate
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 
@@ -122,9 +123,7 @@ class Drawer:
     def __init__(self, args: argparse.Namespace, prompts: Sequence[str]) -> None:
         self._model = args.model
         self._prompts = prompts
-        self._params = OmniDiffusionSamplingParams(
-            num_inference_steps=args.steps, true_cfg_scale=args.true_cfg_scale, output_type="np"
-        )
+        self._params = params_of(args, output_type="np")
 
     def references(self) -> list[np.ndarray]:
         with self._omni("none", {}) as omni:
@@ -163,12 +162,16 @@ class Drawer:
         return output.images[0], output.timings
 
 
+def params_of(args: argparse.Namespace, **values: Any) -> OmniDiffusionSamplingParams:
+    """Parameters with guidance under the name that the model has for it."""
+    guidance = load_model_info(args.model).guidance.parameter
+    return OmniDiffusionSamplingParams(num_inference_steps=args.steps, **{guidance: args.guidance_scale}, **values)
+
+
 def measure_polynomial(args: argparse.Namespace, prompts: Sequence[str]) -> list[float]:
     """TeaCache's coefficients for the model, measured on these prompts; any others would do as well."""
     out = args.out.with_name(args.out.name + "_teacache")
-    params = OmniDiffusionSamplingParams(
-        num_inference_steps=args.steps, true_cfg_scale=args.true_cfg_scale, seed=1_000_000
-    )
+    params = params_of(args, seed=1_000_000)
     config = calibrate.calibration_config(model=args.model)
     calibrate.calibrate(calibrate.CalibrateArgs(config, tuple(prompts[:NUM_CALIBRATION_PROMPTS]), params, out))
     coefficients: list[float] = json.loads(out.with_suffix(".json").read_text())["coefficients"]
@@ -215,7 +218,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=100, help="how many")
     parser.add_argument("--prompt-file", type=Path, help="one a line; default: the embedded model's words")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--true-cfg-scale", type=float, default=3.0)
+    parser.add_argument("--guidance-scale", type=float, default=3.0)
     parser.add_argument("--out", type=Path, default=Path("out/cache_quality"), help="stem of the .json and the .png")
     return parser.parse_args(argv)
 

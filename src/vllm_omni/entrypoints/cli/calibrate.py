@@ -72,7 +72,9 @@ def parse_args(argv: Sequence[str]) -> CalibrateArgs:
     frames_help = "frames of a video; none: the model's default"
     parser.add_argument("--num-frames", type=flag_types.integer(1), help=frames_help)
     parser.add_argument("--num-inference-steps", type=flag_types.integer(3), help="steps; none: the model's default")
-    parser.add_argument("--true-cfg-scale", type=float, help="scale of guidance; none: the model's default")
+    guidance_help = "scale of guidance, under the name that the model's requests have for it; none: the model's default"
+    for flag in ("--true-cfg-scale", "--guidance-scale"):
+        parser.add_argument(flag, type=float, help=guidance_help)
     parser.add_argument("--seed", type=flag_types.integer(0), default=0, help="seed; prompt i has seed + i")
     parser.add_argument("--out", type=Path, default=Path("teacache"), help="path of the .json and .png, without suffix")
     engine = FlagGroup(parser, OmniDiffusionConfig)

@@ -132,9 +132,10 @@ def test_an_embedded_model_accepts_the_built_in_prompts(model: str) -> None:
     assert [p for p in calibrate.DEFAULT_PROMPTS if info.count_prompt_tokens(p) > most] == []
 
 
-def test_a_length_of_videos_reaches_the_requests() -> None:
-    args = calibrate.parse_args(["demo", "--num-frames", "9", "--size", "64x48"])
+def test_settings_of_videos_reach_the_requests() -> None:
+    args = calibrate.parse_args(["demo", "--num-frames", "9", "--size", "64x48", "--guidance-scale", "4"])
     assert (args.params.num_frames, args.params.width, args.params.height) == (9, 64, 48)
+    assert (args.params.guidance_scale, args.params.true_cfg_scale) == (4, None)
 
 
 def test_a_hub_model_is_named_as_in_serve() -> None:
