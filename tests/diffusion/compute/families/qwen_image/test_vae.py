@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +31,7 @@ GRIDS = [(4, 3), (5, 7), (5, 7), (1, 9), (11, 2)]
 """Rows and columns of tokens (2 x 2 latent pixels each): one tile, odd numbers of tiles, a strip each way."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """One thread, as each rank has: with more, convolutions round differently."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("module_on_one_thread")
 
 
 def load(path: Path) -> AutoencoderKLQwenImage:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -36,13 +36,7 @@ KINDS = pytest.mark.parametrize("further", [{}, HIGH_COMPRESSION], ids=["wan21",
 Grid = tuple[int, int, int]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """One thread, as each rank has: with more, convolutions round differently."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("module_on_one_thread")
 
 
 def make_vae(further: dict[str, Any], tiled: bool = False) -> AutoencoderKLWan:
