@@ -48,11 +48,11 @@ def latents(sides: Sequence[tuple[int, int]]) -> list[Tensor]:
     ],
 )
 def test_consecutive_pictures_of_one_size_are_a_batch_of_limited_pixels(
-    monkeypatch: pytest.MonkeyPatch, one_at_a_time: bool, batches: list[tuple[int, ...]]
+    one_at_a_time: bool, batches: list[tuple[int, ...]]
 ) -> None:
-    monkeypatch.setattr(pictures, "MAX_BATCH_PIXELS", 2 * SMALL[0] * SMALL[1] * SCALE**2 + 1)
+    two_small = 2 * SMALL[0] * SMALL[1] * SCALE**2 + 1
     vae, sides = NotedVae(), [SMALL] * 3 + [LARGE] * 2 + [SMALL] * 2
-    decode = LatentDecoder(vae, lambda x: x, TILING, SCALE, one_at_a_time, DecodeGroup.alone())
+    decode = LatentDecoder(vae, lambda x: x, TILING, SCALE, one_at_a_time, DecodeGroup.alone(), two_small)
     made = decode(latents(sides))
     assert vae.batches == batches
     assert [tuple(p.pixels.shape) for p in made] == [(height * SCALE, width * SCALE, 3) for height, width in sides]

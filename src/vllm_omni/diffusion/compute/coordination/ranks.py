@@ -49,7 +49,8 @@ class Ranks:
     def __init__(self, world: World | None = None) -> None:
         self.mesh = Mesh.single() if world is None else world.mesh
         self.world = world
-        self._num_attempts = 0
+        self.num_attempts = 0
+        """Calls of `attempt` so far, equal on all ranks."""
 
     @property
     def size(self) -> int:
@@ -95,7 +96,7 @@ class Ranks:
         Raises the error of `run` on the rank where it failed, PeerFailedError on the others, and RanksLostError when
         the ranks cannot go on.
         """
-        self._num_attempts += 1
+        self.num_attempts += 1
         try:
             return run()
         except Exception as error:
@@ -133,7 +134,7 @@ class Ranks:
         logger.warning("a rank failed in the middle of a step (here: %s); the ranks connect anew", error)
         try:
             world.rebuild()
-            outcomes = self.mesh.control.all_gather(torch.tensor([self._num_attempts, outcome])).tolist()
+            outcomes = self.mesh.control.all_gather(torch.tensor([self.num_attempts, outcome])).tolist()
         except RuntimeError as lost:
             raise RanksLostError(f"the ranks did not meet again: {lost}") from error
         if len({num_attempts for num_attempts, _ in outcomes}) > 1 or all(code == _INTERRUPTED for _, code in outcomes):

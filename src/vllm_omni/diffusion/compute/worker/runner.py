@@ -91,6 +91,11 @@ class ModelRunner:
         return self._pipeline
 
     @property
+    def states(self) -> Mapping[str, RequestState]:
+        """States of the requests that have begun, by id."""
+        return self._states
+
+    @property
     def launches_ahead(self) -> bool:
         return self._device.is_asynchronous
 

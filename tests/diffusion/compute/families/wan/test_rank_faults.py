@@ -42,7 +42,7 @@ def encode_after_failed_piece(place: RankInfo, parallel: DiffusionParallelConfig
     pipeline.decode_next = decode_next
     execute(StepPlan(3, new_requests=[request("again", "a red apple", seed=1, **SETTINGS)], encode=["again"]))
     execute(StepPlan(4, denoise=["again"], release=["first"]))
-    latents = runner._states["again"].latents.numpy().copy()
+    latents = runner.states["again"].latents.numpy().copy()
     execute(StepPlan(5, release=["again"]))
     errors = {i: error.kind for result in results for i, error in result.errors.items()}
     return errors, latents, kept(runner)
