@@ -19,6 +19,7 @@ from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.catalog.whole_info import WholeModelInfo, WholePipeline
 from vllm_omni.diffusion.control.scheduled_request import RequestCost, ScheduledRequest
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.messages.checkpoint import LATENTS, Checkpoint
 from vllm_omni.diffusion.messages.plan import DecodePiece, ItemError, StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.diffusion.messages.worker import RankInfo
@@ -118,6 +119,12 @@ def frame_index(latent_frame: int) -> int:
     return max(0, 4 * latent_frame - 3)
 
 
+def fake_checkpoint(request: DiffusionRequest, step: int) -> Checkpoint:
+    """Checkpoint after `step` steps; its latents are noise that depends on seed and step."""
+    latents = np.random.default_rng([request.seed, step]).standard_normal((4, 16), dtype=np.float32)
+    return Checkpoint(step, {LATENTS: latents}, {LATENTS: "float32"}, {"seed": request.seed})
+
+
 class FakeRunner:
     """Runs plans as a worker must, and asserts that the plans keep their side of the contract.
 
@@ -180,6 +187,7 @@ class FakeRunner:
         assert [request.request_id for request in plan.new_requests] == plan.encode
         assert set(plan.preview) <= set(plan.denoise)
         assert set(plan.pieces) <= set(plan.decode)
+        assert set(plan.resume) <= set(plan.encode)
         self.plans.append(plan)
         for request_id in plan.release:
             self._states.pop(request_id, None)
@@ -187,17 +195,33 @@ class FakeRunner:
             self._dropped.discard(request_id)
         for request in plan.new_requests:
             assert request.request_id not in self._states
-            self._states[request.request_id] = (request, 0)
+            self._states[request.request_id] = (request, self._first_step(request, plan))
         result = StepResult(plan.step_id, encode_seconds=0.001, denoise_seconds=0.002, decode_seconds=0.003)
         for phase, request_ids in (("encode", plan.encode), ("denoise", plan.denoise), ("decode", plan.decode)):
             for request_id in request_ids:
                 if request_id not in self._dropped:
                     self._run(request_id, phase, plan, result)
+        if self.rank_info.rank == 0:
+            self._save(plan, result)
         for pictures in (result.images, result.previews):  # only one rank delivers a picture
             for number, request_id in enumerate(sorted(pictures)):
                 if number % self.rank_info.replica_size != self.rank_info.rank:
                     del pictures[request_id]
         return result
+
+    def _first_step(self, request: DiffusionRequest, plan: StepPlan) -> int:
+        if (checkpoint := plan.resume.get(request.request_id)) is None:
+            return 0
+        expected = fake_checkpoint(request, checkpoint.step)
+        assert np.array_equal(checkpoint.arrays[LATENTS], expected.arrays[LATENTS]), "the checkpoint of this request"
+        return checkpoint.step
+
+    def _save(self, plan: StepPlan, result: StepResult) -> None:
+        for request_id in plan.checkpoint:
+            if request_id in self._states and request_id not in self._dropped:
+                request, step = self._states[request_id]
+                assert step > 0, "there is something to save"
+                result.checkpoints[request_id] = fake_checkpoint(request, step)
 
     def _run(self, request_id: str, phase: str, plan: StepPlan, result: StepResult) -> None:
         request, step = self._states[request_id]

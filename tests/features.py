@@ -46,6 +46,7 @@ CACHE = f"{COMPUTE}/cache"
 FP8 = f"{COMPUTE}/families/test_float8.py"
 OPENAI = "tests/entrypoints/openai"
 FAMILIES = "tests/test_families.py"
+RESUME = f"{DIFFUSION}/compute/worker/test_resume.py"
 COMPILING = f"{COMPUTE}/startup/test_compiling.py"
 LAYOUTS = f"{COMPUTE}/worker/test_layouts.py"
 EDIT_LAYOUTS = f"{COMPUTE}/worker/test_edit_layouts.py"
@@ -254,6 +255,19 @@ FEATURES = (
             yes(f"{FAMILIES}::test_a_replay_draws_the_same_picture[z_image]"),
             yes(f"{FAMILIES}::test_a_replay_draws_the_same_picture[wan]"),
             yes(f"{FAMILIES}::test_a_replay_draws_the_same_picture[by_diffusers]"),
+        ),
+    ),
+    Feature(
+        "checkpoints: a request resumes on any worker and layout; same pixels",
+        (
+            yes(f"{RESUME}::test_a_resumed_request_gives_the_pixels_of_the_undisturbed_run[qwen_image]"),
+            yes(f"{FAMILIES}::test_a_killed_worker_costs_the_steps_since_the_newest_checkpoint[edits]"),
+            yes(f"{RESUME}::test_a_resumed_request_gives_the_pixels_of_the_undisturbed_run[z_image]"),
+            yes(
+                f"{RESUME}::test_a_resumed_request_gives_the_pixels_of_the_undisturbed_run[two experts]",
+                f"{RESUME}::test_a_request_resumes_on_another_layout",
+            ),
+            Cell("no: replayed from the start"),
         ),
     ),
     Feature(

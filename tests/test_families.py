@@ -22,6 +22,8 @@ from testbed.tiny_models import build_tiny_qwen_image, photo
 from testbed.tiny_wan import build_tiny_wan
 from testbed.tiny_z_image import build_tiny_z_image
 from vllm_omni import AsyncOmni
+from vllm_omni.diffusion.control.events import EngineObserver
+from vllm_omni.diffusion.messages.plan import StepPlan, StepResult
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.outputs import OmniRequestOutput
 
@@ -71,8 +73,10 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @asynccontextmanager
-async def started(path: Path, backend: Literal["mp", "uni"]) -> AsyncIterator[AsyncOmni]:
-    omni = AsyncOmni(model=str(path), distributed_executor_backend=backend)
+async def started(
+    path: Path, backend: Literal["mp", "uni"], observer: EngineObserver | None = None
+) -> AsyncIterator[AsyncOmni]:
+    omni = AsyncOmni(model=str(path), distributed_executor_backend=backend, observer=observer)
     try:
         async with asyncio.timeout(GUARD_SECONDS):
             await omni.start()
@@ -99,7 +103,7 @@ async def test_previews_come_in_time_and_who_leaves_disturbs_nobody(family: tupl
         assert outputs[-1].finished
         # A video's decode reports its frames after the last step.
         steps = list(dict.fromkeys(output.step for output in outputs if not output.images))
-        assert steps == list(range(1, 41))
+        assert steps == list(range(41))
         previews = [output for output in outputs if output.images and output.step < 40]
         assert len(previews) == 2
         errors = [float(np.abs(picture(p).astype(float) - picture(outputs[-1])).mean()) for p in previews]
@@ -130,3 +134,49 @@ async def test_a_replay_draws_the_same_picture(family: tuple[Path, dict[str, Any
         assert worker() != pid
         assert output.finished
         assert np.array_equal(picture(undisturbed), picture(output))
+
+
+class Resumes(EngineObserver):
+    """Notes the step of each request that a plan resumes, and the number of denoising steps that ran."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.num_run = 0
+
+    def on_step(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
+        self.steps += [checkpoint.step for checkpoint in plan.resume.values()]
+        self.num_run += len(result.advanced)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("family", ["edits", "z_image", "wan"], indirect=True)
+async def test_a_killed_worker_costs_the_steps_since_the_newest_checkpoint(family: tuple[Path, dict[str, Any]]) -> None:
+    path, prompt = family
+    resumes = Resumes()
+    async with started(path, "mp", resumes) as omni:
+        undisturbed = [output async for output in omni.generate(prompt, PARAMS)][-1]
+        resumes.num_run, pid, saved, steps = 0, worker(), 0, [0]
+        async for output in omni.generate(prompt, PARAMS, checkpoint_seconds=1e-9):
+            steps.append(output.step)
+            if output.checkpoint is not None and (saved := output.checkpoint.step) == 20 and worker() == pid:
+                os.kill(pid, signal.SIGKILL)
+        assert worker() != pid
+        assert np.array_equal(picture(undisturbed), picture(output))
+        assert steps == sorted(steps), "progress never falls"
+        (resumed,) = resumes.steps
+        assert 20 <= resumed <= saved
+        assert 40 <= resumes.num_run <= 43, "at most the steps in flight were lost"
+        assert output.timings["computed_steps"] == 40
+
+        asked = omni.generate(prompt, PARAMS, "drained")
+        async for output in asked:
+            if output.step == 10 and not output.checkpointed:
+                omni.request_checkpoint("drained")
+            if output.checkpointed:
+                break
+        await asked.aclose()
+        assert output.checkpoint is not None
+        again = [output async for output in omni.generate(prompt, PARAMS, resume=output.checkpoint)]
+        assert np.array_equal(picture(undisturbed), picture(again[-1]))
+        assert again[0].step == output.checkpoint.step >= 10
+        assert again[-1].timings["computed_steps"] == 40 - output.checkpoint.step

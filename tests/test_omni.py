@@ -253,13 +253,14 @@ async def test_progress_previews_and_result(device: FakeExecutor) -> None:
         params = OmniDiffusionSamplingParams(height=32, width=48, num_inference_steps=4, seed=5, num_previews=1)
         outputs = await outputs_of(omni.generate("x", params))
         steps = [output.step for output in outputs if not output.finished and not output.images]
-        assert steps == [1, 2, 3, 4]
+        assert steps == [0, 1, 2, 3, 4], "the first message says that the request has begun"
+        assert all(output.started for output in outputs)
         preview, done = [output for output in outputs if not output.finished and output.images]
         assert preview.step == 2
         assert np.array_equal(np.asarray(preview.images[0]), fake_image(make_request(size=(32, 48), seed=5), 2))
         assert done.step == 4
         assert np.array_equal(np.asarray(done.images[0]), expected(5))
-        assert [output.finished for output in outputs] == [False] * 6 + [True]
+        assert [output.finished for output in outputs] == [False] * 7 + [True]
     finally:
         await omni.close()
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from tqdm import tqdm
 
-from testbed.fakes import FakeExecutor, FakeRunner, fake_image, fake_video, make_ready, make_request
+from testbed.fakes import FakeExecutor, FakeRunner, fake_checkpoint, fake_image, fake_video, make_ready, make_request
 from tests.diffusion.control.builders import VIDEO
 from vllm_omni import AsyncOmni, Omni
 from vllm_omni.errors import InvalidRequestError
@@ -73,14 +73,14 @@ def test_each_output_is_a_list_of_frames_an_array_or_a_picture() -> None:
 async def test_steps_previews_and_frames_are_streamed() -> None:
     *progress, last = await outputs_of(num_previews=1, output_type="np")
     steps = [output.step for output in progress if not output.images and output.frames is None]
-    assert steps == [1, 2, 3, 4]
+    assert steps == [0, 1, 2, 3, 4]
     (preview,) = [output for output in progress if output.images and output.step < NUM_STEPS]
     assert preview.images[0].shape == (64, 96, 3), "one frame"
     pieces = [output for output in progress if output.frames is not None]
     assert [piece.first_frame for piece in pieces] == [0, 1, 5, 9, 13]
     assert all((piece.step, piece.num_inference_steps) == (NUM_STEPS, NUM_STEPS) for piece in pieces)
     has_frames = [output.frames is not None for output in progress]
-    assert has_frames == [False] * (NUM_STEPS + 1) + [True] * 5 + [False], "steps and the preview, pieces, the video"
+    assert has_frames == [False] * (NUM_STEPS + 2) + [True] * 5 + [False], "begin, steps, preview, pieces, the video"
     decoded: list[Any] = [piece.frames for piece in pieces]
     assert np.array_equal(np.concatenate(decoded), expected(3))
     assert last.finished
@@ -122,3 +122,52 @@ def test_an_output_becomes_a_file(tmp_path: Path) -> None:
     with av.open(str(tmp_path / "panda.mp4")) as container:
         (stream,) = container.streams.video
         assert (stream.frames, stream.average_rate, stream.width, stream.height) == (NUM_FRAMES, Fraction(16), 96, 64)
+
+
+async def test_checkpoints_are_streamed_and_a_request_resumes_from_one() -> None:
+    params = OmniDiffusionSamplingParams(seed=3, output_type="np")
+    async with AsyncOmni("video") as omni:
+        outputs = [output async for output in omni.generate("a panda", params, checkpoint_seconds=1e-9)]
+        saved = [output for output in outputs if output.checkpointed]
+        checkpoints = [output.checkpoint for output in saved if output.checkpoint is not None]
+        assert [checkpoint.step for checkpoint in checkpoints] == [output.step for output in saved] == [1, 2, 3, 4]
+        for checkpoint in checkpoints:
+            resumed = [output async for output in omni.generate("a panda", params, resume=checkpoint)]
+            steps = [output.step for output in resumed if output.frames is None and not output.images]
+            assert steps == [*range(checkpoint.step, NUM_STEPS + 1)]
+            assert np.array_equal(resumed[-1].images[0], expected(3))
+
+
+async def test_a_checkpoint_is_given_when_it_is_asked_for(device: FakeExecutor) -> None:
+    params = OmniDiffusionSamplingParams(seed=3, num_outputs_per_prompt=2)
+    async with AsyncOmni("video") as omni:
+        device.hold = True
+        stream = omni.generate("a panda", params, "job")
+        omni.request_checkpoint("unknown")
+        omni.request_checkpoint("job")
+        answers = [await anext(stream) for _ in range(2)]
+        assert [(answer.index, answer.checkpointed, answer.checkpoint) for answer in answers] == [
+            (0, True, None),
+            (1, True, None),
+        ]
+        assert not any(answer.started for answer in answers)
+        device.hold = False
+        asked = False
+        async for output in stream:
+            if output.step == 2 and not asked:
+                omni.request_checkpoint("job")
+                asked = True
+            if output.checkpoint is not None:
+                answers.append(output)
+    assert sorted(answer.index for answer in answers[2:]) == [0, 1]
+
+
+async def test_wrong_checkpoints_are_refused_before_anything_runs(device: FakeExecutor) -> None:
+    checkpoint = fake_checkpoint(make_request(seed=3), NUM_STEPS + 1)
+    async with AsyncOmni("video") as omni:
+        num_plans = device.num_plans
+        with pytest.raises(InvalidRequestError, match=f"step {NUM_STEPS + 1}, this request has steps 1 to {NUM_STEPS}"):
+            omni.generate("a panda", OmniDiffusionSamplingParams(seed=3), resume=checkpoint)
+        with pytest.raises(InvalidRequestError, match="checkpoint_seconds takes a number above 0"):
+            omni.generate("a panda", OmniDiffusionSamplingParams(seed=3), checkpoint_seconds=0)
+        assert device.num_plans == num_plans

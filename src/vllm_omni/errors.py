@@ -8,10 +8,14 @@ OmniError
 │   │   ├── UnsupportedParameterError  the model has no such parameter
 │   │   └── ModerationBlockedError  the model's own safety checker blocked the picture
 │   ├── ModelNotFoundError   404
+│   ├── JobNotFoundError     404  no such video job, or another key's
 │   ├── QueueFullError       429  `retry_after` seconds
+│   ├── TooManyJobsError     429  the key has as many unfinished video jobs as it may have
 │   ├── UnavailableError     503  draining, starting or restarting; `retry_after` seconds
+│   ├── StoreFullError       507  no room for another video job
 │   ├── GenerationError      500  the device failed on this request
 │   └── RequestAbortedError  499  the caller or the client gave up
+├── LeaseLostError           another server runs the video job now, or it was deleted
 └── WorkerDiedError          a worker process ended or stopped answering
 """
 
@@ -106,6 +110,14 @@ class ModelNotFoundError(RequestError):
     code = "model_not_found"
 
 
+class JobNotFoundError(RequestError):
+    """No video job has the id, or it belongs to another API key."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "video_not_found"
+
+
 class QueueFullError(RequestError):
     status = 429
     type = "rate_limit_error"
@@ -113,10 +125,26 @@ class QueueFullError(RequestError):
     retryable = True
 
 
+class TooManyJobsError(RequestError):
+    """An API key has as many unfinished video jobs as it may have."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "too_many_jobs"
+    retryable = True
+
+
 class UnavailableError(RequestError):
     status = 503
     code = "unavailable"
     retryable = True
+
+
+class StoreFullError(RequestError):
+    """The store of video jobs has no room: its number of jobs is reached, or a disk is full."""
+
+    status = 507
+    code = "store_full"
 
 
 class GenerationError(RequestError):
@@ -128,6 +156,10 @@ class RequestAbortedError(RequestError):
     status = 499
     type = "invalid_request_error"
     code = "aborted"
+
+
+class LeaseLostError(OmniError):
+    """A server's claim of a video job has ended: another server claimed the job, or it was deleted or released."""
 
 
 class WorkerDiedError(OmniError):

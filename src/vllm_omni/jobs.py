@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vllm_omni.diffusion.control.events import EngineEvent, Failed, Finished, Frames, Preview
+from vllm_omni.diffusion.control.events import (
+    Checkpointed,
+    EngineEvent,
+    Failed,
+    Finished,
+    Frames,
+    Preview,
+    StepDone,
+)
 from vllm_omni.diffusion.control.owner import EngineOwner
 from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.errors import RequestError
@@ -32,6 +40,10 @@ class Job:
 
     def __post_init__(self) -> None:
         self._indices = {request.request_id: index for index, request in enumerate(self.requests)}
+        self._steps = [0 if request.resume is None else request.resume.step for request in self.requests]
+        """Denoising steps done, of each request."""
+        self._begun: set[int] = set()
+        """Numbers of the requests whose first plan has begun."""
 
     @property
     def is_done(self) -> bool:
@@ -47,15 +59,22 @@ class Job:
         index = self._indices[event.request_id]
         request, done = self.requests[index], isinstance(event, Finished)
         frames = event if isinstance(event, Frames) else None
+        if not isinstance(event, Checkpointed):  # one that is asked for may come before the first plan
+            self._begun.add(index)
+        if isinstance(event, StepDone | Preview):
+            self._steps[index] = max(self._steps[index], event.step)  # a replay may deliver a late preview
         return self._output(
             [request],
             images=[self._image(event.image)] if isinstance(event, Finished | Preview) else [],
             timings=event.timings if isinstance(event, Finished) else {},
             index=index,
-            step=request.num_steps if done or frames else getattr(event, "step", 0),
+            started=index in self._begun,
+            step=request.num_steps if done or frames else self._steps[index],
             num_output_tokens=request.num_image_tokens if done else 0,
             first_frame=frames.first if frames else 0,
             frames=frames.pixels if frames else None,
+            checkpoint=event.checkpoint if isinstance(event, Checkpointed) else None,
+            checkpointed=isinstance(event, Checkpointed),
         )
 
     def result(self) -> OmniRequestOutput:
@@ -64,6 +83,7 @@ class Job:
             images=[self._image(self.images[r.request_id]) for r in self.requests],
             timings=max(self.timings.values(), key=lambda timings: timings["total"]),
             finished=True,
+            started=True,
             step=self.requests[0].num_steps,
             num_output_tokens=sum(r.num_image_tokens for r in self.requests),
         )

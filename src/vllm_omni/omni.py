@@ -34,7 +34,9 @@ from vllm_omni.diffusion.control.request_builder import (
     check_default_prompt,
     check_defaults,
 )
+from vllm_omni.diffusion.control.resuming import with_checkpoints
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.messages.checkpoint import Checkpoint
 from vllm_omni.diffusion.messages.plan import WorkerReady
 from vllm_omni.errors import InvalidRequestError, RequestError, UnavailableError
 from vllm_omni.foreign.class_decorators import explain_attributes
@@ -151,16 +153,23 @@ class AsyncOmni:
         request_id: str | None = None,
         *,
         sampling_params_list: StageParams = None,
+        resume: Checkpoint | None = None,
+        checkpoint_seconds: float | None = None,
         **unknown: Never,
     ) -> OutputStream:
         """Iterator over progress messages and, last, the output with `finished` True.
 
         A wrong or refused request raises a RequestError here; a later failure is raised by the iterator. Closing the
         iterator early aborts the request. `sampling_params_list`: see `Omni.generate`.
+
+        checkpoint_seconds: device seconds of an output's denoising steps between two checkpoints, which come as
+        progress messages; a worker's death then repeats only the steps since the last one. None: no checkpoints.
+        resume: checkpoint of the same prompt and parameters, the seed included, to go on from; for one output.
         """
-        check_call(unknown, ("prompt", "sampling_params", "request_id", "sampling_params_list"))
+        taken = ("prompt", "sampling_params", "request_id", "sampling_params_list", "resume", "checkpoint_seconds")
+        check_call(unknown, taken)
         sampling_params = single_stage_params(sampling_params, sampling_params_list)
-        job = self.make_job(prompt, sampling_params, request_id)
+        job = self.make_job(prompt, sampling_params, request_id, resume=resume, checkpoint_seconds=checkpoint_seconds)
         self.warn_ignored(job)
         return self.submit(job)
 
@@ -169,9 +178,13 @@ class AsyncOmni:
         prompt: PromptLike,
         sampling_params: OmniDiffusionSamplingParams | None = None,
         request_id: str | None = None,
+        *,
+        resume: Checkpoint | None = None,
+        checkpoint_seconds: float | None = None,
     ) -> Job:
-        """Check a call and turn it into a job, without running it. Raises InvalidRequestError."""
-        return self.make_checked_job(self.check(prompt, sampling_params), request_id)
+        """Check a call and turn it into a job, without running it; see `generate`. Raises InvalidRequestError."""
+        checked = self.check(prompt, sampling_params)
+        return self.make_checked_job(checked, request_id, resume=resume, checkpoint_seconds=checkpoint_seconds)
 
     def check(self, prompt: PromptLike, sampling_params: OmniDiffusionSamplingParams | None = None) -> CheckedPrompt:
         """First part of `make_job`, for callers that run it in another thread: see `RequestBuilder.check`."""
@@ -184,10 +197,18 @@ class AsyncOmni:
             )
         return builder.check(parsed, params)
 
-    def make_checked_job(self, checked: CheckedPrompt, request_id: str | None = None) -> Job:
+    def make_checked_job(
+        self,
+        checked: CheckedPrompt,
+        request_id: str | None = None,
+        *,
+        resume: Checkpoint | None = None,
+        checkpoint_seconds: float | None = None,
+    ) -> Job:
         """Second part of `make_job`: count tokens, and make requests with a price."""
         request_id = request_id or f"omni-{uuid.uuid4().hex}"
         requests = self._started_builder().build_checked(checked, request_id)
+        requests = with_checkpoints(requests, self.info, resume, checkpoint_seconds)
         guides = requests[0].request.has_guidance
         prompt, given = checked.prompt, checked.given
         ignored = "" if guides else self.info.guidance.missing_half(prompt.negative_prompt, given)
@@ -225,6 +246,16 @@ class AsyncOmni:
         self.owner.check_loop()
         if job := self._jobs.get(request_id):
             self._engine.abort(job.pending)
+
+    def request_checkpoint(self, request_id: str) -> None:
+        """Ask for a checkpoint of each unfinished output of a request, as it is after the step that runs.
+
+        Each answer is a progress message with `checkpointed`. Where no step can be saved it comes at once; its
+        `checkpoint` is then the newest one, or None. Unknown ids are ignored.
+        """
+        self.owner.check_loop()
+        if job := self._jobs.get(request_id):
+            self._engine.request_checkpoint(job.pending)
 
     def status(self) -> EngineStatus:
         return self._engine.status()

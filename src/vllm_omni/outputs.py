@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from vllm_omni.errors import RequestError
 from vllm_omni.video_file import write_video
+
+if TYPE_CHECKING:
+    from vllm_omni.diffusion.messages.checkpoint import Checkpoint
 
 __all__ = ["OmniRequestOutput", "write_video"]
 
@@ -50,6 +54,13 @@ class OmniRequestOutput:
     """Failure of this prompt, which then has no images; see `Omni.generate`."""
     fps: int | None = None
     """Frames a second at which the videos are to be played; None: pictures, or the model does not say."""
+    started: bool = False
+    """Whether the first plan of output `index` has begun to run; the first message after that says only this."""
+    checkpoint: Checkpoint | None = None
+    """In a progress message: a new checkpoint of output `index`; `generate(resume=...)` goes on from it."""
+    checkpointed: bool = False
+    """Whether a progress message brings a checkpoint, or answers `AsyncOmni.request_checkpoint`: `checkpoint` is None
+    in an answer where nothing has run."""
 
     @property
     def request_output(self) -> OmniRequestOutput:

@@ -20,6 +20,7 @@ from testbed.fakes import make_config, make_ready, make_request
 from testbed.patience import GUARD_SECONDS
 from tests.descriptors import SELECT_LIMIT, descriptors_left, low_descriptors_taken
 from vllm_omni.diffusion.data import DiffusionParallelConfig
+from vllm_omni.diffusion.messages.checkpoint import Checkpoint, CheckpointValue
 from vllm_omni.diffusion.messages.plan import ItemError, StepPlan, StepResult
 from vllm_omni.diffusion.messages.worker import (
     Abort,
@@ -132,6 +133,26 @@ def test_pictures_that_requests_share_are_sent_once() -> None:
         assert request.images == images
         np.testing.assert_array_equal(request.images[0].condition, images[0].condition)
         np.testing.assert_array_equal(request.images[0].reference, images[0].reference)
+
+
+def test_checkpoints_round_trip_in_both_directions() -> None:
+    arrays: dict[str, np.ndarray] = {
+        "latents": np.ones((6, 4), np.float32),
+        "scheduler.last_sample": np.arange(24, dtype=np.int16),
+    }
+    values: dict[str, CheckpointValue] = {"seed": 2**63 - 1, "timestep": 0.1, "none": None, "list": [1, "a", None]}
+    checkpoint = Checkpoint(7, arrays, {"latents": "float32", "scheduler.last_sample": "bfloat16"}, values)
+    with blocking_pair() as (ours, theirs):
+        ours.send(Execute(StepPlan(1, [make_request("a")], ["a"], resume={"a": checkpoint}, checkpoint=["b"])))
+        theirs.send(Done(StepResult(1, checkpoints={"a": checkpoint}, checkpoint_seconds=0.5)))
+        execute, done = theirs.receive(), ours.receive()
+    assert execute.plan.checkpoint == ["b"]
+    for received in (execute.plan.resume["a"], done.result.checkpoints["a"]):
+        assert (received.step, received.dtypes, received.values) == (7, checkpoint.dtypes, values)
+        assert received.arrays.keys() == arrays.keys()
+        for name, array in arrays.items():
+            assert received.arrays[name].dtype == array.dtype
+            np.testing.assert_array_equal(received.arrays[name], array)
 
 
 def test_messages_from_a_worker_round_trip() -> None:

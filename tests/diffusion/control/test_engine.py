@@ -21,7 +21,7 @@ from tests.diffusion.control.engines import (
     until,
 )
 from vllm_omni.diffusion.control.engine import DiffusionEngine
-from vllm_omni.diffusion.control.events import Failed, Finished, Preview, StepDone
+from vllm_omni.diffusion.control.events import Failed, Finished, Preview, Started, StepDone
 from vllm_omni.diffusion.messages.plan import ItemError, StepPlan, StepResult
 from vllm_omni.errors import (
     ConfigError,
@@ -42,6 +42,7 @@ async def test_events_come_in_order_with_the_picture_and_timings() -> None:
         events = await read_until_done(engine.add([request]))
     kinds = [(type(event), getattr(event, "step", None)) for event in events]
     assert kinds == [
+        (Started, None),
         (StepDone, 1),
         (StepDone, 2),
         (Preview, 2),
@@ -131,7 +132,7 @@ async def test_what_arrives_early_in_a_step_is_in_the_next() -> None:
             ([], ["short"], []),
             ([], [], ["short"]),
         ]
-        assert not [event for event in iter_nowait(long) if not isinstance(event, StepDone)]
+        assert not [event for event in iter_nowait(long) if not isinstance(event, Started | StepDone)]
 
 
 @pytest.mark.parametrize("num_results", range(6))
@@ -295,7 +296,7 @@ async def test_drain_takes_no_new_work_and_finishes_the_old() -> None:
         assert unavailable.value.retry_after is not None
         assert observer.rejects == ["unavailable"]
         assert await drained
-        assert len(iter_nowait(events)) == 30 + 3 + 2
+        assert len(iter_nowait(events)) == 30 + 3 + 2 * len({Started, Finished})
         assert engine.status().num_running == engine.status().num_waiting == 0
 
 

@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,9 +17,10 @@ from testbed.fakes import FakeExecutor, FakeRunner, fake_image, make_config, mak
 from testbed.patience import GUARD_SECONDS
 from tests.diffusion.control.engines import NotedEvents, failures, now_request, read_until_done, until
 from vllm_omni.diffusion.control.engine import DiffusionEngine
-from vllm_omni.diffusion.control.events import Finished
+from vllm_omni.diffusion.control.events import Checkpointed, Finished, StepDone
 from vllm_omni.diffusion.control.replicas import Replicas
 from vllm_omni.diffusion.data import DiffusionParallelConfig
+from vllm_omni.diffusion.messages.checkpoint import Checkpoint
 from vllm_omni.diffusion.messages.plan import WorkerReady
 from vllm_omni.errors import (
     ConfigError,
@@ -257,3 +259,28 @@ async def test_drain_waits_for_all() -> None:
         await replicas.close()
         await replicas.close()
         assert replicas.status().state == "stopped"
+
+
+async def test_each_replica_gives_the_checkpoints_of_its_requests_and_resumes_from_them() -> None:
+    executors = [FakeExecutor(step_seconds=0.001), FakeExecutor(step_seconds=0.001)]
+    requests = {i: now_request(i, steps=30, seed=seed) for seed, i in enumerate("ab")}
+    newest: dict[str, Checkpoint] = {}
+    async with running(executors) as replicas:
+        events = replicas.add(list(requests.values()))
+        while len(newest) < 2:
+            event = await events.get()
+            if isinstance(event, StepDone) and event.step == 3:
+                replicas.request_checkpoint([event.request_id, "unknown"])
+            if isinstance(event, Checkpointed):
+                assert event.checkpoint is not None
+                newest[event.request_id] = event.checkpoint
+        assert [len(ids_on(executor)) for executor in executors] == [1, 1]
+        replicas.abort(list(requests))
+    async with running([FakeExecutor(), FakeExecutor()]) as replicas:
+        resumed = [replace(request, resume=newest[i]) for i, request in requests.items()]
+        seen = await read_until_done(replicas.add(resumed), 2)
+    for event in seen:
+        if isinstance(event, StepDone):
+            assert event.step > newest[event.request_id].step
+        if isinstance(event, Finished):
+            assert np.array_equal(event.image, fake_image(requests[event.request_id].request))

@@ -28,7 +28,7 @@ from tests.diffusion.control.engines import (
 )
 from tests.diffusion.control.running import run_one, run_out
 from vllm_omni.diffusion.control.decode_groups import PIECE_SECONDS
-from vllm_omni.diffusion.control.events import EngineEvent, Finished, Frames, Preview, StepDone
+from vllm_omni.diffusion.control.events import EngineEvent, Finished, Frames, Preview, Started, StepDone
 from vllm_omni.diffusion.control.executor.merging import merge_results
 from vllm_omni.diffusion.control.scheduled_request import RequestCost, ScheduledRequest
 from vllm_omni.diffusion.control.scheduler import Scheduler
@@ -239,7 +239,7 @@ async def test_frames_come_while_the_rest_is_decoded() -> None:
     async with running_engine() as engine:
         events = await read_until_done(engine.add([request]))
     kinds = [type(event) for event in events]
-    assert kinds == [StepDone, Preview, StepDone, *[Frames] * LATENT_FRAMES, Finished]
+    assert kinds == [Started, StepDone, Preview, StepDone, *[Frames] * LATENT_FRAMES, Finished]
     assert [len(event.pixels) for event in events if isinstance(event, Frames)] == [1, 4, 4, 4, 4]
     check_frames(events, request)
     finished = events[-1]

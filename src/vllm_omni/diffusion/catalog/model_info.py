@@ -101,6 +101,8 @@ class ModelInfo(ABC):
     """Code that runs the model: our packed families, or a pipeline of diffusers."""
     gives_previews: ClassVar[bool]
     """Whether pictures can be decoded from the latents of an unfinished request."""
+    gives_checkpoints: ClassVar[bool]
+    """Whether the state of an unfinished request can be saved, and the request resumed from it."""
     shares_encodings: ClassVar[bool]
     """Whether requests with the same prompt encode it once."""
     decodes_in_pieces: ClassVar[bool]

@@ -53,6 +53,7 @@ class PackedModelInfo(ModelInfo):
 
     served_by = "packed"
     gives_previews = True
+    gives_checkpoints = True
     shares_encodings = True
     decodes_in_pieces = True
 

@@ -67,6 +67,7 @@ class WholeModelInfo(ModelInfo):
 
     served_by = "diffusers"
     gives_previews = False
+    gives_checkpoints = False
     shares_encodings = False
     decodes_in_pieces = False
     max_num_seqs = 1

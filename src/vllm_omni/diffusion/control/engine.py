@@ -151,6 +151,18 @@ class DiffusionEngine:
             self._tracked.end(request_id, RequestAbortedError("the request was aborted"))
         self._wakeup.set()
 
+    def request_checkpoint(self, request_ids: Sequence[str]) -> None:
+        """Ask for a checkpoint of each request as it is after the step that runs; other steps do not wait for it.
+
+        Each request gets a Checkpointed, at once where no step can be saved. Unknown ids are ignored.
+        """
+        for request_id in request_ids:
+            if request_id not in self._tracked:
+                continue
+            if not self._live_scheduler.request_checkpoint(request_id):
+                self._tracked.publish_checkpoint(request_id, self._live_scheduler.newest_checkpoint(request_id))
+        self._wakeup.set()
+
     def status(self) -> EngineStatus:
         """State, numbers of requests and estimated work."""
         scheduler, state = self._scheduler, self._state
@@ -287,6 +299,10 @@ class DiffusionEngine:
         self._tracked.count(plan, result)
         for request_id, step in update.steps.items():
             self._tracked.publish_step(request_id, step, result.previews.get(request_id))
+        for request_id, checkpoint in result.checkpoints.items():
+            if request_id in update.checkpoints:
+                share = result.checkpoint_seconds / len(result.checkpoints)
+                self._observer.on_checkpoint(self._tracked.request(request_id), checkpoint.num_bytes, share)
         for request_id in update.frames:
             self._tracked.publish_frames(request_id, result.frames[request_id])
         for request_id in update.finished:
@@ -294,7 +310,9 @@ class DiffusionEngine:
         self._apply(update)
 
     def _apply(self, update: Update) -> None:
-        """End failed requests; reset the numbers of those that start again."""
+        """Publish checkpoints, end failed requests, and reset the numbers of those that start again."""
+        for request_id, checkpoint in update.checkpoints.items():
+            self._tracked.publish_checkpoint(request_id, checkpoint)
         for request_id, error in update.failed.items():
             if error.kind not in ("invalid", "blocked"):
                 # Errors of other kinds than `internal` are explained by their message.
@@ -304,7 +322,10 @@ class DiffusionEngine:
         self._tracked.start_again(update.replayed)
 
     async def _restart(self, error: WorkerDiedError) -> None:
-        """Start new workers and run every request again. Raises WorkerDiedError after too many deaths."""
+        """Start new workers and run every request again, from its newest checkpoint.
+
+        Raises WorkerDiedError after too many deaths.
+        """
         self._state = "restarting"
         self._submitted.clear()
         update = self._live_scheduler.reset()

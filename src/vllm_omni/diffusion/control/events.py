@@ -8,9 +8,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vllm_omni.diffusion.messages.checkpoint import Checkpoint
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.errors import QueueFullError, RequestError, UnavailableError
+
+
+@dataclass(frozen=True)
+class Started:
+    """The first plan of a request began to run."""
+
+    request_id: str
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,15 @@ class Frames:
 
 
 @dataclass(frozen=True)
+class Checkpointed:
+    """A checkpoint of a request was taken, by itself or because it was asked for."""
+
+    request_id: str
+    checkpoint: Checkpoint | None
+    """None: it was asked for, and there is nothing to go on from."""
+
+
+@dataclass(frozen=True)
 class Finished:
     """Last event of a request that succeeded."""
 
@@ -62,7 +79,7 @@ class Failed:
     error: RequestError
 
 
-EngineEvent = StepDone | Preview | Frames | Finished | Failed
+EngineEvent = Started | StepDone | Preview | Checkpointed | Frames | Finished | Failed
 
 
 @dataclass(frozen=True)
@@ -88,6 +105,9 @@ class EngineObserver:
     def on_add(self, requests: Sequence[DiffusionRequest]) -> None: ...
 
     def on_step(self, plan: StepPlan, result: StepResult, seconds: float) -> None: ...
+
+    def on_checkpoint(self, request: DiffusionRequest, num_bytes: int, seconds: float) -> None:
+        """Note a checkpoint of `num_bytes`, for whose copy to the host the step's result waited `seconds`."""
 
     def on_finish(self, request: DiffusionRequest, timings: dict[str, float], outcome: str, reason: str) -> None:
         """Note the end of a request.
@@ -116,6 +136,10 @@ class Observers(EngineObserver):
     def on_step(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
         for observer in self._observers:
             observer.on_step(plan, result, seconds)
+
+    def on_checkpoint(self, request: DiffusionRequest, num_bytes: int, seconds: float) -> None:
+        for observer in self._observers:
+            observer.on_checkpoint(request, num_bytes, seconds)
 
     def on_finish(self, request: DiffusionRequest, timings: dict[str, float], outcome: str, reason: str) -> None:
         for observer in self._observers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vllm_omni.diffusion.control.queue.entries import Entry, Item, Phase
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult
@@ -27,6 +27,8 @@ class PlanInFlight:
     work: float
     num_begun: int
     """Requests under way when it was made: its own, and others that hold memory meanwhile."""
+    checkpoints: list[Entry] = field(default_factory=list)
+    """Requests whose checkpoint it takes."""
 
     @property
     def tasks(self) -> Tasks:

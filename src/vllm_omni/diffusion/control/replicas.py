@@ -75,6 +75,10 @@ class Replicas:
         for engine in self._engines:
             engine.abort(request_ids)
 
+    def request_checkpoint(self, request_ids: Sequence[str]) -> None:
+        for engine in self._engines:
+            engine.request_checkpoint(request_ids)
+
     def status(self) -> EngineStatus:
         """Status of all replicas together. `queue_seconds`: time until the last of them is idle."""
         statuses = [engine.status() for engine in self._engines]

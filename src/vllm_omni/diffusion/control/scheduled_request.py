@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vllm_omni.diffusion.messages.checkpoint import Checkpoint
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 
 
@@ -44,6 +45,12 @@ class ScheduledRequest:
     """Smaller runs earlier."""
     preview_steps: tuple[int, ...] = ()
     """Steps (1-based, ascending) after which a preview is delivered."""
+    is_resumable: bool = True
+    """Whether the model can give checkpoints."""
+    resume: Checkpoint | None = None
+    """Checkpoint that the request begins from; None: it begins at its first step."""
+    checkpoint_seconds: float | None = None
+    """Device seconds of the request's denoising steps between two checkpoints; None: it gives none by itself."""
     arrival: float = 0.0
     """Time of arrival: `time.monotonic()` of this process."""
 

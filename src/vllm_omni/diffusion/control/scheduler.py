@@ -5,6 +5,9 @@ a few latent frames, so that other requests run between them. `schedule` fills a
 requests in order, up to a budget of tokens. `update` applies the result. Entries advance when they are planned, so a
 second plan can be made before the result of the first is known.
 
+A request may be checkpointed after a denoising step, or on demand by a plan that does not advance it. After a worker's
+death it begins again from its newest checkpoint.
+
 Work is counted in units of `RequestCost`. A denoising step also counts the units that the fixed overhead of a step is
 worth. An encode or a decode takes as many tokens of the budget as it costs units, because a unit is the work of one
 token in the linear layers.
@@ -26,6 +29,7 @@ from vllm_omni.diffusion.control.queue.order import EntryOrder
 from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.diffusion.control.updates import Update, error_of
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.messages.checkpoint import Checkpoint
 from vllm_omni.diffusion.messages.placement import Placement, balance
 from vllm_omni.diffusion.messages.plan import DecodePiece, ItemError, StepPlan, StepResult, WorkerReady
 from vllm_omni.errors import QueueFullError
@@ -57,6 +61,8 @@ class Scheduler:
         """Requests whose encode was planned, by id."""
         self._order = EntryOrder(ORDERS[config.scheduling_policy])
         """Requests that still have items to plan."""
+        self._asked: dict[str, Entry] = {}
+        """Requests whose checkpoint was asked for and is in no plan yet."""
         self._release: list[str] = []
         """Ended requests that the next plan tells the workers to drop."""
         self._planned_work = 0.0
@@ -93,6 +99,23 @@ class Scheduler:
             self._end(request_id)
         return known
 
+    def request_checkpoint(self, request_id: str) -> bool:
+        """Let the next plan take the checkpoint of a request, which that plan does not advance.
+
+        Returns whether a plan will. False: `newest_checkpoint` is as new as any, because the request has made no step
+        since, or its model gives no checkpoints.
+        """
+        entry = self._entries[request_id]
+        if not entry.has_made_steps or not entry.request.is_resumable:
+            return False
+        self._asked[request_id] = entry
+        entry.awaits_checkpoint = True
+        return True
+
+    def newest_checkpoint(self, request_id: str) -> Checkpoint | None:
+        """Checkpoint from which the request would begin again; None: from its first step."""
+        return self._entries[request_id].checkpoint
+
     def _new_entry(self, request: ScheduledRequest) -> Entry:
         return Entry(
             request,
@@ -100,6 +123,7 @@ class Scheduler:
             self._planned_work,
             self._step_overhead,
             previews=set(request.preview_steps),
+            checkpoint=request.resume,
             frames_per_piece=frames_of_piece(request.frame_cost * self._decode_rate),
         )
 
@@ -127,21 +151,23 @@ class Scheduler:
         """Make the next plan; None when there is nothing to do."""
         assert len(self._in_flight) < MAX_PLANS_IN_FLIGHT
         items = self._select()
-        if not items and not self._release:
+        if not items and not self._release and not self._asked:
             return None
-        plan = StepPlan(step_id=self._next_step_id, release=self._release)
+        plan = StepPlan(step_id=self._next_step_id, release=self._release, checkpoint=list(self._asked))
         self._next_step_id += 1
         self._release = []
+        self._asked = {}
+        work = sum(item.work for item in items)
         steps: dict[str, int] = {}
         for item in items:
             self._order.remove(item.entry)
-            self._add_to_plan(item, plan, steps)
+            self._add_to_plan(item, plan, steps, work * self.seconds_per_unit)
         self._order.set_active(item.entry for item in items)
         if self._num_rank_groups > 1:
             plan.placement = self._placement([self._entries[id] for id in plan.denoise])
-        work = sum(item.work for item in items)
         self._planned_work += work
-        self._in_flight.append(PlanInFlight(plan, items, steps, work, len(self._begun)))
+        checkpoints = [self._entries[id] for id in plan.checkpoint]
+        self._in_flight.append(PlanInFlight(plan, items, steps, work, len(self._begun), checkpoints))
         return plan
 
     def _placement(self, entries: Sequence[Entry]) -> Placement:
@@ -163,6 +189,8 @@ class Scheduler:
             if entry.runs_alone and not entry.encoded and self._begun:
                 candidates = self._order.candidates(begun_only=True)  # it begins when these have freed their memory
                 continue
+            if entry.request.request_id in self._asked:
+                continue
             item = entry.next_item()
             if item.is_piece and not self._decode_groups.take(entry.request.request_id, busy):
                 continue
@@ -183,6 +211,8 @@ class Scheduler:
             and len(chosen) < self._max_num_seqs
             and (entry := candidates.next(Phase.DECODE, longest))
         ):
+            if entry.request.request_id in self._asked:
+                continue
             item = entry.next_item()
             if item.is_piece and self._decode_groups.take(entry.request.request_id, busy):
                 chosen.append(item)
@@ -198,13 +228,16 @@ class Scheduler:
             max(2 * num_tokens, _SMALL_SHARE * self._max_batch_tokens),
         )
 
-    def _add_to_plan(self, item: Item, plan: StepPlan, steps: dict[str, int]) -> None:
+    def _add_to_plan(self, item: Item, plan: StepPlan, steps: dict[str, int], seconds: float) -> None:
+        """Add the item to a plan of about `seconds`. steps: see `PlanInFlight`."""
         entry, request_id = item.entry, item.entry.request.request_id
         if item.phase is Phase.ENCODE:
             entry.first_step_id = plan.step_id
             self._begun[request_id] = entry
             plan.new_requests.append(entry.request.request)
             plan.encode.append(request_id)
+            if entry.checkpoint is not None:
+                plan.resume[request_id] = entry.checkpoint
         elif item.phase is Phase.DENOISE:
             plan.denoise.append(request_id)
             steps[request_id] = entry.steps + 1
@@ -216,6 +249,8 @@ class Scheduler:
                 group = self._decode_groups.group_of(request_id)
                 plan.pieces[request_id] = DecodePiece(item.frames.start, item.frames.stop, group)
         entry.advance(item)
+        if item.phase is Phase.DENOISE and entry.plan_checkpoint(seconds, self.seconds_per_unit):
+            plan.checkpoint.append(request_id)
 
     # Results ----------------------------------------------------------------------------------------------
 
@@ -225,8 +260,8 @@ class Scheduler:
         update = Update()
         for item in finished.items:
             entry, request_id = item.entry, item.entry.request.request_id
-            if self._entries.get(request_id) is not entry or entry.first_step_id > result.step_id:
-                continue  # aborted, failed or started again meanwhile
+            if not self._is_current(entry, result.step_id):
+                continue
             if error := error_of(item, result):
                 self._fail(entry, error, finished.num_begun > 1, update)
                 continue
@@ -239,7 +274,25 @@ class Scheduler:
             if item.is_last:
                 update.finished.append(request_id)
                 self._end(request_id)
+        for entry in finished.checkpoints:
+            if self._is_current(entry, result.step_id):
+                self._take_checkpoint(entry, result, finished.num_begun > 1, update)
         return update
+
+    def _is_current(self, entry: Entry, step_id: int) -> bool:
+        """Whether this step belongs to the entry's present run: it was not aborted, failed or started again since."""
+        return self._entries.get(entry.request.request_id) is entry and entry.first_step_id <= step_id
+
+    def _take_checkpoint(self, entry: Entry, result: StepResult, in_company: bool, update: Update) -> None:
+        request_id = entry.request.request_id
+        if error := result.errors.get(request_id):
+            self._fail(entry, error, in_company, update)
+            return
+        entry.checkpoint = result.checkpoints.get(request_id, entry.checkpoint)
+        if request_id in result.checkpoints or entry.awaits_checkpoint:
+            update.checkpoints[request_id] = entry.checkpoint
+        if request_id not in self._asked:
+            entry.awaits_checkpoint = False
 
     def _fail(self, entry: Entry, error: ItemError, in_company: bool, update: Update) -> None:
         """End a request, or run it again alone when it ran out of memory beside others.
@@ -250,17 +303,16 @@ class Scheduler:
         if error.kind == "out_of_memory" and in_company and not entry.runs_alone:
             self._order.remove(entry)
             entry.runs_alone = True
-            self._begin_again(entry)
+            self._begin_again(entry, update)
             # Plans that were sent belong to the old run; the new run begins in a later plan.
             entry.first_step_id = self._next_step_id
             self._release.append(request_id)
-            update.replayed.append(request_id)
             return
         update.failed[request_id] = error
         self._end(request_id)
 
     def reset(self) -> Update:
-        """After a worker's death: restart all requests that have begun.
+        """After a worker's death: restart all requests that have begun, from their newest checkpoints.
 
         Requests of the oldest plan are suspects; one fails when `MAX_DEATHS_OF_A_REQUEST` workers died under it.
         """
@@ -275,24 +327,30 @@ class Scheduler:
                 self._end(request_id)
         for entry in list(self._begun.values()):
             self._order.remove(entry)
-            self._begin_again(entry)
-            update.replayed.append(entry.request.request_id)
+            self._begin_again(entry, update)
         self._release.clear()
         return update
 
     def _end(self, request_id: str) -> None:
         entry = self._entries.pop(request_id)
         self._order.remove(entry)
+        self._asked.pop(request_id, None)
         self._decode_groups.release(request_id)
         if self._begun.pop(request_id, None):
             self._release.append(request_id)
 
-    def _begin_again(self, entry: Entry) -> None:
+    def _begin_again(self, entry: Entry, update: Update) -> None:
         """Rewind an entry that was removed from the order, and add it again."""
-        del self._begun[entry.request.request_id]
-        self._decode_groups.release(entry.request.request_id)
+        request_id = entry.request.request_id
+        del self._begun[request_id]
+        self._decode_groups.release(request_id)
+        self._asked.pop(request_id, None)
+        if entry.awaits_checkpoint:
+            update.checkpoints[request_id] = entry.checkpoint
+            entry.awaits_checkpoint = False
         entry.rewind()
         self._order.add(entry)
+        update.replayed.append(request_id)
 
     # Numbers ----------------------------------------------------------------------------------------------
 

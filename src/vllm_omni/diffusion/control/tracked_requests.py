@@ -5,23 +5,42 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from vllm_omni.diffusion.control.events import (
+    Checkpointed,
     EngineEvent,
     EngineObserver,
     Failed,
     Finished,
     Frames,
     Preview,
+    Started,
     StepDone,
 )
 from vllm_omni.diffusion.control.request_errors import outcome_of
 from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
+from vllm_omni.diffusion.messages.checkpoint import Checkpoint
 from vllm_omni.diffusion.messages.plan import STAGES, StepPlan, StepResult
+from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.errors import RequestError
+
+
+@dataclass
+class _Work:
+    """Seconds and steps spent on a request."""
+
+    stages: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    """Device seconds by stage, of the steps that it took part in."""
+    num_steps: int = 0
+    """Model steps run for it."""
+    cached_steps: float = 0.0
+    """Sum of the shares of these steps that a step cache supplied."""
+
+    def copy(self) -> _Work:
+        return replace(self, stages=dict(self.stages))
 
 
 @dataclass
@@ -32,20 +51,24 @@ class _Tracked:
     events: asyncio.Queue[EngineEvent]
     started: float | None = None
     """Time at which its first plan began to run."""
-    stages: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
-    """Device seconds by stage, of the steps that it took part in."""
-    num_steps: int = 0
-    """Model steps run for it."""
-    cached_steps: float = 0.0
-    """Sum of the shares of these steps that a step cache supplied."""
-    last_step: int = 0
-    """Last step that was published: a replay does not publish it again."""
+    work: _Work = field(default_factory=_Work)
+    """Work of this run, and of earlier runs up to the checkpoint that it began from."""
+    checkpoint: Checkpoint | None = field(init=False)
+    """Newest checkpoint; None: it begins at its first step."""
+    saved_work: _Work = field(default_factory=_Work)
+    """Work up to the newest checkpoint."""
+    last_step: int = field(init=False)
+    """Last step that was published, or the step that it resumed at: a replay does not publish it again."""
     video: np.ndarray | None = None
     """uint8 [all frames, height, width, 3]: the frames that were published; None before the first of them."""
     num_decoded: int = 0
     """Frames decoded in this run."""
     num_published: int = 0
     """Frames published, also by an earlier run: a replay does not publish them again."""
+
+    def __post_init__(self) -> None:
+        self.checkpoint = self.request.resume
+        self.last_step = 0 if self.checkpoint is None else self.checkpoint.step
 
     def add_frames(self, pixels: np.ndarray) -> Frames | None:
         """Add the next decoded frames to the video; returns the event for those that were not published before."""
@@ -63,8 +86,9 @@ class _Tracked:
         """Seconds since its arrival by stage, and numbers of steps."""
         arrival = self.request.arrival
         queue = (now if self.started is None else self.started) - arrival
-        steps = {"computed_steps": self.num_steps - self.cached_steps, "cached_steps": self.cached_steps}
-        return {"queue": queue, **self.stages, "total": now - arrival, **steps}
+        work = self.work
+        steps = {"computed_steps": work.num_steps - work.cached_steps, "cached_steps": work.cached_steps}
+        return {"queue": queue, **work.stages, "total": now - arrival, **steps}
 
 
 class TrackedRequests:
@@ -93,11 +117,16 @@ class TrackedRequests:
             self._tracked[request.request_id] = _Tracked(request, events)
             self._is_empty.clear()
 
+    def request(self, request_id: str) -> DiffusionRequest:
+        """Request of this id, as workers get it."""
+        return self._tracked[request_id].request.request
+
     def note_started(self, request_ids: Iterable[str], now: float) -> None:
         """Note that the first plan of these requests began at `now`; a replay does not count."""
         for request_id in request_ids:
             if (tracked := self._tracked.get(request_id)) and tracked.started is None:
                 tracked.started = now
+                tracked.events.put_nowait(Started(request_id))
 
     def count(self, plan: StepPlan, result: StepResult) -> None:
         """Add the seconds and the steps of a plan to its requests."""
@@ -105,10 +134,10 @@ class TrackedRequests:
         seconds = (result.encode_seconds, result.denoise_seconds, result.decode_seconds)
         for stage, ids, stage_seconds in zip(STAGES, request_ids, seconds, strict=True):
             for tracked in self._known(ids):
-                tracked.stages[stage] += stage_seconds
+                tracked.work.stages[stage] += stage_seconds
         for tracked in self._known(result.advanced):
-            tracked.num_steps += result.num_made(tracked.request.request_id)
-            tracked.cached_steps += result.cached.get(tracked.request.request_id, 0.0)
+            tracked.work.num_steps += result.num_made(tracked.request.request_id)
+            tracked.work.cached_steps += result.cached.get(tracked.request.request_id, 0.0)
 
     def publish_step(self, request_id: str, step: int, preview: np.ndarray | None) -> None:
         """Put the events of a denoising step into the request's queue."""
@@ -119,6 +148,13 @@ class TrackedRequests:
         if preview is not None:
             tracked.events.put_nowait(Preview(request_id, step, preview))
 
+    def publish_checkpoint(self, request_id: str, checkpoint: Checkpoint | None) -> None:
+        """Put a checkpoint, which may have been published before, into the request's queue."""
+        tracked = self._tracked[request_id]
+        if checkpoint is not None and checkpoint is not tracked.checkpoint:
+            tracked.checkpoint, tracked.saved_work = checkpoint, tracked.work.copy()
+        tracked.events.put_nowait(Checkpointed(request_id, checkpoint))
+
     def publish_frames(self, request_id: str, pixels: np.ndarray) -> None:
         """Put the next frames of a video into the request's queue."""
         tracked = self._tracked[request_id]
@@ -126,10 +162,9 @@ class TrackedRequests:
             tracked.events.put_nowait(frames)
 
     def start_again(self, request_ids: Iterable[str]) -> None:
-        """Forget the times, steps and decoded frames of requests that are replayed."""
+        """Forget the times and steps since the newest checkpoint, and decoded frames, of requests that are replayed."""
         for tracked in self._known(request_ids):
-            tracked.stages = dict.fromkeys(STAGES, 0.0)
-            tracked.num_steps, tracked.cached_steps, tracked.num_decoded = 0, 0.0, 0
+            tracked.work, tracked.num_decoded = tracked.saved_work.copy(), 0
 
     def finish(self, request_id: str, image: np.ndarray | None) -> None:
         """End a request with its picture, or with the video whose frames were published (None)."""

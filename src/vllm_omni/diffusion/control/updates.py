@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from vllm_omni.diffusion.control.queue.entries import Item, Phase
+from vllm_omni.diffusion.messages.checkpoint import Checkpoint
 from vllm_omni.diffusion.messages.plan import ItemError, StepResult
 
 
@@ -14,12 +15,14 @@ class Update:
 
     steps: dict[str, int] = field(default_factory=dict)
     """Request id -> denoising steps done, for each request that made one."""
+    checkpoints: dict[str, Checkpoint | None] = field(default_factory=dict)
+    """New checkpoints by request id, and answers to `Scheduler.request_checkpoint`."""
     frames: list[str] = field(default_factory=list)
     """Requests of which a piece of the video was decoded."""
     finished: list[str] = field(default_factory=list)
     failed: dict[str, ItemError] = field(default_factory=dict)
     replayed: list[str] = field(default_factory=list)
-    """Requests that start again from their first step."""
+    """Requests that start again, from their newest checkpoint or from their first step."""
 
 
 def error_of(item: Item, result: StepResult) -> ItemError | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vllm_omni.diffusion.data import AttentionBackendName
+from vllm_omni.diffusion.messages.checkpoint import Checkpoint
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 
 EXCHANGES = ("all_to_all", "p2p", "all_gather", "all_reduce")
@@ -30,8 +31,8 @@ class DecodePiece:
 class StepPlan:
     """Work of all ranks in one step. A request appears in at most one of `encode`, `denoise` and `decode`.
 
-    A worker handles the fields in this order: `release`, `new_requests`, `encode`, `denoise`, `decode`. So one plan can
-    release a request and send it again.
+    A worker handles the fields in this order: `release`, `new_requests`, `encode`, `resume`, `denoise`, `checkpoint`,
+    `decode`. So one plan can release a request and send it again.
     Ids refer to requests sent in this plan or an earlier one. A plan is sent before the result of the previous one is
     known, so workers skip ids of requests that failed or were aborted meanwhile.
     """
@@ -39,6 +40,8 @@ class StepPlan:
     step_id: int
     new_requests: list[DiffusionRequest] = field(default_factory=list)
     encode: list[str] = field(default_factory=list)
+    resume: dict[str, Checkpoint] = field(default_factory=dict)
+    """Checkpoints of requests in `encode` that do not begin at their first step."""
     denoise: list[str] = field(default_factory=list)
     decode: list[str] = field(default_factory=list)
     pieces: dict[str, DecodePiece] = field(default_factory=dict)
@@ -47,6 +50,8 @@ class StepPlan:
     """Rank group of each branch of the requests in `denoise`. Requests without an entry run on the first group."""
     preview: list[str] = field(default_factory=list)
     """Requests in `denoise` whose preview is decoded after the step."""
+    checkpoint: list[str] = field(default_factory=list)
+    """Requests whose checkpoint is taken: of those in `denoise` after the step, of others at their present step."""
     release: list[str] = field(default_factory=list)
     """Requests that ended (done, failed or aborted); the worker drops their state."""
 
@@ -75,6 +80,7 @@ class StepResult:
     frames: dict[str, np.ndarray] = field(default_factory=dict)
     """Frames of the plan's `pieces` by request id: uint8 [frames, height, width, 3]."""
     previews: dict[str, np.ndarray] = field(default_factory=dict)
+    checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
     errors: dict[str, ItemError] = field(default_factory=dict)
     advanced: list[str] = field(default_factory=list)
     """Requests whose denoising step succeeded."""
@@ -83,6 +89,8 @@ class StepResult:
     encode_seconds: float = 0.0
     denoise_seconds: float = 0.0
     decode_seconds: float = 0.0
+    checkpoint_seconds: float = 0.0
+    """Seconds that the result waited for copies of checkpoints to the host."""
     num_sequences: int = 0
     """Sequences in the pack."""
     num_tokens: int = 0

@@ -13,6 +13,7 @@ from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.control.scheduled_request import RequestCost, ScheduledRequest
 from vllm_omni.diffusion.control.scheduler import Scheduler
 from vllm_omni.diffusion.data import DiffusionParallelConfig
+from vllm_omni.diffusion.messages.checkpoint import Checkpoint
 from vllm_omni.diffusion.messages.plan import ItemError, StepPlan
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 
@@ -34,6 +35,7 @@ class Replica:
         self.images: dict[str, np.ndarray] = {}
         self.previews: dict[str, np.ndarray] = {}
         self.errors: dict[str, ItemError] = {}
+        self.checkpoints: dict[str, list[Checkpoint]] = {}
         self.made_here: set[str] = set()
         """Videos of which this rank gave frames."""
 
@@ -51,6 +53,9 @@ class Replica:
         update = self.scheduler.update(result, 0.01)
         for request_id in update.frames:
             self.frames.setdefault(request_id, []).append(result.frames[request_id])
+        for request_id, checkpoint in update.checkpoints.items():
+            assert checkpoint is not None
+            self.checkpoints.setdefault(request_id, []).append(checkpoint)
         self.images |= result.images
         self.previews |= result.previews
         self.errors |= update.failed
@@ -65,5 +70,5 @@ class Replica:
 
 def scheduled(request: DiffusionRequest, **values: Any) -> ScheduledRequest:
     num_latent_frames = 1 + (request.num_frames - 1) // 4
-    cost = RequestCost(1.0, 10.0, float(num_latent_frames), (10,))
+    cost = RequestCost(1.0, 10.0, float(num_latent_frames), (10,) * (1 + request.has_guidance))
     return ScheduledRequest(request, cost, 1, 10, num_latent_frames=num_latent_frames, **values)

@@ -17,13 +17,14 @@ from testbed.runner_driver import QUICK, Drive, fitted, make_request, psnr
 from testbed.tiny_models import SMALL, photo
 from testbed.tiny_wan import build_tiny_wan
 from testbed.tiny_z_image import BASE_SHIFT, build_tiny_z_image
+from tests.diffusion.compute.worker.scheduled_replica import Replica
 from tests.fake_gpu import FAKE_GPU, FakeGpu, FakeGpuDevice, HostWaitsError
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.device.transfers import HOST, to_device
 from vllm_omni.diffusion.compute.step.pipeline import RequestState
 from vllm_omni.diffusion.compute.weights import loading
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
-from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import StepPlan
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.inputs.images import prepare_image
@@ -129,6 +130,28 @@ def test_a_step_neither_reads_nor_copies(
     for request_id, picture in wanted.images.items():
         assert psnr(picture, drive.images[request_id]) >= 60
     assert drive.previews.keys() == wanted.previews.keys()
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("model", "arrivals"), [("tiny_z_image", texts), ("tiny_animation", animations)])
+def test_a_checkpoint_and_a_resume_read_nothing(
+    model: str, arrivals: Arrivals, gpu: FakeGpu, request: pytest.FixtureRequest
+) -> None:
+    path = request.getfixturevalue(model)
+    whole = arrivals(path)[0][0]
+    runner, parallel = started(path, gpu), DiffusionParallelConfig()
+    with gpu:
+        undisturbed = Replica(runner, parallel)
+        undisturbed.add([whole], checkpoint_seconds=1e-9)
+        (wanted,) = undisturbed.run().values()
+        checkpoints = undisturbed.checkpoints[whole.request_id]
+        resumed = Replica(runner, parallel)
+        for checkpoint in checkpoints:
+            resumed.add([replace(whole, request_id=f"at {checkpoint.step}")], resume=checkpoint)
+        made = resumed.run()
+    assert not resumed.errors
+    assert len(made) == whole.num_inference_steps
+    assert all(psnr(pixels, wanted) >= 60 for pixels in made.values())
 
 
 @pytest.mark.parametrize(("model", "arrivals"), CASES, ids=[name for name, _ in CASES])

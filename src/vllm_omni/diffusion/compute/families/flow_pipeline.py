@@ -27,10 +27,12 @@ from vllm_omni.diffusion.compute.step.cuda_graphs import CapturedGraphs, capture
 from vllm_omni.diffusion.compute.step.modulation import ModulationTable
 from vllm_omni.diffusion.compute.step.pipeline import DecoderFeatures, Grid, PackedPipeline, Picture, RequestState
 from vllm_omni.diffusion.compute.step.sampling import predict_clean
+from vllm_omni.diffusion.compute.step.saved_state import SavedState, restore_state, save_state
 from vllm_omni.diffusion.compute.step.schedule import make_schedule, with_one_step_schedules
 from vllm_omni.diffusion.compute.step.sharding import Sharding
 from vllm_omni.diffusion.compute.step.transformer import PackedTransformer, StepBlocks, StepContext
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.messages.checkpoint import Checkpoint, CheckpointValue
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 
 
@@ -336,11 +338,24 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         clean = self.predict_clean(state, velocity) if previews else None
         timestep = state.scheduler.timesteps[state.step]
         state.latents = state.scheduler.step(velocity, timestep, state.latents, return_dict=False)[0]
+        self._count_step(state)
+        return clean
+
+    def _count_step(self, state: State) -> None:
+        """Count a step as done; the next one may belong to another transformer."""
         index = self.transformer_index(state)
         state.step += 1
         if state.step < len(state.timesteps) and self.transformer_index(state) != index:
             state.change_transformer()
-        return clean
+
+    def save(self, state: State) -> SavedState:
+        return save_state(state.latents, state.scheduler, state.step, _facts(state, state.step))
+
+    def resume(self, state: State, checkpoint: Checkpoint) -> None:
+        facts = _facts(state, checkpoint.step)
+        state.latents = restore_state(checkpoint, state.latents, state.scheduler, facts, self._dtype)
+        while state.step < checkpoint.step:
+            self._count_step(state)
 
     def predict_clean(self, state: State, velocity: Tensor) -> Tensor:
         """Final latents as foreseen from the velocity at the state's step."""
@@ -393,6 +408,16 @@ def _branches(states: Sequence[FlowState], groups: Sequence[int] | None) -> Iter
         its = [next(left) for _ in state.text]
         for number, (text, group) in enumerate(zip(state.branches, its)):
             yield Branch(state, text, group, number)
+
+
+def _facts(state: FlowState, step: int) -> dict[str, CheckpointValue]:
+    """Facts of the request that a checkpoint at `step` depends on, to tell it from another request's."""
+    return {
+        "scheduler": type(state.scheduler).__name__,
+        "seed": state.request.seed,
+        "num_inference_steps": len(state.timesteps),
+        "timestep": state.timesteps[step] if step < len(state.timesteps) else None,
+    }
 
 
 def _latent_frames(latents: Tensor, grid: Grid, frames: range) -> Tensor:

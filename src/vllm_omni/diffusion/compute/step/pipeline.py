@@ -14,7 +14,9 @@ from vllm_omni.diffusion.compute.cache.base import CacheSlot, SequenceStep, Step
 from vllm_omni.diffusion.compute.distributed.mesh import Mesh
 from vllm_omni.diffusion.compute.step.compiled import CompiledBlocks
 from vllm_omni.diffusion.compute.step.cuda_graphs import Capturer
+from vllm_omni.diffusion.compute.step.saved_state import SavedState
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.messages.checkpoint import Checkpoint
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 
 DecoderFeatures = dict[Any, list[Any]]
@@ -178,6 +180,17 @@ class PackedPipeline(Pipeline[State]):
 
         Pieces come in order; the state keeps what the next one needs. Of ranks that share a decode, the first one
         returns the pixels and the others return None.
+        """
+
+    @abstractmethod
+    def save(self, state: State) -> SavedState:
+        """State of a request between two steps, for a checkpoint. Launches nothing and keeps `state` unchanged."""
+
+    @abstractmethod
+    def resume(self, state: State, checkpoint: Checkpoint) -> None:
+        """Move a state, as `encode` made it, to the checkpoint's step. Exchanges nothing with other ranks.
+
+        Raises InvalidRequestError for a checkpoint that does not fit the request; `state` is of no use then.
         """
 
     @abstractmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from vllm_omni.diffusion.compute.distributed.groups import PeerFailedError
 from vllm_omni.diffusion.compute.startup.model_start import StartOptions, check_device, start_model
 from vllm_omni.diffusion.compute.step.finite import is_finite
 from vllm_omni.diffusion.compute.step.pipeline import PackedPipeline, Picture, Pipeline, RequestState
+from vllm_omni.diffusion.compute.worker.checkpoints import download_checkpoints
 from vllm_omni.diffusion.compute.worker.item_errors import item_error, not_finite_error
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import DecodePiece, StepPlan, StepResult, WorkerReady
@@ -139,8 +141,10 @@ class ModelRunner:
         live = self._agree_on_requests(plan, result)
         with watch.measure("encode"):
             self._encode([i for i in plan.encode if i in live], result)
+            self._resume(plan, result)
         with watch.measure("denoise"):
             clean = self._denoise([i for i in plan.denoise if i in live], plan, result)
+        take_checkpoints = self._checkpoints(plan, result)
         decoding = [i for i in plan.decode if i in live]
         whole = {i: self._states[i].latents for i in decoding if i not in plan.pieces}
         pieces = {i: plan.pieces[i] for i in decoding if i in plan.pieces}
@@ -157,6 +161,7 @@ class ModelRunner:
         result.peak_memory_bytes = self._device.peak_memory_bytes()
 
         def wait() -> StepResult:
+            take_checkpoints()
             self._take_previews(previews(), result)
             self._take(images(), result.images, result)
             self._take(frames(), result.frames, result)
@@ -205,6 +210,42 @@ class ModelRunner:
         self._states |= self._run_each(
             requests, self.pipeline.encode, result, self._together(self._ranks_share_encodes)
         )
+
+    def _resume(self, plan: StepPlan, result: StepResult) -> None:
+        """Move requests that were just encoded to the steps of their checkpoints."""
+
+        def run(state: RequestState) -> None:
+            assert isinstance(self.pipeline, PackedPipeline)
+            self.pipeline.resume(state, plan.resume[_id_of(state)])
+
+        states = [self._states[i] for i in plan.resume if i in self._states]
+        self._run_each(states, run, result, on_all_ranks=False)
+
+    def _checkpoints(self, plan: StepPlan, result: StepResult) -> Callable[[], None]:
+        """Start to copy the states of `plan.checkpoint` to the host; the returned call puts them into `result`.
+
+        All ranks hold the same states, so one of them copies. A request with values that are not finite fails now
+        instead of at its end.
+        """
+        if not plan.checkpoint or self.ranks.mesh.world.rank != 0:
+            return lambda: None
+        states = [self._states[i] for i in plan.checkpoint if i in self._states and i not in self._aborted]
+        ready = [s for s in states if _id_of(s) not in plan.denoise or _id_of(s) in result.advanced]
+        pipeline = self.pipeline
+        assert isinstance(pipeline, PackedPipeline)
+        copied = download_checkpoints({_id_of(state): pipeline.save(state) for state in ready}, self._device)
+        requests = {_id_of(state): state.request for state in ready}
+
+        def take() -> None:
+            start = time.perf_counter()
+            for request_id, checkpoint in copied().items():
+                if checkpoint is None:
+                    result.errors[request_id] = not_finite_error(requests[request_id], self._info, self._dtype)
+                else:
+                    result.checkpoints[request_id] = checkpoint
+            result.checkpoint_seconds = time.perf_counter() - start
+
+        return take
 
     @property
     def _ranks_share_encodes(self) -> bool:

@@ -16,9 +16,9 @@ Number = TypeVar("Number", int, float)
 def merge_results(results: Sequence[StepResult]) -> StepResult:
     """Merge the results of all ranks, rank 0 first, into the result of one step.
 
-    Pictures, frames and errors are collected from all ranks. A request has advanced only when it advanced on every
-    rank; only then its cached share counts. Times are those of the slowest rank. Sequences and tokens are equal on all
-    ranks.
+    Pictures, frames, checkpoints and errors are collected from all ranks. A request has advanced only when it advanced
+    on every rank; only then its cached share counts. Times are those of the slowest rank. Sequences and tokens are
+    equal on all ranks.
     """
     first = results[0]
     assert all(result.step_id == first.step_id for result in results), "ranks answer every plan, in order"
@@ -29,12 +29,14 @@ def merge_results(results: Sequence[StepResult]) -> StepResult:
         images=_union([result.images for result in results]),
         frames=_union([result.frames for result in results]),
         previews=_union([result.previews for result in results]),
+        checkpoints=_union([result.checkpoints for result in results]),
         errors=_union([result.errors for result in results]),
         advanced=advanced,
         made={id: number for id, number in first.made.items() if id in advanced},
         encode_seconds=max(result.encode_seconds for result in results),
         denoise_seconds=max(result.denoise_seconds for result in results),
         decode_seconds=max(result.decode_seconds for result in results),
+        checkpoint_seconds=max(result.checkpoint_seconds for result in results),
         num_sequences=max(result.num_sequences for result in results),
         num_tokens=max(result.num_tokens for result in results),
         cached={id: share for id, share in cached.items() if id in advanced},

@@ -9,6 +9,7 @@ from enum import IntEnum
 
 from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.diffusion.data import SchedulingPolicy
+from vllm_omni.diffusion.messages.checkpoint import Checkpoint
 
 AGEING = 0.1
 """Units by which a waiting request moves forward for each unit of work done for others."""
@@ -41,7 +42,14 @@ class Entry:
     """Units planned for this request."""
     frames_per_piece: int = 1
     """Latent frames of a video that one item decodes."""
-    steps: int = 0
+    checkpoint: Checkpoint | None = None
+    """Newest checkpoint, from which it begins and begins again."""
+    unsaved_seconds: float = 0.0
+    """Estimated seconds of the denoising steps that are planned and not in a checkpoint."""
+    awaits_checkpoint: bool = False
+    """Whether a checkpoint was asked for and not delivered."""
+    steps: int = field(init=False)
+    """Denoising steps done or planned, those before its checkpoint included."""
     encoded: bool = False
     decoded_frames: int = 0
     """Latent frames whose decode is planned."""
@@ -53,11 +61,23 @@ class Entry:
     groups: Sequence[int] = ()
     """Rank group of each branch in the last step."""
 
+    def __post_init__(self) -> None:
+        self.steps = self._first_step
+
+    @property
+    def _first_step(self) -> int:
+        return 0 if self.checkpoint is None else self.checkpoint.step
+
     @property
     def phase(self) -> Phase:
         if not self.encoded:
             return Phase.ENCODE
         return Phase.DENOISE if self.steps < self.request.num_steps else Phase.DECODE
+
+    @property
+    def has_made_steps(self) -> bool:
+        """Whether a denoising step is planned since its newest checkpoint."""
+        return self.encoded and self.steps > self._first_step
 
     @property
     def decoded(self) -> bool:
@@ -112,9 +132,31 @@ class Entry:
         else:
             self.decoded_frames = item.frames.stop
 
+    def plan_checkpoint(self, seconds: float, seconds_per_unit: float) -> bool:
+        """Count the denoising step that was planned last, of about `seconds`; return whether a checkpoint follows it.
+
+        After the last step the decode counts as well: no later checkpoint spares it, and it should not be the reason to
+        repeat steps.
+        """
+        interval = self.request.checkpoint_seconds
+        if interval is None:
+            return False
+        self.unsaved_seconds += seconds
+        at_risk = self.unsaved_seconds
+        if self.phase is Phase.DECODE:
+            at_risk += self.remaining * seconds_per_unit
+        if at_risk < interval:
+            return False
+        self.unsaved_seconds = 0.0
+        return True
+
     def rewind(self) -> None:
-        """Return to the start. Delivered previews stay delivered; lost work does not count as planned."""
-        self.steps, self.planned_work, self.encoded, self.decoded_frames = 0, 0.0, False, 0
+        """Return to the newest checkpoint, or to the start.
+
+        Delivered previews stay delivered; lost work does not count as planned.
+        """
+        self.steps, self.planned_work, self.encoded, self.decoded_frames = self._first_step, 0.0, False, 0
+        self.unsaved_seconds = 0.0
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Video jobs: records, their store, and the service that runs them."""

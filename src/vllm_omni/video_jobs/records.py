@@ -1,0 +1,92 @@
+"""A video job as the store keeps it, and the claim of a server that runs it."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vllm_omni.errors import JobNotFoundError, LeaseLostError, StoreFullError, TooManyJobsError
+
+__all__ = [
+    "JOB_STATUSES",
+    "MAX_ATTEMPTS",
+    "ClaimedJob",
+    "JobNotFoundError",
+    "JobStatus",
+    "LeaseLostError",
+    "StoreFullError",
+    "TooManyJobsError",
+    "VideoJob",
+    "is_job_id",
+    "new_job_id",
+]
+
+JobStatus = Literal["queued", "in_progress", "completed", "failed"]
+JOB_STATUSES: tuple[JobStatus, ...] = ("queued", "in_progress", "completed", "failed")
+
+MAX_ATTEMPTS = 3
+"""Servers in a row that die with a job, without a checkpoint of it between; then it fails, as the job may be why."""
+
+
+@dataclass(frozen=True)
+class VideoJob:
+    """A video job. Times are Unix seconds; mappings hold JSON values alone."""
+
+    id: str
+    """`video_` and 32 random characters that are safe in a URL: see `new_job_id`."""
+    owner: str
+    """SHA-256 of the API key that made the job, in hex; empty where the server has no keys."""
+    model: str
+    """Name of the model in the request, or else the first served name."""
+    served_model: str
+    """First served name of the server: only servers that have the same one claim the job."""
+    status: JobStatus
+    progress: int
+    """Percent from 0 to 100; never falls."""
+    created_at: float
+    started_at: float | None
+    completed_at: float | None
+    """Time at which the job completed or failed."""
+    expires_at: float | None
+    """Time at which an ended job is removed with its files, or a waiting job that nobody claims fails."""
+    request: Mapping[str, Any]
+    """Prompt, negative prompt, fields of `OmniDiffusionSamplingParams` with the drawn seed, output format."""
+    shown: Mapping[str, Any]
+    """Fields that the API shows: size, seconds, number of frames, frames per second, seed."""
+    priority: int
+    """Jobs with a smaller one are claimed earlier."""
+    work_seconds: float
+    """Estimated when the job was made."""
+    inputs: tuple[str, ...]
+    """Media keys of the input pictures."""
+    outputs: Mapping[str, str]
+    """Media key of each variant: video, thumbnail, spritesheet."""
+    checkpoint: str | None
+    """Media key of the newest checkpoint."""
+    remixed_from: str | None
+    error_code: str | None
+    error_message: str | None
+    num_attempts: int
+    """Claims so far, without those that a server gave back."""
+
+
+@dataclass(frozen=True)
+class ClaimedJob:
+    """A job that a server may run until its lease ends."""
+
+    job: VideoJob
+    fence: int
+    """Number of the claim. It grows with each claim, and a write with an older one is refused."""
+
+
+def new_job_id() -> str:
+    """A new id of a job. It cannot be guessed: it has 192 random bits."""
+    return f"video_{secrets.token_urlsafe(24)}"
+
+
+def is_job_id(text: str) -> bool:
+    """Whether `text` has the form of a job's id."""
+    return re.fullmatch(r"video_[A-Za-z0-9_-]{32}", text) is not None

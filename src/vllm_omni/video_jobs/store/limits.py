@@ -1,0 +1,19 @@
+"""Limits of a store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StoreLimits:
+    """Times and numbers that bound the jobs of a store."""
+
+    lease_seconds: float
+    """Time for which a claim holds unless it is renewed."""
+    job_ttl_seconds: float
+    """Time for which an ended job is kept, and for which a waiting job may stay unclaimed."""
+    max_jobs_per_key: int | None
+    """Most unfinished jobs of one owner; None for no limit."""
+    max_jobs: int | None
+    """Most rows; None for no limit."""

@@ -1,0 +1,61 @@
+"""Queries of visible jobs: one job, pages of jobs, counts and places in the queue."""
+
+from __future__ import annotations
+
+from sqlalchemy import func, select, tuple_
+from sqlalchemy.orm import Session
+
+from vllm_omni.errors import InvalidRequestError, JobNotFoundError
+from vllm_omni.video_jobs.records import JOB_STATUSES, JobStatus, VideoJob, is_job_id
+from vllm_omni.video_jobs.store.tables import JobRow, Stage, to_job
+
+_VISIBLE: tuple[Stage, ...] = ("live", "ended")
+
+
+def get(session: Session, now: float, *, job_id: str, owner: str) -> VideoJob:
+    """Visible job of an owner. Raises JobNotFoundError."""
+    row = session.get(JobRow, job_id) if is_job_id(job_id) else None
+    if row is None or row.owner != owner or row.stage not in _VISIBLE:
+        raise not_found(job_id)
+    return to_job(row)
+
+
+def page(
+    session: Session, now: float, *, owner: str, after: str | None, limit: int, newest_first: bool
+) -> tuple[list[VideoJob], bool]:
+    """At most `limit` jobs behind the job `after`, and whether more follow. Raises InvalidRequestError."""
+    place = tuple_(JobRow.created_at, JobRow.id)
+    query = select(JobRow).where(JobRow.owner == owner, JobRow.stage.in_(_VISIBLE))
+    if after is not None:
+        start = session.get(JobRow, after) if is_job_id(after) else None
+        if start is None or start.owner != owner:
+            raise InvalidRequestError(f"after takes the id of a video, got {after!r:.80}", param="after")
+        edge = tuple_(start.created_at, start.id)
+        query = query.where(place < edge if newest_first else place > edge)
+    for column in (JobRow.created_at, JobRow.id):
+        query = query.order_by(column.desc() if newest_first else column)
+    rows = session.scalars(query.limit(limit + 1)).all()
+    return [to_job(row) for row in rows[:limit]], len(rows) > limit
+
+
+def counts(session: Session, now: float) -> dict[JobStatus, int]:
+    """Number of visible jobs of each status."""
+    query = select(JobRow.status, func.count()).where(JobRow.stage.in_(_VISIBLE)).group_by(JobRow.status)
+    found: dict[str, int] = {status: number for status, number in session.execute(query)}  # noqa: C416  (rows, not pairs)
+    return {status: found.get(status, 0) for status in JOB_STATUSES}
+
+
+def queued_before(session: Session, now: float, *, job: VideoJob) -> tuple[int, float]:
+    """Number and work seconds of the jobs that nobody runs and that are claimed before `job`."""
+    query = select(func.count(), func.coalesce(func.sum(JobRow.work_seconds), 0.0)).where(
+        JobRow.stage == "live",
+        JobRow.served_model == job.served_model,
+        JobRow.lease_ends_at <= now,
+        tuple_(JobRow.priority, JobRow.created_at, JobRow.id) < tuple_(job.priority, job.created_at, job.id),
+    )
+    number, seconds = session.execute(query).one()
+    return number, float(seconds)
+
+
+def not_found(job_id: str) -> JobNotFoundError:
+    return JobNotFoundError(f"No video has the id {job_id!r:.80}.")
