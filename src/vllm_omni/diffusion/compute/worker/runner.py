@@ -219,7 +219,7 @@ class ModelRunner:
             self.pipeline.resume(state, plan.resume[_id_of(state)])
 
         states = [self._states[i] for i in plan.resume if i in self._states]
-        self._run_each(states, run, result, on_all_ranks=False)
+        self._run_each(states, run, result, run_alone)
 
     def _checkpoints(self, plan: StepPlan, result: StepResult) -> Callable[[], None]:
         """Start to copy the states of `plan.checkpoint` to the host; the returned call puts them into `result`.
@@ -229,7 +229,7 @@ class ModelRunner:
         """
         if not plan.checkpoint or self.ranks.mesh.world.rank != 0:
             return lambda: None
-        states = [self._states[i] for i in plan.checkpoint if i in self._states and i not in self._aborted]
+        states = [self._states[i] for i in plan.checkpoint if i in self._states and i not in self._skipped]
         ready = [s for s in states if _id_of(s) not in plan.denoise or _id_of(s) in result.advanced]
         pipeline = self.pipeline
         assert isinstance(pipeline, PackedPipeline)
