@@ -1,11 +1,12 @@
 """Time that step caches save, and their cost: PSNR and SSIM to the uncached picture, for each setting.
 
     python -m benchmarks.cache_quality --prompts 100
+    python -m benchmarks.cache_quality --prompts 16 --model demo-video --out out/video_cache_quality
 
-One picture at a time, on the demo model (or `--model FOLDER` with `--prompt-file`), 50 steps with guidance. Times are
-those of the denoising steps. Each cached picture is followed by the uncached one on the same engine, and the median of
-the ratios counts, so that a drifting machine affects both equally. TeaCache's polynomial is measured first, as in
-`vllm-omni calibrate-teacache`.
+One picture or video at a time, on an embedded model (or `--model FOLDER` with `--prompt-file`), 50 steps with guidance.
+A video counts as one picture. Times are those of the denoising steps. Each cached picture is followed by the uncached
+one on the same engine, and the median of the ratios counts, so that a drifting machine affects both equally. TeaCache's
+polynomial is measured first, as in `vllm-omni calibrate-teacache`.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tools.demo_model.vocabulary import BACKGROUNDS, THINGS
+from tools.demo_video.evaluate import wanted_clips
 from tqdm import tqdm
 
 from vllm_omni import Omni
+from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.entrypoints.cli import calibrate
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 
@@ -79,6 +82,11 @@ class Row:
     ssim_mean: float
 
 
+def prompts_of(model: str, count: int) -> list[str]:
+    """Prompts from the vocabulary of an embedded model."""
+    return [wanted.prompt for wanted in wanted_clips(0, count)] if model == "demo-video" else demo_prompts(count)
+
+
 def demo_prompts(count: int) -> list[str]:
     """Prompts with things from the whole vocabulary, every second one on a coloured background."""
     colours = list(BACKGROUNDS)
@@ -93,11 +101,14 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """Structural similarity (Wang et al. 2004) of two uint8 pictures, mean over channels, Gaussian window of 11."""
+    """Structural similarity (Wang et al. 2004) of two uint8 pictures or videos, [..., height, width, 3].
+
+    The mean over frames and channels, with a Gaussian window of 11.
+    """
     offsets = torch.arange(11, dtype=torch.float64) - 5
     line = torch.exp(-(offsets**2) / (2 * 1.5**2))
     window = torch.outer(line, line)[None, None] / line.sum() ** 2
-    x, y = (torch.from_numpy(p.astype(np.float64)).permute(2, 0, 1)[:, None] for p in (a, b))
+    x, y = (torch.from_numpy(p.astype(np.float64)).movedim(-1, 0).flatten(0, -3)[:, None] for p in (a, b))
     mean_x, mean_y = F.conv2d(x, window), F.conv2d(y, window)
     var_x, var_y = F.conv2d(x * x, window) - mean_x**2, F.conv2d(y * y, window) - mean_y**2
     covariance = F.conv2d(x * y, window) - mean_x * mean_y
@@ -112,9 +123,7 @@ class Drawer:
     def __init__(self, args: argparse.Namespace, prompts: Sequence[str]) -> None:
         self._model = args.model
         self._prompts = prompts
-        self._params = OmniDiffusionSamplingParams(
-            num_inference_steps=args.steps, true_cfg_scale=args.true_cfg_scale, output_type="np"
-        )
+        self._params = params_of(args, output_type="np")
 
     def references(self) -> list[np.ndarray]:
         with self._omni("none", {}) as omni:
@@ -153,12 +162,16 @@ class Drawer:
         return output.images[0], output.timings
 
 
+def params_of(args: argparse.Namespace, **values: Any) -> OmniDiffusionSamplingParams:
+    """Parameters with guidance under the name that the model has for it."""
+    guidance = load_model_info(args.model).guidance.parameter
+    return OmniDiffusionSamplingParams(num_inference_steps=args.steps, **{guidance: args.guidance_scale}, **values)
+
+
 def measure_polynomial(args: argparse.Namespace, prompts: Sequence[str]) -> list[float]:
     """TeaCache's coefficients for the model, measured on these prompts; any others would do as well."""
     out = args.out.with_name(args.out.name + "_teacache")
-    params = OmniDiffusionSamplingParams(
-        num_inference_steps=args.steps, true_cfg_scale=args.true_cfg_scale, seed=1_000_000
-    )
+    params = params_of(args, seed=1_000_000)
     config = calibrate.calibration_config(model=args.model)
     calibrate.calibrate(calibrate.CalibrateArgs(config, tuple(prompts[:NUM_CALIBRATION_PROMPTS]), params, out))
     coefficients: list[float] = json.loads(out.with_suffix(".json").read_text())["coefficients"]
@@ -203,9 +216,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--prompts", type=int, default=100, help="how many")
-    parser.add_argument("--prompt-file", type=Path, help="one a line; default: the demo model's vocabulary")
+    parser.add_argument("--prompt-file", type=Path, help="one a line; default: the embedded model's words")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--true-cfg-scale", type=float, default=3.0)
+    parser.add_argument("--guidance-scale", type=float, default=3.0)
     parser.add_argument("--out", type=Path, default=Path("out/cache_quality"), help="stem of the .json and the .png")
     return parser.parse_args(argv)
 
@@ -213,7 +226,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     if args.prompt_file is None:
-        prompts = demo_prompts(args.prompts)
+        prompts = prompts_of(args.model, args.prompts)
     else:
         prompts = args.prompt_file.read_text().splitlines()[: args.prompts]
     args.out.parent.mkdir(parents=True, exist_ok=True)

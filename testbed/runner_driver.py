@@ -110,7 +110,7 @@ def kept(runner: ModelRunner) -> int:
     """Requests, states, layouts and static keys that the runner holds: private, but a leak shows nowhere else."""
     pipeline: Any = runner.pipeline
     num_static_keys = len(getattr(pipeline, "_static_keys", ()))
-    return len(runner._requests) + len(runner._states) + len(pipeline._layouts) + num_static_keys
+    return len(runner._requests) + len(runner.states) + len(pipeline._layouts) + num_static_keys
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

@@ -100,7 +100,8 @@ class ToyTransformer(PackedTransformer):
     def static_keys(self, states: Tensor) -> StaticKeys:
         """Keys and values of all blocks. states: [tokens, WIDTH]."""
         kv = torch.stack([block.kv(states).unflatten(-1, (2, HEADS, -1)) for block in self.layers])  # type: ignore[operator]
-        return StaticKeys(*kv.unbind(2))
+        keys, values = kv.unbind(2)
+        return StaticKeys(keys, values)
 
     def text_keys(self, prompt: str) -> StaticKeys:
         return self.static_keys(self.words(torch.tensor([ord(c) % 32 for c in prompt], dtype=torch.int64)))

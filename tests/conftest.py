@@ -88,12 +88,16 @@ def tiny_edit_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Let PyTorch use one CPU thread during the test."""
+def _on_one_thread() -> Iterator[None]:
+    """Let PyTorch use one CPU thread, as each rank has: with more, convolutions round differently."""
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+one_thread = pytest.fixture(_on_one_thread, name="one_thread")
+module_on_one_thread = pytest.fixture(_on_one_thread, name="module_on_one_thread", scope="module")
+"""`one_thread` from the first test of a module to the last, for fixtures that all of them share."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -44,7 +44,8 @@ def section_communication(bench: Bench) -> Iterator[Case]:
 def _start(bench: Bench, count: int, port: int) -> RankProcesses:
     check_devices(bench, max(2, count))
     kind = bench.device.type
-    return RankProcesses(count, kind, partial(in_world, parallel_of("ulysses", count), kind, port))
+    parallel = replace(parallel_of("ulysses", count), vae_patch_parallel_size=count)
+    return RankProcesses(count, kind, partial(in_world, parallel, kind, port))
 
 
 def parallel_of(kind: str, count: int) -> DiffusionParallelConfig:

@@ -20,7 +20,7 @@ from benchmarks.roofline.costs import Branch
 from benchmarks.timing import measure
 from vllm_omni.diffusion.compute.attention import BACKENDS, Setting, backend_class, create_attention
 from vllm_omni.diffusion.compute.attention.sharded import ShardedAttention
-from vllm_omni.diffusion.compute.distributed.groups import Group
+from vllm_omni.diffusion.compute.distributed.groups import DecodeGroup, Group
 from vllm_omni.diffusion.compute.distributed.mesh import World
 from vllm_omni.diffusion.compute.distributed.ring import Ring
 from vllm_omni.diffusion.compute.families.qwen_image.vae import QwenImageDecoder, tiling_of
@@ -198,7 +198,7 @@ def decodes(world: World, device: torch.device, folder: str, size: Size) -> Deco
         together(world, device, lambda d=decoder: d([tokens], [grid]), warm_ups=1)  # type: ignore[misc]  # bound
         for decoder in (
             QwenImageDecoder(vae, False, in_tiles, group)  # made one after another: tiling is the VAE's own setting
-            for in_tiles, group in ((False, Group.alone()), (True, Group.alone()), (True, world.mesh.world))
+            for in_tiles, group in ((False, DecodeGroup.alone()), (True, DecodeGroup.alone()), (True, world.mesh.vae))
         )
     )
     scale, tiling = tiling_of(vae)

@@ -45,6 +45,8 @@ def make_parser(
             if action.default is None or action.default is False or action.default == "":
                 return (action.help or "").removesuffix(" (default: %(default)s)")
             text: str | None = super()._get_help_string(action)
+            if text is not None and isinstance(action.default, tuple):  # words, as the flag takes them
+                text = text.replace("%(default)s", " ".join(action.default).replace("%", "%%"))
             return text
 
     class OmniArgumentParser(FlexibleArgumentParser):  # type: ignore[misc]  # as above

@@ -535,6 +535,7 @@ def test_help_has_examples_and_no_empty_defaults(capsys: pytest.CaptureFixture[s
     assert [name for name in EMBEDDED_MODELS if f"`{name}`" not in one_line] == []
     assert "devices that share the guidance branches (default: 1)" in one_line
     assert "1 optional, 2 required (default: 0)" in one_line
+    assert "CORS: methods (default: *)" in one_line
     _, _, examples = text.partition("examples:\n")
     commands = [line.split() for line in examples.splitlines() if line.startswith("  vllm serve ")]
     assert len(commands) == 3

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vllm_omni.diffusion.catalog.folder_files import DEFAULTS_FILE, MODEL_INDEX, names_in, read_object
+from vllm_omni.diffusion.catalog.folder_files import DEFAULTS_FILE, MODEL_INDEX, TEA_CACHE_FILE, names_in, read_object
 from vllm_omni.diffusion.catalog.model_index import read_components
 from vllm_omni.diffusion.catalog.weight_files import choose_all, has_weights, read_shards, safetensors_files
 from vllm_omni.diffusion.data import LoadFormat, OmniDiffusionConfig
@@ -106,7 +106,7 @@ def needed_files(
     """Configs among `names`, and one set of weights for each component. Raises ConfigError for missing weights."""
     present = set(names)
     components = read_components(read(MODEL_INDEX))
-    needed = {name for name in (MODEL_INDEX, DEFAULTS_FILE) if name in present}
+    needed = {name for name in (MODEL_INDEX, DEFAULTS_FILE, TEA_CACHE_FILE) if name in present}
     folders: dict[str, list[str]] = {component: [] for component in components}
     for name in present:
         component, _, file = name.partition("/")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from testbed.tiny_models import SMALL, build_tiny_qwen_image
 from vllm_omni.diffusion.data import STEP_CACHES
@@ -18,12 +16,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", list(STEP_CACHES))
 
 
-@pytest.fixture(autouse=True, scope="package")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+@pytest.fixture(autouse=True, scope="module")
+def every_module(module_on_one_thread: None) -> None:
+    """Let every module of this folder run on one thread."""
 
 
 @pytest.fixture(scope="package")

@@ -19,6 +19,7 @@ from testbed.tiny_diffusers import build_tiny_diffusers
 from testbed.tiny_models import SMALL, build_tiny_qwen_image
 from vllm_omni.diffusion.catalog.find_folder import EMBEDDED_MODELS
 from vllm_omni.diffusion.catalog.hub import HubAccess
+from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.cache.calibration import Change, fit_polynomial, root_mean_square_error
 from vllm_omni.entrypoints.cli import calibrate
 from vllm_omni.entrypoints.cli.commands import CALIBRATE
@@ -124,9 +125,17 @@ def test_the_help_names_the_embedded_models(capsys: pytest.CaptureFixture[str]) 
     assert [name for name in EMBEDDED_MODELS if f"`{name}`" not in text] == []
 
 
-def test_a_length_of_videos_reaches_the_requests() -> None:
-    args = calibrate.parse_args(["demo", "--num-frames", "9", "--size", "64x48"])
+@pytest.mark.parametrize("model", EMBEDDED_MODELS)
+def test_an_embedded_model_accepts_the_built_in_prompts(model: str) -> None:
+    info = load_model_info(model)
+    most = info.default_sampling_params.get("max_sequence_length", info.max_prompt_tokens)
+    assert [p for p in calibrate.DEFAULT_PROMPTS if info.count_prompt_tokens(p) > most] == []
+
+
+def test_settings_of_videos_reach_the_requests() -> None:
+    args = calibrate.parse_args(["demo", "--num-frames", "9", "--size", "64x48", "--guidance-scale", "4"])
     assert (args.params.num_frames, args.params.width, args.params.height) == (9, 64, 48)
+    assert (args.params.guidance_scale, args.params.true_cfg_scale) == (4, None)
 
 
 def test_a_hub_model_is_named_as_in_serve() -> None:

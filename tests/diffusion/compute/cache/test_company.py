@@ -96,7 +96,7 @@ def test_an_ended_request_leaves_the_budget_where_its_state_lives_on(calm_model:
     runner = started(calm_model, backend, settings_of(backend))
     budget = runner.pipeline.step_cache.budget
     runner.execute(StepPlan(0, new_requests=[make_request("r")], encode=["r"]))
-    state = runner._states["r"]
+    state = runner.states["r"]
     runner.execute(StepPlan(1, denoise=["r"]))
     assert budget.num_bytes > 0
     runner.execute(StepPlan(2, release=["r"]))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from testbed.tiny_z_image import build_tiny_z_image
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.compute.packing import Hidden
-from vllm_omni.diffusion.compute.step import cuda_graphs
+from vllm_omni.diffusion.compute.step.cuda_graphs import MAX_TOKENS, CapturedGraphs, captured
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.errors import ConfigError
@@ -117,11 +118,10 @@ def test_blocks_that_a_step_cache_runs_by_themselves_are_recorded_so(
     assert capturer.num_captures >= 3  # the first block and others
 
 
-def test_large_steps_are_not_captured(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    capturer = Capturer()
-    monkeypatch.setattr(cuda_graphs, "MAX_TOKENS", 10)
-    draw(tiny_model, capturer, monkeypatch)
-    assert capturer.num_captures == 0
+def test_large_steps_are_not_captured() -> None:
+    small, large = (Mock(pack=Mock(most_tokens=MAX_TOKENS + more)) for more in (0, 1))
+    assert captured(small, CapturedGraphs(), Capturer()) is not small
+    assert captured(large, CapturedGraphs(), Capturer()) is large
 
 
 def test_steps_for_whose_recording_memory_is_missing_are_sent(
@@ -215,7 +215,7 @@ class Summing:
 
 
 def test_a_replay_reads_all_that_may_change() -> None:
-    captured_graphs, capturer = cuda_graphs.CapturedGraphs(), Capturer()
+    captured_graphs, capturer = CapturedGraphs(), Capturer()
     for step in range(10):
         hidden, blocks = Hidden(torch.randn(2, 3), torch.randn(4, 3)), Summing(torch.randn(1, 1, 1 + step % 2, 1, 3))
         got, wanted = captured_graphs.run(hidden, blocks, range(1), capturer), blocks.run(hidden, range(1))

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from testbed.tiny_models import randomize
-from vllm_omni.diffusion.compute.distributed.groups import Group
+from vllm_omni.diffusion.compute.distributed.groups import DecodeGroup
 from vllm_omni.diffusion.compute.families.z_image.vae import ZImageDecoder
 from vllm_omni.diffusion.compute.layers.kernels import TorchKernels, create_kernels
 from vllm_omni.diffusion.compute.vae.channels_last import put_channels_last
@@ -129,10 +129,10 @@ def test_weights_keep_their_names_and_values() -> None:
 def test_only_kernels_with_such_a_norm_change_the_layout() -> None:
     for kernels in (None, TorchKernels()):
         vae = build()
-        ZImageDecoder(vae, False, False, Group.alone(), kernels)
+        ZImageDecoder(vae, False, False, DecodeGroup.alone(), kernels)
         assert vae.decoder.conv_in.weight.is_contiguous()
         assert isinstance(vae.decoder.conv_norm_out, nn.GroupNorm)
     vae = build()
-    ZImageDecoder(vae, False, False, Group.alone(), create_kernels("triton"))
+    ZImageDecoder(vae, False, False, DecodeGroup.alone(), create_kernels("triton"))
     assert vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     assert not any(isinstance(module, nn.GroupNorm) for module in vae.decoder.modules())

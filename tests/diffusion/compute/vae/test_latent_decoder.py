@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_omni.diffusion.compute.distributed.groups import Group
+from vllm_omni.diffusion.compute.distributed.groups import DecodeGroup
 from vllm_omni.diffusion.compute.vae import latent_decoder as pictures
 from vllm_omni.diffusion.compute.vae.latent_decoder import LatentDecoder
 from vllm_omni.diffusion.compute.vae.tiles import Tiling
@@ -48,11 +48,11 @@ def latents(sides: Sequence[tuple[int, int]]) -> list[Tensor]:
     ],
 )
 def test_consecutive_pictures_of_one_size_are_a_batch_of_limited_pixels(
-    monkeypatch: pytest.MonkeyPatch, one_at_a_time: bool, batches: list[tuple[int, ...]]
+    one_at_a_time: bool, batches: list[tuple[int, ...]]
 ) -> None:
-    monkeypatch.setattr(pictures, "MAX_BATCH_PIXELS", 2 * SMALL[0] * SMALL[1] * SCALE**2 + 1)
+    two_small = 2 * SMALL[0] * SMALL[1] * SCALE**2 + 1
     vae, sides = NotedVae(), [SMALL] * 3 + [LARGE] * 2 + [SMALL] * 2
-    decode = LatentDecoder(vae, lambda x: x, TILING, SCALE, one_at_a_time, Group.alone())
+    decode = LatentDecoder(vae, lambda x: x, TILING, SCALE, one_at_a_time, DecodeGroup.alone(), two_small)
     made = decode(latents(sides))
     assert vae.batches == batches
     assert [tuple(p.pixels.shape) for p in made] == [(height * SCALE, width * SCALE, 3) for height, width in sides]
@@ -75,7 +75,7 @@ def test_ranks_that_share_a_decode_decode_one_picture_at_a_time_on_request(
             return [torch.zeros(1, 3, 8, 8) for _ in latents]
 
     monkeypatch.setattr(pictures, "SharedDecoder", NotedSharing)
-    two_ranks = Group((0, 1), 0, Counter())
+    two_ranks = DecodeGroup((0, 1), 0, Counter())
     decode = LatentDecoder(NotedVae(), lambda x: x, TILING, SCALE, one_at_a_time, two_ranks)
     assert len(decode(latents([SMALL] * 3))) == 3
     assert noted == calls

@@ -191,7 +191,7 @@ def lose(rank_info: RankInfo, parallel: DiffusionParallelConfig, path: Path) -> 
         except RanksLostError as error:
             return type(error).__name__
     try:
-        runner.ranks._num_attempts += 7
+        runner.ranks.num_attempts += 7
         runner.execute(StepPlan(1, denoise=["a"]))
     except RanksLostError as error:
         return type(error).__name__

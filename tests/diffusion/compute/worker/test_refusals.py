@@ -30,7 +30,7 @@ def draw(place: RankInfo, parallel: DiffusionParallelConfig, path: Path, wrong: 
     requests = [make_request("bad", **size, **wrong), make_request("good", **size)]
     drive = Drive(runner, merge=merging(runner)).run({0: requests})
     errors = {i: (error.kind, error.param) for i, error in drive.errors.items()}
-    return set(drive.images), errors, kept(runner), runner.ranks._num_attempts
+    return set(drive.images), errors, kept(runner), runner.ranks.num_attempts
 
 
 @pytest.mark.parametrize(

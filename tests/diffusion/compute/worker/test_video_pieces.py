@@ -23,7 +23,7 @@ from tests.diffusion.control.engines import NotedEvents, read_until_done
 from vllm_omni.diffusion.compute.families.component_loader import ComponentLoader
 from vllm_omni.diffusion.compute.families.wan.vae import WanDecoder
 from vllm_omni.diffusion.compute.startup import model_start
-from vllm_omni.diffusion.compute.step.pipeline import DecoderFeatures, Grid, Picture, RequestState
+from vllm_omni.diffusion.compute.step.pipeline import DecoderFeatures, Grid, Picture
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.control.engine import DiffusionEngine
 from vllm_omni.diffusion.control.events import Finished, Frames
@@ -132,8 +132,7 @@ def test_an_abort_between_pieces_frees_the_features(replica: Replica, whole: dic
     replica.add(REQUESTS)
     while not replica.frames:
         replica.step()
-    (state,) = [s for i, s in states_of(replica.runner).items() if i == "long"]
-    assert state.decoder_features
+    assert replica.runner.states["long"].decoder_features
     replica.runner.abort(["long"])
     replica.scheduler.abort(["long"])
     made = replica.run()
@@ -142,17 +141,12 @@ def test_an_abort_between_pieces_frees_the_features(replica: Replica, whole: dic
     assert_same(made, whole)
 
 
-def states_of(runner: ModelRunner) -> dict[str, RequestState]:
-    """Request states: private, but what they hold shows nowhere else."""
-    return runner._states
-
-
 def test_features_are_freed_with_the_last_piece(replica: Replica) -> None:
     replica.add(REQUESTS[:1])
     held = []
     while replica.step():
         if replica.plans[-1].pieces:
-            held.append(bool(states_of(replica.runner)["long"].decoder_features))
+            held.append(bool(replica.runner.states["long"].decoder_features))
     assert held == [True, True, False]
 
 

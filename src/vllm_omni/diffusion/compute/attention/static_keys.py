@@ -20,17 +20,28 @@ class StaticKeys:
     """
 
     keys: Tensor
-    """[blocks, tokens, H / P, d], with H heads over P tensor parallel ranks."""
+    """[blocks, stored tokens, H / P, d], with H heads over P tensor parallel ranks."""
     values: Tensor
     """The same shape."""
+    last_count: int = 1
+    """Tokens that the last stored one stands for: padding tokens have equal keys, and equal values."""
 
     @property
     def num_tokens(self) -> int:
-        return self.keys.shape[1]
+        return self.keys.shape[1] + self.last_count - 1
+
+    def of_block(self, block: int, heads: slice) -> tuple[Tensor, Tensor]:
+        """Keys and values of all tokens in one block: [tokens, heads, d] each."""
+        return self._with_all_tokens(self.keys[block][:, heads]), self._with_all_tokens(self.values[block][:, heads])
+
+    def _with_all_tokens(self, stored: Tensor) -> Tensor:
+        if self.last_count == 1:
+            return stored
+        return torch.cat((stored, stored[-1:].expand(self.last_count - 1, -1, -1)))
 
 
 class StaticAttention:
-    """Attention of each sequence's queries to its static keys, which are read in place: one call for each sequence."""
+    """Attention of each sequence's queries to its static keys: one call for each sequence."""
 
     def __init__(
         self,
@@ -60,6 +71,5 @@ class StaticAttention:
 
     def _calls(self, q: Tensor, block: int) -> list[tuple[Tensor, Tensor, Tensor, Offsets, Offsets]]:
         """Arguments of the backend for each sequence."""
-        keys = [static.keys[block][:, self._heads] for static in self._sequences]
-        values = [static.values[block][:, self._heads] for static in self._sequences]
+        keys, values = zip(*(static.of_block(block, self._heads) for static in self._sequences))
         return list(zip(q.split(self._lengths), keys, values, self._offsets_q, self._offsets_k, strict=True))

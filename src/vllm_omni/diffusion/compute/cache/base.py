@@ -73,6 +73,10 @@ class CacheSlot:
     def put(self, next_content: SlotContent, skipped: bool) -> None:
         self.next_content, self.skipped = next_content, skipped
 
+    def discard(self) -> None:
+        """Drop the content that the current step has put."""
+        self.next_content = None
+
     def settle(self) -> bool:
         """Finish the step; returns whether it reused blocks. A branch computed elsewhere leaves no content."""
         skipped = self.skipped

@@ -56,7 +56,7 @@ class TeaCacheConfig(StepCacheConfig):
         if self.coefficients is None and info.tea_cache_coefficients is None:
             raise ConfigError(
                 "--cache-backend tea_cache needs --cache-config coefficients for this model: nobody has measured them; "
-                "vllm-omni calibrate-teacache MODEL does"
+                "vllm-omni calibrate-teacache MODEL does, and the model folder may keep them as teacache.json"
             )
 
     def create(self, info: PackedModelInfo, rank_group: Group) -> TeaCache:

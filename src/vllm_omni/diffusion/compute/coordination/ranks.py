@@ -11,7 +11,7 @@ import torch
 from torch._C._distributed_c10d import TCPStore
 
 from vllm_omni.diffusion.compute.device.device import Device
-from vllm_omni.diffusion.compute.distributed.groups import Group, GroupBrokenError
+from vllm_omni.diffusion.compute.distributed.groups import Group, GroupBrokenError, PeerFailedError
 from vllm_omni.diffusion.compute.distributed.mesh import COLLECTIVE_TIMEOUT, Mesh, World
 from vllm_omni.diffusion.compute.step.cuda_graphs import Capturer
 from vllm_omni.diffusion.data import DiffusionParallelConfig
@@ -24,10 +24,6 @@ Output = TypeVar("Output")
 _INTERRUPTED, _FAILED = 0, 1
 _CAPTURED, _NO_MEMORY, _NOT_CAPTURED = 0.0, 1.0, 2.0
 """Outcomes of a capture; the largest one on any rank counts."""
-
-
-class PeerFailedError(Exception):
-    """Another rank failed in a common call; that rank reports the reason."""
 
 
 class RanksLostError(Exception):
@@ -53,7 +49,8 @@ class Ranks:
     def __init__(self, world: World | None = None) -> None:
         self.mesh = Mesh.single() if world is None else world.mesh
         self.world = world
-        self._num_attempts = 0
+        self.num_attempts = 0
+        """Calls of `attempt` so far, equal on all ranks."""
 
     @property
     def size(self) -> int:
@@ -99,7 +96,7 @@ class Ranks:
         Raises the error of `run` on the rank where it failed, PeerFailedError on the others, and RanksLostError when
         the ranks cannot go on.
         """
-        self._num_attempts += 1
+        self.num_attempts += 1
         try:
             return run()
         except Exception as error:
@@ -111,6 +108,25 @@ class Ranks:
                 raise PeerFailedError("another rank failed") from error
             raise
 
+    def attempt_decode(self, run: Callable[[], Output]) -> Output:
+        """Call `run`, as all ranks of `Mesh.vae` do together. After an error on one of them it fails on all of them.
+
+        Raises like `attempt`. Other ranks do not notice, and nothing connects anew: see `DecodeGroup.tell`.
+        """
+        group = self.mesh.vae
+        try:
+            try:
+                output = run()
+            except (GroupBrokenError, PeerFailedError):
+                raise
+            except Exception:
+                group.tell(failed=True)
+                raise
+            group.tell(failed=False)
+        except GroupBrokenError as error:
+            raise RanksLostError(f"ranks that share a decode lost each other: {error}") from error
+        return output
+
     def _reconnect(self, world: World, outcome: int, error: Exception) -> None:
         """Disconnect, which frees ranks that wait for this one, and connect anew. All ranks hold all request states."""
         if not world.can_rebuild:
@@ -118,7 +134,7 @@ class Ranks:
         logger.warning("a rank failed in the middle of a step (here: %s); the ranks connect anew", error)
         try:
             world.rebuild()
-            outcomes = self.mesh.control.all_gather(torch.tensor([self._num_attempts, outcome])).tolist()
+            outcomes = self.mesh.control.all_gather(torch.tensor([self.num_attempts, outcome])).tolist()
         except RuntimeError as lost:
             raise RanksLostError(f"the ranks did not meet again: {lost}") from error
         if len({num_attempts for num_attempts, _ in outcomes}) > 1 or all(code == _INTERRUPTED for _, code in outcomes):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,10 @@ from torch import Tensor
 
 class GroupBrokenError(RuntimeError):
     """An exchange failed because another rank left it. The cause is on that rank."""
+
+
+class PeerFailedError(Exception):
+    """Another rank failed in a common call; that rank reports the reason."""
 
 
 @contextmanager
@@ -39,7 +44,7 @@ class Group:
         self._sent = sent
 
     @classmethod
-    def alone(cls) -> Group:
+    def alone(cls) -> Self:
         """Group of one rank."""
         return cls((0,), 0, Counter())
 
@@ -85,12 +90,18 @@ class Group:
             dist.all_gather(list(out.unbind()), x.contiguous(), group=self.process_group)
         return out
 
-    def all_to_all(self, send: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int]) -> Tensor:
-        """Flat tensor of the parts for rank 0, 1, ... -> the parts from rank 0, 1, ..., of these sizes."""
+    def all_to_all(
+        self, send: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], received: Tensor | None = None
+    ) -> Tensor:
+        """Flat tensor of the parts for rank 0, 1, ... -> the parts from rank 0, 1, ..., of these sizes.
+
+        received: memory for the result, flat; None: allocated.
+        """
         if self.size == 1:
             return send
         self.count("all_to_all", send)
-        received = send.new_empty(sum(receive_sizes))
+        if received is None:
+            received = send.new_empty(sum(receive_sizes))
         with unbroken():
             dist.all_to_all_single(received, send, list(receive_sizes), list(send_sizes), group=self.process_group)
         return received
@@ -98,3 +109,21 @@ class Group:
     def agree(self, value: float) -> float:
         """Maximum of the ranks' values; only for a group that exchanges CPU tensors."""
         return float(self.all_max(torch.tensor(value, dtype=torch.float64)))
+
+
+class DecodeGroup(Group):
+    """Ranks that share decodes. They tell each other of failures before they exchange tensors."""
+
+    def __init__(self, ranks: Sequence[int], rank: int, sent: Counter[str]) -> None:
+        super().__init__(ranks, rank, sent)
+        self.control = Group(ranks, rank, sent)
+        """The same ranks, for small tensors on the CPU."""
+
+    def tell(self, *, failed: bool) -> None:
+        """Tell the other ranks whether this one failed. They all call this before each exchange of a decode and at its
+        end; the decode ends with the first call in which a rank failed.
+
+        Raises PeerFailedError if only other ranks failed.
+        """
+        if self.control.agree(float(failed)) and not failed:
+            raise PeerFailedError("another rank failed")

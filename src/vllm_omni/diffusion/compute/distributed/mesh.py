@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from vllm_omni.diffusion.compute.device.transfers import is_host
-from vllm_omni.diffusion.compute.distributed.groups import Group
+from vllm_omni.diffusion.compute.distributed.groups import DecodeGroup, Group
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=120)
@@ -40,7 +40,7 @@ class Mesh:
     ulysses: Group
     ring: Group
     tensor: Group
-    vae: Group
+    vae: DecodeGroup
     """Ranks that share one VAE decode."""
     text_encoder: Group
     """Ranks that share the text encoder."""
@@ -53,7 +53,7 @@ class Mesh:
     def single(cls) -> Mesh:
         """Mesh of a replica of one rank."""
         one = Group.alone()
-        return cls(one, one, one, one, one, one, one, one, one, one)
+        return cls(one, one, one, one, one, one, one, one, DecodeGroup.alone(), one)
 
 
 def rank_groups(parallel: DiffusionParallelConfig) -> dict[str, list[list[int]]]:
@@ -89,10 +89,10 @@ class World:
         self._store = store
         self._epoch = 0
         self._rank_groups = rank_groups(parallel)
-        mine = {
-            kind: Group(next(ranks for ranks in groups if rank in ranks), rank, self.sent)
-            for kind, groups in self._rank_groups.items()
-        }
+        mine: dict[str, Any] = {}
+        for kind, groups in self._rank_groups.items():
+            cls = DecodeGroup if kind == "vae" else Group
+            mine[kind] = cls(next(ranks for ranks in groups if rank in ranks), rank, self.sent)
         self.mesh = Mesh(
             **mine,
             cfg_index=rank // (self.size // parallel.cfg_parallel_size),
@@ -112,15 +112,18 @@ class World:
             **settings,
         )
         made: dict[tuple[tuple[int, ...], str], dist.ProcessGroup] = {}
-        for kind, groups in self._rank_groups.items():
-            backend = "gloo" if kind == "control" or not on_gpu else "nccl"
-            for ranks in groups:
+
+        def connect(group: Group, kind: str, backend: str) -> None:
+            for ranks in self._rank_groups[kind]:
                 key = (tuple(ranks), backend)
                 if len(ranks) > 1 and key not in made:
                     # torch requires that every rank makes every group in the same order.
                     made[key] = dist.new_group(ranks, backend=backend, timeout=COLLECTIVE_TIMEOUT)
-            group: Group = getattr(self.mesh, kind)
             group.bind(made.get((group.ranks, backend)))
+
+        for kind in self._rank_groups:
+            connect(getattr(self.mesh, kind), kind, "gloo" if kind == "control" or not on_gpu else "nccl")
+        connect(self.mesh.vae.control, "vae", "gloo")
 
     @property
     def can_rebuild(self) -> bool:
@@ -131,6 +134,7 @@ class World:
         """Close all connections; ranks that wait for this rank get an error at once."""
         for kind in self._rank_groups:
             getattr(self.mesh, kind).bind(None)
+        self.mesh.vae.control.bind(None)
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -20,6 +20,7 @@ from vllm_omni.diffusion.compute.distributed.mesh import Mesh
 from vllm_omni.diffusion.compute.layers.kernels import Kernels, create_kernels
 from vllm_omni.diffusion.compute.step.unipc import FlowUniPC
 from vllm_omni.diffusion.compute.weights.loading import load_autoencoder, load_weights
+from vllm_omni.diffusion.compute.weights.reader import WeightReader
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 
 SCHEDULERS = {EULER: FlowMatchEulerDiscreteScheduler, UNIPC: FlowUniPC}
@@ -46,22 +47,14 @@ class ComponentLoader:
 
     def text_encoder(self, cls: Callable[..., Loaded], *arguments: object) -> Loaded:
         """`cls` for the model folder; `arguments` follow the folder in its call."""
-        config = self.config
-        return cls(
-            self.info.path,
-            *arguments,
-            self.device,
-            self.dtype,
-            self.mesh.text_encoder,
-            self.on_bytes,
-            config.load_format,
-            config.variant,
-        )
+        return cls(self.info.path, *arguments, self._reader(self.dtype), self.mesh.text_encoder)
 
     def image_encoder(self, cls: Callable[..., Loaded], dtype: torch.dtype) -> Loaded:
         """`cls` for the model folder: the encoder of the input pictures that the transformer sees."""
-        config = self.config
-        return cls(self.info.path, self.device, dtype, self.on_bytes, config.load_format, config.variant)
+        return cls(self.info.path, self._reader(dtype))
+
+    def _reader(self, dtype: torch.dtype) -> WeightReader:
+        return WeightReader(self.device, dtype, self.on_bytes, self.config.load_format, self.config.variant)
 
     def autoencoder(self, cls: type[Any], dtype: torch.dtype | None = None) -> Any:
         """diffusers' VAE class `cls`, on the CPU. dtype: None for the model's."""

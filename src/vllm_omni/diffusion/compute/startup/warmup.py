@@ -12,8 +12,9 @@ from itertools import chain
 from typing import Any
 
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
-from vllm_omni.diffusion.compute.coordination.ranks import PeerFailedError, Ranks, RanksLostError
+from vllm_omni.diffusion.compute.coordination.ranks import Ranks, RanksLostError
 from vllm_omni.diffusion.compute.device.failures import is_out_of_memory
+from vllm_omni.diffusion.compute.distributed.groups import PeerFailedError
 from vllm_omni.diffusion.compute.startup.rank_timer import RankTimer, set_threads
 from vllm_omni.diffusion.compute.startup.rates import Rates, Sample, knee
 from vllm_omni.diffusion.compute.startup.warmup_requests import COMMON_PROMPT, warmup_request

@@ -59,9 +59,13 @@ class RequestState:
     def change_transformer(self) -> None:
         """Let another transformer compute from the present step on: what the caches would keep is of no use to it."""
         self.first_step = self.step
+        self.discard()
+
+    def discard(self) -> None:
+        """Drop what a step that failed has put into the cache slots."""
         for slot in self.cache_slots:
             if slot is not None:
-                slot.next_content = None
+                slot.discard()
 
     def settle(self) -> int:
         """End the step in the cache slots. Returns how many branches that this rank computed reused blocks."""

@@ -12,12 +12,10 @@ from typing import Any
 
 import torch
 
-from vllm_omni.diffusion.catalog.model_index import TRANSFORMERS_STEMS
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.layers.linear import ColumnEmbedding, ColumnLinear, RowLinear
 from vllm_omni.diffusion.compute.text.language_config import EMBEDDING
-from vllm_omni.diffusion.compute.weights.loading import OnBytes, load_weights, weight_names
-from vllm_omni.diffusion.data import LoadFormat
+from vllm_omni.diffusion.compute.weights.reader import WeightReader
 
 COLUMN_LAYERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
 ROW_LAYERS = ("self_attn.o_proj", "mlp.down_proj")
@@ -26,25 +24,20 @@ ROW_LAYERS = ("self_attn.o_proj", "mlp.down_proj")
 def load_language_model(
     build: Callable[[], Any],
     folder: Path,
-    device: torch.device,
-    dtype: torch.dtype,
+    reader: WeightReader,
     group: Group,
-    on_bytes: OnBytes,
     unread: tuple[str, ...] = (),
-    load_format: LoadFormat = "auto",
-    variant: str | None = None,
 ) -> Any:
-    """This rank's shard of a model like Qwen2 that `build` makes; see `load_weights`. Raises ConfigError."""
+    """This rank's shard of a model like Qwen2 that `build` makes. unread: see `load_weights`. Raises ConfigError."""
     with torch.device("meta"):
         model = build()
         _shard(model, group)
     # Checkpoints differ in the prefix of the language model's names; their other parts are not read.
-    names = weight_names(folder, variant, TRANSFORMERS_STEMS) if load_format == "auto" else ()
+    names = reader.names(folder)
     prefix = next((name.removesuffix(EMBEDDING) for name in names if name.endswith(EMBEDDING)), "")
-    settings: dict[str, Any] = {"load_format": load_format, "variant": variant, "stems": TRANSFORMERS_STEMS}
-    load_weights(model, folder, {}, device, dtype, on_bytes, prefix, unread, **settings)
+    reader.load(model, folder, {}, prefix, unread)
     # The rotary frequencies are not in the checkpoint, and stay in float32 for any dtype of the model.
-    model.rotary_emb = type(model.rotary_emb)(model.config).to(device)
+    model.rotary_emb = type(model.rotary_emb)(model.config).to(reader.device)
     return model
 
 

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_omni.diffusion.compute.distributed.groups import Group
+from vllm_omni.diffusion.compute.distributed.groups import DecodeGroup
 from vllm_omni.diffusion.compute.step.finite import each_is_finite
 from vllm_omni.diffusion.compute.step.pipeline import Picture
 from vllm_omni.diffusion.compute.vae.shared_decode import DecodeTile, SharedDecoder
 from vllm_omni.diffusion.compute.vae.tiles import Tiling
 
 MAX_BATCH_PIXELS = 2**20
-"""Most pixels of a batch of several pictures; larger batches gain nothing and cost memory."""
+"""Larger batches gain nothing and cost memory."""
 
 
 class LatentDecoder:
@@ -33,15 +33,17 @@ class LatentDecoder:
         tiling: Tiling,
         scale: int,
         one_at_a_time: bool,
-        group: Group,
+        group: DecodeGroup,
+        max_batch_pixels: int = MAX_BATCH_PIXELS,
     ) -> None:
         """vae: a `TiledVae` with diffusers' `decode`; decode_tile: converts the latents of a tile to pixels.
 
-        tiling, scale: see `SharedDecoder`.
+        tiling, scale: see `SharedDecoder`. max_batch_pixels: most pixels of a batch of several pictures.
         """
         self._vae = vae
         self._scale = scale
         self._one_at_a_time = one_at_a_time
+        self._max_batch_pixels = max_batch_pixels
         self._decode_tile: DecodeTile = lambda latents, tile: decode_tile(latents)
         self._shared = SharedDecoder(vae, tiling, scale, group) if group.size > 1 else None
 
@@ -63,7 +65,7 @@ class LatentDecoder:
     def _batches(self, latents: Sequence[Tensor]) -> Iterator[Tensor]:
         """Batches of consecutive latents of one size."""
         for (height, width), run in groupby(latents, key=lambda x: x.shape[-2:]):
-            most = 1 if self._one_at_a_time else max(1, MAX_BATCH_PIXELS // (height * width * self._scale**2))
+            most = 1 if self._one_at_a_time else max(1, self._max_batch_pixels // (height * width * self._scale**2))
             yield from torch.cat(list(run)).split(most)
 
     def _decode(self, latents: Tensor) -> list[Picture]:

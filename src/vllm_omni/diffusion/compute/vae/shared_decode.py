@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vllm_omni.diffusion.compute.distributed.groups import Group
+from vllm_omni.diffusion.compute.distributed.groups import DecodeGroup
 from vllm_omni.diffusion.compute.vae.tiles import Tile, Tiling, assign_tiles, split_into_tiles
 
 DecodeTile = Callable[[Tensor, Tile], Tensor]
@@ -38,7 +38,7 @@ class SharedDecoder:
     A picture that fits into one tile is decoded by one rank. The tiles of several pictures are shared together.
     """
 
-    def __init__(self, vae: TiledVae, tiling: Tiling, scale: int, group: Group) -> None:
+    def __init__(self, vae: TiledVae, tiling: Tiling, scale: int, group: DecodeGroup) -> None:
         """scale: side of a latent pixel, in pixels of a decoded tile."""
         self._vae = vae
         self._tiling = tiling
@@ -67,6 +67,7 @@ class SharedDecoder:
         silent = [0] * (group.size - 1)
         if group.rank > 0:
             sent = torch.cat([nothing, *(pixels.flatten() for pixels in mine)])
+            group.tell(failed=False)
             group.all_to_all(sent, [len(sent), *silent], [0, *silent])
             return decoded
         head = mine[0].shape[:-2]  # the first rank always has a tile
@@ -74,7 +75,9 @@ class SharedDecoder:
             tile: (*head, tile.height * self._scale, tile.width * self._scale) for share in shares[1:] for tile in share
         }
         lengths = [sum(math.prod(shapes[tile]) for tile in share) for share in shares[1:]]
-        received = group.all_to_all(nothing, [0, *silent], [0, *lengths])
+        received = nothing.new_empty(sum(lengths))  # before the exchange, which must not fail on one rank alone
+        group.tell(failed=False)
+        group.all_to_all(nothing, [0, *silent], [0, *lengths], received)
         parts = received.split([math.prod(shape) for shape in shapes.values()])
         return decoded | {tile: part.view(shape) for (tile, shape), part in zip(shapes.items(), parts, strict=True)}
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
-from vllm_omni.diffusion.compute.coordination.ranks import PeerFailedError, Ranks, RanksLostError, connect
+from vllm_omni.diffusion.compute.coordination.ranks import Ranks, RanksLostError, connect
 from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.compute.device.timing import Stopwatch
+from vllm_omni.diffusion.compute.distributed.groups import PeerFailedError
 from vllm_omni.diffusion.compute.startup.model_start import StartOptions, check_device, start_model
 from vllm_omni.diffusion.compute.step.finite import is_finite
 from vllm_omni.diffusion.compute.step.pipeline import PackedPipeline, Picture, Pipeline, RequestState
@@ -29,6 +30,8 @@ from vllm_omni.errors import InvalidRequestError, ModerationBlockedError
 
 Item = TypeVar("Item", DiffusionRequest, RequestState)
 Output = TypeVar("Output")
+Attempt = Callable[[Callable[[], Any]], Any]
+"""Calls work of one or several requests, on this rank or on several together."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,10 @@ class ModelRunner:
         self._pipeline: Pipeline[Any] | None = None
         self._requests: dict[str, DiffusionRequest] = {}
         self._states: dict[str, RequestState] = {}
-        self._aborted: set[str] = set()
-        self._failed_elsewhere: list[str] = []
+        self._skipped: set[str] = set()
+        """Requests that were aborted, or failed here while other ranks go on with them; skipped until released."""
+        self._failed: list[str] = []
+        """Requests that failed in the plan that runs, as all ranks know."""
         self._lacks_memory = False
         """Whether to ask the other ranks, in the next step, to free with this one what can be made again."""
 
@@ -86,6 +91,11 @@ class ModelRunner:
     def pipeline(self) -> Pipeline[Any]:
         assert self._pipeline is not None, "start() comes first"
         return self._pipeline
+
+    @property
+    def states(self) -> Mapping[str, RequestState]:
+        """States of the requests that have begun, by id."""
+        return self._states
 
     @property
     def launches_ahead(self) -> bool:
@@ -111,7 +121,7 @@ class ModelRunner:
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Skip these requests in every later plan, until they are released."""
-        self._aborted.update(request_ids)  # `launch` in the other thread may be reading the states: leave them alone
+        self._skipped.update(request_ids)  # `launch` in the other thread may be reading the states: leave them alone
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step and wait for its end."""
@@ -143,9 +153,9 @@ class ModelRunner:
             previews = self._download(self._decode(clean, self.pipeline.decode_preview, result))
             images = self._download(self._decode(whole, self.pipeline.decode, result))
             frames = self._download(self._decode_pieces(pieces, result))
-        for request_id in [*result.errors, *self._failed_elsewhere]:
+        for request_id in self._failed:
             self._drop(request_id)
-        self._failed_elsewhere.clear()
+        self._failed.clear()
         result.cache_bytes = self.pipeline.step_cache.budget.num_bytes
         result.sent_bytes = self.ranks.take_sent_bytes()
         result.peak_memory_bytes = self._device.peak_memory_bytes()
@@ -167,8 +177,8 @@ class ModelRunner:
         """Give an error to each new request that cannot run, where an error in the encode could restart all ranks."""
         if not self._ranks_share_encodes:
             return
-        new = [request for request in plan.new_requests if request.request_id not in self._aborted]
-        self._run_each(new, self.pipeline.check, result, on_all_ranks=False)
+        new = [request for request in plan.new_requests if request.request_id not in self._skipped]
+        self._run_each(new, self.pipeline.check, result, run_alone)
 
     def _agree_on_requests(self, plan: StepPlan, result: StepResult) -> set[str]:
         """Requests of the plan that no rank skips. result: holds the errors that this rank has found.
@@ -177,7 +187,7 @@ class ModelRunner:
         """
         ids = [*plan.encode, *plan.denoise, *plan.decode]
         known = [i in self._requests and (i in self._states or i in plan.encode) for i in ids]
-        votes = [not k or i in self._aborted or i in result.errors for i, k in zip(ids, known)]
+        votes = [not k or i in self._skipped or i in result.errors for i, k in zip(ids, known)]
         *skipped, lacks_memory = self.ranks.unite([*votes, self._lacks_memory])
         if lacks_memory:
             self._lacks_memory = False
@@ -188,7 +198,7 @@ class ModelRunner:
     def _release(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
             self._drop(request_id)
-        self._aborted.difference_update(request_ids)
+        self._skipped.difference_update(request_ids)
 
     def _drop(self, request_id: str) -> None:
         self._requests.pop(request_id, None)
@@ -197,7 +207,9 @@ class ModelRunner:
 
     def _encode(self, request_ids: Sequence[str], result: StepResult) -> None:
         requests = [self._requests[i] for i in request_ids]
-        self._states |= self._run_each(requests, self.pipeline.encode, result, self._ranks_share_encodes)
+        self._states |= self._run_each(
+            requests, self.pipeline.encode, result, self._together(self._ranks_share_encodes)
+        )
 
     def _resume(self, plan: StepPlan, result: StepResult) -> None:
         """Move requests that were just encoded to the steps of their checkpoints."""
@@ -207,7 +219,7 @@ class ModelRunner:
             self.pipeline.resume(state, plan.resume[_id_of(state)])
 
         states = [self._states[i] for i in plan.resume if i in self._states]
-        self._run_each(states, run, result, on_all_ranks=False)
+        self._run_each(states, run, result, run_alone)
 
     def _checkpoints(self, plan: StepPlan, result: StepResult) -> Callable[[], None]:
         """Start to copy the states of `plan.checkpoint` to the host; the returned call puts them into `result`.
@@ -217,7 +229,7 @@ class ModelRunner:
         """
         if not plan.checkpoint or self.ranks.mesh.world.rank != 0:
             return lambda: None
-        states = [self._states[i] for i in plan.checkpoint if i in self._states and i not in self._aborted]
+        states = [self._states[i] for i in plan.checkpoint if i in self._states and i not in self._skipped]
         ready = [s for s in states if _id_of(s) not in plan.denoise or _id_of(s) in result.advanced]
         pipeline = self.pipeline
         assert isinstance(pipeline, PackedPipeline)
@@ -247,9 +259,14 @@ class ModelRunner:
 
         def predict(batch: Sequence[RequestState]) -> list[tuple[Tensor, ...]]:
             groups = [g for s in batch for g in plan.placement.get(_id_of(s), [0] * len(s.sequence_lengths))]
-            return self.pipeline.predict(batch, groups)
+            try:
+                return self.pipeline.predict(batch, groups)
+            except Exception:
+                for state in batch:
+                    state.discard()
+                raise
 
-        branches = self._run_batch(states, predict, result, self.ranks.size > 1)
+        branches = self._run_batch(states, predict, result, self._together(self.ranks.size > 1))
         computed = {_id_of(s): s.sequence_lengths[: len(branches.get(_id_of(s), ()))] for s in states}
         result.num_sequences = sum(len(lengths) for lengths in computed.values())
         result.num_tokens = sum(sum(lengths) for lengths in computed.values())
@@ -257,16 +274,19 @@ class ModelRunner:
 
         def finish(state: RequestState) -> None:
             request_id = _id_of(state)
-            predicted = self.pipeline.advance(state, branches[request_id], request_id in plan.preview)
+            try:
+                predicted = self.pipeline.advance(state, branches[request_id], request_id in plan.preview)
+            finally:
+                skipped = state.settle()  # also after an error: step caches of all ranks keep and drop alike
             if predicted is not None:
                 clean[request_id] = predicted
             if state.num_made != 1:
                 result.made[request_id] = state.num_made
-            if (skipped := state.settle()) and self.ranks.mesh.rank_group.rank == 0:
+            if skipped and self.ranks.mesh.rank_group.rank == 0:
                 result.cached[request_id] = skipped / len(branches[request_id])
 
         advancing = [s for s in states if _id_of(s) in branches]
-        result.advanced = list(self._run_each(advancing, finish, result, on_all_ranks=False))
+        result.advanced = list(self._run_each(advancing, finish, result, run_alone))
         return {i: latents for i, latents in clean.items() if i in result.advanced}
 
     @property
@@ -295,7 +315,7 @@ class ModelRunner:
                 return [None] * len(batch)
             return [self._checked(request, picture) for request, picture in zip(batch, pictures, strict=True)]
 
-        decoded = self._run_batch([self._requests[i] for i in mine], run, result, mesh.vae.size > 1)
+        decoded = self._run_batch([self._requests[i] for i in mine], run, result, self.ranks.attempt_decode)
         return {request_id: picture for request_id, picture in decoded.items() if picture is not None}
 
     def _decode_pieces(self, pieces: Mapping[str, DecodePiece], result: StepResult) -> dict[str, CheckedPicture]:
@@ -308,7 +328,7 @@ class ModelRunner:
             frames = self.pipeline.decode_next(state, range(piece.first, piece.end))
             return None if frames is None else self._checked(state.request, frames)
 
-        decoded = self._run_each(mine, run, result, self.ranks.mesh.vae.size > 1)
+        decoded = self._run_each(mine, run, result, self.ranks.attempt_decode)
         return {request_id: frames for request_id, frames in decoded.items() if frames is not None}
 
     def _checked(self, request: DiffusionRequest, picture: Picture) -> CheckedPicture:
@@ -356,39 +376,50 @@ class ModelRunner:
         items: Sequence[Item],
         run: Callable[[Sequence[Item]], Sequence[Output]],
         result: StepResult,
-        on_all_ranks: bool,
+        attempt: Attempt,
     ) -> dict[str, Output]:
         """Outputs of `run` by request id: all items in one call; after an error each alone, so that only one fails."""
         if not items:
             return {}
         if len(items) > 1:
             try:
-                outputs = self._run(lambda: run(items), on_all_ranks)
+                outputs = attempt(lambda: run(items))
                 return {_id_of(item): output for item, output in zip(items, outputs, strict=True)}
             except RanksLostError:
                 raise
             except Exception as error:
                 # The cause, whatever it is, is one item or their number: the single runs tell.
                 self._release_memory(error)
-        return self._run_each(items, lambda item: run([item])[0], result, on_all_ranks)
+        return self._run_each(items, lambda item: run([item])[0], result, attempt)
 
     def _run_each(
-        self, items: Sequence[Item], run: Callable[[Item], Output], result: StepResult, on_all_ranks: bool
+        self, items: Sequence[Item], run: Callable[[Item], Output], result: StepResult, attempt: Attempt
     ) -> dict[str, Output]:
         """Outputs of `run` by request id; an item that raises gets an ItemError in `result` instead."""
         outputs = {}
         for item in items:
             try:
-                outputs[_id_of(item)] = self._run(partial(run, item), on_all_ranks)
+                outputs[_id_of(item)] = attempt(partial(run, item))
             except RanksLostError:
                 raise
             except PeerFailedError:
-                self._failed_elsewhere.append(_id_of(item))
+                self._end(_id_of(item), attempt)
             except Exception as error:
                 # Any error of one request must not reach the other requests.
                 result.errors[_id_of(item)] = item_error(error)
+                self._end(_id_of(item), attempt)
                 self._release_memory(error)
         return outputs
+
+    def _end(self, request_id: str, attempt: Attempt) -> None:
+        """End a request that failed in `attempt`. It is dropped when all ranks drop it: now, or when it is released.
+
+        If one rank had more of the step cache's budget left than another, they would drop different tensors of others.
+        """
+        if self.ranks.size == 1 or attempt == self.ranks.attempt:
+            self._failed.append(request_id)
+        else:
+            self._skipped.add(request_id)
 
     def _release_memory(self, error: Exception) -> None:
         """Free what can be made again: a lack of memory may be the cause of `error`."""
@@ -399,8 +430,14 @@ class ModelRunner:
                 self._lacks_memory = True
         self._device.release_memory()
 
-    def _run(self, run: Callable[[], Output], on_all_ranks: bool) -> Output:
-        return self.ranks.attempt(run) if on_all_ranks else run()
+    def _together(self, shared: bool) -> Attempt:
+        """Call of work that all ranks share, or that each does alone."""
+        return self.ranks.attempt if shared else run_alone
+
+
+def run_alone(run: Callable[[], Output]) -> Output:
+    """Call of work in which ranks exchange nothing."""
+    return run()
 
 
 def _id_of(item: DiffusionRequest | RequestState) -> str:

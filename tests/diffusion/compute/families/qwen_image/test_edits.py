@@ -23,11 +23,13 @@ from testbed.tiny_edit_models import (
     small_pictures,
 )
 from testbed.tiny_models import build_tiny_qwen_image, photo
-from tests.diffusion.compute.families.qwen_image.test_pictures import check, one_thread, started  # noqa: F401 (a fixture)
+from tests.diffusion.compute.families.qwen_image.test_pictures import check, started
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.families.qwen_image.vae import QwenImageEncoder
 from vllm_omni.diffusion.compute.step.sampling import pack_latents
 from vllm_omni.inputs.images import prepare_image
+
+pytestmark = pytest.mark.usefixtures("module_on_one_thread")
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,7 @@ from vllm_omni.diffusion.compute.distributed.mesh import World
 from vllm_omni.diffusion.compute.families.qwen_image.info import NUM_TEMPLATE_TOKENS, PROMPT_TEMPLATE, describe
 from vllm_omni.diffusion.compute.families.qwen_image.text import QwenImageTextEncoder
 from vllm_omni.diffusion.compute.text.language_config import LanguageModelConfig
+from vllm_omni.diffusion.compute.weights.reader import WeightReader
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.errors import ConfigError
 
@@ -54,7 +55,7 @@ def language_model_bytes(path: Path) -> dict[str, int]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_alone_it_gives_the_states_of_transformers_exactly(model: Path, dtype: torch.dtype) -> None:
     read: list[int] = []
-    encoder = QwenImageTextEncoder(model, CPU, dtype, Group.alone(), read.append)
+    encoder = QwenImageTextEncoder(model, WeightReader(CPU, dtype, read.append), Group.alone())
     for prompt, states in zip(PROMPTS, wanted(model, dtype), strict=True):
         assert torch.equal(encoder(prompt), states)
         assert states.dtype == dtype
@@ -64,7 +65,7 @@ def test_alone_it_gives_the_states_of_transformers_exactly(model: Path, dtype: t
 def encode(world: World, path: Path) -> tuple[list[np.ndarray], list[np.ndarray], int]:
     """The states before and after the last rank broke all connections while the others encoded; the bytes read."""
     read: list[int] = []
-    encoder = QwenImageTextEncoder(path, CPU, torch.float32, world.mesh.text_encoder, read.append)
+    encoder = QwenImageTextEncoder(path, WeightReader(CPU, torch.float32, read.append), world.mesh.text_encoder)
     before = [encoder(prompt).numpy() for prompt in PROMPTS]
     group = world.mesh.text_encoder
     if world.rank == world.size - 1:
@@ -99,7 +100,9 @@ def test_checkpoints_that_name_the_language_model_are_read_too(model: Path, tmp_
     }
     assert "model.visual.patch_embed.proj.weight" in weights
     save_file(weights, file, metadata={"format": "pt"})
-    encoder, same = (QwenImageTextEncoder(path, CPU, torch.float32, Group.alone()) for path in (folder, model))
+    encoder, same = (
+        QwenImageTextEncoder(path, WeightReader(CPU, torch.float32), Group.alone()) for path in (folder, model)
+    )
     assert torch.equal(encoder("a red apple"), same("a red apple"))
 
 

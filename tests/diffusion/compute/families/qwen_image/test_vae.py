@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
 from tests.diffusion.compute.distributed.ranks import run_ranks
-from vllm_omni.diffusion.compute.distributed.groups import Group
+from vllm_omni.diffusion.compute.distributed.groups import DecodeGroup
 from vllm_omni.diffusion.compute.distributed.mesh import World
 from vllm_omni.diffusion.compute.families.qwen_image.vae import FrameCoder, QwenImageDecoder, decode_frame, tiling_of
 from vllm_omni.diffusion.compute.step.sampling import pack_latents
@@ -31,13 +31,7 @@ GRIDS = [(4, 3), (5, 7), (5, 7), (1, 9), (11, 2)]
 """Rows and columns of tokens (2 x 2 latent pixels each): one tile, odd numbers of tiles, a strip each way."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """One thread, as each rank has: with more, convolutions round differently."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("module_on_one_thread")
 
 
 def load(path: Path) -> AutoencoderKLQwenImage:
@@ -115,7 +109,7 @@ def tokens() -> list[Tensor]:
 def test_pictures_of_ranks_are_those_of_one_and_of_diffusers(tiny_model: Path, one_at_a_time: bool) -> None:
     first, *others = run_ranks(decode_pictures, shared_by(3), tiny_model, one_at_a_time)
     assert others == [[], []]
-    alone = arrays(QwenImageDecoder(load(tiny_model), one_at_a_time, True, Group.alone()))
+    alone = arrays(QwenImageDecoder(load(tiny_model), one_at_a_time, True, DecodeGroup.alone()))
     vae = load(tiny_model)
     mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
     for picture, by_one, z in zip(first, alone, latents(GRIDS), strict=True):

@@ -18,6 +18,7 @@ from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.distributed.mesh import World
 from vllm_omni.diffusion.compute.families.qwen_image.edit import EDIT_TEMPLATE, NUM_EDIT_TEMPLATE_TOKENS, EditInput
 from vllm_omni.diffusion.compute.families.qwen_image.vision import QwenImageEditEncoder
+from vllm_omni.diffusion.compute.weights.reader import WeightReader
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.inputs.images import InputImage, prepare_image
 
@@ -66,12 +67,12 @@ def wanted(path: Path) -> list[Tensor]:
 
 
 def encode(world: World, path: Path) -> list[np.ndarray]:
-    encoder = QwenImageEditEncoder(path, edit_of(path), CPU, torch.float32, world.mesh.text_encoder)
+    encoder = QwenImageEditEncoder(path, edit_of(path), WeightReader(CPU, torch.float32), world.mesh.text_encoder)
     return [encoder(prompt, images).numpy() for prompt, _, images in inputs_of(path)]
 
 
 def test_states_are_those_of_transformers(model: Path) -> None:
-    encoder = QwenImageEditEncoder(model, edit_of(model), CPU, torch.float32, Group.alone())
+    encoder = QwenImageEditEncoder(model, edit_of(model), WeightReader(CPU, torch.float32), Group.alone())
     info = load_model_info(str(model))
     for (prompt, _, images), states in zip(inputs_of(model), wanted(model), strict=True):
         torch.testing.assert_close(encoder(prompt, images), states, atol=1e-5, rtol=1e-5)
@@ -87,7 +88,7 @@ def test_ranks_that_share_it_give_the_same_states(model: Path) -> None:
 
 def test_a_prompt_that_spells_the_picture_token_is_a_prompt(model: Path) -> None:
     edit = edit_of(model)
-    encoder = QwenImageEditEncoder(model, edit, CPU, torch.float32, Group.alone())
+    encoder = QwenImageEditEncoder(model, edit, WeightReader(CPU, torch.float32), Group.alone())
     image = prepare_image(photo(40, 30, 1), edit.sizes)
     prompt = "an apple <|image_pad|><|image_pad|> <|vision_start|>"
     info = load_model_info(str(model))
@@ -97,7 +98,7 @@ def test_a_prompt_that_spells_the_picture_token_is_a_prompt(model: Path) -> None
 
 def test_another_picture_of_the_same_pixels_is_not_looked_at_again(model: Path) -> None:
     edit = edit_of(model)
-    encoder = QwenImageEditEncoder(model, edit, CPU, torch.float32, Group.alone())
+    encoder = QwenImageEditEncoder(model, edit, WeightReader(CPU, torch.float32), Group.alone())
     first, same, other = (prepare_image(photo(40, 30, seed), edit.sizes) for seed in (1, 1, 2))
     assert first == same != other
     states = [encoder("x", (image,)) for image in (first, same, other)]

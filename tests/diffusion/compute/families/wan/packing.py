@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from testbed.tiny_wan import IMAGE_DIM, IMAGE_TOKENS, TEXT_DIM
@@ -43,12 +44,14 @@ class Video:
     latents: Tensor
     """[channels, frames, height, width] of the latents."""
     text: Tensor
-    """[tokens, TEXT_DIM]."""
+    """[tokens, TEXT_DIM], without padding."""
     timestep: float
     seen: Tensor | None = None
     """[tokens, IMAGE_DIM] of CLIP, of one picture or several."""
     keeps_first_frame: bool = False
     """Whether the tokens of the first frame have the timestep 0."""
+    num_text_tokens: int = TEXT_TOKENS
+    """Tokens of the text with padding."""
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -73,8 +76,7 @@ def make_videos(channels: int, timesteps: Sequence[float], num_images: int = 0, 
     shapes = [(3, 4, 8), (1, 6, 4), (2, 8, 6), (5, 2, 2)]
     videos = []
     for (frames, height, width), num_words, timestep in zip(shapes, (7, 1, 30, 512), timesteps, strict=True):
-        text = torch.zeros(TEXT_TOKENS, TEXT_DIM)
-        text[:num_words] = torch.randn(num_words, TEXT_DIM)
+        text = torch.randn(num_words, TEXT_DIM)
         seen = torch.randn(num_images * IMAGE_TOKENS, IMAGE_DIM) if num_images else None
         latents = torch.randn(channels, frames, height, width)
         videos.append(Video(latents, text, timestep, seen, keeps_first_frame=is_5b and frames > 1))
@@ -115,7 +117,7 @@ def context_of(
             own[: video.keeps_first_frame * video.grid[1] * video.grid[2]] = len(videos)
             rows.append(own[part])
         image_rows = torch.cat(rows)
-    static = {TEXT: [model.text_keys(video.text) for video in videos]}
+    static = {TEXT: [model.text_keys(video.text, video.num_text_tokens) for video in videos]}
     if model.config.sees_image:
         static[IMAGE] = [model.image_keys(video.seen) for video in videos if video.seen is not None]
     modulation = ModulationTable(model.modulate, 2**20).rows_of(conditions)
@@ -158,5 +160,6 @@ def of_diffusers(model: Any, video: Video) -> Tensor:
         timestep = timestep.expand(1, len(video.tokens)).clone()
         timestep[:, : video.grid[1] * video.grid[2]] = 0
     seen = video.seen if video.seen is None else video.seen.view(-1, IMAGE_TOKENS, IMAGE_DIM)
-    (velocity,) = model(video.latents[None], timestep, video.text[None], seen, return_dict=False)
+    text = F.pad(video.text, (0, 0, 0, video.num_text_tokens - len(video.text)))
+    (velocity,) = model(video.latents[None], timestep, text[None], seen, return_dict=False)
     return Video(velocity[0], video.text, 0.0).tokens

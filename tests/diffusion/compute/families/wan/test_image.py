@@ -19,6 +19,7 @@ from testbed.tiny_models import photo
 from testbed.tiny_wan import IMAGE_DIM, IMAGE_SIDE, IMAGE_TOKENS
 from vllm_omni.diffusion.compute.families.wan.image import WanImageEncoder
 from vllm_omni.diffusion.compute.families.wan.image_input import WanImageInput
+from vllm_omni.diffusion.compute.weights.reader import WeightReader
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.images import InputImage, prepare_image
 
@@ -53,7 +54,7 @@ def test_embeddings_are_those_of_diffusers(
     save_file({prefix + name: weight for name, weight in load_file(file).items()}, file, {"format": "pt"})
 
     counted: list[int] = []
-    encoder = WanImageEncoder(path, CPU, torch.float32, counted.append)
+    encoder = WanImageEncoder(path, WeightReader(CPU, torch.float32, counted.append))
     got = encoder([prepared(picture) for picture in pictures])
 
     assert got.shape == (len(sizes) * IMAGE_TOKENS, IMAGE_DIM)

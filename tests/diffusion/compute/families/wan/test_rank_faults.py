@@ -22,7 +22,7 @@ SETTINGS: dict[str, Any] = {**SMALL, "num_inference_steps": 1, "max_sequence_len
 
 
 def encode_after_failed_piece(place: RankInfo, parallel: DiffusionParallelConfig, path: Path) -> Any:
-    """Rank 1 fails in a piece, and drops its state a plan before rank 0 does; then the same text comes again."""
+    """Rank 1 fails in a piece; before all ranks have dropped the state, the same text comes again."""
     runner = started(place, parallel, path)
     pipeline: Any = runner.pipeline
     merge, decode_next = merging(runner), pipeline.decode_next
@@ -42,7 +42,7 @@ def encode_after_failed_piece(place: RankInfo, parallel: DiffusionParallelConfig
     pipeline.decode_next = decode_next
     execute(StepPlan(3, new_requests=[request("again", "a red apple", seed=1, **SETTINGS)], encode=["again"]))
     execute(StepPlan(4, denoise=["again"], release=["first"]))
-    latents = runner._states["again"].latents.numpy().copy()
+    latents = runner.states["again"].latents.numpy().copy()
     execute(StepPlan(5, release=["again"]))
     errors = {i: error.kind for result in results for i, error in result.errors.items()}
     return errors, latents, kept(runner)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from testbed.tiny_wan import KINDS, LATENTS, LATENTS_5B, TinyWan, tiny_wan_transformer
+from testbed.tiny_wan import KINDS, LATENTS, LATENTS_5B, TEXT_DIM, TinyWan, tiny_wan_transformer
 from tests.diffusion.compute.distributed.ranks import run_ranks
 from tests.diffusion.compute.families.wan.packing import Video, load, make_videos, of_diffusers, packed, packed_on_rank
 from tests.float8 import round_linears
@@ -107,8 +107,18 @@ def test_padding_of_the_text_is_attended(tmp_path: Path, name: str) -> None:
     kind = KINDS[name]
     ours = load(tmp_path, models(tmp_path, kind, heads=3).config)
     (video, *_) = videos_of(kind, OWN)
-    shorter = Video(video.latents, video.text[:100], video.timestep, video.seen)
+    shorter = replace(video, num_text_tokens=100)
     assert (packed(ours, [video])[0] - packed(ours, [shorter])[0]).abs().max() > 1e-3
+
+
+@torch.inference_mode()
+def test_padding_of_the_text_is_stored_as_one_token(tmp_path: Path) -> None:
+    kind = KINDS["t2v-2.1"]
+    ours = load(tmp_path, models(tmp_path, kind, heads=3).config)
+    for text, stored in ((torch.randn(30, TEXT_DIM), 31), (torch.randn(512, TEXT_DIM), 512)):
+        keys = ours.text_keys(text, 512)
+        assert (keys.keys.shape[1], keys.num_tokens) == (stored, 512)
+        assert [len(x) for x in keys.of_block(1, slice(None))] == [512, 512]
 
 
 def test_fused_kernels_compute_the_same(tmp_path: Path) -> None:
@@ -116,7 +126,7 @@ def test_fused_kernels_compute_the_same(tmp_path: Path) -> None:
     theirs = models(tmp_path, kind, heads=3, layers=1)
     # Few tokens: without a GPU an interpreter runs the kernels.
     videos = [
-        replace(video, latents=video.latents[:, :1, :2, : 2 + 2 * number], text=video.text[:5])
+        replace(video, latents=video.latents[:, :1, :2, : 2 + 2 * number], text=video.text[:5], num_text_tokens=5)
         for number, video in enumerate(videos_of(kind, OWN)[:2])
     ]
     fused = load(tmp_path, theirs.config, kernels=create_kernels("triton"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.diffusion.compute.distributed.ranks import run_ranks
 from tests.fake_gpu import FAKE_GPU, FakeGpu
 from vllm_omni.diffusion.compute.device.transfers import to_device
-from vllm_omni.diffusion.compute.distributed.groups import Group
+from vllm_omni.diffusion.compute.distributed.groups import DecodeGroup
 from vllm_omni.diffusion.compute.distributed.mesh import World
 from vllm_omni.diffusion.compute.families.wan.vae import WanDecoder, WanEncoder
 from vllm_omni.diffusion.compute.step.pipeline import DecoderFeatures
@@ -36,13 +36,7 @@ KINDS = pytest.mark.parametrize("further", [{}, HIGH_COMPRESSION], ids=["wan21",
 Grid = tuple[int, int, int]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """One thread, as each rank has: with more, convolutions round differently."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("module_on_one_thread")
 
 
 def make_vae(further: dict[str, Any], tiled: bool = False) -> AutoencoderKLWan:
@@ -100,7 +94,7 @@ def test_pieces_of_several_videos_in_turns_are_the_video_of_one_call(further: di
     vae = make_vae(further, tiled)
     wide, tall = (3, 2, 4), (3, 2, 1)
     wanted = [by_diffusers(vae, wide, 1), by_diffusers(vae, tall, 2)]
-    decode = WanDecoder(vae, tiled, Group.alone())
+    decode = WanDecoder(vae, tiled, DecodeGroup.alone())
     kept: list[DecoderFeatures] = [{}, {}]
     first = [decode_piece(decode, wide, 1, slice(0, 1), kept[0])]
     second = [decode_piece(decode, tall, 2, slice(0, 2), kept[1])]
@@ -116,7 +110,7 @@ def test_pieces_of_several_videos_in_turns_are_the_video_of_one_call(further: di
 def test_a_call_decodes_pictures_and_whole_videos(further: dict[str, Any]) -> None:
     vae, grids = make_vae(further), [(1, 2, 3), (2, 1, 2)]
     wanted = [by_diffusers(vae, grid, seed) for seed, grid in enumerate(grids)]
-    decode = WanDecoder(vae, False, Group.alone())
+    decode = WanDecoder(vae, False, DecodeGroup.alone())
     picture, video = decode([token_latents(grid, seed) for seed, grid in enumerate(grids)], grids)
     side = 2 * vae.spatial_compression_ratio
     assert picture.pixels.shape == (2 * side, 3 * side, 3)
@@ -126,7 +120,7 @@ def test_a_call_decodes_pictures_and_whole_videos(further: dict[str, Any]) -> No
 
 
 def test_values_that_are_not_finite_show_in_their_piece() -> None:
-    decode, grid = WanDecoder(make_vae({}), False, Group.alone()), (3, 1, 1)
+    decode, grid = WanDecoder(make_vae({}), False, DecodeGroup.alone()), (3, 1, 1)
     tokens = token_latents(grid, 0)
     features: DecoderFeatures = {}
     assert decode.decode_next(tokens[:1], (1, 1, 1), features).is_finite  # type: ignore[union-attr]
@@ -156,11 +150,11 @@ def test_ranks_share_the_tiles_of_each_piece(further: dict[str, Any]) -> None:
 def test_the_host_waits_for_neither_frames_nor_latents(further: dict[str, Any]) -> None:
     grid, gpu, picture = (2, 1, 4), FakeGpu(), np.full((32, 32, 3), 99, np.uint8)
     vae = make_vae(further, tiled=True)
-    wanted = in_pieces(WanDecoder(vae, True, Group.alone()), grid, 1, (0, 1, 2)), WanEncoder(vae)(picture, 5)
+    wanted = in_pieces(WanDecoder(vae, True, DecodeGroup.alone()), grid, 1, (0, 1, 2)), WanEncoder(vae)(picture, 5)
     with gpu:
         with gpu.waiting_allowed():
             vae = make_vae(further, tiled=True).to(FAKE_GPU)
-            decode, encode = WanDecoder(vae, True, Group.alone()), WanEncoder(vae)
+            decode, encode = WanDecoder(vae, True, DecodeGroup.alone()), WanEncoder(vae)
         features: DecoderFeatures = {}
         tokens = to_device(token_latents(grid, 1), FAKE_GPU).chunk(2)
         pieces = [decode.decode_next(part, (1, *grid[1:]), features) for part in tokens]

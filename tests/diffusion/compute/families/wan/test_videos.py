@@ -19,7 +19,7 @@ from testbed.runner_driver import QUICK, Drive, fitted, kept, make_request, psnr
 from testbed.tiny_models import photo
 from testbed.tiny_wan import KINDS, build_tiny_wan
 from vllm_omni.diffusion.catalog.registry import load_model_info
-from vllm_omni.diffusion.compute.distributed.groups import Group
+from vllm_omni.diffusion.compute.distributed.groups import DecodeGroup
 from vllm_omni.diffusion.compute.families.wan.image import WanImageEncoder
 from vllm_omni.diffusion.compute.families.wan.pipeline import to_tokens
 from vllm_omni.diffusion.compute.families.wan.vae import WanDecoder, WanEncoder
@@ -178,7 +178,7 @@ def test_pictures_are_encoded_and_decoded_in_float32(tmp_path: Path, kind: str) 
     state = pipeline.encode(one)
     assert torch.equal(state.given[:, -expected.shape[1] :], expected)
     (picture,) = pipeline.decode([one], [state.latents])
-    (wanted,) = WanDecoder(vae, False, Group.alone())([state.latents], [state.grid])
+    (wanted,) = WanDecoder(vae, False, DecodeGroup.alone())([state.latents], [state.grid])
     assert torch.equal(picture.pixels, wanted.pixels)
 
 

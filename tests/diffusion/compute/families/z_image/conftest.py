@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from testbed.tiny_models import SMALL
 from testbed.tiny_z_image import BASE_SHIFT, build_tiny_z_image
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def every_module(module_on_one_thread: None) -> None:
+    """Let every module of this folder run on one thread."""
 
 
 @pytest.fixture(scope="session")

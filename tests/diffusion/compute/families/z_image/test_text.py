@@ -18,6 +18,7 @@ from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.distributed.mesh import World
 from vllm_omni.diffusion.compute.families.z_image.info import ChatTokenizer
 from vllm_omni.diffusion.compute.families.z_image.text import ZImageTextEncoder
+from vllm_omni.diffusion.compute.weights.reader import WeightReader
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 
 CPU = torch.device("cpu")
@@ -40,7 +41,7 @@ def wanted(path: Path, dtype: torch.dtype = torch.float32) -> list[Tensor]:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
 def test_alone_it_gives_the_states_of_diffusers(model: Path, dtype: torch.dtype, tolerance: float) -> None:
     read: list[int] = []
-    encoder = ZImageTextEncoder(model, CPU, dtype, Group.alone(), read.append)
+    encoder = ZImageTextEncoder(model, WeightReader(CPU, dtype, read.append), Group.alone())
     count = ChatTokenizer(model / "tokenizer")
     for prompt, states in zip(PROMPTS, wanted(model, dtype), strict=True):
         assert encoder(prompt).dtype == dtype
@@ -53,7 +54,7 @@ def test_alone_it_gives_the_states_of_diffusers(model: Path, dtype: torch.dtype,
 
 
 def encode(world: World, path: Path) -> list[np.ndarray]:
-    encoder = ZImageTextEncoder(path, CPU, torch.float32, world.mesh.text_encoder)
+    encoder = ZImageTextEncoder(path, WeightReader(CPU, torch.float32), world.mesh.text_encoder)
     return [encoder(prompt).numpy() for prompt in PROMPTS]
 
 
@@ -69,5 +70,7 @@ def test_checkpoints_of_the_whole_causal_model_are_read_too(model: Path, tmp_pat
     file = folder / "text_encoder" / "model.safetensors"
     weights = {f"model.{name}": tensor for name, tensor in load_file(file).items()}
     save_file(weights | {"lm_head.weight": torch.zeros(3, 128)}, file, metadata={"format": "pt"})
-    encoder, same = (ZImageTextEncoder(path, CPU, torch.float32, Group.alone()) for path in (folder, model))
+    encoder, same = (
+        ZImageTextEncoder(path, WeightReader(CPU, torch.float32), Group.alone()) for path in (folder, model)
+    )
     assert torch.equal(encoder("a red apple"), same("a red apple"))

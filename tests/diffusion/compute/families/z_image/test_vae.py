@@ -13,7 +13,7 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
 from tests.diffusion.compute.distributed.ranks import run_ranks
-from vllm_omni.diffusion.compute.distributed.groups import Group
+from vllm_omni.diffusion.compute.distributed.groups import DecodeGroup
 from vllm_omni.diffusion.compute.distributed.mesh import World
 from vllm_omni.diffusion.compute.families.z_image.vae import ZImageDecoder
 from vllm_omni.diffusion.compute.layers.kernels import create_kernels
@@ -58,7 +58,7 @@ def test_pictures_of_ranks_are_those_of_one_and_of_diffusers(
     (first, sent), *others = run_ranks(decode, parallel, turbo, one_at_a_time, kernels, grids)
     assert [pictures for pictures, _ in others] == [[], []]
     assert sent["all_to_all"] == 0, "only what other ranks decoded travels"
-    alone = arrays(ZImageDecoder(load(turbo), one_at_a_time, True, Group.alone()), grids)
+    alone = arrays(ZImageDecoder(load(turbo), one_at_a_time, True, DecodeGroup.alone()), grids)
     vae = load(turbo)
     vae.enable_tiling()
     for picture, by_one, latents, grid in zip(first, alone, tokens(grids), grids, strict=True):

@@ -10,6 +10,7 @@ from typing import Any
 from vllm_omni.diffusion.catalog.configs import check_config_values, read_config, read_scheduler_config
 from vllm_omni.diffusion.catalog.default_params import read_default_sampling_params
 from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo, Shares
+from vllm_omni.diffusion.catalog.tea_cache_file import read_tea_cache_coefficients
 from vllm_omni.diffusion.catalog.tokenizer_files import TokenizerNeeds
 from vllm_omni.diffusion.compute.families.qwen_image.config import (
     QwenImageConfig,
@@ -112,7 +113,7 @@ def describe(path: Path) -> PackedModelInfo:
         num_heads=transformer.num_attention_heads,
         head_dim=transformer.attention_head_dim,
         num_blocks=transformer.num_layers,
-        tea_cache_coefficients=TEA_CACHE_COEFFICIENTS,
+        tea_cache_coefficients=read_tea_cache_coefficients(path, TEA_CACHE_COEFFICIENTS),
         # The MLP is four times as wide as all heads together.
         tensor_shares=Shares({"attention heads": transformer.num_attention_heads}),
         text_encoder_shares=text_encoder.shares,

@@ -8,7 +8,6 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextModel
 
@@ -17,30 +16,20 @@ from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.families.qwen_image.info import MAX_PROMPT_TOKENS, NUM_TEMPLATE_TOKENS, PROMPT_TEMPLATE
 from vllm_omni.diffusion.compute.text.language_model import load_language_model
 from vllm_omni.diffusion.compute.text.tokenizers import load_tokenizer
-from vllm_omni.diffusion.compute.weights.loading import OnBytes
-from vllm_omni.diffusion.data import LoadFormat
+from vllm_omni.diffusion.compute.weights.reader import WeightReader
 
 
 class QwenImageTextEncoder:
     """Encodes prompts; `vision.QwenImageEditEncoder` encodes pictures to edit with their prompt."""
 
-    def __init__(
-        self,
-        path: Path,
-        device: torch.device,
-        dtype: torch.dtype,
-        group: Group,
-        on_bytes: OnBytes = lambda count: None,
-        load_format: LoadFormat = "auto",
-        variant: str | None = None,
-    ) -> None:
-        """Read this rank's share of the weights in the model folder `path`; `on_bytes` is called with their size.
+    def __init__(self, path: Path, reader: WeightReader, group: Group) -> None:
+        """Read this rank's share of the weights in the model folder `path`. group: ranks that share them.
 
         Raises ConfigError for a checkpoint that does not fit.
         """
-        self._device = device
+        self._device = reader.device
         self._tokenizer = load_tokenizer(path / "tokenizer")
-        self._model = load_text_model(path / "text_encoder", device, dtype, group, on_bytes, load_format, variant)
+        self._model = load_text_model(path / "text_encoder", reader, group)
 
     def __call__(self, prompt: str) -> Tensor:
         """Last hidden states [tokens, hidden size], without those of the beginning of the template.
@@ -57,16 +46,7 @@ class QwenImageTextEncoder:
         return states[0, NUM_TEMPLATE_TOKENS:]
 
 
-def load_text_model(
-    folder: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    group: Group,
-    on_bytes: OnBytes,
-    load_format: LoadFormat,
-    variant: str | None = None,
-) -> Qwen2_5_VLTextModel:
+def load_text_model(folder: Path, reader: WeightReader, group: Group) -> Qwen2_5_VLTextModel:
     """This rank's share of the language model in a text encoder's `folder`."""
     config = Qwen2_5_VLConfig.from_pretrained(folder).text_config
-    build = partial(Qwen2_5_VLTextModel, config)
-    return load_language_model(build, folder, device, dtype, group, on_bytes, load_format=load_format, variant=variant)
+    return load_language_model(partial(Qwen2_5_VLTextModel, config), folder, reader, group)

@@ -13,7 +13,7 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCaus
 from torch import Tensor, nn
 
 from vllm_omni.diffusion.compute.device.transfers import to_device
-from vllm_omni.diffusion.compute.distributed.groups import Group
+from vllm_omni.diffusion.compute.distributed.groups import DecodeGroup
 from vllm_omni.diffusion.compute.step.finite import keep_infinite_pixels_visible
 from vllm_omni.diffusion.compute.step.pipeline import Grid, Picture
 from vllm_omni.diffusion.compute.step.sampling import pack_latents, unpack_latents
@@ -74,7 +74,7 @@ class QwenImageEncoder:
 class QwenImageDecoder:
     """Decodes token latents with a Qwen-Image VAE; see `LatentDecoder` for the rest."""
 
-    def __init__(self, vae: AutoencoderKLQwenImage, one_at_a_time: bool, tiled: bool, group: Group) -> None:
+    def __init__(self, vae: AutoencoderKLQwenImage, one_at_a_time: bool, tiled: bool, group: DecodeGroup) -> None:
         vae.decoder = FrameCoder(vae.decoder)
         keep_infinite_pixels_visible(vae.decoder)
         if tiled:

@@ -14,7 +14,6 @@ from transformers import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
-from vllm_omni.diffusion.catalog.model_index import TRANSFORMERS_STEMS
 from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.families.qwen_image.edit import (
@@ -26,8 +25,7 @@ from vllm_omni.diffusion.compute.families.qwen_image.edit import (
 from vllm_omni.diffusion.compute.families.qwen_image.text import load_text_model
 from vllm_omni.diffusion.compute.text.prompt_cache import PromptCache
 from vllm_omni.diffusion.compute.text.tokenizers import load_tokenizer
-from vllm_omni.diffusion.compute.weights.loading import OnBytes, load_weights, weight_names
-from vllm_omni.diffusion.data import LoadFormat
+from vllm_omni.diffusion.compute.weights.reader import WeightReader
 from vllm_omni.inputs.images import InputImage
 
 VISION_CACHE_BYTES = 256 * 2**20
@@ -36,25 +34,15 @@ VISION_CACHE_BYTES = 256 * 2**20
 class QwenImageEditEncoder:
     """Encodes a prompt together with the pictures that it edits."""
 
-    def __init__(
-        self,
-        path: Path,
-        edit: EditInput,
-        device: torch.device,
-        dtype: torch.dtype,
-        group: Group,
-        on_bytes: OnBytes = lambda count: None,
-        load_format: LoadFormat = "auto",
-        variant: str | None = None,
-    ) -> None:
+    def __init__(self, path: Path, edit: EditInput, reader: WeightReader, group: Group) -> None:
         """edit: rules of the model for its input pictures. For the rest see `text.QwenImageTextEncoder`."""
         self._edit = edit
-        self._device = device
-        self._dtype = dtype
+        self._device = reader.device
+        self._dtype = reader.dtype
         self._tokenizer = load_tokenizer(path / "tokenizer")
         self._image_token = self._tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        self._model = load_text_model(path / "text_encoder", device, dtype, group, on_bytes, load_format, variant)
-        self._tower = _load_vision_tower(path / "text_encoder", device, dtype, on_bytes, load_format, variant)
+        self._model = load_text_model(path / "text_encoder", reader, group)
+        self._tower = _load_vision_tower(path / "text_encoder", reader)
         self._features: PromptCache[InputImage] = PromptCache(self._see, VISION_CACHE_BYTES, lambda image: image.digest)
 
     def __call__(self, prompt: str, images: Sequence[InputImage]) -> Tensor:
@@ -117,32 +105,13 @@ def vision_positions(is_image: Tensor, grids: Sequence[tuple[int, int]]) -> Tens
     return torch.cat(parts, dim=1)
 
 
-def _load_vision_tower(
-    folder: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    on_bytes: OnBytes,
-    load_format: LoadFormat,
-    variant: str | None = None,
-) -> Qwen2_5_VisionTransformerPretrainedModel:
+def _load_vision_tower(folder: Path, reader: WeightReader) -> Qwen2_5_VisionTransformerPretrainedModel:
     config = Qwen2_5_VLConfig.from_pretrained(folder).vision_config
     with torch.device("meta"):
         tower = Qwen2_5_VisionTransformerPretrainedModel(config)
     # Checkpoints have one of two names for the same module.
-    names = weight_names(folder, variant, TRANSFORMERS_STEMS) if load_format == "auto" else ()
-    prefix = "model.visual." if any(name.startswith("model.visual.") for name in names) else "visual."
-    load_weights(
-        tower,
-        folder,
-        {},
-        device,
-        dtype,
-        on_bytes,
-        prefix,
-        load_format=load_format,
-        variant=variant,
-        stems=TRANSFORMERS_STEMS,
-    )
+    has_long_names = any(name.startswith("model.visual.") for name in reader.names(folder))
+    reader.load(tower, folder, {}, "model.visual." if has_long_names else "visual.")
     # Frequencies are not weights: they stay in float32, whatever the model's dtype.
-    tower.rotary_pos_emb = type(tower.rotary_pos_emb)(config).to(device)
+    tower.rotary_pos_emb = type(tower.rotary_pos_emb)(config).to(reader.device)
     return tower

@@ -10,32 +10,22 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
-from vllm_omni.diffusion.catalog.model_index import TRANSFORMERS_STEMS
 from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.families.wan.config import CLIP_ANCHOR
-from vllm_omni.diffusion.compute.weights.loading import OnBytes, load_weights, weight_names
-from vllm_omni.diffusion.data import LoadFormat
+from vllm_omni.diffusion.compute.weights.reader import WeightReader
 from vllm_omni.inputs.images import InputImage
 
 
 class WanImageEncoder:
     """CLIP's vision tower without its last layer, which is not read."""
 
-    def __init__(
-        self,
-        path: Path,
-        device: torch.device,
-        dtype: torch.dtype,
-        on_bytes: OnBytes = lambda count: None,
-        load_format: LoadFormat = "auto",
-        variant: str | None = None,
-    ) -> None:
-        """Read the weights in the model folder `path`; `on_bytes` is called with their size.
+    def __init__(self, path: Path, reader: WeightReader) -> None:
+        """Read the weights in the model folder `path`.
 
         Raises ConfigError for a checkpoint that does not fit.
         """
-        self._device = device
-        self._dtype = dtype
+        self._device = reader.device
+        self._dtype = reader.dtype
         self._processor = CLIPImageProcessorPil.from_pretrained(path / "image_processor")
         folder = path / "image_encoder"
         config = CLIPVisionConfig.from_pretrained(folder)
@@ -43,24 +33,13 @@ class WanImageEncoder:
             tower = CLIPVisionModel(config)
             tower.encoder.layers = tower.encoder.layers[:-1]
             tower.post_layernorm = nn.Identity()
-        names = weight_names(folder, variant, TRANSFORMERS_STEMS) if load_format == "auto" else ()
         # Releases of transformers differ in the prefix.
+        names = reader.names(folder)
         prefix = next((name.removesuffix(CLIP_ANCHOR) for name in names if name.endswith(CLIP_ANCHOR)), "")
-        load_weights(
-            tower,
-            folder,
-            {},
-            device,
-            dtype,
-            on_bytes,
-            prefix,
-            (f"encoder.layers.{config.num_hidden_layers - 1}.", "post_layernorm.", "embeddings.position_ids"),
-            load_format=load_format,
-            variant=variant,
-            stems=TRANSFORMERS_STEMS,
-        )
+        unread = (f"encoder.layers.{config.num_hidden_layers - 1}.", "post_layernorm.", "embeddings.position_ids")
+        reader.load(tower, folder, {}, prefix, unread)
         # Positions are no weight.
-        tower.embeddings.position_ids = torch.arange(tower.embeddings.num_positions, device=device)[None]
+        tower.embeddings.position_ids = torch.arange(tower.embeddings.num_positions, device=reader.device)[None]
         self._tower = tower
 
     def __call__(self, images: Sequence[InputImage]) -> Tensor:

@@ -13,6 +13,7 @@ from vllm_omni.diffusion.catalog.expected_weights import ExpectedWeights
 from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX
 from vllm_omni.diffusion.catalog.model_info import Guidance
 from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo, Shares
+from vllm_omni.diffusion.catalog.tea_cache_file import read_tea_cache_coefficients
 from vllm_omni.diffusion.catalog.tokenizer_files import TokenizerNeeds
 from vllm_omni.diffusion.compute.families.wan.config import (
     PATCH_SIZE,
@@ -109,6 +110,7 @@ def describe(path: Path) -> PackedModelInfo:
         num_heads=transformer.num_attention_heads,
         head_dim=transformer.attention_head_dim,
         num_blocks=transformer.num_layers,
+        tea_cache_coefficients=read_tea_cache_coefficients(path),
         tensor_shares=Shares({"attention heads": transformer.num_attention_heads, "MLP channels": transformer.ffn_dim}),
         text_encoder_shares=text_encoder.shares,
         tokenizer_needs=TokenizerNeeds((END_TOKEN,), text_encoder.vocab_size),

@@ -48,11 +48,10 @@ PICTURE_DTYPE = torch.float32
 
 
 class PaddedPrompt(NamedTuple):
-    """Input of the text encoder."""
+    """A prompt and the number of its tokens with padding, or after it was cut."""
 
     prompt: str
     num_tokens: int
-    """Tokens with padding."""
 
 
 class GivenPictures(NamedTuple):
@@ -153,7 +152,9 @@ class WanPipeline(FlowPipeline[WanState, WanTransformer, Forward[WanTransformer]
         return frames, PATCH_SIZE * rows, PATCH_SIZE * columns
 
     def _text_keys(self, index: int, prompt: PaddedPrompt) -> StaticKeys:
-        return self._shared((index, prompt), lambda: self.transformers[index].text_keys(self._prompts(prompt)))
+        return self._shared(
+            (index, prompt), lambda: self.transformers[index].text_keys(self._prompts(prompt), prompt.num_tokens)
+        )
 
     def _image_keys(self, index: int, images: Sequence[InputImage]) -> dict[str, StaticKeys]:
         """Keys of what the transformer sees of the input pictures; empty if it sees none."""

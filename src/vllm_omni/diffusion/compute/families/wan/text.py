@@ -7,18 +7,15 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import UMT5Config
 from transformers.models.umt5.modeling_umt5 import UMT5Stack
 
-from vllm_omni.diffusion.catalog.model_index import TRANSFORMERS_STEMS
 from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.families.wan.prompts import WanTokenizer
 from vllm_omni.diffusion.compute.layers.linear import ColumnEmbedding, ColumnLinear, RowLinear
-from vllm_omni.diffusion.compute.weights.loading import OnBytes, load_weights, weight_names
-from vllm_omni.diffusion.data import LoadFormat
+from vllm_omni.diffusion.compute.weights.reader import WeightReader
 
 EMBEDDINGS = ("shared", "encoder.embed_tokens")
 """Names of the embedding in a checkpoint: one of them, or both for the same weight."""
@@ -44,21 +41,12 @@ class HeadBiases(nn.Embedding):
 class WanTextEncoder:
     """Encodes prompts."""
 
-    def __init__(
-        self,
-        path: Path,
-        device: torch.device,
-        dtype: torch.dtype,
-        group: Group,
-        on_bytes: OnBytes = lambda count: None,
-        load_format: LoadFormat = "auto",
-        variant: str | None = None,
-    ) -> None:
-        """Read this rank's share of the weights in the model folder `path`; `on_bytes` is called with their size.
+    def __init__(self, path: Path, reader: WeightReader, group: Group) -> None:
+        """Read this rank's share of the weights in the model folder `path`. group: ranks that share them.
 
         Raises ConfigError for a checkpoint that does not fit.
         """
-        self._device = device
+        self._device = reader.device
         self._tokenizer = WanTokenizer(path / "tokenizer")
         folder = path / "text_encoder"
         config = UMT5Config.from_pretrained(folder)
@@ -70,30 +58,20 @@ class WanTextEncoder:
             del encoder.embed_tokens
             embedding = ColumnEmbedding(config.vocab_size, config.d_model, group)
             model = nn.ModuleDict({"shared": embedding, "encoder": encoder})
-        names = weight_names(folder, variant, TRANSFORMERS_STEMS) if load_format == "auto" else ()
+        names = reader.names(folder)
         stored = next((name for name in EMBEDDINGS if f"{name}.weight" in names), EMBEDDINGS[0])
-        load_weights(
-            model,
-            folder,
-            {"shared": (stored,)},
-            device,
-            dtype,
-            on_bytes,
-            unread=tuple(f"{name}." for name in EMBEDDINGS if name != stored),
-            load_format=load_format,
-            variant=variant,
-            stems=TRANSFORMERS_STEMS,
-        )
+        unread = tuple(f"{name}." for name in EMBEDDINGS if name != stored)
+        reader.load(model, folder, {"shared": (stored,)}, unread=unread)
         self._embedding, self._encoder = embedding, encoder
 
     def __call__(self, prompt: str, max_tokens: int) -> Tensor:
-        """Hidden states [max_tokens, d_model] of the prompt, cut to so many tokens, with zeros behind them.
+        """Hidden states [tokens, d_model] of the prompt, cut to `max_tokens` tokens.
 
         All ranks of the group must call with the same arguments; each gets the states.
         """
         ids = to_device(torch.tensor([self._tokenizer.ids(prompt, max_tokens)]), self._device)
         states: Tensor = self._encoder(inputs_embeds=self._embedding(ids)).last_hidden_state[0]
-        return F.pad(states, (0, 0, 0, max_tokens - len(states)))
+        return states
 
 
 def _share(encoder: UMT5Stack, group: Group) -> None:

@@ -258,19 +258,24 @@ class WanTransformer(PackedTransformer):
             scale.add_(1)
         return Modulation(blocks[:, None], final)
 
-    def text_keys(self, states: Tensor) -> StaticKeys:
-        """Keys and values of a text for all blocks. states: [tokens, text_dim] with all padding, which is attended."""
-        return self._static_keys(TEXT, self.text_embedder(states))
+    def text_keys(self, states: Tensor, num_tokens: int) -> StaticKeys:
+        """Keys and values of a text for all blocks. states: [tokens, text_dim], without padding; num_tokens: with it.
+
+        The text is padded with zeros, and blocks attend to the padding.
+        """
+        num_padding = num_tokens - len(states)
+        padded = F.pad(states, (0, 0, 0, min(num_padding, 1)))
+        return self._static_keys(TEXT, self.text_embedder(padded), max(num_padding, 1))
 
     def image_keys(self, embeddings: Tensor) -> StaticKeys:
         """Keys and values of the input pictures for all blocks. embeddings: [tokens, image_dim] of CLIP, one picture
         after the other."""
         return self._static_keys(IMAGE, self.image_embedder(embeddings))
 
-    def _static_keys(self, name: str, states: Tensor) -> StaticKeys:
+    def _static_keys(self, name: str, states: Tensor, last_count: int = 1) -> StaticKeys:
         heads = self.config.num_attention_heads // self.tensor.size
         shape = (len(self.blocks), len(states), heads, self.config.attention_head_dim)
-        static = StaticKeys(states.new_empty(shape), states.new_empty(shape))
+        static = StaticKeys(states.new_empty(shape), states.new_empty(shape), last_count)
         for block, *targets in zip(self.blocks, static.keys, static.values):
             for target, made in zip(targets, block.static_keys(name, states)):
                 target.copy_(made)

@@ -18,7 +18,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, un
 from torch import Tensor
 
 from vllm_omni.diffusion.compute.device.transfers import to_device
-from vllm_omni.diffusion.compute.distributed.groups import Group
+from vllm_omni.diffusion.compute.distributed.groups import DecodeGroup
 from vllm_omni.diffusion.compute.step.finite import is_finite, keep_infinite_pixels_visible
 from vllm_omni.diffusion.compute.step.pipeline import DecoderFeatures, Grid, Picture
 from vllm_omni.diffusion.compute.step.sampling import unpack_latents
@@ -33,7 +33,7 @@ ONE_TILE = Tiling(sys.maxsize, sys.maxsize, sys.maxsize, sys.maxsize)
 class WanDecoder:
     """Decodes token latents. With `tiled` or several ranks, pixels equal those of diffusers' tiling on one rank."""
 
-    def __init__(self, vae: AutoencoderKLWan, tiled: bool, group: Group) -> None:
+    def __init__(self, vae: AutoencoderKLWan, tiled: bool, group: DecodeGroup) -> None:
         """group: ranks that share each decode; all of them call with the same latents."""
         keep_infinite_pixels_visible(vae.decoder)
         if tiled:

@@ -11,6 +11,7 @@ from vllm_omni.diffusion.catalog.configs import check_config_values, read_config
 from vllm_omni.diffusion.catalog.default_params import read_default_sampling_params
 from vllm_omni.diffusion.catalog.model_info import Guidance
 from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo, Shares
+from vllm_omni.diffusion.catalog.tea_cache_file import read_tea_cache_coefficients
 from vllm_omni.diffusion.catalog.tokenizer_files import TokenizerNeeds, check_chat_template
 from vllm_omni.diffusion.compute.families.z_image.config import PATCH_SIZE, ZImageConfig, ZImageVaeConfig
 from vllm_omni.diffusion.compute.text.language_config import LanguageModelConfig
@@ -102,7 +103,7 @@ def describe(path: Path) -> PackedModelInfo:
         num_heads=transformer.n_heads,
         head_dim=transformer.head_dim,
         num_blocks=transformer.n_layers,
-        tea_cache_coefficients=TEA_CACHE_COEFFICIENTS,
+        tea_cache_coefficients=read_tea_cache_coefficients(path, TEA_CACHE_COEFFICIENTS),
         tensor_shares=Shares(
             {"attention heads": transformer.n_heads, "MLP channels": transformer.inner_width}, MOST_TENSOR_RANKS
         ),

@@ -15,28 +15,18 @@ from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.families.z_image.info import ChatTokenizer
 from vllm_omni.diffusion.compute.text.language_model import load_language_model
-from vllm_omni.diffusion.compute.weights.loading import OnBytes
-from vllm_omni.diffusion.data import LoadFormat
+from vllm_omni.diffusion.compute.weights.reader import WeightReader
 
 
 class ZImageTextEncoder:
     """Encodes prompts."""
 
-    def __init__(
-        self,
-        path: Path,
-        device: torch.device,
-        dtype: torch.dtype,
-        group: Group,
-        on_bytes: OnBytes = lambda count: None,
-        load_format: LoadFormat = "auto",
-        variant: str | None = None,
-    ) -> None:
-        """Read this rank's share of the weights in the model folder `path`; `on_bytes` is called with their size.
+    def __init__(self, path: Path, reader: WeightReader, group: Group) -> None:
+        """Read this rank's share of the weights in the model folder `path`. group: ranks that share them.
 
         Raises ConfigError for a checkpoint that does not fit.
         """
-        self._device = device
+        self._device = reader.device
         self._tokenizer = ChatTokenizer(path / "tokenizer")
         config = Qwen3Config.from_pretrained(path / "text_encoder")
 
@@ -46,9 +36,7 @@ class ZImageTextEncoder:
             return model
 
         unread = (f"layers.{config.num_hidden_layers - 1}.", "norm.", "lm_head.")
-        self._model = load_language_model(
-            build, path / "text_encoder", device, dtype, group, on_bytes, unread, load_format, variant
-        )
+        self._model = load_language_model(build, path / "text_encoder", reader, group, unread)
 
     def __call__(self, prompt: str) -> Tensor:
         """Hidden states [tokens, hidden size] of the prompt as a chat, after the last layer but one.

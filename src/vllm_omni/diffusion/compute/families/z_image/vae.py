@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from vllm_omni.diffusion.compute.distributed.groups import Group
+from vllm_omni.diffusion.compute.distributed.groups import DecodeGroup
 from vllm_omni.diffusion.compute.layers.kernels import Kernels
 from vllm_omni.diffusion.compute.step.pipeline import Grid, Picture
 from vllm_omni.diffusion.compute.step.sampling import unpack_latents
@@ -22,7 +22,7 @@ class ZImageDecoder:
     """Decodes token latents; see `LatentDecoder` for the rest."""
 
     def __init__(
-        self, vae: AutoencoderKL, one_at_a_time: bool, tiled: bool, group: Group, kernels: Kernels | None = None
+        self, vae: AutoencoderKL, one_at_a_time: bool, tiled: bool, group: DecodeGroup, kernels: Kernels | None = None
     ) -> None:
         """kernels: implementation of the norms, which also chooses the memory format; None: plain PyTorch."""
         vae.encoder = nn.Identity()  # frees its weights

@@ -1,0 +1,52 @@
+"""Reading of the weights of text and image encoders, which transformers saves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vllm_omni.diffusion.catalog.model_index import TRANSFORMERS_STEMS
+from vllm_omni.diffusion.compute.weights.loading import OnBytes, load_weights, weight_names
+from vllm_omni.diffusion.data import LoadFormat
+
+
+@dataclass(frozen=True)
+class WeightReader:
+    """Reads encoders onto one device."""
+
+    device: torch.device
+    dtype: torch.dtype
+    on_bytes: OnBytes = lambda count: None
+    load_format: LoadFormat = "auto"
+    variant: str | None = None
+
+    def names(self, folder: Path) -> Sequence[str]:
+        """Names of the weights in the files of `folder`; none with dummy weights, for which no file is read."""
+        return weight_names(folder, self.variant, TRANSFORMERS_STEMS) if self.load_format == "auto" else ()
+
+    def load(
+        self,
+        module: nn.Module,
+        folder: Path,
+        names: Mapping[str, tuple[str, ...]],
+        prefix: str = "",
+        unread: tuple[str, ...] = (),
+    ) -> None:
+        """Fill `module` from `folder`: see `load_weights`. Raises ConfigError."""
+        load_weights(
+            module,
+            folder,
+            names,
+            self.device,
+            self.dtype,
+            self.on_bytes,
+            prefix,
+            unread,
+            load_format=self.load_format,
+            variant=self.variant,
+            stems=TRANSFORMERS_STEMS,
+        )
