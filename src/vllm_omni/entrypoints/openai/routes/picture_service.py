@@ -112,7 +112,7 @@ async def _finish(outputs: OutputStream, answer: Answer) -> Response:
 def log_request(requests: Sequence[DiffusionRequest]) -> None:
     """Log one HTTP request. `requests`: the engine's requests for its `n` pictures, which differ in their seeds."""
     first = requests[0]
-    adapter = "none" if first.lora is None else f"{first.lora.name} x {first.lora.scale:g}"
+    adapter = " + ".join(f"{lora.name} x {lora.scale:g}" for lora in first.loras) or "none"
     logger.info(
         "request %s: size %dx%d, steps %d, n %d, seed %d, adapter %s",
         first.request_id.removesuffix("-0"),

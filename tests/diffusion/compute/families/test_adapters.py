@@ -1,0 +1,172 @@
+"""Pictures of packed families with LoRA adapters against diffusers with the same adapters (`set_adapters`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from testbed import tiny_edit_models
+from testbed.runner_driver import QUICK, Drive, make_request, psnr
+from testbed.tiny_adapters import random_pairs, save_peft, transformer_of
+from testbed.tiny_models import SMALL, build_tiny_qwen_image, photo
+from testbed.tiny_wan import build_tiny_wan
+from testbed.tiny_z_image import build_tiny_z_image
+from tests.diffusion.compute.families.qwen_image import test_pictures as qwen_image
+from tests.diffusion.compute.families.wan import test_videos as wan
+from tests.diffusion.compute.families.z_image import test_pictures as z_image
+from vllm_omni.diffusion.catalog.registry import load_model_info
+from vllm_omni.diffusion.compute.worker.runner import ModelRunner
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.messages.request import DiffusionRequest, LoRA
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # diffusers loads several adapters one after the other.
+    pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model"),
+]
+
+PHOTOS = [photo(64, 48, 1), photo(40, 64, 2)]
+
+
+def draw_edit(pipeline: Any, request: DiffusionRequest) -> np.ndarray:
+    pictures = PHOTOS[: len(request.images)]
+    with tiny_edit_models.small_pictures():
+        return tiny_edit_models.draw(pipeline, pictures, request, height=request.height, width=request.width)
+
+
+@dataclass(frozen=True)
+class Family:
+    build: Callable[[Path], Path]
+    reference: Callable[[Path], Any]
+    draw: Callable[[Any, DiffusionRequest], np.ndarray]
+    fields: Sequence[dict[str, Any]] = ()
+    """Fields of the requests, in turn."""
+    num_pictures: Sequence[int] = (0,)
+
+    def request(self, path: Path, number: int, loras: Sequence[LoRA], **more: Any) -> DiffusionRequest:
+        """Request with sizes, steps and guidance that its number decides."""
+        fields = self.fields[number % len(self.fields)] | more
+        name = " + ".join(f"{lora.name} x {lora.scale}" for lora in loras) or "none"
+        request_id = f"{number}: {name}"
+        if count := self.num_pictures[number % len(self.num_pictures)]:
+            fields = fields | {"loras": tuple(loras)}
+            return tiny_edit_models.request_of(path, request_id, PHOTOS[:count], **fields)
+        return make_request(request_id, loras=tuple(loras), **fields)
+
+
+GUIDED = {"negative_prompt": "a blue car", "true_cfg_scale": 3.0}
+PICTURES: list[dict[str, Any]] = [
+    {"seed": 3, "num_inference_steps": 4, **GUIDED},
+    {"seed": 1, "height": 32, "width": 80, "num_inference_steps": 3},
+    {"seed": 2, "prompt": "apple " * 20, "height": 80, "width": 48, "num_inference_steps": 2},
+]
+EDITS: list[dict[str, Any]] = [{"num_inference_steps": n, **more} for n, more in ((3, GUIDED), (2, {}))]
+VIDEOS: list[dict[str, Any]] = [
+    {"num_frames": 5, "height": 32, "width": 64, "num_inference_steps": 3, "max_sequence_length": 24, **GUIDED},
+    {"num_frames": 9, "height": 32, "width": 32, "num_inference_steps": 2, "max_sequence_length": 24},
+]
+FAMILIES = {
+    "qwen_image": Family(
+        partial(build_tiny_qwen_image, heads=4, default_sampling_params=SMALL),
+        qwen_image.reference,
+        qwen_image.draw,
+        PICTURES,
+    ),
+    "edit": Family(
+        partial(tiny_edit_models.build, pipeline=tiny_edit_models.PLUS, zero_cond_t=True),
+        tiny_edit_models.reference,
+        draw_edit,
+        EDITS,
+        num_pictures=(1, 2),
+    ),
+    "z_image": Family(
+        partial(build_tiny_z_image, default_sampling_params=SMALL), z_image.reference, z_image.draw, PICTURES
+    ),
+    "wan": Family(
+        partial(build_tiny_wan, kind="t2v-2.1", default_sampling_params=SMALL), wan.reference, wan.draw, VIDEOS
+    ),
+}
+
+
+class Bench:
+    """Models of the families, adapters for them, and diffusers' pictures."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.family = FAMILIES[name]
+        self.folder = folder
+        self.path = self.family.build(folder / "model")
+        transformer = transformer_of(self.path)
+        self.pairs = [
+            random_pairs(transformer, 1, rank=4),
+            random_pairs(transformer, 2, rank=6, part="attn" if name != "z_image" else "attention"),
+            random_pairs(transformer, 3, rank=2, size=2.0, part="to_q"),
+        ]
+        self.files = [save_peft(pairs, folder / f"{number}.safetensors") for number, pairs in enumerate(self.pairs)]
+        self.pipeline = self.family.reference(self.path)
+        for number, file in enumerate(self.files):
+            self.pipeline.load_lora_weights(str(folder), weight_name=file.name, adapter_name=f"{number}")
+
+    def lora(self, number: int, scale: float = 1.0) -> LoRA:
+        return LoRA(f"{number}", str(self.files[number]), scale)
+
+    def request(self, number: int, *loras: LoRA, **more: Any) -> DiffusionRequest:
+        return self.family.request(self.path, number, loras, **more)
+
+    def start(self, **settings: Any) -> ModelRunner:
+        runner = ModelRunner(
+            OmniDiffusionConfig(model=str(self.path), **settings), load_model_info(str(self.path)), options=QUICK
+        )
+        runner.start()
+        return runner
+
+    def wanted(self, request: DiffusionRequest) -> np.ndarray:
+        """diffusers' picture, uint8."""
+        if request.loras:
+            self.pipeline.enable_lora()
+            self.pipeline.set_adapters([lora.name for lora in request.loras], [lora.scale for lora in request.loras])
+        else:
+            self.pipeline.disable_lora()
+        picture = self.family.draw(self.pipeline, request)
+        return (picture * 255).round().astype(np.uint8)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def test_a_batch_of_adapters_draws_what_diffusers_draws(bench: Bench) -> None:
+    """Eight requests with other adapters, scales, sizes and steps join one batch; some have two adapters or none."""
+    compositions = [
+        (bench.lora(0),), (), (bench.lora(1, 0.7),), (bench.lora(0, 0.5), bench.lora(1)),
+        (bench.lora(2, -1.0),), (bench.lora(0, 0.3),), (), (bench.lora(2), bench.lora(1, 0.4), bench.lora(0, 0.2)),
+    ]  # fmt: skip
+    requests = [bench.request(number, *loras) for number, loras in enumerate(compositions)]
+    runner = bench.start(lora_modules={"0": str(bench.files[0])})
+    drive = Drive(runner).run({0: requests[:5], 1: requests[5:]})
+    assert not drive.errors
+    assert max(drive.pack_sizes) >= 8
+    for request in requests:
+        wanted = bench.wanted(request)
+        assert psnr(drive.images[request.request_id], wanted) >= 55, request.request_id
+        if request in requests[2:4]:
+            assert psnr(bench.wanted(replace(request, loras=())), wanted) < 45, "the adapters must show"
+
+
+def test_neighbours_do_not_notice(bench: Bench) -> None:
+    runner = bench.start()
+    base = [bench.request(number) for number in range(2)]
+    alone = Drive(runner).run({0: base}).images
+    adapted = [bench.request(number, bench.lora(0, 2.0), bench.lora(1)) for number in range(2)]
+    together = Drive(runner).run({0: [base[0], adapted[0], base[1]], 1: [adapted[1]]})
+    after = Drive(runner).run({0: base}).images
+    assert not together.errors
+    for request in base:
+        assert psnr(alone[request.request_id], together.images[request.request_id]) >= 60
+        assert np.array_equal(alone[request.request_id], after[request.request_id])
