@@ -52,3 +52,25 @@ def save_kohya(pairs: Mapping[str, Pair], file: Path, alpha: float = 2.0) -> Pat
         weights[f"{flat}.alpha"] = torch.tensor(alpha)
     save_file(weights, file)
     return file
+
+
+WAN_NAMES = {
+    "attn1.to_out.0": "self_attn.o", "attn2.to_out.0": "cross_attn.o", "attn1.to_": "self_attn.",
+    "attn2.to_": "cross_attn.", "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2", "proj_out": "head.head",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+}  # fmt: skip
+"""Part of a layer's name in diffusers -> in Wan's own code, whose names trainers for ComfyUI use."""
+
+
+def save_comfyui(pairs: Mapping[str, Pair], file: Path, is_wan: bool = False) -> Path:
+    """File of the same changes with `diffusion_model.` before the names, which are those of Wan's own code."""
+    renamed = {}
+    for name, pair in pairs.items():
+        for theirs, its in WAN_NAMES.items() if is_wan else ():
+            name = name.replace(theirs, its)
+        renamed[name] = pair
+    return save_peft(renamed, file, prefix="diffusion_model.")

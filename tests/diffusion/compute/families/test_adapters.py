@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from testbed import tiny_edit_models
 from testbed.runner_driver import QUICK, Drive, make_request, psnr
@@ -17,13 +20,17 @@ from testbed.tiny_adapters import random_pairs, save_peft, transformer_of
 from testbed.tiny_models import SMALL, build_tiny_qwen_image, photo
 from testbed.tiny_wan import build_tiny_wan
 from testbed.tiny_z_image import build_tiny_z_image
+from tests.diffusion.compute.cache.settings import settings_of
 from tests.diffusion.compute.families.qwen_image import test_pictures as qwen_image
+from tests.diffusion.compute.families.test_cuda_graphs import Capturer
 from tests.diffusion.compute.families.wan import test_videos as wan
 from tests.diffusion.compute.families.z_image import test_pictures as z_image
 from vllm_omni.diffusion.catalog.registry import load_model_info
+from vllm_omni.diffusion.compute.families import adapter_store
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest, LoRA
+from vllm_omni.errors import ConfigError
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -42,7 +49,7 @@ def draw_edit(pipeline: Any, request: DiffusionRequest) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Family:
-    build: Callable[[Path], Path]
+    build: Callable[..., Path]
     reference: Callable[[Path], Any]
     draw: Callable[[Any, DiffusionRequest], np.ndarray]
     fields: Sequence[dict[str, Any]] = ()
@@ -97,10 +104,10 @@ FAMILIES = {
 class Bench:
     """Models of the families, adapters for them, and diffusers' pictures."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, **sizes: Any) -> None:
         self.family = FAMILIES[name]
         self.folder = folder
-        self.path = self.family.build(folder / "model")
+        self.path = self.family.build(folder / "model", **sizes)
         transformer = transformer_of(self.path)
         self.pairs = [
             random_pairs(transformer, 1, rank=4),
@@ -170,3 +177,117 @@ def test_neighbours_do_not_notice(bench: Bench) -> None:
     for request in base:
         assert psnr(alone[request.request_id], together.images[request.request_id]) >= 60
         assert np.array_equal(alone[request.request_id], after[request.request_id])
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("qwen"), "qwen_image")
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """Qwen-Image whose velocities change slowly, so that step caches skip blocks."""
+    return Bench(tmp_path_factory.mktemp("calm"), "qwen_image", layers=4, time_scale=0.1)
+
+
+def merged(bench: Bench, folder: Path, *loras: LoRA) -> Path:
+    """Model folder whose transformer has these adapters in its weights."""
+    shutil.copytree(bench.path, folder)
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    for lora in loras:
+        for name, (down, up) in bench.pairs[int(lora.name)].items():
+            weights[f"{name}.weight"] = weights[f"{name}.weight"] + lora.scale * up @ down
+    save_file(weights, file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("backend", ["cache_dit", "tea_cache"])
+def test_a_step_cache_skips_as_with_merged_weights(calm: Bench, tmp_path: Path, backend: str) -> None:
+    """Requests with and without adapters share a batch, and skip blocks at other steps than their neighbours."""
+    more = {"residual_diff_threshold": 0.6} if backend == "cache_dit" else {}
+    cache: dict[str, Any] = {"cache_backend": backend, "cache_config": settings_of(backend) | more}
+    compositions = [(calm.lora(1, 0.5),), (), (calm.lora(2, 0.5), calm.lora(1, 0.2))]
+    requests = [calm.request(i, *loras, num_inference_steps=10 - i) for i, loras in enumerate(compositions)]
+    made = Drive(calm.start(**cache)).run({0: requests[:2], 1: requests[2:]})
+    assert not made.errors
+    for number, (request, loras) in enumerate(zip(requests, compositions)):
+        path = merged(calm, tmp_path / f"{number}", *loras)
+        runner = ModelRunner(OmniDiffusionConfig(model=str(path), **cache), load_model_info(str(path)), options=QUICK)
+        runner.start()
+        alone = Drive(runner).run({0: [replace(request, loras=())]})
+        assert psnr(made.images[request.request_id], alone.images[request.request_id]) >= 55
+        computed = calm.wanted(request)
+        assert psnr(made.images[request.request_id], computed) < 55, "blocks were skipped"
+
+
+def test_float8_weights_keep_adapters_in_the_models_dtype(qwen: Bench) -> None:
+    requests = [qwen.request(0, qwen.lora(0)), qwen.request(0)]
+    rounded = Drive(qwen.start(quantization="fp8")).run({0: requests})
+    assert not rounded.errors
+    with_adapter, without = (psnr(rounded.images[r.request_id], qwen.wanted(r)) for r in requests)
+    assert without < 50, "the weights are rounded"
+    assert with_adapter > without - 6, "the adapter adds no error of its own"
+
+
+@pytest.mark.thorough
+def test_compiled_blocks_run_eagerly_with_adapters_and_compiled_without(qwen: Bench) -> None:
+    requests = [qwen.request(0, qwen.lora(0)), qwen.request(0), qwen.request(1)]
+    wanted = Drive(qwen.start()).run({0: requests}).images
+    runner = qwen.start()
+    compiled = runner.pipeline.transformer.compile_blocks("eager")  # type: ignore[attr-defined]
+    plain = Drive(runner).run({0: requests[1:]})
+    num_compilations = compiled.num_compilations
+    assert num_compilations > 0
+    together = Drive(runner).run({0: requests})
+    again = Drive(runner).run({0: requests[1:]})
+    assert compiled.num_compilations == num_compilations
+    for request in requests:
+        assert psnr(together.images[request.request_id], wanted[request.request_id]) >= 60
+    for request in requests[1:]:
+        assert np.array_equal(plain.images[request.request_id], again.images[request.request_id])
+
+
+def test_steps_with_adapters_are_not_captured(qwen: Bench) -> None:
+    requests = [qwen.request(0, qwen.lora(0), num_inference_steps=3), qwen.request(1, num_inference_steps=7)]
+    runner = qwen.start()
+    wanted = Drive(runner).run({0: requests}).images
+    capturer = Capturer()
+    runner.pipeline.capturer = capturer  # type: ignore[attr-defined]
+    made = Drive(runner).run({0: requests}).images
+    # The second request is alone in its last four steps: the first of them is seen, the second captured.
+    assert (capturer.num_captures, capturer.num_replays) == (1, 3)
+    for request_id, picture in wanted.items():
+        assert np.array_equal(made[request_id], picture)
+
+
+def test_idle_adapters_go_and_come_back(qwen: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that run keep an adapter that the store drops; it is read again for the next request."""
+    monkeypatch.setattr(adapter_store, "MAX_UNSERVED", 1)
+    requests = [qwen.request(number, qwen.lora(number)) for number in range(3)]
+    runner = qwen.start()
+    alone = [Drive(runner).run({0: [request]}).images[request.request_id] for request in requests]
+    together = Drive(runner).run({step: [request] for step, request in enumerate(requests)})
+    pipeline: Any = runner.pipeline
+    assert len(pipeline._adapters._loaded) == 1
+    for request, picture in zip(requests, alone):
+        assert psnr(together.images[request.request_id], picture) >= 60
+    (kept,) = pipeline._adapters._loaded.values()
+    for table in pipeline._modulations:
+        assert {its for condition in table._rows for its, _ in condition.composition} <= {kept}
+
+
+def test_a_file_that_does_not_fit_costs_its_sender_an_error_and_ends_a_start(qwen: Bench, tmp_path: Path) -> None:
+    file = tmp_path / "bad.safetensors"
+    save_file(
+        {"transformer.nobody.lora_A.weight": torch.ones(2, 8), "transformer.nobody.lora_B.weight": torch.ones(8, 2)},
+        file,
+    )
+    good = qwen.request(0)
+    made = Drive(qwen.start()).run({0: [qwen.request(1, LoRA("bad", str(file), 1.0)), good]})
+    ((error),) = made.errors.values()
+    assert (error.kind, error.param) == ("invalid", "lora_request")
+    assert f"the LoRA adapter {file} does not fit this model: no layer here has the name" in error.message
+    assert psnr(made.images[good.request_id], qwen.wanted(good)) >= 60
+    with pytest.raises(ConfigError, match=f"^--lora-modules: the LoRA adapter {file} does not fit this model"):
+        qwen.start(lora_modules={"bad": str(file)})

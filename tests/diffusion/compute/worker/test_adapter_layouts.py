@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from testbed.tiny_adapters import random_pairs, save_peft, transformer_of
+from testbed.tiny_adapters import Pair, random_pairs, save_peft, transformer_of
 from tests.diffusion.compute.distributed.ranks import run_places
 from tests.diffusion.compute.worker.test_layouts import ARRIVALS_OF, BUILDERS, Arrivals, check_equal, draw
 from vllm_omni.diffusion.data import DiffusionParallelConfig
@@ -26,7 +26,7 @@ class Adapted:
     def __init__(self, family: str, folder: Path) -> None:
         self.path = BUILDERS[family](folder / "model", heads=HEADS)
         components = ("transformer", "transformer_2") if family == "wan" else ("transformer",)
-        weights = {}
+        weights: dict[str, Pair] = {}
         for component in components:  # small, because some values of a random model grow from block to block
             pairs = random_pairs(transformer_of(self.path, component), 1, size=0.3)
             weights |= {f"{component}.{name}": pair for name, pair in pairs.items()}

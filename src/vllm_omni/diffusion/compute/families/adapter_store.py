@@ -28,8 +28,11 @@ class AdapterStore:
         converter: str,
         on_drop: Callable[[LoadedAdapter], object],
     ) -> None:
-        """converter: see `FlowPipeline.adapter_converter`. on_drop: called with each adapter that is
-        dropped. Raises ConfigError for a served adapter that does not fit the model."""
+        """converter: see `FlowPipeline.adapter_converter`. on_drop: called with each adapter that is dropped, maybe
+        again after a request that used it has ended.
+
+        Raises ConfigError for a served adapter that does not fit the model.
+        """
         convert = diffusers_conversion(converter) if converter else None
         self._reader = AdapterReader(transformers, convert, loader.dtype, loader.device)
         self._on_drop = on_drop
@@ -45,6 +48,12 @@ class AdapterStore:
     def composition(self, request: DiffusionRequest) -> Composition:
         """Adapters of the request with their scales; loads what is missing. Raises InvalidRequestError."""
         return tuple((self._adapter(lora.path), lora.scale) for lora in request.loras)
+
+    def release(self, composition: Composition) -> None:
+        """Drop adapters of a request that has ended which were dropped from the store while it ran."""
+        for adapter, _ in composition:
+            if adapter not in self._loaded.values():
+                self._on_drop(adapter)
 
     def _adapter(self, file: str) -> LoadedAdapter:
         if file not in self._loaded:

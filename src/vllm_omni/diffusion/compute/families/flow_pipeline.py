@@ -443,6 +443,7 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
 
     def forget(self, state: State) -> None:
         self._layouts.forget(state)
+        self._adapters.release(state.composition)
         for slot in state.cache_slots:
             if slot is not None:
                 slot.clear()  # a state may live longer on one rank, in a traceback, and would count in its budget

@@ -85,7 +85,8 @@ class ChangedLayers:
             yield
         finally:
             for layer, _ in self._changes:
-                layer.change = None
+                # Back to the class's None: compiled code is guarded against attributes of the layer's own.
+                vars(layer).pop("change", None)
             if compiled is not None:
                 compiled.set_eager(False)
 

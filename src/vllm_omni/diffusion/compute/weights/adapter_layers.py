@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,21 @@ def layer_targets(transformers: Sequence[PackedTransformer]) -> dict[str, LayerT
     return targets
 
 
+def fused_layers(targets: Mapping[str, LayerTarget]) -> dict[str, list[str]]:
+    """Layers that other code than diffusers' has in one, such as `attention.qkv` -> their parts, in order.
+
+    The name is the one that the transformer's own module has, beside the parts.
+    """
+    by_module: dict[tuple[int, str], list[str]] = {}
+    for name, target in targets.items():
+        by_module.setdefault((target.index, target.path), []).append(name)
+    return {
+        f"{names[0].rpartition('.')[0]}.{path.rpartition('.')[2]}": names
+        for (_, path), names in by_module.items()
+        if len(names) > 1
+    }
+
+
 class AdapterReader:
     """Reads adapter files for the transformers of one model."""
 
@@ -102,7 +117,8 @@ class AdapterReader:
         """convert: diffusers' conversion for the family; None: it has none. dtype: of inputs of float8 layers."""
         self._transformers = transformers
         self._targets = layer_targets(transformers)
-        self._names = {flat_name(name): name for name in self._targets}
+        self._fused = fused_layers(self._targets)
+        self._names = {flat_name(name): name for name in (*self._targets, *self._fused)}
         self._convert = convert
         self._dtype = dtype
         self._device = device
@@ -150,11 +166,22 @@ class AdapterReader:
             name = find_layer(change.layer, self._names)
             if name is None:
                 missing.append(change.layer)
-            elif name in found:
-                raise AdapterFileError(f"two of its layers are {name}: {found[name].layer} and {change.layer}")
-            else:
-                found[name] = change
+                continue
+            for part, its in self._parts(name, change):
+                if part in found:
+                    raise AdapterFileError(f"two of its layers are {part}: {found[part].layer} and {change.layer}")
+                found[part] = its
         return found, missing
+
+    def _parts(self, name: str, change: LowRank) -> list[tuple[str, LowRank]]:
+        """Changes of the layers that the layer `name` consists of; most consist of themselves."""
+        if (names := self._fused.get(name)) is None:
+            return [(name, change)]
+        down, up = change.weights
+        if len(up) % len(names):
+            raise AdapterFileError(f"{name} has {len(names)} parts of equal size, its weight has {len(up)} outputs")
+        chunks = up.chunk(len(names))
+        return [(part, replace(change, weights=(down, chunk))) for part, chunk in zip(names, chunks, strict=True)]
 
     def _converted(self, contents: AdapterFile) -> AdapterFile | None:
         """The file with the names of diffusers; None if diffusers cannot convert all of it."""
