@@ -330,6 +330,7 @@ FEATURES = (
                 yes(
                     f"{ADAPTERS}::test_a_batch_of_adapters_draws_what_diffusers_draws[{family}]",
                     f"{ADAPTERS}::test_neighbours_do_not_notice[{family}]",
+                    f"{OPENAI}/test_packed_adapters.py::test_requests_name_one_or_several",
                 )
                 for family in ("qwen_image", "edit", "z_image", "wan")
             ),

@@ -27,6 +27,7 @@ from tests.diffusion.compute.families.wan import test_videos as wan
 from tests.diffusion.compute.families.z_image import test_pictures as z_image
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.families import adapter_store
+from vllm_omni.diffusion.compute.weights.adapter_layers import COMPONENTS
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest, LoRA
@@ -291,3 +292,38 @@ def test_a_file_that_does_not_fit_costs_its_sender_an_error_and_ends_a_start(qwe
     assert psnr(made.images[good.request_id], qwen.wanted(good)) >= 60
     with pytest.raises(ConfigError, match=f"^--lora-modules: the LoRA adapter {file} does not fit this model"):
         qwen.start(lora_modules={"bad": str(file)})
+
+
+def test_both_transformers_of_wan_have_their_adapters(tmp_path: Path) -> None:
+    path = build_tiny_wan(tmp_path / "model", "t2v-a14b", default_sampling_params=SMALL)
+    pipeline: Any = wan.reference(path)
+    pairs = [random_pairs(transformer_of(path, name), 5 + i, part="blocks.") for i, name in enumerate(COMPONENTS)]
+    files = [save_peft(its, tmp_path / f"{name}.safetensors", f"{name}.") for name, its in zip(COMPONENTS, pairs)]
+    loras = [LoRA(file.stem, str(file), 0.8) for file in files]
+    fields = VIDEOS[0] | {"num_inference_steps": 4}
+    requests = [
+        make_request(name, loras=its, **fields)
+        for name, its in (("first", loras[:1]), ("second", loras[1:]), ("both", loras), ("none", ()))
+    ]
+    requests = [replace(request, loras=tuple(request.loras)) for request in requests]
+    runner = ModelRunner(OmniDiffusionConfig(model=str(path)), load_model_info(str(path)), options=QUICK)
+    runner.start()
+    made = Drive(runner).run({0: requests[:2], 1: requests[2:]})
+    assert not made.errors
+    first, second = (load_file(file) for file in files)
+    pipeline.load_lora_weights(first, adapter_name="transformer")
+    as_first = {name.replace("transformer_2.", "transformer."): weight for name, weight in second.items()}
+    pipeline.load_lora_weights(as_first, adapter_name="transformer_2", load_into_transformer_2=True)
+    plain = made.images["none"]
+    for request in requests:
+        names = [lora.name for lora in request.loras]
+        for name in COMPONENTS:
+            component = getattr(pipeline, name)
+            if name in names:
+                component.enable_adapters()
+                component.set_adapters(name, 0.8)
+            else:
+                component.disable_adapters()
+        wanted = (wan.draw(pipeline, request) * 255).round().astype(np.uint8)
+        assert psnr(made.images[request.request_id], wanted) >= 55
+        assert not names or psnr(wanted, plain) < 45, "the adapters must show"
