@@ -66,11 +66,16 @@ WAN_NAMES = {
 """Part of a layer's name in diffusers -> in Wan's own code, whose names trainers for ComfyUI use."""
 
 
-def save_comfyui(pairs: Mapping[str, Pair], file: Path, is_wan: bool = False) -> Path:
-    """File of the same changes with `diffusion_model.` before the names, which are those of Wan's own code."""
+def with_names_of_wan(pairs: Mapping[str, Pair]) -> dict[str, Pair]:
+    """The same changes with the names of Wan's own code."""
     renamed = {}
     for name, pair in pairs.items():
-        for theirs, its in WAN_NAMES.items() if is_wan else ():
+        for theirs, its in WAN_NAMES.items():
             name = name.replace(theirs, its)
         renamed[name] = pair
-    return save_peft(renamed, file, prefix="diffusion_model.")
+    return renamed
+
+
+def save_comfyui(pairs: Mapping[str, Pair], file: Path) -> Path:
+    """File of the same changes as trainers for ComfyUI write it."""
+    return save_peft(pairs, file, prefix="diffusion_model.")

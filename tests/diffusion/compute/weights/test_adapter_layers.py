@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from testbed.tiny_adapters import Pair, random_pairs, save_comfyui, save_kohya, save_peft
+from testbed.tiny_adapters import Pair, random_pairs, save_comfyui, save_kohya, save_peft, with_names_of_wan
 from testbed.tiny_models import tiny_transformer
 from testbed.tiny_wan import tiny_wan_transformer
 from testbed.tiny_z_image import tiny_z_image_transformer
@@ -101,7 +101,10 @@ def test_own_names_of_wan_are_converted_by_diffusers(tmp_path: Path) -> None:
     case = Case("wan")
     pairs = case.pairs(part="blocks.")
     wanted = deltas(case.read(save_peft(pairs, tmp_path / "peft.safetensors")))
-    assert_same(case.read(save_comfyui(pairs, tmp_path / "own.safetensors", is_wan=True)), wanted)
+    own = with_names_of_wan(pairs)
+    assert not own.keys() & pairs.keys()
+    assert_same(case.read(save_comfyui(own, tmp_path / "comfy.safetensors")), wanted)
+    assert_same(case.read(save_kohya(own, tmp_path / "kohya.safetensors")), wanted)
 
 
 def test_one_pair_may_change_queries_keys_and_values_together(tmp_path: Path) -> None:
@@ -115,6 +118,11 @@ def test_one_pair_may_change_queries_keys_and_values_together(tmp_path: Path) ->
         for name, part in zip("qkv", map(torch.clone, up.chunk(3)))
     }
     assert_same(case.read(fused), deltas(case.read(save_peft(parts, tmp_path / "split.safetensors"))))
+    # Kohya's trainer has the names of that code, too.
+    out = random_pairs(case.theirs, 1, part="layers.0.attention.to_out.0")
+    own = {"layers.0.attention.qkv": (down, up), "layers.0.attention.out": out["layers.0.attention.to_out.0"]}
+    kohya = case.read(save_kohya(own, tmp_path / "kohya.safetensors"))
+    assert_same(kohya, deltas(case.read(save_peft(parts | out, tmp_path / "all.safetensors"))))
     weights = load_file(fused) | load_file(tmp_path / "split.safetensors")
     save_file(weights, tmp_path / "both.safetensors")
     with pytest.raises(AdapterFileError, match=r"two of its layers are transformer.layers.0.attention.to_[qkv]: "):

@@ -78,7 +78,7 @@ class LayerChange:
         """
         for changed, weights in self.parts:
             shrunk = changed.of(x) @ weights.down.t()
-            shrunk = shrunk * (changed.scale if isinstance(changed.scale, float) else changed.scale.to(shrunk.dtype))
+            shrunk = shrunk * (changed.scale.to(shrunk.dtype) if isinstance(changed.scale, Tensor) else changed.scale)
             for up in weights.ups:
                 changed.add(y, shrunk[:, up.ranks], up)
         return y
