@@ -53,12 +53,16 @@ class ChangedRows:
         return (self._select(x.values).float() * self._select(x.scale)).to(x.dtype)
 
     def add(self, y: Tensor, shrunk: Tensor, up: UpWeight) -> None:
-        """Add `shrunk` B^T to these rows of y, in place. shrunk: [rows, ranks]; y: [tokens, outputs]."""
-        target = y[:, up.columns]
-        if isinstance(self.rows, slice):
-            target[self.rows].addmm_(shrunk, up.weight.t())
+        """Add scale * `shrunk` B^T to these rows of y, in place. shrunk: [rows, ranks]; y: [tokens, outputs]."""
+        target, factor = y[:, up.columns], 1.0
+        if isinstance(self.scale, Tensor):
+            shrunk = shrunk * self.scale.to(shrunk.dtype)
         else:
-            target.index_add_(0, self.rows, shrunk @ up.weight.t())
+            factor = self.scale
+        if isinstance(self.rows, slice):
+            target[self.rows].addmm_(shrunk, up.weight.t(), alpha=factor)
+        else:
+            target.index_add_(0, self.rows, shrunk @ up.weight.t(), alpha=factor)
 
     def _select(self, x: Tensor) -> Tensor:
         return x[self.rows] if isinstance(self.rows, slice) else x.index_select(0, self.rows)
@@ -78,7 +82,6 @@ class LayerChange:
         """
         for changed, weights in self.parts:
             shrunk = changed.of(x) @ weights.down.t()
-            shrunk = shrunk * (changed.scale.to(shrunk.dtype) if isinstance(changed.scale, Tensor) else changed.scale)
             for up in weights.ups:
                 changed.add(y, shrunk[:, up.ranks], up)
         return y
