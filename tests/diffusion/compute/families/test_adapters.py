@@ -31,7 +31,7 @@ from vllm_omni.diffusion.compute.weights.adapter_layers import COMPONENTS
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest, LoRA
-from vllm_omni.errors import ConfigError
+from vllm_omni.errors import ConfigError, InvalidRequestError
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -142,6 +142,17 @@ class Bench:
             self.pipeline.disable_lora()
         picture = self.family.draw(self.pipeline, request)
         return (picture * 255).round().astype(np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def no_single_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where a batch raises: its requests would run one by one, and their pictures would hide the error."""
+
+    def fail(self: ModelRunner, error: Exception) -> None:
+        if not isinstance(error, InvalidRequestError):
+            raise AssertionError("a batch was not run together") from error
+
+    monkeypatch.setattr(ModelRunner, "_release_memory", fail)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -12,6 +12,7 @@ import torch
 
 from testbed.tiny_adapters import Pair, random_pairs, save_peft, transformer_of
 from tests.diffusion.compute.distributed.ranks import run_places
+from tests.diffusion.compute.families.test_adapters import no_single_runs  # noqa: F401  # a fixture
 from tests.diffusion.compute.worker.test_layouts import ARRIVALS_OF, BUILDERS, Arrivals, check_equal, draw
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.request import LoRA
