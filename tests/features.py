@@ -43,6 +43,7 @@ NOT_YET, EMPTY = Cell("not yet"), Cell("")
 DIFFUSION = "tests/diffusion"
 COMPUTE = f"{DIFFUSION}/compute"
 CACHE = f"{COMPUTE}/cache"
+ADAPTERS = f"{COMPUTE}/families/test_adapters.py"
 FP8 = f"{COMPUTE}/families/test_float8.py"
 OPENAI = "tests/entrypoints/openai"
 FAMILIES = "tests/test_families.py"
@@ -346,15 +347,20 @@ FEATURES = (
         ),
     ),
     Feature(
-        "LoRA adapters, one per request, several in a batch",
+        "LoRA adapters, one or several a request, different ones in a batch",
         (
-            NOT_YET,
-            NOT_YET,
-            NOT_YET,
-            NOT_YET,
+            *(
+                yes(
+                    f"{ADAPTERS}::test_a_batch_of_adapters_draws_what_diffusers_draws[{family}]",
+                    f"{ADAPTERS}::test_neighbours_do_not_notice[{family}]",
+                    f"{OPENAI}/test_packed_adapters.py::test_requests_name_one_or_several",
+                )
+                for family in ("qwen_image", "edit", "z_image", "wan")
+            ),
             yes(
                 f"{WHOLE}/test_lora.py::test_pictures_with_adapters_are_diffusers_own_alone_and_together",
                 f"{WHOLE}/test_lora.py::test_a_script_brings_names_or_paths",
+                f"{WHOLE}/test_lora.py::test_a_request_with_several_adapters_has_their_sum",
                 f"{OPENAI}/test_whole_adapters.py::test_a_request_names_an_adapter",
             ),
         ),

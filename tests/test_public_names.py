@@ -344,7 +344,7 @@ def test_degrees_that_mean_the_same(caplog: pytest.LogCaptureFixture) -> None:
         ({"generator": 3}, "generator takes one torch.Generator (output i uses its seed + i), got int"),
         ({"generator": [fresh_generator(1), fresh_generator(2)]}, "generator takes one torch.Generator"),
         ({"generator": fresh_generator(1), "seed": 2}, "generator and seed differ: got 1 and 2"),
-        ({"lora_requests": ["a", "b"]}, "lora_requests takes a list of one: a request has at most one adapter"),
+        ({"lora_requests": "a"}, "lora_requests takes a list, got 'a'"),
         ({"guidance_rescale": np.array([1.0, 2.0])}, "guidance_rescale: guidance is not rescaled, got array"),
         ({"eta": torch.zeros(3)}, "eta: the model's own noise scheduler is used, got tensor"),
         ({"generator": fresh_generator(1), "seed": np.array([1, 2])}, "generator and seed differ: got 1 and array"),

@@ -315,10 +315,15 @@ def _fit_sampling_params(values: Mapping[str, Any]) -> dict[str, Any]:
     plain = {}
     for name, value in values.items():
         try:
-            plain[name] = coerce(_lora_request(value) if name == "lora_request" else value, kinds[name])
+            plain[name] = coerce(_lora_requests(value) if name == "lora_request" else value, kinds[name])
         except WrongValueError as error:
             raise ConfigError(f"--default-sampling-params: {name} takes {error}, got {shown(value)}") from error
     return plain
+
+
+def _lora_requests(value: Any) -> Any:
+    """LoRARequests from mappings, one or a list of them."""
+    return [_lora_request(item) for item in value] if isinstance(value, list | tuple) else _lora_request(value)
 
 
 def _lora_request(value: Any) -> Any:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
+from vllm_omni.errors import ConfigError
 from vllm_omni.inputs.field_values import WrongValueError
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -26,3 +28,12 @@ def adapter_file(path: str | os.PathLike[str]) -> Path:
     if place.suffix != ".safetensors" or not place.is_file():
         raise WrongValueError("a safetensors file that exists, or a folder with one")
     return place.resolve()
+
+
+def check_adapter_files(modules: Mapping[str, str]) -> None:
+    """Raise ConfigError for a path of `--lora-modules` without an adapter. modules: name -> path."""
+    for name, path in modules.items():
+        try:
+            adapter_file(path)
+        except WrongValueError as error:
+            raise ConfigError(f"--lora-modules {name} takes {error}, got {path!r}") from error

@@ -47,8 +47,8 @@ class LoRARequest:
 class OmniDiffusionSamplingParams:
     """Parameters of one prompt's pictures or videos; `None` means the model's own default.
 
-    Parameters of the public vllm-omni package are accepted if they mean the same (`generator`, `lora_requests` with
-    one adapter); others raise InvalidRequestError that says what to use here.
+    Parameters of the public vllm-omni package are accepted if they mean the same (`generator`, `lora_requests`);
+    others raise InvalidRequestError that says what to use here.
     """
 
     height: int | None = None
@@ -83,8 +83,10 @@ class OmniDiffusionSamplingParams:
     """Most tokens of the prompt; a longer one is refused."""
     strength: float | None = None
     """Change of an edited picture from its input, in (0, 1]: the fraction of the steps that is computed."""
-    lora_request: LoRARequest | None = None
-    lora_scale: float | None = None
+    lora_request: LoRARequest | Sequence[LoRARequest] | None = None
+    """Adapter, or several, whose changes add up."""
+    lora_scale: float | Sequence[float] | None = None
+    """Factor of the adapter's changes, in place of its own `scale`; for a list of adapters a list of factors."""
     cache: bool | None = None
     """False: compute every block even if the server has a step cache. True: refused if it has none."""
     priority: int = 0

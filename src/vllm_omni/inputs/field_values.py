@@ -40,6 +40,9 @@ def coerce(value: Any, kind: Any) -> Any:
         kinds = [argument for argument in arguments if argument is not NoneType]
         if value is None or (isinstance(value, bool) and bool in kinds):
             return value
+        several = next((argument for argument in kinds if get_origin(argument) is Sequence), None)
+        if several is not None and (isinstance(value, list | tuple) or getattr(value, "ndim", 0) == 1):
+            return coerce(value, several)
         return coerce(value, next((argument for argument in kinds if argument is not bool), bool))
     if origin is Literal:
         if not isinstance(value, str) or value not in arguments:
@@ -113,7 +116,7 @@ def _fit_number(value: Any) -> float:
 
 
 def _fit_items(value: Any, kind: Any) -> tuple[Any, ...]:
-    words = "a list of integers" if kind is int else "a list of numbers"
+    words = "a list of " + {int: "integers", float: "numbers"}.get(kind, kind.__name__)
     # Not an iterator: one object may serve many prompts, and the first would exhaust it.
     but_no = (str, bytes, Mapping, Iterator)
     try:

@@ -59,7 +59,7 @@ def convert_params(keywords: dict[str, Any], names: Collection[str]) -> dict[str
         _put(ours, "seed", seed_of(generator), "generator")
     for name, ours_name in (("lora_requests", "lora_request"), ("lora_scales", "lora_scale")):
         if not has_no_effect(values := keywords.get(name)):
-            _put(ours, ours_name, _only(name, values), name)
+            _put(ours, ours_name, _one_or_several(name, values), name)
     return ours
 
 
@@ -83,12 +83,10 @@ def _are_equal(a: Any, b: Any) -> bool:
         return False
 
 
-def _only(name: str, values: Any) -> Any:
-    if not isinstance(values, list | tuple) or len(values) > 1:
-        raise InvalidRequestError(
-            f"{name} takes a list of one: a request has at most one adapter, got {shown(values)}", param=name
-        )
-    return values[0]
+def _one_or_several(name: str, values: Any) -> Any:
+    if not isinstance(values, list | tuple):
+        raise InvalidRequestError(f"{name} takes a list, got {shown(values)}", param=name)
+    return values[0] if len(values) == 1 else tuple(values)
 
 
 def seed_of(generator: Any) -> int:

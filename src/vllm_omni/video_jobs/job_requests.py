@@ -108,8 +108,9 @@ def params_to_json(params: OmniDiffusionSamplingParams) -> dict[str, Any]:
         value = getattr(params, field.name)
         if field.name in _NOT_STORED or value == getattr(defaults, field.name):
             continue
-        if isinstance(value, LoRARequest):
-            value = {"name": value.name, "scale": value.scale}
+        if field.name == "lora_request":
+            adapters = [value] if isinstance(value, LoRARequest) else value
+            value = [{"name": adapter.name, "scale": adapter.scale} for adapter in adapters]
         elif isinstance(value, Sequence) and not isinstance(value, str):
             value = list(value)
         values[field.name] = value
@@ -119,8 +120,8 @@ def params_to_json(params: OmniDiffusionSamplingParams) -> dict[str, Any]:
 def params_from_json(values: Mapping[str, Any]) -> OmniDiffusionSamplingParams:
     """Parameters from the values of `params_to_json`."""
     lora = values.get("lora_request")
-    adapter = None if lora is None else LoRARequest(lora["name"], scale=lora["scale"])
-    return OmniDiffusionSamplingParams(**{**values, "lora_request": adapter, "output_type": "np"})
+    adapters = None if lora is None else [LoRARequest(each["name"], scale=each["scale"]) for each in lora]
+    return OmniDiffusionSamplingParams(**{**values, "lora_request": adapters, "output_type": "np"})
 
 
 def stored_prompt(job: VideoJob, input_files: Sequence[bytes], prompt: str | None = None) -> OmniPrompt:

@@ -15,7 +15,7 @@ from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.control.request_builder import RequestBuilder, check_defaults
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest, LoRA
-from vllm_omni.errors import ConfigError, InvalidRequestError, NotAvailableError
+from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, OmniPrompt
 
 TAKES_LORA = replace(WHOLE, pipeline=replace(WHOLE.pipeline, takes_lora=True))
@@ -50,9 +50,9 @@ def test_an_adapter_is_found_by_its_name_or_its_path(
     if asked.path is not None:
         asked = replace(asked, path=str(file.parent))
     request = resolve(TAKES_LORA, {"style": str(file)}, lora_request=asked, lora_scale=lora_scale)
-    assert request.lora == LoRA(asked.name, str(file), scale)
+    assert request.loras == (LoRA(asked.name, str(file), scale),)
     sent = msgspec.msgpack.decode(msgspec.msgpack.encode(request), type=DiffusionRequest)
-    assert sent.lora == request.lora
+    assert sent.loras == request.loras
 
 
 @pytest.mark.parametrize(
@@ -73,20 +73,41 @@ def test_a_wrong_request_is_told(file: Path, params: dict[str, Any], param: str,
     assert caught.value.param == param
 
 
-@pytest.mark.parametrize(
-    ("info", "words"),
-    [(INFO, "not available yet with a packed family"), (WHOLE, "a SomePipeline takes no LoRA adapters")],
-)
-def test_a_model_without_adapters_says_so(file: Path, info: ModelInfo, words: str) -> None:
-    with pytest.raises(InvalidRequestError, match=words):
-        resolve(info, {}, lora_request=LoRARequest("style", str(file)))
+def test_a_model_without_adapters_says_so(file: Path) -> None:
+    with pytest.raises(InvalidRequestError, match="a SomePipeline takes no LoRA adapters"):
+        resolve(WHOLE, {}, lora_request=LoRARequest("style", str(file)))
+
+
+@pytest.mark.parametrize("info", [INFO, TAKES_LORA])
+def test_a_request_may_name_several(file: Path, tmp_path: Path, info: ModelInfo) -> None:
+    other = tmp_path / "other.safetensors"
+    other.touch()
+    asked = [LoRARequest("style", scale=0.5), LoRARequest("other", other)]
+    for scales, wanted in ((None, (0.5, 1.0)), ([0.25, -1], (0.25, -1.0)), (np.array([2.0, 3.0]), (2.0, 3.0))):
+        request = resolve(info, {"style": str(file)}, lora_request=asked, lora_scale=scales)
+        assert request.loras == (LoRA("style", str(file), wanted[0]), LoRA("other", str(other), wanted[1]))
+        sent = msgspec.msgpack.decode(msgspec.msgpack.encode(request), type=DiffusionRequest)
+        assert sent.loras == request.loras
+    for params, param, words in (
+        ({"lora_scale": 0.5}, "lora_scale", "a number for each of the 2 adapters, got 0.5"),
+        ({"lora_scale": [1, 2, 3]}, "lora_scale", "a number for each of the 2 adapters, got"),
+        (
+            {"lora_request": [*asked, LoRARequest("again", file)]},
+            "lora_request",
+            "each adapter once, got 'style' again",
+        ),
+        ({"lora_request": [*asked, "ink"]}, "lora_request", "takes a list of LoRARequest"),
+        ({"lora_request": asked * 5}, "lora_request", "at most 8 adapters, got 10"),
+    ):
+        with pytest.raises(InvalidRequestError, match=words) as caught:
+            resolve(info, {"style": str(file)}, **{"lora_request": asked, **params})
+        assert caught.value.param == param
 
 
 def test_settings_are_checked_at_start(file: Path) -> None:
     config = OmniDiffusionConfig("demo", lora_modules={"style": str(file)})
     TAKES_LORA.check_settings(config)
-    with pytest.raises(NotAvailableError, match=r"^--lora-modules: not available yet with a packed family"):
-        INFO.check_settings(config)
+    INFO.check_settings(config)
     with pytest.raises(ConfigError, match=r"^--lora-modules style: a SomePipeline takes no adapters"):
         WHOLE.check_settings(config)
     file.unlink()
@@ -109,8 +130,13 @@ def test_a_server_may_have_an_adapter_for_requests_that_name_none(file: Path) ->
     builder = RequestBuilder(served("style"), TAKES_LORA, READY)
     for asked, lora in ((None, LoRA("style", str(file), 0.5)), (LoRARequest("ink"), LoRA("ink", str(file), 1.0))):
         (request,) = builder.build(OmniPrompt("x"), OmniDiffusionSamplingParams(lora_request=asked), "r")
-        assert request.request.lora == lora
+        assert request.request.loras == (lora,)
     with pytest.raises(ConfigError, match=r"^--default-sampling-params: there is no LoRA adapter 'x'; served: style"):
         check_defaults(served("x"), TAKES_LORA)
-    with pytest.raises(ConfigError, match=r"^--default-sampling-params: LoRA adapters are not available yet"):
-        check_defaults(served("style"), INFO)
+    several = OmniDiffusionConfig(
+        "demo",
+        lora_modules={"style": str(file)},
+        default_sampling_params={"lora_request": [{"name": "style", "scale": 0.5}], "lora_scale": [2.0]},
+    )
+    (request,) = RequestBuilder(several, INFO, READY).build(OmniPrompt("x"), OmniDiffusionSamplingParams(), "r")
+    assert request.request.loras == (LoRA("style", str(file), 2.0),)

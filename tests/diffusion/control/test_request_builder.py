@@ -146,7 +146,7 @@ def test_outputs_have_consecutive_seeds_and_a_missing_seed_is_drawn_once() -> No
         ({"max_sequence_length": 65}, "max_sequence_length", "1 to 64"),
         ({"num_frames": 8}, "num_frames", "single pictures"),
         ({"strength": 0.5}, "strength", "no such parameter"),
-        ({"lora_request": LoRARequest("x")}, "lora_request", "not available yet"),
+        ({"lora_request": LoRARequest("x")}, "lora_request", "no LoRA adapter 'x'; served: none"),
         ({"output_type": "latent"}, "output_type", "pil"),
         ({"cache": True}, "cache", "no --cache-backend"),
         ({"cache": 1}, "cache", "true or false"),

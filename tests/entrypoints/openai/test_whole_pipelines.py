@@ -246,6 +246,8 @@ def test_a_form_names_an_adapter_by_keys_or_in_json(tmp_path: Path) -> None:
             {"lora": '{"name": "ink"}'},
             {"lora": '{"name": "ink", "scale": 0.8}'},
             {"lora": ' {"name": "ink", "scale": null}'},
+            {"lora": '[{"name": "ink", "scale": 0.8}]'},
+            {"lora": "[]"},
         ):
             assert edit(**fields).status_code == 200, fields
         for text, param, words in (
@@ -254,9 +256,11 @@ def test_a_form_names_an_adapter_by_keys_or_in_json(tmp_path: Path) -> None:
             ('{"name": ["ink"]}', "lora.name", "takes a string"),
             ('{"name": "ink", "path": "/ink"}', "lora.path", "no field that is taken here"),
             ('{"scale": 1}', "lora.name", "required"),
-            ("ink", "lora", 'takes a JSON object such as {"name": "ink", "scale": 0.8}, got \'ink\''),
+            ("ink", "lora", 'such as {"name": "ink", "scale": 0.8}, or a list of them, got \'ink\''),
             ("{'name': 'ink'}", "lora", "takes a JSON object"),
-            ('["ink"]', "lora", "takes a JSON object"),
+            ('["ink"]', "lora.0", "takes a JSON object"),
+            ('[{"name": "ink", "scale": 1000}]', "lora.scale", "got 1000.0"),
+            ('[{"name": "ink"}, {"name": "ink"}]', "lora", "each adapter once"),
             ("[" * 90_000, "lora", "takes a JSON object"),
         ):
             got, message = refusal(edit(lora=text))

@@ -66,8 +66,10 @@ def test_a_row_shows_size_length_and_seed() -> None:
 def test_an_adapter_is_stored_by_name_and_scale() -> None:
     params = OmniDiffusionSamplingParams(lora_request=LoRARequest("style", "/adapters/style", 0.5))
     stored = json.loads(json.dumps(params_to_json(params)))
-    assert stored == {"lora_request": {"name": "style", "scale": 0.5}}
-    assert params_from_json(stored).lora_request == LoRARequest("style", None, 0.5)
+    assert stored == {"lora_request": [{"name": "style", "scale": 0.5}]}
+    assert params_from_json(stored).lora_request == [LoRARequest("style", None, 0.5)]
+    two = [LoRARequest("style", None, 0.5), LoRARequest("ink")]
+    assert params_from_json(params_to_json(OmniDiffusionSamplingParams(lora_request=two))).lora_request == two
 
 
 def test_previews_take_a_tenth_of_the_work_at_most() -> None:

@@ -13,6 +13,7 @@ from vllm_omni.diffusion.data import (
     flag_of,
 )
 from vllm_omni.errors import ConfigError, NotAvailableError
+from vllm_omni.inputs.adapter_files import check_adapter_files
 
 PACKED_PARAMETERS = (*SIZES, "num_inference_steps", "negative_prompt", "sigmas", "max_sequence_length")
 """Sampling parameters of every packed family, besides those of its guidance."""
@@ -84,7 +85,7 @@ class PackedModelInfo(ModelInfo):
 
     @property
     def why_no_adapters(self) -> str:
-        return "LoRA adapters are not available yet with a packed family, such as this model's"
+        return ""
 
     def num_sequence_tokens(self, num_text_tokens: int, num_image_tokens: int) -> int:
         if self.cross_attention_tokens is not None:
@@ -100,11 +101,12 @@ class PackedModelInfo(ModelInfo):
         )
 
     def check_settings(self, config: OmniDiffusionConfig) -> None:
-        for name in ("enable_cpu_offload", "enable_layerwise_offload", "lora_modules"):
+        for name in ("enable_cpu_offload", "enable_layerwise_offload"):
             if getattr(config, name):
                 raise NotAvailableError(
                     f"{flag_of(name)}: not available yet with a packed family, such as this model's"
                 )
+        check_adapter_files(config.lora_modules)
         if config.cache is not None:
             config.cache.check_model(self)
 

@@ -1,6 +1,9 @@
-"""Adapter that a request asks for."""
+"""Adapters that a request asks for."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
 
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -8,31 +11,59 @@ from vllm_omni.diffusion.messages.request import LoRA
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.adapter_files import adapter_file
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams
-from vllm_omni.inputs.field_values import WrongValueError
+from vllm_omni.inputs.field_values import WrongValueError, shown
 
 MAX_SCALE = 100.0
+MAX_ADAPTERS = 8
+"""Most adapters of one request."""
 _MAX_ECHO = 64
+Item = TypeVar("Item", LoRARequest, float)
 
 
-def resolve_lora(params: OmniDiffusionSamplingParams, config: OmniDiffusionConfig, info: ModelInfo) -> LoRA | None:
-    """Find the adapter's file and its scale: `lora_scale`, or else its own. None: the request asks for no adapter.
+def resolve_loras(
+    params: OmniDiffusionSamplingParams, config: OmniDiffusionConfig, info: ModelInfo
+) -> tuple[LoRA, ...]:
+    """Find the adapters' files and scales: those of `lora_scale`, or else their own. Empty: the request asks for none.
 
-    Raises InvalidRequestError for an adapter that is neither served nor has a path, and when the model takes none.
+    Raises InvalidRequestError for an adapter that is neither served nor has a path, for one that is given twice, and
+    when the model takes none.
     """
-    asked, scale = params.lora_request, params.lora_scale
-    if asked is None:
-        if scale is not None:
-            raise InvalidRequestError(f"lora_scale {scale!r} needs a lora_request", param="lora_scale")
-        return None
+    asked = _listed(params.lora_request)
+    if not asked:
+        if params.lora_scale is not None and params.lora_request is None:
+            raise InvalidRequestError(f"lora_scale {shown(params.lora_scale)} needs a lora_request", param="lora_scale")
+        return ()
     if info.why_no_adapters:
         raise InvalidRequestError(info.why_no_adapters, param="lora_request")
-    scale = asked.scale if scale is None else scale
-    if not -MAX_SCALE <= scale <= MAX_SCALE:
+    if len(asked) > MAX_ADAPTERS:
         raise InvalidRequestError(
-            f"the scale of a LoRA adapter takes a number from -{MAX_SCALE:g} to {MAX_SCALE:g}, got {scale!r}",
-            param="lora_request" if params.lora_scale is None else "lora_scale",
+            f"lora_request takes at most {MAX_ADAPTERS} adapters, got {len(asked)}", param="lora_request"
         )
-    return LoRA(asked.name, _file_of(asked, config), scale)
+    scales = _listed(params.lora_scale) or tuple(request.scale for request in asked)
+    if len(scales) != len(asked):
+        raise InvalidRequestError(
+            f"lora_scale takes a number for each of the {len(asked)} adapters, got {shown(params.lora_scale)}",
+            param="lora_scale",
+        )
+    for scale in scales:
+        if not -MAX_SCALE <= scale <= MAX_SCALE:
+            raise InvalidRequestError(
+                f"the scale of a LoRA adapter takes a number from -{MAX_SCALE:g} to {MAX_SCALE:g}, got {scale!r}",
+                param="lora_request" if params.lora_scale is None else "lora_scale",
+            )
+    loras = tuple(LoRA(request.name, _file_of(request, config), scale) for request, scale in zip(asked, scales))
+    files = [lora.path for lora in loras]
+    if twice := next((lora.name for lora in loras if files.count(lora.path) > 1), None):
+        raise InvalidRequestError(
+            f"lora_request takes each adapter once, got {twice[:_MAX_ECHO]!r} again", param="lora_request"
+        )
+    return loras
+
+
+def _listed(value: Item | Sequence[Item] | None) -> tuple[Item, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, Sequence) else (value,)
 
 
 def _file_of(asked: LoRARequest, config: OmniDiffusionConfig) -> str:

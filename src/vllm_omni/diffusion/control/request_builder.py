@@ -17,7 +17,7 @@ from typing import Any
 from vllm_omni.diffusion.catalog.configs import MIN_FLOW_SHIFT
 from vllm_omni.diffusion.catalog.folder_files import DEFAULTS_FILE
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
-from vllm_omni.diffusion.control.adapters import resolve_lora
+from vllm_omni.diffusion.control.adapters import resolve_loras
 from vllm_omni.diffusion.control.admission import check_number
 from vllm_omni.diffusion.control.frames import FrameLimits
 from vllm_omni.diffusion.control.scheduled_request import RequestCost, ScheduledRequest
@@ -126,7 +126,7 @@ class RequestBuilder:
             cache=self._config.cache_backend != "none" and filled.cache is not False,
             images=tuple(prompt.images),
             strength=filled.strength,
-            lora=resolve_lora(filled, self._config, self._info),
+            loras=resolve_loras(filled, self._config, self._info),
             num_frames=filled.num_frames or 1,
             fps=self._info.default_fps if filled.fps is None else filled.fps,
             guidance_scale_2=self._second_scale(filled.guidance_scale_2),
@@ -231,7 +231,7 @@ def check_defaults(config: OmniDiffusionConfig, info: ModelInfo) -> None:
         params = OmniDiffusionSamplingParams(**values)
         _check_supported(prompt, params, info)
         _check_values(_fill(params, info.default_sampling_params), config, info)
-        resolve_lora(params, config, info)
+        resolve_loras(params, config, info)
     except InvalidRequestError as error:
         raise ConfigError(_blame(error, config, info)) from error
 

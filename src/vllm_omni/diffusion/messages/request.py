@@ -13,7 +13,7 @@ from vllm_omni.inputs.images import InputImage
 
 @dataclass(frozen=True)
 class LoRA:
-    """An adapter over the model's weights."""
+    """An adapter over the model's weights, with the scale of its changes."""
 
     name: str
     path: str
@@ -50,8 +50,8 @@ class DiffusionRequest:
     """Input pictures, in the order in which the prompt may name them."""
     strength: float | None = None
     """Share of the schedule that img2img runs, in (0, 1]: how much the input picture may change."""
-    lora: LoRA | None = None
-    """Adapter; None: the model's own weights."""
+    loras: tuple[LoRA, ...] = ()
+    """Adapters, whose changes add up; none: the model's own weights."""
     num_frames: int = 1
     """Frames of a video; 1 for a picture."""
     fps: int | None = None

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse
 
 from vllm_omni.diffusion.control.events import EngineObserver
 from vllm_omni.entrypoints.openai.quotes import quote
-from vllm_omni.entrypoints.openai.schema.images import ErrorBody, ErrorResponse, ImageOptions
+from vllm_omni.entrypoints.openai.schema.images import UNION_TAGS, ErrorBody, ErrorResponse, ImageOptions
 from vllm_omni.errors import RequestError, UnsupportedParameterError
 
 # Name of a parameter in the engine -> name of the request's field.
@@ -90,7 +90,8 @@ def _encodable(text: str) -> str:
 
 def _validation_body(error: RequestValidationError) -> ErrorBody:
     first = error.errors()[0]
-    where = [str(part) for part in first["loc"][1:] if part != "[key]"]  # pydantic's word for a wrong key
+    # "[key]" is pydantic's word for a wrong key.
+    where = [str(part) for part in first["loc"][1:] if part not in ("[key]", *UNION_TAGS)]
     message, param, code = first["msg"], ".".join(where) or None, "invalid_value"
     if first["type"] == "json_invalid":
         message, param, code = f"The request body is not valid JSON: {first['ctx']['error']}.", None, "invalid_json"

@@ -192,7 +192,7 @@ def test_the_error_names_the_callers_parameter(runner: ModelRunner, turbo_info: 
     unguided = replace(guided, true_cfg_scale=1.0)
     assert not_finite_error(unguided, turbo_info, torch.float16) == OVERFLOWED
     assert not_finite_error(replace(guided, true_cfg_scale=30.0), turbo_info, torch.bfloat16) == UNKNOWN
-    scaled = replace(unguided, lora=LoRA("ink", "/ink.safetensors", -50.0))
+    scaled = replace(unguided, loras=(LoRA("ink", "/ink.safetensors", -50.0),))
     assert not_finite_error(scaled, turbo_info, torch.float32).param == "lora_scale"
 
 

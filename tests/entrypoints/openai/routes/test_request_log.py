@@ -59,7 +59,8 @@ def test_a_video_is_one_line_with_the_id_of_its_job(caplog: pytest.LogCaptureFix
 
 
 def test_the_adapter_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    request = replace(make_request("omni-1-0", size=(64, 32), steps=5), lora=LoRA("ink", "/secret/ink", 0.8))
+    loras = (LoRA("ink", "/secret/ink", 0.8), LoRA("oil", "/secret/oil", 1.0))
+    request = replace(make_request("omni-1-0", size=(64, 32), steps=5), loras=loras)
     with caplog.at_level(logging.INFO, "vllm_omni"):
         log_request([request])
-    assert caplog.messages == ["request omni-1: size 32x64, steps 5, n 1, seed 0, adapter ink x 0.8"]
+    assert caplog.messages == ["request omni-1: size 32x64, steps 5, n 1, seed 0, adapter ink x 0.8 + oil x 1"]

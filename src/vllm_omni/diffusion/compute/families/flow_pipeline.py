@@ -6,7 +6,9 @@ import copy
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
@@ -19,8 +21,17 @@ from vllm_omni.diffusion.compute.cache import create_step_cache
 from vllm_omni.diffusion.compute.cache.base import SequenceStep
 from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.distributed.mesh import Mesh
+from vllm_omni.diffusion.compute.families.adapter_store import AdapterStore
 from vllm_omni.diffusion.compute.families.component_loader import ComponentLoader
 from vllm_omni.diffusion.compute.packing import Hidden, MembershipCache, Pack
+from vllm_omni.diffusion.compute.step.adapters import (
+    AdaptedCondition,
+    ChangedLayers,
+    Composition,
+    LoadedAdapter,
+    PackAdapters,
+    modulate_adapted,
+)
 from vllm_omni.diffusion.compute.step.arrangement import Arrangement
 from vllm_omni.diffusion.compute.step.compiled import CompiledBlocks
 from vllm_omni.diffusion.compute.step.cuda_graphs import CapturedGraphs, captured
@@ -47,6 +58,8 @@ class FlowState(RequestState):
     """diffusers' scheduler, of this request alone."""
     timesteps: tuple[float, ...] = ()
     """Timestep of each step as the transformer takes it."""
+    composition: Composition = ()
+    """Adapters of the request."""
 
     def __post_init__(self) -> None:
         self.sequence_lengths = tuple(self.num_image_tokens + len(text) for text in self.text)
@@ -113,6 +126,8 @@ class Layout(Generic[AnyForward]):
     sharding: Sharding
     forward: AnyForward | None
     """Tensors of the sequences `sharding.mine`, in order; None if this rank's group computes none."""
+    adapters: PackAdapters | None
+    """Adapters of these sequences; None: no sequence of the step has one."""
     captured_graphs: CapturedGraphs = field(default_factory=CapturedGraphs)
 
 
@@ -150,6 +165,8 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
 
     shifts_by_size: ClassVar[bool] = True
     """Whether the noise schedule depends on the number of tokens of the output; False: the scheduler's own schedule."""
+    adapter_converter: ClassVar[str] = ""
+    """Class of `diffusers.loaders.lora_pipeline` that knows the names of the family's adapter files; empty: none."""
 
     def __init__(
         self, loader: ComponentLoader, transformers: Sequence[Transformer], decoder: Decoder, modulation_bytes: int
@@ -166,8 +183,12 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         self._backend = create_attention(loader.config.attention_backend)
         self._attention = PackedAttention(self._backend, mesh.ulysses, mesh.ring)
         bytes_of_one = modulation_bytes // len(self.transformers)
-        self._modulations = [ModulationTable[Any](t.modulate, bytes_of_one) for t in self.transformers]
+        self._modulations = [
+            ModulationTable[AdaptedCondition](partial(modulate_adapted, transformer, index), bytes_of_one)
+            for index, transformer in enumerate(self.transformers)
+        ]
         """One table for each transformer."""
+        self._adapters = AdapterStore(loader, self.transformers, self.adapter_converter, self._forget_adapter)
         self._scheduler = with_one_step_schedules(loader.scheduler())
         """Template of every request's scheduler."""
         self._layouts: MembershipCache[Layout[AnyForward]] = MembershipCache(KEPT_LAYOUTS * len(self.transformers))
@@ -216,6 +237,19 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
 
     def check(self, request: DiffusionRequest) -> None:
         self._schedule(request)
+        self._adapters.composition(request)
+
+    def adapted(self, request: DiffusionRequest, index: int = 0) -> AbstractContextManager[None]:
+        """Let a transformer's layers add the changes of the request's adapters: for texts, which `encode` embeds.
+
+        index: of the transformer. Raises InvalidRequestError for an adapter that does not fit the model.
+        """
+        composition = self._adapters.composition(request)
+        return ChangedLayers.of_all_rows(self.transformers[index], index, composition).applied()
+
+    def _forget_adapter(self, adapter: LoadedAdapter) -> None:
+        for table in self._modulations:
+            table.forget(lambda condition: any(its is adapter for its, _ in condition.composition))
 
     def _schedule(self, request: DiffusionRequest) -> Any:
         """Scheduler of the request, at its first step. Raises InvalidRequestError: see `make_schedule`."""
@@ -238,14 +272,17 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
             grid=self.grid(request),
             scheduler=scheduler,
             timesteps=self.timesteps(scheduler),
+            composition=self._adapters.composition(request),
             **own,
         )
         at = copy.copy(state)
         conditions: list[list[Any]] = [[] for _ in self.transformers]
         for at.step in range(len(state.timesteps)):
             conditions[self.transformer_index(at)].append(self.condition(at))
-        for table, of_steps in zip(self._modulations, conditions):
-            table.prefetch([*of_steps, *(self.further_conditions(state) if of_steps else ())])
+        for index, of_steps in enumerate(conditions):
+            if of_steps:
+                its = [*of_steps, *self.further_conditions(state)]
+                self._modulations[index].prefetch([AdaptedCondition.of(index, c, state.composition) for c in its])
         return state
 
     def image_tokens(self, state: State) -> Tensor:
@@ -292,7 +329,7 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
     def _predict(self, index: int, branches: Sequence[Branch], steps: Sequence[SequenceStep]) -> list[Tensor]:
         """Velocity of each of these sequences, all of the transformer `index`."""
         key = (index, tuple(branch.group for branch in branches), *(branch.state for branch in branches))
-        layout = self._layouts.get(key, lambda: self._lay_out(branches))
+        layout = self._layouts.get(key, lambda: self._lay_out(index, branches))
         return layout.sharding.gather(self._forward(index, branches, steps, layout))
 
     def _forward(
@@ -304,24 +341,59 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
             channels = branches[0].state.latents.shape[1]
             return torch.empty((0, channels), dtype=self._dtype, device=self._device)
         states = [branches[i].state for i in sharding.mine]
-        further = dict.fromkeys(condition for state in states for condition in self.further_conditions(state))
-        modulation = self._modulations[index].rows_of([*map(self.condition, states), *further])
+        conditions = [AdaptedCondition.of(index, self.condition(state), state.composition) for state in states]
+        modulation = self._modulations[index].rows_of([*conditions, *self._further(index, states)])
         latents = torch.cat([sharding.part(self.image_tokens(state)) for state in states]).to(self._dtype)
-        context = StepContext(forward.arrangement, modulation)
-        hidden = self.embed(latents, context, forward)
-        blocks = captured(StepBlocks(forward.transformer, context), layout.captured_graphs, self.capturer)
+        context = StepContext(forward.arrangement, modulation, layout.adapters)
+        with context.adapted():
+            hidden = self.embed(latents, context, forward)
+        # The changes of adapters are not part of captured graphs.
+        capturer = self.capturer if layout.adapters is None else None
+        blocks = captured(StepBlocks(forward.transformer, context), layout.captured_graphs, capturer)
         hidden = self.step_cache.run(hidden, blocks, [steps[i] for i in sharding.mine])
-        return self.project(hidden, context, forward)
+        with context.adapted():
+            return self.project(hidden, context, forward)
 
-    def _lay_out(self, branches: Sequence[Branch]) -> Layout[AnyForward]:
+    def _further(self, index: int, states: Sequence[State]) -> list[AdaptedCondition]:
+        """Distinct further conditions of the states, in order: see `further_conditions`."""
+        found = [
+            AdaptedCondition.of(index, condition, state.composition)
+            for state in states
+            for condition in self.further_conditions(state)
+        ]
+        return list(dict.fromkeys(found))
+
+    def rows_of_tokens(self, branches: Sequence[Branch], marks: Sequence[Tensor], pack: Pack) -> Tensor | None:
+        """Row of modulation of each image token, int64 [S]; a marked one has that of its state's further condition.
+
+        marks: bool [image tokens of this rank], of each sequence, on the CPU. None: no state has further conditions.
+        """
+        states = [branch.state for branch in branches]
+        if not any(map(self.further_conditions, states)):
+            return None
+        index = self.transformer_index(states[0])
+        further = self._further(index, states)
+        rows = []
+        for number, (state, mark) in enumerate(zip(states, marks)):
+            own = number
+            if its := self.further_conditions(state):
+                own = len(states) + further.index(AdaptedCondition.of(index, its[0], state.composition))
+            rows.append(torch.where(mark, own, number))
+        return to_device(torch.cat(rows), self._device)
+
+    def _lay_out(self, index: int, branches: Sequence[Branch]) -> Layout[AnyForward]:
         lengths = [branch.state.num_image_tokens for branch in branches]
         targets = [branch.state.num_velocity_tokens for branch in branches]
         sharding = Sharding(lengths, [branch.group for branch in branches], self._mesh, self._device, targets)
         if not sharding.mine:
-            return Layout(sharding, None)
+            return Layout(sharding, None, None)
         mine = [branches[i] for i in sharding.mine]
         text_lengths, image_lengths = [len(branch.text) for branch in mine], [lengths[i] for i in sharding.mine]
         pack = Pack.build(text_lengths, image_lengths, self._device, sharding.parts, sharding.index)
+        adapters = None
+        if any(branch.state.composition for branch in branches):  # sequences of every rank: ranks capture together
+            compositions = [branch.state.composition for branch in mine]
+            adapters = PackAdapters(self.transformers[index], index, pack, compositions)
         # Text and image of one sequence after another: the joint order.
         rotations = [sharding.part(r) for branch in mine for r in self.rotations(branch.state, len(branch.text))]
         forward = self.lay_out(
@@ -331,7 +403,7 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
             to_device(torch.cat(rotations), self._device),
             sharding,
         )
-        return Layout(sharding, forward)
+        return Layout(sharding, forward, adapters)
 
     def advance(self, state: State, branches: Sequence[Tensor], previews: bool = False) -> Tensor | None:
         velocity = self.combine(state, branches)
@@ -386,6 +458,7 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
 
     def forget(self, state: State) -> None:
         self._layouts.forget(state)
+        self._adapters.release(state.composition)
         for slot in state.cache_slots:
             if slot is not None:
                 slot.clear()  # a state may live longer on one rank, in a traceback, and would count in its budget

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vllm_omni.diffusion.compute.device.transfers import is_host
 from vllm_omni.diffusion.compute.layers.linear import ColumnLinear, RowLinear
+from vllm_omni.diffusion.compute.layers.low_rank import LayerChange
 from vllm_omni.diffusion.compute.layers.rounding import FLOAT8, Float8Rows, Rows
 from vllm_omni.errors import ConfigError
 
@@ -40,6 +41,7 @@ class Fp8ColumnLinear(nn.Module):
 
     cut_dims: ClassVar[Mapping[str, int]] = ColumnLinear.cut_dims
     is_float8: ClassVar[bool] = True
+    change: LayerChange | None = None
 
     def __init__(self, linear: ColumnLinear | RowLinear) -> None:
         """Layer with the sizes, bias and group of `linear`; the weight is loaded later."""
@@ -57,7 +59,8 @@ class Fp8ColumnLinear(nn.Module):
         return self.bias
 
     def product(self, x: Rows) -> Tensor:
-        return fp8_product(x, self.weight, self.scale)
+        y = fp8_product(x, self.weight, self.scale)
+        return y if self.change is None else self.change.add_to(y, x)
 
     def forward(self, input: Tensor) -> Tensor:
         y = self.product(input)

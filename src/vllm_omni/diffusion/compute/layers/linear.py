@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_omni.diffusion.compute.distributed.groups import Group
+from vllm_omni.diffusion.compute.layers.low_rank import LayerChange
 from vllm_omni.diffusion.compute.layers.rounding import Rows
 
 
@@ -35,13 +36,23 @@ class KeepsFloat32(Protocol):
     """Names of these parameters, which the module itself owns."""
 
 
-class Float32Linear(nn.Linear):
+class Linear(nn.Linear):
+    """y = x W^T + b, and the changes of adapters."""
+
+    change: LayerChange | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = super().forward(input)
+        return y if self.change is None else self.change.add_to(y, input)
+
+
+class Float32Linear(Linear):
     """y = x W^T + b in float32 at least, whatever the dtype of the model."""
 
     float32_parameters: ClassVar[tuple[str, ...]] = ("weight", "bias")
 
 
-class ColumnLinear(nn.Linear):
+class ColumnLinear(Linear):
     """y = x W^T + b: [..., in] -> [..., out / size]. weight: [out / size, in]; bias: [out / size]."""
 
     cut_dims: ClassVar[Mapping[str, int]] = {"weight": 0, "bias": 0}
@@ -61,7 +72,7 @@ class ColumnLinear(nn.Linear):
         return y
 
 
-class RowLinear(nn.Linear):
+class RowLinear(Linear):
     """y = x W^T + b; each rank has its share of the features of x, and every rank gets all of y.
 
     [..., in / size] -> [..., out].
@@ -84,7 +95,8 @@ class RowLinear(nn.Linear):
         assert isinstance(x, Tensor)
         if self.group.size == 1:
             return super().forward(x)
-        return self.group.all_reduce(F.linear(x, self.weight))
+        y = F.linear(x, self.weight)
+        return self.group.all_reduce(y if self.change is None else self.change.add_to(y, x))
 
     def forward(self, input: Tensor) -> Tensor:
         y, bias = self.product(input), self.late_bias

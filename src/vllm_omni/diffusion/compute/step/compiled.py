@@ -36,6 +36,8 @@ class CompiledPart:
         self.num_compilations = 0
         self.is_warm = False
         """Whether the warm-up is over: a compilation then delays requests, and is logged as a warning."""
+        self.is_eager = False
+        """Whether calls run the method itself: code compiled for a layer has no place for the changes of adapters."""
         self._method = method
         self._backend: Callable[..., Any] = torch._dynamo.lookup_backend(backend)
         # torch.compile stores code by code object, up to a limit: every model gets a code object of its own.
@@ -44,7 +46,7 @@ class CompiledPart:
         self._compiled = torch.compile(own, fullgraph=True, dynamic=False, backend=self._compile)
 
     def __call__(self, block: nn.Module, rows: Tensor, *tokens: Tokens) -> Any:
-        if any(len(x) < 2 for x in _tensors(tokens)):
+        if self.is_eager or any(len(x) < 2 for x in _tensors(tokens)):
             return self._method(block, rows, *tokens)
         if rows.shape[1] > 1:
             torch._dynamo.mark_dynamic(rows, 1)
@@ -97,6 +99,11 @@ class CompiledBlocks:
     @property
     def num_compilations(self) -> int:
         return sum(part.num_compilations for part in self.parts)
+
+    def set_eager(self, is_eager: bool) -> None:
+        """Run the methods themselves from now on, or the compiled code again."""
+        for part in self.parts:
+            part.is_eager = is_eager
 
     def end_warm_up(self) -> None:
         for part in self.parts:

@@ -89,6 +89,11 @@ class ModulationTable(Generic[Condition]):
             final=torch.cat([rows[c].final for c in conditions]),
         )
 
+    def forget(self, is_forgotten: Callable[[Condition], bool]) -> None:
+        """Drop the rows of these conditions."""
+        for condition in [c for c in self._rows if is_forgotten(c)]:
+            del self._rows[condition]
+
     def _add(self, conditions: Sequence[Condition]) -> dict[Condition, Modulation]:
         made = self._compute(conditions)
         # Each row owns its memory, so that dropping a row frees it.

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from vllm_omni.diffusion.compute.distributed.groups import Group
-from vllm_omni.diffusion.compute.packing import Hidden, Pack
+from vllm_omni.diffusion.compute.packing import Hidden, Offsets, Pack
+from vllm_omni.diffusion.compute.step.adapters import PackAdapters
 from vllm_omni.diffusion.compute.step.arrangement import Arrangement
 from vllm_omni.diffusion.compute.step.compiled import Backend, CompiledBlocks
 from vllm_omni.diffusion.compute.step.modulation import Modulation
@@ -22,6 +24,12 @@ class StepContext:
 
     arrangement: Arrangement
     modulation: Modulation
+    adapters: PackAdapters | None = None
+    """Adapters of the sequences; None: no sequence of the step has one."""
+
+    def adapted(self) -> AbstractContextManager[None]:
+        """Let the transformer's layers add the changes of the adapters in the meantime."""
+        return nullcontext() if self.adapters is None else self.adapters.layers.applied()
 
     @property
     def pack(self) -> Pack:
@@ -40,14 +48,22 @@ class StepContext:
     def select(self, members: Sequence[int]) -> StepContext:
         """Context of some of the sequences, in order."""
         arrangement = self.arrangement.select(tuple(members))
-        if self.arrangement.has_own_rows:  # which are no sequence's numbers, so that the rows keep their places
-            return StepContext(arrangement, self.modulation)
-        return StepContext(arrangement, self.modulation.of_members(arrangement.pack.numbers))
+        modulation = self.modulation
+        if not self.arrangement.has_own_rows:  # which are no sequence's numbers, so that the rows keep their places
+            modulation = modulation.of_members(arrangement.pack.numbers)
+        adapters = None if self.adapters is None else self.adapters.select(tuple(members), arrangement.pack)
+        return StepContext(arrangement, modulation, adapters)
 
 
 class PackedTransformer(nn.Module, ABC):
     """Transformer on packed tokens. A step is the family's `embed`, then the blocks, then the family's `project`."""
 
+    checkpoint_names: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """See `weight_targets`; also by which adapters name the layers."""
+    modulation_layers: ClassVar[tuple[str, ...]] = ("time_embedder", "modulation", "output_modulation")
+    """Names of the layers, or of modules with layers, that `modulate` runs."""
+    compiled: CompiledBlocks | None = None
+    """The blocks' compiled parts, if they are compiled."""
     tensor: Group
     """Ranks that share every layer by tensor parallelism."""
 
@@ -73,6 +89,10 @@ class PackedTransformer(nn.Module, ABC):
     def signal(self, hidden: Hidden, context: StepContext) -> Tensor:
         """[S, D]: image tokens after the first block's modulation, by which step caches compare steps."""
 
+    def adapted_tokens(self, path: str, pack: Pack) -> Offsets:
+        """Offsets of the tokens that a step gives to the layer with this path: the image tokens, unless overridden."""
+        return pack.image
+
     @property
     def compiled_parts(self) -> tuple[str, ...]:
         """Methods of a block to compile: those that hold no exchange between ranks."""
@@ -86,8 +106,12 @@ class PackedTransformer(nn.Module, ABC):
         Compiles at the first run of each variant: one row of modulation or several, one sequence or several. others:
         transformers of the same class, which share the code.
         """
-        blocks = [block for transformer in (self, *others) for block in transformer.compilable_blocks]
-        return CompiledBlocks(blocks, self.compiled_parts, backend)
+        transformers = (self, *others)
+        blocks = [block for transformer in transformers for block in transformer.compilable_blocks]
+        compiled = CompiledBlocks(blocks, self.compiled_parts, backend)
+        for transformer in transformers:
+            transformer.compiled = compiled
+        return compiled
 
 
 @dataclass(frozen=True)
@@ -110,7 +134,8 @@ class StepBlocks:
         return self.context.modulation.blocks
 
     def run(self, hidden: Hidden, which: range) -> Hidden:
-        return self.transformer.run(hidden, which, self.context)
+        with self.context.adapted():
+            return self.transformer.run(hidden, which, self.context)
 
     def signal(self, hidden: Hidden) -> Tensor:
         return self.transformer.signal(hidden, self.context)

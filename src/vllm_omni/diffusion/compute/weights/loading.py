@@ -184,9 +184,7 @@ def weight_targets(module: nn.Module, names: Mapping[str, tuple[str, ...]]) -> d
     targets = {}
     for full_name, parameter in module.named_parameters():
         path, _, kind = full_name.rpartition(".")
-        ours = next((name for name in names if path == name or path.endswith("." + name)), path)
-        theirs = names.get(ours, (ours,))
-        prefix = path.removesuffix(ours)
+        theirs = checkpoint_modules(path, names)
         owner = module.get_submodule(path)
         scales: Sequence[Tensor | None] = [None] * len(theirs)
         if isinstance(owner, Fp8ColumnLinear) and kind == "weight":
@@ -197,8 +195,15 @@ def weight_targets(module: nn.Module, names: Mapping[str, tuple[str, ...]]) -> d
             else:
                 target = WeightTarget(part, scale=scale)
             # A parameter of `module` itself has an empty path.
-            targets[f"{prefix}{name}.{kind}".removeprefix(".")] = target
+            targets[f"{name}.{kind}".removeprefix(".")] = target
     return targets
+
+
+def checkpoint_modules(path: str, names: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """Names of the modules of the checkpoint that the module `path` holds, in order. names: see `weight_targets`."""
+    ours = next((name for name in names if path == name or path.endswith("." + name)), path)
+    prefix = path.removesuffix(ours)
+    return tuple(prefix + name for name in names.get(ours, (ours,)))
 
 
 def dummy_weight(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -55,6 +55,5 @@ def _scales(request: DiffusionRequest, info: ModelInfo) -> list[tuple[str, float
         scales.append((guidance.parameter, request.true_cfg_scale - guidance.offset, LARGEST_USUAL_GUIDANCE))
     if is_whole and request.guidance_scale is not None:
         scales.append(("guidance_scale", request.guidance_scale, LARGEST_USUAL_GUIDANCE))
-    if request.lora is not None:
-        scales.append(("lora_scale", request.lora.scale, LARGEST_USUAL_LORA_SCALE))
+    scales += [("lora_scale", lora.scale, LARGEST_USUAL_LORA_SCALE) for lora in request.loras]
     return scales

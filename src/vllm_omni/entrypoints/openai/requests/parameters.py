@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from vllm_omni.diffusion.catalog.model_info import Guidance
 from vllm_omni.entrypoints.openai.responses.encoding import ImageFormat
@@ -15,6 +16,7 @@ from vllm_omni.entrypoints.openai.schema.images import (
     GenerationOptions,
     ImageGenerationRequest,
     ImageOptions,
+    LoRAField,
     RequestBody,
 )
 from vllm_omni.errors import InvalidRequestError, ModelNotFoundError
@@ -88,8 +90,7 @@ def sampling_params(
         # A random seed is drawn here: None is the server's default, which may be fixed.
         "seed": secrets.randbelow(_NUM_RANDOM_SEEDS) if body.seed == RANDOM_SEED else body.seed,
         "num_outputs_per_prompt": _num_outputs_of(body),
-        "lora_request": _adapter(body, adapters),
-        "lora_scale": None if body.lora is None else body.lora.scale,
+        **_adapters(body, adapters),
         "output_type": "np",
         "num_previews": num_previews,
     }
@@ -116,13 +117,20 @@ def parse_parameters(body: ImageOptions, adapters: Collection[str]) -> tuple[Omn
     return params, image_format
 
 
-def _adapter(body: GenerationOptions, adapters: Collection[str]) -> LoRARequest | None:
-    """The adapter that `lora` names or, for clients that can only choose a model, `model`."""
-    chosen = body.model if body.model in adapters else None
-    name = chosen if body.lora is None else body.lora.name
-    if chosen not in (None, name):
-        raise InvalidRequestError(f"lora: names {name!r:.{_MAX_NAME}}, and model names {chosen!r}", param="lora")
-    return None if name is None else LoRARequest(name)
+def _adapters(body: GenerationOptions, served: Collection[str]) -> dict[str, Any]:
+    """Parameters for the adapters that `lora` names or, for clients that can only choose a model, `model`."""
+    given = [body.lora] if isinstance(body.lora, LoRAField) else body.lora
+    chosen = body.model if body.model in served else None
+    if not given:
+        return {"lora_request": given if chosen is None else LoRARequest(chosen)}
+    names = [lora.name for lora in given]
+    if chosen is not None and chosen not in names:
+        listed = ", ".join(f"{name!r:.{_MAX_NAME}}" for name in names)
+        raise InvalidRequestError(f"lora: names {listed}, and model names {chosen!r}", param="lora")
+    if isinstance(body.lora, LoRAField):
+        return {"lora_request": LoRARequest(body.lora.name), "lora_scale": body.lora.scale}
+    scales = [1.0 if lora.scale is None else lora.scale for lora in given]
+    return {"lora_request": [LoRARequest(name) for name in names], "lora_scale": scales}
 
 
 def ignored_fields(body: GenerationOptions, guidance: Guidance, has_guidance: bool) -> tuple[str, ...]:

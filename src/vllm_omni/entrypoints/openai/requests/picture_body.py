@@ -186,14 +186,15 @@ def _set_field(fields: dict[str, Any], part: Part, picture_names: str) -> None:
         fields[part.name] = value
 
 
-def _lora_fields(text: str) -> dict[str, Any]:
-    """Fields of `lora` as JSON. Numbers stay text, as in `lora[key]`."""
+def _lora_fields(text: str) -> Any:
+    """Value of `lora` in JSON: an object, or a list. Numbers stay text, as in `lora[key]`."""
     try:
         value = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
     except (ValueError, RecursionError):
         value = None
-    if not isinstance(value, dict):
+    if not isinstance(value, dict | list):
         raise InvalidRequestError(
-            f'lora takes a JSON object such as {{"name": "ink", "scale": 0.8}}, got {quote(text)}', param="lora"
+            f'lora takes a JSON object such as {{"name": "ink", "scale": 0.8}}, or a list of them, got {quote(text)}',
+            param="lora",
         )
-    return {key: inner for key, inner in value.items() if inner is not None}
+    return value

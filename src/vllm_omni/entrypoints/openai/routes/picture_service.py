@@ -120,7 +120,7 @@ class PictureService:
 def log_request(requests: Sequence[DiffusionRequest]) -> None:
     """Log one HTTP request. `requests`: the engine's requests for its `n` pictures, which differ in their seeds."""
     first = requests[0]
-    adapter = "none" if first.lora is None else f"{first.lora.name} x {first.lora.scale:g}"
+    adapter = " + ".join(f"{lora.name} x {lora.scale:g}" for lora in first.loras) or "none"
     length = f", frames {first.num_frames}" if first.num_frames > 1 else ""
     logger.info(
         "request %s: size %dx%d%s, steps %d, n %d, seed %d, adapter %s",

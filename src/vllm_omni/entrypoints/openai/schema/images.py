@@ -10,8 +10,10 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     GetJsonSchemaHandler,
+    Tag,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WithJsonSchema,
@@ -77,6 +79,8 @@ def at_most(most: int) -> BeforeValidator:
 
 
 FEW_KEYS = at_most(8)
+UNION_TAGS = ("[one]", "[several]")
+"""Words that pydantic puts into the place of an error, for the two forms of a field."""
 
 
 def _number_or_flag(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
@@ -143,6 +147,14 @@ class LoRAField(RequestBody):
     """Factor of the adapter's change of the model; null: 1."""
 
 
+_OneAdapter = Annotated[LoRAField, FEW_KEYS, Tag(UNION_TAGS[0])]
+_SeveralAdapters = Annotated[list[Annotated[LoRAField, FEW_KEYS]], FEW_KEYS, Tag(UNION_TAGS[1])]
+
+
+def _adapter_form(value: Any) -> str:
+    return UNION_TAGS[isinstance(value, list)]
+
+
 class GenerationOptions(RequestBody):
     """Fields of every request for pictures and for videos.
 
@@ -196,8 +208,8 @@ class GenerationOptions(RequestBody):
     """False: do not use the server's step cache; compute every block."""
     max_sequence_length: Annotated[int, Field(ge=1)] | None = None
     """Longest prompt accepted, in tokens."""
-    lora: Annotated[LoRAField, FEW_KEYS] | None = None
-    """An adapter of `/v1/loras`."""
+    lora: Annotated[_OneAdapter | _SeveralAdapters, Discriminator(_adapter_form)] | None = None
+    """An adapter of `/v1/loras`, or a list of them, whose changes add up."""
     priority: int = 0
     """Requests with a smaller number run earlier."""
 

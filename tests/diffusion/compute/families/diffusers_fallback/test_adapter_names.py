@@ -22,7 +22,7 @@ from tests.diffusion.compute.families.diffusers_fallback.conftest import ModelOf
 from tests.diffusion.compute.families.diffusers_fallback.test_pictures import PROMPT, request_of
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.families.diffusers_fallback.adapter_check import unplaced_keys
-from vllm_omni.diffusion.compute.families.diffusers_fallback.adapter_file import AdapterFile
+from vllm_omni.diffusion.compute.weights.adapter_file import AdapterFile
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import LoRA
@@ -224,7 +224,7 @@ def test_an_adapter_is_its_merged_weights(
     pipeline = pipeline_of(model_of(name))
     layers = draw(pipeline, LAYERS[name], 1, alphas)
     file = save(layers, naming, tmp_path / "style.safetensors")
-    request = request_of("a", seed=3, lora=LoRA("style", str(file), 0.8), **FIELDS[name])
+    request = request_of("a", seed=3, loras=(LoRA("style", str(file), 0.8),), **FIELDS[name])
     drive = Drive(start(model_of(name), lora_modules={"style": str(file)})).run({0: [request]})
     assert not drive.errors
     assert psnr(drive.images["a"], merged_picture(pipeline, layers, 0.8, **FIELDS[name])) >= 55
@@ -243,7 +243,7 @@ def test_an_old_diffusers_name_and_its_partner_are_one_layer(model_of: ModelOf, 
         return {f"{name}.{mark}.weight": weight for mark, weight in zip(marks, (layer.down, layer.up), strict=True)}
 
     file = save(layers, old, tmp_path / "old.safetensors")
-    request = request_of("a", seed=3, lora=LoRA("old", str(file), 1.0), **FIELDS[SDXL])
+    request = request_of("a", seed=3, loras=(LoRA("old", str(file), 1.0),), **FIELDS[SDXL])
     drive = Drive(start(model_of(SDXL))).run({0: [request]})
     assert not drive.errors, drive.errors
     assert psnr(drive.images["a"], merged_picture(pipeline, layers, 1.0, **FIELDS[SDXL])) >= 55
@@ -261,7 +261,9 @@ def test_settings_of_peft_beside_the_weights_are_read(model_of: ModelOf, tmp_pat
 
     weights = {key: weight for layer in layers for key, weight in by_peft(layer).items()}
     save_file(weights, tmp_path / "adapter_model.safetensors")
-    request = request_of("a", lora=LoRA("p", str(tmp_path / "adapter_model.safetensors"), 1.0), seed=3, **FIELDS[SDXL])
+    request = request_of(
+        "a", loras=(LoRA("p", str(tmp_path / "adapter_model.safetensors"), 1.0),), seed=3, **FIELDS[SDXL]
+    )
     drive = Drive(start(model_of(SDXL))).run({0: [request]})
     assert not drive.errors, drive.errors
     rooted = [replace(layer, alpha=layer.alpha * RANK**0.5) for layer in layers]  # alpha / sqrt(rank)
@@ -305,11 +307,11 @@ def test_an_adapter_that_fits_in_part_is_refused_with_its_keys(model_of: ModelOf
     layers = draw(pipeline, LAYERS[FLUX], 1, (2.0, 8.0))
     good = save(layers, peft, tmp_path / "good.safetensors")
     runner = start(model_of(FLUX), lora_modules={"good": str(good)})
-    fine = request_of("fine", seed=3, lora=LoRA("good", str(good), 1.0), **FIELDS[FLUX])
+    fine = request_of("fine", seed=3, loras=(LoRA("good", str(good), 1.0),), **FIELDS[FLUX])
     before = Drive(runner).run({0: [fine]}).images["fine"]
     for number, (words, (naming, more)) in enumerate(refused_adapters(layers).items()):
         file = save(layers, naming, tmp_path / f"{number}.safetensors", **more)
-        bad = request_of("bad", seed=3, lora=LoRA("bad", str(file), 1.0), **FIELDS[FLUX])
+        bad = request_of("bad", seed=3, loras=(LoRA("bad", str(file), 1.0),), **FIELDS[FLUX])
         drive = Drive(runner).run({0: [fine], 1: [bad]})
         assert (drive.errors["bad"].kind, drive.errors["bad"].param) == ("invalid", "lora_request")
         assert re.search(words, drive.errors["bad"].message), drive.errors["bad"].message
@@ -346,7 +348,7 @@ def test_a_layer_that_is_split_keeps_its_change(model_of: ModelOf, tmp_path: Pat
         Layer("transformer", f"transformer_blocks.0.attn.{part}", down, rows, alpha)
         for part, rows in zip(("to_q", "to_k", "to_v"), up.chunk(3), strict=True)
     ]
-    request = request_of("a", seed=3, lora=LoRA("k", str(file), 1.0), **FIELDS[FLUX])
+    request = request_of("a", seed=3, loras=(LoRA("k", str(file), 1.0),), **FIELDS[FLUX])
     drive = Drive(start(model_of(FLUX))).run({0: [request]})
     assert not drive.errors, drive.errors
     assert psnr(drive.images["a"], merged_picture(pipeline, layers, 1.0, **FIELDS[FLUX])) >= 55
@@ -366,7 +368,7 @@ def test_a_kronecker_product_is_its_merged_weights(model_of: ModelOf, tmp_path: 
     delta = torch.kron(weights["lokr_w1"], weights["lokr_w2_a"] @ weights["lokr_w2_b"])
     layer = Layer("transformer", "transformer_blocks.0.attn.to_q", torch.eye(inputs), delta, inputs * alpha / rank)
     fields: dict[str, Any] = {"guidance_scale": 1.0, "max_sequence_length": 64}
-    request = request_of("a", seed=3, lora=LoRA("k", str(file), 1.0), **fields)
+    request = request_of("a", seed=3, loras=(LoRA("k", str(file), 1.0),), **fields)
     drive = Drive(start(model_of(name))).run({0: [request]})
     assert not drive.errors, drive.errors
     assert psnr(drive.images["a"], merged_picture(pipeline, [layer], 1.0, **fields)) >= 55
@@ -399,7 +401,7 @@ def test_magnitudes_are_diffusers_own(model_of: ModelOf, tmp_path: Path) -> None
     }
     file = tmp_path / "dora.safetensors"
     save_file({key: w for layer in layers for key, w in peft(layer).items()} | more, file)
-    request = request_of("a", seed=3, lora=LoRA("d", str(file), 1.0), **FIELDS[SDXL])
+    request = request_of("a", seed=3, loras=(LoRA("d", str(file), 1.0),), **FIELDS[SDXL])
     drive = Drive(start(model_of(SDXL))).run({0: [request]})
     assert not drive.errors, drive.errors
     pipeline.load_lora_weights(str(tmp_path), weight_name=file.name, adapter_name="d")

@@ -57,13 +57,18 @@ def start(model: Path, **settings: Any) -> ModelRunner:
     return runner
 
 
-def oracle(model: Path, adapter: Path | None, scale: float, **fields: Any) -> np.ndarray:
-    """Picture that diffusers makes without this project."""
+def oracle(
+    model: Path, adapter: Path | None, scale: float, second: tuple[Path, float] | None = None, **fields: Any
+) -> np.ndarray:
+    """Picture that diffusers makes without this project. second: a further adapter with its scale."""
     pipeline: Any = DiffusionPipeline.from_pretrained(model, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     if adapter is not None:
         pipeline.load_lora_weights(str(adapter.parent), weight_name=adapter.name, adapter_name="style")
         pipeline.set_adapters("style", scale)
+        if second is not None:
+            pipeline.load_lora_weights(str(second[0].parent), weight_name=second[0].name, adapter_name="second")
+            pipeline.set_adapters(["style", "second"], [scale, second[1]])
     values = {"height": 64, "width": 64, "num_inference_steps": 4, **fields}
     return np.array(pipeline(PROMPT, generator=torch.Generator("cpu").manual_seed(3), **values).images[0])
 
@@ -80,7 +85,9 @@ def test_pictures_with_adapters_are_diffusers_own_alone_and_together(
         "none": None,
         "half": LoRA("b", str(second), 0.5),
     }
-    requests = [request_of(n, seed=3, lora=lora, **FIELDS[name]) for n, lora in wanted.items()]
+    requests = [
+        request_of(n, seed=3, loras=() if lora is None else (lora,), **FIELDS[name]) for n, lora in wanted.items()
+    ]
     runner = start(model_of(name), lora_modules={"a": str(first), "b": str(second.parent)})
     alone = {r.request_id: Drive(runner).run({0: [r]}).images[r.request_id] for r in requests}
     together = Drive(runner).run({step: [request] for step, request in enumerate(requests)})
@@ -92,6 +99,19 @@ def test_pictures_with_adapters_are_diffusers_own_alone_and_together(
         assert psnr(alone[request_id], expected) >= 60
         assert lora is None or psnr(alone[request_id], plain) < 50  # the adapters do something
     assert psnr(alone["second"], alone["half"]) < 50
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model")
+def test_a_request_with_several_adapters_has_their_sum(model_of: ModelOf, adapter_of: AdapterOf) -> None:
+    first, second = (adapter_of(SDXL, number) for number in (0, 1))
+    both = LoRA("a", str(first), 0.5), LoRA("b", str(second), 0.8)
+    requests = {n: request_of(n, seed=3, loras=loras, **FIELDS[SDXL]) for n, loras in (("both", both), ("a", both[:1]))}
+    made = Drive(start(model_of(SDXL))).run({0: [requests["both"]], 1: [requests["a"]]})
+    assert not made.errors
+    one = oracle(model_of(SDXL), first, 0.5, **FIELDS[SDXL])
+    assert psnr(made.images["both"], oracle(model_of(SDXL), first, 0.5, (second, 0.8), **FIELDS[SDXL])) >= 60
+    assert psnr(made.images["a"], one) >= 60
+    assert psnr(made.images["both"], one) < 50
 
 
 def test_adapters_of_requests_are_loaded_once_and_the_idle_ones_go(
@@ -107,7 +127,7 @@ def test_adapters_of_requests_are_loaded_once_and_the_idle_ones_go(
     pictures: dict[int, np.ndarray] = {}
     for number in (1, 2, 0, 1, 3, 1, 2):
         lora = LoRA("style", str(adapter_of(SDXL, number)), 1.0)
-        drive = Drive(runner).run({0: [request_of("a", lora=lora, **FIELDS[SDXL])]})
+        drive = Drive(runner).run({0: [request_of("a", loras=(lora,), **FIELDS[SDXL])]})
         assert not drive.errors
         assert np.array_equal(pictures.setdefault(number, drive.images["a"]), drive.images["a"])
         held = pipeline.pipeline.get_list_adapters()["unet"]
@@ -142,12 +162,12 @@ def test_what_does_not_fit_ends_the_start_or_its_request_alone(
     good = LoRA("good", str(adapter_of(SDXL, 1)), 1.0)
     runner = start(model_of(SDXL))
     before = Drive(runner).run({0: [request_of("a", **FIELDS[SDXL])]}).images["a"]
-    styled = Drive(runner).run({0: [request_of("a", lora=good, **FIELDS[SDXL])]}).images["a"]
+    styled = Drive(runner).run({0: [request_of("a", loras=(good,), **FIELDS[SDXL])]}).images["a"]
     for words, file in bad_adapters(adapter_of(SDXL, 1), tmp_path).items():
         with pytest.raises(ConfigError, match=f"^--lora-modules: .*{words}"):
             start(model_of(SDXL), lora_modules={"bad": str(file)})
-        bad = request_of("bad", lora=LoRA("bad", str(file), 1.0), **FIELDS[SDXL])
-        plain, other = request_of("plain", **FIELDS[SDXL]), request_of("good", lora=good, **FIELDS[SDXL])
+        bad = request_of("bad", loras=(LoRA("bad", str(file), 1.0),), **FIELDS[SDXL])
+        plain, other = request_of("plain", **FIELDS[SDXL]), request_of("good", loras=(good,), **FIELDS[SDXL])
         drive = Drive(runner).run({0: [plain, other], 1: [bad]})
         assert drive.errors["bad"].kind == "invalid"
         assert np.array_equal(drive.images["plain"], before)

@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from vllm_omni.diffusion.compute.families.diffusers_fallback.adapter_file import AdapterFile, LowRank, WeightChange
+from vllm_omni.diffusion.compute.weights.adapter_file import AdapterFile, LowRank, WeightChange
 
 TOLERANCE = 1e-4
 """Largest relative difference of two energies that are equal, in float32."""

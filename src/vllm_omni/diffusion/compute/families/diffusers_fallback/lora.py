@@ -1,4 +1,4 @@
-"""LoRA adapters in the models of a whole pipeline, by diffusers and peft: several are loaded, at most one is active."""
+"""LoRA adapters in the models of a whole pipeline, by diffusers and peft: those of one request are active."""
 
 from __future__ import annotations
 
@@ -12,23 +12,22 @@ from typing import Any
 from torch import Tensor, nn
 
 from vllm_omni.diffusion.compute.families.diffusers_fallback.adapter_check import unplaced_keys
-from vllm_omni.diffusion.compute.families.diffusers_fallback.adapter_file import (
+from vllm_omni.diffusion.compute.families.diffusers_fallback.loading import without_progress_bars
+from vllm_omni.diffusion.compute.weights.adapter_file import (
     AdapterFile,
     AdapterFileError,
     layers_by_flat_name,
+    listed,
 )
-from vllm_omni.diffusion.compute.families.diffusers_fallback.loading import without_progress_bars
 from vllm_omni.diffusion.messages.request import LoRA
 from vllm_omni.errors import InvalidRequestError, to_one_line
 
 MAX_UNSERVED = 8
-"""Adapters kept besides the served ones: more than requests may be under way, so that one is always idle."""
+"""Adapters kept besides the served ones; there may be more while as many are in use."""
 MARKS = ("lora", "lokr", "alpha")
 """Parts of names: an adapter's weight has one of them. Other weights would replace the model's own."""
 DOWN = ".lora_A.weight"
 """End of the name of a weight [rank, inputs of the layer]."""
-NUM_NAMED_KEYS = 3
-"""Most keys that an error names; it counts the others."""
 
 
 class Adapters:
@@ -40,27 +39,32 @@ class Adapters:
         self._names: dict[str, str] = {}
         """File -> name of the loaded adapter in diffusers, least recently used first."""
         self._num_loaded = 0
-        self._active: tuple[str, float] | None = None
+        self._active: dict[str, float] = {}
+        """Scales of the active adapters, by their names in diffusers."""
         self._served = frozenset(served)
         for file in sorted(self._served):
             self._load(file)
 
-    def use(self, lora: LoRA | None, under_way: Collection[str] = ()) -> None:
-        """Activate this adapter alone, or none; load it first. under_way: files in use. Raises InvalidRequestError."""
-        wanted = None if lora is None else (self._name_of(lora.path, under_way), lora.scale)
+    def use(self, loras: Sequence[LoRA], under_way: Collection[str] = ()) -> None:
+        """Activate these adapters alone, whose changes add up; load those that are missing.
+
+        under_way: files in use. Raises InvalidRequestError.
+        """
+        in_use = {*under_way, *(lora.path for lora in loras)}
+        wanted = {self._name_of(lora.path, in_use): lora.scale for lora in loras}
         if wanted == self._active:
             return
-        if wanted is None:
-            self._pipeline.disable_lora()
-        else:
+        if wanted:
             self._pipeline.enable_lora()
-            self._pipeline.set_adapters(*wanted)
+            self._pipeline.set_adapters(list(wanted), list(wanted.values()))
+        else:
+            self._pipeline.disable_lora()
         self._active = wanted
 
     def _name_of(self, file: str, under_way: Collection[str]) -> str:
         if file not in self._names:
             idle = [file for file in self._names if file not in self._served and file not in under_way]
-            if len(self._names) - len(self._served) >= MAX_UNSERVED:
+            if idle and len(self._names) - len(self._served) >= MAX_UNSERVED:
                 self._delete(self._names.pop(idle[0]))
             self._load(file)
         name = self._names[file] = self._names.pop(file)
@@ -153,7 +157,7 @@ class Adapters:
     def _deactivate(self) -> None:
         """Deactivate all adapters: after a load or delete, layers may have different ones active."""
         self._pipeline.disable_lora()
-        self._active = None
+        self._active = {}
 
 
 @contextmanager
@@ -167,5 +171,4 @@ def _without_expected_warnings() -> Iterator[None]:
 
 
 def _say_unplaced(keys: Sequence[str]) -> str:
-    named, more = ", ".join(keys[:NUM_NAMED_KEYS]), len(keys) - NUM_NAMED_KEYS
-    return f"no layer here takes these of its weights with their alphas: {named}" + f" and {more} more" * (more > 0)
+    return f"no layer here takes these of its weights with their alphas: {listed(keys)}"

@@ -39,7 +39,7 @@ class PipelineCall:
     """Call of a pipeline for one request, on a copy of the pipeline that shares only weights with other calls."""
 
     def __init__(self, pipeline: Any, whole: WholePipeline, request: DiffusionRequest, device: torch.device) -> None:
-        self.lora = request.lora
+        self.loras = request.loras
         self._device = device
         self._pipeline = copy.copy(pipeline)
         for name, component in pipeline.components.items():
@@ -268,9 +268,9 @@ class DiffusersPipeline(Pipeline[WholeState]):
             call.cancel()
 
     def _give_turn(self, request: DiffusionRequest) -> None:
-        """Activate the request's adapter: calls share the models, and an adapter changes the models."""
-        under_way = {call.lora.path for call in self._calls.values() if call.lora is not None}
-        self._adapters.use(request.lora, under_way)
+        """Activate the request's adapters: calls share the models, and an adapter changes the models."""
+        under_way = {lora.path for call in self._calls.values() for lora in call.loras}
+        self._adapters.use(request.loras, under_way)
 
 
 def _check_made(request: DiffusionRequest, pixels: Tensor) -> None:

@@ -75,6 +75,8 @@ class QwenImageForward(Forward[QwenImageTransformer]):
 
 
 class QwenImagePipeline(FlowPipeline[QwenImageState, QwenImageTransformer, QwenImageForward]):
+    adapter_converter = "QwenImageLoraLoaderMixin"
+
     def __init__(
         self,
         loader: ComponentLoader,
@@ -113,9 +115,9 @@ class QwenImagePipeline(FlowPipeline[QwenImageState, QwenImageTransformer, QwenI
         return config.kernels == "torch"
 
     def encode(self, request: DiffusionRequest) -> QwenImageState:
-        text = tuple(
-            self.transformer.embed_text(self._encode_text(request, prompt)) for prompt in branch_prompts(request)
-        )
+        states = [self._encode_text(request, prompt) for prompt in branch_prompts(request)]
+        with self.adapted(request):
+            text = tuple(map(self.transformer.embed_text, states))
         _, rows, columns = self.grid(request)
         channels = self.transformer.config.in_channels // 4
         noise = draw_noise((channels, 2 * rows, 2 * columns), request.seed, self._dtype, self._device)
@@ -159,13 +161,9 @@ class QwenImagePipeline(FlowPipeline[QwenImageState, QwenImageTransformer, QwenI
         self, branches: Sequence[Branch], text: Tensor, pack: Pack, rotations: Tensor, sharding: Sharding
     ) -> QwenImageForward:
         states = [branch.state for branch in branches]
-        is_reference = torch.cat(
-            [sharding.part(torch.arange(state.num_image_tokens) >= state.num_tokens) for state in states]
-        )
-        image_rows = targets = None
-        if any(map(self.further_conditions, states)):
-            image_rows = pack.image_sequence.masked_fill(to_device(is_reference, self._device), pack.num_sequences)
-        if is_reference.any():
+        marks = [sharding.part(torch.arange(state.num_image_tokens) >= state.num_tokens) for state in states]
+        image_rows, targets = self.rows_of_tokens(branches, marks, pack), None
+        if (is_reference := torch.cat(marks)).any():
             targets = to_device((~is_reference).nonzero()[:, 0], self._device)
         arrangement = Arrangement(pack, rotations, self._attention, image_rows)
         return QwenImageForward(self.transformer, arrangement, text, targets)

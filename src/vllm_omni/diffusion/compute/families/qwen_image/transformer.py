@@ -17,11 +17,11 @@ from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.families.qwen_image.config import QwenImageConfig
 from vllm_omni.diffusion.compute.layers.kernels import Kernels, Projected, TorchKernels
-from vllm_omni.diffusion.compute.layers.linear import ColumnLinear, RowLinear
+from vllm_omni.diffusion.compute.layers.linear import ColumnLinear, Linear, RowLinear
 from vllm_omni.diffusion.compute.layers.norms import Scale, norm_modulate, rms_norm
 from vllm_omni.diffusion.compute.layers.rope import axis_rotations
 from vllm_omni.diffusion.compute.layers.timesteps import NUM_WAVES, timestep_waves
-from vllm_omni.diffusion.compute.packing import Hidden, Pack
+from vllm_omni.diffusion.compute.packing import Hidden, Offsets, Pack
 from vllm_omni.diffusion.compute.step.modulation import Modulation, per_token
 from vllm_omni.diffusion.compute.step.transformer import PackedTransformer, StepContext
 
@@ -150,14 +150,16 @@ class QwenImageBlock(nn.Module):
         tokens = StreamTokens(hidden.text, hidden.image, context.text_index, context.image_index)
         joint = JointOrder(pack.joint_order, pack.joint_is_image, arrangement.rotations)
         attended = arrangement.attend(*self.before(rows, tokens, joint)).flatten(1)
-        text, image = self.after(rows, tokens, self._of_streams(attended, pack))
+        text, image = self.after(rows, tokens, self._of_streams(attended, context))
         return Hidden(text=text, image=image)
 
-    def _of_streams(self, attended: Tensor, pack: Pack) -> Attended:
+    def _of_streams(self, attended: Tensor, context: StepContext) -> Attended:
         """Attention of both streams. attended: [T + S, D / P] in joint order."""
+        pack = context.pack
         if pack.num_sequences == 1:
             return Attended(attended)
-        if not self.kernels.picks_rows or pack.positions is None:
+        # Adapters change rows by their place among those of one stream.
+        if not self.kernels.picks_rows or pack.positions is None or context.adapters is not None:
             return Attended(*pack.split(attended))
         # The image's output projection then computes the few rows of the text too: selecting the image's rows before
         # it would copy nearly all of them.
@@ -187,6 +189,8 @@ class QwenImageBlock(nn.Module):
 class QwenImageTransformer(PackedTransformer):
     """Double-stream transformer: `embed_text` once a prompt; `embed`, the blocks and `project` at every step."""
 
+    checkpoint_names = CHECKPOINT_NAMES
+
     def __init__(self, config: QwenImageConfig, tensor: Group, kernels: Kernels | None = None) -> None:
         """tensor: ranks that share every layer; their number divides the heads. kernels: implementation of the fused
         operations; None: plain PyTorch."""
@@ -195,19 +199,22 @@ class QwenImageTransformer(PackedTransformer):
         self.tensor = tensor
         dim = config.dim
         kernels = kernels or TorchKernels()
-        self.time_embedder = nn.Sequential(nn.Linear(NUM_WAVES, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_embedder = nn.Sequential(Linear(NUM_WAVES, dim), nn.SiLU(), Linear(dim, dim))
         self.txt_norm = Scale(config.joint_attention_dim)
-        self.img_in = nn.Linear(config.in_channels, dim)
-        self.txt_in = nn.Linear(config.joint_attention_dim, dim)
+        self.img_in = Linear(config.in_channels, dim)
+        self.txt_in = Linear(config.joint_attention_dim, dim)
         self.transformer_blocks = nn.ModuleList(
             QwenImageBlock(config, tensor, kernels) for _ in range(config.num_layers)
         )
-        self.output_modulation = nn.Linear(dim, 2 * dim)
-        self.proj_out = nn.Linear(dim, config.patch_size**2 * config.out_channels)
+        self.output_modulation = Linear(dim, 2 * dim)
+        self.proj_out = Linear(dim, config.patch_size**2 * config.out_channels)
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
         return list(self.transformer_blocks)
+
+    def adapted_tokens(self, path: str, pack: Pack) -> Offsets:
+        return pack.text if ".text." in path else pack.image
 
     def run(self, hidden: Hidden, which: range, context: StepContext) -> Hidden:
         for number in which:
@@ -265,8 +272,10 @@ class QwenImageTransformer(PackedTransformer):
         targets: int64 [velocity tokens], positions of the image tokens that have one; None: all have.
         """
         image, sequence = hidden.image, context.pack.image_sequence
-        if targets is not None:
-            image, sequence = (x.index_select(0, targets) for x in (image, sequence))
+        # Adapters change rows by their place among all image tokens: then the targets are selected last.
+        early, late = (targets, None) if context.adapters is None else (None, targets)
+        if early is not None:
+            image, sequence = (x.index_select(0, early) for x in (image, sequence))
         scale, shift = context.modulation.of_output(sequence)
         velocity: Tensor = self.proj_out(norm_modulate(image, shift, scale, EPS))
-        return velocity
+        return velocity if late is None else velocity.index_select(0, late)

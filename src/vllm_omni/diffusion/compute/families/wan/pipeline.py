@@ -80,6 +80,7 @@ class WanState(FlowState):
 
 
 class WanPipeline(FlowPipeline[WanState, WanTransformer, Forward[WanTransformer]]):
+    adapter_converter = "WanLoraLoaderMixin"
     shifts_by_size = False
 
     def __init__(
@@ -133,8 +134,7 @@ class WanPipeline(FlowPipeline[WanState, WanTransformer, Forward[WanTransformer]
         noise = draw_noise(shape, request.seed, torch.float32, self._device)
         prompts = [PaddedPrompt(prompt, request.max_sequence_length) for prompt in branch_prompts(request)]
         static_keys = tuple(
-            tuple({TEXT: self._text_keys(index, p)} | self._image_keys(index, request.images) for p in prompts)
-            for index in range(len(self.transformers))
+            tuple(self._keys(index, prompt, request) for prompt in prompts) for index in range(len(self.transformers))
         )
         text = torch.empty((0, self.transformer.config.dim), dtype=self._dtype, device=self._device)
         return self.new_state(
@@ -151,18 +151,17 @@ class WanPipeline(FlowPipeline[WanState, WanTransformer, Forward[WanTransformer]
         frames, rows, columns = self.grid(request)
         return frames, PATCH_SIZE * rows, PATCH_SIZE * columns
 
-    def _text_keys(self, index: int, prompt: PaddedPrompt) -> StaticKeys:
-        return self._shared(
-            (index, prompt), lambda: self.transformers[index].text_keys(self._prompts(prompt), prompt.num_tokens)
-        )
-
-    def _image_keys(self, index: int, images: Sequence[InputImage]) -> dict[str, StaticKeys]:
-        """Keys of what the transformer sees of the input pictures; empty if it sees none."""
-        seen = self._seen
-        if seen is None:
-            return {}
-        key, transformer = (index, *digests(images)), self.transformers[index]
-        return {IMAGE: self._shared(key, lambda: transformer.image_keys(seen(images).to(self._dtype)))}
+    def _keys(self, index: int, prompt: PaddedPrompt, request: DiffusionRequest) -> dict[str, StaticKeys]:
+        """Keys of one branch's text, and of what the transformer sees of the input pictures, if it sees any."""
+        transformer, seen, images = self.transformers[index], self._seen, request.images
+        composition = self._adapters.composition(request)
+        with self.adapted(request, index):
+            key: Hashable = (index, composition, prompt)
+            keys = {TEXT: self._shared(key, lambda: transformer.text_keys(self._prompts(prompt), prompt.num_tokens))}
+            if seen is not None:
+                key = index, composition, *digests(images)
+                keys[IMAGE] = self._shared(key, lambda: transformer.image_keys(seen(images).to(self._dtype)))
+        return keys
 
     def _shared(self, key: Hashable, make: Callable[[], StaticKeys]) -> StaticKeys:
         """Keys that a running request has, or new ones."""
@@ -220,12 +219,8 @@ class WanPipeline(FlowPipeline[WanState, WanTransformer, Forward[WanTransformer]
         states = [branch.state for branch in branches]
         index = self.transformer_index(states[0])
         keys = [branch.state.static_keys[index][branch.number] for branch in branches]
-        image_rows = None
-        if any(map(self.further_conditions, states)):
-            is_given = [sharding.part(torch.arange(state.num_tokens) < state.num_given) for state in states]
-            image_rows = pack.image_sequence.masked_fill(
-                to_device(torch.cat(is_given), self._device), pack.num_sequences
-            )
+        is_given = [sharding.part(torch.arange(state.num_tokens) < state.num_given) for state in states]
+        image_rows = self.rows_of_tokens(branches, is_given, pack)
         static_keys = {name: [its[name] for its in keys] for name in keys[0]}
         arrangement = Arrangement(pack, rotations, self._attention, image_rows, static_keys)
         return Forward(self.transformers[index], arrangement, text)

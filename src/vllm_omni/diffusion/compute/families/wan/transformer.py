@@ -21,7 +21,8 @@ from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.families.wan.config import PATCH_PIXELS, PATCH_SIZE, ROPE_THETA, WanConfig
 from vllm_omni.diffusion.compute.layers.kernels import Kernels, Projected, TorchKernels
-from vllm_omni.diffusion.compute.layers.linear import ColumnLinear, Float32Linear, RowLinear
+from vllm_omni.diffusion.compute.layers.linear import ColumnLinear, Float32Linear, Linear, RowLinear
+from vllm_omni.diffusion.compute.layers.low_rank import LayerChange
 from vllm_omni.diffusion.compute.layers.norms import AffineNorm, ColumnScale, norm_modulate, shared_squares
 from vllm_omni.diffusion.compute.layers.rope import axis_rotations
 from vllm_omni.diffusion.compute.layers.rounding import Rows
@@ -69,13 +70,16 @@ FLOAT8_LAYERS = ("qkv", "out", "cross_q", "cross_out", "up", "down")
 class PatchEmbedding(nn.Module):
     """Linear layer on tokens [S, in_channels * 4] with the weight of a convolution, [D, in_channels, 1, 2, 2]."""
 
+    change: LayerChange | None = None
+
     def __init__(self, in_channels: int, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim, in_channels, 1, PATCH_SIZE, PATCH_SIZE))
         self.bias = nn.Parameter(torch.empty(dim))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return F.linear(tokens, self.weight.flatten(1), self.bias)
+        y = F.linear(tokens, self.weight.flatten(1), self.bias)
+        return y if self.change is None else self.change.add_to(y, tokens)
 
 
 class ImageEmbedder(nn.Module):
@@ -87,7 +91,7 @@ class ImageEmbedder(nn.Module):
         self.norm1 = AffineNorm(config.image_dim)
         self.norm2 = AffineNorm(config.dim)
         self.ff = nn.Sequential(
-            nn.Linear(config.image_dim, config.image_dim), nn.GELU(), nn.Linear(config.image_dim, config.dim)
+            Linear(config.image_dim, config.image_dim), nn.GELU(), Linear(config.image_dim, config.dim)
         )
         self.pos_embed: nn.Parameter | None = None
         if config.pos_embed_seq_len:
@@ -198,6 +202,7 @@ class WanTransformer(PackedTransformer):
     """Video transformer: `text_keys` and `image_keys` once a request; `embed`, blocks and `project` at every step."""
 
     float32_parameters: ClassVar[tuple[str, ...]] = ("scale_shift_table",)
+    checkpoint_names = CHECKPOINT_NAMES
 
     def __init__(self, config: WanConfig, tensor: Group, kernels: Kernels | None = None) -> None:
         """tensor: ranks that share every layer; their number divides the heads and the feed-forward channels. kernels:
@@ -210,9 +215,7 @@ class WanTransformer(PackedTransformer):
         self.patch_embedding = PatchEmbedding(config.in_channels, dim)
         self.time_embedder = nn.Sequential(Float32Linear(config.freq_dim, dim), nn.SiLU(), Float32Linear(dim, dim))
         self.modulation = ColumnLinear(dim, 6 * dim, tensor)
-        self.text_embedder = nn.Sequential(
-            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
-        )
+        self.text_embedder = nn.Sequential(Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), Linear(dim, dim))
         if config.sees_image:
             self.image_embedder = ImageEmbedder(config)
         # Not by an assignment: the checkpoint's name is also that of the property.
@@ -220,7 +223,7 @@ class WanTransformer(PackedTransformer):
             WanBlock(config, tensor, self.kernels) for _ in range(config.num_layers)
         )
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 2, dim))
-        self.proj_out = nn.Linear(dim, PATCH_PIXELS * config.num_output_channels)
+        self.proj_out = Linear(dim, PATCH_PIXELS * config.num_output_channels)
 
     @property
     def blocks(self) -> Sequence[WanBlock]:

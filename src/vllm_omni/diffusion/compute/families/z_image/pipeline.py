@@ -72,6 +72,8 @@ class ZImageForward(Forward[ZImageTransformer]):
 
 
 class ZImagePipeline(FlowPipeline[ZImageState, ZImageTransformer, ZImageForward]):
+    adapter_converter = "ZImageLoraLoaderMixin"
+
     def __init__(
         self,
         loader: ComponentLoader,
@@ -95,7 +97,9 @@ class ZImagePipeline(FlowPipeline[ZImageState, ZImageTransformer, ZImageForward]
 
     def encode(self, request: DiffusionRequest) -> ZImageState:
         length = request.max_sequence_length
-        text = tuple(self._refined(self._prompts(prompt)[:length]) for prompt in branch_prompts(request))
+        states = [self._prompts(prompt)[:length] for prompt in branch_prompts(request)]
+        with self.adapted(request):
+            text = tuple(map(self._refined, states))
         _, rows, columns = self.grid(request)
         channels = self.transformer.config.in_channels
         noise = draw_noise((channels, 2 * rows, 2 * columns), request.seed, torch.float32, self._device)

@@ -24,11 +24,11 @@ from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.families.z_image.config import TIME_WIDTH, ZImageConfig
 from vllm_omni.diffusion.compute.families.z_image.info import TOKEN_MULTIPLE
 from vllm_omni.diffusion.compute.layers.kernels import Kernels, Projected, TorchKernels
-from vllm_omni.diffusion.compute.layers.linear import ColumnLinear, RowLinear
+from vllm_omni.diffusion.compute.layers.linear import ColumnLinear, Linear, RowLinear
 from vllm_omni.diffusion.compute.layers.norms import Scale, rms_norm
 from vllm_omni.diffusion.compute.layers.rope import axis_rotations
 from vllm_omni.diffusion.compute.layers.timesteps import NUM_WAVES, timestep_waves
-from vllm_omni.diffusion.compute.packing import Hidden
+from vllm_omni.diffusion.compute.packing import Hidden, Offsets, Pack
 from vllm_omni.diffusion.compute.step.modulation import Modulation, per_token
 from vllm_omni.diffusion.compute.step.transformer import PackedTransformer, StepContext
 
@@ -111,6 +111,8 @@ class ZImageBlock(nn.Module):
 class ZImageTransformer(PackedTransformer):
     """Single-stream transformer: `refine_caption` once a prompt; `embed`, the blocks and `project` at every step."""
 
+    checkpoint_names = CHECKPOINT_NAMES
+
     def __init__(self, config: ZImageConfig, tensor: Group, kernels: Kernels | None = None) -> None:
         """tensor: ranks that share every layer; their number divides the heads and the feed-forward channels. kernels:
         implementation of the fused operations; None: plain PyTorch."""
@@ -119,12 +121,10 @@ class ZImageTransformer(PackedTransformer):
         self.config = config
         self.tensor = tensor
         dim, condition = config.dim, config.condition_width
-        self.time_embedder = nn.Sequential(
-            nn.Linear(NUM_WAVES, TIME_WIDTH), nn.SiLU(), nn.Linear(TIME_WIDTH, condition)
-        )
-        self.image_embedder = nn.Linear(config.channels_per_token, dim)
+        self.time_embedder = nn.Sequential(Linear(NUM_WAVES, TIME_WIDTH), nn.SiLU(), Linear(TIME_WIDTH, condition))
+        self.image_embedder = Linear(config.channels_per_token, dim)
         self.caption_norm = Scale(config.cap_feat_dim)
-        self.caption_embedder = nn.Linear(config.cap_feat_dim, dim)
+        self.caption_embedder = Linear(config.cap_feat_dim, dim)
         self.x_pad_token = nn.Parameter(torch.zeros(1, dim))
         self.cap_pad_token = nn.Parameter(torch.zeros(1, dim))
         self.noise_refiner = nn.ModuleList(ZImageBlock(config, tensor, kernels) for _ in range(config.n_refiner_layers))
@@ -132,8 +132,8 @@ class ZImageTransformer(PackedTransformer):
             ZImageBlock(config, tensor, kernels, is_modulated=False) for _ in range(config.n_refiner_layers)
         )
         self.layers = nn.ModuleList(ZImageBlock(config, tensor, kernels) for _ in range(config.n_layers))
-        self.output_modulation = nn.Linear(condition, dim)
-        self.output = nn.Linear(dim, config.channels_per_token)
+        self.output_modulation = Linear(condition, dim)
+        self.output = Linear(dim, config.channels_per_token)
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -142,6 +142,9 @@ class ZImageTransformer(PackedTransformer):
     @property
     def compilable_blocks(self) -> Sequence[nn.Module]:
         return [*self.noise_refiner, *self.layers]
+
+    def adapted_tokens(self, path: str, pack: Pack) -> Offsets:
+        return pack.joint if path.startswith("layers.") else pack.image
 
     def run(self, hidden: Hidden, which: range, context: StepContext) -> Hidden:
         pack, arrangement, modulation = context.pack, context.arrangement, context.modulation

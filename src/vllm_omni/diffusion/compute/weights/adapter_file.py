@@ -7,15 +7,13 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -38,11 +36,17 @@ PREFIXES = {
     "lora_te2_": ("text_encoder_2_",),
     "lora_te3_": ("text_encoder_3_",),
     "base_model_model_": ("unet_", "transformer_"),
+    "diffusion_model_": ("unet_", "transformer_"),
+    "": ("transformer_",),
 }
-"""Prefix of Kohya, OneTrainer or peft -> components that it may stand for; a model has one of them."""
+"""Prefix of Kohya, OneTrainer, peft or ComfyUI -> components that it may stand for; a model has one of them."""
 OPTIONAL_PARTS = ("text_model_", "processor_")
 """Parts of names that only some versions of the libraries have."""
 DOWN_PARTS = ("lora_A", "lora_down", "down")
+NUM_NAMED_KEYS = 3
+"""Most keys that an error names; it counts the others."""
+MAX_FILE_BYTES = 16 * 2**30
+"""Largest file of an adapter."""
 
 
 class AdapterFileError(ValueError):
@@ -116,6 +120,8 @@ class AdapterFile:
     def read(cls, file: Path) -> AdapterFile:
         """Read `file`. Raises AdapterFileError if it is no safetensors file, or for unusable settings or values."""
         try:
+            if (num_bytes := file.stat().st_size) > MAX_FILE_BYTES:
+                raise AdapterFileError(f"an adapter has at most {MAX_FILE_BYTES} bytes, got {num_bytes}")
             with safe_open(file, framework="pt") as opened:
                 weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  # no dict
                 metadata = opened.metadata() or {}
@@ -123,7 +129,7 @@ class AdapterFile:
         except (OSError, SafetensorError, ValueError) as error:
             raise AdapterFileError(str(error)) from error
         for key, weight in weights.items():
-            if not bool(weight.isfinite().all()):
+            if not bool(weight.float().isfinite().all()):
                 raise AdapterFileError(f"{key} holds values that are not numbers (NaN or infinite)")
         return cls(weights, configs)
 
@@ -171,13 +177,23 @@ class AdapterFile:
             weights |= {names[key]: weight for key, weight in change.scaled().items()}
         return AdapterFile(weights, {}, file_keys) if file_keys else None
 
-    def with_scales_in_weights(self) -> AdapterFile:
-        """Adapter with its scales multiplied into the weights, so that it needs neither alphas nor settings."""
+    def with_scales_in_weights(self, keeps_alphas: bool = False) -> AdapterFile:
+        """Adapter with its scales multiplied into the weights, so that it needs neither alphas nor settings.
+
+        keeps_alphas: whether there still are alphas, equal to the ranks, for programs that require them.
+        """
         weights = {key: weight for change in self.changes for key, weight in change.scaled().items()}
         scales = {key.rpartition(".")[0]: change.scale for change in self.changes for key in change.keys}
         for key, weight in self.others.items():
             scale = scales.get(key.rpartition(".")[0], 1.0) if key.endswith(".bias") else 1.0
             weights[key] = weight.float() * scale if scale != 1 else weight
+        if keeps_alphas:
+            for change in self.changes:
+                weights |= {
+                    key: torch.tensor(float(change.weights[0].shape[0]))
+                    for key in self._alphas
+                    if change.keys[0].startswith(key.removesuffix("alpha"))
+                }
         return AdapterFile(weights, {})
 
     @cached_property
@@ -238,6 +254,8 @@ class AdapterFile:
 
 def _peft_scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
     """alpha / rank, or alpha / sqrt(rank) with rslora, as peft computes it from the settings of an adapter."""
+    from peft.utils.other import get_pattern_key  # most adapters of packed families need no peft
+
     pattern: Mapping[str, float] = config.get("alpha_pattern") or {}
     default = config.get("lora_alpha", config.get("alpha", rank))
     alpha = float(pattern.get(get_pattern_key(list(pattern), layer), default))
@@ -262,13 +280,13 @@ def layers_by_flat_name(models: Mapping[str, nn.Module]) -> dict[str, str]:
     models: components by their names. A flat name has an underscore for each dot and no `OPTIONAL_PARTS`.
     """
     paths = [f"{component}.{layer}" for component, model in models.items() for layer in _layers(model, "")]
-    counts = Counter(map(_flat, paths))
-    return {flat: path for path in paths if counts[flat := _flat(path)] == 1}
+    counts = Counter(map(flat_name, paths))
+    return {flat: path for path in paths if counts[flat := flat_name(path)] == 1}
 
 
 def find_layer(name: str, layers: Mapping[str, str]) -> str | None:
     """The `component.layer` for a layer's `name` in a file; None: the model has no such layer."""
-    flat = _flat(name)
+    flat = flat_name(name)
     candidates = [flat]
     for prefix, components in PREFIXES.items():
         if flat.startswith(prefix):
@@ -278,6 +296,8 @@ def find_layer(name: str, layers: Mapping[str, str]) -> str | None:
 
 def _layers(module: nn.Module, path: str) -> Iterator[str]:
     """Paths of the modules with a weight; a module with adapters counts as one layer."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     if isinstance(module, BaseTunerLayer) or isinstance(getattr(module, "weight", None), nn.Parameter):
         yield path
         return
@@ -285,8 +305,15 @@ def _layers(module: nn.Module, path: str) -> Iterator[str]:
         yield from _layers(child, f"{path}.{name}" if path else name)
 
 
-def _flat(name: str) -> str:
+def flat_name(name: str) -> str:
+    """Name of a layer with an underscore for each dot, and without `OPTIONAL_PARTS`."""
     flat = name.replace(".", "_")
     for part in OPTIONAL_PARTS:
         flat = flat.replace(part, "")
     return flat
+
+
+def listed(keys: Sequence[str]) -> str:
+    """The first of the keys, and the number of the others."""
+    named, more = ", ".join(keys[:NUM_NAMED_KEYS]), len(keys) - NUM_NAMED_KEYS
+    return named + f" and {more} more" * (more > 0)

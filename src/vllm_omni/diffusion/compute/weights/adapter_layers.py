@@ -1,0 +1,270 @@
+"""Weights of adapter files for the layers of packed transformers, each rank with its shard."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_omni.diffusion.compute.layers.linear import Sharded
+from vllm_omni.diffusion.compute.layers.low_rank import Adaptable, LayerWeights, UpWeight
+from vllm_omni.diffusion.compute.layers.rounding import FLOAT8
+from vllm_omni.diffusion.compute.step.adapters import LoadedAdapter
+from vllm_omni.diffusion.compute.step.transformer import PackedTransformer
+from vllm_omni.diffusion.compute.weights.adapter_file import (
+    AdapterFile,
+    AdapterFileError,
+    LowRank,
+    find_layer,
+    flat_name,
+    listed,
+)
+from vllm_omni.diffusion.compute.weights.loading import checkpoint_modules
+
+logger = logging.getLogger(__name__)
+
+COMPONENTS = ("transformer", "transformer_2")
+"""Components of a model folder that are a packed family's transformers, in order."""
+TEXT_ENCODER_STARTS = ("text_encoder", "lora_te", "te1_", "te2_", "te3_")
+"""Starts of the flat names of a text encoder's layers."""
+MAX_RANK = 1024
+"""Largest rank of a layer. Larger ones cost more than the layers themselves."""
+TOLERANCE = 1e-3
+"""Largest relative difference of the energies of a file and of its conversion."""
+
+Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+"""Conversion of the weights of an adapter to the names of diffusers; raises anything."""
+
+
+@dataclass(frozen=True)
+class LayerTarget:
+    """Place of a layer of the checkpoint in the transformers."""
+
+    index: int
+    """Number of the transformer."""
+    path: str
+    """Path of the module in the transformer."""
+    layer: Adaptable
+    part: int
+    """Number of the layer among those that the module holds side by side."""
+    num_parts: int
+
+    @property
+    def outputs(self) -> int:
+        """Outputs on this rank."""
+        return self.layer.weight.shape[0] // self.num_parts
+
+    @property
+    def inputs(self) -> int:
+        """Inputs on this rank."""
+        return self.layer.weight[0].numel()
+
+    def num_cuts(self, dim: int) -> int:
+        """Number of ranks that share the weight along this dim."""
+        if isinstance(self.layer, Sharded) and self.layer.cut_dims.get("weight") == dim:
+            return self.layer.group.size
+        return 1
+
+    def share(self, dim: int) -> slice:
+        """This rank's part of the outputs (dim 0) or inputs (dim 1)."""
+        length = self.inputs if dim else self.outputs
+        rank = self.layer.group.rank if isinstance(self.layer, Sharded) and self.num_cuts(dim) > 1 else 0
+        return slice(rank * length, (rank + 1) * length)
+
+
+def layer_targets(transformers: Sequence[PackedTransformer]) -> dict[str, LayerTarget]:
+    """Layers that adapters may change, by `component.layer` with diffusers' name of the layer."""
+    targets = {}
+    for index, transformer in enumerate(transformers):
+        for path, module in transformer.named_modules():
+            if isinstance(module, Adaptable):
+                names = checkpoint_modules(path, transformer.checkpoint_names)
+                for part, name in enumerate(names):
+                    targets[f"{COMPONENTS[index]}.{name}"] = LayerTarget(index, path, module, part, len(names))
+    return targets
+
+
+def fused_layers(targets: Mapping[str, LayerTarget]) -> dict[str, list[str]]:
+    """Layers that other code than diffusers' has in one, such as `attention.qkv` -> their parts, in order.
+
+    The name is the one that the transformer's own module has, beside the parts.
+    """
+    by_module: dict[tuple[int, str], list[str]] = {}
+    for name, target in targets.items():
+        by_module.setdefault((target.index, target.path), []).append(name)
+    return {
+        f"{names[0].rpartition('.')[0]}.{path.rpartition('.')[2]}": names
+        for (_, path), names in by_module.items()
+        if len(names) > 1
+    }
+
+
+class AdapterReader:
+    """Reads adapter files for the transformers of one model."""
+
+    def __init__(
+        self,
+        transformers: Sequence[PackedTransformer],
+        convert: Convert | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """convert: diffusers' conversion for the family; None: it has none. dtype: of inputs of float8 layers."""
+        self._transformers = transformers
+        self._targets = layer_targets(transformers)
+        self._fused = fused_layers(self._targets)
+        self._names = {flat_name(name): name for name in (*self._targets, *self._fused)}
+        self._convert = convert
+        self._dtype = dtype
+        self._device = device
+
+    def read(self, file: Path) -> LoadedAdapter:
+        """This rank's weights of an adapter. Raises AdapterFileError unless the model takes what the file holds.
+
+        Layers that the model lacks are left out with a warning if it has others.
+        """
+        contents = AdapterFile.read(file)
+        _refuse_others(contents)
+        found, missing = self._find(contents)
+        if not found:
+            raise AdapterFileError(
+                f"no layer here has the name of one of its layers; it has {listed(missing)}, "
+                f"the model {listed(list(self._targets))}"
+            )
+        if missing:
+            logger.warning(
+                "the LoRA adapter %s: %d of its %d layers are not in this model and left out: %s",
+                file,
+                len(missing),
+                len(missing) + len(found),
+                listed(missing),
+            )
+        return self._loaded(found)
+
+    def _find(self, contents: AdapterFile) -> tuple[dict[str, LowRank], list[str]]:
+        """Changes by name of the layer, and the names in the file of those without a layer.
+
+        The file's names are looked up first; diffusers' conversion knows other trainers' names.
+        """
+        found, missing = self._look_up(contents)
+        if not missing:
+            return found, missing
+        converted = self._converted(contents)
+        again, still_missing = ({}, missing) if converted is None else self._look_up(converted)
+        return (again, still_missing) if len(again) > len(found) else (found, missing)
+
+    def _look_up(self, contents: AdapterFile) -> tuple[dict[str, LowRank], list[str]]:
+        found: dict[str, LowRank] = {}
+        missing = []
+        for change in contents.changes:
+            assert isinstance(change, LowRank)
+            name = find_layer(change.layer, self._names)
+            if name is None:
+                missing.append(change.layer)
+                continue
+            for part, its in self._parts(name, change):
+                if part in found:
+                    raise AdapterFileError(f"two of its layers are {part}: {found[part].layer} and {change.layer}")
+                found[part] = its
+        return found, missing
+
+    def _parts(self, name: str, change: LowRank) -> list[tuple[str, LowRank]]:
+        """Changes of the layers that the layer `name` consists of; most consist of themselves."""
+        if (names := self._fused.get(name)) is None:
+            return [(name, change)]
+        down, up = change.weights
+        if len(up) % len(names):
+            raise AdapterFileError(f"{name} has {len(names)} parts of equal size, its weight has {len(up)} outputs")
+        chunks = up.chunk(len(names))
+        return [(part, replace(change, weights=(down, chunk))) for part, chunk in zip(names, chunks, strict=True)]
+
+    def _converted(self, contents: AdapterFile) -> AdapterFile | None:
+        """The file with the names of diffusers; None if diffusers cannot convert all of it."""
+        if self._convert is None:
+            return None
+        weights = contents.with_scales_in_weights(keeps_alphas=True).weights
+        try:
+            converted = AdapterFile(self._convert(dict(weights)), {})
+            _refuse_others(converted)
+            wanted, got = (sum(change.energy() for change in its.changes) for its in (contents, converted))
+        except Exception:  # the conversions raise many classes for names that they do not know
+            return None
+        return converted if abs(wanted - got) <= TOLERANCE * wanted else None
+
+    def _loaded(self, found: Mapping[str, LowRank]) -> LoadedAdapter:
+        by_path: list[dict[str, list[tuple[LayerTarget, LowRank]]]] = [{} for _ in self._transformers]
+        for name, change in found.items():
+            target = self._targets[name]
+            _check_shapes(name, target, change)
+            by_path[target.index].setdefault(target.path, []).append((target, change))
+        layers = tuple({path: self._weights(parts) for path, parts in paths.items()} for paths in by_path)
+        modulates = tuple(
+            any(name in transformer.modulation_layers for path in paths for name in path.split("."))
+            for transformer, paths in zip(self._transformers, by_path)
+        )
+        return LoadedAdapter(layers, modulates)
+
+    def _weights(self, parts: Sequence[tuple[LayerTarget, LowRank]]) -> LayerWeights:
+        """This rank's weights for one module. parts: the layers of the checkpoint that it holds."""
+        dtype = parts[0][0].layer.weight.dtype
+        dtype = self._dtype if dtype == FLOAT8 else dtype
+        downs: list[Tensor] = []
+        ups: list[UpWeight] = []
+        first = 0
+        for target, change in parts:
+            down, up = (weight.flatten(1).float() for weight in change.weights)
+            ranks = slice(first, first + len(down))
+            columns = slice(target.part * target.outputs, (target.part + 1) * target.outputs)
+            its = (up[target.share(0)] * change.scale).to(self._device, dtype)
+            ups.append(UpWeight(columns, ranks, its))
+            downs.append(down[:, target.share(1)].to(self._device, dtype))
+            first = ranks.stop
+        return LayerWeights(torch.cat(downs), tuple(ups))
+
+
+def _refuse_others(contents: AdapterFile) -> None:
+    """Raise AdapterFileError for weights that are no low-rank pair of a transformer's layer."""
+    if others := list(contents.others):
+        raise AdapterFileError(f"a packed family takes pairs of low-rank weights, got also {listed(others)}")
+    if unused := contents.unused_alphas():
+        raise AdapterFileError(f"these alphas belong to no weights: {listed(unused)}")
+    for kind, keys in (
+        ("LoKr weights", [change.layer for change in contents.changes if not isinstance(change, LowRank)]),
+        (
+            "changes of the text encoder",
+            [c.layer for c in contents.changes if flat_name(c.layer).startswith(TEXT_ENCODER_STARTS)],
+        ),
+    ):
+        if keys:
+            raise AdapterFileError(f"a packed family takes no {kind}, got {listed(keys)}")
+
+
+def _check_shapes(name: str, target: LayerTarget, change: LowRank) -> None:
+    down, up = change.weights
+    if (rank := down.shape[0]) > MAX_RANK:
+        raise AdapterFileError(f"{name} has rank {rank}; ranks of 1 to {MAX_RANK} are taken")
+    got = down[0].numel(), up.shape[0]
+    wanted = target.inputs * target.num_cuts(1), target.outputs * target.num_cuts(0)
+    if got != wanted or up[0].numel() != rank:
+        raise AdapterFileError(
+            f"{name} has {wanted[0]} inputs and {wanted[1]} outputs, its weights are {list(down.shape)} and "
+            f"{list(up.shape)}"
+        )
+
+
+def diffusers_conversion(loader_class: str) -> Convert:
+    """Conversion by a class of `diffusers.loaders.lora_pipeline`."""
+
+    def convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        from diffusers.loaders import lora_pipeline
+
+        cls: Any = getattr(lora_pipeline, loader_class)
+        converted: dict[str, Tensor] = cls.lora_state_dict(weights)
+        return converted
+
+    return convert

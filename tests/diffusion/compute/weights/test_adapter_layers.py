@@ -1,0 +1,278 @@
+"""Adapter files of trainers: names, alphas, types and shards; refusals by name."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from testbed.tiny_adapters import Pair, random_pairs, save_comfyui, save_kohya, save_peft, with_names_of_wan
+from testbed.tiny_models import tiny_transformer
+from testbed.tiny_wan import tiny_wan_transformer
+from testbed.tiny_z_image import tiny_z_image_transformer
+from vllm_omni.diffusion.compute.distributed.groups import Group
+from vllm_omni.diffusion.compute.families.qwen_image.config import QwenImageConfig
+from vllm_omni.diffusion.compute.families.qwen_image.pipeline import QwenImagePipeline
+from vllm_omni.diffusion.compute.families.qwen_image.transformer import QwenImageTransformer
+from vllm_omni.diffusion.compute.families.wan.config import WanConfig
+from vllm_omni.diffusion.compute.families.wan.pipeline import WanPipeline
+from vllm_omni.diffusion.compute.families.wan.transformer import WanTransformer
+from vllm_omni.diffusion.compute.families.z_image.config import ZImageConfig
+from vllm_omni.diffusion.compute.families.z_image.pipeline import ZImagePipeline
+from vllm_omni.diffusion.compute.families.z_image.transformer import ZImageTransformer
+from vllm_omni.diffusion.compute.step.adapters import LoadedAdapter
+from vllm_omni.diffusion.compute.step.transformer import PackedTransformer
+from vllm_omni.diffusion.compute.weights.adapter_file import MAX_FILE_BYTES, AdapterFileError
+from vllm_omni.diffusion.compute.weights.adapter_layers import AdapterReader, diffusers_conversion
+
+CPU = torch.device("cpu")
+FAMILIES: dict[str, tuple[Callable[..., Any], type[PackedTransformer], Any, Any]] = {
+    "qwen_image": (tiny_transformer, QwenImageTransformer, QwenImageConfig, QwenImagePipeline),
+    "z_image": (tiny_z_image_transformer, ZImageTransformer, ZImageConfig, ZImagePipeline),
+    "wan": (tiny_wan_transformer, WanTransformer, WanConfig, WanPipeline),
+}
+
+
+class Case:
+    """Transformers of one family, of diffusers and ours, without weights that matter."""
+
+    def __init__(self, family: str) -> None:
+        build, cls, config, pipeline = FAMILIES[family]
+        self.family = family
+        self.theirs = build(heads=6 if family == "z_image" else 2)
+        self._build: Callable[[Group], Any] = lambda group: cls(config.from_dict(dict(self.theirs.config)), group)
+        self._convert = diffusers_conversion(pipeline.adapter_converter)
+
+    def reader(self, group: Group | None = None) -> AdapterReader:
+        return AdapterReader([self._build(group or Group.alone())], self._convert, torch.float32, CPU)
+
+    def read(self, file: Path) -> LoadedAdapter:
+        return self.reader().read(file)
+
+    def pairs(self, part: str = "") -> dict[str, Pair]:
+        return random_pairs(self.theirs, 1, part=part)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return Case(request.param)
+
+
+@pytest.fixture(scope="module")
+def qwen() -> Case:
+    return Case("qwen_image")
+
+
+def deltas(adapter: LoadedAdapter) -> dict[str, Tensor]:
+    """Change of the weight of each part of each layer: B A, [outputs, inputs]."""
+    return {
+        f"{path} {up.columns.start}": up.weight @ weights.down[up.ranks]
+        for path, weights in adapter.layers[0].items()
+        for up in weights.ups
+    }
+
+
+def assert_same(got: LoadedAdapter, wanted: Mapping[str, Tensor], tolerance: float = 1e-5) -> None:
+    found = deltas(got)
+    assert found.keys() == wanted.keys()
+    for name, delta in found.items():
+        torch.testing.assert_close(delta, wanted[name], atol=tolerance, rtol=tolerance)
+
+
+def test_files_of_all_trainers_make_the_same_changes(case: Case, tmp_path: Path) -> None:
+    pairs = case.pairs()
+    wanted = deltas(case.read(save_peft(pairs, tmp_path / "peft.safetensors")))
+    assert len(wanted) == len(pairs), "every linear layer has a place"
+    assert_same(case.read(save_peft(pairs, tmp_path / "bare.safetensors", prefix="")), wanted)
+    assert_same(case.read(save_comfyui(pairs, tmp_path / "comfy.safetensors")), wanted)
+    if case.family != "wan":
+        assert_same(case.read(save_kohya(pairs, tmp_path / "kohya.safetensors")), wanted)
+
+
+def test_own_names_of_wan_are_converted_by_diffusers(tmp_path: Path) -> None:
+    case = Case("wan")
+    pairs = case.pairs(part="blocks.")
+    wanted = deltas(case.read(save_peft(pairs, tmp_path / "peft.safetensors")))
+    own = with_names_of_wan(pairs)
+    assert not own.keys() & pairs.keys()
+    assert_same(case.read(save_comfyui(own, tmp_path / "comfy.safetensors")), wanted)
+    assert_same(case.read(save_kohya(own, tmp_path / "kohya.safetensors")), wanted)
+
+
+def test_one_pair_may_change_queries_keys_and_values_together(tmp_path: Path) -> None:
+    """Z-Image's own code has one layer for them."""
+    case = Case("z_image")
+    width = case.theirs.config.dim
+    down, up = torch.randn(4, width), torch.randn(3 * width, 4)
+    fused = save_peft({"layers.0.attention.qkv": (down, up)}, tmp_path / "fused.safetensors", "diffusion_model.")
+    parts = {
+        f"layers.0.attention.to_{name}": (down.clone(), part)
+        for name, part in zip("qkv", map(torch.clone, up.chunk(3)))
+    }
+    assert_same(case.read(fused), deltas(case.read(save_peft(parts, tmp_path / "split.safetensors"))))
+    # Kohya's trainer has the names of that code, too.
+    out = random_pairs(case.theirs, 1, part="layers.0.attention.to_out.0")
+    own = {"layers.0.attention.qkv": (down, up), "layers.0.attention.out": out["layers.0.attention.to_out.0"]}
+    kohya = case.read(save_kohya(own, tmp_path / "kohya.safetensors"))
+    assert_same(kohya, deltas(case.read(save_peft(parts | out, tmp_path / "all.safetensors"))))
+    weights = load_file(fused) | load_file(tmp_path / "split.safetensors")
+    save_file(weights, tmp_path / "both.safetensors")
+    with pytest.raises(AdapterFileError, match=r"two of its layers are transformer.layers.0.attention.to_[qkv]: "):
+        case.read(tmp_path / "both.safetensors")
+    uneven = {"layers.0.attention.qkv": (down, up[:-1])}
+    with pytest.raises(AdapterFileError, match=r"has 3 parts of equal size, its weight has \d+ outputs"):
+        case.read(save_peft(uneven, tmp_path / "uneven.safetensors"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_weights_of_every_type_are_read(qwen: Case, tmp_path: Path, dtype: torch.dtype) -> None:
+    pairs = {name: (down.to(dtype), up.to(dtype)) for name, (down, up) in qwen.pairs(part="attn").items()}
+    wide = {name: (down.float(), up.float()) for name, (down, up) in pairs.items()}
+    wanted = deltas(qwen.read(save_peft(wide, tmp_path / "wide.safetensors")))
+    assert_same(qwen.read(save_peft(pairs, tmp_path / "narrow.safetensors")), wanted)
+
+
+def test_each_layer_has_its_own_rank_and_alpha(qwen: Case, tmp_path: Path) -> None:
+    layers = ("transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k", "proj_out")
+    pairs: dict[str, Pair] = {}
+    for name, rank in zip(layers, (1, 5, 8)):
+        pairs |= random_pairs(qwen.theirs, rank, rank=rank, part=name)
+    plain = load_file(save_peft(pairs, tmp_path / "plain.safetensors"))
+    wanted = deltas(qwen.read(tmp_path / "plain.safetensors"))
+    alphas = {"to_q": 2.0, "proj_out": 4.0}  # the scale is alpha / rank
+    tensors = {
+        f"transformer.{name}.alpha": torch.tensor(a) for end, a in alphas.items() for name in layers if end in name
+    }
+    save_file(plain | tensors, tmp_path / "alphas.safetensors")
+    settings: dict[str, Any] = {"transformer.r": 5, "transformer.lora_alpha": 5}
+    settings["transformer.alpha_pattern"] = {"to_q": 2.0, "proj_out": 4.0}
+    header = {"lora_adapter_metadata": json.dumps(settings)}
+    save_file(plain, tmp_path / "settings.safetensors", metadata=header)
+    for name in ("alphas", "settings"):
+        got = deltas(qwen.read(tmp_path / f"{name}.safetensors"))
+        for key, delta in wanted.items():
+            factor = 0.5 if "proj_out" in key else 2.0 if key == "transformer_blocks.0.image.qkv 0" else 1.0
+            torch.testing.assert_close(got[key], factor * delta)
+
+
+def test_ranks_hold_their_shards(case: Case, tmp_path: Path) -> None:
+    file = save_peft(case.pairs(), tmp_path / "a.safetensors")
+    whole = case.read(file).layers[0]
+    for rank in range(2):
+        group = Group((0, 1), rank, Counter())
+        reader = case.reader(group)
+        for path, weights in reader.read(file).layers[0].items():
+            layer: Any = reader._transformers[0].get_submodule(path)
+            cut = getattr(layer, "cut_dims", {}).get("weight")
+            assert weights.down.shape[1] == layer.weight[0].numel()
+            for mine, all_ in zip(weights.ups, whole[path].ups, strict=True):
+                outputs = len(all_.weight) // 2
+                share = slice(rank * outputs, (rank + 1) * outputs) if cut == 0 else slice(None)
+                torch.testing.assert_close(mine.weight, all_.weight[share])
+                assert mine.columns.stop - mine.columns.start == len(mine.weight)
+            inputs = whole[path].down.shape[1] // 2
+            share = slice(rank * inputs, (rank + 1) * inputs) if cut == 1 else slice(None)
+            torch.testing.assert_close(weights.down, whole[path].down[:, share])
+
+
+Q = "transformer.transformer_blocks.0.attn.to_q"
+GOOD: dict[str, Tensor] = {f"{Q}.lora_A.weight": torch.ones(2, 32), f"{Q}.lora_B.weight": torch.ones(32, 2)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {f"{Q}.lora_A.weight": torch.ones(2, 31)},
+            r"attn.to_q has 32 inputs and 32 outputs, its weights are \[2, 31\]",
+        ),
+        ({f"{Q}.lora_B.weight": torch.ones(33, 2)}, r"has 32 inputs and 32 outputs, .* \[33, 2\]"),
+        ({f"{Q}.lora_B.weight": torch.ones(32, 3)}, "do not fit together"),
+        ({f"{Q}.lora_B.weight": torch.full((32, 2), torch.nan)}, "lora_B.weight holds values that are not numbers"),
+        (
+            {f"{Q}.lora_A.weight": torch.ones(1025, 32), f"{Q}.lora_B.weight": torch.ones(32, 1025)},
+            "rank 1025; ranks of 1 to 1024",
+        ),
+        ({f"{Q}.lora_magnitude_vector": torch.ones(32)}, "got also .*lora_magnitude_vector"),
+        ({f"{Q}.dora_scale": torch.ones(32)}, "got also .*dora_scale"),
+        ({f"{Q}.lora_B.bias": torch.ones(32)}, "got also .*lora_B.bias"),
+        ({"diffusion_model.img_in.diff": torch.ones(32, 64)}, "got also diffusion_model.img_in.diff"),
+        ({"diffusion_model.img_in.diff_b": torch.ones(32)}, "got also diffusion_model.img_in.diff_b"),
+        ({"x.hada_w1_a": torch.ones(2, 2)}, "got also x.hada_w1_a"),
+        ({f"{Q}.lokr_w1": torch.ones(2, 2), f"{Q}.lokr_w2": torch.ones(16, 16)}, "takes no LoKr weights, got .*to_q"),
+        (
+            {
+                "text_encoder.layers.0.q_proj.lora_A.weight": torch.ones(2, 8),
+                "text_encoder.layers.0.q_proj.lora_B.weight": torch.ones(8, 2),
+            },
+            "takes no changes of the text encoder, got text_encoder.layers.0.q_proj",
+        ),
+        (
+            {"lora_te_x.lora_down.weight": torch.ones(2, 8), "lora_te_x.lora_up.weight": torch.ones(8, 2)},
+            "takes no changes of the text encoder, got lora_te_x",
+        ),
+        ({f"{Q}.alpha": torch.ones(2)}, "alpha takes one number"),
+        ({"transformer.img_in.alpha": torch.ones(())}, "these alphas belong to no weights: transformer.img_in.alpha"),
+        ({"transformer.img_in.lora_A.weight": torch.ones(2, 64)}, "img_in.lora_A.weight has no partner"),
+        (
+            {
+                "lora_unet_transformer_blocks_0_attn_to_q.lora_down.weight": torch.ones(2, 32),
+                "lora_unet_transformer_blocks_0_attn_to_q.lora_up.weight": torch.ones(32, 2),
+            },
+            "two of its layers are transformer.transformer_blocks.0.attn.to_q",
+        ),
+    ],
+)
+def test_what_is_not_applied_is_refused_by_name(
+    qwen: Case, tmp_path: Path, changes: dict[str, Tensor], words: str
+) -> None:
+    file = tmp_path / "a.safetensors"
+    save_file(GOOD, file)
+    qwen.read(file)
+    save_file(GOOD | changes, file)
+    with pytest.raises(AdapterFileError, match=words):
+        qwen.read(file)
+
+
+def test_an_adapter_of_another_model_is_refused_with_names_of_both(qwen: Case, tmp_path: Path) -> None:
+    other = Case("wan").pairs(part="blocks.")
+    with pytest.raises(
+        AdapterFileError, match=r"no layer here .*; it has transformer\..* and \d+ more, the model trans"
+    ):
+        qwen.read(save_peft(other, tmp_path / "wan.safetensors"))
+
+
+def test_layers_that_the_model_lacks_are_left_out_with_a_warning(
+    qwen: Case, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pairs = qwen.pairs(part="attn.to_q")
+    wanted = deltas(qwen.read(save_peft(pairs, tmp_path / "a.safetensors")))
+    assert not caplog.records
+    more = pairs | {"transformer_blocks.9.attn.to_q": random_pairs(qwen.theirs, 2)["img_in"]}
+    with caplog.at_level(logging.WARNING):
+        assert_same(qwen.read(save_peft(more, tmp_path / "b.safetensors")), wanted)
+    (record,) = caplog.records
+    assert (
+        "1 of its 3 layers are not in this model and left out: transformer.transformer_blocks.9" in record.getMessage()
+    )
+
+
+def test_files_that_are_none_are_refused_before_they_are_read(qwen: Case, tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    for contents in (b"", b"nothing", (10 * 2**30).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"[]"):
+        file.write_bytes(contents)
+        with pytest.raises(AdapterFileError):
+            qwen.read(file)
+    save_file(GOOD, file)
+    with file.open("r+b") as sparse:
+        sparse.truncate(MAX_FILE_BYTES + 1)
+    with pytest.raises(AdapterFileError, match=f"at most {MAX_FILE_BYTES} bytes, got {MAX_FILE_BYTES + 1}"):
+        qwen.read(file)
