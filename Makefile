@@ -11,7 +11,7 @@ help:
 	@echo "make test    set up, run the linters and the tests (PROCESSES=2, more on a large machine)"
 	@echo "make test-layouts   the tests of every parallel layout, up to 8 processes (about 20 minutes)"
 	@echo "make test-thorough  slow tests: whole servers, replays, benchmarks, every combination (about 7 minutes)"
-	@echo "make test-soak      a minute of load on a real server while its workers are killed and stopped"
+	@echo "make test-soak      minutes of load on real servers: their workers and one of two servers are killed"
 	@echo "make check   the linters alone"
 
 $(SETUP): requirements/cpu.txt pyproject.toml tools/setup.sh

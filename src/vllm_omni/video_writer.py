@@ -44,7 +44,15 @@ OUTPUT_FORMATS: Mapping[str, VideoFileFormat] = {
     video_format.name: video_format
     for video_format in (
         # Constant quality, whose differences are hardly visible; the index in front: it plays while it is loaded.
-        VideoFileFormat("mp4", "video/mp4", "libx264", {"crf": "18", "preset": "medium"}, {"movflags": "+faststart"}),
+        # Without macroblock trees the same frames are the same file: x264's vector code for trees reads what lies
+        # behind a row of macroblocks, so the file would differ from run to run unless 128 divides the width.
+        VideoFileFormat(
+            "mp4",
+            "video/mp4",
+            "libx264",
+            {"crf": "18", "preset": "medium", "x264-params": "mbtree=0"},
+            {"movflags": "+faststart"},
+        ),
         # libvpx's default ("good", cpu-used 1) is ten times slower than x264; "realtime" is about as fast.
         VideoFileFormat(
             "webm", "video/webm", "libvpx-vp9", {"crf": "24", "deadline": "realtime", "cpu-used": "6", "row-mt": "1"}

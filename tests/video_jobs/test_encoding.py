@@ -86,6 +86,18 @@ async def test_frames_come_back_with_their_number_rate_size_and_colours(
         assert np.abs(frame[:, edge + 3 :] - RIGHT).max(initial=0) <= 12
 
 
+@pytest.mark.parametrize("output_format", ["mp4", "webm"])
+async def test_the_same_frames_are_the_same_video(output_format: str, pool: VideoEncoderPool, tmp_path: Path) -> None:
+    """In a size in which x264's macroblock trees give one of several files, by what the memory held before."""
+    rows, columns, times = np.ogrid[0:240, 0:64, 0:17]
+    red, blue = 128 + 100 * np.sin((columns + 3 * times) / 9), 128 + 100 * np.cos((rows - 2 * times) / 7 + columns / 5)
+    frames = np.stack(np.broadcast_arrays(red, 3 * rows, blue), -1).astype(np.uint8).transpose(2, 0, 1, 3)
+    _, first = read((await encode(pool, tmp_path, frames, output_format)).video)
+    for _ in range(10 if output_format == "mp4" else 1):
+        _, other = read((await encode(pool, tmp_path, frames, output_format)).video)
+        np.testing.assert_array_equal(other, first)
+
+
 @pytest.mark.parametrize("fps", [0.5, 7.5, 16, 24, 50])
 async def test_a_gif_shows_its_frames_at_their_rate_and_begins_again(
     fps: float, pool: VideoEncoderPool, tmp_path: Path

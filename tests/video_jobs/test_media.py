@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from copy import copy
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -281,4 +282,30 @@ async def test_a_stored_file_outlasts_a_loss_of_power(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "fsync", noted)
     await media.put("video_1/1/video.mp4", b"a video")
     assert kinds == [stat.S_IFREG, stat.S_IFDIR]
+    await media.close()
+
+
+async def test_nothing_blocks_the_event_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = set()
+
+    def note(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            threads.add(threading.current_thread().name.rstrip("0123456789"))
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    media = MediaStore.open(str(tmp_path))
+    note(os, "replace")
+    for name in ("cat_file", "info", "modified", "open", "rm", "rm_file"):
+        note(media._files, name)
+    key = "video_1/1/video.mp4"
+    await media.put(key, b"a video")
+    await media.info(key)
+    assert await media.get(key) == b"".join([piece async for piece in media.read(key)])
+    await media.delete(key)
+    await media.delete_tree("video_1")
+    assert threads == {"omni-media_"}
     await media.close()

@@ -376,10 +376,16 @@ def test_a_checkpoint_that_no_such_request_has_written_is_refused(checkpoint: Ch
     assert error.value.param == "resume"
 
 
-@pytest.mark.parametrize("seconds", [0, -1.0, float("nan")])
-def test_an_interval_that_is_not_positive_is_refused(seconds: float) -> None:
+@pytest.mark.parametrize("seconds", [0, -1.0, float("nan"), "30", True])
+def test_an_interval_that_is_not_a_positive_number_is_refused(seconds: Any) -> None:
     with pytest.raises(InvalidRequestError, match="checkpoint_seconds takes"):
         with_checkpoints([make_scheduled()], INFO, None, seconds)
+
+
+def test_only_a_checkpoint_can_be_resumed() -> None:
+    wrong: Any = b"bytes"
+    with pytest.raises(InvalidRequestError, match=r"resume takes a Checkpoint or None, got b'bytes'"):
+        with_checkpoints([make_scheduled()], INFO, wrong, None)
 
 
 def test_several_outputs_do_not_resume_from_one_checkpoint() -> None:

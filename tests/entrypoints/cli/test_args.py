@@ -20,6 +20,7 @@ from vllm_omni.entrypoints.cli.commands import DEST as FOREIGN_DEST
 from vllm_omni.entrypoints.cli.main import main
 from vllm_omni.entrypoints.openai.settings import HttpOptions, ServerSettings
 from vllm_omni.errors import ConfigError, NotAvailableError
+from vllm_omni.video_jobs.settings import VideoJobSettings
 
 # The outside contract: change it knowingly. `--no-x` forms of switches are left out.
 FROZEN_FLAGS = [
@@ -273,6 +274,24 @@ def test_server_flags(tmp_path: Path) -> None:
     )
 
 
+def test_flags_of_video_jobs() -> None:
+    parsed = parse(
+        *("--job-store", "postgresql://omni@db/omni", "--media-store", "s3://bucket/videos", "--job-ttl", "60"),
+        *("--max-jobs-per-key", "3", "--max-jobs", "9", "--checkpoint-seconds", "2.5"),
+    )
+    assert parsed.videos == VideoJobSettings(
+        job_store="postgresql://omni@db/omni",
+        media_store="s3://bucket/videos",
+        job_ttl_seconds=60.0,
+        max_jobs_per_key=3,
+        max_jobs=9,
+        checkpoint_seconds=2.5,
+    )
+    dests = {action.dest for action in serve_parser()._actions}
+    without_flag = {"lease_seconds", "poll_seconds", "sweep_seconds", "num_encoding_threads"}
+    assert {f.name for f in fields(VideoJobSettings)} - dests == without_flag
+
+
 def test_omni_and_model_may_stand_anywhere(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("port: 1\n")
@@ -326,6 +345,12 @@ WRONG_VALUES = [
     (["--default-response-format", "png"], ["--default-response-format", "'png'", "b64_json", "url"]),
     (["--chat-text-tasks", "off"], ["--chat-text-tasks", "'off'", "empty", "generate"]),
     (["--media-ttl", "0"], ["--media-ttl", "'0'", "seconds above 0"]),
+    (["--job-ttl", "0"], ["--job-ttl", "'0'", "seconds above 0"]),
+    (["--checkpoint-seconds", "-1"], ["--checkpoint-seconds", "'-1'", "seconds above 0"]),
+    (["--max-jobs", "0"], ["--max-jobs", "'0'", "integer of at least 1"]),
+    (["--max-jobs-per-key", "many"], ["--max-jobs-per-key", "'many'", "integer of at least 1"]),
+    (["--job-store", ""], ["--job-store", "''", "not empty"]),
+    (["--job-store", "postgresql://db/omni"], ["--job-store", "--media-store"]),
     *(
         (["--allowed-media-domains", "a.example", wrong], ["--allowed-media-domains", repr(wrong), "exact host name"])
         for wrong in ("https://a.example", "a.example:80", "*.example", "a.example/", ".example", "bücher.example", "")

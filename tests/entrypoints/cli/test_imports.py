@@ -22,6 +22,7 @@ def modules_after(statement: str) -> set[str]:
         ("from vllm_omni.entrypoints import plugin; plugin.register()", {"torch", "vllm", "fastapi", "yaml"}),
         # Servers of models that make pictures need no database.
         ("import vllm_omni.video_jobs.records, vllm_omni.video_jobs.store", {"torch", "sqlalchemy", "fastapi"}),
+        ("import vllm_omni.entrypoints.openai.app", {"sqlalchemy", "av"}),
         # Parsing needs vLLM's parser, and no engine and no HTTP app.
         ("import vllm_omni.entrypoints.cli.main", {"torch", "vllm", "fastapi", "uvicorn", "transformers"}),
     ],

@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 
 from vllm_omni.entrypoints.openai.errors import error_response
 from vllm_omni.entrypoints.openai.requests.body_reader import validated
-from vllm_omni.entrypoints.openai.schema.chat import ChatCompletionRequest
+from vllm_omni.entrypoints.openai.schema.chat import ChatCompletionRequest, VideoChatRequest
 from vllm_omni.entrypoints.openai.schema.images import (
     ErrorResponse,
     ImageEditRequest,
@@ -54,7 +54,9 @@ def has_place(body: Any, param: str) -> bool:
 
 
 @pytest.mark.parametrize("is_form", [False, True])
-@pytest.mark.parametrize("model", [ImageGenerationRequest, ImageEditRequest, ChatCompletionRequest, VideoRequest])
+@pytest.mark.parametrize(
+    "model", [ImageGenerationRequest, ImageEditRequest, ChatCompletionRequest, VideoChatRequest, VideoRequest]
+)
 def test_a_param_is_a_place_in_the_body(model: type[RequestBody], is_form: bool) -> None:
     num_refused = 0
     for field in model.model_fields:

@@ -19,7 +19,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from testbed.live_server import FAKE_EDIT_INFO, LiveServer, live_server
+from testbed.live_server import FAKE_EDIT_INFO, FAKE_VIDEO_INFO, LiveServer, live_server
 from testbed.patience import GUARD_SECONDS
 
 CHECKS = [
@@ -98,6 +98,16 @@ def test_edits_on_a_model_that_edits(mode: GenerationMode, times: int) -> None:
         }
         statuses = fuzz(schema, *EDITS, mode, times)
     assert set(statuses) <= ({400} if mode is GenerationMode.NEGATIVE else {200, 400, 404})
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=lambda mode: mode.value)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/videos", "/v1/videos/sync", "/v1/images/generations"])
+def test_bodies_on_a_model_that_makes_videos(path: str, mode: GenerationMode) -> None:
+    with live_server(info=FAKE_VIDEO_INFO) as running:
+        schema = schemathesis.openapi.from_url(f"{running.url}/openapi.json")
+        statuses = fuzz(schema, "POST", path, mode, 1)
+    assert set(statuses) <= ({400} if mode is GenerationMode.NEGATIVE else {200, 400, 404, 429})
 
 
 def is_absent_in_a_form(value: Any) -> bool:

@@ -91,6 +91,17 @@ async def test_a_mistake_of_ours_is_no_failure_of_the_database(store: JobStore) 
         await store.add(job)
 
 
+def test_commits_of_sqlite_outlast_a_loss_of_power(sqlite_url: str) -> None:
+    database = Database(sqlite_url)
+
+    def modes(session: Session, now: float) -> list[object]:
+        connection = session.connection()
+        return [connection.exec_driver_sql(f"PRAGMA {name}").scalar_one() for name in ("journal_mode", "synchronous")]
+
+    assert database.read(modes) == ["wal", 2]  # 2: FULL
+    database.close()
+
+
 async def test_a_locked_file_is_unavailable_until_it_is_free(
     sqlite_url: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

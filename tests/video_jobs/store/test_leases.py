@@ -275,6 +275,30 @@ async def test_connections_that_claim_at_the_same_time_get_different_jobs(postgr
         await each.close()
 
 
+@pytest.mark.thorough
+async def test_every_job_ends_once_whatever_its_servers_go_through(store_url: str) -> None:
+    store = open_test_store(store_url, None)
+    jobs = [await publish(store) for _ in range(100)]
+    output = await run_program("servers", store_url)
+    claims: dict[str, int] = {}
+    completions: list[tuple[str, int]] = []
+    for word, job_id, fence in map(str.split, output.splitlines()):
+        if word == "completed":
+            completions.append((job_id, int(fence)))
+        else:
+            claims[job_id] = max(claims.get(job_id, 0), int(fence))
+    ended = [await store.get(job.id, OWNER) for job in jobs]
+    assert {job.status for job in ended} <= {"completed", "failed"}
+    assert {job.error_code for job in ended} <= {None, "too_many_attempts"}
+    # Each completed row is the work of exactly one claim, the last one.
+    assert sorted(completions) == sorted(
+        (job.id, int(job.outputs["video"])) for job in ended if job.status == "completed"
+    )
+    assert [fence for job_id, fence in completions] == [claims[job_id] for job_id, _ in completions]
+    assert completions
+    await store.close()
+
+
 async def test_quotas_hold_when_jobs_are_added_at_the_same_time(store_url: str, clock: Clock) -> None:
     stores = [open_test_store(store_url, clock, max_jobs=5, max_jobs_per_key=4) for _ in range(4)]
     added = await asyncio.gather(

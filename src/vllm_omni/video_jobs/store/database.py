@@ -58,7 +58,7 @@ class Database:
         self._reads = engine.execution_options(begin="BEGIN")
         self._writes = engine.execution_options(begin="BEGIN IMMEDIATE")
         if not self._is_postgres:
-            _begin_transactions_as_asked(engine)
+            _set_up_connections(engine)
         try:
             if not self._is_postgres:
                 _use_write_ahead_log(engine)
@@ -126,7 +126,7 @@ class _CommitError(Exception):
 
 def _make_engine(url: URL) -> Engine:
     is_postgres = url.get_backend_name() == "postgresql"
-    settings = _POSTGRES_CONNECTION if is_postgres else {"timeout": _BUSY_SECONDS}
+    settings = _POSTGRES_CONNECTION if is_postgres else {"timeout": _BUSY_SECONDS, "check_same_thread": False}
     # Each statement sees what was committed before it: `add` counts rows after it has waited for its lock.
     isolation: dict[str, Any] = {"isolation_level": "READ COMMITTED"} if is_postgres else {}
     return create_engine(
@@ -140,12 +140,13 @@ def _make_engine(url: URL) -> Engine:
     )
 
 
-def _begin_transactions_as_asked(engine: Engine) -> None:
-    """Let SQLAlchemy, not Python's driver, begin the transactions of SQLite; a write locks the file at its begin."""
+def _set_up_connections(engine: Engine) -> None:
+    """Let SQLAlchemy, not Python's driver, begin the transactions of SQLite: a write locks the file at its begin."""
 
     @event.listens_for(engine, "connect")
     def take_over(connection: Any, record: object) -> None:
         connection.isolation_level = None
+        connection.execute("PRAGMA synchronous=FULL")  # some builds' default loses the last commits with the power
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:

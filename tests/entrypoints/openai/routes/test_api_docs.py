@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from urllib.parse import urljoin
 import httpx
 import pytest
 
-from testbed.live_server import FAKE_EDIT_INFO, FAKE_INFO, LiveServer, live_server
+from testbed.live_server import FAKE_EDIT_INFO, FAKE_INFO, FAKE_VIDEO_INFO, FakeImageInput, LiveServer, live_server
 from tests.entrypoints.openai.routes.test_image_edits import PHOTO, file_of
 from tests.entrypoints.openai.routes.test_image_errors import error_of
+from tests.entrypoints.openai.routes.videos import SYNC, VIDEOS, ended
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.entrypoints.vllm_api import swagger_ui_folder
 
@@ -103,17 +105,53 @@ def test_every_example_runs_as_it_is(info: ModelInfo) -> None:
     assert sent == [*images, ("/v1/chat/completions", "application/json")]
 
 
-def test_a_form_is_filled_with_its_example() -> None:
+@pytest.mark.parametrize("image_input", [None, FakeImageInput()], ids=["from text", "from pictures"])
+def test_every_example_of_videos_runs_as_it_is(image_input: FakeImageInput | None) -> None:
+    sent = []
+    with (
+        live_server(info=replace(FAKE_VIDEO_INFO, image_input=image_input)) as running,
+        httpx.Client(base_url=running.url) as client,
+    ):
+        reference = {} if image_input is None else {"input_reference": file_of(PHOTO)}
+        source = ended(
+            client, client.post(VIDEOS, data={"prompt": "x"}, files={**reference, "prompt": b"x"}).json()["id"]
+        )
+        for method, path, operation in operations(client.get("/openapi.json").json()):
+            for kind, content in operation.get("requestBody", {}).get("content", {}).items():
+                arguments: dict[str, Any] = {"json": content["example"]}
+                if kind != "application/json":
+                    form = {name: str(value) for name, value in content["example"].items()}
+                    arguments = {"data": form, "files": reference or {"none": ("", b"")}}
+                response = client.request(method, path.format(video_id=source["id"]), **arguments)
+                assert response.status_code == 200, response.text
+                assert "x-omni-ignored-fields" not in response.headers
+                sent.append((path, kind))
+    kinds = ("application/json", "multipart/form-data")
+    paths = [(path, kind) for path in (VIDEOS, SYNC) for kind in kinds]
+    pictures = [("/v1/images/generations", "application/json")] if image_input is None else []
+    chat, remix = ("/v1/chat/completions", "application/json"), (f"{VIDEOS}/{{video_id}}/remix", "application/json")
+    assert sent == [*pictures, chat, *paths, remix]
+
+
+@pytest.mark.parametrize(
+    ("info", "path", "pictures"),
+    [(FAKE_EDIT_INFO, "/v1/images/edits", "image"), (FAKE_VIDEO_INFO, VIDEOS, "input_reference")],
+    ids=["edits", "videos"],
+)
+def test_a_form_is_filled_with_its_example(info: ModelInfo, path: str, pictures: str) -> None:
     """Swagger UI fills its form with each property's example, or with a default such as `string`."""
-    with live_server(info=FAKE_EDIT_INFO) as running:
+    with live_server(info=info) as running:
         schema = httpx.get(f"{running.url}/openapi.json").json()
-    form = schema["paths"]["/v1/images/edits"]["post"]["requestBody"]["content"]["multipart/form-data"]
-    examples = {name: field["example"] for name, field in form["schema"]["properties"].items() if name != "image"}
+    form = schema["paths"][path]["post"]["requestBody"]["content"]["multipart/form-data"]
+    examples = {name: field["example"] for name, field in form["schema"]["properties"].items() if name != pictures}
     assert {name: value for name, value in examples.items() if value != ""} == form["example"]
 
 
-def test_summaries_say_what_an_operation_does(http: httpx.Client) -> None:
-    summaries = [operation["summary"] for _, _, operation in operations(http.get("/openapi.json").json())]
+@pytest.mark.parametrize("info", [FAKE_INFO, FAKE_VIDEO_INFO], ids=["pictures", "videos"])
+def test_summaries_say_what_an_operation_does(info: ModelInfo) -> None:
+    with live_server(info=info) as running:
+        schema = httpx.get(f"{running.url}/openapi.json").json()
+    summaries = [operation["summary"] for _, _, operation in operations(schema)]
     assert len(set(summaries)) == len(summaries)
     assert all(len(summary.split()) >= 3 for summary in summaries)
 

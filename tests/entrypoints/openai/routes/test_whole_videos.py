@@ -18,7 +18,10 @@ from tests.entrypoints.openai.routes.test_video_chats import file_of
 from tests.entrypoints.openai.routes.test_videos import frames_of
 from tests.entrypoints.openai.routes.videos import VIDEOS, made
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
+]
 NAME, PROMPT = "SkyReelsV2Pipeline", "a red apple"
 OPTIONS = {"seed": 3, "num_frames": 5, "num_inference_steps": 3, "max_sequence_length": 64}
 

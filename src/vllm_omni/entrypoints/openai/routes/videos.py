@@ -46,7 +46,7 @@ def make_videos_router(service: VideoService) -> APIRouter:
 
     @router.get(
         "",
-        summary="List videos",
+        summary="List the videos",
         response_model=VideoList,
         openapi_extra={"parameters": query_parameters(VideoListQuery)},
     )
