@@ -103,6 +103,22 @@ async def test_a_job_is_deleted_as_one_tree(media: MediaStore) -> None:
     assert await media.get("video_12/1/video.mp4") == b"data"
 
 
+async def test_a_tree_that_several_sweeps_delete_is_gone_when_each_of_them_returns(tmp_path: Path) -> None:
+    media = MediaStore.open(str(tmp_path / "media"))
+    folder = tmp_path / "media" / "job"
+    for number in range(20):
+        (folder / str(number)).mkdir(parents=True)
+        for name in range(20):
+            (folder / str(number) / f"{name}.png").touch()
+
+    async def delete() -> bool:
+        await media.delete_tree("job")
+        return folder.exists()
+
+    assert await asyncio.gather(*(delete() for _ in range(4))) == [False] * 4
+    await media.close()
+
+
 async def test_access_is_checked_without_a_trace(media: MediaStore) -> None:
     media.check_access()
     assert not media._files.exists(media._root) or not media._files.ls(media._root)

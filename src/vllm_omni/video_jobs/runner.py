@@ -7,7 +7,6 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_omni.diffusion.messages.checkpoint import Checkpoint
@@ -217,16 +216,12 @@ class JobRunner:
         for variant, file in files.items():
             live.unrecorded.add(outputs[variant])
             await retrying(
-                # A file must not appear after its removal.
-                partial(self._put, outputs[variant], file),
+                partial(self.media.put, outputs[variant], file),
                 MediaStoreError,
                 MEDIA_SECONDS,
                 never=MediaStoreFullError,
             )
         return outputs
-
-    async def _put(self, key: str, file: Path) -> None:
-        await uninterrupted(self.media.put(key, file))
 
     async def _has_recorded(self, live: LiveJob) -> bool:
         """Whether the job's row names the files of this claim. Raises JobNotFoundError and UnavailableError."""
