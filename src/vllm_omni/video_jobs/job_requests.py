@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from vllm_omni.diffusion.control.request_builder import MAX_PREVIEWS, CheckedPrompt
+from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, OmniPrompt
 from vllm_omni.jobs import Job
 from vllm_omni.video_jobs.encoding import check_video_file
@@ -56,7 +57,7 @@ def new_job(new: NewVideo, job: Job, served_model: str, work_seconds: float, sho
         params = replace(params, num_previews=num_affordable_previews(job))
     negative = new.checked.prompt.negative_prompt
     fps = request.fps or DEFAULT_FPS
-    check_video_file(new.output_format, request.num_frames, request.height, request.width, fps)
+    check_file(new.output_format, request)
     return VideoJob(
         id=job_id,
         owner=new.owner,
@@ -92,6 +93,12 @@ def new_job(new: NewVideo, job: Job, served_model: str, work_seconds: float, sho
         error_message=None,
         num_attempts=0,
     )
+
+
+def check_file(output_format: str, request: DiffusionRequest) -> None:
+    """Raise InvalidRequestError for a video that no file of the format can hold."""
+    fps = request.fps or DEFAULT_FPS
+    check_video_file(output_format, request.num_frames, request.height, request.width, fps)
 
 
 def num_affordable_previews(job: Job) -> int:
