@@ -167,15 +167,19 @@ class VideoJobs:
 
     @asynccontextmanager
     async def make_now(
-        self, new: NewVideo, on_output: Callable[[OmniRequestOutput], None] = lambda output: None
+        self,
+        new: NewVideo,
+        on_output: Callable[[OmniRequestOutput], None] = lambda output: None,
+        job: Job | None = None,
     ) -> AsyncIterator[EncodedVideo]:
         """Make a video without a job: the files exist inside the `async with` block.
 
-        A caller that is cancelled before stops the request. `on_output`: called with each output of the engine.
-        Raises whatever the engine raises.
+        A caller that is cancelled before stops the request. `on_output`: called with each output of the engine; `job`:
+        the engine's request for `new`, if it was made before. Raises whatever the engine raises.
         """
         maker = self._running_parts().maker
-        job = await asyncio.to_thread(self._omni.make_checked_job, new.checked)
+        if job is None:
+            job = await asyncio.to_thread(self._omni.make_checked_job, new.checked)
         encoded = await maker.make(job, new.output_format, on_output)
         try:
             yield encoded

@@ -10,7 +10,8 @@ import httpx
 import pytest
 
 from testbed.fakes import make_request
-from testbed.live_server import live_server
+from testbed.live_server import FAKE_VIDEO_INFO, live_server
+from tests.entrypoints.openai.routes.videos import SYNC, made
 from vllm_omni.diffusion.messages.request import LoRA
 from vllm_omni.entrypoints.openai.routes.picture_service import log_request
 
@@ -40,6 +41,21 @@ def test_the_seed_is_the_default_one_where_none_is_sent(caplog: pytest.LogCaptur
 
 def test_nothing_is_logged_without_the_flag(caplog: pytest.LogCaptureFixture) -> None:
     assert lines_after_a_request(caplog, log_requests=False) == []
+
+
+def test_a_video_is_one_line_with_the_id_of_its_job(caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        caplog.at_level(logging.INFO, "vllm_omni"),
+        live_server(info=FAKE_VIDEO_INFO, settings={"log_requests": True}) as server,
+        httpx.Client(base_url=server.url) as client,
+    ):
+        video = made(client, prompt="a secret garden", seed=None)
+        assert client.post(SYNC, json={"prompt": "a secret garden", "seed": 3}).status_code == 200
+    job, sync = (record.message for record in caplog.records if record.message.startswith("request "))
+    settings = "size 64x64, frames 9, steps 4, n 1, seed {}, adapter none"
+    assert job == f"request {video['id']}: {settings.format(video['seed'])}"
+    assert re.fullmatch(rf"request omni-[0-9a-f]{{32}}: {settings.format(3)}", sync)
+    assert "secret" not in caplog.text
 
 
 def test_the_adapter_is_named(caplog: pytest.LogCaptureFixture) -> None:

@@ -121,11 +121,13 @@ def log_request(requests: Sequence[DiffusionRequest]) -> None:
     """Log one HTTP request. `requests`: the engine's requests for its `n` pictures, which differ in their seeds."""
     first = requests[0]
     adapter = "none" if first.lora is None else f"{first.lora.name} x {first.lora.scale:g}"
+    length = f", frames {first.num_frames}" if first.num_frames > 1 else ""
     logger.info(
-        "request %s: size %dx%d, steps %d, n %d, seed %d, adapter %s",
+        "request %s: size %dx%d%s, steps %d, n %d, seed %d, adapter %s",
         first.request_id.removesuffix("-0"),
         first.width,
         first.height,
+        length,
         first.num_inference_steps,
         len(requests),
         first.seed,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -41,14 +42,37 @@ from vllm_omni.entrypoints.openai.settings import ServerSettings
 from vllm_omni.errors import InvalidRequestError, JobNotFoundError, RequestError, UnsupportedParameterError
 from vllm_omni.inputs.data import OmniPrompt
 from vllm_omni.inputs.images import InputImage
+from vllm_omni.jobs import Job
 from vllm_omni.video_jobs.job_requests import NewVideo
 from vllm_omni.video_jobs.records import is_job_id
 from vllm_omni.video_jobs.service import VideoJobs
 from vllm_omni.video_jobs.views import VideoView
 
+logger = logging.getLogger(__name__)
+
 POLL_HEADER = "openai-poll-after-ms"
 """Milliseconds after which the SDK's poll helper asks again."""
 _PNG = ImageFormat("png", 100)
+
+
+@dataclass(frozen=True)
+class AskedVideo:
+    """A checked request for a video."""
+
+    new: NewVideo
+    job: Job
+    """The engine's request for it."""
+    ignored: tuple[str, ...]
+    """Names of the fields without effect."""
+    headers: dict[str, str]
+    """Header with these names, if there are some."""
+
+    def log(self, settings: ServerSettings, request_id: str) -> None:
+        """Log the request, and its prompt, as far as flags ask for it."""
+        if settings.log_requests:
+            log_request([replace(self.job.requests[0].request, request_id=request_id)])
+        if settings.log_prompts:
+            logger.info("prompt %r, %s", self.new.checked.prompt, self.new.checked.given)
 
 
 @dataclass(frozen=True)
@@ -65,27 +89,31 @@ class VideoService:
 
         Raises RequestError or RequestValidationError; HTTPException (408, 413) for slow and for large bodies.
         """
-        with self.pictures.budget.reserve() as reservation, _own_field_names():
-            new, ignored, headers = await self._read(request, reservation)
+        pictures = self.pictures
+        with pictures.budget.reserve() as reservation, _own_field_names():
+            asked = await self._read(request, reservation)
+            files = await png_files(pictures.encoder, reservation.images)
+            new = replace(asked.new, input_files=files)
             job = await self.jobs.create(new)
-        return await self._created(job.id, request, ignored, headers)
+        asked.log(pictures.settings, job.id)
+        return await self._created(job.id, request, asked.ignored, asked.headers)
 
     async def make_now(self, request: Request) -> Response:
         """Make a video without a job, and answer with its file; stop when the client leaves. Raises as `create`."""
         with self.pictures.budget.reserve() as reservation, _own_field_names():
-            new, _, headers = await self._read(request, reservation)
-            return await unless_disconnected(request, self._file(new, headers))
+            asked = await self._read(request, reservation)
+            reservation.replace_images(asked.new.checked.prompt.images)
+            asked.log(self.pictures.settings, asked.job.request_id)
+            return await unless_disconnected(request, self._file(asked))
 
-    async def _file(self, new: NewVideo, headers: dict[str, str]) -> Response:
-        async with self.jobs.make_now(new) as encoded:
+    async def _file(self, asked: AskedVideo) -> Response:
+        async with self.jobs.make_now(asked.new, job=asked.job) as encoded:
             data = await asyncio.to_thread(encoded.video.read_bytes)
-            headers = {**headers, **_file_headers(encoded.video.name)}
+            headers = {**asked.headers, **_file_headers(encoded.video.name)}
             return Response(data, media_type=encoded.content_type, headers=headers)
 
-    async def _read(
-        self, request: Request, reservation: UploadReservation
-    ) -> tuple[NewVideo, tuple[str, ...], dict[str, str]]:
-        """A checked request, the names of its fields without effect, and the header with them."""
+    async def _read(self, request: Request, reservation: UploadReservation) -> AskedVideo:
+        """A request that was read and checked; its uploaded pictures are in `reservation`."""
         pictures = self.pictures
         body = await self.uploads.read(VIDEO_BODY, request, reservation)
         pictures.check_model_name(body)
@@ -96,25 +124,21 @@ class VideoService:
                 param="input_reference",
             )
         params = sampling_params(body, pictures.omni.config.lora_modules, body.partial_images)
-        uploads = reservation.images
-        prompt = OmniPrompt(body.prompt, body.negative_prompt, uploads)
+        prompt = OmniPrompt(body.prompt, body.negative_prompt, reservation.images)
         checked = await pictures.checker.check(prompt, params, pictures.decoder)
         check_is_video(checked, body)
-        job = await pictures.checker.make_job(checked)  # counts the tokens of the prompt
+        job = await pictures.checker.make_job(checked)  # counts the tokens of the prompt, and draws the seed
         first = job.requests[0].request
         checked = replace(checked, params=replace(checked.params, seed=first.seed))
         ignored, headers = pictures.ignored_fields(body, request, first.has_guidance)
-        if pictures.settings.log_requests:
-            log_request([scheduled.request for scheduled in job.requests])
         new = NewVideo(
-            owner=owner_of(request, self.pictures.settings),
+            owner=owner_of(request, pictures.settings),
             model=body.model or pictures.settings.served_model_names[0],
-            prompt=prompt,
+            prompt=checked.prompt,
             checked=checked,
-            input_files=await png_files(pictures.encoder, uploads),
             output_format=body.output_format,
         )
-        return new, ignored, headers
+        return AskedVideo(new, job, ignored, headers)
 
     async def retrieve(self, video_id: str, request: Request) -> Response:
         """One job. Raises JobNotFoundError, as all methods with an id do."""
