@@ -118,5 +118,6 @@ class JobClaimer:
         )
         if num_tokens >= num_replicas * (config.max_batch_tokens or ready.max_batch_tokens):
             return 0
-        num_free = num_replicas * min(config.max_num_seqs, ready.max_num_seqs or config.max_num_seqs) - len(self.live)
+        most = min(limit for limit in (config.max_num_seqs, ready.max_num_seqs, ready.max_running) if limit is not None)
+        num_free = num_replicas * most - sum(not live.is_made for live in self.live.values())
         return max(0, min(num_replicas - num_waiting, num_free))

@@ -10,7 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from vllm_omni.diffusion.control.request_builder import MAX_PREVIEWS, CheckedPrompt
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
+from vllm_omni.diffusion.control.request_builder import MAX_PREVIEWS, OPTIONAL_PARAMETERS, CheckedPrompt
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, OmniPrompt
 from vllm_omni.jobs import Job
@@ -44,18 +45,23 @@ class NewVideo:
     remixed_from: str | None = None
 
 
-def new_job(new: NewVideo, job: Job, served_model: str, work_seconds: float, shows_previews: bool) -> VideoJob:
+def new_job(new: NewVideo, job: Job, served_model: str, work_seconds: float, info: ModelInfo) -> VideoJob:
     """Row of a new job. `job`: the same request as the engine would run it, with its seed drawn and its price.
 
     Raises InvalidRequestError for a video that no file of the format can hold.
     """
     job_id, request = new_job_id(), job.requests[0].request
     params = replace(new.checked.params, seed=request.seed, num_frames=request.num_frames, fps=request.fps)
+    # A default that the model does not take has no effect, but would be refused as a request's own value.
+    not_taken: dict[str, Any] = {name: None for name in OPTIONAL_PARAMETERS if name not in info.parameters}
+    params = replace(params, **not_taken)
     if new.checked.given.lora_request is None:  # the default of the server that runs it: its path is on that server
         params = replace(params, lora_request=None)
-    if shows_previews and not params.num_previews:
+    if info.gives_previews and not params.num_previews:
         params = replace(params, num_previews=num_affordable_previews(job))
     negative = new.checked.prompt.negative_prompt
+    if negative is None and "negative_prompt" in info.parameters:
+        negative = new.checked.defaults.get("negative_prompt")
     fps = request.fps or DEFAULT_FPS
     check_file(new.output_format, request)
     return VideoJob(
@@ -71,7 +77,7 @@ def new_job(new: NewVideo, job: Job, served_model: str, work_seconds: float, sho
         expires_at=None,
         request={
             "prompt": new.checked.prompt.prompt,
-            "negative_prompt": new.checked.defaults.get("negative_prompt") if negative is None else negative,
+            "negative_prompt": negative,
             "params": params_to_json(params),
             "output_format": new.output_format,
         },

@@ -107,8 +107,7 @@ class VideoJobs:
         return row
 
     def _row(self, new: NewVideo, job: Job) -> VideoJob:
-        shows_previews = self._omni.info.gives_previews
-        return new_job(new, job, self._served_model, self._omni.work_seconds(job), shows_previews=shows_previews)
+        return new_job(new, job, self._served_model, self._omni.work_seconds(job), self._omni.info)
 
     async def _add(self, row: VideoJob, files: Mapping[str, bytes | Path]) -> None:
         """Add a row and its files (key -> content), or nothing."""

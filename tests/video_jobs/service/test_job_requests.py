@@ -28,7 +28,7 @@ def row(
 ) -> tuple[VideoJob, Job]:
     checked = requests.check(prompt, params)
     job = Job("r", prompt.prompt, "np", requests.build_checked(checked, "r"))
-    return new_job(NewVideo("", "m", prompt, checked, (), output_format), job, "m", 1.0, shows_previews=True), job
+    return new_job(NewVideo("", "m", prompt, checked, (), output_format), job, "m", 1.0, VIDEO), job
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 
-from testbed.fakes import FakeExecutor, FakeRunner
+from testbed.fakes import FakeExecutor, FakeRunner, as_whole, fake_video
 from testbed.patience import until
-from tests.video_jobs.service.servers import OWNER, SLOW_DECODE, Server, running_server
+from tests.diffusion.control.builders import VIDEO
+from tests.video_jobs.service.servers import NUM_STEPS, OWNER, SLOW_DECODE, Server, running_server, until_next_turn
 from tests.video_jobs.service.test_life_of_a_job import all_jobs, held_device, run_until
+from vllm_omni.diffusion.catalog.whole_info import WholePipeline
 from vllm_omni.diffusion.control.plans_in_flight import MAX_PLANS_IN_FLIGHT
+from vllm_omni.video_jobs.encoding import EncodedVideo, VideoEncoding
+from vllm_omni.video_jobs.parts import ENCODINGS_PER_THREAD
 from vllm_omni.video_jobs.records import VideoJob
 from vllm_omni.video_jobs.store.job_store import JobStore
 
@@ -224,3 +228,49 @@ async def test_an_engine_that_stops_gives_its_jobs_back(tmp_path: Path) -> None:
         async with running_server(tmp_path / "shared") as second:
             ended = await second.ended(job.id)
             assert (ended.status, ended.num_attempts) == ("completed", 1)
+
+
+async def test_no_further_job_is_claimed_while_many_videos_wait_for_an_encoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish, may_finish = VideoEncoding.finish, asyncio.Event()
+
+    async def slow_finish(encoding: VideoEncoding) -> EncodedVideo:
+        await may_finish.wait()
+        return await finish(encoding)
+
+    monkeypatch.setattr(VideoEncoding, "finish", slow_finish)
+    async with running_server(tmp_path, num_encoding_threads=1) as server:
+        jobs = [await server.create() for _ in range(6)]
+        parts = server.videos._parts
+        assert parts is not None
+        most = ENCODINGS_PER_THREAD + 1  # one was claimed while the last of them was made
+        await until(lambda: sum(live.is_made for live in parts.claimer.live.values()) >= ENCODINGS_PER_THREAD)
+        for _ in range(20):
+            await until_next_turn()
+            assert len(parts.claimer.live) <= most
+        may_finish.set()
+        for job in jobs:
+            assert (await server.ended(job.id)).status == "completed"
+
+
+async def test_a_drained_job_of_a_whole_pipeline_begins_from_the_start(tmp_path: Path) -> None:
+    pipeline = WholePipeline("SomePipeline", ("height", "width", "num_inference_steps", "num_frames"), "callback", 1)
+    info = as_whole(VIDEO, pipeline)
+
+    def make_device() -> FakeExecutor:
+        return FakeExecutor(lambda: FakeRunner(image=lambda request, step: fake_video(request)), hold=True)
+
+    device = make_device()
+    async with running_server(tmp_path, device, info=info) as first:
+        job = await first.create()
+        await run_until(device, lambda: device.num_plans >= 3)
+        draining = asyncio.create_task(first.videos.drain(30.0))
+        await run_until(device, draining.done)
+        assert (await first.view(job.id)).job.checkpoint is None
+    device = make_device()
+    device.hold = False
+    async with running_server(tmp_path, device, info=info) as second:
+        ended = await second.ended(job.id)
+        assert (ended.status, ended.num_attempts) == ("completed", 1)
+        assert num_steps_run(device) == NUM_STEPS
