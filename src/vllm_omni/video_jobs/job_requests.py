@@ -12,6 +12,7 @@ from PIL import Image
 
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.control.request_builder import MAX_PREVIEWS, OPTIONAL_PARAMETERS, CheckedPrompt
+from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, OmniPrompt
 from vllm_omni.jobs import Job
 from vllm_omni.video_jobs.encoding import check_video_file
@@ -62,7 +63,7 @@ def new_job(new: NewVideo, job: Job, served_model: str, work_seconds: float, inf
     if negative is None and "negative_prompt" in info.parameters:
         negative = new.checked.defaults.get("negative_prompt")
     fps = request.fps or DEFAULT_FPS
-    check_video_file(new.output_format, request.num_frames, request.height, request.width, fps)
+    check_file(new.output_format, request)
     return VideoJob(
         id=job_id,
         owner=new.owner,
@@ -98,6 +99,12 @@ def new_job(new: NewVideo, job: Job, served_model: str, work_seconds: float, inf
         error_message=None,
         num_attempts=0,
     )
+
+
+def check_file(output_format: str, request: DiffusionRequest) -> None:
+    """Raise InvalidRequestError for a video that no file of the format can hold."""
+    fps = request.fps or DEFAULT_FPS
+    check_video_file(output_format, request.num_frames, request.height, request.width, fps)
 
 
 def num_affordable_previews(job: Job) -> int:

@@ -171,6 +171,7 @@ def test_pictures_of_the_message_begin_the_video() -> None:
         ({"seconds": "abc"}, "seconds", "takes a number"),
         ({"output_format": "png"}, "output_format", "'mp4', 'webm' or 'gif'"),
         ({"n": 11}, "n", "less than or equal to 10"),
+        ({"output_format": "gif", "fps": 60, "stream": True}, "fps", "50"),
         ({"messages": [says([text("x"), shows(photo(8, 8, 1))])]}, "messages", "makes videos from text and takes no"),
         ({"messages": [says("x " * 600)]}, "messages", "tokens, at most 512"),
     ],

@@ -18,7 +18,7 @@ from vllm_omni.entrypoints.openai.routes.videos import CONTENT_ROUTE
 from vllm_omni.entrypoints.openai.schema.chat import VideoChatRequest
 from vllm_omni.jobs import Job
 from vllm_omni.video_jobs.encoding import EncodedVideo
-from vllm_omni.video_jobs.job_requests import NewVideo
+from vllm_omni.video_jobs.job_requests import NewVideo, check_file
 from vllm_omni.video_jobs.service import VideoJobs
 
 
@@ -45,6 +45,7 @@ class VideoChat:
 
         def make_answer(checked: CheckedPrompt, job: Job, ignored: tuple[str, ...]) -> VideoChatAnswer:
             check_is_video(checked, body)
+            check_file(body.output_format, job.requests[0].request)
             single = replace(checked, params=replace(checked.params, num_outputs_per_prompt=1))
             new = NewVideo(
                 owner_of(request, pictures.settings), envelope.model, checked.prompt, single, files, body.output_format
