@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_omni.errors import RequestError
 from vllm_omni.omni import AsyncOmni
-from vllm_omni.video_jobs.live_job import LiveJob
+from vllm_omni.video_jobs.live_job import LiveJob, StopReason
 from vllm_omni.video_jobs.records import ClaimedJob
 
 if TYPE_CHECKING:
@@ -89,6 +89,9 @@ class JobClaimer:
         return len(claims) == number
 
     def _start(self, claim: ClaimedJob, start: StartJob) -> None:
+        if (older := self.live.get(claim.job.id)) is not None and older.task is not None:
+            older.stop_reason = StopReason.GONE  # its lease ended before this server renewed it
+            older.task.cancel()
         live = LiveJob(claim, claim.job.progress)
         logger.info("video job %s: attempt %d begins", live.id, claim.job.num_attempts)
         self.live[live.id] = live

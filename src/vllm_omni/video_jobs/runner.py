@@ -201,12 +201,7 @@ class JobRunner:
         if live.start_note is not None:
             await live.start_note  # a late one must not come after the end
         complete = partial(self.store.complete, live.id, live.claim.fence, outputs)
-        try:
-            await self._persist(lambda: uninterrupted(complete()))
-        except LeaseLostError:
-            # A commit whose answer was lost is refused when it is repeated.
-            if not await self._has_recorded(live):
-                raise
+        await self._persist(lambda: uninterrupted(complete()))
         live.unrecorded.clear()
         await self._discard_checkpoint(live)
 
@@ -250,7 +245,10 @@ class JobRunner:
         """End the claim, so that any server may go on, or the deletion of the job can end."""
         try:
             if live.unrecorded and await self._has_recorded(live):
-                return  # it was completed while its task was cancelled
+                # It is completed: its task was cancelled during the commit, or the answer was lost and the commit
+                # refused when it was repeated.
+                await self._discard_checkpoint(live)
+                return
         except JobNotFoundError:
             pass
         except RequestError as error:  # the files go with the job

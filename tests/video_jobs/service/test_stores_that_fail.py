@@ -98,7 +98,7 @@ async def test_an_engine_that_gives_up_counts_as_an_attempt(tmp_path: Path) -> N
     async with running_server(tmp_path, deadly, lease_seconds=0.2, config={"max_worker_restarts": 0}) as first:
         job = await first.create()
         await until(lambda: first.omni.status().state == "failed")
-        async with running_server(tmp_path, lease_seconds=0.2) as second:
+        async with running_server(tmp_path) as second:
             ended = await second.ended(job.id)
             assert (ended.status, ended.num_attempts) == ("completed", 2)
 

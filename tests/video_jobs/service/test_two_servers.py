@@ -124,7 +124,8 @@ async def test_a_silent_servers_job_is_completed_by_another_one_and_its_late_wri
         job = await first.create()
         await run_until(device, lambda: device.num_plans >= 3)
         await parts.leases.close()  # it is alive, but silent
-        async with running_server(tmp_path / "shared", lease_seconds=SHORT_LEASE) as second:
+        parts._claiming.cancel()
+        async with running_server(tmp_path / "shared") as second:
             ended = await second.ended(job.id)
             assert ended.status == "completed"
             files = second.files()
@@ -174,7 +175,9 @@ async def test_a_server_claims_no_job_that_it_cannot_begin(tmp_path: Path) -> No
         await run_until(device, lambda: num_steps_run(device) > 2)
         parts = server.videos._parts
         assert parts is not None
-        assert 0 < len(parts.claimer.live) < len(jobs)
+        for _ in range(20):
+            await until_next_turn()
+            assert len(parts.claimer.live) == 1, "it fills a step alone"
         num_before, seconds = await parts.store.queued_before(jobs[-1])
         assert num_before == len(jobs) - 1 - len(parts.claimer.live)
         assert ((await server.view(jobs[-1].id)).eta_seconds or 0) > seconds
