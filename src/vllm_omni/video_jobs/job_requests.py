@@ -16,7 +16,7 @@ from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, OmniPrompt
 from vllm_omni.jobs import Job
 from vllm_omni.video_jobs.encoding import check_video_file
-from vllm_omni.video_jobs.records import VideoJob, new_job_id
+from vllm_omni.video_jobs.records import VideoJob, creation_time, new_job_id
 
 MAX_PREVIEW_SHARE = 0.1
 """Most of a job's work that goes into previews: short jobs have fewer, or none."""
@@ -50,7 +50,7 @@ def new_job(new: NewVideo, job: Job, served_model: str, work_seconds: float, inf
 
     Raises InvalidRequestError for a video that no file of the format can hold.
     """
-    job_id, request = new_job_id(), job.requests[0].request
+    job_id, request = new_job_id(time.time()), job.requests[0].request
     params = replace(new.checked.params, seed=request.seed, num_frames=request.num_frames, fps=request.fps)
     # A default that the model does not take has no effect, but would be refused as a request's own value.
     not_taken: dict[str, Any] = {name: None for name in OPTIONAL_PARAMETERS if name not in info.parameters}
@@ -71,7 +71,7 @@ def new_job(new: NewVideo, job: Job, served_model: str, work_seconds: float, inf
         served_model=served_model,
         status="queued",
         progress=0,
-        created_at=time.time(),
+        created_at=creation_time(job_id),
         started_at=None,
         completed_at=None,
         expires_at=None,

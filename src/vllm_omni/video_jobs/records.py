@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import secrets
 from collections.abc import Mapping
@@ -20,12 +21,17 @@ __all__ = [
     "StoreFullError",
     "TooManyJobsError",
     "VideoJob",
+    "creation_time",
     "is_job_id",
     "new_job_id",
 ]
 
 JobStatus = Literal["queued", "in_progress", "completed", "failed"]
 JOB_STATUSES: tuple[JobStatus, ...] = ("queued", "in_progress", "completed", "failed")
+
+_TIME_BYTES, _RANDOM_BYTES = 7, 17
+"""Parts of an id before it is encoded as 32 characters."""
+_TICKS_PER_SECOND = 1_000_000
 
 MAX_ATTEMPTS = 3
 """Servers in a row that die with a job, without a checkpoint of it between; then it fails, as the job may be why."""
@@ -36,7 +42,7 @@ class VideoJob:
     """A video job. Times are Unix seconds; mappings hold JSON values alone."""
 
     id: str
-    """`video_` and 32 random characters that are safe in a URL: see `new_job_id`."""
+    """`video_` and 32 characters that are safe in a URL: see `new_job_id`."""
     owner: str
     """SHA-256 of the API key that made the job, in hex; empty where the server has no keys."""
     model: str
@@ -47,6 +53,7 @@ class VideoJob:
     progress: int
     """Percent from 0 to 100; never falls."""
     created_at: float
+    """The time in the id: see `creation_time`."""
     started_at: float | None
     completed_at: float | None
     """Time at which the job completed or failed."""
@@ -82,9 +89,17 @@ class ClaimedJob:
     """Number of the claim. It grows with each claim, and a write with an older one is refused."""
 
 
-def new_job_id() -> str:
-    """A new id of a job. It cannot be guessed: it has 192 random bits."""
-    return f"video_{secrets.token_urlsafe(24)}"
+def new_job_id(created_at: float) -> str:
+    """A new id of a job that is made at a time in Unix seconds. It cannot be guessed: it has 136 random bits."""
+    time = round(created_at * _TICKS_PER_SECOND).to_bytes(_TIME_BYTES, "big")
+    return f"video_{base64.urlsafe_b64encode(time + secrets.token_bytes(_RANDOM_BYTES)).decode()}"
+
+
+def creation_time(job_id: str) -> float:
+    """Time in an id, in Unix seconds and whole microseconds: the place of a job in lists, also once it is deleted."""
+    assert is_job_id(job_id), "the caller checks the form of an id"
+    data = base64.urlsafe_b64decode(job_id.removeprefix("video_"))
+    return int.from_bytes(data[:_TIME_BYTES], "big") / _TICKS_PER_SECOND
 
 
 def is_job_id(text: str) -> bool:

@@ -130,7 +130,7 @@ class VideoJobs:
         """At most `limit` jobs of `owner` behind the job `after` in the order of creation; whether more follow."""
         parts = self._running_parts()
         jobs, has_more = await parts.store.list(owner, after, limit, newest_first)
-        return [await parts.views.view(job) for job in jobs], has_more
+        return await parts.views.views(jobs), has_more
 
     async def delete(self, job_id: str, owner: str) -> None:
         """Delete a job and its files; one that runs stops after its step. Raises JobNotFoundError."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -40,16 +40,33 @@ class JobViews:
 
     async def view(self, job: VideoJob) -> VideoView:
         """View of a job that was just read from the store. Raises UnavailableError if the store does not answer."""
-        live = self._live.get(job.id)
+        (view,) = await self.views([job])
+        return view
+
+    async def views(self, jobs: Sequence[VideoJob]) -> list[VideoView]:
+        """Views of jobs that were just read, with at most one further query. Raises UnavailableError."""
+        waiting = [job.id for job in jobs if self._waits_in_store(job)]
+        before = await self._store.queued_before(waiting) if waiting else {}
+        views = []
+        for job in jobs:
+            _, seconds_before = before.get(job.id, (0, 0.0))
+            views.append(self._view(job, seconds_before))
+        return views
+
+    def _waits_in_store(self, job: VideoJob) -> bool:
+        return self._omni.ready is not None and job.status == "queued" and job.id not in self._live
+
+    def _view(self, job: VideoJob, seconds_before: float) -> VideoView:
+        """View of a job. `seconds_before`: work of the jobs that wait in the store before it."""
         if job.completed_at is not None:
             return VideoView(job, None, poll_after_ms(0.0))
-        if live is not None:
+        if (live := self._live.get(job.id)) is not None:
             started = "in_progress" if live.has_started else job.status
             job = replace(job, status=started, progress=max(job.progress, live.percent))
-        eta = await self._eta_seconds(job, live)
+        eta = self._eta_seconds(job, live, seconds_before)
         return VideoView(job, eta, poll_after_ms(eta))
 
-    async def _eta_seconds(self, job: VideoJob, live: LiveJob | None) -> float:
+    def _eta_seconds(self, job: VideoJob, live: LiveJob | None, seconds_before: float) -> float:
         left = job.work_seconds * (100 - job.progress) / 100
         if self._omni.ready is None:
             return left
@@ -58,8 +75,7 @@ class JobViews:
             return self._omni.eta_seconds(live.request) if is_in_engine and live.request is not None else left
         if job.status == "in_progress":  # on another server: at the speed that it had so far
             return _at_own_speed(job) or left
-        _, seconds = await self._store.queued_before(job)
-        return self._omni.status().queue_seconds + seconds + left
+        return self._omni.status().queue_seconds + seconds_before + left
 
 
 def _at_own_speed(job: VideoJob) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from vllm_omni.errors import InvalidRequestError, JobNotFoundError, QueueFullErr
 from vllm_omni.video_jobs.encoding import VideoWriteError
 from vllm_omni.video_jobs.media import MediaStoreFullError
 from vllm_omni.video_jobs.observer import VideoObserver
+from vllm_omni.video_jobs.store.job_store import JobStore
 from vllm_omni.video_jobs.watching import Ended, PreviewImage, Progress, VideoEvent
 
 
@@ -206,6 +208,28 @@ async def test_jobs_wait_in_the_store_while_the_engines_queue_is_full(tmp_path: 
         device.release_results(len(device.pending))
         ended = await server.ended(job.id)
         assert (ended.status, ended.num_attempts) == ("completed", 1), "a full queue is no attempt"
+
+
+async def test_a_page_of_waiting_jobs_asks_once_for_all_estimates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queued_before = JobStore.queued_before
+    asked: list[list[str]] = []
+
+    async def note(store: JobStore, job_ids: Sequence[str]) -> dict[str, tuple[int, float]]:
+        asked.append(list(job_ids))
+        return await queued_before(store, job_ids)
+
+    device = held_device()
+    async with running_server(tmp_path, device, config={"max_num_seqs": 1}) as server:
+        for _ in range(6):
+            await server.create()
+        await run_until(device, lambda: device.num_plans >= 1)
+        monkeypatch.setattr(JobStore, "queued_before", note)
+        views, _ = await server.videos.list(OWNER, None, 100, False)
+        etas = [view.eta_seconds or 0.0 for view in views if view.job.id in asked[0]]
+        assert (len(asked), len(etas) >= 3) == (1, True)
+        assert etas == sorted({*etas}), "each waits for those before it"
 
 
 async def test_a_worker_death_does_not_end_a_job(tmp_path: Path) -> None:

@@ -80,7 +80,9 @@ def has_ended(job: VideoJob) -> bool:
 
 async def add_again(store: JobStore, job: VideoJob) -> str:
     """Add a job like `job`; return its id."""
-    again = replace(job, id=new_job_id(), status="queued", progress=0, completed_at=None, outputs={}, num_attempts=0)
+    again = replace(
+        job, id=new_job_id(job.created_at), status="queued", progress=0, completed_at=None, outputs={}, num_attempts=0
+    )
     await store.add(again)
     await store.publish(again.id)
     return again.id

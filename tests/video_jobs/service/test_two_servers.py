@@ -178,7 +178,8 @@ async def test_a_server_claims_no_job_that_it_cannot_begin(tmp_path: Path) -> No
         for _ in range(20):
             await until_next_turn()
             assert len(parts.claimer.live) == 1, "it fills a step alone"
-        num_before, seconds = await parts.store.queued_before(jobs[-1])
+        before = await parts.store.queued_before([jobs[-1].id])
+        num_before, seconds = before[jobs[-1].id]
         assert num_before == len(jobs) - 1 - len(parts.claimer.live)
         assert ((await server.view(jobs[-1].id)).eta_seconds or 0) > seconds
         device.hold = False

@@ -61,7 +61,12 @@ def open_test_store(url: str, clock: Callable[[], float] | None, **limits: int) 
 
 
 def new_job(**fields: Any) -> VideoJob:
-    return replace(JOB, **{"id": new_job_id(), **fields})
+    job = replace(JOB, **fields)
+    return job if job.id else replace(job, id=new_job_id(job.created_at))
+
+
+UNKNOWN = new_job().id
+"""Id of a job that no store has."""
 
 
 async def publish(store: JobStore, **fields: Any) -> VideoJob:

@@ -25,7 +25,7 @@ OTHER = new_job(created_at=100.0)
 
 CALLS: dict[str, tuple[Callable[[JobStore], Awaitable[object]], set[str]]] = {
     "claim": (lambda store: store.claim("a server", MODEL, 2), {"video_jobs_claims"}),
-    "queued_before": (lambda store: store.queued_before(JOB), {"video_jobs_claims"}),
+    "queued_before": (lambda store: store.queued_before([JOB.id, OTHER.id]), {"video_jobs_claims"}),
     "first page": (lambda store: store.list(OWNER, None, 20, True), {"video_jobs_pages"}),
     "next page": (lambda store: store.list(OWNER, JOB.id, 20, True), {"video_jobs_pages"}),
     "next page, oldest first": (lambda store: store.list(OWNER, JOB.id, 20, False), {"video_jobs_pages"}),

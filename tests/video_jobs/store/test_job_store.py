@@ -11,6 +11,7 @@ from tests.video_jobs.store.stores import (
     MODEL,
     OWNER,
     TTL_SECONDS,
+    UNKNOWN,
     Clock,
     claim_one,
     new_job,
@@ -24,6 +25,7 @@ from vllm_omni.video_jobs.records import (
     StoreFullError,
     TooManyJobsError,
     VideoJob,
+    creation_time,
     is_job_id,
     new_job_id,
 )
@@ -39,16 +41,21 @@ async def listed(store: JobStore, newest_first: bool = True) -> list[str]:
 
 
 def test_ids_cannot_be_guessed() -> None:
-    ids = {new_job_id() for _ in range(1000)}
-    assert len(ids) == 1000
+    ids = {new_job_id(1000.0) for _ in range(1000)}
+    assert len({job_id[-22:] for job_id in ids}) == 1000, "132 bits"
     assert all(is_job_id(job_id) for job_id in ids)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1000.25, 1796066328.123457, 1e10])
+def test_an_id_has_the_time_of_its_job(seconds: float) -> None:
+    assert creation_time(new_job_id(seconds)) == seconds
 
 
 async def test_a_job_is_stored_with_all_its_fields(store: JobStore) -> None:
     job = new_job(
         request={"prompt": "\0 \ud800 é", "params": {"seed": 2**63 - 1, "sigmas": [1.0, 0.5]}},
         inputs=("a/inputs/0.png", "a/inputs/1.png"),
-        remixed_from=new_job_id(),
+        remixed_from=UNKNOWN,
         priority=-(2**31),
     )
     await store.add(job)
@@ -68,15 +75,16 @@ async def test_a_job_is_invisible_until_it_is_published(store: JobStore) -> None
         await store.get(job.id, OWNER)
     assert await listed(store) == []
     assert await store.counts() == {"queued": 0, "in_progress": 0, "completed": 0, "failed": 0}
-    assert await store.queued_before(new_job(created_at=2000.0)) == (0, 0.0)
     assert await store.claim("a server", MODEL, 1) == []
+    later = await publish(store, created_at=2000.0, owner="another key's hash")
+    assert await store.queued_before([later.id, UNKNOWN]) == {later.id: (0, 0.0)}
     await store.publish(job.id)
     assert await listed(store) == [job.id]
 
 
 async def test_a_job_is_published_once(store: JobStore) -> None:
     job = await publish(store)
-    for job_id in (job.id, new_job_id()):
+    for job_id in (job.id, UNKNOWN):
         with pytest.raises(JobNotFoundError):
             await store.publish(job_id)
 
@@ -102,10 +110,9 @@ async def test_a_job_is_seen_by_its_owner_alone(store: JobStore) -> None:
     for call in calls:
         with pytest.raises(JobNotFoundError) as for_others:
             await call(job.id, "another key's hash")
-        unknown = new_job_id()
         with pytest.raises(JobNotFoundError) as for_unknown:
-            await call(unknown, OWNER)
-        assert str(for_others.value).replace(job.id, unknown) == str(for_unknown.value)
+            await call(UNKNOWN, OWNER)
+        assert str(for_others.value).replace(job.id, UNKNOWN) == str(for_unknown.value)
     assert await store.list("another key's hash", None, 10, True) == ([], False)
     assert (await store.get(job.id, OWNER)).status == "queued"
 
@@ -181,12 +188,16 @@ async def test_jobs_before_a_job_in_the_queue(store: JobStore) -> None:
     await publish(store, created_at=1003.0, work_seconds=4.0, priority=1)
     await publish(store, created_at=1000.0, served_model="another model")
     job = await publish(store, created_at=1002.0)
-    assert await store.queued_before(job) == (1, 2.0)
-    assert await store.queued_before(first) == (0, 0.0)
+    other = await publish(store, created_at=1003.0, served_model="another model")
+    assert await store.queued_before([job.id, first.id, other.id]) == {
+        job.id: (1, 2.0),
+        first.id: (0, 0.0),
+        other.id: (1, 1.5),
+    }
     await publish(store, created_at=1004.0, work_seconds=8.0, priority=-1)
-    assert await store.queued_before(job) == (2, 10.0)
+    assert await store.queued_before([job.id]) == {job.id: (2, 10.0)}
     await store.release(running.job.id, running.fence)
-    assert await store.queued_before(job) == (3, 11.5)
+    assert await store.queued_before([job.id]) == {job.id: (3, 11.5)}
 
 
 @pytest.mark.parametrize("newest_first", [True, False])
@@ -211,12 +222,25 @@ async def test_a_page_that_ends_with_the_last_job_has_no_more(store: JobStore) -
     assert await store.list(OWNER, jobs[2].id, 2, False) == ([], False)
 
 
-async def test_a_page_after_another_owners_job_is_refused(store: JobStore) -> None:
-    job = await publish(store, owner="another key's hash")
-    for after in (job.id, new_job_id()):
-        with pytest.raises(InvalidRequestError, match="after takes the id of a video") as invalid:
-            await store.list(OWNER, after, 2, False)
-        assert invalid.value.param == "after"
+@pytest.mark.parametrize("newest_first", [True, False])
+async def test_a_page_may_follow_a_job_that_is_gone(store: JobStore, newest_first: bool) -> None:
+    jobs = [await publish(store, created_at=1000.25 + number // 2) for number in range(6)]
+    seen: list[str] = []
+    has_more = True
+    while has_more:
+        page, has_more = await store.list(OWNER, seen[-1] if seen else None, 2, newest_first)
+        for job in page:
+            seen.append(job.id)
+            await store.begin_delete(job.id, OWNER)
+            assert await store.end_delete(job.id)
+    assert seen == [job.id for job in sorted(jobs, key=lambda job: (job.created_at, job.id), reverse=newest_first)]
+
+
+async def test_a_page_has_the_jobs_of_its_owner_alone(store: JobStore) -> None:
+    other = await publish(store, owner="another key's hash", created_at=1.0)
+    mine = await publish(store, created_at=2.0)
+    assert await store.list(OWNER, other.id, 10, False) == ([mine], False)
+    assert await store.list(OWNER, other.id, 10, True) == ([], False)
 
 
 async def test_a_key_has_a_number_of_unfinished_jobs(store_url: str, clock: Clock) -> None:

@@ -14,6 +14,7 @@ from tests.video_jobs.store.stores import (
     LEASE_SECONDS,
     MODEL,
     OWNER,
+    UNKNOWN,
     Clock,
     claim_one,
     new_job,
@@ -28,7 +29,6 @@ from vllm_omni.video_jobs.records import (
     LeaseLostError,
     StoreFullError,
     TooManyJobsError,
-    new_job_id,
 )
 from vllm_omni.video_jobs.store import leases
 from vllm_omni.video_jobs.store.job_store import JobStore
@@ -152,8 +152,8 @@ async def test_renewing_returns_the_claims_that_are_lost(store: JobStore, clock:
     await store.release(released.job.id, released.fence)
     await store.complete(done.job.id, done.fence, {})
     claims = {claimed.job.id: claimed.fence for claimed in (taken, deleted, released, done, kept)}
-    lost = await store.renew({**claims, (unknown := new_job_id()): 1}, dict.fromkeys(claims, 50))
-    assert lost == {*claims, unknown} - {kept.job.id}
+    lost = await store.renew({**claims, UNKNOWN: 1}, dict.fromkeys(claims, 50))
+    assert lost == {*claims, UNKNOWN} - {kept.job.id}
     assert (await store.get(kept.job.id, OWNER)).progress == 50
     assert (await store.get(taken.job.id, OWNER)).progress == 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
@@ -57,7 +57,7 @@ class JobStore:
     async def list(self, owner: str, after: str | None, limit: int, newest_first: bool) -> Page:
         """Jobs behind the job `after` in the order of creation, and whether more follow.
 
-        Raises InvalidRequestError for an `after` that is no job of the owner.
+        `after` may be deleted: its id says its place. Raises InvalidRequestError for one that is no id.
         """
         query = partial(visible.page, owner=owner, after=after, limit=limit, newest_first=newest_first)
         return await self._read(query)
@@ -149,9 +149,12 @@ class JobStore:
         """Number of visible jobs of each status, of all owners and models."""
         return await self._read(visible.counts)
 
-    async def queued_before(self, job: VideoJob) -> tuple[int, float]:
-        """Number and work seconds of the waiting jobs that are claimed before `job`."""
-        return await self._read(partial(visible.queued_before, job=job))
+    async def queued_before(self, job_ids: Sequence[str]) -> dict[str, tuple[int, float]]:
+        """Number and work seconds of the waiting jobs that are claimed before each of some jobs, by its id.
+
+        One query for all of them. Ids of jobs that are not in the store are left out.
+        """
+        return await self._read(partial(visible.queued_before, job_ids=job_ids))
 
     async def close(self) -> None:
         """Wait for transactions under way and close the connections."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from sqlalchemy import func, select, tuple_
-from sqlalchemy.orm import Session
+from collections.abc import Sequence
+
+from sqlalchemy import and_, func, select, tuple_
+from sqlalchemy.orm import Session, aliased
 
 from vllm_omni.errors import InvalidRequestError, JobNotFoundError
-from vllm_omni.video_jobs.records import JOB_STATUSES, JobStatus, VideoJob, is_job_id
+from vllm_omni.video_jobs.records import JOB_STATUSES, JobStatus, VideoJob, creation_time, is_job_id
 from vllm_omni.video_jobs.store.tables import JobRow, Stage, to_job
 
 _VISIBLE: tuple[Stage, ...] = ("live", "ended")
@@ -23,14 +25,16 @@ def get(session: Session, now: float, *, job_id: str, owner: str) -> VideoJob:
 def page(
     session: Session, now: float, *, owner: str, after: str | None, limit: int, newest_first: bool
 ) -> tuple[list[VideoJob], bool]:
-    """At most `limit` jobs behind the job `after`, and whether more follow. Raises InvalidRequestError."""
+    """At most `limit` jobs behind the job `after`, and whether more follow.
+
+    The id of `after` says its place, because its row may be deleted. Raises InvalidRequestError for no such id.
+    """
     place = tuple_(JobRow.created_at, JobRow.id)
     query = select(JobRow).where(JobRow.owner == owner, JobRow.stage.in_(_VISIBLE))
     if after is not None:
-        start = session.get(JobRow, after) if is_job_id(after) else None
-        if start is None or start.owner != owner:
+        if not is_job_id(after):
             raise InvalidRequestError(f"after takes the id of a video, got {after!r:.80}", param="after")
-        edge = tuple_(start.created_at, start.id)
+        edge = tuple_(creation_time(after), after)
         query = query.where(place < edge if newest_first else place > edge)
     for column in (JobRow.created_at, JobRow.id):
         query = query.order_by(column.desc() if newest_first else column)
@@ -45,16 +49,25 @@ def counts(session: Session, now: float) -> dict[JobStatus, int]:
     return {status: found.get(status, 0) for status in JOB_STATUSES}
 
 
-def queued_before(session: Session, now: float, *, job: VideoJob) -> tuple[int, float]:
-    """Number and work seconds of the jobs that nobody runs and that are claimed before `job`."""
-    query = select(func.count(), func.coalesce(func.sum(JobRow.work_seconds), 0.0)).where(
+def queued_before(session: Session, now: float, *, job_ids: Sequence[str]) -> dict[str, tuple[int, float]]:
+    """Number and work seconds of the jobs that nobody runs and that are claimed before each of some jobs, by its id.
+
+    Ids of jobs that are not in the store are left out.
+    """
+    job = aliased(JobRow)
+    is_before = and_(
         JobRow.stage == "live",
         JobRow.served_model == job.served_model,
         JobRow.lease_ends_at <= now,
         tuple_(JobRow.priority, JobRow.created_at, JobRow.id) < tuple_(job.priority, job.created_at, job.id),
     )
-    number, seconds = session.execute(query).one()
-    return number, float(seconds)
+    query = (
+        select(job.id, func.count(JobRow.id), func.coalesce(func.sum(JobRow.work_seconds), 0.0))
+        .outerjoin(JobRow, is_before)
+        .where(job.id.in_(job_ids))
+        .group_by(job.id)
+    )
+    return {job_id: (number, float(seconds)) for job_id, number, seconds in session.execute(query)}
 
 
 def not_found(job_id: str) -> JobNotFoundError:

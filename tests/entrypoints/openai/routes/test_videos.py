@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Iterator
 from http.client import HTTPConnection
+from typing import Any
 
 import av
 import httpx
@@ -94,10 +95,13 @@ def test_a_job_is_queued_until_the_scheduler_admits_it() -> None:
         assert client.videos.poll(second.id).status == "completed"
 
 
-def delete_all(sdk: openai.OpenAI) -> None:
-    """Delete the jobs of earlier tests."""
-    for video in sdk.videos.list():
+def delete_all(sdk: openai.OpenAI, **query: Any) -> list[str]:
+    """Delete the jobs of earlier tests while the SDK turns the pages; return their ids."""
+    ids = []
+    for video in sdk.videos.list(**query):
         sdk.videos.delete(video.id)
+        ids.append(video.id)
+    return ids
 
 
 def test_a_list_has_pages(sdk: openai.OpenAI, http: httpx.Client) -> None:
@@ -116,6 +120,16 @@ def test_a_list_has_pages(sdk: openai.OpenAI, http: httpx.Client) -> None:
     assert [video["id"] for video in page["data"]] == [ids[2], ids[1]]
     assert (page["first_id"], page["last_id"], page["has_more"]) == (ids[2], ids[1], True)
     assert http.get(f"{VIDEOS}/", params={"after": ids[1]}).json()["has_more"] is False
+
+
+@pytest.mark.parametrize("order", ["asc", "desc"])
+def test_all_videos_can_be_deleted_page_by_page(
+    server: LiveServer, sdk: openai.OpenAI, http: httpx.Client, order: str
+) -> None:
+    delete_all(sdk)
+    ids = [made(http)["id"] for _ in range(5)]
+    assert delete_all(sdk, limit=2, order=order) == (ids if order == "asc" else ids[::-1])
+    assert list(sdk.videos.list()) == []
 
 
 def test_delete_stops_a_job_that_runs(server: LiveServer, sdk: openai.OpenAI) -> None:

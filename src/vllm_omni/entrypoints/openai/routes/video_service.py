@@ -39,7 +39,7 @@ from vllm_omni.entrypoints.openai.schema.videos import (
     VideoRequest,
 )
 from vllm_omni.entrypoints.openai.settings import ServerSettings
-from vllm_omni.errors import InvalidRequestError, JobNotFoundError, RequestError, UnsupportedParameterError
+from vllm_omni.errors import InvalidRequestError, RequestError, UnsupportedParameterError
 from vllm_omni.inputs.data import OmniPrompt
 from vllm_omni.inputs.images import InputImage
 from vllm_omni.jobs import Job
@@ -148,12 +148,7 @@ class VideoService:
         """One page of the client's jobs. Raises RequestValidationError, and InvalidRequestError for `after`."""
         query = validated(lambda: VideoListQuery.model_validate_strings(dict(request.query_params), strict=False))
         newest_first = query.order == "desc"
-        try:
-            page = await self.jobs.list(
-                owner_of(request, self.pictures.settings), query.after, query.limit, newest_first
-            )
-        except JobNotFoundError as error:
-            raise InvalidRequestError(f"after takes the id of a video: {error}", param="after") from error
+        page = await self.jobs.list(owner_of(request, self.pictures.settings), query.after, query.limit, newest_first)
         return JSONResponse(video_list(*page))
 
     async def delete(self, video_id: str, request: Request) -> Response:

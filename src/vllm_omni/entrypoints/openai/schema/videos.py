@@ -148,7 +148,7 @@ class VideoListQuery(RequestBody):
     """Query of `GET /v1/videos`."""
 
     after: str | None = None
-    """Id of the last video of the page before."""
+    """Id of the last video of the page before, which may be deleted meanwhile."""
     limit: Annotated[int, Field(ge=1, le=MAX_LISTED)] = 20
     """Most videos of the page."""
     order: Annotated[Literal["asc", "desc"], ANY_CASE] = "desc"
