@@ -14,6 +14,7 @@ from vllm_omni.video_jobs.lease_keeper import LeaseKeeper
 from vllm_omni.video_jobs.live_job import StopReason
 from vllm_omni.video_jobs.media import MediaStore
 from vllm_omni.video_jobs.observer import VideoObserver
+from vllm_omni.video_jobs.records import VideoJob
 from vllm_omni.video_jobs.runner import JobRunner
 from vllm_omni.video_jobs.scratch import ScratchFolder
 from vllm_omni.video_jobs.settings import VideoJobSettings
@@ -100,6 +101,19 @@ class ServiceParts:
     async def delete(self, job_id: str, owner: str) -> None:
         """Delete a job; its files go at once where that is possible, else by a sweep. Raises JobNotFoundError."""
         await self.store.begin_delete(job_id, owner)
+        await self._remove(job_id)
+
+    async def abandon(self, job: VideoJob) -> None:
+        """Remove what is stored of a job that could not be made; what cannot be removed now goes by a sweep."""
+        try:
+            await self.store.abandon(job)
+        except RequestError as error:  # the row is still one of a creation, which ends
+            logger.warning("video job %s was not made; what is stored of it goes later: %s", job.id, error)
+            return
+        await self._remove(job.id)
+
+    async def _remove(self, job_id: str) -> None:
+        """Stop a job under deletion, and remove its files and its row as far as the stores answer."""
         self._stop_gone({job_id})
         try:
             await self._sweeper.remove(job_id)

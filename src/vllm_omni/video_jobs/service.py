@@ -10,19 +10,28 @@ from dataclasses import replace
 from pathlib import Path
 
 from vllm_omni.diffusion.control.request_builder import CheckedPrompt
-from vllm_omni.errors import InvalidRequestError, RequestError, UnavailableError
+from vllm_omni.errors import (
+    InvalidRequestError,
+    JobNotFoundError,
+    RequestError,
+    StoreFullError,
+    TooManyJobsError,
+    UnavailableError,
+)
 from vllm_omni.jobs import Job, OutputStream
 from vllm_omni.omni import AsyncOmni
 from vllm_omni.outputs import OmniRequestOutput
 from vllm_omni.video_jobs.content import MediaFile, open_content
 from vllm_omni.video_jobs.encoding import EncodedVideo
 from vllm_omni.video_jobs.job_requests import NewVideo, new_job, params_from_json, stored_prompt
-from vllm_omni.video_jobs.media import MediaStore
+from vllm_omni.video_jobs.media import MediaNotFoundError, MediaStore, MediaStoreFullError
 from vllm_omni.video_jobs.observer import VideoObserver
 from vllm_omni.video_jobs.parts import ServiceParts
 from vllm_omni.video_jobs.records import VideoJob
+from vllm_omni.video_jobs.retrying import uninterrupted
 from vllm_omni.video_jobs.settings import VideoJobSettings
 from vllm_omni.video_jobs.store import check_job_store
+from vllm_omni.video_jobs.store.limits import CREATION_SECONDS
 from vllm_omni.video_jobs.views import VideoView
 from vllm_omni.video_jobs.watching import VideoEvent
 
@@ -112,13 +121,23 @@ class VideoJobs:
     async def _add(self, row: VideoJob, files: Mapping[str, bytes | Path]) -> None:
         """Add a row and its files (key -> content), or nothing."""
         parts = self._running_parts()
-        await parts.store.add(row)
+        try:
+            await parts.store.add(row)
+        except (TooManyJobsError, StoreFullError) as error:
+            self._observer.on_job_refused("too_many_jobs" if isinstance(error, TooManyJobsError) else "store_full")
+            raise
         try:
             for key, content in files.items():
                 await parts.media.put(key, content)
             await parts.store.publish(row.id)
-        except RequestError:
-            await parts.delete(row.id, row.owner)
+        except (RequestError, asyncio.CancelledError) as error:
+            await uninterrupted(parts.abandon(row))
+            if isinstance(error, MediaStoreFullError):
+                self._observer.on_job_refused("store_full")
+            if isinstance(error, JobNotFoundError):
+                raise UnavailableError(
+                    f"The job was not made: its files were not stored within {CREATION_SECONDS:g} s.", retry_after=5.0
+                ) from error
             raise
 
     async def get(self, job_id: str, owner: str) -> VideoView:
@@ -147,7 +166,11 @@ class VideoJobs:
             raise InvalidRequestError(
                 f"a completed video can be remixed; the status of {job_id} is {job.status}", param="video_id"
             )
-        files = tuple([await parts.media.get(key) for key in job.inputs])
+        try:
+            files = tuple([await parts.media.get(key) for key in job.inputs])
+        except MediaNotFoundError:
+            await parts.store.get(job_id, owner)  # raises if the job was deleted meanwhile
+            raise
         checked = await asyncio.to_thread(self._check, job, files, prompt)
         return await self.create(
             NewVideo(

@@ -45,8 +45,20 @@ class VideoJobSettings:
 
     @property
     def job_store_url(self) -> str:
-        """URL of the database, with the default filled in."""
-        return self.job_store or f"sqlite:///{default_folder() / JOB_FILE}"
+        """URL of the database, with the default filled in, and the home folder of `sqlite:///~/...`.
+
+        Raises ConfigError for the home of an unknown user.
+        """
+        if self.job_store is None:
+            return f"sqlite:///{default_folder() / JOB_FILE}"
+        backend, separator, file = self.job_store.partition(":///")
+        if not backend.startswith("sqlite") or not file.startswith("~"):
+            return self.job_store
+        try:  # the shell leaves it alone, because a URL does not begin with it
+            return f"{backend}{separator}{Path(file).expanduser()}"
+        except RuntimeError as error:
+            home = Path(file).parts[0]
+            raise ConfigError(f"--job-store {self.job_store}: no user has the home folder {home}") from error
 
     @property
     def media_store_url(self) -> str:

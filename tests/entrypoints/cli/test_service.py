@@ -24,13 +24,14 @@ from vllm_omni.diffusion.control.events import EngineStatus
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import WorkerReady
 from vllm_omni.entrypoints.cli import serve
-from vllm_omni.entrypoints.cli.args import ServeArgs
+from vllm_omni.entrypoints.cli.args import ServeArgs, parse_args
 from vllm_omni.entrypoints.openai.settings import HttpOptions, ServerSettings
 from vllm_omni.entrypoints.server.http_protocol import HttpProtocol
 from vllm_omni.entrypoints.server.listening_socket import ListeningSocket
 from vllm_omni.entrypoints.server.signals import StopSignals
 from vllm_omni.errors import ConfigError, OmniError, WorkerDiedError
 from vllm_omni.omni import AsyncOmni
+from vllm_omni.video_jobs.observer import VideoObserver
 from vllm_omni.video_jobs.service import VideoJobs
 
 PATIENT_LIMITS = serve.StopLimits(close_seconds=GUARD_SECONDS, http_seconds=GUARD_SECONDS, log_seconds=GUARD_SECONDS)
@@ -159,6 +160,24 @@ async def test_ignored_flags_are_one_warning(ignored_flags: tuple[str, ...], cap
         pass
     warnings = [record.message for record in caplog.records if "ignored" in record.message]
     assert [message.rpartition(": ")[2] for message in warnings] == ["--max-model-len, -cc"] * bool(ignored_flags)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ((), None),
+        (("--seed", "3"), None),
+        (("--job-ttl", "60", "--max-jobs", "7", "--job-store", "sqlite:///a"), "--job-store, --job-ttl, --max-jobs"),
+        (("--job-store", "mysql://host/a", "--media-store", "a"), "--job-store, --media-store"),
+    ],
+)
+def test_flags_of_video_jobs_without_effect_are_one_warning(
+    words: tuple[str, ...], named: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    args = parse_args(["serve", "demo", "--omni", *words])
+    assert serve._video_jobs(cast(AsyncOmni, FakeOmni()), args, VideoObserver()) is None
+    expected = [f"Without effect on a model that makes pictures, ignored: {named}"] if named else []
+    assert [record.message for record in caplog.records] == expected
 
 
 async def test_http_answers_while_the_engine_starts() -> None:

@@ -22,7 +22,7 @@ from tests.video_jobs.store.stores import (
 )
 from vllm_omni.video_jobs.records import JobNotFoundError
 from vllm_omni.video_jobs.store.job_store import JobStore
-from vllm_omni.video_jobs.store.lifetimes import CREATION_SECONDS
+from vllm_omni.video_jobs.store.limits import CREATION_SECONDS
 
 
 async def test_a_deleted_job_is_invisible_at_once(store: JobStore) -> None:
@@ -64,13 +64,33 @@ async def test_a_server_that_lets_a_deleted_job_go_need_not_wait_for_the_lease(s
     assert await store.end_delete(claimed.job.id)
 
 
-async def test_an_unpublished_job_can_be_deleted_by_its_creator(store: JobStore) -> None:
+async def test_an_unpublished_job_is_abandoned_by_its_creator_alone(store: JobStore) -> None:
     job = new_job()
     await store.add(job)
-    await store.begin_delete(job.id, OWNER)
+    with pytest.raises(JobNotFoundError):
+        await store.begin_delete(job.id, OWNER)
+    await store.abandon(job)
     with pytest.raises(JobNotFoundError):
         await store.publish(job.id)
     assert await store.end_delete(job.id)
+
+
+async def test_a_swept_creation_comes_back_until_its_late_files_are_removed(store: JobStore, clock: Clock) -> None:
+    job = new_job()
+    await store.add(job)
+    clock.advance(CREATION_SECONDS)
+    assert await store.unfinished_deletes() == [job.id]
+    assert await store.end_delete(job.id)
+    await store.abandon(job)
+    assert await store.unfinished_deletes() == [job.id]
+    assert await store.end_delete(job.id)
+
+
+async def test_a_job_whose_creator_did_not_hear_of_its_publication_is_abandoned(store: JobStore) -> None:
+    claimed = await start_one(store)
+    await store.abandon(claimed.job)
+    assert not await store.end_delete(claimed.job.id), "its server may still write files"
+    assert await store.renew({claimed.job.id: claimed.fence}, {}) == {claimed.job.id}
 
 
 @pytest.mark.parametrize("ends", ["completed", "failed"])

@@ -10,6 +10,7 @@ import pytest
 
 from tests.video_jobs.store.stores import Clock, open_test_store
 from vllm_omni.errors import ConfigError
+from vllm_omni.video_jobs.settings import VideoJobSettings
 from vllm_omni.video_jobs.store import check_job_store
 
 
@@ -66,6 +67,21 @@ def test_a_relative_path_is_taken_from_the_working_folder(tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     check_job_store("sqlite:///a/jobs.db")
     assert (tmp_path / "a/jobs.db").is_file()
+
+
+def test_the_home_folder_is_taken_for_all_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = VideoJobSettings(job_store="sqlite:///~/state/jobs.db")
+    check_job_store(settings.job_store_url)
+    assert (tmp_path / "state/jobs.db").is_file()
+    assert settings.media_store_url == f"{tmp_path}/state/media"
+    assert settings.scratch_folder == tmp_path / "state/scratch"
+
+
+def test_the_home_of_an_unknown_user_is_refused() -> None:
+    settings = VideoJobSettings(job_store="sqlite:///~nobody-has-this-name/jobs.db")
+    with pytest.raises(ConfigError, match=r"^--job-store sqlite:///~nobody.*: no user has the home folder ~nobody"):
+        settings.job_store_url  # noqa: B018
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

@@ -260,6 +260,15 @@ def _add_scheduling_flags(group: Any) -> None:
     group.add_argument("--seed", type=flag_types.integer(0, MAX_DEFAULT_SEED), help=seed_help)
 
 
+_JOB_TTL_FLAG = "--job-ttl"
+
+
+def changed_video_flags(videos: VideoJobSettings) -> list[str]:
+    """Flags of video jobs whose values are not the defaults."""
+    names = [f.name for f in fields(videos) if getattr(videos, f.name) != f.default]
+    return [_JOB_TTL_FLAG if name == "job_ttl_seconds" else _dashed(name) for name in names]
+
+
 def _add_video_flags(group: Any) -> None:
     jobs = FlagGroup(group, VideoJobSettings)
     store_help = (
@@ -272,7 +281,7 @@ def _add_video_flags(group: Any) -> None:
         "SQLite file"
     )
     jobs.add("media_store", media_help)
-    jobs.add("job_ttl_seconds", "seconds for which an ended job and its video are kept", "--job-ttl")
+    jobs.add("job_ttl_seconds", "seconds for which an ended job and its video are kept", _JOB_TTL_FLAG)
     keys_help = "most unfinished jobs of one API key, without keys of all clients; further ones get status 429"
     jobs.add("max_jobs_per_key", keys_help)
     jobs.add("max_jobs", "most jobs that are kept, ended ones included; further ones get status 507")

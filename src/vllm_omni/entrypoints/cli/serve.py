@@ -21,7 +21,7 @@ from uvicorn.loops.auto import auto_loop_factory
 from vllm_omni.diffusion.control.events import Observers
 from vllm_omni.diffusion.control.executor.launch import EarlyWorkers
 from vllm_omni.entrypoints import vllm_api
-from vllm_omni.entrypoints.cli.args import ServeArgs
+from vllm_omni.entrypoints.cli.args import ServeArgs, changed_video_flags
 from vllm_omni.entrypoints.openai.app import build_app
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
 from vllm_omni.entrypoints.openai.settings import HttpOptions
@@ -108,6 +108,8 @@ def serve(
 def _video_jobs(omni: AsyncOmni, args: ServeArgs, observer: VideoObserver) -> VideoJobs | None:
     """Video jobs of a model that makes videos. Raises ConfigError, before any weight is read, for wrong stores."""
     if not omni.info.makes_videos:
+        if flags := changed_video_flags(args.videos):
+            logger.warning("Without effect on a model that makes pictures, ignored: %s", ", ".join(flags))
         return None
     # Here, because a server for pictures needs neither databases nor encoders of videos.
     from vllm_omni.video_jobs.service import VideoJobs, check_stores

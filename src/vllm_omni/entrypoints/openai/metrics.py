@@ -58,7 +58,8 @@ class PrometheusObserver(EngineObserver, VideoObserver):
         self._step_tokens = self._histogram("step_batch_tokens", "Tokens in one step", _TOKEN_BUCKETS)
         self._success = self._counter("request_success", "Pictures delivered", reason=("completed",))
         self._failed = self._counter("requests_failed", "Pictures that failed")
-        self._rejected = self._counter("requests_rejected", "Refused", reason=("queue_full", "unavailable", "invalid"))
+        reasons = ("queue_full", "unavailable", "invalid", "too_many_jobs", "store_full")
+        self._rejected = self._counter("requests_rejected", "Refused", reason=reasons)
         self._aborted = self._counter("requests_aborted", "Cancelled, or the client left")
         self._replayed = self._counter("requests_replayed", "Run again after a worker died")
         self._images = self._counter("images", "Pictures made")
@@ -131,6 +132,9 @@ class PrometheusObserver(EngineObserver, VideoObserver):
 
     def on_reject(self, reason: str) -> None:
         self._rejected[reason].inc()
+
+    def on_job_refused(self, reason: str) -> None:
+        self.on_reject(reason)
 
     def on_worker_restart(self, num_replayed: int) -> None:
         self._restarts[""].inc()

@@ -39,7 +39,7 @@ class JobStore:
     async def add(self, job: VideoJob) -> None:
         """Add a job that stays invisible until `publish`: its input pictures are stored meanwhile.
 
-        Raises TooManyJobsError and StoreFullError. If the pictures cannot be stored, delete the job.
+        Raises TooManyJobsError and StoreFullError. If the pictures cannot be stored, abandon the job.
         """
         await self._write(partial(lifetimes.add, job=job, limits=self._limits))
 
@@ -126,9 +126,13 @@ class JobStore:
     async def begin_delete(self, job_id: str, owner: str) -> VideoJob:
         """Make the job invisible; its files are to be removed next. Raises JobNotFoundError.
 
-        The server that runs it gets its id from `renew`. A job that is not published yet can be deleted, too.
+        The server that runs it gets its id from `renew`.
         """
         return await self._write(partial(lifetimes.begin_delete, job_id=job_id, owner=owner))
+
+    async def abandon(self, job: VideoJob) -> None:
+        """Begin to delete a job that could not be made, whether it is published or was swept; its files go next."""
+        await self._write(partial(lifetimes.abandon, job=job))
 
     async def end_delete(self, job_id: str) -> bool:
         """Remove the row of a job whose files are removed. Returns whether the row is gone.

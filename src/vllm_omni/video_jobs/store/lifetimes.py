@@ -10,13 +10,10 @@ from sqlalchemy.orm import Session
 from vllm_omni.errors import StoreFullError, TooManyJobsError
 from vllm_omni.video_jobs.records import VideoJob, is_job_id
 from vllm_omni.video_jobs.store.leases import failure
-from vllm_omni.video_jobs.store.limits import StoreLimits
+from vllm_omni.video_jobs.store.limits import CREATION_SECONDS, StoreLimits
 from vllm_omni.video_jobs.store.migrations import lock_store
 from vllm_omni.video_jobs.store.tables import JobRow, changes_row, to_job, to_row
-from vllm_omni.video_jobs.store.visible import not_found
-
-CREATION_SECONDS = 600.0
-"""Time in which a job's input pictures must be stored; a row that is `creating` for longer is abandoned."""
+from vllm_omni.video_jobs.store.visible import VISIBLE_STAGES, not_found
 
 
 def add(session: Session, now: float, *, job: VideoJob, limits: StoreLimits) -> None:
@@ -50,12 +47,25 @@ def publish(session: Session, now: float, *, job_id: str) -> None:
 def begin_delete(session: Session, now: float, *, job_id: str, owner: str) -> VideoJob:
     """Make a job invisible. Raises JobNotFoundError."""
     row = session.get(JobRow, job_id, with_for_update=True) if is_job_id(job_id) else None
-    if row is None or row.owner != owner or row.stage == "deleting":
+    if row is None or row.owner != owner or row.stage not in VISIBLE_STAGES:
         raise not_found(job_id)
-    if row.stage == "creating":
-        row.lease_ends_at = 0.0  # the creator itself deletes it
     row.stage = "deleting"
     return to_job(row)
+
+
+def abandon(session: Session, now: float, *, job: VideoJob) -> None:
+    """Begin to delete a job that could not be made.
+
+    A sweep may have removed its row already. Then files may have been written after it, so the row comes back until
+    they are removed, too.
+    """
+    row = session.get(JobRow, job.id, with_for_update=True)
+    if row is None:
+        session.add(to_row(job, "deleting", 0.0))
+        return
+    if row.stage == "creating":
+        row.lease_ends_at = 0.0  # nobody but its creator writes files
+    row.stage = "deleting"
 
 
 def end_delete(session: Session, now: float, *, job_id: str) -> bool:

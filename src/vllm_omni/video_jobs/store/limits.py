@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+CREATION_SECONDS = 600.0
+"""Time in which a job's input pictures must be stored; a row that is `creating` for longer is abandoned."""
+
 
 @dataclass(frozen=True)
 class StoreLimits:

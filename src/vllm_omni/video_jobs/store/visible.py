@@ -11,13 +11,13 @@ from vllm_omni.errors import InvalidRequestError, JobNotFoundError
 from vllm_omni.video_jobs.records import JOB_STATUSES, JobStatus, VideoJob, creation_time, is_job_id
 from vllm_omni.video_jobs.store.tables import JobRow, Stage, to_job
 
-_VISIBLE: tuple[Stage, ...] = ("live", "ended")
+VISIBLE_STAGES: tuple[Stage, ...] = ("live", "ended")
 
 
 def get(session: Session, now: float, *, job_id: str, owner: str) -> VideoJob:
     """Visible job of an owner. Raises JobNotFoundError."""
     row = session.get(JobRow, job_id) if is_job_id(job_id) else None
-    if row is None or row.owner != owner or row.stage not in _VISIBLE:
+    if row is None or row.owner != owner or row.stage not in VISIBLE_STAGES:
         raise not_found(job_id)
     return to_job(row)
 
@@ -30,7 +30,7 @@ def page(
     The id of `after` says its place, because its row may be deleted. Raises InvalidRequestError for no such id.
     """
     place = tuple_(JobRow.created_at, JobRow.id)
-    query = select(JobRow).where(JobRow.owner == owner, JobRow.stage.in_(_VISIBLE))
+    query = select(JobRow).where(JobRow.owner == owner, JobRow.stage.in_(VISIBLE_STAGES))
     if after is not None:
         if not is_job_id(after):
             raise InvalidRequestError(f"after takes the id of a video, got {after!r:.80}", param="after")
@@ -44,7 +44,7 @@ def page(
 
 def counts(session: Session, now: float) -> dict[JobStatus, int]:
     """Number of visible jobs of each status."""
-    query = select(JobRow.status, func.count()).where(JobRow.stage.in_(_VISIBLE)).group_by(JobRow.status)
+    query = select(JobRow.status, func.count()).where(JobRow.stage.in_(VISIBLE_STAGES)).group_by(JobRow.status)
     found: dict[str, int] = {status: number for status, number in session.execute(query)}  # noqa: C416  (rows, not pairs)
     return {status: found.get(status, 0) for status in JOB_STATUSES}
 

@@ -141,6 +141,8 @@ def test_metrics_exist_at_zero_and_count() -> None:
         "vllm_omni:requests_rejected_total{reason=queue_full}": 0,
         "vllm_omni:requests_rejected_total{reason=unavailable}": 1,
         "vllm_omni:requests_rejected_total{reason=invalid}": 5,
+        "vllm_omni:requests_rejected_total{reason=too_many_jobs}": 0,
+        "vllm_omni:requests_rejected_total{reason=store_full}": 0,
         "vllm_omni:requests_replayed_total": 0,
         "vllm_omni:worker_restarts_total": 0,
         "vllm_omni:images_total": 3,

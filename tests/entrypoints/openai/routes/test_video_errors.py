@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from testbed.live_server import FAKE_VIDEO_INFO, LiveServer, live_server
+from testbed.live_server import FAKE_VIDEO_INFO, MODEL_NAME, LiveServer, live_server
 from testbed.patience import wait_for
 from tests.entrypoints.openai.routes.test_image_errors import error_of
 from tests.entrypoints.openai.routes.videos import SYNC, VIDEOS, Paused, created, ended, made
@@ -250,6 +250,8 @@ def test_a_full_key_and_a_full_store_are_told(limits: VideoJobSettings, status: 
         refused = client.post(VIDEOS, json={"prompt": "one more"})
         assert (refused.status_code, error_of(refused)["code"]) == (status, code)
         assert ("retry-after" in refused.headers) == (status == 429)
+        counted = f'vllm_omni:requests_rejected_total{{model_name="{MODEL_NAME}",reason="{code}"}} 1.0'
+        assert counted in client.get("/metrics").text
         assert client.delete(f"{VIDEOS}/{first['id']}").status_code == 200
         # A job that runs counts until the server has stopped it.
         wait_for(lambda: client.post(VIDEOS, json={"prompt": "x"}).status_code == 200)
