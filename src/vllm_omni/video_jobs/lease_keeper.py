@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -22,13 +23,25 @@ PROGRESS_SECONDS = 1.0
 
 
 class LeaseKeeper:
-    """Renews leases and reports progress, from a thread that a busy event loop does not delay."""
+    """Renews leases and reports progress, from a thread that a busy event loop does not delay.
 
-    def __init__(self, store: JobStore, lease_seconds: float, on_gone: Callable[[set[str]], None]) -> None:
+    A loop that does nothing for as long as a lease hangs: its leases end, and other servers run its jobs.
+    """
+
+    def __init__(
+        self,
+        store: JobStore,
+        lease_seconds: float,
+        on_gone: Callable[[set[str]], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """`on_gone`: called on the event loop that calls `start`, with ids of jobs that are lost or deleted."""
         self._store = store
+        self._lease_seconds = lease_seconds
         self._interval = lease_seconds / RENEWALS_PER_LEASE
         self._on_gone = on_gone
+        self._clock = clock
+        self._is_hanging = False
         self._lock = threading.Lock()
         self._fences: dict[str, int] = {}
         self._progress: dict[str, int] = {}
@@ -37,6 +50,8 @@ class LeaseKeeper:
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._last_beat = self._clock()
+        self._beating = asyncio.create_task(self._beat(), name="video-jobs-beat")
         self._thread.start()
 
     def hold(self, job_id: str, fence: int) -> None:
@@ -62,6 +77,7 @@ class LeaseKeeper:
         """Stop the thread. Leases that are still held end by themselves."""
         self._closing.set()
         self._wake.set()
+        self._beating.cancel()
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join)
 
@@ -75,9 +91,29 @@ class LeaseKeeper:
                 self._closing.wait(pause)  # also when progress came meanwhile: it must not become frequent writes
                 wait_seconds = self._interval - pause if is_renewed else 0.0
 
+    async def _beat(self) -> None:
+        """Show until the task is cancelled that the event loop runs its tasks."""
+        while True:
+            self._last_beat = self._clock()
+            await asyncio.sleep(self._interval)
+
+    def _note_hanging(self) -> bool:
+        """Whether the event loop hangs; log when that begins and ends."""
+        silence = self._clock() - self._last_beat
+        is_hanging = silence >= self._lease_seconds
+        if is_hanging != self._is_hanging:
+            self._is_hanging = is_hanging
+            if is_hanging:
+                logger.error("the event loop hangs for %.1f s: leases of video jobs are renewed no more", silence)
+            else:
+                logger.warning("the event loop runs again: leases of video jobs are renewed")
+        return is_hanging
+
     async def _renew(self) -> bool:
         """Renew all leases; return whether that succeeded."""
         self._wake.clear()
+        if self._note_hanging():
+            return False
         with self._lock:
             fences, progress = dict(self._fences), dict(self._progress)
             self._progress.clear()
