@@ -99,6 +99,7 @@ async def test_a_job_that_is_added_as_completed_is_kept_and_not_run(store_url: s
     assert (await store.counts())["completed"] == 1
     assert await store.claim("a server", MODEL, 1) == []
     await store.add(new_job())  # the completed one is not among the unfinished
+    await store.add(new_job(status="completed", completed_at=1000.0))  # nor is it refused because of them
     clock.advance(TTL_SECONDS)
     assert job.id in await store.unfinished_deletes()
     await store.close()

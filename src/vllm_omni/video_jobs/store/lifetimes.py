@@ -33,7 +33,7 @@ def add(session: Session, now: float, *, job: VideoJob, limits: StoreLimits) -> 
         raise StoreFullError(
             f"The store of video jobs is full: it takes {limits.max_jobs} jobs; delete some or try later."
         )
-    if limits.max_jobs_per_key is not None:
+    if limits.max_jobs_per_key is not None and job.completed_at is None:
         unfinished = _count(session, JobRow.owner == job.owner, JobRow.stage.in_(("creating", "live")))
         if unfinished >= limits.max_jobs_per_key:
             raise TooManyJobsError(
