@@ -13,6 +13,7 @@ from PIL import Image
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.control.request_builder import MAX_PREVIEWS, OPTIONAL_PARAMETERS, CheckedPrompt
 from vllm_omni.diffusion.messages.request import DiffusionRequest
+from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, OmniPrompt
 from vllm_omni.jobs import Job
 from vllm_omni.video_jobs.encoding import check_video_file
@@ -43,6 +44,8 @@ class NewVideo:
     output_format: str = "mp4"
     """One of `OUTPUT_FORMATS`."""
     remixed_from: str | None = None
+    idempotency_key: str | None = None
+    """See `VideoJob.idempotency_key`."""
 
 
 def new_job(new: NewVideo, job: Job, served_model: str, work_seconds: float, info: ModelInfo) -> VideoJob:
@@ -95,10 +98,31 @@ def new_job(new: NewVideo, job: Job, served_model: str, work_seconds: float, inf
         outputs={},
         checkpoint=None,
         remixed_from=new.remixed_from,
+        idempotency_key=new.idempotency_key,
         error_code=None,
         error_message=None,
         num_attempts=0,
     )
+
+
+def check_repeats(new: NewVideo, row: VideoJob, earlier: VideoJob) -> None:
+    """Raise InvalidRequestError unless `new` repeats the request of `earlier`, a job of the same idempotency key.
+
+    `row`: the row that `new` would have. Contents of input pictures are not compared, nor what follows from the other
+    fields.
+    """
+    not_compared = {"num_previews"} | ({"seed"} if new.checked.given.seed is None else set())  # a seed that was drawn
+    if _compared(row, not_compared) != _compared(earlier, not_compared):
+        raise InvalidRequestError(
+            f"Idempotency-Key {row.idempotency_key!r:.80} has the video {earlier.id}, whose request was another one; "
+            "each request needs a key of its own",
+            param="Idempotency-Key",
+        )
+
+
+def _compared(job: VideoJob, not_compared: set[str]) -> tuple[Any, ...]:
+    params = {name: value for name, value in job.request["params"].items() if name not in not_compared}
+    return job.model, job.remixed_from, len(job.inputs), {**job.request, "params": params}
 
 
 def check_file(output_format: str, request: DiffusionRequest) -> None:

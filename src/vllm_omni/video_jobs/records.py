@@ -74,6 +74,8 @@ class VideoJob:
     checkpoint: str | None
     """Media key of the newest checkpoint."""
     remixed_from: str | None
+    idempotency_key: str | None
+    """Key by which the client names its request: the owner's later requests with it get this job."""
     error_code: str | None
     error_message: str | None
     num_attempts: int

@@ -23,7 +23,7 @@ from vllm_omni.omni import AsyncOmni
 from vllm_omni.outputs import OmniRequestOutput
 from vllm_omni.video_jobs.content import MediaFile, open_content
 from vllm_omni.video_jobs.encoding import EncodedVideo
-from vllm_omni.video_jobs.job_requests import NewVideo, new_job, params_from_json, stored_prompt
+from vllm_omni.video_jobs.job_requests import NewVideo, check_repeats, new_job, params_from_json, stored_prompt
 from vllm_omni.video_jobs.media import MediaNotFoundError, MediaStore, MediaStoreFullError
 from vllm_omni.video_jobs.observer import VideoObserver
 from vllm_omni.video_jobs.parts import ServiceParts
@@ -84,13 +84,18 @@ class VideoJobs:
     # Calls of clients ---------------------------------------------------------------------------------------
 
     async def create(self, new: NewVideo) -> VideoJob:
-        """Make a job. Raises TooManyJobsError, StoreFullError, and as `new_job` and the engine do."""
+        """Make a job, or return the owner's job of the same idempotency key.
+
+        Raises TooManyJobsError, StoreFullError, and as `new_job`, `check_repeats` and the engine do.
+        """
         parts = self._running_parts()
         if self._is_draining:
             raise UnavailableError("the server is draining", retry_after=1.0)
         job = await asyncio.to_thread(self._omni.make_checked_job, new.checked)
         row = self._row(new, job)
-        await self._add(row, dict(zip(row.inputs, new.input_files)))
+        if (earlier := await self._add(row, dict(zip(row.inputs, new.input_files)))) is not None:
+            check_repeats(new, row, earlier)
+            return earlier
         parts.claimer.wake()
         return row
 
@@ -118,11 +123,12 @@ class VideoJobs:
     def _row(self, new: NewVideo, job: Job) -> VideoJob:
         return new_job(new, job, self._served_model, self._omni.work_seconds(job), self._omni.info)
 
-    async def _add(self, row: VideoJob, files: Mapping[str, bytes | Path]) -> None:
-        """Add a row and its files (key -> content), or nothing."""
+    async def _add(self, row: VideoJob, files: Mapping[str, bytes | Path]) -> VideoJob | None:
+        """Add a row and its files (key -> content), or nothing; return the job that has its idempotency key already."""
         parts = self._running_parts()
         try:
-            await parts.store.add(row)
+            if (earlier := await parts.store.add(row)) is not None:
+                return earlier
         except (TooManyJobsError, StoreFullError) as error:
             self._observer.on_job_refused("too_many_jobs" if isinstance(error, TooManyJobsError) else "store_full")
             raise
@@ -139,6 +145,7 @@ class VideoJobs:
                     f"The job was not made: its files were not stored within {CREATION_SECONDS:g} s.", retry_after=5.0
                 ) from error
             raise
+        return None
 
     async def get(self, job_id: str, owner: str) -> VideoView:
         """A job of `owner` with its newest progress. Raises JobNotFoundError."""
@@ -155,7 +162,7 @@ class VideoJobs:
         """Delete a job and its files; one that runs stops after its step. Raises JobNotFoundError."""
         await self._running_parts().delete(job_id, owner)
 
-    async def remix(self, job_id: str, owner: str, prompt: str) -> VideoJob:
+    async def remix(self, job_id: str, owner: str, prompt: str, idempotency_key: str | None = None) -> VideoJob:
         """Make a job like a completed one, its seed and pictures included, with another prompt.
 
         Raises JobNotFoundError, InvalidRequestError for a job that is not completed, and whatever `create` raises.
@@ -174,7 +181,14 @@ class VideoJobs:
         checked = await asyncio.to_thread(self._check, job, files, prompt)
         return await self.create(
             NewVideo(
-                owner, job.model, checked.prompt, checked, files, job.request["output_format"], remixed_from=job.id
+                owner,
+                job.model,
+                checked.prompt,
+                checked,
+                files,
+                job.request["output_format"],
+                remixed_from=job.id,
+                idempotency_key=idempotency_key,
             )
         )
 

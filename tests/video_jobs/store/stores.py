@@ -37,6 +37,7 @@ JOB = VideoJob(
     outputs={},
     checkpoint=None,
     remixed_from=None,
+    idempotency_key=None,
     error_code=None,
     error_message=None,
     num_attempts=0,

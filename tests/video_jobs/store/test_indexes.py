@@ -30,6 +30,10 @@ CALLS: dict[str, tuple[Callable[[JobStore], Awaitable[object]], set[str]]] = {
     "next page": (lambda store: store.list(OWNER, JOB.id, 20, True), {"video_jobs_pages"}),
     "next page, oldest first": (lambda store: store.list(OWNER, JOB.id, 20, False), {"video_jobs_pages"}),
     "counts": (lambda store: store.counts(), {"video_jobs_counts"}),
+    "add with a key": (
+        lambda store: store.add(new_job(idempotency_key="a key")),
+        {"video_jobs_keys", "video_jobs_quotas"},
+    ),
     "add": (lambda store: store.add(OTHER), {"video_jobs_quotas"}),
     "unfinished_deletes": (lambda store: store.unfinished_deletes(), {"video_jobs_expiry"}),
 }

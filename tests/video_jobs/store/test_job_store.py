@@ -19,7 +19,7 @@ from tests.video_jobs.store.stores import (
     publish,
     start_one,
 )
-from vllm_omni.errors import InvalidRequestError
+from vllm_omni.errors import InvalidRequestError, UnavailableError
 from vllm_omni.video_jobs.records import (
     JobNotFoundError,
     StoreFullError,
@@ -99,6 +99,7 @@ async def test_a_job_that_is_added_as_completed_is_kept_and_not_run(store_url: s
     assert (await store.counts())["completed"] == 1
     assert await store.claim("a server", MODEL, 1) == []
     await store.add(new_job())  # the completed one is not among the unfinished
+    await store.add(new_job(status="completed", completed_at=1000.0))  # nor is it refused because of them
     clock.advance(TTL_SECONDS)
     assert job.id in await store.unfinished_deletes()
     await store.close()
@@ -254,6 +255,36 @@ async def test_a_key_has_a_number_of_unfinished_jobs(store_url: str, clock: Cloc
     await store.complete(claimed.job.id, claimed.fence, {})
     await store.add(new_job())
     await store.close()
+
+
+async def test_an_owner_gets_one_job_for_a_key(store_url: str, clock: Clock) -> None:
+    store = open_test_store(store_url, clock, max_jobs_per_key=1)
+    job = new_job(idempotency_key="a\0\ud800 key")
+    assert await store.add(job) is None
+    again = replace(job, id=UNKNOWN)
+    with pytest.raises(UnavailableError, match="is being made") as early:
+        await store.add(again)
+    assert (early.value.status, early.value.retry_after) == (503, 1.0)
+    await store.publish(job.id)
+    assert await store.add(again) == await store.get(job.id, OWNER), "also if the key has as many jobs as it may have"
+    assert await store.add(replace(again, owner="another key's hash")) is None
+    with pytest.raises(TooManyJobsError):
+        await store.add(replace(again, id="", idempotency_key="another"))
+    await store.close()
+
+
+@pytest.mark.parametrize("end", ["deleted", "expired", "abandoned"])
+async def test_the_key_of_a_job_that_is_gone_may_come_again(store: JobStore, clock: Clock, end: str) -> None:
+    claimed = await start_one(store, idempotency_key="a key")
+    if end == "deleted":
+        await store.begin_delete(claimed.job.id, OWNER)
+    elif end == "abandoned":
+        await store.abandon(claimed.job)
+    else:
+        await store.complete(claimed.job.id, claimed.fence, {})
+        clock.advance(TTL_SECONDS)
+        assert await store.unfinished_deletes() == [claimed.job.id]
+    assert await store.add(new_job(idempotency_key="a key")) is None
 
 
 async def test_the_store_has_a_number_of_rows(store_url: str, clock: Clock) -> None:

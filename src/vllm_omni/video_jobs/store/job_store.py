@@ -36,12 +36,14 @@ class JobStore:
         self._limits = limits
         self._threads = ThreadPoolExecutor(NUM_CONNECTIONS, thread_name_prefix="omni-job-store")
 
-    async def add(self, job: VideoJob) -> None:
+    async def add(self, job: VideoJob) -> VideoJob | None:
         """Add a job that stays invisible until `publish`: its input pictures are stored meanwhile.
 
-        Raises TooManyJobsError and StoreFullError. If the pictures cannot be stored, abandon the job.
+        Returns None, or without any change the owner's job of the same idempotency key. Raises TooManyJobsError,
+        StoreFullError, and UnavailableError while the job of the same key is not published. If the pictures cannot be
+        stored, abandon the job.
         """
-        await self._write(partial(lifetimes.add, job=job, limits=self._limits))
+        return await self._write(partial(lifetimes.add, job=job, limits=self._limits))
 
     async def publish(self, job_id: str) -> None:
         """Make the job visible, and claimable unless it was added as completed.

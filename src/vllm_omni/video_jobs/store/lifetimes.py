@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import case, delete, func, select, update
 from sqlalchemy.orm import Session
 
-from vllm_omni.errors import StoreFullError, TooManyJobsError
+from vllm_omni.errors import StoreFullError, TooManyJobsError, UnavailableError
 from vllm_omni.video_jobs.records import VideoJob, is_job_id
-from vllm_omni.video_jobs.store.leases import failure
+from vllm_omni.video_jobs.store.leases import failure, set_values
 from vllm_omni.video_jobs.store.limits import CREATION_SECONDS, StoreLimits
 from vllm_omni.video_jobs.store.migrations import lock_store
 from vllm_omni.video_jobs.store.tables import JobRow, changes_row, to_job, to_row
 from vllm_omni.video_jobs.store.visible import VISIBLE_STAGES, not_found
 
+_DELETING: Mapping[str, Any] = {"stage": "deleting", "idempotency_key": None}
+"""Values of a job whose deletion begins."""
 
-def add(session: Session, now: float, *, job: VideoJob, limits: StoreLimits) -> None:
-    """Add an invisible row. Raises TooManyJobsError and StoreFullError."""
-    lock_store(session)  # or two servers would both take the last place
+
+def add(session: Session, now: float, *, job: VideoJob, limits: StoreLimits) -> VideoJob | None:
+    """Add an invisible row, or return the owner's job of the same idempotency key.
+
+    Raises TooManyJobsError, StoreFullError, and UnavailableError while a job of the same key is being made.
+    """
+    lock_store(session)  # or two servers would both take the last place, or the same key
+    if job.idempotency_key is not None and (earlier := _job_of_key(session, job)) is not None:
+        return earlier
     if limits.max_jobs is not None and _count(session) >= limits.max_jobs:
         raise StoreFullError(
             f"The store of video jobs is full: it takes {limits.max_jobs} jobs; delete some or try later."
         )
-    if limits.max_jobs_per_key is not None:
+    if limits.max_jobs_per_key is not None and job.completed_at is None:
         unfinished = _count(session, JobRow.owner == job.owner, JobRow.stage.in_(("creating", "live")))
         if unfinished >= limits.max_jobs_per_key:
             raise TooManyJobsError(
@@ -34,6 +44,7 @@ def add(session: Session, now: float, *, job: VideoJob, limits: StoreLimits) -> 
     row = to_row(job, "creating", now + CREATION_SECONDS)
     row.expires_at = now + limits.job_ttl_seconds
     session.add(row)
+    return None
 
 
 def publish(session: Session, now: float, *, job_id: str) -> None:
@@ -49,8 +60,9 @@ def begin_delete(session: Session, now: float, *, job_id: str, owner: str) -> Vi
     row = session.get(JobRow, job_id, with_for_update=True) if is_job_id(job_id) else None
     if row is None or row.owner != owner or row.stage not in VISIBLE_STAGES:
         raise not_found(job_id)
-    row.stage = "deleting"
-    return to_job(row)
+    deleted = to_job(row)
+    set_values(row, _DELETING)
+    return deleted
 
 
 def abandon(session: Session, now: float, *, job: VideoJob) -> None:
@@ -61,11 +73,11 @@ def abandon(session: Session, now: float, *, job: VideoJob) -> None:
     """
     row = session.get(JobRow, job.id, with_for_update=True)
     if row is None:
-        session.add(to_row(job, "deleting", 0.0))
+        session.add(to_row(replace(job, idempotency_key=None), "deleting", 0.0))
         return
     if row.stage == "creating":
         row.lease_ends_at = 0.0  # nobody but its creator writes files
-    row.stage = "deleting"
+    set_values(row, _DELETING)
 
 
 def end_delete(session: Session, now: float, *, job_id: str) -> bool:
@@ -78,9 +90,8 @@ def unfinished_deletes(session: Session, now: float, *, limits: StoreLimits) -> 
     """Ids of jobs to be deleted: deletes that were cut off, ended jobs that expired, creations that were cut off."""
     too_old = failure(now, limits, "expired", f"No server made this video within {limits.job_ttl_seconds:g} s.")
     _change(session, (JobRow.stage == "live", JobRow.expires_at <= now, JobRow.lease_ends_at <= now), too_old)
-    gone = {"stage": "deleting"}
-    _change(session, (JobRow.stage == "ended", JobRow.expires_at <= now), gone)
-    _change(session, (JobRow.stage == "creating", JobRow.lease_ends_at <= now), gone)
+    _change(session, (JobRow.stage == "ended", JobRow.expires_at <= now), _DELETING)
+    _change(session, (JobRow.stage == "creating", JobRow.lease_ends_at <= now), _DELETING)
     return list(session.scalars(select(JobRow.id).where(JobRow.stage == "deleting")))
 
 
@@ -88,6 +99,18 @@ def _count(session: Session, *conditions: Any) -> int:
     return session.scalars(select(func.count()).select_from(JobRow).where(*conditions)).one()
 
 
-def _change(session: Session, conditions: tuple[Any, ...], values: dict[str, Any]) -> None:
+def _job_of_key(session: Session, job: VideoJob) -> VideoJob | None:
+    """Job of the same owner and idempotency key. Raises UnavailableError if it is not published yet."""
+    query = select(JobRow).where(JobRow.owner == job.owner, JobRow.idempotency_key == job.idempotency_key)
+    row = session.scalars(query).one_or_none()
+    if row is not None and row.stage == "creating":
+        raise UnavailableError(
+            f"The job of Idempotency-Key {job.idempotency_key!r:.80} is being made; repeat the request.",
+            retry_after=1.0,
+        )
+    return None if row is None else to_job(row)
+
+
+def _change(session: Session, conditions: tuple[Any, ...], values: Mapping[str, Any]) -> None:
     statement = update(JobRow).where(*conditions).values(**values)
     session.execute(statement.execution_options(synchronize_session=False))

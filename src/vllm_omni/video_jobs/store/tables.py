@@ -61,6 +61,8 @@ class JobRow(StoreTable):
     outputs: Mapped[dict[str, Any]]
     checkpoint: Mapped[str | None]
     remixed_from: Mapped[str | None]
+    idempotency_key: Mapped[str | None]
+    """None once the row is `deleting`: the key may be used again."""
     error_code: Mapped[str | None]
     error_message: Mapped[str | None]
     num_attempts: Mapped[int]
@@ -89,6 +91,7 @@ class JobRow(StoreTable):
         ),
         Index("video_jobs_pages", "owner", "created_at", "id"),
         Index("video_jobs_quotas", "owner", "stage"),
+        Index("video_jobs_keys", "owner", "idempotency_key", unique=True),
         Index("video_jobs_counts", "stage", "status"),
         Index("video_jobs_expiry", "stage", "expires_at"),
     )

@@ -132,6 +132,49 @@ def test_all_videos_can_be_deleted_page_by_page(
     assert list(sdk.videos.list()) == []
 
 
+class LosesFirstAnswer(httpx.HTTPTransport):
+    """Connection that breaks before the first answer to each `POST` arrives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_lost: set[str] = set()
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        response = super().handle_request(request)
+        if request.method == "POST" and request.url.path not in self.is_lost:
+            self.is_lost.add(request.url.path)
+            response.read()
+            raise httpx.ReadError("the connection broke", request=request)
+        return response
+
+
+def test_a_request_that_is_repeated_with_its_key_makes_one_job(
+    server: LiveServer, sdk: openai.OpenAI, http: httpx.Client
+) -> None:
+    delete_all(sdk)
+    with openai.OpenAI(
+        api_key="none", base_url=f"{server.url}/v1", http_client=httpx.Client(transport=LosesFirstAnswer())
+    ) as client:
+        video = client.videos.create(prompt="x", extra_headers={"Idempotency-Key": "one"})
+        assert client.videos.poll(video.id, poll_interval_ms=50).status == "completed"
+        remix = client.videos.remix(video.id, prompt="y", extra_headers={"Idempotency-Key": "two"})
+    assert {found.id for found in sdk.videos.list()} == {video.id, remix.id}
+    assert sdk.videos.create(prompt="x", extra_headers={"Idempotency-Key": "three"}).id not in (video.id, remix.id)
+    for body in ({"prompt": "y"}, {"prompt": "x", "seed": 1 + (video.model_extra or {})["seed"]}):
+        refused = http.post(VIDEOS, json=body, headers={"Idempotency-Key": "one"})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "Idempotency-Key")
+        assert video.id in refused.json()["error"]["message"]
+    sdk.videos.delete(video.id)
+    assert sdk.videos.create(prompt="y", extra_headers={"Idempotency-Key": "one"}).id != video.id
+
+
+@pytest.mark.parametrize("key", ["", "k" * 256])
+def test_a_key_has_a_length(http: httpx.Client, key: str) -> None:
+    for path in (VIDEOS, f"{VIDEOS}/video_1/remix"):
+        refused = http.post(path, json={"prompt": "x"}, headers={"Idempotency-Key": key})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "Idempotency-Key")
+
+
 def test_delete_stops_a_job_that_runs(server: LiveServer, sdk: openai.OpenAI) -> None:
     delete_all(sdk)
     server.wait_until(lambda: server.num_unfinished() == 0)

@@ -51,6 +51,7 @@ logger = logging.getLogger(__name__)
 
 POLL_HEADER = "openai-poll-after-ms"
 """Milliseconds after which the SDK's poll helper asks again."""
+MAX_KEY_CHARACTERS = 255
 _PNG = ImageFormat("png", 100)
 
 
@@ -88,11 +89,11 @@ class VideoService:
 
         Raises RequestError or RequestValidationError; HTTPException (408, 413) for slow and for large bodies.
         """
-        pictures = self.pictures
+        pictures, key = self.pictures, idempotency_key(request)
         with pictures.budget.reserve() as reservation, _own_field_names():
             asked = await self._read(request, reservation)
             files = await png_files(pictures.encoder, reservation.images)
-            new = replace(asked.new, input_files=files)
+            new = replace(asked.new, input_files=files, idempotency_key=key)
             job = await self.jobs.create(new)
         asked.log(pictures.settings, job.id)
         return await self._created(job.id, request, asked.ignored, asked.headers)
@@ -158,9 +159,10 @@ class VideoService:
 
     async def remix(self, video_id: str, request: Request) -> Response:
         """Make a job with another prompt and the other parameters of a completed one. Raises as `create`."""
+        key = idempotency_key(request)
         with self.pictures.budget.reserve() as reservation, _own_field_names():
             body = await self.bodies.model(request, reservation, RemixRequest, self.pictures.settings.max_body_bytes)
-            job = await self.jobs.remix(video_id, owner_of(request, self.pictures.settings), body.prompt)
+            job = await self.jobs.remix(video_id, owner_of(request, self.pictures.settings), body.prompt, key)
         ignored, headers = self.pictures.note_ignored(unknown_fields(body), request)
         return await self._created(job.id, request, ignored, headers)
 
@@ -195,6 +197,16 @@ def owner_of(request: Request, settings: ServerSettings) -> str:
         return ""
     key = request.headers.get("authorization", "").partition(" ")[2]
     return hashlib.sha256(key.encode()).hexdigest()
+
+
+def idempotency_key(request: Request) -> str | None:
+    """Header `Idempotency-Key`: repeated requests with one key make one job. Raises InvalidRequestError."""
+    key = request.headers.get("idempotency-key")
+    if key is not None and not 1 <= len(key) <= MAX_KEY_CHARACTERS:
+        raise InvalidRequestError(
+            f"Idempotency-Key takes 1 to {MAX_KEY_CHARACTERS} characters, got {len(key)}", param="Idempotency-Key"
+        )
+    return key
 
 
 def check_is_video(checked: CheckedPrompt, body: VideoOptions) -> None:
