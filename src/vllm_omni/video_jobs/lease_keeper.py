@@ -24,11 +24,21 @@ PROGRESS_SECONDS = 1.0
 class LeaseKeeper:
     """Renews leases and reports progress, from a thread that a busy event loop does not delay."""
 
-    def __init__(self, store: JobStore, lease_seconds: float, on_gone: Callable[[set[str]], None]) -> None:
-        """`on_gone`: called on the event loop that calls `start`, with ids of jobs that are lost or deleted."""
+    def __init__(
+        self,
+        store: JobStore,
+        lease_seconds: float,
+        on_gone: Callable[[set[str]], None],
+        on_progress: Callable[[set[str]], None],
+    ) -> None:
+        """Make a keeper without a thread. Both functions are called on the event loop that calls `start`.
+
+        on_gone: gets ids of jobs that are lost or deleted; on_progress: ids of jobs whose progress is stored now.
+        """
         self._store = store
         self._interval = lease_seconds / RENEWALS_PER_LEASE
         self._on_gone = on_gone
+        self._on_progress = on_progress
         self._lock = threading.Lock()
         self._fences: dict[str, int] = {}
         self._progress: dict[str, int] = {}
@@ -94,7 +104,8 @@ class LeaseKeeper:
         with self._lock:
             # A job that was claimed again meanwhile has another fence.
             gone = {job_id for job_id in gone if self._fences.get(job_id) == fences[job_id]}
-        if gone:
-            with contextlib.suppress(RuntimeError):  # the loop was closed
-                self._loop.call_soon_threadsafe(self._on_gone, gone)
+        for notify, job_ids in ((self._on_gone, gone), (self._on_progress, set(progress))):
+            if job_ids:
+                with contextlib.suppress(RuntimeError):  # the loop was closed
+                    self._loop.call_soon_threadsafe(notify, job_ids)
         return True

@@ -28,7 +28,7 @@ class LiveJob:
 
     claim: ClaimedJob
     percent: int
-    """Progress, which never falls."""
+    """Progress, which never falls. Clients see it once it is stored."""
     has_started: bool = False
     """Whether the engine has begun to work on it."""
     is_made: bool = False
@@ -66,7 +66,7 @@ class LiveJob:
         return self.task is not None and self.task.done()
 
     def note_change(self) -> None:
-        """Wake everyone who waits for a change. Nothing is queued: a slow watcher sees the newest state only."""
+        """Wake everyone who waits for a change of the row or the preview. A slow watcher sees the newest state only."""
         self._changed.set()
         self._changed = asyncio.Event()
 
