@@ -39,7 +39,6 @@ class LiveJob:
     """The engine's newest job for it."""
     preview: np.ndarray | None = None
     """Newest preview: uint8 [height, width, 3]."""
-    num_previews: int = 0
     checkpoints: CheckpointWriter | None = None
     checkpointed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the engine has answered a request for a checkpoint, made because the server drains."""

@@ -170,7 +170,7 @@ class JobRunner:
         if output.checkpointed and live.stop_reason is StopReason.DRAIN:
             live.checkpointed.set()
         if output.images and output.step < output.num_inference_steps:
-            live.preview, live.num_previews = output.images[0], live.num_previews + 1
+            live.preview = output.images[0]
             live.note_change()
         if not live.is_made and is_whole_output(output):
             live.is_made = True
