@@ -71,7 +71,7 @@ class ServiceParts:
             on_queue_full=self.claimer.note_queue_full,
             on_room=self.claimer.wake,
         )
-        self._sweeper = Sweeper(store, media, observer, settings.sweep_seconds)
+        self._sweeper = Sweeper(store, media, observer, served_model, settings.sweep_seconds)
         self.leases.start()
         self._claiming = asyncio.create_task(self.claimer.run(self._runner.run), name="video-jobs-claim")
         self._sweeping = asyncio.create_task(self._sweeper.run(), name="video-jobs-sweep")

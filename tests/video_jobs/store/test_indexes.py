@@ -29,7 +29,7 @@ CALLS: dict[str, tuple[Callable[[JobStore], Awaitable[object]], set[str]]] = {
     "first page": (lambda store: store.list(OWNER, None, 20, True), {"video_jobs_pages"}),
     "next page": (lambda store: store.list(OWNER, JOB.id, 20, True), {"video_jobs_pages"}),
     "next page, oldest first": (lambda store: store.list(OWNER, JOB.id, 20, False), {"video_jobs_pages"}),
-    "counts": (lambda store: store.counts(), {"video_jobs_counts"}),
+    "counts": (lambda store: store.counts(MODEL), {"video_jobs_counts"}),
     "add": (lambda store: store.add(OTHER), {"video_jobs_quotas"}),
     "unfinished_deletes": (lambda store: store.unfinished_deletes(), {"video_jobs_expiry"}),
 }

@@ -67,7 +67,7 @@ async def test_a_job_is_invisible_until_it_is_published(store: JobStore) -> None
     with pytest.raises(JobNotFoundError):
         await store.get(job.id, OWNER)
     assert await listed(store) == []
-    assert await store.counts() == {"queued": 0, "in_progress": 0, "completed": 0, "failed": 0}
+    assert await store.counts(MODEL) == {"queued": 0, "in_progress": 0, "completed": 0, "failed": 0}
     assert await store.queued_before(new_job(created_at=2000.0)) == (0, 0.0)
     assert await store.claim("a server", MODEL, 1) == []
     await store.publish(job.id)
@@ -88,7 +88,7 @@ async def test_a_job_that_is_added_as_completed_is_kept_and_not_run(store_url: s
     assert await listed(store) == []
     await store.publish(job.id)
     assert await listed(store) == [job.id]
-    assert (await store.counts())["completed"] == 1
+    assert (await store.counts(MODEL))["completed"] == 1
     assert await store.claim("a server", MODEL, 1) == []
     await store.add(new_job())  # the completed one is not among the unfinished
     clock.advance(TTL_SECONDS)
@@ -172,7 +172,8 @@ async def test_counts(store: JobStore) -> None:
     await start_one(store)
     await publish(store, owner="another key's hash")
     await publish(store, served_model="another model")
-    assert await store.counts() == {"queued": 2, "in_progress": 1, "completed": 1, "failed": 1}
+    assert await store.counts(MODEL) == {"queued": 1, "in_progress": 1, "completed": 1, "failed": 1}
+    assert sum((await store.counts("another model")).values()) == 1
 
 
 async def test_jobs_before_a_job_in_the_queue(store: JobStore) -> None:
