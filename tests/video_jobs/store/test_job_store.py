@@ -247,6 +247,41 @@ async def test_the_store_has_a_number_of_rows(store_url: str, clock: Clock) -> N
     await store.close()
 
 
+async def test_one_key_does_not_fill_the_store_for_others(store_url: str, clock: Clock) -> None:
+    store = open_test_store(store_url, clock, max_jobs=3)
+    kept = []
+    for _ in range(3):
+        claimed = await start_one(store)
+        await store.complete(claimed.job.id, claimed.fence, {})
+        kept.append(claimed.job.id)
+        clock.advance(1)
+    with pytest.raises(StoreFullError):
+        await store.add(new_job())
+    other = "another key's hash"
+    await publish(store, owner=other)
+    assert await store.unfinished_deletes() == kept[:1], "the oldest"
+    assert await store.end_delete(kept[0])
+    await publish(store, owner=other)
+    assert await store.unfinished_deletes() == [kept[1]]
+    assert await store.end_delete(kept[1])
+    with pytest.raises(StoreFullError):
+        await store.add(new_job(owner=other))  # it has more jobs than the other one keeps
+    assert await store.unfinished_deletes() == []
+    await store.close()
+
+
+async def test_a_completed_job_is_never_refused(store_url: str, clock: Clock) -> None:
+    """Its video is made already: nothing is gained by losing it."""
+    store = open_test_store(store_url, clock, max_jobs=1, max_jobs_per_key=1)
+    await publish(store)
+    completed = [new_job(status="completed", completed_at=clock.now + number) for number in range(2)]
+    for job in completed:
+        await store.add(job)
+        await store.publish(job.id)
+    assert await store.unfinished_deletes() == [completed[0].id], "the second one takes its place"
+    await store.close()
+
+
 @pytest.mark.thorough
 async def test_leases_on_postgres_follow_its_clock(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_test_store(postgres_url, None)

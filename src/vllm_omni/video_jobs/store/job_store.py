@@ -41,7 +41,11 @@ class JobStore:
     async def add(self, job: VideoJob) -> None:
         """Add a job that stays invisible until `publish`: its input pictures are stored meanwhile.
 
-        Raises TooManyJobsError and StoreFullError. If the pictures cannot be stored, delete the job.
+        Raises TooManyJobsError and StoreFullError, but not for a job that is completed already. If the pictures cannot
+        be stored, delete the job.
+
+        In a full store, the key that keeps most ended jobs loses the oldest of them to a key that has fewer jobs, and
+        to a completed job of any key.
         """
         await self._write(partial(lifetimes.add, job=job, limits=self._limits))
 
