@@ -155,7 +155,7 @@ async def test_a_failure_is_told_without_internals(tmp_path: Path) -> None:
         with pytest.raises(JobNotFoundError, match="failed"):
             await server.videos.content(job.id, OWNER, "video")
         with pytest.raises(InvalidRequestError, match="failed"):
-            await server.videos.remix(job.id, OWNER, "a bear")
+            await server.remix(job.id)
 
 
 async def test_a_full_disk_fails_one_job_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,11 +256,11 @@ async def test_a_worker_death_does_not_end_a_job(tmp_path: Path) -> None:
 async def test_a_remix_has_the_seed_and_the_size_of_its_source(tmp_path: Path) -> None:
     async with running_server(tmp_path) as server:
         source = await server.ended((await server.create(num_frames=9, seed=11)).id)
-        remix = await server.ended((await server.videos.remix(source.id, OWNER, "a bear")).id)
+        remix = await server.ended((await server.remix(source.id)).id)
         assert (remix.status, remix.remixed_from, remix.request["prompt"]) == ("completed", source.id, "a bear")
         assert remix.shown == source.shown
         with pytest.raises(JobNotFoundError):
-            await server.videos.remix(source.id, "another owner", "a bear")
+            await server.remix(source.id, "another owner")
 
 
 async def test_a_job_whose_pictures_cannot_be_stored_leaves_nothing(

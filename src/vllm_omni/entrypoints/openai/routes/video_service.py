@@ -166,7 +166,8 @@ class VideoService:
         """Make a job with another prompt and the other parameters of a completed one. Raises as `create`."""
         with self.pictures.budget.reserve() as reservation, _own_field_names():
             body = await self.bodies.model(request, reservation, RemixRequest, self.pictures.settings.max_body_bytes)
-            job = await self.jobs.remix(video_id, owner_of(request, self.pictures.settings), body.prompt)
+            owner = owner_of(request, self.pictures.settings)
+            job = await self.jobs.remix(video_id, owner, body.prompt, reservation.add)
         ignored, headers = self.pictures.note_ignored(unknown_fields(body), request)
         return await self._created(job.id, request, ignored, headers)
 
