@@ -105,9 +105,11 @@ async def test_downloads_that_hang_delay_nothing_else(tmp_path: Path, monkeypatc
     await media.put("video_1/1/video.mp4", b"a video")
     downloads = [asyncio.ensure_future(anext(media.read("video_1/1/video.mp4"))) for _ in range(20)]
     await asyncio.sleep(0)
-    await media.put("video_1/1/checkpoint", b"a checkpoint")
-    assert await media.get("video_1/1/checkpoint") == b"a checkpoint"
-    may_open.set()
+    try:
+        await media.put("video_1/1/checkpoint", b"a checkpoint")
+        assert await media.get("video_1/1/checkpoint") == b"a checkpoint"
+    finally:
+        may_open.set()
     assert set(await asyncio.gather(*downloads)) == {b"a video"}
     await media.close()
 

@@ -284,9 +284,11 @@ async def test_renewals_do_not_wait_for_other_calls(store: JobStore, monkeypatch
     monkeypatch.setattr(visible, "get", lambda *arguments, **named: may_read.wait())
     reads = [asyncio.create_task(store.get(claimed.job.id, OWNER)) for _ in range(20)]
     await asyncio.sleep(0)
-    assert await store.renew({claimed.job.id: claimed.fence}, {}) == set()
-    assert not any(read.done() for read in reads)
-    may_read.set()
+    try:
+        assert await store.renew({claimed.job.id: claimed.fence}, {}) == set()
+        assert not any(read.done() for read in reads)
+    finally:
+        may_read.set()
     await asyncio.gather(*reads)
 
 
