@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from testbed.fakes import make_config, make_ready, make_request
-from testbed.patience import GUARD_SECONDS
+from testbed.patience import GUARD_SECONDS, until
 from tests.descriptors import SELECT_LIMIT, descriptors_left, low_descriptors_taken
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.checkpoint import Checkpoint, CheckpointValue
@@ -35,6 +35,7 @@ from vllm_omni.diffusion.messages.worker import (
     ToWorker,
 )
 from vllm_omni.inputs.images import InputImage
+from vllm_omni.processes import channel
 from vllm_omni.processes.channel import AsyncChannel, BlockingChannel, ChannelBrokenError, FrameReader, encode_frame
 
 DTYPES = ["u1", "<f4", "<f8", "<i8", "?"]
@@ -361,6 +362,28 @@ async def test_arrays_that_cannot_be_sent_break_the_channel() -> None:
             await ours.receive()
         with pytest.raises(EOFError):
             await asyncio.to_thread(theirs.receive)
+
+
+async def test_a_message_to_several_workers_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[object] = []
+    encode = channel.encode_frame
+
+    def noted(message: object) -> tuple[bytes, int | None]:
+        encoded.append(message)
+        return encode(message)
+
+    monkeypatch.setattr(channel, "encode_frame", noted)
+    before = num_descriptors()
+    async with mixed_pair() as (one, worker), mixed_pair() as (two, other), mixed_pair() as (closed, _):
+        closed.close()
+        message = Done(StepResult(1, images={"a": np.arange(6.0)}))
+        channel.send_to_all([one, closed, two], message)
+        assert encoded == [message]
+        received = [await asyncio.to_thread(end.receive) for end in (worker, other)]
+        received[0].result.images["a"][:] = 0  # each receiver may change its arrays
+        assert_same(received[1], message)
+        del received
+    await until(lambda: num_descriptors() == before)  # a thread may hold a result for a moment
 
 
 async def test_a_message_that_the_kernel_refuses_breaks_the_channel(monkeypatch: pytest.MonkeyPatch) -> None:

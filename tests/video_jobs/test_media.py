@@ -58,6 +58,7 @@ def bucket(s3: None) -> Iterator[MediaStore]:
     store = MediaStore.open("s3://videos")
     yield store
     store._threads.shutdown()
+    store._readers.shutdown()
 
 
 @pytest.fixture(params=["folder", "memory", "s3"])
@@ -90,6 +91,35 @@ async def test_a_file_is_read_in_pieces_and_ranges(media: MediaStore) -> None:
     assert b"".join(pieces) == data
     for start, end in ((0, 1), (5, PIECE_BYTES + 7), (len(data) - 1, None), (len(data), None), (3, 3)):
         assert b"".join([piece async for piece in media.read("video_1/1/video.mp4", start, end)]) == data[start:end]
+
+
+async def test_downloads_that_hang_delay_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    media, may_open = MediaStore.open(str(tmp_path)), threading.Event()
+    open_file = media._open
+
+    def open_late(path: str, start: int) -> Any:
+        may_open.wait()
+        return open_file(path, start)
+
+    monkeypatch.setattr(media, "_open", open_late)
+    await media.put("video_1/1/video.mp4", b"a video")
+    downloads = [asyncio.ensure_future(anext(media.read("video_1/1/video.mp4"))) for _ in range(20)]
+    await asyncio.sleep(0)
+    try:
+        await media.put("video_1/1/checkpoint", b"a checkpoint")
+        assert await media.get("video_1/1/checkpoint") == b"a checkpoint"
+    finally:
+        may_open.set()
+    assert set(await asyncio.gather(*downloads)) == {b"a video"}
+    await media.close()
+
+
+def test_a_slow_download_holds_little_memory(bucket: MediaStore) -> None:
+    path = bucket._path("large/video.mp4")
+    bucket._files.pipe_file(path, bytes(8 * PIECE_BYTES))
+    with bucket._open(path, 0) as file:
+        file.read(PIECE_BYTES)
+        assert len(file.cache.cache) <= 2 * PIECE_BYTES
 
 
 async def test_a_job_is_deleted_as_one_tree(media: MediaStore) -> None:
@@ -323,5 +353,5 @@ async def test_nothing_blocks_the_event_loop(tmp_path: Path, monkeypatch: pytest
     assert await media.get(key) == b"".join([piece async for piece in media.read(key)])
     await media.delete(key)
     await media.delete_tree("video_1")
-    assert threads == {"omni-media_"}
+    assert threads == {"omni-media_", "omni-media-read_"}
     await media.close()

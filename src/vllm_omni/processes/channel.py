@@ -17,6 +17,7 @@ import socket
 import struct
 import threading
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -223,15 +224,24 @@ class AsyncChannel(Generic[Incoming]):
 
     def send(self, message: object) -> None:
         """Queue a message. Raises nothing: if it cannot be sent, `receive` raises the error."""
+        send_to_all([self], message)
+
+    def queue_frame(self, frame: bytes, fd: int | None) -> None:
+        """Queue an encoded message, as `send` does. The caller keeps `fd` and closes it."""
         if self._closed:
             return
         try:
-            frame, fd = encode_frame(message)
+            copy = None if fd is None else os.dup(fd)
         except OSError as error:
-            self._fail(ChannelBrokenError(f"the arrays of a message cannot be sent: {error}"))
+            self.note_unsent(error)
             return
-        self._backlog.append((memoryview(frame), fd))
+        self._backlog.append((memoryview(frame), copy))
         self._flush()
+
+    def note_unsent(self, error: OSError) -> None:
+        """Break the channel: the arrays of a message cannot be sent."""
+        if not self._closed:
+            self._fail(ChannelBrokenError(f"the arrays of a message cannot be sent: {error}"))
 
     async def receive(self) -> Incoming:
         """Wait for a message. Raises EOFError when the other end is closed, MsgspecError for a malformed message.
@@ -305,3 +315,22 @@ class AsyncChannel(Generic[Incoming]):
     def _fail(self, error: msgspec.MsgspecError | ChannelBrokenError) -> None:
         self._failure = error
         self.close()
+
+
+def send_to_all(channels: Sequence[AsyncChannel[Any]], message: object) -> None:
+    """Queue a message on several channels. It is encoded once, and the receivers map the same memory, copy-on-write.
+
+    Raises nothing, as `AsyncChannel.send`.
+    """
+    try:
+        frame, fd = encode_frame(message)
+    except OSError as error:
+        for channel in channels:
+            channel.note_unsent(error)
+        return
+    try:
+        for channel in channels:
+            channel.queue_frame(frame, fd)
+    finally:
+        if fd is not None:
+            os.close(fd)

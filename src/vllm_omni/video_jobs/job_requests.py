@@ -161,6 +161,13 @@ def params_from_json(values: Mapping[str, Any]) -> OmniDiffusionSamplingParams:
     return OmniDiffusionSamplingParams(**{**values, "lora_request": adapters, "output_type": "np"})
 
 
+def decoding_bytes(input_file: bytes) -> int:
+    """Bytes that decoding a stored picture takes: its pixels, and at most as many resized. Reads its header alone."""
+    with Image.open(io.BytesIO(input_file), formats=["PNG"]) as picture:
+        width, height = picture.size
+    return 2 * 3 * int(width * height)
+
+
 def stored_prompt(job: VideoJob, input_files: Sequence[bytes], prompt: str | None = None) -> OmniPrompt:
     """Prompt of a stored job with its pictures decoded, which takes time: for a thread. `prompt`: another text."""
     text = job.request["prompt"] if prompt is None else prompt

@@ -33,13 +33,18 @@ class LeaseKeeper:
         store: JobStore,
         lease_seconds: float,
         on_gone: Callable[[set[str]], None],
+        on_progress: Callable[[set[str]], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`on_gone`: called on the event loop that calls `start`, with ids of jobs that are lost or deleted."""
+        """Make a keeper without a thread. Both functions are called on the event loop that calls `start`.
+
+        on_gone: gets ids of jobs that are lost or deleted; on_progress: ids of jobs whose progress is stored now.
+        """
         self._store = store
         self._lease_seconds = lease_seconds
         self._interval = lease_seconds / RENEWALS_PER_LEASE
         self._on_gone = on_gone
+        self._on_progress = on_progress
         self._clock = clock
         self._is_hanging = False
         self._lock = threading.Lock()
@@ -130,7 +135,8 @@ class LeaseKeeper:
         with self._lock:
             # A job that was claimed again meanwhile has another fence.
             gone = {job_id for job_id in gone if self._fences.get(job_id) == fences[job_id]}
-        if gone:
-            with contextlib.suppress(RuntimeError):  # the loop was closed
-                self._loop.call_soon_threadsafe(self._on_gone, gone)
+        for notify, job_ids in ((self._on_gone, gone), (self._on_progress, set(progress))):
+            if job_ids:
+                with contextlib.suppress(RuntimeError):  # the loop was closed
+                    self._loop.call_soon_threadsafe(notify, job_ids)
         return True

@@ -28,7 +28,7 @@ class LiveJob:
 
     claim: ClaimedJob
     percent: int
-    """Progress, which never falls."""
+    """Progress, which never falls. Clients see it once it is stored."""
     has_started: bool = False
     """Whether the engine has begun to work on it."""
     is_made: bool = False
@@ -39,7 +39,6 @@ class LiveJob:
     """The engine's newest job for it."""
     preview: np.ndarray | None = None
     """Newest preview: uint8 [height, width, 3]."""
-    num_previews: int = 0
     checkpoints: CheckpointWriter | None = None
     checkpointed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the engine has answered a request for a checkpoint, made because the server drains."""
@@ -66,7 +65,7 @@ class LiveJob:
         return self.task is not None and self.task.done()
 
     def note_change(self) -> None:
-        """Wake everyone who waits for a change. Nothing is queued: a slow watcher sees the newest state only."""
+        """Wake everyone who waits for a change of the row or the preview. A slow watcher sees the newest state only."""
         self._changed.set()
         self._changed = asyncio.Event()
 

@@ -24,9 +24,11 @@ logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 256 * 1024
 """Bytes that `MediaStore.read` yields at a time."""
-_READ_AHEAD_BYTES = 4 * 1024 * 1024
-"""Bytes that one request to a bucket reads."""
+_READ_AHEAD_BYTES = PIECE_BYTES
+"""Bytes that a request to a bucket reads beyond the piece. Each download under way holds both, however slow it is."""
 _NUM_THREADS = 8
+_NUM_READ_THREADS = 8
+"""Threads of downloads alone: reads that hang delay no checkpoint."""
 _OPTIONS: dict[str, dict[str, Any]] = {"s3": {"config_kwargs": {"connect_timeout": 10, "read_timeout": 60}}}
 """Options of fsspec's file systems. Seconds: an address that does not answer is reported at start, not much later."""
 _KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*")
@@ -79,6 +81,7 @@ class MediaStore:
         self._files, self._root, self._url = file_system, root.rstrip("/"), url
         self._is_folder = file_system.protocol[0] == "file"
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="omni-media")
+        self._readers = ThreadPoolExecutor(_NUM_READ_THREADS, thread_name_prefix="omni-media-read")
 
     @classmethod
     def open(cls, url: str) -> Self:
@@ -148,18 +151,18 @@ class MediaStore:
 
         Raises MediaNotFoundError at the first piece.
         """
-        file = await self._run(self._open, self._path(key), start, key=key)
+        file = await self._run(self._open, self._path(key), start, key=key, threads=self._readers)
         try:
             left = float("inf") if end is None else end - start
             while left > 0:
-                piece: bytes = await self._run(file.read, int(min(PIECE_BYTES, left)), key=key)
+                piece: bytes = await self._run(file.read, int(min(PIECE_BYTES, left)), key=key, threads=self._readers)
                 if not piece:
                     break
                 left -= len(piece)
                 yield piece
         finally:
             try:
-                self._threads.submit(file.close)  # in a thread, because it waits for a read that was given up
+                self._readers.submit(file.close)  # in a thread, because it waits for a read that was given up
             except RuntimeError:  # the threads have ended, and all reads with them
                 file.close()
 
@@ -175,7 +178,8 @@ class MediaStore:
 
     async def close(self) -> None:
         """Wait for what runs, and end the threads."""
-        await asyncio.to_thread(self._threads.shutdown)
+        for threads in (self._threads, self._readers):
+            await asyncio.to_thread(threads.shutdown)
 
     def _path(self, key: str) -> str:
         if not _KEY.fullmatch(key):
@@ -212,10 +216,12 @@ class MediaStore:
             with contextlib.suppress(FileNotFoundError):  # another sweep removes the same files
                 self._files.rm(path, recursive=True)
 
-    async def _run(self, function: Callable[..., T], *args: Any, key: str) -> T:
+    async def _run(
+        self, function: Callable[..., T], *args: Any, key: str, threads: ThreadPoolExecutor | None = None
+    ) -> T:
         """Call a blocking function in a thread, with its errors translated."""
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+            return await asyncio.get_running_loop().run_in_executor(threads or self._threads, function, *args)
         except Exception as error:
             # Where a file is written, what is missing is the bucket.
             if isinstance(error, FileNotFoundError | IsADirectoryError) and function != self._put:

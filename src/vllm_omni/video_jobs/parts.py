@@ -60,7 +60,7 @@ class ServiceParts:
         self.maker = VideoMaker(omni, self._encoders, scratch.path)
         self.views = JobViews(omni, store, self.claimer.live)
         self.watcher = JobWatcher(store, self.views, self.claimer.live, settings.poll_seconds)
-        self.leases = LeaseKeeper(store, settings.lease_seconds, self._stop_gone)
+        self.leases = LeaseKeeper(store, settings.lease_seconds, self._stop_gone, self._note_progress)
         self._runner = JobRunner(
             omni=omni,
             store=store,
@@ -72,7 +72,7 @@ class ServiceParts:
             on_queue_full=self.claimer.note_queue_full,
             on_room=self.claimer.wake,
         )
-        self._sweeper = Sweeper(store, media, observer, settings.sweep_seconds)
+        self._sweeper = Sweeper(store, media, observer, served_model, settings.sweep_seconds)
         self.leases.start()
         self._claiming = asyncio.create_task(self.claimer.run(self._runner.run), name="video-jobs-claim")
         self._sweeping = asyncio.create_task(self._sweeper.run(), name="video-jobs-sweep")
@@ -127,6 +127,12 @@ class ServiceParts:
                 logger.info("video job %s stops here: it was deleted, or another server runs it", job_id)
                 live.stop_reason = StopReason.GONE
                 live.task.cancel()
+
+    def _note_progress(self, job_ids: set[str]) -> None:
+        """Show clients the progress of jobs that is stored now."""
+        for job_id in job_ids:
+            if (live := self.claimer.live.get(job_id)) is not None:
+                live.note_change()
 
     async def stop_jobs(self, timeout: float) -> None:
         """Claim nothing further, and give all jobs back to the store, at most `timeout` seconds long."""

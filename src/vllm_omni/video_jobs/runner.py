@@ -170,7 +170,8 @@ class JobRunner:
         if output.checkpointed and live.stop_reason is StopReason.DRAIN:
             live.checkpointed.set()
         if output.images and output.step < output.num_inference_steps:
-            live.preview, live.num_previews = output.images[0], live.num_previews + 1
+            live.preview = output.images[0]
+            live.note_change()
         if not live.is_made and is_whole_output(output):
             live.is_made = True
             self.on_room()
@@ -181,13 +182,13 @@ class JobRunner:
         if percent > live.percent:
             live.percent = percent
             self.leases.note_progress(live.id, live.claim.fence, percent)
-        live.note_change()
 
     async def _note_started(self, live: LiveJob) -> None:
         try:
             await self._persist(partial(self.store.note_started, live.id, live.claim.fence))
         except (LeaseLostError, RequestError) as error:  # the next renewal stops the job if it is lost
             logger.warning("video job %s: its start cannot be noted: %s", live.id, error)
+        live.note_change()
 
     # Ends -------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,14 @@ from vllm_omni.omni import AsyncOmni
 from vllm_omni.outputs import OmniRequestOutput
 from vllm_omni.video_jobs.content import MediaFile, open_content
 from vllm_omni.video_jobs.encoding import EncodedVideo
-from vllm_omni.video_jobs.job_requests import NewVideo, check_repeats, new_job, params_from_json, stored_prompt
+from vllm_omni.video_jobs.job_requests import (
+    NewVideo,
+    check_repeats,
+    decoding_bytes,
+    new_job,
+    params_from_json,
+    stored_prompt,
+)
 from vllm_omni.video_jobs.media import MediaNotFoundError, MediaStore, MediaStoreFullError
 from vllm_omni.video_jobs.observer import VideoObserver
 from vllm_omni.video_jobs.parts import ServiceParts
@@ -162,10 +169,19 @@ class VideoJobs:
         """Delete a job and its files; one that runs stops after its step. Raises JobNotFoundError."""
         await self._running_parts().delete(job_id, owner)
 
-    async def remix(self, job_id: str, owner: str, prompt: str, idempotency_key: str | None = None) -> VideoJob:
+    async def remix(
+        self,
+        job_id: str,
+        owner: str,
+        prompt: str,
+        reserve: Callable[[int], None],
+        idempotency_key: str | None = None,
+    ) -> VideoJob:
         """Make a job like a completed one, its seed and pictures included, with another prompt.
 
-        Raises JobNotFoundError, InvalidRequestError for a job that is not completed, and whatever `create` raises.
+        reserve: called with the bytes of each picture's file and of its pixels, before they are read and decoded.
+        Raises JobNotFoundError, InvalidRequestError for a job that is not completed, and whatever `reserve` and
+        `create` raise.
         """
         parts = self._running_parts()
         job = await parts.store.get(job_id, owner)
@@ -173,8 +189,12 @@ class VideoJobs:
             raise InvalidRequestError(
                 f"a completed video can be remixed; the status of {job_id} is {job.status}", param="video_id"
             )
+        files = []
         try:
-            files = tuple([await parts.media.get(key) for key in job.inputs])
+            for key in job.inputs:
+                reserve((await parts.media.info(key)).size)
+                files.append(await parts.media.get(key))
+                reserve(decoding_bytes(files[-1]))
         except MediaNotFoundError:
             await parts.store.get(job_id, owner)  # raises if the job was deleted meanwhile
             raise
@@ -185,7 +205,7 @@ class VideoJobs:
                 job.model,
                 checked.prompt,
                 checked,
-                files,
+                tuple(files),
                 job.request["output_format"],
                 remixed_from=job.id,
                 idempotency_key=idempotency_key,
@@ -222,7 +242,7 @@ class VideoJobs:
         finally:
             await asyncio.to_thread(encoded.remove)
 
-    def _check(self, job: VideoJob, files: tuple[bytes, ...], prompt: str) -> CheckedPrompt:
+    def _check(self, job: VideoJob, files: Sequence[bytes], prompt: str) -> CheckedPrompt:
         """Check a stored request with another prompt, in a thread: it decodes pictures."""
         return self._omni.check(stored_prompt(job, files, prompt), params_from_json(job.request["params"]))
 

@@ -19,10 +19,14 @@ logger = logging.getLogger(__name__)
 class Sweeper:
     """Finishes deletions that were cut off, expires jobs, and counts jobs, at regular times."""
 
-    def __init__(self, store: JobStore, media: MediaStore, observer: VideoObserver, sweep_seconds: float) -> None:
+    def __init__(
+        self, store: JobStore, media: MediaStore, observer: VideoObserver, served_model: str, sweep_seconds: float
+    ) -> None:
+        """`served_model`: the model whose jobs are counted; jobs of all models are removed."""
         self._store = store
         self._media = media
         self._observer = observer
+        self._served_model = served_model
         self._sweep_seconds = sweep_seconds
 
     async def run(self) -> None:
@@ -43,7 +47,7 @@ class Sweeper:
     async def sweep(self) -> None:
         for job_id in await self._store.unfinished_deletes():
             await self.remove(job_id)
-        self._observer.on_job_counts(await self._store.counts())
+        self._observer.on_job_counts(await self._store.counts(self._served_model))
 
     async def remove(self, job_id: str) -> None:
         """Remove the files of a job under deletion, then its row: unless its server may still write files."""

@@ -1,10 +1,9 @@
-"""Jobs as clients see them: with the newest progress, an estimate of the time left, and the time of the next poll."""
+"""Jobs as clients see them: with an estimate of the time left, and the time of the next poll."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm_omni.omni import AsyncOmni
@@ -21,9 +20,10 @@ _POLLS_PER_WAIT = 10
 
 @dataclass(frozen=True)
 class VideoView:
-    """A job with its newest progress."""
+    """A job with its progress, and an estimate of the time left."""
 
     job: VideoJob
+    """As the store has it, on every server: a newer progress that only the server of the job knows could fall again."""
     eta_seconds: float | None
     """Estimated seconds until it is completed; None once it has ended."""
     poll_after_ms: int
@@ -31,7 +31,7 @@ class VideoView:
 
 
 class JobViews:
-    """Makes views of jobs, from the store and from what runs here."""
+    """Makes views of jobs. What runs here gives better estimates."""
 
     def __init__(self, omni: AsyncOmni, store: JobStore, live: Mapping[str, LiveJob]) -> None:
         self._omni = omni
@@ -60,10 +60,7 @@ class JobViews:
         """View of a job. `seconds_before`: work of the jobs that wait in the store before it."""
         if job.completed_at is not None:
             return VideoView(job, None, poll_after_ms(0.0))
-        if (live := self._live.get(job.id)) is not None:
-            started = "in_progress" if live.has_started else job.status
-            job = replace(job, status=started, progress=max(job.progress, live.percent))
-        eta = self._eta_seconds(job, live, seconds_before)
+        eta = self._eta_seconds(job, self._live.get(job.id), seconds_before)
         return VideoView(job, eta, poll_after_ms(eta))
 
     def _eta_seconds(self, job: VideoJob, live: LiveJob | None, seconds_before: float) -> float:
@@ -73,15 +70,9 @@ class JobViews:
         if live is not None:
             is_in_engine = live.request is not None and not live.is_made
             return self._omni.eta_seconds(live.request) if is_in_engine and live.request is not None else left
-        if job.status == "in_progress":  # on another server: at the speed that it had so far
-            return _at_own_speed(job) or left
+        if job.status == "in_progress":  # on another server
+            return left
         return self._omni.status().queue_seconds + seconds_before + left
-
-
-def _at_own_speed(job: VideoJob) -> float | None:
-    if job.started_at is None or not job.progress:
-        return None
-    return max(0.0, time.time() - job.started_at) * (100 - job.progress) / job.progress
 
 
 def poll_after_ms(eta_seconds: float) -> int:

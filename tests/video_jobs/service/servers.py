@@ -50,6 +50,10 @@ class Server:
     async def create(self, prompt: str = "a panda", **fields: Any) -> VideoJob:
         return await self.videos.create(self.new_video(prompt, **fields))
 
+    async def remix(self, job_id: str, owner: str = OWNER) -> VideoJob:
+        """A job that makes a video again, of a bear; memory for its pictures is not bounded."""
+        return await self.videos.remix(job_id, owner, "a bear", lambda num_bytes: None)
+
     async def ended(self, job_id: str, owner: str = OWNER) -> VideoJob:
         """The job once it has completed or failed."""
         async for event in self.videos.events(job_id, owner):

@@ -45,7 +45,7 @@ def gone() -> list[set[str]]:
 
 @pytest.fixture
 async def keeper(store: FakeStore, gone: list[set[str]]) -> AsyncIterator[LeaseKeeper]:
-    keeper = LeaseKeeper(cast(Any, store), LEASE_SECONDS, gone.append)
+    keeper = LeaseKeeper(cast(Any, store), LEASE_SECONDS, gone.append, lambda job_ids: None)
     keeper.start()
     yield keeper
     await keeper.close()
@@ -114,13 +114,16 @@ async def test_leases_of_a_hanging_event_loop_end_until_it_runs_again(
 
 
 async def test_progress_is_reported_once_and_soon(store: FakeStore, gone: list[set[str]]) -> None:
-    keeper = LeaseKeeper(cast(Any, store), GUARD_SECONDS, gone.append)
+    stored: list[set[str]] = []
+    keeper = LeaseKeeper(cast(Any, store), GUARD_SECONDS, gone.append, stored.append)
     keeper.start()
     keeper.hold("a", 1)
     keeper.note_progress("a", 1, 40)
     keeper.note_progress("a", 0, 90)  # its claim is an older one
     await until(lambda: store.renewals)
     assert store.renewals[0] == ({"a": 1}, {"a": 40})
+    await until(lambda: stored)
+    assert stored == [{"a"}]
     await keeper.close()
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 from contextlib import aclosing
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from testbed.fakes import FakeExecutor, FakeRunner
 from tests.video_jobs.service.servers import NUM_FRAMES, OWNER, SLOW_DECODE, Server, running_server, until_next_turn
 from tests.videos import read
 from vllm_omni.diffusion.messages.plan import ItemError
-from vllm_omni.errors import GenerationError, JobNotFoundError, StoreFullError
+from vllm_omni.errors import GenerationError, InvalidRequestError, JobNotFoundError, QueueFullError
 from vllm_omni.jobs import Job
 from vllm_omni.video_jobs.encoding import EncodedVideo
+from vllm_omni.video_jobs.media import MediaStore
 
 
 def engine_job(server: Server, num_videos: int) -> Job:
@@ -62,16 +65,44 @@ async def test_a_request_that_fails_raises_its_error(tmp_path: Path) -> None:
                     pass
 
 
+async def test_a_remix_reserves_memory_before_it_reads_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = io.BytesIO()
+    Image.new("RGB", (300, 200)).save(picture, "PNG")
+    num_read, get = 0, MediaStore.get
+    reserved: list[int] = []
+
+    async def counted(self: MediaStore, key: str) -> bytes:
+        nonlocal num_read
+        num_read += 1
+        return await get(self, key)
+
+    def refuse(num_bytes: int) -> None:
+        raise QueueFullError("no room", retry_after=1.0)
+
+    async with running_server(tmp_path) as server:
+        new = server.new_video(input_files=(picture.getvalue(),))
+        job = server.omni.make_checked_job(new.checked)
+        async with server.videos.make_now(new, job=job) as encoded:
+            kept = await server.videos.keep(new, job, encoded)
+        monkeypatch.setattr(MediaStore, "get", counted)
+        with pytest.raises(QueueFullError):
+            await server.videos.remix(kept.id, OWNER, "a bear", refuse)
+        assert num_read == 0
+        with pytest.raises(InvalidRequestError, match="image"):  # the model takes none
+            await server.videos.remix(kept.id, OWNER, "a bear", reserved.append)
+    assert reserved == [len(picture.getvalue()), 2 * 300 * 200 * 3]
+
+
 async def test_a_kept_video_is_a_completed_job_that_nobody_runs(tmp_path: Path) -> None:
-    async with running_server(tmp_path, max_jobs=1) as server:
+    async with running_server(tmp_path) as server:
         new = server.new_video(input_files=(b"png",))
         job = server.omni.make_checked_job(new.checked)
         async with aclosing(server.omni.submit(job)) as outputs:
             (encoded,) = [files async for _, files in server.videos.encode(job, outputs, "mp4") if files is not None]
         video = encoded.video.read_bytes()
         kept = await server.videos.keep(new, job, encoded)
-        with pytest.raises(StoreFullError):
-            await server.videos.keep(new, job, encoded)
         encoded.remove()
 
         view = (await server.view(kept.id)).job

@@ -57,7 +57,7 @@ def report(word: str, claimed: ClaimedJob) -> None:
 
 
 async def has_work(store: JobStore) -> bool:
-    counts = await store.counts()
+    counts = await store.counts(MODEL)
     return counts["queued"] + counts["in_progress"] > 0
 
 

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import Pool
 
 from testbed.postgres import PostgresServer
-from tests.video_jobs.store.stores import OWNER, Clock, new_job, open_test_store, publish, start_one
+from tests.video_jobs.store.stores import MODEL, OWNER, Clock, new_job, open_test_store, publish, start_one
 from vllm_omni.errors import StoreFullError, UnavailableError
 from vllm_omni.video_jobs.store import database as database_module
 from vllm_omni.video_jobs.store.database import Database
@@ -149,7 +149,7 @@ async def test_a_full_disk_of_postgres_refuses_new_jobs(
     postgres.execute("CREATE TRIGGER full_disk BEFORE INSERT ON video_jobs EXECUTE FUNCTION fill()", name)
     with pytest.raises(StoreFullError, match="its disk has no room"):
         await store.add(new_job())
-    assert sum((await store.counts()).values()) == 0
+    assert sum((await store.counts(MODEL)).values()) == 0
     await store.close()
 
 
@@ -219,7 +219,7 @@ async def test_a_store_closes_while_calls_are_under_way(store_url: str, clock: C
     await store.close()
     await asyncio.gather(*adds)
     with pytest.raises(UnavailableError, match="closed"):
-        await store.counts()
+        await store.counts(MODEL)
 
 
 async def test_calls_may_come_from_several_event_loops(store: JobStore) -> None:

@@ -29,7 +29,7 @@ CALLS: dict[str, tuple[Callable[[JobStore], Awaitable[object]], set[str]]] = {
     "first page": (lambda store: store.list(OWNER, None, 20, True), {"video_jobs_pages"}),
     "next page": (lambda store: store.list(OWNER, JOB.id, 20, True), {"video_jobs_pages"}),
     "next page, oldest first": (lambda store: store.list(OWNER, JOB.id, 20, False), {"video_jobs_pages"}),
-    "counts": (lambda store: store.counts(), {"video_jobs_counts"}),
+    "counts": (lambda store: store.counts(MODEL), {"video_jobs_counts"}),
     "add with a key": (
         lambda store: store.add(new_job(idempotency_key="a key")),
         {"video_jobs_keys", "video_jobs_quotas"},

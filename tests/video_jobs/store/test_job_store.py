@@ -74,7 +74,7 @@ async def test_a_job_is_invisible_until_it_is_published(store: JobStore) -> None
     with pytest.raises(JobNotFoundError):
         await store.get(job.id, OWNER)
     assert await listed(store) == []
-    assert await store.counts() == {"queued": 0, "in_progress": 0, "completed": 0, "failed": 0}
+    assert await store.counts(MODEL) == {"queued": 0, "in_progress": 0, "completed": 0, "failed": 0}
     assert await store.claim("a server", MODEL, 1) == []
     later = await publish(store, created_at=2000.0, owner="another key's hash")
     assert await store.queued_before([later.id, UNKNOWN]) == {later.id: (0, 0.0)}
@@ -96,7 +96,7 @@ async def test_a_job_that_is_added_as_completed_is_kept_and_not_run(store_url: s
     assert await listed(store) == []
     await store.publish(job.id)
     assert await listed(store) == [job.id]
-    assert (await store.counts())["completed"] == 1
+    assert (await store.counts(MODEL))["completed"] == 1
     assert await store.claim("a server", MODEL, 1) == []
     await store.add(new_job())  # the completed one is not among the unfinished
     await store.add(new_job(status="completed", completed_at=1000.0))  # nor is it refused because of them
@@ -180,7 +180,8 @@ async def test_counts(store: JobStore) -> None:
     await start_one(store)
     await publish(store, owner="another key's hash")
     await publish(store, served_model="another model")
-    assert await store.counts() == {"queued": 2, "in_progress": 1, "completed": 1, "failed": 1}
+    assert await store.counts(MODEL) == {"queued": 1, "in_progress": 1, "completed": 1, "failed": 1}
+    assert sum((await store.counts("another model")).values()) == 1
 
 
 async def test_jobs_before_a_job_in_the_queue(store: JobStore) -> None:
@@ -298,6 +299,41 @@ async def test_the_store_has_a_number_of_rows(store_url: str, clock: Clock) -> N
     await store.begin_delete(job.id, OWNER)
     assert await store.end_delete(job.id)
     await store.add(new_job())
+    await store.close()
+
+
+async def test_one_key_does_not_fill_the_store_for_others(store_url: str, clock: Clock) -> None:
+    store = open_test_store(store_url, clock, max_jobs=3)
+    kept = []
+    for _ in range(3):
+        claimed = await start_one(store)
+        await store.complete(claimed.job.id, claimed.fence, {})
+        kept.append(claimed.job.id)
+        clock.advance(1)
+    with pytest.raises(StoreFullError):
+        await store.add(new_job())
+    other = "another key's hash"
+    await publish(store, owner=other)
+    assert await store.unfinished_deletes() == kept[:1], "the oldest"
+    assert await store.end_delete(kept[0])
+    await publish(store, owner=other)
+    assert await store.unfinished_deletes() == [kept[1]]
+    assert await store.end_delete(kept[1])
+    with pytest.raises(StoreFullError):
+        await store.add(new_job(owner=other))  # it has more jobs than the other one keeps
+    assert await store.unfinished_deletes() == []
+    await store.close()
+
+
+async def test_a_completed_job_is_never_refused(store_url: str, clock: Clock) -> None:
+    """Its video is made already: nothing is gained by losing it."""
+    store = open_test_store(store_url, clock, max_jobs=1, max_jobs_per_key=1)
+    await publish(store)
+    completed = [new_job(status="completed", completed_at=clock.now + number) for number in range(2)]
+    for job in completed:
+        await store.add(job)
+        await store.publish(job.id)
+    assert await store.unfinished_deletes() == [completed[0].id], "the second one takes its place"
     await store.close()
 
 

@@ -6,10 +6,12 @@ import asyncio
 import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
 
+from testbed.patience import until
 from tests.video_jobs.store.stores import (
     LEASE_SECONDS,
     MODEL,
@@ -30,7 +32,7 @@ from vllm_omni.video_jobs.records import (
     StoreFullError,
     TooManyJobsError,
 )
-from vllm_omni.video_jobs.store import leases
+from vllm_omni.video_jobs.store import leases, visible
 from vllm_omni.video_jobs.store.job_store import JobStore
 
 WRITES: dict[str, Callable[[JobStore, str, int], Awaitable[object]]] = {
@@ -44,10 +46,10 @@ WRITES: dict[str, Callable[[JobStore, str, int], Awaitable[object]]] = {
 
 async def check_refused(store: JobStore, claimed: ClaimedJob, name: str) -> None:
     """Check that a write of `claimed` is refused and changes no status."""
-    before = await store.counts()
+    before = await store.counts(MODEL)
     with pytest.raises(LeaseLostError, match=claimed.job.id):
         await WRITES[name](store, claimed.job.id, claimed.fence)
-    assert await store.counts() == before
+    assert await store.counts(MODEL) == before
 
 
 async def test_the_order_of_claims_is_priority_then_age_then_id(store: JobStore) -> None:
@@ -245,6 +247,49 @@ async def test_claims_of_a_cancelled_call_are_released(
     assert (again.job.id, again.job.num_attempts) == (job.id, 1)
     assert again.fence > 1  # the cancelled claim was made
     await other.close()
+
+
+async def test_a_cancelled_claim_is_released_in_a_thread(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the claim has ended already: the event loop never waits for the database."""
+    await publish(store)
+    threads: set[threading.Thread] = set()
+    release = leases.release
+
+    def noted(*arguments: Any, **named: Any) -> None:
+        threads.add(threading.current_thread())
+        release(*arguments, **named)
+
+    submitted: list[Future[Any]] = []
+    submit = store._submit
+
+    def submit_noted(*arguments: Any) -> Future[Any]:
+        submitted.append(submit(*arguments))
+        return submitted[-1]
+
+    monkeypatch.setattr(leases, "release", noted)
+    monkeypatch.setattr(store, "_submit", submit_noted)
+    call = asyncio.ensure_future(store.claim("a server", MODEL, 1))
+    await asyncio.sleep(0)
+    submitted[0].result()  # blocks the event loop, which has not noticed the end when the call is cancelled
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    await until(lambda: threads)
+    assert threading.current_thread() not in threads
+    assert (await claim_one(store)).job.num_attempts == 1
+
+
+async def test_renewals_do_not_wait_for_other_calls(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    claimed, may_read = await start_one(store), threading.Event()
+    monkeypatch.setattr(visible, "get", lambda *arguments, **named: may_read.wait())
+    reads = [asyncio.create_task(store.get(claimed.job.id, OWNER)) for _ in range(20)]
+    await asyncio.sleep(0)
+    try:
+        assert await store.renew({claimed.job.id: claimed.fence}, {}) == set()
+        assert not any(read.done() for read in reads)
+    finally:
+        may_read.set()
+    await asyncio.gather(*reads)
 
 
 async def claim_all(store: JobStore) -> list[str]:

@@ -129,10 +129,11 @@ def _videos_router(
     if jobs is None:
         return make_no_videos_router()
     # Here, because these import databases and encoders of videos.
+    from vllm_omni.entrypoints.openai.responses.videos import EventEncoder
     from vllm_omni.entrypoints.openai.routes.video_service import VideoService
     from vllm_omni.entrypoints.openai.routes.videos import make_videos_router
 
-    return make_videos_router(VideoService(pictures, bodies, uploads, jobs))
+    return make_videos_router(VideoService(pictures, bodies, uploads, jobs, EventEncoder(pictures.encoder)))
 
 
 def _video_chat(pictures: PictureService, jobs: VideoJobs | None) -> VideoChat | None:

@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 Work = Callable[[Session, float], Result]
 """Statements of one transaction: they get its session and the time in Unix seconds."""
 
-NUM_CONNECTIONS = 4
+MAX_CONNECTIONS = 5
 _BUSY_SECONDS = 5.0
 """Time for which SQLite waits for another writer."""
 _POSTGRES_START = text(
@@ -134,7 +134,7 @@ def _make_engine(url: URL) -> Engine:
         **isolation,
         connect_args={name: value for name, value in settings.items() if name not in url.query},
         json_serializer=partial(json.dumps, allow_nan=False),
-        pool_size=NUM_CONNECTIONS,
+        pool_size=MAX_CONNECTIONS,
         max_overflow=0,
         pool_pre_ping=is_postgres,  # a server that was restarted is connected again
     )

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from vllm_omni.errors import LeaseLostError, RequestError, UnavailableError
 from vllm_omni.video_jobs.records import ClaimedJob, JobStatus, VideoJob
 from vllm_omni.video_jobs.store import leases, lifetimes, visible
-from vllm_omni.video_jobs.store.database import NUM_CONNECTIONS, Database, Work
+from vllm_omni.video_jobs.store.database import MAX_CONNECTIONS, Database, Work
 from vllm_omni.video_jobs.store.limits import StoreLimits
 
 Result = TypeVar("Result")
@@ -34,14 +34,19 @@ class JobStore:
     def __init__(self, database: Database, limits: StoreLimits) -> None:
         self._database = database
         self._limits = limits
-        self._threads = ThreadPoolExecutor(NUM_CONNECTIONS, thread_name_prefix="omni-job-store")
+        self._threads = ThreadPoolExecutor(MAX_CONNECTIONS - 1, thread_name_prefix="omni-job-store")
+        # A thread and a connection for renewals alone: a lease must not end because many clients ask for their jobs.
+        self._renewals = ThreadPoolExecutor(1, thread_name_prefix="omni-job-leases")
 
     async def add(self, job: VideoJob) -> VideoJob | None:
         """Add a job that stays invisible until `publish`: its input pictures are stored meanwhile.
 
-        Returns None, or without any change the owner's job of the same idempotency key. Raises TooManyJobsError,
-        StoreFullError, and UnavailableError while the job of the same key is not published. If the pictures cannot be
-        stored, abandon the job.
+        Returns None, or without any change the owner's job of the same idempotency key. Raises TooManyJobsError and
+        StoreFullError, but not for a job that is completed already, and UnavailableError while the job of the same key
+        is not published. If the pictures cannot be stored, abandon the job.
+
+        In a full store, the key that keeps most ended jobs loses the oldest of them to a key that has fewer jobs, and
+        to a completed job of any key.
         """
         return await self._write(partial(lifetimes.add, job=job, limits=self._limits))
 
@@ -74,7 +79,9 @@ class JobStore:
         try:
             return await asyncio.wrap_future(running)
         except asyncio.CancelledError:
-            running.add_done_callback(self._release_claims)  # in the thread that claims
+            # In a thread, behind the claim, whose own thread goes on. In a store that is closed the leases end.
+            with contextlib.suppress(RuntimeError):
+                self._threads.submit(self._release_claims, running)
             raise
 
     async def renew(self, claims: Mapping[str, int], progress: Mapping[str, int]) -> set[str]:
@@ -84,7 +91,7 @@ class JobStore:
         so that the deletion can end.
         """
         call = partial(leases.renew, claims=dict(claims), progress=dict(progress), limits=self._limits)
-        return await self._write(call)
+        return await asyncio.wrap_future(self._submit(self._database.write, call, self._renewals))
 
     async def note_started(self, job_id: str, fence: int) -> None:
         """The job's first step runs: `queued` becomes `in_progress`."""
@@ -151,9 +158,9 @@ class JobStore:
         """
         return await self._write(partial(lifetimes.unfinished_deletes, limits=self._limits))
 
-    async def counts(self) -> dict[JobStatus, int]:
-        """Number of visible jobs of each status, of all owners and models."""
-        return await self._read(visible.counts)
+    async def counts(self, served_model: str) -> dict[JobStatus, int]:
+        """Number of visible jobs of each status, of all owners."""
+        return await self._read(partial(visible.counts, served_model=served_model))
 
     async def queued_before(self, job_ids: Sequence[str]) -> dict[str, tuple[int, float]]:
         """Number and work seconds of the waiting jobs that are claimed before each of some jobs, by its id.
@@ -164,7 +171,8 @@ class JobStore:
 
     async def close(self) -> None:
         """Wait for transactions under way and close the connections."""
-        await asyncio.to_thread(self._threads.shutdown)
+        for threads in (self._threads, self._renewals):
+            await asyncio.to_thread(threads.shutdown)
         self._database.close()
 
     async def _read(self, work: Work[Result]) -> Result:
@@ -173,14 +181,16 @@ class JobStore:
     async def _write(self, work: Work[Result]) -> Result:
         return await asyncio.wrap_future(self._submit(self._database.write, work))
 
-    def _submit(self, run: Callable[[Work[Result]], Result], work: Work[Result]) -> Future[Result]:
+    def _submit(
+        self, run: Callable[[Work[Result]], Result], work: Work[Result], threads: ThreadPoolExecutor | None = None
+    ) -> Future[Result]:
         try:
-            return self._threads.submit(run, work)
+            return (threads or self._threads).submit(run, work)
         except RuntimeError as error:
             raise UnavailableError("The store of video jobs is closed: the server is shutting down.") from error
 
     def _release_claims(self, running: Future[Claims]) -> None:
-        """Release the claims of a call that nobody waits for any more."""
+        """Wait for a claim whose caller was cancelled, and release the jobs. Blocks."""
         if running.cancelled() or running.exception() is not None:
             return
         for claimed in running.result():

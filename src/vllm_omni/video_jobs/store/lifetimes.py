@@ -24,16 +24,20 @@ _DELETING: Mapping[str, Any] = {"stage": "deleting", "idempotency_key": None}
 def add(session: Session, now: float, *, job: VideoJob, limits: StoreLimits) -> VideoJob | None:
     """Add an invisible row, or return the owner's job of the same idempotency key.
 
-    Raises TooManyJobsError, StoreFullError, and UnavailableError while a job of the same key is being made.
+    Raises TooManyJobsError and StoreFullError, but not for a job that is completed already, and UnavailableError while
+    a job of the same key is being made.
     """
     lock_store(session)  # or two servers would both take the last place, or the same key
     if job.idempotency_key is not None and (earlier := _job_of_key(session, job)) is not None:
         return earlier
+    is_completed = job.completed_at is not None
     if limits.max_jobs is not None and _count(session) >= limits.max_jobs:
-        raise StoreFullError(
-            f"The store of video jobs is full: it takes {limits.max_jobs} jobs; delete some or try later."
-        )
-    if limits.max_jobs_per_key is not None and job.completed_at is None:
+        has_room = _remove_oldest_of_largest(session, None if is_completed else job.owner)
+        if not has_room and not is_completed:
+            raise StoreFullError(
+                f"The store of video jobs is full: it takes {limits.max_jobs} jobs; delete some or try later."
+            )
+    if limits.max_jobs_per_key is not None and not is_completed:
         unfinished = _count(session, JobRow.owner == job.owner, JobRow.stage.in_(("creating", "live")))
         if unfinished >= limits.max_jobs_per_key:
             raise TooManyJobsError(
@@ -93,6 +97,21 @@ def unfinished_deletes(session: Session, now: float, *, limits: StoreLimits) -> 
     _change(session, (JobRow.stage == "ended", JobRow.expires_at <= now), _DELETING)
     _change(session, (JobRow.stage == "creating", JobRow.lease_ends_at <= now), _DELETING)
     return list(session.scalars(select(JobRow.id).where(JobRow.stage == "deleting")))
+
+
+def _remove_oldest_of_largest(session: Session, newcomer: str | None) -> bool:
+    """Begin to delete the oldest ended job of the owner who keeps most of them; return whether there was one.
+
+    newcomer: owner who needs the place. Only an owner who keeps more ended jobs than the newcomer has jobs gives it.
+    """
+    kept = func.count()
+    query = select(JobRow.owner, kept).where(JobRow.stage == "ended").group_by(JobRow.owner).order_by(kept.desc())
+    largest = session.execute(query.limit(1)).one_or_none()
+    if largest is None or (newcomer is not None and largest[1] <= _count(session, JobRow.owner == newcomer)):
+        return False
+    oldest = select(JobRow).where(JobRow.owner == largest[0], JobRow.stage == "ended").order_by(JobRow.completed_at)
+    session.scalars(oldest.limit(1)).one().stage = "deleting"
+    return True
 
 
 def _count(session: Session, *conditions: Any) -> int:

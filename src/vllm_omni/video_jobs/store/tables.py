@@ -92,7 +92,7 @@ class JobRow(StoreTable):
         Index("video_jobs_pages", "owner", "created_at", "id"),
         Index("video_jobs_quotas", "owner", "stage"),
         Index("video_jobs_keys", "owner", "idempotency_key", unique=True),
-        Index("video_jobs_counts", "stage", "status"),
+        Index("video_jobs_counts", "stage", "served_model", "status"),
         Index("video_jobs_expiry", "stage", "expires_at"),
     )
 

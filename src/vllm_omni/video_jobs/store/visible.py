@@ -42,9 +42,10 @@ def page(
     return [to_job(row) for row in rows[:limit]], len(rows) > limit
 
 
-def counts(session: Session, now: float) -> dict[JobStatus, int]:
+def counts(session: Session, now: float, *, served_model: str) -> dict[JobStatus, int]:
     """Number of visible jobs of each status."""
-    query = select(JobRow.status, func.count()).where(JobRow.stage.in_(VISIBLE_STAGES)).group_by(JobRow.status)
+    visible = JobRow.stage.in_(VISIBLE_STAGES), JobRow.served_model == served_model
+    query = select(JobRow.status, func.count()).where(*visible).group_by(JobRow.status)
     found: dict[str, int] = {status: number for status, number in session.execute(query)}  # noqa: C416  (rows, not pairs)
     return {status: found.get(status, 0) for status in JOB_STATUSES}
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -30,15 +31,16 @@ from tests.diffusion.control.executor.workers import (
 )
 from vllm_omni.diffusion.control.engine import DiffusionEngine
 from vllm_omni.diffusion.control.events import EngineEvent, Failed, Finished
-from vllm_omni.diffusion.control.executor.launch import LaunchedReplica, interpreter_launcher
+from vllm_omni.diffusion.control.executor.launch import Launched, LaunchedReplica, interpreter_launcher
 from vllm_omni.diffusion.control.executor.multiproc import MultiprocExecutor, WorkerGroup
 from vllm_omni.diffusion.control.executor.process import WorkerProcess
 from vllm_omni.diffusion.control.replicas import Replicas
 from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
-from vllm_omni.diffusion.messages.worker import Abort, Done, Execute, Heartbeat, Ready, Start
+from vllm_omni.diffusion.messages.worker import Abort, Done, Execute, Heartbeat, Ready, Start, ToWorker
 from vllm_omni.errors import ConfigError, WorkerDiedError
+from vllm_omni.processes import channel
 
 SILENCE_SECONDS = 3.0
 """Time after which a worker of these tests is taken for dead. Live ones beat every second, but a slow machine may hold
@@ -238,6 +240,28 @@ async def test_a_rank_that_cannot_be_started_leaves_no_others(monkeypatch: pytes
             await executor.start()
         assert len(started) == 2
         assert not any(is_alive(process.pid) for process in started)
+
+
+async def test_a_plan_is_encoded_once_for_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint from which a request is resumed has many megabytes."""
+    encoded: list[object] = []
+    encode = channel.encode_frame
+
+    def noted(message: object) -> tuple[bytes, int | None]:
+        encoded.append(message)
+        return encode(message)
+
+    monkeypatch.setattr(channel, "encode_frame", noted)
+    pairs = [socket.socketpair() for _ in range(3)]
+    ends = [channel.BlockingChannel[ToWorker](theirs, ToWorker) for _, theirs in pairs]
+    group = WorkerGroup(GUARD_SECONDS, GUARD_SECONDS)
+    group.workers = [WorkerProcess(Launched(f"rank {n}", Mock(), ours)) for n, (ours, _) in enumerate(pairs)]
+    group.send(Abort(["a"]))
+    assert encoded == [Abort(["a"])]
+    assert [end.receive(GUARD_SECONDS) for end in ends] == [Abort(["a"])] * 3
+    for worker, end in zip(group.workers, ends):
+        worker.close_channel()
+        end.close()
 
 
 async def test_a_rank_that_closes_its_channel_is_dead_to_us() -> None:

@@ -56,8 +56,7 @@ class WorkerGroup:
         self._tasks.append(asyncio.create_task(self._watch()))
 
     def send(self, message: ToWorker) -> None:
-        for worker in self.workers:
-            worker.send(message)
+        WorkerProcess.send_to_all(self.workers, message)
 
     async def next_outcome(self) -> WorkerReady | StepResult:
         """Merged `Ready` of all ranks, then the merged result of each plan. Raises the failure that ended the group."""

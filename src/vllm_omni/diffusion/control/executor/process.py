@@ -7,11 +7,12 @@ import contextlib
 import logging
 import subprocess
 import time
+from collections.abc import Sequence
 
 from vllm_omni.diffusion.control.executor.launch import Launched
 from vllm_omni.diffusion.messages.worker import Died, FromWorker, ToWorker
 from vllm_omni.errors import ConfigError, WorkerDiedError
-from vllm_omni.processes.channel import AsyncChannel, ChannelBrokenError
+from vllm_omni.processes.channel import AsyncChannel, ChannelBrokenError, send_to_all
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,11 @@ class WorkerProcess:
 
     def send(self, message: ToWorker) -> None:
         self._channel.send(message)
+
+    @staticmethod
+    def send_to_all(workers: Sequence[WorkerProcess], message: ToWorker) -> None:
+        """Send a message, which is encoded once: the arrays of a checkpoint are large."""
+        send_to_all([worker._channel for worker in workers], message)
 
     async def receive(self) -> FromWorker:
         """Next message of the worker.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from vllm_omni.entrypoints.openai.responses.answers import frame_around
 from vllm_omni.entrypoints.openai.responses.encoding import ImageEncoder, ImageFormat, json_around_image
@@ -56,19 +58,31 @@ def video_list(views: list[VideoView], has_more: bool) -> dict[str, Any]:
     return {**page, "data": [video_fields(view) for view in views]}
 
 
-async def sent_events(events: AsyncGenerator[VideoEvent, None], encoder: ImageEncoder) -> AsyncGenerator[bytes, None]:
-    """Events of a stream, framed: `video.progress`, `video.preview`, and at the end `video.completed` or `.failed`."""
-    async for event in events:
+class EventEncoder:
+    """Encodes events of jobs as server-sent events, each of them once for all its listeners."""
+
+    def __init__(self, encoder: ImageEncoder) -> None:
+        self._encoder = encoder
+        self._encoded: WeakKeyDictionary[VideoEvent, asyncio.Task[bytes]] = WeakKeyDictionary()
+
+    async def sent(self, events: AsyncGenerator[VideoEvent, None]) -> AsyncGenerator[bytes, None]:
+        """Events of a stream: `video.progress`, `video.preview`, and at the end `video.completed` or `.failed`."""
+        async for event in events:
+            if (encoding := self._encoded.get(event)) is None:
+                encoding = self._encoded[event] = asyncio.create_task(self._encode(event))
+            yield await asyncio.shield(encoding)  # a listener that leaves does not cancel it for the others
+
+    async def _encode(self, event: VideoEvent) -> bytes:
         match event:
             case Progress(view):
-                yield _framed("video.progress", {"video": video_fields(view)})
+                return _framed("video.progress", {"video": video_fields(view)})
             case PreviewImage(view, pixels):
                 kind, size = "video.preview", f"{pixels.shape[1]}x{pixels.shape[0]}"
                 fields = {"type": kind, "output_format": PREVIEW_FORMAT.name, "size": size, "video": video_fields(view)}
                 (start, end), (before, after) = frame_around(kind), json_around_image(fields)
-                yield await encoder.base64(pixels, PREVIEW_FORMAT, start + before, after + end)
+                return await self._encoder.base64(pixels, PREVIEW_FORMAT, start + before, after + end)
             case Ended(view):
-                yield _framed(f"video.{view.job.status}", {"video": video_fields(view)})
+                return _framed(f"video.{view.job.status}", {"video": video_fields(view)})
 
 
 def _framed(kind: str, fields: dict[str, Any]) -> bytes:

@@ -27,7 +27,7 @@ from vllm_omni.entrypoints.openai.requests.video_body import VIDEO_BODY
 from vllm_omni.entrypoints.openai.responses.answers import EventStream
 from vllm_omni.entrypoints.openai.responses.encoding import ImageEncoder, ImageFormat
 from vllm_omni.entrypoints.openai.responses.ranges import RangedFile, respond
-from vllm_omni.entrypoints.openai.responses.videos import is_live, sent_events, video_fields, video_list
+from vllm_omni.entrypoints.openai.responses.videos import EventEncoder, is_live, video_fields, video_list
 from vllm_omni.entrypoints.openai.routes.picture_service import PictureService, log_request
 from vllm_omni.entrypoints.openai.schema.videos import (
     ContentQuery,
@@ -83,6 +83,7 @@ class VideoService:
     bodies: BodyReader
     uploads: PictureBodyReader
     jobs: VideoJobs
+    event_encoder: EventEncoder
 
     async def create(self, request: Request) -> Response:
         """Make a job, and answer with it. Everything that can be wrong with the request is refused here.
@@ -162,7 +163,8 @@ class VideoService:
         key = idempotency_key(request)
         with self.pictures.budget.reserve() as reservation, _own_field_names():
             body = await self.bodies.model(request, reservation, RemixRequest, self.pictures.settings.max_body_bytes)
-            job = await self.jobs.remix(video_id, owner_of(request, self.pictures.settings), body.prompt, key)
+            owner = owner_of(request, self.pictures.settings)
+            job = await self.jobs.remix(video_id, owner, body.prompt, reservation.add, key)
         ignored, headers = self.pictures.note_ignored(unknown_fields(body), request)
         return await self._created(job.id, request, ignored, headers)
 
@@ -177,7 +179,7 @@ class VideoService:
         """Events of a job until it has ended."""
         await self._view(video_id, request)  # an unknown id is a 404 and not an event
         events = self.jobs.events(video_id, owner_of(request, self.pictures.settings))
-        sent = sent_events(events, self.pictures.encoder)
+        sent = self.event_encoder.sent(events)
         return EventStream(events, sent, self.pictures.settings.keep_alive_seconds, {}, nullcontext())
 
     async def _created(
