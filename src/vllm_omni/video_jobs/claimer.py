@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_omni.errors import RequestError
 from vllm_omni.omni import AsyncOmni
-from vllm_omni.video_jobs.live_job import LiveJob, StopReason
+from vllm_omni.video_jobs.live_job import LiveJob
 from vllm_omni.video_jobs.records import ClaimedJob
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class JobClaimer:
         """Claim jobs and start them; return whether there were as many as wanted."""
         number = self._num_wanted()
         try:
-            claims = await self._store.claim(self.server, self._served_model, number)
+            claims = await self._store.claim(self.server, self._served_model, number, tuple(self.live))
         except RequestError as error:
             if not self._is_failing:
                 logger.warning("no video jobs can be claimed until the store answers: %s", error)
@@ -89,9 +89,7 @@ class JobClaimer:
         return len(claims) == number
 
     def _start(self, claim: ClaimedJob, start: StartJob) -> None:
-        if (older := self.live.get(claim.job.id)) is not None and older.task is not None:
-            older.stop_reason = StopReason.GONE  # its lease ended before this server renewed it
-            older.task.cancel()
+        assert claim.job.id not in self.live, "a server does not claim a job that it runs"
         live = LiveJob(claim, claim.job.progress)
         logger.info("video job %s: attempt %d begins", live.id, claim.job.num_attempts)
         self.live[live.id] = live
@@ -99,8 +97,7 @@ class JobClaimer:
         live.task.add_done_callback(lambda _: self._end(live))
 
     def _end(self, live: LiveJob) -> None:
-        if self.live.get(live.id) is live:
-            del self.live[live.id]
+        del self.live[live.id]
         live.note_change()
         self.wake()
 

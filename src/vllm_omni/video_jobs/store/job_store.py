@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
@@ -62,12 +62,15 @@ class JobStore:
         query = partial(visible.page, owner=owner, after=after, limit=limit, newest_first=newest_first)
         return await self._read(query)
 
-    async def claim(self, server: str, served_model: str, limit: int) -> Claims:
+    async def claim(self, server: str, served_model: str, limit: int, skip: Collection[str] = ()) -> Claims:
         """Claim jobs that wait, or whose server let the lease end: smallest priority first, then oldest.
 
-        Claims of a call that is cancelled are released.
+        skip: ids of jobs that are left to other servers: those that this server runs although it was silent for longer
+        than a lease, and those that it cannot run. Claims of a call that is cancelled are released.
         """
-        call = partial(leases.claim, server=server, served_model=served_model, limit=limit, limits=self._limits)
+        call = partial(
+            leases.claim, server=server, served_model=served_model, limit=limit, skip=skip, limits=self._limits
+        )
         running = self._submit(self._database.write, call)
         try:
             return await asyncio.wrap_future(running)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from sqlalchemy import case, func, select, update
@@ -15,17 +15,29 @@ from vllm_omni.video_jobs.store.tables import JobRow, changes_row, to_claim
 
 
 def claim(
-    session: Session, now: float, *, server: str, served_model: str, limit: int, limits: StoreLimits
+    session: Session,
+    now: float,
+    *,
+    server: str,
+    served_model: str,
+    limit: int,
+    skip: Collection[str],
+    limits: StoreLimits,
 ) -> list[ClaimedJob]:
     """Claim at most `limit` jobs that wait or whose lease has ended: smallest priority first, then oldest.
+
+    skip: ids of jobs that are not claimed.
 
     A job fails instead if `MAX_ATTEMPTS` servers died one after the other without storing a checkpoint of it.
     """
     claimed: list[JobRow] = []
+    claimable = [JobRow.stage == "live", JobRow.served_model == served_model, JobRow.lease_ends_at <= now]
+    if skip:
+        claimable.append(JobRow.id.not_in(skip))
     while len(claimed) < limit:
         rows = session.scalars(
             select(JobRow)
-            .where(JobRow.stage == "live", JobRow.served_model == served_model, JobRow.lease_ends_at <= now)
+            .where(*claimable)
             .order_by(JobRow.priority, JobRow.created_at, JobRow.id)
             .limit(limit - len(claimed))
             .with_for_update(skip_locked=True)  # on PostgreSQL; on SQLite the transaction is the only writer
