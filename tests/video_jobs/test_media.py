@@ -26,6 +26,7 @@ from vllm_omni.video_jobs.media import (
     MediaStore,
     MediaStoreError,
     MediaStoreFullError,
+    MediaTooLargeError,
 )
 
 
@@ -80,6 +81,9 @@ async def test_a_file_and_bytes_come_back(media: MediaStore, tmp_path: Path) -> 
     assert await media.get("video_1/1/video.mp4") == b"a video"
     assert await media.get("video_1/inputs/0.png") == b"a picture"
     assert (await media.info("video_1/inputs/0.png")).size == 9
+    assert await media.get("video_1/inputs/0.png", 9) == b"a picture"
+    with pytest.raises(MediaTooLargeError, match="has 9 bytes, here it may have 8"):
+        await media.get("video_1/inputs/0.png", 8)
 
 
 async def test_a_file_is_read_in_pieces_and_ranges(media: MediaStore) -> None:

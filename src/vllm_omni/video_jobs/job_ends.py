@@ -58,8 +58,11 @@ class JobEnds:
             self.leases.drop(live.id, live.claim.fence)
             await self._discard_checkpoint(live)
 
-    async def give_back(self, live: LiveJob) -> None:
-        """End the claim, so that any server may go on, or the deletion of the job can end."""
+    async def give_back(self, live: LiveJob, refusal: str | None = None) -> None:
+        """End the claim, so that any server may go on, or the deletion of the job can end.
+
+        refusal: see `JobStore.release`.
+        """
         self.leases.drop(live.id, live.claim.fence)
         try:
             if live.unrecorded and await self._has_recorded(live):  # the answer to the commit was lost
@@ -72,7 +75,7 @@ class JobEnds:
             return
         await self.discard(*live.unrecorded)
         try:
-            await self.store.release(live.id, live.claim.fence)
+            await self.store.release(live.id, live.claim.fence, refusal)
         except LeaseLostError:
             pass
         except RequestError as error:

@@ -137,6 +137,12 @@ def params_from_json(values: Mapping[str, Any]) -> OmniDiffusionSamplingParams:
     return OmniDiffusionSamplingParams(**{**values, "lora_request": adapters, "output_type": "np"})
 
 
+def num_pixels(job: VideoJob) -> int:
+    """Pixels of all frames of a stored job."""
+    width, _, height = job.shown["size"].partition("x")
+    return int(width) * int(height) * int(job.shown["num_frames"])
+
+
 def stored_prompt(job: VideoJob, input_files: Sequence[bytes], prompt: str | None = None) -> OmniPrompt:
     """Prompt of a stored job with its pictures decoded, which takes time: for a thread. `prompt`: another text."""
     text = job.request["prompt"] if prompt is None else prompt

@@ -69,7 +69,8 @@ class ServiceParts:
             maker=self.maker,
             observer=observer,
             checkpoint_seconds=settings.checkpoint_seconds,
-            on_queue_full=self.claimer.note_queue_full,
+            on_pause=self.claimer.pause,
+            on_refused=self.claimer.note_refused,
             on_room=self.claimer.wake,
         )
         self._sweeper = Sweeper(store, media, observer, settings.sweep_seconds)

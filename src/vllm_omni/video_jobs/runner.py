@@ -19,18 +19,20 @@ from vllm_omni.errors import (
     RequestAbortedError,
     RequestError,
     UnavailableError,
+    error_line,
 )
+from vllm_omni.inputs.images import MAX_INPUT_PIXELS
 from vllm_omni.jobs import Job
 from vllm_omni.omni import AsyncOmni
 from vllm_omni.outputs import OmniRequestOutput
-from vllm_omni.video_jobs.checkpoint_file import from_bytes
+from vllm_omni.video_jobs.checkpoint_file import from_bytes, max_file_bytes
 from vllm_omni.video_jobs.checkpoint_writer import CheckpointWriter
 from vllm_omni.video_jobs.encoding import EncodedVideo
 from vllm_omni.video_jobs.job_ends import JobEnds, persist
-from vllm_omni.video_jobs.job_requests import params_from_json, stored_prompt
+from vllm_omni.video_jobs.job_requests import check_file, num_pixels, params_from_json, stored_prompt
 from vllm_omni.video_jobs.lease_keeper import LeaseKeeper
 from vllm_omni.video_jobs.live_job import LiveJob, StopReason
-from vllm_omni.video_jobs.media import MediaNotFoundError, MediaStore, MediaStoreError, MediaStoreFullError
+from vllm_omni.video_jobs.media import FINAL_ERRORS, MediaStore, MediaStoreError
 from vllm_omni.video_jobs.observer import VideoObserver
 from vllm_omni.video_jobs.progress import WRITING_PERCENT, JobProgress
 from vllm_omni.video_jobs.retrying import retrying, uninterrupted
@@ -41,8 +43,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MEDIA_SECONDS = 60.0
-"""Time for which calls of the media store are repeated while it does not answer."""
+READ_SECONDS, WRITE_SECONDS = 10.0, 300.0
+"""Time for which calls of the media store are repeated while it does not answer: a finished video waits for longer."""
+MEDIA_PAUSE_SECONDS = 5.0
+"""Pause without claims after a job was given back because the media store does not answer."""
+_MAX_INPUT_BYTES = 5 * MAX_INPUT_PIXELS
+"""Most bytes of an input picture: PNG of four channels, with room for its overhead."""
+
+
+class NotRunnableHereError(OmniError):
+    """This server cannot run a job that another one has accepted: the other one is newer, or has other settings."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +66,10 @@ class JobRunner:
     maker: VideoMaker
     observer: VideoObserver
     checkpoint_seconds: float
-    on_queue_full: Callable[[float], None]
-    """Called with the seconds after which the engine's queue may have room."""
+    on_pause: Callable[[float], None]
+    """Called with the seconds after which the engine's queue may have room, or the media store may answer."""
+    on_refused: Callable[[str], None]
+    """Called with the id of a job that this server cannot run now."""
     on_room: Callable[[], None]
     """Called when the engine may have room for another job."""
 
@@ -112,10 +124,7 @@ class JobRunner:
 
     async def _make_from(self, live: LiveJob, checkpoint: Checkpoint | None) -> EncodedVideo:
         job = live.claim.job
-        files = [
-            await retrying(partial(self.media.get, key), MediaStoreError, MEDIA_SECONDS, never=MediaNotFoundError)
-            for key in job.inputs
-        ]
+        files = [await self._read(key, _MAX_INPUT_BYTES) for key in job.inputs]
         request = await asyncio.to_thread(self._engine_job, live, files, checkpoint)
         live.request, progress = request, JobProgress(request.requests[0], live.percent)
         live.checkpoints = CheckpointWriter(
@@ -139,28 +148,43 @@ class JobRunner:
     def _engine_job(self, live: LiveJob, input_files: list[bytes], checkpoint: Checkpoint | None) -> Job:
         """The engine's job for a row, made in a thread: it decodes pictures and counts tokens."""
         job = live.claim.job
-        checked = self.omni.check(stored_prompt(job, input_files), params_from_json(job.request["params"]))
         # An aborted request may not have ended yet when the same job begins again, so each begin has its own id.
         live.num_begins += 1
         request_id = f"{job.id}-{live.claim.fence}-{live.num_begins}"
-        return self.omni.make_checked_job(
-            checked, request_id, resume=checkpoint, checkpoint_seconds=self.checkpoint_seconds
-        )
+        try:
+            checked = self.omni.check(stored_prompt(job, input_files), params_from_json(job.request["params"]))
+            made = self.omni.make_checked_job(
+                checked, request_id, resume=checkpoint, checkpoint_seconds=self.checkpoint_seconds
+            )
+            check_file(job.request["output_format"], made.requests[0].request)
+            return made
+        except InvalidRequestError as error:
+            if checkpoint is not None:  # it may be the checkpoint that does not fit
+                raise
+            raise NotRunnableHereError(str(error)) from error
 
     async def _read_checkpoint(self, live: LiveJob) -> Checkpoint | None:
+        """The stored checkpoint; None if there is none that can be read. Raises MediaStoreError: it is away."""
         key = live.claim.job.checkpoint
         if key is None:
             return None
         try:
-            data = await retrying(
-                partial(self.media.get, key), MediaStoreError, MEDIA_SECONDS, never=MediaNotFoundError
-            )
+            data = await self._read(key, max_file_bytes(num_pixels(live.claim.job)))
             checkpoint = await asyncio.to_thread(from_bytes, data, self._checkpoint_name(live))
-        except OmniError as error:
-            logger.warning("video job %s begins from the start: its checkpoint cannot be read: %s", live.id, error)
+        except Exception as error:
+            if isinstance(error, MediaStoreError) and not isinstance(error, FINAL_ERRORS):
+                raise
+            logger.warning(
+                "video job %s begins from the start: its checkpoint cannot be read: %s", live.id, error_line(error)
+            )
             return None
         logger.info("video job %s goes on after step %d", live.id, checkpoint.step)
         return checkpoint
+
+    async def _read(self, key: str, max_bytes: int) -> bytes:
+        """A stored file. Raises MediaStoreError; it is one of FINAL_ERRORS, or the store is away."""
+        get = partial(self.media.get, key, max_bytes)
+        return await retrying(get, MediaStoreError, READ_SECONDS, never=FINAL_ERRORS)
 
     def _checkpoint_name(self, live: LiveJob) -> str:
         return f"{live.claim.job.served_model} {live.id}"
@@ -206,7 +230,7 @@ class JobRunner:
             for variant, file in files.items():
                 live.unrecorded.add(outputs[variant])
                 put = partial(self.media.put, outputs[variant], file)
-                await retrying(put, MediaStoreError, MEDIA_SECONDS, never=MediaStoreFullError)
+                await retrying(put, MediaStoreError, WRITE_SECONDS, never=FINAL_ERRORS)
         finally:
             await asyncio.to_thread(encoded.remove)
         return outputs
@@ -216,8 +240,17 @@ class JobRunner:
         if isinstance(error, LeaseLostError | JobNotFoundError | RequestAbortedError):
             await self._ends.give_back(live)
         elif isinstance(error, QueueFullError):
-            self.on_queue_full(error.retry_after or 1.0)
+            self.on_pause(error.retry_after or 1.0)
             await self._ends.give_back(live)
+        elif isinstance(error, NotRunnableHereError):
+            logger.warning("video job %s is left to other servers: this one cannot run it: %s", live.id, error)
+            self.on_refused(live.id)
+            await self._ends.give_back(live, str(error))
+        elif isinstance(error, MediaStoreError) and not isinstance(error, FINAL_ERRORS):
+            logger.warning("video job %s waits until the media store answers: %s", live.id, error)
+            self.on_pause(MEDIA_PAUSE_SECONDS)
+            self.on_refused(live.id)  # the store may answer for the files of other jobs
+            await self._ends.give_back(live, str(error))
         elif isinstance(error, UnavailableError):
             logger.warning("video job %s goes back to the store: %s", live.id, error)
             await self._ends.give_back(live)

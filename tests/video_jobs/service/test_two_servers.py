@@ -197,7 +197,7 @@ async def test_another_server_shows_the_progress_of_a_job(tmp_path: Path) -> Non
     ):
         second_parts = second.videos._parts
         assert second_parts is not None
-        second_parts.claimer.note_queue_full(30.0)
+        second_parts.claimer.pause(30.0)
         await asyncio.sleep(0)
         job = await first.create(num_inference_steps=50)
         await run_until(device, lambda: device.num_plans >= 20)

@@ -89,7 +89,7 @@ class JobStore:
 
     async def note_started(self, job_id: str, fence: int) -> None:
         """The job's first step runs: `queued` becomes `in_progress`."""
-        await self._write(partial(leases.note_started, job_id=job_id, fence=fence))
+        await self._write(partial(leases.note_started, job_id=job_id, fence=fence, limits=self._limits))
 
     async def note_checkpoint(self, job_id: str, fence: int, key: str) -> str | None:
         """Store the media key of the newest checkpoint. Returns the key of the one before, which is to be deleted.
@@ -119,12 +119,13 @@ class JobStore:
             partial(leases.fail, job_id=job_id, fence=fence, code=code, message=message, limits=self._limits)
         )
 
-    async def release(self, job_id: str, fence: int) -> None:
+    async def release(self, job_id: str, fence: int, refusal: str | None = None) -> None:
         """Give the job back: any server may claim it at once. It keeps its progress and its checkpoint.
 
-        The claim does not count as an attempt.
+        refusal: reason why the server cannot run it, for the case that no other server can either. The claim does not
+        count as an attempt.
         """
-        await self._write(partial(leases.release, job_id=job_id, fence=fence))
+        await self._write(partial(leases.release, job_id=job_id, fence=fence, refusal=refusal))
 
     async def begin_delete(self, job_id: str, owner: str) -> VideoJob:
         """Make the job invisible; its files are to be removed next. Raises JobNotFoundError.
@@ -144,7 +145,7 @@ class JobStore:
         """Ids of jobs whose files and rows are to be removed.
 
         They are deletes and creations that were cut off, and ended jobs that expired. A waiting job that no server
-        has claimed for the store's time to live fails.
+        has begun for the store's time to live fails.
         """
         return await self._write(partial(lifetimes.unfinished_deletes, limits=self._limits))
 
