@@ -123,7 +123,7 @@ def write_claimed(session: Session, job_id: str, fence: int, values: Mapping[str
         raise _lost(job_id)
 
 
-def release(session: Session, now: float, *, job_id: str, fence: int, refusal: str | None) -> None:
+def release(session: Session, now: float, *, job_id: str, fence: int, refusal: str | None = None) -> None:
     """End a claim so that it counts neither as an attempt nor for later writes. A job under deletion is let go.
 
     refusal: reason why its server cannot run the job; it is told if the job expires before one begins it.
