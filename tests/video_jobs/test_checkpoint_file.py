@@ -57,6 +57,10 @@ def with_facts(**changes: object) -> bytes:
     return bytes(save({}, metadata={"checkpoint": json.dumps(FACTS | changes)}))
 
 
+DEEP = bytes(save({}, metadata={"checkpoint": '{"x":' + 100_000 * "[" + 100_000 * "]" + "}"}))
+"""JSON of more levels than a parser follows."""
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -71,6 +75,7 @@ def with_facts(**changes: object) -> bytes:
         with_facts(key=None),
         with_facts(dtypes={"latents": ["float32"]}),
         with_facts(values={"seed": {"nested": 1}}),
+        DEEP,
         WHOLE + b"\0",
         (2**62).to_bytes(8, "little") + WHOLE[8:],
         WHOLE.replace(b'"I16"', b'"I17"'),

@@ -14,6 +14,8 @@ from vllm_omni.errors import InvalidRequestError, error_line
 
 _LENGTH_BYTES = 8
 """Bytes of the header's length, which a safetensors file begins with."""
+_MAX_HEADER_BYTES = 2**20
+_BYTES_PER_PIXEL = 3 * np.dtype(np.float32).itemsize
 _ENTRY = "checkpoint"
 """Name of the JSON in the metadata."""
 
@@ -33,6 +35,14 @@ class _Metadata(msgspec.Struct):
 
 class _Header(msgspec.Struct):
     metadata: _Metadata = msgspec.field(name="__metadata__")
+
+
+def max_file_bytes(num_pixels: int) -> int:
+    """Most bytes of the file of a request whose frames have `num_pixels` pixels in all.
+
+    Latents are many times smaller than the frames in float32. So the limit leaves room for the scheduler's state too.
+    """
+    return _MAX_HEADER_BYTES + _BYTES_PER_PIXEL * num_pixels
 
 
 def to_bytes(checkpoint: Checkpoint, key: str) -> bytes:
@@ -56,7 +66,8 @@ def from_bytes(data: bytes, key: str) -> Checkpoint:
         end = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little")
         header = msgspec.json.decode(data[_LENGTH_BYTES:end], type=_Header)
         facts = msgspec.json.decode(header.metadata.checkpoint, type=_Facts)
-    except (SafetensorError, msgspec.MsgspecError, ValueError, KeyError) as error:  # KeyError: a dtype NumPy lacks
+    # KeyError: a dtype that NumPy lacks; RecursionError: JSON of too many levels.
+    except (SafetensorError, msgspec.MsgspecError, ValueError, KeyError, RecursionError) as error:
         raise InvalidRequestError(f"the checkpoint cannot be read: {error_line(error)}", param="resume") from error
     if facts.key != key:
         raise InvalidRequestError(f"the checkpoint is of {facts.key!r:.120}, not of {key!r:.120}", param="resume")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_omni.errors import RequestError
 from vllm_omni.omni import AsyncOmni
-from vllm_omni.video_jobs.live_job import LiveJob, StopReason
+from vllm_omni.video_jobs.live_job import LiveJob
 from vllm_omni.video_jobs.records import ClaimedJob
 
 if TYPE_CHECKING:
@@ -20,8 +20,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_FULL_SECONDS = 30.0
-"""Longest pause after the engine's queue was full."""
+MAX_PAUSE_SECONDS = 30.0
+"""Longest pause without claims."""
+REFUSED_SECONDS = 60.0
+"""Time for which a job is left to other servers after this one could not run it."""
+MAX_REFUSED = 1000
+"""Most such jobs that are remembered."""
 StartJob = Callable[[LiveJob], Coroutine[Any, Any, None]]
 
 
@@ -50,16 +54,25 @@ class JobClaimer:
         self.live: dict[str, LiveJob] = {}
         """Jobs that this server runs, by id."""
         self._wake = asyncio.Event()
-        self._full_until = 0.0
+        self._paused_until = 0.0
+        self._refused: dict[str, float] = {}
+        """Time until which each job that this server cannot run is left to others; the oldest refusal first."""
         self._is_failing = False
 
     def wake(self) -> None:
         """Look for jobs now."""
         self._wake.set()
 
-    def note_queue_full(self, seconds: float) -> None:
-        """Claim nothing while the engine's queue is full, for about `seconds`."""
-        self._full_until = time.monotonic() + min(seconds, MAX_FULL_SECONDS)
+    def pause(self, seconds: float) -> None:
+        """Claim nothing for about `seconds`: the engine's queue is full, or the media store does not answer."""
+        self._paused_until = time.monotonic() + min(seconds, MAX_PAUSE_SECONDS)
+
+    def note_refused(self, job_id: str) -> None:
+        """Leave a job that this server cannot run to others, for `REFUSED_SECONDS`."""
+        self._refused.pop(job_id, None)  # the newest is the last
+        self._refused[job_id] = time.monotonic() + REFUSED_SECONDS
+        if len(self._refused) > MAX_REFUSED:
+            del self._refused[next(iter(self._refused))]
 
     async def run(self, start: StartJob) -> None:
         """Claim jobs until the task is cancelled. `start`: coroutine that runs a job, which gets a task of its own."""
@@ -74,7 +87,7 @@ class JobClaimer:
         """Claim jobs and start them; return whether there were as many as wanted."""
         number = self._num_wanted()
         try:
-            claims = await self._store.claim(self.server, self._served_model, number)
+            claims = await self._store.claim(self.server, self._served_model, number, self._not_claimed())
         except RequestError as error:
             if not self._is_failing:
                 logger.warning("no video jobs can be claimed until the store answers: %s", error)
@@ -88,10 +101,14 @@ class JobClaimer:
             self._start(claim, start)
         return len(claims) == number
 
+    def _not_claimed(self) -> tuple[str, ...]:
+        """Ids of the jobs that this server runs, although a lease may have ended meanwhile, or cannot run."""
+        now = time.monotonic()
+        self._refused = {job_id: end for job_id, end in self._refused.items() if now < end}
+        return (*self.live, *self._refused)
+
     def _start(self, claim: ClaimedJob, start: StartJob) -> None:
-        if (older := self.live.get(claim.job.id)) is not None and older.task is not None:
-            older.stop_reason = StopReason.GONE  # its lease ended before this server renewed it
-            older.task.cancel()
+        assert claim.job.id not in self.live, "a server does not claim a job that it runs"
         live = LiveJob(claim, claim.job.progress)
         logger.info("video job %s: attempt %d begins", live.id, claim.job.num_attempts)
         self.live[live.id] = live
@@ -99,15 +116,14 @@ class JobClaimer:
         live.task.add_done_callback(lambda _: self._end(live))
 
     def _end(self, live: LiveJob) -> None:
-        if self.live.get(live.id) is live:
-            del self.live[live.id]
+        del self.live[live.id]
         live.note_change()
         self.wake()
 
     def _num_wanted(self) -> int:
         """Number of jobs to claim now."""
         ready, config, status = self._omni.ready, self._omni.config, self._omni.status()
-        if ready is None or status.state != "running" or time.monotonic() < self._full_until:
+        if ready is None or status.state != "running" or time.monotonic() < self._paused_until:
             return 0
         if sum(live.is_made for live in self.live.values()) >= self._max_encoding:
             return 0

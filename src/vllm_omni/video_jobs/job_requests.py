@@ -168,6 +168,12 @@ def decoding_bytes(input_file: bytes) -> int:
     return 2 * 3 * int(width * height)
 
 
+def num_pixels(job: VideoJob) -> int:
+    """Pixels of all frames of a stored job."""
+    width, _, height = job.shown["size"].partition("x")
+    return int(width) * int(height) * int(job.shown["num_frames"])
+
+
 def stored_prompt(job: VideoJob, input_files: Sequence[bytes], prompt: str | None = None) -> OmniPrompt:
     """Prompt of a stored job with its pictures decoded, which takes time: for a thread. `prompt`: another text."""
     text = job.request["prompt"] if prompt is None else prompt

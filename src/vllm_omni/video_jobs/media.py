@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from vllm_omni.errors import ConfigError, RequestError, error_line
+from vllm_omni.video_jobs.retrying import uninterrupted
 
 T = TypeVar("T")
 
@@ -55,6 +56,16 @@ class MediaNotFoundError(MediaStoreError):
     """The media store has no file with this key."""
 
     code = "media_not_found"
+
+
+class MediaTooLargeError(MediaStoreError):
+    """A file of the media store is larger than its reader permits."""
+
+    code = "media_too_large"
+
+
+FINAL_ERRORS = (MediaNotFoundError, MediaStoreFullError, MediaTooLargeError)
+"""Errors of one file. After every other MediaStoreError a later try may succeed."""
 
 
 @dataclass(frozen=True)
@@ -129,18 +140,12 @@ class MediaStore:
 
         A caller that is cancelled waits until the file is written: nothing is written after `put` has ended.
         """
-        writing = asyncio.ensure_future(self._run(self._put, self._path(key), content, key=key))
-        try:
-            await asyncio.shield(writing)
-        except asyncio.CancelledError:
-            # The thread goes on. A caller that deletes the job next must not be overtaken by this file.
-            await asyncio.wait([writing])
-            raise
+        # A caller that is cancelled and deletes the job next must not be overtaken by this file.
+        await uninterrupted(self._run(self._put, self._path(key), content, key=key))
 
-    async def get(self, key: str) -> bytes:
-        """The whole file. Raises MediaNotFoundError."""
-        data: bytes = await self._run(self._files.cat_file, self._path(key), key=key)
-        return data
+    async def get(self, key: str, max_bytes: int | None = None) -> bytes:
+        """The whole file. Raises MediaNotFoundError, and MediaTooLargeError for one of more than `max_bytes`."""
+        return await self._run(self._get, self._path(key), max_bytes, key=key)
 
     async def info(self, key: str) -> MediaInfo:
         """Size, entity tag and time of a file. Raises MediaNotFoundError."""
@@ -194,6 +199,12 @@ class MediaStore:
         else:
             self._files.put_file(os.fspath(content), path)
 
+    def _get(self, path: str, max_bytes: int | None) -> bytes:
+        if max_bytes is not None and (size := self._files.info(path)["size"]) > max_bytes:
+            raise MediaTooLargeError(f"a file of the media store has {size} bytes, here it may have {max_bytes}")
+        data: bytes = self._files.cat_file(path)
+        return data
+
     def _info(self, path: str) -> MediaInfo:
         info = self._files.info(path)
         if info["type"] != "file":
@@ -228,6 +239,8 @@ class MediaStore:
                 raise MediaNotFoundError(f"the media store has no file {key}") from None
             # Clients may see the message. Names of folders and buckets are for the log.
             logger.warning("--media-store %s: %s failed: %s", self._url, key, error_line(error))
+            if isinstance(error, MediaStoreError):
+                raise
             if isinstance(error, OSError) and error.errno in _FULL:
                 raise MediaStoreFullError("the server's media store is full") from error
             raise MediaStoreError("the server's media store failed; the server's log has the reason") from error

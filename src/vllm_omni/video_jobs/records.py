@@ -58,7 +58,7 @@ class VideoJob:
     completed_at: float | None
     """Time at which the job completed or failed."""
     expires_at: float | None
-    """Time at which an ended job is removed with its files, or a waiting job that nobody claims fails."""
+    """Time at which an ended job is removed with its files, or a waiting job that no server begins fails."""
     request: Mapping[str, Any]
     """Prompt, negative prompt, fields of `OmniDiffusionSamplingParams` with the drawn seed, output format."""
     shown: Mapping[str, Any]

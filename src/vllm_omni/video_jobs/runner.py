@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -19,17 +19,20 @@ from vllm_omni.errors import (
     RequestAbortedError,
     RequestError,
     UnavailableError,
+    error_line,
 )
+from vllm_omni.inputs.images import MAX_INPUT_PIXELS
 from vllm_omni.jobs import Job
 from vllm_omni.omni import AsyncOmni
 from vllm_omni.outputs import OmniRequestOutput
-from vllm_omni.video_jobs.checkpoint_file import from_bytes
+from vllm_omni.video_jobs.checkpoint_file import from_bytes, max_file_bytes
 from vllm_omni.video_jobs.checkpoint_writer import CheckpointWriter
 from vllm_omni.video_jobs.encoding import EncodedVideo
-from vllm_omni.video_jobs.job_requests import params_from_json, stored_prompt
+from vllm_omni.video_jobs.job_ends import JobEnds, persist
+from vllm_omni.video_jobs.job_requests import check_file, num_pixels, params_from_json, stored_prompt
 from vllm_omni.video_jobs.lease_keeper import LeaseKeeper
 from vllm_omni.video_jobs.live_job import LiveJob, StopReason
-from vllm_omni.video_jobs.media import MediaNotFoundError, MediaStore, MediaStoreError, MediaStoreFullError
+from vllm_omni.video_jobs.media import FINAL_ERRORS, MediaStore, MediaStoreError
 from vllm_omni.video_jobs.observer import VideoObserver
 from vllm_omni.video_jobs.progress import WRITING_PERCENT, JobProgress
 from vllm_omni.video_jobs.retrying import retrying, uninterrupted
@@ -40,8 +43,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-STORE_SECONDS, MEDIA_SECONDS = 300.0, 60.0
-"""Time for which writes to the stores are repeated while these do not answer."""
+READ_SECONDS, WRITE_SECONDS = 10.0, 300.0
+"""Time for which calls of the media store are repeated while it does not answer: a finished video waits for longer."""
+MEDIA_PAUSE_SECONDS = 5.0
+"""Pause without claims after a job was given back because the media store does not answer."""
+_MAX_INPUT_BYTES = 5 * MAX_INPUT_PIXELS
+"""Most bytes of an input picture: PNG of four channels, with room for its overhead."""
+
+
+class NotRunnableHereError(OmniError):
+    """This server cannot run a job that another one has accepted: the other one is newer, or has other settings."""
 
 
 @dataclass(frozen=True)
@@ -55,36 +66,34 @@ class JobRunner:
     maker: VideoMaker
     observer: VideoObserver
     checkpoint_seconds: float
-    on_queue_full: Callable[[float], None]
-    """Called with the seconds after which the engine's queue may have room."""
+    on_pause: Callable[[float], None]
+    """Called with the seconds after which the engine's queue may have room, or the media store may answer."""
+    on_refused: Callable[[str], None]
+    """Called with the id of a job that this server cannot run now."""
     on_room: Callable[[], None]
     """Called when the engine may have room for another job."""
+
+    @property
+    def _ends(self) -> JobEnds:
+        return JobEnds(self.store, self.media, self.leases)
 
     async def run(self, live: LiveJob) -> None:
         """Run a claimed job to its end, or until the task is cancelled; see `LiveJob.stop_reason`.
 
-        Raises CancelledError only.
+        Once the end of the job is being stored, cancelling the task only waits for that. Raises CancelledError only.
         """
         self.leases.hold(live.id, live.claim.fence)
         try:
-            await self._complete(live, await self._make(live))
-            logger.info("video job %s completed", live.id)
-        except asyncio.CancelledError:
-            await self._give_back(live)
-            raise
-        except (LeaseLostError, JobNotFoundError, RequestAbortedError):
-            await self._give_back(live)
-        except QueueFullError as error:
-            self.on_queue_full(error.retry_after or 1.0)
-            await self._give_back(live)
-        except UnavailableError as error:
-            logger.warning("video job %s goes back to the store: %s", live.id, error)
-            await self._give_back(live)
-        except RequestError as error:
-            await self._end_failed(live, error)
+            try:
+                end = self._ends.complete(live, await self._store_files(live, await self._make(live)))
+            except asyncio.CancelledError:
+                end = self._ends.give_back(live)
+            except Exception as error:
+                end = self._end_after(live, error)
+            live.is_ending = True
+            await uninterrupted(end)
         except Exception:
-            logger.exception("video job %s failed", live.id)
-            await self._fail(live, "server_error", "The server failed on this request.")
+            logger.exception("video job %s is free when its lease ends", live.id)
         finally:
             self.leases.drop(live.id, live.claim.fence)
 
@@ -115,46 +124,67 @@ class JobRunner:
 
     async def _make_from(self, live: LiveJob, checkpoint: Checkpoint | None) -> EncodedVideo:
         job = live.claim.job
-        files = [
-            await retrying(partial(self.media.get, key), MediaStoreError, MEDIA_SECONDS, never=MediaNotFoundError)
-            for key in job.inputs
-        ]
+        files = [await self._read(key, _MAX_INPUT_BYTES) for key in job.inputs]
         request = await asyncio.to_thread(self._engine_job, live, files, checkpoint)
         live.request, progress = request, JobProgress(request.requests[0], live.percent)
         live.checkpoints = CheckpointWriter(
             live.claim, self._checkpoint_name(live), self.store, self.media, self.observer
         )
+        encoded: EncodedVideo | None = None
         try:
             output_format = job.request["output_format"]
-            return await self.maker.make(request, output_format, partial(self._note_output, live, progress))
+            encoded = await self.maker.make(request, output_format, partial(self._note_output, live, progress))
         finally:
-            await (live.checkpoints.finish() if live.stop_reason is StopReason.DRAIN else live.checkpoints.discard())
+            try:
+                # A checkpoint that came after the end of the claim would outlive its job.
+                is_draining = live.stop_reason is StopReason.DRAIN
+                await uninterrupted(live.checkpoints.finish() if is_draining else live.checkpoints.discard())
+            except asyncio.CancelledError:
+                if encoded is not None:
+                    await asyncio.to_thread(encoded.remove)
+                raise
+        return encoded
 
     def _engine_job(self, live: LiveJob, input_files: list[bytes], checkpoint: Checkpoint | None) -> Job:
         """The engine's job for a row, made in a thread: it decodes pictures and counts tokens."""
         job = live.claim.job
-        checked = self.omni.check(stored_prompt(job, input_files), params_from_json(job.request["params"]))
         # An aborted request may not have ended yet when the same job begins again, so each begin has its own id.
         live.num_begins += 1
         request_id = f"{job.id}-{live.claim.fence}-{live.num_begins}"
-        return self.omni.make_checked_job(
-            checked, request_id, resume=checkpoint, checkpoint_seconds=self.checkpoint_seconds
-        )
+        try:
+            checked = self.omni.check(stored_prompt(job, input_files), params_from_json(job.request["params"]))
+            made = self.omni.make_checked_job(
+                checked, request_id, resume=checkpoint, checkpoint_seconds=self.checkpoint_seconds
+            )
+            check_file(job.request["output_format"], made.requests[0].request)
+            return made
+        except InvalidRequestError as error:
+            if checkpoint is not None:  # it may be the checkpoint that does not fit
+                raise
+            raise NotRunnableHereError(str(error)) from error
 
     async def _read_checkpoint(self, live: LiveJob) -> Checkpoint | None:
+        """The stored checkpoint; None if there is none that can be read. Raises MediaStoreError: it is away."""
         key = live.claim.job.checkpoint
         if key is None:
             return None
         try:
-            data = await retrying(
-                partial(self.media.get, key), MediaStoreError, MEDIA_SECONDS, never=MediaNotFoundError
-            )
+            data = await self._read(key, max_file_bytes(num_pixels(live.claim.job)))
             checkpoint = await asyncio.to_thread(from_bytes, data, self._checkpoint_name(live))
-        except OmniError as error:
-            logger.warning("video job %s begins from the start: its checkpoint cannot be read: %s", live.id, error)
+        except Exception as error:
+            if isinstance(error, MediaStoreError) and not isinstance(error, FINAL_ERRORS):
+                raise
+            logger.warning(
+                "video job %s begins from the start: its checkpoint cannot be read: %s", live.id, error_line(error)
+            )
             return None
         logger.info("video job %s goes on after step %d", live.id, checkpoint.step)
         return checkpoint
+
+    async def _read(self, key: str, max_bytes: int) -> bytes:
+        """A stored file. Raises MediaStoreError; it is one of FINAL_ERRORS, or the store is away."""
+        get = partial(self.media.get, key, max_bytes)
+        return await retrying(get, MediaStoreError, READ_SECONDS, never=FINAL_ERRORS)
 
     def _checkpoint_name(self, live: LiveJob) -> str:
         return f"{live.claim.job.served_model} {live.id}"
@@ -185,97 +215,53 @@ class JobRunner:
 
     async def _note_started(self, live: LiveJob) -> None:
         try:
-            await self._persist(partial(self.store.note_started, live.id, live.claim.fence))
+            await persist(partial(self.store.note_started, live.id, live.claim.fence))
         except (LeaseLostError, RequestError) as error:  # the next renewal stops the job if it is lost
             logger.warning("video job %s: its start cannot be noted: %s", live.id, error)
         live.note_change()
 
     # Ends -------------------------------------------------------------------------------------------------
 
-    async def _complete(self, live: LiveJob, encoded: EncodedVideo) -> None:
-        """Store the files, then the row that names them."""
-        self._note_percent(live, WRITING_PERCENT)
-        try:
-            outputs = await self._store_files(live, encoded)
-        finally:
-            await asyncio.to_thread(encoded.remove)
-        if live.start_note is not None:
-            await live.start_note  # a late one must not come after the end
-        complete = partial(self.store.complete, live.id, live.claim.fence, outputs)
-        await self._persist(lambda: uninterrupted(complete()))
-        live.unrecorded.clear()
-        await self._discard_checkpoint(live)
-
     async def _store_files(self, live: LiveJob, encoded: EncodedVideo) -> dict[str, str]:
+        """Move the files to the media store; return the media key of each variant."""
+        self._note_percent(live, WRITING_PERCENT)
         files = {"video": encoded.video, "thumbnail": encoded.thumbnail, "spritesheet": encoded.spritesheet}
         outputs = {variant: f"{live.folder}/{file.name}" for variant, file in files.items()}
-        for variant, file in files.items():
-            live.unrecorded.add(outputs[variant])
-            await retrying(
-                partial(self.media.put, outputs[variant], file),
-                MediaStoreError,
-                MEDIA_SECONDS,
-                never=MediaStoreFullError,
-            )
+        try:
+            for variant, file in files.items():
+                live.unrecorded.add(outputs[variant])
+                put = partial(self.media.put, outputs[variant], file)
+                await retrying(put, MediaStoreError, WRITE_SECONDS, never=FINAL_ERRORS)
+        finally:
+            await asyncio.to_thread(encoded.remove)
         return outputs
 
-    async def _has_recorded(self, live: LiveJob) -> bool:
-        """Whether the job's row names the files of this claim. Raises JobNotFoundError and UnavailableError."""
-        job = await self.store.get(live.id, live.claim.job.owner)
-        return bool(job.outputs) and {*job.outputs.values()} == live.unrecorded
-
-    async def _end_failed(self, live: LiveJob, error: RequestError) -> None:
-        if self.omni.status().state == "failed":
+    async def _end_after(self, live: LiveJob, error: Exception) -> None:
+        """End the claim of a job that an error has stopped."""
+        if isinstance(error, LeaseLostError | JobNotFoundError | RequestAbortedError):
+            await self._ends.give_back(live)
+        elif isinstance(error, QueueFullError):
+            self.on_pause(error.retry_after or 1.0)
+            await self._ends.give_back(live)
+        elif isinstance(error, NotRunnableHereError):
+            logger.warning("video job %s is left to other servers: this one cannot run it: %s", live.id, error)
+            self.on_refused(live.id)
+            await self._ends.give_back(live, str(error))
+        elif isinstance(error, MediaStoreError) and not isinstance(error, FINAL_ERRORS):
+            logger.warning("video job %s waits until the media store answers: %s", live.id, error)
+            self.on_pause(MEDIA_PAUSE_SECONDS)
+            self.on_refused(live.id)  # the store may answer for the files of other jobs
+            await self._ends.give_back(live, str(error))
+        elif isinstance(error, UnavailableError):
+            logger.warning("video job %s goes back to the store: %s", live.id, error)
+            await self._ends.give_back(live)
+        elif not isinstance(error, RequestError):
+            logger.error("video job %s failed", live.id, exc_info=error)
+            await self._ends.fail(live, "server_error", "The server failed on this request.")
+        elif self.omni.status().state == "failed":
             # The engine gave up, perhaps because of this job: the lease ends by itself, and the attempt counts.
             logger.warning("video job %s waits for another server: %s", live.id, error)
-            await self._discard(*live.unrecorded)
-            return
-        logger.warning("video job %s failed: %s", live.id, error)
-        await self._fail(live, error.code or error.type, str(error))
-
-    async def _fail(self, live: LiveJob, code: str, message: str) -> None:
-        await self._discard(*live.unrecorded)
-        try:
-            await self._persist(partial(self.store.fail, live.id, live.claim.fence, code, message))
-        except (LeaseLostError, RequestError) as error:
-            logger.warning("video job %s: its failure cannot be stored: %s", live.id, error)
-            return
-        await self._discard_checkpoint(live)
-
-    async def _give_back(self, live: LiveJob) -> None:
-        """End the claim, so that any server may go on, or the deletion of the job can end."""
-        try:
-            if live.unrecorded and await self._has_recorded(live):
-                # It is completed: its task was cancelled during the commit, or the answer was lost and the commit
-                # refused when it was repeated.
-                await self._discard_checkpoint(live)
-                return
-        except JobNotFoundError:
-            pass
-        except RequestError as error:  # the files go with the job
-            logger.warning("video job %s is free when its lease ends: %s", live.id, error)
-            return
-        await self._discard(*live.unrecorded)
-        try:
-            await self.store.release(live.id, live.claim.fence)
-        except LeaseLostError:
-            pass
-        except RequestError as error:
-            logger.warning("video job %s is free when its lease ends: %s", live.id, error)
-
-    async def _discard_checkpoint(self, live: LiveJob) -> None:
-        """Remove the checkpoint of a job that has ended: its row does not name it any more."""
-        newest = live.claim.job.checkpoint if live.checkpoints is None else live.checkpoints.newest_key
-        if newest is not None:
-            await self._discard(newest)
-
-    async def _discard(self, *keys: str) -> None:
-        for key in keys:
-            try:
-                await self.media.delete(key)
-            except MediaStoreError as error:  # it goes with the job
-                logger.warning("%s cannot be removed: %s", key, error)
-
-    async def _persist(self, call: Callable[[], Awaitable[object]]) -> None:
-        """Write to the store, however often it does not answer or its disk is full."""
-        await retrying(call, RequestError, STORE_SECONDS)
+            await self._ends.discard(*live.unrecorded)
+        else:
+            logger.warning("video job %s failed: %s", live.id, error)
+            await self._ends.fail(live, error.code or error.type, str(error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,13 @@ from testbed.patience import until
 from tests.video_jobs.service.servers import NUM_STEPS, OWNER, SLOW_DECODE, running_server
 from tests.video_jobs.service.test_life_of_a_job import all_jobs, held_device, run_until
 from tests.video_jobs.service.test_two_servers import num_steps_run
+from tests.video_jobs.test_checkpoint_file import DEEP
+from vllm_omni.diffusion.messages.checkpoint import Checkpoint
 from vllm_omni.errors import UnavailableError
+from vllm_omni.video_jobs import claimer, runner
+from vllm_omni.video_jobs.checkpoint_file import from_bytes
 from vllm_omni.video_jobs.media import MediaStore, MediaStoreError
+from vllm_omni.video_jobs.records import VideoJob
 from vllm_omni.video_jobs.store.job_store import JobStore
 
 
@@ -73,23 +79,115 @@ async def test_a_commit_whose_answer_was_lost_keeps_the_files(tmp_path: Path, mo
         assert server.files() == sorted(job.outputs.values())
 
 
-@pytest.mark.parametrize("content", [None, b"broken"], ids=["missing", "broken"])
-async def test_a_job_whose_checkpoint_is_lost_begins_from_the_start(tmp_path: Path, content: bytes | None) -> None:
+async def drained_job(folder: Path) -> VideoJob:
+    """Job of a server that has stopped; it has a checkpoint."""
     device = held_device()
-    async with running_server(tmp_path, device) as server:
+    async with running_server(folder, device) as server:
         job = await server.create()
         await run_until(device, lambda: device.num_plans >= 3)
         draining = asyncio.create_task(server.videos.drain(30.0))
         await run_until(device, draining.done)
-        checkpoint = (await server.view(job.id)).job.checkpoint
-        assert checkpoint is not None
-        file = server.media / checkpoint
-        file.unlink() if content is None else file.write_bytes(content)
+        return (await server.view(job.id)).job
+
+
+HOSTILE = {"missing": None, "broken": b"broken", "deep": DEEP, "large": bytes(4_000_000)}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+async def test_a_job_whose_checkpoint_is_lost_begins_from_the_start(
+    tmp_path: Path, content: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = await drained_job(tmp_path)
+    assert job.checkpoint is not None
+    file = tmp_path / "media" / job.checkpoint
+    file.unlink() if content is None else file.write_bytes(content)
+    read: list[bytes] = []
+
+    def note_read(data: bytes, key: str) -> Checkpoint:
+        read.append(data)
+        return from_bytes(data, key)
+
+    monkeypatch.setattr(runner, "from_bytes", note_read)
     async with running_server(tmp_path) as server:
         ended = await server.ended(job.id)
         assert ended.status == "completed"
         assert num_steps_run(server.device) == NUM_STEPS
         await until(lambda: server.files() == sorted(ended.outputs.values()))
+    assert len(read) == (content in (HOSTILE["broken"], HOSTILE["deep"])), "a large one is not even loaded"
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a server repeat calls of the media store only once, and claim soon after."""
+    for name in ("READ_SECONDS", "WRITE_SECONDS", "MEDIA_PAUSE_SECONDS"):
+        monkeypatch.setattr(runner, name, 0.0)
+    monkeypatch.setattr(claimer, "REFUSED_SECONDS", 0.0)
+
+
+async def test_a_checkpoint_waits_until_its_store_answers(
+    tmp_path: Path, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = await drained_job(tmp_path)
+    get, num_failures = MediaStore.get, 0
+
+    async def fail_thrice(media: MediaStore, key: str, *limit: int) -> bytes:
+        nonlocal num_failures
+        if num_failures < 3:
+            num_failures += 1
+            raise MediaStoreError("away")
+        return await get(media, key, *limit)
+
+    monkeypatch.setattr(MediaStore, "get", fail_thrice)
+    async with running_server(tmp_path) as server:
+        ended = await server.ended(job.id)
+        assert (ended.status, ended.num_attempts) == ("completed", 1), "an outage is no attempt"
+        assert num_failures == 3
+        assert num_steps_run(server.device) < NUM_STEPS
+
+
+async def test_an_outage_of_the_media_store_fails_no_made_video(
+    tmp_path: Path, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, num_failures = MediaStore.put, 0
+
+    async def fail_thrice(media: MediaStore, key: str, content: Any) -> None:
+        nonlocal num_failures
+        if num_failures < 3:
+            num_failures += 1
+            raise MediaStoreError("away")
+        await put(media, key, content)
+
+    monkeypatch.setattr(MediaStore, "put", fail_thrice)
+    async with running_server(tmp_path) as server:
+        ended = await server.ended((await server.create()).id)
+        assert (ended.status, ended.num_attempts) == ("completed", 1)
+        assert server.files() == sorted(ended.outputs.values())
+
+
+async def test_an_input_that_is_too_large_fails_its_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "_MAX_INPUT_BYTES", 2)
+    async with running_server(tmp_path) as server:
+        ended = await server.ended((await server.create(input_files=(b"png",))).id)
+        assert (ended.status, ended.error_code) == ("failed", "media_too_large")
+
+
+async def test_a_job_that_a_server_cannot_run_is_left_to_others(tmp_path: Path) -> None:
+    """It came from a newer server."""
+    async with running_server(tmp_path, FakeExecutor(hold=True)) as server:
+        await server.videos.drain(0.0)
+        server.videos._is_draining = False
+        newer = await server.create()
+    with sqlite3.connect(tmp_path / "jobs.sqlite") as database:
+        database.execute("UPDATE video_jobs SET request = json_set(request, '$.params.sharpness', 1)")
+    database.close()
+    async with running_server(tmp_path) as older:
+        assert (await older.ended((await older.create()).id)).status == "completed"
+        job = (await older.view(newer.id)).job
+        assert (job.status, job.num_attempts) == ("queued", 0)
+        with sqlite3.connect(tmp_path / "jobs.sqlite") as database:
+            (fence,) = database.execute("SELECT fence FROM video_jobs WHERE id = ?", (newer.id,)).fetchone()
+        database.close()
+        assert fence == 2, "claimed and given back once"
 
 
 async def test_an_engine_that_gives_up_counts_as_an_attempt(tmp_path: Path) -> None:

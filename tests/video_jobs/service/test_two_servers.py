@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from tests.video_jobs.service.servers import NUM_STEPS, OWNER, SLOW_DECODE, Serv
 from tests.video_jobs.service.test_life_of_a_job import all_jobs, held_device, run_until
 from vllm_omni.diffusion.catalog.whole_info import WholePipeline
 from vllm_omni.diffusion.control.plans_in_flight import MAX_PLANS_IN_FLIGHT
+from vllm_omni.errors import UnavailableError
 from vllm_omni.video_jobs.encoding import EncodedVideo, VideoEncoding
 from vllm_omni.video_jobs.parts import ENCODINGS_PER_THREAD
 from vllm_omni.video_jobs.records import VideoJob
@@ -137,6 +140,43 @@ async def test_a_silent_servers_job_is_completed_by_another_one_and_its_late_wri
             assert await video_of(second, ended) == await calm_video(tmp_path / "calm")
 
 
+async def test_a_server_does_not_claim_the_job_that_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lease has ended, because its server or the database was away for a while."""
+    renew, claim, is_away, num_claims = JobStore.renew, JobStore.claim, True, 0
+
+    async def renew_later(store: JobStore, *args: Any) -> set[str]:
+        if is_away:
+            raise UnavailableError("away")
+        return await renew(store, *args)
+
+    async def count_claims(store: JobStore, *args: Any) -> Any:
+        nonlocal num_claims
+        claimed = await claim(store, *args)
+        num_claims += 1
+        return claimed
+
+    monkeypatch.setattr(JobStore, "renew", renew_later)
+    monkeypatch.setattr(JobStore, "claim", count_claims)
+    device = held_device()
+    async with running_server(tmp_path, device, lease_seconds=SHORT_LEASE) as server:
+        job = await server.create()
+        await run_until(device, lambda: device.num_plans >= 2)
+        parts = server.videos._parts
+        assert parts is not None
+        first = parts.claimer.live[job.id]
+        with sqlite3.connect(tmp_path / "jobs.sqlite") as database:
+            (lease_end,) = database.execute("SELECT lease_ends_at FROM video_jobs").fetchone()
+        database.close()
+        await until(lambda: time.time() > lease_end)
+        num_claims = 0
+        await until(lambda: num_claims >= 2)
+        assert parts.claimer.live == {job.id: first}
+        is_away = False
+        await run_until(device, lambda: not parts.claimer.live)
+        ended = (await server.view(job.id)).job
+        assert (ended.status, ended.num_attempts) == ("completed", 1)
+
+
 async def test_a_lost_job_stops_at_the_next_renewal(tmp_path: Path) -> None:
     device = held_device()
     async with running_server(tmp_path / "shared", device, lease_seconds=SHORT_LEASE) as first:
@@ -157,7 +197,7 @@ async def test_another_server_shows_the_progress_of_a_job(tmp_path: Path) -> Non
     ):
         second_parts = second.videos._parts
         assert second_parts is not None
-        second_parts.claimer.note_queue_full(30.0)
+        second_parts.claimer.pause(30.0)
         await asyncio.sleep(0)
         job = await first.create(num_inference_steps=50)
         await run_until(device, lambda: device.num_plans >= 20)

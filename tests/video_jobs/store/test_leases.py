@@ -75,6 +75,13 @@ async def test_no_job_is_claimed_by_a_call_for_none(store: JobStore) -> None:
     assert await store.claim("a server", MODEL, 0) == []
 
 
+async def test_jobs_to_be_skipped_are_left_to_other_servers(store: JobStore) -> None:
+    jobs = [await publish(store, created_at=float(number)) for number in range(3)]
+    (claimed,) = await store.claim("a server", MODEL, 9, [jobs[0].id, jobs[2].id])
+    assert claimed.job.id == jobs[1].id
+    assert len(await store.claim("another server", MODEL, 9)) == 2
+
+
 async def test_a_job_is_claimed_again_when_its_lease_ends(store: JobStore, clock: Clock) -> None:
     first = await start_one(store)
     await store.note_checkpoint(first.job.id, first.fence, "a/1/checkpoint-3.safetensors")

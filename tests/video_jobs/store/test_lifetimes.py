@@ -121,6 +121,21 @@ async def test_a_job_that_no_server_claims_fails(store: JobStore, clock: Clock) 
     assert await store.claim("a server", MODEL, 1) == []
 
 
+async def test_refusals_keep_no_job_and_are_told_at_its_end(store: JobStore, clock: Clock) -> None:
+    job = await publish(store)
+    for _ in range(4):
+        claimed = await claim_one(store)
+        assert await store.renew({job.id: claimed.fence}, {}) == set()
+        await store.release(job.id, claimed.fence, "unknown parameter 'sharpness'")
+        assert await store.unfinished_deletes() == []
+        clock.advance(TTL_SECONDS / 4)
+    await store.unfinished_deletes()
+    failed = await store.get(job.id, OWNER)
+    assert (failed.status, failed.error_code, failed.num_attempts) == ("failed", "expired", 0)
+    assert failed.error_message is not None
+    assert failed.error_message.endswith("within 3600 s. The last refusal: unknown parameter 'sharpness'")
+
+
 async def test_a_job_that_takes_longer_than_jobs_are_kept_goes_on(store: JobStore, clock: Clock) -> None:
     claimed = await start_one(store)
     for _ in range(4):

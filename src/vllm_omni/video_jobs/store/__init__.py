@@ -23,7 +23,7 @@ def open_store(
     """Open the store at `url`, an SQLAlchemy URL of SQLite or PostgreSQL; make its folder and tables if needed.
 
     lease_seconds: time for which a claim holds unless it is renewed. job_ttl_seconds: time after which an ended job
-    expires, and after which a waiting job fails that no server has claimed. max_jobs_per_key: most unfinished jobs of
+    expires, and after which a waiting job fails that no server has begun. max_jobs_per_key: most unfinished jobs of
     one owner; max_jobs: most rows; None for no limit. clock: Unix seconds, for tests; by default the host's for
     SQLite and the database's for PostgreSQL, whose servers run on several hosts.
     Blocks while it connects. Raises ConfigError with one line that names --job-store.

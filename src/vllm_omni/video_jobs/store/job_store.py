@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
@@ -69,12 +69,15 @@ class JobStore:
         query = partial(visible.page, owner=owner, after=after, limit=limit, newest_first=newest_first)
         return await self._read(query)
 
-    async def claim(self, server: str, served_model: str, limit: int) -> Claims:
+    async def claim(self, server: str, served_model: str, limit: int, skip: Collection[str] = ()) -> Claims:
         """Claim jobs that wait, or whose server let the lease end: smallest priority first, then oldest.
 
-        Claims of a call that is cancelled are released.
+        skip: ids of jobs that are left to other servers: those that this server runs although it was silent for longer
+        than a lease, and those that it cannot run. Claims of a call that is cancelled are released.
         """
-        call = partial(leases.claim, server=server, served_model=served_model, limit=limit, limits=self._limits)
+        call = partial(
+            leases.claim, server=server, served_model=served_model, limit=limit, skip=skip, limits=self._limits
+        )
         running = self._submit(self._database.write, call)
         try:
             return await asyncio.wrap_future(running)
@@ -95,7 +98,7 @@ class JobStore:
 
     async def note_started(self, job_id: str, fence: int) -> None:
         """The job's first step runs: `queued` becomes `in_progress`."""
-        await self._write(partial(leases.note_started, job_id=job_id, fence=fence))
+        await self._write(partial(leases.note_started, job_id=job_id, fence=fence, limits=self._limits))
 
     async def note_checkpoint(self, job_id: str, fence: int, key: str) -> str | None:
         """Store the media key of the newest checkpoint. Returns the key of the one before, which is to be deleted.
@@ -125,12 +128,13 @@ class JobStore:
             partial(leases.fail, job_id=job_id, fence=fence, code=code, message=message, limits=self._limits)
         )
 
-    async def release(self, job_id: str, fence: int) -> None:
+    async def release(self, job_id: str, fence: int, refusal: str | None = None) -> None:
         """Give the job back: any server may claim it at once. It keeps its progress and its checkpoint.
 
-        The claim does not count as an attempt.
+        refusal: reason why the server cannot run it, for the case that no other server can either. The claim does not
+        count as an attempt.
         """
-        await self._write(partial(leases.release, job_id=job_id, fence=fence))
+        await self._write(partial(leases.release, job_id=job_id, fence=fence, refusal=refusal))
 
     async def begin_delete(self, job_id: str, owner: str) -> VideoJob:
         """Make the job invisible; its files are to be removed next. Raises JobNotFoundError.
@@ -154,7 +158,7 @@ class JobStore:
         """Ids of jobs whose files and rows are to be removed.
 
         They are deletes and creations that were cut off, and ended jobs that expired. A waiting job that no server
-        has claimed for the store's time to live fails.
+        has begun for the store's time to live fails.
         """
         return await self._write(partial(lifetimes.unfinished_deletes, limits=self._limits))
 

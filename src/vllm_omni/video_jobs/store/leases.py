@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from sqlalchemy import case, func, select, update
@@ -15,17 +15,29 @@ from vllm_omni.video_jobs.store.tables import JobRow, changes_row, to_claim
 
 
 def claim(
-    session: Session, now: float, *, server: str, served_model: str, limit: int, limits: StoreLimits
+    session: Session,
+    now: float,
+    *,
+    server: str,
+    served_model: str,
+    limit: int,
+    skip: Collection[str],
+    limits: StoreLimits,
 ) -> list[ClaimedJob]:
     """Claim at most `limit` jobs that wait or whose lease has ended: smallest priority first, then oldest.
+
+    skip: ids of jobs that are not claimed.
 
     A job fails instead if `MAX_ATTEMPTS` servers died one after the other without storing a checkpoint of it.
     """
     claimed: list[JobRow] = []
+    claimable = [JobRow.stage == "live", JobRow.served_model == served_model, JobRow.lease_ends_at <= now]
+    if skip:
+        claimable.append(JobRow.id.not_in(skip))
     while len(claimed) < limit:
         rows = session.scalars(
             select(JobRow)
-            .where(JobRow.stage == "live", JobRow.served_model == served_model, JobRow.lease_ends_at <= now)
+            .where(*claimable)
             .order_by(JobRow.priority, JobRow.created_at, JobRow.id)
             .limit(limit - len(claimed))
             .with_for_update(skip_locked=True)  # on PostgreSQL; on SQLite the transaction is the only writer
@@ -38,7 +50,7 @@ def claim(
                 continue
             row.server, row.fence = server, row.fence + 1
             row.num_attempts, row.num_stalled_attempts = row.num_attempts + 1, row.num_stalled_attempts + 1
-            row.lease_ends_at, row.expires_at = now + limits.lease_seconds, now + limits.job_ttl_seconds
+            row.lease_ends_at = now + limits.lease_seconds
             claimed.append(row)
         session.flush()
     return [to_claim(row) for row in claimed]
@@ -55,10 +67,9 @@ def renew(
     """Renew the leases of `claims` (job id -> fence) and store the progress. Returns the ids of lost claims."""
     lost = set()
     for job_id in sorted(claims):  # in one order on all servers, so that none waits for another in a circle
-        values: dict[str, Any] = {
-            "lease_ends_at": now + limits.lease_seconds,
-            "expires_at": now + limits.job_ttl_seconds,
-        }
+        # Claims alone do not keep a job: no server may be able to begin it.
+        kept_until = case((JobRow.status == "in_progress", now + limits.job_ttl_seconds), else_=JobRow.expires_at)
+        values: dict[str, Any] = {"lease_ends_at": now + limits.lease_seconds, "expires_at": kept_until}
         if (percent := progress.get(job_id)) is not None:
             values["progress"] = case((JobRow.progress < percent, percent), else_=JobRow.progress)
         if not _update_claimed(session, job_id, claims[job_id], values):
@@ -66,8 +77,9 @@ def renew(
     return lost
 
 
-def note_started(session: Session, now: float, *, job_id: str, fence: int) -> None:
-    values = {"status": "in_progress", "started_at": func.coalesce(JobRow.started_at, now)}
+def note_started(session: Session, now: float, *, job_id: str, fence: int, limits: StoreLimits) -> None:
+    values: dict[str, Any] = {"status": "in_progress", "started_at": func.coalesce(JobRow.started_at, now)}
+    values |= {"expires_at": now + limits.job_ttl_seconds, "error_message": None}
     write_claimed(session, job_id, fence, values)
 
 
@@ -111,10 +123,15 @@ def write_claimed(session: Session, job_id: str, fence: int, values: Mapping[str
         raise _lost(job_id)
 
 
-def release(session: Session, now: float, *, job_id: str, fence: int) -> None:
-    """End a claim so that it counts neither as an attempt nor for later writes. A job under deletion is let go."""
+def release(session: Session, now: float, *, job_id: str, fence: int, refusal: str | None = None) -> None:
+    """End a claim so that it counts neither as an attempt nor for later writes. A job under deletion is let go.
+
+    refusal: reason why its server cannot run the job; it is told if the job expires before one begins it.
+    """
     held = update(JobRow).where(JobRow.id == job_id, JobRow.fence == fence, JobRow.stage.in_(("live", "deleting")))
-    values = {"fence": JobRow.fence + 1, "lease_ends_at": 0.0}
+    values: dict[str, Any] = {"fence": JobRow.fence + 1, "lease_ends_at": 0.0}
+    if refusal is not None:
+        values["error_message"] = refusal
     attempts = {name: getattr(JobRow, name) - 1 for name in ("num_attempts", "num_stalled_attempts")}
     if not changes_row(session, held.values(**values, **attempts)):
         raise _lost(job_id)

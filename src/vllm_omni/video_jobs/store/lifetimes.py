@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import case, delete, func, select, update
+from sqlalchemy import case, delete, func, literal, select, update
 from sqlalchemy.orm import Session
 
 from vllm_omni.errors import StoreFullError, TooManyJobsError, UnavailableError
@@ -92,7 +92,11 @@ def end_delete(session: Session, now: float, *, job_id: str) -> bool:
 
 def unfinished_deletes(session: Session, now: float, *, limits: StoreLimits) -> list[str]:
     """Ids of jobs to be deleted: deletes that were cut off, ended jobs that expired, creations that were cut off."""
-    too_old = failure(now, limits, "expired", f"No server made this video within {limits.job_ttl_seconds:g} s.")
+    reason = f"No server made this video within {limits.job_ttl_seconds:g} s."
+    too_old = failure(now, limits, "expired", reason)
+    too_old["error_message"] = case(
+        (JobRow.error_message.is_(None), reason), else_=literal(f"{reason} The last refusal: ") + JobRow.error_message
+    )
     _change(session, (JobRow.stage == "live", JobRow.expires_at <= now, JobRow.lease_ends_at <= now), too_old)
     _change(session, (JobRow.stage == "ended", JobRow.expires_at <= now), _DELETING)
     _change(session, (JobRow.stage == "creating", JobRow.lease_ends_at <= now), _DELETING)

@@ -15,7 +15,7 @@ class StoreLimits:
     lease_seconds: float
     """Time for which a claim holds unless it is renewed."""
     job_ttl_seconds: float
-    """Time for which an ended job is kept, and for which a waiting job may stay unclaimed."""
+    """Time for which an ended job is kept, and for which a waiting job may stay without a server that begins it."""
     max_jobs_per_key: int | None
     """Most unfinished jobs of one owner; None for no limit."""
     max_jobs: int | None
