@@ -105,7 +105,7 @@ async def test_a_remix_of_a_job_that_is_deleted_meanwhile_is_not_found(
             source = await server.videos.keep(server.new_video(input_files=(b"png",)), job, encoded)
         monkeypatch.setattr(MediaStore, "get", get_after_delete)
         with pytest.raises(JobNotFoundError, match=source.id):
-            await server.videos.remix(source.id, OWNER, "a bear")
+            await server.videos.remix(source.id, OWNER, "a bear", lambda num_bytes: None)
         assert await all_jobs(server) == []
 
 

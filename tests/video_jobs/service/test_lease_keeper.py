@@ -77,7 +77,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 async def keeper_of_clock(store: FakeStore, gone: list[set[str]], clock: Clock) -> AsyncIterator[LeaseKeeper]:
-    keeper = LeaseKeeper(cast(Any, store), LEASE_SECONDS, gone.append, clock)
+    keeper = LeaseKeeper(cast(Any, store), LEASE_SECONDS, gone.append, lambda job_ids: None, clock)
     keeper.start()
     yield keeper
     await keeper.close()

@@ -40,7 +40,7 @@ class FakeStores(VideoObserver):
             raise UnavailableError("away")
         self.jobs.remove(job_id)
 
-    async def counts(self) -> Mapping[str, int]:
+    async def counts(self, served_model: str) -> Mapping[str, int]:
         return {}
 
     def on_job_counts(self, counts: Mapping[Any, int]) -> None:
@@ -48,7 +48,7 @@ class FakeStores(VideoObserver):
 
 
 def sweeper_of(stores: FakeStores) -> Sweeper:
-    return Sweeper(cast(Any, stores), cast(Any, stores), stores, SWEEP_SECONDS)
+    return Sweeper(cast(Any, stores), cast(Any, stores), stores, "model", SWEEP_SECONDS)
 
 
 class Clock:
