@@ -269,9 +269,10 @@ async def test_a_cancelled_put_ends_when_its_file_is_written(tmp_path: Path, mon
     monkeypatch.setattr(os, "fsync", wait)
     writing = asyncio.create_task(media.put("video_1/1/video.mp4", b"a video"))
     await asyncio.to_thread(begun.wait)
-    writing.cancel()
-    done, _ = await asyncio.wait([writing], timeout=0.01)
-    assert not done
+    for _ in range(2):
+        writing.cancel()
+        done, _ = await asyncio.wait([writing], timeout=0.01)
+        assert not done
     go_on.set()
     with pytest.raises(asyncio.CancelledError):
         await writing

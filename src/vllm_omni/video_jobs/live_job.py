@@ -46,6 +46,8 @@ class LiveJob:
     unrecorded: set[str] = field(default_factory=set)
     """Media keys of files that no row names yet."""
     stop_reason: StopReason | None = None
+    is_ending: bool = False
+    """Whether the store is being told how the job ended: the store refuses this if the claim does not hold any more."""
     task: asyncio.Task[None] | None = None
     """Task of `JobRunner.run`."""
     start_note: asyncio.Task[None] | None = None
@@ -64,6 +66,17 @@ class LiveJob:
     @property
     def is_over(self) -> bool:
         return self.task is not None and self.task.done()
+
+    def stop_gone(self) -> bool:
+        """Stop a job that was deleted, or that another server has claimed. Returns whether this call stops it.
+
+        Renewals report a job again and again until its lease is dropped: it is stopped once.
+        """
+        if self.task is None or self.is_ending or self.stop_reason is StopReason.GONE:
+            return False
+        self.stop_reason = StopReason.GONE
+        self.task.cancel()
+        return True
 
     def note_change(self) -> None:
         """Wake everyone who waits for a change. Nothing is queued: a slow watcher sees the newest state only."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from vllm_omni.errors import ConfigError, RequestError, error_line
+from vllm_omni.video_jobs.retrying import uninterrupted
 
 T = TypeVar("T")
 
@@ -126,13 +127,8 @@ class MediaStore:
 
         A caller that is cancelled waits until the file is written: nothing is written after `put` has ended.
         """
-        writing = asyncio.ensure_future(self._run(self._put, self._path(key), content, key=key))
-        try:
-            await asyncio.shield(writing)
-        except asyncio.CancelledError:
-            # The thread goes on. A caller that deletes the job next must not be overtaken by this file.
-            await asyncio.wait([writing])
-            raise
+        # A caller that is cancelled and deletes the job next must not be overtaken by this file.
+        await uninterrupted(self._run(self._put, self._path(key), content, key=key))
 
     async def get(self, key: str) -> bytes:
         """The whole file. Raises MediaNotFoundError."""

@@ -11,7 +11,6 @@ from vllm_omni.omni import AsyncOmni
 from vllm_omni.video_jobs.claimer import JobClaimer
 from vllm_omni.video_jobs.encoding import VideoEncoderPool
 from vllm_omni.video_jobs.lease_keeper import LeaseKeeper
-from vllm_omni.video_jobs.live_job import StopReason
 from vllm_omni.video_jobs.media import MediaStore
 from vllm_omni.video_jobs.observer import VideoObserver
 from vllm_omni.video_jobs.records import VideoJob
@@ -32,7 +31,9 @@ logger = logging.getLogger(__name__)
 ENCODINGS_PER_THREAD = 2
 """Videos that wait for an encoding thread with all their frames, before the server claims no further jobs."""
 CLOSE_SECONDS = 5.0
-"""Time in which `close` stores checkpoints of jobs that still run."""
+"""Time in which `close` stores checkpoints of jobs that still run, and in which each store ends its calls."""
+GIVE_BACK_SECONDS = 5.0
+"""Time in which jobs that are stopped give up their claims."""
 
 
 class ServiceParts:
@@ -123,13 +124,15 @@ class ServiceParts:
     def _stop_gone(self, job_ids: set[str]) -> None:
         """Stop jobs that were deleted, or that another server has claimed."""
         for job_id in job_ids:
-            if (live := self.claimer.live.get(job_id)) is not None and live.task is not None:
+            if (live := self.claimer.live.get(job_id)) is not None and live.stop_gone():
                 logger.info("video job %s stops here: it was deleted, or another server runs it", job_id)
-                live.stop_reason = StopReason.GONE
-                live.task.cancel()
 
     async def stop_jobs(self, timeout: float) -> None:
-        """Claim nothing further, and give all jobs back to the store, at most `timeout` seconds long."""
+        """Claim nothing further, and give all jobs back to the store.
+
+        Jobs may store checkpoints for `timeout` seconds. Then they have `GIVE_BACK_SECONDS` to let go of the store. One
+        that waits for a store for longer is free when its lease ends.
+        """
         self._claiming.cancel()
         await asyncio.wait([self._claiming])
         live = list(self.claimer.live.values())
@@ -142,7 +145,9 @@ class ServiceParts:
         tasks = [one.task for one in live if one.task is not None]
         for task in tasks:
             task.cancel()
-        await asyncio.wait(tasks)
+        _, late_tasks = await asyncio.wait(tasks, timeout=GIVE_BACK_SECONDS)
+        if late_tasks:
+            logger.warning("%d video jobs wait for a store; they are free when their leases end", len(late_tasks))
 
     async def close(self) -> None:
         """Give running jobs back, and close everything."""
@@ -152,8 +157,11 @@ class ServiceParts:
         await self.leases.close()
         await self._encoders.close()
         await asyncio.to_thread(self._scratch.close)
-        await self.media.close()
-        await self.store.close()
+        for name, closing in (("media store", self.media.close()), ("job store", self.store.close())):
+            try:
+                await asyncio.wait_for(closing, CLOSE_SECONDS)
+            except TimeoutError:
+                logger.warning("the %s still answers a call; the server ends without it", name)
 
 
 def _open_scratch(settings: VideoJobSettings) -> ScratchFolder:

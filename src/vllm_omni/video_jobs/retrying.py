@@ -17,28 +17,36 @@ async def retrying(
     error: type[Exception],
     seconds: float,
     *,
-    never: type[Exception] | None = None,
+    never: type[Exception] | tuple[type[Exception], ...] = (),
 ) -> Result:
     """Result of `call`, which is repeated after each `error`, with growing pauses, for about `seconds`.
 
-    never: subclass of `error` that is raised at once. Raises the last error.
+    never: subclasses of `error` that are raised at once. Raises the last error.
     """
     end, pause = time.monotonic() + seconds, FIRST_PAUSE_SECONDS
     while True:
         try:
             return await call()
         except error as failure:
-            if (never is not None and isinstance(failure, never)) or time.monotonic() + pause > end:
+            if isinstance(failure, never) or time.monotonic() + pause > end:
                 raise
         await asyncio.sleep(pause)
         pause = min(2 * pause, MAX_PAUSE_SECONDS)
 
 
 async def uninterrupted(call: Coroutine[Any, Any, Result]) -> Result:
-    """Result of `call`, whose thread cannot be stopped: a caller that is cancelled waits for its end first."""
-    task = asyncio.create_task(call)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.gather(task, return_exceptions=True)
-        raise
+    """Result of `call`, which is not cancelled with its caller: a thread, or steps that belong together.
+
+    A caller that is cancelled, however often, waits for the end of `call` first. Then CancelledError is raised.
+    """
+    task, cancelled = asyncio.create_task(call), None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is None:
+        return task.result()
+    if not task.cancelled():
+        task.exception()  # seen: asyncio does not log it
+    raise cancelled

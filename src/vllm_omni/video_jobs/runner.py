@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -26,6 +26,7 @@ from vllm_omni.outputs import OmniRequestOutput
 from vllm_omni.video_jobs.checkpoint_file import from_bytes
 from vllm_omni.video_jobs.checkpoint_writer import CheckpointWriter
 from vllm_omni.video_jobs.encoding import EncodedVideo
+from vllm_omni.video_jobs.job_ends import JobEnds, persist
 from vllm_omni.video_jobs.job_requests import params_from_json, stored_prompt
 from vllm_omni.video_jobs.lease_keeper import LeaseKeeper
 from vllm_omni.video_jobs.live_job import LiveJob, StopReason
@@ -40,8 +41,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-STORE_SECONDS, MEDIA_SECONDS = 300.0, 60.0
-"""Time for which writes to the stores are repeated while these do not answer."""
+MEDIA_SECONDS = 60.0
+"""Time for which calls of the media store are repeated while it does not answer."""
 
 
 @dataclass(frozen=True)
@@ -60,31 +61,27 @@ class JobRunner:
     on_room: Callable[[], None]
     """Called when the engine may have room for another job."""
 
+    @property
+    def _ends(self) -> JobEnds:
+        return JobEnds(self.store, self.media, self.leases)
+
     async def run(self, live: LiveJob) -> None:
         """Run a claimed job to its end, or until the task is cancelled; see `LiveJob.stop_reason`.
 
-        Raises CancelledError only.
+        Once the end of the job is being stored, cancelling the task only waits for that. Raises CancelledError only.
         """
         self.leases.hold(live.id, live.claim.fence)
         try:
-            await self._complete(live, await self._make(live))
-            logger.info("video job %s completed", live.id)
-        except asyncio.CancelledError:
-            await self._give_back(live)
-            raise
-        except (LeaseLostError, JobNotFoundError, RequestAbortedError):
-            await self._give_back(live)
-        except QueueFullError as error:
-            self.on_queue_full(error.retry_after or 1.0)
-            await self._give_back(live)
-        except UnavailableError as error:
-            logger.warning("video job %s goes back to the store: %s", live.id, error)
-            await self._give_back(live)
-        except RequestError as error:
-            await self._end_failed(live, error)
+            try:
+                end = self._ends.complete(live, await self._store_files(live, await self._make(live)))
+            except asyncio.CancelledError:
+                end = self._ends.give_back(live)
+            except Exception as error:
+                end = self._end_after(live, error)
+            live.is_ending = True
+            await uninterrupted(end)
         except Exception:
-            logger.exception("video job %s failed", live.id)
-            await self._fail(live, "server_error", "The server failed on this request.")
+            logger.exception("video job %s is free when its lease ends", live.id)
         finally:
             self.leases.drop(live.id, live.claim.fence)
 
@@ -124,11 +121,20 @@ class JobRunner:
         live.checkpoints = CheckpointWriter(
             live.claim, self._checkpoint_name(live), self.store, self.media, self.observer
         )
+        encoded: EncodedVideo | None = None
         try:
             output_format = job.request["output_format"]
-            return await self.maker.make(request, output_format, partial(self._note_output, live, progress))
+            encoded = await self.maker.make(request, output_format, partial(self._note_output, live, progress))
         finally:
-            await (live.checkpoints.finish() if live.stop_reason is StopReason.DRAIN else live.checkpoints.discard())
+            try:
+                # A checkpoint that came after the end of the claim would outlive its job.
+                is_draining = live.stop_reason is StopReason.DRAIN
+                await uninterrupted(live.checkpoints.finish() if is_draining else live.checkpoints.discard())
+            except asyncio.CancelledError:
+                if encoded is not None:
+                    await asyncio.to_thread(encoded.remove)
+                raise
+        return encoded
 
     def _engine_job(self, live: LiveJob, input_files: list[bytes], checkpoint: Checkpoint | None) -> Job:
         """The engine's job for a row, made in a thread: it decodes pictures and counts tokens."""
@@ -185,96 +191,43 @@ class JobRunner:
 
     async def _note_started(self, live: LiveJob) -> None:
         try:
-            await self._persist(partial(self.store.note_started, live.id, live.claim.fence))
+            await persist(partial(self.store.note_started, live.id, live.claim.fence))
         except (LeaseLostError, RequestError) as error:  # the next renewal stops the job if it is lost
             logger.warning("video job %s: its start cannot be noted: %s", live.id, error)
 
     # Ends -------------------------------------------------------------------------------------------------
 
-    async def _complete(self, live: LiveJob, encoded: EncodedVideo) -> None:
-        """Store the files, then the row that names them."""
-        self._note_percent(live, WRITING_PERCENT)
-        try:
-            outputs = await self._store_files(live, encoded)
-        finally:
-            await asyncio.to_thread(encoded.remove)
-        if live.start_note is not None:
-            await live.start_note  # a late one must not come after the end
-        complete = partial(self.store.complete, live.id, live.claim.fence, outputs)
-        await self._persist(lambda: uninterrupted(complete()))
-        live.unrecorded.clear()
-        await self._discard_checkpoint(live)
-
     async def _store_files(self, live: LiveJob, encoded: EncodedVideo) -> dict[str, str]:
+        """Move the files to the media store; return the media key of each variant."""
+        self._note_percent(live, WRITING_PERCENT)
         files = {"video": encoded.video, "thumbnail": encoded.thumbnail, "spritesheet": encoded.spritesheet}
         outputs = {variant: f"{live.folder}/{file.name}" for variant, file in files.items()}
-        for variant, file in files.items():
-            live.unrecorded.add(outputs[variant])
-            await retrying(
-                partial(self.media.put, outputs[variant], file),
-                MediaStoreError,
-                MEDIA_SECONDS,
-                never=MediaStoreFullError,
-            )
+        try:
+            for variant, file in files.items():
+                live.unrecorded.add(outputs[variant])
+                put = partial(self.media.put, outputs[variant], file)
+                await retrying(put, MediaStoreError, MEDIA_SECONDS, never=MediaStoreFullError)
+        finally:
+            await asyncio.to_thread(encoded.remove)
         return outputs
 
-    async def _has_recorded(self, live: LiveJob) -> bool:
-        """Whether the job's row names the files of this claim. Raises JobNotFoundError and UnavailableError."""
-        job = await self.store.get(live.id, live.claim.job.owner)
-        return bool(job.outputs) and {*job.outputs.values()} == live.unrecorded
-
-    async def _end_failed(self, live: LiveJob, error: RequestError) -> None:
-        if self.omni.status().state == "failed":
+    async def _end_after(self, live: LiveJob, error: Exception) -> None:
+        """End the claim of a job that an error has stopped."""
+        if isinstance(error, LeaseLostError | JobNotFoundError | RequestAbortedError):
+            await self._ends.give_back(live)
+        elif isinstance(error, QueueFullError):
+            self.on_queue_full(error.retry_after or 1.0)
+            await self._ends.give_back(live)
+        elif isinstance(error, UnavailableError):
+            logger.warning("video job %s goes back to the store: %s", live.id, error)
+            await self._ends.give_back(live)
+        elif not isinstance(error, RequestError):
+            logger.error("video job %s failed", live.id, exc_info=error)
+            await self._ends.fail(live, "server_error", "The server failed on this request.")
+        elif self.omni.status().state == "failed":
             # The engine gave up, perhaps because of this job: the lease ends by itself, and the attempt counts.
             logger.warning("video job %s waits for another server: %s", live.id, error)
-            await self._discard(*live.unrecorded)
-            return
-        logger.warning("video job %s failed: %s", live.id, error)
-        await self._fail(live, error.code or error.type, str(error))
-
-    async def _fail(self, live: LiveJob, code: str, message: str) -> None:
-        await self._discard(*live.unrecorded)
-        try:
-            await self._persist(partial(self.store.fail, live.id, live.claim.fence, code, message))
-        except (LeaseLostError, RequestError) as error:
-            logger.warning("video job %s: its failure cannot be stored: %s", live.id, error)
-            return
-        await self._discard_checkpoint(live)
-
-    async def _give_back(self, live: LiveJob) -> None:
-        """End the claim, so that any server may go on, or the deletion of the job can end."""
-        try:
-            if live.unrecorded and await self._has_recorded(live):
-                # It is completed: its task was cancelled during the commit, or the answer was lost and the commit
-                # refused when it was repeated.
-                await self._discard_checkpoint(live)
-                return
-        except JobNotFoundError:
-            pass
-        except RequestError as error:  # the files go with the job
-            logger.warning("video job %s is free when its lease ends: %s", live.id, error)
-            return
-        await self._discard(*live.unrecorded)
-        try:
-            await self.store.release(live.id, live.claim.fence)
-        except LeaseLostError:
-            pass
-        except RequestError as error:
-            logger.warning("video job %s is free when its lease ends: %s", live.id, error)
-
-    async def _discard_checkpoint(self, live: LiveJob) -> None:
-        """Remove the checkpoint of a job that has ended: its row does not name it any more."""
-        newest = live.claim.job.checkpoint if live.checkpoints is None else live.checkpoints.newest_key
-        if newest is not None:
-            await self._discard(newest)
-
-    async def _discard(self, *keys: str) -> None:
-        for key in keys:
-            try:
-                await self.media.delete(key)
-            except MediaStoreError as error:  # it goes with the job
-                logger.warning("%s cannot be removed: %s", key, error)
-
-    async def _persist(self, call: Callable[[], Awaitable[object]]) -> None:
-        """Write to the store, however often it does not answer or its disk is full."""
-        await retrying(call, RequestError, STORE_SECONDS)
+            await self._ends.discard(*live.unrecorded)
+        else:
+            logger.warning("video job %s failed: %s", live.id, error)
+            await self._ends.fail(live, error.code or error.type, str(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from pathlib import Path
@@ -33,9 +34,14 @@ class VideoMaker:
         `on_output`: called with each output of the engine. Raises RequestError.
         """
         outputs, encoded = self._omni.submit(job), None
-        async with aclosing(outputs), aclosing(self.encode(job, outputs, output_format, on_output)) as videos:
-            async for _, files in videos:
-                encoded = files or encoded
+        try:
+            async with aclosing(outputs), aclosing(self.encode(job, outputs, output_format, on_output)) as videos:
+                async for _, files in videos:
+                    encoded = files or encoded
+        except BaseException:
+            if encoded is not None:
+                await asyncio.to_thread(encoded.remove)
+            raise
         assert encoded is not None, "a request ends with its video or an error"
         return encoded
 
