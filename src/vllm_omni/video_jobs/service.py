@@ -22,6 +22,7 @@ from vllm_omni.jobs import Job, OutputStream
 from vllm_omni.omni import AsyncOmni
 from vllm_omni.outputs import OmniRequestOutput
 from vllm_omni.video_jobs.content import MediaFile, open_content
+from vllm_omni.video_jobs.draining import Drain
 from vllm_omni.video_jobs.encoding import EncodedVideo
 from vllm_omni.video_jobs.job_requests import NewVideo, new_job, params_from_json, stored_prompt
 from vllm_omni.video_jobs.media import MediaNotFoundError, MediaStore, MediaStoreFullError
@@ -58,12 +59,16 @@ class VideoJobs:
         self._served_model = served_model
         self._observer: VideoObserver = observer or VideoObserver()
         self._parts: ServiceParts | None = None
-        self._is_draining = False
+        self._drain = Drain()
 
     async def start(self) -> None:
         """Open the stores; claim and run jobs from now on, as soon as the engine is ready. Raises ConfigError."""
         assert self._parts is None, "video jobs start once"
         self._parts = await ServiceParts.open(self._omni, self._settings, self._served_model, self._observer)
+
+    def begin_drain(self) -> None:
+        """Refuse new jobs from now on, and end the streams of events (UnavailableError)."""
+        self._drain.begin()
 
     async def drain(self, timeout: float) -> None:
         """Claim no further job; give those that run here back to the store with checkpoints of their newest steps.
@@ -71,7 +76,7 @@ class VideoJobs:
         A job whose frames are all made is completed. What is not done within `timeout` seconds is given back without
         a further checkpoint. Jobs can still be read and deleted, but not made.
         """
-        self._is_draining = True
+        self.begin_drain()
         if self._parts is not None:
             await self._parts.stop_jobs(timeout)
 
@@ -86,8 +91,7 @@ class VideoJobs:
     async def create(self, new: NewVideo) -> VideoJob:
         """Make a job. Raises TooManyJobsError, StoreFullError, and as `new_job` and the engine do."""
         parts = self._running_parts()
-        if self._is_draining:
-            raise UnavailableError("the server is draining", retry_after=1.0)
+        self._drain.check()
         job = await asyncio.to_thread(self._omni.make_checked_job, new.checked)
         row = self._row(new, job)
         await self._add(row, dict(zip(row.inputs, new.input_files)))
@@ -184,8 +188,9 @@ class VideoJobs:
         return await open_content(await parts.store.get(job_id, owner), variant, parts.media)
 
     def events(self, job_id: str, owner: str) -> AsyncGenerator[VideoEvent]:
-        """Progress, previews and the end of a job; see `JobWatcher.events`."""
-        return self._running_parts().watcher.events(job_id, owner)
+        """Progress, previews and the end of a job; see `JobWatcher.events`. Raises UnavailableError in a drain."""
+        self._drain.check()
+        return self._drain.stream(self._running_parts().watcher.events(job_id, owner))
 
     @asynccontextmanager
     async def make_now(
