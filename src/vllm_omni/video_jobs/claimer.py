@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_omni.errors import RequestError
 from vllm_omni.omni import AsyncOmni
+from vllm_omni.video_jobs.crowding import Crowding
 from vllm_omni.video_jobs.live_job import LiveJob, StopReason
 from vllm_omni.video_jobs.records import ClaimedJob
 
@@ -28,7 +29,7 @@ StartJob = Callable[[LiveJob], Coroutine[Any, Any, None]]
 class JobClaimer:
     """Claims as many jobs as the engine batches, and at most one more for each replica.
 
-    A job that would only wait here could run on another server of the same store.
+    A job that would only wait here goes back to the store, because another server may run it: see `Crowding`.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class JobClaimer:
         """Name of this server in the store; a restarted server has another one."""
         self.live: dict[str, LiveJob] = {}
         """Jobs that this server runs, by id."""
+        self._crowding = Crowding(omni, self.live)
         self._wake = asyncio.Event()
         self._full_until = 0.0
         self._is_failing = False
@@ -65,6 +67,7 @@ class JobClaimer:
         """Claim jobs until the task is cancelled. `start`: coroutine that runs a job, which gets a task of its own."""
         while True:
             self._wake.clear()
+            self._give_back_waiting()
             if not (self._num_wanted() and await self._claim(start)):
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self._poll_seconds):
@@ -88,6 +91,13 @@ class JobClaimer:
             self._start(claim, start)
         return len(claims) == number
 
+    def _give_back_waiting(self) -> None:
+        for live in self._crowding.waiting_too_long():
+            logger.info("video job %s goes back to the store: the jobs that run here leave no room for it", live.id)
+            live.stop_reason = StopReason.CROWDED
+            if live.task is not None:
+                live.task.cancel()
+
     def _start(self, claim: ClaimedJob, start: StartJob) -> None:
         if (older := self.live.get(claim.job.id)) is not None and older.task is not None:
             older.stop_reason = StopReason.GONE  # its lease ended before this server renewed it
@@ -108,6 +118,8 @@ class JobClaimer:
         """Number of jobs to claim now."""
         ready, config, status = self._omni.ready, self._omni.config, self._omni.status()
         if ready is None or status.state != "running" or time.monotonic() < self._full_until:
+            return 0
+        if self._crowding.is_crowded:
             return 0
         if sum(live.is_made for live in self.live.values()) >= self._max_encoding:
             return 0
