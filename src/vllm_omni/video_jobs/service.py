@@ -31,16 +31,23 @@ from vllm_omni.video_jobs.parts import ServiceParts
 from vllm_omni.video_jobs.records import VideoJob
 from vllm_omni.video_jobs.retrying import uninterrupted
 from vllm_omni.video_jobs.settings import VideoJobSettings
-from vllm_omni.video_jobs.store import check_job_store
+from vllm_omni.video_jobs.store import check_job_store, check_job_store_form
 from vllm_omni.video_jobs.store.limits import CREATION_SECONDS
 from vllm_omni.video_jobs.views import VideoView
 from vllm_omni.video_jobs.watching import VideoEvent
 
 
 def check_stores(settings: VideoJobSettings) -> None:
-    """Raise ConfigError unless both stores can be read and written; their folders and tables are made. Blocks."""
+    """Raise ConfigError unless both stores can be read and written; their folders and tables are made. Blocks.
+
+    Nothing is made for a store that is named beside a wrong one.
+    """
+    check_job_store_form(settings.job_store_url)
+    if settings.media_store is not None:
+        MediaStore.open(settings.media_store_url).check_access()
     check_job_store(settings.job_store_url)
-    MediaStore.open(settings.media_store_url).check_access()
+    if settings.media_store is None:  # beside the SQLite file, whose folder is made first, for this user alone
+        MediaStore.open(settings.media_store_url).check_access()
 
 
 class VideoJobs:
