@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_omni.errors import RequestError
 from vllm_omni.omni import AsyncOmni
-from vllm_omni.video_jobs.live_job import LiveJob
+from vllm_omni.video_jobs.crowding import Crowding
+from vllm_omni.video_jobs.live_job import LiveJob, StopReason
 from vllm_omni.video_jobs.records import ClaimedJob
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ StartJob = Callable[[LiveJob], Coroutine[Any, Any, None]]
 class JobClaimer:
     """Claims as many jobs as the engine batches, and at most one more for each replica.
 
-    A job that would only wait here could run on another server of the same store.
+    A job that would only wait here goes back to the store, because another server may run it: see `Crowding`.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class JobClaimer:
         """Name of this server in the store; a restarted server has another one."""
         self.live: dict[str, LiveJob] = {}
         """Jobs that this server runs, by id."""
+        self._crowding = Crowding(omni, self.live)
         self._wake = asyncio.Event()
         self._paused_until = 0.0
         self._refused: dict[str, float] = {}
@@ -78,6 +80,7 @@ class JobClaimer:
         """Claim jobs until the task is cancelled. `start`: coroutine that runs a job, which gets a task of its own."""
         while True:
             self._wake.clear()
+            self._give_back_waiting()
             if not (self._num_wanted() and await self._claim(start)):
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self._poll_seconds):
@@ -107,6 +110,13 @@ class JobClaimer:
         self._refused = {job_id: end for job_id, end in self._refused.items() if now < end}
         return (*self.live, *self._refused)
 
+    def _give_back_waiting(self) -> None:
+        for live in self._crowding.waiting_too_long():
+            logger.info("video job %s goes back to the store: the jobs that run here leave no room for it", live.id)
+            live.stop_reason = StopReason.CROWDED
+            if live.task is not None:
+                live.task.cancel()
+
     def _start(self, claim: ClaimedJob, start: StartJob) -> None:
         assert claim.job.id not in self.live, "a server does not claim a job that it runs"
         live = LiveJob(claim, claim.job.progress)
@@ -124,6 +134,8 @@ class JobClaimer:
         """Number of jobs to claim now."""
         ready, config, status = self._omni.ready, self._omni.config, self._omni.status()
         if ready is None or status.state != "running" or time.monotonic() < self._paused_until:
+            return 0
+        if self._crowding.is_crowded:
             return 0
         if sum(live.is_made for live in self.live.values()) >= self._max_encoding:
             return 0

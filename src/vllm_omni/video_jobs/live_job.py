@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -20,6 +21,8 @@ class StopReason(Enum):
     """Deleted, or claimed by another server: nothing more is written to the store."""
     DRAIN = "drain"
     """This server ends: the job goes back to the store with a checkpoint."""
+    CROWDED = "crowded"
+    """This server could not begin the job soon; another one may."""
 
 
 @dataclass(eq=False)
@@ -29,6 +32,8 @@ class LiveJob:
     claim: ClaimedJob
     percent: int
     """Progress, which never falls. Clients see it once it is stored."""
+    claimed_at: float = field(default_factory=time.monotonic)
+    """Time of the claim, by the clock `time.monotonic`."""
     has_started: bool = False
     """Whether the engine has begun to work on it."""
     is_made: bool = False

@@ -22,6 +22,7 @@ from vllm_omni.jobs import Job, OutputStream
 from vllm_omni.omni import AsyncOmni
 from vllm_omni.outputs import OmniRequestOutput
 from vllm_omni.video_jobs.content import MediaFile, open_content
+from vllm_omni.video_jobs.draining import Drain
 from vllm_omni.video_jobs.encoding import EncodedVideo
 from vllm_omni.video_jobs.job_requests import (
     NewVideo,
@@ -37,16 +38,23 @@ from vllm_omni.video_jobs.parts import ServiceParts
 from vllm_omni.video_jobs.records import VideoJob
 from vllm_omni.video_jobs.retrying import uninterrupted
 from vllm_omni.video_jobs.settings import VideoJobSettings
-from vllm_omni.video_jobs.store import check_job_store
+from vllm_omni.video_jobs.store import check_job_store, check_job_store_form
 from vllm_omni.video_jobs.store.limits import CREATION_SECONDS
 from vllm_omni.video_jobs.views import VideoView
 from vllm_omni.video_jobs.watching import VideoEvent
 
 
 def check_stores(settings: VideoJobSettings) -> None:
-    """Raise ConfigError unless both stores can be read and written; their folders and tables are made. Blocks."""
+    """Raise ConfigError unless both stores can be read and written; their folders and tables are made. Blocks.
+
+    Nothing is made for a store that is named beside a wrong one.
+    """
+    check_job_store_form(settings.job_store_url)
+    if settings.media_store is not None:
+        MediaStore.open(settings.media_store_url).check_access()
     check_job_store(settings.job_store_url)
-    MediaStore.open(settings.media_store_url).check_access()
+    if settings.media_store is None:  # beside the SQLite file, whose folder is made first, for this user alone
+        MediaStore.open(settings.media_store_url).check_access()
 
 
 class VideoJobs:
@@ -65,12 +73,16 @@ class VideoJobs:
         self._served_model = served_model
         self._observer: VideoObserver = observer or VideoObserver()
         self._parts: ServiceParts | None = None
-        self._is_draining = False
+        self._drain = Drain()
 
     async def start(self) -> None:
         """Open the stores; claim and run jobs from now on, as soon as the engine is ready. Raises ConfigError."""
         assert self._parts is None, "video jobs start once"
         self._parts = await ServiceParts.open(self._omni, self._settings, self._served_model, self._observer)
+
+    def begin_drain(self) -> None:
+        """Refuse new jobs from now on, and end the streams of events (UnavailableError)."""
+        self._drain.begin()
 
     async def drain(self, timeout: float) -> None:
         """Claim no further job; give those that run here back to the store with checkpoints of their newest steps.
@@ -78,7 +90,7 @@ class VideoJobs:
         A job whose frames are all made is completed. What is not done within `timeout` seconds is given back without
         a further checkpoint. Jobs can still be read and deleted, but not made.
         """
-        self._is_draining = True
+        self.begin_drain()
         if self._parts is not None:
             await self._parts.stop_jobs(timeout)
 
@@ -96,8 +108,7 @@ class VideoJobs:
         Raises TooManyJobsError, StoreFullError, and as `new_job`, `check_repeats` and the engine do.
         """
         parts = self._running_parts()
-        if self._is_draining:
-            raise UnavailableError("the server is draining", retry_after=1.0)
+        self._drain.check()
         job = await asyncio.to_thread(self._omni.make_checked_job, new.checked)
         row = self._row(new, job)
         if (earlier := await self._add(row, dict(zip(row.inputs, new.input_files)))) is not None:
@@ -218,8 +229,9 @@ class VideoJobs:
         return await open_content(await parts.store.get(job_id, owner), variant, parts.media)
 
     def events(self, job_id: str, owner: str) -> AsyncGenerator[VideoEvent]:
-        """Progress, previews and the end of a job; see `JobWatcher.events`."""
-        return self._running_parts().watcher.events(job_id, owner)
+        """Progress, previews and the end of a job; see `JobWatcher.events`. Raises UnavailableError in a drain."""
+        self._drain.check()
+        return self._drain.stream(self._running_parts().watcher.events(job_id, owner))
 
     @asynccontextmanager
     async def make_now(

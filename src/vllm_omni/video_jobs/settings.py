@@ -8,6 +8,8 @@ from pathlib import Path
 
 from vllm_omni.errors import ConfigError
 
+_SCHEMES = ("sqlite:", "postgres", "mysql:")
+"""Starts of mistyped URLs, which are no paths of files."""
 JOB_FILE, MEDIA_FOLDER, SCRATCH_FOLDER = "jobs.sqlite", "media", "scratch"
 
 
@@ -16,7 +18,7 @@ class VideoJobSettings:
     """Settings of video jobs. Servers with the same two stores share their jobs."""
 
     job_store: str | None = None
-    """SQLAlchemy URL of the database of jobs; None: an SQLite file in `default_folder`."""
+    """SQLAlchemy URL of the database of jobs, or path of an SQLite file; None: such a file in `default_folder`."""
     media_store: str | None = None
     """fsspec URL, or a folder, of the jobs' files; None: a folder beside the SQLite file."""
     job_ttl_seconds: float = 86400.0
@@ -37,7 +39,7 @@ class VideoJobSettings:
     """Threads that encode videos."""
 
     def __post_init__(self) -> None:
-        if self.job_store is not None and self.media_store is None and not self.job_store.startswith("sqlite"):
+        if self.media_store is None and self.job_store is not None and _is_postgres(self.job_store):
             raise ConfigError(
                 "--job-store with a database server needs --media-store too: a URL such as s3://bucket/videos, or a "
                 "folder that all servers of the database share"
@@ -45,15 +47,18 @@ class VideoJobSettings:
 
     @property
     def job_store_url(self) -> str:
-        """URL of the database, with the default filled in, and the home folder of `sqlite:///~/...`.
+        """URL of the database, with the default filled in, that of a file's path, and its home folder (`~`).
 
         Raises ConfigError for the home of an unknown user.
         """
         if self.job_store is None:
             return f"sqlite:///{default_folder() / JOB_FILE}"
-        backend, separator, file = self.job_store.partition(":///")
+        if self.job_store and "://" not in self.job_store and not self.job_store.startswith(_SCHEMES):
+            backend, separator, file = "sqlite", ":///", self.job_store
+        else:
+            backend, separator, file = self.job_store.partition(":///")
         if not backend.startswith("sqlite") or not file.startswith("~"):
-            return self.job_store
+            return f"{backend}{separator}{file}"
         try:  # the shell leaves it alone, because a URL does not begin with it
             return f"{backend}{separator}{Path(file).expanduser()}"
         except RuntimeError as error:
@@ -75,6 +80,10 @@ class VideoJobSettings:
         """Folder of the SQLite file; with a database server, that of jobs by default."""
         backend, _, file = self.job_store_url.partition(":///")
         return Path(file).absolute().parent if backend.startswith("sqlite") else default_folder()
+
+
+def _is_postgres(job_store: str) -> bool:
+    return job_store.startswith("postgres") and "://" in job_store
 
 
 def default_folder() -> Path:

@@ -46,9 +46,10 @@ def test_every_number_of_frames_is_valid_or_told_its_neighbours(num_frames: int)
     with pytest.raises(InvalidRequestError, match=f"^num_frames {num_frames} is ") as caught:
         LIMITS.check(num_frames)
     assert caught.value.param == "num_frames"
-    nearest = min(valid, key=lambda n: abs(n - num_frames))
+    advised = valid[1:] if num_frames > 1 else valid  # more than one frame: a video is wanted
+    nearest = min(advised, key=lambda n: abs(n - num_frames))
     assert f"the nearest valid number is {nearest}" in str(caught.value)
-    if valid[0] < num_frames < valid[-1]:
+    if advised[0] < num_frames < valid[-1]:
         below, above = (num_frames - 1) // 4 * 4 + 1, (num_frames - 1) // 4 * 4 + 5
         assert str(caught.value).endswith(f"(valid below and above: {below} and {above})")
 
@@ -77,6 +78,9 @@ def test_a_length_in_frames_or_seconds(params: dict[str, Any], num_frames: int, 
         ({"seconds": 5.1}, "seconds", r"^seconds 5.1 at 16 .* the nearest valid value is 5 \(81 frames\)$"),
         ({"seconds": 1, "fps": 30}, "seconds", r"multiple of 4; the nearest valid value is 0.933333 \(29 frames\)$"),
         ({"seconds": 60}, "seconds", r"up to 81 \(--max-num-frames\); the nearest valid value is 5 \(81 frames\)$"),
+        ({"seconds": 0.01}, "seconds", r"the nearest valid value is 0.25 \(5 frames\)$"),
+        ({"seconds": 1e6}, "seconds", "^seconds 1000000 at 16 frames"),
+        ({"num_frames": 2}, "num_frames", "the nearest valid number is 5$"),
         ({"seconds": 1e300}, "seconds", r"up to 81 \(--max-num-frames\)"),
         ({"seconds": -1}, "seconds", "a number of at least 0"),
         ({"seconds": float("inf")}, "seconds", "a number of at least 0"),
@@ -97,6 +101,12 @@ def test_a_wrong_length_is_named(params: dict[str, Any], param: str, words: str)
     with pytest.raises(InvalidRequestError, match=words) as caught:
         built(params)
     assert (caught.value.param, caught.value.status) == (param, 400)
+
+
+def test_a_server_of_pictures_alone_advises_one_frame() -> None:
+    for params in ({"seconds": 2}, {"num_frames": 2}):
+        with pytest.raises(InvalidRequestError, match=r"is 0 \(1 frame\)$|number is 1$"):
+            built(params, max_num_frames=1, default_sampling_params={"num_frames": 1})
 
 
 def test_the_nearest_value_of_a_refusal_is_accepted() -> None:

@@ -83,6 +83,9 @@ class FakeJobs:
     omni: FakeOmni
     given_back: asyncio.Event = field(default_factory=asyncio.Event)
 
+    def begin_drain(self) -> None:
+        self.omni.calls.append("end_streams")
+
     async def drain(self, timeout: float) -> None:
         self.omni.calls.append("give_back")
         await asyncio.wait_for(self.given_back.wait(), timeout)
@@ -273,6 +276,14 @@ async def test_a_signal_while_the_weights_load_ends_at_once() -> None:
         send(signal.SIGTERM)
         assert await server.code() == 0
     assert omni.calls == ["close"]
+
+
+async def test_streams_of_video_jobs_end_with_a_server_that_has_not_loaded_its_weights() -> None:
+    omni = FakeOmni()
+    async with running(omni, jobs=FakeJobs(omni)) as server:
+        send(signal.SIGTERM)
+        assert await server.code() == 0
+    assert omni.calls == ["end_streams", "close"]
 
 
 async def test_an_engine_that_does_not_start_is_an_error(caplog: pytest.LogCaptureFixture) -> None:

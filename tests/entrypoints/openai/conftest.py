@@ -1,12 +1,15 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 
 import httpx
 import openai
 import pytest
 
 from testbed.live_server import LiveServer, live_server
+
+STOPPING_SECONDS = 0.05
 
 
 @pytest.fixture(scope="module")
@@ -26,3 +29,17 @@ def sdk(server: LiveServer) -> Iterator[openai.OpenAI]:
 def http(server: LiveServer) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.url) as client:
         yield client
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[LiveServer], pytest.LogCaptureFixture]]:
+    """Capture uvicorn's log too, which does not propagate, and let uvicorn stop at once."""
+    logger = logging.getLogger("uvicorn.error")
+
+    def watch(server: LiveServer) -> pytest.LogCaptureFixture:
+        logger.addHandler(caplog.handler)
+        server.http.config.timeout_graceful_shutdown = STOPPING_SECONDS  # type: ignore[assignment]  # as asyncio takes it
+        return caplog
+
+    yield watch
+    logger.removeHandler(caplog.handler)

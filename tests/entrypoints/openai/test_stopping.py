@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection, IncompleteRead
@@ -19,21 +18,6 @@ from vllm_omni.entrypoints.openai.settings import HttpOptions
 from vllm_omni.entrypoints.server.middleware import add_middleware
 
 GENERATIONS = "/v1/images/generations"
-STOPPING_SECONDS = 0.05
-
-
-@pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[LiveServer], pytest.LogCaptureFixture]]:
-    """Capture uvicorn's log too, which does not propagate, and let uvicorn stop at once."""
-    logger = logging.getLogger("uvicorn.error")
-
-    def watch(server: LiveServer) -> pytest.LogCaptureFixture:
-        logger.addHandler(caplog.handler)
-        server.http.config.timeout_graceful_shutdown = STOPPING_SECONDS  # type: ignore[assignment]  # as asyncio takes it
-        return caplog
-
-    yield watch
-    logger.removeHandler(caplog.handler)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import pytest
 
 from tests.video_jobs.store.stores import Clock, open_test_store
 from vllm_omni.errors import ConfigError
+from vllm_omni.video_jobs.service import check_stores
 from vllm_omni.video_jobs.settings import VideoJobSettings
 from vllm_omni.video_jobs.store import check_job_store
 
@@ -47,7 +48,7 @@ def refusal(url: str) -> str:
     ],
 )
 def test_a_url_that_is_no_store_is_refused(url: str) -> None:
-    assert "takes sqlite:////absolute/path/jobs.db or postgresql://user:password@host/database" in refusal(url)
+    assert "takes a path, sqlite:////absolute/path/jobs.db or postgresql://user:password@host/database" in refusal(url)
 
 
 @pytest.mark.parametrize("options", ["port=x", "plugin=nothing", "nonsense=1", "connect_timeout=soon"])
@@ -76,6 +77,32 @@ def test_the_home_folder_is_taken_for_all_files(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "state/jobs.db").is_file()
     assert settings.media_store_url == f"{tmp_path}/state/media"
     assert settings.scratch_folder == tmp_path / "state/scratch"
+
+
+@pytest.mark.parametrize("path", ["{folder}/state/jobs.db", "jobs.db", "~/jobs.db"])
+def test_a_path_is_an_sqlite_file(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = VideoJobSettings(job_store=path.format(folder=tmp_path))
+    check_job_store(settings.job_store_url)
+    file = tmp_path / path.format(folder=tmp_path).removeprefix("~/")
+    assert file.is_file()
+    assert settings.media_store_url == str(file.parent / "media")
+
+
+@pytest.mark.parametrize(
+    ("job_store", "media_store"), [("{folder}/state/jobs.db", "gs://bucket/x"), ("mysql://host/jobs", "{folder}/media")]
+)
+def test_a_refused_store_leaves_nothing_of_the_other_one(job_store: str, media_store: str, tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    with pytest.raises(ConfigError):
+        check_stores(VideoJobSettings(job_store.format(folder=folder), media_store.format(folder=folder)))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("url", ["mysql://user:secret@host/jobs", "mysql:jobs", "s3://bucket/jobs", ""])
+def test_the_form_is_checked_before_the_media_store(url: str) -> None:
+    assert "takes a path, sqlite:////abs" in refusal(VideoJobSettings(job_store=url).job_store_url)
 
 
 def test_the_home_of_an_unknown_user_is_refused() -> None:
@@ -115,7 +142,9 @@ def test_a_file_that_may_not_be_written_is_refused(tmp_path: Path, monkeypatch: 
 
 def test_a_driver_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "psycopg", None)
-    assert "needs the package psycopg: pip install 'psycopg[binary]'" in refusal("postgresql://user:secret@host/jobs")
+    assert "needs the package psycopg: pip install 'vllm-omni[postgres]'" in refusal(
+        "postgresql://user:secret@host/jobs"
+    )
 
 
 def test_a_server_that_does_not_answer_is_an_error_at_the_start(tmp_path: Path) -> None:

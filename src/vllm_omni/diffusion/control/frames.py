@@ -39,10 +39,10 @@ class FrameLimits:
             reason = f"is more than {self.most} (--max-num-frames)"
         else:
             reason = f"is not 1 more than a multiple of {self.multiple}"
-        neighbours = [below] + [n for n in (below + self.multiple,) if below < num_frames and n <= self.most]
+        neighbours = [n for n in (below, below + self.multiple) if self._least(num_frames) <= n <= self.most]
         nearest = min(neighbours, key=lambda n: abs(n - num_frames))
         advice = f"the nearest valid number is {nearest}"
-        if len(neighbours) == 2:
+        if neighbours[0] < num_frames < neighbours[-1]:
             advice += f" (valid below and above: {below} and {neighbours[1]})"
         raise InvalidRequestError(f"num_frames {num_frames} {reason}; {advice}", param="num_frames")
 
@@ -52,13 +52,14 @@ class FrameLimits:
         Raises InvalidRequestError, with the nearest valid length, if no valid number of frames has this length.
         """
         frames = 1 + seconds * fps
-        nearest = self._nearest(frames)
-        if abs(frames - nearest) <= SECONDS_TOLERANCE:
-            return nearest
+        for valid in (1, nearest := self._nearest(frames)):
+            if abs(frames - valid) <= SECONDS_TOLERANCE:
+                return valid
         limit = f", up to {self.most} (--max-num-frames)" if frames > self.most else ""
         raise InvalidRequestError(
-            f"seconds {seconds:g} at {fps} frames a second: a video has 1 frame more than a multiple of "
-            f"{self.multiple}{limit}; the nearest valid value is {(nearest - 1) / fps:.6g} ({nearest} frames)",
+            f"seconds {shown_seconds(seconds)} at {fps} frames a second: a video has 1 frame more than a multiple of "
+            f"{self.multiple}{limit}; the nearest valid value is {(nearest - 1) / fps:.6g} "
+            f"({nearest} {'frame' if nearest == 1 else 'frames'})",
             param="seconds",
         )
 
@@ -69,4 +70,15 @@ class FrameLimits:
     def _nearest(self, frames: float) -> int:
         below = self._valid_below(frames)
         above = below + self.multiple
-        return above if above <= self.most and above - frames < frames - below else below
+        if above > self.most:
+            return below
+        return above if above - frames < frames - below or below < self._least(frames) else below
+
+    def _least(self, frames: float) -> int:
+        """Least number to advise to a caller who asked for `frames`: whoever wants more than one wants a video."""
+        return min(1 + self.multiple, self._valid_below(self.most)) if frames > 1 else 1
+
+
+def shown_seconds(seconds: float) -> str:
+    """A length as people write it: without an exponent, unless it is absurdly long."""
+    return f"{seconds:.12g}"

@@ -19,7 +19,7 @@ from vllm_omni.diffusion.catalog.folder_files import DEFAULTS_FILE
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.control.adapters import resolve_loras
 from vllm_omni.diffusion.control.admission import check_number
-from vllm_omni.diffusion.control.frames import FrameLimits
+from vllm_omni.diffusion.control.frames import FrameLimits, shown_seconds
 from vllm_omni.diffusion.control.scheduled_request import RequestCost, ScheduledRequest
 from vllm_omni.diffusion.control.sizes import SizeLimits
 from vllm_omni.diffusion.data import OmniDiffusionConfig, flag_of
@@ -328,12 +328,14 @@ def _with_frames(
     """Parameters of a video with its number of frames, which may follow from `seconds`. Raises InvalidRequestError."""
     if (seconds := params.seconds) is not None:
         if (fps := params.fps or default_fps) is None:
-            raise InvalidRequestError(f"seconds {seconds:g} needs fps: this model has none of its own", param="fps")
+            raise InvalidRequestError(
+                f"seconds {shown_seconds(seconds)} needs fps: this model has none of its own", param="fps"
+            )
         num_frames = limits.of_seconds(seconds, fps)
         if params.num_frames not in (None, num_frames):
             raise InvalidRequestError(
-                f"num_frames {params.num_frames} and seconds {seconds:g}, which are {num_frames} frames at {fps} a "
-                "second, differ: give one of them",
+                f"num_frames {params.num_frames} and seconds {shown_seconds(seconds)}, which are {num_frames} frames "
+                f"at {fps} a second, differ: give one of them",
                 param="num_frames",
             )
         params = replace(params, num_frames=num_frames)

@@ -272,7 +272,8 @@ def changed_video_flags(videos: VideoJobSettings) -> list[str]:
 def _add_video_flags(group: Any) -> None:
     jobs = FlagGroup(group, VideoJobSettings)
     store_help = (
-        "database of the jobs, shared by all servers that name it: sqlite:////PATH or postgresql://USER@HOST/NAME; "
+        "database of the jobs, shared by all servers that name it: a path, sqlite:////PATH or "
+        "postgresql://USER@HOST/NAME; "
         "none: an SQLite file in $XDG_STATE_HOME/vllm-omni, by default ~/.local/state/vllm-omni"
     )
     jobs.add("job_store", store_help)

@@ -273,6 +273,8 @@ class Service:
 
     async def _close(self, http: asyncio.Task[None]) -> None:
         """Stop the workers, which fails running requests; send finished responses; stop listening."""
+        if self._jobs is not None:
+            self._jobs.begin_drain()  # streams of events end also if the engine failed, or was still loading
         closing = asyncio.create_task(self._omni.close())
         await _first_of(closing, asyncio.sleep(self._limits.close_seconds))
         if closing.done():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vllm_omni.video_jobs.store.job_store import JobStore
 
-__all__ = ["check_job_store", "open_store"]
+__all__ = ["check_job_store", "check_job_store_form", "open_store"]
 
 
 def open_store(
@@ -41,3 +41,10 @@ def check_job_store(url: str) -> None:
     from vllm_omni.video_jobs.store.database import Database
 
     Database(url).close()
+
+
+def check_job_store_form(url: str) -> None:
+    """Raise ConfigError for a URL that no store has. Nothing is made or connected to."""
+    from vllm_omni.video_jobs.store.urls import parse_store_url
+
+    parse_store_url(url)

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from vllm_omni.errors import ConfigError, RequestError, StoreFullError, UnavailableError, error_line, to_one_line
 from vllm_omni.video_jobs.store.migrations import upgrade
-from vllm_omni.video_jobs.store.urls import parse_store_url, without_password
+from vllm_omni.video_jobs.store.urls import make_sqlite_file, parse_store_url, without_password
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,8 @@ class Database:
         """Connect, and make the tables or bring them up to date. Raises ConfigError."""
         parsed = parse_store_url(url)
         self._is_postgres = parsed.get_backend_name() == "postgresql"
+        if not self._is_postgres:
+            make_sqlite_file(parsed)
         self._clock = clock if clock or self._is_postgres else time.time
         try:
             engine = _make_engine(parsed)

@@ -10,7 +10,7 @@ from sqlalchemy.exc import ArgumentError
 
 from vllm_omni.errors import ConfigError, to_one_line
 
-_TAKES = "takes sqlite:////absolute/path/jobs.db or postgresql://user:password@host/database"
+_TAKES = "takes a path, sqlite:////absolute/path/jobs.db or postgresql://user:password@host/database"
 _SQLITE = ("sqlite", "sqlite+pysqlite")
 _POSTGRES = ("postgresql", "postgres", "postgresql+psycopg")
 
@@ -28,7 +28,8 @@ def parse_store_url(text: str) -> URL:
             import psycopg  # noqa: F401
         except ImportError as error:
             raise ConfigError(
-                f"--job-store {url.drivername}://... needs the package psycopg: pip install 'psycopg[binary]' ({error})"
+                f"--job-store {url.drivername}://... needs the package psycopg: pip install 'vllm-omni[postgres]' "
+                f"({error})"
             ) from error
         return url.set(drivername="postgresql+psycopg")
     raise ConfigError(f"--job-store {_TAKES}, got {without_password(text)!r}")
@@ -41,15 +42,18 @@ def without_password(text: str) -> str:
 
 
 def _sqlite_url(url: URL) -> URL:
-    """URL with an absolute path; the folder and an empty file are made. Raises ConfigError."""
-    shown = without_password(str(url))
+    """URL with an absolute path. Raises ConfigError."""
     if url.database in (None, "", ":memory:") or url.query or url.host:
-        raise ConfigError(f"--job-store {_TAKES}: a file without options, got {shown!r}")
-    path = Path(str(url.database)).absolute()
+        raise ConfigError(f"--job-store {_TAKES}: a file without options, got {without_password(str(url))!r}")
+    return url.set(drivername="sqlite+pysqlite", database=str(Path(str(url.database)).absolute()))
+
+
+def make_sqlite_file(url: URL) -> None:
+    """Make the folder and an empty file of a parsed URL of SQLite. Raises ConfigError."""
+    path = Path(str(url.database))
     try:
         # Prompts and pictures are the users' own: nobody else reads them.
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.touch(mode=0o600)
     except OSError as error:
-        raise ConfigError(f"--job-store {shown}: cannot make {error.filename}: {error.strerror}") from error
-    return url.set(drivername="sqlite+pysqlite", database=str(path))
+        raise ConfigError(f"--job-store {path}: cannot make {error.filename}: {error.strerror}") from error

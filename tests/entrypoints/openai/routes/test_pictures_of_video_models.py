@@ -124,6 +124,7 @@ def refusal(response: httpx.Response) -> tuple[str, str]:
     [
         ({"num_frames": 5}, "num_frames", "num_frames takes 1 for a picture, got 5: POST /v1/videos makes videos"),
         ({"seconds": 0.5}, "seconds", "seconds takes 0 for a picture, got 0.5: POST /v1/videos makes videos"),
+        ({"seconds": "2"}, "seconds", "seconds takes 0 for a picture, got 2.0: POST /v1/videos makes videos"),
         ({"num_frames": 0}, "num_frames", "num_frames: input should be greater than or equal to 1, got 0"),
         ({"seconds": -1}, "seconds", "seconds: input should be greater than or equal to 0, got -1"),
         ({"num_frames": "5"}, "num_frames", "num_frames: takes an integer, got '5'"),

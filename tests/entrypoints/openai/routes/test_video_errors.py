@@ -111,6 +111,22 @@ def test_bad_fields_are_refused_before_a_job_exists(
     assert len(server.device.prompts) == num_before
 
 
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (-1, "seconds: input should be greater than 0, got "),
+        (0.01, "seconds 0.01 at 8 frames a second: a video has 1 frame more than a multiple of 4; the nearest valid "),
+        (1e6, "seconds 1000000 at 8 frames a second"),
+        (1e9, "seconds 1000000000 at 8 frames a second"),
+    ],
+)
+def test_a_number_in_a_string_is_refused_like_the_number(http: httpx.Client, value: float, words: str) -> None:
+    for sent in (value, str(value), f"{value:e}"):
+        for path in (VIDEOS, SYNC):
+            message = error_of(http.post(path, json={"prompt": "x", "seconds": sent}))["message"]
+            assert message.startswith(words), sent
+
+
 def test_other_bodies_are_refused(http: httpx.Client) -> None:
     for sent, status in (
         ({"content": b"{", "headers": {"content-type": "application/json"}}, 400),

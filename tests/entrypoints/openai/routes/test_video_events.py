@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 
 from testbed.live_server import FAKE_VIDEO_INFO, LiveServer, expected_picture, live_server
+from testbed.patience import GUARD_SECONDS
 from tests.entrypoints.openai.routes.videos import VIDEOS, Paused, created, ended, made
 
 
@@ -96,3 +98,25 @@ def test_a_listener_that_leaves_changes_nothing(server: LiveServer, http: httpx.
         with httpx.Client(base_url=server.url) as other, other.stream("GET", f"{VIDEOS}/{video['id']}/events") as gone:
             next(events_in(gone.iter_lines()))
     assert ended(http, video["id"])["status"] == "completed"
+
+
+def test_streams_end_with_an_error_object_when_the_server_drains(
+    log: Callable[[LiveServer], pytest.LogCaptureFixture],
+) -> None:
+    with live_server(info=FAKE_VIDEO_INFO) as server, httpx.Client(base_url=server.url, timeout=GUARD_SECONDS) as http:
+        records = log(server)
+        server.call(server.device.pause)
+        paths = [f"{VIDEOS}/{created(http)['id']}/events" for _ in range(4)]  # more than the server runs
+        with ExitStack() as open_streams:
+            streams = [open_streams.enter_context(http.stream("GET", path)).iter_lines() for path in paths]
+            for lines in streams:
+                assert next(events_in(lines))["type"] == "video.progress"
+            assert server.jobs is not None
+            server.call(server.jobs.begin_drain)
+            errors = [json.loads(line.removeprefix("data: "))["error"] for lines in streams for line in lines if line]
+        assert [(error["code"], error["message"]) for error in errors] == [
+            ("unavailable", "the server is draining")
+        ] * 4
+        response = http.get(paths[0])
+        assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+    assert [record for record in records.records if record.levelname == "ERROR"] == []

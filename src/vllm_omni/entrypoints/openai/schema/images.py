@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -36,6 +37,9 @@ ReportedQuality = Literal["low", "medium", "high", "xhigh", "max"]
 
 _OUTPUT_FORMAT_ALIASES = {"jpg": "jpeg"}
 _SIZE = r"^([aA][uU][tT][oO]| *[1-9][0-9]{0,5} *[xX*\u00d7] *[1-9][0-9]{0,5} *)$"
+NUMBER_PATTERN = r"[0-9]{1,30}(\.[0-9]{0,30})?([eE][+-]?[0-9]{1,2})?"
+"""Number of at least 0 in a string."""
+_NUMBER = re.compile(rf" *-?{NUMBER_PATTERN} *")
 
 
 def _lower_case(value: Any) -> Any:
@@ -50,6 +54,11 @@ def _canonical_format(value: Any) -> Any:
 def _canonical_size(size: str) -> str:
     """`auto` or `WIDTHxHEIGHT`, from any spelling that `_SIZE` matches."""
     return size.lower().replace(" ", "").replace("*", "x").replace("\u00d7", "x")
+
+
+def number_in(value: Any) -> Any:
+    """The number in a string, which OpenAI's clients send; other values stay, and the field's type refuses them."""
+    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
 
 
 ANY_CASE = BeforeValidator(_lower_case)
@@ -229,7 +238,7 @@ class ImageOptions(StreamOptions):
     """Quality of jpeg and webp in percent; png is lossless and takes only 100."""
     num_frames: Annotated[int, Field(ge=1)] | None = None
     """Number of frames: 1, which is a picture."""
-    seconds: Annotated[float, Field(ge=0)] | None = None
+    seconds: Annotated[float, Field(ge=0), BeforeValidator(number_in)] | None = None
     """Length from the first frame to the last one, instead of `num_frames`: 0, which is a picture."""
 
 

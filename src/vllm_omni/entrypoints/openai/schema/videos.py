@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
@@ -13,10 +12,12 @@ from vllm_omni.diffusion.control.request_builder import MAX_PROMPT_CHARACTERS
 from vllm_omni.entrypoints.openai.schema.images import (
     ANY_CASE,
     MAX_INPUT_IMAGES,
+    NUMBER_PATTERN,
     GenerationOptions,
     RequestBody,
     at_most,
     body_schema,
+    number_in,
 )
 
 MAX_LISTED = 100
@@ -28,7 +29,6 @@ VideoFormat = Literal["mp4", "webm", "gif"]
 Variant = Literal["video", "thumbnail", "spritesheet"]
 VideoStatus = Literal["queued", "in_progress", "completed", "failed"]
 
-_NUMBER = re.compile(r" *[0-9]{1,9}(\.[0-9]{0,9})? *")
 _MAX_REFERENCE_ITEMS = 8
 """Most commas and brackets of a reference as JSON text: it is parsed on the event loop."""
 _REFERENCE = {
@@ -40,11 +40,6 @@ _REFERENCE = {
 _REFERENCES = {
     "anyOf": [*_REFERENCE["anyOf"], {"type": "array", "items": _REFERENCE, "minItems": 1, "maxItems": MAX_INPUT_IMAGES}]
 }
-
-
-def _number_in(value: Any) -> Any:
-    """The number in a string, which OpenAI's clients send; other values stay, and the field's type refuses them."""
-    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
 
 
 def reference_url(value: Any) -> str:
@@ -94,12 +89,12 @@ class VideoOptions(GenerationOptions):
         Annotated[
             float,
             Field(gt=0),
-            BeforeValidator(_number_in),
+            BeforeValidator(number_in),
             WithJsonSchema(
                 {
                     "anyOf": [
                         {"type": "number", "exclusiveMinimum": 0},
-                        {"type": "string", "pattern": f"^{_NUMBER.pattern}$"},
+                        {"type": "string", "pattern": f"^ *{NUMBER_PATTERN} *$"},
                     ]
                 }
             ),
