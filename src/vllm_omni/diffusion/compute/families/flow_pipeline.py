@@ -237,12 +237,18 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
 
     def check(self, request: DiffusionRequest) -> None:
         self._schedule(request)
-        self._adapters.composition(request)
+        self._adapters.check(request)
+
+    def admit(self, request: DiffusionRequest) -> None:
+        self._adapters.admit(request)
+
+    def release(self, request_id: str) -> None:
+        self._adapters.release(request_id)
 
     def adapted(self, request: DiffusionRequest, index: int = 0) -> AbstractContextManager[None]:
         """Let a transformer's layers add the changes of the request's adapters: for texts, which `encode` embeds.
 
-        index: of the transformer. Raises InvalidRequestError for an adapter that does not fit the model.
+        index: of the transformer.
         """
         composition = self._adapters.composition(request)
         return ChangedLayers.of_all_rows(self.transformers[index], index, composition).applied()
@@ -458,13 +464,13 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
 
     def forget(self, state: State) -> None:
         self._layouts.forget(state)
-        self._adapters.release(state.composition)
         for slot in state.cache_slots:
             if slot is not None:
                 slot.clear()  # a state may live longer on one rank, in a traceback, and would count in its budget
 
     def release_memory(self) -> None:
         self._layouts.clear()
+        self._adapters.release_memory()
         if self.capturer is not None:
             self.capturer.release()
 
