@@ -45,10 +45,14 @@ def save_adapter(pipeline: FlowPipeline[Any, Any, Any], file: Path, rank: int, s
 @torch.inference_mode()
 def step_seconds(pipeline: FlowPipeline[Any, Any, Any], requests: Sequence[DiffusionRequest], budget: float) -> float:
     """Median seconds of one step of these requests."""
+    for request in requests:
+        pipeline.check(request)
+        pipeline.admit(request)
     states = [pipeline.encode(request) for request in requests]
     seconds = measure(lambda: pipeline.predict(states), states[0].latents.device, warm_ups=3, budget=budget).median
     for state in states:
         pipeline.forget(state)
+        pipeline.release(state.request.request_id)
     return seconds
 
 

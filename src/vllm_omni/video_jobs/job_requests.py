@@ -58,8 +58,9 @@ def new_job(new: NewVideo, job: Job, served_model: str, work_seconds: float, inf
     # A default that the model does not take has no effect, but would be refused as a request's own value.
     not_taken: dict[str, Any] = {name: None for name in OPTIONAL_PARAMETERS if name not in info.parameters}
     params = replace(params, **not_taken)
-    if new.checked.given.lora_request is None:  # the default of the server that runs it: its path is on that server
-        params = replace(params, lora_request=None)
+    # By name, with their scales and also if there are none: the server that runs the job may have other defaults.
+    adapters = [LoRARequest(lora.name, scale=lora.scale) for lora in request.loras]
+    params = replace(params, lora_request=adapters, lora_scale=None)
     if info.gives_previews and not params.num_previews:
         params = replace(params, num_previews=num_affordable_previews(job))
     negative = new.checked.prompt.negative_prompt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,6 +71,35 @@ def test_an_adapter_is_stored_by_name_and_scale() -> None:
     assert params_from_json(stored).lora_request == [LoRARequest("style", None, 0.5)]
     two = [LoRARequest("style", None, 0.5), LoRARequest("ink")]
     assert params_from_json(params_to_json(OmniDiffusionSamplingParams(lora_request=two))).lora_request == two
+
+
+def test_a_row_has_the_adapters_of_its_servers_defaults_and_no_others(tmp_path: Path) -> None:
+    files = {name: str(tmp_path / f"{name}.safetensors") for name in ("ink", "fast", "own")}
+    for file in files.values():
+        Path(file).touch()
+    modules = {name: files[name] for name in ("ink", "fast")}
+
+    def server(**defaults: object) -> RequestBuilder:
+        return builder(lora_modules=modules, default_sampling_params=defaults)
+
+    ink = {"lora_request": {"name": "ink"}, "lora_scale": 0.5}
+    fast, own = {"lora_request": [{"name": "fast"}]}, {"lora_request": {"name": "own", "path": files["own"]}}
+    none: list[LoRARequest] = []
+    for defaults, asked, others, wanted in (
+        (ink, None, {}, [("ink", 0.5)]),
+        (ink, None, fast, [("ink", 0.5)]),
+        (ink, none, fast, []),
+        ({}, None, ink, []),
+        (ink, LoRARequest("fast"), ink, [("fast", 1.0)]),
+        (own, None, own, [("own", 1.0)]),
+    ):
+        job, made = row(OmniPrompt("a"), OmniDiffusionSamplingParams(lora_request=asked), server(**defaults))
+        stored = json.loads(json.dumps(job.request))["params"]
+        assert stored["lora_request"] == [{"name": name, "scale": scale} for name, scale in wanted]
+        assert "lora_scale" not in stored
+        (again,) = server(**others).build(OmniPrompt("a"), params_from_json(stored), "r")
+        assert [(lora.name, lora.scale) for lora in again.request.loras] == wanted
+        assert again.request.loras == made.requests[0].request.loras
 
 
 def test_previews_take_a_tenth_of_the_work_at_most() -> None:

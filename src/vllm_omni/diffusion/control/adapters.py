@@ -67,11 +67,14 @@ def _listed(value: Item | Sequence[Item] | None) -> tuple[Item, ...]:
 
 
 def _file_of(asked: LoRARequest, config: OmniDiffusionConfig) -> str:
-    path = asked.path or config.lora_modules.get(asked.name)
+    # A stored job names the adapters of the defaults, which may have paths.
+    defaults = _listed(config.default_sampling_params.get("lora_request"))
+    served = {lora.name: lora.path for lora in defaults if lora.path} | dict(config.lora_modules)
+    path = asked.path or served.get(asked.name)
     if path is None:
-        served = ", ".join(config.lora_modules) or "none"
+        names = ", ".join(config.lora_modules) or "none"
         raise InvalidRequestError(
-            f"there is no LoRA adapter {asked.name[:_MAX_ECHO]!r}; served: {served}", param="lora_request"
+            f"there is no LoRA adapter {asked.name[:_MAX_ECHO]!r}; served: {names}", param="lora_request"
         )
     try:
         return str(adapter_file(path))

@@ -354,7 +354,10 @@ def _fill(params: OmniDiffusionSamplingParams, defaults: Mapping[str, Any]) -> O
     if params.sigmas is not None and params.num_inference_steps is None:
         params = replace(params, num_inference_steps=len(params.sigmas))
     given = {name for name in LENGTHS if getattr(params, name) is not None}
-    return params.filled_from(_beneath(given, defaults))
+    defaults = _beneath(given, defaults)
+    if params.lora_request is not None:
+        defaults.pop("lora_scale", None)  # it is the scale of the default adapters
+    return params.filled_from(defaults)
 
 
 def _beneath(given: Collection[str], defaults: Mapping[str, Any]) -> dict[str, Any]:

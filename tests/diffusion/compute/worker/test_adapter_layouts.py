@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 import torch
 
+from testbed.runner_driver import Drive, make_request
 from testbed.tiny_adapters import Pair, random_pairs, save_peft, transformer_of
 from tests.diffusion.compute.distributed.ranks import run_places
 from tests.diffusion.compute.families.test_adapters import no_single_runs  # noqa: F401  # a fixture
+from tests.diffusion.compute.worker.replica import merging, started
 from tests.diffusion.compute.worker.test_layouts import ARRIVALS_OF, BUILDERS, Arrivals, check_equal, draw
+from vllm_omni.diffusion.compute.families import adapter_store
 from vllm_omni.diffusion.data import DiffusionParallelConfig
+from vllm_omni.diffusion.messages.plan import ItemError, StepPlan
 from vllm_omni.diffusion.messages.request import LoRA
 from vllm_omni.diffusion.messages.worker import RankInfo
 
@@ -56,6 +60,37 @@ class Adapted:
 )
 def adapted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Adapted:
     return Adapted(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def abort_between(
+    place: RankInfo, parallel: DiffusionParallelConfig, path: Path, first: LoRA, second: LoRA
+) -> tuple[dict[str, np.ndarray], dict[str, ItemError]]:
+    """Pictures of two equal requests; between them, the abort of another reaches rank 1 before its plan."""
+    adapter_store.MAX_UNSERVED = 1  # in this process alone
+    runner = started(place, parallel, path)
+    merge = merging(runner)
+    drive = Drive(runner, merge=merge).run({0: [make_request("before", loras=(first,))]})
+    other = make_request("other", loras=(second,))
+    if place.rank == 1:
+        runner.abort(["other"])
+    for plan in (StepPlan(100, new_requests=[other], encode=["other"]), StepPlan(101, release=["other"])):
+        merge(runner.execute(plan))
+    after = Drive(runner, merge=merge).run({0: [make_request("after", loras=(first,))]})
+    return drive.images | after.images, drive.errors | after.errors
+
+
+@pytest.mark.thorough
+def test_ranks_stay_together_after_an_abort_that_reaches_one_of_them_first(tmp_path: Path) -> None:
+    path = BUILDERS["qwen_image"](tmp_path / "model", heads=HEADS)
+    transformer = transformer_of(path)
+    loras = [
+        LoRA(name, str(save_peft(random_pairs(transformer, seed, size=0.3), tmp_path / f"{name}.safetensors")), 0.8)
+        for seed, name in enumerate(("first", "second"))
+    ]
+    parallel = DiffusionParallelConfig(tensor_parallel_size=2)
+    for pictures, errors in run_places(abort_between, parallel, parallel, path, *loras):
+        assert not errors
+        assert np.array_equal(pictures["before"], pictures["after"])
 
 
 @pytest.mark.parametrize(

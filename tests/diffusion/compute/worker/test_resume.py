@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from testbed.runner_driver import fitted, kept, make_request, psnr
+from testbed.tiny_adapters import random_pairs, save_peft, transformer_of
 from testbed.tiny_models import SMALL, build_tiny_qwen_image, photo
 from testbed.tiny_wan import BOUNDARY, build_tiny_wan
 from testbed.tiny_z_image import build_tiny_z_image
@@ -24,7 +25,7 @@ from vllm_omni.diffusion.compute.step.pipeline import PackedPipeline
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.checkpoint import LATENTS, Checkpoint, check_checkpoint
-from vllm_omni.diffusion.messages.request import DiffusionRequest
+from vllm_omni.diffusion.messages.request import DiffusionRequest, LoRA
 from vllm_omni.diffusion.messages.worker import RankInfo
 from vllm_omni.inputs.images import prepare_image
 
@@ -236,6 +237,38 @@ def test_a_checkpoint_that_does_not_fit_is_an_error_of_its_request_alone(tmp_pat
         assert (error.kind, error.param) == ("invalid", "resume")
         assert fault in error.message
     assert kept(runner) == 0
+
+
+@pytest.mark.thorough
+def test_a_checkpoint_resumes_with_its_own_prompts_and_adapters_alone(tmp_path: Path) -> None:
+    model = MODELS["z_image"]
+    path = model.build(tmp_path / "model")
+    transformer = transformer_of(path)
+    files = [save_peft(random_pairs(transformer, seed), tmp_path / f"{seed}.safetensors") for seed in (1, 2)]
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(files[0].read_bytes())
+    first, second = (LoRA("a", str(file), 0.5) for file in files)
+    runner, request = model.start(path), model.request(path, loras=(first,))
+    whole, checkpoints = run_whole(runner, request)
+    bad: dict[str, dict[str, Any]] = {
+        "another": {"loras": (second,)},
+        "scale": {"loras": (replace(first, scale=0.25),)},
+        "none": {"loras": ()},
+        "one more": {"loras": (first, second)},
+        "prompt": {"prompt": "a photo"},
+        "negative": {"negative_prompt": "a photo"},
+    }
+    replica = Replica(runner, ONE_RANK)
+    replica.add([replace(request, loras=(LoRA("b", str(copy), 0.5),))], resume=checkpoints[1])
+    for fault, fields in bad.items():
+        replica.add([model.request(path, **({"request_id": fault, "loras": (first,)} | fields))], resume=checkpoints[1])
+    made = replica.run()
+    assert made.keys() == {"whole"}, "a copy of the file is the same adapter"
+    assert psnr(made["whole"], whole) >= 60
+    assert replica.errors.keys() == bad.keys()
+    for fault, error in replica.errors.items():
+        assert (error.kind, error.param) == ("invalid", "resume")
+        assert ("prompts" if fault in ("prompt", "negative") else "adapters") in error.message
 
 
 def test_latents_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.distributed.mesh import Mesh
 from vllm_omni.diffusion.compute.families.adapter_store import AdapterStore
 from vllm_omni.diffusion.compute.families.component_loader import ComponentLoader
+from vllm_omni.diffusion.compute.families.decoders import Decoder, VideoDecoder
 from vllm_omni.diffusion.compute.packing import Hidden, MembershipCache, Pack
 from vllm_omni.diffusion.compute.step.adapters import (
     AdaptedCondition,
@@ -36,9 +37,9 @@ from vllm_omni.diffusion.compute.step.arrangement import Arrangement
 from vllm_omni.diffusion.compute.step.compiled import CompiledBlocks
 from vllm_omni.diffusion.compute.step.cuda_graphs import CapturedGraphs, captured
 from vllm_omni.diffusion.compute.step.modulation import ModulationTable
-from vllm_omni.diffusion.compute.step.pipeline import DecoderFeatures, Grid, PackedPipeline, Picture, RequestState
+from vllm_omni.diffusion.compute.step.pipeline import Grid, PackedPipeline, Picture, RequestState
 from vllm_omni.diffusion.compute.step.sampling import predict_clean
-from vllm_omni.diffusion.compute.step.saved_state import SavedState, restore_state, save_state
+from vllm_omni.diffusion.compute.step.saved_state import SavedState, restore_state, save_state, text_digest
 from vllm_omni.diffusion.compute.step.schedule import make_schedule, with_one_step_schedules
 from vllm_omni.diffusion.compute.step.sharding import Sharding
 from vllm_omni.diffusion.compute.step.transformer import PackedTransformer, StepBlocks, StepContext
@@ -131,31 +132,6 @@ class Layout(Generic[AnyForward]):
     captured_graphs: CapturedGraphs = field(default_factory=CapturedGraphs)
 
 
-class Decoder(Protocol):
-    """Makes pixels of token latents."""
-
-    def __call__(self, latents: Sequence[Tensor], grids: Sequence[Grid]) -> list[Picture]:
-        """Pixels uint8 [height, width, 3] of pictures and [frames, height, width, 3] of videos.
-
-        latents: [tokens, channels] of each picture or video; grids: its latent frames, rows and columns.
-        """
-        ...
-
-
-@runtime_checkable
-class VideoDecoder(Decoder, Protocol):
-    """Decoder that also makes the frames of a video piece by piece; a family that makes videos has one."""
-
-    def decode_next(self, latents: Tensor, grid: Grid, features: DecoderFeatures) -> Picture | None:
-        """Pixels uint8 [frames, height, width, 3] of the next latent frames of a video.
-
-        latents, grid: of these latent frames alone. features: those that this decoder keeps of earlier latent frames of
-        the video, which the call updates; empty before the first one. The first of the ranks that share the decode gets
-        the pixels, the others get None.
-        """
-        ...
-
-
 class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward]):
     """Loaded model of a packed family, with one or several transformers.
 
@@ -237,12 +213,18 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
 
     def check(self, request: DiffusionRequest) -> None:
         self._schedule(request)
-        self._adapters.composition(request)
+        self._adapters.check(request)
+
+    def admit(self, request: DiffusionRequest) -> None:
+        self._adapters.admit(request)
+
+    def release(self, request_id: str) -> None:
+        self._adapters.release(request_id)
 
     def adapted(self, request: DiffusionRequest, index: int = 0) -> AbstractContextManager[None]:
         """Let a transformer's layers add the changes of the request's adapters: for texts, which `encode` embeds.
 
-        index: of the transformer. Raises InvalidRequestError for an adapter that does not fit the model.
+        index: of the transformer.
         """
         composition = self._adapters.composition(request)
         return ChangedLayers.of_all_rows(self.transformers[index], index, composition).applied()
@@ -458,13 +440,13 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
 
     def forget(self, state: State) -> None:
         self._layouts.forget(state)
-        self._adapters.release(state.composition)
         for slot in state.cache_slots:
             if slot is not None:
                 slot.clear()  # a state may live longer on one rank, in a traceback, and would count in its budget
 
     def release_memory(self) -> None:
         self._layouts.clear()
+        self._adapters.release_memory()
         if self.capturer is not None:
             self.capturer.release()
 
@@ -490,6 +472,8 @@ def _facts(state: FlowState, step: int) -> dict[str, CheckpointValue]:
         "seed": state.request.seed,
         "num_inference_steps": len(state.timesteps),
         "timestep": state.timesteps[step] if step < len(state.timesteps) else None,
+        "prompts": text_digest(state.request.prompt, state.request.negative_prompt),
+        "adapters": [value for adapter, scale in state.composition for value in (adapter.digest, scale)],
     }
 
 

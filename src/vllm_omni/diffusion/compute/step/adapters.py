@@ -29,6 +29,8 @@ class LoadedAdapter:
     """For each transformer of the model: path of a layer -> its weights."""
     modulates: tuple[bool, ...]
     """For each transformer: whether the adapter changes a layer that makes rows of modulation."""
+    digest: str
+    """Digest of the changes in the file, equal on all ranks."""
 
 
 Composition = tuple[tuple[LoadedAdapter, float], ...]

@@ -122,8 +122,15 @@ class Pipeline(ABC, Generic[State]):
     def check(self, request: DiffusionRequest) -> None:
         """Raise InvalidRequestError for a request that the model cannot run. Exchanges nothing with other ranks.
 
-        Called before an `encode` in which ranks exchange tensors: an error in it may cost all ranks a restart.
+        Called before the ranks agree on the requests that they encode: an error in `encode` may cost all ranks a
+        restart. It may read files for `admit`. Ranks may check different requests, so nothing that they share changes.
         """
+
+    def admit(self, request: DiffusionRequest) -> None:
+        """Take over what `check` has read, until `release`: all ranks run the request, and call this in one order."""
+
+    def release(self, request_id: str) -> None:
+        """Give back what `check` and `admit` hold for a request. It may be unknown here, and have no state."""
 
     @abstractmethod
     def encode(self, request: DiffusionRequest) -> State:

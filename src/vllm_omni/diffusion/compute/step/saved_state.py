@@ -6,6 +6,8 @@ steps, so a restored scheduler first makes these steps with a blank tensor, and 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -63,6 +65,11 @@ def restore_state(
     for name, put in slots.items():
         put(to_device(tensors[name], noise.device))
     return to_device(tensors[LATENTS], noise.device)
+
+
+def text_digest(*texts: str | None) -> str:
+    """Hexadecimal digest of texts, for the facts of a checkpoint, which error messages show: they show no prompt."""
+    return hashlib.blake2b(json.dumps(texts).encode(), digest_size=8).hexdigest()
 
 
 def _tensor(checkpoint: Checkpoint, name: str, noise: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,6 +16,7 @@ from vllm_omni.diffusion.compute.layers.low_rank import Adaptable, LayerWeights,
 from vllm_omni.diffusion.compute.layers.rounding import FLOAT8
 from vllm_omni.diffusion.compute.step.adapters import LoadedAdapter
 from vllm_omni.diffusion.compute.step.transformer import PackedTransformer
+from vllm_omni.diffusion.compute.weights.adapter_digest import adapter_digest
 from vllm_omni.diffusion.compute.weights.adapter_file import (
     AdapterFile,
     AdapterFileError,
@@ -144,7 +145,7 @@ class AdapterReader:
                 len(missing) + len(found),
                 listed(missing),
             )
-        return self._loaded(found)
+        return self._loaded(found, adapter_digest(contents))
 
     def _find(self, contents: AdapterFile) -> tuple[dict[str, LowRank], list[str]]:
         """Changes by name of the layer, and the names in the file of those without a layer.
@@ -196,7 +197,7 @@ class AdapterReader:
             return None
         return converted if abs(wanted - got) <= TOLERANCE * wanted else None
 
-    def _loaded(self, found: Mapping[str, LowRank]) -> LoadedAdapter:
+    def _loaded(self, found: Mapping[str, LowRank], digest: str) -> LoadedAdapter:
         by_path: list[dict[str, list[tuple[LayerTarget, LowRank]]]] = [{} for _ in self._transformers]
         for name, change in found.items():
             target = self._targets[name]
@@ -207,7 +208,7 @@ class AdapterReader:
             any(name in transformer.modulation_layers for path in paths for name in path.split("."))
             for transformer, paths in zip(self._transformers, by_path)
         )
-        return LoadedAdapter(layers, modulates)
+        return LoadedAdapter(layers, modulates, digest)
 
     def _weights(self, parts: Sequence[tuple[LayerTarget, LowRank]]) -> LayerWeights:
         """This rank's weights for one module. parts: the layers of the checkpoint that it holds."""

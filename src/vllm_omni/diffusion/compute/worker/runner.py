@@ -174,9 +174,7 @@ class ModelRunner:
         return wait
 
     def _check(self, plan: StepPlan, result: StepResult) -> None:
-        """Give an error to each new request that cannot run, where an error in the encode could restart all ranks."""
-        if not self._ranks_share_encodes:
-            return
+        """Give an error to each new request that cannot run, before the ranks agree on those that they encode."""
         new = [request for request in plan.new_requests if request.request_id not in self._skipped]
         self._run_each(new, self.pipeline.check, result, run_alone)
 
@@ -204,9 +202,12 @@ class ModelRunner:
         self._requests.pop(request_id, None)
         if (state := self._states.pop(request_id, None)) is not None:
             self.pipeline.forget(state)
+        self.pipeline.release(request_id)
 
     def _encode(self, request_ids: Sequence[str], result: StepResult) -> None:
         requests = [self._requests[i] for i in request_ids]
+        for request in requests:  # before the first attempt, which may end at different places on different ranks
+            self.pipeline.admit(request)
         self._states |= self._run_each(
             requests, self.pipeline.encode, result, self._together(self._ranks_share_encodes)
         )
