@@ -14,9 +14,11 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 def adapter_file(path: str | os.PathLike[str]) -> Path:
-    """Safetensors file of the adapter at `path`: the file itself, or the one in the folder.
+    """Absolute path of the safetensors file of the adapter at `path`: the file itself, or the one in the folder.
 
-    Raises WrongValueError for anything else. Other formats are refused because reading a pickle can run code.
+    The file's own name is kept if it is a link, as in the cache of Hugging Face: settings lie beside the link, not
+    beside its target. Raises WrongValueError for anything else. Other formats are refused because reading a pickle can
+    run code.
     """
     place = Path(path).expanduser()
     if place.is_dir():
@@ -24,10 +26,10 @@ def adapter_file(path: str | os.PathLike[str]) -> Path:
         named = [file for file in files if file.name == WEIGHTS]
         if len(found := named or files) != 1:
             raise WrongValueError(f"a folder with {WEIGHTS} or one other safetensors file")
-        return found[0].resolve()
+        return place.resolve() / found[0].name
     if place.suffix != ".safetensors" or not place.is_file():
         raise WrongValueError("a safetensors file that exists, or a folder with one")
-    return place.resolve()
+    return place.parent.resolve() / place.name
 
 
 def check_adapter_files(modules: Mapping[str, str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,8 +31,9 @@ from vllm_omni.diffusion.compute.families.z_image.pipeline import ZImagePipeline
 from vllm_omni.diffusion.compute.families.z_image.transformer import ZImageTransformer
 from vllm_omni.diffusion.compute.step.adapters import LoadedAdapter
 from vllm_omni.diffusion.compute.step.transformer import PackedTransformer
-from vllm_omni.diffusion.compute.weights.adapter_file import MAX_FILE_BYTES, AdapterFileError
+from vllm_omni.diffusion.compute.weights.adapter_file import MAX_FILE_BYTES, PEFT_CONFIG, PEFT_FILE, AdapterFileError
 from vllm_omni.diffusion.compute.weights.adapter_layers import AdapterReader, diffusers_conversion
+from vllm_omni.inputs.adapter_files import adapter_file
 
 CPU = torch.device("cpu")
 FAMILIES: dict[str, tuple[Callable[..., Any], type[PackedTransformer], Any, Any]] = {
@@ -161,6 +163,24 @@ def test_each_layer_has_its_own_rank_and_alpha(qwen: Case, tmp_path: Path) -> No
         for key, delta in wanted.items():
             factor = 0.5 if "proj_out" in key else 2.0 if key == "transformer_blocks.0.image.qkv 0" else 1.0
             torch.testing.assert_close(got[key], factor * delta)
+
+
+def test_settings_are_found_beside_links(qwen: Case, tmp_path: Path) -> None:
+    """The cache of Hugging Face has a snapshot of links to blobs, which are named by their hash."""
+    plain, blobs, snapshot = (tmp_path / name for name in ("plain", "blobs", "snapshot"))
+    for folder in (plain, blobs, snapshot):
+        folder.mkdir()
+    save_file(GOOD, plain / PEFT_FILE)
+    (plain / PEFT_CONFIG).write_text(json.dumps({"r": 2, "lora_alpha": 32}))
+    for number, file in enumerate((PEFT_FILE, PEFT_CONFIG)):
+        shutil.copy(plain / file, blobs / f"{number}")
+        (snapshot / file).symlink_to(f"../blobs/{number}")
+    (tmp_path / "ink.safetensors").symlink_to(snapshot / PEFT_FILE)
+    (tmp_path / "latest").symlink_to(snapshot)
+    wanted = deltas(qwen.read(adapter_file(plain)))
+    assert float(next(iter(wanted.values())).abs().max()) == 32  # alpha 32 / rank 2, and a product of 2
+    for place in ("snapshot", f"snapshot/{PEFT_FILE}", "ink.safetensors", "latest"):
+        assert_same(qwen.read(adapter_file(tmp_path / place)), wanted)
 
 
 def test_ranks_hold_their_shards(case: Case, tmp_path: Path) -> None:

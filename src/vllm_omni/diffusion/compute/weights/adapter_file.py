@@ -268,10 +268,18 @@ def _read_configs(file: Path, metadata: Mapping[str, str]) -> dict[str, dict[str
     for name, value in dict(json.loads(metadata.get(METADATA_KEY, "{}"))).items():
         component, _, setting = name.partition(".")
         configs.setdefault(component, {})[setting] = value
-    beside = file.parent / PEFT_CONFIG
-    if not configs and file.name == PEFT_FILE and beside.is_file():
-        configs[""] = dict(json.loads(beside.read_text()))
+    for place in _with_link_targets(file):
+        beside = place.parent / PEFT_CONFIG
+        if not configs and place.name == PEFT_FILE and beside.is_file():
+            configs[""] = dict(json.loads(beside.read_text()))
     return configs
+
+
+def _with_link_targets(file: Path) -> Iterator[Path]:
+    """`file`, which exists, and if it is a link, each path that it leads to."""
+    yield file
+    while file.is_symlink():
+        yield (file := file.parent / file.readlink())
 
 
 def layers_by_flat_name(models: Mapping[str, nn.Module]) -> dict[str, str]:
