@@ -32,10 +32,24 @@ def adapter_file(path: str | os.PathLike[str]) -> Path:
     return place.parent.resolve() / place.name
 
 
-def check_adapter_files(modules: Mapping[str, str]) -> None:
-    """Raise ConfigError for a path of `--lora-modules` without an adapter. modules: name -> path."""
+def served_files(modules: Mapping[str, str]) -> dict[str, str]:
+    """Files of the adapters of `--lora-modules`, by name. modules: name -> path.
+
+    Raises ConfigError for a path without an adapter.
+    """
+    files = {}
     for name, path in modules.items():
         try:
-            adapter_file(path)
+            files[name] = str(adapter_file(path))
         except WrongValueError as error:
             raise ConfigError(f"--lora-modules {name} takes {error}, got {path!r}") from error
+    return files
+
+
+def file_identity(file: str) -> tuple[int, int] | str:
+    """Device and inode, equal for all links to one file; the path itself if the file is gone."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return file
+    return found.st_dev, found.st_ino
