@@ -178,7 +178,7 @@ class AdapterReader:
         if (names := self._fused.get(name)) is None:
             return [(name, change)]
         down, up = change.weights
-        if len(up) % len(names):
+        if len(up) == 0 or len(up) % len(names):
             raise AdapterFileError(f"{name} has {len(names)} parts of equal size, its weight has {len(up)} outputs")
         chunks = up.chunk(len(names))
         return [(part, replace(change, weights=(down, chunk))) for part, chunk in zip(names, chunks, strict=True)]
@@ -220,9 +220,13 @@ class AdapterReader:
             down, up = (weight.flatten(1).float() for weight in change.weights)
             ranks = slice(first, first + len(down))
             columns = slice(target.part * target.outputs, (target.part + 1) * target.outputs)
-            its = (up[target.share(0)] * change.scale).to(self._device, dtype)
-            ups.append(UpWeight(columns, ranks, its))
-            downs.append(down[:, target.share(1)].to(self._device, dtype))
+            # All ranks check the whole weights, so that all of them refuse the same files.
+            down, up = down.to(dtype), (up * change.scale).to(dtype)
+            for key, weight in zip(change.keys, (down, up), strict=True):
+                if not bool(weight.isfinite().all()):
+                    raise AdapterFileError(f"{key} with its scale {change.scale:g} holds infinite values in {dtype}")
+            ups.append(UpWeight(columns, ranks, up[target.share(0)].to(self._device)))
+            downs.append(down[:, target.share(1)].to(self._device))
             first = ranks.stop
         return LayerWeights(torch.cat(downs), tuple(ups))
 
