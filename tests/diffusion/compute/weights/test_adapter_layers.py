@@ -141,6 +141,33 @@ def test_one_pair_may_change_queries_keys_and_values_together(tmp_path: Path) ->
         case.read(save_peft(uneven, tmp_path / "uneven.safetensors"))
 
 
+@pytest.mark.parametrize(
+    ("family", "name", "parts"),
+    [
+        ("qwen_image", "transformer_blocks.0.attn.to_qkv", ("to_q", "to_k", "to_v")),
+        ("qwen_image", "transformer_blocks.0.attn.to_added_qkv", ("add_q_proj", "add_k_proj", "add_v_proj")),
+        ("z_image", "layers.0.attention.to_qkv", ("to_q", "to_k", "to_v")),
+        ("wan", "blocks.0.attn1.to_qkv", ("to_q", "to_k", "to_v")),
+        ("wan", "blocks.0.attn2.to_kv", ("to_k", "to_v")),
+    ],
+)
+def test_fused_projections_have_diffusers_names(tmp_path: Path, family: str, name: str, parts: tuple[str, ...]) -> None:
+    case = Case(family)
+    attention = name.rpartition(".")[0]
+    pairs = [random_pairs(case.theirs, 1, part=f"{attention}.{part}")[f"{attention}.{part}"] for part in parts]
+    down = pairs[0][0]
+    fused = {name: (down, torch.cat([up for _, up in pairs]))}
+    split = {f"{attention}.{part}": (down.clone(), up) for part, (_, up) in zip(parts, pairs)}
+    wanted = deltas(case.read(save_peft(split, tmp_path / "split.safetensors")))
+    assert_same(case.read(save_peft(fused, tmp_path / "fused.safetensors")), wanted)
+
+
+def test_a_fused_name_of_two_streams_is_no_layer(qwen: Case, tmp_path: Path) -> None:
+    pairs = {"transformer_blocks.0.attn.qkv": (torch.ones(2, 32), torch.ones(96, 2))}
+    with pytest.raises(AdapterFileError, match=r"it has transformer.transformer_blocks.0.attn.qkv, the model"):
+        qwen.read(save_peft(pairs, tmp_path / "a.safetensors"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
 def test_weights_of_every_type_are_read(qwen: Case, tmp_path: Path, dtype: torch.dtype) -> None:
     pairs = {name: (down.to(dtype), up.to(dtype)) for name, (down, up) in qwen.pairs(part="attn").items()}
