@@ -91,6 +91,7 @@ class AsyncOmni:
         self.info = load_model_info(
             self.config.model, self.config.load_format, HubAccess.of(self.config), self._check_settings
         )
+        self.config = self.config.with_adapter_files()
         for remark in self.info.remarks:
             logger.warning(remark)
         check_model_files(self.info, self.config)

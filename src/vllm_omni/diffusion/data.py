@@ -17,6 +17,7 @@ from vllm_omni.errors import ConfigError, InvalidRequestError, NotAvailableError
 from vllm_omni.foreign.class_decorators import convert_keywords
 from vllm_omni.foreign.keywords import convert_degrees, convert_settings
 from vllm_omni.foreign.keywords import logger as logger  # scripts of the public vllm-omni package import it from here
+from vllm_omni.inputs.adapter_files import served_files
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams
 from vllm_omni.inputs.field_values import WrongValueError, coerce, field_types, shown
 
@@ -278,6 +279,12 @@ class OmniDiffusionConfig:
     def cache(self) -> StepCacheConfig | None:
         """Checked settings of the step cache; None without one."""
         return parse_cache_config(self.cache_backend, self.cache_config)
+
+    def with_adapter_files(self) -> OmniDiffusionConfig:
+        """Config with the file of each served adapter in place of the path given, so that later changes of links and
+        folders have no effect on its name. Raises ConfigError for a path without an adapter.
+        """
+        return replace(self, lora_modules=served_files(self.lora_modules))
 
     def for_worker(self, path: str) -> OmniDiffusionConfig:
         """Config for a worker: with the model's folder in place of its hub name, and without token."""

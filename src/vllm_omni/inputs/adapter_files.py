@@ -14,9 +14,11 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 def adapter_file(path: str | os.PathLike[str]) -> Path:
-    """Safetensors file of the adapter at `path`: the file itself, or the one in the folder.
+    """Absolute path of the safetensors file of the adapter at `path`: the file itself, or the one in the folder.
 
-    Raises WrongValueError for anything else. Other formats are refused because reading a pickle can run code.
+    The file's own name is kept if it is a link, as in the cache of Hugging Face: settings lie beside the link, not
+    beside its target. Raises WrongValueError for anything else. Other formats are refused because reading a pickle can
+    run code.
     """
     place = Path(path).expanduser()
     if place.is_dir():
@@ -24,16 +26,30 @@ def adapter_file(path: str | os.PathLike[str]) -> Path:
         named = [file for file in files if file.name == WEIGHTS]
         if len(found := named or files) != 1:
             raise WrongValueError(f"a folder with {WEIGHTS} or one other safetensors file")
-        return found[0].resolve()
+        return place.resolve() / found[0].name
     if place.suffix != ".safetensors" or not place.is_file():
         raise WrongValueError("a safetensors file that exists, or a folder with one")
-    return place.resolve()
+    return place.parent.resolve() / place.name
 
 
-def check_adapter_files(modules: Mapping[str, str]) -> None:
-    """Raise ConfigError for a path of `--lora-modules` without an adapter. modules: name -> path."""
+def served_files(modules: Mapping[str, str]) -> dict[str, str]:
+    """Files of the adapters of `--lora-modules`, by name. modules: name -> path.
+
+    Raises ConfigError for a path without an adapter.
+    """
+    files = {}
     for name, path in modules.items():
         try:
-            adapter_file(path)
+            files[name] = str(adapter_file(path))
         except WrongValueError as error:
             raise ConfigError(f"--lora-modules {name} takes {error}, got {path!r}") from error
+    return files
+
+
+def file_identity(file: str) -> tuple[int, int] | str:
+    """Device and inode, equal for all links to one file; the path itself if the file is gone."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return file
+    return found.st_dev, found.st_ino

@@ -104,6 +104,34 @@ def test_a_request_may_name_several(file: Path, tmp_path: Path, info: ModelInfo)
         assert caught.value.param == param
 
 
+def test_a_served_name_keeps_its_file(tmp_path: Path) -> None:
+    """A file that is moved, or a link that leads elsewhere, changes no request."""
+    folder, other, link = tmp_path / "ink", tmp_path / "other.safetensors", tmp_path / "link.safetensors"
+    folder.mkdir()
+    (file := folder / "style.safetensors").touch()
+    other.touch()
+    link.symlink_to(file)
+    config = OmniDiffusionConfig("demo", lora_modules={"ink": str(folder), "link": str(link)}).with_adapter_files()
+    builder = RequestBuilder(config, INFO, READY)
+
+    def file_of(name: str) -> str:
+        (request,) = builder.build(OmniPrompt("x"), OmniDiffusionSamplingParams(lora_request=LoRARequest(name)), "r")
+        return request.request.loras[0].path
+
+    for change in (lambda: None, lambda: file.rename(tmp_path / "moved"), link.unlink, lambda: link.symlink_to(other)):
+        change()
+        assert (file_of("ink"), file_of("link")) == (str(file), str(link))
+
+
+def test_links_to_one_file_are_one_adapter(file: Path, tmp_path: Path) -> None:
+    hard, soft = tmp_path / "hard.safetensors", tmp_path / "soft.safetensors"
+    hard.hardlink_to(file)
+    soft.symlink_to(file)
+    for link in (hard, soft):
+        with pytest.raises(InvalidRequestError, match="takes each adapter once, got 'style' again"):
+            resolve(INFO, {"style": str(file)}, lora_request=[LoRARequest("style"), LoRARequest("again", link)])
+
+
 def test_settings_are_checked_at_start(file: Path) -> None:
     config = OmniDiffusionConfig("demo", lora_modules={"style": str(file)})
     TAKES_LORA.check_settings(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -123,3 +124,14 @@ def test_a_script_brings_paths(
             assert psnr(np.array(output.images[0]), wanted[scales]) >= 55
         with pytest.raises(InvalidRequestError, match=r"the LoRA adapter .*broken.safetensors does not fit"):
             omni.generate(PROMPT, OmniDiffusionSamplingParams(lora_request=LoRARequest("b", broken)))
+
+
+def test_a_served_file_may_be_moved(
+    tiny_model: Path, files: dict[str, Path], wanted: dict[tuple[float, float], np.ndarray], tmp_path: Path
+) -> None:
+    shutil.copy(files["ink"], tmp_path)
+    with Omni(str(tiny_model), distributed_executor_backend="uni", lora_modules={"ink": tmp_path}) as omni:
+        (tmp_path / files["ink"].name).unlink()
+        params = OmniDiffusionSamplingParams(seed=5, lora_request=LoRARequest("ink"))
+        (output,) = omni.generate(PROMPT, params)
+    assert psnr(np.array(output.images[0]), wanted[1.0, 0.0]) >= 55

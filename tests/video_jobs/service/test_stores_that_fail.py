@@ -20,6 +20,7 @@ from vllm_omni.diffusion.messages.checkpoint import Checkpoint
 from vllm_omni.errors import UnavailableError
 from vllm_omni.video_jobs import claimer, runner
 from vllm_omni.video_jobs.checkpoint_file import from_bytes
+from vllm_omni.video_jobs.draining import Drain
 from vllm_omni.video_jobs.media import MediaStore, MediaStoreError
 from vllm_omni.video_jobs.records import VideoJob
 from vllm_omni.video_jobs.store.job_store import JobStore
@@ -175,7 +176,7 @@ async def test_a_job_that_a_server_cannot_run_is_left_to_others(tmp_path: Path) 
     """It came from a newer server."""
     async with running_server(tmp_path, FakeExecutor(hold=True)) as server:
         await server.videos.drain(0.0)
-        server.videos._is_draining = False
+        server.videos._drain = Drain()
         newer = await server.create()
     with sqlite3.connect(tmp_path / "jobs.sqlite") as database:
         database.execute("UPDATE video_jobs SET request = json_set(request, '$.params.sharpness', 1)")

@@ -13,7 +13,7 @@ from vllm_omni.diffusion.data import (
     flag_of,
 )
 from vllm_omni.errors import ConfigError, NotAvailableError
-from vllm_omni.inputs.adapter_files import check_adapter_files
+from vllm_omni.inputs.adapter_files import served_files
 
 PACKED_PARAMETERS = (*SIZES, "num_inference_steps", "negative_prompt", "sigmas", "max_sequence_length")
 """Sampling parameters of every packed family, besides those of its guidance."""
@@ -106,7 +106,7 @@ class PackedModelInfo(ModelInfo):
                 raise NotAvailableError(
                     f"{flag_of(name)}: not available yet with a packed family, such as this model's"
                 )
-        check_adapter_files(config.lora_modules)
+        served_files(config.lora_modules)
         if config.cache is not None:
             config.cache.check_model(self)
 

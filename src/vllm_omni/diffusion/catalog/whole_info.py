@@ -8,7 +8,7 @@ from typing import NamedTuple
 from vllm_omni.diffusion.catalog.model_info import SIZES, ModelInfo
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig, flag_of
 from vllm_omni.errors import ConfigError
-from vllm_omni.inputs.adapter_files import check_adapter_files
+from vllm_omni.inputs.adapter_files import served_files
 from vllm_omni.inputs.images import InputImage
 
 
@@ -130,7 +130,7 @@ class WholeModelInfo(ModelInfo):
             raise ConfigError("--enable-cpu-offload or --enable-layerwise-offload, got both")
         if config.lora_modules and not self.pipeline.takes_lora:
             raise ConfigError(f"--lora-modules {', '.join(config.lora_modules)}: a {class_name} takes no adapters")
-        check_adapter_files(config.lora_modules)
+        served_files(config.lora_modules)
 
     def check_parallel(self, parallel: DiffusionParallelConfig) -> None:
         """Raise ConfigError for a degree above 1 of any axis but data."""

@@ -9,7 +9,7 @@ from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import LoRA
 from vllm_omni.errors import InvalidRequestError
-from vllm_omni.inputs.adapter_files import adapter_file
+from vllm_omni.inputs.adapter_files import adapter_file, file_identity
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams
 from vllm_omni.inputs.field_values import WrongValueError, shown
 
@@ -24,6 +24,8 @@ def resolve_loras(
     params: OmniDiffusionSamplingParams, config: OmniDiffusionConfig, info: ModelInfo
 ) -> tuple[LoRA, ...]:
     """Find the adapters' files and scales: those of `lora_scale`, or else their own. Empty: the request asks for none.
+
+    config: of `with_adapter_files`.
 
     Raises InvalidRequestError for an adapter that is neither served nor has a path, for one that is given twice, and
     when the model takes none.
@@ -52,8 +54,8 @@ def resolve_loras(
                 param="lora_request" if params.lora_scale is None else "lora_scale",
             )
     loras = tuple(LoRA(request.name, _file_of(request, config), scale) for request, scale in zip(asked, scales))
-    files = [lora.path for lora in loras]
-    if twice := next((lora.name for lora in loras if files.count(lora.path) > 1), None):
+    files = [file_identity(lora.path) for lora in loras]
+    if twice := next((lora.name for lora, file in zip(loras, files) if files.count(file) > 1), None):
         raise InvalidRequestError(
             f"lora_request takes each adapter once, got {twice[:_MAX_ECHO]!r} again", param="lora_request"
         )
@@ -67,14 +69,17 @@ def _listed(value: Item | Sequence[Item] | None) -> tuple[Item, ...]:
 
 
 def _file_of(asked: LoRARequest, config: OmniDiffusionConfig) -> str:
-    # A stored job names the adapters of the defaults, which may have paths.
-    defaults = _listed(config.default_sampling_params.get("lora_request"))
-    served = {lora.name: lora.path for lora in defaults if lora.path} | dict(config.lora_modules)
-    path = asked.path or served.get(asked.name)
+    """File of an adapter. A served one was found at start: a request does not depend on where the file is now."""
+    if (path := asked.path) is None:
+        if (file := config.lora_modules.get(asked.name)) is not None:
+            return file
+        # A stored job names the adapters of the defaults, which may have paths.
+        defaults = _listed(config.default_sampling_params.get("lora_request"))
+        path = next((lora.path for lora in defaults if lora.path and lora.name == asked.name), None)
     if path is None:
-        names = ", ".join(config.lora_modules) or "none"
+        served = ", ".join(config.lora_modules) or "none"
         raise InvalidRequestError(
-            f"there is no LoRA adapter {asked.name[:_MAX_ECHO]!r}; served: {names}", param="lora_request"
+            f"there is no LoRA adapter {asked.name[:_MAX_ECHO]!r}; served: {served}", param="lora_request"
         )
     try:
         return str(adapter_file(path))

@@ -152,6 +152,7 @@ def _measure(args: CalibrateArgs) -> tuple[list[Change], int]:
     info = load_model_info(
         config.model, config.load_format, HubAccess.of(config), lambda info: info.check_settings(config)
     )
+    config = config.with_adapter_files()
     check_model_files(info, config)
     images = _read_images(args.images, info)
     runner = ModelRunner(config, info)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,8 +31,15 @@ from vllm_omni.diffusion.compute.families.z_image.pipeline import ZImagePipeline
 from vllm_omni.diffusion.compute.families.z_image.transformer import ZImageTransformer
 from vllm_omni.diffusion.compute.step.adapters import LoadedAdapter
 from vllm_omni.diffusion.compute.step.transformer import PackedTransformer
-from vllm_omni.diffusion.compute.weights.adapter_file import MAX_FILE_BYTES, AdapterFileError
+from vllm_omni.diffusion.compute.weights.adapter_file import (
+    MAX_FILE_BYTES,
+    PEFT_CONFIG,
+    PEFT_FILE,
+    AdapterFile,
+    AdapterFileError,
+)
 from vllm_omni.diffusion.compute.weights.adapter_layers import AdapterReader, diffusers_conversion
+from vllm_omni.inputs.adapter_files import adapter_file
 
 CPU = torch.device("cpu")
 FAMILIES: dict[str, tuple[Callable[..., Any], type[PackedTransformer], Any, Any]] = {
@@ -51,8 +59,9 @@ class Case:
         self._build: Callable[[Group], Any] = lambda group: cls(config.from_dict(dict(self.theirs.config)), group)
         self._convert = diffusers_conversion(pipeline.adapter_converter)
 
-    def reader(self, group: Group | None = None) -> AdapterReader:
-        return AdapterReader([self._build(group or Group.alone())], self._convert, torch.float32, CPU)
+    def reader(self, group: Group | None = None, dtype: torch.dtype = torch.float32) -> AdapterReader:
+        transformer = self._build(group or Group.alone()).to(dtype)
+        return AdapterReader([transformer], self._convert, dtype, CPU)
 
     def read(self, file: Path) -> LoadedAdapter:
         return self.reader().read(file)
@@ -132,6 +141,33 @@ def test_one_pair_may_change_queries_keys_and_values_together(tmp_path: Path) ->
         case.read(save_peft(uneven, tmp_path / "uneven.safetensors"))
 
 
+@pytest.mark.parametrize(
+    ("family", "name", "parts"),
+    [
+        ("qwen_image", "transformer_blocks.0.attn.to_qkv", ("to_q", "to_k", "to_v")),
+        ("qwen_image", "transformer_blocks.0.attn.to_added_qkv", ("add_q_proj", "add_k_proj", "add_v_proj")),
+        ("z_image", "layers.0.attention.to_qkv", ("to_q", "to_k", "to_v")),
+        ("wan", "blocks.0.attn1.to_qkv", ("to_q", "to_k", "to_v")),
+        ("wan", "blocks.0.attn2.to_kv", ("to_k", "to_v")),
+    ],
+)
+def test_fused_projections_have_diffusers_names(tmp_path: Path, family: str, name: str, parts: tuple[str, ...]) -> None:
+    case = Case(family)
+    attention = name.rpartition(".")[0]
+    pairs = [random_pairs(case.theirs, 1, part=f"{attention}.{part}")[f"{attention}.{part}"] for part in parts]
+    down = pairs[0][0]
+    fused = {name: (down, torch.cat([up for _, up in pairs]))}
+    split = {f"{attention}.{part}": (down.clone(), up) for part, (_, up) in zip(parts, pairs)}
+    wanted = deltas(case.read(save_peft(split, tmp_path / "split.safetensors")))
+    assert_same(case.read(save_peft(fused, tmp_path / "fused.safetensors")), wanted)
+
+
+def test_a_fused_name_of_two_streams_is_no_layer(qwen: Case, tmp_path: Path) -> None:
+    pairs = {"transformer_blocks.0.attn.qkv": (torch.ones(2, 32), torch.ones(96, 2))}
+    with pytest.raises(AdapterFileError, match=r"it has transformer.transformer_blocks.0.attn.qkv, the model"):
+        qwen.read(save_peft(pairs, tmp_path / "a.safetensors"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
 def test_weights_of_every_type_are_read(qwen: Case, tmp_path: Path, dtype: torch.dtype) -> None:
     pairs = {name: (down.to(dtype), up.to(dtype)) for name, (down, up) in qwen.pairs(part="attn").items()}
@@ -161,6 +197,24 @@ def test_each_layer_has_its_own_rank_and_alpha(qwen: Case, tmp_path: Path) -> No
         for key, delta in wanted.items():
             factor = 0.5 if "proj_out" in key else 2.0 if key == "transformer_blocks.0.image.qkv 0" else 1.0
             torch.testing.assert_close(got[key], factor * delta)
+
+
+def test_settings_are_found_beside_links(qwen: Case, tmp_path: Path) -> None:
+    """The cache of Hugging Face has a snapshot of links to blobs, which are named by their hash."""
+    plain, blobs, snapshot = (tmp_path / name for name in ("plain", "blobs", "snapshot"))
+    for folder in (plain, blobs, snapshot):
+        folder.mkdir()
+    save_file(GOOD, plain / PEFT_FILE)
+    (plain / PEFT_CONFIG).write_text(json.dumps({"r": 2, "lora_alpha": 32}))
+    for number, file in enumerate((PEFT_FILE, PEFT_CONFIG)):
+        shutil.copy(plain / file, blobs / f"{number}")
+        (snapshot / file).symlink_to(f"../blobs/{number}")
+    (tmp_path / "ink.safetensors").symlink_to(snapshot / PEFT_FILE)
+    (tmp_path / "latest").symlink_to(snapshot)
+    wanted = deltas(qwen.read(adapter_file(plain)))
+    assert float(next(iter(wanted.values())).abs().max()) == 32  # alpha 32 / rank 2, and a product of 2
+    for place in ("snapshot", f"snapshot/{PEFT_FILE}", "ink.safetensors", "latest"):
+        assert_same(qwen.read(adapter_file(tmp_path / place)), wanted)
 
 
 def test_ranks_hold_their_shards(case: Case, tmp_path: Path) -> None:
@@ -219,6 +273,14 @@ GOOD: dict[str, Tensor] = {f"{Q}.lora_A.weight": torch.ones(2, 32), f"{Q}.lora_B
             {"lora_te_x.lora_down.weight": torch.ones(2, 8), "lora_te_x.lora_up.weight": torch.ones(8, 2)},
             "takes no changes of the text encoder, got lora_te_x",
         ),
+        (
+            {f"{Q}.lokr_w1": torch.ones(2), f"{Q}.lokr_w2_a": torch.ones(2), f"{Q}.lokr_w2_b": torch.ones(2)},
+            r"lokr_w2_a \[2\] and .*lokr_w2_b \[2\] do not fit",
+        ),
+        ({f"{Q}.lora_A.weight": torch.ones(2, 32, dtype=torch.int8)}, "lora_A.weight takes float64, .* got int8"),
+        ({f"{Q}.lora_A.weight": torch.ones(2, 32, dtype=torch.bool)}, "lora_A.weight takes float64, .* got bool"),
+        ({f"{Q}.lora_B.weight": torch.ones(32, 2, dtype=torch.complex64)}, "takes float64, .* got complex64"),
+        ({f"{Q}.alpha": torch.tensor(True)}, "alpha takes float64, .*int64, int32, got bool"),
         ({f"{Q}.alpha": torch.ones(2)}, "alpha takes one number"),
         ({"transformer.img_in.alpha": torch.ones(())}, "these alphas belong to no weights: transformer.img_in.alpha"),
         ({"transformer.img_in.lora_A.weight": torch.ones(2, 64)}, "img_in.lora_A.weight has no partner"),
@@ -240,6 +302,53 @@ def test_what_is_not_applied_is_refused_by_name(
     save_file(GOOD | changes, file)
     with pytest.raises(AdapterFileError, match=words):
         qwen.read(file)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("5", "lora_adapter_metadata takes a JSON object, got 5"),
+        ("[1]", "takes a JSON object"),
+        ("[[1, 2]]", "takes a JSON object"),
+        ("null", "takes a JSON object"),
+        pytest.param("[" * 100000, "takes a JSON object", id="deep"),
+        ('{"transformer.lora_alpha": null}', "lora_alpha takes a number from -1e.06 to 1e.06, got None"),
+        ('{"transformer.lora_alpha": "x"}', "lora_alpha takes a number"),
+        ('{"transformer.lora_alpha": {}}', "lora_alpha takes a number"),
+        ('{"transformer.lora_alpha": true}', "lora_alpha takes a number"),
+        ('{"transformer.lora_alpha": NaN}', "lora_alpha takes a number"),
+        ('{"transformer.lora_alpha": -Infinity}', "lora_alpha takes a number"),
+        ('{"transformer.lora_alpha": 1e39}', "lora_alpha takes a number"),
+        ('{"transformer.alpha_pattern": [1]}', "alpha_pattern takes a JSON object of layers"),
+        ('{"transformer.alpha_pattern": 5}', "alpha_pattern takes a JSON object of layers"),
+        ('{"transformer.alpha_pattern": {"to_q": NaN}}', "alpha_pattern 'to_q' takes a number"),
+        ('{"transformer.alpha_pattern": {"(": 2}}', r"alpha_pattern takes regular expressions, got '\('"),
+        ('{"transformer.use_rslora": "no"}', "use_rslora takes true or false"),
+    ],
+)
+def test_settings_that_are_none_are_refused(qwen: Case, tmp_path: Path, settings: str, words: str) -> None:
+    save_file(GOOD, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": settings})
+    with pytest.raises(AdapterFileError, match=words):
+        qwen.read(tmp_path / "a.safetensors")
+    if "transformer." not in settings:
+        save_file(GOOD, tmp_path / PEFT_FILE)
+        (tmp_path / PEFT_CONFIG).write_text(settings)
+        with pytest.raises(AdapterFileError, match=words.replace("lora_adapter_metadata", "adapter_config.json")):
+            qwen.read(tmp_path / PEFT_FILE)
+
+
+def test_values_that_become_infinite_are_refused(qwen: Case, tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    large = {f"{Q}.lora_B.weight": torch.full((32, 2), 3e38)}
+    save_file(GOOD | large, file)
+    qwen.read(file)
+    with pytest.raises(AdapterFileError, match=r"lora_B.weight .* infinite values in torch.float16"):
+        qwen.reader(dtype=torch.float16).read(file)
+    save_file(GOOD | large | {f"{Q}.alpha": torch.tensor(16)}, file)
+    with pytest.raises(AdapterFileError, match=r"lora_B.weight with its scale 8 holds infinite values"):
+        qwen.read(file)
+    with pytest.raises(AdapterFileError, match=r"lora_B.weight times its scale 8 holds infinite values"):
+        AdapterFile.read(file).with_scales_in_weights()
 
 
 def test_an_adapter_of_another_model_is_refused_with_names_of_both(qwen: Case, tmp_path: Path) -> None:

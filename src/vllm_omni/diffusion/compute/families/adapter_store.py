@@ -17,7 +17,7 @@ from vllm_omni.diffusion.compute.weights.adapter_file import AdapterFileError
 from vllm_omni.diffusion.compute.weights.adapter_layers import AdapterReader, diffusers_conversion
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.errors import ConfigError, InvalidRequestError, to_one_line
-from vllm_omni.inputs.adapter_files import adapter_file, check_adapter_files
+from vllm_omni.inputs.adapter_files import served_files
 
 MAX_UNSERVED = 8
 """Adapters kept besides the served ones, for requests that give paths; there may be more while as many are in use."""
@@ -47,9 +47,8 @@ class AdapterStore:
         """Adapters by file of each request that is checked and not admitted, by its id. Ranks may differ."""
         self._in_use: dict[str, Composition] = {}
         """Adapters of each request that is admitted and not released, by its id; the same on all ranks."""
-        modules = loader.config.lora_modules
-        check_adapter_files(modules)  # files may be gone since the server started, when a worker starts again
-        self._served = frozenset(str(adapter_file(path)) for path in modules.values())
+        # Files may be gone since the server started, when a worker starts again.
+        self._served = frozenset(served_files(loader.config.lora_modules).values())
         for file in sorted(self._served):
             self._loaded[file] = self._read_served(file)
 

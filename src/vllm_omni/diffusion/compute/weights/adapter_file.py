@@ -11,11 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from vllm_omni.inputs.field_values import shown
 
 METADATA_KEY = "lora_adapter_metadata"
 """Key of a file's header for the peft settings that diffusers saves, as JSON of `component.setting`."""
@@ -43,8 +45,16 @@ PREFIXES = {
 OPTIONAL_PARTS = ("text_model_", "processor_")
 """Parts of names that only some versions of the libraries have."""
 DOWN_PARTS = ("lora_A", "lora_down", "down")
+MAX_ALPHA = 1e6
+"""Largest alpha in the settings of a file; usual ones are at most a few times the rank."""
+MAX_ECHO = 64
+"""Most characters of a file's text that an error repeats."""
 NUM_NAMED_KEYS = 3
 """Most keys that an error names; it counts the others."""
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+"""Dtypes of weights."""
+ALPHA_DTYPES = (*DTYPES, torch.int64, torch.int32)
+"""Dtypes of alphas."""
 MAX_FILE_BYTES = 16 * 2**30
 """Largest file of an adapter."""
 
@@ -74,9 +84,12 @@ class WeightChange(ABC):
         """Sum of the squares of all values of the change."""
 
     def scaled(self) -> dict[str, Tensor]:
-        """Weights of the same change with scale 1."""
+        """Weights of the same change with scale 1. Raises AdapterFileError for values that become infinite."""
         *others, last = self.weights
-        return dict(zip(self.keys, (*others, last.float() * self.scale), strict=True))
+        scaled = last.float() * self.scale
+        if not bool(scaled.isfinite().all()):
+            raise AdapterFileError(f"{self.keys[-1]} times its scale {self.scale:g} holds infinite values")
+        return dict(zip(self.keys, (*others, scaled), strict=True))
 
 
 class LowRank(WeightChange):
@@ -128,7 +141,12 @@ class AdapterFile:
             configs = _read_configs(file, metadata)
         except (OSError, SafetensorError, ValueError) as error:
             raise AdapterFileError(str(error)) from error
+        if not weights:
+            raise AdapterFileError("it holds no weights")
         for key, weight in weights.items():
+            if weight.dtype not in (taken := ALPHA_DTYPES if key.endswith(".alpha") else DTYPES):
+                names = ", ".join(str(dtype).removeprefix("torch.") for dtype in taken)
+                raise AdapterFileError(f"{key} takes {names}, got {str(weight.dtype).removeprefix('torch.')}")
             if not bool(weight.float().isfinite().all()):
                 raise AdapterFileError(f"{key} holds values that are not numbers (NaN or infinite)")
         return cls(weights, configs)
@@ -228,6 +246,10 @@ class AdapterFile:
             if whole is None and len(names[-1]) < 2:
                 raise AdapterFileError(f"{layer}.lokr_w{number} is missing, or half of it")
         factors = [[self.weights[key] for key in part] for part in names]
+        for part, factor in zip(names, factors):
+            shapes = [list(weight.shape) for weight in factor]
+            if len(factor) == 2 and not (len(shapes[0]) == len(shapes[1]) == 2 and shapes[0][1] == shapes[1][0] > 0):
+                raise AdapterFileError(f"{part[0]} {shapes[0]} and {part[1]} {shapes[1]} do not fit together")
         ranks = [factor[0].shape[1] for factor in factors if len(factor) == 2]
         # The scale is relative to the rank; two whole factors have no rank.
         scale = self._scale((layer,), ranks[-1]) if ranks else 1.0
@@ -263,15 +285,59 @@ def _peft_scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
 
 
 def _read_configs(file: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Settings of peft by component. Raises ValueError for invalid JSON."""
+    """Settings of peft by component. Raises ValueError for invalid JSON and for values that peft does not take."""
     configs: dict[str, dict[str, Any]] = {}
-    for name, value in dict(json.loads(metadata.get(METADATA_KEY, "{}"))).items():
+    for name, value in _json_object(METADATA_KEY, metadata.get(METADATA_KEY, "{}")).items():
         component, _, setting = name.partition(".")
         configs.setdefault(component, {})[setting] = value
-    beside = file.parent / PEFT_CONFIG
-    if not configs and file.name == PEFT_FILE and beside.is_file():
-        configs[""] = dict(json.loads(beside.read_text()))
+    for place in _with_link_targets(file):
+        beside = place.parent / PEFT_CONFIG
+        if not configs and place.name == PEFT_FILE and beside.is_file():
+            configs[""] = _json_object(PEFT_CONFIG, beside.read_text())
+    for config in configs.values():
+        _check_config(config)
     return configs
+
+
+def _json_object(name: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        value = None
+    if not isinstance(value, dict):
+        raise AdapterFileError(f"{name} takes a JSON object, got {text[:MAX_ECHO]}")
+    return value
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    """Raise AdapterFileError for values of the settings that `_peft_scale` reads which peft does not take."""
+    for name in ("lora_alpha", "alpha"):
+        if name in config:
+            _check_alpha(name, config[name])
+    pattern = config.get("alpha_pattern") or {}
+    if not isinstance(pattern, dict):
+        raise AdapterFileError(f"alpha_pattern takes a JSON object of layers and numbers, got {shown(pattern)}")
+    for layer, alpha in pattern.items():
+        _check_alpha(f"alpha_pattern {layer[:MAX_ECHO]!r}", alpha)
+        try:
+            re.compile(layer)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise AdapterFileError(f"alpha_pattern takes regular expressions, got {layer[:MAX_ECHO]!r}") from error
+    if not isinstance(rslora := config.get("use_rslora", False), bool):
+        raise AdapterFileError(f"use_rslora takes true or false, got {shown(rslora)}")
+
+
+def _check_alpha(name: str, alpha: object) -> None:
+    is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if not (is_number and -MAX_ALPHA <= cast(float, alpha) <= MAX_ALPHA):
+        raise AdapterFileError(f"{name} takes a number from {-MAX_ALPHA:g} to {MAX_ALPHA:g}, got {shown(alpha)}")
+
+
+def _with_link_targets(file: Path) -> Iterator[Path]:
+    """`file`, which exists, and if it is a link, each path that it leads to."""
+    yield file
+    while file.is_symlink():
+        yield (file := file.parent / file.readlink())
 
 
 def layers_by_flat_name(models: Mapping[str, nn.Module]) -> dict[str, str]:

@@ -33,6 +33,13 @@ COMPONENTS = ("transformer", "transformer_2")
 """Components of a model folder that are a packed family's transformers, in order."""
 TEXT_ENCODER_STARTS = ("text_encoder", "lora_te", "te1_", "te2_", "te3_")
 """Starts of the flat names of a text encoder's layers."""
+FUSED_NAMES = {
+    ("to_q", "to_k", "to_v"): "to_qkv",
+    ("to_k", "to_v"): "to_kv",
+    ("add_q_proj", "add_k_proj", "add_v_proj"): "to_added_qkv",
+    ("add_k_proj", "add_v_proj"): "to_added_kv",
+}
+"""Projections of an attention -> name of the one layer that `fuse_projections` of diffusers makes of them."""
 MAX_RANK = 1024
 """Largest rank of a layer. Larger ones cost more than the layers themselves."""
 TOLERANCE = 1e-3
@@ -91,18 +98,24 @@ def layer_targets(transformers: Sequence[PackedTransformer]) -> dict[str, LayerT
 
 
 def fused_layers(targets: Mapping[str, LayerTarget]) -> dict[str, list[str]]:
-    """Layers that other code than diffusers' has in one, such as `attention.qkv` -> their parts, in order.
+    """Layers that other code has in one, such as `attention.qkv` or `attn.to_added_qkv` -> their parts, in order.
 
-    The name is the one that the transformer's own module has, beside the parts.
+    Such a name is beside the parts: the one that the transformer's own module has, and the one that diffusers gives to
+    fused projections. A name that two modules have, such as `attn.qkv` for the two streams of a block, is left out.
     """
     by_module: dict[tuple[int, str], list[str]] = {}
     for name, target in targets.items():
         by_module.setdefault((target.index, target.path), []).append(name)
-    return {
-        f"{names[0].rpartition('.')[0]}.{path.rpartition('.')[2]}": names
-        for (_, path), names in by_module.items()
-        if len(names) > 1
-    }
+    found: dict[str, list[list[str]]] = {}
+    for (_, path), parts in by_module.items():
+        if len(parts) == 1:
+            continue
+        block = parts[0].rpartition(".")[0]
+        own = path.rpartition(".")[2]
+        of_diffusers = FUSED_NAMES.get(tuple(part.rpartition(".")[2] for part in parts), own)
+        for name in {own, of_diffusers}:
+            found.setdefault(f"{block}.{name}", []).append(parts)
+    return {name: modules[0] for name, modules in found.items() if len(modules) == 1}
 
 
 class AdapterReader:
@@ -179,7 +192,7 @@ class AdapterReader:
         if (names := self._fused.get(name)) is None:
             return [(name, change)]
         down, up = change.weights
-        if len(up) % len(names):
+        if len(up) == 0 or len(up) % len(names):
             raise AdapterFileError(f"{name} has {len(names)} parts of equal size, its weight has {len(up)} outputs")
         chunks = up.chunk(len(names))
         return [(part, replace(change, weights=(down, chunk))) for part, chunk in zip(names, chunks, strict=True)]
@@ -221,9 +234,13 @@ class AdapterReader:
             down, up = (weight.flatten(1).float() for weight in change.weights)
             ranks = slice(first, first + len(down))
             columns = slice(target.part * target.outputs, (target.part + 1) * target.outputs)
-            its = (up[target.share(0)] * change.scale).to(self._device, dtype)
-            ups.append(UpWeight(columns, ranks, its))
-            downs.append(down[:, target.share(1)].to(self._device, dtype))
+            # All ranks check the whole weights, so that all of them refuse the same files.
+            down, up = down.to(dtype), (up * change.scale).to(dtype)
+            for key, weight in zip(change.keys, (down, up), strict=True):
+                if not bool(weight.isfinite().all()):
+                    raise AdapterFileError(f"{key} with its scale {change.scale:g} holds infinite values in {dtype}")
+            ups.append(UpWeight(columns, ranks, up[target.share(0)].to(self._device)))
+            downs.append(down[:, target.share(1)].to(self._device))
             first = ranks.stop
         return LayerWeights(torch.cat(downs), tuple(ups))
 
