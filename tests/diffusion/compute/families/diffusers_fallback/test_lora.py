@@ -21,7 +21,9 @@ from tests.diffusion.compute.families.diffusers_fallback.conftest import ModelOf
 from tests.diffusion.compute.families.diffusers_fallback.test_pictures import PROMPT, request_of
 from vllm_omni import AsyncOmni
 from vllm_omni.diffusion.catalog.registry import load_model_info
+from vllm_omni.diffusion.compute.distributed.mesh import Mesh
 from vllm_omni.diffusion.compute.families.diffusers_fallback import lora as lora_module
+from vllm_omni.diffusion.compute.families.diffusers_fallback.pipeline import DiffusersPipeline
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import LoRA
@@ -134,6 +136,41 @@ def test_adapters_of_requests_are_loaded_once_and_the_idle_ones_go(
         assert first in held, "the served one stays"
         assert len(held) <= 3
     assert load.call_count == 4  # 1, 2, 3 in the place of 2, 2 in that of 3
+
+
+def test_after_a_burst_the_idle_adapters_go_and_a_lack_of_memory_drops_all_of_them(
+    model_of: ModelOf, adapter_of: AdapterOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lora_module, "MAX_UNSERVED", 1)
+    served = adapter_of(SDXL, 0)
+    runner = start(model_of(SDXL), lora_modules={"served": str(served)})
+    pipeline: Any = runner.pipeline
+
+    def held() -> int:
+        return len(pipeline.pipeline.get_list_adapters()["unet"])
+
+    loads = Mock(side_effect=pipeline.pipeline.load_lora_weights)
+    monkeypatch.setattr(pipeline.pipeline, "load_lora_weights", loads)
+    fields = FIELDS[SDXL] | {"num_inference_steps": 1}
+    burst = [
+        request_of(f"{number}", loras=(LoRA("style", str(adapter_of(SDXL, number)), 1.0),), **fields)
+        for number in (1, 2)
+    ]
+    assert not Drive(runner).run({0: burst}).errors
+    assert (loads.call_count, held()) == (2, 2)
+    with torch.inference_mode():  # like the runner's steps
+        pipeline.release_memory()
+    assert held() == 1, "the served one stays"
+    served.rename(served.with_suffix(".gone"))
+    try:
+        with pytest.raises(ConfigError, match=r"^--lora-modules served takes a safetensors file that exists"):
+            DiffusersPipeline.load(
+                OmniDiffusionConfig(model=str(model_of(SDXL)), lora_modules={"served": str(served)}),
+                runner._info,  # type: ignore[arg-type]
+                torch.device("cpu"), torch.float32, lambda num_bytes: None, Mesh.single(),
+            )  # fmt: skip
+    finally:
+        served.with_suffix(".gone").rename(served)
 
 
 def bad_adapters(good: Path, folder: Path) -> dict[str, Path]:

@@ -61,11 +61,20 @@ class Adapters:
             self._pipeline.disable_lora()
         self._active = wanted
 
+    def drop_idle(self, under_way: Collection[str], most: int | None = None) -> None:
+        """Delete the least recently used idle adapters while there are more than `most` besides the served ones.
+
+        under_way: files in use. most: None: `MAX_UNSERVED`.
+        """
+        most = MAX_UNSERVED if most is None else most
+        unserved = [file for file in self._names if file not in self._served]
+        idle = [file for file in unserved if file not in under_way]
+        for file in idle[: max(len(unserved) - most, 0)]:
+            self._delete(self._names.pop(file))
+
     def _name_of(self, file: str, under_way: Collection[str]) -> str:
         if file not in self._names:
-            idle = [file for file in self._names if file not in self._served and file not in under_way]
-            if idle and len(self._names) - len(self._served) >= MAX_UNSERVED:
-                self._delete(self._names.pop(idle[0]))
+            self.drop_idle(under_way, MAX_UNSERVED - 1)
             self._load(file)
         name = self._names[file] = self._names.pop(file)
         return name

@@ -32,7 +32,7 @@ from vllm_omni.diffusion.compute.step.schedule import check_schedule, with_one_s
 from vllm_omni.diffusion.data import OmniDiffusionConfig, flag_of
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.errors import ConfigError, InvalidRequestError, to_one_line
-from vllm_omni.inputs.adapter_files import adapter_file
+from vllm_omni.inputs.adapter_files import adapter_file, check_adapter_files
 
 
 class PipelineCall:
@@ -210,6 +210,7 @@ class DiffusersPipeline(Pipeline[WholeState]):
         for name, component in pipeline.components.items():
             if isinstance(component, SchedulerMixin):
                 setattr(pipeline, name, with_one_step_schedules(component))
+        check_adapter_files(config.lora_modules)  # files may be gone since the start, when a worker starts again
         try:
             adapters = Adapters(pipeline, [str(adapter_file(path)) for path in config.lora_modules.values()])
         except InvalidRequestError as error:
@@ -266,11 +267,17 @@ class DiffusersPipeline(Pipeline[WholeState]):
     def forget(self, state: WholeState) -> None:
         if (call := self._calls.pop(state.request.request_id, None)) is not None:
             call.cancel()
+            self._adapters.drop_idle(self._adapters_in_use())
+
+    def release_memory(self) -> None:
+        self._adapters.drop_idle(self._adapters_in_use(), most=0)
 
     def _give_turn(self, request: DiffusionRequest) -> None:
         """Activate the request's adapters: calls share the models, and an adapter changes the models."""
-        under_way = {lora.path for call in self._calls.values() for lora in call.loras}
-        self._adapters.use(request.loras, under_way)
+        self._adapters.use(request.loras, self._adapters_in_use())
+
+    def _adapters_in_use(self) -> set[str]:
+        return {lora.path for call in self._calls.values() for lora in call.loras}
 
 
 def _check_made(request: DiffusionRequest, pixels: Tensor) -> None:
