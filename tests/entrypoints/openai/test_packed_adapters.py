@@ -92,6 +92,7 @@ def test_requests_name_one_or_several(sdk: openai.OpenAI, wanted: dict[tuple[flo
         ({"lora": [{"name": "ink", "scale": 1000}]}, "lora.scale", "from -100 to 100"),
         ({"lora": [{"name": "ink"}] * 9}, "lora", "at most 8 entries"),
         ({"lora": [{"name": "oil"}], "model": "ink"}, "lora", "names 'oil', and model names 'ink'"),
+        ({"lora": [], "model": "ink"}, "lora", "names none, and model names 'ink'"),
         ({"lora": 3}, "lora", "takes a JSON object"),
     ],
 )

@@ -102,6 +102,7 @@ def test_files_of_all_trainers_make_the_same_changes(case: Case, tmp_path: Path)
     assert len(wanted) == len(pairs), "every linear layer has a place"
     assert_same(case.read(save_peft(pairs, tmp_path / "bare.safetensors", prefix="")), wanted)
     assert_same(case.read(save_comfyui(pairs, tmp_path / "comfy.safetensors")), wanted)
+    assert_same(case.read(save_peft(pairs, tmp_path / "full.safetensors", "model.diffusion_model.")), wanted)
     if case.family != "wan":
         assert_same(case.read(save_kohya(pairs, tmp_path / "kohya.safetensors")), wanted)
 
@@ -277,6 +278,10 @@ GOOD: dict[str, Tensor] = {f"{Q}.lora_A.weight": torch.ones(2, 32), f"{Q}.lora_B
             {f"{Q}.lokr_w1": torch.ones(2), f"{Q}.lokr_w2_a": torch.ones(2), f"{Q}.lokr_w2_b": torch.ones(2)},
             r"lokr_w2_a \[2\] and .*lokr_w2_b \[2\] do not fit",
         ),
+        (
+            {"te.layers.0.q.lora_A.weight": torch.ones(2, 8), "te.layers.0.q.lora_B.weight": torch.ones(8, 2)},
+            "takes no changes of the text encoder, got te.layers.0.q",
+        ),
         ({f"{Q}.lora_A.weight": torch.ones(2, 32, dtype=torch.int8)}, "lora_A.weight takes float64, .* got int8"),
         ({f"{Q}.lora_A.weight": torch.ones(2, 32, dtype=torch.bool)}, "lora_A.weight takes float64, .* got bool"),
         ({f"{Q}.lora_B.weight": torch.ones(32, 2, dtype=torch.complex64)}, "takes float64, .* got complex64"),
@@ -380,6 +385,9 @@ def test_files_that_are_none_are_refused_before_they_are_read(qwen: Case, tmp_pa
         file.write_bytes(contents)
         with pytest.raises(AdapterFileError):
             qwen.read(file)
+    save_file({}, file)
+    with pytest.raises(AdapterFileError, match="it holds no weights"):
+        qwen.read(file)
     save_file(GOOD, file)
     with file.open("r+b") as sparse:
         sparse.truncate(MAX_FILE_BYTES + 1)

@@ -38,6 +38,7 @@ PREFIXES = {
     "lora_te2_": ("text_encoder_2_",),
     "lora_te3_": ("text_encoder_3_",),
     "base_model_model_": ("unet_", "transformer_"),
+    "model_diffusion_model_": ("unet_", "transformer_"),
     "diffusion_model_": ("unet_", "transformer_"),
     "": ("transformer_",),
 }

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 COMPONENTS = ("transformer", "transformer_2")
 """Components of a model folder that are a packed family's transformers, in order."""
-TEXT_ENCODER_STARTS = ("text_encoder", "lora_te", "te1_", "te2_", "te3_")
+TEXT_ENCODER_STARTS = ("text_encoder", "lora_te", "te_", "te1_", "te2_", "te3_")
 """Starts of the flat names of a text encoder's layers."""
 FUSED_NAMES = {
     ("to_q", "to_k", "to_v"): "to_qkv",

@@ -121,14 +121,16 @@ def _adapters(body: GenerationOptions, served: Collection[str]) -> dict[str, Any
     """Parameters for the adapters that `lora` names or, for clients that can only choose a model, `model`."""
     given = [body.lora] if isinstance(body.lora, LoRAField) else body.lora
     chosen = body.model if body.model in served else None
-    if not given:
-        return {"lora_request": given if chosen is None else LoRARequest(chosen)}
+    if given is None:
+        return {"lora_request": None if chosen is None else LoRARequest(chosen)}
     names = [lora.name for lora in given]
     if chosen is not None and chosen not in names:
-        listed = ", ".join(f"{name!r:.{_MAX_NAME}}" for name in names)
+        listed = ", ".join(f"{name!r:.{_MAX_NAME}}" for name in names) or "none"
         raise InvalidRequestError(f"lora: names {listed}, and model names {chosen!r}", param="lora")
     if isinstance(body.lora, LoRAField):
         return {"lora_request": LoRARequest(body.lora.name), "lora_scale": body.lora.scale}
+    if not given:
+        return {"lora_request": []}
     scales = [1.0 if lora.scale is None else lora.scale for lora in given]
     return {"lora_request": [LoRARequest(name) for name in names], "lora_scale": scales}
 

@@ -178,18 +178,49 @@ def _set_field(fields: dict[str, Any], part: Part, picture_names: str) -> None:
             fields[part.name] = value  # has a meaning: guidance needs a negative prompt, which may be empty
         return
     nested = _NESTED_FIELD.fullmatch(part.name)
-    if part.name == "lora":
-        fields[part.name] = _lora_fields(value)
+    if part.name == "lora" or part.name.startswith("lora["):
+        _set_adapter(fields, part.name, value)
     elif nested and isinstance(inner := fields.setdefault(nested[1], {}), dict):
         inner[nested[2]] = value
     else:
         fields[part.name] = value
 
 
+class _AdapterKeys(dict[str, str]):
+    """Values of `lora[name]` and `lora[scale]`, by key."""
+
+
+class _NumberText(str):
+    """Text of a number in JSON."""
+
+    __slots__ = ()
+
+
+def _set_adapter(fields: dict[str, Any], name: str, value: str) -> None:
+    """Store the value of `lora` or `lora[key]`. Raises InvalidRequestError for a second one and for other names."""
+    nested = _NESTED_FIELD.fullmatch(name)
+    if name != "lora" and nested is None:
+        raise InvalidRequestError(
+            "lora takes lora[name] and lora[scale] for one adapter, and JSON for several, got a field "
+            f"{quote(name[:_MAX_NAME])}",
+            param="lora",
+        )
+    known = fields.setdefault("lora", _AdapterKeys() if nested else None)
+    if nested is None and known is None:
+        fields["lora"] = _lora_fields(value)
+    elif nested is not None and isinstance(known, _AdapterKeys) and nested[2] not in known:
+        known[nested[2]] = value
+    else:
+        raise InvalidRequestError(
+            f"lora takes its JSON once, or lora[name] and lora[scale] once each, got another {quote(name[:_MAX_NAME])}",
+            param="lora",
+        )
+
+
 def _lora_fields(text: str) -> Any:
     """Value of `lora` in JSON: an object, or a list. Numbers stay text, as in `lora[key]`."""
     try:
-        value = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
+        value = json.loads(text, parse_int=_NumberText, parse_float=_NumberText, parse_constant=_NumberText)
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict | list):
@@ -197,4 +228,7 @@ def _lora_fields(text: str) -> Any:
             f'lora takes a JSON object such as {{"name": "ink", "scale": 0.8}}, or a list of them, got {quote(text)}',
             param="lora",
         )
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, dict) and isinstance(name := item.get("name"), _NumberText):
+            raise InvalidRequestError(f"the name of an adapter takes a string, got {name[:_MAX_NAME]}", param="lora")
     return value
