@@ -36,6 +36,8 @@ class CheckpointWriter:
         self._writing: asyncio.Task[None] | None = None
         self.newest_key = claim.job.checkpoint
         """Media key of the newest checkpoint that the job's row names."""
+        self.newest_step: int | None = None
+        """Step of the newest checkpoint that was written here."""
 
     def add(self, checkpoint: Checkpoint) -> None:
         """Write `checkpoint` in the background."""
@@ -71,7 +73,7 @@ class CheckpointWriter:
         except (LeaseLostError, JobNotFoundError):  # after other errors the row may name it
             await self._media.delete(key)
             raise
-        self.newest_key = key
+        self.newest_key, self.newest_step = key, checkpoint.step
         self._observer.on_checkpoint_stored(time.monotonic() - start, len(data))
         if old not in (None, key):
             await self._media.delete(old)

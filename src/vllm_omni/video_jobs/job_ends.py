@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from vllm_omni.errors import JobNotFoundError, LeaseLostError, RequestError
 from vllm_omni.video_jobs.lease_keeper import LeaseKeeper
-from vllm_omni.video_jobs.live_job import LiveJob
+from vllm_omni.video_jobs.live_job import LiveJob, StopReason
 from vllm_omni.video_jobs.media import MediaStore, MediaStoreError
 from vllm_omni.video_jobs.retrying import retrying
 
@@ -80,6 +80,11 @@ class JobEnds:
             pass
         except RequestError as error:
             logger.warning("video job %s is free when its lease ends: %s", live.id, error)
+        else:
+            if live.stop_reason is StopReason.DRAIN:
+                step = None if live.checkpoints is None else live.checkpoints.newest_step
+                stored = "" if step is None else f" stored after step {step},"
+                logger.info("video job %s:%s given back for another server, or for a restart", live.id, stored)
 
     async def discard(self, *keys: str) -> None:
         """Remove files that no row names."""

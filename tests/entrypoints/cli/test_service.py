@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -206,7 +207,8 @@ async def test_the_first_signal_drains_then_closes_and_exits_0(number: int) -> N
             await client.get(f"{server.address}/live")
 
 
-async def test_video_jobs_are_given_back_while_pictures_are_finished() -> None:
+async def test_video_jobs_are_given_back_while_pictures_are_finished(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     omni = FakeOmni()
     omni.start_gate.set()
     jobs = FakeJobs(omni)
@@ -216,6 +218,7 @@ async def test_video_jobs_are_given_back_while_pictures_are_finished() -> None:
         await until(lambda: {"give_back", "drain"} <= {*omni.calls})
         omni.work_done.set()
         await asyncio.sleep(0)
+        assert "finishing what runs, storing video jobs and giving them back (" in caplog.text
         assert not server.task.done()
         assert "close" not in omni.calls, "files of videos are written after the engine's part"
         jobs.given_back.set()

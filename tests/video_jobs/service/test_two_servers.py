@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import sqlite3
 import time
 from pathlib import Path
@@ -43,7 +44,10 @@ def num_steps_run(device: FakeExecutor) -> int:
     return sum(len(plan.denoise) for plan in device.runner.plans)
 
 
-async def test_a_drained_job_goes_on_elsewhere_from_its_newest_step(tmp_path: Path) -> None:
+async def test_a_drained_job_goes_on_elsewhere_from_its_newest_step(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     device = held_device()
     async with running_server(tmp_path / "shared", device) as first:
         job = await first.create(num_inference_steps=MANY_STEPS)
@@ -54,6 +58,8 @@ async def test_a_drained_job_goes_on_elsewhere_from_its_newest_step(tmp_path: Pa
         assert 0 < steps_of_first < MANY_STEPS
         waiting = (await first.view(job.id)).job
         assert waiting.checkpoint is not None
+        step = waiting.checkpoint.rpartition("-")[2].removesuffix(".safetensors")
+        assert f"video job {job.id}: stored after step {step}, given back" in caplog.text
         assert [name for name in first.files() if "checkpoint" in name] == [waiting.checkpoint]
         async with running_server(tmp_path / "shared") as second:
             ended = await second.ended(job.id)

@@ -255,7 +255,8 @@ class Service:
 
     def _on_signal(self, loop: asyncio.AbstractEventLoop, name: str) -> None:
         """Begin to stop. Runs in a signal handler, between any two bytecodes of the main thread."""
-        logger.info("%s: refusing new requests, finishing what runs (a second signal ends at once)", name)
+        jobs = "" if self._jobs is None else ", storing video jobs and giving them back"
+        logger.info("%s: refusing new requests, finishing what runs%s (a second signal ends at once)", name, jobs)
         self._start_kill_timer()
         loop.call_soon_threadsafe(self._stop.set)
 

@@ -17,7 +17,7 @@ from vllm_omni.entrypoints.openai.settings import HttpOptions
 from vllm_omni.errors import ConfigError
 
 EXPOSED_HEADERS = (
-    *("x-request-id", IGNORED_FIELDS_HEADER, "retry-after", "x-should-retry", "www-authenticate"),
+    *("x-request-id", IGNORED_FIELDS_HEADER, "x-omni-seed", "retry-after", "x-should-retry", "www-authenticate"),
     *("openai-model", "openai-organization", "openai-poll-after-ms", "openai-processing-ms", "openai-version"),
     *("accept-ranges", "content-disposition", "content-length", "content-range", "date", "etag"),
 )

@@ -228,6 +228,7 @@ def test_sync_answers_with_the_file(server: LiveServer, http: httpx.Client) -> N
     assert is_video_of(4, response.content)
     assert len(frames_of(response.content)) == 5
     assert response.headers["x-omni-ignored-fields"] == "unknown"
+    assert response.headers["x-omni-seed"] == "4"
     assert len(http.get(VIDEOS, params={"limit": 100}).json()["data"]) == num_jobs
 
 

@@ -51,6 +51,8 @@ logger = logging.getLogger(__name__)
 
 POLL_HEADER = "openai-poll-after-ms"
 """Milliseconds after which the SDK's poll helper asks again."""
+SEED_HEADER = "x-omni-seed"
+"""Seed of a video that is answered as a file."""
 MAX_KEY_CHARACTERS = 255
 _PNG = ImageFormat("png", 100)
 
@@ -110,7 +112,8 @@ class VideoService:
     async def _file(self, asked: AskedVideo) -> Response:
         async with self.jobs.make_now(asked.new, job=asked.job) as encoded:
             data = await asyncio.to_thread(encoded.video.read_bytes)
-            headers = {**asked.headers, **_file_headers(encoded.video.name)}
+            seed = str(asked.job.requests[0].request.seed)
+            headers = {**asked.headers, SEED_HEADER: seed, **_file_headers(encoded.video.name)}
             return Response(data, media_type=encoded.content_type, headers=headers)
 
     async def _read(self, request: Request, reservation: UploadReservation) -> AskedVideo:
