@@ -32,7 +32,7 @@ from vllm_omni.diffusion.compute.step.schedule import check_schedule, with_one_s
 from vllm_omni.diffusion.data import OmniDiffusionConfig, flag_of
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.errors import ConfigError, InvalidRequestError, to_one_line
-from vllm_omni.inputs.adapter_files import adapter_file, check_adapter_files
+from vllm_omni.inputs.adapter_files import served_files
 
 
 class PipelineCall:
@@ -210,9 +210,9 @@ class DiffusersPipeline(Pipeline[WholeState]):
         for name, component in pipeline.components.items():
             if isinstance(component, SchedulerMixin):
                 setattr(pipeline, name, with_one_step_schedules(component))
-        check_adapter_files(config.lora_modules)  # files may be gone since the start, when a worker starts again
+        files = served_files(config.lora_modules)  # they may be gone since the start, when a worker starts again
         try:
-            adapters = Adapters(pipeline, [str(adapter_file(path)) for path in config.lora_modules.values()])
+            adapters = Adapters(pipeline, list(files.values()))
         except InvalidRequestError as error:
             raise ConfigError(f"--lora-modules: {error}") from error
         if config.enable_cpu_offload:
