@@ -65,7 +65,8 @@ async def test_a_drained_job_goes_on_elsewhere_from_its_newest_step(
             ended = await second.ended(job.id)
             assert (ended.status, ended.num_attempts) == ("completed", 1), "a drain is no attempt"
             num_repeated = num_steps_run(second.device) - (MANY_STEPS - steps_of_first)
-            assert 0 <= num_repeated <= MAX_PLANS_IN_FLIGHT, "plans that were sent before the checkpoint came"
+            # Plans that were in flight when the checkpoint came, and one that was sent before the abort.
+            assert 0 <= num_repeated <= MAX_PLANS_IN_FLIGHT + 1
             assert await video_of(second, ended) == await calm_video(tmp_path / "calm")
             await until(lambda: second.files() == sorted(ended.outputs.values()))  # without the checkpoint
 
