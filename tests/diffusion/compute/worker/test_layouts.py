@@ -61,11 +61,16 @@ def draw(
 @torch.inference_mode()
 def first_velocities(runner: ModelRunner, placed: Any, arrivals: Arrivals) -> dict[str, np.ndarray]:
     """Velocity of each guidance branch of all requests, from one pack."""
-    states = [runner.pipeline.encode(request) for joining in arrivals.values() for request in joining]
+    states = []
+    for request in (request for joining in arrivals.values() for request in joining):
+        runner.pipeline.check(request)
+        runner.pipeline.admit(request)
+        states.append(runner.pipeline.encode(request))
     placement = placed(0, {s.request.request_id: len(s.sequence_lengths) for s in states})
     branches = runner.pipeline.predict(states, [g for groups in placement.values() for g in groups])
     for state in states:
         runner.pipeline.forget(state)
+        runner.pipeline.release(state.request.request_id)
     return {
         f"{state.request.request_id}/velocity {i}": velocity.numpy()
         for state, velocities in zip(states, branches)
