@@ -32,7 +32,7 @@ MOST_WORK_OF_OTHERS = 10.0
 
 
 @pytest.mark.parametrize("policy", ["fair", "fcfs"])
-@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("depth", [pytest.param(1, marks=pytest.mark.thorough), 2])
 def test_random_workloads_finish_within_budget(policy: str, depth: int) -> None:
     for seed in range(60):
         rng = random.Random(seed)

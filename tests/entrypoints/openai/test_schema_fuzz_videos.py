@@ -13,6 +13,8 @@ from tests.entrypoints.openai.test_schema_fuzz import fuzz, times
 
 __all__ = ["times"]
 
+pytestmark = pytest.mark.thorough
+
 OPERATIONS = {
     ("POST", "/v1/videos"): 15,
     ("GET", "/v1/videos"): 15,

@@ -305,6 +305,7 @@ def test_a_file_that_does_not_fit_costs_its_sender_an_error_and_ends_a_start(qwe
         qwen.start(lora_modules={"bad": str(file)})
 
 
+@pytest.mark.thorough
 def test_both_transformers_of_wan_have_their_adapters(tmp_path: Path) -> None:
     path = build_tiny_wan(tmp_path / "model", "t2v-a14b", default_sampling_params=SMALL)
     pipeline: Any = wan.reference(path)

@@ -81,6 +81,7 @@ def some_sequences(rng: random.Random) -> Sequences:
     ]
 
 
+@pytest.mark.thorough
 def test_fifty_sizes_are_compiled_once_a_variant(family: Family, tmp_path: Path) -> None:
     compiled, eager = family.models(tmp_path)
     blocks = compiled.compile_blocks("aot_eager")

@@ -104,6 +104,7 @@ def test_memberships_are_recorded_at_their_second_step(
     assert capturer.num_replays == 1 + 4 + 1 + 1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("refining", [0, 1])
 def test_blocks_that_a_step_cache_runs_by_themselves_are_recorded_so(
     tmp_path: Path, refining: int, monkeypatch: pytest.MonkeyPatch

@@ -123,6 +123,7 @@ def velocities(place: RankInfo, parallel: DiffusionParallelConfig, path: Path, s
     return first_velocities(runner, lambda *args: placed_in_turn(1, *args), ARRIVALS)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: next(iter(layout)))
 @pytest.mark.parametrize("family", BUILDERS)
 def test_ranks_say_what_one_says_as_nearly_as_float8_does(tmp_path: Path, family: str, layout: dict[str, int]) -> None:

@@ -98,6 +98,7 @@ def test_the_shards_of_ranks_are_parts_of_the_same_weights() -> None:
     assert all(torch.equal(part["row.bias"], whole["row.bias"]) for part in parts)
 
 
+@pytest.mark.thorough
 def test_ranks_and_one_process_make_the_same_picture(bare: Path) -> None:
     parallel = DiffusionParallelConfig(tensor_parallel_size=2)
     one = draw(RankInfo(), DiffusionParallelConfig(), bare)

@@ -25,6 +25,9 @@ from vllm_omni.diffusion.messages.worker import RankInfo
 HEADS = 4
 
 
+pytestmark = pytest.mark.thorough
+
+
 class Adapted:
     """A model, requests with and without adapters, and the pictures of one process."""
 
@@ -55,9 +58,7 @@ class Adapted:
             assert np.array_equal(values, plain[name]) == ("wide" in name), "adapters show, and in their requests alone"
 
 
-@pytest.fixture(
-    scope="module", params=["qwen_image", *(pytest.param(f, marks=pytest.mark.thorough) for f in ("z_image", "wan"))]
-)
+@pytest.fixture(scope="module", params=["qwen_image", "z_image", "wan"])
 def adapted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Adapted:
     return Adapted(request.param, tmp_path_factory.mktemp(request.param))
 

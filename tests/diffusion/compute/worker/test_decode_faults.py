@@ -76,7 +76,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
     return replica.run()
 
 
-@pytest.mark.parametrize(("num_ranks", "guilty", "stage"), [(2, 1, "begin"), (2, 0, "blend"), (4, 1, "tile")])
+@pytest.mark.parametrize(
+    ("num_ranks", "guilty", "stage"),
+    [
+        (2, 1, "begin"),
+        pytest.param(2, 0, "blend", marks=pytest.mark.thorough),
+        pytest.param(4, 1, "tile", marks=pytest.mark.thorough),
+    ],
+)
 def test_an_error_in_a_shared_decode_fails_one_request(
     tmp_path: Path, whole: dict[str, np.ndarray], one_thread: None, num_ranks: int, guilty: int, stage: str
 ) -> None:

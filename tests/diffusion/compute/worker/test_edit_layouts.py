@@ -60,7 +60,7 @@ def wanted(model: Path, arrivals: Arrivals) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     ("ulysses", "ring", "cfg", "tensor"),
     [
-        (3, 1, 1, 1),
+        pytest.param(3, 1, 1, 1, marks=pytest.mark.thorough),
         pytest.param(1, 2, 2, 1, marks=pytest.mark.thorough),
         (1, 1, 2, 2),
         *(pytest.param(*degrees, marks=pytest.mark.layouts) for degrees in ((1, 4, 1, 1), (2, 2, 1, 1), (2, 1, 2, 1))),

@@ -112,9 +112,11 @@ CASES: list[tuple[str, Arrivals]] = [
     ("tiny_wan", videos),
     ("tiny_animation", animations),
 ]
+IN_DEFAULT_RUN = ("tiny_model", "tiny_z_image")
+MARKED_CASES = [pytest.param(*case, marks=() if case[0] in IN_DEFAULT_RUN else pytest.mark.thorough) for case in CASES]
 
 
-@pytest.mark.parametrize(("model", "arrivals"), CASES, ids=[name for name, _ in CASES])
+@pytest.mark.parametrize(("model", "arrivals"), MARKED_CASES, ids=[name for name, _ in CASES])
 def test_a_step_neither_reads_nor_copies(
     model: str, arrivals: Arrivals, gpu: FakeGpu, request: pytest.FixtureRequest
 ) -> None:
@@ -154,7 +156,7 @@ def test_a_checkpoint_and_a_resume_read_nothing(
     assert all(psnr(pixels, wanted) >= 60 for pixels in made.values())
 
 
-@pytest.mark.parametrize(("model", "arrivals"), CASES, ids=[name for name, _ in CASES])
+@pytest.mark.parametrize(("model", "arrivals"), MARKED_CASES, ids=[name for name, _ in CASES])
 def test_a_step_with_the_same_membership_uploads_nothing(
     model: str, arrivals: Arrivals, gpu: FakeGpu, request: pytest.FixtureRequest
 ) -> None:

@@ -33,7 +33,9 @@ class Connecting(FakeRunner):
         return make_ready(load_seconds=world.mesh.control.agree(float(self.rank_info.rank)))
 
 
-@pytest.mark.parametrize(("num_ranks", "runner"), [(1, FakeRunner), (2, Meeting), (2, Connecting)])
+@pytest.mark.parametrize(
+    ("num_ranks", "runner"), [(1, FakeRunner), (2, Meeting), pytest.param(2, Connecting, marks=pytest.mark.thorough)]
+)
 async def test_workers_of_a_parent_with_very_many_open_files(num_ranks: int, runner: type[FakeRunner]) -> None:
     """A worker inherits the channel and the store's socket under the same descriptor numbers."""
     with low_descriptors_taken():

@@ -363,7 +363,7 @@ async def test_a_worker_beats_in_a_long_step() -> None:
     [
         (1, signal.SIGKILL),
         (3, signal.SIGKILL),
-        (3, signal.SIGSTOP),
+        pytest.param(3, signal.SIGSTOP, marks=pytest.mark.thorough),
         pytest.param(1, signal.SIGSTOP, marks=pytest.mark.thorough),
     ],
 )

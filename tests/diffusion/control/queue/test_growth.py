@@ -114,6 +114,7 @@ def test_a_step_of_which_most_of_the_queue_may_be_no_part() -> None:
     growth.check()
 
 
+@pytest.mark.thorough
 async def test_calls_of_replicas_and_a_step_of_their_engines() -> None:
     growth = Growth()
     for length in (FEW, MANY):

@@ -248,6 +248,7 @@ def _shape(error: openai.APIStatusError) -> tuple[int, str | None, str | None, i
     return error.status_code, error.code, error.type, len(error.message)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("limits", "status", "code"),
     [

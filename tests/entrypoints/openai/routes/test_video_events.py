@@ -100,6 +100,7 @@ def test_a_listener_that_leaves_changes_nothing(server: LiveServer, http: httpx.
     assert ended(http, video["id"])["status"] == "completed"
 
 
+@pytest.mark.thorough
 def test_streams_end_with_an_error_object_when_the_server_drains(
     log: Callable[[LiveServer], pytest.LogCaptureFixture],
 ) -> None:

@@ -374,6 +374,7 @@ def test_a_kronecker_product_is_its_merged_weights(model_of: ModelOf, tmp_path: 
     assert psnr(drive.images["a"], merged_picture(pipeline, [layer], 1.0, **fields)) >= 55
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.thorough)])
 def test_models_of_16_bits_take_adapters_by_their_rounded_weights(
     model_of: ModelOf, tmp_path: Path, dtype: str

@@ -75,7 +75,7 @@ def oracle(
     return np.array(pipeline(PROMPT, generator=torch.Generator("cpu").manual_seed(3), **values).images[0])
 
 
-@pytest.mark.parametrize("name", [FLUX, SDXL])
+@pytest.mark.parametrize("name", [FLUX, pytest.param(SDXL, marks=pytest.mark.thorough)])
 def test_pictures_with_adapters_are_diffusers_own_alone_and_together(
     model_of: ModelOf, adapter_of: AdapterOf, name: str
 ) -> None:
@@ -193,6 +193,7 @@ def bad_adapters(good: Path, folder: Path) -> dict[str, Path]:
     }
 
 
+@pytest.mark.thorough
 def test_what_does_not_fit_ends_the_start_or_its_request_alone(
     model_of: ModelOf, adapter_of: AdapterOf, tmp_path: Path
 ) -> None:

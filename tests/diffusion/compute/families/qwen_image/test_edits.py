@@ -124,6 +124,7 @@ def test_slicing_keeps_the_picture(tmp_path: Path) -> None:
         assert psnr(batched.images[request.request_id], sliced.images[request.request_id]) >= 60
 
 
+@pytest.mark.thorough
 def test_tiles_are_those_of_diffusers(tmp_path: Path) -> None:
     path = build(tmp_path / "edit", EDIT)
     picture, size = photo(64, 64, 1), {"height": 272, "width": 288}

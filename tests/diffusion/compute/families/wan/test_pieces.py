@@ -15,6 +15,7 @@ from vllm_omni.diffusion.data import DiffusionParallelConfig
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.thorough
 def test_pieces_are_the_whole_videos(wan_model: Callable[[str], Path]) -> None:
     length = {"max_sequence_length": 24, "height": 32, "width": 32}
     requests = [

@@ -134,6 +134,7 @@ def test_fused_kernels_compute_the_same(tmp_path: Path) -> None:
         assert_equal(velocity, of_diffusers(theirs, video))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.thorough, needs_compiler])]
 )
