@@ -25,9 +25,6 @@ from vllm_omni.diffusion.messages.worker import RankInfo
 HEADS = 4
 
 
-pytestmark = pytest.mark.thorough
-
-
 class Adapted:
     """A model, requests with and without adapters, and the pictures of one process."""
 
@@ -58,7 +55,13 @@ class Adapted:
             assert np.array_equal(values, plain[name]) == ("wide" in name), "adapters show, and in their requests alone"
 
 
-@pytest.fixture(scope="module", params=["qwen_image", "z_image", "wan"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("qwen_image", marks=pytest.mark.thorough),
+        *(pytest.param(family, marks=pytest.mark.layouts) for family in ("z_image", "wan")),
+    ],
+)
 def adapted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Adapted:
     return Adapted(request.param, tmp_path_factory.mktemp(request.param))
 

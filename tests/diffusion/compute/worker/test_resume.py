@@ -169,10 +169,10 @@ def resume_on(
 
 LAYOUTS = [
     pytest.param("two experts", {"ulysses_degree": 2, "tensor_parallel_size": 2}, marks=pytest.mark.thorough),
-    pytest.param("two experts", {"ring_degree": 2, "cfg_parallel_size": 2}, marks=pytest.mark.thorough),
-    pytest.param("two experts", {"tensor_parallel_size": 2, "text_encoder_tp_size": 2}, marks=pytest.mark.thorough),
-    pytest.param("qwen_image", {"ulysses_degree": 2}, marks=pytest.mark.thorough),
-    pytest.param("z_image", {"ring_degree": 2}, marks=pytest.mark.thorough),
+    pytest.param("two experts", {"ring_degree": 2, "cfg_parallel_size": 2}, marks=pytest.mark.layouts),
+    pytest.param("two experts", {"tensor_parallel_size": 2, "text_encoder_tp_size": 2}, marks=pytest.mark.layouts),
+    pytest.param("qwen_image", {"ulysses_degree": 2}, marks=pytest.mark.layouts),
+    pytest.param("z_image", {"ring_degree": 2}, marks=pytest.mark.layouts),
     pytest.param("wan", {"cfg_parallel_size": 2}),
 ]
 
