@@ -87,9 +87,8 @@ async def test_a_job_deleted_during_its_upload_is_removed_after_it(
         assert server.files() == []
 
 
-async def test_a_job_deleted_while_its_failure_is_stored_is_removed_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def hold_failures(monkeypatch: pytest.MonkeyPatch) -> tuple[asyncio.Event, asyncio.Event]:
+    """Let the store wait before it notes a failure. Returns (event of its arrival, event that ends the wait)."""
     fail, failing, may_go_on = JobStore.fail, asyncio.Event(), asyncio.Event()
 
     async def slow_fail(store: JobStore, *args: Any) -> None:
@@ -98,6 +97,13 @@ async def test_a_job_deleted_while_its_failure_is_stored_is_removed_at_once(
         await fail(store, *args)
 
     monkeypatch.setattr(JobStore, "fail", slow_fail)
+    return failing, may_go_on
+
+
+async def test_a_job_deleted_while_its_failure_is_stored_is_removed_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing, may_go_on = hold_failures(monkeypatch)
     async with running_server(tmp_path, failing_device()) as server:  # a lease of GUARD_SECONDS
         job = await server.create()
         await failing.wait()
@@ -110,14 +116,7 @@ async def test_a_job_deleted_while_its_failure_is_stored_is_removed_at_once(
 async def test_a_drain_does_not_lose_a_failure_that_is_being_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fail, failing, may_go_on = JobStore.fail, asyncio.Event(), asyncio.Event()
-
-    async def slow_fail(store: JobStore, *args: Any) -> None:
-        failing.set()
-        await may_go_on.wait()
-        await fail(store, *args)
-
-    monkeypatch.setattr(JobStore, "fail", slow_fail)
+    failing, may_go_on = hold_failures(monkeypatch)
     async with running_server(tmp_path, failing_device()) as server:
         job = await server.create()
         await failing.wait()

@@ -119,7 +119,7 @@ class Ranks:
                 output = run()
             except (GroupBrokenError, PeerFailedError):
                 raise
-            except Exception:
+            except Exception:  # whatever it is, the other ranks must not wait for this one
                 group.tell(failed=True)
                 raise
             group.tell(failed=False)

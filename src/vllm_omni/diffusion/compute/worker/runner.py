@@ -262,7 +262,7 @@ class ModelRunner:
             groups = [g for s in batch for g in plan.placement.get(_id_of(s), [0] * len(s.sequence_lengths))]
             try:
                 return self.pipeline.predict(batch, groups)
-            except Exception:
+            except Exception:  # the step may be tried again: nothing of this try may stay in the caches
                 for state in batch:
                     state.discard()
                 raise

@@ -40,7 +40,7 @@ class PictureBody(Generic[Body]):
     picture_field: re.Pattern[str]
     """Names of the form's fields with a picture: a file, or text for `url_of`."""
     picture_names: str
-    """Those names in an error message."""
+    """Names of the fields with pictures, as error messages list them."""
     text_fields: Collection[str]
     """Fields that may also come as files, as `curl -F prompt=@prompt.txt` sends them."""
     refused: Mapping[str, str]
