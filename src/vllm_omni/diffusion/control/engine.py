@@ -301,6 +301,8 @@ class DiffusionEngine:
             self._note_begin()
         self._observer.on_step(plan, result, seconds)
         self._tracked.count(plan, result)
+        for request_id, share in update.encoded.items():
+            self._tracked.publish_encoded(request_id, share)
         for request_id, step in update.steps.items():
             self._tracked.publish_step(request_id, step, result.previews.get(request_id))
         for request_id, checkpoint in result.checkpoints.items():

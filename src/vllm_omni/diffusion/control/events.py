@@ -22,6 +22,15 @@ class Started:
 
 
 @dataclass(frozen=True)
+class EncodeAdvanced:
+    """A piece of a request's conditioning video is encoded."""
+
+    request_id: str
+    share: float
+    """Share of the encode that is done, up to 1."""
+
+
+@dataclass(frozen=True)
 class StepDone:
     """A denoising step of a request is done."""
 
@@ -79,7 +88,7 @@ class Failed:
     error: RequestError
 
 
-EngineEvent = Started | StepDone | Preview | Checkpointed | Frames | Finished | Failed
+EngineEvent = Started | EncodeAdvanced | StepDone | Preview | Checkpointed | Frames | Finished | Failed
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,15 @@ STAGES = ("text_encode", "denoise", "vae_decode")
 
 
 @dataclass(frozen=True)
+class EncodePiece:
+    """Latent frames of a conditioning video that one plan encodes, in order from the first frame to the last."""
+
+    first: int
+    end: int
+    """Number of the latent frame after the last one of the piece."""
+
+
+@dataclass(frozen=True)
 class DecodePiece:
     """Latent frames of a video that one plan decodes, in order from the first frame to the last."""
 
@@ -40,8 +49,11 @@ class StepPlan:
     step_id: int
     new_requests: list[DiffusionRequest] = field(default_factory=list)
     encode: list[str] = field(default_factory=list)
+    encode_pieces: dict[str, EncodePiece] = field(default_factory=dict)
+    """Part of the encode of requests in `encode`: the first one includes the text. Those without an entry are encoded
+    whole."""
     resume: dict[str, Checkpoint] = field(default_factory=dict)
-    """Checkpoints of requests in `encode` that do not begin at their first step."""
+    """Checkpoints of requests in `new_requests` that do not begin at their first step."""
     denoise: list[str] = field(default_factory=list)
     decode: list[str] = field(default_factory=list)
     pieces: dict[str, DecodePiece] = field(default_factory=dict)
