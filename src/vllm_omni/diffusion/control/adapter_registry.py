@@ -11,6 +11,7 @@ from pathlib import Path
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.adapter_files import adapter_file
+from vllm_omni.inputs.adapter_names import listed
 from vllm_omni.inputs.adapters import ServedAdapter
 from vllm_omni.inputs.field_values import WrongValueError
 
@@ -61,7 +62,7 @@ class AdapterRegistry:
         """Adapter of this name. Raises InvalidRequestError, with the names that are served, for any other."""
         if (adapter := self.get(name)) is None:
             raise InvalidRequestError(
-                f"there is no LoRA adapter {name[:_MAX_ECHO]!r}; served: {', '.join(self.names()) or 'none'}",
+                f"there is no LoRA adapter {name[:_MAX_ECHO]!r}; served: {listed(self.names())}",
                 param=param,
             )
         return adapter
