@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -22,8 +24,7 @@ from vllm_omni.entrypoints.openai.schema.adapters import (
     UnloadLoRAAdapterRequest,
 )
 from vllm_omni.entrypoints.openai.schema.images import RequestBody, json_request_body
-from vllm_omni.errors import InvalidRequestError, ModelNotFoundError, UnavailableError
-from vllm_omni.inputs.adapter_names import check_adapter_name
+from vllm_omni.errors import InvalidRequestError, ModelNotFoundError, RequestError, UnavailableError
 from vllm_omni.inputs.adapter_paths import file_within, path_in_folders
 from vllm_omni.inputs.data import LoRARequest
 from vllm_omni.inputs.field_values import WrongValueError, shown
@@ -58,16 +59,13 @@ class AdapterService:
         """
         body = await self._read(request, LoadLoRAAdapterRequest)
         name = body.lora_name
-        try:
-            check_adapter_name(name)
-        except WrongValueError as error:
-            raise InvalidRequestError(f"lora_name takes {error}, got {shown(name)}", param="lora_name") from error
         if name in self.pictures.settings.served_model_names:
             raise InvalidRequestError(
                 f"lora_name: {name!r} is the name of the served model: give the adapter another one", param="lora_name"
             )
         file = await asyncio.to_thread(self._file_of, body.lora_path)
-        await self.pictures.omni.load_lora(LoRARequest(name, file), body.defaults, replace=body.load_inplace)
+        with _own_names(file, body.lora_path):
+            await self.pictures.omni.load_lora(LoRARequest(name, file), body.defaults, replace=body.load_inplace)
         return self._answer(f"Success: LoRA adapter '{name}' added successfully.", body, request)
 
     def _file_of(self, path: str) -> str:
@@ -121,6 +119,22 @@ class AdapterService:
             for adapter in self.pictures.omni.adapters
         ]
         return LoRAList(data=cards)
+
+
+_FIELDS = {"name": "lora_name", "path": "lora_path", "lora_request": "lora_path"}
+"""Argument of `load_lora` -> field of a request's body."""
+
+
+@contextmanager
+def _own_names(file: str, path: str) -> Iterator[None]:
+    """Name the fields of the body in the errors of the block, and the path that the client gave in place of `file`."""
+    try:
+        yield
+    except RequestError as error:
+        renamed = error.copy()
+        renamed.param = _FIELDS.get(error.param or "", error.param)
+        renamed.args = (str(error).replace(file, path),)
+        raise renamed from error
 
 
 def make_adapters_router(service: AdapterService) -> APIRouter:
