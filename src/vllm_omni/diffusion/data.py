@@ -20,6 +20,7 @@ from vllm_omni.foreign.keywords import logger as logger  # scripts of the public
 from vllm_omni.inputs.adapter_files import served_files
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams
 from vllm_omni.inputs.field_values import WrongValueError, coerce, field_types, shown
+from vllm_omni.inputs.foreign_params import without_aliases
 
 if TYPE_CHECKING:
     from vllm_omni.diffusion.compute.cache.config import StepCacheConfig
@@ -313,6 +314,10 @@ DEFAULT_PARAMS = sorted(
 
 def _fit_sampling_params(values: Mapping[str, Any]) -> dict[str, Any]:
     """Default sampling parameters, converted to plain values of their types. Raises ConfigError."""
+    try:
+        values = without_aliases(values)
+    except InvalidRequestError as error:
+        raise ConfigError(f"--default-sampling-params: {error}") from error
     if unknown := set(values) - set(DEFAULT_PARAMS):
         raise ConfigError(
             f"--default-sampling-params: unknown keys {sorted(map(str, unknown))}, "
