@@ -15,7 +15,7 @@ from vllm_omni.diffusion.data import (
 from vllm_omni.errors import ConfigError, NotAvailableError
 from vllm_omni.inputs.adapter_files import served_files
 
-PACKED_PARAMETERS = (*SIZES, "num_inference_steps", "negative_prompt", "sigmas", "max_sequence_length")
+PACKED_PARAMETERS = (*SIZES, "num_inference_steps", "negative_prompt", "sigmas", "flow_shift", "max_sequence_length")
 """Sampling parameters of every packed family, besides those of its guidance."""
 VIDEO_PARAMETERS = ("num_frames", "seconds", "fps")
 """Sampling parameters of every packed family that makes videos."""
@@ -75,13 +75,11 @@ class PackedModelInfo(ModelInfo):
     cross_attention_tokens: int | None = None
     """Text tokens, with padding, to which each image token attends by cross-attention; a sequence has no text tokens
     then. None: text tokens are part of the sequence."""
-    further_parameters: tuple[str, ...] = ()
-    """Names of sampling parameters that only some families take, such as `flow_shift`."""
 
     @property
     def parameters(self) -> tuple[str, ...]:
         video = VIDEO_PARAMETERS if self.makes_videos else ()
-        return (*self.guidance.parameters, *PACKED_PARAMETERS, *self.further_parameters, *video)
+        return (*self.guidance.parameters, *PACKED_PARAMETERS, *video)
 
     @property
     def why_no_adapters(self) -> str:
