@@ -31,6 +31,8 @@ MAX_RANK_BLOCK = 128
 MIN_PROGRAMS = 264
 """Programs of a shrink that keep a GPU busy: two on each multiprocessor of the largest ones."""
 MAX_SPLITS = 16
+ALIGNED_RANKS = 8
+"""Ranks in 16 bytes of bfloat16, which a thread loads at once."""
 TILE_FIELDS = 3
 """Fields of a tile: first row, end of the rows, number of the segment."""
 ENTRY_FIELDS = 4
@@ -84,6 +86,8 @@ class GroupedChange(LayerChange):
     """Columns of s: most ranks of all adapters of a segment."""
     is_complete: bool
     """Whether all rows have an adapter."""
+    is_aligned: bool
+    """Whether all ranks are multiples of ALIGNED_RANKS."""
     weights: tuple[LayerWeights, ...]
     """Weights whose addresses are in `entries`, to keep them."""
 
@@ -128,9 +132,9 @@ class GroupedChange(LayerChange):
         _expand[(len(self.tiles), self.num_parts * output_blocks)](
             y, bias, shrunk, self.tiles, self.entries, num_rows, part_outputs, y.shape[1], self.width, splits,
             self.entries.shape[1], self.entries.shape[2], output_blocks,
-            HAS_BIAS=bias is not None, ADDS=adds, DTYPE=TRITON_DTYPES[y.dtype], TILE_FIELDS=TILE_FIELDS,
-            ENTRY_FIELDS=ENTRY_FIELDS, PART_FIELDS=PART_FIELDS, ROWS=TILE_ROWS, RANKS=rank_block,
-            OUTPUTS=TILE_OUTPUTS, num_warps=8,
+            HAS_BIAS=bias is not None, ADDS=adds, IS_ALIGNED=self.is_aligned, DTYPE=TRITON_DTYPES[y.dtype],
+            TILE_FIELDS=TILE_FIELDS, ENTRY_FIELDS=ENTRY_FIELDS, PART_FIELDS=PART_FIELDS, ALIGNED_RANKS=ALIGNED_RANKS,
+            ROWS=TILE_ROWS, RANKS=rank_block, OUTPUTS=TILE_OUTPUTS, num_warps=8,
         )  # fmt: skip
 
 
@@ -168,6 +172,7 @@ def _change(
         most_ranks=max(len(weights.down) for weights, _ in layer.parts),
         width=max((sum(len(weights.down) for weights, _ in segment.adapters) for segment in segments), default=0),
         is_complete=layer.num_rows > 0 and sum(its.stop - its.start for its in segments) == layer.num_rows,
+        is_aligned=all((up.ranks.stop - up.ranks.start) % ALIGNED_RANKS == 0 for w, _ in layer.parts for up in w.ups),
         weights=tuple(weights for weights, _ in layer.parts),
     )
 
@@ -199,7 +204,7 @@ def _entries(segment: Segment, num_parts: int, part_outputs: int, most_entries: 
 
 
 @triton.jit(
-    do_not_specialize=["num_rows", "width", "num_entries", "entry_size", "rank_blocks"],
+    do_not_specialize=["num_rows", "num_entries", "entry_size", "rank_blocks"],
     do_not_specialize_on_alignment=["tiles_ptr", "entries_ptr"],  # views of one table, at any offset
 )
 def _shrink(
@@ -220,7 +225,7 @@ def _shrink(
     if tl.program_id(1) % rank_blocks * RANKS < num_ranks:
         scale = tl.load(entry_ptr).to(tl.int32).to(tl.float32, bitcast=True)
         first_column = tl.load(entry_ptr + 1)
-        down_ptr = tl.multiple_of(tl.load(entry_ptr + 2), 16).to(tl.pointer_type(DTYPE))
+        down_ptr = tl.multiple_of(tl.load(entry_ptr + 2).to(tl.pointer_type(DTYPE)), 16)
         rows = start + tl.arange(0, ROWS)
         total = tl.zeros((ROWS, RANKS), dtype=tl.float32)
         first = split * split_inputs
@@ -249,15 +254,15 @@ def _shrink(
 
 
 @triton.jit(
-    do_not_specialize=["num_rows", "width", "num_splits", "num_entries", "entry_size", "output_blocks"],
+    do_not_specialize=["num_rows", "num_splits", "num_entries", "entry_size", "output_blocks"],
     do_not_specialize_on_alignment=["tiles_ptr", "entries_ptr"],
 )
 def _expand(
     y_ptr, bias_ptr, shrunk_ptr, tiles_ptr, entries_ptr, num_rows, part_outputs, num_outputs, width, num_splits,
     num_entries, entry_size, output_blocks,
-    HAS_BIAS: tl.constexpr, ADDS: tl.constexpr, DTYPE: tl.constexpr, TILE_FIELDS: tl.constexpr,
-    ENTRY_FIELDS: tl.constexpr, PART_FIELDS: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ADDS: tl.constexpr, IS_ALIGNED: tl.constexpr, DTYPE: tl.constexpr,
+    TILE_FIELDS: tl.constexpr, ENTRY_FIELDS: tl.constexpr, PART_FIELDS: tl.constexpr, ALIGNED_RANKS: tl.constexpr,
+    ROWS: tl.constexpr, RANKS: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, part and block of its outputs)."""
     tile_ptr = tiles_ptr + tl.program_id(0) * TILE_FIELDS
@@ -274,8 +279,11 @@ def _expand(
         up_entry_ptr = entry_ptr + ENTRY_FIELDS + part * PART_FIELDS
         num_ranks = tl.load(up_entry_ptr + 2).to(tl.int32)
         first_column = tl.load(entry_ptr + 1) + tl.load(up_entry_ptr + 1)
-        up_ptr = tl.multiple_of(tl.load(up_entry_ptr), 16).to(tl.pointer_type(DTYPE))
+        up_ptr = tl.multiple_of(tl.load(up_entry_ptr).to(tl.pointer_type(DTYPE)), 16)
         num_changes += num_ranks
+        if IS_ALIGNED:  # then a thread loads several ranks at once
+            num_ranks = tl.multiple_of(num_ranks, ALIGNED_RANKS)
+            first_column = tl.multiple_of(first_column, ALIGNED_RANKS)
         for first in range(0, num_ranks, RANKS):
             ranks = first + tl.arange(0, RANKS)
             inside = (rows < stop)[:, None] & (ranks < num_ranks)[None, :]
