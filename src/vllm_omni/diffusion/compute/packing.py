@@ -236,6 +236,11 @@ class MembershipCache(Generic[Built]):
         for key in [key for key in self._entries if member in key]:
             del self._entries[key]
 
+    def drop(self, is_dropped: Callable[[Built], bool]) -> None:
+        """Drop these values."""
+        for key in [key for key, value in self._entries.items() if is_dropped(value)]:
+            del self._entries[key]
+
     def clear(self) -> None:
         self._entries.clear()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -260,15 +261,28 @@ def test_compiled_blocks_run_eagerly_with_adapters_and_compiled_without(qwen: Be
         assert np.array_equal(plain.images[request.request_id], again.images[request.request_id])
 
 
-def test_steps_with_adapters_are_not_captured(qwen: Bench) -> None:
+@pytest.mark.parametrize("is_dropped", [False, True])
+def test_steps_with_adapters_are_captured_until_an_adapter_is_dropped(
+    qwen: Bench, is_dropped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     requests = [qwen.request(0, qwen.lora(0), num_inference_steps=3), qwen.request(1, num_inference_steps=7)]
     runner = qwen.start()
     wanted = Drive(runner).run({0: requests}).images
-    capturer = Capturer()
-    runner.pipeline.capturer = capturer  # type: ignore[attr-defined]
+    pipeline: Any = runner.pipeline
+    capturer = pipeline.capturer = Capturer()
+    predict, num_steps = pipeline.predict, itertools.count(1)
+
+    def drop_before_the_third_step(*args: Any) -> Any:
+        if next(num_steps) == 3 and is_dropped:
+            (adapter,) = pipeline._adapters._loaded.values()
+            pipeline._forget_adapter(adapter)
+            assert len(pipeline._layouts) == 0
+        return predict(*args)
+
+    monkeypatch.setattr(pipeline, "predict", drop_before_the_third_step)
     made = Drive(runner).run({0: requests}).images
-    # The second request is alone in its last four steps: the first of them is seen, the second captured.
-    assert (capturer.num_captures, capturer.num_replays) == (1, 3)
+    # Together three steps, then the second request alone in four. The first step of each is seen, the second captured.
+    assert (capturer.num_captures, capturer.num_replays) == (2, 1 + (not is_dropped) + 3)
     for request_id, picture in wanted.items():
         assert np.array_equal(made[request_id], picture)
 

@@ -128,7 +128,7 @@ class Layout(Generic[AnyForward]):
     forward: AnyForward | None
     """Tensors of the sequences `sharding.mine`, in order; None if this rank's group computes none."""
     adapters: PackAdapters | None
-    """Adapters of these sequences; None: no sequence of the step has one."""
+    """Adapters of these sequences; None: none has one."""
     captured_graphs: CapturedGraphs = field(default_factory=CapturedGraphs)
 
 
@@ -232,6 +232,8 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
     def _forget_adapter(self, adapter: LoadedAdapter) -> None:
         for table in self._modulations:
             table.forget(lambda condition: any(its is adapter for its, _ in condition.composition))
+        # A captured graph reads the weights by their addresses: it goes before their memory is reused.
+        self._layouts.drop(lambda layout: layout.adapters is not None and adapter in layout.adapters)
 
     def _schedule(self, request: DiffusionRequest) -> Any:
         """Scheduler of the request, at its first step. Raises InvalidRequestError: see `make_schedule`."""
@@ -329,9 +331,7 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         context = StepContext(forward.arrangement, modulation, layout.adapters)
         with context.adapted():
             hidden = self.embed(latents, context, forward)
-        # The changes of adapters are not part of captured graphs.
-        capturer = self.capturer if layout.adapters is None else None
-        blocks = captured(StepBlocks(forward.transformer, context), layout.captured_graphs, capturer)
+        blocks = captured(StepBlocks(forward.transformer, context), layout.captured_graphs, self.capturer)
         hidden = self.step_cache.run(hidden, blocks, [steps[i] for i in sharding.mine])
         with context.adapted():
             return self.project(hidden, context, forward)
@@ -373,7 +373,7 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         text_lengths, image_lengths = [len(branch.text) for branch in mine], [lengths[i] for i in sharding.mine]
         pack = Pack.build(text_lengths, image_lengths, self._device, sharding.parts, sharding.index)
         adapters = None
-        if any(branch.state.composition for branch in branches):  # sequences of every rank: ranks capture together
+        if any(branch.state.composition for branch in mine):
             compositions = [branch.state.composition for branch in mine]
             adapters = PackAdapters(self.transformers[index], index, pack, compositions)
         # Text and image of one sequence after another: the joint order.

@@ -42,8 +42,9 @@ class Linear(nn.Linear):
     change: LayerChange | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        y = super().forward(input)
-        return y if self.change is None else self.change.add_to(y, input)
+        if self.change is None:
+            return super().forward(input)
+        return self.change.linear(input, self.weight, self.bias)
 
 
 class Float32Linear(Linear):
@@ -95,8 +96,8 @@ class RowLinear(Linear):
         assert isinstance(x, Tensor)
         if self.group.size == 1:
             return super().forward(x)
-        y = F.linear(x, self.weight)
-        return self.group.all_reduce(y if self.change is None else self.change.add_to(y, x))
+        y = F.linear(x, self.weight) if self.change is None else self.change.linear(x, self.weight, None)
+        return self.group.all_reduce(y)
 
     def forward(self, input: Tensor) -> Tensor:
         y, bias = self.product(input), self.late_bias

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from vllm_omni.diffusion.compute.distributed.groups import Group
+from vllm_omni.diffusion.compute.layers.kernels import Kernels, TorchKernels
 from vllm_omni.diffusion.compute.packing import Hidden, Offsets, Pack
 from vllm_omni.diffusion.compute.step.adapters import PackAdapters
 from vllm_omni.diffusion.compute.step.arrangement import Arrangement
@@ -25,7 +26,7 @@ class StepContext:
     arrangement: Arrangement
     modulation: Modulation
     adapters: PackAdapters | None = None
-    """Adapters of the sequences; None: no sequence of the step has one."""
+    """Adapters of the sequences; None: none has one."""
 
     def adapted(self) -> AbstractContextManager[None]:
         """Let the transformer's layers add the changes of the adapters in the meantime."""
@@ -64,6 +65,8 @@ class PackedTransformer(nn.Module, ABC):
     """Names of the layers, or of modules with layers, that `modulate` runs."""
     compiled: CompiledBlocks | None = None
     """The blocks' compiled parts, if they are compiled."""
+    kernels: Kernels = TorchKernels()
+    """Operations between the layers' products, and the changes of layers by adapters."""
     tensor: Group
     """Ranks that share every layer by tensor parallelism."""
 

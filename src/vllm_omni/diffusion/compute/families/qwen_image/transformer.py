@@ -198,7 +198,7 @@ class QwenImageTransformer(PackedTransformer):
         self.config = config
         self.tensor = tensor
         dim = config.dim
-        kernels = kernels or TorchKernels()
+        kernels = self.kernels = kernels or TorchKernels()
         self.time_embedder = nn.Sequential(Linear(NUM_WAVES, dim), nn.SiLU(), Linear(dim, dim))
         self.txt_norm = Scale(config.joint_attention_dim)
         self.img_in = Linear(config.in_channels, dim)

@@ -117,7 +117,7 @@ class ZImageTransformer(PackedTransformer):
         """tensor: ranks that share every layer; their number divides the heads and the feed-forward channels. kernels:
         implementation of the fused operations; None: plain PyTorch."""
         super().__init__()
-        kernels = kernels or TorchKernels()
+        kernels = self.kernels = kernels or TorchKernels()
         self.config = config
         self.tensor = tensor
         dim, condition = config.dim, config.condition_width

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from vllm_omni.diffusion.compute.layers import rounding
 from vllm_omni.diffusion.compute.layers.kernels.group_norm import group_norm
+from vllm_omni.diffusion.compute.layers.kernels.low_rank import grouped_changes
 from vllm_omni.diffusion.compute.layers.kernels.reference import Projected, TorchKernels
+from vllm_omni.diffusion.compute.layers.low_rank import AdaptedLayer, LayerChange
 from vllm_omni.diffusion.compute.layers.rounding import FLOAT8, LARGEST, Float8Rows, Rows
 
 MAX_FLOAT16 = tl.constexpr(65504.0)
@@ -30,6 +32,9 @@ class TritonKernels(TorchKernels):
 
     picks_rows = True
     normalizes_channels_last = True
+
+    def layer_changes(self, layers: Sequence[AdaptedLayer], device: torch.device) -> list[LayerChange]:
+        return grouped_changes(layers, device)
 
     def norm_modulate(
         self, x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None, eps: float, float8: bool = False

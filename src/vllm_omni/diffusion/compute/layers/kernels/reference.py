@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vllm_omni.diffusion.compute.layers.low_rank import AdaptedLayer, LayerChange, torch_changes
 from vllm_omni.diffusion.compute.layers.norms import gated_add, norm_modulate, rms_norm, wide_rms_norm
 from vllm_omni.diffusion.compute.layers.rope import rotate
 from vllm_omni.diffusion.compute.layers.rounding import Float8Rows, Rows
@@ -39,6 +40,10 @@ class TorchKernels:
     """Whether reading rows at `positions` costs no extra pass over memory."""
     normalizes_channels_last = False
     """Whether `group_norm` reads and writes channels-last memory without a copy."""
+
+    def layer_changes(self, layers: Sequence[AdaptedLayer], device: torch.device) -> list[LayerChange]:
+        """Changes of all layers of a pack by adapters, on `device`."""
+        return torch_changes(layers, device)
 
     def norm_modulate(
         self, x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None, eps: float, float8: bool = False
