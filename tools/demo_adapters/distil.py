@@ -120,7 +120,7 @@ def train(
     export: Callable[[], None],
 ) -> None:
     """Train in place up to `steps`, from the checkpoint in `progress` if there is one. Calls `export` with the average
-    of the weights in place at the end."""
+    of the weights in place, after each checkpoint and at the end."""
     parameters: list[torch.Tensor] = list(adapter.parameters())
     device = parameters[0].device
     descent = Descent(parameters, betas=(0.9, 0.98), weight_decay=0.0)
@@ -142,5 +142,6 @@ def train(
         descent.rate.fill_(cosine_after(rate, step, steps, warm_up=50, start=0.4))
         average.set_step(step)
         progress.step(stage, step + 1, steps, state, **replay(size, inputs))
-    with average.in_place():
-        export()
+        if progress.is_saved(step + 1, steps):
+            with average.in_place():
+                export()

@@ -62,7 +62,7 @@ def train(
     export: Callable[[], None],
 ) -> None:
     """Train in place up to `steps`, from the checkpoint in `progress` if there is one. Calls `export` with the average
-    of the weights in place at the end."""
+    of the weights in place, after each checkpoint and at the end."""
     device = sprites.full.device
     parameters: list[torch.Tensor] = list(adapter.parameters())
     descent = Descent(parameters, betas=(0.9, 0.98), weight_decay=0.0)
@@ -95,5 +95,6 @@ def train(
         uniform = torch.rand(batch, generator=generator, device=device)
         inputs = [*plan.tensors, ids, normal, uniform]
         progress.step(stage, step + 1, steps, state, **replay(plan.frame, inputs))
-    with average.in_place():
-        export()
+        if progress.is_saved(step + 1, steps):
+            with average.in_place():
+                export()
