@@ -11,8 +11,9 @@ from testbed.fakes import as_whole, make_config
 from tests.diffusion.control.builders import INFO, READY, VIDEO
 from vllm_omni.diffusion.catalog.model_info import Guidance
 from vllm_omni.diffusion.catalog.whole_info import WholePipeline
+from vllm_omni.diffusion.control.default_checks import check_defaults
 from vllm_omni.diffusion.control.frames import FrameLimits
-from vllm_omni.diffusion.control.request_builder import RequestBuilder, check_defaults
+from vllm_omni.diffusion.control.request_builder import RequestBuilder
 from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.diffusion.control.scheduler import Scheduler
 from vllm_omni.diffusion.data import OmniDiffusionConfig

@@ -365,6 +365,8 @@ class ModelCard(BaseModel):
     """Media that the model makes: `image` by `/v1/images`, `video` by `/v1/videos`, and all of them in chats."""
     served_by: Literal["packed", "diffusers"]
     """`packed`: the family's packed transformer; `diffusers`: a pipeline of diffusers."""
+    root: str | None = None
+    """Path of an adapter's file within its `--lora-dir`, or else the file's name."""
     parent: str | None = None
     """Name of the model, if this is an adapter."""
 
@@ -372,16 +374,6 @@ class ModelCard(BaseModel):
 class ModelList(BaseModel):
     object: Literal["list"] = "list"
     data: list[ModelCard]
-
-
-class LoRACard(BaseModel):
-    id: str
-    object: Literal["lora"] = "lora"
-
-
-class LoRAList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[LoRACard]
 
 
 class LoadResponse(BaseModel):
