@@ -124,11 +124,11 @@ class AdapterEvaluation(Evaluation):
         }
 
     def sheet(self, size: tuple[int, int], seed: int) -> Image.Image:
-        """Rows of the same prompts and noise with different adapters."""
+        """Rows with different adapters; each column has one prompt and one noise."""
         pictures, captions = [], []
         for name, scales, settings in ROWS:
             self.use(scales)
-            pictures += [generate(self.pipeline, [text], size, seed, **settings)[0] for text in SHOWN]
+            pictures += generate(self.pipeline, SHOWN, size, seed, **settings)
             captions += [f"{name}: {text}" for text in SHOWN]
         return grid(pictures, captions, columns=len(SHOWN))
 
