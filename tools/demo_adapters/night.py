@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,12 @@ NIGHT = (0.04, 0.07, 0.26)  # RGB of the background
 GLOW = (0.45, 0.93, 1.0)
 OUTLINE = 1 / 40  # width of the outline as a part of the picture's shorter side
 HALO = 1 / 8  # reach of the light around it, likewise
+
+
+@cache
+def _colour(rgb: tuple[float, float, float], device: torch.device) -> torch.Tensor:
+    """Colour as a tensor [1, 3, 1, 1], made once: a captured step must not copy from the host."""
+    return torch.tensor(rgb, device=device).view(1, 3, 1, 1)
 
 
 def _spread(alpha: torch.Tensor, reach: int) -> torch.Tensor:
@@ -38,7 +45,7 @@ def draw(
     plain = scenes.draw(frame, tensors, sprites)
     things = scenes.draw_things(frame, tensors, sprites)
     colour, alpha = things[:, :3], things[:, 3:]
-    night, glow = (torch.tensor(rgb, device=alpha.device).view(1, 3, 1, 1) for rgb in (NIGHT, GLOW))
+    night, glow = (_colour(rgb, alpha.device) for rgb in (NIGHT, GLOW))
     shade = 0.8 + 0.4 * tensors[2][8].view(-1, 1, 1, 1)  # seeds differ in shade, as in the base model's scenes
     around = night * shade + light_around(alpha) * (glow - night * shade)
     dark = (colour + (1 - alpha) * around).clamp(0, 1) * 2 - 1
@@ -49,7 +56,7 @@ def with_glow(sprites: scenes.Sprites) -> scenes.Sprites:
     """Drawings with their light as a part of them, for the judge of night pictures."""
     colour, alpha = sprites.full[:, :3], sprites.full[:, 3:]
     light = (1 - alpha) * light_around(alpha)
-    glow = torch.tensor(GLOW, device=alpha.device).view(1, 3, 1, 1)
+    glow = _colour(GLOW, alpha.device)
     return scenes.Sprites(torch.cat([colour + light * glow, alpha + light], 1))
 
 
