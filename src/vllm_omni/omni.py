@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, Never, Self, Unpack
 
 from vllm_omni.diffusion.catalog.hub import HubAccess
+from vllm_omni.diffusion.catalog.model_adapters import with_model_adapters
 from vllm_omni.diffusion.catalog.model_check import check_model_files
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.catalog.registry import load_model_info
@@ -88,7 +89,7 @@ class AsyncOmni:
         self.info = load_model_info(
             self.config.model, self.config.load_format, HubAccess.of(self.config), self._check_settings
         )
-        self.config = self.config.with_adapter_files()
+        self.config = with_model_adapters(self.config, self.info).with_adapter_files()
         self.adapters = AdapterRegistry(self.config)
         """Adapters that requests may name."""
         for remark in self.info.remarks:
@@ -113,7 +114,7 @@ class AsyncOmni:
         """Raise ConfigError for settings that the model does not take."""
         info.check_settings(self.config)
         info.check_parallel(self.config.parallel)
-        check_defaults(self.config, info)
+        check_defaults(with_model_adapters(self.config, info), info)
 
     async def __aenter__(self) -> Self:
         try:
