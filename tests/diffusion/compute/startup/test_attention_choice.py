@@ -209,6 +209,14 @@ def test_the_timed_task_has_the_heads_and_tokens_of_one_rank() -> None:
     assert AttentionTask.of(SETTING, huge, DiffusionParallelConfig()).lengths == (4096 + 64, 4096 + 32)
 
 
+@pytest.mark.parametrize(("num_frames", "picture"), [(1, 512), (9, 3 * 512), (401, 16384)])
+def test_the_timed_task_of_a_video_model_is_a_video(num_frames: int, picture: int) -> None:
+    defaults = {"height": 512, "width": 256, "num_frames": num_frames, "num_inference_steps": 50}
+    video = info(default_sampling_params=defaults, frame_multiple=4)
+    lengths = AttentionTask.of(SETTING, video, DiffusionParallelConfig()).lengths
+    assert lengths == (picture + 64, picture + 32)
+
+
 def test_a_ring_times_attention_with_log_sum_exp() -> None:
     called = []
 

@@ -20,8 +20,8 @@ from vllm_omni.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-MAX_PICTURE_TOKENS = 4096
-"""Most image tokens of a timed sequence."""
+MAX_PICTURE_TOKENS, MAX_VIDEO_TOKENS = 4096, 16384
+"""Most image tokens of a timed sequence. Which kernel is fastest depends on the length, and hardly any more beyond."""
 TEXT_TOKENS = (64, 32)
 """Text tokens of the two timed sequences, which differ as in most packs."""
 TRIAL_LENGTHS = (16, 8)
@@ -45,9 +45,11 @@ class AttentionTask:
 
     @classmethod
     def of(cls, setting: Setting, info: PackedModelInfo, parallel: DiffusionParallelConfig) -> AttentionTask:
-        """Task of two guidance branches of the model's default picture, or of a smaller one."""
+        """Task of two guidance branches of the model's default picture or video, or of a smaller one."""
         defaults = info.default_sampling_params
-        picture = min(info.num_image_tokens(defaults["height"], defaults["width"]), MAX_PICTURE_TOKENS)
+        num_frames = defaults.get("num_frames", 1)
+        most = MAX_PICTURE_TOKENS if num_frames == 1 else MAX_VIDEO_TOKENS
+        picture = min(info.num_image_tokens(defaults["height"], defaults["width"], num_frames), most)
         ring = parallel.ring_degree
         lengths = tuple(shard_lengths(info.num_sequence_tokens(text, picture), ring)[0] for text in TEXT_TOKENS)
         heads = shard_lengths(info.num_heads // parallel.tensor_parallel_size, parallel.ulysses_degree)[0]
