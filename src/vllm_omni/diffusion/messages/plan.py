@@ -67,6 +67,12 @@ class StepPlan:
     release: list[str] = field(default_factory=list)
     """Requests that ended (done, failed or aborted); the worker drops their state."""
 
+    @property
+    def num_array_bytes(self) -> int:
+        """Bytes of the arrays in the plan: of checkpoints and of input pictures."""
+        pictures = sum(image.num_bytes for request in self.new_requests for image in request.images)
+        return pictures + sum(checkpoint.num_bytes for checkpoint in self.resume.values())
+
 
 @dataclass
 class ItemError:

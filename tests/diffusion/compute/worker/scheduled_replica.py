@@ -40,7 +40,9 @@ class Replica:
         """Videos of which this rank gave frames."""
 
     def add(self, requests: Sequence[DiffusionRequest], **values: Any) -> None:
-        self.scheduler.add([scheduled(request, **values) for request in requests])
+        for request in requests:
+            num_encoded_frames = self.runner._info.num_encoded_frames(request.images, request.num_frames)
+            self.scheduler.add([scheduled(request, **{"num_encoded_frames": num_encoded_frames} | values)])
 
     def step(self) -> bool:
         """Run the next plan; False when there is none."""

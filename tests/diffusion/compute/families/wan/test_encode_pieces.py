@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,6 @@ def request(path: Path, kind: str, request_id: str, num_pictures: int = 1, **cha
     fields = {"height": 32, "width": 32, "num_inference_steps": 2, "max_sequence_length": 24}
     made = test_videos.request(request_id, "a red apple", **fields | pictures_of(path, kind, num_pictures) | changes)
     return fitted(made, load_model_info(str(path)))
-
-
-def add(replica: Replica, requests: Sequence[DiffusionRequest]) -> None:
-    """Add animations whose pieces have one latent frame."""
-    for one in requests:
-        replica.add([one], num_encoded_frames=1 + (one.num_frames - 1) // 4)
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +79,9 @@ def test_pieces_among_the_steps_of_others_are_the_whole_encode(
     given = {one.request_id: pipeline.encode(one).given for one in requests}
     forget_pictures(runner)
     monkeypatch.setattr(WanEncoder, "encode_next", counted := Counted(WanEncoder.encode_next))
-    add(replica, [requests[0]])
+    replica.add([requests[0]])
     replica.step()
-    add(replica, [requests[1], replace(requests[0], request_id="same", seed=3)])
+    replica.add([requests[1], replace(requests[0], request_id="same", seed=3)])
     seen: dict[str, Any] = {}
     while replica.step():
         states: dict[str, Any] = dict(runner.states)
@@ -107,10 +101,10 @@ def test_pieces_among_the_steps_of_others_are_the_whole_encode(
 
 def test_an_abort_between_pieces_frees_the_features(runner: ModelRunner, replica: Replica) -> None:
     long, ends = requests_of(runner)
-    add(replica, [long, ends])
+    replica.add([long, ends])
     replica.step()
     replica.step()
-    assert [encode.holds_features for encode in encodes(runner)] == [True]
+    assert [encode.feature_bytes > 0 for encode in encodes(runner)] == [True]
     runner.abort(["long"])
     replica.scheduler.abort(["long"])
     replica.step()
@@ -123,7 +117,7 @@ def test_a_piece_that_fails_fails_its_request_alone(
 ) -> None:
     monkeypatch.setattr(WanEncoder, "encode_next", counted := Counted(WanEncoder.encode_next, fails_at=2))
     long, ends = requests_of(runner)
-    add(replica, [long, ends])
+    replica.add([long, ends])
     assert replica.run().keys() == {"ends"}
     assert {i: error.message for i, error in replica.errors.items()} == {"long": "poisoned"}
     assert counted.num_calls == 2 + 2
@@ -154,7 +148,7 @@ def run_on_rank(
     if place.rank == guilty:
         WanEncoder.encode_next = Counted(WanEncoder.encode_next, fails_at=2)  # type: ignore[method-assign, assignment]
     replica = Replica(runner, parallel)
-    add(replica, requests_of(runner))
+    replica.add(requests_of(runner))
     made = replica.run()
     return made, {i: error.message for i, error in replica.errors.items()}, kept(runner) + len(encodes(runner))
 
@@ -192,7 +186,7 @@ def test_pieces_beside_clip_draw_what_a_whole_encode_draws(tmp_path: Path) -> No
     (whole,) = Drive(runner).run({0: [one]}).images.values()
     forget_pictures(runner)
     replica = Replica(runner, ONE_RANK)
-    add(replica, [one])
+    replica.add([one])
     (made,) = replica.run().values()
     assert sum(len(plan.encode_pieces) for plan in replica.plans) == 3
     assert np.abs(made.astype(int) - whole).max() <= 1

@@ -117,8 +117,11 @@ class WanEncoder:
         encoded = {tile: self._encode_tile(cut_out(x, tile), tile, features) for tile in tiles}
         height, width = (side // self._scale for side in x.shape[-2:])
         moments = blend_tiles(self.vae, encoded, self._latent_tiling)[..., :height, :width]
-        mode = moments.chunk(2, dim=1)[0].float()
-        return ((mode - self._mean) * self._inverse_std)[0]
+        return self.normalize(moments.chunk(2, dim=1)[0])
+
+    def normalize(self, mode: Tensor) -> Tensor:
+        """Latents as the transformer takes them, float32 [channels, ...]. mode: [1, channels, ...] of the VAE."""
+        return ((mode.float() - self._mean) * self._inverse_std)[0]
 
     def _tiles(self, frames: Tensor, patches: Tensor) -> list[Tile]:
         """Tiles of `patches`; diffusers compares the tile's size with that of `frames`, before they become patches."""
@@ -166,9 +169,10 @@ class ConditioningVideo:
         return torch.cat(self._latents, dim=1)
 
     @property
-    def holds_features(self) -> bool:
-        """Whether a part of the video is encoded, and the rest is not."""
-        return bool(self._features)
+    def feature_bytes(self) -> int:
+        """Bytes of the features that it keeps: 0 unless a part of the video is encoded, and the rest is not."""
+        kept = (features for of_tile in self._features.values() for features in of_tile)
+        return sum(features.nbytes for features in kept if features is not None)
 
     def _frames_of(self, number: int) -> Tensor:
         """Frames [1, 3, n, height, width] of a latent frame."""
