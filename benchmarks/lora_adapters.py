@@ -65,7 +65,7 @@ def traffic(pipeline: Pipeline, states: Sequence[Any], adapters: Sequence[Loaded
         lengths = [len(text) for text in state.text]
         pack = Pack.build(lengths, [state.num_image_tokens] * len(lengths), torch.device("cpu"))
         for path, weights in adapter.layers[0].items():
-            rows = pipeline.transformer.adapted_tokens(path, pack).values[-1]
+            rows = sum(stop - start for start, stop in pipeline.transformer.adapted_tokens(path, pack).ranges)
             outputs = sum(len(up.weight) for up in weights.ups)
             num_bytes += rows * (weights.down.shape[1] + outputs) * weights.down.element_size()
             flops += 2 * rows * (weights.down.numel() + sum(up.weight.numel() for up in weights.ups))

@@ -67,6 +67,8 @@ class AdaptedLayer:
     """Rows of the layer's input."""
     num_outputs: int
     """Outputs of the layer on this rank."""
+    gaps: tuple[tuple[int, int], ...] = ()
+    """First rows and ends of rows whose outputs nobody reads."""
 
 
 class LayerChange(ABC):

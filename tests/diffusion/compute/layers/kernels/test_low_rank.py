@@ -84,12 +84,16 @@ def test_as_pytorch_computes(dtype: torch.dtype, is_complete: bool) -> None:
 def test_long_rows_are_split_and_an_empty_pack_is_left() -> None:
     many = weights_of((5,), torch.float32, 1, 2000)
     full = AdaptedLayer([(many, (RowRange(0, 3, 1.0), RowRange(3, 7, 1.0)))], 7, OUTPUTS)
+    gap = AdaptedLayer([(many, (RowRange(0, 3, 1.0), RowRange(5, 7, 1.0)))], 7, OUTPUTS, gaps=((3, 5),))
     none = AdaptedLayer([(many, (RowRange(0, 0, 1.0),))], 0, OUTPUTS)
     assert [(segment.start, segment.stop) for segment in segments_of(full)] == [(0, 7)]
+    assert [(segment.start, segment.stop) for segment in segments_of(gap)] == [(0, 3), (3, 5), (5, 7)]
     x, weight = random(7, 2000), random(OUTPUTS, 2000) / 2000
-    changes, exact = grouped_changes([full, none], DEVICE), torch_changes([full], DEVICE)[0]
+    changes, exact = grouped_changes([full, none, gap], DEVICE), torch_changes([full], DEVICE)[0]
     wanted = exact.linear(x, weight, None)
     assert (changes[0].linear(x, weight, None) - wanted).norm() <= 1e-5 * wanted.norm()
+    around = changes[2].linear(x, weight, None) - wanted
+    assert around[[0, 1, 2, 5, 6]].norm() <= 1e-5 * wanted.norm()
     assert changes[1].linear(x[:0], weight, None).shape == (0, OUTPUTS)
 
 

@@ -52,7 +52,11 @@ class Segment(NamedTuple):
 
 
 def segments_of(layer: AdaptedLayer) -> list[Segment]:
-    """Segments of a layer's rows, in order; rows without adapters are in none."""
+    """Segments of a layer's rows, in order.
+
+    Where all other rows have adapters, the gaps are segments without any, so that the rows are complete. Otherwise rows
+    without adapters are in no segment.
+    """
     by_rows: dict[tuple[int, int], tuple[tuple[LayerWeights, float], ...]] = {}
     for weights, ranges in layer.parts:
         for start, stop, scale in ranges:
@@ -65,7 +69,12 @@ def segments_of(layer: AdaptedLayer) -> list[Segment]:
             found[-1] = found[-1]._replace(stop=stop)
         else:
             found.append(Segment(start, stop, adapters))
-    return found
+    gaps = [Segment(start, stop, ()) for start, stop in layer.gaps]
+    return sorted((*found, *gaps)) if _num_rows([*found, *gaps]) == layer.num_rows else found
+
+
+def _num_rows(segments: Sequence[Segment]) -> int:
+    return sum(its.stop - its.start for its in segments)
 
 
 def _same(first: Sequence[tuple[LayerWeights, float]], second: Sequence[tuple[LayerWeights, float]]) -> bool:
@@ -87,7 +96,7 @@ class GroupedChange(LayerChange):
     width: int
     """Columns of s: most ranks of all adapters of a segment."""
     is_complete: bool
-    """Whether all rows have an adapter."""
+    """Whether the segments have all rows."""
     is_aligned: bool
     """Whether all ranks are multiples of ALIGNED_RANKS."""
     weights: tuple[LayerWeights, ...]
@@ -180,7 +189,7 @@ def _change(
         num_parts=num_parts,
         most_ranks=max(len(weights.down) for weights, _ in layer.parts),
         width=max((sum(len(weights.down) for weights, _ in segment.adapters) for segment in segments), default=0),
-        is_complete=layer.num_rows > 0 and sum(its.stop - its.start for its in segments) == layer.num_rows,
+        is_complete=layer.num_rows > 0 and _num_rows(segments) == layer.num_rows,
         is_aligned=all((up.ranks.stop - up.ranks.start) % ALIGNED_RANKS == 0 for w, _ in layer.parts for up in w.ups),
         weights=tuple(weights for weights, _ in layer.parts),
     )
