@@ -32,6 +32,7 @@ def random_adapter(pipeline: Pipeline, rank: int, seed: int) -> LoadedAdapter:
     """Adapter of the first transformer that changes all linear layers of its blocks but modulation."""
     transformer = pipeline.transformer
     generator = torch.Generator(next(transformer.parameters()).device).manual_seed(seed)
+    inputs_dtype = next(its.dtype for its in transformer.parameters() if its.dtype != FLOAT8)
     by_path: dict[str, list[LayerTarget]] = {}
     for target in layer_targets([transformer]).values():
         names = target.path.split(".")
@@ -39,7 +40,7 @@ def random_adapter(pipeline: Pipeline, rank: int, seed: int) -> LoadedAdapter:
             by_path.setdefault(target.path, []).append(target)
 
     def random(rows: int, columns: int, weight: Tensor) -> Tensor:
-        dtype = torch.bfloat16 if weight.dtype == FLOAT8 else weight.dtype
+        dtype = inputs_dtype if weight.dtype == FLOAT8 else weight.dtype
         return torch.randn((rows, columns), generator=generator, device=weight.device, dtype=dtype) * 0.01
 
     layers = {}
