@@ -37,6 +37,7 @@ from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.families.flow_pipeline import FlowPipeline
 from vllm_omni.diffusion.compute.layers.low_rank import AdaptedLayer, LayerChange, TorchChange, torch_changes
 from vllm_omni.diffusion.compute.step.adapters import LoadedAdapter
+from vllm_omni.diffusion.compute.step.cuda_graphs import MAX_TOKENS
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest
@@ -221,7 +222,8 @@ def run(bench: Bench, batch: Batch, args: argparse.Namespace, max_tokens: int, d
     states = [bench.pipeline.encode(request) for request in batch.requests(max_tokens)]
     counts = [count for count in args.adapters if count <= batch.count] or [1]
     ways = list(WAYS)[0 if bench.device.type == "cuda" else list(WAYS).index("loop") :]
-    planned = list(measurements(args.ranks, counts, ways, bench.pipeline.capturer is not None))
+    is_captured = sum(sum(state.sequence_lengths) for state in states) <= MAX_TOKENS
+    planned = list(measurements(args.ranks, counts, ways, is_captured and bench.pipeline.capturer is not None))
     best: dict[Measurement, Spread] = {}
     for number in range(args.rounds):
         for its in planned:
