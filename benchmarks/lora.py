@@ -10,7 +10,8 @@ measured too, which a server that merges spends at each change of adapters.
 
 Ways of computing a layer's change: `loop`: a product with A and one with B for each adapter, in PyTorch; `loop first`:
 the same, written before the layer's product adds to it; `grouped after`: two kernels for all adapters, which add to the
-output; `grouped`: these kernels, which write before the product adds, where all rows are changed.
+output; `grouped first`: these kernels, which write before the product adds, where all rows are changed; `grouped`: the
+same, and GELU together with the change before it. The last one is what the engine does on a GPU.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.families.flow_pipeline import FlowPipeline
 from vllm_omni.diffusion.compute.layers.low_rank import AdaptedLayer, LayerChange, TorchChange, torch_changes
 from vllm_omni.diffusion.compute.step.adapters import LoadedAdapter
+from vllm_omni.diffusion.compute.step.cuda_graphs import MAX_TOKENS
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest
@@ -80,8 +82,19 @@ def grouped_after(layers: Sequence[AdaptedLayer], device: torch.device) -> list[
     return [replace(change, is_complete=False) for change in grouped(layers, device)]  # type: ignore[type-var]
 
 
+def grouped_first(layers: Sequence[AdaptedLayer], device: torch.device) -> list[LayerChange]:
+    from vllm_omni.diffusion.compute.layers.kernels.low_rank import GroupedChange
+
+    class Apart(GroupedChange):
+        def linear_gelu(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+            return None
+
+    return [Apart(**vars(change)) for change in grouped(layers, device)]
+
+
 WAYS: dict[str, Changes] = {
     "grouped": grouped,
+    "grouped first": grouped_first,
     "grouped after": grouped_after,
     "loop": torch_changes,
     "loop first": torch_changes_first,
@@ -208,8 +221,9 @@ def run(bench: Bench, batch: Batch, args: argparse.Namespace, max_tokens: int, d
     """Rows of one batch: the fastest of the rounds of each measurement, and its ratio to a step without adapters."""
     states = [bench.pipeline.encode(request) for request in batch.requests(max_tokens)]
     counts = [count for count in args.adapters if count <= batch.count] or [1]
-    ways = list(WAYS)[0 if bench.device.type == "cuda" else 2 :]
-    planned = list(measurements(args.ranks, counts, ways, bench.pipeline.capturer is not None))
+    ways = list(WAYS)[0 if bench.device.type == "cuda" else list(WAYS).index("loop") :]
+    is_captured = sum(sum(state.sequence_lengths) for state in states) <= MAX_TOKENS
+    planned = list(measurements(args.ranks, counts, ways, is_captured and bench.pipeline.capturer is not None))
     best: dict[Measurement, Spread] = {}
     for number in range(args.rounds):
         for its in planned:

@@ -32,6 +32,7 @@ def random_adapter(pipeline: Pipeline, rank: int, seed: int) -> LoadedAdapter:
     """Adapter of the first transformer that changes all linear layers of its blocks but modulation."""
     transformer = pipeline.transformer
     generator = torch.Generator(next(transformer.parameters()).device).manual_seed(seed)
+    inputs_dtype = next(its.dtype for its in transformer.parameters() if its.dtype != FLOAT8)
     by_path: dict[str, list[LayerTarget]] = {}
     for target in layer_targets([transformer]).values():
         names = target.path.split(".")
@@ -39,7 +40,7 @@ def random_adapter(pipeline: Pipeline, rank: int, seed: int) -> LoadedAdapter:
             by_path.setdefault(target.path, []).append(target)
 
     def random(rows: int, columns: int, weight: Tensor) -> Tensor:
-        dtype = torch.bfloat16 if weight.dtype == FLOAT8 else weight.dtype
+        dtype = inputs_dtype if weight.dtype == FLOAT8 else weight.dtype
         return torch.randn((rows, columns), generator=generator, device=weight.device, dtype=dtype) * 0.01
 
     layers = {}
@@ -65,7 +66,7 @@ def traffic(pipeline: Pipeline, states: Sequence[Any], adapters: Sequence[Loaded
         lengths = [len(text) for text in state.text]
         pack = Pack.build(lengths, [state.num_image_tokens] * len(lengths), torch.device("cpu"))
         for path, weights in adapter.layers[0].items():
-            rows = pipeline.transformer.adapted_tokens(path, pack).values[-1]
+            rows = sum(stop - start for start, stop in pipeline.transformer.adapted_tokens(path, pack).ranges)
             outputs = sum(len(up.weight) for up in weights.ups)
             num_bytes += rows * (weights.down.shape[1] + outputs) * weights.down.element_size()
             flops += 2 * rows * (weights.down.numel() + sum(up.weight.numel() for up in weights.ups))

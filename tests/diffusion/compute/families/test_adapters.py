@@ -28,6 +28,7 @@ from tests.diffusion.compute.families.wan import test_videos as wan
 from tests.diffusion.compute.families.z_image import test_pictures as z_image
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.families import adapter_store
+from vllm_omni.diffusion.compute.layers.kernels import TorchKernels
 from vllm_omni.diffusion.compute.weights.adapter_layers import COMPONENTS
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -285,6 +286,17 @@ def test_steps_with_adapters_are_captured_until_an_adapter_is_dropped(
     assert (capturer.num_captures, capturer.num_replays) == (2, 1 + (not is_dropped) + 3)
     for request_id, picture in wanted.items():
         assert np.array_equal(made[request_id], picture)
+
+
+def test_layers_that_read_attention_in_joint_order_change_the_same_rows(
+    qwen: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [qwen.request(0, qwen.lora(0), num_inference_steps=2), qwen.request(1, num_inference_steps=2)]
+    wanted = Drive(qwen.start()).run({0: requests}).images
+    monkeypatch.setattr(TorchKernels, "picks_rows", True)
+    made = Drive(qwen.start()).run({0: requests}).images
+    for request_id, picture in wanted.items():
+        assert psnr(made[request_id], picture) >= 60
 
 
 def test_idle_adapters_go_and_come_back(qwen: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,8 @@ class AdaptedLayer:
     """Rows of the layer's input."""
     num_outputs: int
     """Outputs of the layer on this rank."""
+    gaps: tuple[tuple[int, int], ...] = ()
+    """First rows and ends of rows whose outputs nobody reads."""
 
 
 class LayerChange(ABC):
@@ -75,6 +77,10 @@ class LayerChange(ABC):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + b with the changes: [tokens, inputs] -> [tokens, outputs]."""
         return self.add_to(F.linear(x, weight, bias), x)
+
+    def linear_gelu(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """GELU, approximated with tanh, of `linear`; None: not computed together here."""
+        return None
 
     @abstractmethod
     def add_to(self, y: Tensor, x: Rows) -> Tensor:

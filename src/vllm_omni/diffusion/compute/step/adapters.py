@@ -19,7 +19,7 @@ from vllm_omni.diffusion.compute.layers.low_rank import (
     RowRange,
     TorchChange,
 )
-from vllm_omni.diffusion.compute.packing import MembershipCache, Offsets, Pack
+from vllm_omni.diffusion.compute.packing import MembershipCache, Pack, TokenRanges
 from vllm_omni.diffusion.compute.step.modulation import Modulation
 
 if TYPE_CHECKING:
@@ -148,24 +148,24 @@ class PackAdapters:
     def _make_layers(self) -> ChangedLayers:
         transformer = self._transformer
         parts: dict[str, list[tuple[LayerWeights, tuple[RowRange, ...]]]] = {}
-        offsets: dict[str, Offsets] = {}
-        made: dict[tuple[LoadedAdapter, tuple[int, ...]], tuple[RowRange, ...]] = {}
+        tokens: dict[str, TokenRanges] = {}
+        made: dict[tuple[LoadedAdapter, TokenRanges], tuple[RowRange, ...]] = {}
         for adapter in dict.fromkeys(adapter for its in self._compositions for adapter, _ in its):
             for path, weights in adapter.layers[self._index].items():
-                tokens = offsets.setdefault(path, transformer.adapted_tokens(path, self._pack))
-                key = adapter, tokens.values
+                its = tokens.setdefault(path, transformer.adapted_tokens(path, self._pack))
+                key = adapter, its
                 if key not in made:
-                    made[key] = tuple(self._ranges(adapter, tokens))
+                    made[key] = tuple(self._ranges(adapter, its))
                 parts.setdefault(path, []).append((weights, made[key]))
         layers = [
-            AdaptedLayer(its, offsets[path].values[-1], len(_layer(transformer, path).weight))
+            AdaptedLayer(its, tokens[path].num_rows, len(_layer(transformer, path).weight), tokens[path].gaps)
             for path, its in parts.items()
         ]
         changes = transformer.kernels.layer_changes(layers, self._pack.text_sequence.device)
         return ChangedLayers(transformer, dict(zip(parts, changes, strict=True)))
 
-    def _ranges(self, adapter: LoadedAdapter, offsets: Offsets) -> Iterator[RowRange]:
+    def _ranges(self, adapter: LoadedAdapter, tokens: TokenRanges) -> Iterator[RowRange]:
         """Rows of the sequences that have the adapter."""
-        for i, composition in enumerate(self._compositions):
+        for (start, stop), composition in zip(tokens.ranges, self._compositions, strict=True):
             if adapter in (scales := dict(composition)):
-                yield RowRange(offsets.values[i], offsets.values[i + 1], scales[adapter])
+                yield RowRange(start, stop, scales[adapter])

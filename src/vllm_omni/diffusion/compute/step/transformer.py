@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.layers.kernels import Kernels, TorchKernels
-from vllm_omni.diffusion.compute.packing import Hidden, Offsets, Pack
+from vllm_omni.diffusion.compute.packing import Hidden, Pack, TokenRanges
 from vllm_omni.diffusion.compute.step.adapters import PackAdapters
 from vllm_omni.diffusion.compute.step.arrangement import Arrangement
 from vllm_omni.diffusion.compute.step.compiled import Backend, CompiledBlocks
@@ -92,9 +92,9 @@ class PackedTransformer(nn.Module, ABC):
     def signal(self, hidden: Hidden, context: StepContext) -> Tensor:
         """[S, D]: image tokens after the first block's modulation, by which step caches compare steps."""
 
-    def adapted_tokens(self, path: str, pack: Pack) -> Offsets:
-        """Offsets of the tokens that a step gives to the layer with this path: the image tokens, unless overridden."""
-        return pack.image
+    def adapted_tokens(self, path: str, pack: Pack) -> TokenRanges:
+        """Rows of the tokens that a step gives to the layer with this path: the image tokens, unless overridden."""
+        return pack.image.ranges
 
     @property
     def compiled_parts(self) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ which rows a tile has, and where the weights of its segment's adapters are: rank
 an adapter may change some parts of a layer only.
 
     shrink:  s[rows, ranks] = scale * x[rows] A^T    in float32, a summand for each split of the inputs
-    expand:  y[rows] += s B^T, or y[rows] = bias + s B^T before the layer's own product is added
+    expand:  y[rows] += s B^T; or GELU of that; or y[rows] = bias + s B^T before the layer's own product is added
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vllm_omni.diffusion.compute.device.transfers import to_device
+from vllm_omni.diffusion.compute.layers.kernels.activations import gelu_by_tanh
 from vllm_omni.diffusion.compute.layers.low_rank import AdaptedLayer, LayerChange, LayerWeights
 from vllm_omni.diffusion.compute.layers.rounding import Float8Rows, Rows
 
@@ -50,7 +52,11 @@ class Segment(NamedTuple):
 
 
 def segments_of(layer: AdaptedLayer) -> list[Segment]:
-    """Segments of a layer's rows, in order; rows without adapters are in none."""
+    """Segments of a layer's rows, in order.
+
+    Where all other rows have adapters, the gaps are segments without any, so that the rows are complete. Otherwise rows
+    without adapters are in no segment.
+    """
     by_rows: dict[tuple[int, int], tuple[tuple[LayerWeights, float], ...]] = {}
     for weights, ranges in layer.parts:
         for start, stop, scale in ranges:
@@ -63,7 +69,12 @@ def segments_of(layer: AdaptedLayer) -> list[Segment]:
             found[-1] = found[-1]._replace(stop=stop)
         else:
             found.append(Segment(start, stop, adapters))
-    return found
+    gaps = [Segment(start, stop, ()) for start, stop in layer.gaps]
+    return sorted((*found, *gaps)) if _num_rows([*found, *gaps]) == layer.num_rows else found
+
+
+def _num_rows(segments: Sequence[Segment]) -> int:
+    return sum(its.stop - its.start for its in segments)
 
 
 def _same(first: Sequence[tuple[LayerWeights, float]], second: Sequence[tuple[LayerWeights, float]]) -> bool:
@@ -85,7 +96,7 @@ class GroupedChange(LayerChange):
     width: int
     """Columns of s: most ranks of all adapters of a segment."""
     is_complete: bool
-    """Whether all rows have an adapter."""
+    """Whether the segments have all rows."""
     is_aligned: bool
     """Whether all ranks are multiples of ALIGNED_RANKS."""
     weights: tuple[LayerWeights, ...]
@@ -98,6 +109,13 @@ class GroupedChange(LayerChange):
         y = x.new_empty((len(x), len(weight)))
         self._expand(y, self._shrink(x), bias, adds=False)
         return y.addmm_(x, weight.t())
+
+    def linear_gelu(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        if not self.is_complete:
+            return None
+        y = F.linear(x, weight, bias)
+        self._expand(y, self._shrink(x), None, adds=True, activates=True)
+        return y
 
     def add_to(self, y: Tensor, x: Rows) -> Tensor:
         if len(self.tiles):
@@ -124,7 +142,7 @@ class GroupedChange(LayerChange):
         )  # fmt: skip
         return shrunk
 
-    def _expand(self, y: Tensor, shrunk: Tensor, bias: Tensor | None, adds: bool) -> None:
+    def _expand(self, y: Tensor, shrunk: Tensor, bias: Tensor | None, adds: bool, activates: bool = False) -> None:
         splits, num_rows, _ = shrunk.shape
         part_outputs = y.shape[1] // self.num_parts
         output_blocks = triton.cdiv(part_outputs, TILE_OUTPUTS)
@@ -132,9 +150,9 @@ class GroupedChange(LayerChange):
         _expand[(len(self.tiles), self.num_parts * output_blocks)](
             y, bias, shrunk, self.tiles, self.entries, num_rows, part_outputs, y.shape[1], self.width, splits,
             self.entries.shape[1], self.entries.shape[2], output_blocks,
-            HAS_BIAS=bias is not None, ADDS=adds, IS_ALIGNED=self.is_aligned, DTYPE=TRITON_DTYPES[y.dtype],
-            TILE_FIELDS=TILE_FIELDS, ENTRY_FIELDS=ENTRY_FIELDS, PART_FIELDS=PART_FIELDS, ALIGNED_RANKS=ALIGNED_RANKS,
-            ROWS=TILE_ROWS, RANKS=rank_block, OUTPUTS=TILE_OUTPUTS, num_warps=8,
+            HAS_BIAS=bias is not None, ADDS=adds, ACTIVATES=activates, IS_ALIGNED=self.is_aligned,
+            DTYPE=TRITON_DTYPES[y.dtype], TILE_FIELDS=TILE_FIELDS, ENTRY_FIELDS=ENTRY_FIELDS, PART_FIELDS=PART_FIELDS,
+            ALIGNED_RANKS=ALIGNED_RANKS, ROWS=TILE_ROWS, RANKS=rank_block, OUTPUTS=TILE_OUTPUTS, num_warps=8,
         )  # fmt: skip
 
 
@@ -171,7 +189,7 @@ def _change(
         num_parts=num_parts,
         most_ranks=max(len(weights.down) for weights, _ in layer.parts),
         width=max((sum(len(weights.down) for weights, _ in segment.adapters) for segment in segments), default=0),
-        is_complete=layer.num_rows > 0 and sum(its.stop - its.start for its in segments) == layer.num_rows,
+        is_complete=layer.num_rows > 0 and _num_rows(segments) == layer.num_rows,
         is_aligned=all((up.ranks.stop - up.ranks.start) % ALIGNED_RANKS == 0 for w, _ in layer.parts for up in w.ups),
         weights=tuple(weights for weights, _ in layer.parts),
     )
@@ -260,7 +278,7 @@ def _shrink(
 def _expand(
     y_ptr, bias_ptr, shrunk_ptr, tiles_ptr, entries_ptr, num_rows, part_outputs, num_outputs, width, num_splits,
     num_entries, entry_size, output_blocks,
-    HAS_BIAS: tl.constexpr, ADDS: tl.constexpr, IS_ALIGNED: tl.constexpr, DTYPE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ADDS: tl.constexpr, ACTIVATES: tl.constexpr, IS_ALIGNED: tl.constexpr, DTYPE: tl.constexpr,
     TILE_FIELDS: tl.constexpr, ENTRY_FIELDS: tl.constexpr, PART_FIELDS: tl.constexpr, ALIGNED_RANKS: tl.constexpr,
     ROWS: tl.constexpr, RANKS: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
@@ -300,7 +318,7 @@ def _expand(
             )
             total = tl.dot(shrunk.to(DTYPE), up, total, input_precision="ieee")
     targets = y_ptr + rows[:, None] * num_outputs + (part * part_outputs + outputs)[None, :]
-    if ADDS:
+    if ADDS and not ACTIVATES:
         stop = tl.where(num_changes > 0, stop, start)  # leave a part that no adapter of the segment changes
     inside = (rows < stop)[:, None] & (outputs < part_outputs)[None, :]
     if ADDS:
@@ -308,4 +326,6 @@ def _expand(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + part * part_outputs + outputs, mask=outputs < part_outputs, other=0.0)
         total += bias.to(tl.float32)[None, :]
+    if ACTIVATES:
+        total = gelu_by_tanh(total)
     tl.store(targets, total.to(DTYPE), mask=inside)
