@@ -16,7 +16,7 @@ from vllm_omni import AsyncOmni
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
 PICTURE_STEPS, REPEATS = 10, 2
-VIDEO_STEPS = 20
+VIDEO_STEPS = 60
 """More than pass while the pictures are made; then the video is stopped."""
 WARM_UPS = 3
 """Pictures after which CUDA graphs of their steps are captured."""
@@ -67,6 +67,8 @@ async def _latencies(bench: Bench) -> tuple[Spread, Spread, Spread]:
             if len(ends) > REPEATS:
                 break
         await video.aclose()
+        if len(ends) <= REPEATS:
+            raise RuntimeError(f"the video ended after {len(ends)} pictures of {REPEATS + 1}")
     finally:
         await omni.close()
     # The first step of the video may compile kernels.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu.bench import Bench, Size
@@ -21,6 +22,9 @@ from vllm_omni.diffusion.compute.families.wan.pipeline import PICTURE_DTYPE
 from vllm_omni.diffusion.compute.families.wan.vae import WanDecoder
 from vllm_omni.diffusion.compute.weights.loading import load_autoencoder
 
+WHOLE, TILED, CHANNELS_LAST = "whole", "tiled", "whole, channels last"
+WAYS = (WHOLE, CHANNELS_LAST, TILED)
+"""Ways of a decode: at once, as the server does it; the same in another order of memory; in the VAE's own tiles."""
 BUDGET_SECONDS = 4.0
 TF32_SHARE = 0.5
 """Rate of a float32 convolution by TF32 units, as a share of the bf16 rate of the data sheet."""
@@ -31,32 +35,46 @@ COUNTED = 3
 def section_video_decode(bench: Bench) -> Iterator[Case]:
     """Measure seconds of a decode. Prediction: its convolutions at the data sheet's TF32 rate."""
     for resolution in SIZES:
-        for tiled in (False, True):
-            case = f"{resolution} {FRAMES} frames, {'tiled' if tiled else 'whole'}"
-            yield Case(case, partial(_measure, bench, case, bench.video(*SIZES[resolution], FRAMES), tiled))
+        size = bench.video(*SIZES[resolution], FRAMES)
+        for way in WAYS:
+            case = f"{resolution} {FRAMES} frames, {way}"
+            yield Case(case, partial(_measure, bench, case, size, way))
 
 
 @torch.inference_mode()
-def _measure(bench: Bench, case: str, size: Size, tiled: bool) -> list[Row]:
+def _measure(bench: Bench, case: str, size: Size, way: str) -> list[Row]:
     folder = bench.model(SMALL)
     flops = decode_flops(folder, size)
     card = card_at_hand()
     predicted = flops / (TF32_SHARE * card.bf16_flops) if card is not None else None
-    seconds = decode_seconds(folder, size, bench.device, tiled, DecodeGroup.alone(), 0.1 if bench.tiny else None)
+    seconds = decode_seconds(folder, size, bench.device, way, DecodeGroup.alone(), 0.1 if bench.tiny else None)
     detail = {"TFLOP, whole": flops / 1e12, "TFLOP/s": flops / seconds.median / 1e12, "repeats": seconds.repeats}
     return [Row(case, seconds.median, "s", predicted, (seconds.least, seconds.most), detail=detail)]
 
 
 def decode_seconds(
-    folder: str, size: Size, device: torch.device, tiled: bool, group: DecodeGroup, budget: float | None = None
+    folder: str, size: Size, device: torch.device, way: str, group: DecodeGroup, budget: float | None = None
 ) -> Spread:
-    """Seconds of a decode by the ranks of `group`, which repeat it once. budget: of seconds; None: BUDGET_SECONDS."""
+    """Seconds of a decode by the ranks of `group`, which repeat it once.
+
+    way: one of WAYS. budget: of seconds; None: BUDGET_SECONDS.
+    """
     vae = load_autoencoder(AutoencoderKLWan, Path(folder) / "vae", device, PICTURE_DTYPE, lambda count: None, "dummy")
-    decoder, grid = WanDecoder(vae, tiled, group), grid_of(vae, size)
+    if way == CHANNELS_LAST:
+        lay_channels_last(vae.decoder)
+    decoder, grid = WanDecoder(vae, way == TILED, group), grid_of(vae, size)
     tokens = torch.randn(math.prod(grid), 4 * vae.config.z_dim, device=device)
     # All ranks repeat equally often.
     most = 1 if group.size > 1 else 3
     return measure_long(lambda: decoder([tokens], [grid]), device, budget=budget or BUDGET_SECONDS, most=most)
+
+
+def lay_channels_last(module: nn.Module) -> None:
+    """Store the weights of convolutions with their channels last; their outputs then have that order too."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in module.parameters():
+        if parameter.dim() in formats:
+            parameter.data = parameter.data.contiguous(memory_format=formats[parameter.dim()])
 
 
 def decode_flops(folder: str, size: Size) -> float:

@@ -14,7 +14,7 @@ from benchmarks.gpu.bench import Bench, Lazy, Size
 from benchmarks.gpu.layouts import ONE, check_devices, name_of
 from benchmarks.gpu.ranks import RankProcesses, listening_store
 from benchmarks.gpu.report import Case, Row
-from benchmarks.gpu.video_decode import decode_seconds
+from benchmarks.gpu.video_decode import TILED, WHOLE, decode_seconds
 from benchmarks.gpu.video_step import (
     FRAMES,
     GUIDED,
@@ -140,8 +140,8 @@ def decodes_on_rank(
     """Seconds of a decode on this rank alone, and shared by all ranks."""
     device = Device(kind, rank)  # type: ignore[arg-type]  # a kind is a choice
     world = connect(parallel, RankInfo(rank=rank, replica_size=parallel.replica_size, store_port=port), device)
-    whole = decode_seconds(folder, size, device.torch, False, DecodeGroup.alone(), budget=0.1)
-    shared = decode_seconds(folder, size, device.torch, True, world.mesh.vae)
+    whole = decode_seconds(folder, size, device.torch, WHOLE, DecodeGroup.alone(), budget=0.1)
+    shared = decode_seconds(folder, size, device.torch, TILED, world.mesh.vae)
     world.leave()
     release_memory(device.torch)
     return whole, shared
