@@ -13,7 +13,7 @@ import pytest
 from testbed.patience import GUARD_SECONDS, wait_for
 from tests.entrypoints.cli.server_process import ServerProcess, server_process, stop
 
-NUM_STEPS = 200
+NUM_STEPS = 80
 
 
 def flags(folder: Path) -> tuple[str, ...]:
