@@ -52,6 +52,8 @@ class Entry:
     """Denoising steps done or planned, those before its checkpoint included."""
     encoded_frames: int = 0
     """Latent frames whose encode is planned; an encode that is not cut counts as one."""
+    encoded_early: bool = False
+    """Whether its prompts and pictures were encoded while it waited for an adapter."""
     decoded_frames: int = 0
     """Latent frames whose decode is planned."""
     runs_alone: bool = False
@@ -104,11 +106,19 @@ class Entry:
         encode = self._encode_work(self.request.num_encoded_frames)
         return encode + steps * (cost.step + self.step_overhead) + num_frames * self.request.frame_cost
 
-    def _encode_work(self, end: int) -> float:
-        """Units to encode what is not planned up to the latent frame `end`; the text comes with the first one."""
+    @property
+    def _text_work(self) -> float:
+        """Units of the encode that come with its first item: those of prompts and pictures, without a cut video."""
         cost = self.request.cost
-        text = 0.0 if self.begun else cost.encode - cost.encode_video
-        return text + (end - self.encoded_frames) * self.request.encoded_frame_cost
+        return 0.0 if self.begun or self.encoded_early else cost.encode - cost.encode_video
+
+    def _encode_work(self, end: int) -> float:
+        """Units to encode what is not planned up to the latent frame `end`."""
+        return self._text_work + (end - self.encoded_frames) * self.request.encoded_frame_cost
+
+    def early_encode(self) -> Item:
+        """Item that encodes prompts and pictures while the request waits for an adapter; its encode follows."""
+        return Item(self, Phase.ENCODE, self._text_work, self._text_work, is_early=True)
 
     def next_item(self) -> Item:
         cost = self.request.cost
@@ -147,7 +157,9 @@ class Entry:
     def advance(self, item: Item) -> None:
         """Count `item` as planned."""
         self.planned_work += item.work
-        if item.phase is Phase.ENCODE:
+        if item.is_early:
+            self.encoded_early = True
+        elif item.phase is Phase.ENCODE:
             self.encoded_frames = item.frames.stop
         elif item.phase is Phase.DENOISE:
             self.steps += 1
@@ -178,7 +190,7 @@ class Entry:
         Delivered previews stay delivered; lost work does not count as planned.
         """
         self.steps, self.planned_work, self.encoded_frames, self.decoded_frames = self._first_step, 0.0, 0, 0
-        self.unsaved_seconds = 0.0
+        self.unsaved_seconds, self.encoded_early = 0.0, False
 
 
 @dataclass(frozen=True)
@@ -192,13 +204,17 @@ class Item:
     work: float
     """Work in units of `RequestCost`."""
     preview: bool = False
+    is_early: bool = False
+    """Whether it encodes ahead of the request's encode."""
     frames: range = range(0)
     """Latent frames of an encode or a decode."""
 
     @property
     def is_encode_piece(self) -> bool:
         """Whether it encodes a piece of a conditioning video."""
-        return self.phase is Phase.ENCODE and len(self.frames) < self.entry.request.num_encoded_frames
+        if self.phase is not Phase.ENCODE or self.is_early:
+            return False
+        return len(self.frames) < self.entry.request.num_encoded_frames
 
     @property
     def is_decode_piece(self) -> bool:
@@ -217,8 +233,9 @@ class Item:
         A piece of a video that is not the last one of its encode or decode delays no result, so others may join as they
         join a denoising step.
         """
-        is_encoded = self.phase is Phase.ENCODE and self.frames.stop == self.entry.request.num_encoded_frames
-        return self.phase if is_encoded or self.is_last else Phase.DENOISE
+        num_encoded = self.entry.request.num_encoded_frames
+        is_encode_end = self.phase is Phase.ENCODE and (self.is_early or self.frames.stop == num_encoded)
+        return self.phase if is_encode_end or self.is_last else Phase.DENOISE
 
 
 Order = tuple[float, ...]
