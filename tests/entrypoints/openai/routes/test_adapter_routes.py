@@ -1,0 +1,192 @@
+"""Routes that load and unload adapters: who may, with which bodies, and while other things happen."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from testbed.live_server import MODEL_NAME, LiveServer, live_server
+from tests.entrypoints.openai.routes.test_image_errors import error_of
+from tests.entrypoints.openai.routes.test_probes_and_metrics import read_metrics
+
+LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+GENERATIONS = "/v1/images/generations"
+NUM_CLIENTS = 16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of adapters whose files nobody reads: the device is a fake."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for name in (MODEL_NAME, "ink", *map(str, range(NUM_CLIENTS))):
+        (folder / f"{name}.safetensors").touch()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loading(folder: Path) -> Iterator[LiveServer]:
+    """A server whose clients may load adapters."""
+    with live_server(lora_dirs=(str(folder),), enable_lora_loading=True) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(loading: LiveServer) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=loading.url) as client:
+        yield client
+
+
+def load(client: httpx.Client, name: str, path: str = "ink.safetensors", **fields: Any) -> httpx.Response:
+    return client.post(LOAD, json={"lora_name": name, "lora_path": path, **fields})
+
+
+def unload(client: httpx.Client, name: str) -> httpx.Response:
+    return client.post(UNLOAD, json={"lora_name": name})
+
+
+@contextmanager
+def paused(server: LiveServer) -> Iterator[None]:
+    """Run no step within the block."""
+    server.call(server.device.pause)
+    try:
+        yield
+    finally:
+        server.call(server.device.resume)
+
+
+def test_without_the_flag_nobody_loads(http: httpx.Client) -> None:
+    for route in (LOAD, UNLOAD):
+        refused = http.post(route, json={"lora_name": "ink", "lora_path": "ink"})
+        assert refused.status_code == 404
+        assert "--enable-lora-loading" in error_of(refused)["message"]
+    paths = http.get("/openapi.json").json()["paths"]
+    assert {path for path in paths if "lora" in path} == {"/v1/loras"}
+
+
+def test_the_schema_has_the_routes_with_examples_that_run(client: httpx.Client) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    assert {path for path in paths if "lora" in path} == {"/v1/loras", LOAD, UNLOAD}
+    for route in (LOAD, UNLOAD):
+        content = paths[route]["post"]["requestBody"]["content"]["application/json"]
+        assert client.post(route, json=content["example"]).text.startswith("Success: LoRA adapter 'ink' ")
+
+
+def post(client: httpx.Client, route: str, body: dict[str, Any]) -> httpx.Response:
+    """Answer to a body that may hold lone surrogates, which httpx itself cannot encode."""
+    return client.post(route, content=json.dumps(body), headers={"content-type": "application/json"})
+
+
+GOOD = {"lora_name": "new", "lora_path": "ink.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "param"),
+    [
+        *(({field: None}, 400, field) for field in GOOD),
+        *(({field: value}, 400, field) for field in GOOD for value in ("", 3, ["ink"], {}, "x" * 5000)),
+        *(({"lora_name": name}, 400, "lora_name") for name in ("a\nb", "a\x1b[0m", " a", "\ud800", MODEL_NAME)),
+        *(
+            ({"lora_path": path}, 400, "lora_path")
+            for path in ("../x", "/etc/passwd", "a\0b", "\ud800", ".", f"{MODEL_NAME}.txt/..")
+        ),
+        ({"lora_path": "nothing.safetensors"}, 404, "lora_path"),
+        ({"load_inplace": "yes"}, 400, "load_inplace"),
+        ({"is_3d_lora_weight": True}, 400, "is_3d_lora_weight"),
+        *(({"defaults": value}, 400, "defaults") for value in ([], 3, {"steps": 1}, {"sigmas": [0.1, 0.5]})),
+        ({"defaults": {"num_inference_steps": 10**6}}, 400, "defaults"),
+        ({"defaults": {f"{number}": 1 for number in range(65)}}, 400, "defaults"),
+    ],
+    ids=lambda value: str(value)[:40].encode("ascii", "replace").decode(),
+)
+def test_a_wrong_body_is_told_by_its_field(
+    client: httpx.Client, change: dict[str, Any], status: int, param: str
+) -> None:
+    body = {name: value for name, value in {**GOOD, **change}.items() if value is not None}
+    refused = post(client, LOAD, body)
+    error = error_of(refused)
+    assert (refused.status_code, error["param"]) == (status, param)
+    assert "new" not in client.get("/v1/loras").text
+
+
+def test_other_bodies_are_refused_as_on_other_routes(client: httpx.Client) -> None:
+    for content, kind, status in (
+        (b"{", "application/json", 400),
+        (b"[]", "application/json", 400),
+        (b"lora_name=ink", "application/x-www-form-urlencoded", 400),
+        (b'{"lora_name": "' + b"x" * 2**21 + b'"}', "application/json", 413),
+    ):
+        for route in (LOAD, UNLOAD):
+            refused = client.post(route, content=content, headers={"content-type": kind})
+            assert refused.status_code == status
+            error_of(refused)
+    assert client.get(LOAD).status_code == 405
+
+
+def test_the_models_name_hides_a_file_of_a_folder(client: httpx.Client) -> None:
+    models = [card["id"] for card in client.get("/v1/models").json()["data"]]
+    assert models.count(MODEL_NAME) == 1
+    assert "parent" not in client.get(f"/v1/models/{MODEL_NAME}").json()
+
+
+def test_a_storm_of_clients(loading: LiveServer, client: httpx.Client) -> None:
+    before = read_metrics(loading)
+    with ThreadPoolExecutor(NUM_CLIENTS + 1) as threads:
+
+        def at_once(call: Any) -> list[httpx.Response]:
+            futures = [threads.submit(call, number) for number in range(NUM_CLIENTS)]
+            assert client.get("/health").status_code == 200
+            return [future.result() for future in futures]
+
+        with paused(loading):
+            picture = threads.submit(client.post, GENERATIONS, json={"prompt": "x", "num_inference_steps": 3})
+            same = at_once(lambda _: load(client, "same"))
+            assert Counter(response.status_code for response in same) == {200: 1, 400: NUM_CLIENTS - 1}
+            messages = [error_of(response)["message"] for response in same if response.status_code == 400]
+            assert all("has already been loaded" in text or "is being loaded" in text for text in messages), messages
+            others = at_once(lambda number: load(client, f"n{number}", f"{number}.safetensors"))
+            assert {response.status_code for response in others} == {200}
+            gone = at_once(lambda _: unload(client, "same"))
+            assert Counter(response.status_code for response in gone) == {200: 1, 404: NUM_CLIENTS - 1}
+        assert picture.result().status_code == 200
+        assert {response.status_code for response in at_once(lambda number: unload(client, f"n{number}"))} == {200}
+    after = read_metrics(loading)
+    assert after["vllm_omni:lora_loads_total"] - before["vllm_omni:lora_loads_total"] == NUM_CLIENTS + 1
+    assert after["vllm_omni:lora_load_seconds_count"] == after["vllm_omni:lora_loads_total"]
+    states = {state: after[f"vllm_omni:lora_adapters{{state={state}}}"] for state in ("device", "host", "disk")}
+    assert sum(states.values()) == len(client.get("/v1/loras").json()["data"])
+
+
+def test_an_unload_waits_for_requests_that_use_the_adapter(loading: LiveServer, client: httpx.Client) -> None:
+    with ThreadPoolExecutor(3) as threads:
+        assert load(client, "used").status_code == 200
+        with paused(loading):
+            picture = threads.submit(client.post, GENERATIONS, json={"prompt": "x", "model": "used"})
+            loading.wait_until(lambda: loading.num_unfinished() == 1)
+            leaving: Future[httpx.Response] = threads.submit(unload, client, "used")
+            loading.wait_until(lambda: "used" not in loading.omni.adapters)
+            assert client.post(GENERATIONS, json={"prompt": "x", "model": "used"}).status_code == 404
+            assert client.post(GENERATIONS, json={"prompt": "x", "lora": {"name": "used"}}).status_code == 400
+            second = unload(client, "used")
+            assert (second.status_code, error_of(second)["param"]) == (404, "lora_name")
+            assert not leaving.done()
+        assert picture.result().status_code == 200
+        assert leaving.result().text == "Success: LoRA adapter 'used' removed successfully."
+
+
+def test_a_stopping_server_loads_nothing(folder: Path) -> None:
+    with (
+        live_server(lora_dirs=(str(folder),), enable_lora_loading=True) as running,
+        httpx.Client(base_url=running.url) as client,
+    ):
+        running.call(running.omni.begin_drain)
+        refused = load(client, "ink")
+        assert (refused.status_code, error_of(refused)["code"]) == (503, "unavailable")
+        assert "retry-after" in refused.headers
