@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.errors import InvalidRequestError
-from vllm_omni.inputs.adapter_files import adapter_file
+from vllm_omni.inputs.adapter_files import adapter_file, file_stamp
 from vllm_omni.inputs.adapter_names import check_adapter_name, is_adapter_name, listed
 from vllm_omni.inputs.adapters import ServedAdapter
 from vllm_omni.inputs.field_values import WrongValueError, shown
@@ -35,6 +35,8 @@ class AdapterRegistry:
         """Replaced at each change, so that readers in other threads see one state or the other."""
         self._defaults = config.lora_defaults
         self._folders = [AdapterFolder(Path(folder)) for folder in config.lora_dirs]
+        self._stamps: dict[str, str] = {}
+        """Last stamp of each served file that was there: one that is gone is served from memory."""
 
     def names(self) -> tuple[str, ...]:
         """Names in order: given at start, loaded since, then those of the folders, sorted."""
@@ -57,6 +59,13 @@ class AdapterRegistry:
 
     def __len__(self) -> int:
         return len(self.names())
+
+    def stamp(self, file: str) -> str:
+        """Present `file_stamp` of the file; that of the last call where a file that is served is gone."""
+        stamp = file_stamp(file)
+        if stamp and any(adapter.file == file for adapter in self._adapters.values()):
+            self._stamps[file] = stamp
+        return stamp or self._stamps.get(file, "")
 
     def require(self, name: str, param: str = "lora_request") -> ServedAdapter:
         """Adapter of this name. Raises InvalidRequestError, with the names that are served, for any other."""

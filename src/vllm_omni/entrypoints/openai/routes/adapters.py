@@ -109,15 +109,17 @@ class AdapterService:
 
     def list(self) -> LoRAList:
         """Adapters that requests may name."""
-        folders = self.pictures.omni.config.lora_dirs
+        omni = self.pictures.omni
+        states = omni.adapter_states()
         cards = [
             LoRACard(
                 id=adapter.name,
-                file=path_in_folders(adapter.file, folders),
+                file=path_in_folders(adapter.file, omni.config.lora_dirs),
                 source=adapter.source,
+                state=states.get(adapter.name, "disk"),
                 defaults=dict(adapter.defaults),
             )
-            for adapter in self.pictures.omni.adapters
+            for adapter in omni.adapters
         ]
         return LoRAList(data=cards)
 
