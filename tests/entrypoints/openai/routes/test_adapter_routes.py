@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from testbed.live_server import MODEL_NAME, LiveServer, live_server
+from testbed.live_server import FAKE_VIDEO_INFO, MODEL_NAME, LiveServer, live_server
 from tests.entrypoints.openai.routes.test_image_errors import error_of
 from tests.entrypoints.openai.routes.test_probes_and_metrics import read_metrics
+from tests.entrypoints.openai.routes.videos import Paused, made
+from vllm_omni.diffusion.messages.plan import WorkerReady
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 GENERATIONS = "/v1/images/generations"
@@ -50,16 +52,6 @@ def load(client: httpx.Client, name: str, path: str = "ink.safetensors", **field
 
 def unload(client: httpx.Client, name: str) -> httpx.Response:
     return client.post(UNLOAD, json={"lora_name": name})
-
-
-@contextmanager
-def paused(server: LiveServer) -> Iterator[None]:
-    """Run no step within the block."""
-    server.call(server.device.pause)
-    try:
-        yield
-    finally:
-        server.call(server.device.resume)
 
 
 def test_without_the_flag_nobody_loads(http: httpx.Client) -> None:
@@ -139,6 +131,7 @@ def test_the_models_name_hides_a_file_of_a_folder(client: httpx.Client) -> None:
     assert "parent" not in client.get(f"/v1/models/{MODEL_NAME}").json()
 
 
+@pytest.mark.thorough
 def test_a_storm_of_clients(loading: LiveServer, client: httpx.Client) -> None:
     before = read_metrics(loading)
     with ThreadPoolExecutor(NUM_CLIENTS + 1) as threads:
@@ -148,7 +141,7 @@ def test_a_storm_of_clients(loading: LiveServer, client: httpx.Client) -> None:
             assert client.get("/health").status_code == 200
             return [future.result() for future in futures]
 
-        with paused(loading):
+        with Paused(loading):
             picture = threads.submit(client.post, GENERATIONS, json={"prompt": "x", "num_inference_steps": 3})
             same = at_once(lambda _: load(client, "same"))
             assert Counter(response.status_code for response in same) == {200: 1, 400: NUM_CLIENTS - 1}
@@ -170,7 +163,7 @@ def test_a_storm_of_clients(loading: LiveServer, client: httpx.Client) -> None:
 def test_an_unload_waits_for_requests_that_use_the_adapter(loading: LiveServer, client: httpx.Client) -> None:
     with ThreadPoolExecutor(3) as threads:
         assert load(client, "used").status_code == 200
-        with paused(loading):
+        with Paused(loading):
             picture = threads.submit(client.post, GENERATIONS, json={"prompt": "x", "model": "used"})
             loading.wait_until(lambda: loading.num_unfinished() == 1)
             leaving: Future[httpx.Response] = threads.submit(unload, client, "used")
@@ -184,12 +177,45 @@ def test_an_unload_waits_for_requests_that_use_the_adapter(loading: LiveServer, 
         assert leaving.result().text == "Success: LoRA adapter 'used' removed successfully."
 
 
-def test_a_stopping_server_loads_nothing(folder: Path) -> None:
-    with (
-        live_server(lora_dirs=(str(folder),), enable_lora_loading=True) as running,
-        httpx.Client(base_url=running.url) as client,
-    ):
+@pytest.mark.thorough
+def test_a_restarting_engine_loads_later_and_a_stopping_one_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with live_server(lora_dirs=(str(folder),), enable_lora_loading=True) as running, ThreadPoolExecutor(2) as threads:
+        gate, start = asyncio.Event(), running.device.start
+
+        async def start_later() -> WorkerReady:
+            await gate.wait()
+            return await start()
+
+        monkeypatch.setattr(running.device, "start", start_later)
+        with Paused(running):
+            picture = threads.submit(httpx.post, running.url + GENERATIONS, json={"prompt": "x"})
+            running.wait_until(lambda: bool(running.device.pending))
+            running.call(running.device.die)
+            running.wait_until(lambda: running.omni.status().state == "restarting")
+            loaded = threads.submit(httpx.post, running.url + LOAD, json=GOOD)
+            assert httpx.get(f"{running.url}/v1/loras").status_code == 200
+            running.call(gate.set)
+        assert (picture.result().status_code, loaded.result().status_code) == (200, 200)
         running.call(running.omni.begin_drain)
-        refused = load(client, "ink")
+        refused = httpx.post(running.url + LOAD, json=GOOD)
         assert (refused.status_code, error_of(refused)["code"]) == (503, "unavailable")
         assert "retry-after" in refused.headers
+
+
+@pytest.mark.thorough
+def test_a_video_has_the_recipe_of_its_adapter(folder: Path) -> None:
+    with (
+        live_server(
+            info=FAKE_VIDEO_INFO,
+            lora_modules={"fast": str(folder / "ink.safetensors")},
+            lora_defaults={"fast": {"num_inference_steps": 2, "num_frames": 5}},
+        ) as running,
+        httpx.Client(base_url=running.url) as http,
+    ):
+        video = made(http, model="fast")
+        assert (video["model"], video["num_frames"], video["num_inference_steps"]) == ("fast", 5, 2)
+        assert made(http, model="fast", seconds=1)["num_frames"] == 9
+        picture = http.post(GENERATIONS, json={"prompt": "x", "lora": {"name": "fast"}}).json()
+        assert picture["timings"]["computed_steps"] == 2, "and one frame, although the recipe has five"
