@@ -92,6 +92,8 @@ BAD_FIELDS: list[tuple[str, Any]] = [
     ("max_sequence_length", "512"),
     ("lora", {"name": "style", "scale": 1}),
     ("lora", "style"),
+    ("flow_shift", 1000.0),
+    ("flow_shift", "3"),
     ("priority", 2**40),
     ("priority", "first"),
 ]
@@ -141,6 +143,7 @@ def test_advice_names_what_http_takes(http: httpx.Client) -> None:
         "width",
         "num_inference_steps",
         "negative_prompt",
+        "flow_shift",
         "max_sequence_length",
     ]
     for name in names:
