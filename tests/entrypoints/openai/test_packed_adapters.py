@@ -224,6 +224,27 @@ def test_adapters_are_loaded_and_unloaded(
     assert "paper" in [card["id"] for card in http.get("/v1/loras").json()["data"]], "it stays listed"
 
 
+def test_a_broken_file_is_refused_by_name(sdk: openai.OpenAI, http: httpx.Client, folder: Path) -> None:
+    before = http.get("/v1/loras").json()
+    for name, words in (
+        ("huge", "huge"),
+        ("nan", "lora_B.weight holds values that are not numbers"),
+        ("rank", "rank 4096; ranks of 1 to 1024"),
+        ("other", "single_blocks.0.linear1"),
+        ("link", "lora_path takes a path within the folders of --lora-dir"),
+    ):
+        refused = http.post(LOAD, json={"lora_name": "new", "lora_path": f"{name}.safetensors"})
+        error = refused.json()["error"]
+        assert (refused.status_code, error["param"]) == (400, "lora_path")
+        assert words in error["message"]
+        assert str(folder) not in error["message"], "no client needs to know the folder"
+        if name != "link":
+            with pytest.raises(openai.BadRequestError, match=words) as failed:
+                make(sdk, name)
+            assert str(folder) not in str(failed.value)
+    assert http.get("/v1/loras").json() == before
+
+
 def test_a_script_brings_paths(
     tiny_model: Path, files: dict[str, Path], wanted: dict[tuple[float, float], np.ndarray], tmp_path: Path
 ) -> None:
@@ -239,7 +260,7 @@ def test_a_script_brings_paths(
         ):
             (output,) = omni.generate(PROMPT, OmniDiffusionSamplingParams(seed=5, **params))
             assert psnr(np.array(output.images[0]), wanted[scales]) >= 55
-        with pytest.raises(InvalidRequestError, match=r"the LoRA adapter .*broken.safetensors does not fit"):
+        with pytest.raises(InvalidRequestError, match=r"the LoRA adapter 'b' does not fit"):
             omni.generate(PROMPT, OmniDiffusionSamplingParams(lora_request=LoRARequest("b", broken)))
 
 

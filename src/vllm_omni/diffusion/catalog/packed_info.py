@@ -70,6 +70,8 @@ class PackedModelInfo(ModelInfo):
     """Numbers of ranks that can share the text encoder's weights."""
     tea_cache_coefficients: tuple[float, ...] | None = None
     """TeaCache's polynomial, highest power first; None: nobody has measured it for this model."""
+    num_streams: int = 1
+    """Sets of weights in a block, of which a token meets one: 2 where text and image tokens have their own."""
     token_multiple: int = 1
     """The model pads text and picture with tokens of its own, each to a multiple of this many tokens."""
     cross_attention_tokens: int | None = None
@@ -97,6 +99,11 @@ class PackedModelInfo(ModelInfo):
         return (
             super().sequence_cost(num_tokens) + num_tokens * (self.cross_attention_tokens or 0) / self.attention_tokens
         )
+
+    def adapter_cost(self, num_weights: int) -> float:
+        # By `attention_tokens`, a block's linear layers cost 4 width attention_tokens operations, two for each weight.
+        width = self.num_heads * self.head_dim
+        return num_weights / self.num_streams / (2 * width * self.attention_tokens * self.num_blocks)
 
     def check_settings(self, config: OmniDiffusionConfig) -> None:
         for name in ("enable_cpu_offload", "enable_layerwise_offload"):

@@ -15,6 +15,7 @@ from typing import Any
 
 from vllm_omni.diffusion.catalog.configs import MIN_FLOW_SHIFT
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
+from vllm_omni.diffusion.control.adapter_prices import num_adapter_weights
 from vllm_omni.diffusion.control.adapter_registry import AdapterRegistry
 from vllm_omni.diffusion.control.adapters import recipes_of, resolve_loras
 from vllm_omni.diffusion.control.admission import check_number
@@ -229,10 +230,16 @@ class RequestBuilder:
         if info.shares_encodings:  # each replica encodes prompt and pictures once; all outputs begin together
             share = min(1.0, self._config.parallel.data_parallel_size / num_outputs)
         is_cut = info.num_encoded_frames(request.images, request.num_frames) > 1
+        step = sum(map(info.sequence_cost, lengths))
+        overhead = 0.0
+        if request.loras:
+            step += sum(lengths) * info.adapter_cost(num_adapter_weights(request.loras))
+            # Each adapter launches about as many products as the step itself.
+            overhead = len(request.loras) * ready.step_overhead_seconds / ready.seconds_per_unit
         return RequestCost(
             encode=share * (encode_text + encode_images),
             encode_video=share * encode_images if is_cut else 0.0,
-            step=(1.0 if request.strength is None else request.strength) * sum(map(info.sequence_cost, lengths)),
+            step=(1.0 if request.strength is None else request.strength) * step + overhead,
             decode=ready.decode_units_per_token * info.num_decoded_tokens(*video),
             branch_tokens=lengths,
         )

@@ -91,13 +91,14 @@ class AdapterService:
         return self._answer(f"Success: LoRA adapter '{body.lora_name}' removed successfully.", body, request)
 
     async def _read(self, request: Request, model: type[Body]) -> Body:
-        """Body of a request to load or unload. Raises HTTPException (404) without --enable-lora-loading."""
+        """Body of a request to load or unload. Raises as `load`."""
         if not self.is_enabled:
             raise HTTPException(404, NOT_ENABLED)
         with self.pictures.budget.reserve() as reservation:
             body = await self.bodies.model(request, reservation, model, self.pictures.settings.max_body_bytes)
-        if self.pictures.omni.ready is None:
-            raise UnavailableError("The model is still loading.", retry_after=1.0)
+        state = self.pictures.omni.status().state
+        if self.pictures.omni.ready is None or state not in ("running", "restarting"):
+            raise UnavailableError(f"The engine loads and unloads no adapters: it is {state}.", retry_after=1.0)
         return body
 
     def _answer(self, text: str, body: RequestBody, request: Request) -> Response:
@@ -108,15 +109,17 @@ class AdapterService:
 
     def list(self) -> LoRAList:
         """Adapters that requests may name."""
-        folders = self.pictures.omni.config.lora_dirs
+        omni = self.pictures.omni
+        states = omni.adapter_states()
         cards = [
             LoRACard(
                 id=adapter.name,
-                file=path_in_folders(adapter.file, folders),
+                file=path_in_folders(adapter.file, omni.config.lora_dirs),
                 source=adapter.source,
+                state=states.get(adapter.name, "disk"),
                 defaults=dict(adapter.defaults),
             )
-            for adapter in self.pictures.omni.adapters
+            for adapter in omni.adapters
         ]
         return LoRAList(data=cards)
 
