@@ -35,7 +35,7 @@ from vllm_omni.diffusion.control.resuming import with_checkpoints
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.checkpoint import Checkpoint
 from vllm_omni.diffusion.messages.plan import WorkerReady
-from vllm_omni.errors import InvalidRequestError, RequestError, UnavailableError
+from vllm_omni.errors import InvalidRequestError, RequestError, RequestGivenBackError, UnavailableError
 from vllm_omni.foreign.class_decorators import explain_attributes
 from vllm_omni.inputs.adapters import AdapterState, AdapterStats
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, PromptLike, parse_prompt
@@ -249,6 +249,12 @@ class AsyncOmni:
         self.owner.check_loop()
         if job := self._jobs.get(request_id):
             self._engine.abort(job.pending)
+
+    def give_back(self, request_id: str) -> None:
+        """Stop a request as `abort` does, for a video job that goes back to its store: nobody has given it up."""
+        self.owner.check_loop()
+        if job := self._jobs.get(request_id):
+            self._engine.abort(job.pending, RequestGivenBackError("its video job goes back to the store"))
 
     def request_checkpoint(self, request_id: str) -> None:
         """Ask for a checkpoint of each unfinished output of a request, as it is after the step that runs.

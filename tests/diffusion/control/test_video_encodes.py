@@ -86,6 +86,9 @@ def test_steps_of_a_short_request_run_between_the_pieces(policy: str) -> None:
     while not encodes_of(runner.plans):
         run_one(scheduler, runner)
     scheduler.add([make_scheduled("short", 64, 2)])
+    run_one(scheduler, runner)
+    run_one(scheduler, runner)
+    assert (scheduler.num_running, scheduler.num_waiting) == (2, 0)
     plans = plans_until_done(scheduler, runner)
     items = [item for plan in plans for item in items_of(plan) if not item.startswith("video: d")]
     assert (

@@ -121,7 +121,8 @@ class EngineObserver:
     def on_finish(self, request: DiffusionRequest, timings: dict[str, float], outcome: str, reason: str) -> None:
         """Note the end of a request.
 
-        `outcome`: completed | aborted | failed | refused (the model found the request invalid).
+        `outcome`: completed | aborted | given back (the video job of the request goes back to the store) | failed |
+        refused (the model found the request invalid).
         `reason`: a few words, empty for a completed request. It never quotes the client's text.
         """
 

@@ -199,8 +199,7 @@ class ModelRunner:
         Ranks may skip different ones: an abort reaches them at different times, and a request may fail on one rank.
         """
         ids = [*plan.encode, *plan.denoise, *plan.decode]
-        new = {request.request_id for request in plan.new_requests}
-        known = [i in self._requests and (i in self._states or i in new) for i in ids]
+        known = [i in self._requests and (i in self._states or i in plan.encode) for i in ids]
         votes = [not k or i in self._skipped or i in result.errors for i, k in zip(ids, known)]
         *skipped, lacks_memory = self.ranks.unite([*votes, self._lacks_memory])
         if lacks_memory:

@@ -22,6 +22,7 @@ from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.families.wan.vae import WanEncoder
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import DiffusionParallelConfig
+from vllm_omni.diffusion.messages.plan import EncodePiece, StepPlan
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.diffusion.messages.worker import RankInfo
 
@@ -121,6 +122,19 @@ def test_a_piece_that_fails_fails_its_request_alone(
     assert replica.run().keys() == {"ends"}
     assert {i: error.message for i, error in replica.errors.items()} == {"long": "poisoned"}
     assert counted.num_calls == 2 + 2
+
+
+def test_a_piece_that_was_sent_before_the_failure_of_another_is_skipped(
+    runner: ModelRunner, replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(WanEncoder, "encode_next", counted := Counted(WanEncoder.encode_next, fails_at=1))
+    (long, _) = requests_of(runner)
+    first, second = ({"long": EncodePiece(n, n + 1)} for n in (0, 1))
+    result = runner.execute(StepPlan(0, new_requests=[long], encode=["long"], encode_pieces=first))
+    assert result.errors.keys() == {"long"}
+    assert runner.execute(StepPlan(1, encode=["long"], encode_pieces=second)).errors == {}
+    runner.execute(StepPlan(2, release=["long"]))
+    assert counted.num_calls == 1
 
 
 class Counted:
