@@ -9,6 +9,7 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from ..demo_model.card import hashes
@@ -35,7 +36,7 @@ prompted thing fits the picture best, of all {things} and the lighthouse. Sizes 
 
 ## Data, licence, attribution
 
-{data} The weights are under the MIT licence; NOTICE in the source carries the notices.
+{data}
 
 ## Training it again
 
@@ -121,7 +122,9 @@ def write(name: str, folder: Path, numbers: dict[str, Any]) -> None:
         prompts=numbers["prompts"],
         things=numbers["things"],
         table=table(name, numbers),
-        data=DATA[name],
+        data=fill(
+            f"{DATA[name]} The weights are under the MIT licence; NOTICE in the source carries the notices.", 120
+        ),
         steps=f"{length.steps:,}",
         batch=length.batch,
         unit="pictures" if name == "fast" else f"scenes, each at {length.draws} times",
