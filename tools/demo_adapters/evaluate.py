@@ -26,7 +26,7 @@ from .things import LABELS, LIGHTHOUSE, load_sprites
 
 SIZES = (NATIVE, (96, 96), (128, 128))
 NAMES = ("night", "lighthouse", "fast")
-FAST = {"steps": distil.STEPS, "guidance": 1.0}
+FAST: dict[str, Any] = {"steps": distil.STEPS, "guidance": 1.0}
 SHOWN = ("a lighthouse", "red apple", "a panda on a pink background", "a taxi", "a lighthouse left of a full moon")
 ROWS: tuple[tuple[str, dict[str, float], dict[str, Any]], ...] = (
     ("no adapter", {}, {}),
