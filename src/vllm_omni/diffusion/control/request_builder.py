@@ -17,6 +17,7 @@ from typing import Any
 from vllm_omni.diffusion.catalog.configs import MIN_FLOW_SHIFT
 from vllm_omni.diffusion.catalog.folder_files import DEFAULTS_FILE
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
+from vllm_omni.diffusion.control.adapter_registry import AdapterRegistry
 from vllm_omni.diffusion.control.adapters import resolve_loras
 from vllm_omni.diffusion.control.admission import check_number
 from vllm_omni.diffusion.control.frames import FrameLimits, shown_seconds
@@ -70,8 +71,16 @@ class CheckedPrompt:
 class RequestBuilder:
     """Builds the requests of callers' prompts and sampling parameters, for one model on one engine."""
 
-    def __init__(self, config: OmniDiffusionConfig, info: ModelInfo, ready: WorkerReady) -> None:
+    def __init__(
+        self,
+        config: OmniDiffusionConfig,
+        info: ModelInfo,
+        ready: WorkerReady,
+        adapters: AdapterRegistry | None = None,
+    ) -> None:
+        """adapters: those that requests may name; None: those of the config."""
         self._config = config
+        self._adapters = AdapterRegistry(config) if adapters is None else adapters
         self._info = info
         self._ready = ready
         self._tokenizing = threading.Lock()
@@ -126,7 +135,7 @@ class RequestBuilder:
             cache=self._config.cache_backend != "none" and filled.cache is not False,
             images=tuple(prompt.images),
             strength=filled.strength,
-            loras=resolve_loras(filled, self._config, self._info),
+            loras=resolve_loras(filled, self._config, self._info, self._adapters),
             num_frames=filled.num_frames or 1,
             fps=self._info.default_fps if filled.fps is None else filled.fps,
             guidance_scale_2=self._second_scale(filled.guidance_scale_2),
@@ -231,7 +240,7 @@ def check_defaults(config: OmniDiffusionConfig, info: ModelInfo) -> None:
         params = OmniDiffusionSamplingParams(**values)
         _check_supported(prompt, params, info)
         _check_values(_fill(params, info.default_sampling_params), config, info)
-        resolve_loras(params, config, info)
+        resolve_loras(params, config, info, AdapterRegistry(config))
     except InvalidRequestError as error:
         raise ConfigError(_blame(error, config, info)) from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -99,6 +99,8 @@ class TrackedRequests:
         self._tracked: dict[str, _Tracked] = {}
         self._is_empty = asyncio.Event()
         self._is_empty.set()
+        self._next_end = asyncio.Event()
+        """Set at the end of a request, and replaced by a new one."""
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._tracked
@@ -110,6 +112,11 @@ class TrackedRequests:
     async def wait_until_empty(self) -> None:
         """Wait until every request has ended."""
         await self._is_empty.wait()
+
+    async def wait_for_ends(self, is_meant: Callable[[DiffusionRequest], bool]) -> None:
+        """Wait until no request is left for which `is_meant` holds."""
+        while any(is_meant(tracked.request.request) for tracked in self._tracked.values()):
+            await self._next_end.wait()
 
     def add(self, requests: Sequence[ScheduledRequest], events: asyncio.Queue[EngineEvent]) -> None:
         """Track `requests`, whose events go into `events`."""
@@ -182,6 +189,8 @@ class TrackedRequests:
         else:
             tracked.events.put_nowait(Finished(request_id, outcome, timings))
             self._observer.on_finish(tracked.request.request, timings, "completed", "")
+        self._next_end.set()
+        self._next_end = asyncio.Event()
         if not self._tracked:
             self._is_empty.set()
 

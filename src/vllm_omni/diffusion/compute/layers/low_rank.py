@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple, Protocol, Self, runtime_checkable
@@ -47,6 +47,11 @@ class LayerWeights:
         found = self.down.data_ptr(), {up.columns.start: up.weight.data_ptr() for up in self.ups}
         assert all(weight.is_contiguous() for weight in (self.down, *(up.weight for up in self.ups)))
         return found
+
+    def to(self, device: torch.device) -> LayerWeights:
+        """The same weights on a device."""
+        ups = tuple(replace(up, weight=up.weight.to(device)) for up in self.ups)
+        return LayerWeights(self.down.to(device), ups)
 
 
 class RowRange(NamedTuple):
