@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_omni.diffusion.compute.distributed.groups import Group
-from vllm_omni.diffusion.compute.layers.low_rank import LayerChange
+from vllm_omni.diffusion.compute.layers.low_rank import Adaptable
 from vllm_omni.diffusion.compute.layers.rounding import Rows
 
 
@@ -36,10 +36,8 @@ class KeepsFloat32(Protocol):
     """Names of these parameters, which the module itself owns."""
 
 
-class Linear(nn.Linear):
+class Linear(Adaptable, nn.Linear):
     """y = x W^T + b, and the changes of adapters."""
-
-    change: LayerChange | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         if self.change is None:

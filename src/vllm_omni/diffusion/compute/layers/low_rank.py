@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple, Protocol, Self, runtime_checkable
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.layers.rounding import Rows
@@ -166,10 +166,12 @@ def torch_changes(layers: Sequence[AdaptedLayer], device: torch.device) -> list[
     return [TorchChange([(rows(ranges), weights) for weights, ranges in layer.parts]) for layer in layers]
 
 
-@runtime_checkable
-class Adaptable(Protocol):
-    """A layer that adds the changes of adapters to its output."""
+class Adaptable(nn.Module):
+    """A layer that adds the changes of adapters to its output.
 
-    weight: torch.nn.Parameter
-    change: LayerChange | None
+    No protocol: from Python 3.12 on, `isinstance` with a protocol does not find the parameters of a module.
+    """
+
+    weight: Tensor
+    change: LayerChange | None = None
     """Changes while a step with adapters runs; None: the layer computes as if there were no adapters."""
