@@ -143,13 +143,10 @@ class BackendTrial:
         candidates = [name for name in self.classes if name not in refusals]
         if len(candidates) == 1:
             return AttentionChoice(candidates[0])
-        seconds = {}
-        for name in candidates:
-            try:
-                measured = measure(self.classes[name](), self.task, self.elapsed)
-            except Exception as error:  # a kernel may raise anything; the other ranks learn of it by the infinite time
-                refusals[name], measured = _reason(error), math.inf
-            seconds[name] = self.ranks.agree(measured)
+        measured, failures = measure({name: self.classes[name] for name in candidates}, self.task, self.elapsed)
+        refusals |= failures
+        # The other ranks learn of a failure by the infinite time.
+        seconds = {name: self.ranks.agree(measured.get(name, math.inf)) for name in candidates}
         running = {name: value for name, value in seconds.items() if value < math.inf}
         for name in seconds.keys() - running.keys():
             refusals.setdefault(name, "fails on another rank")
@@ -174,12 +171,38 @@ class BackendTrial:
         return {n: reason or "does not run on another rank" for (n, reason), no in zip(reasons.items(), refused) if no}
 
 
-def measure(backend: AttentionBackend, task: AttentionTask, elapsed: Callable[[Callable[[], object]], float]) -> float:
-    """Seconds of a call: the median, plus its part of the first call's extra time for new lengths."""
-    run = task.prepare(backend)
-    steady = statistics.median([elapsed(run) for _ in range(WARM_UP_RUNS + TIMED_RUNS)][WARM_UP_RUNS:])
-    first = elapsed(replace(task, lengths=tuple(n + 1 for n in task.lengths)).prepare(backend))
-    return steady + max(0.0, first - steady) / task.num_calls
+def measure(
+    classes: Mapping[AttentionBackendName, Callable[[], AttentionBackend]],
+    task: AttentionTask,
+    elapsed: Callable[[Callable[[], object]], float],
+) -> tuple[dict[AttentionBackendName, float], dict[AttentionBackendName, str]]:
+    """Seconds of a call of each backend that runs, and the reasons of the others.
+
+    Seconds are the median, plus a call's part of the first call's extra time for new lengths. The backends take turns:
+    a GPU is faster after a rest, so that the one timed first would win over faster ones.
+    """
+    backends: dict[AttentionBackendName, AttentionBackend] = {}
+    runs: dict[AttentionBackendName, Callable[[], object]] = {}
+    times: dict[AttentionBackendName, list[float]] = {name: [] for name in classes}
+    failures: dict[AttentionBackendName, str] = {}
+    longer = replace(task, lengths=tuple(n + 1 for n in task.lengths))
+    for turn in range(WARM_UP_RUNS + TIMED_RUNS + 1):
+        for name in [name for name in classes if name not in failures]:
+            try:
+                if turn == 0:
+                    backends[name] = classes[name]()
+                    runs[name] = task.prepare(backends[name])
+                elif turn == WARM_UP_RUNS + TIMED_RUNS:
+                    runs[name] = longer.prepare(backends[name])
+                times[name].append(elapsed(runs[name]))
+            except Exception as error:  # a kernel may raise anything
+                failures[name] = _reason(error)
+    seconds = {}
+    for name in [name for name in classes if name not in failures]:
+        *same, first = times[name]
+        steady = statistics.median(same[WARM_UP_RUNS:])
+        seconds[name] = steady + max(0.0, first - steady) / task.num_calls
+    return seconds, failures
 
 
 def _reason(error: Exception) -> str:
