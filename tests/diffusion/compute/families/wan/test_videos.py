@@ -123,9 +123,11 @@ def check(images: Mapping[str, np.ndarray], requests: Sequence[DiffusionRequest]
         assert score >= 60, f"{request.request_id}: {score:.1f} dB"
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=pytest.mark.thorough if k in ("i2v-2.1", "i2v-a14b") else ()) for k in KINDS]
-)
+OTHER_RUNS = {"i2v-a14b": pytest.mark.thorough, "t2v-2.1": pytest.mark.layouts, "i2v-2.1": pytest.mark.layouts}
+"""Kinds whose parts are each in another kind, too."""
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=OTHER_RUNS.get(kind, ())) for kind in KINDS])
 def test_a_mixed_batch_draws_what_diffusers_draws(tmp_path: Path, kind: str) -> None:
     path = build_tiny_wan(tmp_path / "model", kind, default_sampling_params=SMALL)
     info = load_model_info(str(path))
