@@ -22,18 +22,14 @@ from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.control.adapter_loading import AdapterLoading
 from vllm_omni.diffusion.control.adapter_registry import AdapterRegistry
 from vllm_omni.diffusion.control.compiled_packages import check_compiled_packages
+from vllm_omni.diffusion.control.default_checks import check_default_prompt, check_defaults, check_recipe
 from vllm_omni.diffusion.control.engine import DiffusionEngine
 from vllm_omni.diffusion.control.events import EngineObserver, EngineStatus
 from vllm_omni.diffusion.control.executor import make_executor
 from vllm_omni.diffusion.control.executor.launch import EarlyWorkers
 from vllm_omni.diffusion.control.owner import EngineOwner
 from vllm_omni.diffusion.control.replicas import Replicas
-from vllm_omni.diffusion.control.request_builder import (
-    CheckedPrompt,
-    RequestBuilder,
-    check_default_prompt,
-    check_defaults,
-)
+from vllm_omni.diffusion.control.request_builder import CheckedPrompt, RequestBuilder
 from vllm_omni.diffusion.control.resuming import with_checkpoints
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.checkpoint import Checkpoint
@@ -269,7 +265,8 @@ class AsyncOmni:
         """Serve another adapter: see `AdapterLoading.load`. Requests that run go on. Raises InvalidRequestError."""
         self._started_builder()
         self.owner.check_loop()
-        await self._loading.load(request, defaults, replace)
+        recipe = check_recipe(request.name, defaults or {}, "load_lora", self.config, self.info)
+        await self._loading.load(request, recipe, replace)
 
     async def unload_lora(self, name: str) -> None:
         """Stop serving an adapter: see `AdapterLoading.unload`. Raises InvalidRequestError."""

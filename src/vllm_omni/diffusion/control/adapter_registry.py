@@ -11,8 +11,9 @@ from pathlib import Path
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.adapter_files import adapter_file, file_stamp
+from vllm_omni.inputs.adapter_names import check_adapter_name, is_adapter_name, listed
 from vllm_omni.inputs.adapters import ServedAdapter
-from vllm_omni.inputs.field_values import WrongValueError
+from vllm_omni.inputs.field_values import WrongValueError, shown
 
 SETTLED_NS = 2 * 10**9
 """Age in nanoseconds from which the modification time of a folder tells a later change apart."""
@@ -76,16 +77,23 @@ class AdapterRegistry:
         """Adapter of this name. Raises InvalidRequestError, with the names that are served, for any other."""
         if (adapter := self.get(name)) is None:
             raise InvalidRequestError(
-                f"there is no LoRA adapter {name[:_MAX_ECHO]!r}; served: {', '.join(self.names()) or 'none'}",
+                f"there is no LoRA adapter {name[:_MAX_ECHO]!r}; served: {listed(self.names())}",
                 param=param,
             )
         return adapter
 
     def check_free(self, name: str) -> None:
-        """Raise InvalidRequestError for a name that an adapter has."""
-        if (adapter := self.get(name)) is not None:
+        """Raise InvalidRequestError for a name that no adapter may have, or that one has which was loaded.
+
+        A file that a folder lists may be loaded under its own name.
+        """
+        try:
+            check_adapter_name(name)
+        except WrongValueError as error:
+            raise InvalidRequestError(f"an adapter takes {error}, got {shown(name)}", param="name") from error
+        if name in self._adapters:
             raise InvalidRequestError(
-                f"the LoRA adapter {name[:_MAX_ECHO]!r} is served already, from {adapter.file}", param="name"
+                f"the LoRA adapter {name!r} has already been loaded; to replace it, load it in place", param="name"
             )
 
     def put(self, adapter: ServedAdapter) -> None:
@@ -147,8 +155,9 @@ class AdapterFolder:
                 file = adapter_file(entry.path)
             except (WrongValueError, OSError):  # no adapter, or gone meanwhile
                 continue
-            if _is_within(file, self._folder):
-                files[entry.name.removesuffix(".safetensors")] = str(file)
+            name = entry.name.removesuffix(".safetensors")
+            if _is_within(file, self._folder) and is_adapter_name(name):
+                files[name] = str(file)
         return _Listing(times, files)
 
 

@@ -322,8 +322,8 @@ class DiffusionEngine:
             if load := self._adapter_loads.get(holder):
                 if not load.done():
                     load.set_exception(request_error(error))
-            elif holder in self._tracked:
-                self._tracked.end(holder, request_error(error))
+            else:
+                self._tracked.fail(holder, error)
         self._wakeup.set()
 
     def _may_send(self) -> bool:
@@ -386,7 +386,7 @@ class DiffusionEngine:
                 # Errors of other kinds than `internal` are explained by their message.
                 trace = f"\n{error.traceback}" if error.kind == "internal" else ""
                 logger.error("request %s failed (%s): %s%s", request_id, error.kind, error.message, trace)
-            self._tracked.end(request_id, request_error(error))
+            self._tracked.fail(request_id, error)
         self._tracked.start_again(update.replayed)
 
     async def _restart(self, error: WorkerDiedError) -> None:

@@ -20,10 +20,10 @@ from vllm_omni.diffusion.control.events import (
     Started,
     StepDone,
 )
-from vllm_omni.diffusion.control.request_errors import outcome_of
+from vllm_omni.diffusion.control.request_errors import outcome_of, request_error
 from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.diffusion.messages.checkpoint import Checkpoint
-from vllm_omni.diffusion.messages.plan import STAGES, StepPlan, StepResult
+from vllm_omni.diffusion.messages.plan import STAGES, ItemError, StepPlan, StepResult
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.errors import RequestError
 
@@ -178,6 +178,11 @@ class TrackedRequests:
         pixels = self._tracked[request_id].video if image is None else image
         assert pixels is not None, "a request is finished after its last decode"
         self.end(request_id, pixels)
+
+    def fail(self, request_id: str, error: ItemError) -> None:
+        """End a request with a worker's error. Unknown ids are ignored."""
+        if request_id in self:
+            self.end(request_id, request_error(error, self.request(request_id).loras))
 
     def end(self, request_id: str, outcome: np.ndarray | RequestError) -> None:
         """Put the last event, pixels or an error, into the request's queue and forget the request."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from tests.diffusion.compute.families.z_image import test_pictures as z_image
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.weights.adapter_layers import COMPONENTS
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
+from vllm_omni.diffusion.control.adapter_prices import num_adapter_weights
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import StepPlan
 from vllm_omni.diffusion.messages.request import DiffusionRequest, LoRA
@@ -189,6 +191,17 @@ def test_neighbours_do_not_notice(bench: Bench) -> None:
     for request in base:
         assert psnr(alone[request.request_id], together.images[request.request_id]) >= 60
         assert np.array_equal(alone[request.request_id], after[request.request_id])
+
+
+def test_a_token_is_priced_by_the_weights_that_it_meets(bench: Bench, tmp_path: Path) -> None:
+    """Rank * (inputs + outputs) for each inputs * outputs of the layers that an image token passes."""
+    in_blocks = {name: pair for name, pair in bench.pairs[0].items() if re.match(r"(\w*blocks|layers)\.\d", name)}
+    not_met = r"_mod\.|modulation|\.add_|to_add_out|txt_"  # modulation, and the text's own layers
+    met = [pair for name, pair in in_blocks.items() if not re.search(not_met, name)]
+    share = sum(a.numel() + b.numel() for a, b in met) / sum(a.shape[1] * b.shape[0] for a, b in met)
+    file = save_peft(in_blocks, tmp_path / "blocks.safetensors")
+    price = load_model_info(str(bench.path)).adapter_cost(num_adapter_weights([LoRA("a", str(file), 1.0)]))
+    assert 0.8 < price / share < 1.25
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from vllm_omni.diffusion.compute.weights.float8_scales import without_scales
+from vllm_omni.inputs.adapter_files import PEFT_CONFIG
 from vllm_omni.inputs.field_values import shown
 
 METADATA_KEY = "lora_adapter_metadata"
-"""Key of a file's header for the peft settings that diffusers saves, as JSON of `component.setting`."""
-PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-"""Files that peft saves in one folder: the weights, and the settings."""
+"""Key of a file's header for the peft settings that diffusers saves, as JSON of `component.setting` or of `setting`."""
+PEFT_FILE = "adapter_model.safetensors"
+"""File of the weights in a folder of peft; the settings are in PEFT_CONFIG beside it."""
 PEFT_PREFIX = "base_model.model."
 LOW_RANK = re.compile(
     r"(?P<layer>.+?)(?P<mark>[._](?:lora\d?|lora_linear_layer))?[._](?P<part>lora_A|lora_B|lora_down|lora_up|down|up)"
@@ -141,7 +143,7 @@ class AdapterFile:
                 metadata = opened.metadata() or {}
             # Read, not mapped: a file that is cut while its map is read ends the process (SIGBUS). The order of what is
             # loaded is random, and ranks need the same.
-            weights = dict(sorted(safetensors.torch.load(file.read_bytes()).items()))
+            weights = without_scales(dict(sorted(safetensors.torch.load(file.read_bytes()).items())))
             configs = _read_configs(file, metadata)
         except (OSError, SafetensorError, ValueError) as error:
             raise AdapterFileError(str(error)) from error
@@ -292,7 +294,7 @@ def _read_configs(file: Path, metadata: Mapping[str, str]) -> dict[str, dict[str
     """Settings of peft by component. Raises ValueError for invalid JSON and for values that peft does not take."""
     configs: dict[str, dict[str, Any]] = {}
     for name, value in _json_object(METADATA_KEY, metadata.get(METADATA_KEY, "{}")).items():
-        component, _, setting = name.partition(".")
+        component, _, setting = name.rpartition(".")  # a model saves its settings without its component's name
         configs.setdefault(component, {})[setting] = value
     for place in _with_link_targets(file):
         beside = place.parent / PEFT_CONFIG
