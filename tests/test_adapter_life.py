@@ -21,9 +21,10 @@ from testbed.patience import GUARD_SECONDS
 from testbed.runner_driver import psnr
 from testbed.tiny_adapters import random_pairs, save_peft, transformer_of
 from vllm_omni import AsyncOmni
+from vllm_omni.diffusion.compute.step.adapters import LoadedAdapter
 from vllm_omni.diffusion.compute.weights.adapter_layers import AdapterReader
 from vllm_omni.diffusion.control.resident_adapters import ResidentAdapters
-from vllm_omni.errors import InvalidRequestError, RequestAbortedError
+from vllm_omni.errors import GenerationError, InvalidRequestError, RequestAbortedError
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams
 from vllm_omni.jobs import OutputStream
 
@@ -60,7 +61,9 @@ class Life:
         self.versions[name] = number = (self.versions.get(name, 0) + 1) % 2
         if not (copy := self.archived(name)).exists():
             copy.parent.mkdir(exist_ok=True)
-            save_peft(random_pairs(self.transformer, 10 * NAMES.index(name) + number, part="attn", size=2.0), copy)
+            index = NAMES.index(name)  # every other one changes modulation, too
+            pairs = random_pairs(self.transformer, 10 * index + number, part=("attn", "")[index % 2], size=1.0)
+            save_peft(pairs, copy)
         shutil.copy(copy, new := self.folder / "new")
         os.replace(new, self.file(name))
 
@@ -240,4 +243,23 @@ async def test_loads_unloads_and_replaced_files_while_requests_run(
         assert psnr(takes, await life.alone(((life.archived("c"), 1.0),))) >= 60
         assert psnr(takes, life.pictures[(old, 1.0),]) < 45
 
+        await run_without_memory(life, monkeypatch)
         await run_random_events(life, 30)
+
+
+async def run_without_memory(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy to the device that fails is the error of its request alone, and leaves nothing behind."""
+
+    def lack(adapter: LoadedAdapter, device: torch.device) -> LoadedAdapter:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    beside = asyncio.create_task(life.draw(life.submit([], steps=6)))
+    await life.next_step()
+    with monkeypatch.context() as patched:
+        patched.setattr(LoadedAdapter, "to", lack)
+        with pytest.raises(GenerationError, match="not enough memory"):
+            await life.draw(life.submit([LoRARequest("e", life.file("e"))]))
+    await beside
+    assert life.resident.num_held == 0
+    again = await life.draw(life.submit([LoRARequest("e", life.file("e"))]))
+    assert psnr(again, await life.alone(((life.archived("e"), 1.0),))) >= 60

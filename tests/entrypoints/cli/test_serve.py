@@ -151,7 +151,13 @@ def test_the_key_is_asked_for_with_an_error_object(server: Shared) -> None:
 
 
 def test_served_names(client: httpx.Client) -> None:
-    assert [card["id"] for card in client.get("/v1/models").json()["data"]] == ["gpt-image-1", "demo", "night", "lighthouse", "fast"]
+    assert [card["id"] for card in client.get("/v1/models").json()["data"]] == [
+        "gpt-image-1",
+        "demo",
+        "night",
+        "lighthouse",
+        "fast",
+    ]
     assert 'model_name="gpt-image-1"' in client.get("/metrics").text
 
 
