@@ -61,6 +61,8 @@ FAMILIES = {
     ),
 }
 WITH_PREVIEWS = ("qwen_image", "edits", "z_image", "wan")
+IN_LAYOUTS = [pytest.param(name, marks=pytest.mark.layouts) for name in ("edits", "z_image")]
+"""Families whose workers are killed in the layouts' run: each new process imports PyTorch, for 5 seconds."""
 
 
 @pytest.fixture(autouse=True)
@@ -125,7 +127,7 @@ async def test_previews_come_in_time_and_who_leaves_disturbs_nobody(family: tupl
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("family", ["edits", "z_image", "wan", "by_diffusers"], indirect=True)
+@pytest.mark.parametrize("family", [*IN_LAYOUTS, "wan", "by_diffusers"], indirect=True)
 async def test_a_replay_draws_the_same_picture(family: tuple[Path, dict[str, Any]]) -> None:
     path, prompt = family
     async with started(path, "mp") as omni:
@@ -152,7 +154,7 @@ class Resumes(EngineObserver):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("family", ["edits", "z_image", "wan"], indirect=True)
+@pytest.mark.parametrize("family", [*IN_LAYOUTS, "wan"], indirect=True)
 async def test_a_killed_worker_costs_the_steps_since_the_newest_checkpoint(family: tuple[Path, dict[str, Any]]) -> None:
     path, prompt = family
     resumes = Resumes()

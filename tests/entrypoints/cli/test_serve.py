@@ -280,22 +280,6 @@ def test_a_second_signal_on_a_unix_socket_ends_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.thorough
-def test_the_model_in_the_servers_own_process() -> None:
-    flags = ("--host", "127.0.0.1", "--port", "0", "--distributed-executor-backend", "uni")
-    with server_process(*flags) as server:
-        url = server.address()
-        server.wait_until_ready()
-        assert server.workers() == []
-        with httpx.Client(base_url=url) as client:
-            generation = start_generation(client, 2)
-            generation.join()
-            assert generation.response.status_code == 200
-        server.wait_for_line(r"Request \S+-0 completed: 64x64, 2 of 2 steps computed, 0 cached; \d+\.\d\d s queued, ")
-        assert "red apple" not in server.output
-        assert stop(server) == 0
-
-
-@pytest.mark.thorough
 def test_a_server_that_loads_says_so_and_a_signal_ends_it_in_good_order() -> None:
     with server_process("--host", "127.0.0.1", "--port", "0") as server:
         (worker,) = wait_for(server.workers)
