@@ -19,8 +19,8 @@ from __future__ import annotations
 import argparse
 import copy
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -136,50 +136,33 @@ class Batch:
 
 @dataclass(frozen=True)
 class Measurement:
-    rank: int = 0
-    """Rank of the adapters; 0: none."""
-    count: int = 0
+    rank: int
+    """Rank of the adapters."""
+    count: int
     """Number of different adapters."""
-    way: str = ""
-    has_graphs: bool = True
+    way: str
 
     def __str__(self) -> str:
-        graphs = "" if self.has_graphs else ", without CUDA graphs"
-        if not self.rank:
-            return f"no adapter{graphs}"
-        return f"{self.count} of rank {self.rank}, {self.way}{graphs}"
-
-    @property
-    def base(self) -> Measurement:
-        return Measurement(has_graphs=self.has_graphs)
+        return f"{self.count} of rank {self.rank}, {self.way}"
 
 
-def measurements(
-    ranks: Sequence[int], counts: Sequence[int], ways: Sequence[str], has_graphs: bool
-) -> Iterator[Measurement]:
+def measurements(ranks: Sequence[int], counts: Sequence[int], ways: Sequence[str]) -> Iterator[Measurement]:
     """Measurements of one batch: the first way of all ranks and counts, and the others of the first rank and of the
     most adapters. `loop first` takes one adapter."""
     most = max(counts)
     first, *others = ways
-    yield Measurement()
     for rank in ranks:
         for count in counts:
             yield Measurement(rank, count, first)
     for way in others:
         if most == 1 or way != "loop first":
             yield Measurement(ranks[0], most, way)
-    if has_graphs:
-        yield Measurement(has_graphs=False)
-        for way in ways:
-            if most == 1 or way != "loop first":
-                yield Measurement(ranks[0], most, way, has_graphs=False)
 
 
 class Bench:
     def __init__(self, runner: ModelRunner, seconds: float) -> None:
         assert isinstance(runner.pipeline, FlowPipeline), "a packed family"
         self.pipeline: Pipeline = runner.pipeline
-        self._capturer = self.pipeline.capturer
         self._seconds = seconds
         self._adapters: dict[tuple[int, int], LoadedAdapter] = {}
         self._kernels = self.pipeline.transformer.kernels
@@ -193,18 +176,28 @@ class Bench:
             self._adapters[rank, number] = random_adapter(self.pipeline, rank, number)
         return self._adapters[rank, number]
 
-    def step(self, states: Sequence[Any], its: Measurement) -> Spread:
+    def prepare(self, states: Sequence[Any], its: Measurement) -> None:
+        """Give the states their adapters, and run their steps once eagerly and once captured."""
         for i, state in enumerate(states):
-            state.composition = ((self.adapter(its.rank, i % its.count), 1.0),) if its.rank else ()
-        self.pipeline.capturer = self._capturer if its.has_graphs else None
-        kernels = copy.copy(self._kernels)
-        if its.way:
-            kernels.layer_changes = WAYS[its.way]
-        self.pipeline.transformer.kernels = kernels
-        spread = measure(lambda: self.pipeline.predict(states), self.device, warm_ups=WARM_UPS, budget=self._seconds)
-        for state in states:
             self.pipeline.forget(state)
-        return spread
+            state.composition = ((self.adapter(its.rank, i % its.count), 1.0),)
+        kernels = copy.copy(self._kernels)
+        kernels.layer_changes = WAYS[its.way]
+        self.pipeline.transformer.kernels = kernels
+        for _ in range(WARM_UPS):
+            self.pipeline.predict(states)
+
+    def step(self, states: Sequence[Any]) -> Spread:
+        return measure(lambda: self.pipeline.predict(states), self.device, warm_ups=0, budget=self._seconds)
+
+    @contextmanager
+    def eager(self) -> Iterator[None]:
+        """Run steps without CUDA graphs in the meantime."""
+        self.pipeline.capturer, kept = None, self.pipeline.capturer
+        try:
+            yield
+        finally:
+            self.pipeline.capturer = kept
 
     def merging(self, rank: int) -> Spread:
         adapter = self.adapter(rank, 0)
@@ -217,33 +210,50 @@ class Bench:
 
 
 @torch.inference_mode()
-def run(bench: Bench, batch: Batch, args: argparse.Namespace, max_tokens: int, deadline: float) -> list[Row]:
-    """Rows of one batch: the fastest of the rounds of each measurement, and its ratio to a step without adapters."""
-    states = [bench.pipeline.encode(request) for request in batch.requests(max_tokens)]
+def run(bench: Bench, batch: Batch, args: argparse.Namespace, max_tokens: int) -> list[Row]:
+    """Rows of one batch, with and without CUDA graphs where its steps are captured; then the times of merging."""
+    plain, adapted = ([bench.pipeline.encode(its) for its in batch.requests(max_tokens)] for _ in range(2))
     counts = [count for count in args.adapters if count <= batch.count] or [1]
     ways = list(WAYS)[0 if bench.device.type == "cuda" else list(WAYS).index("loop") :]
-    is_captured = sum(sum(state.sequence_lengths) for state in states) <= MAX_TOKENS
-    planned = list(measurements(args.ranks, counts, ways, is_captured and bench.pipeline.capturer is not None))
-    best: dict[Measurement, Spread] = {}
-    for number in range(args.rounds):
-        for its in planned:
-            if number and time.monotonic() > deadline:
-                break
-            spread = bench.step(states, its)
-            best[its] = min(spread, best.get(its, spread), key=lambda spread: spread.median)
+    planned = list(measurements(args.ranks, counts, ways))
+    for _ in range(WARM_UPS):
+        bench.pipeline.predict(plain)
+    rows = compare(bench, batch.text, plain, adapted, planned)
+    num_tokens = sum(sum(state.sequence_lengths) for state in plain)
+    if bench.pipeline.capturer is not None and num_tokens <= MAX_TOKENS:
+        most = [its for its in planned if (its.rank, its.count) == (args.ranks[0], max(counts))]
+        with bench.eager():
+            rows += compare(bench, f"{batch.text}, without CUDA graphs", plain, adapted, most)
+    for state in (*plain, *adapted):
+        bench.pipeline.forget(state)
+    return rows + [
+        Row.milliseconds(f"{batch.text}: merging one of rank {its}", bench.merging(its)) for its in args.ranks
+    ]
+
+
+def compare(
+    bench: Bench, name: str, plain: Sequence[Any], adapted: Sequence[Any], planned: Sequence[Measurement]
+) -> list[Row]:
+    """Rows of steps with adapters. Each is compared with the steps without that ran just before and just after it,
+    because a card's clocks drift by more than an adapter costs."""
+    bases, spreads = [], []
+    for its in planned:
+        bench.prepare(adapted, its)
+        bases.append(bench.step(plain))
+        spreads.append(bench.step(adapted))
+    bases.append(bench.step(plain))
+    rows = [Row.milliseconds(f"{name}: no adapter", min(bases, key=lambda spread: spread.median))]
     card = card_at_hand()
-    rows = []
-    for its, spread in best.items():
-        detail: dict[str, Any] = {"times a step without": spread.median / best[its.base].median}
-        predicted = None
-        if its.rank:
-            cost = bench.traffic(states, its)
-            detail |= {"GB": cost.num_bytes / 1e9, "TFLOP": cost.flops / 1e12}
-            if card is not None:
-                predicted = 1e3 * (best[its.base].median + cost.num_bytes / card.memory_bytes)
-        rows.append(Row.milliseconds(f"{batch.text}: {its}", spread, predicted, **detail))
-    for rank in args.ranks:
-        rows.append(Row.milliseconds(f"{batch.text}: merging one of rank {rank}", bench.merging(rank)))
+    for its, spread, before, after in zip(planned, spreads, bases, bases[1:], strict=False):
+        base, cost = (before.median + after.median) / 2, bench.traffic(adapted, its)
+        predicted = None if card is None else 1e3 * (base + cost.num_bytes / card.memory_bytes)
+        detail = {
+            "times a step without": spread.median / base,
+            "without (ms)": 1e3 * base,
+            "GB": cost.num_bytes / 1e9,
+            "TFLOP": cost.flops / 1e12,
+        }
+        rows.append(Row.milliseconds(f"{name}: {its}", spread, predicted, **detail))
     return rows
 
 
@@ -256,16 +266,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batches", nargs="+", help="default: 16:64x64, or those of the published size")
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--adapters", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--rounds", type=int, default=2, help="rounds in which all measurements take turns")
     parser.add_argument("--seconds", type=float, default=0.5, help="budget of one measurement")
-    parser.add_argument("--limit", type=float, default=100.0, help="seconds after which no further round begins")
     parser.add_argument("--out", type=Path, help="folder for lora.json")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    deadline = time.monotonic() + args.limit
     with tempfile.TemporaryDirectory() as folder:
         config = OmniDiffusionConfig(args.model, quantization=args.quantization)
         if args.published:
@@ -282,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 args.out / "lora.json", {"device": str(bench.device), "model": args.published or args.model}
             )
         for text in args.batches or (PUBLISHED_BATCHES if args.published else ["16:64x64"]):
-            rows = run(bench, Batch.parse(text), args, info.max_prompt_tokens, deadline)
+            rows = run(bench, Batch.parse(text), args, info.max_prompt_tokens)
             for row in rows:
                 print(row.line(), flush=True)
             if report is not None:

@@ -55,6 +55,7 @@ def random_adapter(pipeline: Pipeline, rank: int, seed: int) -> LoadedAdapter:
             for number, its in enumerate(targets)
         ]
         layers[path] = LayerWeights(random(parts * rank, targets[0].inputs, weight), tuple(ups))
+    assert layers, "no layer takes adapters"
     none: tuple[dict[str, LayerWeights], ...] = tuple({} for _ in pipeline.transformers[1:])
     return LoadedAdapter((layers, *none), tuple(False for _ in pipeline.transformers), f"{rank} {seed}")
 

@@ -382,10 +382,8 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         mine = [branches[i] for i in sharding.mine]
         text_lengths, image_lengths = [len(branch.text) for branch in mine], [lengths[i] for i in sharding.mine]
         pack = Pack.build(text_lengths, image_lengths, self._device, sharding.parts, sharding.index)
-        adapters = None
-        if any(branch.state.composition for branch in mine):
-            compositions = [branch.state.composition for branch in mine]
-            adapters = PackAdapters(self.transformers[index], index, pack, compositions)
+        compositions = [branch.state.composition for branch in mine]
+        adapters = PackAdapters(self.transformers[index], index, pack, compositions) if any(compositions) else None
         # Text and image of one sequence after another: the joint order.
         rotations = [sharding.part(r) for branch in mine for r in self.rotations(branch.state, len(branch.text))]
         forward = self.lay_out(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from tests.diffusion.compute.layers.kernels.test_fused import DEVICE, DTYPES, LIMITS, random
+from vllm_omni.diffusion.compute.layers.kernels import low_rank
 from vllm_omni.diffusion.compute.layers.kernels.low_rank import TILE_ROWS, grouped_changes, segments_of
 from vllm_omni.diffusion.compute.layers.low_rank import (
     AdaptedLayer,
@@ -95,6 +97,32 @@ def test_long_rows_are_split_and_an_empty_pack_is_left() -> None:
     around = changes[2].linear(x, weight, None) - wanted
     assert around[[0, 1, 2, 5, 6]].norm() <= 1e-5 * wanted.norm()
     assert changes[1].linear(x[:0], weight, None).shape == (0, OUTPUTS)
+
+
+@pytest.mark.parametrize("num_ranks", [16, 32, 64, 144])
+def test_what_usual_ranks_need_is_compiled_before(num_ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[set[tuple[object, ...]]] = [set()]
+
+    class Recorder:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args, **constants: launched[-1].add((self.name, *sorted(constants.items(), key=str)))
+
+    for name in ("_shrink", "_expand"):
+        monkeypatch.setattr(low_rank, name, Recorder(name))
+    low_rank.compile_changes(torch.float32, is_float8=True, device=DEVICE)
+    launched.append(set())
+    layer = AdaptedLayer([(weights_of((num_ranks,), torch.float32, 1), (RowRange(0, 9, 1.0),))], 9, OUTPUTS)
+    (change,) = grouped_changes([layer], DEVICE)
+    x, weight, bias = random(9, INPUTS), random(OUTPUTS, INPUTS), random(OUTPUTS)
+    for y in (change.linear(x, weight, None), change.linear(x, weight, bias)):
+        change.add_to(y, Float8Rows.of(x))
+    change.linear_gelu(x, weight, bias)
+    before, needed = launched
+    assert len(needed) == 6
+    assert needed <= before
 
 
 def _in_float64(layer: AdaptedLayer) -> AdaptedLayer:

@@ -16,7 +16,7 @@ from torch import Tensor
 from vllm_omni.diffusion.compute.layers import rounding
 from vllm_omni.diffusion.compute.layers.kernels.activations import gelu_by_tanh
 from vllm_omni.diffusion.compute.layers.kernels.group_norm import group_norm
-from vllm_omni.diffusion.compute.layers.kernels.low_rank import grouped_changes
+from vllm_omni.diffusion.compute.layers.kernels.low_rank import compile_changes, grouped_changes
 from vllm_omni.diffusion.compute.layers.kernels.reference import Projected, TorchKernels
 from vllm_omni.diffusion.compute.layers.low_rank import AdaptedLayer, LayerChange
 from vllm_omni.diffusion.compute.layers.rounding import FLOAT8, LARGEST, Float8Rows, Rows
@@ -34,6 +34,9 @@ class TritonKernels(TorchKernels):
 
     def layer_changes(self, layers: Sequence[AdaptedLayer], device: torch.device) -> list[LayerChange]:
         return grouped_changes(layers, device)
+
+    def compile_changes(self, dtype: torch.dtype, is_float8: bool, device: torch.device) -> None:
+        compile_changes(dtype, is_float8, device)
 
     def norm_modulate(
         self, x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None, eps: float, float8: bool = False

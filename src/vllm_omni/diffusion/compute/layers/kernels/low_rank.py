@@ -23,13 +23,13 @@ from torch import Tensor
 
 from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.layers.kernels.activations import gelu_by_tanh
-from vllm_omni.diffusion.compute.layers.low_rank import AdaptedLayer, LayerChange, LayerWeights
+from vllm_omni.diffusion.compute.layers.low_rank import AdaptedLayer, LayerChange, LayerWeights, RowRange, UpWeight
 from vllm_omni.diffusion.compute.layers.rounding import Float8Rows, Rows
 
 TILE_ROWS = 64
 TILE_OUTPUTS = 256
-MAX_RANK_BLOCK = 128
-"""Most ranks that a program computes at once; more take turns."""
+RANK_BLOCKS = (16, 64, 128)
+"""Ranks that a program computes at once: few numbers, because each is a compilation. More ranks take turns."""
 MIN_PROGRAMS = 264
 """Programs of a shrink that keep a GPU busy: two on each multiprocessor of the largest ones."""
 MAX_SPLITS = 16
@@ -126,9 +126,9 @@ class GroupedChange(LayerChange):
         """Summands of s: float32 [splits, rows, width]. Other than the segments' rows and ranks are undefined."""
         values, scales, dtype = x if isinstance(x, Float8Rows) else (x.contiguous(), None, x.dtype)
         num_rows, num_inputs = values.shape
-        rank_block = min(max(16, triton.next_power_of_2(self.most_ranks)), MAX_RANK_BLOCK)
+        rank_block = _rank_block(self.most_ranks, RANK_BLOCKS)
         rank_blocks = triton.cdiv(self.most_ranks, rank_block)
-        input_block = (128 if rank_block < MAX_RANK_BLOCK else 64) // (2 if dtype == torch.float32 else 1)
+        input_block = (128 if rank_block < RANK_BLOCKS[-1] else 64) // (2 if dtype == torch.float32 else 1)
         programs = len(self.tiles) * self.entries.shape[1] * rank_blocks
         splits = min(triton.cdiv(MIN_PROGRAMS, programs), MAX_SPLITS, triton.cdiv(num_inputs, 2 * input_block))
         split_inputs = triton.cdiv(triton.cdiv(num_inputs, splits), input_block) * input_block
@@ -146,7 +146,7 @@ class GroupedChange(LayerChange):
         splits, num_rows, _ = shrunk.shape
         part_outputs = y.shape[1] // self.num_parts
         output_blocks = triton.cdiv(part_outputs, TILE_OUTPUTS)
-        rank_block = min(max(16, triton.next_power_of_2(self.most_ranks // self.num_parts)), 64)
+        rank_block = _rank_block(self.most_ranks // self.num_parts, RANK_BLOCKS[:-1])
         _expand[(len(self.tiles), self.num_parts * output_blocks)](
             y, bias, shrunk, self.tiles, self.entries, num_rows, part_outputs, y.shape[1], self.width, splits,
             self.entries.shape[1], self.entries.shape[2], output_blocks,
@@ -154,6 +154,31 @@ class GroupedChange(LayerChange):
             DTYPE=TRITON_DTYPES[y.dtype], TILE_FIELDS=TILE_FIELDS, ENTRY_FIELDS=ENTRY_FIELDS, PART_FIELDS=PART_FIELDS,
             ALIGNED_RANKS=ALIGNED_RANKS, ROWS=TILE_ROWS, RANKS=rank_block, OUTPUTS=TILE_OUTPUTS, num_warps=8,
         )  # fmt: skip
+
+
+def _rank_block(num_ranks: int, blocks: Sequence[int]) -> int:
+    return next((block for block in blocks if num_ranks <= block), blocks[-1])
+
+
+def compile_changes(dtype: torch.dtype, is_float8: bool, device: torch.device) -> None:
+    """Run the kernels once for each block of ranks, so that no request waits for Triton.
+
+    Ranks that are no multiple of 16 are compiled when they come. is_float8: whether some layers are in float8.
+    """
+    x, weight = (torch.zeros((rows, 128), dtype=dtype, device=device) for rows in (2, TILE_OUTPUTS))
+    bias = torch.zeros(TILE_OUTPUTS, dtype=dtype, device=device)
+    for num_ranks in RANK_BLOCKS:
+        down, up = (
+            torch.zeros(size, dtype=dtype, device=device) for size in ((num_ranks, 128), (len(bias), num_ranks))
+        )
+        weights = LayerWeights(down, (UpWeight(slice(0, len(bias)), slice(0, num_ranks), up),))
+        (change,) = grouped_changes([AdaptedLayer([(weights, (RowRange(0, 2, 1.0),))], 2, len(bias))], device)
+        change.linear(x, weight, None)
+        y = change.linear(x, weight, bias)
+        change.linear_gelu(x, weight, bias)
+        change.add_to(y, x)
+        if is_float8:
+            change.add_to(y, Float8Rows.of(x))
 
 
 def grouped_changes(layers: Sequence[AdaptedLayer], device: torch.device) -> list[LayerChange]:

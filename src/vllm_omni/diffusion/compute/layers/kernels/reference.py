@@ -46,6 +46,9 @@ class TorchKernels:
         """Changes of all layers of a pack by adapters, on `device`."""
         return torch_changes(layers, device)
 
+    def compile_changes(self, dtype: torch.dtype, is_float8: bool, device: torch.device) -> None:
+        """Compile the kernels of changes by adapters before the first request with one; PyTorch has none."""
+
     def norm_modulate(
         self, x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None, eps: float, float8: bool = False
     ) -> Rows:
