@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
-from testbed.fakes import make_config
+from testbed.fakes import FakeExecutor, make_config
+from tests.diffusion.control.builders import INFO
+from tests.diffusion.control.engines import now_request, running_engine
 from vllm_omni.diffusion.control import adapter_registry
+from vllm_omni.diffusion.control.adapter_loading import AdapterLoading
 from vllm_omni.diffusion.control.adapter_registry import AdapterRegistry
+from vllm_omni.diffusion.control.adapters import default_adapters
+from vllm_omni.diffusion.messages.request import LoRA
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.inputs.adapter_files import PEFT_CONFIG, WEIGHTS
 from vllm_omni.inputs.adapters import ServedAdapter
@@ -46,11 +53,10 @@ def test_folders_are_listed_anew_when_they_change(
     )
     age(folder)
     assert len(registry) == 3
-    listings: list[object] = []
-    scan = os.scandir
-    monkeypatch.setattr(os, "scandir", lambda path: [listings.append(path), scan(path)][1])
+    scan = Mock(side_effect=os.scandir)
+    monkeypatch.setattr(os, "scandir", scan)
     assert registry.names() == ("b", "a", "wet")
-    assert not listings, "nothing has changed"
+    assert not scan.called, "nothing has changed"
     (folder / "wet" / "second.safetensors").touch()
     (folder / "wet" / WEIGHTS).unlink()
     (folder / "c.safetensors").touch()
@@ -103,3 +109,23 @@ def test_folders_must_exist(folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
         make_config(lora_dirs=["/nowhere"]).with_adapter_files()
     monkeypatch.chdir(tmp_path)
     assert make_config(lora_dirs=["adapters"]).with_adapter_files().lora_dirs == (str(folder),)
+
+
+async def test_unloads_wait_for_the_requests_of_now_and_defaults_stay(folder: Path) -> None:
+    (ink := folder / "ink.safetensors").touch()
+    defaults = {"lora_request": {"name": "ink"}}
+    config = make_config(lora_modules={"ink": str(ink)}, lora_dirs=[folder], default_sampling_params=defaults)
+    registry = AdapterRegistry(config)
+    async with running_engine(FakeExecutor(hold=True)) as engine:
+        loading = AdapterLoading(registry, INFO, engine, default_adapters(config))
+        with pytest.raises(InvalidRequestError, match="'ink' stays: --default-sampling-params gives it"):
+            await loading.unload("ink")
+        lora = LoRA("a", registry.require("a").file, 1.0)
+        engine.add([now_request("first", loras=(lora,))])
+        unloading = asyncio.create_task(loading.unload("a"))
+        await asyncio.sleep(0)
+        engine.add([now_request("second", loras=(lora,))])
+        engine.abort(["first"])
+        await unloading
+        assert "a" in registry, "a folder still has it"
+        assert engine.holds("second")
