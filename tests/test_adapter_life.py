@@ -275,14 +275,14 @@ async def test_replicas_of_two_ranks_load_alike_and_a_killed_worker_reads_again(
         name: save_peft(random_pairs(transformer, seed), tmp_path / f"{name}.safetensors")
         for seed, name in enumerate("abc")
     }
-    params = {"seed": 1, "output_type": "np", "num_inference_steps": 3}
+    params: dict[str, Any] = {"seed": 1, "output_type": "np", "num_inference_steps": 3}
 
     async def draw(omni: AsyncOmni, name: str) -> np.ndarray:
         lora = LoRARequest(name, None if name in omni.adapters else files[name])
-        asked = OmniDiffusionSamplingParams(lora_request=lora, **params)  # type: ignore[arg-type]
+        asked = OmniDiffusionSamplingParams(lora_request=lora, **params)
         return np.asarray([output async for output in omni.generate(PROMPT, asked)][-1].images[0])
 
-    layout = {"data_parallel_size": 2, "ulysses_degree": 2}
+    layout: dict[str, Any] = {"data_parallel_size": 2, "ulysses_degree": 2}
     served = {"a": str(files["a"])}
     async with asyncio.timeout(GUARD_SECONDS), AsyncOmni(str(tiny_model), lora_modules=served, **layout) as omni:
         await omni.load_lora(LoRARequest("b", files["b"]))
@@ -294,8 +294,9 @@ async def test_replicas_of_two_ranks_load_alike_and_a_killed_worker_reads_again(
             assert psnr(picture, wanted[name]) >= 55
         drawing = [asyncio.create_task(draw(omni, name)) for name in "abcabc"]
         await asyncio.sleep(0)
-        for engine in omni._engine._engines:  # type: ignore[union-attr]
-            os.kill(engine._executor.worker_pids[1], signal.SIGKILL)  # type: ignore[attr-defined]
+        replicas: Any = omni._engine
+        for engine in replicas._engines:
+            os.kill(engine._executor.worker_pids[1], signal.SIGKILL)
         for name, picture in zip("abcabc", await asyncio.gather(*drawing)):
             assert psnr(picture, wanted[name]) >= 55
         await omni.unload_lora("a")
