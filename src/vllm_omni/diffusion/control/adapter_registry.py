@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator
@@ -10,8 +11,9 @@ from pathlib import Path
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.errors import InvalidRequestError
-from vllm_omni.inputs.adapter_files import adapter_file, file_stamp
+from vllm_omni.inputs.adapter_files import file_stamp
 from vllm_omni.inputs.adapter_names import check_adapter_name, is_adapter_name, listed
+from vllm_omni.inputs.adapter_paths import file_within
 from vllm_omni.inputs.adapters import ServedAdapter
 from vllm_omni.inputs.field_values import WrongValueError, shown
 
@@ -151,13 +153,10 @@ class AdapterFolder:
                 times[entry.path] = _modified(entry.path)
             elif not entry.name.endswith(".safetensors"):
                 continue
-            try:
-                file = adapter_file(entry.path)
-            except (WrongValueError, OSError):  # no adapter, or gone meanwhile
-                continue
             name = entry.name.removesuffix(".safetensors")
-            if _is_within(file, self._folder) and is_adapter_name(name):
-                files[name] = str(file)
+            with contextlib.suppress(WrongValueError, OSError):  # no adapter within the folder, or gone meanwhile
+                if is_adapter_name(name):
+                    files[name] = file_within(entry.name, [str(self._folder)])
         return _Listing(times, files)
 
 
@@ -167,8 +166,3 @@ def _modified(path: str) -> int:
         return os.stat(path).st_mtime_ns
     except OSError:
         return 0
-
-
-def _is_within(file: Path, folder: Path) -> bool:
-    """Whether the file, after all links, lies in the folder."""
-    return Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder))

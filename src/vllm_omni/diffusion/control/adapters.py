@@ -79,6 +79,12 @@ def recipes_of(
     return {adapter.name: adapter.defaults for adapter in served}
 
 
+def default_adapters(config: OmniDiffusionConfig) -> tuple[str, ...]:
+    """Served adapters of requests that name none."""
+    asked = _listed(config.default_sampling_params.get("lora_request"))
+    return tuple(lora.name for lora in asked if lora.path is None)
+
+
 def _listed(value: Item | Sequence[Item] | None) -> tuple[Item, ...]:
     if value is None:
         return ()
