@@ -40,25 +40,27 @@ class AdapterRegistry:
 
     def names(self) -> tuple[str, ...]:
         """Names in order: given at start, loaded since, then those of the folders, sorted."""
-        return tuple(dict.fromkeys((*self._adapters, *self._folder_files())))
+        return tuple(adapter.name for adapter in self)
 
     def get(self, name: str) -> ServedAdapter | None:
         """Adapter of this name; None: no request can name it."""
         if (adapter := self._adapters.get(name)) is not None:
             return adapter
-        if (file := self._folder_files().get(name)) is not None:
-            return ServedAdapter(name, file, self._defaults.get(name, {}), "folder")
-        return None
+        file = self._folder_files().get(name)
+        return None if file is None else self._listed(name, file)
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self.get(name) is not None
 
     def __iter__(self) -> Iterator[ServedAdapter]:
         """Iterate over all adapters in the order of `names`."""
-        return (adapter for name in self.names() if (adapter := self.get(name)) is not None)
+        given = self._adapters
+        yield from given.values()
+        files = self._folder_files()  # once: each listing looks at all folders
+        yield from (self._listed(name, file) for name, file in files.items() if name not in given)
 
-    def __len__(self) -> int:
-        return len(self.names())
+    def _listed(self, name: str, file: str) -> ServedAdapter:
+        return ServedAdapter(name, file, self._defaults.get(name, {}), "folder")
 
     def stamp(self, file: str) -> str:
         """Present `file_stamp` of the file; that of the last call where a file that is served is gone."""
