@@ -79,6 +79,11 @@ def recipes_of(
     return {adapter.name: adapter.defaults for adapter in served}
 
 
+def default_adapters(config: OmniDiffusionConfig) -> list[str]:
+    """Names of the adapters of requests that name none."""
+    return [lora.name for lora in _listed(config.default_sampling_params.get("lora_request"))]
+
+
 def _listed(value: Item | Sequence[Item] | None) -> tuple[Item, ...]:
     if value is None:
         return ()
