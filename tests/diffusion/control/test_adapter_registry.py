@@ -52,7 +52,7 @@ def test_folders_are_listed_anew_when_they_change(
         "wet", str(folder / "wet" / WEIGHTS), {"num_inference_steps": 8}, "folder"
     )
     age(folder)
-    assert len(registry) == 3
+    assert len(registry.names()) == 3
     scan = Mock(side_effect=os.scandir)
     monkeypatch.setattr(os, "scandir", scan)
     assert registry.names() == ("b", "a", "wet")
@@ -129,3 +129,13 @@ async def test_unloads_wait_for_the_requests_of_now_and_defaults_stay(folder: Pa
         await unloading
         assert "a" in registry, "a folder still has it"
         assert engine.holds("second")
+
+
+def test_names_that_cannot_be_asked_for_are_neither_listed_nor_taken(folder: Path) -> None:
+    for wrong in ("sty\nle", "x" * 129):
+        (folder / f"{wrong}.safetensors").touch()
+    registry = AdapterRegistry(make_config(lora_dirs=[folder]))
+    assert registry.names() == ("a", "b", "wet")
+    for wrong in ("", "a\nb", "x" * 129):
+        with pytest.raises(InvalidRequestError, match="an adapter takes a name"):
+            registry.check_free(wrong)

@@ -20,10 +20,10 @@ def test_the_log_and_the_model_say_which_path_serves(tmp_path: Path) -> None:
     adapter = save_tiny_adapter(model, tmp_path / "ink", 0)
     recipe = {"name": "ink", "path": str(adapter), "defaults": {"num_inference_steps": 2}, "base_model_name": "tiny"}
     flags = (
-        *("--host", "127.0.0.1", "--port", "0", "--served-model-name", "tiny", "--lora-modules", json.dumps(recipe))
-    loading = ("--lora-dir", str(tmp_path), "--enable-lora-loading", "--max-loras", "2", "--max-cpu-loras", "3"),
+        *("--host", "127.0.0.1", "--port", "0", "--served-model-name", "tiny", "--lora-modules", json.dumps(recipe)),
         *("--distributed-executor-backend", "uni"),
     )
+    loading = ("--lora-dir", str(tmp_path), "--enable-lora-loading", "--max-loras", "2", "--max-cpu-loras", "3")
     with server_process(*flags, *loading, model=str(model)) as process:
         process.wait_for_line(r"Ready: tiny \(diffusers, ")
         assert process.workers() == []

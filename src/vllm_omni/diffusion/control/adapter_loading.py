@@ -105,7 +105,7 @@ class AdapterLoading:
         if name in self._kept:
             raise InvalidRequestError(
                 f"the LoRA adapter {name[:64]!r} stays: --default-sampling-params gives it to requests that name none",
-                param="name",
+                param="lora_name",
             )
         file = self._adapters.remove(name).file
         await self._engine.wait_for_ends(lambda request: any(lora.name == name for lora in request.loras))

@@ -65,9 +65,6 @@ class AdapterRegistry:
     def _in_folder(self, name: str, file: str) -> ServedAdapter:
         return ServedAdapter(name, file, self._defaults.get(name, {}), "folder")
 
-    def __len__(self) -> int:
-        return len(self.names())
-
     def stamp(self, file: str) -> str:
         """Present `file_stamp` of the file; that of the last call where a file that is served is gone."""
         stamp = file_stamp(file)
