@@ -36,7 +36,7 @@ from vllm_omni.diffusion.messages.checkpoint import Checkpoint
 from vllm_omni.diffusion.messages.plan import WorkerReady
 from vllm_omni.errors import InvalidRequestError, RequestError, UnavailableError
 from vllm_omni.foreign.class_decorators import explain_attributes
-from vllm_omni.inputs.adapters import AdapterStats
+from vllm_omni.inputs.adapters import AdapterState, AdapterStats
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, PromptLike, parse_prompt
 from vllm_omni.inputs.generate_keywords import check_call
 from vllm_omni.jobs import Job, OutputStream, last_output
@@ -104,7 +104,7 @@ class AsyncOmni:
             self._engine = DiffusionEngine(self.config, make(), observer)
         else:
             self._engine = Replicas(self.config, make, observer)
-        self._loading = AdapterLoading(self.adapters, self.info)
+        self._loading = AdapterLoading(self.adapters, self.info, self._engine)
         self._jobs: dict[str, Job] = {}
         self.owner = EngineOwner()
         self._has_warned = False
@@ -144,6 +144,7 @@ class AsyncOmni:
             ready = await self._engine.start()
         else:
             ready, _ = await asyncio.gather(self._engine.start(), check)
+        await self._loading.load_served()
         self.ready = ready
         self._builder = RequestBuilder(self.config, self.info, ready, self.adapters)
 
@@ -276,6 +277,10 @@ class AsyncOmni:
     def adapter_stats(self) -> AdapterStats:
         """Numbers of adapters by state, and of loads and evictions since the start."""
         return self._loading.stats()
+
+    def adapter_states(self) -> Mapping[str, AdapterState]:
+        """State of each served adapter, by name."""
+        return self._loading.states()
 
     def status(self) -> EngineStatus:
         return self._engine.status()

@@ -375,3 +375,12 @@ def test_every_answer_has_a_request_id(http: httpx.Client) -> None:
     ids = {answer.headers["x-request-id"] for answer in answers}
     assert len(ids) == len(calls)
     assert {len(one) for one in ids} == {32}
+
+
+def test_adapters_are_loaded_only_with_a_flag(http: httpx.Client) -> None:
+    for route in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
+        refused = http.post(route, json={"lora_name": "ink", "lora_path": "ink"})
+        assert refused.status_code == 404
+        assert "--enable-lora-loading" in error_of(refused)["message"]
+    paths = http.get("/openapi.json").json()["paths"]
+    assert {path for path in paths if "lora" in path} == {"/v1/loras"}

@@ -50,6 +50,8 @@ class Entry:
     """Whether a checkpoint was asked for and not delivered."""
     steps: int = field(init=False)
     """Denoising steps done or planned, those before its checkpoint included."""
+    encoded_early: bool = False
+    """Whether its prompts and pictures were encoded while it waited for an adapter."""
     encoded: bool = False
     decoded_frames: int = 0
     """Latent frames whose decode is planned."""
@@ -90,13 +92,21 @@ class Entry:
         cost, steps = self.request.cost, self.request.num_steps - self.steps
         num_previews = sum(step > self.steps for step in self.previews)  # each is the decode of one latent frame
         num_frames = self.request.num_latent_frames - self.decoded_frames + num_previews
-        encode = 0.0 if self.encoded else cost.encode
+        encode = 0.0 if self.encoded else self._encode_cost
         return encode + steps * (cost.step + self.step_overhead) + num_frames * self.request.frame_cost
+
+    @property
+    def _encode_cost(self) -> float:
+        return 0.0 if self.encoded_early else self.request.cost.encode
+
+    def early_encode(self) -> Item:
+        """Item that encodes prompts and pictures while the request waits for an adapter; its encode follows."""
+        return Item(self, Phase.ENCODE, self._encode_cost, self._encode_cost, is_early=True)
 
     def next_item(self) -> Item:
         cost = self.request.cost
         if self.phase is Phase.ENCODE:
-            return Item(self, Phase.ENCODE, cost.encode, cost.encode)
+            return Item(self, Phase.ENCODE, self._encode_cost, self._encode_cost)
         if self.phase is Phase.DECODE:
             end = min(self.decoded_frames + self.frames_per_piece, self.request.num_latent_frames)
             frames = range(self.decoded_frames, end)
@@ -125,7 +135,9 @@ class Entry:
     def advance(self, item: Item) -> None:
         """Count `item` as planned."""
         self.planned_work += item.work
-        if item.phase is Phase.ENCODE:
+        if item.is_early:
+            self.encoded_early = True
+        elif item.phase is Phase.ENCODE:
             self.encoded = True
         elif item.phase is Phase.DENOISE:
             self.steps += 1
@@ -156,7 +168,7 @@ class Entry:
         Delivered previews stay delivered; lost work does not count as planned.
         """
         self.steps, self.planned_work, self.encoded, self.decoded_frames = self._first_step, 0.0, False, 0
-        self.unsaved_seconds = 0.0
+        self.unsaved_seconds, self.encoded_early = 0.0, False
 
 
 @dataclass(frozen=True)
@@ -170,6 +182,8 @@ class Item:
     work: float
     """Work in units of `RequestCost`."""
     preview: bool = False
+    is_early: bool = False
+    """Whether it encodes ahead of the request's encode."""
     frames: range = range(0)
     """Latent frames of a decode."""
 

@@ -129,10 +129,18 @@ class WanPipeline(FlowPipeline[WanState, WanTransformer, Forward[WanTransformer]
         # The fused kernels leave nothing to compile, nor do exchanges in every part of a block.
         return config.kernels == "torch" and config.parallel.tensor_parallel_size == 1
 
+    def encode_early(self, request: DiffusionRequest) -> None:
+        for prompt in self._padded_prompts(request):
+            self._prompts(prompt)
+        if self._seen is not None:
+            self._seen(request.images)
+        if request.images:
+            self._given(request)
+
     def encode(self, request: DiffusionRequest) -> WanState:
         shape = self._num_channels, *self._latent_shape(request)
         noise = draw_noise(shape, request.seed, torch.float32, self._device)
-        prompts = [PaddedPrompt(prompt, request.max_sequence_length) for prompt in branch_prompts(request)]
+        prompts = self._padded_prompts(request)
         static_keys = tuple(
             tuple(self._keys(index, prompt, request) for prompt in prompts) for index in range(len(self.transformers))
         )
@@ -145,6 +153,10 @@ class WanPipeline(FlowPipeline[WanState, WanTransformer, Forward[WanTransformer]
             static_keys=static_keys,
             given=self._given(request) if request.images else None,
         )
+
+    @staticmethod
+    def _padded_prompts(request: DiffusionRequest) -> list[PaddedPrompt]:
+        return [PaddedPrompt(prompt, request.max_sequence_length) for prompt in branch_prompts(request)]
 
     def _latent_shape(self, request: DiffusionRequest) -> tuple[int, int, int]:
         """Latent frames, and rows and columns of latent pixels."""
